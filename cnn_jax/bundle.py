@@ -1,0 +1,141 @@
+"""The bundle: a directory that holds all that inference needs.
+
+    bundle.json            everything but the weights, and a sha256 of each other file
+    weights.safetensors    parameters and running statistics
+
+Nothing in it is executable, and reading it needs no training code.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import PyTree
+
+import cnn_jax
+from cnn_jax.errors import BundleError
+from cnn_jax.preprocessing import Preprocessing
+
+FORMAT = 1
+_DESCRIPTION = "bundle.json"
+_WEIGHTS = "weights.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A trained network with everything that gives its outputs a meaning.
+
+    Attributes:
+      model: The `model` section of the configuration.
+      precision: "auto", "float32" or "bfloat16": the arithmetic to compute in.
+      class_names: In the order of the network's outputs.
+      preprocessing: How an image becomes an input.
+      temperature: The logits are divided by it before the softmax.
+      data: Source, split fractions, split seed and fingerprint of the data the
+        network was trained on.
+      metrics: Figures of each split, as in `report/metrics.json`.
+      variables: {"params": ..., "batch_stats": ...}, arrays.
+    """
+
+    model: dict[str, Any]
+    precision: str
+    class_names: list[str]
+    preprocessing: Preprocessing
+    temperature: float
+    data: dict[str, Any]
+    metrics: dict[str, Any]
+    variables: PyTree
+
+
+def library_versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors")
+    # Its own is asked of the package: it need not be installed to be run.
+    own = {"cnn_jax": cnn_jax.__version__}
+    return own | {name: importlib.metadata.version(name) for name in names}
+
+
+def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
+    """Writes a bundle: complete or, after a crash, not at all.
+
+    The bytes are a function of the bundle and the library versions.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        flat = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
+        weights = {name: np.asarray(array) for name, array in flat.items()}
+        safetensors.numpy.save_file(weights, aside / _WEIGHTS)
+        description = {"format": FORMAT} | {
+            field.name: getattr(bundle, field.name)
+            for field in dataclasses.fields(bundle)
+            if field.name != "variables"
+        }
+        description["preprocessing"] = dataclasses.asdict(bundle.preprocessing)
+        description["versions"] = library_versions()
+        description["files"] = {_WEIGHTS: {"sha256": _sha256(aside / _WEIGHTS)}}
+        text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
+        (aside / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        aside.chmod(0o755)  # A temporary folder is private; a bundle is not.
+        if path.exists():
+            shutil.rmtree(path)
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Reads a bundle and verifies the sha256 of each of its files.
+
+    Raises:
+      BundleError: No bundle is there, it is damaged, or of a later format.
+    """
+    path = pathlib.Path(path)
+    try:
+        description = json.loads((path / _DESCRIPTION).read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise BundleError(
+                f"{path} is a bundle of format {description['format']}, and this version of "
+                f"cnn_jax reads format {FORMAT}"
+            )
+        for name, facts in description["files"].items():
+            if _sha256(path / name) != facts["sha256"]:
+                raise BundleError(f"{path / name} is damaged: its sha256 is not the recorded one")
+        weights = safetensors.numpy.load_file(path / _WEIGHTS)
+        preprocessing = description["preprocessing"]
+        return Bundle(
+            model=description["model"],
+            precision=description["precision"],
+            class_names=description["class_names"],
+            preprocessing=Preprocessing(
+                image_size=tuple(preprocessing["image_size"]),
+                mean=tuple(preprocessing["mean"]),
+                std=tuple(preprocessing["std"]),
+                max_pixels=preprocessing["max_pixels"],
+            ),
+            temperature=description["temperature"],
+            data=description["data"],
+            metrics=description["metrics"],
+            variables=flax.traverse_util.unflatten_dict(weights, sep="/"),
+        )
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is not a bundle: there is no {error.filename}") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise BundleError(f"{path} is not a bundle: {error!r}") from error
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,174 @@
+"""What a configuration may say, checked before any data is read."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cnn_jax.data.augment import FLIPS
+from cnn_jax.errors import ConfigError
+from cnn_jax.models import MODELS
+
+# An `ml_collections.ConfigDict`, whose keys a type checker cannot see.
+Config = Any
+
+MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "recall", "f1", "loss"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """What one key may hold: a test, and the same in words."""
+
+    requirement: str
+    accepts: Callable[[Any], bool]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _int(low: int) -> _Field:
+    return _Field(f"an integer, {low} or more", lambda v: _is_int(v) and v >= low)
+
+
+def _number(requirement: str, accepts: Callable[[float], bool]) -> _Field:
+    return _Field(f"a number {requirement}", lambda v: _is_number(v) and accepts(v))
+
+
+def _numbers(count: int, requirement: str, accepts: Callable[[float], bool]) -> _Field:
+    def all_accepted(value: Any) -> bool:
+        is_sequence = isinstance(value, tuple | list) and len(value) == count
+        return is_sequence and all(_is_number(v) and accepts(v) for v in value)
+
+    return _Field(f"{count} numbers {requirement}", all_accepted)
+
+
+def _choice(options: tuple[str, ...]) -> _Field:
+    return _Field(f"one of {', '.join(options)}", lambda v: v in options)
+
+
+def _boolean() -> _Field:
+    return _Field("True or False", lambda v: isinstance(v, bool))
+
+
+_FIELDS: dict[str, _Field] = {
+    "seed": _int(0),
+    "precision": _choice(("auto", "float32", "bfloat16")),
+    "data.source": _Field(
+        "shapes, shapes:N, folder:PATH or tfds:NAME", lambda v: isinstance(v, str) and bool(v)
+    ),
+    "data.split": _Field(
+        "three shares for train, validation and test, each above 0, that sum to 1",
+        lambda v: _numbers(3, "", lambda share: share > 0).accepts(v) and math.isclose(sum(v), 1.0),
+    ),
+    "data.image_size": _Field(
+        "a side in pixels, or (height, width), each 1 or more",
+        lambda v: all(_is_int(side) and side > 0 for side in _pair(v)) and len(_pair(v)) == 2,
+    ),
+    "data.mean": _numbers(3, "from 0 to 255", lambda v: 0 <= v <= 255),
+    "data.std": _numbers(3, "above 0", lambda v: v > 0),
+    "data.cache": _choice(("auto", "none", "memory")),
+    "data.workers": _int(-1),
+    "data.max_pixels": _int(1),
+    "augment.flip": _choice(FLIPS),
+    "augment.rotation": _number("from 0 to 1 (a full turn)", lambda v: 0 <= v <= 1),
+    "augment.zoom": _number("from 0 to below 1", lambda v: 0 <= v < 1),
+    "augment.contrast": _number("from 0 to 1", lambda v: 0 <= v <= 1),
+    "augment.place": _choice(("auto", "host", "device")),
+    "model.name": _choice(tuple(MODELS)),
+    "model.features": _Field(
+        "one or more channel counts, each 1 or more",
+        lambda v: (
+            isinstance(v, tuple | list) and len(v) > 0 and all(_is_int(n) and n > 0 for n in v)
+        ),
+    ),
+    "model.dense": _int(1),
+    "model.dropout": _number("from 0 to below 1", lambda v: 0 <= v < 1),
+    "model.batch_norm": _boolean(),
+    "optimizer.learning_rate": _number("above 0", lambda v: v > 0),
+    "optimizer.final_learning_rate": _number("0 or more", lambda v: v >= 0),
+    "optimizer.warmup_epochs": _number("0 or more", lambda v: v >= 0),
+    "optimizer.l2": _number("0 or more", lambda v: v >= 0),
+    "train.batch_size": _int(1),
+    "train.epochs": _int(1),
+    "train.label_smoothing": _number("from 0 to below 1", lambda v: 0 <= v < 1),
+    "train.patience": _int(1),
+    "train.monitor": _choice(MONITORS),
+}
+
+
+def _pair(image_size: Any) -> tuple[Any, ...]:
+    sides = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size,)
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def image_size(config: Config) -> tuple[int, int]:
+    """`data.image_size` as (height, width)."""
+    height, width = _pair(config.data.image_size)
+    return height, width
+
+
+def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_key(key: str) -> None:
+    """Raises ConfigError, with the nearest key, if no configuration has this one."""
+    if key not in _FIELDS:
+        nearest = difflib.get_close_matches(key, _FIELDS, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ConfigError(f"config.{key}: there is no such key{hint}")
+
+
+def validate(config: Config, num_devices: int) -> None:
+    """Checks every key and what the keys must be to each other.
+
+    Args:
+      config: As a file under `configs/` gives it.
+      num_devices: How many devices a batch is divided among.
+
+    Raises:
+      ConfigError: A key is unknown, missing, of the wrong type or impossible.
+    """
+    values = dict(_leaves(config))
+    for key in values:
+        check_key(key)
+    for key, field in _FIELDS.items():
+        if key not in values:
+            raise ConfigError(f"config.{key}: is missing; it must be {field.requirement}")
+        if not field.accepts(values[key]):
+            raise ConfigError(f"config.{key}: must be {field.requirement}, got {values[key]!r}")
+
+    divisor = 2 ** (len(values["model.features"]) - 1)
+    if any(side % divisor for side in image_size(config)):
+        raise ConfigError(
+            f"config.data.image_size: must be a multiple of {divisor}, so that "
+            f"{len(values['model.features']) - 1} poolings can halve it, "
+            f"got {values['data.image_size']!r}"
+        )
+    if values["train.batch_size"] % num_devices:
+        raise ConfigError(
+            f"config.train.batch_size: must be a multiple of the {num_devices} devices, "
+            f"got {values['train.batch_size']}"
+        )
+    if values["optimizer.final_learning_rate"] > values["optimizer.learning_rate"]:
+        raise ConfigError(
+            "config.optimizer.final_learning_rate: must not be above optimizer.learning_rate = "
+            f"{values['optimizer.learning_rate']}, got {values['optimizer.final_learning_rate']}"
+        )
+    if values["optimizer.warmup_epochs"] >= values["train.epochs"]:
+        raise ConfigError(
+            f"config.optimizer.warmup_epochs: must be below train.epochs = "
+            f"{values['train.epochs']}, got {values['optimizer.warmup_epochs']}"
+        )

@@ -1,0 +1,1 @@
+"""Sources, splits, decoding, augmentation and the pipeline that joins them."""

@@ -1,0 +1,147 @@
+"""Augmentation in two parts: what is drawn, and how the pixels move.
+
+A draw is a 2 x 3 matrix, which composes flip, rotation and zoom in one
+resampling, and a contrast factor. `draw` makes it on the host with NumPy.
+`apply_on_device` (JAX) and `apply_on_host` (OpenCV) move the pixels of the same
+draw. The transformations mean what the Keras layers `RandomFlip`,
+`RandomRotation`, `RandomZoom` and `RandomContrast` mean, in this order, with
+`fill_mode="reflect"` and bilinear interpolation.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Array, Float, UInt8
+
+FLIPS = ("none", "horizontal", "vertical", "horizontal_and_vertical")
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Ranges to draw from.
+
+    Attributes:
+      flip: One of `FLIPS`; each named axis is mirrored with probability 1/2.
+      rotation: Largest angle either way, as a fraction of a full turn.
+      zoom: The sampled window's side is 1 - zoom to 1 + zoom times the image's.
+      contrast: The contrast factor is 1 - contrast to 1 + contrast.
+    """
+
+    flip: str = "none"
+    rotation: float = 0.0
+    zoom: float = 0.0
+    contrast: float = 0.0
+
+    def is_identity(self) -> bool:
+        return self == Augmentation()
+
+
+def affine_matrix(
+    mirror_x: np.ndarray,
+    mirror_y: np.ndarray,
+    angle: np.ndarray,
+    window: np.ndarray,
+    image_size: tuple[int, int],
+) -> Float[np.ndarray, "batch 2 3"]:
+    """Matrices [A | t] that map an output pixel (x, y) to the input pixel it shows.
+
+    Args:
+      mirror_x: bool [B], mirror left and right.
+      mirror_y: bool [B], mirror top and bottom.
+      angle: float [B], radians; positive turns the picture counter-clockwise.
+      window: float [B], side of the sampled window over the image's side; above
+        1 zooms out.
+      image_size: (height, width) in pixels.
+
+    Returns:
+      float32. The centre of the image, ((width - 1) / 2, (height - 1) / 2), stays.
+    """
+    cos, sin = window * np.cos(angle), window * np.sin(angle)
+    sign_x, sign_y = np.where(mirror_x, -1, 1), np.where(mirror_y, -1, 1)
+    linear = np.stack(
+        [np.stack([sign_x * cos, -sign_x * sin], -1), np.stack([sign_y * sin, sign_y * cos], -1)],
+        axis=-2,
+    )
+    height, width = image_size
+    centre = np.array([(width - 1) / 2, (height - 1) / 2])
+    offset = centre - linear @ centre
+    return np.concatenate([linear, offset[..., None]], axis=-1).astype(np.float32)
+
+
+def draw(
+    rng: np.random.Generator,
+    augmentation: Augmentation,
+    batch_size: int,
+    image_size: tuple[int, int],
+) -> dict[str, np.ndarray]:
+    """Draws for one batch: {"matrix": float32 [B, 2, 3], "contrast": float32 [B]}."""
+    angle = augmentation.rotation * 2 * math.pi
+    # Every number is drawn whatever the ranges, so that changing one range
+    # leaves the other draws as they were.
+    coin_x, coin_y = rng.random(batch_size) < 0.5, rng.random(batch_size) < 0.5
+    matrix = affine_matrix(
+        mirror_x=coin_x & ("horizontal" in augmentation.flip),
+        mirror_y=coin_y & ("vertical" in augmentation.flip),
+        angle=rng.uniform(-1, 1, batch_size) * angle,
+        window=1 + rng.uniform(-1, 1, batch_size) * augmentation.zoom,
+        image_size=image_size,
+    )
+    contrast = 1 + rng.uniform(-1, 1, batch_size) * augmentation.contrast
+    return {"matrix": matrix, "contrast": contrast.astype(np.float32)}
+
+
+def apply_on_device(
+    images: UInt8[Array, "batch height width channel"],
+    matrix: Float[Array, "batch 2 3"],
+    contrast: Float[Array, " batch"],
+) -> Float[Array, "batch height width channel"]:
+    """Moves the pixels in JAX; grey levels float32 in [0, 255]."""
+    _, height, width, _ = images.shape
+    y, x = jnp.mgrid[:height, :width].astype(jnp.float32)
+    output_pixels = jnp.stack([x, y, jnp.ones_like(x)])
+
+    def warp(image: Array, matrix: Array) -> Array:
+        source_x, source_y = jnp.einsum(
+            "ij,jhw->ihw", matrix, output_pixels, precision=jax.lax.Precision.HIGHEST
+        )
+        # "reflect" repeats the edge pixel: (d c b a | a b c d | d c b a).
+        sample = jax.vmap(
+            lambda channel: map_coordinates(channel, [source_y, source_x], order=1, mode="reflect"),
+            in_axes=-1,
+            out_axes=-1,
+        )
+        return sample(image.astype(jnp.float32))
+
+    warped = jax.vmap(warp)(images, matrix)
+    mean = jnp.mean(warped, axis=(1, 2), keepdims=True)
+    return jnp.clip((warped - mean) * contrast[:, None, None, None] + mean, 0, 255)
+
+
+def apply_on_host(
+    images: UInt8[np.ndarray, "batch height width channel"],
+    matrix: Float[np.ndarray, "batch 2 3"],
+    contrast: Float[np.ndarray, " batch"],
+) -> UInt8[np.ndarray, "batch height width channel"]:
+    """Moves the pixels with OpenCV, and rounds them to grey levels."""
+    import cv2  # Not on every accelerator's host, and needed only here.
+
+    height, width = images.shape[1:3]
+    out = np.empty_like(images)
+    levels = np.arange(256, dtype=np.float32)[:, None]
+    for i, image in enumerate(images):
+        warped = cv2.warpAffine(
+            image,
+            matrix[i],
+            (width, height),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REFLECT,
+        )
+        mean = np.array(cv2.mean(warped)[: image.shape[-1]], np.float32)
+        # A table of the 256 grey levels [256, channel] is cheaper than arithmetic.
+        table = np.rint(np.clip((levels - mean) * contrast[i] + mean, 0, 255))
+        cv2.LUT(warped, table[None].astype(np.uint8), dst=out[i])
+    return out

@@ -1,0 +1,28 @@
+"""Errors that a person can act on: what is wrong, where, and what to do."""
+
+
+class UserError(Exception):
+    """Something outside the program is wrong; the message is one line.
+
+    A command prints the message without a traceback and exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A flag or a configuration key is wrong."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A data source cannot be read as a set of labelled images."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on."""
+
+
+class BundleError(UserError):
+    """A directory is not a bundle, or is a damaged one."""

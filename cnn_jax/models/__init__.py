@@ -1,0 +1,55 @@
+"""The networks, by the name that `model.name` gives them."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from cnn_jax.models.cnn import CNN
+from cnn_jax.preprocessing import Preprocessing, normalize
+
+MODELS: dict[str, type[nn.Module]] = {"cnn": CNN}
+
+
+def compute_dtype(precision: str) -> jnp.dtype:
+    """The dtype of the network's arithmetic; "auto" asks JAX's default backend."""
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+def make_model(config: Mapping[str, Any], num_classes: int, precision: str) -> nn.Module:
+    """A network from the `model` section of a configuration or a bundle."""
+    options = {key: value for key, value in config.items() if key != "name"}
+    options["features"] = tuple(options["features"])
+    return MODELS[config["name"]](
+        num_classes=num_classes, dtype=compute_dtype(precision), **options
+    )
+
+
+def forward(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: Num[Array, "batch height width 3"],
+    preprocessing: Preprocessing,
+) -> Float[Array, "batch classes"]:
+    """Logits of images in grey levels, 0 to 255, with the network in inference mode."""
+    return cast(Array, model.apply(variables, normalize(images, preprocessing)))
+
+
+def count_parameters(model: nn.Module, image_size: tuple[int, int]) -> int:
+    """Trainable parameters."""
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+def forward_flops(model: nn.Module, image_size: tuple[int, int]) -> float:
+    """Floating-point operations of one forward pass of one image, as XLA counts them."""
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    cost = jax.jit(model.apply).lower(variables, images).cost_analysis()
+    return cost["flops"] if cost else 0.0

@@ -1,0 +1,87 @@
+"""The convolutional network of the specification."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def max_pool_2x2(
+    x: Float[Array, "batch height width channel"],
+) -> Float[Array, "batch height//2 width//2 channel"]:
+    """Max pooling with window 2 x 2 and stride 2; an odd last row or column is dropped.
+
+    The value is that of `nn.max_pool`. Its gradient goes to the largest of the
+    four, in equal parts where they tie. Written as the maximum of four slices
+    because XLA on CPU scatters the gradient of `nn.max_pool` slowly.
+    """
+    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    x = x[:, :height, :width]
+    top = jnp.maximum(x[:, ::2, ::2], x[:, ::2, 1::2])
+    bottom = jnp.maximum(x[:, 1::2, ::2], x[:, 1::2, 1::2])
+    return jnp.maximum(top, bottom)
+
+
+class CNN(nn.Module):
+    """[conv 3x3 -> ReLU -> BatchNorm -> pool] for each width, then two dense layers.
+
+    The pool is a 2 x 2 maximum, except after the last convolution, where it is
+    the mean over the image, so that any image size works.
+
+    Attributes:
+      num_classes: Number of outputs.
+      features: Channels of each convolution.
+      dense: Units of the hidden dense layer.
+      dropout: Probability with which a hidden unit is dropped in training.
+      batch_norm: Whether each convolution is followed by BatchNorm.
+      dtype: Computation dtype. Parameters, statistics and logits are float32.
+    """
+
+    num_classes: int
+    features: Sequence[int] = (32, 64, 128)
+    dense: int = 256
+    dropout: float = 0.5
+    batch_norm: bool = True
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channel"],
+        *,
+        train: bool = False,
+    ) -> Float[Array, "batch classes"]:
+        """Logits, float32, of normalised images."""
+        x = x.astype(self.dtype)
+        for i, features in enumerate(self.features, start=1):
+            x = nn.Conv(
+                features,
+                (3, 3),
+                kernel_init=nn.initializers.he_normal(),
+                dtype=self.dtype,
+                name=f"conv{i}",
+            )(x)
+            x = nn.relu(x)
+            if self.batch_norm:
+                # Momentum and epsilon are those of Keras. With batches of 32 the
+                # slow average keeps validation from swinging between epochs.
+                x = nn.BatchNorm(
+                    use_running_average=not train,
+                    momentum=0.99,
+                    epsilon=1e-3,
+                    dtype=self.dtype,
+                    name=f"norm{i}",
+                )(x)
+            if i < len(self.features):
+                x = max_pool_2x2(x)
+        x = jnp.mean(x, axis=(1, 2))
+        x = nn.Dense(
+            self.dense,
+            kernel_init=nn.initializers.he_normal(),
+            dtype=self.dtype,
+            name="dense",
+        )(x)
+        x = nn.relu(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x)

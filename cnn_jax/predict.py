@@ -1,0 +1,233 @@
+"""From images to class probabilities.
+
+    python -m cnn_jax.predict --bundle=RUN/bundle --input=FILE_OR_FOLDER [--output=out.csv]
+
+writes a CSV row for each image. Importing this module brings no training code.
+"""
+
+import argparse
+import csv
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import IO
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree, UInt8
+from PIL import Image
+
+from cnn_jax import cli
+from cnn_jax.bundle import Bundle, read_bundle
+from cnn_jax.data import decode
+from cnn_jax.data.decode import Pixels
+from cnn_jax.errors import DataError
+from cnn_jax.models import forward, make_model
+from cnn_jax.preprocessing import SPECIFICATION, Preprocessing
+
+logger = logging.getLogger(__name__)
+
+# Images that go to the device at once. A longer sequence is cut, a shorter one
+# padded to a power of two, so that few shapes are ever compiled.
+BATCH_SIZE = 64
+
+AnyImage = str | os.PathLike[str] | bytes | Image.Image | UInt8[np.ndarray, "height width 3"]
+
+
+class Predictor:
+    """A loaded bundle: `uint8 [B, H, W, 3] -> probabilities float32 [B, C]`."""
+
+    def __init__(self, bundle: Bundle):
+        self.class_names = bundle.class_names
+        self.preprocessing = bundle.preprocessing
+        self.data = bundle.data
+        model = make_model(bundle.model, len(bundle.class_names), bundle.precision)
+        self._variables = jax.device_put(bundle.variables)
+
+        def probabilities(variables: PyTree, images: Array) -> Array:
+            logits = forward(model, variables, images, bundle.preprocessing)
+            return jax.nn.softmax(logits / bundle.temperature)
+
+        self._probabilities = jax.jit(probabilities)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Predictor":
+        """Reads and verifies a bundle.
+
+        Raises:
+          BundleError: It is no bundle, or a damaged one.
+        """
+        return cls(read_bundle(path))
+
+    def __call__(
+        self, images: UInt8[np.ndarray, "batch height width 3"]
+    ) -> Float[np.ndarray, "batch classes"]:
+        """Probabilities of preprocessed images; each row sums to 1.
+
+        Raises:
+          ValueError: The images are not of the bundle's size.
+        """
+        size = self.preprocessing.image_size
+        if images.shape[1:] != (*size, 3):
+            raise ValueError(f"images must be [B, {size[0]}, {size[1]}, 3], got {images.shape}")
+        return np.asarray(jax.device_get(self._probabilities(self._variables, images)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the predictor says of one image, or why it says nothing.
+
+    Attributes:
+      predicted: Name of the most probable class; None after an error.
+      confidence: Its probability, 0 to 1; None after an error.
+      probabilities: float32 [C], in the order of `class_names`; None after an error.
+      error: Why the image could not be read; None if it could.
+    """
+
+    predicted: str | None = None
+    confidence: float | None = None
+    probabilities: np.ndarray | None = None
+    error: str | None = None
+
+
+def preprocess_for_inference(
+    image: AnyImage, preprocessing: Preprocessing = SPECIFICATION
+) -> Pixels:
+    """One image, as it comes, in the shape that a predictor takes.
+
+    Args:
+      image: A path, the bytes of an image file, a Pillow image, or RGB or grey
+        pixels, uint8 [h, w, 3] or [h, w].
+      preprocessing: That of the predictor, `predictor.preprocessing`; by default
+        the specification's 224 x 224.
+
+    Returns:
+      uint8 [height, width, 3]. Normalisation is the predictor's own business.
+
+    Raises:
+      DataError: It is not an image, is damaged or too large.
+    """
+    if isinstance(image, str | os.PathLike):
+        try:
+            image = pathlib.Path(image).read_bytes()
+        except OSError as error:
+            raise DataError(error.strerror or str(error)) from error
+        except ValueError as error:  # A name that no file can have.
+            raise DataError(str(error)) from error
+    if isinstance(image, bytes):
+        pixels = decode.decode(image, preprocessing.max_pixels)
+    elif isinstance(image, Image.Image):
+        pixels = decode.to_rgb(image, preprocessing.max_pixels)
+    else:
+        pixels = _checked_pixels(image)
+    return decode.resize(pixels, preprocessing.image_size)
+
+
+def _checked_pixels(array: object) -> Pixels:
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise DataError(f"an image array must be uint8, got {kind}")
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=-1)
+    if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
+        raise DataError(f"an image array must be [height, width, 3], got {list(array.shape)}")
+    return np.ascontiguousarray(array)
+
+
+def predict_batch(predictor: Predictor, images: Sequence[AnyImage]) -> list[Prediction]:
+    """Predicts images of any kind and size; a bad one spoils no other.
+
+    Args:
+      predictor: A loaded bundle.
+      images: Whatever `preprocess_for_inference` takes, in any mixture.
+
+    Returns:
+      One prediction for each image, in their order. For an image that could not
+      be read it holds the reason, which is also logged.
+    """
+    predictions: list[Prediction | None] = [None] * len(images)
+    for start in range(0, len(images), BATCH_SIZE):
+        rows, pixels = [], []
+        for row in range(start, min(start + BATCH_SIZE, len(images))):
+            try:
+                pixels.append(preprocess_for_inference(images[row], predictor.preprocessing))
+                rows.append(row)
+            except DataError as error:
+                logger.warning("image %d (%s): %s", row, _describe(images[row]), error)
+                predictions[row] = Prediction(error=str(error))
+        if rows:
+            probabilities = predictor(_pad(np.stack(pixels)))
+            for row, row_probabilities in zip(rows, probabilities, strict=False):
+                predictions[row] = _prediction(row_probabilities, predictor.class_names)
+    return [prediction for prediction in predictions if prediction is not None]
+
+
+def _describe(image: AnyImage) -> str:
+    return str(image) if isinstance(image, str | os.PathLike) else type(image).__name__
+
+
+def _pad(images: np.ndarray) -> np.ndarray:
+    """Repeats the last image up to a power of two."""
+    missing = (1 << (len(images) - 1).bit_length()) - len(images)
+    return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge")
+
+
+def _prediction(probabilities: np.ndarray, class_names: list[str]) -> Prediction:
+    best = int(np.argmax(probabilities))
+    return Prediction(class_names[best], float(probabilities[best]), probabilities)
+
+
+def list_images(path: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """A file itself, or the image files anywhere below a folder, sorted.
+
+    Raises:
+      DataError: There is no such file, or the folder has no images.
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"--input: there is no file or folder {path}")
+    images = [file for file in decode.files_below(path) if decode.is_image_file(file)]
+    if not images:
+        raise DataError(f"--input: no image files below {path}")
+    return images
+
+
+def write_predictions(predictor: Predictor, paths: Sequence[pathlib.Path], file: IO[str]) -> int:
+    """Writes CSV rows path, predicted, confidence, error; returns the number of errors."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["path", "predicted", "confidence", "error"])
+    num_errors = 0
+    for start in range(0, len(paths), BATCH_SIZE):
+        batch = paths[start : start + BATCH_SIZE]
+        for path, prediction in zip(batch, predict_batch(predictor, batch), strict=True):
+            if prediction.error is not None:
+                num_errors += 1
+                writer.writerow([path, "", "", prediction.error])
+            else:
+                writer.writerow([path, prediction.predicted, f"{prediction.confidence:.6f}", ""])
+    return num_errors
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cnn_jax.predict", description="Classify an image or a folder of images."
+    )
+    parser.add_argument("--bundle", required=True, help="folder of the bundle, RUN/bundle")
+    parser.add_argument("--input", required=True, help="an image file, or a folder of them")
+    parser.add_argument("--output", help="CSV file to write; stdout if not given")
+    flags = parser.parse_args(argv)
+
+    predictor = Predictor.load(flags.bundle)
+    paths = list_images(flags.input)
+    with cli.open_output(flags.output) as file:
+        num_errors = write_predictions(predictor, paths, file)
+    if num_errors:
+        raise DataError(f"{num_errors} of {len(paths)} images could not be read, as listed above")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,37 @@
+"""What stands between an image of any size and the network's input."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+MAX_PIXELS = 50_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """The parameters of preprocessing; a bundle carries them.
+
+    Attributes:
+      image_size: (height, width) to which every image is stretched.
+      mean: Grey level, 0 to 255, subtracted from each of R, G and B.
+      std: Grey levels by which each of R, G and B is then divided.
+      max_pixels: Largest width times height of an image that is decoded at all.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    max_pixels: int = MAX_PIXELS
+
+
+# 224 x 224 pixels, inputs in [-1, 1].
+SPECIFICATION = Preprocessing()
+
+
+def normalize(
+    images: Num[Array, "batch height width 3"], preprocessing: Preprocessing
+) -> Float[Array, "batch height width 3"]:
+    """(images - mean) / std in float32; images are in grey levels, 0 to 255."""
+    mean, std = jnp.array(preprocessing.mean), jnp.array(preprocessing.std)
+    return (images.astype(jnp.float32) - mean) / std

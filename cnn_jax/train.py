@@ -1,0 +1,372 @@
+"""The host loop: restore, step, validate, save, stop early, write the results."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from cnn_jax import configuration, run_directory, sharding
+from cnn_jax.bundle import Bundle, write_bundle
+from cnn_jax.checkpoint import Checkpoints, History, best_record
+from cnn_jax.configuration import Config
+from cnn_jax.console import Console
+from cnn_jax.data import pipeline
+from cnn_jax.data.augment import Augmentation
+from cnn_jax.data.pipeline import Dataset
+from cnn_jax.data.splits import SPLITS
+from cnn_jax.errors import TrainingError
+from cnn_jax.evaluate import predict_split, score
+from cnn_jax.metrics import HEADLINE, Metrics
+from cnn_jax.models import make_model
+from cnn_jax.optimizer import make_optimizer, make_schedule
+from cnn_jax.predict import Predictor
+from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.step import INIT, TrainState, eval_step, init_state, random_key, train_step
+from cnn_jax.summary import show_plan, show_results
+
+
+def train_and_evaluate(
+    config: Config, workdir: str | os.PathLike[str], console: Console | None = None
+) -> dict[str, Any]:
+    """Trains as `config` says and leaves everything in `workdir`.
+
+    The same call on the same folder goes on from the latest checkpoint, bit for
+    bit where it stopped.
+
+    Args:
+      config: As a file under `configs/` gives it.
+      workdir: The run's folder; made if it is not there.
+      console: Where to show progress.
+
+    Returns:
+      The content of `report/metrics.json`.
+
+    Raises:
+      ConfigError: A key is wrong, or the folder holds a run of another configuration.
+      DataError: The data cannot be used.
+      TrainingError: The loss is not finite, or a checkpoint cannot be restored.
+      KeyboardInterrupt: After Ctrl-C or SIGTERM, once the run is saved.
+    """
+    console = console or Console()
+    workdir = pathlib.Path(workdir)
+    configuration.validate(config, jax.device_count())
+    run_directory.claim(workdir, config)
+    preprocessing = Preprocessing(
+        image_size=configuration.image_size(config),
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        max_pixels=config.data.max_pixels,
+    )
+    dataset = pipeline.open_dataset(config.data, preprocessing, config.seed, console.track)
+    model = make_model(config.model, len(dataset.source.class_names), config.precision)
+    show_plan(console, config, workdir, dataset, model)
+
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.monitor)
+    with contextlib.closing(checkpoints):
+        variables, history = _train(config, workdir, dataset, model, checkpoints, console)
+    report = _write_results(config, workdir, dataset, history, variables)
+    show_results(workdir, report)
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """What runs on the devices, each compiled once."""
+
+    init_state: Callable[[], TrainState]
+    empty_metrics: Callable[[], Metrics]
+    train_step: Callable[[TrainState, dict], tuple[TrainState, Metrics]]
+    eval_step: Callable[[Any, dict], Metrics]
+    merge: Callable[[Metrics, Metrics], Metrics]
+    to_devices: Callable[[dict], dict[str, jax.Array]]
+
+
+def _make_programs(
+    config: Config, model: nn.Module, schedule: optax.Schedule, preprocessing: Preprocessing
+) -> _Programs:
+    mesh = sharding.make_mesh()
+    everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
+    optimizer = make_optimizer(schedule, config.optimizer.l2)
+    init = functools.partial(
+        init_state,
+        random_key(config.seed, INIT),
+        model=model,
+        optimizer=optimizer,
+        image_size=preprocessing.image_size,
+    )
+    train = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        preprocessing=preprocessing,
+        seed=config.seed,
+        label_smoothing=config.train.label_smoothing,
+    )
+    evaluate = functools.partial(eval_step, model=model, preprocessing=preprocessing)
+    shardings = {"in_shardings": (everywhere, by_example), "out_shardings": everywhere}
+    return _Programs(
+        init_state=jax.jit(init, out_shardings=everywhere),
+        empty_metrics=jax.jit(
+            functools.partial(Metrics.empty, model.num_classes), out_shardings=everywhere
+        ),
+        train_step=jax.jit(train, donate_argnums=0, **shardings),
+        eval_step=jax.jit(evaluate, **shardings),
+        merge=jax.jit(Metrics.merge, donate_argnums=0, out_shardings=everywhere),
+        to_devices=functools.partial(sharding.to_devices, sharding=by_example),
+    )
+
+
+def _train(
+    config: Config,
+    workdir: pathlib.Path,
+    dataset: Dataset,
+    model: nn.Module,
+    checkpoints: Checkpoints,
+    console: Console,
+) -> tuple[PyTree, History]:
+    """Trains to the end; returns the best epoch's variables and all epochs' records."""
+    train = config.train
+    steps_per_epoch = math.ceil(len(dataset.splits["train"]) / train.batch_size)
+    last_step = train.epochs * steps_per_epoch
+    schedule = make_schedule(
+        config.optimizer.learning_rate,
+        config.optimizer.final_learning_rate,
+        total_steps=last_step,
+        warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
+    )
+    programs = _make_programs(config, model, schedule, dataset.loader.preprocessing)
+    state, totals = programs.init_state(), programs.empty_metrics()
+    history: History = []
+    first_step = checkpoints.latest_step() or 0
+    if first_step:
+        state, totals, history = checkpoints.restore(first_step, state, totals, dataset.fingerprint)
+    if _patience_is_over(history, config):
+        last_step = first_step
+    stream = pipeline.training_batches(
+        dataset.loader,
+        dataset.splits["train"],
+        batch_size=train.batch_size,
+        augmentation=Augmentation(
+            flip=config.augment.flip,
+            rotation=config.augment.rotation,
+            zoom=config.augment.zoom,
+            contrast=config.augment.contrast,
+        ),
+        place=_augmentation_place(config.augment.place),
+        seed=config.seed,
+        start=first_step,
+    )
+    log = run_directory.EpochLog(workdir, history)
+    display = console.training(train.epochs, steps_per_epoch)
+    with contextlib.closing(log), stream as batches, display, _interruption() as interrupted:
+        display.start(history, best_record(history, train.monitor), first_step)
+        clock = _Clock()
+        in_flight: Metrics | None = None
+        for step in range(first_step, last_step):
+            with jax.transfer_guard("disallow"):
+                batch = programs.to_devices(next(batches))
+                state, metrics = programs.train_step(state, batch)
+                totals = programs.merge(totals, metrics)
+            # Step n - 1 is read while step n runs: the device never waits.
+            if in_flight is not None:
+                loss = _finite_loss(in_flight, step - 1, schedule)
+                clock.count(train.batch_size)
+                display.step(step, loss, clock.images_per_second())
+            in_flight = metrics
+            ends_epoch = (step + 1) % steps_per_epoch == 0
+            if not (ends_epoch or interrupted.is_set()):
+                continue
+
+            _finite_loss(in_flight, step, schedule)
+            in_flight = None
+            if ends_epoch:
+                rate = clock.images_per_second()
+                validation = _validate(programs, state, dataset, train.batch_size)
+                record = {
+                    "epoch": len(history) + 1,
+                    "step": step + 1,
+                    "seconds": clock.seconds(),
+                    "images_per_second": rate,
+                    "learning_rate": _learning_rate(schedule, step),
+                    **{f"train_{key}": value for key, value in totals.compute().items()},
+                    **{f"validation_{key}": value for key, value in validation.items()},
+                }
+                history.append(record)
+                totals, clock = programs.empty_metrics(), _Clock()
+                log.append(record)
+                display.epoch(record, is_best=record is best_record(history, train.monitor))
+            checkpoints.save(step + 1, state, totals, history, dataset.fingerprint)
+            if interrupted.is_set():
+                raise KeyboardInterrupt(
+                    f"saved after step {step + 1:,}; the same command goes on from there"
+                )
+            if _patience_is_over(history, config):
+                break
+
+    best = best_record(history, train.monitor)
+    assert best is not None  # train.epochs is at least 1.
+    console.print(_why_it_ended(history, best, config))
+    if best["step"] != history[-1]["step"]:
+        state, _, _ = checkpoints.restore(best["step"], state, totals, dataset.fingerprint)
+    return jax.device_get(state.variables), history
+
+
+class _Clock:
+    """Time since it was made, and the rate at which images are trained on."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first_step: float | None = None
+        self._last_step = self._start
+        self._images = 0
+
+    def count(self, images: int) -> None:
+        """A step has ended. The first one may have waited for the compiler: it sets the zero."""
+        self._last_step = time.perf_counter()
+        if self._first_step is None:
+            self._first_step = self._last_step
+        else:
+            self._images += images
+
+    def images_per_second(self) -> float:
+        if self._first_step is None or self._images == 0:
+            return 0.0
+        return self._images / (self._last_step - self._first_step)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def _finite_loss(metrics: Metrics, step: int, schedule: optax.Schedule) -> float:
+    """The mean loss of a batch.
+
+    Raises:
+      TrainingError: It is infinite or not a number.
+    """
+    loss = metrics.compute()["loss"]
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss} at step {step + 1:,}, with a learning rate of "
+            f"{_learning_rate(schedule, step):.2g}. Try a lower optimizer.learning_rate, "
+            "optimizer.warmup_epochs=1 or precision=float32. The last checkpoint is kept"
+        )
+    return loss
+
+
+def _learning_rate(schedule: optax.Schedule, step: int) -> float:
+    return np.asarray(schedule(step)).item()
+
+
+def _validate(
+    programs: _Programs, state: TrainState, dataset: Dataset, batch_size: int
+) -> dict[str, float]:
+    """Exact figures of the whole validation split."""
+    totals = programs.empty_metrics()
+    indices = dataset.splits["validation"]
+    with pipeline.evaluation_batches(dataset.loader, indices, batch_size) as batches:
+        for batch in batches:
+            with jax.transfer_guard("disallow"):
+                metrics = programs.eval_step(state.variables, programs.to_devices(batch))
+                totals = programs.merge(totals, metrics)
+    return totals.compute()
+
+
+def _patience_is_over(history: History, config: Config) -> bool:
+    best = best_record(history, config.train.monitor)
+    return best is not None and len(history) - best["epoch"] >= config.train.patience
+
+
+def _why_it_ended(history: History, best: dict[str, Any], config: Config) -> str:
+    monitor = config.train.monitor
+    return (
+        f"{'stopped early' if len(history) < config.train.epochs else 'done'}: the best of "
+        f"{len(history)} epochs is {best['epoch']}, with {monitor} {best[monitor]:.4f}"
+    )
+
+
+def _augmentation_place(place: str) -> str:
+    """Where pixels are moved. A CPU is better at it outside XLA."""
+    if place == "auto":
+        return "host" if jax.default_backend() == "cpu" else "device"
+    return place
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second one ends the process as usual."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # Only the main thread may handle signals.
+        return
+
+    previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+    def handle(signum: int, frame: object) -> None:
+        interrupted.set()
+        restore()
+
+    for name in previous:
+        signal.signal(name, handle)
+    try:
+        yield interrupted
+    finally:
+        restore()
+
+
+def _write_results(
+    config: Config,
+    workdir: pathlib.Path,
+    dataset: Dataset,
+    history: History,
+    variables: PyTree,
+) -> dict[str, Any]:
+    """Measures the best network on every split; writes the report and the bundle."""
+    source = dataset.source
+    bundle = Bundle(
+        model=json.loads(config.model.to_json()),
+        precision=config.precision,
+        class_names=source.class_names,
+        preprocessing=dataset.loader.preprocessing,
+        temperature=1.0,
+        data={
+            "source": config.data.source,
+            "split": list(config.data.split),
+            "seed": config.seed,
+            "fingerprint": dataset.fingerprint,
+        },
+        metrics={},
+        variables=variables,
+    )
+    predictor = Predictor(bundle)
+    report = {}
+    for split in SPLITS:
+        indices = dataset.splits[split]
+        probabilities = predict_split(predictor, source, indices)
+        report[split] = score(probabilities, source.labels[indices], source.class_names)
+        if split == "test":
+            ids = [source.ids[i] for i in indices]
+            run_directory.write_predictions(
+                workdir, ids, source.labels[indices], probabilities, source.class_names
+            )
+    run_directory.write_metrics(workdir, report)
+    headline = {split: {key: report[split][key] for key in HEADLINE} for split in SPLITS}
+    write_bundle(dataclasses.replace(bundle, metrics=headline), workdir / "bundle")
+    return report

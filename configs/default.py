@@ -1,0 +1,54 @@
+"""The whole recipe: the specification's network on the embedded data set.
+
+    python -m cnn_jax.main --config=configs/default.py --workdir=runs/first
+
+EXPECT
+"""
+
+from ml_collections import ConfigDict
+
+from cnn_jax.configuration import Config
+
+
+def get_config() -> Config:
+    config = ConfigDict()
+    config.seed = 0
+    config.precision = "auto"  # bfloat16 arithmetic on GPU and TPU, float32 on CPU.
+
+    config.data = data = ConfigDict()
+    data.source = "shapes"
+    data.split = (0.7, 0.2, 0.1)  # Train, validation, test; by class.
+    data.image_size = (32, 32)  # The specification's is 224; this one suits a CPU.
+    data.mean = (127.5, 127.5, 127.5)  # Grey levels, R G B: inputs lie in [-1, 1].
+    data.std = (127.5, 127.5, 127.5)
+    data.cache = "auto"  # Keep decoded images in memory if they fit.
+    data.workers = -1  # As many processes as help.
+    data.max_pixels = 50_000_000  # A larger image is refused before it is decoded.
+
+    config.augment = augment = ConfigDict()
+    augment.flip = "horizontal"
+    augment.rotation = 0.2  # Either way, of a full turn.
+    augment.zoom = 0.2
+    augment.contrast = 0.2
+    augment.place = "auto"  # Pixels move on the device, but on the host if it is a CPU.
+
+    config.model = model = ConfigDict()
+    model.name = "cnn"
+    model.features = (32, 64, 128)
+    model.dense = 256
+    model.dropout = 0.5
+    model.batch_norm = True
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-3
+    optimizer.final_learning_rate = 1e-4  # Where the cosine ends.
+    optimizer.warmup_epochs = 0.0
+    optimizer.l2 = 1e-4  # Of convolution and dense kernels alone.
+
+    config.train = train = ConfigDict()
+    train.batch_size = 32
+    train.epochs = 25  # The specification's 45 would take more than five minutes on a CPU.
+    train.label_smoothing = 0.1
+    train.patience = 10  # Epochs without a better `monitor` before training stops.
+    train.monitor = "validation_accuracy"
+    return config

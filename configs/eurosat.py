@@ -1,0 +1,19 @@
+"""EuroSAT RGB (27,000 satellite images of 64 x 64 pixels, 10 classes) from TFDS.
+
+    python -m cnn_jax.main --config=configs/eurosat.py --workdir=runs/eurosat
+
+or, from the folder of its JPEGs, with --config.data.source=folder:PATH.
+
+EXPECT
+"""
+
+from cnn_jax.configuration import Config
+from configs import default
+
+
+def get_config() -> Config:
+    config = default.get_config()
+    config.data.source = "tfds:eurosat/rgb"
+    config.data.image_size = (64, 64)
+    config.train.epochs = 45
+    return config

@@ -1,0 +1,16 @@
+"""The specification's network on a tenth of `shapes`: a check that all of it runs.
+
+    python -m cnn_jax.main --config=configs/smoke.py --workdir=runs/smoke
+
+EXPECT
+"""
+
+from cnn_jax.configuration import Config
+from configs import default
+
+
+def get_config() -> Config:
+    config = default.get_config()
+    config.data.source = "shapes:1000"
+    config.train.epochs = 3
+    return config
