@@ -108,9 +108,10 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
                 f"{path} is a bundle of format {description['format']}, and this version of "
                 f"cnn_jax reads format {FORMAT}"
             )
-        for name, facts in description["files"].items():
-            if _sha256(path / name) != facts["sha256"]:
-                raise BundleError(f"{path / name} is damaged: its sha256 is not the recorded one")
+        if description["files"].keys() != {_WEIGHTS}:
+            raise ValueError(f"its files must be {_WEIGHTS} alone")
+        if _sha256(path / _WEIGHTS) != description["files"][_WEIGHTS]["sha256"]:
+            raise BundleError(f"{path / _WEIGHTS} is damaged: its sha256 is not the recorded one")
         weights = safetensors.numpy.load_file(path / _WEIGHTS)
         preprocessing = description["preprocessing"]
         return Bundle(
@@ -132,7 +133,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{path} is not a bundle: there is no {error.filename}") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
-    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise BundleError(f"{path} is not a bundle: {error!r}") from error
 
 

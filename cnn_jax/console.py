@@ -4,7 +4,7 @@ On a terminal there is a progress bar as well.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -74,7 +74,7 @@ class TrainingDisplay:
         self._epochs = epochs
         self._steps_per_epoch = steps_per_epoch
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TrainingDisplay":
         if self._progress is not None:
             self._progress.start()
             self._task = self._progress.add_task(

@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cnn_jax.loss import cross_entropy
 
@@ -18,13 +18,18 @@ HEADLINE = ("accuracy", "precision", "recall", "f1", "loss")
 class Metrics:
     """What is summed over examples, steps and devices.
 
+    The fields are typed loosely because JAX also builds trees of shapes,
+    shardings and the like from this class.
+
     Attributes:
-      loss_sum: Sum of the cross-entropies in nats, without label smoothing.
-      confusion: Number of examples by true class (row) and predicted class.
+      loss_sum: float32 [], sum of the cross-entropies in nats, without label
+        smoothing.
+      confusion: int32 [classes, classes], number of examples by true class (row)
+        and predicted class (column).
     """
 
-    loss_sum: Float[Array, ""]
-    confusion: Int[Array, "classes classes"]
+    loss_sum: PyTree
+    confusion: PyTree
 
     @classmethod
     def empty(cls, num_classes: int) -> "Metrics":

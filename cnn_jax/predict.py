@@ -14,7 +14,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import IO
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 from PIL import Image
@@ -23,7 +25,7 @@ from cnn_jax import cli
 from cnn_jax.bundle import Bundle, read_bundle
 from cnn_jax.data import decode
 from cnn_jax.data.decode import Pixels
-from cnn_jax.errors import DataError
+from cnn_jax.errors import BundleError, DataError
 from cnn_jax.models import forward, make_model
 from cnn_jax.preprocessing import SPECIFICATION, Preprocessing
 
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 # padded to a power of two, so that few shapes are ever compiled.
 BATCH_SIZE = 64
 
-AnyImage = str | os.PathLike[str] | bytes | Image.Image | UInt8[np.ndarray, "height width 3"]
+AnyImage = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 
 class Predictor:
@@ -44,6 +46,7 @@ class Predictor:
         self.preprocessing = bundle.preprocessing
         self.data = bundle.data
         model = make_model(bundle.model, len(bundle.class_names), bundle.precision)
+        _check_weights(model, bundle)
         self._variables = jax.device_put(bundle.variables)
 
         def probabilities(variables: PyTree, images: Array) -> Array:
@@ -73,6 +76,28 @@ class Predictor:
         if images.shape[1:] != (*size, 3):
             raise ValueError(f"images must be [B, {size[0]}, {size[1]}, 3], got {images.shape}")
         return np.asarray(jax.device_get(self._probabilities(self._variables, images)))
+
+
+def _check_weights(model: nn.Module, bundle: Bundle) -> None:
+    """Raises BundleError if the weights are not those of the network described."""
+
+    def shapes(variables: PyTree) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree.leaves_with_path(variables)
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+    image = jax.ShapeDtypeStruct((1, *bundle.preprocessing.image_size, 3), jnp.float32)
+    described = shapes(jax.eval_shape(model.init, jax.random.key(0), image))
+    present = shapes(bundle.variables)
+    if described != present:
+        differing = sorted(
+            name
+            for name in described.keys() | present.keys()
+            if described.get(name) != present.get(name)
+        )
+        raise BundleError(
+            f"the bundle's weights are not those of the network it describes: {differing[0]} is "
+            f"{present.get(differing[0], 'absent')}, not {described.get(differing[0], 'wanted')}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,5 +33,5 @@ def normalize(
     images: Num[Array, "batch height width 3"], preprocessing: Preprocessing
 ) -> Float[Array, "batch height width 3"]:
     """(images - mean) / std in float32; images are in grey levels, 0 to 255."""
-    mean, std = jnp.array(preprocessing.mean), jnp.array(preprocessing.std)
+    mean, std = jnp.array([preprocessing.mean, preprocessing.std]).reshape(2, 1, 1, 1, 3)
     return (images.astype(jnp.float32) - mean) / std

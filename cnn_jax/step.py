@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from cnn_jax.data import augment
 from cnn_jax.loss import cross_entropy
@@ -24,9 +24,19 @@ Batch = Mapping[str, Array]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes: arrays only."""
+    """All that a step changes: arrays only.
 
-    step: Int[Array, ""]
+    The fields are typed loosely because JAX also builds trees of shapes,
+    shardings and the like from this class.
+
+    Attributes:
+      step: int32 [], steps taken.
+      params: The network's parameters, float32.
+      batch_stats: The running statistics of BatchNorm, float32; empty without it.
+      opt_state: The optimizer's state.
+    """
+
+    step: PyTree
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -72,7 +71,7 @@ def train_and_evaluate(
         max_pixels=config.data.max_pixels,
     )
     dataset = pipeline.open_dataset(config.data, preprocessing, config.seed, console.track)
-    model = make_model(config.model, len(dataset.source.class_names), config.precision)
+    model = make_model(config.model.to_dict(), len(dataset.source.class_names), config.precision)
     show_plan(console, config, workdir, dataset, model)
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.monitor)
@@ -341,7 +340,7 @@ def _write_results(
     """Measures the best network on every split; writes the report and the bundle."""
     source = dataset.source
     bundle = Bundle(
-        model=json.loads(config.model.to_json()),
+        model=config.model.to_dict(),
         precision=config.precision,
         class_names=source.class_names,
         preprocessing=dataset.loader.preprocessing,

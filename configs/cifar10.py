@@ -1,1 +1,16 @@
+"""CIFAR-10 (60,000 images of 32 x 32 pixels, 10 classes) from TFDS, divided anew.
 
+    python -m cnn_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
+
+EXPECT
+"""
+
+from cnn_jax.configuration import Config
+from configs import default
+
+
+def get_config() -> Config:
+    config = default.get_config()
+    config.data.source = "tfds:cifar10"
+    config.train.epochs = 45
+    return config

@@ -1,1 +1,17 @@
+"""The specification to the letter: 224 x 224 pixels, batch 32, 45 epochs.
 
+    python -m cnn_jax.main --config=configs/spec_224.py --workdir=runs/spec_224 \
+        --config.data.source=folder:PATH
+
+EXPECT
+"""
+
+from cnn_jax.configuration import Config
+from configs import default
+
+
+def get_config() -> Config:
+    config = default.get_config()
+    config.data.image_size = (224, 224)
+    config.train.epochs = 45
+    return config

@@ -16,7 +16,8 @@ IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 
-Pixels = UInt8[np.ndarray, "height width 3"]
+# The underscores say that two images in one signature may differ in size.
+Pixels = UInt8[np.ndarray, "_height _width 3"]
 
 
 def decode(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:

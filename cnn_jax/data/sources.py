@@ -10,9 +10,9 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.preprocessing import Preprocessing
 
 
+@runtime_checkable
 class Source(Protocol):
     """Labelled images with random access.
 
@@ -125,18 +126,26 @@ class TfdsSource:
         self.num_ignored = 0
         builder = _prepared_builder(dataset_name)
         features = builder.info.features
-        if not isinstance(features, Mapping) or not {"image", "label"} <= set(features):
-            raise DataError(f'{self.name} has no features "image" and "label": {features}')
+        is_labelled = isinstance(features, tfds.features.FeaturesDict) and (
+            {"image", "label"} <= set(features)
+            and isinstance(features["image"], tfds.features.Image)
+            and isinstance(features["label"], tfds.features.ClassLabel)
+        )
+        if not is_labelled:
+            found = " ".join(str(features).split())
+            raise DataError(
+                f'{self.name} is not for classification: it needs an Image "image" and a '
+                f'ClassLabel "label", and has {found}'
+            )
         self.class_names = [str(name) for name in features["label"].names]
         split_names = sorted(builder.info.splits)
-        label_only = tfds.decode.PartialDecoding({"label": True})
         undecoded = {"image": tfds.decode.SkipDecoding()}
         self._parts = [builder.as_data_source(name, decoders=undecoded) for name in split_names]
         self.ids = []
         labels = []
         self._positions: list[tuple[int, int]] = []
         for part, split_name in enumerate(split_names):
-            for i, example in enumerate(builder.as_data_source(split_name, decoders=label_only)):
+            for i, example in enumerate(self._parts[part]):
                 if example["label"] < 0:  # How TFDS marks withheld labels.
                     self.num_ignored += 1
                     continue

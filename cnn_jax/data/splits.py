@@ -1,6 +1,7 @@
 """Which example belongs to which split."""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,7 +13,7 @@ def _rank(example_id: str, seed: int) -> bytes:
 
 
 def split_by_id(
-    ids: list[str], labels: np.ndarray, fractions: tuple[float, float, float], seed: int
+    ids: list[str], labels: np.ndarray, fractions: Sequence[float], seed: int
 ) -> dict[str, np.ndarray]:
     """Divides examples into train, validation and test, stratified by class.
 

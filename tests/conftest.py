@@ -1,0 +1,63 @@
+"""Shared set-up: types are checked at run time, and the CPU is four devices."""
+
+import os
+import pathlib
+import sys
+
+# Before JAX starts. Commands that the tests run inherit the compilation cache.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cnn_jax" / "xla")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+import jax
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+from ml_collections import ConfigDict
+from PIL import Image
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY))  # For `configs`, which is not installed.
+
+# Checks the shapes and dtypes in every signature of the package.
+install_import_hook("cnn_jax", "typechecker.check")
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def write_images(folder: pathlib.Path, per_class: int, seed: int = 0, side: int = 20) -> None:
+    """Three classes that a small network can tell apart by their colour."""
+    rng = np.random.default_rng(seed)
+    for channel, name in enumerate(("blue", "green", "red")):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            height, width = side + int(rng.integers(5)), side + int(rng.integers(5))
+            pixels = rng.integers(0, 120, (height, width, 3), np.uint8)
+            pixels[..., 2 - channel] += 100
+            Image.fromarray(pixels).save(folder / name / f"{i:03d}.png")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """`class/NNN.png`: 3 classes of 20 images of about 20 x 20 pixels."""
+    folder = tmp_path_factory.mktemp("data") / "images"
+    write_images(folder, per_class=20)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(image_folder: pathlib.Path) -> ConfigDict:
+    """A run of a second: three epochs of a small network on `image_folder`."""
+    from configs import default
+
+    config = default.get_config()
+    config.data.source = f"folder:{image_folder}"
+    config.data.image_size = (16, 16)
+    config.model.features = (4, 8)
+    config.model.dense = 16
+    config.train.batch_size = 8
+    config.train.epochs = 3
+    return config

@@ -1,0 +1,161 @@
+"""Hand-computed cases use the definitions of the Keras layers of the same names.
+
+Keras maps an output pixel to the input pixel it shows: a horizontal flip is
+x -> (width - 1) - x, a rotation by a positive angle turns the picture
+counter-clockwise, a zoom factor above 1 zooms out, "reflect" continues a row
+a b c d as (d c b a | a b c d | d c b a), and contrast is
+(x - mean) * factor + mean with the mean of each channel of each image.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnn_jax.data import augment
+from cnn_jax.data.augment import Augmentation
+
+
+def _matrix(*, flip_x=False, flip_y=False, turns=0.0, window=1.0, size=(8, 8)):
+    return augment.affine_matrix(
+        np.array([flip_x]),
+        np.array([flip_y]),
+        np.array([2 * np.pi * turns]),
+        np.array([window]),
+        size,
+    )
+
+
+def _on_device(images, matrix, contrast):
+    arrays = map(jnp.array, (images, matrix, contrast))
+    return np.asarray(augment.apply_on_device(*arrays))
+
+
+def _on_host(images, matrix, contrast):
+    return augment.apply_on_host(images, matrix, contrast).astype(np.float32)
+
+
+BOTH = pytest.mark.parametrize("apply", [_on_device, _on_host])
+ONE = np.ones(1, np.float32)
+
+
+def _image(size=(8, 8), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (1, *size, 3), np.uint8)
+
+
+@BOTH
+@pytest.mark.parametrize("size", [(8, 8), (6, 10)])
+def test_flips(apply, size):
+    image = _image(size)
+    flipped = apply(image, _matrix(flip_x=True, size=size), ONE)
+    np.testing.assert_allclose(flipped, image[:, :, ::-1], atol=1e-2)
+    flipped = apply(image, _matrix(flip_y=True, size=size), ONE)
+    np.testing.assert_allclose(flipped, image[:, ::-1], atol=1e-2)
+
+
+@BOTH
+def test_a_quarter_turn_is_counter_clockwise(apply):
+    image = _image()
+    turned = apply(image, _matrix(turns=0.25), ONE)
+    np.testing.assert_allclose(turned, np.rot90(image, axes=(1, 2)), atol=1e-2)
+
+
+@BOTH
+def test_zooming_out_by_two_shows_every_second_pixel_and_its_reflections(apply):
+    # Output x shows input 2 x - 3.5 + ... : centre 3.5, so x = 0..7 shows
+    # -3.5, -1.5, 0.5, 2.5, 4.5, 6.5, 8.5, 10.5, each between two pixels.
+    ramp = np.tile(np.arange(0, 80, 10, dtype=np.uint8)[None, None, :, None], (1, 8, 1, 3))
+    zoomed = apply(ramp, _matrix(window=2.0), ONE)
+    # Positions -4, -3 are pixels 3, 2; -2, -1 are 1, 0; 8, 9 are 7, 6; 10, 11 are 5, 4.
+    expected = [25, 5, 5, 25, 45, 65, 65, 45]
+    np.testing.assert_allclose(zoomed[0, 0, :, 0], expected, atol=0.5)
+
+
+@BOTH
+def test_zooming_in_by_two_shows_the_middle(apply):
+    ramp = np.tile(np.arange(0, 80, 10, dtype=np.uint8)[None, None, :, None], (1, 8, 1, 3))
+    zoomed = apply(ramp, _matrix(window=0.5), ONE)
+    # Output x shows input 0.5 x + 1.75.
+    np.testing.assert_allclose(zoomed[0, 0, :, 0], 17.5 + 5 * np.arange(8), atol=0.51)
+
+
+@BOTH
+def test_contrast_moves_levels_away_from_each_channels_mean(apply):
+    image = np.zeros((1, 2, 2, 3), np.uint8)
+    image[0, ..., 0] = [[100, 120], [140, 160]]  # Mean 130.
+    image[0, ..., 1] = 50  # Without contrast nothing moves.
+    image[0, ..., 2] = [[0, 255], [0, 255]]  # Mean 127.5: clipped.
+    out = apply(image, _matrix(size=(2, 2)), np.array([1.5], np.float32))
+    np.testing.assert_allclose(out[0, ..., 0], [[85, 115], [145, 175]], atol=0.51)
+    np.testing.assert_allclose(out[0, ..., 1], 50, atol=0.51)
+    np.testing.assert_allclose(out[0, ..., 2], [[0, 255], [0, 255]], atol=0.51)
+
+
+def test_the_three_geometric_ones_compose_in_the_order_flip_rotation_zoom():
+    """One resampling equals the three, one after the other, of the coordinates."""
+    flip, turn, zoom = (
+        np.vstack([_matrix(**kind)[0], [0, 0, 1]])
+        for kind in ({"flip_x": True}, {"turns": 0.1}, {"window": 1.3})
+    )
+    together = _matrix(flip_x=True, turns=0.1, window=1.3)[0]
+    # Keras flips first, so an output pixel goes back through zoom, rotation, flip.
+    np.testing.assert_allclose(together, (flip @ turn @ zoom)[:2], atol=1e-5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from([(32, 32), (24, 40)]),
+    smooth=st.booleans(),
+)
+def test_host_and_device_move_the_same_pixels(seed, size, smooth):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (4, *size, 3), np.uint8)
+    if smooth:
+        images = (images // 8 + np.arange(size[1], dtype=np.uint8)[:, None] * 4).astype(np.uint8)
+    everything = Augmentation("horizontal_and_vertical", 0.5, 0.4, 0.4)
+    draws = augment.draw(rng, everything, 4, size)
+    host = _on_host(images, draws["matrix"], draws["contrast"])
+    device = _on_device(images, draws["matrix"], draws["contrast"])
+    assert np.abs(host - device).mean(axis=(1, 2, 3)).max() < 2
+
+
+def test_draws_fill_their_ranges_and_nothing_beyond():
+    size = (9, 9)
+    draws = augment.draw(
+        np.random.default_rng(0), Augmentation("horizontal", 0.2, 0.2, 0.3), 4000, size
+    )
+    linear = draws["matrix"][:, :, :2].astype(np.float64)
+    determinant = np.linalg.det(linear)
+    flipped = determinant < 0
+    window = np.sqrt(np.abs(determinant))
+    unflipped = linear * np.where(flipped, -1, 1)[:, None, None] ** np.array([[1], [0]])
+    turns = np.arctan2(unflipped[:, 1, 0], unflipped[:, 1, 1]) / (2 * np.pi)
+    assert 0.47 < flipped.mean() < 0.53
+    for values, low, high in (
+        (window, 0.8, 1.2),
+        (turns, -0.2, 0.2),
+        (draws["contrast"], 0.7, 1.3),
+    ):
+        assert low - 1e-5 <= values.min() < low + 0.01
+        assert high - 0.01 < values.max() <= high + 1e-5
+        assert abs(values.mean() - (low + high) / 2) < 0.01
+    centre = np.array([4.0, 4.0, 1.0])
+    np.testing.assert_allclose(draws["matrix"] @ centre, 4.0, atol=1e-4)
+
+
+def test_no_augmentation_draws_the_identity():
+    draws = augment.draw(np.random.default_rng(0), Augmentation(), 3, (5, 7))
+    np.testing.assert_array_equal(draws["matrix"], np.tile(np.eye(2, 3), (3, 1, 1)))
+    np.testing.assert_array_equal(draws["contrast"], 1)
+    image = _image((5, 7))
+    np.testing.assert_allclose(
+        _on_device(image, draws["matrix"][:1], draws["contrast"][:1]), image, atol=1e-4
+    )
+
+
+def test_one_range_changes_no_other_draw():
+    both = augment.draw(np.random.default_rng(0), Augmentation("none", 0.0, 0.2, 0.2), 8, (5, 5))
+    one = augment.draw(np.random.default_rng(0), Augmentation("none", 0.0, 0.0, 0.2), 8, (5, 5))
+    np.testing.assert_array_equal(both["contrast"], one["contrast"])

@@ -1,0 +1,120 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_jax.data import decode
+from cnn_jax.errors import DataError
+
+
+def _encode(image, file_format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def _smooth(height=24, width=32):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([y * 8, x * 6, 255 - x * 6], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "PPM", "TIFF"])
+def test_lossless_formats_come_back_exactly(file_format):
+    pixels = _smooth()
+    encoded = _encode(Image.fromarray(pixels), file_format)
+    np.testing.assert_array_equal(decode.decode(encoded), pixels)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [("JPEG", {"quality": 95}), ("JPEG", {"progressive": True, "quality": 95}), ("WEBP", {})],
+)
+def test_lossy_formats_come_back_nearly(file_format, options):
+    pixels = _smooth()
+    decoded = decode.decode(_encode(Image.fromarray(pixels), file_format, **options))
+    assert np.abs(decoded.astype(int) - pixels).mean() < 6
+
+
+def test_grey_palette_and_cmyk_become_rgb():
+    grey = _smooth()[..., 0]
+    expected = np.repeat(grey[..., None], 3, axis=-1)
+    np.testing.assert_array_equal(decode.decode(_encode(Image.fromarray(grey))), expected)
+    palette = Image.fromarray(expected).quantize(256)
+    np.testing.assert_array_equal(
+        decode.decode(_encode(palette)), np.asarray(palette.convert("RGB"))
+    )
+    cmyk = Image.fromarray(_smooth()).convert("CMYK")
+    decoded = decode.decode(_encode(cmyk, "JPEG", quality=95))
+    assert np.abs(decoded.astype(int) - _smooth()).mean() < 6
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    levels = np.array([[0, 257, 32896, 65535]], np.uint16)
+    decoded = decode.decode(_encode(Image.fromarray(levels)))
+    np.testing.assert_array_equal(decoded[0, :, 0], [0, 1, 128, 255])
+
+
+def test_transparency_lies_over_white():
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0, :, 3] = [0, 255, 128]
+    decoded = decode.decode(_encode(Image.fromarray(rgba)))
+    np.testing.assert_allclose(decoded[0, :, 0], [255, 0, 127], atol=1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    upright = _smooth()
+    transforms = {  # How the stored picture was made from the upright one.
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.swapaxes(0, 1),
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+        8: lambda x: np.rot90(x, -1),
+    }
+    stored = Image.fromarray(np.ascontiguousarray(transforms[orientation](upright)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(decode.decode(_encode(stored, "PNG", exif=exif)), upright)
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    encoded = _encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(decode.decode(encoded)[0, 0], [255, 0, 0])
+
+
+_PNG = _encode(Image.fromarray(_smooth()))
+
+
+@pytest.mark.parametrize(
+    ("encoded", "reason"),
+    [
+        (b"", "is empty"),
+        (b"not an image at all", "is not an image"),
+        (_PNG[: len(_PNG) // 2], "cannot be decoded"),
+        (_encode(Image.fromarray(_smooth()), "JPEG")[:300], "cannot be decoded"),
+    ],
+)
+def test_what_is_no_image_is_one_clear_error(encoded, reason):
+    with pytest.raises(DataError, match=reason):
+        decode.decode(encoded)
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
+    encoded = _encode(Image.new("L", (3000, 3000)))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(DataError, match="3000 x 3000 pixels, more than"):
+        decode.decode(encoded, max_pixels=8_999_999)
+
+
+def test_resize_averages_when_it_shrinks_and_keeps_what_fits():
+    checkerboard = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    checkerboard = np.repeat(checkerboard[..., None], 3, axis=-1)
+    small = decode.resize(checkerboard, (8, 16))
+    assert small.shape == (8, 16, 3)
+    assert np.abs(small.astype(int) - 127.5).max() < 8
+    assert decode.resize(checkerboard, (64, 64)) is checkerboard

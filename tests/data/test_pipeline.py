@@ -1,0 +1,157 @@
+import multiprocessing
+
+import grain
+import numpy as np
+import pytest
+
+from cnn_jax.data import pipeline
+from cnn_jax.data.augment import Augmentation
+from cnn_jax.data.pipeline import Loader, evaluation_batches, training_batches
+from cnn_jax.data.sources import DecodedSource, FolderSource
+from cnn_jax.errors import DataError
+from cnn_jax.preprocessing import Preprocessing
+
+PREPROCESSING = Preprocessing(image_size=(12, 16))
+AUGMENTATION = Augmentation("horizontal", 0.2, 0.2, 0.2)
+INDICES = np.arange(3, 45)  # 42 examples: batches of 8 cross the passes.
+
+
+@pytest.fixture(scope="module")
+def source(image_folder):
+    return FolderSource(image_folder)
+
+
+def _batches(source, count, *, start=0, seed=5, workers=0, place="host", augmentation=AUGMENTATION):
+    loader = Loader(source, PREPROCESSING, workers)
+    stream = training_batches(
+        loader,
+        INDICES,
+        batch_size=8,
+        augmentation=augmentation,
+        place=place,
+        seed=seed,
+        start=start,
+    )
+    with stream as batches:
+        # Copies: those of worker processes are views of shared memory.
+        return [{key: rows.copy() for key, rows in next(batches).items()} for _ in range(count)]
+
+
+def _assert_equal(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_a_batch_is_what_the_step_takes(source):
+    (batch,) = _batches(source, 1)
+    assert {key: (rows.shape, rows.dtype.name) for key, rows in batch.items()} == {
+        "image": ((8, 12, 16, 3), "uint8"),
+        "label": ((8,), "int32"),
+        "mask": ((8,), "bool"),
+    }
+    (batch,) = _batches(source, 1, place="device")
+    assert batch["matrix"].shape == (8, 2, 3)
+    assert batch["contrast"].shape == (8,)
+
+
+def test_no_number_of_workers_changes_a_batch(source):
+    in_threads = _batches(source, 7)
+    _assert_equal(in_threads, _batches(source, 7, workers=2))
+    _assert_equal(in_threads, _batches(DecodedSource(source, PREPROCESSING), 7))
+
+
+def test_workers_end_with_the_stream(source):
+    _batches(source, 1, workers=1)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("start", [1, 6, 50])
+def test_the_stream_can_be_entered_anywhere(source, start):
+    _assert_equal(_batches(source, start + 3)[start:], _batches(source, 3, start=start))
+
+
+def test_the_seed_decides_order_and_draws(source):
+    first, second = _batches(source, 1)[0], _batches(source, 1, seed=6)[0]
+    assert not np.array_equal(first["image"], second["image"])
+
+
+def _drawn_indices(count):
+    """The positions that each training batch holds."""
+    draws = pipeline._add_draws
+    dataset = grain.MapDataset.range(len(INDICES)).seed(5).shuffle().repeat().batch(8)
+    dataset = dataset.random_map(
+        lambda positions, rng: draws(
+            positions, rng, indices=INDICES, augmentation=AUGMENTATION, image_size=(12, 16)
+        )
+    )
+    return np.concatenate([dataset[i]["index"] for i in range(count)])
+
+
+def test_each_pass_has_every_example_once_and_its_own_order():
+    indices = _drawn_indices(21).reshape(4, 42)  # Four passes exactly.
+    for one_pass in indices:
+        assert sorted(one_pass) == list(INDICES)
+    assert len({tuple(one_pass) for one_pass in indices}) == 4
+
+
+def test_draws_differ_between_passes(source):
+    batches = _batches(source, 12, place="device")
+    matrices = np.concatenate([batch["matrix"] for batch in batches]).reshape(96, 6)
+    assert len(np.unique(matrices, axis=0)) == 96
+
+
+def test_host_and_device_see_the_same_draws(source):
+    host, device = _batches(source, 3), _batches(source, 3, place="device")
+    plain = _batches(source, 3, augmentation=Augmentation())
+    for moved, unmoved, original in zip(host, device, plain, strict=True):
+        np.testing.assert_array_equal(unmoved["image"], original["image"])
+        np.testing.assert_array_equal(moved["label"], unmoved["label"])
+        assert not np.array_equal(moved["image"], unmoved["image"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 21, 42, 64])
+def test_evaluation_has_every_example_once_in_order(source, batch_size):
+    loader = Loader(source, PREPROCESSING)
+    with evaluation_batches(loader, INDICES, batch_size) as batches:
+        batches = list(batches)
+    masks = np.concatenate([batch["mask"] for batch in batches])
+    labels = np.concatenate([batch["label"] for batch in batches])
+    images = np.concatenate([batch["image"] for batch in batches])
+    assert all(len(batch["image"]) == batch_size for batch in batches)
+    assert masks.sum() == len(INDICES)
+    np.testing.assert_array_equal(labels[masks], source.labels[INDICES])
+    np.testing.assert_array_equal(images[masks], loader.load(INDICES)["image"])
+
+
+def test_a_split_without_images_is_refused(tmp_path, tiny_config):
+    from conftest import write_images
+
+    write_images(tmp_path / "few", per_class=2)
+    tiny_config.data.source = f"folder:{tmp_path / 'few'}"
+    with pytest.raises(DataError, match=r"too few for .* no image is left for test"):
+        pipeline.open_dataset(tiny_config.data, PREPROCESSING, seed=0)
+
+
+@pytest.mark.parametrize(("cache", "kind"), [("none", FolderSource), ("memory", DecodedSource)])
+def test_the_cache_is_what_the_configuration_says(tiny_config, cache, kind):
+    tiny_config.data.cache = cache
+    dataset = pipeline.open_dataset(tiny_config.data, PREPROCESSING, seed=0)
+    assert isinstance(dataset.source, kind)
+    assert sum(map(len, dataset.splits.values())) == 60
+
+
+def test_what_does_not_fit_in_memory_is_streamed(tiny_config, monkeypatch):
+    monkeypatch.setattr(pipeline.os, "sysconf", lambda name: 1)
+    dataset = pipeline.open_dataset(tiny_config.data, PREPROCESSING, seed=0)
+    assert isinstance(dataset.source, FolderSource)
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(2, 0), (8, 7), (64, 16)])
+def test_workers_are_as_many_as_help(source, monkeypatch, cores, expected):
+    monkeypatch.setattr(pipeline.os, "cpu_count", lambda: cores)
+    assert pipeline.choose_workers(-1, source) == expected
+    assert pipeline.choose_workers(3, source) == 3
+    assert pipeline.choose_workers(-1, DecodedSource(source, PREPROCESSING)) == 0

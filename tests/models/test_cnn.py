@@ -1,0 +1,182 @@
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.models import count_parameters, forward_flops, make_model
+from cnn_jax.models.cnn import CNN, max_pool_2x2
+
+
+def test_parameters_are_those_of_the_specification_layer_by_layer():
+    model = CNN(num_classes=10)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+
+    def count(collection):
+        return {
+            layer: sum(leaf.size for leaf in jax.tree.leaves(leaves))
+            for layer, leaves in variables[collection].items()
+        }
+
+    assert count("params") == {
+        "conv1": 896,
+        "norm1": 64,
+        "conv2": 18_496,
+        "norm2": 128,
+        "conv3": 73_856,
+        "norm3": 256,
+        "dense": 33_024,
+        "head": 2_570,
+    }
+    assert sum(count("params").values()) == count_parameters(model, (224, 224)) == 129_290
+    assert sum(count("batch_stats").values()) == 448
+
+
+# An independent computation of the same network in NumPy float64.
+
+
+def _conv(x, kernel, bias):
+    batch, height, width, _ = x.shape
+    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    out = np.zeros((batch, height, width, kernel.shape[-1]))
+    for dy in range(3):
+        for dx in range(3):
+            out += padded[:, dy : dy + height, dx : dx + width] @ kernel[dy, dx]
+    return out + bias
+
+
+def _norm(x, scale, bias, mean, var):
+    return (x - mean) / np.sqrt(var + 1e-3) * scale + bias
+
+
+def _pool(x):
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+
+
+def _numpy_forward(variables, x, train=False):
+    params, stats = variables["params"], variables["batch_stats"]
+    for i in (1, 2, 3):
+        x = np.maximum(_conv(x, **params[f"conv{i}"]), 0)
+        moments = (
+            {"mean": x.mean(axis=(0, 1, 2)), "var": x.var(axis=(0, 1, 2))}
+            if train
+            else stats[f"norm{i}"]
+        )
+        x = _norm(x, **params[f"norm{i}"], **moments)
+        if i < 3:
+            x = _pool(x)
+    x = x.mean(axis=(1, 2))
+    x = np.maximum(x @ params["dense"]["kernel"] + params["dense"]["bias"], 0)
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def _random_variables(model, size):
+    """Every parameter and statistic is random, so that none can be left out unseen."""
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *size, 3)))
+    rng = np.random.default_rng(0)
+
+    def randomize(path, leaf):
+        if path[-1] in ("scale", "var"):
+            return rng.uniform(0.5, 2, leaf.shape)
+        return np.asarray(leaf, np.float64) + rng.normal(0, 0.05, leaf.shape)
+
+    flat = flax.traverse_util.flatten_dict(variables)
+    return flax.traverse_util.unflatten_dict({k: randomize(k, v) for k, v in flat.items()})
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 28)])
+@pytest.mark.parametrize("train", [False, True])
+def test_forward_equals_numpy_float64(size, train):
+    model = CNN(num_classes=10, dropout=0.0)
+    variables = _random_variables(model, size)
+    images = np.random.default_rng(1).uniform(-1, 1, (4, *size, 3))
+    expected = _numpy_forward(variables, images, train)
+
+    as_float32 = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), variables)
+    actual = model.apply(
+        as_float32, jnp.array(images, jnp.float32), train=train, mutable=["batch_stats"]
+    )[0]
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_running_statistics_are_the_moving_averages():
+    model = CNN(num_classes=3, features=(4,), dense=8)
+    images = jax.random.normal(jax.random.key(1), (8, 8, 8, 3))
+    variables = model.init(jax.random.key(0), images)
+    _, updates = model.apply(
+        variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)}
+    )
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
+    activations = np.maximum(_conv(np.asarray(images, np.float64), **params["conv1"]), 0)
+    stats = updates["batch_stats"]["norm1"]
+    np.testing.assert_allclose(stats["mean"], 0.01 * activations.mean((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(stats["var"], 0.99 + 0.01 * activations.var((0, 1, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 5, 7, 2)])
+def test_max_pool_is_that_of_flax_and_its_gradient_goes_to_the_largest(shape):
+    x = jax.random.normal(jax.random.key(0), shape)  # No ties.
+
+    def flax_pool(x):
+        return nn.max_pool(x, (2, 2), (2, 2))
+
+    np.testing.assert_array_equal(max_pool_2x2(x), flax_pool(x))
+    weights = jax.random.normal(jax.random.key(1), max_pool_2x2(x).shape)
+    ours = jax.grad(lambda x: jnp.sum(weights * max_pool_2x2(x)))(x)
+    flaxs = jax.grad(lambda x: jnp.sum(weights * flax_pool(x)))(x)
+    np.testing.assert_array_equal(ours, flaxs)
+
+
+def test_dropout_drops_in_training_alone():
+    model = CNN(num_classes=3, features=(4,), dense=64, dropout=0.5)
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    variables = model.init(jax.random.key(0), images)
+
+    def apply(seed, train):
+        return model.apply(
+            variables,
+            images,
+            train=train,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(seed)},
+        )[0]
+
+    assert not np.allclose(apply(0, train=True), apply(1, train=True))
+    np.testing.assert_array_equal(apply(0, train=False), apply(1, train=False))
+
+
+def test_without_batch_norm_there_are_no_statistics():
+    config = {"name": "cnn", "features": [4, 8], "dense": 16, "dropout": 0.0, "batch_norm": False}
+    model = make_model(config, num_classes=3, precision="float32")
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    assert set(variables) == {"params"}
+    assert set(variables["params"]) == {"conv1", "conv2", "dense", "head"}
+
+
+def test_bfloat16_computes_in_it_and_keeps_parameters_and_logits_in_float32():
+    model = CNN(num_classes=10, dtype=jnp.dtype("bfloat16"))
+    images = jax.random.uniform(jax.random.key(1), (4, 16, 16, 3))
+    variables = model.init(jax.random.key(0), images)
+    logits, updates = model.apply(
+        variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)}
+    )
+    leaves = jax.tree.leaves((variables, updates, logits))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+    jaxpr = str(jax.make_jaxpr(lambda v, x: model.apply(v, x))(variables, images))
+    convolutions = [line for line in jaxpr.splitlines() if "conv_general_dilated" in line]
+    assert len(convolutions) == 3
+    assert all("bf16[" in line.split("=")[0] for line in convolutions)
+    exact = CNN(num_classes=10).apply(variables, images)
+    np.testing.assert_allclose(model.apply(variables, images), exact, atol=0.05)
+
+
+def test_flops_are_those_of_the_convolutions_and_dense_layers():
+    # Multiply-adds away from the zero padding, times two, and little else.
+    products = 0
+    for side, channels_in, channels_out in ((32, 3, 32), (16, 32, 64), (8, 64, 128)):
+        products += (3 * side - 2) ** 2 * channels_in * channels_out
+    products += 128 * 256 + 256 * 10
+    assert forward_flops(CNN(num_classes=10), (32, 32)) == pytest.approx(2 * products, rel=0.03)

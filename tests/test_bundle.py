@@ -1,0 +1,114 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.bundle import Bundle, read_bundle, write_bundle
+from cnn_jax.errors import BundleError
+from cnn_jax.models import make_model
+from cnn_jax.preprocessing import Preprocessing
+
+MODEL = {"name": "cnn", "features": [4, 8], "dense": 16, "dropout": 0.5, "batch_norm": True}
+
+
+def make_bundle(seed: int = 0, class_names: tuple[str, ...] = ("blue", "green", "red")) -> Bundle:
+    """An untrained network for 16 x 16 pixels."""
+    model = make_model(MODEL, len(class_names), "float32")
+    return Bundle(
+        model=MODEL,
+        precision="float32",
+        class_names=list(class_names),
+        preprocessing=Preprocessing(image_size=(16, 16)),
+        temperature=1.0,
+        data={"source": "shapes", "split": [0.7, 0.2, 0.1], "seed": 0, "fingerprint": "0"},
+        metrics={"test": {"accuracy": 0.5}},
+        variables=model.init(jax.random.key(seed), jnp.zeros((1, 16, 16, 3))),
+    )
+
+
+def test_what_was_written_is_read(tmp_path):
+    bundle = make_bundle(class_names=("ü", "猫"))
+    write_bundle(bundle, tmp_path / "bundle")
+    read = read_bundle(tmp_path / "bundle")
+    for field in dataclasses.fields(Bundle):
+        if field.name != "variables":
+            assert getattr(read, field.name) == getattr(bundle, field.name)
+    written = jax.tree.leaves_with_path(bundle.variables)
+    assert len(written) == 16
+    for (path, leaf), (read_path, read_leaf) in zip(
+        written, jax.tree.leaves_with_path(read.variables), strict=True
+    ):
+        assert path == read_path
+        assert read_leaf.dtype == np.float32
+        np.testing.assert_array_equal(leaf, read_leaf)
+
+
+def test_the_bytes_are_a_function_of_the_content(tmp_path):
+    for name in ("first", "second"):
+        write_bundle(make_bundle(), tmp_path / name)
+    for file in ("bundle.json", "weights.safetensors"):
+        first, second = ((tmp_path / name / file).read_bytes() for name in ("first", "second"))
+        assert first == second
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == [
+        "bundle.json",
+        "weights.safetensors",
+    ]
+
+
+def test_a_second_one_replaces_the_first(tmp_path):
+    write_bundle(make_bundle(seed=0), tmp_path / "bundle")
+    write_bundle(make_bundle(seed=1), tmp_path / "bundle")
+    expected = make_bundle(seed=1).variables["params"]["head"]["kernel"]
+    read = read_bundle(tmp_path / "bundle").variables["params"]["head"]["kernel"]
+    np.testing.assert_array_equal(read, expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_one_flipped_bit_is_found(tmp_path):
+    write_bundle(make_bundle(), tmp_path / "bundle")
+    path = tmp_path / "bundle" / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"weights\.safetensors is damaged"):
+        read_bundle(tmp_path / "bundle")
+
+
+def _edit(path, **changes):
+    description = json.loads((path / "bundle.json").read_text())
+    (path / "bundle.json").write_text(json.dumps(description | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "bundle.json").unlink(), "is not a bundle: there is no"),
+        (lambda path: (path / "weights.safetensors").unlink(), "is not a bundle: there is no"),
+        (lambda path: (path / "bundle.json").write_text("{"), "is not a bundle"),
+        (lambda path: (path / "bundle.json").write_text("[]"), "is not a bundle"),
+        (lambda path: _edit(path, format=2), "format 2, and this version"),
+        (lambda path: _edit(path, files={}), "is not a bundle"),
+        (lambda path: _edit(path, preprocessing={}), "is not a bundle"),
+    ],
+)
+def test_what_is_no_bundle_is_one_clear_error(tmp_path, damage, message):
+    path = tmp_path / "bundle"
+    write_bundle(make_bundle(), path)
+    damage(path)
+    with pytest.raises(BundleError, match=message):
+        read_bundle(path)
+
+
+def test_no_bundle_at_all(tmp_path):
+    with pytest.raises(BundleError, match="is not a bundle: there is no"):
+        read_bundle(tmp_path / "nowhere")
+
+
+def test_a_name_that_leads_out_of_the_bundle_is_refused(tmp_path):
+    write_bundle(make_bundle(), tmp_path / "bundle")
+    _edit(tmp_path / "bundle", files={"../../etc/passwd": {"sha256": ""}})
+    with pytest.raises(BundleError, match="is not a bundle"):
+        read_bundle(tmp_path / "bundle")

@@ -1,0 +1,135 @@
+import importlib.util
+
+import pytest
+from conftest import REPOSITORY
+
+from cnn_jax import configuration
+from cnn_jax.errors import ConfigError
+from configs import default
+
+CONFIG_FILES = sorted((REPOSITORY / "configs").glob("*.py"))
+
+
+def _load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_every_config_file_is_valid_and_opens_with_its_command(path):
+    module = _load(path)
+    configuration.validate(module.get_config(), num_devices=1)
+    command = f"python -m cnn_jax.main --config=configs/{path.name}"
+    assert command in module.__doc__
+
+
+def test_the_specification_to_the_letter():
+    config = _load(REPOSITORY / "configs" / "spec_224.py").get_config()
+    assert configuration.image_size(config) == (224, 224)
+    assert (config.train.batch_size, config.train.epochs) == (32, 45)
+    assert (config.optimizer.learning_rate, config.optimizer.final_learning_rate) == (1e-3, 1e-4)
+    assert config.train.label_smoothing == 0.1
+    assert (config.augment.rotation, config.augment.zoom, config.augment.contrast) == (0.2,) * 3
+    assert config.augment.flip == "horizontal"
+    assert tuple(config.model.features) == (32, 64, 128)
+    assert (config.model.dense, config.model.dropout, config.model.batch_norm) == (256, 0.5, True)
+    assert tuple(config.data.split) == (0.7, 0.2, 0.1)
+
+
+IMPOSSIBLE = [
+    ("seed", -1),
+    ("precision", "float16"),
+    ("data.source", ""),
+    ("data.split", (0.7, 0.2, 0.2)),
+    ("data.split", (0.8, 0.2, 0.0)),
+    ("data.split", (0.5, 0.5)),
+    ("data.image_size", (32, 30)),
+    ("data.image_size", (0, 0)),
+    ("data.image_size", (32.0, 32.0)),
+    ("data.image_size", (32, 32, 3)),
+    ("data.mean", (127.5, 127.5)),
+    ("data.mean", (127.5, 127.5, 300.0)),
+    ("data.std", (1.0, 0.0, 1.0)),
+    ("data.cache", "disk"),
+    ("data.workers", -2),
+    ("data.max_pixels", 0),
+    ("augment.flip", "sideways"),
+    ("augment.rotation", 1.5),
+    ("augment.zoom", 1.0),
+    ("augment.contrast", -0.1),
+    ("augment.place", "moon"),
+    ("model.name", "resnet"),
+    ("model.features", ()),
+    ("model.features", (32, 0)),
+    ("model.dense", 0),
+    ("model.dropout", 1.0),
+    ("optimizer.learning_rate", 0.0),
+    ("optimizer.learning_rate", float("nan")),
+    ("optimizer.final_learning_rate", 1.0),
+    ("optimizer.warmup_epochs", 22.0),
+    ("optimizer.l2", -1e-4),
+    ("train.batch_size", 0),
+    ("train.batch_size", 30),
+    ("train.epochs", 0),
+    ("train.label_smoothing", 1.0),
+    ("train.patience", 0),
+    ("train.monitor", "test_accuracy"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), IMPOSSIBLE)
+def test_an_impossible_value_is_one_line_that_names_its_key(key, value):
+    config = default.get_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(ConfigError) as error:
+        configuration.validate(config, num_devices=4)
+    assert str(error.value).startswith(f"config.{key}: must")
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("key", configuration._FIELDS)
+def test_a_wrong_type_or_a_missing_key_is_named(key):
+    config = default.get_config()
+    section, _, name = key.rpartition(".")
+    owner = config[section] if section else config
+    with config.ignore_type():
+        owner[name] = {"a"}
+    with pytest.raises(ConfigError, match=rf"config\.{key}: must be .* got {{'a'}}"):
+        configuration.validate(config, num_devices=1)
+    del owner[name]
+    with pytest.raises(ConfigError, match=rf"config\.{key}: is missing"):
+        configuration.validate(config, num_devices=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("optimizer.learning_rat", "; did you mean optimizer.learning_rate?"),
+        ("train.batchsize", "; did you mean train.batch_size?"),
+        ("zzz", ""),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(key, hint):
+    config = default.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict({key: 1}) if "." not in key else setattr(
+            config[key.split(".")[0]], key.split(".")[1], 1
+        )
+    with pytest.raises(ConfigError) as error:
+        configuration.validate(config, num_devices=1)
+    assert str(error.value) == f"config.{key}: there is no such key{hint}"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(64, (64, 64)), ((64,), (64, 64)), ([32, 64], (32, 64))]
+)
+def test_an_image_size_may_be_one_side(value, expected):
+    config = default.get_config()
+    with config.ignore_type():
+        config.data.image_size = value
+    configuration.validate(config, num_devices=1)
+    assert configuration.image_size(config) == expected

@@ -1,0 +1,96 @@
+import json
+
+import numpy as np
+import pytest
+import sklearn.metrics
+from test_bundle import make_bundle
+
+from cnn_jax import evaluate
+from cnn_jax.bundle import write_bundle
+from cnn_jax.data.sources import FolderSource, fingerprint
+from cnn_jax.errors import DataError
+from cnn_jax.predict import Predictor
+
+NAMES = ["a", "b", "c", "d"]
+
+
+def test_figures_equal_scikit_learns():
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(4), 200).astype(np.float32)
+    labels = rng.integers(0, 3, 200)  # Class d has no examples.
+    report = evaluate.score(probabilities, labels, NAMES)
+    predictions = probabilities.argmax(axis=1)
+    everything = {"labels": range(4), "average": "macro", "zero_division": 0}
+    assert report["count"] == 200
+    assert report["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predictions))
+    for key in ("precision", "recall", "f1"):
+        function = getattr(sklearn.metrics, f"{key}_score")
+        assert report[key] == pytest.approx(function(labels, predictions, **everything))
+    log_loss = sklearn.metrics.log_loss(labels, probabilities.astype(float), labels=range(4))
+    assert report["loss"] == pytest.approx(log_loss, rel=1e-5)
+    expected = sklearn.metrics.confusion_matrix(labels, predictions, labels=range(4))
+    np.testing.assert_array_equal(report["confusion"], expected)
+
+
+def test_a_probability_of_zero_gives_a_finite_loss():
+    report = evaluate.score(np.array([[1.0, 0.0]], np.float32), np.array([1]), ["a", "b"])
+    assert 80 < report["loss"] < 100
+
+
+@pytest.fixture
+def predictor(image_folder):
+    bundle = make_bundle()
+    bundle.data["fingerprint"] = fingerprint(FolderSource(image_folder))
+    return Predictor(bundle)
+
+
+def test_the_split_is_the_one_of_the_bundle(predictor, image_folder):
+    source = FolderSource(image_folder)
+    counts = [
+        evaluate.evaluate(predictor, source, split)["count"]
+        for split in ("train", "validation", "test", "all")
+    ]
+    assert counts == [42, 12, 6, 60]
+
+
+def test_classes_are_matched_by_name(predictor, image_folder, tmp_path):
+    """A folder without the first class keeps the others' meaning."""
+    for name in ("green", "red"):
+        (tmp_path / name).symlink_to(image_folder / name)
+    source = FolderSource(image_folder)
+    part = FolderSource(tmp_path)
+    whole_report = evaluate.evaluate(predictor, source, "all")
+    part_report = evaluate.evaluate(predictor, part, "all")
+    np.testing.assert_array_equal(part_report["confusion"][1:], whole_report["confusion"][1:])
+    assert sum(part_report["confusion"][0]) == 0
+
+
+def test_an_unknown_class_is_named(predictor, tmp_path, image_folder):
+    for name in ("red", "purple"):
+        (tmp_path / name).symlink_to(image_folder / "red")
+    with pytest.raises(DataError, match="does not know: purple; it knows blue, green, red"):
+        evaluate.evaluate(predictor, FolderSource(tmp_path), "all")
+
+
+def test_other_data_is_warned_of(predictor, image_folder, tmp_path, caplog):
+    for name in ("green", "red"):
+        (tmp_path / name).symlink_to(image_folder / name)
+    evaluate.evaluate(predictor, FolderSource(image_folder), "test")
+    assert not caplog.records
+    evaluate.evaluate(predictor, FolderSource(tmp_path), "test")
+    assert "is not the data that the bundle was trained on" in caplog.text
+
+
+def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_path, capfd):
+    bundle = make_bundle()
+    bundle.data["source"] = f"folder:{image_folder}"
+    bundle.data["fingerprint"] = fingerprint(FolderSource(image_folder))
+    write_bundle(bundle, tmp_path / "bundle")
+    evaluate.main([f"--bundle={tmp_path / 'bundle'}"])
+    test = json.loads(capfd.readouterr().out)
+    assert test["count"] == 6
+    assert set(test["per_class"]) == {"blue", "green", "red"}
+    evaluate.main(
+        [f"--bundle={tmp_path / 'bundle'}", "--split=all", f"--output={tmp_path / 'all.json'}"]
+    )
+    assert json.loads((tmp_path / "all.json").read_text())["count"] == 60

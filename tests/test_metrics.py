@@ -1,0 +1,92 @@
+import jax.numpy as jnp
+import numpy as np
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnn_jax.metrics import Metrics, full_report, per_class, summarize
+
+
+def _logits(predictions, num_classes):
+    return 10.0 * jnp.eye(num_classes)[jnp.array(predictions)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(2, 6).flatmap(
+        lambda classes: st.lists(
+            st.tuples(st.integers(0, classes - 1), st.integers(0, classes - 1)),
+            min_size=1,
+            max_size=40,
+        ).map(lambda pairs: (classes, pairs))
+    )
+)
+def test_equals_scikit_learn_also_with_absent_classes(case):
+    num_classes, pairs = case
+    labels, predictions = map(list, zip(*pairs, strict=True))
+    classes = list(range(num_classes))
+    confusion = sklearn.metrics.confusion_matrix(labels, predictions, labels=classes)
+    expected = sklearn.metrics.precision_recall_fscore_support(
+        labels, predictions, labels=classes, zero_division=0
+    )
+    actual = per_class(confusion)
+    for key, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+        np.testing.assert_allclose(actual[key], values, err_msg=key)
+
+    summary = summarize(confusion, loss_sum=3.0)
+    macro = sklearn.metrics.precision_recall_fscore_support(
+        labels, predictions, labels=classes, zero_division=0, average="macro"
+    )
+    np.testing.assert_allclose([summary[key] for key in ("precision", "recall", "f1")], macro[:3])
+    np.testing.assert_allclose(
+        summary["accuracy"], sklearn.metrics.accuracy_score(labels, predictions)
+    )
+    np.testing.assert_allclose(summary["loss"], 3.0 / len(labels))
+
+
+def test_batches_merged_equal_the_whole_and_padding_does_not_count():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20, 4)).astype(np.float32)
+    labels = rng.integers(0, 4, 20).astype(np.int32)
+    whole = Metrics.from_logits(jnp.array(logits), jnp.array(labels), jnp.ones(20, bool))
+
+    merged = Metrics.empty(4)
+    for start in range(0, 20, 8):
+        rows = np.arange(start, start + 8)
+        mask = rows < 20
+        rows = np.where(mask, rows, 0)
+        batch = Metrics.from_logits(
+            jnp.array(logits[rows]), jnp.array(labels[rows]), jnp.array(mask)
+        )
+        merged = merged.merge(batch)
+
+    np.testing.assert_array_equal(merged.confusion, whole.confusion)
+    np.testing.assert_allclose(merged.loss_sum, whole.loss_sum, rtol=1e-6)
+    assert int(whole.confusion.sum()) == 20
+
+
+def test_a_padded_row_with_infinite_loss_does_not_count():
+    logits = jnp.array([[0.0, 0.0], [jnp.inf, jnp.nan]])
+    metrics = Metrics.from_logits(logits, jnp.array([0, 1]), jnp.array([True, False]))
+    np.testing.assert_allclose(metrics.loss_sum, np.log(2), rtol=1e-6)
+
+
+def test_rows_are_true_classes():
+    metrics = Metrics.from_logits(_logits([2, 2], 3), jnp.array([0, 2]), jnp.ones(2, bool))
+    np.testing.assert_array_equal(metrics.confusion, [[0, 0, 1], [0, 0, 0], [0, 0, 1]])
+
+
+def test_nothing_counted_gives_zeros_not_nan():
+    assert set(Metrics.empty(3).compute().values()) == {0.0}
+
+
+def test_full_report_names_classes_and_holds_json_types():
+    report = full_report(np.array([[3, 1], [0, 4]]), 8.0, ["cat", "dog"])
+    assert report["count"] == 8
+    assert report["per_class"]["cat"] == {
+        "precision": 1.0,
+        "recall": 0.75,
+        "f1": 6 / 7,
+        "support": 4,
+    }
+    assert report["confusion"] == [[3, 1], [0, 4]]

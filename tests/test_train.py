@@ -1,0 +1,344 @@
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY, write_images
+
+from cnn_jax import train
+from cnn_jax.bundle import read_bundle
+from cnn_jax.data import shapes
+from cnn_jax.data.sources import FolderSource
+from cnn_jax.data.splits import split_by_id
+from cnn_jax.errors import ConfigError, TrainingError
+from cnn_jax.evaluate import predict_split
+from cnn_jax.predict import Predictor
+from cnn_jax.train import train_and_evaluate
+
+EPOCH_KEYS = {
+    "epoch",
+    "step",
+    "seconds",
+    "images_per_second",
+    "learning_rate",
+    *(
+        f"{split}_{key}"
+        for split in ("train", "validation")
+        for key in ("loss", "accuracy", "precision", "recall", "f1")
+    ),
+}
+
+
+def _history(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _weights(workdir):
+    return (workdir / "bundle" / "weights.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, image_folder):
+    """A finished run: its folder, its configuration and what the call returned."""
+    config = _tiny(image_folder)
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, config, train_and_evaluate(config, workdir)
+
+
+def _tiny(image_folder, **changes):
+    from configs import default
+
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {
+            "data.source": f"folder:{image_folder}",
+            "data.image_size": (16, 16),
+            "model.features": (4, 8),
+            "model.dense": 16,
+            "train.batch_size": 8,
+            "train.epochs": 3,
+            **changes,
+        }
+    )
+    return config
+
+
+def test_a_run_leaves_what_the_design_says(finished):
+    workdir, config, report = finished
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(config.to_json())
+    history = _history(workdir)
+    assert [set(record) for record in history] == [EPOCH_KEYS] * 3
+    assert [record["step"] for record in history] == [6, 12, 18]
+    assert history[0]["learning_rate"] > history[2]["learning_rate"] >= 1e-4
+    assert list((workdir / "tensorboard").iterdir())
+    assert list((workdir / "checkpoints").iterdir())
+
+    assert json.loads((workdir / "report" / "metrics.json").read_text()) == report
+    assert {split: figures["count"] for split, figures in report.items()} == {
+        "train": 42,
+        "validation": 12,
+        "test": 6,
+    }
+    keys = {"accuracy", "precision", "recall", "f1", "loss", "per_class", "confusion", "count"}
+    assert all(set(figures) == keys for figures in report.values())
+
+    bundle = read_bundle(workdir / "bundle")
+    assert bundle.class_names == ["blue", "green", "red"]
+    assert bundle.metrics["test"]["accuracy"] == report["test"]["accuracy"]
+    assert {"jax", "flax", "cnn_jax"} <= set(
+        json.loads((workdir / "bundle" / "bundle.json").read_text())["versions"]
+    )
+
+
+def test_the_bundle_is_that_of_the_best_epoch(finished):
+    workdir, config, report = finished
+    history = _history(workdir)
+    best = max(history, key=lambda record: record[config.train.monitor])
+    assert report["validation"]["accuracy"] == pytest.approx(best["validation_accuracy"])
+    assert report["validation"]["loss"] == pytest.approx(best["validation_loss"], rel=1e-4)
+
+
+def test_a_fresh_process_gives_exactly_the_probabilities_that_were_written(
+    finished, image_folder, tmp_path
+):
+    """Through the bundle, the data and the split, found again by the command."""
+    workdir, _, report = finished
+    output = tmp_path / "test.json"
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "cnn_jax.evaluate",
+            f"--bundle={workdir / 'bundle'}",
+            f"--output={output}",
+        ],
+        check=True,
+        cwd=REPOSITORY,
+    )
+    assert json.loads(output.read_text()) == report["test"]
+
+    source = FolderSource(image_folder)
+    indices = split_by_id(source.ids, source.labels, (0.7, 0.2, 0.1), 0)["test"]
+    probabilities = predict_split(Predictor.load(workdir / "bundle"), source, indices)
+    rows = (workdir / "report" / "predictions.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == [source.ids[i] for i in indices]
+    written = np.array([row.split(",")[3] for row in rows], np.float32)
+    np.testing.assert_array_equal(written, probabilities.max(axis=1))
+
+
+def test_the_same_command_again_changes_nothing(finished):
+    workdir, config, report = finished
+    files = ["bundle/weights.safetensors", "bundle/bundle.json", "report/metrics.json"]
+    before = [(workdir / file).read_bytes() for file in [*files, "metrics.jsonl"]]
+    assert train_and_evaluate(config, workdir) == report
+    assert [(workdir / file).read_bytes() for file in [*files, "metrics.jsonl"]] == before
+
+
+def test_the_same_run_elsewhere_is_the_same_to_the_bit(finished, tmp_path):
+    """Streamed from disk instead of from memory, as well."""
+    workdir, config, report = finished
+    other = config.copy_and_resolve_references()
+    other.data.cache = "none"
+    assert train_and_evaluate(other, tmp_path / "run") == report
+    assert _weights(tmp_path / "run") == _weights(workdir)
+
+
+def test_it_learns_what_can_be_learned(image_folder, tmp_path):
+    config = _tiny(
+        image_folder,
+        **{"train.epochs": 20, "optimizer.learning_rate": 1e-2, "train.patience": 20},
+    )
+    assert train_and_evaluate(config, tmp_path / "run")["train"]["accuracy"] > 0.9
+
+
+def test_another_configuration_in_the_same_folder_is_refused(finished):
+    workdir, config, _ = finished
+    other = config.copy_and_resolve_references()
+    other.optimizer.l2 = 0.5
+    with pytest.raises(ConfigError, match=r"optimizer\.l2: 0\.0001 -> 0\.5"):
+        train_and_evaluate(other, workdir)
+
+
+def test_changed_data_is_refused(tmp_path):
+    write_images(tmp_path / "images", per_class=10)
+    config = _tiny(tmp_path / "images", **{"train.epochs": 1})
+    train_and_evaluate(config, tmp_path / "run")
+    (tmp_path / "images" / "red" / "000.png").rename(tmp_path / "images" / "red" / "new.png")
+    with pytest.raises(TrainingError, match="the data has changed"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+def test_patience_ends_the_run_and_the_best_is_kept(image_folder, tmp_path):
+    # So high a rate learns nothing; the first epoch's accuracy is soon not beaten.
+    config = _tiny(
+        image_folder,
+        **{
+            "train.epochs": 30,
+            "train.patience": 2,
+            "optimizer.learning_rate": 0.5,
+            "optimizer.final_learning_rate": 0.5,
+        },
+    )
+    report = train_and_evaluate(config, tmp_path / "run")
+    history = _history(tmp_path / "run")
+    accuracies = [record["validation_accuracy"] for record in history]
+    best = int(np.argmax(accuracies))
+    assert len(history) == best + 1 + 2 < 30
+    assert report["validation"]["accuracy"] == pytest.approx(accuracies[best])
+    # Started again, it knows that it is over.
+    assert train_and_evaluate(config, tmp_path / "run") == report
+    assert len(_history(tmp_path / "run")) == len(history)
+
+
+def test_an_infinite_loss_ends_the_run_and_keeps_the_last_checkpoint(
+    image_folder, tmp_path, monkeypatch
+):
+    config = _tiny(image_folder)
+    real_step = train.train_step
+
+    def poisoned(state, batch, **kwargs):
+        state, metrics = real_step(state, batch, **kwargs)
+        bad = state.step == 9  # In the second epoch.
+        return state, metrics.replace(
+            loss_sum=jax.numpy.where(bad, jax.numpy.nan, metrics.loss_sum)
+        )
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    message = r"the loss is nan at step 9, with a learning rate of 0\.000\d+\. Try a lower"
+    with pytest.raises(TrainingError, match=message):
+        train_and_evaluate(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
+    # Mended, it goes on from there.
+    monkeypatch.setattr(train, "train_step", real_step)
+    train_and_evaluate(config, tmp_path / "run")
+    assert len(_history(tmp_path / "run")) == 3
+
+
+def test_on_the_device_as_on_the_host(image_folder, tmp_path):
+    """Augmented in the compiled step, the run ends at nearly the same figures."""
+    host = _tiny(image_folder, **{"augment.place": "host"})
+    device = _tiny(image_folder, **{"augment.place": "device"})
+    train_and_evaluate(host, tmp_path / "host")
+    train_and_evaluate(device, tmp_path / "device")
+    for a, b in zip(_history(tmp_path / "host"), _history(tmp_path / "device"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=0.01)
+
+
+def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
+    made = []
+    real = train._make_programs
+
+    def spy(*args):
+        made.append(real(*args))
+        return made[-1]
+
+    monkeypatch.setattr(train, "_make_programs", spy)
+    train_and_evaluate(_tiny(image_folder), tmp_path / "run")
+    (programs,) = made
+    assert programs.train_step._cache_size() == 1
+    assert programs.eval_step._cache_size() == 1
+    assert programs.merge._cache_size() == 1
+
+
+# In processes of their own, killed for real.
+
+SMOKE = [sys.executable, "-m", "cnn_jax.main", "--config=configs/smoke.py"]
+
+
+def _start(workdir, *flags):
+    return subprocess.Popen(
+        [*SMOKE, f"--workdir={workdir}", *flags],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A run of configs/smoke.py that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("smoke") / "run"
+    shapes.generate(1000)  # Made on the first use, which is not to be timed.
+    started = time.monotonic()
+    process = _start(workdir)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    seconds = time.monotonic() - started
+    return types.SimpleNamespace(workdir=workdir, stdout=stdout, stderr=stderr, seconds=seconds)
+
+
+def _same_but_for_time(first, second):
+    def timeless(workdir):
+        return [
+            {k: v for k, v in record.items() if k not in ("seconds", "images_per_second")}
+            for record in _history(workdir)
+        ]
+
+    assert timeless(first) == timeless(second)
+    for file in ("bundle/weights.safetensors", "bundle/bundle.json", "report/predictions.csv"):
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+def test_killed_at_random_moments_a_run_ends_byte_identical(smoke, tmp_path):
+    workdir = tmp_path / "run"
+    rng = random.Random()
+    kills = 0
+    while kills < 5:
+        process = _start(workdir)
+        try:
+            process.wait(timeout=smoke.seconds * rng.uniform(0.3, 1.0))
+            break  # It was faster than its death.
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    process = _start(workdir)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert kills > 0
+    _same_but_for_time(smoke.workdir, workdir)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_within_an_epoch_it_saves_there_and_goes_on(smoke, tmp_path, signum):
+    workdir = tmp_path / "run"
+    process = _start(workdir, "--config.data.workers=0")
+    while not (workdir / "metrics.jsonl").exists() or not _history(workdir):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signum)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert "saved after step" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal()]
+    assert max(steps) < 66
+    process = _start(workdir)
+    _, stderr = process.communicate()
+    assert process.returncode == 0
+    assert f"goes on from step {max(steps)}" in stderr
+    _same_but_for_time(smoke.workdir, workdir)
+
+
+def test_what_a_person_sees_when_the_output_is_a_file(smoke):
+    stdout, stderr = smoke.stdout, smoke.stderr
+    assert "\x1b" not in stdout + stderr
+    assert "\r" not in stdout + stderr
+    for fact in ("float32", "train 700, validation 200, test 100", "129,290 parameters", "MFLOP"):
+        assert fact in stderr
+    epochs = [
+        line for line in stderr.splitlines() if line.strip().startswith(("1/3", "2/3", "3/3"))
+    ]
+    assert len(epochs) == 3
+    assert epochs[0].endswith("best")
+    assert all(len(line) <= 80 for line in stderr.splitlines() if str(REPOSITORY) not in line)
+    assert "python -m cnn_jax.predict --bundle=" in stdout
+    assert math.isfinite(float(stdout.split("accuracy ")[1].split("%")[0]))
