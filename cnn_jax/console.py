@@ -8,11 +8,17 @@ from typing import Any
 
 import rich.console
 import rich.progress
+import rich.table
 
 _TABLE_HEAD = (
     "             ------- train -------   ----- validation ----\n"
     "  epoch      loss  accuracy     F1   loss  accuracy     F1   images/s"
 )
+
+
+def _whole() -> rich.table.Column:
+    """A column that a narrow terminal does not shorten; the bar gives way to it."""
+    return rich.table.Column(no_wrap=True, min_width=11)
 
 
 class Console:
@@ -36,7 +42,7 @@ class Console:
     def track(self, items: Iterable, description: str, total: int) -> Iterator:
         """Passes items on, and shows how many of `total` have come."""
         if not self._console.is_terminal:
-            self.print(f"{description}: {total:,}")
+            self.print(f"{description} ...")
             yield from items
             return
         with self._progress(rich.progress.MofNCompleteColumn()) as progress:
@@ -44,7 +50,7 @@ class Console:
 
     def _progress(self, *columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
         return rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", table_column=_whole()),
             rich.progress.BarColumn(bar_width=None),
             *columns,
             rich.progress.TimeRemainingColumn(),
@@ -54,7 +60,7 @@ class Console:
         )
 
     def training(self, epochs: int, steps_per_epoch: int) -> "TrainingDisplay":
-        columns = [rich.progress.TextColumn("{task.fields[rate]}")]
+        columns = [rich.progress.TextColumn("{task.fields[rate]}", table_column=_whole())]
         progress = self._progress(*columns) if self._console.is_terminal else None
         return TrainingDisplay(self, progress, epochs, steps_per_epoch)
 
@@ -108,7 +114,7 @@ class TrainingDisplay:
             self._task,
             completed=step,
             description=f"epoch {epoch}/{self._epochs}",
-            rate=f"loss {loss:.3f}  {images_per_second:,.0f} images/s",
+            rate=f"loss {loss:.3f}  {images_per_second:,.0f} img/s" if images_per_second else "",
         )
 
     def epoch(self, record: Mapping[str, Any], *, is_best: bool) -> None:

@@ -8,6 +8,7 @@ prints them as JSON, as `report/metrics.json` holds them.
 import argparse
 import json
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cnn_jax import cli
+from cnn_jax.console import Console
 from cnn_jax.data.pipeline import Loader, evaluation_batches
-from cnn_jax.data.sources import Source, fingerprint, open_source
+from cnn_jax.data.sources import Source, Track, fingerprint, no_track, open_source
 from cnn_jax.data.splits import SPLITS, split_by_id
 from cnn_jax.errors import DataError
 from cnn_jax.metrics import full_report
@@ -26,13 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 def predict_split(
-    predictor: Predictor, source: Source, indices: Int[np.ndarray, " n"], workers: int = 0
+    predictor: Predictor,
+    source: Source,
+    indices: Int[np.ndarray, " n"],
+    track: Track = no_track,
+    description: str = "measuring",
 ) -> Float[np.ndarray, "n classes"]:
     """Probabilities of these examples of a source, in their order, float32."""
-    loader = Loader(source, predictor.preprocessing, workers)
+    loader = Loader(source, predictor.preprocessing)
     rows = [np.empty((0, len(predictor.class_names)), np.float32)]
     with evaluation_batches(loader, indices, BATCH_SIZE) as batches:
-        for batch in batches:
+        num_batches = math.ceil(len(indices) / BATCH_SIZE)
+        for batch in track(batches, description, num_batches):
             rows.append(predictor(batch["image"])[batch["mask"]])
     return np.concatenate(rows)
 
@@ -52,13 +59,16 @@ def score(
     return full_report(cells.reshape(num_classes, num_classes), float(loss_sum), class_names)
 
 
-def evaluate(predictor: Predictor, source: Source, split: str = "test") -> dict[str, Any]:
+def evaluate(
+    predictor: Predictor, source: Source, split: str = "test", track: Track = no_track
+) -> dict[str, Any]:
     """Figures of a split of a source, divided as it was when the bundle was trained.
 
     Args:
       predictor: A loaded bundle.
       source: Any source whose classes the bundle knows.
       split: "train", "validation", "test" or "all".
+      track: Shows progress.
 
     Raises:
       DataError: The source has a class that the bundle does not know, or the
@@ -85,7 +95,7 @@ def evaluate(predictor: Predictor, source: Source, split: str = "test") -> dict[
     if not len(indices):
         raise DataError(f"{source.name} has no images in its {split} split")
     to_bundle = np.array([predictor.class_names.index(name) for name in source.class_names])
-    probabilities = predict_split(predictor, source, indices)
+    probabilities = predict_split(predictor, source, indices, track)
     return score(probabilities, to_bundle[source.labels[indices]], predictor.class_names)
 
 
@@ -102,8 +112,9 @@ def main(argv: Sequence[str]) -> None:
     flags = parser.parse_args(argv)
 
     predictor = Predictor.load(flags.bundle)
-    source = open_source(flags.source or predictor.data["source"])
-    figures = evaluate(predictor, source, flags.split)
+    console = Console()
+    source = open_source(flags.source or predictor.data["source"], console.track)
+    figures = evaluate(predictor, source, flags.split, console.track)
     with cli.open_output(flags.output) as file:
         json.dump(figures, file, indent=1, ensure_ascii=False)
         file.write("\n")

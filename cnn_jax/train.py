@@ -76,8 +76,8 @@ def train_and_evaluate(
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.monitor)
     with contextlib.closing(checkpoints):
-        variables, history = _train(config, workdir, dataset, model, checkpoints, console)
-    report = _write_results(config, workdir, dataset, history, variables)
+        variables = _train(config, workdir, dataset, model, checkpoints, console)
+    report = _write_results(config, workdir, dataset, variables, console)
     show_results(workdir, report)
     return report
 
@@ -136,8 +136,8 @@ def _train(
     model: nn.Module,
     checkpoints: Checkpoints,
     console: Console,
-) -> tuple[PyTree, History]:
-    """Trains to the end; returns the best epoch's variables and all epochs' records."""
+) -> PyTree:
+    """Trains to the end; returns the best epoch's variables, on the host."""
     train = config.train
     steps_per_epoch = math.ceil(len(dataset.splits["train"]) / train.batch_size)
     last_step = train.epochs * steps_per_epoch
@@ -221,7 +221,7 @@ def _train(
     console.print(_why_it_ended(history, best, config))
     if best["step"] != history[-1]["step"]:
         state, _, _ = checkpoints.restore(best["step"], state, totals, dataset.fingerprint)
-    return jax.device_get(state.variables), history
+    return jax.device_get(state.variables)
 
 
 class _Clock:
@@ -334,8 +334,8 @@ def _write_results(
     config: Config,
     workdir: pathlib.Path,
     dataset: Dataset,
-    history: History,
     variables: PyTree,
+    console: Console,
 ) -> dict[str, Any]:
     """Measures the best network on every split; writes the report and the bundle."""
     source = dataset.source
@@ -358,7 +358,9 @@ def _write_results(
     report = {}
     for split in SPLITS:
         indices = dataset.splits[split]
-        probabilities = predict_split(predictor, source, indices)
+        probabilities = predict_split(
+            predictor, source, indices, console.track, f"measuring {split}"
+        )
         report[split] = score(probabilities, source.labels[indices], source.class_names)
         if split == "test":
             ids = [source.ids[i] for i in indices]

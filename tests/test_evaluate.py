@@ -26,7 +26,9 @@ def test_figures_equal_scikit_learns():
     for key in ("precision", "recall", "f1"):
         function = getattr(sklearn.metrics, f"{key}_score")
         assert report[key] == pytest.approx(function(labels, predictions, **everything))
-    log_loss = sklearn.metrics.log_loss(labels, probabilities.astype(float), labels=range(4))
+    exact = probabilities.astype(float)
+    exact /= exact.sum(axis=1, keepdims=True)
+    log_loss = sklearn.metrics.log_loss(labels, exact, labels=range(4))
     assert report["loss"] == pytest.approx(log_loss, rel=1e-5)
     expected = sklearn.metrics.confusion_matrix(labels, predictions, labels=range(4))
     np.testing.assert_array_equal(report["confusion"], expected)

@@ -14,7 +14,6 @@ from conftest import REPOSITORY, write_images
 
 from cnn_jax import train
 from cnn_jax.bundle import read_bundle
-from cnn_jax.data import shapes
 from cnn_jax.data.sources import FolderSource
 from cnn_jax.data.splits import split_by_id
 from cnn_jax.errors import ConfigError, TrainingError
@@ -266,13 +265,10 @@ def _start(workdir, *flags):
 def smoke(tmp_path_factory):
     """A run of configs/smoke.py that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("smoke") / "run"
-    shapes.generate(1000)  # Made on the first use, which is not to be timed.
-    started = time.monotonic()
     process = _start(workdir)
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
-    seconds = time.monotonic() - started
-    return types.SimpleNamespace(workdir=workdir, stdout=stdout, stderr=stderr, seconds=seconds)
+    return types.SimpleNamespace(workdir=workdir, stdout=stdout, stderr=stderr)
 
 
 def _same_but_for_time(first, second):
@@ -287,19 +283,26 @@ def _same_but_for_time(first, second):
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
 
 
+def _kill_at_a_random_moment_of_training(workdir, rng):
+    """Returns whether it was killed; False if it had ended before."""
+    log = workdir / "metrics.jsonl"
+    before = log.stat().st_mtime_ns if log.exists() else None
+    process = _start(workdir)
+    while process.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before):
+        time.sleep(0.01)  # The log is written anew when training starts.
+    time.sleep(rng.uniform(0, 2))
+    killed = process.poll() is None
+    process.kill()
+    process.communicate()
+    return killed
+
+
 def test_killed_at_random_moments_a_run_ends_byte_identical(smoke, tmp_path):
     workdir = tmp_path / "run"
     rng = random.Random()
     kills = 0
-    while kills < 5:
-        process = _start(workdir)
-        try:
-            process.wait(timeout=smoke.seconds * rng.uniform(0.3, 1.0))
-            break  # It was faster than its death.
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
+    while kills < 5 and _kill_at_a_random_moment_of_training(workdir, rng):
+        kills += 1
     process = _start(workdir)
     _, stderr = process.communicate()
     assert process.returncode == 0, stderr

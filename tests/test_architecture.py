@@ -1,0 +1,82 @@
+"""Imports go down the floors that docs/architecture.md shows, and nothing happens at import."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+from conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "cnn_jax"
+# From the ground. A module may import those of lower floors, and of its own
+# floor those that stand before it.
+FLOORS = [
+    *("__init__", "errors", "preprocessing", "data.__init__"),
+    *("loss", "metrics", "optimizer", "models.cnn", "models.__init__", "data.augment"),
+    *("step", "configuration"),
+    *("data.cache", "data.decode", "data.splits", "data.shapes", "data.sources", "data.pipeline"),
+    *("sharding", "checkpoint", "bundle", "console", "cli", "run_directory"),
+    *("predict", "evaluate"),
+    *("summary", "train"),
+    "main",
+]
+
+
+def _imports(path: pathlib.Path) -> set[str]:
+    """The modules of this package that a module imports, anywhere in it."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("cnn_jax").lstrip(".") for name in modules if "cnn_jax" in name}
+
+
+def _name(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def test_imports_go_down():
+    paths = {_name(path): path for path in PACKAGE.rglob("*.py")}
+    assert set(paths) == set(FLOORS), "a new module needs a floor"
+    for name, path in paths.items():
+        for imported in _imports(path):
+            module = next(
+                (m for m in (imported, f"{imported}.__init__".lstrip(".")) if m in paths), None
+            )
+            if module is not None and module != name:
+                assert FLOORS.index(module) < FLOORS.index(name), f"{name} imports {module}"
+
+
+def test_linen_is_used_under_models_alone_to_build_networks():
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        subclasses = [
+            node.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef) and "nn.Module" in map(ast.unparse, node.bases)
+        ]
+        assert not subclasses or path.parent.name == "models"
+
+
+def test_nothing_happens_at_import():
+    """No device is touched and no flag is defined."""
+    code = (
+        "import sys; from absl import flags; before = set(flags.FLAGS)\n"
+        "import cnn_jax.main, cnn_jax.evaluate, cnn_jax.predict\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized(), 'a device was touched'\n"
+        "assert 'cv2' not in sys.modules and 'tensorflow_datasets' not in sys.modules\n"
+        "own = [f.name for m in flags.FLAGS.flags_by_module_dict() for f in "
+        "flags.FLAGS.flags_by_module_dict()[m] if 'cnn_jax' in m]\n"
+        "assert not own, own\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_the_architecture_document_names_every_module():
+    document = (REPOSITORY / "docs" / "architecture.md").read_text()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "__init__.py":
+            assert path.name in document, f"docs/architecture.md does not show {path.name}"

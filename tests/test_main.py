@@ -1,0 +1,140 @@
+"""The commands as a person runs them: in a process of their own."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+
+def _run(module, *arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", f"cnn_jax.{module}", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def _tiny_flags(image_folder, workdir, epochs=2):
+    return [
+        "--config=configs/folder.py",
+        f"--workdir={workdir}",
+        f"--config.data.source=folder:{image_folder}",
+        "--config.data.image_size=16",
+        "--config.model.features=(4,8)",
+        "--config.train.batch_size=8",
+        f"--config.train.epochs={epochs}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/smoke.py"], "--workdir: is missing"),
+        (["--config=nowhere.py", "--workdir=x"], "--config: there is no file 'nowhere.py'"),
+        (["--confg=configs/smoke.py"], "Unknown command line flag 'confg'"),
+        (["--workdir=x", "stray"], "unexpected argument 'stray'"),
+        (["--workdir=x", "--config.train.epoch=3"], "did you mean train.epochs?"),
+        (["--workdir=x", "--config.train.epochs=many"], "--config.train.epochs=many"),
+        (["--workdir=x", "--config.data.split=(0.7,0.2,0.2)"], "config.data.split: must be"),
+        (["--workdir=x", "--config.data=3"], "config.data: there is no such key"),
+        (["--workdir=x", "--config.data.source=pictures"], "data.source: must be"),
+        (["--workdir=/dev/null/x"], "--workdir: cannot write"),
+    ],
+)
+def test_a_usage_error_is_one_line_and_exits_with_2(arguments, message, tmp_path):
+    arguments = [argument.replace("=x", f"={tmp_path / 'x'}") for argument in arguments]
+    result = _run("main", *arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_config_file_that_fails_is_explained(tmp_path):
+    config = tmp_path / "broken.py"
+    config.write_text("def get_config():\n    return undefined_name\n")
+    result = _run("main", f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "undefined_name" in result.stderr.splitlines()[-1]
+
+
+def test_data_that_is_not_there_exits_with_1(tmp_path):
+    source = f"--config.data.source=folder:{tmp_path / 'nowhere'}"
+    result = _run("main", "--config=configs/folder.py", f"--workdir={tmp_path / 'run'}", source)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "there is no folder" in line
+
+
+@pytest.mark.parametrize("module", ["main", "evaluate", "predict"])
+def test_help(module):
+    result = _run(module, "--help")
+    assert result.returncode == 0
+    assert f"python -m cnn_jax.{module}" in result.stdout
+
+
+def test_a_bundle_that_is_not_there(tmp_path):
+    for module, flag in (("evaluate", "--split=test"), ("predict", "--input=x.png")):
+        result = _run(module, f"--bundle={tmp_path}", flag)
+        assert result.returncode == 1
+        (line,) = result.stderr.splitlines()
+        assert "is not a bundle" in line
+
+
+def test_train_evaluate_and_predict_from_the_command_line(image_folder, tmp_path):
+    workdir = tmp_path / "run"
+    result = _run("main", *_tiny_flags(image_folder, workdir))
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((workdir / "report" / "metrics.json").read_text())
+
+    result = _run("evaluate", f"--bundle={workdir / 'bundle'}")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == metrics["test"]
+
+    result = _run("predict", f"--bundle={workdir / 'bundle'}", f"--input={image_folder}")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 61
+
+
+def test_on_a_narrow_terminal_there_is_a_bar_and_no_broken_line(image_folder, tmp_path):
+    """A real terminal of 40 columns."""
+    terminal, its_side = pty.openpty()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "cnn_jax.main"),
+            *_tiny_flags(image_folder, tmp_path / "run", epochs=20),
+        ],
+        cwd=REPOSITORY,
+        env=os.environ | {"COLUMNS": "40", "LINES": "24", "TERM": "xterm"},
+        stdin=its_side,
+        stdout=its_side,
+        stderr=its_side,
+    )
+    os.close(its_side)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(terminal, 65536)
+        except OSError:  # How Linux says that the other side has closed.
+            break
+        if not chunk:
+            break
+        output += chunk
+    os.close(terminal)
+    text = output.decode()
+    assert process.wait() == 0, text
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert re.search(r"epoch \d+/20", plain)
+    assert "loss" in plain
+    assert "━" in plain
+    assert "accuracy" in plain
+    assert "Traceback" not in plain
