@@ -58,8 +58,8 @@ class Metrics:
 
     def compute(self) -> dict[str, float]:
         """Accuracy, macro precision, recall and F1, and mean loss."""
-        confusion = np.asarray(self.confusion)
-        return summarize(confusion, float(self.loss_sum))
+        host = jax.device_get(self)
+        return summarize(host.confusion, float(host.loss_sum))
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

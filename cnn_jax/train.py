@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
+import grain
 import jax
 import numpy as np
 import optax
@@ -155,20 +156,7 @@ def _train(
         state, totals, history = checkpoints.restore(first_step, state, totals, dataset.fingerprint)
     if _patience_is_over(history, config):
         last_step = first_step
-    stream = pipeline.training_batches(
-        dataset.loader,
-        dataset.splits["train"],
-        batch_size=train.batch_size,
-        augmentation=Augmentation(
-            flip=config.augment.flip,
-            rotation=config.augment.rotation,
-            zoom=config.augment.zoom,
-            contrast=config.augment.contrast,
-        ),
-        place=_augmentation_place(config.augment.place),
-        seed=config.seed,
-        start=first_step,
-    )
+    stream = _training_batches(config, dataset, first_step)
     log = run_directory.EpochLog(workdir, history)
     display = console.training(train.epochs, steps_per_epoch)
     with contextlib.closing(log), stream as batches, display, _interruption() as interrupted:
@@ -180,11 +168,11 @@ def _train(
                 batch = programs.to_devices(next(batches))
                 state, metrics = programs.train_step(state, batch)
                 totals = programs.merge(totals, metrics)
-            # Step n - 1 is read while step n runs: the device never waits.
-            if in_flight is not None:
-                loss = _finite_loss(in_flight, step - 1, schedule)
-                clock.count(train.batch_size)
-                display.step(step, loss, clock.images_per_second())
+                # Step n - 1 is read while step n runs: the device never waits.
+                if in_flight is not None:
+                    loss = _finite_loss(in_flight, step - 1, schedule)
+                    clock.count(train.batch_size)
+                    display.step(step, loss, clock.images_per_second())
             in_flight = metrics
             ends_epoch = (step + 1) % steps_per_epoch == 0
             if not (ends_epoch or interrupted.is_set()):
@@ -193,13 +181,12 @@ def _train(
             _finite_loss(in_flight, step, schedule)
             in_flight = None
             if ends_epoch:
-                rate = clock.images_per_second()
                 validation = _validate(programs, state, dataset, train.batch_size)
                 record = {
                     "epoch": len(history) + 1,
                     "step": step + 1,
                     "seconds": clock.seconds(),
-                    "images_per_second": rate,
+                    "images_per_second": clock.images_per_second(),
                     "learning_rate": _learning_rate(schedule, step),
                     **{f"train_{key}": value for key, value in totals.compute().items()},
                     **{f"validation_{key}": value for key, value in validation.items()},
@@ -222,6 +209,29 @@ def _train(
     if best["step"] != history[-1]["step"]:
         state, _, _ = checkpoints.restore(best["step"], state, totals, dataset.fingerprint)
     return jax.device_get(state.variables)
+
+
+def _training_batches(
+    config: Config, dataset: Dataset, start: int
+) -> contextlib.closing[grain.DatasetIterator]:
+    augmentation = Augmentation(
+        flip=config.augment.flip,
+        rotation=config.augment.rotation,
+        zoom=config.augment.zoom,
+        contrast=config.augment.contrast,
+    )
+    place = config.augment.place
+    if place == "auto":  # A CPU has better things to do with its compiled step.
+        place = "host" if jax.default_backend() == "cpu" else "device"
+    return pipeline.training_batches(
+        dataset.loader,
+        dataset.splits["train"],
+        batch_size=config.train.batch_size,
+        augmentation=augmentation,
+        place=place,
+        seed=config.seed,
+        start=start,
+    )
 
 
 class _Clock:
@@ -267,7 +277,8 @@ def _finite_loss(metrics: Metrics, step: int, schedule: optax.Schedule) -> float
 
 
 def _learning_rate(schedule: optax.Schedule, step: int) -> float:
-    return np.asarray(schedule(step)).item()
+    with jax.transfer_guard("allow"):
+        return np.asarray(schedule(step)).item()
 
 
 def _validate(
@@ -295,13 +306,6 @@ def _why_it_ended(history: History, best: dict[str, Any], config: Config) -> str
         f"{'stopped early' if len(history) < config.train.epochs else 'done'}: the best of "
         f"{len(history)} epochs is {best['epoch']}, with {monitor} {best[monitor]:.4f}"
     )
-
-
-def _augmentation_place(place: str) -> str:
-    """Where pixels are moved. A CPU is better at it outside XLA."""
-    if place == "auto":
-        return "host" if jax.default_backend() == "cpu" else "device"
-    return place
 
 
 @contextlib.contextmanager

@@ -163,7 +163,8 @@ def evaluation_batches(
 def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     """Reads ahead on threads, or in worker processes."""
     if workers == 0:
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        threads = max(2, min(16, os.cpu_count() or 1))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         return iter(dataset.to_iter_dataset(options))
     if not flags.FLAGS.is_parsed():  # Grain hands absl's flags to its workers.
         flags.FLAGS.mark_as_parsed()

@@ -126,18 +126,14 @@ class TfdsSource:
         self.num_ignored = 0
         builder = _prepared_builder(dataset_name)
         features = builder.info.features
-        is_labelled = isinstance(features, tfds.features.FeaturesDict) and (
-            {"image", "label"} <= set(features)
-            and isinstance(features["image"], tfds.features.Image)
-            and isinstance(features["label"], tfds.features.ClassLabel)
-        )
-        if not is_labelled:
+        class_names = _class_names(features)
+        if class_names is None:
             found = " ".join(str(features).split())
             raise DataError(
                 f'{self.name} is not for classification: it needs an Image "image" and a '
                 f'ClassLabel "label", and has {found}'
             )
-        self.class_names = [str(name) for name in features["label"].names]
+        self.class_names = class_names
         split_names = sorted(builder.info.splits)
         undecoded = {"image": tfds.decode.SkipDecoding()}
         self._parts = [builder.as_data_source(name, decoders=undecoded) for name in split_names]
@@ -161,6 +157,20 @@ class TfdsSource:
         part, i = self._positions[index]
         image = self._parts[part][i]["image"]
         return {"image": image, "label": int(self.labels[index]), "id": self.ids[index]}
+
+
+def _class_names(features: Any) -> list[str] | None:
+    """The class names, or None if these are not the features of classification."""
+    import tensorflow_datasets as tfds
+
+    if not isinstance(features, tfds.features.FeaturesDict):
+        return None
+    if not {"image", "label"} <= set(features):
+        return None
+    image, label = features["image"], features["label"]
+    if isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel):
+        return [str(name) for name in label.names]
+    return None
 
 
 def _prepared_builder(dataset_name: str) -> Any:

@@ -1,0 +1,104 @@
+"""Breaks the code on purpose, one place at a time, and sees whether a test fails.
+
+    python experiments/mutations.py
+
+Prints a line for each mutation and exits with 1 if one survived. Works on a copy
+of the repository, in a temporary folder.
+"""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+# ruff: noqa: E501
+# File below cnn_jax/, text that stands there once, what replaces it, test file.
+MUTATIONS = [
+    ("loss.py", "optax.smooth_labels(targets, label_smoothing)", "targets", "test_loss.py"),
+    ("metrics.py", "jnp.where(mask, cross_entropy(logits, labels), 0)", "cross_entropy(logits, labels)", "test_metrics.py"),
+    ("metrics.py", "at[labels, predictions]", "at[predictions, labels]", "test_metrics.py"),
+    ("metrics.py", "2 * hits, predicted + support", "hits, predicted + support", "test_metrics.py"),
+    ("metrics.py", "predicted = confusion.sum(axis=0)", "predicted = confusion.sum(axis=1)", "test_metrics.py"),
+    ("metrics.py", "by_class[\"recall\"].mean()", "by_class[\"recall\"].max()", "test_metrics.py"),
+    ("optimizer.py", "end_value=final_learning_rate", "end_value=0.0", "test_optimizer.py"),
+    ("optimizer.py", "init_value=0.0 if warmup_steps else learning_rate", "init_value=learning_rate", "test_optimizer.py"),
+    ("optimizer.py", "path[-1].key == \"kernel\"", "path[-1].key != \"scale\"", "test_optimizer.py"),
+    ("optimizer.py", "add_decayed_weights(l2,", "add_decayed_weights(l2 / 2,", "test_optimizer.py"),
+    ("models/cnn.py", "x[:, ::2, 1::2])", "x[:, ::2, ::2])", "models/test_cnn.py"),
+    ("models/cnn.py", "momentum=0.99", "momentum=0.9", "models/test_cnn.py"),
+    ("models/cnn.py", "epsilon=1e-3", "epsilon=1e-2", "models/test_cnn.py"),
+    ("models/cnn.py", "axis=(1, 2)", "axis=(1,)).max(axis=(1,)", "models/test_cnn.py"),
+    ("models/cnn.py", "name=\"dense\",\n        )(x)\n        x = nn.relu(x)", "name=\"dense\",\n        )(x)", "models/test_cnn.py"),
+    ("models/cnn.py", "deterministic=not train", "deterministic=True", "models/test_cnn.py"),
+    ("models/cnn.py", "dtype=jnp.float32, name=\"head\"", "dtype=self.dtype, name=\"head\"", "models/test_cnn.py"),
+    ("preprocessing.py", "jnp.float32) - mean) / std", "jnp.float32) - mean) * std", "test_step.py"),
+    ("step.py", "state.step)\n\n    def loss_fn", "0)\n\n    def loss_fn", "test_step.py"),
+    ("step.py", "jnp.sum(losses * mask)", "jnp.sum(losses)", "test_step.py"),
+    ("step.py", "cross_entropy(logits, labels, label_smoothing)", "cross_entropy(logits, labels)", "test_step.py"),
+    ("step.py", "images = augment.apply_on_device(images, batch[\"matrix\"], batch[\"contrast\"])", "pass", "test_step.py"),
+    ("step.py", "batch_stats=batch_stats,\n        opt_state=opt_state", "batch_stats=state.batch_stats,\n        opt_state=opt_state", "test_step.py"),
+    ("data/augment.py", "-sign_x * sin", "sign_x * sin", "data/test_augment.py"),
+    ("data/augment.py", "[(width - 1) / 2, (height - 1) / 2]", "[width / 2, height / 2]", "data/test_augment.py"),
+    ("data/augment.py", "order=1, mode=\"reflect\"", "order=1, mode=\"mirror\"", "data/test_augment.py"),
+    ("data/augment.py", "cv2.BORDER_REFLECT,", "cv2.BORDER_REFLECT_101,", "data/test_augment.py"),
+    ("data/augment.py", "axis=(1, 2), keepdims=True", "axis=(1, 2, 3), keepdims=True", "data/test_augment.py"),
+    ("data/augment.py", "1 + rng.uniform(-1, 1, batch_size) * augmentation.zoom", "1 + rng.uniform(0, 1, batch_size) * augmentation.zoom", "data/test_augment.py"),
+    ("data/augment.py", "augmentation.rotation * 2 * math.pi", "augmentation.rotation * math.pi", "data/test_augment.py"),
+    ("data/splits.py", "f\"{seed}:{example_id}\"", "f\"{example_id}\"", "data/test_splits.py"),
+    ("data/splits.py", "members = order[labels[order] == label]", "members = np.flatnonzero(labels == label)", "data/test_splits.py"),
+    ("data/splits.py", "len(members) + 0.5 + 1e-9", "len(members) - 0.7", "data/test_splits.py"),
+    ("data/decode.py", "image = ImageOps.exif_transpose(image)", "image = image.copy()", "data/test_decode.py"),
+    ("data/decode.py", "/ (257 if", "/ (255 if", "data/test_decode.py"),
+    ("data/decode.py", "\"white\"", "\"black\"", "data/test_decode.py"),
+    ("data/decode.py", "Image.Resampling.BILINEAR", "Image.Resampling.NEAREST", "data/test_decode.py"),
+    ("data/pipeline.py", ".slice(slice(start, None))", ".slice(slice(0, None))", "data/test_pipeline.py"),
+    ("data/pipeline.py", "loader.load(indices[np.where(mask, positions, 0)])", "loader.load(indices[np.where(mask, positions, -1)][::-1])", "data/test_pipeline.py"),
+    ("data/pipeline.py", ".shuffle()\n", "\n", "data/test_pipeline.py"),
+    ("checkpoint.py", "-metrics[\"step\"]  #", "metrics[\"step\"]  #", "test_checkpoint.py"),
+    ("checkpoint.py", "return -value if monitor", "return value if monitor", "test_checkpoint.py"),
+    ("bundle.py", "!= description[\"files\"][_WEIGHTS][\"sha256\"]", "== \"\"", "test_bundle.py"),
+    ("predict.py", "logits / bundle.temperature", "logits", "test_predict.py"),
+    ("evaluate.py", "labels * num_classes + predictions", "predictions * num_classes + labels", "test_evaluate.py"),
+    ("evaluate.py", "to_bundle[source.labels[indices]]", "source.labels[indices]", "test_evaluate.py"),
+    ("train.py", "_training_batches(config, dataset, first_step)", "_training_batches(config, dataset, 0)", "test_train.py"),
+    ("train.py", "        state, totals, history = checkpoints.restore(first_step, state, totals, dataset.fingerprint)", "        state, _, history = checkpoints.restore(first_step, state, totals, dataset.fingerprint)", "test_train.py"),
+    ("train.py", "if best[\"step\"] != history[-1][\"step\"]:", "if False:", "test_train.py"),
+    ("train.py", ">= config.train.patience", "> config.train.patience", "test_train.py"),
+]  # fmt: skip
+
+
+def _survives(copy: pathlib.Path, file: str, old: str, new: str, test: str) -> bool:
+    path = copy / "cnn_jax" / file
+    original = path.read_text()
+    path.write_text(original.replace(old, new))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{test}"]
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    path.write_text(original)
+    return result.returncode == 0
+
+
+def main() -> None:
+    for file, old, _, _ in MUTATIONS:
+        count = (REPOSITORY / "cnn_jax" / file).read_text().count(old)
+        if count != 1:
+            sys.exit(f"{file} has {old!r} {count} times: the list is out of date")
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / "copy"
+        ignore = shutil.ignore_patterns(".git", "runs", ".venv")
+        shutil.copytree(REPOSITORY, copy, ignore=ignore)
+        for mutation in MUTATIONS:
+            survived = _survives(copy, *mutation)
+            survivors += survived
+            file, old, new, test = (text.replace("\n", " ") for text in mutation)
+            print(f"{'SURVIVED' if survived else 'found'}  {file}: {old} -> {new}  ({test})")
+            sys.stdout.flush()
+    print(f"{len(MUTATIONS) - survivors} of {len(MUTATIONS)} found")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()
