@@ -138,3 +138,17 @@ def test_on_a_narrow_terminal_there_is_a_bar_and_no_broken_line(image_folder, tm
     assert "━" in plain
     assert "accuracy" in plain
     assert "Traceback" not in plain
+
+
+def test_a_host_without_opencv_and_tfds_can_train_on_its_device(image_folder, tmp_path):
+    """As GPU hosts often are."""
+    code = (
+        "import sys; sys.modules |= {'cv2': None, 'tensorflow_datasets': None}\n"
+        "from cnn_jax.main import main; main(sys.argv[1:])"
+    )
+    flags = [*_tiny_flags(image_folder, tmp_path / "run"), "--config.augment.place=device"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "bundle" / "bundle.json").exists()
