@@ -37,13 +37,13 @@ class Bundle:
 
     Attributes:
       model: The `model` section of the configuration.
-      precision: "auto", "float32" or "bfloat16": the arithmetic to compute in.
+      precision: "float32" or "bfloat16": the arithmetic it was trained with.
       class_names: In the order of the network's outputs.
       preprocessing: How an image becomes an input.
       temperature: The logits are divided by it before the softmax.
       data: Source, split fractions, split seed and fingerprint of the data the
         network was trained on.
-      metrics: Figures of each split, as in `report/metrics.json`.
+      metrics: Accuracy, precision, recall, F1 and loss by split.
       variables: {"params": ..., "batch_stats": ...}, arrays.
     """
 
@@ -72,6 +72,7 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    replaced = aside.with_suffix(".replaced")
     try:
         flat = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
         weights = {name: np.asarray(array) for name, array in flat.items()}
@@ -85,13 +86,15 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         description["versions"] = library_versions()
         description["files"] = {_WEIGHTS: {"sha256": _sha256(aside / _WEIGHTS)}}
         text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
-        (aside / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        # A name that is not UTF-8 has surrogates, which become JSON's own escapes.
+        (aside / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
         aside.chmod(0o755)  # A temporary folder is private; a bundle is not.
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(replaced)
         aside.rename(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:

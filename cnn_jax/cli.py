@@ -1,32 +1,65 @@
 """What all commands do alike at their start and end."""
 
+import argparse
 import contextlib
 import logging
+import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO
+from typing import IO, NoReturn
 
 from cnn_jax.errors import ConfigError, UserError
 
+_STDOUT = 1  # The file descriptor.
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+
+def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a command's `main` on the command line's arguments, and exits.
 
     The exit code is 0 when all was done, 2 after a usage or configuration error
-    (argparse exits with 2 as well), 130 after Ctrl-C and 1 after any other
-    failure. Of an error that the user can mend, one line is shown.
+    (argparse exits with 2 as well), 130 after Ctrl-C or SIGTERM, and 1 after any
+    other failure. Of an error that the user can mend, one line is shown.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    for library in ("absl", "tensorboardX"):  # Their warnings are not for users.
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if sys.stdout is not None:  # File names need not be UTF-8.
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         main(sys.argv[1:])
+        code = 0
     except UserError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt as error:
-        print(f"interrupted{f': {error}' if error.args else ''}", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        print("interrupted" + (f": {error}" if error.args else ""), file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # Whoever read the output has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+        code = 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        code = _fail(f"{error.filename or 'a file'}: {error.strerror}", 1)
+    sys.exit(code)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt  # So that SIGTERM cleans up as Ctrl-C does.
+
+
+def _fail(message: str, code: int) -> int:
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    return code
+
+
+def path(text: str) -> str:
+    """The argparse type of a path: not empty, and `~` is the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return str(pathlib.Path(text).expanduser())
 
 
 @contextlib.contextmanager
@@ -34,13 +67,18 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
     """A text file to write to, or stdout if `path` is None.
 
     Raises:
-      ConfigError: The file cannot be created.
+      ConfigError: The file cannot be created, or stdout is closed.
     """
     if path is None:
+        if sys.stdout is None:
+            raise ConfigError("stdout is closed; name a file with --output")
         yield sys.stdout
+        sys.stdout.flush()
         return
     try:
-        file = pathlib.Path(path).open("w", encoding="utf-8", newline="")  # noqa: SIM115
+        file = pathlib.Path(path).open(  # noqa: SIM115
+            "w", encoding="utf-8", errors="surrogateescape", newline=""
+        )
     except OSError as error:
         raise ConfigError(f"--output: cannot write {path}: {error.strerror}") from error
     with file:

@@ -3,14 +3,17 @@
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from cnn_jax.data.augment import FLIPS
+from cnn_jax.data.sources import absolute
 from cnn_jax.errors import ConfigError
-from cnn_jax.models import MODELS
+from cnn_jax.models import MODELS, compute_dtype
 
 # An `ml_collections.ConfigDict`, whose keys a type checker cannot see.
 Config = Any
@@ -58,11 +61,14 @@ def _boolean() -> _Field:
     return _Field("True or False", lambda v: isinstance(v, bool))
 
 
+_SOURCE = re.compile(r"shapes(:[1-9]\d*)?|(folder|tfds):.+", re.DOTALL)
+
 _FIELDS: dict[str, _Field] = {
-    "seed": _int(0),
+    "seed": _Field("an integer from 0 to 2**32 - 1", lambda v: _is_int(v) and 0 <= v < 2**32),
     "precision": _choice(("auto", "float32", "bfloat16")),
     "data.source": _Field(
-        "shapes, shapes:N, folder:PATH or tfds:NAME", lambda v: isinstance(v, str) and bool(v)
+        "shapes, shapes:N, folder:PATH or tfds:NAME",
+        lambda v: isinstance(v, str) and bool(_SOURCE.fullmatch(v)),
     ),
     "data.split": _Field(
         "three shares for train, validation and test, each above 0, that sum to 1",
@@ -115,6 +121,24 @@ def image_size(config: Config) -> tuple[int, int]:
     return height, width
 
 
+def resolve(config: Config) -> Config:
+    """A copy in which everything that depends on this machine is written out.
+
+    `precision` and `augment.place` are no longer "auto", and a folder's path is
+    absolute, so that the same run means the same numbers elsewhere.
+    """
+    resolved = config.copy_and_resolve_references()
+    with resolved.ignore_type():
+        resolved.precision = compute_dtype(config.precision).name
+        resolved.data.source = absolute(config.data.source)
+        resolved.data.image_size = image_size(config)
+        if config.augment.place == "auto":
+            # XLA on a CPU moves pixels no faster than OpenCV, and holds up the step.
+            on_cpu = jax.default_backend() == "cpu"
+            resolved.augment.place = "host" if on_cpu else "device"
+    return resolved
+
+
 def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -123,8 +147,15 @@ def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
+def wrong_value(key: str, value: object) -> ConfigError:
+    """The error for a value that this key may not have."""
+    return ConfigError(f"config.{key}: must be {_FIELDS[key].requirement}, got {value!r}")
+
+
 def check_key(key: str) -> None:
     """Raises ConfigError, with the nearest key, if no configuration has this one."""
+    if any(name.startswith(f"{key}.") for name in _FIELDS):
+        raise ConfigError(f"config.{key}: is a section; set one of its keys")
     if key not in _FIELDS:
         nearest = difflib.get_close_matches(key, _FIELDS, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
@@ -148,7 +179,7 @@ def validate(config: Config, num_devices: int) -> None:
         if key not in values:
             raise ConfigError(f"config.{key}: is missing; it must be {field.requirement}")
         if not field.accepts(values[key]):
-            raise ConfigError(f"config.{key}: must be {field.requirement}, got {values[key]!r}")
+            raise wrong_value(key, values[key])
 
     divisor = 2 ** (len(values["model.features"]) - 1)
     if any(side % divisor for side in image_size(config)):

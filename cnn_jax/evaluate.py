@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 
 from cnn_jax import cli
 from cnn_jax.console import Console
+from cnn_jax.data import Track, no_track
 from cnn_jax.data.pipeline import Loader, evaluation_batches
-from cnn_jax.data.sources import Source, Track, fingerprint, no_track, open_source
+from cnn_jax.data.sources import Source, fingerprint, open_source
 from cnn_jax.data.splits import SPLITS, split_by_id
 from cnn_jax.errors import DataError
 from cnn_jax.metrics import full_report
@@ -94,6 +95,13 @@ def evaluate(
         indices = split_by_id(source.ids, source.labels, data["split"], data["seed"])[split]
     if not len(indices):
         raise DataError(f"{source.name} has no images in its {split} split")
+    absent = sorted(set(predictor.class_names) - set(source.class_names))
+    if absent:
+        logger.warning(
+            "%s has no images of %s: they count 0 in the means of precision, recall and F1",
+            source.name,
+            ", ".join(absent),
+        )
     to_bundle = np.array([predictor.class_names.index(name) for name in source.class_names])
     probabilities = predict_split(predictor, source, indices, track)
     return score(probabilities, to_bundle[source.labels[indices]], predictor.class_names)
@@ -103,19 +111,19 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cnn_jax.evaluate", description="Measure a bundle on a whole split."
     )
-    parser.add_argument("--bundle", required=True, help="folder of the bundle, RUN/bundle")
+    parser.add_argument("--bundle", required=True, type=cli.path, help="the bundle, RUN/bundle")
     parser.add_argument(
         "--source", help="shapes, folder:PATH or tfds:NAME; what it was trained on if not given"
     )
     parser.add_argument("--split", default="test", choices=[*SPLITS, "all"])
-    parser.add_argument("--output", help="JSON file to write; stdout if not given")
+    parser.add_argument("--output", type=cli.path, help="JSON file to write; stdout if not given")
     flags = parser.parse_args(argv)
 
     predictor = Predictor.load(flags.bundle)
     console = Console()
     source = open_source(flags.source or predictor.data["source"], console.track)
-    figures = evaluate(predictor, source, flags.split, console.track)
     with cli.open_output(flags.output) as file:
+        figures = evaluate(predictor, source, flags.split, console.track)
         json.dump(figures, file, indent=1, ensure_ascii=False)
         file.write("\n")
 

@@ -1,59 +1,56 @@
-"""Trains, measures and bundles a classifier.
+"""Trains, measures and bundles a classifier."""
 
-    python -m cnn_jax.main --config=configs/default.py --workdir=RUN [--config.key=value ...]
-
-Any key of the configuration can be changed on the command line.
-"""
-
+import argparse
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from cnn_jax import cli, configuration
-from cnn_jax.configuration import Config
+from cnn_jax import cli
 from cnn_jax.errors import ConfigError
-from cnn_jax.train import train_and_evaluate
 
 
 def main(argv: Sequence[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return
-    config, workdir = parse(argv)
-    train_and_evaluate(config, workdir)
+    parser = argparse.ArgumentParser(
+        prog="python -m cnn_jax.main", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=cli.path, default="configs/default.py", metavar="FILE")
+    parser.add_argument("--workdir", type=cli.path, required=True, help="the run's folder")
+    parser.epilog = "--config.KEY=VALUE changes any key of the configuration."
+    known, overrides = parser.parse_known_args(argv)
+    # Imported late, so that a wrong flag is told at once.
+    from cnn_jax.train import train_and_evaluate
+
+    train_and_evaluate(load_config(known.config, overrides), known.workdir)
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, str]:
-    """The configuration and the run's folder that a command line names.
+def load_config(file: str, overrides: Sequence[str]) -> ConfigDict:
+    """The configuration of a file, with `--config.KEY=VALUE` overrides.
 
     Raises:
-      ConfigError: A flag or key is unknown, missing or malformed.
+      ConfigError: There is no such file, it fails, or an override is no key's.
     """
-    if not any(argument.lstrip("-").startswith("config=") for argument in argv):
-        argv = ["--config=configs/default.py", *argv]
-    for argument in argv:
-        name, _, value = argument.lstrip("-").partition("=")
-        if name.startswith("config."):
-            configuration.check_key(name.removeprefix("config."))
-        elif name == "config" and not pathlib.Path(value).is_file():
-            raise ConfigError(f"--config: there is no file {value!r}")
+    from cnn_jax import configuration
+
+    if not pathlib.Path(file).is_file():
+        raise ConfigError(f"--config: there is no file {file!r}")
+    for argument in overrides:
+        if not argument.startswith("--config."):
+            raise ConfigError(f"unexpected argument {argument!r}; see --help")
+        configuration.check_key(argument.removeprefix("--config.").partition("=")[0])
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
     try:
-        positional = values([sys.argv[0], *argv])[1:]
-    except flags.Error as error:
-        raise ConfigError(str(error)) from error
+        values([sys.argv[0], f"--config={file}", *overrides])
+    except flags.IllegalFlagValueError as error:
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?):", str(error))
+        raise configuration.wrong_value(*wrong.groups()) if wrong else error from error
     except Exception as error:  # A configuration is a program, and may fail in any way.
-        raise ConfigError(f"--config: {type(error).__name__}: {error}") from error
-    if positional:
-        raise ConfigError(f"unexpected argument {positional[0]!r}; see --help")
-    if values.workdir is None:
-        raise ConfigError("--workdir: is missing; name a folder for the run")
-    return values.config, values.workdir
+        raise ConfigError(f"--config: {file}: {type(error).__name__}: {error}") from error
+    return values.config
 
 
 if __name__ == "__main__":

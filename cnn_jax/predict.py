@@ -172,7 +172,7 @@ def predict_batch(predictor: Predictor, images: Sequence[AnyImage]) -> list[Pred
       One prediction for each image, in their order. For an image that could not
       be read it holds the reason, which is also logged.
     """
-    predictions: list[Prediction | None] = [None] * len(images)
+    predictions = [Prediction()] * len(images)
     for start in range(0, len(images), BATCH_SIZE):
         rows, pixels = [], []
         for row in range(start, min(start + BATCH_SIZE, len(images))):
@@ -180,17 +180,19 @@ def predict_batch(predictor: Predictor, images: Sequence[AnyImage]) -> list[Pred
                 pixels.append(preprocess_for_inference(images[row], predictor.preprocessing))
                 rows.append(row)
             except DataError as error:
-                logger.warning("image %d (%s): %s", row, _describe(images[row]), error)
+                logger.warning("%s: %s", _describe(images[row], row), error)
                 predictions[row] = Prediction(error=str(error))
         if rows:
             probabilities = predictor(_pad(np.stack(pixels)))
             for row, row_probabilities in zip(rows, probabilities, strict=False):
                 predictions[row] = _prediction(row_probabilities, predictor.class_names)
-    return [prediction for prediction in predictions if prediction is not None]
+    return predictions
 
 
-def _describe(image: AnyImage) -> str:
-    return str(image) if isinstance(image, str | os.PathLike) else type(image).__name__
+def _describe(image: AnyImage, row: int) -> str:
+    if isinstance(image, str | os.PathLike):
+        return str(image)
+    return f"image {row} ({type(image).__name__})"
 
 
 def _pad(images: np.ndarray) -> np.ndarray:
@@ -241,9 +243,10 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cnn_jax.predict", description="Classify an image or a folder of images."
     )
-    parser.add_argument("--bundle", required=True, help="folder of the bundle, RUN/bundle")
-    parser.add_argument("--input", required=True, help="an image file, or a folder of them")
-    parser.add_argument("--output", help="CSV file to write; stdout if not given")
+    path = cli.path
+    parser.add_argument("--bundle", required=True, type=path, help="the bundle, RUN/bundle")
+    parser.add_argument("--input", required=True, type=path, help="an image, or a folder of them")
+    parser.add_argument("--output", type=path, help="CSV file to write; stdout if not given")
     flags = parser.parse_args(argv)
 
     predictor = Predictor.load(flags.bundle)
@@ -251,7 +254,7 @@ def main(argv: Sequence[str]) -> None:
     with cli.open_output(flags.output) as file:
         num_errors = write_predictions(predictor, paths, file)
     if num_errors:
-        raise DataError(f"{num_errors} of {len(paths)} images could not be read, as listed above")
+        raise DataError(f"{num_errors} of {len(paths)} images could not be read")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The files that a run leaves behind, other than checkpoints and the bundle."""
 
 import csv
+import io
 import json
 import os
 import pathlib
@@ -14,28 +15,40 @@ from tensorboardX import SummaryWriter
 from cnn_jax.configuration import Config
 from cnn_jax.errors import ConfigError
 
-# What a resumed run may change, because no number depends on it.
-_FREE_KEYS = frozenset({"data.workers", "data.cache"})
+# What a resumed run may change. No number depends on these: the data's
+# fingerprint stands for where it lies.
+_FREE_KEYS = frozenset({"data.source", "data.workers", "data.cache", "data.max_pixels"})
 
 
 def claim(workdir: pathlib.Path, config: Config) -> None:
-    """Makes the folder and writes config.json, or checks that the same run is there.
+    """Makes the folder, and checks that no run of another configuration is in it.
 
     Raises:
-      ConfigError: The folder cannot be written, or holds a run of another
-        configuration.
+      ConfigError: There is one, or the folder cannot be made.
     """
-    wanted = json.loads(config.to_json())
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _check_same(path, json.loads(path.read_text(encoding="utf-8")), wanted)
-        write_text(path, json.dumps(wanted, indent=1) + "\n")
+            present = json.loads(path.read_text(encoding="utf-8"))
+            _check_same(path, present, json.loads(config.to_json()))
     except OSError as error:
-        raise ConfigError(f"--workdir: cannot write {workdir}: {error.strerror}") from error
+        raise ConfigError(f"--workdir: cannot use {workdir}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"--workdir: {path} is not a configuration: {error}") from error
+
+
+def write_config(workdir: pathlib.Path, config: Config) -> None:
+    """Writes config.json, from when on the folder is this run's.
+
+    Raises:
+      ConfigError: The folder cannot be written.
+    """
+    try:
+        text = json.dumps(json.loads(config.to_json()), indent=1, ensure_ascii=False)
+        write_text(workdir / "config.json", text + "\n")
+    except OSError as error:
+        raise ConfigError(f"--workdir: cannot write {workdir}: {error.strerror}") from error
 
 
 def _check_same(path: pathlib.Path, present: Any, wanted: Any) -> None:
@@ -64,7 +77,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file: the old content or the new, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
+    # A file name that is not UTF-8 has surrogates, which become JSON's escapes.
+    aside.write_text(text, "utf-8", "backslashreplace")
     aside.replace(path)
 
 
@@ -130,12 +144,12 @@ def write_predictions(
       class_names: In the order of the labels.
     """
     (workdir / "report").mkdir(exist_ok=True)
-    path = workdir / "report" / "predictions.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", "label", "predicted", "confidence"])
-        for example_id, label, row in zip(ids, labels, probabilities, strict=True):
-            best = int(row.argmax())
-            # The shortest digits that give back this float32, and no other.
-            confidence = np.format_float_positional(row[best], unique=True)
-            writer.writerow([example_id, class_names[label], class_names[best], confidence])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "label", "predicted", "confidence"])
+    for example_id, label, row in zip(ids, labels, probabilities, strict=True):
+        best = int(row.argmax())
+        # The shortest digits that give back this float32, and no other.
+        confidence = np.format_float_positional(row[best], unique=True)
+        writer.writerow([example_id, class_names[label], class_names[best], confidence])
+    write_text(workdir / "report" / "predictions.csv", text.getvalue())

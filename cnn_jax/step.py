@@ -113,7 +113,7 @@ def train_step(
             mutable=["batch_stats"],
         )
         losses = cross_entropy(logits, labels, label_smoothing)
-        loss = jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1)
+        loss = jnp.sum(jnp.where(mask, losses, 0)) / jnp.maximum(jnp.sum(mask), 1)
         return loss, (logits, updates.get("batch_stats", {}))
 
     (_, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

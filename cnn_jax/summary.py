@@ -52,11 +52,11 @@ def show_plan(
             f"Python {platform.python_version()}",
             "device": f"{len(devices)} x {kind}, {compute_dtype(config.precision).name}",
             "data": "\n".join(lines),
-            "model": f"{model.name or config.model.name}, "
+            "model": f"{config.model.name}, "
             f"{count_parameters(model, image_size):,} parameters, "
             f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
-            "training": f"{config.train.epochs} epochs at batch size {config.train.batch_size}, "
-            f"seed {config.seed}, best by {config.train.monitor}",
+            "training": f"{_count(config.train.epochs, 'epoch')} at batch size "
+            f"{config.train.batch_size}, seed {config.seed}, best by {config.train.monitor}",
             "results": str(workdir),
         }
     )
@@ -83,6 +83,10 @@ def _class_table(dataset: Dataset) -> list[str]:
         columns = (f"{column[label]:>10,}" for column in counts.values())
         rows.append("  ".join([f"{name:<{width}}", *columns]))
     return rows
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _shorten(text: str, width: int) -> str:

@@ -9,15 +9,15 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
-import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from cnn_jax import configuration, run_directory, sharding
 from cnn_jax.bundle import Bundle, write_bundle
@@ -64,21 +64,24 @@ def train_and_evaluate(
     console = console or Console()
     workdir = pathlib.Path(workdir)
     configuration.validate(config, jax.device_count())
+    config = configuration.resolve(config)
     run_directory.claim(workdir, config)
     preprocessing = Preprocessing(
-        image_size=configuration.image_size(config),
+        image_size=config.data.image_size,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         max_pixels=config.data.max_pixels,
     )
     dataset = pipeline.open_dataset(config.data, preprocessing, config.seed, console.track)
     model = make_model(config.model.to_dict(), len(dataset.source.class_names), config.precision)
+    run_directory.write_config(workdir, config)
     show_plan(console, config, workdir, dataset, model)
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.monitor)
-    with contextlib.closing(checkpoints):
-        variables = _train(config, workdir, dataset, model, checkpoints, console)
-    report = _write_results(config, workdir, dataset, variables, console)
+    with _interruption() as interrupted:
+        with contextlib.closing(checkpoints):
+            variables = _train(config, workdir, dataset, model, checkpoints, console, interrupted)
+        report = _write_results(config, workdir, dataset, variables, console, interrupted)
     show_results(workdir, report)
     return report
 
@@ -92,6 +95,7 @@ class _Programs:
     train_step: Callable[[TrainState, dict], tuple[TrainState, Metrics]]
     eval_step: Callable[[Any, dict], Metrics]
     merge: Callable[[Metrics, Metrics], Metrics]
+    is_finite: Callable[[TrainState], jax.Array]
     to_devices: Callable[[dict], dict[str, jax.Array]]
 
 
@@ -125,9 +129,14 @@ def _make_programs(
         ),
         train_step=jax.jit(train, donate_argnums=0, **shardings),
         eval_step=jax.jit(evaluate, **shardings),
+        is_finite=jax.jit(_all_finite, out_shardings=everywhere),
         merge=jax.jit(Metrics.merge, donate_argnums=0, out_shardings=everywhere),
         to_devices=functools.partial(sharding.to_devices, sharding=by_example),
     )
+
+
+def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _train(
@@ -137,6 +146,7 @@ def _train(
     model: nn.Module,
     checkpoints: Checkpoints,
     console: Console,
+    interrupted: threading.Event,
 ) -> PyTree:
     """Trains to the end; returns the best epoch's variables, on the host."""
     train = config.train
@@ -159,7 +169,7 @@ def _train(
     stream = _training_batches(config, dataset, first_step)
     log = run_directory.EpochLog(workdir, history)
     display = console.training(train.epochs, steps_per_epoch)
-    with contextlib.closing(log), stream as batches, display, _interruption() as interrupted:
+    with contextlib.closing(log), stream as batches, display:
         display.start(history, best_record(history, train.monitor), first_step)
         clock = _Clock()
         in_flight: Metrics | None = None
@@ -168,9 +178,11 @@ def _train(
                 batch = programs.to_devices(next(batches))
                 state, metrics = programs.train_step(state, batch)
                 totals = programs.merge(totals, metrics)
+                if step == first_step:
+                    clock.restart()  # It was compiled just now.
                 # Step n - 1 is read while step n runs: the device never waits.
                 if in_flight is not None:
-                    loss = _finite_loss(in_flight, step - 1, schedule)
+                    loss = _finite_loss(in_flight, step - 1, schedule, train.batch_size)
                     clock.count(train.batch_size)
                     display.step(step, loss, clock.images_per_second())
             in_flight = metrics
@@ -178,10 +190,16 @@ def _train(
             if not (ends_epoch or interrupted.is_set()):
                 continue
 
-            _finite_loss(in_flight, step, schedule)
+            _finite_loss(in_flight, step, schedule, train.batch_size)
+            clock.count(train.batch_size)
             in_flight = None
+            # That loss was computed before the step's update; the update counts too.
+            if not programs.is_finite(state):
+                raise _not_finite("a parameter", step, schedule)
             if ends_epoch:
                 validation = _validate(programs, state, dataset, train.batch_size)
+                if not math.isfinite(validation["loss"]):
+                    raise _not_finite("the validation loss", step, schedule)
                 record = {
                     "epoch": len(history) + 1,
                     "step": step + 1,
@@ -213,22 +231,19 @@ def _train(
 
 def _training_batches(
     config: Config, dataset: Dataset, start: int
-) -> contextlib.closing[grain.DatasetIterator]:
+) -> contextlib.closing[Generator[pipeline.NumpyBatch, None, None]]:
     augmentation = Augmentation(
         flip=config.augment.flip,
         rotation=config.augment.rotation,
         zoom=config.augment.zoom,
         contrast=config.augment.contrast,
     )
-    place = config.augment.place
-    if place == "auto":  # A CPU has better things to do with its compiled step.
-        place = "host" if jax.default_backend() == "cpu" else "device"
     return pipeline.training_batches(
         dataset.loader,
         dataset.splits["train"],
         batch_size=config.train.batch_size,
         augmentation=augmentation,
-        place=place,
+        place=config.augment.place,
         seed=config.seed,
         start=start,
     )
@@ -238,42 +253,45 @@ class _Clock:
     """Time since it was made, and the rate at which images are trained on."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._first_step: float | None = None
-        self._last_step = self._start
+        self._made = time.perf_counter()
         self._images = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts images from now on: what came before was not training."""
+        self._start = self._last_step = time.perf_counter()
 
     def count(self, images: int) -> None:
-        """A step has ended. The first one may have waited for the compiler: it sets the zero."""
+        """A step on so many images has ended."""
         self._last_step = time.perf_counter()
-        if self._first_step is None:
-            self._first_step = self._last_step
-        else:
-            self._images += images
+        self._images += images
 
     def images_per_second(self) -> float:
-        if self._first_step is None or self._images == 0:
-            return 0.0
-        return self._images / (self._last_step - self._first_step)
+        return self._images / max(self._last_step - self._start, 1e-9)
 
     def seconds(self) -> float:
-        return time.perf_counter() - self._start
+        return time.perf_counter() - self._made
 
 
-def _finite_loss(metrics: Metrics, step: int, schedule: optax.Schedule) -> float:
-    """The mean loss of a batch.
+def _finite_loss(metrics: Metrics, step: int, schedule: optax.Schedule, batch_size: int) -> float:
+    """The mean loss of a training batch.
 
     Raises:
       TrainingError: It is infinite or not a number.
     """
-    loss = metrics.compute()["loss"]
+    loss = float(jax.device_get(metrics.loss_sum)) / batch_size
     if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss is {loss} at step {step + 1:,}, with a learning rate of "
-            f"{_learning_rate(schedule, step):.2g}. Try a lower optimizer.learning_rate, "
-            "optimizer.warmup_epochs=1 or precision=float32. The last checkpoint is kept"
-        )
+        raise _not_finite("the loss", step, schedule)
     return loss
+
+
+def _not_finite(what: str, step: int, schedule: optax.Schedule) -> TrainingError:
+    return TrainingError(
+        f"{what} is infinite or not a number at step {step + 1:,}, where the learning rate is "
+        f"{_learning_rate(schedule, step):.2g}. Try a lower optimizer.learning_rate, "
+        "optimizer.warmup_epochs=1 or precision=float32, in another --workdir. The last good "
+        "checkpoint is kept"
+    )
 
 
 def _learning_rate(schedule: optax.Schedule, step: int) -> float:
@@ -310,7 +328,11 @@ def _why_it_ended(history: History, best: dict[str, Any], config: Config) -> str
 
 @contextlib.contextmanager
 def _interruption() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second one ends the process as usual."""
+    """An event that Ctrl-C or SIGTERM sets, for the run to end at the next good moment.
+
+    A second one ends it at once. (An exception in the middle of a compilation
+    would crash JAX.)
+    """
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted  # Only the main thread may handle signals.
@@ -340,6 +362,7 @@ def _write_results(
     dataset: Dataset,
     variables: PyTree,
     console: Console,
+    interrupted: threading.Event,
 ) -> dict[str, Any]:
     """Measures the best network on every split; writes the report and the bundle."""
     source = dataset.source
@@ -358,13 +381,18 @@ def _write_results(
         metrics={},
         variables=variables,
     )
+
+    def track(items: Iterable, description: str, total: int) -> Iterator:
+        for item in console.track(items, description, total):
+            if interrupted.is_set():
+                raise KeyboardInterrupt("training is done; the same command goes on from there")
+            yield item
+
     predictor = Predictor(bundle)
     report = {}
     for split in SPLITS:
         indices = dataset.splits[split]
-        probabilities = predict_split(
-            predictor, source, indices, console.track, f"measuring {split}"
-        )
+        probabilities = predict_split(predictor, source, indices, track, f"measuring {split}")
         report[split] = score(probabilities, source.labels[indices], source.class_names)
         if split == "test":
             ids = [source.ids[i] for i in indices]

@@ -36,7 +36,7 @@ MUTATIONS = [
     ("models/cnn.py", "dtype=jnp.float32, name=\"head\"", "dtype=self.dtype, name=\"head\"", "models/test_cnn.py"),
     ("preprocessing.py", "jnp.float32) - mean) / std", "jnp.float32) - mean) * std", "test_step.py"),
     ("step.py", "state.step)\n\n    def loss_fn", "0)\n\n    def loss_fn", "test_step.py"),
-    ("step.py", "jnp.sum(losses * mask)", "jnp.sum(losses)", "test_step.py"),
+    ("step.py", "jnp.sum(jnp.where(mask, losses, 0))", "jnp.sum(losses)", "test_step.py"),
     ("step.py", "cross_entropy(logits, labels, label_smoothing)", "cross_entropy(logits, labels)", "test_step.py"),
     ("step.py", "images = augment.apply_on_device(images, batch[\"matrix\"], batch[\"contrast\"])", "pass", "test_step.py"),
     ("step.py", "batch_stats=batch_stats,\n        opt_state=opt_state", "batch_stats=state.batch_stats,\n        opt_state=opt_state", "test_step.py"),

@@ -13,8 +13,9 @@ PACKAGE = REPOSITORY / "cnn_jax"
 FLOORS = [
     *("__init__", "errors", "preprocessing", "data.__init__"),
     *("loss", "metrics", "optimizer", "models.cnn", "models.__init__", "data.augment"),
-    *("step", "configuration"),
+    "step",
     *("data.cache", "data.decode", "data.splits", "data.shapes", "data.sources", "data.pipeline"),
+    "configuration",
     *("sharding", "checkpoint", "bundle", "console", "cli", "run_directory"),
     *("predict", "evaluate"),
     *("summary", "train"),

@@ -9,6 +9,9 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
+from test_bundle import make_bundle
+
+from cnn_jax.bundle import write_bundle
 
 
 def _run(module, *arguments, **options):
@@ -36,16 +39,18 @@ def _tiny_flags(image_folder, workdir, epochs=2):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/smoke.py"], "--workdir: is missing"),
-        (["--config=nowhere.py", "--workdir=x"], "--config: there is no file 'nowhere.py'"),
-        (["--confg=configs/smoke.py"], "Unknown command line flag 'confg'"),
+        (["--config", "nowhere.py", "--workdir", "=x"], "--config: there is no file 'nowhere.py'"),
+        (["--workdir=x", "--confg=configs/smoke.py"], "unexpected argument '--confg=configs"),
         (["--workdir=x", "stray"], "unexpected argument 'stray'"),
         (["--workdir=x", "--config.train.epoch=3"], "did you mean train.epochs?"),
-        (["--workdir=x", "--config.train.epochs=many"], "--config.train.epochs=many"),
+        (
+            ["--workdir=x", "--config.train.epochs=many"],
+            "config.train.epochs: must be an integer, 1 or more, got 'many'",
+        ),
         (["--workdir=x", "--config.data.split=(0.7,0.2,0.2)"], "config.data.split: must be"),
-        (["--workdir=x", "--config.data=3"], "config.data: there is no such key"),
-        (["--workdir=x", "--config.data.source=pictures"], "data.source: must be"),
-        (["--workdir=/dev/null/x"], "--workdir: cannot write"),
+        (["--workdir=x", "--config.data=3"], "config.data: is a section"),
+        (["--workdir=x", "--config.data.source=pictures"], "config.data.source: must be"),
+        (["--workdir=/dev/null/x"], "--workdir: cannot use"),
     ],
 )
 def test_a_usage_error_is_one_line_and_exits_with_2(arguments, message, tmp_path):
@@ -56,6 +61,31 @@ def test_a_usage_error_is_one_line_and_exits_with_2(arguments, message, tmp_path
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize("arguments", [[], ["--workdir="]])
+def test_the_folder_of_the_run_is_needed(arguments):
+    result = _run("main", *arguments)
+    assert result.returncode == 2
+    assert "--workdir" in result.stderr.splitlines()[-1]
+
+
+def test_flags_may_be_parted_by_a_space(image_folder, tmp_path):
+    flags = _tiny_flags(image_folder, tmp_path / "run", 1)
+    flags = ["--config", "configs/folder.py", "--workdir", str(tmp_path / "run"), *flags[2:]]
+    assert _run("main", *flags).returncode == 0
+
+
+def test_whoever_reads_the_output_may_stop(image_folder, tmp_path):
+    write_bundle(make_bundle(), tmp_path / "bundle")
+    command = f"{sys.executable} -m cnn_jax.predict --bundle={tmp_path / 'bundle'} "
+    command += f"--input={image_folder}"
+    for tail in ("| head -n 1", "> /dev/full", ">&-"):
+        result = subprocess.run(
+            ["bash", "-c", f"{command} {tail}"], cwd=REPOSITORY, capture_output=True, text=True
+        )
+        assert "Traceback" not in result.stderr, result.stderr
+        assert len(result.stderr.splitlines()) <= 1
 
 
 def test_a_config_file_that_fails_is_explained(tmp_path):

@@ -12,6 +12,8 @@ from configs import default
 def test_the_same_run_may_go_on_and_another_may_not(tmp_path):
     config = default.get_config()
     run_directory.claim(tmp_path / "run", config)
+    assert list((tmp_path / "run").iterdir()) == []  # Nothing is decided yet.
+    run_directory.write_config(tmp_path / "run", config)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["epochs"] == 22
     config.data.workers = 2  # No number depends on it.
     run_directory.claim(tmp_path / "run", config)
@@ -24,7 +26,7 @@ def test_the_same_run_may_go_on_and_another_may_not(tmp_path):
 
 def test_a_folder_that_cannot_be_one_is_explained(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="--workdir: cannot write"):
+    with pytest.raises(ConfigError, match="--workdir: cannot use"):
         run_directory.claim(tmp_path / "file" / "run", default.get_config())
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not a configuration"):

@@ -112,6 +112,14 @@ def test_one_step_is_the_optimizer_on_the_gradient_of_the_smoothed_loss():
     expected = optax.apply_updates(state.params, updates)
     new_state, _ = jax.jit(_train_step(model))(state, batch)
     assert int(new_state.step) == 1
+    images = (batch["image"].astype(jnp.float32) - 127.5) / 127.5
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    _, statistics = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        new_state.batch_stats,
+        statistics["batch_stats"],
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), new_state.params, expected
     )

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, write_images
 
-from cnn_jax import train
+from cnn_jax import configuration, train
 from cnn_jax.bundle import read_bundle
 from cnn_jax.data.sources import FolderSource
 from cnn_jax.data.splits import split_by_id
-from cnn_jax.errors import ConfigError, TrainingError
+from cnn_jax.errors import ConfigError, DataError, TrainingError
 from cnn_jax.evaluate import predict_split
 from cnn_jax.predict import Predictor
 from cnn_jax.train import train_and_evaluate
@@ -71,7 +72,9 @@ def _tiny(image_folder, **changes):
 
 def test_a_run_leaves_what_the_design_says(finished):
     workdir, config, report = finished
-    assert json.loads((workdir / "config.json").read_text()) == json.loads(config.to_json())
+    resolved = json.loads(configuration.resolve(config).to_json())
+    assert json.loads((workdir / "config.json").read_text()) == resolved
+    assert (resolved["precision"], resolved["augment"]["place"]) == ("float32", "host")
     history = _history(workdir)
     assert [set(record) for record in history] == [EPOCH_KEYS] * 3
     assert [record["step"] for record in history] == [6, 12, 18]
@@ -210,7 +213,7 @@ def test_an_infinite_loss_ends_the_run_and_keeps_the_last_checkpoint(
         )
 
     monkeypatch.setattr(train, "train_step", poisoned)
-    message = r"the loss is nan at step 9, with a learning rate of 0\.000\d+\. Try a lower"
+    message = r"the loss is infinite or not a number at step 9, where .* 0\.000\d+\. Try a lower"
     with pytest.raises(TrainingError, match=message):
         train_and_evaluate(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
@@ -218,6 +221,51 @@ def test_an_infinite_loss_ends_the_run_and_keeps_the_last_checkpoint(
     monkeypatch.setattr(train, "train_step", real_step)
     train_and_evaluate(config, tmp_path / "run")
     assert len(_history(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs):
+    """One step an epoch: the loss before the update is finite, what it leaves is not."""
+    config = _tiny(
+        image_folder,
+        **{
+            "train.batch_size": 64,
+            "train.epochs": epochs,
+            "optimizer.learning_rate": 1e38,
+            "optimizer.final_learning_rate": 1e38,
+        },
+    )
+    with pytest.raises(TrainingError, match="infinite or not a number at step 1"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert _history(tmp_path / "run") == []
+
+
+def test_a_failed_start_can_be_mended_in_the_same_folder(image_folder, tmp_path):
+    with pytest.raises(DataError, match="there is no folder"):
+        train_and_evaluate(_tiny(tmp_path / "typo"), tmp_path / "run")
+    train_and_evaluate(_tiny(image_folder, **{"train.epochs": 1}), tmp_path / "run")
+
+
+def test_a_moved_folder_of_the_same_images_goes_on(tmp_path):
+    write_images(tmp_path / "here", per_class=10)
+    config = _tiny(tmp_path / "here", **{"train.epochs": 1})
+    report = train_and_evaluate(config, tmp_path / "run")
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = _tiny(tmp_path / "there", **{"train.epochs": 1})
+    assert train_and_evaluate(moved, tmp_path / "run") == report
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    write_images(tmp_path / "images", per_class=10)
+    odd = os.fsdecode(b"caf\xe9")
+    (tmp_path / "images" / "red").rename(tmp_path / "images" / odd)
+    image = tmp_path / "images" / odd / "000.png"
+    image.rename(image.with_name(os.fsdecode(b"\xff.png")))
+    train_and_evaluate(_tiny(tmp_path / "images", **{"train.epochs": 1}), tmp_path / "run")
+    assert read_bundle(tmp_path / "run" / "bundle").class_names == ["blue", odd, "green"]
+    report = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
+    assert odd in report["test"]["per_class"]
 
 
 def test_on_the_device_as_on_the_host(image_folder, tmp_path):
@@ -251,13 +299,14 @@ def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
 SMOKE = [sys.executable, "-m", "cnn_jax.main", "--config=configs/smoke.py"]
 
 
-def _start(workdir, *flags):
+def _start(workdir, *flags, **options):
     return subprocess.Popen(
         [*SMOKE, f"--workdir={workdir}", *flags],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
 
 
@@ -317,18 +366,55 @@ def test_interrupted_within_an_epoch_it_saves_there_and_goes_on(smoke, tmp_path,
     while not (workdir / "metrics.jsonl").exists() or not _history(workdir):
         assert process.poll() is None
         time.sleep(0.02)
+    time.sleep(0.2)  # The next epoch is well under way, and not over.
     process.send_signal(signum)
     _, stderr = process.communicate()
     assert process.returncode == 130
     assert "saved after step" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
     steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal()]
-    assert max(steps) < 66
+    assert max(steps) % 22 != 0, "the signal came between two epochs"
     process = _start(workdir)
     _, stderr = process.communicate()
     assert process.returncode == 0
     assert f"goes on from step {max(steps)}" in stderr
     _same_but_for_time(smoke.workdir, workdir)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.7, 3.0])
+def test_ctrl_c_reaches_the_worker_processes_too_and_harms_nothing(tmp_path, delay):
+    """As a terminal sends it: to every process of the group."""
+    write_images(tmp_path / "images", per_class=40)
+    workdir = tmp_path / "run"
+    flags = [
+        f"--config.data.source=folder:{tmp_path / 'images'}",
+        "--config.data.image_size=16",
+        "--config.model.features=(4,8)",
+        "--config.train.epochs=400",
+        "--config.data.workers=2",
+        "--config.data.cache=none",
+    ]
+    process = _start(workdir, *flags, start_new_session=True)
+    while not (workdir / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130, stderr
+    assert "saved after step" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_ctrl_c_while_it_compiles_does_not_crash(tmp_path):
+    process = _start(tmp_path / "run", env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"})
+    for line in process.stderr:
+        if line.startswith("results"):
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
 
 
 def test_what_a_person_sees_when_the_output_is_a_file(smoke):

@@ -8,25 +8,21 @@ changes it.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
+import signal
+from collections.abc import Generator, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from cnn_jax.data import augment
+from cnn_jax.data import Track, augment, no_track
 from cnn_jax.data.augment import Augmentation
-from cnn_jax.data.sources import (
-    DecodedSource,
-    Source,
-    Track,
-    fingerprint,
-    load_image,
-    no_track,
-    open_source,
-)
+from cnn_jax.data.sources import DecodedSource, Source, fingerprint, load_image, open_source
 from cnn_jax.data.splits import split_by_id
 from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import Preprocessing
@@ -59,13 +55,13 @@ class Loader:
 def choose_workers(requested: int, source: Source) -> int:
     """Worker processes for `data.workers`, where -1 means as many as help.
 
-    Decoded images are served by threads: there is too little to do to pay for
-    sending batches between processes.
+    Decoded images are always served by threads: a copy of them for each process
+    could exceed the machine, and there is too little left to do.
     """
-    if requested >= 0:
-        return requested
     if isinstance(source, DecodedSource):
         return 0
+    if requested >= 0:
+        return requested
     # A machine of few cores needs them all for the training step.
     return 0 if (os.cpu_count() or 1) < 4 else min(16, (os.cpu_count() or 1) - 1)
 
@@ -82,10 +78,11 @@ def _add_draws(
     return {"index": indices[positions]} | draws
 
 
-def _load_training_batch(draws: NumpyBatch, loader: Loader, place: str) -> NumpyBatch:
+def _load_training_batch(draws: NumpyBatch, loader: Loader, place: str | None) -> NumpyBatch:
+    """Loads the pixels, and moves them unless `place` is "device", or None: nowhere."""
     batch = loader.load(draws["index"])
     batch["mask"] = np.ones(len(draws["index"]), bool)
-    if place == "none":
+    if place is None:
         return batch
     if place == "device":
         return batch | {"matrix": draws["matrix"], "contrast": draws["contrast"]}
@@ -102,7 +99,7 @@ def training_batches(
     place: str,
     seed: int,
     start: int = 0,
-) -> contextlib.closing[grain.DatasetIterator]:
+) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
     """The endless training stream, from batch `start` on.
 
     The examples are shuffled anew for each pass. A batch may span two passes,
@@ -122,14 +119,17 @@ def training_batches(
       A context manager that closes the stream and ends its workers. A batch is
       {"image": uint8 [B, H, W, 3], "label": int32 [B], "mask": bool [B], ...}.
     """
-    place = "none" if augmentation.is_identity() else place
     add_draws = functools.partial(
         _add_draws,
         indices=indices,
         augmentation=augmentation,
         image_size=loader.preprocessing.image_size,
     )
-    load = functools.partial(_load_training_batch, loader=loader, place=place)
+    load = functools.partial(
+        _load_training_batch,
+        loader=loader,
+        place=None if augmentation.is_identity() else place,
+    )
     dataset = (
         grain.MapDataset.range(len(indices))
         .seed(seed)
@@ -145,7 +145,7 @@ def training_batches(
 
 def evaluation_batches(
     loader: Loader, indices: np.ndarray, batch_size: int
-) -> contextlib.closing[grain.DatasetIterator]:
+) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
     """Every example once, in order; the last batch is padded, its mask False there.
 
     Padding repeats the split's first example, so that every batch has one shape.
@@ -160,17 +160,42 @@ def evaluation_batches(
     return contextlib.closing(_iterate(dataset, workers=0))
 
 
-def _iterate(dataset: grain.MapDataset, workers: int) -> grain.DatasetIterator:
-    """Reads ahead on threads, or in worker processes."""
+def _iterate(dataset: grain.MapDataset, workers: int) -> Generator[NumpyBatch, None, None]:
+    """Reads ahead on threads, or in worker processes; closing it ends them."""
     if workers == 0:
         threads = max(2, min(16, os.cpu_count() or 1))
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        return iter(dataset.to_iter_dataset(options))
-    if not flags.FLAGS.is_parsed():  # Grain hands absl's flags to its workers.
-        flags.FLAGS.mark_as_parsed()
-    one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(dataset.to_iter_dataset(one_thread).mp_prefetch(options))
+        iterator = iter(dataset.to_iter_dataset(options))
+        start = contextlib.nullcontext()
+    else:
+        if not flags.FLAGS.is_parsed():  # Grain hands absl's flags to its workers.
+            flags.FLAGS.mark_as_parsed()
+        one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        iterator = iter(dataset.to_iter_dataset(one_thread).mp_prefetch(options))
+        start = _ctrl_c_held_back()
+    with contextlib.closing(iterator):
+        with start:  # The first batch starts the workers.
+            first = list(itertools.islice(iterator, 1))
+        yield from first
+        del first
+        yield from iterator
+
+
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Processes started within never get Ctrl-C; this one gets it at the end.
+
+    A terminal sends Ctrl-C to all processes of a command. It is for the main
+    one to finish its step, save and end the others.
+    """
+    # It lets Ctrl-C through again when it starts, so it has to be there already.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +236,8 @@ def open_dataset(
     for name, indices in splits.items():
         if not len(indices):
             raise DataError(
-                f"{source.name}: its {len(source)} images are too few for data.split = "
-                f"{tuple(config.split)}: no image is left for {name}"
+                f"{source.name}: no image is left for {name}; each class needs three images "
+                f"or more, and these have {len(source)} images of {len(source.class_names)} classes"
             )
     identity = fingerprint(source)
     if config.cache == "memory" or (config.cache == "auto" and _fits(source, preprocessing)):

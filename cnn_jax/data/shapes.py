@@ -14,11 +14,11 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from cnn_jax.data import Track, no_track
 from cnn_jax.data.cache import cache_dir
 
 # Part of the cache folder's name: raise it when any pixel would change.
@@ -220,7 +220,7 @@ def _write_example(folder: pathlib.Path, seed: int, index: int) -> None:
 def generate(
     num_images: int = NUM_IMAGES,
     seed: int = 0,
-    track: Callable[[Iterable, str, int], Iterable] = lambda items, *_: items,
+    track: Track = no_track,
 ) -> pathlib.Path:
     """Writes the data set into the cache folder, if it is not there yet.
 
@@ -250,6 +250,7 @@ def generate(
             done = pool.map(write, range(num_images), chunksize=32)
             for _ in track(done, "generating shapes", num_images):
                 pass
+        partial.chmod(0o755)  # A temporary folder is private; a cache may be shared.
         try:
             partial.rename(final)
         except OSError:

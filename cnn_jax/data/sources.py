@@ -10,13 +10,12 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from cnn_jax.data import decode, shapes
+from cnn_jax.data import Track, decode, no_track, shapes
 from cnn_jax.data.decode import Pixels
 from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.preprocessing import Preprocessing
@@ -31,6 +30,7 @@ class Source(Protocol):
       class_names: Class names in the order of their labels.
       ids: A different identity for each example, the same on every machine.
       labels: int32 [n], positions in `class_names`.
+      sizes: Bytes of each encoded image.
       num_ignored: Files or records that were found and are not examples.
     """
 
@@ -38,6 +38,7 @@ class Source(Protocol):
     class_names: list[str]
     ids: list[str]
     labels: np.ndarray
+    sizes: list[int]
     num_ignored: int
 
     def __len__(self) -> int: ...
@@ -45,15 +46,6 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """An example: "image", encoded or uint8 [h, w, 3], "label", an int, and "id"."""
         ...
-
-
-# Passes items on and shows how many of a total have come: (items, description, total).
-Track = Callable[[Iterable, str, int], Iterable]
-
-
-def no_track(items: Iterable, description: str, total: int) -> Iterable:
-    """Shows nothing."""
-    return items
 
 
 class FolderSource:
@@ -77,10 +69,13 @@ class FolderSource:
         if len(self.class_names) < 2:
             raise DataError(
                 f"{self.name}: {self._root} needs a sub-folder of images for each of two or "
-                f"more classes, and has {len(self.class_names)} sub-folders"
+                f"more classes, and has {len(self.class_names)}"
             )
         self.ids: list[str] = []
-        self.num_ignored = 0
+        self.sizes: list[int] = []
+        self.num_ignored = sum(
+            not entry.name.startswith(".") and entry.is_file() for entry in self._root.iterdir()
+        )
         labels = []
         for label, class_name in enumerate(self.class_names):
             images = self._images_below(self._root / class_name)
@@ -89,15 +84,16 @@ class FolderSource:
                     f"{self.name}: the class folder {self._root / class_name} has no images; "
                     "add some or remove it"
                 )
-            self.ids += images
+            self.ids += [path.relative_to(self._root).as_posix() for path in images]
+            self.sizes += [path.stat().st_size for path in images]
             labels += [label] * len(images)
         self.labels = np.array(labels, np.int32)
 
-    def _images_below(self, folder: pathlib.Path) -> list[str]:
+    def _images_below(self, folder: pathlib.Path) -> list[pathlib.Path]:
         files = decode.files_below(folder)
         images = [path for path in files if decode.is_image_file(path)]
         self.num_ignored += len(files) - len(images)
-        return [path.relative_to(self._root).as_posix() for path in images]
+        return images
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -138,6 +134,7 @@ class TfdsSource:
         undecoded = {"image": tfds.decode.SkipDecoding()}
         self._parts = [builder.as_data_source(name, decoders=undecoded) for name in split_names]
         self.ids = []
+        self.sizes = []
         labels = []
         self._positions: list[tuple[int, int]] = []
         for part, split_name in enumerate(split_names):
@@ -146,6 +143,7 @@ class TfdsSource:
                     self.num_ignored += 1
                     continue
                 self.ids.append(f"{split_name}/{i}")
+                self.sizes.append(len(example["image"]))
                 labels.append(example["label"])
                 self._positions.append((part, i))
         self.labels = np.array(labels, np.int32)
@@ -223,7 +221,8 @@ class DecodedSource:
         """
         self.name = source.name
         self.num_ignored = source.num_ignored
-        self.class_names, self.ids, self.labels = source.class_names, source.ids, source.labels
+        self.class_names, self.labels = source.class_names, source.labels
+        self.ids, self.sizes = source.ids, source.sizes
         self._images = np.empty((len(source), *preprocessing.image_size, 3), np.uint8)
 
         def fill(index: int) -> None:
@@ -259,6 +258,12 @@ def load_image(source: Source, index: int, preprocessing: Preprocessing) -> Pixe
     return decode.resize(image, preprocessing.image_size)
 
 
+def absolute(name: str) -> str:
+    """The name of a source, the same from any working directory."""
+    kind, _, path = name.partition(":")
+    return f"folder:{pathlib.Path(path).expanduser().absolute()}" if kind == "folder" else name
+
+
 def open_source(name: str, track: Track = no_track) -> Source:
     """Opens a source by the name given in `data.source` or `--source`.
 
@@ -274,15 +279,13 @@ def open_source(name: str, track: Track = no_track) -> Source:
     if kind == "shapes" and (not rest or (rest.isdecimal() and int(rest) > 0)):
         num_images = int(rest) if rest else shapes.NUM_IMAGES
         return FolderSource(shapes.generate(num_images, track=track) / "images", name)
-    raise ConfigError(
-        f"data.source: must be shapes, shapes:N, folder:PATH or tfds:NAME, got {name!r}"
-    )
+    raise ConfigError(f"a source must be shapes, shapes:N, folder:PATH or tfds:NAME, got {name!r}")
 
 
 def fingerprint(source: Source) -> str:
-    """sha256 over the identities and class names of all examples, whatever their order."""
+    """sha256 over id, class and size of all examples, whatever their order."""
     lines = sorted(
-        f"{example_id}\t{source.class_names[label]}"
-        for example_id, label in zip(source.ids, source.labels, strict=True)
+        f"{example_id}\t{source.class_names[label]}\t{size}"
+        for example_id, label, size in zip(source.ids, source.labels, source.sizes, strict=True)
     )
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()

@@ -28,8 +28,9 @@ def split_by_id(
       seed: Another seed gives another division.
 
     Returns:
-      For each name in `SPLITS`, the positions of its examples, ascending. Each
-      class's count in a split is within one of its share.
+      For each name in `SPLITS`, the positions of its examples, ascending. A class of
+      three or more has an example in each split; apart from that its count is
+      its share, rounded.
     """
     cuts = np.cumsum(fractions)[:-1]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
@@ -38,6 +39,9 @@ def split_by_id(
         members = order[labels[order] == label]
         # The tiny term keeps 0.7 + 0.2 = 0.8999... from cutting one too early.
         bounds = np.floor(cuts * len(members) + 0.5 + 1e-9).astype(int)
+        if len(members) >= len(SPLITS):
+            bounds = np.clip(bounds, [1, 2], [len(members) - 2, len(members) - 1])
+            bounds[1] = max(bounds[1], bounds[0] + 1)
         for name, part in zip(SPLITS, np.split(members, bounds), strict=True):
             parts[name].append(part)
     return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}

@@ -1,3 +1,4 @@
+import contextlib
 import io
 
 import numpy as np
@@ -118,3 +119,25 @@ def test_resize_averages_when_it_shrinks_and_keeps_what_fits():
     assert small.shape == (8, 16, 3)
     assert np.abs(small.astype(int) - 127.5).max() < 8
     assert decode.resize(checkerboard, (64, 64)) is checkerboard
+
+
+def test_postscript_is_not_even_tried():
+    with pytest.raises(DataError, match="is not an image of a known format"):
+        decode.decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])
+def test_mutated_files_end_in_an_image_or_one_clear_error(file_format):
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif} if file_format in ("JPEG", "PNG", "WEBP") else {}
+    original = np.frombuffer(_encode(Image.fromarray(_smooth()), file_format, **options), np.uint8)
+    for _ in range(80):
+        mutated = original.copy()
+        places = rng.integers(0, min(len(mutated), 400), rng.integers(1, 6))
+        mutated[places] = rng.integers(0, 256, len(places))
+        with contextlib.suppress(DataError):
+            pixels = decode.decode(mutated.tobytes(), max_pixels=1_000_000)
+            assert pixels.dtype == np.uint8
+            assert pixels.shape[-1] == 3

@@ -5,6 +5,8 @@ import pytest
 
 from cnn_jax.data import shapes
 
+GOLDEN = ["c1c91ae51c144796", "a6be152b30eeb71e", "19e25a434d87e3f0"]
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
@@ -75,3 +77,12 @@ def test_outlines_lie_in_the_unit_disc(name):
         outline, hole = shapes._outlines(name, rng)
         assert np.linalg.norm(outline, axis=1).max() <= 1.15
         assert (hole is not None) == (name == "ring")
+
+
+def test_golden_images():
+    """Another picture under the same VERSION would mix with what caches hold."""
+    digests = []
+    for index in (0, 1234, 11999):
+        image, mask, _ = shapes.render(0, index)
+        digests.append(hashlib.sha256(image.tobytes() + mask.tobytes()).hexdigest()[:16])
+    assert digests == GOLDEN, f"raise shapes.VERSION and put GOLDEN = {digests} here"

@@ -38,7 +38,7 @@ def test_a_folder_has_its_sub_folders_as_classes(tmp_path):
     assert source.class_names == ["cat", "dog"]
     assert source.ids == ["cat/ü 猫.png", "dog/b.PNG", "dog/deep/er/a.jpg"]
     np.testing.assert_array_equal(source.labels, [0, 1, 1])
-    assert source.num_ignored == 1
+    assert source.num_ignored == 2
     example = source[0]
     assert example["label"] == 0
     assert example["id"] == "cat/ü 猫.png"
@@ -49,7 +49,7 @@ def test_folders_that_are_no_classes_are_explained(tmp_path):
     with pytest.raises(DataError, match="there is no folder"):
         FolderSource(tmp_path / "nowhere")
     _picture(tmp_path / "cat" / "a.png")
-    with pytest.raises(DataError, match="has 1 sub-folders"):
+    with pytest.raises(DataError, match="and has 1"):
         FolderSource(tmp_path)
     (tmp_path / "dog").mkdir()
     with pytest.raises(DataError, match="dog has no images; add some or remove it"):
@@ -91,7 +91,7 @@ def test_the_fingerprint_changes_with_ids_and_classes_but_not_with_order(tmp_pat
 
 @pytest.mark.parametrize("name", ["", "folder:", "tfds:", "shapes:0", "shapes:x", "/data", "csv:x"])
 def test_a_name_of_no_known_form_is_a_configuration_error(name):
-    with pytest.raises(ConfigError, match=r"data\.source"):
+    with pytest.raises(ConfigError, match="a source must be"):
         open_source(name)
 
 

@@ -26,8 +26,11 @@ def test_splits_are_disjoint_complete_and_stratified_within_one(case, seed):
     for name, fraction in zip(SPLITS, FRACTIONS, strict=True):
         assert list(splits[name]) == sorted(splits[name])
         for label in np.unique(labels):
-            share = fraction * np.sum(labels == label)
-            assert abs(np.sum(labels[splits[name]] == label) - share) <= 1
+            count, size = np.sum(labels[splits[name]] == label), np.sum(labels == label)
+            if size > 3:
+                assert abs(count - fraction * size) <= 1
+            if size >= 3:
+                assert count >= 1
 
 
 @settings(deadline=None, max_examples=40)
