@@ -133,7 +133,7 @@ def resolve(config: Config) -> Config:
         resolved.data.source = absolute(config.data.source)
         resolved.data.image_size = image_size(config)
         if config.augment.place == "auto":
-            # XLA on a CPU moves pixels no faster than OpenCV, and holds up the step.
+            # On a CPU, OpenCV works beside the step, which XLA would hold up.
             on_cpu = jax.default_backend() == "cpu"
             resolved.augment.place = "host" if on_cpu else "device"
     return resolved

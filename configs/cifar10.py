@@ -2,7 +2,8 @@
 
     python -m cnn_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 
-EXPECT
+Expect a test accuracy above 71 %: that is where 15 epochs came (71.48 % with seed 0,
+--config.train.epochs=15, 8.5 minutes on two CPU cores), still improving.
 """
 
 from cnn_jax.configuration import Config

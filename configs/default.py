@@ -2,7 +2,8 @@
 
     python -m cnn_jax.main --config=configs/default.py --workdir=runs/first
 
-EXPECT
+Expect a test accuracy of 96 % (96.17 % with seed 0) after 22 epochs, in two to four
+minutes on two CPU cores, which includes making the data set on the first use.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +31,7 @@ def get_config() -> Config:
     augment.rotation = 0.2  # Either way, of a full turn.
     augment.zoom = 0.2
     augment.contrast = 0.2
-    augment.place = "auto"  # Pixels move on the device, but on the host if it is a CPU.
+    augment.place = "auto"  # The pixels move on the device, or beside it if it is a CPU.
 
     config.model = model = ConfigDict()
     model.name = "cnn"

@@ -66,6 +66,9 @@ MUTATIONS = [
     ("train.py", "_training_batches(config, dataset, first_step)", "_training_batches(config, dataset, 0)", "test_train.py"),
     ("train.py", "        state, totals, history = checkpoints.restore(first_step, state, totals, dataset.fingerprint)", "        state, _, history = checkpoints.restore(first_step, state, totals, dataset.fingerprint)", "test_train.py"),
     ("train.py", "if best[\"step\"] != history[-1][\"step\"]:", "if False:", "test_train.py"),
+    ("train.py", "if not programs.is_finite(state):", "if False:", "test_train.py"),
+    ("data/sources.py", "{source.class_names[label]}\\t{size}", "{source.class_names[label]}", "data/test_sources.py"),
+    ("data/shapes.py", "rng.uniform(0.26, 0.42)", "rng.uniform(0.26, 0.43)", "data/test_shapes.py"),
     ("train.py", ">= config.train.patience", "> config.train.patience", "test_train.py"),
 ]  # fmt: skip
 

@@ -77,7 +77,7 @@ def test_decoded_once_or_each_time_is_the_same(image_folder):
         assert decoded[i]["id"] == source.ids[i]
 
 
-def test_the_fingerprint_changes_with_ids_and_classes_but_not_with_order(tmp_path):
+def test_the_fingerprint_changes_with_names_and_sizes_but_not_with_order(tmp_path):
     for name in ("cat/a.png", "cat/b.png", "dog/a.png"):
         _picture(tmp_path / name)
     source = FolderSource(tmp_path)
@@ -85,6 +85,11 @@ def test_the_fingerprint_changes_with_ids_and_classes_but_not_with_order(tmp_pat
     source.ids.reverse()
     source.labels = source.labels[::-1]
     assert fingerprint(source) == before
+    Image.new("RGB", (50, 50)).save(tmp_path / "dog" / "a.png")
+    other_size = fingerprint(FolderSource(tmp_path))
+    assert other_size != before
+    _picture(tmp_path / "dog" / "a.png")
+    assert fingerprint(FolderSource(tmp_path)) == before
     _picture(tmp_path / "dog" / "new.png")
     assert fingerprint(FolderSource(tmp_path)) != before
 
