@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -5,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -239,6 +241,28 @@ def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs)
         train_and_evaluate(config, tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     assert _history(tmp_path / "run") == []
+
+
+def test_interrupted_right_after_a_step_that_diverged_nothing_is_saved(
+    image_folder, tmp_path, monkeypatch
+):
+    real_step = train.train_step
+
+    def diverge(state, batch, **kwargs):
+        state, metrics = real_step(state, batch, **kwargs)  # Its loss is that before the update.
+        return state.replace(params=jax.tree.map(lambda leaf: leaf / 0, state.params)), metrics
+
+    @contextlib.contextmanager
+    def interrupted_at_once():
+        event = threading.Event()
+        event.set()
+        yield event
+
+    monkeypatch.setattr(train, "train_step", diverge)
+    monkeypatch.setattr(train, "_interruption", interrupted_at_once)
+    with pytest.raises(TrainingError, match="a parameter is infinite or not a number at step 1"):
+        train_and_evaluate(_tiny(image_folder), tmp_path / "run")
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_a_failed_start_can_be_mended_in_the_same_folder(image_folder, tmp_path):
