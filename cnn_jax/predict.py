@@ -16,7 +16,6 @@ from typing import IO
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 from PIL import Image
@@ -26,7 +25,7 @@ from cnn_jax.bundle import Bundle, read_bundle
 from cnn_jax.data import decode
 from cnn_jax.data.decode import Pixels
 from cnn_jax.errors import BundleError, DataError
-from cnn_jax.models import forward, make_model
+from cnn_jax.models import abstract_variables, forward, make_model
 from cnn_jax.preprocessing import SPECIFICATION, Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -85,8 +84,7 @@ def _check_weights(model: nn.Module, bundle: Bundle) -> None:
         leaves = jax.tree.leaves_with_path(variables)
         return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
-    image = jax.ShapeDtypeStruct((1, *bundle.preprocessing.image_size, 3), jnp.float32)
-    described = shapes(jax.eval_shape(model.init, jax.random.key(0), image))
+    described = shapes(abstract_variables(model, bundle.preprocessing.image_size))
     present = shapes(bundle.variables)
     if described != present:
         differing = sorted(

@@ -15,7 +15,7 @@ from cnn_jax.configuration import Config
 from cnn_jax.console import Console
 from cnn_jax.data.pipeline import Dataset
 from cnn_jax.data.sources import DecodedSource
-from cnn_jax.models import compute_dtype, count_parameters, forward_flops
+from cnn_jax.models import count_parameters, forward_flops
 
 _MAX_CLASSES_SHOWN = 12
 
@@ -50,7 +50,7 @@ def show_plan(
         {
             "cnn_jax": f"{cnn_jax.__version__} with JAX {jax.__version__}, "
             f"Python {platform.python_version()}",
-            "device": f"{len(devices)} x {kind}, {compute_dtype(config.precision).name}",
+            "device": f"{len(devices)} x {kind}, {config.precision}",
             "data": "\n".join(lines),
             "model": f"{config.model.name}, "
             f"{count_parameters(model, image_size):,} parameters, "

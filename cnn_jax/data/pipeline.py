@@ -205,7 +205,7 @@ class Dataset:
     Attributes:
       loader: Loads from the source.
       splits: For each name in `SPLITS`, positions in the source.
-      fingerprint: Changes with any example's identity or class.
+      fingerprint: Changes with any example's identity, class or size.
     """
 
     loader: Loader

@@ -40,16 +40,21 @@ def forward(
     return cast(Array, model.apply(variables, normalize(images, preprocessing)))
 
 
+def abstract_variables(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
+    """The shapes and dtypes of a network's parameters and statistics; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
 def count_parameters(model: nn.Module, image_size: tuple[int, int]) -> int:
     """Trainable parameters."""
-    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+    params = abstract_variables(model, image_size)["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def forward_flops(model: nn.Module, image_size: tuple[int, int]) -> float:
     """Floating-point operations of one forward pass of one image, as XLA counts them."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    cost = jax.jit(model.apply).lower(variables, images).cost_analysis()
+    lowered = jax.jit(model.apply).lower(abstract_variables(model, image_size), images)
+    cost = lowered.cost_analysis()
     return cost["flops"] if cost else 0.0

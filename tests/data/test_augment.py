@@ -63,7 +63,7 @@ def test_a_quarter_turn_is_counter_clockwise(apply):
 
 @BOTH
 def test_zooming_out_by_two_shows_every_second_pixel_and_its_reflections(apply):
-    # Output x shows input 2 x - 3.5 + ... : centre 3.5, so x = 0..7 shows
+    # Output x shows input 2 x - 3.5 (3.5 is the centre), so x = 0..7 shows
     # -3.5, -1.5, 0.5, 2.5, 4.5, 6.5, 8.5, 10.5, each between two pixels.
     ramp = np.tile(np.arange(0, 80, 10, dtype=np.uint8)[None, None, :, None], (1, 8, 1, 3))
     zoomed = apply(ramp, _matrix(window=2.0), ONE)
