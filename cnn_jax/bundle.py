@@ -26,7 +26,7 @@ import cnn_jax
 from cnn_jax.errors import BundleError
 from cnn_jax.preprocessing import Preprocessing
 
-FORMAT = 1
+FORMAT = 2
 _DESCRIPTION = "bundle.json"
 _WEIGHTS = "weights.safetensors"
 

@@ -7,10 +7,11 @@ import os
 import pathlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, NoReturn
 
-from cnn_jax.errors import ConfigError, UserError
+from cnn_jax.errors import ConfigError, UserError, printable
 
 _STDOUT = 1  # The file descriptor.
 
@@ -25,6 +26,8 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     for library in ("absl", "tensorboardX"):  # Their warnings are not for users.
         logging.getLogger(library).setLevel(logging.ERROR)
+    # Pillow warns of what it makes good; what it cannot is an error.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     if sys.stdout is not None:  # File names need not be UTF-8.
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
     signal.signal(signal.SIGTERM, _interrupt)
@@ -51,7 +54,7 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
-    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    print("error:", printable(" ".join(message.splitlines())), file=sys.stderr)
     return code
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,10 @@ import jax
 from ml_collections import ConfigDict
 
 from cnn_jax.data.augment import FLIPS
-from cnn_jax.data.sources import absolute
+from cnn_jax.data.dataset import RESIDENCIES
+from cnn_jax.data.pipeline import BALANCES
+from cnn_jax.data.sources import FORMS, PATTERN, absolute
+from cnn_jax.data.splits import RULES, group_expression
 from cnn_jax.errors import ConfigError
 from cnn_jax.models import MODELS, compute_dtype
 
@@ -61,28 +63,40 @@ def _boolean() -> _Field:
     return _Field("True or False", lambda v: isinstance(v, bool))
 
 
-_SOURCE = re.compile(r"shapes(:[1-9]\d*)?|(folder|tfds):.+", re.DOTALL)
+def _is_group(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        return not value or bool(group_expression(value))
+    except ConfigError:
+        return False
+
 
 _FIELDS: dict[str, _Field] = {
     "seed": _Field("an integer from 0 to 2**32 - 1", lambda v: _is_int(v) and 0 <= v < 2**32),
     "precision": _choice(("auto", "float32", "bfloat16")),
     "data.source": _Field(
-        "shapes, shapes:N, folder:PATH or tfds:NAME",
-        lambda v: isinstance(v, str) and bool(_SOURCE.fullmatch(v)),
+        FORMS,
+        lambda v: isinstance(v, str) and bool(PATTERN.fullmatch(v)),
     ),
     "data.split": _Field(
         "three shares for train, validation and test, each above 0, that sum to 1",
         lambda v: _numbers(3, "", lambda share: share > 0).accepts(v) and math.isclose(sum(v), 1.0),
     ),
+    "data.stratify": _choice(RULES),
+    "data.group": _Field("a pattern such as {class}/{track}, or empty", _is_group),
+    "data.keep_splits": _boolean(),
     "data.image_size": _Field(
         "a side in pixels, or (height, width), each 1 or more",
         lambda v: all(_is_int(side) and side > 0 for side in _pair(v)) and len(_pair(v)) == 2,
     ),
     "data.mean": _numbers(3, "from 0 to 255", lambda v: 0 <= v <= 255),
     "data.std": _numbers(3, "above 0", lambda v: v > 0),
-    "data.cache": _choice(("auto", "none", "memory")),
+    "data.cache": _choice(("auto", *RESIDENCIES)),
     "data.workers": _int(-1),
     "data.max_pixels": _int(1),
+    "data.max_unreadable": _number("from 0 to 1", lambda v: 0 <= v <= 1),
+    "data.allow_outside": _boolean(),
     "augment.flip": _choice(FLIPS),
     "augment.rotation": _number("from 0 to 1 (a full turn)", lambda v: 0 <= v <= 1),
     "augment.zoom": _number("from 0 to below 1", lambda v: 0 <= v < 1),
@@ -105,6 +119,7 @@ _FIELDS: dict[str, _Field] = {
     "train.batch_size": _int(1),
     "train.epochs": _int(1),
     "train.label_smoothing": _number("from 0 to below 1", lambda v: 0 <= v < 1),
+    "train.balance": _choice(BALANCES),
     "train.patience": _int(1),
     "train.monitor": _choice(MONITORS),
 }
@@ -134,8 +149,8 @@ def resolve(config: Config) -> Config:
         resolved.data.image_size = image_size(config)
         if config.augment.place == "auto":
             # On a CPU, OpenCV works beside the step, which XLA would hold up.
-            on_cpu = jax.default_backend() == "cpu"
-            resolved.augment.place = "host" if on_cpu else "device"
+            on_host = jax.default_backend() == "cpu" and config.data.cache != "device"
+            resolved.augment.place = "host" if on_host else "device"
     return resolved
 
 
@@ -187,6 +202,10 @@ def validate(config: Config, num_devices: int) -> None:
             f"config.data.image_size: must be a multiple of {divisor}, so that "
             f"{len(values['model.features']) - 1} poolings can halve it, "
             f"got {values['data.image_size']!r}"
+        )
+    if values["data.cache"] == "device" and values["augment.place"] == "host":
+        raise ConfigError(
+            "config.augment.place: must be device or auto if data.cache is device, got 'host'"
         )
     if values["train.batch_size"] % num_devices:
         raise ConfigError(

@@ -31,6 +31,10 @@ class Console:
         """A line as it is, never wrapped or coloured."""
         self._console.print(text, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """A line that stands out where colours are shown."""
+        self._console.print(f"warning     {text}", style="yellow", soft_wrap=True)
+
     def facts(self, rows: Mapping[str, str]) -> None:
         """Aligned `name  text` lines; a text may have several lines."""
         for name, text in rows.items():

@@ -26,3 +26,8 @@ class TrainingError(UserError):
 
 class BundleError(UserError):
     """A directory is not a bundle, or is a damaged one."""
+
+
+def printable(text: str) -> str:
+    """A name from outside on one line: what is not printable stands as its escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -18,10 +18,11 @@ from jaxtyping import Float, Int
 from cnn_jax import cli
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track
+from cnn_jax.data.dataset import Dataset, Division, open_dataset
 from cnn_jax.data.pipeline import Loader, evaluation_batches
-from cnn_jax.data.sources import Source, fingerprint, open_source
-from cnn_jax.data.splits import SPLITS, split_by_id
-from cnn_jax.errors import DataError
+from cnn_jax.data.sources import FORMS, absolute, open_source
+from cnn_jax.data.splits import SPLITS
+from cnn_jax.errors import DataError, printable
 from cnn_jax.metrics import full_report
 from cnn_jax.predict import BATCH_SIZE, Predictor
 
@@ -30,13 +31,12 @@ logger = logging.getLogger(__name__)
 
 def predict_split(
     predictor: Predictor,
-    source: Source,
+    loader: Loader,
     indices: Int[np.ndarray, " n"],
     track: Track = no_track,
     description: str = "measuring",
 ) -> Float[np.ndarray, "n classes"]:
-    """Probabilities of these examples of a source, in their order, float32."""
-    loader = Loader(source, predictor.preprocessing)
+    """Probabilities of these examples of a loader's source, in their order, float32."""
     rows = [np.empty((0, len(predictor.class_names)), np.float32)]
     with evaluation_batches(loader, indices, BATCH_SIZE) as batches:
         num_batches = math.ceil(len(indices) / BATCH_SIZE)
@@ -61,38 +61,35 @@ def score(
 
 
 def evaluate(
-    predictor: Predictor, source: Source, split: str = "test", track: Track = no_track
+    predictor: Predictor, dataset: Dataset, split: str = "test", track: Track = no_track
 ) -> dict[str, Any]:
-    """Figures of a split of a source, divided as it was when the bundle was trained.
+    """Figures of a split of a data set.
 
     Args:
       predictor: A loaded bundle.
-      source: Any source whose classes the bundle knows.
+      dataset: Any whose classes the bundle knows; see `open_as_trained`.
       split: "train", "validation", "test" or "all".
       track: Shows progress.
 
     Raises:
-      DataError: The source has a class that the bundle does not know, or the
+      DataError: The data has a class that the bundle does not know, or the
         split is empty.
     """
+    source = dataset.source
     unknown = sorted(set(source.class_names) - set(predictor.class_names))
     if unknown:
         raise DataError(
             f"{source.name} has classes that the bundle does not know: {', '.join(unknown)}; "
             f"it knows {', '.join(predictor.class_names)}"
         )
-    data = predictor.data
-    if split != "all" and fingerprint(source) != data["fingerprint"]:
+    if split != "all" and dataset.fingerprint != predictor.data["fingerprint"]:
         logger.warning(
             "%s is not the data that the bundle was trained on: its %s split may hold images "
             "that were trained on if it shares some; --split=all takes everything",
             source.name,
             split,
         )
-    if split == "all":
-        indices = np.arange(len(source))
-    else:
-        indices = split_by_id(source.ids, source.labels, data["split"], data["seed"])[split]
+    indices = np.arange(len(source)) if split == "all" else dataset.splits[split]
     if not len(indices):
         raise DataError(f"{source.name} has no images in its {split} split")
     absent = sorted(set(predictor.class_names) - set(source.class_names))
@@ -103,8 +100,33 @@ def evaluate(
             ", ".join(absent),
         )
     to_bundle = np.array([predictor.class_names.index(name) for name in source.class_names])
-    probabilities = predict_split(predictor, source, indices, track)
+    probabilities = predict_split(predictor, dataset.loader, indices, track)
     return score(probabilities, to_bundle[source.labels[indices]], predictor.class_names)
+
+
+def open_as_trained(
+    predictor: Predictor, source: str | None = None, track: Track = no_track
+) -> Dataset:
+    """Opens a source and divides it as the bundle's was when it was trained.
+
+    Args:
+      predictor: A loaded bundle.
+      source: The name of a source; by default that of the bundle.
+      track: Shows progress.
+
+    Raises:
+      ConfigError: No source has a name of this form.
+      DataError: The data cannot be used, or too much of it is unreadable.
+    """
+    data = predictor.data
+    listing = open_source(absolute(source or data["source"]), track, data["allow_outside"])
+    return open_dataset(
+        listing,
+        Division.from_dict(data["division"]),
+        predictor.preprocessing,
+        max_unreadable=data["max_unreadable"],
+        track=track,
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -112,18 +134,18 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m cnn_jax.evaluate", description="Measure a bundle on a whole split."
     )
     parser.add_argument("--bundle", required=True, type=cli.path, help="the bundle, RUN/bundle")
-    parser.add_argument(
-        "--source", help="shapes, folder:PATH or tfds:NAME; what it was trained on if not given"
-    )
+    parser.add_argument("--source", help=f"{FORMS}; what it was trained on if not given")
     parser.add_argument("--split", default="test", choices=[*SPLITS, "all"])
     parser.add_argument("--output", type=cli.path, help="JSON file to write; stdout if not given")
     flags = parser.parse_args(argv)
 
     predictor = Predictor.load(flags.bundle)
     console = Console()
-    source = open_source(flags.source or predictor.data["source"], console.track)
+    dataset = open_as_trained(predictor, flags.source, console.track)
+    for image in dataset.findings.unreadable:
+        logger.warning("left out: %s %s", printable(image.id), image.reason)
     with cli.open_output(flags.output) as file:
-        figures = evaluate(predictor, source, flags.split, console.track)
+        figures = evaluate(predictor, dataset, flags.split, console.track)
         json.dump(figures, file, indent=1, ensure_ascii=False)
         file.write("\n")
 

@@ -22,8 +22,8 @@ class Metrics:
     shardings and the like from this class.
 
     Attributes:
-      loss_sum: float32 [], sum of the cross-entropies in nats, without label
-        smoothing.
+      loss_sum: float32 [classes], sum of the cross-entropies in nats, without
+        label smoothing, of the examples of each true class.
       confusion: int32 [classes, classes], number of examples by true class (row)
         and predicted class (column).
     """
@@ -34,7 +34,7 @@ class Metrics:
     @classmethod
     def empty(cls, num_classes: int) -> "Metrics":
         return cls(
-            loss_sum=jnp.zeros((), jnp.float32),
+            loss_sum=jnp.zeros(num_classes, jnp.float32),
             confusion=jnp.zeros((num_classes, num_classes), jnp.int32),
         )
 
@@ -51,15 +51,24 @@ class Metrics:
         predictions = jnp.argmax(logits, axis=-1)
         confusion = jnp.zeros((num_classes, num_classes), jnp.int32)
         confusion = confusion.at[labels, predictions].add(mask.astype(jnp.int32))
-        return cls(loss_sum=jnp.sum(losses), confusion=confusion)
+        loss_sum = jnp.zeros(num_classes, jnp.float32).at[labels].add(losses)
+        return cls(loss_sum=loss_sum, confusion=confusion)
 
     def merge(self, other: "Metrics") -> "Metrics":
         return jax.tree.map(jnp.add, self, other)
 
-    def compute(self) -> dict[str, float]:
-        """Accuracy, macro precision, recall and F1, and mean loss."""
+    def compute(self, class_counts: Int[np.ndarray, " classes"] | None = None) -> dict[str, float]:
+        """Accuracy, macro precision, recall and F1, and mean loss.
+
+        Args:
+          class_counts: Examples of each class in the data, if they were drawn in
+            other proportions: the figures are then those of the data's.
+        """
         host = jax.device_get(self)
-        return summarize(host.confusion, float(host.loss_sum))
+        if class_counts is None:
+            return summarize(host.confusion, float(host.loss_sum.sum()))
+        weights = _divide(class_counts, host.confusion.sum(axis=1))
+        return summarize(host.confusion * weights[:, None], float(host.loss_sum @ weights))
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -93,7 +102,7 @@ def summarize(confusion: np.ndarray, loss_sum: float) -> dict[str, float]:
 
     All of them are 0 for an empty confusion matrix.
     """
-    count = max(int(confusion.sum()), 1)
+    count = float(confusion.sum()) or 1.0
     by_class = per_class(confusion)
     return {
         "accuracy": float(np.trace(confusion) / count),

@@ -22,7 +22,7 @@ from PIL import Image
 
 from cnn_jax import cli
 from cnn_jax.bundle import Bundle, read_bundle
-from cnn_jax.data import decode
+from cnn_jax.data import decode, files
 from cnn_jax.data.decode import Pixels
 from cnn_jax.errors import BundleError, DataError
 from cnn_jax.models import abstract_variables, forward, make_model
@@ -140,8 +140,8 @@ def preprocess_for_inference(
         except ValueError as error:  # A name that no file can have.
             raise DataError(str(error)) from error
     if isinstance(image, bytes):
-        pixels = decode.decode(image, preprocessing.max_pixels)
-    elif isinstance(image, Image.Image):
+        return decode.load(image, preprocessing.image_size, preprocessing.max_pixels)
+    if isinstance(image, Image.Image):
         pixels = decode.to_rgb(image, preprocessing.max_pixels)
     else:
         pixels = _checked_pixels(image)
@@ -215,7 +215,7 @@ def list_images(path: str | os.PathLike[str]) -> list[pathlib.Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"--input: there is no file or folder {path}")
-    images = [file for file in decode.files_below(path) if decode.is_image_file(file)]
+    images = [path / file.path for file in files.list_images(path)[0]]
     if not images:
         raise DataError(f"--input: no image files below {path}")
     return images

@@ -13,11 +13,15 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from cnn_jax.configuration import Config
+from cnn_jax.data.findings import Unreadable
 from cnn_jax.errors import ConfigError
 
 # What a resumed run may change. No number depends on these: the data's
 # fingerprint stands for where it lies.
-_FREE_KEYS = frozenset({"data.source", "data.workers", "data.cache", "data.max_pixels"})
+_FREE_KEYS = frozenset(
+    f"data.{key}"
+    for key in ("source", "workers", "cache", "max_pixels", "max_unreadable", "allow_outside")
+)
 
 
 def claim(workdir: pathlib.Path, config: Config) -> None:
@@ -125,6 +129,16 @@ def write_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     (workdir / "report").mkdir(exist_ok=True)
     write_text(workdir / "report" / "metrics.json", text + "\n")
+
+
+def write_unreadable(workdir: pathlib.Path, unreadable: Sequence[Unreadable]) -> None:
+    """Writes report/unreadable.csv: a row for each image that was left out, and why."""
+    (workdir / "report").mkdir(exist_ok=True)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "reason"])
+    writer.writerows((image.id, image.reason) for image in unreadable)
+    write_text(workdir / "report" / "unreadable.csv", text.getvalue())
 
 
 def write_predictions(

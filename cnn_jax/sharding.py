@@ -23,6 +23,14 @@ def split_by_example(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def accelerator_bytes() -> int:
+    """Memory of one of this process's accelerators; 0 on a CPU, and where it is not told."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return 0
+    return (device.memory_stats() or {}).get("bytes_limit", 0)
+
+
 def to_devices(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """The global batch from the rows that this process holds."""
     return {

@@ -1,6 +1,6 @@
 """One training step and one evaluation step, as pure functions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -78,6 +78,7 @@ def train_step(
     seed: int,
     preprocessing: Preprocessing,
     label_smoothing: float,
+    class_weights: Sequence[float] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on one batch.
 
@@ -91,6 +92,8 @@ def train_step(
       seed: Seed of the run.
       preprocessing: How grey levels are normalised.
       label_smoothing: In [0, 1).
+      class_weights: By what the loss of each class's examples is multiplied; None
+        for 1. The metrics are not weighted.
 
     Returns:
       The state after the step and the metrics of this batch, as the network in
@@ -113,6 +116,8 @@ def train_step(
             mutable=["batch_stats"],
         )
         losses = cross_entropy(logits, labels, label_smoothing)
+        if class_weights is not None:
+            losses *= jnp.array(class_weights, jnp.float32)[labels]
         loss = jnp.sum(jnp.where(mask, losses, 0)) / jnp.maximum(jnp.sum(mask), 1)
         return loss, (logits, updates.get("batch_stats", {}))
 

@@ -13,8 +13,10 @@ import numpy as np
 import cnn_jax
 from cnn_jax.configuration import Config
 from cnn_jax.console import Console
-from cnn_jax.data.pipeline import Dataset
-from cnn_jax.data.sources import DecodedSource
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.findings import count
+from cnn_jax.errors import printable
+from cnn_jax.loss import balanced_weights
 from cnn_jax.models import count_parameters, forward_flops
 
 _MAX_CLASSES_SHOWN = 12
@@ -31,17 +33,10 @@ def show_plan(
     image_size = dataset.loader.preprocessing.image_size
     source = dataset.source
     sizes = {name: len(indices) for name, indices in dataset.splits.items()}
-    if isinstance(source, DecodedSource):
-        residency = "decoded in memory"
-    elif dataset.loader.workers:
-        residency = f"read by {dataset.loader.workers} processes"
-    else:
-        residency = "read by threads"
-    ignored = f", {source.num_ignored:,} other files ignored" if source.num_ignored else ""
     lines = [
-        f"{source.name}: {len(source):,} images of {len(source.class_names)} classes{ignored}",
-        ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
-        f"{image_size[0]} x {image_size[1]} pixels, {residency}",
+        f"{printable(source.name)}: {len(source):,} images of {len(source.class_names)} classes",
+        ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + _division(config),
+        f"{image_size[0]} x {image_size[1]} pixels, {_residency(dataset)}",
         *_class_table(dataset),
     ]
     devices = jax.devices()
@@ -52,15 +47,57 @@ def show_plan(
             f"Python {platform.python_version()}",
             "device": f"{len(devices)} x {kind}, {config.precision}",
             "data": "\n".join(lines),
+            "checked": "\n".join(dataset.findings.summary()),
             "model": f"{config.model.name}, "
             f"{count_parameters(model, image_size):,} parameters, "
             f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
-            "training": f"{_count(config.train.epochs, 'epoch')} at batch size "
-            f"{config.train.batch_size}, seed {config.seed}, best by {config.train.monitor}",
+            "training": f"{count(config.train.epochs, 'epoch')} at batch size "
+            f"{config.train.batch_size}, seed {config.seed}, best by {config.train.monitor}"
+            + _balance(config, dataset),
             "results": str(workdir),
         }
     )
+    for warning in dataset.findings.warnings():
+        console.warn(warning)
     console.print()
+
+
+def _residency(dataset: Dataset) -> str:
+    """Where the pixels are, in words."""
+    if dataset.residency == "none":
+        workers = dataset.loader.workers
+        who = count(workers, "process", "processes") if workers else "threads"
+        return f"decoded each time by {who}"
+    assert dataset.loader.pixels is not None
+    size = f"{dataset.loader.pixels.nbytes / 1e6:,.0f} MB"
+    place = {"disk": "on disk", "memory": "in memory", "device": "on the device"}
+    return f"decoded once, {size} {place[dataset.residency]}"
+
+
+def _division(config: Config) -> str:
+    """What is special about the division, in words."""
+    return f"; {config.data.group} stays together" if config.data.group else ""
+
+
+def _balance(config: Config, dataset: Dataset) -> str:
+    """What balancing does, in words."""
+    counts = dataset.findings.counts["train"]
+    names = dataset.source.class_names
+    least, most = counts.argmin(), counts.argmax()
+    rarest, commonest = printable(names[least]), printable(names[most])
+    if config.train.balance == "loss":
+        weights = balanced_weights(counts)
+        return (
+            f"\nlosses weigh from {weights[most]:.3g} ({commonest}) to {weights[least]:.3g} "
+            f"({rarest}); figures are unweighted"
+        )
+    if config.train.balance == "sampling":
+        passes = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
+        return (
+            f"\nan epoch shows each image of {rarest} {passes[least]:.3g} times and of "
+            f"{commonest} {passes[most]:.3g} times; figures are those of the data as it is"
+        )
+    return ""
 
 
 def _class_table(dataset: Dataset) -> list[str]:
@@ -74,7 +111,7 @@ def _class_table(dataset: Dataset) -> list[str]:
     if len(order) > _MAX_CLASSES_SHOWN:
         by_size = np.argsort(sum(counts.values()), kind="stable")
         order = np.concatenate([by_size[:3], by_size[-3:]])
-    names = [_shorten(source.class_names[label], 24) for label in order]
+    names = [_shorten(printable(source.class_names[label]), 24) for label in order]
     width = max(map(len, ["class", *names]))
     rows = ["  ".join([f"{'class':<{width}}", *(f"{name:>10}" for name in counts)])]
     for row, (label, name) in enumerate(zip(order, names, strict=True)):
@@ -83,10 +120,6 @@ def _class_table(dataset: Dataset) -> list[str]:
         columns = (f"{column[label]:>10,}" for column in counts.values())
         rows.append("  ".join([f"{name:<{width}}", *columns]))
     return rows
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _shorten(text: str, width: int) -> str:

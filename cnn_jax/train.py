@@ -9,7 +9,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,12 +24,15 @@ from cnn_jax.bundle import Bundle, write_bundle
 from cnn_jax.checkpoint import Checkpoints, History, best_record
 from cnn_jax.configuration import Config
 from cnn_jax.console import Console
+from cnn_jax.data import dataset as datasets
 from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
-from cnn_jax.data.pipeline import Dataset
+from cnn_jax.data.dataset import Dataset, Division
+from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.errors import TrainingError
 from cnn_jax.evaluate import predict_split, score
+from cnn_jax.loss import balanced_weights
 from cnn_jax.metrics import HEADLINE, Metrics
 from cnn_jax.models import make_model
 from cnn_jax.optimizer import make_optimizer, make_schedule
@@ -72,9 +75,10 @@ def train_and_evaluate(
         std=tuple(config.data.std),
         max_pixels=config.data.max_pixels,
     )
-    dataset = pipeline.open_dataset(config.data, preprocessing, config.seed, console.track)
+    dataset = _open_dataset(config, preprocessing, console)
     model = make_model(config.model.to_dict(), len(dataset.source.class_names), config.precision)
     run_directory.write_config(workdir, config)
+    run_directory.write_unreadable(workdir, dataset.findings.unreadable)
     show_plan(console, config, workdir, dataset, model)
 
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.monitor)
@@ -86,22 +90,52 @@ def train_and_evaluate(
     return report
 
 
+def _open_dataset(config: Config, preprocessing: Preprocessing, console: Console) -> Dataset:
+    """Opens what is to be trained on.
+
+    Raises:
+      DataError: It cannot be used, or cannot be trained on.
+    """
+    data = config.data
+    listing = open_source(data.source, console.track, data.allow_outside)
+    # Only what is augmented on the device can be there beforehand.
+    device_bytes = sharding.accelerator_bytes() if config.augment.place == "device" else 0
+    dataset = datasets.open_dataset(
+        listing,
+        Division.from_config(data, config.seed),
+        preprocessing,
+        max_unreadable=data.max_unreadable,
+        residency=datasets.choose_residency(data.cache, listing, preprocessing, device_bytes),
+        workers=data.workers,
+        track=console.track,
+    )
+    datasets.check_trainable(dataset)
+    return dataset
+
+
 @dataclasses.dataclass(frozen=True)
 class _Programs:
     """What runs on the devices, each compiled once."""
 
     init_state: Callable[[], TrainState]
     empty_metrics: Callable[[], Metrics]
-    train_step: Callable[[TrainState, dict], tuple[TrainState, Metrics]]
-    eval_step: Callable[[Any, dict], Metrics]
+    train_step: Callable[[TrainState, dict, PyTree], tuple[TrainState, Metrics]]
+    eval_step: Callable[[Any, dict, PyTree], Metrics]
     merge: Callable[[Metrics, Metrics], Metrics]
     is_finite: Callable[[TrainState], jax.Array]
     to_devices: Callable[[dict], dict[str, jax.Array]]
+    to_all_devices: Callable[[np.ndarray], jax.Array]
+
+
+def _with_images(batch: Mapping[str, Array], pixels: Array | None) -> Mapping[str, Array]:
+    """The batch itself, or, if all pixels are on the device, with its images."""
+    return batch if pixels is None else {**batch, "image": pixels[batch["row"]]}
 
 
 def _make_programs(
-    config: Config, model: nn.Module, schedule: optax.Schedule, preprocessing: Preprocessing
+    config: Config, model: nn.Module, schedule: optax.Schedule, dataset: Dataset
 ) -> _Programs:
+    preprocessing = dataset.loader.preprocessing
     mesh = sharding.make_mesh()
     everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
     optimizer = make_optimizer(schedule, config.optimizer.l2)
@@ -112,16 +146,29 @@ def _make_programs(
         optimizer=optimizer,
         image_size=preprocessing.image_size,
     )
-    train = functools.partial(
-        train_step,
-        model=model,
-        optimizer=optimizer,
-        preprocessing=preprocessing,
-        seed=config.seed,
-        label_smoothing=config.train.label_smoothing,
-    )
-    evaluate = functools.partial(eval_step, model=model, preprocessing=preprocessing)
-    shardings = {"in_shardings": (everywhere, by_example), "out_shardings": everywhere}
+
+    def train(
+        state: TrainState, batch: Mapping[str, Array], pixels: Array | None
+    ) -> tuple[TrainState, Metrics]:
+        return train_step(
+            state,
+            _with_images(batch, pixels),
+            model=model,
+            optimizer=optimizer,
+            preprocessing=preprocessing,
+            seed=config.seed,
+            label_smoothing=config.train.label_smoothing,
+            class_weights=class_weights,
+        )
+
+    def evaluate(variables: PyTree, batch: Mapping[str, Array], pixels: Array | None) -> Metrics:
+        batch = _with_images(batch, pixels)
+        return eval_step(variables, batch, model=model, preprocessing=preprocessing)
+
+    class_weights = None
+    if config.train.balance == "loss":
+        class_weights = balanced_weights(dataset.findings.counts["train"]).tolist()
+    shardings = {"in_shardings": (everywhere, by_example, everywhere), "out_shardings": everywhere}
     return _Programs(
         init_state=jax.jit(init, out_shardings=everywhere),
         empty_metrics=jax.jit(
@@ -132,6 +179,7 @@ def _make_programs(
         is_finite=jax.jit(_all_finite, out_shardings=everywhere),
         merge=jax.jit(Metrics.merge, donate_argnums=0, out_shardings=everywhere),
         to_devices=functools.partial(sharding.to_devices, sharding=by_example),
+        to_all_devices=functools.partial(jax.device_put, device=everywhere),
     )
 
 
@@ -158,8 +206,12 @@ def _train(
         total_steps=last_step,
         warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
     )
-    programs = _make_programs(config, model, schedule, dataset.loader.preprocessing)
+    programs = _make_programs(config, model, schedule, dataset)
+    on_device, pixels = dataset.loader.on_device, dataset.loader.pixels
+    pixels = programs.to_all_devices(pixels) if on_device and pixels is not None else None
     state, totals = programs.init_state(), programs.empty_metrics()
+    # Figures are those of the data, in whatever proportions it is drawn.
+    drawn_from = dataset.findings.counts["train"] if train.balance == "sampling" else None
     history: History = []
     first_step = checkpoints.latest_step() or 0
     if first_step:
@@ -176,7 +228,7 @@ def _train(
         for step in range(first_step, last_step):
             with jax.transfer_guard("disallow"):
                 batch = programs.to_devices(next(batches))
-                state, metrics = programs.train_step(state, batch)
+                state, metrics = programs.train_step(state, batch, pixels)
                 totals = programs.merge(totals, metrics)
                 if step == first_step:
                     clock.restart()  # It was compiled just now.
@@ -197,16 +249,17 @@ def _train(
             if not programs.is_finite(state):
                 raise _not_finite("a parameter", step, schedule)
             if ends_epoch:
-                validation = _validate(programs, state, dataset, train.batch_size)
+                validation = _validate(programs, state, pixels, dataset, train.batch_size)
                 if not math.isfinite(validation["loss"]):
                     raise _not_finite("the validation loss", step, schedule)
+                training = totals.compute(drawn_from)
                 record = {
                     "epoch": len(history) + 1,
                     "step": step + 1,
                     "seconds": clock.seconds(),
                     "images_per_second": clock.images_per_second(),
                     "learning_rate": _learning_rate(schedule, step),
-                    **{f"train_{key}": value for key, value in totals.compute().items()},
+                    **{f"train_{key}": value for key, value in training.items()},
                     **{f"validation_{key}": value for key, value in validation.items()},
                 }
                 history.append(record)
@@ -246,6 +299,7 @@ def _training_batches(
         place=config.augment.place,
         seed=config.seed,
         start=start,
+        balanced=config.train.balance == "sampling",
     )
 
 
@@ -279,7 +333,7 @@ def _finite_loss(metrics: Metrics, step: int, schedule: optax.Schedule, batch_si
     Raises:
       TrainingError: It is infinite or not a number.
     """
-    loss = float(jax.device_get(metrics.loss_sum)) / batch_size
+    loss = float(jax.device_get(metrics.loss_sum).sum()) / batch_size
     if not math.isfinite(loss):
         raise _not_finite("the loss", step, schedule)
     return loss
@@ -300,7 +354,11 @@ def _learning_rate(schedule: optax.Schedule, step: int) -> float:
 
 
 def _validate(
-    programs: _Programs, state: TrainState, dataset: Dataset, batch_size: int
+    programs: _Programs,
+    state: TrainState,
+    pixels: Array | None,
+    dataset: Dataset,
+    batch_size: int,
 ) -> dict[str, float]:
     """Exact figures of the whole validation split."""
     totals = programs.empty_metrics()
@@ -308,7 +366,7 @@ def _validate(
     with pipeline.evaluation_batches(dataset.loader, indices, batch_size) as batches:
         for batch in batches:
             with jax.transfer_guard("disallow"):
-                metrics = programs.eval_step(state.variables, programs.to_devices(batch))
+                metrics = programs.eval_step(state.variables, programs.to_devices(batch), pixels)
                 totals = programs.merge(totals, metrics)
     return totals.compute()
 
@@ -374,8 +432,9 @@ def _write_results(
         temperature=1.0,
         data={
             "source": config.data.source,
-            "split": list(config.data.split),
-            "seed": config.seed,
+            "division": dataclasses.asdict(Division.from_config(config.data, config.seed)),
+            "max_unreadable": config.data.max_unreadable,
+            "allow_outside": config.data.allow_outside,
             "fingerprint": dataset.fingerprint,
         },
         metrics={},
@@ -389,10 +448,11 @@ def _write_results(
             yield item
 
     predictor = Predictor(bundle)
+    loader = dataclasses.replace(dataset.loader, on_device=False)
     report = {}
     for split in SPLITS:
         indices = dataset.splits[split]
-        probabilities = predict_split(predictor, source, indices, track, f"measuring {split}")
+        probabilities = predict_split(predictor, loader, indices, track, f"measuring {split}")
         report[split] = score(probabilities, source.labels[indices], source.class_names)
         if split == "test":
             ids = [source.ids[i] for i in indices]

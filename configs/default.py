@@ -19,12 +19,17 @@ def get_config() -> Config:
     config.data = data = ConfigDict()
     data.source = "shapes"
     data.split = (0.7, 0.2, 0.1)  # Train, validation, test; by class.
+    data.stratify = "stable"  # Added images move no other; "exact" shares move a few.
+    data.group = ""  # Such as "{class}/{track}": what has these in common stays together.
+    data.keep_splits = True  # Of a data set that has train, validation or test already.
     data.image_size = (32, 32)  # The specification's is 224; this one suits a CPU.
     data.mean = (127.5, 127.5, 127.5)  # Grey levels, R G B: inputs lie in [-1, 1].
     data.std = (127.5, 127.5, 127.5)
-    data.cache = "auto"  # Keep decoded images in memory if they fit.
+    data.cache = "auto"  # Decoded images on the device, in memory or on disk, as they fit.
     data.workers = -1  # As many processes as help.
     data.max_pixels = 50_000_000  # A larger image is refused before it is decoded.
+    data.max_unreadable = 0.01  # The share of images that may be left out as unreadable.
+    data.allow_outside = False  # Whether links and paths may lead out of the data's folder.
 
     config.augment = augment = ConfigDict()
     augment.flip = "horizontal"
@@ -50,6 +55,7 @@ def get_config() -> Config:
     train.batch_size = 32
     train.epochs = 22  # The specification's 45 would take more than five minutes on a CPU.
     train.label_smoothing = 0.1
+    train.balance = "none"  # Or "loss" or "sampling": rare classes count for as much.
     train.patience = 10  # Epochs without a better `monitor` before training stops.
     train.monitor = "validation_accuracy"
     return config

@@ -1,7 +1,21 @@
-"""Where generated and downloaded data is kept between runs."""
+"""Where generated data, decoded images and what is known of files are kept between runs.
 
+Everything here can be made again, so that all of it may be removed at any time:
+`python -m cnn_jax.cache --clear`.
+"""
+
+import contextlib
+import json
 import os
 import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cnn_jax.data.decode import Pixels
 
 
 def cache_dir() -> pathlib.Path:
@@ -10,3 +24,126 @@ def cache_dir() -> pathlib.Path:
         return pathlib.Path(path).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "cnn_jax"
+
+
+def free_bytes() -> int:
+    """Room on the disk of the cache folder."""
+    folder = cache_dir()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def read_json(kind: str, key: str) -> Any:
+    """What `write_json` wrote, or None."""
+    try:
+        return json.loads((cache_dir() / kind / f"{key}.json").read_text("utf-8", "surrogatepass"))
+    except (OSError, ValueError):  # A damaged file is as good as none.
+        return None
+
+
+def write_json(kind: str, key: str, value: Any) -> None:
+    """Writes `kind/key.json`: the old content or the new, never a part.
+
+    Raises:
+      OSError: The folder cannot be written, or the disk is full.
+    """
+    with _replacing(cache_dir() / kind / f"{key}.json") as aside:
+        aside.write_text(json.dumps(value, ensure_ascii=False), "utf-8", "surrogatepass")
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file that takes the place of `path` at the end, unless there was an error.
+
+    Each process writes a file of its own, so that two of them never mix.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    os.close(descriptor)
+    aside = pathlib.Path(name)
+    try:
+        yield aside
+        aside.chmod(0o644)  # A temporary file is private; a cache may be shared.
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def open_pixels(key: str) -> np.ndarray | None:
+    """The array that `PixelFile` published under this key, memory-mapped, or None."""
+    path = _pixels_path(key)
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):  # Cut short, by a crash of the machine.
+        path.unlink(missing_ok=True)
+        return None
+
+
+def _pixels_path(key: str) -> pathlib.Path:
+    return cache_dir() / "pixels" / f"{key}.npy"
+
+
+class PixelFile:
+    """uint8 [n, height, width, 3] on disk, while it is being written.
+
+    A context manager; what is not published by its end is removed.
+    """
+
+    def __init__(self, count: int, image_size: tuple[int, int]):
+        """Takes the room on the disk, so that no later write can fail for want of it.
+
+        Raises:
+          OSError: The folder cannot be written, or the disk is too full.
+        """
+        self._row_bytes = image_size[0] * image_size[1] * 3
+        folder = cache_dir() / "pixels"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=folder)
+        self._path = pathlib.Path(name)
+        try:
+            description = {
+                "descr": "|u1",
+                "fortran_order": False,
+                "shape": (count, *image_size, 3),
+            }
+            with os.fdopen(os.dup(self._descriptor), "wb") as file:
+                np.lib.format.write_array_header_2_0(file, description)
+                self._start = file.tell()
+            if count:
+                os.posix_fallocate(self._descriptor, self._start, count * self._row_bytes)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> "PixelFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+        self._path.unlink(missing_ok=True)
+
+    def write(self, row: int, pixels: Pixels) -> None:
+        """Writes one image; threads may write different rows at once.
+
+        Raises:
+          OSError: The disk fails.
+        """
+        rest = np.ascontiguousarray(pixels).data.cast("B")
+        offset = self._start + row * self._row_bytes
+        while rest:
+            written = os.pwrite(self._descriptor, rest, offset)
+            rest, offset = rest[written:], offset + written
+
+    def publish(self, key: str) -> np.ndarray:
+        """Makes the file the one of this key, and maps it.
+
+        Raises:
+          OSError: The disk fails.
+        """
+        os.fsync(self._descriptor)
+        os.fchmod(self._descriptor, 0o644)
+        self._path.replace(_pixels_path(key))
+        return np.load(_pixels_path(key), mmap_mode="r")

@@ -9,57 +9,92 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 import os
 import signal
 from collections.abc import Generator, Iterator
 from multiprocessing import resource_tracker
-from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Int, UInt8
 
-from cnn_jax.data import Track, augment, no_track
+from cnn_jax.data import augment, scan
 from cnn_jax.data.augment import Augmentation
-from cnn_jax.data.sources import DecodedSource, Source, fingerprint, load_image, open_source
-from cnn_jax.data.splits import split_by_id
+from cnn_jax.data.decode import load
+from cnn_jax.data.source import Source
 from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import Preprocessing
 
+logger = logging.getLogger(__name__)
+
 NumpyBatch = dict[str, np.ndarray]
 
+# How examples are drawn for training.
+BALANCES = ("none", "loss", "sampling")
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Loader:
     """How to turn positions in a source into arrays of pixels.
 
     Attributes:
       source: Where the images are.
       preprocessing: The size of every image of a batch.
-      workers: Worker processes; 0 means threads of this process.
+      pixels: All images in this size, in memory or memory-mapped; None if each is
+        decoded when it is wanted.
+      rows: The row in `pixels` of each example.
+      on_device: The pixels are on the device already: a batch has their rows alone.
+      workers: Worker processes that decode; 0 means threads of this process.
     """
 
     source: Source
     preprocessing: Preprocessing
+    pixels: UInt8[np.ndarray, "rows height width 3"] | None = None
+    rows: Int[np.ndarray, " n"] | None = None
+    on_device: bool = False
     workers: int = 0
 
-    def load(self, indices: np.ndarray) -> NumpyBatch:
-        """{"image": uint8 [B, H, W, 3], "label": int32 [B]} of these examples."""
-        images = np.empty((len(indices), *self.preprocessing.image_size, 3), np.uint8)
-        for row, index in enumerate(indices):
-            images[row] = load_image(self.source, int(index), self.preprocessing)
-        return {"image": images, "label": self.source.labels[indices]}
+    def load(self, indices: Int[np.ndarray, " batch"]) -> NumpyBatch:
+        """{"image": uint8 [B, H, W, 3], "label": int32 [B]} of these examples.
+
+        Instead of "image" it has "row", int32 [B], if the pixels are on the device.
+
+        Raises:
+          DataError: An image cannot be decoded.
+        """
+        labels = self.source.labels[indices]
+        if self.pixels is not None and self.rows is not None:
+            rows = self.rows[indices]
+            if self.on_device:
+                return {"row": rows.astype(np.int32), "label": labels}
+            images = np.asarray(self.pixels[rows])
+        else:
+            images = np.empty((len(indices), *self.preprocessing.image_size, 3), np.uint8)
+            for row, index in enumerate(indices.tolist()):
+                images[row] = load_image(self.source, index, self.preprocessing)
+        return {"image": images, "label": labels}
 
 
-def choose_workers(requested: int, source: Source) -> int:
-    """Worker processes for `data.workers`, where -1 means as many as help.
+def load_image(
+    source: Source, index: int, preprocessing: Preprocessing
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Reads, decodes and resizes one image of a source.
 
-    Decoded images are always served by threads: a copy of them for each process
-    could exceed the machine, and there is too little left to do.
+    Raises:
+      DataError: It cannot be read or decoded; the message names it.
     """
-    if isinstance(source, DecodedSource):
-        return 0
+    try:
+        encoded = scan.read_example(source, index, preprocessing.max_pixels)
+        return load(encoded, preprocessing.image_size, preprocessing.max_pixels)
+    except DataError as error:
+        raise DataError(f"{source.name}: {source.ids[index]} {error}") from error
+
+
+def choose_workers(requested: int) -> int:
+    """Worker processes for `data.workers`, where -1 means as many as help."""
     if requested >= 0:
         return requested
     # A machine of few cores needs them all for the training step.
@@ -99,11 +134,15 @@ def training_batches(
     place: str,
     seed: int,
     start: int = 0,
+    balanced: bool = False,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
     """The endless training stream, from batch `start` on.
 
     The examples are shuffled anew for each pass. A batch may span two passes,
     so that every batch is full and no example is seen more often than another.
+    A balanced stream takes its examples from each class in turn, and passes over
+    each class by itself: no class is seen more often than another, and no
+    example more often than another of its class.
 
     Args:
       loader: Loads the pixels.
@@ -114,6 +153,7 @@ def training_batches(
         batch carries the draws "matrix" and "contrast" for `train_step`.
       seed: Seed of the shuffles and draws.
       start: Number of batches to leave out; costs nothing.
+      balanced: Whether all classes are seen equally often.
 
     Returns:
       A context manager that closes the stream and ends its workers. A batch is
@@ -130,17 +170,28 @@ def training_batches(
         loader=loader,
         place=None if augmentation.is_identity() else place,
     )
-    dataset = (
-        grain.MapDataset.range(len(indices))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch_size)
-        .random_map(add_draws)
-        .slice(slice(start, None))
-        .map(load)
-    )
+    if balanced:
+        positions = _balanced(loader.source.labels[indices], seed)
+    else:
+        positions = _shuffled(grain.MapDataset.range(len(indices)), seed)
+    dataset = positions.batch(batch_size).random_map(add_draws).slice(slice(start, None)).map(load)
     return contextlib.closing(_iterate(dataset, loader.workers))
+
+
+def _shuffled(positions: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """These positions without end, in a new order for each pass."""
+    return positions.seed(seed).shuffle().repeat()
+
+
+def _balanced(labels: Int[np.ndarray, " n"], seed: int) -> grain.MapDataset:
+    """Positions of each class in turn, each class shuffled with a seed of its own."""
+    classes = np.unique(labels)
+    seeds = np.random.SeedSequence(seed).generate_state(len(classes)).tolist()
+    by_class = [
+        _shuffled(grain.MapDataset.source(np.flatnonzero(labels == label).tolist()), class_seed)
+        for label, class_seed in zip(classes, seeds, strict=True)
+    ]
+    return grain.MapDataset.mix(by_class).seed(seed)
 
 
 def evaluation_batches(
@@ -196,57 +247,3 @@ def _ctrl_c_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A source, divided.
-
-    Attributes:
-      loader: Loads from the source.
-      splits: For each name in `SPLITS`, positions in the source.
-      fingerprint: Changes with any example's identity, class or size.
-    """
-
-    loader: Loader
-    splits: dict[str, np.ndarray]
-    fingerprint: str
-
-    @property
-    def source(self) -> Source:
-        return self.loader.source
-
-
-def open_dataset(
-    config: Any, preprocessing: Preprocessing, seed: int, track: Track = no_track
-) -> Dataset:
-    """Opens, divides and, if it fits in memory, decodes a data set.
-
-    Args:
-      config: The `data` section of a configuration.
-      preprocessing: The size of the images.
-      seed: Seed of the division.
-      track: Shows progress.
-
-    Raises:
-      DataError: The source cannot be used, or a split of it would be empty.
-    """
-    source = open_source(config.source, track)
-    splits = split_by_id(source.ids, source.labels, config.split, seed)
-    for name, indices in splits.items():
-        if not len(indices):
-            raise DataError(
-                f"{source.name}: no image is left for {name}; each class needs three images "
-                f"or more, and these have {len(source)} images of {len(source.class_names)} classes"
-            )
-    identity = fingerprint(source)
-    if config.cache == "memory" or (config.cache == "auto" and _fits(source, preprocessing)):
-        source = DecodedSource(source, preprocessing, track)
-    loader = Loader(source, preprocessing, choose_workers(config.workers, source))
-    return Dataset(loader, splits, identity)
-
-
-def _fits(source: Source, preprocessing: Preprocessing) -> bool:
-    """Whether all decoded images take at most a quarter of the machine's memory."""
-    decoded = len(source) * math.prod(preprocessing.image_size) * 3
-    return decoded <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4

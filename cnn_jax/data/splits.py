@@ -1,47 +1,216 @@
 """Which example belongs to which split."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from cnn_jax.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
+RULES = ("stable", "exact")
+
+_PLACEHOLDER = re.compile(r"\{\w+\}|\*")
 
 
-def _rank(example_id: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}:{example_id}".encode("utf-8", "surrogatepass")).digest()
+def divide(
+    ids: list[str],
+    labels: Int[np.ndarray, " n"],
+    fractions: Sequence[float],
+    seed: int,
+    *,
+    rule: str = "stable",
+    groups: list[str] | None = None,
+    contents: list[str] | None = None,
+    own_splits: Sequence[str] | None = None,
+) -> dict[str, Int[np.ndarray, " _"]]:
+    """Divides examples into train, validation and test, class by class.
 
+    What belongs together is a unit: an example, or all examples of one group,
+    or all of equal content. Each unit has a number in [0, 1), a hash of the seed
+    and its identity (its id, its group, or the shortest id of equal examples).
 
-def split_by_id(
-    ids: list[str], labels: np.ndarray, fractions: Sequence[float], seed: int
-) -> dict[str, np.ndarray]:
-    """Divides examples into train, validation and test, stratified by class.
+    - "stable": the number alone decides, so that a unit keeps its split whatever
+      is added or removed. The shares hold as closely as chance lets them.
+    - "exact": the units of each class are sorted by the number and cut where the
+      shares are met to within one unit. When examples are added, some units
+      next to a cut change sides.
 
-    Within a class the examples are ordered by a hash of (seed, id) and cut at
-    the fractions, so that an example's split depends neither on the order in
-    which examples are listed nor on the other classes.
+    (No rule can do both: one that never moves a unit can look at nothing but
+    the unit.) Either way a class of three units or more has one in each split;
+    the stable rule moves the nearest one there if the numbers left a split empty.
 
     Args:
       ids: A different identity for each example.
-      labels: int [n].
+      labels: The classes. A unit of several classes counts for the commonest.
       fractions: Share of each split; they sum to 1.
       seed: Another seed gives another division.
+      rule: One of `RULES`.
+      groups: The group of each example.
+      contents: Equal for equal images.
+      own_splits: The split that each example has already, or "" if none. If no
+        example has a certain split, it is cut out of the training part in
+        the proportions of `fractions`.
 
     Returns:
-      For each name in `SPLITS`, the positions of its examples, ascending. A class of
-      three or more has an example in each split; apart from that its count is
-      its share, rounded.
+      For each name in `SPLITS`, the positions of its examples, ascending.
     """
-    cuts = np.cumsum(fractions)[:-1]
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-    order = np.array(sorted(range(len(ids)), key=lambda i: _rank(ids[i], seed)), dtype=np.int64)
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        # The tiny term keeps 0.7 + 0.2 = 0.8999... from cutting one too early.
-        bounds = np.floor(cuts * len(members) + 0.5 + 1e-9).astype(int)
-        if len(members) >= len(SPLITS):
-            bounds = np.clip(bounds, [1, 2], [len(members) - 2, len(members) - 1])
-            bounds[1] = max(bounds[1], bounds[0] + 1)
-        for name, part in zip(SPLITS, np.split(members, bounds), strict=True):
-            parts[name].append(part)
-    return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
+    own = np.array(own_splits if own_splits is not None else [""] * len(ids))
+    given = [name for name in SPLITS if (own == name).any()]
+    split_of = np.full(len(ids), -1)
+    for position, name in enumerate(SPLITS):
+        split_of[own == name] = position
+    if not given or (own == "").any():
+        free, shares = np.flatnonzero(own == ""), np.array(fractions, np.float64)
+    else:
+        # A split that is missing is cut out of the training part.
+        free = np.flatnonzero(own == "train")
+        shares = np.where([name in given and name != "train" for name in SPLITS], 0, fractions)
+        if len(given) == len(SPLITS):
+            free = free[:0]
+    if len(free):
+        units, numbers = _units(ids, seed, free, groups, contents)
+        split_of[free] = _assign(units, numbers, labels[free], shares / shares.sum(), rule)
+    return {name: np.flatnonzero(split_of == position) for position, name in enumerate(SPLITS)}
+
+
+def _units(
+    ids: list[str],
+    seed: int,
+    free: Int[np.ndarray, " m"],
+    groups: list[str] | None,
+    contents: list[str] | None,
+) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " units"]]:
+    """The unit of each of the `free` examples, and the number of each unit."""
+    units = np.arange(len(free))
+    for keys in (groups, contents):
+        if keys is not None:
+            number_of: dict[str, int] = {}
+            key = np.array([number_of.setdefault(keys[i], len(number_of)) for i in free])
+            # Units and keys are the nodes of a graph, whose parts are the new units.
+            edges = (np.ones(len(free)), (units, key + len(free)))
+            size = len(free) + len(number_of)
+            _, part = connected_components(coo_array(edges, shape=(size, size)), directed=False)
+            units = part[units]
+    _, units = np.unique(units, return_inverse=True)
+    identity: dict[int, tuple[int, str]] = {}
+    for unit, i in zip(units.tolist(), free, strict=True):
+        key = ids[i] if groups is None else groups[i]
+        # Copies tend to have longer names, and so do not move the original.
+        identity[unit] = min(identity.get(unit, (len(key), key)), (len(key), key))
+    return units, np.array([_number(identity[unit][1], seed) for unit in range(len(identity))])
+
+
+def _number(identity: str, seed: int) -> float:
+    """A hash in [0, 1)."""
+    text = f"{seed}:{identity}".encode("utf-8", "surrogatepass")
+    return (int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 11) / 2**53
+
+
+def _assign(
+    units: Int[np.ndarray, " m"],
+    numbers: Float[np.ndarray, " units"],
+    labels: Int[np.ndarray, " m"],
+    shares: Float[np.ndarray, "3"],
+    rule: str,
+) -> Int[np.ndarray, " m"]:
+    """The position in `SPLITS` of each example."""
+    split_of_unit = np.zeros(len(numbers), np.int64)
+    class_of_unit = _commonest_label(units, labels)
+    sizes = np.bincount(units, minlength=len(numbers))
+    # Only splits with a share take part, in the order of SPLITS.
+    wanted = np.flatnonzero(shares > 0)
+    cuts = np.cumsum(shares[wanted])[:-1]
+    for label in np.unique(class_of_unit):
+        members = np.flatnonzero(class_of_unit == label)
+        members = members[np.argsort(numbers[members], kind="stable")]
+        if rule == "stable":
+            bounds = np.searchsorted(numbers[members], cuts)
+        else:
+            bounds = _exact_bounds(sizes[members], cuts)
+        if len(members) >= len(wanted):
+            bounds = _none_empty(bounds, len(members))
+        for position, part in zip(wanted, np.split(members, bounds), strict=True):
+            split_of_unit[part] = position
+    return split_of_unit[units]
+
+
+def _commonest_label(
+    units: Int[np.ndarray, " m"], labels: Int[np.ndarray, " m"]
+) -> Int[np.ndarray, " units"]:
+    """Of each unit, the label that most of its examples have; of several, the first."""
+    pairs, counts = np.unique(np.stack([units, labels]), axis=1, return_counts=True)
+    order = np.lexsort((-pairs[1], counts, pairs[0]))
+    commonest = np.empty(units.max() + 1, np.int64)
+    commonest[pairs[0][order]] = pairs[1][order]  # The last of each unit stays.
+    return commonest
+
+
+def _exact_bounds(
+    sizes: Int[np.ndarray, " members"], cuts: Float[np.ndarray, " cuts"]
+) -> Int[np.ndarray, " cuts"]:
+    """Where to cut units of these sizes so that examples are shared nearest to `cuts`."""
+    before = np.concatenate([[0], np.cumsum(sizes)])
+    # The tiny term keeps 0.7 + 0.2 = 0.8999... from cutting one too early.
+    wanted = cuts * before[-1] + 1e-9
+    after = np.searchsorted(before, wanted)
+    nearer_before = wanted - before[after - 1] < before[after] - wanted
+    return after - nearer_before
+
+
+def _none_empty(bounds: Int[np.ndarray, " cuts"], count: int) -> Int[np.ndarray, " cuts"]:
+    """Moves cuts as little as makes every part hold one of `count` or more."""
+    bounds = bounds.copy()
+    for i in range(len(bounds)):
+        bounds[i] = max(bounds[i], bounds[i - 1] + 1 if i else 1)
+    for i in reversed(range(len(bounds))):
+        bounds[i] = min(bounds[i], bounds[i + 1] - 1 if i + 1 < len(bounds) else count - 1)
+    return bounds
+
+
+def group_names(ids: Sequence[str], pattern: str, name: str = "the source") -> list[str]:
+    """The group of each example, by a pattern on its id.
+
+    `{word}` stands for a part of the id that belongs to the group's name and `*`
+    for one that does not; neither holds a "/". The pattern describes the
+    beginning of the id. A `{word}` at its end is a run of letters and digits: on
+    `stop/0012_7.jpg`, `{class}/{track}` gives the group of `stop` and `0012`.
+
+    Raises:
+      ConfigError: The pattern has no `{word}`.
+      DataError: An id does not match.
+    """
+    expression = group_expression(pattern)
+    groups = []
+    for example_id in ids:
+        match = expression.match(example_id)
+        if match is None:
+            raise DataError(
+                f"data.group: {pattern!r} does not describe {example_id!r} of {name}; a {{word}} "
+                'stands for a part of the path without "/"'
+            )
+        groups.append("/".join(match.groups()))
+    return groups
+
+
+def group_expression(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a pattern of `group_names`.
+
+    Raises:
+      ConfigError: The pattern has no `{word}`.
+    """
+    if not re.search(r"\{\w+\}", pattern):
+        raise ConfigError(f"data.group: {pattern!r} has no part like {{track}} in it")
+    expression, end = "", 0
+    for placeholder in _PLACEHOLDER.finditer(pattern):
+        expression += re.escape(pattern[end : placeholder.start()])
+        end = placeholder.end()
+        if placeholder[0] == "*":
+            expression += "[^/]*?" if end < len(pattern) else "[^/]*"
+        else:
+            expression += "([^/]+?)" if end < len(pattern) else r"([^\W_]+)"
+    return re.compile(expression + re.escape(pattern[end:]), re.DOTALL)

@@ -1,0 +1,258 @@
+"""A data set, ready to be read: scanned, rid of what cannot be read, divided, and decoded once."""
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from cnn_jax.data import Track, cache, no_track, scan
+from cnn_jax.data.decode import Pixels
+from cnn_jax.data.findings import Findings, Unreadable, find
+from cnn_jax.data.pipeline import Loader, choose_workers
+from cnn_jax.data.scan import Record
+from cnn_jax.data.source import Source, fingerprint
+from cnn_jax.data.splits import divide, group_names
+from cnn_jax.errors import DataError, printable
+from cnn_jax.preprocessing import Preprocessing
+
+logger = logging.getLogger(__name__)
+
+# Where pixels can live: decoded each time, memory-mapped from the cache on disk,
+# in memory, or on the device.
+RESIDENCIES = ("none", "disk", "memory", "device")
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """What decides which example is in which split, apart from the examples.
+
+    Attributes:
+      fractions: Shares of train, validation and test.
+      seed: Of the division.
+      rule: One of `splits.RULES`.
+      group: A pattern of `splits.group_names`, or "".
+      keep_splits: Whether the splits that a data set has already are kept.
+    """
+
+    fractions: tuple[float, float, float] = (0.7, 0.2, 0.1)
+    seed: int = 0
+    rule: str = "stable"
+    group: str = ""
+    keep_splits: bool = True
+
+    @classmethod
+    def from_config(cls, data: Any, seed: int) -> "Division":
+        """From the `data` section of a configuration and the run's seed."""
+        return cls(tuple(data.split), seed, data.stratify, data.group, data.keep_splits)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Division":
+        """From what `dataclasses.asdict` made of it, by way of JSON."""
+        return cls(**{**fields, "fractions": tuple(fields["fractions"])})
+
+    def of(self, source: Source, records: Sequence[Record]) -> dict[str, Int[np.ndarray, " _"]]:
+        """The positions of each split.
+
+        Raises:
+          DataError: The pattern does not describe an id.
+        """
+        groups = group_names(source.ids, self.group, source.name) if self.group else None
+        return divide(
+            source.ids,
+            source.labels,
+            self.fractions,
+            self.seed,
+            rule=self.rule,
+            groups=groups,
+            contents=[record.pixels for record in records],
+            own_splits=source.own_splits if self.keep_splits else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A source, divided.
+
+    Attributes:
+      loader: Loads from the source.
+      splits: For each name in `SPLITS`, positions in the source.
+      fingerprint: Changes with any example's identity, class or content.
+      findings: What is to be said of the data.
+      residency: One of `RESIDENCIES`; where the pixels are read from.
+    """
+
+    loader: Loader
+    splits: Mapping[str, Int[np.ndarray, " _"]]
+    fingerprint: str
+    findings: Findings
+    residency: str = "none"
+
+    @property
+    def source(self) -> Source:
+        return self.loader.source
+
+
+def open_dataset(
+    listing: Source,
+    division: Division,
+    preprocessing: Preprocessing,
+    *,
+    max_unreadable: float = 0.01,
+    residency: str = "none",
+    workers: int = 0,
+    track: Track = no_track,
+) -> Dataset:
+    """Scans a source, leaves out what cannot be read, divides it, and decodes it if wanted.
+
+    Args:
+      listing: A source as `open_source` gives it.
+      division: How to divide it.
+      preprocessing: The size of the images.
+      max_unreadable: The largest share of images that may be unreadable.
+      residency: One of `RESIDENCIES`.
+      workers: Worker processes if images are decoded each time, -1 for as many as help.
+      track: Shows progress.
+
+    Raises:
+      DataError: Too many images cannot be read, or the data cannot be divided.
+    """
+    records, pixels = _scan(listing, preprocessing, residency, track)
+    if pixels is None and residency != "none":
+        residency = "none"  # The disk is full, and a warning has said so.
+    source, rows, unreadable = _readable(listing, records, max_unreadable)
+    records = [records[row] for row in rows]
+    splits = division.of(source, records)
+    return Dataset(
+        loader=Loader(
+            source,
+            preprocessing,
+            pixels=pixels,
+            rows=rows if pixels is not None else None,
+            on_device=residency == "device",
+            workers=choose_workers(workers) if pixels is None else 0,
+        ),
+        splits=splits,
+        fingerprint=fingerprint(source, [record.digest for record in records]),
+        findings=find(source, records, splits, unreadable),
+        residency=residency,
+    )
+
+
+def choose_residency(
+    requested: str, listing: Source, preprocessing: Preprocessing, device_bytes: int
+) -> str:
+    """One of `RESIDENCIES`, for `data.cache`, which may be "auto".
+
+    Auto means on the device if the images take at most a quarter of its memory,
+    else in memory if they take at most a quarter of that, else on disk if they
+    take at most half of what is free there, else decoded each time.
+
+    Args:
+      requested: "auto" or one of `RESIDENCIES`.
+      listing: The source.
+      preprocessing: The size of the images.
+      device_bytes: Memory of an accelerator; 0 if the device is the CPU, whose
+        memory is this process's.
+    """
+    if requested != "auto":
+        return requested
+    decoded = len(listing) * math.prod(preprocessing.image_size) * 3
+    if decoded <= device_bytes / 4:
+        return "device"
+    if decoded <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4:
+        return "memory"
+    return "disk" if decoded <= cache.free_bytes() / 2 else "none"
+
+
+class _InMemory:
+    """Images [n, height, width, 3] in memory, while they are being decoded."""
+
+    def __init__(self, count: int, image_size: tuple[int, int]):
+        self.pixels = np.zeros((count, *image_size, 3), np.uint8)
+
+    def write(self, row: int, pixels: Pixels) -> None:
+        self.pixels[row] = pixels
+
+
+def _scan(
+    listing: Source, preprocessing: Preprocessing, residency: str, track: Track
+) -> tuple[list[Record], UInt8[np.ndarray, "n height width 3"] | None]:
+    """Records of all examples, and all their pixels unless these are decoded each time.
+
+    The pixels come from the cache on disk, or are left there, if there is room.
+    """
+    if residency == "none":
+        return scan.scan(listing, preprocessing, None, track), None
+    known = scan.known_records(listing, preprocessing.max_pixels)
+    records = [record for record in known if record is not None]
+    if len(records) == len(known):
+        pixels = cache.open_pixels(scan.pixels_key(records, preprocessing))
+        if pixels is not None:
+            return records, _in_its_place(pixels, residency)
+    size = preprocessing.image_size
+    try:
+        with cache.PixelFile(len(listing), size) as file:
+            records = scan.scan(listing, preprocessing, file, track)
+            pixels = file.publish(scan.pixels_key(records, preprocessing))
+            return records, _in_its_place(pixels, residency)
+    except OSError as error:
+        logger.warning(
+            "decoded images cannot be kept in %s (%s); python -m cnn_jax.cache --clear makes room",
+            cache.cache_dir(),
+            error.strerror or error,
+        )
+    if residency == "disk":
+        return scan.scan(listing, preprocessing, None, track), None
+    sink = _InMemory(len(listing), size)
+    return scan.scan(listing, preprocessing, sink, track), sink.pixels
+
+
+def _in_its_place(mapped: np.ndarray, residency: str) -> np.ndarray:
+    return mapped if residency == "disk" else np.array(mapped)
+
+
+def _readable(
+    listing: Source, records: Sequence[Record], max_unreadable: float
+) -> tuple[Source, Int[np.ndarray, " n"], list[Unreadable]]:
+    """The examples that can be read, their positions in the listing, and the others.
+
+    Raises:
+      DataError: Too many cannot be read.
+    """
+    unreadable = [
+        Unreadable(example_id, record.error)
+        for example_id, record in zip(listing.ids, records, strict=True)
+        if record.error is not None
+    ]
+    if len(unreadable) > max_unreadable * len(listing) or len(unreadable) == len(listing):
+        shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:3])
+        raise DataError(
+            f"{listing.name}: {len(unreadable):,} of {len(listing):,} images cannot be read, more "
+            f"than data.max_unreadable = {max_unreadable:g} allows: {shown}"
+            f"{'; ...' if len(unreadable) > 3 else ''} "
+            f"(`python -m cnn_jax.inspect --source={listing.name}` lists them all)"
+        )
+    rows = np.array([row for row, record in enumerate(records) if record.error is None])
+    return listing.select(rows).without_empty_classes(), rows, unreadable
+
+
+def check_trainable(dataset: Dataset) -> None:
+    """Raises DataError if there are fewer than two classes, or a split is empty."""
+    source = dataset.source
+    if len(source.class_names) < 2:
+        raise DataError(
+            f"{source.name} has one class, {printable(source.class_names[0])}, and training needs "
+            "two or more: is each class a sub-folder of this folder?"
+        )
+    for name, indices in dataset.splits.items():
+        if not len(indices):
+            raise DataError(
+                f"{source.name}: no image is left for {name}; each class needs three images "
+                f"(or groups) or more, and these have {len(source)} images of "
+                f"{len(source.class_names)} classes"
+            )

@@ -1,0 +1,352 @@
+"""Images in files: a folder with a sub-folder for each class, or a CSV of paths and labels.
+
+Nothing found in a folder is executed or written to, only regular files are
+opened, and no link leads out of the folder unless the caller allows it.
+"""
+
+import csv
+import dataclasses
+import errno
+import os
+import pathlib
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cnn_jax.data.decode import looks_like_an_image
+from cnn_jax.data.source import SPLIT_NAMES, Source
+from cnn_jax.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+_HIDDEN = "hidden"
+_NO_IMAGE = "not images"
+_SPECIAL = "neither files nor folders"
+_UNREADABLE_FOLDER = "folders that cannot be read"
+_DANGLING = "links that lead nowhere"
+_OUTSIDE = "links out of the folder"
+_SEEN = "links to what is there already"
+_NO_CLASS = "outside the class folders"
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A regular file below a folder.
+
+    Attributes:
+      path: From the folder, with "/" between its parts.
+      size: Bytes.
+      modified: Time of the last change, nanoseconds.
+    """
+
+    path: str
+    size: int
+    modified: int
+
+    @property
+    def parts(self) -> list[str]:
+        return self.path.split("/")
+
+
+def list_files(
+    root: pathlib.Path, allow_outside: bool = False
+) -> tuple[list[File], dict[str, int]]:
+    """All regular files anywhere below a folder, and what else is there.
+
+    Hidden files and folders are left out. A link is followed if what it leads
+    to lies in the folder (or `allow_outside`) and has not been listed yet, so
+    that no file comes twice and no loop of links is endless.
+
+    Returns:
+      The files, sorted by path, and how many things of each kind were left out.
+    """
+    return _Walk(root, allow_outside).run()
+
+
+class _Walk:
+    def __init__(self, root: pathlib.Path, allow_outside: bool):
+        self._root = os.path.realpath(root)
+        self._allow_outside = allow_outside
+        self._files: list[File] = []
+        self._ignored: Counter[str] = Counter()
+        self._links: list[tuple[str, str]] = []
+        self._seen: set[tuple[int, int]] = set()  # (device, inode)
+
+    def run(self) -> tuple[list[File], dict[str, int]]:
+        self._add_folder(self._root, "")
+        # Links last: what a link leads to may be listed under its own name.
+        while self._links:
+            self._links.sort(reverse=True)
+            self._follow(*self._links.pop())
+        return sorted(self._files, key=lambda file: file.path), dict(self._ignored)
+
+    def _add_folder(self, folder: str, name: str) -> None:
+        """Lists a folder under a name, "" for the root, without following links."""
+        waiting = [(folder, name)]
+        while waiting:
+            folder, name = waiting.pop()
+            try:
+                status = pathlib.Path(folder).stat()
+                with os.scandir(folder) as entries:
+                    found = list(entries)
+            except OSError:
+                self._ignored[_UNREADABLE_FOLDER] += 1
+                continue
+            self._seen.add((status.st_dev, status.st_ino))
+            for entry in found:
+                below = f"{name}/{entry.name}" if name else entry.name
+                if entry.name.startswith("."):
+                    self._ignored[_HIDDEN] += 1
+                elif entry.is_symlink():
+                    self._links.append((below, entry.path))
+                elif entry.is_dir(follow_symlinks=False):
+                    waiting.append((entry.path, below))
+                elif entry.is_file(follow_symlinks=False):
+                    self._add_file(below, entry.stat(follow_symlinks=False))
+                else:
+                    self._ignored[_SPECIAL] += 1
+
+    def _add_file(self, name: str, status: os.stat_result) -> None:
+        self._seen.add((status.st_dev, status.st_ino))
+        self._files.append(File(name, status.st_size, status.st_mtime_ns))
+
+    def _follow(self, name: str, link: str) -> None:
+        try:
+            target = os.path.realpath(link, strict=True)
+            status = pathlib.Path(target).stat()
+        except OSError:
+            self._ignored[_DANGLING] += 1
+            return
+        is_inside = os.path.commonpath([self._root, target]) == self._root
+        if (status.st_dev, status.st_ino) in self._seen:
+            self._ignored[_SEEN] += 1
+        elif not (is_inside or self._allow_outside):
+            self._ignored[_OUTSIDE] += 1
+        elif stat.S_ISDIR(status.st_mode):
+            self._add_folder(target, name)
+        elif stat.S_ISREG(status.st_mode):
+            self._add_file(name, status)
+        else:
+            self._ignored[_SPECIAL] += 1
+
+
+def is_image_file(root: pathlib.Path, path: str) -> bool:
+    """By the ending of its name, or else by how its content begins."""
+    if pathlib.PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    try:
+        with (root / path).open("rb") as file:
+            return looks_like_an_image(file.read(16))
+    except OSError:
+        return False
+
+
+def list_images(
+    root: pathlib.Path, allow_outside: bool = False
+) -> tuple[list[File], dict[str, int]]:
+    """The files of `list_files` that are images, or should be, judging by their names."""
+    files, ignored = list_files(root, allow_outside)
+    images = [file for file in files if is_image_file(root, file.path)]
+    if len(images) < len(files):
+        ignored[_NO_IMAGE] = len(files) - len(images)
+    return images, ignored
+
+
+@dataclasses.dataclass(frozen=True)
+class FileReader:
+    """Reads regular files below a folder; it can be sent to another process."""
+
+    root: pathlib.Path
+
+    def __call__(self, path: str) -> bytes:
+        try:
+            if not stat.S_ISREG((self.root / path).stat().st_mode):
+                raise OSError(errno.EINVAL, "is not a regular file")  # A pipe may never end.
+            return (self.root / path).read_bytes()
+        except ValueError as error:
+            raise OSError(errno.EINVAL, "is no name that a file can have") from error
+
+
+def open_folder(
+    path: str | os.PathLike[str], name: str = "", allow_outside: bool = False
+) -> Source:
+    """`class/**/image`, or the same below `train`, `val`, `valid` or `validation`, and `test`.
+
+    The classes are the sub-folders that have images, sorted by name; of a folder
+    that is divided already, those of all its parts together. No image is opened.
+
+    Args:
+      path: The folder.
+      name: Of the source; by default `folder:PATH`.
+      allow_outside: Whether links may lead out of the folder.
+
+    Raises:
+      DataError: There is no such folder, or no class in it.
+    """
+    name = name or f"folder:{path}"
+    root = pathlib.Path(path).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{name}: there is no folder {root}")
+    images, ignored = list_images(root, allow_outside)
+    remarks = []
+    parts = _parts_of_a_divided_folder(images)
+    # A class is the name of the folder at this depth.
+    depth = 1 if parts else 0
+    examples = [
+        file
+        for file in images
+        if len(file.parts) > depth + 1 and (not parts or file.parts[0] in parts)
+    ]
+    if len(examples) < len(images):
+        ignored[_NO_CLASS] = len(images) - len(examples)
+    if not examples:
+        hint = "it has images, but no sub-folders" if images else "there are no images in it"
+        raise DataError(f"{name}: {root} needs a sub-folder of images for each class; {hint}")
+    class_names = sorted({file.parts[depth] for file in examples})
+    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    own_splits = [parts[file.parts[0]] if parts else "" for file in examples]
+    labels = np.array([label_of[file.parts[depth]] for file in examples], np.int32)
+    for folder in _folders_at(root, list(parts) if parts else [""]):
+        if folder.rpartition("/")[2] not in label_of:
+            remarks.append(
+                f"the folder {folder} has no images, so there is no such class; add some, or "
+                "remove the folder"
+            )
+    if _OUTSIDE in ignored:
+        remarks.append(
+            f"{ignored[_OUTSIDE]:,} links lead out of the folder and are not followed; "
+            "data.allow_outside=True (--allow_outside) follows them"
+        )
+    return Source(
+        name=name,
+        class_names=class_names,
+        ids=[file.path for file in examples],
+        labels=labels,
+        read=FileReader(root),
+        keys=[file.path for file in examples],
+        sizes=[file.size for file in examples],
+        versions=[f"{file.size}-{file.modified}" for file in examples],
+        own_splits=own_splits,
+        ignored=ignored,
+        remarks=remarks,
+    )
+
+
+def _parts_of_a_divided_folder(images: Sequence[File]) -> dict[str, str]:
+    """For each folder that is a split, the split's name; empty if the folder is not divided.
+
+    It is divided if there is a training part and another one, and their images
+    lie in sub-folders. (A class may be called "test", but then has the images
+    itself.)
+    """
+    parts: dict[str, str] = {}
+    for file in images:
+        top = file.parts[0]
+        if top.lower() in SPLIT_NAMES and len(file.parts) > 2:
+            parts[top] = SPLIT_NAMES[top.lower()]
+    holds_images_itself = any(
+        len(file.parts) == 2 and SPLIT_NAMES.get(file.parts[0].lower()) == "train"
+        for file in images
+    )
+    is_divided = "train" in parts.values() and len(set(parts.values())) > 1
+    return parts if is_divided and not holds_images_itself else {}
+
+
+def _folders_at(root: pathlib.Path, parts: Sequence[str]) -> Iterator[str]:
+    """The folders directly in each of these parts of the root, hidden ones left out."""
+    for part in parts:
+        for entry in sorted((root / part).iterdir()):
+            if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
+                yield f"{part}/{entry.name}" if part else entry.name
+
+
+def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool = False) -> Source:
+    """A table with the columns `path`, `label` and, if wanted, `split`.
+
+    Paths are relative to the table's folder. A split is `train`, `val`, `valid`,
+    `validation` or `test`, or empty.
+
+    Args:
+      path: The CSV file, UTF-8, with a header.
+      name: Of the source; by default `csv:PATH`.
+      allow_outside: Whether paths may lead out of the table's folder.
+
+    Raises:
+      DataError: There is no such file, or a row of it is wrong; the message has
+        the line.
+    """
+    name = name or f"csv:{path}"
+    table = pathlib.Path(path).expanduser()
+    root = table.absolute().parent
+    lines: dict[str, int] = {}
+    labels, own_splits = [], []
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            columns = reader.fieldnames or []
+            if not {"path", "label"} <= set(columns):
+                raise DataError(
+                    f"{name}: the first line must name the columns path and label, and perhaps "
+                    f"split; it has {', '.join(columns) or 'nothing'}"
+                )
+            for row in reader:
+                where = f"{name}: line {reader.line_num}"
+                image, label = row["path"] or "", (row["label"] or "").strip()
+                split = (row.get("split") or "").strip()
+                if not image or not label:
+                    raise DataError(f"{where} has no {'label' if image else 'path'}")
+                if image in lines:
+                    raise DataError(f"{where} has {image} again, as line {lines[image]}")
+                if split and split.lower() not in SPLIT_NAMES:
+                    raise DataError(
+                        f"{where}: the split must be one of {', '.join(SPLIT_NAMES)}, or empty, "
+                        f"got {split!r}"
+                    )
+                if not allow_outside and not _is_inside(root, image):
+                    raise DataError(
+                        f"{where}: {image} lies outside the table's folder, {root}; "
+                        "data.allow_outside=True (--allow_outside) allows it"
+                    )
+                lines[image] = reader.line_num
+                labels.append(label)
+                own_splits.append(SPLIT_NAMES[split.lower()] if split else "")
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{name} is not a CSV file in UTF-8: {error}") from error
+    if not lines:
+        raise DataError(f"{name} has no rows")
+    class_names = sorted(set(labels))
+    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    files = [_status(root, image) for image in lines]
+    return Source(
+        name=name,
+        class_names=class_names,
+        ids=list(lines),
+        labels=np.array([label_of[label] for label in labels], np.int32),
+        read=FileReader(root),
+        keys=list(lines),
+        sizes=[file.size for file in files],
+        versions=[f"{file.size}-{file.modified}" for file in files],
+        own_splits=own_splits,
+    )
+
+
+def _is_inside(root: pathlib.Path, path: str) -> bool:
+    folder = os.path.realpath(root)
+    try:
+        return os.path.commonpath([folder, os.path.realpath(root / path)]) == folder
+    except ValueError:  # A name that no file can have; reading it will say so.
+        return True
+
+
+def _status(root: pathlib.Path, path: str) -> File:
+    """Size and time of a file; zeros if it is not there, which reading it will tell."""
+    try:
+        status = (root / path).stat()
+    except (OSError, ValueError):
+        return File(path, 0, 0)
+    return File(path, status.st_size, status.st_mtime_ns)

@@ -1,0 +1,177 @@
+"""What is to be said of a data set before training, and what endangers the result."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from cnn_jax.data.scan import Record
+from cnn_jax.data.source import Source
+from cnn_jax.data.splits import SPLITS
+from cnn_jax.errors import printable
+
+# From when on a class is so much larger than another that balancing may pay.
+_IMBALANCE = 10
+_MAX_NAMED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """A file that should be an image and is none, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Findings:
+    """What a scan and a division found.
+
+    Attributes:
+      source: The readable examples.
+      splits: Their positions by split.
+      unreadable: The examples that are left out.
+      rotated: Positions of images that EXIF turns.
+      copies: Positions of equal images, a list for each set of them.
+      remarks: What else a person should know, a sentence each.
+    """
+
+    source: Source
+    splits: Mapping[str, Int[np.ndarray, " _"]]
+    unreadable: list[Unreadable]
+    rotated: list[int]
+    copies: list[list[int]]
+    remarks: list[str]
+
+    @property
+    def counts(self) -> dict[str, Int[np.ndarray, " classes"]]:
+        """Images of each class in each split."""
+        size = len(self.source.class_names)
+        return {
+            name: np.bincount(self.source.labels[indices], minlength=size)
+            for name, indices in self.splits.items()
+        }
+
+    @property
+    def conflicts(self) -> list[list[int]]:
+        """Those of `copies` with different labels."""
+        labels = self.source.labels
+        return [group for group in self.copies if len({int(labels[i]) for i in group}) > 1]
+
+    @property
+    def leaks(self) -> list[list[int]]:
+        """Those of `copies` that lie in different splits."""
+        split_of = split_numbers(self.splits, len(self.source))
+        return [group for group in self.copies if len({int(split_of[i]) for i in group}) > 1]
+
+    @property
+    def imbalance(self) -> float:
+        """Images of the largest class for each of the smallest."""
+        sizes = np.bincount(self.source.labels, minlength=len(self.source.class_names))
+        return float(sizes.max() / max(sizes.min(), 1))
+
+    def summary(self) -> list[str]:
+        """Two lines."""
+        rotated = f"{len(self.rotated):,} turned by EXIF" if self.rotated else "none turned by EXIF"
+        extra = sum(len(group) - 1 for group in self.copies)
+        copies = f"{count(extra, 'exact copy', 'exact copies')}" if extra else "no exact copies"
+        if self.conflicts:
+            copies += f" ({count(len(self.conflicts), 'set')} with different labels)"
+        ignored = ", ".join(f"{number:,} {kind}" for kind, number in self.source.ignored.items())
+        return [
+            f"{count(len(self.unreadable), 'unreadable file')} left out, {rotated}, {copies}",
+            f"the largest class has {self.imbalance:.1f} times the images of the smallest; "
+            f"ignored: {ignored or 'nothing'}",
+        ]
+
+    def warnings(self) -> list[str]:
+        """What endangers the result, a sentence each that names the fix."""
+        found = list(self.remarks)
+        if self.unreadable:
+            found.append(
+                f"{count(len(self.unreadable), 'image')} cannot be read and "
+                f"{'is' if len(self.unreadable) == 1 else 'are'} left out: "
+                + _some([f"{printable(u.id)} {u.reason}" for u in self.unreadable])
+                + "; mend or remove them"
+            )
+        if self.conflicts:
+            found.append(
+                f"{count(len(self.conflicts), 'set')} of equal images with different labels, such "
+                f"as {self._names(self.conflicts[0])}: correct or remove them"
+            )
+        if self.leaks:
+            found.append(
+                f"{count(len(self.leaks), 'set')} of equal images in different splits, such as "
+                f"{self._names(self.leaks[0])}, so that figures are too good: remove the copies "
+                "from one of them, or let data.keep_splits=False divide anew"
+            )
+        sizes = sum(self.counts.values())
+        small = [self._class(label) for label in np.flatnonzero(np.asarray(sizes) < len(SPLITS))]
+        if small:
+            found.append(
+                f"fewer than three images of {_some(small)}: not every split can have one; add "
+                "images or remove the class"
+            )
+        for split, counts in self.counts.items():
+            absent = [
+                self._class(label)
+                for label in np.flatnonzero((counts == 0) & (np.asarray(sizes) >= len(SPLITS)))
+            ]
+            if absent:
+                found.append(
+                    f"no images of {_some(absent)} in {split}: "
+                    + ("they cannot be learned" if split == "train" else "they count 0 there")
+                    + "; add some, from other groups if data.group is set"
+                )
+        if self.imbalance >= _IMBALANCE:
+            found.append(
+                f"the largest class has {self.imbalance:.0f} times the images of the smallest: "
+                "train.balance=sampling or train.balance=loss makes up for it"
+            )
+        return found
+
+    def _class(self, label: np.intp) -> str:
+        return printable(self.source.class_names[label])
+
+    def _names(self, group: Sequence[int]) -> str:
+        return _some([printable(self.source.ids[i]) for i in group])
+
+
+def find(
+    source: Source,
+    records: Sequence[Record],
+    splits: Mapping[str, Int[np.ndarray, " _"]],
+    unreadable: list[Unreadable],
+) -> Findings:
+    """What there is to say of readable examples and their records, in the same order."""
+    equal: dict[str, list[int]] = defaultdict(list)
+    rotated = []
+    for position, record in enumerate(records):
+        equal[record.pixels].append(position)
+        if record.header is not None and record.header.orientation != 1:
+            rotated.append(position)
+    copies = [group for group in equal.values() if len(group) > 1]
+    return Findings(source, splits, unreadable, rotated, copies, list(source.remarks))
+
+
+def split_numbers(
+    splits: Mapping[str, Int[np.ndarray, " _"]], size: int
+) -> Int[np.ndarray, " size"]:
+    """For each of `size` examples, the position of its split in `splits`."""
+    numbers = np.full(size, -1)
+    for number, indices in enumerate(splits.values()):
+        numbers[indices] = number
+    return numbers
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Such as "1 image" or "2,000 images"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
+    rest = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")

@@ -1,0 +1,197 @@
+"""One pass over all images: what is in them, and their pixels for the cache.
+
+What is known of an image is kept between runs, for as long as its version stays,
+so that a second run starts at once.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from cnn_jax.data import Track, cache, decode, no_track
+from cnn_jax.data.decode import Header, Pixels
+from cnn_jax.data.source import Source
+from cnn_jax.errors import DataError
+from cnn_jax.preprocessing import Preprocessing
+
+logger = logging.getLogger(__name__)
+
+# Raise it when a record means something else.
+_VERSION = 1
+# An image file has at most this many bytes for each pixel that is allowed:
+# four channels of 16 bits. A larger one is not even read.
+_BYTES_A_PIXEL = 8
+
+_Result = TypeVar("_Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is known of one image.
+
+    Attributes:
+      digest: Of the encoded bytes, hexadecimal; "" if they cannot be read.
+      pixels: Digest of the decoded pixels and their shape; "" after an error.
+      header: None after an error.
+      error: Why the image cannot be read, or None.
+    """
+
+    digest: str
+    pixels: str
+    header: Header | None
+    error: str | None
+
+
+def examine(encoded: bytes, max_pixels: int) -> tuple[Record, Pixels | None]:
+    """What is in an encoded image, and its pixels in full size, upright, if it is one."""
+    digest = _digest(encoded)
+    try:
+        header = decode.read_header(encoded, max_pixels)
+        pixels = decode.decode(encoded, max_pixels)
+    except DataError as error:
+        return Record(digest, "", None, str(error)), None
+    shape = f"{pixels.shape[0]}x{pixels.shape[1]}"
+    return Record(digest, _digest(pixels.data, shape.encode()), header, None), pixels
+
+
+def _digest(*parts: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def read_example(source: Source, index: int, max_pixels: int) -> bytes:
+    """The encoded bytes of an example.
+
+    Raises:
+      DataError: They cannot be read, or are more than an image can have.
+    """
+    if source.sizes[index] > _BYTES_A_PIXEL * max_pixels:
+        size = f"{source.sizes[index]:,} bytes"
+        raise DataError(f"has {size}, more than an image of max_pixels = {max_pixels}")
+    try:
+        return source.read(source.keys[index])
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from error
+
+
+class PixelSink(Protocol):
+    """Where a scan leaves the resized images."""
+
+    def write(self, row: int, pixels: Pixels) -> None: ...
+
+
+def scan(
+    source: Source,
+    preprocessing: Preprocessing,
+    sink: PixelSink | None = None,
+    track: Track = no_track,
+) -> list[Record]:
+    """Examines every image that is not known yet.
+
+    Args:
+      source: The images.
+      preprocessing: Their size in the sink, and `max_pixels`.
+      sink: Gets row i for every example i that can be decoded; None if the pixels
+        are not wanted.
+      track: Shows progress.
+
+    Returns:
+      A record for each example.
+
+    Raises:
+      OSError: The sink cannot be written.
+    """
+    known = known_records(source, preprocessing.max_pixels)
+    rows = [i for i, record in enumerate(known) if record is None or sink is not None]
+
+    def work(row: int) -> None:
+        try:
+            encoded = read_example(source, row, preprocessing.max_pixels)
+        except DataError as error:
+            known[row] = Record("", "", None, str(error))
+            return
+        record, pixels = known[row], None
+        if record is None or record.digest != _digest(encoded):
+            record, pixels = examine(encoded, preprocessing.max_pixels)
+        known[row] = record
+        if sink is not None and record.header is not None:
+            size = preprocessing.image_size
+            if pixels is None or decode.is_reduced(record.header, size):
+                resized = decode.load(encoded, size, preprocessing.max_pixels)
+            else:
+                resized = decode.resize(pixels, size)
+            sink.write(row, resized)
+
+    try:
+        for _ in track(on_all_cores(work, rows), "reading images", len(rows)):
+            pass
+    finally:  # Also after Ctrl-C: what is known need not be found out again.
+        if rows:
+            _remember(source, preprocessing.max_pixels, known)
+    return [record for record in known if record is not None]
+
+
+def on_all_cores(work: Callable[[int], _Result], rows: Sequence[int]) -> Iterator[_Result]:
+    """work(row) for each row, in order, by as many threads as there are cores.
+
+    Decoders and hashes work outside Python's lock.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for chunk in _chunks(rows, 64 * (os.cpu_count() or 1)):
+            yield from pool.map(work, chunk)
+
+
+def _chunks(rows: Iterable[int], size: int) -> Iterator[list[int]]:
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def known_records(source: Source, max_pixels: int) -> list[Record | None]:
+    """The records of an earlier scan, None where an example is new or has changed."""
+    remembered = cache.read_json("scans", _key(source, max_pixels)) or {}
+    records: list[Record | None] = []
+    for example_id, version in zip(source.ids, source.versions, strict=True):
+        was, digest, pixels, header, error = remembered.get(example_id, ("", "", "", None, None))
+        is_current = was == version and digest
+        record = Record(digest, pixels, Header(*header) if header else None, error)
+        records.append(record if is_current else None)
+    return records
+
+
+def _remember(source: Source, max_pixels: int, records: Sequence[Record | None]) -> None:
+    values = {
+        example_id: (
+            version,
+            record.digest,
+            record.pixels,
+            dataclasses.astuple(record.header) if record.header else None,
+            record.error,
+        )
+        for example_id, version, record in zip(source.ids, source.versions, records, strict=True)
+        # Whoever could not read a file may be allowed to the next time.
+        if record is not None and record.digest
+    }
+    try:
+        cache.write_json("scans", _key(source, max_pixels), values)
+    except OSError as error:
+        logger.warning("what was found in the images cannot be kept: %s", error)
+
+
+def _key(source: Source, max_pixels: int) -> str:
+    text = f"{_VERSION} {decode.VERSION} {max_pixels} {source.name}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def pixels_key(records: Sequence[Record], preprocessing: Preprocessing) -> str:
+    """The name of the decoded images of these records, of one size: changes with any of them."""
+    height, width = preprocessing.image_size
+    start = f"{decode.VERSION} {height} {width} {preprocessing.max_pixels}".encode()
+    return _digest(start, "".join(f"{record.digest:<32}" for record in records).encode())

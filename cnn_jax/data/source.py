@@ -1,0 +1,99 @@
+"""What all sources of labelled images have in common."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+# What the parts of a data set that is divided already may be called.
+SPLIT_NAMES = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """Labelled images with random access.
+
+    Attributes:
+      name: As `open_source` understands it.
+      class_names: Class names in the order of their labels.
+      ids: A different identity for each example, the same on every machine.
+      labels: int32 [n], positions in `class_names`.
+      read: The encoded bytes of an example, given its key; raises OSError.
+      keys: What `read` takes for each example.
+      sizes: Bytes of each encoded image.
+      versions: Changes when an example does, as far as that can be told without
+        reading it.
+      own_splits: "train", "validation" or "test" where the data set is divided
+        already; else "".
+      ignored: How many things of each kind were found that are no examples.
+      remarks: What a person should know of the data, a sentence each.
+    """
+
+    name: str
+    class_names: list[str]
+    ids: list[str]
+    labels: Int[np.ndarray, " n"]
+    read: Callable[[Any], bytes]
+    keys: Sequence[Any]
+    sizes: list[int]
+    versions: list[str]
+    own_splits: list[str]
+    ignored: dict[str, int] = dataclasses.field(default_factory=dict)
+    remarks: list[str] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """An example: "image", encoded; "label", an int; and "id"."""
+        image = self.read(self.keys[index])
+        return {"image": image, "label": int(self.labels[index]), "id": self.ids[index]}
+
+    def select(self, indices: Int[np.ndarray, " m"]) -> "Source":
+        """These examples alone; the classes stay."""
+
+        def pick(values: Sequence[Any]) -> list[Any]:
+            return [values[i] for i in indices]
+
+        return dataclasses.replace(
+            self,
+            ids=pick(self.ids),
+            labels=self.labels[indices],
+            keys=pick(self.keys),
+            sizes=pick(self.sizes),
+            versions=pick(self.versions),
+            own_splits=pick(self.own_splits),
+        )
+
+    def without_empty_classes(self) -> "Source":
+        """Only the classes that have examples; their order stays."""
+        present, labels = np.unique(self.labels, return_inverse=True)
+        if len(present) == len(self.class_names):
+            return self
+        names = [self.class_names[label] for label in present]
+        absent = sorted(set(self.class_names) - set(names))
+        remark = f"{', '.join(absent)}: no readable images, so no such class; add some"
+        return dataclasses.replace(
+            self,
+            class_names=names,
+            labels=labels.astype(np.int32),
+            remarks=[*self.remarks, remark],
+        )
+
+
+def fingerprint(source: Source, digests: Sequence[str]) -> str:
+    """sha256 over id, class and content of all examples, whatever their order."""
+    lines = sorted(
+        f"{example_id}\t{source.class_names[label]}\t{digest}"
+        for example_id, label, digest in zip(source.ids, source.labels, digests, strict=True)
+    )
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,140 @@
+"""TensorFlow Datasets, by random access and without TensorFlow."""
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from cnn_jax.data.source import SPLIT_NAMES, Source
+from cnn_jax.errors import DataError
+
+# name[/config][:version][:split]; a split may be a part of one, such as train[:50%].
+_NAME = re.compile(r"(?P<dataset>[^:]+(:[\d*]+\.[\d*]+\.[\d*]+)?)(:(?P<split>.+))?", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads examples of some splits; it can be sent to another process."""
+
+    parts: list[Any]
+
+    def __call__(self, key: tuple[int, int]) -> bytes:
+        part, position = key
+        return self.parts[part][position]["image"]
+
+
+def open_tfds(name: str) -> Source:
+    """The labelled examples of a TensorFlow Datasets data set.
+
+    Args:
+      name: `NAME[/CONFIG][:VERSION][:SPLIT]`. Without a split, those called train,
+        validation and test keep their examples if there are several of them, and
+        all others are left out; else all splits are taken together. With one,
+        only its examples are taken.
+
+    Raises:
+      DataError: The data set does not exist, has no "image" and "label", or
+        cannot be downloaded.
+    """
+    import tensorflow_datasets as tfds  # Slow to import, and not always there.
+
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise DataError(f"tfds:{name}: must be tfds:NAME[/CONFIG][:VERSION][:SPLIT]")
+    builder = _prepared_builder(match["dataset"])
+    class_names = _class_names(builder.info.features)
+    if class_names is None:
+        found = " ".join(str(builder.info.features).split())
+        raise DataError(
+            f'tfds:{name} is not for classification: it needs an Image "image" and a '
+            f'ClassLabel "label", and has {found}'
+        )
+    split_names = [match["split"]] if match["split"] else sorted(builder.info.splits)
+    known = {SPLIT_NAMES[split] for split in split_names if split in SPLIT_NAMES}
+    is_divided = not match["split"] and "train" in known and len(known) > 1
+    undecoded = {"image": tfds.decode.SkipDecoding()}
+    parts = []
+    ids, sizes, labels, keys, own_splits = [], [], [], [], []
+    ignored = {"without a label": 0, "in other splits": 0}
+    for split in split_names:
+        if is_divided and split not in SPLIT_NAMES:
+            ignored["in other splits"] += builder.info.splits[split].num_examples
+            continue
+        try:
+            part = builder.as_data_source(split, decoders=undecoded)
+        except (ValueError, KeyError) as error:
+            raise DataError(
+                f"tfds:{name} has no split {split!r}; it has {', '.join(builder.info.splits)}"
+            ) from error
+        for position, example in enumerate(part):
+            if example["label"] < 0:  # How TFDS marks withheld labels.
+                ignored["without a label"] += 1
+                continue
+            ids.append(f"{split}/{position}")
+            sizes.append(len(example["image"]))
+            labels.append(example["label"])
+            keys.append((len(parts), position))
+            own_splits.append(SPLIT_NAMES[split] if is_divided else "")
+        parts.append(part)
+    return Source(
+        name=f"tfds:{name}",
+        class_names=class_names,
+        ids=ids,
+        labels=np.array(labels, np.int32),
+        read=_Reader(parts),
+        keys=keys,
+        sizes=sizes,
+        versions=[f"{builder.info.version}-{size}" for size in sizes],
+        own_splits=own_splits,
+        ignored={kind: count for kind, count in ignored.items() if count},
+    )
+
+
+def _class_names(features: Any) -> list[str] | None:
+    """The class names, or None if these are not the features of classification."""
+    import tensorflow_datasets as tfds
+
+    if not isinstance(features, tfds.features.FeaturesDict):
+        return None
+    if not {"image", "label"} <= set(features):
+        return None
+    image, label = features["image"], features["label"]
+    if isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel):
+        return [str(name) for name in label.names]
+    return None
+
+
+def _prepared_builder(dataset: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    name = f"tfds:{dataset}"
+    try:
+        # Random access needs array_record files.
+        builder = tfds.builder(dataset, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise DataError(
+            f"{name}: TensorFlow Datasets knows no such data set, and none is prepared under "
+            f"{_folder()}"
+        ) from error
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise DataError(f"{name}: {_first_line(error)}") from error
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # Its downloaders raise whatever their libraries raise.
+        raise DataError(
+            f"{name} is not prepared under {_folder()} and could not be downloaded and "
+            f"prepared ({type(error).__name__}: {_first_line(error)}). Run `tfds build "
+            f"{dataset} --file_format=array_record` where there is a network, copy the "
+            "folder here, and set TFDS_DATA_DIR to it"
+        ) from error
+    return builder
+
+
+def _folder() -> str:
+    return os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
