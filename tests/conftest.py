@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 
 # Before JAX starts. Commands that the tests run inherit the compilation cache.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -40,6 +41,15 @@ def write_images(folder: pathlib.Path, per_class: int, seed: int = 0, side: int 
             Image.fromarray(pixels).save(folder / name / f"{i:03d}.png")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    """What is kept between runs is kept between tests, and not longer."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["CNN_JAX_CACHE"] = str(folder)
+    yield folder
+    del os.environ["CNN_JAX_CACHE"]
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """`class/NNN.png`: 3 classes of 20 images of about 20 x 20 pixels."""
@@ -56,6 +66,7 @@ def tiny_config(image_folder: pathlib.Path) -> ConfigDict:
     config = default.get_config()
     config.data.source = f"folder:{image_folder}"
     config.data.image_size = (16, 16)
+    config.data.stratify = "exact"
     config.model.features = (4, 8)
     config.model.dense = 16
     config.train.batch_size = 8

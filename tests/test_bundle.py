@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.bundle import Bundle, read_bundle, write_bundle
+from cnn_jax.data.dataset import Division
 from cnn_jax.errors import BundleError
 from cnn_jax.models import make_model
 from cnn_jax.preprocessing import Preprocessing
@@ -23,7 +24,13 @@ def make_bundle(seed: int = 0, class_names: tuple[str, ...] = ("blue", "green", 
         class_names=list(class_names),
         preprocessing=Preprocessing(image_size=(16, 16)),
         temperature=1.0,
-        data={"source": "shapes", "split": [0.7, 0.2, 0.1], "seed": 0, "fingerprint": "0"},
+        data={
+            "source": "shapes",
+            "division": json.loads(json.dumps(dataclasses.asdict(Division(rule="exact")))),
+            "max_unreadable": 0.01,
+            "allow_outside": False,
+            "fingerprint": "0",
+        },
         metrics={"test": {"accuracy": 0.5}},
         variables=model.init(jax.random.key(seed), jnp.zeros((1, 16, 16, 3))),
     )
@@ -89,7 +96,7 @@ def _edit(path, **changes):
         (lambda path: (path / "weights.safetensors").unlink(), "is not a bundle: there is no"),
         (lambda path: (path / "bundle.json").write_text("{"), "is not a bundle"),
         (lambda path: (path / "bundle.json").write_text("[]"), "is not a bundle"),
-        (lambda path: _edit(path, format=2), "format 2, and this version"),
+        (lambda path: _edit(path, format=99), "format 99, and this version"),
         (lambda path: _edit(path, files={}), "is not a bundle"),
         (lambda path: _edit(path, preprocessing={}), "is not a bundle"),
     ],

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,7 +8,8 @@ from test_bundle import make_bundle
 
 from cnn_jax import evaluate
 from cnn_jax.bundle import write_bundle
-from cnn_jax.data.sources import FolderSource, fingerprint
+from cnn_jax.data.dataset import Division, open_dataset
+from cnn_jax.data.files import open_folder
 from cnn_jax.errors import DataError
 from cnn_jax.predict import Predictor
 
@@ -39,15 +41,20 @@ def test_a_probability_of_zero_gives_a_finite_loss():
     assert 80 < report["loss"] < 100
 
 
+def _open(folder):
+    preprocessing = make_bundle().preprocessing
+    return open_dataset(open_folder(folder), Division(rule="exact"), preprocessing)
+
+
 @pytest.fixture
 def predictor(image_folder):
     bundle = make_bundle()
-    bundle.data["fingerprint"] = fingerprint(FolderSource(image_folder))
+    bundle.data["fingerprint"] = _open(image_folder).fingerprint
     return Predictor(bundle)
 
 
 def test_the_split_is_the_one_of_the_bundle(predictor, image_folder):
-    source = FolderSource(image_folder)
+    source = _open(image_folder)
     counts = [
         evaluate.evaluate(predictor, source, split)["count"]
         for split in ("train", "validation", "test", "all")
@@ -58,9 +65,9 @@ def test_the_split_is_the_one_of_the_bundle(predictor, image_folder):
 def test_classes_are_matched_by_name(predictor, image_folder, tmp_path):
     """A folder without the first class keeps the others' meaning."""
     for name in ("green", "red"):
-        (tmp_path / name).symlink_to(image_folder / name)
-    source = FolderSource(image_folder)
-    part = FolderSource(tmp_path)
+        shutil.copytree(image_folder / name, tmp_path / name)
+    source = _open(image_folder)
+    part = _open(tmp_path)
     whole_report = evaluate.evaluate(predictor, source, "all")
     part_report = evaluate.evaluate(predictor, part, "all")
     np.testing.assert_array_equal(part_report["confusion"][1:], whole_report["confusion"][1:])
@@ -69,24 +76,24 @@ def test_classes_are_matched_by_name(predictor, image_folder, tmp_path):
 
 def test_an_unknown_class_is_named(predictor, tmp_path, image_folder):
     for name in ("red", "purple"):
-        (tmp_path / name).symlink_to(image_folder / "red")
+        shutil.copytree(image_folder / "red", tmp_path / name)
     with pytest.raises(DataError, match="does not know: purple; it knows blue, green, red"):
-        evaluate.evaluate(predictor, FolderSource(tmp_path), "all")
+        evaluate.evaluate(predictor, _open(tmp_path), "all")
 
 
 def test_other_data_is_warned_of(predictor, image_folder, tmp_path, caplog):
     for name in ("green", "red"):
-        (tmp_path / name).symlink_to(image_folder / name)
-    evaluate.evaluate(predictor, FolderSource(image_folder), "test")
+        shutil.copytree(image_folder / name, tmp_path / name)
+    evaluate.evaluate(predictor, _open(image_folder), "test")
     assert not caplog.records
-    evaluate.evaluate(predictor, FolderSource(tmp_path), "test")
+    evaluate.evaluate(predictor, _open(tmp_path), "test")
     assert "is not the data that the bundle was trained on" in caplog.text
 
 
 def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_path, capfd):
     bundle = make_bundle()
     bundle.data["source"] = f"folder:{image_folder}"
-    bundle.data["fingerprint"] = fingerprint(FolderSource(image_folder))
+    bundle.data["fingerprint"] = _open(image_folder).fingerprint
     write_bundle(bundle, tmp_path / "bundle")
     evaluate.main([f"--bundle={tmp_path / 'bundle'}"])
     test = json.loads(capfd.readouterr().out)
@@ -96,3 +103,34 @@ def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_
         [f"--bundle={tmp_path / 'bundle'}", "--split=all", f"--output={tmp_path / 'all.json'}"]
     )
     assert json.loads((tmp_path / "all.json").read_text())["count"] == 60
+
+
+def test_a_single_class_can_be_evaluated(predictor, image_folder, tmp_path):
+    shutil.copytree(image_folder / "red", tmp_path / "red")
+    report = evaluate.evaluate(predictor, _open(tmp_path), "all")
+    assert report["count"] == report["per_class"]["red"]["support"] == 20
+
+
+def test_the_split_is_that_of_the_run_with_its_groups_and_rule(predictor, image_folder):
+    division = {"fractions": [0.5, 0.3, 0.2], "seed": 3, "rule": "stable", "group": "{class}/{n}"}
+    predictor.data["division"] = division | {"keep_splits": True}
+    dataset = evaluate.open_as_trained(predictor, f"folder:{image_folder}")
+    expected = open_dataset(
+        open_folder(image_folder),
+        Division.from_dict(predictor.data["division"]),
+        predictor.preprocessing,
+    )
+    for split, indices in expected.splits.items():
+        np.testing.assert_array_equal(dataset.splits[split], indices)
+
+
+def test_unreadable_images_are_named_and_left_out(image_folder, tmp_path, caplog):
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "red" / "007.png").write_bytes(b"x")
+    bundle = make_bundle()
+    bundle.data.update(source=f"folder:{tmp_path / 'images'}", max_unreadable=0.02)
+    write_bundle(bundle, tmp_path / "bundle")
+    output = tmp_path / "all.json"
+    evaluate.main([f"--bundle={tmp_path / 'bundle'}", "--split=all", f"--output={output}"])
+    assert json.loads(output.read_text())["count"] == 59
+    assert "left out: red/007.png is not an image" in caplog.text

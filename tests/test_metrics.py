@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,7 +69,25 @@ def test_batches_merged_equal_the_whole_and_padding_does_not_count():
 def test_a_padded_row_with_infinite_loss_does_not_count():
     logits = jnp.array([[0.0, 0.0], [jnp.inf, jnp.nan]])
     metrics = Metrics.from_logits(logits, jnp.array([0, 1]), jnp.array([True, False]))
-    np.testing.assert_allclose(metrics.loss_sum, np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(metrics.loss_sum, [np.log(2), 0], rtol=1e-6)
+
+
+def test_figures_are_of_the_classes_as_the_data_has_them():
+    """However often the classes were drawn, each example of the data counts as much."""
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(12, 3)).astype(np.float32), np.repeat([0, 1, 2], [6, 4, 2])
+    # Class 0 as it is, class 1 three times, class 2 six times.
+    drawn = np.repeat(np.arange(12), np.array([1, 3, 6])[labels])
+
+    def metrics(rows):
+        return Metrics.from_logits(
+            jnp.array(logits[rows]), jnp.array(labels[rows]), jnp.ones(len(rows), bool)
+        )
+
+    plain = metrics(np.arange(12)).compute()
+    reweighted = metrics(drawn).compute(np.array([6, 4, 2]))
+    assert reweighted == pytest.approx(plain, rel=1e-6)
+    assert metrics(drawn).compute() != pytest.approx(plain, rel=1e-3)
 
 
 def test_rows_are_true_classes():

@@ -90,10 +90,37 @@ def test_dropout_differs_between_steps_and_seeds():
     losses = set()
     for step in range(3):
         at_step = state.replace(step=jnp.array(step, jnp.int32))
-        losses.add(float(_train_step()(at_step, batch)[1].loss_sum))
+        losses.add(float(_train_step()(at_step, batch)[1].loss_sum.sum()))
     other_seed = functools.partial(_train_step(), seed=8)
-    losses.add(float(other_seed(state, batch)[1].loss_sum))
+    losses.add(float(other_seed(state, batch)[1].loss_sum.sum()))
     assert len(losses) == 4
+
+
+def test_class_weights_multiply_the_losses_of_their_examples():
+    batch = _batch(size=12)
+    labels = np.asarray(batch["label"])
+    optimizer = optax.sgd(1.0)
+    state = _state().replace(opt_state=optimizer.init(_state().params))
+
+    def update(class_weights=None, mask=None):
+        step = functools.partial(_train_step(), optimizer=optimizer, class_weights=class_weights)
+        after, _ = step(state, batch | {"mask": batch["mask"] if mask is None else mask})
+        return jax.tree.map(lambda new, old: new - old, after.params, state.params)
+
+    def of_class(label):
+        """The share of one class in the gradient, by leaving out all others."""
+        share = np.mean(labels == label)
+        return jax.tree.map(lambda g: g * share, update(mask=jnp.array(labels == label)))
+
+    weights = (1.0, 3.0, 0.25)
+    expected = jax.tree.map(
+        lambda *parts: sum(w * part for w, part in zip(weights, parts, strict=True)),
+        *(of_class(label) for label in range(3)),
+    )
+    for actual, wanted in zip(
+        jax.tree.leaves(update(weights)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_one_step_is_the_optimizer_on_the_gradient_of_the_smoothed_loss():
@@ -145,9 +172,9 @@ def test_draws_in_the_batch_are_applied_on_the_device():
     rounded = jnp.rint(moved).astype(jnp.uint8)
     _, on_device = _train_step()(_state(), batch | draws)
     _, on_host = _train_step()(_state(), batch | {"image": rounded})
-    np.testing.assert_allclose(on_device.loss_sum, on_host.loss_sum, rtol=0.02)
+    np.testing.assert_allclose(on_device.loss_sum.sum(), on_host.loss_sum.sum(), rtol=0.02)
     _, unmoved = _train_step()(_state(), batch)
-    assert abs(float(unmoved.loss_sum) - float(on_device.loss_sum)) > 0.05
+    assert abs(float(unmoved.loss_sum.sum()) - float(on_device.loss_sum.sum())) > 0.05
 
 
 def test_evaluation_of_a_padded_batch_counts_the_real_rows_alone():

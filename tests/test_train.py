@@ -17,10 +17,8 @@ from conftest import REPOSITORY, write_images
 
 from cnn_jax import configuration, train
 from cnn_jax.bundle import read_bundle
-from cnn_jax.data.sources import FolderSource
-from cnn_jax.data.splits import split_by_id
 from cnn_jax.errors import ConfigError, DataError, TrainingError
-from cnn_jax.evaluate import predict_split
+from cnn_jax.evaluate import open_as_trained, predict_split
 from cnn_jax.predict import Predictor
 from cnn_jax.train import train_and_evaluate
 
@@ -66,6 +64,7 @@ def _tiny(image_folder, **changes):
             "model.dense": 16,
             "train.batch_size": 8,
             "train.epochs": 3,
+            "data.stratify": "exact",
             **changes,
         }
     )
@@ -128,9 +127,11 @@ def test_a_fresh_process_gives_exactly_the_probabilities_that_were_written(
     )
     assert json.loads(output.read_text()) == report["test"]
 
-    source = FolderSource(image_folder)
-    indices = split_by_id(source.ids, source.labels, (0.7, 0.2, 0.1), 0)["test"]
-    probabilities = predict_split(Predictor.load(workdir / "bundle"), source, indices)
+    predictor = Predictor.load(workdir / "bundle")
+    dataset = open_as_trained(predictor)
+    source, indices = dataset.source, dataset.splits["test"]
+    assert source.name == f"folder:{image_folder}"
+    probabilities = predict_split(predictor, dataset.loader, indices)
     rows = (workdir / "report" / "predictions.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == [source.ids[i] for i in indices]
     written = np.array([row.split(",")[3] for row in rows], np.float32)
@@ -145,11 +146,12 @@ def test_the_same_command_again_changes_nothing(finished):
     assert [(workdir / file).read_bytes() for file in [*files, "metrics.jsonl"]] == before
 
 
-def test_the_same_run_elsewhere_is_the_same_to_the_bit(finished, tmp_path):
-    """Streamed from disk instead of from memory, as well."""
+@pytest.mark.parametrize("cache", ["none", "disk"])
+def test_the_same_run_elsewhere_is_the_same_to_the_bit(finished, tmp_path, cache):
+    """Decoded each time or from disk instead of from memory, as well."""
     workdir, config, report = finished
     other = config.copy_and_resolve_references()
-    other.data.cache = "none"
+    other.data.cache = cache
     assert train_and_evaluate(other, tmp_path / "run") == report
     assert _weights(tmp_path / "run") == _weights(workdir)
 
@@ -455,7 +457,7 @@ def test_what_a_person_sees_when_the_output_is_a_file(smoke):
     stdout, stderr = smoke.stdout, smoke.stderr
     assert "\x1b" not in stdout + stderr
     assert "\r" not in stdout + stderr
-    for fact in ("float32", "train 700, validation 200, test 100", "129,290 parameters", "MFLOP"):
+    for fact in ("float32", "train 693, validation 200, test 107", "129,290 parameters", "MFLOP"):
         assert fact in stderr
     epochs = [
         line for line in stderr.splitlines() if line.strip().startswith(("1/3", "2/3", "3/3"))
@@ -465,3 +467,88 @@ def test_what_a_person_sees_when_the_output_is_a_file(smoke):
     assert all(len(line) <= 80 for line in stderr.splitlines() if str(REPOSITORY) not in line)
     assert "python -m cnn_jax.predict --bundle=" in stdout
     assert math.isfinite(float(stdout.split("accuracy ")[1].split("%")[0]))
+
+
+def test_pixels_on_the_device_train_the_same_network_to_the_bit(image_folder, tmp_path):
+    changes = {"augment.place": "device", "train.epochs": 2}
+    streamed = _tiny(image_folder, **changes, **{"data.cache": "none"})
+    resident = _tiny(image_folder, **changes, **{"data.cache": "device"})
+    report = train_and_evaluate(streamed, tmp_path / "streamed")
+    assert train_and_evaluate(resident, tmp_path / "resident") == report
+    assert _weights(tmp_path / "resident") == _weights(tmp_path / "streamed")
+
+
+@pytest.fixture
+def imbalanced_folder(tmp_path):
+    """60 images of red, 20 of green and 6 of blue."""
+    write_images(tmp_path / "images", per_class=60)
+    for name, keep in (("green", 20), ("blue", 6)):
+        for path in sorted((tmp_path / "images" / name).iterdir())[keep:]:
+            path.unlink()
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize(
+    ("balance", "said"),
+    [
+        ("loss", "losses weigh from 0.475 (red) to 4.75 (blue); figures are unweighted"),
+        ("sampling", "each image of blue 4.75 times and of red 0.475 times"),
+    ],
+)
+def test_balancing_helps_rare_classes_and_says_what_it_does(
+    imbalanced_folder, tmp_path, capfd, balance, said
+):
+    split = {"train.epochs": 6, "data.split": (0.67, 0.17, 0.16)}
+    recalls = {}
+    for mode in ("none", balance):
+        config = _tiny(imbalanced_folder, **split, **{"train.balance": mode})
+        report = train_and_evaluate(config, tmp_path / mode)
+        recalls[mode] = np.mean(
+            [report["train"]["per_class"][c]["recall"] for c in ("blue", "green")]
+        )
+        # The report is of the data as it is, balanced or not.
+        assert report["train"]["count"] == 57
+    assert said in capfd.readouterr().err
+    assert recalls[balance] > recalls["none"]
+
+
+@pytest.mark.parametrize(("balance", "expected"), [("none", None), ("sampling", [4, 14, 42])])
+def test_training_figures_of_a_balanced_stream_are_those_of_the_data(
+    imbalanced_folder, tmp_path, monkeypatch, balance, expected
+):
+    given = []
+    compute = train.Metrics.compute
+
+    def spy(metrics, class_counts=None):
+        given.append(class_counts)
+        return compute(metrics, class_counts)
+
+    monkeypatch.setattr(train.Metrics, "compute", spy)
+    changes = {"train.balance": balance, "train.epochs": 1, "data.stratify": "exact"}
+    train_and_evaluate(_tiny(imbalanced_folder, **changes), tmp_path / "run")
+    of_validation, of_training = given
+    assert of_validation is None
+    assert (None if of_training is None else of_training.tolist()) == expected
+
+
+def test_a_run_on_dirty_data_says_what_it_found(tmp_path, capfd):
+    write_images(tmp_path / "images", per_class=20)
+    for i in range(3):
+        content = (tmp_path / "images" / "red" / f"{i:03d}.png").read_bytes()
+        (tmp_path / "images" / "blue" / f"copy{i}.png").write_bytes(content)
+    (tmp_path / "images" / "green" / "bad\x1b[31m.jpg").write_bytes(b"")
+    (tmp_path / "images" / "green" / "Thumbs.db").write_bytes(b"x")
+    config = _tiny(tmp_path / "images", **{"data.max_unreadable": 0.02, "train.epochs": 1})
+    train_and_evaluate(config, tmp_path / "run")
+    shown = capfd.readouterr().err
+    assert (
+        "checked     1 unreadable and left out, none turned by EXIF, 3 exact copies "
+        "(3 sets with different labels)\n"
+    ) in shown
+    assert "ignored: 1 not images" in shown
+    assert (
+        "warning     3 sets of equal images with different labels, such as blue/copy0.png" in shown
+    )
+    assert "\x1b" not in shown
+    listed = (tmp_path / "run" / "report" / "unreadable.csv").read_text()
+    assert listed == "id,reason\ngreen/bad\x1b[31m.jpg,is empty\n"

@@ -131,17 +131,21 @@ def apply_on_host(
 
     height, width = images.shape[1:3]
     out = np.empty_like(images)
-    levels = np.arange(256, dtype=np.float32)[:, None]
+    means = np.empty((len(images), images.shape[-1]), np.float32)
     for i, image in enumerate(images):
-        warped = cv2.warpAffine(
+        cv2.warpAffine(
             image,
             matrix[i],
             (width, height),
+            dst=out[i],
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_REFLECT,
         )
-        mean = np.array(cv2.mean(warped)[: image.shape[-1]], np.float32)
-        # A table of the 256 grey levels [256, channel] is cheaper than arithmetic.
-        table = np.rint(np.clip((levels - mean) * contrast[i] + mean, 0, 255))
-        cv2.LUT(warped, table[None].astype(np.uint8), dst=out[i])
+        means[i] = cv2.mean(out[i])[: images.shape[-1]]
+    # A table of the 256 grey levels [batch, 256, channel] is cheaper than arithmetic.
+    levels = np.arange(256, dtype=np.float32)[None, :, None]
+    means = means[:, None]
+    tables = np.rint(np.clip((levels - means) * contrast[:, None, None] + means, 0, 255))
+    for image, table in zip(out, tables.astype(np.uint8), strict=True):
+        cv2.LUT(image, table[None], dst=image)
     return out

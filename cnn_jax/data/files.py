@@ -79,19 +79,23 @@ class _Walk:
         self._add_folder(self._root, "")
         # Links last: what a link leads to may be listed under its own name.
         while self._links:
-            self._links.sort(reverse=True)
-            self._follow(*self._links.pop())
+            links, self._links = sorted(self._links), []
+            for name, link in links:
+                self._follow(name, link)
         return sorted(self._files, key=lambda file: file.path), dict(self._ignored)
 
-    def _add_folder(self, folder: str, name: str) -> None:
-        """Lists a folder under a name, "" for the root, without following links."""
+    def _add_folder(self, folder: str, name: str, *, linked: bool = False) -> None:
+        """Lists a folder under a name, "" for the root, without following links.
+
+        Of a linked folder, what has been listed already is left out.
+        """
         waiting = [(folder, name)]
         while waiting:
             folder, name = waiting.pop()
             try:
                 status = pathlib.Path(folder).stat()
                 with os.scandir(folder) as entries:
-                    found = list(entries)
+                    found = sorted(entries, key=lambda entry: entry.name)
             except OSError:
                 self._ignored[_UNREADABLE_FOLDER] += 1
                 continue
@@ -105,7 +109,14 @@ class _Walk:
                 elif entry.is_dir(follow_symlinks=False):
                     waiting.append((entry.path, below))
                 elif entry.is_file(follow_symlinks=False):
-                    self._add_file(below, entry.stat(follow_symlinks=False))
+                    try:
+                        status = entry.stat(follow_symlinks=False)
+                    except OSError:  # It has gone since the folder was listed.
+                        continue
+                    if linked and (status.st_dev, status.st_ino) in self._seen:
+                        self._ignored[_SEEN] += 1
+                    else:
+                        self._add_file(below, status)
                 else:
                     self._ignored[_SPECIAL] += 1
 
@@ -126,7 +137,7 @@ class _Walk:
         elif not (is_inside or self._allow_outside):
             self._ignored[_OUTSIDE] += 1
         elif stat.S_ISDIR(status.st_mode):
-            self._add_folder(target, name)
+            self._add_folder(target, name, linked=True)
         elif stat.S_ISREG(status.st_mode):
             self._add_file(name, status)
         else:

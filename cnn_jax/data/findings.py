@@ -74,6 +74,8 @@ class Findings:
 
     def summary(self) -> list[str]:
         """Two lines."""
+        bad = len(self.unreadable)
+        unreadable = f"{bad:,} unreadable and left out" if bad else "all readable"
         rotated = f"{len(self.rotated):,} turned by EXIF" if self.rotated else "none turned by EXIF"
         extra = sum(len(group) - 1 for group in self.copies)
         copies = f"{count(extra, 'exact copy', 'exact copies')}" if extra else "no exact copies"
@@ -81,9 +83,9 @@ class Findings:
             copies += f" ({count(len(self.conflicts), 'set')} with different labels)"
         ignored = ", ".join(f"{number:,} {kind}" for kind, number in self.source.ignored.items())
         return [
-            f"{count(len(self.unreadable), 'unreadable file')} left out, {rotated}, {copies}",
-            f"the largest class has {self.imbalance:.1f} times the images of the smallest; "
-            f"ignored: {ignored or 'nothing'}",
+            f"{unreadable}, {rotated}, {copies}",
+            f"largest class {self.imbalance:.1f} times the smallest; ignored: "
+            f"{ignored or 'nothing'}",
         ]
 
     def warnings(self) -> list[str]:

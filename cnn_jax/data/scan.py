@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from cnn_jax.data import Track, cache, decode, no_track
 from cnn_jax.data.decode import Header, Pixels
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 # Raise it when a record means something else.
 _VERSION = 1
-# An image file has at most this many bytes for each pixel that is allowed:
-# four channels of 16 bits. A larger one is not even read.
-_BYTES_A_PIXEL = 8
+# An image file has at most this many bytes for each pixel that is allowed, four
+# channels of 16 bits, and for all that is no pixel. A larger one is not even read.
+_BYTES_A_PIXEL, _OTHER_BYTES = 8, 2**20
 
 _Result = TypeVar("_Result")
 
@@ -72,7 +72,7 @@ def read_example(source: Source, index: int, max_pixels: int) -> bytes:
     Raises:
       DataError: They cannot be read, or are more than an image can have.
     """
-    if source.sizes[index] > _BYTES_A_PIXEL * max_pixels:
+    if source.sizes[index] > _BYTES_A_PIXEL * max_pixels + _OTHER_BYTES:
         size = f"{source.sizes[index]:,} bytes"
         raise DataError(f"has {size}, more than an image of max_pixels = {max_pixels}")
     try:
@@ -81,6 +81,7 @@ def read_example(source: Source, index: int, max_pixels: int) -> bytes:
         raise DataError(f"cannot be read: {error.strerror or error}") from error
 
 
+@runtime_checkable
 class PixelSink(Protocol):
     """Where a scan leaves the resized images."""
 

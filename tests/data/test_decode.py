@@ -3,7 +3,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cnn_jax.data import decode
 from cnn_jax.errors import DataError
@@ -110,6 +110,86 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
     with pytest.raises(DataError, match="3000 x 3000 pixels, more than"):
         decode.decode(encoded, max_pixels=8_999_999)
+
+
+def _photo(height=150, width=200):
+    """Smooth shapes and some noise, as a camera's pictures have."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / 9) + np.cos(y / 7), np.sin((x + y) / 15), np.cos(x / 40)], -1)
+    noise = np.random.default_rng(0).normal(0, 6, waves.shape)
+    return Image.fromarray(np.clip(128 + 50 * waves + noise, 0, 255).astype(np.uint8))
+
+
+_JPEGS = {
+    "baseline": (lambda image: image, {}),
+    "4:4:4": (lambda image: image, {"subsampling": 0}),
+    "progressive": (lambda image: image, {"progressive": True}),
+    "grey": (lambda image: image.convert("L"), {}),
+    "odd sides": (lambda image: image.crop((0, 0, 133, 77)), {}),
+    "rgb": (lambda image: image, {"keep_rgb": True}),
+    "restarts": (lambda image: image, {"restart_marker_rows": 1}),
+    "cmyk": (lambda image: image.convert("CMYK"), {}),
+}
+
+
+@pytest.mark.parametrize("kind", _JPEGS)
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("at_least", [None, (70, 60), (30, 30), (9, 9)])
+def test_jpegs_are_decoded_bit_for_bit_as_pillow_does(kind, orientation, at_least):
+    convert, options = _JPEGS[kind]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = _encode(convert(_photo()), "JPEG", quality=85, exif=exif, **options)
+    reference = Image.open(io.BytesIO(encoded))
+    scale = 1
+    if at_least is not None:
+        wanted = at_least if orientation == 1 else at_least[::-1]
+        largest = min(reference.height // wanted[0], reference.width // wanted[1])
+        scale = max(s for s in (1, 2, 4, 8) if s <= max(largest, 1))
+        reference.draft(None, (reference.width // scale, reference.height // scale))
+    expected = np.asarray(ImageOps.exif_transpose(reference).convert("RGB"))
+    decoded = decode.decode(encoded, at_least=at_least)
+    np.testing.assert_array_equal(decoded, expected)
+    if at_least is not None:
+        assert decoded.shape[0] >= min(at_least[0], decoded.shape[0])
+        header = decode.read_header(encoded)
+        assert decode.is_reduced(header, at_least) == (scale > 1)
+        assert (header.height, header.width) == decode.decode(encoded).shape[:2]
+
+
+def test_a_reduced_jpeg_looks_like_the_whole_one():
+    encoded = _encode(_photo(), "JPEG", quality=90)
+    small = decode.load(encoded, (36, 48))
+    exact = decode.resize(decode.decode(encoded), (36, 48))
+    assert small.shape == (36, 48, 3)
+    assert np.abs(small.astype(int) - exact).mean() < 3
+
+
+def test_what_is_not_upright_is_reduced_by_its_upright_sides():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    encoded = _encode(_photo(100, 400), "JPEG", exif=exif)  # Upright: 400 high, 100 wide.
+    assert decode.decode(encoded, at_least=(100, 100)).shape == (400, 100, 3)
+    assert decode.decode(encoded, at_least=(100, 25)).shape == (100, 25, 3)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused():
+    encoded = _encode(_photo(), "JPEG", progressive=True)
+    assert 5 < encoded.count(b"\xff\xda") < 20
+    last = encoded.rindex(b"\xff\xda")
+    many = encoded[:last] + 100 * encoded[last:-2] + encoded[-2:]
+    with pytest.raises(DataError, match="is a JPEG of more than 100 scans"):
+        decode.decode(many)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_every_format_is_known_by_its_beginning(file_format):
+    encoded = _encode(_photo(), file_format)
+    assert decode.looks_like_an_image(encoded[:16])
+    assert decode.read_header(encoded).format == file_format
+    assert not decode.looks_like_an_image(b"P7 is no PPM of ours")
+    assert not decode.looks_like_an_image(b"")
+    assert not decode.looks_like_an_image(b"RIFF....WAVEfmt ")
 
 
 def test_resize_averages_when_it_shrinks_and_keeps_what_fits():

@@ -1,3 +1,4 @@
+import dataclasses
 import multiprocessing
 
 import numpy as np
@@ -6,8 +7,7 @@ import pytest
 from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.pipeline import Loader, evaluation_batches, training_batches
-from cnn_jax.data.sources import DecodedSource, FolderSource
-from cnn_jax.errors import DataError
+from cnn_jax.data.files import open_folder
 from cnn_jax.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(image_size=(12, 16))
@@ -17,11 +17,22 @@ INDICES = np.arange(3, 45)  # 42 examples: batches of 8 cross the passes.
 
 @pytest.fixture(scope="module")
 def source(image_folder):
-    return FolderSource(image_folder)
+    return open_folder(image_folder)
 
 
-def _batches(source, count, *, start=0, seed=5, workers=0, place="host", augmentation=AUGMENTATION):
-    loader = Loader(source, PREPROCESSING, workers)
+def _batches(
+    source,
+    count,
+    *,
+    start=0,
+    seed=5,
+    workers=0,
+    place="host",
+    augmentation=AUGMENTATION,
+    loader=None,
+    balanced=False,
+):
+    loader = loader or Loader(source, PREPROCESSING, workers=workers)
     stream = training_batches(
         loader,
         INDICES,
@@ -30,6 +41,7 @@ def _batches(source, count, *, start=0, seed=5, workers=0, place="host", augment
         place=place,
         seed=seed,
         start=start,
+        balanced=balanced,
     )
     with stream as batches:
         # Copies: those of worker processes are views of shared memory.
@@ -59,7 +71,63 @@ def test_a_batch_is_what_the_step_takes(source):
 def test_no_number_of_workers_changes_a_batch(source):
     in_threads = _batches(source, 7)
     _assert_equal(in_threads, _batches(source, 7, workers=2))
-    _assert_equal(in_threads, _batches(DecodedSource(source, PREPROCESSING), 7))
+
+
+def _decoded(source):
+    """The same loader with all pixels decoded beforehand, in another order."""
+    rows = np.random.default_rng(0).permutation(len(source))
+    pixels = np.empty((len(source), *PREPROCESSING.image_size, 3), np.uint8)
+    pixels[rows] = Loader(source, PREPROCESSING).load(np.arange(len(source)))["image"]
+    return Loader(source, PREPROCESSING, pixels, rows)
+
+
+def test_decoded_once_or_each_time_is_the_same(source):
+    _assert_equal(_batches(source, 7), _batches(source, 7, loader=_decoded(source)))
+
+
+def test_pixels_on_the_device_are_named_by_their_rows(source):
+    loader = _decoded(source)
+    on_device = dataclasses.replace(loader, on_device=True)
+    streamed = _batches(source, 7, place="device")
+    by_row = _batches(source, 7, place="device", loader=on_device)
+    for batch, expected in zip(by_row, streamed, strict=True):
+        assert batch["row"].dtype == np.int32
+        batch["image"] = loader.pixels[batch.pop("row")]
+        _assert_equal([batch], [expected])
+
+
+def test_a_balanced_stream_shows_each_class_equally_often(source):
+    labels = source.labels
+    # 20, 15 and 7 examples of the three classes.
+    counts = np.bincount(labels[INDICES])
+    index_of = {source.ids[i]: i for i in range(len(source))}
+    assert len(index_of) == len(labels)
+    stream = training_batches(
+        dataclasses.replace(_decoded(source), on_device=True),
+        INDICES,
+        batch_size=6,
+        augmentation=Augmentation(),
+        place="device",
+        seed=0,
+        balanced=True,
+    )
+    row_of = _decoded(source).rows
+    with stream as batches:
+        seen = [next(batches) for _ in range(int(counts.max()) * 3 // 6)]
+    assert all(np.bincount(batch["label"]).tolist() == [2, 2, 2] for batch in seen)
+    rows = np.concatenate([batch["row"] for batch in seen])
+    for label in range(3):
+        members = [i for i in INDICES if labels[i] == label]
+        times = [int(np.sum(rows == row_of[i])) for i in members]
+        assert max(times) - min(times) <= 1
+        assert sum(times) == counts.max()
+
+
+def test_a_balanced_stream_can_be_entered_anywhere(source):
+    whole = _batches(source, 9, balanced=True)
+    _assert_equal(whole[6:], _batches(source, 3, balanced=True, start=6))
+    _assert_equal(whole[:3], _batches(source, 3, balanced=True, workers=2))
+    assert not np.array_equal(whole[0]["image"], _batches(source, 1)[0]["image"])
 
 
 def test_workers_end_with_the_stream(source):
@@ -119,33 +187,8 @@ def test_evaluation_has_every_example_once_in_order(source, batch_size):
     np.testing.assert_array_equal(images[masks], loader.load(INDICES)["image"])
 
 
-def test_a_split_without_images_is_refused(tmp_path, tiny_config):
-    from conftest import write_images
-
-    write_images(tmp_path / "few", per_class=2)
-    tiny_config.data.source = f"folder:{tmp_path / 'few'}"
-    with pytest.raises(DataError, match="no image is left for test; each class needs three"):
-        pipeline.open_dataset(tiny_config.data, PREPROCESSING, seed=0)
-
-
-@pytest.mark.parametrize(("cache", "kind"), [("none", FolderSource), ("memory", DecodedSource)])
-def test_the_cache_is_what_the_configuration_says(tiny_config, cache, kind):
-    tiny_config.data.cache = cache
-    dataset = pipeline.open_dataset(tiny_config.data, PREPROCESSING, seed=0)
-    assert isinstance(dataset.source, kind)
-    assert sum(map(len, dataset.splits.values())) == 60
-
-
-def test_what_does_not_fit_in_memory_is_streamed(tiny_config, monkeypatch):
-    monkeypatch.setattr(pipeline.os, "sysconf", lambda name: 1)
-    dataset = pipeline.open_dataset(tiny_config.data, PREPROCESSING, seed=0)
-    assert isinstance(dataset.source, FolderSource)
-
-
 @pytest.mark.parametrize(("cores", "expected"), [(2, 0), (8, 7), (64, 16)])
-def test_workers_are_as_many_as_help(source, monkeypatch, cores, expected):
+def test_workers_are_as_many_as_help(monkeypatch, cores, expected):
     monkeypatch.setattr(pipeline.os, "cpu_count", lambda: cores)
-    assert pipeline.choose_workers(-1, source) == expected
-    assert pipeline.choose_workers(3, source) == 3
-    # A copy of the decoded images in each process could exceed the machine.
-    assert pipeline.choose_workers(3, DecodedSource(source, PREPROCESSING)) == 0
+    assert pipeline.choose_workers(-1) == expected
+    assert pipeline.choose_workers(3) == 3

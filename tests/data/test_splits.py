@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.data.splits import SPLITS, split_by_id
+from cnn_jax.data.splits import RULES, SPLITS, divide, group_names
+from cnn_jax.errors import ConfigError, DataError
 
 FRACTIONS = (0.7, 0.2, 0.1)
 
@@ -16,59 +17,236 @@ def _labelled_ids(draw):
     return ids, labels
 
 
+def _split_of(ids, splits):
+    return {ids[i]: name for name, indices in splits.items() for i in indices}
+
+
 @settings(deadline=None, max_examples=80)
-@given(_labelled_ids(), st.integers(0, 5))
-def test_splits_are_disjoint_complete_and_stratified_within_one(case, seed):
+@given(_labelled_ids(), st.integers(0, 5), st.sampled_from(RULES))
+def test_splits_are_disjoint_and_complete_and_none_lacks_a_class(case, seed, rule):
     ids, labels = case
-    splits = split_by_id(ids, labels, FRACTIONS, seed)
+    splits = divide(ids, labels, FRACTIONS, seed, rule=rule)
     assert tuple(splits) == SPLITS
     assert sorted(np.concatenate(list(splits.values()))) == list(range(len(ids)))
+    for indices in splits.values():
+        assert list(indices) == sorted(indices)
+        for label in np.unique(labels):
+            assert np.sum(labels == label) < 3 or np.sum(labels[indices] == label) >= 1
+
+
+@settings(deadline=None, max_examples=80)
+@given(_labelled_ids(), st.integers(0, 5))
+def test_exact_splits_are_stratified_within_one(case, seed):
+    ids, labels = case
+    splits = divide(ids, labels, FRACTIONS, seed, rule="exact")
     for name, fraction in zip(SPLITS, FRACTIONS, strict=True):
-        assert list(splits[name]) == sorted(splits[name])
         for label in np.unique(labels):
             count, size = np.sum(labels[splits[name]] == label), np.sum(labels == label)
-            if size > 3:
-                assert abs(count - fraction * size) <= 1
-            if size >= 3:
-                assert count >= 1
+            assert size <= 3 or abs(count - fraction * size) <= 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stable_splits_are_stratified_as_closely_as_chance_lets_them(seed):
+    labels = np.repeat(np.arange(5), 2000)
+    ids = [str(i) for i in range(len(labels))]
+    splits = divide(ids, labels, FRACTIONS, seed)
+    for name, fraction in zip(SPLITS, FRACTIONS, strict=True):
+        counts = np.bincount(labels[splits[name]])
+        deviation = np.sqrt(2000 * fraction * (1 - fraction))
+        assert np.abs(counts - 2000 * fraction).max() < 4 * deviation
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 10**6)), unique=True, max_size=150),
+    st.integers(0, 120),
+    st.integers(0, 5),
+)
+def test_under_the_stable_rule_an_image_keeps_its_split_when_others_come(images, before, seed):
+    def assign(some):
+        ids = [f"{label}/{i}" for label, i in some]
+        labels = np.array([label for label, _ in some], int)
+        return _split_of(ids, divide(ids, labels, FRACTIONS, seed))
+
+    was, is_now = assign(images[:before]), assign(images)
+    # Where chance had left a split of a class empty, one image was lent to it.
+    lent = _lent(was, seed) | _lent(is_now, seed)
+    assert all(is_now[i] == was[i] for i in was if i not in lent)
+    assert len(lent) <= 2 * 2 * 4  # Two splits, before and after, four classes.
+
+
+def _lent(split_of, seed):
+    """Those that are not where their number alone would have them."""
+    return {
+        example_id
+        for example_id, split in split_of.items()
+        if not len(divide([example_id], np.zeros(1, int), FRACTIONS, seed)[split])
+    }
+
+
+def test_ten_thousand_images_keep_their_splits_when_as_many_come():
+    labels = np.repeat(np.arange(4), 5000)
+    ids = [f"{label}/{i}" for i, label in enumerate(labels)]
+    every_other = slice(None, None, 2)
+    was = _split_of(
+        ids[every_other], divide(ids[every_other], labels[every_other], FRACTIONS, seed=3)
+    )
+    is_now = _split_of(ids, divide(ids, labels, FRACTIONS, seed=3))
+    assert all(is_now[i] == split for i, split in was.items())
+
+
+def test_under_the_exact_rule_an_added_image_moves_at_most_one_across_each_cut():
+    ids = [str(i) for i in range(201)]
+    before = _split_of(ids, divide(ids[:200], np.zeros(200, int), FRACTIONS, 0, rule="exact"))
+    after = _split_of(ids, divide(ids, np.zeros(201, int), FRACTIONS, 0, rule="exact"))
+    assert sum(after[i] != split for i, split in before.items()) <= 2
 
 
 @settings(deadline=None, max_examples=40)
-@given(_labelled_ids(), st.randoms(use_true_random=False))
-def test_an_examples_split_does_not_depend_on_the_order(case, random):
+@given(_labelled_ids(), st.randoms(use_true_random=False), st.sampled_from(RULES))
+def test_an_examples_split_does_not_depend_on_the_order(case, random, rule):
     ids, labels = case
     order = list(range(len(ids)))
     random.shuffle(order)
-    split = split_by_id(ids, labels, FRACTIONS, 0)
-    shuffled = split_by_id([ids[i] for i in order], labels[order], FRACTIONS, 0)
-    for name in SPLITS:
-        assert {ids[i] for i in split[name]} == {ids[order[i]] for i in shuffled[name]}
+    split = divide(ids, labels, FRACTIONS, 0, rule=rule)
+    shuffled_ids = [ids[i] for i in order]
+    shuffled = divide(shuffled_ids, labels[order], FRACTIONS, 0, rule=rule)
+    assert _split_of(ids, split) == _split_of(shuffled_ids, shuffled)
 
 
 def test_exact_shares_are_exact():
     labels = np.repeat(np.arange(3), 1000)
-    splits = split_by_id([str(i) for i in range(3000)], labels, FRACTIONS, 0)
+    splits = divide([str(i) for i in range(3000)], labels, FRACTIONS, 0, rule="exact")
     assert [len(splits[name]) for name in SPLITS] == [2100, 600, 300]
 
 
 def test_the_seed_decides():
-    labels = np.zeros(100, int)
-    ids = [str(i) for i in range(100)]
-    first, second = (split_by_id(ids, labels, FRACTIONS, seed)["test"] for seed in (0, 1))
+    ids, labels = [str(i) for i in range(100)], np.zeros(100, int)
+    first, second = (divide(ids, labels, FRACTIONS, seed)["test"] for seed in (0, 1))
     assert set(first) != set(second)
 
 
-def test_another_class_changes_nothing():
+@pytest.mark.parametrize("rule", RULES)
+def test_another_class_changes_nothing(rule):
     ids = [str(i) for i in range(50)]
-    alone = split_by_id(ids, np.zeros(50, int), FRACTIONS, 0)
-    more = split_by_id(
-        ids + [f"new{i}" for i in range(30)], np.repeat([0, 1], [50, 30]), FRACTIONS, 0
-    )
+    alone = divide(ids, np.zeros(50, int), FRACTIONS, 0, rule=rule)
+    more_ids = ids + [f"new{i}" for i in range(30)]
+    more = divide(more_ids, np.repeat([0, 1], [50, 30]), FRACTIONS, 0, rule=rule)
     for name in SPLITS:
         assert set(alone[name]) == {i for i in more[name] if i < 50}
 
 
 @pytest.mark.parametrize("name", ["plain.jpg", "ümläut/猫.png", "bad\udcff.jpg"])
 def test_any_file_name_has_a_split(name):
-    splits = split_by_id([name], np.zeros(1, int), FRACTIONS, 0)
+    splits = divide([name], np.zeros(1, int), FRACTIONS, 0)
     assert sum(map(len, splits.values())) == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(0, 40)),
+        min_size=1,
+        max_size=80,
+    ),
+    st.integers(0, 3),
+    st.sampled_from(RULES),
+)
+def test_groups_and_equal_images_stay_together(images, seed, rule):
+    labels = np.array([label for label, _, _ in images])
+    ids = [str(i) for i in range(len(images))]
+    groups = [f"{label}/{group}" for label, group, _ in images]
+    contents = [str(content) for _, _, content in images]
+    splits = divide(ids, labels, FRACTIONS, seed, rule=rule, groups=groups, contents=contents)
+    assert sorted(np.concatenate(list(splits.values()))) == list(range(len(ids)))
+    split_of = _split_of(ids, splits)
+    for keys in (groups, contents):
+        together = {}
+        for i, key in zip(ids, keys, strict=True):
+            assert together.setdefault(key, split_of[i]) == split_of[i]
+
+
+def test_exact_shares_of_groups_are_met_within_a_group():
+    # 40 groups of 1 to 9 images.
+    sizes = np.random.default_rng(0).integers(1, 10, 40)
+    groups = [f"g{group}" for group in np.repeat(np.arange(40), sizes)]
+    ids = [str(i) for i in range(len(groups))]
+    splits = divide(ids, np.zeros(len(ids), int), FRACTIONS, 0, rule="exact", groups=groups)
+    for name, fraction in zip(SPLITS, FRACTIONS, strict=True):
+        assert abs(len(splits[name]) - fraction * len(ids)) <= sizes.max()
+
+
+def test_a_copy_goes_where_the_original_is():
+    ids = [f"{i:03d}.jpg" for i in range(200)]
+    copies = [f"{i:03d} (copy).jpg" for i in range(200)]
+    contents = [str(i) for i in range(200)]
+    was = _split_of(ids, divide(ids, np.zeros(200, int), FRACTIONS, 0, contents=contents))
+    both = ids + copies
+    is_now = _split_of(
+        both, divide(both, np.zeros(400, int), FRACTIONS, 0, contents=contents + contents)
+    )
+    for original, copy in zip(ids, copies, strict=True):
+        assert is_now[copy] == is_now[original] == was[original]
+
+
+def test_equal_images_of_two_classes_stay_together():
+    ids = [f"{i}" for i in range(60)]
+    labels = np.repeat([0, 1], 30)
+    contents = [f"{i % 30}" for i in range(60)]
+    for rule in RULES:
+        split_of = _split_of(
+            ids, divide(ids, labels, FRACTIONS, 0, rule=rule, contents=contents)
+        )
+        assert all(split_of[str(i)] == split_of[str(i + 30)] for i in range(30))
+
+
+def test_own_splits_are_kept():
+    own = ["test"] * 5 + ["train"] * 60 + ["validation"] * 7
+    ids = [str(i) for i in range(72)]
+    splits = divide(ids, np.zeros(72, int), FRACTIONS, 0, own_splits=own)
+    assert {name: len(indices) for name, indices in splits.items()} == {
+        "train": 60,
+        "validation": 7,
+        "test": 5,
+    }
+    assert list(splits["test"]) == [0, 1, 2, 3, 4]
+
+
+def test_a_missing_split_is_cut_out_of_the_training_part():
+    own = ["test"] * 50 + ["train"] * 900
+    ids = [str(i) for i in range(950)]
+    splits = divide(ids, np.zeros(950, int), FRACTIONS, 0, rule="exact", own_splits=own)
+    assert list(splits["test"]) == list(range(50))
+    assert len(splits["train"]) == 700
+    assert len(splits["validation"]) == 200
+
+
+def test_examples_without_a_split_are_divided():
+    own = ["test"] * 10 + [""] * 100
+    splits = divide(
+        [str(i) for i in range(110)], np.zeros(110, int), FRACTIONS, 0, rule="exact", own_splits=own
+    )
+    assert [len(splits[name]) for name in SPLITS] == [70, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "example_id", "group"),
+    [
+        ("{class}/{track}", "00000/00012_00029.jpg", "00000/00012"),
+        ("{class}/{track}", "stop sign_2/a-1.jpg", "stop sign_2/a"),
+        ("{class}/{patient}/", "sick/p_7/scan_1.png", "sick/p_7"),
+        ("*/{patient}/", "sick/p_7/scan_1.png", "p_7"),
+        ("{class}/{track}_", "a/b-c_7_1.jpg", "a/b-c"),
+        ("*/*_{day}", "a/x_monday_3.jpg", "monday"),
+        ("{class}/猫{n}", "ü/猫7.jpg", "ü/7"),
+    ],
+)
+def test_a_pattern_names_the_group(pattern, example_id, group):
+    assert group_names([example_id], pattern) == [group]
+
+
+def test_a_pattern_that_does_not_fit_is_explained():
+    with pytest.raises(DataError, match=r"'\{class\}/\{track\}_' does not describe 'a/7.jpg'"):
+        group_names(["a/7.jpg"], "{class}/{track}_")
+    with pytest.raises(ConfigError, match=r"has no part like"):
+        group_names(["a/7.jpg"], "class/track")

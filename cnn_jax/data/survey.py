@@ -1,0 +1,424 @@
+"""What is in a data set, in numbers: one pass over all images, and images that look alike.
+
+Two images are near duplicates if their perceptual hashes differ in few bits, and
+so are those that a chain of near duplicates joins. The hash sees the coarse
+lightness alone: it is blind to colour, and of images without structure it says
+little. So near duplicates are for a person to look at, and change nothing.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, Int64, UInt64
+from PIL import Image
+
+from cnn_jax.data import Track, no_track, scan
+from cnn_jax.data.dataset import Division
+from cnn_jax.data.decode import Header, Pixels
+from cnn_jax.data.findings import Findings, Unreadable, find, split_numbers
+from cnn_jax.data.scan import Record
+from cnn_jax.data.source import Source
+from cnn_jax.data.splits import SPLITS, group_names
+from cnn_jax.errors import DataError
+from cnn_jax.preprocessing import MAX_PIXELS
+
+# Bits of 64 in which the hashes of near duplicates may differ.
+NEAR_DISTANCE = 4
+# With more, most images of any data set would be near each other.
+MAX_DISTANCE = 12
+_HASH_BITS = 64
+_LEVELS = 256
+# So many hashes are compared at a time; this bounds the memory that it takes.
+_BLOCK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Images that are equal or look alike.
+
+    Attributes:
+      images: Their positions in the readable source, ascending.
+      different_labels: Whether they are of several classes.
+      different_splits: Whether they lie in several splits.
+    """
+
+    images: list[int]
+    different_labels: bool
+    different_splits: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Survey:
+    """What was found in a data set.
+
+    Attributes:
+      findings: The readable source, its splits, and what endangers the result.
+      division: What divided it.
+      max_pixels: Largest width times height of an image that was decoded.
+      headers: Of each readable image.
+      levels: int64 [3, 256], how many pixels of all images have each grey level, for
+        R, G and B.
+      exact: Images of equal pixels; those with different labels or in different
+        splits come first.
+      near: Images that look alike, and are not all equal; in the same order.
+      distance: Bits in which the hashes of two near duplicates may differ.
+    """
+
+    findings: Findings
+    division: Division
+    max_pixels: int
+    headers: list[Header]
+    levels: Int64[np.ndarray, "3 256"]
+    exact: list[Cluster]
+    near: list[Cluster]
+    distance: int
+
+    @property
+    def source(self) -> Source:
+        return self.findings.source
+
+    @property
+    def counts(self) -> Int[np.ndarray, "classes 3"]:
+        """Images of each class in train, validation and test."""
+        return np.stack([self.findings.counts[split] for split in SPLITS], axis=1)
+
+    @property
+    def mean(self) -> list[float] | None:
+        """Grey level, 0 to 255, of R, G and B over all pixels; None if there are none."""
+        return _mean(self.levels).tolist() if self.levels.any() else None
+
+    @property
+    def std(self) -> list[float] | None:
+        """Standard deviation of R, G and B over all pixels; None if there are none."""
+        if not self.levels.any():
+            return None
+        # About the mean, and not as a difference of squares, which would cancel.
+        deviation = np.arange(_LEVELS) - _mean(self.levels)[:, np.newaxis]
+        return np.sqrt((self.levels * deviation**2).sum(axis=1) / self.levels.sum(axis=1)).tolist()
+
+    @property
+    def resolutions(self) -> list[tuple[tuple[int, int], int]]:
+        """Each (width, height) in pixels and how many images have it, the commonest first."""
+        return _commonest([(header.width, header.height) for header in self.headers])
+
+    @property
+    def formats(self) -> list[tuple[str, int]]:
+        """Each file format and how many images have it, the commonest first."""
+        return _commonest([header.format for header in self.headers])
+
+    @property
+    def modes(self) -> list[tuple[str, int]]:
+        """Each colour mode, as Pillow names it, and how many images have it."""
+        return _commonest([header.mode for header in self.headers])
+
+    @property
+    def aspect_ratios(self) -> Float[np.ndarray, " n"]:
+        """Width / height of each readable image."""
+        return np.array([header.width / header.height for header in self.headers])
+
+    @functools.cached_property
+    def split_of(self) -> list[str]:
+        """The name of the split of each readable image."""
+        numbers = split_numbers(self.findings.splits, len(self.source))
+        names = list(self.findings.splits)
+        return [names[number] for number in numbers]
+
+    @property
+    def too_small(self) -> list[str]:
+        """Classes with too few images to have one in every split."""
+        sizes = self.counts.sum(axis=1)
+        return [self.source.class_names[label] for label in np.flatnonzero(sizes < len(SPLITS))]
+
+    def varied(self, cluster: Cluster) -> list[int]:
+        """A cluster's images; those that show its labels and splits best come first."""
+        split_of = self.split_of
+        seen: Counter[tuple[int, str]] = Counter()
+        turns = []
+        for i in cluster.images:
+            kind = (int(self.source.labels[i]), split_of[i])
+            turns.append((seen[kind], i))
+            seen[kind] += 1
+        return [i for _, i in sorted(turns)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        source, findings = self.source, self.findings
+        ratios = self.aspect_ratios
+        return {
+            "source": source.name,
+            "images": len(source),
+            "division": {
+                **dataclasses.asdict(self.division),
+                "fractions": list(self.division.fractions),
+            },
+            "max_pixels": self.max_pixels,
+            "classes": [
+                {
+                    "name": name,
+                    **dict(zip(SPLITS, row.tolist(), strict=True)),
+                    "all": int(row.sum()),
+                }
+                for name, row in zip(source.class_names, self.counts, strict=True)
+            ],
+            "splits": {name: len(indices) for name, indices in findings.splits.items()},
+            "too_small": self.too_small,
+            "imbalance": findings.imbalance,
+            "mean": self.mean,
+            "std": self.std,
+            "resolutions": [
+                {"width": width, "height": height, "images": number}
+                for (width, height), number in self.resolutions
+            ],
+            "aspect_ratio": _quantiles(ratios),
+            "formats": dict(self.formats),
+            "modes": dict(self.modes),
+            "unreadable": [dataclasses.asdict(image) for image in findings.unreadable],
+            "rotated": [
+                {"id": source.ids[i], "orientation": self.headers[i].orientation}
+                for i in findings.rotated
+            ],
+            "near_distance": self.distance,
+            "exact_duplicates": self._described(self.exact),
+            "near_duplicates": self._described(self.near),
+            "ignored": source.ignored,
+            "remarks": source.remarks,
+            "warnings": findings.warnings(),
+        }
+
+    def _described(self, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
+        source, split_of = self.source, self.split_of
+        return [
+            {
+                "different_labels": cluster.different_labels,
+                "different_splits": cluster.different_splits,
+                "images": [
+                    {
+                        "id": source.ids[i],
+                        "class": source.class_names[source.labels[i]],
+                        "split": split_of[i],
+                    }
+                    for i in cluster.images
+                ],
+            }
+            for cluster in clusters
+        ]
+
+
+def survey(
+    listing: Source,
+    division: Division,
+    max_pixels: int = MAX_PIXELS,
+    distance: int = NEAR_DISTANCE,
+    track: Track = no_track,
+) -> Survey:
+    """Looks at every image of a source once.
+
+    Args:
+      listing: A source as `open_source` gives it; any share of it may be unreadable.
+      division: How it is to be divided.
+      max_pixels: A larger image counts as unreadable.
+      distance: Bits in which the hashes of two near duplicates may differ, at most
+        `MAX_DISTANCE`.
+      track: Shows progress.
+
+    Raises:
+      ConfigError: The division's group is no pattern.
+      DataError: It does not describe an id.
+    """
+    if division.group:  # Rather now than after the pass.
+        group_names(listing.ids, division.group, listing.name)
+    records, hashes, levels = _pass(listing, max_pixels, track)
+    unreadable = [
+        Unreadable(example_id, record.error)
+        for example_id, record in zip(listing.ids, records, strict=True)
+        if record.error is not None
+    ]
+    rows = np.flatnonzero([record.error is None for record in records])
+    source = listing.select(rows)
+    if len(rows):  # Else there would be no class at all.
+        source = source.without_empty_classes()
+    records = [records[row] for row in rows]
+    splits = division.of(source, records)
+    findings = find(source, records, splits, unreadable)
+    alike = _groups(near_components(hashes[rows], distance))
+    return Survey(
+        findings=findings,
+        division=division,
+        max_pixels=max_pixels,
+        headers=[record.header for record in records if record.header is not None],
+        levels=levels,
+        exact=_clusters(findings.copies, source, splits),
+        near=_clusters(
+            [group for group in alike if len({records[i].pixels for i in group}) > 1],
+            source,
+            splits,
+        ),
+        distance=distance,
+    )
+
+
+def _pass(
+    listing: Source, max_pixels: int, track: Track
+) -> tuple[list[Record], UInt64[np.ndarray, " n"], Int64[np.ndarray, "3 256"]]:
+    """Of each example the record and the hash (0 if it is unreadable), of all the grey levels."""
+    import imagehash  # noqa: F401  Once, before the threads do.
+
+    def work(row: int) -> tuple[Record, int, np.ndarray | None]:
+        try:
+            encoded = scan.read_example(listing, row, max_pixels)
+        except DataError as error:
+            return Record("", "", None, str(error)), 0, None
+        record, pixels = scan.examine(encoded, max_pixels)
+        if pixels is None:
+            return record, 0, None
+        # Pillow counts outside Python's lock, and many times faster than NumPy.
+        levels = np.array(Image.fromarray(pixels).histogram(), np.int64)
+        return record, perceptual_hash(pixels), levels
+
+    rows = range(len(listing))
+    records: list[Record] = []
+    hashes = np.zeros(len(listing), np.uint64)
+    levels = np.zeros(3 * _LEVELS, np.int64)
+    results = track(scan.on_all_cores(work, rows), "reading images", len(rows))
+    for row, (record, hash_, levels_of_image) in enumerate(results):
+        records.append(record)
+        hashes[row] = hash_
+        if levels_of_image is not None:
+            levels += levels_of_image
+    return records, hashes, levels.reshape(3, _LEVELS)
+
+
+def perceptual_hash(pixels: Pixels) -> int:
+    """64 bits that stay nearly the same when an image is resized or encoded anew.
+
+    The signs, about their median, of the lowest 8 x 8 frequencies of a cosine
+    transform of the image in grey at 32 x 32: the "pHash" of `imagehash`.
+    """
+    import imagehash
+
+    bits = imagehash.phash(Image.fromarray(pixels)).hash
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def near_components(hashes: UInt64[np.ndarray, " n"], distance: int) -> Int[np.ndarray, " n"]:
+    """Numbers the parts into which chains of near hashes join all hashes.
+
+    Args:
+      hashes: 64 bits each.
+      distance: Two hashes are near if they differ in at most so many bits.
+
+    Returns:
+      The number of each hash's part.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    unique, inverse = np.unique(hashes, return_inverse=True)
+    part = np.arange(len(unique))
+
+    def join(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        first, second = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
+        edges = (np.ones(len(first), bool), (part[first], part[second]))
+        graph = coo_array(edges, shape=(len(unique), len(unique)))
+        part[:] = connected_components(graph, directed=False)[1][part]
+
+    waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    number = 0
+    for pair in near_pairs(unique, distance):
+        waiting.append(pair)
+        number += len(pair[0])
+        if number > _BLOCK:  # Of very many pairs, only what they join is kept.
+            join(waiting)
+            waiting, number = [], 0
+    if waiting:
+        join(waiting)
+    return part[inverse]
+
+
+def near_pairs(
+    hashes: UInt64[np.ndarray, " n"], distance: int
+) -> Iterator[tuple[Int[np.ndarray, " _m"], Int[np.ndarray, " _m"]]]:
+    """All pairs of positions whose hashes differ in at most `distance` bits.
+
+    The bits are cut into distance + 1 bands. Two near hashes agree in at least
+    one band, so only hashes that share a band's value are compared. A pair that
+    shares several bands comes several times.
+
+    Args:
+      hashes: All different.
+      distance: At least 0, at most 63.
+
+    Yields:
+      The first and the second position of some pairs.
+    """
+    edges = np.linspace(0, _HASH_BITS, distance + 2).astype(int)
+    for low, high in itertools.pairwise(edges.tolist()):
+        band = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+        order = np.argsort(band, kind="stable")
+        ordered = hashes[order]
+        cuts = np.flatnonzero(np.diff(band[order])) + 1
+        starts, ends = np.r_[0, cuts], np.r_[cuts, len(hashes)]
+        for start, end in zip(starts, ends, strict=True):
+            while end - start > 1:
+                stop = min(start + max(_BLOCK // (end - start), 1), end)
+                differing = ordered[start:stop, np.newaxis] ^ ordered[np.newaxis, start:end]
+                first, second = np.nonzero(np.bitwise_count(differing) <= distance)
+                is_new = first < second
+                if is_new.any():
+                    yield order[start + first[is_new]], order[start + second[is_new]]
+                start = stop
+
+
+def _groups(parts: Int[np.ndarray, " n"]) -> list[list[int]]:
+    """The positions of each part that has several."""
+    order = np.argsort(parts, kind="stable")
+    cuts = np.flatnonzero(np.diff(parts[order])) + 1
+    return [group.tolist() for group in np.split(order, cuts) if len(group) > 1]
+
+
+def _clusters(
+    groups: Sequence[Sequence[int]],
+    source: Source,
+    splits: Mapping[str, Int[np.ndarray, " _"]],
+) -> list[Cluster]:
+    """Those with different labels first, then those in different splits, then the largest."""
+    split_of = split_numbers(splits, len(source))
+    clusters = [
+        Cluster(
+            images=list(group),
+            different_labels=len({int(source.labels[i]) for i in group}) > 1,
+            different_splits=len({int(split_of[i]) for i in group}) > 1,
+        )
+        for group in groups
+    ]
+    return sorted(
+        clusters,
+        key=lambda cluster: (
+            not cluster.different_labels,
+            not cluster.different_splits,
+            -len(cluster.images),
+            source.ids[cluster.images[0]],
+        ),
+    )
+
+
+def _mean(levels: Int64[np.ndarray, "3 256"]) -> Float[np.ndarray, "3"]:
+    return levels @ np.arange(_LEVELS) / levels.sum(axis=1)
+
+
+def _commonest(values: Sequence[Any]) -> list[tuple[Any, int]]:
+    """Each value and how often it comes, the commonest first, then by value."""
+    return sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
+
+
+def _quantiles(values: Float[np.ndarray, " n"]) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    names = ("min", "p05", "median", "p95", "max")
+    quantiles = np.quantile(values, (0, 0.05, 0.5, 0.95, 1)).tolist()
+    return dict(zip(names, quantiles, strict=True))

@@ -1,0 +1,1 @@
+"""Pages with pictures, for a browser; imported only when one is written."""

@@ -1,0 +1,373 @@
+"""The page of an inspection: charts, contact sheets, and lists that a person can read.
+
+Names of classes and files come from outside. None of them becomes a file's name,
+a mathematical formula of Matplotlib's, or a part of the page's markup.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import pathlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from jaxtyping import Int
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from PIL import Image
+
+import cnn_jax
+from cnn_jax.data import Track, decode, no_track, scan
+from cnn_jax.data.findings import count
+from cnn_jax.data.splits import SPLITS
+from cnn_jax.data.survey import Cluster, Survey
+from cnn_jax.errors import DataError, printable
+
+# Rows of a list on the page, and names in a row; inspection.json has all of them.
+_MAX_ROWS = 50
+_MAX_NAMES = 8
+# Bars of the largest and of the smallest classes, if there are more than twice as many.
+_MAX_BARS = 200
+# Thumbnails lie on a grid of squares, in pixels.
+_THUMBNAIL, _GAP = 96, 6
+_COLUMNS, _ROWS = 6, 4
+# From so many different sizes on, their density says more than their points.
+_MAX_POINTS = 2000
+_DPI = 144
+# Of charts that stand side by side, inches.
+_HALF_WIDTH = (4.0, 3.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Theme:
+    """Colours of a chart on a light or a dark page."""
+
+    suffix: str
+    ink: str
+    line: str
+    splits: tuple[str, str, str]
+    accent: str
+    channels: tuple[str, str, str]
+
+
+_THEMES = (
+    _Theme(
+        suffix="",
+        ink="#4a4f57",
+        line="#dfe2e6",
+        splits=("#3f6fa8", "#5fb0a5", "#e0a63f"),
+        accent="#3f6fa8",
+        channels=("#c4504a", "#4d9a5b", "#4a74c4"),
+    ),
+    _Theme(
+        suffix="_dark",
+        ink="#b9bec6",
+        line="#3a3f47",
+        splits=("#6d9fd8", "#6cc2b6", "#e6b75c"),
+        accent="#7fb0e6",
+        channels=("#e5827c", "#7fc98d", "#86a8ec"),
+    ),
+)
+
+
+def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) -> pathlib.Path:
+    """Writes a survey as a page with pictures, and all of it as JSON beside it.
+
+    Reads up to 24 images of each class again for the contact sheets, and a few of
+    the near duplicates.
+
+    Args:
+      survey: What to show.
+      folder: Is there; gets index.html, inspection.json and PNG files.
+      track: Shows progress.
+
+    Returns:
+      The page's path, `folder`/index.html.
+
+    Raises:
+      OSError: The folder cannot be written.
+    """
+    (folder / "inspection.json").write_text(json.dumps(survey.to_dict(), indent=1) + "\n", "utf-8")
+    charts = _draw_charts(survey, folder)
+    sheets = _draw_sheets(survey, folder, track)
+    near = [
+        {**row, "picture": _draw_strip(survey, cluster, folder / f"near_{number:03d}.png")}
+        for number, (row, cluster) in enumerate(
+            zip(_rows(survey, survey.near), survey.near, strict=False)
+        )
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cnn_jax.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # What is not printable, such as half of a surrogate pair, stands as its escape.
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    environment.filters["number"] = lambda value: f"{value:,}"
+    page = environment.get_template("inspection.html").render(
+        survey=survey,
+        source=survey.source,
+        findings=survey.findings,
+        figures=survey.to_dict(),
+        splits=SPLITS,
+        charts=charts,
+        sheets=sheets,
+        exact=_rows(survey, survey.exact),
+        near=near,
+        limit=_MAX_ROWS,
+        count=count,
+        version=cnn_jax.__version__,
+    )
+    path = folder / "index.html"
+    path.write_text(page, "utf-8")
+    return path
+
+
+def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
+    """What the page says of the first clusters."""
+    source = survey.source
+    rows = []
+    for cluster in clusters[:_MAX_ROWS]:
+        shown = survey.varied(cluster)[:_MAX_NAMES]
+        rows.append(
+            {
+                "different_labels": cluster.different_labels,
+                "different_splits": cluster.different_splits,
+                "size": len(cluster.images),
+                "rest": len(cluster.images) - len(shown),
+                "images": [
+                    {
+                        "id": source.ids[i],
+                        "class": source.class_names[source.labels[i]],
+                        "split": survey.split_of[i],
+                    }
+                    for i in shown
+                ],
+            }
+        )
+    return rows
+
+
+# Contact sheets.
+
+
+def sample(survey: Survey, label: int) -> list[int]:
+    """Positions of up to 24 images of a class, the same whatever the order of the files."""
+    ids = survey.source.ids
+
+    def number(i: int) -> bytes:
+        return hashlib.sha256(ids[i].encode("utf-8", "surrogatepass")).digest()
+
+    members = np.flatnonzero(survey.source.labels == label).tolist()
+    return sorted(members, key=number)[: _COLUMNS * _ROWS]
+
+
+def _draw_sheets(survey: Survey, folder: pathlib.Path, track: Track) -> list[dict[str, Any]]:
+    """Draws class_000.png and so on, by label; returns what the page says of each."""
+    counts = survey.counts.sum(axis=1).tolist()
+    labels = [label for label, number in enumerate(counts) if number]
+
+    def draw(label: int) -> dict[str, Any]:
+        shown = sample(survey, label)
+        sheet = _sheet([_thumbnail(survey, i) for i in shown], _COLUMNS)
+        picture = f"class_{label:03d}.png"
+        sheet.save(folder / picture)
+        return {
+            "name": survey.source.class_names[label],
+            "images": counts[label],
+            "shown": len(shown),
+            "picture": picture,
+            "width": sheet.width,
+            "height": sheet.height,
+        }
+
+    return list(track(scan.on_all_cores(draw, labels), "drawing classes", len(labels)))
+
+
+def _draw_strip(survey: Survey, cluster: Cluster, path: pathlib.Path) -> str:
+    """Draws a row of a cluster's images and returns the name of its file."""
+    shown = survey.varied(cluster)[:_MAX_NAMES]
+    _sheet([_thumbnail(survey, i) for i in shown], len(shown)).save(path)
+    return path.name
+
+
+def _sheet(thumbnails: Sequence[Image.Image | None], columns: int) -> Image.Image:
+    """Thumbnails on a transparent grid, each in the middle of its square."""
+    rows = math.ceil(len(thumbnails) / columns)
+    step = _THUMBNAIL + _GAP
+    sheet = Image.new("RGBA", (columns * step - _GAP, rows * step - _GAP), (0, 0, 0, 0))
+    for number, thumbnail in enumerate(thumbnails):
+        if thumbnail is not None:
+            row, column = divmod(number, columns)
+            left = column * step + (_THUMBNAIL - thumbnail.width) // 2
+            top = row * step + (_THUMBNAIL - thumbnail.height) // 2
+            sheet.paste(thumbnail, (left, top))
+    return sheet
+
+
+def _thumbnail(survey: Survey, index: int) -> Image.Image | None:
+    """An image that just fits into its square; None if it can no longer be read."""
+    header = survey.headers[index]
+    scale = _THUMBNAIL / max(header.width, header.height)
+    width, height = max(round(header.width * scale), 1), max(round(header.height * scale), 1)
+    try:
+        encoded = scan.read_example(survey.source, index, survey.max_pixels)
+        pixels = decode.decode(encoded, survey.max_pixels, at_least=(height, width))
+    except DataError:
+        return None
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+
+
+# Charts.
+
+
+def _draw_charts(survey: Survey, folder: pathlib.Path) -> dict[str, str]:
+    """Draws the charts that say something; returns their files without the ending."""
+    plots: dict[str, tuple[tuple[float, float], Callable[[Axes, _Theme], None]]] = {}
+    bars, rest = _classes_with_bars(survey.counts)
+    height = 0.9 + 0.24 * (len(bars) + (rest > 0))
+    plots["classes"] = (7.6, height), functools.partial(_plot_classes, survey, bars, rest)
+    if len(survey.resolutions) > 1:
+        plots["resolutions"] = _HALF_WIDTH, functools.partial(_plot_resolutions, survey)
+        if np.ptp(survey.aspect_ratios) > 0:
+            plots["aspect_ratios"] = _HALF_WIDTH, functools.partial(_plot_aspect_ratios, survey)
+    if survey.levels.any():
+        plots["levels"] = _HALF_WIDTH, functools.partial(_plot_levels, survey)
+    for name, (size, plot) in plots.items():
+        for theme in _THEMES:
+            _draw(folder / f"{name}{theme.suffix}.png", size, theme, plot)
+    return {name: name for name in plots}
+
+
+def _draw(
+    path: pathlib.Path,
+    size: tuple[float, float],
+    theme: _Theme,
+    plot: Callable[[Axes, _Theme], None],
+) -> None:
+    """Saves a chart of this size, in inches, on a transparent ground."""
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(colors=theme.ink, labelsize=8.5, length=0)
+    axes.grid(color=theme.line, linewidth=0.7)
+    plot(axes, theme)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=theme.ink, size=8.5)
+    with warnings.catch_warnings():
+        # Of scripts that Matplotlib's own font lacks it draws boxes; the page has the names.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(path, transparent=True)
+
+
+def _classes_with_bars(counts: Int[np.ndarray, "classes 3"]) -> tuple[list[int], int]:
+    """The labels that get a bar, and how many others lie between their two halves."""
+    labels = list(range(len(counts)))
+    if len(labels) <= 2 * _MAX_BARS:
+        return labels, 0
+    by_size = np.argsort(-counts.sum(axis=1), kind="stable").tolist()
+    return by_size[:_MAX_BARS] + by_size[-_MAX_BARS:], len(labels) - 2 * _MAX_BARS
+
+
+def _plot_classes(
+    survey: Survey, bars: Sequence[int], rest: int, axes: Axes, theme: _Theme
+) -> None:
+    """A bar for each class from top to bottom, its splits side by side."""
+    places = np.arange(len(bars)) + (np.arange(len(bars)) >= _MAX_BARS) * (rest > 0)
+    counts = survey.counts[list(bars)]
+    left = np.zeros(len(bars), np.int64)
+    for column, (split, colour) in enumerate(zip(SPLITS, theme.splits, strict=True)):
+        axes.barh(places, counts[:, column], 0.72, left, color=colour, label=split)
+        left = left + counts[:, column]
+    names = [_shorten(printable(survey.source.class_names[label])) for label in bars]
+    if rest:
+        places, names = np.append(places, _MAX_BARS), [*names, f"... {rest:,} classes between"]
+    axes.set_yticks(places, names, parse_math=False)
+    axes.set_ylim(places.max() + 0.7, -0.7)
+    axes.grid(visible=False, axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(_thousands())
+    axes.set_xlabel("images")
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(SPLITS),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=theme.ink,
+        handlelength=1,
+        handleheight=1,
+        borderaxespad=0.2,
+        borderpad=0,
+    )
+
+
+def _plot_resolutions(survey: Survey, axes: Axes, theme: _Theme) -> None:
+    """Each size a point, the larger the more images have it; of very many, their density."""
+    widths, heights = np.array([size for size, _ in survey.resolutions]).T
+    images = np.array([number for _, number in survey.resolutions])
+    is_wide = max(widths.max() / widths.min(), heights.max() / heights.min()) > 8
+    if len(images) <= _MAX_POINTS:
+        area = 12 + 240 * images / images.max()
+        axes.scatter(widths, heights, area, color=theme.accent, alpha=0.5, linewidths=0)
+    else:
+        scale = np.geomspace if is_wide else np.linspace
+        bins = [scale(sides.min(), sides.max() + 1, 48) for sides in (widths, heights)]
+        colours = LinearSegmentedColormap.from_list("", [theme.line, theme.accent])
+        norm = LogNorm(vmin=1)
+        axes.hist2d(widths, heights, bins=bins, weights=images, norm=norm, cmap=colours)
+    if is_wide:
+        axes.set(xscale="log", yscale="log")
+        axes.minorticks_off()
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(5))
+        axis.set_major_formatter(_thousands())
+    axes.set(xlabel="width (pixels)", ylabel="height (pixels)")
+
+
+def _plot_aspect_ratios(survey: Survey, axes: Axes, theme: _Theme) -> None:
+    """How often images are wide or tall, on a scale where 1:2 and 2:1 are equally far from 1."""
+    ratios = np.log2(survey.aspect_ratios)
+    reach = max(np.abs(ratios).max() * 1.05, 0.5)
+    axes.hist(ratios, np.linspace(-reach, reach, 42), color=theme.accent)
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value:.3g}"))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_formatter(_thousands())
+    axes.grid(visible=False, axis="x")
+    axes.set(xlabel="width / height", ylabel="images")
+
+
+def _plot_levels(survey: Survey, axes: Axes, theme: _Theme) -> None:
+    """The share of pixels at each grey level, a line for each channel."""
+    shares = survey.levels / survey.levels.sum(axis=1, keepdims=True)
+    for share, name, colour in zip(shares, "RGB", theme.channels, strict=True):
+        axes.plot(share, color=colour, linewidth=1.4, label=name)
+    axes.set(xlim=(0, 255), ylim=(0, None), xticks=[0, 64, 128, 192, 255])
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1%}"))
+    axes.set(xlabel="grey level", ylabel="pixels")
+    axes.legend(
+        loc="upper center", frameon=False, fontsize=8.5, labelcolor=theme.ink, handlelength=1
+    )
+
+
+def _thousands() -> FuncFormatter:
+    return FuncFormatter(lambda value, _: f"{value:,.0f}")
+
+
+def _shorten(text: str, width: int = 28) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,0 +1,200 @@
+import dataclasses
+import errno
+import os
+
+import numpy as np
+import pytest
+from conftest import write_images
+from PIL import Image
+
+from cnn_jax.data import dataset as datasets
+from cnn_jax.data.dataset import (
+    Division,
+    check_trainable,
+    choose_residency,
+    open_dataset,
+)
+from cnn_jax.data.files import open_csv, open_folder
+from cnn_jax.errors import DataError
+from cnn_jax.preprocessing import Preprocessing
+
+PREPROCESSING = Preprocessing(image_size=(12, 16))
+RESIDENCIES = ("none", "disk", "memory", "device")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """60 images of three classes, and a cache of its own."""
+    monkeypatch.setenv("CNN_JAX_CACHE", str(tmp_path / "cache"))
+    write_images(tmp_path / "images", per_class=20)
+    return tmp_path / "images"
+
+
+def _open(folder, **options):
+    return open_dataset(open_folder(folder), Division(), PREPROCESSING, **options)
+
+
+def _all_images(dataset):
+    loader = dataclasses.replace(dataset.loader, on_device=False)
+    return loader.load(np.arange(len(dataset.source)))["image"]
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_the_pixels_are_the_same_wherever_they_are(folder, residency):
+    expected = _all_images(_open(folder))
+    for _ in range(2):  # The second time they come from the cache.
+        dataset = _open(folder, residency=residency)
+        assert dataset.residency == residency
+        assert (dataset.loader.pixels is None) == (residency == "none")
+        assert isinstance(dataset.loader.pixels, np.memmap) == (residency == "disk")
+        assert dataset.loader.on_device == (residency == "device")
+        np.testing.assert_array_equal(_all_images(dataset), expected)
+
+
+def test_images_are_decoded_once(folder, monkeypatch):
+    _open(folder, residency="disk")
+    monkeypatch.setattr(datasets.scan.decode, "decode", lambda *a: pytest.fail("decoded again"))
+    _open(folder, residency="disk")
+    _open(folder, residency="memory")
+
+
+def test_a_changed_image_is_decoded_again(folder):
+    before = _all_images(_open(folder, residency="disk"))
+    Image.new("RGB", (9, 9), "white").save(folder / "blue" / "000.png")
+    after = _all_images(_open(folder, residency="disk"))
+    assert (after[0] == 255).all()
+    np.testing.assert_array_equal(after[1:], before[1:])
+
+
+def test_an_untouched_copy_of_a_folder_shares_its_pixels(folder, tmp_path):
+    import shutil
+
+    _open(folder, residency="disk")
+    shutil.copytree(folder, tmp_path / "copy")
+    _open(tmp_path / "copy", residency="disk")
+    assert len(list((tmp_path / "cache" / "pixels").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("residency", "then"), [("disk", "none"), ("memory", "memory")])
+def test_a_full_disk_is_only_a_warning(folder, monkeypatch, caplog, residency, then):
+    def no_space(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    expected = _all_images(_open(folder))
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
+    dataset = _open(folder, residency=residency)
+    assert dataset.residency == then
+    assert "(No space left on device); python -m cnn_jax.cache --clear" in caplog.text
+    np.testing.assert_array_equal(_all_images(dataset), expected)
+
+
+def test_unreadable_images_are_left_out_and_listed(folder):
+    whole = _all_images(_open(folder))
+    (folder / "green" / "007.png").write_bytes(b"")
+    (folder / "red" / "new.jpg").write_text("no image")
+    for residency in RESIDENCIES:
+        dataset = _open(folder, max_unreadable=0.04, residency=residency)
+        assert [(u.id, u.reason) for u in dataset.findings.unreadable] == [
+            ("green/007.png", "is empty"),
+            ("red/new.jpg", "is not an image of a known format"),
+        ]
+        assert len(dataset.source) == 59
+        np.testing.assert_array_equal(_all_images(dataset), np.delete(whole, 27, axis=0))
+        assert sorted(np.concatenate(list(dataset.splits.values()))) == list(range(59))
+
+
+def test_too_many_unreadable_images_are_refused(folder):
+    for i in range(2):
+        (folder / "green" / f"00{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    _open(folder, max_unreadable=2 / 60)
+    with pytest.raises(DataError, match=r"2 of 60 images cannot be read, more than data.max_unrea"):
+        _open(folder, max_unreadable=0.033)
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"x")
+    with pytest.raises(DataError, match="60 of 60 images"):
+        _open(folder, max_unreadable=1.0)
+
+
+def test_a_class_of_which_nothing_is_readable_is_no_class(folder):
+    for path in (folder / "green").iterdir():
+        path.write_bytes(b"x")
+    dataset = _open(folder, max_unreadable=0.5, residency="memory")
+    assert dataset.source.class_names == ["blue", "red"]
+    assert np.bincount(dataset.source.labels).tolist() == [20, 20]
+    assert "green: no readable images" in dataset.findings.warnings()[0]
+
+
+def test_the_fingerprint_changes_with_identity_class_and_content(folder):
+    def fingerprint():
+        return _open(folder).fingerprint
+
+    before = fingerprint()
+    path = folder / "blue" / "000.png"
+    content = path.read_bytes()
+    path.write_bytes(content + b"x")  # Pillow does not mind.
+    assert fingerprint() != before
+    path.write_bytes(content)
+    assert fingerprint() == before
+    path.rename(folder / "red" / "999.png")
+    assert fingerprint() != before
+
+
+def test_equal_images_stay_in_one_split(folder):
+    for i in range(20):
+        content = (folder / "blue" / f"{i:03d}.png").read_bytes()
+        (folder / "blue" / f"{i:03d} (2).png").write_bytes(content)
+    dataset = _open(folder)
+    assert len(dataset.findings.copies) == 20
+    assert dataset.findings.leaks == []
+
+
+def test_groups_stay_in_one_split(folder):
+    division = Division(group="{class}/{tens}")
+    for path in sorted(folder.rglob("*.png")):
+        path.rename(path.with_name(f"{int(path.stem) // 4}_{path.stem}.png"))
+    dataset = open_dataset(open_folder(folder), division, PREPROCESSING)
+    tracks = [example_id.split("_")[0] for example_id in dataset.source.ids]
+    splits = [{tracks[i] for i in indices} for indices in dataset.splits.values()]
+    assert all(splits)
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 15
+
+
+def test_own_splits_are_kept_or_not(folder, tmp_path):
+    rows = [
+        f"{path.relative_to(folder)},{path.parent.name},{'test' if int(path.stem) < 4 else 'train'}"
+        for path in sorted(folder.rglob("*.png"))
+    ]
+    table = folder / "t.csv"
+    table.write_text("\n".join(["path,label,split", *rows]))
+    kept = open_dataset(open_csv(table), Division(), PREPROCESSING)
+    assert [int(kept.source.ids[i][-7:-4]) for i in kept.splits["test"]] == [0, 1, 2, 3] * 3
+    assert 3 <= len(kept.splits["validation"]) <= 20
+    anew = open_dataset(open_csv(table), Division(keep_splits=False), PREPROCESSING)
+    assert list(anew.splits["test"]) != list(kept.splits["test"])
+
+
+def test_what_cannot_be_trained_on_is_explained(folder, tmp_path):
+    for name in ("green", "red"):
+        for path in (folder / name).iterdir():
+            path.unlink()
+    with pytest.raises(DataError, match="has one class, blue"):
+        check_trainable(_open(folder))
+    write_images(tmp_path / "few", per_class=2)
+    with pytest.raises(DataError, match=r"no image is left for \w+; each class needs three"):
+        check_trainable(_open(tmp_path / "few"))
+
+
+def test_where_pixels_live_depends_on_what_fits(folder, monkeypatch):
+    listing = open_folder(folder)  # 60 images of 576 bytes: 34,560.
+
+    def choose(requested="auto", *, device=0, memory=10**6, disk=10**6):
+        monkeypatch.setattr(datasets.os, "sysconf", lambda name: memory if "SIZE" in name else 1)
+        monkeypatch.setattr(datasets.cache, "free_bytes", lambda: disk)
+        return choose_residency(requested, listing, PREPROCESSING, device)
+
+    assert choose(device=4 * 34_560) == "device"
+    assert choose(device=4 * 34_560 - 1) == "memory"
+    assert choose(memory=4 * 34_560 - 1) == "disk"
+    assert choose(memory=0, disk=2 * 34_560 - 1) == "none"
+    for residency in RESIDENCIES:
+        assert choose(residency) == residency

@@ -1,0 +1,76 @@
+import numpy as np
+from PIL import Image
+
+from cnn_jax.data.dataset import Division, open_dataset
+from cnn_jax.data.files import open_folder
+from cnn_jax.preprocessing import Preprocessing
+
+
+def _find(folder, **options):
+    options = {"max_unreadable": 1.0} | options
+    dataset = open_dataset(
+        open_folder(folder), Division(), Preprocessing(image_size=(8, 8)), **options
+    )
+    return dataset.findings
+
+
+def _write(folder, name, seed, *, exif=None):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), np.uint8)
+    Image.fromarray(pixels).save(path, exif=exif)
+
+
+def test_nothing_to_say_is_said_in_two_lines(tmp_path):
+    for i in range(60):
+        _write(tmp_path, f"{'ab'[i % 2]}/{i}.png", i)
+    findings = _find(tmp_path)
+    assert findings.summary() == [
+        "all readable, none turned by EXIF, no exact copies",
+        "largest class 1.0 times the smallest; ignored: nothing",
+    ]
+    assert findings.warnings() == []
+
+
+def test_what_endangers_the_result_is_a_warning_that_names_the_fix(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(40):
+        _write(tmp_path, f"train/a/{i}.png", i, exif=exif if i < 2 else None)
+    for i in range(4):
+        _write(tmp_path, f"train/b/{i}.png", 100 + i)
+        _write(tmp_path, f"test/b/{i}.png", 200 + i)
+    _write(tmp_path, "test/b/copy.png", 5)  # Of another class, in another split.
+    _write(tmp_path, "train/b/copy of 0.png", 100)
+    _write(tmp_path, "train/rare/0.png", 300)
+    (tmp_path / "train" / "a" / "bad\n.png").write_bytes(b"")
+    (tmp_path / "train" / "empty").mkdir()
+    (tmp_path / "train" / "notes.txt").write_text("x")
+
+    findings = _find(tmp_path)
+    assert findings.summary() == [
+        "1 unreadable and left out, 2 turned by EXIF, 2 exact copies (1 set with different labels)",
+        "largest class 40.0 times the smallest; ignored: 1 not images",
+    ]
+    warnings = "\n".join(findings.warnings())
+    for expected in (
+        "the folder train/empty has no images, so there is no such class; add some, or remove",
+        "1 image cannot be read and is left out: train/a/bad\\n.png is empty; mend or remove",
+        "1 set of equal images with different labels, such as test/b/copy.png, train/a/5.png: "
+        "correct or remove them",
+        "1 set of equal images in different splits, such as test/b/copy.png, train/a/5.png, so "
+        "that figures are too good: remove the copies",
+        "fewer than three images of rare: not every split can have one; add images or remove",
+        "no images of a in test: they count 0 there; add some",
+        "the largest class has 40 times the images of the smallest: train.balance=",
+    ):
+        assert expected in warnings
+    assert len(findings.warnings()) == 7
+
+
+def test_equal_images_that_the_division_keeps_together_are_no_leak(tmp_path):
+    for i in range(60):
+        _write(tmp_path, f"{'ab'[i % 2]}/{i}.png", i // 2 * 2 if i > 40 else i)
+    findings = _find(tmp_path)
+    assert len(findings.conflicts) == len(findings.copies) > 0
+    assert findings.leaks == []

@@ -1,0 +1,138 @@
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_jax.data import decode, scan
+from cnn_jax.data.files import open_folder
+from cnn_jax.preprocessing import Preprocessing
+
+SMALL = Preprocessing(image_size=(8, 8))
+
+
+class _Sink:
+    def __init__(self):
+        self.rows = {}
+
+    def write(self, row, pixels):
+        self.rows[row] = pixels
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a/1.png", "a/2.bmp", "b/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9, 7, 3), np.uint8)).save(tmp_path / name)
+    (tmp_path / "b" / "4.jpg").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_a_record_says_what_is_in_an_image(folder):
+    records = scan.scan(open_folder(folder), SMALL)
+    assert [record.error is None for record in records] == [True, True, True, False]
+    assert records[3].error == "is not an image of a known format"
+    encoded = (folder / "a" / "1.png").read_bytes()
+    assert records[0].digest == hashlib.sha256(encoded).hexdigest()[:32]
+    assert records[0].header == decode.Header("PNG", "RGB", 7, 9, 1)
+
+
+def test_equal_pixels_have_equal_digests_whatever_the_file(folder):
+    image = Image.open(folder / "a" / "1.png")
+    image.save(folder / "b" / "same.bmp")
+    image.transpose(Image.Transpose.ROTATE_90).save(folder / "b" / "turned.png")
+    records = scan.scan(open_folder(folder), SMALL)
+    by_id = dict(zip(open_folder(folder).ids, records, strict=True))
+    assert by_id["b/same.bmp"].pixels == by_id["a/1.png"].pixels
+    assert by_id["b/same.bmp"].digest != by_id["a/1.png"].digest
+    assert len({record.pixels for record in records}) == 5  # Two equal, one without any.
+
+
+def test_pixels_of_another_shape_are_not_equal():
+    black = [Image.new("RGB", size) for size in ((4, 6), (6, 4))]
+    digests = set()
+    for image in black:
+        encoded = image.tobytes("raw")
+        assert len(encoded) == 72
+        digests.add(scan.examine(_png(image), 1000)[0].pixels)
+    assert len(digests) == 2
+
+
+def _png(image):
+    import io
+
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_the_sink_gets_what_load_gives(folder):
+    source, sink = open_folder(folder), _Sink()
+    scan.scan(source, SMALL, sink)
+    assert sorted(sink.rows) == [0, 1, 2]
+    for row, pixels in sink.rows.items():
+        np.testing.assert_array_equal(pixels, decode.load(source[row]["image"], (8, 8)))
+
+
+def test_what_is_known_is_not_decoded_again(folder, monkeypatch):
+    first = scan.scan(open_folder(folder), SMALL)
+    examined = []
+    original = scan.examine
+    monkeypatch.setattr(scan, "examine", lambda *a: examined.append(a) or original(*a))
+    assert scan.scan(open_folder(folder), SMALL) == first
+    assert examined == []
+
+    Image.new("RGB", (3, 3)).save(folder / "a" / "1.png")
+    Image.new("RGB", (3, 4)).save(folder / "a" / "new.png")
+    source = open_folder(folder)
+    again = dict(zip(source.ids, scan.scan(source, SMALL), strict=True))
+    assert len(examined) == 2
+    assert again["a/1.png"].header.width == 3
+    assert again["b/3.png"] == first[2]
+
+
+def test_records_of_another_pixel_limit_are_others(folder):
+    scan.scan(open_folder(folder), SMALL)
+    strict = dataclasses.replace(SMALL, max_pixels=10)
+    errors = [record.error for record in scan.scan(open_folder(folder), strict)]
+    assert errors[0] == "has 7 x 9 pixels, more than max_pixels = 10"
+
+
+def test_what_could_not_be_read_is_tried_again(folder, monkeypatch):
+    source = open_folder(folder)
+    (folder / "a" / "1.png").rename(folder / "aside")
+    assert scan.scan(source, SMALL)[0].error == "cannot be read: No such file or directory"
+    (folder / "aside").rename(folder / "a" / "1.png")
+    assert scan.scan(source, SMALL)[0].error is None
+
+
+def test_a_file_far_too_large_is_not_even_read(folder):
+    with (folder / "a" / "huge.jpg").open("wb") as file:
+        file.truncate(10**12)
+    source = open_folder(folder)
+    records = dict(zip(source.ids, scan.scan(source, SMALL), strict=True))
+    assert "has 1,000,000,000,000 bytes, more than an image" in records["a/huge.jpg"].error
+
+
+def test_a_damaged_memory_is_as_good_as_none(folder, cache_folder):
+    first = scan.scan(open_folder(folder), SMALL)
+    for path in (cache_folder / "scans").iterdir():
+        path.write_text("{broken")
+    assert scan.scan(open_folder(folder), SMALL) == first
+
+
+def test_a_scan_without_a_place_to_remember_it_only_warns(folder, monkeypatch, caplog):
+    monkeypatch.setenv("CNN_JAX_CACHE", "/proc/none")
+    assert len(scan.scan(open_folder(folder), SMALL)) == 4
+    assert "cannot be kept" in caplog.text
+
+
+def test_the_pixels_key_changes_with_content_order_and_size(folder):
+    records = scan.scan(open_folder(folder), SMALL)
+    key = scan.pixels_key(records, SMALL)
+    assert scan.pixels_key(records, SMALL) == key
+    assert scan.pixels_key(records[::-1], SMALL) != key
+    assert scan.pixels_key(records[:-1], SMALL) != key
+    assert scan.pixels_key(records, Preprocessing(image_size=(8, 9))) != key

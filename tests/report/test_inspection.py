@@ -1,0 +1,185 @@
+import html.parser
+import json
+import os
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_jax.data.dataset import Division
+from cnn_jax.data.files import open_folder
+from cnn_jax.data.survey import survey
+from cnn_jax.report import inspection
+
+HOSTILE = (
+    '<script>alert("1")<',
+    "new\nline",
+    "'quotes\" & $x^",
+    "{{ 7 * 7 }}{% raw %}",
+    "😀 猫 \u202egnp",
+    os.fsdecode(b"\xff\xfe"),
+)
+
+
+class _Parser(html.parser.HTMLParser):
+    """Collects the elements, their text, and the files that the page names."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.files, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        names = {"src", "srcset", "href"}
+        self.files += [value for name, value in attrs if name in names]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def _parsed(folder):
+    parser = _Parser()
+    parser.feed((folder / "index.html").read_text("utf-8"))
+    return parser
+
+
+def _image(seed, size=(12, 8)):
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(noise).resize(size)
+
+
+@pytest.fixture
+def hostile_folder(tmp_path):
+    """A class of five images for each hostile name, and files with these names."""
+    root = tmp_path / "data"
+    for number, name in enumerate(HOSTILE):
+        (root / name).mkdir(parents=True)
+        for i in range(4):
+            _image(10 * number + i, (8 + i, 9)).save(root / name / f"{i}.png")
+        _image(10 * number, (8, 9)).save(root / name / f"{name}.png")
+        (root / name / f"bad {name}.jpg").write_bytes(b"nothing")
+    return root
+
+
+def _written(root, folder, **options):
+    folder.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Such as of a character that a font lacks.
+        inspection.write_page(survey(open_folder(root), Division(), **options), folder)
+    return _parsed(folder)
+
+
+def test_hostile_names_are_text(hostile_folder, tmp_path):
+    page = _written(hostile_folder, tmp_path / "page")
+    assert not {"script", "iframe", "object", "svg", "b"} & set(page.elements)
+    for shown in (
+        '<script>alert("1")<',
+        r"new\nline",
+        "'quotes\" & $x^",
+        "{{ 7 * 7 }}{% raw %}",
+        r"😀 猫 \u202egnp",
+        r"\udcff\udcfe",
+    ):
+        assert f"{shown}/{shown}.png" in page.text
+        assert f"{shown}/bad {shown}.jpg" in page.text
+
+
+def test_every_file_that_the_page_names_is_there(hostile_folder, tmp_path):
+    page = _written(hostile_folder, tmp_path / "page")
+    written = {path.name for path in (tmp_path / "page").iterdir()}
+    assert set(page.files) <= written
+    assert written - set(page.files) == {"index.html"}
+    assert {f"class_{label:03d}.png" for label in range(6)} < written
+    assert all(name.isascii() and "/" not in name for name in written)
+    for name in written:
+        if name.endswith(".png"):
+            Image.open(tmp_path / "page" / name).load()
+
+
+def test_the_json_has_all_that_the_page_cuts_short(tmp_path):
+    root = tmp_path / "data"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        for i in range(60):
+            _image(i).save(root / name / f"{i:02d}.png")
+        (root / name / "bad.png").write_bytes(b"")
+    page = _written(root, tmp_path / "page")
+    assert "and 10 more" in page.text
+    found = json.loads((tmp_path / "page" / "inspection.json").read_text())
+    assert len(found["exact_duplicates"]) == 60
+    assert found == survey(open_folder(root), Division()).to_dict()
+
+
+def test_the_page_is_the_same_each_time(image_folder, tmp_path):
+    contents = []
+    for name in ("first", "second"):
+        _written(image_folder, tmp_path / name)
+        paths = sorted((tmp_path / name).iterdir())
+        contents.append([(path.name, path.read_bytes()) for path in paths])
+    assert contents[0] == contents[1]
+
+
+def test_a_page_of_nothing_readable_can_be_written(tmp_path):
+    root = tmp_path / "data"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        (root / name / "x.png").write_bytes(b"nothing")
+    page = _written(root, tmp_path / "page")
+    assert "a/x.png" in page.text
+    assert "is not an image of a known format" in page.text
+
+
+def test_a_contact_sheet_keeps_shapes_and_the_choice_of_images(tmp_path):
+    root = tmp_path / "data"
+    for name, size in (("tall", (2, 400)), ("wide", (300, 100))):
+        (root / name).mkdir(parents=True)
+        for i in range(30):
+            _image(i, size).save(root / name / f"{i}.png")
+    found = survey(open_folder(root), Division())
+    chosen = {found.source.ids[i] for i in inspection.sample(found, 1)}
+    assert len(chosen) == 24
+    spare = next(i for i in found.source.ids if i.startswith("wide") and i not in chosen)
+    (root / spare).unlink()
+    fewer = survey(open_folder(root), Division())
+    assert {fewer.source.ids[i] for i in inspection.sample(fewer, 1)} == chosen
+
+    (tmp_path / "page").mkdir()
+    inspection.write_page(found, tmp_path / "page")
+    sheet = np.asarray(Image.open(tmp_path / "page" / "class_001.png"))
+    assert sheet.shape == (4 * 96 + 3 * 6, 6 * 96 + 5 * 6, 4)
+    rows = np.flatnonzero(sheet[:96, :96, 3].any(axis=1))
+    assert (rows.min(), rows.max()) == (32, 63)  # 96 x 32, in the middle.
+
+
+def test_an_image_that_has_gone_leaves_its_place_empty(image_folder, tmp_path):
+    root = tmp_path / "data"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        _image(0).save(root / name / "x.png")
+    found = survey(open_folder(root), Division())
+    (root / "a" / "x.png").unlink()
+    (tmp_path / "page").mkdir()
+    inspection.write_page(found, tmp_path / "page")
+    assert not np.asarray(Image.open(tmp_path / "page" / "class_000.png")).any()
+
+
+def test_very_many_classes_share_a_chart_of_bounded_height():
+    counts = np.arange(3000).reshape(1000, 3)
+    bars, rest = inspection._classes_with_bars(counts)
+    assert (len(bars), rest) == (400, 600)
+    assert bars[0] == 999
+    assert bars[-1] == 0
+
+
+@pytest.mark.parametrize("max_points", [0, 2000])
+def test_sizes_that_differ_much_have_a_chart(max_points, monkeypatch, tmp_path):
+    monkeypatch.setattr(inspection, "_MAX_POINTS", max_points)
+    root = tmp_path / "data"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        for i, size in enumerate([(1, 1), (1, 300), (200, 7)]):
+            _image(i, size).save(root / name / f"{i}.png")
+    page = _written(root, tmp_path / "page")
+    assert {"resolutions.png", "resolutions_dark.png", "aspect_ratios.png"} <= set(page.files)

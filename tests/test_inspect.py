@@ -1,0 +1,160 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+
+from cnn_jax import inspect
+from cnn_jax.data.dataset import Division
+from cnn_jax.data.sources import open_source
+from cnn_jax.data.survey import survey
+from cnn_jax.errors import ConfigError
+
+
+def _run(*arguments):
+    command = [sys.executable, "-m", "cnn_jax.inspect", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def _image(path, seed, size=(9, 7)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    Image.fromarray(noise).resize(size).save(path)
+
+
+def test_the_defaults_are_those_of_training():
+    from configs import default
+
+    config = default.get_config()
+    flags = inspect.parser().parse_args(["--source=shapes"])
+    assert flags.seed == config.seed
+    assert flags.split == config.data.split
+    assert flags.stratify == config.data.stratify
+    assert flags.group == config.data.group
+    assert flags.keep_splits == config.data.keep_splits
+    assert flags.max_pixels == config.data.max_pixels
+    assert flags.allow_outside == config.data.allow_outside
+    assert Division() == Division.from_config(config.data, config.seed)
+
+
+def test_json_has_the_numbers_of_the_library(image_folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inspect.main([f"--source=folder:{image_folder}", "--json", "--seed=5", "--split=0.5,0.3,0.2"])
+    found = json.loads(capsys.readouterr().out)
+    division = Division((0.5, 0.3, 0.2), seed=5)
+    assert found == inspect.inspect_source(f"folder:{image_folder}", division).to_dict()
+    assert found["images"] == 60
+    assert found["division"]["seed"] == 5
+    assert not list(tmp_path.iterdir()), "it wrote something"
+
+
+def test_nothing_is_kept_without_an_output(image_folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CNN_JAX_CACHE", str(tmp_path / "cache"))
+    inspect.main([f"--source=folder:{image_folder}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_summary_is_for_reading(image_folder, capsys):
+    inspect.main([f"--source=folder:{image_folder}"])
+    lines = capsys.readouterr().out.splitlines()
+    found = survey(open_source(f"folder:{image_folder}"), Division())
+    assert lines[0].endswith("60 images of 3 classes")
+    for name, row in zip(("blue", "green", "red"), found.counts, strict=True):
+        words = [name, *map(str, row), "20"]
+        assert any(line.split()[-5:] == words for line in lines)
+    red, green, blue = found.mean
+    assert any(f"mean {red:.2f} {green:.2f} {blue:.2f}" in line for line in lines)
+    assert any(line.split() == ["unreadable", "none"] for line in lines)
+
+
+def test_every_unreadable_file_is_named_on_a_line_of_its_own(tmp_path, capsys):
+    for name in ("a", "b"):
+        _image(tmp_path / name / "good.png", 0)
+    for i in range(30):
+        (tmp_path / "a" / f"bad \x1b[31m\n{i}.png").write_bytes(b"nothing")
+    inspect.main([f"--source=folder:{tmp_path}"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for i in range(30):
+        assert rf"a/bad \x1b[31m\n{i}.png is not an image of a known format" in lines
+
+
+def test_of_very_many_classes_the_smallest_and_the_largest_are_shown(tmp_path, capsys):
+    for label in range(70):
+        for i in range(1 + label // 35):
+            _image(tmp_path / f"class {label:02d}" / f"{i}.png", 2 * label + i)
+    inspect.main([f"--source=folder:{tmp_path}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any("... 10 classes between" in line for line in lines)
+    assert sum("class " in line for line in lines if line.startswith(" ")) == 60
+
+
+def test_a_page_is_written(image_folder, tmp_path, capsys):
+    output = tmp_path / "new" / "folder"
+    inspect.main([f"--source=folder:{image_folder}", f"--output={output}", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads((output / "inspection.json").read_text()) == printed
+    assert (output / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source=nothing"], "a source must be"),
+        (["--source=folder:{data}", "--output={data}/page"], "lies in the data itself"),
+        (["--source=folder:{data}", "--output={data}/red/000.png/page"], "lies in the data"),
+        (["--source=folder:{data}", "--output={file}"], "cannot create"),
+        (["--source=folder:{data}", "--group=track"], "has no part like"),
+        (["--source=folder:{data}", "--split=0.7,0.3"], "three shares"),
+        (["--source=folder:{data}", "--split=0.7,0.3,0"], "three shares"),
+        (["--source=folder:{data}", "--split=0.7,nan,0.1"], "three shares"),
+        (["--source=folder:{data}", "--seed=-1"], "from 0 to 4294967295"),
+        (["--source=folder:{data}", "--distance=13"], "from 0 to 12"),
+        (["--source=folder:{data}", "--max_pixels=0"], "1 or more"),
+        ([], "--source"),
+    ],
+)
+def test_what_is_wrong_with_a_flag_is_told(arguments, message, image_folder, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    argv = [text.format(data=image_folder, file=file) for text in arguments]
+    with pytest.raises((ConfigError, SystemExit)) as error:
+        inspect.main(argv)
+    told = error.value
+    if isinstance(told, ConfigError):
+        assert (told.exit_code, message in str(told)) == (2, True)
+    else:  # From argparse.
+        assert (told.code, message in capsys.readouterr().err) == (2, True)
+
+
+def test_as_a_command(tmp_path):
+    """Exit codes, hostile names, and stdout apart from stderr."""
+    missing = _run(f"--source=folder:{tmp_path}/nowhere", f"--output={tmp_path}/page")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: ")
+    assert not (tmp_path / "page").exists()
+
+    for name in ("<b>", os.fsdecode(b"\xff")):
+        _image(tmp_path / "data" / name / "x.png", 0)
+        (tmp_path / "data" / name / "bad.png").write_bytes(b"")
+    done = _run(f"--source=folder:{tmp_path}/data", "--json")
+    assert done.returncode == 0
+    found = json.loads(done.stdout)
+    assert [row["name"] for row in found["classes"]] == ["<b>", "\udcff"]
+    text = _run(f"--source=folder:{tmp_path}/data")
+    assert text.returncode == 0
+    assert r"\udcff/bad.png is empty" in text.stdout
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    code = (
+        "import sys, cnn_jax.inspect\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized(), 'a device was touched'\n"
+        "heavy = {'matplotlib', 'jinja2', 'imagehash', 'pywt', 'cv2', 'tensorflow_datasets'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
