@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from cnn_jax.data.augment import FLIPS
 from cnn_jax.data.dataset import RESIDENCIES
+from cnn_jax.data.decode import LARGEST_MAX_PIXELS
 from cnn_jax.data.pipeline import BALANCES
 from cnn_jax.data.sources import FORMS, PATTERN, absolute
 from cnn_jax.data.splits import RULES, group_expression
@@ -94,7 +95,10 @@ _FIELDS: dict[str, _Field] = {
     "data.std": _numbers(3, "above 0", lambda v: v > 0),
     "data.cache": _choice(("auto", *RESIDENCIES)),
     "data.workers": _int(-1),
-    "data.max_pixels": _int(1),
+    "data.max_pixels": _Field(  # The upper end is Pillow's own limit.
+        f"an integer from 1 to {LARGEST_MAX_PIXELS}",
+        lambda v: _is_int(v) and 1 <= v <= LARGEST_MAX_PIXELS,
+    ),
     "data.max_unreadable": _number("from 0 to 1", lambda v: 0 <= v <= 1),
     "data.allow_outside": _boolean(),
     "augment.flip": _choice(FLIPS),

@@ -3,30 +3,36 @@
 import contextlib
 import dataclasses
 import io
+import re
 from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import MAX_PIXELS
 
 # Part of the name of a cache of pixels: raise it when any pixel would change.
 VERSION = 1
+# Pillow refuses a larger image whatever `max_pixels` is.
+LARGEST_MAX_PIXELS = 178_956_970
 # The decoders that may be tried on a file's content. Others of Pillow's are
 # rarely used, and one of them (EPS) runs another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # How files of these formats begin.
-_BEGINNINGS = (
-    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"),
-    *(f"P{kind}{space}".encode() for kind in range(1, 7) for space in "\n \t\r"),
+_BEGINNING = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|BM....\0\0\0\0|GIF8[79]a|II\*\0|MM\0\*"
+    rb"|P[1-6]\s+[\d#]",
+    re.DOTALL,
 )
 # A progressive JPEG of a usual program has about ten scans. Each passes over all
 # pixels, so a small file of very many could keep a core busy for minutes.
 _MAX_SCANS = 100
 _START_OF_SCAN = b"\xff\xda"
+# A marker with a length behind it, or the one of the picture's end.
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 
 # The underscores say that two images in one signature may differ in size.
 Pixels = UInt8[np.ndarray, "_height _width 3"]
@@ -51,18 +57,6 @@ class Header:
     orientation: int
 
 
-def read_header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """Reads the header alone.
-
-    Raises:
-      DataError: The bytes are no image, or one too large.
-    """
-    with _opened(encoded, max_pixels) as image:
-        orientation = _orientation(image)
-        width, height = image.size if orientation < 5 else image.size[::-1]
-        return Header(image.format or "", image.mode, width, height, orientation)
-
-
 def decode(
     encoded: bytes, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None
 ) -> Pixels:
@@ -85,27 +79,47 @@ def decode(
       DataError: The bytes are no image, a damaged one, or one too large.
     """
     with _opened(encoded, max_pixels) as image:
-        if image.format not in ("JPEG", "MPO"):
-            return _to_rgb(image)
-        if encoded.count(_START_OF_SCAN) > _MAX_SCANS:
-            raise DataError(f"is a JPEG of more than {_MAX_SCANS} scans")
-        orientation = _orientation(image)
-        height, width = at_least or (image.height, image.width)
-        if orientation >= 5 and at_least:
-            height, width = width, height
-        scale = _jpeg_scale(image.height, image.width, (height, width))
-        if image.mode in ("RGB", "L"):
-            # The same pixels as Pillow's, bit for bit, in half the time. What it
-            # finds fault with is Pillow's to judge.
-            with contextlib.suppress(ValueError):
-                pixels = simplejpeg.decode_jpeg(
-                    encoded,
-                    min_height=-(-image.height // scale),
-                    min_width=-(-image.width // scale),
-                )
-                return _upright(pixels, orientation)
-        image.draft(None, (image.width // scale, image.height // scale))
+        return _decode_opened(image, encoded, at_least)
+
+
+def decode_with_header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Pixels]:
+    """What an image file says of itself, and its pixels as `decode` gives them.
+
+    Raises:
+      DataError: As `decode`.
+    """
+    with _opened(encoded, max_pixels) as image:
+        # The orientation before Pillow turns the image and forgets it.
+        file_format, mode, orientation = image.format or "", image.mode, _orientation(image)
+        pixels = _decode_opened(image, encoded)
+        height, width, _ = pixels.shape
+        return Header(file_format, mode, width, height, orientation), pixels
+
+
+def _decode_opened(
+    image: Image.Image, encoded: bytes, at_least: tuple[int, int] | None = None
+) -> Pixels:
+    if image.format not in ("JPEG", "MPO"):
         return _to_rgb(image)
+    if encoded.count(_START_OF_SCAN) > _MAX_SCANS and _num_scans(encoded) > _MAX_SCANS:
+        raise DataError(f"is a JPEG of more than {_MAX_SCANS} scans")
+    orientation = _orientation(image)
+    height, width = at_least or (image.height, image.width)
+    if orientation >= 5 and at_least:
+        height, width = width, height
+    scale = _jpeg_scale(image.height, image.width, (height, width))
+    if image.mode in ("RGB", "L"):
+        # The same pixels as Pillow's, bit for bit, in half the time. What it
+        # finds fault with is Pillow's to judge.
+        with contextlib.suppress(ValueError):
+            pixels = simplejpeg.decode_jpeg(
+                encoded,
+                min_height=-(-image.height // scale),
+                min_width=-(-image.width // scale),
+            )
+            return _upright(pixels, orientation)
+    image.draft(None, (image.width // scale, image.height // scale))
+    return _to_rgb(image)
 
 
 def load(encoded: bytes, image_size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -144,8 +158,7 @@ def resize(image: Pixels, image_size: tuple[int, int]) -> Pixels:
 
 def looks_like_an_image(beginning: bytes) -> bool:
     """Whether a file that begins so (16 bytes suffice) is of one of `FORMATS`."""
-    is_webp = beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP"
-    return is_webp or beginning.startswith(_BEGINNINGS)
+    return _BEGINNING.match(beginning) is not None
 
 
 @contextlib.contextmanager
@@ -158,6 +171,14 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # A tile is decoded in full, however small the image is.
+        width = image.tag_v2.get(ExifTags.Base.TileWidth, 0)
+        height = image.tag_v2.get(ExifTags.Base.TileLength, 0)
+        if width * height > max_pixels:
+            raise DataError(
+                f"has tiles of {width} x {height} pixels, more than max_pixels = {max_pixels}"
+            )
     if image.width * image.height > max_pixels:
         raise DataError(
             f"has {image.width} x {image.height} pixels, more than max_pixels = {max_pixels}"
@@ -171,10 +192,22 @@ def _explain_errors() -> Iterator[None]:
         yield
     except (DataError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise DataError("has more pixels than any max_pixels allows") from error
     except Image.UnidentifiedImageError as error:
         raise DataError("is not an image of a known format") from error
     except Exception as error:  # Damaged files make Pillow raise errors of any type.
         raise DataError(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _num_scans(encoded: bytes) -> int:
+    """Scans of a JPEG; what stands behind the picture, such as a film, does not count."""
+    scans, position = 0, 2
+    while (marker := _MARKER.search(encoded, position)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        length = int.from_bytes(encoded[marker.end() : marker.end() + 2], "big")
+        position = marker.end() + max(length, 2)
+    return scans
 
 
 def _jpeg_scale(height: int, width: int, at_least: tuple[int, int]) -> int:

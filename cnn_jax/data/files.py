@@ -93,7 +93,8 @@ class _Walk:
         while waiting:
             folder, name = waiting.pop()
             try:
-                status = pathlib.Path(folder).stat()
+                # Through the folder: one whose files cannot be reached is unreadable too.
+                status = os.stat(f"{folder}/.")  # noqa: PTH116
                 with os.scandir(folder) as entries:
                     found = sorted(entries, key=lambda entry: entry.name)
             except OSError:

@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 # Raise it when a record means something else.
 _VERSION = 1
-# An image file has at most this many bytes for each pixel that is allowed, four
-# channels of 16 bits, and for all that is no pixel. A larger one is not even read.
-_BYTES_A_PIXEL, _OTHER_BYTES = 8, 2**20
+# An image file has at most this many bytes for each pixel that is allowed, and for
+# all that is no pixel. A larger one is not even read.
+_BYTES_A_PIXEL, _OTHER_BYTES = 4, 2**20
 
 _Result = TypeVar("_Result")
 
@@ -51,8 +51,7 @@ def examine(encoded: bytes, max_pixels: int) -> tuple[Record, Pixels | None]:
     """What is in an encoded image, and its pixels in full size, upright, if it is one."""
     digest = _digest(encoded)
     try:
-        header = decode.read_header(encoded, max_pixels)
-        pixels = decode.decode(encoded, max_pixels)
+        header, pixels = decode.decode_with_header(encoded, max_pixels)
     except DataError as error:
         return Record(digest, "", None, str(error)), None
     shape = f"{pixels.shape[0]}x{pixels.shape[1]}"

@@ -152,9 +152,14 @@ def test_jpegs_are_decoded_bit_for_bit_as_pillow_does(kind, orientation, at_leas
     np.testing.assert_array_equal(decoded, expected)
     if at_least is not None:
         assert decoded.shape[0] >= min(at_least[0], decoded.shape[0])
-        header = decode.read_header(encoded)
+        header, pixels = decode.decode_with_header(encoded)
         assert decode.is_reduced(header, at_least) == (scale > 1)
-        assert (header.height, header.width) == decode.decode(encoded).shape[:2]
+        assert (header.orientation, header.mode) == (
+            orientation,
+            Image.open(io.BytesIO(encoded)).mode,
+        )
+        np.testing.assert_array_equal(pixels, decode.decode(encoded))
+        assert (header.height, header.width) == pixels.shape[:2]
 
 
 def test_a_reduced_jpeg_looks_like_the_whole_one():
@@ -186,7 +191,7 @@ def test_a_jpeg_of_very_many_scans_is_refused():
 def test_every_format_is_known_by_its_beginning(file_format):
     encoded = _encode(_photo(), file_format)
     assert decode.looks_like_an_image(encoded[:16])
-    assert decode.read_header(encoded).format == file_format
+    assert decode.decode_with_header(encoded)[0].format == file_format
     assert not decode.looks_like_an_image(b"P7 is no PPM of ours")
     assert not decode.looks_like_an_image(b"")
     assert not decode.looks_like_an_image(b"RIFF....WAVEfmt ")
