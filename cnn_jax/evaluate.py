@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 from cnn_jax import cli
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track
-from cnn_jax.data.dataset import Dataset, Division, open_dataset
+from cnn_jax.data.dataset import Dataset, open_dataset
 from cnn_jax.data.pipeline import Loader, evaluation_batches
 from cnn_jax.data.sources import FORMS, absolute, open_source
-from cnn_jax.data.splits import SPLITS
+from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.errors import DataError, printable
 from cnn_jax.metrics import full_report
 from cnn_jax.predict import BATCH_SIZE, Predictor

@@ -19,10 +19,9 @@ import numpy as np
 from cnn_jax import cli
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track
-from cnn_jax.data.dataset import Division
 from cnn_jax.data.findings import count
 from cnn_jax.data.sources import FORMS, absolute, open_source
-from cnn_jax.data.splits import RULES, SPLITS
+from cnn_jax.data.splits import RULES, SPLITS, Division
 from cnn_jax.data.survey import MAX_DISTANCE, NEAR_DISTANCE, Cluster, Survey, survey
 from cnn_jax.errors import ConfigError, printable
 from cnn_jax.preprocessing import MAX_PIXELS
@@ -93,7 +92,7 @@ def summarize(found: Survey) -> str:
             _duplicates(found, found.near, f"near duplicates, up to {found.distance} of 64 bits")
         ),
         "ignored": _counts(list(source.ignored.items())),
-        "warnings": "\n".join(findings.warnings()) or "none",
+        "warnings": "\n".join(found.warnings) or "none",
     }
     if len(findings.unreadable) > 1:
         rows["unreadable"] = f"{len(findings.unreadable):,}\n{rows['unreadable']}"

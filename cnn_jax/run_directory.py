@@ -13,7 +13,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from cnn_jax.configuration import Config
-from cnn_jax.data.findings import Unreadable
+from cnn_jax.data.scan import Unreadable
 from cnn_jax.errors import ConfigError
 
 # What a resumed run may change. No number depends on these: the data's

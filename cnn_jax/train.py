@@ -27,9 +27,9 @@ from cnn_jax.console import Console
 from cnn_jax.data import dataset as datasets
 from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
-from cnn_jax.data.dataset import Dataset, Division
+from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.sources import open_source
-from cnn_jax.data.splits import SPLITS
+from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.errors import TrainingError
 from cnn_jax.evaluate import predict_split, score
 from cnn_jax.loss import balanced_weights

@@ -93,9 +93,10 @@ def pipelines(workers: int) -> list[Pipeline]:
 
 def cnn_jax_batches(pipeline: Pipeline, folder: str, side: int) -> Generator[object, None, None]:
     from cnn_jax.data.augment import Augmentation
-    from cnn_jax.data.dataset import Division, open_dataset
+    from cnn_jax.data.dataset import open_dataset
     from cnn_jax.data.pipeline import training_batches
     from cnn_jax.data.sources import open_source
+    from cnn_jax.data.splits import Division
     from cnn_jax.preprocessing import Preprocessing
 
     dataset = open_dataset(

@@ -16,10 +16,11 @@ FLOORS = [
     "step",
     *("data.decode", "data.cache", "data.source", "data.files", "data.tfds", "data.shapes"),
     *("data.sources", "data.scan", "data.splits", "data.findings", "data.pipeline"),
-    "data.dataset",
+    *("data.dataset", "data.survey"),
     "configuration",
     *("sharding", "checkpoint", "bundle", "console", "cli", "run_directory"),
-    *("cache", "predict", "evaluate"),
+    *("report.__init__", "report.inspection"),
+    *("cache", "inspect", "predict", "evaluate"),
     *("summary", "train"),
     "main",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.bundle import Bundle, read_bundle, write_bundle
-from cnn_jax.data.dataset import Division
+from cnn_jax.data.splits import Division
 from cnn_jax.errors import BundleError
 from cnn_jax.models import make_model
 from cnn_jax.preprocessing import Preprocessing

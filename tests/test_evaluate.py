@@ -8,8 +8,9 @@ from test_bundle import make_bundle
 
 from cnn_jax import evaluate
 from cnn_jax.bundle import write_bundle
-from cnn_jax.data.dataset import Division, open_dataset
+from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
+from cnn_jax.data.splits import Division
 from cnn_jax.errors import DataError
 from cnn_jax.predict import Predictor
 

@@ -9,8 +9,8 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from cnn_jax import inspect
-from cnn_jax.data.dataset import Division
 from cnn_jax.data.sources import open_source
+from cnn_jax.data.splits import Division
 from cnn_jax.data.survey import survey
 from cnn_jax.errors import ConfigError
 
@@ -50,6 +50,33 @@ def test_json_has_the_numbers_of_the_library(image_folder, capsys, tmp_path, mon
     assert found["images"] == 60
     assert found["division"]["seed"] == 5
     assert not list(tmp_path.iterdir()), "it wrote something"
+
+
+def test_every_flag_counts(image_folder, tmp_path, capsys):
+    root = tmp_path / "data"
+    for split in ("train", "test"):
+        for i in range(6):
+            _image(root / split / "a" / f"{i // 2}_{i}.png", i)
+    _image(root / "train" / "a" / "9_9.png", 9, (20, 20))
+    (root / "train" / "red").symlink_to(image_folder / "red")
+    flags = (
+        "--json --stratify=exact --group=*/{class}/{track} --no-keep_splits --max_pixels=399 "
+        "--allow_outside --distance=7"
+    )
+    inspect.main([f"--source=folder:{root}", *flags.split()])
+    found = json.loads(capsys.readouterr().out)
+    assert found["division"] == {
+        "fractions": [0.7, 0.2, 0.1],
+        "seed": 0,
+        "rule": "exact",
+        "group": "*/{class}/{track}",
+        "keep_splits": False,
+    }
+    assert (found["max_pixels"], found["near_distance"]) == (399, 7)
+    assert "train/a/9_9.png" in [image["id"] for image in found["unreadable"]]
+    assert [row["name"] for row in found["classes"]] == ["a"]
+    # The link was followed: its images are all too large.
+    assert sum(image["id"].startswith("train/red/") for image in found["unreadable"]) == 20
 
 
 def test_nothing_is_kept_without_an_output(image_folder, monkeypatch, tmp_path, capsys):

@@ -5,18 +5,17 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from cnn_jax.data import Track, cache, no_track, scan
 from cnn_jax.data.decode import Pixels
-from cnn_jax.data.findings import Findings, Unreadable, find
+from cnn_jax.data.findings import Findings, find
 from cnn_jax.data.pipeline import Loader, choose_workers
-from cnn_jax.data.scan import Record
+from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source, fingerprint
-from cnn_jax.data.splits import divide, group_names
+from cnn_jax.data.splits import Division
 from cnn_jax.errors import DataError, printable
 from cnn_jax.preprocessing import Preprocessing
 
@@ -25,53 +24,6 @@ logger = logging.getLogger(__name__)
 # Where pixels can live: decoded each time, memory-mapped from the cache on disk,
 # in memory, or on the device.
 RESIDENCIES = ("none", "disk", "memory", "device")
-
-
-@dataclasses.dataclass(frozen=True)
-class Division:
-    """What decides which example is in which split, apart from the examples.
-
-    Attributes:
-      fractions: Shares of train, validation and test.
-      seed: Of the division.
-      rule: One of `splits.RULES`.
-      group: A pattern of `splits.group_names`, or "".
-      keep_splits: Whether the splits that a data set has already are kept.
-    """
-
-    fractions: tuple[float, float, float] = (0.7, 0.2, 0.1)
-    seed: int = 0
-    rule: str = "stable"
-    group: str = ""
-    keep_splits: bool = True
-
-    @classmethod
-    def from_config(cls, data: Any, seed: int) -> "Division":
-        """From the `data` section of a configuration and the run's seed."""
-        return cls(tuple(data.split), seed, data.stratify, data.group, data.keep_splits)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Division":
-        """From what `dataclasses.asdict` made of it, by way of JSON."""
-        return cls(**{**fields, "fractions": tuple(fields["fractions"])})
-
-    def of(self, source: Source, records: Sequence[Record]) -> dict[str, Int[np.ndarray, " _"]]:
-        """The positions of each split.
-
-        Raises:
-          DataError: The pattern does not describe an id.
-        """
-        groups = group_names(source.ids, self.group, source.name) if self.group else None
-        return divide(
-            source.ids,
-            source.labels,
-            self.fractions,
-            self.seed,
-            rule=self.rule,
-            groups=groups,
-            contents=[record.pixels for record in records],
-            own_splits=source.own_splits if self.keep_splits else None,
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,9 +76,10 @@ def open_dataset(
     records, pixels = _scan(listing, preprocessing, residency, track)
     if pixels is None and residency != "none":
         residency = "none"  # The disk is full, and a warning has said so.
-    source, rows, unreadable = _readable(listing, records, max_unreadable)
+    source, rows, unreadable = scan.readable(listing, records)
+    _check_readable(listing, unreadable, max_unreadable)
     records = [records[row] for row in rows]
-    splits = division.of(source, records)
+    splits = division.of(source, [record.pixels for record in records])
     return Dataset(
         loader=Loader(
             source,
@@ -216,29 +169,19 @@ def _in_its_place(mapped: np.ndarray, residency: str) -> np.ndarray:
     return mapped if residency == "disk" else np.array(mapped)
 
 
-def _readable(
-    listing: Source, records: Sequence[Record], max_unreadable: float
-) -> tuple[Source, Int[np.ndarray, " n"], list[Unreadable]]:
-    """The examples that can be read, their positions in the listing, and the others.
-
-    Raises:
-      DataError: Too many cannot be read.
-    """
-    unreadable = [
-        Unreadable(example_id, record.error)
-        for example_id, record in zip(listing.ids, records, strict=True)
-        if record.error is not None
-    ]
-    if len(unreadable) > max_unreadable * len(listing) or len(unreadable) == len(listing):
-        shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:3])
-        raise DataError(
-            f"{listing.name}: {len(unreadable):,} of {len(listing):,} images cannot be read, more "
-            f"than data.max_unreadable = {max_unreadable:g} allows: {shown}"
-            f"{'; ...' if len(unreadable) > 3 else ''} "
-            f"(`python -m cnn_jax.inspect --source={listing.name}` lists them all)"
-        )
-    rows = np.array([row for row, record in enumerate(records) if record.error is None])
-    return listing.select(rows).without_empty_classes(), rows, unreadable
+def _check_readable(
+    listing: Source, unreadable: Sequence[Unreadable], max_unreadable: float
+) -> None:
+    """Raises DataError if too many examples cannot be read."""
+    if max_unreadable * len(listing) >= len(unreadable) < len(listing):
+        return
+    shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:3])
+    raise DataError(
+        f"{listing.name}: {len(unreadable):,} of {len(listing):,} images cannot be read, more "
+        f"than data.max_unreadable = {max_unreadable:g} allows: {shown}"
+        f"{'; ...' if len(unreadable) > 3 else ''} "
+        f"(`python -m cnn_jax.inspect --source={listing.name}` lists them all)"
+    )
 
 
 def check_trainable(dataset: Dataset) -> None:

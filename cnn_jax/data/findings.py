@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from cnn_jax.data.scan import Record
+from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.errors import printable
@@ -15,14 +15,6 @@ from cnn_jax.errors import printable
 # From when on a class is so much larger than another that balancing may pay.
 _IMBALANCE = 10
 _MAX_NAMED = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Unreadable:
-    """A file that should be an image and is none, and why."""
-
-    id: str
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

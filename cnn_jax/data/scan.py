@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar, runtime_checkable
 
+import numpy as np
+from jaxtyping import Int
+
 from cnn_jax.data import Track, cache, decode, no_track
 from cnn_jax.data.decode import Header, Pixels
 from cnn_jax.data.source import Source
@@ -45,6 +48,14 @@ class Record:
     pixels: str
     header: Header | None
     error: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """A file that should be an image and is none, and why."""
+
+    id: str
+    reason: str
 
 
 def examine(encoded: bytes, max_pixels: int) -> tuple[Record, Pixels | None]:
@@ -188,6 +199,22 @@ def _remember(source: Source, max_pixels: int, records: Sequence[Record | None])
 def _key(source: Source, max_pixels: int) -> str:
     text = f"{_VERSION} {decode.VERSION} {max_pixels} {source.name}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def readable(
+    listing: Source, records: Sequence[Record]
+) -> tuple[Source, Int[np.ndarray, " n"], list[Unreadable]]:
+    """The examples that can be read, their positions in the listing, and the others."""
+    unreadable = [
+        Unreadable(example_id, record.error)
+        for example_id, record in zip(listing.ids, records, strict=True)
+        if record.error is not None
+    ]
+    rows = np.flatnonzero([record.error is None for record in records])
+    source = listing.select(rows)
+    if len(rows):  # Else there would be no class at all.
+        source = source.without_empty_classes()
+    return source, rows, unreadable
 
 
 def pixels_key(records: Sequence[Record], preprocessing: Preprocessing) -> str:

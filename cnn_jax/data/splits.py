@@ -1,20 +1,73 @@
 """Which example belongs to which split."""
 
+import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from cnn_jax.data.source import Source
 from cnn_jax.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
 RULES = ("stable", "exact")
 
 _PLACEHOLDER = re.compile(r"\{\w+\}|\*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """What decides which example is in which split, apart from the examples.
+
+    Attributes:
+      fractions: Shares of train, validation and test.
+      seed: Of the division.
+      rule: One of `RULES`.
+      group: A pattern of `group_names`, or "".
+      keep_splits: Whether the splits that a data set has already are kept.
+    """
+
+    fractions: tuple[float, float, float] = (0.7, 0.2, 0.1)
+    seed: int = 0
+    rule: str = "stable"
+    group: str = ""
+    keep_splits: bool = True
+
+    @classmethod
+    def from_config(cls, data: Any, seed: int) -> "Division":
+        """From the `data` section of a configuration and the run's seed."""
+        return cls(tuple(data.split), seed, data.stratify, data.group, data.keep_splits)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Division":
+        """From what `dataclasses.asdict` made of it, by way of JSON."""
+        return cls(**{**fields, "fractions": tuple(fields["fractions"])})
+
+    def of(self, source: Source, contents: list[str]) -> dict[str, Int[np.ndarray, " _"]]:
+        """The positions of each split.
+
+        Args:
+          source: The examples.
+          contents: Of each example, the same for equal images.
+
+        Raises:
+          DataError: The pattern does not describe an id.
+        """
+        return divide(
+            source.ids,
+            source.labels,
+            self.fractions,
+            self.seed,
+            rule=self.rule,
+            groups=group_names(source.ids, self.group, source.name) if self.group else None,
+            contents=contents,
+            own_splits=source.own_splits if self.keep_splits else None,
+        )
 
 
 def divide(

@@ -1,34 +1,38 @@
 """What is in a data set, in numbers: one pass over all images, and images that look alike.
 
-Two images are near duplicates if their perceptual hashes differ in few bits, and
-so are those that a chain of near duplicates joins. The hash sees the coarse
-lightness alone: it is blind to colour, and of images without structure it says
-little. So near duplicates are for a person to look at, and change nothing.
+Two images are near duplicates if their perceptual hashes differ in few bits and
+their 8 x 8 thumbnails in few grey levels, and so are those that a chain of near
+duplicates joins. (The hash alone is blind to colour, and of images without
+structure it says little.) They are for a person to look at, and change nothing.
 """
 
 import dataclasses
 import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Int64, UInt64
+from jaxtyping import Float, Int, Int64, UInt8, UInt64
 from PIL import Image
 
 from cnn_jax.data import Track, no_track, scan
-from cnn_jax.data.dataset import Division
 from cnn_jax.data.decode import Header, Pixels
-from cnn_jax.data.findings import Findings, Unreadable, find, split_numbers
+from cnn_jax.data.findings import Findings, count, find, split_numbers
 from cnn_jax.data.scan import Record
 from cnn_jax.data.source import Source
-from cnn_jax.data.splits import SPLITS, group_names
-from cnn_jax.errors import DataError
+from cnn_jax.data.splits import SPLITS, Division, group_names
+from cnn_jax.errors import DataError, printable
 from cnn_jax.preprocessing import MAX_PIXELS
 
 # Bits of 64 in which the hashes of near duplicates may differ.
 NEAR_DISTANCE = 4
+# Mean difference, in grey levels, that the thumbnails of near duplicates may have:
+# that of encoding anew, and a share of the picture's own contrast.
+_NOISE, _SHARE_OF_CONTRAST = 1.0, 0.25
+_THUMBNAIL = (8, 8)
 # With more, most images of any data set would be near each other.
 MAX_DISTANCE = 12
 _HASH_BITS = 64
@@ -86,6 +90,19 @@ class Survey:
     def counts(self) -> Int[np.ndarray, "classes 3"]:
         """Images of each class in train, validation and test."""
         return np.stack([self.findings.counts[split] for split in SPLITS], axis=1)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What endangers the result, a sentence each that names the fix."""
+        divided = [cluster for cluster in self.near if cluster.different_splits]
+        if not divided or self.division.group:
+            return self.findings.warnings()
+        names = ", ".join(printable(self.source.ids[i]) for i in self.varied(divided[0])[:2])
+        return [
+            *self.findings.warnings(),
+            f"{count(len(divided), 'set')} of images that look alike lie in different splits, such "
+            f"as {names}: if they belong together, data.group can keep them together",
+        ]
 
     @property
     def mean(self) -> list[float] | None:
@@ -187,7 +204,7 @@ class Survey:
             "near_duplicates": self._described(self.near),
             "ignored": source.ignored,
             "remarks": source.remarks,
-            "warnings": findings.warnings(),
+            "warnings": self.warnings,
         }
 
     def _described(self, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
@@ -232,20 +249,12 @@ def survey(
     """
     if division.group:  # Rather now than after the pass.
         group_names(listing.ids, division.group, listing.name)
-    records, hashes, levels = _pass(listing, max_pixels, track)
-    unreadable = [
-        Unreadable(example_id, record.error)
-        for example_id, record in zip(listing.ids, records, strict=True)
-        if record.error is not None
-    ]
-    rows = np.flatnonzero([record.error is None for record in records])
-    source = listing.select(rows)
-    if len(rows):  # Else there would be no class at all.
-        source = source.without_empty_classes()
+    records, hashes, thumbnails, levels = _pass(listing, max_pixels, track)
+    source, rows, unreadable = scan.readable(listing, records)
     records = [records[row] for row in rows]
-    splits = division.of(source, records)
+    splits = division.of(source, [record.pixels for record in records])
     findings = find(source, records, splits, unreadable)
-    alike = _groups(near_components(hashes[rows], distance))
+    alike = _groups(near_components(hashes[rows], thumbnails[rows], distance))
     return Survey(
         findings=findings,
         division=division,
@@ -264,33 +273,46 @@ def survey(
 
 def _pass(
     listing: Source, max_pixels: int, track: Track
-) -> tuple[list[Record], UInt64[np.ndarray, " n"], Int64[np.ndarray, "3 256"]]:
-    """Of each example the record and the hash (0 if it is unreadable), of all the grey levels."""
+) -> tuple[
+    list[Record],
+    UInt64[np.ndarray, " n"],
+    UInt8[np.ndarray, "n 192"],
+    Int64[np.ndarray, "3 256"],
+]:
+    """Of each example the record, the hash and the thumbnail; of all the grey levels.
+
+    Hash and thumbnail of an unreadable example are 0.
+    """
     import imagehash  # noqa: F401  Once, before the threads do.
 
-    def work(row: int) -> tuple[Record, int, np.ndarray | None]:
+    def work(row: int) -> tuple[Record, int, np.ndarray, np.ndarray] | Record:
         try:
             encoded = scan.read_example(listing, row, max_pixels)
         except DataError as error:
-            return Record("", "", None, str(error)), 0, None
+            return Record("", "", None, str(error))
         record, pixels = scan.examine(encoded, max_pixels)
         if pixels is None:
-            return record, 0, None
+            return record
+        image = Image.fromarray(pixels)
         # Pillow counts outside Python's lock, and many times faster than NumPy.
-        levels = np.array(Image.fromarray(pixels).histogram(), np.int64)
-        return record, perceptual_hash(pixels), levels
+        levels = np.array(image.histogram(), np.int64)
+        thumbnail = np.asarray(image.resize(_THUMBNAIL, Image.Resampling.BOX)).ravel()
+        return record, perceptual_hash(pixels), thumbnail, levels
 
     rows = range(len(listing))
     records: list[Record] = []
     hashes = np.zeros(len(listing), np.uint64)
+    thumbnails = np.zeros((len(listing), math.prod(_THUMBNAIL) * 3), np.uint8)
     levels = np.zeros(3 * _LEVELS, np.int64)
     results = track(scan.on_all_cores(work, rows), "reading images", len(rows))
-    for row, (record, hash_, levels_of_image) in enumerate(results):
+    for row, result in enumerate(results):
+        if isinstance(result, Record):
+            records.append(result)
+            continue
+        record, hashes[row], thumbnails[row], levels_of_image = result
         records.append(record)
-        hashes[row] = hash_
-        if levels_of_image is not None:
-            levels += levels_of_image
-    return records, hashes, levels.reshape(3, _LEVELS)
+        levels += levels_of_image
+    return records, hashes, thumbnails, levels.reshape(3, _LEVELS)
 
 
 def perceptual_hash(pixels: Pixels) -> int:
@@ -305,33 +327,44 @@ def perceptual_hash(pixels: Pixels) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def near_components(hashes: UInt64[np.ndarray, " n"], distance: int) -> Int[np.ndarray, " n"]:
-    """Numbers the parts into which chains of near hashes join all hashes.
+def near_components(
+    hashes: UInt64[np.ndarray, " n"], thumbnails: UInt8[np.ndarray, "n 192"], distance: int
+) -> Int[np.ndarray, " n"]:
+    """Numbers the parts into which chains of near images join all images.
 
     Args:
       hashes: 64 bits each.
-      distance: Two hashes are near if they differ in at most so many bits.
+      thumbnails: Grey levels of each image reduced to 8 x 8, R G B.
+      distance: Two images are near if their hashes differ in at most so many bits,
+        and their thumbnails on average by little, measured by their contrast.
 
     Returns:
-      The number of each hash's part.
+      The number of each image's part.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    unique, inverse = np.unique(hashes, return_inverse=True)
-    part = np.arange(len(unique))
+    # Copies, and all images of one colour, are compared once.
+    both = np.concatenate([hashes[:, np.newaxis].view(np.uint8), thumbnails], axis=1)
+    _, first_of, inverse = np.unique(both, axis=0, return_index=True, return_inverse=True)
+    hashes, thumbnails = hashes[first_of], thumbnails[first_of]
+    part = np.arange(len(hashes))
+    contrast = thumbnails.reshape(-1, math.prod(_THUMBNAIL), 3).std(axis=1).mean(axis=1)
+    tolerance = _NOISE + _SHARE_OF_CONTRAST * contrast
 
     def join(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
         first, second = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
         edges = (np.ones(len(first), bool), (part[first], part[second]))
-        graph = coo_array(edges, shape=(len(unique), len(unique)))
+        graph = coo_array(edges, shape=(len(hashes), len(hashes)))
         part[:] = connected_components(graph, directed=False)[1][part]
 
     waiting: list[tuple[np.ndarray, np.ndarray]] = []
     number = 0
-    for pair in near_pairs(unique, distance):
-        waiting.append(pair)
-        number += len(pair[0])
+    for first, second in near_pairs(hashes, distance):
+        apart = np.abs(thumbnails[first].astype(np.int16) - thumbnails[second]).mean(axis=1)
+        is_near = apart <= np.minimum(tolerance[first], tolerance[second])
+        waiting.append((first[is_near], second[is_near]))
+        number += int(is_near.sum())
         if number > _BLOCK:  # Of very many pairs, only what they join is kept.
             join(waiting)
             waiting, number = [], 0
@@ -350,7 +383,7 @@ def near_pairs(
     shares several bands comes several times.
 
     Args:
-      hashes: All different.
+      hashes: 64 bits each.
       distance: At least 0, at most 63.
 
     Yields:

@@ -344,7 +344,9 @@ def _plot_aspect_ratios(survey: Survey, axes: Axes, theme: _Theme) -> None:
     reach = max(np.abs(ratios).max() * 1.05, 0.5)
     axes.hist(ratios, np.linspace(-reach, reach, 42), color=theme.accent)
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value:.3g}"))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{2**value:.{2 if value < 0 else 3}g}")
+    )
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(_thousands())
     axes.grid(visible=False, axis="x")

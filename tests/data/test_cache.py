@@ -36,7 +36,7 @@ def test_what_is_published_can_be_opened(folder):
 
 
 def test_what_is_not_published_leaves_nothing(folder):
-    with pytest.raises(KeyboardInterrupt), PixelFile(5, (2, 3)) as file:
+    with pytest.raises(KeyboardInterrupt), PixelFile(5, (2, 3)) as file:  # noqa: PT012
         _fill(file, 3)
         raise KeyboardInterrupt
     assert list((folder / "pixels").iterdir()) == []

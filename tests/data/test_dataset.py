@@ -8,13 +8,9 @@ from conftest import write_images
 from PIL import Image
 
 from cnn_jax.data import dataset as datasets
-from cnn_jax.data.dataset import (
-    Division,
-    check_trainable,
-    choose_residency,
-    open_dataset,
-)
+from cnn_jax.data.dataset import check_trainable, choose_residency, open_dataset
 from cnn_jax.data.files import open_csv, open_folder
+from cnn_jax.data.splits import Division
 from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import Preprocessing
 

@@ -27,8 +27,9 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from cnn_jax.data import decode
-from cnn_jax.data.dataset import Division, open_dataset
+from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
+from cnn_jax.data.splits import Division
 from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import Preprocessing
 from cnn_jax.train import train_and_evaluate
@@ -509,7 +510,8 @@ import json, os, pathlib, sys
 opened = []
 sys.addaudithook(lambda event, args: event == "open" and opened.append(args[0]))
 
-from cnn_jax.data.dataset import Division, open_dataset
+from cnn_jax.data.dataset import open_dataset
+from cnn_jax.data.splits import Division
 from cnn_jax.data.files import open_folder
 from cnn_jax.data.scan import scan
 from cnn_jax.preprocessing import Preprocessing
@@ -586,7 +588,8 @@ import json, os, sys
 
 from PIL import Image
 
-from cnn_jax.data.dataset import Division, open_dataset
+from cnn_jax.data.dataset import open_dataset
+from cnn_jax.data.splits import Division
 from cnn_jax.data.files import open_folder
 from cnn_jax.preprocessing import Preprocessing
 

@@ -1,8 +1,9 @@
 import numpy as np
 from PIL import Image
 
-from cnn_jax.data.dataset import Division, open_dataset
+from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
+from cnn_jax.data.splits import Division
 from cnn_jax.preprocessing import Preprocessing
 
 

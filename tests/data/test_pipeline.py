@@ -6,8 +6,8 @@ import pytest
 
 from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
-from cnn_jax.data.pipeline import Loader, evaluation_batches, training_batches
 from cnn_jax.data.files import open_folder
+from cnn_jax.data.pipeline import Loader, evaluation_batches, training_batches
 from cnn_jax.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(image_size=(12, 16))

@@ -194,9 +194,7 @@ def test_equal_images_of_two_classes_stay_together():
     labels = np.repeat([0, 1], 30)
     contents = [f"{i % 30}" for i in range(60)]
     for rule in RULES:
-        split_of = _split_of(
-            ids, divide(ids, labels, FRACTIONS, 0, rule=rule, contents=contents)
-        )
+        split_of = _split_of(ids, divide(ids, labels, FRACTIONS, 0, rule=rule, contents=contents))
         assert all(split_of[str(i)] == split_of[str(i + 30)] for i in range(30))
 
 

@@ -11,10 +11,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from cnn_jax.data import survey as survey_module
-from cnn_jax.data.dataset import Division
 from cnn_jax.data.files import open_folder
-from cnn_jax.data.scan import Record
 from cnn_jax.data.sources import open_source
+from cnn_jax.data.splits import Division
 from cnn_jax.data.survey import near_components, near_pairs, perceptual_hash, survey
 from cnn_jax.errors import ConfigError, DataError
 
@@ -54,6 +53,11 @@ def _near_by_brute_force(hashes, distance):
     }
 
 
+def _no_thumbnails(hashes):
+    """Thumbnails by which all images look alike."""
+    return np.zeros((len(hashes), 192), np.uint8)
+
+
 @given(_hashes(), st.integers(0, 12))
 def test_near_pairs_are_those_of_brute_force(hashes, distance):
     hashes = np.unique(hashes)
@@ -68,7 +72,7 @@ def test_components_are_those_of_brute_force(hashes, distance):
     pairs = np.array(sorted(_near_by_brute_force(hashes, distance)), int).reshape(-1, 2)
     graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(hashes),) * 2)
     _, expected = connected_components(graph, directed=False)
-    found = near_components(hashes, distance)
+    found = near_components(hashes, _no_thumbnails(hashes), distance)
     np.testing.assert_array_equal(
         found[:, np.newaxis] == found, expected[:, np.newaxis] == expected
     )
@@ -76,13 +80,29 @@ def test_components_are_those_of_brute_force(hashes, distance):
 
 def test_blocks_change_nothing(monkeypatch):
     hashes = np.random.default_rng(0).integers(0, 2**12, 500).astype(np.uint64) << np.uint64(30)
-    whole = near_components(hashes, 1)
+    whole = near_components(hashes, _no_thumbnails(hashes), 1)
     monkeypatch.setattr(survey_module, "_BLOCK", 7)
-    np.testing.assert_array_equal(near_components(hashes, 1), whole)
+    np.testing.assert_array_equal(near_components(hashes, _no_thumbnails(hashes), 1), whole)
 
 
 def test_no_hashes_have_no_components():
-    assert len(near_components(np.zeros(0, np.uint64), 4)) == 0
+    none = np.zeros(0, np.uint64)
+    assert len(near_components(none, _no_thumbnails(none), 4)) == 0
+
+
+def test_images_of_near_hashes_are_near_if_they_look_alike():
+    rng = np.random.default_rng(0)
+    rich = rng.integers(60, 200, 192)
+    flat = np.full(192, 40)
+    looks = [rich, rich + 8, rich[::-1], flat, flat + 1, flat + 8]
+    thumbnails = np.array(looks, np.uint8)
+    parts = near_components(np.zeros(len(looks), np.uint64), thumbnails, 4)
+    np.testing.assert_array_equal(parts[:, np.newaxis] == parts, _blocks([2, 1, 2, 1]))
+
+
+def _blocks(sizes):
+    parts = np.repeat(np.arange(len(sizes)), sizes)
+    return parts[:, np.newaxis] == parts
 
 
 def test_the_hash_is_that_of_imagehash():
@@ -120,7 +140,7 @@ def mixed_folder(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     _save(_photo(21, (64, 32)), tmp_path / "dog" / "turned.jpg", exif=exif)
-    (tmp_path / "dog" / "empty.png").write_bytes(b"")
+    (tmp_path / "cat" / "0 empty.png").write_bytes(b"")
     (tmp_path / "dog" / "notes.txt").write_text("no image")
     return tmp_path
 
@@ -145,7 +165,7 @@ def test_everything_is_counted(mixed_folder):
     assert found["aspect_ratio"]["max"] == 1.5
     assert found["formats"] == {"PNG": 6, "JPEG": 5, "BMP": 1, "WEBP": 1}
     assert found["modes"] == {"RGB": 12, "L": 1}
-    assert found["unreadable"] == [{"id": "dog/empty.png", "reason": "is empty"}]
+    assert found["unreadable"] == [{"id": "cat/0 empty.png", "reason": "is empty"}]
     assert found["rotated"] == [{"id": "dog/turned.jpg", "orientation": 6}]
     assert found["ignored"] == {"not images": 1}
 
@@ -195,8 +215,7 @@ def test_varied_images_show_each_class_first(mixed_folder):
 def test_the_division_is_that_of_training(image_folder):
     source = open_source(f"folder:{image_folder}")
     found = survey(source, Division(seed=3))
-    records = [Record("", f"{i}", None, None) for i in range(len(source))]
-    expected = Division(seed=3).of(source, records)
+    expected = Division(seed=3).of(source, [str(i) for i in range(len(source))])
     for split, indices in expected.items():
         np.testing.assert_array_equal(found.findings.splits[split], indices)
 
