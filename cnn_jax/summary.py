@@ -69,7 +69,7 @@ def _residency(dataset: Dataset) -> str:
         who = count(workers, "process", "processes") if workers else "threads"
         return f"decoded each time by {who}"
     assert dataset.loader.pixels is not None
-    size = f"{dataset.loader.pixels.nbytes / 1e6:,.0f} MB"
+    size = f"{dataset.loader.pixels.nbytes / 1e6:,.1f} MB"
     place = {"disk": "on disk", "memory": "in memory", "device": "on the device"}
     return f"decoded once, {size} {place[dataset.residency]}"
 

@@ -91,7 +91,7 @@ def open_dataset(
         ),
         splits=splits,
         fingerprint=fingerprint(source, [record.digest for record in records]),
-        findings=find(source, records, splits, unreadable),
+        findings=find(source, records, division, splits, unreadable),
         residency=residency,
     )
 

@@ -9,12 +9,14 @@ from jaxtyping import Int
 
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source
-from cnn_jax.data.splits import SPLITS
+from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.errors import printable
 
 # From when on a class is so much larger than another that balancing may pay.
 _IMBALANCE = 10
 _MAX_NAMED = 3
+# Of fewer images, half is no different from chance.
+_SHARE_TO_SPEAK_OF = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,6 +25,7 @@ class Findings:
 
     Attributes:
       source: The readable examples.
+      division: What divided them.
       splits: Their positions by split.
       unreadable: The examples that are left out.
       rotated: Positions of images that EXIF turns.
@@ -31,6 +34,7 @@ class Findings:
     """
 
     source: Source
+    division: Division
     splits: Mapping[str, Int[np.ndarray, " _"]]
     unreadable: list[Unreadable]
     rotated: list[int]
@@ -119,12 +123,26 @@ class Findings:
                     + ("they cannot be learned" if split == "train" else "they count 0 there")
                     + "; add some, from other groups if data.group is set"
                 )
+        if uneven := self._uneven():
+            found.append(
+                f"the hash happens to give {_some(uneven)} less than half of their share: "
+                "data.stratify=exact divides evenly"
+            )
         if self.imbalance >= _IMBALANCE:
             found.append(
                 f"the largest class has {self.imbalance:.0f} times the images of the smallest: "
                 "train.balance=sampling or train.balance=loss makes up for it"
             )
         return found
+
+    def _uneven(self) -> list[str]:
+        """Classes of which a split has less than half of its share, where that can be mended."""
+        if self.division.rule != "stable" or self.division.group or any(self.source.own_splits):
+            return []
+        counts = np.stack([self.counts[split] for split in SPLITS], axis=1)
+        shares = counts.sum(axis=1, keepdims=True) * np.array(self.division.fractions)
+        is_uneven = ((counts < shares / 2) & (shares >= _SHARE_TO_SPEAK_OF)).any(axis=1)
+        return [self._class(label) for label in np.flatnonzero(is_uneven)]
 
     def _class(self, label: np.intp) -> str:
         return printable(self.source.class_names[label])
@@ -136,6 +154,7 @@ class Findings:
 def find(
     source: Source,
     records: Sequence[Record],
+    division: Division,
     splits: Mapping[str, Int[np.ndarray, " _"]],
     unreadable: list[Unreadable],
 ) -> Findings:
@@ -147,7 +166,7 @@ def find(
         if record.header is not None and record.header.orientation != 1:
             rotated.append(position)
     copies = [group for group in equal.values() if len(group) > 1]
-    return Findings(source, splits, unreadable, rotated, copies, list(source.remarks))
+    return Findings(source, division, splits, unreadable, rotated, copies, list(source.remarks))
 
 
 def split_numbers(

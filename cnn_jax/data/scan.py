@@ -140,11 +140,11 @@ def scan(
                 resized = decode.resize(pixels, size)
             sink.write(row, resized)
 
-    try:
-        for _ in track(on_all_cores(work, rows), "reading images", len(rows)):
-            pass
-    finally:  # Also after Ctrl-C: what is known need not be found out again.
-        if rows:
+    if rows:
+        try:
+            for _ in track(on_all_cores(work, rows), "reading images", len(rows)):
+                pass
+        finally:  # Also after Ctrl-C: what is known need not be found out again.
             _remember(source, preprocessing.max_pixels, known)
     return [record for record in known if record is not None]
 

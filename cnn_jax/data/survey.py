@@ -62,7 +62,6 @@ class Survey:
 
     Attributes:
       findings: The readable source, its splits, and what endangers the result.
-      division: What divided it.
       max_pixels: Largest width times height of an image that was decoded.
       headers: Of each readable image.
       levels: int64 [3, 256], how many pixels of all images have each grey level, for
@@ -74,7 +73,6 @@ class Survey:
     """
 
     findings: Findings
-    division: Division
     max_pixels: int
     headers: list[Header]
     levels: Int64[np.ndarray, "3 256"]
@@ -85,6 +83,10 @@ class Survey:
     @property
     def source(self) -> Source:
         return self.findings.source
+
+    @property
+    def division(self) -> Division:
+        return self.findings.division
 
     @property
     def counts(self) -> Int[np.ndarray, "classes 3"]:
@@ -253,11 +255,10 @@ def survey(
     source, rows, unreadable = scan.readable(listing, records)
     records = [records[row] for row in rows]
     splits = division.of(source, [record.pixels for record in records])
-    findings = find(source, records, splits, unreadable)
+    findings = find(source, records, division, splits, unreadable)
     alike = _groups(near_components(hashes[rows], thumbnails[rows], distance))
     return Survey(
         findings=findings,
-        division=division,
         max_pixels=max_pixels,
         headers=[record.header for record in records if record.header is not None],
         levels=levels,

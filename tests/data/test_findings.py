@@ -75,3 +75,20 @@ def test_equal_images_that_the_division_keeps_together_are_no_leak(tmp_path):
     findings = _find(tmp_path)
     assert len(findings.conflicts) == len(findings.copies) > 0
     assert findings.leaks == []
+
+
+def test_shares_that_chance_made_uneven_are_a_warning(tmp_path):
+    for i in range(80):
+        _write(tmp_path, f"{'ab'[i % 2]}/{i}.png", i)
+    listing = open_folder(tmp_path)
+
+    def warnings(**options):
+        preprocessing = Preprocessing(image_size=(8, 8))
+        return open_dataset(listing, Division(**options), preprocessing).findings.warnings()
+
+    said = {seed: warnings(seed=seed) for seed in range(12)}
+    assert any(said.values())
+    assert not all(said.values())
+    for seed, found in said.items():
+        assert all("data.stratify=exact divides evenly" in warning for warning in found)
+        assert warnings(seed=seed, rule="exact") == []
