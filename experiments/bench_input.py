@@ -4,15 +4,18 @@
 
 Prints images a second from JPEG files to augmented uint8 batches of 32, for the
 JPEGs of FOLDER (class/image.jpg; by default the embedded shapes) and for
-pictures of 500 x 375 pixels made of them, at 224 x 224 and 64 x 64. Beside it
-stand the ratio to the better of the two peers that decode each time, and the
-peak memory of all processes together (proportional set size, which counts what
-was read of a memory-mapped cache as well).
+pictures of 500 x 375 pixels made of them, at 224 x 224 and 64 x 64: medians of
+--repetitions, in turn. Beside it stand the ratio to the better of the two peers
+that decode each time, and the peak memory of all processes together, from a run
+of its own (proportional set size: it counts what was read of a memory-mapped
+cache, which the system can take back). It takes about half an hour.
 
-Each measurement is a process of its own, whose start is not counted. All flip
-with probability 1/2, rotate by up to 0.2 of a turn, and change zoom and contrast
-by up to 0.2. PyTorch does it with Pillow in its worker processes, tf.data in the
-threads of one process, cnn_jax in worker processes or in two threads or more.
+Each measurement is a process, whose start is not counted. All flip with
+probability 1/2, rotate by up to 0.2 of a turn, and change zoom and contrast by up
+to 0.2; tf.data and cnn_jax reflect the picture at its edges, Pillow leaves black.
+PyTorch and cnn_jax decode in as many worker processes, cnn_jax in threads as well
+(and in as many processes as it would take itself, if that is another number),
+tf.data in the threads of one process.
 """
 
 import argparse
@@ -33,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator
+from typing import IO
 
 import numpy as np
 import psutil  # type: ignore[import-not-found]
@@ -106,6 +110,8 @@ def cnn_jax_batches(pipeline: Pipeline, folder: str, side: int) -> Generator[obj
         residency=pipeline.residency,
         workers=pipeline.workers,
     )
+    if dataset.residency != pipeline.residency:
+        sys.exit("the temporary folder has no room for the cache; choose another with TMPDIR")
     with training_batches(
         dataset.loader,
         np.arange(len(dataset.source)),
@@ -142,10 +148,12 @@ class PillowDataset:
         with Image.open(self._paths[index]) as file:
             image = file.convert("RGB").resize(side, Image.Resampling.BILINEAR)
         image = image.transform(side, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-        pixels = np.asarray(image, np.float32)
+        pixels = np.array(image, np.float32)
         mean = pixels.mean((0, 1))
-        pixels = (pixels - mean) * np.float32(1 + CONTRAST * contrast) + mean
-        return torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8))
+        pixels -= mean
+        pixels *= 1 + CONTRAST * contrast
+        pixels += mean
+        return torch.from_numpy(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 
 
 def torch_batches(pipeline: Pipeline, folder: str, side: int) -> Generator[object, None, None]:
@@ -257,21 +265,37 @@ def write_pictures(images: pathlib.Path, folder: pathlib.Path) -> None:
         picture.save(file, quality=90)
 
 
-def measure(pipeline: Pipeline, folder: str, side: int, seconds: float) -> tuple[float, float]:
-    """Images a second, and peak megabytes, in a process of its own."""
-    arguments = json.dumps([dataclasses.asdict(pipeline), folder, side, seconds])
-    command = [sys.executable, __file__, f"--measure={arguments}"]
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=output, stderr=errors)
-        peak = 0
+def measure_speed(pipeline: Pipeline, folder: str, side: int, seconds: float) -> float:
+    """Images a second, in a process of its own."""
+    with _measuring(pipeline, folder, side, seconds) as (process, output):
+        process.wait()
+        output.seek(0)
+        return float(output.read() or math.nan)
+
+
+def measure_memory(pipeline: Pipeline, folder: str, side: int, seconds: float) -> float:
+    """Peak megabytes, in a process of its own, which looking at it slows down."""
+    peak = 0
+    with _measuring(pipeline, folder, side, seconds) as (process, _):
         while process.poll() is None:
             peak = max(peak, _memory(process.pid))
             time.sleep(SECONDS_BETWEEN_SAMPLES)
-        output.seek(0)
-        errors.seek(0)
+    return peak / 1e6
+
+
+@contextlib.contextmanager
+def _measuring(
+    pipeline: Pipeline, folder: str, side: int, seconds: float
+) -> Generator[tuple[subprocess.Popen, IO[bytes]], None, None]:
+    """A new process of this script that measures, and what it prints; ends when that does."""
+    arguments = json.dumps([dataclasses.asdict(pipeline), folder, side, seconds])
+    command = [sys.executable, __file__, f"--measure={arguments}"]
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        with subprocess.Popen(command, stdout=output, stderr=errors) as process:
+            yield process, output
         if process.returncode:
+            errors.seek(0)
             sys.exit(f"{pipeline.name}: {errors.read().decode(errors='replace')}")
-        return float(output.read()), peak / 1e6
 
 
 def _measure_here(arguments: str) -> None:
@@ -292,6 +316,13 @@ def _memory(pid: int) -> int:
     return total
 
 
+def _progress(*words: object) -> None:
+    """Shows what is under way, in place of what was; nothing, at the end."""
+    if sys.stderr.isatty():
+        line = ", ".join(map(str, words))
+        print(f"\r{line:<79}\r", end="", file=sys.stderr, flush=True)
+
+
 def _print_header() -> None:
     distributions = importlib.metadata.packages_distributions()
     print(f"{os.cpu_count()} CPUs, Python {platform.python_version()}")
@@ -301,17 +332,20 @@ def _print_header() -> None:
 
 
 def _print_rows(
-    setting: str, rows: list[Pipeline], results: dict[Pipeline, list[tuple[float, float]]]
+    setting: str,
+    rows: list[Pipeline],
+    speeds: dict[Pipeline, list[float]],
+    peaks: dict[Pipeline, float],
 ) -> None:
-    speeds = {row: statistics.median(speed for speed, _ in results[row]) for row in results}
-    best = max((speeds[row] for row in speeds if row.is_peer), default=math.nan)
+    medians = {row: statistics.median(speeds[row]) for row in speeds}
+    best = max((medians[row] for row in medians if row.is_peer), default=math.nan)
     for row in rows:
-        if row not in results:
-            print(f"{setting}  {row.name:<24}  {'not installed':>13}")
-            continue
-        peak = statistics.median(peak for _, peak in results[row])
-        print(f"{setting}  {row.name:<24}  {speeds[row]:>8,.0f}", end="")
-        print(f"  {speeds[row] / best:>5.2f}  {peak:>7,.0f}")
+        start = f"{setting}  {row.name:<24}"
+        if row in medians:
+            ratio = medians[row] / best
+            print(f"{start}  {medians[row]:>8,.0f}  {ratio:>5.2f}  {peaks[row]:>7,.0f}")
+        else:
+            print(f"{start}  not installed")
 
 
 def main() -> None:
@@ -328,34 +362,34 @@ def main() -> None:
 
     rows = pipelines(flags.workers)
     installed = [row for row in rows if importlib.util.find_spec(row.kind)]
-    results = collections.defaultdict(lambda: collections.defaultdict(list))
+    speeds = collections.defaultdict(lambda: collections.defaultdict(list))
+    peaks = collections.defaultdict(dict)
     with tempfile.TemporaryDirectory() as temporary:
-        folders = {
-            "images": pathlib.Path(temporary, "images"),
-            "500 x 375": pathlib.Path(temporary, "pictures"),
-        }
-        write_images(f"folder:{flags.images}" if flags.images else "shapes", folders["images"])
-        write_pictures(*folders.values())
+        images, pictures = pathlib.Path(temporary, "images"), pathlib.Path(temporary, "pictures")
+        write_images(f"folder:{flags.images}" if flags.images else "shapes", images)
+        write_pictures(images, pictures)
         os.environ["CNN_JAX_CACHE"] = str(pathlib.Path(temporary, "cache"))
+        folders = {"images": str(images), "500 x 375": str(pictures)}
         settings = list(itertools.product(folders, SIDES))
-        for source, side in settings:  # Fill the cache.
-            measure(Pipeline("cnn_jax", "cnn_jax", "disk"), str(folders[source]), side, 0)
+        for source, side in settings:
+            _progress("filling the cache", source, side)
+            measure_speed(Pipeline("", "cnn_jax", "disk"), folders[source], side, 0)
+        for (source, side), row in itertools.product(settings, installed):
+            _progress("memory", source, side, row.name)
+            peak = measure_memory(row, folders[source], side, flags.seconds)
+            peaks[source, side][row] = peak
         for repetition in range(flags.repetitions):
-            for source, side in settings:
-                for row in installed:
-                    print(
-                        f"\r{repetition + 1}: {source}, {side}, {row.name:<24}",
-                        end="",
-                        file=sys.stderr,
-                    )
-                    result = measure(row, str(folders[source]), side, flags.seconds)
-                    results[source, side][row].append(result)
-    print(file=sys.stderr)
+            for (source, side), row in itertools.product(settings, installed):
+                _progress(f"speed, {repetition + 1}", source, side, row.name)
+                speed = measure_speed(row, folders[source], side, flags.seconds)
+                speeds[source, side][row].append(speed)
+    _progress()
 
     _print_header()
-    print(f"{'source':<9}  pixels  {'pipeline':<24}  {'images/s':>8}  ratio  peak MB")
-    for source, side in settings:
-        _print_rows(f"{source:<9}  {side:>6}", rows, results[source, side])
+    print(f"{'source':<9}  pixels  {'pipeline':<24}  images/s  ratio  peak MB")
+    for setting in settings:
+        source, side = setting
+        _print_rows(f"{source:<9}  {side:>6}", rows, speeds[setting], peaks[setting])
 
 
 if __name__ == "__main__":
