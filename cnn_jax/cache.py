@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Sequence
 
 from cnn_jax import cli
-from cnn_jax.data.cache import cache_dir
+from cnn_jax.data.cache import OWN_ENTRY, cache_dir
 
 
 def sizes(folder: pathlib.Path) -> dict[str, int]:
-    """Bytes below each entry of the cache folder."""
+    """Bytes below each entry of the cache folder that this package has made."""
     if not folder.is_dir():
         return {}
     return {
@@ -24,11 +24,12 @@ def sizes(folder: pathlib.Path) -> dict[str, int]:
             path.lstat().st_size for path in [entry, *entry.rglob("*")] if path.is_file()
         )
         for entry in sorted(folder.iterdir())
+        if OWN_ENTRY.match(entry.name)
     }
 
 
 def clear(folder: pathlib.Path) -> None:
-    """Removes everything in the cache folder, which stays.
+    """Removes what this package has made in the cache folder, and nothing else.
 
     Raises:
       OSError: Something cannot be removed.
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{size / 1e6:>12,.1f} MB  {folder / name}")
     if flags.clear:
         clear(folder)
-        print(f"removed everything in {folder}")
+        print(f"removed all of it from {folder}")
 
 
 if __name__ == "__main__":

@@ -109,28 +109,36 @@ class Checkpoints:
         Raises:
           TrainingError: The checkpoint is damaged, or of other data.
         """
+        self.check_data(fingerprint)
         state, epoch_metrics = jax.tree.map(ocp.utils.to_shape_dtype_struct, (state, epoch_metrics))
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(state),
-                    epoch_metrics=ocp.args.StandardRestore(epoch_metrics),
-                    progress=ocp.args.JsonRestore(),
-                ),
-            )
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise TrainingError(
-                f"{self._manager.directory / str(step)} cannot be restored ({error}); "
-                "use another --workdir to start anew"
-            ) from error
-        progress = restored["progress"]
+        restored = self._restore(
+            step,
+            state=ocp.args.StandardRestore(state),
+            epoch_metrics=ocp.args.StandardRestore(epoch_metrics),
+            progress=ocp.args.JsonRestore(),
+        )
+        return restored["state"], restored["epoch_metrics"], restored["progress"]["history"]
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raises TrainingError if there is a checkpoint, and it is of other data."""
+        step = self.latest_step()
+        if step is None:
+            return
+        progress = self._restore(step, progress=ocp.args.JsonRestore())["progress"]
         if progress["fingerprint"] != fingerprint:
             raise TrainingError(
                 f"the data has changed since the checkpoints in {self._manager.directory} were "
                 "made: bring the files back, or use another --workdir"
             )
-        return restored["state"], restored["epoch_metrics"], progress["history"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise TrainingError(
+                f"{self._manager.directory / str(step)} cannot be restored ({error}); "
+                "use another --workdir to start anew"
+            ) from error
 
     def close(self) -> None:
         """Waits for what is being saved."""

@@ -153,8 +153,13 @@ def resolve(config: Config) -> Config:
         resolved.data.image_size = image_size(config)
         if config.augment.place == "auto":
             # On a CPU, OpenCV works beside the step, which XLA would hold up.
-            on_host = jax.default_backend() == "cpu" and config.data.cache != "device"
-            resolved.augment.place = "host" if on_host else "device"
+            on_cpu = jax.default_backend() == "cpu"
+            resolved.augment.place = "host" if on_cpu else "device"
+        if resolved.augment.place == "host" and config.data.cache == "device":
+            raise ConfigError(
+                "config.data.cache: what is on the device can only be augmented there; "
+                "set augment.place=device too"
+            )
     return resolved
 
 
@@ -206,10 +211,6 @@ def validate(config: Config, num_devices: int) -> None:
             f"config.data.image_size: must be a multiple of {divisor}, so that "
             f"{len(values['model.features']) - 1} poolings can halve it, "
             f"got {values['data.image_size']!r}"
-        )
-    if values["data.cache"] == "device" and values["augment.place"] == "host":
-        raise ConfigError(
-            "config.augment.place: must be device or auto if data.cache is device, got 'host'"
         )
     if values["train.batch_size"] % num_devices:
         raise ConfigError(

@@ -204,8 +204,14 @@ def _prediction(probabilities: np.ndarray, class_names: list[str]) -> Prediction
     return Prediction(class_names[best], float(probabilities[best]), probabilities)
 
 
-def list_images(path: str | os.PathLike[str]) -> list[pathlib.Path]:
+def list_images(path: str | os.PathLike[str], allow_outside: bool = False) -> list[pathlib.Path]:
     """A file itself, or the image files anywhere below a folder, sorted.
+
+    What is left out of a folder is counted in a warning.
+
+    Args:
+      path: A file or a folder.
+      allow_outside: Whether links may lead out of the folder.
 
     Raises:
       DataError: There is no such file, or the folder has no images.
@@ -215,10 +221,13 @@ def list_images(path: str | os.PathLike[str]) -> list[pathlib.Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"--input: there is no file or folder {path}")
-    images = [path / file.path for file in files.list_images(path)[0]]
+    images, ignored = files.list_images(path, allow_outside)
+    left_out = files.describe_ignored(ignored)
     if not images:
-        raise DataError(f"--input: no image files below {path}")
-    return images
+        raise DataError(f"--input: no image files below {path}{left_out}")
+    if left_out:
+        logger.warning("%s: %d images%s", path, len(images), left_out)
+    return [path / image.path for image in images]
 
 
 def write_predictions(predictor: Predictor, paths: Sequence[pathlib.Path], file: IO[str]) -> int:
@@ -245,10 +254,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--bundle", required=True, type=path, help="the bundle, RUN/bundle")
     parser.add_argument("--input", required=True, type=path, help="an image, or a folder of them")
     parser.add_argument("--output", type=path, help="CSV file to write; stdout if not given")
+    parser.add_argument(
+        "--allow_outside", action="store_true", help="follow links out of the folder"
+    )
     flags = parser.parse_args(argv)
 
     predictor = Predictor.load(flags.bundle)
-    paths = list_images(flags.input)
+    paths = list_images(flags.input, flags.allow_outside)
     with cli.open_output(flags.output) as file:
         num_errors = write_predictions(predictor, paths, file)
     if num_errors:

@@ -35,7 +35,7 @@ def show_plan(
     sizes = {name: len(indices) for name, indices in dataset.splits.items()}
     lines = [
         f"{printable(source.name)}: {len(source):,} images of {len(source.class_names)} classes",
-        ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + _division(config),
+        ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + _division(config, dataset),
         f"{image_size[0]} x {image_size[1]} pixels, {_residency(dataset)}",
         *_class_table(dataset),
     ]
@@ -74,16 +74,19 @@ def _residency(dataset: Dataset) -> str:
     return f"decoded once, {size} {place[dataset.residency]}"
 
 
-def _division(config: Config) -> str:
+def _division(config: Config, dataset: Dataset) -> str:
     """What is special about the division, in words."""
-    return f"; {config.data.group} stays together" if config.data.group else ""
+    group = f"; {config.data.group} stays together" if config.data.group else ""
+    is_kept = config.data.keep_splits and any(dataset.source.own_splits)
+    return ("; as the data is divided already" if is_kept else "") + group
 
 
 def _balance(config: Config, dataset: Dataset) -> str:
     """What balancing does, in words."""
     counts = dataset.findings.counts["train"]
     names = dataset.source.class_names
-    least, most = counts.argmin(), counts.argmax()
+    present = np.flatnonzero(counts)  # The others cannot be learned, and a warning says so.
+    least, most = present[counts[present].argmin()], counts.argmax()
     rarest, commonest = printable(names[least]), printable(names[most])
     if config.train.balance == "loss":
         weights = balanced_weights(counts)

@@ -77,13 +77,13 @@ def train_and_evaluate(
     )
     dataset = _open_dataset(config, preprocessing, console)
     model = make_model(config.model.to_dict(), len(dataset.source.class_names), config.precision)
-    run_directory.write_config(workdir, config)
-    run_directory.write_unreadable(workdir, dataset.findings.unreadable)
-    show_plan(console, config, workdir, dataset, model)
-
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.monitor)
     with _interruption() as interrupted:
         with contextlib.closing(checkpoints):
+            checkpoints.check_data(dataset.fingerprint)  # Before anything is written.
+            run_directory.write_config(workdir, config)
+            run_directory.write_unreadable(workdir, dataset.findings.unreadable)
+            show_plan(console, config, workdir, dataset, model)
             variables = _train(config, workdir, dataset, model, checkpoints, console, interrupted)
         report = _write_results(config, workdir, dataset, variables, console, interrupted)
     show_results(workdir, report)
@@ -98,6 +98,7 @@ def _open_dataset(config: Config, preprocessing: Preprocessing, console: Console
     """
     data = config.data
     listing = open_source(data.source, console.track, data.allow_outside)
+    datasets.check_classes(listing)  # Rather now than after the scan.
     # Only what is augmented on the device can be there beforehand.
     device_bytes = sharding.accelerator_bytes() if config.augment.place == "device" else 0
     dataset = datasets.open_dataset(

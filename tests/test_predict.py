@@ -16,7 +16,7 @@ from cnn_jax import predict
 from cnn_jax.bundle import write_bundle
 from cnn_jax.errors import BundleError, DataError
 from cnn_jax.models import make_model
-from cnn_jax.predict import Predictor, predict_batch, preprocess_for_inference
+from cnn_jax.predict import Predictor, list_images, predict_batch, preprocess_for_inference
 from cnn_jax.preprocessing import Preprocessing
 
 
@@ -182,3 +182,17 @@ def test_importing_it_brings_no_training_code():
     heavy = ("tensorflow_datasets", "tensorflow", "optax", "orbax", "grain", "cv2", "matplotlib")
     training = ("cnn_jax.train", "cnn_jax.step", "cnn_jax.optimizer", "cnn_jax.data.pipeline")
     assert not set(modules) & {*heavy, *training}
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
+    Image.new("RGB", (4, 4)).save(tmp_path / "elsewhere.png")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "link.png").symlink_to("../elsewhere.png")
+    with pytest.raises(DataError, match=r"left out: 1 links out of the folder: .*--allow_outside"):
+        list_images(folder)
+    assert list_images(folder, allow_outside=True) == [folder / "link.png"]
+    Image.new("RGB", (4, 4)).save(folder / "a.png")
+    (folder / "notes.txt").write_text("x")
+    assert list_images(folder) == [folder / "a.png"]
+    assert "1 images (left out: 1 links out of the folder, 1 not images" in caplog.text

@@ -305,6 +305,7 @@ def test_on_the_device_as_on_the_host(image_folder, tmp_path):
 
 
 def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
+    jax.clear_caches()  # JAX counts all programs of one function, of other tests as well.
     made = []
     real = train._make_programs
 
@@ -552,3 +553,39 @@ def test_a_run_on_dirty_data_says_what_it_found(tmp_path, capfd):
     assert "\x1b" not in shown
     listed = (tmp_path / "run" / "report" / "unreadable.csv").read_text()
     assert listed == "id,reason\ngreen/bad\x1b[31m.jpg,is empty\n"
+
+
+def test_a_run_is_not_resumed_with_its_images_in_other_splits(image_folder, tmp_path):
+    rows = [f"{path},{path.parent.name}" for path in sorted(image_folder.rglob("*.png"))]
+    splits = ["train"] * 16 + ["validation"] * 2 + ["test"] * 2
+    table = tmp_path / "t.csv"
+
+    def write(splits):
+        lines = [f"{row},{split}" for row, split in zip(rows, splits * 3, strict=True)]
+        table.write_text("\n".join(["path,label,split", *lines]))
+
+    changes = {"data.source": f"csv:{table}", "data.allow_outside": True, "train.epochs": 1}
+    write(splits)
+    train_and_evaluate(_tiny(image_folder, **changes), tmp_path / "run")
+    write(splits[::-1])
+    with pytest.raises(TrainingError, match="the data has changed"):
+        train_and_evaluate(_tiny(image_folder, **changes), tmp_path / "run")
+
+
+def test_a_refused_resume_leaves_the_records_of_the_run_alone(finished, tmp_path):
+    workdir, config, _ = finished
+    write_images(tmp_path / "other", per_class=20, seed=1)
+    (tmp_path / "other" / "red" / "bad.png").write_bytes(b"x")
+    before = {
+        name: (workdir / name).read_bytes() for name in ("config.json", "report/unreadable.csv")
+    }
+    changed = config.copy_and_resolve_references()
+    changed.data.source, changed.data.max_unreadable = f"folder:{tmp_path / 'other'}", 0.5
+    with pytest.raises(TrainingError, match="the data has changed"):
+        train_and_evaluate(changed, workdir)
+    assert {name: (workdir / name).read_bytes() for name in before} == before
+
+
+def test_on_a_cpu_pixels_on_the_device_must_be_asked_for_in_full(image_folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"set augment\.place=device too"):
+        train_and_evaluate(_tiny(image_folder, **{"data.cache": "device"}), tmp_path / "run")

@@ -5,17 +5,24 @@ Everything here can be made again, so that all of it may be removed at any time:
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from cnn_jax.data.decode import Pixels
+
+# What this package puts into the folder, which may hold other things.
+OWN_ENTRY = re.compile(r"pixels$|scans$|\.?shapes-v\d+-seed")
+_A_DAY = 24 * 60 * 60  # Seconds.
 
 
 def cache_dir() -> pathlib.Path:
@@ -70,20 +77,38 @@ def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         aside.unlink(missing_ok=True)
 
 
-def open_pixels(key: str) -> np.ndarray | None:
+def open_pixels(key: str, count: int, image_size: tuple[int, int]) -> np.ndarray | None:
     """The array that `PixelFile` published under this key, memory-mapped, or None."""
-    path = _pixels_path(key)
     try:
-        return np.load(path, mmap_mode="r")
-    except FileNotFoundError:
+        pixels = np.load(_pixels_path(key), mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # Not there, or cut short by a crash of the machine.
         return None
-    except (OSError, ValueError):  # Cut short, by a crash of the machine.
-        path.unlink(missing_ok=True)
-        return None
+    is_whole = pixels.dtype == np.uint8 and pixels.shape == (count, *image_size, 3)
+    return pixels if is_whole else None
 
 
 def _pixels_path(key: str) -> pathlib.Path:
     return cache_dir() / "pixels" / f"{key}.npy"
+
+
+def _sweep(folder: pathlib.Path) -> None:
+    """Removes what killed processes have left."""
+    for path in folder.glob(".partial-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _A_DAY:
+                path.unlink()
+
+
+def _take_room(descriptor: int, start: int, length: int) -> None:
+    """Raises OSError if the disk has no room for so many bytes more."""
+    if not length:
+        return
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, start, length)
+        return
+    if length > free_bytes():  # macOS can only ask.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(descriptor, start + length)
 
 
 class PixelFile:
@@ -101,6 +126,7 @@ class PixelFile:
         self._row_bytes = image_size[0] * image_size[1] * 3
         folder = cache_dir() / "pixels"
         folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
         self._descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=folder)
         self._path = pathlib.Path(name)
         try:
@@ -112,8 +138,7 @@ class PixelFile:
             with os.fdopen(os.dup(self._descriptor), "wb") as file:
                 np.lib.format.write_array_header_2_0(file, description)
                 self._start = file.tell()
-            if count:
-                os.posix_fallocate(self._descriptor, self._start, count * self._row_bytes)
+            _take_room(self._descriptor, self._start, count * self._row_bytes)
         except BaseException:
             self.__exit__()
             raise

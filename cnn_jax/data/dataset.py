@@ -1,9 +1,12 @@
 """A data set, ready to be read: scanned, rid of what cannot be read, divided, and decoded once."""
 
+import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,16 +14,17 @@ from jaxtyping import Int, UInt8
 
 from cnn_jax.data import Track, cache, no_track, scan
 from cnn_jax.data.decode import Pixels
-from cnn_jax.data.findings import Findings, find
+from cnn_jax.data.findings import Findings, find, too_few_classes, too_unreadable
 from cnn_jax.data.pipeline import Loader, choose_workers
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source, fingerprint
 from cnn_jax.data.splits import Division
-from cnn_jax.errors import DataError, printable
+from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
+_CONTAINER_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 # Where pixels can live: decoded each time, memory-mapped from the cache on disk,
 # in memory, or on the device.
 RESIDENCIES = ("none", "disk", "memory", "device")
@@ -73,6 +77,7 @@ def open_dataset(
     Raises:
       DataError: Too many images cannot be read, or the data cannot be divided.
     """
+    division.check(listing)  # Rather now than after the scan.
     records, pixels = _scan(listing, preprocessing, residency, track)
     if pixels is None and residency != "none":
         residency = "none"  # The disk is full, and a warning has said so.
@@ -90,7 +95,7 @@ def open_dataset(
             workers=choose_workers(workers) if pixels is None else 0,
         ),
         splits=splits,
-        fingerprint=fingerprint(source, [record.digest for record in records]),
+        fingerprint=fingerprint(source, [record.digest for record in records], splits),
         findings=find(source, records, division, splits, unreadable),
         residency=residency,
     )
@@ -114,12 +119,24 @@ def choose_residency(
     """
     if requested != "auto":
         return requested
-    decoded = len(listing) * math.prod(preprocessing.image_size) * 3
+    decoded = _decoded_bytes(listing, preprocessing)
     if decoded <= device_bytes / 4:
         return "device"
-    if decoded <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4:
+    if decoded <= _memory_bytes() / 4:
         return "memory"
     return "disk" if decoded <= cache.free_bytes() / 2 else "none"
+
+
+def _decoded_bytes(listing: Source, preprocessing: Preprocessing) -> int:
+    return len(listing) * math.prod(preprocessing.image_size) * 3
+
+
+def _memory_bytes() -> int:
+    """Memory of the machine, or of the container if that is less."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # Not Linux, or not limited.
+        return min(installed, int(_CONTAINER_LIMIT.read_text()))
+    return installed
 
 
 class _InMemory:
@@ -142,60 +159,63 @@ def _scan(
     if residency == "none":
         return scan.scan(listing, preprocessing, None, track), None
     known = scan.known_records(listing, preprocessing.max_pixels)
-    records = [record for record in known if record is not None]
-    if len(records) == len(known):
-        pixels = cache.open_pixels(scan.pixels_key(records, preprocessing))
+    if 2 * known.count(None) < len(known):
+        # With a few looked at first, all the pixels may turn out to be there.
+        records = scan.scan(listing, preprocessing, None, track)
+        key, size = scan.pixels_key(records, preprocessing), preprocessing.image_size
+        pixels = cache.open_pixels(key, len(listing), size)
         if pixels is not None:
             return records, _in_its_place(pixels, residency)
-    size = preprocessing.image_size
+    return _decode_all(listing, preprocessing, residency, track)
+
+
+def _decode_all(
+    listing: Source, preprocessing: Preprocessing, residency: str, track: Track
+) -> tuple[list[Record], UInt8[np.ndarray, "n height width 3"] | None]:
+    """As `_scan`, when the pixels are not in the cache."""
     try:
-        with cache.PixelFile(len(listing), size) as file:
+        if _decoded_bytes(listing, preprocessing) > cache.free_bytes() / 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with cache.PixelFile(len(listing), preprocessing.image_size) as file:
             records = scan.scan(listing, preprocessing, file, track)
             pixels = file.publish(scan.pixels_key(records, preprocessing))
             return records, _in_its_place(pixels, residency)
     except OSError as error:
+        hint = "; python -m cnn_jax.cache --clear makes room" * (error.errno == errno.ENOSPC)
         logger.warning(
-            "decoded images cannot be kept in %s (%s); python -m cnn_jax.cache --clear makes room",
+            "decoded images cannot be kept in %s: %s%s",
             cache.cache_dir(),
             error.strerror or error,
+            hint,
         )
     if residency == "disk":
         return scan.scan(listing, preprocessing, None, track), None
-    sink = _InMemory(len(listing), size)
+    sink = _InMemory(len(listing), preprocessing.image_size)
     return scan.scan(listing, preprocessing, sink, track), sink.pixels
 
 
 def _in_its_place(mapped: np.ndarray, residency: str) -> np.ndarray:
-    return mapped if residency == "disk" else np.array(mapped)
+    return np.array(mapped) if residency == "memory" else mapped
 
 
 def _check_readable(
     listing: Source, unreadable: Sequence[Unreadable], max_unreadable: float
 ) -> None:
     """Raises DataError if too many examples cannot be read."""
-    if max_unreadable * len(listing) >= len(unreadable) < len(listing):
-        return
-    shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:3])
-    raise DataError(
-        f"{listing.name}: {len(unreadable):,} of {len(listing):,} images cannot be read, more "
-        f"than data.max_unreadable = {max_unreadable:g} allows: {shown}"
-        f"{'; ...' if len(unreadable) > 3 else ''} "
-        f"(`python -m cnn_jax.inspect --source={listing.name}` lists them all)"
-    )
+    if reason := too_unreadable(unreadable, len(listing), max_unreadable):
+        raise DataError(
+            f"{listing.name}: {reason} "
+            f"(`python -m cnn_jax.inspect --source={listing.name}` lists them all)"
+        )
+
+
+def check_classes(listing: Source) -> None:
+    """Raises DataError if there are fewer than two classes."""
+    if reason := too_few_classes(listing):
+        raise DataError(f"{listing.name}: {reason}")
 
 
 def check_trainable(dataset: Dataset) -> None:
     """Raises DataError if there are fewer than two classes, or a split is empty."""
-    source = dataset.source
-    if len(source.class_names) < 2:
-        raise DataError(
-            f"{source.name} has one class, {printable(source.class_names[0])}, and training needs "
-            "two or more: is each class a sub-folder of this folder?"
-        )
-    for name, indices in dataset.splits.items():
-        if not len(indices):
-            raise DataError(
-                f"{source.name}: no image is left for {name}; each class needs three images "
-                f"(or groups) or more, and these have {len(source)} images of "
-                f"{len(source.class_names)} classes"
-            )
+    if reason := dataset.findings.untrainable():
+        raise DataError(f"{dataset.source.name}: {reason}")

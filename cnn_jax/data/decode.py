@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -33,6 +34,10 @@ _MAX_SCANS = 100
 _START_OF_SCAN = b"\xff\xda"
 # A marker with a length behind it, or the one of the picture's end.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
+
+# Pixels from which on an image may take some hundred megabytes to decode.
+_LARGE = 8_000_000
+_LARGE_TURN = threading.Lock()
 
 # The underscores say that two images in one signature may differ in size.
 Pixels = UInt8[np.ndarray, "_height _width 3"]
@@ -78,7 +83,7 @@ def decode(
     Raises:
       DataError: The bytes are no image, a damaged one, or one too large.
     """
-    with _opened(encoded, max_pixels) as image:
+    with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image):
         return _decode_opened(image, encoded, at_least)
 
 
@@ -88,7 +93,7 @@ def decode_with_header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> tuple[He
     Raises:
       DataError: As `decode`.
     """
-    with _opened(encoded, max_pixels) as image:
+    with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image):
         # The orientation before Pillow turns the image and forgets it.
         file_format, mode, orientation = image.format or "", image.mode, _orientation(image)
         pixels = _decode_opened(image, encoded)
@@ -170,6 +175,12 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
         yield image
 
 
+def _one_large_at_a_time(image: Image.Image) -> contextlib.AbstractContextManager[object]:
+    """Holds back the other threads' large images, so that memory does not grow with cores."""
+    is_large = image.width * image.height > _LARGE
+    return _LARGE_TURN if is_large else contextlib.nullcontext()
+
+
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         # A tile is decoded in full, however small the image is.
@@ -190,8 +201,10 @@ def _explain_errors() -> Iterator[None]:
     """Turns what Pillow raises for bad images into a DataError."""
     try:
         yield
-    except (DataError, MemoryError):
+    except DataError:
         raise
+    except MemoryError as error:
+        raise DataError("needs more memory than there is") from error
     except Image.DecompressionBombError as error:
         raise DataError("has more pixels than any max_pixels allows") from error
     except Image.UnidentifiedImageError as error:

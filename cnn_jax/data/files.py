@@ -11,7 +11,7 @@ import os
 import pathlib
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -28,6 +28,7 @@ _SPECIAL = "neither files nor folders"
 _UNREADABLE_FOLDER = "folders that cannot be read"
 _DANGLING = "links that lead nowhere"
 _OUTSIDE = "links out of the folder"
+_ALLOW = "data.allow_outside=True (--allow_outside) follows them"
 _SEEN = "links to what is there already"
 _NO_CLASS = "outside the class folders"
 
@@ -39,12 +40,18 @@ class File:
     Attributes:
       path: From the folder, with "/" between its parts.
       size: Bytes.
-      modified: Time of the last change, nanoseconds.
+      version: Changes with the content: size, times of change and inode. (The time
+        of modification alone stays when a file is moved to another's place.)
     """
 
     path: str
     size: int
-    modified: int
+    version: str
+
+    @classmethod
+    def of(cls, path: str, status: os.stat_result) -> "File":
+        changed = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        return cls(path, status.st_size, "-".join(map(str, changed)))
 
     @property
     def parts(self) -> list[str]:
@@ -123,7 +130,7 @@ class _Walk:
 
     def _add_file(self, name: str, status: os.stat_result) -> None:
         self._seen.add((status.st_dev, status.st_ino))
-        self._files.append(File(name, status.st_size, status.st_mtime_ns))
+        self._files.append(File.of(name, status))
 
     def _follow(self, name: str, link: str) -> None:
         try:
@@ -216,7 +223,10 @@ def open_folder(
         ignored[_NO_CLASS] = len(images) - len(examples)
     if not examples:
         hint = "it has images, but no sub-folders" if images else "there are no images in it"
-        raise DataError(f"{name}: {root} needs a sub-folder of images for each class; {hint}")
+        raise DataError(
+            f"{name}: {root} needs a sub-folder of images for each class; {hint}"
+            + describe_ignored(ignored)
+        )
     class_names = sorted({file.parts[depth] for file in examples})
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     own_splits = [parts[file.parts[0]] if parts else "" for file in examples]
@@ -228,10 +238,7 @@ def open_folder(
                 "remove the folder"
             )
     if _OUTSIDE in ignored:
-        remarks.append(
-            f"{ignored[_OUTSIDE]:,} links lead out of the folder and are not followed; "
-            "data.allow_outside=True (--allow_outside) follows them"
-        )
+        remarks.append(f"{ignored[_OUTSIDE]:,} links lead out of the folder: {_ALLOW}")
     return Source(
         name=name,
         class_names=class_names,
@@ -240,31 +247,36 @@ def open_folder(
         read=FileReader(root),
         keys=[file.path for file in examples],
         sizes=[file.size for file in examples],
-        versions=[f"{file.size}-{file.modified}" for file in examples],
+        versions=[file.version for file in examples],
         own_splits=own_splits,
         ignored=ignored,
         remarks=remarks,
     )
 
 
+def describe_ignored(ignored: Mapping[str, int]) -> str:
+    """What is not there because it was left out, as the end of a message; "" if nothing was."""
+    if not ignored:
+        return ""
+    counts = ", ".join(f"{number:,} {kind}" for kind, number in ignored.items())
+    return f" (left out: {counts}" + (f": {_ALLOW})" if _OUTSIDE in ignored else ")")
+
+
 def _parts_of_a_divided_folder(images: Sequence[File]) -> dict[str, str]:
     """For each folder that is a split, the split's name; empty if the folder is not divided.
 
-    It is divided if there is a training part and another one, and their images
-    lie in sub-folders. (A class may be called "test", but then has the images
-    itself.)
+    It is divided if the images of a part lie in sub-folders, and it is the
+    training part beside another one, or there are only parts. (A class may be
+    called "train" or "test", but then has the images itself. Test images without
+    classes, as competitions have them, are no part.)
     """
-    parts: dict[str, str] = {}
-    for file in images:
-        top = file.parts[0]
-        if top.lower() in SPLIT_NAMES and len(file.parts) > 2:
-            parts[top] = SPLIT_NAMES[top.lower()]
-    holds_images_itself = any(
-        len(file.parts) == 2 and SPLIT_NAMES.get(file.parts[0].lower()) == "train"
-        for file in images
-    )
-    is_divided = "train" in parts.values() and len(set(parts.values())) > 1
-    return parts if is_divided and not holds_images_itself else {}
+    tops = {file.parts[0] for file in images if len(file.parts) > 1}
+    named = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
+    nested = {file.parts[0] for file in images if len(file.parts) > 2}
+    parts = {top: split for top, split in named.items() if top in nested}
+    if "train" in parts.values():
+        return parts if len(named) > 1 else {}
+    return parts if tops == nested == set(named) else {}
 
 
 def _folders_at(root: pathlib.Path, parts: Sequence[str]) -> Iterator[str]:
@@ -342,7 +354,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
         read=FileReader(root),
         keys=list(lines),
         sizes=[file.size for file in files],
-        versions=[f"{file.size}-{file.modified}" for file in files],
+        versions=[file.version for file in files],
         own_splits=own_splits,
     )
 
@@ -356,9 +368,8 @@ def _is_inside(root: pathlib.Path, path: str) -> bool:
 
 
 def _status(root: pathlib.Path, path: str) -> File:
-    """Size and time of a file; zeros if it is not there, which reading it will tell."""
+    """A file of a table; of no size if it is not there, which reading it will tell."""
     try:
-        status = (root / path).stat()
+        return File.of(path, (root / path).stat())
     except (OSError, ValueError):
-        return File(path, 0, 0)
-    return File(path, status.st_size, status.st_mtime_ns)
+        return File(path, 0, "")

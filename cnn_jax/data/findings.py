@@ -86,7 +86,9 @@ class Findings:
 
     def warnings(self) -> list[str]:
         """What endangers the result, a sentence each that names the fix."""
-        found = list(self.remarks)
+        found = [printable(remark) for remark in self.remarks]
+        if reason := self.untrainable():
+            found.append(f"training would refuse this: {reason}")
         if self.unreadable:
             found.append(
                 f"{count(len(self.unreadable), 'image')} cannot be read and "
@@ -104,6 +106,12 @@ class Findings:
                 f"{count(len(self.leaks), 'set')} of equal images in different splits, such as "
                 f"{self._names(self.leaks[0])}, so that figures are too good: remove the copies "
                 "from one of them, or let data.keep_splits=False divide anew"
+            )
+        if torn := self._torn_groups():
+            found.append(
+                f"{count(len(torn), 'group')} in several of the data's own splits, such as "
+                f"{printable(torn[0])}, so that figures are too good: data.keep_splits=False "
+                "divides anew"
             )
         sizes = sum(self.counts.values())
         small = [self._class(label) for label in np.flatnonzero(np.asarray(sizes) < len(SPLITS))]
@@ -134,6 +142,28 @@ class Findings:
                 "train.balance=sampling or train.balance=loss makes up for it"
             )
         return found
+
+    def untrainable(self) -> str | None:
+        """Why there is too little to train on; None if there is enough."""
+        source = self.source
+        if reason := too_few_classes(source):
+            return reason
+        for name, indices in self.splits.items():
+            if not len(indices):
+                return (
+                    f"no image is left for {name}; each class needs three images (or groups) or "
+                    f"more, and there are {len(source)} images of {len(source.class_names)} classes"
+                )
+        return None
+
+    def _torn_groups(self) -> list[str]:
+        """Groups of which there are images in several splits."""
+        groups = self.division.groups(self.source) or []
+        split_of = split_numbers(self.splits, len(self.source)).tolist()
+        splits_of: dict[str, set[int]] = defaultdict(set)
+        for group, split in zip(groups, split_of, strict=False):
+            splits_of[group].add(split)
+        return [group for group, splits in splits_of.items() if len(splits) > 1]
 
     def _uneven(self) -> list[str]:
         """Classes of which a split has less than half of its share, where that can be mended."""
@@ -167,6 +197,29 @@ def find(
             rotated.append(position)
     copies = [group for group in equal.values() if len(group) > 1]
     return Findings(source, division, splits, unreadable, rotated, copies, list(source.remarks))
+
+
+def too_few_classes(source: Source) -> str | None:
+    """Why training would not start; None if there are two classes or more."""
+    if len(source.class_names) >= 2:
+        return None
+    return (
+        f"there is one class, {printable(source.class_names[0])}, and training needs two or more: "
+        "is each class a sub-folder of this folder?"
+    )
+
+
+def too_unreadable(
+    unreadable: Sequence[Unreadable], total: int, max_unreadable: float
+) -> str | None:
+    """Why training would not start; None if no more than the share of `total` is unreadable."""
+    if max_unreadable * total >= len(unreadable) < total:
+        return None
+    shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:_MAX_NAMED])
+    return (
+        f"{len(unreadable):,} of {total:,} images cannot be read, more than data.max_unreadable = "
+        f"{max_unreadable:g} allows: {shown}{'; ...' if len(unreadable) > _MAX_NAMED else ''}"
+    )
 
 
 def split_numbers(

@@ -4,6 +4,7 @@ What is known of an image is kept between runs, for as long as its version stays
 so that a second run starts at once.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -167,13 +168,14 @@ def _chunks(rows: Iterable[int], size: int) -> Iterator[list[int]]:
 
 def known_records(source: Source, max_pixels: int) -> list[Record | None]:
     """The records of an earlier scan, None where an example is new or has changed."""
-    remembered = cache.read_json("scans", _key(source, max_pixels)) or {}
-    records: list[Record | None] = []
-    for example_id, version in zip(source.ids, source.versions, strict=True):
-        was, digest, pixels, header, error = remembered.get(example_id, ("", "", "", None, None))
-        is_current = was == version and digest
-        record = Record(digest, pixels, Header(*header) if header else None, error)
-        records.append(record if is_current else None)
+    remembered = cache.read_json("scans", _key(source, max_pixels))
+    records: list[Record | None] = [None] * len(source)
+    # What is not of the right form is as good as nothing.
+    with contextlib.suppress(AttributeError, TypeError, ValueError):
+        for i, (example_id, version) in enumerate(zip(source.ids, source.versions, strict=True)):
+            if (values := remembered.get(example_id)) and values[0] == version:
+                _, digest, pixels, header, error = values
+                records[i] = Record(digest, pixels, Header(*header) if header else None, error)
     return records
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,10 +90,13 @@ class Source:
         )
 
 
-def fingerprint(source: Source, digests: Sequence[str]) -> str:
-    """sha256 over id, class and content of all examples, whatever their order."""
+def fingerprint(
+    source: Source, digests: Sequence[str], splits: Mapping[str, Int[np.ndarray, " _"]]
+) -> str:
+    """sha256 over id, class, content and split of all examples, whatever their order."""
+    split_of = {i: split for split, indices in splits.items() for i in indices}
     lines = sorted(
-        f"{example_id}\t{source.class_names[label]}\t{digest}"
-        for example_id, label, digest in zip(source.ids, source.labels, digests, strict=True)
+        f"{source.ids[i]}\t{source.class_names[source.labels[i]]}\t{digests[i]}\t{split_of[i]}"
+        for i in range(len(source))
     )
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()

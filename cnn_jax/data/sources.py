@@ -22,7 +22,7 @@ PATTERN = re.compile(r"shapes(:[1-9]\d*)?|(folder|csv|tfds):.+", re.DOTALL)
 def absolute(name: str) -> str:
     """The name of a source, the same from any working directory."""
     kind, _, path = name.partition(":")
-    if kind not in ("folder", "csv"):
+    if kind not in ("folder", "csv") or not path:
         return name
     return f"{kind}:{pathlib.Path(path).expanduser().absolute()}"
 
@@ -47,6 +47,6 @@ def open_source(name: str, track: Track = no_track, allow_outside: bool = False)
     if kind == "csv":
         return open_csv(rest, allow_outside=allow_outside)
     if kind == "tfds":
-        return open_tfds(rest)
+        return open_tfds(rest, track)
     num_images = int(rest) if rest else shapes.NUM_IMAGES
     return open_folder(shapes.generate(num_images, track=track) / "images", name)

@@ -48,6 +48,18 @@ class Division:
         """From what `dataclasses.asdict` made of it, by way of JSON."""
         return cls(**{**fields, "fractions": tuple(fields["fractions"])})
 
+    def check(self, source: Source) -> None:
+        """Raises DataError if the pattern of groups does not describe every id."""
+        self.groups(source)
+
+    def groups(self, source: Source) -> list[str] | None:
+        """The group of each example; None if there are no groups.
+
+        Raises:
+          DataError: The pattern does not describe an id.
+        """
+        return group_names(source.ids, self.group, source.name) if self.group else None
+
     def of(self, source: Source, contents: list[str]) -> dict[str, Int[np.ndarray, " _"]]:
         """The positions of each split.
 
@@ -64,7 +76,7 @@ class Division:
             self.fractions,
             self.seed,
             rule=self.rule,
-            groups=group_names(source.ids, self.group, source.name) if self.group else None,
+            groups=self.groups(source),
             contents=contents,
             own_splits=source.own_splits if self.keep_splits else None,
         )
@@ -94,8 +106,10 @@ def divide(
       next to a cut change sides.
 
     (No rule can do both: one that never moves a unit can look at nothing but
-    the unit.) Either way a class of three units or more has one in each split;
-    the stable rule moves the nearest one there if the numbers left a split empty.
+    the unit.) Either way a class of three units or more has one in each split. If
+    the numbers leave a split empty, the stable rule lends it the nearest unit,
+    until one comes whose number is right. That, and a group or an equal image
+    with a shorter name, is all that can move a unit.
 
     Args:
       ids: A different identity for each example.
@@ -105,9 +119,10 @@ def divide(
       rule: One of `RULES`.
       groups: The group of each example.
       contents: Equal for equal images.
-      own_splits: The split that each example has already, or "" if none. If no
-        example has a certain split, it is cut out of the training part in
-        the proportions of `fractions`.
+      own_splits: The split that each example has already, or "" if none. What
+        belongs to an example that has one goes there too. If no example has a
+        certain split, it is cut out of the training part in the proportions of
+        `fractions`.
 
     Returns:
       For each name in `SPLITS`, the positions of its examples, ascending.
@@ -117,45 +132,55 @@ def divide(
     split_of = np.full(len(ids), -1)
     for position, name in enumerate(SPLITS):
         split_of[own == name] = position
-    if not given or (own == "").any():
-        free, shares = np.flatnonzero(own == ""), np.array(fractions, np.float64)
-    else:
+    shares = np.array(fractions, np.float64)
+    free = own == ""
+    if given and not free.any() and len(given) < len(SPLITS):
         # A split that is missing is cut out of the training part.
-        free = np.flatnonzero(own == "train")
-        shares = np.where([name in given and name != "train" for name in SPLITS], 0, fractions)
-        if len(given) == len(SPLITS):
-            free = free[:0]
-    if len(free):
-        units, numbers = _units(ids, seed, free, groups, contents)
-        split_of[free] = _assign(units, numbers, labels[free], shares / shares.sum(), rule)
+        free = own == "train"
+        shares[[name in given and name != "train" for name in SPLITS]] = 0
+    units = _units(len(ids), groups, contents)
+    # What belongs to something that has its split goes there.
+    split_of_unit = np.full(len(ids), -1)
+    np.maximum.at(split_of_unit, units[~free], split_of[~free])
+    is_bound = split_of_unit[units] >= 0
+    split_of = np.where(is_bound & (own == ""), split_of_unit[units], split_of)
+    rest = np.flatnonzero(free & ~is_bound)
+    if len(rest):
+        names = ids if groups is None else groups
+        _, own_units = np.unique(units[rest], return_inverse=True)
+        numbers = _numbers(own_units, [names[i] for i in rest], seed)
+        split_of[rest] = _assign(own_units, numbers, labels[rest], shares / shares.sum(), rule)
     return {name: np.flatnonzero(split_of == position) for position, name in enumerate(SPLITS)}
 
 
 def _units(
-    ids: list[str],
-    seed: int,
-    free: Int[np.ndarray, " m"],
-    groups: list[str] | None,
-    contents: list[str] | None,
-) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " units"]]:
-    """The unit of each of the `free` examples, and the number of each unit."""
-    units = np.arange(len(free))
+    size: int, groups: list[str] | None, contents: list[str] | None
+) -> Int[np.ndarray, " size"]:
+    """The number of the unit of each example, below `size`."""
+    units = np.arange(size)
     for keys in (groups, contents):
         if keys is not None:
             number_of: dict[str, int] = {}
-            key = np.array([number_of.setdefault(keys[i], len(number_of)) for i in free])
+            key = np.array([number_of.setdefault(key, len(number_of)) for key in keys], int)
             # Units and keys are the nodes of a graph, whose parts are the new units.
-            edges = (np.ones(len(free)), (units, key + len(free)))
-            size = len(free) + len(number_of)
-            _, part = connected_components(coo_array(edges, shape=(size, size)), directed=False)
-            units = part[units]
-    _, units = np.unique(units, return_inverse=True)
+            edges = (np.ones(size), (units, key + size))
+            shape = (size + len(number_of),) * 2
+            _, part = connected_components(coo_array(edges, shape=shape), directed=False)
+            units = np.unique(part[units], return_inverse=True)[1]
+    return units
+
+
+def _numbers(
+    units: Int[np.ndarray, " m"], names: list[str], seed: int
+) -> Float[np.ndarray, " units"]:
+    """A number in [0, 1) for each unit, from the shortest of its names.
+
+    Copies tend to have longer names, and so do not move the original.
+    """
     identity: dict[int, tuple[int, str]] = {}
-    for unit, i in zip(units.tolist(), free, strict=True):
-        key = ids[i] if groups is None else groups[i]
-        # Copies tend to have longer names, and so do not move the original.
-        identity[unit] = min(identity.get(unit, (len(key), key)), (len(key), key))
-    return units, np.array([_number(identity[unit][1], seed) for unit in range(len(identity))])
+    for unit, name in zip(units.tolist(), names, strict=True):
+        identity[unit] = min(identity.get(unit, (len(name), name)), (len(name), name))
+    return np.array([_number(identity[unit][1], seed) for unit in range(len(identity))])
 
 
 def _number(identity: str, seed: int) -> float:

@@ -20,15 +20,17 @@ from PIL import Image
 
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.decode import Header, Pixels
-from cnn_jax.data.findings import Findings, count, find, split_numbers
+from cnn_jax.data.findings import Findings, count, find, split_numbers, too_unreadable
 from cnn_jax.data.scan import Record
 from cnn_jax.data.source import Source
-from cnn_jax.data.splits import SPLITS, Division, group_names
+from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.errors import DataError, printable
 from cnn_jax.preprocessing import MAX_PIXELS
 
 # Bits of 64 in which the hashes of near duplicates may differ.
 NEAR_DISTANCE = 4
+# The default of data.max_unreadable.
+_MAX_UNREADABLE = 0.01
 # Mean difference, in grey levels, that the thumbnails of near duplicates may have:
 # that of encoding anew, and a share of the picture's own contrast.
 _NOISE, _SHARE_OF_CONTRAST = 1.0, 0.25
@@ -96,12 +98,17 @@ class Survey:
     @property
     def warnings(self) -> list[str]:
         """What endangers the result, a sentence each that names the fix."""
+        found = self.findings.warnings() if len(self.source) else []
+        unreadable = self.findings.unreadable
+        total = len(self.source) + len(unreadable)
+        if reason := too_unreadable(unreadable, total, _MAX_UNREADABLE):
+            found.insert(0, f"training would refuse this: {reason}")
         divided = [cluster for cluster in self.near if cluster.different_splits]
         if not divided or self.division.group:
-            return self.findings.warnings()
+            return found
         names = ", ".join(printable(self.source.ids[i]) for i in self.varied(divided[0])[:2])
         return [
-            *self.findings.warnings(),
+            *found,
             f"{count(len(divided), 'set')} of images that look alike lie in different splits, such "
             f"as {names}: if they belong together, data.group can keep them together",
         ]
@@ -249,8 +256,7 @@ def survey(
       ConfigError: The division's group is no pattern.
       DataError: It does not describe an id.
     """
-    if division.group:  # Rather now than after the pass.
-        group_names(listing.ids, division.group, listing.name)
+    division.check(listing)  # Rather now than after the pass.
     records, hashes, thumbnails, levels = _pass(listing, max_pixels, track)
     source, rows, unreadable = scan.readable(listing, records)
     records = [records[row] for row in rows]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cnn_jax.data import Track, no_track
 from cnn_jax.data.source import SPLIT_NAMES, Source
 from cnn_jax.errors import DataError
 
@@ -25,7 +26,7 @@ class _Reader:
         return self.parts[part][position]["image"]
 
 
-def open_tfds(name: str) -> Source:
+def open_tfds(name: str, track: Track = no_track) -> Source:
     """The labelled examples of a TensorFlow Datasets data set.
 
     Args:
@@ -33,6 +34,7 @@ def open_tfds(name: str) -> Source:
         validation and test keep their examples if there are several of them, and
         all others are left out; else all splits are taken together. With one,
         only its examples are taken.
+      track: Shows progress.
 
     Raises:
       DataError: The data set does not exist, has no "image" and "label", or
@@ -68,7 +70,8 @@ def open_tfds(name: str) -> Source:
             raise DataError(
                 f"tfds:{name} has no split {split!r}; it has {', '.join(builder.info.splits)}"
             ) from error
-        for position, example in enumerate(part):
+        listing = track(part, f"listing {split}", len(part))
+        for position, example in enumerate(listing):
             if example["label"] < 0:  # How TFDS marks withheld labels.
                 ignored["without a label"] += 1
                 continue
@@ -86,7 +89,7 @@ def open_tfds(name: str) -> Source:
         read=_Reader(parts),
         keys=keys,
         sizes=sizes,
-        versions=[f"{builder.info.version}-{size}" for size in sizes],
+        versions=[f"{builder.data_path}-{builder.info.version}-{size}" for size in sizes],
         own_splits=own_splits,
         ignored={kind: count for kind, count in ignored.items() if count},
     )

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -23,12 +24,12 @@ def _fill(file, count):
 
 
 def test_what_is_published_can_be_opened(folder):
-    assert open_pixels("k") is None
+    assert open_pixels("k", 5, (2, 3)) is None
     with PixelFile(5, (2, 3)) as file:
         _fill(file, 5)
-        assert open_pixels("k") is None
+        assert open_pixels("k", 5, (2, 3)) is None
         published = file.publish("k")
-    for pixels in (published, open_pixels("k")):
+    for pixels in (published, open_pixels("k", 5, (2, 3))):
         assert isinstance(pixels, np.memmap)
         assert pixels.shape == (5, 2, 3, 3)
         np.testing.assert_array_equal(pixels[:, 0, 0, 0], range(5))
@@ -54,17 +55,46 @@ def test_two_writers_at_once_do_not_mix():
         thread.start()
     for thread in threads:
         thread.join()
-    pixels = open_pixels("k")
+    pixels = open_pixels("k", 50, (16, 16))
     assert pixels is not None
     assert len(np.unique(pixels)) == 1
 
 
-def test_a_file_cut_short_is_as_good_as_none(folder):
+@pytest.mark.parametrize("size", [0, 100, 217])
+def test_a_file_cut_short_is_as_good_as_none(folder, size):
     with PixelFile(5, (2, 3)) as file:
         file.publish("k")
-    os.truncate(folder / "pixels" / "k.npy", 100)
-    assert open_pixels("k") is None
-    assert list((folder / "pixels").iterdir()) == []
+    os.truncate(folder / "pixels" / "k.npy", size)
+    assert open_pixels("k", 5, (2, 3)) is None
+
+
+def test_an_array_of_another_form_is_as_good_as_none(folder):
+    with PixelFile(5, (2, 3)) as file:
+        file.publish("k")
+    assert open_pixels("k", 6, (2, 3)) is None
+    np.save(folder / "pixels" / "k.npy", np.zeros((5, 2, 3, 3)))
+    assert open_pixels("k", 5, (2, 3)) is None
+
+
+def test_what_killed_processes_left_is_swept_away_after_a_day(folder):
+    (folder / "pixels").mkdir(parents=True)
+    for name, age in (("old", 2 * 86400), ("new", 3600)):
+        path = folder / "pixels" / f".partial-{name}"
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age,) * 2)
+    with PixelFile(1, (2, 3)):
+        pass
+    assert [path.name for path in (folder / "pixels").iterdir()] == [".partial-new"]
+
+
+def test_without_fallocate_the_free_room_is_asked_for(monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    with PixelFile(5, (2, 3)) as file:
+        _fill(file, 5)
+        np.testing.assert_array_equal(file.publish("k")[:, 0, 0, 0], range(5))
+    monkeypatch.setattr(cache, "free_bytes", lambda: 89)
+    with pytest.raises(OSError, match="No space left on device"):
+        PixelFile(5, (2, 3))
 
 
 def test_a_full_disk_is_found_out_before_anything_is_written(folder):
@@ -97,10 +127,11 @@ def test_free_bytes_are_those_of_the_disk(tmp_path):
 def test_one_command_shows_and_removes_all_of_it(folder, capsys):
     with PixelFile(1000, (32, 32)) as file:
         file.publish("k")
-    (folder / "stray").write_text("x")
+    (folder / "shapes-v1-seed0-10").mkdir()
+    (folder / "wedding.jpg").write_text("x")
     command.main([])
     assert f"3.1 MB  {folder}/pixels" in capsys.readouterr().out
     assert (folder / "pixels" / "k.npy").exists()
     command.main(["--clear"])
-    assert list(folder.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == ["wedding.jpg"]
     command.main(["--clear"])  # Nothing is there any more.

@@ -8,7 +8,7 @@ from conftest import write_images
 from PIL import Image
 
 from cnn_jax.data import dataset as datasets
-from cnn_jax.data.dataset import check_trainable, choose_residency, open_dataset
+from cnn_jax.data.dataset import check_classes, check_trainable, choose_residency, open_dataset
 from cnn_jax.data.files import open_csv, open_folder
 from cnn_jax.data.splits import Division
 from cnn_jax.errors import DataError
@@ -42,9 +42,34 @@ def test_the_pixels_are_the_same_wherever_they_are(folder, residency):
         dataset = _open(folder, residency=residency)
         assert dataset.residency == residency
         assert (dataset.loader.pixels is None) == (residency == "none")
-        assert isinstance(dataset.loader.pixels, np.memmap) == (residency == "disk")
+        assert isinstance(dataset.loader.pixels, np.memmap) == (residency in ("disk", "device"))
         assert dataset.loader.on_device == (residency == "device")
         np.testing.assert_array_equal(_all_images(dataset), expected)
+
+
+def test_a_file_that_cannot_be_read_does_not_spoil_the_cache(folder, monkeypatch):
+    with (folder / "red" / "huge.jpg").open("wb") as file:
+        file.truncate(10**10)
+    _open(folder, residency="disk", max_unreadable=0.1)
+    monkeypatch.setattr(datasets.scan.decode, "load", lambda *a: pytest.fail("decoded again"))
+    monkeypatch.setattr(datasets.scan.decode, "resize", lambda *a: pytest.fail("decoded again"))
+    assert _open(folder, residency="disk", max_unreadable=0.1).residency == "disk"
+
+
+def test_a_disk_that_would_be_filled_is_left_alone(folder, monkeypatch, caplog):
+    monkeypatch.setattr(datasets.cache, "free_bytes", lambda: 2 * 34_560 - 1)
+    assert _open(folder, residency="memory").residency == "memory"
+    assert "No space left on device" in caplog.text
+
+
+def test_a_container_may_have_less_memory_than_the_machine(tmp_path, monkeypatch):
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for text, expected in (("1000\n", 1000), ("max\n", installed)):
+        (tmp_path / "limit").write_text(text)
+        monkeypatch.setattr(datasets, "_CONTAINER_LIMIT", tmp_path / "limit")
+        assert datasets._memory_bytes() == expected
+    monkeypatch.setattr(datasets, "_CONTAINER_LIMIT", tmp_path / "none")
+    assert datasets._memory_bytes() == installed
 
 
 def test_images_are_decoded_once(folder, monkeypatch):
@@ -80,7 +105,7 @@ def test_a_full_disk_is_only_a_warning(folder, monkeypatch, caplog, residency, t
     monkeypatch.setattr(os, "posix_fallocate", no_space)
     dataset = _open(folder, residency=residency)
     assert dataset.residency == then
-    assert "(No space left on device); python -m cnn_jax.cache --clear" in caplog.text
+    assert "No space left on device; python -m cnn_jax.cache --clear" in caplog.text
     np.testing.assert_array_equal(_all_images(dataset), expected)
 
 
@@ -135,6 +160,26 @@ def test_the_fingerprint_changes_with_identity_class_and_content(folder):
     assert fingerprint() != before
 
 
+def test_the_fingerprint_changes_with_the_division(folder):
+    listing = open_folder(folder)
+    divisions = [Division(), Division(rule="exact"), Division(seed=1)]
+    prints = {open_dataset(listing, each, PREPROCESSING).fingerprint for each in divisions}
+    assert len(prints) == 3
+
+
+def test_images_that_changed_places_are_seen_to_have_changed(folder):
+    """Their sizes and times of modification are those of before."""
+    first, second = folder / "blue" / "000.png", folder / "blue" / "001.png"
+    second.write_bytes(first.read_bytes()[:-1] + b"?")
+    for path in (first, second):
+        os.utime(path, (1, 1))
+    before = _open(folder, residency="disk").fingerprint
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+    assert _open(folder, residency="disk").fingerprint != before
+
+
 def test_equal_images_stay_in_one_split(folder):
     for i in range(20):
         content = (folder / "blue" / f"{i:03d}.png").read_bytes()
@@ -173,18 +218,26 @@ def test_what_cannot_be_trained_on_is_explained(folder, tmp_path):
     for name in ("green", "red"):
         for path in (folder / name).iterdir():
             path.unlink()
-    with pytest.raises(DataError, match="has one class, blue"):
+    with pytest.raises(DataError, match="there is one class, blue"):
         check_trainable(_open(folder))
     write_images(tmp_path / "few", per_class=2)
     with pytest.raises(DataError, match=r"no image is left for \w+; each class needs three"):
         check_trainable(_open(tmp_path / "few"))
 
 
+def test_what_can_be_refused_before_the_scan_is(folder, monkeypatch):
+    monkeypatch.setattr(datasets.scan, "scan", lambda *a: pytest.fail("it was scanned"))
+    with pytest.raises(DataError, match="does not describe"):
+        open_dataset(open_folder(folder), Division(group="{class}/x{n}"), PREPROCESSING)
+    with pytest.raises(DataError, match="there is one class"):
+        check_classes(open_folder(folder).select(np.arange(20)).without_empty_classes())
+
+
 def test_where_pixels_live_depends_on_what_fits(folder, monkeypatch):
     listing = open_folder(folder)  # 60 images of 576 bytes: 34,560.
 
     def choose(requested="auto", *, device=0, memory=10**6, disk=10**6):
-        monkeypatch.setattr(datasets.os, "sysconf", lambda name: memory if "SIZE" in name else 1)
+        monkeypatch.setattr(datasets, "_memory_bytes", lambda: memory)
         monkeypatch.setattr(datasets.cache, "free_bytes", lambda: disk)
         return choose_residency(requested, listing, PREPROCESSING, device)
 

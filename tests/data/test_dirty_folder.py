@@ -467,7 +467,7 @@ def test_classes_are_those_with_something_to_read(opened):
     remarks = "\n".join(dataset.findings.remarks)
     assert "the folder only text has no images" in remarks
     assert "bombs, cut, false, with nothing to read: no readable images" in remarks
-    assert "4 links lead out of the folder and are not followed" in remarks
+    assert "4 links lead out of the folder: data.allow_outside=True" in remarks
 
 
 def test_nothing_in_the_folder_is_changed_or_executed(opened):

@@ -100,6 +100,23 @@ def test_test_images_without_classes_are_no_part(tmp_path):
     assert source.ignored == {"outside the class folders": 1}
 
 
+@pytest.mark.parametrize(
+    ("paths", "own_splits"),
+    [
+        (["train/a/1.png", "train/b/1.png", "test/1.png", "test/2.png"], {"train"}),
+        (["train/a/1.png", "train/montage.png", "test/a/1.png"], {"train", "test"}),
+        (["val/a/1.png", "test/a/1.png"], {"validation", "test"}),
+        (["test/a/1.png"], {"test"}),
+        (["test/a/1.png", "other/1.png"], {""}),
+        (["train/deep/1.png", "bus/1.png"], {""}),
+    ],
+)
+def test_divided_or_not(tmp_path, paths, own_splits):
+    for path in paths:
+        _picture(tmp_path / path)
+    assert set(open_folder(tmp_path).own_splits) == own_splits
+
+
 def test_a_link_is_followed_once_and_not_out_of_the_folder(tmp_path):
     root = tmp_path / "data"
     _picture(root / "cat" / "a.png")

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 from PIL import Image
 
@@ -75,6 +77,36 @@ def test_equal_images_that_the_division_keeps_together_are_no_leak(tmp_path):
     findings = _find(tmp_path)
     assert len(findings.conflicts) == len(findings.copies) > 0
     assert findings.leaks == []
+
+
+def test_groups_that_the_own_splits_tear_apart_are_a_warning(tmp_path):
+    for i in range(40):
+        _write(tmp_path, f"train/{'ab'[i % 2]}/{i // 4}_{i}.png", i)
+        _write(tmp_path, f"test/{'ab'[i % 2]}/{i // 4}_{i}.png", 100 + i)
+    division = Division(group="*/{class}/{track}")
+    preprocessing = Preprocessing(image_size=(8, 8))
+    findings = open_dataset(open_folder(tmp_path), division, preprocessing).findings
+    assert any(
+        "20 groups in several of the data's own splits, such as" in warning
+        for warning in findings.warnings()
+    )
+    anew = dataclasses.replace(division, keep_splits=False)
+    findings = open_dataset(open_folder(tmp_path), anew, preprocessing).findings
+    assert not any("own splits" in warning for warning in findings.warnings())
+
+
+def test_what_training_would_refuse_is_said_before(tmp_path):
+    for i in range(8):
+        _write(tmp_path, f"only/{i}.png", i)
+    warnings = _find(tmp_path).warnings()
+    assert warnings[0].startswith("training would refuse this: there is one class, only")
+
+
+def test_names_of_folders_are_printable(tmp_path):
+    for i in range(8):
+        _write(tmp_path, f"{'ab'[i % 2]}/{i}.png", i)
+    (tmp_path / "e\x1b[31m\nX").mkdir()
+    assert "the folder e\\x1b[31m\\nX has no images" in _find(tmp_path).warnings()[0]
 
 
 def test_shares_that_chance_made_uneven_are_a_warning(tmp_path):

@@ -118,9 +118,10 @@ def test_a_file_far_too_large_is_not_even_read(folder):
 
 def test_a_damaged_memory_is_as_good_as_none(folder, cache_folder):
     first = scan.scan(open_folder(folder), SMALL)
-    for path in (cache_folder / "scans").iterdir():
-        path.write_text("{broken")
-    assert scan.scan(open_folder(folder), SMALL) == first
+    for damage in ("{broken", "[]", "1", '{"a/1.png": 5, "a/2.bmp": ["x"]}', "null"):
+        for path in (cache_folder / "scans").iterdir():
+            path.write_text(damage)
+        assert scan.scan(open_folder(folder), SMALL) == first
 
 
 def test_a_scan_without_a_place_to_remember_it_only_warns(folder, monkeypatch, caplog):

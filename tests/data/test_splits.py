@@ -210,6 +210,28 @@ def test_own_splits_are_kept():
     assert list(splits["test"]) == [0, 1, 2, 3, 4]
 
 
+def test_what_belongs_to_an_image_with_a_split_goes_there():
+    ids = [str(i) for i in range(90)]
+    own = ["test"] * 20 + [""] * 60 + ["train"] * 10
+    groups = [str(i % 30) for i in range(90)]
+    splits = divide(ids, np.zeros(90, int), FRACTIONS, 0, groups=groups, own_splits=own)
+    split_of = _split_of(ids, splits)
+    assert all(split_of[str(i)] == "test" for i in (*range(50), *range(60, 80)) if i % 30 < 20)
+    assert all(split_of[str(i)] == "train" for i in range(80, 90))
+
+
+def test_what_belongs_to_a_test_image_is_not_cut_out_of_the_training_part():
+    ids = [str(i) for i in range(120)]
+    own = ["test"] * 20 + ["train"] * 100
+    contents = [str(i % 40) for i in range(120)]
+    splits = divide(ids, np.zeros(120, int), FRACTIONS, 0, contents=contents, own_splits=own)
+    assert list(splits["test"]) == list(range(20))
+    assert len(splits["validation"])
+    assert all(i % 40 >= 20 for i in splits["validation"])
+    validation = {contents[i] for i in splits["validation"]}
+    assert validation.isdisjoint(contents[i] for i in splits["train"])
+
+
 def test_a_missing_split_is_cut_out_of_the_training_part():
     own = ["test"] * 50 + ["train"] * 900
     ids = [str(i) for i in range(950)]
