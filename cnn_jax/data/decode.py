@@ -16,7 +16,7 @@ from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import MAX_PIXELS
 
 # Part of the name of a cache of pixels: raise it when any pixel would change.
-VERSION = 1
+VERSION = 2
 # Pillow refuses a larger image whatever `max_pixels` is.
 LARGEST_MAX_PIXELS = 178_956_970
 # The decoders that may be tried on a file's content. Others of Pillow's are
@@ -35,6 +35,10 @@ _START_OF_SCAN = b"\xff\xda"
 # A marker with a length behind it, or the one of the picture's end.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 
+# Markers of a JPEG (ITU T.81, table B.1): of the segments before the scan, those of a
+# plain one are JFIF and ICC data, tables and comments.
+_SOF_BASELINE, _SOS = 0xC0, 0xDA
+_PLAIN_SEGMENTS = frozenset((0xE0, 0xE2, 0xDB, 0xC4, 0xDD, 0xFE))
 # Pixels from which on an image may take some hundred megabytes to decode.
 _LARGE = 8_000_000
 _LARGE_TURN = threading.Lock()
@@ -74,8 +78,8 @@ def decode(
       encoded: The bytes of a file in one of `FORMATS`, whatever its name.
       max_pixels: Largest width times height. The header is checked before
         anything is decoded.
-      at_least: (height, width) that suffice: a JPEG is decoded at 1/2, 1/4 or
-        1/8 of its size, in its cosine transform, if neither side falls below.
+      at_least: (height, width) that suffice: a JPEG is decoded at 1/8, 2/8, ... of
+        its size, in its cosine transform, so that neither side falls below.
 
     Returns:
       uint8 [height, width, 3].
@@ -83,7 +87,10 @@ def decode(
     Raises:
       DataError: The bytes are no image, a damaged one, or one too large.
     """
-    with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image):
+    plain = _decode_plain_jpeg(encoded, max_pixels, at_least)
+    if plain is not None:
+        return plain
+    with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image.width * image.height):
         return _decode_opened(image, encoded, at_least)
 
 
@@ -93,12 +100,53 @@ def decode_with_header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> tuple[He
     Raises:
       DataError: As `decode`.
     """
-    with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image):
+    with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image.width * image.height):
         # The orientation before Pillow turns the image and forgets it.
         file_format, mode, orientation = image.format or "", image.mode, _orientation(image)
         pixels = _decode_opened(image, encoded)
         height, width, _ = pixels.shape
         return Header(file_format, mode, width, height, orientation), pixels
+
+
+def _decode_plain_jpeg(
+    encoded: bytes, max_pixels: int, at_least: tuple[int, int] | None
+) -> Pixels | None:
+    """The pixels of a JPEG that needs no further care; None if it may need some.
+
+    This is most JPEGs, and opening them with Pillow takes as long as decoding
+    small ones.
+    """
+    if not _is_plain_jpeg(encoded):
+        return None
+    try:
+        stored_height, stored_width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+        height, width = int(stored_height), int(stored_width)
+        if colours not in ("YCbCr", "Gray") or height * width > max_pixels:
+            return None
+        smallest = (height, width)
+        if at_least is not None:
+            smallest = min(at_least[0], height), min(at_least[1], width)
+        with _one_large_at_a_time(height * width):
+            return simplejpeg.decode_jpeg(encoded, min_height=smallest[0], min_width=smallest[1])
+    except ValueError:
+        return None
+
+
+def _is_plain_jpeg(encoded: bytes) -> bool:
+    """Whether it is a JPEG of one scan without EXIF or XMP, which may turn it."""
+    position, components = 2, 0
+    if not encoded.startswith(b"\xff\xd8"):
+        return False
+    while position + 9 < len(encoded) and encoded[position] == 0xFF:
+        marker = encoded[position + 1]
+        if marker == _SOF_BASELINE:
+            components = encoded[position + 9]
+        elif marker == _SOS:
+            return components > 0 and encoded[position + 4] == components
+        elif marker not in _PLAIN_SEGMENTS:
+            return False
+        position += 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
+    return False
 
 
 def _decode_opened(
@@ -112,18 +160,14 @@ def _decode_opened(
     height, width = at_least or (image.height, image.width)
     if orientation >= 5 and at_least:
         height, width = width, height
-    scale = _jpeg_scale(image.height, image.width, (height, width))
     if image.mode in ("RGB", "L"):
-        # The same pixels as Pillow's, bit for bit, in half the time. What it
-        # finds fault with is Pillow's to judge.
+        # In full size the same pixels as Pillow's, bit for bit, in half the time.
+        # What it finds fault with is Pillow's to judge.
         with contextlib.suppress(ValueError):
-            pixels = simplejpeg.decode_jpeg(
-                encoded,
-                min_height=-(-image.height // scale),
-                min_width=-(-image.width // scale),
-            )
+            smallest = min(height, image.height), min(width, image.width)
+            pixels = simplejpeg.decode_jpeg(encoded, min_height=smallest[0], min_width=smallest[1])
             return _upright(pixels, orientation)
-    image.draft(None, (image.width // scale, image.height // scale))
+    image.draft(None, (width, height))
     return _to_rgb(image)
 
 
@@ -139,7 +183,8 @@ def load(encoded: bytes, image_size: tuple[int, int], max_pixels: int = MAX_PIXE
 def is_reduced(header: Header, image_size: tuple[int, int]) -> bool:
     """Whether `load` decodes such a file at less than its size."""
     is_jpeg = header.format in ("JPEG", "MPO")
-    return is_jpeg and _jpeg_scale(header.height, header.width, image_size) > 1
+    seven_eighths = -(-header.height * 7 // 8), -(-header.width * 7 // 8)
+    return is_jpeg and seven_eighths[0] >= image_size[0] and seven_eighths[1] >= image_size[1]
 
 
 def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -175,10 +220,9 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
         yield image
 
 
-def _one_large_at_a_time(image: Image.Image) -> contextlib.AbstractContextManager[object]:
+def _one_large_at_a_time(pixels: int) -> contextlib.AbstractContextManager[object]:
     """Holds back the other threads' large images, so that memory does not grow with cores."""
-    is_large = image.width * image.height > _LARGE
-    return _LARGE_TURN if is_large else contextlib.nullcontext()
+    return _LARGE_TURN if pixels > _LARGE else contextlib.nullcontext()
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -221,12 +265,6 @@ def _num_scans(encoded: bytes) -> int:
         length = int.from_bytes(encoded[marker.end() : marker.end() + 2], "big")
         position = marker.end() + max(length, 2)
     return scans
-
-
-def _jpeg_scale(height: int, width: int, at_least: tuple[int, int]) -> int:
-    """By what a JPEG's sides may be divided: 1, 2, 4 or 8."""
-    largest = min(height // at_least[0], width // at_least[1])
-    return max(scale for scale in (1, 2, 4, 8) if scale <= max(largest, 1))
 
 
 def _orientation(image: Image.Image) -> int:

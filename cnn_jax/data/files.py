@@ -182,11 +182,14 @@ class FileReader:
 
     def __call__(self, path: str) -> bytes:
         try:
-            if not stat.S_ISREG((self.root / path).stat().st_mode):
-                raise OSError(errno.EINVAL, "is not a regular file")  # A pipe may never end.
-            return (self.root / path).read_bytes()
+            # Without waiting: nobody may write to a pipe.
+            descriptor = os.open(os.path.join(self.root, path), os.O_RDONLY | os.O_NONBLOCK)  # noqa: PTH118
         except ValueError as error:
             raise OSError(errno.EINVAL, "is no name that a file can have") from error
+        with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "is not a regular file")
+            return file.readall()
 
 
 def open_folder(

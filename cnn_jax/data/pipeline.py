@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing import resource_tracker
 
 import grain
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 NumpyBatch = dict[str, np.ndarray]
 
+# As many batches as no run has.
+_ENDLESS = 2**40
 # How examples are drawn for training.
 BALANCES = ("none", "loss", "sampling")
 
@@ -171,27 +173,76 @@ def training_batches(
         place=None if augmentation.is_identity() else place,
     )
     if balanced:
-        positions = _balanced(loader.source.labels[indices], seed)
+        order = _ClassesInTurn(loader.source.labels[indices], seed)
     else:
-        positions = _shuffled(grain.MapDataset.range(len(indices)), seed)
-    dataset = positions.batch(batch_size).random_map(add_draws).slice(slice(start, None)).map(load)
+        order = _Passes(len(indices), seed)
+    dataset = (
+        grain.MapDataset.range(_ENDLESS)
+        .seed(seed)
+        .map(functools.partial(_positions, order=order, batch_size=batch_size))
+        .random_map(add_draws)
+        .slice(slice(start, None))
+        .map(load)
+    )
     return contextlib.closing(_iterate(dataset, loader.workers))
 
 
-def _shuffled(positions: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """These positions without end, in a new order for each pass."""
-    return positions.seed(seed).shuffle().repeat()
+class _Passes:
+    """Positions 0 to size - 1 without end, in a new order for each pass.
+
+    (Grain's own shuffle costs several times as much as all else that is done for
+    a small image.)
+    """
+
+    def __init__(self, size: int, seed: int):
+        self._size = size
+        self._seed = seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __call__(self, places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The positions that stand at these places of the endless sequence."""
+        passes, offsets = np.divmod(places, self._size)
+        positions = np.empty_like(places)
+        for number in np.unique(passes).tolist():
+            is_here = passes == number
+            positions[is_here] = self._order(number)[offsets[is_here]]
+        return positions
+
+    def _order(self, number: int) -> Int[np.ndarray, " size"]:
+        order = self._orders.get(number)
+        if order is None:
+            order = np.random.default_rng([self._seed, number]).permutation(self._size)
+            # Threads that read ahead may be in this pass or in the one before.
+            before = {n: self._orders[n] for n in (number - 1,) if n in self._orders}
+            self._orders = before | {number: order}
+        return order
 
 
-def _balanced(labels: Int[np.ndarray, " n"], seed: int) -> grain.MapDataset:
-    """Positions of each class in turn, each class shuffled with a seed of its own."""
-    classes = np.unique(labels)
-    seeds = np.random.SeedSequence(seed).generate_state(len(classes)).tolist()
-    by_class = [
-        _shuffled(grain.MapDataset.source(np.flatnonzero(labels == label).tolist()), class_seed)
-        for label, class_seed in zip(classes, seeds, strict=True)
-    ]
-    return grain.MapDataset.mix(by_class).seed(seed)
+class _ClassesInTurn:
+    """Positions of one class after the other, each class in passes of its own."""
+
+    def __init__(self, labels: Int[np.ndarray, " n"], seed: int):
+        classes = np.unique(labels)
+        seeds = np.random.SeedSequence(seed).generate_state(len(classes)).tolist()
+        self._members = [np.flatnonzero(labels == label) for label in classes]
+        self._passes = [
+            _Passes(len(members), class_seed)
+            for members, class_seed in zip(self._members, seeds, strict=True)
+        ]
+
+    def __call__(self, places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The positions that stand at these places of the endless sequence."""
+        rounds, turns = np.divmod(places, len(self._members))
+        positions = np.empty_like(places)
+        for turn, (members, passes) in enumerate(zip(self._members, self._passes, strict=True)):
+            positions[turns == turn] = members[passes(rounds[turns == turn])]
+        return positions
+
+
+def _positions(
+    batch: int, order: Callable[[np.ndarray], np.ndarray], batch_size: int
+) -> Int[np.ndarray, " batch"]:
+    return order(np.arange(batch * batch_size, (batch + 1) * batch_size))
 
 
 def evaluation_batches(

@@ -134,32 +134,38 @@ _JPEGS = {
 
 @pytest.mark.parametrize("kind", _JPEGS)
 @pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("at_least", [None, (70, 60), (30, 30), (9, 9)])
-def test_jpegs_are_decoded_bit_for_bit_as_pillow_does(kind, orientation, at_least):
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+def test_jpegs_are_decoded_bit_for_bit_as_pillow_does(kind, orientation, scale):
+    """At the scales that Pillow knows."""
     convert, options = _JPEGS[kind]
     exif = Image.Exif()
     exif[0x0112] = orientation
     encoded = _encode(convert(_photo()), "JPEG", quality=85, exif=exif, **options)
     reference = Image.open(io.BytesIO(encoded))
-    scale = 1
-    if at_least is not None:
-        wanted = at_least if orientation == 1 else at_least[::-1]
-        largest = min(reference.height // wanted[0], reference.width // wanted[1])
-        scale = max(s for s in (1, 2, 4, 8) if s <= max(largest, 1))
-        reference.draft(None, (reference.width // scale, reference.height // scale))
+    at_least = reference.height // scale, reference.width // scale
+    reference.draft(None, at_least[::-1])
+    at_least = at_least if orientation == 1 else at_least[::-1]
     expected = np.asarray(ImageOps.exif_transpose(reference).convert("RGB"))
     decoded = decode.decode(encoded, at_least=at_least)
     np.testing.assert_array_equal(decoded, expected)
-    if at_least is not None:
-        assert decoded.shape[0] >= min(at_least[0], decoded.shape[0])
-        header, pixels = decode.decode_with_header(encoded)
-        assert decode.is_reduced(header, at_least) == (scale > 1)
-        assert (header.orientation, header.mode) == (
-            orientation,
-            Image.open(io.BytesIO(encoded)).mode,
-        )
-        np.testing.assert_array_equal(pixels, decode.decode(encoded))
-        assert (header.height, header.width) == pixels.shape[:2]
+    header, pixels = decode.decode_with_header(encoded)
+    mode = Image.open(io.BytesIO(encoded)).mode
+    assert (header.orientation, header.mode) == (orientation, mode)
+    assert (header.height, header.width) == pixels.shape[:2]
+    assert decode.is_reduced(header, at_least) == (scale > 1)
+    np.testing.assert_array_equal(pixels, decode.decode(encoded))
+
+
+@pytest.mark.parametrize("at_least", [(150, 200), (132, 170), (100, 130), (70, 60), (20, 199)])
+def test_a_jpeg_is_reduced_by_eighths_as_far_as_is_allowed(at_least):
+    encoded = _encode(_photo(), "JPEG", quality=90)  # 150 x 200.
+    eighths = next(
+        n for n in range(1, 9) if 150 * n / 8 > at_least[0] - 1 and 200 * n / 8 > at_least[1] - 1
+    )
+    decoded = decode.decode(encoded, at_least=at_least)
+    assert decoded.shape == (-(-150 * eighths // 8), -(-200 * eighths // 8), 3)
+    header, _ = decode.decode_with_header(encoded)
+    assert decode.is_reduced(header, at_least) == (eighths < 8)
 
 
 def test_a_reduced_jpeg_looks_like_the_whole_one():
