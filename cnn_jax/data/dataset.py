@@ -161,23 +161,28 @@ def _scan(
     known = scan.known_records(listing, preprocessing.max_pixels)
     if 2 * known.count(None) < len(known):
         # With a few looked at first, all the pixels may turn out to be there.
-        records = scan.scan(listing, preprocessing, None, track)
+        records = scan.scan(listing, preprocessing, None, track, known)
         key, size = scan.pixels_key(records, preprocessing), preprocessing.image_size
         pixels = cache.open_pixels(key, len(listing), size)
         if pixels is not None:
             return records, _in_its_place(pixels, residency)
-    return _decode_all(listing, preprocessing, residency, track)
+        known = records
+    return _decode_all(listing, preprocessing, residency, track, known)
 
 
 def _decode_all(
-    listing: Source, preprocessing: Preprocessing, residency: str, track: Track
+    listing: Source,
+    preprocessing: Preprocessing,
+    residency: str,
+    track: Track,
+    known: Sequence[Record | None],
 ) -> tuple[list[Record], UInt8[np.ndarray, "n height width 3"] | None]:
     """As `_scan`, when the pixels are not in the cache."""
     try:
         if _decoded_bytes(listing, preprocessing) > cache.free_bytes() / 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with cache.PixelFile(len(listing), preprocessing.image_size) as file:
-            records = scan.scan(listing, preprocessing, file, track)
+            records = scan.scan(listing, preprocessing, file, track, known)
             pixels = file.publish(scan.pixels_key(records, preprocessing))
             return records, _in_its_place(pixels, residency)
     except OSError as error:
@@ -189,9 +194,9 @@ def _decode_all(
             hint,
         )
     if residency == "disk":
-        return scan.scan(listing, preprocessing, None, track), None
+        return scan.scan(listing, preprocessing, None, track, known), None
     sink = _InMemory(len(listing), preprocessing.image_size)
-    return scan.scan(listing, preprocessing, sink, track), sink.pixels
+    return scan.scan(listing, preprocessing, sink, track, known), sink.pixels
 
 
 def _in_its_place(mapped: np.ndarray, residency: str) -> np.ndarray:

@@ -123,13 +123,20 @@ def _decode_plain_jpeg(
         height, width = int(stored_height), int(stored_width)
         if colours not in ("YCbCr", "Gray") or height * width > max_pixels:
             return None
-        smallest = (height, width)
-        if at_least is not None:
-            smallest = min(at_least[0], height), min(at_least[1], width)
         with _one_large_at_a_time(height * width):
-            return simplejpeg.decode_jpeg(encoded, min_height=smallest[0], min_width=smallest[1])
+            return _decode_jpeg(encoded, (height, width), at_least or (height, width))
     except ValueError:
         return None
+
+
+def _decode_jpeg(encoded: bytes, stored: tuple[int, int], at_least: tuple[int, int]) -> Pixels:
+    """A JPEG as it lies in the file; `stored` and `at_least` are (height, width).
+
+    Raises:
+      ValueError: It is damaged, or not of a kind that this decoder knows.
+    """
+    height, width = (min(sides) for sides in zip(stored, at_least, strict=True))
+    return simplejpeg.decode_jpeg(encoded, min_height=height, min_width=width)
 
 
 def _is_plain_jpeg(encoded: bytes) -> bool:
@@ -164,9 +171,8 @@ def _decode_opened(
         # In full size the same pixels as Pillow's, bit for bit, in half the time.
         # What it finds fault with is Pillow's to judge.
         with contextlib.suppress(ValueError):
-            smallest = min(height, image.height), min(width, image.width)
-            pixels = simplejpeg.decode_jpeg(encoded, min_height=smallest[0], min_width=smallest[1])
-            return _upright(pixels, orientation)
+            stored = image.height, image.width
+            return _upright(_decode_jpeg(encoded, stored, (height, width)), orientation)
     image.draft(None, (width, height))
     return _to_rgb(image)
 

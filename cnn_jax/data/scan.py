@@ -104,6 +104,7 @@ def scan(
     preprocessing: Preprocessing,
     sink: PixelSink | None = None,
     track: Track = no_track,
+    known: Sequence[Record | None] | None = None,
 ) -> list[Record]:
     """Examines every image that is not known yet.
 
@@ -113,6 +114,7 @@ def scan(
       sink: Gets row i for every example i that can be decoded; None if the pixels
         are not wanted.
       track: Shows progress.
+      known: What `known_records` gave, if it has been asked already.
 
     Returns:
       A record for each example.
@@ -120,19 +122,21 @@ def scan(
     Raises:
       OSError: The sink cannot be written.
     """
-    known = known_records(source, preprocessing.max_pixels)
-    rows = [i for i, record in enumerate(known) if record is None or sink is not None]
+    if known is None:
+        known = known_records(source, preprocessing.max_pixels)
+    records = list(known)
+    rows = [i for i, record in enumerate(records) if record is None or sink is not None]
 
     def work(row: int) -> None:
         try:
             encoded = read_example(source, row, preprocessing.max_pixels)
         except DataError as error:
-            known[row] = Record("", "", None, str(error))
+            records[row] = Record("", "", None, str(error))
             return
-        record, pixels = known[row], None
+        record, pixels = records[row], None
         if record is None or record.digest != _digest(encoded):
             record, pixels = examine(encoded, preprocessing.max_pixels)
-        known[row] = record
+        records[row] = record
         if sink is not None and record.header is not None:
             size = preprocessing.image_size
             if pixels is None or decode.is_reduced(record.header, size):
@@ -146,8 +150,8 @@ def scan(
             for _ in track(on_all_cores(work, rows), "reading images", len(rows)):
                 pass
         finally:  # Also after Ctrl-C: what is known need not be found out again.
-            _remember(source, preprocessing.max_pixels, known)
-    return [record for record in known if record is not None]
+            _remember(source, preprocessing.max_pixels, records)
+    return [record for record in records if record is not None]
 
 
 def on_all_cores(work: Callable[[int], _Result], rows: Sequence[int]) -> Iterator[_Result]:
