@@ -230,30 +230,47 @@ def open_folder(
             f"{name}: {root} needs a sub-folder of images for each class; {hint}"
             + describe_ignored(ignored)
         )
-    class_names = sorted({file.parts[depth] for file in examples})
-    label_of = {class_name: label for label, class_name in enumerate(class_names)}
-    own_splits = [parts[file.parts[0]] if parts else "" for file in examples]
-    labels = np.array([label_of[file.parts[depth]] for file in examples], np.int32)
+    class_of_each = [file.parts[depth] for file in examples]
+    with_images = set(class_of_each)
     for folder in _folders_at(root, list(parts) if parts else [""]):
-        if folder.rpartition("/")[2] not in label_of:
+        if folder.rpartition("/")[2] not in with_images:
             remarks.append(
                 f"the folder {folder} has no images, so there is no such class; add some, or "
                 "remove the folder"
             )
     if _OUTSIDE in ignored:
         remarks.append(f"{ignored[_OUTSIDE]:,} links lead out of the folder: {_ALLOW}")
+    source = _make_source(
+        name,
+        root,
+        examples,
+        class_of_each,
+        [parts[file.parts[0]] if parts else "" for file in examples],
+    )
+    return dataclasses.replace(source, ignored=ignored, remarks=remarks)
+
+
+def _make_source(
+    name: str,
+    root: pathlib.Path,
+    files: Sequence[File],
+    class_of_each: Sequence[str],
+    own_splits: list[str],
+) -> Source:
+    """A source of files below a folder; the classes are sorted by name."""
+    class_names = sorted(set(class_of_each))
+    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    paths = [file.path for file in files]
     return Source(
         name=name,
         class_names=class_names,
-        ids=[file.path for file in examples],
-        labels=labels,
+        ids=paths,
+        labels=np.array([label_of[class_name] for class_name in class_of_each], np.int32),
         read=FileReader(root),
-        keys=[file.path for file in examples],
-        sizes=[file.size for file in examples],
-        versions=[file.version for file in examples],
+        keys=paths,
+        sizes=[file.size for file in files],
+        versions=[file.version for file in files],
         own_splits=own_splits,
-        ignored=ignored,
-        remarks=remarks,
     )
 
 
@@ -346,20 +363,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
         raise DataError(f"{name} is not a CSV file in UTF-8: {error}") from error
     if not lines:
         raise DataError(f"{name} has no rows")
-    class_names = sorted(set(labels))
-    label_of = {class_name: label for label, class_name in enumerate(class_names)}
-    files = [_status(root, image) for image in lines]
-    return Source(
-        name=name,
-        class_names=class_names,
-        ids=list(lines),
-        labels=np.array([label_of[label] for label in labels], np.int32),
-        read=FileReader(root),
-        keys=list(lines),
-        sizes=[file.size for file in files],
-        versions=[file.version for file in files],
-        own_splits=own_splits,
-    )
+    return _make_source(name, root, [_status(root, image) for image in lines], labels, own_splits)
 
 
 def _is_inside(root: pathlib.Path, path: str) -> bool:
