@@ -37,7 +37,7 @@ class Dataset:
     Attributes:
       loader: Loads from the source.
       splits: For each name in `SPLITS`, positions in the source.
-      fingerprint: Changes with any example's identity, class or content.
+      fingerprint: Changes with any example's identity, class, content or split.
       findings: What is to be said of the data.
       residency: One of `RESIDENCIES`; where the pixels are read from.
     """
