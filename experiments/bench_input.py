@@ -66,12 +66,14 @@ class Pipeline:
       kind: "cnn_jax", "torch" or "tensorflow": also the module that it needs.
       residency: Of `open_dataset`, or for TensorFlow "memory" or "none".
       workers: Worker processes.
+      antialias: Of TensorFlow's resizing.
     """
 
     name: str
     kind: str
     residency: str = "none"
     workers: int = 0
+    antialias: bool = False
 
     @property
     def is_peer(self) -> bool:
@@ -91,6 +93,7 @@ def pipelines(workers: int) -> list[Pipeline]:
         Pipeline("cnn_jax, cache in memory", "cnn_jax", "memory"),
         Pipeline(f"PyTorch, {workers} workers", "torch", workers=workers),
         Pipeline("tf.data", "tensorflow"),
+        Pipeline("tf.data, antialias", "tensorflow", antialias=True),
         Pipeline("tf.data, cache in memory", "tensorflow", "memory"),
     ]
 
@@ -172,7 +175,7 @@ def tensorflow_batches(pipeline: Pipeline, folder: str, side: int) -> Generator[
 
     def load(file):
         image = tf.io.decode_jpeg(tf.io.read_file(file), channels=3)
-        return tf.image.resize(image, (side, side))
+        return tf.image.resize(image, (side, side), antialias=pipeline.antialias)
 
     def augment(image):
         angle, window = 2 * math.pi * uniform(ROTATION), 1 + uniform(ZOOM)

@@ -9,7 +9,9 @@ draw. The transformations mean what the Keras layers `RandomFlip`,
 """
 
 import dataclasses
+import functools
 import math
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -121,21 +123,37 @@ def apply_on_device(
     return jnp.clip((warped - mean) * contrast[:, None, None, None] + mean, 0, 255)
 
 
+@functools.cache
+def _opencv() -> ModuleType:
+    """OpenCV, imported when it is needed: it is not on every accelerator's host.
+
+    It keeps to the thread that calls it. The pipeline has threads of its own for
+    batches side by side, and OpenCV's, which wait actively, would take their cores.
+    """
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2
+
+
 def apply_on_host(
     images: UInt8[np.ndarray, "batch height width channel"],
     matrix: Float[np.ndarray, "batch 2 3"],
     contrast: Float[np.ndarray, " batch"],
 ) -> UInt8[np.ndarray, "batch height width channel"]:
     """Moves the pixels with OpenCV, and rounds them to grey levels."""
-    import cv2  # Not on every accelerator's host, and needed only here.
-
+    cv2 = _opencv()
     height, width, channels = images.shape[1:]
     out = np.empty_like(images)
+    # A turned picture is read across its rows. From a copy just made, in the core's own
+    # cache, that is half as fast again at 224 x 224 pixels as from memory.
+    near = np.empty_like(images[0])
     means = []
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     for image, moved, affine in zip(images, out, matrix, strict=True):
+        near[...] = image
         # By position: to name the arguments takes a tenth of a small picture's time.
-        cv2.warpAffine(image, affine, (width, height), moved, flags, cv2.BORDER_REFLECT)
+        cv2.warpAffine(near, affine, (width, height), moved, flags, cv2.BORDER_REFLECT)
         means.append(cv2.mean(moved)[:channels])
     # (x - mean) * contrast + mean, as a matrix [channel, channel + 1] for each image.
     scale = contrast[:, None, None] * np.eye(channels, dtype=np.float32)
