@@ -42,6 +42,8 @@ _PLAIN_SEGMENTS = frozenset((0xE0, 0xE2, 0xDB, 0xC4, 0xDD, 0xFE))
 # Pixels from which on an image may take some hundred megabytes to decode.
 _LARGE = 8_000_000
 _LARGE_TURN = threading.Lock()
+# Pixels that are converted at a time.
+_STRIP = 1_000_000
 
 # The underscores say that two images in one signature may differ in size.
 Pixels = UInt8[np.ndarray, "_height _width 3"]
@@ -291,7 +293,21 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
-    image = ImageOps.exif_transpose(image)
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    width, height = image.size
+    rows = max(_STRIP // width, 1)
+    if rows >= height:
+        return np.asarray(_strip_to_rgb(image))
+    # A strip at a time: what lies between is as large as what it is made of.
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        pixels[top : top + rows] = np.asarray(_strip_to_rgb(strip))
+    return pixels
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling.
         grey = np.asarray(image, np.float32) / (257 if image.mode != "F" else 1)
@@ -300,4 +316,4 @@ def _to_rgb(image: Image.Image) -> Pixels:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(background, image)
-    return np.asarray(image.convert("RGB"))
+    return image.convert("RGB")

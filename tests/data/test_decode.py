@@ -63,6 +63,23 @@ def test_transparency_lies_over_white():
     np.testing.assert_allclose(decoded[0, :, 0], [255, 0, 127], atol=1)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "CMYK", "I;16", "1"])
+def test_strips_give_the_same_pixels_as_the_whole(mode, monkeypatch):
+    rgba = np.random.default_rng(0).integers(0, 256, (23, 17, 4), np.uint8)
+    image = Image.fromarray(rgba)
+    options = {}
+    if mode == "I;16":
+        image = Image.fromarray(rgba.view(np.uint16)[..., 0].copy())
+    elif mode == "P":
+        image, options = image.convert("RGB").quantize(64), {"transparency": 5}
+    else:
+        image = image.convert(mode)
+    encoded = _encode(image, "TIFF" if mode in ("CMYK", "PA") else "PNG", **options)
+    whole = decode.decode(encoded)
+    monkeypatch.setattr(decode, "_STRIP", 60)  # Three rows.
+    np.testing.assert_array_equal(decode.decode(encoded), whole)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
     upright = _smooth()
