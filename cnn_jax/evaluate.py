@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from cnn_jax import cli
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track
-from cnn_jax.data.dataset import Dataset, open_dataset
+from cnn_jax.data.dataset import Dataset, choose_residency, open_dataset
 from cnn_jax.data.pipeline import Loader, evaluation_batches
 from cnn_jax.data.sources import FORMS, absolute, open_source
 from cnn_jax.data.splits import SPLITS, Division
@@ -109,6 +109,8 @@ def open_as_trained(
 ) -> Dataset:
     """Opens a source and divides it as the bundle's was when it was trained.
 
+    Its images are decoded once and kept, as training keeps them.
+
     Args:
       predictor: A loaded bundle.
       source: The name of a source; by default that of the bundle.
@@ -125,6 +127,7 @@ def open_as_trained(
         Division.from_dict(data["division"]),
         predictor.preprocessing,
         max_unreadable=data["max_unreadable"],
+        residency=choose_residency("auto", listing, predictor.preprocessing, device_bytes=0),
         track=track,
     )
 

@@ -8,6 +8,7 @@ from test_bundle import make_bundle
 
 from cnn_jax import evaluate
 from cnn_jax.bundle import write_bundle
+from cnn_jax.data import decode
 from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
 from cnn_jax.data.splits import Division
@@ -123,6 +124,17 @@ def test_the_split_is_that_of_the_run_with_its_groups_and_rule(predictor, image_
     )
     for split, indices in expected.splits.items():
         np.testing.assert_array_equal(dataset.splits[split], indices)
+
+
+def test_images_are_decoded_once(predictor, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CNN_JAX_CACHE", str(tmp_path))
+    decoded = []
+    to_rgb = decode._to_rgb
+    monkeypatch.setattr(decode, "_to_rgb", lambda image: decoded.append(image) or to_rgb(image))
+    for _ in range(2):
+        dataset = evaluate.open_as_trained(predictor, f"folder:{image_folder}")
+        assert evaluate.evaluate(predictor, dataset, "all")["count"] == 60
+    assert len(decoded) == 60
 
 
 def test_unreadable_images_are_named_and_left_out(image_folder, tmp_path, caplog):
