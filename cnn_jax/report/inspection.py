@@ -1,7 +1,8 @@
 """The page of an inspection: charts, contact sheets, and lists that a person can read.
 
-Names of classes and files come from outside. None of them becomes a file's name,
-a mathematical formula of Matplotlib's, or a part of the page's markup.
+Names of classes and files come from outside. None of them becomes a file's name or
+a part of the page's markup, and none is drawn: the browser knows more scripts than
+Matplotlib's font.
 """
 
 import dataclasses
@@ -10,7 +11,6 @@ import hashlib
 import json
 import math
 import pathlib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,16 +34,16 @@ from cnn_jax.errors import DataError, printable
 # Rows of a list on the page, and names in a row; inspection.json has all of them.
 _MAX_ROWS = 50
 _MAX_NAMES = 8
-# Bars of the largest and of the smallest classes, if there are more than twice as many.
-_MAX_BARS = 200
+# Rows of the largest and of the smallest classes, if there are more than twice as many.
+_MAX_CLASSES = 100
 # Thumbnails lie on a grid of squares, in pixels.
 _THUMBNAIL, _GAP = 96, 6
 _COLUMNS, _ROWS = 6, 4
 # From so many different sizes on, their density says more than their points.
 _MAX_POINTS = 2000
+# Of a chart, in inches.
+_SIZE = (4.0, 3.0)
 _DPI = 144
-# Of charts that stand side by side, inches.
-_HALF_WIDTH = (4.0, 3.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,6 @@ class _Theme:
     suffix: str
     ink: str
     line: str
-    splits: tuple[str, str, str]
     accent: str
     channels: tuple[str, str, str]
 
@@ -63,7 +62,6 @@ _THEMES = (
         suffix="",
         ink="#4a4f57",
         line="#dfe2e6",
-        splits=("#3f6fa8", "#5fb0a5", "#e0a63f"),
         accent="#3f6fa8",
         channels=("#c4504a", "#4d9a5b", "#4a74c4"),
     ),
@@ -71,7 +69,6 @@ _THEMES = (
         suffix="_dark",
         ink="#b9bec6",
         line="#3a3f47",
-        splits=("#6d9fd8", "#6cc2b6", "#e6b75c"),
         accent="#7fb0e6",
         channels=("#e5827c", "#7fc98d", "#86a8ec"),
     ),
@@ -120,6 +117,7 @@ def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) ->
         findings=survey.findings,
         figures=survey.to_dict(),
         splits=SPLITS,
+        classes=class_rows(survey.counts),
         charts=charts,
         sheets=sheets,
         exact=_rows(survey, survey.exact),
@@ -156,6 +154,29 @@ def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def class_rows(counts: Int[np.ndarray, "classes 3"]) -> list[dict[str, Any] | None]:
+    """A row of the page's table for each class; of very many, the largest and the smallest.
+
+    Each has the class's label, its images by split, and the percentages of the
+    largest class that these are. None stands for the classes between.
+    """
+    labels: list[int | None] = list(range(len(counts)))
+    if len(labels) > 2 * _MAX_CLASSES:
+        by_size = np.argsort(-counts.sum(axis=1), kind="stable").tolist()
+        labels = [*by_size[:_MAX_CLASSES], None, *by_size[-_MAX_CLASSES:]]
+    percents = 100 * counts / max(counts.sum(axis=1).max(), 1)
+    return [
+        None
+        if label is None
+        else {
+            "label": label,
+            "images": counts[label].tolist(),
+            "percents": percents[label].tolist(),
+        }
+        for label in labels
+    ]
 
 
 # Contact sheets.
@@ -231,32 +252,24 @@ def _thumbnail(survey: Survey, index: int) -> Image.Image | None:
 # Charts.
 
 
-def _draw_charts(survey: Survey, folder: pathlib.Path) -> dict[str, str]:
+def _draw_charts(survey: Survey, folder: pathlib.Path) -> list[str]:
     """Draws the charts that say something; returns their files without the ending."""
-    plots: dict[str, tuple[tuple[float, float], Callable[[Axes, _Theme], None]]] = {}
-    bars, rest = _classes_with_bars(survey.counts)
-    height = 0.9 + 0.24 * (len(bars) + (rest > 0))
-    plots["classes"] = (7.6, height), functools.partial(_plot_classes, survey, bars, rest)
+    plots: dict[str, Callable[[Survey, Axes, _Theme], None]] = {}
     if len(survey.resolutions) > 1:
-        plots["resolutions"] = _HALF_WIDTH, functools.partial(_plot_resolutions, survey)
+        plots["resolutions"] = _plot_resolutions
         if np.ptp(survey.aspect_ratios) > 0:
-            plots["aspect_ratios"] = _HALF_WIDTH, functools.partial(_plot_aspect_ratios, survey)
+            plots["aspect_ratios"] = _plot_aspect_ratios
     if survey.levels.any():
-        plots["levels"] = _HALF_WIDTH, functools.partial(_plot_levels, survey)
-    for name, (size, plot) in plots.items():
+        plots["levels"] = _plot_levels
+    for name, plot in plots.items():
         for theme in _THEMES:
-            _draw(folder / f"{name}{theme.suffix}.png", size, theme, plot)
-    return {name: name for name in plots}
+            _draw(folder / f"{name}{theme.suffix}.png", theme, functools.partial(plot, survey))
+    return list(plots)
 
 
-def _draw(
-    path: pathlib.Path,
-    size: tuple[float, float],
-    theme: _Theme,
-    plot: Callable[[Axes, _Theme], None],
-) -> None:
-    """Saves a chart of this size, in inches, on a transparent ground."""
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+def _draw(path: pathlib.Path, theme: _Theme, plot: Callable[[Axes, _Theme], None]) -> None:
+    """Saves a chart on a transparent ground."""
+    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set_axisbelow(True)
@@ -267,52 +280,7 @@ def _draw(
     plot(axes, theme)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=theme.ink, size=8.5)
-    with warnings.catch_warnings():
-        # Of scripts that Matplotlib's own font lacks it draws boxes; the page has the names.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(path, transparent=True)
-
-
-def _classes_with_bars(counts: Int[np.ndarray, "classes 3"]) -> tuple[list[int], int]:
-    """The labels that get a bar, and how many others lie between their two halves."""
-    labels = list(range(len(counts)))
-    if len(labels) <= 2 * _MAX_BARS:
-        return labels, 0
-    by_size = np.argsort(-counts.sum(axis=1), kind="stable").tolist()
-    return by_size[:_MAX_BARS] + by_size[-_MAX_BARS:], len(labels) - 2 * _MAX_BARS
-
-
-def _plot_classes(
-    survey: Survey, bars: Sequence[int], rest: int, axes: Axes, theme: _Theme
-) -> None:
-    """A bar for each class from top to bottom, its splits side by side."""
-    places = np.arange(len(bars)) + (np.arange(len(bars)) >= _MAX_BARS) * (rest > 0)
-    counts = survey.counts[list(bars)]
-    left = np.zeros(len(bars), np.int64)
-    for column, (split, colour) in enumerate(zip(SPLITS, theme.splits, strict=True)):
-        axes.barh(places, counts[:, column], 0.72, left, color=colour, label=split)
-        left = left + counts[:, column]
-    names = [_shorten(printable(survey.source.class_names[label])) for label in bars]
-    if rest:
-        places, names = np.append(places, _MAX_BARS), [*names, f"... {rest:,} classes between"]
-    axes.set_yticks(places, names, parse_math=False)
-    axes.set_ylim(places.max() + 0.7, -0.7)
-    axes.grid(visible=False, axis="y")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(_thousands())
-    axes.set_xlabel("images")
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=len(SPLITS),
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=theme.ink,
-        handlelength=1,
-        handleheight=1,
-        borderaxespad=0.2,
-        borderpad=0,
-    )
+    figure.savefig(path, transparent=True)
 
 
 def _plot_resolutions(survey: Survey, axes: Axes, theme: _Theme) -> None:
@@ -369,7 +337,3 @@ def _plot_levels(survey: Survey, axes: Axes, theme: _Theme) -> None:
 
 def _thousands() -> FuncFormatter:
     return FuncFormatter(lambda value, _: f"{value:,.0f}")
-
-
-def _shorten(text: str, width: int = 28) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."

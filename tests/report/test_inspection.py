@@ -27,7 +27,7 @@ class _Parser(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.elements, self.files, self.text = [], [], ""
+        self.elements, self.files, self.cells, self.text = [], [], [], ""
 
     def handle_starttag(self, tag, attrs):
         self.elements.append(tag)
@@ -37,6 +37,8 @@ class _Parser(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        if self.elements[-1:] == ["td"]:
+            self.cells.append(data)
 
 
 def _parsed(folder):
@@ -84,6 +86,7 @@ def test_hostile_names_are_text(hostile_folder, tmp_path):
     ):
         assert f"{shown}/{shown}.png" in page.text
         assert f"{shown}/bad {shown}.jpg" in page.text
+        assert page.cells.count(shown) == 1  # In the table of classes.
 
 
 def test_every_file_that_the_page_names_is_there(hostile_folder, tmp_path):
@@ -165,12 +168,15 @@ def test_an_image_that_has_gone_leaves_its_place_empty(image_folder, tmp_path):
     assert not np.asarray(Image.open(tmp_path / "page" / "class_000.png")).any()
 
 
-def test_very_many_classes_share_a_chart_of_bounded_height():
+def test_of_very_many_classes_the_largest_and_the_smallest_are_shown():
     counts = np.arange(3000).reshape(1000, 3)
-    bars, rest = inspection._classes_with_bars(counts)
-    assert (len(bars), rest) == (400, 600)
-    assert bars[0] == 999
-    assert bars[-1] == 0
+    rows = inspection.class_rows(counts)
+    assert len(rows) == 201
+    assert rows[100] is None
+    assert [rows[0]["label"], rows[99]["label"], rows[101]["label"]] == [999, 900, 99]
+    assert rows[0]["images"] == [2997, 2998, 2999]
+    assert sum(rows[0]["percents"]) == pytest.approx(100)
+    assert sum(rows[-1]["percents"]) == pytest.approx(100 * 3 / (2997 + 2998 + 2999))
 
 
 @pytest.mark.parametrize("max_points", [0, 2000])
