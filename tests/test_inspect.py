@@ -60,7 +60,7 @@ def test_every_flag_counts(image_folder, tmp_path, capsys):
     _image(root / "train" / "a" / "9_9.png", 9, (20, 20))
     (root / "train" / "red").symlink_to(image_folder / "red")
     flags = (
-        "--json --stratify=exact --group=*/{class}/{track} --no-keep_splits --max_pixels=399 "
+        "--json --stratify=exact --group={class}/{track} --no-keep_splits --max_pixels=399 "
         "--allow_outside --distance=7"
     )
     inspect.main([f"--source=folder:{root}", *flags.split()])
@@ -69,7 +69,7 @@ def test_every_flag_counts(image_folder, tmp_path, capsys):
         "fractions": [0.7, 0.2, 0.1],
         "seed": 0,
         "rule": "exact",
-        "group": "*/{class}/{track}",
+        "group": "{class}/{track}",
         "keep_splits": False,
     }
     assert (found["max_pixels"], found["near_distance"]) == (399, 7)

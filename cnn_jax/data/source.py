@@ -58,6 +58,15 @@ class Source:
         image = self.read(self.keys[index])
         return {"image": image, "label": int(self.labels[index]), "id": self.ids[index]}
 
+    @property
+    def paths(self) -> list[str]:
+        """The ids, without the folder that stands for their own split, such as "train/"."""
+        return [
+            rest if own and SPLIT_NAMES.get(folder.lower()) == own else example_id
+            for example_id, own in zip(self.ids, self.own_splits, strict=True)
+            for folder, _, rest in [example_id.partition("/")]
+        ]
+
     def select(self, indices: Int[np.ndarray, " m"]) -> "Source":
         """These examples alone; the classes stay."""
 

@@ -28,7 +28,7 @@ class Division:
       fractions: Shares of train, validation and test.
       seed: Of the division.
       rule: One of `RULES`.
-      group: A pattern of `group_names`, or "".
+      group: A pattern of `group_names` on the source's paths, or "".
       keep_splits: Whether the splits that a data set has already are kept.
     """
 
@@ -49,16 +49,16 @@ class Division:
         return cls(**{**fields, "fractions": tuple(fields["fractions"])})
 
     def check(self, source: Source) -> None:
-        """Raises DataError if the pattern of groups does not describe every id."""
+        """Raises DataError if the pattern of groups does not describe every path."""
         self.groups(source)
 
     def groups(self, source: Source) -> list[str] | None:
         """The group of each example; None if there are no groups.
 
         Raises:
-          DataError: The pattern does not describe an id.
+          DataError: The pattern does not describe a path.
         """
-        return group_names(source.ids, self.group, source.name) if self.group else None
+        return group_names(source.paths, self.group, source.name) if self.group else None
 
     def of(self, source: Source, contents: list[str]) -> dict[str, Int[np.ndarray, " _"]]:
         """The positions of each split.
@@ -68,7 +68,7 @@ class Division:
           contents: Of each example, the same for equal images.
 
         Raises:
-          DataError: The pattern does not describe an id.
+          DataError: The pattern does not describe a path.
         """
         return divide(
             source.ids,
@@ -250,25 +250,25 @@ def _none_empty(bounds: Int[np.ndarray, " cuts"], count: int) -> Int[np.ndarray,
     return bounds
 
 
-def group_names(ids: Sequence[str], pattern: str, name: str = "the source") -> list[str]:
-    """The group of each example, by a pattern on its id.
+def group_names(paths: Sequence[str], pattern: str, name: str = "the source") -> list[str]:
+    """The group of each example, by a pattern on its path.
 
-    `{word}` stands for a part of the id that belongs to the group's name and `*`
+    `{word}` stands for a part of the path that belongs to the group's name and `*`
     for one that does not; neither holds a "/". The pattern describes the
-    beginning of the id. A `{word}` at its end is a run of letters and digits: on
+    beginning of the path. A `{word}` at its end is a run of letters and digits: on
     `stop/0012_7.jpg`, `{class}/{track}` gives the group of `stop` and `0012`.
 
     Raises:
       ConfigError: The pattern has no `{word}`.
-      DataError: An id does not match.
+      DataError: A path does not match.
     """
     expression = group_expression(pattern)
     groups = []
-    for example_id in ids:
-        match = expression.match(example_id)
+    for path in paths:
+        match = expression.match(path)
         if match is None:
             raise DataError(
-                f"data.group: {pattern!r} does not describe {example_id!r} of {name}; a {{word}} "
+                f"data.group: {pattern!r} does not describe {path!r} of {name}; a {{word}} "
                 'stands for a part of the path without "/"'
             )
         groups.append("/".join(match.groups()))

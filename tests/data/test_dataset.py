@@ -200,6 +200,23 @@ def test_groups_stay_in_one_split(folder):
     assert sum(map(len, splits)) == len(set.union(*splits)) == 15
 
 
+def test_a_pattern_describes_the_path_within_the_folder_of_a_split(folder, tmp_path):
+    for split, kept in (("train", range(16)), ("val", range(16, 20))):
+        for path in sorted(folder.rglob("*.png")):
+            if (frame := int(path.stem)) in kept:
+                place = tmp_path / split / path.parent.name / f"{frame // 2}_{frame}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(place)
+    dataset = open_dataset(open_folder(tmp_path), Division(group="{class}/{track}"), PREPROCESSING)
+    tracks = [example_id.split("_")[0] for example_id in dataset.source.ids]
+    splits = {name: {tracks[i] for i in rows} for name, rows in dataset.splits.items()}
+    assert len(splits["validation"]) == 6
+    assert all(name.startswith("val/") for name in splits["validation"])
+    # The missing test split is cut out of the training part, by whole tracks.
+    assert 3 <= len(splits["test"]) <= 12
+    assert len(splits["test"] | splits["train"]) == len(splits["test"]) + len(splits["train"]) == 24
+
+
 def test_own_splits_are_kept_or_not(folder, tmp_path):
     rows = [
         f"{path.relative_to(folder)},{path.parent.name},{'test' if int(path.stem) < 4 else 'train'}"

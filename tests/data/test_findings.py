@@ -83,7 +83,7 @@ def test_groups_that_the_own_splits_tear_apart_are_a_warning(tmp_path):
     for i in range(40):
         _write(tmp_path, f"train/{'ab'[i % 2]}/{i // 4}_{i}.png", i)
         _write(tmp_path, f"test/{'ab'[i % 2]}/{i // 4}_{i}.png", 100 + i)
-    division = Division(group="*/{class}/{track}")
+    division = Division(group="{class}/{track}")
     preprocessing = Preprocessing(image_size=(8, 8))
     findings = open_dataset(open_folder(tmp_path), division, preprocessing).findings
     assert any(
