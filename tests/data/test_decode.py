@@ -1,8 +1,12 @@
 import contextlib
 import io
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from PIL import Image, ImageOps
 
 from cnn_jax.data import decode
@@ -78,6 +82,31 @@ def test_strips_give_the_same_pixels_as_the_whole(mode, monkeypatch):
     whole = decode.decode(encoded)
     monkeypatch.setattr(decode, "_STRIP", 60)  # Three rows.
     np.testing.assert_array_equal(decode.decode(encoded), whole)
+
+
+_PEAK = """
+import pathlib, sys
+from cnn_jax.data.decode import load
+
+def peak():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+encoded = pathlib.Path(sys.argv[1]).read_bytes()
+before = peak()
+load(encoded, (8, 8))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_large_transparent_image_takes_little_more_than_its_pixels(tmp_path):
+    path = tmp_path / "large.png"
+    Image.new("RGBA", (4000, 4000), (10, 20, 30, 128)).save(path, compress_level=1)
+    command = [sys.executable, "-c", _PEAK, str(path)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    # 64 MB as Pillow holds it, and 48 as an array, which Pillow holds once more to resize it.
+    assert float(result.stdout) < 150
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
