@@ -8,38 +8,15 @@ Everything there can be made again.
 
 import argparse
 import pathlib
-import shutil
 from collections.abc import Sequence
 
 from cnn_jax import cli
-from cnn_jax.data.cache import OWN_ENTRY, cache_dir
+from cnn_jax.data.cache import cache_dir, clear, own_entries
 
 
-def sizes(folder: pathlib.Path) -> dict[str, int]:
-    """Bytes below each entry of the cache folder that this package has made."""
-    if not folder.is_dir():
-        return {}
-    return {
-        entry.name: sum(
-            path.lstat().st_size for path in [entry, *entry.rglob("*")] if path.is_file()
-        )
-        for entry in sorted(folder.iterdir())
-        if OWN_ENTRY.match(entry.name)
-    }
-
-
-def clear(folder: pathlib.Path) -> None:
-    """Removes what this package has made in the cache folder, and nothing else.
-
-    Raises:
-      OSError: Something cannot be removed.
-    """
-    for name in sizes(folder):
-        entry = folder / name
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+def _size(path: pathlib.Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return sum(one.lstat().st_size for one in [path, *path.rglob("*")] if one.is_file())
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,10 +27,10 @@ def main(argv: Sequence[str]) -> None:
     flags = parser.parse_args(argv)
 
     folder = cache_dir()
-    for name, size in sizes(folder).items():
-        print(f"{size / 1e6:>12,.1f} MB  {folder / name}")
+    for kind, paths in own_entries().items():
+        print(f"{sum(map(_size, paths)) / 1e6:>12,.1f} MB  {folder / kind}")
     if flags.clear:
-        clear(folder)
+        clear()
         print(f"removed all of it from {folder}")
 
 

@@ -65,6 +65,17 @@ def path(text: str) -> str:
     return str(pathlib.Path(text).expanduser())
 
 
+def share(text: str) -> float:
+    """The argparse type of a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text!r}")
+    return value
+
+
 @contextlib.contextmanager
 def open_output(path: str | None) -> Iterator[IO[str]]:
     """A text file to write to, or stdout if `path` is None.

@@ -6,6 +6,7 @@ prints them as JSON, as `report/metrics.json` holds them.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -105,7 +106,13 @@ def evaluate(
 
 
 def open_as_trained(
-    predictor: Predictor, source: str | None = None, track: Track = no_track
+    predictor: Predictor,
+    source: str | None = None,
+    track: Track = no_track,
+    *,
+    grouped: bool = True,
+    max_unreadable: float | None = None,
+    allow_outside: bool = False,
 ) -> Dataset:
     """Opens a source and divides it as the bundle's was when it was trained.
 
@@ -115,18 +122,25 @@ def open_as_trained(
       predictor: A loaded bundle.
       source: The name of a source; by default that of the bundle.
       track: Shows progress.
+      grouped: Whether the bundle's groups stay together; other data may have none.
+      max_unreadable: The largest share of images that may be unreadable; by default
+        that of the bundle.
+      allow_outside: Whether links and paths may lead out of the data's folder, even
+        if the bundle's might not.
 
     Raises:
       ConfigError: No source has a name of this form.
       DataError: The data cannot be used, or too much of it is unreadable.
     """
     data = predictor.data
-    listing = open_source(absolute(source or data["source"]), track, data["allow_outside"])
+    name = absolute(source or data["source"])
+    listing = open_source(name, track, allow_outside or data["allow_outside"])
+    division = Division.from_dict(data["division"])
     return open_dataset(
         listing,
-        Division.from_dict(data["division"]),
+        division if grouped else dataclasses.replace(division, group=""),
         predictor.preprocessing,
-        max_unreadable=data["max_unreadable"],
+        max_unreadable=data["max_unreadable"] if max_unreadable is None else max_unreadable,
         residency=choose_residency("auto", listing, predictor.preprocessing, device_bytes=0),
         track=track,
     )
@@ -139,12 +153,29 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--bundle", required=True, type=cli.path, help="the bundle, RUN/bundle")
     parser.add_argument("--source", help=f"{FORMS}; what it was trained on if not given")
     parser.add_argument("--split", default="test", choices=[*SPLITS, "all"])
+    parser.add_argument(
+        "--max_unreadable",
+        type=cli.share,
+        help="share of images that may be unreadable; as in training if not given",
+    )
+    parser.add_argument(
+        "--allow_outside",
+        action="store_true",
+        help="follow links and paths out of the data's folder",
+    )
     parser.add_argument("--output", type=cli.path, help="JSON file to write; stdout if not given")
     flags = parser.parse_args(argv)
 
     predictor = Predictor.load(flags.bundle)
     console = Console()
-    dataset = open_as_trained(predictor, flags.source, console.track)
+    dataset = open_as_trained(
+        predictor,
+        flags.source,
+        console.track,
+        grouped=flags.split != "all",  # All of it is not divided.
+        max_unreadable=flags.max_unreadable,
+        allow_outside=flags.allow_outside,
+    )
     for image in dataset.findings.unreadable:
         logger.warning("left out: %s %s", printable(image.id), image.reason)
     with cli.open_output(flags.output) as file:

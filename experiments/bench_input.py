@@ -10,7 +10,8 @@ that decode each time, and the peak memory of all processes together, from a run
 of its own (proportional set size: it counts what was read of a memory-mapped
 cache, which the system can take back). It takes about half an hour.
 
-Each measurement is a process, whose start is not counted. All flip with
+Each measurement is a process, whose start is not counted; nor is, for cnn_jax, the one
+pass over new data that looks at every image in full before the first training. All flip with
 probability 1/2, rotate by up to 0.2 of a turn, and change zoom and contrast by up
 to 0.2; tf.data and cnn_jax reflect the picture at its edges, Pillow leaves black.
 PyTorch and cnn_jax decode in as many worker processes, cnn_jax in threads as well

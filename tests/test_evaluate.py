@@ -126,6 +126,24 @@ def test_the_split_is_that_of_the_run_with_its_groups_and_rule(predictor, image_
         np.testing.assert_array_equal(dataset.splits[split], indices)
 
 
+def test_other_data_needs_no_groups_and_may_be_worse(image_folder, tmp_path, capfd):
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "red" / "007.png").write_bytes(b"x")
+    (tmp_path / "outside.png").write_bytes((image_folder / "red" / "000.png").read_bytes())
+    (tmp_path / "images" / "red" / "link.png").symlink_to(tmp_path / "outside.png")
+    bundle = make_bundle()
+    bundle.data["division"]["group"] = "{class}/{patient}-"
+    write_bundle(bundle, tmp_path / "bundle")
+    command = [f"--bundle={tmp_path / 'bundle'}", f"--source=folder:{tmp_path / 'images'}"]
+    with pytest.raises(DataError, match="does not describe"):
+        evaluate.main(command)
+    with pytest.raises(DataError, match="more than data.max_unreadable = 0.01"):
+        evaluate.main([*command, "--split=all"])
+    capfd.readouterr()
+    evaluate.main([*command, "--split=all", "--max_unreadable=0.5", "--allow_outside"])
+    assert json.loads(capfd.readouterr().out)["count"] == 60
+
+
 def test_images_are_decoded_once(predictor, image_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CNN_JAX_CACHE", str(tmp_path))
     decoded = []

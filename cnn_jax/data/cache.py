@@ -6,6 +6,7 @@ Everything here can be made again, so that all of it may be removed at any time:
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -20,9 +21,14 @@ import numpy as np
 
 from cnn_jax.data.decode import Pixels
 
-# What this package puts into the folder, which may hold other things.
-OWN_ENTRY = re.compile(r"pixels$|scans$|\.?shapes-v\d+-seed")
+# What this package puts into the folder, which may hold other things: whole folders of
+# these names, and in two folders files of these names.
+_OWN_FOLDER = re.compile(r"\.?shapes-v\d+-seed.*")
+_OWN_FILE = re.compile(r"[0-9a-f]{32}\.(npy|json)|\.partial-.*")
+_FOLDERS_OF_FILES = ("pixels", "scans")
 _A_DAY = 24 * 60 * 60  # Seconds.
+# Pixels are kept so long after they were last opened.
+_DAYS_KEPT = 30
 
 
 def cache_dir() -> pathlib.Path:
@@ -39,6 +45,37 @@ def free_bytes() -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def own_entries() -> dict[str, list[pathlib.Path]]:
+    """Files and folders of this package in the cache folder, by the kind of thing they are."""
+    folder = cache_dir()
+    entries = {
+        kind: [path for path in _listed(folder / kind) if _OWN_FILE.fullmatch(path.name)]
+        for kind in _FOLDERS_OF_FILES
+    }
+    entries |= {p.name: [p] for p in _listed(folder) if _OWN_FOLDER.fullmatch(p.name)}
+    return {kind: paths for kind, paths in entries.items() if paths}
+
+
+def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def clear() -> None:
+    """Removes what this package has made in the cache folder, and nothing else.
+
+    Raises:
+      OSError: Something cannot be removed.
+    """
+    for path in itertools.chain(*own_entries().values()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for kind in _FOLDERS_OF_FILES:
+        with contextlib.suppress(OSError):  # Something else is in it.
+            (cache_dir() / kind).rmdir()
 
 
 def read_json(kind: str, key: str) -> Any:
@@ -83,6 +120,8 @@ def open_pixels(key: str, count: int, image_size: tuple[int, int]) -> np.ndarray
         pixels = np.load(_pixels_path(key), mmap_mode="r")
     except (OSError, ValueError, EOFError):  # Not there, or cut short by a crash of the machine.
         return None
+    with contextlib.suppress(OSError):  # It may be somebody else's.
+        os.utime(_pixels_path(key))
     is_whole = pixels.dtype == np.uint8 and pixels.shape == (count, *image_size, 3)
     return pixels if is_whole else None
 
@@ -92,11 +131,12 @@ def _pixels_path(key: str) -> pathlib.Path:
 
 
 def _sweep(folder: pathlib.Path) -> None:
-    """Removes what killed processes have left."""
-    for path in folder.glob(".partial-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _A_DAY:
-                path.unlink()
+    """Removes what killed processes have left, and pixels that nobody opens any more."""
+    for pattern, days in ((".partial-*", 1), ("*.npy", _DAYS_KEPT)):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > days * _A_DAY:
+                    path.unlink()
 
 
 def _take_room(descriptor: int, start: int, length: int) -> None:

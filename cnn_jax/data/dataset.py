@@ -179,8 +179,9 @@ def _decode_all(
 ) -> tuple[list[Record], UInt8[np.ndarray, "n height width 3"] | None]:
     """As `_scan`, when the pixels are not in the cache."""
     try:
-        if _decoded_bytes(listing, preprocessing) > cache.free_bytes() / 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # On disk they are wanted; else they are only kept for the next time.
+        if residency != "disk" and _decoded_bytes(listing, preprocessing) > cache.free_bytes() / 2:
+            raise OSError(errno.ENOSPC, "they would take more than half of what is free")
         with cache.PixelFile(len(listing), preprocessing.image_size) as file:
             records = scan.scan(listing, preprocessing, file, track, known)
             pixels = file.publish(scan.pixels_key(records, preprocessing))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import MAX_PIXELS
@@ -276,8 +276,11 @@ def _num_scans(encoded: bytes) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1, upright, where there is none."""
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    """EXIF orientation, 1 to 8; 1, upright, where there is none or it cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # A damaged block makes Pillow raise errors of any type.
+        return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
@@ -293,18 +296,16 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
     width, height = image.size
     rows = max(_STRIP // width, 1)
     if rows >= height:
-        return np.asarray(_strip_to_rgb(image))
+        return _upright(np.asarray(_strip_to_rgb(image)), _orientation(image))
     # A strip at a time: what lies between is as large as what it is made of.
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
         strip = image.crop((0, top, width, min(top + rows, height)))
         pixels[top : top + rows] = np.asarray(_strip_to_rgb(strip))
-    return pixels
+    return _upright(pixels, _orientation(image))
 
 
 def _strip_to_rgb(image: Image.Image) -> Image.Image:

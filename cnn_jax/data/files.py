@@ -10,7 +10,8 @@ import errno
 import os
 import pathlib
 import stat
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -22,6 +23,11 @@ from cnn_jax.errors import DataError
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+# Images that people have, and that are not read.
+_OTHER_SUFFIXES = frozenset(
+    (".arw", ".avif", ".cr2", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef")
+)
+_OTHER_FORMAT = "images of other formats"
 _HIDDEN = "hidden"
 _NO_IMAGE = "not images"
 _SPECIAL = "neither files nor folders"
@@ -168,9 +174,16 @@ def list_images(
 ) -> tuple[list[File], dict[str, int]]:
     """The files of `list_files` that are images, or should be, judging by their names."""
     files, ignored = list_files(root, allow_outside)
-    images = [file for file in files if is_image_file(root, file.path)]
-    if len(images) < len(files):
-        ignored[_NO_IMAGE] = len(files) - len(images)
+    images, others = [], 0
+    for file in files:
+        if is_image_file(root, file.path):
+            images.append(file)
+        elif pathlib.PurePosixPath(file.path).suffix.lower() in _OTHER_SUFFIXES:
+            others += 1
+    if others:
+        ignored[_OTHER_FORMAT] = others
+    if strays := len(files) - len(images) - others:
+        ignored[_NO_IMAGE] = strays
     return images, ignored
 
 
@@ -214,7 +227,12 @@ def open_folder(
         raise DataError(f"{name}: there is no folder {root}")
     images, ignored = list_images(root, allow_outside)
     remarks = []
-    parts = _parts_of_a_divided_folder(images)
+    parts, unlabelled = _parts_of_a_divided_folder(images)
+    for part in unlabelled:
+        remarks.append(
+            f"the folder {part} has a single sub-folder, which is no class of the training part: "
+            "its images are taken for unlabelled and left out"
+        )
     # A class is the name of the folder at this depth.
     depth = 1 if parts else 0
     examples = [
@@ -238,6 +256,11 @@ def open_folder(
                 f"the folder {folder} has no images, so there is no such class; add some, or "
                 "remove the folder"
             )
+    if _OTHER_FORMAT in ignored:
+        remarks.append(
+            f"{ignored[_OTHER_FORMAT]:,} images are of formats that are not read, such as HEIC or "
+            "AVIF, and are left out: convert them to JPEG or PNG"
+        )
     if _OUTSIDE in ignored:
         remarks.append(f"{ignored[_OUTSIDE]:,} links lead out of the folder: {_ALLOW}")
     source = _make_source(
@@ -247,7 +270,7 @@ def open_folder(
         class_of_each,
         [parts[file.parts[0]] if parts else "" for file in examples],
     )
-    return dataclasses.replace(source, ignored=ignored, remarks=remarks)
+    return dataclasses.replace(source, ignored=ignored, remarks=[*source.remarks, *remarks])
 
 
 def _make_source(
@@ -271,7 +294,21 @@ def _make_source(
         sizes=[file.size for file in files],
         versions=[file.version for file in files],
         own_splits=own_splits,
+        remarks=[
+            f"the classes {' and '.join(names)} differ only in case, spaces or how their accents "
+            "are written: give them one name if they are one class"
+            for names in _nearly_equal(class_names)
+        ],
     )
+
+
+def _nearly_equal(class_names: Sequence[str]) -> list[list[str]]:
+    """Sets of names that a person would read as one."""
+    names_of: dict[str, list[str]] = defaultdict(list)
+    for name in class_names:
+        folded = unicodedata.normalize("NFKC", name).casefold()
+        names_of["".join(folded.split())].append(name)
+    return [names for names in names_of.values() if len(names) > 1]
 
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:
@@ -282,21 +319,34 @@ def describe_ignored(ignored: Mapping[str, int]) -> str:
     return f" (left out: {counts}" + (f": {_ALLOW})" if _OUTSIDE in ignored else ")")
 
 
-def _parts_of_a_divided_folder(images: Sequence[File]) -> dict[str, str]:
-    """For each folder that is a split, the split's name; empty if the folder is not divided.
+def _parts_of_a_divided_folder(images: Sequence[File]) -> tuple[dict[str, str], list[str]]:
+    """For each folder that is a split, the split's name, and folders of unlabelled images.
 
-    It is divided if the images of a part lie in sub-folders, and it is the
-    training part beside another one, or there are only parts. (A class may be
-    called "train" or "test", but then has the images itself. Test images without
-    classes, as competitions have them, are no part.)
+    Both are empty if the folder is not divided. It is divided if the images of a
+    part lie in sub-folders, and it is the training part beside another one, or there
+    are only parts. (A class may be called "train" or "test", but then has the images
+    itself. Test images without classes, as competitions have them, are no part, not
+    even in a sub-folder: that has the name of no class.)
     """
     tops = {file.parts[0] for file in images if len(file.parts) > 1}
     named = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
     nested = {file.parts[0] for file in images if len(file.parts) > 2}
     parts = {top: split for top, split in named.items() if top in nested}
-    if "train" in parts.values():
-        return parts if len(named) > 1 else {}
-    return parts if tops == nested == set(named) else {}
+    if "train" not in parts.values():
+        return (parts if tops == nested == set(named) else {}), []
+    if len(named) == 1:
+        return {}, []
+    classes_of: dict[str, set[str]] = defaultdict(set)
+    for file in images:
+        if len(file.parts) > 2:
+            classes_of[file.parts[0]].add(file.parts[1])
+    known = set[str]().union(*(classes_of[top] for top in parts if parts[top] == "train"))
+    unlabelled = [
+        top
+        for top, split in sorted(parts.items())
+        if split == "test" and len(classes_of[top]) == 1 and not classes_of[top] & known
+    ]
+    return {top: split for top, split in parts.items() if top not in unlabelled}, unlabelled
 
 
 def _folders_at(root: pathlib.Path, parts: Sequence[str]) -> Iterator[str]:
@@ -310,8 +360,9 @@ def _folders_at(root: pathlib.Path, parts: Sequence[str]) -> Iterator[str]:
 def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool = False) -> Source:
     """A table with the columns `path`, `label` and, if wanted, `split`.
 
-    Paths are relative to the table's folder. A split is `train`, `val`, `valid`,
-    `validation` or `test`, or empty.
+    Paths are relative to the table's folder; an absolute one that lies in it counts as
+    relative. A split is one of `SPLIT_NAMES`, or empty. Spaces around a cell do not
+    count.
 
     Args:
       path: The CSV file, UTF-8, with a header.
@@ -325,12 +376,13 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
     name = name or f"csv:{path}"
     table = pathlib.Path(path).expanduser()
     root = table.absolute().parent
+    folder = os.path.realpath(root)
     lines: dict[str, int] = {}
     labels, own_splits = [], []
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            columns = reader.fieldnames or []
+            columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
             if not {"path", "label"} <= set(columns):
                 raise DataError(
                     f"{name}: the first line must name the columns path and label, and perhaps "
@@ -338,10 +390,16 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
                 )
             for row in reader:
                 where = f"{name}: line {reader.line_num}"
-                image, label = row["path"] or "", (row["label"] or "").strip()
+                if None in row:  # Where DictReader puts what is too much.
+                    raise DataError(
+                        f"{where} has more than {len(columns)} columns; a comma within a cell "
+                        'needs quotes around it, as in "salmon, smoked"'
+                    )
+                image, label = (row["path"] or "").strip(), (row["label"] or "").strip()
                 split = (row.get("split") or "").strip()
                 if not image or not label:
                     raise DataError(f"{where} has no {'label' if image else 'path'}")
+                image = _plain_path(root, image)
                 if image in lines:
                     raise DataError(f"{where} has {image} again, as line {lines[image]}")
                 if split and split.lower() not in SPLIT_NAMES:
@@ -349,7 +407,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
                         f"{where}: the split must be one of {', '.join(SPLIT_NAMES)}, or empty, "
                         f"got {split!r}"
                     )
-                if not allow_outside and not _is_inside(root, image):
+                if not allow_outside and not _is_inside(folder, image):
                     raise DataError(
                         f"{where}: {image} lies outside the table's folder, {root}; "
                         "data.allow_outside=True (--allow_outside) allows it"
@@ -366,10 +424,16 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
     return _make_source(name, root, [_status(root, image) for image in lines], labels, own_splits)
 
 
-def _is_inside(root: pathlib.Path, path: str) -> bool:
-    folder = os.path.realpath(root)
+def _plain_path(root: pathlib.Path, path: str) -> str:
+    """One spelling for a path: without "./" and "//", and relative if it can be."""
+    plain = pathlib.PurePosixPath(path)
+    return str(plain.relative_to(root) if plain.is_relative_to(root) else plain)
+
+
+def _is_inside(folder: str, path: str) -> bool:
     try:
-        return os.path.commonpath([folder, os.path.realpath(root / path)]) == folder
+        real = os.path.realpath(os.path.join(folder, path))  # noqa: PTH118
+        return os.path.commonpath([folder, real]) == folder
     except ValueError:  # A name that no file can have; reading it will say so.
         return True
 

@@ -101,6 +101,8 @@ class Findings:
                 f"{count(len(self.conflicts), 'set')} of equal images with different labels, such "
                 f"as {self._names(self.conflicts[0])}: correct or remove them"
             )
+        if ties := self._ties():
+            found.append(f"{ties}: remove the copies, or let these groups be one")
         if self.leaks:
             found.append(
                 f"{count(len(self.leaks), 'set')} of equal images in different splits, such as "
@@ -150,11 +152,28 @@ class Findings:
             return reason
         for name, indices in self.splits.items():
             if not len(indices):
+                ties = self._ties()
                 return (
                     f"no image is left for {name}; each class needs three images (or groups) or "
                     f"more, and there are {len(source)} images of {len(source.class_names)} classes"
+                    + (f"; {ties}" if ties else "")
                 )
         return None
+
+    def _ties(self) -> str:
+        """How equal images make one of several groups, in words; "" if they do not."""
+        groups = self.division.groups(self.source)
+        if groups is None:
+            return ""
+        tying = [copies for copies in self.copies if len({groups[i] for i in copies}) > 1]
+        if not tying:
+            return ""
+        tied = {groups[i] for copies in tying for i in copies}
+        return (
+            f"{count(len(tying), 'set')} of equal images, such as {self._names(tying[0])}, "
+            f"{'ties' if len(tying) == 1 else 'tie'} {len(tied):,} groups together, which then "
+            "lie in the same split"
+        )
 
     def _torn_groups(self) -> list[str]:
         """Groups of which there are images in several splits."""
@@ -178,7 +197,11 @@ class Findings:
         return printable(self.source.class_names[label])
 
     def _names(self, group: Sequence[int]) -> str:
-        return _some([printable(self.source.ids[i]) for i in group])
+        """A few of these examples, of different classes first."""
+        labels = self.source.labels
+        first_of = {int(labels[i]): i for i in reversed(group)}.values()
+        order = [*sorted(first_of), *(i for i in group if i not in first_of)]
+        return _some([printable(self.source.ids[i]) for i in order])
 
 
 def find(

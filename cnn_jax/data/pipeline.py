@@ -11,7 +11,6 @@ import functools
 import itertools
 import logging
 import math
-import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing import resource_tracker
@@ -89,8 +88,9 @@ def load_image(
       DataError: It cannot be read or decoded; the message names it.
     """
     try:
-        encoded = scan.read_example(source, index, preprocessing.max_pixels)
-        return load(encoded, preprocessing.image_size, preprocessing.max_pixels)
+        with scan.one_large_file_at_a_time(source, index):
+            encoded = scan.read_example(source, index, preprocessing.max_pixels)
+            return load(encoded, preprocessing.image_size, preprocessing.max_pixels)
     except DataError as error:
         raise DataError(f"{source.name}: {source.ids[index]} {error}") from error
 
@@ -100,7 +100,7 @@ def choose_workers(requested: int) -> int:
     if requested >= 0:
         return requested
     # A machine of few cores needs them all for the training step.
-    return 0 if (os.cpu_count() or 1) < 4 else min(16, (os.cpu_count() or 1) - 1)
+    return 0 if scan.num_cores() < 4 else min(16, scan.num_cores() - 1)
 
 
 def _add_draws(
@@ -142,9 +142,9 @@ def training_batches(
 
     The examples are shuffled anew for each pass. A batch may span two passes,
     so that every batch is full and no example is seen more often than another.
-    A balanced stream takes its examples from each class in turn, and passes over
-    each class by itself: no class is seen more often than another, and no
-    example more often than another of its class.
+    A balanced stream takes its examples from each class in turn, in a new order
+    each round, and passes over each class by itself: no class is seen more often
+    than another, and no example more often than another of its class.
 
     Args:
       loader: Loads the pixels.
@@ -219,11 +219,16 @@ class _Passes:
 
 
 class _ClassesInTurn:
-    """Positions of one class after the other, each class in passes of its own."""
+    """Positions of one class after the other, each class in passes of its own.
+
+    The classes take their turns in a new order each round: neighbours in the
+    alphabet are often alike, and would make up whole batches.
+    """
 
     def __init__(self, labels: Int[np.ndarray, " n"], seed: int):
         classes = np.unique(labels)
-        seeds = np.random.SeedSequence(seed).generate_state(len(classes)).tolist()
+        seeds = np.random.SeedSequence(seed).generate_state(len(classes) + 1).tolist()
+        self._turns = _Passes(len(classes), seeds.pop())
         self._members = [np.flatnonzero(labels == label) for label in classes]
         self._passes = [
             _Passes(len(members), class_seed)
@@ -232,10 +237,11 @@ class _ClassesInTurn:
 
     def __call__(self, places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """The positions that stand at these places of the endless sequence."""
-        rounds, turns = np.divmod(places, len(self._members))
+        rounds, turns = places // len(self._members), self._turns(places)
         positions = np.empty_like(places)
-        for turn, (members, passes) in enumerate(zip(self._members, self._passes, strict=True)):
-            positions[turns == turn] = members[passes(rounds[turns == turn])]
+        for turn in np.unique(turns).tolist():
+            is_turn = turns == turn
+            positions[is_turn] = self._members[turn][self._passes[turn](rounds[is_turn])]
         return positions
 
 
@@ -265,7 +271,7 @@ def evaluation_batches(
 def _iterate(dataset: grain.MapDataset, workers: int) -> Generator[NumpyBatch, None, None]:
     """Reads ahead on threads, or in worker processes; closing it ends them."""
     if workers == 0:
-        threads = max(2, min(16, os.cpu_count() or 1))
+        threads = max(2, min(16, scan.num_cores()))
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         iterator = iter(dataset.to_iter_dataset(options))
         start = contextlib.nullcontext()

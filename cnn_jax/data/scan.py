@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar, runtime_checkable
@@ -30,6 +31,9 @@ _VERSION = 1
 # An image file has at most this many bytes for each pixel that is allowed, and for
 # all that is no pixel. A larger one is not even read.
 _BYTES_A_PIXEL, _OTHER_BYTES = 4, 2**20
+# Bytes from which on a file is read and decoded while no other such file is.
+_LARGE_FILE = 2**23
+_LARGE_FILE_TURN = threading.Lock()
 
 _Result = TypeVar("_Result")
 
@@ -92,6 +96,14 @@ def read_example(source: Source, index: int, max_pixels: int) -> bytes:
         raise DataError(f"cannot be read: {error.strerror or error}") from error
 
 
+def one_large_file_at_a_time(
+    source: Source, index: int
+) -> contextlib.AbstractContextManager[object]:
+    """Holds back the other threads' large files, so that memory does not grow with cores."""
+    is_large = source.sizes[index] > _LARGE_FILE
+    return _LARGE_FILE_TURN if is_large else contextlib.nullcontext()
+
+
 @runtime_checkable
 class PixelSink(Protocol):
     """Where a scan leaves the resized images."""
@@ -128,6 +140,10 @@ def scan(
     rows = [i for i, record in enumerate(records) if record is None or sink is not None]
 
     def work(row: int) -> None:
+        with one_large_file_at_a_time(source, row):
+            look_at(row)
+
+    def look_at(row: int) -> None:
         try:
             encoded = read_example(source, row, preprocessing.max_pixels)
         except DataError as error:
@@ -159,9 +175,16 @@ def on_all_cores(work: Callable[[int], _Result], rows: Sequence[int]) -> Iterato
 
     Decoders and hashes work outside Python's lock.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for chunk in _chunks(rows, 64 * (os.cpu_count() or 1)):
+    with ThreadPoolExecutor(num_cores()) as pool:
+        for chunk in _chunks(rows, 64 * num_cores()):
             yield from pool.map(work, chunk)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS knows no affinity.
 
 
 def _chunks(rows: Iterable[int], size: int) -> Iterator[list[int]]:

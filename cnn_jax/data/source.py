@@ -11,10 +11,12 @@ from jaxtyping import Int
 # What the parts of a data set that is divided already may be called.
 SPLIT_NAMES = {
     "train": "train",
+    "training": "train",
     "val": "validation",
     "valid": "validation",
     "validation": "validation",
     "test": "test",
+    "testing": "test",
 }
 
 

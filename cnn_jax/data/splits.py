@@ -120,9 +120,10 @@ def divide(
       groups: The group of each example.
       contents: Equal for equal images.
       own_splits: The split that each example has already, or "" if none. What
-        belongs to an example that has one goes there too. If no example has a
-        certain split, it is cut out of the training part in the proportions of
-        `fractions`.
+        belongs to an example that has one goes there too. A validation or test
+        split that some examples have gets no others. If no example has a certain
+        split, it is cut out of those that have none, or else out of the training
+        part, in the proportions of `fractions`.
 
     Returns:
       For each name in `SPLITS`, the positions of its examples, ascending.
@@ -137,7 +138,8 @@ def divide(
     if given and not free.any() and len(given) < len(SPLITS):
         # A split that is missing is cut out of the training part.
         free = own == "train"
-        shares[[name in given and name != "train" for name in SPLITS]] = 0
+    # What is given for validation or test is all of it.
+    shares[[name in given and name != "train" for name in SPLITS]] = 0
     units = _units(len(ids), groups, contents)
     # What belongs to something that has its split goes there.
     split_of_unit = np.full(len(ids), -1)

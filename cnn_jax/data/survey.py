@@ -293,6 +293,10 @@ def _pass(
     import imagehash  # noqa: F401  Once, before the threads do.
 
     def work(row: int) -> tuple[Record, int, np.ndarray, np.ndarray] | Record:
+        with scan.one_large_file_at_a_time(listing, row):
+            return look_at(row)
+
+    def look_at(row: int) -> tuple[Record, int, np.ndarray, np.ndarray] | Record:
         try:
             encoded = scan.read_example(listing, row, max_pixels)
         except DataError as error:

@@ -66,16 +66,17 @@ def open_tfds(name: str, track: Track = no_track) -> Source:
             continue
         try:
             part = builder.as_data_source(split, decoders=undecoded)
-        except (ValueError, KeyError) as error:
+            listing = track(part, f"listing {split}", len(part))
+            ids_of_part = _ids(builder, split)
+        except (ValueError, KeyError, AssertionError) as error:
             raise DataError(
                 f"tfds:{name} has no split {split!r}; it has {', '.join(builder.info.splits)}"
             ) from error
-        listing = track(part, f"listing {split}", len(part))
-        for position, example in enumerate(listing):
+        for position, (example_id, example) in enumerate(zip(ids_of_part, listing, strict=True)):
             if example["label"] < 0:  # How TFDS marks withheld labels.
                 ignored["without a label"] += 1
                 continue
-            ids.append(f"{split}/{position}")
+            ids.append(example_id)
             sizes.append(len(example["image"]))
             labels.append(example["label"])
             keys.append((len(parts), position))
@@ -93,6 +94,21 @@ def open_tfds(name: str, track: Track = no_track) -> Source:
         own_splits=own_splits,
         ignored={kind: count for kind, count in ignored.items() if count},
     )
+
+
+def _ids(builder: Any, split: str) -> list[str]:
+    """`SPLIT/POSITION` in the whole split, whatever part of it is taken.
+
+    So an example has one identity in train[:50%] and in train.
+    """
+    import tensorflow_datasets as tfds
+
+    splits = builder.info.splits
+    ids = []
+    for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(splits):
+        end = splits[part.splitname].num_examples if part.to is None else part.to
+        ids += [f"{part.splitname}/{position}" for position in range(part.from_ or 0, end)]
+    return ids
 
 
 def _class_names(features: Any) -> list[str] | None:

@@ -87,6 +87,16 @@ def test_what_killed_processes_left_is_swept_away_after_a_day(folder):
     assert [path.name for path in (folder / "pixels").iterdir()] == [".partial-new"]
 
 
+def test_pixels_that_nobody_opens_any_more_are_swept_away(folder):
+    for key in "ab":
+        with PixelFile(1, (2, 3)) as file:
+            file.publish(key)
+        os.utime(folder / "pixels" / f"{key}.npy", (time.time() - 31 * 86400,) * 2)
+    assert open_pixels("b", 1, (2, 3)) is not None
+    with PixelFile(1, (2, 3)):
+        assert {path.name for path in (folder / "pixels").glob("*.npy")} == {"b.npy"}
+
+
 def test_without_fallocate_the_free_room_is_asked_for(monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
     with PixelFile(5, (2, 3)) as file:
@@ -126,12 +136,17 @@ def test_free_bytes_are_those_of_the_disk(tmp_path):
 
 def test_one_command_shows_and_removes_all_of_it(folder, capsys):
     with PixelFile(1000, (32, 32)) as file:
-        file.publish("k")
+        file.publish("0" * 32)
+    cache.write_json("scans", "f" * 32, {})
     (folder / "shapes-v1-seed0-10").mkdir()
+    # The folder may hold other things, and so may those in it.
     (folder / "wedding.jpg").write_text("x")
+    (folder / "scans" / "patient").mkdir()
+    (folder / "scans" / "patient" / "mri.npy").write_text("x")
     command.main([])
     assert f"3.1 MB  {folder}/pixels" in capsys.readouterr().out
-    assert (folder / "pixels" / "k.npy").exists()
+    assert (folder / "pixels" / f"{'0' * 32}.npy").exists()
     command.main(["--clear"])
-    assert [path.name for path in folder.iterdir()] == ["wedding.jpg"]
+    left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    assert left == ["scans", "scans/patient", "scans/patient/mri.npy", "wedding.jpg"]
     command.main(["--clear"])  # Nothing is there any more.

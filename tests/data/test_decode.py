@@ -128,6 +128,16 @@ def test_exif_orientation_is_applied(orientation):
     np.testing.assert_array_equal(decode.decode(_encode(stored, "PNG", exif=exif)), upright)
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"garbage", bytes(40), b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01"])
+def test_a_damaged_exif_block_does_not_spoil_the_image(file_format, exif):
+    encoded = _encode(Image.fromarray(_smooth()), file_format, exif=exif)
+    plain = _encode(Image.fromarray(_smooth()), file_format)
+    np.testing.assert_array_equal(decode.decode(encoded), decode.decode(plain))
+    header, _ = decode.decode_with_header(encoded)
+    assert header.orientation == 1
+
+
 def test_of_an_animation_the_first_frame_is_taken():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     encoded = _encode(frames[0], "GIF", save_all=True, append_images=frames[1:])

@@ -100,6 +100,36 @@ def test_test_images_without_classes_are_no_part(tmp_path):
     assert source.ignored == {"outside the class folders": 1}
 
 
+def test_test_images_in_a_folder_that_is_no_class_are_no_part(tmp_path):
+    for path in ("Training/a/1.png", "Training/b/1.png", "Testing/images/1.png"):
+        _picture(tmp_path / path)
+    source = open_folder(tmp_path)
+    assert source.class_names == ["a", "b"]
+    assert set(source.own_splits) == {"train"}
+    assert source.ignored == {"outside the class folders": 1}
+    assert "the folder Testing has a single sub-folder, which is no class" in source.remarks[0]
+
+
+def test_names_that_a_person_would_read_as_one_are_remarked_on(tmp_path):
+    for name in ("cat", "Cat ", "caf\u00e9", "cafe\u0301", "dog"):
+        _picture(tmp_path / name / "1.png")
+    source = open_folder(tmp_path)
+    assert len(source.class_names) == 5
+    remarks = sorted(source.remarks)
+    assert len(remarks) == 2
+    assert remarks[0].startswith("the classes Cat  and cat differ only in case")
+    assert remarks[1].startswith("the classes cafe\u0301 and caf\u00e9 differ")
+
+
+def test_images_of_other_formats_are_counted_and_said(tmp_path):
+    _picture(tmp_path / "cat" / "a.png")
+    for name in ("b.HEIC", "c.avif", "notes.txt"):
+        (tmp_path / "cat" / name).write_bytes(b"x")
+    source = open_folder(tmp_path)
+    assert source.ignored == {"images of other formats": 2, "not images": 1}
+    assert "2 images are of formats that are not read" in source.remarks[0]
+
+
 @pytest.mark.parametrize(
     ("paths", "own_splits"),
     [
@@ -109,6 +139,7 @@ def test_test_images_without_classes_are_no_part(tmp_path):
         (["test/a/1.png"], {"test"}),
         (["test/a/1.png", "other/1.png"], {""}),
         (["train/deep/1.png", "bus/1.png"], {""}),
+        (["training/a/1.png", "testing/a/1.png"], {"train", "test"}),
     ],
 )
 def test_divided_or_not(tmp_path, paths, own_splits):
@@ -183,6 +214,8 @@ def test_a_table_names_paths_labels_and_splits(tmp_path):
         ("path,label\na.png\n", "line 2 has no label"),
         ("path,label\n,x\n", "line 2 has no path"),
         ("path,label\na,x\nb,x\na,y\n", "line 4 has a again, as line 2"),
+        ("path,label\nd/a,x\nb,x\n./d//a,y\n", "line 4 has d/a again, as line 2"),
+        ("path,label\na,salmon, smoked\n", "line 2 has more than 2 columns; a comma within"),
         ("path,label,split\na,x,holdout\n", "line 2: the split must be one of"),
         ("path,label\n../a,x\n", "line 2: ../a lies outside the table's folder"),
         ("path,label\n/etc/passwd,x\n", "/etc/passwd lies outside"),
@@ -191,6 +224,14 @@ def test_a_table_names_paths_labels_and_splits(tmp_path):
 def test_a_table_that_is_wrong_is_explained(tmp_path, text, reason):
     with pytest.raises(DataError, match=reason):
         open_csv(_write_csv(tmp_path / "t.csv", text))
+
+
+def test_spaces_and_absolute_paths_in_a_table_do_not_count(tmp_path):
+    _picture(tmp_path / "d" / "a.png")
+    text = f"path , label\n{tmp_path}/d/a.png ,x \n"
+    source = open_csv(_write_csv(tmp_path / "t.csv", text))
+    assert (source.ids, source.class_names) == (["d/a.png"], ["x"])
+    assert source[0]["image"]
 
 
 def test_a_table_may_lead_outside_if_that_is_allowed(tmp_path):

@@ -95,6 +95,20 @@ def test_groups_that_the_own_splits_tear_apart_are_a_warning(tmp_path):
     assert not any("own splits" in warning for warning in findings.warnings())
 
 
+def test_equal_images_that_tie_groups_together_are_named(tmp_path):
+    for i in range(40):
+        _write(tmp_path, f"{'ab'[i % 2]}/{i // 2}_black.png", 0)
+        _write(tmp_path, f"{'ab'[i % 2]}/{i // 2}_{i}.png", 1 + i)
+    dataset = open_dataset(
+        open_folder(tmp_path), Division(group="{class}/{video}"), Preprocessing((8, 8))
+    )
+    said = "1 set of equal images, such as a/0_black.png, b/0_black.png, "
+    assert any(warning.startswith(said) for warning in dataset.findings.warnings())
+    reason = dataset.findings.untrainable()
+    assert reason is not None
+    assert "ties 40 groups together" in reason
+
+
 def test_what_training_would_refuse_is_said_before(tmp_path):
     for i in range(8):
         _write(tmp_path, f"only/{i}.png", i)

@@ -123,6 +123,19 @@ def test_a_balanced_stream_shows_each_class_equally_often(source):
         assert sum(times) == counts.max()
 
 
+def test_neighbouring_classes_do_not_make_up_batches():
+    """With more classes than fit into a batch, each round takes them in another order."""
+    labels = np.arange(64).repeat(3)
+    order = pipeline._ClassesInTurn(labels, seed=0)
+    seen = labels[order(np.arange(64 * 30))].reshape(30, 2, 32)
+    for one_round in seen:
+        assert sorted(one_round.ravel()) == list(range(64))
+    halves = (seen[:, 0] < 32).mean(axis=1)
+    assert 0.3 < halves.min()
+    assert halves.max() < 0.7
+    assert len({tuple(batch) for batch in seen[:, 0]}) == 30
+
+
 def test_a_balanced_stream_can_be_entered_anywhere(source):
     whole = _batches(source, 9, balanced=True)
     _assert_equal(whole[6:], _batches(source, 3, balanced=True, start=6))
@@ -189,6 +202,6 @@ def test_evaluation_has_every_example_once_in_order(source, batch_size):
 
 @pytest.mark.parametrize(("cores", "expected"), [(2, 0), (8, 7), (64, 16)])
 def test_workers_are_as_many_as_help(monkeypatch, cores, expected):
-    monkeypatch.setattr(pipeline.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(pipeline.scan, "num_cores", lambda: cores)
     assert pipeline.choose_workers(-1) == expected
     assert pipeline.choose_workers(3) == 3

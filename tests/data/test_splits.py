@@ -210,6 +210,18 @@ def test_own_splits_are_kept():
     assert list(splits["test"]) == [0, 1, 2, 3, 4]
 
 
+def test_a_given_test_split_gets_no_more_and_a_given_pair_leaves_the_rest_to_training():
+    ids, labels = [str(i) for i in range(1000)], np.zeros(1000, int)
+    own = ["test"] * 100 + [""] * 900
+    splits = divide(ids, labels, FRACTIONS, 0, rule="exact", own_splits=own)
+    assert list(splits["test"]) == list(range(100))
+    assert (len(splits["train"]), len(splits["validation"])) == (700, 200)
+    own[100:150] = ["validation"] * 50
+    splits = divide(ids, labels, FRACTIONS, 0, own_splits=own)
+    assert list(splits["validation"]) == list(range(100, 150))
+    assert list(splits["train"]) == list(range(150, 1000))
+
+
 def test_what_belongs_to_an_image_with_a_split_goes_there():
     ids = [str(i) for i in range(90)]
     own = ["test"] * 20 + [""] * 60 + ["train"] * 10
@@ -246,7 +258,7 @@ def test_examples_without_a_split_are_divided():
     splits = divide(
         [str(i) for i in range(110)], np.zeros(110, int), FRACTIONS, 0, rule="exact", own_splits=own
     )
-    assert [len(splits[name]) for name in SPLITS] == [70, 20, 20]
+    assert [len(splits[name]) for name in SPLITS] == [78, 22, 10]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,15 @@ def test_a_part_of_a_tfds_data_set_can_be_taken(tfds_folder):
     assert set(whole.own_splits) == {""}
     half = open_source("tfds:two_colours:1.0.0:train[:50%]")
     assert half.labels.tolist() == whole.labels[:6].tolist()
+    # An example is the same one whatever part it is taken with.
+    assert half.ids == whole.ids[:6] == open_source("tfds:two_colours").ids[3:9]
+    parts = open_source("tfds:two_colours:train[75%:]+test[:2]")
+    tested = [i for i in open_source("tfds:two_colours:test").ids if i in ("test/0", "test/1")]
+    assert parts.ids == [*whole.ids[9:], *tested]
+    assert [parts[i]["image"] for i in range(3)] == [whole[i]["image"] for i in range(9, 12)]
+    for wrong in ("train[50%:10%]", "train[x]"):
+        with pytest.raises(DataError, match="has no split"):
+            open_source(f"tfds:two_colours:{wrong}")
     with pytest.raises(DataError, match="has no split 'holdout'; it has"):
         open_source("tfds:two_colours:holdout")
 
