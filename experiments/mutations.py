@@ -85,7 +85,7 @@ MUTATIONS = [
     ("data/decode.py", "if orientation >= 5 and at_least:", "if False:", "data/test_decode.py"),
     ("data/decode.py", "if orientation in (3, 4, 7, 8):", "if orientation in (3, 4, 6, 8):", "data/test_decode.py"),
     ("data/decode.py", "if width * height > max_pixels:", "if False:", "data/test_dirty_folder.py"),
-    ("data/decode.py", "if image.width * image.height > max_pixels:", "if False:", "data/test_dirty_folder.py"),
+    ("data/decode.py", "if pixels > max_pixels:", "if False:", "data/test_dirty_folder.py"),
     ("data/decode.py", "for top in range(0, height, rows):", "for top in range(rows, height, rows):", "data/test_decode.py"),
     ("data/augment.py", "near[...] = image", "near[...] = images[0]", "data/test_augment.py"),
     ("data/source.py", "rest if own and SPLIT_NAMES.get(folder.lower()) == own else example_id", "example_id", "data/test_dataset.py"),

@@ -137,7 +137,7 @@ def test_other_data_needs_no_groups_and_may_be_worse(image_folder, tmp_path, cap
     command = [f"--bundle={tmp_path / 'bundle'}", f"--source=folder:{tmp_path / 'images'}"]
     with pytest.raises(DataError, match="does not describe"):
         evaluate.main(command)
-    with pytest.raises(DataError, match="more than data.max_unreadable = 0.01"):
+    with pytest.raises(DataError, match=r"more than data.max_unreadable = 0\.01"):
         evaluate.main([*command, "--split=all"])
     capfd.readouterr()
     evaluate.main([*command, "--split=all", "--max_unreadable=0.5", "--allow_outside"])

@@ -35,6 +35,10 @@ _START_OF_SCAN = b"\xff\xda"
 # A marker with a length behind it, or the one of the picture's end.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 
+# Pillow's decoders of a PPM in text, or whose largest value is not 255, are written in
+# Python: a second or two for a million pixels, in which no other thread can work.
+_SLOW_PPM, _MAX_SLOW_PIXELS = ("ppm", "ppm_plain"), 4_000_000
+
 # Markers of a JPEG (ITU T.81, table B.1): of the segments before the scan, those of a
 # plain one are JFIF and ICC data, tables and comments.
 _SOF_BASELINE, _SOS = 0xC0, 0xDA
@@ -242,9 +246,16 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
             raise DataError(
                 f"has tiles of {width} x {height} pixels, more than max_pixels = {max_pixels}"
             )
-    if image.width * image.height > max_pixels:
+    pixels = image.width * image.height
+    if pixels > max_pixels:
         raise DataError(
             f"has {image.width} x {image.height} pixels, more than max_pixels = {max_pixels}"
+        )
+    is_slow = image.format == "PPM" and image.tile and image.tile[0][0] in _SLOW_PPM
+    if is_slow and pixels > _MAX_SLOW_PIXELS:
+        raise DataError(
+            f"is a PPM in text, or with other values than 0 to 255, of {image.width} x "
+            f"{image.height} pixels, which would take too long; save it as PNG"
         )
 
 

@@ -27,7 +27,7 @@ from cnn_jax.preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 
 # Raise it when a record means something else.
-_VERSION = 1
+_VERSION = 2
 # An image file has at most this many bytes for each pixel that is allowed, and for
 # all that is no pixel. A larger one is not even read.
 _BYTES_A_PIXEL, _OTHER_BYTES = 4, 2**20

@@ -168,6 +168,14 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
         decode.decode(encoded, max_pixels=8_999_999)
 
 
+@pytest.mark.parametrize("header", [b"P3 2001 2000 255\n", b"P6 2001 2000 254\n"])
+def test_a_ppm_that_takes_long_is_refused(header):
+    with pytest.raises(DataError, match="2001 x 2000 pixels, which would take too long"):
+        decode.decode(header + b"1 " * 100)
+    small = b"P3 2 1 255\n 1 2 3 4 5 6\n"
+    np.testing.assert_array_equal(decode.decode(small), [[[1, 2, 3], [4, 5, 6]]])
+
+
 def _photo(height=150, width=200):
     """Smooth shapes and some noise, as a camera's pictures have."""
     y, x = np.mgrid[:height, :width]
