@@ -91,7 +91,7 @@ MUTATIONS = [
     ("data/source.py", "rest if own and SPLIT_NAMES.get(folder.lower()) == own else example_id", "example_id", "data/test_dataset.py"),
     ("report/inspection.py", "percents = 100 * counts", "percents = 10 * counts", "report/test_inspection.py"),
     ("evaluate.py", "residency=choose_residency(\"auto\", listing, predictor.preprocessing, device_bytes=0)", "residency=\"none\"", "test_evaluate.py"),
-    ("data/decode.py", "return _upright(pixels, _orientation(image))", "return pixels", "data/test_decode.py"),
+    ("data/decode.py", "return _upright(np.asarray(_strip_to_rgb(image)), orientation)", "return np.asarray(_strip_to_rgb(image))", "data/test_decode.py"),
     ("data/decode.py", "/ (257 if", "/ (255 if", "data/test_decode.py"),
     ("data/decode.py", "\"white\"", "\"black\"", "data/test_decode.py"),
     ("data/decode.py", "Image.Resampling.BILINEAR", "Image.Resampling.NEAREST", "data/test_decode.py"),

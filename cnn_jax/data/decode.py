@@ -307,16 +307,18 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
+    image.load()  # Which turns a TIFF already; its orientation is 1 from then on.
+    orientation = _orientation(image)
     width, height = image.size
     rows = max(_STRIP // width, 1)
     if rows >= height:
-        return _upright(np.asarray(_strip_to_rgb(image)), _orientation(image))
+        return _upright(np.asarray(_strip_to_rgb(image)), orientation)
     # A strip at a time: what lies between is as large as what it is made of.
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
         strip = image.crop((0, top, width, min(top + rows, height)))
         pixels[top : top + rows] = np.asarray(_strip_to_rgb(strip))
-    return _upright(pixels, _orientation(image))
+    return _upright(pixels, orientation)
 
 
 def _strip_to_rgb(image: Image.Image) -> Image.Image:

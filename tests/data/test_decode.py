@@ -109,8 +109,11 @@ def test_a_large_transparent_image_takes_little_more_than_its_pixels(tmp_path):
     assert float(result.stdout) < 150
 
 
+@pytest.mark.parametrize("strip", [decode._STRIP, 70])
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
+def test_exif_orientation_is_applied(orientation, file_format, strip, monkeypatch):
+    monkeypatch.setattr(decode, "_STRIP", strip)
     upright = _smooth()
     transforms = {  # How the stored picture was made from the upright one.
         1: lambda x: x,
@@ -125,7 +128,10 @@ def test_exif_orientation_is_applied(orientation):
     stored = Image.fromarray(np.ascontiguousarray(transforms[orientation](upright)))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(decode.decode(_encode(stored, "PNG", exif=exif)), upright)
+    encoded = _encode(stored, file_format, exif=exif)
+    np.testing.assert_array_equal(decode.decode(encoded), upright)
+    header, _ = decode.decode_with_header(encoded)
+    assert (header.orientation, header.width, header.height) == (orientation, 32, 24)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP", "JPEG"])
