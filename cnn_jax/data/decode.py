@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, PpmImagePlugin, TiffImagePlugin
 
 from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import MAX_PIXELS
@@ -251,7 +251,8 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise DataError(
             f"has {image.width} x {image.height} pixels, more than max_pixels = {max_pixels}"
         )
-    is_slow = image.format == "PPM" and image.tile and image.tile[0][0] in _SLOW_PPM
+    is_ppm = isinstance(image, PpmImagePlugin.PpmImageFile)
+    is_slow = is_ppm and any(tile.codec_name in _SLOW_PPM for tile in image.tile)
     if is_slow and pixels > _MAX_SLOW_PIXELS:
         raise DataError(
             f"is a PPM in text, or with other values than 0 to 255, of {image.width} x "
