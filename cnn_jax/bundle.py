@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from typing import Any
 
 import flax.traverse_util
@@ -67,13 +66,15 @@ def library_versions() -> dict[str, str]:
 def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
     """Writes a bundle: complete or, after a crash, not at all.
 
-    The bytes are a function of the bundle and the library versions.
+    The bytes are a function of the bundle and the library versions. No two
+    processes may write the same bundle at the same time.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    replaced = aside.with_suffix(".replaced")
+    aside, replaced = (path.with_name(f".{path.name}.{name}") for name in ("partial", "replaced"))
+    for left_by_a_crash in (aside, replaced):
+        shutil.rmtree(left_by_a_crash, ignore_errors=True)
     try:
+        aside.mkdir(parents=True)
         flat = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
         weights = {name: np.asarray(array) for name, array in flat.items()}
         safetensors.numpy.save_file(weights, aside / _WEIGHTS)
@@ -88,7 +89,8 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
         # A name that is not UTF-8 has surrogates, which become JSON's own escapes.
         (aside / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
-        aside.chmod(0o755)  # A temporary folder is private; a bundle is not.
+        for file in (aside / _WEIGHTS, aside / _DESCRIPTION, aside):
+            _to_disk(file)  # A rename may come to the disk before what is renamed.
         if path.exists():
             path.rename(replaced)
         aside.rename(path)
@@ -138,6 +140,14 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{path} cannot be read: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise BundleError(f"{path} is not a bundle: {error!r}") from error
+
+
+def _to_disk(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sha256(path: pathlib.Path) -> str:

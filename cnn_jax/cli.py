@@ -7,21 +7,26 @@ import os
 import pathlib
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, NoReturn
 
-from cnn_jax.errors import ConfigError, UserError, printable
+from cnn_jax.errors import ConfigError, Interrupted, UserError, printable
 
 _STDOUT = 1  # The file descriptor.
+# EX_TEMPFAIL of sysexits.h: "temporary failure; the user is invited to retry".
+START_AGAIN = 75
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a command's `main` on the command line's arguments, and exits.
 
     The exit code is 0 when all was done, 2 after a usage or configuration error
-    (argparse exits with 2 as well), 130 after Ctrl-C or SIGTERM, and 1 after any
-    other failure. Of an error that the user can mend, one line is shown.
+    (argparse exits with 2 as well), 75 after an interruption from which the same
+    command goes on, 130 after any other Ctrl-C or SIGTERM, and 1 after any other
+    failure. Of an error that the user can mend, one line is shown.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     for library in ("absl", "tensorboardX"):  # Their warnings are not for users.
@@ -30,7 +35,8 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if sys.stdout is not None:  # File names need not be UTF-8.
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
-    signal.signal(signal.SIGTERM, _interrupt)
+    for name in _INTERRUPTS:
+        signal.signal(name, interrupt)
     try:
         main(sys.argv[1:])
         code = 0
@@ -38,7 +44,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt as error:
         print("interrupted" + (f": {error}" if error.args else ""), file=sys.stderr)
-        code = 130
+        code = START_AGAIN if isinstance(error, Interrupted) else 130
     except BrokenPipeError:  # Whoever read the output has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         code = 0
@@ -46,11 +52,29 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         if error.errno is None:
             raise
         code = _fail(f"{error.filename or 'a file'}: {error.strerror}", 1)
+    except Exception:
+        if not _is_one_of_many():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code not in (0, START_AGAIN) and _is_one_of_many():
+        # A normal exit would wait for the other processes, and they for this one.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt  # So that SIGTERM cleans up as Ctrl-C does.
+def interrupt(signum: int, frame: object) -> NoReturn:
+    """The signal handler of a command: the first one cleans up, the second ends it at once."""
+    for name in _INTERRUPTS:
+        signal.signal(name, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def _is_one_of_many() -> bool:
+    """Whether this process is connected to others by `jax.distributed`."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _fail(message: str, code: int) -> int:
@@ -63,6 +87,13 @@ def path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return str(pathlib.Path(text).expanduser())
+
+
+def natural(text: str) -> int:
+    """The argparse type of an integer, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer, 0 or more, got {text!r}")
+    return int(text)
 
 
 def share(text: str) -> float:

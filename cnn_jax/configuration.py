@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+import hashlib
 import math
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -118,14 +120,24 @@ _FIELDS: dict[str, _Field] = {
     "model.batch_norm": _boolean(),
     "optimizer.learning_rate": _number("above 0", lambda v: v > 0),
     "optimizer.final_learning_rate": _number("0 or more", lambda v: v >= 0),
+    "optimizer.decay_epochs": _int(0),
     "optimizer.warmup_epochs": _number("0 or more", lambda v: v >= 0),
     "optimizer.l2": _number("0 or more", lambda v: v >= 0),
     "train.batch_size": _int(1),
+    "train.accumulation_steps": _int(1),
     "train.epochs": _int(1),
     "train.label_smoothing": _number("from 0 to below 1", lambda v: 0 <= v < 1),
     "train.balance": _choice(BALANCES),
     "train.patience": _int(1),
     "train.monitor": _choice(MONITORS),
+    "checkpoint.keep": _int(1),
+    "checkpoint.every_steps": _int(0),
+    "checkpoint.restore_step": _int(0),
+    "checkpoint.init_from": _Field("a path, or empty", lambda v: isinstance(v, str)),
+    "mesh.data": _Field(
+        "an integer, 1 or more, or -1", lambda v: _is_int(v) and (v >= 1 or v == -1)
+    ),
+    "mesh.model": _int(1),
 }
 
 
@@ -140,27 +152,50 @@ def image_size(config: Config) -> tuple[int, int]:
     return height, width
 
 
-def resolve(config: Config) -> Config:
-    """A copy in which everything that depends on this machine is written out.
+def resolve(config: Config, present: Mapping[str, Any] | None = None) -> Config:
+    """A copy in which everything that depends on the circumstances is written out.
 
-    `precision` and `augment.place` are no longer "auto", and a folder's path is
-    absolute, so that the same run means the same numbers elsewhere.
+    `precision` and `augment.place` are no longer "auto" and `optimizer.decay_epochs`
+    no longer 0, and a folder's path is absolute, so that the same run means the same
+    numbers elsewhere.
+
+    Args:
+      config: As a file under `configs/` gives it.
+      present: The configuration, every key flat, of the run that goes on, if one
+        does: what was automatic stays as it was decided then.
+
+    Raises:
+      ConfigError: Keys contradict each other.
     """
+    present = present or {}
     resolved = config.copy_and_resolve_references()
     with resolved.ignore_type():
-        resolved.precision = compute_dtype(config.precision).name
+        if config.precision == "auto":
+            resolved.precision = present.get("precision", compute_dtype("auto").name)
+        if not config.optimizer.decay_epochs:
+            resolved.optimizer.decay_epochs = present.get(
+                "optimizer.decay_epochs", config.train.epochs
+            )
+        if config.checkpoint.init_from:
+            resolved.checkpoint.init_from = str(pathlib.Path(config.checkpoint.init_from).resolve())
         resolved.data.source = absolute(config.data.source)
         resolved.data.image_size = image_size(config)
         if config.augment.place == "auto":
             # On a CPU, OpenCV works beside the step, which XLA would hold up.
             on_cpu = jax.default_backend() == "cpu"
-            resolved.augment.place = "host" if on_cpu else "device"
+            default = "host" if on_cpu else "device"
+            resolved.augment.place = present.get("augment.place", default)
         if resolved.augment.place == "host" and config.data.cache == "device":
             raise ConfigError(
                 "config.data.cache: what is on the device can only be augmented there; "
                 "set augment.place=device too"
             )
     return resolved
+
+
+def digest(config: Config) -> str:
+    """The sha256, in hexadecimal, of a resolved configuration."""
+    return hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()
 
 
 def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -212,18 +247,38 @@ def validate(config: Config, num_devices: int) -> None:
             f"{len(values['model.features']) - 1} poolings can halve it, "
             f"got {values['data.image_size']!r}"
         )
-    if values["train.batch_size"] % num_devices:
-        raise ConfigError(
-            f"config.train.batch_size: must be a multiple of the {num_devices} devices, "
-            f"got {values['train.batch_size']}"
-        )
+    _check_parallelism(values, num_devices)
     if values["optimizer.final_learning_rate"] > values["optimizer.learning_rate"]:
         raise ConfigError(
             "config.optimizer.final_learning_rate: must not be above optimizer.learning_rate = "
             f"{values['optimizer.learning_rate']}, got {values['optimizer.final_learning_rate']}"
         )
-    if values["optimizer.warmup_epochs"] >= values["train.epochs"]:
+    decay = "optimizer.decay_epochs" if values["optimizer.decay_epochs"] else "train.epochs"
+    if values["optimizer.warmup_epochs"] >= values[decay]:
         raise ConfigError(
-            f"config.optimizer.warmup_epochs: must be below train.epochs = "
-            f"{values['train.epochs']}, got {values['optimizer.warmup_epochs']}"
+            f"config.optimizer.warmup_epochs: must be below {decay} = "
+            f"{values[decay]}, got {values['optimizer.warmup_epochs']}"
+        )
+
+
+def _check_parallelism(values: Mapping[str, Any], num_devices: int) -> None:
+    """Raises ConfigError if the devices cannot be arranged so, or not share the batch evenly."""
+    model, data = values["mesh.model"], values["mesh.data"]
+    if num_devices % model:
+        raise ConfigError(
+            f"config.mesh.model: must divide the number of devices, {num_devices}, got {model}"
+        )
+    shares = num_devices // model
+    if data not in (-1, shares):
+        raise ConfigError(
+            f"config.mesh.data: {num_devices} devices with mesh.model = {model} make {shares}, "
+            f"got {data}"
+        )
+    batch, parts = values["train.batch_size"], values["train.accumulation_steps"]
+    if batch % (shares * parts):
+        each = f"the {shares} devices that share it" if shares > 1 else ""
+        times = f"train.accumulation_steps = {parts}" if parts > 1 else ""
+        raise ConfigError(
+            f"config.train.batch_size: must be a multiple of "
+            f"{' times '.join(filter(None, (each, times)))}, got {batch}"
         )

@@ -21,11 +21,19 @@ def _whole() -> rich.table.Column:
     return rich.table.Column(no_wrap=True, min_width=11)
 
 
+class _Screen(rich.console.Console):
+    """A console that leaves the cursor where a person sees it, also if the run is killed."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
 class Console:
     """Prints lines, and a progress bar where there is a terminal."""
 
-    def __init__(self) -> None:
-        self._console = rich.console.Console(stderr=True, highlight=False, markup=False)
+    def __init__(self, *, is_silent: bool = False) -> None:
+        """On stderr; or nowhere, for all but one of the processes of a run."""
+        self._console = _Screen(stderr=True, highlight=False, markup=False, quiet=is_silent)
 
     def print(self, text: str = "") -> None:
         """A line as it is, never wrapped or coloured."""

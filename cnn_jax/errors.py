@@ -24,6 +24,10 @@ class TrainingError(UserError):
     """Training cannot go on."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run was interrupted, and the same command goes on from where it stopped."""
+
+
 class BundleError(UserError):
     """A directory is not a bundle, or is a damaged one."""
 

@@ -19,12 +19,22 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--config", type=cli.path, default="configs/default.py", metavar="FILE")
     parser.add_argument("--workdir", type=cli.path, required=True, help="the run's folder")
+    parser.add_argument("--profile", action="store_true", help="record a trace of a few steps")
+    several = parser.add_argument_group(
+        "several processes", "Found by itself on Slurm, Open MPI, Kubernetes and Cloud TPU."
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--process_id", type=cli.natural, metavar="N", help="this one, from 0")
+    several.add_argument("--process_count", type=cli.natural, metavar="N", help="how many")
     parser.epilog = "--config.KEY=VALUE changes any key of the configuration."
     known, overrides = parser.parse_known_args(argv)
     # Imported late, so that a wrong flag is told at once.
+    from cnn_jax.sharding import start_processes
     from cnn_jax.train import train_and_evaluate
 
-    train_and_evaluate(load_config(known.config, overrides), known.workdir)
+    config = load_config(known.config, overrides)
+    start_processes(known.coordinator, known.process_id, known.process_count)
+    train_and_evaluate(config, known.workdir, profile=known.profile)
 
 
 def load_config(file: str, overrides: Sequence[str]) -> ConfigDict:

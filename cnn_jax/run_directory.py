@@ -1,47 +1,151 @@
 """The files that a run leaves behind, other than checkpoints and the bundle."""
 
+import contextlib
 import csv
+import datetime
+import fcntl
+import functools
 import io
 import json
+import logging
+import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from cnn_jax import sharding
 from cnn_jax.configuration import Config
 from cnn_jax.data.scan import Unreadable
 from cnn_jax.errors import ConfigError
 
-# What a resumed run may change. No number depends on these: the data's
-# fingerprint stands for where it lies.
+logger = logging.getLogger(__name__)
+
+# What a run may change between two starts. No number of the epochs that are done
+# depends on these: the data's fingerprint stands for where it lies, and a mesh changes
+# the rounding alone.
 _FREE_KEYS = frozenset(
-    f"data.{key}"
-    for key in ("source", "workers", "cache", "max_pixels", "max_unreadable", "allow_outside")
+    {
+        *("data.source", "data.workers", "data.cache"),
+        *("data.max_pixels", "data.max_unreadable", "data.allow_outside"),
+        *("mesh.data", "mesh.model"),
+        *("train.epochs", "train.patience"),
+        *("checkpoint.keep", "checkpoint.every_steps", "checkpoint.restore_step"),
+    }
 )
+_CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
+# A heartbeat is written no more often than this.
+_HEARTBEAT_SECONDS = 5.0
 
 
-def claim(workdir: pathlib.Path, config: Config) -> None:
-    """Makes the folder, and checks that no run of another configuration is in it.
+def _by_primary(write: Callable[..., None]) -> Callable[..., None]:
+    """Of several processes, one alone writes."""
+
+    @functools.wraps(write)
+    def by_primary(*args: Any, **kwargs: Any) -> None:
+        if sharding.is_primary():
+            write(*args, **kwargs)
+
+    return by_primary
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Makes the folder, and holds it for this run until the end.
+
+    The system gives up the lock with the process, however that ends.
 
     Raises:
-      ConfigError: There is one, or the folder cannot be made.
+      ConfigError: Another run holds it, or the folder cannot be made or written.
     """
-    path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            present = json.loads(path.read_text(encoding="utf-8"))
-            _check_same(path, present, json.loads(config.to_json()))
+        file = (workdir / _LOCK).open("a+", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--workdir: cannot use {workdir}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"--workdir: {workdir} is in use{_describe_holder(file.read())}; end that run, or "
+                "use another folder"
+            ) from error
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): see to it that no two runs use it", workdir, error
+            )
+        file.truncate(0)
+        file.write(json.dumps(_this_process() | {"since": _now()}))
+        file.flush()
+        yield
+
+
+def _this_process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def _describe_holder(text: str) -> str:
+    """Who holds the lock, in words; nothing if that was not written yet."""
+    try:
+        holder = json.loads(text)
+        return f" by process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The configuration of the run that is there, with every key flat; None if there is none.
+
+    Raises:
+      ConfigError: It cannot be read.
+    """
+    path = workdir / _CONFIG
+    try:
+        return _flat(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--workdir: {path} is not a configuration: {error}") from error
 
 
+def changes(workdir: pathlib.Path, present: Mapping[str, Any], config: Config) -> list[str]:
+    """What is not as it was when the run was last started: a line for each key.
+
+    Args:
+      workdir: The run's folder.
+      present: What `read_config` gives.
+      config: The resolved configuration to go on with.
+
+    Raises:
+      ConfigError: Something has changed that a run cannot go on with.
+    """
+    wanted = _flat(json.loads(config.to_json()))
+    lines = {
+        key: f"{key}: {present.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
+        for key in sorted(present.keys() | wanted.keys())
+        if present.get(key) != wanted.get(key)
+    }
+    if refused := [line for key, line in lines.items() if key not in _FREE_KEYS]:
+        raise ConfigError(
+            f"--workdir: {workdir} holds a run of another configuration "
+            f"({'; '.join(refused)}); use another folder, or the configuration in {_CONFIG}"
+        )
+    return list(lines.values())
+
+
+@_by_primary
 def write_config(workdir: pathlib.Path, config: Config) -> None:
     """Writes config.json, from when on the folder is this run's.
 
@@ -50,23 +154,9 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
     """
     try:
         text = json.dumps(json.loads(config.to_json()), indent=1, ensure_ascii=False)
-        write_text(workdir / "config.json", text + "\n")
+        write_text(workdir / _CONFIG, text + "\n")
     except OSError as error:
         raise ConfigError(f"--workdir: cannot write {workdir}: {error.strerror}") from error
-
-
-def _check_same(path: pathlib.Path, present: Any, wanted: Any) -> None:
-    was, is_now = _flat(present), _flat(wanted)
-    changed = [
-        f"{key}: {was.get(key, 'absent')} -> {is_now.get(key, 'absent')}"
-        for key in sorted((was.keys() | is_now.keys()) - _FREE_KEYS)
-        if was.get(key) != is_now.get(key)
-    ]
-    if changed:
-        raise ConfigError(
-            f"--workdir: {path.parent} holds a run of another configuration "
-            f"({'; '.join(changed)}); use another folder, or the configuration in {path.name}"
-        )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -79,11 +169,48 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file: the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes a file: the old content or the new, never a part, even if the power fails.
+
+    Of several processes only the one that holds the folder may.
+    """
+    aside = path.with_name(f".{path.name}.partial")
     # A file name that is not UTF-8 has surrogates, which become JSON's escapes.
-    aside.write_text(text, "utf-8", "backslashreplace")
+    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     aside.replace(path)
+
+
+class Heartbeat:
+    """heartbeat.json: where the run is and when it was there.
+
+    The training loop itself writes it, no thread: of a run that hangs it grows old.
+    """
+
+    def __init__(self, workdir: pathlib.Path):
+        self._path = workdir / _HEARTBEAT
+        self._step = 0
+        self._activity = ""
+        self._last = -math.inf
+
+    def beat(self, activity: str, step: int | None = None) -> None:
+        """Writes the file, unless it said the same activity less than five seconds ago.
+
+        Args:
+          activity: What the run is doing, in a word.
+          step: Steps taken; None if they are still as many.
+        """
+        self._step = self._step if step is None else step
+        now = time.monotonic()
+        is_news = activity != self._activity or now - self._last >= _HEARTBEAT_SECONDS
+        if not is_news or not sharding.is_primary():
+            return
+        self._last, self._activity = now, activity
+        beat = {"time": _now(), "step": self._step, "activity": activity}
+        aside = self._path.with_name(f".{_HEARTBEAT}.partial")
+        aside.write_text(json.dumps(beat | _this_process()) + "\n", encoding="utf-8")
+        aside.replace(self._path)
 
 
 class EpochLog:
@@ -95,6 +222,9 @@ class EpochLog:
         A run that was killed may have logged an epoch that it has to repeat.
         """
         self._path = workdir / "metrics.jsonl"
+        self._writer: SummaryWriter | None = None
+        if not sharding.is_primary():
+            return
         write_text(self._path, "".join(map(_line, history)))
         shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
         self._writer = SummaryWriter(str(workdir / "tensorboard"))
@@ -102,11 +232,14 @@ class EpochLog:
             self._write_events(record)
 
     def append(self, record: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
         self._write_events(record)
 
     def _write_events(self, record: Mapping[str, Any]) -> None:
+        assert self._writer is not None
         for key, value in record.items():
             if key not in ("step", "epoch"):
                 # "train_loss" becomes "loss/train", which TensorBoard groups.
@@ -117,13 +250,15 @@ class EpochLog:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
+@_by_primary
 def write_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
     """Writes report/metrics.json: the figures of each split."""
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
@@ -131,6 +266,7 @@ def write_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
     write_text(workdir / "report" / "metrics.json", text + "\n")
 
 
+@_by_primary
 def write_unreadable(workdir: pathlib.Path, unreadable: Sequence[Unreadable]) -> None:
     """Writes report/unreadable.csv: a row for each image that was left out, and why."""
     (workdir / "report").mkdir(exist_ok=True)
@@ -141,6 +277,7 @@ def write_unreadable(workdir: pathlib.Path, unreadable: Sequence[Unreadable]) ->
     write_text(workdir / "report" / "unreadable.csv", text.getvalue())
 
 
+@_by_primary
 def write_predictions(
     workdir: pathlib.Path,
     ids: Sequence[str],

@@ -1,16 +1,119 @@
-"""The mesh of devices and how arrays lie on it."""
+"""The processes of a run, the mesh of their devices, and how arrays lie on it."""
 
-from collections.abc import Mapping
+import contextlib
+import os
+import pathlib
+import resource
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, PyTree
+
+from cnn_jax.data.dataset import memory_bytes
+from cnn_jax.errors import ConfigError, TrainingError, UserError
+
+# A process that has not been heard of for so many seconds is taken for dead, and
+# JAX ends the others. (JAX's own 100 would keep them waiting for nothing.)
+HEARTBEAT_SECONDS = 30
+# Parameters with fewer elements than this lie whole on each device.
+_LEAST_DIVIDED = 2**14
 
 
-def make_mesh() -> Mesh:
-    """All devices of all processes along one axis, `data`."""
+def start_processes(
+    coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None
+) -> None:
+    """Connects the processes of one run. To be called before any other use of JAX.
+
+    Without arguments JAX itself looks for Slurm, Open MPI, Kubernetes and Cloud TPU,
+    and if it finds none of them there is one process.
+
+    Args:
+      coordinator: host:port at which process 0 listens.
+      process_id: Which one this is, from 0.
+      process_count: How many there are; 1 alone means one process, wherever it runs.
+
+    Raises:
+      ConfigError: Only some are given, or they contradict each other.
+    """
+    if process_count == 1 and coordinator is None:
+        return
+    given = (coordinator, process_id, process_count)
+    if given != (None, None, None) and None in given:
+        raise ConfigError("--coordinator, --process_id and --process_count belong together")
+    if process_id is not None and process_count is not None and process_id >= process_count:
+        raise ConfigError(f"--process_id: must be below --process_count={process_count}")
+    try:
+        jax.distributed.initialize(
+            coordinator, process_count, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+    except ValueError as error:
+        # What JAX says where it detects none of those that it knows.
+        if coordinator is not None or "coordinator_address" not in str(error):
+            raise ConfigError(f"--coordinator: {error}") from error
+
+
+def is_primary() -> bool:
+    """Whether this is the one process that writes files and speaks."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What fails within in one process fails in all, so that none waits for it in vain.
+
+    Nothing within may itself wait for other processes.
+
+    Raises:
+      TrainingError: It failed in another process.
+    """
+    failure: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(failure is not None))
+        if failure is None and failed.any():
+            failure = TrainingError(f"process {failed.argmax()} could not start; it says why")
+    if failure is not None:
+        raise failure
+
+
+def check_equal(what: str, digest: str) -> None:
+    """Raises TrainingError if the processes do not all have the same hexadecimal digest."""
+    if jax.process_count() > 1:
+        digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
+        differs = (digests != digests[0]).any(axis=1)
+        if differs.any():
+            raise TrainingError(f"process {differs.argmax()} has {what} other than process 0")
+
+
+def gather_rows(rows: np.ndarray) -> list[np.ndarray]:
+    """The arrays [n, ...] of all processes, in the order of the processes; n may differ."""
+    if jax.process_count() == 1:
+        return [rows]
+    counts = multihost_utils.process_allgather(np.array(len(rows))).tolist()
+    padding = [(0, max(counts) - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+    padded = multihost_utils.process_allgather(np.pad(rows, padding))
+    return [part[:count] for part, count in zip(padded, counts, strict=True)]
+
+
+def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices along the axes `data` and `model`.
+
+    Args:
+      model: Devices among which the large parameters are divided. It divides the
+        number of devices; the batch is divided among the rest.
+      devices: By default all devices of all processes.
+    """
     # Flax Linen's dropout does not work under explicit axes, JAX's default.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    count = jax.device_count() if devices is None else len(devices)
+    shape = (count // model, model)
+    return jax.make_mesh(shape, ("data", "model"), axis_types=axis_types, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -19,8 +122,49 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_by_example(mesh: Mesh) -> NamedSharding:
-    """The first dimension divided among the devices."""
+    """The first dimension divided along `data`."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def split_large(mesh: Mesh, tree: PyTree) -> PyTree:
+    """For each array of a tree: its last dimension divided along `model`, or a whole copy.
+
+    The last dimension of a kernel is its output channels or units. Small arrays,
+    and those that cannot be divided evenly, are copied.
+    """
+    parts = mesh.shape["model"]
+
+    def of_leaf(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        if parts == 1 or leaf.size < _LEAST_DIVIDED or leaf.shape[-1] % parts:
+            return replicated(mesh)
+        return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "model"))
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> Int[np.ndarray, " rows"]:
+    """The rows of a global batch that the devices of this process hold, in order."""
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = np.arange(batch_size)
+    return np.unique(np.concatenate([rows[index] for index in slices]))
+
+
+def to_devices(
+    batch: Mapping[str, np.ndarray], *, sharding: NamedSharding, batch_size: int
+) -> dict[str, jax.Array]:
+    """The global batch, from the `local_rows` of each process."""
+    with jax.transfer_guard_host_to_device("allow"):  # This is the one that is meant.
+        return {
+            name: jax.make_array_from_process_local_data(
+                sharding, rows, (batch_size, *rows.shape[1:])
+            )
+            for name, rows in batch.items()
+        }
+
+
+def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has whole, laid out on the devices of all."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def accelerator_bytes() -> int:
@@ -31,8 +175,22 @@ def accelerator_bytes() -> int:
     return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
-def to_devices(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """The global batch from the rows that this process holds."""
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
+def device_bytes() -> int:
+    """Memory of one device; 0 where it is not told. A machine's CPU devices share its own."""
+    if jax.local_devices()[0].platform == "cpu":
+        return memory_bytes() // jax.local_device_count()
+    return accelerator_bytes()
+
+
+def free_device_bytes() -> int:
+    """What of the memory of one device nobody uses at this moment."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        used = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+        free = min(free, limit - used * os.sysconf("SC_PAGE_SIZE"))
+    return free // jax.local_device_count()

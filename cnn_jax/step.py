@@ -1,6 +1,7 @@
 """One training step and one evaluation step, as pure functions."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from cnn_jax.data import augment
 from cnn_jax.loss import cross_entropy
@@ -79,6 +80,7 @@ def train_step(
     preprocessing: Preprocessing,
     label_smoothing: float,
     class_weights: Sequence[float] | None = None,
+    accumulation_steps: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on one batch.
 
@@ -94,34 +96,35 @@ def train_step(
       label_smoothing: In [0, 1).
       class_weights: By what the loss of each class's examples is multiplied; None
         for 1. The metrics are not weighted.
+      accumulation_steps: In how many parts, which divide B, the batch goes through
+        the network, one after the other, so that the memory for one part is
+        enough. The gradient is that of the whole batch, to rounding, but for two
+        things: BatchNorm normalises each part by its own statistics, and moves its
+        running ones once for each part; and dropout draws otherwise.
 
     Returns:
       The state after the step and the metrics of this batch, as the network in
       training mode, with dropout, saw it.
     """
-    images = batch["image"]
-    if "matrix" in batch:
-        images = augment.apply_on_device(images, batch["matrix"], batch["contrast"])
-    images = normalize(images, preprocessing)
-    labels, mask = batch["label"], batch["mask"]
-
+    loss = functools.partial(
+        _loss,
+        # Examples without a mask add nothing, also to what the sum is divided by.
+        count=jnp.maximum(jnp.sum(batch["mask"]), 1),
+        model=model,
+        preprocessing=preprocessing,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+    )
+    gradient = jax.value_and_grad(loss, has_aux=True)
     dropout_key = jax.random.fold_in(random_key(seed, DROPOUT), state.step)
-
-    def loss_fn(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
-        logits, updates = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            images,
-            train=True,
-            rngs={"dropout": dropout_key},
-            mutable=["batch_stats"],
+    if accumulation_steps == 1:
+        (_, (batch_stats, metrics)), grads = gradient(
+            state.params, state.batch_stats, batch, dropout_key
         )
-        losses = cross_entropy(logits, labels, label_smoothing)
-        if class_weights is not None:
-            losses *= jnp.array(class_weights, jnp.float32)[labels]
-        loss = jnp.sum(jnp.where(mask, losses, 0)) / jnp.maximum(jnp.sum(mask), 1)
-        return loss, (logits, updates.get("batch_stats", {}))
-
-    (_, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    else:
+        parts = jax.tree.map(functools.partial(_split, parts=accumulation_steps), dict(batch))
+        keys = jax.random.split(dropout_key, accumulation_steps)
+        grads, batch_stats, metrics = _accumulate(gradient, state, parts, keys)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_state = TrainState(
         step=state.step + 1,
@@ -129,7 +132,61 @@ def train_step(
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
-    return new_state, Metrics.from_logits(logits, labels, mask)
+    return new_state, metrics
+
+
+def _loss(
+    params: PyTree,
+    batch_stats: PyTree,
+    batch: Batch,
+    dropout_key: PRNGKeyArray,
+    *,
+    count: Array,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    label_smoothing: float,
+    class_weights: Sequence[float] | None,
+) -> tuple[Array, tuple[PyTree, Metrics]]:
+    """The sum of a batch's losses over `count`; and new statistics, and metrics."""
+    images = batch["image"]
+    if "matrix" in batch:
+        images = augment.apply_on_device(images, batch["matrix"], batch["contrast"])
+    labels, mask = batch["label"], batch["mask"]
+    logits, updates = model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        normalize(images, preprocessing),
+        train=True,
+        rngs={"dropout": dropout_key},
+        mutable=["batch_stats"],
+    )
+    losses = cross_entropy(logits, labels, label_smoothing)
+    if class_weights is not None:
+        losses *= jnp.array(class_weights, jnp.float32)[labels]
+    loss = jnp.sum(jnp.where(mask, losses, 0)) / count
+    return loss, (updates.get("batch_stats", {}), Metrics.from_logits(logits, labels, mask))
+
+
+def _split(rows: Array, parts: int) -> Array:
+    """[B, ...] as [parts, B / parts, ...]: every device keeps the rows that it has."""
+    return jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
+
+
+def _accumulate(
+    gradient: Callable[..., Any], state: TrainState, parts: Batch, keys: Key[Array, " parts"]
+) -> tuple[PyTree, PyTree, Metrics]:
+    """Sums gradients and metrics over the parts of a batch; statistics pass through them."""
+
+    def add(carry: PyTree, part: tuple[Batch, PRNGKeyArray]) -> tuple[PyTree, None]:
+        grads, batch_stats, metrics = carry
+        (_, (batch_stats, more_metrics)), more_grads = gradient(state.params, batch_stats, *part)
+        grads = jax.tree.map(jnp.add, grads, more_grads)
+        return (grads, batch_stats, metrics.merge(more_metrics)), None
+
+    first = jax.tree.map(lambda rows: rows[0], (parts, keys))
+    (_, (_, metrics)), grads = jax.eval_shape(gradient, state.params, state.batch_stats, *first)
+    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), (grads, metrics))
+    start = (zeros[0], state.batch_stats, zeros[1])
+    return jax.lax.scan(add, start, (parts, keys))[0]
 
 
 def eval_step(

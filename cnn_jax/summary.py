@@ -3,7 +3,7 @@
 import pathlib
 import platform
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,8 +28,18 @@ def show_plan(
     workdir: pathlib.Path,
     dataset: Dataset,
     model: nn.Module,
+    changes: Sequence[str] = (),
 ) -> None:
-    """Says what will happen: device, precision, data, model, and where results go."""
+    """Says what will happen: device, precision, data, model, and where results go.
+
+    Args:
+      console: Where to say it.
+      config: The resolved configuration.
+      workdir: The run's folder.
+      dataset: What is trained on.
+      model: The network.
+      changes: What is not as it was when the run was last started, a line for each.
+    """
     image_size = dataset.loader.preprocessing.image_size
     source = dataset.source
     sizes = {name: len(indices) for name, indices in dataset.splits.items()}
@@ -45,7 +55,7 @@ def show_plan(
         {
             "cnn_jax": f"{cnn_jax.__version__} with JAX {jax.__version__}, "
             f"Python {platform.python_version()}",
-            "device": f"{len(devices)} x {kind}, {config.precision}",
+            "device": f"{len(devices)} x {kind}, {config.precision}{_parallelism(config)}",
             "data": "\n".join(lines),
             "checked": "\n".join(dataset.findings.summary()),
             "model": f"{config.model.name}, "
@@ -53,13 +63,24 @@ def show_plan(
             f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
             "training": f"{count(config.train.epochs, 'epoch')} at batch size "
             f"{config.train.batch_size}, seed {config.seed}, best by {config.train.monitor}"
+            + _accumulation(config)
+            + _extension(config)
             + _balance(config, dataset),
             "results": str(workdir),
         }
+        | ({"changed": "\n".join(changes)} if changes else {})
     )
     for warning in dataset.findings.warnings():
         console.warn(warning)
     console.print()
+
+
+def _parallelism(config: Config) -> str:
+    """How devices and processes share the work, in words; nothing for one device."""
+    model = config.mesh.model
+    shares = f", {model} to a copy of the network" if model > 1 else ""
+    processes = jax.process_count()
+    return shares + (f", in {processes} processes" if processes > 1 else "")
 
 
 def _residency(dataset: Dataset) -> str:
@@ -79,6 +100,27 @@ def _division(config: Config, dataset: Dataset) -> str:
     group = f"; {config.data.group} stays together" if config.data.group else ""
     is_kept = config.data.keep_splits and any(dataset.source.own_splits)
     return ("; as the data is divided already" if is_kept else "") + group
+
+
+def _accumulation(config: Config) -> str:
+    """What gradient accumulation does, in words."""
+    parts = config.train.accumulation_steps
+    if parts == 1:
+        return ""
+    rows = config.train.batch_size // parts
+    norm = "; BatchNorm takes its statistics from each part" if config.model.batch_norm else ""
+    return f"\neach batch in {parts} parts of {count(rows, 'image')}{norm}"
+
+
+def _extension(config: Config) -> str:
+    """What the learning rate does beyond its schedule, in words."""
+    decay = config.optimizer.decay_epochs
+    if decay == config.train.epochs:
+        return ""
+    end = config.optimizer.final_learning_rate
+    if decay > config.train.epochs:
+        return f"\nthe learning rate would only reach its end, {end:g}, after {decay} epochs"
+    return f"\nthe learning rate reaches its end, {end:g}, after {decay} epochs and stays there"
 
 
 def _balance(config: Config, dataset: Dataset) -> str:

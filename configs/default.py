@@ -48,14 +48,26 @@ def get_config() -> Config:
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3
     optimizer.final_learning_rate = 1e-4  # Where the cosine ends.
+    optimizer.decay_epochs = 0  # The cosine's length; 0: train.epochs as the run started with.
     optimizer.warmup_epochs = 0.0
     optimizer.l2 = 1e-4  # Of convolution and dense kernels alone.
 
     config.train = train = ConfigDict()
-    train.batch_size = 32
+    train.batch_size = 32  # Of all devices together.
+    train.accumulation_steps = 1  # In how many parts a batch goes through, one after the other.
     train.epochs = 22  # The specification's 45 would take more than five minutes on a CPU.
     train.label_smoothing = 0.1
     train.balance = "none"  # Or "loss" or "sampling": rare classes count for as much.
     train.patience = 10  # Epochs without a better `monitor` before training stops.
     train.monitor = "validation_accuracy"
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.keep = 2  # The latest, beside that of the best epoch and the one before it.
+    checkpoint.every_steps = 0  # Within epochs as well; 0: at their ends alone.
+    checkpoint.restore_step = 0  # Goes back, once, to the checkpoint of this step.
+    checkpoint.init_from = ""  # A bundle or a run, whose weights a new run starts from.
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # Devices that share a batch; -1: all there are.
+    mesh.model = 1  # Devices that share the large parameters.
     return config

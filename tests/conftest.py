@@ -1,4 +1,4 @@
-"""Shared set-up: types are checked at run time, and the CPU is four devices."""
+"""Shared set-up: types are checked at run time, and the CPU is eight devices."""
 
 import os
 import pathlib
@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPOSITORY))  # For `configs`, which is not installed.
 # Checks the shapes and dtypes in every signature of the package.
 install_import_hook("cnn_jax", "typechecker.check")
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

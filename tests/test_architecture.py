@@ -18,10 +18,11 @@ FLOORS = [
     *("data.sources", "data.scan", "data.splits", "data.findings", "data.pipeline"),
     *("data.dataset", "data.survey"),
     "configuration",
-    *("sharding", "checkpoint", "bundle", "console", "cli", "run_directory"),
+    *("sharding", "checkpoint", "bundle", "console", "cli", "interruption", "run_directory"),
+    *("profiling", "initial_weights", "programs"),
     *("report.__init__", "report.inspection"),
     *("cache", "inspect", "predict", "evaluate"),
-    *("summary", "train"),
+    *("summary", "results", "train"),
     "main",
 ]
 

@@ -1,4 +1,7 @@
+import datetime
 import json
+import os
+import socket
 
 import numpy as np
 import pytest
@@ -9,28 +12,90 @@ from cnn_jax.errors import ConfigError
 from configs import default
 
 
+def _flat(config):
+    values = {}
+    for section, content in json.loads(config.to_json()).items():
+        if isinstance(content, dict):
+            values |= {f"{section}.{key}": value for key, value in content.items()}
+        else:
+            values[section] = content
+    return values
+
+
 def test_the_same_run_may_go_on_and_another_may_not(tmp_path):
     config = default.get_config()
-    run_directory.claim(tmp_path / "run", config)
-    assert list((tmp_path / "run").iterdir()) == []  # Nothing is decided yet.
-    run_directory.write_config(tmp_path / "run", config)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["epochs"] == 22
-    config.data.workers = 2  # No number depends on it.
-    run_directory.claim(tmp_path / "run", config)
-    config.train.epochs = 3
+    assert run_directory.read_config(tmp_path) is None
+    run_directory.write_config(tmp_path, config)
+    present = run_directory.read_config(tmp_path)
+    assert present == _flat(config)
+    assert run_directory.changes(tmp_path, present, config) == []
+    # No number of the epochs that are done depends on these.
+    config.data.workers = 2
+    config.train.epochs = 30
+    config.mesh.model = 2
+    assert run_directory.changes(tmp_path, present, config) == [
+        "data.workers: -1 -> 2",
+        "mesh.model: 1 -> 2",
+        "train.epochs: 22 -> 30",
+    ]
     config.optimizer.l2 = 0.5
+    config.train.monitor = "validation_loss"
     with pytest.raises(ConfigError) as error:
-        run_directory.claim(tmp_path / "run", config)
-    assert "optimizer.l2: 0.0001 -> 0.5; train.epochs: 22 -> 3" in str(error.value)
+        run_directory.changes(tmp_path, present, config)
+    assert (
+        "(optimizer.l2: 0.0001 -> 0.5; train.monitor: validation_accuracy -> validation_loss)"
+    ) in str(error.value)
+
+
+def test_every_key_that_may_change_is_one():
+    assert set(_flat(default.get_config())) >= run_directory._FREE_KEYS
 
 
 def test_a_folder_that_cannot_be_one_is_explained(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="--workdir: cannot use"):
-        run_directory.claim(tmp_path / "file" / "run", default.get_config())
+    with (
+        pytest.raises(ConfigError, match="--workdir: cannot use"),
+        run_directory.locked(tmp_path / "file" / "run"),
+    ):
+        pass
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not a configuration"):
-        run_directory.claim(tmp_path, default.get_config())
+        run_directory.read_config(tmp_path)
+
+
+def test_a_folder_is_held_by_one_at_a_time_and_given_back(tmp_path):
+    with run_directory.locked(tmp_path / "run"):
+        holder = rf"in use by process {os.getpid()} on {socket.gethostname()} since \d{{4}}-"
+        with pytest.raises(ConfigError, match=holder), run_directory.locked(tmp_path / "run"):
+            pass
+    with run_directory.locked(tmp_path / "run"):
+        pass
+
+
+def test_a_heartbeat_says_where_the_run_is(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(run_directory.time, "monotonic", lambda: now[0])
+    heartbeat = run_directory.Heartbeat(tmp_path)
+
+    def read():
+        beat = json.loads((tmp_path / "heartbeat.json").read_text())
+        written = datetime.datetime.fromisoformat(beat["time"])
+        age = datetime.datetime.now(datetime.UTC) - written
+        assert age < datetime.timedelta(minutes=1)
+        assert (beat["pid"], beat["host"]) == (os.getpid(), socket.gethostname())
+        return beat["step"], beat["activity"]
+
+    heartbeat.beat("training", 1)
+    assert read() == (1, "training")
+    now[0] += 4
+    heartbeat.beat("training", 2)  # Too soon.
+    assert read() == (1, "training")
+    heartbeat.beat("validating")  # But this is news.
+    assert read() == (2, "validating")
+    now[0] += 6
+    heartbeat.beat("validating", 3)
+    assert read() == (3, "validating")
+    assert list(tmp_path.iterdir()) == [tmp_path / "heartbeat.json"]
 
 
 def _record(epoch):

@@ -188,33 +188,105 @@ def test_evaluation_of_a_padded_batch_counts_the_real_rows_alone():
     np.testing.assert_allclose(metrics.loss_sum, whole.loss_sum, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_devices", [2, 4])
-def test_many_devices_train_as_one_does(num_devices):
+@pytest.mark.parametrize("shape", [(2, 1), (4, 1), (8, 1), (4, 2), (2, 4)])
+def test_many_devices_train_as_one_does(shape, monkeypatch):
     """BatchNorm's statistics and the metrics are those of the whole batch."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+    monkeypatch.setattr(sharding, "_LEAST_DIVIDED", 64)
+    data, model = shape
+    mesh = sharding.make_mesh(model, jax.devices()[: data * model])
     everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
-    jitted = jax.jit(_train_step(), in_shardings=(everywhere, by_example), out_shardings=everywhere)
+    of_state = sharding.split_large(mesh, jax.eval_shape(_state))
+    jitted = jax.jit(
+        _train_step(), in_shardings=(of_state, by_example), out_shardings=(of_state, everywhere)
+    )
 
     def step(state, batch):
         rows = jax.tree.map(np.asarray, batch)
-        return jitted(state, sharding.to_devices(rows, by_example))
+        return jitted(state, sharding.to_devices(rows, sharding=by_example, batch_size=8))
 
-    many, many_losses = _run(5, jax.device_put(_state(), everywhere), step)
-    one, losses = _run(5)
-    np.testing.assert_allclose(many_losses, losses, rtol=1e-5)
+    many, many_losses = _run(20, jax.device_put(_state(), of_state), step)
+    one, losses = _run(20)
+    np.testing.assert_allclose(many_losses, losses, rtol=2e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), many.batch_stats, one.batch_stats
     )
-    assert len(many.params["head"]["kernel"].sharding.device_set) == num_devices
+    head, conv = many.params["head"]["kernel"], many.params["conv2"]["kernel"]
+    assert len(head.sharding.device_set) == data * model
+    assert head.sharding.is_fully_replicated  # Three classes cannot be divided.
+    assert conv.sharding.shard_shape(conv.shape) == (3, 3, 4, 8 // model)
+    (adam,) = (part for part in many.opt_state[1] if hasattr(part, "mu"))
+    assert adam.mu["conv2"]["kernel"].sharding == conv.sharding
 
 
-def test_the_mesh_has_all_devices_on_one_axis():
-    mesh = sharding.make_mesh()
-    assert dict(mesh.shape) == {"data": jax.device_count()}
-    batch = sharding.to_devices(
-        jax.tree.map(np.asarray, _batch(8)), sharding.split_by_example(mesh)
+PLAIN = CNN(num_classes=3, features=(4, 8), dense=16, dropout=0.0, batch_norm=False)
+
+
+def _plain_state():
+    return init_state(random_key(0, INIT), model=PLAIN, optimizer=OPTIMIZER, image_size=(8, 8))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_a_batch_in_parts_trains_as_the_whole_does(parts):
+    """Where the mathematics allows it: without BatchNorm and dropout."""
+    weights = (0.5, 1.0, 1.5)
+    options = {"class_weights": weights}
+    whole = jax.jit(functools.partial(_train_step(PLAIN), **options))
+    in_parts = jax.jit(functools.partial(_train_step(PLAIN), accumulation_steps=parts, **options))
+    first, second = _plain_state(), _plain_state()
+    for i in range(5):
+        # The parts have different numbers of examples that count.
+        batch = _batch(16, seed=i) | {"mask": jnp.arange(16) < 11}
+        first, metrics = whole(first, batch)
+        second, metrics_of_parts = in_parts(second, batch)
+        np.testing.assert_array_equal(metrics.confusion, metrics_of_parts.confusion)
+        np.testing.assert_allclose(metrics.loss_sum, metrics_of_parts.loss_sum, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), first.params, second.params
     )
-    assert batch["image"].sharding.shard_shape((8, 8, 8, 3)) == (8 // jax.device_count(), 8, 8, 3)
+    assert int(second.step) == 5
+
+
+def test_statistics_pass_through_the_parts_of_a_batch_in_turn():
+    model = CNN(num_classes=3, features=(4, 8), dense=16, dropout=0.0)
+    still = functools.partial(_train_step(model), optimizer=optax.set_to_zero())
+    state = init_state(
+        random_key(0, INIT), model=model, optimizer=optax.set_to_zero(), image_size=(8, 8)
+    )
+    batch = _batch(16)
+    together, _ = still(state, batch, accumulation_steps=4)
+    one_by_one = state
+    for part in range(4):
+        rows = jax.tree.map(lambda values, part=part: values[part::4], batch)
+        one_by_one, _ = still(one_by_one, rows)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        together.batch_stats,
+        one_by_one.batch_stats,
+    )
+
+
+def test_each_part_of_a_batch_has_its_own_dropout():
+    """Two equal halves; their activations are dropped differently."""
+    model = CNN(num_classes=3, features=(4, 8), dense=64, dropout=0.5, batch_norm=False)
+    state = init_state(random_key(0, INIT), model=model, optimizer=OPTIMIZER, image_size=(8, 8))
+    twice = jax.tree.map(lambda rows: jnp.repeat(rows, 2, axis=0), _batch(4))
+    _, metrics = _train_step(model)(state, twice, accumulation_steps=2)
+    _, half = _train_step(model)(state, _batch(4))
+    assert not np.allclose(metrics.loss_sum, 2 * half.loss_sum, rtol=1e-3)
+
+
+def test_parts_leave_every_row_on_its_device():
+    mesh = sharding.make_mesh()
+    by_example = sharding.split_by_example(mesh)
+    step = functools.partial(_train_step(PLAIN), accumulation_steps=2)
+    everywhere = sharding.replicated(mesh)
+    lowered = jax.jit(step, in_shardings=(everywhere, by_example), out_shardings=everywhere).lower(
+        _plain_state(), _batch(16)
+    )
+    program = lowered.compile().as_text()
+    assert "all-reduce" in program
+    assert "all-to-all" not in program
+    assert "all-gather" not in program
 
 
 def test_the_donated_state_is_reused():

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, write_images
 
-from cnn_jax import configuration, train
+from cnn_jax import configuration, interruption, programs, train
 from cnn_jax.bundle import read_bundle
 from cnn_jax.errors import ConfigError, DataError, TrainingError
 from cnn_jax.evaluate import open_as_trained, predict_split
@@ -207,7 +206,7 @@ def test_an_infinite_loss_ends_the_run_and_keeps_the_last_checkpoint(
     image_folder, tmp_path, monkeypatch
 ):
     config = _tiny(image_folder)
-    real_step = train.train_step
+    real_step = programs.train_step
 
     def poisoned(state, batch, **kwargs):
         state, metrics = real_step(state, batch, **kwargs)
@@ -216,13 +215,13 @@ def test_an_infinite_loss_ends_the_run_and_keeps_the_last_checkpoint(
             loss_sum=jax.numpy.where(bad, jax.numpy.nan, metrics.loss_sum)
         )
 
-    monkeypatch.setattr(train, "train_step", poisoned)
+    monkeypatch.setattr(programs, "train_step", poisoned)
     message = r"the loss is infinite or not a number at step 9, where .* 0\.000\d+\. Try a lower"
     with pytest.raises(TrainingError, match=message):
         train_and_evaluate(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
     # Mended, it goes on from there.
-    monkeypatch.setattr(train, "train_step", real_step)
+    monkeypatch.setattr(programs, "train_step", real_step)
     train_and_evaluate(config, tmp_path / "run")
     assert len(_history(tmp_path / "run")) == 3
 
@@ -248,7 +247,7 @@ def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs)
 def test_interrupted_right_after_a_step_that_diverged_nothing_is_saved(
     image_folder, tmp_path, monkeypatch
 ):
-    real_step = train.train_step
+    real_step = programs.train_step
 
     def diverge(state, batch, **kwargs):
         state, metrics = real_step(state, batch, **kwargs)  # Its loss is that before the update.
@@ -256,12 +255,12 @@ def test_interrupted_right_after_a_step_that_diverged_nothing_is_saved(
 
     @contextlib.contextmanager
     def interrupted_at_once():
-        event = threading.Event()
-        event.set()
-        yield event
+        request = interruption.Interruption()
+        request.request()
+        yield request
 
-    monkeypatch.setattr(train, "train_step", diverge)
-    monkeypatch.setattr(train, "_interruption", interrupted_at_once)
+    monkeypatch.setattr(programs, "train_step", diverge)
+    monkeypatch.setattr(interruption, "listen", interrupted_at_once)
     with pytest.raises(TrainingError, match="a parameter is infinite or not a number at step 1"):
         train_and_evaluate(_tiny(image_folder), tmp_path / "run")
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
@@ -307,18 +306,18 @@ def test_on_the_device_as_on_the_host(image_folder, tmp_path):
 def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
     jax.clear_caches()  # JAX counts all programs of one function, of other tests as well.
     made = []
-    real = train._make_programs
+    real = train.make_programs
 
     def spy(*args):
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(train, "_make_programs", spy)
+    monkeypatch.setattr(train, "make_programs", spy)
     train_and_evaluate(_tiny(image_folder), tmp_path / "run")
-    (programs,) = made
-    assert programs.train_step._cache_size() == 1
-    assert programs.eval_step._cache_size() == 1
-    assert programs.merge._cache_size() == 1
+    (compiled,) = made
+    assert compiled.train_step._cache_size() == 1
+    assert compiled.eval_step._cache_size() == 1
+    assert compiled.merge._cache_size() == 1
 
 
 # In processes of their own, killed for real.
@@ -395,7 +394,7 @@ def _interrupt(workdir, signum):
     time.sleep(0.2)
     process.send_signal(signum)
     _, stderr = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 75
     assert "saved after step" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
     return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
@@ -438,7 +437,7 @@ def test_ctrl_c_reaches_the_worker_processes_too_and_harms_nothing(tmp_path, del
     time.sleep(delay)
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate()
-    assert process.returncode == 130, stderr
+    assert process.returncode == 75, stderr
     assert "saved after step" in stderr
     assert "Traceback" not in stderr
 
@@ -450,8 +449,9 @@ def test_ctrl_c_while_it_compiles_does_not_crash(tmp_path):
             break
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode == 130
+    _, stderr = process.communicate()
+    assert process.returncode == 75
+    assert "saved after step 1;" in stderr
 
 
 def test_what_a_person_sees_when_the_output_is_a_file(smoke):

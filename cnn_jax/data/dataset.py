@@ -122,7 +122,7 @@ def choose_residency(
     decoded = _decoded_bytes(listing, preprocessing)
     if decoded <= device_bytes / 4:
         return "device"
-    if decoded <= _memory_bytes() / 4:
+    if decoded <= memory_bytes() / 4:
         return "memory"
     return "disk" if decoded <= cache.free_bytes() / 2 else "none"
 
@@ -131,7 +131,7 @@ def _decoded_bytes(listing: Source, preprocessing: Preprocessing) -> int:
     return len(listing) * math.prod(preprocessing.image_size) * 3
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """Memory of the machine, or of the container if that is less."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # Not Linux, or not limited.

@@ -11,7 +11,12 @@ import functools
 import itertools
 import logging
 import math
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing import resource_tracker
 
@@ -115,8 +120,12 @@ def _add_draws(
     return {"index": indices[positions]} | draws
 
 
-def _load_training_batch(draws: NumpyBatch, loader: Loader, place: str | None) -> NumpyBatch:
+def _load_training_batch(
+    draws: NumpyBatch, loader: Loader, place: str | None, rows: np.ndarray | None
+) -> NumpyBatch:
     """Loads the pixels, and moves them unless `place` is "device", or None: nowhere."""
+    if rows is not None:
+        draws = {name: values[rows] for name, values in draws.items()}
     batch = loader.load(draws["index"])
     batch["mask"] = np.ones(len(draws["index"]), bool)
     if place is None:
@@ -137,6 +146,7 @@ def training_batches(
     seed: int,
     start: int = 0,
     balanced: bool = False,
+    rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
     """The endless training stream, from batch `start` on.
 
@@ -156,6 +166,8 @@ def training_batches(
       seed: Seed of the shuffles and draws.
       start: Number of batches to leave out; costs nothing.
       balanced: Whether all classes are seen equally often.
+      rows: Those of each batch to load, if other processes load the others; the draws
+        are those of the whole batch.
 
     Returns:
       A context manager that closes the stream and ends its workers. A batch is
@@ -170,6 +182,7 @@ def training_batches(
     load = functools.partial(
         _load_training_batch,
         loader=loader,
+        rows=rows,
         place=None if augmentation.is_identity() else place,
     )
     if balanced:
@@ -252,15 +265,20 @@ def _positions(
 
 
 def evaluation_batches(
-    loader: Loader, indices: np.ndarray, batch_size: int
+    loader: Loader,
+    indices: np.ndarray,
+    batch_size: int,
+    rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
     """Every example once, in order; the last batch is padded, its mask False there.
 
     Padding repeats the split's first example, so that every batch has one shape.
+    Of each batch, `rows` are loaded, or all of them.
     """
+    own_rows = np.arange(batch_size) if rows is None else rows
 
     def load(batch: int) -> NumpyBatch:
-        positions = np.arange(batch * batch_size, (batch + 1) * batch_size)
+        positions = batch * batch_size + own_rows
         mask = positions < len(indices)
         return loader.load(indices[np.where(mask, positions, 0)]) | {"mask": mask}
 
@@ -280,14 +298,45 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> Generator[NumpyBatch, N
             flags.FLAGS.mark_as_parsed()
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        iterator = iter(dataset.to_iter_dataset(one_thread).mp_prefetch(options))
+        prefetch = dataset.to_iter_dataset(one_thread).mp_prefetch
+        iterator = iter(prefetch(options, _end_with_the_main_process))
         start = _ctrl_c_held_back()
-    with contextlib.closing(iterator):
+    with contextlib.closing(iterator), _workers_that_die():
         with start:  # The first batch starts the workers.
             first = list(itertools.islice(iterator, 1))
         yield from first
         del first
         yield from iterator
+
+
+@contextlib.contextmanager
+def _workers_that_die() -> Iterator[None]:
+    """Says in one line that a worker process was killed.
+
+    Raises:
+      DataError: It was.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):  # Grain's words.
+            raise
+        raise DataError(
+            "a worker process that reads the data was killed, perhaps for want of memory; the same "
+            "command goes on from the latest checkpoint, and data.workers=0 needs no such process"
+        ) from error
+
+
+def _end_with_the_main_process(worker: int, workers: int) -> None:
+    """Lets a worker end when the main process does, which may be killed and not end it."""
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+
+    def wait() -> None:
+        multiprocessing.connection.wait([main_process.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -297,8 +346,11 @@ def _ctrl_c_held_back() -> Iterator[None]:
     A terminal sends Ctrl-C to all processes of a command. It is for the main
     one to finish its step, save and end the others.
     """
+    # What it warns of, batches in shared memory that nobody took, it also clears away.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     # It lets Ctrl-C through again when it starts, so it has to be there already.
     resource_tracker.ensure_running()
+    sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -70,9 +70,9 @@ def test_a_container_may_have_less_memory_than_the_machine(tmp_path, monkeypatch
     for text, expected in (("1000\n", 1000), ("max\n", installed)):
         (tmp_path / "limit").write_text(text)
         monkeypatch.setattr(datasets, "_CONTAINER_LIMIT", tmp_path / "limit")
-        assert datasets._memory_bytes() == expected
+        assert datasets.memory_bytes() == expected
     monkeypatch.setattr(datasets, "_CONTAINER_LIMIT", tmp_path / "none")
-    assert datasets._memory_bytes() == installed
+    assert datasets.memory_bytes() == installed
 
 
 def test_images_are_decoded_once(folder, monkeypatch):
@@ -257,7 +257,7 @@ def test_where_pixels_live_depends_on_what_fits(folder, monkeypatch):
     listing = open_folder(folder)  # 60 images of 576 bytes: 34,560.
 
     def choose(requested="auto", *, device=0, memory=10**6, disk=10**6):
-        monkeypatch.setattr(datasets, "_memory_bytes", lambda: memory)
+        monkeypatch.setattr(datasets, "memory_bytes", lambda: memory)
         monkeypatch.setattr(datasets.cache, "free_bytes", lambda: disk)
         return choose_residency(requested, listing, PREPROCESSING, device)
 
