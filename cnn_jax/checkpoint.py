@@ -209,7 +209,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise what they please.
-            raise TrainingError(
+            raise sharding.lost_process(error) or TrainingError(
                 f"cannot save a checkpoint in {self._path}: {_reason(error)}. Those before it are "
                 "complete: mend that, and the same command goes on from the latest"
             ) from error
@@ -335,7 +335,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore raise what they please.
-            raise self._damaged(step, _reason(error)) from error
+            raise sharding.lost_process(error) or self._damaged(step, _reason(error)) from error
 
     def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
         return DamagedCheckpointError(f"{self._path / str(step)} is damaged: {reason}")

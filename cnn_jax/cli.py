@@ -29,8 +29,14 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     failure. Of an error that the user can mend, one line is shown.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    for library in ("absl", "tensorboardX"):  # Their warnings are not for users.
-        logging.getLogger(library).setLevel(logging.ERROR)
+    # Not for users: Orbax (by absl) and asyncio log, with tracebacks, what is raised as well.
+    for library, level in (
+        ("absl", "CRITICAL"),
+        ("asyncio", "CRITICAL"),
+        ("tensorboardX", "ERROR"),
+    ):
+        logging.getLogger(library).setLevel(level)
+    sys.unraisablehook = _hide_late_callbacks
     # Pillow warns of what it makes good; what it cannot is an error.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if sys.stdout is not None:  # File names need not be UTF-8.
@@ -62,6 +68,12 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _hide_late_callbacks(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Hides that threads of TensorStore find Orbax gone after it has raised why it failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,6 +21,9 @@ class Interruption:
     def __init__(self) -> None:
         self._event = threading.Event()
 
+    def request(self) -> None:
+        self._event.set()
+
     def is_due(self, step: int) -> bool:
         """Whether to save after this step and end.
 
@@ -32,20 +35,17 @@ class Interruption:
         return self._event.is_set()
 
     def is_due_now(self) -> bool:
-        """Whether to end where processes do not wait for each other, and one must not end alone."""
+        """Whether to end here, where one of several processes must not end alone."""
         return self._event.is_set() and jax.process_count() == 1
-
-    def request(self) -> None:
-        self._event.set()
 
 
 @contextlib.contextmanager
 def listen() -> Iterator[Interruption]:
-    """Makes the first Ctrl-C or SIGTERM a request, and lets the second one work as ever.
+    """Makes the first Ctrl-C or SIGTERM a request, and the second one final.
 
-    A command ends at the second one at once, whatever it is doing. (An exception
-    in the middle of a compilation would crash JAX; so even the first cannot
-    simply raise one.)
+    The first cannot simply raise an exception, which in the middle of a compilation
+    would crash JAX. The second ends a command at once; in a notebook it raises
+    KeyboardInterrupt.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
@@ -54,22 +54,59 @@ def listen() -> Iterator[Interruption]:
 
     # With several processes SIGTERM is JAX's, which tells all of them.
     is_distributed = jax.process_count() > 1
-    names = [signal.SIGINT] if is_distributed else [signal.SIGINT, signal.SIGTERM]
-    previous = {name: signal.getsignal(name) for name in names}
+    signals = [signal.SIGINT] if is_distributed else [signal.SIGINT, signal.SIGTERM]
+    previous = {signum: signal.getsignal(signum) for signum in signals}
+    is_command = cli.interrupt in previous.values()
+
+    def restore() -> None:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
     def handle(signum: int, frame: object) -> None:
         interruption.request()
-        for name, handler in previous.items():
-            signal.signal(name, signal.SIG_DFL if handler is cli.interrupt else handler)
         if is_distributed:
             signal.raise_signal(signal.SIGTERM)
-        with contextlib.suppress(OSError):  # There may be no stderr any more.
-            os.write(_STDERR, _NOTICE)
+        if not is_command:
+            restore()
 
-    for name in names:
-        signal.signal(name, handle)
+    with _leave_at_the_second(signals) if is_command else contextlib.nullcontext():
+        for signum in signals:
+            signal.signal(signum, handle)
+        try:
+            yield interruption
+        finally:
+            restore()
+
+
+@contextlib.contextmanager
+def _leave_at_the_second(signals: Collection[int]) -> Iterator[None]:
+    """Ends the process at the second of these signals, whatever it is doing.
+
+    Python runs a handler only when the main thread is back from JAX, which may
+    compile for minutes. But it writes a byte for each signal at once, for a thread
+    to read.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)  # As Python wants it.
+
+    def watch() -> None:
+        is_first = True
+        while signum := os.read(reading, 1):
+            if signum[0] not in signals:
+                continue
+            if not is_first:
+                os._exit(128 + signum[0])
+            is_first = False
+            with contextlib.suppress(OSError):  # There may be no stderr any more.
+                os.write(_STDERR, _NOTICE)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
-        yield interruption
+        yield
     finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        watcher.join()
+        os.close(reading)

@@ -232,14 +232,17 @@ class Memory:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Says in one line that the memory of a device, which others may use too, is used up.
+        """Says in one line what JAX says in many, where devices fail in the middle of training.
 
         Raises:
-          TrainingError: It is.
+          TrainingError: Memory, which others may use too, is used up, or another process
+            of the run is gone.
         """
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
+            if lost := sharding.lost_process(error):
+                raise lost from error
             if self._estimate is None or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             available = sharding.free_device_bytes() + self._estimate.fixed

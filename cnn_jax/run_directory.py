@@ -120,7 +120,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
         raise ConfigError(f"--workdir: {path} is not a configuration: {error}") from error
 
 
-def changes(workdir: pathlib.Path, present: Mapping[str, Any], config: Config) -> list[str]:
+def changes(workdir: pathlib.Path, present: Mapping[str, Any] | None, config: Config) -> list[str]:
     """What is not as it was when the run was last started: a line for each key.
 
     Args:
@@ -131,6 +131,8 @@ def changes(workdir: pathlib.Path, present: Mapping[str, Any], config: Config) -
     Raises:
       ConfigError: Something has changed that a run cannot go on with.
     """
+    if present is None:
+        return []
     wanted = _flat(json.loads(config.to_json()))
     lines = {
         key: f"{key}: {present.get(key, 'absent')} -> {wanted.get(key, 'absent')}"

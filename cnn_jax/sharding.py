@@ -3,8 +3,10 @@
 import contextlib
 import os
 import pathlib
+import re
 import resource
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +22,8 @@ from cnn_jax.errors import ConfigError, TrainingError, UserError
 HEARTBEAT_SECONDS = 30
 # Parameters with fewer elements than this lie whole on each device.
 _LEAST_DIVIDED = 2**14
+# How the libraries that move data between processes say that one of them is gone.
+_LOST = re.compile(r"by peer|Gloo|NCCL|unhealthy|heartbeat|Barrier", re.IGNORECASE)
 
 
 def start_processes(
@@ -88,7 +92,17 @@ def check_equal(what: str, digest: str) -> None:
         digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
         differs = (digests != digests[0]).any(axis=1)
         if differs.any():
-            raise TrainingError(f"process {differs.argmax()} has {what} other than process 0")
+            raise TrainingError(f"process {differs.argmax()} has {what} than process 0")
+
+
+def lost_process(error: BaseException) -> TrainingError | None:
+    """What to raise instead of an error that means that another process is gone; else None."""
+    if jax.process_count() == 1 or not _LOST.search(str(error)):
+        return None
+    return TrainingError(
+        "another process of this run has ended or cannot be reached any more (see what it said); "
+        "the same command for all of them goes on from the latest checkpoint"
+    )
 
 
 def gather_rows(rows: np.ndarray) -> list[np.ndarray]:
@@ -101,7 +115,7 @@ def gather_rows(rows: np.ndarray) -> list[np.ndarray]:
     return [part[:count] for part, count in zip(padded, counts, strict=True)]
 
 
-def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Devices along the axes `data` and `model`.
 
     Args:

@@ -85,7 +85,7 @@ def train_and_evaluate(
         with sharding.together():
             present = run_directory.read_config(workdir)
             config = configuration.resolve(config, present)
-            changes = run_directory.changes(workdir, present, config) if present else []
+            changes = run_directory.changes(workdir, present, config)
             dataset = _open_dataset(config, console)
         # What differs from process to process would differ in their programs as well.
         sharding.check_equal("another configuration", configuration.digest(config))
@@ -211,8 +211,10 @@ def _train(run: _Run, checkpoints: Checkpoints, trace: Trace) -> PyTree:
     stream = _training_batches(run, programs.rows, first_step)
     with contextlib.closing(log), stream as batches, display, contextlib.closing(trace):
         display.start(progress.history, best_record(progress.history, train.monitor), first_step)
+        run.heartbeat.beat("starting", first_step)
         in_flight: Metrics | None = None
         memory = Memory(programs)
+        losses = _LossReader(batch_size, schedule, memory)
         for step in range(first_step, last_step):
             with jax.transfer_guard("disallow"), memory.explained(), trace.step(step):
                 batch = programs.to_devices(next(batches))
@@ -225,7 +227,7 @@ def _train(run: _Run, checkpoints: Checkpoints, trace: Trace) -> PyTree:
                     progress.clock.restart()  # It was compiled just now.
                 # Step n - 1 is read while step n runs: the device never waits.
                 if in_flight is not None:
-                    loss = _finite_loss(in_flight, step - 1, schedule, batch_size)
+                    loss = losses.read(in_flight, step - 1)
                     progress.clock.count(batch_size)
                     display.step(step, loss, progress.clock.images_per_second())
             run.heartbeat.beat("training", step + 1)
@@ -236,7 +238,7 @@ def _train(run: _Run, checkpoints: Checkpoints, trace: Trace) -> PyTree:
             if not (ends_epoch or is_due or (every and (step + 1) % every == 0)):
                 continue
 
-            _finite_loss(metrics, step, schedule, batch_size)
+            losses.read(metrics, step)
             progress.clock.count(batch_size)
             in_flight = None
             # That loss was computed before the step's update; the update counts too.
@@ -400,16 +402,25 @@ class _Clock:
         return time.perf_counter() - self._made
 
 
-def _finite_loss(metrics: Metrics, step: int, schedule: optax.Schedule, batch_size: int) -> float:
-    """The mean loss of a training batch.
+@dataclasses.dataclass(frozen=True)
+class _LossReader:
+    """Reads how a step went, which may be long after it was dispatched."""
 
-    Raises:
-      TrainingError: It is infinite or not a number.
-    """
-    loss = float(jax.device_get(metrics.loss_sum).sum()) / batch_size
-    if not math.isfinite(loss):
-        raise _not_finite("the loss", step, schedule)
-    return loss
+    batch_size: int
+    schedule: optax.Schedule
+    memory: Memory
+
+    def read(self, metrics: Metrics, step: int) -> float:
+        """The mean loss of a training batch.
+
+        Raises:
+          TrainingError: It is infinite or not a number, or the step ran out of memory.
+        """
+        with self.memory.explained():
+            loss = float(jax.device_get(metrics.loss_sum).sum()) / self.batch_size
+        if not math.isfinite(loss):
+            raise _not_finite("the loss", step, self.schedule)
+        return loss
 
 
 def _not_finite(what: str, step: int, schedule: optax.Schedule) -> TrainingError:
