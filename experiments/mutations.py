@@ -1,17 +1,22 @@
 """Breaks the code on purpose, one place at a time, and sees whether a test fails.
 
-    python experiments/mutations.py
+    python experiments/mutations.py [FILE ...]
 
-Prints a line for each mutation and exits with 1 if one survived. Works on a copy
-of the repository, in a temporary folder.
+of the given files below cnn_jax/, or of all. Prints a line for each mutation and exits
+with 1 if one survived. Works on a copy of the repository, in a temporary folder. One that
+takes all memory or never ends is found as well.
 """
 
+import argparse
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 
+# What the tests of one file may take.
+_SECONDS, _BYTES = 900, 12 * 2**30
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 # ruff: noqa: E501
@@ -35,7 +40,7 @@ MUTATIONS = [
     ("models/cnn.py", "deterministic=not train", "deterministic=True", "models/test_cnn.py"),
     ("models/cnn.py", "dtype=jnp.float32, name=\"head\"", "dtype=self.dtype, name=\"head\"", "models/test_cnn.py"),
     ("preprocessing.py", "jnp.float32) - mean) / std", "jnp.float32) - mean) * std", "test_step.py"),
-    ("step.py", "state.step)\n\n    def loss_fn", "0)\n\n    def loss_fn", "test_step.py"),
+    ("step.py", "random_key(seed, DROPOUT), state.step)", "random_key(seed, DROPOUT), 0)", "test_step.py"),
     ("step.py", "jnp.sum(jnp.where(mask, losses, 0))", "jnp.sum(losses)", "test_step.py"),
     ("step.py", "cross_entropy(logits, labels, label_smoothing)", "cross_entropy(logits, labels)", "test_step.py"),
     ("step.py", "images = augment.apply_on_device(images, batch[\"matrix\"], batch[\"contrast\"])", "pass", "test_step.py"),
@@ -78,10 +83,10 @@ MUTATIONS = [
     ("loss.py", "present.sum() * class_counts[present]", "class_counts[present]", "test_loss.py"),
     ("metrics.py", "_divide(class_counts, host.confusion.sum(axis=1))", "_divide(class_counts, host.confusion.sum(axis=0))", "test_metrics.py"),
     ("step.py", "losses *= jnp.array(class_weights, jnp.float32)[labels]", "pass", "test_step.py"),
-    ("train.py", "return batch if pixels is None else {**batch, \"image\": pixels[batch[\"row\"]]}", "return batch if pixels is None else {**batch, \"image\": pixels[: len(batch[\"row\"])]}", "test_train.py"),
-    ("train.py", "training = totals.compute(drawn_from)", "training = totals.compute()", "test_train.py"),
+    ("programs.py", "return batch if pixels is None else {**batch, \"image\": pixels[batch[\"row\"]]}", "return batch if pixels is None else {**batch, \"image\": pixels[: len(batch[\"row\"])]}", "test_train.py"),
+    ("train.py", "if is_sampled else None", "if False else None", "test_train.py"),
     ("train.py", "balanced=config.train.balance == \"sampling\"", "balanced=False", "test_train.py"),
-    ("train.py", "if config.train.balance == \"loss\":", "if False:", "test_train.py"),
+    ("programs.py", "if train.balance == \"loss\":", "if False:", "test_train.py"),
     ("data/decode.py", "if orientation >= 5 and at_least:", "if False:", "data/test_decode.py"),
     ("data/decode.py", "if orientation in (3, 4, 7, 8):", "if orientation in (3, 4, 6, 8):", "data/test_decode.py"),
     ("data/decode.py", "if width * height > max_pixels:", "if False:", "data/test_dirty_folder.py"),
@@ -101,20 +106,44 @@ MUTATIONS = [
     ("data/pipeline.py", "default_rng([self._seed, number])", "default_rng(number)", "data/test_pipeline.py"),
     ("data/pipeline.py", "positions[is_here] = self._order(number)[offsets[is_here]]", "positions[is_here] = self._order(number)[offsets[is_here] // 2]", "data/test_pipeline.py"),
     ("data/augment.py", "np.array(means, np.float32) * (1 - contrast[:, None])", "np.array(means, np.float32) * 0", "data/test_augment.py"),
-    ("checkpoint.py", "-metrics[\"step\"]  #", "metrics[\"step\"]  #", "test_checkpoint.py"),
+    ("checkpoint.py", "return max(history,", "return max(history[::-1],", "test_checkpoint.py"),
     ("checkpoint.py", "return -value if monitor", "return value if monitor", "test_checkpoint.py"),
     ("bundle.py", "!= description[\"files\"][_WEIGHTS][\"sha256\"]", "== \"\"", "test_bundle.py"),
     ("predict.py", "logits / bundle.temperature", "logits", "test_predict.py"),
     ("evaluate.py", "labels * num_classes + predictions", "predictions * num_classes + labels", "test_evaluate.py"),
     ("evaluate.py", "to_bundle[source.labels[indices]]", "source.labels[indices]", "test_evaluate.py"),
-    ("train.py", "_training_batches(config, dataset, first_step)", "_training_batches(config, dataset, 0)", "test_train.py"),
-    ("train.py", "        state, totals, history = checkpoints.restore(first_step, state, totals, dataset.fingerprint)", "        state, _, history = checkpoints.restore(first_step, state, totals, dataset.fingerprint)", "test_train.py"),
+    ("train.py", "_training_batches(run, programs.rows, first_step)", "_training_batches(run, programs.rows, 0)", "test_train.py"),
+    ("train.py", "_Progress(saved.state, saved.epoch_metrics, saved.history, clock)", "_Progress(saved.state, totals, saved.history, clock)", "test_train.py"),
     ("train.py", "if best[\"step\"] != history[-1][\"step\"]:", "if False:", "test_train.py"),
-    ("train.py", "if not programs.is_finite(state):", "if False:", "test_train.py"),
+    ("train.py", "if not programs.is_finite(progress.state):", "if False:", "test_train.py"),
     ("data/source.py", "\\t{digests[i]}\\t", "\\t", "data/test_dataset.py"),
     ("data/source.py", "\\t{split_of[i]}", "", "data/test_dataset.py"),
     ("data/shapes.py", "rng.uniform(0.26, 0.42)", "rng.uniform(0.26, 0.43)", "data/test_shapes.py"),
     ("train.py", ">= config.train.patience", "> config.train.patience", "test_train.py"),
+    ("step.py", "jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)", "rows.reshape(parts, -1, *rows.shape[1:])", "test_step.py"),
+    ("step.py", "/ count\n", "/ jnp.maximum(jnp.sum(mask), 1)\n", "test_step.py"),
+    ("step.py", "return (grads, batch_stats, metrics.merge(more_metrics)), None", "return (grads, carry[1], metrics.merge(more_metrics)), None", "test_step.py"),
+    ("step.py", "jax.random.split(dropout_key, accumulation_steps)", "jnp.stack([dropout_key] * accumulation_steps)", "test_step.py"),
+    ("sharding.py", "PartitionSpec(*[None] * (leaf.ndim - 1), \"model\")", "PartitionSpec(\"model\")", "test_sharding.py"),
+    ("sharding.py", "or leaf.shape[-1] % parts", "", "test_sharding.py"),
+    ("checkpoint.py", "+ jnp.uint32(1)\n", "+ jnp.uint32(2)\n", "test_checkpoint.py"),
+    ("checkpoint.py", "!= progress[\"checksums\"]", "!= progress[\"checksums\"] and False", "test_checkpoint.py"),
+    ("checkpoint.py", "if progress.get(\"sha256\") != _sha256(content):", "if False:", "test_checkpoint.py"),
+    ("checkpoint.py", "\"history\": list(history)", "\"history\": history", "test_checkpoint.py"),
+    ("checkpoint.py", "self.best in steps[i : i + 2]", "self.best == steps[i]", "test_checkpoint.py"),
+    ("checkpoint.py", "                    self.restore(best[\"step\"], state, epoch_metrics)\n", "                    pass\n", "test_checkpoint.py"),
+    ("checkpoint.py", "            self._put_aside(later)\n", "", "test_checkpoint.py"),
+    ("run_directory.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "test_run_directory.py"),
+    ("run_directory.py", "activity != self._activity or", "", "test_run_directory.py"),
+    ("run_directory.py", "if key not in _FREE_KEYS", "if False", "test_run_directory.py"),
+    ("train.py", "and step != (present or {}).get(\"checkpoint.restore_step\")", "", "test_train.py"),
+    ("configuration.py", "present.get(\"precision\", compute_dtype(\"auto\").name)", "compute_dtype(\"auto\").name", "test_configuration.py"),
+    ("initial_weights.py", "is_same = list(class_names) == bundle.class_names", "is_same = len(class_names) == len(bundle.class_names)", "test_train.py"),
+    ("interruption.py", "            if not is_first:\n                os._exit(128 + signum[0])\n", "", "test_faults.py"),
+    ("data/pipeline.py", "mp_prefetch\n        iterator = iter(prefetch(options, _end_with_the_main_process))", "mp_prefetch\n        iterator = iter(prefetch(options))", "test_faults.py"),
+    ("data/pipeline.py", "draws = {name: values[rows] for name, values in draws.items()}", "pass", "data/test_pipeline.py"),
+    ("data/pipeline.py", "positions = batch * batch_size + own_rows", "positions = batch * batch_size + np.arange(batch_size)[: len(own_rows)]", "data/test_pipeline.py"),
+    ("results.py", "probabilities[share] = rows", "probabilities[: len(rows)] = rows", "test_processes.py"),
 ]  # fmt: skip
 
 
@@ -123,12 +152,26 @@ def _survives(copy: pathlib.Path, file: str, old: str, new: str, test: str) -> b
     original = path.read_text()
     path.write_text(original.replace(old, new))
     command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{test}"]
-    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-    path.write_text(original)
-    return result.returncode == 0
+    try:
+        result = subprocess.run(
+            command, cwd=copy, capture_output=True, timeout=_SECONDS, preexec_fn=_limit_memory
+        )
+        return result.returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        path.write_text(original)
+
+
+def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (_BYTES, _BYTES))
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("files", nargs="*", metavar="FILE", help="below cnn_jax/")
+    files = parser.parse_args().files
+    mutations = [mutation for mutation in MUTATIONS if not files or mutation[0] in files]
     for file, old, _, _ in MUTATIONS:
         count = (REPOSITORY / "cnn_jax" / file).read_text().count(old)
         if count != 1:
@@ -138,13 +181,13 @@ def main() -> None:
         copy = pathlib.Path(folder) / "copy"
         ignore = shutil.ignore_patterns(".git", "runs", ".venv")
         shutil.copytree(REPOSITORY, copy, ignore=ignore)
-        for mutation in MUTATIONS:
+        for mutation in mutations:
             survived = _survives(copy, *mutation)
             survivors += survived
             file, old, new, test = (text.replace("\n", " ") for text in mutation)
             print(f"{'SURVIVED' if survived else 'found'}  {file}: {old} -> {new}  ({test})")
             sys.stdout.flush()
-    print(f"{len(MUTATIONS) - survivors} of {len(MUTATIONS)} found")
+    print(f"{len(mutations) - survivors} of {len(mutations)} found")
     sys.exit(survivors > 0)
 
 

@@ -53,6 +53,13 @@ IMPOSSIBLE = [
     ("data.mean", (127.5, 127.5, 300.0)),
     ("data.std", (1.0, 0.0, 1.0)),
     ("data.cache", "ram"),
+    ("optimizer.decay_epochs", -1),
+    ("train.accumulation_steps", 0),
+    ("checkpoint.keep", 0),
+    ("checkpoint.every_steps", -1),
+    ("checkpoint.restore_step", 1.5),
+    ("mesh.data", 0),
+    ("mesh.model", 0),
     ("data.stratify", "random"),
     ("data.group", "class/track"),
     ("data.keep_splits", 1),
@@ -139,3 +146,49 @@ def test_an_image_size_may_be_one_side(value, expected):
         config.data.image_size = value
     configuration.validate(config, num_devices=1)
     assert configuration.image_size(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.batch_size": 30}, r"batch_size: must be a multiple of the 4 devices"),
+        ({"mesh.model": 3}, r"mesh\.model: must divide the number of devices, 4, got 3"),
+        ({"mesh.data": 4, "mesh.model": 2}, r"4 devices with mesh\.model = 2 make 2, got 4"),
+        (
+            {"train.accumulation_steps": 3},
+            r"of the 4 devices that share it times train\.accumulation_steps = 3, got 32",
+        ),
+        (
+            {"optimizer.warmup_epochs": 5, "optimizer.decay_epochs": 5},
+            r"warmup_epochs: must be below optimizer\.decay_epochs = 5, got 5",
+        ),
+    ],
+)
+def test_devices_must_be_able_to_share_the_work(changes, message):
+    config = default.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=message):
+        configuration.validate(config, num_devices=4)
+
+
+def test_devices_may_be_arranged_in_any_way_that_fits():
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {"mesh.data": 2, "mesh.model": 2, "train.accumulation_steps": 16}
+    )
+    configuration.validate(config, num_devices=4)
+
+
+def test_what_is_automatic_is_decided_once():
+    config = default.get_config()
+    first = configuration.resolve(config)
+    assert (first.precision, first.optimizer.decay_epochs) == ("float32", 22)
+    present = {"precision": "bfloat16", "augment.place": "device", "optimizer.decay_epochs": 7}
+    later = configuration.resolve(config, present)
+    assert (later.precision, later.optimizer.decay_epochs) == ("bfloat16", 7)
+    assert later.augment.place == "device"
+    config.precision, config.optimizer.decay_epochs = "float32", 9
+    asked = configuration.resolve(config, present)
+    assert (asked.precision, asked.optimizer.decay_epochs) == ("float32", 9)
+    assert configuration.digest(asked) == configuration.digest(asked.copy_and_resolve_references())
+    assert configuration.digest(asked) != configuration.digest(later)

@@ -1,8 +1,11 @@
 import contextlib
+import gzip
 import json
 import math
 import os
+import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +19,11 @@ from conftest import REPOSITORY, write_images
 
 from cnn_jax import configuration, interruption, programs, train
 from cnn_jax.bundle import read_bundle
-from cnn_jax.errors import ConfigError, DataError, TrainingError
+from cnn_jax.errors import BundleError, ConfigError, DataError, TrainingError
 from cnn_jax.evaluate import open_as_trained, predict_split
 from cnn_jax.predict import Predictor
 from cnn_jax.train import train_and_evaluate
+from experiments import chaos
 
 EPOCH_KEYS = {
     "epoch",
@@ -347,15 +351,12 @@ def smoke(tmp_path_factory):
 
 
 def _same_but_for_time(first, second):
-    def timeless(workdir):
-        return [
-            {k: v for k, v in record.items() if k not in ("seconds", "images_per_second")}
-            for record in _history(workdir)
-        ]
-
-    assert timeless(first) == timeless(second)
-    for file in ("bundle/weights.safetensors", "bundle/bundle.json", "report/predictions.csv"):
-        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+    """Parameters, statistics, optimizer, sums, log, bundle and report, to the bit."""
+    ends = chaos.end_of(first), chaos.end_of(second)
+    assert ends[0].keys() == ends[1].keys()
+    assert any("opt_state" in name for name in ends[0])
+    differing = {name: chaos.differing_bits(ends[0][name], ends[1][name]) for name in ends[0]}
+    assert not any(differing.values()), differing
 
 
 def _kill_at_a_random_moment_of_training(workdir, rng):
@@ -589,3 +590,162 @@ def test_a_refused_resume_leaves_the_records_of_the_run_alone(finished, tmp_path
 def test_on_a_cpu_pixels_on_the_device_must_be_asked_for_in_full(image_folder, tmp_path):
     with pytest.raises(ConfigError, match=r"set augment\.place=device too"):
         train_and_evaluate(_tiny(image_folder, **{"data.cache": "device"}), tmp_path / "run")
+
+
+# Going on: further than planned, from before, and from another run.
+
+
+def test_a_run_that_ended_can_be_extended(finished, image_folder, tmp_path, capfd):
+    """As if it had been planned so, with a rate that stays where its schedule ended."""
+    first, _, _ = finished
+    workdir = tmp_path / "run"
+    shutil.copytree(first, workdir)
+    train_and_evaluate(_tiny(image_folder, **{"train.epochs": 5}), workdir)
+    shown = capfd.readouterr().err
+    assert "changed     train.epochs: 3 -> 5" in shown
+    assert "learning rate reaches its end, 0.0001, after 3 epochs and stays there" in shown
+    history = _history(workdir)
+    assert history[:3] == _history(first)
+    rates = [record["learning_rate"] for record in history]
+    assert rates[3:] == pytest.approx([1e-4, 1e-4])
+    planned = {"train.epochs": 5, "optimizer.decay_epochs": 3}
+    train_and_evaluate(_tiny(image_folder, **planned), tmp_path / "planned")
+    _same_but_for_time(workdir, tmp_path / "planned")
+    assert json.loads((workdir / "config.json").read_text())["train"]["epochs"] == 5
+    with pytest.raises(ConfigError, match=r"train\.epochs: 5 epochs are done already, got 4"):
+        train_and_evaluate(_tiny(image_folder, **{"train.epochs": 4}), workdir)
+
+
+def test_with_more_patience_a_run_that_stopped_early_goes_on(image_folder, tmp_path):
+    hopeless = {
+        "train.epochs": 8,
+        "optimizer.learning_rate": 0.5,
+        "optimizer.final_learning_rate": 0.5,
+    }
+    config = _tiny(image_folder, **hopeless, **{"train.patience": 1})
+    train_and_evaluate(config, tmp_path / "run")
+    stopped = len(_history(tmp_path / "run"))
+    assert stopped < 8
+    config = _tiny(image_folder, **hopeless, **{"train.patience": 8})
+    train_and_evaluate(config, tmp_path / "run")
+    assert len(_history(tmp_path / "run")) == 8
+
+
+def test_a_run_goes_back_to_a_kept_checkpoint_once(finished, tmp_path, capfd):
+    first, config, _ = finished
+    workdir = tmp_path / "run"
+    shutil.copytree(first, workdir)
+    kept = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    back = config.copy_and_resolve_references()
+    back.checkpoint.restore_step = kept[0]
+    train_and_evaluate(back, workdir)
+    assert f"goes on from step {kept[0]}\n" in capfd.readouterr().err
+    _same_but_for_time(workdir, first)
+    # A scheduler that repeats the command does not lose what came since.
+    train_and_evaluate(back, workdir)
+    assert "goes on from step 18\n" in capfd.readouterr().err
+    back.checkpoint.restore_step = 7
+    with pytest.raises(TrainingError, match=r"no checkpoint of step 7 .*: \d"):
+        train_and_evaluate(back, workdir)
+
+
+STILL = {
+    "train.epochs": 1,
+    "optimizer.learning_rate": 1e-12,
+    "optimizer.final_learning_rate": 1e-12,
+}
+
+
+@pytest.mark.parametrize("part", ["", "bundle"])
+def test_a_run_starts_from_the_weights_of_another(finished, image_folder, tmp_path, capfd, part):
+    """From a run's folder or its bundle; of its optimizer and its epochs nothing is taken."""
+    first, _, report = finished
+    config = _tiny(image_folder, **STILL, **{"checkpoint.init_from": str(first / part)})
+    after = train_and_evaluate(config, tmp_path / "run")
+    assert f"starts from {first / part}".rstrip("/") in capfd.readouterr().err
+    old, new = (
+        read_bundle(run / "bundle").variables["params"] for run in (first, tmp_path / "run")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), old, new)
+    assert after["test"]["count"] == report["test"]["count"]
+    assert [record["epoch"] for record in _history(tmp_path / "run")] == [1]
+
+
+def test_of_other_classes_the_last_layer_is_its_own(finished, tmp_path, capfd):
+    first, _, _ = finished
+    write_images(tmp_path / "images", per_class=10)
+    (tmp_path / "images" / "red").rename(tmp_path / "images" / "scarlet")
+    changes = {"checkpoint.init_from": str(first), "seed": 1}
+    config = _tiny(tmp_path / "images", **STILL, **changes)
+    train_and_evaluate(config, tmp_path / "run")
+    assert "its weights but for head: its classes are others" in capfd.readouterr().err
+    old, new = (
+        read_bundle(run / "bundle").variables["params"] for run in (first, tmp_path / "run")
+    )
+    np.testing.assert_allclose(old["conv1"]["kernel"], new["conv1"]["kernel"], atol=1e-6)
+    assert not np.allclose(old["head"]["kernel"], new["head"]["kernel"], atol=1e-2)
+
+
+def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path):
+    first, _, _ = finished
+    config = _tiny(
+        image_folder, **{"model.dense": 12, "checkpoint.init_from": str(first), "train.epochs": 1}
+    )
+    message = r"init_from: it is of another network: dense/bias is \(16,\) there and \(12,\) here"
+    with pytest.raises(ConfigError, match=message):
+        train_and_evaluate(config, tmp_path / "run")
+    config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "nowhere")})
+    with pytest.raises(BundleError, match="is not a bundle"):
+        train_and_evaluate(config, tmp_path / "other")
+
+
+def test_what_was_automatic_stays_as_it_was_decided(finished, tmp_path, monkeypatch, capfd):
+    """A run that moves from a GPU to a CPU, or the other way."""
+    first, config, report = finished
+    workdir = tmp_path / "run"
+    shutil.copytree(first, workdir)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    again = _tiny(pathlib.Path(config.data.source.removeprefix("folder:")))
+    assert train_and_evaluate(again, workdir) == report
+    assert "changed" not in capfd.readouterr().err
+
+
+def test_checkpoints_within_epochs_change_no_number(finished, image_folder, tmp_path):
+    first, _, _ = finished
+    changes = {"checkpoint.every_steps": 4, "checkpoint.keep": 9}
+    train_and_evaluate(_tiny(image_folder, **changes), tmp_path / "run")
+    _same_but_for_time(tmp_path / "run", first)
+    steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert steps == [4, 6, 8, 12, 16, 18]
+
+
+def test_a_trace_of_a_few_steps_opens_in_perfetto(image_folder, tmp_path, capfd):
+    train_and_evaluate(_tiny(image_folder), tmp_path / "run", profile=True)
+    assert f"a trace of 5 steps is in {tmp_path / 'run' / 'profile'}" in capfd.readouterr().err
+    (file,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    steps = {event["args"]["step_num"] for event in events if event.get("name") == "train"}
+    assert steps == {str(step) for step in range(10, 15)}
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_too_short_a_run_says_that_there_is_no_trace(image_folder, tmp_path, capfd):
+    config = _tiny(image_folder, **{"train.epochs": 1})
+    train_and_evaluate(config, tmp_path / "run", profile=True)
+    assert "no trace: there were fewer than 11 steps" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_a_batch_in_parts_is_told(image_folder, tmp_path, capfd):
+    config = _tiny(
+        image_folder, **{"train.batch_size": 16, "train.accumulation_steps": 2, "train.epochs": 1}
+    )
+    train_and_evaluate(config, tmp_path / "run")
+    told = "each batch in 2 parts of 8 images; BatchNorm takes its statistics from each part"
+    assert told in capfd.readouterr().err
+
+
+def test_the_heartbeat_ends_with_the_run(finished):
+    workdir, _, _ = finished
+    beat = json.loads((workdir / "heartbeat.json").read_text())
+    assert (beat["step"], beat["activity"]) == (18, "done")

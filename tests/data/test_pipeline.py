@@ -31,6 +31,7 @@ def _batches(
     augmentation=AUGMENTATION,
     loader=None,
     balanced=False,
+    rows=None,
 ):
     loader = loader or Loader(source, PREPROCESSING, workers=workers)
     stream = training_batches(
@@ -42,6 +43,7 @@ def _batches(
         seed=seed,
         start=start,
         balanced=balanced,
+        rows=rows,
     )
     with stream as batches:
         # Copies: those of worker processes are views of shared memory.
@@ -205,3 +207,29 @@ def test_workers_are_as_many_as_help(monkeypatch, cores, expected):
     monkeypatch.setattr(pipeline.scan, "num_cores", lambda: cores)
     assert pipeline.choose_workers(-1) == expected
     assert pipeline.choose_workers(3) == 3
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_processes_that_share_a_batch_make_up_the_whole(source, place):
+    """Whatever rows a process loads, their examples and draws are those of the whole batch."""
+    whole = _batches(source, 3, place=place)
+    shares = [np.array([0, 1, 2]), np.array([3, 6]), np.array([4, 5, 7])]
+    for rows in shares:
+        part = _batches(source, 3, place=place, rows=rows)
+        _assert_equal(part, [{key: values[rows] for key, values in b.items()} for b in whole])
+
+
+def test_processes_that_share_an_evaluation_see_each_example_once(source):
+    loader = Loader(source, PREPROCESSING)
+    indices = np.arange(5, 24)  # 19: two batches and a part.
+    with evaluation_batches(loader, indices, 8) as batches:
+        whole = list(batches)
+    for rows in (np.array([0, 1, 5]), np.array([2, 3, 4, 6, 7])):
+        with evaluation_batches(loader, indices, 8, rows) as batches:
+            part = list(batches)
+        _assert_equal(part, [{key: values[rows] for key, values in b.items()} for b in whole])
+
+
+def test_an_error_of_grain_that_is_no_dead_worker_is_not_called_one():
+    with pytest.raises(RuntimeError, match="something else"), pipeline._workers_that_die():
+        raise RuntimeError("something else")
