@@ -20,13 +20,12 @@ START_AGAIN = 75
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
-def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
+def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoReturn:
     """Runs a command's `main` on the command line's arguments, and exits.
 
     The exit code is 0 when all was done, 2 after a usage or configuration error
-    (argparse exits with 2 as well), 75 after an interruption from which the same
-    command goes on, 130 after any other Ctrl-C or SIGTERM, and 1 after any other
-    failure. Of an error that the user can mend, one line is shown.
+    (argparse exits with 2 as well), `if_interrupted` after Ctrl-C or SIGTERM, and 1
+    after any other failure. Of an error that the user can mend, one line is shown.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     # Not for users: Orbax (by absl) and asyncio log, with tracebacks, what is raised as well.
@@ -43,14 +42,15 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
     for name in _INTERRUPTS:
         signal.signal(name, interrupt)
+    are_all_done = False  # Of the processes of a run.
     try:
         main(sys.argv[1:])
-        code = 0
+        code, are_all_done = 0, True
     except UserError as error:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt as error:
         print("interrupted" + (f": {error}" if error.args else ""), file=sys.stderr)
-        code = START_AGAIN if isinstance(error, Interrupted) else 130
+        code, are_all_done = if_interrupted, isinstance(error, Interrupted)
     except BrokenPipeError:  # Whoever read the output has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         code = 0
@@ -63,7 +63,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
             raise
         traceback.print_exc()
         code = 1
-    if code not in (0, START_AGAIN) and _is_one_of_many():
+    if not are_all_done and _is_one_of_many():
         # A normal exit would wait for the other processes, and they for this one.
         sys.stderr.flush()
         os._exit(code)

@@ -25,7 +25,7 @@ class TrainingError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was interrupted, and the same command goes on from where it stopped."""
+    """A run was interrupted, all its processes at the same step, and is saved."""
 
 
 class BundleError(UserError):

@@ -33,9 +33,13 @@ def start_from(path: str, state: TrainState, class_names: Sequence[str]) -> tupl
 
     Raises:
       BundleError: There is no bundle, or it is damaged.
-      ConfigError: It is of another network.
+      ConfigError: It is of another network, or of a run that has not ended.
     """
     folder = pathlib.Path(path)
+    if (folder / "config.json").exists() and not (folder / "bundle").exists():
+        raise ConfigError(
+            f"config.checkpoint.init_from: {path} has no bundle yet: let that run end first"
+        )
     bundle = read_bundle(folder / "bundle" if (folder / "bundle").is_dir() else folder)
     is_same = list(class_names) == bundle.class_names
     params = _take(bundle, "params", state.params, with_head=is_same)

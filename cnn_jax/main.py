@@ -64,4 +64,4 @@ def load_config(file: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, if_interrupted=cli.START_AGAIN)

@@ -14,7 +14,7 @@ import pathlib
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,9 @@ from tensorboardX import SummaryWriter
 
 from cnn_jax import sharding
 from cnn_jax.configuration import Config
+from cnn_jax.data import Track
 from cnn_jax.data.scan import Unreadable
-from cnn_jax.errors import ConfigError
+from cnn_jax.errors import ConfigError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def changes(workdir: pathlib.Path, present: Mapping[str, Any] | None, config: Co
             f"--workdir: {workdir} holds a run of another configuration "
             f"({'; '.join(refused)}); use another folder, or the configuration in {_CONFIG}"
         )
-    return list(lines.values())
+    return list(map(printable, lines.values()))
 
 
 @_by_primary
@@ -200,7 +201,7 @@ class Heartbeat:
         """Writes the file, unless it said the same activity less than five seconds ago.
 
         Args:
-          activity: What the run is doing, in a word.
+          activity: What the run is doing, in a word or two.
           step: Steps taken; None if they are still as many.
         """
         self._step = self._step if step is None else step
@@ -210,9 +211,19 @@ class Heartbeat:
             return
         self._last, self._activity = now, activity
         beat = {"time": _now(), "step": self._step, "activity": activity}
-        aside = self._path.with_name(f".{_HEARTBEAT}.partial")
+        aside = self._path.with_name(f".{self._path.name}.partial")
         aside.write_text(json.dumps(beat | _this_process()) + "\n", encoding="utf-8")
         aside.replace(self._path)
+
+    def following(self, track: Track) -> Track:
+        """A `track` that also writes the file."""
+
+        def tracked(items: Iterable, description: str, total: int) -> Iterator:
+            for item in track(items, description, total):
+                self.beat(description)
+                yield item
+
+        return tracked
 
 
 class EpochLog:

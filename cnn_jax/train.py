@@ -27,8 +27,8 @@ from cnn_jax import (
 from cnn_jax.checkpoint import Checkpoints, History, best_record
 from cnn_jax.configuration import Config
 from cnn_jax.console import Console
+from cnn_jax.data import Track, pipeline
 from cnn_jax.data import dataset as datasets
-from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.sources import open_source
@@ -86,7 +86,9 @@ def train_and_evaluate(
             present = run_directory.read_config(workdir)
             config = configuration.resolve(config, present)
             changes = run_directory.changes(workdir, present, config)
-            dataset = _open_dataset(config, console)
+            heartbeat = Heartbeat(workdir)
+            heartbeat.beat("opening data")
+            dataset = _open_dataset(config, heartbeat.following(console.track))
         # What differs from process to process would differ in their programs as well.
         sharding.check_equal("another configuration", configuration.digest(config))
         sharding.check_equal("other data", dataset.fingerprint)
@@ -94,7 +96,7 @@ def train_and_evaluate(
             config.model.to_dict(), len(dataset.source.class_names), config.precision
         )
         interrupted = stack.enter_context(interruption.listen())
-        run = _Run(config, workdir, dataset, model, console, interrupted, Heartbeat(workdir))
+        run = _Run(config, workdir, dataset, model, console, interrupted, heartbeat)
         checkpoints = Checkpoints(
             workdir / "checkpoints", config.train.monitor, config.checkpoint.keep
         )
@@ -105,17 +107,17 @@ def train_and_evaluate(
             run_directory.write_unreadable(workdir, dataset.findings.unreadable)
             summary.show_plan(console, config, workdir, dataset, model, changes)
             variables = _train(run, checkpoints, Trace(workdir / "profile" if profile else None))
-        run.heartbeat.beat("measuring")
+        track = heartbeat.following(console.track)
         report = results.write_results(
-            config, workdir, dataset, variables, console.track, interrupted.is_due_now
+            config, workdir, dataset, variables, track, interrupted.is_due_now
         )
-        run.heartbeat.beat("done")
+        heartbeat.beat("done")
     if sharding.is_primary():
         summary.show_results(workdir, report)
     return report
 
 
-def _open_dataset(config: Config, console: Console) -> Dataset:
+def _open_dataset(config: Config, track: Track) -> Dataset:
     """Opens what is to be trained on.
 
     Raises:
@@ -128,7 +130,7 @@ def _open_dataset(config: Config, console: Console) -> Dataset:
         std=tuple(data.std),
         max_pixels=data.max_pixels,
     )
-    listing = open_source(data.source, console.track, data.allow_outside)
+    listing = open_source(data.source, track, data.allow_outside)
     datasets.check_classes(listing)  # Rather now than after the scan.
     # Only what is augmented on the device can be there beforehand.
     device_bytes = sharding.accelerator_bytes() if config.augment.place == "device" else 0
@@ -139,7 +141,7 @@ def _open_dataset(config: Config, console: Console) -> Dataset:
         max_unreadable=data.max_unreadable,
         residency=datasets.choose_residency(data.cache, listing, preprocessing, device_bytes),
         workers=data.workers,
-        track=console.track,
+        track=track,
     )
     datasets.check_trainable(dataset)
     return dataset
@@ -331,8 +333,7 @@ def _end_epoch(
     Raises:
       TrainingError: The validation loss is not finite.
     """
-    run.heartbeat.beat("validating", step + 1)
-    validation = _validate(programs, progress.state, pixels, run.dataset)
+    validation = _validate(run, programs, progress.state, pixels)
     if not math.isfinite(validation["loss"]):
         raise _not_finite("the validation loss", step, schedule)
     # Figures are those of the data, in whatever proportions it is drawn.
@@ -438,15 +439,17 @@ def _learning_rate(schedule: optax.Schedule, step: int) -> float:
 
 
 def _validate(
-    programs: Programs, state: TrainState, pixels: Array | None, dataset: Dataset
+    run: _Run, programs: Programs, state: TrainState, pixels: Array | None
 ) -> dict[str, float]:
     """Exact figures of the whole validation split."""
     totals = programs.empty_metrics()
+    indices = run.dataset.splits["validation"]
     stream = pipeline.evaluation_batches(
-        dataset.loader, dataset.splits["validation"], programs.batch_size, programs.rows
+        run.dataset.loader, indices, programs.batch_size, programs.rows
     )
     with stream as batches:
         for batch in batches:
+            run.heartbeat.beat("validating")
             with jax.transfer_guard("disallow"):
                 metrics = programs.eval_step(state.variables, programs.to_devices(batch), pixels)
                 totals = programs.merge(totals, metrics)

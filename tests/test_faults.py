@@ -161,6 +161,19 @@ def test_a_second_signal_ends_it_at_once_even_while_it_compiles(image_folder, tm
     assert process.returncode == 128 + signum
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+def test_a_signal_before_the_first_step_also_means_start_it_again(image_folder, tmp_path, delay):
+    process = start(image_folder, tmp_path / "run", ENDLESS)
+    while not (tmp_path / "run" / "lock").exists():
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate()
+    assert process.returncode == 75, stderr
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("interrupted")
+
+
 def test_a_killed_run_takes_its_workers_along(image_folder, tmp_path):
     flags = (ENDLESS, "--config.data.workers=2", "--config.data.cache=none")
     with running(image_folder, tmp_path / "run", *flags) as process:

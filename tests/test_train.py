@@ -697,6 +697,10 @@ def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path
     config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "nowhere")})
     with pytest.raises(BundleError, match="is not a bundle"):
         train_and_evaluate(config, tmp_path / "other")
+    # That start was a run of its own, which has not ended.
+    config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "other")})
+    with pytest.raises(ConfigError, match="has no bundle yet: let that run end first"):
+        train_and_evaluate(config, tmp_path / "third")
 
 
 def test_what_was_automatic_stays_as_it_was_decided(finished, tmp_path, monkeypatch, capfd):
