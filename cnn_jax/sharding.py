@@ -202,9 +202,11 @@ def free_device_bytes() -> int:
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        used = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
-        free = min(free, limit - used * os.sysconf("SC_PAGE_SIZE"))
+    page, free = os.sysconf("SC_PAGE_SIZE"), memory_bytes()
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:  # Linux.
+        free = min(free, page * os.sysconf("SC_AVPHYS_PAGES"))
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            used = page * int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+            free = min(free, limit - used)
     return free // jax.local_device_count()

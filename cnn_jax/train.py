@@ -92,6 +92,8 @@ def train_and_evaluate(
         # What differs from process to process would differ in their programs as well.
         sharding.check_equal("another configuration", configuration.digest(config))
         sharding.check_equal("other data", dataset.fingerprint)
+        where = "01" if dataset.loader.on_device else "00"
+        sharding.check_equal("its images elsewhere (set data.cache)", where)
         model = make_model(
             config.model.to_dict(), len(dataset.source.class_names), config.precision
         )
