@@ -22,7 +22,7 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 import cnn_jax
-from cnn_jax.errors import BundleError
+from cnn_jax.errors import BundleError, of_file
 from cnn_jax.preprocessing import Preprocessing
 
 FORMAT = 2
@@ -77,7 +77,8 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         aside.mkdir(parents=True)
         flat = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
         weights = {name: np.asarray(array) for name, array in flat.items()}
-        safetensors.numpy.save_file(weights, aside / _WEIGHTS)
+        with of_file(aside / _WEIGHTS):
+            (aside / _WEIGHTS).write_bytes(safetensors.numpy.save(weights))
         description = {"format": FORMAT} | {
             field.name: getattr(bundle, field.name)
             for field in dataclasses.fields(bundle)
@@ -88,7 +89,8 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         description["files"] = {_WEIGHTS: {"sha256": _sha256(aside / _WEIGHTS)}}
         text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
         # A name that is not UTF-8 has surrogates, which become JSON's own escapes.
-        (aside / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
+        with of_file(aside / _DESCRIPTION):
+            (aside / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
         for file in (aside / _WEIGHTS, aside / _DESCRIPTION, aside):
             _to_disk(file)  # A rename may come to the disk before what is renamed.
         if path.exists():

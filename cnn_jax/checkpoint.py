@@ -29,7 +29,7 @@ from jaxtyping import Array, Num, PyTree, UInt32
 from orbax.checkpoint import checkpoint_managers
 
 from cnn_jax import sharding
-from cnn_jax.errors import TrainingError
+from cnn_jax.errors import ConfigError, TrainingError
 
 History = list[dict[str, Any]]
 
@@ -55,9 +55,9 @@ def goodness(record: dict[str, Any], monitor: str) -> float:
 def checksums(tree: PyTree) -> UInt32[Array, " arrays"]:
     """A checksum of the bits of each array, however it is divided among devices.
 
-    The sum, modulo 2**32, of the elements' bits, each times an odd number made of
-    its place. One changed bit always changes it; other damage goes unnoticed with
-    probability 2**-32.
+    The sum, modulo 2**32, of a hash of each element's bits and place. Damage to one
+    element always changes it; damage to several goes unnoticed with a probability of
+    about 2**-32.
     """
     return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
 
@@ -68,8 +68,14 @@ def _checksum(array: Num[Array, "..."]) -> UInt32[Array, ""]:
     place = jnp.zeros(array.shape, jnp.uint32)
     for axis, size in enumerate(array.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    odd = place * jnp.uint32(2 * 0x9E3779B1 & 0xFFFFFFFF) + jnp.uint32(1)
-    return jnp.sum(bits * odd, dtype=jnp.uint32)
+    return jnp.sum(_mix(bits ^ _mix(place + jnp.uint32(1))), dtype=jnp.uint32)
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The finalizer of MurmurHash3: one to one, and each bit of it depends on all."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):
@@ -282,7 +288,8 @@ class Checkpoints:
             try:
                 saved = self.restore(step, state, epoch_metrics)
                 best = best_record(saved.history, self._monitor)
-                # One that is gone was given up for a better one, which will come again.
+                # One that is gone was given up for a better one, which will come again if
+                # all is as it was.
                 if best is not None and best["step"] != step and best["step"] in steps:
                     self.restore(best["step"], state, epoch_metrics)
             except DamagedCheckpointError as error:
@@ -298,18 +305,29 @@ class Checkpoints:
             )
         return None, []
 
-    def go_back(self, step: int) -> None:
-        """Forgets all checkpoints after this one.
+    def go_back(self, step: int, state: PyTree, epoch_metrics: PyTree) -> Saved:
+        """Reads the checkpoint of this step, and forgets all after it.
+
+        Args:
+          step: Steps taken.
+          state: As for `restore`.
+          epoch_metrics: Likewise.
 
         Raises:
-          TrainingError: There is none of this step.
+          ConfigError: There is none of this step.
+          DamagedCheckpointError: It is damaged. None is forgotten.
         """
         steps = self.steps()
         if step not in steps:
             kept = ", ".join(map(str, sorted(steps))) or "none"
-            raise TrainingError(f"there is no checkpoint of step {step} in {self._path}: {kept}")
+            raise ConfigError(
+                f"config.checkpoint.restore_step: there is no checkpoint of step {step} in "
+                f"{self._path}; kept are {kept}"
+            )
+        saved = self.restore(step, state, epoch_metrics)
         for later in steps[: steps.index(step)]:
             self._manager.delete(later)
+        return saved
 
     def _put_aside(self, steps: Sequence[int]) -> None:
         if not steps:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import pathlib
@@ -57,7 +58,9 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     except OSError as error:
         if error.errno is None:
             raise
-        code = _fail(f"{error.filename or 'a file'}: {error.strerror}", 1)
+        where = error.filename or "a file"
+        advice = "; with room again, start the same command" * (error.errno == errno.ENOSPC)
+        code = _fail(f"{where}: {error.strerror}{advice}", 1)
     except Exception:
         if not _is_one_of_many():
             raise
@@ -81,6 +84,16 @@ def interrupt(signum: int, frame: object) -> NoReturn:
     for name in _INTERRUPTS:
         signal.signal(name, signal.SIG_DFL)
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Signals come at the end of what is within: an import that is broken off says nonsense."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _is_one_of_many() -> bool:

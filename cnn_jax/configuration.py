@@ -177,7 +177,8 @@ def resolve(config: Config, present: Mapping[str, Any] | None = None) -> Config:
                 "optimizer.decay_epochs", config.train.epochs
             )
         if config.checkpoint.init_from:
-            resolved.checkpoint.init_from = str(pathlib.Path(config.checkpoint.init_from).resolve())
+            path = pathlib.Path(config.checkpoint.init_from).expanduser()
+            resolved.checkpoint.init_from = str(path.resolve())
         resolved.data.source = absolute(config.data.source)
         resolved.data.image_size = image_size(config)
         if config.augment.place == "auto":

@@ -1,5 +1,9 @@
 """Errors that a person can act on: what is wrong, where, and what to do."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """Something outside the program is wrong; the message is one line.
@@ -30,6 +34,16 @@ class Interrupted(KeyboardInterrupt):
 
 class BundleError(UserError):
     """A directory is not a bundle, or is a damaged one."""
+
+
+@contextlib.contextmanager
+def of_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the file in an OSError that does not: writing knows a number alone."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from cnn_jax import sharding
 from cnn_jax.bundle import Bundle, read_bundle
-from cnn_jax.errors import ConfigError
+from cnn_jax.errors import BundleError, ConfigError
 from cnn_jax.step import TrainState
 
 # The layer that belongs to the classes: another data set has other ones.
@@ -32,15 +32,17 @@ def start_from(path: str, state: TrainState, class_names: Sequence[str]) -> tupl
       The state, with the shardings of the one given, and in words what was taken.
 
     Raises:
-      BundleError: There is no bundle, or it is damaged.
-      ConfigError: It is of another network, or of a run that has not ended.
+      ConfigError: There is no bundle, or it is damaged, or of another network.
     """
     folder = pathlib.Path(path)
     if (folder / "config.json").exists() and not (folder / "bundle").exists():
         raise ConfigError(
             f"config.checkpoint.init_from: {path} has no bundle yet: let that run end first"
         )
-    bundle = read_bundle(folder / "bundle" if (folder / "bundle").is_dir() else folder)
+    try:
+        bundle = read_bundle(folder / "bundle" if (folder / "bundle").is_dir() else folder)
+    except BundleError as error:
+        raise ConfigError(f"config.checkpoint.init_from: {error}") from error
     is_same = list(class_names) == bundle.class_names
     params = _take(bundle, "params", state.params, with_head=is_same)
     batch_stats = _take(bundle, "batch_stats", state.batch_stats, with_head=is_same)

@@ -4,12 +4,14 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
 from cnn_jax import cli
+from cnn_jax.data import Track
+from cnn_jax.errors import Interrupted
 
 _NOTICE = b"\ninterrupted: stops as soon as it is safe; once more to leave at once\n"
 _STDERR = 2  # The file descriptor.
@@ -24,19 +26,33 @@ class Interruption:
     def request(self) -> None:
         self._event.set()
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self, count: int) -> bool:
         """Whether to save after this step and end.
 
         Several processes all get the same answer at the same step, from JAX's
         preemption service, if each of them asks at every step.
+
+        Args:
+          count: How often this was asked before. (JAX's service counts from 0, and
+            would wait for a number that has passed if steps of an earlier start counted.)
         """
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(count)
         return self._event.is_set()
 
-    def is_due_now(self) -> bool:
-        """Whether to end here, where one of several processes must not end alone."""
-        return self._event.is_set() and jax.process_count() == 1
+    def stopping(self, track: Track, message: str) -> Track:
+        """A `track` that ends the run, with this message, where nothing is to be saved.
+
+        Not if there are several processes, of which one must not end alone.
+        """
+
+        def tracked(items: Iterable, description: str, total: int) -> Iterator:
+            for item in track(items, description, total):
+                if self._event.is_set() and jax.process_count() == 1:
+                    raise Interrupted(message)
+                yield item
+
+        return tracked
 
 
 @contextlib.contextmanager
@@ -56,7 +72,11 @@ def listen() -> Iterator[Interruption]:
     is_distributed = jax.process_count() > 1
     signals = [signal.SIGINT] if is_distributed else [signal.SIGINT, signal.SIGTERM]
     previous = {signum: signal.getsignal(signum) for signum in signals}
-    is_command = cli.interrupt in previous.values()
+    # JAX may have swallowed the exception of a command's first signal in a callback.
+    was_swallowed = previous[signal.SIGINT] is signal.SIG_DFL
+    is_command = was_swallowed or cli.interrupt in previous.values()
+    if was_swallowed:
+        interruption.request()
 
     def restore() -> None:
         for signum, handler in previous.items():

@@ -28,9 +28,10 @@ def main(argv: Sequence[str]) -> None:
     several.add_argument("--process_count", type=cli.natural, metavar="N", help="how many")
     parser.epilog = "--config.KEY=VALUE changes any key of the configuration."
     known, overrides = parser.parse_known_args(argv)
-    # Imported late, so that a wrong flag is told at once.
-    from cnn_jax.sharding import start_processes
-    from cnn_jax.train import train_and_evaluate
+    with cli.interrupts_held_back():
+        # Imported late, so that a wrong flag is told at once.
+        from cnn_jax.sharding import start_processes
+        from cnn_jax.train import train_and_evaluate
 
     config = load_config(known.config, overrides)
     start_processes(known.coordinator, known.process_id, known.process_count)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.pipeline import Loader
 from cnn_jax.data.splits import SPLITS, Division
-from cnn_jax.errors import Interrupted
 from cnn_jax.evaluate import predict_split, score
 from cnn_jax.metrics import HEADLINE
 from cnn_jax.predict import BATCH_SIZE, Predictor
@@ -28,7 +26,6 @@ def write_results(
     dataset: Dataset,
     variables: PyTree,
     track: Track,
-    is_interrupted: Callable[[], bool],
 ) -> dict[str, Any]:
     """Measures a network on every split; writes the report and the bundle.
 
@@ -38,13 +35,9 @@ def write_results(
       dataset: What it was trained on.
       variables: {"params": ..., "batch_stats": ...}, arrays on the host.
       track: Shows progress.
-      is_interrupted: Whether to stop; asked before each batch.
 
     Returns:
       The content of `report/metrics.json`.
-
-    Raises:
-      Interrupted: It was to stop.
     """
     source = dataset.source
     bundle = Bundle(
@@ -64,18 +57,12 @@ def write_results(
         variables=variables,
     )
 
-    def track_or_stop(items: Iterable, description: str, total: int) -> Iterator:
-        for item in track(items, description, total):
-            if is_interrupted():
-                raise Interrupted("training is done; the same command goes on from there")
-            yield item
-
     predictor = Predictor(bundle)
     loader = dataclasses.replace(dataset.loader, on_device=False)
     report = {}
     for split in SPLITS:
         indices = dataset.splits[split]
-        probabilities = _predict(predictor, loader, indices, track_or_stop, f"measuring {split}")
+        probabilities = _predict(predictor, loader, indices, track, f"measuring {split}")
         report[split] = score(probabilities, source.labels[indices], source.class_names)
         if split == "test":
             ids = [source.ids[i] for i in indices]

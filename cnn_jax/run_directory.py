@@ -24,7 +24,7 @@ from cnn_jax import sharding
 from cnn_jax.configuration import Config
 from cnn_jax.data import Track
 from cnn_jax.data.scan import Unreadable
-from cnn_jax.errors import ConfigError, printable
+from cnn_jax.errors import ConfigError, of_file, printable
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ _FREE_KEYS = frozenset(
     }
 )
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
+_CHECKPOINTS = "checkpoints"
 # A heartbeat is written no more often than this.
 _HEARTBEAT_SECONDS = 5.0
 
@@ -83,9 +84,10 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             logger.warning(
                 "%s cannot be locked (%s): see to it that no two runs use it", workdir, error
             )
-        file.truncate(0)
-        file.write(json.dumps(_this_process() | {"since": _now()}))
-        file.flush()
+        with of_file(workdir / _LOCK):
+            file.truncate(0)
+            file.write(json.dumps(_this_process() | {"since": _now()}))
+            file.flush()
         yield
 
 
@@ -109,14 +111,22 @@ def _now() -> str:
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The configuration of the run that is there, with every key flat; None if there is none.
 
+    There is one as soon as it has a checkpoint: before, there is nothing to go on with,
+    and nothing to spoil.
+
     Raises:
       ConfigError: It cannot be read.
     """
     path = workdir / _CONFIG
+    if not any(entry.name.isdecimal() for entry in (workdir / _CHECKPOINTS).glob("*")):
+        return None
     try:
         return _flat(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"--workdir: {workdir} has checkpoints and no {_CONFIG}, so nobody knows of what: put "
+            "it back, or use another folder"
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"--workdir: {path} is not a configuration: {error}") from error
 
@@ -178,7 +188,10 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """
     aside = path.with_name(f".{path.name}.partial")
     # A file name that is not UTF-8 has surrogates, which become JSON's escapes.
-    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with (
+        of_file(path),
+        aside.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -212,8 +225,9 @@ class Heartbeat:
         self._last, self._activity = now, activity
         beat = {"time": _now(), "step": self._step, "activity": activity}
         aside = self._path.with_name(f".{self._path.name}.partial")
-        aside.write_text(json.dumps(beat | _this_process()) + "\n", encoding="utf-8")
-        aside.replace(self._path)
+        with of_file(self._path):
+            aside.write_text(json.dumps(beat | _this_process()) + "\n", encoding="utf-8")
+            aside.replace(self._path)
 
     def following(self, track: Track) -> Track:
         """A `track` that also writes the file."""
@@ -247,7 +261,7 @@ class EpochLog:
     def append(self, record: Mapping[str, Any]) -> None:
         if self._writer is None:
             return
-        with self._path.open("a", encoding="utf-8") as file:
+        with of_file(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
         self._write_events(record)
 

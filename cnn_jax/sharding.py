@@ -41,6 +41,7 @@ def start_processes(
 
     Raises:
       ConfigError: Only some are given, or they contradict each other.
+      TrainingError: The processes do not find each other.
     """
     if process_count == 1 and coordinator is None:
         return
@@ -49,6 +50,8 @@ def start_processes(
         raise ConfigError("--coordinator, --process_id and --process_count belong together")
     if process_id is not None and process_count is not None and process_id >= process_count:
         raise ConfigError(f"--process_id: must be below --process_count={process_count}")
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise ConfigError(f"--coordinator: must be HOST:PORT, got {coordinator!r}")
     try:
         jax.distributed.initialize(
             coordinator, process_count, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
@@ -57,6 +60,9 @@ def start_processes(
         # What JAX says where it detects none of those that it knows.
         if coordinator is not None or "coordinator_address" not in str(error):
             raise ConfigError(f"--coordinator: {error}") from error
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise TrainingError(f"the processes of this run cannot be connected: {reason}") from error
 
 
 def is_primary() -> bool:

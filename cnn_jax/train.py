@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -77,18 +77,22 @@ def train_and_evaluate(
     """
     console = console or Console(is_silent=not sharding.is_primary())
     workdir = pathlib.Path(workdir)
-    configuration.validate(config, jax.device_count())
     with contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(interruption.listen())
+        configuration.validate(config, jax.device_count())
         with sharding.together():
             if sharding.is_primary():
                 stack.enter_context(run_directory.locked(workdir))
+        heartbeat = Heartbeat(workdir)
+        track = heartbeat.following(console.track)
         with sharding.together():
             present = run_directory.read_config(workdir)
             config = configuration.resolve(config, present)
             changes = run_directory.changes(workdir, present, config)
-            heartbeat = Heartbeat(workdir)
             heartbeat.beat("opening data")
-            dataset = _open_dataset(config, heartbeat.following(console.track))
+            dataset = _open_dataset(
+                config, interrupted.stopping(track, "nothing is lost; the same command goes on")
+            )
         # What differs from process to process would differ in their programs as well.
         sharding.check_equal("another configuration", configuration.digest(config))
         sharding.check_equal("other data", dataset.fingerprint)
@@ -97,22 +101,22 @@ def train_and_evaluate(
         model = make_model(
             config.model.to_dict(), len(dataset.source.class_names), config.precision
         )
-        interrupted = stack.enter_context(interruption.listen())
-        run = _Run(config, workdir, dataset, model, console, interrupted, heartbeat)
         checkpoints = Checkpoints(
             workdir / "checkpoints", config.train.monitor, config.checkpoint.keep
         )
         with contextlib.closing(checkpoints):
-            checkpoints.check_data(dataset.fingerprint)  # Before anything is written.
-            _go_back_if_wanted(config, present, checkpoints)
+            checkpoints.check_data(dataset.fingerprint)
+            summary.show_plan(console, config, workdir, dataset, model, changes)
+            run = _Run.of(config, workdir, dataset, model, checkpoints, console, heartbeat)
+            progress = _restore_or_start(run, present)
+            # Only what can go on, or start, makes the folder its own.
             run_directory.write_config(workdir, config)
             run_directory.write_unreadable(workdir, dataset.findings.unreadable)
-            summary.show_plan(console, config, workdir, dataset, model, changes)
-            variables = _train(run, checkpoints, Trace(workdir / "profile" if profile else None))
-        track = heartbeat.following(console.track)
-        report = results.write_results(
-            config, workdir, dataset, variables, track, interrupted.is_due_now
-        )
+            trace = Trace(workdir / "profile" if profile and sharding.is_primary() else None)
+            _train(run, progress, interrupted, trace)
+            variables = _best_variables(run, progress)
+        track = interrupted.stopping(track, "training is done; the same command goes on from there")
+        report = results.write_results(config, workdir, dataset, variables, track)
         heartbeat.beat("done")
     if sharding.is_primary():
         summary.show_results(workdir, report)
@@ -149,30 +153,66 @@ def _open_dataset(config: Config, track: Track) -> Dataset:
     return dataset
 
 
-def _go_back_if_wanted(
-    config: Config, present: dict[str, Any] | None, checkpoints: Checkpoints
-) -> None:
-    """Goes back to `checkpoint.restore_step`, unless the run has done so before.
-
-    A scheduler repeats the command that it was given; without this, each start
-    would go back.
-    """
-    step = config.checkpoint.restore_step
-    if step and step != (present or {}).get("checkpoint.restore_step"):
-        checkpoints.go_back(step)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What stays the same from the first step of a run to its last."""
+    """What stays the same from the first step of a run to its last.
+
+    Attributes:
+      config: The resolved configuration.
+      workdir: The run's folder.
+      dataset: What is trained on.
+      pixels: All its images, on the devices, or None.
+      programs: What runs on the devices.
+      schedule: The learning rate by step.
+      steps_per_epoch: The last batch of an epoch may reach into the next one.
+      checkpoints: Those of this run.
+      console: Where to show progress.
+      heartbeat: Where to say that all goes on.
+    """
 
     config: Config
     workdir: pathlib.Path
     dataset: Dataset
-    model: nn.Module
+    pixels: Array | None
+    programs: Programs
+    schedule: optax.Schedule
+    steps_per_epoch: int
+    checkpoints: Checkpoints
     console: Console
-    interrupted: Interruption
     heartbeat: Heartbeat
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        workdir: pathlib.Path,
+        dataset: Dataset,
+        model: nn.Module,
+        checkpoints: Checkpoints,
+        console: Console,
+        heartbeat: Heartbeat,
+    ) -> "_Run":
+        steps_per_epoch = math.ceil(len(dataset.splits["train"]) / config.train.batch_size)
+        schedule = make_schedule(
+            config.optimizer.learning_rate,
+            config.optimizer.final_learning_rate,
+            total_steps=config.optimizer.decay_epochs * steps_per_epoch,
+            warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
+        )
+        programs = make_programs(config, model, schedule, dataset)
+        on_device, pixels = dataset.loader.on_device, dataset.loader.pixels
+        return cls(
+            config=config,
+            workdir=workdir,
+            dataset=dataset,
+            pixels=programs.to_all_devices(pixels) if on_device and pixels is not None else None,
+            programs=programs,
+            schedule=schedule,
+            steps_per_epoch=steps_per_epoch,
+            checkpoints=checkpoints,
+            console=console,
+            heartbeat=heartbeat,
+        )
 
 
 @dataclasses.dataclass
@@ -180,53 +220,49 @@ class _Progress:
     """Where a run stands: what a checkpoint holds.
 
     Attributes:
+      step: Steps taken.
       state: The train state.
       totals: Metrics of the epoch under way.
       history: A record for each finished epoch.
       clock: Of the epoch under way.
     """
 
+    step: int
     state: TrainState
     totals: Metrics
     history: History
     clock: "_Clock"
 
 
-def _train(run: _Run, checkpoints: Checkpoints, trace: Trace) -> PyTree:
-    """Trains to the end; returns the best epoch's variables, on the host."""
-    config, dataset = run.config, run.dataset
-    train, batch_size = config.train, config.train.batch_size
-    steps_per_epoch = math.ceil(len(dataset.splits["train"]) / batch_size)
-    schedule = make_schedule(
-        config.optimizer.learning_rate,
-        config.optimizer.final_learning_rate,
-        total_steps=config.optimizer.decay_epochs * steps_per_epoch,
-        warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
-    )
-    programs = make_programs(config, run.model, schedule, dataset)
-    on_device, pixels = dataset.loader.on_device, dataset.loader.pixels
-    pixels = programs.to_all_devices(pixels) if on_device and pixels is not None else None
-    first_step, progress = _restore_or_start(run, programs, checkpoints)
-    last_step = train.epochs * steps_per_epoch
+def _train(run: _Run, progress: _Progress, interrupted: Interruption, trace: Trace) -> None:
+    """Trains to the end.
+
+    Raises:
+      Interrupted: Somebody wanted it to end before.
+    """
+    config, programs = run.config, run.programs
+    train, batch_size, first_step = config.train, config.train.batch_size, progress.step
+    last_step = train.epochs * run.steps_per_epoch
     if _patience_is_over(progress.history, config):
         last_step = first_step
     log = run_directory.EpochLog(run.workdir, progress.history)
-    display = run.console.training(train.epochs, steps_per_epoch)
-    stream = _training_batches(run, programs.rows, first_step)
+    display = run.console.training(train.epochs, run.steps_per_epoch)
+    stream = _training_batches(run, first_step)
     with contextlib.closing(log), stream as batches, display, contextlib.closing(trace):
         display.start(progress.history, best_record(progress.history, train.monitor), first_step)
         run.heartbeat.beat("starting", first_step)
         in_flight: Metrics | None = None
         memory = Memory(programs)
-        losses = _LossReader(batch_size, schedule, memory)
+        losses = _LossReader(batch_size, run.schedule, memory)
         for step in range(first_step, last_step):
             with jax.transfer_guard("disallow"), memory.explained(), trace.step(step):
                 batch = programs.to_devices(next(batches))
                 if step == first_step:
                     run.heartbeat.beat("compiling", step)
-                    memory.check(progress.state, batch, pixels)
-                progress.state, metrics = programs.train_step(progress.state, batch, pixels)
+                    memory.check(progress.state, batch, run.pixels)
+                progress.state, metrics = programs.train_step(progress.state, batch, run.pixels)
                 progress.totals = programs.merge(progress.totals, metrics)
+                progress.step = step + 1
                 if step == first_step:
                     progress.clock.restart()  # It was compiled just now.
                 # Step n - 1 is read while step n runs: the device never waits.
@@ -234,12 +270,12 @@ def _train(run: _Run, checkpoints: Checkpoints, trace: Trace) -> PyTree:
                     loss = losses.read(in_flight, step - 1)
                     progress.clock.count(batch_size)
                     display.step(step, loss, progress.clock.images_per_second())
-            run.heartbeat.beat("training", step + 1)
+            run.heartbeat.beat("training", progress.step)
             in_flight = metrics
-            is_due = run.interrupted.is_due(step)
-            ends_epoch = (step + 1) % steps_per_epoch == 0
+            is_due = interrupted.is_due(step - first_step)
+            ends_epoch = progress.step % run.steps_per_epoch == 0
             every = config.checkpoint.every_steps
-            if not (ends_epoch or is_due or (every and (step + 1) % every == 0)):
+            if not (ends_epoch or is_due or (every and progress.step % every == 0)):
                 continue
 
             losses.read(metrics, step)
@@ -247,60 +283,66 @@ def _train(run: _Run, checkpoints: Checkpoints, trace: Trace) -> PyTree:
             in_flight = None
             # That loss was computed before the step's update; the update counts too.
             if not programs.is_finite(progress.state):
-                raise _not_finite("a parameter", step, schedule)
+                raise _not_finite("a parameter", step, run.schedule)
             if ends_epoch:
-                record = _end_epoch(run, programs, progress, pixels, step, schedule)
+                record = _end_epoch(run, progress)
                 log.append(record)
                 best = best_record(progress.history, train.monitor)
                 display.epoch(record, is_best=record is best)
-            _save(run, checkpoints, progress, step + 1)
+            _save(run, progress)
             if is_due:
-                checkpoints.wait()
+                run.checkpoints.wait()
                 raise Interrupted(
-                    f"saved after step {step + 1:,}; the same command goes on from there"
+                    f"saved after step {progress.step:,}; the same command goes on from there"
                 )
             if ends_epoch and _patience_is_over(progress.history, config):
                 break
 
     if told := trace.describe():
         run.console.print(told)
-    return _best_variables(run, programs, checkpoints, progress)
 
 
-def _restore_or_start(
-    run: _Run, programs: Programs, checkpoints: Checkpoints
-) -> tuple[int, _Progress]:
-    """The steps that are taken already, and where they led.
+def _restore_or_start(run: _Run, present: Mapping[str, Any] | None) -> _Progress:
+    """Where the run stands: at a checkpoint, or before the first step.
+
+    Args:
+      run: The run.
+      present: The configuration of its last start, every key flat, if there was one.
 
     Raises:
-      ConfigError: More epochs are done than are wanted.
+      ConfigError: More epochs are done than are wanted, or a path or step is wrong.
       TrainingError: There are checkpoints, and none is intact.
     """
-    config = run.config
-    state, totals = programs.init_state(), programs.empty_metrics()
-    saved, damaged = checkpoints.restore_latest(state, totals)
-    if damaged:
-        steps = " and ".join(f"{step:,}" for step in damaged)
-        run.console.warn(
-            f"the checkpoint of step {steps} is damaged or came after one that is, and was moved "
-            f"to {run.workdir / 'damaged'}; the one before it is intact"
-        )
+    config, checkpoints = run.config, run.checkpoints
+    state, totals = run.programs.init_state(), run.programs.empty_metrics()
+    # Once: a scheduler repeats the command that it was given, and would go back each time.
+    back_to = config.checkpoint.restore_step
+    if back_to and back_to != (present or {}).get("checkpoint.restore_step"):
+        saved = checkpoints.go_back(back_to, state, totals)
+    else:
+        saved, damaged = checkpoints.restore_latest(state, totals)
+        if damaged:
+            steps = " and ".join(f"{step:,}" for step in damaged)
+            run.console.warn(
+                f"the checkpoint of step {steps} is damaged or came after one that is, and was "
+                f"moved to {run.workdir / 'damaged'}; the one before it is intact"
+            )
     if saved is None:
         if path := config.checkpoint.init_from:
             state, taken = initial_weights.start_from(path, state, run.dataset.source.class_names)
             run.console.print(f"starts from {taken}")
-        return 0, _Progress(state, totals, [], _Clock())
+        return _Progress(0, state, totals, [], _Clock())
     if len(saved.history) > config.train.epochs:
         raise ConfigError(
             f"config.train.epochs: {len(saved.history)} epochs are done already, "
             f"got {config.train.epochs}"
         )
     clock = _Clock(saved.seconds)
-    return saved.step, _Progress(saved.state, saved.epoch_metrics, saved.history, clock)
+    return _Progress(saved.step, saved.state, saved.epoch_metrics, saved.history, clock)
 
 
 def _training_batches(
-    run: _Run, rows: np.ndarray, start: int
+    run: _Run, start: int
 ) -> contextlib.closing[Generator[pipeline.NumpyBatch, None, None]]:
     config = run.config
     augmentation = Augmentation(
@@ -318,46 +360,40 @@ def _training_batches(
         seed=config.seed,
         start=start,
         balanced=config.train.balance == "sampling",
-        rows=rows,
+        rows=run.programs.rows,
     )
 
 
-def _end_epoch(
-    run: _Run,
-    programs: Programs,
-    progress: _Progress,
-    pixels: Array | None,
-    step: int,
-    schedule: optax.Schedule,
-) -> dict[str, Any]:
-    """Validates, and opens a new epoch; returns the record of the one that `step` ended.
+def _end_epoch(run: _Run, progress: _Progress) -> dict[str, Any]:
+    """Validates, and opens a new epoch; returns the record of the one that has ended.
 
     Raises:
       TrainingError: The validation loss is not finite.
     """
-    validation = _validate(run, programs, progress.state, pixels)
+    last_step = progress.step - 1
+    validation = _validate(run, progress.state)
     if not math.isfinite(validation["loss"]):
-        raise _not_finite("the validation loss", step, schedule)
+        raise _not_finite("the validation loss", last_step, run.schedule)
     # Figures are those of the data, in whatever proportions it is drawn.
     is_sampled = run.config.train.balance == "sampling"
     training = progress.totals.compute(run.dataset.findings.counts["train"] if is_sampled else None)
     record = {
         "epoch": len(progress.history) + 1,
-        "step": step + 1,
+        "step": progress.step,
         "seconds": progress.clock.seconds(),
         "images_per_second": progress.clock.images_per_second(),
-        "learning_rate": _learning_rate(schedule, step),
+        "learning_rate": _learning_rate(run.schedule, last_step),
         **{f"train_{key}": value for key, value in training.items()},
         **{f"validation_{key}": value for key, value in validation.items()},
     }
     progress.history.append(record)
-    progress.totals, progress.clock = programs.empty_metrics(), _Clock()
+    progress.totals, progress.clock = run.programs.empty_metrics(), _Clock()
     return record
 
 
-def _save(run: _Run, checkpoints: Checkpoints, progress: _Progress, step: int) -> None:
-    checkpoints.save(
-        step,
+def _save(run: _Run, progress: _Progress) -> None:
+    run.checkpoints.save(
+        progress.step,
         progress.state,
         progress.totals,
         progress.history,
@@ -366,18 +402,34 @@ def _save(run: _Run, checkpoints: Checkpoints, progress: _Progress, step: int) -
     )
 
 
-def _best_variables(
-    run: _Run, programs: Programs, checkpoints: Checkpoints, progress: _Progress
-) -> PyTree:
-    """The best epoch's variables, on the host."""
-    history = progress.history
-    best = best_record(history, run.config.train.monitor)
+def _best_variables(run: _Run, progress: _Progress) -> PyTree:
+    """The best epoch's variables, on the host.
+
+    Raises:
+      TrainingError: No epoch's checkpoint is left, or it is damaged.
+    """
+    monitor = run.config.train.monitor
+    best = best_record(progress.history, monitor)
     assert best is not None  # train.epochs is at least 1.
-    run.console.print(_why_it_ended(history, best, run.config))
-    state = progress.state
-    if best["step"] != history[-1]["step"]:
-        state = checkpoints.restore(best["step"], state, progress.totals).state
-    return jax.device_get(programs.gather(state.variables))
+    run.console.print(_why_it_ended(progress.history, best, run.config))
+    if best["step"] == progress.step:
+        return jax.device_get(run.programs.gather(progress.state.variables))
+    run.checkpoints.wait()
+    kept = set(run.checkpoints.steps())
+    if best["step"] not in kept:
+        # It was given up for one that did not come again: another mesh or end of the run.
+        best = best_record([r for r in progress.history if r["step"] in kept], monitor)
+        if best is None:
+            raise TrainingError(
+                f"no checkpoint at an epoch's end is left in {run.workdir / 'checkpoints'}; with a "
+                "larger train.epochs the run makes another"
+            )
+        run.console.warn(
+            f"the checkpoint of that epoch is gone; the result is the best that is left, epoch "
+            f"{best['epoch']}, with {monitor} {best[monitor]:.4f}"
+        )
+    saved = run.checkpoints.restore(best["step"], progress.state, progress.totals)
+    return jax.device_get(run.programs.gather(saved.state.variables))
 
 
 class _Clock:
@@ -440,12 +492,10 @@ def _learning_rate(schedule: optax.Schedule, step: int) -> float:
         return np.asarray(schedule(step)).item()
 
 
-def _validate(
-    run: _Run, programs: Programs, state: TrainState, pixels: Array | None
-) -> dict[str, float]:
+def _validate(run: _Run, state: TrainState) -> dict[str, float]:
     """Exact figures of the whole validation split."""
+    programs, indices = run.programs, run.dataset.splits["validation"]
     totals = programs.empty_metrics()
-    indices = run.dataset.splits["validation"]
     stream = pipeline.evaluation_batches(
         run.dataset.loader, indices, programs.batch_size, programs.rows
     )
@@ -453,7 +503,8 @@ def _validate(
         for batch in batches:
             run.heartbeat.beat("validating")
             with jax.transfer_guard("disallow"):
-                metrics = programs.eval_step(state.variables, programs.to_devices(batch), pixels)
+                batch = programs.to_devices(batch)
+                metrics = programs.eval_step(state.variables, batch, run.pixels)
                 totals = programs.merge(totals, metrics)
     return totals.compute()
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cnn_jax import sharding
 from cnn_jax.checkpoint import Checkpoints, best_record, checksums, goodness
-from cnn_jax.errors import TrainingError
+from cnn_jax.errors import ConfigError, TrainingError
 
 MONITOR = "validation_accuracy"
 
@@ -22,7 +22,9 @@ def _record(epoch, accuracy):
 
 
 def _state(value):
-    return {"weights": jnp.full((3, 2), value), "step": jnp.array(int(value), jnp.int32)}
+    """Large enough that TensorStore keeps the weights by themselves, where nothing guards them."""
+    weights = jax.random.normal(jax.random.key(value), (300, 200))
+    return {"weights": weights, "step": jnp.array(value, jnp.int32)}
 
 
 EMPTY = {"confusion": jnp.zeros((2, 2), jnp.int32)}
@@ -155,12 +157,30 @@ def test_a_checksum_notices_flipped_bits_whatever_the_type(flips):
             assert int(checksums([jnp.asarray(changed)])[0]) != before
 
 
+@pytest.mark.parametrize("bit", [0, 15, 30, 31])
+def test_a_checksum_notices_the_same_bit_flipped_in_many_elements(bit):
+    """Sums of products would not: the highest bits cancel each other."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 400, np.uint32)
+    before = int(checksums([jnp.asarray(bits)])[0])
+    for count in (2, 4, 256, 400):
+        for start in range(0, 401 - count, 16):
+            changed = bits.copy()
+            changed[start : start + count] ^= np.uint32(1 << bit)
+            assert int(checksums([jnp.asarray(changed)])[0]) != before
+
+
+def _mix(x):
+    """MurmurHash3's 32-bit finalizer, in Python's integers."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+    return x ^ (x >> 16)
+
+
 def test_a_checksum_is_the_same_however_the_array_is_divided():
     array = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
     mesh = sharding.make_mesh(model=2)
-    bits = array.view(np.uint32).astype(object).ravel()
-    odd = [(2 * place * 0x9E3779B1 + 1) % 2**32 for place in range(array.size)]
-    expected = sum(b * o for b, o in zip(bits, odd, strict=True)) % 2**32
+    bits = array.view(np.uint32).ravel().tolist()
+    expected = sum(_mix(b ^ _mix(place)) for place, b in enumerate(bits, start=1)) % 2**32
     for spec in (P(), P("data"), P(None, "model"), P("data", "model")):
         divided = jax.device_put(array, NamedSharding(mesh, spec))
         assert int(checksums([divided])[0]) == expected
@@ -201,7 +221,7 @@ def test_whatever_is_damaged_what_comes_back_is_what_was_saved(tmp_path, damage,
         with _open(run / "checkpoints") as checkpoints:
             saved, aside = checkpoints.restore_latest(_state(0), EMPTY)
             assert saved is not None
-            assert all(np.all(leaf == saved.step) for leaf in jax.tree.leaves(saved.state))
+            jax.tree.map(np.testing.assert_array_equal, saved.state, _state(saved.step))
             assert saved.history == history[: saved.step // 10]
             # There is room again for those that will be made anew.
             assert checkpoints.steps()[0] == saved.step
@@ -236,9 +256,13 @@ def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
 def test_going_back_forgets_what_came_after(tmp_path):
     _save_epochs(tmp_path, [0.1, 0.2, 0.3, 0.4], keep=4)
     with _open(tmp_path, keep=4) as checkpoints:
-        with pytest.raises(TrainingError, match=r"no checkpoint of step 25 .*: 10, 20, 30, 40$"):
-            checkpoints.go_back(25)
-        checkpoints.go_back(20)
+        with pytest.raises(ConfigError, match=r"no checkpoint of step 25 .* are 10, 20, 30, 40$"):
+            checkpoints.go_back(25, _state(0), EMPTY)
+        (tmp_path / "10" / "progress" / "metadata").write_text("{}")
+        with pytest.raises(TrainingError, match="10 is damaged"):
+            checkpoints.go_back(10, _state(0), EMPTY)
+        assert checkpoints.steps() == [40, 30, 20, 10]
+        assert checkpoints.go_back(20, _state(0), EMPTY).step == 20
         assert checkpoints.steps() == [20, 10]
         checkpoints.save(30, _state(3), EMPTY, [], "data")
     assert _steps(tmp_path) == [10, 20, 30]

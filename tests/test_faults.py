@@ -15,6 +15,9 @@ import time
 
 import pytest
 from conftest import REPOSITORY
+from test_bundle import make_bundle
+
+from cnn_jax.bundle import write_bundle
 
 TINY = (
     "--config=configs/folder.py",
@@ -161,11 +164,10 @@ def test_a_second_signal_ends_it_at_once_even_while_it_compiles(image_folder, tm
     assert process.returncode == 128 + signum
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.3])
+@pytest.mark.parametrize("delay", [0.6, 0.9, 1.2, 1.3, 1.4, 1.6, 2.0])
 def test_a_signal_before_the_first_step_also_means_start_it_again(image_folder, tmp_path, delay):
+    """In the imports, in JAX's start, in the data."""
     process = start(image_folder, tmp_path / "run", ENDLESS)
-    while not (tmp_path / "run" / "lock").exists():
-        time.sleep(0.005)
     time.sleep(delay)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate()
@@ -212,15 +214,16 @@ def test_an_image_that_vanishes_is_named_and_once_back_the_run_goes_on(
         _, stderr = process.communicate()
     assert process.returncode == 1
     assert re.search(r"red/\d+\.png cannot be read: No such file or directory", one_line(stderr))
-    done = len((workdir / "metrics.jsonl").read_text().splitlines())
     again = run(images, workdir, *flags, ENDLESS)
     assert "the data has changed" in one_line(again.stderr)
     gone.rename(images / "red")
-    if done <= 6:  # It may have come further meanwhile.
-        last = run(images, workdir, *flags, "--config.train.epochs=6")
-        assert last.returncode == 0, last.stderr
-        assert results(workdir)[0] == results(undisturbed)[0]
-        assert results(workdir)[1][0] == results(undisturbed)[1][0]
+    # It may have come further than six epochs before it missed an image.
+    epochs = 6 + len((workdir / "metrics.jsonl").read_text().splitlines())
+    last = run(images, workdir, *flags, f"--config.train.epochs={epochs}")
+    assert last.returncode == 0, last.stderr
+    records, expected = results(workdir)[0], results(undisturbed)[0]
+    assert len(records) == epochs
+    assert records[:6] == expected
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
@@ -269,21 +272,56 @@ def test_a_full_disk_is_told_and_with_room_again_the_run_goes_on(
     disk = tmp_path / "disk"
     with small_disk(disk, "8m"):
         workdir = disk / "run"
-        flags = ("--config.train.epochs=6",)
-        with running(image_folder, workdir, *flags) as process:
+        flags = ("--config.optimizer.decay_epochs=6",)
+        with running(image_folder, workdir, *flags, ENDLESS) as process:
             filler = disk / "filler"
             with contextlib.suppress(OSError), filler.open("wb") as file:
                 while True:
                     file.write(b"x" * 4096)
                     file.flush()
             _, stderr = process.communicate()
-        if process.returncode:  # Else it had ended before the disk was full.
-            assert process.returncode == 1
-            assert "No space left on device" in one_line(stderr)
+        assert process.returncode == 1
+        assert "No space left on device" in one_line(stderr)
+        assert str(workdir) in one_line(stderr)
         filler.unlink()
-        process = run(image_folder, workdir, *flags)
+        epochs = 6 + len((workdir / "metrics.jsonl").read_text().splitlines())
+        process = run(image_folder, workdir, *flags, f"--config.train.epochs={epochs}")
         assert process.returncode == 0, process.stderr
-        assert results(workdir) == results(undisturbed)
+        records = results(workdir)[0]
+        assert len(records) == epochs
+        assert records[:6] == results(undisturbed)[0]
+
+
+def test_a_full_disk_at_the_very_end_is_told_and_the_results_come_later(
+    image_folder, tmp_path, undisturbed
+):
+    """The report's disk first, then that of the whole run when the bundle is written."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    shutil.rmtree(workdir / "report")
+    with small_disk(tmp_path / "disk", "4k"):
+        (workdir / "report").symlink_to(tmp_path / "disk")
+        process = run(image_folder, workdir, "--config.train.epochs=6")
+        assert process.returncode == 1
+        assert "No space left on device" in one_line(process.stderr)
+        assert str(workdir / "report") in one_line(process.stderr)
+    (workdir / "report").unlink()
+    assert run(image_folder, workdir, "--config.train.epochs=6").returncode == 0
+    assert results(workdir) == results(undisturbed)
+
+
+def test_a_bundle_that_does_not_fit_is_told_and_the_old_one_stays(tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "64k"):
+        write_bundle(make_bundle(), disk / "bundle")
+        before = (disk / "bundle" / "weights.safetensors").read_bytes()
+        with contextlib.suppress(OSError):
+            (disk / "filler").write_bytes(b"x" * 65536)
+        with pytest.raises(OSError, match="No space left on device") as error:
+            write_bundle(make_bundle(), disk / "bundle")
+        assert str(disk) in str(error.value.filename)
+        assert (disk / "bundle" / "weights.safetensors").read_bytes() == before
+        assert sorted(path.name for path in disk.iterdir()) == ["bundle", "filler"]
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(image_folder, tmp_path):

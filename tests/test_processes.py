@@ -165,6 +165,29 @@ def test_all_stop_at_the_same_step_and_go_on_with_other_devices(
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=2e-4)
 
 
+def test_a_signal_before_the_first_step_of_a_run_that_goes_on_is_not_lost(image_folder, tmp_path):
+    workdir = tmp_path / "run"
+    endless = "--config.train.epochs=100000"
+    _alone(image_folder, workdir, "--config.train.epochs=2", devices=2)
+    with _processes(image_folder, workdir, endless, devices=1) as processes:
+        for line in processes[0].stderr:
+            if line.startswith("goes on from step"):
+                break
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        codes, said = _finish(processes)
+    assert codes == [75, 75], said
+    assert "interrupted: saved after step" in said[1]
+
+
+def test_a_trace_of_two_processes_is_that_of_the_first(image_folder, tmp_path):
+    flags = (EPOCHS, "--profile")
+    with _processes(image_folder, tmp_path / "run", *flags, devices=1) as processes:
+        codes, said = _finish(processes)
+    assert codes == [0, 0], said
+    assert len(list((tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz"))) == 1
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_if_one_is_killed_the_other_ends_and_both_go_on(image_folder, tmp_path, alone, victim):
     workdir = tmp_path / "run"
@@ -187,7 +210,7 @@ def test_if_one_is_killed_the_other_ends_and_both_go_on(image_folder, tmp_path, 
 
 
 def test_what_fails_at_the_start_of_one_fails_in_all(image_folder, tmp_path):
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints" / "6").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")  # Of another run, that is.
     with _processes(image_folder, tmp_path / "run", EPOCHS) as processes:
         codes, said = _finish(processes)

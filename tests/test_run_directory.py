@@ -26,6 +26,9 @@ def test_the_same_run_may_go_on_and_another_may_not(tmp_path):
     config = default.get_config()
     assert run_directory.read_config(tmp_path) is None
     run_directory.write_config(tmp_path, config)
+    # Without a checkpoint there is no run yet that could go on.
+    assert run_directory.read_config(tmp_path) is None
+    (tmp_path / "checkpoints" / "6").mkdir(parents=True)
     present = run_directory.read_config(tmp_path)
     assert present == _flat(config)
     assert run_directory.changes(tmp_path, present, config) == []
@@ -58,6 +61,9 @@ def test_a_folder_that_cannot_be_one_is_explained(tmp_path):
         run_directory.locked(tmp_path / "file" / "run"),
     ):
         pass
+    (tmp_path / "checkpoints" / "6").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"has checkpoints and no config\.json"):
+        run_directory.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not a configuration"):
         run_directory.read_config(tmp_path)

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, write_images
 
 from cnn_jax import configuration, interruption, programs, train
 from cnn_jax.bundle import read_bundle
-from cnn_jax.errors import BundleError, ConfigError, DataError, TrainingError
+from cnn_jax.errors import ConfigError, DataError, TrainingError
 from cnn_jax.evaluate import open_as_trained, predict_split
 from cnn_jax.predict import Predictor
 from cnn_jax.train import train_and_evaluate
@@ -626,7 +626,7 @@ def test_a_run_goes_back_to_a_kept_checkpoint_once(finished, tmp_path, capfd):
     train_and_evaluate(back, workdir)
     assert "goes on from step 18\n" in capfd.readouterr().err
     back.checkpoint.restore_step = 7
-    with pytest.raises(TrainingError, match=r"no checkpoint of step 7 .*: \d"):
+    with pytest.raises(ConfigError, match=r"restore_step: there is no checkpoint of step 7 in"):
         train_and_evaluate(back, workdir)
 
 
@@ -676,12 +676,56 @@ def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path
     with pytest.raises(ConfigError, match=message):
         train_and_evaluate(config, tmp_path / "run")
     config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "nowhere")})
-    with pytest.raises(BundleError, match="is not a bundle"):
+    with pytest.raises(ConfigError, match=r"init_from: .*nowhere is not a bundle"):
         train_and_evaluate(config, tmp_path / "other")
-    # That start was a run of its own, which has not ended.
+    # A wrong path spoils nothing; but this is not a run that has ended either.
+    (tmp_path / "other" / "config.json").write_text("{}")
     config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "other")})
     with pytest.raises(ConfigError, match="has no bundle yet: let that run end first"):
         train_and_evaluate(config, tmp_path / "third")
+    config = _tiny(image_folder, **STILL, **{"checkpoint.init_from": str(first)})
+    train_and_evaluate(config, tmp_path / "other")
+
+
+def test_with_fewer_epochs_in_the_middle_of_one_the_result_is_that_of_an_epoch(
+    image_folder, tmp_path
+):
+    """Not that of the step at which the run stands."""
+    always_better = {"train.monitor": "validation_loss", "optimizer.decay_epochs": 3}
+    saved = {"checkpoint.every_steps": 4, "checkpoint.keep": 9, **always_better}
+    train_and_evaluate(_tiny(image_folder, **saved), tmp_path / "run")
+    changes = saved | {"train.epochs": 2, "checkpoint.restore_step": 16}
+    train_and_evaluate(_tiny(image_folder, **changes), tmp_path / "run")
+    train_and_evaluate(
+        _tiny(image_folder, **always_better, **{"train.epochs": 2}), tmp_path / "planned"
+    )
+    assert _weights(tmp_path / "run") == _weights(tmp_path / "planned")
+
+
+def test_if_the_best_checkpoint_is_gone_the_best_that_is_left_is_used(
+    image_folder, tmp_path, capfd
+):
+    workdir = tmp_path / "run"
+    # So high a rate learns nothing: the run ends two epochs after its best one.
+    rate = {"optimizer.learning_rate": 0.5, "optimizer.final_learning_rate": 0.5}
+    config = _tiny(image_folder, **rate, **{"train.epochs": 30, "train.patience": 2})
+    train_and_evaluate(config, workdir)
+    best = _history(workdir)[-3]["step"]
+    shutil.rmtree(workdir / "checkpoints" / str(best))
+    train_and_evaluate(config, workdir)
+    assert "the checkpoint of that epoch is gone; the result is the best that is left" in (
+        capfd.readouterr().err
+    )
+
+
+def test_checkpoints_without_their_configuration_are_not_gone_on_with(
+    finished, image_folder, tmp_path
+):
+    first, config, _ = finished
+    shutil.copytree(first, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"has checkpoints and no config\.json"):
+        train_and_evaluate(config, tmp_path / "run")
 
 
 def test_what_was_automatic_stays_as_it_was_decided(finished, tmp_path, monkeypatch, capfd):
@@ -731,6 +775,7 @@ def test_a_batch_in_parts_is_told(image_folder, tmp_path, capfd):
 
 
 def test_the_heartbeat_ends_with_the_run(finished):
-    workdir, _, _ = finished
+    workdir, config, _ = finished
+    train_and_evaluate(config, workdir)
     beat = json.loads((workdir / "heartbeat.json").read_text())
     assert (beat["step"], beat["activity"]) == (18, "done")
