@@ -160,7 +160,7 @@ def test_a_second_signal_ends_it_at_once_even_while_it_compiles(image_folder, tm
     began = time.monotonic()
     process.send_signal(signum)
     process.communicate()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5  # Much less, but on a busy machine.
     assert process.returncode == 128 + signum
 
 
