@@ -181,10 +181,16 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file: the old content or the new, never a part, even if the power fails.
+def write_text(path: pathlib.Path, text: str, *, survives_power: bool = True) -> None:
+    """Writes a file: the old content or the new, never a part.
 
     Of several processes only the one that holds the folder may.
+
+    Args:
+      path: The file.
+      text: Its content.
+      survives_power: Whether that holds even if the power fails, for which the disk
+        is waited for.
     """
     aside = path.with_name(f".{path.name}.partial")
     # A file name that is not UTF-8 has surrogates, which become JSON's escapes.
@@ -193,8 +199,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
         aside.open("w", encoding="utf-8", errors="backslashreplace") as file,
     ):
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if survives_power:
+            file.flush()
+            os.fsync(file.fileno())
     aside.replace(path)
 
 
@@ -224,10 +231,8 @@ class Heartbeat:
             return
         self._last, self._activity = now, activity
         beat = {"time": _now(), "step": self._step, "activity": activity}
-        aside = self._path.with_name(f".{self._path.name}.partial")
-        with of_file(self._path):
-            aside.write_text(json.dumps(beat | _this_process()) + "\n", encoding="utf-8")
-            aside.replace(self._path)
+        # The next one is due in seconds, and training does not wait for the disk.
+        write_text(self._path, _line(beat | _this_process()), survives_power=False)
 
     def following(self, track: Track) -> Track:
         """A `track` that also writes the file."""

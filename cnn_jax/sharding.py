@@ -19,7 +19,7 @@ from cnn_jax.errors import ConfigError, TrainingError, UserError
 
 # A process that has not been heard of for so many seconds is taken for dead, and
 # JAX ends the others. (JAX's own 100 would keep them waiting for nothing.)
-HEARTBEAT_SECONDS = 30
+_HEARTBEAT_SECONDS = 30
 # Parameters with fewer elements than this lie whole on each device.
 _LEAST_DIVIDED = 2**14
 # How the libraries that move data between processes say that one of them is gone.
@@ -54,7 +54,7 @@ def start_processes(
         raise ConfigError(f"--coordinator: must be HOST:PORT, got {coordinator!r}")
     try:
         jax.distributed.initialize(
-            coordinator, process_count, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            coordinator, process_count, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
         )
     except ValueError as error:
         # What JAX says where it detects none of those that it knows.

@@ -57,15 +57,21 @@ def run(source, workdir, *flags, **options):
     return process
 
 
+def wait_for_epochs(workdir, epochs, processes):
+    """Returns when so many are done; none of the processes may end before."""
+    log = workdir / "metrics.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < epochs:
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def running(source, workdir, *flags, epochs=1, **options):
     """A run in which so many epochs are done."""
     process = start(source, workdir, *flags, **options)
     try:
-        log = workdir / "metrics.jsonl"
-        while not log.exists() or len(log.read_text().splitlines()) < epochs:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
+        wait_for_epochs(workdir, epochs, [process])
         yield process
     finally:
         if process.poll() is None:

@@ -6,28 +6,18 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from test_faults import TINY, one_line
+from test_faults import command, one_line, wait_for_epochs
 
 EPOCHS = "--config.train.epochs=4"
 
 
 def _environment(devices):
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-
-
-def _command(source, workdir, *flags):
-    return [
-        *(sys.executable, "-m", "cnn_jax.main", *TINY),
-        f"--config.data.source=folder:{source}",
-        f"--workdir={workdir}",
-        *flags,
-    ]
 
 
 def _free_port():
@@ -49,7 +39,7 @@ def _processes(source, workdir, *flags, count=2, devices=2, environments=None):
         ]
         together.append(
             subprocess.Popen(
-                _command(source, workdir, *flags, *([] if environments else own)),
+                command(source, workdir, *flags, *([] if environments else own)),
                 cwd=REPOSITORY,
                 env=_environment(devices)
                 | (environments(process_id, port) if environments else {}),
@@ -75,7 +65,7 @@ def _finish(processes):
 
 def _alone(source, workdir, *flags, devices):
     process = subprocess.run(
-        _command(source, workdir, *flags),
+        command(source, workdir, *flags),
         cwd=REPOSITORY,
         env=_environment(devices),
         capture_output=True,
@@ -103,13 +93,6 @@ def _assert_same_to_rounding(first, second):
     assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
     confidences = [np.array([row[3] for row in lines[1:]], float) for lines in rows]
     np.testing.assert_allclose(*confidences, atol=2e-3)
-
-
-def _wait_for_epochs(workdir, epochs, processes):
-    log = workdir / "metrics.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < epochs:
-        assert all(process.poll() is None for process in processes), _finish(processes)
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +133,7 @@ def test_all_stop_at_the_same_step_and_go_on_with_other_devices(
     workdir = tmp_path / "run"
     endless = ("--config.train.epochs=100000", "--config.optimizer.decay_epochs=4")
     with _processes(image_folder, workdir, *endless) as processes:
-        _wait_for_epochs(workdir, 1, processes)
+        wait_for_epochs(workdir, 1, processes)
         processes[1].send_signal(signum)
         codes, said = _finish(processes)
     assert codes == [75, 75], said
@@ -193,7 +176,7 @@ def test_if_one_is_killed_the_other_ends_and_both_go_on(image_folder, tmp_path, 
     workdir = tmp_path / "run"
     endless = ("--config.train.epochs=100000", "--config.optimizer.decay_epochs=4")
     with _processes(image_folder, workdir, *endless) as processes:
-        _wait_for_epochs(workdir, 3, processes)  # So that one checkpoint at least is complete.
+        wait_for_epochs(workdir, 3, processes)  # So that one checkpoint at least is complete.
         began = time.monotonic()
         processes[victim].kill()
         _, stderr = processes[1 - victim].communicate(timeout=120)
@@ -236,7 +219,7 @@ def test_processes_that_were_started_differently_are_told_apart(image_folder, tm
     port = _free_port()
     processes = [
         subprocess.Popen(
-            _command(
+            command(
                 *(image_folder, tmp_path / "run", f"--config.seed={process_id}"),
                 *(f"--coordinator=localhost:{port}", f"--process_id={process_id}"),
                 "--process_count=2",
