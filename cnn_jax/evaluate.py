@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cnn_jax import cli
+from cnn_jax.compiled import keep_compiled
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.dataset import Dataset, choose_residency, open_dataset
@@ -166,6 +167,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=cli.path, help="JSON file to write; stdout if not given")
     flags = parser.parse_args(argv)
 
+    keep_compiled()
     predictor = Predictor.load(flags.bundle)
     console = Console()
     dataset = open_as_trained(

@@ -30,11 +30,15 @@ def main(argv: Sequence[str]) -> None:
     known, overrides = parser.parse_known_args(argv)
     with cli.interrupts_held_back():
         # Imported late, so that a wrong flag is told at once.
+        from cnn_jax.compiled import keep_compiled
+        from cnn_jax.runtime import keep_freed_memory
         from cnn_jax.sharding import start_processes
         from cnn_jax.train import train_and_evaluate
 
     config = load_config(known.config, overrides)
+    keep_freed_memory()
     start_processes(known.coordinator, known.process_id, known.process_count)
+    keep_compiled()
     train_and_evaluate(config, known.workdir, profile=known.profile)
 
 

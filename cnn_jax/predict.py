@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 from PIL import Image
 
-from cnn_jax import cli
+from cnn_jax import cli, runtime
 from cnn_jax.bundle import Bundle, read_bundle
+from cnn_jax.compiled import keep_compiled
 from cnn_jax.data import decode, files
 from cnn_jax.data.decode import Pixels
 from cnn_jax.errors import BundleError, DataError
@@ -52,7 +53,7 @@ class Predictor:
             logits = forward(model, variables, images, bundle.preprocessing)
             return jax.nn.softmax(logits / bundle.temperature)
 
-        self._probabilities = jax.jit(probabilities)
+        self._probabilities = jax.jit(probabilities, compiler_options=runtime.compiler_options())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Predictor":
@@ -259,6 +260,7 @@ def main(argv: Sequence[str]) -> None:
     )
     flags = parser.parse_args(argv)
 
+    keep_compiled()
     predictor = Predictor.load(flags.bundle)
     paths = list_images(flags.input, flags.allow_outside)
     with cli.open_output(flags.output) as file:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from cnn_jax import sharding
+from cnn_jax import runtime, sharding
 from cnn_jax.configuration import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.errors import TrainingError
@@ -119,11 +119,13 @@ def make_programs(
             donate_argnums=0,
             in_shardings=(of_state, by_example, everywhere),
             out_shardings=(of_state, everywhere),
+            compiler_options=runtime.compiler_options(),
         ),
         eval_step=jax.jit(
             evaluation,
             in_shardings=(of_state.variables, by_example, everywhere),
             out_shardings=everywhere,
+            compiler_options=runtime.compiler_options(),
         ),
         is_finite=jax.jit(_all_finite, out_shardings=everywhere),
         merge=jax.jit(Metrics.merge, donate_argnums=0, out_shardings=everywhere),

@@ -1,4 +1,4 @@
-"""Where generated data, decoded images and what is known of files are kept between runs.
+"""Where generated data, decoded images, what is known of files and programs are kept.
 
 Everything here can be made again, so that all of it may be removed at any time:
 `python -m cnn_jax.cache --clear`.
@@ -22,10 +22,15 @@ import numpy as np
 from cnn_jax.data.decode import Pixels
 
 # What this package puts into the folder, which may hold other things: whole folders of
-# these names, and in two folders files of these names.
+# these names, and in three folders files of these names.
 _OWN_FOLDER = re.compile(r"\.?shapes-v\d+-seed.*")
 _OWN_FILE = re.compile(r"[0-9a-f]{32}\.(npy|json)|\.partial-.*")
-_FOLDERS_OF_FILES = ("pixels", "scans")
+COMPILED = "compiled"  # Where JAX keeps programs; see `cnn_jax.compiled`.
+_OWN_FILES = {
+    "pixels": _OWN_FILE,
+    "scans": _OWN_FILE,
+    COMPILED: re.compile(r".+-[0-9a-f]{64}-cache"),
+}
 _A_DAY = 24 * 60 * 60  # Seconds.
 # Pixels are kept so long after they were last opened.
 _DAYS_KEPT = 30
@@ -51,8 +56,8 @@ def own_entries() -> dict[str, list[pathlib.Path]]:
     """Files and folders of this package in the cache folder, by the kind of thing they are."""
     folder = cache_dir()
     entries = {
-        kind: [path for path in _listed(folder / kind) if _OWN_FILE.fullmatch(path.name)]
-        for kind in _FOLDERS_OF_FILES
+        kind: [path for path in _listed(folder / kind) if own.fullmatch(path.name)]
+        for kind, own in _OWN_FILES.items()
     }
     entries |= {p.name: [p] for p in _listed(folder) if _OWN_FOLDER.fullmatch(p.name)}
     return {kind: paths for kind, paths in entries.items() if paths}
@@ -73,7 +78,7 @@ def clear() -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    for kind in _FOLDERS_OF_FILES:
+    for kind in _OWN_FILES:
         with contextlib.suppress(OSError):  # Something else is in it.
             (cache_dir() / kind).rmdir()
 

@@ -6,21 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
-def max_pool_2x2(
-    x: Float[Array, "batch height width channel"],
-) -> Float[Array, "batch height//2 width//2 channel"]:
-    """Max pooling with window 2 x 2 and stride 2; an odd last row or column is dropped.
-
-    The value is that of `nn.max_pool`. Its gradient goes to the largest of the
-    four, in equal parts where they tie. Written as the maximum of four slices
-    because XLA on CPU scatters the gradient of `nn.max_pool` slowly.
-    """
-    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-    x = x[:, :height, :width]
-    top = jnp.maximum(x[:, ::2, ::2], x[:, ::2, 1::2])
-    bottom = jnp.maximum(x[:, 1::2, ::2], x[:, 1::2, 1::2])
-    return jnp.maximum(top, bottom)
+from cnn_jax.models.layers import BatchNorm, Conv, max_pool_2x2
 
 
 class CNN(nn.Module):
@@ -55,18 +41,12 @@ class CNN(nn.Module):
         """Logits, float32, of normalised images."""
         x = x.astype(self.dtype)
         for i, features in enumerate(self.features, start=1):
-            x = nn.Conv(
-                features,
-                (3, 3),
-                kernel_init=nn.initializers.he_normal(),
-                dtype=self.dtype,
-                name=f"conv{i}",
-            )(x)
+            x = Conv(features, dtype=self.dtype, name=f"conv{i}")(x)
             x = nn.relu(x)
             if self.batch_norm:
                 # Momentum and epsilon are those of Keras. With batches of 32 the
                 # slow average keeps validation from swinging between epochs.
-                x = nn.BatchNorm(
+                x = BatchNorm(
                     use_running_average=not train,
                     momentum=0.99,
                     epsilon=1e-3,

@@ -139,6 +139,8 @@ def test_one_command_shows_and_removes_all_of_it(folder, capsys):
         file.publish("0" * 32)
     cache.write_json("scans", "f" * 32, {})
     (folder / "shapes-v1-seed0-10").mkdir()
+    (folder / "compiled").mkdir()
+    (folder / "compiled" / f"jit_f-{'0' * 64}-cache").write_text("x")
     # The folder may hold other things, and so may those in it.
     (folder / "wedding.jpg").write_text("x")
     (folder / "scans" / "patient").mkdir()

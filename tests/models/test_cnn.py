@@ -1,4 +1,3 @@
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -6,7 +5,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.models import count_parameters, forward_flops, make_model
-from cnn_jax.models.cnn import CNN, max_pool_2x2
+from cnn_jax.models.cnn import CNN
 
 
 def test_parameters_are_those_of_the_specification_layer_by_layer():
@@ -114,20 +113,6 @@ def test_running_statistics_are_the_moving_averages():
     stats = updates["batch_stats"]["norm1"]
     np.testing.assert_allclose(stats["mean"], 0.01 * activations.mean((0, 1, 2)), rtol=1e-4)
     np.testing.assert_allclose(stats["var"], 0.99 + 0.01 * activations.var((0, 1, 2)), rtol=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 5, 7, 2)])
-def test_max_pool_is_that_of_flax_and_its_gradient_goes_to_the_largest(shape):
-    x = jax.random.normal(jax.random.key(0), shape)  # No ties.
-
-    def flax_pool(x):
-        return nn.max_pool(x, (2, 2), (2, 2))
-
-    np.testing.assert_array_equal(max_pool_2x2(x), flax_pool(x))
-    weights = jax.random.normal(jax.random.key(1), max_pool_2x2(x).shape)
-    ours = jax.grad(lambda x: jnp.sum(weights * max_pool_2x2(x)))(x)
-    flaxs = jax.grad(lambda x: jnp.sum(weights * flax_pool(x)))(x)
-    np.testing.assert_array_equal(ours, flaxs)
 
 
 def test_dropout_drops_in_training_alone():

@@ -1,0 +1,242 @@
+"""The layers of Linen and JAX that XLA compiles badly on a CPU, written so that it does not.
+
+Each has the parameters, values and gradients of the plain layer that its docstring
+names (`tests/models/test_layers.py` compares them), and can be swapped for it. What
+was gained is in `experiments/RESULTS.md`, and `experiments/bench_layers.py` measures it.
+Gradients are given by hand, for reverse mode alone: `jax.jvp` does not go through.
+"""
+
+import functools
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+# Sums within blocks of so many rows and numbers: they stay in a core's nearest cache, and
+# from 33 rows on XLA rewrites a sum into windows, which take several times as long.
+_BLOCK_ROWS, _BLOCK_SIZE = 32, 1024
+
+
+def channel_sums(
+    *arrays: Float[Array, "batch height width channel"],
+) -> tuple[Float[Array, " channel"], ...]:
+    """The float32 sums of arrays of one shape over all but channels, in one pass over memory."""
+    arrays = tuple(array.astype(jnp.float32) for array in arrays)
+    return lax.platform_dependent(*arrays, cpu=_sums_of_blocks, default=_plain_sums)
+
+
+def _plain_sums(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(jnp.sum(array, axis=(0, 1, 2)) for array in arrays)
+
+
+def _sums_of_blocks(*arrays: Array) -> tuple[Array, ...]:
+    """First over blocks of neighbouring pixels, for all arrays in one loop, then over blocks."""
+    batch, height, width, channels = arrays[0].shape
+    pixels = height * width
+    rows = max(
+        rows
+        for rows in range(1, _BLOCK_ROWS + 1)
+        if pixels % rows == 0 and (rows == 1 or rows * channels <= _BLOCK_SIZE)
+    )
+    blocks = tuple(array.reshape(batch, pixels // rows, rows, channels) for array in arrays)
+    sums = lax.reduce(blocks, (jnp.float32(0),) * len(blocks), _add, (2,))
+    # Or XLA makes one sum of the two again.
+    return tuple(jnp.sum(array, axis=(0, 1)) for array in lax.optimization_barrier(sums))
+
+
+def _add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _of_pixels(channels: Float[Array, " channel"]) -> Float[Array, "1 1 1 channel"]:
+    """A number for each channel, to be combined with those of all pixels."""
+    return channels[None, None, None]
+
+
+@jax.custom_vjp
+def add_bias(
+    x: Float[Array, "batch height width channel"], bias: Float[Array, " channel"]
+) -> Float[Array, "batch height width channel"]:
+    """The sum of both; the bias's gradient is one of `channel_sums`."""
+    return x + _of_pixels(bias)
+
+
+def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, Array]:
+    return x + _of_pixels(bias), bias
+
+
+def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
+    (total,) = channel_sums(gradient)
+    return gradient, total.astype(bias.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+@jax.custom_vjp
+def max_pool_2x2(
+    x: Float[Array, "batch height width channel"],
+) -> Float[Array, "batch height//2 width//2 channel"]:
+    """Max pooling with window 2 x 2 and stride 2; an odd last row or column is dropped.
+
+    The value is that of `nn.max_pool`. Its gradient goes to the largest of the
+    four, in equal parts where they tie.
+    """
+    return _max_pool_forward(x)[0]
+
+
+def _max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    largest = functools.reduce(jnp.maximum, _quarters(x))
+    # Or XLA computes it anew, across its rows, where the next layer wants it transposed.
+    largest = lax.optimization_barrier(largest)
+    return largest, (x, largest)
+
+
+def _max_pool_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array]:
+    x, largest = residuals
+    num_largest = sum((quarter == largest).astype(gradient.dtype) for quarter in _quarters(x))
+    height, width = 2 * largest.shape[1], 2 * largest.shape[2]
+    routed = jnp.where(
+        x[:, :height, :width] == _repeat_2x2(largest), _repeat_2x2(gradient / num_largest), 0
+    )
+    dropped = (x.shape[1] - height, x.shape[2] - width)
+    return (jnp.pad(routed, [(0, 0), (0, dropped[0]), (0, dropped[1]), (0, 0)]),)
+
+
+max_pool_2x2.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _quarters(x: Array) -> list[Array]:
+    """The four pixels of each 2 x 2 window, each [batch, height // 2, width // 2, channel]."""
+    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
+    return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+
+
+def _repeat_2x2(x: Array) -> Array:
+    """Each pixel four times: [batch, 2 height, 2 width, channel]."""
+    batch, height, width, channels = x.shape
+    shape = (batch, height, 2, width, 2, channels)
+    repeated = jnp.broadcast_to(x[:, :, None, :, None], shape)
+    return repeated.reshape(batch, 2 * height, 2 * width, channels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize_batch(
+    x: Float[Array, "batch height width channel"],
+    scale: Float[Array, " channel"],
+    bias: Float[Array, " channel"],
+    epsilon: float,
+) -> tuple[
+    Float[Array, "batch height width channel"], Float[Array, " channel"], Float[Array, " channel"]
+]:
+    """Normalises each channel by the mean and variance of the batch (Ioffe and Szegedy 2015).
+
+    Returns:
+      (x - mean) / sqrt(variance + epsilon) * scale + bias, in x's dtype; the mean and the
+      variance, float32. The variance is that of the batch itself, E[x^2] - E[x]^2, as in
+      `nn.BatchNorm`. No gradient flows through the second and third.
+    """
+    return _normalize_batch_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalize_batch_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+    in_float32 = x.astype(jnp.float32)
+    total, total_of_squares = channel_sums(in_float32, in_float32 * in_float32)
+    count = x.size // x.shape[-1]
+    mean = total / count
+    variance = jnp.maximum(total_of_squares / count - mean * mean, 0)
+    inverse = lax.rsqrt(variance + epsilon)
+    normalized = (in_float32 - _of_pixels(mean)) * _of_pixels(inverse * scale) + _of_pixels(bias)
+    return (normalized.astype(x.dtype), mean, variance), (x, mean, inverse, scale)
+
+
+def _normalize_batch_backward(
+    epsilon: float, residuals: tuple[Array, ...], gradients: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    del epsilon
+    x, mean, inverse, scale = residuals
+    gradient = gradients[0].astype(jnp.float32)
+    centred = x.astype(jnp.float32) - _of_pixels(mean)
+    of_bias, of_scale = channel_sums(gradient, gradient * centred)
+    of_scale *= inverse
+    # scale / deviation * (gradient - its mean - its part along the normalised x), a sum of
+    # three terms whose factors are those of a channel.
+    count = x.size // x.shape[-1]
+    slope = inverse * scale
+    along_x = -slope * inverse * of_scale / count
+    constant = -slope * of_bias / count
+    of_x = _of_pixels(slope) * gradient + _of_pixels(along_x) * centred + _of_pixels(constant)
+    return of_x.astype(x.dtype), of_scale, of_bias
+
+
+normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
+
+
+class Conv(nn.Module):
+    """`nn.Conv` with a 3 x 3 kernel, stride 1 and padding "SAME".
+
+    Attributes:
+      features: Number of output channels.
+      dtype: Computation dtype; parameters are float32.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> Float[Array, "batch height width features"]:
+        kernel = self.param(
+            "kernel", nn.initializers.he_normal(), (3, 3, x.shape[-1], self.features)
+        )
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        x = lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return add_bias(x, bias.astype(self.dtype))
+
+
+class BatchNorm(nn.Module):
+    """`nn.BatchNorm` over all but the last axis.
+
+    Attributes:
+      use_running_average: Whether to normalise by the running statistics or by those of
+        the batch, which then enter the running ones.
+      momentum: What remains of the running statistics in each step.
+      epsilon: Added to the variance.
+      dtype: Of the output; parameters and statistics are float32.
+    """
+
+    use_running_average: bool
+    momentum: float
+    epsilon: float
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> Float[Array, "batch height width channel"]:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones_init(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        if self.use_running_average:
+            factor = lax.rsqrt(running_var.value + self.epsilon) * scale
+            centred = x - _of_pixels(running_mean.value)
+            return (centred * _of_pixels(factor) + _of_pixels(bias)).astype(self.dtype)
+        x, mean, variance = normalize_batch(x.astype(self.dtype), scale, bias, self.epsilon)
+        if not self.is_initializing():
+            for running, value in ((running_mean, mean), (running_var, variance)):
+                running.value = self.momentum * running.value + (1 - self.momentum) * value
+        return cast(Array, x)

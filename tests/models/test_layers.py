@@ -1,0 +1,175 @@
+"""Each layer against the plain one of Linen, JAX or NumPy that it stands for."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    add_bias,
+    channel_sums,
+    max_pool_2x2,
+    normalize_batch,
+)
+
+# Sides that divide into blocks well, badly and not at all.
+SHAPES = [(4, 16, 16, 32), (2, 12, 20, 5), (3, 37, 37, 8), (1, 7, 1, 3)]
+
+
+def _random(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape), dtype)
+
+
+@pytest.fixture(autouse=True)
+def _implicit_broadcasts_of_flax():
+    """`nn.Conv` and `nn.BatchNorm` themselves promote ranks."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def _assert_close(actual, expected, tolerance=1e-5):
+    """To a part of the largest number in each array."""
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(
+            a, e, rtol=0, atol=tolerance * max(np.abs(e).max(), 1e-6)
+        ),
+        actual,
+        jax.tree.map(np.asarray, expected),
+    )
+
+
+def _value_and_gradients(module, variables, x, weights):
+    """A weighted sum of a module's outputs, its updates, and the gradients by all inputs."""
+
+    def weighted(params, x):
+        out, updates = module.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+        return jnp.sum(weights * out.astype(jnp.float32)), updates
+
+    return jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(variables["params"], x)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_channel_sums_are_those_of_numpy(shape, count):
+    arrays = [_random(*shape, seed=seed) for seed in range(count)]
+    expected = [np.asarray(array, np.float64).sum((0, 1, 2)) for array in arrays]
+    _assert_close(list(jax.jit(channel_sums)(*arrays)), expected, 1e-6)
+
+
+def test_long_sums_lose_no_digits():
+    """Half a million equal numbers: a plain running sum in float32 is wrong from the third on."""
+    x = jnp.full((2, 512, 512, 4), 0.1, jnp.float32)
+    np.testing.assert_allclose(channel_sums(x)[0], x.size / 4 * np.float64(x[0, 0, 0, 0]), 2e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conv_is_that_of_flax(shape):
+    x = _random(*shape)
+    plain = nn.Conv(6, (3, 3), kernel_init=nn.initializers.he_normal())
+    ours = Conv(6)
+    variables = plain.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), x), variables)
+    variables["params"]["bias"] = _random(6, seed=2)
+    weights = _random(*shape[:3], 6, seed=1)
+    _assert_close(
+        _value_and_gradients(ours, variables, x, weights),
+        _value_and_gradients(plain, variables, x, weights),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("is_jitted", [False, True])
+def test_batch_norm_in_training_is_that_of_flax(shape, is_jitted):
+    options = {"use_running_average": False, "momentum": 0.9, "epsilon": 1e-3}
+    x = nn.relu(_random(*shape))
+    plain, ours = nn.BatchNorm(**options), BatchNorm(**options)
+    variables = plain.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), x), variables)
+    channels = shape[-1]
+    variables["params"] = {
+        "scale": _random(channels, seed=2),  # Of both signs.
+        "bias": _random(channels, seed=3),
+    }
+    compute = _value_and_gradients
+    if is_jitted:
+        compute = jax.jit(compute, static_argnums=0)
+    weights = _random(*shape, seed=1)
+    _assert_close(compute(ours, variables, x, weights), compute(plain, variables, x, weights), 1e-5)
+
+
+def test_batch_norm_in_inference_is_that_of_flax():
+    options = {"use_running_average": True, "momentum": 0.9, "epsilon": 1e-3}
+    x = _random(2, 5, 6, 4)
+    variables = {
+        "params": {"scale": _random(4, seed=1), "bias": _random(4, seed=2)},
+        "batch_stats": {"mean": _random(4, seed=3), "var": jnp.abs(_random(4, seed=4))},
+    }
+    plain, ours = nn.BatchNorm(**options).apply(variables, x), BatchNorm(**options)
+    _assert_close(ours.apply(variables, x), plain, 1e-6)
+
+
+def test_batch_norm_keeps_its_precision_in_bfloat16():
+    """Statistics are float32 sums, whatever the dtype of what is summed."""
+    x = _random(8, 16, 16, 4, dtype=jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    options = {"use_running_average": False, "momentum": 0.0, "epsilon": 1e-3}
+    module = BatchNorm(**options, dtype=jnp.dtype("bfloat16"))
+    variables = module.init(jax.random.key(0), x)
+    out, updates = module.apply(variables, x, mutable=["batch_stats"])
+    assert out.dtype == jnp.bfloat16
+    stats = updates["batch_stats"]
+    _assert_close(stats, {"mean": exact.mean((0, 1, 2)), "var": exact.var((0, 1, 2))}, 1e-5)
+    weights = _random(*x.shape, seed=1)
+    gradient = jax.grad(
+        lambda x: jnp.sum(
+            weights * module.apply(variables, x, mutable=["batch_stats"])[0].astype(jnp.float32)
+        )
+    )(x)
+    assert gradient.dtype == jnp.bfloat16
+
+
+def test_a_constant_channel_is_normalised_to_its_bias():
+    x = jnp.full((2, 4, 4, 3), 0.7)
+    out, mean, variance = normalize_batch(x, jnp.ones(3), jnp.arange(3.0), 1e-3)
+    np.testing.assert_allclose(mean, 0.7, rtol=1e-6)
+    np.testing.assert_allclose(variance, 0, atol=1e-6)
+    np.testing.assert_allclose(out, np.broadcast_to(np.arange(3.0), x.shape), atol=1e-4)
+
+
+def test_the_gradient_of_a_bias_is_the_sum():
+    x, bias, weights = _random(2, 8, 8, 3), _random(3, seed=1), _random(2, 8, 8, 3, seed=2)
+    of_x, of_bias = jax.grad(lambda *a: jnp.sum(weights * add_bias(*a)), (0, 1))(x, bias)
+    np.testing.assert_array_equal(of_x, weights)
+    np.testing.assert_allclose(of_bias, weights.sum((0, 1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 5, 7, 2), (2, 2, 3, 1), (3, 1, 4, 2)])
+def test_max_pool_is_that_of_flax_and_its_gradient_goes_to_the_largest(shape):
+    x = _random(*shape)  # No ties.
+
+    def flax_pool(x):
+        return nn.max_pool(x, (2, 2), (2, 2))
+
+    np.testing.assert_array_equal(max_pool_2x2(x), flax_pool(x))
+    weights = _random(*max_pool_2x2(x).shape, seed=1)
+    ours = jax.grad(lambda x: jnp.sum(weights * max_pool_2x2(x)))(x)
+    flaxs = jax.grad(lambda x: jnp.sum(weights * flax_pool(x)))(x)
+    np.testing.assert_array_equal(ours, flaxs)
+
+
+@pytest.mark.parametrize(
+    ("window", "shares"),
+    [
+        ([[1, 1], [1, 1]], [[0.25, 0.25], [0.25, 0.25]]),
+        ([[2, 1], [2, 0]], [[0.5, 0], [0.5, 0]]),
+        ([[3, 3], [0, 3]], [[1 / 3, 1 / 3], [0, 1 / 3]]),
+        ([[-0.0, 0.0], [-1, -2]], [[0.5, 0.5], [0, 0]]),
+    ],
+)
+def test_where_values_tie_the_gradient_is_shared(window, shares):
+    x = jnp.asarray(window, jnp.float32)[None, :, :, None]
+    gradient = jax.grad(lambda x: jnp.sum(max_pool_2x2(x)))(x)
+    np.testing.assert_allclose(gradient[0, :, :, 0], np.asarray(shares), rtol=1e-6)
