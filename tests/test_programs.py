@@ -1,0 +1,146 @@
+"""What is compiled, counted and not timed: a slip in speed fails here on any machine."""
+
+import collections
+import dataclasses
+import functools
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from cnn_jax import runtime, train
+from cnn_jax.models.cnn import CNN
+from cnn_jax.optimizer import make_optimizer, make_schedule
+from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.step import TrainState, train_step
+from cnn_jax.train import train_and_evaluate
+
+
+@pytest.fixture(scope="module")
+def roofline():
+    """The least operations and bytes, `experiments/roofline.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / "experiments")
+        import roofline
+
+        return roofline
+
+
+@pytest.fixture(scope="module")
+def compiled_step():
+    """The specification's training step on a batch of 8 at 64 x 64 pixels, for this CPU."""
+    model = CNN(num_classes=10)
+    optimizer = make_optimizer(make_schedule(1e-3, 1e-4, total_steps=10), l2=1e-4)
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        seed=0,
+        preprocessing=Preprocessing(image_size=(64, 64)),
+        label_smoothing=0.1,
+    )
+    variables = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 64, 64, 3)))
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), np.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=jax.eval_shape(optimizer.init, variables["params"]),
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct((8, 64, 64, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((8,), np.int32),
+        "mask": jax.ShapeDtypeStruct((8,), bool),
+    }
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=runtime.compiler_options())
+    return jitted.lower(state, batch).compile()
+
+
+def test_a_step_does_few_operations_beyond_the_least(compiled_step, roofline):
+    least = roofline.training_work(CNN(num_classes=10), 64, 8, activation_bytes=4)
+    # XLA leaves out the products with the zeros of the padding: 4 % of them here.
+    assert compiled_step.cost_analysis()["flops"] == pytest.approx(least.flops, rel=0.05)
+
+
+def test_a_step_moves_at_most_some_two_times_the_least_bytes(compiled_step, roofline):
+    """2.05 times when written; 3.1 with sums that XLA on CPU rewrites into windows."""
+    least = roofline.training_work(CNN(num_classes=10), 64, 8, activation_bytes=4)
+    assert compiled_step.cost_analysis()["bytes accessed"] < 2.2 * least.bytes
+
+
+def test_a_step_takes_the_memory_of_its_activations(compiled_step):
+    """1.6 MB an image when written; activations alone are 1.1 MB."""
+    assert compiled_step.memory_analysis().temp_size_in_bytes / 8 < 1.8e6
+
+
+def test_xla_is_told_whose_convolutions_to_take(compiled_step):
+    assert runtime.compiler_options()
+    convolutions = [
+        line for line in compiled_step.as_text().splitlines() if " convolution(" in line
+    ]
+    # Three forward, two gradients by inputs and three by weights, none as a library's fusion.
+    assert len(convolutions) == 8
+    assert not any("(%param_" in line for line in convolutions)
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_a_step_is_one_transfer_each_way_and_nothing_is_compiled_twice(
+    tiny_config, tmp_path, monkeypatch, place
+):
+    """What a run of three epochs sends, reads back and compiles."""
+    jax.clear_caches()
+    tiny_config.augment.place = place
+    sent: list[dict[str, tuple[int, ...]]] = []
+    read = collections.Counter()
+    compiled_after_first_epoch = []
+    epochs = []
+    real_programs, real_get, real_save = train.make_programs, jax.device_get, train._save
+
+    def programs_that_count(*args):
+        made = real_programs(*args)
+
+        def to_devices(batch):
+            sent.append({name: array.shape for name, array in batch.items()})
+            return made.to_devices(batch)
+
+        return dataclasses.replace(made, to_devices=to_devices)
+
+    def get_that_counts(tree):
+        read["training" if len(epochs) < tiny_config.train.epochs else "after"] += 1
+        return real_get(tree)
+
+    def save_that_counts(*args):
+        real_save(*args)
+        epochs.append(len(sent))
+
+    def listen(event, seconds, **details):
+        if event.endswith("backend_compile_duration") and 0 < len(epochs) < 3:
+            compiled_after_first_epoch.append((len(epochs), details))
+
+    monkeypatch.setattr(train, "make_programs", programs_that_count)
+    monkeypatch.setattr(train, "_save", save_that_counts)
+    monkeypatch.setattr(jax, "device_get", get_that_counts)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    train_and_evaluate(tiny_config, tmp_path / "run")
+
+    assert len(epochs) == tiny_config.train.epochs
+    assert compiled_after_first_epoch == []
+    # Batches of training have draws where the device moves the pixels, and nothing else more.
+    names = {"image", "label", "mask"} | ({"matrix", "contrast"} if place == "device" else set())
+    batches = [batch for batch in sent if set(batch) == names]
+    assert batches
+    steps_per_epoch, validations = _batches_per_epoch(tmp_path / "run", tiny_config)
+    assert len(sent) == 3 * (steps_per_epoch + validations)
+    # One loss a step, one set of sums for each split and epoch.
+    assert read["training"] <= 3 * (steps_per_epoch + 2 + 1)
+
+
+def _batches_per_epoch(run, config):
+    import json
+    import math
+
+    report = json.loads((run / "report" / "metrics.json").read_text())
+    counts = {split: sum(map(sum, report[split]["confusion"])) for split in ("train", "validation")}
+    size = config.train.batch_size
+    return math.ceil(counts["train"] / size), math.ceil(counts["validation"] / size)
