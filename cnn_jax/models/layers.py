@@ -83,44 +83,49 @@ def max_pool_2x2(
     """Max pooling with window 2 x 2 and stride 2; an odd last row or column is dropped.
 
     The value is that of `nn.max_pool`. Its gradient goes to the largest of the
-    four, in equal parts where they tie.
+    four; where values tie, it is shared.
     """
-    return _max_pool_forward(x)[0]
-
-
-def _max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
-    largest = functools.reduce(jnp.maximum, _quarters(x))
+    (a, b), (c, d) = _windows(x)
     # Or XLA computes it anew, across its rows, where the next layer wants it transposed.
-    largest = lax.optimization_barrier(largest)
-    return largest, (x, largest)
+    return lax.optimization_barrier(jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d)))
 
 
-def _max_pool_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array]:
-    x, largest = residuals
-    num_largest = sum((quarter == largest).astype(gradient.dtype) for quarter in _quarters(x))
-    height, width = 2 * largest.shape[1], 2 * largest.shape[2]
-    routed = jnp.where(
-        x[:, :height, :width] == _repeat_2x2(largest), _repeat_2x2(gradient / num_largest), 0
-    )
-    dropped = (x.shape[1] - height, x.shape[2] - width)
+def _max_pool_forward(x: Array) -> tuple[Array, Array]:
+    return max_pool_2x2(x), x
+
+
+def _max_pool_backward(x: Array, gradient: Array) -> tuple[Array]:
+    """By comparing the four with each other, in pairs.
+
+    Not with the maximum: XLA may compute a pixel twice, with other roundings, and none
+    might equal it. So the parts of a gradient always add up to it.
+    """
+    (a, b), (c, d) = _windows(x)
+    of_top = _share(jnp.maximum(a, b), jnp.maximum(c, d))
+    of_a, of_c = _share(a, b), _share(c, d)
+    top, bottom = gradient * of_top, gradient * (1 - of_top)
+    rows = [
+        jnp.stack([top * of_a, top * (1 - of_a)], axis=3),
+        jnp.stack([bottom * of_c, bottom * (1 - of_c)], axis=3),
+    ]
+    batch, height, width, channels = a.shape
+    routed = jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)
+    dropped = x.shape[1] - 2 * height, x.shape[2] - 2 * width
     return (jnp.pad(routed, [(0, 0), (0, dropped[0]), (0, dropped[1]), (0, 0)]),)
 
 
 max_pool_2x2.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-def _quarters(x: Array) -> list[Array]:
-    """The four pixels of each 2 x 2 window, each [batch, height // 2, width // 2, channel]."""
+def _windows(x: Array) -> list[list[Array]]:
+    """The pixels of each 2 x 2 window by row and column, [batch, height//2, width//2, channel]."""
     x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-    return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    return [[x[:, i::2, j::2] for j in (0, 1)] for i in (0, 1)]
 
 
-def _repeat_2x2(x: Array) -> Array:
-    """Each pixel four times: [batch, 2 height, 2 width, channel]."""
-    batch, height, width, channels = x.shape
-    shape = (batch, height, 2, width, 2, channels)
-    repeated = jnp.broadcast_to(x[:, :, None, :, None], shape)
-    return repeated.reshape(batch, 2 * height, 2 * width, channels)
+def _share(a: Array, b: Array) -> Array:
+    """What goes to a of a gradient of max(a, b): 1, 1/2 or 0."""
+    return jnp.where(a > b, 1, jnp.where(a == b, 0.5, 0)).astype(a.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
