@@ -2,8 +2,8 @@
 
 Each has the parameters, values and gradients of the plain layer that its docstring
 names (`tests/models/test_layers.py` compares them), and can be swapped for it. What
-was gained is in `experiments/RESULTS.md`, and `experiments/bench_layers.py` measures it.
-Gradients are given by hand, for reverse mode alone: `jax.jvp` does not go through.
+all of them gain is in `experiments/RESULTS.md`. Gradients are given by hand, for reverse
+mode alone: `jax.jvp` does not go through.
 """
 
 import functools
