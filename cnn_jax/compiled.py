@@ -14,10 +14,9 @@ from typing import Any
 
 import jax
 
-from cnn_jax.data.cache import COMPILED, cache_dir, own_entries
+from cnn_jax.data.cache import COMPILED, SECONDS_KEPT, cache_dir, own_entries
 
 _MOST_BYTES = 256_000_000  # The programs of a run are half a megabyte.
-_SECONDS_KEPT = 30 * 24 * 60 * 60
 _WRITABLE_BY_OTHERS = 0o022
 # How JAX warns of a file, with the name of the program.
 _TROUBLE = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for '(.+?)':")
@@ -67,7 +66,7 @@ def _sweep() -> None:
     total = 0
     for used, size, path in sorted(found, reverse=True):
         total += size
-        if total > _MOST_BYTES or time.time() - used > _SECONDS_KEPT:
+        if total > _MOST_BYTES or time.time() - used > SECONDS_KEPT:
             with contextlib.suppress(OSError):
                 path.unlink()
 

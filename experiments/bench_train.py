@@ -180,15 +180,12 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(list(peers.PEERS)[:6]), help="their names")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     flags = parser.parse_args()
-    shapes = SHAPES
-    if flags.shapes:
-        shapes = parse_shapes(flags.shapes)
+    shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     names = flags.peers.split(",")
-    on_cpu = not pathlib.Path("/dev/nvidia0").exists()
-    processes = [Process(names[0], is_memory_kept=on_cpu)]
-    processes += [Process(name, False) for name in names[on_cpu is False :]]
-    if on_cpu:
-        processes += [Process(name, True) for name in names[1:] if "orch" in name]
+    processes = [Process(name, is_memory_kept=False) for name in names]
+    if not pathlib.Path("/dev/nvidia0").exists():  # On a GPU, its memory is what counts.
+        processes.insert(0, Process(names[0], is_memory_kept=True))
+        processes += [Process(name, is_memory_kept=True) for name in names[1:] if "orch" in name]
     rows = []
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         for process in processes:

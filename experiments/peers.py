@@ -8,6 +8,7 @@ All compute the same: uint8 images in, the same weights, the same loss and optim
 Weights and gradients travel as arrays named as in this project ("conv1/kernel", ...).
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -25,26 +26,30 @@ GREY = 127.5  # Mean and deviation of the inputs.
 Arrays = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What all work on.
+
+    Attributes:
+      weights: Parameters and running statistics, by name.
+      images: uint8 [B, H, W, 3].
+      labels: int32 [B].
+      precision: "float32" or "bfloat16"; of others than this project's also "float64".
+      dropout: 0 where results are compared.
+    """
+
+    weights: Arrays
+    images: np.ndarray
+    labels: np.ndarray
+    precision: str
+    dropout: float
+
+
 class Peer:
     """What a benchmark asks of each library."""
 
-    def __init__(
-        self,
-        weights: Arrays,
-        images: np.ndarray,
-        labels: np.ndarray,
-        precision: str,
-        dropout: float,
-    ):
-        """Makes the network, its optimizer and one batch.
-
-        Args:
-          weights: Parameters and running statistics, by name.
-          images: uint8 [B, H, W, 3].
-          labels: int32 [B].
-          precision: "float32" or "bfloat16"; of others than this project's also "float64".
-          dropout: 0 where results are compared.
-        """
+    def __init__(self, task: Task):
+        """Makes the network, its optimizer and one batch."""
 
     def loss_and_gradients(self) -> tuple[float, Arrays]:
         """The mean loss with smoothing, in training mode; the gradients of it and L2."""
@@ -62,14 +67,7 @@ class Peer:
 class Ours(Peer):
     """The step of this project, with the compiler's options that it uses."""
 
-    def __init__(
-        self,
-        weights: Arrays,
-        images: np.ndarray,
-        labels: np.ndarray,
-        precision: str,
-        dropout: float,
-    ):
+    def __init__(self, task: Task):
         import jax
 
         from cnn_jax.models import forward
@@ -77,11 +75,11 @@ class Ours(Peer):
         from cnn_jax.preprocessing import Preprocessing
         from cnn_jax.step import TrainState, train_step
 
-        model = self._model(precision, dropout)
-        options = self._compiler_options()
-        tree = _nested(weights)
+        model = self._model(task.precision, task.dropout)
+        self._options = self._compiler_options()
+        tree = _nested(task.weights)
         optimizer = make_optimizer(make_schedule(LEARNING_RATE, LEARNING_RATE, total_steps=1), L2)
-        preprocessing = Preprocessing(image_size=images.shape[1:3])
+        preprocessing = Preprocessing(image_size=task.images.shape[1:3])
         step = functools.partial(
             train_step,
             model=model,
@@ -89,9 +87,9 @@ class Ours(Peer):
             preprocessing=preprocessing,
             label_smoothing=LABEL_SMOOTHING,
         )
-        self._jax, self._images = jax, images
+        self._jax, self._images = jax, task.images
         self._batch = jax.device_put(
-            {"image": images, "label": labels, "mask": np.ones(len(labels), bool)}
+            {"image": task.images, "label": task.labels, "mask": np.ones(len(task.labels), bool)}
         )
         self._state = jax.device_put(
             TrainState(
@@ -103,14 +101,16 @@ class Ours(Peer):
         )
         self._variables = jax.device_put(dict(tree))
         self._step = jax.jit(
-            functools.partial(step, optimizer=optimizer), donate_argnums=0, compiler_options=options
+            functools.partial(step, optimizer=optimizer),
+            donate_argnums=0,
+            compiler_options=self._options,
         )
         self._plain_step = step
         self._forward = jax.jit(
             lambda variables, images: jax.nn.softmax(
                 forward(model, variables, images, preprocessing)
             ),
-            compiler_options=options,
+            compiler_options=self._options,
         )
 
     def _model(self, precision: str, dropout: float) -> Any:
@@ -138,7 +138,11 @@ class Ours(Peer):
             optax.GradientTransformation(lambda params: params, keep),
         )
         state = self._state.replace(opt_state=optimizer.init(self._state.params))
-        step = self._jax.jit(functools.partial(self._plain_step, optimizer=optimizer))
+        # Compiled as what is timed.
+        step = self._jax.jit(
+            functools.partial(self._plain_step, optimizer=optimizer),
+            compiler_options=self._options,
+        )
         after, _ = step(state, self._batch)
         return self._loss(), _flat(after.opt_state[-1])
 
@@ -204,24 +208,17 @@ class Torch(Peer):
 
     is_compiled = False
 
-    def __init__(
-        self,
-        weights: Arrays,
-        images: np.ndarray,
-        labels: np.ndarray,
-        precision: str,
-        dropout: float,
-    ):
+    def __init__(self, task: Task):
         import torch  # pyright: ignore
 
         torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = precision == "bfloat16"
+        torch.backends.cuda.matmul.allow_tf32 = task.precision == "bfloat16"
         self._torch = torch
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._precision, self._host_images = precision, images
-        net = _torch_network(dropout)
-        _load_into_torch(net, weights)
-        self._dtype = torch.float64 if precision == "float64" else torch.float32
+        self._precision, self._host_images = task.precision, task.images
+        net = _torch_network(task.dropout)
+        _load_into_torch(net, task.weights)
+        self._dtype = torch.float64 if task.precision == "float64" else torch.float32
         self._net = net.to(self._device, self._dtype, memory_format=torch.channels_last)
         kernels = [p for n, p in net.named_parameters() if _is_torch_kernel(n, p)]
         others = [p for n, p in net.named_parameters() if not _is_torch_kernel(n, p)]
@@ -230,8 +227,8 @@ class Torch(Peer):
             lr=LEARNING_RATE,
             fused=True,
         )
-        self._images = torch.from_numpy(images).to(self._device)
-        self._labels = torch.from_numpy(labels.astype(np.int64)).to(self._device)
+        self._images = torch.from_numpy(task.images).to(self._device)
+        self._labels = torch.from_numpy(task.labels.astype(np.int64)).to(self._device)
         compiled = torch.compile if self.is_compiled else lambda function: function
         self._loss: Callable[[], Any] = compiled(self._eager_loss)
         self._forward: Callable[[Any], Any] = compiled(self._probabilities)
@@ -351,21 +348,14 @@ def _is_torch_kernel(name: str, parameter: Any) -> bool:
 class Keras(Peer):
     """Keras 3, a batch at a time as `fit` trains it; KERAS_BACKEND says what it runs on."""
 
-    def __init__(
-        self,
-        weights: Arrays,
-        images: np.ndarray,
-        labels: np.ndarray,
-        precision: str,
-        dropout: float,
-    ):
+    def __init__(self, task: Task):
         import keras  # pyright: ignore
 
-        policy = "mixed_bfloat16" if precision == "bfloat16" else precision
+        policy = "mixed_bfloat16" if task.precision == "bfloat16" else task.precision
         keras.config.set_dtype_policy(policy)
         self._keras = keras
         layers, l2 = keras.layers, keras.regularizers.L2(L2 / 2)
-        head = "float64" if precision == "float64" else "float32"
+        head = "float64" if task.precision == "float64" else "float32"
         blocks: list[Any] = [layers.Rescaling(1 / GREY, offset=-1)]
         for i, features in enumerate(FEATURES, start=1):
             blocks += [
@@ -380,17 +370,17 @@ class Keras(Peer):
         blocks += [
             layers.GlobalAveragePooling2D(),
             layers.Dense(DENSE, activation="relu", kernel_regularizer=l2, name="dense"),
-            layers.Dropout(dropout),
+            layers.Dropout(task.dropout),
             layers.Dense(CLASSES, kernel_regularizer=l2, dtype=head, name="head"),
         ]
-        self._net = keras.Sequential([keras.Input(images.shape[1:], dtype="uint8"), *blocks])
+        self._net = keras.Sequential([keras.Input(task.images.shape[1:], dtype="uint8"), *blocks])
         self._loss = keras.losses.CategoricalCrossentropy(
             from_logits=True, label_smoothing=LABEL_SMOOTHING, dtype=head
         )
         self._net.compile(keras.optimizers.Adam(LEARNING_RATE), self._loss)
         for name, variable in self._variables().items():
-            variable.assign(weights[name])
-        self._images, self._labels = images, np.eye(CLASSES, dtype=np.float32)[labels]
+            variable.assign(task.weights[name])
+        self._images, self._labels = task.images, np.eye(CLASSES, dtype=np.float32)[task.labels]
 
     def _variables(self) -> dict[str, Any]:
         ours = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}
@@ -447,20 +437,13 @@ class Keras(Peer):
 class OnnxRuntime(Peer):
     """PyTorch's network, exported, in ONNX Runtime with its defaults. It does not train."""
 
-    def __init__(
-        self,
-        weights: Arrays,
-        images: np.ndarray,
-        labels: np.ndarray,
-        precision: str,
-        dropout: float,
-    ):
+    def __init__(self, task: Task):
         import io
 
         import onnxruntime  # pyright: ignore
         import torch  # pyright: ignore
 
-        torch_peer = Torch(weights, images, labels, "float32", dropout)
+        torch_peer = Torch(dataclasses.replace(task, precision="float32"))
         torch_peer._net.eval()
 
         class Whole(torch.nn.Module):
@@ -474,11 +457,11 @@ class OnnxRuntime(Peer):
                 )
 
         file = io.BytesIO()
-        example = torch.from_numpy(images).to(torch_peer._device)
+        example = torch.from_numpy(task.images).to(torch_peer._device)
         torch.onnx.export(Whole(), (example,), file, dynamo=False, input_names=["images"])
         available = onnxruntime.get_available_providers()
         self._session = onnxruntime.InferenceSession(file.getvalue(), providers=available)
-        self._images = images
+        self._images = task.images
 
     def predict(self) -> np.ndarray:
         return self._session.run(None, {"images": self._images})[0]
@@ -538,7 +521,8 @@ def _serve(name: str) -> None:
             with np.load(request["data"]) as data:
                 weights = {key: data[key] for key in data if "/" in key}
                 images, labels = data["images"], data["labels"]
-            peer = PEERS[name](weights, images, labels, request["precision"], request["dropout"])
+            task = Task(weights, images, labels, request["precision"], request["dropout"])
+            peer = PEERS[name](task)
         elif peer is not None and request["do"] == "gradients":
             loss, gradients = peer.loss_and_gradients()
             np.savez(request["to"], allow_pickle=False, **gradients)

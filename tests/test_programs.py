@@ -3,12 +3,13 @@
 import collections
 import dataclasses
 import functools
+import json
+import math
 
 import jax
 import jax.monitoring
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 
 from cnn_jax import runtime, train
 from cnn_jax.models.cnn import CNN
@@ -16,16 +17,7 @@ from cnn_jax.optimizer import make_optimizer, make_schedule
 from cnn_jax.preprocessing import Preprocessing
 from cnn_jax.step import TrainState, train_step
 from cnn_jax.train import train_and_evaluate
-
-
-@pytest.fixture(scope="module")
-def roofline():
-    """The least operations and bytes, `experiments/roofline.py`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(REPOSITORY / "experiments")
-        import roofline
-
-        return roofline
+from experiments import roofline
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +49,13 @@ def compiled_step():
     return jitted.lower(state, batch).compile()
 
 
-def test_a_step_does_few_operations_beyond_the_least(compiled_step, roofline):
+def test_a_step_does_few_operations_beyond_the_least(compiled_step):
     least = roofline.training_work(CNN(num_classes=10), 64, 8, activation_bytes=4)
     # XLA leaves out the products with the zeros of the padding: 4 % of them here.
     assert compiled_step.cost_analysis()["flops"] == pytest.approx(least.flops, rel=0.05)
 
 
-def test_a_step_moves_at_most_some_three_times_the_least_bytes(compiled_step, roofline):
+def test_a_step_moves_at_most_some_three_times_the_least_bytes(compiled_step):
     """2.5 times when written."""
     least = roofline.training_work(CNN(num_classes=10), 64, 8, activation_bytes=4)
     assert compiled_step.cost_analysis()["bytes accessed"] < 2.7 * least.bytes
@@ -137,9 +129,6 @@ def test_a_step_is_one_transfer_each_way_and_nothing_is_compiled_twice(
 
 
 def _batches_per_epoch(run, config):
-    import json
-    import math
-
     report = json.loads((run / "report" / "metrics.json").read_text())
     counts = {split: sum(map(sum, report[split]["confusion"])) for split in ("train", "validation")}
     size = config.train.batch_size

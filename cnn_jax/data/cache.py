@@ -32,8 +32,8 @@ _OWN_FILES = {
     COMPILED: re.compile(r".+-[0-9a-f]{64}-cache"),
 }
 _A_DAY = 24 * 60 * 60  # Seconds.
-# Pixels are kept so long after they were last opened.
-_DAYS_KEPT = 30
+# Pixels and programs are kept so long after they were last used.
+SECONDS_KEPT = 30 * _A_DAY
 
 
 def cache_dir() -> pathlib.Path:
@@ -137,10 +137,10 @@ def _pixels_path(key: str) -> pathlib.Path:
 
 def _sweep(folder: pathlib.Path) -> None:
     """Removes what killed processes have left, and pixels that nobody opens any more."""
-    for pattern, days in ((".partial-*", 1), ("*.npy", _DAYS_KEPT)):
+    for pattern, seconds in ((".partial-*", _A_DAY), ("*.npy", SECONDS_KEPT)):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > days * _A_DAY:
+                if time.time() - path.stat().st_mtime > seconds:
                     path.unlink()
 
 
