@@ -32,7 +32,8 @@ def keep_compiled() -> None:
     """
     # Of several processes some would find a program and others not, and XLA, which shares
     # among processes what it measures on GPUs, would let those wait for the first.
-    if jax.config.jax_compilation_cache_dir is not None or jax.distributed.is_initialized():
+    told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if told is not None or jax.distributed.is_initialized():
         return
     folder = cache_dir() / COMPILED
     try:

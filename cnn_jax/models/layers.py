@@ -25,7 +25,8 @@ def channel_sums(
 ) -> tuple[Float[Array, " channel"], ...]:
     """The float32 sums of arrays of one shape over all but channels, in one pass over memory."""
     arrays = tuple(array.astype(jnp.float32) for array in arrays)
-    return lax.platform_dependent(*arrays, cpu=_sums_of_blocks, default=_plain_sums)
+    sums = lax.platform_dependent(*arrays, cpu=_sums_of_blocks, default=_plain_sums)
+    return cast(tuple[Array, ...], sums)
 
 
 def _plain_sums(*arrays: Array) -> tuple[Array, ...]:
