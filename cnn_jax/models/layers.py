@@ -241,8 +241,11 @@ class BatchNorm(nn.Module):
             factor = lax.rsqrt(running_var.value + self.epsilon) * scale
             centred = x - _of_pixels(running_mean.value)
             return (centred * _of_pixels(factor) + _of_pixels(bias)).astype(self.dtype)
-        x, mean, variance = normalize_batch(x.astype(self.dtype), scale, bias, self.epsilon)
+        normalized, mean, variance = cast(
+            tuple[Array, Array, Array],
+            normalize_batch(x.astype(self.dtype), scale, bias, self.epsilon),
+        )
         if not self.is_initializing():
             for running, value in ((running_mean, mean), (running_var, variance)):
                 running.value = self.momentum * running.value + (1 - self.momentum) * value
-        return cast(Array, x)
+        return normalized
