@@ -119,7 +119,7 @@ class Ours(Peer):
         config = {"name": "cnn", "features": FEATURES, "dense": DENSE}
         return make_model({**config, "dropout": dropout, "batch_norm": True}, CLASSES, precision)
 
-    def _compiler_options(self) -> dict[str, str]:
+    def _compiler_options(self) -> dict[str, str | bool]:
         from cnn_jax import runtime
 
         return runtime.compiler_options()
@@ -170,7 +170,7 @@ class Ours(Peer):
 class PlainLinen(Ours):
     """The same step around Linen's own layers, as XLA compiles them by default."""
 
-    def _compiler_options(self) -> dict[str, str]:
+    def _compiler_options(self) -> dict[str, str | bool]:
         return {}
 
     def _model(self, precision: str, dropout: float) -> Any:

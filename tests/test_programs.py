@@ -21,8 +21,8 @@ from experiments import roofline
 
 
 @pytest.fixture(scope="module")
-def compiled_step():
-    """The specification's training step on a batch of 8 at 64 x 64 pixels, for this CPU."""
+def lower_step():
+    """The specification's training step on a batch of 8 at 64 x 64 pixels, by compiler options."""
     model = CNN(num_classes=10)
     optimizer = make_optimizer(make_schedule(1e-3, 1e-4, total_steps=10), l2=1e-4)
     step = functools.partial(
@@ -45,8 +45,17 @@ def compiled_step():
         "label": jax.ShapeDtypeStruct((8,), np.int32),
         "mask": jax.ShapeDtypeStruct((8,), bool),
     }
-    jitted = jax.jit(step, donate_argnums=0, compiler_options=runtime.compiler_options())
-    return jitted.lower(state, batch).compile()
+    return lambda options: jax.jit(step, donate_argnums=0, compiler_options=options).lower(
+        state, batch
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled_step(lower_step):
+    """As it is compiled for this CPU, but for oneDNN, whose work XLA does not count."""
+    options = runtime.compiler_options()
+    counted = {name: value for name, value in options.items() if "onednn" not in name}
+    return lower_step(counted).compile()
 
 
 def test_a_step_does_few_operations_beyond_the_least(compiled_step):
@@ -55,25 +64,26 @@ def test_a_step_does_few_operations_beyond_the_least(compiled_step):
     assert compiled_step.cost_analysis()["flops"] == pytest.approx(least.flops, rel=0.05)
 
 
-def test_a_step_moves_at_most_some_three_times_the_least_bytes(compiled_step):
-    """2.5 times when written."""
+def test_a_step_moves_some_twice_the_least_bytes(compiled_step):
+    """2.06 times when written."""
     least = roofline.training_work(CNN(num_classes=10), 64, 8, activation_bytes=4)
-    assert compiled_step.cost_analysis()["bytes accessed"] < 2.7 * least.bytes
+    assert compiled_step.cost_analysis()["bytes accessed"] < 2.2 * least.bytes
 
 
 def test_a_step_takes_the_memory_of_its_activations(compiled_step):
-    """2.3 MB an image when written; activations alone are 1.1 MB."""
-    assert compiled_step.memory_analysis().temp_size_in_bytes / 8 < 2.5e6
+    """1.7 MB an image when written; activations alone are 1.1 MB."""
+    assert compiled_step.memory_analysis().temp_size_in_bytes / 8 < 1.8e6
 
 
-def test_xla_is_told_whose_convolutions_to_take(compiled_step):
+def test_xla_is_told_whose_convolutions_to_take(lower_step):
     assert runtime.compiler_options()
-    convolutions = [
-        line for line in compiled_step.as_text().splitlines() if " convolution(" in line
-    ]
-    # Three forward, two gradients by inputs and three by weights, none as a library's fusion.
-    assert len(convolutions) == 8
-    assert not any("(%param_" in line for line in convolutions)
+    lines = lower_step(runtime.compiler_options()).compile().as_text().splitlines()
+    by_eigen = [line for line in lines if " convolution(" in line]
+    by_onednn = [line for line in lines if '"__onednn$convolution"' in line]
+    # Three forward, two gradients by inputs and, always Eigen's, three by weights; none as a
+    # fusion of another library's.
+    assert (len(by_eigen), len(by_onednn)) in ((8, 0), (3, 5))
+    assert not any("(%param_" in line for line in by_eigen)
 
 
 @pytest.mark.parametrize("place", ["host", "device"])

@@ -57,6 +57,57 @@ def _of_pixels(channels: Float[Array, " channel"]) -> Float[Array, "1 1 1 channe
     return channels[None, None, None]
 
 
+def _convolve(x: Array, kernel: Array) -> Array:
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@jax.custom_vjp
+def convolve(
+    x: Float[Array, "batch height width channel"],
+    kernel: Float[Array, "3 3 channel features"],
+) -> Float[Array, "batch height width features"]:
+    """The cross-correlation of images with a kernel, at stride 1 and with padding "SAME"."""
+    return _convolve(x, kernel)
+
+
+def _convolve_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve(x, kernel), (x, kernel)
+
+
+def _convolve_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    of_x = jax.linear_transpose(lambda x: _convolve(x, kernel), x)
+    of_kernel = lax.platform_dependent(
+        x, gradient, kernel, cpu=_kernel_gradient_on_cpu, default=_kernel_gradient
+    )
+    return of_x(gradient)[0], cast(Array, of_kernel)
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _kernel_gradient(x: Array, gradient: Array, kernel: Array) -> Array:
+    return jax.linear_transpose(lambda kernel: _convolve(x, kernel), kernel)(gradient)[0]
+
+
+def _kernel_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
+    """The same convolution as above, images with gradients of their size, by Eigen.
+
+    oneDNN, which XLA may use on CPUs (`runtime.compiler_options`), takes up to eight times
+    as long for it. XLA does not give it kernels that are reversed, here by channel.
+    """
+    of_kernel = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        lax.rev(gradient.transpose(1, 2, 0, 3), (3,)),
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return lax.rev(of_kernel, (3,)).transpose(1, 2, 0, 3)
+
+
 @jax.custom_vjp
 def add_bias(
     x: Float[Array, "batch height width channel"], bias: Float[Array, " channel"]
@@ -77,56 +128,66 @@ def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
-@jax.custom_vjp
 def max_pool_2x2(
     x: Float[Array, "batch height width channel"],
 ) -> Float[Array, "batch height//2 width//2 channel"]:
     """Max pooling with window 2 x 2 and stride 2; an odd last row or column is dropped.
 
-    The value is that of `nn.max_pool`. Its gradient goes to the largest of the
-    four; where values tie, it is shared.
+    Value and gradient are those of `nn.max_pool`: where pixels of a window tie, the gradient
+    goes to the first.
     """
-    (a, b), (c, d) = _windows(x)
+    return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
+
+
+@jax.custom_vjp
+def _max_pool(x: Array) -> Array:
+    a, b, c, d = _windows(x)
     # Or XLA computes it anew, across its rows, where the next layer wants it transposed.
     return lax.optimization_barrier(jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d)))
 
 
 def _max_pool_forward(x: Array) -> tuple[Array, Array]:
-    return max_pool_2x2(x), x
+    """Also says which pixel of each window is the largest, 0 to 3 by row and column.
 
-
-def _max_pool_backward(x: Array, gradient: Array) -> tuple[Array]:
-    """By comparing the four with each other, in pairs.
-
-    Not with the maximum: XLA may compute a pixel twice, with other roundings, and none
-    might equal it. So the parts of a gradient always add up to it.
+    The backward pass does not look for it: XLA may compute pixels twice, with other
+    roundings, and none might equal the maximum.
     """
-    (a, b), (c, d) = _windows(x)
-    of_top = _share(jnp.maximum(a, b), jnp.maximum(c, d))
-    of_a, of_c = _share(a, b), _share(c, d)
-    top, bottom = gradient * of_top, gradient * (1 - of_top)
-    rows = [
-        jnp.stack([top * of_a, top * (1 - of_a)], axis=3),
-        jnp.stack([bottom * of_c, bottom * (1 - of_c)], axis=3),
-    ]
-    batch, height, width, channels = a.shape
-    routed = jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)
-    dropped = x.shape[1] - 2 * height, x.shape[2] - 2 * width
-    return (jnp.pad(routed, [(0, 0), (0, dropped[0]), (0, dropped[1]), (0, 0)]),)
+    windows = jnp.stack(_windows(x))
+    pooled, which = lax.platform_dependent(windows, cpu=_largest_in_one_pass, default=_largest)
+    return lax.optimization_barrier((pooled, which.astype(jnp.int8)))
 
 
-max_pool_2x2.defvjp(_max_pool_forward, _max_pool_backward)
+def _largest(windows: Array) -> tuple[Array, Array]:
+    return jnp.max(windows, axis=0), jnp.argmax(windows, axis=0).astype(jnp.int32)
 
 
-def _windows(x: Array) -> list[list[Array]]:
-    """The pixels of each 2 x 2 window by row and column, [batch, height//2, width//2, channel]."""
-    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-    return [[x[:, i::2, j::2] for j in (0, 1)] for i in (0, 1)]
+def _largest_in_one_pass(windows: Array) -> tuple[Array, Array]:
+    pixel = lax.broadcasted_iota(jnp.int32, windows.shape, 0)
+    init = jnp.asarray(-jnp.inf, windows.dtype), jnp.int32(0)
+    pooled, which = lax.reduce((windows, pixel), init, _larger, (0,))
+    return pooled, which
 
 
-def _share(a: Array, b: Array) -> Array:
-    """What goes to a of a gradient of max(a, b): 1, 1/2 or 0."""
-    return jnp.where(a > b, 1, jnp.where(a == b, 0.5, 0)).astype(a.dtype)
+def _larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    is_b = (b[0] > a[0]) | jnp.isnan(b[0])
+    return jnp.where(is_b, b[0], a[0]), jnp.where(is_b, b[1], a[1])
+
+
+def _max_pool_backward(which: Array, gradient: Array) -> tuple[Array]:
+    """By comparisons alone, which XLA computes within the loops that need the gradient."""
+    batch, height, width, channels = gradient.shape
+    pixel = jnp.arange(4, dtype=which.dtype).reshape(1, 1, 2, 1, 2, 1)
+    is_largest = which[:, :, None, :, None] == pixel
+    routed = jnp.where(is_largest, gradient[:, :, None, :, None], 0)
+    return (routed.reshape(batch, 2 * height, 2 * width, channels),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _windows(x: Array) -> list[Array]:
+    """The pixels of each 2 x 2 window, by row and column, [batch, height//2, width//2, channel]."""
+    return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -202,13 +263,7 @@ class Conv(nn.Module):
             "kernel", nn.initializers.he_normal(), (3, 3, x.shape[-1], self.features)
         )
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        x = lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        x = convolve(x.astype(self.dtype), kernel.astype(self.dtype))
         return add_bias(x, bias.astype(self.dtype))
 
 

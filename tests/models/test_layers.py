@@ -146,30 +146,33 @@ def test_the_gradient_of_a_bias_is_the_sum():
     np.testing.assert_allclose(of_bias, weights.sum((0, 1, 2)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 5, 7, 2), (2, 2, 3, 1), (3, 1, 4, 2)])
-def test_max_pool_is_that_of_flax_and_its_gradient_goes_to_the_largest(shape):
-    x = _random(*shape)  # No ties.
+def test_max_pool_and_its_gradient_are_those_of_flax(shape, ties):
+    x = _random(*shape)
+    if ties:
+        x = jnp.round(x / 2)
 
     def flax_pool(x):
         return nn.max_pool(x, (2, 2), (2, 2))
 
-    np.testing.assert_array_equal(max_pool_2x2(x), flax_pool(x))
+    np.testing.assert_array_equal(jax.jit(max_pool_2x2)(x), flax_pool(x))
     weights = _random(*max_pool_2x2(x).shape, seed=1)
-    ours = jax.grad(lambda x: jnp.sum(weights * max_pool_2x2(x)))(x)
-    flaxs = jax.grad(lambda x: jnp.sum(weights * flax_pool(x)))(x)
-    np.testing.assert_array_equal(ours, flaxs)
+
+    def weighted(pool):
+        return jax.jit(jax.value_and_grad(lambda x: jnp.sum(weights * pool(x))))
+
+    (value, gradient), (flaxs, gradient_of_flaxs) = (
+        weighted(pool)(x) for pool in (max_pool_2x2, flax_pool)
+    )
+    np.testing.assert_allclose(value, flaxs, rtol=1e-6)
+    np.testing.assert_array_equal(gradient, gradient_of_flaxs)
 
 
-@pytest.mark.parametrize(
-    ("window", "shares"),
-    [
-        ([[1, 1], [1, 1]], [[0.25, 0.25], [0.25, 0.25]]),
-        ([[2, 1], [2, 0]], [[0.5, 0], [0.5, 0]]),
-        ([[3, 3], [0, 1]], [[0.5, 0.5], [0, 0]]),
-        ([[-0.0, 0.0], [-1, -2]], [[0.5, 0.5], [0, 0]]),
-    ],
-)
-def test_where_values_tie_the_gradient_is_shared(window, shares):
-    x = jnp.asarray(window, jnp.float32)[None, :, :, None]
-    gradient = jax.grad(lambda x: jnp.sum(max_pool_2x2(x)))(x)
-    np.testing.assert_allclose(gradient[0, :, :, 0], np.asarray(shares), rtol=1e-6)
+@pytest.mark.parametrize("pixel", range(4))
+def test_not_a_number_comes_through_a_max_pool(pixel):
+    x = jnp.ones((1, 4, 1, 1)).at[0, pixel].set(jnp.nan).reshape(1, 2, 2, 1)
+    assert jnp.isnan(max_pool_2x2(x)).all()
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(max_pool_2x2(x)))(x)
+    assert jnp.isnan(value)
+    assert gradient.ravel()[pixel] == 1 and gradient.sum() == 1
