@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cnn_jax import cli
+from cnn_jax import cli, runtime
 from cnn_jax.compiled import keep_compiled
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track
@@ -167,6 +167,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=cli.path, help="JSON file to write; stdout if not given")
     flags = parser.parse_args(argv)
 
+    runtime.keep_freed_memory()
     keep_compiled()
     predictor = Predictor.load(flags.bundle)
     console = Console()

@@ -260,6 +260,7 @@ def main(argv: Sequence[str]) -> None:
     )
     flags = parser.parse_args(argv)
 
+    runtime.keep_freed_memory()
     keep_compiled()
     predictor = Predictor.load(flags.bundle)
     paths = list_images(flags.input, flags.allow_outside)

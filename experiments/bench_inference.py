@@ -3,12 +3,14 @@
     pip install -e '.[bench]' && python experiments/bench_inference.py [--json=FILE]
 
 From uint8 images in host memory to probabilities in host memory, through the same
-weights; each library in a process of its own with its defaults, all in turn, as in
-`bench_train.py`. First all must agree on the probabilities to 1e-5. Medians; compilation
-is apart. "best peer" is the best of all others, "floor" that of `experiments/roofline.py`.
+weights; each library in a process of its own, all in turn, as in `bench_train.py`. First
+all must agree on the probabilities to 1e-5. Medians; compilation is apart.
+
+This project keeps freed memory, as its commands do (`cnn_jax.runtime`), the others have
+their defaults. "best peer" is the best of the others, "floor" that of
+`experiments/roofline.py`.
 """
 
-import argparse
 import contextlib
 import json
 import pathlib
@@ -18,7 +20,16 @@ from typing import Any
 
 import numpy as np
 import peers
-from bench_train import Process, floor_milliseconds, measure, parse_shapes, write_data
+from bench_train import (
+    Process,
+    floor_milliseconds,
+    make_parser,
+    measure,
+    parse_shapes,
+    print_header,
+    print_rows,
+    write_data,
+)
 
 # Pixels on a side, and images in a batch.
 SHAPES = ((32, 1), (32, 32), (64, 1), (64, 32), (224, 1), (224, 32))
@@ -48,23 +59,19 @@ def check_agreement(processes: list[Process], folder: pathlib.Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shapes", help="such as 32x1,224x32: pixels x images")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--seconds", type=float, default=6, help="for each library and shape")
-    parser.add_argument("--peers", default=",".join(peers.PEERS), help="their names")
-    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
-    flags = parser.parse_args()
+    flags = make_parser(list(peers.PEERS), seconds=6).parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
-        processes = [Process(name, is_memory_kept=False) for name in flags.peers.split(",")]
+        processes = [
+            Process(name, name == "cnn_jax", flags.peer_python) for name in flags.peers.split(",")
+        ]
         for process in processes:
             stack.callback(process.close)
         folder = pathlib.Path(temporary)
         print(f"probabilities agree to {check_agreement(processes, folder):.1e}\n")
         floors = floor_milliseconds(shapes, flags.precision, kind="inference")
-        print(f"{'':<22}  {'ms':>8}  {'images/s':>9}  {'/ best peer':>11}  {'/ floor':>7}")
+        print_header()
         for side, batch_size in shapes:
             seconds = measure(
                 processes,
@@ -87,13 +94,7 @@ def main() -> None:
                     "ms": {name: 1e3 * value for name, value in seconds.items()},
                 }
             )
-            print(f"\n{side} x {side} pixels, batch {batch_size}, floor {floor_ms:.3f} ms")
-            for name, value in seconds.items():
-                print(
-                    f"{name:<22}  {1e3 * value:>8.2f}  {batch_size / value:>9,.1f}"
-                    f"  {best_peer / value:>11.2f}  {1e3 * value / floor_ms:>7.2f}",
-                    flush=True,
-                )
+            print_rows(seconds, side, batch_size, 1e3 * best_peer, floor_ms)
     if flags.json:
         flags.json.write_text(json.dumps(rows, indent=2) + "\n")
 

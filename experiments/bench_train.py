@@ -14,6 +14,9 @@ input pipeline takes part.
 C library keeps freed memory. PyTorch gains by it as well, if its user knows of it, so it
 is measured both ways. "best peer" is the best of all but plain Linen with the settings
 that its users have: without it. "floor" is that of `experiments/roofline.py`.
+
+--peer_python=PATH is the interpreter of another environment, for peers that cannot be
+installed beside the JAX that is to be measured.
 """
 
 import argparse
@@ -41,13 +44,18 @@ KEPT = {
 TOLERANCE = 1e-4
 
 
+def is_own(name: str) -> bool:
+    """Whether a peer is this project's, or a variant of it."""
+    return issubclass(peers.PEERS[name], peers.Ours)
+
+
 class Process:
     """A peer in a process of its own."""
 
-    def __init__(self, name: str, is_memory_kept: bool):
+    def __init__(self, name: str, is_memory_kept: bool, peer_python: str):
         self.peer, self.name = name, name + ", memory kept" * is_memory_kept
         self._process = subprocess.Popen(
-            [sys.executable, peers.__file__, name],
+            [sys.executable if is_own(name) else peer_python, peers.__file__, name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE if not os.environ.get("BENCH_VERBOSE") else None,
@@ -120,8 +128,7 @@ def check_agreement(processes: list[Process], folder: pathlib.Path) -> float:
     write_data(data, 32, 16)
     results = {}
     for process in processes:
-        is_own = issubclass(peers.PEERS[process.peer], peers.Ours)
-        precision = "float32" if is_own else "float64"
+        precision = "float32" if is_own(process.peer) else "float64"
         process.ask(do="open", data=str(data), precision=precision, dropout=0.0)
         to = folder / "gradients.npz"
         loss = process.ask(do="gradients", to=str(to))["loss"]
@@ -172,20 +179,42 @@ def measure(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def main() -> None:
+def make_parser(names: list[str], seconds: float) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", help="such as 32x256,224x32: pixels x images")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--seconds", type=float, default=12, help="for each library and shape")
-    parser.add_argument("--peers", default=",".join(list(peers.PEERS)[:6]), help="their names")
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each library and shape")
+    parser.add_argument("--peers", default=",".join(names), help="their names")
+    parser.add_argument("--peer_python", default=sys.executable, metavar="PATH")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
-    flags = parser.parse_args()
+    return parser
+
+
+def print_header() -> None:
+    print(f"{'':<28}  {'ms':>8}  {'images/s':>9}  {'/ best peer':>11}  {'/ floor':>7}")
+
+
+def print_rows(
+    seconds: dict[str, float], side: int, batch_size: int, best_peer_ms: float, floor_ms: float
+) -> None:
+    """What each needs for one shape."""
+    print(f"\n{side} x {side} pixels, batch {batch_size}, floor {floor_ms:.2f} ms")
+    for name, value in seconds.items():
+        print(
+            f"{name:<28}  {1e3 * value:>8.2f}  {batch_size / value:>9,.1f}"
+            f"  {best_peer_ms / 1e3 / value:>11.2f}  {1e3 * value / floor_ms:>7.2f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    flags = make_parser(list(peers.PEERS)[:6], seconds=12).parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     names = flags.peers.split(",")
-    processes = [Process(name, is_memory_kept=False) for name in names]
+    as_is = [(name, False) for name in names]
     if not pathlib.Path("/dev/nvidia0").exists():  # On a GPU, its memory is what counts.
-        processes.insert(0, Process(names[0], is_memory_kept=True))
-        processes += [Process(name, is_memory_kept=True) for name in names[1:] if "orch" in name]
+        as_is = [(names[0], True), *as_is, *((name, True) for name in names[1:] if "orch" in name)]
+    processes = [Process(name, is_kept, flags.peer_python) for name, is_kept in as_is]
     rows = []
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         for process in processes:
@@ -194,19 +223,12 @@ def main() -> None:
         worst = check_agreement(processes, folder)
         print(f"loss and gradients agree to {worst:.1e}\n", flush=True)
         floors = floor_milliseconds(shapes, flags.precision)
-        print(f"{'':<28}  {'ms':>8}  {'images/s':>9}  {'/ best peer':>11}  {'/ floor':>7}")
+        print_header()
         for side, batch_size in shapes:
             seconds = measure(processes, folder, side, batch_size, flags.precision, flags.seconds)
             row = summarize(seconds, side, batch_size, processes[0].name, floors[side, batch_size])
             rows.append(row)
-            print(f"\n{side} x {side} pixels, batch {batch_size}, floor {row['floor_ms']:.1f} ms")
-            for name, value in seconds.items():
-                print(
-                    f"{name:<28}  {1e3 * value:>8.2f}  {batch_size / value:>9,.1f}"
-                    f"  {row['best_peer_ms'] / 1e3 / value:>11.2f}"
-                    f"  {1e3 * value / row['floor_ms']:>7.2f}",
-                    flush=True,
-                )
+            print_rows(seconds, side, batch_size, row["best_peer_ms"], row["floor_ms"])
     if flags.json:
         flags.json.write_text(json.dumps(rows, indent=2) + "\n")
 

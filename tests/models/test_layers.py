@@ -175,4 +175,5 @@ def test_not_a_number_comes_through_a_max_pool(pixel):
     assert jnp.isnan(max_pool_2x2(x)).all()
     value, gradient = jax.value_and_grad(lambda x: jnp.sum(max_pool_2x2(x)))(x)
     assert jnp.isnan(value)
-    assert gradient.ravel()[pixel] == 1 and gradient.sum() == 1
+    assert gradient.ravel()[pixel] == 1
+    assert gradient.sum() == 1
