@@ -20,6 +20,7 @@ _MOST_BYTES = 256_000_000  # The programs of a run are half a megabyte.
 _WRITABLE_BY_OTHERS = 0o022
 # How JAX warns of a file, with the name of the program.
 _TROUBLE = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for '(.+?)':")
+_UNWRITABLE = "MemoryError: std::bad_alloc"
 
 
 def keep_compiled() -> None:
@@ -76,7 +77,8 @@ def _mend_in_silence() -> None:
     """Where JAX would warn of a file that it cannot read or write, the file is removed.
 
     JAX compiles the program then, as if there had been no file, but would leave an
-    incomplete one as it is for ever. It is no business of the user's.
+    incomplete one as it is for ever. It is no business of the user's. Nor is that XLA
+    cannot write a program with oneDNN's convolutions (`runtime.py`), which leaves no file.
     """
     show = warnings.showwarning
 
@@ -84,6 +86,8 @@ def _mend_in_silence() -> None:
         trouble = _TROUBLE.match(str(message))
         if trouble is None:
             show(message, *args, **kwargs)
+            return
+        if _UNWRITABLE in str(message):
             return
         for path in own_entries().get(COMPILED, []):
             if path.name.startswith(f"{trouble[1]}-"):

@@ -124,6 +124,7 @@ _FIELDS: dict[str, _Field] = {
     "optimizer.warmup_epochs": _number("0 or more", lambda v: v >= 0),
     "optimizer.l2": _number("0 or more", lambda v: v >= 0),
     "train.batch_size": _int(1),
+    "train.steps_per_execution": _int(0),
     "train.accumulation_steps": _int(1),
     "train.epochs": _int(1),
     "train.label_smoothing": _number("from 0 to below 1", lambda v: 0 <= v < 1),

@@ -16,22 +16,25 @@ class Trace:
     def __init__(self, folder: pathlib.Path | None):
         """A trace in this folder, or none at all."""
         self._folder = folder
-        self._seen = 0
+        self._warmed_up = self._traced = 0
         self._is_recording = False
 
     @contextlib.contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        """Surrounds one training step, which has this number."""
-        if self._folder is None or self._seen >= _WARM_UP + _TRACED:
+    def steps(self, first: int, count: int) -> Iterator[None]:
+        """Surrounds training steps that are executed together, from this number on."""
+        if self._folder is None or self._traced >= _TRACED:
             yield
             return
-        if self._seen == _WARM_UP:
+        if self._warmed_up >= _WARM_UP and not self._is_recording:
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._is_recording = True
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        with jax.profiler.StepTraceAnnotation("train", step_num=first):
             yield
-        self._seen += 1
-        if self._seen == _WARM_UP + _TRACED:
+        if not self._is_recording:
+            self._warmed_up += count
+            return
+        self._traced += count
+        if self._traced >= _TRACED:
             self.close()
 
     def close(self) -> None:
@@ -44,6 +47,6 @@ class Trace:
         """What a person is told of it, once all steps are done; None if nothing was wanted."""
         if self._folder is None:
             return None
-        if self._seen <= _WARM_UP:
+        if not self._traced:
             return f"no trace: there were fewer than {_WARM_UP + 1} steps"
-        return f"a trace of {min(self._seen - _WARM_UP, _TRACED)} steps is in {self._folder}"
+        return f"a trace of {self._traced} steps is in {self._folder}"

@@ -35,11 +35,15 @@ class Programs:
       empty_metrics: () -> metrics of nothing.
       train_step: (state, batch, pixels) -> (state, metrics); the state is donated.
         `pixels` are those of the whole data set if they are on the devices, or None.
+      train_steps: The same for several steps in one execution: each array of the batch,
+        and nothing else, has a dimension of steps before all others, and the metrics
+        are those of all.
       eval_step: (variables, batch, pixels) -> metrics.
       merge: (metrics, metrics) -> metrics; the first is donated.
       is_finite: (state) -> bool [], whether every number is.
       gather: (tree) -> the same, with a whole copy on each device.
       to_devices: The global batch, of the `rows` that this process loads.
+      to_devices_by_step: Several, in arrays with a dimension of steps before all others.
       to_all_devices: A copy of an array on each device.
       rows: The rows of a global batch that this process loads.
       batch_size: Examples in a global batch.
@@ -50,11 +54,13 @@ class Programs:
     init_state: Callable[[], TrainState]
     empty_metrics: Callable[[], Metrics]
     train_step: Any  # Of jax.jit, which also lowers.
+    train_steps: Callable[[TrainState, dict, PyTree], tuple[TrainState, Metrics]]
     eval_step: Callable[[Any, dict, PyTree], Metrics]
     merge: Callable[[Metrics, Metrics], Metrics]
     is_finite: Callable[[TrainState], jax.Array]
     gather: Callable[[PyTree], PyTree]
     to_devices: Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]
+    to_devices_by_step: Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]
     to_all_devices: Callable[[np.ndarray], jax.Array]
     rows: Int[np.ndarray, " rows"]
     batch_size: int
@@ -102,12 +108,26 @@ def make_programs(
             accumulation_steps=train.accumulation_steps,
         )
 
+    def several(
+        state: TrainState, batches: Mapping[str, Array], pixels: Array | None
+    ) -> tuple[TrainState, Metrics]:
+        def step(
+            carried: tuple[TrainState, Metrics], batch: Mapping[str, Array]
+        ) -> tuple[tuple[TrainState, Metrics], None]:
+            state, totals = carried
+            state, metrics = training(state, batch, pixels)
+            return (state, totals.merge(metrics)), None
+
+        start = state, Metrics.empty(model.num_classes)
+        return jax.lax.scan(step, start, batches)[0]
+
     def evaluation(variables: PyTree, batch: Mapping[str, Array], pixels: Array | None) -> Metrics:
         batch = _with_images(batch, pixels)
         return eval_step(variables, batch, model=model, preprocessing=preprocessing)
 
     mesh = sharding.make_mesh(config.mesh.model)
     everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
+    by_step = sharding.split_by_step_and_example(mesh)
     of_state = sharding.split_large(mesh, jax.eval_shape(init))
     return Programs(
         init_state=jax.jit(init, out_shardings=of_state),
@@ -118,6 +138,13 @@ def make_programs(
             training,
             donate_argnums=0,
             in_shardings=(of_state, by_example, everywhere),
+            out_shardings=(of_state, everywhere),
+            compiler_options=runtime.compiler_options(),
+        ),
+        train_steps=jax.jit(
+            several,
+            donate_argnums=0,
+            in_shardings=(of_state, by_step, everywhere),
             out_shardings=(of_state, everywhere),
             compiler_options=runtime.compiler_options(),
         ),
@@ -132,6 +159,9 @@ def make_programs(
         gather=jax.jit(lambda tree: tree, out_shardings=everywhere),
         to_devices=functools.partial(
             sharding.to_devices, sharding=by_example, batch_size=train.batch_size
+        ),
+        to_devices_by_step=functools.partial(
+            sharding.to_devices, sharding=by_step, batch_size=train.batch_size
         ),
         to_all_devices=functools.partial(sharding.place, sharding=everywhere),
         rows=sharding.local_rows(by_example, train.batch_size),
@@ -209,17 +239,30 @@ class Memory:
         self._programs = programs
         self._estimate: MemoryEstimate | None = None
 
-    def check(self, state: TrainState, batch: Mapping[str, jax.Array], pixels: Any) -> None:
-        """Compiles the training step for these arrays, and looks at what it will take.
+    def check(self, state: TrainState, batch: Mapping[str, np.ndarray], pixels: Any) -> None:
+        """Compiles the training step, and looks at what it will take.
+
+        Args:
+          state: The train state.
+          batch: What this process loads of one batch.
+          pixels: Those on the devices, or None.
 
         Raises:
           TrainingError: It is more than a device has.
         """
         programs = self._programs
-        analysis = programs.train_step.lower(state, batch, pixels).compile().memory_analysis()
+        whole_batch = {
+            name: jax.ShapeDtypeStruct((programs.batch_size, *rows.shape[1:]), rows.dtype)
+            for name, rows in batch.items()
+        }
+        lowered = programs.train_step.lower(state, whole_batch, pixels)
+        analysis = lowered.compile().memory_analysis()
         if analysis is None:  # This kind of device does not tell.
             return
-        batch_bytes = sum(array.nbytes for array in batch.values()) / programs.shares
+        batch_bytes = (
+            sum(array.size * array.dtype.itemsize for array in whole_batch.values())
+            / programs.shares
+        )
         examples = programs.batch_size / (programs.shares * programs.accumulation_steps)
         self._estimate = MemoryEstimate(
             fixed=max(analysis.argument_size_in_bytes - batch_bytes, 0.0),

@@ -29,14 +29,14 @@ from cnn_jax.errors import ConfigError, of_file, printable
 logger = logging.getLogger(__name__)
 
 # What a run may change between two starts. No number of the epochs that are done
-# depends on these: the data's fingerprint stands for where it lies, and a mesh changes
-# the rounding alone.
+# depends on these: the data's fingerprint stands for where it lies, and a mesh and the
+# steps of an execution change the rounding alone.
 _FREE_KEYS = frozenset(
     {
         *("data.source", "data.workers", "data.cache"),
         *("data.max_pixels", "data.max_unreadable", "data.allow_outside"),
         *("mesh.data", "mesh.model"),
-        *("train.epochs", "train.patience"),
+        *("train.epochs", "train.patience", "train.steps_per_execution"),
         *("checkpoint.keep", "checkpoint.every_steps", "checkpoint.restore_step"),
     }
 )

@@ -15,7 +15,8 @@ _CPU_OPTIONS = {
     # are Eigen's. Single matrix products stay with YNNPACK, as by default.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     # From 0.12 on XLA comes with oneDNN, which takes convolutions with their bias, at half to
-    # nine tenths of Eigen's time. Before, this does nothing.
+    # nine tenths of Eigen's time. Before, this does nothing. Such a program cannot be kept for
+    # the next process (`compiled.py`), but is soon compiled.
     "xla_cpu_experimental_onednn_custom_call": True,
 }
 

@@ -146,6 +146,11 @@ def split_by_example(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def split_by_step_and_example(mesh: Mesh) -> NamedSharding:
+    """The second dimension divided along `data`; the first is of steps, one after the other."""
+    return NamedSharding(mesh, PartitionSpec(None, "data"))
+
+
 def split_large(mesh: Mesh, tree: PyTree) -> PyTree:
     """For each array of a tree: its last dimension divided along `model`, or a whole copy.
 
@@ -172,12 +177,21 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> Int[np.ndarray, " ro
 def to_devices(
     batch: Mapping[str, np.ndarray], *, sharding: NamedSharding, batch_size: int
 ) -> dict[str, jax.Array]:
-    """The global batch, from the `local_rows` of each process."""
+    """The global batch, from the `local_rows` of each process.
+
+    Args:
+      batch: Arrays of rows; or, if `sharding` divides the second dimension, of steps and rows.
+      sharding: How examples are divided.
+      batch_size: Examples in the global batch.
+    """
+    before = sharding.spec.index("data")
+
+    def global_shape(rows: np.ndarray) -> tuple[int, ...]:
+        return (*rows.shape[:before], batch_size, *rows.shape[before + 1 :])
+
     with jax.transfer_guard_host_to_device("allow"):  # This is the one that is meant.
         return {
-            name: jax.make_array_from_process_local_data(
-                sharding, rows, (batch_size, *rows.shape[1:])
-            )
+            name: jax.make_array_from_process_local_data(sharding, rows, global_shape(rows))
             for name, rows in batch.items()
         }
 

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -165,6 +166,8 @@ class _Run:
       programs: What runs on the devices.
       schedule: The learning rate by step.
       steps_per_epoch: The last batch of an epoch may reach into the next one.
+      steps_per_execution: Steps that the devices are given at a time, if no epoch ends in
+        between.
       checkpoints: Those of this run.
       console: Where to show progress.
       heartbeat: Where to say that all goes on.
@@ -177,6 +180,7 @@ class _Run:
     programs: Programs
     schedule: optax.Schedule
     steps_per_epoch: int
+    steps_per_execution: int
     checkpoints: Checkpoints
     console: Console
     heartbeat: Heartbeat
@@ -209,10 +213,29 @@ class _Run:
             programs=programs,
             schedule=schedule,
             steps_per_epoch=steps_per_epoch,
+            steps_per_execution=config.train.steps_per_execution or _steps_that_pay(on_device),
             checkpoints=checkpoints,
             console=console,
             heartbeat=heartbeat,
         )
+
+    def steps_at(self, step: int) -> int:
+        """How many steps are executed at once from this one on: always those, or just one.
+
+        A run that goes on from a checkpoint executes the same ones together.
+        """
+        of_epoch, count = step % self.steps_per_epoch, self.steps_per_execution
+        fits = of_epoch % count == 0 and of_epoch + count <= self.steps_per_epoch
+        return count if fits else 1
+
+
+def _steps_that_pay(on_device: bool) -> int:
+    """Steps at a time where nothing was asked for.
+
+    A step that needs only the rows of its images may take an accelerator less time than
+    it takes this process to send it off; a CPU is slower than that.
+    """
+    return 8 if on_device and jax.default_backend() != "cpu" else 1
 
 
 @dataclasses.dataclass
@@ -251,39 +274,42 @@ def _train(run: _Run, progress: _Progress, interrupted: Interruption, trace: Tra
     with contextlib.closing(log), stream as batches, display, contextlib.closing(trace):
         display.start(progress.history, best_record(progress.history, train.monitor), first_step)
         run.heartbeat.beat("starting", first_step)
-        in_flight: Metrics | None = None
+        in_flight: _Execution | None = None
         memory = Memory(programs)
-        losses = _LossReader(batch_size, run.schedule, memory)
-        for step in range(first_step, last_step):
-            with jax.transfer_guard("disallow"), memory.explained(), trace.step(step):
-                batch = programs.to_devices(next(batches))
-                if step == first_step:
-                    run.heartbeat.beat("compiling", step)
-                    memory.check(progress.state, batch, run.pixels)
-                progress.state, metrics = programs.train_step(progress.state, batch, run.pixels)
+        losses = _LossReader(run.schedule, memory)
+        for execution in itertools.count():
+            first, count = progress.step, run.steps_at(progress.step)
+            if first >= last_step:
+                break
+            with jax.transfer_guard("disallow"), memory.explained(), trace.steps(first, count):
+                taken = list(itertools.islice(batches, count))
+                if execution == 0:
+                    run.heartbeat.beat("compiling", first)
+                    memory.check(progress.state, taken[0], run.pixels)
+                progress.state, metrics = _execute(run, progress.state, taken)
                 progress.totals = programs.merge(progress.totals, metrics)
-                progress.step = step + 1
-                if step == first_step:
+                progress.step = first + count
+                if execution == 0:
                     progress.clock.restart()  # It was compiled just now.
-                # Step n - 1 is read while step n runs: the device never waits.
+                # What came before is read while this runs: the device never waits.
                 if in_flight is not None:
-                    loss = losses.read(in_flight, step - 1)
-                    progress.clock.count(batch_size)
-                    display.step(step, loss, progress.clock.images_per_second())
+                    loss = losses.read(in_flight)
+                    progress.clock.count(in_flight.images)
+                    display.step(first, loss, progress.clock.images_per_second())
             run.heartbeat.beat("training", progress.step)
-            in_flight = metrics
-            is_due = interrupted.is_due(step - first_step)
+            in_flight = _Execution(metrics, count * batch_size, progress.step - 1)
+            is_due = interrupted.is_due(execution)
             ends_epoch = progress.step % run.steps_per_epoch == 0
             every = config.checkpoint.every_steps
-            if not (ends_epoch or is_due or (every and progress.step % every == 0)):
+            if not (ends_epoch or is_due or (every and progress.step // every > first // every)):
                 continue
 
-            losses.read(metrics, step)
-            progress.clock.count(batch_size)
-            in_flight = None
+            losses.read(in_flight)
+            progress.clock.count(in_flight.images)
             # That loss was computed before the step's update; the update counts too.
             if not programs.is_finite(progress.state):
-                raise _not_finite("a parameter", step, run.schedule)
+                raise _not_finite("a parameter", in_flight.last_step, run.schedule)
+            in_flight = None
             if ends_epoch:
                 record = _end_epoch(run, progress)
                 log.append(record)
@@ -300,6 +326,32 @@ def _train(run: _Run, progress: _Progress, interrupted: Interruption, trace: Tra
 
     if told := trace.describe():
         run.console.print(told)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Execution:
+    """What was given to the devices and may not be done yet.
+
+    Attributes:
+      metrics: Of all its steps.
+      images: How many they are on.
+      last_step: The number of the last of them.
+    """
+
+    metrics: Metrics
+    images: int
+    last_step: int
+
+
+def _execute(
+    run: _Run, state: TrainState, batches: Sequence[pipeline.NumpyBatch]
+) -> tuple[TrainState, Metrics]:
+    """Gives the devices a step for each batch; returns the state after them, and their metrics."""
+    programs = run.programs
+    if len(batches) == 1:
+        return programs.train_step(state, programs.to_devices(batches[0]), run.pixels)
+    by_step = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    return programs.train_steps(state, programs.to_devices_by_step(by_step), run.pixels)
 
 
 def _restore_or_start(run: _Run, present: Mapping[str, Any] | None) -> _Progress:
@@ -459,22 +511,21 @@ class _Clock:
 
 @dataclasses.dataclass(frozen=True)
 class _LossReader:
-    """Reads how a step went, which may be long after it was dispatched."""
+    """Reads how steps went, which may be long after they were dispatched."""
 
-    batch_size: int
     schedule: optax.Schedule
     memory: Memory
 
-    def read(self, metrics: Metrics, step: int) -> float:
-        """The mean loss of a training batch.
+    def read(self, execution: _Execution) -> float:
+        """The mean loss of training batches.
 
         Raises:
-          TrainingError: It is infinite or not a number, or the step ran out of memory.
+          TrainingError: It is infinite or not a number, or the memory was not enough.
         """
         with self.memory.explained():
-            loss = float(jax.device_get(metrics.loss_sum).sum()) / self.batch_size
+            loss = float(jax.device_get(execution.metrics.loss_sum).sum()) / execution.images
         if not math.isfinite(loss):
-            raise _not_finite("the loss", step, self.schedule)
+            raise _not_finite("the loss", execution.last_step, self.schedule)
         return loss
 
 

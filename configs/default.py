@@ -54,6 +54,7 @@ def get_config() -> Config:
 
     config.train = train = ConfigDict()
     train.batch_size = 32  # Of all devices together.
+    train.steps_per_execution = 0  # Dispatched at a time; 0: some, if the data is on a GPU or TPU.
     train.accumulation_steps = 1  # In how many parts a batch goes through, one after the other.
     train.epochs = 22  # The specification's 45 would take more than five minutes on a CPU.
     train.label_smoothing = 0.1

@@ -55,6 +55,7 @@ IMPOSSIBLE = [
     ("data.cache", "ram"),
     ("optimizer.decay_epochs", -1),
     ("train.accumulation_steps", 0),
+    ("train.steps_per_execution", -1),
     ("checkpoint.keep", 0),
     ("checkpoint.every_steps", -1),
     ("checkpoint.restore_step", 1.5),

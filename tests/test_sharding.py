@@ -20,6 +20,15 @@ def test_the_mesh_has_all_devices_and_shares_the_batch_along_data():
     np.testing.assert_array_equal(batch["image"], images)
 
 
+def test_several_batches_are_divided_by_example_and_not_by_step():
+    mesh = sharding.make_mesh()
+    layout = sharding.split_by_step_and_example(mesh)
+    rows = np.arange(3 * 16 * 2, dtype=np.int32).reshape(3, 16, 2)
+    batches = sharding.to_devices({"row": rows}, sharding=layout, batch_size=16)
+    assert batches["row"].sharding.shard_shape(rows.shape) == (3, 16 // jax.device_count(), 2)
+    np.testing.assert_array_equal(batches["row"], rows)
+
+
 def test_one_process_loads_every_row_whatever_the_order_of_its_devices():
     devices = jax.devices()[::-1]
     mesh = sharding.make_mesh(2, devices)

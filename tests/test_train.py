@@ -19,7 +19,7 @@ from conftest import REPOSITORY, write_images
 
 from cnn_jax import configuration, interruption, programs, train
 from cnn_jax.bundle import read_bundle
-from cnn_jax.errors import ConfigError, DataError, TrainingError
+from cnn_jax.errors import ConfigError, DataError, Interrupted, TrainingError
 from cnn_jax.evaluate import open_as_trained, predict_split
 from cnn_jax.predict import Predictor
 from cnn_jax.train import train_and_evaluate
@@ -305,6 +305,66 @@ def test_on_the_device_as_on_the_host(image_folder, tmp_path):
     train_and_evaluate(device, tmp_path / "device")
     for a, b in zip(_history(tmp_path / "host"), _history(tmp_path / "device"), strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=0.01)
+
+
+_ON_THE_DEVICE = {"augment.place": "device", "data.cache": "device"}
+
+
+@pytest.mark.parametrize("where", [{}, _ON_THE_DEVICE], ids=["host", "device"])
+def test_several_steps_in_one_execution_are_the_same_training(
+    image_folder, tmp_path, monkeypatch, where
+):
+    """Six steps an epoch: four at once and two single ones, or two and two and two."""
+    executed = []
+    real = train._execute
+
+    def spy(run, state, batches):
+        executed.append(len(batches))
+        return real(run, state, batches)
+
+    monkeypatch.setattr(train, "_execute", spy)
+    histories = {}
+    for count in (1, 2, 4, 7):
+        config = _tiny(image_folder, **where, **{"train.steps_per_execution": count})
+        executed.clear()
+        train_and_evaluate(config, tmp_path / str(count))
+        assert executed == 3 * {1: 6 * [1], 2: 3 * [2], 4: [4, 1, 1], 7: 6 * [1]}[count]
+        histories[count] = _history(tmp_path / str(count))
+    for records in zip(*histories.values(), strict=True):
+        first, *others = ({k: r[k] for k in r if "second" not in k} for r in records)
+        for other in others:
+            assert other == pytest.approx(first, rel=1e-4)
+    assert _weights(tmp_path / "7") == _weights(tmp_path / "1")
+
+
+def test_several_steps_in_one_execution_are_saved_and_resumed_between_executions(
+    image_folder, tmp_path, monkeypatch
+):
+    changes = {"train.steps_per_execution": 4, "checkpoint.every_steps": 3, "checkpoint.keep": 9}
+    config = _tiny(image_folder, **changes)
+    train_and_evaluate(config, tmp_path / "whole")
+    steps = sorted(int(path.name) for path in (tmp_path / "whole" / "checkpoints").iterdir())
+    assert steps == [4, 6, 10, 12, 16, 18]  # The first ends after 3, 6, 9, ... that there are.
+    real = train._execute
+
+    def interrupt(run, state, batches):
+        if int(state.step) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, state, batches)
+
+    monkeypatch.setattr(train, "_execute", interrupt)
+    with pytest.raises(Interrupted, match="saved after step 10"):
+        train_and_evaluate(config, tmp_path / "parts")
+    monkeypatch.setattr(train, "_execute", real)
+    train_and_evaluate(config, tmp_path / "parts")
+    assert _weights(tmp_path / "parts") == _weights(tmp_path / "whole")
+
+
+def test_several_steps_at_once_are_the_default_only_where_they_pay(monkeypatch):
+    assert train._steps_that_pay(on_device=True) == 1  # This is a CPU.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert train._steps_that_pay(on_device=True) == 8
+    assert train._steps_that_pay(on_device=False) == 1
 
 
 def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
