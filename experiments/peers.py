@@ -497,7 +497,7 @@ def _flat(tree: Mapping[str, Any]) -> Arrays:
     }
 
 
-def _times(action: Callable[[], object], count: int) -> list[float]:
+def seconds_of_each(action: Callable[[], object], count: int) -> list[float]:
     """Seconds of each of so many."""
     times = []
     for _ in range(count):
@@ -531,7 +531,7 @@ def _serve(name: str) -> None:
             np.savez(request["to"], probabilities=peer.predict())
         elif peer is not None:
             action = {"train": peer.train, "predict": peer.predict}[request["do"]]
-            reply["seconds"] = _times(action, request["times"])
+            reply["seconds"] = seconds_of_each(action, request["times"])
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
