@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 import jax
 import numpy as np
 
-from cnn_jax import sharding
+from cnn_jax import runtime, sharding
 from cnn_jax.metrics import Metrics
 from cnn_jax.models.cnn import CNN
 from cnn_jax.optimizer import make_optimizer, make_schedule
@@ -65,6 +65,7 @@ class Trainer:
             donate_argnums=0,
             in_shardings=(of_state, by_example),
             out_shardings=(of_state, everywhere),
+            compiler_options=runtime.compiler_options(),
         )
         self._to_devices = functools.partial(
             sharding.to_devices, sharding=by_example, batch_size=batch_size

@@ -11,7 +11,8 @@ Medians; compilation and the first steps are apart. The data is on the device, a
 input pipeline takes part.
 
 "memory kept" is what the training command does to its own process (`cnn_jax.runtime`): the
-C library keeps freed memory. PyTorch gains by it as well, if its user knows of it, so it
+C library keeps freed memory; so it is for variants of this project, which have one of its
+optimisations taken back (`peers.py`). PyTorch gains by it as well, if its user knows of it, so it
 is measured both ways. "best peer" is the best of all but plain Linen with the settings
 that its users have: without it. "floor" is that of `experiments/roofline.py`.
 
@@ -184,14 +185,14 @@ def make_parser(names: list[str], seconds: float) -> argparse.ArgumentParser:
     parser.add_argument("--shapes", help="such as 32x256,224x32: pixels x images")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seconds", type=float, default=seconds, help="for each library and shape")
-    parser.add_argument("--peers", default=",".join(names), help="their names")
+    parser.add_argument("--peers", default=",".join(names), help="names of peers.py")
     parser.add_argument("--peer_python", default=sys.executable, metavar="PATH")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
     return parser
 
 
 def print_header() -> None:
-    print(f"{'':<28}  {'ms':>8}  {'images/s':>9}  {'/ best peer':>11}  {'/ floor':>7}")
+    print(f"{'':<39}  {'ms':>8}  {'images/s':>9}  {'/ best peer':>11}  {'/ floor':>7}")
 
 
 def print_rows(
@@ -201,7 +202,7 @@ def print_rows(
     print(f"\n{side} x {side} pixels, batch {batch_size}, floor {floor_ms:.2f} ms")
     for name, value in seconds.items():
         print(
-            f"{name:<28}  {1e3 * value:>8.2f}  {batch_size / value:>9,.1f}"
+            f"{name:<39}  {1e3 * value:>8.2f}  {batch_size / value:>9,.1f}"
             f"  {best_peer_ms / 1e3 / value:>11.2f}  {1e3 * value / floor_ms:>7.2f}",
             flush=True,
         )
@@ -211,7 +212,7 @@ def main() -> None:
     flags = make_parser(list(peers.PEERS)[:6], seconds=12).parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     names = flags.peers.split(",")
-    as_is = [(name, False) for name in names]
+    as_is = [(name, name.startswith("cnn_jax ")) for name in names]
     if not pathlib.Path("/dev/nvidia0").exists():  # On a GPU, its memory is what counts.
         as_is = [(names[0], True), *as_is, *((name, True) for name in names[1:] if "orch" in name)]
     processes = [Process(name, is_kept, flags.peer_python) for name, is_kept in as_is]

@@ -167,40 +167,61 @@ class Ours(Peer):
         return np.asarray(self._jax.device_get(self._forward(self._variables, self._images)))
 
 
-class PlainLinen(Ours):
-    """The same step around Linen's own layers, as XLA compiles them by default."""
+class Variant(Ours):
+    """The same with some of what makes it fast taken back.
+
+    Attributes:
+      linen: The layers of `cnn_jax.models.cnn` that are Linen's own.
+      without: The compiler's options that are left out are those with this in their names.
+    """
+
+    linen: tuple[str, ...] = ()
+    without: str | None = None
 
     def _compiler_options(self) -> dict[str, str | bool]:
-        return {}
+        options = super()._compiler_options()
+        without = self.without
+        return {n: v for n, v in options.items() if without is None or without not in n}
 
     def _model(self, precision: str, dropout: float) -> Any:
         import flax.linen as nn
-        import jax.numpy as jnp
 
-        dtype = jnp.dtype(precision)
+        from cnn_jax.models import cnn
 
-        class Plain(nn.Module):
-            num_classes: int = CLASSES
+        layers = {
+            "Conv": functools.partial(nn.Conv, kernel_size=(3, 3)),
+            "BatchNorm": nn.BatchNorm,
+            "max_pool_2x2": functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
+        }
+        for name in self.linen:
+            setattr(cnn, name, layers[name])  # This process makes no other network.
+        return super()._model(precision, dropout)
 
-            @nn.compact
-            def __call__(self, x: Any, *, train: bool = False) -> Any:
-                x = x.astype(dtype)
-                for i, features in enumerate(FEATURES, start=1):
-                    x = nn.Conv(features, (3, 3), dtype=dtype, name=f"conv{i}")(x)
-                    x = nn.BatchNorm(
-                        use_running_average=not train,
-                        momentum=MOMENTUM,
-                        epsilon=EPSILON,
-                        dtype=dtype,
-                        name=f"norm{i}",
-                    )(nn.relu(x))
-                    if i < len(FEATURES):
-                        x = nn.max_pool(x, (2, 2), (2, 2))
-                x = nn.relu(nn.Dense(DENSE, dtype=dtype, name="dense")(x.mean((1, 2))))
-                x = nn.Dropout(dropout, deterministic=not train)(x)
-                return nn.Dense(CLASSES, dtype=jnp.float32, name="head")(x)
 
-        return Plain()
+class LinenConv(Variant):
+    linen = ("Conv",)
+
+
+class LinenBatchNorm(Variant):
+    linen = ("BatchNorm",)
+
+
+class LinenMaxPool(Variant):
+    linen = ("max_pool_2x2",)
+
+
+class WithoutOneDnn(Variant):
+    without = "onednn"
+
+
+class WithoutOptions(Variant):
+    without = ""
+
+
+class PlainLinen(WithoutOptions):
+    """The same step around Linen's own layers, as XLA compiles them by default."""
+
+    linen = ("Conv", "BatchNorm", "max_pool_2x2")
 
 
 class Torch(Peer):
@@ -475,6 +496,11 @@ PEERS: dict[str, type[Peer]] = {
     "Keras on JAX": Keras,
     "Keras on TensorFlow": Keras,
     "ONNX Runtime": OnnxRuntime,
+    "cnn_jax with nn.Conv": LinenConv,
+    "cnn_jax with nn.BatchNorm": LinenBatchNorm,
+    "cnn_jax with nn.max_pool": LinenMaxPool,
+    "cnn_jax without oneDNN": WithoutOneDnn,
+    "cnn_jax on XLA as it is": WithoutOptions,
 }
 
 
