@@ -74,7 +74,7 @@ def _sweep() -> None:
 
 
 def _mend_in_silence() -> None:
-    """Where JAX would warn of a file that it cannot read or write, the file is removed.
+    """Where JAX would warn of a file that it cannot read or write, that program's are removed.
 
     JAX compiles the program then, as if there had been no file, but would leave an
     incomplete one as it is for ever. It is no business of the user's. Nor is that XLA

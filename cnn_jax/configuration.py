@@ -158,7 +158,7 @@ def resolve(config: Config, present: Mapping[str, Any] | None = None) -> Config:
 
     `precision` and `augment.place` are no longer "auto" and `optimizer.decay_epochs`
     no longer 0, and a folder's path is absolute, so that the same run means the same
-    numbers elsewhere.
+    numbers elsewhere. (`train.steps_per_execution` may be 0 until the data is open.)
 
     Args:
       config: As a file under `configs/` gives it.
@@ -177,6 +177,8 @@ def resolve(config: Config, present: Mapping[str, Any] | None = None) -> Config:
             resolved.optimizer.decay_epochs = present.get(
                 "optimizer.decay_epochs", config.train.epochs
             )
+        if not config.train.steps_per_execution:
+            resolved.train.steps_per_execution = present.get("train.steps_per_execution", 0)
         if config.checkpoint.init_from:
             path = pathlib.Path(config.checkpoint.init_from).expanduser()
             resolved.checkpoint.init_from = str(path.resolve())

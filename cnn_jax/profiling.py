@@ -48,5 +48,5 @@ class Trace:
         if self._folder is None:
             return None
         if not self._traced:
-            return f"no trace: there were fewer than {_WARM_UP + 1} steps"
+            return "no trace: there were too few steps"
         return f"a trace of {self._traced} steps is in {self._folder}"

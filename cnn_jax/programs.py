@@ -54,7 +54,7 @@ class Programs:
     init_state: Callable[[], TrainState]
     empty_metrics: Callable[[], Metrics]
     train_step: Any  # Of jax.jit, which also lowers.
-    train_steps: Callable[[TrainState, dict, PyTree], tuple[TrainState, Metrics]]
+    train_steps: Any
     eval_step: Callable[[Any, dict, PyTree], Metrics]
     merge: Callable[[Metrics, Metrics], Metrics]
     is_finite: Callable[[TrainState], jax.Array]
@@ -239,30 +239,19 @@ class Memory:
         self._programs = programs
         self._estimate: MemoryEstimate | None = None
 
-    def check(self, state: TrainState, batch: Mapping[str, np.ndarray], pixels: Any) -> None:
-        """Compiles the training step, and looks at what it will take.
-
-        Args:
-          state: The train state.
-          batch: What this process loads of one batch.
-          pixels: Those on the devices, or None.
+    def check(
+        self, program: Any, state: TrainState, batch: Mapping[str, jax.Array], pixels: Any
+    ) -> None:
+        """Compiles `train_step` or `train_steps` for these arrays, and looks at what it will take.
 
         Raises:
           TrainingError: It is more than a device has.
         """
         programs = self._programs
-        whole_batch = {
-            name: jax.ShapeDtypeStruct((programs.batch_size, *rows.shape[1:]), rows.dtype)
-            for name, rows in batch.items()
-        }
-        lowered = programs.train_step.lower(state, whole_batch, pixels)
-        analysis = lowered.compile().memory_analysis()
+        analysis = program.lower(state, batch, pixels).compile().memory_analysis()
         if analysis is None:  # This kind of device does not tell.
             return
-        batch_bytes = (
-            sum(array.size * array.dtype.itemsize for array in whole_batch.values())
-            / programs.shares
-        )
+        batch_bytes = sum(array.nbytes for array in batch.values()) / programs.shares
         examples = programs.batch_size / (programs.shares * programs.accumulation_steps)
         self._estimate = MemoryEstimate(
             fixed=max(analysis.argument_size_in_bytes - batch_bytes, 0.0),

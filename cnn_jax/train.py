@@ -94,6 +94,8 @@ def train_and_evaluate(
             dataset = _open_dataset(
                 config, interrupted.stopping(track, "nothing is lost; the same command goes on")
             )
+        if not config.train.steps_per_execution:
+            config.train.steps_per_execution = _steps_that_pay(dataset.loader.on_device)
         # What differs from process to process would differ in their programs as well.
         sharding.check_equal("another configuration", configuration.digest(config))
         sharding.check_equal("other data", dataset.fingerprint)
@@ -213,7 +215,7 @@ class _Run:
             programs=programs,
             schedule=schedule,
             steps_per_epoch=steps_per_epoch,
-            steps_per_execution=config.train.steps_per_execution or _steps_that_pay(on_device),
+            steps_per_execution=config.train.steps_per_execution,
             checkpoints=checkpoints,
             console=console,
             heartbeat=heartbeat,
@@ -283,10 +285,14 @@ def _train(run: _Run, progress: _Progress, interrupted: Interruption, trace: Tra
                 break
             with jax.transfer_guard("disallow"), memory.explained(), trace.steps(first, count):
                 taken = list(itertools.islice(batches, count))
+                program, batch = _to_devices(run, taken)
                 if execution == 0:
                     run.heartbeat.beat("compiling", first)
-                    memory.check(progress.state, taken[0], run.pixels)
-                progress.state, metrics = _execute(run, progress.state, taken)
+                    memory.check(program, progress.state, batch, run.pixels)
+                    if count > 1:  # The last steps of an epoch may be single ones.
+                        single, of_one = _to_devices(run, taken[:1])
+                        single.lower(progress.state, of_one, run.pixels).compile()
+                progress.state, metrics = program(progress.state, batch, run.pixels)
                 progress.totals = programs.merge(progress.totals, metrics)
                 progress.step = first + count
                 if execution == 0:
@@ -297,7 +303,7 @@ def _train(run: _Run, progress: _Progress, interrupted: Interruption, trace: Tra
                     progress.clock.count(in_flight.images)
                     display.step(first, loss, progress.clock.images_per_second())
             run.heartbeat.beat("training", progress.step)
-            in_flight = _Execution(metrics, count * batch_size, progress.step - 1)
+            in_flight = _Execution(metrics, count, count * batch_size, progress.step - 1)
             is_due = interrupted.is_due(execution)
             ends_epoch = progress.step % run.steps_per_epoch == 0
             every = config.checkpoint.every_steps
@@ -308,7 +314,7 @@ def _train(run: _Run, progress: _Progress, interrupted: Interruption, trace: Tra
             progress.clock.count(in_flight.images)
             # That loss was computed before the step's update; the update counts too.
             if not programs.is_finite(progress.state):
-                raise _not_finite("a parameter", in_flight.last_step, run.schedule)
+                raise _not_finite("a parameter", in_flight.last_step, run.schedule, count)
             in_flight = None
             if ends_epoch:
                 record = _end_epoch(run, progress)
@@ -334,24 +340,24 @@ class _Execution:
 
     Attributes:
       metrics: Of all its steps.
+      steps: How many they are.
       images: How many they are on.
       last_step: The number of the last of them.
     """
 
     metrics: Metrics
+    steps: int
     images: int
     last_step: int
 
 
-def _execute(
-    run: _Run, state: TrainState, batches: Sequence[pipeline.NumpyBatch]
-) -> tuple[TrainState, Metrics]:
-    """Gives the devices a step for each batch; returns the state after them, and their metrics."""
+def _to_devices(run: _Run, batches: Sequence[pipeline.NumpyBatch]) -> tuple[Any, dict[str, Array]]:
+    """Sends batches; returns the program that takes a step for each, and what it takes."""
     programs = run.programs
     if len(batches) == 1:
-        return programs.train_step(state, programs.to_devices(batches[0]), run.pixels)
+        return programs.train_step, programs.to_devices(batches[0])
     by_step = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-    return programs.train_steps(state, programs.to_devices_by_step(by_step), run.pixels)
+    return programs.train_steps, programs.to_devices_by_step(by_step)
 
 
 def _restore_or_start(run: _Run, present: Mapping[str, Any] | None) -> _Progress:
@@ -525,13 +531,15 @@ class _LossReader:
         with self.memory.explained():
             loss = float(jax.device_get(execution.metrics.loss_sum).sum()) / execution.images
         if not math.isfinite(loss):
-            raise _not_finite("the loss", execution.last_step, self.schedule)
+            raise _not_finite("the loss", execution.last_step, self.schedule, execution.steps)
         return loss
 
 
-def _not_finite(what: str, step: int, schedule: optax.Schedule) -> TrainingError:
+def _not_finite(what: str, step: int, schedule: optax.Schedule, steps: int = 1) -> TrainingError:
+    """The error if a number of the last of so many steps is not finite."""
+    first = f"one of steps {step + 2 - steps:,} to " if steps > 1 else "step "
     return TrainingError(
-        f"{what} is infinite or not a number at step {step + 1:,}, where the learning rate is "
+        f"{what} is infinite or not a number at {first}{step + 1:,}, where the learning rate is "
         f"{_learning_rate(schedule, step):.2g}. Try a lower optimizer.learning_rate, "
         "optimizer.warmup_epochs=1 or precision=float32, in another --workdir. The last good "
         "checkpoint is kept"

@@ -64,7 +64,7 @@ def get_config() -> Config:
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.keep = 2  # The latest, beside that of the best epoch and the one before it.
-    checkpoint.every_steps = 0  # Within epochs as well; 0: at their ends alone.
+    checkpoint.every_steps = 0  # Within epochs as well, after an execution; 0: at their ends alone.
     checkpoint.restore_step = 0  # Goes back, once, to the checkpoint of this step.
     checkpoint.init_from = ""  # A bundle or a run, whose weights a new run starts from.
 

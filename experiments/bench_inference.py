@@ -7,8 +7,8 @@ weights; each library in a process of its own, all in turn, as in `bench_train.p
 all must agree on the probabilities to 1e-5. Medians; compilation is apart.
 
 This project keeps freed memory, as its commands do (`cnn_jax.runtime`), the others have
-their defaults. "best peer" is the best of the others, "floor" that of
-`experiments/roofline.py`.
+their defaults. "best peer" is the best of the others but plain Linen, "floor" that
+of `experiments/roofline.py`.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import peers
 from bench_train import (
     Process,
     floor_milliseconds,
+    is_own,
     make_parser,
     measure,
     parse_shapes,
@@ -52,7 +53,7 @@ def check_agreement(processes: list[Process], folder: pathlib.Path) -> float:
             found = arrays["probabilities"]
         expected = found if expected is None else expected
         difference = float(np.abs(found - expected).max())
-        if difference > TOLERANCE:
+        if not difference <= TOLERANCE:  # Nor if one of them is not a number.
             sys.exit(f"{process.name} disagrees by {difference:.1e}")
         worst = max(worst, difference)
     return worst
@@ -61,6 +62,7 @@ def check_agreement(processes: list[Process], folder: pathlib.Path) -> float:
 def main() -> None:
     flags = make_parser(list(peers.PEERS)[:7], seconds=6).parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
+    floors = floor_milliseconds(shapes, flags.precision, kind="inference")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         processes = [
@@ -70,7 +72,6 @@ def main() -> None:
             stack.callback(process.close)
         folder = pathlib.Path(temporary)
         print(f"probabilities agree to {check_agreement(processes, folder):.1e}\n")
-        floors = floor_milliseconds(shapes, flags.precision, kind="inference")
         print_header()
         for side, batch_size in shapes:
             seconds = measure(
@@ -82,7 +83,8 @@ def main() -> None:
                 flags.seconds,
                 do="predict",
             )
-            ours, *others = (seconds[process.name] for process in processes)
+            ours = seconds[processes[0].name]
+            others = [seconds[p.name] for p in processes if not is_own(p.peer)]
             best_peer, floor_ms = min(others, default=float("nan")), floors[side, batch_size]
             rows.append(
                 {

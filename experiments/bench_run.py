@@ -6,13 +6,14 @@
 Trains by the specification on generated images, decoded before, each setting in a process
 of its own. "images/s" is the median over all epochs but the first, as the run itself counts
 them: data, augmentation, steps and reading the losses, without validation. "bare" is the
-same step alone on one batch that is on the device, as in `bench_train.py`, without
-augmentation. "seconds" is the whole of it, validation and checkpoints included and
-compilation left out: the first epoch counts as long as the second. "peak" is the most
+same step alone, many in a row on one batch that is on the device, without augmentation.
+"seconds" is all epochs, with validation: the mean of all but the first, in which programs
+are compiled, times their number. "peak" is the most
 memory of the device that was in use at once; a CPU does not tell.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import statistics
@@ -121,8 +122,10 @@ def _seconds_of_bare_step(image_size: int, batch_size: int, precision: str) -> f
             weights = {key: data[key] for key in data if "/" in key}
             task = peers.Task(weights, data["images"], data["labels"], precision, peers.DROPOUT)
     ours = peers.Ours(task)
-    peers.seconds_of_each(ours.train, 3)
-    return statistics.median(peers.seconds_of_each(ours.train, 30))
+    count = max(1, 640 // batch_size)
+    step = functools.partial(ours.train_without_waiting, count)
+    peers.seconds_of_each(step, 2)
+    return statistics.median(peers.seconds_of_each(step, 10)) / count
 
 
 if __name__ == "__main__":

@@ -89,7 +89,6 @@ class Bench:
             if "COMPILATION_CACHE" not in k and "PERSISTENT_CACHE" not in k
         }
         environment |= {"CNN_JAX_CACHE": str(self._cache)}
-        environment.setdefault("JAX_PLATFORMS", "cpu")
         main = _command("-m", "cnn_jax.main", f"--config={config}")
         # A whole run decodes the images and makes a bundle.
         seconds_to_end([*main, f"--workdir={folder / 'first'}"], environment)

@@ -58,24 +58,23 @@ def run(
     seed: int,
     arguments: list[str],
 ) -> dict[str, float]:
-    """Trains, if it is not done yet; returns accuracies in percent, and seconds an epoch."""
+    """Trains, if it is not done; returns accuracies in percent, and seconds an epoch."""
     batch_size, rate, warmup = recipe
     folder = workdir / f"batch{batch_size}_rate{rate:g}_warmup{warmup:g}_seed{seed}"
-    report = folder / "report" / "metrics.json"
-    if not report.exists():
-        print(f"{folder.name} ...", flush=True)
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "cnn_jax.main", f"--workdir={folder}", *arguments),
-                f"--config.seed={seed}",
-                f"--config.train.batch_size={batch_size}",
-                f"--config.optimizer.learning_rate={rate}",
-                f"--config.optimizer.warmup_epochs={warmup}",
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-    found = json.loads(report.read_text())
+    print(f"{folder.name} ...", flush=True)
+    # A finished run says that it is done; one with other arguments is refused.
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "cnn_jax.main", f"--workdir={folder}", *arguments),
+            f"--config.seed={seed}",
+            f"--config.train.batch_size={batch_size}",
+            f"--config.optimizer.learning_rate={rate}",
+            f"--config.optimizer.warmup_epochs={warmup}",
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    found = json.loads((folder / "report" / "metrics.json").read_text())
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "validation": 100 * found["validation"]["accuracy"],

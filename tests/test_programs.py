@@ -96,6 +96,7 @@ def test_a_step_is_one_transfer_each_way_and_nothing_is_compiled_twice(
     sent: list[dict[str, tuple[int, ...]]] = []
     read = collections.Counter()
     compiled_after_first_epoch = []
+    compiled = collections.Counter()
     epochs = []
     real_programs, real_get, real_save = train.make_programs, jax.device_get, train._save
 
@@ -117,7 +118,10 @@ def test_a_step_is_one_transfer_each_way_and_nothing_is_compiled_twice(
         epochs.append(len(sent))
 
     def listen(event, seconds, **details):
-        if event.endswith("backend_compile_duration") and 0 < len(epochs) < 3:
+        if not event.endswith("backend_compile_duration"):
+            return
+        compiled[details.get("fun_name")] += 1
+        if 0 < len(epochs) < 3:
             compiled_after_first_epoch.append((len(epochs), details))
 
     monkeypatch.setattr(train, "make_programs", programs_that_count)
@@ -128,6 +132,8 @@ def test_a_step_is_one_transfer_each_way_and_nothing_is_compiled_twice(
 
     assert len(epochs) == tiny_config.train.epochs
     assert compiled_after_first_epoch == []
+    steps = {name: count for name, count in compiled.items() if "training" in str(name)}
+    assert list(steps.values()) == [1], compiled
     # Batches of training have draws where the device moves the pixels, and nothing else more.
     names = {"image", "label", "mask"} | ({"matrix", "contrast"} if place == "device" else set())
     batches = [batch for batch in sent if set(batch) == names]

@@ -134,7 +134,7 @@ def max_pool_2x2(
     """Max pooling with window 2 x 2 and stride 2; an odd last row or column is dropped.
 
     Value and gradient are those of `nn.max_pool`: where pixels of a window tie, the gradient
-    goes to the first.
+    goes to the first. (If several are not numbers, to another one of them.)
     """
     return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
 
