@@ -129,25 +129,19 @@ def make_programs(
     everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
     by_step = sharding.split_by_step_and_example(mesh)
     of_state = sharding.split_large(mesh, jax.eval_shape(init))
+    jit_training = functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=(of_state, everywhere),
+        compiler_options=runtime.compiler_options(),
+    )
     return Programs(
         init_state=jax.jit(init, out_shardings=of_state),
         empty_metrics=jax.jit(
             functools.partial(Metrics.empty, model.num_classes), out_shardings=everywhere
         ),
-        train_step=jax.jit(
-            training,
-            donate_argnums=0,
-            in_shardings=(of_state, by_example, everywhere),
-            out_shardings=(of_state, everywhere),
-            compiler_options=runtime.compiler_options(),
-        ),
-        train_steps=jax.jit(
-            several,
-            donate_argnums=0,
-            in_shardings=(of_state, by_step, everywhere),
-            out_shardings=(of_state, everywhere),
-            compiler_options=runtime.compiler_options(),
-        ),
+        train_step=jit_training(training, in_shardings=(of_state, by_example, everywhere)),
+        train_steps=jit_training(several, in_shardings=(of_state, by_step, everywhere)),
         eval_step=jax.jit(
             evaluation,
             in_shardings=(of_state.variables, by_example, everywhere),

@@ -289,7 +289,7 @@ def _train(run: _Run, progress: _Progress, interrupted: Interruption, trace: Tra
                 if execution == 0:
                     run.heartbeat.beat("compiling", first)
                     memory.check(program, progress.state, batch, run.pixels)
-                    if count > 1:  # The last steps of an epoch may be single ones.
+                    if run.steps_per_epoch % count:  # An epoch's last steps are single ones.
                         single, of_one = _to_devices(run, taken[:1])
                         single.lower(progress.state, of_one, run.pixels).compile()
                 progress.state, metrics = program(progress.state, batch, run.pixels)

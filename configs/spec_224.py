@@ -3,8 +3,8 @@
     python -m cnn_jax.main --config=configs/spec_224.py --workdir=runs/spec_224 \
         --config.data.source=folder:PATH
 
-Meant for a GPU: two CPU cores train 14 images a second at this size, which is ten
-minutes an epoch for each 8,400 images.
+Meant for a GPU: the training step alone takes two CPU cores 40 images a second at this
+size (experiments/RESULTS.md), which is three minutes an epoch for each 7,000 images.
 """
 
 from cnn_jax.configuration import Config

@@ -8,8 +8,8 @@ of its own. "images/s" is the median over all epochs but the first, as the run i
 them: data, augmentation, steps and reading the losses, without validation. "bare" is the
 same step alone, many in a row on one batch that is on the device, without augmentation.
 "seconds" is all epochs, with validation: the mean of all but the first, in which programs
-are compiled, times their number. "peak" is the most
-memory of the device that was in use at once; a CPU does not tell.
+are compiled, times their number. "peak" is the most memory of the device that was in use
+at once; a CPU does not tell.
 """
 
 import argparse
@@ -21,8 +21,6 @@ import subprocess
 import sys
 import tempfile
 from typing import Any
-
-import numpy as np
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
@@ -71,14 +69,14 @@ def measure(flags: argparse.Namespace, batch_size: int, count: int) -> dict[str,
     """Trains, and then takes the bare step."""
     sys.path.insert(0, str(REPOSITORY))
     from cnn_jax.console import Console
-    from cnn_jax.main import load_config
     from cnn_jax.runtime import keep_freed_memory
     from cnn_jax.train import train_and_evaluate
+    from configs import spec_224
 
     keep_freed_memory()
     overrides = {
         "data.source": f"shapes:{flags.images}",
-        "data.image_size": f"({flags.image_size},{flags.image_size})",
+        "data.image_size": (flags.image_size, flags.image_size),
         "data.stratify": "exact",
         "train.epochs": flags.epochs,
         "train.patience": flags.epochs,
@@ -86,9 +84,8 @@ def measure(flags: argparse.Namespace, batch_size: int, count: int) -> dict[str,
         "train.steps_per_execution": count,
         "precision": flags.precision,
     }
-    arguments = [f"--config.{key}={value}" for key, value in overrides.items()]
-    sys.argv[1:] = ["--config=configs/spec_224.py", *arguments]  # From where it takes them.
-    config = load_config(str(REPOSITORY / "configs" / "spec_224.py"), arguments)
+    config = spec_224.get_config()
+    config.update_from_flattened_dict(overrides)
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder) / "run"
         train_and_evaluate(config, workdir, console=Console(is_silent=True))
@@ -118,9 +115,7 @@ def _seconds_of_bare_step(image_size: int, batch_size: int, precision: str) -> f
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "data.npz"
         write_data(path, image_size, batch_size)
-        with np.load(path) as data:
-            weights = {key: data[key] for key in data if "/" in key}
-            task = peers.Task(weights, data["images"], data["labels"], precision, peers.DROPOUT)
+        task = peers.load_task(path, precision, peers.DROPOUT)
     ours = peers.Ours(task)
     count = max(1, 640 // batch_size)
     step = functools.partial(ours.train_without_waiting, count)

@@ -45,6 +45,13 @@ class Task:
     dropout: float
 
 
+def load_task(path: str | os.PathLike[str], precision: str, dropout: float) -> Task:
+    """The task whose arrays are in an .npz file."""
+    with np.load(path) as data:
+        weights = {key: data[key] for key in data if "/" in key}
+        return Task(weights, data["images"], data["labels"], precision, dropout)
+
+
 class Peer:
     """What a benchmark asks of each library."""
 
@@ -549,10 +556,7 @@ def _serve(name: str) -> None:
         request = json.loads(line)
         reply: dict[str, Any] = {}
         if request["do"] == "open":
-            with np.load(request["data"]) as data:
-                weights = {key: data[key] for key in data if "/" in key}
-                images, labels = data["images"], data["labels"]
-            task = Task(weights, images, labels, request["precision"], request["dropout"])
+            task = load_task(request["data"], request["precision"], request["dropout"])
             peer = PEERS[name](task)
         elif peer is not None and request["do"] == "gradients":
             loss, gradients = peer.loss_and_gradients()

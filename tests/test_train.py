@@ -330,7 +330,7 @@ def test_several_steps_in_one_execution_are_the_same_training(
         config = _tiny(image_folder, **where, **{"train.steps_per_execution": count})
         executed.clear()
         train_and_evaluate(config, tmp_path / str(count))
-        if 1 < count < 7:
+        if count == 4:
             assert executed.pop(1) == 1  # Compiled before it is needed.
         assert executed == 3 * {1: 6 * [1], 2: 3 * [2], 4: [4, 1, 1], 7: 6 * [1]}[count]
         histories[count] = _history(tmp_path / str(count))
