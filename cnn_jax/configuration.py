@@ -115,7 +115,7 @@ _FIELDS: dict[str, _Field] = {
             isinstance(v, tuple | list) and len(v) > 0 and all(_is_int(n) and n > 0 for n in v)
         ),
     ),
-    "model.dense": _int(1),
+    "model.dense": _int(0),
     "model.dropout": _number("from 0 to below 1", lambda v: 0 <= v < 1),
     "model.batch_norm": _boolean(),
     "optimizer.learning_rate": _number("above 0", lambda v: v > 0),

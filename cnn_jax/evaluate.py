@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cnn_jax import cli, runtime
+from cnn_jax.calibration import log_probabilities
 from cnn_jax.compiled import keep_compiled
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track
@@ -56,10 +57,8 @@ def score(
     num_classes = len(class_names)
     predictions = probabilities.argmax(axis=1)
     cells = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
-    of_true_class = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    # A float32 probability can be 0 where its logarithm would still be finite.
-    loss_sum = -np.log(np.maximum(of_true_class, np.finfo(np.float32).tiny)).sum()
-    return full_report(cells.reshape(num_classes, num_classes), float(loss_sum), class_names)
+    losses = -log_probabilities(probabilities)[np.arange(len(labels)), labels]
+    return full_report(cells.reshape(num_classes, num_classes), losses, class_names)
 
 
 def evaluate(

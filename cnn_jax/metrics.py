@@ -1,5 +1,6 @@
 """Classification metrics, kept as sums and counts and divided once at the end."""
 
+import math
 from typing import Any
 
 import flax.struct
@@ -12,6 +13,10 @@ from cnn_jax.loss import cross_entropy
 
 # The figures that `summarize` gives.
 HEADLINE = ("accuracy", "precision", "recall", "f1", "loss")
+
+# 95 % of a normal distribution lie within so many standard deviations.
+_NORMAL_95 = 1.959963984540054
+_RESAMPLES = 1000
 
 
 @flax.struct.dataclass
@@ -87,8 +92,12 @@ def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
       of a class never predicted, the recall of a class without examples.
     """
     hits = np.diag(confusion).astype(np.float64)
-    predicted = confusion.sum(axis=0)
-    support = confusion.sum(axis=1)
+    return _per_class(hits, confusion.sum(axis=0), confusion.sum(axis=1))
+
+
+def _per_class(
+    hits: np.ndarray, predicted: np.ndarray, support: np.ndarray
+) -> dict[str, np.ndarray]:
     return {
         "precision": _divide(hits, predicted),
         "recall": _divide(hits, support),
@@ -113,11 +122,87 @@ def summarize(confusion: np.ndarray, loss_sum: float) -> dict[str, float]:
     }
 
 
-def full_report(confusion: np.ndarray, loss_sum: float, class_names: list[str]) -> dict[str, Any]:
-    """`summarize`, the figures of each class and the confusion matrix, as JSON types."""
+def wilson_interval(hits: float, count: float) -> tuple[float, float]:
+    """The 95 % confidence interval of a share (Wilson 1927); 0 to 1 for no observations."""
+    if not count:
+        return 0.0, 1.0
+    share, z2 = hits / count, _NORMAL_95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    reach = _NORMAL_95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    reach /= 1 + z2 / count
+    return max(centre - reach, 0.0), min(centre + reach, 1.0)
+
+
+def bootstrap_intervals(confusion: np.ndarray) -> dict[str, tuple[float, float]]:
+    """95 % confidence intervals of precision, recall and F1 (macro), by the bootstrap.
+
+    (Efron 1979; percentiles of 1,000 resamples of the examples, seed 0.) A class without
+    examples in a resample counts 0 there, as it would in `summarize`.
+    """
+    total = int(confusion.sum())
+    if not total:
+        return dict.fromkeys(("precision", "recall", "f1"), (0.0, 1.0))
+    # To resample examples is to draw counts for the cells; empty ones stay empty.
+    num_classes = len(confusion)
+    true, predicted = np.nonzero(confusion)
+    shares = confusion[true, predicted] / total
+    rng = np.random.default_rng(0)
+    figures = {key: np.empty(_RESAMPLES) for key in ("precision", "recall", "f1")}
+    for i in range(_RESAMPLES):
+        cells = rng.multinomial(total, shares)
+        is_hit = true == predicted
+        hits = np.bincount(true[is_hit], cells[is_hit], num_classes)
+        by_class = _per_class(
+            hits,
+            np.bincount(predicted, cells, num_classes),
+            np.bincount(true, cells, num_classes),
+        )
+        for key, values in figures.items():
+            values[i] = by_class[key].mean()
+    return {
+        key: (float(low), float(high))
+        for key, values in figures.items()
+        for low, high in [np.percentile(values, (2.5, 97.5))]
+    }
+
+
+def confidence_intervals(
+    confusion: np.ndarray, losses: Float[np.ndarray, " n"]
+) -> dict[str, tuple[float, float]]:
+    """95 % confidence intervals of the figures of `summarize`.
+
+    Wilson's for accuracy, the bootstrap's for precision, recall and F1, the normal
+    approximation for the mean loss.
+
+    Args:
+      confusion: int [classes, classes].
+      losses: Of each example.
+    """
+    count = max(len(losses), 1)
+    mean = float(losses.sum() / count)
+    reach = _NORMAL_95 * float(losses.std(ddof=1)) / math.sqrt(count) if count > 1 else mean
+    return {
+        "accuracy": wilson_interval(float(np.trace(confusion)), float(confusion.sum())),
+        **bootstrap_intervals(confusion),
+        "loss": (max(mean - reach, 0.0), mean + reach),
+    }
+
+
+def full_report(
+    confusion: np.ndarray, losses: Float[np.ndarray, " n"], class_names: list[str]
+) -> dict[str, Any]:
+    """`summarize`, its confidence intervals, each class and the confusion matrix, as JSON types.
+
+    Args:
+      confusion: int [classes, classes], rows are true classes.
+      losses: The cross-entropy of each example, in nats.
+      class_names: In the order of the classes.
+    """
     columns = per_class(confusion)
-    return summarize(confusion, loss_sum) | {
+    intervals = confidence_intervals(confusion, losses)
+    return summarize(confusion, float(losses.sum())) | {
         "count": int(confusion.sum()),
+        "confidence_intervals": {key: list(interval) for key, interval in intervals.items()},
         "per_class": {
             name: {key: column[i].item() for key, column in columns.items()}
             for i, name in enumerate(class_names)

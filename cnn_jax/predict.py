@@ -39,18 +39,28 @@ AnyImage = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 
 class Predictor:
-    """A loaded bundle: `uint8 [B, H, W, 3] -> probabilities float32 [B, C]`."""
+    """A loaded bundle: `uint8 [B, H, W, 3] -> probabilities float32 [B, C]`.
+
+    Attributes:
+      class_names: In the order of the probabilities.
+      preprocessing: How an image becomes an input.
+      temperature: By which logits are divided before the softmax.
+      data: What it was trained on; see `Bundle`.
+      model: The network.
+      variables: Its parameters and statistics, on the device.
+    """
 
     def __init__(self, bundle: Bundle):
         self.class_names = bundle.class_names
         self.preprocessing = bundle.preprocessing
+        self.temperature = bundle.temperature
         self.data = bundle.data
-        model = make_model(bundle.model, len(bundle.class_names), bundle.precision)
-        _check_weights(model, bundle)
-        self._variables = jax.device_put(bundle.variables)
+        self.model = make_model(bundle.model, len(bundle.class_names), bundle.precision)
+        _check_weights(self.model, bundle)
+        self.variables = jax.device_put(bundle.variables)
 
         def probabilities(variables: PyTree, images: Array) -> Array:
-            logits = forward(model, variables, images, bundle.preprocessing)
+            logits = forward(self.model, variables, images, bundle.preprocessing)
             return jax.nn.softmax(logits / bundle.temperature)
 
         self._probabilities = jax.jit(probabilities, compiler_options=runtime.compiler_options())
@@ -75,7 +85,7 @@ class Predictor:
         size = self.preprocessing.image_size
         if images.shape[1:] != (*size, 3):
             raise ValueError(f"images must be [B, {size[0]}, {size[1]}, 3], got {images.shape}")
-        return np.asarray(jax.device_get(self._probabilities(self._variables, images)))
+        return np.asarray(jax.device_get(self._probabilities(self.variables, images)))
 
 
 def _check_weights(model: nn.Module, bundle: Bundle) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, PyTree
 
 from cnn_jax import run_directory, sharding
 from cnn_jax.bundle import Bundle, write_bundle
+from cnn_jax.calibration import fit_temperature
 from cnn_jax.configuration import Config
 from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset
@@ -27,7 +28,7 @@ def write_results(
     variables: PyTree,
     track: Track,
 ) -> dict[str, Any]:
-    """Measures a network on every split; writes the report and the bundle.
+    """Calibrates a network and measures it on every split; writes the figures and the bundle.
 
     Args:
       config: The resolved configuration of the run.
@@ -57,8 +58,13 @@ def write_results(
         variables=variables,
     )
 
-    predictor = Predictor(bundle)
     loader = dataclasses.replace(dataset.loader, on_device=False)
+    validation = dataset.splits["validation"]
+    uncalibrated = _predict(Predictor(bundle), loader, validation, track, "calibrating")
+    temperature = fit_temperature(uncalibrated, source.labels[validation])
+    bundle = dataclasses.replace(bundle, temperature=temperature)
+
+    predictor = Predictor(bundle)
     report = {}
     for split in SPLITS:
         indices = dataset.splits[split]

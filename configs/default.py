@@ -41,7 +41,7 @@ def get_config() -> Config:
     config.model = model = ConfigDict()
     model.name = "cnn"
     model.features = (32, 64, 128)
-    model.dense = 256
+    model.dense = 256  # 0: no hidden layer.
     model.dropout = 0.5
     model.batch_norm = True
 

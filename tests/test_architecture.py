@@ -15,6 +15,7 @@ FLOORS = [
     *(
         "loss",
         "metrics",
+        "calibration",
         "optimizer",
         "models.layers",
         "models.cnn",

@@ -1,11 +1,22 @@
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.metrics import Metrics, full_report, per_class, summarize
+from cnn_jax.metrics import (
+    Metrics,
+    bootstrap_intervals,
+    confidence_intervals,
+    full_report,
+    per_class,
+    summarize,
+    wilson_interval,
+)
 
 
 def _logits(predictions, num_classes):
@@ -100,8 +111,10 @@ def test_nothing_counted_gives_zeros_not_nan():
 
 
 def test_full_report_names_classes_and_holds_json_types():
-    report = full_report(np.array([[3, 1], [0, 4]]), 8.0, ["cat", "dog"])
+    report = full_report(np.array([[3, 1], [0, 4]]), np.linspace(0, 2, 8), ["cat", "dog"])
     assert report["count"] == 8
+    assert report["loss"] == pytest.approx(1)
+    assert json.loads(json.dumps(report)) == report
     assert report["per_class"]["cat"] == {
         "precision": 1.0,
         "recall": 0.75,
@@ -109,3 +122,51 @@ def test_full_report_names_classes_and_holds_json_types():
         "support": 4,
     }
     assert report["confusion"] == [[3, 1], [0, 4]]
+
+
+def test_wilsons_interval_is_scipys():
+    for hits, count in ((0, 1), (1, 1), (3, 7), (95, 100), (2700, 2700)):
+        expected = scipy.stats.binomtest(hits, count).proportion_ci(0.95, "wilson")
+        assert wilson_interval(hits, count) == pytest.approx((expected.low, expected.high))
+    assert wilson_interval(0, 0) == (0, 1)
+
+
+def test_bootstrap_intervals_are_those_of_resampled_examples():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 3, 150)
+    predictions = np.where(rng.random(150) < 0.7, labels, rng.integers(0, 3, 150))
+    confusion = sklearn.metrics.confusion_matrix(labels, predictions)
+    actual = bootstrap_intervals(confusion)
+    resampled = {"precision": [], "recall": [], "f1": []}
+    for _ in range(1000):
+        rows = rng.integers(0, 150, 150)
+        figures = sklearn.metrics.precision_recall_fscore_support(
+            labels[rows], predictions[rows], average="macro", zero_division=0
+        )
+        for key, value in zip(resampled, figures, strict=False):
+            resampled[key].append(value)
+    for key, values in resampled.items():
+        assert actual[key] == pytest.approx(np.percentile(values, (2.5, 97.5)), abs=0.012)
+
+
+def test_intervals_hold_the_figure_and_are_as_wide_as_there_is_doubt():
+    def intervals(scale):
+        confusion = np.array([[8, 2], [1, 9]]) * scale
+        losses = np.tile([0.1, 0.5], confusion.sum() // 2)
+        return confidence_intervals(confusion, losses), summarize(confusion, losses.sum())
+
+    few, figures = intervals(1)
+    many, _ = intervals(100)
+    for key, value in figures.items():
+        assert few[key][0] <= many[key][0] <= value <= many[key][1] <= few[key][1]
+    standard_error = np.std([0.1, 0.5] * 10, ddof=1) / np.sqrt(20)
+    assert few["loss"] == pytest.approx(
+        (0.3 - 1.96 * standard_error, 0.3 + 1.96 * standard_error), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("losses", [[], [2.0]])
+def test_intervals_of_next_to_nothing_are_finite(losses):
+    confusion = np.array([[0, len(losses)], [0, 0]])
+    intervals = confidence_intervals(confusion, np.array(losses, float))
+    assert np.isfinite(list(intervals.values())).all()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, write_images
 
-from cnn_jax import configuration, interruption, programs, train
+from cnn_jax import calibration, configuration, interruption, programs, train
 from cnn_jax.bundle import read_bundle
 from cnn_jax.errors import ConfigError, DataError, Interrupted, TrainingError
 from cnn_jax.evaluate import open_as_trained, predict_split
@@ -95,6 +95,7 @@ def test_a_run_leaves_what_the_design_says(finished):
         "test": 6,
     }
     keys = {"accuracy", "precision", "recall", "f1", "loss", "per_class", "confusion", "count"}
+    keys |= {"confidence_intervals"}
     assert all(set(figures) == keys for figures in report.values())
 
     bundle = read_bundle(workdir / "bundle")
@@ -110,7 +111,18 @@ def test_the_bundle_is_that_of_the_best_epoch(finished):
     history = _history(workdir)
     best = max(history, key=lambda record: record[config.train.monitor])
     assert report["validation"]["accuracy"] == pytest.approx(best["validation_accuracy"])
-    assert report["validation"]["loss"] == pytest.approx(best["validation_loss"], rel=1e-4)
+    # The loss is that of calibrated probabilities; without the temperature it is the best epoch's.
+    predictor = Predictor.load(workdir / "bundle")
+    dataset = open_as_trained(predictor)
+    indices = dataset.splits["validation"]
+    calibrated = predict_split(predictor, dataset.loader, indices)
+    labels = dataset.source.labels[indices]
+    plain = calibration.apply_temperature(calibrated, 1 / predictor.temperature)
+    loss = calibration.negative_log_likelihood(plain, labels)
+    assert loss == pytest.approx(best["validation_loss"], rel=1e-4)
+    assert predictor.temperature == pytest.approx(calibration.fit_temperature(plain, labels), 1e-4)
+    assert predictor.temperature != 1
+    assert report["validation"]["loss"] < loss
 
 
 def test_a_fresh_process_gives_exactly_the_probabilities_that_were_written(

@@ -40,6 +40,18 @@ def forward(
     return cast(Array, model.apply(variables, normalize(images, preprocessing)))
 
 
+def stages(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: Num[Array, "batch height width 3"],
+    preprocessing: Preprocessing,
+    offsets: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
+    """As `forward`, but what each stage of the network makes of the images; see `CNN.stages`."""
+    images = normalize(images, preprocessing)
+    return cast(dict, model.apply(variables, images, offsets=offsets, method="stages"))
+
+
 def abstract_variables(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
     """The shapes and dtypes of a network's parameters and statistics; nothing is computed."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)

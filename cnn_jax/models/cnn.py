@@ -1,6 +1,6 @@
 """The convolutional network of the specification."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ class CNN(nn.Module):
     Attributes:
       num_classes: Number of outputs.
       features: Channels of each convolution.
-      dense: Units of the hidden dense layer.
+      dense: Units of the hidden dense layer; without one if 0.
       dropout: Probability with which a hidden unit is dropped in training.
       batch_norm: Whether each convolution is followed by BatchNorm.
       dtype: Computation dtype. Parameters, statistics and logits are float32.
@@ -31,7 +31,6 @@ class CNN(nn.Module):
     batch_norm: bool = True
     dtype: jnp.dtype = jnp.dtype("float32")
 
-    @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch height width channel"],
@@ -39,6 +38,36 @@ class CNN(nn.Module):
         train: bool = False,
     ) -> Float[Array, "batch classes"]:
         """Logits, float32, of normalised images."""
+        return self.stages(x, train=train)["logits"]
+
+    @nn.compact
+    def stages(
+        self,
+        x: Float[Array, "batch height width channel"],
+        *,
+        train: bool = False,
+        offsets: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """What each stage makes of normalised images.
+
+        Args:
+          x: The images.
+          train: Whether with dropout and the statistics of the batch.
+          offsets: Arrays added to the stages of these names: the gradient by zeros
+            that are added to a stage is the gradient by that stage.
+
+        Returns:
+          In their order: "conv1", ...: feature maps [batch, height, width, channel] after
+          each convolution's ReLU and BatchNorm, before pooling; "embedding" [batch, dense],
+          what the head sees (the mean feature maps, if there is no hidden layer);
+          "logits" [batch, classes], float32.
+        """
+        stages = {}
+
+        def stage(name: str, x: Array) -> Array:
+            stages[name] = x + offsets[name] if offsets and name in offsets else x
+            return stages[name]
+
         x = x.astype(self.dtype)
         for i, features in enumerate(self.features, start=1):
             x = Conv(features, dtype=self.dtype, name=f"conv{i}")(x)
@@ -53,15 +82,19 @@ class CNN(nn.Module):
                     dtype=self.dtype,
                     name=f"norm{i}",
                 )(x)
+            x = stage(f"conv{i}", x)
             if i < len(self.features):
                 x = max_pool_2x2(x)
         x = jnp.mean(x, axis=(1, 2))
-        x = nn.Dense(
-            self.dense,
-            kernel_init=nn.initializers.he_normal(),
-            dtype=self.dtype,
-            name="dense",
-        )(x)
-        x = nn.relu(x)
+        if self.dense:
+            x = nn.Dense(
+                self.dense,
+                kernel_init=nn.initializers.he_normal(),
+                dtype=self.dtype,
+                name="dense",
+            )(x)
+            x = nn.relu(x)
+        x = stage("embedding", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x)
+        stage("logits", nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x))
+        return stages

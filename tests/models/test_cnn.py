@@ -165,3 +165,57 @@ def test_flops_are_those_of_the_convolutions_and_dense_layers():
         products += (3 * side - 2) ** 2 * channels_in * channels_out
     products += 128 * 256 + 256 * 10
     assert forward_flops(CNN(num_classes=10), (32, 32)) == pytest.approx(2 * products, rel=0.03)
+
+
+def test_stages_are_what_the_network_goes_through():
+    model = CNN(num_classes=10)
+    variables = _random_variables(model, (12, 8))
+    images = np.random.default_rng(1).uniform(-1, 1, (2, 12, 8, 3))
+    as_float32 = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), variables)
+    inputs = jnp.array(images, jnp.float32)
+    stages = model.apply(as_float32, inputs, method="stages")
+    assert list(stages) == ["conv1", "conv2", "conv3", "embedding", "logits"]
+    params = variables["params"]
+    x = images
+    for i in (1, 2, 3):
+        x = np.maximum(_conv(x, **params[f"conv{i}"]), 0)
+        x = _norm(x, **params[f"norm{i}"], **variables["batch_stats"][f"norm{i}"])
+        np.testing.assert_allclose(stages[f"conv{i}"], x, atol=1e-5, rtol=1e-5)
+        x = _pool(x)
+    embedding = np.maximum(
+        np.asarray(stages["conv3"]).mean((1, 2)) @ params["dense"]["kernel"]
+        + params["dense"]["bias"],
+        0,
+    )
+    np.testing.assert_allclose(stages["embedding"], embedding, atol=1e-5, rtol=1e-5)
+    np.testing.assert_array_equal(stages["logits"], model.apply(as_float32, inputs))
+
+
+def test_offsets_are_added_to_their_stage():
+    model = CNN(num_classes=3, features=(4, 5), dense=8)
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    variables = model.init(jax.random.key(0), images)
+
+    def stages(offsets=None):
+        return model.apply(variables, images, offsets=offsets, method="stages")
+
+    plain, moved = stages(), stages({"conv1": jnp.ones((2, 8, 8, 4))})
+    np.testing.assert_allclose(moved["conv1"], plain["conv1"] + 1, rtol=1e-6)
+    assert not np.allclose(moved["logits"], plain["logits"])
+    # The gradient by the embedding's offset is the head's kernel.
+    zeros = jnp.zeros((2, 8))
+    gradient = jax.grad(lambda offset: stages({"embedding": offset})["logits"][:, 1].sum())(zeros)
+    expected = np.tile(variables["params"]["head"]["kernel"][:, 1], (2, 1))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+def test_without_a_hidden_layer_the_head_sees_the_mean_feature_maps():
+    config = {"name": "cnn", "features": [4], "dense": 0, "dropout": 0.5, "batch_norm": True}
+    model = make_model(config, num_classes=3, precision="float32")
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    variables = model.init(jax.random.key(0), images)
+    assert set(variables["params"]) == {"conv1", "norm1", "head"}
+    stages = model.apply(variables, images, method="stages")
+    np.testing.assert_allclose(
+        stages["embedding"], stages["conv1"].mean((1, 2)), rtol=1e-5, atol=1e-6
+    )
