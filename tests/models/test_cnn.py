@@ -169,8 +169,8 @@ def test_flops_are_those_of_the_convolutions_and_dense_layers():
 
 def test_stages_are_what_the_network_goes_through():
     model = CNN(num_classes=10)
-    variables = _random_variables(model, (12, 8))
-    images = np.random.default_rng(1).uniform(-1, 1, (2, 12, 8, 3))
+    variables = _random_variables(model, (8, 12))
+    images = np.random.default_rng(1).uniform(-1, 1, (2, 8, 12, 3))
     as_float32 = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), variables)
     inputs = jnp.array(images, jnp.float32)
     stages = model.apply(as_float32, inputs, method="stages")
@@ -181,10 +181,10 @@ def test_stages_are_what_the_network_goes_through():
         x = np.maximum(_conv(x, **params[f"conv{i}"]), 0)
         x = _norm(x, **params[f"norm{i}"], **variables["batch_stats"][f"norm{i}"])
         np.testing.assert_allclose(stages[f"conv{i}"], x, atol=1e-5, rtol=1e-5)
-        x = _pool(x)
+        if i < 3:
+            x = _pool(x)
     embedding = np.maximum(
-        np.asarray(stages["conv3"]).mean((1, 2)) @ params["dense"]["kernel"]
-        + params["dense"]["bias"],
+        x.mean((1, 2)) @ params["dense"]["kernel"] + params["dense"]["bias"],
         0,
     )
     np.testing.assert_allclose(stages["embedding"], embedding, atol=1e-5, rtol=1e-5)
