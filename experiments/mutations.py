@@ -47,6 +47,8 @@ MUTATIONS = [
     ("models/layers.py", "return gradient, total.astype", "return gradient, 0 * total.astype", "models/test_layers.py"),
     ("models/layers.py", " | jnp.isnan(b[0])", "", "models/test_layers.py"),
     ("models/layers.py", "jnp.where(is_b, b[1], a[1])", "jnp.where(is_b, a[1], b[1])", "models/test_layers.py"),
+    ("models/layers.py", "cpu=_input_gradient_on_cpu", "cpu=_input_gradient", "test_programs.py"),
+    ("models/layers.py", "lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)", "kernel.transpose(0, 1, 3, 2)", "models/test_layers.py"),
     ("models/layers.py", "return lax.rev(of_kernel, (3,)).transpose", "return of_kernel.transpose", "models/test_layers.py"),
     ("runtime.py", "return dict(_CPU_OPTIONS)", "return {}", "test_programs.py"),
     ("preprocessing.py", "jnp.float32) - mean) / std", "jnp.float32) - mean) * std", "test_step.py"),

@@ -45,9 +45,12 @@ def lower_step():
         "label": jax.ShapeDtypeStruct((8,), np.int32),
         "mask": jax.ShapeDtypeStruct((8,), bool),
     }
-    return lambda options: jax.jit(step, donate_argnums=0, compiler_options=options).lower(
-        state, batch
-    )
+
+    def lower(options, **kwargs):
+        function = functools.partial(step, **kwargs)
+        return jax.jit(function, donate_argnums=0, compiler_options=options).lower(state, batch)
+
+    return lower
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +78,13 @@ def test_a_step_takes_the_memory_of_its_activations(compiled_step):
     assert compiled_step.memory_analysis().temp_size_in_bytes / 8 < 1.8e6
 
 
-def test_xla_is_told_whose_convolutions_to_take(lower_step):
-    assert runtime.compiler_options()
-    lines = lower_step(runtime.compiler_options()).compile().as_text().splitlines()
+@pytest.mark.parametrize("parts", [1, 2])
+def test_xla_is_told_whose_convolutions_to_take(lower_step, parts):
+    """Within the loop over the parts of a batch, too."""
+    options = runtime.compiler_options()
+    assert options
+    compiled = lower_step(options, accumulation_steps=parts).compile()
+    lines = compiled.as_text().splitlines()
     by_eigen = [line for line in lines if " convolution(" in line]
     by_onednn = [line for line in lines if '"__onednn$convolution"' in line]
     # Three forward, two gradients by inputs and, always Eigen's, three by weights; none as a
