@@ -14,8 +14,10 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool
 from PIL import Image, ImageDraw, ImageFilter
 
 from cnn_jax.data import Track, no_track
@@ -259,3 +261,22 @@ def generate(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def read_masks(
+    name: str, ids: Sequence[str], size: tuple[int, int]
+) -> Bool[np.ndarray, "n height width"]:
+    """Where the objects of these examples are visible, in images of this size.
+
+    Args:
+      name: Of the source: "shapes" or "shapes:N".
+      ids: Of its examples.
+      size: (height, width) to which the masks are stretched, as images are.
+    """
+    num_images = int(name.partition(":")[2] or NUM_IMAGES)
+    folder = generate(num_images) / "masks"
+    masks = np.empty((len(ids), *size), bool)
+    for mask, example_id in zip(masks, ids, strict=True):
+        image = Image.open(folder / pathlib.PurePosixPath(example_id).with_suffix(".png"))
+        mask[:] = np.asarray(image.resize(size[::-1], Image.Resampling.BOX)) > 127
+    return masks

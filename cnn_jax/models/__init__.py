@@ -52,6 +52,34 @@ def stages(
     return cast(dict, model.apply(variables, images, offsets=offsets, method="stages"))
 
 
+def feature_map_shape(
+    model: nn.Module, variables: Mapping[str, Any], image_size: tuple[int, int]
+) -> tuple[str, tuple[int, ...]]:
+    """The name and [height, width, channel] of the last stage that is an image."""
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    found: list[tuple[str, tuple[int, ...]]] = []
+
+    def run(variables: Mapping[str, Any], images: Array) -> None:
+        # JAX sorts what a function returns by name, so the order is noted within.
+        for name, array in cast(dict, model.apply(variables, images, method="stages")).items():
+            if array.ndim == 4:
+                found.append((name, array.shape[1:]))
+
+    jax.eval_shape(run, variables, images)
+    return found[-1]
+
+
+def layer_names(model: nn.Module, image_size: tuple[int, int]) -> list[str]:
+    """The names of what has parameters, from the image to the logits."""
+    names: list[str] = []
+
+    def init(images: Array) -> None:
+        names.extend(model.init(jax.random.key(0), images)["params"])
+
+    jax.eval_shape(init, jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32))
+    return names
+
+
 def abstract_variables(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
     """The shapes and dtypes of a network's parameters and statistics; nothing is computed."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)

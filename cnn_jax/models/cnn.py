@@ -65,8 +65,10 @@ class CNN(nn.Module):
         stages = {}
 
         def stage(name: str, x: Array) -> Array:
-            stages[name] = x + offsets[name] if offsets and name in offsets else x
-            return stages[name]
+            if offsets and name in offsets:
+                x = x + offsets[name].astype(x.dtype)
+            stages[name] = x
+            return x
 
         x = x.astype(self.dtype)
         for i, features in enumerate(self.features, start=1):

@@ -1,0 +1,262 @@
+"""What holds a method of `maps` to account: checks that it could fail.
+
+- Randomisation (Adebayo et al. 2018): the weights are shuffled, layer by layer from the logits
+  down; a map that says anything of what was learned must change.
+- Deletion and insertion (Petsiuk et al. 2018): the class's probability as the pixels of an image
+  go, or come back, in the order of its map: the area must be smaller, or larger, than in the
+  order of a random map and in that of the distance from the image's centre.
+- The pointing game (Zhang et al. 2018), where it is known where the object is: the map's largest
+  value must lie on it more often than the image's centre and than a random pixel.
+
+A method passes a check if it is better on average over images, and 95 % confidence intervals of
+the differences (normal approximation, image by image) leave no doubt of it.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.ndimage
+import scipy.stats
+from jaxtyping import Bool, Float, PyTree
+
+from cnn_jax.explain.maps import Classes, Images, Maps, Method, methods_for
+from cnn_jax.models import layer_names
+from cnn_jax.predict import BATCH_SIZE, Predictor
+
+# Fewer images leave every verdict open; more go into the pointing game alone, which is quick.
+MIN_IMAGES, MAX_IMAGES = 8, 64
+# A map whose ranks still agree this well (Spearman) with those before the shuffle has not changed.
+_SAME = 0.5
+# Of deletion and insertion; the shares of pixels are 0, 1/_STEPS, ..., 1.
+_STEPS = 10
+# A random map is as smooth as a small feature map.
+_RANDOM_CELLS = 8
+# The blurred image that insertion begins with: standard deviation as a share of the shorter side.
+_BLUR = 0.1
+
+
+def judge(
+    predictor: Predictor,
+    images: Images,
+    classes: Classes,
+    masks: Bool[np.ndarray, "batch height width"] | None = None,
+    methods: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The verdict on each method.
+
+    Args:
+      predictor: A loaded bundle.
+      images: uint8 [batch, height, width, 3], of its size, in no particular order: all play the
+        pointing game, and the first 64 are for the other checks.
+      classes: What is explained of each, such as the predicted class.
+      masks: Where the object is; without them there is no pointing game.
+      methods: Names; by default all that the network allows.
+      seed: Of shuffles and random maps.
+
+    Returns:
+      {method: {"randomization": {...}, "deletion": {...}, "insertion": {...},
+      "pointing_game": {...}}}, each check with its figures, the number of "images" and "passes":
+      True, False, or None if there are fewer than `MIN_IMAGES` images; finite JSON types.
+    """
+    allowed = methods_for(predictor)
+    chosen = {name: allowed[name] for name in methods or allowed}
+    all_images, all_classes = images, classes
+    images, classes = images[:MAX_IMAGES], classes[:MAX_IMAGES]
+    rivals = {
+        "random": random_maps(len(images), images.shape[1:3], seed),
+        "centre": centre_maps(len(images), images.shape[1:3]),
+    }
+    areas_of_rivals = {
+        name: deletion_and_insertion(predictor, images, classes, maps)
+        for name, maps in rivals.items()
+    }
+    shuffled = _shuffled_predictors(predictor, seed)
+    verdicts = {}
+    for name, method in chosen.items():
+        maps = method(predictor, images, classes)
+        deletion, insertion = deletion_and_insertion(predictor, images, classes, maps)
+        verdict = {
+            "randomization": _randomization(method, maps, shuffled, images, classes),
+            "deletion": _against(
+                deletion, {rival: areas[0] for rival, areas in areas_of_rivals.items()}, -1
+            ),
+            "insertion": _against(
+                insertion, {rival: areas[1] for rival, areas in areas_of_rivals.items()}, 1
+            ),
+        }
+        if masks is not None:
+            more = method(predictor, all_images[MAX_IMAGES:], all_classes[MAX_IMAGES:])
+            centre = centre_maps(len(masks), masks.shape[1:])
+            verdict["pointing_game"] = _against(
+                hits(np.concatenate([maps, more]), masks),
+                {"random": masks.mean(axis=(1, 2)), "centre": hits(centre, masks)},
+                1,
+            )
+        verdicts[name] = verdict
+    return verdicts
+
+
+def describe(verdict: dict[str, Any]) -> str:
+    """A verdict in words: which checks are passed and which are not."""
+    found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+    for check, result in verdict.items():
+        found[result["passes"]].append(check.replace("_", " "))
+    if found[None]:
+        return f"no verdict: it takes at least {MIN_IMAGES} images"
+    words = []
+    if found[True]:
+        words.append("passes " + ", ".join(found[True]))
+    if found[False]:
+        words.append("fails " + ", ".join(found[False]))
+    return "; ".join(words)
+
+
+def _mean_and_reach(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """The mean, and half of its 95 % confidence interval (normal approximation)."""
+    n = len(values)
+    reach = 1.96 * float(values.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
+    return (float(values.mean()) if n else 0.0), float(reach)
+
+
+def _against(
+    scores: Float[np.ndarray, " n"], rivals: dict[str, Float[np.ndarray, " n"]], better: int
+) -> dict[str, Any]:
+    """Compares scores with those of rivals on the same images; `better` is 1 or -1."""
+    found: dict[str, Any] = {"images": len(scores), "mean": _mean_and_reach(scores)[0]}
+    passes = True
+    for rival, others in rivals.items():
+        difference, reach = _mean_and_reach(scores - others)
+        found[rival] = _mean_and_reach(others)[0]
+        found[f"difference_from_{rival}"] = [difference - reach, difference + reach]
+        passes &= bool(better * difference - reach > 0)
+    return found | {"passes": passes if len(scores) >= MIN_IMAGES else None}
+
+
+def shuffle_layers(variables: PyTree, layers: Sequence[str], seed: int = 0) -> PyTree:
+    """Variables with the numbers of each parameter of these layers in a random order."""
+
+    def shuffle(path: tuple, leaf: Any) -> Any:
+        names = [entry.key for entry in path]
+        if names[0] != "params" or names[1] not in layers:
+            return leaf
+        numbers = np.asarray(leaf)
+        rng = np.random.default_rng([seed, *"/".join(names).encode()])
+        return rng.permutation(numbers.ravel()).reshape(numbers.shape)
+
+    return jax.tree.map_with_path(shuffle, variables)
+
+
+def _shuffled_predictors(predictor: Predictor, seed: int) -> dict[str, Predictor]:
+    """Predictors with ever more shuffled layers, by the name of the last one, logits first."""
+    names = layer_names(predictor.model, predictor.preprocessing.image_size)[::-1]
+    found = {}
+    for i, name in enumerate(names, start=1):
+        found[name] = copy.copy(predictor)
+        found[name].variables = jax.device_put(shuffle_layers(predictor.variables, names[:i], seed))
+    return found
+
+
+def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
+    """Spearman's correlation of each pair of maps; 0 where one of them is constant."""
+    ranks = [
+        scipy.stats.rankdata(maps.reshape(len(maps), -1), axis=1).astype(np.float64)
+        for maps in (a, b)
+    ]
+    x, y = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
+    scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    return np.divide((x * y).sum(axis=1), scale, out=np.zeros(len(x)), where=scale > 0)
+
+
+def _randomization(
+    method: Method,
+    maps: Maps,
+    shuffled: dict[str, Predictor],
+    images: Images,
+    classes: Classes,
+) -> dict[str, Any]:
+    """How maps agree with those of the shuffled networks; in the end they must not."""
+    correlations, reach = {}, 0.0
+    for name, predictor in shuffled.items():
+        values = rank_correlation(maps, method(predictor, images, classes))
+        correlations[name], reach = _mean_and_reach(values)
+    last = list(correlations.values())[-1]
+    return {
+        "images": len(images),
+        "rank_correlation": correlations,
+        "passes": last + reach < _SAME if len(images) >= MIN_IMAGES else None,
+    }
+
+
+def deletion_and_insertion(
+    predictor: Predictor, images: Images, classes: Classes, maps: Maps
+) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
+    """The areas under the class's probability, 0 to 1, as pixels go and as they come back.
+
+    Pixels go, the largest of the map first, to mean grey; they come back in the same order to a
+    blurred image. (The paper's is blurred by 5 of 224 pixels, which leaves much to be seen.)
+    """
+    batch, height, width = maps.shape
+    mean = np.array(predictor.preprocessing.mean, np.float32)
+    grey = np.broadcast_to(mean.round().astype(np.uint8), images.shape)
+    sigma = _BLUR * min(height, width)
+    blurred = scipy.ndimage.gaussian_filter(
+        images.astype(np.float32), (0, sigma, sigma, 0), mode="nearest"
+    )
+    blurred = blurred.round().astype(np.uint8)
+    # Ties, such as pixels without any evidence, go by their place.
+    order = np.argsort(-maps.reshape(batch, -1), axis=1, kind="stable")
+    place = np.empty_like(order)
+    np.put_along_axis(place, order, np.arange(height * width)[None], axis=1)
+    place = place.reshape(batch, height, width, 1)
+    areas = []
+    for first, then in ((images, grey), (blurred, images)):
+        curve = np.empty((_STEPS + 1, batch))
+        for step in range(_STEPS + 1):
+            changed = np.where(place < step * height * width / _STEPS, then, first)
+            curve[step] = class_probabilities(predictor, changed, classes)
+        areas.append(np.trapezoid(curve, dx=1 / _STEPS, axis=0))
+    return areas[0], areas[1]
+
+
+def class_probabilities(
+    predictor: Predictor, images: Images, classes: Classes
+) -> Float[np.ndarray, " batch"]:
+    """The probability of one class for each image."""
+    found = [
+        predictor(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)
+    ]
+    if not found:
+        return np.empty(0)
+    return np.concatenate(found)[np.arange(len(images)), classes].astype(np.float64)
+
+
+def hits(maps: Maps, masks: Bool[np.ndarray, "batch height width"]) -> Float[np.ndarray, " batch"]:
+    """1 where a map's largest value lies on the object, else 0; a constant map points nowhere.
+
+    If the largest value is at several pixels, the share of them that lie on it.
+    """
+    maps = maps.reshape(len(maps), -1)
+    is_largest = maps == maps.max(axis=1, keepdims=True)
+    is_largest &= np.ptp(maps, axis=1, keepdims=True) > 0
+    on_object = (is_largest & masks.reshape(len(masks), -1)).sum(axis=1)
+    return on_object / np.maximum(is_largest.sum(axis=1), 1)
+
+
+def random_maps(n: int, size: tuple[int, int], seed: int = 0) -> Maps:
+    """Maps of smooth noise, float32 [n, height, width]."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.random((n, _RANDOM_CELLS, _RANDOM_CELLS), np.float32)
+    resize = jax.jit(jax.image.resize, static_argnums=(1, 2))
+    return np.asarray(resize(coarse, (n, *size), "bilinear"))
+
+
+def centre_maps(n: int, size: tuple[int, int]) -> Maps:
+    """Maps that fall from the image's centre to its corners, float32 [n, height, width]."""
+    rows, columns = (np.abs(np.arange(side) - (side - 1) / 2) / side for side in size)
+    distance = np.hypot(rows[:, None], columns[None])
+    centre = (distance.max() - distance).astype(np.float32)
+    return np.repeat(centre[None], n, axis=0)

@@ -1,0 +1,204 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_bundle import MODEL, make_bundle
+
+from cnn_jax.explain import maps
+from cnn_jax.models import forward, make_model, stages
+from cnn_jax.predict import Predictor
+from cnn_jax.preprocessing import Preprocessing
+
+SIZE = (16, 12)
+
+
+def make_predictor(**changes):
+    """A small network, every parameter of which is random."""
+    config = MODEL | changes
+    model = make_model(config, 3, "float32")
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    rng = np.random.default_rng(0)
+    noisy = jax.tree.map(
+        lambda leaf: np.asarray(leaf + rng.uniform(-0.2, 0.3, leaf.shape), np.float32), variables
+    )
+    # Uneven means: a mistaken one shows.
+    preprocessing = Preprocessing(SIZE, mean=(120.0, 100.0, 140.0), std=(60.0, 70.0, 80.0))
+    bundle = dataclasses.replace(
+        make_bundle(), model=config, variables=noisy, preprocessing=preprocessing
+    )
+    return Predictor(bundle)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return make_predictor()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(1).integers(0, 256, (5, *SIZE, 3), np.uint8)
+
+
+CLASSES = np.array([0, 1, 2, 1, 0], np.int32)
+
+
+def _maps_and_gradients(predictor, images, classes):
+    """The last feature maps and the gradients by them, worked out by hand in float64."""
+    found = stages(predictor.model, predictor.variables, jnp.array(images), predictor.preprocessing)
+    feature_maps = np.asarray(found["conv2"], np.float64)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), predictor.variables["params"])
+    by_embedding = params["head"]["kernel"].T[classes]
+    if "dense" in params:
+        hidden = feature_maps.mean((1, 2)) @ params["dense"]["kernel"] + params["dense"]["bias"]
+        by_embedding = (by_embedding * (hidden > 0)) @ params["dense"]["kernel"].T
+    height, width = feature_maps.shape[1:3]
+    gradients = np.broadcast_to(by_embedding[:, None, None] / (height * width), feature_maps.shape)
+    return feature_maps, gradients
+
+
+def _enlarged(small):
+    return np.asarray(jax.image.resize(jnp.array(small, jnp.float32), (5, *SIZE), "bilinear"))
+
+
+def test_grad_cam_is_the_weighted_sum_of_the_maps(predictor, images):
+    feature_maps, gradients = _maps_and_gradients(predictor, images, CLASSES)
+    weights = gradients.mean((1, 2))
+    expected = np.maximum(np.einsum("bk,bhwk->bhw", weights, feature_maps), 0)
+    found = maps.grad_cam(predictor, images, CLASSES)
+    assert (expected > 0).any()
+    assert (expected == 0).any()
+    np.testing.assert_allclose(found, _enlarged(expected), rtol=1e-4, atol=1e-7)
+
+
+def test_grad_cam_plus_plus_is_the_papers_equations(predictor, images):
+    feature_maps, gradients = _maps_and_gradients(predictor, images, CLASSES)
+    expected = np.zeros(feature_maps.shape[:3])
+    for image in range(5):
+        for k in range(feature_maps.shape[-1]):
+            a, g = feature_maps[image, ..., k], gradients[image, ..., k]
+            # Derivatives of exp(logit), without their common factor exp(logit).
+            alpha = g**2 / (2 * g**2 + a.sum() * g**3)
+            expected[image] += (alpha * np.maximum(g, 0)).sum() * a
+    found = maps.grad_cam_plus_plus(predictor, images, CLASSES)
+    np.testing.assert_allclose(found, _enlarged(np.maximum(expected, 0)), rtol=1e-3, atol=1e-6)
+
+
+def test_layer_cam_weighs_each_pixel_by_its_positive_gradient(predictor, images):
+    feature_maps, gradients = _maps_and_gradients(predictor, images, CLASSES)
+    expected = np.maximum((np.maximum(gradients, 0) * feature_maps).sum(-1), 0)
+    found = maps.layer_cam(predictor, images, CLASSES)
+    np.testing.assert_allclose(found, _enlarged(expected), rtol=1e-4, atol=1e-7)
+
+
+def test_cam_needs_a_head_on_the_mean_maps_and_is_then_grad_cam_in_other_units(images):
+    predictor = make_predictor(dense=0)
+    feature_maps, _ = _maps_and_gradients(predictor, images, CLASSES)
+    head = np.asarray(predictor.variables["params"]["head"]["kernel"]).T[CLASSES]
+    expected = np.maximum(np.einsum("bk,bhwk->bhw", head, feature_maps), 0)
+    found = maps.cam(predictor, images, CLASSES)
+    np.testing.assert_allclose(found, _enlarged(expected), rtol=1e-4, atol=1e-6)
+    pixels = np.prod(feature_maps.shape[1:3])
+    grad_cam = maps.grad_cam(predictor, images, CLASSES)
+    np.testing.assert_allclose(pixels * grad_cam, found, rtol=1e-4, atol=1e-6)
+    assert "cam" in maps.methods_for(predictor)
+
+
+def test_cam_is_refused_where_there_is_a_hidden_layer(predictor, images):
+    assert "cam" not in maps.methods_for(predictor)
+    with pytest.raises(ValueError, match=r"model\.dense=0"):
+        maps.cam(predictor, images, CLASSES)
+
+
+def _logits(predictor, images):
+    found = forward(
+        predictor.model, predictor.variables, jnp.array(images), predictor.preprocessing
+    )
+    return np.asarray(found)[np.arange(len(images)), CLASSES]
+
+
+def test_integrated_gradients_sum_to_what_the_image_adds_to_the_logit(predictor, images):
+    found = maps.integrated_gradients_by_channel(predictor, images, CLASSES)
+    grey = np.broadcast_to(np.float32([120, 100, 140]), images.shape)
+    gained = _logits(predictor, images.astype(np.float32)) - _logits(predictor, grey)
+    assert np.abs(gained).min() > 0.05
+    np.testing.assert_allclose(found.sum((1, 2, 3)), gained, rtol=0.05, atol=0.02)
+    np.testing.assert_allclose(
+        maps.integrated_gradients(predictor, images, CLASSES), np.abs(found.sum(-1)), rtol=1e-5
+    )
+
+
+def test_smooth_grad_is_the_mean_over_noisy_copies(predictor, images):
+    def logits(images):
+        found = forward(predictor.model, predictor.variables, images, predictor.preprocessing)
+        return found[jnp.arange(5), CLASSES].sum()
+
+    rng = np.random.default_rng(0)
+    copies = [
+        np.abs(jax.grad(logits)(images + 0.15 * 255 * rng.standard_normal((*SIZE, 3), np.float32)))
+        for _ in range(16)
+    ]
+    found = maps.smooth_grad(predictor, images, CLASSES)
+    np.testing.assert_allclose(found, np.mean(copies, axis=0).max(-1), rtol=1e-3, atol=1e-6)
+
+
+def test_occlusion_is_what_the_logit_loses_under_each_patch(predictor, images):
+    whole = _logits(predictor, images)
+    lost, count = np.zeros((5, *SIZE)), np.zeros(SIZE)
+    for top in range(15):  # Patches of 2 x 2 pixels, one apart.
+        for left in range(11):
+            patch = np.s_[:, top : top + 2, left : left + 2]
+            occluded = images.astype(np.float32)
+            occluded[patch] = (120, 100, 140)
+            loss = np.maximum(whole - _logits(predictor, occluded), 0)
+            lost[patch] += loss[:, None, None]
+            count[patch[1:]] += 1
+    found = maps.occlusion(predictor, images, CLASSES)
+    np.testing.assert_allclose(found, lost / count, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (224, 224)])
+def test_patches_cover_every_pixel(size):
+    count = np.zeros(size, int)
+    for rows, columns in maps._patches(size):
+        count[rows, columns] += 1
+    assert count.min() >= 1
+    assert count.max() <= 9
+
+
+@pytest.mark.parametrize("name", maps.METHODS)
+def test_an_images_map_depends_on_no_other_image(name, images):
+    predictor = make_predictor(dense=0)
+    method = maps.METHODS[name]
+    together = method(predictor, images, CLASSES)
+    assert together.shape == (5, *SIZE)
+    assert together.dtype == np.float32
+    assert (together >= 0).all()
+    for i in (0, 4):
+        alone = method(predictor, images[i : i + 1], CLASSES[i : i + 1])
+        np.testing.assert_allclose(alone[0], together[i], rtol=1e-3, atol=1e-5)
+    assert not np.allclose(together, method(predictor, images, (CLASSES + 1) % 3))
+    assert method(predictor, images[:0], CLASSES[:0]).shape == (0, *SIZE)
+
+
+@pytest.mark.parametrize("name", maps.METHODS)
+def test_maps_are_finite_whatever_the_weights_and_images(name, images):
+    predictor = make_predictor(dense=0)
+    for scale in (0.0, 1e12):
+        predictor.variables = jax.tree.map(lambda leaf: leaf * scale, predictor.variables)  # noqa: B023
+        for batch in (images, np.zeros_like(images)):
+            assert np.isfinite(maps.METHODS[name](predictor, batch, CLASSES)).all()
+
+
+def test_more_images_than_go_through_at_once(predictor, monkeypatch, images):
+    expected = maps.grad_cam(predictor, images, CLASSES)
+    monkeypatch.setattr(maps, "_PIXELS_AT_ONCE", 2 * SIZE[0] * SIZE[1])
+    np.testing.assert_allclose(
+        maps.grad_cam(predictor, images, CLASSES), expected, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_scaled_maps_reach_one_or_are_zero():
+    found = maps.scaled(np.array([[[0, 2.0]], [[0, 0]]], np.float32))
+    np.testing.assert_array_equal(found, [[[0, 1]], [[0, 0]]])

@@ -1,0 +1,145 @@
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+from test_bundle import make_bundle
+
+from cnn_jax.bundle import write_bundle
+from cnn_jax.errors import ConfigError, DataError
+from cnn_jax.explain import pictures
+from cnn_jax.explain.maps import grad_cam, methods_for
+from cnn_jax.predict import Predictor, predict_batch, preprocess_for_inference
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(make_bundle(class_names=("Blue jay", "<b>green</b>", "猫")))
+
+
+@pytest.fixture
+def paths(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        pixels = rng.integers(0, 256, (40 + i, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"<i>{i}.png")
+    return sorted(tmp_path.glob("*.png"))
+
+
+def test_each_image_gets_a_map_of_its_own_size_and_the_page_shows_all(predictor, paths, tmp_path):
+    output = tmp_path / "out"
+    result = pictures.explain(predictor, paths, output, ["all"])
+    assert json.loads((output / "explanations.json").read_text()) == result
+    names = list(methods_for(predictor))
+    assert list(result["methods"]) == names
+    for path, image, prediction in zip(
+        paths, result["images"], predict_batch(predictor, paths), strict=True
+    ):
+        assert image["path"] == str(path)
+        assert image["predicted"] == image["explained"] == prediction.predicted
+        assert image["confidence"] == pytest.approx(prediction.confidence, abs=1e-6)
+        for name in names:
+            with Image.open(path) as original, Image.open(output / image["pictures"][name]) as map_:
+                assert map_.size == original.size
+    assert "feature_maps" in result["images"][7]
+    assert "feature_maps" not in result["images"][8]
+    assert (output / "filters.png").exists()
+
+    page = (output / "index.html").read_text()
+    assert "<i>" not in page
+    assert "<b>" not in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # It needs no other file.
+    sources = re.findall(r"data:image/png;base64,([^\"]+)", page)
+    assert len(sources) == 10 * (1 + len(names)) + 8 * 2 + 1
+    for source in sources:
+        Image.open(io.BytesIO(base64.b64decode(source))).verify()
+    for method in result["methods"].values():
+        assert method["verdict"] in page
+
+
+def test_the_colours_are_brightest_where_the_map_is_largest(predictor, tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.full((16, 16, 3), 128, np.uint8)).save(path)
+    values = np.zeros((16, 16), np.float32)
+    values[3, 12] = 1
+    name = pictures._save_overlay(tmp_path, 0, "grad_cam", path, values, predictor)
+    brightness = np.asarray(Image.open(tmp_path / name).convert("L"))
+    assert np.unravel_index(brightness.argmax(), brightness.shape) == (3, 12)
+
+
+def test_a_class_of_ones_own(predictor, paths, tmp_path):
+    result = pictures.explain(predictor, paths[:2], tmp_path / "out", class_name="猫")
+    pixels = np.stack([preprocess_for_inference(p, predictor.preprocessing) for p in paths[:2]])
+    for image, row in zip(result["images"], predictor(pixels), strict=True):
+        assert image["explained"] == "猫"
+        assert image["probability"] == pytest.approx(float(row[2]), abs=1e-6)
+    assert grad_cam(predictor, pixels, np.array([2, 2], np.int32)).shape == (2, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("blue jay", "no class 'blue jay', did you mean 'Blue jay'\\?"),
+        ("BlueJay", "did you mean 'Blue jay'"),
+        ("zebra", "no class 'zebra'; it has Blue jay, <b>green</b>, 猫"),
+    ],
+)
+def test_an_unknown_class_is_refused_with_the_nearest(predictor, name, message):
+    with pytest.raises(ConfigError, match=message):
+        pictures.choose_class(predictor, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("grad-cam", "did you mean 'grad_cam'"),
+        ("", "there are grad_cam, "),
+        ("cam", r"needs a network whose head sees the mean feature maps \(model\.dense=0\)"),
+    ],
+)
+def test_an_impossible_method_is_refused(predictor, name, message):
+    with pytest.raises(ConfigError, match=message):
+        pictures.choose_methods(predictor, [name])
+
+
+def test_what_is_no_image_is_listed_and_nothing_else_is_an_error(predictor, paths, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"nonsense")
+    result = pictures.explain(predictor, [tmp_path / "bad.png", paths[0]], tmp_path / "out")
+    assert "not an image" in result["images"][0]["error"]
+    assert result["images"][1]["error"] is None
+    assert "Left out: " in (tmp_path / "out" / "index.html").read_text()
+    with pytest.raises(DataError, match="none of 1 images could be read"):
+        pictures.explain(predictor, [tmp_path / "bad.png"], tmp_path / "out")
+
+
+def test_the_command(tmp_path, paths):
+    write_bundle(make_bundle(), tmp_path / "bundle")
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "cnn_jax.explain", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+
+    flags = [f"--bundle={tmp_path / 'bundle'}", f"--input={paths[0]}"]
+    done = run(*flags, f"--output={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    verdict = "grad_cam: no verdict: it takes at least 8 images"
+    assert done.stdout.splitlines() == [verdict, f"{tmp_path / 'out'}/index.html"]
+
+    (tmp_path / "file").touch()
+    done = run(*flags, f"--output={tmp_path / 'file' / 'out'}")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --output: cannot make")
+    assert "Traceback" not in done.stderr
+
+    weights = tmp_path / "bundle" / "weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    done = run(*flags, f"--output={tmp_path / 'out'}")
+    assert done.returncode == 1
+    assert "is damaged" in done.stderr.splitlines()[-1]
