@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from cnn_jax.data import Track, decode, no_track
@@ -26,6 +26,7 @@ from cnn_jax.report import style, thumbnails
 _MAX_WITH_FEATURE_MAPS, _MAX_ON_PAGE = 8, 100
 # Of a feature map or a filter in a picture, in pixels, and of the page's pictures.
 _TILE, _GAP, _SIDE = 48, 2, 192
+FILTERS = "filters.png"
 
 Picture = Image.Image
 
@@ -141,7 +142,7 @@ def explain(
 
     result = {
         "methods": {name: _judge(predictor, sample, name, track) for name in methods},
-        "filters": _save_filters(folder, predictor),
+        "filters": FILTERS if save_filters(folder / FILTERS, predictor) else None,
         "images": records,
     }
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
@@ -219,28 +220,38 @@ def _save_feature_maps(
 ) -> dict[str, str]:
     """Saves a picture of all maps of each convolution; returns the files' names."""
     names = {}
-    for layer, maps in features.feature_maps(predictor, pixels[None]).items():
+    for layer, grid in feature_map_grids(predictor, pixels).items():
         names[layer] = f"{number:04d}-maps-{layer}.png"
-        colours = matplotlib.colormaps["viridis"]
-        tiles = [
-            Image.fromarray(np.rint(255 * colours(_levels(values))[..., :3]).astype(np.uint8))
-            for values in np.moveaxis(maps[0], -1, 0)
-        ]
-        _grid(tiles).save(folder / names[layer])
+        grid.save(folder / names[layer])
     return names
 
 
-def _save_filters(folder: pathlib.Path, predictor: Predictor) -> str | None:
-    """Saves a picture of the first convolution's filters; None if the network has none."""
+def feature_map_grids(
+    predictor: Predictor, pixels: UInt8[np.ndarray, "height width 3"]
+) -> dict[str, Picture]:
+    """A picture of the maps of each convolution, each from its least value to its largest."""
+    colours = matplotlib.colormaps["viridis"]
+    grids = {}
+    for layer, maps in features.feature_maps(predictor, pixels[None]).items():
+        channels = np.moveaxis(maps[0], -1, 0)
+        levels = [np.rint(255 * colours(_levels(values))[..., :3]) for values in channels]
+        grids[layer] = _grid([Image.fromarray(level.astype(np.uint8)) for level in levels])
+    return grids
+
+
+def save_filters(path: pathlib.Path, predictor: Predictor) -> bool:
+    """Saves a picture of the first convolution's filters; False if the network has none.
+
+    Grey is 0, and all filters have one scale.
+    """
     try:
         filters = features.first_filters(predictor)
     except ValueError:
-        return None
-    # Grey is 0, and all filters have one scale.
+        return False
     reach = float(np.abs(filters).max()) or 1.0
     levels = np.rint(127.5 * (1 + filters / reach)).astype(np.uint8)
-    _grid([Image.fromarray(one) for one in levels]).save(folder / "filters.png")
-    return "filters.png"
+    _grid([Image.fromarray(one) for one in levels]).save(path)
+    return True
 
 
 def _levels(values: Float[np.ndarray, "height width"]) -> Float[np.ndarray, "height width"]:
