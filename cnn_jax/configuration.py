@@ -24,6 +24,8 @@ from cnn_jax.models import MODELS, compute_dtype
 Config = Any
 
 MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "recall", "f1", "loss"))
+# How much of the report a run makes at its end.
+DETAILS = ("full", "figures", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,7 @@ _FIELDS: dict[str, _Field] = {
     "checkpoint.every_steps": _int(0),
     "checkpoint.restore_step": _int(0),
     "checkpoint.init_from": _Field("a path, or empty", lambda v: isinstance(v, str)),
+    "report.detail": _choice(DETAILS),
     "mesh.data": _Field(
         "an integer, 1 or more, or -1", lambda v: _is_int(v) and (v >= 1 or v == -1)
     ),

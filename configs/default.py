@@ -68,6 +68,9 @@ def get_config() -> Config:
     checkpoint.restore_step = 0  # Goes back, once, to the checkpoint of this step.
     checkpoint.init_from = ""  # A bundle or a run, whose weights a new run starts from.
 
+    config.report = report = ConfigDict()
+    report.detail = "full"  # Or "figures", without explanations and corruptions; or "none".
+
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # Devices that share a batch; -1: all there are.
     mesh.model = 1  # Devices that share the large parameters.

@@ -89,7 +89,7 @@ class Bench:
             if "COMPILATION_CACHE" not in k and "PERSISTENT_CACHE" not in k
         }
         environment |= {"CNN_JAX_CACHE": str(self._cache)}
-        main = _command("-m", "cnn_jax.main", f"--config={config}")
+        main = _command("-m", "cnn_jax.main", f"--config={config}", "--config.report.detail=none")
         # A whole run decodes the images and makes a bundle.
         seconds_to_end([*main, f"--workdir={folder / 'first'}"], environment)
         pixels = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)

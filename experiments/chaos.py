@@ -40,6 +40,7 @@ def command(workdir: pathlib.Path, epochs: int) -> list[str]:
         f"--config.train.epochs={epochs}",
         f"--config.train.patience={epochs}",
         "--config.checkpoint.every_steps=7",
+        "--config.report.detail=none",
     ]
 
 

@@ -70,6 +70,7 @@ def run(
             f"--config.train.batch_size={batch_size}",
             f"--config.optimizer.learning_rate={rate}",
             f"--config.optimizer.warmup_epochs={warmup}",
+            "--config.report.detail=none",
         ],
         check=True,
         stdout=subprocess.DEVNULL,

@@ -26,6 +26,7 @@ TINY = (
     "--config.model.dense=8",
     "--config.train.batch_size=8",
     "--config.train.patience=1000",
+    "--config.report.detail=none",
 )
 # Long enough that nothing ends before a test is done with it.
 ENDLESS = "--config.train.epochs=100000"

@@ -33,6 +33,7 @@ def _tiny_flags(image_folder, workdir, epochs=2):
         "--config.model.features=(4,8)",
         "--config.train.batch_size=8",
         f"--config.train.epochs={epochs}",
+        "--config.report.detail=none",
     ]
 
 

@@ -403,7 +403,10 @@ def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
 
 # In processes of their own, killed for real.
 
-SMOKE = [sys.executable, "-m", "cnn_jax.main", "--config=configs/smoke.py"]
+SMOKE = [
+    *(sys.executable, "-m", "cnn_jax.main", "--config=configs/smoke.py"),
+    "--config.report.detail=none",
+]
 
 
 def _start(workdir, *flags, **options):
