@@ -40,6 +40,10 @@ def main(argv: Sequence[str]) -> None:
     start_processes(known.coordinator, known.process_id, known.process_count)
     keep_compiled()
     train_and_evaluate(config, known.workdir, profile=known.profile)
+    with cli.interrupts_held_back():
+        # Imported later still: charts take half a second that training need not wait for.
+        from cnn_jax.report.run_report import report_after_training
+    report_after_training(known.workdir, config.report.detail)
 
 
 def load_config(file: str, overrides: Sequence[str]) -> ConfigDict:

@@ -38,6 +38,7 @@ _FREE_KEYS = frozenset(
         *("mesh.data", "mesh.model"),
         *("train.epochs", "train.patience", "train.steps_per_execution"),
         *("checkpoint.keep", "checkpoint.every_steps", "checkpoint.restore_step"),
+        "report.detail",
     }
 )
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
@@ -292,10 +293,29 @@ def _line(record: Mapping[str, Any]) -> str:
 
 @_by_primary
 def write_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """Writes report/metrics.json: the figures of each split."""
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    """Writes report/metrics.json: the figures of each split, and what the report adds.
+
+    Raises:
+      ValueError: A number is not finite.
+    """
     (workdir / "report").mkdir(exist_ok=True)
-    write_text(workdir / "report" / "metrics.json", text + "\n")
+    write_text(workdir / "report" / "metrics.json", _json(report) + "\n")
+
+
+def _json(value: Any, indent: str = "") -> str:
+    """JSON, indented by a space, with a list of numbers, such as a matrix's row, on one line."""
+    inner = f"{indent} "
+    if isinstance(value, Mapping) and value:
+        parts = [
+            f"{json.dumps(k, ensure_ascii=False)}: {_json(v, inner)}" for k, v in value.items()
+        ]
+        brackets = "{}"
+    elif isinstance(value, list | tuple) and not all(isinstance(v, int | float) for v in value):
+        parts, brackets = [_json(v, inner) for v in value], "[]"
+    else:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    lines = f",\n{inner}".join(parts)
+    return f"{brackets[0]}\n{inner}{lines}\n{indent}{brackets[1]}"
 
 
 @_by_primary

@@ -2,8 +2,8 @@
 
     python -m cnn_jax.main --config=configs/smoke.py --workdir=runs/smoke
 
-Expect it to end within 15 seconds on two CPU cores once its 1,000 images are made, and
-an accuracy near chance: three epochs of 22 steps teach little.
+Expect it to end within half a minute on two CPU cores once its 1,000 images are made, half
+of it for the report, and an accuracy near chance: three epochs of 22 steps teach little.
 """
 
 from cnn_jax.configuration import Config

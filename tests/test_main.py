@@ -183,3 +183,25 @@ def test_a_host_without_opencv_and_tfds_can_train_on_its_device(image_folder, tm
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "bundle" / "bundle.json").exists()
+
+
+def test_a_run_ends_with_the_path_of_its_report(image_folder, tmp_path):
+    flags = [f for f in _tiny_flags(image_folder, tmp_path / "run") if "report.detail" not in f]
+    result = _run("main", *flags, "--config.report.detail=figures")
+    assert result.returncode == 0, result.stderr
+    page = tmp_path / "run" / "report" / "index.html"
+    assert result.stdout.splitlines()[-1] == f"report      {page}"
+    assert page.exists()
+    figures = json.loads(page.with_name("metrics.json").read_text())
+    assert figures["run"]["trained_on"]["device"] == "1 x cpu"
+    assert set(figures["missing"]) == {"explanations", "robustness"}
+    # Of a run that is done, the rest can be had at any time.
+    again = _run("main", *flags, "--config.report.detail=none")
+    assert again.returncode == 0, again.stderr
+    command = f"python -m cnn_jax.report --run={tmp_path / 'run'}"
+    assert again.stdout.splitlines()[-1] == f"report      {command}"
+    result = _run("report", f"--run={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(page.with_name("metrics.json").read_text())
+    assert figures["missing"] == {}
+    assert {"explanations", "robustness"} <= set(figures)

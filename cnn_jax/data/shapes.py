@@ -275,8 +275,9 @@ def read_masks(
     """
     num_images = int(name.partition(":")[2] or NUM_IMAGES)
     folder = generate(num_images) / "masks"
+    height, width = size
     masks = np.empty((len(ids), *size), bool)
     for mask, example_id in zip(masks, ids, strict=True):
         image = Image.open(folder / pathlib.PurePosixPath(example_id).with_suffix(".png"))
-        mask[:] = np.asarray(image.resize(size[::-1], Image.Resampling.BOX)) > 127
+        mask[:] = np.asarray(image.resize((width, height), Image.Resampling.BOX)) > 127
     return masks

@@ -7,6 +7,7 @@ nothing any more of the one it stands with, while all others stay.
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -30,31 +31,41 @@ def feature_maps(
     predictor: Predictor, images: Images
 ) -> dict[str, Float[np.ndarray, "batch height width channel"]]:
     """The feature maps of every convolution, by its name, float32."""
-    found = _run_stages(predictor, images)
-    return {name: array for name, array in found.items() if array.ndim == 4}
+    return _run(_feature_maps, predictor, images)
 
 
 def embeddings(predictor: Predictor, images: Images) -> Float[np.ndarray, "batch features"]:
     """What the head sees of each image: the hidden layer's features, float32."""
     parts = [
-        _run_stages(predictor, images[start : start + BATCH_SIZE])["embedding"]
+        _run(_embedding, predictor, images[start : start + BATCH_SIZE])
         for start in range(0, len(images), BATCH_SIZE)
     ]
     return np.concatenate(parts)
 
 
-def _run_stages(predictor: Predictor, images: Images) -> dict[str, np.ndarray]:
-    run = _compiled_stages(predictor.model, predictor.preprocessing)
+def _feature_maps(stages: dict[str, Array]) -> dict[str, Array]:
+    return {name: array for name, array in stages.items() if array.ndim == 4}
+
+
+def _embedding(stages: dict[str, Array]) -> Array:
+    return stages["embedding"]
+
+
+def _run(choose: Callable[[dict[str, Array]], PyTree], predictor: Predictor, images: Images) -> Any:
+    """What is chosen of the stages of the network, float32."""
+    run = _compiled(choose, predictor.model, predictor.preprocessing)
     missing = (1 << (len(images) - 1).bit_length()) - len(images)
     padded = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge")
     found = jax.device_get(run(predictor.variables, padded))
-    return {name: np.asarray(array, np.float32)[: len(images)] for name, array in found.items()}
+    return jax.tree.map(lambda array: np.asarray(array, np.float32)[: len(images)], found)
 
 
 @functools.cache
-def _compiled_stages(model: nn.Module, preprocessing: Preprocessing) -> Any:
-    def run(variables: PyTree, images: Array) -> dict[str, Array]:
-        return stages(model, variables, images, preprocessing)
+def _compiled(
+    choose: Callable[[dict[str, Array]], PyTree], model: nn.Module, preprocessing: Preprocessing
+) -> Callable[[PyTree, Images], PyTree]:
+    def run(variables: PyTree, images: Array) -> PyTree:
+        return choose(stages(model, variables, images, preprocessing))
 
     return jax.jit(run, compiler_options=runtime.compiler_options())
 

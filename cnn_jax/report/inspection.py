@@ -1,11 +1,8 @@
 """The page of an inspection: charts, contact sheets, and lists that a person can read.
 
-Names of classes and files come from outside. None of them becomes a file's name or
-a part of the page's markup, and none is drawn: the browser knows more scripts than
-Matplotlib's font.
+No name from outside is drawn: the browser knows more scripts than Matplotlib's font.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -14,22 +11,21 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from jaxtyping import Int
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from PIL import Image
 
 import cnn_jax
-from cnn_jax.data import Track, decode, no_track, scan
+from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.findings import count
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.data.survey import Cluster, Survey
-from cnn_jax.errors import DataError, printable
+from cnn_jax.report import style
+from cnn_jax.report.style import Theme
+from cnn_jax.report.thumbnails import load_thumbnail
 
 # Rows of a list on the page, and names in a row; inspection.json has all of them.
 _MAX_ROWS = 50
@@ -41,38 +37,6 @@ _THUMBNAIL, _GAP = 96, 6
 _COLUMNS, _ROWS = 6, 4
 # From so many different sizes on, their density says more than their points.
 _MAX_POINTS = 2000
-# Of a chart, in inches.
-_SIZE = (4.0, 3.0)
-_DPI = 144
-
-
-@dataclasses.dataclass(frozen=True)
-class _Theme:
-    """Colours of a chart on a light or a dark page."""
-
-    suffix: str
-    ink: str
-    line: str
-    accent: str
-    channels: tuple[str, str, str]
-
-
-_THEMES = (
-    _Theme(
-        suffix="",
-        ink="#4a4f57",
-        line="#dfe2e6",
-        accent="#3f6fa8",
-        channels=("#c4504a", "#4d9a5b", "#4a74c4"),
-    ),
-    _Theme(
-        suffix="_dark",
-        ink="#b9bec6",
-        line="#3a3f47",
-        accent="#7fb0e6",
-        channels=("#e5827c", "#7fc98d", "#86a8ec"),
-    ),
-)
 
 
 def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) -> pathlib.Path:
@@ -101,17 +65,7 @@ def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) ->
             zip(_rows(survey, survey.near), survey.near, strict=False)
         )
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cnn_jax.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # What is not printable, such as half of a surrogate pair, stands as its escape.
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    environment.filters["number"] = lambda value: f"{value:,}"
-    page = environment.get_template("inspection.html").render(
+    page = style.template("inspection.html").render(
         survey=survey,
         source=survey.source,
         findings=survey.findings,
@@ -237,16 +191,7 @@ def _sheet(thumbnails: Sequence[Image.Image | None], columns: int) -> Image.Imag
 
 
 def _thumbnail(survey: Survey, index: int) -> Image.Image | None:
-    """An image that just fits into its square; None if it can no longer be read."""
-    header = survey.headers[index]
-    scale = _THUMBNAIL / max(header.width, header.height)
-    width, height = max(round(header.width * scale), 1), max(round(header.height * scale), 1)
-    try:
-        encoded = scan.read_example(survey.source, index, survey.max_pixels)
-        pixels = decode.decode(encoded, survey.max_pixels, at_least=(height, width))
-    except DataError:
-        return None
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+    return load_thumbnail(survey.source, index, survey.max_pixels, _THUMBNAIL)
 
 
 # Charts.
@@ -254,7 +199,7 @@ def _thumbnail(survey: Survey, index: int) -> Image.Image | None:
 
 def _draw_charts(survey: Survey, folder: pathlib.Path) -> list[str]:
     """Draws the charts that say something; returns their files without the ending."""
-    plots: dict[str, Callable[[Survey, Axes, _Theme], None]] = {}
+    plots: dict[str, Callable[[Survey, Figure, Theme], None]] = {}
     if len(survey.resolutions) > 1:
         plots["resolutions"] = _plot_resolutions
         if np.ptp(survey.aspect_ratios) > 0:
@@ -262,29 +207,14 @@ def _draw_charts(survey: Survey, folder: pathlib.Path) -> list[str]:
     if survey.levels.any():
         plots["levels"] = _plot_levels
     for name, plot in plots.items():
-        for theme in _THEMES:
-            _draw(folder / f"{name}{theme.suffix}.png", theme, functools.partial(plot, survey))
+        for theme in style.THEMES:
+            style.draw(folder / f"{name}{theme.suffix}.png", theme, functools.partial(plot, survey))
     return list(plots)
 
 
-def _draw(path: pathlib.Path, theme: _Theme, plot: Callable[[Axes, _Theme], None]) -> None:
-    """Saves a chart on a transparent ground."""
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.tick_params(colors=theme.ink, labelsize=8.5, length=0)
-    axes.grid(color=theme.line, linewidth=0.7)
-    plot(axes, theme)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=theme.ink, size=8.5)
-    figure.savefig(path, transparent=True)
-
-
-def _plot_resolutions(survey: Survey, axes: Axes, theme: _Theme) -> None:
+def _plot_resolutions(survey: Survey, figure: Figure, theme: Theme) -> None:
     """Each size a point, the larger the more images have it; of very many, their density."""
+    axes = style.plain(figure.subplots(), theme)
     widths, heights = np.array([size for size, _ in survey.resolutions]).T
     images = np.array([number for _, number in survey.resolutions])
     is_wide = max(widths.max() / widths.min(), heights.max() / heights.min()) > 8
@@ -302,12 +232,13 @@ def _plot_resolutions(survey: Survey, axes: Axes, theme: _Theme) -> None:
         axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(5))
-        axis.set_major_formatter(_thousands())
+        axis.set_major_formatter(style.thousands())
     axes.set(xlabel="width (pixels)", ylabel="height (pixels)")
 
 
-def _plot_aspect_ratios(survey: Survey, axes: Axes, theme: _Theme) -> None:
+def _plot_aspect_ratios(survey: Survey, figure: Figure, theme: Theme) -> None:
     """How often images are wide or tall, on a scale where 1:2 and 2:1 are equally far from 1."""
+    axes = style.plain(figure.subplots(), theme)
     ratios = np.log2(survey.aspect_ratios)
     reach = max(np.abs(ratios).max() * 1.05, 0.5)
     axes.hist(ratios, np.linspace(-reach, reach, 42), color=theme.accent)
@@ -316,13 +247,14 @@ def _plot_aspect_ratios(survey: Survey, axes: Axes, theme: _Theme) -> None:
         FuncFormatter(lambda value, _: f"{2**value:.{2 if value < 0 else 3}g}")
     )
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_formatter(_thousands())
+    axes.yaxis.set_major_formatter(style.thousands())
     axes.grid(visible=False, axis="x")
     axes.set(xlabel="width / height", ylabel="images")
 
 
-def _plot_levels(survey: Survey, axes: Axes, theme: _Theme) -> None:
+def _plot_levels(survey: Survey, figure: Figure, theme: Theme) -> None:
     """The share of pixels at each grey level, a line for each channel."""
+    axes = style.plain(figure.subplots(), theme)
     shares = survey.levels / survey.levels.sum(axis=1, keepdims=True)
     for share, name, colour in zip(shares, "RGB", theme.channels, strict=True):
         axes.plot(share, color=colour, linewidth=1.4, label=name)
@@ -330,10 +262,4 @@ def _plot_levels(survey: Survey, axes: Axes, theme: _Theme) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1%}"))
     axes.set(xlabel="grey level", ylabel="pixels")
-    axes.legend(
-        loc="upper center", frameon=False, fontsize=8.5, labelcolor=theme.ink, handlelength=1
-    )
-
-
-def _thousands() -> FuncFormatter:
-    return FuncFormatter(lambda value, _: f"{value:,.0f}")
+    style.legend(axes, theme, loc="upper center")

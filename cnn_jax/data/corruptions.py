@@ -1,0 +1,719 @@
+"""What spoils photographs, at five severities: noise, blur, weather, processing, poor quality.
+
+The 19 common corruptions of ImageNet-C (Hendrycks & Dietterich, "Benchmarking Neural
+Network Robustness to Common Corruptions and Perturbations", ICLR 2019), with the
+constants of the authors' code, and four of our own under `quality`. Each is a function
+of (image, severity, seed) and of nothing else: uint8 [h, w, 3] RGB of any size gives
+the same shape, severity is 1 to 5, and the seed, 0 or more, decides what is random in it.
+They may be called on many threads at once.
+
+**Size.** ImageNet-C is made for 224 pixels. Here whatever is a length in pixels (radii,
+widths of blurs, displacements, the grain of fog, frost, snow and spatter) is scaled by
+min(h, w) / 224, so that a small picture looks like a large one that was spoiled and then
+reduced; at 224 the lengths are the published ones. CIFAR-10-C and Tiny-ImageNet-C do
+much the same by constants of their own, which also are milder in grey levels. Grey
+levels, shares of pixels, JPEG qualities, and `pixelate`, which is a ratio of the image's
+own number of pixels, stay as ImageNet-C has them at every size.
+
+**Where this differs from the published code.** Grey levels are rounded, not cut off, and
+intermediate results keep their fractions. Frost is drawn by a program, not photographed
+(see `frost`). ImageMagick's motion blur is done by its definition (see `motion_blur`).
+Random numbers come from `np.random.default_rng([seed, severity])`.
+"""
+
+import functools
+import io
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, UInt8
+from PIL import Image
+
+SEVERITIES = (1, 2, 3, 4, 5)
+
+Corruption = Callable[[np.ndarray, int, int], np.ndarray]
+# RGB or one layer, grey levels from 0 to 1. The underscores say that sizes may differ.
+_Unit = Float32[np.ndarray, "_height _width _*channels"]
+
+# The side in pixels that ImageNet-C's constants are for.
+_SIDE = 224
+# A layer's longer side over its shorter one, at most: a picture that is yet longer gets
+# it stretched, so that a strip of one pixel by thousands does not take all memory.
+_LONGEST = 4
+
+_T = TypeVar("_T")
+
+
+@functools.cache
+def _opencv() -> ModuleType:
+    """OpenCV, imported when it is needed, and kept to the thread that calls it."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2
+
+
+def _choose(severity: int, values: Sequence[_T]) -> _T:
+    """The constant of a severity, 1 to 5."""
+    if severity not in SEVERITIES:
+        raise ValueError(f"severity must be 1 to 5, got {severity}")
+    return values[severity - 1]
+
+
+def _rng(seed: int, severity: int) -> np.random.Generator:
+    return np.random.default_rng([seed, severity])
+
+
+def _unit(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    return image.astype(np.float32) / np.float32(255)
+
+
+def _levels(image: np.ndarray) -> UInt8[np.ndarray, "_height _width 3"]:
+    """Rounds what is 0 to 1, or beyond, to grey levels."""
+    return np.clip(image * np.float32(255) + np.float32(0.5), 0, 255).astype(np.uint8)
+
+
+def _scale(image: np.ndarray) -> float:
+    """How long one of ImageNet-C's pixels is in this image."""
+    return min(image.shape[:2]) / _SIDE
+
+
+def _layer_size(image: np.ndarray) -> tuple[int, int]:
+    """(height, width) of the image in ImageNet-C's pixels: the shorter side has 224."""
+    height, width = (min(round(side / _scale(image)), _LONGEST * _SIDE) for side in image.shape[:2])
+    return height, width
+
+
+def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Brings a layer to an image's size; shrinking averages over each pixel's area."""
+    height, width = image.shape[:2]
+    if layer.shape[:2] == (height, width):
+        return layer
+    cv2 = _opencv()
+    is_smaller = height <= layer.shape[0] and width <= layer.shape[1]
+    how = cv2.INTER_AREA if is_smaller else cv2.INTER_LINEAR
+    return cv2.resize(layer, (width, height), interpolation=how)
+
+
+@functools.lru_cache(maxsize=256)
+def _taps(radius: int, scale: float) -> Float[np.ndarray, "pixels taps"]:
+    """How taps at -radius to radius, `scale` pixels apart, fall upon whole pixels.
+
+    Each tap is a box as long as a pixel or, in a larger picture, as the distance to the
+    next tap, and is shared out by overlap: between the taps of a small picture that is
+    linear interpolation. At scale 1 this is the identity.
+    """
+    length = max(1.0, scale)
+    reach = math.ceil(radius * scale + length / 2 - 0.5)
+    pixels = np.arange(-reach, reach + 1)[:, np.newaxis]
+    centres = np.arange(-radius, radius + 1) * scale
+    ends = np.minimum(pixels + 0.5, centres + length / 2)
+    starts = np.maximum(pixels - 0.5, centres - length / 2)
+    return np.maximum(ends - starts, 0) / length
+
+
+def _scaled_kernel(kernel: Float[np.ndarray, "side side"], scale: float) -> np.ndarray:
+    """A kernel of ImageNet-C's pixels in those of an image; its sum stays."""
+    taps = _taps(len(kernel) // 2, scale)
+    return (taps @ kernel @ taps.T).astype(np.float32)
+
+
+def _gaussian(image: _Unit, sigma: float, scale: float = 1.0) -> _Unit:
+    """Gaussian blur as SciPy's `gaussian_filter` with mode "nearest", truncated at 4 sigma."""
+    cv2 = _opencv()
+    radius = int(4 * sigma + 0.5)
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel = (_taps(radius, scale) @ (kernel / kernel.sum())).astype(np.float32)
+    return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
+
+
+# Noise.
+
+
+def gaussian_noise(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Adds normal noise to each value, as in low light."""
+    deviation = _choose(severity, (0.08, 0.12, 0.18, 0.26, 0.38))
+    noise = _rng(seed, severity).standard_normal(image.shape, np.float32)
+    return _levels(_unit(image) + np.float32(deviation) * noise)
+
+
+def shot_noise(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Counts light in few quanta: Poisson noise of variance value / quanta."""
+    quanta = _choose(severity, (60, 25, 12, 5, 3))
+    return _levels(_rng(seed, severity).poisson(_unit(image) * np.float32(quanta)) / quanta)
+
+
+def impulse_noise(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Sets a share of all values to 0 or 255: salt and pepper, in each channel by itself."""
+    share = _choose(severity, (0.03, 0.06, 0.09, 0.17, 0.27))
+    drawn = _rng(seed, severity).random(image.shape, np.float32)
+    spoiled = np.where(drawn < share / 2, np.uint8(255), image)
+    return np.where((drawn >= share / 2) & (drawn < share), np.uint8(0), spoiled)
+
+
+def speckle_noise(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Adds normal noise in proportion to each value."""
+    deviation = _choose(severity, (0.15, 0.2, 0.35, 0.45, 0.6))
+    noise = _rng(seed, severity).standard_normal(image.shape, np.float32)
+    return _levels(_unit(image) * (1 + np.float32(deviation) * noise))
+
+
+# Blur.
+
+
+def gaussian_blur(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    sigma = _choose(severity, (1, 2, 3, 4, 6))
+    return _levels(_gaussian(_unit(image), sigma, _scale(image)))
+
+
+def defocus_blur(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Averages over a disk, as a lens that is out of focus."""
+    radius, softness = _choose(severity, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)))
+    cv2 = _opencv()
+    kernel = _scaled_kernel(_disk(radius, softness), _scale(image))
+    return _levels(cv2.filter2D(_unit(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101))
+
+
+@functools.cache
+def _disk(radius: int, softness: float) -> Float[np.ndarray, "side side"]:
+    """A disk whose edge is blurred by a Gaussian of this width in pixels.
+
+    The published grid ends at the edge of the two largest disks, and the blur is mirrored
+    there: their sum is 1.01, which lightens the image by a hundredth.
+    """
+    offsets = np.arange(-max(radius, 8), max(radius, 8) + 1)
+    disk = (offsets**2 + offsets[:, np.newaxis] ** 2 <= radius**2).astype(np.float64)
+    size = (3, 3) if radius <= 8 else (5, 5)
+    return _opencv().GaussianBlur(disk / disk.sum(), ksize=size, sigmaX=softness)
+
+
+def glass_blur(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Blurs, moves each pixel a little way, and blurs again, as frosted glass.
+
+    The published loop means to swap neighbours. As NumPy does it, each pixel, from the
+    last to the first, gets a copy of what then lies at its neighbour. That is what is
+    done here, all pixels at once; see `_shuffled`.
+    """
+    sigma, reach, rounds = _choose(
+        severity, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))
+    )
+    cv2, scale, rng = _opencv(), _scale(image), _rng(seed, severity)
+    height, width = image.shape[:2]
+    places = np.arange(height * width)
+    origin = places
+    for _ in range(rounds):
+        origin = origin[_shuffled(rng, height, width, reach, scale)]
+    # The grid's steps are ImageNet-C's pixels: in a small image they are fractions.
+    step_y, step_x = origin // width - places // width, origin % width - places % width
+    from_x = (places % width + scale * step_x).astype(np.float32).reshape(height, width)
+    from_y = (places // width + scale * step_y).astype(np.float32).reshape(height, width)
+    blurred = _gaussian(_unit(image), sigma, scale)
+    moved = cv2.remap(blurred, from_x, from_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return _levels(_gaussian(moved, sigma, scale))
+
+
+def _shuffled(
+    rng: np.random.Generator, height: int, width: int, reach: int, scale: float
+) -> Int[np.ndarray, " pixels"]:
+    """Where each pixel's value comes from after one pass of ImageNet-C's shuffle.
+
+    The pass goes over the pixels backwards and copies to each the value that a random
+    neighbour, -reach to reach - 1 away, has by then. A neighbour that lies behind has
+    been overwritten already, so its own origin counts: chains that only lead backwards,
+    which are followed here for all pixels at once by doubling the steps.
+
+    Returns:
+      Positions in the image, row by row.
+    """
+    places = np.arange(height * width).reshape(height, width)
+    # Pixels at the edge, from where a neighbour might lie outside, stay.
+    before, after = round((reach + 1) * scale), round((reach - 1) * scale)
+    is_moved = np.zeros((height, width), bool)
+    is_moved[before : height - after, before : width - after] = True
+    step_x, step_y = rng.integers(-reach, reach, (2, height, width))
+    y = np.clip(np.arange(height)[:, np.newaxis] + step_y, 0, height - 1)
+    x = np.clip(np.arange(width) + step_x, 0, width - 1)
+    neighbour = np.where(is_moved, y * width + x, places).ravel()
+    goes_on = (neighbour > places.ravel()) & is_moved.ravel()[neighbour]
+    end = np.where(goes_on, neighbour, places.ravel())
+    while not np.array_equal(end, further := end[end]):
+        end = further
+    return neighbour[end]
+
+
+def motion_blur(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Smears the image along a line up to 45 degrees off the horizontal.
+
+    ImageMagick's MotionBlurImage: half a Gaussian along the line, whose taps lie on the
+    nearest whole pixels.
+    """
+    radius, sigma = _choose(severity, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)))
+    angle = _rng(seed, severity).uniform(-45, 45)
+    return _levels(_smear(_unit(image), radius, sigma, angle, _scale(image)))
+
+
+def _smear(image: _Unit, radius: int, sigma: float, angle: float, scale: float) -> _Unit:
+    """Motion blur at an angle in degrees, 0 to the right, clockwise; lengths at 224 pixels."""
+    cv2 = _opencv()
+    steps = np.arange(2 * radius + 1)
+    weights = np.exp(-0.5 * (steps / sigma) ** 2)
+    y = np.ceil(steps * math.sin(math.radians(angle)) - 0.5).astype(int)
+    x = np.ceil(steps * math.cos(math.radians(angle)) - 0.5).astype(int)
+    kernel = np.zeros((4 * radius + 1, 4 * radius + 1))
+    np.add.at(kernel, (2 * radius + y, 2 * radius + x), weights / weights.sum())
+    kernel = _scaled_kernel(kernel, scale)
+    return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REPLICATE)
+
+
+def zoom_blur(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The mean of the image and of its magnifications, as a camera that rushes ahead."""
+    end, step = _choose(
+        severity, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
+    )
+    cv2, scale = _opencv(), _scale(image)
+    height, width = image.shape[:2]
+    unit = _unit(image)
+    total = unit.copy()
+    factors = np.arange(1, end, step)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    for factor in factors.tolist():
+        (step_x, start_x), (step_y, start_y) = (
+            _zoom(round(side / scale), factor) for side in (width, height)
+        )
+        affine = _scaled_affine(np.array([[step_x, 0, start_x], [0, step_y, start_y]]), scale)
+        total += cv2.warpAffine(
+            unit, affine, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE
+        )
+    return _levels(total / np.float32(len(factors) + 1))
+
+
+def _zoom(side: int, factor: float) -> tuple[float, float]:
+    """(step, start): position i of a side's magnified middle shows start + step * i.
+
+    As ImageNet-C does it: the middle is cut at whole pixels, magnified by SciPy's `zoom`,
+    which keeps the outermost pixels in their places, and cut to size.
+    """
+    cut = math.ceil(side / factor)
+    magnified = round(cut * factor)
+    step = (cut - 1) / (magnified - 1)
+    return step, (side - cut) // 2 + (magnified - side) // 2 * step
+
+
+def _scaled_affine(matrix: Float[np.ndarray, "2 3"], scale: float) -> Float[np.ndarray, "2 3"]:
+    """A map between positions in ImageNet-C's pixels, in those of an image."""
+    # Pixels' centres lie at whole numbers in both, their edges half a pixel before.
+    shift = 0.5 / scale - 0.5
+    linear, offset = matrix[:, :2], matrix[:, 2]
+    offset = scale * (offset + linear.sum(axis=1) * shift - shift)
+    return np.concatenate([linear, offset[:, np.newaxis]], axis=1)
+
+
+# Weather.
+
+
+def snow(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Whitens the image and lets flakes fall across it, in two directions."""
+    mean, deviation, size, least, radius, sigma, share = _choose(
+        severity,
+        (
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        ),
+    )
+    cv2, rng = _opencv(), _rng(seed, severity)
+    height, width = _layer_size(image)
+    noise = rng.standard_normal([math.ceil(side / size) for side in (height, width)], np.float32)
+    (step_x, start_x), (step_y, start_y) = (_zoom(side, size) for side in (width, height))
+    # Only the middle is drawn that the magnification would cut from noise of full size.
+    start_x -= (width - noise.shape[1]) // 2
+    start_y -= (height - noise.shape[0]) // 2
+    flakes = cv2.warpAffine(
+        np.float32(mean) + np.float32(deviation) * noise,
+        np.array([[step_x, 0, start_x], [0, step_y, start_y]]),
+        (width, height),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+    flakes[flakes < least] = 0
+    flakes = _fit(np.clip(flakes, 0, 1), image)
+    flakes = _smear(flakes, radius, sigma, rng.uniform(-135, -45), _scale(image))
+    unit = _unit(image)
+    grey = cv2.cvtColor(unit, cv2.COLOR_RGB2GRAY)[..., np.newaxis]
+    share = np.float32(share)
+    pale = share * unit + (1 - share) * np.maximum(unit, grey * np.float32(1.5) + np.float32(0.5))
+    return _levels(pale + (flakes + np.rot90(flakes, 2))[..., np.newaxis])
+
+
+def frost(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Lays ice crystals over the image.
+
+    ImageNet-C takes a random part of one of five photographs, which are not ours to
+    give. Here five textures take their place, drawn once by a program, with the
+    photographs' mean colours and contrasts; the weights are the published ones. So the
+    strength is that of ImageNet-C, but not the pattern.
+    """
+    of_image, of_frost = _choose(
+        severity, ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))
+    )
+    rng = _rng(seed, severity)
+    height, width = _layer_size(image)
+    texture = _frost_texture(int(rng.integers(len(_FROSTS))))
+    y, x = rng.integers(0, [_FROST_SIDE - height + 1, _FROST_SIDE - width + 1])
+    layer = _fit(texture[y : y + height, x : x + width], image)
+    return _levels(np.float32(of_image) * _unit(image) + np.float32(of_frost) * _unit(layer))
+
+
+# The mean R, G, B and the standard deviation of ImageNet-C's photographs, in grey
+# levels. (The second and third are alike. Its code has a sixth, and never takes it.)
+_FROSTS = (
+    ((78, 149, 166), 19),
+    ((201, 205, 214), 22),
+    ((201, 205, 214), 22),
+    ((138, 153, 165), 29),
+    ((112, 123, 135), 43),
+)
+# No layer is longer than this.
+_FROST_SIDE = 1024
+
+
+@functools.cache
+def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
+    """Feathers of ice over a cloudy ground: one of `_FROSTS`, always the same."""
+    cv2, rng = _opencv(), np.random.default_rng([number, *b"frost"])
+    clouds = _plasma(rng, _FROST_SIDE, 1.7)
+    crystals = np.zeros((_FROST_SIDE, _FROST_SIDE), np.uint8)
+    for brightness in rng.integers(60, 256, 40).tolist():
+        lines = np.concatenate([_feather(rng) for _ in range(40)])
+        fixed_point = np.round(lines * 16).astype(np.int32)
+        cv2.polylines(crystals, list(fixed_point), False, brightness, 1, cv2.LINE_AA, 4)
+    # Ice is thick here and thin there.
+    thickness = _plasma(rng, _FROST_SIDE, 2.2)
+    pattern = clouds + (0.3 + thickness) * _gaussian(_unit(crystals), 0.6)
+    pattern = (pattern - pattern.mean()) / pattern.std()
+    colour, deviation = _FROSTS[number]
+    levels = np.array(colour, np.float32) + np.float32(deviation) * pattern[..., np.newaxis]
+    return np.clip(np.round(levels), 0, 255).astype(np.uint8)
+
+
+def _feather(rng: np.random.Generator) -> Float[np.ndarray, "lines 2 2"]:
+    """One crystal: a stem and, at 60 degrees from it, barbs that shorten towards its tip.
+
+    Returns:
+      The ends (x, y) of its lines, in pixels.
+    """
+    length, angle = rng.uniform(20, 110), rng.uniform(0, 2 * math.pi)
+    root = rng.uniform(0, _FROST_SIDE, 2)
+    along = np.arange(4.0, length, rng.uniform(4, 7))[:, np.newaxis]
+    stem = np.array([math.cos(angle), math.sin(angle)])
+    lines = [np.stack([root, root + length * stem])[np.newaxis]]
+    for side in (-1, 1):
+        turned = angle + side * math.pi / 3
+        barb = np.array([math.cos(turned), math.sin(turned)])
+        starts = root + along * stem
+        lines.append(np.stack([starts, starts + 0.3 * (length - along) * barb], axis=1))
+    return np.concatenate(lines)
+
+
+def fog(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Adds plasma clouds, and darkens so that the lightest value stays."""
+    strength, decay = _choose(severity, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)))
+    height, width = _layer_size(image)
+    side = 2 ** math.ceil(math.log2(max(height, width)))
+    clouds = _plasma(_rng(seed, severity), side, decay)[:height, :width]
+    unit = _unit(image)
+    lightest = unit.max()
+    foggy = unit + np.float32(strength) * _fit(clouds, image)[..., np.newaxis]
+    return _levels(foggy * (lightest / (lightest + np.float32(strength))))
+
+
+def _plasma(rng: np.random.Generator, side: int, decay: float) -> Float32[np.ndarray, "side side"]:
+    """A periodic fractal surface from 0 to 1, by the diamond-square algorithm.
+
+    Args:
+      rng: Draws it.
+      side: A power of two, 2 or more.
+      decay: How much weaker the noise of each finer grid is; its amplitude falls by the
+        square of this.
+    """
+    surface = np.zeros((side, side), np.float32)
+    step, amplitude = side, 100.0**2
+    while step >= 2:
+        half = step // 2
+
+        def wobbled(sums: np.ndarray, amplitude: float = amplitude) -> np.ndarray:
+            noise = rng.random(sums.shape, np.float32) - np.float32(0.5)
+            return sums * np.float32(0.25) + np.float32(2 * amplitude) * noise
+
+        corners = surface[::step, ::step]
+        pairs = corners + np.roll(corners, -1, axis=0)
+        surface[half::step, half::step] = wobbled(pairs + np.roll(pairs, -1, axis=1))
+        centres = surface[half::step, half::step]
+        above = centres + np.roll(centres, 1, axis=0)
+        beside = corners + np.roll(corners, -1, axis=1)
+        surface[::step, half::step] = wobbled(above + beside)
+        left = centres + np.roll(centres, 1, axis=1)
+        below = corners + np.roll(corners, -1, axis=0)
+        surface[half::step, ::step] = wobbled(left + below)
+        step, amplitude = half, amplitude / decay**2
+    surface -= surface.min()
+    return surface / surface.max()
+
+
+def spatter(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Drops of water on the lens, and from severity 4 on of mud."""
+    mean, deviation, sigma, least, strength, is_mud = _choose(
+        severity,
+        (
+            (0.65, 0.3, 4, 0.69, 0.6, False),
+            (0.65, 0.3, 3, 0.68, 0.6, False),
+            (0.65, 0.3, 2, 0.68, 0.5, False),
+            (0.65, 0.3, 1, 0.65, 1.5, True),
+            (0.67, 0.4, 1, 0.65, 1.5, True),
+        ),
+    )
+    noise = _rng(seed, severity).standard_normal(_layer_size(image), np.float32)
+    liquid = _gaussian(np.float32(mean) + np.float32(deviation) * noise, sigma)
+    liquid[liquid < least] = 0
+    unit = _unit(image)
+    if is_mud:
+        drops = _gaussian((liquid > least).astype(np.float32), strength)
+        drops[drops < 0.8] = 0
+        drops = _fit(drops, image)[..., np.newaxis]
+        return _levels(unit * (1 - drops) + drops * (np.array([63, 42, 20], np.float32) / 255))
+    drops = _fit(np.float32(strength) * _shaded(liquid), image)[..., np.newaxis]
+    return _levels(unit + drops * (np.array([175, 238, 238], np.float32) / 255))
+
+
+def _shaded(liquid: Float32[np.ndarray, "height width"]) -> Float32[np.ndarray, "height width"]:
+    """How brightly each point of a layer of water shines, up to 1: most at the drops' edges."""
+    cv2 = _opencv()
+    levels = (liquid * 255).astype(np.uint8)
+    distance = cv2.distanceTransform(255 - cv2.Canny(levels, 50, 150), cv2.DIST_L2, 5)
+    distance = cv2.blur(np.minimum(distance, np.float32(20)), (3, 3)).astype(np.uint8)
+    emboss = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]], np.float32)
+    relief = cv2.filter2D(cv2.equalizeHist(distance), cv2.CV_8U, emboss)
+    shine = levels * cv2.blur(relief, (3, 3)).astype(np.float32)
+    brightest = shine.max()
+    return shine / brightest if brightest > 0 else shine
+
+
+def brightness(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Adds to the value of each colour, as HSV has it."""
+    more = _choose(severity, (0.1, 0.2, 0.3, 0.4, 0.5))
+    cv2 = _opencv()
+    hsv = cv2.cvtColor(_unit(image), cv2.COLOR_RGB2HSV)
+    hsv[..., 2] = np.minimum(hsv[..., 2] + np.float32(more), 1)
+    return _levels(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
+
+
+# Digital.
+
+
+def contrast(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Draws each channel towards its mean over the image."""
+    factor = _choose(severity, (0.4, 0.3, 0.2, 0.1, 0.05))
+    unit = _unit(image)
+    means = unit.mean(axis=(0, 1))
+    return _levels((unit - means) * np.float32(factor) + means)
+
+
+def elastic_transform(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Stretches the image as a whole (severities 1 and 2) or locally (3 to 5)."""
+    # In the published code's units of 244 pixels ("should have been 224").
+    strength, sigma, shift = (
+        244 * constant
+        for constant in _choose(
+            severity,
+            (
+                (2, 0.7, 0.1),
+                (2, 0.08, 0.2),
+                (0.05, 0.01, 0.02),
+                (0.07, 0.01, 0.02),
+                (0.12, 0.01, 0.02),
+            ),
+        )
+    )
+    cv2, scale, rng = _opencv(), _scale(image), _rng(seed, severity)
+    height, width = image.shape[:2]
+    layer_height, layer_width = _layer_size(image)
+    # Three corners of a square around the middle are moved.
+    middle, arm = np.array([layer_width // 2, layer_height // 2]), _SIDE // 3
+    corners = (middle + arm * np.array([[1, 1], [1, -1], [-1, -1]])).astype(np.float32)
+    moved = corners + rng.uniform(-shift, shift, corners.shape).astype(np.float32)
+    affine = _scaled_affine(cv2.getAffineTransform(corners, moved), scale)
+    turned = cv2.warpAffine(
+        _unit(image), affine, (width, height), borderMode=cv2.BORDER_REFLECT_101
+    )
+    noise = 2 * rng.random((2, layer_height, layer_width), np.float32) - 1
+    shift_x, shift_y = (
+        np.float32(scale * strength) * _fit(layer, image) for layer in _smoothed(noise, sigma)
+    )
+    from_x = np.arange(width, dtype=np.float32) + shift_x
+    from_y = np.arange(height, dtype=np.float32)[:, np.newaxis] + shift_y
+    bent = cv2.remap(turned, from_x, from_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    return _levels(bent)
+
+
+def _smoothed(
+    layers: Float32[np.ndarray, "layers height width"], sigma: float
+) -> Float32[np.ndarray, "layers height width"]:
+    """Gaussian blur as SciPy's `gaussian_filter` with mode "reflect", truncated at 3 sigma.
+
+    Over what is mirrored at its edges a blur is a product of cosine transforms, which takes
+    no longer for the widest, of a thousand taps.
+    """
+    from scipy.fft import dctn, idctn
+
+    height, width = layers.shape[1:]
+    response = _response(height, sigma)[:, np.newaxis] * _response(width, sigma)
+    return np.asarray(idctn(dctn(layers, axes=(1, 2)) * response, axes=(1, 2)))
+
+
+@functools.lru_cache(maxsize=256)
+def _response(length: int, sigma: float) -> Float32[np.ndarray, " length"]:
+    """By how much a Gaussian, truncated at 3 sigma, weakens each cosine over so many pixels."""
+    offsets = np.arange(-int(3 * sigma + 0.5), int(3 * sigma + 0.5) + 1)
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    cosines = np.cos(math.pi / length * np.arange(length)[:, np.newaxis] * offsets)
+    return (cosines @ (weights / weights.sum())).astype(np.float32)
+
+
+def pixelate(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Shows fewer pixels than the image has, as squares."""
+    share = _choose(severity, (0.6, 0.5, 0.4, 0.3, 0.25))
+    height, width = image.shape[:2]
+    size = (max(1, int(width * share)), max(1, int(height * share)))
+    reduced = Image.fromarray(image).resize(size, Image.Resampling.BOX)
+    return np.array(reduced.resize((width, height), Image.Resampling.BOX))
+
+
+def jpeg_compression(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """A JPEG of very low quality, 25 to 7."""
+    return _as_jpeg(image, _choose(severity, (25, 18, 15, 10, 7)))
+
+
+def _as_jpeg(
+    image: UInt8[np.ndarray, "height width 3"], quality: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Encodes and decodes with Pillow, whose default is to halve the colours' resolution."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
+    return np.array(Image.open(file))
+
+
+def saturate(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Takes colour away (severities 1 and 2) or adds to it (3 to 5), as HSV has it.
+
+    At 4 and 5 grey becomes reddish, since it has hue 0 there.
+    """
+    factor, more = _choose(severity, ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)))
+    cv2 = _opencv()
+    hsv = cv2.cvtColor(_unit(image), cv2.COLOR_RGB2HSV)
+    hsv[..., 1] = np.minimum(hsv[..., 1] * np.float32(factor) + np.float32(more), 1)
+    return _levels(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
+
+
+# Quality: what a photograph may lack that nothing has happened to.
+
+
+def resolution(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """An image of 1 / 1.5 to 1 / 6 of the pixels a side, enlarged smoothly."""
+    factor = _choose(severity, (1.5, 2, 3, 4, 6))
+    cv2 = _opencv()
+    height, width = image.shape[:2]
+    size = (max(1, round(width / factor)), max(1, round(height / factor)))
+    reduced = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return cv2.resize(reduced, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def jpeg_quality(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """A JPEG of a quality that is in use, 90 to 30; `jpeg_compression` goes on below."""
+    return _as_jpeg(image, _choose(severity, (90, 75, 60, 45, 30)))
+
+
+def darkness(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """An underexposed image: all grey levels times 0.75 to 0.15; `brightness` is its opposite."""
+    factor = _choose(severity, (0.75, 0.5, 0.35, 0.25, 0.15))
+    return _levels(_unit(image) * np.float32(factor))
+
+
+def crop(
+    image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
+    """A part of 0.9 to 0.5 of each side, at a random place, enlarged to the whole."""
+    share = _choose(severity, (0.9, 0.8, 0.7, 0.6, 0.5))
+    cv2, rng = _opencv(), _rng(seed, severity)
+    height, width = image.shape[:2]
+    kept_height, kept_width = max(1, round(height * share)), max(1, round(width * share))
+    y, x = rng.integers(0, [height - kept_height + 1, width - kept_width + 1])
+    part = image[y : y + kept_height, x : x + kept_width]
+    return cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+# As the paper groups them, in its order; the four that it adds for validation come last.
+FAMILIES: dict[str, dict[str, Corruption]] = {
+    family: {function.__name__: function for function in functions}
+    for family, functions in {
+        "noise": (gaussian_noise, shot_noise, impulse_noise, speckle_noise),
+        "blur": (defocus_blur, glass_blur, motion_blur, zoom_blur, gaussian_blur),
+        "weather": (snow, frost, fog, brightness, spatter),
+        "digital": (contrast, elastic_transform, pixelate, jpeg_compression, saturate),
+        "quality": (resolution, jpeg_quality, darkness, crop),
+    }.items()
+}
+# All of them by name.
+CORRUPTIONS: dict[str, Corruption] = {
+    name: function for functions in FAMILIES.values() for name, function in functions.items()
+}
+# The names of ImageNet-C's 19, of which the mean corruption error is taken.
+IMAGENET_C = tuple(name for name in CORRUPTIONS if name not in FAMILIES["quality"])

@@ -1,0 +1,30 @@
+"""The report of a run.
+
+    python -m cnn_jax.report --run=RUN
+
+writes RUN/report/index.html and prints its path. Training writes the same at its end.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from cnn_jax import cli, runtime
+from cnn_jax.compiled import keep_compiled
+from cnn_jax.console import Console
+from cnn_jax.report.run_report import write_report
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cnn_jax.report", description="Write the report of a run."
+    )
+    parser.add_argument("--run", required=True, type=cli.path, help="the run's folder")
+    flags = parser.parse_args(argv)
+
+    runtime.keep_freed_memory()
+    keep_compiled()
+    print(write_report(flags.run, Console().track))
+
+
+if __name__ == "__main__":
+    cli.run(main)

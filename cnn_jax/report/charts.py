@@ -1,0 +1,285 @@
+"""The charts of a run's report: each a function of figures that stand in metrics.json."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.cluster.hierarchy
+import scipy.spatial.distance
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
+
+from cnn_jax.report import style
+from cnn_jax.report.style import Theme
+
+# Up to so many classes a confusion matrix has numbers in its cells, a line between any two of
+# them, and names beside them.
+_MAX_NUMBERS, _MAX_LINES, _MAX_NAMES = 20, 60, 200
+# Inches of a cell for up to so many classes, and of a matrix without names.
+_CELLS = {12: 0.42, _MAX_NUMBERS: 0.34, _MAX_LINES: 0.19, _MAX_NAMES: 0.14}
+_UNNAMED_SIDE = 8.0
+# Of a picture that is shown in its own size rather than sharp.
+_LARGE_DPI = 96
+
+
+class Chart(NamedTuple):
+    """What is drawn, on (width, height) inches, with so many dots an inch."""
+
+    plot: style.Plot
+    size: tuple[float, float] = style.SIZE
+    dpi: int = style.DPI
+
+
+def charts_of(figures: Mapping[str, Any]) -> dict[str, Chart]:
+    """The charts of the sections that metrics.json has, by the names of their files."""
+    charts = {}
+    if curves := figures.get("curves"):
+        charts["loss"] = Chart(functools.partial(learning, curves, "loss"))
+        charts["accuracy"] = Chart(functools.partial(learning, curves, "accuracy"))
+        charts["learning_rate"] = Chart(functools.partial(learning_rate, curves))
+    if "confusion" in figures and "test" in figures:
+        order, test = figures["confusion"]["order"], figures["test"]
+        matrix = np.array(test["confusion"])[np.ix_(order, order)]
+        all_names = style.tick_names(list(test["per_class"]))
+        names = [all_names[label] for label in order]
+        size, dpi = confusion_size(names)
+        for name, normalized in (("confusion", False), ("confusion_normalized", True)):
+            plot = functools.partial(confusion, matrix, names, normalized)
+            charts[name] = Chart(plot, size, dpi)
+    if calibration := figures.get("calibration"):
+        charts["reliability"] = Chart(functools.partial(reliability, calibration))
+    if covered := figures.get("coverage"):
+        charts["coverage"] = Chart(functools.partial(coverage, covered))
+    return charts
+
+
+# Learning curves.
+
+
+def learning(curves: Mapping[str, Any], metric: str, figure: Figure, theme: Theme) -> None:
+    """A metric on train and validation by epoch; `metric` is "loss" or "accuracy"."""
+    axes = style.plain(figure.subplots(), theme)
+    for split, colour, marker in (("train", theme.first, "o"), ("validation", theme.second, "s")):
+        values = curves[f"{split}_{metric}"]
+        axes.plot(curves["epoch"], values, color=colour, label=split, **_points(values, marker))
+    if metric == "accuracy":
+        axes.yaxis.set_major_formatter(style.percent())
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set(ylabel="accuracy (%)" if metric == "accuracy" else "loss (nats)")
+    _mark_best(curves, axes, theme)
+    style.legend(axes, theme)
+
+
+def learning_rate(curves: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
+    axes = style.plain(figure.subplots(), theme)
+    rates = curves["learning_rate"]
+    axes.plot(curves["epoch"], rates, color=theme.accent, **_points(rates, "o"))
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set(ylabel="learning rate (a step)")
+    _mark_best(curves, axes, theme)
+
+
+def _points(values: Sequence[float], marker: str) -> dict[str, Any]:
+    """How a line is drawn: few points can be seen as such."""
+    return {"linewidth": 1.5, "marker": marker if len(values) <= 12 else "", "markersize": 4}
+
+
+def _mark_best(curves: Mapping[str, Any], axes: Axes, theme: Theme) -> None:
+    """A line at the best epoch, and whole numbers for epochs."""
+    axes.axvline(curves["best_epoch"], color=theme.ink, linewidth=0.9, linestyle=(0, (2, 2)))
+    axes.annotate(
+        f"best: {curves['best_epoch']}",
+        (curves["best_epoch"], 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        color=theme.ink,
+        size=style.TEXT_SIZE,
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes.grid(visible=False, axis="x")
+    axes.set(xlabel="epoch")
+
+
+# The confusion matrix.
+
+
+def confusion_order(matrix: Int[np.ndarray, "classes classes"]) -> list[int]:
+    """An order of the classes in which those that are taken for each other stand together.
+
+    Hierarchical clustering by mean distance, with optimal leaf ordering (Bar-Joseph, Gifford and
+    Jaakkola 2001), where two classes are the nearer the larger the shares of their images that
+    are taken for the other. Classes that are confused with nothing come last, as they were.
+    """
+    shares = row_shares(matrix)
+    likeness = (shares + shares.T) / 2
+    np.fill_diagonal(likeness, 0)
+    confused = np.flatnonzero(likeness.any(axis=1))
+    if len(confused) < 3:
+        return list(range(len(matrix)))
+    distance = 1 - likeness[np.ix_(confused, confused)]
+    np.fill_diagonal(distance, 0)
+    tree = scipy.cluster.hierarchy.linkage(
+        scipy.spatial.distance.squareform(distance, checks=False),
+        "average",
+        # It takes minutes for a thousand, whose order nobody reads.
+        optimal_ordering=len(confused) <= _MAX_NAMES,
+    )
+    order = confused[scipy.cluster.hierarchy.leaves_list(tree)].tolist()
+    return [*order, *np.setdiff1d(np.arange(len(matrix)), confused).tolist()]
+
+
+def row_shares(matrix: Int[np.ndarray, "classes classes"]) -> Float[np.ndarray, "classes classes"]:
+    """Each row over its sum; 0 for a class without images."""
+    sums = matrix.sum(axis=1, keepdims=True)
+    return matrix / np.maximum(sums, 1)
+
+
+def confusion_size(names: Sequence[str]) -> tuple[tuple[float, float], int]:
+    """(width, height) in inches of a confusion matrix of classes of these names, and its dpi."""
+    count = len(names)
+    cell = next((size for most, size in _CELLS.items() if count <= most), None)
+    if cell is None:
+        return (_UNNAMED_SIDE + 1.2, _UNNAMED_SIDE + 0.5), style.DPI
+    side = max(count * cell, 1.6)
+    sides = 1 if count <= _MAX_LINES else 2
+    of_names = 0.5 + 0.07 * max(map(len, names)) * sides
+    dpi = style.DPI if count <= _MAX_LINES else _LARGE_DPI
+    return (side + of_names + 1.0, side + of_names), dpi
+
+
+def confusion(
+    matrix: Int[np.ndarray, "classes classes"],
+    names: Sequence[str],
+    normalized: bool,
+    figure: Figure,
+    theme: Theme,
+) -> None:
+    """A confusion matrix whose classes are in order already; `normalized` by rows.
+
+    The square root of a value is its colour, so that rare confusions can be seen.
+    """
+    axes = style.plain(figure.subplots(), theme)
+    count = len(matrix)
+    values = row_shares(matrix) if normalized else matrix.astype(float)
+    colours = theme.colours
+    norm = PowerNorm(0.5, vmin=0, vmax=max(values.max(), 1e-9))
+    image = axes.imshow(
+        np.ma.masked_equal(values, 0), cmap=colours, norm=norm, interpolation="nearest"
+    )
+    axes.grid(visible=False)
+    lines = np.arange(0, count + 1, 1 if count <= _MAX_LINES else 10) - 0.5
+    axes.set_xticks(lines, minor=True)
+    axes.set_yticks(lines, minor=True)
+    axes.grid(which="minor", color=theme.line, linewidth=0.5)
+    axes.tick_params(which="minor", length=0)
+    if count <= _MAX_NAMES:
+        size = style.TEXT_SIZE if count <= _MAX_LINES else 6.5
+        turned = 90 if count > 12 or max(map(len, names)) > 3 else 0
+        axes.set_xticks(range(count), names, rotation=turned, size=size, parse_math=False)
+        axes.set_yticks(range(count), names, size=size, parse_math=False)
+        is_large = count > _MAX_LINES  # So that a part of it can be read.
+        axes.tick_params(axis="x", labeltop=is_large, labelrotation=turned)
+        axes.tick_params(axis="y", labelright=is_large)
+    else:
+        axes.set(xticks=[], yticks=[])
+    if count <= _MAX_NUMBERS:
+        _write_cells(values, normalized, axes, colours, norm)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3 / (0.2 * count + 1)), aspect=18)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    bar.ax.tick_params(colors=theme.ink, labelsize=style.TEXT_SIZE, length=0)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(4, integer=not normalized))
+    bar.ax.yaxis.set_major_formatter(style.percent() if normalized else style.thousands())
+    bar.set_label(
+        "share of the true class (%)" if normalized else "images",
+        color=theme.ink,
+        size=style.TEXT_SIZE,
+    )
+
+
+def _write_cells(
+    values: np.ndarray,
+    normalized: bool,
+    axes: Axes,
+    colours: LinearSegmentedColormap,
+    norm: PowerNorm,
+) -> None:
+    """A number in each cell that has one, dark on a light colour and light on a dark one."""
+    size = 7.5 if len(values) <= 12 else 6.5
+    for row, column in np.argwhere(values > 0).tolist():
+        value = values[row, column]
+        axes.text(
+            column,
+            row,
+            _short_share(value) if normalized else _short_count(value),
+            ha="center",
+            va="center",
+            size=size,
+            color=style.ink_on(colours(norm(value))),
+        )
+
+
+def _short_share(share: float) -> str:
+    """Percentage points without their sign, and never 0 or 100 for what is not quite that."""
+    if share < 0.01:
+        return "<1"
+    return ">99" if 0.99 < share < 1 else f"{100 * share:.0f}"
+
+
+def _short_count(count: float) -> str:
+    return f"{count:.0f}" if count < 10_000 else f"{count / 1000:.0f}k"
+
+
+# How far probabilities can be trusted.
+
+
+def reliability(calibration: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
+    """Accuracy by confidence, before and after temperature scaling; and how many images there are.
+
+    (Guo et al. 2017, figures 1 and 4.) Empty bins are left out.
+    """
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    style.plain(upper, theme).plot([0, 1], [0, 1], color=theme.ink, linewidth=0.9, linestyle=":")
+    style.plain(lower, theme)
+    for when, colour, marker in (("before", theme.second, "s"), ("after", theme.first, "o")):
+        bins = calibration[when]["reliability"]
+        count, confidence, accuracy = (
+            np.array(bins[key]) for key in ("count", "confidence", "accuracy")
+        )
+        full = count > 0
+        line = {"color": colour, "linewidth": 1.4, "marker": marker, "markersize": 4}
+        upper.plot(confidence[full], accuracy[full], label=f"{when} scaling", **line)
+        edges = np.linspace(0, 1, len(count) + 1)
+        lower.stairs(count, edges, color=colour, linewidth=1.4)
+    upper.set(ylim=(-0.02, 1.02), ylabel="accuracy (%)")
+    lower.set(xlim=(0, 1.02), xlabel="confidence (%)", ylabel="images")
+    for axis in (upper.yaxis, lower.xaxis):
+        axis.set_major_locator(MultipleLocator(0.2))
+        axis.set_major_formatter(style.percent())
+    lower.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+    lower.yaxis.set_major_formatter(style.thousands())
+    figure.align_ylabels([upper, lower])
+    style.legend(upper, theme, loc="lower center", ncols=2, bbox_to_anchor=(0.5, 1))
+
+
+def coverage(covered: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
+    """Accuracy of the images that are kept, by the share that is kept."""
+    axes = style.plain(figure.subplots(), theme)
+    curve = covered["curve"]
+    axes.plot(
+        curve["coverage"], curve["accuracy"], color=theme.accent, **_points(curve["coverage"], "o")
+    )
+    lowest = min(curve["accuracy"])
+    axes.set(xlim=(0, 1.02), ylim=(max(lowest - 0.1 * (1 - lowest) - 0.002, -0.02), 1.002))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(style.percent())
+    axes.set(xlabel="images kept, the most confident first (%)", ylabel="accuracy of those (%)")

@@ -1,0 +1,169 @@
+"""The report's section on why the network decides as it does."""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from cnn_jax.data import shapes
+from cnn_jax.explain import checks, features, pictures
+from cnn_jax.explain.maps import Classes, Images, Maps, allows_cam, grad_cam
+from cnn_jax.predict import Predictor
+from cnn_jax.report import style, thumbnails
+from cnn_jax.report.charts import Chart
+from cnn_jax.report.run import Network, Run
+from cnn_jax.report.sections import Figures, example
+from cnn_jax.report.style import Theme
+from cnn_jax.robustness import load_images, stratified_sample
+
+# The methods that are quick enough for every report; `cnn_jax.explain` has more.
+_METHODS = ("grad_cam", "grad_cam_plus_plus", "layer_cam")
+# Pixels of the images that the checks look at, so that large ones take no longer.
+_PIXELS = 2**20
+_MIN_IMAGES = 16
+# Images that play the pointing game, for which there must be masks.
+_POINTING = 512
+# Pixels of the images that tell what features are worth.
+_FEATURE_PIXELS = 2**26
+# Features that are shown, and images that excite each.
+_NUM_FEATURES, _NUM_EXCITING = 6, 4
+# What the files are called.
+FILTERS, FEATURE_MAPS = "filters.png", "feature_maps_{}.png"
+
+
+def explanations(run: Run) -> Figures:
+    """The verdict on each method; what regions and features are worth; what excites features."""
+    network = run.need_network()
+    predictor = network.predictor
+    labels = network.labels("test")
+    height, width = predictor.preprocessing.image_size
+    number = max(_PIXELS // (height * width), _MIN_IMAGES)
+    has_masks = network.source.name.partition(":")[0] == "shapes"
+
+    rows = stratified_sample(labels, _POINTING if has_masks else checks.MAX_IMAGES)
+    rows = np.random.default_rng(0).permutation(rows)
+    if not has_masks:
+        rows = rows[:number]
+    positions = network.dataset.splits["test"][rows]
+    images = load_images(network.dataset.loader, positions)
+    predicted = network.probabilities["test"][rows].argmax(axis=1).astype(np.int32)
+    masks = None
+    if has_masks:
+        ids = [network.source.ids[i] for i in positions]
+        masks = shapes.read_masks(network.source.name, ids, (height, width))
+    methods = [*_METHODS, *(["cam"] if allows_cam(predictor) else [])]
+    verdicts = checks.judge(predictor, images, predicted, masks, methods)
+
+    some = slice(max(number // 4, _MIN_IMAGES))
+    regions = features.region_importance(predictor, images[some], labels[rows][some])
+    return {
+        "maps": grad_cam.__name__,
+        "methods": {
+            name: {"verdict": checks.describe(verdict), "checks": verdict}
+            for name, verdict in verdicts.items()
+        },
+        "images": min(len(images), checks.MAX_IMAGES),
+        "regions": {"images": len(images[some]), **regions},
+        "features": _features(network),
+    }
+
+
+def maps(predictor: Predictor, images: Images, classes: Classes) -> Maps:
+    """The maps that the report lays over images."""
+    return grad_cam(predictor, images, classes.astype(np.int32))
+
+
+def _features(network: Network) -> Figures:
+    """The importance of the features that the head sees, on test images."""
+    height, width = network.predictor.preprocessing.image_size
+    rows = stratified_sample(network.labels("test"), _FEATURE_PIXELS // (height * width))
+    labels = network.labels("test")[rows]
+    images = load_images(network.dataset.loader, network.dataset.splits["test"][rows])
+    embedding = features.embeddings(network.predictor, images)
+    importance = features.feature_importance(network.predictor, embedding, labels)
+    order = np.argsort(-importance, kind="stable")
+    return {
+        "images": len(rows),
+        "count": len(importance),
+        "silent": int((~embedding.any(axis=0)).sum()),
+        "importance": importance[order].tolist(),
+        "feature": order.tolist(),
+        "top": [
+            {
+                "feature": int(feature),
+                "importance": float(importance[feature]),
+                "examples": [
+                    example(network, "test", int(rows[row]))
+                    for row in features.most_exciting(embedding, int(feature), _NUM_EXCITING)
+                ],
+            }
+            for feature in order[:_NUM_FEATURES]
+        ],
+    }
+
+
+def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
+    """Draws the filters, and the feature maps of the image that the network is surest of.
+
+    Returns:
+      The files' names, by what they show.
+    """
+    network = run.need_network()
+    predictor, probabilities = network.predictor, network.probabilities["test"]
+    found = {}
+    if pictures.save_filters(folder / FILTERS, predictor):
+        found["filters"] = FILTERS
+    is_right = probabilities.argmax(axis=1) == network.labels("test")
+    surest = int((probabilities.max(axis=1) + is_right).argmax())
+    position = network.dataset.splits["test"][surest : surest + 1]
+    [pixels] = network.dataset.loader.load(position)["image"]
+    thumbnails.fitted(pixels, 144).save(folder / "feature_maps_of.png")
+    found["feature_maps_of"] = "feature_maps_of.png"
+    for layer, grid in pictures.feature_map_grids(predictor, pixels).items():
+        grid.save(folder / FEATURE_MAPS.format(layer))
+        found[layer] = FEATURE_MAPS.format(layer)
+    return found
+
+
+def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
+    """What regions and features are worth."""
+    if "explanations" not in figures:
+        return {}
+    section = figures["explanations"]
+    return {
+        "regions": Chart(functools.partial(_regions, section["regions"])),
+        "features": Chart(functools.partial(_importance, section["features"])),
+    }
+
+
+def _regions(regions: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
+    """Loss gained where a region is exchanged, as a map of the image."""
+    axes = style.plain(figure.subplots(), theme)
+    gained = np.array(regions["loss_gained"])
+    norm = Normalize(0, max(float(gained.max()), 1e-9))
+    axes.imshow(gained, cmap=theme.colours, norm=norm)
+    for (row, column), value in np.ndenumerate(gained):
+        ink = style.ink_on(theme.colours(norm(value)))
+        axes.text(
+            column, row, f"{value:.2f}", ha="center", va="center", color=ink, size=style.TEXT_SIZE
+        )
+    axes.grid(visible=False)
+    rows, columns = gained.shape
+    axes.set_xticks(range(columns), [str(i + 1) for i in range(columns)])
+    axes.set_yticks(range(rows), [str(i + 1) for i in range(rows)])
+    axes.set(xlabel="region, from the left", ylabel="region, from the top")
+
+
+def _importance(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
+    """Loss gained by each feature, the most important first."""
+    axes = style.plain(figure.subplots(), theme)
+    values = section["importance"]
+    axes.bar(np.arange(1, len(values) + 1), values, width=1.0, color=theme.accent)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.grid(visible=False, axis="x")
+    axes.set(xlabel="features, the most important first", ylabel="loss gained (nats)")

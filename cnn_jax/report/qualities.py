@@ -1,0 +1,200 @@
+"""The report's section on images of other qualities: corruptions, and the images' own."""
+
+import functools
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from cnn_jax import robustness
+from cnn_jax.data.corruptions import FAMILIES, SEVERITIES
+from cnn_jax.report import style, thumbnails
+from cnn_jax.report.charts import Chart
+from cnn_jax.report.run import MissingError, Run
+from cnn_jax.report.sections import Figures
+from cnn_jax.report.style import Theme
+
+# Pixels of the images in the sample, and how many they may be.
+_PIXELS = 2**19
+_FEWEST, _MOST = 40, 250
+# Pixels of the images that are looked at for their own qualities.
+_OWN_PIXELS = 2**26
+# Of one corrupted image, in pixels, in the strip of all severities.
+_SIDE = 64
+# The worst corruptions, which are named.
+_NUM_WORST = 3
+
+
+def qualities(run: Run) -> Figures:
+    """Accuracy, confidence and calibration of a sample of the test split under corruptions."""
+    network = run.need_network()
+    height, width = network.predictor.preprocessing.image_size
+    sample = min(max(_PIXELS // (height * width), _FEWEST), _MOST)
+    try:
+        found = robustness.measure_split(network.predictor, network.dataset, "test", sample)
+    except ImportError as error:
+        raise MissingError(
+            f"{error.name} is not installed, which makes the corruptions."
+        ) from error
+    by_accuracy = sorted(found["corruptions"], key=lambda n: found["corruptions"][n]["accuracy"])
+    # The images' own qualities cost little, so more of them count.
+    rows = robustness.stratified_sample(network.labels("test"), _OWN_PIXELS // (height * width))
+    positions = network.dataset.splits["test"][rows]
+    images = robustness.load_images(network.dataset.loader, positions)
+    hits = network.probabilities["test"].argmax(axis=1) == network.labels("test")
+    max_pixels = network.predictor.preprocessing.max_pixels
+    pixels = robustness.original_pixels(network.source, positions, max_pixels)
+    return found | {
+        "worst": by_accuracy[:_NUM_WORST],
+        "by_quality_count": len(rows),
+        "by_quality": robustness.by_quality(images, hits[rows], pixels),
+    }
+
+
+def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
+    """Draws one test image under each corruption at severities 1 to 5, side by side.
+
+    Returns:
+      The files' names by corruption.
+    """
+    network = run.need_network()
+    probabilities = network.probabilities["test"]
+    is_right = probabilities.argmax(axis=1) == network.labels("test")
+    surest = int((probabilities.max(axis=1) + is_right).argmax())
+    position = network.dataset.splits["test"][surest : surest + 1]
+    [pixels] = network.dataset.loader.load(position)["image"]
+    found = {}
+    for name, versions in robustness.examples(pixels).items():
+        tiles = [thumbnails.fitted(version, _SIDE) for version in versions]
+        step = tiles[0].width + 3
+        strip = Image.new("RGBA", (step * len(tiles) - 3, tiles[0].height), (0, 0, 0, 0))
+        for i, tile in enumerate(tiles):
+            strip.paste(tile, (i * step, 0))
+        found[name] = f"examples/corruption_{name}.png"
+        strip.save(folder / found[name])
+    return found
+
+
+def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
+    """A heat map of all, curves of each family, and accuracy by the images' own qualities."""
+    if "robustness" not in figures:
+        return {}
+    section = figures["robustness"]
+    rows = len(section["corruptions"]) + len(FAMILIES)
+    curves = math.ceil(len(FAMILIES) / 2)
+    return {
+        "corruptions": Chart(functools.partial(_heat_map, section), (5.4, 0.9 + 0.21 * rows)),
+        "corruption_curves": Chart(functools.partial(_curves, section), (5.6, 2.2 * curves)),
+        "own_qualities": Chart(functools.partial(_own, section["by_quality"]), (7.6, 2.6)),
+    }
+
+
+def _families(section: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The corruptions that were measured, by family."""
+    measured = section["corruptions"]
+    families = {family: [n for n in names if n in measured] for family, names in FAMILIES.items()}
+    return {family: names for family, names in families.items() if names}
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("jpeg", "JPEG")
+
+
+def _heat_map(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
+    """Accuracy of each corruption at each severity, families apart."""
+    axes = style.plain(figure.subplots(), theme)
+    clean = section["clean"]["accuracy"]
+    rows: list[list[float]] = []
+    names: list[str] = []
+    for family, members in _families(section).items():
+        rows.append([math.nan] * (1 + len(SEVERITIES)))
+        names.append(family)
+        for name in members:
+            severities = section["corruptions"][name]["severities"]
+            rows.append([clean, *(figures["accuracy"] for figures in severities)])
+            names.append(_words(name))
+    values = np.array(rows)
+    axes.imshow(values, cmap=theme.colours, norm=Normalize(0, 1), aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if not math.isnan(value):
+            ink = style.ink_on(theme.colours(value))
+            text = f"{100 * value:.0f}"
+            axes.text(column, row, text, ha="center", va="center", color=ink, size=7.5)
+    axes.grid(visible=False)
+    axes.set_xticks(range(1 + len(SEVERITIES)), ["none", *map(str, SEVERITIES)])
+    axes.set_yticks(range(len(names)), names)
+    for label in axes.get_yticklabels():
+        if label.get_text() in FAMILIES:
+            label.set_fontweight("bold")
+    axes.set(xlabel="severity")
+    axes.set_title("accuracy (%)", size=style.TEXT_SIZE, color=theme.ink)
+
+
+def _curves(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
+    """Accuracy by severity, a panel for each family."""
+    families = _families(section)
+    columns = 2
+    panels = figure.subplots(
+        math.ceil(len(families) / columns), columns, sharex=True, sharey=True, squeeze=False
+    ).ravel()
+    for axes, (family, members) in zip(panels, families.items(), strict=False):
+        style.plain(axes, theme)
+        for number, name in enumerate(members):
+            severities = section["corruptions"][name]["severities"]
+            accuracies = [section["clean"]["accuracy"], *(f["accuracy"] for f in severities)]
+            axes.plot(
+                range(len(accuracies)),
+                accuracies,
+                color=theme.lines[number % len(theme.lines)],
+                marker="osv^Dx"[number % 6],
+                markersize=3.5,
+                linewidth=1.3,
+                label=_words(name),
+            )
+        axes.set_title(family, size=style.TEXT_SIZE, color=theme.ink, fontweight="bold")
+        style.legend(axes, theme, fontsize=7)
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(style.percent())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels[len(families) :]:
+        axes.set_visible(False)
+    for axes in panels[: len(families)]:
+        axes.set(xlabel="severity", ylabel="accuracy (%)")
+        axes.label_outer()
+
+
+def _own(by_quality: Mapping[str, Sequence[Figures]], figure: Figure, theme: Theme) -> None:
+    """Accuracy by sharpness, brightness and resolution, with Wilson's intervals."""
+    units = {
+        "sharpness": "variance of the Laplacian (grey levels²)",
+        "brightness": "mean grey level",
+        "resolution": "pixels of the file",
+    }
+    panels = figure.subplots(1, len(by_quality), sharey=True, squeeze=False).ravel()
+    for axes, (name, bins) in zip(panels, by_quality.items(), strict=True):
+        style.plain(axes, theme)
+        accuracy = np.array([b["accuracy"] for b in bins])
+        intervals = np.array([b["confidence_interval"] for b in bins]).T
+        axes.errorbar(
+            range(len(bins)),
+            accuracy,
+            np.abs(intervals - accuracy),
+            fmt="o",
+            color=theme.accent,
+            markersize=4,
+            capsize=3,
+        )
+        ranges = [f"{b['from']:,.0f}-\n{b['to']:,.0f}" for b in bins]
+        axes.set_xticks(range(len(bins)), ranges)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_title(name, size=style.TEXT_SIZE, color=theme.ink, fontweight="bold")
+        axes.margins(x=0.15)
+        axes.yaxis.set_major_formatter(style.percent())
+        axes.set(xlabel=units[name])
+    panels[0].set(ylabel="accuracy (%)")

@@ -1,0 +1,271 @@
+"""The report of a run: its page, the pictures beside it, and all its figures as JSON."""
+
+import base64
+import hashlib
+import importlib.resources
+import json
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import markupsafe
+import numpy as np
+from PIL import Image
+
+from cnn_jax import run_directory, sharding
+from cnn_jax.console import Console
+from cnn_jax.data import Track, no_track, scan
+from cnn_jax.report import charts, explanations, qualities, sections, style, thumbnails, words
+from cnn_jax.report.run import FORMAT, MissingError, Network, Run, read_run
+from cnn_jax.report.sections import Figures
+
+# The sections that take longer than all others, by their names in metrics.json.
+_FULL = {"explanations": explanations.explanations, "robustness": qualities.qualities}
+# The longer side of the images on the page, in pixels of their files.
+_SIDE = 144
+# The page's sections, in its order.
+_TITLES = {
+    "figures": "Figures",
+    "classes": "Classes",
+    "curves": "Learning curves",
+    "confusion": "Confusions",
+    "calibration": "Calibration",
+    "coverage": "Refusing the least confident",
+    "mistakes": "Mistakes",
+    "label_errors": "Suspected label errors",
+    "explanations": "What it looks at",
+    "robustness": "Images of other qualities",
+    "augmentation": "What the network saw",
+    "run": "The run",
+}
+
+
+def write_report(
+    workdir: str | os.PathLike[str],
+    track: Track = no_track,
+    *,
+    detail: str = "full",
+    after_training: bool = False,
+) -> pathlib.Path:
+    """Writes report/index.html, which needs no other file, and what it shows.
+
+    Validation and test are predicted again. What the report finds is added to
+    report/metrics.json, and every number of the page stands there. Of what cannot be had, such
+    as the images of data that has gone, the page says why; figures of an earlier report of the
+    same network stay.
+
+    Args:
+      workdir: The run's folder.
+      track: Shows progress.
+      detail: "full", or "figures" for a report without explanations and corruptions.
+      after_training: Whether this process has just trained the network, so that its device is
+        the one to be named.
+
+    Returns:
+      The page's path.
+
+    Raises:
+      ConfigError: The folder is not a run's.
+      OSError: It cannot be written.
+    """
+    workdir = pathlib.Path(workdir)
+    run = read_run(workdir, track)
+    new, missing = _sections(run, detail, track)
+    figures = run.figures | new | {"missing": missing, "methods": words.METHODS, "format": FORMAT}
+    figures["run"] = _facts(run, figures.get("run"), after_training)
+    figures["summary"] = words.summary(figures)
+
+    folder = workdir / "report"
+    folder.mkdir(exist_ok=True)
+    if run.network is not None:  # Else those of an earlier report stay.
+        shutil.rmtree(folder / "examples", ignore_errors=True)
+        (folder / "examples").mkdir()
+        _draw_examples(run.network, sections.examples(new), folder, detail == "full", track)
+        if "augmentation" in new:
+            _draw_augmentation(run, folder)
+    pictures = _draw_pictures(run, new, folder)
+    drawn = _draw_charts(figures, folder, track)
+    run_directory.write_metrics(workdir, figures)
+    run_directory.write_text(folder / "index.html", _page(figures, folder, drawn, pictures))
+    return folder / "index.html"
+
+
+def report_after_training(workdir: str | os.PathLike[str], detail: str) -> None:
+    """Writes the report of a run that this process has trained, and prints its path.
+
+    Of several processes none does it, since the others would wait for it; what is printed
+    then is how to do it.
+    """
+    command = f"python -m cnn_jax.report --run={shlex.quote(str(workdir))}"
+    if jax.process_count() > 1 or detail == "none":
+        if sharding.is_primary():
+            print(f"report      {command}")
+        return
+    try:
+        page = write_report(workdir, Console().track, detail=detail, after_training=True)
+    except KeyboardInterrupt as interruption:
+        raise KeyboardInterrupt(f"the run is done; {command} makes its report") from interruption
+    print(f"report      {page}")
+
+
+def _sections(run: Run, detail: str, track: Track) -> tuple[Figures, dict[str, str]]:
+    """The sections that can be made, and why the others cannot, by name."""
+    made, missing = {}, {}
+    if not run.is_measured():
+        missing["figures"] = run.why_no_network
+    wanted = sections.SECTIONS | (_FULL if detail == "full" else {})
+    for name, make in track(wanted.items(), "reporting", len(wanted)):
+        try:
+            made[name] = make(run)
+        except MissingError as reason:
+            missing[name] = str(reason)
+    for name in _FULL.keys() - wanted.keys():
+        missing[name] = "Left out of this report (report.detail); cnn_jax.report makes the whole."
+    return made, missing
+
+
+def _facts(run: Run, before: object, after_training: bool) -> Figures:
+    """What is to be said of the run; of the device, what the report after training said."""
+    facts = sections.facts(run)
+    if after_training:
+        devices = jax.devices()
+        facts["trained_on"] = {
+            "device": f"{len(devices)} x {devices[0].device_kind}",
+            "processes": jax.process_count(),
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+        }
+    elif isinstance(before, dict) and "trained_on" in before:
+        facts["trained_on"] = before["trained_on"]
+    return facts
+
+
+# Pictures.
+
+
+def _draw_examples(
+    network: Network,
+    examples: list[Figures],
+    folder: pathlib.Path,
+    are_explained: bool,
+    track: Track,
+) -> None:
+    """Draws each image once, and once more under its map if they are explained."""
+    by_position = {shown["position"]: shown for shown in examples}
+    positions = list(by_position)
+    max_pixels = network.predictor.preprocessing.max_pixels
+
+    def load(position: int) -> Image.Image | None:
+        return thumbnails.load_thumbnail(network.source, position, max_pixels, _SIDE)
+
+    loaded = track(scan.on_all_cores(load, positions), "drawing images", len(positions))
+    images = dict(zip(positions, loaded, strict=True))
+    for position, image in images.items():
+        if image is not None:
+            image.save(folder / by_position[position]["picture"])
+    if not are_explained or not positions:
+        return
+    pixels = network.dataset.loader.load(np.array(positions))["image"]
+    classes = [network.class_names.index(shown["predicted"]) for shown in by_position.values()]
+    maps = explanations.maps(network.predictor, pixels, np.array(classes))
+    for position, values in zip(positions, maps, strict=True):
+        if (image := images[position]) is not None:
+            path = folder / by_position[position]["picture"]
+            thumbnails.under_map(image, values).save(_map_path(path))
+
+
+def _map_path(picture: pathlib.Path) -> pathlib.Path:
+    return picture.with_stem(f"{picture.stem}_map")
+
+
+def _draw_augmentation(run: Run, folder: pathlib.Path) -> None:
+    """Draws training images beside what became of them."""
+    before, after = (batch["image"] for batch in sections.training_images(run))
+    for number, pair in enumerate(zip(before, after, strict=True)):
+        left, right = (thumbnails.fitted(pixels, _SIDE) for pixels in pair)
+        thumbnails.save_pair(left, right, folder / "examples" / f"augmented_{number:02d}.png")
+
+
+def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> dict[str, dict[str, str]]:
+    """Draws what sections show beside charts and examples; the files' names by section."""
+    found = {}
+    if "explanations" in made:
+        found["explanations"] = explanations.draw_pictures(run, folder)
+    if "robustness" in made:
+        found["robustness"] = qualities.draw_pictures(run, folder)
+    return found
+
+
+def _draw_charts(figures: Figures, folder: pathlib.Path, track: Track) -> list[str]:
+    """Draws what there are figures for, in both themes; returns the names of the charts."""
+    found = charts.charts_of(figures) | explanations.charts(figures) | qualities.charts(figures)
+    drawings = [(name, theme) for name in found for theme in style.THEMES]
+    for name, theme in track(drawings, "drawing charts", len(drawings)):
+        chart = found[name]
+        path = folder / f"{name}{theme.suffix}.png"
+        style.draw(path, theme, chart.plot, chart.size, chart.dpi)
+    return list(found)
+
+
+# The page.
+
+
+def _page(
+    figures: Figures,
+    folder: pathlib.Path,
+    drawn: list[str],
+    pictures: dict[str, dict[str, str]],
+) -> str:
+    script = importlib.resources.files("cnn_jax.report").joinpath("sort.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+    def picture(name: str) -> str | None:
+        """A file of the folder as a part of the page, if it is there."""
+        path = folder / name
+        return style.data_uri(path) if path.is_file() else None
+
+    names = list(figures["test"]["per_class"]) if "test" in figures else []
+    return style.template("run_report.html").render(
+        figures=figures,
+        run=figures["run"],
+        titles=_TITLES,
+        charts={name: _chart(folder / f"{name}.png") for name in drawn},
+        picture=picture,
+        pictures=pictures,
+        map_of=lambda name: picture(str(_map_path(pathlib.Path(name)))),
+        are_mapped=any((folder / "examples").glob("*_map.png")),
+        # Where a chart has a class's number, the table of classes has it too.
+        are_numbered=style.tick_names(names) != [style.shorten(name) for name in names],
+        configuration=_flat(figures["run"]["configuration"]),
+        script=markupsafe.Markup(script),
+        script_digest=digest,
+    )
+
+
+def _chart(path: pathlib.Path) -> dict[str, Any]:
+    """A chart for a light and a dark page, and its size in the page's pixels."""
+    with Image.open(path) as image:
+        width, height = image.size
+        scale = 96 / image.info.get("dpi", (96, 96))[0]
+    return {
+        "light": style.data_uri(path),
+        "dark": style.data_uri(path.with_stem(path.stem + style.THEMES[1].suffix)),
+        "width": round(width * scale),
+        "height": round(height * scale),
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A configuration, every key with its section's name before it."""
+    leaves = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False)
+    return leaves

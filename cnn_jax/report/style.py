@@ -1,0 +1,194 @@
+"""What all pages and charts look alike in: colours, axes, templates.
+
+Names of classes and files come from outside. None of them becomes a file's name or a part of a
+page's markup; a chart shows one only where Matplotlib's font can draw it.
+"""
+
+import base64
+import dataclasses
+import functools
+import pathlib
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jinja2
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from cnn_jax.errors import printable
+
+# Of a chart, in inches; and dots per inch of its file.
+SIZE = (4.0, 3.0)
+DPI = 144
+TEXT_SIZE = 8.5
+# A longer name is cut short on an axis.
+_LONGEST_NAME = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """Colours of a chart on a light or a dark page.
+
+    Those that are compared are of Okabe and Ito's (2008), which the colour-blind can tell apart:
+    the darker ones on a light page, the lighter ones on a dark one.
+
+    Attributes:
+      suffix: Of the names of its files.
+      ink: Text.
+      line: Grids.
+      accent: What stands alone.
+      first: What is compared with `second`.
+      second: What is compared with `first`.
+      channels: R, G and B.
+      ramp: From the least to the most of something, in one hue.
+      lines: Of several lines in one chart, also Okabe and Ito's.
+    """
+
+    suffix: str
+    ink: str
+    line: str
+    accent: str
+    first: str
+    second: str
+    channels: tuple[str, str, str]
+    ramp: tuple[str, ...]
+    lines: tuple[str, ...]
+
+    @property
+    def colours(self) -> LinearSegmentedColormap:
+        """The ramp as Matplotlib takes it."""
+        return LinearSegmentedColormap.from_list("ramp", self.ramp)
+
+
+THEMES = (
+    Theme(
+        suffix="",
+        ink="#4a4f57",
+        line="#dfe2e6",
+        accent="#3f6fa8",
+        first="#0072b2",
+        second="#d55e00",
+        channels=("#c4504a", "#4d9a5b", "#4a74c4"),
+        ramp=("#eaf1f8", "#8fb8dd", "#3f7cb8", "#0b3c6f"),
+        lines=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a57500", "#5a5a5a"),
+    ),
+    Theme(
+        suffix="_dark",
+        ink="#b9bec6",
+        line="#3a3f47",
+        accent="#7fb0e6",
+        first="#56b4e9",
+        second="#e69f00",
+        channels=("#e5827c", "#7fc98d", "#86a8ec"),
+        ramp=("#22303f", "#2f6291", "#6aa6de", "#d3e7fb"),
+        lines=("#56b4e9", "#e69f00", "#2cc99d", "#e6a3c8", "#f0e442", "#b9bec6"),
+    ),
+)
+
+Plot = Callable[[Figure, Theme], None]
+
+
+def draw(
+    path: pathlib.Path, theme: Theme, plot: Plot, size: tuple[float, float] = SIZE, dpi: int = DPI
+) -> None:
+    """Saves a chart on a transparent ground; `size` is (width, height) in inches."""
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    plot(figure, theme)
+    figure.savefig(path, transparent=True)
+
+
+def plain(axes: Axes, theme: Theme) -> Axes:
+    """Axes with a quiet grid and without a frame."""
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(colors=theme.ink, labelsize=TEXT_SIZE, length=0)
+    axes.grid(color=theme.line, linewidth=0.7)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=theme.ink, size=TEXT_SIZE)
+    return axes
+
+
+def legend(axes: Axes, theme: Theme, **options: Any) -> None:
+    """A quiet legend; `options` are Matplotlib's."""
+    defaults = {"frameon": False, "fontsize": TEXT_SIZE, "handlelength": 1.6}
+    axes.legend(**(defaults | options), labelcolor=theme.ink)
+
+
+def ink_on(colour: tuple[float, float, float, float]) -> str:
+    """Of text on this colour: dark on a light one, light on a dark one."""
+    red, green, blue, _ = colour
+    # As bright as the eye sees it (ITU-R BT.709).
+    return "#1b1f24" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45 else "#ffffff"
+
+
+def thousands() -> FuncFormatter:
+    return FuncFormatter(lambda value, _: f"{value:,.0f}")
+
+
+def percent() -> FuncFormatter:
+    """Of an axis whose label says that it is in percent."""
+    return FuncFormatter(lambda value, _: f"{100 * value:.3g}")
+
+
+def tick_names(class_names: Sequence[str]) -> list[str]:
+    """What stands for each class on an axis: its name or, if that cannot be drawn, its number."""
+    return [_tick_name(name, number) for number, name in enumerate(class_names)]
+
+
+def _tick_name(name: str, number: int) -> str:
+    if not name.strip() or not all(map(_can_be_drawn, name)):
+        return f"#{number}"
+    return shorten(name)
+
+
+def shorten(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def _can_be_drawn(character: str) -> bool:
+    """Whether the font has it, and it stands for itself, from left to right."""
+    reads_to_the_right = unicodedata.bidirectional(character) not in ("R", "AL")
+    return character.isprintable() and reads_to_the_right and ord(character) in _glyphs()
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """The code points that Matplotlib's own font, DejaVu Sans, has."""
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    return frozenset(font.get_charmap())
+
+
+def template(name: str) -> jinja2.Template:
+    """A page of this package. What is put into it is escaped, and names stand on one line."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cnn_jax.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: _on_one_line(value) if type(value) is str else value,
+    )
+    environment.filters |= {
+        "number": lambda value: f"{value:,}",
+        "percent": lambda share, digits=1: f"{100 * share:.{digits}f} %",
+        "decimal": lambda value, digits=4: f"{value:.{digits}f}",
+    }
+    return environment.get_template(name)
+
+
+def _on_one_line(text: str) -> str:
+    """A text for a page: percentages do not break, and what is not printable is escaped."""
+    return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", printable(text))
+
+
+def data_uri(path: pathlib.Path) -> str:
+    """A PNG file as a part of the page."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

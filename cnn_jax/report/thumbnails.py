@@ -1,0 +1,61 @@
+"""Small pictures of a source's images."""
+
+import pathlib
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from cnn_jax.data import decode, scan
+from cnn_jax.data.source import Source
+from cnn_jax.errors import DataError
+
+# The weight of a map's colours over the image.
+_OPACITY = 0.55
+
+
+def load_thumbnail(source: Source, index: int, max_pixels: int, side: int) -> Image.Image | None:
+    """An image that just fits into a square of `side` pixels; None if it cannot be read any more.
+
+    It keeps its shape, and a small one is enlarged.
+    """
+    try:
+        with scan.one_large_file_at_a_time(source, index):
+            encoded = scan.read_example(source, index, max_pixels)
+            pixels = decode.decode(encoded, max_pixels, at_least=(side, side))
+    except DataError:
+        return None
+    return fitted(pixels, side)
+
+
+def fitted(pixels: decode.Pixels, side: int) -> Image.Image:
+    """Pixels, enlarged or shrunk to just fit into a square of `side` pixels."""
+    height, width, _ = pixels.shape
+    scale = side / max(height, width)
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+
+
+def under_map(image: Image.Image, values: Float[np.ndarray, "height width"]) -> Image.Image:
+    """An image in grey under the colours of a map, from its least value to its largest.
+
+    The map is of the image as the network saw it, stretched to another shape.
+    """
+    reach = float(np.ptp(values))
+    levels = (values - values.min()) / (reach or 1.0)
+    stretched = Image.fromarray(levels.astype(np.float32)).resize(
+        image.size, Image.Resampling.BILINEAR
+    )
+    colours = matplotlib.colormaps["viridis"](np.asarray(stretched))[..., :3]
+    over = Image.fromarray(np.rint(255 * colours).astype(np.uint8))
+    return Image.blend(image.convert("L").convert("RGB"), over, _OPACITY)
+
+
+def save_pair(left: Image.Image, right: Image.Image, path: pathlib.Path, gap: int = 4) -> None:
+    """Saves two images side by side on a transparent ground."""
+    size = left.width + gap + right.width, max(left.height, right.height)
+    pair = Image.new("RGBA", size, (0, 0, 0, 0))
+    pair.paste(left, (0, 0))
+    pair.paste(right, (left.width + gap, 0))
+    pair.save(path)

@@ -1,0 +1,465 @@
+"""Accuracy, confidence and calibration across image qualities.
+
+    python -m cnn_jax.robustness --bundle=RUN/bundle [--source=folder:PATH] [--split=test]
+
+spoils the images of a split in every way that `data/corruptions.py` knows, at five
+severities each, and prints as JSON what the network then says of them; and its accuracy by
+the images' own sharpness, brightness and resolution. That is 115 times the work of
+`cnn_jax.evaluate`: --sample=N takes N of the images, of each class its share.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Num, UInt8
+
+from cnn_jax import cli, runtime
+from cnn_jax.calibration import expected_calibration_error
+from cnn_jax.compiled import keep_compiled
+from cnn_jax.console import Console
+from cnn_jax.data import Track, no_track, scan
+from cnn_jax.data.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVERITIES, Corruption
+from cnn_jax.data.dataset import Dataset, memory_bytes
+from cnn_jax.data.pipeline import Loader, evaluation_batches
+from cnn_jax.data.source import Source
+from cnn_jax.data.sources import FORMS
+from cnn_jax.data.splits import SPLITS
+from cnn_jax.errors import DataError, printable
+from cnn_jax.evaluate import open_as_trained
+from cnn_jax.metrics import wilson_interval
+from cnn_jax.predict import BATCH_SIZE, Predictor
+
+logger = logging.getLogger(__name__)
+
+# Accuracy has fallen when it is so much lower: 10 points, less what rounding may take.
+_FALL = 0.1 - 1e-9
+_NUM_BINS = 5
+_FAMILY_OF = {name: family for family, members in FAMILIES.items() for name in members}
+
+
+def measure(
+    predictor: Predictor,
+    images: UInt8[np.ndarray, "n height width 3"],
+    labels: Int[np.ndarray, " n"],
+    corruptions: Mapping[str, Corruption] = CORRUPTIONS,
+    seed: int = 0,
+    track: Track = no_track,
+) -> dict[str, Any]:
+    """Accuracy, confidence and calibration on clean and on corrupted images.
+
+    Args:
+      predictor: A loaded bundle.
+      images: Of the bundle's size, one or more. Corrupted ones are made a few at a time.
+      labels: Positions in the bundle's class names.
+      corruptions: What to measure, by name.
+      seed: 0 or more. What is random in an image's corruptions is a function of the seed,
+        its position and the severity.
+      track: Shows progress.
+
+    Returns:
+      As JSON can hold it:
+        count: Number of images.
+        seed: As given.
+        clean: {"accuracy", "confidence" (the mean largest probability),
+          "expected_calibration_error"}, each 0 to 1.
+        corruptions: For each name its "family", the same three figures as means over the
+          severities, "first_severity_10_points_lower" (than clean accuracy; 1 to 5, or
+          None) and "severities", the three figures at 1 to 5.
+        mean_corruption_error: The mean over ImageNet-C's 19 (those measured) of the mean
+          error over severities, 0 to 1; None if there is none of them. The published one
+          divides each error by AlexNet's on ImageNet, which means nothing for other data.
+        relative_mean_corruption_error: The same of error less clean error, -1 to 1.
+
+    Raises:
+      ValueError: There are no images, or they are not of the bundle's size.
+    """
+    if not len(images):
+        raise ValueError("there are no images to measure")
+    clean = _figures(_predict(predictor, images), labels)
+    seeds = np.random.default_rng(seed).integers(2**32, size=len(images)).tolist()
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in corruptions}
+    conditions = list(itertools.product(corruptions, SEVERITIES))
+    for name, severity in track(conditions, "measuring corruptions", len(conditions)):
+        work = functools.partial(_corrupt, corruptions[name], severity, images, seeds)
+        corrupted = scan.on_all_cores(work, range(len(images)))
+        found[name].append(_figures(_predict(predictor, corrupted), labels))
+    errors = [1 - _mean(found[name], "accuracy") for name in found if name in IMAGENET_C]
+    error = float(np.mean(errors)) if errors else None
+    return {
+        "count": len(images),
+        "seed": seed,
+        "clean": clean,
+        "corruptions": {
+            name: {
+                "family": _FAMILY_OF.get(name, "other"),
+                **{key: _mean(severities, key) for key in clean},
+                "first_severity_10_points_lower": first_severity_lower(
+                    clean["accuracy"], [figures["accuracy"] for figures in severities]
+                ),
+                "severities": severities,
+            }
+            for name, severities in found.items()
+        },
+        "mean_corruption_error": error,
+        "relative_mean_corruption_error": (
+            None if error is None else error - (1 - clean["accuracy"])
+        ),
+    }
+
+
+def _corrupt(
+    corruption: Corruption,
+    severity: int,
+    images: UInt8[np.ndarray, "n height width 3"],
+    seeds: Sequence[int],
+    row: int,
+) -> UInt8[np.ndarray, "height width 3"]:
+    return corruption(images[row], severity, seeds[row])
+
+
+def _predict(
+    predictor: Predictor, images: Iterable[UInt8[np.ndarray, "_height _width 3"]]
+) -> Float[np.ndarray, "n classes"]:
+    """Probabilities of images that come one by one."""
+    iterator = iter(images)
+    batch = np.zeros((BATCH_SIZE, *predictor.preprocessing.image_size, 3), np.uint8)
+    rows = []
+    while part := list(itertools.islice(iterator, BATCH_SIZE)):
+        if part[0].shape != batch.shape[1:]:  # NumPy would stretch an image of one pixel.
+            raise ValueError(f"images must be {batch.shape[1:]}, got {part[0].shape}")
+        batch[: len(part)] = part  # What is left of the batch before is not looked at.
+        rows.append(predictor(batch)[: len(part)])
+    return np.concatenate(rows)
+
+
+def _figures(
+    probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
+) -> dict[str, float]:
+    return {
+        "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
+        "confidence": float(probabilities.max(axis=1).astype(np.float64).mean()),
+        "expected_calibration_error": expected_calibration_error(probabilities, labels),
+    }
+
+
+def _mean(severities: Sequence[Mapping[str, float]], key: str) -> float:
+    return float(np.mean([figures[key] for figures in severities]))
+
+
+def first_severity_lower(clean: float, accuracies: Sequence[float]) -> int | None:
+    """The first severity at which accuracy is 10 points below that of clean images, or more.
+
+    Args:
+      clean: Accuracy on clean images, 0 to 1.
+      accuracies: Of severity 1, 2, ...
+
+    Returns:
+      None if there is none.
+    """
+    for severity, accuracy in enumerate(accuracies, start=1):
+        if clean - accuracy >= _FALL:
+            return severity
+    return None
+
+
+def examples(
+    image: UInt8[np.ndarray, "height width 3"], seed: int = 0
+) -> dict[str, UInt8[np.ndarray, "5 height width 3"]]:
+    """One image under each corruption, by name, at severities 1 to 5."""
+    return {
+        name: np.stack([corruption(image, severity, seed) for severity in SEVERITIES])
+        for name, corruption in CORRUPTIONS.items()
+    }
+
+
+def stratified_sample(
+    labels: Int[np.ndarray, " n"], size: int, seed: int = 0
+) -> Int[np.ndarray, " m"]:
+    """Positions of at most `size` examples, of each class its share.
+
+    Each class that is present has one, if `size` is enough for that; the other places are
+    shared out in proportion to the other examples, by the largest remainder.
+
+    Args:
+      labels: Of all examples.
+      size: How many to take, 0 or more.
+      seed: Decides which.
+
+    Returns:
+      min(n, size) positions, sorted.
+    """
+    if size >= len(labels):
+        return np.arange(len(labels))
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    each = int(size >= len(counts))
+    others = counts - each
+    quotas = (size - each * len(counts)) * others / others.sum()
+    places = each + np.floor(quotas).astype(int)
+    by_remainder = np.argsort(np.floor(quotas) - quotas, kind="stable")
+    places[by_remainder[: size - places.sum()]] += 1
+    order = np.random.default_rng(seed).permutation(len(labels))
+    chosen = [order[classes[order] == label][:number] for label, number in enumerate(places)]
+    return np.sort(np.concatenate(chosen))
+
+
+def by_quality(
+    images: UInt8[np.ndarray, "n height width 3"],
+    hits: Bool[np.ndarray, " n"],
+    pixels: Int[np.ndarray, " n"],
+) -> dict[str, list[dict[str, Any]]]:
+    """Accuracy by what the images are like.
+
+    Args:
+      images: As the network sees them, resized.
+      hits: Whether it is right.
+      pixels: Width times height of each image before that; see `original_pixels`.
+
+    Returns:
+      "sharpness", "brightness" and "resolution" (in pixels): for each, bins as
+      `accuracy_by_quantile` makes them.
+    """
+    return {
+        "sharpness": accuracy_by_quantile(np.array([sharpness(i) for i in images]), hits),
+        "brightness": accuracy_by_quantile(np.array([brightness(i) for i in images]), hits),
+        "resolution": accuracy_by_quantile(pixels, hits),
+    }
+
+
+def sharpness(image: UInt8[np.ndarray, "height width 3"]) -> float:
+    """The variance of the Laplacian of the grey levels, 0 to 255 (Pech-Pacheco et al. 2000)."""
+    import cv2
+
+    return float(cv2.Laplacian(_grey(image), cv2.CV_32F).var(dtype=np.float64))
+
+
+def brightness(image: UInt8[np.ndarray, "height width 3"]) -> float:
+    """The mean grey level, 0 to 255."""
+    return float(_grey(image).mean(dtype=np.float64))
+
+
+def _grey(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width"]:
+    """Luma, 0 to 255 (ITU-R BT.601)."""
+    return image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def accuracy_by_quantile(
+    values: Num[np.ndarray, " n"], hits: Bool[np.ndarray, " n"], num_bins: int = _NUM_BINS
+) -> list[dict[str, Any]]:
+    """Accuracy of the images with the smallest values, of the next, and so on.
+
+    The bins hold as nearly as possible the same number of images. Equal values are never
+    parted, so there may be fewer bins: one if all are equal.
+
+    Args:
+      values: Finite.
+      hits: Whether the network is right.
+      num_bins: At most so many.
+
+    Returns:
+      By rising values, for each bin: "from" and "to", the smallest and the largest value
+      in it, "count", "accuracy", and "confidence_interval", Wilson's of 95 %.
+    """
+    if not len(values):
+        return []
+    edges = np.quantile(values, np.arange(1, num_bins) / num_bins)
+    bin_of = np.searchsorted(edges, values)  # What is equal to an edge lies below it.
+    bins = []
+    for number in np.unique(bin_of):
+        members, of_bin = values[bin_of == number], hits[bin_of == number]
+        bins.append(
+            {
+                "from": members.min().item(),
+                "to": members.max().item(),
+                "count": len(members),
+                "accuracy": float(of_bin.mean()),
+                "confidence_interval": list(wilson_interval(float(of_bin.sum()), len(members))),
+            }
+        )
+    return bins
+
+
+def original_pixels(
+    source: Source, indices: Int[np.ndarray, " n"], max_pixels: int
+) -> Int[np.ndarray, " n"]:
+    """Width times height of these images as they are stored.
+
+    A scan has seen it and remembers it; where that could not be kept, they are read again.
+
+    Raises:
+      DataError: One cannot be read any more.
+    """
+    selected = source.select(indices)
+    pixels = []
+    for row, record in enumerate(scan.known_records(selected, max_pixels)):
+        if record is None:
+            record, _ = scan.examine(scan.read_example(selected, row, max_pixels), max_pixels)
+        if record.header is None:
+            raise DataError(f"{source.name}: {selected.ids[row]} {record.error}")
+        pixels.append(record.header.width * record.header.height)
+    return np.array(pixels, np.int64)
+
+
+def load_images(
+    loader: Loader, indices: Int[np.ndarray, " n"], track: Track = no_track
+) -> UInt8[np.ndarray, "n height width 3"]:
+    """All these images at once, as the network sees them."""
+    images = np.empty((len(indices), *loader.preprocessing.image_size, 3), np.uint8)
+    with evaluation_batches(loader, indices, BATCH_SIZE) as batches:
+        num_batches = math.ceil(len(indices) / BATCH_SIZE)
+        for number, batch in enumerate(track(batches, "loading images", num_batches)):
+            start = number * BATCH_SIZE
+            images[start : start + BATCH_SIZE] = batch["image"][batch["mask"]]
+    return images
+
+
+def measure_split(
+    predictor: Predictor,
+    dataset: Dataset,
+    split: str = "test",
+    sample: int | None = None,
+    corruptions: Mapping[str, Corruption] = CORRUPTIONS,
+    seed: int = 0,
+    track: Track = no_track,
+) -> dict[str, Any]:
+    """All of it for a split of a data set.
+
+    Args:
+      predictor: A loaded bundle.
+      dataset: Any whose classes the bundle knows; see `evaluate.open_as_trained`.
+      split: "train", "validation", "test" or "all".
+      sample: How many of its images to take, 1 or more; by default all.
+      corruptions: What to measure, by name.
+      seed: Of the sample and of the corruptions.
+      track: Shows progress.
+
+    Returns:
+      What `measure` returns, with "split", "split_count" (its images, of which "count"
+      were taken) and "by_quality", of the clean images.
+
+    Raises:
+      DataError: The data has a class that the bundle does not know, or the split is
+        empty, or too large for the memory.
+    """
+    indices, labels = _labelled_split(predictor, dataset, split)
+    split_count = len(indices)
+    if sample is not None:
+        chosen = stratified_sample(labels, sample, seed)
+        indices, labels = indices[chosen], labels[chosen]
+    _check_memory(dataset, split, len(indices))
+    images = load_images(dataset.loader, indices, track)
+    hits = _predict(predictor, images).argmax(axis=1) == labels
+    pixels = original_pixels(dataset.source, indices, predictor.preprocessing.max_pixels)
+    return {
+        "split": split,
+        "split_count": split_count,
+        **measure(predictor, images, labels, corruptions, seed, track),
+        "by_quality": by_quality(images, hits, pixels),
+    }
+
+
+def _labelled_split(
+    predictor: Predictor, dataset: Dataset, split: str
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """The positions of a split's images, and their labels as the bundle numbers them."""
+    source = dataset.source
+    unknown = sorted(set(source.class_names) - set(predictor.class_names))
+    if unknown:
+        raise DataError(
+            f"{source.name} has classes that the bundle does not know: {', '.join(unknown)}; "
+            f"it knows {', '.join(predictor.class_names)}"
+        )
+    if split != "all" and dataset.fingerprint != predictor.data["fingerprint"]:
+        logger.warning(
+            "%s is not the data that the bundle was trained on: its %s split may hold images "
+            "that were trained on if it shares some; --split=all takes everything",
+            source.name,
+            split,
+        )
+    indices = np.arange(len(source)) if split == "all" else dataset.splits[split]
+    if not len(indices):
+        raise DataError(f"{source.name} has no images in its {split} split")
+    to_bundle = np.array([predictor.class_names.index(name) for name in source.class_names])
+    return indices, to_bundle[source.labels[indices]]
+
+
+def _check_memory(dataset: Dataset, split: str, count: int) -> None:
+    """Raises DataError if so many images of the data set leave little room for all else."""
+    needed = count * math.prod(dataset.loader.preprocessing.image_size) * 3
+    available = memory_bytes() / 2
+    if needed > available:
+        raise DataError(
+            f"{dataset.source.name}: {count:,} images of its {split} split take {needed / 1e9:.1f} "
+            f"GB, more than half of the memory; --sample={int(count * available / needed)} "
+            "takes a part of them"
+        )
+
+
+def _positive(text: str) -> int:
+    """The argparse type of an integer, 1 or more."""
+    number = cli.natural(text)
+    if not number:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cnn_jax.robustness",
+        description="Measure a bundle on a split whose images are spoiled in many ways.",
+    )
+    parser.add_argument("--bundle", required=True, type=cli.path, help="the bundle, RUN/bundle")
+    parser.add_argument("--source", help=f"{FORMS}; what it was trained on if not given")
+    parser.add_argument("--split", default="test", choices=[*SPLITS, "all"])
+    parser.add_argument(
+        "--sample", type=_positive, help="take so many of the images, of each class its share"
+    )
+    parser.add_argument("--seed", type=cli.natural, default=0)
+    parser.add_argument(
+        "--max_unreadable",
+        type=cli.share,
+        help="share of images that may be unreadable; as in training if not given",
+    )
+    parser.add_argument(
+        "--allow_outside",
+        action="store_true",
+        help="follow links and paths out of the data's folder",
+    )
+    parser.add_argument("--output", type=cli.path, help="JSON file to write; stdout if not given")
+    flags = parser.parse_args(argv)
+
+    runtime.keep_freed_memory()
+    keep_compiled()
+    predictor = Predictor.load(flags.bundle)
+    console = Console()
+    dataset = open_as_trained(
+        predictor,
+        flags.source,
+        console.track,
+        grouped=flags.split != "all",  # All of it is not divided.
+        max_unreadable=flags.max_unreadable,
+        allow_outside=flags.allow_outside,
+    )
+    for image in dataset.findings.unreadable:
+        logger.warning("left out: %s %s", printable(image.id), image.reason)
+    with cli.open_output(flags.output) as file:
+        figures = measure_split(
+            predictor,
+            dataset,
+            flags.split,
+            flags.sample,
+            seed=flags.seed,
+            track=console.track,
+        )
+        json.dump(figures, file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+
+from cnn_jax.report import label_errors
+
+
+def _noisy():
+    """Labels of which some are wrong, and probabilities that mostly know better."""
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 4, 60)
+    labels = true.copy()
+    is_wrong = rng.random(60) < 0.15
+    labels[is_wrong] = rng.integers(0, 4, is_wrong.sum())
+    logits = rng.normal(size=(60, 4))
+    logits[np.arange(60), true] += 2.5
+    return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), labels
+
+
+def test_a_case_by_hand():
+    probabilities = np.array(
+        [[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.1, 0.9], [0.3, 0.7], [0.55, 0.45]]
+    )
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    # Mean self-confidence: (0.9 + 0.7 + 0.2) / 3 and (0.9 + 0.7 + 0.45) / 3.
+    assert label_errors.thresholds(probabilities, labels) == pytest.approx([0.6, 0.68333333])
+    # Image 2 is above the threshold of class 1; image 5, taken for 0 with 0.55, is below 0's.
+    found = label_errors.find(probabilities, labels)
+    assert found.rows.tolist() == [2]
+    assert found.suggested.tolist() == [1]
+    assert found.margin == pytest.approx([0.2 - 0.8])
+
+
+def test_the_label_that_is_likeliest_is_not_suspect():
+    """Even if the network is surer than usual that it is another class."""
+    probabilities = np.array([[0.9, 0.1], [0.55, 0.45], [0.6, 0.4], [0.6, 0.4]])
+    labels = np.array([0, 0, 1, 1])
+    assert label_errors.thresholds(probabilities, labels) == pytest.approx([0.725, 0.4])
+    assert not len(label_errors.find(probabilities, labels).rows)
+
+
+def test_only_a_class_that_the_network_is_sure_of_is_suggested():
+    probabilities = np.array([[0.9, 0.05, 0.05], [0.2, 0.3, 0.5], [0.5, 0.35, 0.15]])
+    found = label_errors.find(probabilities, np.array([0, 1, 2]))
+    # Class 0 is the likeliest of image 2, and far below its threshold of 0.9.
+    assert dict(zip(found.rows.tolist(), found.suggested.tolist(), strict=True))[2] == 1
+
+
+def test_the_result_of_cleanlab():
+    # Of cleanlab 2.9.0, which is no dependency:
+    # find_label_issues(labels, probabilities, filter_by="confident_learning",
+    #                   return_indices_ranked_by="normalized_margin")
+    probabilities, labels = _noisy()
+    assert label_errors.find(probabilities, labels).rows.tolist() == [32, 2, 18, 44, 58, 31]
+
+
+def test_float32_makes_no_difference():
+    probabilities, labels = _noisy()
+    found = label_errors.find(probabilities.astype(np.float32), labels)
+    np.testing.assert_array_equal(found.rows, label_errors.find(probabilities, labels).rows)
+
+
+def test_a_class_without_images_is_never_suggested():
+    probabilities = np.array([[0.1, 0.0, 0.9], [0.8, 0.1, 0.1], [0.2, 0.7, 0.1]])
+    labels = np.array([0, 0, 1])
+    assert np.isinf(label_errors.thresholds(probabilities, labels)[2])
+    assert not len(label_errors.find(probabilities, labels).rows)
+
+
+def test_labels_that_agree_are_not_suspect():
+    probabilities = np.eye(3)[[0, 1, 2, 0]]
+    assert not len(label_errors.find(probabilities, np.array([0, 1, 2, 0])).rows)
+    assert not len(label_errors.find(np.empty((0, 3)), np.empty(0, int)).rows)

@@ -1,0 +1,704 @@
+import dataclasses
+import html.parser
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, write_images
+from PIL import Image
+
+from cnn_jax import calibration, run_directory
+from cnn_jax.bundle import read_bundle, write_bundle
+from cnn_jax.data import no_track, pipeline
+from cnn_jax.errors import ConfigError
+from cnn_jax.evaluate import open_as_trained, predict_split
+from cnn_jax.predict import Predictor
+from cnn_jax.report import run_report, sections, thumbnails
+from cnn_jax.report.run import read_run
+from cnn_jax.report.run_report import write_report
+from cnn_jax.train import train_and_evaluate
+
+SECTIONS = {
+    *("curves", "confusion", "calibration", "coverage", "mistakes", "label_errors"),
+    "augmentation",
+}
+# What takes longer than all the others; few tests wait for it.
+FULL = {"explanations", "robustness"}
+HOSTILE = (
+    '<script>alert("1")<',
+    "new\nline",
+    "'quotes\" & $x^$",
+    "{{ 7 * 7 }}{% raw %}",
+    "😀 猫 \u202egnp",
+    os.fsdecode(b"\xff\xfe"),
+)
+
+
+class _Parser(html.parser.HTMLParser):
+    """Collects the elements, the text that is shown, the images, and the values of cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.images, self.values, self.words = [], [], [], []
+        self._hidden = False
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.elements.append(tag)
+        self._hidden = tag in ("style", "script")
+        self.images += [attributes[name] for name in ("src", "srcset") if name in attributes]
+        if "data-value" in attributes:
+            self.values.append(float(attributes["data-value"]))
+        if tag == "a":
+            assert attributes["href"].startswith("#")
+        assert not any(name.startswith("on") for name in attributes)
+
+    def handle_endtag(self, tag):
+        self._hidden = False
+
+    def handle_data(self, data):
+        if not self._hidden:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def _parsed(page):
+    parser = _Parser()
+    parser.feed(page.read_text("utf-8"))
+    return parser
+
+
+def _metrics(workdir):
+    def refuse(constant):
+        raise AssertionError(f"{constant} in metrics.json")
+
+    text = (workdir / "report" / "metrics.json").read_text("utf-8")
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, image_folder):
+    """A finished run without a report."""
+    config = _config(image_folder)
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train_and_evaluate(config, workdir)
+    return workdir
+
+
+def _config(image_folder, **changes):
+    from configs import default
+
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {
+            "data.source": f"folder:{image_folder}",
+            "data.image_size": (16, 16),
+            "data.stratify": "exact",
+            "model.features": (4, 8),
+            "model.dense": 16,
+            "train.batch_size": 8,
+            "train.epochs": 3,
+            **changes,
+        }
+    )
+    return config
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run, to be spoiled."""
+    return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def reported(finished, tmp_path_factory):
+    """A finished run with its whole report."""
+    workdir = shutil.copytree(finished, tmp_path_factory.mktemp("reported") / "run")
+    write_report(workdir)
+    return pathlib.Path(workdir)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Charts of one pixel, where they are not the point."""
+    monkeypatch.setattr(
+        run_report.style, "draw", lambda path, *_: Image.new("RGBA", (1, 1)).save(path)
+    )
+
+
+def _written(workdir):
+    """The page of a report without explanations and corruptions."""
+    return _parsed(write_report(workdir, detail="figures"))
+
+
+def _change_bundle(workdir, **data):
+    """Changes what the bundle says of its data."""
+    path = workdir / "bundle" / "bundle.json"
+    description = json.loads(path.read_text())
+    description["data"] |= data
+    path.write_text(json.dumps(description))
+
+
+# What is in it.
+
+
+def test_the_sections_are_added_to_the_figures(finished, reported):
+    before, after = _metrics(finished), _metrics(reported)
+    assert {split: after[split] for split in before} == before
+    assert set(after) == {
+        *before,
+        *SECTIONS,
+        *FULL,
+        "missing",
+        "methods",
+        "format",
+        "run",
+        "summary",
+    }
+    assert after["missing"] == {}
+    written = {path.name for path in (reported / "report").glob("*.png")}
+    assert written > {
+        f"{name}{suffix}.png"
+        for name in (
+            *("loss", "accuracy", "learning_rate", "reliability", "coverage"),
+            *("confusion", "confusion_normalized"),
+        )
+        for suffix in ("", "_dark")
+    }
+
+
+def test_the_page_needs_nothing_else(reported):
+    page = _parsed(reported / "report" / "index.html")
+    assert all(image.startswith("data:image/png;base64,") for image in page.images)
+    assert not {"iframe", "object", "svg"} & set(page.elements)
+    assert page.elements.count("link") == 1  # Its icon, which is empty.
+    policy = (reported / "report" / "index.html").read_text("utf-8")
+    assert "default-src 'none'; img-src data:" in policy
+
+
+def _forms(value):
+    """How a page may write a number."""
+    if isinstance(value, int):
+        yield f"{value:,}"
+        yield str(value)
+    for digits in range(5):
+        yield f"{value:.{digits}f}"
+    for digits in range(3):
+        yield f"{100 * value:.{digits}f}"
+    yield f"{value:,.0f}"
+    yield json.dumps(value)
+
+
+_NUMBER = re.compile(r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
+
+
+def _numbers(tree):
+    """All numbers of metrics.json, as a page may write them, and those in its words."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _NUMBER.findall(key)
+            yield from _numbers(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _numbers(value)
+    elif isinstance(tree, str):
+        yield from _NUMBER.findall(tree)
+    elif isinstance(tree, int | float):
+        yield from _forms(tree)
+
+
+def test_every_number_of_the_page_is_in_the_json(reported):
+    figures = _metrics(reported)
+    page = _parsed(reported / "report" / "index.html")
+    shown = set(_NUMBER.findall(page.text))
+    assert len(shown) > 60
+    assert shown - set(_numbers(figures)) == set()
+    rows = figures["test"]["per_class"]
+    train = figures["train"]["per_class"]
+    of_classes = [
+        value
+        for name, row in rows.items()
+        for value in (
+            *(row[key] for key in ("f1", "precision", "recall")),
+            *(row["support"], train[name]["support"]),
+        )
+    ]
+    assert page.values[: len(of_classes)] == of_classes
+    for split in ("train", "validation", "test"):
+        for key in ("accuracy", "precision", "recall", "f1"):
+            low, high = figures[split]["confidence_intervals"][key]
+            cell = f"{100 * figures[split][key]:.2f} % {100 * low:.1f} to {100 * high:.1f} %"
+            assert cell in page.text
+
+
+def test_the_figures_are_those_of_the_network(reported):
+    """By the functions that measure, on the probabilities of the test split."""
+    figures = _metrics(reported)
+    predictor = Predictor.load(reported / "bundle")
+    dataset = open_as_trained(predictor)
+    indices = dataset.splits["test"]
+    probabilities = predict_split(predictor, dataset.loader, indices)
+    labels = dataset.source.labels[indices]
+    temperature = predictor.temperature
+    assert figures["calibration"]["temperature"] == temperature
+    assert figures["calibration"]["after"] == calibration.describe(probabilities, labels)
+    before = calibration.apply_temperature(probabilities, 1 / temperature)
+    assert figures["calibration"]["before"] == calibration.describe(before, labels)
+    assert figures["coverage"]["curve"] == calibration.coverage(probabilities, labels)
+    everything = figures["coverage"]["points"][0]
+    assert everything["coverage"] == 1
+    assert everything["accuracy"] == pytest.approx(figures["test"]["accuracy"])
+
+    is_wrong = probabilities.argmax(axis=1) != labels
+    assert figures["mistakes"]["num_wrong"] == is_wrong.sum() == figures["confusion"]["errors"]
+    wrong = figures["mistakes"]["wrong"]
+    assert {shown["id"] for shown in wrong} == {
+        dataset.source.ids[i] for i in indices[np.flatnonzero(is_wrong)]
+    }
+    for shown in (*wrong, *figures["mistakes"]["unsure"]):
+        row = indices.tolist().index(shown["position"])
+        assert dataset.source.ids[shown["position"]] == shown["id"]
+        assert predictor.class_names[labels[row]] == shown["true"]
+        assert predictor.class_names[probabilities[row].argmax()] == shown["predicted"]
+        assert shown["confidence"] == pytest.approx(probabilities[row].max())
+    for kind, sign in (("wrong", -1), ("unsure", 1)):
+        confidences = [sign * shown["confidence"] for shown in figures["mistakes"][kind]]
+        assert confidences == sorted(confidences)
+
+
+def test_pairs_are_counted_and_have_their_images(reported):
+    figures = _metrics(reported)
+    names, matrix = list(figures["test"]["per_class"]), figures["test"]["confusion"]
+    pairs = figures["confusion"]["pairs"]
+    assert sum(pair["count"] for pair in pairs) == figures["confusion"]["errors"]
+    counts = [pair["count"] for pair in pairs]
+    assert counts == sorted(counts, reverse=True)
+    for pair in pairs:
+        true, predicted = names.index(pair["true"]), names.index(pair["predicted"])
+        assert pair["count"] == matrix[true][predicted]
+        assert pair["of"] == sum(matrix[true])
+        assert pair["share"] == pair["count"] / pair["of"]
+        assert len(pair["examples"]) == min(pair["count"], 3)
+        for shown in pair["examples"]:
+            assert (shown["true"], shown["predicted"]) == (pair["true"], pair["predicted"])
+
+
+def test_pairs_are_in_the_order_of_their_counts(reported):
+    """Of equal ones, first the pair whose true class loses the larger share."""
+    run = read_run(reported, no_track)
+    test = run.figures["test"] | {"confusion": [[5, 3, 0], [1, 97, 2], [2, 0, 4]]}
+    run = dataclasses.replace(run, network=None, figures={"test": test})
+    pairs = sections.confusion(run)["pairs"]
+    names = list(test["per_class"])
+    found = [(names.index(p["true"]), names.index(p["predicted"]), p["count"]) for p in pairs]
+    assert found == [(0, 1, 3), (2, 0, 2), (1, 2, 2), (1, 0, 1)]
+    assert [pair["share"] for pair in pairs] == [3 / 8, 2 / 6, 2 / 100, 1 / 100]
+
+
+def test_suspects_are_named_by_the_image_they_are(reported):
+    run = read_run(reported, no_track)
+    assert run.network is not None
+    certain = {
+        split: np.eye(3)[run.network.labels(split)] * 0.55 + 0.15
+        for split in ("validation", "test")
+    }
+    wrong = {("validation", 3): 0.9, ("test", 1): 0.95}
+    expected = {}
+    for (split, row), sure in wrong.items():
+        label = run.network.labels(split)[row]
+        certain[split][row] = (1 - sure) / 2
+        certain[split][row, label - 1] = sure
+        position = run.network.dataset.splits[split][row]
+        expected[run.network.source.ids[position]] = run.network.class_names[label - 1]
+    network = dataclasses.replace(run.network, probabilities=certain)
+    found = sections.suspected_labels(dataclasses.replace(run, network=network))
+    # Of the others the network is sure to 0.7.
+    assert found["ids"] == list(expected)[::-1]
+    assert {shown["id"]: shown["predicted"] for shown in found["examples"]} == expected
+    assert [shown["split"] for shown in found["examples"]] == ["test", "validation"]
+    assert (found["suspected"], found["of"], found["credible"]) == (2, 18, False)
+    assert found["share"] == pytest.approx(2 / 18)
+    certain["test"] = np.eye(3)[run.network.labels("test")] * 0.55 + 0.15
+    found = sections.suspected_labels(dataclasses.replace(run, network=network))
+    assert (found["suspected"], found["credible"]) == (1, True)
+
+
+def test_the_batch_is_that_of_the_training(reported):
+    """The first one of the stream that `train` makes with the run's seed."""
+    run = read_run(reported, no_track)
+    assert run.network is not None
+    stream = pipeline.training_batches(
+        run.network.dataset.loader,
+        run.network.dataset.splits["train"],
+        batch_size=8,
+        augmentation=run.settings.augmentation,
+        place="host",
+        seed=run.config["seed"],
+    )
+    with stream as batches:
+        batch = next(batches)
+    shown = sorted((reported / "report" / "examples").glob("augmented_*.png"))
+    for path, pixels in zip(shown, batch["image"], strict=True):
+        right = np.asarray(Image.open(path).convert("RGB"))[:, -144:]
+        np.testing.assert_array_equal(right, np.asarray(thumbnails.fitted(pixels, 144)))
+    names = [run.network.class_names[label] for label in batch["label"]]
+    assert _metrics(reported)["augmentation"]["classes"] == names
+
+
+def test_images_are_large_enough_to_be_recognised(reported):
+    figures = _metrics(reported)
+    names = {shown["picture"] for shown in figures["mistakes"]["unsure"]}
+    assert names
+    for name in names:
+        assert max(Image.open(reported / "report" / name).size) == 144
+    pairs = sorted((reported / "report" / "examples").glob("augmented_*.png"))
+    assert len(pairs) == 8 == len(figures["augmentation"]["classes"])  # The batch's size.
+    pixels = np.asarray(Image.open(pairs[0]).convert("RGB"))
+    assert pixels.shape == (144, 2 * 144 + 4, 3)
+    assert not np.array_equal(pixels[:, :144], pixels[:, -144:])
+
+
+def test_the_report_of_a_report_is_the_same(run):
+    contents = []
+    for _ in range(2):
+        _written(run)
+        contents.append((run / "report" / "index.html").read_bytes())
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_device_is_that_of_the_training(run):
+    write_report(run, detail="figures", after_training=True)
+    trained_on = _metrics(run)["run"]["trained_on"]
+    assert trained_on["device"] == "8 x cpu"
+    assert "8 x cpu" in _written(run).text
+    assert _metrics(run)["run"]["trained_on"] == trained_on
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_maps_are_shown_beside_the_images(run, monkeypatch):
+    asked = []
+
+    def maps(predictor, images, classes):
+        asked.append((images.shape, images.dtype, len(classes)))
+        return np.broadcast_to(np.linspace(0, 1, 16, dtype=np.float32), images.shape[:3])
+
+    monkeypatch.setattr(run_report.explanations, "maps", maps)
+    monkeypatch.setattr(run_report, "_FULL", {})  # They do not matter here.
+    write_report(run)
+    figures = _metrics(run)
+    shown = {example["picture"] for example in sections.examples(figures)}
+    assert asked == [((len(shown), 16, 16, 3), np.uint8, len(shown))]
+    for name in shown:
+        path = run / "report" / name
+        image = Image.open(path)
+        under_map = Image.open(path.with_stem(f"{path.stem}_map"))
+        assert under_map.size == image.size
+        # From violet to yellow, as the map rises from left to right.
+        pixels = np.asarray(under_map, float).mean(axis=0)
+        assert pixels[-1, 1] - pixels[0, 1] > 60
+    page = (run / "report" / "index.html").read_text("utf-8")
+    assert page.count("What speaks for") >= len(shown)
+
+
+def test_rows_of_a_matrix_stand_on_one_line(tmp_path):
+    report = {
+        "confusion": [[1, 2], [3, 4]],
+        "nothing": [{}, [], None, True],
+        "é": {"a": 0.1, "b": ["x", [1.5]]},
+    }
+    run_directory.write_metrics(tmp_path, report)
+    text = (tmp_path / "report" / "metrics.json").read_text("utf-8")
+    assert json.loads(text) == report
+    assert text.startswith('{\n "confusion": [\n  [1, 2],\n  [3, 4]\n ],\n')
+    assert '"é"' in text
+    with pytest.raises(ValueError, match="Out of range float"):
+        run_directory.write_metrics(tmp_path, {"a": float("nan")})
+    assert json.loads((tmp_path / "report" / "metrics.json").read_text("utf-8")) == report
+
+
+# Bad input.
+
+
+def test_two_classes_one_never_predicted_and_one_validation_image(tmp_path):
+    write_images(tmp_path / "images", per_class=8)
+    splits = ["train"] * 5 + ["validation"] + ["test"] * 2
+    rows = [f"red/{i:03d}.png,red,{split}" for i, split in enumerate(splits)]
+    rows += [f"blue/{i:03d}.png,blue,{split}" for i, split in enumerate(splits) if i != 5]
+    table = tmp_path / "images" / "table.csv"
+    table.write_text("\n".join(["path,label,split", *rows]))
+    run = tmp_path / "run"
+    train_and_evaluate(_config("", **{"data.source": f"csv:{table}", "train.epochs": 1}), run)
+    bundle = read_bundle(run / "bundle")
+    bundle.variables["params"]["head"]["bias"] = np.array([100, 0], np.float32)
+    write_bundle(bundle, run / "bundle")
+    (run / "report" / "metrics.json").unlink()  # So that all is measured anew.
+
+    text = _written(run).text
+    figures = _metrics(run)
+    assert figures["validation"]["count"] == 1
+    assert figures["test"]["confusion"] == [[2, 0], [2, 0]]
+    assert set(figures["missing"]) == FULL
+    assert figures["curves"]["verdict"] == "one epoch"
+    assert "No test image is taken for red." in text
+    assert "Of 2 mistakes, 2 are red taken for blue." in text
+    assert "nan" not in text.lower()
+
+
+def test_a_run_that_was_stopped_in_its_first_epoch(finished, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    shutil.copy(finished / "config.json", workdir)
+    (workdir / "metrics.jsonl").write_text("")
+    page = _written(workdir)
+    figures = _metrics(workdir)
+    assert set(figures["missing"]) == SECTIONS | FULL | {"figures"}
+    assert "There is no bundle: the run has not come to its end." in page.text
+    assert "No epoch has been finished, so there is no curve to draw." in page.text
+    assert "There is no finished network to measure yet." in page.text
+    assert page.images == []
+    assert "0 of 3 epochs" in page.text
+
+
+def test_a_run_that_was_stopped_later_has_its_curves(finished, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    shutil.copy(finished / "config.json", workdir)
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    damaged = [lines[2][:40], lines[2].replace('"train_loss": ', '"train_loss": NaN, "x": '), "7"]
+    (workdir / "metrics.jsonl").write_text("\n".join([*lines[:2], *damaged]))
+    page = _written(workdir)
+    figures = _metrics(workdir)
+    assert set(figures["missing"]) == SECTIONS - {"curves"} | FULL | {"figures"}
+    assert figures["curves"]["epoch"] == [1, 2]
+    assert figures["curves"]["verdict"] == "not finished"
+    assert "3 damaged lines of metrics.jsonl are left out" in page.text
+    assert len(page.images) == 6  # Three charts in two themes.
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_data_that_has_gone_is_told_and_figures_stay(run, tmp_path):
+    images = _written(run).images
+    before = _metrics(run)
+    _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
+    page = _written(run)
+    after = _metrics(run)
+    assert f"The data cannot be read: folder:{tmp_path / 'gone'}: there is no" in page.text
+    assert "What follows is of an earlier report." in page.text
+    assert page.images == images
+    for name in SECTIONS:
+        assert after[name] == before[name]
+    assert set(after["missing"]) == SECTIONS - {"curves", "confusion"} | FULL
+    shutil.rmtree(run / "report" / "examples")
+    assert _written(run).text.count("not at hand") == len(sections.examples(after))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_data_that_has_gone_before_any_report(run, tmp_path):
+    _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
+    page = _written(run)
+    figures = _metrics(run)
+    assert set(figures["missing"]) == SECTIONS - {"curves", "confusion"} | FULL
+    assert figures["summary"]["headline"] in page.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_sections_of_another_form_are_not_kept(reported, tmp_path):
+    workdir = pathlib.Path(shutil.copytree(reported, tmp_path / "run"))
+    _change_bundle(workdir, source=f"folder:{tmp_path / 'gone'}")
+    figures = _metrics(workdir) | {"format": 0, "mistakes": {"unknown": 1}}
+    (workdir / "report" / "metrics.json").write_text(json.dumps(figures))
+    _written(workdir)
+    assert "mistakes" not in _metrics(workdir)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_data_that_has_changed_is_not_looked_at(run, tmp_path):
+    write_images(tmp_path / "images", per_class=20, seed=1)
+    _change_bundle(run, source=f"folder:{tmp_path / 'images'}")
+    assert "is no longer the data that the network was trained on" in (_written(run).text)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_damaged_bundle_is_told(run):
+    weights = run / "bundle" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    page = _written(run)
+    assert "weights.safetensors is damaged" in page.text
+    assert "calibration" in _metrics(run)["missing"]
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("content", ["{", '{"test": {"accuracy": 1}}'])
+def test_figures_that_are_lost_are_measured_again(run, content):
+    before = _metrics(run)
+    (run / "report" / "metrics.json").write_text(content)
+    _written(run)
+    after = _metrics(run)
+    for split in before:
+        assert after[split]["confusion"] == before[split]["confusion"]
+        assert after[split]["loss"] == pytest.approx(before[split]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not the folder of a run: there is no config.json"),
+        ("{", "config.json cannot be read"),
+        ("[]", "is not the configuration of a run of this version"),
+        ('{"train": {}}', "is not the configuration of a run of this version"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=message) as refused:
+        write_report(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_hostile_names_are_text(tmp_path):
+    root = tmp_path / "data"
+    for number, name in enumerate(HOSTILE):
+        (root / name).mkdir(parents=True)
+        for i in range(6):
+            noise = np.random.default_rng(10 * number + i).integers(0, 256, (9, 9, 3), np.uint8)
+            Image.fromarray(noise).save(root / name / f"{i}{name}.png")
+    config = _config(root, **{"train.epochs": 1})
+    train_and_evaluate(config, tmp_path / "run")
+    page = _written(tmp_path / "run")
+    assert page.elements.count("script") == 1
+    assert not {"iframe", "object", "svg", "b"} & set(page.elements)
+    for shown in (
+        '<script>alert("1")<',
+        r"new\nline",
+        "'quotes\" & $x^$",
+        "{{ 7 * 7 }}{% raw %}",
+        r"😀 猫 \u202egnp",
+        r"\udcff\udcfe",
+    ):
+        assert shown in page.text
+    # Numbers stand for the names that no chart can show.
+    assert "#1" in page.text
+    names = {path.name for path in (tmp_path / "run" / "report").rglob("*")}
+    assert all(name.isascii() for name in names)
+
+
+# The command.
+
+
+def _command(*arguments):
+    command = [sys.executable, "-m", "cnn_jax.report", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_the_command_prints_the_path_of_the_page(finished, tmp_path):
+    shutil.copy(finished / "config.json", tmp_path)
+    done = _command(f"--run={tmp_path}")
+    page = tmp_path / "report" / "index.html"
+    assert (done.returncode, done.stdout) == (0, f"{page}\n")
+    assert page.is_file()
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_path_is_one_line(tmp_path):
+    done = _command(f"--run={tmp_path / 'nowhere'}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: --run: {tmp_path / 'nowhere'} is not the folder of a run: there is no "
+        "config.json\n"
+    )
+
+
+# In a browser.
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("there is no chromium with chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(driver)
+    browser = webdriver.Chrome(options=options, service=service)
+    yield browser
+    browser.quit()
+
+
+def _opened(browser, page, width, scheme="light"):
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [
+        {"name": "prefers-color-scheme", "value": scheme},
+        {"name": "prefers-reduced-motion", "value": "reduce"},  # It scrolls at once.
+    ]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.get(page.as_uri())
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_a_browser(browser, reported, width, scheme):
+    _opened(browser, reported / "report" / "index.html", width, scheme)
+    assert browser.get_log("browser") == []
+    images = browser.execute_script(
+        "return [...document.images].map((image) => [image.complete && image.naturalWidth > 0,"
+        " image.currentSrc, image.alt])"
+    )
+    assert len(images) > 20
+    for is_loaded, source, alt in images:
+        assert is_loaded
+        assert source.startswith("data:")
+        assert alt
+    loaded = browser.execute_script(
+        "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    )
+    assert not [name for name in loaded if not name.startswith("data:")]
+    dark = run_report.style.data_uri(reported / "report" / "loss_dark.png")
+    assert (dark in {source for _, source, _ in images}) == (scheme == "dark")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_the_table_sorts(browser, reported):
+    _opened(browser, reported / "report" / "index.html", 1200)
+    rows = _metrics(reported)["test"]["per_class"]
+    headings = browser.find_elements("css selector", "#classes table th button")
+    assert [heading.text for heading in headings[:2]] == ["class", "F1"]
+
+    def shown():
+        cells = browser.find_elements("css selector", "#classes table tbody th")
+        state = browser.execute_script(
+            "return [...document.querySelectorAll('#classes table thead th')]"
+            ".map((heading) => heading.getAttribute('aria-sort'))"
+        )
+        return [cell.text for cell in cells], state[:2]
+
+    headings[1].click()
+    names, state = shown()
+    assert state == [None, "ascending"]
+    assert [rows[name]["f1"] for name in names] == sorted(row["f1"] for row in rows.values())
+    headings[1].send_keys("\ue007")  # Enter.
+    names, state = shown()
+    assert state == [None, "descending"]
+    assert [rows[name]["f1"] for name in names] == sorted(
+        (row["f1"] for row in rows.values()), reverse=True
+    )
+    headings[0].click()
+    assert shown() == (sorted(rows), ["ascending", None])
