@@ -76,6 +76,30 @@ def evaluate(
       DataError: The data has a class that the bundle does not know, or the
         split is empty.
     """
+    indices, labels = labelled_split(predictor, dataset, split)
+    source = dataset.source
+    absent = sorted(set(predictor.class_names) - set(source.class_names))
+    if absent:
+        logger.warning(
+            "%s has no images of %s: they count 0 in the means of precision, recall and F1",
+            source.name,
+            ", ".join(absent),
+        )
+    probabilities = predict_split(predictor, dataset.loader, indices, track)
+    return score(probabilities, labels, predictor.class_names)
+
+
+def labelled_split(
+    predictor: Predictor, dataset: Dataset, split: str
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """The positions of a split's images, and their labels as the bundle numbers them.
+
+    Warns if the data is not that of the bundle.
+
+    Raises:
+      DataError: The data has a class that the bundle does not know, or the
+        split is empty.
+    """
     source = dataset.source
     unknown = sorted(set(source.class_names) - set(predictor.class_names))
     if unknown:
@@ -93,16 +117,8 @@ def evaluate(
     indices = np.arange(len(source)) if split == "all" else dataset.splits[split]
     if not len(indices):
         raise DataError(f"{source.name} has no images in its {split} split")
-    absent = sorted(set(predictor.class_names) - set(source.class_names))
-    if absent:
-        logger.warning(
-            "%s has no images of %s: they count 0 in the means of precision, recall and F1",
-            source.name,
-            ", ".join(absent),
-        )
     to_bundle = np.array([predictor.class_names.index(name) for name in source.class_names])
-    probabilities = predict_split(predictor, dataset.loader, indices, track)
-    return score(probabilities, to_bundle[source.labels[indices]], predictor.class_names)
+    return indices, to_bundle[source.labels[indices]]
 
 
 def open_as_trained(

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     with cli.interrupts_held_back():
         # Imported later still: charts take half a second that training need not wait for.
         from cnn_jax.report.run_report import report_after_training
-    report_after_training(known.workdir, config.report.detail)
+    report_after_training(known.workdir, config)
 
 
 def load_config(file: str, overrides: Sequence[str]) -> ConfigDict:

@@ -25,6 +25,7 @@ from cnn_jax.calibration import expected_calibration_error
 from cnn_jax.compiled import keep_compiled
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track, scan
+from cnn_jax.data.augment import opencv
 from cnn_jax.data.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVERITIES, Corruption
 from cnn_jax.data.dataset import Dataset, memory_bytes
 from cnn_jax.data.pipeline import Loader, evaluation_batches
@@ -32,7 +33,7 @@ from cnn_jax.data.source import Source
 from cnn_jax.data.sources import FORMS
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.errors import DataError, printable
-from cnn_jax.evaluate import open_as_trained
+from cnn_jax.evaluate import labelled_split, open_as_trained
 from cnn_jax.metrics import wilson_interval
 from cnn_jax.predict import BATCH_SIZE, Predictor
 
@@ -234,8 +235,7 @@ def by_quality(
 
 def sharpness(image: UInt8[np.ndarray, "height width 3"]) -> float:
     """The variance of the Laplacian of the grey levels, 0 to 255 (Pech-Pacheco et al. 2000)."""
-    import cv2
-
+    cv2 = opencv()
     return float(cv2.Laplacian(_grey(image), cv2.CV_32F).var(dtype=np.float64))
 
 
@@ -347,7 +347,7 @@ def measure_split(
       DataError: The data has a class that the bundle does not know, or the split is
         empty, or too large for the memory.
     """
-    indices, labels = _labelled_split(predictor, dataset, split)
+    indices, labels = labelled_split(predictor, dataset, split)
     split_count = len(indices)
     if sample is not None:
         chosen = stratified_sample(labels, sample, seed)
@@ -362,31 +362,6 @@ def measure_split(
         **measure(predictor, images, labels, corruptions, seed, track),
         "by_quality": by_quality(images, hits, pixels),
     }
-
-
-def _labelled_split(
-    predictor: Predictor, dataset: Dataset, split: str
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The positions of a split's images, and their labels as the bundle numbers them."""
-    source = dataset.source
-    unknown = sorted(set(source.class_names) - set(predictor.class_names))
-    if unknown:
-        raise DataError(
-            f"{source.name} has classes that the bundle does not know: {', '.join(unknown)}; "
-            f"it knows {', '.join(predictor.class_names)}"
-        )
-    if split != "all" and dataset.fingerprint != predictor.data["fingerprint"]:
-        logger.warning(
-            "%s is not the data that the bundle was trained on: its %s split may hold images "
-            "that were trained on if it shares some; --split=all takes everything",
-            source.name,
-            split,
-        )
-    indices = np.arange(len(source)) if split == "all" else dataset.splits[split]
-    if not len(indices):
-        raise DataError(f"{source.name} has no images in its {split} split")
-    to_bundle = np.array([predictor.class_names.index(name) for name in source.class_names])
-    return indices, to_bundle[source.labels[indices]]
 
 
 def _check_memory(dataset: Dataset, split: str, count: int) -> None:

@@ -62,7 +62,7 @@ def make_step(side: int, batch_size: int, parts: int) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="A training step in parts.")
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)

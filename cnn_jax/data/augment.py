@@ -124,11 +124,11 @@ def apply_on_device(
 
 
 @functools.cache
-def _opencv() -> ModuleType:
+def opencv() -> ModuleType:
     """OpenCV, imported when it is needed: it is not on every accelerator's host.
 
-    It keeps to the thread that calls it. The pipeline has threads of its own for
-    batches side by side, and OpenCV's, which wait actively, would take their cores.
+    It keeps to the thread that calls it. Who calls it has threads of its own for
+    images side by side, and OpenCV's, which wait actively, would take their cores.
     """
     import cv2
 
@@ -142,7 +142,7 @@ def apply_on_host(
     contrast: Float[np.ndarray, " batch"],
 ) -> UInt8[np.ndarray, "batch height width channel"]:
     """Moves the pixels with OpenCV, and rounds them to grey levels."""
-    cv2 = _opencv()
+    cv2 = opencv()
     height, width, channels = images.shape[1:]
     out = np.empty_like(images)
     # A turned picture is read across its rows. From a copy just made, in the core's own

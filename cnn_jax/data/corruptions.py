@@ -25,12 +25,13 @@ import functools
 import io
 import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 from PIL import Image
+
+from cnn_jax.data.augment import opencv
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -45,15 +46,6 @@ _SIDE = 224
 _LONGEST = 4
 
 _T = TypeVar("_T")
-
-
-@functools.cache
-def _opencv() -> ModuleType:
-    """OpenCV, imported when it is needed, and kept to the thread that calls it."""
-    import cv2
-
-    cv2.setNumThreads(1)
-    return cv2
 
 
 def _choose(severity: int, values: Sequence[_T]) -> _T:
@@ -92,7 +84,7 @@ def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     if layer.shape[:2] == (height, width):
         return layer
-    cv2 = _opencv()
+    cv2 = opencv()
     is_smaller = height <= layer.shape[0] and width <= layer.shape[1]
     how = cv2.INTER_AREA if is_smaller else cv2.INTER_LINEAR
     return cv2.resize(layer, (width, height), interpolation=how)
@@ -123,7 +115,7 @@ def _scaled_kernel(kernel: Float[np.ndarray, "side side"], scale: float) -> np.n
 
 def _gaussian(image: _Unit, sigma: float, scale: float = 1.0) -> _Unit:
     """Gaussian blur as SciPy's `gaussian_filter` with mode "nearest", truncated at 4 sigma."""
-    cv2 = _opencv()
+    cv2 = opencv()
     radius = int(4 * sigma + 0.5)
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     kernel = (_taps(radius, scale) @ (kernel / kernel.sum())).astype(np.float32)
@@ -184,7 +176,7 @@ def defocus_blur(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Averages over a disk, as a lens that is out of focus."""
     radius, softness = _choose(severity, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)))
-    cv2 = _opencv()
+    cv2 = opencv()
     kernel = _scaled_kernel(_disk(radius, softness), _scale(image))
     return _levels(cv2.filter2D(_unit(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101))
 
@@ -199,7 +191,7 @@ def _disk(radius: int, softness: float) -> Float[np.ndarray, "side side"]:
     offsets = np.arange(-max(radius, 8), max(radius, 8) + 1)
     disk = (offsets**2 + offsets[:, np.newaxis] ** 2 <= radius**2).astype(np.float64)
     size = (3, 3) if radius <= 8 else (5, 5)
-    return _opencv().GaussianBlur(disk / disk.sum(), ksize=size, sigmaX=softness)
+    return opencv().GaussianBlur(disk / disk.sum(), ksize=size, sigmaX=softness)
 
 
 def glass_blur(
@@ -209,12 +201,13 @@ def glass_blur(
 
     The published loop means to swap neighbours. As NumPy does it, each pixel, from the
     last to the first, gets a copy of what then lies at its neighbour. That is what is
-    done here, all pixels at once; see `_shuffled`.
+    done here, all pixels at once; see `_shuffled`. In a small image the way is shorter, but
+    the grain is a pixel at any size.
     """
     sigma, reach, rounds = _choose(
         severity, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))
     )
-    cv2, scale, rng = _opencv(), _scale(image), _rng(seed, severity)
+    cv2, scale, rng = opencv(), _scale(image), _rng(seed, severity)
     height, width = image.shape[:2]
     places = np.arange(height * width)
     origin = places
@@ -273,7 +266,7 @@ def motion_blur(
 
 def _smear(image: _Unit, radius: int, sigma: float, angle: float, scale: float) -> _Unit:
     """Motion blur at an angle in degrees, 0 to the right, clockwise; lengths at 224 pixels."""
-    cv2 = _opencv()
+    cv2 = opencv()
     steps = np.arange(2 * radius + 1)
     weights = np.exp(-0.5 * (steps / sigma) ** 2)
     y = np.ceil(steps * math.sin(math.radians(angle)) - 0.5).astype(int)
@@ -291,7 +284,7 @@ def zoom_blur(
     end, step = _choose(
         severity, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
     )
-    cv2, scale = _opencv(), _scale(image)
+    cv2, scale = opencv(), _scale(image)
     height, width = image.shape[:2]
     unit = _unit(image)
     total = unit.copy()
@@ -346,7 +339,7 @@ def snow(
             (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
         ),
     )
-    cv2, rng = _opencv(), _rng(seed, severity)
+    cv2, rng = opencv(), _rng(seed, severity)
     height, width = _layer_size(image)
     noise = rng.standard_normal([math.ceil(side / size) for side in (height, width)], np.float32)
     (step_x, start_x), (step_y, start_y) = (_zoom(side, size) for side in (width, height))
@@ -407,7 +400,7 @@ _FROST_SIDE = 1024
 @functools.cache
 def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
     """Feathers of ice over a cloudy ground: one of `_FROSTS`, always the same."""
-    cv2, rng = _opencv(), np.random.default_rng([number, *b"frost"])
+    cv2, rng = opencv(), np.random.default_rng([number, *b"frost"])
     clouds = _plasma(rng, _FROST_SIDE, 1.7)
     crystals = np.zeros((_FROST_SIDE, _FROST_SIDE), np.uint8)
     for brightness in rng.integers(60, 256, 40).tolist():
@@ -518,7 +511,7 @@ def spatter(
 
 def _shaded(liquid: Float32[np.ndarray, "height width"]) -> Float32[np.ndarray, "height width"]:
     """How brightly each point of a layer of water shines, up to 1: most at the drops' edges."""
-    cv2 = _opencv()
+    cv2 = opencv()
     levels = (liquid * 255).astype(np.uint8)
     distance = cv2.distanceTransform(255 - cv2.Canny(levels, 50, 150), cv2.DIST_L2, 5)
     distance = cv2.blur(np.minimum(distance, np.float32(20)), (3, 3)).astype(np.uint8)
@@ -534,7 +527,7 @@ def brightness(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Adds to the value of each colour, as HSV has it."""
     more = _choose(severity, (0.1, 0.2, 0.3, 0.4, 0.5))
-    cv2 = _opencv()
+    cv2 = opencv()
     hsv = cv2.cvtColor(_unit(image), cv2.COLOR_RGB2HSV)
     hsv[..., 2] = np.minimum(hsv[..., 2] + np.float32(more), 1)
     return _levels(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
@@ -571,7 +564,7 @@ def elastic_transform(
             ),
         )
     )
-    cv2, scale, rng = _opencv(), _scale(image), _rng(seed, severity)
+    cv2, scale, rng = opencv(), _scale(image), _rng(seed, severity)
     height, width = image.shape[:2]
     layer_height, layer_width = _layer_size(image)
     # Three corners of a square around the middle are moved.
@@ -651,7 +644,7 @@ def saturate(
     At 4 and 5 grey becomes reddish, since it has hue 0 there.
     """
     factor, more = _choose(severity, ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)))
-    cv2 = _opencv()
+    cv2 = opencv()
     hsv = cv2.cvtColor(_unit(image), cv2.COLOR_RGB2HSV)
     hsv[..., 1] = np.minimum(hsv[..., 1] * np.float32(factor) + np.float32(more), 1)
     return _levels(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
@@ -665,7 +658,7 @@ def resolution(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """An image of 1 / 1.5 to 1 / 6 of the pixels a side, enlarged smoothly."""
     factor = _choose(severity, (1.5, 2, 3, 4, 6))
-    cv2 = _opencv()
+    cv2 = opencv()
     height, width = image.shape[:2]
     size = (max(1, round(width / factor)), max(1, round(height / factor)))
     reduced = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
@@ -692,7 +685,7 @@ def crop(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """A part of 0.9 to 0.5 of each side, at a random place, enlarged to the whole."""
     share = _choose(severity, (0.9, 0.8, 0.7, 0.6, 0.5))
-    cv2, rng = _opencv(), _rng(seed, severity)
+    cv2, rng = opencv(), _rng(seed, severity)
     height, width = image.shape[:2]
     kept_height, kept_width = max(1, round(height * share)), max(1, round(width * share))
     y, x = rng.integers(0, [height - kept_height + 1, width - kept_width + 1])

@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from cnn_jax import robustness
 from cnn_jax.data.corruptions import FAMILIES, SEVERITIES
@@ -72,12 +71,8 @@ def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
     found = {}
     for name, versions in robustness.examples(pixels).items():
         tiles = [thumbnails.fitted(version, _SIDE) for version in versions]
-        step = tiles[0].width + 3
-        strip = Image.new("RGBA", (step * len(tiles) - 3, tiles[0].height), (0, 0, 0, 0))
-        for i, tile in enumerate(tiles):
-            strip.paste(tile, (i * step, 0))
         found[name] = f"examples/corruption_{name}.png"
-        strip.save(folder / found[name])
+        thumbnails.save_row(tiles, folder / found[name])
     return found
 
 

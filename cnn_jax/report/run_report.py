@@ -18,8 +18,10 @@ import numpy as np
 from PIL import Image
 
 from cnn_jax import run_directory, sharding
+from cnn_jax.configuration import Config
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track, scan
+from cnn_jax.errors import UserError
 from cnn_jax.report import charts, explanations, qualities, sections, style, thumbnails, words
 from cnn_jax.report.run import FORMAT, MissingError, Network, Run, read_run
 from cnn_jax.report.sections import Figures
@@ -95,21 +97,28 @@ def write_report(
     return folder / "index.html"
 
 
-def report_after_training(workdir: str | os.PathLike[str], detail: str) -> None:
+def report_after_training(workdir: str | os.PathLike[str], config: Config) -> None:
     """Writes the report of a run that this process has trained, and prints its path.
 
     Of several processes none does it, since the others would wait for it; what is printed
-    then is how to do it.
+    then is how to do it. So it is, with a warning, if the report fails: the run has not.
     """
+    console = Console(is_silent=not sharding.is_primary())
     command = f"python -m cnn_jax.report --run={shlex.quote(str(workdir))}"
+    detail = config.report.detail
     if jax.process_count() > 1 or detail == "none":
         if sharding.is_primary():
             print(f"report      {command}")
         return
     try:
-        page = write_report(workdir, Console().track, detail=detail, after_training=True)
+        page = write_report(workdir, console.track, detail=detail, after_training=True)
     except KeyboardInterrupt as interruption:
         raise KeyboardInterrupt(f"the run is done; {command} makes its report") from interruption
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        console.warn(f"no report: {type(error).__name__}: {error}; all else is complete")
+        page = command
     print(f"report      {page}")
 
 
@@ -167,7 +176,7 @@ def _draw_examples(
     images = dict(zip(positions, loaded, strict=True))
     for position, image in images.items():
         if image is not None:
-            image.save(folder / by_position[position]["picture"])
+            thumbnails.save_small(image, folder / by_position[position]["picture"])
     if not are_explained or not positions:
         return
     pixels = network.dataset.loader.load(np.array(positions))["image"]
@@ -176,7 +185,7 @@ def _draw_examples(
     for position, values in zip(positions, maps, strict=True):
         if (image := images[position]) is not None:
             path = folder / by_position[position]["picture"]
-            thumbnails.under_map(image, values).save(_map_path(path))
+            thumbnails.save_small(thumbnails.under_map(image, values), _map_path(path))
 
 
 def _map_path(picture: pathlib.Path) -> pathlib.Path:
@@ -187,8 +196,8 @@ def _draw_augmentation(run: Run, folder: pathlib.Path) -> None:
     """Draws training images beside what became of them."""
     before, after = (batch["image"] for batch in sections.training_images(run))
     for number, pair in enumerate(zip(before, after, strict=True)):
-        left, right = (thumbnails.fitted(pixels, _SIDE) for pixels in pair)
-        thumbnails.save_pair(left, right, folder / "examples" / f"augmented_{number:02d}.png")
+        images = [thumbnails.fitted(pixels, _SIDE) for pixels in pair]
+        thumbnails.save_row(images, folder / "examples" / f"augmented_{number:02d}.png")
 
 
 def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> dict[str, dict[str, str]]:

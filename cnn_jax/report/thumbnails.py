@@ -1,6 +1,7 @@
 """Small pictures of a source's images."""
 
 import pathlib
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -52,10 +53,17 @@ def under_map(image: Image.Image, values: Float[np.ndarray, "height width"]) -> 
     return Image.blend(image.convert("L").convert("RGB"), over, _OPACITY)
 
 
-def save_pair(left: Image.Image, right: Image.Image, path: pathlib.Path, gap: int = 4) -> None:
-    """Saves two images side by side on a transparent ground."""
-    size = left.width + gap + right.width, max(left.height, right.height)
-    pair = Image.new("RGBA", size, (0, 0, 0, 0))
-    pair.paste(left, (0, 0))
-    pair.paste(right, (left.width + gap, 0))
-    pair.save(path)
+def save_row(images: Sequence[Image.Image], path: pathlib.Path, gap: int = 4) -> None:
+    """Saves images side by side on a transparent ground."""
+    size = sum(image.width + gap for image in images) - gap, max(i.height for i in images)
+    row = Image.new("RGBA", size, (0, 0, 0, 0))
+    left = 0
+    for image in images:
+        row.paste(image, (left, 0))
+        left += image.width + gap
+    save_small(row, path)
+
+
+def save_small(image: Image.Image, path: pathlib.Path) -> None:
+    """Saves an image in its 256 commonest colours, in half of the bytes: the page has many."""
+    image.quantize(256).save(path, optimize=True)

@@ -17,7 +17,6 @@ import scipy.ndimage
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from cnn_jax.data import corruptions
