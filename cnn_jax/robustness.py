@@ -183,10 +183,10 @@ def examples(
 def stratified_sample(
     labels: Int[np.ndarray, " n"], size: int, seed: int = 0
 ) -> Int[np.ndarray, " m"]:
-    """Positions of at most `size` examples, of each class its share.
+    """Positions of at most `size` examples, of each class its share, to within one example.
 
-    Each class that is present has one, if `size` is enough for that; the other places are
-    shared out in proportion to the other examples, by the largest remainder.
+    Places are shared out by the largest remainder. A class whose share is less than half an
+    example may have none: figures of the sample are then those of all, as nearly as can be.
 
     Args:
       labels: Of all examples.
@@ -199,11 +199,9 @@ def stratified_sample(
     if size >= len(labels):
         return np.arange(len(labels))
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    each = int(size >= len(counts))
-    others = counts - each
-    quotas = (size - each * len(counts)) * others / others.sum()
-    places = each + np.floor(quotas).astype(int)
-    by_remainder = np.argsort(np.floor(quotas) - quotas, kind="stable")
+    quotas = size * counts / len(labels)
+    places = np.floor(quotas).astype(int)
+    by_remainder = np.argsort(places - quotas, kind="stable")
     places[by_remainder[: size - places.sum()]] += 1
     order = np.random.default_rng(seed).permutation(len(labels))
     chosen = [order[classes[order] == label][:number] for label, number in enumerate(places)]

@@ -51,7 +51,7 @@ MUTATIONS = [
     ("data/corruptions.py", "uniform(-45, 45)", "uniform(-90, 90)", "data/test_corruptions.py"),
     ("data/corruptions.py", "cut = math.ceil(side / factor)", "cut = round(side / factor)", "data/test_corruptions.py"),
     ("robustness.py", "clean - accuracy >= _FALL", "clean - accuracy > 2 * _FALL", "test_robustness.py"),
-    ("robustness.py", "each = int(size >= len(counts))", "each = 0", "test_robustness.py"),
+    ("robustness.py", "np.argsort(places - quotas", "np.argsort(quotas - places", "test_robustness.py"),
     ("report/charts.py", "if share < 0.01", "if share < 0", "report/test_charts.py"),
     ("report/sections.py", "1 / temperature", "temperature", "report/test_run_report.py"),
     ("report/sections.py", "np.flatnonzero(is_right), confidence", "np.flatnonzero(is_right), -confidence", "report/test_run_report.py"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_bundle import make_bundle
 
-from cnn_jax import robustness
+from cnn_jax import evaluate, robustness
 from cnn_jax.bundle import write_bundle
 from cnn_jax.calibration import expected_calibration_error
 from cnn_jax.data import scan
@@ -204,24 +204,17 @@ def test_a_sample_has_of_each_class_its_share(labels, size, seed):
     np.testing.assert_array_equal(chosen, robustness.stratified_sample(labels, size, seed))
     present, counts = np.unique(labels, return_counts=True)
     taken = np.array([(labels[chosen] == label).sum() for label in present])
-    if size >= len(present):
-        assert (taken >= 1).all()
-        # Proportional to what is there beside the one of each.
-        spare = max(len(labels) - len(present), 1)
-        shares = 1 + (min(size, len(labels)) - len(present)) * (counts - 1) / spare
-    else:
-        shares = size * counts / len(labels)
+    shares = min(size, len(labels)) * counts / len(labels)
     assert (np.abs(taken - shares) < 1).all()
 
 
 def test_a_sample_by_hand():
-    """One each, then 7 places for 89, 9, 0 others: 6.36, 0.64 and 0."""
+    """Of 10 places 8.91, 0.99 and 0.1 are due: 8 and 0 whole ones, then the largest remainders."""
     labels = np.repeat([3, 1, 7], [90, 10, 1]).astype(np.int32)
     chosen = robustness.stratified_sample(labels, 10)
-    assert np.bincount(labels[chosen]).tolist() == [0, 2, 0, 7, 0, 0, 0, 1]
+    assert np.bincount(labels[chosen], minlength=8).tolist() == [0, 1, 0, 9, 0, 0, 0, 0]
     others = robustness.stratified_sample(labels, 10, seed=1)
     assert not np.array_equal(chosen, others)
-    # With fewer places than classes, the largest come first.
     assert labels[robustness.stratified_sample(labels, 1)].tolist() == [3]
 
 
@@ -360,7 +353,7 @@ def test_classes_are_matched_by_name(predictor, image_folder, tmp_path):
     for name in ("green", "red"):
         shutil.copytree(image_folder / name, tmp_path / name)
     dataset = _open(tmp_path)
-    indices, labels = robustness._labelled_split(predictor, dataset, "all")
+    indices, labels = evaluate.labelled_split(predictor, dataset, "all")
     assert indices.tolist() == list(range(40))
     assert labels.tolist() == [1] * 20 + [2] * 20
     part = robustness.measure_split(predictor, dataset, "all", corruptions={})

@@ -97,6 +97,21 @@ def test_layers_are_named_from_the_image_to_the_logits():
     assert layer_names(model, SIZE) == ["conv1", "norm1", "conv2", "norm2", "dense", "head"]
 
 
+def test_ever_more_layers_are_shuffled():
+    predictor = make_predictor()
+    shuffled = checks._shuffled_predictors(predictor, seed=0)
+    order = ["head", "dense", "norm2", "conv2", "norm1", "conv1"]
+    assert list(shuffled) == order
+    for i, name in enumerate(order):
+        params = shuffled[name].variables["params"]
+        changed = {
+            layer
+            for layer, arrays in predictor.variables["params"].items()
+            if any(not np.array_equal(params[layer][key], array) for key, array in arrays.items())
+        }
+        assert changed == set(order[: i + 1])
+
+
 def _edges(predictor, images, classes):
     """A method that looks at the image alone."""
     grey = images.astype(np.float32).mean(-1)

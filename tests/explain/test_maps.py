@@ -123,6 +123,16 @@ def test_integrated_gradients_sum_to_what_the_image_adds_to_the_logit(predictor,
     grey = np.broadcast_to(np.float32([120, 100, 140]), images.shape)
     gained = _logits(predictor, images.astype(np.float32)) - _logits(predictor, grey)
     assert np.abs(gained).min() > 0.05
+
+    def gradient(share):
+        def logits(images):
+            logits = forward(predictor.model, predictor.variables, images, predictor.preprocessing)
+            return logits[jnp.arange(5), CLASSES].sum()
+
+        return jax.grad(logits)(grey + np.float32(share) * (images - grey))
+
+    midpoints = np.mean([gradient((i + 0.5) / 32) for i in range(32)], axis=0)
+    np.testing.assert_allclose(found, midpoints * (images - grey), rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(found.sum((1, 2, 3)), gained, rtol=0.05, atol=0.02)
     np.testing.assert_allclose(
         maps.integrated_gradients(predictor, images, CLASSES), np.abs(found.sum(-1)), rtol=1e-5
