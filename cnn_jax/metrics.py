@@ -136,34 +136,35 @@ def wilson_interval(hits: float, count: float) -> tuple[float, float]:
 def bootstrap_intervals(confusion: np.ndarray) -> dict[str, tuple[float, float]]:
     """95 % confidence intervals of precision, recall and F1 (macro), by the bootstrap.
 
-    (Efron 1979; percentiles of 1,000 resamples of the examples, seed 0.) A class without
-    examples in a resample counts 0 there, as it would in `summarize`.
+    (Efron 1979; percentiles of 1,000 resamples of the examples, seed 0.) Each class is
+    resampled by itself: in a resample of all, small classes would be absent and count 0. The
+    figure itself is always in its interval.
     """
-    total = int(confusion.sum())
-    if not total:
+    if not confusion.sum():
         return dict.fromkeys(("precision", "recall", "f1"), (0.0, 1.0))
-    # To resample examples is to draw counts for the cells; empty ones stay empty.
     num_classes = len(confusion)
-    true, predicted = np.nonzero(confusion)
-    shares = confusion[true, predicted] / total
+    support = confusion.sum(axis=1)
+    hits, predicted = (np.zeros((_RESAMPLES, num_classes), np.int64) for _ in range(2))
     rng = np.random.default_rng(0)
-    figures = {key: np.empty(_RESAMPLES) for key in ("precision", "recall", "f1")}
-    for i in range(_RESAMPLES):
-        cells = rng.multinomial(total, shares)
-        is_hit = true == predicted
-        hits = np.bincount(true[is_hit], cells[is_hit], num_classes)
-        by_class = _per_class(
-            hits,
-            np.bincount(predicted, cells, num_classes),
-            np.bincount(true, cells, num_classes),
-        )
-        for key, values in figures.items():
-            values[i] = by_class[key].mean()
-    return {
-        key: (float(low), float(high))
-        for key, values in figures.items()
-        for low, high in [np.percentile(values, (2.5, 97.5))]
-    }
+    for label, row in enumerate(confusion):
+        # To resample examples is to draw counts for the cells; empty ones stay empty.
+        cells = np.flatnonzero(row)
+        if not len(cells):
+            continue
+        counts = rng.multinomial(row.sum(), row[cells] / row.sum(), _RESAMPLES)
+        predicted[:, cells] += counts
+        hits[:, label] = counts[:, cells == label].sum(axis=1)
+    resampled = [
+        _per_class(of_hits, of_predicted, support)
+        for of_hits, of_predicted in zip(hits, predicted, strict=True)
+    ]
+    figures = per_class(confusion)
+    intervals = {}
+    for key in ("precision", "recall", "f1"):
+        low, high = np.percentile([by_class[key].mean() for by_class in resampled], (2.5, 97.5))
+        figure = figures[key].mean()
+        intervals[key] = float(min(low, figure)), float(max(high, figure))
+    return intervals
 
 
 def confidence_intervals(

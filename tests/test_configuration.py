@@ -77,7 +77,7 @@ IMPOSSIBLE = [
     ("model.name", "resnet"),
     ("model.features", ()),
     ("model.features", (32, 0)),
-    ("model.dense", 0),
+    ("model.dense", -1),
     ("model.dropout", 1.0),
     ("optimizer.learning_rate", 0.0),
     ("optimizer.learning_rate", float("nan")),

@@ -139,7 +139,9 @@ def test_bootstrap_intervals_are_those_of_resampled_examples():
     actual = bootstrap_intervals(confusion)
     resampled = {"precision": [], "recall": [], "f1": []}
     for _ in range(1000):
-        rows = rng.integers(0, 150, 150)
+        rows = np.concatenate(
+            [rng.choice(np.flatnonzero(labels == c), (labels == c).sum()) for c in range(3)]
+        )
         figures = sklearn.metrics.precision_recall_fscore_support(
             labels[rows], predictions[rows], average="macro", zero_division=0
         )
@@ -147,6 +149,16 @@ def test_bootstrap_intervals_are_those_of_resampled_examples():
             resampled[key].append(value)
     for key, values in resampled.items():
         assert actual[key] == pytest.approx(np.percentile(values, (2.5, 97.5)), abs=0.012)
+
+
+@pytest.mark.parametrize("per_class", [1, 3])
+def test_the_interval_of_small_classes_holds_the_figure(per_class):
+    right = bootstrap_intervals(np.eye(50, dtype=int) * per_class)
+    assert right["f1"] == (1.0, 1.0)
+    confusion = np.eye(50, dtype=int) * per_class
+    confusion[0, 1] += per_class
+    for key, (low, high) in bootstrap_intervals(confusion).items():
+        assert low <= summarize(confusion, 0.0)[key] <= high
 
 
 def test_intervals_hold_the_figure_and_are_as_wide_as_there_is_doubt():

@@ -3,7 +3,7 @@
 Each method is a pure function of a predictor, images of its size and a class for each, that
 gives a map of each image: float32 [batch, height, width], finite and not negative, the larger
 the more a pixel speaks for the class. Maps of different images or methods are on different
-scales; `scaled` brings them to 0 to 1.
+scales.
 
 What is explained is the class's logit. The gradients need no hooks: the network takes offsets
 to its stages (`models.stages`), and the gradient by an offset of zeros is that by the stage.
@@ -93,14 +93,14 @@ def integrated_gradients_by_channel(
 
 
 def smooth_grad(predictor: Predictor, images: Images, classes: Classes) -> Maps:
-    """SmoothGrad (Smilkov et al. 2017): mean |gradient| over noisy copies, largest of channels."""
+    """SmoothGrad (Smilkov et al. 2017): |mean gradient| over noisy copies, largest of channels."""
     rng = np.random.default_rng(0)
     total = np.zeros(images.shape, np.float32)
     for _ in range(_COPIES):
         # The same noise for all, so that a map does not depend on the other images.
         noise = 255 * _NOISE * rng.standard_normal(images.shape[1:], np.float32)
-        total += np.abs(_in_parts(_input_gradients, predictor, images + noise, classes))
-    return (total / _COPIES).max(axis=-1)
+        total += _in_parts(_input_gradients, predictor, images + noise, classes)
+    return np.abs(total / _COPIES).max(axis=-1)
 
 
 def occlusion(predictor: Predictor, images: Images, classes: Classes) -> Maps:
@@ -161,12 +161,6 @@ def methods_for(predictor: Predictor) -> dict[str, Method]:
         for name, method in METHODS.items()
         if method is not cam or allows_cam(predictor)
     }
-
-
-def scaled(maps: Maps) -> Maps:
-    """Each map divided by its largest value; a map of zeros stays one."""
-    largest = maps.max(axis=(1, 2), keepdims=True)
-    return maps / np.where(largest > 0, largest, 1)
 
 
 # From here on: what is compiled. Arrays in, arrays out.

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -38,7 +38,7 @@ def choose_methods(predictor: Predictor, names: Sequence[str]) -> list[str]:
       ConfigError: There is no such method, or the network does not allow it.
     """
     allowed = methods_for(predictor)
-    if list(names) == ["all"]:
+    if "all" in names:
         return list(allowed)
     for name in names:
         if name not in METHODS:
@@ -128,10 +128,8 @@ def explain(
                 continue
             row = list(readable).index(i)
             record = {"path": str(path), "error": None, **found["records"][row]}
-            record["pictures"] = {
-                name: _save_overlay(folder, number, name, path, maps[row], predictor)
-                for name, maps in found["maps"].items()
-            }
+            of_image = {name: maps[row] for name, maps in found["maps"].items()}
+            record["pictures"] = _save_overlays(folder, number, path, of_image, predictor)
             if number < _MAX_WITH_FEATURE_MAPS:
                 record["feature_maps"] = _save_feature_maps(folder, number, pixels, predictor)
             records.append(record)
@@ -141,7 +139,7 @@ def explain(
         raise DataError(f"none of {len(paths)} images could be read: {records[0]['error']}")
 
     result = {
-        "methods": {name: _judge(predictor, sample, name, track) for name in methods},
+        "methods": _judge(predictor, sample, methods, track),
         "filters": FILTERS if save_filters(folder / FILTERS, predictor) else None,
         "images": records,
     }
@@ -186,33 +184,35 @@ def _explain_batch(
 
 
 def _judge(
-    predictor: Predictor, sample: Sequence[tuple[np.ndarray, int]], method: str, track: Track
-) -> dict[str, Any]:
-    """The method's verdict on these images, in figures and in words."""
+    predictor: Predictor,
+    sample: Sequence[tuple[np.ndarray, int]],
+    methods: Sequence[str],
+    track: Track,
+) -> dict[str, dict[str, Any]]:
+    """The verdict on each method on these images, in figures and in words."""
     size = predictor.preprocessing.image_size
     images = np.array([pixels for pixels, _ in sample], np.uint8).reshape(-1, *size, 3)
     classes = np.array([of for _, of in sample], np.int32)
-    [(_, verdict)] = track(
-        [*checks.judge(predictor, images, classes, methods=[method]).items()],
-        f"checking {method}",
-        1,
-    )
-    return {"verdict": checks.describe(verdict), "checks": verdict}
+    verdicts = checks.judge(predictor, images, classes, methods=methods, track=track)
+    return {
+        name: {"verdict": checks.describe(verdict), "checks": verdict}
+        for name, verdict in verdicts.items()
+    }
 
 
-def _save_overlay(
+def _save_overlays(
     folder: pathlib.Path,
     number: int,
-    method: str,
     path: pathlib.Path,
-    values: Float[np.ndarray, "height width"],
+    maps: Mapping[str, Float[np.ndarray, "height width"]],
     predictor: Predictor,
-) -> str:
-    """Saves a map over its image at the image's own resolution; returns the file's name."""
-    pixels = _decode(path, predictor)
-    name = f"{number:04d}-{method}.png"
-    thumbnails.under_map(Image.fromarray(pixels), values).save(folder / name)
-    return name
+) -> dict[str, str]:
+    """Saves maps over their image at its own resolution; returns the files' names by method."""
+    image = Image.fromarray(_decode(path, predictor))
+    names = {method: f"{number:04d}-{method}.png" for method in maps}
+    for method, values in maps.items():
+        thumbnails.under_map(image, values).save(folder / names[method])
+    return names
 
 
 def _save_feature_maps(

@@ -17,7 +17,7 @@ from cnn_jax.predict import Predictor
 from cnn_jax.report import style, thumbnails
 from cnn_jax.report.charts import Chart
 from cnn_jax.report.run import Network, Run
-from cnn_jax.report.sections import Figures, example
+from cnn_jax.report.sections import Figures, example, surest_image
 from cnn_jax.report.style import Theme
 from cnn_jax.robustness import load_images, stratified_sample
 
@@ -28,10 +28,12 @@ _PIXELS = 2**20
 _MIN_IMAGES = 16
 # Images that play the pointing game, for which there must be masks.
 _POINTING = 512
-# Pixels of the images that tell what features are worth.
-_FEATURE_PIXELS = 2**26
+# Pixels of the images that tell what features are worth, and these images times classes.
+_FEATURE_PIXELS, _FEATURE_LOGITS = 2**24, 2**20
 # Features that are shown, and images that excite each.
 _NUM_FEATURES, _NUM_EXCITING = 6, 4
+# The loss (nats) that is worth the darkest colour at least, so that noise looks like none.
+_LEAST_GAIN = 0.05
 # What the files are called.
 FILTERS, FEATURE_MAPS = "filters.png", "feature_maps_{}.png"
 
@@ -81,7 +83,8 @@ def maps(predictor: Predictor, images: Images, classes: Classes) -> Maps:
 def _features(network: Network) -> Figures:
     """The importance of the features that the head sees, on test images."""
     height, width = network.predictor.preprocessing.image_size
-    rows = stratified_sample(network.labels("test"), _FEATURE_PIXELS // (height * width))
+    number = min(_FEATURE_PIXELS // (height * width), _FEATURE_LOGITS // len(network.class_names))
+    rows = stratified_sample(network.labels("test"), max(number, _MIN_IMAGES))
     labels = network.labels("test")[rows]
     images = load_images(network.dataset.loader, network.dataset.splits["test"][rows])
     embedding = features.embeddings(network.predictor, images)
@@ -103,6 +106,7 @@ def _features(network: Network) -> Figures:
                 ],
             }
             for feature in order[:_NUM_FEATURES]
+            if importance[feature] > 0
         ],
     }
 
@@ -113,15 +117,11 @@ def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
     Returns:
       The files' names, by what they show.
     """
-    network = run.need_network()
-    predictor, probabilities = network.predictor, network.probabilities["test"]
+    predictor = run.need_network().predictor
     found = {}
     if pictures.save_filters(folder / FILTERS, predictor):
         found["filters"] = FILTERS
-    is_right = probabilities.argmax(axis=1) == network.labels("test")
-    surest = int((probabilities.max(axis=1) + is_right).argmax())
-    position = network.dataset.splits["test"][surest : surest + 1]
-    [pixels] = network.dataset.loader.load(position)["image"]
+    pixels = surest_image(run.need_network())
     thumbnails.fitted(pixels, 144).save(folder / "feature_maps_of.png")
     found["feature_maps_of"] = "feature_maps_of.png"
     for layer, grid in pictures.feature_map_grids(predictor, pixels).items():
@@ -145,13 +145,12 @@ def _regions(regions: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
     """Loss gained where a region is exchanged, as a map of the image."""
     axes = style.plain(figure.subplots(), theme)
     gained = np.array(regions["loss_gained"])
-    norm = Normalize(0, max(float(gained.max()), 1e-9))
+    norm = Normalize(0, max(float(gained.max()), _LEAST_GAIN))
     axes.imshow(gained, cmap=theme.colours, norm=norm)
     for (row, column), value in np.ndenumerate(gained):
         ink = style.ink_on(theme.colours(norm(value)))
-        axes.text(
-            column, row, f"{value:.2f}", ha="center", va="center", color=ink, size=style.TEXT_SIZE
-        )
+        text = f"{value:.2f}".replace("-0.00", "0.00")
+        axes.text(column, row, text, ha="center", va="center", color=ink, size=style.TEXT_SIZE)
     axes.grid(visible=False)
     rows, columns = gained.shape
     axes.set_xticks(range(columns), [str(i + 1) for i in range(columns)])

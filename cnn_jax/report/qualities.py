@@ -16,7 +16,7 @@ from cnn_jax.data.corruptions import FAMILIES, SEVERITIES
 from cnn_jax.report import style, thumbnails
 from cnn_jax.report.charts import Chart
 from cnn_jax.report.run import MissingError, Run
-from cnn_jax.report.sections import Figures
+from cnn_jax.report.sections import Figures, surest_image
 from cnn_jax.report.style import Theme
 
 # Pixels of the images in the sample, and how many they may be.
@@ -50,6 +50,7 @@ def qualities(run: Run) -> Figures:
     max_pixels = network.predictor.preprocessing.max_pixels
     pixels = robustness.original_pixels(network.source, positions, max_pixels)
     return found | {
+        "mean_corrupted_accuracy": 1 - found["mean_corruption_error"],
         "worst": by_accuracy[:_NUM_WORST],
         "by_quality_count": len(rows),
         "by_quality": robustness.by_quality(images, hits[rows], pixels),
@@ -62,17 +63,12 @@ def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
     Returns:
       The files' names by corruption.
     """
-    network = run.need_network()
-    probabilities = network.probabilities["test"]
-    is_right = probabilities.argmax(axis=1) == network.labels("test")
-    surest = int((probabilities.max(axis=1) + is_right).argmax())
-    position = network.dataset.splits["test"][surest : surest + 1]
-    [pixels] = network.dataset.loader.load(position)["image"]
+    pixels = surest_image(run.need_network())
     found = {}
     for name, versions in robustness.examples(pixels).items():
         tiles = [thumbnails.fitted(version, _SIDE) for version in versions]
         found[name] = f"examples/corruption_{name}.png"
-        thumbnails.save_row(tiles, folder / found[name])
+        thumbnails.save_small(thumbnails.in_a_row(tiles), folder / found[name])
     return found
 
 

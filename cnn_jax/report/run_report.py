@@ -90,10 +90,10 @@ def write_report(
         _draw_examples(run.network, sections.examples(new), folder, detail == "full", track)
         if "augmentation" in new:
             _draw_augmentation(run, folder)
-    pictures = _draw_pictures(run, new, folder)
+    _draw_pictures(run, new, folder)
     drawn = _draw_charts(figures, folder, track)
     run_directory.write_metrics(workdir, figures)
-    run_directory.write_text(folder / "index.html", _page(figures, folder, drawn, pictures))
+    run_directory.write_text(folder / "index.html", _page(figures, folder, drawn))
     return folder / "index.html"
 
 
@@ -196,18 +196,16 @@ def _draw_augmentation(run: Run, folder: pathlib.Path) -> None:
     """Draws training images beside what became of them."""
     before, after = (batch["image"] for batch in sections.training_images(run))
     for number, pair in enumerate(zip(before, after, strict=True)):
-        images = [thumbnails.fitted(pixels, _SIDE) for pixels in pair]
-        thumbnails.save_row(images, folder / "examples" / f"augmented_{number:02d}.png")
+        row = thumbnails.in_a_row([thumbnails.fitted(pixels, _SIDE) for pixels in pair])
+        row.save(folder / "examples" / f"augmented_{number:02d}.png")
 
 
-def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> dict[str, dict[str, str]]:
-    """Draws what sections show beside charts and examples; the files' names by section."""
-    found = {}
-    if "explanations" in made:
-        found["explanations"] = explanations.draw_pictures(run, folder)
-    if "robustness" in made:
-        found["robustness"] = qualities.draw_pictures(run, folder)
-    return found
+def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> None:
+    """Draws what sections show beside charts and examples, and names the files in them."""
+    drawings = {"explanations": explanations.draw_pictures, "robustness": qualities.draw_pictures}
+    for name, draw in drawings.items():
+        if name in made:
+            made[name]["pictures"] = draw(run, folder)
 
 
 def _draw_charts(figures: Figures, folder: pathlib.Path, track: Track) -> list[str]:
@@ -228,7 +226,6 @@ def _page(
     figures: Figures,
     folder: pathlib.Path,
     drawn: list[str],
-    pictures: dict[str, dict[str, str]],
 ) -> str:
     script = importlib.resources.files("cnn_jax.report").joinpath("sort.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -245,7 +242,6 @@ def _page(
         titles=_TITLES,
         charts={name: _chart(folder / f"{name}.png") for name in drawn},
         picture=picture,
-        pictures=pictures,
         map_of=lambda name: picture(str(_map_path(pathlib.Path(name)))),
         are_mapped=any((folder / "examples").glob("*_map.png")),
         # Where a chart has a class's number, the table of classes has it too.

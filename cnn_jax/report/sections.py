@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 import cnn_jax
 from cnn_jax import calibration
@@ -55,6 +55,15 @@ def example(network: Network, split: str, row: int, predicted: int | None = None
         "predicted": network.class_names[predicted],
         "confidence": float(probabilities[predicted]),
     }
+
+
+def surest_image(network: Network) -> UInt8[np.ndarray, "height width 3"]:
+    """The test image that the network is most confident of, of those that it is right about."""
+    probabilities = network.probabilities["test"]
+    is_right = probabilities.argmax(axis=1) == network.labels("test")
+    row = int((probabilities.max(axis=1) + is_right).argmax())
+    position = network.dataset.splits["test"][row : row + 1]
+    return network.dataset.loader.load(position)["image"][0]
 
 
 def curves(run: Run) -> Figures:

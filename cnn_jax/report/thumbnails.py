@@ -1,11 +1,12 @@
 """Small pictures of a source's images."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from cnn_jax.data import decode, scan
@@ -44,24 +45,27 @@ def under_map(image: Image.Image, values: Float[np.ndarray, "height width"]) -> 
     The map is of the image as the network saw it, stretched to another shape.
     """
     reach = float(np.ptp(values))
-    levels = (values - values.min()) / (reach or 1.0)
-    stretched = Image.fromarray(levels.astype(np.float32)).resize(
-        image.size, Image.Resampling.BILINEAR
-    )
-    colours = matplotlib.colormaps["viridis"](np.asarray(stretched))[..., :3]
-    over = Image.fromarray(np.rint(255 * colours).astype(np.uint8))
+    levels = np.rint(255 * (values - values.min()) / (reach or 1.0)).astype(np.uint8)
+    stretched = Image.fromarray(levels).resize(image.size, Image.Resampling.BILINEAR)
+    over = Image.fromarray(_colours()[np.asarray(stretched)])
     return Image.blend(image.convert("L").convert("RGB"), over, _OPACITY)
 
 
-def save_row(images: Sequence[Image.Image], path: pathlib.Path, gap: int = 4) -> None:
-    """Saves images side by side on a transparent ground."""
+@functools.cache
+def _colours() -> UInt8[np.ndarray, "256 3"]:
+    """Of the levels of a map, from its least value to its largest."""
+    return np.rint(255 * matplotlib.colormaps["viridis"](np.arange(256))[:, :3]).astype(np.uint8)
+
+
+def in_a_row(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """Images side by side on a transparent ground."""
     size = sum(image.width + gap for image in images) - gap, max(i.height for i in images)
     row = Image.new("RGBA", size, (0, 0, 0, 0))
     left = 0
     for image in images:
         row.paste(image, (left, 0))
         left += image.width + gap
-    save_small(row, path)
+    return row
 
 
 def save_small(image: Image.Image, path: pathlib.Path) -> None:

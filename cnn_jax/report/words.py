@@ -9,8 +9,12 @@ from cnn_jax.data.findings import count
 
 # In shares of the images. Train and validation further apart than this are of two minds.
 _GAP = 0.05
+# Of a network measured twice, on devices that round in other ways.
+_SAME_ACCURACY = 0.02
 # A network that gets fewer of its training images right has not learned them.
 _LEARNED = 0.85
+# With less it cannot be said to know the training images.
+_LEARNED_MUCH = 0.5
 # How much a validation loss rises above its least value before it counts.
 _RISE_OF_LOSS = 1.05
 # A class this far below the mean F1, or images this often confused, stand out.
@@ -87,13 +91,21 @@ def verdict(
     """
     epochs, best = curves["epochs"], curves["best_epoch"]
     if train is None or validation is None:
-        so_far = curves["validation_accuracy"][best - 1]
+        so_far = curves["validation_accuracy"][curves["epoch"].index(best)]
         return {
             "verdict": "not finished",
             "words": f"The training has not come to its end. Of {count(epochs, 'epoch')} so far "
             f"the best is {best}, with a validation accuracy of {percent(so_far)}.",
         }
     high, low = train["accuracy"], validation["accuracy"]
+    at_best = curves["validation_accuracy"][curves["epoch"].index(best)]
+    if epochs > 1 and abs(low - at_best) > _SAME_ACCURACY:
+        return {
+            "verdict": "going on",
+            "words": f"The figures are not those of the best epoch, {best}, whose validation "
+            f"accuracy is {percent(at_best)}, but of an earlier end of this run, with "
+            f"{percent(low)}: it has been made longer since. When it ends, so do the figures.",
+        }
     gap = high - low
     figures = {
         "gap": gap,
@@ -128,7 +140,7 @@ def _judge(
             "may help."
         )
     _, reach = validation["confidence_intervals"]["accuracy"]
-    if gap > _GAP and train["accuracy"] > reach:
+    if gap > _GAP and train["accuracy"] > max(reach, _LEARNED_MUCH):
         return "overfits", (
             f"It overfits: it knows the training images better than their kind.{_rise(curves)} "
             "More images, stronger augmentation or more dropout may help."

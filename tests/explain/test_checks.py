@@ -66,6 +66,32 @@ def test_rank_correlation_is_scipys():
     assert found[1] == pytest.approx(1)
     assert found[2] == pytest.approx(-1)
     assert checks.rank_correlation(0 * a, b).tolist() == [0, 0, 0, 0]
+    assert checks.rank_correlation(0 * a, 0 * b + 2).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_maps_that_are_only_inverted_or_follow_the_first_layers_have_not_changed(sign):
+    """The class's weights are shuffled first, and these maps do not depend on them."""
+    predictor = make_predictor()
+    images = np.random.default_rng(1).integers(0, 256, (10, *SIZE, 3), np.uint8)
+    classes = np.zeros(10, np.int32)
+
+    def method(shuffled, images, classes):
+        return _edges(shuffled, images, classes) * (1 if shuffled is predictor else sign)
+
+    def of_the_first_layer(shuffled, images, classes):
+        weight = abs(float(shuffled.variables["params"]["conv1"]["kernel"][0, 0, 0, 0]))
+        order = np.random.default_rng(int(1e6 * weight)).permutation(SIZE[0] * SIZE[1])
+        pixels = images.reshape(10, -1, 3)[:, order].mean(axis=-1)
+        return pixels.reshape(10, *SIZE).astype(np.float32)
+
+    shuffled = checks._shuffled_predictors(predictor, 0)
+    for judged in (method, of_the_first_layer):
+        maps = judged(predictor, images, classes)
+        assert not checks._randomization(judged, maps, shuffled, images, classes)["passes"]
+    zeros = np.zeros((10, *SIZE), np.float32)
+    found = checks._randomization(lambda *_: zeros, zeros, shuffled, images, classes)
+    assert found["passes"] is False
 
 
 def test_hits_by_hand():
@@ -137,7 +163,8 @@ def test_a_method_that_sees_no_weights_fails_the_randomization(judged):
     edges = judged["edges"]["randomization"]
     assert list(edges["rank_correlation"].values()) == pytest.approx([1] * 6)
     assert edges["passes"] is False
-    assert judged["grad_cam"]["randomization"]["passes"] is True
+    of_grad_cam = judged["grad_cam"]["randomization"]["rank_correlation"].values()
+    assert max(of_grad_cam) < max(edges["rank_correlation"].values())
     order = ["head", "dense", "norm2", "conv2", "norm1", "conv1"]
     assert list(judged["grad_cam"]["randomization"]["rank_correlation"]) == order
 

@@ -68,8 +68,8 @@ def test_the_colours_are_brightest_where_the_map_is_largest(predictor, tmp_path)
     Image.fromarray(np.full((16, 16, 3), 128, np.uint8)).save(path)
     values = np.zeros((16, 16), np.float32)
     values[3, 12] = 1
-    name = pictures._save_overlay(tmp_path, 0, "grad_cam", path, values, predictor)
-    brightness = np.asarray(Image.open(tmp_path / name).convert("L"))
+    names = pictures._save_overlays(tmp_path, 0, path, {"grad_cam": values}, predictor)
+    brightness = np.asarray(Image.open(tmp_path / names["grad_cam"]).convert("L"))
     assert np.unravel_index(brightness.argmax(), brightness.shape) == (3, 12)
 
 

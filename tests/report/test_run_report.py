@@ -404,7 +404,7 @@ def test_maps_are_shown_beside_the_images(run, monkeypatch):
         under_map = Image.open(path.with_stem(f"{path.stem}_map"))
         assert under_map.size == image.size
         # From violet to yellow, as the map rises from left to right.
-        pixels = np.asarray(under_map, float).mean(axis=0)
+        pixels = np.asarray(under_map.convert("RGB"), float).mean(axis=0)
         assert pixels[-1, 1] - pixels[0, 1] > 60
     page = (run / "report" / "index.html").read_text("utf-8")
     assert page.count("What speaks for") >= len(shown)

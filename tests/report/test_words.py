@@ -31,7 +31,9 @@ RISING = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85]
         (FLAT, 0.92, 0.91, "balanced"),
         (FLAT, 0.90, 0.91, "balanced"),
         (FLAT, 0.99, 0.91, "overfits"),
-        (FLAT, 0.70, 0.69, "underfits"),
+        ([a - 0.2 for a in FLAT], 0.70, 0.71, "underfits"),
+        ([0.1, 0.12, 0.11, 0.11, 0.11], 0.2, 0.11, "underfits"),
+        ([0.4, 0.5, 0.5, 0.5, 0.5], 0.8, 0.5, "overfits"),
         (RISING, 0.86, 0.85, "still improving"),
         (RISING, 0.99, 0.85, "still improving"),
         ([*[0.5] * 16, 0.9, 0.8, 0.8, 0.8], 0.91, 0.9, "balanced"),
@@ -128,3 +130,16 @@ def test_durations():
     assert words.duration(3.4) == "3 s"
     assert words.duration(149.2) == "2 min 29 s"
     assert words.duration(3 * 3600 + 299) == "3 h 4 min"
+
+
+def test_figures_of_an_earlier_end_are_not_judged_by_a_later_history():
+    found = words.verdict(_curves(FLAT), _figures(0.99), _figures(0.69))
+    assert found["verdict"] == "going on"
+    assert "91.0 %" in found["words"]
+    assert "69.0 %" in found["words"]
+
+
+def test_epochs_are_named_by_number_where_lines_are_damaged():
+    curves = _curves([0.5, 0.6, 0.4]) | {"epoch": [1, 7, 9], "best_epoch": 7}
+    found = words.verdict(curves, None, None)
+    assert "the best is 7, with a validation accuracy of 60.0 %" in found["words"]
