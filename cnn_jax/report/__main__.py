@@ -1,6 +1,6 @@
 """The report of a run.
 
-    python -m cnn_jax.report --run=RUN
+    python -m cnn_jax.report --run=RUN [--source=folder:PATH]
 
 writes RUN/report/index.html and prints its path. Training writes the same at its end.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from cnn_jax import cli, runtime
 from cnn_jax.compiled import keep_compiled
 from cnn_jax.console import Console
+from cnn_jax.data.sources import FORMS
 from cnn_jax.report.run_report import write_report
 
 
@@ -19,11 +20,12 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m cnn_jax.report", description="Write the report of a run."
     )
     parser.add_argument("--run", required=True, type=cli.path, help="the run's folder")
+    parser.add_argument("--source", help=f"{FORMS}; where its data was if not given")
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()
     keep_compiled()
-    print(write_report(flags.run, Console().track))
+    print(write_report(flags.run, Console().track, source=flags.source))
 
 
 if __name__ == "__main__":

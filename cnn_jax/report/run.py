@@ -141,10 +141,15 @@ class Run:
         return self.figures[split]
 
 
-def read_run(workdir: pathlib.Path, track: Track) -> Run:
+def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> Run:
     """Reads a run's folder, opens its data, and predicts validation and test.
 
     What is missing is no error: a run may have been stopped, or its data may have gone.
+
+    Args:
+      workdir: The run's folder.
+      track: Shows progress.
+      source: Where its data is now; by default where it was.
 
     Raises:
       ConfigError: The folder is not a run's.
@@ -164,7 +169,7 @@ def read_run(workdir: pathlib.Path, track: Track) -> Run:
         figures = {s: figures[s] for s in SPLITS if _are_figures(figures.get(s))}
     network, reason = None, ""
     try:
-        network = _open_network(workdir, figures, track)
+        network = _open_network(workdir, figures, track, source)
     except MissingError as missing:
         reason = str(missing)
     return Run(
@@ -225,7 +230,9 @@ def _are_figures(figures: object) -> bool:
     return isinstance(figures, dict) and figures.keys() >= _SPLIT_KEYS
 
 
-def _open_network(workdir: pathlib.Path, figures: dict[str, Any], track: Track) -> Network:
+def _open_network(
+    workdir: pathlib.Path, figures: dict[str, Any], track: Track, source: str | None
+) -> Network:
     """Also adds the figures of splits that are missing.
 
     Raises:
@@ -241,7 +248,7 @@ def _open_network(workdir: pathlib.Path, figures: dict[str, Any], track: Track) 
     except UserError as error:
         raise MissingError(f"The bundle cannot be used: {error}.") from error
     try:
-        dataset = open_as_trained(predictor, track=track)
+        dataset = open_as_trained(predictor, source, track)
         _check_unchanged(dataset, predictor)
         probabilities = {
             split: predict_split(

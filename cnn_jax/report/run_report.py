@@ -52,6 +52,7 @@ def write_report(
     track: Track = no_track,
     *,
     detail: str = "full",
+    source: str | None = None,
     after_training: bool = False,
 ) -> pathlib.Path:
     """Writes report/index.html, which needs no other file, and what it shows.
@@ -65,6 +66,7 @@ def write_report(
       workdir: The run's folder.
       track: Shows progress.
       detail: "full", or "figures" for a report without explanations and corruptions.
+      source: Where the run's data is now; by default where it was.
       after_training: Whether this process has just trained the network, so that its device is
         the one to be named.
 
@@ -76,7 +78,7 @@ def write_report(
       OSError: It cannot be written.
     """
     workdir = pathlib.Path(workdir)
-    run = read_run(workdir, track)
+    run = read_run(workdir, track, source)
     new, missing = _sections(run, detail, track)
     figures = run.figures | new | {"missing": missing, "methods": words.METHODS, "format": FORMAT}
     figures["run"] = _facts(run, figures.get("run"), after_training)

@@ -429,6 +429,18 @@ def test_rows_of_a_matrix_stand_on_one_line(tmp_path):
 # Bad input.
 
 
+def test_data_that_has_moved_is_named(run, image_folder, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(image_folder, moved)
+    bundle = read_bundle(run / "bundle")
+    gone = bundle.data | {"source": f"folder:{tmp_path / 'gone'}"}
+    write_bundle(dataclasses.replace(bundle, data=gone), run / "bundle")
+    write_report(run, detail="figures")
+    assert "calibration" in _metrics(run)["missing"]
+    write_report(run, detail="figures", source=f"folder:{moved}")
+    assert set(_metrics(run)["missing"]) == FULL
+
+
 def test_two_classes_one_never_predicted_and_one_validation_image(tmp_path):
     write_images(tmp_path / "images", per_class=8)
     splits = ["train"] * 5 + ["validation"] + ["test"] * 2
