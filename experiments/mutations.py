@@ -29,7 +29,7 @@ MUTATIONS = [
     ("metrics.py", "_per_class(hits, confusion.sum(axis=0), confusion.sum(axis=1))", "_per_class(hits, confusion.sum(axis=1), confusion.sum(axis=1))", "test_metrics.py"),
     ("metrics.py", "by_class[\"recall\"].mean()", "by_class[\"recall\"].max()", "test_metrics.py"),
     ("metrics.py", "+ z2 / (4 * count**2)", "", "test_metrics.py"),
-    ("metrics.py", "np.percentile(values, (2.5, 97.5))", "np.percentile(values, (5, 95))", "test_metrics.py"),
+    ("metrics.py", "for of_hits, of_predicted in zip(hits, predicted, strict=True)", "for of_hits, of_predicted in zip(hits, predicted[::-1], strict=True)", "test_metrics.py"),
     ("calibration.py", "+ log_temperature**2 / 2", "", "test_calibration.py"),
     ("calibration.py", "log_probabilities(probabilities) / temperature", "log_probabilities(probabilities)", "test_calibration.py"),
     ("calibration.py", "np.ceil(confidence * num_bins).astype(int) - 1", "np.floor(confidence * num_bins).astype(int)", "test_calibration.py"),
