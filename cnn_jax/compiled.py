@@ -20,7 +20,7 @@ _MOST_BYTES = 256_000_000  # The programs of a run are half a megabyte.
 _WRITABLE_BY_OTHERS = 0o022
 # How JAX warns of a file, with the name of the program.
 _TROUBLE = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for '(.+?)':")
-_UNWRITABLE = "MemoryError: std::bad_alloc"
+_UNWRITABLE = "Error writing persistent compilation cache entry .*MemoryError: std::bad_alloc"
 
 
 def keep_compiled() -> None:
@@ -31,6 +31,9 @@ def keep_compiled() -> None:
     JAX_COMPILATION_CACHE_DIR says that nothing is to be kept) or the folder cannot be
     used: no command fails for want of it.
     """
+    # It is no business of the user's, wherever the folder is, that XLA cannot write a program with
+    # oneDNN's convolutions (`runtime.py`), which leaves no file.
+    warnings.filterwarnings("ignore", message=_UNWRITABLE)
     # Of several processes some would find a program and others not, and XLA, which shares
     # among processes what it measures on GPUs, would let those wait for the first.
     told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
@@ -77,8 +80,7 @@ def _mend_in_silence() -> None:
     """Where JAX would warn of a file that it cannot read or write, that program's are removed.
 
     JAX compiles the program then, as if there had been no file, but would leave an
-    incomplete one as it is for ever. It is no business of the user's. Nor is that XLA
-    cannot write a program with oneDNN's convolutions (`runtime.py`), which leaves no file.
+    incomplete one as it is for ever. It is no business of the user's.
     """
     show = warnings.showwarning
 
@@ -86,8 +88,6 @@ def _mend_in_silence() -> None:
         trouble = _TROUBLE.match(str(message))
         if trouble is None:
             show(message, *args, **kwargs)
-            return
-        if _UNWRITABLE in str(message):
             return
         for path in own_entries().get(COMPILED, []):
             if path.name.startswith(f"{trouble[1]}-"):
