@@ -162,10 +162,8 @@ def open_as_trained(
     )
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.evaluate", description="Measure a bundle on a whole split."
-    )
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that looks at a split of a data set with a bundle."""
     parser.add_argument("--bundle", required=True, type=cli.path, help="the bundle, RUN/bundle")
     parser.add_argument("--source", help=f"{FORMS}; what it was trained on if not given")
     parser.add_argument("--split", default="test", choices=[*SPLITS, "all"])
@@ -180,24 +178,37 @@ def main(argv: Sequence[str]) -> None:
         help="follow links and paths out of the data's folder",
     )
     parser.add_argument("--output", type=cli.path, help="JSON file to write; stdout if not given")
-    flags = parser.parse_args(argv)
 
-    runtime.keep_freed_memory()
-    keep_compiled()
+
+def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[Predictor, Dataset]:
+    """The bundle and the data set that `add_data_flags` name; warns of what is left out."""
     predictor = Predictor.load(flags.bundle)
-    console = Console()
     dataset = open_as_trained(
         predictor,
         flags.source,
-        console.track,
+        track,
         grouped=flags.split != "all",  # All of it is not divided.
         max_unreadable=flags.max_unreadable,
         allow_outside=flags.allow_outside,
     )
     for image in dataset.findings.unreadable:
         logger.warning("left out: %s %s", printable(image.id), image.reason)
+    return predictor, dataset
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cnn_jax.evaluate", description="Measure a bundle on a whole split."
+    )
+    add_data_flags(parser)
+    flags = parser.parse_args(argv)
+
+    runtime.keep_freed_memory()
+    keep_compiled()
+    track = Console().track
+    predictor, dataset = open_by_flags(flags, track)
     with cli.open_output(flags.output) as file:
-        figures = evaluate(predictor, dataset, flags.split, console.track)
+        figures = evaluate(predictor, dataset, flags.split, track)
         json.dump(figures, file, indent=1, ensure_ascii=False)
         file.write("\n")
 

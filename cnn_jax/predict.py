@@ -204,6 +204,17 @@ def _describe(image: AnyImage, row: int) -> str:
     return f"image {row} ({type(image).__name__})"
 
 
+def predict_pixels(
+    predictor: Predictor, images: UInt8[np.ndarray, "n height width 3"]
+) -> Float[np.ndarray, "n classes"]:
+    """Probabilities of any number of preprocessed images, one or more, so many at once."""
+    rows = []
+    for start in range(0, len(images), BATCH_SIZE):
+        part = images[start : start + BATCH_SIZE]
+        rows.append(predictor(_pad(part))[: len(part)])
+    return np.concatenate(rows)
+
+
 def _pad(images: np.ndarray) -> np.ndarray:
     """Repeats the last image up to a power of two."""
     missing = (1 << (len(images) - 1).bit_length()) - len(images)

@@ -12,7 +12,6 @@ import argparse
 import functools
 import itertools
 import json
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -30,14 +29,10 @@ from cnn_jax.data.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVERITI
 from cnn_jax.data.dataset import Dataset, memory_bytes
 from cnn_jax.data.pipeline import Loader, evaluation_batches
 from cnn_jax.data.source import Source
-from cnn_jax.data.sources import FORMS
-from cnn_jax.data.splits import SPLITS
-from cnn_jax.errors import DataError, printable
-from cnn_jax.evaluate import labelled_split, open_as_trained
+from cnn_jax.errors import DataError
+from cnn_jax.evaluate import add_data_flags, labelled_split, open_by_flags
 from cnn_jax.metrics import wilson_interval
 from cnn_jax.predict import BATCH_SIZE, Predictor
-
-logger = logging.getLogger(__name__)
 
 # Accuracy has fallen when it is so much lower: 10 points, less what rounding may take.
 _FALL = 0.1 - 1e-9
@@ -387,40 +382,17 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m cnn_jax.robustness",
         description="Measure a bundle on a split whose images are spoiled in many ways.",
     )
-    parser.add_argument("--bundle", required=True, type=cli.path, help="the bundle, RUN/bundle")
-    parser.add_argument("--source", help=f"{FORMS}; what it was trained on if not given")
-    parser.add_argument("--split", default="test", choices=[*SPLITS, "all"])
+    add_data_flags(parser)
     parser.add_argument(
         "--sample", type=_positive, help="take so many of the images, of each class its share"
     )
     parser.add_argument("--seed", type=cli.natural, default=0)
-    parser.add_argument(
-        "--max_unreadable",
-        type=cli.share,
-        help="share of images that may be unreadable; as in training if not given",
-    )
-    parser.add_argument(
-        "--allow_outside",
-        action="store_true",
-        help="follow links and paths out of the data's folder",
-    )
-    parser.add_argument("--output", type=cli.path, help="JSON file to write; stdout if not given")
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()
     keep_compiled()
-    predictor = Predictor.load(flags.bundle)
-    console = Console()
-    dataset = open_as_trained(
-        predictor,
-        flags.source,
-        console.track,
-        grouped=flags.split != "all",  # All of it is not divided.
-        max_unreadable=flags.max_unreadable,
-        allow_outside=flags.allow_outside,
-    )
-    for image in dataset.findings.unreadable:
-        logger.warning("left out: %s %s", printable(image.id), image.reason)
+    track = Console().track
+    predictor, dataset = open_by_flags(flags, track)
     with cli.open_output(flags.output) as file:
         figures = measure_split(
             predictor,
@@ -428,7 +400,7 @@ def main(argv: Sequence[str]) -> None:
             flags.split,
             flags.sample,
             seed=flags.seed,
-            track=console.track,
+            track=track,
         )
         json.dump(figures, file, indent=1, ensure_ascii=False, allow_nan=False)
         file.write("\n")

@@ -20,7 +20,7 @@ from cnn_jax.data import shapes
 from cnn_jax.evaluate import open_as_trained
 from cnn_jax.explain import checks
 from cnn_jax.explain.pictures import choose_methods
-from cnn_jax.predict import Predictor
+from cnn_jax.predict import Predictor, predict_pixels
 from cnn_jax.robustness import load_images, stratified_sample
 
 
@@ -50,13 +50,13 @@ def main() -> None:
     chosen = positions[stratified_sample(source.labels[positions], flags.images)]
     chosen = np.random.default_rng(0).permutation(chosen)
     images = load_images(dataset.loader, chosen)
-    classes = np.concatenate([predictor(images[i : i + 64]) for i in range(0, len(images), 64)])
+    classes = predict_pixels(predictor, images).argmax(axis=1).astype(np.int32)
     masks = None
     if source.name.partition(":")[0] == "shapes":
         size = predictor.preprocessing.image_size
         masks = shapes.read_masks(source.name, [source.ids[i] for i in chosen], size)
     methods = choose_methods(predictor, flags.methods.split(","))
-    found = checks.judge(predictor, images, classes.argmax(axis=1).astype(np.int32), masks, methods)
+    found = checks.judge(predictor, images, classes, masks, methods)
     print("| method | shuffled, at worst | deletion (random, centre) | insertion | pointing | |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, verdict in found.items():

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, PyTree
 from cnn_jax.data import Track, no_track
 from cnn_jax.explain.maps import Classes, Images, Maps, Method, methods_for
 from cnn_jax.models import layer_names
-from cnn_jax.predict import BATCH_SIZE, Predictor
+from cnn_jax.predict import Predictor, predict_pixels
 
 # Fewer images leave every verdict open; more go into the pointing game alone, which is quick.
 MIN_IMAGES, MAX_IMAGES = 8, 64
@@ -237,12 +237,10 @@ def class_probabilities(
     predictor: Predictor, images: Images, classes: Classes
 ) -> Float[np.ndarray, " batch"]:
     """The probability of one class for each image."""
-    found = [
-        predictor(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)
-    ]
-    if not found:
+    if not len(images):
         return np.empty(0)
-    return np.concatenate(found)[np.arange(len(images)), classes].astype(np.float64)
+    of_all = predict_pixels(predictor, images)
+    return of_all[np.arange(len(images)), classes].astype(np.float64)
 
 
 def hits(maps: Maps, masks: Bool[np.ndarray, "batch height width"]) -> Float[np.ndarray, " batch"]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from cnn_jax import calibration, runtime
 from cnn_jax.explain.maps import Images
 from cnn_jax.models import stages
-from cnn_jax.predict import BATCH_SIZE, Predictor
+from cnn_jax.predict import BATCH_SIZE, Predictor, predict_pixels
 from cnn_jax.preprocessing import Preprocessing
 
 # Exchanges of each feature or region, whose mean counts.
@@ -140,11 +140,7 @@ def region_importance(
     orders = [rng.permutation(len(images)) for _ in range(_REPETITIONS)]
 
     def measure(images: Images) -> tuple[float, float]:
-        found = [
-            predictor(images[start : start + BATCH_SIZE])
-            for start in range(0, len(images), BATCH_SIZE)
-        ]
-        probabilities = np.concatenate(found)
+        probabilities = predict_pixels(predictor, images)
         accuracy = float((probabilities.argmax(axis=1) == labels).mean())
         return accuracy, calibration.negative_log_likelihood(probabilities, labels)
 
