@@ -34,22 +34,27 @@ def qualities(run: Run) -> Figures:
     """Accuracy, confidence and calibration of a sample of the test split under corruptions."""
     network = run.need_network()
     height, width = network.predictor.preprocessing.image_size
-    sample = min(max(_PIXELS // (height * width), _FEWEST), _MOST)
+    labels, test = network.labels("test"), network.dataset.splits["test"]
+    size = min(max(_PIXELS // (height * width), _FEWEST), _MOST)
+    sample = robustness.stratified_sample(labels, size)
+    images = robustness.load_images(network.dataset.loader, test[sample])
     try:
-        found = robustness.measure_split(network.predictor, network.dataset, "test", sample)
+        found = robustness.measure(network.predictor, images, labels[sample])
     except ImportError as error:
         raise MissingError(
             f"{error.name} is not installed, which makes the corruptions."
         ) from error
     by_accuracy = sorted(found["corruptions"], key=lambda n: found["corruptions"][n]["accuracy"])
     # The images' own qualities cost little, so more of them count.
-    rows = robustness.stratified_sample(network.labels("test"), _OWN_PIXELS // (height * width))
-    positions = network.dataset.splits["test"][rows]
+    rows = robustness.stratified_sample(labels, _OWN_PIXELS // (height * width))
+    positions = test[rows]
     images = robustness.load_images(network.dataset.loader, positions)
-    hits = network.probabilities["test"].argmax(axis=1) == network.labels("test")
+    hits = network.probabilities["test"].argmax(axis=1) == labels
     max_pixels = network.predictor.preprocessing.max_pixels
     pixels = robustness.original_pixels(network.source, positions, max_pixels)
     return found | {
+        "split": "test",
+        "split_count": len(labels),
         "mean_corrupted_accuracy": 1 - found["mean_corruption_error"],
         "worst": by_accuracy[:_NUM_WORST],
         "by_quality_count": len(rows),
