@@ -121,6 +121,14 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> int:
+    """The argparse type of an integer, 1 or more."""
+    number = natural(text)
+    if not number:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
 def share(text: str) -> float:
     """The argparse type of a number from 0 to 1."""
     try:

@@ -5,18 +5,21 @@ import difflib
 import hashlib
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from cnn_jax.data.augment import FLIPS
 from cnn_jax.data.dataset import RESIDENCIES
 from cnn_jax.data.decode import LARGEST_MAX_PIXELS
 from cnn_jax.data.pipeline import BALANCES
 from cnn_jax.data.sources import FORMS, PATTERN, absolute
-from cnn_jax.data.splits import RULES, group_expression
+from cnn_jax.data.splits import RULES, SPLITS, group_expression
 from cnn_jax.errors import ConfigError
 from cnn_jax.models import MODELS, compute_dtype
 
@@ -138,6 +141,12 @@ _FIELDS: dict[str, _Field] = {
     "checkpoint.restore_step": _int(0),
     "checkpoint.init_from": _Field("a path, or empty", lambda v: isinstance(v, str)),
     "report.detail": _choice(DETAILS),
+    "report.splits": _Field(
+        f"one or more of {', '.join(SPLITS)}, each once",
+        lambda v: (
+            isinstance(v, tuple | list) and len(v) == len(set(v)) > 0 and set(v) <= set(SPLITS)
+        ),
+    ),
     "mesh.data": _Field(
         "an integer, 1 or more, or -1", lambda v: _is_int(v) and (v >= 1 or v == -1)
     ),
@@ -154,6 +163,30 @@ def image_size(config: Config) -> tuple[int, int]:
     """`data.image_size` as (height, width)."""
     height, width = _pair(config.data.image_size)
     return height, width
+
+
+def load(file: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a file, with `--config.KEY=VALUE` overrides.
+
+    Raises:
+      ConfigError: There is no such file, it fails, or an override is no key's.
+    """
+    if not pathlib.Path(file).is_file():
+        raise ConfigError(f"--config: there is no file {file!r}")
+    for argument in overrides:
+        if not argument.startswith("--config."):
+            raise ConfigError(f"unexpected argument {argument!r}; see --help")
+        check_key(argument.removeprefix("--config.").partition("=")[0])
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    try:
+        values([sys.argv[0], f"--config={file}", *overrides])
+    except flags.IllegalFlagValueError as error:
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?):", str(error))
+        raise wrong_value(*wrong.groups()) if wrong else error from error
+    except Exception as error:  # A configuration is a program, and may fail in any way.
+        raise ConfigError(f"--config: {file}: {type(error).__name__}: {error}") from error
+    return values.config
 
 
 def resolve(config: Config, present: Mapping[str, Any] | None = None) -> Config:
@@ -205,10 +238,11 @@ def digest(config: Config) -> str:
     return hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()
 
 
-def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key of a configuration, its sections' names before it, and its value."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -216,6 +250,12 @@ def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def wrong_value(key: str, value: object) -> ConfigError:
     """The error for a value that this key may not have."""
     return ConfigError(f"config.{key}: must be {_FIELDS[key].requirement}, got {value!r}")
+
+
+def check_value(key: str, value: object) -> None:
+    """Raises ConfigError if this key, which exists, may not have this value."""
+    if not _FIELDS[key].accepts(value):
+        raise wrong_value(key, value)
 
 
 def check_key(key: str) -> None:
@@ -238,14 +278,13 @@ def validate(config: Config, num_devices: int) -> None:
     Raises:
       ConfigError: A key is unknown, missing, of the wrong type or impossible.
     """
-    values = dict(_leaves(config))
+    values = dict(leaves(config))
     for key in values:
         check_key(key)
     for key, field in _FIELDS.items():
         if key not in values:
             raise ConfigError(f"config.{key}: is missing; it must be {field.requirement}")
-        if not field.accepts(values[key]):
-            raise wrong_value(key, values[key])
+        check_value(key, values[key])
 
     divisor = 2 ** (len(values["model.features"]) - 1)
     if any(side % divisor for side in image_size(config)):
@@ -253,6 +292,10 @@ def validate(config: Config, num_devices: int) -> None:
             f"config.data.image_size: must be a multiple of {divisor}, so that "
             f"{len(values['model.features']) - 1} poolings can halve it, "
             f"got {values['data.image_size']!r}"
+        )
+    if values["report.detail"] != "none" and len(values["report.splits"]) < len(SPLITS):
+        raise ConfigError(
+            "config.report.splits: the report needs all of them; set report.detail=none too"
         )
     _check_parallelism(values, num_devices)
     if values["optimizer.final_learning_rate"] > values["optimizer.learning_rate"]:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator
 
 import jax
@@ -20,11 +21,16 @@ _STDERR = 2  # The file descriptor.
 class Interruption:
     """Whether somebody wants this run to end."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float | None = None) -> None:
         self._event = threading.Event()
+        self._deadline = deadline
 
     def request(self) -> None:
         self._event.set()
+
+    def _is_wanted(self) -> bool:
+        is_over = self._deadline is not None and time.monotonic() >= self._deadline
+        return is_over or self._event.is_set()
 
     def is_due(self, count: int) -> bool:
         """Whether to save after this step and end.
@@ -38,7 +44,7 @@ class Interruption:
         """
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(count)
-        return self._event.is_set()
+        return self._is_wanted()
 
     def stopping(self, track: Track, message: str) -> Track:
         """A `track` that ends the run, with this message, where nothing is to be saved.
@@ -48,7 +54,7 @@ class Interruption:
 
         def tracked(items: Iterable, description: str, total: int) -> Iterator:
             for item in track(items, description, total):
-                if self._event.is_set() and jax.process_count() == 1:
+                if self._is_wanted() and jax.process_count() == 1:
                     raise Interrupted(message)
                 yield item
 
@@ -56,14 +62,16 @@ class Interruption:
 
 
 @contextlib.contextmanager
-def listen() -> Iterator[Interruption]:
+def listen(deadline: float | None = None) -> Iterator[Interruption]:
     """Makes the first Ctrl-C or SIGTERM a request, and the second one final.
+
+    From `deadline` on, of `time.monotonic`, there is a request without any signal.
 
     The first cannot simply raise an exception, which in the middle of a compilation
     would crash JAX. The second ends a command at once; in a notebook it raises
     KeyboardInterrupt.
     """
-    interruption = Interruption()
+    interruption = Interruption(deadline)
     if threading.current_thread() is not threading.main_thread():
         yield interruption  # Only the main thread may handle signals.
         return

@@ -15,7 +15,7 @@ from cnn_jax.configuration import Config
 from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.pipeline import Loader
-from cnn_jax.data.splits import SPLITS, Division
+from cnn_jax.data.splits import Division
 from cnn_jax.evaluate import predict_split, score
 from cnn_jax.metrics import HEADLINE
 from cnn_jax.predict import BATCH_SIZE, Predictor
@@ -28,7 +28,7 @@ def write_results(
     variables: PyTree,
     track: Track,
 ) -> dict[str, Any]:
-    """Calibrates a network and measures it on every split; writes the figures and the bundle.
+    """Calibrates a network and measures it on `report.splits`; writes figures and bundle.
 
     Args:
       config: The resolved configuration of the run.
@@ -66,7 +66,7 @@ def write_results(
 
     predictor = Predictor(bundle)
     report = {}
-    for split in SPLITS:
+    for split in config.report.splits:
         indices = dataset.splits[split]
         probabilities = _predict(predictor, loader, indices, track, f"measuring {split}")
         report[split] = score(probabilities, source.labels[indices], source.class_names)
@@ -76,7 +76,7 @@ def write_results(
                 workdir, ids, source.labels[indices], probabilities, source.class_names
             )
     run_directory.write_metrics(workdir, report)
-    headline = {split: {key: report[split][key] for key in HEADLINE} for split in SPLITS}
+    headline = {split: {key: report[split][key] for key in HEADLINE} for split in report}
     if sharding.is_primary():
         write_bundle(dataclasses.replace(bundle, metrics=headline), workdir / "bundle")
     return report

@@ -369,14 +369,6 @@ def _check_memory(dataset: Dataset, split: str, count: int) -> None:
         )
 
 
-def _positive(text: str) -> int:
-    """The argparse type of an integer, 1 or more."""
-    number = cli.natural(text)
-    if not number:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cnn_jax.robustness",
@@ -384,7 +376,7 @@ def main(argv: Sequence[str]) -> None:
     )
     add_data_flags(parser)
     parser.add_argument(
-        "--sample", type=_positive, help="take so many of the images, of each class its share"
+        "--sample", type=cli.positive, help="take so many of the images, of each class its share"
     )
     parser.add_argument("--seed", type=cli.natural, default=0)
     flags = parser.parse_args(argv)

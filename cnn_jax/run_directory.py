@@ -38,7 +38,7 @@ _FREE_KEYS = frozenset(
         *("mesh.data", "mesh.model"),
         *("train.epochs", "train.patience", "train.steps_per_execution"),
         *("checkpoint.keep", "checkpoint.every_steps", "checkpoint.restore_step"),
-        "report.detail",
+        *("report.detail", "report.splits"),
     }
 )
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"

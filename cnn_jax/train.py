@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -52,6 +52,8 @@ def train_and_evaluate(
     console: Console | None = None,
     *,
     profile: bool = False,
+    on_epoch: Callable[[History], None] | None = None,
+    deadline: float | None = None,
 ) -> dict[str, Any]:
     """Trains as `config` says and leaves everything in `workdir`.
 
@@ -64,6 +66,10 @@ def train_and_evaluate(
       workdir: The run's folder; made if it is not there.
       console: Where to show progress.
       profile: Whether to record a trace of a few steps in `workdir/profile`.
+      on_epoch: Called before the first step and after each epoch, once that is saved,
+        with the records of all epochs that are done. What it raises ends the run,
+        which the same call can go on with.
+      deadline: When to save and end, as after Ctrl-C, in seconds of `time.monotonic`.
 
     Returns:
       The content of `report/metrics.json`.
@@ -74,12 +80,12 @@ def train_and_evaluate(
       DataError: The data cannot be used, or no longer.
       TrainingError: The loss is not finite, the memory is not enough, or a checkpoint
         cannot be saved or restored.
-      Interrupted: After Ctrl-C or SIGTERM, once the run is saved.
+      Interrupted: After Ctrl-C, SIGTERM or the deadline, once the run is saved.
     """
     console = console or Console(is_silent=not sharding.is_primary())
     workdir = pathlib.Path(workdir)
     with contextlib.ExitStack() as stack:
-        interrupted = stack.enter_context(interruption.listen())
+        interrupted = stack.enter_context(interruption.listen(deadline))
         configuration.validate(config, jax.device_count())
         with sharding.together():
             if sharding.is_primary():
@@ -91,7 +97,7 @@ def train_and_evaluate(
             config = configuration.resolve(config, present)
             changes = run_directory.changes(workdir, present, config)
             heartbeat.beat("opening data")
-            dataset = _open_dataset(
+            dataset = open_dataset(
                 config, interrupted.stopping(track, "nothing is lost; the same command goes on")
             )
         if not config.train.steps_per_execution:
@@ -116,18 +122,18 @@ def train_and_evaluate(
             run_directory.write_config(workdir, config)
             run_directory.write_unreadable(workdir, dataset.findings.unreadable)
             trace = Trace(workdir / "profile" if profile and sharding.is_primary() else None)
-            _train(run, progress, interrupted, trace)
+            _train(run, progress, interrupted, trace, on_epoch or (lambda history: None))
             variables = _best_variables(run, progress)
         track = interrupted.stopping(track, "training is done; the same command goes on from there")
         report = results.write_results(config, workdir, dataset, variables, track)
         heartbeat.beat("done")
-    if sharding.is_primary():
+    if sharding.is_primary() and "test" in report:
         summary.show_results(workdir, report)
     return report
 
 
-def _open_dataset(config: Config, track: Track) -> Dataset:
-    """Opens what is to be trained on.
+def open_dataset(config: Config, track: Track) -> Dataset:
+    """Opens what is to be trained on, by a resolved configuration.
 
     Raises:
       DataError: It cannot be used, or cannot be trained on.
@@ -259,7 +265,13 @@ class _Progress:
     clock: "_Clock"
 
 
-def _train(run: _Run, progress: _Progress, interrupted: Interruption, trace: Trace) -> None:
+def _train(
+    run: _Run,
+    progress: _Progress,
+    interrupted: Interruption,
+    trace: Trace,
+    on_epoch: Callable[[History], None],
+) -> None:
     """Trains to the end.
 
     Raises:
@@ -276,6 +288,7 @@ def _train(run: _Run, progress: _Progress, interrupted: Interruption, trace: Tra
     with contextlib.closing(log), stream as batches, display, contextlib.closing(trace):
         display.start(progress.history, best_record(progress.history, train.monitor), first_step)
         run.heartbeat.beat("starting", first_step)
+        on_epoch(progress.history)
         in_flight: _Execution | None = None
         memory = Memory(programs)
         losses = _LossReader(run.schedule, memory)
@@ -327,8 +340,10 @@ def _train(run: _Run, progress: _Progress, interrupted: Interruption, trace: Tra
                 raise Interrupted(
                     f"saved after step {progress.step:,}; the same command goes on from there"
                 )
-            if ends_epoch and _patience_is_over(progress.history, config):
-                break
+            if ends_epoch:
+                on_epoch(progress.history)
+                if _patience_is_over(progress.history, config):
+                    break
 
     if told := trace.describe():
         run.console.print(told)

@@ -70,6 +70,7 @@ def get_config() -> Config:
 
     config.report = report = ConfigDict()
     report.detail = "full"  # Or "figures", without explanations and corruptions; or "none".
+    report.splits = ("train", "validation", "test")  # What is measured; detail needs all.
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # Devices that share a batch; -1: all there are.

@@ -1,0 +1,217 @@
+"""What a study has come to: figures, a table, and the best configuration as a file."""
+
+import csv
+import datetime
+import io
+import json
+import math
+import pathlib
+import shlex
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optuna
+from ml_collections import ConfigDict
+from optuna.importance import FanovaImportanceEvaluator
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+import cnn_jax
+from cnn_jax.configuration import Config
+from cnn_jax.data.findings import count
+from cnn_jax.data.sources import absolute
+from cnn_jax.report.study import write_study_page
+from cnn_jax.run_directory import write_text
+from cnn_jax.tune.space import configured, describe
+from cnn_jax.tune.study import Plan, best_value, counts, trial_folder
+
+_STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "running",
+}
+
+
+def summarize(plan: Plan, study: Study) -> dict[str, Any]:
+    """All that there is to say of a study, as JSON; see `report.study`."""
+    trials = [trial for trial in study.get_trials(deepcopy=False) if counts(trial)]
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    best = best_trial(plan, study)
+    importance, note = _importance(study, complete)
+    states = [_STATES[trial.state] for trial in trials]
+    epochs = sum(len(trial.intermediate_values) for trial in trials)
+    max_epochs = plan.config.train.epochs
+    return {
+        "name": plan.name,
+        "monitor": plan.monitor,
+        "direction": study.direction.name.lower(),
+        "max_epochs": max_epochs,
+        "trials_wanted": plan.trials,
+        "data": {
+            "source": plan.config.data.source,
+            "fingerprint": study.user_attrs["definition"]["data"],
+        },
+        "versions": {
+            "cnn_jax": cnn_jax.__version__,
+            "jax": jax.__version__,
+            "optuna": optuna.__version__,
+        },
+        "config_file": plan.config_file,
+        "space": {key: describe(distribution) for key, distribution in plan.space.items()},
+        "trials": [_describe_trial(plan, trial) for trial in trials],
+        "best": best.number if best else None,
+        "best_config": "best.py",
+        "importance": importance,
+        "importance_note": note,
+        "cost": {
+            **{state: states.count(state) for state in dict.fromkeys(_STATES.values())},
+            "epochs": epochs,
+            "epochs_without_pruning": epochs
+            + sum(
+                max_epochs - len(trial.intermediate_values)
+                for trial in trials
+                if trial.state == TrialState.PRUNED
+            ),
+            "seconds": sum(trial.user_attrs.get("seconds", 0.0) for trial in trials),
+            "started": _iso(min(filter(None, (t.datetime_start for t in trials)), default=None)),
+            "ended": _iso(max(filter(None, (t.datetime_complete for t in trials)), default=None)),
+        },
+    }
+
+
+def best_trial(plan: Plan, study: Study) -> FrozenTrial | None:
+    """Of the trials that came to their end, the best; of equal ones, the first."""
+    sign = 1 if plan.direction == study.direction.MAXIMIZE else -1
+    complete = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if counts(trial) and trial.value is not None
+    ]
+    return max(complete, key=lambda trial: sign * (trial.value or 0.0), default=None)
+
+
+def _describe_trial(plan: Plan, trial: FrozenTrial) -> dict[str, Any]:
+    curve = dict(sorted(trial.intermediate_values.items()))
+    return {
+        "number": trial.number,
+        "state": _STATES[trial.state],
+        "value": best_value(curve, plan.direction),
+        "epochs": len(curve),
+        "seconds": trial.user_attrs.get("seconds", 0.0),
+        "params": {key: trial.params[key] for key in plan.space if key in trial.params},
+        "curve": list(curve.values()),
+        "error": trial.user_attrs.get("error", ""),
+        "host": trial.user_attrs.get("host", ""),
+        "folder": str(trial_folder(pathlib.Path(), trial.number)),
+    }
+
+
+def _iso(time: datetime.datetime | None) -> str | None:
+    return time.isoformat(timespec="seconds") if time else None
+
+
+def _importance(study: Study, complete: list[FrozenTrial]) -> tuple[dict[str, float] | None, str]:
+    """The share of the value's variance that each parameter explains, by functional ANOVA.
+
+    (Hutter et al. 2014, "An Efficient Approach for Assessing Hyperparameter Importance".)
+    Or None, and why.
+    """
+    values = {trial.value for trial in complete}
+    if len(complete) < 4 or len(values) < 2:
+        return None, "Too few trials came to their end, or all of them to the same value."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of scikit-learn's forests, on few trials.
+        try:
+            shares = optuna.importance.get_param_importances(
+                study, evaluator=FanovaImportanceEvaluator(seed=0)
+            )
+        except (RuntimeError, ValueError) as error:
+            return None, f"They could not be computed: {error}"
+    if not all(map(math.isfinite, shares.values())):
+        return None, "They could not be computed from so few trials."
+    return dict(shares), ""
+
+
+def write_outcome(plan: Plan, study: Mapping[str, Any]) -> None:
+    """Writes study.json, trials.csv, the page and, if there is a best trial, its configuration.
+
+    Args:
+      plan: The study.
+      study: What `summarize` gives.
+    """
+    write_text(plan.folder / "study.json", json.dumps(study, indent=1, ensure_ascii=False) + "\n")
+    write_text(plan.folder / "trials.csv", table(study))
+    if study["best"] is not None:
+        path = plan.folder / study["best_config"]
+        write_text(path, best_config_text(plan, study, path))
+    write_study_page(study, plan.folder)
+
+
+def table(study: Mapping[str, Any]) -> str:
+    """All trials as CSV: number, state, value, epochs, seconds, parameters, host, error."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    keys = list(study["space"])
+    own = ("number", "state", "value", "epochs", "seconds")
+    writer.writerow([*own, *keys, "host", "error"])
+    for trial in study["trials"]:
+        params = [trial["params"].get(key, "") for key in keys]
+        writer.writerow([*(trial[name] for name in own), *params, trial["host"], trial["error"]])
+    return text.getvalue()
+
+
+def best_config_text(plan: Plan, study: Mapping[str, Any], path: pathlib.Path) -> str:
+    """The best trial's configuration as a file that runs as it is.
+
+    Args:
+      plan: The study.
+      study: What `summarize` gives; it has a best trial.
+      path: Where the file will be.
+    """
+    best = next(trial for trial in study["trials"] if trial["number"] == study["best"])
+    config = configured(plan.config, best["params"])
+    with config.ignore_type():
+        config.data.source = absolute(config.data.source)  # To run anywhere.
+    epochs = count(best["epochs"], "epoch")
+    quoted = shlex.quote(str(path)).replace("\\", "\\\\").replace('"', '\\"')
+    return f'''"""The best of {count(len(study["trials"]), "trial")} of the study {plan.name}.
+
+    python -m cnn_jax.main --config={quoted} --workdir=runs/{plan.name}
+
+Number {best["number"]}, with {plan.monitor} {best["value"]:.4f} after {epochs}.
+The test split was not looked at.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {_literal(config, set(best["params"]), "", " " * 8)}
+    )
+'''
+
+
+def _literal(config: Config, tuned: set[str], prefix: str, indent: str) -> str:
+    """A configuration as a dictionary in Python, a key a line, with a word at what was tuned."""
+    lines = []
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            text = _literal(value, tuned, f"{prefix}{key}.", indent + "    ") + ","
+        else:
+            text = f"{_python(value)},{'  # Tuned.' * (prefix + key in tuned)}"
+        lines.append(f'{indent}    "{key}": {text}\n')
+    return f"{{\n{''.join(lines)}{indent}}}"
+
+
+def _python(value: Any) -> str:
+    """A value as Python has it, with double quotes."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_python, value))}{',' * (len(value) == 1)})"
+    # JSON's escapes of other characters than these are not Python's.
+    is_plain = isinstance(value, str) and value.isascii() and value.isprintable()
+    return json.dumps(value) if is_plain else repr(value)

@@ -1,0 +1,109 @@
+"""A search space: which keys of the configuration a study varies, and how far."""
+
+import ast
+import pathlib
+import runpy
+from collections.abc import Mapping
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from cnn_jax import configuration
+from cnn_jax.configuration import Config
+from cnn_jax.errors import ConfigError
+
+Space = Mapping[str, BaseDistribution]
+
+# What may differ between trials that are compared, epoch by epoch, on the same images.
+_SECTIONS = ("augment.", "model.", "optimizer.", "train.")
+_KEYS = ("precision", "data.image_size")
+_NOT_VARIED = ("train.epochs", "train.patience", "train.monitor", "optimizer.decay_epochs")
+
+
+def load_space(file: str, config: Config) -> dict[str, BaseDistribution]:
+    """The space that a Python file's `get_space()` returns, in the order of its keys.
+
+    Args:
+      file: The file; its function returns a dictionary from keys of the configuration to
+        distributions of Optuna. A tuple among the choices of a key is written as text,
+        such as "(16, 32, 64)".
+      config: What is varied; it may say nothing wrong itself.
+
+    Raises:
+      ConfigError: There is no such file, it fails, names a key that does not exist or
+        that a study cannot vary, or a range in which not every value is possible.
+    """
+    if not pathlib.Path(file).is_file():
+        raise ConfigError(f"--space: there is no file {file!r}")
+    try:
+        space = runpy.run_path(file)["get_space"]()
+    except KeyError as error:
+        raise ConfigError(f"--space: {file} has no function get_space") from error
+    except Exception as error:  # It is a program, and may fail in any way.
+        raise ConfigError(f"--space: {file}: {type(error).__name__}: {error}") from error
+    if not isinstance(space, dict) or not space:
+        raise ConfigError(f"--space: {file}: get_space must return a dictionary that has a key")
+    for key, distribution in space.items():
+        try:
+            _check(key, distribution, config)
+        except ConfigError as error:
+            raise ConfigError(f"--space: {file}: {error}") from error
+    return dict(sorted(space.items()))
+
+
+def _check(key: str, distribution: BaseDistribution, config: Config) -> None:
+    """Raises ConfigError if a study cannot vary this key so."""
+    configuration.check_key(key)
+    if key in _NOT_VARIED or not (key in _KEYS or key.startswith(_SECTIONS)):
+        raise ConfigError(f"config.{key}: must be the same in all trials of a study")
+    if isinstance(distribution, CategoricalDistribution):
+        values = list(distribution.choices)
+    elif isinstance(distribution, FloatDistribution | IntDistribution):
+        values = [distribution.low, distribution.high]
+    else:
+        raise ConfigError(
+            f"config.{key}: must be a FloatDistribution, IntDistribution or "
+            f"CategoricalDistribution of Optuna, got {distribution!r}"
+        )
+    current = dict(configuration.leaves(config))[key]
+    for value in values:
+        configuration.check_value(key, _parse(value, current))
+
+
+def _parse(value: Any, current: Any) -> Any:
+    """A value of a space as the configuration has it: a tuple's text becomes a tuple."""
+    if isinstance(current, tuple | list) and isinstance(value, str):
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value  # Which the configuration then refuses.
+    return value
+
+
+def configured(config: Config, params: Mapping[str, Any]) -> Config:
+    """A copy of the configuration in which these keys have these values."""
+    changed = config.copy_and_resolve_references()
+    current = dict(configuration.leaves(config))
+    with changed.ignore_type():
+        for key, value in params.items():
+            section, _, name = key.rpartition(".")
+            changed_section = changed[section] if section else changed
+            changed_section[name] = _parse(value, current[key])
+    return changed
+
+
+def describe(distribution: BaseDistribution) -> dict[str, Any]:
+    """A distribution as JSON: kind, and low, high and log, or choices."""
+    if isinstance(distribution, CategoricalDistribution):
+        return {"kind": "categorical", "choices": list(distribution.choices)}
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    kind = "int" if isinstance(distribution, IntDistribution) else "float"
+    described = {"kind": kind, "low": distribution.low, "high": distribution.high}
+    step = distribution.step
+    has_step = step is not None and not (kind == "int" and step == 1)
+    return described | {"log": distribution.log} | ({"step": step} if has_step else {})
