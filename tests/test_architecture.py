@@ -48,6 +48,8 @@ FLOORS = [
     *("report.sections", "report.explanations", "report.qualities"),
     *("report.run_report", "report.__main__"),
     *("summary", "results", "train"),
+    *("tune.__init__", "tune.space", "tune.search", "tune.storage", "tune.study"),
+    *("tune.outcome", "tune.__main__"),
     "main",
 ]
 
