@@ -177,10 +177,11 @@ def load(file: str, overrides: Sequence[str] = ()) -> Config:
         if not argument.startswith("--config."):
             raise ConfigError(f"unexpected argument {argument!r}; see --help")
         check_key(argument.removeprefix("--config.").partition("=")[0])
+    command = [sys.argv[0], f"--config={file}", *overrides]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=command)
     try:
-        values([sys.argv[0], f"--config={file}", *overrides])
+        values(command)
     except flags.IllegalFlagValueError as error:
         wrong = re.match(r"flag --config\.([\w.]+)=(.*?):", str(error))
         raise wrong_value(*wrong.groups()) if wrong else error from error

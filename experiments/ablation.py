@@ -1,7 +1,7 @@
 """What each part of the recipe is worth: variants of it over seeds, in one table.
 
     python experiments/ablation.py --grid=ladder --workdir=DIR [--seeds=3] [--jobs=2]
-        [--variants=NAME,...] [ARGUMENT of cnn_jax.main...]
+        [--variants=NAME,...] [--expect=FILE] [ARGUMENT of cnn_jax.main...]
 
 such as --config=configs/eurosat.py --config.data.source=folder:PATH --config.train.epochs=45.
 The seed draws the weights, the order of the images and the division into splits; the same
@@ -14,7 +14,9 @@ was cut off goes on. Seeds come before variants, so that an interrupted table is
 because a small network cannot keep several busy.
 
 Left in DIR for each grid: GRID.md, the table, which is also printed; GRID.png; and
-GRID.json, with the figures, versions, commit and data fingerprint of each run.
+GRID.json, with the figures, versions, commit and data fingerprint of each run. --expect
+compares with such a file: a run with the same versions on the same kind of machine has the
+same figures to the last digit.
 """
 
 import argparse
@@ -44,6 +46,7 @@ from cnn_jax import cli  # noqa: E402
 from cnn_jax.errors import ConfigError, UserError  # noqa: E402
 from cnn_jax.run_directory import write_text  # noqa: E402
 
+TRAIN = (sys.executable, "-m", "cnn_jax.main")
 # Exit codes of a training that was interrupted and is saved, and of one whose call is wrong.
 _START_AGAIN, _USAGE = cli.START_AGAIN, 2
 
@@ -172,6 +175,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (3)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
     parser.add_argument("--variants", metavar="NAME,...", help="only these of the grids")
+    parser.add_argument("--expect", type=pathlib.Path, metavar="FILE", help="a GRID.json")
     flags, arguments = parser.parse_known_args(argv)
     names = list(GRIDS) if flags.grid == "all" else flags.grid.split(",")
     if unknown := [name for name in names if name not in GRIDS]:
@@ -201,10 +205,43 @@ def main(argv: Sequence[str]) -> None:
         table = make_table(grid, of_grid)
         print(f"\n{name}\n\n{table}", flush=True)
         write_text(flags.workdir / f"{name}.md", table)
-        write_text(flags.workdir / f"{name}.json", json.dumps(of_grid, indent=1) + "\n")
+        write_text(flags.workdir / f"{name}.json", json.dumps(_without_flags(of_grid), indent=1))
         draw(flags.workdir / f"{name}.png", grid, of_grid)
+    if flags.expect:
+        compare(results, json.loads(flags.expect.read_text()))
     if failed := [result for result in results if "error" in result]:
         raise UserError(f"{len(failed)} of {len(results)} runs failed; the table says which")
+
+
+def _without_flags(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The same without what says where something lay on this machine."""
+    return {
+        variant: [{key: run[key] for key in run if key != "flags"} for run in of_variant]
+        for variant, of_variant in results.items()
+    }
+
+
+def compare(
+    results: Sequence[Mapping[str, Any]], expected: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """Prints for each run whether it has come to what a GRID.json says.
+
+    Raises:
+      UserError: One has not.
+    """
+    by_run = {(run["variant"], run["seed"]): run for runs in expected.values() for run in runs}
+    differing = 0
+    for result in results:
+        run = by_run.get((result["variant"], result["seed"]))
+        if run is None:
+            continue
+        keys = ("test", "validation", "epochs", "fingerprint")
+        different = [key for key in keys if result.get(key) != run.get(key)]
+        differing += bool(different)
+        same = "the same" if not different else f"{', '.join(different)} differ"
+        print(f"{result['variant']}, seed {result['seed']}: {same}")
+    if differing:
+        raise UserError(f"{differing} runs differ from what was expected")
 
 
 # Runs.
@@ -250,13 +287,11 @@ class Trainings:
             share = self._shares.pop()
             # Of this thread alone, and of what it starts.
             os.sched_setaffinity(0, share)
-            command = [sys.executable, "-m", "cnn_jax.main", f"--workdir={run.folder}"]
             process = subprocess.Popen(
-                [*command, *run.flags()],
+                [*TRAIN, f"--workdir={run.folder}", *run.flags()],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                cwd=pathlib.Path.cwd(),
                 start_new_session=True,  # Ctrl-C reaches it once, from here.
             )
             self._processes.add(process)
