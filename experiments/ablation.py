@@ -13,10 +13,10 @@ was cut off goes on. Seeds come before variants, so that an interrupted table is
 --jobs=N trains N at a time, each on its share of the cores; on few cores that is faster,
 because a small network cannot keep several busy.
 
-Left in DIR for each grid: GRID.md, the table, which is also printed; GRID.png; and
-GRID.json, with the figures, versions, commit and data fingerprint of each run. --expect
-compares with such a file: a run with the same versions on the same kind of machine has the
-same figures to the last digit.
+Left in DIR: for each grid GRID.md, the table, which is also printed, and GRID.png; and
+results.json, with the figures, versions, commit and data fingerprint of all runs in DIR.
+--expect compares with such a file: a run with the same versions on the same kind of machine
+and as many cores has the same figures to the last digit.
 """
 
 import argparse
@@ -47,6 +47,8 @@ from cnn_jax.errors import ConfigError, UserError  # noqa: E402
 from cnn_jax.run_directory import write_text  # noqa: E402
 
 TRAIN = (sys.executable, "-m", "cnn_jax.main")
+# What a finished run has come to, in its folder.
+_RECORD = "ablation.json"
 # Exit codes of a training that was interrupted and is saved, and of one whose call is wrong.
 _START_AGAIN, _USAGE = cli.START_AGAIN, 2
 
@@ -175,19 +177,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (3)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
     parser.add_argument("--variants", metavar="NAME,...", help="only these of the grids")
-    parser.add_argument("--expect", type=pathlib.Path, metavar="FILE", help="a GRID.json")
+    parser.add_argument("--expect", type=pathlib.Path, metavar="FILE", help="a results.json")
     flags, arguments = parser.parse_known_args(argv)
-    names = list(GRIDS) if flags.grid == "all" else flags.grid.split(",")
-    if unknown := [name for name in names if name not in GRIDS]:
-        raise ConfigError(f"--grid: there is no {unknown[0]}; there are {', '.join(GRIDS)}")
     if min(flags.seeds, flags.jobs) < 1:
         raise ConfigError("--seeds and --jobs: must be 1 or more")
-    wanted = dict.fromkeys(name for grid in names for name in GRIDS[grid].variants)
-    if flags.variants:
-        chosen = flags.variants.split(",")
-        if unknown := [name for name in chosen if name not in wanted]:
-            raise ConfigError(f"--variants: {unknown[0]} is none of {', '.join(wanted)}")
-        wanted = dict.fromkeys(chosen)
+    names = list(GRIDS) if flags.grid == "all" else flags.grid.split(",")
+    wanted = choose(names, flags.variants)
     flags.workdir.mkdir(parents=True, exist_ok=True)
     runs = [
         Run(flags.workdir / f"{variant}-{seed}", variant, seed, tuple(arguments))
@@ -195,7 +190,39 @@ def main(argv: Sequence[str]) -> None:
         for variant in wanted
     ]
     results = train_all(runs, flags.jobs)
-    for name in names:
+    write_tables(names, wanted, results, flags.workdir)
+    if flags.expect:
+        compare(results, json.loads(flags.expect.read_text()))
+    if failed := [result for result in results if "error" in result]:
+        raise UserError(f"{len(failed)} of {len(results)} runs failed; the table says which")
+
+
+def choose(names: Sequence[str], only: str | None) -> list[str]:
+    """The variants of the grids of these names, each once, or only some of them.
+
+    Raises:
+      ConfigError: There is no such grid or variant.
+    """
+    if unknown := [name for name in names if name not in GRIDS]:
+        raise ConfigError(f"--grid: there is no {unknown[0]}; there are {', '.join(GRIDS)}")
+    variants = list(dict.fromkeys(variant for name in names for variant in GRIDS[name].variants))
+    chosen = only.split(",") if only else variants
+    if unknown := [variant for variant in chosen if variant not in variants]:
+        raise ConfigError(f"--variants: {unknown[0]} is none of {', '.join(variants)}")
+    return chosen
+
+
+def write_tables(
+    names: Sequence[str],
+    wanted: Sequence[str],
+    results: Sequence[Mapping[str, Any]],
+    folder: pathlib.Path,
+) -> None:
+    """Prints and writes the tables and plots of grids, and all figures."""
+    with_any = [name for name in names if set(wanted) & set(GRIDS[name].variants)]
+    # A single row is no comparison, unless it is all that there is.
+    with_several = [name for name in names if len(set(wanted) & set(GRIDS[name].variants)) > 1]
+    for name in with_several or with_any[:1]:
         grid = GRIDS[name]
         of_grid = {
             variant: [result for result in results if result["variant"] == variant]
@@ -204,27 +231,25 @@ def main(argv: Sequence[str]) -> None:
         }
         table = make_table(grid, of_grid)
         print(f"\n{name}\n\n{table}", flush=True)
-        write_text(flags.workdir / f"{name}.md", table)
-        write_text(flags.workdir / f"{name}.json", json.dumps(_without_flags(of_grid), indent=1))
-        draw(flags.workdir / f"{name}.png", grid, of_grid)
-    if flags.expect:
-        compare(results, json.loads(flags.expect.read_text()))
-    if failed := [result for result in results if "error" in result]:
-        raise UserError(f"{len(failed)} of {len(results)} runs failed; the table says which")
+        write_text(folder / f"{name}.md", table)
+        draw(folder / f"{name}.png", grid, of_grid)
+    write_text(folder / "results.json", json.dumps(read_all(folder), indent=1) + "\n")
 
 
-def _without_flags(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The same without what says where something lay on this machine."""
-    return {
-        variant: [{key: run[key] for key in run if key != "flags"} for run in of_variant]
-        for variant, of_variant in results.items()
-    }
+def read_all(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+    """The finished runs in a folder by variant, without what says where its data lay."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob(f"*/{_RECORD}")):
+        run = json.loads(path.read_text())
+        del run["flags"]
+        runs.setdefault(run["variant"], []).append(run)
+    return runs
 
 
 def compare(
     results: Sequence[Mapping[str, Any]], expected: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Prints for each run whether it has come to what a GRID.json says.
+    """Prints for each run whether it has come to what a results.json says.
 
     Raises:
       UserError: One has not.
@@ -333,7 +358,7 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
 
 def train(run: Run, trainings: Trainings) -> dict[str, Any]:
     """What a run has left, which is made if it is not there."""
-    record = run.folder / "ablation.json"
+    record = run.folder / _RECORD
     with contextlib.suppress(FileNotFoundError):
         found = json.loads(record.read_text())
         if found["flags"] != run.flags():

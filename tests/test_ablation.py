@@ -124,14 +124,14 @@ def test_a_grid_is_run_once_and_its_table_says_what_came_of_it(tmp_path, capsys)
     assert rows["0.7"][6] == "-2.00 (-2.00 to -2.00)"
     assert rows["0"][7:10] == ["2", "3", "3 |"]
     assert (tmp_path / "dropout.png").stat().st_size > 5000
-    found = json.loads((tmp_path / "dropout.json").read_text())
+    found = json.loads((tmp_path / "results.json").read_text())
     one = found["dropout_0.3"][1]
     assert (one["seed"], one["fingerprint"], one["versions"]) == (1, "abc", {"jax": "1"})
     assert re.fullmatch(r"[0-9a-f]{10}\+?", one["commit"])
     # Where the data lies is nobody's business.
-    assert "config.x" not in (tmp_path / "dropout.json").read_text()
+    assert "config.x" not in (tmp_path / "results.json").read_text()
 
-    expected = tmp_path / "dropout.json"
+    expected = tmp_path / "results.json"
     ablation.main([*arguments, f"--expect={expected}"])
     told = capsys.readouterr().out.removeprefix(table)
     assert told.count("the same") == 12
