@@ -46,7 +46,7 @@ FLOORS = [
     *("explain.pictures", "explain.__main__"),
     *("report.label_errors", "report.charts", "report.run", "report.words"),
     *("report.sections", "report.explanations", "report.qualities"),
-    *("report.run_report", "report.__main__"),
+    *("report.run_report", "report.study", "report.__main__"),
     *("summary", "results", "train"),
     *("tune.__init__", "tune.space", "tune.search", "tune.storage", "tune.study"),
     *("tune.outcome", "tune.__main__"),
