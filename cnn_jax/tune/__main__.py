@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         from cnn_jax import configuration
         from cnn_jax.compiled import keep_compiled
         from cnn_jax.runtime import keep_freed_memory
-        from cnn_jax.tune.outcome import summarize, write_outcome
+        from cnn_jax.tune.outcome import conclude
         from cnn_jax.tune.space import load_space
         from cnn_jax.tune.study import Plan, run_study
 
@@ -57,9 +57,7 @@ def main(argv: Sequence[str]) -> None:
     )
     keep_freed_memory()
     keep_compiled()
-    study = summarize(plan, run_study(plan))
-    write_outcome(plan, study)
-    show_outcome(study, plan.folder)
+    show_outcome(conclude(plan, run_study(plan)), plan.folder)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,10 +154,9 @@ def show_outcome(study: Mapping[str, Any], folder: pathlib.Path) -> None:
     )
     print(f"page        {folder / 'index.html'}")
     if study["best"] is None:
-        raise UserError(
-            "no trial has come to its end"
-            + "".join(f"; trial {t['number']}: {t['error']}" for t in study["trials"] if t["error"])
-        )
+        reasons = [f"; trial {t['number']}: {t['error']}" for t in study["trials"] if t["error"]]
+        later = ", yet; the same command goes on" * (cost["running"] > 0)
+        raise UserError(f"no trial has come to its end{later}{''.join(reasons)}")
     best = next(trial for trial in study["trials"] if trial["number"] == study["best"])
     config = shlex.quote(str(folder / study["best_config"]))
     run = shlex.quote(str(folder / best["folder"]))
