@@ -1,8 +1,12 @@
 """Where a study is kept, for all who work at it: a database or a journal."""
 
 import importlib.util
+import itertools
 import logging
+import os
 import pathlib
+import random
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,7 +14,7 @@ from typing import TypeVar
 import optuna
 import sqlalchemy.exc
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from cnn_jax.errors import ConfigError, UserError, printable
 
@@ -25,6 +29,8 @@ _AWAY = (
     OSError,
 )
 _LONGEST_PAUSE = 2.0  # Seconds between two tries.
+# Of workers that begin at once, each may find tables that another has just made: all there are.
+_MOST_COLLISIONS = 30
 
 T = TypeVar("T")
 
@@ -42,12 +48,8 @@ def open_storage(url: str) -> BaseStorage:
     """
     try:
         if url.startswith(_JOURNAL):
-            path = pathlib.Path(url.removeprefix(_JOURNAL)).expanduser()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return JournalStorage(JournalFileBackend(str(path)))
-        return RDBStorage(_with_driver(url), engine_kwargs=_engine_options(url))
-    except sqlalchemy.exc.ArgumentError as error:
-        raise ConfigError(f"--storage: must be {FORMS}, got {url!r}") from error
+            return _open_journal(pathlib.Path(url.removeprefix(_JOURNAL)).expanduser())
+        return _open_database(url)
     except ImportError as error:
         raise ConfigError(
             f"--storage: no driver for {_hidden(url)} is installed: {error}"
@@ -58,11 +60,66 @@ def open_storage(url: str) -> BaseStorage:
         ) from error
 
 
+def _open_journal(path: pathlib.Path) -> JournalStorage:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    backend = JournalFileBackend(str(path), lock_obj=_JournalLock(path))
+    try:
+        return JournalStorage(backend)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--storage: {path} is not a journal of studies") from error
+
+
+class _JournalLock(JournalFileSymlinkLock):
+    """Held while a line is added; cuts off what a full disk or a dead writer left of another.
+
+    Optuna would write on in that line, and could read none of them any more.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        super().__init__(str(path))
+        self._path = path
+
+    def acquire(self) -> bool:
+        is_held = super().acquire()
+        try:
+            with self._path.open("r+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                while end and file.seek(end - 1) >= 0 and file.read(1) != b"\n":
+                    end -= 1
+                file.truncate(end)
+        except BaseException:
+            self.release()
+            raise
+        return is_held
+
+
+def _open_database(url: str) -> RDBStorage:
+    try:
+        if "@" in (sqlalchemy.engine.make_url(url).host or ""):
+            raise ConfigError("--storage: an @ in a user's name or password is written %40")
+        # Optuna takes braces for places to fill in.
+        template = _with_driver(url).replace("{", "{{").replace("}", "}}")
+        for collisions in itertools.count():
+            try:
+                return RDBStorage(template, engine_kwargs=_engine_options(url))
+            except sqlalchemy.exc.DBAPIError as error:
+                is_collision = isinstance(error, sqlalchemy.exc.IntegrityError)
+                if not (is_collision or "already exists" in str(error)):
+                    raise
+                if collisions == _MOST_COLLISIONS:
+                    raise
+            time.sleep(random.uniform(0, 0.2))
+        raise AssertionError
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:  # The latter of a port.
+        raise ConfigError(f"--storage: must be {FORMS}, got {_hidden(url)!r}") from error
+
+
 def _with_driver(url: str) -> str:
     """A URL of PostgreSQL that names no driver, with the one that is installed."""
     scheme, separator, rest = url.partition("://")
-    if scheme in ("postgres", "postgresql") and importlib.util.find_spec("psycopg2") is None:
-        scheme = "postgresql+psycopg"
+    if scheme in ("postgres", "postgresql"):
+        has_psycopg2 = importlib.util.find_spec("psycopg2") is not None
+        scheme = "postgresql" if has_psycopg2 else "postgresql+psycopg"
     return scheme + separator + rest
 
 
@@ -73,12 +130,16 @@ def _engine_options(url: str) -> dict[str, object]:
     return {"pool_pre_ping": True}
 
 
+def in_file(path: pathlib.Path) -> str:
+    """The URL of a SQLite file, whatever its name."""
+    return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
+
+
 def _hidden(url: str) -> str:
-    """A URL without its password."""
-    try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return url
+    """A URL, or what was meant as one, without its passwords."""
+    if not url.startswith((_JOURNAL, "sqlite:")):
+        url = re.sub(r"^(\w[\w+.-]*:/+)?([^:/@]*):.*@", r"\1\2:***@", url, flags=re.DOTALL)
+    return re.sub(r"(?i)(password=)[^&]*", r"\1***", url)
 
 
 def _reason(error: BaseException) -> str:
