@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import fcntl
 import io
 import json
 import math
@@ -24,6 +25,7 @@ from cnn_jax.data.findings import count
 from cnn_jax.data.sources import absolute
 from cnn_jax.report.study import write_study_page
 from cnn_jax.run_directory import write_text
+from cnn_jax.tune import storage
 from cnn_jax.tune.space import configured, describe
 from cnn_jax.tune.study import Plan, best_value, counts, trial_folder
 
@@ -34,6 +36,26 @@ _STATES = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "running",
 }
+
+
+def conclude(plan: Plan, study: Study) -> dict[str, Any]:
+    """Summarizes a study and writes that, of several workers one after the other.
+
+    Returns:
+      What `summarize` gives.
+
+    Raises:
+      StorageError: The storage does not answer.
+    """
+    lock = plan.folder / "locks" / "outcome"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        summary = storage.patiently(
+            lambda: summarize(plan, study), plan.storage_timeout, "No finished trial is lost"
+        )
+        write_outcome(plan, summary)
+    return summary
 
 
 def summarize(plan: Plan, study: Study) -> dict[str, Any]:
@@ -129,7 +151,7 @@ def _importance(study: Study, complete: list[FrozenTrial]) -> tuple[dict[str, fl
             shares = optuna.importance.get_param_importances(
                 study, evaluator=FanovaImportanceEvaluator(seed=0)
             )
-        except (RuntimeError, ValueError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             return None, f"They could not be computed: {error}"
     if not all(map(math.isfinite, shares.values())):
         return None, "They could not be computed from so few trials."

@@ -41,28 +41,33 @@ def load_space(file: str, config: Config) -> dict[str, BaseDistribution]:
     if not pathlib.Path(file).is_file():
         raise ConfigError(f"--space: there is no file {file!r}")
     try:
-        space = runpy.run_path(file)["get_space"]()
-    except KeyError as error:
-        raise ConfigError(f"--space: {file} has no function get_space") from error
+        functions = runpy.run_path(file)
+        space = functions["get_space"]() if "get_space" in functions else None
     except Exception as error:  # It is a program, and may fail in any way.
         raise ConfigError(f"--space: {file}: {type(error).__name__}: {error}") from error
+    if "get_space" not in functions:
+        raise ConfigError(f"--space: {file} has no function get_space")
     if not isinstance(space, dict) or not space:
         raise ConfigError(f"--space: {file}: get_space must return a dictionary that has a key")
     for key, distribution in space.items():
         try:
-            _check(key, distribution, config)
+            _check(str(key), distribution, config)
         except ConfigError as error:
             raise ConfigError(f"--space: {file}: {error}") from error
     return dict(sorted(space.items()))
 
 
-def _check(key: str, distribution: BaseDistribution, config: Config) -> None:
+def _check(key: str, distribution: Any, config: Config) -> None:
     """Raises ConfigError if a study cannot vary this key so."""
     configuration.check_key(key)
     if key in _NOT_VARIED or not (key in _KEYS or key.startswith(_SECTIONS)):
         raise ConfigError(f"config.{key}: must be the same in all trials of a study")
     if isinstance(distribution, CategoricalDistribution):
         values = list(distribution.choices)
+        if any(isinstance(value, tuple | list) for value in values):
+            raise ConfigError(
+                f'config.{key}: a tuple among the choices is written as text, such as "(16, 32)"'
+            )
     elif isinstance(distribution, FloatDistribution | IntDistribution):
         values = [distribution.low, distribution.high]
     else:

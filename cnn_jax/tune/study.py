@@ -7,6 +7,7 @@ up with the process; so nobody's death leaves one behind, and no two ever run th
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import gc
@@ -29,6 +30,7 @@ from optuna.distributions import (
     IntDistribution,
     distribution_to_json,
 )
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -37,7 +39,7 @@ from cnn_jax.checkpoint import History
 from cnn_jax.configuration import Config
 from cnn_jax.console import Console
 from cnn_jax.data.findings import count
-from cnn_jax.errors import ConfigError, TrainingError, printable
+from cnn_jax.errors import ConfigError, DataError, TrainingError, printable
 from cnn_jax.run_directory import write_text
 from cnn_jax.train import open_dataset, train_and_evaluate
 from cnn_jax.tune import search, storage
@@ -53,6 +55,10 @@ _FREE_KEYS = re.compile(
 )
 # A trial whose worker has ended so often within one epoch would do so for ever.
 _MOST_STARTS = 4
+# How the system says that a disk takes nothing more.
+_OF_THE_DISK = tuple(
+    map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES))
+)
 # Hours after which a trial in a folder that this worker does not see counts as lost.
 _LOST_AFTER = 6.0
 
@@ -177,8 +183,9 @@ def open_study(plan: Plan) -> Study:
       StorageError: It cannot be opened.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = plan.storage or f"sqlite:///{plan.folder.resolve() / 'study.db'}"
-    opened = storage.open_storage(url)
+    opened = storage.open_storage(
+        plan.storage or storage.in_file(plan.folder.resolve() / "study.db")
+    )
     return storage.patiently(
         lambda: optuna.create_study(
             storage=opened,
@@ -210,7 +217,7 @@ def _place(folder: pathlib.Path) -> str:
     """What tells this folder from the same study's on a machine that does not share it."""
     path = folder / "place"
     if not path.exists():
-        aside = folder / f".place.{os.getpid()}"
+        aside = folder / f".place.{uuid.uuid4().hex}"  # Of machines, two may have one process id.
         write_text(aside, uuid.uuid4().hex + "\n")
         with contextlib.suppress(FileExistsError):  # Another worker was first.
             os.link(aside, path)
@@ -286,9 +293,10 @@ class _Worker:
 
     def check_folder(self) -> None:
         """Raises ConfigError if the folder has trials that this study knows nothing of."""
+        # In this order: another worker may be adding one.
+        names = [path.name for path in (self.plan.folder / "trials").glob("*")]
         own = {t.number for t in self._trials() if t.user_attrs.get("place") == self.place}
-        found = {int(path.name) for path in (self.plan.folder / "trials").glob("[0-9]*")}
-        if strange := sorted(found - own):
+        if strange := sorted({int(name) for name in names if name.isdecimal()} - own):
             folder = trial_folder(self.plan.folder, strange[0])
             raise ConfigError(
                 f"--workdir: {folder} is a trial that the study in its storage does not have; use "
@@ -302,7 +310,11 @@ class _Worker:
                 number = self._claim(held)
                 if number is None:
                     return
-                self._run(number)
+                try:
+                    self._run(number)
+                except UpdateFinishedTrialError:
+                    # Nothing was heard of it for hours, as of a machine that slept.
+                    self._say(number, "another worker has given it up")
             # Programs of a trial are of no use to the next one.
             jax.clear_caches()
             gc.collect()
@@ -316,7 +328,10 @@ class _Worker:
         while True:
             for trial in self._trials(TrialState.RUNNING):
                 if trial.user_attrs.get("place") == self.place and self._take(trial.number, held):
-                    return trial.number
+                    if counts(self._trials()[trial.number]):
+                        return trial.number
+                    # Whoever had made it for nothing was gone before it was ended.
+                    self._end(self._open(trial.number), TrialState.FAIL)
             if sum(map(counts, self._trials())) >= self.plan.trials:
                 return None
             number = self._new_trial()
@@ -339,7 +354,10 @@ class _Worker:
     def _new_trial(self) -> int:
         """Adds a trial that belongs to this place from the first moment; its number."""
         claim = uuid.uuid4().hex
-        attributes = {"place": self.place, "claim": claim, "host": socket.gethostname()}
+        attributes = {
+            **{"place": self.place, "claim": claim, "host": socket.gethostname()},
+            "seen": time.time(),
+        }
         new = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attributes)
         self._patiently(lambda: self.study.add_trial(new))
         # If the answer was lost, it was added twice; the other one is then left behind.
@@ -394,7 +412,13 @@ class _Worker:
         except Pruned:
             self._end(trial, TrialState.PRUNED)
         except (TrainingError, ConfigError) as error:
+            if _is_of_the_disk(error):
+                self._note(trial, starts=starts[:-1])
+                raise  # It would be the same with all others.
             self._end(trial, TrialState.FAIL, error=printable(str(error)))
+        except (DataError, OSError):
+            self._note(trial, starts=starts[:-1])
+            raise
         except KeyboardInterrupt:
             self._note(trial, starts=starts[:-1])  # This end is not the trial's fault.
             if not self.plan.is_over():
@@ -437,11 +461,14 @@ class _Worker:
 
     def _end(self, trial: Trial, state: TrialState, **attributes: Any) -> None:
         """Finishes a trial, unless another worker has, and says so."""
-        self._note(trial, **attributes)
         curve = self._trials()[trial.number].intermediate_values
         best = best_value(curve, self.plan.direction)
         value = best if state == TrialState.COMPLETE else None
-        self._patiently(lambda: self.study.tell(trial.number, value, state, skip_if_finished=True))
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._note(trial, **attributes)
+            self._patiently(
+                lambda: self.study.tell(trial.number, value, state, skip_if_finished=True)
+            )
         how = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}.get(state, "failed")
         self._say(
             trial.number,
@@ -472,6 +499,16 @@ def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
     return trial.suggest_float(
         key, distribution.low, distribution.high, step=distribution.step, log=distribution.log
     )
+
+
+def _is_of_the_disk(error: BaseException | None) -> bool:
+    """Whether a run has failed for what it cannot write, and not for its configuration."""
+    while error is not None:
+        # TensorStore has errors of its own, with the system's words.
+        if isinstance(error, OSError) or any(words in str(error) for words in _OF_THE_DISK):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _short(value: Any) -> str:
