@@ -19,10 +19,7 @@ from cnn_jax import configuration
 from cnn_jax.errors import ConfigError
 from cnn_jax.tune.space import configured
 from configs import default
-
-sys.path.insert(0, str(REPOSITORY / "experiments"))
-
-import ablation
+from experiments import ablation
 
 # Leaves what a training leaves, at once. The accuracy is the seed's and the dropout's, so that
 # it is known; at a rate of 8e-3 it fails, and "slow" in the folder's path makes it wait.
@@ -188,7 +185,8 @@ def test_a_wrong_call_ends_all_of_it(tmp_path):
 def test_a_signal_lets_all_runs_save(tmp_path, training, signum):
     folder = tmp_path / "slow"
     code = (
-        f"import sys; sys.path.insert(0, {str(REPOSITORY / 'experiments')!r}); import ablation\n"
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from experiments import ablation\n"
         f"ablation.TRAIN = (sys.executable, '-S', {str(training)!r})\n"
         "ablation.cli.run(ablation.main, if_interrupted=ablation.cli.START_AGAIN)\n"
     )

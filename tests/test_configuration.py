@@ -90,6 +90,11 @@ IMPOSSIBLE = [
     ("train.label_smoothing", 1.0),
     ("train.patience", 0),
     ("train.monitor", "test_accuracy"),
+    ("report.detail", "some"),
+    ("report.splits", ()),
+    ("report.splits", ("validation", "validation")),
+    ("report.splits", ("holdout",)),
+    ("report.splits", ("train", "validation")),  # The report needs all.
 ]
 
 

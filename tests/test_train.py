@@ -859,3 +859,37 @@ def test_the_heartbeat_ends_with_the_run(finished):
     train_and_evaluate(config, workdir)
     beat = json.loads((workdir / "heartbeat.json").read_text())
     assert (beat["step"], beat["activity"]) == (18, "done")
+
+
+def test_whoever_is_told_of_the_epochs_may_end_the_run_and_it_goes_on(
+    finished, image_folder, tmp_path, capfd
+):
+    told = []
+
+    def stop_after_two(history):
+        told.append([record["epoch"] for record in history])
+        if len(history) == 2:
+            raise KeyError("enough")
+
+    config, workdir = _tiny(image_folder), tmp_path / "run"
+    with pytest.raises(KeyError, match="enough"):
+        train_and_evaluate(config, workdir, on_epoch=stop_after_two)
+    assert told == [[], [1], [1, 2]]
+    # Time is up before the first step, and nothing is lost.
+    with pytest.raises(Interrupted, match="saved after step 13"):
+        train_and_evaluate(config, workdir, on_epoch=told.append, deadline=time.monotonic())
+    assert [record["epoch"] for record in told[3]] == [1, 2]
+
+    # A study leaves the test split alone; whoever measures it later trains nothing.
+    config.report.detail, config.report.splits = "none", ("validation",)
+    capfd.readouterr()
+    report = train_and_evaluate(config, workdir, on_epoch=told.append)
+    assert set(report) == {"validation"} == set(read_bundle(workdir / "bundle").metrics)
+    assert json.loads((workdir / "report" / "metrics.json").read_text()) == report
+    assert not (workdir / "report" / "predictions.csv").exists()
+    assert capfd.readouterr().out == ""
+    config.report.splits = ("train", "validation", "test")
+    before = _history(workdir)
+    assert train_and_evaluate(config, workdir) == finished[2]
+    assert _history(workdir) == before
+    assert _weights(workdir) == _weights(finished[0])
