@@ -296,7 +296,8 @@ def validate(config: Config, num_devices: int) -> None:
         )
     if values["report.detail"] != "none" and len(values["report.splits"]) < len(SPLITS):
         raise ConfigError(
-            "config.report.splits: the report needs all of them; set report.detail=none too"
+            "config.report.splits: must be all of them, which the report needs, or "
+            "report.detail=none"
         )
     _check_parallelism(values, num_devices)
     if values["optimizer.final_learning_rate"] > values["optimizer.learning_rate"]:
