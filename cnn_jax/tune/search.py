@@ -32,7 +32,8 @@ class SeededSampler(BaseSampler):
     """
 
     def __init__(self, space: Space, seed: int):
-        self._space = dict(space)
+        # A parameter of one value is never asked for, and would spoil the estimate of the others.
+        self._space = {key: values for key, values in space.items() if not values.single()}
         self._seed = seed
 
     def _tpe(self, trial: FrozenTrial, name: str = "") -> TPESampler:

@@ -96,7 +96,7 @@ class _JournalLock(JournalFileSymlinkLock):
 def _open_database(url: str) -> RDBStorage:
     try:
         if "@" in (sqlalchemy.engine.make_url(url).host or ""):
-            raise ConfigError("--storage: an @ in a user's name or password is written %40")
+            raise ConfigError("--storage: an @ in a password is written %40")
         # Optuna takes braces for places to fill in.
         template = _with_driver(url).replace("{", "{{").replace("}", "}}")
         for collisions in itertools.count():

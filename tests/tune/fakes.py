@@ -1,0 +1,166 @@
+"""Studies without training: a trainer that writes figures down, and a storage in memory."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import time
+import types
+
+from configs import default
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend
+from optuna.trial import TrialState
+
+from cnn_jax.console import Console
+from cnn_jax.errors import Interrupted
+from cnn_jax.tune import study as studies
+from cnn_jax.tune.study import Plan
+
+SPACE = {
+    "model.dropout": FloatDistribution(0.0, 0.6),
+    "optimizer.learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
+    "train.batch_size": CategoricalDistribution([8, 16, 24]),
+}
+# What an epoch of the fake trainer says it has taken.
+SECONDS = 2.0
+
+
+class Killed(BaseException):
+    """The process is gone, as far as its study is concerned."""
+
+
+def make_plan(folder, **changes):
+    """A study of a few short trials; `config` is a dictionary of changes."""
+    config = default.get_config()
+    config.train.epochs = 3
+    with config.ignore_type():
+        for key, value in changes.pop("config", {}).items():
+            section, _, name = key.rpartition(".")
+            config[section][name] = value
+    options = {"name": "fake", "space": SPACE, "trials": 5, "storage_timeout": 0.2, **changes}
+    return Plan(config=config, folder=folder, **options)
+
+
+def value_of(config, epoch):
+    """A validation accuracy: the best learning rate is 3e-3, and dropout does harm."""
+    off = math.log10(config.optimizer.learning_rate / 3e-3)
+    end = 0.95 - 0.15 * off**2 - 0.2 * config.model.dropout**2 - config.train.batch_size / 500
+    return end - 0.3 * math.exp(-0.7 * epoch)
+
+
+class Trainer:
+    """Stands for `train_and_evaluate`: goes on from the epochs that are in the folder.
+
+    An epoch that is trained twice to its end, or a trial that two train at once, fails.
+    """
+
+    def __init__(self, before_epoch=lambda number, epoch: None, pause=0.0):
+        self.before_epoch = before_epoch
+        self.pause = pause
+        self.configs = {}
+
+    def __call__(self, config, workdir, console=None, *, on_epoch, deadline=None):
+        number = int(workdir.name)
+        self.configs[number] = config
+        workdir.mkdir(parents=True, exist_ok=True)
+        with (workdir / "busy").open("a") as busy:
+            fcntl.flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            history = [json.loads(path.read_text()) for path in sorted(workdir.glob("epoch-*"))]
+            on_epoch(history)
+            for epoch in range(len(history) + 1, config.train.epochs + 1):
+                self.before_epoch(number, epoch)
+                time.sleep(self.pause)
+                accuracy = value_of(config, epoch)
+                record = {"epoch": epoch, "seconds": SECONDS, "validation_accuracy": accuracy}
+                history.append(record | {"validation_loss": 1 - accuracy})
+                _write_once(workdir / f"epoch-{epoch:04d}", json.dumps(history[-1]))
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise Interrupted("saved")
+                on_epoch(history)
+        return {}
+
+
+def _write_once(path, text):
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    os.link(aside, path)
+    aside.unlink()
+
+
+def install(patch, trainer=None, fingerprint="of the data"):
+    """Puts a trainer and its data in their places; `patch` sets an attribute."""
+    trainer = trainer or Trainer()
+    dataset = types.SimpleNamespace(fingerprint=fingerprint)
+    patch(studies, "train_and_evaluate", trainer)
+    patch(studies, "open_dataset", lambda config, track: dataset)
+    # Collecting all that the tests hold takes longer than a study.
+    patch(studies, "gc", types.SimpleNamespace(collect=lambda: None))
+    patch(studies.jax, "clear_caches", lambda: None)
+    return trainer
+
+
+class Log(BaseJournalBackend):
+    """A journal in memory, which may fail.
+
+    Attributes:
+      lines: What was written.
+      before: Called with "read" or "write" before each.
+      after: Called after each write.
+    """
+
+    def __init__(self, lines=()):
+        self.lines = list(lines)
+        self.before = lambda what: None
+        self.after = lambda: None
+
+    def read_logs(self, log_number_from):
+        self.before("read")
+        return map(json.loads, self.lines[log_number_from:])
+
+    def append_logs(self, logs):
+        self.before("write")
+        self.lines.extend(map(json.dumps, logs))
+        self.after()
+
+    def open(self, url=""):
+        """The storage as a new process opens it."""
+        return JournalStorage(self)
+
+
+def run(plan):
+    return studies.run_study(plan, Console(is_silent=True))
+
+
+def outline(study):
+    """All of a study that must not depend on how it came about."""
+    return [
+        (t.number, t.state, t.params, t.values, t.intermediate_values, t.user_attrs.get("error"))
+        for t in study.trials
+    ]
+
+
+def counted(study):
+    return [trial for trial in study.trials if "void" not in trial.user_attrs]
+
+
+def are_finished(study):
+    return all(trial.state.is_finished() for trial in study.trials)
+
+
+def states(study):
+    return [trial.state.name.lower() for trial in study.trials]
+
+
+def work(plan, pause=0.0, started=None):
+    """A worker in a process of its own."""
+    with contextlib.ExitStack():
+        install(setattr, Trainer(pause=pause))
+        if started is not None:
+            started.wait()
+        run(plan)
+
+
+RUNNING = TrialState.RUNNING

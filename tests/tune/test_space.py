@@ -1,0 +1,161 @@
+import re
+
+import pytest
+from configs import default, eurosat
+from conftest import REPOSITORY
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from cnn_jax import configuration
+from cnn_jax.errors import ConfigError
+from cnn_jax.tune.space import configured, describe, load_space
+
+HEAD = "from optuna.distributions import *\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads the space of a file with this text."""
+
+    def load(text):
+        file = tmp_path / "space.py"
+        file.write_text(text)
+        return load_space(str(file), default.get_config())
+
+    return load
+
+
+def of(key, distribution):
+    """A file with a space of one key."""
+    return f"{HEAD}def get_space():\n    return {{{key!r}: {distribution}}}\n"
+
+
+@pytest.mark.parametrize("config", [default, eurosat], ids=["default", "eurosat"])
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "experiments" / "spaces").glob("*.py")))
+def test_a_shipped_space_loads_and_both_ends_of_it_can_run(file, config):
+    config = config.get_config()
+    space = load_space(str(file), config)
+    assert list(space) == sorted(space)
+    for end in (0, -1):
+        params = {}
+        for key, distribution in space.items():
+            of_key = describe(distribution)
+            params[key] = of_key.get("choices", [of_key.get("low"), of_key.get("high")])[end]
+        configuration.validate(configured(config, params), num_devices=1)
+
+
+def test_a_space_is_in_the_order_of_its_keys(load):
+    space = load(
+        f"{HEAD}def get_space():\n"
+        "    return {'train.batch_size': IntDistribution(8, 64, log=True),\n"
+        "            'model.dropout': FloatDistribution(0, 0.5)}\n"
+    )
+    assert list(space.items()) == [
+        ("model.dropout", FloatDistribution(0, 0.5)),
+        ("train.batch_size", IntDistribution(8, 64, log=True)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "distribution", "message"),
+    [
+        ("optimizer.learning_rat", "FloatDistribution(1e-4, 1)", "mean optimizer.learning_rate?"),
+        ("optimizer", "FloatDistribution(1e-4, 1)", "config.optimizer: is a section"),
+        (3, "FloatDistribution(1e-4, 1)", "config.3: there is no such key"),
+        ("optimizer.learning_rate", "FloatDistribution(0, 1)", "above 0, got 0.0"),
+        ("model.dropout", "FloatDistribution(0, 1)", "from 0 to below 1, got 1.0"),
+        ("model.dropout", "FloatDistribution(-0.1, 0.5)", "from 0 to below 1, got -0.1"),
+        ("train.batch_size", "IntDistribution(0, 64)", "an integer, 1 or more, got 0"),
+        ("train.batch_size", "FloatDistribution(8, 64)", "an integer, 1 or more, got 8.0"),
+        ("augment.flip", "CategoricalDistribution(['none', 'up'])", "got 'up'"),
+        ("model.features", "CategoricalDistribution(['(8, 16)', '(8, 0)'])", "got (8, 0)"),
+        ("model.features", "CategoricalDistribution(['8, 16)'])", "got '8, 16)'"),
+        ("model.features", "CategoricalDistribution(['name'])", "got 'name'"),
+        ("model.features", "CategoricalDistribution([(8, 16)])", "is written as text"),
+        ("train.epochs", "IntDistribution(1, 9)", "must be the same in all trials"),
+        ("train.patience", "IntDistribution(1, 9)", "must be the same in all trials"),
+        ("train.monitor", "CategoricalDistribution(['validation_f1'])", "must be the same"),
+        ("optimizer.decay_epochs", "IntDistribution(1, 9)", "must be the same in all trials"),
+        ("seed", "IntDistribution(1, 9)", "must be the same in all trials"),
+        ("data.source", "CategoricalDistribution(['shapes'])", "must be the same"),
+        ("data.split", "CategoricalDistribution(['(0.6, 0.2, 0.2)'])", "must be the same"),
+        ("report.detail", "CategoricalDistribution(['none'])", "must be the same"),
+        ("model.dropout", "(0, 0.5)", r"must be a FloatDistribution, IntDistribution or"),
+        ("model.dropout", "0.5", r"must be a FloatDistribution, IntDistribution or"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Choices for a categorical distribution")
+def test_a_key_that_cannot_vary_so_is_told_with_its_name(load, key, distribution, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        load(of(key, distribution))
+    assert re.match(rf"--space: \S*/space\.py: config\.{key}: ", str(error.value))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no function get_space"),
+        ("get_space = 3\n", "TypeError: 'int' object is not callable"),
+        ("x = {}['no']\n", "KeyError: 'no'"),
+        ("def get_space():\n    return {}['no']\n", "KeyError: 'no'"),
+        ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def get_space(:\n", "SyntaxError: "),
+        ("def get_space():\n    return {}\n", "must return a dictionary that has a key"),
+        ("def get_space():\n    return None\n", "must return a dictionary that has a key"),
+        ("def get_space():\n    return ['seed']\n", "must return a dictionary that has a key"),
+    ],
+)
+def test_a_file_that_is_no_space_is_told(load, text, message):
+    with pytest.raises(ConfigError, match=r"^--space: \S*/space\.py") as error:
+        load(text)
+    assert message in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    for path in (tmp_path / "none.py", tmp_path):
+        with pytest.raises(ConfigError, match="^--space: there is no file '/.*'$"):
+            load_space(str(path), default.get_config())
+
+
+def test_configured_sets_values_and_leaves_the_base_alone():
+    base = default.get_config()
+    before = dict(configuration.leaves(base))
+    params = {
+        "model.features": "(4, 8)",
+        "data.image_size": 16,
+        "optimizer.learning_rate": 1,  # Of another type than the base's.
+        "augment.flip": "none",
+        "precision": "float32",
+        "report.splits": ("validation",),
+    }
+    changed = configured(base, params)
+    assert dict(configuration.leaves(base)) == before
+    assert dict(configuration.leaves(changed)) == before | params | {"model.features": (4, 8)}
+    changed.data.cache = "none"
+    assert dict(configuration.leaves(base)) == before
+
+
+@pytest.mark.parametrize(
+    ("distribution", "described"),
+    [
+        (
+            FloatDistribution(1e-3, 0.1, log=True),
+            {"kind": "float", "low": 1e-3, "high": 0.1, "log": True},
+        ),
+        (
+            FloatDistribution(0, 1, step=0.5),
+            {"kind": "float", "low": 0, "high": 1, "log": False, "step": 0.5},
+        ),
+        (IntDistribution(1, 4), {"kind": "int", "low": 1, "high": 4, "log": False}),
+        (
+            IntDistribution(2, 8, step=2),
+            {"kind": "int", "low": 2, "high": 8, "log": False, "step": 2},
+        ),
+        (
+            CategoricalDistribution(["(4, 8)", "(8,)"]),
+            {"kind": "categorical", "choices": ["(4, 8)", "(8,)"]},
+        ),
+    ],
+)
+def test_a_distribution_as_json(distribution, described):
+    assert describe(distribution) == described

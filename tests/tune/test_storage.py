@@ -1,0 +1,286 @@
+import importlib.util
+import logging
+import re
+import time
+
+import optuna
+import pytest
+import sqlalchemy
+from fakes import Log
+from optuna.storages import JournalStorage, RDBStorage
+
+from cnn_jax.errors import ConfigError
+from cnn_jax.tune import storage
+from cnn_jax.tune.storage import StorageError, in_file, open_storage, patiently
+
+SECRET = "s3cret"
+
+
+class Away:
+    """A call that fails so often, and then has a result."""
+
+    def __init__(self, failures, error=None):
+        self.failures = failures
+        self.error = error or OSError("Connection refused")
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise self.error
+        return "result"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes in sleep alone, whose lengths are listed."""
+    pauses = []
+    monkeypatch.setattr(storage.time, "monotonic", lambda: sum(pauses))
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    return pauses
+
+
+def database_error():
+    cause = RuntimeError("server closed the connection\nunexpectedly")
+    error = sqlalchemy.exc.OperationalError("SELECT secret FROM table", {"a": SECRET}, cause)
+    error.__cause__ = cause
+    wrapped = optuna.exceptions.StorageInternalError("An exception is raised during the commit.")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("gone"), database_error(), sqlalchemy.exc.IntegrityError("a", {}, OSError("b"))],
+    ids=type,
+)
+def test_a_storage_that_is_away_for_a_while_is_waited_for(clock, error):
+    call = Away(5, error)
+    assert patiently(call, 60, "Nothing is lost") == "result"
+    assert call.calls == 6
+    assert clock == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
+
+
+def test_pauses_do_not_grow_without_end_and_the_last_one_ends_in_time(clock):
+    call = Away(1000)
+    with pytest.raises(StorageError):
+        patiently(call, 60, "Nothing is lost")
+    assert max(clock) == 2.0
+    assert sum(clock) == pytest.approx(60)
+    assert call.calls == len(clock) + 1
+
+
+def test_the_wait_is_told_once(clock, caplog):
+    with caplog.at_level(logging.WARNING):
+        patiently(Away(5), 60, "Nothing is lost")
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "the study's storage does not answer (Connection refused); trying for 60 s"
+    ]
+
+
+def test_a_storage_that_stays_away_is_told_in_one_line_with_what_is_safe(clock):
+    with pytest.raises(StorageError) as raised:
+        patiently(Away(1000, database_error()), 5, "The trial is saved in here")
+    assert str(raised.value) == (
+        "the study's storage has not answered for 5 s (server closed the connection unexpectedly)."
+        " The trial is saved in here; the same command goes on once it is back"
+    )
+    assert raised.value.exit_code == 1
+
+
+def test_what_is_no_matter_of_the_storage_is_raised_at_once(clock):
+    call = Away(1, KeyError("a bug"))
+    with pytest.raises(KeyError):
+        patiently(call, 60, "Nothing is lost")
+    assert call.calls == 1
+    assert not clock
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://user:{SECRET}@127.0.0.1:1/db",  # Nobody listens there.
+        f"postgresql+psycopg://user:{SECRET}@127.0.0.1:1/db",
+        f"postgresql://user:{SECRET}%40@127.0.0.1:1/db",
+        f"postgresql://user:{{{SECRET}}}@127.0.0.1:1/db",
+        f"postgresql://user:{SECRET}/a@127.0.0.1:1/db",
+        f"postgresql://127.0.0.1:1/db?user=user&password={SECRET}",
+        f"postgresql://user:{SECRET}@127.0.0.1:1/db?sslmode=nonsense",
+    ],
+)
+def test_a_database_that_cannot_be_reached_is_told_without_its_password(url):
+    with pytest.raises(StorageError) as raised:
+        open_storage(url)
+    message = str(raised.value)
+    assert re.match(r"--storage: postgresql\S*127\.0\.0\.1:1/db\S* cannot be opened: conn", message)
+    assert SECRET not in message
+    assert "***" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "nonsense",
+        "study.db",
+        f"postgresql:/user:{SECRET}@host/db",
+        f"postgresql:user:{SECRET}@host/db",
+        f"user:{SECRET}@host/db",
+        f"postgresql://user:{SECRET}@host:port/db",
+        f"postgresql://user:{SECRET}@[::1/db",
+        f"postgresql+nodriver://user:{SECRET}@host/db",
+        f"nodatabase://user:{SECRET}@host/db",
+        f"postgresql://user:a@{SECRET}@host/db",
+    ],
+)
+def test_what_is_no_url_is_told_without_its_password(url):
+    with pytest.raises(ConfigError, match=r"^--storage: (must be a data|an @ in )") as raised:
+        open_storage(url)
+    assert SECRET not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_driver_is_told_without_the_password():
+    with pytest.raises(ConfigError, match=r"no driver for oracle://user:\*\*\*@host/db is inst"):
+        open_storage(f"oracle://user:{SECRET}@host/db")
+
+
+@pytest.mark.parametrize(
+    ("url", "has_psycopg2", "expected"),
+    [
+        ("postgresql://u@h/d", False, "postgresql+psycopg://u@h/d"),
+        ("postgres://u@h/d", False, "postgresql+psycopg://u@h/d"),
+        ("postgresql://u@h/d", True, "postgresql://u@h/d"),
+        ("postgres://u@h/d", True, "postgresql://u@h/d"),  # SQLAlchemy has no such dialect.
+        ("postgresql+asyncpg://u@h/d", False, "postgresql+asyncpg://u@h/d"),
+        ("mysql://u@h/d", False, "mysql://u@h/d"),
+        ("sqlite:///d", False, "sqlite:///d"),
+    ],
+)
+def test_the_driver_of_postgresql_is_the_one_that_is_there(
+    monkeypatch, url, has_psycopg2, expected
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: has_psycopg2 or None)
+    assert storage._with_driver(url) == expected
+
+
+def add_study(opened):
+    return optuna.create_study(storage=opened, study_name="name", load_if_exists=True)
+
+
+@pytest.mark.parametrize("name", ["study.db", "a b?c#d%20e{0}", "ü\\'\"@x:y", "100%"])
+@pytest.mark.parametrize("form", ["sqlite", "journal"])
+def test_a_file_keeps_what_it_was_given_whatever_its_name(tmp_path, form, name):
+    path = tmp_path / "new" / name
+    if form == "sqlite":
+        path.parent.mkdir()
+    url = in_file(path) if form == "sqlite" else f"journal:{path}"
+    opened = open_storage(url)
+    assert isinstance(opened, RDBStorage if form == "sqlite" else JournalStorage)
+    add_study(opened).set_user_attr("key", "value")
+    assert [file.name for file in path.parent.iterdir()] == [name]
+    assert add_study(open_storage(url)).user_attrs == {"key": "value"}
+
+
+@pytest.mark.parametrize("form", ["sqlite:///{}/study.db", "journal:{}/study", "journal:{}"])
+def test_a_path_that_cannot_be_written_is_told(tmp_path, form):
+    """A file where a folder should be; for the last, a folder where a file should be."""
+    path = tmp_path / "file"
+    path.mkdir() if form.endswith("}") else path.touch()
+    url = form.format(path)
+    with pytest.raises(StorageError, match=rf"^--storage: {re.escape(url)} cannot be opened: "):
+        open_storage(url)
+
+
+@pytest.mark.parametrize("text", ["# Notes\n\nOf a study.\n", "{}\n{}\n", "[]\n[]\n", "\0\n" * 9])
+def test_a_file_that_is_no_journal_is_told_and_left_alone(tmp_path, text):
+    path = tmp_path / "notes"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"^--storage: {path} is not a journal of studies$"):
+        open_storage(f"journal:{path}")
+    assert path.read_text() == text
+
+
+def test_a_file_that_is_no_database_is_told(tmp_path):
+    path = tmp_path / "notes"
+    path.write_text("Of a study.\n" * 100)
+    with pytest.raises(StorageError, match="cannot be opened: file is not a database$"):
+        open_storage(f"sqlite:///{path}")
+
+
+@pytest.mark.parametrize("torn", ['{"op_code": 4, "worker', '{"op_code": 4}', "\0" * 5000, ""])
+def test_a_line_that_was_cut_off_does_not_spoil_a_journal(tmp_path, torn):
+    """As by a full disk, or by one that lost its power."""
+    path = tmp_path / "journal"
+    add_study(open_storage(f"journal:{path}")).set_user_attr("before", 1)
+    with path.open("a") as file:
+        file.write(torn)
+    study = add_study(open_storage(f"journal:{path}"))
+    study.set_user_attr("after", 2)
+    for again in (study, add_study(open_storage(f"journal:{path}"))):
+        assert again.user_attrs == {"before": 1, "after": 2}
+
+
+def test_workers_that_begin_at_once_find_each_others_tables(tmp_path, monkeypatch):
+    """Between the look whether a table is there and its making comes another's."""
+    url = in_file(tmp_path / "study.db")
+    make, collisions = storage.RDBStorage, []
+
+    def collide(*args, **kwargs):
+        if len(collisions) == 3:
+            return make(*args, **kwargs)
+        # As SQLite said it in three such races.
+        collisions.append(
+            [
+                sqlalchemy.exc.OperationalError("CREATE", {}, "table studies already exists"),
+                sqlalchemy.exc.IntegrityError("INSERT", {}, "UNIQUE constraint failed: a.version"),
+                sqlalchemy.exc.ProgrammingError("CREATE", {}, 'type "trialstate" already exists'),
+            ][len(collisions)]
+        )
+        raise collisions[-1]
+
+    monkeypatch.setattr(storage, "RDBStorage", collide)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    assert isinstance(open_storage(url), RDBStorage)
+    assert len(collisions) == 3
+
+
+def test_an_error_that_is_no_collision_is_told_at_once(monkeypatch):
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        raise sqlalchemy.exc.OperationalError("CREATE", {}, OSError("no room"))
+
+    monkeypatch.setattr(storage, "RDBStorage", fail)
+    with pytest.raises(StorageError, match="no room"):
+        open_storage("sqlite:///study.db")
+    assert len(calls) == 1
+
+
+def test_collisions_without_end_are_an_error(monkeypatch):
+    def fail(*args, **kwargs):
+        raise sqlalchemy.exc.IntegrityError("INSERT", {}, OSError("UNIQUE constraint failed"))
+
+    monkeypatch.setattr(storage, "RDBStorage", fail)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    with pytest.raises(StorageError, match="UNIQUE constraint failed"):
+        open_storage("sqlite:///study.db")
+
+
+def test_the_log_of_the_tests_is_a_storage():
+    """What other tests rely on: a new process finds what was written, and a failure is raised."""
+    log = Log()
+    add_study(log.open()).set_user_attr("key", 1)
+    assert add_study(log.open()).user_attrs == {"key": 1}
+
+    def fail(what):
+        raise OSError(what)
+
+    log.before = fail
+    start = time.monotonic()
+    with pytest.raises(StorageError, match=r"\(read\)"):
+        patiently(lambda: add_study(log.open()), 0.1, "")
+    assert time.monotonic() - start >= 0.1
