@@ -1,8 +1,5 @@
 """The report of a run: its page, the pictures beside it, and all its figures as JSON."""
 
-import base64
-import hashlib
-import importlib.resources
 import json
 import os
 import pathlib
@@ -13,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import markupsafe
 import numpy as np
 from PIL import Image
 
@@ -229,9 +225,6 @@ def _page(
     folder: pathlib.Path,
     drawn: list[str],
 ) -> str:
-    script = importlib.resources.files("cnn_jax.report").joinpath("sort.js").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
     def picture(name: str) -> str | None:
         """A file of the folder as a part of the page, if it is there."""
         path = folder / name
@@ -242,29 +235,15 @@ def _page(
         figures=figures,
         run=figures["run"],
         titles=_TITLES,
-        charts={name: _chart(folder / f"{name}.png") for name in drawn},
+        charts={name: style.embedded(folder / f"{name}.png") for name in drawn},
         picture=picture,
         map_of=lambda name: picture(str(_map_path(pathlib.Path(name)))),
         are_mapped=any((folder / "examples").glob("*_map.png")),
         # Where a chart has a class's number, the table of classes has it too.
         are_numbered=style.tick_names(names) != [style.shorten(name) for name in names],
         configuration=_flat(figures["run"]["configuration"]),
-        script=markupsafe.Markup(script),
-        script_digest=digest,
+        **style.sorting_script(),
     )
-
-
-def _chart(path: pathlib.Path) -> dict[str, Any]:
-    """A chart for a light and a dark page, and its size in the page's pixels."""
-    with Image.open(path) as image:
-        width, height = image.size
-        scale = 96 / image.info.get("dpi", (96, 96))[0]
-    return {
-        "light": style.data_uri(path),
-        "dark": style.data_uri(path.with_stem(path.stem + style.THEMES[1].suffix)),
-        "width": round(width * scale),
-        "height": round(height * scale),
-    }
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

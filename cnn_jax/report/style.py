@@ -7,6 +7,8 @@ page's markup; a chart shows one only where Matplotlib's font can draw it.
 import base64
 import dataclasses
 import functools
+import hashlib
+import importlib.resources
 import pathlib
 import re
 import unicodedata
@@ -14,12 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jinja2
+import markupsafe
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from PIL import Image
 
 from cnn_jax.errors import printable
 
@@ -40,6 +44,7 @@ class Theme:
 
     Attributes:
       suffix: Of the names of its files.
+      ground: The page's.
       ink: Text.
       line: Grids.
       accent: What stands alone.
@@ -51,6 +56,7 @@ class Theme:
     """
 
     suffix: str
+    ground: str
     ink: str
     line: str
     accent: str
@@ -69,6 +75,7 @@ class Theme:
 THEMES = (
     Theme(
         suffix="",
+        ground="#ffffff",
         ink="#4a4f57",
         line="#dfe2e6",
         accent="#3f6fa8",
@@ -80,6 +87,7 @@ THEMES = (
     ),
     Theme(
         suffix="_dark",
+        ground="#17191d",
         ink="#b9bec6",
         line="#3a3f47",
         accent="#7fb0e6",
@@ -192,3 +200,27 @@ def _on_one_line(text: str) -> str:
 def data_uri(path: pathlib.Path) -> str:
     """A PNG file as a part of the page."""
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def embedded(path: pathlib.Path) -> dict[str, Any]:
+    """A chart for a light and a dark page, and its size in the page's pixels.
+
+    Args:
+      path: Of the light one. The dark one lies beside it.
+    """
+    with Image.open(path) as image:
+        width, height = image.size
+        scale = 96 / image.info.get("dpi", (96, 96))[0]
+    return {
+        "light": data_uri(path),
+        "dark": data_uri(path.with_stem(path.stem + THEMES[1].suffix)),
+        "width": round(width * scale),
+        "height": round(height * scale),
+    }
+
+
+def sorting_script() -> dict[str, str]:
+    """What sorts a page's tables, and the digest by which the page allows no other script."""
+    script = importlib.resources.files("cnn_jax.report").joinpath("sort.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {"script": markupsafe.Markup(script), "script_digest": digest}

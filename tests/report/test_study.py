@@ -1,114 +1,17 @@
 import functools
 import html.parser
-import math
 import re
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
+from studies import HOSTILE, all_alike, make_study
 
 from cnn_jax.report import study as study_page
 from cnn_jax.report import style
-from cnn_jax.report.study import charts_of, edge, place, places, write_study_page
-
-HOSTILE = "<script>alert('1')</script> \"&amp; {{ 7 * 7 }}\nline 猫 \udcff $x^$"
-
-# A study has the first few of these.
-SPACE = {
-    "optimizer.learning_rate": {"kind": "float", "low": 1e-4, "high": 1e-2, "log": True},
-    "train.batch_size": {"kind": "categorical", "choices": [16, 32, 64]},
-    "model.features": {"kind": "categorical", "choices": ["(16, 32, 64)", "(32, 64, 128)"]},
-    "model.dense": {"kind": "int", "low": 64, "high": 512, "log": True},
-    "model.dropout": {"kind": "float", "low": 0.0, "high": 0.6, "log": False},
-    "loss.label_smoothing": {"kind": "float", "low": 0.0, "high": 0.2, "log": False},
-    "optimizer.weight_decay": {"kind": "float", "low": 1e-6, "high": 1e-2, "log": True},
-    "augment.rotation": {"kind": "float", "low": 0.0, "high": 0.25, "log": False},
-    "augment.flip": {"kind": "categorical", "choices": ["none", "horizontal", "both"]},
-    "augment.zoom": {"kind": "float", "low": 0.0, "high": 0.5, "log": False},
-    "augment.dropout": {"kind": "float", "low": 0.0, "high": 0.5, "log": False},
-    "optimizer.warmup_epochs": {"kind": "int", "low": 0, "high": 5, "log": False},
-    "model.normalize": {"kind": "categorical", "choices": [False, True]},
-    "optimizer.name": {"kind": "categorical", "choices": ["adamw", "sgd", "lion", "lamb"]},
-}
-
-
-def _drawn(rng, range_):
-    if range_["kind"] == "categorical":
-        return range_["choices"][rng.integers(len(range_["choices"]))]
-    low, high = range_["low"], range_["high"]
-    share = rng.random()
-    value = low * (high / low) ** share if range_["log"] else low + (high - low) * share
-    return round(value) if range_["kind"] == "int" else value
-
-
-def make_study(
-    trials=40,
-    parameters=8,
-    monitor="validation_accuracy",
-    states=("complete", "pruned", "pruned", "complete", "pruned", "failed"),
-):
-    """A study as the command leaves it; the learning rate decides most."""
-    rng = np.random.default_rng(0)
-    space = dict(list(SPACE.items())[:parameters])
-    is_loss = monitor.endswith("loss")
-    made = []
-    for number in range(trials):
-        state = states[number % len(states)]
-        params = {key: _drawn(rng, range_) for key, range_ in space.items()}
-        rate = abs(math.log10(params.get("optimizer.learning_rate", 1e-3) / 2e-3))
-        end = 0.97 - 0.06 * rate**2 - 0.02 * rng.random() - 0.5 * (rng.random() < 0.05)
-        epochs = {"complete": 15, "failed": 0}.get(state, int(rng.choice([1, 1, 3, 5])))
-        curve = [
-            round(end * (1 - math.exp(-0.7 * e)) + 0.005 * rng.normal(), 6)
-            for e in range(1, epochs + 1)
-        ]
-        if is_loss:
-            curve = [-2 * math.log(min(max(value, 0.01), 0.999)) for value in curve]
-        made.append(
-            {
-                "number": number,
-                "state": state,
-                "value": (min if is_loss else max)(curve) if curve else None,
-                "epochs": epochs,
-                "seconds": 8.3 * epochs + 2,
-                "params": params if state != "failed" else dict(list(params.items())[:1]),
-                "curve": curve,
-                "error": "TrainingError: the loss is not finite" if state == "failed" else "",
-                "host": f"host{number % 2}",
-                "folder": f"trials/{number:04d}",
-            }
-        )
-    complete = [trial for trial in made if trial["state"] == "complete"]
-    best = (min if is_loss else max)(complete, key=lambda trial: trial["value"], default=None)
-    shares = {key: 0.5 ** (i + 1) for i, key in enumerate(space)}
-    return {
-        "name": "eurosat",
-        "monitor": monitor,
-        "direction": "minimize" if is_loss else "maximize",
-        "max_epochs": 15,
-        "trials_wanted": 50,
-        "data": {"source": "folder:/data/eurosat", "fingerprint": "0f3a" * 8},
-        "versions": {"cnn_jax": "0.1.0", "jax": "0.10.0", "optuna": "4.5.0"},
-        "config_file": "configs/eurosat.py",
-        "space": space,
-        "trials": made,
-        "best": best["number"] if best else None,
-        "best_config": "best.py",
-        "importance": shares if len(complete) > 3 else None,
-        "importance_note": "" if len(complete) > 3 else "There are too few complete trials.",
-        "cost": {
-            **{
-                state: sum(trial["state"] == state for trial in made)
-                for state in ("complete", "pruned", "failed", "running")
-            },
-            "epochs": sum(trial["epochs"] for trial in made),
-            "epochs_without_pruning": 15 * sum(trial["state"] != "failed" for trial in made),
-            "seconds": sum(trial["seconds"] for trial in made),
-            "started": "2025-05-01T10:00:00+00:00",
-            "ended": "2025-05-01T13:26:10+00:00",
-        },
-    }
+from cnn_jax.report.study import charts_of, write_study_page
+from cnn_jax.report.study_values import NOTHING, place
 
 
 class _Parser(html.parser.HTMLParser):
@@ -168,116 +71,7 @@ def _parsed(study, folder):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Charts of one pixel, where they are not the point."""
-    monkeypatch.setattr(
-        study_page.style, "draw", lambda path, *_: Image.new("RGBA", (1, 1)).save(path)
-    )
-
-
-def _all_alike(study):
-    """Every trial with the same value in every epoch."""
-    for trial in study["trials"]:
-        if trial["curve"]:
-            trial["value"] = 0.9
-            trial["curve"] = [0.9] * len(trial["curve"])
-    return study
-
-
-# The ranges.
-
-
-LINEAR = {"kind": "float", "low": 0.0, "high": 0.5, "log": False}
-LOG = {"kind": "float", "low": 1e-4, "high": 1.0, "log": True}
-INT = {"kind": "int", "low": 0, "high": 40, "log": False}
-LOG_INT = {"kind": "int", "low": 1, "high": 1024, "log": True}
-CHOICE = {"kind": "categorical", "choices": [16, "a", False]}
-
-
-@pytest.mark.parametrize(
-    ("range_", "value", "expected"),
-    [
-        *((LINEAR, 0.0, "lower"), (LINEAR, 0.025, "lower"), (LINEAR, 0.026, None)),
-        *((LINEAR, 0.25, None), (LINEAR, 0.474, None), (LINEAR, 0.475, "upper")),
-        # A twentieth of four decades is a fifth of one.
-        *((LOG, 1.5e-4, "lower"), (LOG, 1.6e-4, None), (LOG, 0.02, None)),
-        *((LOG, 0.63, None), (LOG, 0.64, "upper"), (LOG, 1.0, "upper")),
-        *((INT, 2, "lower"), (INT, 3, None), (INT, 37, None), (INT, 38, "upper")),
-        # A twentieth of ten doublings is half of one.
-        *((LOG_INT, 1, "lower"), (LOG_INT, 2, None), (LOG_INT, 700, None), (LOG_INT, 730, "upper")),
-        *((CHOICE, 16, None), (CHOICE, False, None), (LINEAR, math.nan, None)),
-        # With nothing to choose from, nothing is at the edge.
-        ({"kind": "float", "low": 0.1, "high": 0.1, "log": False}, 0.1, None),
-    ],
-)
-def test_the_edge_is_a_twentieth_of_the_range(range_, value, expected):
-    assert edge(range_, value) == expected
-
-
-def test_places_on_the_axes_are_those_worked_out_by_hand():
-    space = {"rate": LOG, "size": CHOICE, "dropout": LINEAR, "layers": LOG_INT}
-    parameters = [
-        {"rate": 1e-3, "size": 16, "dropout": 0.1, "layers": 32},
-        {"rate": 1.0, "size": False, "dropout": 0.5, "layers": 1},
-        {"layers": 1024, "dropout": 0.0, "size": "a", "rate": 1e-4},  # In another order.
-        {"size": "gone"},
-    ]
-    trials = [
-        {"number": i, "state": "complete", "value": value, "params": params}
-        for i, (value, params) in enumerate(zip((0.8, 0.9, 0.7, 0.8), parameters, strict=True))
-    ]
-    study = {
-        "space": space,
-        "trials": trials,
-        "direction": "maximize",
-        "monitor": "validation_accuracy",
-    }
-    nan = math.nan
-    expected = [
-        [0.25, 0.0, 0.2, 0.5, 0.5],
-        [1.0, 1.0, 1.0, 0.0, 1.0],
-        [0.0, 0.5, 0.0, 1.0, 0.0],
-        [nan, nan, nan, nan, 0.5],
-    ]
-    np.testing.assert_allclose(places(study, trials), expected, atol=1e-12)
-    assert place({"kind": "categorical", "choices": ["one"]}, "one") == 0.5
-
-
-def test_an_axis_of_values_leaves_out_what_is_far_worse():
-    """Median 0.9 and best 0.95: it reaches down to 0.8."""
-    values = [0.1, 0.9, 0.9, 0.95, 0.94]
-    rising = study_page.scale_of({"direction": "maximize", "monitor": "validation_f1"}, values)
-    assert (rising.low, rising.high) == pytest.approx((0.8, 0.95))
-    assert rising.at_edge([0.1, 0.9]) == pytest.approx([0.8, 0.9])
-    assert rising.place(0.1) == 0
-    assert (rising.name, rising.text(0.95)) == ("validation F1", "95.00 %")
-    falling = study_page.scale_of(
-        {"direction": "minimize", "monitor": "validation_loss"}, [9.0, 0.3, 0.3, 0.2, 0.25]
-    )
-    assert (falling.low, falling.high) == pytest.approx((0.2, 0.5))
-    assert falling.text(0.25) == "0.2500"
-
-
-def test_the_best_so_far_is_of_complete_trials_in_their_order():
-    states = ("complete", "pruned", "complete", "complete", "failed", "complete")
-    values = (0.5, 0.9, 0.4, 0.7, None, 0.6)
-    trials = [
-        {"number": i, "state": state, "value": value}
-        for i, (state, value) in enumerate(zip(states, values, strict=True))
-    ]
-    study = {"trials": trials[::-1], "direction": "maximize"}
-    assert study_page.best_so_far(study) == ([0, 2, 3, 5], [0.5, 0.5, 0.7, 0.7])
-    study["direction"] = "minimize"
-    assert study_page.best_so_far(study) == ([0, 2, 3, 5], [0.5, 0.4, 0.4, 0.4])
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        *((0, "0"), (512, "512"), (1024, "1,024"), (1e-4, "0.0001"), (0.0012345678, "0.001235")),
-        *((3.21e-5, "3.21e-5"), (2e8, "2e8"), (12345.6, "12,346"), (-0.5, "-0.5")),
-    ],
-)
-def test_numbers_are_short(value, expected):
-    assert study_page.number(value) == expected
+    monkeypatch.setattr(style, "draw", lambda path, *_: Image.new("RGBA", (1, 1)).save(path))
 
 
 # The charts.
@@ -309,7 +103,7 @@ CASES = {
         3,
     ),
     "constant": (
-        lambda: _all_alike(make_study(30, 3)),
+        lambda: all_alike(make_study(30, 3)),
         {"history", "curves", "parallel", "importance"},
         3,
     ),
@@ -323,14 +117,14 @@ def test_what_there_is_something_to_draw_of_is_drawn(name, tmp_path):
     assert set(charts) == expected | {f"slice_{number:02d}" for number in range(slices)}
     if name == "large":  # Its first slices are like those of the typical study.
         charts = dict(list(charts.items())[:4] + list(charts.items())[-3:])
-    for number, (chart, (plot, size)) in enumerate(charts.items()):
-        path = tmp_path / f"{chart}.png"
+    for number, (file, chart) in enumerate(charts.items()):
+        path = tmp_path / f"{file}.png"
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Such as of a character that the font lacks.
-            style.draw(path, style.THEMES[number % 2], plot, size, 40)
+            style.draw(path, style.THEMES[number % 2], chart.plot, chart.size, 40)
         with Image.open(path) as image:
             assert np.asarray(image)[..., 3].any()
-            assert image.size == (int(size[0] * 40), int(size[1] * 40))
+            assert image.size == (int(chart.size[0] * 40), int(chart.size[1] * 40))
 
 
 def test_odd_names_and_ranges_are_drawn(tmp_path):
@@ -350,23 +144,10 @@ def test_odd_names_and_ranges_are_drawn(tmp_path):
     for trial in study["trials"]:
         firsts = [range_.get("choices", [0.5])[0] for range_ in ranges]
         trial["params"] = dict(zip(names, firsts, strict=True))
-    for chart, (plot, size) in charts_of(study).items():
+    for name, chart in charts_of(study).items():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            style.draw(tmp_path / f"{chart}.png", style.THEMES[0], plot, size, 40)
-
-
-def test_names_of_an_axis_keep_their_distance():
-    assert study_page._some(5, 1) == [0, 1, 2, 3, 4]
-    assert study_page._some(10, 2) == [0, 2, 4, 6, 9]
-    assert study_page._some(1, 3) == [0]
-    assert study_page._cut("(16, 32, 64, 128)", 9) == "(16,…128)"
-    assert study_page._cut("short", 5) == "short"
-
-
-def test_an_axis_has_the_last_part_of_a_key_where_it_is_no_others():
-    names = study_page._axis_names(["a.rate", "model.dropout", "augment.dropout", "b.猫"])
-    assert names == ["rate", "model.dropout", "augment.dropout", "#3"]
+            style.draw(tmp_path / f"{name}.png", style.THEMES[0], chart.plot, chart.size, 40)
 
 
 # The page.
@@ -384,7 +165,7 @@ def test_every_number_of_the_table_is_in_the_page(tmp_path, undrawn):
         is_best = trial["number"] == study["best"]
         assert number[1] == f"{trial['number']}" + " (best)" * is_best
         assert (state[1], error[1]) == (trial["state"], trial["error"])
-        missing = [str(study_page._SORTS_FIRST), study_page._NOTHING]
+        missing = [str(study_page._SORTS_FIRST), NOTHING]
         if trial["value"] is None:
             assert value == missing
         else:
@@ -443,6 +224,25 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert "default-src 'none'; img-src data:" in (tmp_path / "index.html").read_text("utf-8")
 
 
+def test_two_may_write_the_page_at_once(tmp_path, monkeypatch):
+    """One begins and ends while the other draws: each page has the charts made with it."""
+    study, pages = make_study(12, 1), {}
+
+    def write(colour, meanwhile=lambda: None):
+        def draw(path, *_):
+            if path.name == "slice_00_dark.png":  # The last.
+                meanwhile()
+            Image.new("RGB", (1, 1), colour).save(path)
+
+        monkeypatch.setattr(style, "draw", draw)
+        pages[colour] = _parsed(study, tmp_path)
+
+    write("red", meanwhile=lambda: write("blue"))
+    for colour, page in pages.items():
+        Image.new("RGB", (1, 1), colour).save(tmp_path / "one.png")
+        assert set(page.pictures) == {style.data_uri(tmp_path / "one.png")}
+
+
 @pytest.mark.parametrize(
     ("study", "sentences"),
     [
@@ -476,7 +276,7 @@ def test_a_choice_of_none_is_not_what_is_missing(tmp_path, undrawn):
     rows = _parsed(study, tmp_path).rows[1:]
     first, second = (row[-3:-1] for row in rows)
     assert first == [["1.0", "None"], ["32", "32"]]
-    assert second == [[str(study_page._SORTS_FIRST), study_page._NOTHING]] * 2
+    assert second == [[str(study_page._SORTS_FIRST), NOTHING]] * 2
     assert "16 to 64 in steps of 16" in (tmp_path / "index.html").read_text("utf-8")
 
 

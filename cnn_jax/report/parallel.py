@@ -1,0 +1,210 @@
+"""The trials of a study in parallel coordinates: an axis for each parameter, one for the value.
+
+Keys of parameters and names of categories are cut short: the page has them whole.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cnn_jax.report import style
+from cnn_jax.report.study_charts import axis_names, every_so_many, line_alpha
+from cnn_jax.report.study_values import (
+    Range,
+    Study,
+    Trial,
+    best_trial,
+    compared,
+    is_number,
+    number,
+    parameter,
+    place,
+    scale_of_complete,
+    valued,
+)
+from cnn_jax.report.style import Theme
+
+# The height of the axes, in inches.
+_HEIGHT = 3.2
+# Of the names of categories, in points: their size, and how wide a letter is.
+_SIZE, _LETTER = 7.5, 4.7
+
+
+def parallel_size(study: Study) -> tuple[float, float]:
+    """(width, height) in inches: the more parameters, the wider, until the page is full."""
+    return min(max(1.25 * (len(study["space"]) + 1), 5.5), 10.5), _HEIGHT + 1.1
+
+
+def parallel(study: Study, figure: Figure, theme: Theme) -> None:
+    """A line for each trial, across an axis for each parameter and one for the value.
+
+    The better the value, the stronger the colour. Pruned trials are faint, and the best is on top.
+    """
+    axes = figure.subplots()
+    axes.set_axis_off()
+    _draw_trials(study, axes, theme)
+    _draw_names(study, axes, theme)
+    for across, range_ in enumerate(study["space"].values()):
+        if range_["kind"] == "categorical":
+            _draw_categories(range_, across, _between_axes(study), axes, theme)
+        else:
+            _draw_numbers(range_, across, axes, theme)
+    _draw_ramp(study, axes, theme)
+    axes.set(xlim=(-0.1, len(study["space"]) + 0.25), ylim=(-0.03, 1.03))
+
+
+# Lines.
+
+
+def places(study: Study, trials: Sequence[Trial]) -> Float[np.ndarray, "trials axes"]:
+    """Where each trial crosses each axis, from 0 to 1.
+
+    The axes are the parameters in the order of the space, and last the value. NaN where a trial
+    has no value for a parameter.
+    """
+    scale = scale_of_complete(study)
+    rows = [
+        [
+            *(place(range_, parameter(trial, key)) for key, range_ in study["space"].items()),
+            scale.place(trial["value"]),
+        ]
+        for trial in trials
+    ]
+    return np.array(rows, float).reshape(len(trials), len(study["space"]) + 1)
+
+
+def _draw_trials(study: Study, axes: Axes, theme: Theme) -> None:
+    trials, best = compared(study), best_trial(study)
+    lines = places(study, trials)
+    across = np.arange(lines.shape[1])
+    qualities = scale_of_complete(study).qualities(lines[:, -1])
+    alpha = line_alpha(len(trials))
+    for row in np.argsort(qualities, kind="stable").tolist():
+        if trials[row] is best:
+            look = {"color": theme.second, "linewidth": 2.4, "zorder": 3}
+        elif trials[row]["state"] == "complete":
+            colour = _colour(qualities[row], theme)
+            look = {"color": colour, "linewidth": 1.2, "alpha": alpha, "zorder": 2}
+        else:
+            look = {"color": theme.ink, "linewidth": 0.5, "alpha": 0.4 * alpha, "zorder": 1}
+        axes.plot(across, lines[row], **look)
+
+
+def _colour(quality: float, theme: Theme) -> tuple[float, float, float, float]:
+    """Of the ramp, of which the first part would be lost on the page's ground."""
+    return theme.colours(0.25 + 0.75 * quality)
+
+
+# Axes.
+
+
+def _draw_names(study: Study, axes: Axes, theme: Theme) -> None:
+    """Vertical lines, and above them what they are of: slanted, where it has no room else."""
+    value = scale_of_complete(study).label.removeprefix("validation ")
+    names = [*axis_names(list(study["space"])), value]
+    is_slanted = max(map(len, names)) * 5.3 > _between_axes(study)  # Points of a letter.
+    slant = {"rotation": 30, "ha": "left", "rotation_mode": "anchor"} if is_slanted else {}
+    for across, name in enumerate(names):
+        axes.plot([across, across], [0, 1], color=theme.ink, linewidth=0.8, zorder=2.5)
+        _write(axes, theme, name, (across, 1), (0, 17), **({"va": "bottom"} | slant))
+
+
+def _between_axes(study: Study) -> float:
+    """Room for text from one axis to the next, in points."""
+    return 72 * parallel_size(study)[0] / (len(study["space"]) + 1.5) - 12
+
+
+def _draw_numbers(range_: Range, across: int, axes: Axes, theme: Theme) -> None:
+    """The ends of a range and, on a log scale, a tick at each power of ten."""
+    low, high = range_["low"], range_["high"]
+    _write(axes, theme, number(low), (across, 0), (0, -5), va="top")
+    _write(axes, theme, number(high), (across, 1), (0, 5), va="bottom")
+    if range_["log"]:
+        decades = [place(range_, value) for value in _decades(low, high)]
+        ticks = {"marker": "_", "s": 30, "color": theme.ink, "linewidths": 0.8}
+        axes.scatter([across] * len(decades), decades, **ticks)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """The powers of ten of a range."""
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    return [10.0**power for power in range(first, last + 1)]
+
+
+def _draw_categories(range_: Range, across: int, wide: float, axes: Axes, theme: Theme) -> None:
+    """Names beside the axis: upright if they fit the points to the next one, else along it."""
+    names = style.tick_names([str(choice) for choice in range_["choices"]])
+    high = 72 * _HEIGHT / max(len(names) - 1, 1)
+    is_upright = max(map(len, names)) * _LETTER <= wide
+    # A line of text; or eight letters, where one at an end takes more of the room to the next.
+    least = 9.5 if is_upright else 1.5 * 8 * _LETTER
+    every = math.ceil(least / high)
+    longest = int((wide if is_upright else every * high / 1.5) / _LETTER)
+    # Clear of the lines behind it.
+    halo = patheffects.withStroke(linewidth=3.5, foreground=theme.ground)
+    for index in every_so_many(len(names), every):
+        where = place(range_, range_["choices"][index])
+        look = {"ha": "left", "va": "center", "size": _SIZE, "path_effects": [halo]}
+        if not is_upright:
+            look |= {"rotation": 90, "va": _towards_the_middle(where)}
+        _write(axes, theme, _cut(names[index], longest), (across, where), (4, 0), **look)
+
+
+def _towards_the_middle(where: float) -> str:
+    """So that a name along an axis does not stand out over its end."""
+    return {0.0: "bottom", 1.0: "top"}.get(where, "center")
+
+
+def _cut(name: str, length: int) -> str:
+    """Without its middle if it is longer: names of choices often differ at their ends."""
+    if len(name) <= length:
+        return name
+    kept = max(length - 1, 2)
+    return f"{name[: kept - kept // 2]}…{name[-(kept // 2) :]}"
+
+
+def _draw_ramp(study: Study, axes: Axes, theme: Theme) -> None:
+    """The axis of the value, with its colours, its ends and the best."""
+    scale, last = scale_of_complete(study), len(study["space"])
+    steps = np.linspace(0, 1, 65)
+    qualities = scale.qualities((steps[:-1] + steps[1:]) / 2)
+    for (low, high), quality in zip(itertools.pairwise(steps.tolist()), qualities, strict=True):
+        band = {"color": _colour(quality, theme), "linewidth": 0}
+        axes.fill_between([last + 0.02, last + 0.08], low, high, **band)
+    values = [trial["value"] for trial in valued(study)]
+    below = "≤" if min(values) < scale.low else ""
+    above = "≥" if max(values) > scale.high else ""
+    _write(axes, theme, below + scale.tick(scale.low, more=1), (last, 0), (0, -5), va="top")
+    _write(axes, theme, above + scale.tick(scale.high, more=1), (last, 1), (0, 5), va="bottom")
+    if (best := best_trial(study)) is not None and is_number(best["value"]):
+        where = (last + 0.08, scale.place(best["value"]))
+        _write(axes, theme, "best", where, (3, 0), ha="left", va="center", color=theme.second)
+
+
+def _write(
+    axes: Axes,
+    theme: Theme,
+    text: str,
+    where: tuple[float, float],
+    moved: tuple[float, float],
+    **look: Any,
+) -> None:
+    """A text at a point of the axes, moved by so many points of type."""
+    look = {"ha": "center", "size": style.TEXT_SIZE, "color": theme.ink} | look
+    axes.annotate(
+        text,
+        where,
+        moved,
+        textcoords="offset points",
+        parse_math=False,
+        zorder=4,
+        annotation_clip=False,
+        **look,
+    )

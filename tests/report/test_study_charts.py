@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from studies import make_study
+
+from cnn_jax.report import study_charts, style
+
+LIGHT = style.THEMES[0]
+
+
+def _labels(axes):
+    return axes.get_legend_handles_labels()[1]
+
+
+def test_the_history_has_every_trial():
+    study = make_study(40, 2)
+    figure = Figure()
+    study_charts.history(study, figure, LIGHT)
+    (axes,) = figure.axes
+    points = dict(zip(_labels(axes), axes.collections, strict=False))
+    for state in ("complete", "pruned", "failed"):
+        trials = [trial for trial in study["trials"] if trial["state"] == state]
+        numbers = points[state].get_offsets()[:, 0].tolist()
+        assert numbers == [trial["number"] for trial in trials]
+    assert not points["failed"].get_offsets()[:, 1].any()  # At the foot.
+    (so_far,) = axes.lines
+    assert so_far.get_ydata()[-1] == study["trials"][study["best"]]["value"]
+    assert so_far.get_xdata()[-1] == 39
+
+
+def test_a_curve_has_a_gap_where_its_value_is_no_number():
+    study = make_study(12, 2)
+    study["trials"][0]["curve"][3:5] = [None, float("nan")]
+    figure = Figure()
+    study_charts.curves(study | {"best": 0}, figure, LIGHT)
+    best = next(line for line in figure.axes[0].lines if line.get_label() == "best")
+    assert best.get_xdata().tolist() == list(range(1, 16))
+    assert np.flatnonzero(np.isnan(best.get_ydata())).tolist() == [3, 4]
+
+
+def test_each_parameter_has_a_bar_even_if_names_cut_short_are_equal():
+    keys = [f"model.{'long_' * 8}{i}" for i in range(3)]
+    shares = dict(zip(keys, (0.2, 0.7, 0.1), strict=True))
+    figure = Figure()
+    study_charts.importance({"importance": shares}, figure, LIGHT)
+    bars = figure.axes[0].patches
+    assert [bar.get_width() for bar in bars] == [0.7, 0.2, 0.1]
+    assert [bar.get_y() + bar.get_height() / 2 for bar in bars] == pytest.approx([0, 1, 2])
+
+
+def test_trials_of_a_category_stand_side_by_side():
+    study = make_study(40, 2)
+    choices = study["space"]["train.batch_size"]["choices"]
+    figure = Figure()
+    study_charts.value_by_parameter(study, "train.batch_size", figure, LIGHT)
+    drawn = np.concatenate([points.get_offsets() for points in figure.axes[0].collections[:2]])
+    trials = [
+        trial
+        for state in ("pruned", "complete")
+        for trial in study["trials"]
+        if trial["state"] == state
+    ]
+    indices = [choices.index(trial["params"]["train.batch_size"]) for trial in trials]
+    assert np.abs(drawn[:, 0] - indices).max() <= 0.2
+    assert len(set(drawn[:, 0])) == len(trials)
+
+
+def test_names_of_an_axis_keep_their_distance():
+    assert study_charts.every_so_many(5, 1) == [0, 1, 2, 3, 4]
+    assert study_charts.every_so_many(10, 2) == [0, 2, 4, 6, 9]
+    assert study_charts.every_so_many(1, 3) == [0]
+
+
+def test_an_axis_has_the_last_part_of_a_key_where_it_is_no_others():
+    names = study_charts.axis_names(["a.rate", "model.dropout", "augment.dropout", "b.猫"])
+    assert names == ["rate", "model.dropout", "augment.dropout", "#3"]
