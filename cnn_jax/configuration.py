@@ -112,6 +112,10 @@ _FIELDS: dict[str, _Field] = {
     "augment.rotation": _number("from 0 to 1 (a full turn)", lambda v: 0 <= v <= 1),
     "augment.zoom": _number("from 0 to below 1", lambda v: 0 <= v < 1),
     "augment.contrast": _number("from 0 to 1", lambda v: 0 <= v <= 1),
+    "augment.mixup_probability": _number("from 0 to 1", lambda v: 0 <= v <= 1),
+    "augment.mixup_alpha": _number("above 0", lambda v: v > 0),
+    "augment.cutmix_probability": _number("from 0 to 1", lambda v: 0 <= v <= 1),
+    "augment.cutmix_alpha": _number("above 0", lambda v: v > 0),
     "augment.place": _choice(("auto", "host", "device")),
     "model.name": _choice(tuple(MODELS)),
     "model.features": _Field(
@@ -299,6 +303,7 @@ def validate(config: Config, num_devices: int) -> None:
             "config.report.splits: must be all of them, which the report needs, or "
             "report.detail=none"
         )
+    _check_mixing(values)
     _check_parallelism(values, num_devices)
     if values["optimizer.final_learning_rate"] > values["optimizer.learning_rate"]:
         raise ConfigError(
@@ -310,6 +315,22 @@ def validate(config: Config, num_devices: int) -> None:
         raise ConfigError(
             f"config.optimizer.warmup_epochs: must be below {decay} = "
             f"{values[decay]}, got {values['optimizer.warmup_epochs']}"
+        )
+
+
+def _check_mixing(values: Mapping[str, Any]) -> None:
+    """Raises ConfigError if images cannot be mixed as often, or there is no other to mix with."""
+    mixup, cutmix = values["augment.mixup_probability"], values["augment.cutmix_probability"]
+    if mixup + cutmix > 1:
+        raise ConfigError(
+            "config.augment.cutmix_probability: must not be above 1 together with "
+            f"augment.mixup_probability = {mixup}, got {cutmix}"
+        )
+    batch, parts = values["train.batch_size"], values["train.accumulation_steps"]
+    if mixup + cutmix > 0 and batch < 2 * parts:
+        raise ConfigError(
+            "config.train.batch_size: must be at least twice train.accumulation_steps = "
+            f"{parts}, so that an image has others to be mixed with, got {batch}"
         )
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from cnn_jax import runtime, sharding
 from cnn_jax.configuration import Config
 from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.mix import Mixing
 from cnn_jax.errors import TrainingError
 from cnn_jax.loss import balanced_weights
 from cnn_jax.metrics import Metrics
@@ -105,6 +106,7 @@ def make_programs(
             seed=config.seed,
             label_smoothing=train.label_smoothing,
             class_weights=class_weights,
+            mixing=Mixing.from_config(config.augment),
             accumulation_steps=train.accumulation_steps,
         )
 

@@ -41,6 +41,8 @@ _FREE_KEYS = frozenset(
         *("report.detail", "report.splits"),
     }
 )
+# What a run did that is older than these keys.
+_BEFORE = {"augment.mixup_probability": 0.0, "augment.cutmix_probability": 0.0}
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
 _CHECKPOINTS = "checkpoints"
 # A heartbeat is written no more often than this.
@@ -145,10 +147,11 @@ def changes(workdir: pathlib.Path, present: Mapping[str, Any] | None, config: Co
     """
     if present is None:
         return []
+    present = _BEFORE | dict(present)
     wanted = _flat(json.loads(config.to_json()))
     lines = {
         key: f"{key}: {present.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
-        for key in sorted(present.keys() | wanted.keys())
+        for key in sorted((present.keys() | wanted.keys()) - _idle(wanted))
         if present.get(key) != wanted.get(key)
     }
     if refused := [line for key, line in lines.items() if key not in _FREE_KEYS]:
@@ -157,6 +160,12 @@ def changes(workdir: pathlib.Path, present: Mapping[str, Any] | None, config: Co
             f"({'; '.join(refused)}); use another folder, or the configuration in {_CONFIG}"
         )
     return list(map(printable, lines.values()))
+
+
+def _idle(config: Mapping[str, Any]) -> set[str]:
+    """The keys of a flat configuration that mean nothing, since what they are for is off."""
+    methods = ("augment.mixup", "augment.cutmix")
+    return {f"{method}_alpha" for method in methods if not config.get(f"{method}_probability")}
 
 
 @_by_primary

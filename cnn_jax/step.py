@@ -11,16 +11,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
-from cnn_jax.data import augment
-from cnn_jax.loss import cross_entropy
+from cnn_jax.data import augment, mix
+from cnn_jax.data.mix import NO_MIXING, Mixing
+from cnn_jax.loss import cross_entropy, example_weights
 from cnn_jax.metrics import Metrics
 from cnn_jax.models import forward
 from cnn_jax.preprocessing import Preprocessing, normalize
 
 # What a random key is for: `fold_in(key(seed), purpose)`, then `fold_in(., step)`.
-INIT, DROPOUT = 0, 1
+INIT, DROPOUT, MIX = 0, 1, 2
 
 Batch = Mapping[str, Array]
+# By what they are for: "dropout", and "mix" if images are mixed.
+Keys = Mapping[str, PRNGKeyArray]
 
 
 @flax.struct.dataclass
@@ -80,6 +83,7 @@ def train_step(
     preprocessing: Preprocessing,
     label_smoothing: float,
     class_weights: Sequence[float] | None = None,
+    mixing: Mixing = NO_MIXING,
     accumulation_steps: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on one batch.
@@ -96,15 +100,19 @@ def train_step(
       label_smoothing: In [0, 1).
       class_weights: By what the loss of each class's examples is multiplied; None
         for 1. The metrics are not weighted.
+      mixing: How images and labels are mixed with others of the batch, after
+        augmentation; drawn from `seed` and the step.
       accumulation_steps: In how many parts, which divide B, the batch goes through
         the network, one after the other, so that the memory for one part is
         enough. The gradient is that of the whole batch, to rounding, but for two
         things: BatchNorm normalises each part by its own statistics, and moves its
-        running ones once for each part; and dropout draws otherwise.
+        running ones once for each part; and dropout and mixing draw otherwise, each
+        part being mixed within itself.
 
     Returns:
       The state after the step and the metrics of this batch, as the network in
-      training mode, with dropout, saw it.
+      training mode, with dropout, saw it: of a mixed example, the mixed image against
+      the class with the largest share.
     """
     loss = functools.partial(
         _loss,
@@ -114,17 +122,17 @@ def train_step(
         preprocessing=preprocessing,
         label_smoothing=label_smoothing,
         class_weights=class_weights,
+        mixing=mixing,
     )
     gradient = jax.value_and_grad(loss, has_aux=True)
-    dropout_key = jax.random.fold_in(random_key(seed, DROPOUT), state.step)
+    keys = _keys(seed, state.step, mixing)
     if accumulation_steps == 1:
-        (_, (batch_stats, metrics)), grads = gradient(
-            state.params, state.batch_stats, batch, dropout_key
-        )
+        (_, (batch_stats, metrics)), grads = gradient(state.params, state.batch_stats, batch, keys)
     else:
         parts = jax.tree.map(functools.partial(_split, parts=accumulation_steps), dict(batch))
-        keys = jax.random.split(dropout_key, accumulation_steps)
-        grads, batch_stats, metrics = _accumulate(gradient, state, parts, keys)
+        split_key = functools.partial(jax.random.split, num=accumulation_steps)
+        keys_of_parts = jax.tree.map(split_key, keys)
+        grads, batch_stats, metrics = _accumulate(gradient, state, parts, keys_of_parts)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_state = TrainState(
         step=state.step + 1,
@@ -135,33 +143,50 @@ def train_step(
     return new_state, metrics
 
 
+def _keys(seed: int, step: Array, mixing: Mixing) -> Keys:
+    """The random keys of one step."""
+    purposes = {"dropout": DROPOUT}
+    if not mixing.is_identity():
+        purposes["mix"] = MIX
+    return {
+        name: jax.random.fold_in(random_key(seed, purpose), step)
+        for name, purpose in purposes.items()
+    }
+
+
 def _loss(
     params: PyTree,
     batch_stats: PyTree,
     batch: Batch,
-    dropout_key: PRNGKeyArray,
+    keys: Keys,
     *,
     count: Array,
     model: nn.Module,
     preprocessing: Preprocessing,
     label_smoothing: float,
     class_weights: Sequence[float] | None,
+    mixing: Mixing,
 ) -> tuple[Array, tuple[PyTree, Metrics]]:
     """The sum of a batch's losses over `count`; and new statistics, and metrics."""
     images = batch["image"]
     if "matrix" in batch:
         images = augment.apply_on_device(images, batch["matrix"], batch["contrast"])
-    labels, mask = batch["label"], batch["mask"]
+    images, labels, mask = normalize(images, preprocessing), batch["label"], batch["mask"]
+    targets = labels
+    if "mix" in keys:
+        one_hot = jax.nn.one_hot(labels, model.num_classes)
+        images, targets = mix.mix_batch(keys["mix"], images, one_hot, mask, mixing)
+        labels = jnp.argmax(targets, axis=-1)
     logits, updates = model.apply(
         {"params": params, "batch_stats": batch_stats},
-        normalize(images, preprocessing),
+        images,
         train=True,
-        rngs={"dropout": dropout_key},
+        rngs={"dropout": keys["dropout"]},
         mutable=["batch_stats"],
     )
-    losses = cross_entropy(logits, labels, label_smoothing)
+    losses = cross_entropy(logits, targets, label_smoothing)
     if class_weights is not None:
-        losses *= jnp.array(class_weights, jnp.float32)[labels]
+        losses *= example_weights(jnp.array(class_weights, jnp.float32), targets)
     loss = jnp.sum(jnp.where(mask, losses, 0)) / count
     return loss, (updates.get("batch_stats", {}), Metrics.from_logits(logits, labels, mask))
 
@@ -172,11 +197,14 @@ def _split(rows: Array, parts: int) -> Array:
 
 
 def _accumulate(
-    gradient: Callable[..., Any], state: TrainState, parts: Batch, keys: Key[Array, " parts"]
+    gradient: Callable[..., Any],
+    state: TrainState,
+    parts: Batch,
+    keys: Mapping[str, Key[Array, " parts"]],
 ) -> tuple[PyTree, PyTree, Metrics]:
     """Sums gradients and metrics over the parts of a batch; statistics pass through them."""
 
-    def add(carry: PyTree, part: tuple[Batch, PRNGKeyArray]) -> tuple[PyTree, None]:
+    def add(carry: PyTree, part: tuple[Batch, Keys]) -> tuple[PyTree, None]:
         grads, batch_stats, metrics = carry
         (_, (batch_stats, more_metrics)), more_grads = gradient(state.params, batch_stats, *part)
         grads = jax.tree.map(jnp.add, grads, more_grads)

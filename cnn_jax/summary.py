@@ -15,6 +15,7 @@ from cnn_jax.configuration import Config
 from cnn_jax.console import Console
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
+from cnn_jax.data.mix import Mixing
 from cnn_jax.errors import printable
 from cnn_jax.loss import balanced_weights
 from cnn_jax.models import count_parameters, forward_flops
@@ -63,6 +64,7 @@ def show_plan(
             f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
             "training": f"{count(config.train.epochs, 'epoch')} at batch size "
             f"{config.train.batch_size}, seed {config.seed}, best by {config.train.monitor}"
+            + _mixing(config)
             + _accumulation(config)
             + _extension(config)
             + _balance(config, dataset),
@@ -100,6 +102,14 @@ def _division(config: Config, dataset: Dataset) -> str:
     group = f"; {config.data.group} stays together" if config.data.group else ""
     is_kept = config.data.keep_splits and any(dataset.source.own_splits)
     return ("; as the data is divided already" if is_kept else "") + group
+
+
+def _mixing(config: Config) -> str:
+    """How images are mixed, in words."""
+    mixing = Mixing.from_config(config.augment)
+    if mixing.is_identity():
+        return ""
+    return f"\n{mixing.describe()}; train's figures are of mixed images"
 
 
 def _accumulation(config: Config) -> str:

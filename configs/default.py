@@ -36,6 +36,10 @@ def get_config() -> Config:
     augment.rotation = 0.2  # Either way, of a full turn.
     augment.zoom = 0.2
     augment.contrast = 0.2
+    augment.mixup_probability = 0.0  # Of an image to be blended with another of its batch.
+    augment.mixup_alpha = 0.2  # In shares drawn from Beta(alpha, alpha).
+    augment.cutmix_probability = 0.0  # Of an image to get a box of another.
+    augment.cutmix_alpha = 1.0  # The same, of the area.
     augment.place = "auto"  # The pixels move on the device, or beside it if it is a CPU.
 
     config.model = model = ConfigDict()

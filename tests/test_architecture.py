@@ -21,6 +21,7 @@ FLOORS = [
         "models.cnn",
         "models.__init__",
         "data.augment",
+        "data.mix",
         "data.corruptions",
     ),
     "step",

@@ -73,6 +73,10 @@ IMPOSSIBLE = [
     ("augment.rotation", 1.5),
     ("augment.zoom", 1.0),
     ("augment.contrast", -0.1),
+    ("augment.mixup_probability", 1.5),
+    ("augment.mixup_alpha", 0.0),
+    ("augment.cutmix_probability", -0.1),
+    ("augment.cutmix_alpha", float("inf")),
     ("augment.place", "moon"),
     ("model.name", "resnet"),
     ("model.features", ()),
@@ -175,6 +179,41 @@ def test_devices_must_be_able_to_share_the_work(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=message):
         configuration.validate(config, num_devices=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"augment.mixup_probability": 0.7, "augment.cutmix_probability": 0.4},
+            r"augment\.cutmix_probability: must not be above 1 together with "
+            r"augment\.mixup_probability = 0\.7, got 0\.4",
+        ),
+        (
+            {"augment.mixup_probability": 0.1, "train.accumulation_steps": 32},
+            r"train\.batch_size: must be at least twice train\.accumulation_steps = 32, so that "
+            "an image has others to be mixed with, got 32",
+        ),
+    ],
+)
+def test_images_must_have_others_to_be_mixed_with_and_only_once(changes, message):
+    config = default.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=message):
+        configuration.validate(config, num_devices=1)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.07, 0.35, 1.0])
+def test_all_images_may_be_mixed(mixup):
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {
+            "augment.mixup_probability": mixup,
+            "augment.cutmix_probability": 1 - mixup,
+            "train.accumulation_steps": 16,
+        }
+    )
+    configuration.validate(config, num_devices=1)
 
 
 def test_devices_may_be_arranged_in_any_way_that_fits():

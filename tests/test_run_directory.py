@@ -50,6 +50,34 @@ def test_the_same_run_may_go_on_and_another_may_not(tmp_path):
     ) in str(error.value)
 
 
+def test_a_run_from_before_images_were_mixed_goes_on_without(tmp_path):
+    config = default.get_config()
+    old = {key: value for key, value in _flat(config).items() if "mix" not in key}
+    assert len(old) == len(_flat(config)) - 4
+    assert run_directory.changes(tmp_path, old, config) == []
+    config.augment.mixup_alpha = 3.0  # Of what is switched off.
+    assert run_directory.changes(tmp_path, old, config) == []
+    config.augment.cutmix_probability = 0.5
+    refused = (
+        r"\(augment\.cutmix_alpha: absent -> 1\.0; augment\.cutmix_probability: 0\.0 -> 0\.5\)"
+    )
+    with pytest.raises(ConfigError, match=refused):
+        run_directory.changes(tmp_path, old, config)
+
+
+def test_how_images_are_mixed_may_not_change(tmp_path):
+    config = default.get_config()
+    config.augment.mixup_probability = 0.5
+    present = _flat(config)
+    assert run_directory.changes(tmp_path, present, config) == []
+    config.augment.mixup_alpha = 0.4
+    with pytest.raises(ConfigError, match=r"\(augment\.mixup_alpha: 0\.2 -> 0\.4\)"):
+        run_directory.changes(tmp_path, present, config)
+    config.augment.mixup_probability = 0.0
+    with pytest.raises(ConfigError, match=r"\(augment\.mixup_probability: 0\.5 -> 0\.0\)"):
+        run_directory.changes(tmp_path, present, config)
+
+
 def test_every_key_that_may_change_is_one():
     assert set(_flat(default.get_config())) >= run_directory._FREE_KEYS
 

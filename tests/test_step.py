@@ -7,15 +7,18 @@ import optax
 import pytest
 
 from cnn_jax import sharding
-from cnn_jax.data import augment
+from cnn_jax.data import augment, mix
+from cnn_jax.data.mix import NO_MIXING, Mixing
 from cnn_jax.models.cnn import CNN
 from cnn_jax.optimizer import make_optimizer
 from cnn_jax.preprocessing import Preprocessing
-from cnn_jax.step import INIT, eval_step, init_state, random_key, train_step
+from cnn_jax.step import INIT, MIX, eval_step, init_state, random_key, train_step
 
 MODEL = CNN(num_classes=3, features=(4, 8), dense=16)
 PREPROCESSING = Preprocessing(image_size=(8, 8))
 OPTIMIZER = make_optimizer(optax.constant_schedule(1e-2), l2=1e-3)
+# Some are left as they are.
+MIXING = Mixing(mixup_probability=0.5, mixup_alpha=0.8, cutmix_probability=0.3)
 
 
 def _state(seed=0):
@@ -31,7 +34,7 @@ def _batch(size=8, seed=0):
     }
 
 
-def _train_step(model=MODEL, label_smoothing=0.1):
+def _train_step(model=MODEL, label_smoothing=0.1, mixing=NO_MIXING):
     return functools.partial(
         train_step,
         model=model,
@@ -39,6 +42,7 @@ def _train_step(model=MODEL, label_smoothing=0.1):
         preprocessing=PREPROCESSING,
         seed=7,
         label_smoothing=label_smoothing,
+        mixing=mixing,
     )
 
 
@@ -152,8 +156,9 @@ def test_one_step_is_the_optimizer_on_the_gradient_of_the_smoothed_loss():
     )
 
 
-def test_masked_rows_move_no_parameter_by_their_labels():
-    step = jax.jit(_train_step())
+@pytest.mark.parametrize("mixing", [NO_MIXING, MIXING])
+def test_masked_rows_move_no_parameter_by_their_labels(mixing):
+    step = jax.jit(_train_step(mixing=mixing))
     batch = _batch() | {"mask": jnp.arange(8) < 6}
     other = batch | {"label": jnp.where(batch["mask"], batch["label"], 2 - batch["label"])}
     state, metrics = step(_state(), batch)
@@ -188,16 +193,23 @@ def test_evaluation_of_a_padded_batch_counts_the_real_rows_alone():
     np.testing.assert_allclose(metrics.loss_sum, whole.loss_sum, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (4, 1), (8, 1), (4, 2), (2, 4)])
-def test_many_devices_train_as_one_does(shape, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "mixing"),
+    [
+        *((shape, NO_MIXING) for shape in [(2, 1), (4, 1), (8, 1), (4, 2), (2, 4)]),
+        ((4, 2), MIXING),
+    ],
+)
+def test_many_devices_train_as_one_does(shape, mixing, monkeypatch):
     """BatchNorm's statistics and the metrics are those of the whole batch."""
     monkeypatch.setattr(sharding, "_LEAST_DIVIDED", 64)
     data, model = shape
     mesh = sharding.make_mesh(model, jax.devices()[: data * model])
     everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
     of_state = sharding.split_large(mesh, jax.eval_shape(_state))
+    train = _train_step(mixing=mixing)
     jitted = jax.jit(
-        _train_step(), in_shardings=(of_state, by_example), out_shardings=(of_state, everywhere)
+        train, in_shardings=(of_state, by_example), out_shardings=(of_state, everywhere)
     )
 
     def step(state, batch):
@@ -205,7 +217,7 @@ def test_many_devices_train_as_one_does(shape, monkeypatch):
         return jitted(state, sharding.to_devices(rows, sharding=by_example, batch_size=8))
 
     many, many_losses = _run(20, jax.device_put(_state(), of_state), step)
-    one, losses = _run(20)
+    one, losses = _run(20, step=jax.jit(train))
     np.testing.assert_allclose(many_losses, losses, rtol=2e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), many.batch_stats, one.batch_stats
@@ -294,3 +306,97 @@ def test_the_donated_state_is_reused():
     state = _state()
     step(state, _batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+# Images that are mixed.
+
+
+def _mixed_by_hand(batch, key):
+    """The normalised images and the soft targets of a batch, as they are to be mixed."""
+    images = (batch["image"].astype(jnp.float32) - 127.5) / 127.5
+    one_hot = jax.nn.one_hot(batch["label"], 3)
+    return mix.mix_batch(key, images, one_hot, batch["mask"], MIXING)
+
+
+def _mix_key(step):
+    return jax.random.fold_in(random_key(7, MIX), step)
+
+
+def test_one_step_is_the_optimizer_on_the_gradient_of_the_mixed_loss():
+    model = MODEL.clone(dropout=0.0)
+    state, batch = _state().replace(step=jnp.array(4, jnp.int32)), _batch()
+    images, targets = _mixed_by_hand(batch, _mix_key(4))
+    # To hold something, there must be images of each kind.
+    assert 0 < np.isin(targets, (0, 1)).all(axis=1).sum() < 8
+    weights = (0.5, 1.0, 3.0)
+
+    def loss(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        smoothed = 0.9 * targets + 0.1 / 3
+        losses = -jnp.sum(smoothed * jax.nn.log_softmax(logits), axis=-1)
+        return jnp.mean(losses * jnp.sum(targets * jnp.array([weights]), axis=-1)), logits
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
+    updates, _ = OPTIMIZER.update(grads, state.opt_state, state.params)
+    expected = optax.apply_updates(state.params, updates)
+    step = functools.partial(_train_step(model, mixing=MIXING), class_weights=weights)
+    new_state, metrics = jax.jit(step)(state, batch)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), new_state.params, expected
+    )
+    # An image counts for the class that has most of it.
+    largest = np.argmax(targets, axis=-1)
+    confusion = np.zeros((3, 3), int)
+    np.add.at(confusion, (largest, np.argmax(logits, axis=-1)), 1)
+    np.testing.assert_array_equal(metrics.confusion, confusion)
+    losses = -jax.nn.log_softmax(logits)[np.arange(8), largest]
+    np.testing.assert_allclose(metrics.loss_sum.sum(), losses.sum(), rtol=1e-5)
+
+
+def test_mixing_differs_between_steps_and_seeds_and_is_else_the_same():
+    """Without dropout, so that nothing else is drawn."""
+    step = jax.jit(_train_step(PLAIN, mixing=MIXING))
+    state, batch = _plain_state(), _batch()
+    first, _ = step(state, batch)
+    same, _ = step(state, batch)
+    assert_trees_equal(first, same)
+    later, _ = step(state.replace(step=jnp.array(1, jnp.int32)), batch)
+    with_other_seed = functools.partial(_train_step(PLAIN, mixing=MIXING), seed=8)
+    other_seed, _ = jax.jit(with_other_seed)(state, batch)
+    kernels = {np.asarray(s.params["head"]["kernel"]).tobytes() for s in (first, later, other_seed)}
+    assert len(kernels) == 3
+
+
+def test_without_mixing_the_program_is_what_it_was():
+    """No number is drawn and none computed for it: shares mean nothing then."""
+    idle = Mixing(mixup_alpha=3.0, cutmix_alpha=5.0)
+    plain, same, mixed = (
+        jax.jit(_train_step(mixing=mixing)).lower(_state(), _batch()).as_text()
+        for mixing in (NO_MIXING, idle, MIXING)
+    )
+    assert plain == same
+    assert len(mixed) > 1.1 * len(plain)
+
+
+def test_each_part_of_a_batch_is_mixed_within_itself():
+    """Parts are every second row; where the mathematics allows it, all can be mixed before."""
+    state, batch = _plain_state(), _batch(16)
+    images, targets = jnp.zeros((16, 8, 8, 3)), jnp.zeros((16, 3))
+    for part, key in enumerate(jax.random.split(_mix_key(0), 2)):
+        rows = jax.tree.map(lambda values, part=part: values[part::2], batch)
+        mixed, labels = _mixed_by_hand(rows, key)
+        images, targets = images.at[part::2].set(mixed), targets.at[part::2].set(labels)
+
+    def loss(params):
+        logits = PLAIN.apply({"params": params}, images, train=True)
+        smoothed = 0.9 * targets + 0.1 / 3
+        return -jnp.mean(jnp.sum(smoothed * jax.nn.log_softmax(logits), axis=-1))
+
+    updates, _ = OPTIMIZER.update(
+        jax.jit(jax.grad(loss))(state.params), state.opt_state, state.params
+    )
+    expected = optax.apply_updates(state.params, updates)
+    step = functools.partial(_train_step(PLAIN, mixing=MIXING), accumulation_steps=2)
+    after, _ = jax.jit(step)(state, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after.params, expected)

@@ -854,6 +854,18 @@ def test_a_batch_in_parts_is_told(image_folder, tmp_path, capfd):
     assert told in capfd.readouterr().err
 
 
+def test_images_are_mixed_if_that_is_asked_for(finished, image_folder, tmp_path, capfd):
+    changes = {"augment.mixup_probability": 0.5, "augment.cutmix_probability": 0.5}
+    report = train_and_evaluate(_tiny(image_folder, **changes), tmp_path / "run")
+    told = "MixUp of 50% (alpha 0.2), CutMix of 50% (alpha 1); train's figures are of mixed images"
+    assert told in capfd.readouterr().err
+    # What the finished network is measured on is not mixed.
+    assert report["train"]["count"] == 42
+    workdir, _, _ = finished
+    mixed, plain = (_history(folder)[0]["train_loss"] for folder in (tmp_path / "run", workdir))
+    assert mixed != plain
+
+
 def test_the_heartbeat_ends_with_the_run(finished):
     workdir, config, _ = finished
     train_and_evaluate(config, workdir)

@@ -15,6 +15,7 @@ from cnn_jax.bundle import read_bundle
 from cnn_jax.data import Track
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.mix import Mixing
 from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.errors import ConfigError, UserError
@@ -51,6 +52,7 @@ class Settings:
     batch_size: int
     balanced: bool
     augmentation: Augmentation
+    mixing: Mixing
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
@@ -68,6 +70,7 @@ class Settings:
             batch_size=train["batch_size"],
             balanced=train["balance"] == "sampling",
             augmentation=Augmentation(**ranges),
+            mixing=Mixing.from_config(augment),
         )
 
 

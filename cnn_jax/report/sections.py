@@ -257,6 +257,7 @@ def facts(run: Run) -> Figures:
         "epochs": len(run.history),
         "epochs_wanted": settings.epochs,
         "configuration": run.config,
+        "mixing": settings.mixing.describe(),
         "warnings": [],
         "seconds": seconds,
         "duration": words.duration(seconds),

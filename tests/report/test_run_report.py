@@ -523,6 +523,31 @@ def test_data_that_has_gone_before_any_report(run, tmp_path):
     assert figures["summary"]["headline"] in page.text
 
 
+def _change_augmentation(workdir, **changes):
+    """Changes what config.json says of it; None removes a key."""
+    path = workdir / "config.json"
+    config = json.loads(path.read_text())
+    augment = config["augment"] | changes
+    config["augment"] = {key: value for key, value in augment.items() if value is not None}
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_was_mixed_is_told(run):
+    _change_augmentation(run, mixup_probability=0.25, flip="none", rotation=0, zoom=0, contrast=0)
+    text = _written(run).text
+    assert "Images of train are also mixed (MixUp of 25% (alpha 0.2)), and" in text
+    assert "Augmentation is switched off. The network saw them mixed with others" in text
+    assert _metrics(run)["run"]["mixing"] == "MixUp of 25% (alpha 0.2)"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_from_before_images_were_mixed_has_its_report(run):
+    methods = ("mixup_probability", "mixup_alpha", "cutmix_probability", "cutmix_alpha")
+    _change_augmentation(run, **dict.fromkeys(methods))
+    assert "mixed" not in _written(run).text
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_sections_of_another_form_are_not_kept(reported, tmp_path):
     workdir = pathlib.Path(shutil.copytree(reported, tmp_path / "run"))
