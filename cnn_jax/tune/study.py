@@ -359,9 +359,17 @@ class _Worker:
             "seen": time.time(),
         }
         new = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attributes)
-        self._patiently(lambda: self.study.add_trial(new))
-        # If the answer was lost, it was added twice; the other one is then left behind.
-        return max(t.number for t in self._trials() if t.user_attrs.get("claim") == claim)
+
+        def numbers() -> list[int]:
+            trials = self.study.get_trials(deepcopy=False)
+            return [t.number for t in trials if t.user_attrs.get("claim") == claim]
+
+        def add() -> int:
+            if not numbers():  # It may be there, and only the answer have been lost.
+                self.study.add_trial(new)
+            return numbers()[0]
+
+        return self._patiently(add)
 
     def _give_up_what_is_lost(self) -> None:
         """Fails trials of other places of which nothing has been heard for long."""

@@ -1,30 +1,29 @@
 """Studies without training: a trainer that writes figures down, and a storage in memory."""
 
-import contextlib
 import fcntl
 import json
 import math
 import os
 import time
 import types
+import uuid
 
-from configs import default
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
-from optuna.trial import TrialState
 
 from cnn_jax.console import Console
 from cnn_jax.errors import Interrupted
 from cnn_jax.tune import study as studies
 from cnn_jax.tune.study import Plan
+from configs import default
 
 SPACE = {
     "model.dropout": FloatDistribution(0.0, 0.6),
     "optimizer.learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
     "train.batch_size": CategoricalDistribution([8, 16, 24]),
 }
-# What an epoch of the fake trainer says it has taken.
+# What an epoch of the trainer says it has taken.
 SECONDS = 2.0
 
 
@@ -33,19 +32,19 @@ class Killed(BaseException):
 
 
 def make_plan(folder, **changes):
-    """A study of a few short trials; `config` is a dictionary of changes."""
+    """A study of a few short trials; `config` has keys of the configuration to change."""
     config = default.get_config()
     config.train.epochs = 3
     with config.ignore_type():
         for key, value in changes.pop("config", {}).items():
             section, _, name = key.rpartition(".")
-            config[section][name] = value
+            (config[section] if section else config)[name] = value
     options = {"name": "fake", "space": SPACE, "trials": 5, "storage_timeout": 0.2, **changes}
     return Plan(config=config, folder=folder, **options)
 
 
 def value_of(config, epoch):
-    """A validation accuracy: the best learning rate is 3e-3, and dropout does harm."""
+    """A validation accuracy: best at a learning rate of 3e-3, and the worse for dropout."""
     off = math.log10(config.optimizer.learning_rate / 3e-3)
     end = 0.95 - 0.15 * off**2 - 0.2 * config.model.dropout**2 - config.train.batch_size / 500
     return end - 0.3 * math.exp(-0.7 * epoch)
@@ -54,11 +53,16 @@ def value_of(config, epoch):
 class Trainer:
     """Stands for `train_and_evaluate`: goes on from the epochs that are in the folder.
 
-    An epoch that is trained twice to its end, or a trial that two train at once, fails.
+    A trial that two train at once, or an epoch that is trained to its end twice, is an error.
+
+    Attributes:
+      before_epoch: Called with a trial's number and the epoch that begins.
+      pause: Seconds that an epoch takes.
+      configs: What each trial was asked for, by its number.
     """
 
-    def __init__(self, before_epoch=lambda number, epoch: None, pause=0.0):
-        self.before_epoch = before_epoch
+    def __init__(self, pause=0.0):
+        self.before_epoch = lambda number, epoch: None
         self.pause = pause
         self.configs = {}
 
@@ -77,22 +81,22 @@ class Trainer:
                 record = {"epoch": epoch, "seconds": SECONDS, "validation_accuracy": accuracy}
                 history.append(record | {"validation_loss": 1 - accuracy})
                 _write_once(workdir / f"epoch-{epoch:04d}", json.dumps(history[-1]))
-                if deadline is not None and time.monotonic() >= deadline:
+                if deadline is not None and studies.time.monotonic() >= deadline:
                     raise Interrupted("saved")
                 on_epoch(history)
         return {}
 
 
 def _write_once(path, text):
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(uuid.uuid4().hex)
     aside.write_text(text)
     os.link(aside, path)
     aside.unlink()
 
 
-def install(patch, trainer=None, fingerprint="of the data"):
+def install(patch, pause=0.0, fingerprint="of the data"):
     """Puts a trainer and its data in their places; `patch` sets an attribute."""
-    trainer = trainer or Trainer()
+    trainer = Trainer(pause)
     dataset = types.SimpleNamespace(fingerprint=fingerprint)
     patch(studies, "train_and_evaluate", trainer)
     patch(studies, "open_dataset", lambda config, track: dataset)
@@ -107,23 +111,23 @@ class Log(BaseJournalBackend):
 
     Attributes:
       lines: What was written.
-      before: Called with "read" or "write" before each.
-      after: Called after each write.
+      before: Called before each reading, and with the entries before each writing.
+      after: Called with the entries after each writing.
     """
 
     def __init__(self, lines=()):
         self.lines = list(lines)
-        self.before = lambda what: None
-        self.after = lambda: None
+        self.before = lambda *entries: None
+        self.after = lambda *entries: None
 
     def read_logs(self, log_number_from):
-        self.before("read")
+        self.before()
         return map(json.loads, self.lines[log_number_from:])
 
     def append_logs(self, logs):
-        self.before("write")
+        self.before(*logs)
         self.lines.extend(map(json.dumps, logs))
-        self.after()
+        self.after(*logs)
 
     def open(self, url=""):
         """The storage as a new process opens it."""
@@ -134,6 +138,14 @@ def run(plan):
     return studies.run_study(plan, Console(is_silent=True))
 
 
+def work(plan, pause=0.0, at_once=None):
+    """What a process of its own does that works at a study."""
+    install(setattr, pause)
+    if at_once is not None:
+        at_once.wait()
+    run(plan)
+
+
 def outline(study):
     """All of a study that must not depend on how it came about."""
     return [
@@ -142,25 +154,9 @@ def outline(study):
     ]
 
 
-def counted(study):
-    return [trial for trial in study.trials if "void" not in trial.user_attrs]
-
-
-def are_finished(study):
-    return all(trial.state.is_finished() for trial in study.trials)
-
-
 def states(study):
     return [trial.state.name.lower() for trial in study.trials]
 
 
-def work(plan, pause=0.0, started=None):
-    """A worker in a process of its own."""
-    with contextlib.ExitStack():
-        install(setattr, Trainer(pause=pause))
-        if started is not None:
-            started.wait()
-        run(plan)
-
-
-RUNNING = TrialState.RUNNING
+def counted(study):
+    return list(filter(studies.counts, study.trials))

@@ -112,7 +112,7 @@ def is_pruned(study, number, max_epochs, brackets):
 
 
 def expected_pruned(curves, number, max_epochs, brackets, direction):
-    """By sorting, as the paper has it: among the top third of all that reached the rung?"""
+    """By sorting, as the paper has it: among the top third of all that reached the rung."""
     epoch = len(curves[number])
     mine = search.bracket_of(number, max_epochs, brackets) if brackets else 0
     rungs = {3**k for k in range(mine, 10) if 3**k < max_epochs}

@@ -1,13 +1,13 @@
 import re
 
 import pytest
-from configs import default, eurosat
 from conftest import REPOSITORY
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from cnn_jax import configuration
 from cnn_jax.errors import ConfigError
 from cnn_jax.tune.space import configured, describe, load_space
+from configs import default, eurosat
 
 HEAD = "from optuna.distributions import *\n"
 
@@ -113,7 +113,7 @@ def test_a_file_that_is_no_space_is_told(load, text, message):
 
 def test_a_file_that_is_not_there_is_told(tmp_path):
     for path in (tmp_path / "none.py", tmp_path):
-        with pytest.raises(ConfigError, match="^--space: there is no file '/.*'$"):
+        with pytest.raises(ConfigError, match=r"^--space: there is no file '/.*'$"):
             load_space(str(path), default.get_config())
 
 

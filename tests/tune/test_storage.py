@@ -74,9 +74,7 @@ def test_the_wait_is_told_once(clock, caplog):
     with caplog.at_level(logging.WARNING):
         patiently(Away(5), 60, "Nothing is lost")
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == [
-        "the study's storage does not answer (Connection refused); trying for 60 s"
-    ]
+    assert messages == ["the study's storage does not answer (Connection refused); trying for 60 s"]
 
 
 def test_a_storage_that_stays_away_is_told_in_one_line_with_what_is_safe(clock):
@@ -206,7 +204,7 @@ def test_a_file_that_is_no_journal_is_told_and_left_alone(tmp_path, text):
 def test_a_file_that_is_no_database_is_told(tmp_path):
     path = tmp_path / "notes"
     path.write_text("Of a study.\n" * 100)
-    with pytest.raises(StorageError, match="cannot be opened: file is not a database$"):
+    with pytest.raises(StorageError, match=r"cannot be opened: file is not a database$"):
         open_storage(f"sqlite:///{path}")
 
 

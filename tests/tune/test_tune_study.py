@@ -1,0 +1,625 @@
+"""One worker at a study, or several that come in each other's way at a chosen moment."""
+
+import itertools
+import os
+import pathlib
+import random
+import re
+import shutil
+import types
+
+import pytest
+from fakes import SECONDS, SPACE, Killed, Log, counted, install, make_plan, outline, run, states
+from optuna.distributions import FloatDistribution
+from optuna.storages.journal._storage import JournalOperation
+from optuna.trial import TrialState
+
+from cnn_jax import configuration
+from cnn_jax.errors import ConfigError, DataError, TrainingError
+from cnn_jax.tune import search, storage
+from cnn_jax.tune import study as studies
+from cnn_jax.tune.storage import StorageError
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """The storage of all studies, in memory, which is waited for without waiting."""
+    log = Log()
+    monkeypatch.setattr(storage, "open_storage", log.open)
+    clock = itertools.count(step=0.1)
+    patient = types.SimpleNamespace(monotonic=clock.__next__, sleep=lambda seconds: None)
+    monkeypatch.setattr(storage, "time", patient)
+    return log
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    return install(monkeypatch.setattr)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of studies: `now` since some moment, which does not pass."""
+    clock = types.SimpleNamespace(now=1e9)
+    patched = types.SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now)
+    monkeypatch.setattr(studies, "time", patched)
+    return clock
+
+
+@pytest.fixture
+def undisturbed(tmp_path, monkeypatch, trainer):
+    """What becomes of a study in which nothing happens."""
+
+    def undisturbed(**changes):
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "open_storage", Log().open)
+            return outline(run(make_plan(tmp_path / "undisturbed", **changes)))
+
+    return undisturbed
+
+
+def raising(error, number, epoch, times=1):
+    """A trainer's `before_epoch` that fails so often."""
+    left = [times]
+
+    def before_epoch(*moment):
+        if moment == (number, epoch) and left[0]:
+            left[0] -= 1
+            raise error
+
+    return before_epoch
+
+
+def once(operation, action):
+    """A log's `before` that acts before the first entry of a kind that is written."""
+    done = []
+
+    def before(*entries):
+        if not done and any(entry["op_code"] == operation for entry in entries):
+            done.append(True)
+            action()
+
+    return before
+
+
+# What a study is.
+
+
+@pytest.mark.parametrize("monitor", ["validation_accuracy", "validation_loss"])
+def test_a_whole_study(tmp_path, log, trainer, monitor):
+    plan = make_plan(tmp_path, trials=13, config={"train.monitor": monitor, "train.epochs": 9})
+    study = run(plan)
+    assert set(states(study)) == {"complete", "pruned"}
+    assert len(study.trials) == 13
+    for trial in study.trials:
+        curve = list(trial.intermediate_values.values())
+        assert list(trial.intermediate_values) == list(range(1, len(curve) + 1))
+        assert trial.user_attrs["seconds"] == SECONDS * len(curve)
+        bracket = search.bracket_of(trial.number, 9, 3)
+        if trial.state == TrialState.COMPLETE:
+            assert len(curve) == 9
+            assert trial.value == (max if monitor == "validation_accuracy" else min)(curve)
+        else:
+            assert len(curve) in search.rungs(9, bracket)
+    # Towards its end it is near the best learning rate, which it did not know.
+    rates = [trial.params["optimizer.learning_rate"] for trial in study.trials[10:]]
+    assert all(3e-4 < rate < 3e-2 for rate in rates)
+    assert sorted(path.name for path in (tmp_path / "trials").iterdir()) == [
+        f"{number:04d}" for number in range(13)
+    ]
+
+
+def test_a_trial_is_the_plans_run_with_its_parameters_and_leaves_the_test_split_alone(
+    tmp_path, log, trainer
+):
+    plan = make_plan(tmp_path, config={"model.features": (4, 8)})
+    study = run(plan)
+    base = dict(configuration.leaves(plan.config))
+    assert len(trainer.configs) == 5
+    for number, config in trainer.configs.items():
+        own = {"report.splits": ("validation",), "report.detail": "none"}
+        assert dict(configuration.leaves(config)) == base | study.trials[number].params | own
+    assert study.trials[0].params.keys() == SPACE.keys()
+
+
+@pytest.mark.parametrize(("pruner", "judged"), [("none", False), ("halving", True)])
+def test_other_pruners(tmp_path, log, trainer, pruner, judged):
+    study = run(make_plan(tmp_path, trials=9, pruner=pruner))
+    assert ("pruned" in states(study)) == judged
+
+
+def test_a_study_can_be_given_more_trials_and_not_fewer(tmp_path, log, trainer, undisturbed):
+    assert len(run(make_plan(tmp_path / "s", trials=3)).trials) == 3
+    expected = undisturbed(trials=6)
+    assert outline(run(make_plan(tmp_path / "s", trials=6))) == expected
+    assert outline(run(make_plan(tmp_path / "s", trials=2))) == expected
+
+
+# What can be changed, and what cannot.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {"optimizer.l2": 0.25}}, "config.optimizer.l2: 0.0001 -> 0.25"),
+        ({"config": {"train.epochs": 4}}, "config.train.epochs: 3 -> 4"),
+        ({"config": {"data.image_size": 64}}, "config.data.image_size: [32, 32] -> [64, 64]"),
+        ({"config": {"seed": 1}}, "config.seed: 0 -> 1"),
+        ({"config": {"train.patience": 2}}, "config.train.patience: 10 -> 2"),
+        ({"pruner": "none"}, "pruner: hyperband -> none"),
+        (
+            {"space": SPACE | {"model.dropout": FloatDistribution(0.0, 0.5)}},
+            '"low": 0.0, "high": 0.6, "log": false}} -> {"name": "FloatDistribution", '
+            '"attributes": {"step": null, "low": 0.0, "high": 0.5, "log": false}}',
+        ),
+        (
+            {"space": {"model.dropout": SPACE["model.dropout"]}},
+            "config.optimizer.learning_rate: absent -> 0.001; config.train.batch_size: absent -> "
+            "32; space.optimizer.learning_rate: {",
+        ),
+        (
+            {"space": SPACE | {"optimizer.l2": FloatDistribution(0.0, 0.5)}},
+            "config.optimizer.l2: 0.0001 -> absent; space.optimizer.l2: absent -> {",
+        ),
+    ],
+)
+def test_another_study_of_the_same_name_is_refused(tmp_path, log, trainer, changes, message):
+    run(make_plan(tmp_path))
+    lines = list(log.lines)
+    with pytest.raises(ConfigError) as raised:
+        run(make_plan(tmp_path, trials=9, **changes))
+    assert message in str(raised.value)
+    assert str(raised.value).startswith("--study: fake was begun otherwise (")
+    assert str(raised.value).endswith("); give this one another name")
+    assert log.lines[: len(lines)] == lines
+    assert len(run(make_plan(tmp_path, trials=9)).trials) == 9
+
+
+def test_other_data_is_refused(tmp_path, log, monkeypatch):
+    install(monkeypatch.setattr, fingerprint="of red images")
+    run(make_plan(tmp_path))
+    install(monkeypatch.setattr, fingerprint="of blue images")
+    with pytest.raises(ConfigError, match=r"\(data: of red images -> of blue images\)"):
+        run(make_plan(tmp_path))
+
+
+def test_what_no_figure_depends_on_may_change(tmp_path, log, trainer, undisturbed):
+    run(make_plan(tmp_path / "s", trials=3))
+    free = {
+        "data.source": "folder:/elsewhere",
+        "data.workers": 3,
+        "data.cache": "disk",
+        "data.max_unreadable": 0.5,
+        "train.steps_per_execution": 2,
+        "checkpoint.keep": 5,
+        "report.detail": "figures",
+    }
+    plan = make_plan(tmp_path / "s", config=free, storage_timeout=9.0, config_file="other.py")
+    assert outline(run(plan)) == undisturbed()
+
+
+def test_two_studies_in_one_storage_know_nothing_of_each_other(tmp_path, log, trainer, undisturbed):
+    run(make_plan(tmp_path / "a", name="a"))
+    study = run(make_plan(tmp_path / "b", name="b"))
+    assert outline(study) == undisturbed()
+
+
+def test_a_folder_with_trials_of_another_storage_is_refused(tmp_path, log, trainer):
+    run(make_plan(tmp_path))
+    log.lines.clear()
+    with pytest.raises(ConfigError, match=rf"--workdir: {tmp_path}/trials/0000 is a trial that"):
+        run(make_plan(tmp_path))
+    assert not any("CREATE_TRIAL" in line for line in log.lines)
+
+
+def test_what_else_is_among_the_trials_is_nobodys_concern(tmp_path, log, trainer):
+    for name in ("0007 (copy)", "notes", "0007.tar", ".hidden"):
+        (tmp_path / "trials" / name).mkdir(parents=True)
+    assert len(run(make_plan(tmp_path)).trials) == 5
+
+
+def test_a_trial_that_another_worker_adds_meanwhile_is_no_stranger(
+    tmp_path, log, trainer, monkeypatch
+):
+    """Right after the list of trials was read."""
+    run(make_plan(tmp_path, trials=1))
+    read, rivals = studies._Worker._trials, []
+
+    def read_and_add(self, *chosen):
+        trials = read(self, *chosen)
+        if not rivals:
+            rivals.append(self)
+            run(make_plan(tmp_path, trials=2))
+        return trials
+
+    monkeypatch.setattr(studies._Worker, "_trials", read_and_add)
+    assert len(run(make_plan(tmp_path, trials=3)).trials) == 3
+
+
+def test_of_two_workers_that_name_a_place_at_once_the_first_one_counts(tmp_path, monkeypatch):
+    link = os.link
+
+    def be_late(source, target):
+        pathlib.Path(target).write_text("the other's\n")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", be_late)
+    assert studies._place(tmp_path) == "the other's"
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, log, trainer):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"--workdir: cannot use {tmp_path}/file/s: Not a dir"):
+        run(make_plan(tmp_path / "file" / "s"))
+
+
+# Killed, and started again.
+
+
+def test_killed_at_any_moment_and_started_again_it_becomes_the_same_study(
+    tmp_path, log, trainer, undisturbed
+):
+    """Before each write to the storage, and so after the one before it.
+
+    From the ninth trial on, that is at the end of the random ones and the first of TPE's.
+    """
+    expected, folder = undisturbed(trials=12), tmp_path / "s"
+    moments = []
+
+    def remember(*entries):
+        if entries and (len(log.lines) < 40 or len(list(folder.glob("trials/*"))) >= 10):
+            copy = shutil.copytree(folder, tmp_path / str(len(moments)))
+            moments.append((copy, list(log.lines)))
+
+    log.before = remember
+    assert outline(run(make_plan(folder, trials=12))) == expected
+    log.before = lambda *entries: None
+    assert len(moments) > 70
+    for copy, lines in moments:
+        log.lines = lines
+        assert outline(run(make_plan(copy, trials=12))) == expected, len(lines)
+
+
+def test_killed_three_times_in_each_epoch_it_becomes_the_same_study(
+    tmp_path, log, trainer, undisturbed
+):
+    deaths = []
+
+    def die_three_times(*moment):
+        if deaths.count(moment) < 3:
+            deaths.append(moment)
+            raise Killed
+
+    expected = undisturbed()
+    trainer.before_epoch = die_three_times
+    while len(set(deaths)) < 50:
+        try:
+            study = run(make_plan(tmp_path / "s"))
+            break
+        except Killed:
+            pass
+    assert outline(study) == expected
+    assert len(deaths) == 3 * sum(len(curve) for *_, curve, _ in expected)
+
+
+@pytest.mark.parametrize(("epoch", "deaths"), [(1, 4), (2, 5)])
+def test_a_trial_whose_process_dies_again_and_again_within_an_epoch_fails(
+    tmp_path, log, trainer, epoch, deaths
+):
+    """Of the second epoch, the first death is that of a process that has come from the first."""
+    trainer.before_epoch = raising(Killed, 1, epoch, times=100)
+    plan = make_plan(tmp_path)
+    for _ in range(deaths):
+        with pytest.raises(Killed):
+            run(plan)
+    study = run(plan)
+    failed = study.trials[1]
+    assert failed.state == TrialState.FAIL
+    assert failed.user_attrs["error"] == f"its process ended 4 times in epoch {epoch}"
+    assert len(failed.intermediate_values) == epoch - 1
+    assert len(counted(study)) == 5
+    assert states(study).count("fail") == 1
+
+
+def test_deaths_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undisturbed):
+    """Ten in each, of which nine were Ctrl-C."""
+    expected = undisturbed()
+    for number, epoch in [(0, 1), (0, 2), (0, 3)]:
+        for error in [KeyboardInterrupt] * 5 + [Killed] + [KeyboardInterrupt] * 4:
+            trainer.before_epoch = raising(error, number, epoch)
+            with pytest.raises(error):
+                run(make_plan(tmp_path / "s"))
+    assert outline(run(make_plan(tmp_path / "s"))) == expected
+
+
+def test_a_trial_that_was_pruned_before_its_worker_could_say_so_stays_pruned(
+    tmp_path, log, trainer, undisturbed
+):
+    """The last epoch is known to the storage; nobody trains another one."""
+    expected = undisturbed()
+    number, epoch = next((n, max(c)) for n, s, _, _, c, _ in expected if s == TrialState.PRUNED)
+
+    def die():
+        raise Killed
+
+    def die_at_its_end(number_then, epoch_then):
+        if number_then == number:
+            assert epoch_then <= epoch
+            log.before = once(JournalOperation.SET_TRIAL_STATE_VALUES, die)
+
+    trainer.before_epoch = die_at_its_end
+    with pytest.raises(Killed):
+        run(make_plan(tmp_path / "s"))
+    assert outline(run(make_plan(tmp_path / "s"))) == expected
+
+
+# What ends a trial, and what ends the study.
+
+
+@pytest.mark.parametrize("error", [TrainingError("the loss is\nnot finite"), ConfigError("odd")])
+def test_a_trial_that_cannot_be_trained_fails_and_the_study_goes_on(tmp_path, log, trainer, error):
+    trainer.before_epoch = raising(error, 1, 2, times=2)
+    study = run(make_plan(tmp_path))
+    assert states(study)[1] == "fail"
+    assert states(study).count("fail") == 1
+    assert len(study.trials) == 5
+    assert study.trials[1].user_attrs["error"] == str(error).replace("\n", "\\n")
+    assert study.trials[1].value is None
+    assert list(study.trials[1].intermediate_values) == [1]
+
+
+def caused_by(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("red/1.png cannot be read"),
+        OSError(28, "No space left on device"),
+        TrainingError("cannot save a checkpoint: write failed: No space left on device [28]"),
+        TrainingError("cannot save a checkpoint: Disk quota exceeded"),
+        caused_by(TrainingError("cannot save"), ValueError("Read-only file system")),
+        caused_by(ConfigError("--workdir: cannot use it"), PermissionError(13, "denied")),
+        caused_by(ConfigError("--workdir: it is in use"), BlockingIOError(11, "locked")),
+    ],
+    ids=repr,
+)
+def test_what_would_fail_all_trials_ends_the_study_and_fails_none(
+    tmp_path, log, trainer, undisturbed, error
+):
+    expected = undisturbed()
+    trainer.before_epoch = raising(error, 1, 1, times=6)
+    for _ in range(6):
+        with pytest.raises(type(error)):
+            run(make_plan(tmp_path / "s"))
+    assert outline(run(make_plan(tmp_path / "s"))) == expected
+
+
+def test_a_defect_of_the_program_is_not_hidden(tmp_path, log, trainer):
+    trainer.before_epoch = raising(ZeroDivisionError, 1, 1)
+    with pytest.raises(ZeroDivisionError):
+        run(make_plan(tmp_path))
+
+
+def test_at_the_deadline_a_trial_is_saved_and_goes_on_later(
+    tmp_path, log, trainer, clock, undisturbed
+):
+    expected = undisturbed()
+    deadline = clock.now + 60
+
+    def pass_time(number, epoch):
+        clock.now += 70 * ((number, epoch) == (1, 2))
+
+    trainer.before_epoch = pass_time
+    study = run(make_plan(tmp_path / "s", deadline=deadline))
+    assert states(study) == ["complete", "running"]
+    assert len(list((tmp_path / "s/trials/0001").glob("epoch-*"))) == 2
+    assert study.trials[1].user_attrs["starts"] == []  # None of its processes died.
+    assert len(run(make_plan(tmp_path / "s", deadline=deadline)).trials) == 2
+    assert trainer.configs.keys() >= {0, 1}
+    later = make_plan(tmp_path / "s", deadline=clock.now + 600)
+    assert outline(run(later)) == expected
+
+
+def test_ctrl_c_ends_the_study_and_the_trial_goes_on_later(tmp_path, log, trainer, undisturbed):
+    expected = undisturbed()
+    trainer.before_epoch = raising(KeyboardInterrupt("saved"), 1, 2)
+    with pytest.raises(KeyboardInterrupt, match="saved"):
+        run(make_plan(tmp_path / "s", deadline=float("inf")))
+    assert outline(run(make_plan(tmp_path / "s"))) == expected
+
+
+# A storage that is away.
+
+
+def test_a_storage_that_is_away_at_each_call_for_a_while_changes_nothing(
+    tmp_path, log, trainer, undisturbed
+):
+    """Once it is open, every second call fails, at random."""
+    expected = undisturbed(trials=12)
+    rng, failures = random.Random(0), []
+
+    def be_away(*entries):
+        if rng.random() < 0.5:
+            failures.append(entries)
+            raise OSError("away")
+
+    def begin(number, epoch):
+        log.before = be_away
+
+    trainer.before_epoch = begin
+    study = run(make_plan(tmp_path / "s", trials=12, storage_timeout=1e9))
+    log.before = lambda *entries: None
+    assert outline(study) == expected
+    assert sum(map(bool, failures)) > 100  # Not only of what is read.
+
+
+def test_answers_that_are_lost_change_nothing(tmp_path, log, trainer, undisturbed):
+    """Each entry is written, an error comes back all the same, and it may be written again."""
+    expected = undisturbed(trials=6)
+    answers = itertools.count()
+
+    def lose(*entries):
+        if next(answers) % 2 == 0:
+            raise OSError("the connection was lost")
+
+    log.after = lose
+    assert outline(run(make_plan(tmp_path / "s", trials=6))) == expected
+
+
+def test_a_storage_that_stays_away_ends_the_study_in_one_line_and_nothing_is_lost(
+    tmp_path, log, trainer, undisturbed
+):
+    """From each tenth call on."""
+    expected = undisturbed()
+    for last in itertools.count(60, step=10):
+        folder, calls = tmp_path / str(last), itertools.count()
+        log.lines.clear()
+
+        def be_gone(*entries, calls=calls, last=last):
+            if next(calls) > last:
+                raise OSError("gone")
+
+        log.before = be_gone
+        try:
+            run(make_plan(folder))
+            break
+        except StorageError as error:
+            told = str(error)
+        finally:
+            log.before = lambda *entries: None
+        assert re.fullmatch(
+            r"the study's storage has not answered for 0 s \(gone\)\. No finished trial is lost, "
+            rf"and the one under way is saved in {folder}; the same command goes on once .*",
+            told,
+        )
+        assert outline(run(make_plan(folder))) == expected
+    assert last > 200
+
+
+# Several workers, at moments that matter.
+
+
+def test_a_trial_that_another_worker_holds_is_left_to_it(tmp_path, log, trainer):
+    """Two workers beside one that trains: one of its folder, and one of another place."""
+    rivals = []
+
+    def be_joined(number, epoch):
+        if not rivals:
+            rivals.append(number)
+            assert states(run(make_plan(tmp_path / "s", trials=3)))[0] == "running"
+            assert states(run(make_plan(tmp_path / "other", trials=4)))[0] == "running"
+
+    trainer.before_epoch = be_joined
+    study = run(make_plan(tmp_path / "s", trials=6))
+    assert len(study.trials) == 6
+    assert all(trial.state.is_finished() for trial in study.trials)
+    assert [path.name for path in (tmp_path / "other/trials").iterdir()] == ["0003"]
+
+
+def test_of_two_that_make_the_last_trial_one_is_void(tmp_path, log, trainer):
+    rival = make_plan(tmp_path / "other", trials=1)
+    log.before = once(JournalOperation.CREATE_TRIAL, lambda: run(rival))
+    study = run(make_plan(tmp_path / "s", trials=1))
+    assert states(study) == ["complete", "fail"]
+    assert study.trials[1].user_attrs["void"] == "surplus"
+    assert len(counted(study)) == 1
+    assert trainer.configs.keys() == {0}
+    assert not (tmp_path / "s/trials").exists()
+
+
+def test_a_void_trial_is_never_trained_even_if_its_worker_dies_before_it_is_ended(
+    tmp_path, log, trainer
+):
+    rival = make_plan(tmp_path / "other", trials=1)
+
+    def die():
+        raise Killed
+
+    def be_late_and_die():
+        run(rival)
+        log.before = once(JournalOperation.SET_TRIAL_STATE_VALUES, die)
+
+    log.before = once(JournalOperation.CREATE_TRIAL, be_late_and_die)
+    with pytest.raises(Killed):
+        run(make_plan(tmp_path / "s", trials=1))
+    study = run(make_plan(tmp_path / "s", trials=1))
+    assert states(study) == ["complete", "fail"]
+    assert trainer.configs.keys() == {0}
+
+
+HOURS = 3600.0
+
+
+def test_a_trial_of_another_place_is_given_up_after_hours_and_not_before(
+    tmp_path, log, trainer, clock
+):
+    trainer.before_epoch = raising(Killed, 1, 2)
+    with pytest.raises(Killed):
+        run(make_plan(tmp_path / "lost", trials=3))
+    seen = clock.now
+    clock.now = seen + 5.9 * HOURS
+    study = run(make_plan(tmp_path / "s", trials=4))
+    assert states(study)[1] == "running"
+    assert len(study.trials) == 4
+    clock.now = seen + 6.1 * HOURS
+    study = run(make_plan(tmp_path / "s", trials=4))
+    assert states(study)[1] == "fail"
+    assert study.trials[1].user_attrs["void"] == "lost"
+    assert study.trials[1].user_attrs["error"] == "nothing was heard of it for 6 hours"
+    assert len(counted(study)) == 4
+    # Another one is in its place; where it was lost, there is nothing left to do.
+    assert len(study.trials) == 5
+    assert len(run(make_plan(tmp_path / "lost", trials=4)).trials) == 5
+
+
+def test_a_trial_of_which_nothing_was_ever_heard_is_given_up_as_well(tmp_path, log, trainer, clock):
+    """Its machine was gone as soon as the trial was made."""
+
+    def die():
+        raise Killed
+
+    log.before = once(JournalOperation.SET_TRIAL_PARAM, die)
+    with pytest.raises(Killed):
+        run(make_plan(tmp_path / "lost", trials=1))
+    clock.now += 6.1 * HOURS
+    study = run(make_plan(tmp_path / "s", trials=1))
+    assert states(study) == ["fail", "complete"]
+
+
+def test_a_trial_of_this_place_is_never_given_up(tmp_path, log, trainer, clock, undisturbed):
+    expected = undisturbed()
+    trainer.before_epoch = raising(Killed, 1, 2)
+    with pytest.raises(Killed):
+        run(make_plan(tmp_path / "s"))
+    clock.now += 1000 * HOURS
+    assert outline(run(make_plan(tmp_path / "s"))) == expected
+
+
+def test_a_worker_that_slept_for_hours_leaves_the_trial_and_goes_on(tmp_path, log, trainer, clock):
+    def sleep(number, epoch):
+        if (number, epoch) == (1, 2) and len(trainer.configs) == 2:
+            clock.now += 7 * HOURS
+            run(make_plan(tmp_path / "other", trials=3))
+
+    trainer.before_epoch = sleep
+    study = run(make_plan(tmp_path / "s", trials=5))
+    assert states(study)[1] == "fail"
+    assert len(counted(study)) == 5
+    assert all(trial.state.is_finished() for trial in study.trials)
+
+
+def test_two_workers_that_give_up_the_same_trial_do_not_mind(tmp_path, log, trainer, clock):
+    trainer.before_epoch = raising(Killed, 0, 2)
+    with pytest.raises(Killed):
+        run(make_plan(tmp_path / "lost", trials=1))
+    clock.now += 7 * HOURS
+    rival = make_plan(tmp_path / "other", trials=1)
+    # Between the look at it and the word that it is void.
+    log.before = once(JournalOperation.SET_TRIAL_USER_ATTR, lambda: run(rival))
+    study = run(make_plan(tmp_path / "s", trials=2))
+    assert study.trials[0].state == TrialState.FAIL
+    assert len(counted(study)) == 2
