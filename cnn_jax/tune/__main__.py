@@ -17,9 +17,9 @@ from typing import Any
 
 from cnn_jax import cli
 from cnn_jax.errors import ConfigError, UserError
+from cnn_jax.tune import PRUNERS
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-_PRUNERS = ("hyperband", "halving", "none")
 _STUDIES = pathlib.Path("studies")
 
 
@@ -38,7 +38,6 @@ def main(argv: Sequence[str]) -> None:
         from cnn_jax import configuration
         from cnn_jax.compiled import keep_compiled
         from cnn_jax.runtime import keep_freed_memory
-        from cnn_jax.tune.outcome import conclude
         from cnn_jax.tune.space import load_space
         from cnn_jax.tune.study import Plan, run_study
 
@@ -57,7 +56,11 @@ def main(argv: Sequence[str]) -> None:
     )
     keep_freed_memory()
     keep_compiled()
-    show_outcome(conclude(plan, run_study(plan)), plan.folder)
+    study = run_study(plan)
+    with cli.interrupts_held_back():
+        # Imported later still: what it needs takes seconds that the trials need not wait for.
+        from cnn_jax.tune.outcome import conclude
+    show_outcome(conclude(plan, study), plan.folder)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "(a SQLite file in the study's folder)",
     )
     parser.add_argument("--trials", type=cli.positive, default=50, metavar="N", help="in all (50)")
-    parser.add_argument("--pruner", choices=_PRUNERS, default=_PRUNERS[0])
+    parser.add_argument("--pruner", choices=PRUNERS, default=PRUNERS[0])
     parser.add_argument(
         "--time_budget",
         type=_duration,

@@ -45,7 +45,6 @@ from cnn_jax.train import open_dataset, train_and_evaluate
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, configured, describe
 
-PRUNERS = ("hyperband", "halving", "none")
 NAME = re.compile(r"[\w-][\w.-]*")
 
 # Keys that may differ from start to start: no figure depends on them.
@@ -81,7 +80,7 @@ class Plan:
       storage: A URL of `storage.FORMS`; by default a file in the folder.
       config_file: Where `config` is from; to be shown.
       trials: How many, finished, pruned and failed together.
-      pruner: One of `PRUNERS`.
+      pruner: One of `tune.PRUNERS`.
       storage_timeout: Seconds for which a storage that is away is tried again.
       deadline: When to end, in seconds of `time.monotonic`; None: with the last trial.
     """
