@@ -51,7 +51,7 @@ def main() -> None:
     end(begin(workdir / "undisturbed", flags.trials, flags.epochs))
     seconds = time.monotonic() - start
     expected = outcome(workdir / "undisturbed")
-    print(f"undisturbed: {seconds:.0f} s, {describe(expected)}")
+    print(f"undisturbed: {seconds:.0f} s, {describe(expected)}", flush=True)
     rng = random.Random(flags.seed)
     differing = 0
     for number in range(flags.rounds):
@@ -61,7 +61,8 @@ def main() -> None:
         differences = [key for key in expected if found[key] != expected[key]]
         differing += bool(differences)
         told = f"{', '.join(differences)} differ" if differences else "the same"
-        print(f"killed after {', '.join(f'{moment:.1f}' for moment in moments)} s: {told}")
+        times = ", ".join(f"{moment:.1f}" for moment in moments)
+        print(f"killed {times} s after it had gone on: {told}", flush=True)
     print(f"{flags.rounds * flags.kills} kills, {differing} of {flags.rounds} studies differ")
     sys.exit(bool(differing))
 
@@ -92,7 +93,7 @@ def end(process: subprocess.Popen) -> None:
 def kill(
     folder: pathlib.Path, trials: int, epochs: int, kills: int, seconds: float, rng: random.Random
 ) -> list[float]:
-    """Runs a study that is killed so many times; after how many seconds of each start.
+    """Runs a study that is killed so many times; how many seconds after it began a trial.
 
     Args:
       folder: The study's.
@@ -105,8 +106,12 @@ def kill(
     moments = []
     for _ in range(kills):
         process = begin(folder, trials, epochs)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("trial"):
+                break
         # On average half of the study is left to be done after the last one.
-        moment = rng.uniform(0.05, 1.0) * seconds / (kills + 1) + 3.0
+        moment = rng.uniform(0, seconds / (kills + 1))
         try:
             process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
