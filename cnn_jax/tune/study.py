@@ -181,7 +181,7 @@ def open_study(plan: Plan) -> Study:
       ConfigError: The storage's URL is wrong.
       StorageError: It cannot be opened.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # It warns of what is tried again here.
     opened = storage.open_storage(
         plan.storage or storage.in_file(plan.folder.resolve() / "study.db")
     )

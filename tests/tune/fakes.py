@@ -12,6 +12,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
+from cnn_jax import cli
 from cnn_jax.console import Console
 from cnn_jax.errors import Interrupted
 from cnn_jax.tune import study as studies
@@ -87,6 +88,18 @@ class Trainer:
         return {}
 
 
+def raising(error, number, epoch, times=1):
+    """A trainer's `before_epoch` that fails so often."""
+    left = [times]
+
+    def before_epoch(*moment):
+        if moment == (number, epoch) and left[0]:
+            left[0] -= 1
+            raise error
+
+    return before_epoch
+
+
 def _write_once(path, text):
     aside = path.with_name(uuid.uuid4().hex)
     aside.write_text(text)
@@ -138,12 +151,12 @@ def run(plan):
     return studies.run_study(plan, Console(is_silent=True))
 
 
-def work(plan, pause=0.0, at_once=None):
-    """What a process of its own does that works at a study."""
+def work(plan, pause, at_once, output):
+    """What a process of its own does that works at a study: what it says goes to a file."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     install(setattr, pause)
-    if at_once is not None:
-        at_once.wait()
-    run(plan)
+    at_once.wait()
+    cli.run(lambda arguments: run(plan))
 
 
 def outline(study):

@@ -9,7 +9,19 @@ import shutil
 import types
 
 import pytest
-from fakes import SECONDS, SPACE, Killed, Log, counted, install, make_plan, outline, run, states
+from fakes import (
+    SECONDS,
+    SPACE,
+    Killed,
+    Log,
+    counted,
+    install,
+    make_plan,
+    outline,
+    raising,
+    run,
+    states,
+)
 from optuna.distributions import FloatDistribution
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
@@ -56,18 +68,6 @@ def undisturbed(tmp_path, monkeypatch, trainer):
             return outline(run(make_plan(tmp_path / "undisturbed", **changes)))
 
     return undisturbed
-
-
-def raising(error, number, epoch, times=1):
-    """A trainer's `before_epoch` that fails so often."""
-    left = [times]
-
-    def before_epoch(*moment):
-        if moment == (number, epoch) and left[0]:
-            left[0] -= 1
-            raise error
-
-    return before_epoch
 
 
 def once(operation, action):

@@ -1,0 +1,236 @@
+"""Workers in processes of their own, at one study in a file or on a PostgreSQL server."""
+
+import contextlib
+import multiprocessing
+import os
+import pathlib
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from multiprocessing import forkserver
+
+import fakes
+import pytest
+from conftest import REPOSITORY
+from fakes import counted, install, make_plan, outline, run, states, work
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Makes processes: one that has imported everything forks them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fakes"])
+    folders = [pathlib.Path(fakes.__file__).parent, REPOSITORY]
+    with pytest.MonkeyPatch.context() as patch:
+        # It gets nothing of this process's sys.path.
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def begin(processes, tmp_path):
+    """Begins to work at plans, each in a process, all at the same moment."""
+    workers = []
+
+    def begin(*plans, pause=0.0):
+        at_once = processes.Barrier(len(plans) + 1)
+        for plan in plans:
+            output = tmp_path / f"worker-{len(workers)}"
+            worker = processes.Process(target=work, args=(plan, pause, at_once, output))
+            worker.start()
+            worker.output = output
+            workers.append(worker)
+        at_once.wait(60)
+        return workers[-len(plans) :]
+
+    yield begin
+    for worker in workers:
+        worker.kill()
+        worker.join()
+
+
+def finish(workers):
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0, worker.output.read_text()
+
+
+def wait_for(path, worker):
+    """Returns when there is such a file; the worker may not end before."""
+    while not path.exists():
+        assert worker.is_alive(), worker.output.read_text()
+        time.sleep(0.005)
+
+
+def check(study, trials):
+    """All are finished, and each was trained once, in one of the folders of its plan."""
+    assert len(counted(study)) == trials
+    assert all(trial.state.is_finished() for trial in study.trials), states(study)
+    assert "fail" not in [trial.state.name.lower() for trial in counted(study)]
+    for trial in study.trials:
+        assert list(trial.intermediate_values) == list(range(1, len(trial.intermediate_values) + 1))
+
+
+def epochs(*folders):
+    """How many were trained. One that had been trained before would have ended a worker."""
+    return sum(len(list(folder.glob("trials/*/epoch-*"))) for folder in folders)
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    return install(monkeypatch.setattr)
+
+
+def test_four_workers_that_begin_at_once_at_a_journal(begin, tmp_path, trainer):
+    """Two in a folder, and two in another one, as on another machine."""
+    folders = (tmp_path / "a", tmp_path / "b")
+    changes = {"storage": f"journal:{tmp_path}/journal", "trials": 12, "storage_timeout": 30.0}
+    plans = [make_plan(folder, **changes) for folder in folders * 2]
+    finish(begin(*plans, pause=0.02))
+    study = run(plans[0])
+    check(study, 12)
+    assert epochs(*folders) == sum(len(trial.intermediate_values) for trial in counted(study))
+    assert not trainer.configs  # Nothing was left to do.
+
+
+def test_a_worker_that_is_killed_leaves_its_trial_to_one_beside_it(begin, tmp_path, trainer):
+    """Two that begin at once with a new SQLite file."""
+    plan = make_plan(tmp_path / "s", trials=6, storage_timeout=30.0)
+    first, second = begin(plan, plan, pause=0.1)
+    wait_for(tmp_path / "s/trials/0000/epoch-0001", first)
+    first.kill()
+    second.join(60)
+    assert second.exitcode == 0, second.output.read_text()
+    study = run(plan)
+    check(study, 6)
+    assert epochs(tmp_path / "s") == sum(len(trial.intermediate_values) for trial in study.trials)
+
+
+def find_programs():
+    """The folder of initdb and pg_ctl; skips the test if there is none."""
+    folders = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    for folder in [*map(pathlib.Path, os.get_exec_path()), *folders]:
+        if all(os.access(folder / name, os.X_OK) for name in ("initdb", "pg_ctl")):
+            return folder
+    pytest.skip("there is no PostgreSQL server: no initdb and pg_ctl")
+
+
+class Server:
+    """A PostgreSQL server of these tests, which forgets its data if the power fails."""
+
+    def __init__(self, folder):
+        self._programs, self._folder = find_programs(), folder
+        self._user = {}
+        if os.geteuid() == 0:  # As whom it does not start.
+            try:
+                user = pwd.getpwnam("postgres")
+            except KeyError:
+                pytest.skip("root starts no PostgreSQL server, and there is no user postgres")
+            os.chown(folder, user.pw_uid, user.pw_gid)
+            self._user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self._run("initdb", "--username=tester", "--auth=trust", "--encoding=UTF8", "--no-sync")
+
+    def _run(self, program, *arguments):
+        with (self._folder / "output").open("w+") as output:
+            code = subprocess.run(
+                [self._programs / program, "-D", self._folder / "data", *arguments],
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                timeout=60,
+                **self._user,
+            ).returncode
+            output.seek(0)
+            if code and program == "initdb":
+                pytest.skip(f"initdb has failed: {output.read()[-500:]}")
+            assert not code, output.read()
+
+    def start(self):
+        options = f"-h 127.0.0.1 -p {self._port} -k {self._folder} -F"
+        log = self._folder / "log"
+        self._run("pg_ctl", "--wait", f"--log={log}", f"--options={options}", "start")
+
+    def stop(self):
+        """As if it was killed."""
+        self._run("pg_ctl", "--wait", "--mode=immediate", "stop")
+
+    def url(self):
+        return f"postgresql://tester@127.0.0.1:{self._port}/postgres"
+
+
+@pytest.fixture(scope="module")
+def server():
+    # Not in pytest's folders, which are root's alone if root runs the tests.
+    folder = pathlib.Path(tempfile.mkdtemp())
+    try:
+        server = Server(folder)
+        server.start()
+        yield server
+        with contextlib.suppress(AssertionError):  # A test has failed that had stopped it.
+            server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_two_workers_that_begin_at_once_at_a_server(begin, tmp_path, server, trainer):
+    folders = (tmp_path / "a", tmp_path / "b")
+    plans = [
+        make_plan(folder, name="two", storage=server.url(), trials=12, storage_timeout=30.0)
+        for folder in folders
+    ]
+    finish(begin(*plans, pause=0.02))
+    study = run(plans[0])
+    check(study, 12)
+    assert epochs(*folders) == sum(len(trial.intermediate_values) for trial in counted(study))
+    assert not trainer.configs
+    assert all(epochs(folder) for folder in folders)
+
+
+def test_a_server_that_is_away_for_seconds_is_waited_for(begin, tmp_path, server, trainer):
+    plan = make_plan(
+        tmp_path / "s", name="away", storage=server.url(), trials=8, storage_timeout=60.0
+    )
+    workers = begin(plan, plan, pause=0.05)
+    wait_for(tmp_path / "s/trials/0003/epoch-0001", workers[0])
+    server.stop()
+    time.sleep(2)
+    server.start()
+    finish(workers)
+    told = "".join(worker.output.read_text() for worker in workers)
+    assert "the study's storage does not answer (" in told
+    assert "Traceback" not in told
+    assert "[W " not in told  # Optuna's own words would be its queries, at length.
+    study = run(plan)
+    check(study, 8)
+    assert epochs(tmp_path / "s") == sum(len(trial.intermediate_values) for trial in study.trials)
+
+
+def test_a_server_that_stays_away_is_told_in_one_line_and_nothing_is_lost(
+    begin, tmp_path, server, trainer
+):
+    """Once it is back, the study becomes the same as one in which nothing happened."""
+    changes = {"storage": server.url(), "trials": 5}
+    expected = outline(run(make_plan(tmp_path / "undisturbed", name="undisturbed", **changes)))
+    plan = make_plan(tmp_path / "s", name="gone", storage_timeout=1.0, **changes)
+    (worker,) = begin(plan, pause=0.05)
+    wait_for(tmp_path / "s/trials/0001/epoch-0001", worker)
+    server.stop()
+    start = time.monotonic()
+    worker.join(60)
+    took = time.monotonic() - start
+    server.start()
+    lines = worker.output.read_text().splitlines()
+    assert worker.exitcode == 1
+    assert lines[-1].startswith("error: the study's storage has not answered for 1 s (")
+    assert f"the one under way is saved in {tmp_path}/s; the same command goes on" in lines[-1]
+    assert "Traceback" not in "".join(lines)
+    assert took < 20  # Optuna itself tries for some seconds to add a trial.
+    assert outline(run(plan)) == expected
