@@ -45,8 +45,6 @@ from cnn_jax.train import open_dataset, train_and_evaluate
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, configured, describe
 
-NAME = re.compile(r"[\w-][\w.-]*")
-
 # Keys that may differ from start to start: no figure depends on them.
 _FREE_KEYS = re.compile(
     r"data\.(source|workers|cache|max_pixels|max_unreadable|allow_outside)|train\.steps_per_execution"
@@ -339,9 +337,8 @@ class _Worker:
                 continue
             if sum(map(counts, self._trials()[:number])) < self.plan.trials:
                 return number
-            self._end(
-                self._open(number), TrialState.FAIL, void="surplus"
-            )  # Two workers made the last one.
+            # Two workers have made the last one.
+            self._end(self._open(number), TrialState.FAIL, void="surplus")
 
     def _take(self, number: int, held: contextlib.ExitStack) -> bool:
         """Whether this worker holds an unfinished trial, as none can while another does."""
