@@ -47,16 +47,21 @@ TRIALS = [
 ]
 
 
-def make_study(plan, trials=TRIALS):
+def make_study(plan, trials=TRIALS, features=("(4, 8)",)):
     study = optuna.create_study(direction=plan.direction)
     study.set_user_attr("definition", {"data": "of the data"})
     best = max if plan.monitor != "validation_loss" else min
+    # That of a pruned trial is Optuna's: its last.
+    value_of = {TrialState.COMPLETE: best, TrialState.PRUNED: lambda curve: curve[-1]}
     for number, (state, curve, attributes) in enumerate(trials):
         study.add_trial(
             create_trial(
                 state=state,
-                value=best(curve) if state == TrialState.COMPLETE else None,
-                params={"model.dropout": number / 100, "model.features": "(4, 8)"},
+                value=value_of.get(state, lambda curve: None)(curve),
+                params={
+                    "model.dropout": number / 100,
+                    "model.features": features[number % len(features)],
+                },
                 distributions=SPACE,
                 intermediate_values=dict(enumerate(curve, start=1)),
                 user_attrs=attributes,
@@ -172,7 +177,14 @@ def test_importance_is_of_what_decides(plan):
     assert summary["importance"]["model.dropout"] > 0.99
     assert sum(summary["importance"].values()) == pytest.approx(1)
     assert summary["importance_note"] == ""
-    assert summarize(plan, make_study(plan, DECIDED))["importance"] == summary["importance"]
+
+
+def test_importance_is_the_same_whenever_it_is_computed(plan):
+    trials = [(TrialState.COMPLETE, [number * 7 % 10 / 10], {}) for number in range(10)]
+    study = make_study(plan, trials, features=("(4, 8)", "(8,)", "(8,)"))
+    shares = summarize(plan, study)["importance"]
+    assert 0.05 < shares["model.dropout"] < 0.95
+    assert summarize(plan, study)["importance"] == shares
 
 
 @pytest.mark.parametrize("error", [ImportError, ValueError, RuntimeError])
@@ -232,7 +244,7 @@ HOSTILE = [
     "plain",
     'it\'s "quoted" """ and \\n \\',
     "a b $HOME `ls` {x} %s #",
-    "übung 图片",
+    "übung 图片 🐦",
     os.fsdecode(b"not utf-8 \xff"),
 ]
 
@@ -242,7 +254,7 @@ HOSTILE = [
 def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
     """Equal to the plan's, with the best parameters, but for the path that is absolute."""
     source = f"folder:{tmp_path}/data {name}"
-    changes = {"data.source": source, "data.group": "{class}/'\"\\\\", "data.image_size": 16}
+    changes = {"data.source": source, "data.group": "{class}/'\"\\\\", "data.image_size": (16,)}
     plan = make_plan(tmp_path / name, space=SPACE, config=changes)
     plan.folder.mkdir()
     summary = summarize(plan, make_study(plan))

@@ -460,14 +460,18 @@ def test_a_storage_that_is_away_at_each_call_for_a_while_changes_nothing(
 def test_answers_that_are_lost_change_nothing(tmp_path, log, trainer, undisturbed):
     """Each entry is written, an error comes back all the same, and it may be written again."""
     expected = undisturbed(trials=6)
-    answers = itertools.count()
+    answers, claims = itertools.count(), set()
 
-    def lose(*entries):
-        if next(answers) % 2 == 0:
+    def lose(entry):
+        claim = entry.get("user_attrs", {}).get("claim")  # Of a new trial.
+        is_lost = claim not in claims if claim else next(answers) % 2 == 0
+        claims.add(claim)
+        if is_lost:
             raise OSError("the connection was lost")
 
     log.after = lose
     assert outline(run(make_plan(tmp_path / "s", trials=6))) == expected
+    assert len(claims) == 7
 
 
 def test_a_storage_that_stays_away_ends_the_study_in_one_line_and_nothing_is_lost(
