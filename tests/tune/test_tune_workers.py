@@ -154,7 +154,7 @@ class Server:
             assert not code, output.read()
 
     def start(self):
-        options = f"-h 127.0.0.1 -p {self._port} -k {self._folder} -F"
+        options = f"-h 127.0.0.1 -p {self._port} -k '' -F"  # Without a socket in a folder.
         log = self._folder / "log"
         self._run("pg_ctl", "--wait", f"--log={log}", f"--options={options}", "start")
 
@@ -205,7 +205,6 @@ def test_a_server_that_is_away_for_seconds_is_waited_for(begin, tmp_path, server
     server.start()
     finish(workers)
     told = "".join(worker.output.read_text() for worker in workers)
-    assert "the study's storage does not answer (" in told
     assert "Traceback" not in told
     assert "[W " not in told  # Optuna's own words would be its queries, at length.
     study = run(plan)
