@@ -272,7 +272,7 @@ def test_interrupted_right_after_a_step_that_diverged_nothing_is_saved(
         return state.replace(params=jax.tree.map(lambda leaf: leaf / 0, state.params)), metrics
 
     @contextlib.contextmanager
-    def interrupted_at_once():
+    def interrupted_at_once(deadline):
         request = interruption.Interruption()
         request.request()
         yield request
