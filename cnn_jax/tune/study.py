@@ -393,15 +393,17 @@ class _Worker:
             key: self._patiently(functools.partial(_suggest, trial, key, distribution))
             for key, distribution in self.plan.space.items()
         }
-        known = dict(self._trials()[number].intermediate_values)
-        starts = [*trial.user_attrs.get("starts", []), len(known)]
+        told = set(self._trials()[number].intermediate_values)
+        # The last one may have been told without having been judged.
+        judged = told - {max(told, default=0)}
+        starts = [*trial.user_attrs.get("starts", []), len(told)]
         self._say(
             number,
             *(f"{key}={_short(value)}" for key, value in params.items()),
-            f"(goes on after epoch {len(known)})" * bool(known),
+            f"(goes on after epoch {len(told)})" * bool(told),
         )
-        if starts.count(len(known)) > _MOST_STARTS:
-            error = f"its process ended {_MOST_STARTS} times in epoch {len(known) + 1}"
+        if starts.count(len(told)) > _MOST_STARTS:
+            error = f"its process ended {_MOST_STARTS} times in epoch {len(told) + 1}"
             self._end(trial, TrialState.FAIL, error=error)
             return
         self._note(trial, starts=starts, seen=time.time())
@@ -410,7 +412,7 @@ class _Worker:
                 self._configured(params),
                 trial_folder(self.plan.folder, number),
                 _TrialConsole(),
-                on_epoch=lambda history: self._report(trial, history, known),
+                on_epoch=lambda history: self._report(trial, history, told, judged),
                 deadline=self.plan.deadline,
             )
         except Pruned:
@@ -437,23 +439,27 @@ class _Worker:
             self.plan.config, {**params, "report.detail": "none", "report.splits": ("validation",)}
         )
 
-    def _report(self, trial: Trial, history: History, known: dict[int, float]) -> None:
+    def _report(self, trial: Trial, history: History, told: set[int], judged: set[int]) -> None:
         """Tells the study what epochs have come to that it does not know of.
 
         Args:
           trial: Whose they are.
           history: All of them.
-          known: What the study knows, by epoch; what is told is added.
+          told: The epochs that the study knows of; those that are told now are added.
+          judged: The epochs after which it was decided to go on; likewise. None is judged
+            twice: others may have become better in the meantime.
 
         Raises:
           Pruned: They are not worth going on.
         """
-        # The last one known may have been told without having been judged.
-        for record in history[max(len(known) - 1, 0) :]:
-            epoch, value = record["epoch"], record[self.plan.monitor]
-            if epoch not in known:
-                self._patiently(functools.partial(trial.report, value, epoch))
-                known[epoch] = value
+        for record in history:
+            epoch = record["epoch"]
+            if epoch in judged:
+                continue
+            if epoch not in told:
+                self._patiently(functools.partial(trial.report, record[self.plan.monitor], epoch))
+                told.add(epoch)
+            judged.add(epoch)
             seconds = sum(done["seconds"] for done in history[:epoch])
             self._note(trial, seconds=seconds, seen=time.time())
             if self._patiently(trial.should_prune):
