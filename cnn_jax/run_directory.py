@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # What a run may change between two starts. No number of the epochs that are done
 # depends on these: the data's fingerprint stands for where it lies, and a mesh and the
 # steps of an execution change the rounding alone.
-_FREE_KEYS = frozenset(
+FREE_KEYS = frozenset(
     {
         *("data.source", "data.workers", "data.cache"),
         *("data.max_pixels", "data.max_unreadable", "data.allow_outside"),
@@ -154,7 +154,7 @@ def changes(workdir: pathlib.Path, present: Mapping[str, Any] | None, config: Co
         for key in sorted((present.keys() | wanted.keys()) - _idle(wanted))
         if present.get(key) != wanted.get(key)
     }
-    if refused := [line for key, line in lines.items() if key not in _FREE_KEYS]:
+    if refused := [line for key, line in lines.items() if key not in FREE_KEYS]:
         raise ConfigError(
             f"--workdir: {workdir} holds a run of another configuration "
             f"({'; '.join(refused)}); use another folder, or the configuration in {_CONFIG}"

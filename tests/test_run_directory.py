@@ -79,7 +79,7 @@ def test_how_images_are_mixed_may_not_change(tmp_path):
 
 
 def test_every_key_that_may_change_is_one():
-    assert set(_flat(default.get_config())) >= run_directory._FREE_KEYS
+    assert set(_flat(default.get_config())) >= run_directory.FREE_KEYS
 
 
 def test_a_folder_that_cannot_be_one_is_explained(tmp_path):

@@ -10,13 +10,12 @@ of times at once: with --storage=URL on other machines too.
 import argparse
 import pathlib
 import re
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cnn_jax import cli
-from cnn_jax.errors import ConfigError, UserError
+from cnn_jax.errors import ConfigError, Interrupted, UserError
 from cnn_jax.tune import PRUNERS
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -59,8 +58,20 @@ def main(argv: Sequence[str]) -> None:
     study = run_study(plan)
     with cli.interrupts_held_back():
         # Imported later still: what it needs takes seconds that the trials need not wait for.
-        from cnn_jax.tune.outcome import conclude
-    show_outcome(conclude(plan, study), plan.folder)
+        from cnn_jax.tune.outcome import conclude, show_outcome
+    outcome = conclude(plan, study)
+    show_outcome(outcome, plan.folder)
+    if outcome["best"] is None:
+        raise _nothing_to_show(outcome, plan.is_over())
+
+
+def _nothing_to_show(study: Mapping[str, Any], is_over: bool) -> BaseException:
+    """Why a study has no best trial."""
+    if is_over:
+        return Interrupted("time was up before a trial came to its end; the same command goes on")
+    reasons = [f"; trial {t['number']}: {t['error']}" for t in study["trials"] if t["error"]]
+    yet = " yet" * (study["cost"]["running"] > 0)
+    return UserError(f"no trial has come to its end{yet}{''.join(reasons)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", type=cli.path, help="the study's folder (studies/NAME)")
     parser.add_argument(
         "--storage",
+        type=_storage,
         metavar="URL",
         help="a database's URL, such as postgresql://USER@HOST/NAME, or journal:PATH "
         "(a SQLite file in the study's folder)",
@@ -109,6 +121,13 @@ def _name(text: str) -> str:
     return text
 
 
+def _storage(text: str) -> str:
+    """The argparse type of a storage's URL: not empty, as a variable that is not set would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def _duration(text: str) -> float:
     """The argparse type of a time such as 1h30m, in seconds; a number alone is seconds."""
     parts = re.fullmatch(r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s?)?", text)
@@ -120,65 +139,6 @@ def _duration(text: str) -> float:
     if not seconds:
         raise argparse.ArgumentTypeError(f"must be a time such as 90m or 1h30m, got {text!r}")
     return float(seconds)
-
-
-def show_outcome(study: Mapping[str, Any], folder: pathlib.Path) -> None:
-    """Prints the table of trials, the best one, and how to go on, on stdout.
-
-    Raises:
-      UserError: No trial came to its end.
-    """
-    keys = list(study["space"])
-    rows = [["trial", "state", study["monitor"], "epochs", "seconds", *map(_last, keys)]]
-    order = sorted(
-        study["trials"],
-        key=lambda trial: (
-            trial["state"] != "complete",
-            trial["value"] is None,
-            (trial["value"] or 0) * (-1 if study["direction"] == "maximize" else 1),
-        ),
-    )
-    for trial in order:
-        value = "" if trial["value"] is None else f"{trial['value']:.4f}"
-        params = [_short(trial["params"].get(key, "")) for key in keys]
-        seconds = f"{trial['seconds']:.0f}"
-        rows.append(
-            [str(trial["number"]), trial["state"], value, str(trial["epochs"]), seconds, *params]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
-
-    cost = study["cost"]
-    print(
-        f"\ncost        {cost['complete']} complete, {cost['pruned']} pruned, {cost['failed']} "
-        f"failed, {cost['running']} running; {cost['epochs']:,} epochs, of "
-        f"{cost['epochs_without_pruning']:,} without pruning; {_time(cost['seconds'])} of training"
-    )
-    print(f"page        {folder / 'index.html'}")
-    if study["best"] is None:
-        reasons = [f"; trial {t['number']}: {t['error']}" for t in study["trials"] if t["error"]]
-        later = ", yet; the same command goes on" * (cost["running"] > 0)
-        raise UserError(f"no trial has come to its end{later}{''.join(reasons)}")
-    best = next(trial for trial in study["trials"] if trial["number"] == study["best"])
-    config = shlex.quote(str(folder / study["best_config"]))
-    run = shlex.quote(str(folder / best["folder"]))
-    print(f"best        trial {best['number']}: {study['monitor']} {best['value']:.4f}")
-    print(f"train       python -m cnn_jax.main --config={config} --workdir=runs/{study['name']}")
-    print(f"or measure  python -m cnn_jax.main --config={config} --workdir={run}")
-
-
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _time(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
 
 
 if __name__ == "__main__":

@@ -24,11 +24,15 @@ from cnn_jax.configuration import Config
 from cnn_jax.data.findings import count
 from cnn_jax.data.sources import absolute
 from cnn_jax.report.study import write_study_page
+from cnn_jax.report.words import duration
 from cnn_jax.run_directory import write_text
 from cnn_jax.tune import storage
-from cnn_jax.tune.space import configured, describe
-from cnn_jax.tune.study import Plan, best_value, counts, trial_folder
+from cnn_jax.tune.search import best_value, merit
+from cnn_jax.tune.space import configured, describe, short
+from cnn_jax.tune.study import Plan, counts, trial_folder
 
+# Rows of the table on stdout.
+_MOST_SHOWN = 10
 _STATES = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
@@ -107,13 +111,12 @@ def summarize(plan: Plan, study: Study) -> dict[str, Any]:
 
 def best_trial(plan: Plan, study: Study) -> FrozenTrial | None:
     """Of the trials that came to their end, the best; of equal ones, the first."""
-    sign = 1 if plan.direction == study.direction.MAXIMIZE else -1
     complete = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if counts(trial) and trial.value is not None
     ]
-    return max(complete, key=lambda trial: sign * (trial.value or 0.0), default=None)
+    return max(complete, key=lambda trial: merit(trial.value or 0.0, plan.direction), default=None)
 
 
 def _describe_trial(plan: Plan, trial: FrozenTrial) -> dict[str, Any]:
@@ -137,8 +140,9 @@ def _iso(time: datetime.datetime | None) -> str | None:
 
 
 def _importance(study: Study, complete: list[FrozenTrial]) -> tuple[dict[str, float] | None, str]:
-    """The share of the value's variance that each parameter explains, by functional ANOVA.
+    """What each parameter by itself explains of the value's variance, by functional ANOVA.
 
+    In shares of what all of them explain by themselves.
     (Hutter et al. 2014, "An Efficient Approach for Assessing Hyperparameter Importance".)
     Or None, and why.
     """
@@ -167,8 +171,10 @@ def write_outcome(plan: Plan, study: Mapping[str, Any]) -> None:
     """
     write_text(plan.folder / "study.json", json.dumps(study, indent=1, ensure_ascii=False) + "\n")
     write_text(plan.folder / "trials.csv", table(study))
-    if study["best"] is not None:
-        path = plan.folder / study["best_config"]
+    path = plan.folder / study["best_config"]
+    if study["best"] is None:
+        path.unlink(missing_ok=True)
+    else:
         write_text(path, best_config_text(plan, study, path))
     write_study_page(study, plan.folder)
 
@@ -186,6 +192,59 @@ def table(study: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
+def show_outcome(study: Mapping[str, Any], folder: pathlib.Path) -> None:
+    """Prints the best trials as a table, the cost, and how to go on, on stdout."""
+    keys = list(study["space"])
+    rows = [["trial", "state", study["monitor"], "epochs", "seconds", *map(_last, keys)]]
+    order = sorted(
+        study["trials"],
+        key=lambda trial: (
+            trial["state"] != "complete",
+            trial["value"] is None,
+            (trial["value"] or 0) * (-1 if study["direction"] == "maximize" else 1),
+        ),
+    )
+    for trial in order[:_MOST_SHOWN]:
+        value = "" if trial["value"] is None else f"{trial['value']:.4f}"
+        params = [short(trial["params"].get(key, "")) for key in keys]
+        seconds = f"{trial['seconds']:.0f}"
+        rows.append(
+            [str(trial["number"]), trial["state"], value, str(trial["epochs"]), seconds, *params]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+
+    if len(order) > _MOST_SHOWN:
+        print(f"all {len(order)} trials are in {folder / 'trials.csv'}")
+
+    cost = study["cost"]
+    print(
+        f"\ncost        {cost['complete']} complete, {cost['pruned']} pruned, {cost['failed']} "
+        f"failed, {cost['running']} running; {cost['epochs']:,} epochs, of "
+        f"{cost['epochs_without_pruning']:,} without pruning; training took "
+        f"{duration(cost['seconds'])}"
+    )
+    print(f"page        {folder / 'index.html'}")
+    if study["best"] is None:
+        return
+    best = next(trial for trial in study["trials"] if trial["number"] == study["best"])
+    config = shlex.quote(str(folder / study["best_config"]))
+    run = folder / best["folder"]
+    print(f"best        trial {best['number']}: {study['monitor']} {best['value']:.4f}")
+    print(f"train       python -m cnn_jax.main --config={config} --workdir=runs/{study['name']}")
+    if (run / "config.json").exists():
+        workdir = shlex.quote(str(run))
+        print(f"or measure  python -m cnn_jax.main --config={config} --workdir={workdir}")
+    else:
+        where = f"in {best['folder']} of the study's folder there"
+        print(f"            its own run is on {best['host']}, {where}")
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
 def best_config_text(plan: Plan, study: Mapping[str, Any], path: pathlib.Path) -> str:
     """The best trial's configuration as a file that runs as it is.
 
@@ -197,7 +256,11 @@ def best_config_text(plan: Plan, study: Mapping[str, Any], path: pathlib.Path) -
     best = next(trial for trial in study["trials"] if trial["number"] == study["best"])
     config = configured(plan.config, best["params"])
     with config.ignore_type():
-        config.data.source = absolute(config.data.source)  # To run anywhere.
+        # To run anywhere.
+        config.data.source = absolute(config.data.source)
+        if path_of_weights := config.checkpoint.init_from:
+            path_of_weights = pathlib.Path(path_of_weights).expanduser().resolve()
+            config.checkpoint.init_from = str(path_of_weights)
     epochs = count(best["epochs"], "epoch")
     quoted = shlex.quote(str(path)).replace("\\", "\\\\").replace('"', '\\"')
     return f'''"""The best of {count(len(study["trials"]), "trial")} of the study {plan.name}.

@@ -6,7 +6,7 @@ to the same decisions.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,12 @@ class SeededSampler(BaseSampler):
 
 
 class SuccessiveHalving(BasePruner):
-    """Asynchronous successive halving (Li et al. 2020, "A System for Massively Parallel
-    Hyperparameter Tuning", algorithm 2), in one bracket or in those of Hyperband.
+    """Asynchronous successive halving, in one bracket or in those of Hyperband.
+
+    After Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", section 3.
+    Their algorithm pauses a trial at a rung and may take it up again later. Here it is judged
+    there once, against those that have been there before it, as Optuna and Ray Tune do: so
+    the first to come always goes on.
 
     Optuna's own notes in the storage which rungs a trial has passed before it has decided,
     and decides otherwise if it is asked again. This one looks at the reported values alone.
@@ -91,21 +95,33 @@ class SuccessiveHalving(BasePruner):
         bracket = bracket_of(trial.number, self._max_epochs, self._brackets)
         if epoch not in rungs(self._max_epochs, bracket):
             return False
-        sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
         others = [
-            sign * _best_until(other, epoch, study.direction)
+            _merit(other, epoch, study.direction)
             for other in study.get_trials(deepcopy=False)
             if other.number != trial.number
             and epoch in other.intermediate_values
             and bracket_of(other.number, self._max_epochs, self._brackets) == bracket
         ]
-        return not goes_on(sign * _best_until(trial, epoch, study.direction), others)
+        return not goes_on(_merit(trial, epoch, study.direction), others)
 
 
-def _best_until(trial: FrozenTrial, epoch: int, direction: StudyDirection) -> float:
-    """The best value of the epochs until this one: that of the network that a run would keep."""
-    values = [value for step, value in trial.intermediate_values.items() if step <= epoch]
-    return max(values) if direction == StudyDirection.MAXIMIZE else min(values)
+def _merit(trial: FrozenTrial, epoch: int, direction: StudyDirection) -> float:
+    """How good a trial was by the end of an epoch that it has; larger is better."""
+    until = {step: value for step, value in trial.intermediate_values.items() if step <= epoch}
+    best = best_value(until, direction)
+    assert best is not None
+    return merit(best, direction)
+
+
+def merit(value: float, direction: StudyDirection) -> float:
+    """A value of the study, or its negative: larger is better."""
+    return value if direction == StudyDirection.MAXIMIZE else -value
+
+
+def best_value(curve: Mapping[int, float], direction: StudyDirection) -> float | None:
+    """The best of a trial's epochs, whose network its run keeps; None if there is none."""
+    choose = max if direction == StudyDirection.MAXIMIZE else min
+    return choose(curve.values(), default=None)
 
 
 def goes_on(value: float, others: Sequence[float]) -> bool:
@@ -118,24 +134,28 @@ def goes_on(value: float, others: Sequence[float]) -> bool:
 
 
 def num_brackets(max_epochs: int) -> int:
-    """The brackets of Hyperband: in the last, every trial has all its epochs."""
+    """The brackets of Hyperband, one for each number of rungs from the most to none.
+
+    The most are as many as leave a whole epoch before the first.
+    """
     return math.floor(math.log(max_epochs, REDUCTION) + 1e-9) + 1
 
 
 def rungs(max_epochs: int, bracket: int) -> list[int]:
     """After which epochs the trials of a bracket are judged.
 
-    In bracket 0 after 1, 3, 9, ..., in bracket 1 after 3, 9, ..., below `max_epochs`.
+    After ..., a ninth and a third of all epochs, rounded; in each bracket once less than in
+    the one before, and in the last never.
     """
-    numbers = range(bracket, num_brackets(max_epochs))
-    return [REDUCTION**number for number in numbers if REDUCTION**number < max_epochs]
+    count = num_brackets(max_epochs) - 1 - bracket
+    return [round(max_epochs / REDUCTION**rung) for rung in range(count, 0, -1)]
 
 
 def bracket_of(number: int, max_epochs: int, brackets: int) -> int:
     """The bracket of a trial by its number.
 
     The brackets get trials in the proportions of Hyperband (Li et al. 2018, algorithm 1),
-    in which each costs about as much as the others, and spread evenly.
+    by which each costs about as much as the others, and spread evenly.
     """
     last = num_brackets(max_epochs) - 1
     weights = [

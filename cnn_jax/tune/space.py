@@ -6,6 +6,7 @@ import runpy
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -43,17 +44,18 @@ def load_space(file: str, config: Config) -> dict[str, BaseDistribution]:
     try:
         functions = runpy.run_path(file)
         space = functions["get_space"]() if "get_space" in functions else None
-    except Exception as error:  # It is a program, and may fail in any way.
+    except (Exception, SystemExit) as error:  # It is a program, and may fail in any way.
         raise ConfigError(f"--space: {file}: {type(error).__name__}: {error}") from error
     if "get_space" not in functions:
         raise ConfigError(f"--space: {file} has no function get_space")
     if not isinstance(space, dict) or not space:
         raise ConfigError(f"--space: {file}: get_space must return a dictionary that has a key")
-    for key, distribution in space.items():
-        try:
+    try:
+        for key, distribution in space.items():
             _check(str(key), distribution, config)
-        except ConfigError as error:
-            raise ConfigError(f"--space: {file}: {error}") from error
+        _check_together(space, config)
+    except ConfigError as error:
+        raise ConfigError(f"--space: {file}: {error}") from error
     return dict(sorted(space.items()))
 
 
@@ -62,22 +64,51 @@ def _check(key: str, distribution: Any, config: Config) -> None:
     configuration.check_key(key)
     if key in _NOT_VARIED or not (key in _KEYS or key.startswith(_SECTIONS)):
         raise ConfigError(f"config.{key}: must be the same in all trials of a study")
-    if isinstance(distribution, CategoricalDistribution):
-        values = list(distribution.choices)
-        if any(isinstance(value, tuple | list) for value in values):
-            raise ConfigError(
-                f'config.{key}: a tuple among the choices is written as text, such as "(16, 32)"'
-            )
-    elif isinstance(distribution, FloatDistribution | IntDistribution):
-        values = [distribution.low, distribution.high]
-    else:
+    kinds = FloatDistribution | IntDistribution | CategoricalDistribution
+    if not isinstance(distribution, kinds):
         raise ConfigError(
             f"config.{key}: must be a FloatDistribution, IntDistribution or "
             f"CategoricalDistribution of Optuna, got {distribution!r}"
         )
     current = dict(configuration.leaves(config))[key]
-    for value in values:
+    for value in _extremes(distribution):
+        if isinstance(value, tuple | list):
+            raise ConfigError(
+                f'config.{key}: a tuple among the choices is written as text, such as "(16, 32)"'
+            )
         configuration.check_value(key, _parse(value, current))
+
+
+def _check_together(space: Space, config: Config) -> None:
+    """Raises ConfigError if a bound or choice cannot be had whatever else the space has.
+
+    A space may have corners that contradict each other, whose trials fail; but no value of
+    a key may be wrong with all values of the others.
+    """
+    ends = [
+        {key: _extremes(distribution)[end] for key, distribution in space.items()}
+        for end in (0, -1)
+    ]
+    for key, distribution in space.items():
+        for value in _extremes(distribution):
+            errors = []
+            for others in ({}, *ends):
+                try:
+                    configuration.validate(
+                        configured(config, {**others, key: value}), jax.device_count()
+                    )
+                except ConfigError as error:
+                    errors.append(error)
+            if len(errors) == 1 + len(ends):
+                raise errors[0]
+
+
+def _extremes(distribution: BaseDistribution) -> list[Any]:
+    """All choices, or both ends of a range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return [distribution.low, distribution.high]
 
 
 def _parse(value: Any, current: Any) -> Any:
@@ -112,3 +143,8 @@ def describe(distribution: BaseDistribution) -> dict[str, Any]:
     step = distribution.step
     has_step = step is not None and not (kind == "int" and step == 1)
     return described | {"log": distribution.log} | ({"step": step} if has_step else {})
+
+
+def short(value: Any) -> str:
+    """A value for a line of text, to three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -47,6 +47,8 @@ def open_storage(url: str) -> BaseStorage:
       StorageError: It cannot be opened.
     """
     try:
+        if url == _JOURNAL or re.fullmatch(r"sqlite(\+\w+)?:/*(:memory:)?", url):
+            raise ConfigError(f"--storage: {url} keeps nothing; it must be {FORMS}")
         if url.startswith(_JOURNAL):
             return _open_journal(pathlib.Path(url.removeprefix(_JOURNAL)).expanduser())
         return _open_database(url)

@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import pathlib
-import re
 import socket
 import time
 import uuid
@@ -34,7 +33,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from cnn_jax import configuration
+from cnn_jax import cli, configuration, run_directory
 from cnn_jax.checkpoint import History
 from cnn_jax.configuration import Config
 from cnn_jax.console import Console
@@ -43,15 +42,17 @@ from cnn_jax.errors import ConfigError, DataError, TrainingError, printable
 from cnn_jax.run_directory import write_text
 from cnn_jax.train import open_dataset, train_and_evaluate
 from cnn_jax.tune import search, storage
-from cnn_jax.tune.space import Space, configured, describe
+from cnn_jax.tune.space import Space, configured, describe, short
 
 # Keys that may differ from start to start: no figure depends on them.
-_FREE_KEYS = re.compile(
-    r"data\.(source|workers|cache|max_pixels|max_unreadable|allow_outside)|train\.steps_per_execution"
-    r"|checkpoint\..*|report\..*|mesh\..*"
-)
-# A trial whose worker has ended so often within one epoch would do so for ever.
-_MOST_STARTS = 4
+_FREE_KEYS = run_directory.FREE_KEYS - {
+    *("train.epochs", "train.patience", "checkpoint.restore_step")
+}
+# Starts of a trial, without a step saved in between, after which nothing is hoped of it: as
+# one that takes more memory than there is would end its worker for ever.
+_MOST_STARTS = 10
+# Trials that fail one after the other, from the first on, before the study is given up.
+_MOST_FAILURES = 10
 # How the system says that a disk takes nothing more.
 _OF_THE_DISK = tuple(
     map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES))
@@ -127,6 +128,7 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
         configuration, space or data.
       DataError: The data cannot be used.
       StorageError: The storage does not answer.
+      TrainingError: The first trials have all failed.
       KeyboardInterrupt: After Ctrl-C or SIGTERM; the trial under way is saved.
     """
     console = console or Console()
@@ -135,9 +137,10 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--workdir: cannot use {plan.folder}: {error.strerror}") from error
+    place = _place(plan)
     definition = _define(plan, console)
     study = open_study(plan)
-    worker = _Worker(plan, study, console, _place(plan.folder))
+    worker = _Worker(plan, study, console, place)
     worker.agree_on(definition)
     worker.check_folder()
     console.facts(_describe(plan))
@@ -157,17 +160,15 @@ def _describe(plan: Plan) -> dict[str, str]:
         else:
             values = f"{of_key['low']:g} to {of_key['high']:g}" + ", logarithmic" * of_key["log"]
         spaces.append(f"{key:<{max(map(len, plan.space))}}  {values}")
-    judged = [
-        f"{' '.join(map(str, search.rungs(train.epochs, bracket))) or 'never'}"
-        for bracket in range(plan.brackets)
-    ]
-    pruning = f"{plan.pruner}, judged after epochs {'; or '.join(judged)}"
+    judged = [" ".join(map(str, search.rungs(train.epochs, n))) for n in range(plan.brackets)]
+    pruning = f"{plan.pruner}, judged after epochs {'; or '.join(filter(None, judged))}"
+    pruning += "; or never" * ("" in judged)
     return {
         "study": f"{plan.name}: {count(plan.trials, 'trial')} of at most "
         f"{count(train.epochs, 'epoch')}, best by {plan.monitor}",
         "data": f"{printable(plan.config.data.source)}; the test split is not looked at",
         "space": "\n".join(spaces),
-        "pruning": pruning if judged else "none",
+        "pruning": pruning if any(judged) else "none",
         "results": str(plan.folder),
     }
 
@@ -204,22 +205,29 @@ def _define(plan: Plan, console: Console) -> dict[str, str]:
     keys = {
         f"config.{key}": json.dumps(value)
         for key, value in configuration.leaves(resolved)
-        if key not in plan.space and not _FREE_KEYS.fullmatch(key)
+        if key not in plan.space and key not in _FREE_KEYS
     }
     spaces = {f"space.{key}": distribution_to_json(space) for key, space in plan.space.items()}
     return {**keys, **spaces, "data": dataset.fingerprint, "pruner": plan.pruner}
 
 
-def _place(folder: pathlib.Path) -> str:
-    """What tells this folder from the same study's on a machine that does not share it."""
-    path = folder / "place"
+def _place(plan: Plan) -> str:
+    """What tells this folder from the same study's on a machine that does not share it.
+
+    Raises:
+      ConfigError: The folder is another study's.
+    """
+    path = plan.folder / "place"
     if not path.exists():
-        aside = folder / f".place.{uuid.uuid4().hex}"  # Of machines, two may have one process id.
-        write_text(aside, uuid.uuid4().hex + "\n")
+        aside = path.with_name(f".place.{uuid.uuid4().hex}")  # Two machines may share it.
+        write_text(aside, f"{uuid.uuid4().hex} {plan.name}\n")
         with contextlib.suppress(FileExistsError):  # Another worker was first.
             os.link(aside, path)
         aside.unlink()
-    return path.read_text(encoding="utf-8").strip()
+    place, _, name = path.read_text(encoding="utf-8").strip().partition(" ")
+    if name != plan.name:
+        raise ConfigError(f"--workdir: {plan.folder} is the folder of the study {name}")
+    return place
 
 
 def trial_folder(folder: pathlib.Path, number: int) -> pathlib.Path:
@@ -303,6 +311,7 @@ class _Worker:
     def work(self) -> None:
         """Runs trials until there are enough, or time is up."""
         while not self.plan.is_over():
+            self._check_failures()
             with contextlib.ExitStack() as held:
                 number = self._claim(held)
                 if number is None:
@@ -312,9 +321,20 @@ class _Worker:
                 except UpdateFinishedTrialError:
                     # Nothing was heard of it for hours, as of a machine that slept.
                     self._say(number, "another worker has given it up")
-            # Programs of a trial are of no use to the next one.
-            jax.clear_caches()
-            gc.collect()
+            with cli.interrupts_held_back():  # Which JAX's own callbacks would swallow.
+                # Programs of a trial are of no use to the next one.
+                jax.clear_caches()
+                gc.collect()
+
+    def _check_failures(self) -> None:
+        """Raises TrainingError if all that there has been, and that not once, has failed."""
+        trials = [trial for trial in self._trials() if counts(trial) and trial.state.is_finished()]
+        failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+        if len(failed) == len(trials) >= _MOST_FAILURES:
+            raise TrainingError(
+                f"the first {len(failed)} trials have all failed, the last one so: "
+                f"{failed[-1].user_attrs.get('error', '')}"
+            )
 
     def _claim(self, held: contextlib.ExitStack) -> int | None:
         """A trial that is this worker's alone until `held` is closed; None if there are enough.
@@ -396,14 +416,15 @@ class _Worker:
         told = set(self._trials()[number].intermediate_values)
         # The last one may have been told without having been judged.
         judged = told - {max(told, default=0)}
-        starts = [*trial.user_attrs.get("starts", []), len(told)]
+        saved = _saved_step(trial_folder(self.plan.folder, number))
+        starts = [*trial.user_attrs.get("starts", []), saved]
         self._say(
             number,
-            *(f"{key}={_short(value)}" for key, value in params.items()),
+            *(f"{key}={short(value)}" for key, value in params.items()),
             f"(goes on after epoch {len(told)})" * bool(told),
         )
-        if starts.count(len(told)) > _MOST_STARTS:
-            error = f"its process ended {_MOST_STARTS} times in epoch {len(told) + 1}"
+        if starts.count(saved) > _MOST_STARTS:
+            error = f"its process ended {_MOST_STARTS} times after step {saved:,}, the last saved"
             self._end(trial, TrialState.FAIL, error=error)
             return
         self._note(trial, starts=starts, seen=time.time())
@@ -472,7 +493,7 @@ class _Worker:
     def _end(self, trial: Trial, state: TrialState, **attributes: Any) -> None:
         """Finishes a trial, unless another worker has, and says so."""
         curve = self._trials()[trial.number].intermediate_values
-        best = best_value(curve, self.plan.direction)
+        best = search.best_value(curve, self.plan.direction)
         value = best if state == TrialState.COMPLETE else None
         with contextlib.suppress(UpdateFinishedTrialError):
             self._note(trial, **attributes)
@@ -491,10 +512,10 @@ class _Worker:
         self.console.print(f"{f'trial {number}':<12}{'  '.join(filter(None, parts))}")
 
 
-def best_value(curve: Mapping[int, float], direction: StudyDirection) -> float | None:
-    """The best of a trial's epochs, whose network its run has kept; None if there is none."""
-    choose = max if direction == StudyDirection.MAXIMIZE else min
-    return choose(curve.values(), default=None)
+def _saved_step(folder: pathlib.Path) -> int:
+    """The step of a trial's latest checkpoint; 0 if there is none."""
+    names = [path.name for path in (folder / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
@@ -519,10 +540,6 @@ def _is_of_the_disk(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @contextlib.contextmanager

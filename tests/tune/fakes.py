@@ -82,6 +82,7 @@ class Trainer:
                 record = {"epoch": epoch, "seconds": SECONDS, "validation_accuracy": accuracy}
                 history.append(record | {"validation_loss": 1 - accuracy})
                 _write_once(workdir / f"epoch-{epoch:04d}", json.dumps(history[-1]))
+                (workdir / "checkpoints" / str(10 * epoch)).mkdir(parents=True)
                 if deadline is not None and studies.time.monotonic() >= deadline:
                     raise Interrupted("saved")
                 on_epoch(history)

