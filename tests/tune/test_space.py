@@ -159,3 +159,42 @@ def test_configured_sets_values_and_leaves_the_base_alone():
 )
 def test_a_distribution_as_json(distribution, described):
     assert describe(distribution) == described
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        # The rate would end above where it begins.
+        ({"optimizer.learning_rate": "FloatDistribution(1e-5, 1e-3)"}, "must not be above"),
+        ({"data.image_size": "CategoricalDistribution([64, 63])"}, "must be a multiple of 4"),
+        (
+            {
+                "augment.mixup_probability": "FloatDistribution(0.0, 1.0)",
+                "augment.cutmix_probability": "FloatDistribution(0.2, 0.5)",
+            },
+            "mixup_probability",
+        ),
+    ],
+)
+def test_a_value_that_is_wrong_with_all_of_the_others_is_refused(tmp_path, space, message):
+    file = tmp_path / "space.py"
+    entries = ", ".join(f"{key!r}: {text}" for key, text in space.items())
+    file.write_text(
+        f"from optuna.distributions import *\n\n\ndef get_space():\n    return {{{entries}}}\n"
+    )
+    config = default.get_config()
+    if "augment.cutmix_probability" in space:
+        config.augment.cutmix_probability = 0.3
+    with pytest.raises(ConfigError, match=message):
+        load_space(str(file), config)
+
+
+def test_a_space_may_have_corners_that_contradict_each_other(tmp_path):
+    file = tmp_path / "space.py"
+    file.write_text(
+        "from optuna.distributions import FloatDistribution as F\n\n\n"
+        "def get_space():\n"
+        "    return {'optimizer.learning_rate': F(1e-5, 1e-3),\n"
+        "            'optimizer.final_learning_rate': F(1e-6, 1e-4)}\n"
+    )
+    assert len(load_space(str(file), default.get_config())) == 2

@@ -282,3 +282,11 @@ def test_the_log_of_the_tests_is_a_storage():
     with pytest.raises(StorageError, match=r"\(0 entries\)"):
         patiently(lambda: add_study(log.open()), 0.1, "")
     assert time.monotonic() - start >= 0.1
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite://", "sqlite:///:memory:", "sqlite+pysqlite://", "journal:"]
+)
+def test_a_storage_that_would_keep_nothing_is_refused(url):
+    with pytest.raises(ConfigError, match=f"^--storage: {re.escape(url)} keeps nothing"):
+        storage.open_storage(url)

@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 from fakes import Log, install, raising
 
 from cnn_jax import compiled, runtime
-from cnn_jax.errors import ConfigError, TrainingError, UserError
+from cnn_jax.errors import ConfigError, Interrupted, TrainingError, UserError
 from cnn_jax.tune import __main__ as command
 from cnn_jax.tune import outcome, storage
 
@@ -79,6 +79,7 @@ def test_what_is_no_time(text):
         (["--time_budget=soon"], "argument --time_budget: must be a time such as"),
         (["--storage_timeout=0"], "argument --storage_timeout: must be a time"),
         (["--workdir="], "argument --workdir: must not be empty"),
+        (["--storage="], "argument --storage: must not be empty"),
     ],
 )
 def test_a_wrong_flag_is_told_at_once(arguments, message, capsys):
@@ -193,6 +194,12 @@ def test_a_time_budget_ends_it_as_usual(tune, patched, capsys):
     assert "2 complete, 0 pruned, 0 failed, 1 running" in capsys.readouterr().out
     tune("--pruner=none")
     assert "0 running" in capsys.readouterr().out
+
+
+def test_a_time_budget_that_is_up_before_anything_is_there_says_start_me_again(tune, patched):
+    patched.before_epoch = lambda number, epoch: time.sleep(1)
+    with pytest.raises(Interrupted, match="time was up before a trial came to its end"):
+        tune("--pruner=none", "--time_budget=1")
 
 
 def test_if_no_trial_came_to_its_end_the_reasons_are_told(tune, patched, capsys):

@@ -146,6 +146,7 @@ def test_a_study_can_be_given_more_trials_and_not_fewer(tmp_path, log, trainer, 
         ({"config": {"data.image_size": 64}}, "config.data.image_size: [32, 32] -> [64, 64]"),
         ({"config": {"seed": 1}}, "config.seed: 0 -> 1"),
         ({"config": {"train.patience": 2}}, "config.train.patience: 10 -> 2"),
+        ({"config": {"checkpoint.init_from": "/a"}}, 'checkpoint.init_from: "" -> "/a"'),
         ({"pruner": "none"}, "pruner: hyperband -> none"),
         (
             {"space": SPACE | {"model.dropout": FloatDistribution(0.0, 0.5)}},
