@@ -6,35 +6,46 @@
 # ROW is TABLE/VARIANT, such as eurosat32/plain or shapes/recipe, or a TABLE for all of its
 # rows; the tables are the files in experiments/results/. EUROSAT is the folder of EuroSAT's
 # images, one sub-folder a class. The runs go to DIR/TABLE (runs/reproduce by default), and go
-# on there if they were interrupted. Exits with 1 if a figure differs: with the versions and
-# the number of cores that results/TABLE.json names, none should.
+# on there if they were interrupted. Exits with 1 if a figure differs: with the versions, the
+# processor and the number of cores a run that results/TABLE.json names, none should.
 set -euo pipefail
 
-row=${1:?a row, such as shapes/plain}
-table=${row%%/*}
-variant=${row#"$table"}
-directory=${2:-runs/reproduce}/$table
-here=$(dirname "$0")
-expected=$here/results/$table.json
-
-seeds=$(python -c "import json, sys
-print(1 + max(run['seed'] for runs in json.load(open(sys.argv[1])).values() for run in runs))" \
-  "$expected")
-variants=${variant#/}
-variants=${variants:-$(python -c "import json, sys; print(','.join(json.load(open(sys.argv[1]))))" \
-  "$expected")}
-
-eurosat() {
-  echo --config=configs/eurosat.py --config.data.stratify=exact \
-    "--config.data.source=folder:${EUROSAT:?the folder of its images}"
+fail() {
+  echo "error: $*" >&2
+  exit 2
 }
-case $table in
-  eurosat32) settings="$(eurosat) --config.data.image_size=32" ;;
-  eurosat64) settings=$(eurosat) ;;
-  shapes) settings=--config=configs/default.py ;;
-  *) echo "there is no table $table" >&2; exit 2 ;;
-esac
 
-# shellcheck disable=SC2086  (the settings are several words)
-python "$here/ablation.py" --grid=all --variants="$variants" --seeds="$seeds" --jobs=2 \
-  --workdir="$directory" --expect="$expected" $settings
+here=$(cd "$(dirname "$0")" && pwd)
+row=${1:-}
+table=${row%%/*}
+expected=$here/results/$table.json
+[[ -n $table && -f $expected ]] \
+  || fail "a row is TABLE or TABLE/VARIANT, of the tables $(cd "$here/results" && echo *.json)"
+directory=$(realpath -m "${2:-runs/reproduce}")/$table
+
+# What it has: seeds, cores of a run, and the variant that is asked for, or all.
+read -r seeds cores variants < <(python - "$expected" "${row#"$table"}" <<'PYTHON'
+import json, sys
+by_variant = json.load(open(sys.argv[1]))
+wanted = sys.argv[2].lstrip("/")
+variants = [wanted] if wanted else list(by_variant)
+if set(variants) <= set(by_variant):
+    seeds = min(len(by_variant[variant]) for variant in variants)
+    print(seeds, by_variant[variants[0]][0]["cores"], ",".join(variants))
+PYTHON
+) || true
+[[ -n ${variants:-} ]] || fail "$expected has no ${row#*/}"
+
+eurosat=(--config="$here/../configs/eurosat.py" --config.data.stratify=exact
+  --config.data.source="folder:${EUROSAT:-}")
+case $table in
+  eurosat32) settings=("${eurosat[@]}" --config.data.image_size=32) ;;
+  eurosat64) settings=("${eurosat[@]}") ;;
+  shapes) settings=(--config="$here/../configs/default.py") ;;
+  *) fail "nobody has said how the table $table is made" ;;
+esac
+[[ $table != eurosat* || -d ${EUROSAT:-} ]] || fail "EUROSAT must be the folder of its images"
+
+jobs=$(($(nproc) / cores))
+exec python "$here/ablation.py" --grid=all --variants="$variants" --seeds="$seeds" \
+  --jobs=$((jobs > 0 ? jobs : 1)) --workdir="$directory" --expect="$expected" "${settings[@]}"

@@ -1,0 +1,165 @@
+"""The table and the plot of an ablation; see ablation.py."""
+
+import dataclasses
+import pathlib
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# What the table shows of the test split.
+METRICS = ("accuracy", "precision", "recall", "f1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Variants that belong into one table.
+
+    Attributes:
+      variants: Names, and what the table calls them, where {KEY} stands for the value that
+        the configuration has.
+      base: With which variant the others are compared; "" for each with the one before.
+      published: The specification's own test accuracies, in percent.
+    """
+
+    variants: Mapping[str, str]
+    base: str = "recipe"
+    published: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def named(self, values: Mapping[str, Any]) -> "Grid":
+        """The same with the values of a configuration, every key flat, in the names."""
+
+        def fill(name: str) -> str:
+            return re.sub(r"\{([\w.]+)\}", lambda key: f"{values[key[1]]:g}", name)
+
+        return dataclasses.replace(self, variants={k: fill(v) for k, v in self.variants.items()})
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the sample's standard deviation, 0 of a single value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def paired_difference(
+    values: Mapping[int, float], base: Mapping[int, float]
+) -> tuple[float, float | None]:
+    """The mean of the differences by seed, and half of its 95 % confidence interval.
+
+    By Student's t over the seeds that both have; None for the interval of one seed. (The
+    seeds' divisions into splits overlap, so it is somewhat narrow for other images: Nadeau
+    and Bengio 2003, "Inference for the Generalization Error".)
+    """
+    import scipy.stats  # Not needed to train.
+
+    differences = [values[seed] - base[seed] for seed in values if seed in base]
+    mean, deviation = mean_and_deviation(differences)
+    count = len(differences)
+    if count < 2:
+        return mean, None
+    return mean, float(scipy.stats.t.ppf(0.975, count - 1)) * deviation / count**0.5
+
+
+def make_table(grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A Markdown table: a row for each variant, in percent and percentage points."""
+    against = grid.variants[grid.base] if grid.base else "the row before"
+    head = ["", *(f"test {name}" for name in ("accuracy", "precision", "recall", "F1"))]
+    head += ["validation accuracy", f"test accuracy against {against}", "epochs", "s an epoch"]
+    head += ["times", "seeds"] if grid.base else ["seeds"]
+    head += ["the specification's"] * bool(grid.published)
+    rows = [head, ["---"] * len(head)]
+    base = results.get(grid.base, ())
+    for variant, of_variant in results.items():
+        of_base = () if variant == grid.base else base
+        row = [grid.variants[variant], *_figures(of_variant, of_base)]
+        row += [_times(of_variant, base)] * bool(grid.base)
+        failures = "".join(f"; {r['seed']}: {r['error']}" for r in of_variant if "error" in r)
+        row.append(f"{len(_done(of_variant))}{failures}")
+        if grid.published:
+            row.append(f"{grid.published[variant]} %" if variant in grid.published else "")
+        rows.append(row)
+        if not grid.base:
+            base = of_variant
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _figures(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The cells of a row from the test accuracy to the seconds of an epoch."""
+    done = _done(runs)
+    if not done:
+        return [""] * (len(METRICS) + 4)
+    return [
+        *(_percent([run["test"][key] for run in done]) for key in METRICS),
+        _percent([run["validation"]["accuracy"] for run in done]),
+        _difference(_by_seed(runs), _by_seed(base)),
+        f"{statistics.mean(run['epochs'] for run in done):.3g}",
+        f"{_seconds(done):.3g}",
+    ]
+
+
+def _times(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> str:
+    """How many times as long as an epoch of the base one takes."""
+    done, of_base = _done(runs), _done(base)
+    return f"{_seconds(done) / _seconds(of_base):.2f}" if done and of_base else ""
+
+
+def _seconds(done: Sequence[Mapping[str, Any]]) -> float:
+    """Of an epoch, the median over runs."""
+    return statistics.median(run["seconds_per_epoch"] for run in done)
+
+
+def _done(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [run for run in runs if "error" not in run]
+
+
+def _by_seed(results: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Test accuracies of the runs that have one, by seed."""
+    return {run["seed"]: run["test"]["accuracy"] for run in _done(results)}
+
+
+def _percent(shares: Sequence[float]) -> str:
+    mean, deviation = mean_and_deviation([100 * share for share in shares])
+    return f"{mean:.2f} ± {deviation:.2f} %" if len(shares) > 1 else f"{mean:.2f} %"
+
+
+def _difference(values: Mapping[int, float], base: Mapping[int, float]) -> str:
+    if not values.keys() & base.keys():
+        return ""
+    mean, half = paired_difference(values, base)
+    if half is None:
+        return f"{100 * mean:+.2f}"
+    return f"{100 * mean:+.2f} ({100 * (mean - half):+.2f} to {100 * (mean + half):+.2f})"
+
+
+# The plot.
+
+
+def draw(
+    path: pathlib.Path, grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """A row for each variant: a point for each seed, and mean and standard deviation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # Not needed to train.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 0.9 + 0.42 * len(results)), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, (variant, of_variant) in enumerate(results.items()):
+        values = [100 * accuracy for accuracy in _by_seed(of_variant).values()]
+        if values:
+            mean, deviation = mean_and_deviation(values)
+            axes.plot(values, [place] * len(values), "o", color="#8fb8dd", markersize=5)
+            axes.errorbar(mean, place, xerr=deviation, fmt="|", color="#0b3c6f", capsize=4, ms=12)
+        if variant in grid.published:
+            label = None if axes.get_legend_handles_labels()[1] else "the specification's own"
+            axes.plot(grid.published[variant], place, "D", color="#d55e00", ms=4, label=label)
+    axes.set_yticks(range(len(results)), [grid.variants[variant] for variant in results])
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_xlabel("test accuracy (%)\neach seed; mean and standard deviation")
+    axes.grid(axis="x", color="#dfe2e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
+    figure.savefig(path)
