@@ -8,10 +8,10 @@ from experiments import chaos_study
 
 def test_killed_three_times_a_study_ends_as_one_that_never_was(tmp_path):
     start = time.monotonic()
-    chaos_study.end(chaos_study.begin(tmp_path / "undisturbed", trials=3, epochs=3))
+    chaos_study.end(chaos_study.begin(tmp_path / "undisturbed", trials=2, epochs=3))
     seconds = time.monotonic() - start
     rng = random.Random(time.time_ns())
-    moments = chaos_study.kill(tmp_path / "killed", 3, 3, 3, seconds, rng)
+    moments = chaos_study.kill(tmp_path / "killed", 2, 3, 3, seconds, rng)
     assert len(moments) == 3, "it was over before it was killed"
     expected = chaos_study.outcome(tmp_path / "undisturbed")
     assert chaos_study.outcome(tmp_path / "killed") == expected, f"killed after {moments} s"
