@@ -1,11 +1,13 @@
 """One worker at a study, or several that come in each other's way at a chosen moment."""
 
+import contextlib
 import itertools
 import os
 import pathlib
 import random
 import re
 import shutil
+import signal
 import types
 
 import pytest
@@ -348,6 +350,19 @@ def test_a_trial_that_saves_within_an_epoch_may_die_in_it_as_often_as_it_likes(
         with pytest.raises(Killed):
             run(plan)
     assert "fail" not in states(run(plan))
+
+
+def test_ctrl_c_between_two_trials_begins_no_other(tmp_path, log, trainer, monkeypatch):
+    """Even if it comes within a callback of JAX's, which would swallow what is raised there."""
+
+    def collect():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(studies, "gc", types.SimpleNamespace(collect=collect))
+    with pytest.raises(KeyboardInterrupt):
+        run(make_plan(tmp_path))
+    assert states(studies.open_study(make_plan(tmp_path))) == ["complete"]
 
 
 def test_a_study_of_which_all_fails_is_given_up(tmp_path, log, trainer):
