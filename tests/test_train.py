@@ -324,10 +324,7 @@ def test_on_the_device_as_on_the_host(image_folder, tmp_path):
 _ON_THE_DEVICE = {"augment.place": "device", "data.cache": "device"}
 
 
-@pytest.mark.parametrize("where", [{}, _ON_THE_DEVICE], ids=["host", "device"])
-def test_several_steps_in_one_execution_are_the_same_training(
-    image_folder, tmp_path, monkeypatch, where
-):
+def test_several_steps_in_one_execution_are_the_same_training(image_folder, tmp_path, monkeypatch):
     """Six steps an epoch: four at once and two single ones, or two and two and two."""
     executed = []
     real = train._to_devices
@@ -339,7 +336,7 @@ def test_several_steps_in_one_execution_are_the_same_training(
     monkeypatch.setattr(train, "_to_devices", spy)
     histories = {}
     for count in (1, 2, 4, 7):
-        config = _tiny(image_folder, **where, **{"train.steps_per_execution": count})
+        config = _tiny(image_folder, **_ON_THE_DEVICE, **{"train.steps_per_execution": count})
         executed.clear()
         train_and_evaluate(config, tmp_path / str(count))
         if count == 4:
@@ -440,10 +437,10 @@ def _same_but_for_time(first, second):
 
 
 def test_killed_at_random_moments_a_run_ends_byte_identical(tmp_path):
-    """Five times, two of them in a save; the seed is another each time."""
-    outcome = chaos.torment(tmp_path, kills=5, epochs=6, rng=random.Random())
-    assert outcome.kills == {"anywhere": 3, "save": 2, "bundle": 0}
-    assert outcome.compared > 1_000_000
+    """Three times, one of them in a save; the seed is another each time."""
+    outcome = chaos.torment(tmp_path, kills=3, epochs=6, rng=random.Random())
+    assert outcome.kills == {"anywhere": 2, "save": 1, "bundle": 0}
+    assert outcome.compared > 500_000
     assert not any(outcome.differing.values()), outcome.differing
 
 
@@ -462,11 +459,11 @@ def _interrupt(workdir, signum):
     return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_within_an_epoch_it_saves_there_and_goes_on(smoke, tmp_path, signum):
+def test_interrupted_within_an_epoch_it_saves_there_and_goes_on(smoke, tmp_path):
+    """By Ctrl-C; test_faults.py has SIGTERM too."""
     for attempt in range(5):
         workdir = tmp_path / str(attempt)
-        step = _interrupt(workdir, signum)
+        step = _interrupt(workdir, signal.SIGINT)
         if step % 22:  # Else the signal came between two epochs, which is another case.
             break
     else:
