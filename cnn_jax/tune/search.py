@@ -31,10 +31,15 @@ class SeededSampler(BaseSampler):
     started again would not have.
     """
 
-    def __init__(self, space: Space, seed: int):
+    def __init__(self, space: Space, seed: int, first: Mapping[str, Any] | None = None):
+        """A sampler of a space, whose first trial gets the values of `first`, as far as it has any.
+
+        They must be in the space.
+        """
         # A parameter of one value is never asked for, and would spoil the estimate of the others.
         self._space = {key: values for key, values in space.items() if not values.single()}
         self._seed = seed
+        self._first = {key: value for key, value in (first or {}).items() if key in self._space}
 
     def _tpe(self, trial: FrozenTrial, name: str = "") -> TPESampler:
         entropy = [self._seed, trial.number, *name.encode()]
@@ -50,6 +55,8 @@ class SeededSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Values for a trial, by those before it; none while there are few."""
+        if trial.number == 0:
+            return self._first
         return self._tpe(trial).sample_relative(study, trial, search_space)
 
     def sample_independent(

@@ -1,6 +1,7 @@
 """A search space: which keys of the configuration a study varies, and how far."""
 
 import ast
+import math
 import pathlib
 import runpy
 from collections.abc import Mapping
@@ -131,6 +132,27 @@ def configured(config: Config, params: Mapping[str, Any]) -> Config:
             changed_section = changed[section] if section else changed
             changed_section[name] = _parse(value, current[key])
     return changed
+
+
+def present(config: Config, space: Space) -> dict[str, Any]:
+    """What the configuration itself has for the keys of a space, without what is not in it."""
+    found = {}
+    for key, value in configuration.leaves(config):
+        distribution = space.get(key)
+        if isinstance(distribution, CategoricalDistribution):
+            # As the space writes it: a tuple is text there.
+            same = [choice for choice in distribution.choices if _parse(choice, value) == value]
+            found |= {key: choice for choice in same[:1]}
+        elif distribution is not None and _is_in_range(value, distribution):
+            found[key] = value
+    return found
+
+
+def _is_in_range(value: float, distribution: BaseDistribution) -> bool:
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    steps = (value - distribution.low) / (distribution.step or math.inf)
+    on_a_step = math.isclose(steps, round(steps), abs_tol=1e-8)
+    return distribution.low <= value <= distribution.high and on_a_step
 
 
 def describe(distribution: BaseDistribution) -> dict[str, Any]:

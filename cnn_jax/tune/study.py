@@ -42,7 +42,7 @@ from cnn_jax.errors import ConfigError, DataError, TrainingError, printable
 from cnn_jax.run_directory import write_text
 from cnn_jax.train import open_dataset, train_and_evaluate
 from cnn_jax.tune import search, storage
-from cnn_jax.tune.space import Space, configured, describe, short
+from cnn_jax.tune.space import Space, configured, describe, present, short
 
 # Keys that may differ from start to start: no figure depends on them.
 _FREE_KEYS = run_directory.FREE_KEYS - {
@@ -184,12 +184,13 @@ def open_study(plan: Plan) -> Study:
     opened = storage.open_storage(
         plan.storage or storage.in_file(plan.folder.resolve() / "study.db")
     )
+    first = present(plan.config, plan.space)
     return storage.patiently(
         lambda: optuna.create_study(
             storage=opened,
             study_name=plan.name,
             direction=plan.direction,
-            sampler=search.SeededSampler(plan.space, plan.config.seed),
+            sampler=search.SeededSampler(plan.space, plan.config.seed, first),
             pruner=search.SuccessiveHalving(plan.config.train.epochs, plan.brackets),
             load_if_exists=True,
         ),
