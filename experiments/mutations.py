@@ -214,6 +214,8 @@ MUTATIONS = [
     ("results.py", "probabilities[share] = rows", "probabilities[: len(rows)] = rows", "test_processes.py"),
     ("tune/space.py", "values = [distribution.low, distribution.high]", "values = [distribution.low]", "tune/test_space.py"),
     ("tune/search.py", "trial.number, *name.encode()", "*name.encode()", "tune/test_search.py"),
+    ("tune/search.py", "if trial.number == 0:", "if False:", "tune/test_tune_study.py"),
+    ("tune/space.py", "and _is_in_range(value, distribution)", "", "tune/test_space.py"),
     ("tune/search.py", "(len(others) + 1) // REDUCTION", "len(others) // REDUCTION", "tune/test_search.py"),
     ("tune/search.py", "if step <= epoch]", "]", "tune/test_search.py"),
     ("tune/search.py", "math.ceil((last + 1)", "math.floor((last + 1)", "tune/test_search.py"),

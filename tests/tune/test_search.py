@@ -223,6 +223,16 @@ def test_a_trial_of_which_a_part_is_stored_gets_the_rest_of_it(history):
         assert next_params(make_history(history), stored=stored) == expected
 
 
+def test_the_first_trial_alone_has_the_first_values():
+    """And the rest of them, which there are none for, as they are drawn without."""
+    first = {"b.size": 32, "c.count": 7, "of.another": 1}
+    study = make_study(direction="minimize", sampler=SeededSampler(SPACE, 0, first))
+    other = make_study(direction="minimize", sampler=SeededSampler(SPACE, 0))
+    drawn = [study.ask(SPACE).params for _ in range(5)]
+    expected = [other.ask(SPACE).params for _ in range(5)]
+    assert drawn == [expected[0] | {"b.size": 32, "c.count": 7}, *expected[1:]]
+
+
 def test_trials_differ():
     """By their numbers alone: none of them has changed the history, for it has failed."""
     study = make_history(4)

@@ -6,7 +6,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from cnn_jax import configuration
 from cnn_jax.errors import ConfigError
-from cnn_jax.tune.space import configured, describe, load_space
+from cnn_jax.tune.space import configured, describe, load_space, present
 from configs import default, eurosat
 
 HEAD = "from optuna.distributions import *\n"
@@ -198,3 +198,28 @@ def test_a_space_may_have_corners_that_contradict_each_other(tmp_path):
         "            'optimizer.final_learning_rate': F(1e-6, 1e-4)}\n"
     )
     assert len(load_space(str(file), default.get_config())) == 2
+
+
+def test_what_the_configuration_itself_has_in_a_space():
+    config = default.get_config()
+    config.model.features = (16, 32)
+    config.augment.zoom = 0.3
+    space = {
+        "model.features": CategoricalDistribution(["(8, 16)", "(16,32)"]),
+        "augment.flip": CategoricalDistribution(["none", "horizontal"]),
+        "train.batch_size": IntDistribution(8, 64, log=True),
+        "augment.zoom": FloatDistribution(0.0, 0.9, step=0.1),
+        "optimizer.learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+        # Which the space does not have: below it, above it, between two steps, no choice.
+        "model.dropout": FloatDistribution(0.6, 0.9),
+        "augment.rotation": FloatDistribution(0.0, 0.1),
+        "model.dense": IntDistribution(1, 301, step=100),
+        "precision": CategoricalDistribution(["float32", "bfloat16"]),
+    }
+    assert present(config, space) == {
+        "model.features": "(16,32)",
+        "augment.flip": "horizontal",
+        "train.batch_size": 32,
+        "augment.zoom": 0.3,
+        "optimizer.learning_rate": 1e-3,
+    }

@@ -122,6 +122,9 @@ def test_a_trial_is_the_plans_run_with_its_parameters_and_leaves_the_test_split_
         own = {"report.splits": ("validation",), "report.detail": "none"}
         assert dict(configuration.leaves(config)) == base | study.trials[number].params | own
     assert study.trials[0].params.keys() == SPACE.keys()
+    # The first one is the configuration itself, whose batch size the space does not have.
+    first = {"model.dropout": 0.5, "optimizer.learning_rate": 1e-3}
+    assert study.trials[0].params.items() >= first.items()
 
 
 @pytest.mark.parametrize(("pruner", "judged"), [("none", False), ("halving", True)])
