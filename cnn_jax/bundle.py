@@ -144,6 +144,24 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{path} is not a bundle: {error!r}") from error
 
 
+def digest(path: str | os.PathLike[str]) -> str:
+    """What a bundle is known by: the sha256 of its description, which has that of its weights.
+
+    Returns:
+      64 hexadecimal digits. Two bundles with the same are the same to the bit.
+
+    Raises:
+      BundleError: No bundle is there, or it cannot be read.
+    """
+    path = pathlib.Path(path)
+    try:
+        return _sha256(path / _DESCRIPTION)
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is not a bundle: there is no {error.filename}") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+
+
 def _to_disk(path: pathlib.Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 
 import jax
@@ -6,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax.bundle import Bundle, read_bundle, write_bundle
+from cnn_jax.bundle import Bundle, digest, read_bundle, write_bundle
 from cnn_jax.data.splits import Division
 from cnn_jax.errors import BundleError
 from cnn_jax.models import make_model
@@ -63,6 +64,29 @@ def test_the_bytes_are_a_function_of_the_content(tmp_path):
         "bundle.json",
         "weights.safetensors",
     ]
+
+
+def test_a_digest_stands_for_description_and_weights(tmp_path):
+    for name, bundle in (
+        ("one", make_bundle()),
+        ("same", make_bundle()),
+        ("other weights", make_bundle(seed=1)),
+        ("other names", make_bundle(class_names=("a", "b", "c"))),
+    ):
+        write_bundle(bundle, tmp_path / name)
+    one = digest(tmp_path / "one")
+    assert one == hashlib.sha256((tmp_path / "one" / "bundle.json").read_bytes()).hexdigest()
+    assert digest(tmp_path / "same") == one
+    assert len({one, digest(tmp_path / "other weights"), digest(tmp_path / "other names")}) == 3
+
+
+@pytest.mark.parametrize("damage", [lambda path: None, lambda path: (path / "bundle.json").mkdir()])
+def test_what_is_no_bundle_has_no_digest(tmp_path, damage):
+    path = tmp_path / "bundle"
+    path.mkdir()
+    damage(path)
+    with pytest.raises(BundleError, match=f"{path} (is not a bundle|cannot be read)"):
+        digest(path)
 
 
 def test_a_second_one_replaces_the_first(tmp_path):
