@@ -1,0 +1,1 @@
+"""The bundle as a service over HTTP; nothing of training is imported."""

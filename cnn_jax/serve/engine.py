@@ -1,0 +1,300 @@
+"""Dynamic batching: images of many requests go to the device together.
+
+One thread computes. While it does, what arrives gathers; when it is free it takes the oldest
+image and what else waits for the same program. So an image that comes alone waits for nobody,
+and the busier it is, the larger are the batches. One that nobody waits for any more, or whose
+time is up, is never computed.
+"""
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from cnn_jax.data.decode import Pixels
+from cnn_jax.errors import UserError
+
+# The first estimate of an image's time, until one was measured.
+_SECONDS_PER_IMAGE = 0.01
+# What a new measurement weighs in the estimate.
+_WEIGHT = 0.1
+
+
+class Overloaded(UserError):
+    """There are as many images in the house as may be.
+
+    Attributes:
+      retry_after: Whole seconds after which there should be room.
+    """
+
+    def __init__(self, retry_after: int):
+        super().__init__(f"too many images at once; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class Late(UserError):
+    """A request's time was up before its images were computed."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Something that is computed of a batch of images.
+
+    Attributes:
+      run: From uint8 [size, height, width, 3] to one result an image.
+      seconds: How long it takes for each size that is compiled, in growing order.
+    """
+
+    run: Callable[[np.ndarray], Sequence[Any]]
+    seconds: dict[int, float]
+
+    @property
+    def largest(self) -> int:
+        return max(self.seconds)
+
+    def best_size(self, count: int) -> int:
+        """The compiled size by which so many waiting images cost the least time each.
+
+        On a CPU, where time grows with size, that is the next smaller one, and the rest waits
+        for its turn; on an accelerator the next larger one, which is padded.
+        """
+        return min(self.seconds, key=lambda size: self.seconds[size] / min(size, count))
+
+
+def measure(run: Callable[[np.ndarray], Sequence[Any]], one: Pixels, sizes: Sequence[int]) -> Program:
+    """A program that is compiled and warm for batches of these sizes.
+
+    Args:
+      run: As of `Program`.
+      one: An image, uint8 [height, width, 3].
+      sizes: Numbers of images, 1 among them.
+    """
+    seconds = {}
+    for size in sorted(sizes):
+        images = np.repeat(one[None], size, axis=0)
+        run(images)  # Compiles.
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run(images)
+            times.append(time.perf_counter() - start)
+        seconds[size] = min(times)
+    return Program(run, seconds)
+
+
+@dataclasses.dataclass(eq=False)
+class _Work:
+    """An image that waits.
+
+    Attributes:
+      program: What is to be computed of it.
+      image: uint8 [height, width, 3].
+      deadline: When its time is up, in seconds of `time.monotonic`.
+      arrived: When it came, the same.
+      future: Of the loop that waits for it; its result is (result, seconds waited, seconds
+        computed, images computed together).
+    """
+
+    program: Program
+    image: Pixels
+    deadline: float
+    arrived: float
+    future: "asyncio.Future[Computed]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """What has become of an image.
+
+    Attributes:
+      result: Of the program, for this image.
+      queued: Seconds for which it has waited.
+      computed: Seconds that its batch has taken.
+      together: Images of its batch.
+    """
+
+    result: Any
+    queued: float
+    computed: float
+    together: int
+
+
+class Engine:
+    """A thread that computes, threads that decode, and who may come in."""
+
+    def __init__(
+        self,
+        capacity: int,
+        max_wait: float = 0.0,
+        decoders: int = 2,
+        on_batch: Callable[[int, float], None] = lambda images, seconds: None,
+    ):
+        """Nothing is started yet.
+
+        Args:
+          capacity: Images that may be in the house at once, decoded, waiting or computed.
+          max_wait: Seconds for which an image may be held back for others to join it.
+          decoders: Threads.
+          on_batch: Called after each batch with its images and seconds, in the loop.
+        """
+        self.capacity = capacity
+        self._max_wait = max_wait
+        self._on_batch = on_batch
+        self._inside = 0
+        self._per_image = _SECONDS_PER_IMAGE
+        self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
+        self._waiting: collections.deque[_Work] = collections.deque()
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._compute_all, name="compute", daemon=True)
+
+    def start(self) -> None:
+        """Starts, for the event loop that is running."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def inside(self) -> int:
+        """Images in the house."""
+        return self._inside
+
+    @contextlib.contextmanager
+    def admitted(self, images: int) -> Iterator[None]:
+        """Within, so many images more are in the house.
+
+        Raises:
+          Overloaded: There is no room for them.
+        """
+        if self._inside + images > self.capacity:
+            raise Overloaded(max(1, math.ceil(self._inside * self._per_image)))
+        self._inside += images
+        try:
+            yield
+        finally:
+            self._inside -= images
+
+    async def decode(self, call: Callable[[], Any], deadline: float) -> Any:
+        """What a call returns that is made on a thread.
+
+        Raises:
+          Late: Its turn has come after the deadline.
+          UserError: Of the call.
+        """
+
+        def run() -> Any:
+            if time.monotonic() > deadline:
+                raise Late("the time of the request was up before its images were read")
+            return call()
+
+        return await self._loop.run_in_executor(self._decoders, run)
+
+    async def compute(self, program: Program, image: Pixels, deadline: float) -> Computed:
+        """The program's result for an image, computed with others.
+
+        Raises:
+          Late: Its turn has come after the deadline.
+        """
+        future: asyncio.Future[Computed] = self._loop.create_future()
+        work = _Work(program, image, deadline, time.monotonic(), future)
+        with self._changed:
+            self._waiting.append(work)
+            self._changed.notify()
+        return await future  # Cancelled with who waits for it, which the thread looks for.
+
+    def close(self) -> None:
+        """Ends the threads; nobody may be waiting any more."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join()
+        self._decoders.shutdown(cancel_futures=True)
+
+    # On the thread that computes.
+
+    def _compute_all(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            if batch:
+                self._compute(batch)
+
+    def _next_batch(self) -> list[_Work] | None:
+        """Images of one program, the oldest first; None when there is no more to do."""
+        with self._changed:
+            while not self._waiting:
+                if self._is_closing:
+                    return None
+                self._changed.wait()
+            self._gather()
+            self._drop()
+            if not self._waiting:
+                return []
+            program = self._waiting[0].program
+            alike = [work for work in self._waiting if work.program is program]
+            batch = alike[: program.best_size(len(alike))]
+            taken = set(map(id, batch))
+            self._waiting = collections.deque(w for w in self._waiting if id(w) not in taken)
+            return batch
+
+    def _gather(self) -> None:
+        """Waits until there is a whole batch, or the oldest image has waited enough."""
+        first = self._waiting[0]
+        until = first.arrived + self._max_wait
+        while not self._is_closing:
+            alike = sum(work.program is first.program for work in self._waiting)
+            left = until - time.monotonic()
+            if left <= 0 or alike >= first.program.largest:
+                return
+            self._changed.wait(left)
+
+    def _drop(self) -> None:
+        """Takes out what nobody waits for, or whose time is up."""
+        now = time.monotonic()
+        kept = []
+        for work in self._waiting:
+            if work.future.cancelled():
+                continue
+            if now > work.deadline:
+                error = Late("the time of the request was up before its images were computed")
+                self._loop.call_soon_threadsafe(_fail, [work], error)
+            else:
+                kept.append(work)
+        self._waiting = collections.deque(kept)
+
+    def _compute(self, batch: Sequence[_Work]) -> None:
+        """Computes a batch, and tells those who wait."""
+        program = batch[0].program
+        size = program.best_size(len(batch))
+        images = np.stack([work.image for work in batch])
+        padded = np.pad(images, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)], mode="edge")
+        start = time.monotonic()
+        try:
+            results = program.run(padded)
+        except Exception as error:
+            self._loop.call_soon_threadsafe(_fail, batch, error)
+            return
+        seconds = time.monotonic() - start
+        self._per_image += _WEIGHT * (seconds / len(batch) - self._per_image)
+        computed = [
+            Computed(result, start - work.arrived, seconds, len(batch))
+            for work, result in zip(batch, results, strict=False)
+        ]
+        self._loop.call_soon_threadsafe(self._tell, batch, computed)
+
+    def _tell(self, batch: Sequence[_Work], computed: Sequence[Computed]) -> None:
+        for work, of_work in zip(batch, computed, strict=True):
+            if not work.future.done():
+                work.future.set_result(of_work)
+        self._on_batch(len(batch), computed[0].computed)
+
+
+def _fail(batch: Sequence[_Work], error: Exception) -> None:
+    for work in batch:
+        if not work.future.done():
+            work.future.set_exception(error)

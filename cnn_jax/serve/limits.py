@@ -1,0 +1,157 @@
+"""What a client may ask: how much, for how long, and how it is told that it was too much."""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request, and all together, may take.
+
+    Attributes:
+      body_bytes: Of a request.
+      all_bytes: Of the bodies of all requests that are under way.
+      pixels: Width times height of an image, by its header.
+      images: In a request.
+      seconds: From a request's headers to its answer.
+    """
+
+    body_bytes: int = 20_000_000
+    all_bytes: int = 100_000_000
+    pixels: int = 25_000_000
+    images: int = 64
+    seconds: float = 30.0
+
+
+class Refused(Exception):  # noqa: N818  (the server is in order)
+    """A request that is answered with an error.
+
+    Attributes:
+      status: Of HTTP.
+      reason: In one word or two, for programs.
+      headers: Of the answer.
+    """
+
+    def __init__(self, status: int, reason: str, message: str, **headers: str):
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class ClientLeft(Exception):  # noqa: N818
+    """Nobody is there to be answered."""
+
+
+class Bodies:
+    """Reads the bodies of requests, and holds all of them together to a size."""
+
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self.held = 0
+
+    @contextlib.asynccontextmanager
+    async def read(
+        self, receive: Receive, content_length: str | None, deadline: float
+    ) -> AsyncIterator[bytes]:
+        """A request's body, which counts until it is let go.
+
+        Args:
+          receive: Of the request, of which nothing was read.
+          content_length: The header.
+          deadline: In seconds of the loop's time.
+
+        Raises:
+          Refused: It is too large or too slow, or there is no room for it.
+          ClientLeft: It will not come to its end.
+        """
+        announced = int(content_length) if (content_length or "").isdecimal() else 0
+        if announced > self._limits.body_bytes:
+            raise self._too_large()
+        parts: list[bytes] = []
+        with self._counted() as count:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    async for part in _parts(receive):
+                        count(len(part))
+                        parts.append(part)
+            except TimeoutError as error:
+                raise Refused(
+                    408, "slow", f"the body did not come in {self._limits.seconds:g} s",
+                    connection="close",
+                ) from error
+            body = b"".join(parts)
+            parts.clear()
+            yield body
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[Any]:
+        own = 0
+
+        def count(size: int) -> None:
+            nonlocal own
+            if own + size > self._limits.body_bytes:
+                raise self._too_large()
+            if self.held + size > self._limits.all_bytes:
+                raise Refused(
+                    429, "busy", "too much is being sent at once; try again in 1 s",
+                    connection="close", retry_after="1",
+                )
+            own += size
+            self.held += size
+
+        try:
+            yield count
+        finally:
+            self.held -= own
+
+    def _too_large(self) -> Refused:
+        most = self._limits.body_bytes
+        return Refused(413, "too_large", f"a body may have {most:,} bytes", connection="close")
+
+
+async def _parts(receive: Receive) -> AsyncIterator[bytes]:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        if part := message.get("body", b""):
+            yield part
+        if not message.get("more_body", False):
+            return
+
+
+async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What the work comes to, which is cancelled as soon as nobody waits for it.
+
+    Args:
+      receive: Of a request whose body was read.
+      work: To be done for it.
+
+    Raises:
+      ClientLeft: Before it was done.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeft
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        # Until they have let go of what they hold.
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

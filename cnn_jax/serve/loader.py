@@ -1,0 +1,229 @@
+"""Brings versions in and lets them go, as a folder or a registry says."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from cnn_jax.bundle import Bundle, digest, read_bundle
+from cnn_jax.errors import UserError
+from cnn_jax.serve.limits import Refused
+from cnn_jax.serve.service import END, LOADING, Service
+from cnn_jax.serve.versions import Version, make_version
+
+if TYPE_CHECKING:
+    from cnn_jax.registry.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+# Seconds until a version that could not be loaded is tried again: doubled each time.
+_FIRST_WAIT, _LONGEST_WAIT = 5.0, 300.0
+# Of the thread that loads; 0 is as important as those that serve.
+_NICENESS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What of a model should be there.
+
+    Attributes:
+      versions: Digests by number.
+      aliases: Numbers by alias, the first of them the one that the model answers by.
+    """
+
+    versions: Mapping[int, str]
+    aliases: Mapping[str, int]
+
+
+class Source(Protocol):
+    """Where versions come from. All of it may wait for a disk or a network."""
+
+    def wanted(self) -> dict[str, Wanted]:
+        """What should be there now, by model; UserError if that cannot be known."""
+        ...
+
+    def open(self, model: str, number: int) -> Bundle:
+        """A version's bundle, verified; UserError if it cannot be had."""
+        ...
+
+    def want(self, model: str, number: int, is_wanted: bool) -> None:
+        """Has a version be there besides, or not any more; UserError if there is none."""
+        ...
+
+
+class OneBundle:
+    """A bundle in a folder, as version 1 of a model."""
+
+    def __init__(self, path: pathlib.Path, model: str):
+        """Reads it.
+
+        Raises:
+          BundleError: It is no bundle, or a damaged one.
+        """
+        self._model = model
+        self._bundle = read_bundle(path)
+        self._digest = digest(path)
+
+    def wanted(self) -> dict[str, Wanted]:
+        return {self._model: Wanted({1: self._digest}, {"default": 1})}
+
+    def open(self, model: str, number: int) -> Bundle:
+        return self._bundle
+
+    def want(self, model: str, number: int, is_wanted: bool) -> None:
+        raise Refused(400, "no_registry", "the server has one bundle, and no registry")
+
+
+class FromRegistry:
+    """What an alias of a registry points to, and other versions besides."""
+
+    def __init__(
+        self, registry: "Registry", models: Sequence[str], alias: str, others: Sequence[str]
+    ):
+        """Follows a registry.
+
+        Args:
+          registry: Which one.
+          models: Those that are served; none: all that have the alias.
+          alias: By which a model answers who names no version.
+          others: Aliases and numbers that can be asked besides, where a model has them.
+        """
+        self._registry = registry
+        self._models = tuple(models)
+        self._alias = alias
+        self._others = tuple(others)
+        self._besides: set[tuple[str, int]] = set()
+        self._lock = threading.Lock()
+
+class Loader:
+    """Keeps a service at what a source wants."""
+
+    def __init__(self, service: Service, source: Source, sizes: Sequence[int]):
+        """Nothing is loaded yet.
+
+        Args:
+          service: Which one.
+          source: Of the versions.
+          sizes: Numbers of images that are computed at once.
+        """
+        self._service = service
+        self._source = source
+        self._sizes = sizes
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "load", initializer=_be_nice)
+        # Versions that could not be loaded: how often, and when they are tried again.
+        self._failures: dict[tuple[str, int, str], tuple[int, float]] = {}
+        self._turn = asyncio.Lock()
+
+    async def follow(self, seconds: float) -> None:
+        """Looks again and again, with so much time between; until it is cancelled."""
+        while True:
+            await self.look()
+            await asyncio.sleep(seconds)
+
+    async def look(self) -> None:
+        """Brings everything to what the source wants now, as far as it can be had."""
+        async with self._turn:
+            try:
+                wanted = await self._on_thread(self._source.wanted)
+            except UserError as error:
+                # What is there goes on.
+                logger.warning("cannot look for versions: %s", error)
+                return
+            for model, of_model in wanted.items():
+                await self._bring(model, of_model)
+                self._let_go(model, of_model)
+
+    async def want(self, model: str, number: int, is_wanted: bool) -> None:
+        """Has a version be there besides, or not any more, and sees to it.
+
+        Raises:
+          UserError: There is no such version.
+        """
+        await self._on_thread(self._source.want, model, number, is_wanted)
+        await self.look()
+
+    async def _bring(self, model: str, wanted: Wanted) -> None:
+        """Loads what is missing, and turns the aliases to what is there."""
+        models = self._service.models
+        models.expect(model)
+        for number, digest_ in wanted.versions.items():
+            if number not in models.present(model) and self._is_time(model, number, digest_):
+                await self._load(model, number, digest_)
+        present = models.present(model)
+        before = models.aliases(model)
+        # An alias whose new version could not be loaded stays where it was.
+        pointed = {
+            alias: number if number in present else before.get(alias)
+            for alias, number in wanted.aliases.items()
+        }
+        models.point(model, {a: number for a, number in pointed.items() if number is not None})
+
+    def _let_go(self, model: str, wanted: Wanted) -> None:
+        models = self._service.models
+        kept = {*wanted.versions, *models.aliases(model).values()}
+        for number in models.present(model).keys() - kept:
+            version = models.drop(model, number)
+            self._service.measures.loaded.remove(model, number)
+            logger.info("%s, version %d: no longer served", model, number)
+            asyncio.ensure_future(self._until_unused(version))
+
+    async def _until_unused(self, version: Version) -> None:
+        """Waits for the requests that are under way; what it holds is freed with the last."""
+        while version.in_use:
+            await asyncio.sleep(0.05)
+        self._service.models.note(version.model, version.number, END)
+
+    def _is_time(self, model: str, number: int, digest_: str) -> bool:
+        _, again = self._failures.get((model, number, digest_), (0, 0.0))
+        return time.monotonic() >= again
+
+    async def _load(self, model: str, number: int, digest_: str) -> None:
+        key = model, number, digest_
+        self._service.models.note(model, number, LOADING)
+        start = time.monotonic()
+        try:
+            version = await self._on_thread(self._make, model, number, digest_)
+        except Exception as error:
+            # Of any kind: what serves must go on, whatever is wrong with what was to come.
+            count = self._failures.get(key, (0, 0.0))[0] + 1
+            wait = min(_FIRST_WAIT * 2 ** (count - 1), _LONGEST_WAIT)
+            self._failures[key] = count, time.monotonic() + wait
+            message = str(error) if isinstance(error, UserError) else repr(error)
+            self._service.models.note(model, number, END, message)
+            self._service.measures.loads.labels(model, "failed").inc()
+            logger.error("%s, version %d: not loaded, and what was served goes on: %s; tried "
+                         "again in %.0f s", model, number, message, wait)
+            return
+        self._failures.pop(key, None)
+        self._service.models.bring(version)
+        self._service.measures.loads.labels(model, "loaded").inc()
+        self._service.measures.loaded.labels(model, number).set(1)
+        seconds = time.monotonic() - start
+        logger.info("%s, version %d: ready after %.1f s", model, number, seconds)
+
+    def _make(self, model: str, number: int, digest_: str) -> Version:
+        bundle = self._source.open(model, number)
+        return make_version(
+            model, number, bundle, digest_, self._service.limits.pixels, self._sizes
+        )
+
+    async def _on_thread(self, function, *args):
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _be_nice() -> None:
+    """Lets the threads that serve go first, where threads have priorities of their own."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -1,0 +1,53 @@
+"""What the server counts, for Prometheus."""
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64)
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+
+
+class Measures:
+    """Counters of one server, in a registry of its own."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        options = {"namespace": "cnn_jax", "registry": self.registry}
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self.requests = Counter(
+            "requests", "Answered requests.", ("route", "method", "status"), **options
+        )
+        self.latency = Histogram(
+            "request_seconds",
+            "From a request's headers to the end of its answer.",
+            ("route",),
+            buckets=_SECONDS,
+            **options,
+        )
+        self.refused = Counter("refused", "Requests that got an error.", ("reason",), **options)
+        self.predictions = Counter(
+            "predictions", "Answered images.", ("model", "version", "class"), **options
+        )
+        self.batch_images = Histogram(
+            "batch_images", "Images that were computed together.", buckets=_IMAGES, **options
+        )
+        self.batch_seconds = Histogram(
+            "batch_seconds", "What a batch has taken.", buckets=_SECONDS, **options
+        )
+        self.inside = Gauge("images_inside", "Images decoded, waiting or computed.", **options)
+        self.body_bytes = Gauge("body_bytes", "Bodies that are held in memory.", **options)
+        self.loads = Counter("loads", "Versions that were loaded.", ("model", "outcome"), **options)
+        self.loaded = Gauge("version_loaded", "1 for what can be asked.", ("model", "version"), **options)
+
+    def count_batch(self, images: int, seconds: float) -> None:
+        """A batch was computed."""
+        self.batch_images.observe(images)
+        self.batch_seconds.observe(seconds)
+
+    def expose(self) -> bytes:
+        """All of it, in Prometheus's text format."""
+        return prometheus_client.generate_latest(self.registry)

@@ -1,0 +1,115 @@
+"""The page for people, what it asks for, and the list of interfaces; without a network."""
+
+import base64
+import hashlib
+import importlib.resources
+from typing import Any
+
+import jinja2
+import markupsafe
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import HTMLResponse, JSONResponse
+
+import cnn_jax
+from cnn_jax.serve.service import Service
+
+_POLICY = (
+    "default-src 'none'; img-src blob: data:; style-src 'unsafe-inline'; script-src {script}; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def make_router(service: Service, app: FastAPI) -> APIRouter:
+    """The pages, and the JSON that they need."""
+    router = APIRouter(tags=["page"])
+    script = importlib.resources.files("cnn_jax.serve").joinpath("page.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = _template("page.html").render(
+        script=markupsafe.Markup(script), version=cnn_jax.__version__
+    )
+    headers = {
+        "content-security-policy": _POLICY.format(script=f"'sha256-{digest}'"),
+        "permissions-policy": "camera=(self)",
+    }
+
+    @router.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page, headers=headers)
+
+    @router.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        content = _template("docs.html").render(_interfaces(app), version=cnn_jax.__version__)
+        policy = _POLICY.format(script="'none'")
+        return HTMLResponse(content, headers={"content-security-policy": policy})
+
+    @router.get("/models", summary="What can be asked, with its test figures")
+    async def models() -> JSONResponse:
+        return JSONResponse({"models": [_describe(service, name) for name in service.models.names]})
+
+    return router
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader(
+            [jinja2.PackageLoader(f"cnn_jax.{room}", ".") for room in ("serve", "report")]
+        ),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def _describe(service: Service, model: str) -> dict[str, Any]:
+    models = service.models
+    present = models.present(model)
+    versions = []
+    for number, (state, problem) in sorted(models.states(model).items(), reverse=True):
+        described: dict[str, Any] = {"version": number, "state": state}
+        if problem:
+            described["problem"] = problem
+        if version := present.get(number):
+            described |= {
+                "digest": version.digest,
+                "classes": len(version.class_names),
+                "class_names": version.class_names,
+                "image_size": list(version.preprocessing.image_size),
+                "metrics": version.metrics,
+                "loaded": version.loaded,
+                "in_use": version.in_use,
+            }
+        versions.append(described)
+    default = models.default(model)
+    return {
+        "name": model,
+        "default": default.number if default else None,
+        "aliases": models.aliases(model),
+        "versions": versions,
+    }
+
+
+def _interfaces(app: FastAPI) -> dict[str, Any]:
+    """All routes by their tags, from the OpenAPI description."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for path, methods in app.openapi()["paths"].items():
+        for method, route in methods.items():
+            parameters = [
+                {
+                    "name": parameter["name"],
+                    "place": parameter["in"],
+                    "about": parameter.get("description", ""),
+                }
+                for parameter in route.get("parameters", ())
+            ]
+            described = {
+                "method": method.upper(),
+                "path": path,
+                "summary": route.get("summary", ""),
+                "about": route.get("description", ""),
+                "parameters": parameters,
+                "bodies": list(route.get("requestBody", {}).get("content", ())),
+            }
+            groups.setdefault(route.get("tags", ["other"])[0], []).append(described)
+    return {"groups": groups}

@@ -1,0 +1,169 @@
+"""The server's own protocol: an image file in, JSON out."""
+
+import base64
+import functools
+import io
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse
+from PIL import Image
+from pydantic import BaseModel, Field
+
+from cnn_jax.errors import DataError
+from cnn_jax.report.thumbnails import under_map
+from cnn_jax.serve.images import Part, images_of
+from cnn_jax.serve.limits import unless_client_leaves
+from cnn_jax.serve.service import Answer, Service, error_of
+from cnn_jax.serve.versions import Version
+
+_FILES = {
+    "type": "array",
+    "items": {"type": "string", "contentMediaType": "application/octet-stream"},
+}
+# What a request's body may be; FastAPI cannot say it by a type, since it is not parsed by it.
+_BODY = {
+    "required": True,
+    "content": {
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        "multipart/form-data": {
+            "schema": {"type": "object", "properties": {"file": _FILES}, "required": ["file"]}
+        },
+    },
+}
+
+
+class ClassProbability(BaseModel):
+    """A class and how probable it is."""
+
+    class_: str = Field(alias="class")
+    probability: float = Field(ge=0, le=1)
+
+
+class Explanation(BaseModel):
+    """Where in the image the evidence is."""
+
+    method: str
+    png: str = Field(description="base64: the map over the image, as the network sees it")
+
+
+class PredictionOut(BaseModel):
+    """What is said of one image; `error` alone if it cannot be used."""
+
+    name: str = Field(description="the file's name, or its place in the request")
+    class_: str | None = Field(default=None, alias="class")
+    probability: float | None = Field(default=None, ge=0, le=1)
+    top: list[ClassProbability] | None = None
+    explanation: Explanation | None = None
+    error: str | None = None
+    reason: str | None = None
+
+
+class Timings(BaseModel):
+    """Milliseconds; of several images the longest."""
+
+    decode: float
+    queue: float
+    compute: float
+    total: float
+
+
+class PredictOut(BaseModel):
+    """The answer to a request."""
+
+    model: str
+    version: int
+    predictions: list[PredictionOut]
+    milliseconds: Timings
+
+
+def make_router(service: Service) -> APIRouter:
+    """The routes of this protocol."""
+    router = APIRouter(tags=["predict"])
+
+    @router.post(
+        "/predict",
+        summary="Classify images",
+        response_model=PredictOut,
+        openapi_extra={"requestBody": _BODY},
+    )
+    async def predict(
+        request: Request,
+        model: Annotated[str | None, Query(description="if there are several")] = None,
+        version: Annotated[int | None, Query(ge=1, description="instead of the present")] = None,
+        alias: Annotated[str | None, Query(description="instead of a version")] = None,
+        top: Annotated[int, Query(ge=1, le=1000, description="so many classes")] = 5,
+        explain: Annotated[Literal["gradcam"] | None, Query(description="with a map")] = None,
+    ) -> JSONResponse:
+        """The body is an image file, or a form with one or many files."""
+        start = time.monotonic()
+        chosen = service.models.find(model, version, alias)
+        async with service.body(request) as body:
+            parts = images_of(body, request.headers.get("content-type", ""), service.limits)
+            work = service.answer(
+                chosen,
+                [part.content for part in parts],
+                request,
+                explain is not None,
+            )
+            answers = await unless_client_leaves(request.receive, work)
+            if all(isinstance(answer, DataError) for answer in answers):
+                raise error_of(answers[0])
+            predictions = [
+                _describe(part, answer, chosen.class_names, top)
+                for part, answer in zip(parts, answers, strict=True)
+            ]
+            for described, part, answer in zip(predictions, parts, answers, strict=True):
+                if explain is not None and isinstance(answer, Answer):
+                    draw = functools.partial(_explanation, chosen, part.content, answer)
+                    deadline = request.state.deadline
+                    described["explanation"] = await service.engine.decode(draw, deadline)
+        return JSONResponse(
+            {
+                "model": chosen.model,
+                "version": chosen.number,
+                "predictions": predictions,
+                "milliseconds": _timings(answers, time.monotonic() - start),
+            }
+        )
+
+    return router
+
+
+def _describe(
+    part: Part, answer: Answer | DataError, class_names: list[str], top: int
+) -> dict[str, Any]:
+    if isinstance(answer, DataError):
+        refused = error_of(answer)
+        return {"name": part.name, "error": str(refused), "reason": refused.reason}
+    order = np.argsort(-answer.probabilities, kind="stable")[:top]
+    best = [
+        {"class": class_names[index], "probability": float(answer.probabilities[index])}
+        for index in order
+    ]
+    return {"name": part.name, **best[0], "top": best}
+
+
+def _explanation(version: Version, image: bytes, answer: Answer) -> dict[str, str]:
+    """The map over the image, as PNG."""
+    assert answer.explanation is not None
+    picture = under_map(Image.fromarray(version.read(image)), answer.explanation)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return {"method": "gradcam", "png": base64.b64encode(file.getvalue()).decode()}
+
+
+def _timings(answers: Sequence[Answer | DataError], total: float) -> dict[str, float]:
+    """Milliseconds, to a thousandth."""
+    found = [answer for answer in answers if isinstance(answer, Answer)]
+    longest = {
+        "decode": max(answer.decode_seconds for answer in found),
+        "queue": max(answer.queue_seconds for answer in found),
+        "compute": max(answer.compute_seconds for answer in found),
+        "total": total,
+    }
+    return {name: round(1000 * seconds, 3) for name, seconds in longest.items()}

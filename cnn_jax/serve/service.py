@@ -1,0 +1,271 @@
+"""What all protocols share: which version answers, and how images become answers."""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import numpy as np
+from fastapi import Request
+
+from cnn_jax.data import decode
+from cnn_jax.errors import DataError
+from cnn_jax.serve.engine import Computed, Engine, Late, Overloaded, Program
+from cnn_jax.serve.limits import Bodies, Limits, Refused
+from cnn_jax.serve.measures import Measures
+from cnn_jax.serve.request_log import RequestLog
+from cnn_jax.serve.versions import Version
+
+# What a model's version goes through, as TensorFlow Serving calls it.
+LOADING, AVAILABLE, UNLOADING, END = "LOADING", "AVAILABLE", "UNLOADING", "END"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a version says of an image.
+
+    Attributes:
+      probabilities: float32 [classes].
+      explanation: The map of the most probable class, float32 [height, width], if asked for.
+      decode_seconds: From the bytes to pixels.
+      queue_seconds: For which it has waited for the device.
+      compute_seconds: That its batch has taken.
+      batch_size: Images that were computed together.
+    """
+
+    probabilities: np.ndarray
+    explanation: np.ndarray | None
+    decode_seconds: float
+    queue_seconds: float
+    compute_seconds: float
+    batch_size: int
+
+
+class Models:
+    """The versions that can be asked, each by its number or an alias of it."""
+
+    def __init__(self):
+        self._versions: dict[str, dict[int, Version]] = {}
+        # The first alias of a model is the one by which it answers who names none.
+        self._aliases: dict[str, dict[str, int]] = {}
+        # Why a version is not there, or nothing; END once it is gone.
+        self._states: dict[str, dict[int, tuple[str, str]]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._states)
+
+    def is_ready(self, model: str | None = None) -> bool:
+        """Whether a model, or each of them, answers who names no version."""
+        names = self.names if model is None else [model]
+        return bool(names) and all(self.default(name) is not None for name in names)
+
+    def states(self, model: str) -> dict[int, tuple[str, str]]:
+        """Of each version that there is or was: its state, and what is wrong with it.
+
+        Raises:
+          Refused: There is no such model.
+        """
+        self._check(model)
+        return dict(self._states[model])
+
+    def present(self, model: str) -> dict[int, Version]:
+        """The versions of a model that can be asked."""
+        return dict(self._versions.get(model, {}))
+
+    def aliases(self, model: str) -> dict[str, int]:
+        """Those whose versions are there."""
+        present = self._versions.get(model, {})
+        return {a: number for a, number in self._aliases.get(model, {}).items() if number in present}
+
+    def find(
+        self, model: str | None = None, version: int | None = None, alias: str | None = None
+    ) -> Version:
+        """A version that is there.
+
+        Args:
+          model: Its name; the only one, if none is given.
+          version: Its number.
+          alias: Instead of a number; without either it is the one that the model answers by.
+
+        Raises:
+          Refused: There is none.
+        """
+        if model is None:
+            if len(self.names) != 1:
+                raise Refused(400, "no_model", f"name a model, one of {', '.join(self.names)}")
+            (model,) = self.names
+        self._check(model)
+        present = self._versions.get(model, {})
+        if alias is not None:
+            version = self.aliases(model).get(alias)
+            if version is None:
+                raise Refused(404, "no_version", f"{model} has no version {alias!r} here")
+        if version is not None:
+            if version not in present:
+                raise Refused(404, "no_version", f"{model} has no version {version} here")
+            return present[version]
+        default = self.default(model)
+        if default is None:
+            raise Refused(503, "not_ready", f"{model} is not ready", retry_after="1")
+        return default
+
+    def default(self, model: str) -> Version | None:
+        """The version by which a model answers who names none."""
+        numbers = list(self._aliases.get(model, {}).values())
+        return self._versions.get(model, {}).get(numbers[0]) if numbers else None
+
+    def _check(self, model: str) -> None:
+        if model not in self._states:
+            raise Refused(404, "no_model", f"there is no model {model!r} here")
+
+    # What the loader tells.
+
+    def expect(self, model: str) -> None:
+        """A model will be here."""
+        self._states.setdefault(model, {})
+
+    def note(self, model: str, number: int, state: str, problem: str = "") -> None:
+        """A version is in a state, or was to come and cannot."""
+        self._states.setdefault(model, {})[number] = state, problem
+
+    def bring(self, version: Version) -> None:
+        """A version can be asked by its number."""
+        self._versions.setdefault(version.model, {})[version.number] = version
+        self.note(version.model, version.number, AVAILABLE)
+
+    def point(self, model: str, aliases: Mapping[str, int]) -> None:
+        """From now on these are a model's aliases, the first of them the one it answers by."""
+        self._aliases[model] = dict(aliases)
+
+    def drop(self, model: str, number: int) -> Version:
+        """A version that no new request gets from now on."""
+        self.note(model, number, UNLOADING)
+        return self._versions[model].pop(number)
+
+
+class Service:
+    """Answers images by versions, within limits.
+
+    Attributes:
+      models: What can be asked.
+      engine: Where it is computed.
+      limits: Of requests.
+      measures: Which are counted.
+      is_leaving: Whether the server is about to end.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        engine: Engine,
+        limits: Limits,
+        measures: Measures,
+        request_log: RequestLog | None = None,
+    ):
+        self.models = models
+        self.engine = engine
+        self.limits = limits
+        self.measures = measures
+        self.is_leaving = False
+        self._request_log = request_log
+        self._bodies = Bodies(limits)
+
+    @contextlib.asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[bytes]:
+        """The body of a request, which is held until the end of the block.
+
+        Raises:
+          Refused: It is too large or too slow, or there is no room for it.
+          ClientLeft: It will not come to its end.
+        """
+        length = request.headers.get("content-length")
+        async with self._bodies.read(request.receive, length, request.state.deadline) as body:
+            yield body
+
+    def leave(self) -> None:
+        """Notes that the server is about to end: it is not ready any more."""
+        self.is_leaving = True
+
+    def expose(self) -> bytes:
+        """The figures for Prometheus."""
+        self.measures.inside.set(self.engine.inside)
+        self.measures.body_bytes.set(self._bodies.held)
+        return self.measures.expose()
+
+    async def answer(
+        self,
+        version: Version,
+        images: Sequence[bytes | np.ndarray],
+        request: Request,
+        explain: bool = False,
+    ) -> list[Answer | DataError]:
+        """What a version says of images, of each for itself.
+
+        Args:
+          version: Which one.
+          images: Image files, or pixels, uint8 [h, w, 3].
+          request: Whose they are; its state has its id, and its deadline in seconds of
+            `time.monotonic`.
+          explain: Whether with a map of each.
+
+        Returns:
+          For each image an answer, or why it has none.
+
+        Raises:
+          Refused: There are too many images, or too little time.
+        """
+        if not images:
+            raise Refused(400, "no_image", "there is no image in the request")
+        if len(images) > self.limits.images:
+            raise Refused(
+                413, "too_many", f"a request may have {self.limits.images} images, not {len(images)}"
+            )
+        program = version.explained if explain else version.probabilities
+        told = {"model": version.model, "version": version.number, "images": len(images)}
+        request.state.told.update(told)
+        try:
+            with self.engine.admitted(len(images)), version.used():
+                return await asyncio.gather(
+                    *(self._answer_one(version, program, image, request) for image in images)
+                )
+        except Overloaded as error:
+            raise Refused(429, "busy", str(error), retry_after=str(error.retry_after)) from error
+        except Late as error:
+            raise Refused(503, "late", str(error), retry_after="1") from error
+
+    async def _answer_one(
+        self, version: Version, program: Program, image: bytes | np.ndarray, request: Request
+    ) -> Answer | DataError:
+        start, deadline = time.monotonic(), request.state.deadline
+        try:
+            pixels = await self.engine.decode(lambda: version.read(image), deadline)
+        except DataError as error:
+            return error
+        decoded = time.monotonic() - start
+        computed: Computed = await self.engine.compute(program, pixels, deadline)
+        is_explained = program is version.explained
+        probabilities, explanation = computed.result if is_explained else (computed.result, None)
+        predicted = version.class_names[int(np.argmax(probabilities))]
+        self.measures.predictions.labels(version.model, version.number, predicted).inc()
+        if self._request_log is not None:
+            request_id = request.state.request_id
+            self._request_log.offer(version, request_id, pixels, probabilities)
+        return Answer(
+            probabilities=probabilities,
+            explanation=explanation,
+            decode_seconds=decoded,
+            queue_seconds=computed.queued,
+            compute_seconds=computed.computed,
+            batch_size=computed.together,
+        )
+
+
+def error_of(error: DataError) -> Refused:
+    """How a client is told that an image cannot be used."""
+    if isinstance(error, decode.TooManyPixels):
+        return Refused(413, "too_many_pixels", f"the image {error}")
+    if isinstance(error, decode.UnknownFormat):
+        return Refused(415, "format", f"the image {error}")
+    return Refused(422, "damaged", f"the image {error}")

@@ -1,0 +1,171 @@
+"""TensorFlow Serving's REST protocol, for clients that speak it already.
+
+As its documentation has it ("RESTful API"): status, metadata and predict. An instance is an
+image file in base64, `{"b64": "..."}`, or nested lists of grey levels, [height, width, 3] of
+any size; either may stand under the input's name, "image".
+"""
+
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import JSONResponse
+
+from cnn_jax.serve.images import from_base64, from_numbers, parse_json
+from cnn_jax.serve.limits import Refused, unless_client_leaves
+from cnn_jax.serve.service import Answer, Service, error_of
+from cnn_jax.serve.versions import Version
+
+_INPUT, _OUTPUT, _SIGNATURE = "image", "probabilities", "serving_default"
+_Number = Annotated[int, Path(ge=1, lt=2**31)]
+_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "signature_name": {"type": "string"},
+                    "instances": {"type": "array"},
+                    "inputs": {},
+                },
+            },
+            "example": {"instances": [{"b64": "..."}]},
+        }
+    },
+}
+
+
+def make_router(service: Service) -> APIRouter:
+    """The routes of this protocol."""
+    router = APIRouter(prefix="/v1/models", tags=["TensorFlow Serving"])
+    models = service.models
+
+    def status(model: str, number: int | None = None) -> JSONResponse:
+        states = models.states(model)
+        if number is not None:
+            if number not in states:
+                raise Refused(404, "no_version", f"{model} has no version {number} here")
+            states = {number: states[number]}
+        described = [
+            {
+                "version": str(version),
+                "state": state,
+                "status": {
+                    "error_code": "UNKNOWN" if problem else "OK",
+                    "error_message": problem,
+                },
+            }
+            for version, (state, problem) in sorted(states.items(), reverse=True)
+        ]
+        return JSONResponse({"model_version_status": described})
+
+    async def predict(request: Request, version: Version) -> JSONResponse:
+        async with service.body(request) as body:
+            deadline = request.state.deadline
+            images, key = await service.engine.decode(lambda: _images(body), deadline)
+            work = service.answer(version, images, request)
+            answers = await unless_client_leaves(request.receive, work)
+        rows = []
+        for place, answer in enumerate(answers):
+            if not isinstance(answer, Answer):
+                refused = error_of(answer)
+                raise Refused(refused.status, refused.reason, f"instance {place}: {refused}")
+            rows.append(answer.probabilities.tolist())
+        return JSONResponse({key: rows})
+
+    body = {"openapi_extra": {"requestBody": _BODY}}
+
+    @router.get("/{model}", summary="Status of all versions")
+    async def status_of_model(model: str) -> JSONResponse:
+        return status(model)
+
+    @router.get("/{model}/versions/{version}", summary="Status of a version")
+    async def status_of_version(model: str, version: _Number) -> JSONResponse:
+        return status(model, version)
+
+    @router.get("/{model}/labels/{alias}", summary="Status of an alias")
+    async def status_of_alias(model: str, alias: str) -> JSONResponse:
+        return status(model, models.find(model, alias=alias).number)
+
+    @router.get("/{model}/metadata", summary="Inputs and outputs")
+    async def metadata_of_model(model: str) -> JSONResponse:
+        return JSONResponse(_metadata(models.find(model)))
+
+    @router.get("/{model}/versions/{version}/metadata", summary="Inputs and outputs")
+    async def metadata_of_version(model: str, version: _Number) -> JSONResponse:
+        return JSONResponse(_metadata(models.find(model, version)))
+
+    @router.get("/{model}/labels/{alias}/metadata", summary="Inputs and outputs")
+    async def metadata_of_alias(model: str, alias: str) -> JSONResponse:
+        return JSONResponse(_metadata(models.find(model, alias=alias)))
+
+    @router.post("/{model}:predict", summary="Probabilities", **body)
+    async def predict_by_model(request: Request, model: str) -> JSONResponse:
+        return await predict(request, models.find(model))
+
+    @router.post("/{model}/versions/{version}:predict", summary="Probabilities", **body)
+    async def predict_by_version(request: Request, model: str, version: _Number) -> JSONResponse:
+        return await predict(request, models.find(model, version))
+
+    @router.post("/{model}/labels/{alias}:predict", summary="Probabilities", **body)
+    async def predict_by_alias(request: Request, model: str, alias: str) -> JSONResponse:
+        return await predict(request, models.find(model, alias=alias))
+
+    return router
+
+
+def _images(body: bytes) -> tuple[list[bytes | np.ndarray], str]:
+    """The images of a request, and what their answers stand under.
+
+    Raises:
+      Refused: It is no request of this protocol.
+    """
+    found = parse_json(body)
+    signature = found.get("signature_name", _SIGNATURE)
+    if signature not in (_SIGNATURE, ""):
+        raise Refused(400, "signature", f"the only signature is {_SIGNATURE}")
+    forms = [key for key in ("instances", "inputs") if key in found]
+    if len(forms) != 1:
+        raise Refused(400, "json", 'the body must have either "instances" or "inputs"')
+    instances = found[forms[0]]
+    if forms[0] == "inputs" and isinstance(instances, dict) and _INPUT in instances:
+        instances = instances[_INPUT]
+    if not isinstance(instances, list):
+        raise Refused(400, "json", f'"{forms[0]}" must be a list of images')
+    images = [_image(instance) for instance in instances]
+    return images, {"instances": "predictions", "inputs": "outputs"}[forms[0]]
+
+
+def _image(instance: Any) -> bytes | np.ndarray:
+    if isinstance(instance, dict) and _INPUT in instance:
+        instance = instance[_INPUT]
+    if isinstance(instance, dict):
+        if instance.keys() != {"b64"}:
+            raise Refused(400, "image", 'an instance must be {"b64": "..."} or nested lists')
+        return from_base64(instance["b64"])
+    return from_numbers(instance)
+
+
+def _metadata(version: Version) -> dict[str, Any]:
+    def tensor(name: str, dtype: str, *sizes: int) -> dict[str, Any]:
+        dimensions = [{"size": str(size), "name": ""} for size in sizes]
+        shape = {"dim": dimensions, "unknown_rank": False}
+        return {"dtype": dtype, "tensor_shape": shape, "name": f"{name}:0"}
+
+    signature = {
+        "inputs": {_INPUT: tensor(_INPUT, "DT_STRING", -1)},
+        "outputs": {_OUTPUT: tensor(_OUTPUT, "DT_FLOAT", -1, len(version.class_names))},
+        "method_name": "tensorflow/serving/predict",
+    }
+    return {
+        "model_spec": {
+            "name": version.model,
+            "signature_name": "",
+            "version": str(version.number),
+        },
+        "metadata": {
+            "signature_def": {"signature_def": {_SIGNATURE: signature}},
+            "class_names": version.class_names,
+        },
+    }
