@@ -8,10 +8,11 @@ writes a CSV row for each image. Importing this module brings no training code.
 import argparse
 import csv
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO
 
 import flax.linen as nn
@@ -59,12 +60,6 @@ class Predictor:
         _check_weights(self.model, bundle)
         self.variables = jax.device_put(bundle.variables)
 
-        def probabilities(variables: PyTree, images: Array) -> Array:
-            logits = forward(self.model, variables, images, bundle.preprocessing)
-            return jax.nn.softmax(logits / bundle.temperature)
-
-        self._probabilities = jax.jit(probabilities, compiler_options=runtime.compiler_options())
-
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Predictor":
         """Reads and verifies a bundle.
@@ -85,7 +80,19 @@ class Predictor:
         size = self.preprocessing.image_size
         if images.shape[1:] != (*size, 3):
             raise ValueError(f"images must be [B, {size[0]}, {size[1]}, 3], got {images.shape}")
-        return np.asarray(jax.device_get(self._probabilities(self.variables, images)))
+        run = _compiled(self.model, self.preprocessing)
+        temperature = np.float32(self.temperature)
+        return np.asarray(jax.device_get(run(self.variables, temperature, images)))
+
+
+@functools.cache
+def _compiled(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., Array]:
+    """The program of all networks of one kind: another's weights need no other."""
+
+    def probabilities(variables: PyTree, temperature: Array, images: Array) -> Array:
+        return jax.nn.softmax(forward(model, variables, images, preprocessing) / temperature)
+
+    return jax.jit(probabilities, compiler_options=runtime.compiler_options())
 
 
 def _check_weights(model: nn.Module, bundle: Bundle) -> None:

@@ -118,11 +118,15 @@ def test_any_number_of_images(predictor, count):
         )
 
 
-def test_few_shapes_are_compiled():
-    predictor = Predictor(make_bundle())
-    for count in range(1, 20):
-        predict_batch(predictor, [_pixels(i, (16, 16)) for i in range(count)])
-    assert predictor._probabilities._cache_size() == 6  # 1, 2, 4, 8, 16, 32.
+def test_few_shapes_are_compiled_and_none_for_other_weights():
+    # Of a size that no other test has.
+    bundle = dataclasses.replace(make_bundle(), preprocessing=Preprocessing(image_size=(18, 18)))
+    other = dataclasses.replace(bundle, temperature=3.0)
+    for predictor in (Predictor(bundle), Predictor(other)):
+        for count in range(1, 20):
+            predict_batch(predictor, [_pixels(i, (18, 18)) for i in range(count)])
+        program = predict._compiled(predictor.model, predictor.preprocessing)
+        assert program._cache_size() == 6  # 1, 2, 4, 8, 16, 32.
 
 
 def test_weights_of_another_network_are_refused():

@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
     # All of them need what may be missing.
     from cnn_jax import runtime
     from cnn_jax.compiled import keep_compiled
+    from cnn_jax.registry.registry import Registry
     from cnn_jax.serve.limits import Limits
     from cnn_jax.serve.loader import FromRegistry, OneBundle
     from cnn_jax.serve.logs import start_logging
@@ -43,11 +44,10 @@ def main(argv: Sequence[str]) -> None:
     if flags.bundle:
         source = OneBundle(pathlib.Path(flags.bundle), (flags.model or ["default"])[0])
     else:
-        from cnn_jax.registry.registry import Registry
-
         source = FromRegistry(
             Registry(flags.registry), flags.model or (), flags.alias, flags.versions or ()
         )
+    source.wanted()  # What cannot be had now is said before anything is started.
     request_log = flags.request_log and RequestLog(
         pathlib.Path(flags.request_log),
         flags.request_log_share,

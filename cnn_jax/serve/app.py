@@ -5,7 +5,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cnn_jax
-from cnn_jax.serve import measures, open_inference, page, plain, tf_serving
+from cnn_jax.serve import admin, measures, open_inference, page, plain, tf_serving
 from cnn_jax.serve.limits import ClientLeft, Refused
 from cnn_jax.serve.service import Service
 from cnn_jax.serve.tokens import Tokens
@@ -83,7 +83,7 @@ def make_app(
             for status, description in _STATUSES.items()
         },
     )
-    for protocol in (plain, tf_serving, open_inference):
+    for protocol in (plain, tf_serving, open_inference, admin):
         app.include_router(protocol.make_router(service))
     app.include_router(page.make_router(service, app))
     _add_health(app, service)
@@ -167,8 +167,11 @@ class _Guard:
         is_allowed = self._tokens.allow(header, "admin" if is_admin else "predict")
         if is_allowed is None:
             return Refused(
-                401, "token", "a bearer token of this server is needed",
-                connection="close", www_authenticate="Bearer",
+                401,
+                "token",
+                "a bearer token of this server is needed",
+                connection="close",
+                www_authenticate="Bearer",
             )
         if not is_allowed:
             return Refused(403, "token", "the token is not for this", connection="close")

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ _SECONDS_PER_IMAGE = 0.01
 _WEIGHT = 0.1
 
 
-class Overloaded(UserError):
+class Overloaded(UserError):  # noqa: N818  (said of who asks)
     """There are as many images in the house as may be.
 
     Attributes:
@@ -40,8 +40,12 @@ class Overloaded(UserError):
         self.retry_after = retry_after
 
 
-class Late(UserError):
+class Late(UserError):  # noqa: N818  (the same)
     """A request's time was up before its images were computed."""
+
+
+# uint8 [size, height, width, 3] -> one result an image, which can be iterated over.
+_Run = Callable[[np.ndarray], Iterable[Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +57,7 @@ class Program:
       seconds: How long it takes for each size that is compiled, in growing order.
     """
 
-    run: Callable[[np.ndarray], Sequence[Any]]
+    run: _Run
     seconds: dict[int, float]
 
     @property
@@ -69,7 +73,7 @@ class Program:
         return min(self.seconds, key=lambda size: self.seconds[size] / min(size, count))
 
 
-def measure(run: Callable[[np.ndarray], Sequence[Any]], one: Pixels, sizes: Sequence[int]) -> Program:
+def measure(run: _Run, one: Pixels, sizes: Sequence[int]) -> Program:
     """A program that is compiled and warm for batches of these sizes.
 
     Args:

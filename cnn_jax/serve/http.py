@@ -119,9 +119,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(
-    app: ASGIApp, drain: float, grace: float, on_leaving: Callable[[], None]
-) -> Server:
+def make_server(app: ASGIApp, drain: float, grace: float, on_leaving: Callable[[], None]) -> Server:
     """A server of an application, for a socket that listens.
 
     Args:

@@ -72,7 +72,7 @@ class Bodies:
           Refused: It is too large or too slow, or there is no room for it.
           ClientLeft: It will not come to its end.
         """
-        announced = int(content_length) if (content_length or "").isdecimal() else 0
+        announced = int(content_length) if content_length and content_length.isdecimal() else 0
         if announced > self._limits.body_bytes:
             raise self._too_large()
         parts: list[bytes] = []
@@ -84,7 +84,9 @@ class Bodies:
                         parts.append(part)
             except TimeoutError as error:
                 raise Refused(
-                    408, "slow", f"the body did not come in {self._limits.seconds:g} s",
+                    408,
+                    "slow",
+                    f"the body did not come in {self._limits.seconds:g} s",
                     connection="close",
                 ) from error
             body = b"".join(parts)
@@ -101,8 +103,11 @@ class Bodies:
                 raise self._too_large()
             if self.held + size > self._limits.all_bytes:
                 raise Refused(
-                    429, "busy", "too much is being sent at once; try again in 1 s",
-                    connection="close", retry_after="1",
+                    429,
+                    "busy",
+                    "too much is being sent at once; try again in 1 s",
+                    connection="close",
+                    retry_after="1",
                 )
             own += size
             self.held += size

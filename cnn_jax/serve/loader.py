@@ -10,19 +10,18 @@ import pathlib
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from cnn_jax.bundle import Bundle, digest, read_bundle
 from cnn_jax.errors import UserError
-from cnn_jax.serve.limits import Refused
+from cnn_jax.registry.ledger import RegistryError
+from cnn_jax.registry.registry import Registry
 from cnn_jax.serve.service import END, LOADING, Service
 from cnn_jax.serve.versions import Version, make_version
 
-if TYPE_CHECKING:
-    from cnn_jax.registry.registry import Registry
-
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Seconds until a version that could not be loaded is tried again: doubled each time.
 _FIRST_WAIT, _LONGEST_WAIT = 5.0, 300.0
@@ -79,14 +78,14 @@ class OneBundle:
         return self._bundle
 
     def want(self, model: str, number: int, is_wanted: bool) -> None:
-        raise Refused(400, "no_registry", "the server has one bundle, and no registry")
+        raise RegistryError("the server has one bundle, and no registry")
 
 
 class FromRegistry:
     """What an alias of a registry points to, and other versions besides."""
 
     def __init__(
-        self, registry: "Registry", models: Sequence[str], alias: str, others: Sequence[str]
+        self, registry: Registry, models: Sequence[str], alias: str, others: Sequence[str]
     ):
         """Follows a registry.
 
@@ -102,6 +101,50 @@ class FromRegistry:
         self._others = tuple(others)
         self._besides: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
+
+    def wanted(self) -> dict[str, Wanted]:
+        self._registry.refresh()
+        models = self._registry.models
+        names = self._models or [n for n, model in models.items() if model.present(self._alias)]
+        if not names:
+            raise RegistryError(f"{self._registry.url} has no model with an alias {self._alias!r}")
+        return {name: self._wanted_of(name) for name in names}
+
+    def _wanted_of(self, name: str) -> Wanted:
+        present = self._registry.resolve(name, self._alias)
+        model = self._registry.models[name]
+        versions = {present.number: present}
+        for other in self._others:
+            number = int(other) if other.isdecimal() else model.present(other)
+            if number in model.versions:
+                versions[number] = model.versions[number]
+        with self._lock:
+            besides = [number for of, number in self._besides if of == name]
+        versions |= {n: model.versions[n] for n in besides if n in model.versions}
+        # The first one is that by which the model answers.
+        aliases = {self._alias: present.number} | {
+            alias: history[-1]
+            for alias, history in model.aliases.items()
+            if history[-1] in versions
+        }
+        digests = {number: version.bundle.digest for number, version in versions.items()}
+        return Wanted(digests, aliases)
+
+    def open(self, model: str, number: int) -> Bundle:
+        version = self._registry.resolve(model, number)
+        with tempfile.TemporaryDirectory(prefix="cnn_jax-") as folder:
+            return read_bundle(self._registry.fetch(version, folder))
+
+    def want(self, model: str, number: int, is_wanted: bool) -> None:
+        self._registry.refresh()
+        if is_wanted:
+            self._registry.resolve(model, number)
+        with self._lock:
+            if is_wanted:
+                self._besides.add((model, number))
+            else:
+                self._besides.discard((model, number))
+
 
 class Loader:
     """Keeps a service at what a source wants."""
@@ -121,6 +164,8 @@ class Loader:
         # Versions that could not be loaded: how often, and when they are tried again.
         self._failures: dict[tuple[str, int, str], tuple[int, float]] = {}
         self._turn = asyncio.Lock()
+        # The loop itself keeps no task alive.
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def follow(self, seconds: float) -> None:
         """Looks again and again, with so much time between; until it is cancelled."""
@@ -173,7 +218,9 @@ class Loader:
             version = models.drop(model, number)
             self._service.measures.loaded.remove(model, number)
             logger.info("%s, version %d: no longer served", model, number)
-            asyncio.ensure_future(self._until_unused(version))
+            task = asyncio.ensure_future(self._until_unused(version))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     async def _until_unused(self, version: Version) -> None:
         """Waits for the requests that are under way; what it holds is freed with the last."""
@@ -199,8 +246,14 @@ class Loader:
             message = str(error) if isinstance(error, UserError) else repr(error)
             self._service.models.note(model, number, END, message)
             self._service.measures.loads.labels(model, "failed").inc()
-            logger.error("%s, version %d: not loaded, and what was served goes on: %s; tried "
-                         "again in %.0f s", model, number, message, wait)
+            logger.error(
+                "%s, version %d: not loaded, and what was served goes on: %s; tried "
+                "again in %.0f s",
+                model,
+                number,
+                message,
+                wait,
+            )
             return
         self._failures.pop(key, None)
         self._service.models.bring(version)
@@ -215,7 +268,7 @@ class Loader:
             model, number, bundle, digest_, self._service.limits.pixels, self._sizes
         )
 
-    async def _on_thread(self, function, *args):
+    async def _on_thread(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     def close(self) -> None:

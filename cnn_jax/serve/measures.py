@@ -41,7 +41,9 @@ class Measures:
         self.inside = Gauge("images_inside", "Images decoded, waiting or computed.", **options)
         self.body_bytes = Gauge("body_bytes", "Bodies that are held in memory.", **options)
         self.loads = Counter("loads", "Versions that were loaded.", ("model", "outcome"), **options)
-        self.loaded = Gauge("version_loaded", "1 for what can be asked.", ("model", "version"), **options)
+        self.loaded = Gauge(
+            "version_loaded", "1 for what can be asked.", ("model", "version"), **options
+        )
 
     def count_batch(self, images: int, seconds: float) -> None:
         """A batch was computed."""

@@ -57,9 +57,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("", summary="The server")
     async def server() -> JSONResponse:
-        return JSONResponse(
-            {"name": "cnn_jax", "version": cnn_jax.__version__, "extensions": []}
-        )
+        return JSONResponse({"name": "cnn_jax", "version": cnn_jax.__version__, "extensions": []})
 
     @router.get("/health/live", summary="Whether it lives")
     async def live() -> JSONResponse:

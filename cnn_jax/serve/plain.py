@@ -111,8 +111,9 @@ def make_router(service: Service) -> APIRouter:
                 explain is not None,
             )
             answers = await unless_client_leaves(request.receive, work)
-            if all(isinstance(answer, DataError) for answer in answers):
-                raise error_of(answers[0])
+            errors = [answer for answer in answers if isinstance(answer, DataError)]
+            if len(errors) == len(answers):
+                raise error_of(errors[0])
             predictions = [
                 _describe(part, answer, chosen.class_names, top)
                 for part, answer in zip(parts, answers, strict=True)

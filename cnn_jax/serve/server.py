@@ -75,9 +75,7 @@ def run(
       BundleError: The only bundle cannot be served.
     """
     measures = Measures()
-    engine = Engine(
-        options.queue, options.max_wait, os.cpu_count() or 1, measures.count_batch
-    )
+    engine = Engine(options.queue, options.max_wait, os.cpu_count() or 1, measures.count_batch)
     service = Service(Models(), engine, options.limits, measures, request_log)
     listener = _listen(options)
     host, port = listener.getsockname()[:2]
@@ -112,8 +110,12 @@ def run(
         logger.warning("everybody who reaches %s may ask: there are no --tokens", options.host)
     with listener:
         server.run([listener])
-    problems = [problem for name in service.models.names
-                for _, problem in service.models.states(name).values() if problem]
+    problems = [
+        problem
+        for name in service.models.names
+        for _, problem in service.models.states(name).values()
+        if problem
+    ]
     if isinstance(source, OneBundle) and problems:
         raise BundleError(problems[0])
 

@@ -77,7 +77,9 @@ class Models:
     def aliases(self, model: str) -> dict[str, int]:
         """Those whose versions are there."""
         present = self._versions.get(model, {})
-        return {a: number for a, number in self._aliases.get(model, {}).items() if number in present}
+        return {
+            a: number for a, number in self._aliases.get(model, {}).items() if number in present
+        }
 
     def find(
         self, model: str | None = None, version: int | None = None, alias: str | None = None
@@ -220,7 +222,9 @@ class Service:
             raise Refused(400, "no_image", "there is no image in the request")
         if len(images) > self.limits.images:
             raise Refused(
-                413, "too_many", f"a request may have {self.limits.images} images, not {len(images)}"
+                413,
+                "too_many",
+                f"a request may have {self.limits.images} images, not {len(images)}",
             )
         program = version.explained if explain else version.probabilities
         told = {"model": version.model, "version": version.number, "images": len(images)}
@@ -267,5 +271,5 @@ def error_of(error: DataError) -> Refused:
     if isinstance(error, decode.TooManyPixels):
         return Refused(413, "too_many_pixels", f"the image {error}")
     if isinstance(error, decode.UnknownFormat):
-        return Refused(415, "format", f"the image {error}")
+        return Refused(415, "format", "this is no image of a known format (such as JPEG or PNG)")
     return Refused(422, "damaged", f"the image {error}")

@@ -74,7 +74,7 @@ def make_router(service: Service) -> APIRouter:
             rows.append(answer.probabilities.tolist())
         return JSONResponse({key: rows})
 
-    body = {"openapi_extra": {"requestBody": _BODY}}
+    options: dict[str, Any] = {"openapi_extra": {"requestBody": _BODY}}
 
     @router.get("/{model}", summary="Status of all versions")
     async def status_of_model(model: str) -> JSONResponse:
@@ -100,15 +100,15 @@ def make_router(service: Service) -> APIRouter:
     async def metadata_of_alias(model: str, alias: str) -> JSONResponse:
         return JSONResponse(_metadata(models.find(model, alias=alias)))
 
-    @router.post("/{model}:predict", summary="Probabilities", **body)
+    @router.post("/{model}:predict", summary="Probabilities", **options)
     async def predict_by_model(request: Request, model: str) -> JSONResponse:
         return await predict(request, models.find(model))
 
-    @router.post("/{model}/versions/{version}:predict", summary="Probabilities", **body)
+    @router.post("/{model}/versions/{version}:predict", summary="Probabilities", **options)
     async def predict_by_version(request: Request, model: str, version: _Number) -> JSONResponse:
         return await predict(request, models.find(model, version))
 
-    @router.post("/{model}/labels/{alias}:predict", summary="Probabilities", **body)
+    @router.post("/{model}/labels/{alias}:predict", summary="Probabilities", **options)
     async def predict_by_alias(request: Request, model: str, alias: str) -> JSONResponse:
         return await predict(request, models.find(model, alias=alias))
 

@@ -1,0 +1,50 @@
+"""What an administrator may do: look for versions now, and have others be there besides."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import JSONResponse
+
+from cnn_jax.errors import UserError
+from cnn_jax.serve.limits import Refused
+from cnn_jax.serve.loader import Loader
+from cnn_jax.serve.service import Service
+
+_Number = Annotated[int, Path(ge=1, lt=2**31)]
+
+
+def make_router(service: Service) -> APIRouter:
+    """The routes; they need an administrator's token."""
+    router = APIRouter(prefix="/admin", tags=["administration"])
+
+    def states(model: str) -> JSONResponse:
+        found = service.models.states(model).items()
+        versions = [
+            {"version": number, "state": state, "problem": problem}
+            for number, (state, problem) in sorted(found)
+        ]
+        return JSONResponse({"model": model, "versions": versions})
+
+    async def want(request: Request, model: str, version: int, is_wanted: bool) -> JSONResponse:
+        loader: Loader = request.app.state.loader
+        try:
+            await loader.want(model, version, is_wanted)
+        except UserError as error:
+            raise Refused(404, "no_version", str(error)) from error
+        return states(model)
+
+    @router.post("/refresh", summary="Look for versions now")
+    async def refresh(request: Request) -> JSONResponse:
+        loader: Loader = request.app.state.loader
+        await loader.look()
+        return JSONResponse({"models": service.models.names})
+
+    @router.put("/models/{model}/versions/{version}", summary="Have a version be there besides")
+    async def bring(request: Request, model: str, version: _Number) -> JSONResponse:
+        return await want(request, model, version, True)
+
+    @router.delete("/models/{model}/versions/{version}", summary="Let it go again")
+    async def let_go(request: Request, model: str, version: _Number) -> JSONResponse:
+        return await want(request, model, version, False)
+
+    return router

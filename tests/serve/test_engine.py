@@ -1,0 +1,318 @@
+import asyncio
+import contextlib
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from cnn_jax.errors import DataError
+from cnn_jax.serve.engine import Engine, Late, Overloaded, Program, measure
+
+ONE = np.zeros((2, 2, 3), np.uint8)
+
+
+def image(value):
+    return np.full((2, 2, 3), value, np.uint8)
+
+
+class Device:
+    """Doubles each image's value; waits at a gate, and notes the batches as they come."""
+
+    def __init__(self, is_open=True):
+        self.batches = []
+        self.gate = threading.Event()
+        if is_open:
+            self.gate.set()
+
+    def run(self, images):
+        assert self.gate.wait(10)
+        self.batches.append([int(image[0, 0, 0]) for image in images])
+        return [2 * int(image[0, 0, 0]) for image in images]
+
+    def program(self, seconds=None):
+        return Program(self.run, seconds or {1: 1.0, 2: 1.2, 4: 1.6})
+
+
+def run_with(engine, test):
+    """Runs a coroutine function beside a started engine, which is closed in the end."""
+
+    async def run():
+        engine.start()
+        try:
+            return await asyncio.wait_for(test(), 20)
+        finally:
+            engine.close()
+
+    return asyncio.run(run())
+
+
+def later(seconds=10):
+    return time.monotonic() + seconds
+
+
+async def until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it has not come to pass")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sizes"),
+    [
+        # On an accelerator a larger batch takes hardly longer: it is padded.
+        ({1: 1.0, 2: 1.0, 4: 1.1, 8: 1.2}, [1, 2, 4, 4, 8, 8, 8, 8, 8]),
+        # On a CPU each image takes its time: what is over waits.
+        ({1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}, [1, 2, 2, 4, 4, 4, 4, 8, 8]),
+        # Where batches bring nothing, the first comes first.
+        ({1: 1.0, 2: 2.0, 4: 4.0}, [1, 1, 1, 1]),
+    ],
+)
+def test_the_size_that_costs_the_least_for_each_image(seconds, sizes):
+    program = Program(list, seconds)
+    assert [program.best_size(count) for count in range(1, len(sizes) + 1)] == sizes
+    assert program.largest == max(seconds)
+
+
+def test_measuring_compiles_every_size_before_it_is_timed():
+    calls = []
+
+    def run(images):
+        calls.append(len(images))
+        time.sleep(0.05 if calls.count(len(images)) == 1 else 0.001 * len(images))
+        return list(images)
+
+    program = measure(run, ONE, (4, 1))
+    assert sorted(program.seconds) == [1, 4]
+    assert calls == [1, 1, 1, 1, 4, 4, 4, 4]
+    assert program.seconds[1] < 0.04
+
+
+def test_each_gets_its_own_result_whatever_the_batches_are():
+    device, engine = Device(), Engine(capacity=1000)
+
+    async def test():
+        program = device.program()
+        found = await asyncio.gather(
+            *(engine.compute(program, image(value), later()) for value in range(100))
+        )
+        assert [one.result for one in found] == [2 * value for value in range(100)]
+        for one in found:
+            assert 1 <= one.together <= 4
+            assert one.queued >= 0
+            assert one.computed >= 0
+
+    run_with(engine, test)
+    assert sum(map(len, device.batches)) >= 100
+    assert max(map(len, device.batches)) == 4
+
+
+def test_what_comes_while_it_computes_is_computed_together():
+    device, engine = Device(is_open=False), Engine(capacity=10)
+
+    async def test():
+        program = device.program()
+        first = asyncio.ensure_future(engine.compute(program, image(1), later()))
+        await asyncio.sleep(0.05)
+        others = [
+            asyncio.ensure_future(engine.compute(program, image(n), later())) for n in (2, 3, 4)
+        ]
+        await asyncio.sleep(0.05)
+        device.gate.set()
+        assert (await first).together == 1
+        assert [(await other).together for other in others] == [3, 3, 3]
+
+    run_with(engine, test)
+    # The last one is repeated to fill the size that is compiled.
+    assert device.batches == [[1], [2, 3, 4, 4]]
+
+
+def test_an_image_is_held_back_for_others_as_long_as_it_is_said_and_not_longer():
+    device, engine = Device(), Engine(capacity=10, max_wait=0.2)
+
+    async def test():
+        program = device.program()
+        start = time.monotonic()
+        first = asyncio.ensure_future(engine.compute(program, image(1), later()))
+        await asyncio.sleep(0.05)
+        second = asyncio.ensure_future(engine.compute(program, image(2), later()))
+        assert (await first).together == 2
+        assert 0.15 < time.monotonic() - start < 2
+        assert (await second).queued < 0.2
+        # A whole batch waits for nobody.
+        start = time.monotonic()
+        four = [engine.compute(program, image(n), later()) for n in range(4)]
+        await asyncio.gather(*four)
+        assert time.monotonic() - start < 0.15
+
+    run_with(engine, test)
+    assert [len(batch) for batch in device.batches] == [2, 4]
+
+
+def test_programs_are_not_mixed_and_the_oldest_image_comes_first():
+    one, other = Device(is_open=False), Device()
+    engine = Engine(capacity=10)
+
+    async def test():
+        first, second = one.program(), other.program()
+        waiting = [asyncio.ensure_future(engine.compute(first, image(0), later()))]
+        await asyncio.sleep(0.05)
+        for value, program in enumerate((second, first, second, first), 1):
+            waiting.append(asyncio.ensure_future(engine.compute(program, image(value), later())))
+        await asyncio.sleep(0.05)
+        one.gate.set()
+        await asyncio.gather(*waiting)
+
+    run_with(engine, test)
+    assert (one.batches, other.batches) == ([[0], [2, 4]], [[1, 3]])
+
+
+def test_what_nobody_waits_for_is_never_computed():
+    device, engine = Device(is_open=False), Engine(capacity=10)
+
+    async def test():
+        program = device.program({1: 1.0})
+        first = asyncio.ensure_future(engine.compute(program, image(1), later()))
+        await asyncio.sleep(0.05)
+        left = asyncio.ensure_future(engine.compute(program, image(2), later()))
+        last = asyncio.ensure_future(engine.compute(program, image(3), later()))
+        await asyncio.sleep(0.05)
+        left.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await left
+        device.gate.set()
+        await asyncio.gather(first, last)
+
+    run_with(engine, test)
+    assert device.batches == [[1], [3]]
+
+
+def test_what_is_too_late_is_never_computed_and_is_told_so():
+    device, engine = Device(is_open=False), Engine(capacity=10)
+
+    async def test():
+        program = device.program({1: 1.0})
+        first = asyncio.ensure_future(engine.compute(program, image(1), later()))
+        await asyncio.sleep(0.05)
+        late = asyncio.ensure_future(engine.compute(program, image(2), later(0.05)))
+        last = asyncio.ensure_future(engine.compute(program, image(3), later()))
+        await asyncio.sleep(0.1)
+        device.gate.set()
+        with pytest.raises(Late):
+            await late
+        await asyncio.gather(first, last)
+
+    run_with(engine, test)
+    assert device.batches == [[1], [3]]
+
+
+def test_a_program_that_fails_fails_those_who_wait_for_it_and_nobody_else():
+    device, engine = Device(), Engine(capacity=10)
+
+    def fail(images):
+        raise RuntimeError("the device is out of memory")
+
+    async def test():
+        failing = [
+            engine.compute(Program(fail, {1: 1.0, 2: 1.0}), image(n), later()) for n in (1, 2)
+        ]
+        found = await asyncio.gather(*failing, return_exceptions=True)
+        assert [str(error) for error in found] == ["the device is out of memory"] * 2
+        assert (await engine.compute(device.program(), image(3), later())).result == 6
+
+    run_with(engine, test)
+
+
+def test_no_more_come_in_than_there_is_room_for():
+    engine = Engine(capacity=5)
+
+    async def test():
+        with engine.admitted(3):
+            assert engine.inside == 3
+            with pytest.raises(Overloaded, match="try again in 1 s") as caught, engine.admitted(3):
+                pass
+            assert caught.value.retry_after == 1
+            with engine.admitted(2):
+                assert engine.inside == 5
+            with contextlib.suppress(ZeroDivisionError), engine.admitted(2):
+                raise ZeroDivisionError
+            assert engine.inside == 3
+        assert engine.inside == 0
+
+    run_with(engine, test)
+
+
+def test_how_long_to_stay_away_is_learnt_from_what_is_computed():
+    engine = Engine(capacity=100)
+
+    def slow(images):
+        time.sleep(0.1)
+        return images
+
+    async def test():
+        for _ in range(30):
+            await engine.compute(Program(slow, {1: 1.0}), ONE, later())
+        with engine.admitted(100), pytest.raises(Overloaded) as caught, engine.admitted(1):
+            pass
+        # A hundred images at a tenth of a second.
+        assert 6 <= caught.value.retry_after <= 15
+
+    run_with(engine, test)
+
+
+def test_decoding_is_done_on_threads_and_not_after_the_deadline():
+    engine = Engine(capacity=10, decoders=2)
+    started, gate = [], threading.Event()
+
+    def decode(value):
+        started.append(value)
+        assert gate.wait(10)
+        return value, threading.current_thread().name
+
+    def damaged():
+        raise DataError("is damaged")
+
+    async def test():
+        held = [
+            asyncio.ensure_future(engine.decode(lambda n=n: decode(n), later())) for n in (1, 2)
+        ]
+        late = asyncio.ensure_future(engine.decode(lambda: decode(3), later(0.05)))
+        left = asyncio.ensure_future(engine.decode(lambda: decode(4), later()))
+        await until(lambda: len(started) == 2)
+        await asyncio.sleep(0.1)
+        left.cancel()
+        gate.set()
+        for value, waiting in enumerate(held, 1):
+            found, name = await waiting
+            assert found == value
+            assert name.startswith("decode")
+        with pytest.raises(Late):
+            await late
+        with pytest.raises(DataError, match="is damaged"):
+            await engine.decode(damaged, later())
+
+    run_with(engine, test)
+    assert sorted(started) == [1, 2]
+
+
+def test_batches_are_told_of_with_their_images_alone():
+    told = []
+    device = Device(is_open=False)
+    engine = Engine(capacity=10, on_batch=lambda images, seconds: told.append((images, seconds)))
+
+    async def test():
+        program = device.program()
+        first = asyncio.ensure_future(engine.compute(program, image(0), later()))
+        await asyncio.sleep(0.05)
+        three = [
+            asyncio.ensure_future(engine.compute(program, image(n), later())) for n in (1, 2, 3)
+        ]
+        await asyncio.sleep(0.05)
+        device.gate.set()
+        await asyncio.gather(first, *three)
+
+    run_with(engine, test)
+    assert [images for images, _ in told] == [1, 3]
+    assert all(seconds >= 0 for _, seconds in told)

@@ -1,0 +1,157 @@
+import base64
+import contextlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from requests import PreparedRequest, Request
+
+from cnn_jax.serve.images import from_base64, from_numbers, images_of, parse_json
+from cnn_jax.serve.limits import Limits, Refused
+
+LIMITS = Limits(images=3)
+
+
+def form(*files, **fields) -> PreparedRequest:
+    """A form as the library `requests` makes it; a file is (name, content)."""
+    parts = [("file", (name, content)) for name, content in files]
+    return Request("POST", "http://host/", files=parts or None, data=fields).prepare()
+
+
+def read(request, limits=LIMITS):
+    found = images_of(request.body, request.headers["Content-Type"], limits)
+    return [(part.name, part.content) for part in found]
+
+
+def refused(call, *args):
+    with pytest.raises(Refused) as caught:
+        call(*args)
+    return caught.value.status, caught.value.reason
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "image/png", "application/octet-stream", "text/html", "\xff;"]
+)
+def test_a_body_that_is_no_form_is_an_image(kind):
+    (part,) = images_of(b"bytes", kind, LIMITS)
+    assert (part.name, part.content) == ("0", b"bytes")
+
+
+def test_an_empty_body_has_no_image():
+    assert refused(images_of, b"", "image/png", LIMITS) == (400, "no_image")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.text("abcäß .-_", min_size=1, max_size=9), st.binary(max_size=200)),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_a_form_is_what_another_program_has_put_into_it(files):
+    assert read(form(*files)) == files
+
+
+def test_fields_that_are_no_files_are_left_out():
+    assert read(form(("a.png", b"1"), other="value")) == [("a.png", b"1")]
+    assert read(form(("", b"1"), ("", b"2")))[1:] in ([("1", b"2")], [])
+
+
+def test_a_form_may_not_have_too_many_files():
+    assert refused(read, form(*[("a", b"1")] * 4)) == (413, "too_many")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"", "multipart/form-data"),
+        (b"", "multipart/form-data; boundary="),
+        (b"", "multipart/form-data; boundary=" + "x" * 71),
+        (b"", "multipart/form-data; boundary=x"),
+        (b"nonsense", "multipart/form-data; boundary=x"),
+        (
+            b"--x\r\nContent-Disposition: form-data; filename=a\r\n\r\n1",
+            "multipart/form-data; boundary=x",
+        ),
+        (
+            b"--x\r\n" + b"a" * 5000 + b": b\r\n\r\n1\r\n--x--\r\n",
+            "multipart/form-data; boundary=x",
+        ),
+        (
+            b"--x\r\na: " + b"a" * 5000 + b"\r\n\r\n1\r\n--x--\r\n",
+            "multipart/form-data; boundary=x",
+        ),
+    ],
+)
+def test_a_damaged_form_is_refused(body, kind):
+    assert refused(images_of, body, kind, LIMITS) == (400, "form")
+
+
+def test_a_form_without_files_has_no_image():
+    body = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n--x--\r\n'
+    assert refused(images_of, body, "multipart/form-data; boundary=x", LIMITS) == (400, "no_image")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300), st.integers(0, 400), st.binary(max_size=3))
+def test_whatever_is_sent_as_a_form_is_read_or_refused(noise, place, other):
+    request = form(("a.png", noise), ("b.png", b"12345"))
+    damaged = request.body[:place] + other + request.body[place + len(other) :]
+    with contextlib.suppress(Refused):
+        images_of(damaged, request.headers["Content-Type"], LIMITS)
+
+
+@given(st.binary(min_size=1, max_size=100))
+def test_base64_of_either_alphabet_with_or_without_padding(content):
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        text = encode(content).decode()
+        assert from_base64(text) == from_base64(text.rstrip("=")) == from_base64(f" {text}\n")
+        assert from_base64(text) == content
+
+
+@pytest.mark.parametrize("text", [None, 3, ["aa"], "a", "ä", "a b", "!!!!", "\ud800"])
+def test_what_is_not_base64(text):
+    assert refused(from_base64, text) == (400, "image")
+
+
+def test_no_bytes_in_base64():
+    assert refused(from_base64, "") == (400, "no_image")
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 1), (2, 3, 3), (1, 1, 3)])
+@pytest.mark.parametrize("kind", [int, float])
+def test_an_image_in_numbers(shape, kind):
+    array = np.random.default_rng(0).integers(0, 256, shape)
+    found = from_numbers(array.astype(kind).tolist())
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, array[..., 0] if shape[-1] == 1 else array)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(3, None, "text", [], [[]], [[[]]], [1, 2, 3], {"a": 1}, [["a"]], [[None]], [[True]]),
+        *([[[1, 2]]], [[[1, 2, 3, 4]]], [[[[1, 2, 3]]]], [[[1, 2, 3]], [[1, 2, 3], [1, 2, 3]]]),
+        *([[[0, 0, 256]]], [[[0, 0, -1]]], [[[0, 0, 0.5]]], [[[0, 0, float("nan")]]]),
+        *([[[0, 0, float("inf")]]], [[[0, 0, 10**30]]], [[[0, 0, -(10**400)]]]),
+    ],
+)
+def test_what_is_no_image_in_numbers(values):
+    assert refused(from_numbers, values) == (400, "image")
+
+
+def test_json_objects_alone():
+    assert parse_json(b'{"a": [1, null, "\\u00e4"]}') == {"a": [1, None, "ä"]}
+    for body in (
+        b"",
+        b"{",
+        b"[1]",
+        b"1",
+        b"\xff",
+        b'{"a": 1} x',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+    ):
+        assert refused(parse_json, body) == (400, "json")

@@ -1,0 +1,110 @@
+
+import pytest
+
+from cnn_jax.errors import ConfigError
+from cnn_jax.serve import tokens
+from cnn_jax.serve.tokens import Tokens
+
+READER, KEEPER = "reader-token-0123456789", "keeper-token-0123456789"
+FILE = f"# Of the team.\n\npredict {READER}\n  admin   {KEEPER}  \n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "tokens"
+    path.write_text(FILE)
+    return path
+
+
+def test_who_may_do_what(file):
+    found = Tokens(file)
+    for header, predict, admin in (
+        (f"Bearer {READER}", True, False),
+        (f"bearer  {READER} ", True, False),
+        (f"Bearer {KEEPER}", True, True),
+        (f"Bearer {READER}x", None, None),
+        (f"Bearer {READER[:-1]}", None, None),
+        (f"Basic {READER}", None, None),
+        (READER, None, None),
+        ("Bearer", None, None),
+        ("Bearer ", None, None),
+        ("Bearer \xff\xfe", None, None),
+        ("", None, None),
+        (None, None, None),
+    ):
+        assert found.allow(header, "predict") is predict, header
+        assert found.allow(header, "admin") is admin, header
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no token"),
+        ("# nothing\n", "has no token"),
+        ("predict short\n", "line 1: must be"),
+        (f"predict {READER}\nroot {KEEPER}\n", "line 2: must be"),
+        (f"predict {READER} {KEEPER}\n", "line 1: must be"),
+        (f"{READER}\n", "line 1: must be"),
+    ],
+)
+def test_a_file_that_is_wrong(tmp_path, text, message):
+    (tmp_path / "tokens").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        Tokens(tmp_path / "tokens")
+    assert READER not in str(caught.value)
+    assert KEEPER not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_no_text(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        Tokens(tmp_path / "none")
+    (tmp_path / "tokens").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot read"):
+        Tokens(tmp_path / "tokens")
+
+
+def test_a_changed_file_is_read_again_and_a_wrong_one_changes_nothing(file, monkeypatch):
+    monkeypatch.setattr(tokens, "_LOOK_AGAIN", 0.0)
+    found = Tokens(file)
+    other = "another-token-0123456789"
+
+    def write(text):
+        aside = file.with_name("aside")
+        aside.write_text(text)
+        aside.replace(file)
+
+    write(f"predict {other}\n")
+    assert found.allow(f"Bearer {other}", "predict")
+    assert found.allow(f"Bearer {READER}", "predict") is None
+    write("nonsense\n")
+    assert found.allow(f"Bearer {other}", "predict")
+    assert "line 1" in found.problem
+    file.unlink()
+    assert found.allow(f"Bearer {other}", "predict")
+    assert "cannot read" in found.problem
+    write(FILE)
+    assert found.allow(f"Bearer {READER}", "predict")
+    assert found.allow(f"Bearer {other}", "predict") is None
+    assert found.problem == ""
+
+
+def test_the_file_is_not_looked_at_for_every_request(file, monkeypatch):
+    found = Tokens(file)
+    file.write_text("nonsense\n")
+    assert found.allow(f"Bearer {READER}", "predict")
+    assert found.problem == ""
+
+
+def test_every_token_is_compared_whichever_it_is(file, monkeypatch):
+    found, compared = Tokens(file), []
+    compare = tokens.hmac.compare_digest
+
+    def noted(one, other):
+        compared.append(len(one) == len(other) == 32)
+        return compare(one, other)
+
+    monkeypatch.setattr(tokens.hmac, "compare_digest", noted)
+    for token in (READER, KEEPER, "x", "y" * 5000):
+        compared.clear()
+        found.allow(f"Bearer {token}", "predict")
+        assert compared == [True, True]
