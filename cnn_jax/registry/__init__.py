@@ -1,0 +1,1 @@
+"""A registry: bundles with names, versions and aliases, and a log of every change."""
