@@ -1,0 +1,476 @@
+import copy
+import dataclasses
+import json
+import string
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from cnn_jax.errors import ConfigError
+from cnn_jax.registry import ledger
+from cnn_jax.registry.ledger import BundleFacts, Entry, Gates, Model, RegistryError, Version
+
+DIGEST = "0123456789abcdef" * 4
+
+
+def make_facts(digest=DIGEST, fingerprint="data", **test):
+    return BundleFacts(
+        path=f"bundles/{digest}-20260102T030405Z-0123456789abcdef",
+        digest=digest,
+        size=1000,
+        classes=3,
+        image_size=(16, 32),
+        metrics={"test": test},
+        fingerprint=fingerprint,
+    )
+
+
+def make_entry(action, version=None, alias=None, before=None, **changes):
+    if action == "add":
+        changes = {"bundle": make_facts(), **changes}
+    fields = {
+        "number": 1,
+        "previous": "",
+        "id": "1",
+        "time": "2026-01-02T03:04:05+00:00",
+        "user": "ann",
+        "host": "desk",
+        "note": "",
+        "model": "flowers",
+    }
+    return Entry(action=action, version=version, alias=alias, before=before, **(fields | changes))
+
+
+def make_models(*versions, **aliases):
+    """A registry with one model, whose versions have these facts."""
+    model = Model("flowers")
+    models = {"flowers": model}
+    for number, facts in enumerate(versions, 1):
+        models = ledger.apply(models, make_entry("add", number, bundle=facts))
+    for alias, history in aliases.items():
+        for version in history:
+            before = models["flowers"].present(alias)
+            models = ledger.apply(models, make_entry("promote", version, alias, before))
+    return models
+
+
+class Slow:
+    """The same rules as plainly as they can be said: an alias is what is left of its moves."""
+
+    def __init__(self):
+        self.given = {}
+        self.there = {}
+        self.moves = {}
+
+    def add(self, model):
+        self.given[model] = self.given.get(model, 0) + 1
+        self.there.setdefault(model, []).append(self.given[model])
+
+    def promote(self, model, version, alias):
+        if version not in self.there.get(model, []) or self.now(model, alias) == version:
+            return False
+        self.moves.setdefault((model, alias), []).append(version)
+        return True
+
+    def now(self, model, alias):
+        steps = self.steps(model, alias)
+        return steps[-1] if steps else None
+
+    def steps(self, model, alias):
+        """The moves to versions that are there, but for those that lead nowhere else."""
+        steps = []
+        for version in self.moves.get((model, alias), []):
+            if version in self.there[model] and steps[-1:] != [version]:
+                steps.append(version)
+        return steps
+
+    def rollback(self, model, alias):
+        steps = self.steps(model, alias)
+        if len(steps) < 2:
+            return False
+        self.moves[model, alias] = steps[:-1]
+        return True
+
+    def remove(self, model, version):
+        if version not in self.there.get(model, []):
+            return False
+        if any(self.now(*key) == version for key in self.moves if key[0] == model):
+            return False
+        self.there[model].remove(version)
+        return True
+
+    def remove_alias(self, model, alias):
+        return self.moves.pop((model, alias), None) is not None
+
+    def outline(self):
+        return {
+            model: (
+                sorted(self.there[model]),
+                {a: self.steps(m, a) for m, a in self.moves if m == model},
+                last,
+            )
+            for model, last in self.given.items()
+        }
+
+
+def decide(models, action, model, version, alias):
+    """The entry that a registry would add; None where it refuses."""
+    try:
+        if action == "add":
+            return make_entry("add", models[model].last + 1 if model in models else 1, model=model)
+        if action == "promote":
+            ledger.resolve(models, model, version)
+            before = models[model].present(alias)
+            wanted = make_entry("promote", version, alias, before, model=model)
+            return wanted if before != version else None
+        if action == "rollback":
+            before = ledger.resolve(models, model, alias).number
+            version = ledger.version_before(models, model, alias).number
+            return make_entry("rollback", version, alias, before, model=model)
+        if action == "remove":
+            ledger.removal(models, model, version)
+            return make_entry("remove", version, model=model)
+        before = ledger.resolve(models, model, alias).number
+        return make_entry("remove", None, alias, before, model=model)
+    except RegistryError:
+        return None
+
+
+ACTIONS = st.tuples(
+    st.sampled_from(["add", "add", "promote", "promote", "rollback", "remove", "remove_alias"]),
+    st.sampled_from(["flowers", "birds"]),
+    st.integers(0, 6),
+    st.sampled_from(["champion", "mine"]),
+)
+
+
+@hypothesis.given(st.lists(ACTIONS, max_size=40))
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_the_state_is_that_of_the_plain_rules(actions):
+    slow, models = Slow(), {}
+    for action, model, version, alias in actions:
+        arguments = {
+            "add": (model,),
+            "promote": (model, version, alias),
+            "rollback": (model, alias),
+            "remove": (model, version),
+            "remove_alias": (model, alias),
+        }[action]
+        is_done = getattr(slow, action)(*arguments)
+        entry = decide(models, action, model, version, alias)
+        assert (entry is not None) == (is_done is not False)
+        if entry is not None:
+            before = copy.deepcopy(models)
+            after = ledger.apply(models, ledger.parse(ledger.serialise(entry)))
+            assert models == before, "the state before was changed"
+            models = after
+        fast = {
+            name: (
+                sorted(one.versions),
+                {alias: list(history) for alias, history in one.aliases.items()},
+                one.last,
+            )
+            for name, one in models.items()
+        }
+        assert fast == slow.outline()
+
+
+def test_a_removed_version_leaves_no_step_from_a_version_to_itself():
+    """By hand: 1, 2, 1, 3 without 2 is 1, 3; a rollback from 3 leads to 1, and no further."""
+    models = make_models(*[make_facts()] * 3, champion=[1, 2, 1, 3])
+    models = ledger.apply(models, make_entry("remove", 2))
+    assert models["flowers"].aliases == {"champion": (1, 3)}
+    assert ledger.version_before(models, "flowers", "champion").number == 1
+    models = ledger.apply(models, make_entry("rollback", 1, "champion", 3))
+    with pytest.raises(RegistryError, match=r"^flowers@champion is 1, and was nothing bef"):
+        ledger.version_before(models, "flowers", "champion")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        make_entry("add", 2),
+        make_entry("add", 5),
+        make_entry("promote", 4, "mine"),
+        make_entry("promote", 1, "mine", 2),
+        make_entry("promote", 1, "champion"),
+        make_entry("rollback", 2, "champion", 3),
+        make_entry("rollback", 1, "champion", 2),
+        make_entry("rollback", 1, "mine", 2),
+        make_entry("remove", 4),
+        make_entry("remove", 3),
+        make_entry("remove", None, "mine", 1),
+        make_entry("remove", 1, model="birds"),
+    ],
+)
+def test_an_entry_that_does_not_follow_is_refused(entry):
+    models = make_models(*[make_facts()] * 3, champion=[1, 3])
+    with pytest.raises(ValueError, match=r"^(it|there|champion|mine|an alias) "):
+        ledger.apply(models, entry)
+
+
+# Bytes that are no UTF-8 come from the command line as such characters.
+TEXT = st.text(st.characters() | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF))
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)
+NUMBERS = st.integers(1, 10**9)
+
+
+@hypothesis.given(
+    st.fixed_dictionaries(
+        {
+            "digest": st.text(string.hexdigits[:16], min_size=64, max_size=64),
+            "fingerprint": TEXT,
+            "accuracy": st.floats(allow_nan=False, allow_infinity=False),
+        }
+    ),
+    st.fixed_dictionaries({"model": NAMES, "note": TEXT, "user": TEXT, "number": NUMBERS}),
+)
+@hypothesis.settings(deadline=None)
+def test_an_addition_that_is_written_is_read(facts, fields):
+    entry = make_entry("add", 1, bundle=make_facts(**facts), **fields)
+    assert ledger.parse(ledger.serialise(entry)) == entry
+
+
+@hypothesis.given(
+    NUMBERS,
+    NAMES.filter(lambda name: not name.isdecimal()),
+    st.none() | NUMBERS,
+    st.lists(TEXT),
+)
+@hypothesis.settings(deadline=None)
+def test_a_promotion_that_is_written_is_read(version, alias, before, gates):
+    entry = make_entry("promote", version, alias, before, gates=tuple(gates))
+    assert ledger.parse(ledger.serialise(entry)) == entry
+
+
+def test_a_note_that_is_not_utf_8_comes_back():
+    note = "a\udcff\u2028ü猫\n"
+    entry = make_entry("remove", 1, note=note)
+    assert ledger.parse(ledger.serialise(entry)).note == note
+
+
+def test_a_number_that_is_not_finite_is_not_written():
+    with pytest.raises(ValueError, match="JSON"):
+        ledger.serialise(make_entry("add", 1, bundle=make_facts(accuracy=float("nan"))))
+
+
+def _changed(entry=None, **changes):
+    fields = json.loads(ledger.serialise(entry or make_entry("promote", 1, "champion")))
+    fields |= changes
+    return json.dumps({key: value for key, value in fields.items() if value is not None}).encode()
+
+
+def _changed_bundle(**changes):
+    entry = make_entry("add", 1)
+    return _changed(entry, bundle=json.loads(ledger.serialise(entry))["bundle"] | changes)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b"\xff",
+        b"[" * 100_000,
+        _changed(format=None),
+        _changed(format="1"),
+        _changed(format=True),
+        _changed(number="1"),
+        _changed(time="yesterday"),
+        _changed(action="adopt"),
+        _changed(action="add"),
+        _changed(model="../x"),
+        _changed(model=None),
+        _changed(version=1.5),
+        _changed(version=None),
+        _changed(alias="../x"),
+        _changed(alias="12"),
+        _changed(alias=None),
+        _changed(gates="all"),
+        _changed(make_entry("add", 1), bundle=None),
+        _changed(make_entry("add", 1), alias="champion"),
+        _changed(make_entry("remove", 1), alias="champion"),
+        _changed(make_entry("rollback", 1, "champion", 2), before=None),
+        _changed_bundle(path="../../etc"),
+        _changed_bundle(path=f"bundles/{DIGEST}-20260102T030405Z-0123456789abcdef/../../.."),
+        _changed_bundle(path=""),
+        _changed_bundle(digest="f" * 64),
+        _changed_bundle(image_size=[1, 2, 3]),
+        _changed_bundle(image_size=["a", "b"]),
+        _changed_bundle(metrics=[]),
+        _changed_bundle(size=None),
+    ],
+)
+def test_what_is_no_entry_is_refused(data):
+    with pytest.raises(ValueError):  # noqa: PT011 (whatever it says)
+        ledger.parse(data)
+
+
+def test_a_later_format_is_told_whatever_else_it_has():
+    with pytest.raises(RegistryError, match=r"^is of format 2, and this version .* reads 1: upg"):
+        ledger.parse(b'{"format": 2}')
+
+
+def test_what_a_later_version_adds_to_the_format_is_passed_over():
+    entry = make_entry("promote", 1, "champion")
+    assert ledger.parse(_changed(entry, shade="green")) == entry
+
+
+def test_figures_that_are_none_are_left_out():
+    metrics = {"test": {"a": 1, "b": float("nan"), "c": "x", "d": True, "e": 10**400}, "x": 3}
+    assert ledger.finite_figures(metrics) == {"test": {"a": 1.0}}
+    assert ledger.finite_figures([]) == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["", "../x", "a/b", "a@b", ".a", "-a", "a" * 101, "ü", "a\n", "a b", "a\0"]
+)
+def test_a_hostile_name_is_a_usage_error(name):
+    for kind in ("model", "alias"):
+        with pytest.raises(ConfigError, match=f"^{kind}: must be 1 to 100 letters") as raised:
+            ledger.check_name(kind, name)
+        assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["a", "7", "A.b_c-9", "a" * 100, "v1.2"])
+def test_a_name_is_a_name(name):
+    assert ledger.check_name("model", name) == name
+
+
+def test_an_alias_is_no_number():
+    with pytest.raises(
+        ConfigError, match=r"^alias: must not be a number, as versions are, got '7'"
+    ):
+        ledger.check_name("alias", "7")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("flowers", ("flowers", None)),
+        ("flowers@champion", ("flowers", "champion")),
+        ("flowers/12", ("flowers", 12)),
+        ("3/4", ("3", 4)),
+    ],
+)
+def test_a_reference_names_a_model_and_one_of_its_versions(text, expected):
+    assert ledger.parse_reference(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "@a", "/1", "a@", "a/", "a/b", "a@1", "a/-1", "a@b/1", "a/1/2", "../x", "a/१"]
+)
+def test_what_is_no_reference_is_a_usage_error(text):
+    with pytest.raises(ConfigError, match=r"^(model|alias|version): must "):
+        ledger.parse_reference(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "which", "message"),
+    [
+        ("flower", 1, "there is no model flower; did you mean flowers?"),
+        ("zebra", 1, "there is no model zebra; there are: flowers"),
+        ("flowers", "champ", "flowers has no alias champ; did you mean champion?"),
+        ("flowers", "mine", "flowers has no alias mine; there are: champion"),
+        ("flowers", 1, "flowers has no version 1 any more; there are: 2, 3"),
+        ("flowers", 4, "flowers has no version 4; there are: 2, 3"),
+        ("flowers", 0, "flowers has no version 0; there are: 2, 3"),
+    ],
+)
+def test_what_is_not_there_is_told_with_what_is(name, which, message):
+    models = make_models(*[make_facts()] * 3, champion=[3])
+    models = ledger.apply(models, make_entry("remove", 1))
+    with pytest.raises(RegistryError) as raised:
+        ledger.resolve(models, name, which)
+    assert str(raised.value) == message
+
+
+def test_a_version_that_an_alias_points_to_stays():
+    models = make_models(*[make_facts()] * 2, champion=[1, 2], mine=[2])
+    with pytest.raises(RegistryError, match=r"^flowers/2 is champion and mine, so it stays: prom"):
+        ledger.removal(models, "flowers", 2)
+    assert ledger.removal(models, "flowers", 1).number == 1
+
+
+GOOD = {"accuracy": 0.9, "precision": 0.8, "recall": 0.7, "f1": 0.6, "loss": 0.5}
+
+
+def _check(gates, version=1, alias="champion", versions=None, **aliases):
+    models = make_models(*(versions or [make_facts(**GOOD)]), **aliases)
+    return gates.check(models, models["flowers"].versions[version], alias)
+
+
+@pytest.mark.parametrize("figure", GOOD)
+@pytest.mark.parametrize("distance", [-1e-9, 0.0, 1e-9])
+def test_a_gate_holds_up_to_its_limit(figure, distance):
+    name = f"max_{figure}" if figure == "loss" else f"min_{figure}"
+    gates = Gates(**{name: GOOD[figure] + distance})
+    if distance * (-1 if figure == "loss" else 1) <= 0:
+        assert _check(gates) == (f"{name}={GOOD[figure]:g}: test {figure} is {GOOD[figure]:g}",)
+    else:
+        with pytest.raises(RegistryError, match=f"^flowers/1 does not become champion: {name}="):
+            _check(gates)
+
+
+def test_all_gates_that_fail_are_told_in_one_line():
+    with pytest.raises(RegistryError) as raised:
+        _check(Gates(min_accuracy=0.95, min_recall=0.1, max_loss=0.25))
+    assert str(raised.value) == (
+        "flowers/1 does not become champion: min_accuracy=0.95: test accuracy is 0.9; "
+        "max_loss=0.25: test loss is 0.5"
+    )
+    assert raised.value.exit_code == 1
+
+
+@pytest.mark.parametrize("figure", GOOD)
+def test_a_figure_that_is_missing_holds_no_gate(figure):
+    name = f"max_{figure}" if figure == "loss" else f"min_{figure}"
+    with pytest.raises(RegistryError, match=f"test {figure} is not in the bundle$"):
+        _check(Gates(**{name: 0.0 if figure != "loss" else 9.0}), versions=[make_facts()])
+
+
+def test_no_gates_hold_nothing_up():
+    assert _check(Gates(), versions=[make_facts()]) == ()
+
+
+@pytest.mark.parametrize(("accuracy", "holds"), [(0.91, True), (0.9, True), (0.89, False)])
+def test_a_version_comes_up_to_that_of_an_alias(accuracy, holds):
+    versions = [make_facts(**GOOD), make_facts(accuracy=accuracy)]
+    gates, arguments = Gates(not_below="champion"), (2, "champion", versions)
+    text = f"not_below=champion: test accuracy is {accuracy}, that of 1 is 0.9"
+    if holds:
+        assert _check(gates, *arguments, champion=[1]) == (text,)
+    else:
+        with pytest.raises(RegistryError, match=f"^flowers/2 does not become champion: {text}$"):
+            _check(gates, *arguments, champion=[1])
+
+
+@pytest.mark.parametrize("prints", [("a", "b"), ("", ""), ("a", "")])
+def test_figures_of_other_test_splits_are_not_compared(prints):
+    versions = [make_facts(fingerprint=one, **GOOD) for one in prints]
+    with pytest.raises(RegistryError, match=r"2 and 1 were measured on other test splits.*eval"):
+        _check(Gates(not_below="mine"), 2, versions=versions, mine=[1])
+
+
+def test_a_version_that_cannot_be_compared_does_not_come_up():
+    versions = [make_facts(**GOOD), make_facts()]
+    for version, present in ((1, 2), (2, 1)):
+        with pytest.raises(RegistryError, match="not in the bundle"):
+            _check(Gates(not_below="mine"), version, versions=versions, mine=[present])
+
+
+def test_the_first_version_of_an_alias_need_not_come_up_to_any():
+    assert _check(Gates(not_below="champion")) == ()
+    with pytest.raises(RegistryError, match="has no alias champoin"):
+        _check(Gates(not_below="champoin"))
+
+
+def test_a_version_knows_its_aliases():
+    models = make_models(*[make_facts()] * 2, b=[1], a=[2, 1], c=[2])
+    assert models["flowers"].aliases_of(1) == ["a", "b"]
+    assert models["flowers"].present("nothing") is None
+    assert isinstance(models["flowers"].versions[1], Version)
+    assert dataclasses.asdict(models["flowers"].versions[1])["bundle"]["image_size"] == (16, 32)
