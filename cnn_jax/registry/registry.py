@@ -1,0 +1,609 @@
+"""A registry of bundles in a folder, or in any place that fsspec reaches.
+
+    registry.json               {"format": 1, "id": ...}
+    log/00000001.json, ...      one file for each change, never changed; see `ledger`
+    bundles/DIGEST-TIME-ID/     one folder for each version, written before its log entry
+    tmp/                        what is being written, or was when its writer died
+
+The log is all the state there is. A change is made by creating the next file of the log, which
+one writer alone can do; who comes second reads what is new and decides again. So a change has
+happened or not, whoever is killed when.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import getpass
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import random
+import re
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cnn_jax.errors import BundleError
+from cnn_jax.registry import ledger
+from cnn_jax.registry.ledger import (
+    CHAMPION,
+    BundleFacts,
+    Entry,
+    Gates,
+    Model,
+    RegistryError,
+    Version,
+)
+from cnn_jax.registry.store import (
+    ASIDE,
+    AwayError,
+    StoreError,
+    made_at,
+    open_store,
+    prove,
+    unique,
+)
+
+logger = logging.getLogger(__name__)
+
+_IDENTITY = "registry.json"
+_LOG = "log"
+_BUNDLES = "bundles"
+_DESCRIPTION, _WEIGHTS = _FILES = ("bundle.json", "weights.safetensors")
+# Nothing that is as old as this is still being written. An upload must be done in half of it.
+_STALE = datetime.timedelta(days=1)
+# How often a change is tried while nobody else makes one, and what grows between two tries.
+_MOST_FAILURES = 6
+_PAUSE = 0.1  # Seconds.
+
+# What a change adds to the log, from the state that it meets; None if there is nothing to do.
+Decide = Callable[[ledger.Models], dict[str, Any] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """What came of an addition.
+
+    Attributes:
+      version: The version that is this bundle.
+      is_new: False if the model had the bundle already, and nothing was added.
+    """
+
+    version: Version
+    is_new: bool
+
+
+class Registry:
+    """Bundles with names, versions and aliases.
+
+    What is known of the log is kept: `models` and `log` read it once, `refresh` and every
+    change read what is new. An instance may be used by several threads.
+
+    Every method raises `RegistryError` if the registry is not there or damaged, or does not
+    have or allow what was asked for, and `StoreError` if it cannot be read or written.
+
+    Attributes:
+      url: The registry's place, without a password.
+    """
+
+    def __init__(
+        self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+          url: A folder, or a URL of fsspec, such as s3://BUCKET/PATH.
+          options: What fsspec is to know of it besides, such as {"endpoint_url": ...}.
+
+        Raises:
+          ConfigError: It is no such place, or what reaches it is not installed.
+        """
+        self._store = open_store(url, options)
+        self.url = self._store.url
+        self._lock = threading.RLock()
+        self._identity: bytes | None = None
+        self._is_proven = False
+        self._entries: list[Entry] = []
+        self._last_digest = ""
+        self._models: dict[str, Model] = {}
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """All models by name, as they were at the last look."""
+        self._look_once()
+        return self._models
+
+    @property
+    def log(self) -> list[Entry]:
+        """All changes, the first one first, as they were at the last look."""
+        self._look_once()
+        return list(self._entries)
+
+    def _look_once(self) -> None:
+        if self._identity is None:
+            self.refresh()
+
+    def resolve(self, model: str, which: str | int = CHAMPION) -> Version:
+        """A version by its number or an alias, as they were at the last look."""
+        return ledger.resolve(self.models, model, which)
+
+    def refresh(self) -> bool:
+        """Reads what is new in the log, and returns whether anything was.
+
+        When nothing is, this is one question for one file.
+        """
+        with self._lock:
+            if self._identity is None:
+                self._open()
+            known = len(self._entries)
+            if not known:
+                self._read_listed()
+            while self._read_next():
+                pass
+            return len(self._entries) > known
+
+    def _open(self) -> None:
+        try:
+            identity = self._store.read(_IDENTITY)
+        except FileNotFoundError:
+            raise RegistryError(
+                f"there is no registry at {self.url}; its first `add` makes it"
+            ) from None
+        try:
+            later = json.loads(identity)["format"] > ledger.FORMAT
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
+            raise RegistryError(f"{self.url}/{_IDENTITY} is not that of a registry") from error
+        if later:
+            raise RegistryError(
+                f"{self.url} is a registry of a later format than this version of cnn_jax "
+                "reads: upgrade it"
+            )
+        self._identity = identity
+
+    def _read_listed(self) -> None:
+        """Reads all that the log's folder lists: many files at once, and none may be missing."""
+        names = [name for name in self._store.names(_LOG) if _is_of_log(name)]
+        wanted = [_log_name(number) for number in range(1, 1 + len(names))]
+        if missing := sorted({*wanted} - {f"{_LOG}/{name}" for name in names}):
+            raise RegistryError(
+                f"{self.url} is damaged: {missing[0]} is missing, and later entries are there"
+            )
+        for name, data in zip(wanted, self._store.read_all(wanted), strict=True):
+            if data is None:
+                raise RegistryError(f"{self.url} is damaged: {name} is listed, and not there")
+            self._follow(data)
+
+    def _read_next(self) -> bool:
+        try:
+            data = self._store.read(_log_name(len(self._entries) + 1))
+        except FileNotFoundError:
+            return False
+        self._follow(data)
+        return True
+
+    def _follow(self, data: bytes) -> None:
+        """Takes the next entry into the state."""
+        number = len(self._entries) + 1
+        where = f"{self.url}/{_log_name(number)}"
+        try:
+            entry = ledger.parse(data)
+            if entry.number != number:
+                raise ValueError(f"it says that it is {entry.number}")
+            if entry.previous != self._last_digest:
+                raise ValueError("the entry before it is not the one that it was written after")
+            models = ledger.apply(self._models, entry)
+        except RegistryError as error:
+            raise RegistryError(f"{where} {error}") from error
+        except ValueError as error:
+            raise RegistryError(f"{where} is damaged: {error}") from error
+        self._models, self._last_digest = models, hashlib.sha256(data).hexdigest()
+        self._entries.append(entry)
+
+    def add(self, model: str, path: str | os.PathLike[str], note: str = "") -> Added:
+        """Adds a bundle as the model's next version; the first one makes model and registry.
+
+        Args:
+          model: The model's name.
+          path: The bundle's folder.
+          note: Anything that is worth keeping in the log.
+
+        Raises:
+          ConfigError: The name is none.
+          BundleError: There is no bundle, or a damaged one.
+        """
+        from cnn_jax.bundle import digest
+
+        ledger.check_name("model", model)
+        wanted = digest(path)
+        facts, contents = _read(pathlib.Path(path), wanted)
+        self._begin()
+        self.refresh()
+        if there := ledger.with_digest(self._models, model, wanted):
+            return Added(there, is_new=False)
+        start = time.time()
+        for name, content in contents.items():
+            self._store.write(f"{facts.path}/{name}", content)
+
+        def decide(models: ledger.Models) -> dict[str, Any] | None:
+            if ledger.with_digest(models, model, wanted):
+                return None
+            if time.time() - start > _STALE.total_seconds() / 2:
+                raise RegistryError(f"adding {path} took too long: give the command again")
+            number = models[model].last + 1 if model in models else 1
+            return {"action": "add", "model": model, "version": number, "bundle": facts}
+
+        entry = self._commit(decide, note)
+        if entry is None:  # Somebody else has added it in the meantime.
+            self._delete(facts.path)
+        self._sweep()
+        version = ledger.with_digest(self._models, model, wanted)
+        if version is None:
+            raise RegistryError(f"{model} had this bundle for a moment: somebody has removed it")
+        return Added(version, is_new=entry is not None)
+
+    def promote(
+        self,
+        model: str,
+        which: str | int,
+        alias: str = CHAMPION,
+        gates: Gates = Gates(),  # noqa: B008 (it is immutable)
+        note: str = "",
+    ) -> Entry | None:
+        """Points an alias to a version, if that holds what the gates ask.
+
+        Args:
+          model: The model's name.
+          which: A version's number, or another alias that points to it.
+          alias: The alias; it need not be there yet.
+          gates: What the version's figures must be.
+          note: Anything that is worth keeping in the log.
+
+        Returns:
+          What was added to the log; None if the alias points there already.
+
+        Raises:
+          ConfigError: The alias is no name.
+        """
+        ledger.check_name("alias", alias)
+
+        def decide(models: ledger.Models) -> dict[str, Any] | None:
+            version = ledger.resolve(models, model, which)
+            held = gates.check(models, version, alias)
+            before = models[model].present(alias)
+            if before == version.number:
+                return None
+            return {
+                "action": "promote",
+                "model": model,
+                "version": version.number,
+                "alias": alias,
+                "before": before,
+                "gates": held,
+            }
+
+        return self._commit(decide, note)
+
+    def rollback(self, model: str, alias: str = CHAMPION, note: str = "") -> Entry:
+        """Points an alias to the version that it pointed to before; again, to the one before that.
+
+        Returns:
+          What was added to the log.
+
+        Raises:
+          RegistryError: It pointed to none before, or somebody else moves it at the same time.
+        """
+        self.refresh()
+        present = ledger.resolve(self._models, model, alias).number
+
+        def decide(models: ledger.Models) -> dict[str, Any]:
+            before = ledger.version_before(models, model, alias)
+            # Two who see the same bad version and go back at once mean one step, not two.
+            if models[model].present(alias) != present:
+                raise RegistryError(
+                    f"somebody else has just moved {model}@{alias} from {present} to "
+                    f"{models[model].present(alias)}: look whether it is to be moved again"
+                )
+            return {
+                "action": "rollback",
+                "model": model,
+                "version": before.number,
+                "alias": alias,
+                "before": present,
+            }
+
+        entry = self._commit(decide, note)
+        assert entry is not None
+        return entry
+
+    def remove(self, model: str, version: int, note: str = "") -> Entry:
+        """Removes a version to which no alias points, and its files. Its number stays used.
+
+        Returns:
+          What was added to the log.
+        """
+        path = ""
+
+        def decide(models: ledger.Models) -> dict[str, Any]:
+            nonlocal path
+            path = ledger.removal(models, model, version).bundle.path
+            return {"action": "remove", "model": model, "version": version}
+
+        entry = self._commit(decide, note)
+        assert entry is not None
+        self._delete(path)
+        self._sweep()
+        return entry
+
+    def remove_alias(self, model: str, alias: str, note: str = "") -> Entry:
+        """Removes an alias with its history; the versions stay.
+
+        Returns:
+          What was added to the log.
+        """
+
+        def decide(models: ledger.Models) -> dict[str, Any]:
+            present = ledger.resolve(models, model, alias).number
+            return {"action": "remove", "model": model, "alias": alias, "before": present}
+
+        entry = self._commit(decide, note)
+        assert entry is not None
+        return entry
+
+    def fetch(self, version: Version, directory: str | os.PathLike[str]) -> pathlib.Path:
+        """A version's bundle on this machine, verified.
+
+        Args:
+          version: One of this registry's.
+          directory: Where to download it to, into a folder that is named by its digest, if the
+            registry is elsewhere. What is there already is not downloaded again.
+
+        Returns:
+          The bundle's folder, which is not to be changed: it may be the registry's own.
+
+        Raises:
+          BundleError: It is damaged, or was removed in the meantime.
+        """
+        facts = version.bundle
+        own = self._store.local(facts.path)
+        if own is not None:
+            _verify(own, facts.digest)
+            return own
+        target = pathlib.Path(directory) / facts.digest
+        with contextlib.suppress(BundleError):
+            _verify(target, facts.digest)
+            return target
+        aside = target.with_name(f".{unique()}")
+        try:
+            aside.mkdir(parents=True)
+            for name in _FILES:
+                self._store.download(f"{facts.path}/{name}", aside / name)
+            _verify(aside, facts.digest, f"{self.url}/{facts.path}")
+            _put(aside, target)
+        except FileNotFoundError as error:
+            raise BundleError(f"{version} is not in {self.url} any more: {error}") from error
+        except OSError as error:
+            raise BundleError(f"{directory}: {version} cannot be put there: {error}") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return target
+
+    def _begin(self) -> None:
+        """Makes a registry where there is none."""
+        with self._lock:
+            if self._identity is not None:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                self._store.read(_IDENTITY)
+                return
+            if self._store.names(_LOG):
+                raise RegistryError(f"{self.url} is damaged: it has a log and no {_IDENTITY}")
+            prove(self._store)
+            identity = {"format": ledger.FORMAT, "id": uuid.uuid4().hex}
+            # Of several who begin at once, one makes it.
+            with contextlib.suppress(FileExistsError):
+                self._store.create(_IDENTITY, json.dumps(identity).encode())
+
+    def _prove_once(self) -> None:
+        """Sees before a first change that this process, too, cannot make a file that is there.
+
+        Another version of the same library may let it. Then the file is as it was.
+        """
+        if self._is_proven:
+            return
+        assert self._identity is not None
+        with contextlib.suppress(FileExistsError):
+            self._store.create(_IDENTITY, self._identity)
+            raise RegistryError(
+                f"{self.url} lets this process overwrite what is there: use the version of "
+                "fsspec's library for it that has made the registry, or a later one"
+            )
+        self._is_proven = True
+
+    def _commit(self, decide: Decide, note: str) -> Entry | None:
+        """Makes a change, once.
+
+        Args:
+          decide: What to add to the log. Called anew when somebody else was first.
+          note: For the log.
+
+        Returns:
+          The entry, or None if there was nothing to do.
+
+        Raises:
+          AwayError: The store does not answer; if it was asked for the change, that may have
+            happened.
+        """
+        change, failures, problem = uuid.uuid4().hex, 0, None
+        while failures < _MOST_FAILURES:
+            if failures > 1:
+                time.sleep(random.uniform(0.5, 1) * _PAUSE * 2**failures)
+            try:
+                with self._lock:
+                    # News may be this very change, made by a call whose answer was lost.
+                    failures = 0 if self.refresh() else failures
+                    if (own := self._made(change)) is not None:
+                        return own
+                    fields = decide(self._models)
+                    if fields is None:
+                        return None
+                    self._prove_once()
+                    problem = problem or "it shows no file that it has said is there"
+                    self._create(change, note, fields)
+            except FileExistsError:
+                pass
+            except AwayError as error:
+                if problem is None:
+                    raise
+                problem = str(error)
+            failures += 1
+        raise AwayError(
+            f"{self.url} does not say whether the change was made ({problem}): look with `show` "
+            "before you make it again"
+        )
+
+    def _made(self, change: str) -> Entry | None:
+        return next((entry for entry in reversed(self._entries) if entry.id == change), None)
+
+    def _create(self, change: str, note: str, fields: Mapping[str, Any]) -> None:
+        user, host = _who()
+        entry = Entry(
+            number=len(self._entries) + 1,
+            previous=self._last_digest,
+            id=change,
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            user=user,
+            host=host,
+            note=note,
+            **fields,
+        )
+        self._store.create(_log_name(entry.number), ledger.serialise(entry))
+
+    def _delete(self, path: str) -> None:
+        """Removes a version's files; if that fails, a later sweep does it."""
+        try:
+            self._store.remove(path)
+        except StoreError as error:
+            logger.warning("not removed, a later add or remove will try again: %s", error)
+
+    def _sweep(self) -> None:
+        """Removes what is of no version and a day old: somebody was killed who wrote it."""
+        try:
+            # Listed before the log is read, which then has all that was added until then.
+            found = [
+                f"{folder}/{name}"
+                for folder in (_BUNDLES, ASIDE)
+                for name in self._store.names(folder)
+            ]
+            self.refresh()
+        except StoreError as error:
+            logger.warning("what is left over was not looked for: %s", error)
+            return
+        used = {v.bundle.path for model in self._models.values() for v in model.versions.values()}
+        now = datetime.datetime.now(datetime.UTC)
+        for path in found:
+            made = made_at(path.rpartition("/")[2])
+            if path not in used and made is not None and now - made > _STALE:
+                self._delete(path)
+
+
+def _is_of_log(name: str) -> bool:
+    return re.fullmatch(r"\d{8}\.json", name) is not None
+
+
+def _log_name(number: int) -> str:
+    return f"{_LOG}/{number:08d}.json"
+
+
+def _who() -> tuple[str, str]:
+    """The names of this user and this machine, as far as they can be had."""
+    try:
+        user = getpass.getuser()
+    except (ImportError, KeyError, OSError):  # No such user id, and no variable that names it.
+        user = "unknown"
+    try:
+        host = socket.gethostname()
+    except OSError:
+        host = ""
+    return user, host or "unknown"
+
+
+def _read(path: pathlib.Path, wanted: str) -> tuple[BundleFacts, dict[str, bytes]]:
+    """What the log is to know of a bundle, and the contents of its files.
+
+    Args:
+      path: The bundle's folder.
+      wanted: Its digest.
+
+    Raises:
+      BundleError: It is no bundle, a damaged one, or one that has just been replaced.
+    """
+    from cnn_jax.bundle import read_bundle
+
+    bundle = read_bundle(path)
+    try:
+        contents = {name: (path / name).read_bytes() for name in _FILES}
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    if sums != {_DESCRIPTION: wanted, _WEIGHTS: _weights_digest(contents[_DESCRIPTION])}:
+        raise BundleError(f"{path} has changed while it was read: give the command again")
+    try:
+        height, width = map(int, bundle.preprocessing.image_size)
+        facts = BundleFacts(
+            path=f"{_BUNDLES}/{wanted}-{unique()}",
+            digest=wanted,
+            size=sum(map(len, contents.values())),
+            classes=len(bundle.class_names),
+            image_size=(height, width),
+            metrics=ledger.finite_figures(bundle.metrics),
+            fingerprint=str(bundle.data.get("fingerprint", "")),
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BundleError(f"{path} is not a bundle: {error!r}") from error
+    return facts, contents
+
+
+def _weights_digest(description: bytes) -> str:
+    return json.loads(description)["files"][_WEIGHTS]["sha256"]
+
+
+def _verify(folder: pathlib.Path, wanted: str, origin: str | None = None) -> None:
+    """Raises BundleError if a folder is not the bundle of a digest.
+
+    Args:
+      folder: The bundle's folder.
+      wanted: Its digest.
+      origin: What is said to be damaged if it is not; by default the folder.
+    """
+    from cnn_jax.bundle import digest
+
+    damaged = BundleError(
+        f"{origin or folder} is damaged: its digest is not the one in the registry's log"
+    )
+    if digest(folder) != wanted:
+        raise damaged
+    try:
+        with (folder / _WEIGHTS).open("rb") as file:
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        if weights != _weights_digest((folder / _DESCRIPTION).read_bytes()):
+            raise damaged
+    except OSError as error:
+        raise BundleError(f"{origin or folder} is damaged: {error}") from error
+
+
+def _put(aside: pathlib.Path, target: pathlib.Path) -> None:
+    """Moves a verified download to its place, where a damaged one may be, or another's."""
+    try:
+        aside.rename(target)
+    except OSError:
+        try:
+            _verify(target, target.name)
+        except BundleError:
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
