@@ -43,6 +43,8 @@ FLOORS = [
     *("profiling", "initial_weights", "programs"),
     *("report.__init__", "report.style", "report.thumbnails", "report.inspection"),
     *("cache", "inspect", "predict", "evaluate", "robustness"),
+    *("registry.__init__", "registry.store", "registry.ledger", "registry.registry"),
+    *("registry.mlflow", "registry.__main__"),
     *("explain.__init__", "explain.maps", "explain.checks", "explain.features"),
     *("explain.pictures", "explain.__main__"),
     *("report.label_errors", "report.charts", "report.run", "report.words"),
