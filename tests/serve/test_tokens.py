@@ -1,4 +1,3 @@
-
 import pytest
 
 from cnn_jax.errors import ConfigError

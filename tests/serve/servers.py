@@ -1,0 +1,91 @@
+"""Servers in processes of their own, on a free port of the loopback."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import requests
+from conftest import REPOSITORY
+
+
+class Served:
+    """A server that was started, and is ready.
+
+    Attributes:
+      url: Where it is, without a slash at the end.
+      process: Its process.
+    """
+
+    def __init__(self, folder: pathlib.Path, *flags: str, wait: bool = True):
+        self._log = folder / "server.log"
+        self._out = folder / "server.out"
+        command = [sys.executable, "-m", "cnn_jax.serve", "--port=0", *flags]
+        with self._log.open("w") as log, self._out.open("w") as out:
+            self.process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                stdout=out,
+                stderr=log,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+        self.url = ""
+        if wait:
+            self.wait_until_ready()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def wait_until_ready(self, seconds: float = 120) -> None:
+        self.url = self._wait_for(self._out, r"ready on (http://\S+)/", seconds)
+
+    def wait_for_log(self, pattern: str, seconds: float = 60) -> str:
+        return self._wait_for(self._log, f"({pattern})", seconds)
+
+    def _wait_for(self, path: pathlib.Path, pattern: str, seconds: float) -> str:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := re.search(pattern, path.read_text()):
+                return found[1]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        raise AssertionError(f"{pattern!r} has not come: {self._log.read_text()[-3000:]}")
+
+    def log(self) -> list[dict]:
+        """The lines of its log, each of which is JSON."""
+        return [json.loads(line) for line in self._log.read_text().splitlines()]
+
+    def output(self) -> str:
+        return self._out.read_text()
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Sends a signal; the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+    def post(self, path: str, body=None, **options) -> requests.Response:
+        return requests.post(self.url + path, data=body, timeout=30, **options)
+
+    def get(self, path: str, **options) -> requests.Response:
+        return requests.get(self.url + path, timeout=30, **options)
+
+    def measure(self, name: str) -> float:
+        """A figure of /metrics, with its labels as it stands there."""
+        for line in self.get("/metrics").text.splitlines():
+            if line.startswith(f"{name} "):
+                return float(line.rpartition(" ")[2])
+        return 0.0

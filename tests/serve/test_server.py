@@ -1,0 +1,479 @@
+"""A server as its clients see it, over the network."""
+
+import base64
+import concurrent.futures
+import contextlib
+import http.client
+import io
+import json
+import re
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+from servers import Served
+from test_bundle import make_bundle
+
+import cnn_jax
+from cnn_jax.bundle import digest, write_bundle
+from cnn_jax.predict import Predictor, predict_batch
+
+KINDS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
+
+
+def encode(pixels, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def picture(seed=0, size=(20, 30)):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    path = tmp_path_factory.mktemp("served") / "bundle"
+    write_bundle(make_bundle(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def predictor(bundle):
+    return Predictor.load(bundle)
+
+
+@pytest.fixture(scope="module")
+def server(bundle):
+    with Served(
+        bundle.parent,
+        f"--bundle={bundle}",
+        "--model=shapes",
+        "--max_body_mb=1",
+        "--max_images=8",
+        "--max_pixels=250000",
+        "--max_batch=8",
+    ) as server:
+        yield server
+        assert server.end() == 0
+        for line in server.log():
+            assert line["level"] in ("info", "warning"), line
+
+
+def expected_of(predictor, image):
+    (prediction,) = predict_batch(predictor, [image])
+    return prediction.probabilities
+
+
+def error_of(answer):
+    """Status and reason of an error, which has the form that all have."""
+    found = answer.json()
+    assert found.keys() == {"error", "reason", "request_id"}
+    assert found["request_id"] == answer.headers["x-request-id"]
+    assert "Traceback" not in answer.text
+    return answer.status_code, found["reason"]
+
+
+# The plain protocol.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_what_the_predictor_says_of_it(server, predictor, kind):
+    image = encode(picture(), kind)
+    answer = server.post("/predict?top=3", image)
+    assert answer.status_code == 200
+    found = answer.json()
+    assert (found["model"], found["version"]) == ("shapes", 1)
+    (prediction,) = found["predictions"]
+    expected = expected_of(predictor, image)
+    order = np.argsort(-expected)
+    assert [one["class"] for one in prediction["top"]] == [predictor.class_names[i] for i in order]
+    np.testing.assert_allclose(
+        [one["probability"] for one in prediction["top"]], expected[order], atol=1e-6
+    )
+    assert prediction["class"] == prediction["top"][0]["class"]
+    assert prediction["probability"] == prediction["top"][0]["probability"]
+    milliseconds = found["milliseconds"]
+    parts = [milliseconds[name] for name in ("decode", "queue", "compute")]
+    assert min(parts) >= 0
+    assert sum(parts) <= milliseconds["total"] < 10_000
+
+
+def test_many_images_in_a_form_each_for_itself(server, predictor):
+    images = {f"{seed}.png": encode(picture(seed, (9 + seed, 40))) for seed in range(6)}
+    files = [("file", item) for item in images.items()]
+    files[2] = ("file", ("2.png", b"no image"))
+    found = server.post("/predict?top=1", files=files).json()["predictions"]
+    assert [one["name"] for one in found] == list(images)
+    for one in found:
+        if one["name"] == "2.png":
+            assert one.keys() == {"name", "error", "reason"}
+            assert one["reason"] == "format"
+        else:
+            expected = expected_of(predictor, images[one["name"]])
+            assert one["class"] == predictor.class_names[int(expected.argmax())]
+            assert one["probability"] == pytest.approx(expected.max(), abs=1e-6)
+
+
+def test_a_map_as_png(server, predictor):
+    found = server.post("/predict?explain=gradcam", encode(picture())).json()["predictions"][0]
+    assert found["explanation"]["method"] == "gradcam"
+    with Image.open(io.BytesIO(base64.b64decode(found["explanation"]["png"]))) as shown:
+        assert (shown.format, shown.size) == ("PNG", (16, 16))
+        assert len(np.unique(np.asarray(shown).reshape(-1, 3), axis=0)) > 10
+    expected = expected_of(predictor, encode(picture()))
+    assert found["probability"] == pytest.approx(expected.max(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        ("/predict", b"", (400, "no_image")),
+        ("/predict", b"text", (415, "format")),
+        ("/predict", encode(picture())[:-40], (422, "damaged")),
+        ("/predict", encode(np.zeros((600, 600, 3), np.uint8)), (413, "too_many_pixels")),
+        ("/predict", b"x" * 1_000_001, (413, "too_large")),
+        ("/predict?top=0", b"x", (400, "parameter")),
+        ("/predict?top=x", b"x", (400, "parameter")),
+        ("/predict?explain=magic", b"x", (400, "parameter")),
+        ("/predict?version=0", b"x", (400, "parameter")),
+        ("/predict?version=2", b"x", (404, "no_version")),
+        ("/predict?alias=champion", b"x", (404, "no_version")),
+        ("/predict?model=other", b"x", (404, "no_model")),
+        ("/nothing", b"x", (404, "route")),
+        ("/healthz", b"x", (405, "route")),
+        ("/admin/refresh", b"x", (403, "token")),
+        ("/v1/models/other:predict", b"{}", (404, "no_model")),
+        ("/v1/models/shapes/versions/7:predict", b"{}", (404, "no_version")),
+        ("/v1/models/shapes/versions/x:predict", b"{}", (400, "parameter")),
+        ("/v1/models/shapes:predict", b"[]", (400, "json")),
+        ("/v1/models/shapes:predict", b"{}", (400, "json")),
+        ("/v1/models/shapes:predict", b'{"instances": [], "inputs": []}', (400, "json")),
+        ("/v1/models/shapes:predict", b'{"instances": []}', (400, "no_image")),
+        ("/v1/models/shapes:predict", b'{"instances": [{"b64": "eA=="}]}', (415, "format")),
+        ("/v1/models/shapes:predict", b'{"instances": [{"b32": "eA=="}]}', (400, "image")),
+        ("/v1/models/shapes:predict", b'{"instances": [1]}', (400, "image")),
+        ("/v1/models/shapes:predict", b'{"instances": 1}', (400, "json")),
+        ("/v1/models/shapes:predict", b'{"signature_name": "a", "inputs": []}', (400, "signature")),
+        ("/v2/models/other/infer", b"{}", (404, "no_model")),
+        ("/v2/models/shapes/versions/7/infer", b"{}", (404, "no_version")),
+        ("/v2/models/shapes/infer", b"{}", (400, "json")),
+        ("/v2/models/shapes/infer", b'{"inputs": [1]}', (400, "json")),
+        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [1], "datatype": "BYTES", "data": []}]}', (400, "json")),
+        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [1], "datatype": "FP32", "data": [1]}]}', (400, "json")),
+        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [-1], "datatype": "UINT8", "data": []}]}', (400, "json")),
+        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [1, 1, 1, 3], "datatype": "UINT8", "data": [1, 2]}]}', (400, "image")),
+        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [1, 1, 1, 3], "datatype": "UINT8", "data": [1, 2, 256]}]}', (400, "image")),
+        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [99999999999, 99999999999, 9, 3], "datatype": "UINT8", "data": [1]}]}', (400, "image")),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told(server, path, body, expected):
+    assert error_of(server.post(path, body)) == expected
+
+
+def test_too_many_images(server):
+    files = [("file", (f"{n}.png", encode(picture()))) for n in range(9)]
+    assert error_of(server.post("/predict", files=files)) == (413, "too_many")
+    instances = [{"b64": base64.b64encode(encode(picture())).decode()}] * 9
+    answer = server.post("/v1/models/shapes:predict", json.dumps({"instances": instances}))
+    assert error_of(answer) == (413, "too_many")
+
+
+def test_a_body_of_unknown_length_is_bounded_too(server, predictor):
+    image = encode(picture())
+    answer = server.post("/predict?top=1", iter([image[:50], image[50:]]))
+    assert answer.json()["predictions"][0]["probability"] == pytest.approx(
+        expected_of(predictor, image).max(), abs=1e-6
+    )
+    # A server that says no and hangs up may be faster than what is still being sent.
+    with contextlib.suppress(requests.ConnectionError):
+        assert error_of(server.post("/predict", (b"x" * 100_000 for _ in range(20)))) == (
+            413,
+            "too_large",
+        )
+
+
+# TensorFlow Serving's protocol.
+
+
+def test_tensorflow_serving_in_rows_and_columns(server, predictor):
+    images = [picture(seed, (12, 16)) for seed in range(3)]
+    expected = [expected_of(predictor, image) for image in images]
+    coded = [{"b64": base64.b64encode(encode(image)).decode()} for image in images]
+    mixed = [coded[0], images[1].tolist(), {"image": coded[2]}]
+    for path in ("shapes", "shapes/versions/1", "shapes/labels/default"):
+        found = server.post(f"/v1/models/{path}:predict", json.dumps({"instances": mixed})).json()
+        assert found.keys() == {"predictions"}
+        np.testing.assert_allclose(found["predictions"], expected, atol=1e-6)
+    for inputs in (coded, {"image": coded}):
+        found = server.post("/v1/models/shapes:predict", json.dumps({"inputs": inputs})).json()
+        assert found.keys() == {"outputs"}
+        np.testing.assert_allclose(found["outputs"], expected, atol=1e-6)
+
+
+def test_tensorflow_serving_says_what_there_is(server):
+    status = {
+        "version": "1",
+        "state": "AVAILABLE",
+        "status": {"error_code": "OK", "error_message": ""},
+    }
+    for path in ("shapes", "shapes/versions/1", "shapes/labels/default"):
+        assert server.get(f"/v1/models/{path}").json() == {"model_version_status": [status]}
+        metadata = server.get(f"/v1/models/{path}/metadata").json()
+        assert metadata["model_spec"] == {"name": "shapes", "signature_name": "", "version": "1"}
+        signature = metadata["metadata"]["signature_def"]["signature_def"]["serving_default"]
+        assert signature["outputs"]["probabilities"]["tensor_shape"]["dim"][1]["size"] == "3"
+    assert error_of(server.get("/v1/models/shapes/versions/2")) == (404, "no_version")
+
+
+# The Open Inference Protocol.
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_open_inference_of_pixels(server, predictor, nested):
+    images = np.stack([picture(seed, (10, 14)) for seed in range(3)])
+    data = images.tolist() if nested else images.ravel().tolist()
+    tensor = {"name": "image", "datatype": "UINT8", "shape": list(images.shape), "data": data}
+    found = server.post(
+        "/v2/models/shapes/infer", json.dumps({"id": "a", "inputs": [tensor]})
+    ).json()
+    assert (found["model_name"], found["model_version"], found["id"]) == ("shapes", "1", "a")
+    probabilities, names = found["outputs"]
+    assert (probabilities["name"], probabilities["datatype"]) == ("probabilities", "FP32")
+    rows = np.reshape(probabilities["data"], probabilities["shape"])
+    expected = np.stack([expected_of(predictor, image) for image in images])
+    np.testing.assert_allclose(rows, expected, atol=1e-6)
+    assert names["shape"] == [3]
+    assert names["data"] == [predictor.class_names[row.argmax()] for row in expected]
+
+
+def test_open_inference_of_files(server, predictor):
+    images = [encode(picture(seed)) for seed in range(2)]
+    data = [base64.b64encode(image).decode() for image in images]
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [2], "data": data}
+    for path in ("shapes", "shapes/versions/1"):
+        answer = server.post(f"/v2/models/{path}/infer", json.dumps({"inputs": [tensor]})).json()
+        assert "id" not in answer
+        rows = np.reshape(answer["outputs"][0]["data"], answer["outputs"][0]["shape"])
+        np.testing.assert_allclose(
+            rows, [expected_of(predictor, image) for image in images], atol=1e-6
+        )
+
+
+def test_open_inference_says_what_there_is(server):
+    assert server.get("/v2").json()["name"] == "cnn_jax"
+    assert server.get("/v2/health/live").json() == {"live": True}
+    assert server.get("/v2/health/ready").json() == {"ready": True}
+    for path in ("shapes", "shapes/versions/1"):
+        metadata = server.get(f"/v2/models/{path}").json()
+        assert (metadata["name"], metadata["versions"]) == ("shapes", ["1"])
+        assert metadata["inputs"][0]["shape"] == [-1, 16, 16, 3]
+        assert server.get(f"/v2/models/{path}/ready").json()["ready"] is True
+    assert error_of(server.get("/v2/models/other/ready")) == (404, "no_model")
+
+
+# What surrounds it.
+
+
+def test_any_batch_gives_the_same(server, predictor):
+    """Two hundred images at once, from many clients, each its own."""
+    images = [encode(picture(seed)) for seed in range(200)]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda image: server.post("/predict?top=3", image), images))
+    for image, answer in zip(images, answers, strict=True):
+        (found,) = answer.json()["predictions"]
+        expected = dict(zip(predictor.class_names, expected_of(predictor, image), strict=True))
+        for one in found["top"]:
+            assert one["probability"] == pytest.approx(expected[one["class"]], abs=1e-6)
+
+
+def test_health_figures_and_descriptions(server, bundle):
+    assert server.get("/healthz").json() == {"status": "ok"}
+    assert server.get("/readyz").json() == {"status": "ready"}
+    before = server.measure('cnn_jax_refused_total{reason="format"}')
+    server.post("/predict", b"text")
+    assert server.measure('cnn_jax_refused_total{reason="format"}') == before + 1
+    text = server.get("/metrics").text
+    for name in (
+        "requests_total",
+        "request_seconds_bucket",
+        "batch_images_bucket",
+        "images_inside",
+        "predictions_total",
+        "version_loaded",
+    ):
+        assert f"\ncnn_jax_{name}" in text
+    assert "process_resident_memory_bytes" in text
+    (model,) = server.get("/models").json()["models"]
+    assert model["versions"][0]["digest"] == digest(bundle)
+    assert model["default"] == 1
+    description = server.get("/openapi.json").json()
+    assert description["info"]["version"] == cnn_jax.__version__
+    assert {"/predict", "/v1/models/{model}:predict", "/v2/models/{model}/infer"} <= description[
+        "paths"
+    ].keys()
+    docs = server.get("/docs").text
+    assert "POST /v2/models/{model}/infer" in docs
+    assert "http" not in re.sub(r"<title>.*", "", docs).replace("http-equiv", "")
+
+
+def test_no_path_makes_a_figure_of_its_own(server):
+    for number in range(5):
+        server.get(f"/nothing/{number}")
+        server.get(f"/v1/models/nothing-{number}")
+    text = server.get("/metrics").text
+    assert "nothing" not in text
+
+
+def test_headers_that_protect_who_reads(server):
+    for path in ("/", "/docs", "/predict", "/nothing"):
+        headers = server.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+        assert re.fullmatch("[0-9a-f]{32}", headers["x-request-id"])
+        assert "server" not in headers
+    policy = server.get("/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe-inline" not in policy.partition("script-src")[2].partition(";")[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "is_kept"),
+    [("abc-1.2:3_Z", True), ("a b", False), ("x" * 101, False), ("<script>", False), ("", False)],
+)
+def test_a_clients_request_id_is_kept_if_it_is_harmless(server, given, is_kept):
+    answer = server.get("/healthz", headers={"X-Request-Id": given})
+    assert (answer.headers["x-request-id"] == given) == is_kept
+
+
+def test_the_log_has_each_request_and_nothing_of_its_image(server):
+    secret = b"secret-content-of-an-image"
+    answer = server.post("/predict?top=1", secret, headers={"X-Request-Id": "of-the-log"})
+    assert answer.status_code == 415
+    server.post("/predict?top=1", encode(picture()), headers={"X-Request-Id": "of-the-log-2"})
+    server.wait_for_log("of-the-log-2")
+    lines = {line.get("request_id"): line for line in server.log()}
+    refused, answered = lines["of-the-log"], lines["of-the-log-2"]
+    assert (refused["status"], refused["reason"], refused["path"]) == (415, "format", "/predict")
+    assert (answered["status"], answered["model"], answered["version"]) == (200, "shapes", 1)
+    assert answered["images"] == 1
+    assert answered["milliseconds"] > 0
+    assert secret.decode() not in json.dumps(server.log())
+
+
+# Those who mean harm, or have a bad line.
+
+
+def speak(server, *parts, wait=0.0, seconds=20):
+    """What a server answers to these bytes, until it hangs up or the time is over."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as connection:
+        found = b""
+        try:
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(wait)
+            while piece := connection.recv(65_536):
+                found += piece
+        except (TimeoutError, ConnectionError):
+            pass
+        return found
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"nonsense\r\n\r\n",
+        b"\x00" * 100,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /" + b"a" * 40_000,
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 40_000,
+        b"GET / HTTP/1.1\r\nHost: a\r\n" + b"".join(b"X%d: a\r\n" % n for n in range(5_000)),
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 1e3\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"9" * 400 + b"\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n",
+    ],
+)  # fmt: skip
+def test_no_nonsense_is_answered_with_anything_but_a_refusal(server, request_bytes):
+    answer = speak(server, request_bytes)
+    assert re.match(rb"HTTP/1\.1 4\d\d ", answer) or not answer
+    assert server.get("/healthz").status_code == 200
+
+
+def test_a_body_shorter_than_it_was_announced_leaves_nothing_behind(server):
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head + b"x" * 1000)
+    deadline = time.monotonic() + 10
+    while server.measure("cnn_jax_body_bytes") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert server.measure("cnn_jax_body_bytes") == 0
+    assert server.measure("cnn_jax_images_inside") == 0
+    assert server.measure('cnn_jax_refused_total{reason="client_left"}') >= 20
+
+
+def test_one_connection_serves_many_requests(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    image = encode(picture())
+    for _ in range(5):
+        connection.request("POST", "/predict", image)
+        answer = connection.getresponse()
+        assert answer.status == 200
+        answer.read()
+    connection.close()
+    # Several at once, without waiting for an answer.
+    one = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+    last = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    assert speak(server, one * 3 + last).count(b"HTTP/1.1 200") == 4
+
+
+def test_a_request_that_comes_slowly_holds_nobody_up(server):
+    image = encode(picture())
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(image)
+    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
+    for connection in slow:
+        connection.sendall(head + image[:10])
+    start = time.monotonic()
+    assert server.post("/predict", image).status_code == 200
+    assert time.monotonic() - start < 5
+    for connection in slow:
+        connection.sendall(image[10:])
+    for connection in slow:
+        with connection:
+            connection.settimeout(20)
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
+def test_a_signal_ends_it_and_what_is_under_way_is_answered(bundle, tmp_path):
+    image = encode(picture())
+    with Served(tmp_path, f"--bundle={bundle}", "--max_batch=1") as server:
+        head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(image)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(head + image[:10])
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.7)
+            with pytest.raises(requests.ConnectionError):
+                server.get("/healthz")
+            connection.sendall(image[10:])
+            answer = connection.recv(65_536)
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert b"connection: close" in answer
+        assert server.process.wait(30) == 0
+
+
+def test_a_server_that_drains_says_so_before_it_ends(bundle, tmp_path):
+    with Served(tmp_path, f"--bundle={bundle}", "--max_batch=1", "--drain=2") as server:
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert error_of(server.get("/readyz")) == (503, "leaving")
+        assert server.post("/predict", encode(picture())).status_code == 200
+        assert server.process.wait(30) == 0

@@ -1,0 +1,271 @@
+"""Versions that come and go under the eyes of their clients."""
+
+import concurrent.futures
+import dataclasses
+import io
+import json
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from servers import Served
+from test_bundle import make_bundle
+
+from cnn_jax.bundle import write_bundle
+from cnn_jax.predict import Predictor, predict_batch
+from cnn_jax.registry.registry import Registry
+
+PREDICT, ADMIN = "token-of-a-client-01", "token-of-a-keeper-01"
+AS_CLIENT = {"Authorization": f"Bearer {PREDICT}"}
+AS_ADMIN = {"Authorization": f"Bearer {ADMIN}"}
+
+
+def encode(seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def add(registry, folder, seed, model="shapes"):
+    """Adds a network of its own as the next version."""
+    path = folder / f"bundle-{model}-{seed}"
+    write_bundle(make_bundle(seed), path)
+    return registry.add(model, path).version.number
+
+
+@pytest.fixture
+def registry(tmp_path):
+    registry = Registry(tmp_path / "registry")
+    add(registry, tmp_path, 1)
+    add(registry, tmp_path, 2)
+    registry.promote("shapes", 1)
+    return registry
+
+
+@pytest.fixture
+def serve(tmp_path, registry):
+    (tmp_path / "tokens").write_text(f"predict {PREDICT}\nadmin {ADMIN}\n")
+
+    def serve(*flags, **options):
+        common = [f"--registry={registry.url}", "--poll=0.1", "--max_batch=2"]
+        return Served(tmp_path, *common, f"--tokens={tmp_path}/tokens", *flags, **options)
+
+    return serve
+
+
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not come to pass"
+        time.sleep(0.05)
+
+
+def version_of(server, query=""):
+    answer = server.post(f"/predict?top=3{query}", encode(), headers=AS_CLIENT)
+    return answer.json()["version"] if answer.ok else answer.status_code
+
+
+def states_of(server, model="shapes"):
+    found = server.get(f"/v1/models/{model}", headers=AS_CLIENT).json()["model_version_status"]
+    return {int(one["version"]): one["state"] for one in found}
+
+
+def test_it_follows_an_alias_under_load_without_a_failed_request(serve, registry, tmp_path):
+    """Each answer is that of the version that it names, and once the new one is there, it stays."""
+    expected = {}
+    for number in (1, 2):
+        (prediction,) = predict_batch(Predictor(make_bundle(number)), [encode()])
+        expected[number] = prediction.probabilities
+    with serve() as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        is_over = threading.Event()
+
+        def ask():
+            versions = []
+            while not is_over.is_set():
+                answer = server.post("/predict?top=3", encode(), headers=AS_CLIENT)
+                assert answer.status_code == 200
+                found = answer.json()
+                shares = {
+                    one["class"]: one["probability"] for one in found["predictions"][0]["top"]
+                }
+                of_version = [shares[name] for name in ("blue", "green", "red")]
+                np.testing.assert_allclose(of_version, expected[found["version"]], atol=1e-6)
+                versions.append(found["version"])
+            return versions
+
+        asking = [pool.submit(ask) for _ in range(4)]
+        time.sleep(0.5)
+        registry.promote("shapes", 2)
+        until(lambda: version_of(server) == 2)
+        time.sleep(0.3)
+        registry.rollback("shapes")
+        until(lambda: version_of(server) == 1)
+        time.sleep(0.3)
+        is_over.set()
+        for future in asking:
+            versions = future.result()
+            changes = np.flatnonzero(np.diff(versions))
+            assert [versions[0], *(versions[i + 1] for i in changes)] == [1, 2, 1]
+        until(lambda: states_of(server) == {1: "AVAILABLE", 2: "END"})
+        assert server.end() == 0
+
+
+def test_a_version_that_cannot_be_served_leaves_the_old_one_and_says_so(serve, registry, tmp_path):
+    nan = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), make_bundle().variables)
+    write_bundle(dataclasses.replace(make_bundle(), variables=nan), tmp_path / "nan")
+    without_numbers = registry.add("shapes", tmp_path / "nan").version.number
+    with serve() as server:
+        # Bytes that have changed in the registry itself.
+        path = tmp_path / "registry" / registry.resolve("shapes", 2).bundle.path
+        weights = bytearray((path / "weights.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (path / "weights.safetensors").chmod(0o644)
+        (path / "weights.safetensors").write_bytes(weights)
+        for number, reason in ((2, "is damaged"), (without_numbers, "not probabilities")):
+            registry.promote("shapes", number)
+            until(lambda number=number: states_of(server).get(number) == "END")
+            server.wait_for_log(f"version {number}: not loaded, and what was served goes on")
+            assert version_of(server) == 1
+            assert version_of(server, "&alias=champion") == 1
+            assert server.get("/readyz").status_code == 200
+            status = server.get(f"/v1/models/shapes/versions/{number}", headers=AS_CLIENT).json()
+            assert reason in status["model_version_status"][0]["status"]["error_message"]
+        failed = 'cnn_jax_loads_total{model="shapes",outcome="failed"}'
+        text = server.get("/metrics", headers=AS_CLIENT).text
+        assert float(text.partition(failed)[2].split()[0]) >= 2
+        # The next one that is sound takes its place.
+        registry.promote("shapes", add(registry, tmp_path, 4))
+        until(lambda: version_of(server) == 4)
+        assert server.end() == 0
+
+
+def test_several_versions_and_models_at_once(serve, registry, tmp_path):
+    registry.promote("shapes", 2, alias="challenger")
+    add(registry, tmp_path, 7, "others")
+    registry.promote("others", 1)
+    with serve("--versions=challenger,9") as server:
+        assert version_of(server) == 400  # Which model?
+        assert version_of(server, "&model=shapes") == 1
+        assert version_of(server, "&model=shapes&alias=challenger") == 2
+        assert version_of(server, "&model=shapes&version=2") == 2
+        assert version_of(server, "&model=others") == 1
+        assert version_of(server, "&model=others&version=2") == 404
+        found = server.get("/models", headers=AS_CLIENT).json()["models"]
+        assert {one["name"]: one["aliases"] for one in found} == {
+            "shapes": {"champion": 1, "challenger": 2},
+            "others": {"champion": 1},
+        }
+        assert server.end() == 0
+
+
+def test_an_administrator_has_versions_come_and_go(serve, registry):
+    with serve("--model=shapes") as server:
+
+        def ask(method, path, headers):
+            return getattr(__import__("requests"), method)(
+                server.url + path, headers=headers, timeout=60
+            )
+
+        path = "/admin/models/shapes/versions/2"
+        assert ask("put", path, {}).status_code == 401
+        assert ask("put", path, AS_CLIENT).status_code == 403
+        assert version_of(server, "&version=2") == 404
+        assert ask("put", path, AS_ADMIN).status_code == 200
+        assert version_of(server, "&version=2") == 2
+        assert version_of(server) == 1
+        assert ask("delete", path, AS_ADMIN).status_code == 200
+        assert version_of(server, "&version=2") == 404
+        assert ask("put", "/admin/models/shapes/versions/9", AS_ADMIN).status_code == 404
+        assert ask("put", "/admin/models/other/versions/1", AS_ADMIN).status_code == 404
+        # The one that answers stays, whoever does not want it besides.
+        assert ask("delete", "/admin/models/shapes/versions/1", AS_ADMIN).status_code == 200
+        assert version_of(server) == 1
+        registry.promote("shapes", 2)
+        assert ask("post", "/admin/refresh", AS_ADMIN).status_code == 200
+        assert version_of(server) == 2
+        assert server.end() == 0
+
+
+def test_a_registry_that_goes_away_stops_nothing(serve, registry, tmp_path):
+    with serve() as server:
+        (tmp_path / "registry").rename(tmp_path / "away")
+        time.sleep(0.5)
+        assert version_of(server) == 1
+        (tmp_path / "away").rename(tmp_path / "registry")
+        registry.promote("shapes", 2)
+        until(lambda: version_of(server) == 2)
+        assert server.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--registry={tmp}/none"], "none"),
+        (["--registry={tmp}/registry", "--alias=challenger"], "challenger"),
+        (["--registry={tmp}/registry", "--model=other"], "other"),
+        (["--bundle={tmp}/none"], "is not a bundle"),
+        ([], "--bundle or --registry"),
+        (["--bundle={tmp}/bundle-shapes-1", "--host=256.0.0.1"], "cannot listen"),
+        (["--bundle={tmp}/bundle-shapes-1", "--model=a,b"], "a bundle is one model"),
+        (["--bundle={tmp}/bundle-shapes-1", "--tokens={tmp}/none"], "--tokens"),
+        (["--bundle={tmp}/bundle-shapes-1", "--request_log={tmp}/none/a.db"], "--request_log"),
+        (["--bundle={tmp}/bundle-shapes-1", "--max_batch=0"], "--max_batch"),
+        (["--bundle={tmp}/bundle-shapes-1", "--port=70000"], "--port"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once_in_a_line(registry, tmp_path, flags, message):
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    with Served(tmp_path, *flags, wait=False) as server:
+        assert server.process.wait(60) in (1, 2)
+        text = (tmp_path / "server.log").read_text()
+        assert "Traceback" not in text
+        assert message in text.splitlines()[-1]
+
+
+def test_a_bundle_that_cannot_answer_ends_the_server(tmp_path):
+    nan = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), make_bundle().variables)
+    write_bundle(dataclasses.replace(make_bundle(), variables=nan), tmp_path / "nan")
+    with Served(tmp_path, f"--bundle={tmp_path}/nan", wait=False) as server:
+        assert server.process.wait(60) == 1
+        assert "not probabilities" in (tmp_path / "server.log").read_text().splitlines()[-1]
+
+
+def test_answers_are_noted_with_what_a_look_for_drift_needs(tmp_path):
+    import sqlite3
+
+    from cnn_jax.explain.features import embeddings
+    from cnn_jax.predict import preprocess_for_inference
+
+    write_bundle(make_bundle(), tmp_path / "bundle")
+    predictor = Predictor.load(tmp_path / "bundle")
+    file = tmp_path / "requests.db"
+    flags = (f"--bundle={tmp_path}/bundle", f"--request_log={file}", "--request_log_images")
+    with Served(tmp_path, *flags, "--max_batch=2") as server:
+        for seed in range(5):
+            server.post("/predict", encode(seed), headers={"X-Request-Id": f"number-{seed}"})
+        server.post("/predict", b"no image")
+        assert server.end() == 0
+    rows = sqlite3.connect(file).execute("select * from requests order by time").fetchall()
+    assert [row[1] for row in rows] == [f"number-{seed}" for seed in range(5)]
+    for seed, row in enumerate(rows):
+        pixels = preprocess_for_inference(encode(seed), predictor.preprocessing)[None]
+        expected = predictor(pixels)[0]
+        assert abs(row[0] - time.time()) < 600
+        assert row[2:4] == ("default", 1)
+        assert row[4] == predictor.class_names[int(expected.argmax())]
+        assert row[5] == pytest.approx(expected.max(), abs=1e-6)
+        np.testing.assert_allclose(np.frombuffer(row[6], "<f4"), expected, atol=1e-6)
+        own = embeddings(predictor, pixels)[0]
+        np.testing.assert_allclose(np.frombuffer(row[7], "<f4"), own, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row[8]))), pixels[0])
+
+
+def test_the_log_is_json(serve):
+    with serve() as server:
+        version_of(server)
+        assert server.end() == 0
+        assert json.dumps(server.log())
