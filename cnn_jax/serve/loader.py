@@ -1,5 +1,6 @@
 """Brings versions in and lets them go, as a folder or a registry says."""
 
+import abc
 import asyncio
 import concurrent.futures
 import contextlib
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from cnn_jax.bundle import Bundle, digest, read_bundle
 from cnn_jax.errors import UserError
@@ -42,23 +43,23 @@ class Wanted:
     aliases: Mapping[str, int]
 
 
-class Source(Protocol):
+class Source(abc.ABC):
     """Where versions come from. All of it may wait for a disk or a network."""
 
+    @abc.abstractmethod
     def wanted(self) -> dict[str, Wanted]:
         """What should be there now, by model; UserError if that cannot be known."""
-        ...
 
+    @abc.abstractmethod
     def open(self, model: str, number: int) -> Bundle:
         """A version's bundle, verified; UserError if it cannot be had."""
-        ...
 
+    @abc.abstractmethod
     def want(self, model: str, number: int, is_wanted: bool) -> None:
         """Has a version be there besides, or not any more; UserError if there is none."""
-        ...
 
 
-class OneBundle:
+class OneBundle(Source):
     """A bundle in a folder, as version 1 of a model."""
 
     def __init__(self, path: pathlib.Path, model: str):
@@ -81,7 +82,7 @@ class OneBundle:
         raise RegistryError("the server has one bundle, and no registry")
 
 
-class FromRegistry:
+class FromRegistry(Source):
     """What an alias of a registry points to, and other versions besides."""
 
     def __init__(

@@ -1,0 +1,260 @@
+"""Too much at once, too late, and those who leave: a server whose device waits for a sign."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+from test_bundle import make_bundle
+
+from cnn_jax.serve import http
+from cnn_jax.serve.app import make_app
+from cnn_jax.serve.engine import Engine, Program
+from cnn_jax.serve.limits import Limits, Refused
+from cnn_jax.serve.measures import Measures
+from cnn_jax.serve.service import LOADING, Models, Service
+from cnn_jax.serve.versions import make_version
+
+
+def encode(value=0):
+    file = io.BytesIO()
+    Image.fromarray(np.full((16, 16, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+class Gated:
+    """A server in a thread, whose device computes once `gate` is set.
+
+    Attributes:
+      batches: The grey levels of the images of each batch.
+    """
+
+    def __init__(self, version, limits, queue):
+        self.gate = threading.Event()
+        self.batches = []
+
+        def run(images):
+            assert self.gate.wait(20)
+            self.batches.append([int(image[0, 0, 0]) for image in images])
+            return version.predictor(images)
+
+        version = dataclasses.replace(version, probabilities=Program(run, {1: 1.0}))
+        self.engine = Engine(queue, decoders=2)
+        self.service = Service(Models(), self.engine, limits, Measures())
+        self.service.models.bring(version)
+        self.service.models.point("default", {"default": 1})
+
+        @contextlib.asynccontextmanager
+        async def lifespan(app):
+            self.engine.start()
+            yield
+            self.engine.close()
+
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server = http.make_server(
+            make_app(self.service, None, lifespan), 0, 1, self.service.leave
+        )
+        self._server.capture_signals = contextlib.nullcontext
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._server.serve([self._listener]))
+        )
+        self._thread.start()
+        until(lambda: self._server.started)
+
+    def end(self):
+        self.gate.set()
+        self._server.should_exit = True
+        self._thread.join()
+        self._listener.close()
+
+    def post(self, value=0):
+        return requests.post(f"{self.url}/predict?top=1", encode(value), timeout=30)
+
+    def refused(self, reason):
+        name = f'cnn_jax_refused_total{{reason="{reason}"}} '
+        text = requests.get(f"{self.url}/metrics", timeout=30).text
+        return float(text.partition(name)[2].split("\n")[0] or 0)
+
+
+def until(condition, seconds=15):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not come to pass"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def version():
+    return make_version("default", 1, make_bundle(), "0", 1_000_000, (1,))
+
+
+@pytest.fixture
+def serve(version):
+    with contextlib.ExitStack() as stack:
+
+        def serve(queue=100, **limits):
+            gated = Gated(version, Limits(**limits), queue)
+            stack.callback(gated.end)
+            return gated
+
+        yield serve
+
+
+@pytest.fixture
+def pool():
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        yield pool
+
+
+def test_when_the_house_is_full_others_are_told_when_to_come_back(serve, pool):
+    server = serve(queue=3)
+    held = [pool.submit(server.post, value) for value in range(3)]
+    until(lambda: server.engine.inside == 3)
+    for _ in range(3):
+        answer = server.post(9)
+        assert answer.status_code == 429
+        assert answer.json()["reason"] == "busy"
+        assert int(answer.headers["retry-after"]) >= 1
+    assert requests.get(f"{server.url}/readyz", timeout=10).status_code == 200
+    server.gate.set()
+    assert [future.result().status_code for future in held] == [200] * 3
+    assert server.post(4).status_code == 200
+    assert sorted(value for batch in server.batches for value in batch) == [0, 1, 2, 4]
+    assert server.engine.inside == 0
+
+
+def test_more_images_than_the_house_can_hold(serve):
+    server = serve(queue=3)
+    files = [("file", (f"{n}.png", encode(n))) for n in range(4)]
+    answer = requests.post(f"{server.url}/predict", files=files, timeout=30)
+    assert answer.status_code == 429
+
+
+def test_a_request_whose_time_is_up_is_dropped(serve, pool):
+    server = serve(seconds=0.6)
+    first = pool.submit(server.post, 1)
+    until(lambda: server.engine.inside == 1)
+    late = [pool.submit(server.post, value) for value in (2, 3)]
+    time.sleep(0.8)
+    server.gate.set()
+    for future in late:
+        answer = future.result()
+        assert answer.status_code == 503
+        assert answer.json()["reason"] == "late"
+        assert answer.headers["retry-after"] == "1"
+    assert first.result().status_code == 200  # It was being computed.
+    assert server.post(4).status_code == 200
+    assert server.batches == [[1], [4]]
+
+
+def test_what_a_client_who_left_had_asked_is_not_computed(serve, pool):
+    server = serve()
+    first = pool.submit(server.post, 1)
+    until(lambda: server.engine.inside == 1)
+    image = encode(2)
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(image)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head + image)
+        until(lambda: server.engine.inside == 2)
+    until(lambda: server.engine.inside == 1)
+    last = pool.submit(server.post, 3)
+    until(lambda: server.engine.inside == 2)
+    server.gate.set()
+    assert first.result().status_code == last.result().status_code == 200
+    assert server.batches == [[1], [3]]
+    assert server.refused("client_left") == 1
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(serve):
+    server = serve(seconds=0.5)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nx")
+        start = time.monotonic()
+        answer = connection.recv(65_536)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b'"reason":"slow"' in answer
+        assert 0.4 < time.monotonic() - start < 5
+        assert connection.recv(65_536) == b""
+    assert server.service._bodies.held == 0
+
+
+def test_all_bodies_together_are_bounded(serve):
+    server = serve(body_bytes=1_000, all_bytes=2_500)
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            one.sendall(head + b"x" * 999)
+        until(lambda: server.service._bodies.held == 1_998)
+        answer = requests.post(f"{server.url}/predict", b"x" * 900, timeout=10)
+        assert answer.status_code == 429
+        assert answer.json()["reason"] == "busy"
+        assert requests.post(f"{server.url}/predict", b"x" * 400, timeout=10).status_code == 415
+    until(lambda: server.service._bodies.held == 0)
+
+
+def test_a_fault_of_the_server_is_told_without_its_insides(serve, version, caplog):
+    server = serve()
+
+    def fail(images):
+        raise RuntimeError("secret of the device")
+
+    broken = dataclasses.replace(version, probabilities=Program(fail, {1: 1.0}))
+    server.service.models.bring(broken)
+    answer = server.post()
+    assert answer.status_code == 500
+    assert answer.json()["reason"] == "internal"
+    assert "secret" not in answer.text
+    until(lambda: any("secret of the device" in str(one.exc_info) for one in caplog.records))
+    assert server.service.engine.inside == 0
+    assert requests.get(f"{server.url}/healthz", timeout=10).status_code == 200
+
+
+# What can be asked.
+
+
+def test_models_by_name_number_and_alias(version):
+    models = Models()
+    assert not models.is_ready()
+    models.expect("one")
+    assert models.names == ["one"]
+    assert not models.is_ready()
+
+    def refused(*arguments, **options):
+        with pytest.raises(Refused) as caught:
+            models.find(*arguments, **options)
+        return caught.value.status
+
+    assert refused() == 503
+    models.note("one", 3, LOADING)
+    assert models.states("one") == {3: (LOADING, "")}
+    three = dataclasses.replace(version, model="one", number=3)
+    five = dataclasses.replace(version, model="one", number=5)
+    models.bring(three)
+    assert refused("one") == 503  # Nothing says that it is the one.
+    models.point("one", {"champion": 3, "challenger": 5})
+    assert models.is_ready()
+    assert models.find() is models.find("one") is models.find(alias="champion") is three
+    assert models.find("one", 3) is three
+    assert models.aliases("one") == {"champion": 3}
+    assert refused(alias="challenger") == refused("one", 5) == refused("two") == 404
+    models.bring(five)
+    assert models.find(alias="challenger") is five
+    models.point("one", {"champion": 5})
+    assert models.find() is five
+    assert models.drop("one", 3) is three
+    assert refused("one", 3) == 404
+    models.expect("two")
+    assert refused() == 400
+    assert not models.is_ready()
+    assert models.is_ready("one")
