@@ -116,9 +116,9 @@ def open_store(url: str | os.PathLike[str], options: Mapping[str, Any] | None = 
       ConfigError: It is empty or no such URL, or what reaches it is not installed.
     """
     url = os.fspath(url)
-    if not url:
-        raise ConfigError("--registry: must not be empty")
     protocol, separator, rest = url.partition("://")
+    if not url or (separator and not protocol):
+        raise ConfigError(f"--registry: must be a folder or a URL of fsspec, got {url!r}")
     if not separator:
         return LocalStore(pathlib.Path(url))
     if protocol in _LOCAL:

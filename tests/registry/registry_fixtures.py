@@ -1,0 +1,40 @@
+"""A tiny bundle, an S3 service, and a place of each kind.
+
+A module of tests has them by `pytest_plugins = ["registry_fixtures"]`: another conftest.py would
+hide the first from `import`.
+"""
+
+import uuid
+
+import pytest
+from registry_tools import BUCKET, s3_service
+from test_bundle import make_bundle
+
+from cnn_jax.bundle import write_bundle
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    """An untrained network for 16 x 16 pixels and three classes, accuracy 0.5."""
+    path = tmp_path_factory.mktemp("bundles") / "bundle"
+    write_bundle(make_bundle(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """Options for s3fs that lead to a service on this machine."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    pytest.importorskip("moto", reason="moto is not installed, which plays S3")
+    with s3_service() as options:
+        yield options
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def place(request, tmp_path):
+    """(url, options) of a place where nothing is yet, of each kind."""
+    if request.param == "folder":
+        return str(tmp_path / "new" / "registry"), {}
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}", {}
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}", request.getfixturevalue("s3")

@@ -1,0 +1,160 @@
+"""Bundles without training, an S3 service on this machine, and stores that fail."""
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from cnn_jax.registry.registry import Registry
+from cnn_jax.registry.store import LocalStore, Store
+
+BUCKET = "bucket"
+
+
+class Killed(BaseException):
+    """The process is gone, as far as its registry is concerned."""
+
+
+def vary(bundle, target, **changes):
+    """A copy of a bundle that differs in its description, so that its digest is another."""
+    shutil.copytree(bundle, target)
+    description = json.loads((target / "bundle.json").read_text())
+    (target / "bundle.json").write_text(json.dumps(description | changes))
+    return target
+
+
+def figures(accuracy, **others):
+    return {"test": {"accuracy": accuracy, **others}}
+
+
+def outline(registry):
+    """All of a registry's state that must not depend on how it came about."""
+    return {
+        name: (
+            {number: version.bundle.digest for number, version in model.versions.items()},
+            model.aliases,
+            model.last,
+        )
+        for name, model in registry.models.items()
+    }
+
+
+def aliases(registry, name="flowers"):
+    return {alias: history[-1] for alias, history in registry.models[name].aliases.items()}
+
+
+def on(store):
+    """A registry whose files are those of a store."""
+    registry = Registry(pathlib.Path("unused"))
+    registry._store, registry.url = store, store.url
+    return registry
+
+
+class Wrapped(Store):
+    """A store that passes calls on, and calls `before` and `after` with their names.
+
+    Attributes:
+      calls: The names of the methods that were called.
+    """
+
+    def __init__(self, store):
+        self._store = store
+        self.url = store.url
+        self.calls = []
+        self.before = lambda call, name: None
+        self.after = lambda call, name: None
+
+    def _pass(self, call, name, *arguments):
+        self.calls.append((call, name))
+        self.before(call, name)
+        result = getattr(self._store, call)(name, *arguments)
+        self.after(call, name)
+        return result
+
+    def create(self, name, data):
+        return self._pass("create", name, data)
+
+    def write(self, name, data):
+        return self._pass("write", name, data)
+
+    def read(self, name):
+        return self._pass("read", name)
+
+    def download(self, name, path):
+        return self._pass("download", name, path)
+
+    def names(self, folder):
+        return self._pass("names", folder)
+
+    def remove(self, name):
+        return self._pass("remove", name)
+
+    def local(self, name):
+        return self._store.local(name)
+
+
+def wrapped(path):
+    return Wrapped(LocalStore(path))
+
+
+@contextlib.contextmanager
+def dying_at(moment):
+    """Ends in the middle of what is within: before a call to the system that changes files.
+
+    Args:
+      moment: The number of the call, from 0 on. It and all after it do not happen, as after
+        SIGKILL.
+    """
+    calls = itertools.count()
+
+    def dying(function):
+        def call(*arguments, **options):
+            if next(calls) >= moment:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("link", "unlink", "mkdir", "rmdir", "fsync", "open"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        yield
+
+
+@contextlib.contextmanager
+def s3_service():
+    """An S3 service in a process of its own with an empty bucket; yields options for s3fs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            _wait_for(f"{url}/moto-api/", process)
+            urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"))
+            yield {"key": "key", "secret": "secret", "endpoint_url": url}
+        finally:
+            process.kill()
+
+
+def _wait_for(url, process, seconds=60):
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(url).close()
+            return
+        except urllib.error.URLError:
+            if process.poll() is not None or time.monotonic() > end:
+                raise
+            time.sleep(0.1)

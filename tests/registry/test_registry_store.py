@@ -1,0 +1,432 @@
+import builtins
+import datetime
+import errno
+import os
+import pathlib
+import re
+import stat
+import sys
+import tempfile
+import time
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from cnn_jax.errors import ConfigError
+from cnn_jax.registry import store as stores
+from cnn_jax.registry.store import (
+    AwayError,
+    LocalStore,
+    RemoteStore,
+    StoreError,
+    made_at,
+    open_store,
+    prove,
+    unique,
+)
+
+pytest_plugins = ["registry_fixtures"]
+SECRET = "s3cret"
+
+
+class Careless(MemoryFileSystem):
+    """Overwrites what is there, as s3fs does with an old botocore."""
+
+    protocol = "careless"
+    store, pseudo_dirs = {}, [""]
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        super().pipe_file(path, value)
+
+
+class Hasty(MemoryFileSystem):
+    """Looks whether a file is there, and a moment later writes it."""
+
+    protocol = "hasty"
+    store, pseudo_dirs = {}, [""]
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        if mode == "create" and self.exists(path):
+            raise FileExistsError(path)
+        time.sleep(0.01)
+        super().pipe_file(path, value)
+
+
+class Plain(MemoryFileSystem):
+    """Writes as fsspec does for a file system that does not do it itself."""
+
+    protocol = "plain"
+    store, pseudo_dirs = {}, [""]
+    pipe_file = AbstractFileSystem.pipe_file
+
+
+for kind in (Careless, Hasty, Plain):
+    fsspec.register_implementation(kind.protocol, kind, clobber=True)
+
+
+def test_a_file_is_made_once_and_never_changed(place):
+    store = open_store(*place)
+    store.create("log/1", b"first")
+    with pytest.raises(FileExistsError):
+        store.create("log/1", b"second")
+    assert store.read("log/1") == b"first"
+
+
+def test_what_is_not_there_is_not_there(place, tmp_path):
+    store = open_store(*place)
+    for number in range(2):
+        assert store.names("log") == []
+        with pytest.raises(FileNotFoundError):
+            store.read("log/1")
+        with pytest.raises(FileNotFoundError):
+            store.download("log/1", tmp_path / "copy")
+        store.remove("log")
+        store.remove("log/1")
+        store.write(f"other/{number}", b"")
+
+
+def test_a_folder_lists_what_is_in_it_and_not_what_is_further_down(place):
+    store = open_store(*place)
+    for name in ("a/2", "a/1", "a/b/3", "ab/4"):
+        store.write(name, b"x")
+    assert store.names("a") == ["1", "2", "b"]
+    store.remove("a")
+    assert store.names("a") == []
+    assert store.names("ab") == ["4"]
+    store.remove("ab/4")
+    assert store.names("ab") == []
+
+
+def test_nothing_is_remembered_of_what_was_listed(place):
+    """Another process writes: neither a listing nor a look at a file may be an old one."""
+    reader, writer = open_store(*place), open_store(*place)
+    for number in range(1, 4):
+        assert reader.names("log") == [str(one) for one in range(1, number)]
+        with pytest.raises(FileNotFoundError):
+            reader.read(f"log/{number}")
+        writer.create(f"log/{number}", b"x")
+        assert reader.read(f"log/{number}") == b"x"
+    writer.remove("log")
+    assert reader.names("log") == []
+
+
+def test_many_are_read_at_once(place, tmp_path):
+    store = open_store(*place)
+    for number in range(40):
+        store.write(f"log/{number}", b"%d" % number)
+    names = [f"log/{number}" for number in range(41)]
+    assert store.read_all(names) == [*(b"%d" % number for number in range(40)), None]
+    assert store.read_all(names[40:]) == [None]
+    assert store.read_all([]) == []
+    store.download("log/7", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"7"
+
+
+def test_a_place_that_keeps_writers_apart_is_proven_and_left_clean(place):
+    store = open_store(*place)
+    prove(store)
+    assert store.names("tmp") == []
+
+
+@pytest.mark.parametrize("protocol", ["careless", "hasty", "plain"])
+def test_a_place_that_does_not_keep_writers_apart_is_refused(protocol):
+    store = open_store(f"{protocol}://registry")
+    message = rf"^{protocol}://registry lets two writers make the same file, so it cannot hold"
+    with pytest.raises(StoreError, match=message):
+        prove(store)
+    assert store.names("tmp") == []
+
+
+@pytest.mark.parametrize("happens", ["never", "unseen"])
+def test_a_place_without_a_clear_answer_is_not_proven(happens):
+    """What may happen by chance to one of them is no proof against the place."""
+
+    class Silent(MemoryFileSystem):
+        store, pseudo_dirs = {}, [""]
+
+        def pipe_file(self, path, value, mode="overwrite", **kwargs):
+            if happens == "unseen":
+                super().pipe_file(path, value, mode, **kwargs)
+            raise TimeoutError("no answer")
+
+    fsspec.register_implementation("silent", Silent, clobber=True)
+    with pytest.raises(AwayError, match=r"^silent://a/tmp/\S+: no answer$"):
+        prove(open_store("silent://a"))
+
+
+def test_one_of_many_rivals_without_an_answer_spoils_no_proof():
+    """S3 answers a conflict with 409 where it does not want to decide yet."""
+    failures = []
+
+    class Busy(MemoryFileSystem):
+        store, pseudo_dirs = {}, [""]
+
+        def pipe_file(self, path, value, mode="overwrite", **kwargs):
+            if mode == "create" and not failures:
+                failures.append(path)
+                raise OSError(errno.EBUSY, "conflict")
+            super().pipe_file(path, value, mode, **kwargs)
+
+    fsspec.register_implementation("busy", Busy, clobber=True)
+    prove(open_store("busy://a"))
+    assert failures
+
+
+def test_a_service_that_names_the_precondition_in_other_words():
+    """s3fs knows AWS's words alone; others say the same without saying which condition it was."""
+
+    class Other(MemoryFileSystem):
+        store, pseudo_dirs = {}, [""]
+
+        def pipe_file(self, path, value, mode="overwrite", **kwargs):
+            try:
+                super().pipe_file(path, value, mode, **kwargs)
+            except FileExistsError:
+                cause = Exception("At least one of the pre-conditions did not hold")
+                cause.response = {"Error": {"Code": "PreconditionFailed"}}
+                raise OSError(errno.EINVAL, "did not hold") from cause
+
+    fsspec.register_implementation("other", Other, clobber=True)
+    prove(open_store("other://a"))
+
+
+def test_a_file_of_a_folder_is_read_only_and_nothing_else_is_left(tmp_path):
+    store = LocalStore(tmp_path / "registry")
+    store.create("log/1", b"first")
+    store.write("bundles/a/b", b"second")
+    for name in ("log/1", "bundles/a/b"):
+        mode = (tmp_path / "registry" / name).stat().st_mode
+        assert stat.S_IMODE(mode) & 0o333 == 0
+        assert mode & stat.S_IRUSR
+    assert store.names("tmp") == []
+    store.remove("bundles/a")
+    assert store.names("bundles") == []
+
+
+@pytest.mark.parametrize("name", ["create", "write"])
+def test_what_is_said_to_be_there_is_on_the_disk(tmp_path, monkeypatch, name):
+    """The file before its name, and its name before the call is over."""
+    synced = []
+
+    def fsync(descriptor):
+        path = pathlib.Path(f"/proc/self/fd/{descriptor}").readlink()
+        named = [file.name for file in (tmp_path / "log").iterdir()]
+        synced.append((path.relative_to(tmp_path).parts, named))
+
+    (tmp_path / "log").mkdir()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(os, "fsync", fsync)
+    getattr(LocalStore(tmp_path), name)("log/1", b"x")
+    (file, before), (folder, after) = synced
+    assert file[0] == ("tmp" if name == "create" else "log")
+    assert before == ([] if name == "create" else ["1"])
+    assert (folder, after) == (("log",), ["1"])
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_hard_links_is_refused(tmp_path, monkeypatch, number):
+    def fail(*paths):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(StoreError, match=f"^{tmp_path} is on a file system without hard links"):
+        prove(LocalStore(tmp_path))
+    assert LocalStore(tmp_path).names("tmp") == []
+
+
+def test_a_link_without_an_answer_may_have_been_made(tmp_path, monkeypatch):
+    def fail(*paths):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(AwayError, match=f"^{tmp_path}/log/1: Input/output error$"):
+        LocalStore(tmp_path).create("log/1", b"")
+
+
+class _Full:
+    """A file on a full disk."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["create", "write"])
+def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_new_file(tmp_path, monkeypatch, name):
+    opened = builtins.open
+    monkeypatch.setattr(builtins, "open", lambda path, *args: _Full(opened(path, *args)))
+    with pytest.raises(StoreError, match=r"No space left on device; make room, and give the com"):
+        getattr(LocalStore(tmp_path), name)("log/1", b"x")
+    monkeypatch.undo()
+    assert LocalStore(tmp_path).names("tmp") == []
+    if name == "create":
+        assert LocalStore(tmp_path).names("log") == []
+
+
+@pytest.mark.parametrize("place", ["/dev/null/registry", "/proc/registry"])
+def test_a_folder_that_cannot_be_made_is_one_line(place):
+    with pytest.raises(StoreError, match=r"^/(dev/null: is not a folder|proc/registry: )"):
+        prove(open_store(place))
+
+
+def test_a_file_where_a_folder_should_be_is_not_taken_for_what_was_to_be_made(tmp_path):
+    (tmp_path / "log").touch()
+    with pytest.raises(StoreError, match=f"^{tmp_path}/log: is not a folder$"):
+        LocalStore(tmp_path).create("log/1", b"")
+
+
+def test_a_folder_without_permission_is_one_line():
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder).chmod(0o555)
+        was_root = os.geteuid() == 0
+        if was_root:  # Who may write everywhere.
+            os.seteuid(65534)
+        try:
+            with pytest.raises(StoreError, match=rf"^{folder}/log: Permission denied$"):
+                LocalStore(pathlib.Path(folder)).create("log/1", b"")
+        finally:
+            if was_root:
+                os.seteuid(0)
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path, monkeypatch):
+    def refuse(path, flags, *mode, **options):
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, flags, *mode, **options)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StoreError, match=r"^\S+/tmp/\S+: Read-only file system$"):
+        LocalStore(tmp_path).create("log/1", b"")
+
+
+@pytest.mark.parametrize("url", ["{}", "file://{}", "local://{}"])
+def test_a_folder_has_several_spellings(tmp_path, url):
+    store = open_store(url.format(tmp_path))
+    assert isinstance(store, LocalStore)
+    assert store.url == str(tmp_path)
+    assert store.local("log/1") == tmp_path / "log" / "1"
+    assert open_store("memory://a").local("log/1") is None
+
+
+def test_the_home_folder_and_this_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert open_store("~/registry").url == str(tmp_path / "registry")
+    assert open_store("registry").url == str(tmp_path / "registry")
+    assert open_store(pathlib.Path("registry")).url == str(tmp_path / "registry")
+
+
+@pytest.mark.parametrize("url", ["", "nothing://a", "://a"])
+def test_what_is_no_place_is_a_usage_error(url):
+    with pytest.raises(ConfigError, match=r"^--registry: ") as raised:
+        open_store(url)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_library_that_is_missing_is_a_usage_error(monkeypatch):
+    fsspec.register_implementation("absent", "absent.Files", clobber=True, errtxt="Install it")
+    with pytest.raises(ConfigError, match=r"^--registry: absent://a cannot be reached: Install it"):
+        open_store("absent://a")
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(ConfigError, match=r"^--registry: s3://a cannot be reached: .*fsspec"):
+        open_store("s3://a")
+
+
+def test_a_password_is_not_shown():
+    store = RemoteStore(f"memory://user:{SECRET}@host/path", {})
+    assert store.url == "memory://user:***@host/path"
+    with pytest.raises(ConfigError) as raised:
+        open_store(f"nothing://user:{SECRET}@host/path")
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "reason"),
+    [
+        (PermissionError("Access\n Denied"), StoreError, "Access Denied"),
+        (TimeoutError(), AwayError, "TimeoutError"),
+        (ValueError("\x1b[31mBad Request"), AwayError, r"\\x1b\[31mBad Request"),
+        (Exception("boto's own"), AwayError, "boto's own"),
+    ],
+)
+def test_whatever_a_library_raises_becomes_one_line(monkeypatch, error, kind, reason):
+    def fail(*args, **kwargs):
+        raise error
+
+    store = open_store("memory://a")
+    for name in ("pipe_file", "cat_file", "get_file", "ls", "find"):
+        monkeypatch.setattr(store._files, name, fail)
+    for call in (
+        lambda: store.create("log/1", b""),
+        lambda: store.write("log/1", b""),
+        lambda: store.read("log/1"),
+        lambda: store.download("log/1", pathlib.Path("copy")),
+        lambda: store.names("log/1"),
+        lambda: store.remove("log/1"),
+    ):
+        with pytest.raises(StoreError, match=f"^memory://a/log/1: {reason}$") as raised:
+            call()
+        assert type(raised.value) is kind
+
+
+def test_a_star_in_a_name_is_no_pattern(tmp_path):
+    store = open_store(f"memory://{unique()}/a*")
+    other = open_store(store.url.replace("a*", "ab"))
+    for one in (store, other):
+        one.write("bundles/1/x", b"")
+    store.remove("bundles/1")
+    assert store.names("bundles") == []
+    assert other.names("bundles") == ["1"]
+
+
+def test_a_bucket_that_is_not_there_is_one_line(s3):
+    store = open_store("s3://nowhere/registry", s3)
+    assert store.names("log") == []
+    with pytest.raises(AwayError, match=r"^s3://nowhere/registry/tmp/\S+: .*bucket"):
+        prove(store)
+
+
+def test_a_unique_name_says_when_it_was_made():
+    now = datetime.datetime.now(datetime.UTC)
+    names = {unique() for _ in range(1000)}
+    assert len(names) == 1000
+    for name in (*names, f"abc-{unique()}"):
+        assert re.fullmatch(r"(abc-)?\d{8}T\d{6}Z-[0-9a-f]{16}", name)
+        assert abs(made_at(name) - now) < datetime.timedelta(seconds=60)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "notes.txt", "20260102T030405Z", "20269902T030405Z-0123456789abcdef", ".nfs01"]
+)
+def test_any_other_name_does_not(name):
+    assert made_at(name) is None
+
+
+def test_threads_of_a_process_are_kept_apart_in_its_memory():
+    """What fsspec does in memory is look and write as well; the lock is ours."""
+
+    class Slow(MemoryFileSystem):
+        store, pseudo_dirs = {}, [""]
+
+        def exists(self, path, **kwargs):
+            found = super().exists(path, **kwargs)
+            time.sleep(0.01)
+            return found
+
+    fsspec.register_implementation("memory2", Slow, clobber=True)
+    store = open_store("memory2://a")
+    assert isinstance(store, RemoteStore)
+    assert store._turn is stores._MEMORY
+    prove(store)
