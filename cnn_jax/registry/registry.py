@@ -109,6 +109,7 @@ class Registry:
         self._lock = threading.RLock()
         self._identity: bytes | None = None
         self._is_proven = False
+        self._is_read = False
         self._entries: list[Entry] = []
         self._last_digest = ""
         self._models: dict[str, Model] = {}
@@ -126,7 +127,7 @@ class Registry:
         return list(self._entries)
 
     def _look_once(self) -> None:
-        if self._identity is None:
+        if not self._is_read:
             self.refresh()
 
     def resolve(self, model: str, which: str | int = CHAMPION) -> Version:
@@ -146,6 +147,7 @@ class Registry:
                 self._read_listed()
             while self._read_next():
                 pass
+            self._is_read = True
             return len(self._entries) > known
 
     def _open(self) -> None:

@@ -1,0 +1,944 @@
+import copy
+import datetime
+import getpass
+import json
+import os
+import pathlib
+import shutil
+import socket
+import threading
+import types
+
+import pytest
+from registry_tools import (
+    Killed,
+    Wrapped,
+    aliases,
+    dying_at,
+    figures,
+    on,
+    outline,
+    vary,
+    wrapped,
+)
+from test_bundle import make_bundle
+
+from cnn_jax.bundle import digest, read_bundle, write_bundle
+from cnn_jax.errors import BundleError, ConfigError
+from cnn_jax.registry import registry as registries
+from cnn_jax.registry import store as stores
+from cnn_jax.registry.ledger import Gates, RegistryError
+from cnn_jax.registry.registry import Registry
+from cnn_jax.registry.store import AwayError, StoreError, open_store, unique
+
+pytest_plugins = ["registry_fixtures"]
+
+
+@pytest.fixture(scope="module")
+def bundles(bundle, tmp_path_factory):
+    """Five bundles: accuracies 0.5, 0.6, 0.7, 0.8, 0.9."""
+    folder = tmp_path_factory.mktemp("five")
+    return [
+        vary(bundle, folder / str(i), temperature=1.0 + i, metrics=figures(0.5 + i / 10, f1=0.4))
+        for i in range(5)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def no_disk(monkeypatch):
+    """Nothing here need outlast a power failure, and the disk may be busy."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def prepared(bundles, tmp_path_factory):
+    registry = Registry(tmp_path_factory.mktemp("prepared") / "registry")
+    for path in bundles[:3]:
+        registry.add("flowers", path)
+    for version, alias in ((1, "champion"), (2, "champion"), (3, "mine")):
+        registry.promote("flowers", version, alias)
+    return pathlib.Path(registry.url)
+
+
+@pytest.fixture
+def registry(prepared, tmp_path):
+    """Three versions of a model: champion is 2 and was 1, mine is 3."""
+    registry = Registry(shutil.copytree(prepared, tmp_path / "registry"))
+    registry.refresh()
+    return registry
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(registries, "_PAUSE", 0.001)
+
+
+def files(registry):
+    """All files of a registry in a folder."""
+    root = pathlib.Path(registry.url)
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+def test_what_is_added_is_fetched(place, bundles, tmp_path):
+    registry = Registry(*place)
+    for i, path in enumerate(bundles[:2], 1):
+        added = registry.add("flowers", path, f"note {i}")
+        assert added.is_new
+        assert added.version.number == i
+        assert added.version.bundle.digest == digest(path)
+    reader = Registry(*place)
+    assert outline(reader) == outline(registry)
+    for i, path in enumerate(bundles[:2], 1):
+        version = reader.resolve("flowers", i)
+        folder = reader.fetch(version, tmp_path / "downloads")
+        assert {file.name for file in folder.iterdir()} == {"bundle.json", "weights.safetensors"}
+        for file in path.iterdir():
+            assert (folder / file.name).read_bytes() == file.read_bytes()
+        assert version.note == f"note {i}"
+        assert version.bundle.test("accuracy") == pytest.approx(0.4 + i / 10)
+        assert version.bundle.size == sum(file.stat().st_size for file in path.iterdir())
+        assert (version.bundle.classes, version.bundle.image_size) == (3, (16, 16))
+        assert read_bundle(folder).temperature == i
+
+
+def test_every_change_works_at_every_place(place, bundles):
+    registry = Registry(*place)
+    for path in bundles[:3]:
+        registry.add("flowers", path)
+    registry.promote("flowers", 1)
+    entry = registry.promote("flowers", 3, note="better")
+    assert (entry.version, entry.before, entry.note) == (3, 1, "better")
+    assert registry.promote("flowers", 3) is None
+    registry.promote("flowers", "champion", "mine")
+    entry = registry.rollback("flowers")
+    assert (entry.version, entry.before) == (1, 3)
+    registry.remove("flowers", 2)
+    registry.remove_alias("flowers", "mine")
+    registry.remove("flowers", 3)
+    added = registry.add("flowers", bundles[1])
+    assert added.version.number == 4
+    expected = {"flowers": ({1: digest(bundles[0]), 4: digest(bundles[1])}, {"champion": (1,)}, 4)}
+    for one in (registry, Registry(*place)):
+        assert outline(one) == expected
+        assert [entry.action for entry in one.log] == [
+            *("add", "add", "add", "promote", "promote", "promote"),
+            *("rollback", "remove", "remove", "remove", "add"),
+        ]
+    store = open_store(*place)
+    assert store.names("bundles") == sorted(
+        version.bundle.path.removeprefix("bundles/")
+        for version in registry.models["flowers"].versions.values()
+    )
+    assert store.names("tmp") == []
+
+
+def test_who_has_changed_what_and_when_is_in_the_log(registry, monkeypatch):
+    monkeypatch.setattr(getpass, "getuser", lambda: "ann")
+    monkeypatch.setattr(socket, "gethostname", lambda: "desk")
+    before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    entry = registry.promote("flowers", 1, "mine", Gates(min_accuracy=0.5), "猫 \udcff")
+    assert (entry.user, entry.host, entry.note) == ("ann", "desk", "猫 \udcff")
+    assert entry.gates == ("min_accuracy=0.5: test accuracy is 0.5",)
+    time = datetime.datetime.fromisoformat(entry.time)
+    assert before <= time <= datetime.datetime.now(datetime.UTC)
+    assert time.utcoffset() == datetime.timedelta(0)
+    assert Registry(registry.url).log[-1] == entry
+
+
+@pytest.mark.parametrize("error", [KeyError("uid"), OSError("no user"), ImportError("pwd")])
+def test_who_cannot_be_known_is_unknown(registry, monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(getpass, "getuser", fail)
+    monkeypatch.setattr(socket, "gethostname", lambda: "")
+    entry = registry.promote("flowers", 1, "mine")
+    assert (entry.user, entry.host) == ("unknown", "unknown")
+
+
+def test_a_bundle_that_is_there_is_not_added_again(registry, bundles):
+    before = files(registry)
+    added = registry.add("flowers", bundles[1])
+    assert (added.version.number, added.is_new) == (2, False)
+    assert files(registry) == before
+    other = registry.add("birds", bundles[1])
+    assert (other.version.number, other.is_new) == (1, True)
+    assert other.version.bundle.path != added.version.bundle.path
+    registry.remove("birds", 1)
+    registry.fetch(registry.resolve("flowers", 2), "unused")
+    again = registry.add("birds", bundles[1])
+    assert (again.version.number, again.is_new) == (2, True)
+
+
+def test_a_refresh_reads_what_is_new_and_nothing_else(registry, bundles):
+    store = wrapped(pathlib.Path(registry.url))
+    reader = on(store)
+    assert reader.refresh()
+    store.calls.clear()
+    assert not reader.refresh()
+    assert store.calls == [("read", "log/00000007.json")]
+    registry.rollback("flowers")
+    assert aliases(reader)["champion"] == 2
+    assert reader.refresh()
+    assert aliases(reader)["champion"] == 1
+    assert not reader.refresh()
+
+
+def test_a_long_log_is_read_at_once(tmp_path, bundles):
+    registry = Registry(tmp_path)
+    for path in bundles[:2]:
+        registry.add("flowers", path)
+    for i in range(100):
+        registry.promote("flowers", 1 + i % 2)
+    store = wrapped(tmp_path)
+    reader = on(store)
+    assert outline(reader) == outline(registry)
+    assert len(reader.models["flowers"].aliases["champion"]) == 100
+    assert store.calls.count(("names", "log")) == 1
+    assert sum(call == "read" for call, _ in store.calls) == 1 + 102 + 1
+
+
+def test_gates_hold_a_promotion_up(registry):
+    before = files(registry)
+    with pytest.raises(RegistryError, match=r"min_accuracy=0.65: test accuracy is 0.6$"):
+        registry.promote("flowers", 2, "mine", Gates(min_accuracy=0.65))
+    with pytest.raises(RegistryError, match=r"accuracy is 0.6, that of 3 is 0.7$"):
+        registry.promote("flowers", 2, "champion", Gates(not_below="mine"))
+    assert files(registry) == before
+    assert registry.promote("flowers", 3, gates=Gates(min_accuracy=0.65, not_below="champion"))
+    assert aliases(registry) == {"champion": 3, "mine": 3}
+
+
+def test_rolling_back_goes_further_each_time(registry):
+    registry.promote("flowers", 3)
+    assert registry.rollback("flowers").version == 2
+    assert registry.rollback("flowers").version == 1
+    with pytest.raises(RegistryError, match="and was nothing before"):
+        registry.rollback("flowers")
+    registry.promote("flowers", 3)
+    assert registry.rollback("flowers").version == 1
+    with pytest.raises(RegistryError, match="no alias chamption; did you mean champion"):
+        registry.rollback("flowers", "chamption")
+
+
+def test_removing_takes_the_files_and_not_the_number(registry, bundles):
+    path = registry.resolve("flowers", 1).bundle.path
+    with pytest.raises(RegistryError, match="flowers/2 is champion, so it stays"):
+        registry.remove("flowers", 2)
+    registry.remove("flowers", 1)
+    assert not (pathlib.Path(registry.url) / path).exists()
+    assert registry.models["flowers"].aliases["champion"] == (2,)
+    with pytest.raises(RegistryError, match="has no version 1 any more"):
+        registry.remove("flowers", 1)
+    assert registry.add("flowers", bundles[0]).version.number == 4
+
+
+def test_hostile_names_reach_no_file(tmp_path, bundles):
+    registry = Registry(tmp_path / "registry")
+    for name in ("../x", "a/b", ""):
+        with pytest.raises(ConfigError, match=r"^model: must be"):
+            registry.add(name, bundles[0])
+    assert not (tmp_path / "registry").exists()
+    registry.add("flowers", bundles[0])
+    for alias in ("../x", "7"):
+        with pytest.raises(ConfigError, match=r"^alias: must"):
+            registry.promote("flowers", 1, alias)
+    for call in (registry.rollback, lambda name: registry.remove(name, 1)):
+        with pytest.raises(RegistryError, match=r"^there is no model \.\./x"):
+            call("../x")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: shutil.rmtree(path),
+        lambda path: (path / "weights.safetensors").write_bytes(b"x"),
+        lambda path: (path / "bundle.json").write_text("{}"),
+        lambda path: (path / "weights.safetensors").unlink(),
+    ],
+)
+def test_what_is_no_bundle_is_not_added(tmp_path, bundles, damage):
+    shutil.copytree(bundles[0], tmp_path / "bundle")
+    damage(tmp_path / "bundle")
+    with pytest.raises(BundleError, match=rf"^{tmp_path}/bundle"):
+        Registry(tmp_path / "registry").add("flowers", tmp_path / "bundle")
+    assert not (tmp_path / "registry").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"class_names": 3}, {"data": []}, {"preprocessing": {"image_size": ["a", "b"]}}]
+)
+def test_a_bundle_with_nonsense_is_not_added(tmp_path, bundles, changes):
+    if "preprocessing" in changes:
+        description = json.loads((bundles[0] / "bundle.json").read_text())
+        changes = {"preprocessing": description["preprocessing"] | changes["preprocessing"]}
+    path = vary(bundles[0], tmp_path / "bundle", **changes)
+    with pytest.raises(BundleError, match=rf"^{path} is not a bundle"):
+        Registry(tmp_path / "registry").add("flowers", path)
+
+
+def test_a_bundle_without_figures_is_added_and_holds_no_gate(tmp_path, bundles):
+    path = vary(bundles[0], tmp_path / "bundle", metrics={"test": None})
+    registry = Registry(tmp_path / "registry")
+    assert registry.add("flowers", path).version.bundle.metrics == {}
+    with pytest.raises(RegistryError, match="test f1 is not in the bundle"):
+        registry.promote("flowers", 1, gates=Gates(min_f1=0.0))
+
+
+@pytest.mark.parametrize("file", ["bundle.json", "weights.safetensors"])
+def test_a_bundle_that_is_replaced_while_it_is_read_is_not_added(
+    tmp_path, bundles, monkeypatch, file
+):
+    path = tmp_path / "bundle"
+    shutil.copytree(bundles[0], path)
+    other = tmp_path / "other"
+    write_bundle(make_bundle(seed=5), other)
+    read = pathlib.Path.read_bytes
+
+    def read_bytes(one):
+        return read(other / file if one == path / file else one)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
+    with pytest.raises(BundleError, match="has changed while it was read"):
+        Registry(tmp_path / "registry").add("flowers", path)
+
+
+def test_there_is_no_registry_until_the_first_addition(tmp_path, bundles):
+    registry = Registry(tmp_path / "registry")
+    for call in (
+        registry.refresh,
+        lambda: registry.models,
+        lambda: registry.log,
+        lambda: registry.promote("flowers", 1),
+        lambda: registry.rollback("flowers"),
+        lambda: registry.remove("flowers", 1),
+    ):
+        with pytest.raises(
+            RegistryError, match=rf"^there is no registry at {registry.url}; its fi"
+        ):
+            call()
+    assert not (tmp_path / "registry").exists()
+    registry.add("flowers", bundles[0])
+    assert registry.resolve("flowers", 1).number == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not that of a registry"),
+        ("[]", "is not that of a registry"),
+        ('{"format": "x"}', "is not that of a registry"),
+        ('{"id": 1}', "is not that of a registry"),
+        ('{"format": 2}', "is a registry of a later format"),
+    ],
+)
+def test_another_registry_json_is_told(tmp_path, bundles, text, message):
+    (tmp_path / "registry.json").write_text(text)
+    for call in (
+        lambda registry: registry.refresh(),
+        lambda registry: registry.add("flowers", bundles[0]),
+    ):
+        with pytest.raises(RegistryError, match=message):
+            call(Registry(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["registry.json"]
+
+
+def test_a_log_without_registry_json_is_left_alone(registry, bundles):
+    (pathlib.Path(registry.url) / "registry.json").unlink()
+    before = files(registry)
+    with pytest.raises(RegistryError, match=r"is damaged: it has a log and no registry\.json"):
+        Registry(registry.url).add("flowers", bundles[3])
+    assert files(registry) == before
+
+
+def test_a_place_that_overwrites_is_refused_before_anything_is_there(bundles):
+    import test_registry_store  # noqa: F401 (it makes such places known)
+
+    for protocol in ("careless", "hasty", "plain"):
+        place = f"{protocol}://{unique()}"
+        with pytest.raises(StoreError, match="lets two writers make the same file"):
+            Registry(place).add("flowers", bundles[0])
+        assert open_store(place).names("") == []
+
+
+def test_a_process_that_would_overwrite_changes_nothing(bundles):
+    """The registry was made with a library that keeps writers apart; this process has another."""
+    import test_registry_store
+
+    place = f"careless://{unique()}"
+    careful = test_registry_store.Careless.pipe_file
+    try:
+        test_registry_store.Careless.pipe_file = test_registry_store.MemoryFileSystem.pipe_file
+        registry = Registry(place)
+        registry.add("flowers", bundles[0])
+    finally:
+        test_registry_store.Careless.pipe_file = careful
+    before = dict(open_store(place)._files.store)
+    other = Registry(place)
+    assert outline(other) == outline(registry)
+    with pytest.raises(RegistryError, match="lets this process overwrite what is there"):
+        other.promote("flowers", 1)
+    after = open_store(place)._files.store
+    assert {k: v.getvalue() for k, v in after.items()} == {
+        k: v.getvalue() for k, v in before.items()
+    }
+
+
+def _replace(old, new):
+    def damage(path):
+        path.chmod(0o644)
+        data = path.read_bytes()
+        assert old in data
+        path.write_bytes(data.replace(old, new))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("number", "damage", "message"),
+    [
+        (3, pathlib.Path.unlink, "/registry is damaged: log/00000006.json is missing"),
+        (1, pathlib.Path.unlink, "/registry is damaged: log/00000006.json is missing"),
+        (3, _replace(b"{", b""), "/log/00000003.json is damaged: "),
+        (6, _replace(b"}", b""), "/log/00000006.json is damaged: "),
+        (
+            3,
+            _replace(b'"number": 3', b'"number": 4'),
+            "/00000003.json is damaged: it says that it is 4",
+        ),
+        (
+            5,
+            _replace(b'"version": 2', b'"version": 3'),
+            "/00000006.json is damaged: the entry before",
+        ),
+        (
+            6,
+            _replace(b'"version": 3', b'"version": 9'),
+            "/00000006.json is damaged: there is no ver",
+        ),
+        (6, _replace(b'"format": 1', b'"format": 2'), "/00000006.json is of format 2, and this"),
+        (
+            4,
+            _replace(b'"promote"', b'"prosper"'),
+            "/00000004.json is damaged: its action is prosper",
+        ),
+    ],
+)
+def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, message):
+    path = pathlib.Path(registry.url) / "log" / f"{number:08d}.json"
+    damage(path)
+    if damage is pathlib.Path.unlink:
+        message = message.replace("6", str(number))
+    before = files(registry)
+    for call in (
+        lambda one: one.refresh(),
+        lambda one: one.models,
+        lambda one: one.rollback("flowers"),
+        lambda one: one.add("flowers", bundles[4]),
+    ):
+        damaged = Registry(registry.url)
+        for _ in range(2):  # It does not become good by being read twice.
+            with pytest.raises(RegistryError, match=message) as raised:
+                call(damaged)
+            assert "\n" not in str(raised.value)
+    assert files(registry) == before
+
+
+def test_the_last_entry_gone_is_as_if_it_had_never_been(registry):
+    """What an append-only log cannot know; who had read it does."""
+    (pathlib.Path(registry.url) / "log" / "00000006.json").unlink()
+    other = Registry(registry.url)
+    assert aliases(other) == {"champion": 2}
+    other.promote("flowers", 1, "mine")
+    other.promote("flowers", 1, "yours")
+    with pytest.raises(RegistryError, match=r"7\.json is damaged: the entry before it is not the"):
+        registry.refresh()
+
+
+def test_what_else_lies_in_the_folders_is_passed_over(registry, bundles):
+    root = pathlib.Path(registry.url)
+    for name in ("log/notes.txt", "log/.nfs0001", "bundles/notes.txt", "tmp/notes.txt", "notes"):
+        (root / name).write_text("x")
+    other = Registry(registry.url)
+    assert outline(other) == outline(registry)
+    other.add("flowers", bundles[3])
+    assert (root / "bundles" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("file", ["bundle.json", "weights.safetensors"])
+def test_a_damaged_bundle_is_not_fetched(place, bundles, tmp_path, file):
+    registry = Registry(*place)
+    version = registry.add("flowers", bundles[0]).version
+    store = open_store(*place)
+    name = f"{version.bundle.path}/{file}"
+    content = bytearray(store.read(name))
+    content[len(content) // 2] ^= 1
+    store.remove(name)
+    store.write(name, bytes(content))
+    with pytest.raises(BundleError, match=f"{version.bundle.path} is (damaged|not a bundle)"):
+        registry.fetch(version, tmp_path / "downloads")
+    store.remove(name)
+    with pytest.raises(BundleError, match=r"is (damaged|not a bundle)|not in .* any more"):
+        registry.fetch(version, tmp_path / "downloads")
+    assert not list((tmp_path / "downloads").glob("*"))
+
+
+def test_a_download_is_kept_and_a_damaged_one_made_good(bundles, tmp_path):
+    store = wrapped(tmp_path / "registry")
+    on(store).add("flowers", bundles[0])
+    store.local = lambda name: None  # As if it were elsewhere.
+    registry = on(store)
+    version = registry.resolve("flowers", 1)
+
+    def fetch():
+        store.calls.clear()
+        folder = registry.fetch(version, tmp_path / "downloads")
+        assert digest(folder) == version.bundle.digest
+        read_bundle(folder)
+        assert [path.name for path in (tmp_path / "downloads").iterdir()] == [folder.name]
+        return len(store.calls)
+
+    assert [fetch(), fetch()] == [2, 0]
+    for damage in (
+        lambda folder: (folder / "weights.safetensors").write_bytes(b"x"),
+        lambda folder: (folder / "weights.safetensors").unlink(),
+        lambda folder: (folder / "bundle.json").write_text("{}"),
+    ):
+        folder = tmp_path / "downloads" / version.bundle.digest
+        for file in folder.iterdir():
+            file.chmod(0o644)
+        damage(folder)
+        assert [fetch(), fetch()] == [2, 0]
+
+
+def test_two_may_download_at_once(bundles, tmp_path):
+    store = wrapped(tmp_path / "registry")
+    version = on(store).add("flowers", bundles[0]).version
+    store.local = lambda name: None
+    other = on(store)
+    other.refresh()
+
+    def meanwhile(call, name):
+        if call == "download" and name.endswith("weights.safetensors"):
+            store.after = lambda *arguments: None
+            other.fetch(version, tmp_path / "downloads")
+
+    store.after = meanwhile
+    folder = on(store).fetch(version, tmp_path / "downloads")
+    assert digest(folder) == version.bundle.digest
+    assert [path.name for path in (tmp_path / "downloads").iterdir()] == [folder.name]
+
+
+def test_a_place_for_downloads_that_cannot_be_written_is_told(bundles, tmp_path):
+    store = wrapped(tmp_path / "registry")
+    version = on(store).add("flowers", bundles[0]).version
+    store.local = lambda name: None
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="flowers/1 cannot be put there"):
+        on(store).fetch(version, tmp_path / "file")
+
+
+def _meanwhile(store, moment, change):
+    """Has somebody else make a change just before or after a call to the store."""
+    is_done = []
+
+    def hook(call, name):
+        if (call, name.partition("/")[0]) == moment and not is_done:
+            is_done.append(True)
+            change()
+
+    store.before = hook
+    return is_done
+
+
+LOG = ("create", "log")
+
+
+def test_who_comes_second_decides_again(registry, bundles):
+    store = wrapped(pathlib.Path(registry.url))
+    slow = on(store)
+    done = _meanwhile(store, LOG, lambda: registry.add("flowers", bundles[3]))
+    assert slow.add("flowers", bundles[4]).version.number == 5
+    assert done
+    assert outline(slow) == outline(Registry(registry.url))
+
+
+def test_of_two_who_add_the_same_bundle_one_does(registry, bundles):
+    store = wrapped(pathlib.Path(registry.url))
+    slow = on(store)
+    _meanwhile(store, LOG, lambda: registry.add("flowers", bundles[3]))
+    added = slow.add("flowers", bundles[3])
+    assert (added.version.number, added.is_new) == (4, False)
+    assert len(list((pathlib.Path(registry.url) / "bundles").iterdir())) == 4
+    registry.fetch(added.version, "unused")
+
+
+def test_a_gate_is_held_to_what_is_there_in_the_end(registry, bundles):
+    """An alias moves between the look and the promotion, and the version comes up to it no more."""
+    store = wrapped(pathlib.Path(registry.url))
+    slow = on(store)
+    _meanwhile(store, LOG, lambda: registry.promote("flowers", 3))
+    with pytest.raises(RegistryError, match=r"that of 3 is 0\.7"):
+        slow.promote("flowers", 2, "next", Gates(not_below="champion"))
+    assert aliases(registry) == {"champion": 3, "mine": 3}
+
+
+def test_a_version_is_not_removed_under_a_new_alias(registry):
+    store = wrapped(pathlib.Path(registry.url))
+    slow = on(store)
+    _meanwhile(store, LOG, lambda: registry.promote("flowers", 1, "mine"))
+    with pytest.raises(RegistryError, match="flowers/1 is mine, so it stays"):
+        slow.remove("flowers", 1)
+    registry.fetch(registry.resolve("flowers", 1), "unused")
+
+
+def test_a_version_is_not_promoted_while_it_is_removed(registry):
+    store = wrapped(pathlib.Path(registry.url))
+    slow = on(store)
+    _meanwhile(store, LOG, lambda: registry.remove("flowers", 1))
+    with pytest.raises(RegistryError, match="has no version 1 any more"):
+        slow.promote("flowers", 1)
+
+
+def test_two_who_roll_back_at_once_go_back_once(registry):
+    registry.promote("flowers", 3)
+    store = wrapped(pathlib.Path(registry.url))
+    slow = on(store)
+    _meanwhile(store, LOG, lambda: registry.rollback("flowers"))
+    with pytest.raises(RegistryError, match=r"somebody else has just moved .*champion from 3 to 2"):
+        slow.rollback("flowers")
+    assert aliases(slow)["champion"] == 2
+
+
+def test_several_may_begin_a_registry_at_once(tmp_path, bundles):
+    store = wrapped(tmp_path / "registry")
+    slow = on(store)
+    first = ("create", "registry.json")
+    _meanwhile(store, first, lambda: Registry(tmp_path / "registry").add("flowers", bundles[0]))
+    assert slow.add("flowers", bundles[1]).version.number == 2
+    assert outline(slow) == outline(Registry(tmp_path / "registry"))
+
+
+def test_threads_may_share_a_registry(registry):
+    problems = []
+
+    def work(alias):
+        try:
+            for i in range(10):
+                registry.promote("flowers", 1 + i % 3, alias)
+                registry.refresh()
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"alias-{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    assert len(registry.log) == 6 + 40
+    assert outline(registry) == outline(Registry(registry.url))
+
+
+def test_another_thread_reads_nothing_between_a_decision_and_its_change(registry, monkeypatch):
+    """What was decided would be written after changes that it does not know of."""
+    other, shared = Registry(registry.url), registry
+    who = registries._who
+
+    def meanwhile():
+        monkeypatch.setattr(registries, "_who", who)
+        other.remove("flowers", 1)
+        reader = threading.Thread(target=shared.refresh)
+        reader.start()
+        reader.join(timeout=0.2)
+        return who()
+
+    monkeypatch.setattr(registries, "_who", meanwhile)
+    with pytest.raises(RegistryError, match="has no version 1 any more"):
+        shared.promote("flowers", 1)
+    assert outline(Registry(registry.url)) == outline(other)
+
+
+CHANGES = {
+    "add": lambda registry, bundles: registry.add("flowers", bundles[3]),
+    "promote": lambda registry, bundles: registry.promote("flowers", 1, "mine"),
+    "rollback": lambda registry, bundles: registry.rollback("flowers"),
+    "remove": lambda registry, bundles: registry.remove("flowers", 1),
+    "remove_alias": lambda registry, bundles: registry.remove_alias("flowers", "mine"),
+}
+
+
+def failing(store, moment, happens, times=1, error=None):
+    """Has calls of one kind fail, after they have happened or without that."""
+    left = [times]
+
+    def hook(call, name):
+        if (call, name.partition("/")[0]) == moment and left[0]:
+            left[0] -= 1
+            raise error or AwayError(f"{store.url}/{name}: no answer")
+
+    setattr(store, "after" if happens else "before", hook)
+
+
+@pytest.mark.parametrize("action", CHANGES)
+@pytest.mark.parametrize("happens", [True, False])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_lost_answer_makes_a_change_once(registry, bundles, fast, action, happens, times):
+    store = wrapped(pathlib.Path(registry.url))
+    failing(store, LOG, happens, times)
+    flaky = on(store)
+    CHANGES[action](flaky, bundles)
+    after = Registry(registry.url)
+    assert len(after.log) == 7
+    assert outline(after) == outline(flaky)
+
+
+def test_a_lost_answer_is_recognised_behind_the_changes_of_others(registry, bundles, fast):
+    """The change was made, nobody said so, and somebody else has made one after it."""
+    store = wrapped(pathlib.Path(registry.url))
+    other = copy.copy(registry)
+
+    def lose(call, name):
+        if call == "create" and name.startswith("log"):
+            store.after = lambda *arguments: None
+            other.promote("flowers", 1, "mine")
+            raise AwayError("no answer")
+
+    store.after = lose
+    assert on(store).rollback("flowers").number == 7
+    assert len(Registry(registry.url).log) == 8
+
+
+@pytest.mark.parametrize("happens", [True, False])
+def test_a_store_that_stays_away_leaves_a_doubt_and_says_so(registry, fast, happens):
+    store = wrapped(pathlib.Path(registry.url))
+    flaky = on(store)
+
+    def fail(call, name):
+        raise AwayError("no answer")
+
+    def lose(call, name):
+        if call == "create" and name.startswith("log"):
+            store.before = fail
+            raise AwayError("no answer")
+
+    setattr(store, "after" if happens else "before", lose)
+    with pytest.raises(AwayError, match=r"does not say whether the change was made \(no answer\)"):
+        flaky.rollback("flowers")
+    assert len(Registry(registry.url).log) == 6 + happens
+
+
+def test_a_store_that_is_away_before_anything_is_done_is_told_at_once(registry):
+    store = wrapped(pathlib.Path(registry.url))
+    flaky = on(store)
+    failing(store, ("read", "log"), happens=False, times=100)
+    with pytest.raises(AwayError, match=r"^\S+/log/0000000\d.json: no answer$"):
+        flaky.rollback("flowers")
+    assert len(store.calls) < 10
+
+
+def test_a_store_that_shows_nothing_of_what_is_there_ends_the_wait(registry, fast):
+    store = wrapped(pathlib.Path(registry.url))
+    blind = on(store)
+    blind.refresh()
+    registry.promote("flowers", 1, "yours")
+
+    def hide(call, name):
+        if name == "log/00000007.json" and call == "read":
+            raise FileNotFoundError(name)
+
+    store.before = hide
+    with pytest.raises(AwayError, match="it shows no file that it has said is there"):
+        blind.rollback("flowers")
+
+
+@pytest.mark.parametrize("error", [StoreError("x: Permission denied"), KeyboardInterrupt()])
+def test_what_is_not_a_lost_answer_is_not_tried_again(registry, error):
+    store = wrapped(pathlib.Path(registry.url))
+    failing(store, LOG, happens=False, times=100, error=error)
+    with pytest.raises(type(error)):
+        on(store).rollback("flowers")
+    assert store.calls.count(("create", "log/00000007.json")) == 1
+
+
+def check_after_a_kill(root, before, after, bundle):
+    """A registry is as it was or as it was to become, and all goes on."""
+    registry = Registry(root)
+    state = outline(registry) if (root / "registry.json").exists() else {}
+    assert state in (before, after)
+    added = registry.add("flowers", bundle)
+    registry.promote("flowers", added.version.number, "last")
+    assert outline(Registry(root)) == outline(registry)
+    for version in registry.models["flowers"].versions.values():
+        read_bundle(registry.fetch(version, "unused"))
+    return state
+
+
+def days_pass(monkeypatch, days=2):
+    """The clock of what is left over."""
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return datetime.datetime.now(zone) + datetime.timedelta(days=days)
+
+    later = types.SimpleNamespace(datetime=Later, UTC=datetime.UTC, timedelta=datetime.timedelta)
+    monkeypatch.setattr(registries, "datetime", later)
+
+
+@pytest.mark.parametrize("action", ["begin", *CHANGES])
+def test_a_kill_at_any_moment_leaves_all_as_before_or_as_after(
+    registry, bundles, tmp_path, monkeypatch, action
+):
+    """At each call to the system that changes a file, as if the process were gone."""
+    monkeypatch.setattr(stores, "_RIVALS", 2)
+    source, change = pathlib.Path(registry.url), CHANGES.get(action, CHANGES["add"])
+    if action == "begin":
+        shutil.rmtree(source)
+        source.mkdir()
+    before = outline(registry) if action != "begin" else {}
+    whole = shutil.copytree(source, tmp_path / "whole")
+    change(Registry(whole), bundles)
+    after = outline(Registry(whole))
+
+    states, is_killed = [], True
+    while is_killed:
+        root = shutil.copytree(source, tmp_path / f"killed-{len(states)}")
+        victim, is_killed = Registry(root), False
+        with dying_at(len(states)):
+            try:
+                change(victim, bundles)
+            except Killed:
+                is_killed = True
+        states.append(check_after_a_kill(root, before, after, bundles[4]))
+    assert len(states) > 10
+    assert states[0] == before
+    assert states[-1] == after
+
+    days_pass(monkeypatch)
+    for root in tmp_path.glob("killed-*"):
+        survivor = Registry(root)
+        survivor.remove_alias("flowers", "last")
+        survivor.remove("flowers", max(survivor.models["flowers"].versions))
+        assert leftovers(survivor) == []
+
+
+@pytest.mark.parametrize("action", ["begin", *CHANGES])
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_kill_at_any_call_leaves_all_as_before_or_as_after_elsewhere(
+    registry, bundles, monkeypatch, action, is_before
+):
+    """As above, in a place where a process asks another to do it."""
+    monkeypatch.setattr(stores, "_RIVALS", 2)
+
+    change = CHANGES.get(action, CHANGES["add"])
+    outlines, is_killed = [], True
+    while is_killed:
+        store = Wrapped(open_store(f"memory://{unique()}"))
+        for name in files(registry) if action != "begin" else ():
+            store.write(name, (pathlib.Path(registry.url) / name).read_bytes())
+        left, is_killed = iter(range(len(outlines))), False
+
+        def die(call, name, left=left):
+            if next(left, None) is None:
+                raise Killed
+
+        setattr(store, "before" if is_before else "after", die)
+        try:
+            change(on(store), bundles)
+        except Killed:
+            is_killed = True
+        survivor = on(open_store(store.url))
+        outlines.append(outline(survivor) if survivor._store.names("log") else {})
+        if len(outlines) > 1 and outlines[-1] != outlines[-2]:
+            assert outlines[-2] == outlines[0], "a third state"
+        added = survivor.add("flowers", bundles[4])
+        for version in survivor.models["flowers"].versions.values():
+            survivor._store.read(f"{version.bundle.path}/weights.safetensors")
+        assert outline(on(open_store(store.url)))["flowers"][2] == added.version.number
+    assert len(outlines) > 5
+    assert outlines[0] != outlines[-1]
+
+
+def leftovers(registry):
+    """What is in a registry's folders and of no use."""
+    root = pathlib.Path(registry.url)
+    used = {v.bundle.path for m in registry.models.values() for v in m.versions.values()}
+    there = [f"bundles/{path.name}" for path in (root / "bundles").iterdir()]
+    return sorted({*there} - used) + [path.name for path in (root / "tmp").iterdir()]
+
+
+def test_what_is_left_over_is_swept_a_day_later(registry, bundles, monkeypatch):
+    root = pathlib.Path(registry.url)
+    (root / "bundles" / f"{'0' * 64}-{unique()}").mkdir()
+    (root / "tmp" / unique()).touch()
+    for other in ("bundles/notes", "tmp/notes"):
+        (root / other).mkdir()
+    before = leftovers(registry)
+    assert len(before) == 4
+    days_pass(monkeypatch, 0.9)
+    registry.add("flowers", bundles[3])
+    assert leftovers(registry) == before
+    days_pass(monkeypatch, 1.1)
+    registry.remove("flowers", 4)
+    assert leftovers(registry) == ["bundles/notes", "notes"]
+    for version in registry.models["flowers"].versions.values():
+        registry.fetch(version, "unused")
+
+
+def test_a_version_that_is_added_during_a_sweep_stays(registry, bundles, monkeypatch):
+    """Its upload was listed before it was of any use; the log is read after that."""
+    days_pass(monkeypatch)
+    store = wrapped(pathlib.Path(registry.url))
+    sweeper = on(store)
+
+    def listed(call, name):
+        if (call, name) == ("names", "bundles"):
+            store.after = lambda *arguments: None
+            registry.promote("flowers", 1, "mine")
+
+    store.before = lambda call, name: (
+        registry.add("birds", bundles[4]) if (call, name) == ("names", "bundles") else None
+    )
+    store.after = listed
+    sweeper.add("flowers", bundles[3])
+    assert leftovers(Registry(registry.url)) == []
+    registry.fetch(registry.resolve("birds", 1), "unused")
+
+
+def test_an_upload_that_has_taken_half_a_day_is_not_added(registry, bundles, monkeypatch):
+    """Another process may have taken its files for left over."""
+    clock = [1000.0]
+    monkeypatch.setattr(registries.time, "time", lambda: clock[0])
+    store = wrapped(pathlib.Path(registry.url))
+
+    def sleep(call, name):
+        clock[0] += (13 / 2) * 3600 * (call == "write")
+
+    store.after = sleep
+    with pytest.raises(RegistryError, match="took too long: give the command again"):
+        on(store).add("flowers", bundles[3])
+    assert outline(Registry(registry.url)) == outline(registry)
+
+
+@pytest.mark.parametrize("action", ["add", "remove"])
+@pytest.mark.parametrize("call", ["remove", "names"])
+def test_a_sweep_that_fails_is_a_warning(registry, bundles, monkeypatch, caplog, action, call):
+    days_pass(monkeypatch)
+    (pathlib.Path(registry.url) / "tmp" / unique()).touch()
+    store = wrapped(pathlib.Path(registry.url))
+    flaky = on(store)
+    flaky.refresh()
+    failing(store, (call, "tmp"), happens=False)
+    CHANGES[action](flaky, bundles)
+    (record,) = caplog.records
+    assert "no answer" in record.getMessage()
+    assert len(Registry(registry.url).log) == 7
+
+
+def test_files_that_cannot_be_removed_are_a_warning(registry, caplog):
+    store = wrapped(pathlib.Path(registry.url))
+    failing(store, ("remove", "bundles"), happens=False)
+    on(store).remove("flowers", 1)
+    assert "a later add or remove will try again" in caplog.text
+    assert list(Registry(registry.url).models["flowers"].versions) == [2, 3]
