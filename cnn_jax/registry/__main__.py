@@ -38,7 +38,7 @@ _DIGITS = 12  # Of a digest: enough to tell two bundles apart.
 
 def main(argv: Sequence[str]) -> None:
     flags = _parser().parse_args(argv)
-    if not flags.registry:
+    if flags.registry is None:
         raise ConfigError(f"--registry: is needed, or the variable {_VARIABLE}")
     flags.command(Registry(flags.registry), flags)
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--registry",
             type=_place,
-            default=os.environ.get(_VARIABLE, ""),
+            default=os.environ.get(_VARIABLE) or None,
             metavar="DIR",
             help=f"a folder, or a URL such as s3://BUCKET/PATH (the variable {_VARIABLE})",
         )
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--mlflow",
             type=_place,
-            default=os.environ.get(_MLFLOW_VARIABLE, ""),
+            default=os.environ.get(_MLFLOW_VARIABLE) or None,
             metavar="URI",
             help=f"the MLflow server or database (the variable {_MLFLOW_VARIABLE})",
         )
@@ -224,7 +224,7 @@ def _import(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _mlflow_uri(flags: argparse.Namespace) -> str:
-    if not flags.mlflow:
+    if flags.mlflow is None:
         raise ConfigError(f"--mlflow: is needed, or the variable {_MLFLOW_VARIABLE}")
     return flags.mlflow
 

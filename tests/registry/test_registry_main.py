@@ -1,0 +1,344 @@
+import fcntl
+import io
+import json
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from registry_tools import aliases, figures, vary
+
+from cnn_jax.errors import ConfigError, UserError, printable
+from cnn_jax.registry import __main__ as command
+from cnn_jax.registry.registry import Registry
+
+pytest_plugins = ["registry_fixtures"]
+
+
+@pytest.fixture(scope="module")
+def bundles(bundle, tmp_path_factory):
+    """Accuracies 0.9 and 0.8, of the same data."""
+    folder = tmp_path_factory.mktemp("two")
+    return [
+        vary(bundle, folder / str(i), metrics=figures(0.9 - i / 10, f1=0.75, loss=0.5))
+        for i in range(2)
+    ]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A registry's folder, which is what the variable says."""
+    monkeypatch.setenv("CNN_JAX_REGISTRY", str(tmp_path / "registry"))
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def registry(place, bundles):
+    """Two versions of flowers; champion is 2 and was 1."""
+    registry = Registry(place)
+    for i, path in enumerate(bundles, 1):
+        registry.add("flowers", path, f"notę {i}")
+        registry.promote("flowers", i)
+    return registry
+
+
+def call(capsys, *arguments):
+    command.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    assert output.err == ""
+    return output.out
+
+
+def run(*arguments, **variables):
+    """A command in a process of its own: exit code, stdout and stderr."""
+    result = subprocess.run(
+        [sys.executable, "-m", "cnn_jax.registry", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_all_commands_as_a_person_gives_them(place, bundles):
+    """A run through all of them; the names of this user and machine are their own."""
+    digest = r"[0-9a-f]{12}"
+    assert run("list") == (
+        1,
+        "",
+        f"error: there is no registry at {place}; its first `add` makes it\n",
+    )
+    for i, (path, accuracy) in enumerate(zip(bundles, ("90.00", "80.00"), strict=True), 1):
+        code, output, error = run("add", "flowers", path, "--note=first")
+        assert (code, error) == (0, "")
+        expected = rf"added flowers/{i}: accuracy {accuracy}%, F1 75.00%, digest {digest}\n"
+        assert re.fullmatch(expected, output)
+    assert run("promote", "flowers", 2, "--min-accuracy=0.85") == (
+        1,
+        "",
+        "error: flowers/2 does not become champion: min_accuracy=0.85: test accuracy is 0.8\n",
+    )
+    assert run("promote", "flowers", 1, "--min_accuracy=0.85") == (
+        0,
+        "flowers@champion is version 1 now (new); held: min_accuracy=0.85: test accuracy is 0.9\n",
+        "",
+    )
+    assert run("promote", "flowers", 2, f"--registry={place}")[:2] == (
+        0,
+        "flowers@champion is version 2 now (before 1)\n",
+    )
+    assert run("rollback", "flowers") == (0, "flowers@champion is version 1 now (before 2)\n", "")
+    assert run("remove", "flowers", 1)[:2] == (1, "")
+    assert run("remove", "flowers", 2) == (0, "removed flowers/2\n", "")
+    code, output, error = run("show", "flowers@champion")
+    assert (code, error) == (0, "")
+    assert output.startswith("version  flowers/1\n")
+    code, output, error = run("list")
+    assert (code, error) == (0, "")
+    assert len(output.splitlines()) == 2
+    code, output, error = run("show", "flower")
+    assert (code, output, error) == (
+        1,
+        "",
+        "error: there is no model flower; did you mean flowers?\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["adopt"], "invalid choice: 'adopt'"),
+        (["add", "flowers"], "the following arguments are required: BUNDLE"),
+        (["add", "../x", "bundle"], "argument MODEL: model: must be 1 to 100 letters"),
+        (["add", "flowers", ""], "argument BUNDLE: must not be empty"),
+        (["show", "flowers@7"], "alias: must not be a number"),
+        (["show", "../x"], "argument MODEL[@ALIAS|/VERSION]: model: must be"),
+        (["promote", "flowers", "1", "--alias=7"], "argument --alias: alias: must not be a numb"),
+        (["promote", "flowers", "1", "--min_f1=95"], "must be from 0 to 1, got '95'"),
+        (["promote", "flowers", "1", "--max-loss=nan"], "must be 0 or more, got 'nan'"),
+        (["promote", "flowers", "1", "--max-loss=x"], "must be 0 or more, got 'x'"),
+        (["promote", "flowers", "../1"], "argument VERSION: alias: must be"),
+        (["promote", "flowers", "1", "--min_acc=0.5"], "unrecognized arguments: --min_acc=0.5"),
+        (["remove", "flowers", "0"], "argument VERSION: must be 1 or more"),
+        (["remove", "flowers", "-1"], "argument VERSION: must be an integer"),
+        (["list", "--registry="], "argument --registry: must not be empty"),
+    ],
+)
+def test_a_usage_error_is_told_and_exits_with_2(place, capsys, arguments, message):
+    with pytest.raises(SystemExit) as raised:
+        command.main(arguments)
+    assert raised.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert message in output.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["remove", "flowers"], ["remove", "flowers", "1", "--alias=a"]]
+)
+def test_one_thing_is_removed(registry, arguments):
+    with pytest.raises(ConfigError, match="takes a VERSION or an --alias, one of them"):
+        command.main(arguments)
+
+
+def test_the_registry_must_be_named(monkeypatch):
+    for value in (None, ""):
+        monkeypatch.delenv("CNN_JAX_REGISTRY", raising=False)
+        if value is not None:
+            monkeypatch.setenv("CNN_JAX_REGISTRY", value)
+        with pytest.raises(ConfigError, match=r"^--registry: is needed, or the variable CNN_JAX_"):
+            command.main(["list"])
+
+
+def test_the_flag_goes_before_the_variable(registry, tmp_path, bundles, capsys):
+    other = f"--registry={tmp_path / 'other'}"
+    call(capsys, "add", "birds", bundles[0], other)
+    assert "birds/1" in call(capsys, "list", other)
+    assert "birds" not in call(capsys, "list")
+
+
+def test_a_url_is_left_as_it_is():
+    assert command._place("s3://bucket//a") == "s3://bucket//a"
+    assert command._place("~/a") == os.path.expanduser("~/a")  # noqa: PTH111
+
+
+def test_adding_twice_says_which_version_it_is(registry, bundles, capsys):
+    output = call(capsys, "add", "flowers", bundles[1])
+    assert output == "flowers has this bundle already: it is flowers/2\n"
+
+
+def test_promoting_twice_says_that_it_is_so(registry, capsys):
+    assert call(capsys, "promote", "flowers", 2) == "flowers@champion is version 2 already\n"
+
+
+def test_an_alias_may_be_promoted_to_another(registry, capsys):
+    output = call(capsys, "promote", "flowers", "champion", "--alias", "mine")
+    assert output == "flowers@mine is version 2 now (new)\n"
+    assert call(capsys, "rollback", "flowers").startswith("flowers@champion is version 1 now")
+    output = call(capsys, "remove", "flowers", "--alias", "mine")
+    assert output == "removed flowers@mine, which was version 2\n"
+    registry.refresh()
+    assert aliases(registry) == {"champion": 1}
+
+
+@pytest.mark.parametrize("hyphen", ["_", "-"])
+def test_gates_have_two_spellings(registry, capsys, hyphen):
+    gates = ["--min_accuracy=0.9", "--min_f1=0.75", "--max_loss=0.5", "--not_below=champion"]
+    gates = [gate.replace("_", hyphen) for gate in gates]
+    assert call(capsys, "promote", "flowers", 1, *gates) == (
+        "flowers@champion is version 1 now (before 2); held: min_accuracy=0.9: test accuracy is "
+        "0.9; min_f1=0.75: test f1 is 0.75; max_loss=0.5: test loss is 0.5; not_below=champion: "
+        "test accuracy is 0.9, that of 2 is 0.8\n"
+    )
+    with pytest.raises(UserError, match=r"^flowers/2 does not become champion: not_below=champion"):
+        command.main(["promote", "flowers", "2", gates[-1]])
+    for gate in ("--min_precision=0.1", "--min_recall=0.1"):
+        with pytest.raises(UserError, match=r"is not in the bundle$"):
+            command.main(["promote", "flowers", "2", gate.replace("_", hyphen)])
+
+
+def test_the_table(registry, capsys):
+    registry.promote("flowers", 1, "mine")
+    registry.promote("flowers", 2, "yours")
+    head, *rows = call(capsys, "list").splitlines()
+    assert re.split("  +", head) == [
+        *("version", "aliases", "added (UTC)", "accuracy", "F1", "classes", "pixels", "size"),
+        *("digest", "by"),
+    ]
+    version, entry = registry.resolve("flowers"), registry.log[2]
+    assert re.split("  +", rows[1]) == [
+        *("flowers/2", "champion, yours", entry.time[:16].replace("T", " "), "80.00%", "75.00%"),
+        *("3", "16 x 16", "0.0 MB", version.bundle.digest[:12], f"{entry.user}@{entry.host}"),
+    ]
+    starts = [re.search(name, head).start() for name in ("aliases", "digest", "by$")]
+    assert rows[0][starts[0] :].startswith("mine ")
+    assert all(row[start - 1] == " " for row in rows for start in starts)
+
+
+def test_models_are_in_their_order_and_one_may_be_chosen(registry, bundles, capsys):
+    call(capsys, "add", "birds", bundles[0])
+    names = [line.split()[0] for line in call(capsys, "list").splitlines()[1:]]
+    assert names == ["birds/1", "flowers/1", "flowers/2"]
+    names = [line.split()[0] for line in call(capsys, "list", "birds").splitlines()[1:]]
+    assert names == ["birds/1"]
+    with pytest.raises(UserError, match=r"^there is no model bird; did you mean birds\?$"):
+        command.main(["list", "bird"])
+
+
+def test_a_registry_without_versions_says_so(registry, place, capsys):
+    call(capsys, "remove", "flowers", "--alias=champion")
+    for number in (1, 2):
+        call(capsys, "remove", "flowers", number)
+    assert call(capsys, "list") == f"{place}: no versions\n"
+    assert call(capsys, "list", "flowers") == f"{place}: no versions\n"
+    assert call(capsys, "show", "flowers").startswith("model  flowers\n\nlog\n")
+    assert json.loads(call(capsys, "list", "--json"))["flowers"]["versions"] == []
+
+
+def test_the_list_as_json(registry, capsys):
+    (model,) = json.loads(call(capsys, "list", "--json")).values()
+    assert model["aliases"] == {"champion": {"version": 2, "history": [1, 2]}}
+    first, second = model["versions"]
+    assert (first["number"], first["aliases"], first["note"]) == (1, [], "notę 1")
+    assert second["aliases"] == ["champion"]
+    assert second["bundle"]["metrics"]["test"]["accuracy"] == pytest.approx(0.8)
+    assert second["bundle"]["image_size"] == [16, 16]
+    assert json.loads(call(capsys, "list", "flowers", "--json")) == {"flowers": model}
+
+
+def test_all_of_a_model(registry, capsys):
+    call(capsys, "promote", "flowers", 1, "--note=back\x1b[31m\nagain", "--min_f1=0.7")
+    first, table, log = call(capsys, "show", "flowers").split("\n\n")
+    assert first.splitlines() == ["model      flowers", "@champion  1 <- 2 <- 1"]
+    assert table == call(capsys, "list").rstrip("\n")
+    head, *lines = log.splitlines()
+    assert head == "log"
+    (entry,) = Registry(registry.url).log[-1:]
+    assert lines[-1] == (
+        f"      5  {entry.time[:19]}Z  {printable(entry.user)}@{entry.host}  promote champion -> 1 "
+        r"(before 2)  min_f1=0.7: test f1 is 0.75  # back\x1b[31m\nagain"
+    )
+    assert len(lines) == 5
+    as_json = json.loads(call(capsys, "show", "flowers", "--json"))
+    assert [entry["action"] for entry in as_json["log"]] == [
+        *("add", "promote", "add", "promote", "promote")
+    ]
+    assert as_json["log"][-1]["note"] == "back\x1b[31m\nagain"
+    assert as_json["log"][-1]["gates"] == ["min_f1=0.7: test f1 is 0.75"]
+
+
+@pytest.mark.parametrize("reference", ["flowers@champion", "flowers/2"])
+def test_all_of_a_version(registry, capsys, reference):
+    facts, log = call(capsys, "show", reference).split("\n\n")
+    facts = dict(re.split("  +", line, maxsplit=1) for line in facts.splitlines())
+    version = registry.resolve("flowers", 2)
+    assert facts["version"] == "flowers/2"
+    assert facts["aliases"] == "champion"
+    assert facts["note"] == "notę 2"
+    assert facts["digest"] == version.bundle.digest
+    assert facts["bundle"] == f"{registry.url}/{version.bundle.path}"
+    assert facts["test"] == "accuracy 0.8000  f1 0.7500  loss 0.5000"
+    assert [line.split()[3] for line in log.splitlines()[1:]] == ["add", "promote"]
+    as_json = json.loads(call(capsys, "show", reference, "--json"))
+    assert as_json["number"] == 2
+    assert as_json["aliases"] == ["champion"]
+    assert [entry["number"] for entry in as_json["log"]] == [3, 4]
+
+
+def test_text_from_elsewhere_stays_on_its_line(place, bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("getpass.getuser", lambda: "ann\n\x1b[31m")
+    monkeypatch.setattr("socket.gethostname", lambda: "desk\r")
+    path = vary(bundle, tmp_path / "hostile", metrics={"te\nst": {"accu\x07racy": 1.0}})
+    call(capsys, "add", "flowers", path)
+    for arguments in (["list"], ["show", "flowers"], ["show", "flowers/1"]):
+        output = call(capsys, *arguments)
+        assert all(line.isprintable() for line in output.splitlines())
+        assert r"ann\n\x1b[31m@desk\r" in output
+    assert r"te\nst" in output
+    assert r"accu\x07racy" in output
+
+
+def test_a_narrow_terminal_gets_paragraphs():
+    rows = [{"version": "flowers/1", "by": "a"}, {"version": "flowers/2", "by": "b"}]
+    assert command._table(rows, 13) == "version    by\nflowers/1  a\nflowers/2  b"
+    assert command._table(rows, 12) == (
+        "version  flowers/1\nby       a\n\nversion  flowers/2\nby       b"
+    )
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(57, 57), (0, math.inf)])
+def test_a_terminal_is_as_wide_as_it_says(monkeypatch, columns, expected):
+    main_end, own_end = pty.openpty()
+    fcntl.ioctl(own_end, termios.TIOCSWINSZ, struct.pack("HHHH", 20, columns, 0, 0))
+    with os.fdopen(own_end, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert command._width() == expected
+    os.close(main_end)
+
+
+@pytest.mark.parametrize("stdout", [io.StringIO(), None])
+def test_a_file_is_as_wide_as_need_be(monkeypatch, stdout):
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert command._width() == math.inf
+
+
+def test_looking_brings_nothing_heavy(registry):
+    code = (
+        "import sys\n"
+        "from cnn_jax.registry import __main__\n"
+        "for arguments in (['list'], ['show', 'flowers'], ['promote', 'flowers', '1'], "
+        "['rollback', 'flowers']):\n"
+        "    __main__.main(arguments)\n"
+        "print(*sys.modules)\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    heavy = {"jax", "flax", "numpy", "fsspec", "mlflow"}
+    assert not heavy & set(output.splitlines()[-1].split())
