@@ -1,0 +1,186 @@
+import importlib.util
+import shutil
+import sys
+
+import pytest
+from registry_tools import aliases, figures, outline, vary
+
+from cnn_jax.errors import BundleError, ConfigError
+from cnn_jax.registry import __main__ as command
+from cnn_jax.registry import mlflow
+from cnn_jax.registry.ledger import RegistryError
+from cnn_jax.registry.registry import Registry
+
+pytest_plugins = ["registry_fixtures"]
+needs_mlflow = pytest.mark.skipif(
+    importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed"
+)
+
+
+@pytest.fixture
+def registry(bundle, tmp_path):
+    """Versions 1 and 3 of a model; champion is 3, mine is 1."""
+    registry = Registry(tmp_path / "registry")
+    for i in range(3):
+        path = vary(bundle, tmp_path / str(i), metrics=figures(0.5 + i / 10, f1=0.25))
+        registry.add("flowers", path, f"note {i}")
+    registry.remove("flowers", 2)
+    registry.promote("flowers", 3)
+    registry.promote("flowers", 1, "mine")
+    return registry
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory):
+    """An MLflow registry with nothing in it: its tables take seconds to make."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}", f"sqlite:///{path}").search_registered_models()
+    return path
+
+
+@pytest.fixture
+def uri(empty, tmp_path, monkeypatch):
+    """A copy of it, whose artifacts are kept in a folder here."""
+    monkeypatch.chdir(tmp_path)
+    return f"sqlite:///{shutil.copy(empty, tmp_path / 'mlflow.db')}"
+
+
+@pytest.fixture
+def client(uri):
+    import mlflow
+
+    return mlflow.MlflowClient(uri, uri)
+
+
+def test_mlflow_that_is_missing_is_told_with_what_brings_it(registry, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    for call in (mlflow.export, mlflow.bring):
+        with pytest.raises(ConfigError, match=r"^--mlflow: mlflow is not .*pip install 'cnn_jax\["):
+            list(call(registry, "flowers", None, "sqlite:///mlflow.db"))
+
+
+def test_where_mlflow_is_must_be_said(registry, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("export", "import"):
+        with pytest.raises(ConfigError, match=r"^--mlflow: is needed, or the variable MLFLOW_TRA"):
+            command.main([name, "flowers", f"--registry={registry.url}"])
+
+
+def test_a_version_that_is_not_here_is_not_exported(registry):
+    with pytest.raises(RegistryError, match="there is no model birds"):
+        list(mlflow.export(registry, "birds", None, "sqlite:///mlflow.db"))
+    with pytest.raises(RegistryError, match="has no version 2 any more"):
+        list(mlflow.export(registry, "flowers", 2, "sqlite:///mlflow.db"))
+
+
+@needs_mlflow
+def test_all_versions_go_there_and_back(registry, uri, client, tmp_path, capsys):
+    exported = [
+        "exported flowers/1: it is flowers version 1 in MLflow",
+        "flowers@mine is version 1 in MLflow",
+        "exported flowers/3: it is flowers version 2 in MLflow",
+        "flowers@champion is version 2 in MLflow",
+    ]
+    command.main(["export", "flowers", f"--mlflow={uri}", f"--registry={registry.url}"])
+    assert capsys.readouterr().out.splitlines() == exported
+    version = client.get_model_version_by_alias("flowers", "champion")
+    assert version.tags["cnn_jax.digest"] == registry.resolve("flowers").bundle.digest
+    assert version.tags["cnn_jax.version"] == "3"
+    assert version.tags["test_accuracy"] == "0.7"
+    assert version.description == "note 2"
+    assert client.get_run(version.run_id).data.metrics == pytest.approx(
+        {"test_accuracy": 0.7, "test_f1": 0.25}
+    )
+    again = list(mlflow.export(registry, "flowers", None, uri))
+    assert [line.partition(" in MLflow")[2] for line in again] == [" already", ""] * 2
+    assert len(client.search_model_versions("name = 'flowers'")) == 2
+
+    other = Registry(tmp_path / "other")
+    assert list(mlflow.bring(other, "flowers", None, uri)) == [
+        "imported flowers version 1 as flowers/1",
+        "flowers@mine is version 1",
+        "imported flowers version 2 as flowers/2",
+        "flowers@champion is version 2",
+    ]
+    digests = [registry.resolve("flowers", number).bundle.digest for number in (1, 3)]
+    expected = ({1: digests[0], 2: digests[1]}, {"mine": (1,), "champion": (2,)}, 2)
+    assert outline(other) == {"flowers": expected}
+    other.fetch(other.resolve("flowers"), "unused")
+    assert other.log[0].note == "version 1 of MLflow"
+    command.main(["import", "flowers", f"--mlflow={uri}", f"--registry={other.url}"])
+    assert all(line.endswith(" already") for line in capsys.readouterr().out.splitlines())
+    assert outline(Registry(other.url)) == {"flowers": expected}
+
+
+@needs_mlflow
+def test_one_version_goes_there_and_back(registry, uri, tmp_path):
+    lines = list(mlflow.export(registry, "flowers", "champion", uri))
+    assert lines[0] == "exported flowers/3: it is flowers version 1 in MLflow"
+    assert len(lines) == 2
+    for which in (1, "champion"):
+        other = Registry(tmp_path / f"other-{which}")
+        list(mlflow.bring(other, "flowers", which, uri))
+        assert aliases(other) == {"champion": 1}
+
+
+@needs_mlflow
+def test_an_alias_that_the_other_does_not_allow_is_left_out(registry, uri, client, tmp_path):
+    registry.promote("flowers", 1, "a.b")
+    lines = list(mlflow.export(registry, "flowers", 1, uri))
+    assert lines[1].startswith("left out flowers@a.b: Invalid alias name: 'a.b'")
+    assert lines[2] == "flowers@mine is version 1 in MLflow"
+    client.set_registered_model_alias("flowers", "12", "1")
+    other = Registry(tmp_path / "other")
+    lines = list(mlflow.bring(other, "flowers", None, uri))
+    assert lines[1].startswith("left out flowers@12: alias: must not be a number")
+    assert aliases(other) == {"mine": 1}
+
+
+@needs_mlflow
+def test_what_is_no_bundle_stays_there(registry, uri, client, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "MLmodel").write_text("flavors: {}")
+    client.create_registered_model("flowers")
+    client.create_model_version("flowers", source=str(tmp_path / "model"))
+    other = Registry(tmp_path / "other")
+    with pytest.raises(BundleError, match=r"^MLflow has no bundle at flowers/1$"):
+        list(mlflow.bring(other, "flowers", 1, uri))
+    list(mlflow.export(registry, "flowers", None, uri))
+    lines = list(mlflow.bring(other, "flowers", None, uri))
+    assert lines[0] == "left out flowers version 1 of MLflow: it is no bundle"
+    assert len(other.models["flowers"].versions) == 2
+
+
+@needs_mlflow
+def test_a_bundle_that_is_damaged_there_is_not_imported(registry, uri, client, tmp_path):
+    list(mlflow.export(registry, "flowers", 1, uri))
+    version = client.get_model_version("flowers", "1")
+    description = next(tmp_path.glob("mlruns/**/bundle.json"))
+    description.chmod(0o644)
+    text = description.read_text()
+    other = Registry(tmp_path / "other")
+    for damaged in (text.replace("red", "rad"), "{"):
+        description.write_text(damaged)
+        with pytest.raises(BundleError, match=r"^flowers version 1 of MLflow is damaged"):
+            list(mlflow.bring(other, "flowers", None, uri))
+    client.delete_model_version_tag("flowers", version.version, "cnn_jax.digest")
+    with pytest.raises(BundleError, match="is not a bundle"):
+        list(mlflow.bring(other, "flowers", None, uri))
+
+
+@needs_mlflow
+@pytest.mark.parametrize(
+    ("name", "which", "message"),
+    [
+        ("birds", None, "Registered Model with name=birds not found"),
+        ("flowers", 7, "version=7.* not found"),
+        ("flowers", "nobody", "alias nobody not found"),
+    ],
+)
+def test_what_is_not_there_is_one_line(registry, uri, client, name, which, message):
+    client.create_registered_model("flowers")
+    with pytest.raises(RegistryError, match=f"^MLflow at {uri}: .*{message}") as raised:
+        list(mlflow.bring(registry, name, which, uri))
+    assert "\n" not in str(raised.value)
