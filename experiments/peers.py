@@ -249,8 +249,8 @@ class Torch(Peer):
         self._torch = torch
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._precision, self._host_images = task.precision, task.images
-        net = _torch_network(task.dropout)
-        _load_into_torch(net, task.weights)
+        net = torch_network(task.dropout)
+        load_into_torch(net, task.weights)
         self._dtype = torch.float64 if task.precision == "float64" else torch.float32
         self._net = net.to(self._device, self._dtype, memory_format=torch.channels_last)
         kernels = [p for n, p in net.named_parameters() if _is_torch_kernel(n, p)]
@@ -317,7 +317,7 @@ class CompiledTorch(Torch):
     is_compiled = True
 
 
-def _torch_network(dropout: float) -> Any:
+def torch_network(dropout: float) -> Any:
     import torch  # pyright: ignore
     from torch import nn  # pyright: ignore
 
@@ -359,7 +359,7 @@ def _torch_tensors(net: Any) -> Mapping[str, Any]:
     return tensors
 
 
-def _load_into_torch(net: Any, weights: Arrays) -> None:
+def load_into_torch(net: Any, weights: Arrays) -> None:
     import torch  # pyright: ignore
 
     with torch.no_grad():

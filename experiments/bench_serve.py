@@ -1,0 +1,288 @@
+"""Throughput and latency of this server, beside LitServe and FastAPI with PyTorch.
+
+    pip install -e '.[bench,serve]' litserve && python experiments/bench_serve.py
+
+The specification's network at 224 x 224 pixels, JPEGs of that size, over the loopback; each
+server in a process of its own, all with the same weights and all cores, measured in turn,
+round by round. The client sends as many requests at a time as `concurrency` says, each the
+next one as soon as its answer is there, over connections that stay open. Medians over rounds.
+
+"bare" is decoding and the compiled forward pass of one image in a process without a server.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import requests
+from PIL import Image
+
+from cnn_jax.bundle import Bundle, write_bundle
+from cnn_jax.models import make_model
+from cnn_jax.preprocessing import Preprocessing
+
+HERE = pathlib.Path(__file__).resolve().parent
+MODEL = {
+    "name": "cnn",
+    "features": [32, 64, 128],
+    "dense": 256,
+    "dropout": 0.5,
+    "batch_norm": True,
+}
+CONCURRENCY = (1, 8, 64)
+_BOUNDARY = "a-boundary-that-is-in-no-image"
+
+
+def make_bundle(path: pathlib.Path, side: int) -> None:
+    """An untrained network of the specification: what it says takes no other time."""
+    model = make_model(MODEL, 10, "float32")
+    write_bundle(
+        Bundle(
+            model=MODEL,
+            precision="float32",
+            class_names=[f"class {number}" for number in range(10)],
+            preprocessing=Preprocessing(image_size=(side, side)),
+            temperature=1.0,
+            data={},
+            metrics={},
+            variables=model.init(jax.random.key(0), jnp.zeros((1, side, side, 3))),
+        ),
+        path,
+    )
+
+
+def make_images(count: int, side: int) -> list[bytes]:
+    """JPEGs of a usual quality, smooth enough to be of a usual size."""
+    rng = np.random.default_rng(0)
+    images = []
+    for _ in range(count):
+        rough = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), np.uint8))
+        image = rough.resize((side, side), Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=90)
+        images.append(file.getvalue())
+    return images
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A server that runs.
+
+    Attributes:
+      name: Its own.
+      port: On the loopback.
+    """
+
+    name: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/predict"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Iterator[Peer]:
+    """A server, from when it answers."""
+    port = free_port()
+    if name == "cnn_jax":
+        command = [sys.executable, "-m", "cnn_jax.serve", "--log_level=warning"]
+    else:
+        command = [python, str(HERE / "serve_peers.py"), name]
+    command += [f"--bundle={bundle}", f"--port={port}"]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+            start_new_session=True,
+        )
+        try:
+            peer = Peer(name, port)
+            for _ in range(600):
+                with contextlib.suppress(requests.RequestException):
+                    if requests.post(peer.url, files={"file": image}, timeout=60).ok:
+                        break
+                if process.poll() is not None:
+                    log.seek(0)
+                    sys.exit(f"{name} has ended:\n{log.read()}")
+                time.sleep(0.2)
+            yield peer
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 15)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+
+
+def make_request(image: bytes) -> bytes:
+    """A whole request with a form of one file."""
+    body = (
+        (
+            f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n'
+            "Content-Type: image/jpeg\r\n\r\n"
+        ).encode()
+        + image
+        + f"\r\n--{_BOUNDARY}--\r\n".encode()
+    )
+    head = (
+        "POST /predict HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: multipart/form-data; boundary={_BOUNDARY}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def _one_client(
+    port: int, requests_: Sequence[bytes], first: int, until: float, found: list[float]
+) -> int:
+    """Asks again and again; the number of answers that are no 200."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    failed, turn = 0, first
+    try:
+        while time.perf_counter() < until:
+            start = time.perf_counter()
+            writer.write(requests_[turn % len(requests_)])
+            head = await reader.readuntil(b"\r\n\r\n")
+            lines = head.lower().split(b"\r\n")
+            (length,) = (int(line[15:]) for line in lines if line.startswith(b"content-length:"))
+            await reader.readexactly(length)
+            found.append(time.perf_counter() - start)
+            failed += not head.startswith(b"HTTP/1.1 200")
+            turn += 1
+    finally:
+        writer.close()
+    return failed
+
+
+def load(
+    peer: Peer, requests_: Sequence[bytes], concurrency: int, seconds: float
+) -> dict[str, Any]:
+    """Images a second, and the latency's median and 99th percentile in milliseconds."""
+    found: list[float] = []
+
+    async def run() -> int:
+        until = time.perf_counter() + seconds
+        clients = (
+            _one_client(peer.port, requests_, 7 * number, until, found)
+            for number in range(concurrency)
+        )
+        return sum(await asyncio.gather(*clients))
+
+    start = time.perf_counter()
+    failed = asyncio.run(run())
+    elapsed = time.perf_counter() - start
+    if failed:
+        sys.exit(f"{peer.name}: {failed} of {len(found)} requests failed")
+    return {
+        "per_second": len(found) / elapsed,
+        "p50": 1000 * statistics.median(found),
+        "p99": 1000 * float(np.percentile(found, 99)),
+    }
+
+
+_BARE = """
+import pathlib, statistics, sys, time
+from cnn_jax import runtime
+from cnn_jax.compiled import keep_compiled
+runtime.keep_freed_memory()
+keep_compiled()
+from cnn_jax.predict import Predictor, preprocess_for_inference
+predictor = Predictor.load(sys.argv[1])
+images = [path.read_bytes() for path in sorted(pathlib.Path(sys.argv[2]).iterdir())]
+times = []
+end = time.perf_counter() + float(sys.argv[3])
+while time.perf_counter() < end or len(times) < 20:
+    start = time.perf_counter()
+    predictor(preprocess_for_inference(images[len(times) % len(images)], predictor.preprocessing)[None])
+    times.append(time.perf_counter() - start)
+print(1000 * statistics.median(times[10:]))
+"""
+
+
+def bare_milliseconds(bundle: pathlib.Path, images: pathlib.Path, seconds: float) -> float:
+    """Decoding and the forward pass of an image, without a server."""
+    command = [sys.executable, "-c", _BARE, str(bundle), str(images), str(seconds)]
+    return float(
+        subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(HERE.parent)})
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peers", default="cnn_jax,litserve,litserve_jax,fastapi")
+    parser.add_argument("--peer_python", default=sys.executable, help="that has LitServe, PyTorch")
+    parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
+    parser.add_argument("--json", type=pathlib.Path)
+    flags = parser.parse_args()
+    images = make_images(32, flags.side)
+    requests_ = [make_request(image) for image in images]
+    results: dict[str, Any] = {"bytes_of_a_jpeg": statistics.mean(map(len, images))}
+    measured: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    bare = []
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        folder = pathlib.Path(temporary)
+        make_bundle(folder / "bundle", flags.side)
+        (folder / "images").mkdir()
+        for number, image in enumerate(images):
+            (folder / "images" / f"{number:02d}.jpg").write_bytes(image)
+        peers = [
+            stack.enter_context(started(name, folder / "bundle", flags.peer_python, images[0]))
+            for name in flags.peers.split(",")
+        ]
+        for round_ in range(flags.rounds + 1):
+            bare.append(bare_milliseconds(folder / "bundle", folder / "images", flags.seconds / 2))
+            for concurrency in CONCURRENCY:
+                for peer in peers:
+                    # The first round warms up, and is not counted.
+                    seconds = flags.seconds if round_ else 2
+                    found = load(peer, requests_, concurrency, seconds)
+                    if round_:
+                        measured.setdefault((peer.name, concurrency), []).append(found)
+    results["bare_milliseconds"] = statistics.median(bare[1:])
+    print(
+        f"{flags.side} x {flags.side} pixels, JPEGs of {results['bytes_of_a_jpeg'] / 1000:.0f} kB"
+    )
+    print(f"bare: {results['bare_milliseconds']:.2f} ms an image\n")
+    print("| server | concurrency | images a second | p50 ms | p99 ms |")
+    print("| --- | --- | --- | --- | --- |")
+    results["servers"] = []
+    for (name, concurrency), rounds in sorted(measured.items(), key=lambda item: item[0][1]):
+        row = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+        results["servers"].append({"name": name, "concurrency": concurrency, **row})
+        print(
+            f"| {name} | {concurrency} | {row['per_second']:.1f} | {row['p50']:.2f} | "
+            f"{row['p99']:.2f} |"
+        )
+    if flags.json:
+        flags.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

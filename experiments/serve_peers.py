@@ -1,0 +1,131 @@
+"""Other servers with the same network, for bench_serve.py.
+
+    python experiments/serve_peers.py NAME --bundle=BUNDLE --port=PORT
+
+A multipart form with one file in, JSON with all probabilities out. Each as its documentation
+has it, and as most people write it:
+
+    fastapi      FastAPI and PyTorch: an image a call, on FastAPI's threads
+    litserve     LitServe and PyTorch, batches of up to 8
+    litserve_jax LitServe over this project's predictor, batches of up to 8
+"""
+
+import argparse
+import io
+from typing import Any
+
+import numpy as np
+import peers
+from PIL import Image
+
+from cnn_jax.bundle import read_bundle
+
+_BATCH, _BATCH_SECONDS = 8, 0.005
+
+
+class _TorchModel:
+    """The bundle's network in PyTorch, in inference mode."""
+
+    def __init__(self, path: str):
+        import flax.traverse_util
+        import torch
+
+        bundle = read_bundle(path)
+        weights = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
+        self.size = bundle.preprocessing.image_size
+        self.temperature = bundle.temperature
+        self.network = peers.torch_network(peers.DROPOUT)
+        peers.load_into_torch(self.network, {k: np.asarray(v) for k, v in weights.items()})
+        self.network.eval().to(memory_format=torch.channels_last)
+
+    def decode(self, content: bytes) -> Any:
+        """An image file as float32 [3, height, width], as torchvision's ToTensor makes it."""
+        import torch
+
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return (pixels.float() - peers.GREY) / peers.GREY
+
+    def probabilities(self, images: Any) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            images = images.contiguous(memory_format=torch.channels_last)
+            return torch.softmax(self.network(images) / self.temperature, 1).numpy()
+
+
+def _fastapi(bundle: str, port: int) -> None:
+    import uvicorn
+    from fastapi import FastAPI, UploadFile
+
+    model = _TorchModel(bundle)
+    app = FastAPI()
+
+    @app.post("/predict")
+    def predict(file: UploadFile) -> dict[str, list[float]]:
+        image = model.decode(file.file.read())
+        return {"probabilities": model.probabilities(image[None])[0].tolist()}
+
+    uvicorn.run(app, port=port, log_level="warning", access_log=False)
+
+
+def _litserve(bundle: str, port: int, kind: str) -> None:
+    import litserve
+
+    class Api(litserve.LitAPI):
+        def setup(self, device: str) -> None:
+            if kind == "torch":
+                model = _TorchModel(bundle)
+                self.decode, self.run = model.decode, model.probabilities
+            else:
+                from cnn_jax.predict import Predictor, predict_pixels, preprocess_for_inference
+
+                predictor = Predictor.load(bundle)
+                for size in (1, 2, 4, 8):
+                    image = np.zeros((size, *predictor.preprocessing.image_size, 3), np.uint8)
+                    predictor(image)  # Compiles.
+                self.decode = lambda content: preprocess_for_inference(
+                    content, predictor.preprocessing
+                )
+                self.run = lambda images: predict_pixels(predictor, images)
+
+        def decode_request(self, request: Any) -> Any:
+            return self.decode(request["file"].file.read())
+
+        def batch(self, inputs: list[Any]) -> Any:
+            if kind == "torch":
+                import torch
+
+                return torch.stack(inputs)
+            return np.stack(inputs)
+
+        def predict(self, x: Any) -> Any:
+            return self.run(x)
+
+        def unbatch(self, output: Any) -> list[Any]:
+            return list(output)
+
+        def encode_response(self, output: Any) -> dict[str, list[float]]:
+            return {"probabilities": output.tolist()}
+
+    api = Api(max_batch_size=_BATCH, batch_timeout=_BATCH_SECONDS)
+    server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=1)
+    server.run(port=port, host="127.0.0.1", generate_client_file=False, log_level="warning")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=("fastapi", "litserve", "litserve_jax"))
+    parser.add_argument("--bundle", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    flags = parser.parse_args()
+    if flags.name == "fastapi":
+        _fastapi(flags.bundle, flags.port)
+    else:
+        kind = "jax" if flags.name.endswith("jax") else "torch"
+        _litserve(flags.bundle, flags.port, kind)
+
+
+if __name__ == "__main__":
+    main()
