@@ -7,8 +7,9 @@ it is known again: doing the same twice changes nothing. Their version numbers a
 import contextlib
 import importlib
 import logging
+import os
 import pathlib
-import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from cnn_jax.errors import BundleError, ConfigError, printable
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import FIGURES, RegistryError, Version
 from cnn_jax.registry.registry import Registry
+from cnn_jax.registry.store import hidden, reason
 
 _EXPERIMENT = "cnn_jax"  # MLflow keeps artifacts with runs, and runs in experiments.
 _ARTIFACTS = "bundle"
@@ -86,7 +88,8 @@ def _export_version(client: Any, registry: Registry, version: Version) -> str:
         client.log_artifacts(run.run_id, str(folder), _ARTIFACTS)
     for figure, value in figures.items():
         client.log_metric(run.run_id, figure, value)
-    client.set_terminated(run.run_id)
+    with contextlib.redirect_stdout(sys.stderr):  # It prints where the run can be seen.
+        client.set_terminated(run.run_id)
     made = client.create_model_version(
         version.model,
         source=f"{run.artifact_uri}/{_ARTIFACTS}",
@@ -113,7 +116,7 @@ def _export_alias(client: Any, name: str, alias: str, number: str) -> str:
     except _exception() as error:
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
-        return f"left out {name}@{alias}: {_reason(error)}"  # MLflow allows fewer names.
+        return f"left out {name}@{alias}: {reason(error)}"  # MLflow allows fewer names.
     return f"{name}@{alias} is version {number} in MLflow"
 
 
@@ -203,6 +206,8 @@ def _import_alias(registry: Registry, name: str, alias: str, number: int) -> str
 
 
 def _client(uri: str) -> Any:
+    # A server that is not there is told in half a minute, not in four.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     return importlib.import_module("mlflow").MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -223,7 +228,7 @@ def _explained(uri: str) -> Iterator[None]:
         raise ConfigError(
             "--mlflow: mlflow is not installed: pip install 'cnn_jax[mlflow]' brings it"
         ) from error
-    shown = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+    shown = hidden(uri)
     try:
         yield
     except ModuleNotFoundError as error:
@@ -232,8 +237,4 @@ def _explained(uri: str) -> Iterator[None]:
             f"pip install {error.name}"
         ) from error
     except _exception() as error:
-        raise RegistryError(f"MLflow at {shown}: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    return printable(" ".join(str(error).split()))
+        raise RegistryError(f"MLflow at {shown}: {reason(error)}") from error

@@ -201,8 +201,8 @@ class LocalStore(Store):
             raise
         except OSError as error:
             advice = "; make room, and give the command again" * (error.errno == errno.ENOSPC)
-            reason = error.strerror or str(error)
-            raise StoreError(f"{error.filename or path}: {reason}{advice}") from error
+            what = error.strerror or str(error)
+            raise StoreError(f"{error.filename or path}: {what}{advice}") from error
 
 
 def _make_folder(path: pathlib.Path) -> None:
@@ -237,7 +237,7 @@ class RemoteStore(Store):
     """A place that fsspec reaches."""
 
     def __init__(self, url: str, options: Mapping[str, Any]):
-        self.url = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
+        self.url = hidden(url)
         try:
             import fsspec.core
 
@@ -245,9 +245,13 @@ class RemoteStore(Store):
             options = {**options, "skip_instance_cache": True}
             self._files, root = fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
-            raise ConfigError(f"--registry: {self.url} cannot be reached: {error}") from error
+            raise ConfigError(
+                f"--registry: {self.url} cannot be reached: {reason(error)}"
+            ) from error
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"--registry: {self.url} is no place of fsspec: {error}") from error
+            raise ConfigError(
+                f"--registry: {self.url} is no place of fsspec: {reason(error)}"
+            ) from error
         self._root = root.rstrip("/")
         is_memory = "memory" in self._protocols()
         self._turn = _MEMORY if is_memory else contextlib.nullcontext()
@@ -324,8 +328,17 @@ class RemoteStore(Store):
             raise
         except Exception as error:
             kind = StoreError if isinstance(error, PermissionError) else AwayError
-            reason = printable(" ".join(str(error).split())) or type(error).__name__
-            raise kind(f"{self.url}/{name}: {reason}") from error
+            raise kind(f"{self.url}/{name}: {reason(error)}") from error
+
+
+def hidden(text: str) -> str:
+    """A URL, or a text with URLs in it, without their passwords."""
+    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
+
+
+def reason(error: BaseException) -> str:
+    """What a library has said, on one line and without a password."""
+    return hidden(printable(" ".join(str(error).split()))) or type(error).__name__
 
 
 def _is_precondition(error: BaseException) -> bool:

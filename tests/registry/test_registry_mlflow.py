@@ -184,3 +184,15 @@ def test_what_is_not_there_is_one_line(registry, uri, client, name, which, messa
     with pytest.raises(RegistryError, match=f"^MLflow at {uri}: .*{message}") as raised:
         list(mlflow.bring(registry, name, which, uri))
     assert "\n" not in str(raised.value)
+
+
+@needs_mlflow
+def test_a_server_that_is_not_there_is_one_line_without_its_password(registry, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for call in (mlflow.export, mlflow.bring):
+        with pytest.raises(RegistryError) as raised:
+            list(call(registry, "flowers", None, "http://user:s3cret@127.0.0.1:1"))
+        message = str(raised.value)
+        assert message.startswith("MLflow at http://user:***@127.0.0.1:1: ")
+        assert "s3cret" not in message
+        assert "\n" not in message

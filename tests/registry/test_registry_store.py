@@ -359,6 +359,7 @@ def test_a_password_is_not_shown():
         (TimeoutError(), AwayError, "TimeoutError"),
         (ValueError("\x1b[31mBad Request"), AwayError, r"\\x1b\[31mBad Request"),
         (Exception("boto's own"), AwayError, "boto's own"),
+        (OSError(f"GET ftp://ann:{SECRET}@host/a"), AwayError, r"GET ftp://ann:\*\*\*@host/a"),
     ],
 )
 def test_whatever_a_library_raises_becomes_one_line(monkeypatch, error, kind, reason):
