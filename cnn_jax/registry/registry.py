@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import getpass
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cnn_jax.errors import BundleError
+from cnn_jax.errors import BundleError, UserError
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import (
     CHAMPION,
@@ -110,6 +111,7 @@ class Registry:
         self._identity: bytes | None = None
         self._is_proven = False
         self._is_read = False
+        self._listed = 0
         self._entries: list[Entry] = []
         self._last_digest = ""
         self._models: dict[str, Model] = {}
@@ -147,6 +149,11 @@ class Registry:
                 self._read_listed()
             while self._read_next():
                 pass
+            if len(self._entries) < self._listed:
+                raise RegistryError(
+                    f"{self.url} is damaged: {_log_name(len(self._entries) + 1)} is missing, and "
+                    "later entries are there"
+                )
             self._is_read = True
             return len(self._entries) > known
 
@@ -169,14 +176,18 @@ class Registry:
         self._identity = identity
 
     def _read_listed(self) -> None:
-        """Reads all that the log's folder lists: many files at once, and none may be missing."""
-        names = [name for name in self._store.names(_LOG) if _is_of_log(name)]
-        wanted = [_log_name(number) for number in range(1, 1 + len(names))]
-        if missing := sorted({*wanted} - {f"{_LOG}/{name}" for name in names}):
-            raise RegistryError(
-                f"{self.url} is damaged: {missing[0]} is missing, and later entries are there"
-            )
-        for name, data in zip(wanted, self._store.read_all(wanted), strict=True):
+        """Reads what the log's folder lists without a gap, many files at once.
+
+        A folder that is written to may be listed with a gap where there is none: an entry that
+        was made during the listing, and not the one that was made before it.
+        """
+        numbers = {int(name[:8]) for name in self._store.names(_LOG) if _is_of_log(name)}
+        self._listed = max(numbers, default=0)
+        names = [
+            _log_name(number)
+            for number in itertools.takewhile(numbers.__contains__, itertools.count(1))
+        ]
+        for name, data in zip(names, self._store.read_all(names), strict=True):
             if data is None:
                 raise RegistryError(f"{self.url} is damaged: {name} is listed, and not there")
             self._follow(data)
@@ -229,8 +240,6 @@ class Registry:
         if there := ledger.with_digest(self._models, model, wanted):
             return Added(there, is_new=False)
         start = time.time()
-        for name, content in contents.items():
-            self._store.write(f"{facts.path}/{name}", content)
 
         def decide(models: ledger.Models) -> dict[str, Any] | None:
             if ledger.with_digest(models, model, wanted):
@@ -240,7 +249,14 @@ class Registry:
             number = models[model].last + 1 if model in models else 1
             return {"action": "add", "model": model, "version": number, "bundle": facts}
 
-        entry = self._commit(decide, note)
+        try:
+            for name, content in contents.items():
+                self._store.write(f"{facts.path}/{name}", content)
+            entry = self._commit(decide, note)
+        except UserError as error:
+            if not isinstance(error, AwayError):  # Then it may have been added after all.
+                self._delete(facts.path)
+            raise
         if entry is None:  # Somebody else has added it in the meantime.
             self._delete(facts.path)
         self._sweep()
@@ -400,10 +416,12 @@ class Registry:
         with self._lock:
             if self._identity is not None:
                 return
+            # In this order: somebody else may be making both at this moment.
+            log = self._store.names(_LOG)
             with contextlib.suppress(FileNotFoundError):
                 self._store.read(_IDENTITY)
                 return
-            if self._store.names(_LOG):
+            if log:
                 raise RegistryError(f"{self.url} is damaged: it has a log and no {_IDENTITY}")
             prove(self._store)
             identity = {"format": ledger.FORMAT, "id": uuid.uuid4().hex}
@@ -439,9 +457,10 @@ class Registry:
 
         Raises:
           AwayError: The store does not answer; if it was asked for the change, that may have
-            happened.
+            happened. After any other error it has not.
         """
-        change, failures, problem = uuid.uuid4().hex, 0, None
+        change, failures, is_asked, in_doubt = uuid.uuid4().hex, 0, False, False
+        problem = "it shows no file that it has said is there"
         while failures < _MOST_FAILURES:
             if failures > 1:
                 time.sleep(random.uniform(0.5, 1) * _PAUSE * 2**failures)
@@ -455,12 +474,13 @@ class Registry:
                     if fields is None:
                         return None
                     self._prove_once()
-                    problem = problem or "it shows no file that it has said is there"
+                    is_asked = True
                     self._create(change, note, fields)
             except FileExistsError:
                 pass
-            except AwayError as error:
-                if problem is None:
+            except StoreError as error:
+                in_doubt = in_doubt or (is_asked and isinstance(error, AwayError))
+                if not in_doubt:
                     raise
                 problem = str(error)
             failures += 1

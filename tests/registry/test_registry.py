@@ -29,7 +29,7 @@ from cnn_jax.registry import registry as registries
 from cnn_jax.registry import store as stores
 from cnn_jax.registry.ledger import Gates, RegistryError
 from cnn_jax.registry.registry import Registry
-from cnn_jax.registry.store import AwayError, StoreError, open_store, unique
+from cnn_jax.registry.store import AwayError, LocalStore, StoreError, open_store, unique
 
 pytest_plugins = ["registry_fixtures"]
 
@@ -538,7 +538,7 @@ def test_a_place_for_downloads_that_cannot_be_written_is_told(bundles, tmp_path)
         on(store).fetch(version, tmp_path / "file")
 
 
-def _meanwhile(store, moment, change):
+def _meanwhile(store, moment, change, when="before"):
     """Has somebody else make a change just before or after a call to the store."""
     is_done = []
 
@@ -547,7 +547,7 @@ def _meanwhile(store, moment, change):
             is_done.append(True)
             change()
 
-    store.before = hook
+    setattr(store, when, hook)
     return is_done
 
 
@@ -617,6 +617,35 @@ def test_several_may_begin_a_registry_at_once(tmp_path, bundles):
     _meanwhile(store, first, lambda: Registry(tmp_path / "registry").add("flowers", bundles[0]))
     assert slow.add("flowers", bundles[1]).version.number == 2
     assert outline(slow) == outline(Registry(tmp_path / "registry"))
+
+
+@pytest.mark.parametrize(
+    ("when", "moment"),
+    [
+        ("before", ("read", "registry.json")),
+        ("before", ("names", "log")),
+        ("after", ("names", "log")),
+    ],
+)
+def test_a_registry_that_appears_during_the_look_is_no_damage(tmp_path, bundles, when, moment):
+    store = wrapped(tmp_path / "registry")
+    slow = on(store)
+    other = Registry(tmp_path / "registry")
+    assert not _meanwhile(store, moment, lambda: other.add("flowers", bundles[0]), when)
+    assert slow.add("flowers", bundles[1]).version.number == 2
+
+
+@pytest.mark.parametrize("hidden", [{1}, {2}, {6}, {2, 3, 5}, {1, 2, 3, 4, 5, 6}])
+def test_a_listing_that_others_write_to_may_have_gaps(registry, hidden):
+    """As readdir has it: of files that are made in the meantime, any may be there."""
+
+    class Gaps(Wrapped):
+        def names(self, folder):
+            names = super().names(folder)
+            return [name for name in names if name not in {f"{i:08d}.json" for i in hidden}]
+
+    reader = on(Gaps(LocalStore(pathlib.Path(registry.url))))
+    assert outline(reader) == outline(registry)
 
 
 def test_threads_may_share_a_registry(registry):
@@ -934,6 +963,47 @@ def test_a_sweep_that_fails_is_a_warning(registry, bundles, monkeypatch, caplog,
     (record,) = caplog.records
     assert "no answer" in record.getMessage()
     assert len(Registry(registry.url).log) == 7
+
+
+@pytest.mark.parametrize(
+    ("moment", "error", "left"),
+    [
+        (("write", "bundles"), StoreError("No space left on device"), 0),
+        (LOG, StoreError("No space left on device"), 0),
+        (LOG, RegistryError("whatever else is wrong"), 0),
+        (LOG, AwayError("no answer"), 1),
+        (LOG, KeyboardInterrupt(), 1),
+    ],
+)
+def test_an_addition_that_fails_for_certain_takes_its_files_back(
+    registry, bundles, fast, moment, error, left
+):
+    """Or a full disk would be fuller after each try."""
+    store = wrapped(pathlib.Path(registry.url))
+    failing(store, moment, happens=False, times=100, error=error)
+    with pytest.raises(type(error)):
+        on(store).add("flowers", bundles[3])
+    assert len(leftovers(registry)) == left
+    assert outline(Registry(registry.url)) == outline(registry)
+
+
+def test_a_doubt_stays_one_when_the_store_then_says_no(registry, bundles, fast):
+    """The entry was made without an answer, and reading it is not allowed any more."""
+    store = wrapped(pathlib.Path(registry.url))
+
+    def refuse(call, name):
+        raise StoreError("Permission denied")
+
+    def lose(call, name):
+        if (call, name.partition("/")[0]) == LOG:
+            store.before = refuse
+            raise AwayError("no answer")
+
+    store.after = lose
+    with pytest.raises(AwayError, match=r"whether the change was made \(Permission denied\)"):
+        on(store).add("flowers", bundles[3])
+    after = Registry(registry.url)
+    after.fetch(after.resolve("flowers", 4), "unused")
 
 
 def test_files_that_cannot_be_removed_are_a_warning(registry, caplog):
