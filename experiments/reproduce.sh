@@ -36,15 +36,18 @@ PYTHON
 ) || true
 [[ -n ${variants:-} ]] || fail "$expected has no ${row#*/}"
 
-eurosat=(--config="$here/../configs/eurosat.py" --config.data.stratify=exact
-  --config.data.source="folder:${EUROSAT:-}")
+configs=$here/../configs
+eurosat=(--config.data.source="folder:${EUROSAT:-}" --config.data.stratify=exact)
 case $table in
-  eurosat32) settings=("${eurosat[@]}" --config.data.image_size=32) ;;
-  eurosat64) settings=("${eurosat[@]}") ;;
-  shapes) settings=(--config="$here/../configs/default.py") ;;
+  best) settings=(--config="$configs/best.py" "${eurosat[@]}") ;;
+  eurosat32) settings=(--config="$configs/eurosat.py" "${eurosat[@]}" --config.data.image_size=32) ;;
+  eurosat32_15) settings=(--config="$configs/eurosat.py" "${eurosat[@]}"
+    --config.data.image_size=32 --config.train.epochs=15) ;;
+  eurosat64) settings=(--config="$configs/eurosat.py" "${eurosat[@]}") ;;
+  shapes) settings=(--config="$configs/default.py") ;;
   *) fail "nobody has said how the table $table is made" ;;
 esac
-[[ $table != eurosat* || -d ${EUROSAT:-} ]] || fail "EUROSAT must be the folder of its images"
+[[ $table == shapes || -d ${EUROSAT:-} ]] || fail "EUROSAT must be the folder of its images"
 
 jobs=$(($(nproc) / cores))
 exec python "$here/ablation.py" --grid=all --variants="$variants" --seeds="$seeds" \

@@ -307,11 +307,24 @@ def test_a_row_is_made_again_by_its_name(tmp_path, reproduce):
         } <= set(told)
 
 
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "experiments" / "results").glob("*.json")))
+def test_every_table_can_be_made_again(tmp_path, reproduce, file):
+    (tmp_path / "images").mkdir()
+    done = reproduce(file.stem, EUROSAT=str(tmp_path / "images"))
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert f"--expect={file}" in told
+    flags = [flag for flag in told if flag.startswith("--config")]
+    config = configuration.load(flags[0].removeprefix("--config="), flags[1:])
+    epochs = {run["epochs"] for runs in json.loads(file.read_text()).values() for run in runs}
+    assert max(epochs) == config.train.epochs
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("", "a row is TABLE or TABLE/VARIANT, of the tables eurosat32.json"),
-        ("nix", "a row is TABLE or TABLE/VARIANT, of the tables eurosat32.json"),
+        ("", "a row is TABLE or TABLE/VARIANT, of the tables"),
+        ("nix", "a row is TABLE or TABLE/VARIANT, of the tables"),
         ("shapes/cake", "shapes.json has no cake"),
         ("eurosat32/plain", "EUROSAT must be the folder of its images"),
     ],

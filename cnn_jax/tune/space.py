@@ -142,7 +142,8 @@ def present(config: Config, space: Space) -> dict[str, Any]:
         if isinstance(distribution, CategoricalDistribution):
             # As the space writes it: a tuple is text there.
             same = [choice for choice in distribution.choices if _parse(choice, value) == value]
-            found |= {key: choice for choice in same[:1]}
+            if same:
+                found[key] = same[0]
         elif distribution is not None and _is_in_range(value, distribution):
             found[key] = value
     return found
