@@ -49,7 +49,7 @@ CONCURRENCY = (1, 8, 64)
 _BOUNDARY = "a-boundary-that-is-in-no-image"
 
 
-def make_bundle(path: pathlib.Path, side: int) -> None:
+def make_bundle(path: pathlib.Path, side: int, seed: int = 0) -> None:
     """An untrained network of the specification: what it says takes no other time."""
     model = make_model(MODEL, 10, "float32")
     write_bundle(
@@ -61,7 +61,7 @@ def make_bundle(path: pathlib.Path, side: int) -> None:
             temperature=1.0,
             data={},
             metrics={},
-            variables=model.init(jax.random.key(0), jnp.zeros((1, side, side, 3))),
+            variables=model.init(jax.random.key(seed), jnp.zeros((1, side, side, 3))),
         ),
         path,
     )
@@ -217,8 +217,9 @@ images = [path.read_bytes() for path in sorted(pathlib.Path(sys.argv[2]).iterdir
 times = []
 end = time.perf_counter() + float(sys.argv[3])
 while time.perf_counter() < end or len(times) < 20:
+    image = images[len(times) % len(images)]
     start = time.perf_counter()
-    predictor(preprocess_for_inference(images[len(times) % len(images)], predictor.preprocessing)[None])
+    predictor(preprocess_for_inference(image, predictor.preprocessing)[None])
     times.append(time.perf_counter() - start)
 print(1000 * statistics.median(times[10:]))
 """

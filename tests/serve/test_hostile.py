@@ -1,0 +1,140 @@
+"""Whatever a client sends: no answer of the server's own fault, and no memory that stays."""
+
+import io
+import json
+import pathlib
+import random
+import re
+
+import numpy as np
+import pytest
+import requests
+import schemathesis
+from PIL import Image
+from servers import Served
+from test_bundle import make_bundle
+
+from cnn_jax.bundle import write_bundle
+
+_KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# By how much the memory of a server may grow beyond what it needs when it is ready.
+_MOST_MEGABYTES = 200
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    write_bundle(make_bundle(), folder / "bundle")
+    with Served(folder, f"--bundle={folder}/bundle", "--max_batch=4") as server:
+        requests.post(f"{server.url}/predict?explain=gradcam", encode("PNG"), timeout=30)
+        yield server
+        assert server.end() == 0
+        assert all(line["level"] != "error" for line in server.log())
+
+
+def encode(kind, size=(40, 60)):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def peak_megabytes(server):
+    status = pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000
+
+
+def mutate(content, rng):
+    """Some bytes changed, cut out, doubled, or another length."""
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        place = rng.randrange(len(content) + 1)
+        action = rng.randrange(4)
+        if action == 0 and place < len(content):
+            content[place] = rng.randrange(256)
+        elif action == 1:
+            del content[place : place + rng.randrange(1, 50)]
+        elif action == 2:
+            content[place:place] = rng.randbytes(rng.randrange(1, 50))
+        else:
+            content = content[: max(place, 1)]
+    return bytes(content)
+
+
+def test_mutated_images_and_bodies(server):
+    rng, before = random.Random(0), peak_megabytes(server)
+    images = [encode(kind) for kind in _KINDS]
+    session = requests.Session()
+    statuses = set()
+    for _ in range(700):
+        answer = session.post(f"{server.url}/predict", mutate(rng.choice(images), rng), timeout=30)
+        statuses.add(answer.status_code)
+        assert answer.status_code in (200, 400, 413, 415, 422), answer.text
+    assert {200, 415, 422} <= statuses
+    tensor = {"name": "a", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": list(range(12))}
+    bodies = {
+        "/v1/models/default:predict": {"instances": [np.zeros((3, 4, 3), int).tolist()]},
+        "/v2/models/default/infer": {"id": "a", "inputs": [tensor]},
+    }
+    for path, body in bodies.items():
+        for _ in range(150):
+            text = mutate(json.dumps(body).encode(), rng)
+            answer = session.post(f"{server.url}{path}", text, timeout=30)
+            assert answer.status_code in (200, 400, 413, 415, 422), (text, answer.text)
+    assert peak_megabytes(server) - before < _MOST_MEGABYTES
+
+
+def bomb(kind):
+    """A small file of very many pixels."""
+    file = io.BytesIO()
+    Image.new("L", (20_000, 8_000)).save(file, kind, **({"quality": 1} if kind == "JPEG" else {}))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF"])
+def test_bombs_are_refused_by_their_headers(server, kind):
+    before = peak_megabytes(server)
+    answer = requests.post(f"{server.url}/predict", bomb(kind), timeout=60)
+    assert (answer.status_code, answer.json()["reason"]) in (
+        (413, "too_many_pixels"),
+        (413, "too_large"),
+    )
+    assert peak_megabytes(server) - before < _MOST_MEGABYTES
+
+
+def test_deep_and_wide_json(server):
+    before = peak_megabytes(server)
+    for body in (
+        b'{"instances": ' + b"[" * 1_000_000,
+        b'{"instances": [' + b"0," * 5_000_000 + b"0]}",
+        b'{"instances": [' + b"[[0,0,0]]," * 500_000 + b"0]}",
+        b'{"inputs": {"image": [' + b'{"b64": ""},' * 300_000 + b"0]}}",
+        b'{"instances": [' + b"1" * 5_000_000 + b"]}",
+    ):
+        answer = requests.post(f"{server.url}/v1/models/default:predict", body, timeout=60)
+        assert answer.status_code in (400, 413), answer.text
+    assert peak_megabytes(server) - before < _MOST_MEGABYTES
+
+
+def test_what_its_description_allows_and_what_it_does_not(server):
+    """Schemathesis makes requests of the OpenAPI description, right and wrong ones."""
+    from hypothesis import HealthCheck, Phase, settings
+
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+    @schema.parametrize()
+    @settings(
+        max_examples=15,
+        deadline=None,
+        derandomize=True,
+        phases=(Phase.explicit, Phase.generate),
+        suppress_health_check=list(HealthCheck),
+    )
+    def check(case):
+        answer = case.call(timeout=30)
+        assert answer.status_code < 500, (case, answer.text)
+        case.validate_response(answer)
+
+    for operation in schema.get_all_operations():
+        del operation
+    check  # noqa: B018
