@@ -28,19 +28,20 @@ from cnn_jax.errors import ConfigError, of_file, printable
 
 logger = logging.getLogger(__name__)
 
-# What a run may change between two starts. No number of the epochs that are done
-# depends on these: the data's fingerprint stands for where it lies, and a mesh and the
-# steps of an execution change the rounding alone.
-FREE_KEYS = frozenset(
+# No figure depends on these: the data's fingerprint stands for where it lies, and a mesh and
+# the steps of an execution change the rounding alone.
+INDIFFERENT_KEYS = frozenset(
     {
         *("data.source", "data.workers", "data.cache"),
         *("data.max_pixels", "data.max_unreadable", "data.allow_outside"),
         *("mesh.data", "mesh.model"),
-        *("train.epochs", "train.patience", "train.steps_per_execution"),
-        *("checkpoint.keep", "checkpoint.every_steps", "checkpoint.restore_step"),
+        "train.steps_per_execution",
+        *("checkpoint.keep", "checkpoint.every_steps"),
         *("report.detail", "report.splits"),
     }
 )
+# What a run may change between two starts: no number of the epochs that are done depends on it.
+FREE_KEYS = INDIFFERENT_KEYS | {"train.epochs", "train.patience", "checkpoint.restore_step"}
 # What a run did that is older than these keys.
 _BEFORE = {"augment.mixup_probability": 0.0, "augment.cutmix_probability": 0.0}
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"

@@ -41,15 +41,13 @@ sys.path.insert(0, str(REPOSITORY))
 from cnn_jax import cli, configuration  # noqa: E402
 from cnn_jax.configuration import Config  # noqa: E402
 from cnn_jax.errors import ConfigError, UserError  # noqa: E402
-from cnn_jax.run_directory import FREE_KEYS, write_text  # noqa: E402
+from cnn_jax.run_directory import INDIFFERENT_KEYS, write_text  # noqa: E402
 from experiments.ablation_table import METRICS, Grid, draw, make_table  # noqa: E402
 
 # Of this repository, wherever it is called from, and whichever is installed.
 TRAIN = (sys.executable, "-P", "-m", "cnn_jax.main")
 # What a finished run has come to, in its folder.
 _RECORD = "ablation.json"
-# Keys that may differ from start to start.
-_FREE_KEYS = FREE_KEYS - {"train.epochs", "train.patience", "checkpoint.restore_step"}
 # Of a run, what is compared with another one, and what that may depend on.
 _COMPARED = ("test", "validation", "epochs", "fingerprint")
 _CIRCUMSTANCES = ("versions", "processor", "cores", "commit")
@@ -345,7 +343,7 @@ class Run:
             configuration.validate(config, num_devices=1)
         except ConfigError as error:
             raise ConfigError(f"{self.variant}: {error}") from error
-        leaves = {k: v for k, v in configuration.leaves(config) if k not in _FREE_KEYS}
+        leaves = {k: v for k, v in configuration.leaves(config) if k not in INDIFFERENT_KEYS}
         return json.loads(json.dumps(leaves))
 
 

@@ -134,7 +134,7 @@ def configured(config: Config, params: Mapping[str, Any]) -> Config:
     return changed
 
 
-def present(config: Config, space: Space) -> dict[str, Any]:
+def base_values(config: Config, space: Space) -> dict[str, Any]:
     """What the configuration itself has for the keys of a space, without what is not in it."""
     found = {}
     for key, value in configuration.leaves(config):

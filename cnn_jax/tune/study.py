@@ -33,21 +33,17 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from cnn_jax import cli, configuration, run_directory
+from cnn_jax import cli, configuration
 from cnn_jax.checkpoint import History
 from cnn_jax.configuration import Config
 from cnn_jax.console import Console
 from cnn_jax.data.findings import count
 from cnn_jax.errors import ConfigError, DataError, TrainingError, printable
-from cnn_jax.run_directory import write_text
+from cnn_jax.run_directory import INDIFFERENT_KEYS, write_text
 from cnn_jax.train import open_dataset, train_and_evaluate
 from cnn_jax.tune import search, storage
-from cnn_jax.tune.space import Space, configured, describe, present, short
+from cnn_jax.tune.space import Space, base_values, configured, describe, short
 
-# Keys that may differ from start to start: no figure depends on them.
-_FREE_KEYS = run_directory.FREE_KEYS - {
-    *("train.epochs", "train.patience", "checkpoint.restore_step")
-}
 # Starts of a trial, without a step saved in between, after which nothing is hoped of it: as
 # one that takes more memory than there is would end its worker for ever.
 _MOST_STARTS = 10
@@ -184,7 +180,7 @@ def open_study(plan: Plan) -> Study:
     opened = storage.open_storage(
         plan.storage or storage.in_file(plan.folder.resolve() / "study.db")
     )
-    first = present(plan.config, plan.space)
+    first = base_values(plan.config, plan.space)
     return storage.patiently(
         lambda: optuna.create_study(
             storage=opened,
@@ -206,7 +202,7 @@ def _define(plan: Plan, console: Console) -> dict[str, str]:
     keys = {
         f"config.{key}": json.dumps(value)
         for key, value in configuration.leaves(resolved)
-        if key not in plan.space and key not in _FREE_KEYS
+        if key not in plan.space and key not in INDIFFERENT_KEYS
     }
     spaces = {f"space.{key}": distribution_to_json(space) for key, space in plan.space.items()}
     return {**keys, **spaces, "data": dataset.fingerprint, "pruner": plan.pruner}

@@ -156,6 +156,12 @@ def test_a_trial_is_judged_by_its_best_epoch_so_far():
     assert [is_pruned(study, number, 9, 1) for number in range(3)] == [False, True, True]
 
 
+def test_a_trial_is_compared_with_what_others_were_then():
+    """One that rose after the third epoch, and one that is there now and was better by then."""
+    study = make_study([(0.2, 0.1, 0.1, 0.9), (0.5, 0.1, 0.1)])
+    assert not is_pruned(study, 1, 9, 1)
+
+
 def test_without_reports_nothing_is_pruned():
     assert not is_pruned(make_study([()]), 0, 9, 1)
 

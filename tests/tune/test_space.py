@@ -6,7 +6,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from cnn_jax import configuration
 from cnn_jax.errors import ConfigError
-from cnn_jax.tune.space import configured, describe, load_space, present
+from cnn_jax.tune.space import base_values, configured, describe, load_space
 from configs import default, eurosat
 
 HEAD = "from optuna.distributions import *\n"
@@ -179,9 +179,7 @@ def test_a_distribution_as_json(distribution, described):
 def test_a_value_that_is_wrong_with_all_of_the_others_is_refused(tmp_path, space, message):
     file = tmp_path / "space.py"
     entries = ", ".join(f"{key!r}: {text}" for key, text in space.items())
-    file.write_text(
-        f"from optuna.distributions import *\n\n\ndef get_space():\n    return {{{entries}}}\n"
-    )
+    file.write_text(f"{HEAD}def get_space():\n    return {{{entries}}}\n")
     config = default.get_config()
     if "augment.cutmix_probability" in space:
         config.augment.cutmix_probability = 0.3
@@ -189,15 +187,13 @@ def test_a_value_that_is_wrong_with_all_of_the_others_is_refused(tmp_path, space
         load_space(str(file), config)
 
 
-def test_a_space_may_have_corners_that_contradict_each_other(tmp_path):
-    file = tmp_path / "space.py"
-    file.write_text(
-        "from optuna.distributions import FloatDistribution as F\n\n\n"
-        "def get_space():\n"
-        "    return {'optimizer.learning_rate': F(1e-5, 1e-3),\n"
-        "            'optimizer.final_learning_rate': F(1e-6, 1e-4)}\n"
+def test_a_space_may_have_corners_that_contradict_each_other(load):
+    space = load(
+        f"{HEAD}def get_space():\n"
+        "    return {'optimizer.learning_rate': FloatDistribution(1e-5, 1e-3),\n"
+        "            'optimizer.final_learning_rate': FloatDistribution(1e-6, 1e-4)}\n"
     )
-    assert len(load_space(str(file), default.get_config())) == 2
+    assert len(space) == 2
 
 
 def test_what_the_configuration_itself_has_in_a_space():
@@ -216,7 +212,7 @@ def test_what_the_configuration_itself_has_in_a_space():
         "model.dense": IntDistribution(1, 301, step=100),
         "precision": CategoricalDistribution(["float32", "bfloat16"]),
     }
-    assert present(config, space) == {
+    assert base_values(config, space) == {
         "model.features": "(16,32)",
         "augment.flip": "horizontal",
         "train.batch_size": 32,
