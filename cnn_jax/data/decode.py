@@ -49,11 +49,12 @@ _LARGE_TURN = threading.Lock()
 # Pixels that are converted at a time.
 _STRIP = 1_000_000
 
-class TooManyPixels(DataError):
+
+class TooManyPixelsError(DataError):
     """An image is larger than it may be."""
 
 
-class UnknownFormat(DataError):
+class UnknownFormatError(DataError):
     """What is no image, or one of a format that is not read."""
 
 
@@ -251,18 +252,18 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         width = image.tag_v2.get(ExifTags.Base.TileWidth, 0)
         height = image.tag_v2.get(ExifTags.Base.TileLength, 0)
         if width * height > max_pixels:
-            raise TooManyPixels(
+            raise TooManyPixelsError(
                 f"has tiles of {width} x {height} pixels, more than max_pixels = {max_pixels}"
             )
     pixels = image.width * image.height
     if pixels > max_pixels:
-        raise TooManyPixels(
+        raise TooManyPixelsError(
             f"has {image.width} x {image.height} pixels, more than max_pixels = {max_pixels}"
         )
     is_ppm = isinstance(image, PpmImagePlugin.PpmImageFile)
     is_slow = is_ppm and any(tile.codec_name in _SLOW_PPM for tile in image.tile)
     if is_slow and pixels > _MAX_SLOW_PIXELS:
-        raise TooManyPixels(
+        raise TooManyPixelsError(
             f"is a PPM in text, or with other values than 0 to 255, of {image.width} x "
             f"{image.height} pixels, which would take too long; save it as PNG"
         )
@@ -278,9 +279,9 @@ def _explain_errors() -> Iterator[None]:
     except MemoryError as error:
         raise DataError("needs more memory than there is") from error
     except Image.DecompressionBombError as error:
-        raise TooManyPixels("has more pixels than any max_pixels allows") from error
+        raise TooManyPixelsError("has more pixels than any max_pixels allows") from error
     except Image.UnidentifiedImageError as error:
-        raise UnknownFormat("is not an image of a known format") from error
+        raise UnknownFormatError("is not an image of a known format") from error
     except Exception as error:  # Damaged files make Pillow raise errors of any type.
         raise DataError(f"cannot be decoded: {error or type(error).__name__}") from error
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -108,7 +108,12 @@ def _add_health(app: FastAPI, service: Service) -> None:
             raise Refused(503, "not_ready", "a model is not ready", retry_after="1")
         return JSONResponse({"status": "ready"})
 
-    @app.get("/metrics", tags=["health"], summary="Figures for Prometheus")
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        summary="Figures for Prometheus",
+        response_class=PlainTextResponse,
+    )
     async def metrics() -> Response:
         return Response(service.expose(), media_type=measures.CONTENT_TYPE)
 

@@ -15,6 +15,10 @@ from cnn_jax.serve.limits import Limits, Refused
 # Of the headers of a part.
 _MOST_HEADER_BYTES = 4_096
 _MOST_NAME = 200
+# What a body may become in memory when it is parsed, and about what its characters become:
+# an element, a list or an object, a member of an object.
+_MOST_PARSED_BYTES = 150_000_000
+_PARSED_BYTES = {b",": 64, b"[": 96, b"{": 96, b":": 112}
 
 
 @dataclasses.dataclass
@@ -163,8 +167,11 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """A body that is a JSON object.
 
     Raises:
-      Refused: It is not.
+      Refused: It is not, or it would take too much memory.
     """
+    # Before it is parsed: 20 MB of empty lists become half a gigabyte.
+    if sum(body.count(mark) * size for mark, size in _PARSED_BYTES.items()) > _MOST_PARSED_BYTES:
+        raise Refused(413, "too_large", "too many values; send image files, in base64")
     try:
         found = pydantic_core.from_json(body)
     except ValueError as error:

@@ -268,8 +268,8 @@ class Service:
 
 def error_of(error: DataError) -> Refused:
     """How a client is told that an image cannot be used."""
-    if isinstance(error, decode.TooManyPixels):
+    if isinstance(error, decode.TooManyPixelsError):
         return Refused(413, "too_many_pixels", f"the image {error}")
-    if isinstance(error, decode.UnknownFormat):
+    if isinstance(error, decode.UnknownFormatError):
         return Refused(415, "format", "this is no image of a known format (such as JPEG or PNG)")
     return Refused(422, "damaged", f"the image {error}")

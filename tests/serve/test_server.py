@@ -129,6 +129,11 @@ def test_a_map_as_png(server, predictor):
     assert found["probability"] == pytest.approx(expected.max(), abs=1e-6)
 
 
+def tensor(shape, datatype, data):
+    """A body of the Open Inference Protocol with one tensor."""
+    return json.dumps({"inputs": [{"shape": shape, "datatype": datatype, "data": data}]})
+
+
 @pytest.mark.parametrize(
     ("path", "body", "expected"),
     [
@@ -163,12 +168,12 @@ def test_a_map_as_png(server, predictor):
         ("/v2/models/shapes/versions/7/infer", b"{}", (404, "no_version")),
         ("/v2/models/shapes/infer", b"{}", (400, "json")),
         ("/v2/models/shapes/infer", b'{"inputs": [1]}', (400, "json")),
-        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [1], "datatype": "BYTES", "data": []}]}', (400, "json")),
-        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [1], "datatype": "FP32", "data": [1]}]}', (400, "json")),
-        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [-1], "datatype": "UINT8", "data": []}]}', (400, "json")),
-        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [1, 1, 1, 3], "datatype": "UINT8", "data": [1, 2]}]}', (400, "image")),
-        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [1, 1, 1, 3], "datatype": "UINT8", "data": [1, 2, 256]}]}', (400, "image")),
-        ("/v2/models/shapes/infer", b'{"inputs": [{"shape": [99999999999, 99999999999, 9, 3], "datatype": "UINT8", "data": [1]}]}', (400, "image")),
+        ("/v2/models/shapes/infer", tensor([1], "BYTES", []), (400, "json")),
+        ("/v2/models/shapes/infer", tensor([1], "FP32", [1]), (400, "json")),
+        ("/v2/models/shapes/infer", tensor([-1], "UINT8", []), (400, "json")),
+        ("/v2/models/shapes/infer", tensor([1, 1, 1, 3], "UINT8", [1, 2]), (400, "image")),
+        ("/v2/models/shapes/infer", tensor([1, 1, 1, 3], "UINT8", [1, 2, 256]), (400, "image")),
+        ("/v2/models/shapes/infer", tensor([10**11, 10**11, 9, 3], "UINT8", [1]), (400, "image")),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told(server, path, body, expected):
@@ -396,7 +401,7 @@ def speak(server, *parts, wait=0.0, seconds=20):
         b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
         b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 1e3\r\n\r\n",
         b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"9" * 400 + b"\r\n\r\n",
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
         b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n",
     ],
