@@ -56,6 +56,9 @@ function showModel() {
   const names = (number) => Object.keys(own.aliases).filter((name) => own.aliases[name] === number);
   fill("version", present.map((version) =>
     [String(version.version), [version.version, ...names(version.version)].join(", ")]));
+  if (!present.some((version) => String(version.version) === at("version").dataset.touched)) {
+    delete at("version").dataset.touched;
+  }
   if (own.default && !at("version").dataset.touched) at("version").value = String(own.default);
   at("version-choice").hidden = present.length < 2;
   showVersion();
@@ -101,14 +104,18 @@ async function classify(file) {
   at("busy").textContent = "Looking at " + (file.name || "the image") + " ...";
   const query = new URLSearchParams({ top: "5", explain: "gradcam" });
   if (at("model").value) query.set("model", at("model").value);
-  if (at("version").value) query.set("version", at("version").value);
+  // Without a choice it is the one that answers now, which may have changed since.
+  if (at("version").dataset.touched) query.set("version", at("version").value);
   try {
     const answer = await ask("predict?" + query, { method: "POST", body: file,
       headers: { "Content-Type": "application/octet-stream" } });
-    if (turn === sent) show(file, answer);
+    if (turn !== sent) return;
+    show(file, answer);
+    if (String(answer.version) !== at("version").value) await load();
   } catch (error) {
     if (turn !== sent) return;
     at("result").hidden = true;
+    await load(); // A version that was chosen may be gone.
     complain(error);
   }
   if (turn === sent) at("busy").textContent = "";
@@ -163,6 +170,6 @@ document.addEventListener("paste", (event) => {
 at("show-map").addEventListener("click", () => showPicture(true));
 at("show-image").addEventListener("click", () => showPicture(false));
 at("model").addEventListener("change", () => { delete at("version").dataset.touched; showModel(); if (chosen) classify(chosen); });
-at("version").addEventListener("change", () => { at("version").dataset.touched = "1"; showVersion(); if (chosen) classify(chosen); });
+at("version").addEventListener("change", () => { at("version").dataset.touched = at("version").value; showVersion(); if (chosen) classify(chosen); });
 at("token").addEventListener("change", load);
 load();

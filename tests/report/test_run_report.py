@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, write_images
+from conftest import REPOSITORY, show_at, write_images
 from PIL import Image
 
 from cnn_jax import calibration, run_directory
@@ -660,40 +660,14 @@ def test_a_wrong_path_is_one_line(tmp_path):
 # In a browser.
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("there is no chromium with chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(driver)
-    browser = webdriver.Chrome(options=options, service=service)
-    yield browser
-    browser.quit()
-
-
-def _opened(browser, page, width, scheme="light"):
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [
-        {"name": "prefers-color-scheme", "value": scheme},
-        {"name": "prefers-reduced-motion", "value": "reduce"},  # It scrolls at once.
-    ]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    browser.get(page.as_uri())
+def page_of(reported):
+    return (reported / "report" / "index.html").as_uri()
 
 
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_in_a_browser(browser, reported, width, scheme):
-    _opened(browser, reported / "report" / "index.html", width, scheme)
+    show_at(browser, page_of(reported), width, scheme)
     assert browser.get_log("browser") == []
     images = browser.execute_script(
         "return [...document.images].map((image) => [image.complete && image.naturalWidth > 0,"
@@ -714,7 +688,7 @@ def test_the_page_in_a_browser(browser, reported, width, scheme):
 
 
 def test_the_table_sorts(browser, reported):
-    _opened(browser, reported / "report" / "index.html", 1200)
+    show_at(browser, page_of(reported), 1200)
     rows = _metrics(reported)["test"]["per_class"]
     headings = browser.find_elements("css selector", "#classes table th button")
     assert [heading.text for heading in headings[:2]] == ["class", "F1"]

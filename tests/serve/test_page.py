@@ -1,0 +1,177 @@
+"""The page in a browser: upload, result, map, errors, versions, and that it asks nobody else."""
+
+import numpy as np
+import pytest
+from conftest import show_at
+from PIL import Image
+from servers import Served
+from test_bundle import make_bundle
+
+from cnn_jax.bundle import write_bundle
+from cnn_jax.predict import Predictor, predict_batch
+from cnn_jax.registry.registry import Registry
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    """Two versions of a model, which say different things."""
+    folder = tmp_path_factory.mktemp("page")
+    registry = Registry(folder / "registry")
+    for seed in (0, 1):
+        write_bundle(make_bundle(seed=seed), folder / f"bundle-{seed}")
+        registry.add("shapes", folder / f"bundle-{seed}")
+    registry.promote("shapes", 1)
+    return registry
+
+
+@pytest.fixture(scope="module")
+def server(registry, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    with Served(folder, f"--registry={registry.url}", "--max_batch=2", "--poll=0.2") as server:
+        yield server
+        assert server.end() == 0
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "a picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def wait_for(browser, script):
+    """Waits until a script says something that is true."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, 60).until(lambda _: browser.execute_script(f"return {script}"))
+
+
+def text(browser, name):
+    return browser.execute_script(f"return document.getElementById('{name}').textContent")
+
+
+def choose(browser, path):
+    browser.find_element("id", "file").send_keys(str(path))
+
+
+def complaints(browser):
+    """What the browser has found wrong since it was asked for the last time."""
+    return [line for line in browser.get_log("browser") if line["level"] != "DEBUG"]
+
+
+def open_page(browser, server, width=1000, scheme="light"):
+    complaints(browser)
+    show_at(browser, f"{server.url}/", width, scheme)
+    wait_for(browser, "document.getElementById('about').textContent.includes('version')")
+
+
+def expected_of(registry, number, image):
+    version = registry.resolve("shapes", number)
+    predictor = Predictor.load(registry.fetch(version, image.parent))
+    (prediction,) = predict_batch(predictor, [image.read_bytes()])
+    best = int(prediction.probabilities.argmax())
+    return predictor.class_names[best], prediction.probabilities
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1000, "light")])
+def test_an_image_its_classes_and_its_map(browser, server, registry, image, width, scheme):
+    open_page(browser, server, width, scheme)
+    choose(browser, image)
+    wait_for(browser, "!document.getElementById('result').hidden")
+    wait_for(browser, "document.getElementById('shown').complete")
+    name, probabilities = expected_of(registry, 1, image)
+    assert text(browser, "result-title") == f"{name}, {100 * probabilities.max():.1f} %"
+    shares = browser.execute_script(
+        "return [...document.querySelectorAll('#bars .share')].map((one) => one.textContent)"
+    )
+    assert shares == [f"{100 * share:.1f} %" for share in sorted(probabilities, reverse=True)]
+    widths = browser.execute_script(
+        "return [...document.querySelectorAll('#bars .bar span')]"
+        ".map((one) => one.offsetWidth / one.parentNode.offsetWidth)"
+    )
+    np.testing.assert_allclose(widths, sorted(probabilities, reverse=True), atol=0.02)
+    # A reader is told where it is now, and of the picture.
+    assert browser.execute_script("return document.activeElement.id") == "result-title"
+    source, alt, is_there = browser.execute_script(
+        "const shown = document.getElementById('shown');"
+        "return [shown.src, shown.alt, shown.naturalWidth > 0]"
+    )
+    assert source.startswith("data:image/png;base64,")
+    assert name in alt
+    assert is_there
+    browser.find_element("id", "show-image").send_keys("\ue007")  # Enter.
+    assert browser.execute_script("return document.getElementById('shown').src").startswith("blob:")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    loaded = browser.execute_script(
+        "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    )
+    others = [name for name in loaded if not name.startswith((server.url, "data:", "blob:"))]
+    assert not others
+    assert not complaints(browser)
+
+
+def test_what_is_no_image_is_said_and_forgotten_with_the_next(browser, server, image, tmp_path):
+    open_page(browser, server)
+    (tmp_path / "note.png").write_text("no image")
+    choose(browser, tmp_path / "note.png")
+    wait_for(browser, "!document.getElementById('problem').hidden")
+    assert "no image of a known format" in text(browser, "problem")
+    assert browser.execute_script("return document.getElementById('result').hidden")
+    choose(browser, image)
+    wait_for(browser, "!document.getElementById('result').hidden")
+    assert browser.execute_script("return document.getElementById('problem').hidden")
+
+
+def test_dropped_and_pasted(browser, server, image):
+    for kind, holder in (("drop", "dataTransfer"), ("paste", "clipboardData")):
+        open_page(browser, server)
+        browser.execute_script(
+            "const [kind, holder, bytes] = arguments; const held = new DataTransfer();"
+            "held.items.add(new File([new Uint8Array(bytes)], 'a.png', {type: 'image/png'}));"
+            "const event = new Event(kind, {bubbles: true, cancelable: true});"
+            "Object.defineProperty(event, holder, {value: held});"
+            "document.body.dispatchEvent(event);",
+            *(kind, holder, list(image.read_bytes())),
+        )
+        wait_for(browser, "!document.getElementById('result').hidden")
+
+
+def test_it_goes_with_the_version_that_answers(browser, server, registry, image):
+    open_page(browser, server)
+    registry.promote("shapes", 2)
+    server.wait_for_log("version 1: no longer served")
+    choose(browser, image)  # The page has not been loaded again.
+    wait_for(browser, "document.getElementById('took').textContent.includes('version 2')")
+    wait_for(browser, "document.getElementById('about').textContent.includes('version 2')")
+    name, probabilities = expected_of(registry, 2, image)
+    assert text(browser, "result-title") == f"{name}, {100 * probabilities.max():.1f} %"
+
+
+def test_all_by_keyboard(browser, server, image):
+    """Everything that can be operated is reached, on from the result."""
+    from selenium.webdriver import ActionChains, Keys
+
+    open_page(browser, server)
+    choose(browser, image)
+    wait_for(browser, "!document.getElementById('result').hidden")
+    reached = []
+    for _ in range(6):  # Round once, by way of the browser's own.
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        reached.append(
+            browser.execute_script(
+                "const one = document.activeElement; return one.id || one.getAttribute('href')"
+            )
+        )
+    reached = [one for one in reached if one]
+    assert reached[:4] == ["show-image", "show-map", "docs", "file"]
+
+
+def test_the_list_of_interfaces(browser, server):
+    complaints(browser)
+    show_at(browser, f"{server.url}/docs", 360)
+    shown = browser.execute_script("return document.body.textContent")
+    for path in ("/predict", "/v1/models/{model}:predict", "/v2/models/{model}/infer"):
+        assert path in shown
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+    assert not complaints(browser)
