@@ -46,6 +46,7 @@ FLOORS = [
     *("registry.__init__", "registry.store", "registry.ledger", "registry.registry"),
     *("registry.mlflow", "registry.__main__"),
     *("explain.__init__", "explain.maps", "explain.checks", "explain.features"),
+    "explain.overlay",
     *("explain.pictures", "explain.__main__"),
     *("serve.__init__", "serve.engine", "serve.limits", "serve.tokens", "serve.images"),
     *("serve.measures", "serve.versions", "serve.request_log", "serve.service", "serve.loader"),

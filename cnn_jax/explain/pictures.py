@@ -19,6 +19,7 @@ from cnn_jax.data import Track, decode, no_track
 from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.explain import checks, features
 from cnn_jax.explain.maps import METHODS, methods_for
+from cnn_jax.explain.overlay import under_map
 from cnn_jax.predict import BATCH_SIZE, Predictor, preprocess_for_inference
 from cnn_jax.report import style, thumbnails
 
@@ -211,7 +212,7 @@ def _save_overlays(
     image = Image.fromarray(_decode(path, predictor))
     names = {method: f"{number:04d}-{method}.png" for method in maps}
     for method, values in maps.items():
-        thumbnails.under_map(image, values).save(folder / names[method])
+        under_map(image, values).save(folder / names[method])
     return names
 
 

@@ -18,6 +18,7 @@ from cnn_jax.configuration import Config
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.errors import UserError
+from cnn_jax.explain.overlay import under_map
 from cnn_jax.report import charts, explanations, qualities, sections, style, thumbnails, words
 from cnn_jax.report.run import FORMAT, MissingError, Network, Run, read_run
 from cnn_jax.report.sections import Figures
@@ -183,7 +184,7 @@ def _draw_examples(
     for position, values in zip(positions, maps, strict=True):
         if (image := images[position]) is not None:
             path = folder / by_position[position]["picture"]
-            thumbnails.save_small(thumbnails.under_map(image, values), _map_path(path))
+            thumbnails.save_small(under_map(image, values), _map_path(path))
 
 
 def _map_path(picture: pathlib.Path) -> pathlib.Path:

@@ -1,20 +1,13 @@
 """Small pictures of a source's images."""
 
-import functools
 import pathlib
 from collections.abc import Sequence
 
-import matplotlib
-import numpy as np
-from jaxtyping import Float, UInt8
 from PIL import Image
 
 from cnn_jax.data import decode, scan
 from cnn_jax.data.source import Source
 from cnn_jax.errors import DataError
-
-# The weight of a map's colours over the image.
-_OPACITY = 0.55
 
 
 def load_thumbnail(source: Source, index: int, max_pixels: int, side: int) -> Image.Image | None:
@@ -37,24 +30,6 @@ def fitted(pixels: decode.Pixels, side: int) -> Image.Image:
     scale = side / max(height, width)
     size = max(round(width * scale), 1), max(round(height * scale), 1)
     return Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-
-
-def under_map(image: Image.Image, values: Float[np.ndarray, "height width"]) -> Image.Image:
-    """An image in grey under the colours of a map, from its least value to its largest.
-
-    The map is of the image as the network saw it, stretched to another shape.
-    """
-    reach = float(np.ptp(values))
-    levels = np.rint(255 * (values - values.min()) / (reach or 1.0)).astype(np.uint8)
-    stretched = Image.fromarray(levels).resize(image.size, Image.Resampling.BILINEAR)
-    over = Image.fromarray(_colours()[np.asarray(stretched)])
-    return Image.blend(image.convert("L").convert("RGB"), over, _OPACITY)
-
-
-@functools.cache
-def _colours() -> UInt8[np.ndarray, "256 3"]:
-    """Of the levels of a map, from its least value to its largest."""
-    return np.rint(255 * matplotlib.colormaps["viridis"](np.arange(256))[:, :3]).astype(np.uint8)
 
 
 def in_a_row(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from cnn_jax.errors import DataError
-from cnn_jax.report.thumbnails import under_map
+from cnn_jax.explain.overlay import under_map
 from cnn_jax.serve.images import Part, images_of
 from cnn_jax.serve.limits import unless_client_leaves
 from cnn_jax.serve.service import Answer, Service, error_of
