@@ -85,7 +85,7 @@ class Predictor:
         return np.asarray(jax.device_get(run(self.variables, temperature, images)))
 
 
-@functools.cache
+@functools.lru_cache(64)
 def _compiled(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., Array]:
     """The program of all networks of one kind: another's weights need no other."""
 

@@ -121,7 +121,7 @@ def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Itera
         )
         try:
             peer = Peer(name, port)
-            for _ in range(600):
+            for _ in range(300):
                 with contextlib.suppress(requests.RequestException):
                     if requests.post(peer.url, files={"file": image}, timeout=60).ok:
                         break
@@ -129,6 +129,8 @@ def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Itera
                     log.seek(0)
                     sys.exit(f"{name} has ended:\n{log.read()}")
                 time.sleep(0.2)
+            else:
+                sys.exit(f"{name} does not answer")
             yield peer
         finally:
             with contextlib.suppress(ProcessLookupError):

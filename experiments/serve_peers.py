@@ -20,10 +20,8 @@ from PIL import Image
 
 from cnn_jax.bundle import read_bundle
 
-_BATCH, _BATCH_SECONDS = 8, 0.005
 
-
-class _TorchModel:
+class TorchModel:
     """The bundle's network in PyTorch, in inference mode."""
 
     def __init__(self, path: str):
@@ -59,7 +57,7 @@ def _fastapi(bundle: str, port: int) -> None:
     import uvicorn
     from fastapi import FastAPI, UploadFile
 
-    model = _TorchModel(bundle)
+    model = TorchModel(bundle)
     app = FastAPI()
 
     @app.post("/predict")
@@ -68,50 +66,6 @@ def _fastapi(bundle: str, port: int) -> None:
         return {"probabilities": model.probabilities(image[None])[0].tolist()}
 
     uvicorn.run(app, port=port, log_level="warning", access_log=False)
-
-
-def _litserve(bundle: str, port: int, kind: str) -> None:
-    import litserve
-
-    class Api(litserve.LitAPI):
-        def setup(self, device: str) -> None:
-            if kind == "torch":
-                model = _TorchModel(bundle)
-                self.decode, self.run = model.decode, model.probabilities
-            else:
-                from cnn_jax.predict import Predictor, predict_pixels, preprocess_for_inference
-
-                predictor = Predictor.load(bundle)
-                for size in (1, 2, 4, 8):
-                    image = np.zeros((size, *predictor.preprocessing.image_size, 3), np.uint8)
-                    predictor(image)  # Compiles.
-                self.decode = lambda content: preprocess_for_inference(
-                    content, predictor.preprocessing
-                )
-                self.run = lambda images: predict_pixels(predictor, images)
-
-        def decode_request(self, request: Any) -> Any:
-            return self.decode(request["file"].file.read())
-
-        def batch(self, inputs: list[Any]) -> Any:
-            if kind == "torch":
-                import torch
-
-                return torch.stack(inputs)
-            return np.stack(inputs)
-
-        def predict(self, x: Any) -> Any:
-            return self.run(x)
-
-        def unbatch(self, output: Any) -> list[Any]:
-            return list(output)
-
-        def encode_response(self, output: Any) -> dict[str, list[float]]:
-            return {"probabilities": output.tolist()}
-
-    api = Api(max_batch_size=_BATCH, batch_timeout=_BATCH_SECONDS)
-    server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=1)
-    server.run(port=port, host="127.0.0.1", generate_client_file=False, log_level="warning")
 
 
 def main() -> None:
@@ -123,8 +77,9 @@ def main() -> None:
     if flags.name == "fastapi":
         _fastapi(flags.bundle, flags.port)
     else:
-        kind = "jax" if flags.name.endswith("jax") else "torch"
-        _litserve(flags.bundle, flags.port, kind)
+        import serve_litserve  # Needs LitServe, which the others do not.
+
+        serve_litserve.serve(flags.bundle, flags.port, flags.name.endswith("jax"))
 
 
 if __name__ == "__main__":

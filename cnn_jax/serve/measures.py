@@ -40,6 +40,9 @@ class Measures:
         )
         self.inside = Gauge("images_inside", "Images decoded, waiting or computed.", **options)
         self.body_bytes = Gauge("body_bytes", "Bodies that are held in memory.", **options)
+        self.lost_rows = Gauge(
+            "request_log_lost_rows", "Answers that could not be noted.", **options
+        )
         self.loads = Counter("loads", "Versions that were loaded.", ("model", "outcome"), **options)
         self.loaded = Gauge(
             "version_loaded", "1 for what can be asked.", ("model", "version"), **options

@@ -14,7 +14,7 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -46,6 +46,11 @@ create table if not exists requests (
 )
 """
 
+_COLUMNS = (
+    *("time", "request_id", "model", "version", "class", "confidence"),
+    *("probabilities", "embedding", "image"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
@@ -65,7 +70,6 @@ class RequestLog:
         share: float = 1.0,
         max_bytes: int = 1_000_000_000,
         with_images: bool = False,
-        on_lost: Callable[[], None] = lambda: None,
     ):
         """Opens the file, which may be there already.
 
@@ -74,7 +78,6 @@ class RequestLog:
           share: Of the images, 0 to 1, chosen at random.
           max_bytes: Of the file; beyond it the oldest rows go.
           with_images: Whether images are kept.
-          on_lost: Called for each row that could not be written.
 
         Raises:
           ConfigError: The file cannot be used.
@@ -83,7 +86,8 @@ class RequestLog:
         self._share = share
         self._max_bytes = max_bytes
         self._with_images = with_images
-        self._on_lost = on_lost
+        # Each is counted on one thread alone.
+        self._too_many, self._failed = 0, 0
         self._random = random.Random()
         self._waiting: queue.Queue[_Row | None] = queue.Queue(_MOST_WAITING)
         try:
@@ -92,6 +96,7 @@ class RequestLog:
                 connection.execute("pragma auto_vacuum = incremental")
                 connection.execute("pragma journal_mode = wal")
                 connection.execute(_TABLE)
+                connection.execute(f"select {', '.join(_COLUMNS)} from requests limit 1")
                 connection.commit()
         except sqlite3.Error as error:
             raise ConfigError(f"--request_log: cannot use {path}: {error}") from error
@@ -108,7 +113,12 @@ class RequestLog:
             row = _Row(time.time(), request_id, version, pixels, probabilities)
             self._waiting.put_nowait(row)
         except queue.Full:
-            self._on_lost()
+            self._too_many += 1
+
+    @property
+    def lost(self) -> int:
+        """Rows that could not be written."""
+        return self._too_many + self._failed
 
     def close(self) -> None:
         """Writes what waits, and ends."""
@@ -126,8 +136,7 @@ class RequestLog:
                 self._write(rows)
             except Exception as error:  # Such as a full disk; answers do not depend on it.
                 logger.error("%d rows of the request log are lost: %s", len(rows), error)
-                for _ in rows:
-                    self._on_lost()
+                self._failed += len(rows)
 
     def _next_rows(self) -> tuple[list[_Row], bool]:
         """What waits, of one version, at least one row; and whether nothing more will come."""

@@ -194,6 +194,8 @@ class Service:
         """The figures for Prometheus."""
         self.measures.inside.set(self.engine.inside)
         self.measures.body_bytes.set(self._bodies.held)
+        if self._request_log is not None:
+            self.measures.lost_rows.set(self._request_log.lost)
         return self.measures.expose()
 
     async def answer(

@@ -1,0 +1,104 @@
+"""The request log: bounded, sampled, and never in the way."""
+
+import sqlite3
+
+import numpy as np
+import pytest
+from test_bundle import make_bundle
+
+from cnn_jax.errors import ConfigError
+from cnn_jax.serve.request_log import RequestLog
+from cnn_jax.serve.versions import make_version
+
+
+@pytest.fixture(scope="module")
+def version():
+    return make_version("shapes", 1, make_bundle(), "digest", 10**6, (1,))
+
+
+def offer(log, version, numbers):
+    rng = np.random.default_rng(0)
+    for number in numbers:
+        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+        log.offer(version, str(number), pixels, np.array([0.2, 0.3, 0.5], np.float32))
+
+
+def ids_of(path):
+    return [int(row[0]) for row in sqlite3.connect(path).execute("select request_id from requests")]
+
+
+def test_it_stays_within_its_size_and_the_oldest_go_first(version, tmp_path):
+    path = tmp_path / "requests.db"
+    most = 200_000
+    log = RequestLog(path, max_bytes=most, with_images=True)
+    for start in range(0, 800, 100):
+        offer(log, version, range(start, start + 100))
+        while log._waiting.qsize():
+            pass
+    log.close()
+    assert log.lost == 0
+    kept = ids_of(path)
+    assert kept == list(range(kept[0], 800))
+    assert 100 < len(kept) < 300  # About a kilobyte each.
+    # Beside one batch of rows, and what SQLite writes ahead.
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1.5 * most
+
+
+def test_a_share_is_sampled(version, tmp_path):
+    log = RequestLog(tmp_path / "requests.db", share=0.25)
+    for start in range(0, 800, 100):
+        offer(log, version, range(start, start + 100))
+        while log._waiting.qsize():
+            pass
+    log.close()
+    assert 140 < len(ids_of(tmp_path / "requests.db")) < 260
+    rows = sqlite3.connect(tmp_path / "requests.db").execute("select image from requests")
+    assert {row[0] for row in rows} == {None}
+
+
+def test_a_full_disk_loses_rows_which_are_counted_and_goes_on(version, tmp_path, monkeypatch):
+    path = tmp_path / "requests.db"
+    log = RequestLog(path)
+    connect = log._connect
+
+    def full():
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(log, "_connect", full)
+    offer(log, version, range(5))
+    while log.lost < 5:
+        pass
+    monkeypatch.setattr(log, "_connect", connect)
+    offer(log, version, [5])
+    log.close()
+    assert log.lost == 5
+    assert ids_of(path) == [5]
+
+
+def test_who_offers_never_waits(version, tmp_path):
+    log = RequestLog(tmp_path / "requests.db")
+    with sqlite3.connect(tmp_path / "requests.db") as other:
+        other.execute("begin exclusive")  # Nobody else can write.
+        offer(log, version, range(1_100))
+        assert log.lost >= 90
+    log.close()
+    assert len(ids_of(tmp_path / "requests.db")) + log.lost == 1_100
+
+
+def test_a_log_goes_on_where_it_was(version, tmp_path):
+    path = tmp_path / "requests.db"
+    for number in range(2):
+        log = RequestLog(path)
+        offer(log, version, [number])
+        log.close()
+    assert ids_of(path) == [0, 1]
+
+
+def test_what_is_no_log_is_left_alone(tmp_path):
+    (tmp_path / "note.txt").write_text("a text that is long enough to be no database" * 20)
+    with pytest.raises(ConfigError, match="--request_log: cannot use"):
+        RequestLog(tmp_path / "note.txt")
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("create table requests (a integer)")
+    with pytest.raises(ConfigError, match="no such column"):
+        RequestLog(tmp_path / "other.db")
