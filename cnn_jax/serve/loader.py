@@ -238,7 +238,9 @@ class Loader:
         self._service.models.note(model, number, LOADING)
         start = time.monotonic()
         try:
-            version = await self._on_thread(self._make, model, number, digest_)
+            models = self._service.models
+            served = [one for name in models.names for one in models.present(name).values()]
+            version = await self._on_thread(self._make, model, number, digest_, served)
         except Exception as error:
             # Of any kind: what serves must go on, whatever is wrong with what was to come.
             count = self._failures.get(key, (0, 0.0))[0] + 1
@@ -263,11 +265,10 @@ class Loader:
         seconds = time.monotonic() - start
         logger.info("%s, version %d: ready after %.1f s", model, number, seconds)
 
-    def _make(self, model: str, number: int, digest_: str) -> Version:
+    def _make(self, model: str, number: int, digest_: str, served: Sequence[Version]) -> Version:
         bundle = self._source.open(model, number)
-        return make_version(
-            model, number, bundle, digest_, self._service.limits.pixels, self._sizes
-        )
+        pixels = self._service.limits.pixels
+        return make_version(model, number, bundle, digest_, pixels, self._sizes, served)
 
     async def _on_thread(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)

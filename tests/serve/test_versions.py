@@ -17,6 +17,7 @@ from test_bundle import make_bundle
 from cnn_jax.bundle import write_bundle
 from cnn_jax.predict import Predictor, predict_batch
 from cnn_jax.registry.registry import Registry
+from cnn_jax.serve.versions import make_version
 
 PREDICT, ADMIN = "token-of-a-client-01", "token-of-a-keeper-01"
 AS_CLIENT = {"Authorization": f"Bearer {PREDICT}"}
@@ -262,6 +263,23 @@ def test_answers_are_noted_with_what_a_look_for_drift_needs(tmp_path):
         own = embeddings(predictor, pixels)[0]
         np.testing.assert_allclose(np.frombuffer(row[7], "<f4"), own, rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row[8]))), pixels[0])
+
+
+def test_a_network_of_a_known_kind_is_not_timed_again():
+    def make(number, bundle, served=()):
+        return make_version("shapes", number, bundle, "digest", 10**6, (1, 2), served)
+
+    first = make(1, make_bundle(1))
+    second = make(2, make_bundle(2), [first])
+    assert second.probabilities.seconds is first.probabilities.seconds
+    image = np.zeros((2, 16, 16, 3), np.uint8)
+    np.testing.assert_array_equal(second.probabilities.run(image), Predictor(make_bundle(2))(image))
+    ((_, own),), ((_, other),) = second.explained.run(image[:1]), first.explained.run(image[:1])
+    assert not np.array_equal(own, other)
+    wider = make(3, make_bundle(3, ("a", "b", "c", "d")), [first, second])
+    assert wider.probabilities.seconds is not first.probabilities.seconds
+    larger = make_version("shapes", 4, make_bundle(1), "digest", 10**6, (1, 2, 4), [first])
+    assert set(larger.probabilities.seconds) == {1, 2, 4}
 
 
 def test_the_log_is_json(serve):
