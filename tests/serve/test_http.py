@@ -13,8 +13,17 @@ from cnn_jax.serve import http
 
 
 async def application(scope, receive, send):
-    """Answers with the length of the body."""
+    """Answers with the length of the body, without reading it, or at length."""
     if scope["type"] != "http":
+        return
+    if scope["path"] == "/refused":
+        headers = [(b"connection", b"close"), (b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": b"no"})
+        return
+    if scope["path"] == "/large":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(20_000_000)})
         return
     length = 0
     while (message := await receive())["type"] == "http.request":
@@ -135,13 +144,110 @@ def test_a_connection_that_is_quiet_is_closed(serve):
 
 def test_no_more_connections_than_there_is_room_for(serve):
     port = serve(_CONNECTIONS=3)
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nConnection: close\r\n\r\n"
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(connect(port)) for _ in range(3)]
+        busy = [stack.enter_context(connect(port)) for _ in range(2)]
+        for one in busy:
+            one.sendall(head)
+        idle = stack.enter_context(connect(port))
         time.sleep(0.3)
-        with connect(port) as one_more:
-            assert rest_of(one_more) == b""
-        held[0].close()
-        time.sleep(0.3)
-        with connect(port) as another:
-            another.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-            assert rest_of(another).startswith(b"HTTP/1.1 200")
+        with connect(port) as another:  # In the place of the idle one.
+            another.sendall(head)
+            assert rest_of(idle) == b""
+            time.sleep(0.3)
+            with connect(port) as one_more:
+                assert rest_of(one_more) == b""
+            for one in (*busy, another):
+                one.sendall(b"abc")
+                assert rest_of(one).startswith(b"HTTP/1.1 200")
+
+
+def send_until_closed(connection, piece, most):
+    """How many bytes were taken."""
+    sent = 0
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        while sent < most:
+            connection.sendall(piece)
+            sent += len(piece)
+    return sent
+
+
+def test_trailers_are_refused(serve):
+    with connect(serve(_LINGER_BYTES=1_000_000)) as connection:
+        head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+        connection.sendall(head)
+        line = b"X-A: " + b"a" * 1_000 + b"\r\n"
+        assert send_until_closed(connection, line * 100, 20_000_000) < 15_000_000
+    with connect(serve(_LINGER_BYTES=1_000_000)) as connection:
+        connection.sendall(head)
+        assert send_until_closed(connection, b"a" * 100_000, 20_000_000) < 15_000_000
+
+
+def test_headers_behind_a_request_under_way_are_bounded_too(serve):
+    with connect(serve(_LINGER_BYTES=1_000_000)) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nx")
+        connection.sendall(b"xGET / HTTP/1.1\r\n")
+        line = b"X-A: " + b"a" * 1_000 + b"\r\n"
+        assert send_until_closed(connection, line * 100, 20_000_000) < 15_000_000
+
+
+@pytest.mark.parametrize("size", [10, 5_000_000])
+def test_a_refusal_reaches_one_who_still_sends(serve, size):
+    with connect(serve(_HEADER_SECONDS=0.5)) as connection:
+        head = b"POST /refused HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size
+        connection.sendall(head)
+        time.sleep(0.2)
+        connection.sendall(b"x" * (size // 2))
+        time.sleep(0.2)
+        answer = rest_of(connection)
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert answer.endswith(b"\r\n\r\nno")
+        assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_who_is_refused_cannot_send_for_ever(serve):
+    with connect(serve(_LINGER_SECONDS=0.5)) as connection:
+        connection.sendall(
+            b"POST /refused HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n"
+        )
+        start = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - start < 5:
+                connection.sendall(b"x" * 1000)
+                time.sleep(0.05)
+        assert time.monotonic() - start < 3
+
+
+def test_who_does_not_read_is_not_waited_for(serve, monkeypatch):
+    is_lost = threading.Event()
+    lose = http._Protocol.connection_lost
+    monkeypatch.setattr(
+        http._Protocol, "connection_lost", lambda *args: (is_lost.set(), lose(*args))
+    )
+    with connect(serve(_READ_SECONDS=0.5)) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert is_lost.wait(5)
+
+
+def test_a_wish_for_http_2_is_ignored(serve):
+    with connect(serve()) as connection:
+        connection.sendall(
+            b"POST / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: 3\r\n"
+            b"Host: a\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\nUpgrade: h2c\r\n\r\nabc"
+        )
+        answer = connection.recv(65_536)
+        while b"bytes" not in answer:
+            answer += connection.recv(65_536)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"3 bytes" in answer
+
+
+def test_requests_behind_one_another_are_no_long_headers(serve):
+    port = serve(_MOST_HEADER_BYTES=1_000)
+    one = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n\r\n" + b"a" * 900
+    last = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    with connect(port) as connection:
+        connection.sendall(one * 20 + last[:30])
+        time.sleep(0.2)
+        connection.sendall(last[30:])
+        assert rest_of(connection).count(b"HTTP/1.1 200") == 21
