@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from cnn_jax import cli
 from cnn_jax.errors import ConfigError
+from cnn_jax.registry.ledger import check_name, parse_which
 
 _NEEDED = ("fastapi", "httptools", "prometheus_client", "python_multipart", "uvicorn")
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         source = FromRegistry(
             Registry(flags.registry), flags.model or (), flags.alias, flags.versions or ()
         )
-    source.wanted()  # What cannot be had now is said before anything is started.
+    source.check()  # What cannot be had now is said before anything is started.
     request_log = flags.request_log and RequestLog(
         pathlib.Path(flags.request_log),
         flags.request_log_share,
@@ -92,7 +93,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--model", type=_names, metavar="NAME,...", help="models of the registry (all)")
     add("--alias", default="champion", help="the version that answers (champion)")
-    add("--versions", type=_names, metavar="V,...", help="further numbers or aliases to serve")
+    add("--versions", type=_versions, metavar="V,...", help="further numbers or aliases to serve")
     add("--poll", type=_positive, default=2.0, help="seconds between looks at the registry (2)")
     add("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1)")
     add("--port", type=_port, default=8000, help="0 for any free one (8000)")
@@ -102,7 +103,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--queue", type=cli.positive, default=256, help="images in the house at once (256)")
     add("--timeout", type=_positive, default=30.0, help="seconds for a request (30)")
     add("--max_body_mb", type=_positive, default=20.0, help="of a request (20)")
-    add("--max_bodies_mb", type=_positive, default=100.0, help="of all requests at once (100)")
+    add("--max_bodies_mb", type=_positive, default=50.0, help="of all requests at once (50)")
     add("--max_pixels", type=cli.positive, default=25_000_000, help="of an image (25000000)")
     add("--max_images", type=cli.positive, default=64, help="of a request (64)")
     add("--drain", type=_not_negative, default=0.0, help="seconds unready before the end (0)")
@@ -116,6 +117,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError("--bundle or --registry must be given")
     if flags.bundle and len(flags.model or ()) > 1:
         raise ConfigError("--model: a bundle is one model")
+    for name in flags.model or ():
+        check_name("model", name)
+    check_name("alias", flags.alias)
+    if flags.queue < flags.max_images:
+        raise ConfigError("--queue: must be --max_images or more")
     return flags
 
 
@@ -124,6 +130,10 @@ def _names(text: str) -> list[str]:
     if not all(names):
         raise argparse.ArgumentTypeError("must be names with commas between them")
     return names
+
+
+def _versions(text: str) -> list[int | str]:
+    return [parse_which(one) for one in _names(text)]
 
 
 def _number(text: str) -> float:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cnn_jax
 from cnn_jax.serve import admin, measures, open_inference, page, plain, tf_serving
+from cnn_jax.serve.engine import Late, Overloaded
 from cnn_jax.serve.limits import ClientLeft, Refused
 from cnn_jax.serve.service import Service
 from cnn_jax.serve.tokens import Tokens
@@ -78,6 +79,7 @@ def make_app(
         lifespan=lifespan,
         docs_url=None,  # Its pages take their scripts from another server.
         redoc_url=None,
+        redirect_slashes=False,  # They would lead to whatever Host says.
         responses={
             status: {"model": ErrorOut, "description": description}
             for status, description in _STATUSES.items()
@@ -89,6 +91,8 @@ def make_app(
     _add_health(app, service)
     app.add_exception_handler(Refused, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(ClientLeft, _client_left)
+    app.add_exception_handler(Overloaded, _overloaded)  # type: ignore[arg-type]
+    app.add_exception_handler(Late, _late)
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _wrong_parameter)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _own_fault)
@@ -96,15 +100,19 @@ def make_app(
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["health"], summary="Whether the process lives")
     async def healthz() -> JSONResponse:
+        if not service.engine.is_alive:
+            raise Refused(503, "hanging", "the device does not answer")
         return JSONResponse({"status": "ok"})
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["health"], summary="Whether all models are compiled and warm")
     async def readyz() -> JSONResponse:
         if service.is_leaving:
             raise Refused(503, "leaving", "the server is about to end")
-        if not service.models.is_ready():
+        if not service.is_ready:
             raise Refused(503, "not_ready", "a model is not ready", retry_after="1")
         return JSONResponse({"status": "ready"})
 
@@ -139,6 +147,13 @@ class _Guard:
         state["request_id"] = request_id.decode()
         state["told"] = told = {}
         status = _CLIENT_LEFT
+        is_read = b"content-length" not in headers and b"transfer-encoding" not in headers
+
+        async def receive_more() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read |= message["type"] == "http.request" and not message.get("more_body", False)
+            return message
 
         async def send_more(message: Message) -> None:
             nonlocal status
@@ -147,14 +162,17 @@ class _Guard:
                 present = {name for name, _ in message["headers"]}
                 own = [header for header in _HEADERS if header[0] not in present]
                 message["headers"] = [*message["headers"], *own, (b"x-request-id", request_id)]
+                if not is_read and b"connection" not in present:
+                    # What is still to come of the body is not read.
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:
             refused = self._refuse(scope["path"], headers.get(b"authorization"))
             if refused is None:
-                await self._app(scope, receive, send_more)
+                await self._app(scope, receive_more, send_more)
             else:
-                await _refused(Request(scope), refused)(scope, receive, send_more)
+                await _refused(Request(scope), refused)(scope, receive_more, send_more)
         except Exception:  # It was answered, without a word of this.
             logger.exception("request %s failed", state["request_id"])
         finally:
@@ -211,6 +229,15 @@ def _refused(request: Request, error: Refused) -> Response:
     request.state.told["reason"] = error.reason
     content = {"error": str(error), "reason": error.reason, "request_id": request.state.request_id}
     return JSONResponse(content, error.status, headers=error.headers)
+
+
+def _overloaded(request: Request, error: Overloaded) -> Response:
+    refused = Refused(429, "busy", str(error), retry_after=str(error.retry_after))
+    return _refused(request, refused)
+
+
+def _late(request: Request, error: Exception) -> Response:
+    return _refused(request, Refused(503, "late", str(error), retry_after="1"))
 
 
 def _client_left(request: Request, error: Exception) -> Response:

@@ -26,6 +26,11 @@ from cnn_jax.errors import UserError
 _SECONDS_PER_IMAGE = 0.01
 # What a new measurement weighs in the estimate.
 _WEIGHT = 0.1
+# Seconds after which a batch that is still computed means that the device hangs.
+_HANGING_SECONDS = 60.0
+
+
+_LATE = "the time of the request was up before its images were computed"
 
 
 class Overloaded(UserError):  # noqa: N818  (said of who asks)
@@ -154,8 +159,14 @@ class Engine:
         self._on_batch = on_batch
         self._inside = 0
         self._per_image = _SECONDS_PER_IMAGE
+        # Decodings of a request at once: one with many large images leaves room for others.
+        self.decoders_per_request = max(1, decoders // 2)
         self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
+        # One: what a body becomes when it is parsed is many times as large.
+        self._parser = concurrent.futures.ThreadPoolExecutor(1, "parse")
         self._waiting: collections.deque[_Work] = collections.deque()
+        self._last: Program | None = None
+        self._computing_since: float | None = None
         self._changed = threading.Condition()
         self._is_closing = False
         self._thread = threading.Thread(target=self._compute_all, name="compute", daemon=True)
@@ -169,6 +180,13 @@ class Engine:
     def inside(self) -> int:
         """Images in the house."""
         return self._inside
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it computes, or would."""
+        since = self._computing_since
+        is_hanging = since is not None and time.monotonic() - since > _HANGING_SECONDS
+        return self._thread.is_alive() and not is_hanging
 
     @contextlib.contextmanager
     def admitted(self, images: int) -> Iterator[None]:
@@ -186,32 +204,44 @@ class Engine:
             self._inside -= images
 
     async def decode(self, call: Callable[[], Any], deadline: float) -> Any:
-        """What a call returns that is made on a thread.
+        """What a call returns that is made on a thread for images.
 
         Raises:
           Late: Its turn has come after the deadline.
           UserError: Of the call.
         """
+        return await self._on_thread(self._decoders, call, deadline)
 
+    async def parse(self, call: Callable[[], Any], deadline: float) -> Any:
+        """The same on the thread for bodies, one after the other."""
+        return await self._on_thread(self._parser, call, deadline)
+
+    async def _on_thread(
+        self, threads: concurrent.futures.Executor, call: Callable[[], Any], deadline: float
+    ) -> Any:
         def run() -> Any:
             if time.monotonic() > deadline:
                 raise Late("the time of the request was up before its images were read")
             return call()
 
-        return await self._loop.run_in_executor(self._decoders, run)
+        return await self._loop.run_in_executor(threads, run)
 
     async def compute(self, program: Program, image: Pixels, deadline: float) -> Computed:
         """The program's result for an image, computed with others.
 
         Raises:
-          Late: Its turn has come after the deadline.
+          Late: The deadline has come before it.
         """
         future: asyncio.Future[Computed] = self._loop.create_future()
         work = _Work(program, image, deadline, time.monotonic(), future)
         with self._changed:
             self._waiting.append(work)
             self._changed.notify()
-        return await future  # Cancelled with who waits for it, which the thread looks for.
+        # Cancelled with who waits for it, which the thread looks for.
+        try:
+            return await asyncio.wait_for(future, max(0.0, deadline - time.monotonic()))
+        except TimeoutError as error:
+            raise Late(_LATE) from error
 
     def close(self) -> None:
         """Ends the threads; nobody may be waiting any more."""
@@ -219,7 +249,8 @@ class Engine:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
-        self._decoders.shutdown(cancel_futures=True)
+        for threads in (self._decoders, self._parser):
+            threads.shutdown(cancel_futures=True)
 
     # On the thread that computes.
 
@@ -239,12 +270,21 @@ class Engine:
             self._drop()
             if not self._waiting:
                 return []
-            program = self._waiting[0].program
+            program = self._next_program()
             alike = [work for work in self._waiting if work.program is program]
             batch = alike[: program.best_size(len(alike))]
             taken = set(map(id, batch))
             self._waiting = collections.deque(w for w in self._waiting if id(w) not in taken)
             return batch
+
+    def _next_program(self) -> Program:
+        """That of the oldest image, but for images of another that wait as well.
+
+        So who asks for much of one kind holds up nobody who asks for another.
+        """
+        others = (work.program for work in self._waiting if work.program is not self._last)
+        self._last = next(others, self._waiting[0].program)
+        return self._last
 
     def _gather(self) -> None:
         """Waits until there is a whole batch, or the oldest image has waited enough."""
@@ -265,31 +305,39 @@ class Engine:
             if work.future.cancelled():
                 continue
             if now > work.deadline:
-                error = Late("the time of the request was up before its images were computed")
-                self._loop.call_soon_threadsafe(_fail, [work], error)
+                self._loop.call_soon_threadsafe(_fail, [work], Late(_LATE))
             else:
                 kept.append(work)
         self._waiting = collections.deque(kept)
 
     def _compute(self, batch: Sequence[_Work]) -> None:
         """Computes a batch, and tells those who wait."""
-        program = batch[0].program
-        size = program.best_size(len(batch))
-        images = np.stack([work.image for work in batch])
-        padded = np.pad(images, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)], mode="edge")
-        start = time.monotonic()
+        start = self._computing_since = time.monotonic()
         try:
-            results = program.run(padded)
-        except Exception as error:
+            results = self._run(batch)
+        except Exception as error:  # Of any kind: the thread must go on.
             self._loop.call_soon_threadsafe(_fail, batch, error)
             return
+        finally:
+            self._computing_since = None
         seconds = time.monotonic() - start
         self._per_image += _WEIGHT * (seconds / len(batch) - self._per_image)
         computed = [
             Computed(result, start - work.arrived, seconds, len(batch))
-            for work, result in zip(batch, results, strict=False)
+            for work, result in zip(batch, results, strict=True)
         ]
         self._loop.call_soon_threadsafe(self._tell, batch, computed)
+
+    def _run(self, batch: Sequence[_Work]) -> list[Any]:
+        """One result for each image."""
+        program = batch[0].program
+        missing = program.best_size(len(batch)) - len(batch)
+        images = np.stack([work.image for work in batch])
+        padded = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge")
+        results = list(program.run(padded))[: len(batch)]
+        if len(results) < len(batch):
+            raise RuntimeError(f"{len(results)} results of {len(batch)} images")
+        return results
 
     def _tell(self, batch: Sequence[_Work], computed: Sequence[Computed]) -> None:
         for work, of_work in zip(batch, computed, strict=True):

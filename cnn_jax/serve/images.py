@@ -12,12 +12,14 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from cnn_jax.serve.limits import Limits, Refused
 
+# Parts of a form that are no files.
+_MOST_FIELDS = 32
 # Of the headers of a part.
 _MOST_HEADER_BYTES = 4_096
 _MOST_NAME = 200
 # What a body may become in memory when it is parsed, and about what its characters become:
 # an element, a list or an object, a member of an object.
-_MOST_PARSED_BYTES = 150_000_000
+_MOST_PARSED_BYTES = 100_000_000
 _PARSED_BYTES = {b",": 64, b"[": 96, b"{": 96, b":": 112}
 
 
@@ -77,6 +79,7 @@ class _Form:
 
     def __init__(self, most: int):
         self.parts: list[Part] = []
+        self._count = 0
         self.is_complete = False
         self._most = most
         self._content: list[bytes] = []
@@ -88,6 +91,9 @@ class _Form:
         return {f"on_{name}": getattr(self, f"_{name}") for name in (*names, "header_end", "end")}
 
     def _part_begin(self) -> None:
+        self._count += 1
+        if self._count > self._most + _MOST_FIELDS:
+            raise Refused(413, "too_many", "the form has too many fields")
         self._content, self._header = [], {}
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
@@ -129,8 +135,8 @@ def from_base64(text: object) -> bytes:
     Raises:
       Refused: It is not base64.
     """
-    if not isinstance(text, str):
-        raise Refused(400, "image", "an image in base64 must be a string")
+    if not isinstance(text, str) or not text.isascii():
+        raise Refused(400, "image", "an image in base64 must be a string of its letters")
     try:
         # Those who write URLs use two other letters, and may leave out the padding.
         plain = text.strip().translate(str.maketrans("-_", "+/"))
@@ -148,19 +154,39 @@ def from_numbers(values: object) -> np.ndarray:
     Raises:
       Refused: It is not an image: of another shape, or not whole numbers from 0 to 255.
     """
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise Refused(400, "image", "an image's rows differ in length") from error
-    if array.dtype.kind not in "iuf" or array.ndim not in (2, 3) or not array.size:
+    array = grey_levels(values)
+    if array.ndim not in (2, 3) or not array.size:
         raise Refused(400, "image", "an image must be numbers [height, width, 3]")
     if array.ndim == 3 and array.shape[2] not in (1, 3):
         raise Refused(400, "image", f"an image must be [height, width, 3], not {list(array.shape)}")
+    return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+
+
+def grey_levels(values: object) -> np.ndarray:
+    """Nested lists of grey levels as an array of their shape, uint8.
+
+    Raises:
+      Refused: They are not whole numbers from 0 to 255, or their rows differ in length.
+    """
+    # First of all: an array of strings has room for the longest one in each of its places.
+    if not _are_numbers(values):
+        raise Refused(400, "image", "an image must be numbers")
+    try:
+        array = np.asarray(values, np.float64)
+    except (ValueError, OverflowError) as error:
+        raise Refused(400, "image", "an image's rows differ in length") from error
     # NaN fails the first comparison.
     if not np.all((array >= 0) & (array <= 255)) or np.any(array != np.floor(array)):
         raise Refused(400, "image", "an image's numbers must be whole, from 0 to 255")
-    array = array.astype(np.uint8)
-    return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    return array.astype(np.uint8)
+
+
+def _are_numbers(values: object) -> bool:
+    """Whether there is nothing but numbers in nested lists."""
+    if not isinstance(values, list):
+        return type(values) in (int, float)
+    kinds = set(map(type, values))
+    return all(map(_are_numbers, values)) if list in kinds else kinds <= {int, float}
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

@@ -3,12 +3,18 @@
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from starlette.types import Receive
 
 T = TypeVar("T")
+
+# Seconds for which a body may pause.
+_PAUSE_SECONDS = 10.0
+# Bytes of a body for which there is room while large ones take all of theirs.
+_SMALL = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,16 +23,19 @@ class Limits:
 
     Attributes:
       body_bytes: Of a request.
-      all_bytes: Of the bodies of all requests that are under way.
+      all_bytes: Of the bodies of all requests that are under way; small ones may have as much
+        again as one large request.
       pixels: Width times height of an image, by its header.
       images: In a request.
+      explained: Of these, if maps are asked for.
       seconds: From a request's headers to its answer.
     """
 
     body_bytes: int = 20_000_000
-    all_bytes: int = 100_000_000
+    all_bytes: int = 50_000_000
     pixels: int = 25_000_000
     images: int = 64
+    explained: int = 8
     seconds: float = 30.0
 
 
@@ -66,7 +75,7 @@ class Bodies:
         Args:
           receive: Of the request, of which nothing was read.
           content_length: The header.
-          deadline: In seconds of the loop's time.
+          deadline: In seconds of `time.monotonic`.
 
         Raises:
           Refused: It is too large or too slow, or there is no room for it.
@@ -78,18 +87,20 @@ class Bodies:
         parts: list[bytes] = []
         with self._counted() as count:
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout(None) as pause:
+                    _wait_for_more(pause, deadline)
                     async for part in _parts(receive):
                         count(len(part))
                         parts.append(part)
+                        _wait_for_more(pause, deadline)
             except TimeoutError as error:
                 raise Refused(
                     408,
                     "slow",
-                    f"the body did not come in {self._limits.seconds:g} s",
+                    f"the body did not come in {self._limits.seconds:g} s, or paused for too long",
                     connection="close",
                 ) from error
-            body = b"".join(parts)
+            body = parts[0] if len(parts) == 1 else b"".join(parts)
             parts.clear()
             yield body
 
@@ -101,7 +112,10 @@ class Bodies:
             nonlocal own
             if own + size > self._limits.body_bytes:
                 raise self._too_large()
-            if self.held + size > self._limits.all_bytes:
+            room = self._limits.all_bytes
+            if own + size <= _SMALL:
+                room += self._limits.body_bytes
+            if self.held + size > room:
                 raise Refused(
                     429,
                     "busy",
@@ -120,6 +134,12 @@ class Bodies:
     def _too_large(self) -> Refused:
         most = self._limits.body_bytes
         return Refused(413, "too_large", f"a body may have {most:,} bytes", connection="close")
+
+
+def _wait_for_more(timeout: asyncio.Timeout, deadline: float) -> None:
+    """Gives a body some seconds for its next part, but none beyond its deadline."""
+    left = min(deadline - time.monotonic(), _PAUSE_SECONDS)
+    timeout.reschedule(asyncio.get_running_loop().time() + left)
 
 
 async def _parts(receive: Receive) -> AsyncIterator[bytes]:

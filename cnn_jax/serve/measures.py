@@ -1,5 +1,8 @@
 """What the server counts, for Prometheus."""
 
+import contextlib
+from collections.abc import Sequence
+
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.platform_collector import PlatformCollector
@@ -43,6 +46,9 @@ class Measures:
         self.lost_rows = Gauge(
             "request_log_lost_rows", "Answers that could not be noted.", **options
         )
+        self.last_look = Gauge(
+            "last_look_timestamp_seconds", "When the registry has last answered.", **options
+        )
         self.loads = Counter("loads", "Versions that were loaded.", ("model", "outcome"), **options)
         self.loaded = Gauge(
             "version_loaded", "1 for what can be asked.", ("model", "version"), **options
@@ -52,6 +58,12 @@ class Measures:
         """A batch was computed."""
         self.batch_images.observe(images)
         self.batch_seconds.observe(seconds)
+
+    def forget(self, model: str, version: int, class_names: Sequence[str]) -> None:
+        """A version is gone: nothing more will be counted of it."""
+        for name in class_names:
+            with contextlib.suppress(KeyError):
+                self.predictions.remove(model, version, name)
 
     def expose(self) -> bytes:
         """All of it, in Prometheus's text format."""

@@ -3,8 +3,13 @@
 Inputs are one tensor: UINT8 of [images, height, width, 3] grey levels, of any height and width,
 or BYTES of [images], each an image file in base64. Outputs are `probabilities`, FP32
 [images, classes], and `class`, BYTES [images].
+
+A tensor may also come as bytes behind the JSON, as the extension for binary tensors has it and
+Triton's clients do; files are then as they are. Outputs are JSON in any case.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -13,11 +18,12 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse
 
 import cnn_jax
-from cnn_jax.serve.images import from_base64, parse_json
+from cnn_jax.serve.images import from_base64, grey_levels, parse_json
 from cnn_jax.serve.limits import Refused, unless_client_leaves
 from cnn_jax.serve.service import Answer, Service, error_of
 from cnn_jax.serve.versions import Version
 
+_INPUT, _OUTPUTS = "image", ("probabilities", "class")
 _Number = Annotated[int, Path(ge=1, lt=2**31)]
 _BODY = {
     "required": True,
@@ -65,8 +71,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/health/ready", summary="Whether all models are ready")
     async def ready() -> JSONResponse:
-        is_ready = models.is_ready()
-        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+        return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)
 
     @router.get("/models/{model}", summary="Inputs and outputs")
     async def metadata_of_model(model: str) -> JSONResponse:
@@ -79,7 +84,7 @@ def make_router(service: Service) -> APIRouter:
     @router.get("/models/{model}/ready", summary="Whether a model is ready")
     async def model_ready(model: str) -> JSONResponse:
         models.states(model)  # There must be one.
-        is_ready = models.is_ready(model)
+        is_ready = models.is_ready(model) and not service.is_leaving
         return JSONResponse({"name": model, "ready": is_ready}, 200 if is_ready else 503)
 
     @router.get("/models/{model}/versions/{version}/ready", summary="Whether a version is ready")
@@ -90,8 +95,9 @@ def make_router(service: Service) -> APIRouter:
     async def infer(request: Request, version: Version) -> JSONResponse:
         async with service.body(request) as body:
             deadline = request.state.deadline
-            images, name = await service.engine.decode(lambda: _images(body), deadline)
-            work = service.answer(version, images, request)
+            length = request.headers.get("inference-header-content-length")
+            asked = await service.engine.parse(lambda: _parse(body, length), deadline)
+            work = service.answer(version, asked.images, request)
             answers = await unless_client_leaves(request.receive, work)
         rows = []
         for place, answer in enumerate(answers):
@@ -100,7 +106,10 @@ def make_router(service: Service) -> APIRouter:
                 raise Refused(refused.status, refused.reason, f"image {place}: {refused}")
             rows.append(answer.probabilities)
         described = {"model_name": version.model, "model_version": str(version.number)}
-        return JSONResponse(described | name | {"outputs": _outputs(version, rows)})
+        if asked.id is not None:
+            described["id"] = asked.id
+        found = [output for output in _outputs(version, rows) if output["name"] in asked.outputs]
+        return JSONResponse(described | {"outputs": found})
 
     @router.post(
         "/models/{model}/infer",
@@ -123,13 +132,20 @@ def make_router(service: Service) -> APIRouter:
 
 def _metadata(service: Service, version: Version) -> dict[str, Any]:
     states = service.models.states(version.model)
-    height, width = version.preprocessing.image_size
     return {
         "name": version.model,
         "versions": [str(number) for number in sorted(states)],
         "platform": "jax",
         "inputs": [
-            {"name": "image", "datatype": "UINT8", "shape": [-1, height, width, 3]},
+            {
+                "name": _INPUT,
+                "datatype": "UINT8",
+                "shape": [-1, -1, -1, 3],
+                "parameters": {
+                    "seen_at": list(version.preprocessing.image_size),
+                    "also": "BYTES of [-1], each an image file in base64",
+                },
+            },
         ],
         "outputs": [
             {
@@ -143,56 +159,118 @@ def _metadata(service: Service, version: Version) -> dict[str, Any]:
     }
 
 
-def _images(body: bytes) -> tuple[list[bytes | np.ndarray], dict[str, str]]:
-    """The images of a request, and its id if it has one.
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A request.
+
+    Attributes:
+      images: Files, or pixels.
+      outputs: Names of those that are wanted.
+      id: Its own, which comes back.
+    """
+
+    images: list[bytes | np.ndarray]
+    outputs: frozenset[str]
+    id: str | None
+
+
+def _parse(body: bytes, json_length: str | None) -> _Asked:
+    """What a body asks.
+
+    Args:
+      body: All of it.
+      json_length: How much of it is JSON, if that is not all.
 
     Raises:
       Refused: It is no request of this protocol.
     """
+    binary = None
+    if json_length is not None:
+        if not json_length.isdecimal() or len(json_length) > 10:
+            raise Refused(400, "json", "Inference-Header-Content-Length must be a number of bytes")
+        body, binary = body[: int(json_length)], body[int(json_length) :]
     found = parse_json(body)
-    inputs = found.get("inputs")
-    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        raise Refused(400, "json", '"inputs" must be a list of one tensor')
-    (tensor,) = inputs
-    shape, data = tensor.get("shape"), tensor.get("data")
-    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise Refused(400, "json", '"shape" must be a list of positive integers')
-    if not isinstance(data, list):
-        raise Refused(400, "json", '"data" must be a list')
     own_id = found.get("id")
     if own_id is not None and not isinstance(own_id, str):
         raise Refused(400, "json", '"id" must be a string')
-    name = {} if own_id is None else {"id": own_id}
-    if tensor.get("datatype") == "BYTES":
-        if shape not in ([len(data)], [len(data), 1]):
-            raise Refused(400, "json", f'"shape" is {shape}, and "data" has {len(data)} images')
-        return [from_base64(image) for image in data], name
-    if tensor.get("datatype") != "UINT8":
-        raise Refused(400, "json", '"datatype" must be UINT8 or BYTES')
-    return list(_pixels(shape, data)), name
+    inputs = found.get("inputs")
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        raise Refused(400, "json", '"inputs" must be a list of one tensor')
+    images = _images(inputs[0], binary)
+    return _Asked(images, _wanted_outputs(found.get("outputs")), own_id)
 
 
-def _pixels(shape: Sequence[int], data: list[Any]) -> np.ndarray:
-    """A tensor of grey levels, flat or nested, as uint8 [images, height, width, 3].
+def _wanted_outputs(outputs: Any) -> frozenset[str]:
+    if outputs is None or outputs == []:
+        return frozenset(_OUTPUTS)
+    names = [one.get("name") if isinstance(one, dict) else None for one in _list(outputs)]
+    if any(name not in _OUTPUTS for name in names):
+        raise Refused(400, "json", f'"outputs" must be of {", ".join(_OUTPUTS)}')
+    return frozenset(names)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise Refused(400, "json", '"outputs" must be a list')
+    return value
+
+
+def _images(tensor: dict[str, Any], binary: bytes | None) -> list[bytes | np.ndarray]:
+    """The images of the only tensor, whose values may stand behind the JSON.
 
     Raises:
-      Refused: Its shape is another, or its values are none.
+      Refused: It has none.
+    """
+    if tensor.get("name", _INPUT) != _INPUT:
+        raise Refused(400, "json", f"the only input is {_INPUT}")
+    shape, data = tensor.get("shape"), tensor.get("data")
+    if not isinstance(shape, list) or not 0 < len(shape) <= 4:
+        raise Refused(400, "json", '"shape" must be a list of one to four integers')
+    if not all(type(side) is int and 0 < side < 2**31 for side in shape):
+        raise Refused(400, "json", '"shape" must be positive integers, below 2**31')
+    kind = tensor.get("datatype")
+    if kind not in ("UINT8", "BYTES"):
+        raise Refused(400, "json", '"datatype" must be UINT8 or BYTES')
+    if data is None and binary is not None:
+        data = _elements(binary) if kind == "BYTES" else np.frombuffer(binary, np.uint8)
+    elif not isinstance(data, list):
+        raise Refused(400, "json", '"data" must be a list')
+    elif kind == "BYTES":
+        data = [from_base64(image) for image in data]
+    else:
+        data = grey_levels(data)
+    if kind == "UINT8":
+        return list(_pixels(shape, data))
+    if shape not in ([len(data)], [len(data), 1]):
+        raise Refused(400, "json", f'"shape" does not say {len(data)} images')
+    return data
+
+
+def _elements(binary: bytes) -> list[bytes]:
+    """Strings of bytes, each behind its length in four bytes, little endian."""
+    found, start = [], 0
+    while start < len(binary):
+        length = int.from_bytes(binary[start : start + 4], "little")
+        start += 4
+        if start + length > len(binary):
+            raise Refused(400, "image", "the binary data is shorter than it says")
+        found.append(binary[start : start + length])
+        start += length
+    return found
+
+
+def _pixels(shape: Sequence[int], levels: np.ndarray) -> np.ndarray:
+    """Grey levels, flat or nested, as uint8 [images, height, width, 3].
+
+    Raises:
+      Refused: They are not of this shape.
     """
     if len(shape) != 4 or shape[3] != 3:
         raise Refused(400, "json", '"shape" must be [images, height, width, 3]')
-    try:
-        array = np.asarray(data)
-    except ValueError as error:
-        raise Refused(400, "image", '"data" has rows that differ in length') from error
     # In Python's integers: NumPy's would wrap.
-    size = 1
-    for side in shape:
-        size *= side
-    if array.dtype.kind not in "iu" or array.size != size:
-        raise Refused(400, "image", f'"data" must be {size} integers, as its shape says')
-    if array.min() < 0 or array.max() > 255:
-        raise Refused(400, "image", '"data" must be from 0 to 255')
-    return array.astype(np.uint8).reshape(shape)
+    if levels.size != math.prod(shape):
+        raise Refused(400, "image", f'there are {levels.size} numbers, and "shape" says otherwise')
+    return levels.reshape(shape)
 
 
 def _outputs(version: Version, rows: Sequence[np.ndarray]) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ def make_router(service: Service, app: FastAPI) -> APIRouter:
         "permissions-policy": "camera=(self)",
     }
 
+    @router.head("/", include_in_schema=False)
     @router.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers=headers)

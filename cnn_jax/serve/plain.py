@@ -16,10 +16,12 @@ from pydantic import BaseModel, Field
 from cnn_jax.errors import DataError
 from cnn_jax.explain.overlay import under_map
 from cnn_jax.serve.images import Part, images_of
-from cnn_jax.serve.limits import unless_client_leaves
+from cnn_jax.serve.limits import Refused, unless_client_leaves
 from cnn_jax.serve.service import Answer, Service, error_of
 from cnn_jax.serve.versions import Version
 
+# Bytes of a body whose parts are looked for on a thread.
+_LARGE_BODY = 1_000_000
 _FILES = {
     "type": "array",
     "items": {"type": "string", "contentMediaType": "application/octet-stream"},
@@ -101,16 +103,13 @@ def make_router(service: Service) -> APIRouter:
     ) -> JSONResponse:
         """The body is an image file, or a form with one or many files."""
         start = time.monotonic()
+        if version is not None and alias is not None:
+            raise Refused(400, "parameter", "either a version or an alias, not both")
         chosen = service.models.find(model, version, alias)
         async with service.body(request) as body:
-            parts = images_of(body, request.headers.get("content-type", ""), service.limits)
-            work = service.answer(
-                chosen,
-                [part.content for part in parts],
-                request,
-                explain is not None,
-            )
-            answers = await unless_client_leaves(request.receive, work)
+            parts = await _parts(service, request, body)
+            work = _answer(service, chosen, parts, request, explain is not None)
+            answers, pictures = await unless_client_leaves(request.receive, work)
             errors = [answer for answer in answers if isinstance(answer, DataError)]
             if len(errors) == len(answers):
                 raise error_of(errors[0])
@@ -118,11 +117,8 @@ def make_router(service: Service) -> APIRouter:
                 _describe(part, answer, chosen.class_names, top)
                 for part, answer in zip(parts, answers, strict=True)
             ]
-            for described, part, answer in zip(predictions, parts, answers, strict=True):
-                if explain is not None and isinstance(answer, Answer):
-                    draw = functools.partial(_explanation, chosen, part.content, answer)
-                    deadline = request.state.deadline
-                    described["explanation"] = await service.engine.decode(draw, deadline)
+            for place, picture in pictures.items():
+                predictions[place]["explanation"] = picture
         return JSONResponse(
             {
                 "model": chosen.model,
@@ -133,6 +129,31 @@ def make_router(service: Service) -> APIRouter:
         )
 
     return router
+
+
+async def _parts(service: Service, request: Request, body: bytes) -> list[Part]:
+    """The images of a body."""
+    read = functools.partial(
+        images_of, body, request.headers.get("content-type", ""), service.limits
+    )
+    # Looking for the ends of parts takes time in which nobody else would be served.
+    if len(body) > _LARGE_BODY:
+        return await service.engine.parse(read, request.state.deadline)
+    return read()
+
+
+async def _answer(
+    service: Service, version: Version, parts: Sequence[Part], request: Request, explain: bool
+) -> tuple[list[Answer | DataError], dict[int, dict[str, str]]]:
+    """What is said of images, and maps by their places, if they are asked for."""
+    images = [part.content for part in parts]
+    answers = await service.answer(version, images, request, explain)
+    pictures = {}
+    for place, answer in enumerate(answers):
+        if explain and isinstance(answer, Answer):
+            draw = functools.partial(_explanation, answer)
+            pictures[place] = await service.engine.decode(draw, request.state.deadline)
+    return answers, pictures
 
 
 def _describe(
@@ -149,10 +170,10 @@ def _describe(
     return {"name": part.name, **best[0], "top": best}
 
 
-def _explanation(version: Version, image: bytes, answer: Answer) -> dict[str, str]:
+def _explanation(answer: Answer) -> dict[str, str]:
     """The map over the image, as PNG."""
     assert answer.explanation is not None
-    picture = under_map(Image.fromarray(version.read(image)), answer.explanation)
+    picture = under_map(Image.fromarray(answer.pixels), answer.explanation)
     file = io.BytesIO()
     picture.save(file, "PNG")
     return {"method": "gradcam", "png": base64.b64encode(file.getvalue()).decode()}

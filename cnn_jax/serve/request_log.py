@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 import pathlib
 import queue
 import random
@@ -91,6 +92,8 @@ class RequestLog:
         self._random = random.Random()
         self._waiting: queue.Queue[_Row | None] = queue.Queue(_MOST_WAITING)
         try:
+            # What it holds is nobody else's business.
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             with contextlib.closing(self._connect()) as connection:
                 # Before there is a table: later it would take a rewriting of the file.
                 connection.execute("pragma auto_vacuum = incremental")
@@ -98,7 +101,7 @@ class RequestLog:
                 connection.execute(_TABLE)
                 connection.execute(f"select {', '.join(_COLUMNS)} from requests limit 1")
                 connection.commit()
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"--request_log: cannot use {path}: {error}") from error
         self._thread = threading.Thread(target=self._write_all, name="request log", daemon=True)
         self._thread.start()

@@ -6,10 +6,12 @@ import dataclasses
 import logging
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 
+from cnn_jax.data.scan import num_cores
 from cnn_jax.errors import BundleError, ConfigError
 from cnn_jax.serve import http
 from cnn_jax.serve.app import make_app
@@ -75,15 +77,16 @@ def run(
       BundleError: The only bundle cannot be served.
     """
     measures = Measures()
-    engine = Engine(options.queue, options.max_wait, os.cpu_count() or 1, measures.count_batch)
+    engine = Engine(options.queue, options.max_wait, num_cores(), measures.count_batch)
     service = Service(Models(), engine, options.limits, measures, request_log)
     listener = _listen(options)
     host, port = listener.getsockname()[:2]
 
+    loader = Loader(service, source, options.sizes)
+
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        loader = Loader(service, source, options.sizes)
         app.state.loader = loader
 
         async def follow() -> None:
@@ -99,10 +102,9 @@ def run(
             yield
         finally:
             following.cancel()
-            loader.close()
-            engine.close()
+            await asyncio.to_thread(engine.close)
             if request_log is not None:
-                request_log.close()
+                await asyncio.to_thread(request_log.close)
 
     app = make_app(service, tokens, lifespan)
     server = http.make_server(app, options.drain, options.limits.seconds, service.leave)
@@ -110,14 +112,13 @@ def run(
         logger.warning("everybody who reaches %s may ask: there are no --tokens", options.host)
     with listener:
         server.run([listener])
-    problems = [
-        problem
-        for name in service.models.names
-        for _, problem in service.models.states(name).values()
-        if problem
-    ]
-    if isinstance(source, OneBundle) and problems:
-        raise BundleError(problems[0])
+    if loader.is_busy:
+        # A network that hangs, or a compiler: Python would wait for it, or fall over it.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
+    if isinstance(source, OneBundle) and loader.problem:
+        raise BundleError(loader.problem)
 
 
 def _listen(options: Options) -> socket.socket:

@@ -4,19 +4,25 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import Request
 
 from cnn_jax.data import decode
+from cnn_jax.data.decode import Pixels
 from cnn_jax.errors import DataError
-from cnn_jax.serve.engine import Computed, Engine, Late, Overloaded, Program
+from cnn_jax.serve.engine import Computed, Engine, Program
 from cnn_jax.serve.limits import Bodies, Limits, Refused
 from cnn_jax.serve.measures import Measures
 from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.versions import Version
 
+T = TypeVar("T")
+
+# Versions of a model that are remembered when they are gone.
+_MOST_GONE = 20
 # What a model's version goes through, as TensorFlow Serving calls it.
 LOADING, AVAILABLE, UNLOADING, END = "LOADING", "AVAILABLE", "UNLOADING", "END"
 
@@ -27,6 +33,7 @@ class Answer:
 
     Attributes:
       probabilities: float32 [classes].
+      pixels: The image as the network has seen it.
       explanation: The map of the most probable class, float32 [height, width], if asked for.
       decode_seconds: From the bytes to pixels.
       queue_seconds: For which it has waited for the device.
@@ -35,6 +42,7 @@ class Answer:
     """
 
     probabilities: np.ndarray
+    pixels: Pixels
     explanation: np.ndarray | None
     decode_seconds: float
     queue_seconds: float
@@ -51,14 +59,16 @@ class Models:
         self._aliases: dict[str, dict[str, int]] = {}
         # Why a version is not there, or nothing; END once it is gone.
         self._states: dict[str, dict[int, tuple[str, str]]] = {}
+        # Models without which the server is not ready.
+        self._required: set[str] = set()
 
     @property
     def names(self) -> list[str]:
         return list(self._states)
 
     def is_ready(self, model: str | None = None) -> bool:
-        """Whether a model, or each of them, answers who names no version."""
-        names = self.names if model is None else [model]
+        """Whether a model, or each of those that must be there, answers who names no version."""
+        names = self._required if model is None else {model}
         return bool(names) and all(self.default(name) is not None for name in names)
 
     def states(self, model: str) -> dict[int, tuple[str, str]]:
@@ -94,10 +104,14 @@ class Models:
         Raises:
           Refused: There is none.
         """
+        if not self.names:
+            raise Refused(503, "not_ready", "the server has not begun yet", retry_after="1")
         if model is None:
-            if len(self.names) != 1:
-                raise Refused(400, "no_model", f"name a model, one of {', '.join(self.names)}")
-            (model,) = self.names
+            # One that has never answered yet is none to choose from.
+            names = [name for name in self.names if self.default(name)] or self.names
+            if len(names) != 1:
+                raise Refused(400, "no_model", f"name a model, one of {', '.join(names)}")
+            (model,) = names
         self._check(model)
         present = self._versions.get(model, {})
         if alias is not None:
@@ -124,13 +138,26 @@ class Models:
 
     # What the loader tells.
 
-    def expect(self, model: str) -> None:
-        """A model will be here."""
+    def expect(self, model: str, is_required: bool) -> None:
+        """A model will be here, without which the server may not be ready."""
         self._states.setdefault(model, {})
+        if is_required:
+            self._required.add(model)
 
     def note(self, model: str, number: int, state: str, problem: str = "") -> None:
         """A version is in a state, or was to come and cannot."""
-        self._states.setdefault(model, {})[number] = state, problem
+        states = self._states.setdefault(model, {})
+        states.pop(number, None)
+        states[number] = state, problem
+        gone = [number for number, (of_it, _) in states.items() if of_it == END]
+        for oldest in gone[:-_MOST_GONE]:
+            del states[oldest]
+
+    def forget(self, model: str) -> None:
+        """A model is not here any more; its versions were dropped."""
+        for by_model in (self._versions, self._aliases, self._states):
+            by_model.pop(model, None)
+        self._required.discard(model)
 
     def bring(self, version: Version) -> None:
         """A version can be asked by its number."""
@@ -182,9 +209,18 @@ class Service:
           Refused: It is too large or too slow, or there is no room for it.
           ClientLeft: It will not come to its end.
         """
+        coding = request.headers.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            message = "a body must be sent as it is, without a Content-Encoding"
+            raise Refused(415, "encoding", message, accept_encoding="identity")
         length = request.headers.get("content-length")
         async with self._bodies.read(request.receive, length, request.state.deadline) as body:
             yield body
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests should come here."""
+        return not self.is_leaving and self.models.is_ready() and self.engine.is_alive
 
     def leave(self) -> None:
         """Notes that the server is about to end: it is not ready any more."""
@@ -218,35 +254,37 @@ class Service:
           For each image an answer, or why it has none.
 
         Raises:
-          Refused: There are too many images, or too little time.
+          Refused: There are too many images.
+          Overloaded: There is no room for them now.
+          Late: There was too little time.
         """
         if not images:
             raise Refused(400, "no_image", "there is no image in the request")
-        if len(images) > self.limits.images:
-            raise Refused(
-                413,
-                "too_many",
-                f"a request may have {self.limits.images} images, not {len(images)}",
-            )
+        most = self.limits.explained if explain else self.limits.images
+        if len(images) > most:
+            what = "images with a map" if explain else "images"
+            raise Refused(413, "too_many", f"a request may have {most} {what}, not {len(images)}")
         program = version.explained if explain else version.probabilities
         told = {"model": version.model, "version": version.number, "images": len(images)}
         request.state.told.update(told)
-        try:
-            with self.engine.admitted(len(images)), version.used():
-                return await asyncio.gather(
-                    *(self._answer_one(version, program, image, request) for image in images)
-                )
-        except Overloaded as error:
-            raise Refused(429, "busy", str(error), retry_after=str(error.retry_after)) from error
-        except Late as error:
-            raise Refused(503, "late", str(error), retry_after="1") from error
+        turn = asyncio.Semaphore(self.engine.decoders_per_request)
+        with self.engine.admitted(len(images)), version.used():
+            return await _all(
+                [self._answer_one(version, program, image, request, turn) for image in images]
+            )
 
     async def _answer_one(
-        self, version: Version, program: Program, image: bytes | np.ndarray, request: Request
+        self,
+        version: Version,
+        program: Program,
+        image: bytes | np.ndarray,
+        request: Request,
+        turn: asyncio.Semaphore,
     ) -> Answer | DataError:
         start, deadline = time.monotonic(), request.state.deadline
         try:
-            pixels = await self.engine.decode(lambda: version.read(image), deadline)
+            async with turn:
+                pixels = await self.engine.decode(lambda: version.read(image), deadline)
         except DataError as error:
             return error
         decoded = time.monotonic() - start
@@ -260,12 +298,24 @@ class Service:
             self._request_log.offer(version, request_id, pixels, probabilities)
         return Answer(
             probabilities=probabilities,
+            pixels=pixels,
             explanation=explanation,
             decode_seconds=decoded,
             queue_seconds=computed.queued,
             compute_seconds=computed.computed,
             batch_size=computed.together,
         )
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """What each comes to; if one fails, none of the others goes on."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def error_of(error: DataError) -> Refused:

@@ -63,7 +63,7 @@ def make_router(service: Service) -> APIRouter:
     async def predict(request: Request, version: Version) -> JSONResponse:
         async with service.body(request) as body:
             deadline = request.state.deadline
-            images, key = await service.engine.decode(lambda: _images(body), deadline)
+            images, key = await service.engine.parse(lambda: _images(body), deadline)
             work = service.answer(version, images, request)
             answers = await unless_client_leaves(request.receive, work)
         rows = []
@@ -165,7 +165,9 @@ def _metadata(version: Version) -> dict[str, Any]:
             "version": str(version.number),
         },
         "metadata": {
-            "signature_def": {"signature_def": {_SIGNATURE: signature}},
-            "class_names": version.class_names,
+            "signature_def": {
+                "@type": "type.googleapis.com/tensorflow.serving.SignatureDefMap",
+                "signature_def": {_SIGNATURE: signature},
+            },
         },
     }

@@ -2,10 +2,13 @@
 
 import hashlib
 import hmac
+import logging
 import pathlib
 import time
 
 from cnn_jax.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # What a token may be for. An administrator may also predict.
 ROLES = ("predict", "admin")
@@ -60,6 +63,7 @@ class Tokens:
             self._digests, self.problem = _read(self._path), ""
         except ConfigError as error:
             self.problem = str(error)
+            logger.error("%s; the tokens that were there stay", error)
 
 
 def _version(path: pathlib.Path) -> tuple[int, int, int] | None:
@@ -86,7 +90,7 @@ def _read(path: pathlib.Path) -> list[tuple[str, bytes]]:
             continue
         role, _, token = line.strip().partition(" ")
         token = token.strip()
-        if role not in ROLES or len(token) < _SHORTEST or " " in token:
+        if role not in ROLES or len(token) < _SHORTEST or " " in token or not token.isascii():
             raise ConfigError(
                 f"--tokens: {path}, line {number}: must be `predict TOKEN` or `admin TOKEN`, the "
                 f"token of {_SHORTEST} characters or more"

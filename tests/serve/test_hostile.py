@@ -1,12 +1,14 @@
 """Whatever a client sends: no answer of the server's own fault, and no memory that stays."""
 
 import collections
+import concurrent.futures
 import contextlib
 import io
 import json
 import pathlib
 import random
 import re
+import time
 
 import hypothesis
 import numpy as np
@@ -119,10 +121,54 @@ def test_deep_and_wide_json(server):
         b'{"instances": [' + b'"ab",' * 2_300_000 + b"0]}",
         b'{"instances": [' + b"300," * 2_300_000 + b"0]}",
         b'{"instances": {' + b",".join(b'"%d":0' % n for n in range(800_000)) + b"}}",
+        # As an array of strings each place would have room for the longest.
+        b'{"instances": [["' + b"x" * 1_000_000 + b'"' + b',""' * 200_000 + b"]]}",
+        b'{"instances": [{"b64": "' + "é".encode() * 5_000_000 + b'"}]}',
     ):
         answer = requests.post(f"{server.url}/v1/models/default:predict", body, timeout=60)
         assert answer.status_code in (400, 413), answer.text
     assert peak_megabytes(server) - before < _MOST_MEGABYTES
+
+
+def test_numbers_and_shapes_of_any_size(server):
+    for tensor in (
+        {"shape": [10**4000, 10**4000, 1, 3], "data": [1]},
+        {"shape": [1] * 100_000, "data": [1]},
+        {"shape": [1, 1, 1, 3], "data": [1, 2, 10**400]},
+        {"shape": [1, 1, 1, 3], "data": ["x" * 1_000_000, 2, 3]},
+    ):
+        body = json.dumps({"inputs": [{"name": "image", "datatype": "UINT8", **tensor}]})
+        answer = requests.post(f"{server.url}/v2/models/default/infer", body, timeout=60)
+        assert answer.status_code == 400, answer.text
+        assert len(answer.text) < 1_000
+
+
+def test_forms_of_very_many_parts(server):
+    field = b"--B\r\nContent-Disposition: form-data; name=f\r\n\r\n\r\n"
+    start = time.monotonic()
+    answer = requests.post(
+        f"{server.url}/predict",
+        field * 300_000 + b"--B--\r\n",
+        headers={"Content-Type": "multipart/form-data; boundary=B"},
+        timeout=60,
+    )
+    assert (answer.status_code, answer.json()["reason"]) == (413, "too_many")
+    assert time.monotonic() - start < 5
+
+
+def test_one_with_many_large_images_leaves_room_for_others(server):
+    black = io.BytesIO()
+    Image.new("RGB", (4_000, 4_000)).save(black, "PNG")
+    files = [("file", (f"{n}.png", black.getvalue())) for n in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(requests.post, f"{server.url}/predict", files=files, timeout=60)
+        time.sleep(0.2)
+        start = time.monotonic()
+        assert requests.post(f"{server.url}/predict", encode("PNG"), timeout=30).ok
+        took = time.monotonic() - start
+        assert not slow.done()
+        assert slow.result().status_code == 200
+    assert took < 2
 
 
 CHECKS = [

@@ -173,7 +173,7 @@ def tensor(shape, datatype, data):
         ("/v2/models/shapes/infer", tensor([-1], "UINT8", []), (400, "json")),
         ("/v2/models/shapes/infer", tensor([1, 1, 1, 3], "UINT8", [1, 2]), (400, "image")),
         ("/v2/models/shapes/infer", tensor([1, 1, 1, 3], "UINT8", [1, 2, 256]), (400, "image")),
-        ("/v2/models/shapes/infer", tensor([10**11, 10**11, 9, 3], "UINT8", [1]), (400, "image")),
+        ("/v2/models/shapes/infer", tensor([10**9, 10**9, 9, 3], "UINT8", [1]), (400, "image")),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told(server, path, body, expected):
@@ -269,6 +269,48 @@ def test_open_inference_of_files(server, predictor):
         )
 
 
+@pytest.mark.parametrize("kind", ["UINT8", "BYTES"])
+def test_open_inference_of_binary_tensors(server, predictor, kind):
+    """As Triton's clients send them by default."""
+    if kind == "UINT8":
+        images = list(np.stack([picture(seed) for seed in range(2)]))
+        shape, binary = [2, 20, 30, 3], np.stack(images).tobytes()
+    else:
+        images = [encode(picture(seed)) for seed in range(2)]
+        shape = [2]
+        binary = b"".join(len(one).to_bytes(4, "little") + one for one in images)
+    tensor = {
+        "name": "image",
+        "datatype": kind,
+        "shape": shape,
+        "parameters": {"binary_data_size": len(binary)},
+    }
+    outputs = [{"name": "probabilities", "parameters": {"binary_data": True}}]
+    head = json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    found = server.post("/v2/models/shapes/infer", head + binary, headers=headers).json()
+    (output,) = found["outputs"]
+    assert output["name"] == "probabilities"
+    rows = np.reshape(output["data"], output["shape"])
+    np.testing.assert_allclose(rows, [expected_of(predictor, one) for one in images], atol=1e-6)
+    cut = server.post("/v2/models/shapes/infer", (head + binary)[:-9], headers=headers)
+    assert error_of(cut) == (400, "image")
+
+
+def test_open_inference_of_other_names(server):
+    tensor = {"name": "image", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
+    for wrong in (
+        {"inputs": [tensor | {"name": "pixels"}]},
+        {"inputs": [tensor], "outputs": [{"name": "logits"}]},
+        {"inputs": [tensor], "outputs": "class"},
+    ):
+        answer = server.post("/v2/models/shapes/infer", json.dumps(wrong))
+        assert error_of(answer) == (400, "json")
+    asked = {"inputs": [tensor], "outputs": [{"name": "class"}]}
+    found = server.post("/v2/models/shapes/infer", json.dumps(asked)).json()
+    assert [one["name"] for one in found["outputs"]] == ["class"]
+
+
 def test_open_inference_says_what_there_is(server):
     assert server.get("/v2").json()["name"] == "cnn_jax"
     assert server.get("/v2/health/live").json() == {"live": True}
@@ -276,7 +318,7 @@ def test_open_inference_says_what_there_is(server):
     for path in ("shapes", "shapes/versions/1"):
         metadata = server.get(f"/v2/models/{path}").json()
         assert (metadata["name"], metadata["versions"]) == ("shapes", ["1"])
-        assert metadata["inputs"][0]["shape"] == [-1, 16, 16, 3]
+        assert metadata["inputs"][0]["shape"] == [-1, -1, -1, 3]
         assert server.get(f"/v2/models/{path}/ready").json()["ready"] is True
     assert error_of(server.get("/v2/models/other/ready")) == (404, "no_model")
 
@@ -294,6 +336,39 @@ def test_any_batch_gives_the_same(server, predictor):
         expected = dict(zip(predictor.class_names, expected_of(predictor, image), strict=True))
         for one in found["top"]:
             assert one["probability"] == pytest.approx(expected[one["class"]], abs=1e-6)
+
+
+def test_bodies_are_taken_as_they_are(server):
+    answer = server.post("/predict", encode(picture()), headers={"Content-Encoding": "gzip"})
+    assert error_of(answer) == (415, "encoding")
+    assert answer.headers["accept-encoding"] == "identity"
+
+
+def test_maps_are_for_a_few_images(server):
+    files = [("file", (f"{n}.png", encode(picture()))) for n in range(8)]
+    found = server.post("/predict?explain=gradcam", files=files).json()["predictions"]
+    assert all(one["explanation"]["png"] for one in found)
+
+
+def test_no_answer_leads_elsewhere(server):
+    answer = server.get("/healthz/", headers={"Host": "elsewhere.example"}, allow_redirects=False)
+    assert error_of(answer) == (404, "route")
+    for path in ("/", "/healthz", "/readyz"):
+        answer = requests.head(server.url + path, timeout=10)
+        assert (answer.status_code, answer.text) == (200, "")
+
+
+def test_a_refusal_before_the_body_is_the_only_answer(server):
+    head = b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(head)
+        for _ in range(10):
+            time.sleep(0.02)
+            connection.sendall(b"x" * 10_000)
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    assert answer.startswith(b"HTTP/1.1 404")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"connection: close" in answer
 
 
 def test_health_figures_and_descriptions(server, bundle):

@@ -24,7 +24,7 @@ from cnn_jax.serve.app import make_app
 from cnn_jax.serve.engine import Engine, Program
 from cnn_jax.serve.limits import Limits, Refused
 from cnn_jax.serve.measures import Measures
-from cnn_jax.serve.service import LOADING, Models, Service
+from cnn_jax.serve.service import END, LOADING, Models, Service
 from cnn_jax.serve.versions import make_version
 
 
@@ -53,6 +53,7 @@ class Gated:
         version = dataclasses.replace(version, probabilities=Program(run, {1: 1.0}))
         self.engine = Engine(queue, decoders=2)
         self.service = Service(Models(), self.engine, limits, Measures())
+        self.service.models.expect("default", is_required=True)
         self.service.models.bring(version)
         self.service.models.point("default", {"default": 1})
 
@@ -156,7 +157,7 @@ def test_a_request_whose_time_is_up_is_dropped(serve, pool):
         assert answer.status_code == 503
         assert answer.json()["reason"] == "late"
         assert answer.headers["retry-after"] == "1"
-    assert first.result().status_code == 200  # It was being computed.
+    assert first.result().json()["reason"] == "late"  # Even if it was being computed.
     assert server.post(4).status_code == 200
     assert server.batches == [[1], [4]]
 
@@ -192,16 +193,22 @@ def test_a_body_that_does_not_come_is_not_waited_for(serve):
 
 
 def test_all_bodies_together_are_bounded(serve):
-    server = serve(body_bytes=1_000, all_bytes=2_500)
-    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
+    server = serve(body_bytes=2_000_000, all_bytes=5_000_000)
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n"
     with contextlib.ExitStack() as stack:
         for _ in range(2):
             one = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-            one.sendall(head + b"x" * 999)
-        until(lambda: server.service._bodies.held == 1_998)
-        answer = requests.post(f"{server.url}/predict", b"x" * 900, timeout=10)
+            one.sendall(head + b"x" * 1_999_999)
+        until(lambda: server.service._bodies.held == 3_999_998)
+        answer = requests.post(f"{server.url}/predict", b"x" * 1_900_000, timeout=10)
         assert answer.status_code == 429
         assert answer.json()["reason"] == "busy"
+        # There is room for small ones, however much large ones have taken.
+        assert requests.post(f"{server.url}/predict", b"x" * 1_000_000, timeout=10).ok is False
+        for _ in range(2):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            one.sendall(head + b"x" * 900_000)
+        until(lambda: server.service._bodies.held == 5_799_998)
         assert requests.post(f"{server.url}/predict", b"x" * 400, timeout=10).status_code == 415
     until(lambda: server.service._bodies.held == 0)
 
@@ -229,7 +236,7 @@ def test_a_fault_of_the_server_is_told_without_its_insides(serve, version, caplo
 def test_models_by_name_number_and_alias(version):
     models = Models()
     assert not models.is_ready()
-    models.expect("one")
+    models.expect("one", is_required=True)
     assert models.names == ["one"]
     assert not models.is_ready()
 
@@ -257,10 +264,20 @@ def test_models_by_name_number_and_alias(version):
     assert models.find() is five
     assert models.drop("one", 3) is three
     assert refused("one", 3) == 404
-    models.expect("two")
+    models.expect("two", is_required=False)
+    assert models.find() is five  # The only one that answers.
+    assert models.is_ready()
+    assert not models.is_ready("two")
+    two = dataclasses.replace(version, model="two", number=1)
+    models.bring(two)
+    models.point("two", {"champion": 1})
     assert refused() == 400
-    assert not models.is_ready()
-    assert models.is_ready("one")
+    models.forget("two")
+    assert models.find() is five
+    assert models.names == ["one"]
+    for number in range(100):
+        models.note("one", number, END)
+    assert len(models.states("one")) < 30
 
 
 def test_serving_brings_no_training_code():

@@ -1,5 +1,6 @@
 """Versions that come and go under the eyes of their clients."""
 
+import asyncio
 import concurrent.futures
 import dataclasses
 import io
@@ -17,6 +18,11 @@ from test_bundle import make_bundle
 from cnn_jax.bundle import write_bundle
 from cnn_jax.predict import Predictor, predict_batch
 from cnn_jax.registry.registry import Registry
+from cnn_jax.serve.engine import Engine
+from cnn_jax.serve.limits import Limits
+from cnn_jax.serve.loader import Loader, Source, Wanted
+from cnn_jax.serve.measures import Measures
+from cnn_jax.serve.service import AVAILABLE, END, Models, Service
 from cnn_jax.serve.versions import make_version
 
 PREDICT, ADMIN = "token-of-a-client-01", "token-of-a-keeper-01"
@@ -126,7 +132,7 @@ def test_a_version_that_cannot_be_served_leaves_the_old_one_and_says_so(serve, r
         weights[-1] ^= 1
         (path / "weights.safetensors").chmod(0o644)
         (path / "weights.safetensors").write_bytes(weights)
-        for number, reason in ((2, "is damaged"), (without_numbers, "not probabilities")):
+        for number, reason in ((2, "the log says why"), (without_numbers, "not probabilities")):
             registry.promote("shapes", number)
             until(lambda number=number: states_of(server).get(number) == "END")
             server.wait_for_log(f"version {number}: not loaded, and what was served goes on")
@@ -163,6 +169,137 @@ def test_several_versions_and_models_at_once(serve, registry, tmp_path):
         assert server.end() == 0
 
 
+def test_what_is_no_longer_wanted_when_it_is_loaded_is_never_served(monkeypatch):
+    """A rollback while the next version is compiled."""
+    wanted = {"shapes": Wanted({1: "1"}, {"champion": 1})}
+
+    class Changing(Source):
+        def wanted(self):
+            return dict(wanted)
+
+        def open(self, model, number):
+            if number == 2:
+                wanted["shapes"] = Wanted({1: "1"}, {"champion": 1})  # Rolled back.
+            return make_bundle(number)
+
+        def want(self, model, number, is_wanted):
+            raise AssertionError
+
+    async def run():
+        service = Service(Models(), Engine(9), Limits(), Measures())
+        loader = Loader(service, Changing(), (1,))
+        await loader.look()
+        assert service.models.default("shapes").number == 1
+        seen = []
+        point = service.models.point
+        monkeypatch.setattr(
+            service.models, "point", lambda *args: (seen.append(args[1]), point(*args))
+        )
+        wanted["shapes"] = Wanted({2: "2"}, {"champion": 2})
+        await loader.look()
+        assert {"champion": 2} not in seen
+        assert service.models.default("shapes").number == 1
+        assert set(service.models.present("shapes")) == {1}
+        # What is wanted under the same number, but is another bundle, takes its place.
+        wanted["shapes"] = Wanted({1: "other"}, {"champion": 1})
+        await loader.look()
+        assert service.models.default("shapes").digest == "other"
+
+    asyncio.run(run())
+
+
+def test_a_source_that_fails_in_any_way_is_asked_again(caplog):
+    answers = [RuntimeError("a fault"), {"shapes": Wanted({1: "1"}, {"champion": 1})}]
+
+    class Failing(Source):
+        def wanted(self):
+            answer = answers[0] if len(answers) == 1 else answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        def open(self, model, number):
+            return make_bundle(number)
+
+        def want(self, model, number, is_wanted):
+            raise AssertionError
+
+    async def run():
+        service = Service(Models(), Engine(9), Limits(), Measures())
+        loader = Loader(service, Failing(), (1,))
+        following = asyncio.ensure_future(loader.follow(0.01))
+        while not service.models.is_ready():
+            await asyncio.sleep(0.01)
+        assert not following.done()
+        following.cancel()
+
+    asyncio.run(run())
+    assert "cannot look for versions" in caplog.text
+
+
+def test_a_new_model_that_is_broken_is_nobodys_trouble(serve, registry, tmp_path):
+    nan = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), make_bundle().variables)
+    write_bundle(dataclasses.replace(make_bundle(), variables=nan), tmp_path / "nan")
+    registry.add("birds", tmp_path / "nan")
+    with serve() as server:
+        registry.promote("birds", 1)
+        server.wait_for_log("birds, version 1: not loaded")
+        assert server.get("/readyz").status_code == 200
+        assert version_of(server) == 1  # The only one that can be meant.
+        registry.promote("shapes", 2)
+        until(lambda: version_of(server) == 2)
+        # And it goes again.
+        registry.remove_alias("birds", "champion")
+        server.wait_for_log("birds: has no alias any more")
+        assert server.get("/v1/models/birds", headers=AS_CLIENT).status_code == 404
+        assert server.end() == 0
+
+
+def test_a_model_without_its_alias_goes_and_the_others_are_followed(serve, registry, tmp_path):
+    add(registry, tmp_path, 7, "others")
+    registry.promote("others", 1)
+    with serve("--model=shapes,others") as server:
+        assert version_of(server, "&model=others") == 1
+        registry.remove_alias("others", "champion")
+        until(lambda: version_of(server, "&model=others") == 404)
+        assert server.get("/readyz").status_code == 200
+        registry.promote("shapes", 2)
+        until(lambda: version_of(server, "&model=shapes") == 2)
+        registry.promote("others", 1)
+        until(lambda: version_of(server, "&model=others") == 1)
+        assert server.end() == 0
+
+
+def test_a_version_that_comes_back_while_it_is_in_use_is_available():
+    async def run():
+        service = Service(Models(), Engine(9), Limits(), Measures())
+        wanted = {"shapes": Wanted({1: "1"}, {"champion": 1})}
+
+        class Changing(Source):
+            def wanted(self):
+                return dict(wanted)
+
+            def open(self, model, number):
+                return make_bundle(number)
+
+            def want(self, model, number, is_wanted):
+                raise AssertionError
+
+        loader = Loader(service, Changing(), (1,))
+        await loader.look()
+        first = service.models.default("shapes")
+        with first.used():
+            wanted["shapes"] = Wanted({2: "2"}, {"champion": 2})
+            await loader.look()
+            wanted["shapes"] = Wanted({1: "1"}, {"champion": 1})
+            await loader.look()
+        await asyncio.sleep(0.2)
+        assert service.models.states("shapes")[1] == (AVAILABLE, "")
+        assert service.models.states("shapes")[2] == (END, "")
+
+    asyncio.run(run())
+
+
 def test_an_administrator_has_versions_come_and_go(serve, registry):
     with serve("--model=shapes") as server:
 
@@ -183,7 +320,7 @@ def test_an_administrator_has_versions_come_and_go(serve, registry):
         assert ask("put", "/admin/models/shapes/versions/9", AS_ADMIN).status_code == 404
         assert ask("put", "/admin/models/other/versions/1", AS_ADMIN).status_code == 404
         # The one that answers stays, whoever does not want it besides.
-        assert ask("delete", "/admin/models/shapes/versions/1", AS_ADMIN).status_code == 200
+        assert ask("delete", "/admin/models/shapes/versions/1", AS_ADMIN).status_code == 409
         assert version_of(server) == 1
         registry.promote("shapes", 2)
         assert ask("post", "/admin/refresh", AS_ADMIN).status_code == 200
