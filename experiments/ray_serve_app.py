@@ -32,7 +32,8 @@ class Classifier:
         return predict_batch(self._predictor, images)
 
     async def __call__(self, request: Request) -> JSONResponse:
-        found = await self.classify(await request.body())
+        image = await request.body()
+        found: Prediction = await self.classify(image)  # type: ignore[assignment,arg-type]
         if found.error is not None:
             return JSONResponse({"error": found.error}, 422)
         return JSONResponse({"class": found.predicted, "probability": found.confidence})

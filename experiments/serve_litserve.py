@@ -32,7 +32,7 @@ class Api(litserve.LitAPI):
         self._decode = lambda content: preprocess_for_inference(content, predictor.preprocessing)
         self._run = predictor
 
-    def decode_request(self, request: Request) -> Any:
+    def decode_request(self, request: Request, **kwargs: Any) -> Any:
         # LitServe has read the form already.
         return self._decode(request["file"].file.read())
 
@@ -46,13 +46,13 @@ class Api(litserve.LitAPI):
 
         return torch.stack(inputs)
 
-    def predict(self, x: Any) -> Any:
+    def predict(self, x: Any, **kwargs: Any) -> Any:
         return self._run(x)[: self._count]
 
     def unbatch(self, output: Any) -> list[Any]:
         return list(output)
 
-    def encode_response(self, output: Any) -> dict[str, list[float]]:
+    def encode_response(self, output: Any, **kwargs: Any) -> dict[str, list[float]]:
         return {"probabilities": output.tolist()}
 
 

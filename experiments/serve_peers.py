@@ -41,7 +41,8 @@ class TorchModel:
         import torch
 
         image = Image.open(io.BytesIO(content)).convert("RGB")
-        image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
+        height, width = self.size
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return (pixels.float() - peers.GREY) / peers.GREY
 

@@ -203,16 +203,11 @@ def _parse(body: bytes, json_length: str | None) -> _Asked:
 def _wanted_outputs(outputs: Any) -> frozenset[str]:
     if outputs is None or outputs == []:
         return frozenset(_OUTPUTS)
-    names = [one.get("name") if isinstance(one, dict) else None for one in _list(outputs)]
-    if any(name not in _OUTPUTS for name in names):
-        raise Refused(400, "json", f'"outputs" must be of {", ".join(_OUTPUTS)}')
-    return frozenset(names)
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise Refused(400, "json", '"outputs" must be a list')
-    return value
+    if not isinstance(outputs, list) or not all(
+        isinstance(one, dict) and one.get("name") in _OUTPUTS for one in outputs
+    ):
+        raise Refused(400, "json", f'"outputs" must be a list of {" and ".join(_OUTPUTS)}')
+    return frozenset(one["name"] for one in outputs)
 
 
 def _images(tensor: dict[str, Any], binary: bytes | None) -> list[bytes | np.ndarray]:
@@ -232,18 +227,20 @@ def _images(tensor: dict[str, Any], binary: bytes | None) -> list[bytes | np.nda
     if kind not in ("UINT8", "BYTES"):
         raise Refused(400, "json", '"datatype" must be UINT8 or BYTES')
     if data is None and binary is not None:
-        data = _elements(binary) if kind == "BYTES" else np.frombuffer(binary, np.uint8)
-    elif not isinstance(data, list):
+        if kind == "UINT8":
+            return list(_pixels(shape, np.frombuffer(binary, np.uint8)))
+        return _files(shape, _elements(binary))
+    if not isinstance(data, list):
         raise Refused(400, "json", '"data" must be a list')
-    elif kind == "BYTES":
-        data = [from_base64(image) for image in data]
-    else:
-        data = grey_levels(data)
     if kind == "UINT8":
-        return list(_pixels(shape, data))
-    if shape not in ([len(data)], [len(data), 1]):
-        raise Refused(400, "json", f'"shape" does not say {len(data)} images')
-    return data
+        return list(_pixels(shape, grey_levels(data)))
+    return _files(shape, [from_base64(image) for image in data])
+
+
+def _files(shape: Sequence[int], files: list[bytes]) -> list[bytes | np.ndarray]:
+    if shape not in ([len(files)], [len(files), 1]):
+        raise Refused(400, "json", f'"shape" does not say {len(files)} images')
+    return list(files)
 
 
 def _elements(binary: bytes) -> list[bytes]:
