@@ -62,7 +62,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path):
         Tokens(tmp_path / "tokens")
 
 
-def test_a_changed_file_is_read_again_and_a_wrong_one_changes_nothing(file, monkeypatch):
+def test_a_changed_file_is_read_again_and_a_wrong_one_changes_nothing(file, monkeypatch, caplog):
     monkeypatch.setattr(tokens, "_LOOK_AGAIN", 0.0)
     found = Tokens(file)
     other = "another-token-0123456789"
@@ -81,10 +81,18 @@ def test_a_changed_file_is_read_again_and_a_wrong_one_changes_nothing(file, monk
     file.unlink()
     assert found.allow(f"Bearer {other}", "predict")
     assert "cannot read" in found.problem
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+    assert READER not in caplog.text
     write(FILE)
     assert found.allow(f"Bearer {READER}", "predict")
     assert found.allow(f"Bearer {other}", "predict") is None
     assert found.problem == ""
+
+
+def test_a_token_that_no_header_can_carry_is_refused(tmp_path):
+    (tmp_path / "tokens").write_text(f"predict {'ü' * 20}\n")
+    with pytest.raises(ConfigError, match="line 1"):
+        Tokens(tmp_path / "tokens")
 
 
 def test_the_file_is_not_looked_at_for_every_request(file, monkeypatch):
