@@ -4,14 +4,20 @@
     python -m cnn_jax.registry list [MODEL] --registry=DIR [--json]
     python -m cnn_jax.registry show MODEL[@ALIAS|/VERSION] --registry=DIR [--json]
     python -m cnn_jax.registry promote MODEL VERSION --registry=DIR [--alias=champion] [GATES]
-    python -m cnn_jax.registry rollback MODEL --registry=DIR [--alias=champion]
+    python -m cnn_jax.registry rollback MODEL --registry=DIR [--alias=champion] [--from=VERSION]
     python -m cnn_jax.registry remove MODEL VERSION --registry=DIR
     python -m cnn_jax.registry remove MODEL --alias=ALIAS --registry=DIR
+    python -m cnn_jax.registry verify [MODEL] --registry=DIR
+    python -m cnn_jax.registry fetch MODEL[@ALIAS|/VERSION] FOLDER --registry=DIR
     python -m cnn_jax.registry export MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
     python -m cnn_jax.registry import MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
 
 DIR is a folder or a URL of fsspec, such as s3://BUCKET/PATH; the variable CNN_JAX_REGISTRY
-stands for it. What a command has done is one line on stdout.
+stands for it. What a command has done is one line on stdout. `verify` reads the files of all
+versions, says of each whether it is as it was added, and exits with 1 if one is not. `fetch`
+copies a bundle into FOLDER and prints where it is; MODEL alone is its champion. `export` and
+`import` copy to and from an MLflow registry, and `import --no_aliases` leaves the aliases here as
+they are.
 """
 
 import argparse
@@ -26,9 +32,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cnn_jax import cli
-from cnn_jax.errors import ConfigError, printable
+from cnn_jax.errors import BundleError, ConfigError, printable
 from cnn_jax.registry import ledger
-from cnn_jax.registry.ledger import CHAMPION, Entry, Gates, Model, Version
+from cnn_jax.registry.ledger import CHAMPION, Entry, Gates, Model, RegistryError, Version
 from cnn_jax.registry.registry import Registry
 
 _VARIABLE = "CNN_JAX_REGISTRY"
@@ -76,12 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     rollback.add_argument("model", type=_model, metavar="MODEL")
     remove = command("remove", _remove, "remove a version to which no alias points, or an alias")
     remove.add_argument("model", type=_model, metavar="MODEL")
-    remove.add_argument("version", type=cli.positive, nargs="?", metavar="VERSION")
+    remove.add_argument("version", type=_version, nargs="?", metavar="VERSION")
+    verify = command("verify", _verify, "read all files of all versions, or of one model's")
+    verify.add_argument("model", type=_model, nargs="?", metavar="MODEL")
+    fetch = command("fetch", _fetch, "copy a version's bundle into a folder, and print where it is")
     export = command("export", _export, "copy versions and aliases to an MLflow registry")
     bring = command("import", _import, "copy versions and aliases from an MLflow registry")
 
-    for one in (show, export, bring):
+    for one in (show, fetch, export, bring):
         one.add_argument("reference", type=_reference, metavar="MODEL[@ALIAS|/VERSION]")
+    fetch.add_argument("folder", type=cli.path, metavar="FOLDER", help="made if it is not there")
     for one in (show_all, show):
         one.add_argument("--json", action="store_true", help="as JSON")
     for one in (export, bring):
@@ -92,7 +102,20 @@ def _parser() -> argparse.ArgumentParser:
             metavar="URI",
             help=f"the MLflow server or database (the variable {_MLFLOW_VARIABLE})",
         )
-    rollback.add_argument("--alias", type=_alias, default=CHAMPION, help=f"({CHAMPION})")
+    bring.add_argument(
+        "--no_aliases",
+        "--no-aliases",
+        action="store_true",
+        help="the versions alone, and leave the aliases here as they are",
+    )
+    _alias_flag(rollback)
+    rollback.add_argument(
+        "--from",
+        dest="present",
+        type=_version,
+        metavar="VERSION",
+        help="refuse if the alias is not at this version now",
+    )
     remove.add_argument("--alias", type=_alias, help="remove this alias, and no version")
     for name in ("add", "promote", "rollback", "remove"):
         commands.choices[name].add_argument(
@@ -101,12 +124,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _alias_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--alias", type=_alias, default=CHAMPION, help=f"the alias to move ({CHAMPION})"
+    )
+
+
 def _promote_flags(promote: argparse.ArgumentParser) -> None:
     promote.add_argument("model", type=_model, metavar="MODEL")
     promote.add_argument(
         "version", type=_which, metavar="VERSION", help="its number, or an alias that it has"
     )
-    promote.add_argument("--alias", type=_alias, default=CHAMPION, help=f"({CHAMPION})")
+    _alias_flag(promote)
     for figure in ("accuracy", "precision", "recall", "f1"):
         promote.add_argument(
             f"--min_{figure}",
@@ -151,6 +180,7 @@ def _argparse_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 _model = _argparse_type(lambda text: ledger.check_name("model", text))
 _alias = _argparse_type(lambda text: ledger.check_name("alias", text))
 _which = _argparse_type(ledger.parse_which)
+_version = _argparse_type(ledger.parse_version)
 _reference = _argparse_type(ledger.parse_reference)
 
 
@@ -172,7 +202,8 @@ def _add(registry: Registry, flags: argparse.Namespace) -> None:
         print(f"{version.model} has this bundle already: it is {version}")
         return
     figures = ", ".join(f"{name} {text}" for name, text in _figures(version).items())
-    print(f"added {version}: {figures}, digest {version.bundle.digest[:_DIGITS]}")
+    made = f"; made a registry at {printable(registry.url)}" * added.has_begun
+    print(f"added {version}: {figures}, digest {version.bundle.digest[:_DIGITS]}{made}")
 
 
 def _promote(registry: Registry, flags: argparse.Namespace) -> None:
@@ -186,7 +217,7 @@ def _promote(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _rollback(registry: Registry, flags: argparse.Namespace) -> None:
-    print(_moved(registry.rollback(flags.model, flags.alias, flags.note)))
+    print(_moved(registry.rollback(flags.model, flags.alias, flags.note, flags.present)))
 
 
 def _moved(entry: Entry) -> str:
@@ -207,6 +238,39 @@ def _remove(registry: Registry, flags: argparse.Namespace) -> None:
     print(f"removed {flags.model}/{flags.version}")
 
 
+def _verify(registry: Registry, flags: argparse.Namespace) -> None:
+    versions = [
+        version
+        for model in _chosen(registry, flags.model)
+        for _, version in sorted(model.versions.items())
+    ]
+    damaged = []
+    for version in versions:
+        try:
+            registry.verify(version)
+            line = f"{version} is as it was added"
+        except BundleError as error:
+            damaged.append(str(version))
+            line = f"{version}: {error}"
+        except RegistryError as error:
+            registry.refresh()  # Which fails if it is not the version alone.
+            line = f"{version} was not verified: {error}"
+        print(printable(line), flush=True)
+    if damaged:
+        raise RegistryError(
+            f"{len(damaged)} of {len(versions)} versions are damaged: {', '.join(damaged)}; to add "
+            "the same bundle again puts its files back"
+        )
+    if not versions:
+        print(f"{registry.url}: no versions")
+
+
+def _fetch(registry: Registry, flags: argparse.Namespace) -> None:
+    name, which = flags.reference
+    version = registry.resolve(name, CHAMPION if which is None else which)
+    print(registry.fetch(version, flags.folder, is_copy=True))
+
+
 def _export(registry: Registry, flags: argparse.Namespace) -> None:
     from cnn_jax.registry import mlflow
 
@@ -219,7 +283,7 @@ def _import(registry: Registry, flags: argparse.Namespace) -> None:
     from cnn_jax.registry import mlflow
 
     name, which = flags.reference
-    for line in mlflow.bring(registry, name, which, _mlflow_uri(flags)):
+    for line in mlflow.bring(registry, name, which, _mlflow_uri(flags), not flags.no_aliases):
         print(line, flush=True)
 
 
@@ -230,14 +294,19 @@ def _mlflow_uri(flags: argparse.Namespace) -> str:
 
 
 def _list(registry: Registry, flags: argparse.Namespace) -> None:
-    models = registry.models
-    if flags.model is not None:
-        models = {flags.model: ledger.find(models, flags.model)}
+    models = _chosen(registry, flags.model)
     if flags.json:
-        _print_json({name: _model_as_json(model) for name, model in sorted(models.items())})
+        _print_json({model.name: _model_as_json(model) for model in models})
         return
-    rows = [row for _, model in sorted(models.items()) for row in _rows(model)]
+    rows = [row for model in models for row in _rows(model)]
     print(_table(rows, _width()) if rows else f"{registry.url}: no versions")
+
+
+def _chosen(registry: Registry, name: str | None) -> list[Model]:
+    """The model of this name, or all of them in their order."""
+    if name is not None:
+        return [ledger.find(registry.models, name)]
+    return [model for _, model in sorted(registry.models.items())]
 
 
 def _show(registry: Registry, flags: argparse.Namespace) -> None:
@@ -316,7 +385,8 @@ def _pixels(version: Version) -> str:
 
 
 def _size(version: Version) -> str:
-    return f"{version.bundle.size / 1e6:,.1f} MB"
+    size = version.bundle.size
+    return f"{size / 1e3:.1f} kB" if size < 1e5 else f"{size / 1e6:,.1f} MB"
 
 
 def _minute(time: str) -> str:

@@ -2,6 +2,7 @@
 
 Everything here is a pure function of log entries. An entry is a JSON object:
 
+    sha256                      of its other fields, by which a damaged entry is known
     format, number, previous    1, its place in the log, sha256 of the entry before it or ""
     id                          of the change, by which who made it knows it again
     time, user, host, note      when (UTC), by whom and where from; what they had to say
@@ -15,6 +16,7 @@ Everything here is a pure function of log entries. An entry is a JSON object:
 import dataclasses
 import datetime
 import difflib
+import hashlib
 import json
 import re
 import sys
@@ -162,7 +164,7 @@ def parse_reference(text: str) -> tuple[str, str | int | None]:
     if separator == "@":
         return name, check_name("alias", rest)
     if separator == "/":
-        return name, _number(rest)
+        return name, parse_version(rest)
     return name, None
 
 
@@ -172,11 +174,17 @@ def parse_which(text: str) -> str | int:
     Raises:
       ConfigError: It is neither.
     """
-    return _number(text) if text.isdecimal() else check_name("alias", text)
+    return parse_version(text) if text.isdecimal() else check_name("alias", text)
 
 
-def _number(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text):
+def parse_version(text: str) -> int:
+    """A version's number, which need not be there, however large it is.
+
+    Raises:
+      ConfigError: It is no number.
+    """
+    # Of far more digits Python makes no int.
+    if not re.fullmatch(r"[0-9]{1,1000}", text):
         raise ConfigError(f"version: must be a number, got {text!r}")
     return int(text)
 
@@ -411,9 +419,16 @@ def serialise(entry: Entry) -> bytes:
     """
     fields = {"format": FORMAT} | dataclasses.asdict(entry)
     fields = {key: value for key, value in fields.items() if value not in (None, "", ())}
+    fields["sha256"] = digest_of(fields)
     text = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
     # Text that is not UTF-8 has surrogates, which become JSON's own escapes.
     return f"{text}\n".encode("utf-8", "backslashreplace")
+
+
+def digest_of(fields: Mapping[str, Any]) -> str:
+    """The sha256 of an entry's fields but for itself, in whatever order they are written."""
+    others = {key: value for key, value in fields.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def parse(data: bytes) -> Entry:
@@ -430,6 +445,8 @@ def parse(data: bytes) -> Entry:
                 f"is of format {fields['format']}, and this version of cnn_jax reads {FORMAT}: "
                 "upgrade it"
             )
+        if _take(fields, "sha256", str) != digest_of(fields):
+            raise ValueError("its sha256 is not that of its other fields")
         entry = Entry(
             number=_take(fields, "number", int),
             previous=_take(fields, "previous", str, ""),
@@ -448,7 +465,7 @@ def parse(data: bytes) -> Entry:
         )
     except KeyError as error:
         raise ValueError(f"it has no {error}") from error
-    except (AttributeError, ConfigError, RecursionError, TypeError) as error:
+    except (AttributeError, ConfigError, OverflowError, RecursionError, TypeError) as error:
         raise ValueError(str(error)) from error
     _check_shape(entry)
     return entry

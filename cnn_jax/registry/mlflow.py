@@ -2,6 +2,9 @@
 
 A version there has the bundle's files as its artifacts, and the bundle's digest as a tag, by which
 it is known again: doing the same twice changes nothing. Their version numbers are MLflow's own.
+
+One exporter at a time: MLflow keeps two who export the same version at once not apart, and would
+have it twice.
 """
 
 import contextlib
@@ -14,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from cnn_jax.errors import BundleError, ConfigError, printable
+from cnn_jax.errors import BundleError, ConfigError, UserError, printable
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import FIGURES, RegistryError, Version
 from cnn_jax.registry.registry import Registry
@@ -30,6 +33,8 @@ _VERSION_TAG = "cnn_jax.version"
 def export(registry: Registry, name: str, which: str | int | None, uri: str) -> Iterator[str]:
     """Copies versions of a model to MLflow, and makes the aliases there point to them.
 
+    A version that is damaged is passed over.
+
     Args:
       registry: Where they are.
       name: The model, here and there.
@@ -37,10 +42,11 @@ def export(registry: Registry, name: str, which: str | int | None, uri: str) -> 
       uri: MLflow's tracking and registry URI.
 
     Yields:
-      A line for each thing that was done or found done.
+      A line for each thing that was done, found done, or passed over.
 
     Raises:
       ConfigError: MLflow is not installed.
+      BundleError: At the end: some of it is damaged.
       RegistryError: There is no such version, or MLflow says that it cannot be done.
     """
     model = ledger.find(registry.models, name)
@@ -52,15 +58,23 @@ def export(registry: Registry, name: str, which: str | int | None, uri: str) -> 
         client = _client(uri)
         _make_model(client, name)
         there = _versions_by_digest(client, name)
+        damaged = []
         for version in versions:
             number = there.get(version.bundle.digest)
             if number is None:
-                number = _export_version(client, registry, version)
+                try:
+                    number = _export_version(client, registry, version)
+                except BundleError as error:
+                    damaged.append(str(version))
+                    yield f"left out {version}: {error}"
+                    continue
                 yield f"exported {version}: it is {name} version {number} in MLflow"
             else:
                 yield f"{version} is {name} version {number} in MLflow already"
             for alias in model.aliases_of(version.number):
                 yield _export_alias(client, name, alias, number)
+        if damaged:
+            raise BundleError(f"not exported, as damaged: {', '.join(damaged)}")
 
 
 def _make_model(client: Any, name: str) -> None:
@@ -82,9 +96,9 @@ def _export_version(client: Any, registry: Registry, version: Version) -> str:
     bundle = version.bundle
     figures = {f"test_{figure}": bundle.test(figure) for figure in FIGURES}
     figures = {figure: value for figure, value in figures.items() if value is not None}
-    run = client.create_run(_experiment(client), run_name=str(version)).info
     with tempfile.TemporaryDirectory() as directory:
         folder = registry.fetch(version, directory)
+        run = client.create_run(_experiment(client), run_name=str(version)).info
         client.log_artifacts(run.run_id, str(folder), _ARTIFACTS)
     for figure, value in figures.items():
         client.log_metric(run.run_id, figure, value)
@@ -120,8 +134,16 @@ def _export_alias(client: Any, name: str, alias: str, number: str) -> str:
     return f"{name}@{alias} is version {number} in MLflow"
 
 
-def bring(registry: Registry, name: str, which: str | int | None, uri: str) -> Iterator[str]:
+def bring(
+    registry: Registry,
+    name: str,
+    which: str | int | None,
+    uri: str,
+    with_aliases: bool = True,
+) -> Iterator[str]:
     """Copies versions of a model from MLflow, and makes the aliases here point to them.
+
+    What is here already is not downloaded. A version that is damaged is passed over.
 
     Args:
       registry: Where to; it is made if it is not there.
@@ -129,30 +151,39 @@ def bring(registry: Registry, name: str, which: str | int | None, uri: str) -> I
       which: MLflow's number of a version, an alias that points to one, or None for all that are
         bundles.
       uri: MLflow's tracking and registry URI.
+      with_aliases: Whether to move the aliases here.
 
     Yields:
-      A line for each thing that was done or found done.
+      A line for each thing that was done, found done, or passed over.
 
     Raises:
       ConfigError: MLflow is not installed.
-      BundleError: What was asked for is no bundle, or a damaged one.
+      BundleError: What was asked for is no bundle, or, at the end, some of it is damaged.
       RegistryError: There is no such version, or MLflow says that it cannot be done.
     """
     with _explained(uri):
         client = _client(uri)
-        aliases = client.get_registered_model(name).aliases
-        bundles = 0
+        aliases = client.get_registered_model(name).aliases if with_aliases else {}
+        bundles, damaged = 0, []
         for one in _find(client, name, which):
-            if not _is_bundle(client, one, uri):
+            if _DIGEST_TAG not in one.tags and not _is_bundle(client, one, uri):
                 yield f"left out {name} version {one.version} of MLflow: it is no bundle"
                 continue
             bundles += 1
-            number, line = _import_version(client, registry, one, uri)
-            yield line
-            for alias in sorted(a for a, v in aliases.items() if str(v) == str(one.version)):
-                yield _import_alias(registry, name, alias, number)
+            wanted = sorted(a for a, v in aliases.items() if str(v) == str(one.version))
+            try:
+                number, line = _import_version(client, registry, one, uri)
+                yield line
+                for alias in wanted:
+                    yield _import_alias(registry, name, alias, number)
+            except BundleError as error:
+                damaged.append(str(one.version))
+                yield f"left out {name} version {one.version} of MLflow: {error}"
         if not bundles:
             raise BundleError(f"MLflow has no bundle at {name}{_suffix(which)}")
+        if damaged:
+            numbers = ", ".join(damaged)
+            raise BundleError(f"not imported, as damaged: {name} version {numbers} of MLflow")
 
 
 def _suffix(which: str | int | None) -> str:
@@ -180,17 +211,20 @@ def _import_version(client: Any, registry: Registry, one: Any, uri: str) -> tupl
     """Adds a version of MLflow; returns its number here and what to say of it."""
     from cnn_jax.bundle import digest
 
+    tag = one.tags.get(_DIGEST_TAG)
+    if tag is not None:
+        if there := registry.with_digest(one.name, tag):
+            return there.number, f"{one.name} version {one.version} is {there} already"
+        if not _is_bundle(client, one, uri):
+            raise BundleError(f"it has a tag {_DIGEST_TAG}, and no {_DESCRIPTION}")
     source = client.get_model_version_download_uri(one.name, str(one.version))
     with tempfile.TemporaryDirectory() as directory:
         folder = _artifacts().download_artifacts(
             artifact_uri=source, dst_path=directory, tracking_uri=uri
         )
         found = digest(folder)
-        if found != one.tags.get(_DIGEST_TAG, found):
-            raise BundleError(
-                f"{one.name} version {one.version} of MLflow is damaged: its digest is not the "
-                f"one in its tag {_DIGEST_TAG}"
-            )
+        if tag not in (None, found):
+            raise BundleError(f"its digest is not the one in its tag {_DIGEST_TAG}")
         added = registry.add(one.name, folder, f"version {one.version} of MLflow")
     if not added.is_new:
         return added.version.number, f"{one.name} version {one.version} is {added.version} already"
@@ -208,6 +242,7 @@ def _import_alias(registry: Registry, name: str, alias: str, number: int) -> str
 def _client(uri: str) -> Any:
     # A server that is not there is told in half a minute, not in four.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     return importlib.import_module("mlflow").MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -221,9 +256,13 @@ def _exception() -> Any:
 
 @contextlib.contextmanager
 def _explained(uri: str) -> Iterator[None]:
-    """Makes one line of what MLflow raises, and of its not being there."""
+    """Makes one line of what MLflow, its database or its store of artifacts raises.
+
+    Each of them has errors of its own, so it is every one that is not ours.
+    """
     try:
-        logging.getLogger(importlib.import_module("mlflow").__name__).setLevel(logging.WARNING)
+        # It warns in many lines of each try to reach a database, and says the last one's error.
+        logging.getLogger(importlib.import_module("mlflow").__name__).setLevel(logging.ERROR)
     except ModuleNotFoundError as error:
         raise ConfigError(
             "--mlflow: mlflow is not installed: pip install 'cnn_jax[mlflow]' brings it"
@@ -231,10 +270,12 @@ def _explained(uri: str) -> Iterator[None]:
     shown = hidden(uri)
     try:
         yield
+    except UserError:
+        raise
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"--mlflow: {shown} needs {error.name}, which is not installed: "
             f"pip install {error.name}"
         ) from error
-    except _exception() as error:
+    except Exception as error:
         raise RegistryError(f"MLflow at {shown}: {reason(error)}") from error

@@ -3,9 +3,11 @@
     registry.json               {"format": 1, "id": ...}
     log/00000001.json, ...      one file for each change, never changed; see `ledger`
     bundles/DIGEST-TIME-ID/     one folder for each version, written before its log entry
+    added/NUMBER-DIGEST-TIME-ID an empty file for each `add`: its entry and its bundle's folder
     tmp/                        what is being written, or was when its writer died
 
-The log is all the state there is. A change is made by creating the next file of the log, which
+The log is all the state there is, and `added/` tells of a log that has lost its end: then nothing
+is changed, and no bundle is swept. A change is made by creating the next file of the log, which
 one writer alone can do; who comes second reads what is new and decides again. So a change has
 happened or not, whoever is killed when.
 """
@@ -18,12 +20,14 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import random
 import re
 import shutil
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -56,12 +60,15 @@ logger = logging.getLogger(__name__)
 _IDENTITY = "registry.json"
 _LOG = "log"
 _BUNDLES = "bundles"
+_ADDED = "added"
 _DESCRIPTION, _WEIGHTS = _FILES = ("bundle.json", "weights.safetensors")
 # Nothing that is as old as this is still being written. An upload must be done in half of it.
 _STALE = datetime.timedelta(days=1)
 # How often a change is tried while nobody else makes one, and what grows between two tries.
 _MOST_FAILURES = 6
 _PAUSE = 0.1  # Seconds.
+# Seconds after which it is looked whether the registry is still the same one.
+_SAME_FOR = 60.0
 
 # What a change adds to the log, from the state that it meets; None if there is nothing to do.
 Decide = Callable[[ledger.Models], dict[str, Any] | None]
@@ -74,10 +81,16 @@ class Added:
     Attributes:
       version: The version that is this bundle.
       is_new: False if the model had the bundle already, and nothing was added.
+      has_begun: Whether there was no registry before, and this has made it.
     """
 
     version: Version
     is_new: bool
+    has_begun: bool = False
+
+
+class NoRegistryError(RegistryError):
+    """There is no registry yet."""
 
 
 class Registry:
@@ -109,9 +122,15 @@ class Registry:
         self.url = self._store.url
         self._lock = threading.RLock()
         self._identity: bytes | None = None
-        self._is_proven = False
+        self._looked = -math.inf
+        self._forget()
+
+    def _forget(self) -> None:
+        """Knows nothing of the log."""
         self._is_read = False
+        self._is_proven = False
         self._listed = 0
+        self._marked = 0
         self._entries: list[Entry] = []
         self._last_digest = ""
         self._models: dict[str, Model] = {}
@@ -139,29 +158,53 @@ class Registry:
     def refresh(self) -> bool:
         """Reads what is new in the log, and returns whether anything was.
 
-        When nothing is, this is one question for one file.
+        When nothing is, this is one question for one file, and once a minute for another: where
+        somebody has put another registry in this one's place, all of it is read anew.
+
+        The first time it notices if the end of the log is missing with an `add` in it. Where only
+        other changes are gone, that is as if they had never been.
         """
         with self._lock:
-            if self._identity is None:
-                self._open()
-            known = len(self._entries)
-            if not known:
+            known = self._last_digest
+            self._open()
+            if not self._entries:
                 self._read_listed()
             while self._read_next():
                 pass
+            missing = _log_name(len(self._entries) + 1)
             if len(self._entries) < self._listed:
                 raise RegistryError(
-                    f"{self.url} is damaged: {_log_name(len(self._entries) + 1)} is missing, and "
-                    "later entries are there"
+                    f"{self.url} is damaged: {missing} is missing, and later entries are there"
+                )
+            if len(self._entries) < self._marked:
+                raise RegistryError(
+                    f"{self.url} is damaged: the end of its log is missing, from {missing} to "
+                    f"{_log_name(self._marked)} at least, as {_ADDED}/ says; put it back from a "
+                    "copy of the registry"
                 )
             self._is_read = True
-            return len(self._entries) > known
+            return self._last_digest != known
 
     def _open(self) -> None:
+        """Looks whether the registry is there, and is the one that it was a minute ago."""
+        now = time.monotonic()
+        if now < self._looked + _SAME_FOR:
+            return
+        identity = self._read_identity()
+        if self._identity is not None and identity != self._identity:
+            logger.warning("%s is another registry than before: it is read anew", self.url)
+            self._forget()
+        self._identity, self._looked = identity, now
+
+    def _read_identity(self) -> bytes:
         try:
             identity = self._store.read(_IDENTITY)
         except FileNotFoundError:
-            raise RegistryError(
+            if self._identity is not None:
+                raise RegistryError(
+                    f"{self.url} is not there any more: its {_IDENTITY} is gone"
+                ) from None
+            raise NoRegistryError(
                 f"there is no registry at {self.url}; its first `add` makes it"
             ) from None
         try:
@@ -173,7 +216,7 @@ class Registry:
                 f"{self.url} is a registry of a later format than this version of cnn_jax "
                 "reads: upgrade it"
             )
-        self._identity = identity
+        return identity
 
     def _read_listed(self) -> None:
         """Reads what the log's folder lists without a gap, many files at once.
@@ -181,6 +224,8 @@ class Registry:
         A folder that is written to may be listed with a gap where there is none: an entry that
         was made during the listing, and not the one that was made before it.
         """
+        # Before the log: of what is marked now the entries are there already.
+        self._marked = max((int(name[:8]) for name in self._marks()), default=0)
         numbers = {int(name[:8]) for name in self._store.names(_LOG) if _is_of_log(name)}
         self._listed = max(numbers, default=0)
         names = [
@@ -191,6 +236,10 @@ class Registry:
             if data is None:
                 raise RegistryError(f"{self.url} is damaged: {name} is listed, and not there")
             self._follow(data)
+
+    def _marks(self) -> list[str]:
+        """The names in `added/`."""
+        return [name for name in self._store.names(_ADDED) if _is_mark(name)]
 
     def _read_next(self) -> bool:
         try:
@@ -221,6 +270,8 @@ class Registry:
     def add(self, model: str, path: str | os.PathLike[str], note: str = "") -> Added:
         """Adds a bundle as the model's next version; the first one makes model and registry.
 
+        Where the model has it already, its files are put back if they are damaged.
+
         Args:
           model: The model's name.
           path: The bundle's folder.
@@ -235,9 +286,10 @@ class Registry:
         ledger.check_name("model", model)
         wanted = digest(path)
         facts, contents = _read(pathlib.Path(path), wanted)
-        self._begin()
+        has_begun = self._begin()
         self.refresh()
         if there := ledger.with_digest(self._models, model, wanted):
+            self._mend(there, contents)
             return Added(there, is_new=False)
         start = time.time()
 
@@ -246,6 +298,11 @@ class Registry:
                 return None
             if time.time() - start > _STALE.total_seconds() / 2:
                 raise RegistryError(f"adding {path} took too long: give the command again")
+            if missing := {*_FILES} - {*self._store.names(facts.path)}:
+                raise RegistryError(
+                    f"{' and '.join(sorted(missing))} of {path} was removed while it was added: "
+                    "give the command again, and look whether the clocks of all machines are right"
+                )
             number = models[model].last + 1 if model in models else 1
             return {"action": "add", "model": model, "version": number, "bundle": facts}
 
@@ -259,11 +316,31 @@ class Registry:
             raise
         if entry is None:  # Somebody else has added it in the meantime.
             self._delete(facts.path)
+        else:
+            self._mark(entry)
         self._sweep()
         version = ledger.with_digest(self._models, model, wanted)
         if version is None:
             raise RegistryError(f"{model} had this bundle for a moment: somebody has removed it")
-        return Added(version, is_new=entry is not None)
+        return Added(version, entry is not None, has_begun)
+
+    def _mend(self, version: Version, contents: Mapping[str, bytes]) -> None:
+        """Puts a version's files back if they are damaged."""
+        try:
+            self.verify(version)
+        except BundleError as error:
+            logger.warning("%s; its files are put back", error)
+            for name, content in contents.items():
+                self._store.remove(f"{version.bundle.path}/{name}")
+                self._store.write(f"{version.bundle.path}/{name}", content)
+
+    def _mark(self, entry: Entry) -> None:
+        """Notes beside the log that it has an addition; if that fails, a later sweep does it."""
+        try:
+            with contextlib.suppress(FileExistsError):
+                self._store.create(f"{_ADDED}/{_mark_name(entry)}", b"")
+        except StoreError as error:
+            logger.warning("not marked, a later add or remove will try again: %s", error)
 
     def promote(
         self,
@@ -273,11 +350,11 @@ class Registry:
         gates: Gates = Gates(),  # noqa: B008 (it is immutable)
         note: str = "",
     ) -> Entry | None:
-        """Points an alias to a version, if that holds what the gates ask.
+        """Points an alias to a version, if that holds what the gates ask and is not damaged.
 
         Args:
           model: The model's name.
-          which: A version's number, or another alias that points to it.
+          which: A version's number, or another alias that points to it when this begins.
           alias: The alias; it need not be there yet.
           gates: What the version's figures must be.
           note: Anything that is worth keeping in the log.
@@ -287,11 +364,14 @@ class Registry:
 
         Raises:
           ConfigError: The alias is no name.
+          BundleError: The version's files are damaged.
         """
         ledger.check_name("alias", alias)
+        self.refresh()
+        number = ledger.resolve(self._models, model, which).number
 
         def decide(models: ledger.Models) -> dict[str, Any] | None:
-            version = ledger.resolve(models, model, which)
+            version = ledger.resolve(models, model, number)
             held = gates.check(models, version, alias)
             before = models[model].present(alias)
             if before == version.number:
@@ -305,19 +385,37 @@ class Registry:
                 "gates": held,
             }
 
+        # What is refused anyway need not be downloaded before.
+        if decide(self._models) is None:
+            return None
+        self.verify(self.resolve(model, number))
         return self._commit(decide, note)
 
-    def rollback(self, model: str, alias: str = CHAMPION, note: str = "") -> Entry:
+    def rollback(
+        self, model: str, alias: str = CHAMPION, note: str = "", present: int | None = None
+    ) -> Entry:
         """Points an alias to the version that it pointed to before; again, to the one before that.
+
+        That version's files are not verified, so that it is quick.
+
+        Args:
+          model: The model's name.
+          alias: The alias.
+          note: Anything that is worth keeping in the log.
+          present: The version that the alias must point to now; None asks nothing.
 
         Returns:
           What was added to the log.
 
         Raises:
-          RegistryError: It pointed to none before, or somebody else moves it at the same time.
+          RegistryError: It pointed to none before, points to another version than `present`, or
+            somebody else moves it at the same time.
         """
         self.refresh()
-        present = ledger.resolve(self._models, model, alias).number
+        now = ledger.resolve(self._models, model, alias).number
+        if present is not None and now != present:
+            raise RegistryError(f"{model}@{alias} is {now} and not {present}, so it stays")
+        present = now
 
         def decide(models: ledger.Models) -> dict[str, Any]:
             before = ledger.version_before(models, model, alias)
@@ -373,23 +471,49 @@ class Registry:
         assert entry is not None
         return entry
 
-    def fetch(self, version: Version, directory: str | os.PathLike[str]) -> pathlib.Path:
+    def with_digest(self, model: str, digest: str) -> Version | None:
+        """The version of a model that is this bundle, if there is one; reads what is new."""
+        with contextlib.suppress(NoRegistryError):
+            self.refresh()
+        return ledger.with_digest(self._models, model, digest)
+
+    def verify(self, version: Version) -> None:
+        """Reads all of a version's files.
+
+        Raises:
+          BundleError: They are damaged.
+          RegistryError: It was removed in the meantime.
+        """
+        try:
+            with tempfile.TemporaryDirectory(prefix="cnn_jax-") as directory:
+                self.fetch(version, directory)
+        except BundleError:
+            self.refresh()
+            self.resolve(version.model, version.number)
+            raise
+
+    def fetch(
+        self, version: Version, directory: str | os.PathLike[str], is_copy: bool = False
+    ) -> pathlib.Path:
         """A version's bundle on this machine, verified.
 
         Args:
           version: One of this registry's.
           directory: Where to download it to, into a folder that is named by its digest, if the
             registry is elsewhere. What is there already is not downloaded again.
+          is_copy: Whether to do so as well where the registry is on this machine.
 
         Returns:
-          The bundle's folder, which is not to be changed: it may be the registry's own.
+          The bundle's folder, which is not to be changed unless it is a copy: it may be the
+          registry's own.
 
         Raises:
           BundleError: It is damaged, or was removed in the meantime.
+          StoreError: It cannot be read, or not be put into the directory.
         """
         facts = version.bundle
         own = self._store.local(facts.path)
-        if own is not None:
+        if own is not None and not is_copy:
             _verify(own, facts.digest)
             return own
         target = pathlib.Path(directory) / facts.digest
@@ -406,21 +530,21 @@ class Registry:
         except FileNotFoundError as error:
             raise BundleError(f"{version} is not in {self.url} any more: {error}") from error
         except OSError as error:
-            raise BundleError(f"{directory}: {version} cannot be put there: {error}") from error
+            raise StoreError(f"{directory}: {version} cannot be put there: {error}") from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return target
 
-    def _begin(self) -> None:
-        """Makes a registry where there is none."""
+    def _begin(self) -> bool:
+        """Makes a registry where there is none, and returns whether it has."""
         with self._lock:
             if self._identity is not None:
-                return
-            # In this order: somebody else may be making both at this moment.
-            log = self._store.names(_LOG)
+                return False
+            # In this order: somebody else may be making them at this moment.
+            log = [*self._store.names(_LOG), *self._marks()]
             with contextlib.suppress(FileNotFoundError):
                 self._store.read(_IDENTITY)
-                return
+                return False
             if log:
                 raise RegistryError(f"{self.url} is damaged: it has a log and no {_IDENTITY}")
             prove(self._store)
@@ -428,6 +552,8 @@ class Registry:
             # Of several who begin at once, one makes it.
             with contextlib.suppress(FileExistsError):
                 self._store.create(_IDENTITY, json.dumps(identity).encode())
+                return True
+            return False
 
     def _prove_once(self) -> None:
         """Sees before a first change that this process, too, cannot make a file that is there.
@@ -461,6 +587,8 @@ class Registry:
         """
         change, failures, is_asked, in_doubt = uuid.uuid4().hex, 0, False, False
         problem = "it shows no file that it has said is there"
+        # Who goes on with the log of a registry that is another by now would damage that one.
+        self._looked = -math.inf
         while failures < _MOST_FAILURES:
             if failures > 1:
                 time.sleep(random.uniform(0.5, 1) * _PAUSE * 2**failures)
@@ -514,7 +642,11 @@ class Registry:
             logger.warning("not removed, a later add or remove will try again: %s", error)
 
     def _sweep(self) -> None:
-        """Removes what is of no version and a day old: somebody was killed who wrote it."""
+        """Removes what is of no version and a day old: somebody was killed who wrote it.
+
+        What is marked as added is left where it is if the log does not know of it: then the log
+        is not whole.
+        """
         try:
             # Listed before the log is read, which then has all that was added until then.
             found = [
@@ -522,11 +654,17 @@ class Registry:
                 for folder in (_BUNDLES, ASIDE)
                 for name in self._store.names(folder)
             ]
+            marks = {*self._marks()}
             self.refresh()
         except StoreError as error:
             logger.warning("what is left over was not looked for: %s", error)
             return
+        for entry in self._entries:
+            if entry.bundle and _mark_name(entry) not in marks:
+                self._mark(entry)
         used = {v.bundle.path for model in self._models.values() for v in model.versions.values()}
+        added = {entry.bundle.path for entry in self._entries if entry.bundle}
+        used |= {f"{_BUNDLES}/{mark[9:]}" for mark in marks} - added
         now = datetime.datetime.now(datetime.UTC)
         for path in found:
             made = made_at(path.rpartition("/")[2])
@@ -536,6 +674,16 @@ class Registry:
 
 def _is_of_log(name: str) -> bool:
     return re.fullmatch(r"\d{8}\.json", name) is not None
+
+
+def _is_mark(name: str) -> bool:
+    return re.fullmatch(r"\d{8}-[0-9a-f]{64}-\d{8}T\d{6}Z-[0-9a-f]{16}", name) is not None
+
+
+def _mark_name(entry: Entry) -> str:
+    """What an addition is marked by: its entry's number and the name of its bundle's folder."""
+    assert entry.bundle is not None
+    return f"{entry.number:08d}-{entry.bundle.path.removeprefix(f'{_BUNDLES}/')}"
 
 
 def _log_name(number: int) -> str:
@@ -586,7 +734,7 @@ def _read(path: pathlib.Path, wanted: str) -> tuple[BundleFacts, dict[str, bytes
             metrics=ledger.finite_figures(bundle.metrics),
             fingerprint=str(bundle.data.get("fingerprint", "")),
         )
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise BundleError(f"{path} is not a bundle: {error!r}") from error
     return facts, contents
 
@@ -603,20 +751,17 @@ def _verify(folder: pathlib.Path, wanted: str, origin: str | None = None) -> Non
       wanted: Its digest.
       origin: What is said to be damaged if it is not; by default the folder.
     """
-    from cnn_jax.bundle import digest
-
-    damaged = BundleError(
-        f"{origin or folder} is damaged: its digest is not the one in the registry's log"
-    )
-    if digest(folder) != wanted:
-        raise damaged
     try:
+        description = (folder / _DESCRIPTION).read_bytes()
         with (folder / _WEIGHTS).open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
-        if weights != _weights_digest((folder / _DESCRIPTION).read_bytes()):
-            raise damaged
     except OSError as error:
         raise BundleError(f"{origin or folder} is damaged: {error}") from error
+    found = hashlib.sha256(description).hexdigest()
+    if found != wanted or weights != _weights_digest(description):
+        raise BundleError(
+            f"{origin or folder} is damaged: its digest is not the one in the registry's log"
+        )
 
 
 def _put(aside: pathlib.Path, target: pathlib.Path) -> None:

@@ -27,6 +27,10 @@ _LOCAL = ("file", "local")
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 _READERS = 16  # Files that are read at once.
 _RIVALS = 8  # Writers of one file, when it is tried out.
+# What a store of S3's kind is given that never answers, unless the caller says otherwise: six
+# requests of ten seconds each, which by themselves would be twenty-five of a minute.
+_S3_CONFIG = {"connect_timeout": 5, "read_timeout": 10, "retries": {"max_attempts": 2}}
+_S3_TRIES = 2  # Of s3fs, which tries again what botocore has given up.
 # Threads that share the memory of a process are not kept apart by its file system.
 _MEMORY = threading.Lock()
 
@@ -243,14 +247,20 @@ class RemoteStore(Store):
 
             # An instance of its own: what others list does not become its cache.
             options = {**options, "skip_instance_cache": True}
+            is_s3 = url.startswith(("s3://", "s3a://"))
+            if is_s3:
+                config = {**_S3_CONFIG, **options.get("config_kwargs", {})}
+                options["config_kwargs"] = config
             self._files, root = fsspec.core.url_to_fs(url, **options)
-        except ImportError as error:
-            raise ConfigError(
-                f"--registry: {self.url} cannot be reached: {reason(error)}"
-            ) from error
+            if is_s3:
+                self._files.retries = _S3_TRIES
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"--registry: {self.url} is no place of fsspec: {reason(error)}"
+            ) from error
+        except Exception as error:  # Of any kind: some libraries ask their place at once.
+            raise ConfigError(
+                f"--registry: {self.url} cannot be reached: {reason(error)}"
             ) from error
         self._root = root.rstrip("/")
         is_memory = "memory" in self._protocols()
@@ -332,8 +342,8 @@ class RemoteStore(Store):
 
 
 def hidden(text: str) -> str:
-    """A URL, or a text with URLs in it, without their passwords."""
-    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
+    """A URL, or a text with URLs in it, without their passwords; NAME:PASSWORD@ as well."""
+    return re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
 
 
 def reason(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import socket
 import threading
+import time
 import types
 
 import pytest
@@ -25,6 +26,7 @@ from test_bundle import make_bundle
 
 from cnn_jax.bundle import digest, read_bundle, write_bundle
 from cnn_jax.errors import BundleError, ConfigError
+from cnn_jax.registry import ledger
 from cnn_jax.registry import registry as registries
 from cnn_jax.registry import store as stores
 from cnn_jax.registry.ledger import Gates, RegistryError
@@ -266,7 +268,13 @@ def test_what_is_no_bundle_is_not_added(tmp_path, bundles, damage):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"class_names": 3}, {"data": []}, {"preprocessing": {"image_size": ["a", "b"]}}]
+    "changes",
+    [
+        {"class_names": 3},
+        {"data": []},
+        {"preprocessing": {"image_size": ["a", "b"]}},
+        {"preprocessing": {"image_size": [float("inf"), 16]}},
+    ],
 )
 def test_a_bundle_with_nonsense_is_not_added(tmp_path, bundles, changes):
     if "preprocessing" in changes:
@@ -275,6 +283,7 @@ def test_a_bundle_with_nonsense_is_not_added(tmp_path, bundles, changes):
     path = vary(bundles[0], tmp_path / "bundle", **changes)
     with pytest.raises(BundleError, match=rf"^{path} is not a bundle"):
         Registry(tmp_path / "registry").add("flowers", path)
+    assert not (tmp_path / "registry").exists()
 
 
 def test_a_bundle_without_figures_is_added_and_holds_no_gate(tmp_path, bundles):
@@ -394,6 +403,17 @@ def _replace(old, new):
     return damage
 
 
+def _rewrite(**changes):
+    """Changes an entry, and its own sha256 with it."""
+
+    def damage(path):
+        path.chmod(0o644)
+        fields = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps(fields | {"sha256": ledger.digest_of(fields)}))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("number", "damage", "message"),
     [
@@ -401,27 +421,15 @@ def _replace(old, new):
         (1, pathlib.Path.unlink, "/registry is damaged: log/00000006.json is missing"),
         (3, _replace(b"{", b""), "/log/00000003.json is damaged: "),
         (6, _replace(b"}", b""), "/log/00000006.json is damaged: "),
-        (
-            3,
-            _replace(b'"number": 3', b'"number": 4'),
-            "/00000003.json is damaged: it says that it is 4",
-        ),
-        (
-            5,
-            _replace(b'"version": 2', b'"version": 3'),
-            "/00000006.json is damaged: the entry before",
-        ),
-        (
-            6,
-            _replace(b'"version": 3', b'"version": 9'),
-            "/00000006.json is damaged: there is no ver",
-        ),
+        (3, _replace(b'"number": 3', b'"number": 4'), "/00000003.json is damaged: its sha256"),
+        (5, _replace(b'"version": 2', b'"version": 3'), "/00000005.json is damaged: its sha256"),
+        (6, _replace(b'"version": 3', b'"version": 1'), "/00000006.json is damaged: its sha256"),
+        (1, _replace(b"16,", b"Infinity,"), "/00000001.json is damaged: its sha256"),
+        (3, _rewrite(number=4), "/00000003.json is damaged: it says that it is 4"),
+        (5, _rewrite(version=3), "/00000006.json is damaged: the entry before"),
+        (6, _rewrite(version=9), "/00000006.json is damaged: there is no ver"),
+        (4, _rewrite(action="prosper"), "/00000004.json is damaged: its action is prosper"),
         (6, _replace(b'"format": 1', b'"format": 2'), "/00000006.json is of format 2, and this"),
-        (
-            4,
-            _replace(b'"promote"', b'"prosper"'),
-            "/00000004.json is damaged: its action is prosper",
-        ),
     ],
 )
 def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, message):
@@ -444,8 +452,8 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
     assert files(registry) == before
 
 
-def test_the_last_entry_gone_is_as_if_it_had_never_been(registry):
-    """What an append-only log cannot know; who had read it does."""
+def test_the_last_entry_gone_is_as_if_it_had_never_been_unless_it_was_an_add(registry):
+    """Of other changes nothing is kept beside the log; who had read it knows."""
     (pathlib.Path(registry.url) / "log" / "00000006.json").unlink()
     other = Registry(registry.url)
     assert aliases(other) == {"champion": 2}
@@ -455,9 +463,328 @@ def test_the_last_entry_gone_is_as_if_it_had_never_been(registry):
         registry.refresh()
 
 
+def marks(store):
+    """Which bundle's folder was added by which entry, as `added/` says."""
+    return {int(name[:8]): f"bundles/{name[9:]}" for name in store.names("added")}
+
+
+def test_each_addition_is_noted_beside_the_log(place, bundles):
+    registry = Registry(*place)
+    for path in bundles[:2]:
+        registry.add("flowers", path)
+        registry.promote("flowers", "champion" if registry.models["flowers"].aliases else 1)
+    registry.add("birds", bundles[0])
+    registry.remove("birds", 1)
+    adds = [entry for entry in registry.log if entry.action == "add"]
+    assert [entry.number for entry in adds] == [1, 3, 4]
+    assert marks(open_store(*place)) == {entry.number: entry.bundle.path for entry in adds}
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_a_log_without_its_end_changes_nothing_and_sweeps_nothing(
+    registry, bundles, monkeypatch, first
+):
+    root = pathlib.Path(registry.url)
+    for number in range(first, 7):
+        (root / "log" / f"{number:08d}.json").unlink()
+    before = files(registry)
+    days_pass(monkeypatch)
+    damaged = Registry(root)
+    for call in (
+        damaged.refresh,
+        lambda: damaged.models,
+        lambda: damaged.rollback("flowers"),
+        lambda: damaged.add("flowers", bundles[4]),
+        lambda: damaged.remove("flowers", 1),
+    ):
+        with pytest.raises(
+            RegistryError,
+            match=rf"^{root} is damaged: the end of its log is missing, from "
+            rf"log/0000000{first}\.json to log/00000003\.json at least, as added/ says; put it",
+        ):
+            call()
+    assert files(registry) == before
+
+
+def test_a_log_without_its_end_is_noticed_everywhere(place, bundles):
+    registry, store = Registry(*place), open_store(*place)
+    for path in bundles[:2]:
+        registry.add("flowers", path)
+    store.remove("log/00000002.json")
+    with pytest.raises(RegistryError, match=r"missing, from log/00000002\.json to log/00000002"):
+        Registry(*place).refresh()
+    store.remove("log")
+    with pytest.raises(RegistryError, match=r"missing, from log/00000001\.json to log/00000002"):
+        Registry(*place).refresh()
+    store.remove("registry.json")
+    with pytest.raises(RegistryError, match="it has a log and no registry"):
+        Registry(*place).add("flowers", bundles[2])
+
+
+@pytest.mark.parametrize("moment", [("names", "added"), ("names", "log"), ("read", "log")])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_addition_during_the_first_look_is_no_damage(registry, bundles, moment, when):
+    store = wrapped(pathlib.Path(registry.url))
+    done = _meanwhile(store, moment, lambda: registry.add("flowers", bundles[3]), when)
+    on(store).refresh()
+    assert done
+
+
+def test_a_bundle_that_is_noted_as_added_stays_if_the_log_does_not_know_it(
+    registry, bundles, monkeypatch
+):
+    """A log that was put back from an old copy, and went on since."""
+    root = pathlib.Path(registry.url)
+    name, other = (f"{'0' * 64}-{unique()}" for _ in range(2))
+    (root / "added" / f"00000005-{name}").touch()
+    for one in (name, other):
+        (root / "bundles" / one).mkdir()
+    days_pass(monkeypatch)
+    registry.add("flowers", bundles[3])
+    assert leftovers(registry) == [f"bundles/{name}"]
+
+
+def test_files_of_a_removed_version_are_swept_though_it_was_noted(registry, bundles, monkeypatch):
+    store = wrapped(pathlib.Path(registry.url))
+    failing(store, ("remove", "bundles"), happens=False)
+    on(store).remove("flowers", 1)
+    assert len(leftovers(registry)) == 0, "the registry does not know yet that it is removed"
+    days_pass(monkeypatch)
+    registry.add("flowers", bundles[3])
+    assert leftovers(registry) == []
+
+
+def test_a_note_that_is_missing_is_made_by_a_later_sweep(registry, bundles, caplog):
+    """Its writer was killed between the log and it, or could not write it."""
+    root = pathlib.Path(registry.url)
+    expected = marks(registry._store)
+    shutil.rmtree(root / "added")
+    store = wrapped(root)
+    failing(store, ("create", "added"), happens=False, times=100)
+    on(store).add("flowers", bundles[3])
+    assert {record.getMessage().partition(",")[0] for record in caplog.records} == {"not marked"}
+    assert marks(store) == {}
+    registry.refresh()
+    path = registry.resolve("flowers", 4).bundle.path
+    registry.remove("flowers", 4)
+    assert marks(store) == {**expected, 7: path}
+
+
+def test_an_addition_is_noted_at_once_and_not_by_its_sweep(registry, bundles):
+    store = wrapped(pathlib.Path(registry.url))
+
+    def fail(call, name):
+        if call == "names" and name == "bundles":
+            raise AwayError("no answer")
+
+    store.after = fail
+    version = on(store).add("flowers", bundles[3]).version
+    assert marks(store)[7] == version.bundle.path
+
+
+def damage(registry, number=1, file="weights.safetensors", model="flowers"):
+    """Turns a byte of a version's file."""
+    name = f"{registry.resolve(model, number).bundle.path}/{file}"
+    content = bytearray(registry._store.read(name))
+    content[len(content) // 2] ^= 1
+    registry._store.remove(name)
+    registry._store.write(name, bytes(content))
+
+
+@pytest.mark.parametrize("file", ["bundle.json", "weights.safetensors"])
+def test_a_damaged_version_is_not_promoted(place, bundles, file):
+    registry = Registry(*place)
+    for path in bundles[:2]:
+        registry.add("flowers", path)
+    registry.promote("flowers", 1, "mine")
+    damage(registry, 1, file)
+    for which in (1, "mine"):
+        with pytest.raises(BundleError, match=r"bundles/\S+ is damaged: its digest is not the"):
+            registry.promote("flowers", which)
+    assert len(Registry(*place).log) == 3
+    registry.promote("flowers", 2)
+    registry.promote("flowers", 2, "mine")
+    assert registry.rollback("flowers", "mine").version == 1, "to be quick, it looks at no file"
+
+
+def test_what_is_refused_anyway_is_not_downloaded(registry):
+    store = wrapped(pathlib.Path(registry.url))
+    store.local = lambda name: None  # As if it were elsewhere.
+    other = on(store)
+    with pytest.raises(RegistryError, match="does not become champion"):
+        other.promote("flowers", 1, gates=Gates(min_accuracy=0.9))
+    assert other.promote("flowers", 2) is None
+    other.rollback("flowers")
+    assert not [name for call, name in store.calls if call == "download"]
+    other.promote("flowers", 3)
+    assert len([name for call, name in store.calls if call == "download"]) == 2
+
+
+def test_a_version_that_is_removed_while_it_is_verified_is_not_called_damaged(registry):
+    store = wrapped(pathlib.Path(registry.url))
+    store.local = lambda name: None
+    moment = ("download", "bundles")
+    assert not _meanwhile(store, moment, lambda: registry.remove("flowers", 1))
+    with pytest.raises(RegistryError, match="flowers has no version 1 any more"):
+        on(store).promote("flowers", 1, "yours")
+
+
+@pytest.mark.parametrize("file", ["bundle.json", "weights.safetensors"])
+def test_adding_a_bundle_again_puts_its_files_back(place, bundles, caplog, file):
+    registry = Registry(*place)
+    version = registry.add("flowers", bundles[0]).version
+    for spoil in (
+        lambda: damage(registry, 1, file),
+        lambda: registry._store.remove(f"{version.bundle.path}/{file}"),
+        lambda: registry._store.remove(version.bundle.path),
+    ):
+        spoil()
+        with pytest.raises(BundleError):
+            registry.verify(version)
+        caplog.clear()
+        added = registry.add("flowers", bundles[0])
+        assert (added.version, added.is_new) == (version, False)
+        (record,) = caplog.records
+        assert record.getMessage().endswith("; its files are put back")
+        registry.verify(version)
+    caplog.clear()
+    registry.add("flowers", bundles[0])
+    assert not caplog.records
+    assert len(registry.log) == 1
+
+
+def test_files_that_are_gone_before_their_entry_is_made_are_not_added(registry, bundles):
+    """Another machine's clock is days ahead, and has taken them for left over."""
+    store = wrapped(pathlib.Path(registry.url))
+
+    def sweep(call, name):
+        if call == "write" and name.endswith("weights.safetensors"):
+            (pathlib.Path(registry.url) / name).unlink()
+
+    store.after = sweep
+    with pytest.raises(RegistryError, match=r"^weights\.safetensors of \S+ was removed while it"):
+        on(store).add("flowers", bundles[3])
+    assert outline(Registry(registry.url)) == outline(registry)
+    assert leftovers(registry) == []
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock by which a registry is looked at again; a list of one number."""
+    now = [time.monotonic()]
+    fake = types.SimpleNamespace(monotonic=lambda: now[0], time=time.time, sleep=time.sleep)
+    monkeypatch.setattr(registries, "time", fake)
+    return now
+
+
+def test_whether_it_is_the_same_registry_is_asked_once_a_minute(registry, clock):
+    store = wrapped(pathlib.Path(registry.url))
+    reader = on(store)
+    for _ in range(100):
+        reader.refresh()
+        clock[0] += 1.25
+    assert store.calls.count(("read", "registry.json")) == 3
+    assert store.calls.count(("names", "added")) == 1
+
+
+def test_another_registry_in_its_place_is_read_anew(registry, bundles, clock, caplog):
+    root = pathlib.Path(registry.url)
+    shutil.rmtree(root)
+    other = Registry(root)
+    other.add("birds", bundles[0])
+    assert not registry.refresh()
+    clock[0] += 61
+    assert registry.refresh()
+    (record,) = caplog.records
+    assert record.getMessage() == f"{root} is another registry than before: it is read anew"
+    assert outline(registry) == outline(other)
+    assert [entry.number for entry in registry.log] == [1]
+    clock[0] += 61
+    assert not registry.refresh()
+    registry.promote("birds", 1)
+    other.refresh()
+    assert aliases(other, "birds") == {"champion": 1}
+
+
+def test_a_longer_registry_in_its_place_is_read_anew(tmp_path, bundles, clock):
+    """Whose log goes on where that of the old one ends."""
+    reader = Registry(tmp_path / "registry")
+    reader.add("flowers", bundles[0])
+    shutil.rmtree(tmp_path / "registry")
+    other = Registry(tmp_path / "registry")
+    for path in bundles[1:4]:
+        other.add("flowers", path)
+    clock[0] += 61
+    assert reader.refresh()
+    assert outline(reader) == outline(other)
+
+
+def test_no_change_is_made_to_another_registry_by_the_log_of_the_old(registry, bundles, clock):
+    """Not even within the minute: a log with a gap would be the end of it."""
+    root = pathlib.Path(registry.url)
+    shutil.rmtree(root)
+    other = Registry(root)
+    other.add("birds", bundles[0])
+    with pytest.raises(RegistryError, match="there is no model flowers"):
+        registry.rollback("flowers")
+    assert [path.name for path in (root / "log").iterdir()] == ["00000001.json"]
+
+
+def test_a_registry_that_is_gone_is_told_and_may_come_back(registry, bundles, clock):
+    root = pathlib.Path(registry.url)
+    aside = root.rename(root.with_name("aside"))
+    clock[0] += 61
+    for call in (
+        registry.refresh,
+        registry.refresh,
+        lambda: registry.rollback("flowers"),
+        lambda: registry.add("flowers", bundles[3]),
+    ):
+        with pytest.raises(RegistryError, match=rf"^{root} is not there any more: its registry"):
+            call()
+    assert aliases(registry) == {"champion": 2, "mine": 3}
+    shutil.rmtree(root, ignore_errors=True)
+    aside.rename(root)
+    registry.rollback("flowers")
+    assert aliases(Registry(root)) == aliases(registry) == {"champion": 1, "mine": 3}
+
+
+def test_a_registry_that_goes_during_an_addition_is_not_begun_anew(registry, bundles, clock):
+    store = wrapped(pathlib.Path(registry.url))
+    adder = on(store)
+    adder.refresh()
+    _meanwhile(store, ("write", "bundles"), lambda: shutil.rmtree(registry.url))
+    with pytest.raises(RegistryError, match="is not there any more"):
+        adder.add("flowers", bundles[3])
+    assert files(registry) == []
+
+
+def test_who_makes_a_registry_is_told_so(tmp_path, bundles):
+    registry = Registry(tmp_path / "registry")
+    assert [registry.add("flowers", path).has_begun for path in bundles[:2]] == [True, False]
+    assert not Registry(tmp_path / "registry").add("flowers", bundles[2]).has_begun
+
+
+def test_a_bundle_is_looked_for_by_its_digest(tmp_path, bundles):
+    registry = Registry(tmp_path / "registry")
+    assert registry.with_digest("flowers", digest(bundles[0])) is None
+    assert not (tmp_path / "registry").exists()
+    Registry(tmp_path / "registry").add("flowers", bundles[0])
+    assert registry.with_digest("flowers", digest(bundles[0])).number == 1
+    assert registry.with_digest("birds", digest(bundles[0])) is None
+    assert registry.with_digest("flowers", digest(bundles[1])) is None
+
+
+def test_a_rollback_from_a_version_is_for_that_version_alone(registry):
+    with pytest.raises(RegistryError, match=r"^flowers@champion is 2 and not 1, so it stays$"):
+        registry.rollback("flowers", present=1)
+    assert registry.rollback("flowers", present=2).version == 1
+
+
 def test_what_else_lies_in_the_folders_is_passed_over(registry, bundles):
     root = pathlib.Path(registry.url)
-    for name in ("log/notes.txt", "log/.nfs0001", "bundles/notes.txt", "tmp/notes.txt", "notes"):
+    others = ("log/notes.txt", "log/.nfs0001", "bundles/notes.txt", "tmp/notes.txt", "notes")
+    for name in (*others, "added/notes.txt", "added/00000099-notes"):
         (root / name).write_text("x")
     other = Registry(registry.url)
     assert outline(other) == outline(registry)
@@ -534,8 +861,31 @@ def test_a_place_for_downloads_that_cannot_be_written_is_told(bundles, tmp_path)
     version = on(store).add("flowers", bundles[0]).version
     store.local = lambda name: None
     (tmp_path / "file").touch()
-    with pytest.raises(BundleError, match="flowers/1 cannot be put there"):
+    with pytest.raises(StoreError, match="flowers/1 cannot be put there"):
         on(store).fetch(version, tmp_path / "file")
+
+
+def test_a_full_disk_here_is_no_damage_there(bundles, tmp_path):
+    """Or what is good would be called damaged, and put back."""
+    store = wrapped(tmp_path / "registry")
+    registry = on(store)
+    registry.add("flowers", bundles[0])
+    store.local = lambda name: None
+    store.calls.clear()
+
+    def fail(call, name):
+        if call == "download":
+            raise OSError(28, "No space left on device")
+
+    store.before = fail
+    for call in (
+        lambda: registry.verify(registry.resolve("flowers", 1)),
+        lambda: registry.add("flowers", bundles[0]),
+        lambda: registry.promote("flowers", 1),
+    ):
+        with pytest.raises(StoreError, match="No space left on device"):
+            call()
+    assert not {"write", "remove", "create"} & {call for call, _ in store.calls}
 
 
 def _meanwhile(store, moment, change, when="before"):

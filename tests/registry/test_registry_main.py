@@ -1,8 +1,10 @@
+import dataclasses
 import fcntl
 import io
 import json
 import math
 import os
+import pathlib
 import pty
 import re
 import struct
@@ -13,8 +15,10 @@ import termios
 import pytest
 from registry_tools import aliases, figures, vary
 
-from cnn_jax.errors import ConfigError, UserError, printable
+from cnn_jax.bundle import digest, read_bundle
+from cnn_jax.errors import BundleError, ConfigError, UserError, printable
 from cnn_jax.registry import __main__ as command
+from cnn_jax.registry.ledger import RegistryError
 from cnn_jax.registry.registry import Registry
 
 pytest_plugins = ["registry_fixtures"]
@@ -76,7 +80,8 @@ def test_all_commands_as_a_person_gives_them(place, bundles):
     for i, (path, accuracy) in enumerate(zip(bundles, ("90.00", "80.00"), strict=True), 1):
         code, output, error = run("add", "flowers", path, "--note=first")
         assert (code, error) == (0, "")
-        expected = rf"added flowers/{i}: accuracy {accuracy}%, F1 75.00%, digest {digest}\n"
+        made = f"; made a registry at {re.escape(str(place))}" * (i == 1)
+        expected = rf"added flowers/{i}: accuracy {accuracy}%, F1 75.00%, digest {digest}{made}\n"
         assert re.fullmatch(expected, output)
     assert run("promote", "flowers", 2, "--min-accuracy=0.85") == (
         1,
@@ -125,8 +130,11 @@ def test_all_commands_as_a_person_gives_them(place, bundles):
         (["promote", "flowers", "1", "--max-loss=x"], "must be 0 or more, got 'x'"),
         (["promote", "flowers", "../1"], "argument VERSION: alias: must be"),
         (["promote", "flowers", "1", "--min_acc=0.5"], "unrecognized arguments: --min_acc=0.5"),
-        (["remove", "flowers", "0"], "argument VERSION: must be 1 or more"),
-        (["remove", "flowers", "-1"], "argument VERSION: must be an integer"),
+        (["remove", "flowers", "-1"], "argument VERSION: version: must be a number, got '-1'"),
+        (["remove", "flowers", "१"], "argument VERSION: version: must be a number, got '१'"),
+        (["promote", "flowers", "१"], "argument VERSION: version: must be a number, got '१'"),
+        (["rollback", "flowers", "--from=x"], "argument --from: version: must be a number"),
+        (["fetch", "flowers", ""], "argument FOLDER: must not be empty"),
         (["list", "--registry="], "argument --registry: must not be empty"),
     ],
 )
@@ -214,11 +222,114 @@ def test_the_table(registry, capsys):
     version, entry = registry.resolve("flowers"), registry.log[2]
     assert re.split("  +", rows[1]) == [
         *("flowers/2", "champion, yours", entry.time[:16].replace("T", " "), "80.00%", "75.00%"),
-        *("3", "16 x 16", "0.0 MB", version.bundle.digest[:12], f"{entry.user}@{entry.host}"),
+        *(
+            "3",
+            "16 x 16",
+            command._size(version),
+            version.bundle.digest[:12],
+            f"{entry.user}@{entry.host}",
+        ),
     ]
     starts = [re.search(name, head).start() for name in ("aliases", "digest", "by$")]
     assert rows[0][starts[0] :].startswith("mine ")
     assert all(row[start - 1] == " " for row in rows for start in starts)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0.0 kB"),
+        (4_660, "4.7 kB"),
+        (99_999, "100.0 kB"),
+        (100_000, "0.1 MB"),
+        (1_234_567_890, "1,234.6 MB"),
+    ],
+)
+def test_a_size_is_never_nothing(registry, size, text):
+    version = registry.resolve("flowers", 1)
+    facts = dataclasses.replace(version.bundle, size=size)
+    assert command._size(dataclasses.replace(version, bundle=facts)) == text
+
+
+@pytest.mark.parametrize("number", ["0", "3", "9" * 30])
+def test_a_version_that_is_not_there_is_told_alike_by_all_commands(registry, number):
+    for arguments in (["remove", "flowers"], ["promote", "flowers"]):
+        with pytest.raises(UserError, match=rf"^flowers has no version {number}; there are: 1, 2$"):
+            command.main([*arguments, number])
+
+
+def test_a_rollback_from_a_version_refuses_another(registry, capsys):
+    with pytest.raises(UserError, match=r"^flowers@champion is 2 and not 1, so it stays$"):
+        command.main(["rollback", "flowers", "--from=1"])
+    output = call(capsys, "rollback", "flowers", "--from=2")
+    assert output == "flowers@champion is version 1 now (before 2)\n"
+    with pytest.raises(UserError, match=r"^flowers@champion is 1 and not 2, so it stays$"):
+        command.main(["rollback", "flowers", "--from=2"])
+
+
+def damage(registry, number):
+    path = registry.resolve("flowers", number).bundle.path
+    file = pathlib.Path(registry.url, path, "weights.safetensors")
+    file.chmod(0o644)
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+
+
+def test_all_versions_are_verified(registry, bundles, capsys):
+    good = ["flowers/1 is as it was added", "flowers/2 is as it was added"]
+    assert call(capsys, "verify").splitlines() == good
+    call(capsys, "add", "birds", bundles[0])
+    assert call(capsys, "verify", "flowers").splitlines() == good
+    damage(registry, 1)
+    for arguments, count in ((["verify"], 3), (["verify", "flowers"], 2)):
+        with pytest.raises(RegistryError, match=rf"^1 of {count} versions are damaged: flowers/1;"):
+            command.main(arguments)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == count
+        assert re.match(r"flowers/1: \S+ is damaged: its digest is not", lines[-2])
+        assert lines[-1] == good[1]
+    call(capsys, "verify", "birds")
+    with pytest.raises(UserError, match=r"^there is no model bird; did you mean birds\?$"):
+        command.main(["verify", "bird"])
+
+
+def test_a_version_that_is_removed_while_all_are_verified_is_not_damaged(
+    registry, capsys, monkeypatch
+):
+    verify = Registry.verify
+
+    def meanwhile(self, version):
+        if version.number == 1:
+            registry.remove("flowers", 1)
+        verify(self, version)
+
+    monkeypatch.setattr(Registry, "verify", meanwhile)
+    first, second = call(capsys, "verify").splitlines()
+    assert first.startswith("flowers/1 was not verified: flowers has no version 1 any more")
+    assert second == "flowers/2 is as it was added"
+
+
+@pytest.mark.parametrize(
+    ("reference", "number"), [("flowers", 2), ("flowers@mine", 1), ("flowers/1", 1)]
+)
+def test_a_bundle_is_fetched_as_a_copy_of_its_own(registry, capsys, tmp_path, reference, number):
+    registry.promote("flowers", 1, "mine")
+    for _ in range(2):
+        folder = pathlib.Path(call(capsys, "fetch", reference, tmp_path / "new" / "in").rstrip())
+        assert folder.parent == tmp_path / "new" / "in"
+        assert digest(folder) == registry.resolve("flowers", number).bundle.digest
+        read_bundle(folder)
+    (folder / "weights.safetensors").write_bytes(b"")
+    registry.verify(registry.resolve("flowers", number))
+    damage(registry, number)
+    with pytest.raises(BundleError, match="is damaged"):
+        command.main(["fetch", reference, str(tmp_path / "new" / "in")])
+
+
+def test_help_says_what_an_alias_is(capsys):
+    for name in ("promote", "rollback"):
+        with pytest.raises(SystemExit):
+            command.main([name, "--help"])
+        assert "the alias to move (champion)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_models_are_in_their_order_and_one_may_be_chosen(registry, bundles, capsys):
@@ -333,7 +444,7 @@ def test_looking_brings_nothing_heavy(registry):
         "import sys\n"
         "from cnn_jax.registry import __main__\n"
         "for arguments in (['list'], ['show', 'flowers'], ['promote', 'flowers', '1'], "
-        "['rollback', 'flowers']):\n"
+        "['rollback', 'flowers'], ['verify']):\n"
         "    __main__.main(arguments)\n"
         "print(*sys.modules)\n"
     )

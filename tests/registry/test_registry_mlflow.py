@@ -1,10 +1,13 @@
 import importlib.util
+import os
+import pathlib
 import shutil
 import sys
 
 import pytest
 from registry_tools import aliases, figures, outline, vary
 
+from cnn_jax.bundle import digest
 from cnn_jax.errors import BundleError, ConfigError
 from cnn_jax.registry import __main__ as command
 from cnn_jax.registry import mlflow
@@ -161,13 +164,151 @@ def test_a_bundle_that_is_damaged_there_is_not_imported(registry, uri, client, t
     description.chmod(0o644)
     text = description.read_text()
     other = Registry(tmp_path / "other")
+
+    def bring():
+        """The lines that come before the error at the end."""
+        lines = []
+        with pytest.raises(
+            BundleError, match=r"^not imported, as damaged: flowers version 1 of ML"
+        ):
+            lines.extend(mlflow.bring(other, "flowers", None, uri))  # It keeps what has come.
+        (line,) = lines
+        return line
+
+    start = "left out flowers version 1 of MLflow: "
     for damaged in (text.replace("red", "rad"), "{"):
         description.write_text(damaged)
-        with pytest.raises(BundleError, match=r"^flowers version 1 of MLflow is damaged"):
-            list(mlflow.bring(other, "flowers", None, uri))
+        assert bring() == f"{start}its digest is not the one in its tag cnn_jax.digest"
+    description.unlink()
+    assert bring() == f"{start}it has a tag cnn_jax.digest, and no bundle.json"
+    description.write_text("{")
     client.delete_model_version_tag("flowers", version.version, "cnn_jax.digest")
-    with pytest.raises(BundleError, match="is not a bundle"):
-        list(mlflow.bring(other, "flowers", None, uri))
+    assert "is not a bundle" in bring()
+    assert not (tmp_path / "other").exists()
+
+
+def damage(path):
+    path.chmod(0o644)
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+
+
+@needs_mlflow
+def test_a_damaged_version_holds_up_no_other(registry, uri, tmp_path, capsys):
+    list(mlflow.export(registry, "flowers", None, uri))
+    first = registry.resolve("flowers", 1).bundle.digest
+    for path in tmp_path.glob("mlruns/**/bundle.json"):
+        if digest(path.parent) == first:
+            damage(path.with_name("weights.safetensors"))
+    place = tmp_path / "other"
+    with pytest.raises(
+        BundleError, match=r"^not imported, as damaged: flowers version 1 of MLflow$"
+    ):
+        command.main(["import", "flowers", f"--mlflow={uri}", f"--registry={place}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("left out flowers version 1 of MLflow: ")
+    assert lines[1:] == ["imported flowers version 2 as flowers/1", "flowers@champion is version 1"]
+    assert aliases(Registry(place)) == {"champion": 1}
+
+
+@needs_mlflow
+def test_a_damaged_version_is_not_exported_and_holds_up_no_other(registry, uri, client, capsys):
+    damage(pathlib.Path(registry.url, registry.resolve("flowers", 1).bundle.path, "bundle.json"))
+    with pytest.raises(BundleError, match=r"^not exported, as damaged: flowers/1$"):
+        command.main(["export", "flowers", f"--mlflow={uri}", f"--registry={registry.url}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("left out flowers/1: ")
+    assert lines[1:] == [
+        "exported flowers/3: it is flowers version 1 in MLflow",
+        "flowers@champion is version 1 in MLflow",
+    ]
+    (experiment,) = client.search_experiments(filter_string="name = 'cnn_jax'")
+    assert len(client.search_runs([experiment.experiment_id])) == 1
+
+
+@needs_mlflow
+def test_a_version_that_is_damaged_here_gets_no_alias_and_holds_up_no_other(
+    registry, uri, client, tmp_path
+):
+    list(mlflow.export(registry, "flowers", None, uri))
+    client.set_registered_model_alias("flowers", "next", "1")
+    damage(pathlib.Path(registry.url, registry.resolve("flowers", 1).bundle.path, "bundle.json"))
+    lines = []
+    with pytest.raises(
+        BundleError, match=r"^not imported, as damaged: flowers version 1 of MLflow$"
+    ):
+        lines.extend(mlflow.bring(registry, "flowers", None, uri))
+    assert lines[-1] == "flowers@champion is version 3 already"
+    assert "next" not in aliases(registry)
+
+
+@needs_mlflow
+def test_what_is_here_already_is_not_downloaded(registry, uri, monkeypatch):
+    list(mlflow.export(registry, "flowers", None, uri))
+
+    def fail():
+        raise AssertionError("it is not to be asked for")
+
+    monkeypatch.setattr(mlflow, "_artifacts", fail)
+    lines = list(mlflow.bring(registry, "flowers", None, uri))
+    assert lines[0] == "flowers version 1 is flowers/1 already"
+    assert lines[2] == "flowers version 2 is flowers/3 already"
+
+
+@needs_mlflow
+@pytest.mark.parametrize("flag", ["--no_aliases", "--no-aliases"])
+def test_aliases_may_stay_as_they_are(registry, uri, tmp_path, capsys, flag):
+    list(mlflow.export(registry, "flowers", None, uri))
+    other = Registry(tmp_path / "other")
+    command.main(["import", "flowers", f"--mlflow={uri}", f"--registry={other.url}", flag])
+    assert capsys.readouterr().out.splitlines() == [
+        "imported flowers version 1 as flowers/1",
+        "imported flowers version 2 as flowers/2",
+    ]
+    assert aliases(other) == {}
+
+
+@needs_mlflow
+def test_a_database_that_is_none_is_one_line(registry, tmp_path, monkeypatch, caplog):
+    """What it raises is SQLAlchemy's, in several lines."""
+    from mlflow.store.db import utils
+
+    monkeypatch.setattr(utils, "MAX_RETRY_COUNT", 2)
+    (tmp_path / "none.db").write_text("no database" * 100)
+    uri = f"sqlite:///{tmp_path / 'none.db'}"
+    for call in (mlflow.export, mlflow.bring):
+        with pytest.raises(RegistryError, match=f"^MLflow at {uri}: .*not a database") as raised:
+            list(call(registry, "flowers", None, uri))
+        assert "\n" not in str(raised.value)
+    assert not [record for record in caplog.records if record.name.startswith("mlflow")]
+
+
+@needs_mlflow
+@pytest.mark.parametrize("error", [OSError, KeyError, RuntimeError])
+def test_whatever_a_client_raises_is_one_line_without_a_password(registry, monkeypatch, error):
+    class Client:
+        def __getattr__(self, name):
+            raise error("cannot connect to\npostgresql://ann:s3cret@host or ann:s3cret@host")
+
+    monkeypatch.setattr(mlflow, "_client", lambda uri: Client())
+    for call in (mlflow.export, mlflow.bring):
+        with pytest.raises(RegistryError) as raised:
+            list(call(registry, "flowers", None, "postgresql://ann:s3cret@host"))
+        message = str(raised.value)
+        assert message.startswith("MLflow at postgresql://ann:***@host: ")
+        assert message.count("***") == 3
+        assert "s3cret" not in message
+        assert "\n" not in message
+
+
+@needs_mlflow
+@pytest.mark.parametrize("value", [None, "true"])
+def test_progress_bars_are_off_unless_they_are_asked_for(uri, monkeypatch, value):
+    name = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
+    monkeypatch.setenv(name, value or "")
+    if value is None:
+        monkeypatch.delenv(name)
+    mlflow._client(uri)
+    assert os.environ[name] == (value or "false")
 
 
 @needs_mlflow

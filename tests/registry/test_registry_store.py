@@ -1,12 +1,15 @@
 import builtins
+import contextlib
 import datetime
 import errno
 import os
 import pathlib
 import re
+import socket
 import stat
 import sys
 import tempfile
+import threading
 import time
 
 import fsspec
@@ -342,6 +345,91 @@ def test_a_library_that_is_missing_is_a_usage_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(ConfigError, match=r"^--registry: s3://a cannot be reached: .*fsspec"):
         open_store("s3://a")
+
+
+@pytest.mark.parametrize("url", ["zip://{}/none.zip", "zip://x::{}/none.zip", "zip://x::{}/no.zip"])
+def test_a_place_that_is_looked_at_at_once_and_not_there_is_a_usage_error(tmp_path, url):
+    (tmp_path / "no.zip").write_text("no zip")
+    with pytest.raises(ConfigError, match=r"^--registry: zip://\S+ cannot be reached: ") as raised:
+        open_store(url.format(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_server_that_is_not_there_is_a_usage_error():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # And nobody listens.
+        place = f"ftp://ann:{SECRET}@127.0.0.1:{closed.getsockname()[1]}/registry"
+        with pytest.raises(ConfigError, match=r"^--registry: ftp://ann:\*\*\*@127\S+ cannot be re"):
+            open_store(place)
+
+
+@pytest.fixture
+def silent():
+    """A server that accepts and never answers: the port, and who has come."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(100)
+        guests = []
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    guests.append(listener.accept()[0])
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], guests
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        for guest in guests:
+            guest.close()
+
+
+def _silent_options(port):
+    return {"key": "key", "secret": SECRET, "endpoint_url": f"http://127.0.0.1:{port}"}
+
+
+def test_a_store_that_hangs_is_given_up(silent, monkeypatch):
+    """Six requests, of ten seconds each where nothing is patched."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    assert stores._S3_CONFIG["read_timeout"] * 6 <= 60
+    monkeypatch.setitem(stores._S3_CONFIG, "read_timeout", 0.1)
+    port, guests = silent
+    start = time.monotonic()
+    with pytest.raises(AwayError, match=r"^s3://a/registry\.json: .*imeout") as raised:
+        open_store("s3://a", _silent_options(port)).read("registry.json")
+    assert "\n" not in str(raised.value)
+    assert len(guests) <= 6
+    assert time.monotonic() - start < 30
+
+
+def test_the_caller_says_how_long_to_wait_for_a_store(silent):
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    port, guests = silent
+    options = _silent_options(port) | {
+        "config_kwargs": {"read_timeout": 0.1, "retries": {"total_max_attempts": 1}}
+    }
+    store = open_store("s3://a", options)
+    assert store._files.config_kwargs["connect_timeout"] == 5
+    with pytest.raises(AwayError):
+        store.read("registry.json")
+    assert len(guests) <= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("s3://k:s3cret@bucket/path", "s3://k:***@bucket/path"),
+        ("no place k:s3cret@bucket/path", "no place k:***@bucket/path"),
+        ("k:s3@cret@bucket", "k:***@bucket"),
+        ("http://:s3cret@host:80/a", "http://:***@host:80/a"),
+        ("http://host:80/a@b, ann@desk: no", "http://host:80/a@b, ann@desk: no"),
+        ("at 12:30:45 by ann@desk", "at 12:30:45 by ann@desk"),
+        ("a://b:s3cret@c and d:s3cret@e", "a://b:***@c and d:***@e"),
+    ],
+)
+def test_what_stands_between_a_name_and_its_host_is_hidden(text, expected):
+    assert stores.hidden(text) == expected
 
 
 def test_a_password_is_not_shown():
