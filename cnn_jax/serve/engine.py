@@ -332,9 +332,8 @@ class Engine:
         """One result for each image."""
         program = batch[0].program
         missing = program.best_size(len(batch)) - len(batch)
-        images = np.stack([work.image for work in batch])
-        padded = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge")
-        results = list(program.run(padded))[: len(batch)]
+        images = [work.image for work in batch]
+        results = list(program.run(np.stack(images + images[-1:] * missing)))[: len(batch)]
         if len(results) < len(batch):
             raise RuntimeError(f"{len(results)} results of {len(batch)} images")
         return results
