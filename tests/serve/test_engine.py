@@ -283,6 +283,7 @@ def test_decoding_is_done_on_threads_and_not_after_the_deadline():
         await until(lambda: len(started) == 2)
         await asyncio.sleep(0.1)
         left.cancel()
+        await asyncio.sleep(0.05)  # The thread is not told before the task has heard of it.
         gate.set()
         for value, waiting in enumerate(held, 1):
             found, name = await waiting
