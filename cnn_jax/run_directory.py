@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from cnn_jax import sharding
 from cnn_jax.configuration import Config
@@ -264,37 +266,46 @@ class EpochLog:
 
         A run that was killed may have logged an epoch that it has to repeat.
         """
-        self._path = workdir / "metrics.jsonl"
-        self._writer: SummaryWriter | None = None
+        self._path, self._folder = workdir / "metrics.jsonl", workdir / "tensorboard"
+        self._events: EventsWriter | None = None
         if not sharding.is_primary():
             return
         write_text(self._path, "".join(map(_line, history)))
-        shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
-        self._writer = SummaryWriter(str(workdir / "tensorboard"))
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(exist_ok=True)
+        # Not SummaryWriter: the thread that it writes in dies of a full disk, with a traceback
+        # of its own, and the tenth event after that waits for it for ever.
+        with of_file(self._folder):
+            self._events = EventsWriter(str(self._folder / "events"))
         for record in history:
             self._write_events(record)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        if self._writer is None:
+        if self._events is None:
             return
         with of_file(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
         self._write_events(record)
 
     def _write_events(self, record: Mapping[str, Any]) -> None:
-        assert self._writer is not None
-        for key, value in record.items():
-            if key not in ("step", "epoch"):
+        assert self._events is not None
+        with of_file(self._folder):
+            for key, value in record.items():
+                if key in ("step", "epoch"):
+                    continue
                 # "train_loss" becomes "loss/train", which TensorBoard groups.
                 split, _, metric = key.partition("_")
                 is_metric = split in ("train", "validation")
                 tag = f"{metric}/{split}" if is_metric else f"run/{key}"
-                self._writer.add_scalar(tag, value, record["step"])
-        self._writer.flush()
+                event = Event(summary=summary.scalar(tag, value), step=record["step"])
+                event.wall_time = time.time()
+                self._events.write_event(event)
+            self._events.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            with of_file(self._folder):
+                self._events.close()
 
 
 def _line(record: Mapping[str, Any]) -> str:

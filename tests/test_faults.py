@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -18,6 +19,7 @@ from conftest import REPOSITORY
 from test_bundle import make_bundle
 
 from cnn_jax.bundle import write_bundle
+from cnn_jax.run_directory import EpochLog
 
 TINY = (
     "--config=configs/folder.py",
@@ -297,6 +299,20 @@ def test_a_full_disk_is_told_and_with_room_again_the_run_goes_on(
         records = results(workdir)[0]
         assert len(records) == epochs
         assert records[:6] == results(undisturbed)[0]
+
+
+def test_events_that_do_not_fit_are_an_error_of_the_run_and_of_no_thread(tmp_path):
+    """A thread of the writer's own would die unseen, and the tenth event wait for it."""
+    with small_disk(tmp_path / "disk", "4k"):
+        (tmp_path / "tensorboard").symlink_to(tmp_path / "disk")
+        threads = threading.active_count()
+        log = EpochLog(tmp_path, [])
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            log.append({"epoch": 1, "step": 10, "train_" + 5000 * "x": 0.5})
+        assert raised.value.filename == str(tmp_path / "tensorboard")
+        assert threading.active_count() == threads
+        with pytest.raises(OSError, match="No space left on device"):
+            log.close()
 
 
 def test_a_full_disk_at_the_very_end_is_told_and_the_results_come_later(
