@@ -15,12 +15,14 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cnn_jax.data.decode import Pixels
-from cnn_jax.errors import UserError
+from cnn_jax.errors import DataError, UserError
+
+T = TypeVar("T")
 
 # The first estimate of an image's time, until one was measured.
 _SECONDS_PER_IMAGE = 0.01
@@ -51,6 +53,8 @@ class Late(UserError):  # noqa: N818  (the same)
 
 # uint8 [size, height, width, 3] -> one result an image, which can be iterated over.
 _Run = Callable[[np.ndarray], Iterable[Any]]
+# An image, uint8 [height, width, 3]; DataError if it cannot be used.
+_Read = Callable[[], Pixels]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,41 +103,67 @@ def measure(run: _Run, one: Pixels, sizes: Sequence[int]) -> Program:
     return Program(run, seconds)
 
 
-@dataclasses.dataclass(eq=False)
-class _Work:
-    """An image that waits.
-
-    Attributes:
-      program: What is to be computed of it.
-      image: uint8 [height, width, 3].
-      deadline: When its time is up, in seconds of `time.monotonic`.
-      arrived: When it came, the same.
-      future: Of the loop that waits for it; its result is (result, seconds waited, seconds
-        computed, images computed together).
-    """
-
-    program: Program
-    image: Pixels
-    deadline: float
-    arrived: float
-    future: "asyncio.Future[Computed]"
-
-
 @dataclasses.dataclass(frozen=True)
 class Computed:
     """What has become of an image.
 
     Attributes:
       result: Of the program, for this image.
-      queued: Seconds for which it has waited.
+      pixels: The image as it was computed, uint8 [height, width, 3].
+      decoded: Seconds that decoding has taken.
+      queued: Seconds for which it has waited, for a thread to decode it and for the device.
       computed: Seconds that its batch has taken.
       together: Images of its batch.
     """
 
     result: Any
+    pixels: Pixels
+    decoded: float
     queued: float
     computed: float
     together: int
+
+
+@dataclasses.dataclass(eq=False)
+class _Asked:
+    """A request that waits.
+
+    Attributes:
+      program: What is to be computed of its images.
+      deadline: When its time is up, in seconds of `time.monotonic`.
+      came: When it came, the same.
+      future: Of the loop that waits for it; its result are `found`.
+      found: Of each image what has become of it, None as long as it is not known.
+      missing: How many these are.
+    """
+
+    program: Program
+    deadline: float
+    came: float
+    future: "asyncio.Future[list[Any]]"
+    found: list[Any]
+    missing: int
+
+
+@dataclasses.dataclass(eq=False)
+class _Work:
+    """An image that waits.
+
+    Attributes:
+      asked: The request that it belongs to.
+      place: In it.
+      read: Decodes it.
+      pixels: uint8 [height, width, 3], once it was decoded.
+      decoded: Seconds that this has taken.
+      arrived: When it was done, in seconds of `time.monotonic`.
+    """
+
+    asked: _Asked
+    place: int
+    read: _Read
+    pixels: Pixels | None = None
+    decoded: float = 0.0
+    arrived: float = 0.0
 
 
 class Engine:
@@ -160,7 +190,7 @@ class Engine:
         self._inside = 0
         self._per_image = _SECONDS_PER_IMAGE
         # Decodings of a request at once: one with many large images leaves room for others.
-        self.decoders_per_request = max(1, decoders // 2)
+        self._decoders_per_request = max(1, decoders // 2)
         self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
         # One: what a body becomes when it is parsed is many times as large.
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parse")
@@ -203,45 +233,56 @@ class Engine:
         finally:
             self._inside -= images
 
-    async def decode(self, call: Callable[[], Any], deadline: float) -> Any:
+    async def compute(
+        self, program: Program, reads: Sequence[_Read], deadline: float
+    ) -> list[Computed | DataError]:
+        """The program's results for a request's images, each computed with others.
+
+        Args:
+          program: What is computed.
+          reads: Of each image what decodes it, called on a thread.
+          deadline: In seconds of `time.monotonic`.
+
+        Returns:
+          Of each image its result, or why it cannot be used.
+
+        Raises:
+          Late: The deadline has come before them.
+        """
+        future: asyncio.Future[list[Any]] = self._loop.create_future()
+        count, now = len(reads), time.monotonic()
+        asked = _Asked(program, deadline, now, future, [None] * count, count)
+        works = [_Work(asked, place, read) for place, read in enumerate(reads)]
+        for first in range(min(count, self._decoders_per_request)):
+            lane = collections.deque(works[first :: self._decoders_per_request])
+            self._decoders.submit(self._decode, lane)
+        # Cancelled with who waits for it, which the threads look for.
+        try:
+            return await asyncio.wait_for(future, max(0.0, deadline - now))
+        except TimeoutError as error:
+            raise Late(_LATE) from error
+
+    async def draw(self, call: Callable[[], T], deadline: float) -> T:
         """What a call returns that is made on a thread for images.
 
         Raises:
           Late: Its turn has come after the deadline.
-          UserError: Of the call.
         """
         return await self._on_thread(self._decoders, call, deadline)
 
-    async def parse(self, call: Callable[[], Any], deadline: float) -> Any:
+    async def parse(self, call: Callable[[], T], deadline: float) -> T:
         """The same on the thread for bodies, one after the other."""
         return await self._on_thread(self._parser, call, deadline)
 
     async def _on_thread(
-        self, threads: concurrent.futures.Executor, call: Callable[[], Any], deadline: float
-    ) -> Any:
-        def run() -> Any:
+        self, threads: concurrent.futures.Executor, call: Callable[[], T], deadline: float
+    ) -> T:
+        def run() -> T:
             if time.monotonic() > deadline:
                 raise Late("the time of the request was up before its images were read")
             return call()
 
         return await self._loop.run_in_executor(threads, run)
-
-    async def compute(self, program: Program, image: Pixels, deadline: float) -> Computed:
-        """The program's result for an image, computed with others.
-
-        Raises:
-          Late: The deadline has come before it.
-        """
-        future: asyncio.Future[Computed] = self._loop.create_future()
-        work = _Work(program, image, deadline, time.monotonic(), future)
-        with self._changed:
-            self._waiting.append(work)
-            self._changed.notify()
-        # Cancelled with who waits for it, which the thread looks for.
-        try:
-            return await asyncio.wait_for(future, max(0.0, deadline - time.monotonic()))
-        except TimeoutError as error:
-            raise Late(_LATE) from error
 
     def close(self) -> None:
         """Ends the threads; nobody may be waiting any more."""
@@ -251,6 +292,37 @@ class Engine:
         self._thread.join()
         for threads in (self._decoders, self._parser):
             threads.shutdown(cancel_futures=True)
+
+    # On a thread that decodes.
+
+    def _decode(self, lane: collections.deque[_Work]) -> None:
+        """Decodes the first of some images of a request; the others are for later.
+
+        In between come those of other requests. From here an image goes on to the thread that
+        computes, without a word to the loop, which would take both their time.
+        """
+        work = lane.popleft()
+        start = time.monotonic()
+        if work.asked.future.done():
+            return  # Nobody waits for the others either.
+        if start > work.asked.deadline:
+            self._loop.call_soon_threadsafe(_fail, [work], Late(_LATE))
+            return
+        try:
+            work.pixels = work.read()
+        except DataError as error:
+            self._loop.call_soon_threadsafe(_found, work, error)
+        except Exception as error:  # Of any kind: who waits must hear of it.
+            self._loop.call_soon_threadsafe(_fail, [work], error)
+            return
+        else:
+            work.arrived = time.monotonic()
+            work.decoded = work.arrived - start
+            with self._changed:
+                self._waiting.append(work)
+                self._changed.notify()
+        if lane:
+            self._decoders.submit(self._decode, lane)
 
     # On the thread that computes.
 
@@ -271,7 +343,7 @@ class Engine:
             if not self._waiting:
                 return []
             program = self._next_program()
-            alike = [work for work in self._waiting if work.program is program]
+            alike = [work for work in self._waiting if work.asked.program is program]
             batch = alike[: program.best_size(len(alike))]
             taken = set(map(id, batch))
             self._waiting = collections.deque(w for w in self._waiting if id(w) not in taken)
@@ -282,8 +354,10 @@ class Engine:
 
         So who asks for much of one kind holds up nobody who asks for another.
         """
-        others = (work.program for work in self._waiting if work.program is not self._last)
-        self._last = next(others, self._waiting[0].program)
+        others = (
+            work.asked.program for work in self._waiting if work.asked.program is not self._last
+        )
+        self._last = next(others, self._waiting[0].asked.program)
         return self._last
 
     def _gather(self) -> None:
@@ -291,9 +365,9 @@ class Engine:
         first = self._waiting[0]
         until = first.arrived + self._max_wait
         while not self._is_closing:
-            alike = sum(work.program is first.program for work in self._waiting)
+            alike = sum(work.asked.program is first.asked.program for work in self._waiting)
             left = until - time.monotonic()
-            if left <= 0 or alike >= first.program.largest:
+            if left <= 0 or alike >= first.asked.program.largest:
                 return
             self._changed.wait(left)
 
@@ -302,9 +376,9 @@ class Engine:
         now = time.monotonic()
         kept = []
         for work in self._waiting:
-            if work.future.cancelled():
+            if work.asked.future.done():
                 continue
-            if now > work.deadline:
+            if now > work.asked.deadline:
                 self._loop.call_soon_threadsafe(_fail, [work], Late(_LATE))
             else:
                 kept.append(work)
@@ -323,16 +397,23 @@ class Engine:
         seconds = time.monotonic() - start
         self._per_image += _WEIGHT * (seconds / len(batch) - self._per_image)
         computed = [
-            Computed(result, start - work.arrived, seconds, len(batch))
+            Computed(
+                result=result,
+                pixels=work.pixels,
+                decoded=work.decoded,
+                queued=start - work.asked.came - work.decoded,
+                computed=seconds,
+                together=len(batch),
+            )
             for work, result in zip(batch, results, strict=True)
         ]
         self._loop.call_soon_threadsafe(self._tell, batch, computed)
 
     def _run(self, batch: Sequence[_Work]) -> list[Any]:
         """One result for each image."""
-        program = batch[0].program
+        program = batch[0].asked.program
         missing = program.best_size(len(batch)) - len(batch)
-        images = [work.image for work in batch]
+        images = [work.pixels for work in batch]
         results = list(program.run(np.stack(images + images[-1:] * missing)))[: len(batch)]
         if len(results) < len(batch):
             raise RuntimeError(f"{len(results)} results of {len(batch)} images")
@@ -340,12 +421,20 @@ class Engine:
 
     def _tell(self, batch: Sequence[_Work], computed: Sequence[Computed]) -> None:
         for work, of_work in zip(batch, computed, strict=True):
-            if not work.future.done():
-                work.future.set_result(of_work)
+            _found(work, of_work)
         self._on_batch(len(batch), computed[0].computed)
+
+
+def _found(work: _Work, found: Computed | DataError) -> None:
+    """Notes what has become of an image; with the last one the request has its answer."""
+    asked = work.asked
+    asked.found[work.place] = found
+    asked.missing -= 1
+    if not asked.missing and not asked.future.done():
+        asked.future.set_result(asked.found)
 
 
 def _fail(batch: Sequence[_Work], error: Exception) -> None:
     for work in batch:
-        if not work.future.done():
-            work.future.set_exception(error)
+        if not work.asked.future.done():
+            work.asked.future.set_exception(error)

@@ -4,12 +4,10 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 from starlette.types import Receive
-
-T = TypeVar("T")
 
 # Seconds for which a body may pause.
 _PAUSE_SECONDS = 10.0
@@ -153,28 +151,35 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes]:
             return
 
 
-async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What the work comes to, which is cancelled as soon as nobody waits for it.
+@contextlib.asynccontextmanager
+async def unless_client_leaves(receive: Receive) -> AsyncIterator[None]:
+    """Cancels what is done within as soon as nobody waits for it.
 
     Args:
       receive: Of a request whose body was read.
-      work: To be done for it.
 
     Raises:
       ClientLeft: Before it was done.
     """
-    working = asyncio.ensure_future(work)
+    working = asyncio.current_task()
+    assert working is not None
     leaving = asyncio.ensure_future(_left(receive))
+
+    def cancel(leaving: asyncio.Future[None]) -> None:
+        if not leaving.cancelled():
+            working.cancel()
+
+    leaving.add_done_callback(cancel)
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientLeft
-        return working.result()
+        yield
+    except asyncio.CancelledError:
+        # As `asyncio.timeout` has it: if somebody else has cancelled as well, that counts.
+        if leaving.done() and working.uncancel() == 0:
+            raise ClientLeft from None
+        raise
     finally:
-        for task in (working, leaving):
-            task.cancel()
-        # Until they have let go of what they hold.
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        leaving.remove_done_callback(cancel)
+        leaving.cancel()
 
 
 async def _left(receive: Receive) -> None:

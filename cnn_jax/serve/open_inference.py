@@ -97,8 +97,8 @@ def make_router(service: Service) -> APIRouter:
             deadline = request.state.deadline
             length = request.headers.get("inference-header-content-length")
             asked = await service.engine.parse(lambda: _parse(body, length), deadline)
-            work = service.answer(version, asked.images, request)
-            answers = await unless_client_leaves(request.receive, work)
+            async with unless_client_leaves(request.receive):
+                answers = await service.answer(version, asked.images, request)
         rows = []
         for place, answer in enumerate(answers):
             if not isinstance(answer, Answer):

@@ -4,14 +4,16 @@ import base64
 import functools
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from cnn_jax.errors import DataError
 from cnn_jax.explain.overlay import under_map
@@ -83,9 +85,48 @@ class PredictOut(BaseModel):
     milliseconds: Timings
 
 
+class PredictQuery(BaseModel):
+    """What may stand behind the path."""
+
+    model: str | None = Field(default=None, description="if there are several")
+    version: int | None = Field(default=None, ge=1, description="instead of the present")
+    alias: str | None = Field(default=None, description="instead of a version")
+    top: int = Field(default=5, ge=1, le=1000, description="so many classes")
+    explain: Literal["gradcam"] | None = Field(default=None, description="with a map")
+
+
+class _LeanRoute(APIRoute):
+    """A route that FastAPI documents, and whose query alone is validated.
+
+    FastAPI's way from a request to a function's parameters takes a fifth of the time that a
+    small image spends in the server.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint = self.endpoint
+
+        async def handle(request: Request) -> Response:
+            return await endpoint(request, _query(request))
+
+        return handle
+
+
+def _query(request: Request) -> PredictQuery:
+    """What stands behind the path.
+
+    Raises:
+      RequestValidationError: It may not.
+    """
+    try:
+        return PredictQuery.model_validate(dict(request.query_params))
+    except ValidationError as error:
+        found = [{**one, "loc": ("query", *one["loc"])} for one in error.errors()]
+        raise RequestValidationError(found) from error
+
+
 def make_router(service: Service) -> APIRouter:
     """The routes of this protocol."""
-    router = APIRouter(tags=["predict"])
+    router = APIRouter(tags=["predict"], route_class=_LeanRoute)
 
     @router.post(
         "/predict",
@@ -93,28 +134,22 @@ def make_router(service: Service) -> APIRouter:
         response_model=PredictOut,
         openapi_extra={"requestBody": _BODY},
     )
-    async def predict(
-        request: Request,
-        model: Annotated[str | None, Query(description="if there are several")] = None,
-        version: Annotated[int | None, Query(ge=1, description="instead of the present")] = None,
-        alias: Annotated[str | None, Query(description="instead of a version")] = None,
-        top: Annotated[int, Query(ge=1, le=1000, description="so many classes")] = 5,
-        explain: Annotated[Literal["gradcam"] | None, Query(description="with a map")] = None,
-    ) -> JSONResponse:
+    async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> JSONResponse:
         """The body is an image file, or a form with one or many files."""
         start = time.monotonic()
-        if version is not None and alias is not None:
+        if query.version is not None and query.alias is not None:
             raise Refused(400, "parameter", "either a version or an alias, not both")
-        chosen = service.models.find(model, version, alias)
+        chosen = service.models.find(query.model, query.version, query.alias)
+        explain = query.explain is not None
         async with service.body(request) as body:
             parts = await _parts(service, request, body)
-            work = _answer(service, chosen, parts, request, explain is not None)
-            answers, pictures = await unless_client_leaves(request.receive, work)
+            async with unless_client_leaves(request.receive):
+                answers, pictures = await _answer(service, chosen, parts, request, explain)
             errors = [answer for answer in answers if isinstance(answer, DataError)]
             if len(errors) == len(answers):
                 raise error_of(errors[0])
             predictions = [
-                _describe(part, answer, chosen.class_names, top)
+                _describe(part, answer, chosen.class_names, query.top)
                 for part, answer in zip(parts, answers, strict=True)
             ]
             for place, picture in pictures.items():
@@ -152,7 +187,7 @@ async def _answer(
     for place, answer in enumerate(answers):
         if explain and isinstance(answer, Answer):
             draw = functools.partial(_explanation, answer)
-            pictures[place] = await service.engine.decode(draw, request.state.deadline)
+            pictures[place] = await service.engine.draw(draw, request.state.deadline)
     return answers, pictures
 
 

@@ -1,11 +1,9 @@
 """What all protocols share: which version answers, and how images become answers."""
 
-import asyncio
 import contextlib
 import dataclasses
-import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+import functools
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import numpy as np
 from fastapi import Request
@@ -13,13 +11,11 @@ from fastapi import Request
 from cnn_jax.data import decode
 from cnn_jax.data.decode import Pixels
 from cnn_jax.errors import DataError
-from cnn_jax.serve.engine import Computed, Engine, Program
+from cnn_jax.serve.engine import Computed, Engine
 from cnn_jax.serve.limits import Bodies, Limits, Refused
 from cnn_jax.serve.measures import Measures
 from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.versions import Version
-
-T = TypeVar("T")
 
 # Versions of a model that are remembered when they are gone.
 _MOST_GONE = 20
@@ -36,7 +32,7 @@ class Answer:
       pixels: The image as the network has seen it.
       explanation: The map of the most probable class, float32 [height, width], if asked for.
       decode_seconds: From the bytes to pixels.
-      queue_seconds: For which it has waited for the device.
+      queue_seconds: For which it has waited for its turn, to be decoded and computed.
       compute_seconds: That its batch has taken.
       batch_size: Images that were computed together.
     """
@@ -267,55 +263,33 @@ class Service:
         program = version.explained if explain else version.probabilities
         told = {"model": version.model, "version": version.number, "images": len(images)}
         request.state.told.update(told)
-        turn = asyncio.Semaphore(self.engine.decoders_per_request)
+        reads = [functools.partial(version.read, image) for image in images]
         with self.engine.admitted(len(images)), version.used():
-            return await _all(
-                [self._answer_one(version, program, image, request, turn) for image in images]
-            )
+            found = await self.engine.compute(program, reads, request.state.deadline)
+        return [
+            one if isinstance(one, DataError) else self._answer(version, one, request, explain)
+            for one in found
+        ]
 
-    async def _answer_one(
-        self,
-        version: Version,
-        program: Program,
-        image: bytes | np.ndarray,
-        request: Request,
-        turn: asyncio.Semaphore,
-    ) -> Answer | DataError:
-        start, deadline = time.monotonic(), request.state.deadline
-        try:
-            async with turn:
-                pixels = await self.engine.decode(lambda: version.read(image), deadline)
-        except DataError as error:
-            return error
-        decoded = time.monotonic() - start
-        computed: Computed = await self.engine.compute(program, pixels, deadline)
-        is_explained = program is version.explained
-        probabilities, explanation = computed.result if is_explained else (computed.result, None)
+    def _answer(
+        self, version: Version, computed: Computed, request: Request, explain: bool
+    ) -> Answer:
+        """An answer, which is counted and noted."""
+        probabilities, explanation = computed.result if explain else (computed.result, None)
         predicted = version.class_names[int(np.argmax(probabilities))]
         self.measures.predictions.labels(version.model, version.number, predicted).inc()
         if self._request_log is not None:
             request_id = request.state.request_id
-            self._request_log.offer(version, request_id, pixels, probabilities)
+            self._request_log.offer(version, request_id, computed.pixels, probabilities)
         return Answer(
             probabilities=probabilities,
-            pixels=pixels,
+            pixels=computed.pixels,
             explanation=explanation,
-            decode_seconds=decoded,
+            decode_seconds=computed.decoded,
             queue_seconds=computed.queued,
             compute_seconds=computed.computed,
             batch_size=computed.together,
         )
-
-
-async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """What each comes to; if one fails, none of the others goes on."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def error_of(error: DataError) -> Refused:

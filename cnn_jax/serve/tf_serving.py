@@ -64,8 +64,8 @@ def make_router(service: Service) -> APIRouter:
         async with service.body(request) as body:
             deadline = request.state.deadline
             images, key = await service.engine.parse(lambda: _images(body), deadline)
-            work = service.answer(version, images, request)
-            answers = await unless_client_leaves(request.receive, work)
+            async with unless_client_leaves(request.receive):
+                answers = await service.answer(version, images, request)
         rows = []
         for place, answer in enumerate(answers):
             if not isinstance(answer, Answer):

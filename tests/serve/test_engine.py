@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 
@@ -45,6 +46,12 @@ def run_with(engine, test):
             engine.close()
 
     return asyncio.run(run())
+
+
+async def compute(engine, program, value, deadline=None):
+    """What becomes of one image of a request."""
+    (found,) = await engine.compute(program, [lambda: image(value)], deadline or later())
+    return found
 
 
 def later(seconds=10):
@@ -95,9 +102,7 @@ def test_each_gets_its_own_result_whatever_the_batches_are():
 
     async def test():
         program = device.program()
-        found = await asyncio.gather(
-            *(engine.compute(program, image(value), later()) for value in range(100))
-        )
+        found = await asyncio.gather(*(compute(engine, program, value) for value in range(100)))
         assert [one.result for one in found] == [2 * value for value in range(100)]
         for one in found:
             assert 1 <= one.together <= 4
@@ -110,15 +115,13 @@ def test_each_gets_its_own_result_whatever_the_batches_are():
 
 
 def test_what_comes_while_it_computes_is_computed_together():
-    device, engine = Device(is_open=False), Engine(capacity=10)
+    device, engine = Device(is_open=False), Engine(capacity=10, decoders=1)
 
     async def test():
         program = device.program()
-        first = asyncio.ensure_future(engine.compute(program, image(1), later()))
+        first = asyncio.ensure_future(compute(engine, program, 1))
         await asyncio.sleep(0.05)
-        others = [
-            asyncio.ensure_future(engine.compute(program, image(n), later())) for n in (2, 3, 4)
-        ]
+        others = [asyncio.ensure_future(compute(engine, program, n)) for n in (2, 3, 4)]
         await asyncio.sleep(0.05)
         device.gate.set()
         assert (await first).together == 1
@@ -135,15 +138,15 @@ def test_an_image_is_held_back_for_others_as_long_as_it_is_said_and_not_longer()
     async def test():
         program = device.program()
         start = time.monotonic()
-        first = asyncio.ensure_future(engine.compute(program, image(1), later()))
+        first = asyncio.ensure_future(compute(engine, program, 1))
         await asyncio.sleep(0.05)
-        second = asyncio.ensure_future(engine.compute(program, image(2), later()))
+        second = asyncio.ensure_future(compute(engine, program, 2))
         assert (await first).together == 2
         assert 0.15 < time.monotonic() - start < 2
         assert (await second).queued < 0.2
         # A whole batch waits for nobody.
         start = time.monotonic()
-        four = [engine.compute(program, image(n), later()) for n in range(4)]
+        four = [compute(engine, program, n) for n in range(4)]
         await asyncio.gather(*four)
         assert time.monotonic() - start < 0.15
 
@@ -153,14 +156,14 @@ def test_an_image_is_held_back_for_others_as_long_as_it_is_said_and_not_longer()
 
 def test_programs_are_not_mixed_and_the_oldest_image_comes_first():
     one, other = Device(is_open=False), Device()
-    engine = Engine(capacity=10)
+    engine = Engine(capacity=10, decoders=1)
 
     async def test():
         first, second = one.program(), other.program()
-        waiting = [asyncio.ensure_future(engine.compute(first, image(0), later()))]
+        waiting = [asyncio.ensure_future(compute(engine, first, 0))]
         await asyncio.sleep(0.05)
         for value, program in enumerate((second, first, second, first), 1):
-            waiting.append(asyncio.ensure_future(engine.compute(program, image(value), later())))
+            waiting.append(asyncio.ensure_future(compute(engine, program, value)))
         await asyncio.sleep(0.05)
         one.gate.set()
         await asyncio.gather(*waiting)
@@ -170,14 +173,14 @@ def test_programs_are_not_mixed_and_the_oldest_image_comes_first():
 
 
 def test_what_nobody_waits_for_is_never_computed():
-    device, engine = Device(is_open=False), Engine(capacity=10)
+    device, engine = Device(is_open=False), Engine(capacity=10, decoders=1)
 
     async def test():
         program = device.program({1: 1.0})
-        first = asyncio.ensure_future(engine.compute(program, image(1), later()))
+        first = asyncio.ensure_future(compute(engine, program, 1))
         await asyncio.sleep(0.05)
-        left = asyncio.ensure_future(engine.compute(program, image(2), later()))
-        last = asyncio.ensure_future(engine.compute(program, image(3), later()))
+        left = asyncio.ensure_future(compute(engine, program, 2))
+        last = asyncio.ensure_future(compute(engine, program, 3))
         await asyncio.sleep(0.05)
         left.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -190,14 +193,14 @@ def test_what_nobody_waits_for_is_never_computed():
 
 
 def test_what_is_too_late_is_never_computed_and_is_told_so():
-    device, engine = Device(is_open=False), Engine(capacity=10)
+    device, engine = Device(is_open=False), Engine(capacity=10, decoders=1)
 
     async def test():
         program = device.program({1: 1.0})
-        first = asyncio.ensure_future(engine.compute(program, image(1), later()))
+        first = asyncio.ensure_future(compute(engine, program, 1))
         await asyncio.sleep(0.05)
-        late = asyncio.ensure_future(engine.compute(program, image(2), later(0.05)))
-        last = asyncio.ensure_future(engine.compute(program, image(3), later()))
+        late = asyncio.ensure_future(compute(engine, program, 2, later(0.05)))
+        last = asyncio.ensure_future(compute(engine, program, 3))
         await asyncio.sleep(0.1)
         device.gate.set()
         with pytest.raises(Late):
@@ -215,12 +218,10 @@ def test_a_program_that_fails_fails_those_who_wait_for_it_and_nobody_else():
         raise RuntimeError("the device is out of memory")
 
     async def test():
-        failing = [
-            engine.compute(Program(fail, {1: 1.0, 2: 1.0}), image(n), later()) for n in (1, 2)
-        ]
+        failing = [compute(engine, Program(fail, {1: 1.0, 2: 1.0}), n) for n in (1, 2)]
         found = await asyncio.gather(*failing, return_exceptions=True)
         assert [str(error) for error in found] == ["the device is out of memory"] * 2
-        assert (await engine.compute(device.program(), image(3), later())).result == 6
+        assert (await compute(engine, device.program(), 3)).result == 6
 
     run_with(engine, test)
 
@@ -253,7 +254,7 @@ def test_how_long_to_stay_away_is_learnt_from_what_is_computed():
 
     async def test():
         for _ in range(30):
-            await engine.compute(Program(slow, {1: 1.0}), ONE, later())
+            await compute(engine, Program(slow, {1: 1.0}), 0)
         with engine.admitted(100), pytest.raises(Overloaded) as caught, engine.admitted(1):
             pass
         # A hundred images at a tenth of a second.
@@ -262,40 +263,148 @@ def test_how_long_to_stay_away_is_learnt_from_what_is_computed():
     run_with(engine, test)
 
 
+class Decoder:
+    """Notes the values that it is asked for, and waits at a gate before it gives any."""
+
+    def __init__(self):
+        self.started = []
+        self.gate = threading.Event()
+
+    def read(self, value):
+        def read():
+            assert threading.current_thread().name.startswith("decode")
+            self.started.append(value)
+            assert self.gate.wait(10)
+            return image(value)
+
+        return read
+
+
 def test_decoding_is_done_on_threads_and_not_after_the_deadline():
-    engine = Engine(capacity=10, decoders=2)
-    started, gate = [], threading.Event()
-
-    def decode(value):
-        started.append(value)
-        assert gate.wait(10)
-        return value, threading.current_thread().name
-
-    def damaged():
-        raise DataError("is damaged")
+    engine, decoder, device = Engine(capacity=10, decoders=2), Decoder(), Device()
 
     async def test():
-        held = [
-            asyncio.ensure_future(engine.decode(lambda n=n: decode(n), later())) for n in (1, 2)
-        ]
-        late = asyncio.ensure_future(engine.decode(lambda: decode(3), later(0.05)))
-        left = asyncio.ensure_future(engine.decode(lambda: decode(4), later()))
-        await until(lambda: len(started) == 2)
+        def ask(value, deadline):
+            work = engine.compute(device.program(), [decoder.read(value)], deadline)
+            return asyncio.ensure_future(work)
+
+        held = [ask(value, later()) for value in (1, 2)]
+        late, left = ask(3, later(0.05)), ask(4, later())
+        await until(lambda: len(decoder.started) == 2)
         await asyncio.sleep(0.1)
         left.cancel()
         await asyncio.sleep(0.05)  # The thread is not told before the task has heard of it.
-        gate.set()
-        for value, waiting in enumerate(held, 1):
-            found, name = await waiting
-            assert found == value
-            assert name.startswith("decode")
+        decoder.gate.set()
+        assert [(await one)[0].result for one in held] == [2, 4]
         with pytest.raises(Late):
             await late
-        with pytest.raises(DataError, match="is damaged"):
-            await engine.decode(damaged, later())
 
     run_with(engine, test)
-    assert sorted(started) == [1, 2]
+    assert sorted(decoder.started) == [1, 2]
+    assert sorted(value for batch in device.batches for value in batch) == [1, 2]
+
+
+def test_each_image_of_a_request_has_its_result_or_its_error_in_its_place():
+    engine, device = Engine(capacity=100, decoders=3), Device()
+
+    def read(value):
+        if value % 3 == 0:
+            raise DataError(f"number {value} is damaged")
+        time.sleep(0.001 * (value % 5))
+        return image(value)
+
+    async def test():
+        reads = [functools.partial(read, value) for value in range(20)]
+        found = await engine.compute(device.program(), reads, later())
+        for value, one in enumerate(found):
+            if value % 3 == 0:
+                assert str(one) == f"number {value} is damaged"
+                continue
+            assert one.result == 2 * value
+            np.testing.assert_array_equal(one.pixels, image(value))
+            assert one.decoded >= 0.001 * (value % 5)
+            assert one.queued >= 0
+        everything = [functools.partial(read, 3)] * 2
+        assert all(
+            isinstance(one, DataError)
+            for one in await engine.compute(device.program(), everything, later())
+        )
+
+    run_with(engine, test)
+
+
+def test_the_time_that_an_image_has_waited_is_that_for_a_thread_and_for_the_device():
+    engine, decoder = Engine(capacity=10, decoders=1), Decoder()
+
+    async def test():
+        reads = [decoder.read(1), decoder.read(2)]
+        both = asyncio.ensure_future(engine.compute(Device().program(), reads, later()))
+        await asyncio.sleep(0.1)
+        decoder.gate.set()
+        one, other = await both
+        # The first was decoded for a tenth of a second, for which the other has waited.
+        assert one.decoded > 0.09
+        assert other.decoded < 0.05
+        assert one.queued < 0.05
+        assert other.queued > 0.09
+
+    run_with(engine, test)
+
+
+def test_who_brings_many_images_leaves_room_for_others_who_bring_one():
+    engine, decoder = Engine(capacity=100, decoders=2), Decoder()
+
+    async def test():
+        program = Device().program()
+        many = [decoder.read(value) for value in range(10)]
+        held = asyncio.ensure_future(engine.compute(program, many, later()))
+        await until(lambda: decoder.started == [0])
+        one = asyncio.ensure_future(engine.compute(program, [decoder.read(77)], later()))
+        await until(lambda: decoder.started == [0, 77])
+        others = [
+            asyncio.ensure_future(engine.compute(program, [decoder.read(n)], later()))
+            for n in (78, 79)
+        ]
+        await asyncio.sleep(0.05)
+        decoder.gate.set()
+        await asyncio.gather(held, one, *others)
+
+    run_with(engine, test)
+    # In turn, and not behind the ten.
+    assert max(decoder.started.index(n) for n in (78, 79)) <= 5
+
+
+def test_when_one_image_fails_for_another_reason_the_others_are_left_and_the_request_fails():
+    engine, started = Engine(capacity=10, decoders=1), []
+
+    def fail():
+        raise ZeroDivisionError("a fault of the decoder")
+
+    def read():
+        started.append(1)
+        return image(1)
+
+    async def test():
+        with pytest.raises(ZeroDivisionError):
+            await engine.compute(Device().program(), [fail, read, read], later())
+        assert (await compute(engine, Device().program(), 2)).result == 4
+
+    run_with(engine, test)
+    assert started == []
+
+
+def test_drawing_is_done_on_the_same_threads_and_not_after_the_deadline():
+    engine = Engine(capacity=10)
+
+    async def test():
+        name = await engine.draw(lambda: threading.current_thread().name, later())
+        assert name.startswith("decode")
+        name = await engine.parse(lambda: threading.current_thread().name, later())
+        assert name.startswith("parse")
+        with pytest.raises(Late):
+            await engine.draw(lambda: None, later(-1))
+
+    run_with(engine, test)
 
 
 def test_batches_are_told_of_with_their_images_alone():
@@ -305,11 +414,9 @@ def test_batches_are_told_of_with_their_images_alone():
 
     async def test():
         program = device.program()
-        first = asyncio.ensure_future(engine.compute(program, image(0), later()))
+        first = asyncio.ensure_future(compute(engine, program, 0))
         await asyncio.sleep(0.05)
-        three = [
-            asyncio.ensure_future(engine.compute(program, image(n), later())) for n in (1, 2, 3)
-        ]
+        three = [asyncio.ensure_future(compute(engine, program, n)) for n in (1, 2, 3)]
         await asyncio.sleep(0.05)
         device.gate.set()
         await asyncio.gather(first, *three)
