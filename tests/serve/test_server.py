@@ -297,6 +297,33 @@ def test_open_inference_of_binary_tensors(server, predictor, kind):
     assert error_of(cut) == (400, "image")
 
 
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_tritons_own_client(server, predictor, is_binary):
+    """`tritonclient[http]` is no part of the extra `test`: it holds other libraries back."""
+    http = pytest.importorskip("tritonclient.http")
+    client = http.InferenceServerClient(server.url.partition("//")[2])
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("shapes")
+    assert client.get_model_metadata("shapes")["inputs"][0]["name"] == "image"
+    images = np.stack([picture(seed) for seed in range(2)])
+    pixels = http.InferInput("image", list(images.shape), "UINT8")
+    pixels.set_data_from_numpy(images, binary_data=is_binary)
+    encoded = np.array([encode(image) for image in images], object)
+    files = http.InferInput("image", [2], "BYTES")
+    files.set_data_from_numpy(encoded, binary_data=True)
+    expected = [expected_of(predictor, image) for image in images]
+    for asked in (pixels, files):
+        found = client.infer("shapes", [asked], request_id="mine")
+        assert found.get_response()["id"] == "mine"
+        np.testing.assert_allclose(found.as_numpy("probabilities"), expected, atol=1e-6)
+        best = [predictor.class_names[row.argmax()] for row in np.stack(expected)]
+        assert found.as_numpy("class").tolist() == best
+    with pytest.raises(Exception, match="there is no model 'other' here"):
+        client.infer("other", [pixels])
+    client.close()
+
+
 def test_open_inference_of_other_names(server):
     tensor = {"name": "image", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
     for wrong in (
