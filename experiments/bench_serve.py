@@ -169,8 +169,7 @@ class _Client(asyncio.Protocol):
         self.failed = 0
         self.is_done = asyncio.get_running_loop().create_future()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
         self._ask()
 

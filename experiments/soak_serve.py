@@ -1,6 +1,6 @@
 """A server for a long time: swaps under load, 80 % of what it can, and three times as much.
 
-    python experiments/soak_serve.py [--swaps=200] [--minutes=10] [--side=64]
+    python experiments/soak_serve.py [--swaps=200] [--minutes=10] [--side=224]
 
 The specification's network, JPEGs of its size, over the loopback, client and server on the
 same cores. Prints and judges:
@@ -259,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--swaps", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--side", type=int, default=224)
     flags = parser.parse_args()
     bodies = [make_request(image) for image in make_images(32, flags.side)]
     with tempfile.TemporaryDirectory() as temporary:
