@@ -29,8 +29,9 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     after any other failure. Of an error that the user can mend, one line is shown.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    # Not for users: Orbax (by absl) and asyncio log, with tracebacks, what is raised as well.
+    # Not for users: Orbax (by absl), asyncio and Pillow log what is raised as well.
     for library, level in (
+        ("PIL", "CRITICAL"),
         ("absl", "CRITICAL"),
         ("asyncio", "CRITICAL"),
         ("tensorboardX", "ERROR"),

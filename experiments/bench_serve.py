@@ -1,6 +1,6 @@
 """Throughput and latency of this server, beside LitServe and FastAPI with PyTorch.
 
-    pip install -e '.[bench,serve]' litserve && python experiments/bench_serve.py
+    pip install -e '.[bench,serve]' && python experiments/bench_serve.py
 
 The specification's network at 224 x 224 pixels, JPEGs of that size, over the loopback; each
 server in a process of its own, all with the same weights and all cores, measured in turn,
@@ -50,12 +50,14 @@ CONCURRENCY = (1, 8, 64)
 _BOUNDARY = "a-boundary-that-is-in-no-image"
 
 
-def make_bundle(path: pathlib.Path, side: int, seed: int = 0) -> None:
+def make_bundle(
+    path: pathlib.Path, side: int, seed: int = 0, description: dict[str, Any] = MODEL
+) -> None:
     """An untrained network of the specification: what it says takes no other time."""
-    model = make_model(MODEL, 10, "float32")
+    model = make_model(description, 10, "float32")
     write_bundle(
         Bundle(
-            model=MODEL,
+            model=description,
             precision="float32",
             class_names=[f"class {number}" for number in range(10)],
             preprocessing=Preprocessing(image_size=(side, side)),

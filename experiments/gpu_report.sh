@@ -4,7 +4,7 @@
 #   experiments/gpu_report.sh [FOLDER]
 #
 # The folder, by default gpu_report, gets what is printed (report.txt) and each benchmark's
-# JSON. PyTorch takes part where it is installed. About ten minutes on one large GPU.
+# JSON. PyTorch takes part where it is installed, the server where FastAPI is. About ten minutes on one large GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-gpu_report}
@@ -32,4 +32,8 @@ section() {
     --json="$folder/inference.json"
   section python3 experiments/bench_run.py --json="$folder/run.json"
   section python3 experiments/bench_startup.py --rounds=3 --json="$folder/startup.json"
+  python3 -c 'import fastapi' 2>/dev/null && for side in 128 224; do
+    section python3 experiments/bench_serve.py --peers=cnn_jax --side=$side \
+      --json="$folder/serve_$side.json"
+  done
 } 2>&1 | tee "$folder/report.txt"

@@ -7,14 +7,22 @@ import numpy as np
 from fastapi import Request
 from serve_peers import TorchModel
 
-_BATCH, _BATCH_SECONDS = 8, 0.005
+# Images at once, seconds for which it waits for them, workers.
+_SETTINGS = {
+    "litserve": (8, 0.005, 1),
+    "litserve_1": (1, 0.0, 1),
+    "litserve_2": (1, 0.0, 2),
+    "litserve_32": (32, 0.01, 1),
+    "litserve_jax": (8, 0.005, 1),
+}
 
 
 class Api(litserve.LitAPI):
     """Decodes, gathers batches and answers, over PyTorch or over this project's predictor."""
 
-    def __init__(self, bundle: str, is_jax: bool):
-        super().__init__(max_batch_size=_BATCH, batch_timeout=_BATCH_SECONDS)
+    def __init__(self, bundle: str, is_jax: bool, largest: int, seconds: float):
+        super().__init__(max_batch_size=largest, batch_timeout=seconds)
+        self._largest = largest
         self._bundle = bundle
         self._is_jax = is_jax
 
@@ -47,6 +55,8 @@ class Api(litserve.LitAPI):
         return torch.stack(inputs)
 
     def predict(self, x: Any, **kwargs: Any) -> Any:
+        if self._largest == 1:  # LitServe batches nothing then.
+            return self._run(x[None])[0]
         return self._run(x)[: self._count]
 
     def unbatch(self, output: Any) -> list[Any]:
@@ -56,8 +66,9 @@ class Api(litserve.LitAPI):
         return {"probabilities": output.tolist()}
 
 
-def serve(bundle: str, port: int, is_jax: bool) -> None:
+def serve(bundle: str, port: int, name: str) -> None:
     """Serves until it is killed."""
-    api = Api(bundle, is_jax)
-    server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=1)
+    largest, seconds, workers = _SETTINGS[name]
+    api = Api(bundle, name.endswith("jax"), largest, seconds)
+    server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=workers)
     server.run(port=port, host="127.0.0.1", generate_client_file=False, log_level="warning")

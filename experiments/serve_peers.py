@@ -6,8 +6,11 @@ A multipart form with one file in, JSON with all probabilities out. Each as its 
 has it, and as most people write it:
 
     fastapi      FastAPI and PyTorch: an image a call, on FastAPI's threads
-    litserve     LitServe and PyTorch, batches of up to 8
-    litserve_jax LitServe over this project's predictor, batches of up to 8
+    litserve     LitServe and PyTorch, batches of up to 8, for which it waits 5 ms
+    litserve_1   the same without batches, as LitServe is if nothing is said
+    litserve_2   the same with two workers
+    litserve_32  batches of up to 32, for which it waits 10 ms
+    litserve_jax as `litserve`, over this project's predictor
 """
 
 import argparse
@@ -71,7 +74,7 @@ def _fastapi(bundle: str, port: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=("fastapi", "litserve", "litserve_jax"))
+    parser.add_argument("name")
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--port", type=int, required=True)
     flags = parser.parse_args()
@@ -80,7 +83,7 @@ def main() -> None:
     else:
         import serve_litserve  # Needs LitServe, which the others do not.
 
-        serve_litserve.serve(flags.bundle, flags.port, flags.name.endswith("jax"))
+        serve_litserve.serve(flags.bundle, flags.port, flags.name)
 
 
 if __name__ == "__main__":

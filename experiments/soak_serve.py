@@ -1,6 +1,6 @@
 """A server for a long time: swaps under load, 80 % of what it can, and three times as much.
 
-    python experiments/soak_serve.py [--swaps=200] [--minutes=10] [--side=224]
+    python experiments/soak_serve.py [--swaps=200] [--minutes=10] [--side=224] [--other_network]
 
 The specification's network, JPEGs of its size, over the loopback, client and server on the
 same cores. Prints and judges:
@@ -19,6 +19,7 @@ these does not hold.
 import argparse
 import asyncio
 import collections
+import math
 import os
 import pathlib
 import random
@@ -32,7 +33,16 @@ from typing import Any
 
 import numpy as np
 import requests
-from bench_serve import HERE, Peer, free_port, load, make_bundle, make_images, make_request
+from bench_serve import (
+    HERE,
+    MODEL,
+    Peer,
+    free_port,
+    load,
+    make_bundle,
+    make_images,
+    make_request,
+)
 
 from cnn_jax.registry.registry import Registry
 
@@ -88,10 +98,15 @@ class Arrivals:
         self._per_second = per_second
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._under_way = 0
+        self._is_over = False
         # Requests that were due and not sent, since too many were under way.
         self.not_sent = 0
         # (when it was sent, how long it took, status) of each; status 0: no answer.
         self.answers: list[tuple[float, float, int]] = []
+
+    def end(self) -> None:
+        """Lets no more arrive."""
+        self._is_over = True
 
     async def run(self, until: float) -> None:
         """Sends until a moment of `time.monotonic`, and waits for what is under way."""
@@ -99,7 +114,7 @@ class Arrivals:
         tasks: set[asyncio.Task[None]] = set()
         moment = time.monotonic()
         number = 0
-        while (moment := moment + rng.expovariate(self._per_second)) < until:
+        while (moment := moment + rng.expovariate(self._per_second)) < until and not self._is_over:
             await asyncio.sleep(max(0.0, moment - time.monotonic()))
             if self._under_way == _MOST_UNDER_WAY:
                 self.not_sent += 1
@@ -116,7 +131,9 @@ class Arrivals:
         start, status = time.monotonic(), 0
         self._under_way += 1
         try:
-            # One that is kept open, or another.
+            # One that is kept open, unless the server has closed it meanwhile, or another.
+            while self._idle and self._idle[-1][0].at_eof():
+                self._idle.pop()[1].close()
             if self._idle:
                 reader, writer = self._idle.pop()
             else:
@@ -176,10 +193,10 @@ async def swap_under_load(
             memory.append(server.megabytes())
             await asyncio.sleep(0.2)
 
-    swapping = asyncio.create_task(swap())
-    sending = asyncio.create_task(arrivals.run(time.monotonic() + 1e9))
-    await swapping
-    sending.cancel()
+    sending = asyncio.create_task(arrivals.run(math.inf))
+    await swap()
+    arrivals.end()
+    await sending
     during = [
         answer
         for answer in arrivals.answers
@@ -260,13 +277,20 @@ def main() -> None:
     parser.add_argument("--swaps", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--side", type=int, default=224)
+    parser.add_argument(
+        "--other_network",
+        action="store_true",
+        help="the second version is another network, which the first swap compiles",
+    )
     flags = parser.parse_args()
     bodies = [make_request(image) for image in make_images(32, flags.side)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         registry = Registry(folder / "registry")
         for seed in (1, 2):
-            make_bundle(folder / f"bundle-{seed}", flags.side, seed)
+            is_other = flags.other_network and seed == 2
+            network = MODEL | {"features": [24, 48, 96]} if is_other else MODEL
+            make_bundle(folder / f"bundle-{seed}", flags.side, seed, network)
             registry.add("network", folder / f"bundle-{seed}")
         registry.promote("network", 1)
         server = Server(registry.url, folder / "log")

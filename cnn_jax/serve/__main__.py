@@ -122,6 +122,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     check_name("alias", flags.alias)
     if flags.queue < flags.max_images:
         raise ConfigError("--queue: must be --max_images or more")
+    if flags.max_bodies_mb < flags.max_body_mb:
+        raise ConfigError("--max_bodies_mb: must be --max_body_mb or more")
     return flags
 
 

@@ -1,9 +1,9 @@
 """Dynamic batching: images of many requests go to the device together.
 
 One thread computes. While it does, what arrives gathers; when it is free it takes the oldest
-image and what else waits for the same program. So an image that comes alone waits for nobody,
-and the busier it is, the larger are the batches. One that nobody waits for any more, or whose
-time is up, is never computed.
+image, of another program than the last if there is one, and what else waits for the same. So an
+image that comes alone waits for nobody, and the busier it is, the larger are the batches. One
+that nobody waits for any more is never computed.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import dataclasses
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -30,7 +31,8 @@ _SECONDS_PER_IMAGE = 0.01
 _WEIGHT = 0.1
 # Seconds after which a batch that is still computed means that the device hangs.
 _HANGING_SECONDS = 60.0
-
+# Seconds in which it must have come to its end when the server ends.
+_CLOSING_SECONDS = 10.0
 
 _LATE = "the time of the request was up before its images were computed"
 
@@ -125,20 +127,18 @@ class Computed:
 
 
 @dataclasses.dataclass(eq=False)
-class _Asked:
+class _Request:
     """A request that waits.
 
     Attributes:
       program: What is to be computed of its images.
-      deadline: When its time is up, in seconds of `time.monotonic`.
-      came: When it came, the same.
+      came: When it came, in seconds of `time.monotonic`.
       future: Of the loop that waits for it; its result are `found`.
       found: Of each image what has become of it, None as long as it is not known.
       missing: How many these are.
     """
 
     program: Program
-    deadline: float
     came: float
     future: "asyncio.Future[list[Any]]"
     found: list[Any]
@@ -150,7 +150,7 @@ class _Work:
     """An image that waits.
 
     Attributes:
-      asked: The request that it belongs to.
+      request: The one that it belongs to.
       place: In it.
       read: Decodes it.
       pixels: uint8 [height, width, 3], once it was decoded.
@@ -158,7 +158,7 @@ class _Work:
       arrived: When it was done, in seconds of `time.monotonic`.
     """
 
-    asked: _Asked
+    request: _Request
     place: int
     read: _Read
     pixels: Pixels | None = None
@@ -195,7 +195,8 @@ class Engine:
         # One: what a body becomes when it is parsed is many times as large.
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parse")
         self._waiting: collections.deque[_Work] = collections.deque()
-        self._last: Program | None = None
+        # Weak: one that is served no more shall be freed though nobody asks for another.
+        self._last: Callable[[], Program | None] = lambda: None
         self._computing_since: float | None = None
         self._changed = threading.Condition()
         self._is_closing = False
@@ -240,7 +241,7 @@ class Engine:
 
         Args:
           program: What is computed.
-          reads: Of each image what decodes it, called on a thread.
+          reads: Of each image what decodes it, called on a thread; one at least.
           deadline: In seconds of `time.monotonic`.
 
         Returns:
@@ -251,16 +252,22 @@ class Engine:
         """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         count, now = len(reads), time.monotonic()
-        asked = _Asked(program, deadline, now, future, [None] * count, count)
-        works = [_Work(asked, place, read) for place, read in enumerate(reads)]
-        for first in range(min(count, self._decoders_per_request)):
-            lane = collections.deque(works[first :: self._decoders_per_request])
+        request = _Request(program, now, future, [None] * count, count)
+        works = [_Work(request, place, read) for place, read in enumerate(reads)]
+        step = self._decoders_per_request
+        lanes = [collections.deque(works[first::step]) for first in range(min(count, step))]
+        for lane in lanes:
             self._decoders.submit(self._decode, lane)
-        # Cancelled with who waits for it, which the threads look for.
+        # Cancelled with who waits for it, and at the deadline, which the threads look for.
         try:
-            return await asyncio.wait_for(future, max(0.0, deadline - now))
+            async with asyncio.timeout(max(0.0, deadline - now)):
+                return await future
         except TimeoutError as error:
             raise Late(_LATE) from error
+        finally:
+            # What is left waits for a thread with all that it holds, and nobody counts it.
+            for lane in lanes:
+                lane.clear()
 
     async def draw(self, call: Callable[[], T], deadline: float) -> T:
         """What a call returns that is made on a thread for images.
@@ -277,21 +284,30 @@ class Engine:
     async def _on_thread(
         self, threads: concurrent.futures.Executor, call: Callable[[], T], deadline: float
     ) -> T:
+        # Whoever leaves takes the call along, with all that it holds.
+        calls = [call]
+
         def run() -> T:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or not calls:
                 raise Late("the time of the request was up before its images were read")
-            return call()
+            return calls.pop()()
 
-        return await self._loop.run_in_executor(threads, run)
+        try:
+            return await self._loop.run_in_executor(threads, run)
+        finally:
+            calls.clear()
 
-    def close(self) -> None:
-        """Ends the threads; nobody may be waiting any more."""
+    def close(self) -> bool:
+        """Ends the threads, for which nobody may be waiting any more; False if one hangs."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(_CLOSING_SECONDS)
+        if self._thread.is_alive():
+            return False
         for threads in (self._decoders, self._parser):
             threads.shutdown(cancel_futures=True)
+        return True
 
     # On a thread that decodes.
 
@@ -301,13 +317,11 @@ class Engine:
         In between come those of other requests. From here an image goes on to the thread that
         computes, without a word to the loop, which would take both their time.
         """
-        work = lane.popleft()
+        try:
+            work = lane.popleft()
+        except IndexError:
+            return  # Nobody waits for them any more.
         start = time.monotonic()
-        if work.asked.future.done():
-            return  # Nobody waits for the others either.
-        if start > work.asked.deadline:
-            self._loop.call_soon_threadsafe(_fail, [work], Late(_LATE))
-            return
         try:
             work.pixels = work.read()
         except DataError as error:
@@ -330,6 +344,7 @@ class Engine:
         while (batch := self._next_batch()) is not None:
             if batch:
                 self._compute(batch)
+            del batch  # While it waits for the next, nothing of this one is held.
 
     def _next_batch(self) -> list[_Work] | None:
         """Images of one program, the oldest first; None when there is no more to do."""
@@ -343,7 +358,7 @@ class Engine:
             if not self._waiting:
                 return []
             program = self._next_program()
-            alike = [work for work in self._waiting if work.asked.program is program]
+            alike = [work for work in self._waiting if work.request.program is program]
             batch = alike[: program.best_size(len(alike))]
             taken = set(map(id, batch))
             self._waiting = collections.deque(w for w in self._waiting if id(w) not in taken)
@@ -354,35 +369,29 @@ class Engine:
 
         So who asks for much of one kind holds up nobody who asks for another.
         """
+        last = self._last()
         others = (
-            work.asked.program for work in self._waiting if work.asked.program is not self._last
+            work.request.program for work in self._waiting if work.request.program is not last
         )
-        self._last = next(others, self._waiting[0].asked.program)
-        return self._last
+        program = next(others, self._waiting[0].request.program)
+        self._last = weakref.ref(program)
+        return program
 
     def _gather(self) -> None:
         """Waits until there is a whole batch, or the oldest image has waited enough."""
-        first = self._waiting[0]
-        until = first.arrived + self._max_wait
+        program = self._waiting[0].request.program
+        until = self._waiting[0].arrived + self._max_wait
         while not self._is_closing:
-            alike = sum(work.asked.program is first.asked.program for work in self._waiting)
+            self._drop()
+            alike = sum(work.request.program is program for work in self._waiting)
             left = until - time.monotonic()
-            if left <= 0 or alike >= first.asked.program.largest:
+            if left <= 0 or not alike or alike >= program.largest:
                 return
             self._changed.wait(left)
 
     def _drop(self) -> None:
-        """Takes out what nobody waits for, or whose time is up."""
-        now = time.monotonic()
-        kept = []
-        for work in self._waiting:
-            if work.asked.future.done():
-                continue
-            if now > work.asked.deadline:
-                self._loop.call_soon_threadsafe(_fail, [work], Late(_LATE))
-            else:
-                kept.append(work)
-        self._waiting = collections.deque(kept)
+        """Takes out what nobody waits for, since they have left or their time is up."""
+        self._waiting = collections.deque(w for w in self._waiting if not w.request.future.done())
 
     def _compute(self, batch: Sequence[_Work]) -> None:
         """Computes a batch, and tells those who wait."""
@@ -401,7 +410,7 @@ class Engine:
                 result=result,
                 pixels=work.pixels,
                 decoded=work.decoded,
-                queued=start - work.asked.came - work.decoded,
+                queued=start - work.request.came - work.decoded,
                 computed=seconds,
                 together=len(batch),
             )
@@ -411,7 +420,7 @@ class Engine:
 
     def _run(self, batch: Sequence[_Work]) -> list[Any]:
         """One result for each image."""
-        program = batch[0].asked.program
+        program = batch[0].request.program
         missing = program.best_size(len(batch)) - len(batch)
         images = [work.pixels for work in batch]
         results = list(program.run(np.stack(images + images[-1:] * missing)))[: len(batch)]
@@ -427,14 +436,14 @@ class Engine:
 
 def _found(work: _Work, found: Computed | DataError) -> None:
     """Notes what has become of an image; with the last one the request has its answer."""
-    asked = work.asked
-    asked.found[work.place] = found
-    asked.missing -= 1
-    if not asked.missing and not asked.future.done():
-        asked.future.set_result(asked.found)
+    request = work.request
+    request.found[work.place] = found
+    request.missing -= 1
+    if not request.missing and not request.future.done():
+        request.future.set_result(request.found)
 
 
 def _fail(batch: Sequence[_Work], error: Exception) -> None:
     for work in batch:
-        if not work.asked.future.done():
-            work.asked.future.set_exception(error)
+        if not work.request.future.done():
+            work.request.future.set_exception(error)

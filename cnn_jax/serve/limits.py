@@ -163,25 +163,23 @@ async def unless_client_leaves(receive: Receive) -> AsyncIterator[None]:
     """
     working = asyncio.current_task()
     assert working is not None
-    leaving = asyncio.ensure_future(_left(receive))
+    cancelled_before, has_left = working.cancelling(), False
 
-    def cancel(leaving: asyncio.Future[None]) -> None:
-        if not leaving.cancelled():
-            working.cancel()
+    async def watch() -> None:
+        nonlocal has_left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        # At once, so that the block cannot come to its end in between.
+        has_left = True
+        working.cancel()
 
-    leaving.add_done_callback(cancel)
+    watching = asyncio.ensure_future(watch())
     try:
         yield
     except asyncio.CancelledError:
-        # As `asyncio.timeout` has it: if somebody else has cancelled as well, that counts.
-        if leaving.done() and working.uncancel() == 0:
+        # As in `asyncio.timeout`: if somebody else has cancelled as well, that counts.
+        if has_left and working.uncancel() <= cancelled_before:
             raise ClientLeft from None
         raise
     finally:
-        leaving.remove_done_callback(cancel)
-        leaving.cancel()
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()

@@ -67,7 +67,8 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/health/live", summary="Whether it lives")
     async def live() -> JSONResponse:
-        return JSONResponse({"live": True})
+        is_live = service.engine.is_alive
+        return JSONResponse({"live": is_live}, 200 if is_live else 503)
 
     @router.get("/health/ready", summary="Whether all models are ready")
     async def ready() -> JSONResponse:
@@ -84,16 +85,19 @@ def make_router(service: Service) -> APIRouter:
     @router.get("/models/{model}/ready", summary="Whether a model is ready")
     async def model_ready(model: str) -> JSONResponse:
         models.states(model)  # There must be one.
-        is_ready = models.is_ready(model) and not service.is_leaving
+        is_ready = models.is_ready(model) and service.is_able
         return JSONResponse({"name": model, "ready": is_ready}, 200 if is_ready else 503)
 
     @router.get("/models/{model}/versions/{version}/ready", summary="Whether a version is ready")
     async def version_ready(model: str, version: _Number) -> JSONResponse:
-        found = models.find(model, version)
-        return JSONResponse({"name": found.model, "version": str(version), "ready": True})
+        if version not in models.states(model):
+            raise Refused(404, "no_version", f"{model} has no version {version} here")
+        is_ready = version in models.present(model) and service.is_able
+        found = {"name": model, "version": str(version), "ready": is_ready}
+        return JSONResponse(found, 200 if is_ready else 503)
 
     async def infer(request: Request, version: Version) -> JSONResponse:
-        async with service.body(request) as body:
+        async with service.body(request, version) as body:
             deadline = request.state.deadline
             length = request.headers.get("inference-header-content-length")
             asked = await service.engine.parse(lambda: _parse(body, length), deadline)
@@ -131,10 +135,10 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _metadata(service: Service, version: Version) -> dict[str, Any]:
-    states = service.models.states(version.model)
+    present = service.models.present(version.model)
     return {
         "name": version.model,
-        "versions": [str(number) for number in sorted(states)],
+        "versions": [str(number) for number in sorted(present)],
         "platform": "jax",
         "inputs": [
             {

@@ -1,7 +1,7 @@
 "use strict";
 const at = (id) => document.getElementById(id);
 const percent = (share) => (100 * share).toFixed(share > 0.9995 || share < 0.0005 ? 2 : 1) + " %";
-let models = [], sent = 0, chosen = null, pictures = {};
+let models = [], sent = 0, chosen = null, pictures = {}, waiting = 0;
 
 function headers() {
   const token = at("token").value.trim();
@@ -73,7 +73,8 @@ function showVersion() {
   at("figures").hidden = !own;
   if (!own) {
     at("about").textContent = model().name + " is not ready yet.";
-    setTimeout(load, 2000);
+    clearTimeout(waiting);
+    waiting = setTimeout(load, 2000);
     return;
   }
   at("about").textContent = `${model().name}, version ${own.version}: ${own.classes} classes, ` +

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # Rows that may wait to be written; more are lost, and counted.
 _MOST_WAITING = 1_000
 # Images whose embeddings are computed at once.
-TOGETHER = 8
+_TOGETHER = 8
 # The share of rows that goes when the file has become too large.
 _SHARE_REMOVED = 0.1
 _TABLE = """
@@ -142,9 +142,9 @@ class RequestLog:
                 self._failed += len(rows)
 
     def _next_rows(self) -> tuple[list[_Row], bool]:
-        """What waits, of one version, at least one row; and whether nothing more will come."""
+        """What waits, a few rows of any versions; and whether nothing more will come."""
         rows: list[_Row] = []
-        while len(rows) < TOGETHER:
+        while len(rows) < _TOGETHER:
             try:
                 row = self._waiting.get(block=not rows)
             except queue.Empty:
@@ -160,7 +160,7 @@ class RequestLog:
                 of_version = [row for row in rows if row.version is version]
                 pixels = np.stack([row.pixels for row in of_version])
                 # Of one size, which is compiled.
-                missing = TOGETHER - len(pixels)
+                missing = _TOGETHER - len(pixels)
                 padded = np.pad(pixels, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge")
                 found = embeddings(version.predictor, padded)
                 connection.executemany(

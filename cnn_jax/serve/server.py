@@ -83,6 +83,7 @@ def run(
     host, port = listener.getsockname()[:2]
 
     loader = Loader(service, source, options.sizes)
+    hangs = False
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -95,6 +96,7 @@ def run(
                 print(f"ready on http://{_in_url(host)}:{port}/", flush=True)
             elif isinstance(source, OneBundle):
                 server.should_exit = True  # It will not become any better.
+                return
             await loader.follow(options.poll)
 
         following = asyncio.create_task(follow())
@@ -102,7 +104,8 @@ def run(
             yield
         finally:
             following.cancel()
-            await asyncio.to_thread(engine.close)
+            nonlocal hangs
+            hangs = not await asyncio.to_thread(engine.close)
             if request_log is not None:
                 await asyncio.to_thread(request_log.close)
 
@@ -112,11 +115,13 @@ def run(
         logger.warning("everybody who reaches %s may ask: there are no --tokens", options.host)
     with listener:
         server.run([listener])
-    if loader.is_busy:
+    if hangs:
+        logger.error("the device does not answer")
+    if hangs or loader.is_busy:
         # A network that hangs, or a compiler: Python would wait for it, or fall over it.
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(1 if hangs else 0)
     if isinstance(source, OneBundle) and loader.problem:
         raise BundleError(loader.problem)
 

@@ -198,8 +198,8 @@ class Service:
         self._bodies = Bodies(limits)
 
     @contextlib.asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[bytes]:
-        """The body of a request, which is held until the end of the block.
+    async def body(self, request: Request, version: Version) -> AsyncIterator[bytes]:
+        """The body of a request to a version, both of which are held to the end of the block.
 
         Raises:
           Refused: It is too large or too slow, or there is no room for it.
@@ -210,13 +210,20 @@ class Service:
             message = "a body must be sent as it is, without a Content-Encoding"
             raise Refused(415, "encoding", message, accept_encoding="identity")
         length = request.headers.get("content-length")
-        async with self._bodies.read(request.receive, length, request.state.deadline) as body:
-            yield body
+        deadline = request.state.deadline
+        with version.used():
+            async with self._bodies.read(request.receive, length, deadline) as body:
+                yield body
 
     @property
     def is_ready(self) -> bool:
         """Whether requests should come here."""
-        return not self.is_leaving and self.models.is_ready() and self.engine.is_alive
+        return self.is_able and self.models.is_ready()
+
+    @property
+    def is_able(self) -> bool:
+        """Whether requests to a version that is there should come here."""
+        return not self.is_leaving and self.engine.is_alive
 
     def leave(self) -> None:
         """Notes that the server is about to end: it is not ready any more."""
@@ -240,7 +247,7 @@ class Service:
         """What a version says of images, of each for itself.
 
         Args:
-          version: Which one.
+          version: Which one, that is held.
           images: Image files, or pixels, uint8 [h, w, 3].
           request: Whose they are; its state has its id, and its deadline in seconds of
             `time.monotonic`.
@@ -264,7 +271,7 @@ class Service:
         told = {"model": version.model, "version": version.number, "images": len(images)}
         request.state.told.update(told)
         reads = [functools.partial(version.read, image) for image in images]
-        with self.engine.admitted(len(images)), version.used():
+        with self.engine.admitted(len(images)):
             found = await self.engine.compute(program, reads, request.state.deadline)
         return [
             one if isinstance(one, DataError) else self._answer(version, one, request, explain)

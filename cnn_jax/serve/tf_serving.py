@@ -61,7 +61,7 @@ def make_router(service: Service) -> APIRouter:
         return JSONResponse({"model_version_status": described})
 
     async def predict(request: Request, version: Version) -> JSONResponse:
-        async with service.body(request) as body:
+        async with service.body(request, version) as body:
             deadline = request.state.deadline
             images, key = await service.engine.parse(lambda: _images(body), deadline)
             async with unless_client_leaves(request.receive):

@@ -31,8 +31,8 @@ class Tokens:
           ConfigError: It cannot be read, or a line is wrong.
         """
         self._path = path
+        self._version = _version(path)  # Before it is read: what changes later is seen later.
         self._digests = _read(path)
-        self._version = _version(path)
         self._looked = time.monotonic()
         # Why the file, as it is now, was not taken.
         self.problem = ""

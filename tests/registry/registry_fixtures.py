@@ -7,7 +7,7 @@ hide the first from `import`.
 import uuid
 
 import pytest
-from registry_tools import BUCKET, s3_service
+from s3 import BUCKET, s3_service
 from test_bundle import make_bundle
 
 from cnn_jax.bundle import write_bundle

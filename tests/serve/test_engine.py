@@ -1,13 +1,16 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
 
 from cnn_jax.errors import DataError
+from cnn_jax.serve import engine as engine_module
 from cnn_jax.serve.engine import Engine, Late, Overloaded, Program, measure
 
 ONE = np.zeros((2, 2, 3), np.uint8)
@@ -391,6 +394,76 @@ def test_when_one_image_fails_for_another_reason_the_others_are_left_and_the_req
 
     run_with(engine, test)
     assert started == []
+
+
+def test_what_was_asked_by_who_has_left_is_held_by_nobody():
+    """Though all threads are busy, and it has not come to its turn."""
+    engine, decoder = Engine(capacity=100, decoders=2), Decoder()
+    program = Device().program()
+
+    async def leave_behind(ask):
+        """Something that only a request holds, whose client leaves."""
+        held = [image(5)]
+        gone = weakref.ref(held[0])
+        left = asyncio.ensure_future(ask(held.pop()))
+        await asyncio.sleep(0.02)
+        assert gone() is not None
+        left.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await left
+        return gone
+
+    async def test():
+        held = [
+            asyncio.ensure_future(engine.compute(program, [decoder.read(n)], later()))
+            for n in (1, 2)
+        ]
+        await until(lambda: len(decoder.started) == 2)
+        asks = (
+            lambda of: engine.compute(program, 6 * [functools.partial(np.copy, of)], later()),
+            lambda of: engine.draw(functools.partial(np.copy, of), later()),
+        )
+        for ask in asks:
+            gone = await leave_behind(ask)
+            await asyncio.sleep(0)  # The loop itself holds what it has just run.
+            gc.collect()
+            assert gone() is None
+        decoder.gate.set()
+        await asyncio.gather(*held)
+
+    run_with(engine, test)
+
+
+def test_when_it_is_idle_it_holds_nothing_of_what_it_has_computed():
+    engine = Engine(capacity=10)
+
+    async def test():
+        device = Device()
+        program = device.program()
+        gone = [weakref.ref(program), weakref.ref(device)]
+        found = (await compute(engine, program, 3)).pixels
+        gone.append(weakref.ref(found))
+        del device, program, found
+        await asyncio.sleep(0.1)
+        gc.collect()
+        assert [one() for one in gone] == [None] * 3
+
+    run_with(engine, test)
+
+
+def test_a_device_that_hangs_does_not_keep_it_from_being_closed(monkeypatch):
+    monkeypatch.setattr(engine_module, "_CLOSING_SECONDS", 0.1)
+    engine, device = Engine(capacity=10), Device(is_open=False)
+
+    async def test():
+        engine.start()
+        with pytest.raises(Late):
+            await compute(engine, device.program(), 1, later(0.1))
+        assert not engine.close()
+        device.gate.set()
+        await until(engine.close)
+
+    asyncio.run(test())
 
 
 def test_drawing_is_done_on_the_same_threads_and_not_after_the_deadline():

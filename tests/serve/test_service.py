@@ -183,13 +183,16 @@ def test_what_a_client_who_left_had_asked_is_not_computed(serve, pool):
 def test_a_body_that_does_not_come_is_not_waited_for(serve):
     server = serve(seconds=0.5)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nx")
         start = time.monotonic()
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nx")
+        version = server.service.models.find()
+        until(lambda: version.in_use == 1)  # Or it could be gone when the body is there.
         answer = b"".join(iter(lambda: connection.recv(65_536), b""))  # Until it is closed.
         assert answer.startswith(b"HTTP/1.1 408")
         assert b'"reason":"slow"' in answer
         assert 0.4 < time.monotonic() - start < 5
     assert server.service._bodies.held == 0
+    assert version.in_use == 0
 
 
 def test_all_bodies_together_are_bounded(serve):
@@ -231,6 +234,24 @@ def test_a_fault_of_the_server_is_told_without_its_insides(serve, version, caplo
 
 
 # What can be asked.
+
+
+def test_open_inference_says_who_is_ready(serve):
+    server = serve()
+
+    def status(path):
+        return requests.get(f"{server.url}/v2/{path}", timeout=10).status_code
+
+    server.service.models.note("default", 2, LOADING)
+    found = requests.get(f"{server.url}/v2/models/default", timeout=10).json()
+    assert found["versions"] == ["1"]  # Those that can be asked.
+    own = "models/default/versions"
+    assert [status(f"{own}/{number}/ready") for number in (1, 2, 3)] == [200, 503, 404]
+    ready = ("health/ready", "models/default/ready", f"{own}/1/ready")
+    assert [status(path) for path in ready] == [200] * 3
+    server.service.leave()
+    assert [status(path) for path in ready] == [503] * 3
+    assert status("health/live") == 200
 
 
 def test_models_by_name_number_and_alias(version):

@@ -2,16 +2,23 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import json
+import re
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 
 import jax
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from PIL import Image
+from s3 import BUCKET, s3_service
 from servers import Served
 from test_bundle import make_bundle
 
@@ -420,6 +427,65 @@ def test_a_network_of_a_known_kind_is_not_timed_again():
     assert wider.probabilities.seconds is not first.probabilities.seconds
     larger = make_version("shapes", 4, make_bundle(1), "digest", 10**6, (1, 2, 4), [first])
     assert set(larger.probabilities.seconds) == {1, 2, 4}
+
+
+def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    pytest.importorskip("moto", reason="moto is not installed, which plays S3")
+    (tmp_path / "tokens").write_text(f"predict {PREDICT}\nadmin {ADMIN}\n")
+    with s3_service() as options:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint_url"])
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", options["key"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret"])
+        registry = Registry(f"s3://{BUCKET}/registry", options)
+        for seed in (1, 2):
+            add(registry, tmp_path, seed)
+        registry.promote("shapes", 1, "stable")
+        flags = {
+            "registry": registry.url,
+            "model": "shapes",
+            "alias": "stable",
+            "versions": "2",
+            "poll": "0.2",
+            "host": "127.0.0.1",
+            "tokens": tmp_path / "tokens",
+            "max_batch": "4",
+            "max_wait_ms": "50",
+            "queue": "16",
+            "timeout": "20",
+            "max_body_mb": "0.5",
+            "max_bodies_mb": "1",
+            "max_pixels": "10000",
+            "max_images": "4",
+            "drain": "0.1",
+            "request_log": tmp_path / "answers.sqlite",
+            "request_log_share": "0.5",
+            "request_log_mb": "5",
+            "log_level": "debug",
+        }
+        given = [f"--{name}={value}" for name, value in flags.items()]
+        with Served(tmp_path, *given, "--request_log_images") as server:
+            assert version_of(server) == 1
+            assert version_of(server, "&version=2") == 2
+            registry.promote("shapes", 2, "stable")
+            until(lambda: version_of(server) == 2)
+            start = time.monotonic()
+            assert server.post("/predict", encode(), headers=AS_CLIENT).ok
+            assert time.monotonic() - start > 0.05  # It was held back for others.
+            too_much = server.post("/predict", b"x" * 600_000, headers=AS_CLIENT)
+            assert too_much.status_code == 413
+            help_ = subprocess.run(
+                [sys.executable, "-m", "cnn_jax.serve", "--help"],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=REPOSITORY,
+            ).stdout
+            every = set(re.findall(r"^  --(\w+)", help_, re.MULTILINE))
+            assert every - flags.keys() <= {"help", "bundle", "port", "request_log_images"}
+            assert server.end() == 0
+        with contextlib.closing(sqlite3.connect(flags["request_log"])) as log:
+            assert log.execute("select count(image) from requests").fetchone()[0] > 0
 
 
 def test_the_log_is_json(serve):

@@ -1,0 +1,40 @@
+"""An S3 service on this machine, played by moto."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+BUCKET = "bucket"
+
+
+@contextlib.contextmanager
+def s3_service():
+    """An S3 service in a process of its own with an empty bucket; yields options for s3fs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            _wait_for(f"{url}/moto-api/", process)
+            urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"))
+            yield {"key": "key", "secret": "secret", "endpoint_url": url}
+        finally:
+            process.kill()
+
+
+def _wait_for(url, process, seconds=60):
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(url).close()
+            return
+        except urllib.error.URLError:
+            if process.poll() is not None or time.monotonic() > end:
+                raise
+            time.sleep(0.1)

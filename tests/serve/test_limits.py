@@ -1,0 +1,121 @@
+"""Who leaves is noticed, and is nobody else's cancellation."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from cnn_jax.serve.limits import ClientLeft, unless_client_leaves
+
+
+class Client:
+    """A client that has sent its body, and may leave."""
+
+    def __init__(self):
+        self._leaves = asyncio.Event()
+
+    def leave(self):
+        self._leaves.set()
+
+    async def receive(self):
+        await self._leaves.wait()
+        return {"type": "http.disconnect"}
+
+
+async def work(client, answer):
+    async with unless_client_leaves(client.receive):
+        return await answer
+
+
+async def begun(client):
+    """A request that waits for its answer: its task and the answer's future."""
+    answer = asyncio.get_running_loop().create_future()
+    task = asyncio.ensure_future(work(client, answer))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    return task, answer
+
+
+def run(test):
+    async def run():
+        before = asyncio.all_tasks()
+        await asyncio.wait_for(test(), 10)
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == before
+
+    asyncio.run(run())
+
+
+def test_who_stays_gets_the_answer_and_nothing_is_left_of_the_watch():
+    async def test():
+        client = Client()
+        task, answer = await begun(client)
+        answer.set_result(3)
+        assert await task == 3
+        assert task.cancelling() == 0
+
+    run(test)
+
+
+def test_who_leaves_ends_the_work():
+    async def test():
+        client = Client()
+        task, answer = await begun(client)
+        client.leave()
+        with pytest.raises(ClientLeft):
+            await task
+        assert answer.cancelled()
+        assert task.cancelling() == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_who_leaves_in_the_moment_of_the_answer_cancels_nothing_behind_the_block(is_first):
+    async def request(client, answer):
+        with contextlib.suppress(ClientLeft):
+            await work(client, answer)
+        for _ in range(5):  # A cancellation that comes late would be raised here.
+            await asyncio.sleep(0)
+        return asyncio.current_task().cancelling()
+
+    async def test():
+        client = Client()
+        answer = asyncio.get_running_loop().create_future()
+        task = asyncio.ensure_future(request(client, answer))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        if is_first:
+            client.leave()
+        answer.set_result(3)
+        client.leave()
+        assert await task == 0
+
+    run(test)
+
+
+def test_a_cancellation_of_somebody_elses_counts_even_if_the_client_leaves_too():
+    async def test():
+        for leaves in (False, True):
+            client = Client()
+            task, _ = await begun(client)
+            if leaves:
+                client.leave()
+                await asyncio.sleep(0)  # The watch has seen it, and the work not yet.
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    run(test)
+
+
+def test_a_timeout_within_is_a_timeout():
+    async def late(client):
+        async with unless_client_leaves(client.receive), asyncio.timeout(0.02):
+            await asyncio.sleep(5)
+
+    async def test():
+        with pytest.raises(TimeoutError):
+            await late(Client())
+
+    run(test)
