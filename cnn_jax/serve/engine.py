@@ -146,24 +146,37 @@ class _Request:
 
 
 @dataclasses.dataclass(eq=False)
-class _Work:
-    """An image that waits.
+class _Encoded:
+    """An image that waits to be decoded.
 
     Attributes:
       request: The one that it belongs to.
       place: In it.
       read: Decodes it.
-      pixels: uint8 [height, width, 3], once it was decoded.
-      decoded: Seconds that this has taken.
-      arrived: When it was done, in seconds of `time.monotonic`.
     """
 
     request: _Request
     place: int
     read: _Read
-    pixels: Pixels | None = None
-    decoded: float = 0.0
-    arrived: float = 0.0
+
+
+@dataclasses.dataclass(eq=False)
+class _Work:
+    """An image that waits to be computed.
+
+    Attributes:
+      request: The one that it belongs to.
+      place: In it.
+      pixels: uint8 [height, width, 3].
+      decoded: Seconds that decoding has taken.
+      arrived: When it was done, in seconds of `time.monotonic`.
+    """
+
+    request: _Request
+    place: int
+    pixels: Pixels
+    decoded: float
+    arrived: float
 
 
 class Engine:
@@ -253,9 +266,9 @@ class Engine:
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         count, now = len(reads), time.monotonic()
         request = _Request(program, now, future, [None] * count, count)
-        works = [_Work(request, place, read) for place, read in enumerate(reads)]
+        images = [_Encoded(request, place, read) for place, read in enumerate(reads)]
         step = self._decoders_per_request
-        lanes = [collections.deque(works[first::step]) for first in range(min(count, step))]
+        lanes = [collections.deque(images[first::step]) for first in range(min(count, step))]
         for lane in lanes:
             self._decoders.submit(self._decode, lane)
         # Cancelled with who waits for it, and at the deadline, which the threads look for.
@@ -311,27 +324,27 @@ class Engine:
 
     # On a thread that decodes.
 
-    def _decode(self, lane: collections.deque[_Work]) -> None:
+    def _decode(self, lane: collections.deque[_Encoded]) -> None:
         """Decodes the first of some images of a request; the others are for later.
 
         In between come those of other requests. From here an image goes on to the thread that
         computes, without a word to the loop, which would take both their time.
         """
         try:
-            work = lane.popleft()
+            image = lane.popleft()
         except IndexError:
             return  # Nobody waits for them any more.
         start = time.monotonic()
         try:
-            work.pixels = work.read()
+            pixels = image.read()
         except DataError as error:
-            self._loop.call_soon_threadsafe(_found, work, error)
+            self._loop.call_soon_threadsafe(_found, image.request, image.place, error)
         except Exception as error:  # Of any kind: who waits must hear of it.
-            self._loop.call_soon_threadsafe(_fail, [work], error)
+            self._loop.call_soon_threadsafe(_fail, image.request, error)
             return
         else:
-            work.arrived = time.monotonic()
-            work.decoded = work.arrived - start
+            now = time.monotonic()
+            work = _Work(image.request, image.place, pixels, now - start, now)
             with self._changed:
                 self._waiting.append(work)
                 self._changed.notify()
@@ -399,7 +412,7 @@ class Engine:
         try:
             results = self._run(batch)
         except Exception as error:  # Of any kind: the thread must go on.
-            self._loop.call_soon_threadsafe(_fail, batch, error)
+            self._loop.call_soon_threadsafe(_fail_all, batch, error)
             return
         finally:
             self._computing_since = None
@@ -430,20 +443,23 @@ class Engine:
 
     def _tell(self, batch: Sequence[_Work], computed: Sequence[Computed]) -> None:
         for work, of_work in zip(batch, computed, strict=True):
-            _found(work, of_work)
+            _found(work.request, work.place, of_work)
         self._on_batch(len(batch), computed[0].computed)
 
 
-def _found(work: _Work, found: Computed | DataError) -> None:
+def _found(request: _Request, place: int, found: Computed | DataError) -> None:
     """Notes what has become of an image; with the last one the request has its answer."""
-    request = work.request
-    request.found[work.place] = found
+    request.found[place] = found
     request.missing -= 1
     if not request.missing and not request.future.done():
         request.future.set_result(request.found)
 
 
-def _fail(batch: Sequence[_Work], error: Exception) -> None:
+def _fail_all(batch: Sequence[_Work], error: Exception) -> None:
     for work in batch:
-        if not work.request.future.done():
-            work.request.future.set_exception(error)
+        _fail(work.request, error)
+
+
+def _fail(request: _Request, error: Exception) -> None:
+    if not request.future.done():
+        request.future.set_exception(error)
