@@ -3,9 +3,10 @@
     pip install -e '.[bench,serve]' && python experiments/bench_serve.py
 
 The specification's network at 224 x 224 pixels, JPEGs of that size, over the loopback; each
-server in a process of its own, all with the same weights and all cores, measured in turn,
-round by round. The client sends as many requests at a time as `concurrency` says, each the
-next one as soon as its answer is there, over connections that stay open. Medians over rounds.
+server in processes of its own, all with the same weights and all cores, measured in turn,
+round by round, while the others are stopped. The client sends as many requests at a time as
+`concurrency` says, each the next one as soon as its answer is there, over connections that stay
+open. Medians over rounds. The peers are in serve_peers.py.
 
 "bare" is decoding and the compiled forward pass of one image in a process without a server.
 """
@@ -18,6 +19,7 @@ import io
 import json
 import os
 import pathlib
+import signal
 import socket
 import statistics
 import subprocess
@@ -46,6 +48,11 @@ MODEL = {
     "dropout": 0.5,
     "batch_norm": True,
 }
+PEERS = (
+    "cnn_jax",
+    *("litserve", "litserve_1", "litserve_2", "litserve_32", "litserve_jax"),
+    "fastapi",
+)
 CONCURRENCY = (1, 8, 64)
 _BOUNDARY = "a-boundary-that-is-in-no-image"
 
@@ -90,14 +97,29 @@ class Peer:
     Attributes:
       name: Its own.
       port: On the loopback.
+      group: Of its processes; 0: it is never stopped.
     """
 
     name: str
     port: int
+    group: int = 0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/predict"
+
+    def stop(self) -> None:
+        """Has it do nothing: some look for work all the time, at the cost of the others."""
+        os.killpg(self.group, signal.SIGSTOP)
+
+    @contextlib.contextmanager
+    def going(self) -> Iterator[None]:
+        """Has it go on, within."""
+        os.killpg(self.group, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.stop()
 
 
 def free_port() -> int:
@@ -123,7 +145,7 @@ def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Itera
             start_new_session=True,
         )
         try:
-            peer = Peer(name, port)
+            peer = Peer(name, port, process.pid)
             for _ in range(300):
                 with contextlib.suppress(requests.RequestException):
                     if requests.post(peer.url, files={"file": image}, timeout=60).ok:
@@ -137,11 +159,12 @@ def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Itera
             yield peer
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 15)
+                os.killpg(process.pid, signal.SIGCONT)
+                os.killpg(process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def make_request(image: bytes) -> bytes:
@@ -262,7 +285,7 @@ def bare_milliseconds(bundle: pathlib.Path, images: pathlib.Path, seconds: float
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--peers", default="cnn_jax,litserve,litserve_jax,fastapi")
+    parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--peer_python", default=sys.executable, help="that has LitServe, PyTorch")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=3)
@@ -284,13 +307,16 @@ def main() -> None:
             stack.enter_context(started(name, folder / "bundle", flags.peer_python, images[0]))
             for name in flags.peers.split(",")
         ]
+        for peer in peers:
+            peer.stop()
         for round_ in range(flags.rounds + 1):
             bare.append(bare_milliseconds(folder / "bundle", folder / "images", flags.seconds / 2))
             for concurrency in CONCURRENCY:
                 for peer in peers:
                     # The first round warms up, and is not counted.
                     seconds = flags.seconds if round_ else 2
-                    found = load(peer, requests_, concurrency, seconds)
+                    with peer.going():
+                        found = load(peer, requests_, concurrency, seconds)
                     if round_:
                         measured.setdefault((peer.name, concurrency), []).append(found)
     results["bare_milliseconds"] = statistics.median(bare[1:])
