@@ -29,7 +29,7 @@ class TorchModel:
 
     def __init__(self, path: str):
         import flax.traverse_util
-        import torch
+        import torch  # pyright: ignore
 
         bundle = read_bundle(path)
         weights = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
@@ -41,7 +41,7 @@ class TorchModel:
 
     def decode(self, content: bytes) -> Any:
         """An image file as float32 [3, height, width], as torchvision's ToTensor makes it."""
-        import torch
+        import torch  # pyright: ignore
 
         image = Image.open(io.BytesIO(content)).convert("RGB")
         height, width = self.size
@@ -50,7 +50,7 @@ class TorchModel:
         return (pixels.float() - peers.GREY) / peers.GREY
 
     def probabilities(self, images: Any) -> np.ndarray:
-        import torch
+        import torch  # pyright: ignore
 
         with torch.inference_mode():
             images = images.contiguous(memory_format=torch.channels_last)
