@@ -35,6 +35,7 @@ import numpy as np
 import requests
 import uvloop
 from PIL import Image
+from serve_peers import LITSERVE
 
 from cnn_jax.bundle import Bundle, write_bundle
 from cnn_jax.models import make_model
@@ -48,11 +49,7 @@ MODEL = {
     "dropout": 0.5,
     "batch_norm": True,
 }
-PEERS = (
-    "cnn_jax",
-    *("litserve", "litserve_1", "litserve_2", "litserve_32", "litserve_jax"),
-    "fastapi",
-)
+PEERS = ("cnn_jax", *LITSERVE, "fastapi")
 CONCURRENCY = (1, 8, 64)
 _BOUNDARY = "a-boundary-that-is-in-no-image"
 

@@ -5,16 +5,7 @@ from typing import Any
 import litserve  # pyright: ignore
 import numpy as np
 from fastapi import Request
-from serve_peers import TorchModel
-
-# Images at once, seconds for which it waits for them, workers.
-_SETTINGS = {
-    "litserve": (8, 0.005, 1),
-    "litserve_1": (1, 0.0, 1),
-    "litserve_2": (1, 0.0, 2),
-    "litserve_32": (32, 0.01, 1),
-    "litserve_jax": (8, 0.005, 1),
-}
+from serve_peers import LITSERVE, TorchModel
 
 
 class Api(litserve.LitAPI):
@@ -68,7 +59,7 @@ class Api(litserve.LitAPI):
 
 def serve(bundle: str, port: int, name: str) -> None:
     """Serves until it is killed."""
-    largest, seconds, workers = _SETTINGS[name]
+    largest, seconds, workers = LITSERVE[name]
     api = Api(bundle, name.endswith("jax"), largest, seconds)
     server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=workers)
     server.run(port=port, host="127.0.0.1", generate_client_file=False, log_level="warning")

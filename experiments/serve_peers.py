@@ -23,6 +23,15 @@ from PIL import Image
 
 from cnn_jax.bundle import read_bundle
 
+# Images at once, seconds for which LitServe waits for them, workers.
+LITSERVE = {
+    "litserve": (8, 0.005, 1),
+    "litserve_1": (1, 0.0, 1),
+    "litserve_2": (1, 0.0, 2),
+    "litserve_32": (32, 0.01, 1),
+    "litserve_jax": (8, 0.005, 1),
+}
+
 
 class TorchModel:
     """The bundle's network in PyTorch, in inference mode."""
@@ -74,7 +83,7 @@ def _fastapi(bundle: str, port: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("name")
+    parser.add_argument("name", choices=("fastapi", *LITSERVE))
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--port", type=int, required=True)
     flags = parser.parse_args()

@@ -1,17 +1,13 @@
 """What an administrator may do: look for versions now, and have others be there besides."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from cnn_jax.errors import UserError
 from cnn_jax.registry.ledger import RegistryError
 from cnn_jax.serve.limits import Refused
 from cnn_jax.serve.loader import Loader
-from cnn_jax.serve.service import Service
-
-_Number = Annotated[int, Path(ge=1, lt=2**31)]
+from cnn_jax.serve.service import Service, VersionNumber
 
 
 def make_router(service: Service) -> APIRouter:
@@ -55,11 +51,11 @@ def make_router(service: Service) -> APIRouter:
         return JSONResponse({"models": service.models.names})
 
     @router.put("/models/{model}/versions/{version}", summary="Have a version be there besides")
-    async def bring(request: Request, model: str, version: _Number) -> JSONResponse:
+    async def bring(request: Request, model: str, version: VersionNumber) -> JSONResponse:
         return await want(request, model, version, True)
 
     @router.delete("/models/{model}/versions/{version}", summary="Let it go again")
-    async def let_go(request: Request, model: str, version: _Number) -> JSONResponse:
+    async def let_go(request: Request, model: str, version: VersionNumber) -> JSONResponse:
         return await want(request, model, version, False)
 
     return router

@@ -367,7 +367,6 @@ class Engine:
                     return None
                 self._changed.wait()
             self._gather()
-            self._drop()
             if not self._waiting:
                 return []
             program = self._next_program()
@@ -391,14 +390,17 @@ class Engine:
         return program
 
     def _gather(self) -> None:
-        """Waits until there is a whole batch, or the oldest image has waited enough."""
+        """Waits until there is a whole batch, or the oldest image has waited enough.
+
+        What nobody waits for any more is dropped.
+        """
         program = self._waiting[0].request.program
         until = self._waiting[0].arrived + self._max_wait
-        while not self._is_closing:
+        while True:
             self._drop()
             alike = sum(work.request.program is program for work in self._waiting)
             left = until - time.monotonic()
-            if left <= 0 or not alike or alike >= program.largest:
+            if self._is_closing or left <= 0 or not alike or alike >= program.largest:
                 return
             self._changed.wait(left)
 

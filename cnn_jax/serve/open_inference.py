@@ -11,20 +11,19 @@ Triton's clients do; files are then as they are. Outputs are JSON in any case.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 import cnn_jax
 from cnn_jax.serve.images import from_base64, grey_levels, parse_json
 from cnn_jax.serve.limits import Refused, unless_client_leaves
-from cnn_jax.serve.service import Answer, Service, error_of
+from cnn_jax.serve.service import Service, VersionNumber, rows_of
 from cnn_jax.serve.versions import Version
 
 _INPUT, _OUTPUTS = "image", ("probabilities", "class")
-_Number = Annotated[int, Path(ge=1, lt=2**31)]
 _BODY = {
     "required": True,
     "content": {
@@ -79,7 +78,7 @@ def make_router(service: Service) -> APIRouter:
         return JSONResponse(_metadata(service, models.find(model)))
 
     @router.get("/models/{model}/versions/{version}", summary="Inputs and outputs")
-    async def metadata_of_version(model: str, version: _Number) -> JSONResponse:
+    async def metadata_of_version(model: str, version: VersionNumber) -> JSONResponse:
         return JSONResponse(_metadata(service, models.find(model, version)))
 
     @router.get("/models/{model}/ready", summary="Whether a model is ready")
@@ -89,7 +88,7 @@ def make_router(service: Service) -> APIRouter:
         return JSONResponse({"name": model, "ready": is_ready}, 200 if is_ready else 503)
 
     @router.get("/models/{model}/versions/{version}/ready", summary="Whether a version is ready")
-    async def version_ready(model: str, version: _Number) -> JSONResponse:
+    async def version_ready(model: str, version: VersionNumber) -> JSONResponse:
         if version not in models.states(model):
             raise Refused(404, "no_version", f"{model} has no version {version} here")
         is_ready = version in models.present(model) and service.is_able
@@ -103,12 +102,7 @@ def make_router(service: Service) -> APIRouter:
             asked = await service.engine.parse(lambda: _parse(body, length), deadline)
             async with unless_client_leaves(request.receive):
                 answers = await service.answer(version, asked.images, request)
-        rows = []
-        for place, answer in enumerate(answers):
-            if not isinstance(answer, Answer):
-                refused = error_of(answer)
-                raise Refused(refused.status, refused.reason, f"image {place}: {refused}")
-            rows.append(answer.probabilities)
+        rows = rows_of(answers, "image")
         described = {"model_name": version.model, "model_version": str(version.number)}
         if asked.id is not None:
             described["id"] = asked.id
@@ -128,7 +122,9 @@ def make_router(service: Service) -> APIRouter:
         summary="Probabilities",
         openapi_extra={"requestBody": _BODY},
     )
-    async def infer_by_version(request: Request, model: str, version: _Number) -> JSONResponse:
+    async def infer_by_version(
+        request: Request, model: str, version: VersionNumber
+    ) -> JSONResponse:
         return await infer(request, models.find(model, version))
 
     return router

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
-from fastapi import Request
+from fastapi import Path, Request
 
 from cnn_jax.data import decode
 from cnn_jax.data.decode import Pixels
@@ -17,6 +18,8 @@ from cnn_jax.serve.measures import Measures
 from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.versions import Version
 
+# A version's number in a path.
+VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
 # Versions of a model that are remembered when they are gone.
 _MOST_GONE = 20
 # What a model's version goes through, as TensorFlow Serving calls it.
@@ -297,6 +300,28 @@ class Service:
             compute_seconds=computed.computed,
             batch_size=computed.together,
         )
+
+
+def rows_of(answers: Sequence[Answer | DataError], what: str) -> list[np.ndarray]:
+    """The probabilities of all images, for protocols in which one error is that of all.
+
+    Args:
+      answers: Of the service.
+      what: An image is called.
+
+    Returns:
+      float32 [classes] for each.
+
+    Raises:
+      Refused: An image cannot be used.
+    """
+    rows = []
+    for place, answer in enumerate(answers):
+        if isinstance(answer, DataError):
+            refused = error_of(answer)
+            raise Refused(refused.status, refused.reason, f"{what} {place}: {refused}")
+        rows.append(answer.probabilities)
+    return rows
 
 
 def error_of(error: DataError) -> Refused:

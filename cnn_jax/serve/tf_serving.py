@@ -5,19 +5,18 @@ image file in base64, `{"b64": "..."}`, or nested lists of grey levels, [height,
 any size; either may stand under the input's name, "image".
 """
 
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from cnn_jax.serve.images import from_base64, from_numbers, parse_json
 from cnn_jax.serve.limits import Refused, unless_client_leaves
-from cnn_jax.serve.service import Answer, Service, error_of
+from cnn_jax.serve.service import Service, VersionNumber, rows_of
 from cnn_jax.serve.versions import Version
 
 _INPUT, _OUTPUT, _SIGNATURE = "image", "probabilities", "serving_default"
-_Number = Annotated[int, Path(ge=1, lt=2**31)]
 _BODY = {
     "required": True,
     "content": {
@@ -66,13 +65,7 @@ def make_router(service: Service) -> APIRouter:
             images, key = await service.engine.parse(lambda: _images(body), deadline)
             async with unless_client_leaves(request.receive):
                 answers = await service.answer(version, images, request)
-        rows = []
-        for place, answer in enumerate(answers):
-            if not isinstance(answer, Answer):
-                refused = error_of(answer)
-                raise Refused(refused.status, refused.reason, f"instance {place}: {refused}")
-            rows.append(answer.probabilities.tolist())
-        return JSONResponse({key: rows})
+        return JSONResponse({key: [row.tolist() for row in rows_of(answers, "instance")]})
 
     options: dict[str, Any] = {"openapi_extra": {"requestBody": _BODY}}
 
@@ -81,7 +74,7 @@ def make_router(service: Service) -> APIRouter:
         return status(model)
 
     @router.get("/{model}/versions/{version}", summary="Status of a version")
-    async def status_of_version(model: str, version: _Number) -> JSONResponse:
+    async def status_of_version(model: str, version: VersionNumber) -> JSONResponse:
         return status(model, version)
 
     @router.get("/{model}/labels/{alias}", summary="Status of an alias")
@@ -93,7 +86,7 @@ def make_router(service: Service) -> APIRouter:
         return JSONResponse(_metadata(models.find(model)))
 
     @router.get("/{model}/versions/{version}/metadata", summary="Inputs and outputs")
-    async def metadata_of_version(model: str, version: _Number) -> JSONResponse:
+    async def metadata_of_version(model: str, version: VersionNumber) -> JSONResponse:
         return JSONResponse(_metadata(models.find(model, version)))
 
     @router.get("/{model}/labels/{alias}/metadata", summary="Inputs and outputs")
@@ -105,7 +98,9 @@ def make_router(service: Service) -> APIRouter:
         return await predict(request, models.find(model))
 
     @router.post("/{model}/versions/{version}:predict", summary="Probabilities", **options)
-    async def predict_by_version(request: Request, model: str, version: _Number) -> JSONResponse:
+    async def predict_by_version(
+        request: Request, model: str, version: VersionNumber
+    ) -> JSONResponse:
         return await predict(request, models.find(model, version))
 
     @router.post("/{model}/labels/{alias}:predict", summary="Probabilities", **options)
