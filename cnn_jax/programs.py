@@ -21,7 +21,16 @@ from cnn_jax.errors import TrainingError
 from cnn_jax.loss import balanced_weights
 from cnn_jax.metrics import Metrics
 from cnn_jax.optimizer import make_optimizer
-from cnn_jax.step import INIT, TrainState, eval_step, init_state, random_key, train_step
+from cnn_jax.step import (
+    INIT,
+    Statistics,
+    TrainState,
+    eval_step,
+    init_state,
+    random_key,
+    train_step,
+    update_statistics,
+)
 
 # Batches that a person is told: larger ones are rounded down to a multiple of this.
 _ROUND_BATCH = 8
@@ -34,11 +43,14 @@ class Programs:
     Attributes:
       init_state: () -> the state before the first step.
       empty_metrics: () -> metrics of nothing.
+      empty_statistics: () -> BatchNorm's statistics of no batch.
       train_step: (state, batch, pixels) -> (state, metrics); the state is donated.
         `pixels` are those of the whole data set if they are on the devices, or None.
       train_steps: The same for several steps in one execution: each array of the batch,
         and nothing else, has a dimension of steps before all others, and the metrics
         are those of all.
+      update_statistics: (statistics, variables, batch, pixels) -> BatchNorm's statistics with
+        one batch more; the first are donated.
       eval_step: (variables, batch, pixels) -> metrics.
       merge: (metrics, metrics) -> metrics; the first is donated.
       is_finite: (state) -> bool [], whether every number is.
@@ -54,8 +66,10 @@ class Programs:
 
     init_state: Callable[[], TrainState]
     empty_metrics: Callable[[], Metrics]
+    empty_statistics: Callable[[], Statistics]
     train_step: Any  # Of jax.jit, which also lowers.
     train_steps: Any
+    update_statistics: Callable[[Statistics, Any, dict, PyTree], Statistics]
     eval_step: Callable[[Any, dict, PyTree], Metrics]
     merge: Callable[[Metrics, Metrics], Metrics]
     is_finite: Callable[[TrainState], jax.Array]
@@ -123,6 +137,20 @@ def make_programs(
         start = state, Metrics.empty(model.num_classes)
         return jax.lax.scan(step, start, batches)[0]
 
+    def with_batch(
+        statistics: Statistics,
+        variables: PyTree,
+        batch: Mapping[str, Array],
+        pixels: Array | None,
+    ) -> Statistics:
+        return update_statistics(
+            statistics,
+            variables,
+            _with_images(batch, pixels),
+            model=model,
+            preprocessing=preprocessing,
+        )
+
     def evaluation(variables: PyTree, batch: Mapping[str, Array], pixels: Array | None) -> Metrics:
         batch = _with_images(batch, pixels)
         return eval_step(variables, batch, model=model, preprocessing=preprocessing)
@@ -131,6 +159,7 @@ def make_programs(
     everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
     by_step = sharding.split_by_step_and_example(mesh)
     of_state = sharding.split_large(mesh, jax.eval_shape(init))
+    of_statistics = Statistics(everywhere, of_state.batch_stats)
     jit_training = functools.partial(
         jax.jit,
         donate_argnums=0,
@@ -142,8 +171,18 @@ def make_programs(
         empty_metrics=jax.jit(
             functools.partial(Metrics.empty, model.num_classes), out_shardings=everywhere
         ),
+        empty_statistics=jax.jit(
+            lambda: Statistics.empty(jax.eval_shape(init).batch_stats), out_shardings=of_statistics
+        ),
         train_step=jit_training(training, in_shardings=(of_state, by_example, everywhere)),
         train_steps=jit_training(several, in_shardings=(of_state, by_step, everywhere)),
+        update_statistics=jax.jit(
+            with_batch,
+            donate_argnums=0,
+            in_shardings=(of_statistics, of_state.variables, by_example, everywhere),
+            out_shardings=of_statistics,
+            compiler_options=runtime.compiler_options(),
+        ),
         eval_step=jax.jit(
             evaluation,
             in_shardings=(of_state.variables, by_example, everywhere),

@@ -18,7 +18,7 @@ from cnn_jax.metrics import Metrics
 from cnn_jax.models import forward
 from cnn_jax.preprocessing import Preprocessing, normalize
 
-# What a random key is for: `fold_in(key(seed), purpose)`, then `fold_in(., step)`.
+# Purposes of random keys: `fold_in(key(seed), purpose)`, then `fold_in(., step)`.
 INIT, DROPOUT, MIX = 0, 1, 2
 
 Batch = Mapping[str, Array]
@@ -36,7 +36,8 @@ class TrainState:
     Attributes:
       step: int32 [], steps taken.
       params: The network's parameters, float32.
-      batch_stats: The running statistics of BatchNorm, float32; empty without it.
+      batch_stats: The statistics that BatchNorm uses in inference, float32; empty without
+        BatchNorm. No training step changes them: see `update_statistics`.
       opt_state: The optimizer's state.
     """
 
@@ -104,10 +105,9 @@ def train_step(
         augmentation; drawn from `seed` and the step.
       accumulation_steps: In how many parts, which divide B, the batch goes through
         the network, one after the other, so that the memory for one part is
-        enough. The gradient is that of the whole batch, to rounding, but for two
-        things: BatchNorm normalises each part by its own statistics, and moves its
-        running ones once for each part; and dropout and mixing draw otherwise, each
-        part being mixed within itself.
+        enough. The gradient is that of the whole batch, to rounding, except that
+        BatchNorm normalises each part by the part's own statistics, and that dropout and
+        mixing draw other numbers, because each part is mixed within itself.
 
     Returns:
       The state after the step and the metrics of this batch, as the network in
@@ -127,17 +127,17 @@ def train_step(
     gradient = jax.value_and_grad(loss, has_aux=True)
     keys = _keys(seed, state.step, mixing)
     if accumulation_steps == 1:
-        (_, (batch_stats, metrics)), grads = gradient(state.params, state.batch_stats, batch, keys)
+        (_, metrics), grads = gradient(state.params, state.batch_stats, batch, keys)
     else:
         parts = jax.tree.map(functools.partial(_split, parts=accumulation_steps), dict(batch))
         split_key = functools.partial(jax.random.split, num=accumulation_steps)
         keys_of_parts = jax.tree.map(split_key, keys)
-        grads, batch_stats, metrics = _accumulate(gradient, state, parts, keys_of_parts)
+        grads, metrics = _accumulate(gradient, state, parts, keys_of_parts)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
+        batch_stats=state.batch_stats,
         opt_state=opt_state,
     )
     return new_state, metrics
@@ -166,8 +166,8 @@ def _loss(
     label_smoothing: float,
     class_weights: Sequence[float] | None,
     mixing: Mixing,
-) -> tuple[Array, tuple[PyTree, Metrics]]:
-    """The sum of a batch's losses over `count`; and new statistics, and metrics."""
+) -> tuple[Array, Metrics]:
+    """The sum of a batch's losses divided by `count`, and the batch's metrics."""
     images = batch["image"]
     if "matrix" in batch:
         images = augment.apply_on_device(images, batch["matrix"], batch["contrast"])
@@ -177,7 +177,7 @@ def _loss(
         one_hot = jax.nn.one_hot(labels, model.num_classes)
         images, targets = mix.mix_batch(keys["mix"], images, one_hot, mask, mixing)
         labels = jnp.argmax(targets, axis=-1)
-    logits, updates = model.apply(
+    logits, _ = model.apply(
         {"params": params, "batch_stats": batch_stats},
         images,
         train=True,
@@ -188,7 +188,7 @@ def _loss(
     if class_weights is not None:
         losses *= example_weights(jnp.array(class_weights, jnp.float32), targets)
     loss = jnp.sum(jnp.where(mask, losses, 0)) / count
-    return loss, (updates.get("batch_stats", {}), Metrics.from_logits(logits, labels, mask))
+    return loss, Metrics.from_logits(logits, labels, mask)
 
 
 def _split(rows: Array, parts: int) -> Array:
@@ -201,20 +201,79 @@ def _accumulate(
     state: TrainState,
     parts: Batch,
     keys: Mapping[str, Key[Array, " parts"]],
-) -> tuple[PyTree, PyTree, Metrics]:
-    """Sums gradients and metrics over the parts of a batch; statistics pass through them."""
+) -> tuple[PyTree, Metrics]:
+    """The sums of gradients and metrics over the parts of a batch."""
 
-    def add(carry: PyTree, part: tuple[Batch, Keys]) -> tuple[PyTree, None]:
-        grads, batch_stats, metrics = carry
-        (_, (batch_stats, more_metrics)), more_grads = gradient(state.params, batch_stats, *part)
-        grads = jax.tree.map(jnp.add, grads, more_grads)
-        return (grads, batch_stats, metrics.merge(more_metrics)), None
+    def add(sums: PyTree, part: tuple[Batch, Keys]) -> tuple[PyTree, None]:
+        (_, metrics), grads = gradient(state.params, state.batch_stats, *part)
+        return jax.tree.map(jnp.add, sums, (grads, metrics)), None
 
     first = jax.tree.map(lambda rows: rows[0], (parts, keys))
-    (_, (_, metrics)), grads = jax.eval_shape(gradient, state.params, state.batch_stats, *first)
+    (_, metrics), grads = jax.eval_shape(gradient, state.params, state.batch_stats, *first)
     zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), (grads, metrics))
-    start = (zeros[0], state.batch_stats, zeros[1])
-    return jax.lax.scan(add, start, (parts, keys))[0]
+    return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+
+@flax.struct.dataclass
+class Statistics:
+    """BatchNorm's means and variances over the batches seen so far.
+
+    Attributes:
+      batches: float32 [], the number of batches.
+      batch_stats: {"mean", "var"} of each layer, float32 [channel].
+    """
+
+    batches: PyTree
+    batch_stats: PyTree
+
+    @classmethod
+    def empty(cls, batch_stats: PyTree) -> "Statistics":
+        """Statistics of no batch, in a tree of the same shapes as `batch_stats`."""
+        return cls(jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, batch_stats))
+
+
+def update_statistics(
+    statistics: Statistics,
+    variables: Mapping[str, Any],
+    batch: Batch,
+    *,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+) -> Statistics:
+    """Adds one batch to the statistics that BatchNorm uses in inference.
+
+    All batches go through the same parameters, so that the result is the mean and the
+    variance of each channel over their images ("precise BatchNorm", Wu and Johnson 2021,
+    section 3). A running average over training steps would be of parameters that have
+    changed since, and of its own initial values.
+
+    Args:
+      statistics: Statistics of the batches before.
+      variables: {"params", "batch_stats"} of the network.
+      batch: "image", as in `train_step`; of the same size as the batches before.
+      model: The network.
+      preprocessing: How grey levels are normalised.
+    """
+    _, updates = model.apply(
+        variables,
+        normalize(batch["image"], preprocessing),
+        train=True,
+        rngs={"dropout": jax.random.key(0)},
+        mutable=["batch_stats"],
+    )
+    count = statistics.batches + 1
+
+    def merge(before: PyTree, new: PyTree) -> PyTree:
+        if "mean" not in new:
+            return {name: merge(before[name], new[name]) for name in new}
+        distance = new["mean"] - before["mean"]
+        mean = before["mean"] + distance / count
+        # The variance of all pixels: within batches, and between the batches' means
+        # (Welford 1962).
+        spread = new["var"] + distance * (new["mean"] - mean)
+        return {"mean": mean, "var": before["var"] + (spread - before["var"]) / count}
+
+    return Statistics(count, merge(statistics.batch_stats, updates.get("batch_stats", {})))
 
 
 def eval_step(

@@ -45,6 +45,10 @@ from cnn_jax.programs import Memory, Programs, make_programs
 from cnn_jax.run_directory import Heartbeat
 from cnn_jax.step import TrainState
 
+# The number of training images from which BatchNorm's statistics are estimated after each
+# epoch; eight times as many give the same accuracies (experiments/RESULTS.md).
+_STATISTICS_IMAGES = 1024
+
 
 def train_and_evaluate(
     config: Config,
@@ -284,7 +288,13 @@ def _train(
         last_step = first_step
     log = run_directory.EpochLog(run.workdir, progress.history)
     display = run.console.training(train.epochs, run.steps_per_epoch)
-    stream = _training_batches(run, first_step)
+    augmentation = Augmentation(
+        flip=config.augment.flip,
+        rotation=config.augment.rotation,
+        zoom=config.augment.zoom,
+        contrast=config.augment.contrast,
+    )
+    stream = _training_batches(run, run.dataset.loader, augmentation, first_step)
     with contextlib.closing(log), stream as batches, display, contextlib.closing(trace):
         display.start(progress.history, best_record(progress.history, train.monitor), first_step)
         run.heartbeat.beat("starting", first_step)
@@ -415,17 +425,12 @@ def _restore_or_start(run: _Run, present: Mapping[str, Any] | None) -> _Progress
 
 
 def _training_batches(
-    run: _Run, start: int
+    run: _Run, loader: pipeline.Loader, augmentation: Augmentation, start: int = 0
 ) -> contextlib.closing[Generator[pipeline.NumpyBatch, None, None]]:
+    """The run's training batches from step `start` on, with the given augmentation."""
     config = run.config
-    augmentation = Augmentation(
-        flip=config.augment.flip,
-        rotation=config.augment.rotation,
-        zoom=config.augment.zoom,
-        contrast=config.augment.contrast,
-    )
     return pipeline.training_batches(
-        run.dataset.loader,
+        loader,
         run.dataset.splits["train"],
         batch_size=config.train.batch_size,
         augmentation=augmentation,
@@ -444,6 +449,7 @@ def _end_epoch(run: _Run, progress: _Progress) -> dict[str, Any]:
       TrainingError: The validation loss is not finite.
     """
     last_step = progress.step - 1
+    progress.state = _with_statistics(run, progress.state)
     validation = _validate(run, progress.state)
     if not math.isfinite(validation["loss"]):
         raise _not_finite("the validation loss", last_step, run.schedule)
@@ -564,6 +570,30 @@ def _not_finite(what: str, step: int, schedule: optax.Schedule, steps: int = 1) 
 def _learning_rate(schedule: optax.Schedule, step: int) -> float:
     with jax.transfer_guard("allow"):
         return np.asarray(schedule(step)).item()
+
+
+def _with_statistics(run: _Run, state: TrainState) -> TrainState:
+    """The state with BatchNorm's statistics of its present parameters.
+
+    They are those of training images as they are, without augmentation: always the
+    same ones, so that a run gives the same numbers however often it was interrupted.
+    """
+    if not jax.tree.leaves(state.batch_stats):
+        return state
+    programs = run.programs
+    count = min(math.ceil(_STATISTICS_IMAGES / programs.batch_size), run.steps_per_epoch)
+    statistics = programs.empty_statistics()
+    # Worker processes would take longer to start than a few batches take to read.
+    loader = dataclasses.replace(run.dataset.loader, workers=0)
+    with _training_batches(run, loader, augmentation=Augmentation()) as batches:
+        for batch in itertools.islice(batches, count):
+            run.heartbeat.beat("estimating statistics")
+            with jax.transfer_guard("disallow"):
+                batch = programs.to_devices(batch)
+                statistics = programs.update_statistics(
+                    statistics, state.variables, batch, run.pixels
+                )
+    return dataclasses.replace(state, batch_stats=statistics.batch_stats)
 
 
 def _validate(run: _Run, state: TrainState) -> dict[str, float]:

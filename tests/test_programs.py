@@ -146,7 +146,8 @@ def test_a_step_is_one_transfer_each_way_and_nothing_is_compiled_twice(
     batches = [batch for batch in sent if set(batch) == names]
     assert batches
     steps_per_epoch, validations = _batches_per_epoch(tmp_path / "run", tiny_config)
-    assert len(sent) == 3 * (steps_per_epoch + validations)
+    # An epoch's images, once to train and once for BatchNorm's statistics; then validation.
+    assert len(sent) == 3 * (2 * steps_per_epoch + validations)
     # One loss a step, one set of sums for each split and epoch.
     assert read["training"] <= 3 * (steps_per_epoch + 2 + 1)
 

@@ -12,7 +12,16 @@ from cnn_jax.data.mix import NO_MIXING, Mixing
 from cnn_jax.models.cnn import CNN
 from cnn_jax.optimizer import make_optimizer
 from cnn_jax.preprocessing import Preprocessing
-from cnn_jax.step import INIT, MIX, eval_step, init_state, random_key, train_step
+from cnn_jax.step import (
+    INIT,
+    MIX,
+    Statistics,
+    eval_step,
+    init_state,
+    random_key,
+    train_step,
+    update_statistics,
+)
 
 MODEL = CNN(num_classes=3, features=(4, 8), dense=16)
 PREPROCESSING = Preprocessing(image_size=(8, 8))
@@ -143,14 +152,7 @@ def test_one_step_is_the_optimizer_on_the_gradient_of_the_smoothed_loss():
     expected = optax.apply_updates(state.params, updates)
     new_state, _ = jax.jit(_train_step(model))(state, batch)
     assert int(new_state.step) == 1
-    images = (batch["image"].astype(jnp.float32) - 127.5) / 127.5
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    _, statistics = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        new_state.batch_stats,
-        statistics["batch_stats"],
-    )
+    assert_trees_equal(new_state.batch_stats, state.batch_stats)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), new_state.params, expected
     )
@@ -201,7 +203,7 @@ def test_evaluation_of_a_padded_batch_counts_the_real_rows_alone():
     ],
 )
 def test_many_devices_train_as_one_does(shape, mixing, monkeypatch):
-    """BatchNorm's statistics and the metrics are those of the whole batch."""
+    """BatchNorm normalises by the whole batch, and the metrics are those of all of it."""
     monkeypatch.setattr(sharding, "_LEAST_DIVIDED", 64)
     data, model = shape
     mesh = sharding.make_mesh(model, jax.devices()[: data * model])
@@ -219,8 +221,18 @@ def test_many_devices_train_as_one_does(shape, mixing, monkeypatch):
     many, many_losses = _run(20, jax.device_put(_state(), of_state), step)
     one, losses = _run(20, step=jax.jit(train))
     np.testing.assert_allclose(many_losses, losses, rtol=2e-5)
+    add = functools.partial(update_statistics, model=MODEL, preprocessing=PREPROCESSING)
+    add_on_many = jax.jit(
+        add,
+        in_shardings=(everywhere, of_state.variables, by_example),
+        out_shardings=everywhere,
+    )
+    empty, batch = Statistics.empty(one.batch_stats), jax.tree.map(np.asarray, _batch())
+    batch_on_many = sharding.to_devices(batch, sharding=by_example, batch_size=8)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), many.batch_stats, one.batch_stats
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        add_on_many(empty, many.variables, batch_on_many),
+        jax.jit(add)(empty, one.variables, batch),
     )
     head, conv = many.params["head"]["kernel"], many.params["conv2"]["kernel"]
     assert len(head.sharding.device_set) == data * model
@@ -228,6 +240,59 @@ def test_many_devices_train_as_one_does(shape, mixing, monkeypatch):
     assert conv.sharding.shard_shape(conv.shape) == (3, 3, 4, 8 // model)
     (adam,) = (part for part in many.opt_state[1] if hasattr(part, "mu"))
     assert adam.mu["conv2"]["kernel"].sharding == conv.sharding
+
+
+def _statistics(batches, variables, model=MODEL):
+    statistics = Statistics.empty(variables.get("batch_stats", {}))
+    add = jax.jit(functools.partial(update_statistics, model=model, preprocessing=PREPROCESSING))
+    for batch in batches:
+        statistics = add(statistics, variables, batch)
+    assert int(statistics.batches) == len(batches)
+    return statistics.batch_stats
+
+
+def test_statistics_are_the_mean_and_variance_over_all_batches():
+    """In the first layer, which sees no other statistics, those of all pixels at once."""
+    state, _ = _run(3)
+    batches = [_batch(seed=seed) for seed in range(5)]
+    # Batches of different brightness: most of the variance is between them.
+    for i, batch in enumerate(batches):
+        batch["image"] = batch["image"] // 4 + jnp.uint8(48 * i)
+    found = _statistics(batches, state.variables)
+    images = jnp.concatenate([batch["image"] for batch in batches]).astype(jnp.float32)
+    kernel, bias = (state.params["conv1"][name] for name in ("kernel", "bias"))
+    convolved = jax.lax.conv_general_dilated(
+        (images - 127.5) / 127.5, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    activations = np.maximum(np.asarray(convolved, np.float64) + np.asarray(bias, np.float64), 0)
+    np.testing.assert_allclose(found["norm1"]["mean"], activations.mean((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(found["norm1"]["var"], activations.var((0, 1, 2)), rtol=1e-4)
+
+
+def test_statistics_do_not_depend_on_those_before():
+    """Neither initial values nor those of other parameters are left in them."""
+    state = _state()
+    batches = [_batch(seed=seed) for seed in range(2)]
+    other = jax.tree.map(lambda leaf: leaf + 100, state.batch_stats)
+    assert_trees_equal(
+        _statistics(batches, state.variables),
+        _statistics(batches, {"params": state.params, "batch_stats": other}),
+    )
+
+
+def test_inference_with_the_statistics_of_a_batch_is_training_on_it():
+    model = MODEL.clone(dropout=0.0)
+    state, batch = _state(), _batch()
+    found = _statistics([batch], state.variables)
+    images = (batch["image"].astype(jnp.float32) - 127.5) / 127.5
+    in_training, _ = model.apply(state.variables, images, train=True, mutable=["batch_stats"])
+    in_inference = model.apply({"params": state.params, "batch_stats": found}, images)
+    np.testing.assert_allclose(in_inference, in_training, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_without_batch_norm_has_no_statistics():
+    variables = _plain_state().variables
+    assert _statistics([_batch()], {"params": variables["params"]}, PLAIN) == {}
 
 
 PLAIN = CNN(num_classes=3, features=(4, 8), dense=16, dropout=0.0, batch_norm=False)
@@ -256,25 +321,6 @@ def test_a_batch_in_parts_trains_as_the_whole_does(parts):
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), first.params, second.params
     )
     assert int(second.step) == 5
-
-
-def test_statistics_pass_through_the_parts_of_a_batch_in_turn():
-    model = CNN(num_classes=3, features=(4, 8), dense=16, dropout=0.0)
-    still = functools.partial(_train_step(model), optimizer=optax.set_to_zero())
-    state = init_state(
-        random_key(0, INIT), model=model, optimizer=optax.set_to_zero(), image_size=(8, 8)
-    )
-    batch = _batch(16)
-    together, _ = still(state, batch, accumulation_steps=4)
-    one_by_one = state
-    for part in range(4):
-        rows = jax.tree.map(lambda values, part=part: values[part::4], batch)
-        one_by_one, _ = still(one_by_one, rows)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
-        together.batch_stats,
-        one_by_one.batch_stats,
-    )
 
 
 def test_each_part_of_a_batch_has_its_own_dropout():

@@ -1,5 +1,6 @@
 import contextlib
 import gzip
+import itertools
 import json
 import math
 import os
@@ -19,9 +20,12 @@ from conftest import REPOSITORY, write_images
 
 from cnn_jax import calibration, configuration, interruption, programs, train
 from cnn_jax.bundle import read_bundle
+from cnn_jax.data import pipeline
+from cnn_jax.data.augment import Augmentation
 from cnn_jax.errors import ConfigError, DataError, Interrupted, TrainingError
 from cnn_jax.evaluate import open_as_trained, predict_split
 from cnn_jax.predict import Predictor
+from cnn_jax.step import Statistics, update_statistics
 from cnn_jax.train import train_and_evaluate
 from experiments import chaos
 
@@ -123,6 +127,44 @@ def test_the_bundle_is_that_of_the_best_epoch(finished):
     assert predictor.temperature == pytest.approx(calibration.fit_temperature(plain, labels), 1e-4)
     assert predictor.temperature != 1
     assert report["validation"]["loss"] < loss
+
+
+def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
+    """Not an average over training, in which earlier parameters and initial values lag."""
+    workdir, config, _ = finished
+    predictor = Predictor.load(workdir / "bundle")
+    dataset = open_as_trained(predictor)
+    found = predictor.variables
+    statistics = Statistics.empty(found["batch_stats"])
+    stream = pipeline.training_batches(
+        dataset.loader,
+        dataset.splits["train"],
+        batch_size=config.train.batch_size,
+        augmentation=Augmentation(),
+        place="host",
+        seed=config.seed,
+    )
+    with stream as batches:
+        for batch in itertools.islice(batches, 6):  # The steps of an epoch.
+            statistics = update_statistics(
+                statistics,
+                found,
+                batch,
+                model=predictor.model,
+                preprocessing=predictor.preprocessing,
+            )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        found["batch_stats"],
+        statistics.batch_stats,
+    )
+
+
+def test_the_first_epochs_are_measured_as_they_are(image_folder, tmp_path):
+    """Five steps suffice for three colours; a running average would still be its initial value."""
+    config = _tiny(image_folder, **{"optimizer.learning_rate": 1e-2, "train.epochs": 2})
+    train_and_evaluate(config, tmp_path / "run")
+    assert _history(tmp_path / "run")[1]["validation_accuracy"] >= 0.9
 
 
 def test_a_fresh_process_gives_exactly_the_probabilities_that_were_written(

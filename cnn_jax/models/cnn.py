@@ -75,12 +75,9 @@ class CNN(nn.Module):
             x = Conv(features, dtype=self.dtype, name=f"conv{i}")(x)
             x = nn.relu(x)
             if self.batch_norm:
-                # Momentum and epsilon are those of Keras. With batches of 32 the
-                # slow average keeps validation from swinging between epochs.
                 x = BatchNorm(
                     use_running_average=not train,
-                    momentum=0.99,
-                    epsilon=1e-3,
+                    epsilon=1e-3,  # As in Keras.
                     dtype=self.dtype,
                     name=f"norm{i}",
                 )(x)

@@ -283,18 +283,20 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """`nn.BatchNorm` over all but the last axis.
+    """`nn.BatchNorm` with momentum 0, over all axes but the last.
+
+    The collection "batch_stats" has the mean and the variance of each channel that
+    inference normalises by. In training the layer replaces them by those of the batch;
+    `step.update_statistics` averages them over many batches.
 
     Attributes:
-      use_running_average: Whether to normalise by the running statistics or by those of
-        the batch, which then enter the running ones.
-      momentum: What remains of the running statistics in each step.
-      epsilon: Added to the variance.
-      dtype: Of the output; parameters and statistics are float32.
+      use_running_average: Whether to normalise by "batch_stats", or by the statistics of
+        the batch.
+      epsilon: The number added to the variance.
+      dtype: The dtype of the output. Parameters and statistics are float32.
     """
 
     use_running_average: bool
-    momentum: float
     epsilon: float
     dtype: jnp.dtype = jnp.dtype("float32")
 
@@ -305,17 +307,16 @@ class BatchNorm(nn.Module):
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones_init(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), shape)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        stored_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        stored_variance = self.variable("batch_stats", "var", jnp.ones, shape)
         if self.use_running_average:
-            factor = lax.rsqrt(running_var.value + self.epsilon) * scale
-            centred = x - _of_pixels(running_mean.value)
+            factor = lax.rsqrt(stored_variance.value + self.epsilon) * scale
+            centred = x - _of_pixels(stored_mean.value)
             return (centred * _of_pixels(factor) + _of_pixels(bias)).astype(self.dtype)
         normalized, mean, variance = cast(
             tuple[Array, Array, Array],
             normalize_batch(x.astype(self.dtype), scale, bias, self.epsilon),
         )
         if not self.is_initializing():
-            for running, value in ((running_mean, mean), (running_var, variance)):
-                running.value = self.momentum * running.value + (1 - self.momentum) * value
+            stored_mean.value, stored_variance.value = mean, variance
         return normalized

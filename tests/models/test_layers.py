@@ -83,9 +83,9 @@ def test_conv_is_that_of_flax(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("is_jitted", [False, True])
 def test_batch_norm_in_training_is_that_of_flax(shape, is_jitted):
-    options = {"use_running_average": False, "momentum": 0.9, "epsilon": 1e-3}
+    options = {"use_running_average": False, "epsilon": 1e-3}
     x = nn.relu(_random(*shape))
-    plain, ours = nn.BatchNorm(**options), BatchNorm(**options)
+    plain, ours = nn.BatchNorm(momentum=0, **options), BatchNorm(**options)
     variables = plain.init(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), x), variables)
     channels = shape[-1]
@@ -101,7 +101,7 @@ def test_batch_norm_in_training_is_that_of_flax(shape, is_jitted):
 
 
 def test_batch_norm_in_inference_is_that_of_flax():
-    options = {"use_running_average": True, "momentum": 0.9, "epsilon": 1e-3}
+    options = {"use_running_average": True, "epsilon": 1e-3}
     x = _random(2, 5, 6, 4)
     variables = {
         "params": {"scale": _random(4, seed=1), "bias": _random(4, seed=2)},
@@ -115,8 +115,7 @@ def test_batch_norm_keeps_its_precision_in_bfloat16():
     """Statistics are float32 sums, whatever the dtype of what is summed."""
     x = _random(8, 16, 16, 4, dtype=jnp.bfloat16)
     exact = np.asarray(x, np.float64)
-    options = {"use_running_average": False, "momentum": 0.0, "epsilon": 1e-3}
-    module = BatchNorm(**options, dtype=jnp.dtype("bfloat16"))
+    module = BatchNorm(use_running_average=False, epsilon=1e-3, dtype=jnp.dtype("bfloat16"))
     variables = module.init(jax.random.key(0), x)
     out, updates = module.apply(variables, x, mutable=["batch_stats"])
     assert out.dtype == jnp.bfloat16
