@@ -47,6 +47,8 @@ def get_config() -> Config:
     model.features = (32, 64, 128)
     model.dense = 256  # 0: no hidden layer.
     model.dropout = 0.5
+    # Its statistics for inference are estimated anew from training images after each epoch: a
+    # running average lags behind in short runs (experiments/RESULTS.md, "BatchNorm").
     model.batch_norm = True
 
     config.optimizer = optimizer = ConfigDict()
