@@ -10,8 +10,8 @@ method's statistics are put beside the same parameters and measured on validatio
 - "average M": the running average with momentum M that starts from mean 0 and variance 1.
 - "corrected M": the same without the initial values, as Adam corrects its averages.
 - "growing": momentum (1 + t) / (10 + t) at step t, at most 0.99.
-- "images N": estimated from N batches of training images, without augmentation, after the
-  epoch (`cnn_jax.step.update_statistics`).
+- "images N": estimated after the epoch from N batches of training images, or from an epoch's
+  if there are fewer, without augmentation (`cnn_jax.step.update_statistics`).
 - "augmented N": the same, with augmentation.
 
 For each method it prints means and standard deviations over seeds: the validation accuracy
@@ -162,9 +162,10 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
             if rest or not (epoch <= 3 or epoch % every == 0 or epoch == config.train.epochs):
                 continue
             found: dict[str, PyTree] = dict(averages)
-            for count in sorted({min(32, steps), min(256, steps)}):
-                found[f"images {count}"] = estimate(state.variables, Augmentation(), count)
-                found[f"augmented {count}"] = estimate(state.variables, augmentation, count)
+            for most in (32, 256):
+                count = min(most, steps)
+                found[f"images {most}"] = estimate(state.variables, Augmentation(), count)
+                found[f"augmented {most}"] = estimate(state.variables, augmentation, count)
             records.append(
                 {
                     "epoch": epoch,

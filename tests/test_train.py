@@ -14,6 +14,7 @@ import time
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY, write_images
@@ -149,7 +150,7 @@ def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
             statistics = update_statistics(
                 statistics,
                 found,
-                batch,
+                jax.tree.map(jnp.asarray, batch),
                 model=predictor.model,
                 preprocessing=predictor.preprocessing,
             )
@@ -161,8 +162,9 @@ def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
 
 
 def test_the_first_epochs_are_measured_as_they_are(image_folder, tmp_path):
-    """Five steps suffice for three colours; a running average would still be its initial value."""
-    config = _tiny(image_folder, **{"optimizer.learning_rate": 1e-2, "train.epochs": 2})
+    """Twelve steps suffice; a running average would still be mostly its initial value."""
+    changes = {"seed": 2, "optimizer.learning_rate": 1e-2, "train.epochs": 2}
+    config = _tiny(image_folder, **changes)
     train_and_evaluate(config, tmp_path / "run")
     assert _history(tmp_path / "run")[1]["validation_accuracy"] >= 0.9
 
@@ -600,10 +602,12 @@ def imbalanced_folder(tmp_path):
 def test_balancing_helps_rare_classes_and_says_what_it_does(
     imbalanced_folder, tmp_path, capfd, balance, said
 ):
-    split = {"train.epochs": 6, "data.split": (0.67, 0.17, 0.16)}
+    # With seed 0 the first weights happen to tell the three colours apart.
+    changes = {"seed": 2, "train.epochs": 6, "data.split": (0.67, 0.17, 0.16)}
+    changes |= {"optimizer.learning_rate": 2e-3, "optimizer.final_learning_rate": 2e-3}
     recalls = {}
     for mode in ("none", balance):
-        config = _tiny(imbalanced_folder, **split, **{"train.balance": mode})
+        config = _tiny(imbalanced_folder, **changes, **{"train.balance": mode})
         report = train_and_evaluate(config, tmp_path / mode)
         recalls[mode] = np.mean(
             [report["train"]["per_class"][c]["recall"] for c in ("blue", "green")]
