@@ -131,8 +131,9 @@ def test_a_page_is_written(image_folder, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--source=nothing"], "a source must be"),
-        (["--source=folder:{data}", "--output={data}/page"], "lies in the data itself"),
-        (["--source=folder:{data}", "--output={data}/red/000.png/page"], "lies in the data"),
+        (["--source=folder:{data}", "--output={data}"], "holds images of the data"),
+        (["--source=folder:{data}", "--output={data}/red"], "holds images of the data"),
+        (["--source=folder:{data}", "--output={data}/red/000.png/page"], "cannot create"),
         (["--source=folder:{data}", "--output={file}"], "cannot create"),
         (["--source=folder:{data}", "--group=track"], "has no part like"),
         (["--source=folder:{data}", "--split=0.7,0.3"], "three shares"),
