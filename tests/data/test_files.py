@@ -272,7 +272,7 @@ def test_an_output_may_lie_in_the_data_but_not_where_its_images_are(tmp_path):
     (data / "maps" / "explanations.json").touch()
     (data / "link").symlink_to("cat")
     for folder in (data, data / "cat", data / "cat" / "deep", data / "cat" / "..", data / "link"):
-        with pytest.raises(ConfigError, match="--output: .* holds images of the data"):
+        with pytest.raises(ConfigError, match=r"--output: .* holds images of the data"):
             check_output("--output", folder, data)
     for folder in (tmp_path, tmp_path / "data2", data / "new", data / "cat" / "new", data / "maps"):
         check_output("--output", folder, data)
@@ -317,7 +317,7 @@ def test_the_form_of_the_source_decides_what_its_folders_are(tmp_path):
 def test_a_folder_without_classes_is_told_of_its_table_or_archive(tmp_path):
     (tmp_path / "data.tar.gz").touch()
     with pytest.raises(
-        DataError, match="no images in it; data.tar.gz is an archive to be extracted"
+        DataError, match=r"no images in it; data\.tar\.gz is an archive to be extracted"
     ):
         open_folder(tmp_path)
     _picture(tmp_path / "1.png")
