@@ -76,7 +76,9 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
     try:
         aside.mkdir(parents=True)
         flat = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
-        weights = {name: _in_order(array) for name, array in flat.items()}
+        # safetensors 0.8 writes the memory of other arrays as it lies there. (Not
+        # ascontiguousarray, which makes a vector of a scalar.)
+        weights = {name: np.asarray(array, order="C") for name, array in flat.items()}
         with of_file(aside / _WEIGHTS):
             (aside / _WEIGHTS).write_bytes(safetensors.numpy.save(weights))
         description = {"format": FORMAT} | {
@@ -160,16 +162,6 @@ def digest(path: str | os.PathLike[str]) -> str:
         raise BundleError(f"{path} is not a bundle: there is no {error.filename}") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
-
-
-def _in_order(array: Any) -> np.ndarray:
-    """An array in C order and in the machine's byte order.
-
-    safetensors (0.8) writes the memory of any other array as if it were so.
-    """
-    array = np.asarray(array)
-    # Not ascontiguousarray, which makes [1] of a scalar.
-    return np.asarray(array, array.dtype.newbyteorder("="), order="C")
 
 
 def _to_disk(path: pathlib.Path) -> None:

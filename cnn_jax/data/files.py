@@ -91,7 +91,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What is below a folder.
+    """The content of a folder.
 
     Attributes:
       files: Regular files, sorted by path.
@@ -188,7 +188,7 @@ class _Walk:
                     self._folders.append(name)
                 continue
             self._seen.add((status.st_dev, status.st_ino))
-            # The root is taken as it is, since somebody has named it.
+            # The root itself is always read, because the user has named it.
             if name and is_output([entry.name for entry in found]):
                 self._ignored[_OUTPUT] += 1
                 self._outputs.append(name)
@@ -369,7 +369,7 @@ def _classes_without_images(listing: Listing, layout: Layout, source: Source) ->
     remarks = []
     for folder in sorted(filter(None, listing.folders)):
         parent, _, name = folder.rpartition("/")
-        is_class = layout.class_of.get(folder, name) in source.class_names
+        is_class = layout.spellings.get(folder, name) in source.class_names
         has_outputs = any(output.startswith(f"{folder}/") for output in listing.outputs)
         if parent in layout.parts and not (is_class or has_outputs):
             remarks.append(

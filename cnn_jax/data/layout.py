@@ -13,7 +13,7 @@ from cnn_jax.data.source import SPLIT_NAMES
 from cnn_jax.errors import DataError, printable
 
 _PREDICTION = "prediction"
-# What a word in a folder's name says of its images.
+# The split that a word in a folder's name stands for.
 _SPLIT_OF_WORD = {
     **SPLIT_NAMES,
     "trainval": "train",
@@ -40,18 +40,18 @@ _MAX_NAMED = 4
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the class folders are.
+    """The class folders of a data set.
 
     Attributes:
       parts: The split of each folder that holds class folders, such as
         {"seg_train/seg_train": "train"}; {"": ""} if the data is not divided.
-      class_of: The class of a class folder whose name is not the class's, such as
-        {"test/cat": "Cat"}.
-      remarks: What a person should know, a sentence each.
+      spellings: The class of each class folder whose name is another spelling of it, such
+        as {"test/cat": "Cat"}.
+      remarks: Warnings, a sentence each.
     """
 
     parts: Mapping[str, str]
-    class_of: Mapping[str, str]
+    spellings: Mapping[str, str]
     remarks: list[str]
 
     def classify(self, path: str) -> tuple[str, str] | None:
@@ -61,7 +61,7 @@ class Layout:
             if path.startswith(prefix):
                 name, slash, _ = path[len(prefix) :].partition("/")
                 if slash:
-                    return self.class_of.get(f"{prefix}{name}", name), split
+                    return self.spellings.get(f"{prefix}{name}", name), split
         return None
 
 
@@ -84,8 +84,8 @@ def find_layout(paths: Iterable[str], source: str) -> Layout:
     parts, remarks = {"": ""}, []
     if form != "classes":
         parts, remarks = _find_parts(tree, source, are_splits=form == "splits")
-    class_of, renamed = _common_spelling(tree, parts)
-    layout = Layout(parts, class_of, [*remarks, *renamed])
+    spellings, renamed = _common_spelling(tree, parts)
+    layout = Layout(parts, spellings, [*remarks, *renamed])
     layout.remarks.extend(_look_below_the_classes(tree, layout, source))
     return layout
 
@@ -148,7 +148,7 @@ def _is_plain(word: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _SplitName:
-    """What a folder's name says if it names a split.
+    """A folder's name that stands for a split.
 
     Attributes:
       split: "train", "validation", "test" or "prediction".
@@ -179,14 +179,13 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
         chosen = _choose(tree, tops, names, source)
     training = [_inner_folder(tree, top) for top, split in chosen.items() if split == "train"]
     classes = set[str]().union(*map(tree.folders, training))
-    if are_splits and not classes:
-        raise DataError(_without_classes(source, tops))
-    if training and not classes:
-        # Images directly in train/: it is a class among others, unless all names are splits'.
-        if len(names) == len(tops) or any(names[top].affix for top in chosen):
-            raise DataError(_without_classes(source, sorted(chosen)))
-        chosen = {}
-    if not chosen:
+    if not classes and (training or not chosen or are_splits):
+        # Images directly in train/: it is a class, unless nothing but splits has such names.
+        affixes = {name.affix for name in names.values()}
+        several = len({name.split for name in names.values()}) > 1
+        are_only_splits = len(names) == len(tops) and (chosen or (several and affixes == {()}))
+        if are_splits or are_only_splits or any(names[top].affix for top in chosen):
+            raise DataError(_without_classes(source, sorted(chosen) or tops))
         return {"": ""}, _taken_for_classes(tree, tops, names, source)
 
     parts: dict[str, str] = {}
@@ -226,15 +225,15 @@ def _choose(
     Raises:
       DataError: There are several such sets of names, or names of another affix each.
     """
-    by_affix: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+    groups: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     for top, name in names.items():
-        by_affix[name.affix][top] = name.split
+        groups[name.affix][top] = name.split
     pairs = [
         group
-        for group in by_affix.values()
+        for group in groups.values()
         if "train" in group.values() and len(set(group.values())) > 1
     ]
-    plain = by_affix.get((), {})
+    plain = groups.get((), {})
     if plain in pairs:
         # train/ and test/ need no help from the likes of train_images/.
         exact = {split for top, split in plain.items() if top.lower() in SPLIT_NAMES}
@@ -307,16 +306,16 @@ def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, s
     for folder in training:
         for name in tree.folders(folder):
             spellings[_fold(name)].add(name)
-    class_of = {}
+    spellings = {}
     for folder in parts.keys() - set(training):
         for name in tree.folders(folder):
             known = spellings[_fold(name)]
             if len(known) == 1 and name not in known:
-                (class_of[f"{folder}/{name}"],) = known
-    return class_of, [
+                (spellings[f"{folder}/{name}"],) = known
+    return spellings, [
         f"the folder {folder} is taken for the class {name}, from which it differs only in case, "
         "spaces or how its accents are written"
-        for folder, name in sorted(class_of.items())
+        for folder, name in sorted(spellings.items())
     ]
 
 
@@ -325,14 +324,15 @@ def _taken_for_classes(
 ) -> list[str]:
     """A remark on folders that are called as splits are and are taken for classes."""
     plain = [top for top in names if not names[top].affix]
-    are_several = len({names[top].split for top in plain}) > 1
-    nested = [top for top in plain if not tree.images[top] and len(tree.folders(top)) > 1]
-    if len(tops) < 2 or not (are_several or nested):
+    if len({names[top].split for top in plain}) < 2:
+        # A single one needs to look like a split as well.
+        plain = [top for top in plain if not tree.images[top] and len(tree.folders(top)) > 1]
+    others = [top for top in tops if top not in plain]
+    if not plain or not others:
         return []
     return [
-        f"{_listed(plain if are_several else nested)} may be splits and are taken for classes, "
-        f"beside {_listed([top for top in tops if top not in plain] or tops)}: the source "
-        f"splits:{_path(source)} takes them for splits"
+        f"the folders {_listed(plain)} may be splits and are taken for classes, beside "
+        f"{_listed(others)}: the source splits:{_path(source)} takes them for splits"
     ]
 
 
@@ -346,7 +346,7 @@ def _look_below_the_classes(tree: _Tree, layout: Layout, source: str) -> list[st
     for folder in layout.parts:
         prefix = f"{folder}/" if folder else ""
         for name in tree.folders(folder):
-            class_name = layout.class_of.get(f"{prefix}{name}", name)
+            class_name = layout.spellings.get(f"{prefix}{name}", name)
             below[class_name] |= tree.folders(f"{prefix}{name}")
     if len(below) < 2:
         return []
@@ -386,10 +386,9 @@ def _ambiguous(source: str, folders: Sequence[str], why: str) -> str:
 
 def _without_classes(source: str, folders: Sequence[str]) -> str:
     return (
-        f"{source}: {_listed(folders)} are called as splits are, and there are no class folders "
-        "in the training part; make one for each class, as in train/CLASS, or name the label of "
-        f"each image in a table (csv:PATH); the source classes:{_path(source)} takes the folders "
-        "for classes"
+        f"{source}: there are no class folders in the training part of {_listed(folders)}; make "
+        "one for each class, as in train/CLASS, or name the label of each image in a table "
+        f"(csv:PATH); the source classes:{_path(source)} takes the folders for classes"
     )
 
 
@@ -398,7 +397,7 @@ def _path(source: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Such as "a, b and c", or "a, b, c and 9 more"."""
+    """Joins names: "a, b and c", or "a, b, c and 9 more"."""
     shown = [printable(name) for name in names[:_MAX_NAMED]]
     if len(names) > _MAX_NAMED:
         shown[_MAX_NAMED - 1 :] = [f"{len(names) - _MAX_NAMED + 1:,} more"]

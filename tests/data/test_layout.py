@@ -137,6 +137,8 @@ def test_classes_may_be_called_as_splits_are(folders):
         (["train/images", "val/images"], "no class folders"),
         (["seg_train", "seg_test", "bus"], "no class folders"),
         (["train", "test/a", "test/b"], "no class folders"),
+        (["val", "test"], "no class folders"),
+        (["val/a", "val/b", "test"], "no class folders"),
         (["images", "masks"], "images and masks are kinds of files"),
         (["train/images", "train/labels", "val/images", "val/labels"], "kinds of files"),
     ],
@@ -172,7 +174,7 @@ def test_classes_that_are_called_as_splits_are_remarked_on():
         (["train/a", "train/b", "bus"], "train"),
     ):
         _, (remark,) = _found(_images(*folders))
-        assert remark.startswith(f"{named} may be splits and are taken for classes")
+        assert remark.startswith(f"the folders {named} may be splits and are taken for classes")
         assert "splits:DATA" in remark
     assert _found(_images("plane", "train", "car"))[1] == []
 
