@@ -324,15 +324,25 @@ def _taken_for_classes(
 ) -> list[str]:
     """A remark on folders that are called as splits are and are taken for classes."""
     plain = [top for top in names if not names[top].affix]
-    if len({names[top].split for top in plain}) < 2:
-        # A single one needs to look like a split as well.
-        plain = [top for top in plain if not tree.images[top] and len(tree.folders(top)) > 1]
-    others = [top for top in tops if top not in plain]
-    if not plain or not others:
+    are_several = len({names[top].split for top in plain}) > 1
+
+    def looks_like_a_split(top: str) -> bool:
+        """Whether there is more to it than a name that a class may have."""
+        has_classes = not tree.images[top] and len(tree.folders(top)) > 1
+        return are_several or has_classes or names[top].split == _PREDICTION
+
+    suspects = list(filter(looks_like_a_split, plain))
+    others = [top for top in tops if top not in suspects]
+    if not suspects or not others:
         return []
     return [
-        f"the folders {_listed(plain)} may be splits and are taken for classes, beside "
-        f"{_listed(others)}: the source splits:{_path(source)} takes them for splits"
+        f"beside {_listed(others)}, "
+        + (
+            f"{_listed(suspects)} are taken for classes: if they are splits or have no labels, "
+            if len(suspects) > 1
+            else f"{_listed(suspects)} is taken for a class: if it is a split or has no labels, "
+        )
+        + f"move the folder elsewhere, or use the source splits:{_path(source)}"
     ]
 
 
