@@ -302,14 +302,14 @@ def _agree(names: Collection[str], classes: Collection[str]) -> bool:
 def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """The class of each class folder whose name is spelt otherwise in the training part."""
     training = [folder for folder, split in parts.items() if split == "train"]
-    spellings: dict[str, set[str]] = defaultdict(set)
+    classes: dict[str, set[str]] = defaultdict(set)
     for folder in training:
         for name in tree.folders(folder):
-            spellings[_fold(name)].add(name)
-    spellings = {}
+            classes[_fold(name)].add(name)
+    spellings: dict[str, str] = {}
     for folder in parts.keys() - set(training):
         for name in tree.folders(folder):
-            known = spellings[_fold(name)]
+            known = classes[_fold(name)]
             if len(known) == 1 and name not in known:
                 (spellings[f"{folder}/{name}"],) = known
     return spellings, [
