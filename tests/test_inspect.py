@@ -9,6 +9,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from cnn_jax import inspect
+from cnn_jax.data.files import is_output
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
 from cnn_jax.data.survey import survey
@@ -125,6 +126,7 @@ def test_a_page_is_written(image_folder, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert json.loads((output / "inspection.json").read_text()) == printed
     assert (output / "index.html").is_file()
+    assert is_output([path.name for path in output.iterdir()])  # So it is not read as data.
 
 
 @pytest.mark.parametrize(
