@@ -76,7 +76,9 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
     try:
         aside.mkdir(parents=True)
         flat = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
-        weights = {name: np.asarray(array) for name, array in flat.items()}
+        # safetensors 0.8 writes the memory of other arrays as it lies there. (Not
+        # ascontiguousarray, which makes a vector of a scalar.)
+        weights = {name: np.asarray(array, order="C") for name, array in flat.items()}
         with of_file(aside / _WEIGHTS):
             (aside / _WEIGHTS).write_bytes(safetensors.numpy.save(weights))
         description = {"format": FORMAT} | {

@@ -19,8 +19,9 @@ import numpy as np
 from cnn_jax import cli
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track
+from cnn_jax.data.files import check_output
 from cnn_jax.data.findings import count
-from cnn_jax.data.sources import FORMS, absolute, open_source
+from cnn_jax.data.sources import FORMS, absolute, listed_folder, open_source
 from cnn_jax.data.splits import RULES, SPLITS, Division
 from cnn_jax.data.survey import MAX_DISTANCE, NEAR_DISTANCE, Cluster, Survey, survey
 from cnn_jax.errors import ConfigError, printable
@@ -288,15 +289,12 @@ def _create_output(output: str, source: str) -> pathlib.Path:
     """The folder for the page.
 
     Raises:
-      ConfigError: It cannot be created, or lies in the data.
+      ConfigError: It cannot be created, or has images of the data.
     """
     folder = pathlib.Path(output)
-    kind, _, root = source.partition(":")
-    if kind == "folder" and folder.resolve().is_relative_to(pathlib.Path(root).resolve()):
-        raise ConfigError(
-            f"--output: {output} lies in the data itself, where its pictures would count as "
-            "images; name a folder elsewhere"
-        )
+    data = listed_folder(source)
+    if data is not None:
+        check_output("--output", folder, data)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -250,13 +250,13 @@ def list_images(path: str | os.PathLike[str], allow_outside: bool = False) -> li
         return [path]
     if not path.is_dir():
         raise DataError(f"--input: there is no file or folder {path}")
-    images, ignored = files.list_images(path, allow_outside)
-    left_out = files.describe_ignored(ignored)
-    if not images:
+    listing = files.list_images(path, allow_outside)
+    left_out = files.describe_ignored(listing.ignored)
+    if not listing.files:
         raise DataError(f"--input: no image files below {path}{left_out}")
     if left_out:
-        logger.warning("%s: %d images%s", path, len(images), left_out)
-    return [path / image.path for image in images]
+        logger.warning("%s: %d images%s", path, len(listing.files), left_out)
+    return [path / image.path for image in listing.files]
 
 
 def write_predictions(predictor: Predictor, paths: Sequence[pathlib.Path], file: IO[str]) -> int:

@@ -25,7 +25,9 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 from cnn_jax import sharding
 from cnn_jax.configuration import Config
 from cnn_jax.data import Track
+from cnn_jax.data.files import check_output
 from cnn_jax.data.scan import Unreadable
+from cnn_jax.data.sources import listed_folder
 from cnn_jax.errors import ConfigError, of_file, printable
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ FREE_KEYS = INDIFFERENT_KEYS | {"train.epochs", "train.patience", "checkpoint.re
 _BEFORE = {"augment.mixup_probability": 0.0, "augment.cutmix_probability": 0.0}
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
 _CHECKPOINTS = "checkpoints"
+# The sub-folders of a run.
+_FOLDERS = (_CHECKPOINTS, "bundle", "damaged", "profile", "report", "tensorboard")
 # A heartbeat is written no more often than this.
 _HEARTBEAT_SECONDS = 5.0
 
@@ -95,6 +99,27 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             file.write(json.dumps(_this_process() | {"since": _now()}))
             file.flush()
         yield
+
+
+def check_apart(workdir: pathlib.Path, source: str) -> None:
+    """Checks that a run and the data that it is trained on do not spoil each other.
+
+    A run may lie in a folder of the data, which it is then no part of.
+
+    Raises:
+      ConfigError: The run's folder has images of the data, or the data lies where the run
+        writes.
+    """
+    data = listed_folder(source)
+    if data is None:
+        return
+    check_output("--workdir", workdir, data)
+    for name in _FOLDERS:
+        if data.resolve().is_relative_to((workdir / name).resolve()):
+            raise ConfigError(
+                f"--workdir: the data, {data}, lies in {workdir / name}, where the run writes; use "
+                "another folder"
+            )
 
 
 def _this_process() -> dict[str, Any]:

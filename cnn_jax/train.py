@@ -93,6 +93,7 @@ def train_and_evaluate(
         configuration.validate(config, jax.device_count())
         with sharding.together():
             if sharding.is_primary():
+                run_directory.check_apart(workdir, config.data.source)
                 stack.enter_context(run_directory.locked(workdir))
         heartbeat = Heartbeat(workdir)
         track = heartbeat.following(console.track)

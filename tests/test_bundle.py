@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cnn_jax.bundle import Bundle, digest, read_bundle, write_bundle
 from cnn_jax.data.splits import Division
@@ -143,3 +144,43 @@ def test_a_name_that_leads_out_of_the_bundle_is_refused(tmp_path):
     _edit(tmp_path / "bundle", files={"../../etc/passwd": {"sha256": ""}})
     with pytest.raises(BundleError, match="is not a bundle"):
         read_bundle(tmp_path / "bundle")
+
+
+_LAYOUTS = {
+    "contiguous": np.ascontiguousarray,
+    "transposed": lambda array: np.ascontiguousarray(array.T).T,
+    "Fortran": np.asfortranarray,
+    "sliced": lambda array: np.repeat(array, 2, axis=-1)[..., ::2],
+    "inner": lambda array: np.pad(array, 1)[tuple(slice(1, -1) for _ in array.shape)],
+    "reversed": lambda array: np.ascontiguousarray(np.flip(array)[...])[
+        (slice(None, None, -1),) * array.ndim
+    ],
+    "broadcast": lambda array: np.broadcast_to(array[:1], array.shape),
+    "swapped bytes": lambda array: array.astype(array.dtype.newbyteorder()),
+    "JAX": jnp.asarray,
+    "JAX, transposed": lambda array: jnp.asarray(np.ascontiguousarray(array.T)).T,
+    "JAX, on eight devices": lambda array: jax.device_put(
+        np.concatenate([array] * 8), NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x"))
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", _LAYOUTS)
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4, 5)])
+def test_arrays_keep_their_values_however_they_lie_in_memory(tmp_path, layout, shape):
+    plain = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    array = _LAYOUTS[layout](plain)
+    wanted = np.array(array, np.float32, order="C")
+    bundle = dataclasses.replace(make_bundle(), variables={"params": {"kernel": array}})
+    write_bundle(bundle, tmp_path)
+    read = read_bundle(tmp_path).variables["params"]["kernel"]
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, wanted)
+
+
+@pytest.mark.parametrize("scalar", [np.float32(0.5), np.array(3, np.int32), jnp.float32(0.25)])
+def test_a_scalar_stays_a_scalar(tmp_path, scalar):
+    bundle = dataclasses.replace(make_bundle(), variables={"params": {"scale": scalar}})
+    write_bundle(bundle, tmp_path)
+    read = read_bundle(tmp_path).variables["params"]["scale"]
+    assert (read.shape, read.dtype, read) == ((), scalar.dtype, scalar)

@@ -9,6 +9,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from cnn_jax import inspect
+from cnn_jax.data.files import is_output
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
 from cnn_jax.data.survey import survey
@@ -125,14 +126,16 @@ def test_a_page_is_written(image_folder, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert json.loads((output / "inspection.json").read_text()) == printed
     assert (output / "index.html").is_file()
+    assert is_output([path.name for path in output.iterdir()])  # So it is not read as data.
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--source=nothing"], "a source must be"),
-        (["--source=folder:{data}", "--output={data}/page"], "lies in the data itself"),
-        (["--source=folder:{data}", "--output={data}/red/000.png/page"], "lies in the data"),
+        (["--source=folder:{data}", "--output={data}"], "holds images of the data"),
+        (["--source=folder:{data}", "--output={data}/red"], "holds images of the data"),
+        (["--source=folder:{data}", "--output={data}/red/000.png/page"], "cannot create"),
         (["--source=folder:{data}", "--output={file}"], "cannot create"),
         (["--source=folder:{data}", "--group=track"], "has no part like"),
         (["--source=folder:{data}", "--split=0.7,0.3"], "three shares"),

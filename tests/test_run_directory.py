@@ -1,6 +1,7 @@
 import datetime
 import json
 import os
+import shutil
 import socket
 
 import numpy as np
@@ -8,7 +9,12 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from cnn_jax import run_directory
+from cnn_jax.data.files import open_folder
 from cnn_jax.errors import ConfigError
+from cnn_jax.evaluate import open_as_trained
+from cnn_jax.explain.pictures import explain
+from cnn_jax.predict import Predictor, list_images
+from cnn_jax.train import train_and_evaluate
 from configs import default
 
 
@@ -172,3 +178,60 @@ def test_confidences_round_trip(tmp_path):
     assert lines[0] == "id,label,predicted,confidence"
     confidences = np.array([line.split(",")[3] for line in lines[1:]], np.float32)
     np.testing.assert_array_equal(confidences, probabilities.max(axis=1))
+
+
+@pytest.fixture
+def data(image_folder, tmp_path):
+    """A copy of `image_folder` to write to."""
+    shutil.copytree(image_folder, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_what_is_written_in_the_folder_of_the_data_is_no_part_of_it(data, tiny_config):
+    config = tiny_config
+    config.data.source = f"folder:{data}"
+    config.train.epochs = 1
+    workdir = data / "runs" / "first"
+    before = open_folder(data)
+    train_and_evaluate(config, workdir)
+    for name in ("confusion.png", "examples/000.png"):  # As the report would draw them.
+        picture = workdir / "report" / name
+        picture.parent.mkdir(exist_ok=True)
+        shutil.copy(data / "red" / "000.png", picture)
+    predictor = Predictor.load(workdir / "bundle")
+    images = list_images(data)
+    explain(predictor, images[:1], data / "maps")
+    assert list((data / "maps").glob("*.png"))
+
+    after = open_folder(data)
+    assert after.ids == before.ids
+    assert after.ignored["folders that cnn_jax wrote"] == 2
+    assert after.remarks == []
+    assert list_images(data) == images
+    assert len(images) == len(before) == 60
+    fingerprint = predictor.data["fingerprint"]
+    assert open_as_trained(predictor).fingerprint == fingerprint
+    config.train.epochs = 2  # The run goes on from its checkpoint.
+    train_and_evaluate(config, workdir)
+    assert Predictor.load(workdir / "bundle").data["fingerprint"] == fingerprint
+
+
+@pytest.mark.parametrize("place", [".", "red", "red/../blue", "split"])
+def test_a_run_does_not_lie_where_the_images_are(data, tiny_config, place):
+    (data / "split").mkdir()
+    (data / "green").rename(data / "split" / "green")
+    before = sorted(data.rglob("*"))
+    for form in ("folder", "classes", "splits"):
+        tiny_config.data.source = f"{form}:{data}"
+        with pytest.raises(ConfigError, match=r"^--workdir: .* holds images of the data"):
+            train_and_evaluate(tiny_config, data / place)
+    assert sorted(data.rglob("*")) == before  # Not even the lock is left.
+
+
+def test_the_data_does_not_lie_where_the_run_writes(tmp_path):
+    for name in ("report", "tensorboard", "checkpoints", "bundle", "profile"):
+        source = f"folder:{tmp_path}/run/{name}/images"
+        with pytest.raises(ConfigError, match=f"^--workdir: the data, .*{name}/images, lies in"):
+            run_directory.check_apart(tmp_path / "run", source)
+    for source in (f"folder:{tmp_path}/run/images", f"folder:{tmp_path}", "shapes", "tfds:mnist"):
+        run_directory.check_apart(tmp_path / "run", source)

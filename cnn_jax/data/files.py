@@ -10,15 +10,15 @@ import errno
 import os
 import pathlib
 import stat
-import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from cnn_jax.data.decode import looks_like_an_image
-from cnn_jax.data.source import SPLIT_NAMES, Source
-from cnn_jax.errors import DataError
+from cnn_jax.data.layout import Layout, find_layout, nearly_equal
+from cnn_jax.data.source import SPLIT_NAMES, Source, named_splits
+from cnn_jax.errors import ConfigError, DataError
 
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -27,7 +27,32 @@ IMAGE_SUFFIXES = frozenset(
 _OTHER_SUFFIXES = frozenset(
     (".arw", ".avif", ".cr2", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef")
 )
+# Thumbnails, bins and snapshots of NAS and desktop systems, in lower case.
+_SYSTEM_FOLDERS = frozenset(
+    (
+        *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "@sharebin"),
+        *("#recycle", "#snapshot", "~snapshot", "$recycle.bin", "system volume information"),
+        *("lost+found", "lost.dir", "found.000", "__macosx", "network trash folder"),
+        *("temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+    )
+)
+# Names that are found together in a folder that this project wrote. Where such a folder has
+# pictures, they lie beside these files, or else below: a run in a class's folder hides no class.
+_OUTPUTS_WITHOUT_PICTURES = (
+    frozenset(("lock", "heartbeat.json")),  # A run that has just been started.
+    frozenset(("config.json", "metrics.jsonl")),
+    frozenset(("bundle.json", "weights.safetensors")),
+)
+_OUTPUTS_WITH_PICTURES = (
+    frozenset(("metrics.json", "predictions.csv")),  # The report of a run.
+    frozenset(("explanations.json",)),
+    frozenset(("inspection.json",)),
+    frozenset(("study.json", "trials.csv")),
+)
 _OTHER_FORMAT = "images of other formats"
+_SYSTEM = "thumbnails, bins and the like of other programs"
+_OUTPUT = "folders that cnn_jax wrote"
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
 _HIDDEN = "hidden"
 _NO_IMAGE = "not images"
 _SPECIAL = "neither files nor folders"
@@ -64,17 +89,61 @@ class File:
         return self.path.split("/")
 
 
-def list_files(
-    root: pathlib.Path, allow_outside: bool = False
-) -> tuple[list[File], dict[str, int]]:
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The content of a folder.
+
+    Attributes:
+      files: Regular files, sorted by path.
+      ignored: How many things of each kind were left out.
+      folders: Paths of the folders that were looked into and are no links.
+      outputs: Paths of the folders that this project wrote, which are left out.
+    """
+
+    files: list[File]
+    ignored: dict[str, int]
+    folders: list[str]
+    outputs: list[str]
+
+
+def is_output(names: Collection[str]) -> bool:
+    """Whether a folder with these entries was written by this project."""
+    names = set(names)
+    if any(marks <= names for marks in _OUTPUTS_WITHOUT_PICTURES):
+        return not any(map(_has_image_suffix, names))
+    return any(marks <= names for marks in _OUTPUTS_WITH_PICTURES)
+
+
+def check_output(flag: str, output: pathlib.Path, data: pathlib.Path) -> None:
+    """Checks that what is written to a folder does not mix with the images of a data set.
+
+    Args:
+      flag: That names the folder, for the message.
+      output: The folder; it need not be there.
+      data: The data set's folder.
+
+    Raises:
+      ConfigError: The folder is the data set's, or has some of its images in it.
+    """
+    folder, root = (os.path.realpath(path) for path in (output, data))
+    if os.path.commonpath([root, folder]) != root or not pathlib.Path(folder).is_dir():
+        return
+    is_earlier = folder != root and is_output(os.listdir(folder))  # noqa: PTH208
+    if is_earlier or not list_images(pathlib.Path(folder)).files:
+        return
+    raise ConfigError(
+        f"{flag}: {output} holds images of the data, and what is written there would be taken for "
+        "more of them; name another folder"
+    )
+
+
+def list_files(root: pathlib.Path, allow_outside: bool = False) -> Listing:
     """All regular files anywhere below a folder, and what else is there.
 
-    Hidden files and folders are left out. A link is followed if what it leads
-    to lies in the folder (or `allow_outside`) and has not been listed yet, so
-    that no file comes twice and no loop of links is endless.
-
-    Returns:
-      The files, sorted by path, and how many things of each kind were left out.
+    Left out are hidden files and folders, those that a NAS or a desktop system makes for
+    itself, and folders that this project wrote: runs, bundles, reports, explanations. A link
+    is followed if what it leads to lies in the folder (or `allow_outside`) and has not been
+    listed yet, so that no file comes twice and no loop of links is endless.
     """
     return _Walk(root, allow_outside).run()
 
@@ -85,17 +154,20 @@ class _Walk:
         self._allow_outside = allow_outside
         self._files: list[File] = []
         self._ignored: Counter[str] = Counter()
+        self._folders: list[str] = []
+        self._outputs: list[str] = []
         self._links: list[tuple[str, str]] = []
         self._seen: set[tuple[int, int]] = set()  # (device, inode)
 
-    def run(self) -> tuple[list[File], dict[str, int]]:
+    def run(self) -> Listing:
         self._add_folder(self._root, "")
         # Links last: what a link leads to may be listed under its own name.
         while self._links:
             links, self._links = sorted(self._links), []
             for name, link in links:
                 self._follow(name, link)
-        return sorted(self._files, key=lambda file: file.path), dict(self._ignored)
+        files = sorted(self._files, key=lambda file: file.path)
+        return Listing(files, dict(self._ignored), self._folders, self._outputs)
 
     def _add_folder(self, folder: str, name: str, *, linked: bool = False) -> None:
         """Lists a folder under a name, "" for the root, without following links.
@@ -112,12 +184,23 @@ class _Walk:
                     found = sorted(entries, key=lambda entry: entry.name)
             except OSError:
                 self._ignored[_UNREADABLE_FOLDER] += 1
+                if not linked:
+                    self._folders.append(name)
                 continue
             self._seen.add((status.st_dev, status.st_ino))
+            # The root itself is always read, because the user has named it.
+            if name and is_output([entry.name for entry in found]):
+                self._ignored[_OUTPUT] += 1
+                self._outputs.append(name)
+                continue
+            if not linked:
+                self._folders.append(name)
             for entry in found:
                 below = f"{name}/{entry.name}" if name else entry.name
                 if entry.name.startswith("."):
                     self._ignored[_HIDDEN] += 1
+                elif entry.name.lower() in _SYSTEM_FOLDERS:
+                    self._ignored[_SYSTEM] += 1
                 elif entry.is_symlink():
                     self._links.append((below, entry.path))
                 elif entry.is_dir(follow_symlinks=False):
@@ -158,9 +241,13 @@ class _Walk:
             self._ignored[_SPECIAL] += 1
 
 
+def _has_image_suffix(name: str) -> bool:
+    return pathlib.PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
 def is_image_file(root: pathlib.Path, path: str) -> bool:
-    """By the ending of its name, or else by how its content begins."""
-    if pathlib.PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES:
+    """Whether a file is an image by the ending of its name, or else by how its content begins."""
+    if _has_image_suffix(path):
         return True
     try:
         with (root / path).open("rb") as file:
@@ -169,22 +256,20 @@ def is_image_file(root: pathlib.Path, path: str) -> bool:
         return False
 
 
-def list_images(
-    root: pathlib.Path, allow_outside: bool = False
-) -> tuple[list[File], dict[str, int]]:
+def list_images(root: pathlib.Path, allow_outside: bool = False) -> Listing:
     """The files of `list_files` that are images, or should be, judging by their names."""
-    files, ignored = list_files(root, allow_outside)
-    images, others = [], 0
-    for file in files:
+    listing = list_files(root, allow_outside)
+    images, others, ignored = [], 0, dict(listing.ignored)
+    for file in listing.files:
         if is_image_file(root, file.path):
             images.append(file)
         elif pathlib.PurePosixPath(file.path).suffix.lower() in _OTHER_SUFFIXES:
             others += 1
     if others:
         ignored[_OTHER_FORMAT] = others
-    if strays := len(files) - len(images) - others:
+    if strays := len(listing.files) - len(images) - others:
         ignored[_NO_IMAGE] = strays
-    return images, ignored
+    return dataclasses.replace(listing, files=images, ignored=ignored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,37 +293,29 @@ class FileReader:
 def open_folder(
     path: str | os.PathLike[str], name: str = "", allow_outside: bool = False
 ) -> Source:
-    """`class/**/image`, or the same below `train`, `val`, `valid` or `validation`, and `test`.
+    """`class/**/image`, or the same below folders for the splits; see `layout.find_layout`.
 
     The classes are the sub-folders that have images, sorted by name; of a folder
     that is divided already, those of all its parts together. No image is opened.
 
     Args:
       path: The folder.
-      name: Of the source; by default `folder:PATH`.
+      name: Of the source; by default `folder:PATH`. With `classes:PATH` each sub-folder is a
+        class, with `splits:PATH` each is a split, whatever `find_layout` makes of their names.
       allow_outside: Whether links may lead out of the folder.
 
     Raises:
-      DataError: There is no such folder, or no class in it.
+      DataError: There is no such folder, or no class in it, or its layout is ambiguous.
     """
     name = name or f"folder:{path}"
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
         raise DataError(f"{name}: there is no folder {root}")
-    images, ignored = list_images(root, allow_outside)
-    remarks = []
-    parts, unlabelled = _parts_of_a_divided_folder(images)
-    for part in unlabelled:
-        remarks.append(
-            f"the folder {part} has a single sub-folder, which is no class of the training part: "
-            "its images are taken for unlabelled and left out"
-        )
-    # A class is the name of the folder at this depth.
-    depth = 1 if parts else 0
+    listing = list_images(root, allow_outside)
+    images, ignored = listing.files, dict(listing.ignored)
+    layout = find_layout((image.path for image in images), name)
     examples = [
-        file
-        for file in images
-        if len(file.parts) > depth + 1 and (not parts or file.parts[0] in parts)
+        (image, place) for image in images if (place := layout.classify(image.path)) is not None
     ]
     if len(examples) < len(images):
         ignored[_NO_CLASS] = len(images) - len(examples)
@@ -246,16 +323,17 @@ def open_folder(
         hint = "it has images, but no sub-folders" if images else "there are no images in it"
         raise DataError(
             f"{name}: {root} needs a sub-folder of images for each class; {hint}"
+            + _other_ways(root)
             + describe_ignored(ignored)
         )
-    class_of_each = [file.parts[depth] for file in examples]
-    with_images = set(class_of_each)
-    for folder in _folders_at(root, list(parts) if parts else [""]):
-        if folder.rpartition("/")[2] not in with_images:
-            remarks.append(
-                f"the folder {folder} has no images, so there is no such class; add some, or "
-                "remove the folder"
-            )
+    source = _make_source(
+        name,
+        root,
+        [file for file, _ in examples],
+        [class_name for _, (class_name, _) in examples],
+        [split for _, (_, split) in examples],
+    )
+    remarks = [*layout.remarks, *_classes_without_images(listing, layout, source)]
     if _OTHER_FORMAT in ignored:
         remarks.append(
             f"{ignored[_OTHER_FORMAT]:,} images are of formats that are not read, such as HEIC or "
@@ -263,14 +341,42 @@ def open_folder(
         )
     if _OUTSIDE in ignored:
         remarks.append(f"{ignored[_OUTSIDE]:,} links lead out of the folder: {_ALLOW}")
-    source = _make_source(
-        name,
-        root,
-        examples,
-        class_of_each,
-        [parts[file.parts[0]] if parts else "" for file in examples],
+    return dataclasses.replace(
+        source,
+        ignored=ignored,
+        remarks=[*source.remarks, *remarks],
+        split_folders={folder: split for folder, split in layout.parts.items() if folder},
     )
-    return dataclasses.replace(source, ignored=ignored, remarks=[*source.remarks, *remarks])
+
+
+def _other_ways(root: pathlib.Path) -> str:
+    """Tables and archives that lie directly in a folder without classes, as part of a message."""
+    found = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
+    tables = [entry for entry in found if entry.lower().endswith(".csv")]
+    archives = [entry for entry in found if entry.lower().endswith(_ARCHIVES)]
+    hint = ""
+    if tables:
+        hint += (
+            f"; csv:{root / tables[0]} takes the labels from a table with columns path and label"
+        )
+    if archives:
+        hint += f"; {archives[0]} is an archive to be extracted first"
+    return hint
+
+
+def _classes_without_images(listing: Listing, layout: Layout, source: Source) -> list[str]:
+    """A remark for each folder where a class would be and that has no images."""
+    remarks = []
+    for folder in sorted(filter(None, listing.folders)):
+        parent, _, name = folder.rpartition("/")
+        is_class = layout.spellings.get(folder, name) in source.class_names
+        has_outputs = any(output.startswith(f"{folder}/") for output in listing.outputs)
+        if parent in layout.parts and not (is_class or has_outputs):
+            remarks.append(
+                f"the folder {folder} has no images, so there is no such class; add some, or "
+                "remove the folder"
+            )
+    return remarks
 
 
 def _make_source(
@@ -297,18 +403,9 @@ def _make_source(
         remarks=[
             f"the classes {' and '.join(names)} differ only in case, spaces or how their accents "
             "are written: give them one name if they are one class"
-            for names in _nearly_equal(class_names)
+            for names in nearly_equal(class_names)
         ],
     )
-
-
-def _nearly_equal(class_names: Sequence[str]) -> list[list[str]]:
-    """Sets of names that a person would read as one."""
-    names_of: dict[str, list[str]] = defaultdict(list)
-    for name in class_names:
-        folded = unicodedata.normalize("NFKC", name).casefold()
-        names_of["".join(folded.split())].append(name)
-    return [names for names in names_of.values() if len(names) > 1]
 
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:
@@ -317,44 +414,6 @@ def describe_ignored(ignored: Mapping[str, int]) -> str:
         return ""
     counts = ", ".join(f"{number:,} {kind}" for kind, number in ignored.items())
     return f" (left out: {counts}" + (f": {_ALLOW})" if _OUTSIDE in ignored else ")")
-
-
-def _parts_of_a_divided_folder(images: Sequence[File]) -> tuple[dict[str, str], list[str]]:
-    """For each folder that is a split, the split's name, and folders of unlabelled images.
-
-    Both are empty if the folder is not divided. It is divided if the images of a
-    part lie in sub-folders, and it is the training part beside another one, or there
-    are only parts. (A class may be called "train" or "test", but then has the images
-    itself. Test images without classes, as competitions have them, are no part, not
-    even in a sub-folder: that has the name of no class.)
-    """
-    tops = {file.parts[0] for file in images if len(file.parts) > 1}
-    named = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
-    nested = {file.parts[0] for file in images if len(file.parts) > 2}
-    parts = {top: split for top, split in named.items() if top in nested}
-    if "train" not in parts.values():
-        return (parts if tops == nested == set(named) else {}), []
-    if len(named) == 1:
-        return {}, []
-    classes_of: dict[str, set[str]] = defaultdict(set)
-    for file in images:
-        if len(file.parts) > 2:
-            classes_of[file.parts[0]].add(file.parts[1])
-    known = set[str]().union(*(classes_of[top] for top in parts if parts[top] == "train"))
-    unlabelled = [
-        top
-        for top, split in sorted(parts.items())
-        if split == "test" and len(classes_of[top]) == 1 and not classes_of[top] & known
-    ]
-    return {top: split for top, split in parts.items() if top not in unlabelled}, unlabelled
-
-
-def _folders_at(root: pathlib.Path, parts: Sequence[str]) -> Iterator[str]:
-    """The folders directly in each of these parts of the root, hidden ones left out."""
-    for part in parts:
-        for entry in sorted((root / part).iterdir()):
-            if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
-                yield f"{part}/{entry.name}" if part else entry.name
 
 
 def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool = False) -> Source:
@@ -421,7 +480,9 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
         raise DataError(f"{name} is not a CSV file in UTF-8: {error}") from error
     if not lines:
         raise DataError(f"{name} has no rows")
-    return _make_source(name, root, [_status(root, image) for image in lines], labels, own_splits)
+    files = [_status(root, image) for image in lines]
+    source = _make_source(name, root, files, labels, own_splits)
+    return dataclasses.replace(source, split_folders=named_splits(lines))
 
 
 def _plain_path(root: pathlib.Path, path: str) -> str:

@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source
+from cnn_jax.data.sources import listed_folder
 from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.errors import printable
 
@@ -226,10 +227,13 @@ def too_few_classes(source: Source) -> str | None:
     """Why training would not start; None if there are two classes or more."""
     if len(source.class_names) >= 2:
         return None
-    return (
-        f"there is one class, {printable(source.class_names[0])}, and training needs two or more: "
-        "is each class a sub-folder of this folder?"
-    )
+    (name,) = source.class_names
+    hint = "is each class a sub-folder of this folder?"
+    root = listed_folder(source.name)
+    below = sorted({path.split("/")[1] for path in source.ids if path.count("/") > 1})
+    if root is not None and not source.split_folders and len(below) > 1:
+        hint = f"the source folder:{root / name} takes its sub-folders for classes, {_some(below)}"
+    return printable(f"there is one class, {name}, and training needs two or more: {hint}")
 
 
 def too_unreadable(

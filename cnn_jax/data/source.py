@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class Source:
         already; else "".
       ignored: How many things of each kind were found that are no examples.
       remarks: What a person should know of the data, a sentence each.
+      split_folders: The split of each folder that stands for one, such as
+        {"train": "train", "seg_test/seg_test": "test"}.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Source:
     own_splits: list[str]
     ignored: dict[str, int] = dataclasses.field(default_factory=dict)
     remarks: list[str] = dataclasses.field(default_factory=list)
+    split_folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,11 +66,14 @@ class Source:
     @property
     def paths(self) -> list[str]:
         """The ids, without the folder that stands for their own split, such as "train/"."""
-        return [
-            rest if own and SPLIT_NAMES.get(folder.lower()) == own else example_id
-            for example_id, own in zip(self.ids, self.own_splits, strict=True)
-            for folder, _, rest in [example_id.partition("/")]
-        ]
+
+        def without_split(example_id: str, own: str) -> str:
+            for folder, split in self.split_folders.items():
+                if split == own and example_id.startswith(f"{folder}/"):
+                    return example_id[len(folder) + 1 :]
+            return example_id
+
+        return list(map(without_split, self.ids, self.own_splits))
 
     def select(self, indices: Int[np.ndarray, " m"]) -> "Source":
         """These examples alone; the classes stay."""
@@ -99,6 +105,12 @@ class Source:
             labels=labels.astype(np.int32),
             remarks=[*self.remarks, remark],
         )
+
+
+def named_splits(ids: Iterable[str]) -> dict[str, str]:
+    """The folders that the ids begin with and whose names are those of splits."""
+    folders = {example_id.partition("/")[0] for example_id in ids if "/" in example_id}
+    return {name: SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES}
 
 
 def fingerprint(

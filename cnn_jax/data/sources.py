@@ -1,7 +1,9 @@
 """The names of sources.
 
 shapes[:N]          the embedded generated data set, or its first N images
-folder:PATH         a folder with one sub-folder of images for each class
+folder:PATH         a folder with one sub-folder of images for each class, or splits of these
+classes:PATH        the same, where each sub-folder is a class whatever it is called
+splits:PATH         the same, where each sub-folder is a split
 csv:PATH            a table with the columns path, label and perhaps split
 tfds:NAME[:SPLIT]   a TensorFlow Datasets name
 """
@@ -15,16 +17,23 @@ from cnn_jax.data.source import Source
 from cnn_jax.data.tfds import open_tfds
 from cnn_jax.errors import ConfigError
 
-FORMS = "shapes, shapes:N, folder:PATH, csv:PATH or tfds:NAME[:SPLIT]"
-PATTERN = re.compile(r"shapes(:[1-9]\d*)?|(folder|csv|tfds):.+", re.DOTALL)
+FORMS = "shapes, shapes:N, folder:PATH, classes:PATH, splits:PATH, csv:PATH or tfds:NAME[:SPLIT]"
+PATTERN = re.compile(r"shapes(:[1-9]\d*)?|(folder|classes|splits|csv|tfds):.+", re.DOTALL)
+_FOLDERS = ("folder", "classes", "splits")
 
 
 def absolute(name: str) -> str:
     """The name of a source, the same from any working directory."""
     kind, _, path = name.partition(":")
-    if kind not in ("folder", "csv") or not path:
+    if kind not in (*_FOLDERS, "csv") or not path:
         return name
     return f"{kind}:{pathlib.Path(path).expanduser().absolute()}"
+
+
+def listed_folder(name: str) -> pathlib.Path | None:
+    """The folder that a source lists; None if it lists none."""
+    kind, _, path = name.partition(":")
+    return pathlib.Path(path).expanduser() if kind in _FOLDERS and path else None
 
 
 def open_source(name: str, track: Track = no_track, allow_outside: bool = False) -> Source:
@@ -42,8 +51,8 @@ def open_source(name: str, track: Track = no_track, allow_outside: bool = False)
     if not PATTERN.fullmatch(name):
         raise ConfigError(f"a source must be {FORMS}, got {name!r}")
     kind, _, rest = name.partition(":")
-    if kind == "folder":
-        return open_folder(rest, allow_outside=allow_outside)
+    if kind in _FOLDERS:
+        return open_folder(rest, name, allow_outside)
     if kind == "csv":
         return open_csv(rest, allow_outside=allow_outside)
     if kind == "tfds":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cnn_jax.data import Track, no_track
-from cnn_jax.data.source import SPLIT_NAMES, Source
+from cnn_jax.data.source import SPLIT_NAMES, Source, named_splits
 from cnn_jax.errors import DataError
 
 # name[/config][:version][:split]; a split may be a part of one, such as train[:50%].
@@ -93,6 +93,7 @@ def open_tfds(name: str, track: Track = no_track) -> Source:
         versions=[f"{builder.data_path}-{builder.info.version}-{size}" for size in sizes],
         own_splits=own_splits,
         ignored={kind: count for kind, count in ignored.items() if count},
+        split_folders=named_splits(ids),
     )
 
 

@@ -9,11 +9,13 @@ each method passes on these images.
 """
 
 import argparse
+import pathlib
 from collections.abc import Sequence
 
 from cnn_jax import cli, runtime
 from cnn_jax.compiled import keep_compiled
 from cnn_jax.console import Console
+from cnn_jax.data.files import check_output
 from cnn_jax.errors import DataError
 from cnn_jax.explain.maps import METHODS
 from cnn_jax.explain.pictures import choose_class, choose_methods, explain
@@ -47,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
     methods = choose_methods(predictor, flags.method.split(","))
     if flags.class_name is not None:
         choose_class(predictor, flags.class_name)
+    given = pathlib.Path(flags.input)
+    check_output("--output", pathlib.Path(flags.output), given if given.is_dir() else given.parent)
     paths = list_images(flags.input, flags.allow_outside)
     track = Console().track
     result = explain(predictor, paths, flags.output, methods, flags.class_name, track)

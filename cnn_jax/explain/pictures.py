@@ -107,6 +107,8 @@ def explain(
     folder = pathlib.Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # By this file the folder is known for no input, even if this process is killed.
+        (folder / "explanations.json").touch()
     except OSError as error:
         raise ConfigError(f"--output: cannot make {folder}: {error.strerror}") from error
 

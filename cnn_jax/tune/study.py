@@ -39,7 +39,7 @@ from cnn_jax.configuration import Config
 from cnn_jax.console import Console
 from cnn_jax.data.findings import count
 from cnn_jax.errors import ConfigError, DataError, TrainingError, printable
-from cnn_jax.run_directory import INDIFFERENT_KEYS, write_text
+from cnn_jax.run_directory import INDIFFERENT_KEYS, check_apart, write_text
 from cnn_jax.train import open_dataset, train_and_evaluate
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, base_values, configured, describe, short
@@ -129,6 +129,7 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
     """
     console = console or Console()
     configuration.validate(plan.config, jax.device_count())
+    check_apart(plan.folder, plan.config.data.source)
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

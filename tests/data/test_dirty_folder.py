@@ -201,6 +201,7 @@ _CUT = _BROKEN + "image file is truncated"
 _HUGE = "unreadable: has "
 _NO_IMAGE = "ignored: not images"
 _HIDDEN = "ignored: hidden"
+_SYSTEM = "ignored: thumbnails, bins and the like of other programs"
 _SPECIAL = "ignored: neither files nor folders"
 _SEEN = "ignored: links to what is there already"
 _DANGLING = "ignored: links that lead nowhere"
@@ -361,7 +362,9 @@ _NO_FILES = [
     Kind("other/.thumbnails/a.png", _png(), _HIDDEN),
     Kind(".git/config", b"[core]", _HIDDEN),
     Kind("other/notes.txt", b"no image", _NO_IMAGE),
-    Kind("other/Thumbs.db", b"\xd0\xcf\x11\xe0", _NO_IMAGE),
+    Kind("other/Thumbs.db", b"\xd0\xcf\x11\xe0", _SYSTEM),
+    Kind("other/@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", _png(50), _SYSTEM),
+    Kind("$RECYCLE.BIN/$R1.png", _png(51), _SYSTEM),
     Kind("other/empty", b"", _NO_IMAGE),
     Kind("other/drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", _NO_IMAGE),
     Kind("other/drawing.eps", b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n", _NO_IMAGE),

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from cnn_jax.data import decode
-from cnn_jax.data.files import open_csv, open_folder
+from cnn_jax.data.files import check_output, open_csv, open_folder
 from cnn_jax.data.sources import absolute, open_source
 from cnn_jax.errors import ConfigError, DataError
 
@@ -107,7 +107,9 @@ def test_test_images_in_a_folder_that_is_no_class_are_no_part(tmp_path):
     assert source.class_names == ["a", "b"]
     assert set(source.own_splits) == {"train"}
     assert source.ignored == {"outside the class folders": 1}
-    assert "the folder Testing has a single sub-folder, which is no class" in source.remarks[0]
+    assert source.remarks == [
+        "the images in Testing (1) are left out, because they have no class folders"
+    ]
 
 
 def test_names_that_a_person_would_read_as_one_are_remarked_on(tmp_path):
@@ -180,6 +182,148 @@ def test_a_link_to_the_data_set_itself_is_followed(tmp_path):
     _picture(tmp_path / "data" / "cat" / "a.png")
     (tmp_path / "link").symlink_to("data")
     assert open_folder(tmp_path / "link").ids == ["cat/a.png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("@eaDir", "@EADIR", "@tmp", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN"),
+        *("$Recycle.Bin", "System Volume Information", "lost+found", "LOST.DIR", "FOUND.000"),
+        *("__MACOSX", "Network Trash Folder", "Temporary Items", "~snapshot", "@__thumb"),
+    ],
+)
+def test_folders_of_other_programs_are_left_out_and_counted(tmp_path, name):
+    root = tmp_path / name / "data"  # What is above the folder does not matter.
+    _picture(root / "cat" / "a.png")
+    _picture(root / "dog" / "a.png")
+    _picture(root / "cat" / name / "a.png" / "SYNOPHOTO_THUMB_M.jpg")
+    _picture(root / name / "a.png")
+    source = open_folder(root)
+    assert source.ids == ["cat/a.png", "dog/a.png"]
+    assert source.ignored == {"thumbnails, bins and the like of other programs": 2}
+    assert source.remarks == []
+
+
+@pytest.mark.parametrize("name", [".Trash-1000", ".picasaoriginals", ".ipynb_checkpoints"])
+def test_hidden_folders_of_other_programs_count_as_hidden(tmp_path, name):
+    _picture(tmp_path / "cat" / "a.png")
+    _picture(tmp_path / name / "a.png")
+    source = open_folder(tmp_path)
+    assert source.class_names == ["cat"]
+    assert source.ignored == {"hidden": 1}
+
+
+@pytest.mark.parametrize("name", ["recycled", "trash", "originals", "snapshot", "eaDir"])
+def test_classes_may_be_called_much_like_folders_of_other_programs(tmp_path, name):
+    _picture(tmp_path / name / "a.png")
+    assert open_folder(tmp_path).class_names == [name]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("lock", "heartbeat.json"),
+        ("config.json", "metrics.jsonl"),
+        ("bundle.json", "weights.safetensors"),
+        ("metrics.json", "predictions.csv"),
+        ("explanations.json",),
+        ("inspection.json",),
+        ("study.json", "trials.csv"),
+    ],
+)
+@pytest.mark.parametrize("place", ["out", "deep/out", "cat/out"])
+def test_folders_that_this_project_wrote_are_left_out_and_counted(tmp_path, names, place):
+    _picture(tmp_path / "cat" / "a.png")
+    _picture(tmp_path / "dog" / "a.png")
+    _picture(tmp_path / place / "examples" / "a.png")
+    for name in names:
+        (tmp_path / place / name).touch()
+    source = open_folder(tmp_path)
+    assert source.ids == ["cat/a.png", "dog/a.png"]
+    assert source.ignored == {"folders that cnn_jax wrote": 1}
+    assert source.remarks == []
+    # The folder that is named is read, whoever wrote it.
+    assert open_folder(tmp_path / place).ids == ["examples/a.png"]
+
+
+def test_a_run_in_the_folder_of_a_class_does_not_hide_the_class(tmp_path):
+    _picture(tmp_path / "cat" / "a.png")
+    _picture(tmp_path / "dog" / "a.png")
+    _picture(tmp_path / "cat" / "report" / "chart.png")
+    names = ("config.json", "metrics.jsonl", "report/metrics.json", "report/predictions.csv")
+    for name in names:
+        (tmp_path / "cat" / name).touch()
+    source = open_folder(tmp_path)
+    assert source.ids == ["cat/a.png", "dog/a.png"]
+    assert source.ignored == {"folders that cnn_jax wrote": 1, "not images": 2}
+
+
+def test_files_of_other_names_make_no_folder_of_this_project(tmp_path):
+    for name in ("config.json", "metrics.json", "index.html", "lock", "bundle.json"):
+        _picture(tmp_path / name[:3] / "a.png")
+        (tmp_path / name[:3] / name).touch()
+    assert open_folder(tmp_path).class_names == ["bun", "con", "ind", "loc", "met"]
+
+
+def test_an_output_may_lie_in_the_data_but_not_where_its_images_are(tmp_path):
+    data = tmp_path / "data"
+    _picture(data / "cat" / "deep" / "a.png")
+    _picture(data / "maps" / "a.png")
+    (data / "maps" / "explanations.json").touch()
+    (data / "link").symlink_to("cat")
+    for folder in (data, data / "cat", data / "cat" / "deep", data / "cat" / "..", data / "link"):
+        with pytest.raises(ConfigError, match=r"--output: .* holds images of the data"):
+            check_output("--output", folder, data)
+    for folder in (tmp_path, tmp_path / "data2", data / "new", data / "cat" / "new", data / "maps"):
+        check_output("--output", folder, data)
+
+
+def test_the_folder_of_a_split_is_no_part_of_a_path_in_it(tmp_path):
+    for path in ("seg_train/seg_train/a/1.png", "seg_train/seg_train/b/1.png", "seg_test/a/1.png"):
+        _picture(tmp_path / path)
+    source = open_folder(tmp_path)
+    assert source.paths == ["a/1.png", "a/1.png", "b/1.png"]
+    assert source.ids[0] == "seg_test/a/1.png"
+    assert source.select(np.array([2])).paths == ["b/1.png"]
+
+
+def test_a_class_that_a_split_spells_in_another_way_is_one_class(tmp_path):
+    for path in ("train/Caf\u00e9/1.png", "train/dog/1.png", "test/cafe\u0301/1.png"):
+        _picture(tmp_path / path)
+    (tmp_path / "test" / "cat").mkdir()
+    source = open_folder(tmp_path)
+    assert source.class_names == ["Caf\u00e9", "dog"]
+    assert [source.class_names[label] for label in source.labels] == [
+        "Caf\u00e9",
+        "Caf\u00e9",
+        "dog",
+    ]
+    assert len(source.remarks) == 2
+    assert "the folder test/cat has no images" in source.remarks[1]
+
+
+def test_the_form_of_the_source_decides_what_its_folders_are(tmp_path):
+    for path in ("old_train/a/1.png", "old_train/b/1.png", "new_test/a/1.png"):
+        _picture(tmp_path / path)
+    with pytest.raises(DataError, match="new_test and old_train may be classes or splits"):
+        open_source(f"folder:{tmp_path}")
+    assert open_source(f"classes:{tmp_path}").class_names == ["new_test", "old_train"]
+    source = open_source(f"splits:{tmp_path}")
+    assert source.class_names == ["a", "b"]
+    assert source.own_splits == ["test", "train", "train"]
+    assert source.name == f"splits:{tmp_path}"
+
+
+def test_a_folder_without_classes_is_told_of_its_table_or_archive(tmp_path):
+    (tmp_path / "data.tar.gz").touch()
+    with pytest.raises(
+        DataError, match=r"no images in it; data\.tar\.gz is an archive to be extracted"
+    ):
+        open_folder(tmp_path)
+    _picture(tmp_path / "1.png")
+    (tmp_path / "Annotations.csv").touch()
+    with pytest.raises(DataError, match=f"no sub-folders; csv:{tmp_path}/Annotations.csv takes"):
+        open_folder(tmp_path)
 
 
 def _write_csv(path: pathlib.Path, text: str) -> pathlib.Path:
@@ -274,5 +418,6 @@ def test_shapes_can_be_shortened():
 def test_the_absolute_name_is_that_of_the_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert absolute("folder:a") == f"folder:{tmp_path}/a"
+    assert absolute("classes:a") == f"classes:{tmp_path}/a"
     assert absolute("csv:a/t.csv") == f"csv:{tmp_path}/a/t.csv"
     assert absolute("tfds:cifar10") == "tfds:cifar10"

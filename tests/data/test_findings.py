@@ -5,6 +5,7 @@ from PIL import Image
 
 from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
+from cnn_jax.data.findings import too_few_classes
 from cnn_jax.data.splits import Division
 from cnn_jax.preprocessing import Preprocessing
 
@@ -138,3 +139,15 @@ def test_shares_that_chance_made_uneven_are_a_warning(tmp_path):
     for seed, found in said.items():
         assert all("data.stratify=exact divides evenly" in warning for warning in found)
         assert warnings(seed=seed, rule="exact") == []
+
+
+def test_a_single_class_with_sub_folders_names_the_folder_that_is_meant(tmp_path):
+    for name in ("cat", "dog"):
+        _write(tmp_path, f"PetImages/{name}/0.png", 0)
+    reason = too_few_classes(open_folder(tmp_path))
+    assert reason is not None
+    assert reason.startswith("there is one class, PetImages, and training needs two or more: the ")
+    assert reason.endswith(
+        f"folder:{tmp_path}/PetImages takes its sub-folders for classes, cat, dog"
+    )
+    assert too_few_classes(open_folder(tmp_path / "PetImages")) is None

@@ -13,9 +13,10 @@ from test_bundle import make_bundle
 
 from cnn_jax.bundle import write_bundle
 from cnn_jax.errors import ConfigError, DataError
+from cnn_jax.explain import __main__ as explain_command
 from cnn_jax.explain import pictures
 from cnn_jax.explain.maps import grad_cam, methods_for
-from cnn_jax.predict import Predictor, predict_batch, preprocess_for_inference
+from cnn_jax.predict import Predictor, list_images, predict_batch, preprocess_for_inference
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +144,23 @@ def test_the_command(tmp_path, paths):
     done = run(*flags, f"--output={tmp_path / 'out'}")
     assert done.returncode == 1
     assert "is damaged" in done.stderr.splitlines()[-1]
+
+
+def test_maps_in_the_folder_of_the_images_are_not_explained(paths, tmp_path, capsys):
+    write_bundle(make_bundle(), tmp_path / "bundle")
+    flags = [f"--bundle={tmp_path}/bundle", f"--input={tmp_path}"]
+    for _ in range(2):
+        explain_command.main([*flags, f"--output={tmp_path}/maps"])
+        explained = json.loads((tmp_path / "maps" / "explanations.json").read_text())["images"]
+        assert [image["path"] for image in explained] == list(map(str, paths))
+    for arguments in (flags, [flags[0], f"--input={paths[0]}"]):
+        with pytest.raises(ConfigError, match=r"^--output: .* holds images of the data"):
+            explain_command.main([*arguments, f"--output={tmp_path}"])
+
+
+def test_maps_of_a_process_that_was_killed_are_no_images(predictor, paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "_judge", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pictures.explain(predictor, paths, tmp_path / "maps")
+    assert (tmp_path / "maps" / "0000-grad_cam.png").exists()
+    assert list_images(tmp_path) == paths

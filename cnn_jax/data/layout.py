@@ -1,0 +1,414 @@
+"""The layout of a folder of images: its class folders, and the splits that they lie in.
+
+The layout is found in the paths of the images; no file is opened.
+"""
+
+import dataclasses
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from cnn_jax.data.source import SPLIT_NAMES
+from cnn_jax.errors import DataError, printable
+
+_PREDICTION = "prediction"
+# The split that a word in a folder's name stands for.
+_SPLIT_OF_WORD = {
+    **SPLIT_NAMES,
+    "trainval": "train",
+    **dict.fromkeys(("pred", "predict", "prediction", "predictions", "inference"), _PREDICTION),
+    **dict.fromkeys(("unlabeled", "unlabelled", "submission"), _PREDICTION),
+}
+# Words that say nothing of a folder but that it holds data.
+_PLAIN_WORDS = frozenset(
+    (
+        *("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic"),
+        *("pics", "jpg", "jpeg", "jpegs", "png", "data", "dataset", "datasets", "set", "sets"),
+        *("file", "files", "folder", "folders", "dir", "split", "splits"),
+    )
+)
+# Folders that hold one kind of file of a data set for detection or segmentation.
+_KINDS_OF_FILES = frozenset(
+    (
+        *("image", "images", "img", "imgs", "mask", "masks", "label", "labels"),
+        *("annotation", "annotations", "groundtruth", "segmentation", "segmentations"),
+    )
+)
+_MAX_NAMED = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The class folders of a data set.
+
+    Attributes:
+      parts: The split of each folder that holds class folders, such as
+        {"seg_train/seg_train": "train"}; {"": ""} if the data is not divided.
+      spellings: The class of each class folder whose name is another spelling of it, such
+        as {"test/cat": "Cat"}.
+      remarks: Warnings, a sentence each.
+    """
+
+    parts: Mapping[str, str]
+    spellings: Mapping[str, str]
+    remarks: list[str]
+
+    def classify(self, path: str) -> tuple[str, str] | None:
+        """The class and the split of an image; None if it is in no class folder."""
+        for folder, split in self.parts.items():
+            prefix = f"{folder}/" if folder else ""
+            if path.startswith(prefix):
+                name, slash, _ = path[len(prefix) :].partition("/")
+                if slash:
+                    return self.spellings.get(f"{prefix}{name}", name), split
+        return None
+
+
+def find_layout(paths: Iterable[str], source: str) -> Layout:
+    """The layout of a folder with images at these paths.
+
+    Folders stand for splits if their names say so (`train`, `data_val`, `seg_test`), they
+    hold class folders and not images, and the classes in them agree. With classes:PATH no
+    folder stands for a split; with splits:PATH each whose name has such a word does.
+
+    Args:
+      paths: Paths of images from the folder on, with "/" between the parts.
+      source: The source's name, folder:PATH, classes:PATH or splits:PATH; for messages.
+
+    Raises:
+      DataError: The folders may be classes or splits, or neither.
+    """
+    form = source.partition(":")[0]
+    tree = _Tree(paths)
+    parts, remarks = {"": ""}, []
+    if form != "classes":
+        parts, remarks = _find_parts(tree, source, are_splits=form == "splits")
+    spellings, renamed = _common_spelling(tree, parts)
+    layout = Layout(parts, spellings, [*remarks, *renamed])
+    layout.remarks.extend(_look_below_the_classes(tree, layout, source))
+    return layout
+
+
+class _Tree:
+    """The folders that images lie in.
+
+    Attributes:
+      images: The number of images directly in each folder.
+    """
+
+    def __init__(self, paths: Iterable[str]):
+        self.images = Counter(path.rpartition("/")[0] for path in paths)
+        self._folders: dict[str, set[str]] = defaultdict(set)
+        for folder in self.images:
+            while folder:
+                parent, _, name = folder.rpartition("/")
+                if name in self._folders[parent]:
+                    break
+                self._folders[parent].add(name)
+                folder = parent
+
+    def folders(self, folder: str) -> set[str]:
+        """The names of the sub-folders with images somewhere in them."""
+        return self._folders.get(folder, set())
+
+    def count(self, folder: str) -> int:
+        """The number of images anywhere below a folder."""
+        below = f"{folder}/"
+        return sum(n for name, n in self.images.items() if name == folder or name.startswith(below))
+
+
+def _words(name: str) -> list[str]:
+    """The words of a folder's name, in lower case: "TrainSet_2017" has train, set and 2017."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
+    words = []
+    for word in re.findall(r"[^\W\d_]+|\d+", spaced.casefold()):
+        words += _two_words(word) or [word]
+    return words
+
+
+def _two_words(word: str) -> list[str] | None:
+    """The parts of a compound such as "testset" or "imgtrain"."""
+    if word in _SPLIT_OF_WORD:
+        return None
+    for split_word in _SPLIT_OF_WORD:
+        for rest, parts in (
+            (word.removeprefix(split_word), (split_word, word.removeprefix(split_word))),
+            (word.removesuffix(split_word), (word.removesuffix(split_word), split_word)),
+        ):
+            if rest in _PLAIN_WORDS and rest != word:
+                return list(parts)
+    return None
+
+
+def _is_plain(word: str) -> bool:
+    """Whether a word, or a short number or a year, says nothing of a folder's content."""
+    return word in _PLAIN_WORDS or bool(re.fullmatch(r"\d{1,2}|(19|20)\d\d", word))
+
+
+@dataclasses.dataclass(frozen=True)
+class _SplitName:
+    """A folder's name that stands for a split.
+
+    Attributes:
+      split: "train", "validation", "test" or "prediction".
+      affix: The other words of the name that mean something.
+    """
+
+    split: str
+    affix: tuple[str, ...]
+
+
+def _parse(name: str) -> _SplitName | None:
+    """The split that a name has one word for; None if there is no such word, or several."""
+    words = _words(name)
+    found = [word for word in words if word in _SPLIT_OF_WORD]
+    if len(found) != 1:
+        return None
+    affix = tuple(word for word in words if word != found[0] and not _is_plain(word))
+    return _SplitName(_SPLIT_OF_WORD[found[0]], affix)
+
+
+def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str, str], list[str]]:
+    """The split of each folder that holds class folders, and remarks; {"": ""} if not divided."""
+    tops = sorted(tree.folders(""))
+    names = {top: name for top in tops if (name := _parse(top)) is not None}
+    if are_splits:
+        chosen = {top: name.split for top, name in names.items()}
+    else:
+        chosen = _choose(tree, tops, names, source)
+    training = [_inner_folder(tree, top) for top, split in chosen.items() if split == "train"]
+    classes = set[str]().union(*map(tree.folders, training))
+    if not classes and (training or not chosen or are_splits):
+        # Images directly in train/: it is a class, unless nothing but splits has such names.
+        affixes = {name.affix for name in names.values()}
+        several = len({name.split for name in names.values()}) > 1
+        are_only_splits = len(names) == len(tops) and (chosen or (several and affixes == {()}))
+        if are_splits or are_only_splits or any(names[top].affix for top in chosen):
+            raise DataError(_without_classes(source, sorted(chosen) or tops))
+        return {"": ""}, _taken_for_classes(tree, tops, names, source)
+
+    parts: dict[str, str] = {}
+    left_out: dict[str, list[str]] = defaultdict(list)
+    are_certain = are_splits or sum(top.lower() in SPLIT_NAMES for top in chosen) > 1
+    for top in tops:
+        split = names[top].split if top in names else ""
+        folder = _inner_folder(tree, top, () if split == "train" else classes)
+        below = tree.folders(folder)
+        agrees = not classes or _agree(below, classes)
+        if split == _PREDICTION or (top in chosen and not below):
+            left_out["they have no class folders"].append(top)
+        elif top in chosen and split == "test" and len(below) == 1 and not agrees:
+            left_out["their one sub-folder is no class of the training part"].append(top)
+        elif top in chosen and (agrees or are_splits or top.lower() in SPLIT_NAMES):
+            parts[folder] = split
+        elif not are_certain and (top in chosen or (agrees and classes)):
+            why = f"in {top} are {'the same' if agrees else 'other'} sub-folders"
+            raise DataError(_ambiguous(source, sorted(chosen), why))
+        else:
+            left_out["their folder is no split"].append(top)
+    return parts, [
+        f"the images in {_listed(folders)} ({sum(map(tree.count, folders)):,}) are left out, "
+        f"because {reason}"
+        for reason, folders in left_out.items()
+    ]
+
+
+def _choose(
+    tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
+) -> dict[str, str]:
+    """The folders that are splits by their names, with their splits; none if none are.
+
+    These are names with the same affix, such as seg_train and seg_test, and with a training
+    part among them, unless there is nothing else.
+
+    Raises:
+      DataError: There are several such sets of names, or names of another affix each.
+    """
+    groups: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+    for top, name in names.items():
+        groups[name.affix][top] = name.split
+    pairs = [
+        group
+        for group in groups.values()
+        if "train" in group.values() and len(set(group.values())) > 1
+    ]
+    plain = groups.get((), {})
+    if plain in pairs:
+        # train/ and test/ need no help from the likes of train_images/.
+        exact = {split for top, split in plain.items() if top.lower() in SPLIT_NAMES}
+        is_needed = {top: top.lower() in SPLIT_NAMES or plain[top] not in exact for top in plain}
+        return {top: split for top, split in plain.items() if is_needed[top]}
+    if len(pairs) == 1:
+        return pairs[0]
+    if pairs:
+        folders = sorted(top for group in pairs for top in group)
+        raise DataError(_ambiguous(source, folders, "there are several for the same split"))
+    has_folders = {top: bool(tree.folders(_inner_folder(tree, top))) for top in tops}
+    if len(plain) == len(tops) and all(has_folders.values()):
+        is_training_only = list(plain.values()) == ["train"]
+        return {} if is_training_only or _PREDICTION in plain.values() else plain
+    if len(names) == len(tops):
+        training = [top for top in tops if names[top].split == "train" and has_folders[top]]
+        classes = set[str]().union(*(tree.folders(_inner_folder(tree, top)) for top in training))
+        for top in tops:
+            below = tree.folders(_inner_folder(tree, top))
+            is_like_a_split = _agree(below, classes) if below else bool(plain)
+            if training and names[top].split != "train" and is_like_a_split:
+                why = f"in {top} are {'the same' if below else 'no'} sub-folders"
+                raise DataError(_ambiguous(source, tops, why))
+    return {}
+
+
+def _inner_folder(tree: _Tree, top: str, classes: Collection[str] = ()) -> str:
+    """The folder that holds a split's class folders: seg_train/seg_train for seg_train.
+
+    Args:
+      tree: The folders.
+      top: The split's folder.
+      classes: Names that are known to be classes, and so no further level.
+    """
+    folder = top
+    while not tree.images[folder] and len(tree.folders(folder)) == 1:
+        (inner,) = tree.folders(folder)
+        parsed, words = _parse(inner), _words(inner)
+        is_same_split = parsed is not None and parsed == _parse(top)
+        is_plain = any(word in _PLAIN_WORDS for word in words) and all(map(_is_plain, words))
+        if inner in classes or not (is_same_split or is_plain):
+            break
+        folder = f"{folder}/{inner}"
+    return folder
+
+
+def _fold(name: str) -> str:
+    """A class name without what a person would not read as a difference."""
+    return "".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def nearly_equal(names: Iterable[str]) -> list[list[str]]:
+    """The sets of names that a person would read as one."""
+    names_of: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        names_of[_fold(name)].append(name)
+    return [names for names in names_of.values() if len(names) > 1]
+
+
+def _agree(names: Collection[str], classes: Collection[str]) -> bool:
+    """Whether at least half of these names are classes."""
+    folded = set(map(_fold, classes))
+    return bool(names) and 2 * sum(_fold(name) in folded for name in names) >= len(names)
+
+
+def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The class of each class folder whose name is spelt otherwise in the training part."""
+    training = [folder for folder, split in parts.items() if split == "train"]
+    classes: dict[str, set[str]] = defaultdict(set)
+    for folder in training:
+        for name in tree.folders(folder):
+            classes[_fold(name)].add(name)
+    spellings: dict[str, str] = {}
+    for folder in parts.keys() - set(training):
+        for name in tree.folders(folder):
+            known = classes[_fold(name)]
+            if len(known) == 1 and name not in known:
+                (spellings[f"{folder}/{name}"],) = known
+    return spellings, [
+        f"the folder {folder} is taken for the class {name}, from which it differs only in case, "
+        "spaces or how its accents are written"
+        for folder, name in sorted(spellings.items())
+    ]
+
+
+def _taken_for_classes(
+    tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
+) -> list[str]:
+    """A remark on folders that are called as splits are and are taken for classes."""
+    plain = [top for top in names if not names[top].affix]
+    are_several = len({names[top].split for top in plain}) > 1
+
+    def looks_like_a_split(top: str) -> bool:
+        """Whether there is more to it than a name that a class may have."""
+        has_classes = not tree.images[top] and len(tree.folders(top)) > 1
+        return are_several or has_classes or names[top].split == _PREDICTION
+
+    suspects = list(filter(looks_like_a_split, plain))
+    others = [top for top in tops if top not in suspects]
+    if not suspects or not others:
+        return []
+    return [
+        f"beside {_listed(others)}, "
+        + (
+            f"{_listed(suspects)} are taken for classes: if they are splits or have no labels, "
+            if len(suspects) > 1
+            else f"{_listed(suspects)} is taken for a class: if it is a split or has no labels, "
+        )
+        + f"move the folder elsewhere, or use the source splits:{_path(source)}"
+    ]
+
+
+def _look_below_the_classes(tree: _Tree, layout: Layout, source: str) -> list[str]:
+    """Remarks on sub-folders of the classes that say that these may be none.
+
+    Raises:
+      DataError: The classes are kinds of files.
+    """
+    below: dict[str, set[str]] = defaultdict(set)
+    for folder in layout.parts:
+        prefix = f"{folder}/" if folder else ""
+        for name in tree.folders(folder):
+            class_name = layout.spellings.get(f"{prefix}{name}", name)
+            below[class_name] |= tree.folders(f"{prefix}{name}")
+    if len(below) < 2:
+        return []
+    if not source.startswith("classes:") and all(
+        set(_words(name)) <= _KINDS_OF_FILES and _words(name) for name in below
+    ):
+        raise DataError(
+            f"{source}: {_listed(sorted(below))} are kinds of files and not classes; a table "
+            "(csv:PATH) with the columns path and label says what the images show, and the source "
+            f"classes:{_path(source)} takes the folders for classes all the same"
+        )
+    remarks = []
+    common = sorted(set.intersection(*below.values()))
+    if len(common) > 1 or (common and not all(map(_is_plain, _words(common[0])))):
+        remarks.append(
+            f"every class has the same sub-folders, {_listed(common)}: if these are the classes "
+            "or splits, say so in a table (csv:PATH, with the columns path, label and split); if "
+            "they are series of like images, data.group={class}/{series}/ keeps each together"
+        )
+    else:
+        for name, folders in sorted(below.items()):
+            if len(inside := sorted(folders & below.keys())) > 1:
+                remarks.append(
+                    f"the class {name} has sub-folders that are called as the classes "
+                    f"{_listed(inside)}: if it is a second copy of the data, remove it"
+                )
+    return remarks
+
+
+def _ambiguous(source: str, folders: Sequence[str], why: str) -> str:
+    path = _path(source)
+    return (
+        f"{source}: {_listed(folders)} may be classes or splits, because {why}: the source "
+        f"classes:{path} takes them for classes, splits:{path} for splits"
+    )
+
+
+def _without_classes(source: str, folders: Sequence[str]) -> str:
+    return (
+        f"{source}: there are no class folders in the training part of {_listed(folders)}; make "
+        "one for each class, as in train/CLASS, or name the label of each image in a table "
+        f"(csv:PATH); the source classes:{_path(source)} takes the folders for classes"
+    )
+
+
+def _path(source: str) -> str:
+    return source.partition(":")[2]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Joins names: "a, b and c", or "a, b, c and 9 more"."""
+    shown = [printable(name) for name in names[:_MAX_NAMED]]
+    if len(names) > _MAX_NAMED:
+        shown[_MAX_NAMED - 1 :] = [f"{len(names) - _MAX_NAMED + 1:,} more"]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
