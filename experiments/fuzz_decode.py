@@ -245,7 +245,7 @@ def check(encoded: bytes) -> Outcome:
 
 def _decoded_twice(encoded: bytes) -> None:
     pixels = decode.decode(encoded, MAX_PIXELS)
-    header, again = decode.decode_with_header(encoded, MAX_PIXELS)
+    header, _, again = decode.decode_with_header(encoded, MAX_PIXELS)
     if pixels.dtype != np.uint8 or pixels.shape != (header.height, header.width, 3):
         raise DecoderError(f"{pixels.dtype} {pixels.shape} from a file with {header}")
     if not np.array_equal(pixels, again):

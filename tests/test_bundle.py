@@ -143,3 +143,13 @@ def test_a_name_that_leads_out_of_the_bundle_is_refused(tmp_path):
     _edit(tmp_path / "bundle", files={"../../etc/passwd": {"sha256": ""}})
     with pytest.raises(BundleError, match="is not a bundle"):
         read_bundle(tmp_path / "bundle")
+
+
+def test_a_bundle_carries_the_white_level_and_older_ones_mean_0(tmp_path):
+    preprocessing = Preprocessing(image_size=(16, 16), white_level=4095.0)
+    write_bundle(dataclasses.replace(make_bundle(), preprocessing=preprocessing), tmp_path / "new")
+    assert read_bundle(tmp_path / "new").preprocessing == preprocessing
+    description = json.loads((tmp_path / "new" / "bundle.json").read_text("utf-8"))
+    del description["preprocessing"]["white_level"]
+    (tmp_path / "new" / "bundle.json").write_text(json.dumps(description), "utf-8")
+    assert read_bundle(tmp_path / "new").preprocessing.white_level == 0

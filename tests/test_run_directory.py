@@ -172,3 +172,13 @@ def test_confidences_round_trip(tmp_path):
     assert lines[0] == "id,label,predicted,confidence"
     confidences = np.array([line.split(",")[3] for line in lines[1:]], np.float32)
     np.testing.assert_array_equal(confidences, probabilities.max(axis=1))
+
+
+def test_a_run_that_is_older_than_the_white_level_goes_on_without_one(tmp_path):
+    config = default.get_config()
+    old = _flat(config)
+    del old["data.white_level"]
+    assert run_directory.changes(tmp_path, old, config) == []
+    config.data.white_level = 4095.0
+    with pytest.raises(ConfigError, match=r"\(data\.white_level: 0\.0 -> 4095\.0\)"):
+        run_directory.changes(tmp_path, old, config)

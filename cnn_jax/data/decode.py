@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Num, UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import ExifTags, Image, ImageFile, PpmImagePlugin, TiffImagePlugin
 
 from cnn_jax.errors import DataError
@@ -66,8 +66,9 @@ _OTHER_BEGINNINGS = {
     "a NumPy array": rb"\x93NUMPY",
     "PDF": rb"%PDF-",
     "SVG": rb"(?i)\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?<svg",
-    "a web page": rb"(?i)\s*<(?:!doctype\s+html|html|head)",
 }
+# What a failed download often leaves.
+_WEB_PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html|head)", re.IGNORECASE)
 _BEGINNING = re.compile(b"|".join(_BEGINNINGS.values()), re.DOTALL)
 # A progressive JPEG of a usual program has about ten scans. Each passes over all
 # pixels, so a small file of very many could keep a core busy for minutes.
@@ -90,7 +91,7 @@ _LARGE_TURN = threading.Lock()
 # Pixels that are converted at a time.
 _STRIP = 1_000_000
 # Values of TIFF's tags (TIFF 6.0, sections 8 and 19).
-_WHITE_IS_ZERO, _PLANAR, _SIGNED = 0, 2, 2
+_WHITE_IS_ZERO, _RAW, _PLANAR, _SIGNED = 0, 1, 2, 2
 # How Pillow scales grey levels of 2 and 4 bits.
 _SCALES = {"L;2": 85, "L;4": 17}
 
@@ -106,7 +107,7 @@ class UnknownFormatError(DataError):
       format: The format that is not read; "" if it is not known.
     """
 
-    def __init__(self, message: str, format: str = ""):  # noqa: A002
+    def __init__(self, message: str, format: str = ""):
         super().__init__(message)
         self.format = format
 
@@ -203,12 +204,15 @@ def decode_with_header(
       DataError: As `decode`.
     """
     with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image.width * image.height):
-        # The orientation before Pillow turns the image and forgets it.
-        file_format, mode, orientation = image.format or "", image.mode, _orientation(image)
+        file_format, mode = image.format or "", image.mode
+        # As Pillow loads a TIFF it turns it and forgets this. As it reads the tag of a PNG
+        # it loads that.
+        turned = _orientation(image) if file_format == "TIFF" else 0
         values, pixels = _decode_opened(image, encoded, white_level)
+        orientation = turned or _orientation(image)
         height, width, _ = pixels.shape
         if values is None:
-            values = Values("8-bit", int(pixels.min()), int(pixels.max()), 255)
+            values = Values("8-bit", pixels.min().item(), pixels.max().item(), 255)
         return Header(file_format, mode, width, height, orientation), values, pixels
 
 
@@ -298,7 +302,7 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, white_level: float 
             return _to_rgb(again, encoded, white_level)[1]
 
 
-def from_array(array: Num[np.ndarray, "..."], white_level: float = 0) -> Pixels:
+def from_array(array: Shaped[np.ndarray, "..."], white_level: float = 0) -> Pixels:
     """Grey or RGB values of any type, with the pixels that `decode` gives for a file of them.
 
     Args:
@@ -347,7 +351,7 @@ def number(value: float) -> str:
 def likely_white(high: float) -> float:
     """The value that is probably white where `high` is the largest: 1, 255, 4095, ..."""
     # Resampled values may be slightly above white.
-    high = max(high if high.is_integer() else 0.99 * high, 1)
+    high = max(high if float(high).is_integer() else 0.99 * high, 1)
     return 2.0 ** math.ceil(math.log2(high + 1)) - 1
 
 
@@ -369,30 +373,34 @@ def _unknown_format(encoded: bytes) -> UnknownFormatError:
     """What is known of a file that Pillow does not know."""
     for name, beginning in _BEGINNINGS.items():
         if re.compile(beginning, re.DOTALL).match(encoded):
-            described = f" ({_describe_tiff(encoded)})" if name == "TIFF" else ""
-            return UnknownFormatError(
-                f"is a {name} whose pixels are not read{described}, or a damaged one: save it as "
-                "PNG or TIFF, grey or RGB, of 8 or 16 bits",
-            )
+            described = _describe_tiff(encoded) if name == "TIFF" else ""
+            if described:
+                return UnknownFormatError(
+                    f"is a TIFF whose pixels are not read ({described}): save it with one or three "
+                    "channels of 8 or 16 bits"
+                )
+            return UnknownFormatError(f"is a damaged {name}, or of a kind that is not read")
     for name, beginning in _OTHER_BEGINNINGS.items():
         if re.compile(beginning, re.DOTALL).match(encoded[:1024]):
             return UnknownFormatError(f"is {name}, which is not read: convert it", name)
+    if _WEB_PAGE.match(encoded):
+        return UnknownFormatError("is a web page, not an image")
     return UnknownFormatError("is not an image of a known format")
 
 
 def _describe_tiff(encoded: bytes) -> str:
-    """The channels of a TIFF, in words."""
+    """The channels of a TIFF, in words; "" if it is too damaged to tell."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(encoded[:8])
         file = io.BytesIO(encoded)
         file.seek(tags.next)
         tags.load(file)
-        bits = tags.get(ExifTags.Base.BitsPerSample, (1,))
+        bits = tags[ExifTags.Base.BitsPerSample]
         kinds = {1: "unsigned", 2: "signed", 3: "float"}
         kind = kinds.get(tags.get(ExifTags.Base.SampleFormat, (1,))[0], "of an unusual type")
         return f"{len(bits)} x {bits[0]} bits, {kind}"
     except Exception:  # Damaged tags make Pillow raise errors of any type.
-        return "of unknown channels"
+        return ""
 
 
 def _one_large_at_a_time(pixels: int) -> contextlib.AbstractContextManager[object]:
@@ -470,9 +478,7 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def _to_rgb(
-    image: Image.Image, encoded: bytes, white_level: float
-) -> tuple[Values | None, Pixels]:
+def _to_rgb(image: Image.Image, encoded: bytes, white_level: float) -> tuple[Values | None, Pixels]:
     """The upright pixels of an image, and its range of values unless that is 8 bits.
 
     Args:
@@ -581,7 +587,9 @@ def _rawmode(image: Image.Image) -> str:
     """How Pillow unpacks a file's samples; "" once the image is loaded."""
     tile = image.tile[0] if isinstance(image, ImageFile.ImageFile) and image.tile else None
     args = tile.args if tile else ""
-    return str(args[0]) if isinstance(args, tuple) and args else args if isinstance(args, str) else ""
+    return (
+        str(args[0]) if isinstance(args, tuple) and args else args if isinstance(args, str) else ""
+    )
 
 
 def _ppm_white(image: Image.Image) -> int:
@@ -618,6 +626,16 @@ def _content(image: Image.Image) -> bytes:
 def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
     """The values of an image that are not grey levels from 0 to 255; None if they are."""
     rawmode = _rawmode(image)
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    bits = tags.get(ExifTags.Base.BitsPerSample, (0,))
+    is_planar = tags.get(ExifTags.Base.PlanarConfiguration) == _PLANAR
+    is_raw = tags.get(ExifTags.Base.Compression, _RAW) == _RAW
+    if is_planar and is_raw and len(bits) > 1 and bits[0] > 8:
+        # Pillow would take each value for two.
+        raise DataError(
+            "is an uncompressed TIFF of 16-bit channels that lie apart (planar), which is not "
+            "read: save them interleaved"
+        )
     if white := _ppm_white(image):
         return _read_deep_ppm(image, encoded, white)
     if rawmode in _SCALES and isinstance(image.info.get("transparency"), int):
@@ -625,23 +643,21 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
         image.info["transparency"] *= _SCALES[rawmode]
     if ";16" in rawmode and image.mode in ("RGB", "RGBA"):
         return _read_deep_colour(image, encoded, rawmode)
-    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    bits = tags.get(ExifTags.Base.BitsPerSample, (0,))[0]
     is_signed = tags.get(ExifTags.Base.SampleFormat, (1,))[0] == _SIGNED
-    if not image.mode.startswith(("I", "F")) and not (image.mode == "L" and bits and is_signed):
+    if not image.mode.startswith(("I", "F")) and not (image.mode == "L" and is_signed):
         return None
     image.load()
     values = np.asarray(image)
     if image.mode == "L":
         values = values.view(np.int8)
-    elif image.mode == "I" and bits == 32 and not is_signed:
+    elif image.mode == "I" and bits == (32,) and not is_signed:
         values = values.view(np.uint32)
     kind, white = _kind(values.dtype)
     if isinstance(image, PpmImagePlugin.PpmImageFile) and image.mode == "I":
         kind, white = "16-bit", 65535  # To which Pillow has scaled it.
-    elif image.mode == "I" and bits == 16:
+    elif image.mode == "I" and bits == (16,):
         kind = "16-bit signed"
-    elif bits == 12 and image.mode.startswith("I;16"):
+    elif bits == (12,) and image.mode.startswith("I;16"):
         kind, white = "12-bit", 4095
     transparent = image.info.get("transparency")
     alpha = None
@@ -671,12 +687,6 @@ def _read_deep_colour(image: Image.Image, encoded: bytes, rawmode: str) -> _Deep
     It is made to unpack the high bytes, and then the low ones, as those of values in
     the other byte order.
     """
-    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    if tags.get(ExifTags.Base.PlanarConfiguration) == _PLANAR:
-        raise DataError(
-            "is a TIFF of 16-bit channels that lie apart (planar), which is not read: save them "
-            "interleaved"
-        )
     if rawmode == "LA;16B":
         # As if of 8 bits: the high and the low byte of the grey value, then those of alpha.
         unpacked = _unpack(image, encoded, "RGBA").astype(np.uint16)

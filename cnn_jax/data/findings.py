@@ -72,7 +72,9 @@ class ValueRange:
         images = count(self.images, f"{self.kind} image")
         span = f"from {number(self.low)} to {number(self.high)}"
         if not self.white:
-            flag = f"--config.data.white_level={number(self.white_level or likely_white(self.high))}"
+            flag = (
+                f"--config.data.white_level={number(self.white_level or likely_white(self.high))}"
+            )
             return (
                 f"{images} with values {span} cannot be read, because none of these values is "
                 f"known to be white: set {flag}, or whatever is white in all of them"
