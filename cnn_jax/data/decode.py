@@ -91,7 +91,7 @@ _LARGE_TURN = threading.Lock()
 # Pixels that are converted at a time.
 _STRIP = 1_000_000
 # Values of TIFF's tags (TIFF 6.0, sections 8 and 19).
-_WHITE_IS_ZERO, _RAW, _PLANAR, _SIGNED = 0, 1, 2, 2
+_WHITE_IS_ZERO, _PLANAR, _SIGNED = 0, 2, 2
 # How Pillow scales grey levels of 2 and 4 bits.
 _SCALES = {"L;2": 85, "L;4": 17}
 
@@ -137,11 +137,11 @@ class UnknownWhiteError(DataError):
     """
 
     def __init__(self, values: Values):
-        white = number(likely_white(values.high))
+        white = format_number(likely_white(values.high))
         super().__init__(
-            f"has {values.kind} values from {number(values.low)} to {number(values.high)}, of "
-            f"which none is known to be white: train with --config.data.white_level={white}, or "
-            "whatever is white in all of these images"
+            f"has {values.kind} values {span(values)}, of which none is known to be white: "
+            f"train with --config.data.white_level={white}, or whatever is white in all of these "
+            "images"
         )
         self.values = values
 
@@ -322,10 +322,9 @@ def from_array(array: Shaped[np.ndarray, "..."], white_level: float = 0) -> Pixe
         try:
             return _to_grey_levels(_Deep(array, *_kind(array.dtype)), white_level)[1]
         except UnknownWhiteError as error:
-            low, high = number(error.values.low), number(error.values.high)
             raise DataError(
                 f"an image array must be uint8 or uint16, or the network trained with "
-                f"data.white_level; got {array.dtype} with values from {low} to {high}"
+                f"data.white_level; got {array.dtype} with values {span(error.values)}"
             ) from error
     return np.ascontiguousarray(_three_channels(array))
 
@@ -343,9 +342,14 @@ def looks_like_an_image(beginning: bytes) -> bool:
     return _BEGINNING.match(beginning) is not None
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """A value in the fewest digits, such as "4095" or "0.5"."""
     return str(int(value)) if float(value).is_integer() else f"{value:g}"
+
+
+def span(values: Any) -> str:
+    """Such as "from 0 to 4095", of anything with a `low` and a `high`."""
+    return f"from {format_number(values.low)} to {format_number(values.high)}"
 
 
 def likely_white(high: float) -> float:
@@ -547,8 +551,7 @@ def _to_grey_levels(deep: _Deep, white_level: float) -> tuple[Values, Pixels]:
         raise DataError("has values that are not finite (NaN or infinity): replace them")
     if values.low < 0:
         raise DataError(
-            f"has {deep.kind} values from {number(values.low)} to {number(values.high)}: shift "
-            "them so that none is negative"
+            f"has {deep.kind} values {span(values)}: shift them so that none is negative"
         )
     white = white_level or deep.white
     if not white:
@@ -629,12 +632,11 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     bits = tags.get(ExifTags.Base.BitsPerSample, (0,))
     is_planar = tags.get(ExifTags.Base.PlanarConfiguration) == _PLANAR
-    is_raw = tags.get(ExifTags.Base.Compression, _RAW) == _RAW
-    if is_planar and is_raw and len(bits) > 1 and bits[0] > 8:
-        # Pillow would take each value for two.
+    if is_planar and len(bits) > 1 and bits[0] > 8:
+        # Where they are not compressed, Pillow takes each byte for a value.
         raise DataError(
-            "is an uncompressed TIFF of 16-bit channels that lie apart (planar), which is not "
-            "read: save them interleaved"
+            "is a TIFF of 16-bit channels that lie apart (planar), which is not read: save them "
+            "interleaved"
         )
     if white := _ppm_white(image):
         return _read_deep_ppm(image, encoded, white)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from cnn_jax.data.decode import likely_white, number
+from cnn_jax.data.decode import format_number, likely_white, span
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS, Division
@@ -58,45 +58,43 @@ class ValueRange:
         return self.dark >= _MOST * self.images
 
     def describe(self) -> str:
-        """Such as "12-bit 40 images, 0 to 4095 (white 4095)"."""
-        white = f"white is {number(self.white)}" if self.white else "white is unknown"
+        """Such as "12-bit: 40 images from 0 to 4000, white is 4095"."""
+        white = f"white is {format_number(self.white)}" if self.white else "white is unknown"
         better = self.white_level
-        advice = f"; data.white_level={number(better)} would suit them" if better else ""
-        return (
-            f"{self.kind}: {count(self.images, 'image')} from {number(self.low)} to "
-            f"{number(self.high)}, {white}{advice}"
-        )
+        advice = f"; data.white_level={format_number(better)} would suit them" if better else ""
+        return f"{self.kind}: {count(self.images, 'image')} {span(self)}, {white}{advice}"
 
     def warning(self) -> str | None:
         """What endangers the result, in a sentence that names the fix; None if nothing does."""
         images = count(self.images, f"{self.kind} image")
-        span = f"from {number(self.low)} to {number(self.high)}"
+        white = format_number(self.white)
         if not self.white:
-            flag = (
-                f"--config.data.white_level={number(self.white_level or likely_white(self.high))}"
-            )
             return (
-                f"{images} with values {span} cannot be read, because none of these values is "
-                f"known to be white: set {flag}, or whatever is white in all of them"
+                f"{images} with values {span(self)} cannot be read, because none of these values "
+                f"is known to be white: set {_white_flag(self.high)}, or whatever is white in all "
+                "of them"
             )
         if self.clipped:
             return (
-                f"{self.clipped:,} of {images} have values above {number(self.white)}, up to "
-                f"{number(self.high)}, which all become white: "
-                f"--config.data.white_level={number(likely_white(self.high))} keeps them apart"
+                f"{self.clipped:,} of {images} have values above {white}, up to "
+                f"{format_number(self.high)}, which all become white: {_white_flag(self.high)} "
+                "keeps them apart"
             )
         if not self.is_dark:
             return None
         used = (
-            f"{self.dark:,} of {images} have no value above {number(self.dark_high)} where "
-            f"{number(self.white)} is white, so that the network sees them almost black"
+            f"{self.dark:,} of {images} have no value above {format_number(self.dark_high)} where "
+            f"{white} is white, so that the network sees them almost black"
         )
         if self.white_level:
-            flag = f"--config.data.white_level={number(self.white_level)}"
-            return f"{used}: {flag} makes {number(self.white_level)} white"
-        half = number(likely_white(self.dark_high) / 2)
-        halves = ",".join([half] * 3)
+            flag = _white_flag(self.dark_high)
+            return f"{used}: {flag} makes {format_number(self.white_level)} white"
+        halves = ",".join([format_number(likely_white(self.dark_high) / 2)] * 3)
         return f"{used}: --config.data.mean={halves} --config.data.std={halves} spreads them"
+
+
+def _white_flag(high: float) -> str:
+    return f"--config.data.white_level={format_number(likely_white(high))}"
 
 
 def value_ranges(

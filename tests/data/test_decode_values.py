@@ -215,7 +215,7 @@ _TABLE = [
         "tiff 16-bit RGB planar, deflated",
         _tiff(_COLOUR, planar=2, deflate=True),
         0,
-        _levels(_COLOUR, 65535),
+        "channels that lie apart",
     ),
     ("tiff 8-bit RGB planar", _tiff(_BYTES[..., :3], planar=2), 0, _BYTES[..., :3]),
     ("tiff 8-bit signed", _tiff(_GREY.astype(np.int8)), 0, "8-bit signed values from -"),
