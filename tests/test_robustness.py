@@ -316,7 +316,7 @@ def test_an_image_that_has_gone_since_is_named(image_folder, tmp_path, monkeypat
     monkeypatch.setattr(scan, "known_records", lambda source, _: [None] * len(source))
     (tmp_path / "images" / source.ids[7]).write_bytes(b"x")
     with pytest.raises(DataError, match=source.ids[7]):
-        robustness.original_pixels(source, np.array([7]), 10**6)
+        robustness.original_pixels(source, np.array([7]), make_bundle().preprocessing)
 
 
 # A split, and the command.

@@ -67,7 +67,7 @@ _OTHER_BEGINNINGS = {
     "PDF": rb"%PDF-",
     "SVG": rb"(?i)\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?<svg",
 }
-# What a failed download often leaves.
+# A failed download often leaves a web page.
 _WEB_PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html|head)", re.IGNORECASE)
 _BEGINNING = re.compile(b"|".join(_BEGINNINGS.values()), re.DOTALL)
 # A progressive JPEG of a usual program has about ten scans. Each passes over all
@@ -77,7 +77,7 @@ _START_OF_SCAN = b"\xff\xda"
 # A marker with a length behind it, or the one of the picture's end.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 
-# Pillow's decoders of a PPM in text, or whose largest value is not 255, are written in
+# Pillow's decoders of a PPM in text, or whose largest value is below 255, are written in
 # Python: a second or two for a million pixels, in which no other thread can work.
 _SLOW_PPM, _MAX_SLOW_PIXELS = ("ppm", "ppm_plain"), 4_000_000
 
@@ -205,8 +205,7 @@ def decode_with_header(
     """
     with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image.width * image.height):
         file_format, mode = image.format or "", image.mode
-        # As Pillow loads a TIFF it turns it and forgets this. As it reads the tag of a PNG
-        # it loads that.
+        # Loading a TIFF turns it and drops the tag; reading the tag of a PNG loads the PNG.
         turned = _orientation(image) if file_format == "TIFF" else 0
         values, pixels = _decode_opened(image, encoded, white_level)
         orientation = turned or _orientation(image)
@@ -260,8 +259,8 @@ def _decode_opened(
     if encoded.count(_START_OF_SCAN) > _MAX_SCANS and _num_scans(encoded) > _MAX_SCANS:
         raise DataError(f"is a JPEG of more than {_MAX_SCANS} scans")
     if image.mode in ("RGB", "L"):
-        # The same pixels as Pillow's, bit for bit, in half the time. What it finds
-        # fault with is Pillow's to judge.
+        # simplejpeg gives the same pixels as Pillow, bit for bit, in half the time. What
+        # it refuses, Pillow may still read.
         with contextlib.suppress(ValueError):
             return None, _upright(simplejpeg.decode_jpeg(encoded), _orientation(image))
     return _to_rgb(image, encoded, white_level)
@@ -428,6 +427,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         )
     is_ppm = isinstance(image, PpmImagePlugin.PpmImageFile)
     is_slow = is_ppm and any(tile.codec_name in _SLOW_PPM for tile in image.tile)
+    is_slow &= not _ppm_white(image)  # `_read_deep_ppm` does not use Pillow's decoder.
     if is_slow and pixels > _MAX_SLOW_PIXELS:
         raise TooManyPixelsError(
             f"is a PPM in text, or with other values than 0 to 255, of {image.width} x "
@@ -491,7 +491,7 @@ def _to_rgb(image: Image.Image, encoded: bytes, white_level: float) -> tuple[Val
       white_level: See `Preprocessing`.
     """
     deep = _read_deep(image, encoded)
-    image.load()  # Which turns a TIFF already; its orientation is 1 from then on.
+    image.load()  # This turns a TIFF; its orientation is 1 from then on.
     orientation = _orientation(image)
     if deep is not None:
         values, pixels = _to_grey_levels(deep, white_level)
@@ -608,6 +608,8 @@ def _ppm_white(image: Image.Image) -> int:
 
 def _loses_values(image: Image.Image) -> bool:
     """Whether Pillow changes values, or forgets what they mean, as it loads this image."""
+    if image.format not in FORMATS:
+        return False
     rawmode = _rawmode(image)
     is_deep_colour = ";16" in rawmode and image.mode in ("RGB", "RGBA")
     is_transparent_level = rawmode in _SCALES and "transparency" in image.info
@@ -633,7 +635,7 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
     bits = tags.get(ExifTags.Base.BitsPerSample, (0,))
     is_planar = tags.get(ExifTags.Base.PlanarConfiguration) == _PLANAR
     if is_planar and len(bits) > 1 and bits[0] > 8:
-        # Where they are not compressed, Pillow takes each byte for a value.
+        # If they are not compressed, Pillow takes each byte for a value.
         raise DataError(
             "is a TIFF of 16-bit channels that lie apart (planar), which is not read: save them "
             "interleaved"
@@ -641,7 +643,8 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
     if white := _ppm_white(image):
         return _read_deep_ppm(image, encoded, white)
     if rawmode in _SCALES and isinstance(image.info.get("transparency"), int):
-        # PNG counts the transparent level in the file's bits, and Pillow scales all others.
+        # A PNG names the transparent level in the file's own bits; Pillow scales the pixels
+        # and not this level.
         image.info["transparency"] *= _SCALES[rawmode]
     if ";16" in rawmode and image.mode in ("RGB", "RGBA"):
         return _read_deep_colour(image, encoded, rawmode)
@@ -684,13 +687,12 @@ def _read_deep_ppm(image: Image.Image, encoded: bytes, white: int) -> _Deep:
 
 
 def _read_deep_colour(image: Image.Image, encoded: bytes, rawmode: str) -> _Deep:
-    """Colours of 16 bits, of which Pillow keeps the high bytes only.
+    """The values of colours of 16 bits, of which Pillow keeps the high bytes only.
 
-    It is made to unpack the high bytes, and then the low ones, as those of values in
-    the other byte order.
+    The file is unpacked twice. In the other byte order, the low bytes are the high ones.
     """
     if rawmode == "LA;16B":
-        # As if of 8 bits: the high and the low byte of the grey value, then those of alpha.
+        # The four bytes of a pixel: high and low of the grey value, high and low of alpha.
         unpacked = _unpack(image, encoded, "RGBA").astype(np.uint16)
         values, alpha = np.moveaxis(unpacked[..., ::2] << 8 | unpacked[..., 1::2], -1, 0)
         return _Deep(values, "16-bit", 65535, alpha[..., np.newaxis] / 65535)

@@ -65,7 +65,7 @@ class ValueRange:
         return f"{self.kind}: {count(self.images, 'image')} {span(self)}, {white}{advice}"
 
     def warning(self) -> str | None:
-        """What endangers the result, in a sentence that names the fix; None if nothing does."""
+        """A sentence about the danger to the result and its fix; None if there is none."""
         images = count(self.images, f"{self.kind} image")
         white = format_number(self.white)
         if not self.white:
@@ -103,8 +103,8 @@ def value_ranges(
     """The values of all images by their type, the commonest first.
 
     Args:
-      records: Of all images, the unreadable ones included.
-      preprocessing: How they are read; by default as the specification does.
+      records: The records of all images, including the unreadable ones.
+      preprocessing: The white level and the normalization; by default the specification's.
     """
     preprocessing = preprocessing or Preprocessing()
     by_type = defaultdict(list)
@@ -116,7 +116,7 @@ def value_ranges(
         highs = np.array([one.high for one in values], np.float64)
         is_plain = kind == "8-bit"
         white = own_white if is_plain else preprocessing.white_level or own_white
-        # The largest input of an 8-bit image depends on the normalization alone.
+        # A normalization may map fewer levels of 8-bit images to [-1, 1].
         bright = min(max(map(sum, zip(preprocessing.mean, preprocessing.std, strict=True))), 255)
         is_dark = highs <= _DARK * (bright if is_plain else white)
         found = ValueRange(
@@ -377,7 +377,7 @@ def too_unreadable(
         return None
     refused = [one for one in values if not one.white]
     if len(unreadable) == sum(one.images for one in refused):
-        # What suits all of them is better advice than what would suit the first three.
+        # A white level that suits all of them is better advice than three single ones.
         return "; ".join(one.warning() or "" for one in refused)
     shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:_MAX_NAMED])
     return (
