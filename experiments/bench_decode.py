@@ -5,9 +5,9 @@
 prints, for outputs of 64 x 64 and 224 x 224 pixels and for a decoder that scales the
 picture in its cosine transform as long as it stays at least k times the output: the mean
 difference from the full decode in grey levels (over all images, and that of the worst
-image), the largest one, and the milliseconds of CPU time for pictures of 500 x 375 and 4000 x 3000
-pixels. `full` is what the project does. The images are square crops of the photographs
-that scikit-learn carries, or the JPEG files below FOLDER.
+image), the largest one, and the milliseconds of CPU time for pictures of 500 x 375 and
+4000 x 3000 pixels. `full` is what the project does. The images are square crops of the
+photographs that scikit-learn carries, or the JPEG files below FOLDER.
 """
 
 import argparse

@@ -590,9 +590,7 @@ def _rawmode(image: Image.Image) -> str:
     """How Pillow unpacks a file's samples; "" once the image is loaded."""
     tile = image.tile[0] if isinstance(image, ImageFile.ImageFile) and image.tile else None
     args = tile.args if tile else ""
-    return (
-        str(args[0]) if isinstance(args, tuple) and args else args if isinstance(args, str) else ""
-    )
+    return str(args[0] if isinstance(args, tuple) and args else args or "")
 
 
 def _ppm_white(image: Image.Image) -> int:
