@@ -673,6 +673,7 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
 
 def _read_deep_ppm(image: Image.Image, encoded: bytes, white: int) -> _Deep:
     """Values of two bytes each (the PPM and PGM format specifications of Netpbm)."""
+    assert isinstance(image, ImageFile.ImageFile)
     tile = image.tile[0]
     if tile.codec_name == "ppm_plain":
         raise DataError("is a PPM in text, of more than 8 bits: save it as PNG")
@@ -715,7 +716,9 @@ def _unpack(image: Image.Image, encoded: bytes, rawmode: str) -> UInt8[np.ndarra
             again.seek(frame)
         assert isinstance(again, ImageFile.ImageFile)
         again.tile = [
-            tile._replace(args=rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:]))
+            tile._replace(
+                args=(rawmode, *tile.args[1:]) if isinstance(tile.args, tuple) else rawmode
+            )
             for tile in again.tile
         ]
         again.load()
