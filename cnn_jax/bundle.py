@@ -132,6 +132,8 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
                 mean=tuple(preprocessing["mean"]),
                 std=tuple(preprocessing["std"]),
                 max_pixels=preprocessing["max_pixels"],
+                # Bundles written before this key have none.
+                white_level=preprocessing.get("white_level", 0.0),
             ),
             temperature=description["temperature"],
             data=description["data"],

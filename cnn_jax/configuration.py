@@ -106,6 +106,7 @@ _FIELDS: dict[str, _Field] = {
         f"an integer from 1 to {LARGEST_MAX_PIXELS}",
         lambda v: _is_int(v) and 1 <= v <= LARGEST_MAX_PIXELS,
     ),
+    "data.white_level": _number("0 (by the file) or more", lambda v: v >= 0),
     "data.max_unreadable": _number("from 0 to 1", lambda v: 0 <= v <= 1),
     "data.allow_outside": _boolean(),
     "augment.flip": _choice(FLIPS),

@@ -41,6 +41,7 @@ def inspect_source(
     allow_outside: bool = False,
     distance: int = NEAR_DISTANCE,
     track: Track = no_track,
+    white_level: float = 0.0,
 ) -> Survey:
     """Looks at every image of a source once.
 
@@ -53,6 +54,7 @@ def inspect_source(
       distance: Near duplicates are images whose perceptual hashes differ in at most
         so many of 64 bits.
       track: Shows progress.
+      white_level: `data.white_level`.
 
     Returns:
       What was found; its `to_dict()` is what the command gives as JSON, and
@@ -65,7 +67,7 @@ def inspect_source(
         group does not describe an id.
     """
     listing = open_source(absolute(source), track, allow_outside)
-    return survey(listing, division or Division(), max_pixels, distance, track)
+    return survey(listing, division or Division(), max_pixels, distance, track, white_level)
 
 
 def summarize(found: Survey) -> str:
@@ -81,6 +83,7 @@ def summarize(found: Survey) -> str:
         "resolution": _resolutions(found),
         "aspect": _aspect_ratios(found),
         "files": f"format {_counts(found.formats)}; colour mode {_counts(found.modes)}",
+        "values": "\n".join(one.describe() for one in findings.values) or "none",
         "channels": _channels(found),
         "unreadable": "\n".join(f"{printable(u.id)} {u.reason}" for u in findings.unreadable)
         or "none",
@@ -236,6 +239,17 @@ def _int(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def _white_level(text: str) -> float:
+    """The argparse type of `--white_level`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got {text!r}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's flags; how it divides by default is how training does."""
     flags = argparse.ArgumentParser(
@@ -270,6 +284,12 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--max_pixels", type=_int(1), default=MAX_PIXELS, help="a larger image is unreadable"
+    )
+    flags.add_argument(
+        "--white_level",
+        type=_white_level,
+        default=0.0,
+        help="data.white_level: the value that is white in 16-bit and float images",
     )
     flags.add_argument(
         "--allow_outside",
@@ -310,7 +330,9 @@ def main(argv: Sequence[str]) -> None:
     # Before the pass, which may take long.
     output = None if flags.output is None else _create_output(flags.output, source)
     division = Division(flags.split, flags.seed, flags.stratify, flags.group, flags.keep_splits)
-    found = survey(listing, division, flags.max_pixels, flags.distance, console.track)
+    found = survey(
+        listing, division, flags.max_pixels, flags.distance, console.track, flags.white_level
+    )
     if output is not None:
         from cnn_jax.report.inspection import write_page
 

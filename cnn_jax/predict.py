@@ -140,7 +140,9 @@ def preprocess_for_inference(
 
     Args:
       image: A path, the bytes of an image file, a Pillow image, or RGB or grey
-        pixels, uint8 [h, w, 3] or [h, w].
+        pixels, [h, w, 3] or [h, w]: uint8, uint16, or any numbers if the network was
+        trained with a white level. The same picture gives the same pixels in each of
+        these forms. (An array must be upright and opaque.)
       preprocessing: That of the predictor, `predictor.preprocessing`; by default
         the specification's 224 x 224.
 
@@ -158,23 +160,14 @@ def preprocess_for_inference(
         except ValueError as error:  # A name that no file can have.
             raise DataError(str(error)) from error
     if isinstance(image, bytes):
-        return decode.load(image, preprocessing.image_size, preprocessing.max_pixels)
-    if isinstance(image, Image.Image):
-        pixels = decode.to_rgb(image, preprocessing.max_pixels)
+        pixels = decode.decode(image, preprocessing.max_pixels, preprocessing.white_level)
+    elif isinstance(image, Image.Image):
+        pixels = decode.to_rgb(image, preprocessing.max_pixels, preprocessing.white_level)
+    elif isinstance(image, np.ndarray):
+        pixels = decode.from_array(image, preprocessing.white_level)
     else:
-        pixels = _checked_pixels(image)
+        raise DataError(f"an image array must be uint8, got {type(image).__name__}")
     return decode.resize(pixels, preprocessing.image_size)
-
-
-def _checked_pixels(array: object) -> Pixels:
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
-        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-        raise DataError(f"an image array must be uint8, got {kind}")
-    if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, axis=-1)
-    if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
-        raise DataError(f"an image array must be [height, width, 3], got {list(array.shape)}")
-    return np.ascontiguousarray(array)
 
 
 def predict_batch(predictor: Predictor, images: Sequence[AnyImage]) -> list[Prediction]:

@@ -1,4 +1,4 @@
-"""What stands between an image of any size and the network's input."""
+"""The preprocessing between an image of any size and the network's input."""
 
 import dataclasses
 
@@ -17,12 +17,17 @@ class Preprocessing:
       mean: Grey level, 0 to 255, subtracted from each of R, G and B.
       std: Grey levels by which each of R, G and B is then divided.
       max_pixels: Largest width times height of an image that is decoded at all.
+      white_level: The value that is white (grey level 255) in images of more than 8
+        bits, of signed integers and of floats, such as 4095 or 1.0. 0: the largest
+        value of the type, for unsigned integers of at most 16 bits; other types are
+        refused. Images of 8 bits or fewer do not depend on it.
     """
 
     image_size: tuple[int, int] = (224, 224)
     mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
     std: tuple[float, float, float] = (127.5, 127.5, 127.5)
     max_pixels: int = MAX_PIXELS
+    white_level: float = 0.0
 
 
 # 224 x 224 pixels, inputs in [-1, 1].

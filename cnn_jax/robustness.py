@@ -33,6 +33,7 @@ from cnn_jax.errors import DataError
 from cnn_jax.evaluate import add_data_flags, labelled_split, open_by_flags
 from cnn_jax.metrics import wilson_interval
 from cnn_jax.predict import BATCH_SIZE, Predictor
+from cnn_jax.preprocessing import Preprocessing
 
 # Accuracy has fallen when it is so much lower: 10 points, less what rounding may take.
 _FALL = 0.1 - 1e-9
@@ -279,7 +280,7 @@ def accuracy_by_quantile(
 
 
 def original_pixels(
-    source: Source, indices: Int[np.ndarray, " n"], max_pixels: int
+    source: Source, indices: Int[np.ndarray, " n"], preprocessing: Preprocessing
 ) -> Int[np.ndarray, " n"]:
     """Width times height of these images as they are stored.
 
@@ -290,9 +291,10 @@ def original_pixels(
     """
     selected = source.select(indices)
     pixels = []
-    for row, record in enumerate(scan.known_records(selected, max_pixels)):
+    for row, record in enumerate(scan.known_records(selected, preprocessing)):
         if record is None:
-            record, _ = scan.examine(scan.read_example(selected, row, max_pixels), max_pixels)
+            encoded = scan.read_example(selected, row, preprocessing.max_pixels)
+            record, _ = scan.examine(encoded, preprocessing)
         if record.header is None:
             raise DataError(f"{source.name}: {selected.ids[row]} {record.error}")
         pixels.append(record.header.width * record.header.height)
@@ -348,7 +350,7 @@ def measure_split(
     _check_memory(dataset, split, len(indices))
     images = load_images(dataset.loader, indices, track)
     hits = _predict(predictor, images).argmax(axis=1) == labels
-    pixels = original_pixels(dataset.source, indices, predictor.preprocessing.max_pixels)
+    pixels = original_pixels(dataset.source, indices, predictor.preprocessing)
     return {
         "split": split,
         "split_count": split_count,

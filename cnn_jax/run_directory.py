@@ -47,7 +47,11 @@ INDIFFERENT_KEYS = frozenset(
 # What a run may change between two starts: no number of the epochs that are done depends on it.
 FREE_KEYS = INDIFFERENT_KEYS | {"train.epochs", "train.patience", "checkpoint.restore_step"}
 # What a run did that is older than these keys.
-_BEFORE = {"augment.mixup_probability": 0.0, "augment.cutmix_probability": 0.0}
+_BEFORE = {
+    "augment.mixup_probability": 0.0,
+    "augment.cutmix_probability": 0.0,
+    "data.white_level": 0.0,
+}
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
 _CHECKPOINTS = "checkpoints"
 # The sub-folders of a run.

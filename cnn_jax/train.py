@@ -149,6 +149,7 @@ def open_dataset(config: Config, track: Track) -> Dataset:
         mean=tuple(data.mean),
         std=tuple(data.std),
         max_pixels=data.max_pixels,
+        white_level=data.white_level,
     )
     listing = open_source(data.source, track, data.allow_outside)
     datasets.check_classes(listing)  # Rather now than after the scan.

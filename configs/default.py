@@ -28,6 +28,7 @@ def get_config() -> Config:
     data.cache = "auto"  # Decoded images on the device, in memory or on disk, as they fit.
     data.workers = -1  # As many processes as help.
     data.max_pixels = 50_000_000  # A larger image is refused before it is decoded.
+    data.white_level = 0.0  # Value that is white in 16-bit and float images; 0: by the file.
     data.max_unreadable = 0.01  # The share of images that may be left out as unreadable.
     data.allow_outside = False  # Whether links and paths may lead out of the data's folder.
 

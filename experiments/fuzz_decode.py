@@ -92,6 +92,19 @@ def interlaced_png(pixels: np.ndarray) -> bytes:
     )
 
 
+def deep_png(values: np.ndarray) -> bytes:
+    """A 16-bit RGB PNG, which Pillow does not write."""
+    height, width = values.shape[:2]
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return (
+        _PNG_SIGNATURE
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(rows))
+        + png_chunk(b"IEND", b"")
+    )
+
+
 def png_chunk(kind: bytes, data: bytes) -> bytes:
     crc = zlib.crc32(kind + data)
     return len(data).to_bytes(4, "big") + kind + data + crc.to_bytes(4, "big")
@@ -118,6 +131,7 @@ def make_seeds() -> dict[str, bytes]:
         "palette.png": encode(rgb.quantize(64), "PNG", transparency=3),
         "bits.png": encode(rgb.convert("1"), "PNG"),
         "16 bits.png": encode(Image.fromarray(depth), "PNG"),
+        "16-bit colours.png": deep_png(np.asarray(rgb, np.uint16) * 200),
         "alpha.png": encode(alpha, "PNG"),
         "interlaced.png": interlaced_png(np.asarray(rgb)),
     }
@@ -245,7 +259,7 @@ def check(encoded: bytes) -> Outcome:
 
 def _decoded_twice(encoded: bytes) -> None:
     pixels = decode.decode(encoded, MAX_PIXELS)
-    header, again = decode.decode_with_header(encoded, MAX_PIXELS)
+    header, _, again = decode.decode_with_header(encoded, MAX_PIXELS)
     if pixels.dtype != np.uint8 or pixels.shape != (header.height, header.width, 3):
         raise DecoderError(f"{pixels.dtype} {pixels.shape} from a file with {header}")
     if not np.array_equal(pixels, again):

@@ -188,3 +188,45 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_the_values_are_told_and_a_white_level_is_suggested(tmp_path, capsys):
+    values = np.random.default_rng(0).integers(0, 4096, (20, 9, 9)).astype(np.uint16)
+    values[:, 0, :2] = 0, 4095
+    for i, image in enumerate(values):
+        path = tmp_path / "data" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    source = f"--source=folder:{tmp_path / 'data'}"
+    described = "16-bit: 20 images from 0 to 4095, white is 65535; data.white_level=4095 would suit"
+    inspect.main([source, f"--output={tmp_path / 'page'}"])
+    out = capsys.readouterr().out
+    assert f"\nvalues      {described}" in out
+    assert "--config.data.white_level=4095 makes 4095 white" in out
+    assert described in (tmp_path / "page" / "index.html").read_text("utf-8")
+
+    inspect.main([source, "--json", "--white_level=4095"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["white_level"] == 4095
+    (one,) = found["values"]
+    assert (one["kind"], one["images"], one["low"], one["high"]) == ("16-bit", 20, 0, 4095)
+    assert (one["white"], one["white_level"]) == (4095, None)
+    assert not any("white" in warning for warning in found["warnings"])
+
+
+def test_floats_without_a_white_level_are_described(tmp_path, capsys):
+    for i in range(6):
+        path = tmp_path / "ab"[i % 2] / f"{i}.tif"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)).save(path)
+    inspect.main([f"--source=folder:{tmp_path}"])
+    out = capsys.readouterr().out
+    assert "float: 6 images from 0 to 1, white is unknown; data.white_level=1 would suit" in out
+    assert "set --config.data.white_level=1, or" in out
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "white"])
+def test_a_white_level_is_a_number(value, capsys):
+    with pytest.raises(SystemExit):
+        inspect.main(["--source=shapes", f"--white_level={value}"])
+    assert "must be a number, 0 or more" in capsys.readouterr().err

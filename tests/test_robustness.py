@@ -303,11 +303,11 @@ def test_original_pixels_are_those_of_the_files(image_folder, tmp_path, monkeypa
     for i in indices:
         with Image.open(image_folder / source.ids[i]) as image:
             expected.append(image.width * image.height)
-    max_pixels = make_bundle().preprocessing.max_pixels
-    remembered = robustness.original_pixels(source, indices, max_pixels)
+    preprocessing = make_bundle().preprocessing
+    remembered = robustness.original_pixels(source, indices, preprocessing)
     assert remembered.tolist() == expected
     monkeypatch.setattr(scan, "known_records", lambda source, _: [None] * len(source))
-    assert robustness.original_pixels(source, indices, max_pixels).tolist() == expected
+    assert robustness.original_pixels(source, indices, preprocessing).tolist() == expected
 
 
 def test_an_image_that_has_gone_since_is_named(image_folder, tmp_path, monkeypatch):
@@ -316,7 +316,7 @@ def test_an_image_that_has_gone_since_is_named(image_folder, tmp_path, monkeypat
     monkeypatch.setattr(scan, "known_records", lambda source, _: [None] * len(source))
     (tmp_path / "images" / source.ids[7]).write_bytes(b"x")
     with pytest.raises(DataError, match=source.ids[7]):
-        robustness.original_pixels(source, np.array([7]), 10**6)
+        robustness.original_pixels(source, np.array([7]), make_bundle().preprocessing)
 
 
 # A split, and the command.

@@ -235,3 +235,13 @@ def test_the_data_does_not_lie_where_the_run_writes(tmp_path):
             run_directory.check_apart(tmp_path / "run", source)
     for source in (f"folder:{tmp_path}/run/images", f"folder:{tmp_path}", "shapes", "tfds:mnist"):
         run_directory.check_apart(tmp_path / "run", source)
+
+
+def test_a_run_that_is_older_than_the_white_level_goes_on_without_one(tmp_path):
+    config = default.get_config()
+    old = _flat(config)
+    del old["data.white_level"]
+    assert run_directory.changes(tmp_path, old, config) == []
+    config.data.white_level = 4095.0
+    with pytest.raises(ConfigError, match=r"\(data\.white_level: 0\.0 -> 4095\.0\)"):
+        run_directory.changes(tmp_path, old, config)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY, write_images
+from PIL import Image
 
 from cnn_jax import calibration, configuration, interruption, programs, train
 from cnn_jax.bundle import read_bundle
@@ -25,7 +26,7 @@ from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.errors import ConfigError, DataError, Interrupted, TrainingError
 from cnn_jax.evaluate import open_as_trained, predict_split
-from cnn_jax.predict import Predictor
+from cnn_jax.predict import Predictor, predict_batch
 from cnn_jax.step import Statistics, update_statistics
 from cnn_jax.train import train_and_evaluate
 from experiments import chaos
@@ -948,3 +949,27 @@ def test_whoever_is_told_of_the_epochs_may_end_the_run_and_it_goes_on(
     assert train_and_evaluate(config, workdir) == finished[2]
     assert _history(workdir) == before
     assert _weights(workdir) == _weights(finished[0])
+
+
+def test_a_white_level_counts_in_training_evaluation_and_prediction_alike(tmp_path):
+    """Floats in [0, 1], of two classes that only those see who see more than black."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        path = tmp_path / "data" / "ab"[i % 2] / f"{i}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wave = (np.indices((16, 16))[i % 2] % 4 < 2) * 0.6 + rng.uniform(0, 0.4, (16, 16))
+        Image.fromarray(wave.astype(np.float32)).save(path)
+    changes = {"train.epochs": 1, "report.detail": "none"}
+    with pytest.raises(DataError, match=r"float images .* set --config.data.white_level=1, or"):
+        train_and_evaluate(_tiny(tmp_path / "data", **changes), tmp_path / "run")
+    config = _tiny(tmp_path / "data", **changes, **{"data.white_level": 1.0})
+    train_and_evaluate(config, tmp_path / "run")
+    predictor = Predictor.load(tmp_path / "run" / "bundle")
+    assert predictor.preprocessing.white_level == 1
+    dataset = open_as_trained(predictor, f"folder:{tmp_path / 'data'}")
+    paths = [tmp_path / "data" / example_id for example_id in dataset.source.ids]
+    probabilities = predict_split(predictor, dataset.loader, np.arange(len(paths)))
+    arrays = [np.asarray(Image.open(path)) for path in paths]
+    for images in (paths, [path.read_bytes() for path in paths], arrays):
+        rows = [prediction.probabilities for prediction in predict_batch(predictor, images)]
+        np.testing.assert_allclose(rows, probabilities, atol=1e-6)

@@ -14,7 +14,14 @@ from jaxtyping import Int, UInt8
 
 from cnn_jax.data import Track, cache, no_track, scan
 from cnn_jax.data.decode import Pixels
-from cnn_jax.data.findings import Findings, find, too_few_classes, too_unreadable
+from cnn_jax.data.findings import (
+    Findings,
+    ValueRange,
+    find,
+    too_few_classes,
+    too_unreadable,
+    value_ranges,
+)
 from cnn_jax.data.pipeline import Loader, choose_workers
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source, fingerprint
@@ -82,7 +89,8 @@ def open_dataset(
     if pixels is None and residency != "none":
         residency = "none"  # The disk is full, and a warning has said so.
     source, rows, unreadable = scan.readable(listing, records)
-    _check_readable(listing, unreadable, max_unreadable)
+    values = value_ranges(records, preprocessing)
+    _check_readable(listing, unreadable, max_unreadable, values)
     records = [records[row] for row in rows]
     splits = division.of(source, [record.pixels for record in records])
     return Dataset(
@@ -96,7 +104,7 @@ def open_dataset(
         ),
         splits=splits,
         fingerprint=fingerprint(source, [record.digest for record in records], splits),
-        findings=find(source, records, division, splits, unreadable),
+        findings=find(source, records, division, splits, unreadable, values),
         residency=residency,
     )
 
@@ -158,7 +166,7 @@ def _scan(
     """
     if residency == "none":
         return scan.scan(listing, preprocessing, None, track), None
-    known = scan.known_records(listing, preprocessing.max_pixels)
+    known = scan.known_records(listing, preprocessing)
     if 2 * known.count(None) < len(known):
         # With a few looked at first, all the pixels may turn out to be there.
         records = scan.scan(listing, preprocessing, None, track, known)
@@ -205,10 +213,13 @@ def _in_its_place(mapped: np.ndarray, residency: str) -> np.ndarray:
 
 
 def _check_readable(
-    listing: Source, unreadable: Sequence[Unreadable], max_unreadable: float
+    listing: Source,
+    unreadable: Sequence[Unreadable],
+    max_unreadable: float,
+    values: Sequence[ValueRange],
 ) -> None:
     """Raises DataError if too many examples cannot be read."""
-    if reason := too_unreadable(unreadable, len(listing), max_unreadable):
+    if reason := too_unreadable(unreadable, len(listing), max_unreadable, values):
         raise DataError(
             f"{listing.name}: {reason} "
             f"(`python -m cnn_jax.inspect --source={listing.name}` lists them all)"

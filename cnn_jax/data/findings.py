@@ -1,23 +1,141 @@
 """What is to be said of a data set before training, and what endangers the result."""
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
 
+from cnn_jax.data.decode import format_number, likely_white, span
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source
 from cnn_jax.data.sources import listed_folder
 from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.errors import printable
+from cnn_jax.preprocessing import Preprocessing
 
 # From when on a class is so much larger than another that balancing may pay.
 _IMBALANCE = 10
 _MAX_NAMED = 3
 # Of fewer images, half is no different from chance.
 _SHARE_TO_SPEAK_OF = 3
+# An image is dark if none of its values is above this fraction of white; 14 bits of 16
+# are. A warning is due if this fraction of all images is dark.
+_DARK, _MOST = 0.25, 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueRange:
+    """The values of all images of one type of values, as their files have them.
+
+    Attributes:
+      kind: The type, such as "8-bit", "16-bit" or "float"; see `decode.Values`.
+      images: How many images have it.
+      low: The smallest value of all.
+      high: The largest value of all.
+      white: The value that is read as white; 0 if none is known to be, so that the
+        images cannot be read.
+      dark: Images that use at most a quarter of the range up to white.
+      dark_high: The largest value of these.
+      clipped: Images with values above white.
+      white_level: The `data.white_level` that would suit the images better; None if
+        there is no reason to change it, or if the images do not depend on it.
+    """
+
+    kind: str
+    images: int
+    low: float
+    high: float
+    white: float
+    dark: int
+    dark_high: float
+    clipped: int
+    white_level: float | None
+
+    @property
+    def is_dark(self) -> bool:
+        """Whether nearly all images use only a small part of the range."""
+        return self.dark >= _MOST * self.images
+
+    def describe(self) -> str:
+        """Such as "12-bit: 40 images from 0 to 4000, white is 4095"."""
+        white = f"white is {format_number(self.white)}" if self.white else "white is unknown"
+        better = self.white_level
+        advice = f"; data.white_level={format_number(better)} would suit them" if better else ""
+        return f"{self.kind}: {count(self.images, 'image')} {span(self)}, {white}{advice}"
+
+    def warning(self) -> str | None:
+        """A sentence about the danger to the result and its fix; None if there is none."""
+        images = count(self.images, f"{self.kind} image")
+        white = format_number(self.white)
+        if not self.white:
+            return (
+                f"{images} with values {span(self)} cannot be read, because none of these values "
+                f"is known to be white: set {_white_flag(self.high)}, or whatever is white in all "
+                "of them"
+            )
+        if self.clipped:
+            return (
+                f"{self.clipped:,} of {images} have values above {white}, up to "
+                f"{format_number(self.high)}, which all become white: {_white_flag(self.high)} "
+                "keeps them apart"
+            )
+        if not self.is_dark:
+            return None
+        used = (
+            f"{self.dark:,} of {images} have no value above {format_number(self.dark_high)} where "
+            f"{white} is white, so that the network sees them almost black"
+        )
+        if self.white_level:
+            flag = _white_flag(self.dark_high)
+            return f"{used}: {flag} makes {format_number(self.white_level)} white"
+        halves = ",".join([format_number(likely_white(self.dark_high) / 2)] * 3)
+        return f"{used}: --config.data.mean={halves} --config.data.std={halves} spreads them"
+
+
+def _white_flag(high: float) -> str:
+    return f"--config.data.white_level={format_number(likely_white(high))}"
+
+
+def value_ranges(
+    records: Sequence[Record], preprocessing: Preprocessing | None = None
+) -> list[ValueRange]:
+    """The values of all images by their type, the commonest first.
+
+    Args:
+      records: The records of all images, including the unreadable ones.
+      preprocessing: The white level and the normalization; by default the specification's.
+    """
+    preprocessing = preprocessing or Preprocessing()
+    by_type = defaultdict(list)
+    for record in records:
+        if record.values is not None:
+            by_type[record.values.kind, record.values.white].append(record.values)
+    ranges = []
+    for (kind, own_white), values in by_type.items():
+        highs = np.array([one.high for one in values], np.float64)
+        is_plain = kind == "8-bit"
+        white = own_white if is_plain else preprocessing.white_level or own_white
+        # A normalization may map fewer levels of 8-bit images to [-1, 1].
+        bright = min(max(map(sum, zip(preprocessing.mean, preprocessing.std, strict=True))), 255)
+        is_dark = highs <= _DARK * (bright if is_plain else white)
+        found = ValueRange(
+            kind=kind,
+            images=len(values),
+            low=min(one.low for one in values),
+            high=float(highs.max()),
+            white=white,
+            dark=int(is_dark.sum()),
+            dark_high=float(highs[is_dark].max(initial=0)),
+            clipped=0 if is_plain or not white else int((highs > white).sum()),
+            white_level=None,
+        )
+        if not white or (not is_plain and found.is_dark and found.dark_high > 0):
+            better = likely_white(found.dark_high if white else found.high)
+            found = dataclasses.replace(found, white_level=better)
+        ranges.append(found)
+    return sorted(ranges, key=lambda found: (-found.images, found.kind))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +150,7 @@ class Findings:
       rotated: Positions of images that EXIF turns.
       copies: Positions of equal images, a list for each set of them.
       remarks: What else a person should know, a sentence each.
+      values: The values that the images have in their files, by their type.
     """
 
     source: Source
@@ -41,6 +160,7 @@ class Findings:
     rotated: list[int]
     copies: list[list[int]]
     remarks: list[str]
+    values: list[ValueRange]
 
     @property
     def counts(self) -> dict[str, Int[np.ndarray, " classes"]]:
@@ -90,13 +210,7 @@ class Findings:
         found = [printable(remark) for remark in self.remarks]
         if reason := self.untrainable():
             found.append(f"training would refuse this: {reason}")
-        if self.unreadable:
-            found.append(
-                f"{count(len(self.unreadable), 'image')} cannot be read and "
-                f"{'is' if len(self.unreadable) == 1 else 'are'} left out: "
-                + _some([f"{printable(u.id)} {u.reason}" for u in self.unreadable])
-                + "; mend or remove them"
-            )
+        found += self.reading_warnings()
         if self.conflicts:
             found.append(
                 f"{count(len(self.conflicts), 'set')} of equal images with different labels, such "
@@ -145,6 +259,24 @@ class Findings:
                 "train.balance=sampling or train.balance=loss makes up for it"
             )
         return found
+
+    def reading_warnings(self) -> list[str]:
+        """The warnings that concern single files and their values."""
+        found = []
+        if self.unreadable:
+            found.append(
+                f"{count(len(self.unreadable), 'image')} cannot be read and "
+                f"{'is' if len(self.unreadable) == 1 else 'are'} left out: "
+                + _some([f"{printable(u.id)} {u.reason}" for u in self.unreadable])
+                + "; mend or remove them"
+            )
+        if formats := Counter(u.other_format for u in self.unreadable if u.other_format):
+            named = ", ".join(f"{number:,} {name}" for name, number in formats.most_common())
+            found.append(
+                f"{count(formats.total(), 'image')} of formats that are not read have the names "
+                f"of others ({named}): convert them to JPEG or PNG"
+            )
+        return found + [warning for one in self.values if (warning := one.warning())]
 
     def untrainable(self) -> str | None:
         """Why there is too little to train on; None if there is enough."""
@@ -211,6 +343,7 @@ def find(
     division: Division,
     splits: Mapping[str, Int[np.ndarray, " _"]],
     unreadable: list[Unreadable],
+    values: list[ValueRange],
 ) -> Findings:
     """What there is to say of readable examples and their records, in the same order."""
     equal: dict[str, list[int]] = defaultdict(list)
@@ -220,7 +353,8 @@ def find(
         if record.header is not None and record.header.orientation != 1:
             rotated.append(position)
     copies = [group for group in equal.values() if len(group) > 1]
-    return Findings(source, division, splits, unreadable, rotated, copies, list(source.remarks))
+    remarks = list(source.remarks)
+    return Findings(source, division, splits, unreadable, rotated, copies, remarks, values)
 
 
 def too_few_classes(source: Source) -> str | None:
@@ -237,11 +371,18 @@ def too_few_classes(source: Source) -> str | None:
 
 
 def too_unreadable(
-    unreadable: Sequence[Unreadable], total: int, max_unreadable: float
+    unreadable: Sequence[Unreadable],
+    total: int,
+    max_unreadable: float,
+    values: Sequence[ValueRange] = (),
 ) -> str | None:
     """Why training would not start; None if no more than the share of `total` is unreadable."""
     if max_unreadable * total >= len(unreadable) < total:
         return None
+    refused = [one for one in values if not one.white]
+    if len(unreadable) == sum(one.images for one in refused):
+        # A white level that suits all of them is better advice than three single ones.
+        return "; ".join(one.warning() or "" for one in refused)
     shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:_MAX_NAMED])
     return (
         f"{len(unreadable):,} of {total:,} images cannot be read, more than data.max_unreadable = "

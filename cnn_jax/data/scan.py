@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from cnn_jax.data import Track, cache, decode, no_track
-from cnn_jax.data.decode import Header, Pixels
+from cnn_jax.data.decode import Header, Pixels, UnknownFormatError, UnknownWhiteError, Values
 from cnn_jax.data.source import Source
 from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import Preprocessing
@@ -27,7 +27,7 @@ from cnn_jax.preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 
 # Raise it when a record means something else.
-_VERSION = 2
+_VERSION = 3
 # An image file has at most this many bytes for each pixel that is allowed, and for
 # all that is no pixel. A larger one is not even read.
 _BYTES_A_PIXEL, _OTHER_BYTES = 4, 2**20
@@ -47,31 +47,49 @@ class Record:
       pixels: Digest of the decoded pixels and their shape; "" after an error.
       header: None after an error.
       error: Why the image cannot be read, or None.
+      values: None after an error, unless the error is that the values are known and
+        not what they mean.
+      other_format: The image's format if that is known and is not read; else "".
     """
 
     digest: str
     pixels: str
     header: Header | None
     error: str | None
+    values: Values | None = None
+    other_format: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """A file that should be an image and is none, and why."""
+    """A file that should be an image and is none, and why.
+
+    Attributes:
+      id: Of the example.
+      reason: A phrase such as "is empty".
+      other_format: As in `Record`.
+    """
 
     id: str
     reason: str
+    other_format: str = ""
 
 
-def examine(encoded: bytes, max_pixels: int) -> tuple[Record, Pixels | None]:
-    """What is in an encoded image, and its pixels in full size, upright, if it is one."""
+def examine(encoded: bytes, preprocessing: Preprocessing) -> tuple[Record, Pixels | None]:
+    """Returns the record of an encoded image, and its pixels in full size if it can be decoded."""
     digest = _digest(encoded)
     try:
-        header, pixels = decode.decode_with_header(encoded, max_pixels)
+        header, values, pixels = decode.decode_with_header(
+            encoded, preprocessing.max_pixels, preprocessing.white_level
+        )
+    except UnknownWhiteError as error:
+        return Record(digest, "", None, str(error), error.values), None
+    except UnknownFormatError as error:
+        return Record(digest, "", None, str(error), None, error.format), None
     except DataError as error:
         return Record(digest, "", None, str(error)), None
     shape = f"{pixels.shape[0]}x{pixels.shape[1]}"
-    return Record(digest, _digest(pixels.data, shape.encode()), header, None), pixels
+    return Record(digest, _digest(pixels.data, shape.encode()), header, None, values), pixels
 
 
 def _digest(*parts: bytes | memoryview) -> str:
@@ -122,7 +140,7 @@ def scan(
 
     Args:
       source: The images.
-      preprocessing: Their size in the sink, and `max_pixels`.
+      preprocessing: Their size in the sink, `max_pixels` and `white_level`.
       sink: Gets row i for every example i that can be decoded; None if the pixels
         are not wanted.
       track: Shows progress.
@@ -135,7 +153,7 @@ def scan(
       OSError: The sink cannot be written.
     """
     if known is None:
-        known = known_records(source, preprocessing.max_pixels)
+        known = known_records(source, preprocessing)
     records = list(known)
     rows = [i for i, record in enumerate(records) if record is None or sink is not None]
 
@@ -151,22 +169,19 @@ def scan(
             return
         record, pixels = records[row], None
         if record is None or record.digest != _digest(encoded):
-            record, pixels = examine(encoded, preprocessing.max_pixels)
+            record, pixels = examine(encoded, preprocessing)
         records[row] = record
         if sink is not None and record.header is not None:
-            size = preprocessing.image_size
-            if pixels is None or decode.is_reduced(record.header, size):
-                resized = decode.load(encoded, size, preprocessing.max_pixels)
-            else:
-                resized = decode.resize(pixels, size)
-            sink.write(row, resized)
+            if pixels is None:
+                pixels = decode.decode(encoded, preprocessing.max_pixels, preprocessing.white_level)
+            sink.write(row, decode.resize(pixels, preprocessing.image_size))
 
     if rows:
         try:
             for _ in track(on_all_cores(work, rows), "reading images", len(rows)):
                 pass
         finally:  # Also after Ctrl-C: what is known need not be found out again.
-            _remember(source, preprocessing.max_pixels, records)
+            _remember(source, preprocessing, records)
     return [record for record in records if record is not None]
 
 
@@ -193,20 +208,29 @@ def _chunks(rows: Iterable[int], size: int) -> Iterator[list[int]]:
         yield chunk
 
 
-def known_records(source: Source, max_pixels: int) -> list[Record | None]:
+def known_records(source: Source, preprocessing: Preprocessing) -> list[Record | None]:
     """The records of an earlier scan, None where an example is new or has changed."""
-    remembered = cache.read_json("scans", _key(source, max_pixels))
+    remembered = cache.read_json("scans", _key(source, preprocessing))
     records: list[Record | None] = [None] * len(source)
     # What is not of the right form is as good as nothing.
     with contextlib.suppress(AttributeError, TypeError, ValueError):
         for i, (example_id, version) in enumerate(zip(source.ids, source.versions, strict=True)):
             if (values := remembered.get(example_id)) and values[0] == version:
-                _, digest, pixels, header, error = values
-                records[i] = Record(digest, pixels, Header(*header) if header else None, error)
+                _, digest, pixels, header, error, of_values, other_format = values
+                records[i] = Record(
+                    digest,
+                    pixels,
+                    Header(*header) if header else None,
+                    error,
+                    Values(*of_values) if of_values else None,
+                    other_format,
+                )
     return records
 
 
-def _remember(source: Source, max_pixels: int, records: Sequence[Record | None]) -> None:
+def _remember(
+    source: Source, preprocessing: Preprocessing, records: Sequence[Record | None]
+) -> None:
     values = {
         example_id: (
             version,
@@ -214,19 +238,22 @@ def _remember(source: Source, max_pixels: int, records: Sequence[Record | None])
             record.pixels,
             dataclasses.astuple(record.header) if record.header else None,
             record.error,
+            dataclasses.astuple(record.values) if record.values else None,
+            record.other_format,
         )
         for example_id, version, record in zip(source.ids, source.versions, records, strict=True)
         # Whoever could not read a file may be allowed to the next time.
         if record is not None and record.digest
     }
     try:
-        cache.write_json("scans", _key(source, max_pixels), values)
+        cache.write_json("scans", _key(source, preprocessing), values)
     except OSError as error:
         logger.warning("what was found in the images cannot be kept: %s", error)
 
 
-def _key(source: Source, max_pixels: int) -> str:
-    text = f"{_VERSION} {decode.VERSION} {max_pixels} {source.name}"
+def _key(source: Source, preprocessing: Preprocessing) -> str:
+    limits = f"{preprocessing.max_pixels} {preprocessing.white_level}"
+    text = f"{_VERSION} {decode.VERSION} {limits} {source.name}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -235,7 +262,7 @@ def readable(
 ) -> tuple[Source, Int[np.ndarray, " n"], list[Unreadable]]:
     """The examples that can be read, their positions in the listing, and the others."""
     unreadable = [
-        Unreadable(example_id, record.error)
+        Unreadable(example_id, record.error, record.other_format)
         for example_id, record in zip(listing.ids, records, strict=True)
         if record.error is not None
     ]
@@ -249,5 +276,6 @@ def readable(
 def pixels_key(records: Sequence[Record], preprocessing: Preprocessing) -> str:
     """The name of the decoded images of these records, of one size: changes with any of them."""
     height, width = preprocessing.image_size
-    start = f"{decode.VERSION} {height} {width} {preprocessing.max_pixels}".encode()
+    limits = f"{preprocessing.max_pixels} {preprocessing.white_level}"
+    start = f"{decode.VERSION} {height} {width} {limits}".encode()
     return _digest(start, "".join(f"{record.digest:<32}" for record in records).encode())

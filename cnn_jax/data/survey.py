@@ -20,12 +20,19 @@ from PIL import Image
 
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.decode import Header, Pixels
-from cnn_jax.data.findings import Findings, count, find, split_numbers, too_unreadable
+from cnn_jax.data.findings import (
+    Findings,
+    count,
+    find,
+    split_numbers,
+    too_unreadable,
+    value_ranges,
+)
 from cnn_jax.data.scan import Record
 from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.errors import DataError, printable
-from cnn_jax.preprocessing import MAX_PIXELS
+from cnn_jax.preprocessing import MAX_PIXELS, Preprocessing
 
 # Bits of 64 in which the hashes of near duplicates may differ.
 NEAR_DISTANCE = 4
@@ -64,7 +71,7 @@ class Survey:
 
     Attributes:
       findings: The readable source, its splits, and what endangers the result.
-      max_pixels: Largest width times height of an image that was decoded.
+      preprocessing: With what `max_pixels` and `white_level` the images were read.
       headers: Of each readable image.
       levels: int64 [3, 256], how many pixels of all images have each grey level, for
         R, G and B.
@@ -75,7 +82,7 @@ class Survey:
     """
 
     findings: Findings
-    max_pixels: int
+    preprocessing: Preprocessing
     headers: list[Header]
     levels: Int64[np.ndarray, "3 256"]
     exact: list[Cluster]
@@ -98,10 +105,11 @@ class Survey:
     @property
     def warnings(self) -> list[str]:
         """What endangers the result, a sentence each that names the fix."""
-        found = self.findings.warnings() if len(self.source) else []
-        unreadable = self.findings.unreadable
+        findings = self.findings
+        found = findings.warnings() if len(self.source) else findings.reading_warnings()
+        unreadable = findings.unreadable
         total = len(self.source) + len(unreadable)
-        if reason := too_unreadable(unreadable, total, _MAX_UNREADABLE):
+        if reason := too_unreadable(unreadable, total, _MAX_UNREADABLE, findings.values):
             found.insert(0, f"training would refuse this: {reason}")
         divided = [cluster for cluster in self.near if cluster.different_splits]
         if not divided or self.division.group:
@@ -182,7 +190,8 @@ class Survey:
                 **dataclasses.asdict(self.division),
                 "fractions": list(self.division.fractions),
             },
-            "max_pixels": self.max_pixels,
+            "max_pixels": self.preprocessing.max_pixels,
+            "white_level": self.preprocessing.white_level,
             "classes": [
                 {
                     "name": name,
@@ -203,6 +212,7 @@ class Survey:
             "aspect_ratio": _quantiles(ratios),
             "formats": dict(self.formats),
             "modes": dict(self.modes),
+            "values": [dataclasses.asdict(one) for one in findings.values],
             "unreadable": [dataclasses.asdict(image) for image in findings.unreadable],
             "rotated": [
                 {"id": source.ids[i], "orientation": self.headers[i].orientation}
@@ -241,6 +251,7 @@ def survey(
     max_pixels: int = MAX_PIXELS,
     distance: int = NEAR_DISTANCE,
     track: Track = no_track,
+    white_level: float = 0.0,
 ) -> Survey:
     """Looks at every image of a source once.
 
@@ -251,21 +262,24 @@ def survey(
       distance: Bits in which the hashes of two near duplicates may differ, at most
         `MAX_DISTANCE`.
       track: Shows progress.
+      white_level: See `Preprocessing`.
 
     Raises:
       ConfigError: The division's group is no pattern.
       DataError: It does not describe an id.
     """
     division.check(listing)  # Rather now than after the pass.
-    records, hashes, thumbnails, levels = _pass(listing, max_pixels, track)
+    preprocessing = Preprocessing(max_pixels=max_pixels, white_level=white_level)
+    records, hashes, thumbnails, levels = _pass(listing, preprocessing, track)
+    values = value_ranges(records, preprocessing)
     source, rows, unreadable = scan.readable(listing, records)
     records = [records[row] for row in rows]
     splits = division.of(source, [record.pixels for record in records])
-    findings = find(source, records, division, splits, unreadable)
+    findings = find(source, records, division, splits, unreadable, values)
     alike = _groups(near_components(hashes[rows], thumbnails[rows], distance))
     return Survey(
         findings=findings,
-        max_pixels=max_pixels,
+        preprocessing=preprocessing,
         headers=[record.header for record in records if record.header is not None],
         levels=levels,
         exact=_clusters(findings.copies, source, splits),
@@ -279,7 +293,7 @@ def survey(
 
 
 def _pass(
-    listing: Source, max_pixels: int, track: Track
+    listing: Source, preprocessing: Preprocessing, track: Track
 ) -> tuple[
     list[Record],
     UInt64[np.ndarray, " n"],
@@ -298,10 +312,10 @@ def _pass(
 
     def look_at(row: int) -> tuple[Record, int, np.ndarray, np.ndarray] | Record:
         try:
-            encoded = scan.read_example(listing, row, max_pixels)
+            encoded = scan.read_example(listing, row, preprocessing.max_pixels)
         except DataError as error:
             return Record("", "", None, str(error))
-        record, pixels = scan.examine(encoded, max_pixels)
+        record, pixels = scan.examine(encoded, preprocessing)
         if pixels is None:
             return record
         image = Image.fromarray(pixels)

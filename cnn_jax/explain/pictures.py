@@ -300,4 +300,5 @@ def _write_page(folder: pathlib.Path, result: dict[str, Any], predictor: Predict
 
 
 def _decode(path: pathlib.Path, predictor: Predictor) -> decode.Pixels:
-    return decode.decode(path.read_bytes(), predictor.preprocessing.max_pixels)
+    preprocessing = predictor.preprocessing
+    return decode.decode(path.read_bytes(), preprocessing.max_pixels, preprocessing.white_level)

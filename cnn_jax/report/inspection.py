@@ -191,7 +191,7 @@ def _sheet(thumbnails: Sequence[Image.Image | None], columns: int) -> Image.Imag
 
 
 def _thumbnail(survey: Survey, index: int) -> Image.Image | None:
-    return load_thumbnail(survey.source, index, survey.max_pixels, _THUMBNAIL)
+    return load_thumbnail(survey.source, index, survey.preprocessing, _THUMBNAIL)
 
 
 # Charts.

@@ -50,8 +50,7 @@ def qualities(run: Run) -> Figures:
     positions = test[rows]
     images = robustness.load_images(network.dataset.loader, positions)
     hits = network.probabilities["test"].argmax(axis=1) == labels
-    max_pixels = network.predictor.preprocessing.max_pixels
-    pixels = robustness.original_pixels(network.source, positions, max_pixels)
+    pixels = robustness.original_pixels(network.source, positions, network.predictor.preprocessing)
     return found | {
         "split": "test",
         "split_count": len(labels),

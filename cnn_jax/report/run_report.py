@@ -166,10 +166,10 @@ def _draw_examples(
     """Draws each image once, and once more under its map if they are explained."""
     by_position = {shown["position"]: shown for shown in examples}
     positions = list(by_position)
-    max_pixels = network.predictor.preprocessing.max_pixels
+    preprocessing = network.predictor.preprocessing
 
     def load(position: int) -> Image.Image | None:
-        return thumbnails.load_thumbnail(network.source, position, max_pixels, _SIDE)
+        return thumbnails.load_thumbnail(network.source, position, preprocessing, _SIDE)
 
     loaded = track(scan.on_all_cores(load, positions), "drawing images", len(positions))
     images = dict(zip(positions, loaded, strict=True))

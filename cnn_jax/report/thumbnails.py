@@ -8,17 +8,20 @@ from PIL import Image
 from cnn_jax.data import decode, scan
 from cnn_jax.data.source import Source
 from cnn_jax.errors import DataError
+from cnn_jax.preprocessing import Preprocessing
 
 
-def load_thumbnail(source: Source, index: int, max_pixels: int, side: int) -> Image.Image | None:
+def load_thumbnail(
+    source: Source, index: int, preprocessing: Preprocessing, side: int
+) -> Image.Image | None:
     """An image that just fits into a square of `side` pixels; None if it cannot be read any more.
 
     It keeps its shape, and a small one is enlarged.
     """
     try:
         with scan.one_large_file_at_a_time(source, index):
-            encoded = scan.read_example(source, index, max_pixels)
-            pixels = decode.decode(encoded, max_pixels, at_least=(side, side))
+            encoded = scan.read_example(source, index, preprocessing.max_pixels)
+            pixels = decode.decode(encoded, preprocessing.max_pixels, preprocessing.white_level)
     except DataError:
         return None
     return fitted(pixels, side)

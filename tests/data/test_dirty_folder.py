@@ -196,6 +196,7 @@ def _sparse(path):
 
 
 _UNKNOWN = "unreadable: is not an image of a known format"
+_DAMAGED = "unreadable: is a damaged {}, or of a kind that is not read"
 _BROKEN = "unreadable: cannot be decoded: "
 _CUT = _BROKEN + "image file is truncated"
 _HUGE = "unreadable: has "
@@ -211,23 +212,23 @@ _NO_CLASS = "ignored: outside the class folders"
 _CUTS = [
     Kind("cut/after SOI.jpg", _jpeg()[:2], _UNKNOWN),
     Kind("cut/within APP0.jpg", _jpeg()[:11], _BROKEN),
-    Kind("cut/after DQT.jpg", _cut_jpeg(0xDB), _UNKNOWN),
+    Kind("cut/after DQT.jpg", _cut_jpeg(0xDB), _DAMAGED.format("JPEG")),
     Kind("cut/after SOF.jpg", _cut_jpeg(0xC0), _BROKEN),
     Kind("cut/after DHT.jpg", _cut_jpeg(0xC4), _BROKEN),
     Kind("cut/after SOS.jpg", _cut_jpeg(0xDA), _CUT),
     Kind("cut/within the scan.jpg", _cut_jpeg(0xDA, extra=300), _CUT),
     Kind("cut/before EOI.jpg", _jpeg()[:-2], _CUT),
-    Kind("cut/signature.png", _png()[:8], _UNKNOWN),
+    Kind("cut/signature.png", _png()[:8], _DAMAGED.format("PNG")),
     Kind("cut/within IHDR.png", _cut_png(b"IHDR", 12), _BROKEN),
-    Kind("cut/before IDAT.png", _cut_png(b"IDAT", 0), _UNKNOWN),
+    Kind("cut/before IDAT.png", _cut_png(b"IDAT", 0), _DAMAGED.format("PNG")),
     Kind("cut/within IDAT.png", _cut_png(b"IDAT", 300), _CUT),
-    Kind("cut/header.gif", encode(_picture(), "GIF")[:10], _UNKNOWN),
+    Kind("cut/header.gif", encode(_picture(), "GIF")[:10], _DAMAGED.format("GIF")),
     Kind("cut/half.gif", encode(_picture(), "GIF")[:900], _CUT),
     Kind("cut/header.webp", encode(_picture(), "WEBP")[:16], _BROKEN),
     Kind("cut/half.webp", encode(_picture(), "WEBP")[:300], _BROKEN),
     Kind("cut/header.bmp", encode(_picture(), "BMP")[:20], _BROKEN),
     Kind("cut/half.bmp", encode(_picture(), "BMP")[:700], _CUT),
-    Kind("cut/header.tif", encode(_picture(), "TIFF")[:8], _UNKNOWN),
+    Kind("cut/header.tif", encode(_picture(), "TIFF")[:8], _DAMAGED.format("TIFF")),
     Kind("cut/half.tif", encode(_picture(), "TIFF")[:700], _BROKEN),
     Kind("cut/half.ppm", encode(_picture(), "PPM")[:700], _CUT),
     Kind("cut/nothing.jpg", b"", "unreadable: is empty"),
@@ -235,11 +236,19 @@ _CUTS = [
 ]
 _FALSE = [
     Kind("false/text.jpg", b"this is no picture\n", _UNKNOWN),
-    Kind("false/page.png", b"<!DOCTYPE html><html><body>404</body></html>", _UNKNOWN),
+    Kind(
+        "false/page.png",
+        b"<!DOCTYPE html><html><body>404</body></html>",
+        "unreadable: is a web page",
+    ),
     Kind("false/archive.jpg", _zip(), _UNKNOWN),
     Kind("false/script.jpg", b"#!/bin/sh\ntouch executed\n", _UNKNOWN),
     Kind("false/program.png", b"\x7fELF\x02\x01\x01" + bytes(100), _UNKNOWN),
-    Kind("false/drawing.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", _UNKNOWN),
+    Kind(
+        "false/drawing.png",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "unreadable: is SVG, which is not read: convert it",
+    ),
     Kind("false/zeros.png", bytes(5000), _UNKNOWN),
     Kind(
         "false/postscript.jpg",
@@ -247,8 +256,12 @@ _FALSE = [
         _UNKNOWN,
     ),
     Kind("false/fax.tif", _tiff(20, 20, compression=4), _BROKEN),
-    Kind("false/IHDR checksum.png", _bad_checksum(b"IHDR"), _UNKNOWN),
-    Kind("false/zero wide.png", _png().replace(struct.pack(">I", 24), bytes(4), 1), _UNKNOWN),
+    Kind("false/IHDR checksum.png", _bad_checksum(b"IHDR"), _DAMAGED.format("PNG")),
+    Kind(
+        "false/zero wide.png",
+        _png().replace(struct.pack(">I", 24), bytes(4), 1),
+        _DAMAGED.format("PNG"),
+    ),
     Kind("false/zero wide.bmp", b"BM" + encode(_picture(), "BMP")[2:18] + bytes(40), _BROKEN),
 ]
 _BOMBS = [
@@ -302,8 +315,12 @@ _ODD = [
     Kind("odd/text.png", _with_chunk(b"tEXt", b"k\0" + b"x" * 3_000_000), "image"),
     Kind("odd/16 bits.png", encode(_picture(mode="I;16"), "PNG"), "image"),
     Kind("odd/16 bits.tif", encode(_picture(mode="I;16"), "TIFF"), "image"),
-    Kind("odd/32 bits.tif", encode(_picture(mode="I"), "TIFF"), "image"),
-    Kind("odd/floats.tif", encode(_picture(mode="F"), "TIFF"), "image"),
+    Kind(
+        "odd/32 bits.tif",
+        encode(_picture(mode="I"), "TIFF"),
+        "unreadable: has 32-bit signed values from 5 to 242, of which none is known to be white",
+    ),
+    Kind("odd/floats.tif", encode(_picture(mode="F"), "TIFF"), "unreadable: has float values"),
     Kind("odd/palette.png", encode(_picture(mode="P"), "PNG"), "image"),
     Kind("odd/clear palette.png", encode(_picture(mode="P"), "PNG", transparency=0), "image"),
     Kind("odd/alpha.png", encode(_picture(mode="RGBA"), "PNG"), "image"),

@@ -1,12 +1,14 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
 from cnn_jax.data.findings import too_few_classes
 from cnn_jax.data.splits import Division
+from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import Preprocessing
 
 
@@ -151,3 +153,90 @@ def test_a_single_class_with_sub_folders_names_the_folder_that_is_meant(tmp_path
         f"folder:{tmp_path}/PetImages takes its sub-folders for classes, cat, dog"
     )
     assert too_few_classes(open_folder(tmp_path / "PetImages")) is None
+
+
+def _save_values(folder, high, dtype, count=20, file_format="png"):
+    """Images of two classes, with values from 0 to `high`."""
+    for i in range(count):
+        values = np.random.default_rng(i).random((6, 9)) * high
+        values.flat[:2] = 0, high
+        path = folder / "ab"[i % 2] / f"{i}.{file_format}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values.astype(dtype)).save(path)
+
+
+def _value_warnings(folder, **preprocessing):
+    preprocessing = Preprocessing(image_size=(8, 8), **preprocessing)
+    dataset = open_dataset(
+        open_folder(folder), Division(rule="exact"), preprocessing, max_unreadable=1.0
+    )
+    return [w for w in dataset.findings.warnings() if "-bit" in w or "float" in w]
+
+
+@pytest.mark.parametrize(
+    ("high", "dtype", "warning"),
+    [
+        (4095, np.uint16, "20 of 20 16-bit images have no value above 4095 where 65535 is white"),
+        (16383, np.uint16, "--config.data.white_level=16383 makes 16383 white"),
+        (16384, np.uint16, None),
+        (65535, np.uint16, None),
+        (1, np.uint8, "--config.data.mean=0.5,0.5,0.5 --config.data.std=0.5,0.5,0.5 spreads"),
+        (15, np.uint8, "20 of 20 8-bit images have no value above 15 where 255 is white"),
+        (63, np.uint8, "--config.data.mean=31.5,31.5,31.5"),
+        (64, np.uint8, None),
+    ],
+)
+def test_a_small_part_of_the_range_is_a_warning_with_the_white_level(
+    tmp_path, high, dtype, warning
+):
+    _save_values(tmp_path, high, dtype)
+    found = _value_warnings(tmp_path)
+    assert len(found) == (warning is not None)
+    assert (warning or "") in "".join(found)
+
+
+def test_what_the_warnings_advise_ends_them(tmp_path):
+    _save_values(tmp_path / "16", 4095, np.uint16)
+    assert _value_warnings(tmp_path / "16", white_level=4095.0) == []
+    _save_values(tmp_path / "8", 1, np.uint8)
+    half = (0.5, 0.5, 0.5)
+    assert _value_warnings(tmp_path / "8", mean=half, std=half) == []
+
+
+def test_a_few_dark_or_a_few_bright_images_change_nothing(tmp_path):
+    _save_values(tmp_path, 40, np.uint8, count=10)
+    (tmp_path / "a").rename(tmp_path / "dark")
+    _save_values(tmp_path, 255, np.uint8, count=20)
+    assert _value_warnings(tmp_path) == []
+    _save_values(tmp_path / "16", 4095, np.uint16)
+    Image.fromarray(np.full((4, 4), 65535, np.uint16)).save(tmp_path / "16" / "a" / "saturated.png")
+    assert "20 of 21 16-bit images have no value above 4095" in _value_warnings(tmp_path / "16")[0]
+
+
+def test_values_above_white_are_a_warning(tmp_path):
+    _save_values(tmp_path, 4095, np.uint16)
+    (warning,) = _value_warnings(tmp_path, white_level=1.0)
+    assert "20 of 20 16-bit images have values above 1, up to 4095, which all become" in warning
+    assert "--config.data.white_level=4095 keeps them apart" in warning
+
+
+def test_floats_without_a_white_level_are_refused_with_that_of_all(tmp_path):
+    _save_values(tmp_path, 0.2, np.float32, file_format="tif")
+    _save_values(tmp_path, 700, np.float32, count=4, file_format="tiff")
+    with pytest.raises(DataError) as error:
+        _find(tmp_path, max_unreadable=0.5)
+    assert "24 float images with values from 0 to 700 cannot be read" in str(error.value)
+    assert "set --config.data.white_level=1023, or" in str(error.value)
+    assert _value_warnings(tmp_path, white_level=700.0) == []
+
+
+def test_other_formats_under_wrong_names_are_counted(tmp_path):
+    _save_values(tmp_path, 255, np.uint8)
+    for i in range(3):
+        (tmp_path / "a" / f"phone{i}.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(i))
+    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "new.png", "AVIF")
+    warnings = "\n".join(_find(tmp_path).warnings())
+    assert "4 images cannot be read and are left out: a/phone0.jpg is HEIC, which is" in warnings
+    assert (
+        "4 images of formats that are not read have the names of others (3 HEIC, 1 AVIF): convert"
+    ) in warnings

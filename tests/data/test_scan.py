@@ -56,7 +56,7 @@ def test_pixels_of_another_shape_are_not_equal():
     for image in black:
         encoded = image.tobytes("raw")
         assert len(encoded) == 72
-        digests.add(scan.examine(_png(image), 1000)[0].pixels)
+        digests.add(scan.examine(_png(image), SMALL)[0].pixels)
     assert len(digests) == 2
 
 
@@ -137,3 +137,42 @@ def test_the_pixels_key_changes_with_content_order_and_size(folder):
     assert scan.pixels_key(records[::-1], SMALL) != key
     assert scan.pixels_key(records[:-1], SMALL) != key
     assert scan.pixels_key(records, Preprocessing(image_size=(8, 9))) != key
+
+
+def _write_floats(folder):
+    for i, name in enumerate(("a/1.tif", "a/2.tif", "b/3.tif")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        values = np.linspace(0, (i + 1) / 3, 12, dtype=np.float32).reshape(3, 4)
+        Image.fromarray(values).save(folder / name)
+
+
+def test_records_have_the_values_of_the_file(folder, tmp_path_factory):
+    floats = tmp_path_factory.mktemp("floats")
+    _write_floats(floats)
+    record = scan.scan(open_folder(folder), SMALL)[0]
+    pixels = np.asarray(Image.open(folder / "a" / "1.png"))
+    assert record.values == decode.Values("8-bit", int(pixels.min()), int(pixels.max()), 255)
+    unknown = dict(
+        zip(open_folder(floats).ids, scan.scan(open_folder(floats), SMALL), strict=True)
+    )["b/3.tif"]
+    assert unknown.values == decode.Values("float", 0, 1, 0)
+    assert "--config.data.white_level=1, or" in unknown.error
+    # They are kept, whether the image can be read or not.
+    assert record in scan.known_records(open_folder(folder), SMALL)
+    assert unknown in scan.known_records(open_folder(floats), SMALL)
+
+
+def test_records_of_another_white_level_are_others(tmp_path):
+    _write_floats(tmp_path)
+    refused = scan.scan(open_folder(tmp_path), SMALL)
+    assert all(record.header is None for record in refused)
+    keys = set()
+    for white_level in (1.0, 0.5, 1.0):
+        preprocessing = dataclasses.replace(SMALL, white_level=white_level)
+        source, sink = open_folder(tmp_path), _Sink()
+        records = scan.scan(source, preprocessing, sink)
+        for row, pixels in sink.rows.items():
+            expected = decode.load(source[row]["image"], (8, 8), white_level=white_level)
+            np.testing.assert_array_equal(pixels, expected)
+        keys.add(scan.pixels_key(records, preprocessing))
+    assert len(keys) == 2

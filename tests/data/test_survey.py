@@ -165,7 +165,9 @@ def test_everything_is_counted(mixed_folder):
     assert found["aspect_ratio"]["max"] == 1.5
     assert found["formats"] == {"PNG": 6, "JPEG": 5, "BMP": 1, "WEBP": 1}
     assert found["modes"] == {"RGB": 12, "L": 1}
-    assert found["unreadable"] == [{"id": "cat/0 empty.png", "reason": "is empty"}]
+    assert found["unreadable"] == [
+        {"id": "cat/0 empty.png", "reason": "is empty", "other_format": ""}
+    ]
     assert found["rotated"] == [{"id": "dog/turned.jpg", "orientation": 6}]
     assert found["ignored"] == {"not images": 1}
 
