@@ -34,7 +34,8 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     """
     messages = logging.StreamHandler()
     messages.setFormatter(_MessageFormatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[messages], level=logging.WARNING)
+    # force: absl, which Orbax imports, has added a handler of its own.
+    logging.basicConfig(handlers=[messages], level=logging.WARNING, force=True)
     # Not for users: Orbax (by absl), asyncio and Pillow log what is raised as well.
     for library, level in (
         ("PIL", "CRITICAL"),

@@ -416,11 +416,12 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
     ]
     if result["mean_corruption_error"] is not None:
         count = sum(name in IMAGENET_C for name in corruptions)
+        more = round(100 * result["relative_mean_corruption_error"], 1) + 0.0  # Never -0.0.
         paragraphs.append(
             cli.wrap(
                 f"Mean error over the {count} corruptions of "
                 f"ImageNet-C: {percent(result['mean_corruption_error'])}, "
-                f"{100 * result['relative_mean_corruption_error']:.1f} percentage points more than "
+                f"{more:.1f} percentage points more than "
                 "on clean images.",
                 width,
             )
