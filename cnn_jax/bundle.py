@@ -152,7 +152,7 @@ def find_bundle(path: str | os.PathLike[str]) -> pathlib.Path:
       BundleError: The path is a run that has no bundle yet.
     """
     path = pathlib.Path(path)
-    with contextlib.suppress(OSError):  # Whoever reads the bundle says what is wrong.
+    with contextlib.suppress(OSError):  # `read_bundle` says what is wrong.
         if not (path / _DESCRIPTION).exists():
             if (path / "bundle").is_dir():
                 return path / "bundle"

@@ -1,4 +1,4 @@
-"""What all commands do alike at their start and end."""
+"""What all commands share: their start and end, flags, and output."""
 
 import argparse
 import codecs
@@ -34,7 +34,7 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     """
     messages = logging.StreamHandler()
     messages.setFormatter(_MessageFormatter("%(levelname)s: %(message)s"))
-    # force: absl, which Orbax imports, has added a handler of its own.
+    # force=True removes the handler that absl added when Orbax imported it.
     logging.basicConfig(handlers=[messages], level=logging.WARNING, force=True)
     # Not for users: Orbax (by absl), asyncio and Pillow log what is raised as well.
     for library, level in (
@@ -115,7 +115,7 @@ def wrap(text: str, width: int) -> str:
 
 
 def fit(text: str, file: IO[str] | None) -> str:
-    """A line as it is, or broken between words if the file is a terminal."""
+    """Breaks a line between words if the file is a terminal; else returns it unchanged."""
     return wrap(text, columns()) if file is not None and file.isatty() else text
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a command works: progress on stderr, and tables as text."""
+"""Output for people: the progress of a command on stderr, and tables as text."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,14 +17,14 @@ _TABLE_HEAD = (
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
-    """Aligned columns: the first one to the left, the others, numbers, to the right.
+    """A table as text: names left-aligned in the first column, numbers right-aligned in the others.
 
-    A first cell that leaves too little room for the others stands on a line of its own.
+    A name that leaves too little room for the numbers stands on a line of its own.
 
     Args:
       head: The names of the columns.
       rows: Cells without line ends.
-      width: Of the terminal, in columns.
+      width: The width of the terminal, in columns.
     """
     lines = [head, *rows]
     widths = [max(map(rich.cells.cell_len, column)) for column in zip(*lines, strict=True)]

@@ -205,14 +205,14 @@ def write_result(
     """Writes what a command has measured to stdout and to the file of --output.
 
     Args:
-      result: As JSON can hold it.
-      text: The same as a table, which stdout gets unless --json is given.
-      flags: As `add_data_flags` makes them.
-      file: What `cli.open_output` made of --output: the file, or else stdout.
+      result: A value of JSON types.
+      text: The result as tables, which go to stdout unless --json is given.
+      flags: The parsed flags of `add_data_flags`.
+      file: The file of --output, or stdout without that flag; see `cli.open_output`.
     """
     if flags.output is not None:
         cli.write_json(result, file)
-    if sys.stdout is None:  # Then there is a file.
+    if sys.stdout is None:  # It is closed, so there is --output.
         return
     if flags.json:
         cli.write_json(result, sys.stdout)
@@ -224,9 +224,9 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
     """The metrics of a split as text.
 
     Args:
-      result: As `score` returns them.
+      result: The return value of `score`.
       title: The first line.
-      width: Of the terminal, in columns.
+      width: The width of the terminal, in columns.
     """
     intervals = result["confidence_intervals"]
     metrics = [
@@ -241,7 +241,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
     low, high = intervals["loss"]
     metrics.append(("loss", f"{result['loss']:.4f}", f"{low:.3f} to {high:.3f}"))
     # The classes that most need attention first; those without images say nothing.
-    by_f1 = sorted(
+    classes_by_f1 = sorted(
         result["per_class"].items(), key=lambda item: (not item[1]["support"], item[1]["f1"])
     )
     classes = [
@@ -250,7 +250,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
             *(percent(values[key]) for key in ("precision", "recall", "f1")),
             f"{values['support']:,}",
         )
-        for name, values in by_f1
+        for name, values in classes_by_f1
     ]
     return "\n".join(
         (

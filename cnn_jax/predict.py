@@ -68,8 +68,8 @@ class Predictor:
     Attributes:
       class_names: In the order of the probabilities.
       preprocessing: How an image becomes an input.
-      temperature: By which logits are divided before the softmax.
-      data: What it was trained on; see `Bundle`.
+      temperature: The divisor of the logits before the softmax.
+      data: The description of the training data; see `Bundle`.
       model: The network.
       variables: Its parameters and statistics, on the device.
     """
@@ -147,7 +147,7 @@ def _check_weights(model: nn.Module, bundle: Bundle) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the predictor says of one image, or why it says nothing.
+    """The prediction for one image, or the reason why there is none.
 
     Attributes:
       predicted: Name of the most probable class; None after an error.
@@ -176,8 +176,8 @@ def preprocess_for_inference(
         an array, or what NumPy makes one of: uint8, 0 for black to 255 for white,
         grey [h, w] or [h, w, 1], RGB [h, w, 3] or RGBA [h, w, 4]. OpenCV's arrays are
         BGR, which cannot be seen from the array: pass `image[..., ::-1]`.
-      preprocessing: That of the predictor, `predictor.preprocessing`; by default
-        the specification's 224 x 224.
+      preprocessing: The predictor's, `predictor.preprocessing`; the default is the
+        specification's 224 x 224.
 
     Returns:
       uint8 [height, width, 3]. Normalisation is the predictor's own business.
@@ -336,7 +336,7 @@ def _images_of_array(array: np.ndarray) -> Iterator[AnyImage]:
     """
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
     if array.dtype == object or array.dtype.kind == "U":
-        if array.ndim == 1:  # Such as a table's column of paths.
+        if array.ndim == 1:  # For example a column of paths of a table.
             return iter(array.tolist())
     elif array.size == 0 and not is_image:
         return iter([])
@@ -408,8 +408,8 @@ def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[path
     """The image files that files, folders and patterns name, each of them once, in their order.
 
     Args:
-      inputs: Files, folders, and patterns such as `photos/**/*.jpg`, which the shell may have
-        left as they are. What exists by such a name is no pattern.
+      inputs: Files, folders, and patterns such as `photos/**/*.jpg` that the shell did not
+        expand. A file whose own name looks like a pattern is that file.
       allow_outside: Whether links may lead out of a folder.
 
     Raises:
@@ -452,8 +452,8 @@ def write_predictions(
 
     Args:
       predictor: A loaded bundle.
-      paths: Of the images.
-      file: Where to write.
+      paths: The image files.
+      file: A text file that is open for writing.
       top: Number of classes in a row, 1 or more; at most all of them are written.
 
     Returns:

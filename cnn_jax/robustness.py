@@ -379,15 +379,15 @@ def _check_memory(dataset: Dataset, split: str, count: int) -> None:
 
 
 def describe(result: Mapping[str, Any], title: str, width: int) -> str:
-    """What `measure_split` returns, as text.
+    """The robustness of a network as text.
 
     Args:
-      result: As `measure_split` returns it.
+      result: The return value of `measure_split`.
       title: The first line.
-      width: Of the terminal, in columns.
+      width: The width of the terminal, in columns.
     """
     clean, corruptions = result["clean"], result["corruptions"]
-    by_accuracy = sorted(corruptions.items(), key=lambda item: item[1]["accuracy"])
+    sorted_corruptions = sorted(corruptions.items(), key=lambda item: item[1]["accuracy"])
     rows = [
         (
             name,
@@ -395,7 +395,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
             *(f"{100 * one['accuracy']:.0f}" for one in found["severities"]),
             str(found["first_severity_10_points_lower"] or "never"),
         )
-        for name, found in by_accuracy
+        for name, found in sorted_corruptions
     ]
     paragraphs = [
         cli.wrap(title, width),

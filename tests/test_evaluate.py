@@ -120,13 +120,24 @@ def _figures(names):
 
 def test_the_table():
     text = evaluate.describe(_figures("abc"), "test split of x: 4 images", 60)
-    assert text.splitlines() == [
+    lines = text.splitlines()
+    assert lines[:4] == [
         "test split of x: 4 images",
         "",
-        "             value    95 % interval",
-        "accuracy   75.00 %   30.1 to 95.4 %",
-        "precision  50.00 %   33.3 to 66.7 %",
-        "recall     55.56 %  33.3 to 66.7 %",
+        "             value   95 % interval",
+        "accuracy   75.00 %  30.1 to 95.4 %",
+    ]
+    values = [line.split()[:2] for line in lines[4:8]]
+    assert values[:3] == [["precision", "50.00"], ["recall", "55.56"], ["F1", "48.89"]]
+    assert values[3][0] == "loss"
+    # The lowest F1 first, and last what has no images.
+    assert lines[8:] == [
+        "Precision, recall and F1 are means over the classes.",
+        "",
+        "class  precision   recall      F1  images",
+        "b         50.0 %  100.0 %  66.7 %       1",
+        "a        100.0 %   66.7 %  80.0 %       3",
+        "c          0.0 %    0.0 %   0.0 %       0",
     ]
 
 

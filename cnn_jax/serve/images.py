@@ -209,7 +209,8 @@ _RANGE_HINT = "; multiply numbers from 0 to 1 by 255, or send an image file in b
 def check_range(image: np.ndarray) -> None:
     """Refuses an image whose grey levels may be meant as 0 for black and 1 for white.
 
-    As levels from 0 to 255 such an image would be black. One of zeros alone is black either way.
+    Read as levels from 0 to 255, such an image would be black. An image of zeros only is
+    black either way, and is not refused.
 
     Raises:
       Refused: The largest level is 1.

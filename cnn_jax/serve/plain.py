@@ -87,11 +87,9 @@ class PredictOut(BaseModel):
 
 
 class PredictQuery(BaseModel):
-    """What may stand behind the path."""
+    """The parameters behind the path."""
 
-    model: str | None = Field(
-        default=None, description="a model's name; needed if there are several"
-    )
+    model: str | None = Field(default=None, description="needed if there are several")
     version: int | None = Field(default=None, ge=1, description="instead of an alias")
     alias: str | None = Field(default=None, description="instead of a version")
     top: int = Field(default=5, ge=1, le=1000, description="number of classes to return")
@@ -104,7 +102,7 @@ class PredictQuery(BaseModel):
 
 
 class _LeanRoute(APIRoute):
-    """A route that FastAPI documents, and whose query alone is validated.
+    """A route that FastAPI documents, and of which only the query is validated.
 
     FastAPI's way from a request to a function's parameters takes a good part of the time that
     one small image spends in the server.
@@ -120,7 +118,7 @@ class _LeanRoute(APIRoute):
 
 
 def _query(request: Request) -> PredictQuery:
-    """What stands behind the path.
+    """Returns the checked parameters behind the path.
 
     Raises:
       Refused: A parameter is not known, or is given twice.
