@@ -168,11 +168,18 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a command that looks at a split of a data set with a bundle."""
     cli.add_bundle_flag(parser)
     parser.add_argument("--source", help=f"{FORMS}; what it was trained on if not given")
-    parser.add_argument("--split", default="test", choices=[*SPLITS, "all"])
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=[*SPLITS, "all"],
+        metavar="SPLIT",
+        help="train, validation, test or all (test)",
+    )
     parser.add_argument(
         "--max_unreadable",
         type=cli.share,
-        help="share of images that may be unreadable; as in training if not given",
+        metavar="RATIO",
+        help="ratio of images that may be unreadable, 0 to 1; as in training if not given",
     )
     parser.add_argument(
         "--allow_outside",
@@ -180,7 +187,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="follow links and paths out of the data's folder",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", type=cli.path, help="JSON file to write as well")
+    parser.add_argument(
+        "--output", type=cli.path, metavar="FILE", help="JSON file to write as well"
+    )
 
 
 def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[Predictor, Dataset]:

@@ -494,7 +494,9 @@ def main(argv: Sequence[str]) -> None:
         metavar="K",
         help="classes to list for each image, the most probable first (1)",
     )
-    parser.add_argument("--output", type=cli.path, help="CSV file to write; stdout if not given")
+    parser.add_argument(
+        "--output", type=cli.path, metavar="FILE", help="CSV file to write; stdout if not given"
+    )
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()

@@ -446,7 +446,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cnn_jax.robustness",
-        description="Measure a bundle on a split whose images are spoiled in many ways.",
+        description="Measure a bundle on a split whose images are corrupted in many ways.",
     )
     add_data_flags(parser)
     parser.add_argument(
@@ -455,7 +455,9 @@ def main(argv: Sequence[str]) -> None:
         metavar="N",
         help="take N of the images, with each class in proportion",
     )
-    parser.add_argument("--seed", type=cli.natural, default=0)
+    parser.add_argument(
+        "--seed", type=cli.natural, default=0, help="seed of the sample and the corruptions (0)"
+    )
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()

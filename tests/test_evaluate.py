@@ -121,12 +121,9 @@ def _figures(names):
 def test_the_table():
     text = evaluate.describe(_figures("abc"), "test split of x: 4 images", 60)
     lines = text.splitlines()
-    assert lines[:4] == [
-        "test split of x: 4 images",
-        "",
-        "             value   95 % interval",
-        "accuracy   75.00 %  30.1 to 95.4 %",
-    ]
+    assert lines[:2] == ["test split of x: 4 images", ""]
+    assert lines[2].split() == ["value", "95", "%", "interval"]
+    assert lines[3].split() == ["accuracy", "75.00", "%", "30.1", "to", "95.4", "%"]
     values = [line.split()[:2] for line in lines[4:8]]
     assert values[:3] == [["precision", "50.00"], ["recall", "55.56"], ["F1", "48.89"]]
     assert values[3][0] == "loss"
