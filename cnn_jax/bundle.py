@@ -6,6 +6,7 @@
 Nothing in it is executable, and reading it needs no training code.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -146,6 +147,25 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{path} cannot be read: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise BundleError(f"{path} is not a bundle: {error!r}") from error
+
+
+def find_bundle(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The bundle that a path names: the directory itself, or `bundle/` in a run's directory.
+
+    Raises:
+      BundleError: The path is a run that has no bundle yet.
+    """
+    path = pathlib.Path(path)
+    with contextlib.suppress(OSError):  # `read_bundle` says what is wrong.
+        if not (path / _DESCRIPTION).exists():
+            if (path / "bundle").is_dir():
+                return path / "bundle"
+            if (path / "config.json").exists():
+                raise BundleError(
+                    f"{path} is a run without a bundle, which is written when training ends; start "
+                    "the same training command again"
+                )
+    return path
 
 
 def digest(path: str | os.PathLike[str]) -> str:

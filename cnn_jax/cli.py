@@ -1,17 +1,21 @@
-"""What all commands do alike at their start and end."""
+"""What all commands share: their start and end, flags, and output."""
 
 import argparse
+import codecs
 import contextlib
 import errno
+import json
 import logging
 import os
 import pathlib
+import shutil
 import signal
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from cnn_jax.errors import ConfigError, Interrupted, UserError, printable
 
@@ -28,7 +32,10 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     (argparse exits with 2 as well), `if_interrupted` after Ctrl-C or SIGTERM, and 1
     after any other failure. Of an error that the user can mend, one line is shown.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    messages = logging.StreamHandler()
+    messages.setFormatter(_MessageFormatter("%(levelname)s: %(message)s"))
+    # force=True removes the handler that absl added when Orbax imported it.
+    logging.basicConfig(handlers=[messages], level=logging.WARNING, force=True)
     # Not for users: Orbax (by absl), asyncio and Pillow log what is raised as well.
     for library, level in (
         ("PIL", "CRITICAL"),
@@ -40,8 +47,9 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     sys.unraisablehook = _hide_late_callbacks
     # Pillow warns of what it makes good; what it cannot is an error.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    if sys.stdout is not None:  # File names need not be UTF-8.
-        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[attr-defined]
+    if sys.stdout is not None:
+        codecs.register_error("cnn_jax.escape", _escape)
+        sys.stdout.reconfigure(errors="cnn_jax.escape")  # type: ignore[attr-defined]
     for name in _INTERRUPTS:
         signal.signal(name, interrupt)
     are_all_done = False  # Of the processes of a run.
@@ -74,6 +82,43 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     sys.exit(code)
 
 
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    r"""The error handler of stdout: encodes a character that its encoding does not have.
+
+    A byte of a file name that is not UTF-8 stays that byte; any other character becomes its
+    escape, such as \u732b.
+    """
+    assert isinstance(error, UnicodeEncodeError)
+    error.end = error.start + 1
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+class _MessageFormatter(logging.Formatter):
+    """Formats a log record for stderr."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if "\n" in text else fit(text, sys.stderr)
+
+
+def columns() -> int:
+    """The width of the terminal ($COLUMNS, if set); 80 where there is none."""
+    return shutil.get_terminal_size().columns
+
+
+def wrap(text: str, width: int) -> str:
+    """Breaks a line between words, so that no part is wider than the width if that can be."""
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def fit(text: str, file: IO[str] | None) -> str:
+    """Breaks a line between words if the file is a terminal; else returns it unchanged."""
+    return wrap(text, columns()) if file is not None and file.isatty() else text
+
+
 def _hide_late_callbacks(unraisable: "sys.UnraisableHookArgs") -> None:
     """Hides that threads of TensorStore find Orbax gone after it has raised why it failed."""
     if str(unraisable.exc_value) != "Event loop is closed":
@@ -104,7 +149,8 @@ def _is_one_of_many() -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    print("error:", printable(" ".join(message.splitlines())), file=sys.stderr)
+    message = printable(" ".join(message.splitlines()))
+    print(fit(f"error: {message}", sys.stderr), file=sys.stderr)
     return code
 
 
@@ -113,6 +159,13 @@ def path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return str(pathlib.Path(text).expanduser())
+
+
+def add_bundle_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag --bundle of a command that uses a trained network."""
+    parser.add_argument(
+        "--bundle", required=True, type=path, metavar="RUN", help="a run, or its bundle RUN/bundle"
+    )
 
 
 def natural(text: str) -> int:
@@ -162,3 +215,13 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
         raise ConfigError(f"--output: cannot write {path}: {error.strerror}") from error
     with file:
         yield file
+
+
+def write_json(value: Any, file: IO[str]) -> None:
+    """Writes a value as JSON, with escapes where the file's encoding lacks a character."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(getattr(file, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    file.write(text + "\n")

@@ -1,19 +1,43 @@
-"""What a person sees while a run goes on: all of it on stderr, line by line.
-
-On a terminal there is a progress bar as well.
-"""
+"""Output for people: the progress of a command on stderr, and tables as text."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import rich.cells
 import rich.console
 import rich.progress
 import rich.table
+
+from cnn_jax import cli
 
 _TABLE_HEAD = (
     "             ------- train -------   ----- validation ----\n"
     "  epoch      loss  accuracy     F1   loss  accuracy     F1   images/s"
 )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
+    """A table as text: names left-aligned in the first column, numbers right-aligned in the others.
+
+    A name that leaves too little room for the numbers stands on a line of its own.
+
+    Args:
+      head: The names of the columns.
+      rows: Cells without line ends.
+      width: The width of the terminal, in columns.
+    """
+    lines = [head, *rows]
+    widths = [max(map(rich.cells.cell_len, column)) for column in zip(*lines, strict=True)]
+    room = min(widths[0], max(width - sum(widths[1:]) - 2 * len(widths[1:]), 0))
+    text = []
+    for name, *numbers in lines:
+        length = rich.cells.cell_len(name)
+        if length > room:
+            text.append(cli.wrap(name, width))
+            name, length = "", 0
+        cells = (f"  {cell:>{size}}" for cell, size in zip(numbers, widths[1:], strict=True))
+        text.append(f"{name}{' ' * (room - length)}{''.join(cells)}".rstrip())
+    return "\n".join(text)
 
 
 def _whole() -> rich.table.Column:

@@ -1,17 +1,19 @@
-"""Exact figures of a bundle on a whole split.
+"""The metrics of a bundle on a whole split.
 
-    python -m cnn_jax.evaluate --bundle=RUN/bundle [--source=folder:PATH] [--split=test]
+    python -m cnn_jax.evaluate --bundle=RUN [--source=folder:PATH] [--split=test] [--json]
+        [--output=FILE.json]
 
-prints them as JSON, as `report/metrics.json` holds them.
+prints them as a table; --json prints them as JSON instead, as `report/metrics.json` holds them.
+--output writes the JSON to a file as well.
 """
 
 import argparse
 import dataclasses
-import json
 import logging
 import math
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -19,7 +21,7 @@ from jaxtyping import Float, Int
 from cnn_jax import cli, runtime
 from cnn_jax.calibration import log_probabilities
 from cnn_jax.compiled import keep_compiled
-from cnn_jax.console import Console
+from cnn_jax.console import Console, table
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.dataset import Dataset, choose_residency, open_dataset
 from cnn_jax.data.pipeline import Loader, evaluation_batches
@@ -164,20 +166,30 @@ def open_as_trained(
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a command that looks at a split of a data set with a bundle."""
-    parser.add_argument("--bundle", required=True, type=cli.path, help="the bundle, RUN/bundle")
+    cli.add_bundle_flag(parser)
     parser.add_argument("--source", help=f"{FORMS}; what it was trained on if not given")
-    parser.add_argument("--split", default="test", choices=[*SPLITS, "all"])
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=[*SPLITS, "all"],
+        metavar="SPLIT",
+        help="train, validation, test or all (test)",
+    )
     parser.add_argument(
         "--max_unreadable",
         type=cli.share,
-        help="share of images that may be unreadable; as in training if not given",
+        metavar="RATIO",
+        help="ratio of images that may be unreadable, 0 to 1; as in training if not given",
     )
     parser.add_argument(
         "--allow_outside",
         action="store_true",
         help="follow links and paths out of the data's folder",
     )
-    parser.add_argument("--output", type=cli.path, help="JSON file to write; stdout if not given")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--output", type=cli.path, metavar="FILE", help="JSON file to write as well"
+    )
 
 
 def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[Predictor, Dataset]:
@@ -196,6 +208,82 @@ def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[Predictor, D
     return predictor, dataset
 
 
+def write_result(
+    result: Mapping[str, Any], text: str, flags: argparse.Namespace, file: IO[str]
+) -> None:
+    """Writes what a command has measured to stdout and to the file of --output.
+
+    Args:
+      result: A value of JSON types.
+      text: The result as tables, which go to stdout unless --json is given.
+      flags: The parsed flags of `add_data_flags`.
+      file: The file of --output, or stdout without that flag; see `cli.open_output`.
+    """
+    if flags.output is not None:
+        cli.write_json(result, file)
+    if sys.stdout is None:  # It is closed, so there is --output.
+        return
+    if flags.json:
+        cli.write_json(result, sys.stdout)
+    else:
+        print(text)
+
+
+def describe(result: Mapping[str, Any], title: str, width: int) -> str:
+    """The metrics of a split as text.
+
+    Args:
+      result: The return value of `score`.
+      title: The first line.
+      width: The width of the terminal, in columns.
+    """
+    intervals = result["confidence_intervals"]
+    metrics = [
+        (name, percent(result[key], 2), percent_interval(intervals[key]))
+        for name, key in (
+            ("accuracy", "accuracy"),
+            ("precision", "precision"),
+            ("recall", "recall"),
+            ("F1", "f1"),
+        )
+    ]
+    low, high = intervals["loss"]
+    metrics.append(("loss", f"{result['loss']:.4f}", f"{low:.3f} to {high:.3f}"))
+    # The classes that most need attention first; those without images say nothing.
+    classes_by_f1 = sorted(
+        result["per_class"].items(), key=lambda item: (not item[1]["support"], item[1]["f1"])
+    )
+    classes = [
+        (
+            printable(name),
+            *(percent(values[key]) for key in ("precision", "recall", "f1")),
+            f"{values['support']:,}",
+        )
+        for name, values in classes_by_f1
+    ]
+    return "\n".join(
+        (
+            cli.wrap(title, width),
+            "",
+            table(("", "value", "95 % interval"), metrics, width),
+            cli.wrap("Precision, recall and F1 are means over the classes.", width),
+            "",
+            table(("class", "precision", "recall", "F1", "images"), classes, width),
+        )
+    )
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A ratio as a percentage."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def percent_interval(interval: Sequence[float]) -> str:
+    """An interval of ratios in percent."""
+    low, high = interval
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cnn_jax.evaluate", description="Measure a bundle on a whole split."
@@ -208,9 +296,14 @@ def main(argv: Sequence[str]) -> None:
     track = Console().track
     predictor, dataset = open_by_flags(flags, track)
     with cli.open_output(flags.output) as file:
-        figures = evaluate(predictor, dataset, flags.split, track)
-        json.dump(figures, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        result = evaluate(predictor, dataset, flags.split, track)
+        title = f"{split_name(flags.split)} of {dataset.source.name}: {result['count']:,} images"
+        write_result(result, describe(result, printable(title), cli.columns()), flags, file)
+
+
+def split_name(split: str) -> str:
+    """The name of a split in a title."""
+    return "all images" if split == "all" else f"{split} split"
 
 
 if __name__ == "__main__":

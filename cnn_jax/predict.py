@@ -1,19 +1,22 @@
 """From images to class probabilities.
 
-    python -m cnn_jax.predict --bundle=RUN/bundle --input=FILE_OR_FOLDER [--output=out.csv]
+    python -m cnn_jax.predict --bundle=RUN --input FILE_FOLDER_OR_PATTERN ... [--top=K]
+        [--output=out.csv]
 
-writes a CSV row for each image. Importing this module brings no training code.
+writes a CSV row for each image. Importing this module imports no training code.
 """
 
 import argparse
 import csv
 import dataclasses
 import functools
+import glob
+import itertools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import IO, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -22,7 +25,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from PIL import Image
 
 from cnn_jax import cli, runtime
-from cnn_jax.bundle import Bundle, read_bundle
+from cnn_jax.bundle import Bundle, find_bundle, read_bundle
 from cnn_jax.compiled import keep_compiled
 from cnn_jax.data import decode, files
 from cnn_jax.data.decode import Pixels
@@ -36,7 +39,27 @@ logger = logging.getLogger(__name__)
 # padded to a power of two, so that few shapes are ever compiled.
 BATCH_SIZE = 64
 
-AnyImage = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+@runtime_checkable
+class Readable(Protocol):
+    """An open binary file, a response, a member of a zip file: anything with `read`."""
+
+    def read(self) -> bytes: ...
+
+
+@runtime_checkable
+class ArrayLike(Protocol):
+    """A JAX array, a PyTorch tensor on the CPU: anything that becomes a NumPy array."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+_Encoded = bytes | bytearray | memoryview
+AnyImage = str | os.PathLike[str] | _Encoded | Readable | Image.Image | np.ndarray | ArrayLike
+_ONE_IMAGE = (
+    "a path, the bytes of an image file, an open binary file, a Pillow image, or an array uint8 "
+    "[height, width] or [height, width, 1, 3 or 4]"
+)
 
 
 class Predictor:
@@ -45,8 +68,8 @@ class Predictor:
     Attributes:
       class_names: In the order of the probabilities.
       preprocessing: How an image becomes an input.
-      temperature: By which logits are divided before the softmax.
-      data: What it was trained on; see `Bundle`.
+      temperature: The divisor of the logits before the softmax.
+      data: The description of the training data; see `Bundle`.
       model: The network.
       variables: Its parameters and statistics, on the device.
     """
@@ -64,10 +87,13 @@ class Predictor:
     def load(cls, path: str | os.PathLike[str]) -> "Predictor":
         """Reads and verifies a bundle.
 
+        Args:
+          path: A bundle, or a run that has one.
+
         Raises:
-          BundleError: It is no bundle, or a damaged one.
+          BundleError: There is no bundle, or it is damaged.
         """
-        return cls(read_bundle(path))
+        return cls(read_bundle(find_bundle(path)))
 
     def __call__(
         self, images: UInt8[np.ndarray, "batch height width 3"]
@@ -75,11 +101,14 @@ class Predictor:
         """Probabilities of preprocessed images; each row sums to 1.
 
         Raises:
-          ValueError: The images are not of the bundle's size.
+          ValueError: The images are not uint8, or not of the bundle's size.
         """
         size = self.preprocessing.image_size
-        if images.shape[1:] != (*size, 3):
-            raise ValueError(f"images must be [B, {size[0]}, {size[1]}, 3], got {images.shape}")
+        if images.dtype != np.uint8 or images.shape[1:] != (*size, 3):
+            raise ValueError(
+                f"images must be [B, {size[0]}, {size[1]}, 3] of uint8, got {images.shape} of "
+                f"{images.dtype}"
+            )
         run = _compiled(self.model, self.preprocessing)
         temperature = np.float32(self.temperature)
         return np.asarray(jax.device_get(run(self.variables, temperature, images)))
@@ -118,7 +147,7 @@ def _check_weights(model: nn.Module, bundle: Bundle) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the predictor says of one image, or why it says nothing.
+    """The prediction for one image, or the reason why there is none.
 
     Attributes:
       predicted: Name of the most probable class; None after an error.
@@ -136,66 +165,194 @@ class Prediction:
 def preprocess_for_inference(
     image: AnyImage, preprocessing: Preprocessing = SPECIFICATION
 ) -> Pixels:
-    """One image, as it comes, in the shape that a predictor takes.
+    """One image of any kind, in the shape that a predictor takes.
 
     Args:
-      image: A path, the bytes of an image file, a Pillow image, or RGB or grey
-        pixels, [h, w, 3] or [h, w]: uint8, uint16, or any numbers if the network was
-        trained with a white level. The same picture gives the same pixels in each of
-        these forms. (An array must be upright and opaque.)
-      preprocessing: That of the predictor, `predictor.preprocessing`; by default
-        the specification's 224 x 224.
+      image: One of
+          a path, str or PathLike;
+          the bytes of an image file, as bytes, bytearray or memoryview;
+          an open binary file, or anything else whose `read()` returns such bytes;
+          a Pillow image;
+          an array, or what NumPy makes one of, upright: grey [h, w] or [h, w, 1], RGB
+          [h, w, 3] or RGBA uint8 [h, w, 4]; uint8 from 0, black, to 255, white; uint16;
+          bool; or any numbers if the network was trained with a white level. OpenCV's
+          arrays are BGR, which cannot be seen from the array: pass `image[..., ::-1]`.
+        The same picture gives the same pixels in each of these forms.
+      preprocessing: The predictor's, `predictor.preprocessing`; the default is the
+        specification's 224 x 224.
 
     Returns:
       uint8 [height, width, 3]. Normalisation is the predictor's own business.
 
     Raises:
-      DataError: It is not an image, is damaged or too large.
+      DataError: The image cannot be read, is damaged or too large, or its array is of
+        another dtype or shape.
+      TypeError: It is of none of these kinds.
     """
-    if isinstance(image, str | os.PathLike):
-        try:
-            image = pathlib.Path(image).read_bytes()
-        except OSError as error:
-            raise DataError(error.strerror or str(error)) from error
-        except ValueError as error:  # A name that no file can have.
-            raise DataError(str(error)) from error
+    if not isinstance(image, bytes | Image.Image | np.ndarray):
+        image = _read(image)
     if isinstance(image, bytes):
         pixels = decode.decode(image, preprocessing.max_pixels, preprocessing.white_level)
     elif isinstance(image, Image.Image):
         pixels = decode.to_rgb(image, preprocessing.max_pixels, preprocessing.white_level)
-    elif isinstance(image, np.ndarray):
-        pixels = decode.from_array(image, preprocessing.white_level)
     else:
-        raise DataError(f"an image array must be uint8, got {type(image).__name__}")
+        pixels = _pixels_of_array(image, preprocessing)
     return decode.resize(pixels, preprocessing.image_size)
 
 
-def predict_batch(predictor: Predictor, images: Sequence[AnyImage]) -> list[Prediction]:
-    """Predicts images of any kind and size; a bad one spoils no other.
+def _read(image: object) -> bytes | np.ndarray:
+    """The bytes of an image file, or the array, that any other kind of image stands for.
+
+    Raises:
+      DataError: It cannot be read.
+      TypeError: It is no kind of image.
+    """
+    if isinstance(image, str | os.PathLike):
+        try:
+            return pathlib.Path(image).read_bytes()
+        except IsADirectoryError as error:
+            raise DataError("is a folder; list_images lists the images in it") from error
+        except OSError as error:
+            raise DataError(error.strerror or str(error)) from error
+        except ValueError as error:  # No file can have such a name.
+            raise DataError(str(error)) from error
+    if isinstance(image, bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, Readable):
+        return _read_file(image)
+    if isinstance(image, ArrayLike):
+        return np.asarray(image)
+    raise TypeError(f"an image must be {_ONE_IMAGE}; got {_kind(image)}")
+
+
+def _read_file(file: Readable) -> bytes:
+    try:
+        content = file.read()
+    except UnicodeDecodeError as error:
+        raise DataError("is open as text; open it with mode 'rb'") from error
+    except Exception as error:  # Files of other libraries raise errors of any type.
+        raise DataError(f"cannot be read: {error or type(error).__name__}") from error
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise DataError(f"read() must return bytes, got {_kind(content)}; open it with mode 'rb'")
+    if not content:
+        raise DataError("has nothing left to read: it is empty, or at its end (seek(0) goes back)")
+    return bytes(content)
+
+
+def _pixels_of_array(array: np.ndarray, preprocessing: Preprocessing) -> Pixels:
+    """The grey levels of an array of one image.
+
+    Raises:
+      DataError: It has another shape, or the range of its values is not known.
+    """
+    channels = 1 if array.ndim == 2 else array.shape[-1] if array.ndim == 3 else 0
+    if channels not in (1, 3, 4) or 0 in array.shape:
+        raise DataError(
+            f"an image array must be [height, width] or [height, width, 1, 3 or 4], got "
+            f"{_shape(array)}"
+        )
+    if channels == 4 and array.dtype == np.uint8:
+        image = Image.fromarray(np.ascontiguousarray(array))
+        return decode.to_rgb(image, preprocessing.max_pixels)
+    if channels == 1:
+        array = array.reshape(array.shape[:2])
+    return decode.from_array(array, preprocessing.white_level)
+
+
+def _shape(array: np.ndarray) -> str:
+    """The shape of an array, with a hint if its channels seem to come first."""
+    shape = str(list(array.shape))
+    if array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4):
+        return f"{shape}; channels come last: np.moveaxis(array, -3, -1)"
+    return shape
+
+
+def _kind(value: object) -> str:
+    return f"{'an' if type(value).__name__[0] in 'aeiouAEIOU' else 'a'} {type(value).__name__}"
+
+
+def predict_batch(predictor: Predictor, images: AnyImage | Iterable[AnyImage]) -> list[Prediction]:
+    """Predicts images of any kind and size; an unusable one affects no other.
 
     Args:
       predictor: A loaded bundle.
-      images: Whatever `preprocess_for_inference` takes, in any mixture.
+      images: One image of a kind that `preprocess_for_inference` takes, which is a batch
+        of one; or an iterable of them, in any mixture: a list, a tuple, a generator, or
+        an array uint8 [b, h, w, 1, 3 or 4]. A generator may reuse its memory: each
+        image is copied before the next one is asked for.
 
     Returns:
       One prediction for each image, in their order. For an image that could not
-      be read it holds the reason, which is also logged.
+      be used it holds the reason, which is also logged.
+
+    Raises:
+      TypeError: `images`, or one of them, is of none of these kinds.
     """
-    predictions = [Prediction()] * len(images)
-    for start in range(0, len(images), BATCH_SIZE):
-        rows, pixels = [], []
-        for row in range(start, min(start + BATCH_SIZE, len(images))):
-            try:
-                pixels.append(preprocess_for_inference(images[row], predictor.preprocessing))
-                rows.append(row)
-            except DataError as error:
-                logger.warning("%s: %s", _describe(images[row], row), error)
-                predictions[row] = Prediction(error=str(error))
+    predictions: list[Prediction] = []
+    rows: list[int] = []  # The positions in `predictions` of the images in `batch`.
+    batch = np.empty((BATCH_SIZE, *predictor.preprocessing.image_size, 3), np.uint8)
+
+    def predict_rows() -> None:
         if rows:
-            probabilities = predictor(_pad(np.stack(pixels)))
+            probabilities = predictor(_pad(batch[: len(rows)]))
             for row, row_probabilities in zip(rows, probabilities, strict=False):
                 predictions[row] = _prediction(row_probabilities, predictor.class_names)
+            rows.clear()
+
+    for row, image in enumerate(_single_images(images)):
+        predictions.append(Prediction())
+        try:
+            batch[len(rows)] = preprocess_for_inference(image, predictor.preprocessing)
+        except DataError as error:
+            logger.warning("%s: %s", _describe(image, row), error)
+            predictions[row] = Prediction(error=str(error))
+            continue
+        rows.append(row)
+        if len(rows) == BATCH_SIZE:
+            predict_rows()
+    predict_rows()
     return predictions
+
+
+def _single_images(images: object) -> Iterator[AnyImage]:
+    """The images of an argument that is one image or an iterable of them.
+
+    Raises:
+      TypeError: It is neither.
+    """
+    if isinstance(images, str | os.PathLike | _Encoded | Image.Image | Readable):
+        return iter([images])
+    if isinstance(images, ArrayLike):
+        return _images_of_array(np.asarray(images))
+    # The predictions of a set could not be told apart.
+    if isinstance(images, Iterable) and not isinstance(images, Mapping | Set):
+        return iter(images)
+    raise TypeError(
+        f"images must be one image or an iterable of images such as a list, got {_kind(images)}; "
+        f"an image is {_ONE_IMAGE}"
+    )
+
+
+def _images_of_array(array: np.ndarray) -> Iterator[AnyImage]:
+    """The only image of an array of two or three dimensions, each one of a batch.
+
+    Raises:
+      TypeError: The array is neither.
+    """
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
+    if array.dtype == object or array.dtype.kind == "U":
+        if array.ndim == 1:  # For example a column of paths of a table.
+            return iter(array.tolist())
+    elif array.size == 0 and not is_image:
+        return iter([])
+    elif is_image:
+        return iter([array])
+    elif array.ndim == 4 and array.shape[-1] in (1, 3, 4):
+        return iter(array)
+    raise TypeError(
+        f"an array of images must be [batch, height, width, 1, 3 or 4], and one image [height, "
+        f"width] or [height, width, 1, 3 or 4], got {_shape(array)} of {array.dtype}"
+    )
 
 
 def _describe(image: AnyImage, row: int) -> str:
@@ -252,41 +409,107 @@ def list_images(path: str | os.PathLike[str], allow_outside: bool = False) -> li
     return [path / image.path for image in listing.files]
 
 
-def write_predictions(predictor: Predictor, paths: Sequence[pathlib.Path], file: IO[str]) -> int:
-    """Writes CSV rows path, predicted, confidence, error; returns the number of errors."""
+def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[pathlib.Path]:
+    """The image files that files, folders and patterns name, each of them once, in their order.
+
+    Args:
+      inputs: Files, folders, and patterns such as `photos/**/*.jpg` that the shell did not
+        expand. A file whose own name looks like a pattern is that file.
+      allow_outside: Whether links may lead out of a folder.
+
+    Raises:
+      DataError: A file or folder does not exist, a pattern matches nothing, or a folder has
+        no images.
+    """
+    images: list[pathlib.Path] = []
+    for text in inputs:
+        paths = [text]
+        if glob.escape(text) != text and not os.path.lexists(text):
+            paths = sorted(glob.glob(text, recursive=True))  # noqa: PTH207  (may be absolute)
+            if not paths:
+                raise DataError(f"--input: no file matches {text}")
+        for path in paths:
+            images += list_images(path, allow_outside)
+    return list(dict.fromkeys(images))
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that reads images with a bundle."""
+    cli.add_bundle_flag(parser)
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        action="extend",
+        type=cli.path,
+        metavar="INPUT",
+        help="images, folders of images, and patterns such as 'photos/*.jpg'",
+    )
+    parser.add_argument(
+        "--allow_outside", action="store_true", help="follow links out of the folder"
+    )
+
+
+def write_predictions(
+    predictor: Predictor, paths: Sequence[pathlib.Path], file: IO[str], top: int = 1
+) -> int:
+    """Writes a CSV row for each image.
+
+    Args:
+      predictor: A loaded bundle.
+      paths: The image files.
+      file: A text file that is open for writing.
+      top: Number of classes in a row, 1 or more; at most all of them are written.
+
+    Returns:
+      The number of images that could not be read. Their rows hold the error.
+
+    The columns are path, predicted, confidence, error, and then for the second most
+    probable class predicted_2, confidence_2, and so on up to `top`.
+    """
+    top = min(top, len(predictor.class_names))
+    further = [f"{key}_{k}" for k in range(2, top + 1) for key in ("predicted", "confidence")]
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["path", "predicted", "confidence", "error"])
+    writer.writerow(["path", "predicted", "confidence", "error", *further])
     num_errors = 0
     for start in range(0, len(paths), BATCH_SIZE):
         batch = paths[start : start + BATCH_SIZE]
         for path, prediction in zip(batch, predict_batch(predictor, batch), strict=True):
-            if prediction.error is not None:
+            if prediction.probabilities is None:
                 num_errors += 1
-                writer.writerow([path, "", "", prediction.error])
-            else:
-                writer.writerow([path, prediction.predicted, f"{prediction.confidence:.6f}", ""])
+                writer.writerow([path, "", "", prediction.error, *("" for _ in further)])
+                continue
+            order = np.argsort(-prediction.probabilities, kind="stable")[:top]
+            first, *others = (
+                [predictor.class_names[i], f"{prediction.probabilities[i]:.6f}"] for i in order
+            )
+            writer.writerow([path, *first, "", *itertools.chain(*others)])
     return num_errors
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.predict", description="Classify an image or a folder of images."
+        prog="python -m cnn_jax.predict", description="Classify images and folders of images."
     )
-    path = cli.path
-    parser.add_argument("--bundle", required=True, type=path, help="the bundle, RUN/bundle")
-    parser.add_argument("--input", required=True, type=path, help="an image, or a folder of them")
-    parser.add_argument("--output", type=path, help="CSV file to write; stdout if not given")
+    add_input_flags(parser)
     parser.add_argument(
-        "--allow_outside", action="store_true", help="follow links out of the folder"
+        "--top",
+        type=cli.positive,
+        default=1,
+        metavar="K",
+        help="classes to list for each image, the most probable first (1)",
+    )
+    parser.add_argument(
+        "--output", type=cli.path, metavar="FILE", help="CSV file to write; stdout if not given"
     )
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()
     keep_compiled()
     predictor = Predictor.load(flags.bundle)
-    paths = list_images(flags.input, flags.allow_outside)
+    paths = list_inputs(flags.input, flags.allow_outside)
     with cli.open_output(flags.output) as file:
-        num_errors = write_predictions(predictor, paths, file)
+        num_errors = write_predictions(predictor, paths, file, flags.top)
     if num_errors:
         raise DataError(f"{num_errors} of {len(paths)} images could not be read")
 

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import sklearn.metrics
+from rich.cells import cell_len
 from test_bundle import make_bundle
 
 from cnn_jax import evaluate
@@ -97,14 +98,54 @@ def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_
     bundle.data["source"] = f"folder:{image_folder}"
     bundle.data["fingerprint"] = _open(image_folder).fingerprint
     write_bundle(bundle, tmp_path / "bundle")
-    evaluate.main([f"--bundle={tmp_path / 'bundle'}"])
+    evaluate.main([f"--bundle={tmp_path}", "--json"])
     test = json.loads(capfd.readouterr().out)
     assert test["count"] == 6
     assert set(test["per_class"]) == {"blue", "green", "red"}
     evaluate.main(
         [f"--bundle={tmp_path / 'bundle'}", "--split=all", f"--output={tmp_path / 'all.json'}"]
     )
-    assert json.loads((tmp_path / "all.json").read_text())["count"] == 60
+    figures = json.loads((tmp_path / "all.json").read_text())
+    assert figures["count"] == 60
+    shown = capfd.readouterr().out
+    assert f"all images of folder:{image_folder}: 60 images" in " ".join(shown.split())
+    assert f"accuracy   {100 * figures['accuracy']:.2f} %" in shown
+
+
+def _figures(names):
+    """Of two right and one wrong image of the first class, and none of the last."""
+    probabilities = np.eye(len(names), dtype=np.float32)[[0, 0, 1, 1]]
+    return evaluate.score(probabilities, np.array([0, 0, 0, 1]), list(names))
+
+
+def test_the_table():
+    text = evaluate.describe(_figures("abc"), "test split of x: 4 images", 60)
+    lines = text.splitlines()
+    assert lines[:2] == ["test split of x: 4 images", ""]
+    assert lines[2].split() == ["value", "95", "%", "interval"]
+    assert lines[3].split() == ["accuracy", "75.00", "%", "30.1", "to", "95.4", "%"]
+    values = [line.split()[:2] for line in lines[4:8]]
+    assert values[:3] == [["precision", "50.00"], ["recall", "55.56"], ["F1", "48.89"]]
+    assert values[3][0] == "loss"
+    # The lowest F1 first, and last what has no images.
+    assert lines[8:] == [
+        "Precision, recall and F1 are means over the classes.",
+        "",
+        "class  precision   recall      F1  images",
+        "b         50.0 %  100.0 %  66.7 %       1",
+        "a        100.0 %   66.7 %  80.0 %       3",
+        "c          0.0 %    0.0 %   0.0 %       0",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_no_word_of_the_table_is_broken(width):
+    names = ("a", "猫" * 10, "a name of many words that is longer than a terminal is wide " * 2)
+    text = evaluate.describe(_figures(names), "test split of x: 4 images", width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    assert " ".join(names[2].split()) in " ".join(text.split())
+    rows = [line for line in text.splitlines()[11:] if line.endswith((" 0", " 1", " 3"))]
+    assert len({cell_len(row) for row in rows}) == 1  # Aligned.
 
 
 def test_a_single_class_can_be_evaluated(predictor, image_folder, tmp_path):
@@ -140,7 +181,7 @@ def test_other_data_needs_no_groups_and_may_be_worse(image_folder, tmp_path, cap
     with pytest.raises(DataError, match=r"more than data.max_unreadable = 0\.01"):
         evaluate.main([*command, "--split=all"])
     capfd.readouterr()
-    evaluate.main([*command, "--split=all", "--max_unreadable=0.5", "--allow_outside"])
+    evaluate.main([*command, "--split=all", "--max_unreadable=0.5", "--allow_outside", "--json"])
     assert json.loads(capfd.readouterr().out)["count"] == 60
 
 

@@ -127,11 +127,11 @@ def test_train_evaluate_and_predict_from_the_command_line(image_folder, tmp_path
     assert result.returncode == 0, result.stderr
     metrics = json.loads((workdir / "report" / "metrics.json").read_text())
 
-    result = _run("evaluate", f"--bundle={workdir / 'bundle'}")
+    result = _run("evaluate", f"--bundle={workdir}", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == metrics["test"]
 
-    result = _run("predict", f"--bundle={workdir / 'bundle'}", f"--input={image_folder}")
+    result = _run("predict", f"--bundle={workdir}", f"--input={image_folder}")
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 61
 

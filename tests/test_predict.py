@@ -4,6 +4,7 @@ import io
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -76,14 +77,182 @@ def test_grey_pixels_become_rgb_and_the_default_is_the_specifications_size():
         ("bad\0name", "null byte"),
         (b"nonsense", "not an image"),
         (np.zeros((4, 4, 3)), "must be uint8 or uint16, or .* got float64 with values from 0 to 0"),
-        (np.zeros((4, 4, 4), np.uint8), r"must be \[height, width, 3\], got \[4, 4, 4\]"),
-        (np.zeros((0, 4, 3), np.uint8), r"must be \[height, width, 3\]"),
+        (np.zeros((4, 4, 5), np.uint8), r"\[height, width, 1, 3 or 4\], got \[4, 4, 5\]"),
+        (np.zeros((4, 4, 4), np.uint16), r"must be \[height, width, 3\], got \[4, 4, 4\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"got \[0, 4, 3\]"),
+        (np.zeros((3, 4, 5), np.uint8), r"\[3, 4, 5\]; channels come last"),
+        (np.array(3, np.uint8), r"got \[\]"),
+        (np.array(["a"] * 4).reshape(2, 2), "must be uint8, got <U1"),
+        (b"", "is empty"),
+        (io.BytesIO(), "has nothing left to read"),
+        (io.StringIO("text"), "must return bytes, got a str; open it with mode 'rb'"),
+        (pathlib.Path(), "is a folder"),
         (Image.new("RGB", (100, 100)), "more than max_pixels = 99"),
     ],
 )
 def test_what_is_no_image_is_one_clear_error(image, reason):
     with pytest.raises(DataError, match=reason):
         preprocess_for_inference(image, Preprocessing(image_size=(8, 8), max_pixels=99))
+
+
+def test_an_array_may_have_one_three_or_four_channels():
+    preprocessing = Preprocessing(image_size=(20, 30))
+    rgb, grey = _pixels(), _pixels()[..., :1]
+    alpha = np.full_like(grey, 255)
+    for array, expected in (
+        (rgb, rgb),
+        (jnp.asarray(rgb), rgb),
+        (grey, np.repeat(grey, 3, -1)),
+        (grey[..., 0], np.repeat(grey, 3, -1)),
+        (np.concatenate([rgb, alpha], -1), rgb),
+        (np.concatenate([rgb, 0 * alpha], -1), np.full_like(rgb, 255)),
+        (rgb[::-1, ::-1], rgb[::-1, ::-1]),
+    ):
+        np.testing.assert_array_equal(preprocess_for_inference(array, preprocessing), expected)
+
+
+class _Reader:
+    """A file of another library."""
+
+    def __init__(self, result):
+        self.result = result
+
+    def read(self):
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+def test_files_that_cannot_be_read_have_the_reason(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    closed = (tmp_path / "image.png").open("rb")
+    closed.close()
+    with (tmp_path / "image.png").open(encoding="utf-8") as text:
+        for file, reason in (
+            (text, "open it with mode 'rb'"),
+            (closed, "closed file"),
+            (_Reader(zipfile.BadZipFile("bad CRC")), "cannot be read: bad CRC"),
+            (_Reader(None), "must return bytes, got a NoneType"),
+        ):
+            with pytest.raises(DataError, match=reason):
+                preprocess_for_inference(file)
+
+
+def _one_images(folder):
+    """The same picture as everything that is one image."""
+    path = folder / "image.png"
+    Image.fromarray(_pixels()).save(path)
+    encoded = path.read_bytes()
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        archive.writestr("image.png", encoded)
+    return {
+        "path": path,
+        "str": str(path),
+        "numpy str": np.str_(path),
+        "bytes": encoded,
+        "bytearray": bytearray(encoded),
+        "memoryview": memoryview(encoded),
+        "buffer": io.BytesIO(encoded),
+        "open file": path.open("rb"),
+        "zip member": zipfile.ZipFile(folder / "images.zip").open("image.png"),
+        "reader": _Reader(encoded),
+        "pillow": Image.fromarray(_pixels()),
+        "open pillow": Image.open(path),
+        "array": _pixels(),
+        "jax array": jnp.asarray(_pixels()),
+        "array-like": _Tensor(_pixels()),
+    }
+
+
+class _Tensor:
+    """An array of another library."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+@pytest.mark.filterwarnings("ignore:unclosed")
+def test_one_image_is_a_batch_of_one(predictor, tmp_path):
+    """keras-io#431: each was iterated over, and had a prediction for each row or byte."""
+    (expected,) = predict_batch(predictor, [_pixels()])
+    for kind, image in _one_images(tmp_path).items():
+        predictions = predict_batch(predictor, image)
+        assert len(predictions) == 1, kind
+        assert predictions[0].error is None, kind
+        np.testing.assert_array_equal(predictions[0].probabilities, expected.probabilities)
+    (grey,) = predict_batch(predictor, _pixels()[..., 0])
+    assert grey.error is None
+
+
+@pytest.mark.filterwarnings("ignore:unclosed")
+def test_images_come_in_anything_that_can_be_iterated_over(predictor, tmp_path):
+    images = list(_one_images(tmp_path).values())
+    (expected,) = predict_batch(predictor, [_pixels()])
+    for made in (iter(images), tuple(_one_images(tmp_path).values())):
+        found = predict_batch(predictor, made)
+        assert [prediction.predicted for prediction in found] == [expected.predicted] * len(images)
+    pixels = np.stack([_pixels(seed) for seed in range(3)])
+    paths = np.array([tmp_path / "image.png", tmp_path / "none.png"], object)
+    assert len(predict_batch(predictor, paths)) == 2
+    assert len(predict_batch(predictor, paths.astype(str))) == 2
+    assert predict_batch(predictor, np.array([])) == []
+    expected = [prediction.probabilities for prediction in predict_batch(predictor, list(pixels))]
+    for batch in (pixels, jnp.asarray(pixels), _Tensor(pixels), (one for one in pixels)):
+        found = [prediction.probabilities for prediction in predict_batch(predictor, batch)]
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_generator_may_reuse_its_memory(predictor):
+    """As the frames of a camera or of an animation do, here of the network's own size."""
+    frames = [_pixels(seed, (16, 16)) for seed in range(5)]
+
+    def reused():
+        memory = np.empty((16, 16, 3), np.uint8)
+        for frame in frames:
+            memory[:] = frame
+            yield memory
+
+    expected = [one.probabilities for one in predict_batch(predictor, frames)]
+    found = [one.probabilities for one in predict_batch(predictor, reused())]
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (5, "one image or an iterable of images such as a list, got an int; an image is a path"),
+        (None, "got a NoneType"),
+        ({"a": "a.png"}, "got a dict"),
+        ({"a.png"}, "got a set"),
+        (np.zeros((3, 20, 30), np.uint8), r"got \[3, 20, 30\]; channels come last"),
+        (np.zeros((5, 3, 20, 30), np.uint8), r"got \[5, 3, 20, 30\]; channels come last"),
+        (np.zeros((5, 20, 30), np.uint8), r"must be \[batch, height, width, 1, 3 or 4\]"),
+        (np.zeros(5, np.uint8), r"got \[5\] of uint8"),
+        (np.array(None), r"got \[\] of object"),
+        (np.array(["a.png"], "S"), r"got \[1\] of \|S5"),
+    ],
+)
+def test_what_is_neither_an_image_nor_images_is_one_error(images, message):
+    # Not by `predict_batch`, whose types are checked in the tests before it can say so.
+    with pytest.raises(TypeError, match=message):
+        predict._single_images(images)
+
+
+@pytest.mark.parametrize("value", [5, None, [[1, 2], [3, 4]], {"b64": ""}])
+def test_what_is_no_kind_of_image_is_a_type_error_that_lists_the_kinds(predictor, value):
+    with pytest.raises(TypeError, match="a path, the bytes of an image file, an open binary file"):
+        predict._read(value)
+    with pytest.raises(TypeError):
+        predict_batch(predictor, [_pixels(), value])
+
+
+def test_the_predictor_itself_takes_no_floats(predictor):
+    """Values from 0 to 1 would be black images."""
+    with pytest.raises((TypeError, ValueError), match=r"uint8|UInt8"):
+        predictor(np.zeros((1, 16, 16, 3), np.float32))
 
 
 def test_a_bad_image_spoils_no_other(predictor, caplog):
@@ -170,6 +339,52 @@ def test_the_command_fails_after_all_others_are_done(bundle_path, image_folder, 
     broken, good = csv.DictReader(io.StringIO(capfd.readouterr().out))
     assert "not an image" in broken["error"]
     assert good["predicted"]
+
+
+def test_several_inputs_and_patterns_each_image_once(bundle_path, image_folder, tmp_path, capfd):
+    (tmp_path / "a[1].png").write_bytes((image_folder / "red" / "000.png").read_bytes())
+    red, first = image_folder / "red", image_folder / "red" / "000.png"
+    inputs = [str(first), f"{red}/00?.png", str(tmp_path / "a[1].png"), f"{image_folder}/gr*"]
+    rows = _run([f"--bundle={bundle_path}", "--input", *inputs, "--input", str(first)], capfd)
+    expected = [*sorted(red.glob("00?.png")), tmp_path / "a[1].png"]
+    expected += sorted((image_folder / "green").glob("*.png"))
+    assert [row["path"] for row in rows] == list(map(str, expected))
+    rows = _run([f"--bundle={bundle_path}", f"--input={image_folder}/**/*.png"], capfd)
+    assert len(rows) == 60
+    with pytest.raises(DataError, match=r"--input: no file matches .*\*\.jpg"):
+        predict.main([f"--bundle={bundle_path}", f"--input={tmp_path}/*.jpg"])
+
+
+def test_the_most_probable_classes_in_further_columns(bundle_path, image_folder, tmp_path, capfd):
+    (tmp_path / "broken.jpg").write_bytes(b"nonsense")
+    flags = [f"--bundle={bundle_path}", f"--input={image_folder / 'red'}"]
+    plain = _run(flags, capfd)
+    assert list(plain[0]) == ["path", "predicted", "confidence", "error"]
+    two, all_of_them = _run([*flags, "--top=2"], capfd), _run([*flags, "--top=9"], capfd)
+    assert list(two[0]) == [*plain[0], "predicted_2", "confidence_2"]
+    assert list(all_of_them[0]) == [*two[0], "predicted_3", "confidence_3"]
+    for short, row in zip(plain, all_of_them, strict=True):
+        assert {key: row[key] for key in short} == short
+        names = [row[key] for key in ("predicted", "predicted_2", "predicted_3")]
+        values = [float(row[key]) for key in ("confidence", "confidence_2", "confidence_3")]
+        assert sorted(names) == ["blue", "green", "red"]
+        assert values == sorted(values, reverse=True)
+        assert sum(values) == pytest.approx(1, abs=2e-6)
+    flags[1] = f"--input={tmp_path}"
+    with pytest.raises(DataError, match="1 of 1 images"):
+        predict.main([*flags, "--top=2"])
+    (row,) = csv.DictReader(io.StringIO(capfd.readouterr().out))
+    assert (row["error"], row["predicted_2"]) == ("is not an image of a known format", "")
+
+
+def test_a_run_may_stand_for_its_bundle(bundle_path, tmp_path):
+    assert Predictor.load(bundle_path.parent).class_names == ["blue", "green", "red"]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BundleError, match="is a run without a bundle, which is written when tr"):
+        Predictor.load(tmp_path)
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(BundleError, match=r"bundle is not a bundle: there is no .*bundle\.json"):
+        Predictor.load(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("nowhere", "no file or folder"), ("", "no image")])

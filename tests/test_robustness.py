@@ -389,7 +389,7 @@ def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_
     bundle.data["source"] = f"folder:{image_folder}"
     bundle.data["fingerprint"] = _open(image_folder).fingerprint
     write_bundle(bundle, tmp_path / "bundle")
-    robustness.main([f"--bundle={tmp_path / 'bundle'}"])
+    robustness.main([f"--bundle={tmp_path}", "--json"])
     printed = capfd.readouterr()
     test = json.loads(printed.out)
     assert (test["split"], test["count"], test["seed"]) == ("test", 6, 0)
@@ -401,7 +401,23 @@ def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_
     robustness.main([f"--bundle={tmp_path / 'bundle'}", *flags])
     sampled = json.loads(output.read_text())
     assert (sampled["split_count"], sampled["count"], sampled["seed"]) == (60, 7, 4)
-    assert capfd.readouterr().out == ""
+    shown = capfd.readouterr().out
+    assert f"all images of folder:{image_folder}: 7 of 60 images" in " ".join(shown.split())
+    lines = [line.split() for line in shown.splitlines()]
+    by_name = {line[0]: line for line in lines if line and line[0] in CORRUPTIONS}
+    assert by_name.keys() == CORRUPTIONS.keys()
+    for name, line in by_name.items():
+        found = sampled["corruptions"][name]
+        first = found["first_severity_10_points_lower"]
+        assert line[1] == f"{100 * found['accuracy']:.1f}"
+        assert line[2:7] == [f"{100 * one['accuracy']:.0f}" for one in found["severities"]]
+        assert line[7] == ("never" if first is None else str(first))
+    means = [float(line[1]) for line in by_name.values()]
+    assert means == sorted(means)
+    assert robustness.describe(sampled, "title", 60).startswith("title\n\nClean images: accuracy")
+    for width in (60, 120):
+        text = robustness.describe(sampled, "title", width)
+        assert max(map(len, text.splitlines())) <= width
 
 
 def test_unreadable_images_are_named_and_left_out(image_folder, tmp_path, caplog):

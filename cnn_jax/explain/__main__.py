@@ -1,6 +1,6 @@
 """Why a network decides as it does.
 
-    python -m cnn_jax.explain --bundle=RUN/bundle --input=FILE_OR_FOLDER --output=DIR
+    python -m cnn_jax.explain --bundle=RUN --input FILE_FOLDER_OR_PATTERN ... --output=DIR
         [--method=grad_cam,...|all] [--class=NAME]
 
 writes a map over each image at its own resolution, the feature maps of the first ones, the
@@ -10,6 +10,7 @@ each method passes on these images.
 
 import argparse
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from cnn_jax import cli, runtime
@@ -19,17 +20,15 @@ from cnn_jax.data.files import check_output
 from cnn_jax.errors import DataError
 from cnn_jax.explain.maps import METHODS
 from cnn_jax.explain.pictures import choose_class, choose_methods, explain
-from cnn_jax.predict import Predictor, list_images
+from cnn_jax.predict import Predictor, add_input_flags, list_inputs
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cnn_jax.explain", description="Show why a network decides as it does."
     )
-    path = cli.path
-    parser.add_argument("--bundle", required=True, type=path, help="the bundle, RUN/bundle")
-    parser.add_argument("--input", required=True, type=path, help="an image, or a folder of them")
-    parser.add_argument("--output", required=True, type=path, help="the folder to write to")
+    add_input_flags(parser)
+    parser.add_argument("--output", required=True, type=cli.path, help="the folder to write to")
     parser.add_argument(
         "--method",
         default="grad_cam",
@@ -37,9 +36,6 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--class", dest="class_name", help="the class to explain; the predicted one if not given"
-    )
-    parser.add_argument(
-        "--allow_outside", action="store_true", help="follow links out of the folder"
     )
     flags = parser.parse_args(argv)
 
@@ -49,13 +45,14 @@ def main(argv: Sequence[str]) -> None:
     methods = choose_methods(predictor, flags.method.split(","))
     if flags.class_name is not None:
         choose_class(predictor, flags.class_name)
-    given = pathlib.Path(flags.input)
-    check_output("--output", pathlib.Path(flags.output), given if given.is_dir() else given.parent)
-    paths = list_images(flags.input, flags.allow_outside)
+    output = pathlib.Path(flags.output)
+    for given in map(pathlib.Path, flags.input):
+        check_output("--output", output, given if given.is_dir() else given.parent)
+    paths = list_inputs(flags.input, flags.allow_outside)
     track = Console().track
     result = explain(predictor, paths, flags.output, methods, flags.class_name, track)
     for name, method in result["methods"].items():
-        print(f"{name}: {method['verdict']}")
+        print(cli.fit(f"{name}: {method['verdict']}", sys.stdout))
     print(f"{flags.output}/index.html")
     num_errors = sum(image["error"] is not None for image in result["images"])
     if num_errors:

@@ -149,6 +149,18 @@ METHODS: dict[str, Method] = {
 }
 
 
+def method_named(text: str) -> str | None:
+    """The method of a name, however it is spelt: grad_cam, grad-cam, GradCAM, gradcam.
+
+    None if there is none of this name.
+    """
+
+    def folded(name: str) -> str:
+        return name.lower().replace("++", "plusplus").replace("-", "").replace("_", "")
+
+    return next((name for name in METHODS if folded(name) == folded(text)), None)
+
+
 def allows_cam(predictor: Predictor) -> bool:
     """Whether the head is linear in the mean feature maps."""
     return getattr(predictor.model, "dense", None) == 0

@@ -18,7 +18,7 @@ from PIL import Image
 from cnn_jax.data import Track, decode, no_track
 from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.explain import checks, features
-from cnn_jax.explain.maps import METHODS, methods_for
+from cnn_jax.explain.maps import METHODS, method_named, methods_for
 from cnn_jax.explain.overlay import under_map
 from cnn_jax.predict import BATCH_SIZE, Predictor, preprocess_for_inference
 from cnn_jax.report import style, thumbnails
@@ -33,7 +33,7 @@ Picture = Image.Image
 
 
 def choose_methods(predictor: Predictor, names: Sequence[str]) -> list[str]:
-    """Checks the names of methods; "all" stands for those that the network allows.
+    """The methods of these names, each once; "all" stands for those that the network allows.
 
     Raises:
       ConfigError: There is no such method, or the network does not allow it.
@@ -41,18 +41,21 @@ def choose_methods(predictor: Predictor, names: Sequence[str]) -> list[str]:
     allowed = methods_for(predictor)
     if "all" in names:
         return list(allowed)
+    methods = []
     for name in names:
-        if name not in METHODS:
+        method = method_named(name)
+        if method is None:
             raise ConfigError(
                 f"--method: there is no {name!r}{_nearest(name, METHODS)}; there are "
                 f"{', '.join(METHODS)}, and all"
             )
-        if name not in allowed:
+        if method not in allowed:
             raise ConfigError(
-                f"--method: {name} needs a network whose head sees the mean feature maps "
+                f"--method: {method} needs a network whose head sees the mean feature maps "
                 "(model.dense=0); grad_cam works for any"
             )
-    return list(dict.fromkeys(names))
+        methods.append(method)
+    return list(dict.fromkeys(methods))
 
 
 def choose_class(predictor: Predictor, name: str) -> int:

@@ -1,6 +1,6 @@
 """A registry of bundles, on the command line.
 
-    python -m cnn_jax.registry add MODEL BUNDLE --registry=DIR
+    python -m cnn_jax.registry add MODEL RUN --registry=DIR
     python -m cnn_jax.registry list [MODEL] --registry=DIR [--json]
     python -m cnn_jax.registry show MODEL[@ALIAS|/VERSION] --registry=DIR [--json]
     python -m cnn_jax.registry promote MODEL VERSION --registry=DIR [--alias=champion] [GATES]
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("add", _add, "add a bundle as the next version of a model")
     add.add_argument("model", type=_model, metavar="MODEL")
-    add.add_argument("bundle", type=cli.path, metavar="BUNDLE", help="such as RUN/bundle")
+    add.add_argument("bundle", type=cli.path, metavar="RUN", help="a run, or its bundle RUN/bundle")
     show_all = command("list", _list, "list the versions of all models, or of one")
     show_all.add_argument("model", type=_model, nargs="?", metavar="MODEL")
     show = command("show", _show, "show all of a model or version, and its changes")
@@ -196,7 +196,9 @@ def _loss(text: str) -> float:
 
 
 def _add(registry: Registry, flags: argparse.Namespace) -> None:
-    added = registry.add(flags.model, flags.bundle, flags.note)
+    from cnn_jax.bundle import find_bundle  # Flax, which the other commands do not need.
+
+    added = registry.add(flags.model, find_bundle(flags.bundle), flags.note)
     version = added.version
     if not added.is_new:
         print(f"{version.model} has this bundle already: it is {version}")

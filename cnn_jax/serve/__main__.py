@@ -1,6 +1,6 @@
 """Serves a bundle, or what a registry says, over HTTP.
 
-    python -m cnn_jax.serve --bundle=RUN/bundle [--port=8000]
+    python -m cnn_jax.serve --bundle=RUN [--port=8000]
     python -m cnn_jax.serve --registry=DIR [--model=NAME] [--alias=champion]
 
 http://127.0.0.1:8000/ is for people, POST /predict for programs; those who have a client of
@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
             ) from error
     # All of them need what may be missing.
     from cnn_jax import runtime
+    from cnn_jax.bundle import find_bundle
     from cnn_jax.compiled import keep_compiled
     from cnn_jax.registry.registry import Registry
     from cnn_jax.serve.limits import Limits
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled()
     start_logging(flags.log_level)
     if flags.bundle:
-        source = OneBundle(pathlib.Path(flags.bundle), (flags.model or ["default"])[0])
+        source = OneBundle(find_bundle(flags.bundle), (flags.model or ["default"])[0])
     else:
         source = FromRegistry(
             Registry(flags.registry), flags.model or (), flags.alias, flags.versions or ()
@@ -85,7 +86,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--bundle", type=cli.path, help="a bundle, RUN/bundle")
+    what.add_argument(
+        "--bundle", type=cli.path, metavar="RUN", help="a run, or its bundle RUN/bundle"
+    )
     what.add_argument(
         "--registry",
         default=os.environ.get("CNN_JAX_REGISTRY"),

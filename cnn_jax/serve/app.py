@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import cnn_jax
 from cnn_jax.serve import admin, measures, open_inference, page, plain, tf_serving
 from cnn_jax.serve.engine import Late, Overloaded
-from cnn_jax.serve.limits import ClientLeft, Refused
+from cnn_jax.serve.limits import ClientLeft, Refused, check_query
 from cnn_jax.serve.service import Service
 from cnn_jax.serve.tokens import Tokens
 
@@ -79,6 +79,8 @@ def make_app(
         title="cnn_jax",
         version=cnn_jax.__version__,
         lifespan=lifespan,
+        dependencies=[Depends(_refuse_query)],
+        openapi_url=None,  # As its own route it would take any query.
         docs_url=None,  # Its pages take their scripts from another server.
         redoc_url=None,
         redirect_slashes=False,  # They would lead to whatever Host says.
@@ -99,6 +101,11 @@ def make_app(
     app.add_exception_handler(RequestValidationError, _wrong_parameter)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _own_fault)
     return _Guard(app, service, tokens)
+
+
+async def _refuse_query(request: Request) -> None:
+    """Refuses every query; the one route that takes a query checks it itself (`plain`)."""
+    check_query(request)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -249,8 +256,14 @@ def _client_left(request: Request, error: Exception) -> Response:
 
 def _http_error(request: Request, error: HTTPException) -> Response:
     """What the router itself refuses: there is no such path, or not with this method."""
-    words = {404: "there is nothing at this path", 405: "not with this method"}
-    message = words.get(error.status_code, str(error.detail))
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = "there is nothing at this path; /docs lists the paths"
+        if request.url.path.endswith("/"):
+            message = "there is nothing at this path; no path here ends with a slash"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"{request.method} is not for this path; use {allowed}"
     refused = Refused(error.status_code, "route", message)
     refused.headers |= dict(error.headers or {})
     return _refused(request, refused)

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from cnn_jax.serve.limits import Limits, Refused
 
-# Parts of a form that are no files.
-_MOST_FIELDS = 32
+# How an image begins in a page's source (RFC 2397).
+_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 # Of the headers of a part.
 _MOST_HEADER_BYTES = 4_096
 _MOST_NAME = 200
@@ -59,7 +60,11 @@ def images_of(body: bytes, content_type: str, limits: Limits) -> list[Part]:
 
 
 def _parse_form(body: bytes, boundary: bytes, most: int) -> list[Part]:
-    """The files of a form; fields without a file name are left out."""
+    """The files of a form.
+
+    Raises:
+      Refused: The form is damaged, has too many files, or a field that is no file.
+    """
     form = _Form(most)
     if not 0 < len(boundary) <= 70:
         raise Refused(400, "form", "multipart/form-data has no boundary, or one that is too long")
@@ -79,7 +84,6 @@ class _Form:
 
     def __init__(self, most: int):
         self.parts: list[Part] = []
-        self._count = 0
         self.is_complete = False
         self._most = most
         self._content: list[bytes] = []
@@ -91,9 +95,6 @@ class _Form:
         return {f"on_{name}": getattr(self, f"_{name}") for name in (*names, "header_end", "end")}
 
     def _part_begin(self) -> None:
-        self._count += 1
-        if self._count > self._most + _MOST_FIELDS:
-            raise Refused(413, "too_many", "the form has too many fields")
         self._content, self._header = [], {}
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
@@ -117,13 +118,23 @@ class _Form:
     def _part_end(self) -> None:
         _, options = parse_options_header(self._header.get("content-disposition", b""))
         name = options.get(b"filename")
+        content = b"".join(self._content)
+        self._content = []
         if name is None:
-            return
+            # Not ignored: it may be an image, or a parameter that belongs elsewhere.
+            field = options.get(b"name", b"").decode("utf-8", "replace")[:_MOST_NAME]
+            raise Refused(
+                400,
+                "form",
+                f"the form's field {field!r} is no file: it has no file name (with curl: -F "
+                f"{field or 'file'}=@FILE); parameters stand behind the path, as in /predict?top=3",
+            )
+        if not name and not content:
+            return  # A browser's field in which no file was chosen.
         if len(self.parts) == self._most:
             raise Refused(413, "too_many", f"a request may have {self._most} images")
         name = name.decode("utf-8", "replace")[:_MOST_NAME] or str(len(self.parts))
-        self.parts.append(Part(name, b"".join(self._content)))
-        self._content = []
+        self.parts.append(Part(name, content))
 
     def _end(self) -> None:
         self.is_complete = True
@@ -132,14 +143,19 @@ class _Form:
 def from_base64(text: object) -> bytes:
     """The bytes of an image file in base64 (RFC 4648, section 4 or 5).
 
+    Taken as well: line breaks and the indentation around them, missing or surplus padding,
+    and `data:image/png;base64,` in front.
+
     Raises:
       Refused: It is not base64.
     """
     if not isinstance(text, str) or not text.isascii():
         raise Refused(400, "image", "an image in base64 must be a string of its letters")
     try:
-        # Those who write URLs use two other letters, and may leave out the padding.
-        plain = text.strip().translate(str.maketrans("-_", "+/"))
+        joined = "".join(map(str.strip, text.splitlines()))
+        plain = _DATA_URL.sub("", joined, count=1) if joined[:5].lower() == "data:" else joined
+        # URL-safe base64 uses two other letters, and may omit the padding.
+        plain = plain.translate(str.maketrans("-_", "+/")).rstrip("=")
         content = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise Refused(400, "image", "an image is not in base64") from error
@@ -152,13 +168,18 @@ def from_numbers(values: object) -> np.ndarray:
     """An image in nested lists of grey levels, as uint8 [height, width, 3] or [height, width].
 
     Raises:
-      Refused: It is not an image: of another shape, or not whole numbers from 0 to 255.
+      Refused: It is not an image: of another shape, or not whole numbers from 0 to 255, or
+        all of them are 0 or 1.
     """
     array = grey_levels(values)
     if array.ndim not in (2, 3) or not array.size:
         raise Refused(400, "image", "an image must be numbers [height, width, 3]")
     if array.ndim == 3 and array.shape[2] not in (1, 3):
-        raise Refused(400, "image", f"an image must be [height, width, 3], not {list(array.shape)}")
+        hint = "; the channels come last" if array.shape[0] in (1, 3) else ""
+        raise Refused(
+            400, "image", f"an image must be [height, width, 3], not {list(array.shape)}{hint}"
+        )
+    check_range(array)
     return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
 
 
@@ -177,8 +198,27 @@ def grey_levels(values: object) -> np.ndarray:
         raise Refused(400, "image", "an image's rows differ in length") from error
     # NaN fails the first comparison.
     if not np.all((array >= 0) & (array <= 255)) or np.any(array != np.floor(array)):
-        raise Refused(400, "image", "an image's numbers must be whole, from 0 to 255")
+        hint = _RANGE_HINT if np.all((array >= 0) & (array <= 1)) else ""
+        raise Refused(400, "image", f"an image's numbers must be whole, from 0 to 255{hint}")
     return array.astype(np.uint8)
+
+
+_RANGE_HINT = "; multiply numbers from 0 to 1 by 255, or send an image file in base64"
+
+
+def check_range(image: np.ndarray) -> None:
+    """Refuses an image whose grey levels may be meant as 0 for black and 1 for white.
+
+    Read as levels from 0 to 255, such an image would be black. An image of zeros only is
+    black either way, and is not refused.
+
+    Raises:
+      Refused: The largest level is 1.
+    """
+    if image.max(initial=0) == 1:
+        raise Refused(
+            400, "image", f"an image's numbers are all 0 or 1, and white is 255{_RANGE_HINT}"
+        )
 
 
 def _are_numbers(values: object) -> bool:

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import dataclasses
+import difflib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from typing import Any
 
+from starlette.requests import Request
 from starlette.types import Receive
 
 # Seconds for which a body may pause.
@@ -55,6 +57,26 @@ class Refused(Exception):  # noqa: N818  (the server is in order)
 
 class ClientLeft(Exception):  # noqa: N818
     """Nobody is there to be answered."""
+
+
+def check_query(request: Request, known: Collection[str] = ()) -> None:
+    """Checks the names of the parameters behind a path.
+
+    Raises:
+      Refused: One is not known, or is given more than once.
+    """
+    if not request.url.query:
+        return
+    names = [name for name, _ in request.query_params.multi_items()]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = "this path takes none"
+            if known:
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise Refused(400, "parameter", f"there is no parameter {name[:100]!r}; {hint}")
+        if names.count(name) > 1:
+            raise Refused(400, "parameter", f"{name}: is given more than once")
 
 
 class Bodies:

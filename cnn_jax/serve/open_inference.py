@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 import cnn_jax
-from cnn_jax.serve.images import from_base64, grey_levels, parse_json
+from cnn_jax.serve.images import check_range, from_base64, grey_levels, parse_json
 from cnn_jax.serve.limits import Refused, unless_client_leaves
 from cnn_jax.serve.service import Service, VersionNumber, rows_of
 from cnn_jax.serve.versions import Version
@@ -207,6 +207,8 @@ def _wanted_outputs(outputs: Any) -> frozenset[str]:
         isinstance(one, dict) and one.get("name") in _OUTPUTS for one in outputs
     ):
         raise Refused(400, "json", f'"outputs" must be a list of {" and ".join(_OUTPUTS)}')
+    if any("classification" in (one.get("parameters") or ()) for one in outputs):
+        raise Refused(400, "json", 'the parameter "classification" of Triton is not known here')
     return frozenset(one["name"] for one in outputs)
 
 
@@ -225,7 +227,11 @@ def _images(tensor: dict[str, Any], binary: bytes | None) -> list[bytes | np.nda
         raise Refused(400, "json", '"shape" must be positive integers, below 2**31')
     kind = tensor.get("datatype")
     if kind not in ("UINT8", "BYTES"):
-        raise Refused(400, "json", '"datatype" must be UINT8 or BYTES')
+        raise Refused(
+            400, "json", '"datatype" must be UINT8, grey levels from 0 to 255, or BYTES, files'
+        )
+    if data is not None and binary:
+        raise Refused(400, "json", 'the tensor has "data", and there are bytes behind the JSON')
     if data is None and binary is not None:
         if kind == "UINT8":
             return list(_pixels(shape, np.frombuffer(binary, np.uint8)))
@@ -260,14 +266,17 @@ def _pixels(shape: Sequence[int], levels: np.ndarray) -> np.ndarray:
     """Grey levels, flat or nested, as uint8 [images, height, width, 3].
 
     Raises:
-      Refused: They are not of this shape.
+      Refused: They are not of this shape, or all levels of an image are 0 or 1.
     """
     if len(shape) != 4 or shape[3] != 3:
         raise Refused(400, "json", '"shape" must be [images, height, width, 3]')
     # In Python's integers: NumPy's would wrap.
     if levels.size != math.prod(shape):
         raise Refused(400, "image", f'there are {levels.size} numbers, and "shape" says otherwise')
-    return levels.reshape(shape)
+    images = levels.reshape(shape)
+    for image in images:
+        check_range(image)
+    return images
 
 
 def _outputs(version: Version, rows: Sequence[np.ndarray]) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ async function classify(file) {
   const turn = ++sent;
   complain(null);
   at("busy").textContent = "Looking at " + (file.name || "the image") + " ...";
-  const query = new URLSearchParams({ top: "5", explain: "gradcam" });
+  const query = new URLSearchParams({ top: "5", explain: "grad_cam" });
   if (at("model").value) query.set("model", at("model").value);
   // Without a choice it is the one that answers now, which may have changed since.
   if (at("version").dataset.touched) query.set("version", at("version").value);

@@ -37,6 +37,10 @@ def make_router(service: Service, app: FastAPI) -> APIRouter:
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers=headers)
 
+    @router.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
     @router.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         content = _template("docs.html").render(_interfaces(app), version=cnn_jax.__version__)

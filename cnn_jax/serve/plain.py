@@ -13,12 +13,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from PIL import Image
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from cnn_jax.errors import DataError
+from cnn_jax.explain.maps import method_named
 from cnn_jax.explain.overlay import under_map
 from cnn_jax.serve.images import Part, images_of
-from cnn_jax.serve.limits import Refused, unless_client_leaves
+from cnn_jax.serve.limits import Refused, check_query, unless_client_leaves
 from cnn_jax.serve.service import Answer, Service, error_of
 from cnn_jax.serve.versions import Version
 
@@ -86,17 +87,22 @@ class PredictOut(BaseModel):
 
 
 class PredictQuery(BaseModel):
-    """What may stand behind the path."""
+    """The parameters behind the path."""
 
-    model: str | None = Field(default=None, description="if there are several")
-    version: int | None = Field(default=None, ge=1, description="instead of the present")
+    model: str | None = Field(default=None, description="needed if there are several")
+    version: int | None = Field(default=None, ge=1, description="instead of an alias")
     alias: str | None = Field(default=None, description="instead of a version")
-    top: int = Field(default=5, ge=1, le=1000, description="so many classes")
-    explain: Literal["gradcam"] | None = Field(default=None, description="with a map")
+    top: int = Field(default=5, ge=1, le=1000, description="number of classes to return")
+    explain: Literal["grad_cam"] | None = Field(default=None, description="method of a map")
+
+    @field_validator("explain", mode="before")
+    @classmethod
+    def _resolve_spelling(cls, text: object) -> object:
+        return (method_named(text) if isinstance(text, str) else None) or text
 
 
 class _LeanRoute(APIRoute):
-    """A route that FastAPI documents, and whose query alone is validated.
+    """A route that FastAPI documents, and of which only the query is validated.
 
     FastAPI's way from a request to a function's parameters takes a good part of the time that
     one small image spends in the server.
@@ -112,11 +118,13 @@ class _LeanRoute(APIRoute):
 
 
 def _query(request: Request) -> PredictQuery:
-    """What stands behind the path.
+    """Returns the checked parameters behind the path.
 
     Raises:
-      RequestValidationError: It may not.
+      Refused: A parameter is not known, or is given twice.
+      RequestValidationError: A value is wrong.
     """
+    check_query(request, PredictQuery.model_fields)
     try:
         return PredictQuery.model_validate(dict(request.query_params))
     except ValidationError as error:
@@ -211,7 +219,7 @@ def _explanation(answer: Answer) -> dict[str, str]:
     picture = under_map(Image.fromarray(answer.pixels), answer.explanation)
     file = io.BytesIO()
     picture.save(file, "PNG")
-    return {"method": "gradcam", "png": base64.b64encode(file.getvalue()).decode()}
+    return {"method": "grad_cam", "png": base64.b64encode(file.getvalue()).decode()}
 
 
 def _timings(answers: Sequence[Answer | DataError], total: float) -> dict[str, float]:

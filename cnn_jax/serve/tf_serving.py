@@ -69,6 +69,36 @@ def make_router(service: Service) -> APIRouter:
 
     options: dict[str, Any] = {"openapi_extra": {"requestBody": _BODY}}
 
+    @router.post("/{model}:predict", summary="Probabilities", **options)
+    async def predict_by_model(request: Request, model: str) -> JSONResponse:
+        return await predict(request, models.find(model))
+
+    @router.post("/{model}/versions/{version}:predict", summary="Probabilities", **options)
+    async def predict_by_version(
+        request: Request, model: str, version: VersionNumber
+    ) -> JSONResponse:
+        return await predict(request, models.find(model, version))
+
+    @router.post("/{model}/labels/{alias}:predict", summary="Probabilities", **options)
+    async def predict_by_alias(request: Request, model: str, alias: str) -> JSONResponse:
+        return await predict(request, models.find(model, alias=alias))
+
+    # Before the routes whose {model} would take the verb for a part of the name.
+    for path in ("/{model}", "/{model}/versions/{version}", "/{model}/labels/{alias}"):
+
+        @router.api_route(f"{path}:{{verb}}", methods=["GET", "POST"], include_in_schema=False)
+        async def refuse_verb(request: Request, verb: str) -> JSONResponse:
+            if verb == "predict":
+                raise Refused(405, "route", "GET is not for this path; use POST", allow="POST")
+            if verb in ("classify", "regress"):
+                raise Refused(
+                    400,
+                    "signature",
+                    f":{verb} takes tf.Example records, which this server does not; send images "
+                    "to :predict, which answers with all probabilities",
+                )
+            raise Refused(404, "route", f"there is no :{verb[:100]} here; there is :predict")
+
     @router.get("/{model}", summary="Status of all versions")
     async def status_of_model(model: str) -> JSONResponse:
         return status(model)
@@ -93,20 +123,6 @@ def make_router(service: Service) -> APIRouter:
     async def metadata_of_alias(model: str, alias: str) -> JSONResponse:
         return JSONResponse(_metadata(models.find(model, alias=alias)))
 
-    @router.post("/{model}:predict", summary="Probabilities", **options)
-    async def predict_by_model(request: Request, model: str) -> JSONResponse:
-        return await predict(request, models.find(model))
-
-    @router.post("/{model}/versions/{version}:predict", summary="Probabilities", **options)
-    async def predict_by_version(
-        request: Request, model: str, version: VersionNumber
-    ) -> JSONResponse:
-        return await predict(request, models.find(model, version))
-
-    @router.post("/{model}/labels/{alias}:predict", summary="Probabilities", **options)
-    async def predict_by_alias(request: Request, model: str, alias: str) -> JSONResponse:
-        return await predict(request, models.find(model, alias=alias))
-
     return router
 
 
@@ -124,22 +140,32 @@ def _images(body: bytes) -> tuple[list[bytes | np.ndarray], str]:
     if len(forms) != 1:
         raise Refused(400, "json", 'the body must have either "instances" or "inputs"')
     instances = found[forms[0]]
-    if forms[0] == "inputs" and isinstance(instances, dict) and _INPUT in instances:
+    if forms[0] == "inputs" and isinstance(instances, dict) and instances.keys() == {_INPUT}:
         instances = instances[_INPUT]
     if not isinstance(instances, list):
-        raise Refused(400, "json", f'"{forms[0]}" must be a list of images')
-    images = [_image(instance) for instance in instances]
+        form = f'"{forms[0]}" must be a list of images'
+        raise Refused(400, "json", form + (f', or {{"{_INPUT}": [...]}}' * (forms[0] == "inputs")))
+    images = [_image(place, instance) for place, instance in enumerate(instances)]
     return images, {"instances": "predictions", "inputs": "outputs"}[forms[0]]
 
 
-def _image(instance: Any) -> bytes | np.ndarray:
-    if isinstance(instance, dict) and _INPUT in instance:
+def _image(place: int, instance: Any) -> bytes | np.ndarray:
+    """The image of an instance, which is the one at this place.
+
+    Raises:
+      Refused: There is none.
+    """
+    if isinstance(instance, dict) and instance.keys() == {_INPUT}:
         instance = instance[_INPUT]
-    if isinstance(instance, dict):
+    try:
+        if not isinstance(instance, dict):
+            return from_numbers(instance)
         if instance.keys() != {"b64"}:
             raise Refused(400, "image", 'an instance must be {"b64": "..."} or nested lists')
         return from_base64(instance["b64"])
-    return from_numbers(instance)
+    except Refused as refused:
+        message = f"instance {place}: {refused}"
+        raise Refused(refused.status, refused.reason, message) from refused
 
 
 def _metadata(version: Version) -> dict[str, Any]:

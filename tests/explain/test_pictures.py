@@ -99,7 +99,7 @@ def test_an_unknown_class_is_refused_with_the_nearest(predictor, name, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("grad-cam", "did you mean 'grad_cam'"),
+        ("grad-cm", "did you mean 'grad_cam'"),
         ("", "there are grad_cam, "),
         ("cam", r"needs a network whose head sees the mean feature maps \(model\.dense=0\)"),
     ],
@@ -107,6 +107,12 @@ def test_an_unknown_class_is_refused_with_the_nearest(predictor, name, message):
 def test_an_impossible_method_is_refused(predictor, name, message):
     with pytest.raises(ConfigError, match=message):
         pictures.choose_methods(predictor, [name])
+
+
+def test_methods_may_be_spelt_as_elsewhere(predictor):
+    spellings = ["gradcam", "Grad-CAM", "grad_cam", "GradCAM++", "smooth-grad"]
+    expected = ["grad_cam", "grad_cam_plus_plus", "smooth_grad"]
+    assert pictures.choose_methods(predictor, spellings) == expected
 
 
 def test_what_is_no_image_is_listed_and_nothing_else_is_an_error(predictor, paths, tmp_path):

@@ -40,7 +40,7 @@ def server(tmp_path_factory):
     (folder / "tokens").write_text(f"admin {_TOKEN}\n")
     flags = (f"--bundle={folder}/bundle", "--max_batch=4", f"--tokens={folder}/tokens")
     with Served(folder, *flags) as server:
-        post(f"{server.url}/predict?explain=gradcam", encode("PNG"), timeout=30)
+        post(f"{server.url}/predict?explain=grad_cam", encode("PNG"), timeout=30)
         yield server
         assert server.end() == 0
         assert all(line["level"] != "error" for line in server.log())

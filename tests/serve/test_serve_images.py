@@ -54,9 +54,21 @@ def test_a_form_is_what_another_program_has_put_into_it(files):
     assert read(form(*files)) == files
 
 
-def test_fields_that_are_no_files_are_left_out():
-    assert read(form(("a.png", b"1"), other="value")) == [("a.png", b"1")]
-    assert read(form(("", b"1"), ("", b"2")))[1:] in ([("1", b"2")], [])
+@pytest.mark.parametrize("field", ["other", "file", "top"])
+def test_a_field_that_is_no_file_is_refused_by_its_name(field):
+    """It may be an image without a file name, or a parameter, and was ignored."""
+    with pytest.raises(Refused, match=f"field '{field}' is no file.*-F {field}=@FILE") as caught:
+        read(form(("a.png", b"1"), **{field: "value"}))
+    assert (caught.value.status, caught.value.reason) == (400, "form")
+
+
+def test_files_without_a_name_have_their_place_and_an_unused_input_of_a_page_is_nothing():
+    body = b""
+    for content in (b"1", b"", b"2"):
+        body += b'--x\r\nContent-Disposition: form-data; name="file"; filename=""\r\n\r\n'
+        body += content + b"\r\n"
+    found = images_of(body + b"--x--\r\n", "multipart/form-data; boundary=x", LIMITS)
+    assert [(part.name, part.content) for part in found] == [("0", b"1"), ("1", b"2")]
 
 
 def test_a_form_may_not_have_too_many_files():
@@ -90,7 +102,7 @@ def test_a_damaged_form_is_refused(body, kind):
 
 
 def test_a_form_without_files_has_no_image():
-    body = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n--x--\r\n'
+    body = b'--x\r\nContent-Disposition: form-data; name="a"; filename=""\r\n\r\n\r\n--x--\r\n'
     assert refused(images_of, body, "multipart/form-data; boundary=x", LIMITS) == (400, "no_image")
 
 
@@ -111,13 +123,32 @@ def test_base64_of_either_alphabet_with_or_without_padding(content):
         assert from_base64(text) == content
 
 
-@pytest.mark.parametrize("text", [None, 3, ["aa"], "a", "ä", "a b", "!!!!", "\ud800"])
+@given(
+    st.binary(min_size=1, max_size=300),
+    st.sampled_from(["\n", "\r\n", "\n    "]),
+    st.sampled_from(["", "data:image/png;base64,", "DATA:;base64,", "data:a/b;c=d;base64,\n"]),
+)
+def test_base64_in_lines_and_in_data_urls(content, line_end, prefix):
+    """As `base64`, MIME and browsers make it."""
+    text = base64.encodebytes(content).decode().replace("\n", line_end)
+    assert from_base64(prefix + text) == content
+    assert from_base64(prefix + text.replace("=", "")) == content
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(None, 3, ["aa"], "a", "ä", "a b", "!!!!", "\ud800", "aaaaa", "ab==cd=="),
+        *("data:image/png,abcd", "data:;base64;abcd", "xdata:;base64,abcd"),
+    ],
+)
 def test_what_is_not_base64(text):
     assert refused(from_base64, text) == (400, "image")
 
 
 def test_no_bytes_in_base64():
-    assert refused(from_base64, "") == (400, "no_image")
+    for text in ("", "\n", "====", "data:image/png;base64,"):
+        assert refused(from_base64, text) == (400, "no_image")
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 1), (2, 3, 3), (1, 1, 3)])
@@ -135,11 +166,26 @@ def test_an_image_in_numbers(shape, kind):
         *(3, None, "text", [], [[]], [[[]]], [1, 2, 3], {"a": 1}, [["a"]], [[None]], [[True]]),
         *([[[1, 2]]], [[[1, 2, 3, 4]]], [[[[1, 2, 3]]]], [[[1, 2, 3]], [[1, 2, 3], [1, 2, 3]]]),
         *([[[0, 0, 256]]], [[[0, 0, -1]]], [[[0, 0, 0.5]]], [[[0, 0, float("nan")]]]),
+        *([[[0.0, 1.0, 0.0]]], [[0, 1]], [[[1.0, 0.25, 0]]], [[1, True]], [["1", "2"]]),
         *([[[0, 0, float("inf")]]], [[[0, 0, 10**30]]], [[[0, 0, -(10**400)]]]),
     ],
 )
 def test_what_is_no_image_in_numbers(values):
     assert refused(from_numbers, values) == (400, "image")
+
+
+def test_numbers_from_0_to_1_are_refused_with_what_to_do_and_black_is_black():
+    """tensorflow/serving#1317: 0.0 and 1.0 alone were read as two levels of black."""
+    for values in ([[0.0, 1.0]], [[0, 1]], [[0.5, 1.0]], [[0.25, 0.0]]):
+        with pytest.raises(Refused, match="multiply numbers from 0 to 1 by 255"):
+            from_numbers(values)
+    for values in ([[0.0, 0.0]], [[0, 2]], [[0.0, 255.0]]):
+        np.testing.assert_array_equal(from_numbers(values), values)
+
+
+def test_channels_that_come_first_are_told():
+    with pytest.raises(Refused, match="channels come last"):
+        from_numbers(np.full((3, 4, 5), 9).tolist())
 
 
 def test_json_objects_alone():

@@ -119,9 +119,11 @@ def test_many_images_in_a_form_each_for_itself(server, predictor):
             assert one["probability"] == pytest.approx(expected.max(), abs=1e-6)
 
 
-def test_a_map_as_png(server, predictor):
-    found = server.post("/predict?explain=gradcam", encode(picture())).json()["predictions"][0]
-    assert found["explanation"]["method"] == "gradcam"
+@pytest.mark.parametrize("spelling", ["grad_cam", "gradcam", "Grad-CAM"])
+def test_a_map_as_png(server, predictor, spelling):
+    answer = server.post(f"/predict?explain={spelling}", encode(picture()))
+    found = answer.json()["predictions"][0]
+    assert found["explanation"]["method"] == "grad_cam"
     with Image.open(io.BytesIO(base64.b64decode(found["explanation"]["png"]))) as shown:
         assert (shown.format, shown.size) == ("PNG", (16, 16))
         assert len(np.unique(np.asarray(shown).reshape(-1, 3), axis=0)) > 10
@@ -145,7 +147,11 @@ def tensor(shape, datatype, data):
         ("/predict?top=0", b"x", (400, "parameter")),
         ("/predict?top=x", b"x", (400, "parameter")),
         ("/predict?explain=magic", b"x", (400, "parameter")),
+        ("/predict?explain=occlusion", b"x", (400, "parameter")),
         ("/predict?version=0", b"x", (400, "parameter")),
+        ("/predict?topk=3", b"x", (400, "parameter")),
+        ("/predict?top=3&top=4", b"x", (400, "parameter")),
+        ("/predict/?top=3", b"x", (404, "route")),
         ("/predict?version=2", b"x", (404, "no_version")),
         ("/predict?alias=champion", b"x", (404, "no_version")),
         ("/predict?model=other", b"x", (404, "no_model")),
@@ -164,6 +170,15 @@ def tensor(shape, datatype, data):
         ("/v1/models/shapes:predict", b'{"instances": [1]}', (400, "image")),
         ("/v1/models/shapes:predict", b'{"instances": 1}', (400, "json")),
         ("/v1/models/shapes:predict", b'{"signature_name": "a", "inputs": []}', (400, "signature")),
+        ("/v1/models/shapes:classify", b"{}", (400, "signature")),
+        ("/v1/models/shapes/versions/1:regress", b"{}", (400, "signature")),
+        ("/v1/models/shapes/labels/default:classify", b"{}", (400, "signature")),
+        ("/v1/models/shapes:prdict", b"{}", (404, "route")),
+        ("/v1/models/shapes:predict", b'{"instances": [[[0.0, 1.0]]]}', (400, "image")),
+        ("/v1/models/shapes:predict", b'{"instances": [{"image": [[2]], "size": 3}]}',
+         (400, "image")),
+        ("/v1/models/shapes:predict", b'{"inputs": {"image": [[[2]]], "a": 3}}', (400, "json")),
+        ("/v1/models/shapes:predict", b'{"instances": [[[NaN]]]}', (400, "image")),
         ("/v2/models/other/infer", b"{}", (404, "no_model")),
         ("/v2/models/shapes/versions/7/infer", b"{}", (404, "no_version")),
         ("/v2/models/shapes/infer", b"{}", (400, "json")),
@@ -173,11 +188,68 @@ def tensor(shape, datatype, data):
         ("/v2/models/shapes/infer", tensor([-1], "UINT8", []), (400, "json")),
         ("/v2/models/shapes/infer", tensor([1, 1, 1, 3], "UINT8", [1, 2]), (400, "image")),
         ("/v2/models/shapes/infer", tensor([1, 1, 1, 3], "UINT8", [1, 2, 256]), (400, "image")),
+        ("/v2/models/shapes/infer", tensor([1, 1, 1, 3], "UINT8", [1, 0.5, 2]), (400, "image")),
+        ("/v2/models/shapes/infer", tensor([2, 1, 1, 3], "UINT8", [9, 9, 9, 1, 0, 1]),
+         (400, "image")),
+        ("/v2/models/shapes/infer", tensor([1, 1, 1, 3], "FP32", [1, 0.5, 2]), (400, "json")),
         ("/v2/models/shapes/infer", tensor([10**9, 10**9, 9, 3], "UINT8", [1]), (400, "image")),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told(server, path, body, expected):
     assert error_of(server.post(path, body)) == expected
+
+
+def test_a_misspelt_parameter_is_named_with_the_nearest_one_on_every_route(server):
+    """It was ignored, and the answer was that of another question."""
+    description = server.get("/openapi.json").json()["paths"]
+    paths = [(method, path) for path, methods in description.items() for method in methods]
+    paths += [("get", path) for path in ("/", "/docs", "/openapi.json", "/healthz", "/readyz")]
+    assert len(paths) > 20
+    values = {"model": "shapes", "version": 1, "alias": "default"}
+    for method, path in paths:
+        if path.startswith("/admin/"):
+            continue  # Refused before, without a token.
+        url = f"{server.url}{path.format_map(values)}?Explian=grad_cam"
+        answer = requests.request(method, url, timeout=30)
+        assert error_of(answer) == (400, "parameter"), path
+        told = answer.json()["error"]
+        assert "there is no parameter 'Explian'" in told
+        hint = "did you mean explain?" if path == "/predict" else "this path takes none"
+        assert hint in told, path
+    answer = server.post("/predict?nonsense", b"x")
+    assert "there are model, version, alias, top, explain" in answer.json()["error"]
+    # Each parameter that is described is known.
+    for parameter in description["/predict"]["post"]["parameters"]:
+        told = server.post(f"/predict?{parameter['name']}=", b"x").json()["error"]
+        assert "there is no parameter" not in told
+
+
+def test_what_the_router_refuses_says_what_to_use(server):
+    for method, path, status, words in (
+        ("GET", "/predict", 405, "GET is not for this path; use POST"),
+        ("GET", "/v1/models/shapes:predict", 405, "GET is not for this path; use POST"),
+        ("POST", "/v1/models/shapes", 405, "use GET"),
+        ("POST", "/predict/", 404, "no path here ends with a slash"),
+        ("GET", "/nothing", 404, "/docs lists the paths"),
+        ("POST", "/v1/models/shapes:clasify", 404, "there is no :clasify here; there is :predict"),
+        ("POST", "/v1/models/shapes:classify", 400, "send images to :predict"),
+    ):
+        answer = requests.request(method, server.url + path, timeout=30)
+        assert answer.status_code == status, path
+        assert words in answer.json()["error"]
+
+
+def test_a_form_without_files_is_told_what_is_wrong(server):
+    answer = server.post("/predict", files={"file": (None, encode(picture()))})
+    assert error_of(answer) == (400, "form")
+    assert "the form's field 'file' is no file" in answer.json()["error"]
+
+
+def test_an_image_in_numbers_is_named_by_its_place(server):
+    instances = [picture().tolist(), (picture() > 127).astype(float).tolist()]
+    answer = server.post("/v1/models/shapes:predict", json.dumps({"instances": instances}))
+    assert error_of(answer) == (400, "image")
+    assert answer.json()["error"].startswith("instance 1: an image's numbers are all 0 or 1")
 
 
 def test_too_many_images(server):
@@ -295,6 +367,10 @@ def test_open_inference_of_binary_tensors(server, predictor, kind):
     np.testing.assert_allclose(rows, [expected_of(predictor, one) for one in images], atol=1e-6)
     cut = server.post("/v2/models/shapes/infer", (head + binary)[:-9], headers=headers)
     assert error_of(cut) == (400, "image")
+    if kind == "UINT8":
+        mask = (np.frombuffer(binary, np.uint8) > 127).astype(np.uint8).tobytes()
+        answer = server.post("/v2/models/shapes/infer", head + mask, headers=headers)
+        assert error_of(answer) == (400, "image")
 
 
 @pytest.mark.parametrize("is_binary", [True, False])
@@ -330,6 +406,10 @@ def test_open_inference_of_other_names(server):
         {"inputs": [tensor | {"name": "pixels"}]},
         {"inputs": [tensor], "outputs": [{"name": "logits"}]},
         {"inputs": [tensor], "outputs": "class"},
+        {
+            "inputs": [tensor],
+            "outputs": [{"name": "probabilities", "parameters": {"classification": 2}}],
+        },
     ):
         answer = server.post("/v2/models/shapes/infer", json.dumps(wrong))
         assert error_of(answer) == (400, "json")
@@ -373,7 +453,7 @@ def test_bodies_are_taken_as_they_are(server):
 
 def test_maps_are_for_a_few_images(server):
     files = [("file", (f"{n}.png", encode(picture()))) for n in range(8)]
-    found = server.post("/predict?explain=gradcam", files=files).json()["predictions"]
+    found = server.post("/predict?explain=grad_cam", files=files).json()["predictions"]
     assert all(one["explanation"]["png"] for one in found)
 
 
