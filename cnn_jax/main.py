@@ -25,9 +25,9 @@ def main(argv: Sequence[str]) -> None:
         # Imported late, so that a wrong flag is told at once.
         from cnn_jax import configuration
         from cnn_jax.compiled import keep_compiled
+        from cnn_jax.loop import train_and_evaluate
         from cnn_jax.runtime import keep_freed_memory
         from cnn_jax.sharding import start_processes
-        from cnn_jax.train import train_and_evaluate
 
     config = configuration.load(known.config, overrides)
     keep_freed_memory()

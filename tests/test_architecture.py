@@ -56,7 +56,7 @@ FLOORS = [
     *("report.sections", "report.explanations", "report.qualities"),
     *("report.study_values", "report.study_charts", "report.parallel", "report.study"),
     *("report.run_report", "report.__main__"),
-    *("summary", "results", "train"),
+    *("summary", "results", "loop"),
     *("tune.__init__", "tune.space", "tune.search", "tune.storage", "tune.study"),
     *("tune.outcome", "tune.__main__"),
     "main",

@@ -39,8 +39,8 @@ from cnn_jax.configuration import Config
 from cnn_jax.console import Console
 from cnn_jax.data.findings import count
 from cnn_jax.errors import ConfigError, DataError, TrainingError, printable
+from cnn_jax.loop import open_dataset, train_and_evaluate
 from cnn_jax.run_directory import INDIFFERENT_KEYS, write_text
-from cnn_jax.train import open_dataset, train_and_evaluate
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, base_values, configured, describe, short
 
