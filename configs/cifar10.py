@@ -7,11 +7,12 @@ folder of all 60,000 images divided 70 / 20 / 10 % (71.48 % with seed 0, 8.5 min
 CPU cores).
 """
 
-from cnn_jax.configuration import Config
+from ml_collections import ConfigDict
+
 from configs import default
 
 
-def get_config() -> Config:
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.source = "tfds:cifar10"
     config.train.epochs = 45

@@ -9,11 +9,12 @@ Expect a test accuracy of 96 % (96.26 % with seed 0 and --config.data.stratify=e
 minutes, beside other programs.
 """
 
-from cnn_jax.configuration import Config
+from ml_collections import ConfigDict
+
 from configs import default
 
 
-def get_config() -> Config:
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.source = "tfds:eurosat/rgb"
     config.data.image_size = (64, 64)

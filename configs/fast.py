@@ -10,11 +10,12 @@ all, was not (experiments/ablation.py --grid=large_batch; the table is in
 experiments/RESULTS.md).
 """
 
-from cnn_jax.configuration import Config
+from ml_collections import ConfigDict
+
 from configs import spec_224
 
 
-def get_config() -> Config:
+def get_config() -> ConfigDict:
     config = spec_224.get_config()
     config.train.batch_size = 256
     config.optimizer.learning_rate = 8e-3

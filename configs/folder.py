@@ -10,11 +10,12 @@ sign is another sign, and --config.data.group='{class}/{track}', because the fra
 video show the same sign. (Without it they leak from train to test, which then says 94 %.)
 """
 
-from cnn_jax.configuration import Config
+from ml_collections import ConfigDict
+
 from configs import default
 
 
-def get_config() -> Config:
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.source = "folder:PATH"
     config.data.image_size = (64, 64)

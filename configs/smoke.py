@@ -6,11 +6,12 @@ Expect it to end within half a minute on two CPU cores once its 1,000 images are
 of it for the report, and an accuracy near chance: three epochs of 22 steps teach little.
 """
 
-from cnn_jax.configuration import Config
+from ml_collections import ConfigDict
+
 from configs import default
 
 
-def get_config() -> Config:
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.source = "shapes:1000"
     config.train.epochs = 3

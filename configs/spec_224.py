@@ -7,11 +7,12 @@ Meant for a GPU: the training step alone takes two CPU cores 40 images a second 
 size (experiments/RESULTS.md), which is three minutes an epoch for each 7,000 images.
 """
 
-from cnn_jax.configuration import Config
+from ml_collections import ConfigDict
+
 from configs import default
 
 
-def get_config() -> Config:
+def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.image_size = (224, 224)
     config.train.epochs = 45

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cnn_jax import cli
+from cnn_jax import cli, config_files
 from cnn_jax.errors import ConfigError, Interrupted, UserError
 from cnn_jax.tune import PRUNERS
 
@@ -23,10 +23,11 @@ _STUDIES = pathlib.Path("studies")
 
 
 def main(argv: Sequence[str]) -> None:
-    known, overrides = _parser().parse_known_args(argv)
+    known, overrides = config_files.parse(_parser(), argv)
+    config_files.find(known.config)
     start = time.monotonic()
     with cli.interrupts_held_back():
-        # Imported late, so that a wrong flag is told at once.
+        # Imported late, so that a wrong flag is reported at once.
         try:
             import optuna  # noqa: F401
             import sqlalchemy  # noqa: F401
@@ -78,10 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cnn_jax.tune",
         description="Search for the hyper-parameters that are best on the validation split.",
-        epilog="--config.KEY=VALUE changes any key of the configuration.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=cli.path, default="configs/default.py", metavar="FILE")
+    parser.add_argument(
+        "--config",
+        type=cli.path,
+        default="default",
+        metavar="FILE",
+        help="a configuration file, RUN/config.json, or a shipped configuration (default)",
+    )
     parser.add_argument("--study", type=_name, required=True, metavar="NAME")
     parser.add_argument(
         "--space", type=cli.path, required=True, metavar="FILE", help="which keys, and how far"

@@ -239,10 +239,7 @@ def counts(trial: FrozenTrial) -> bool:
 class _TrialConsole(Console):
     """The bar of a trial's run, without the lines, of which the study has its own."""
 
-    def print(self, text: str = "") -> None:
-        pass
-
-    def warn(self, text: str) -> None:
+    def write_line(self, line: str, style: str | None = None) -> None:
         pass
 
 
