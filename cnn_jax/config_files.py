@@ -29,6 +29,9 @@ from cnn_jax.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+# An `ml_collections.ConfigDict`, whose keys a type checker cannot see.
+Config = Any
+
 _PREFIX = "--config."
 # The least similarity (`difflib`, 0 to 1) of a name that is suggested. Below it lie other
 # words of the same section, such as model.width beside model.dense.
@@ -86,7 +89,7 @@ def find(text: str) -> pathlib.Path:
     )
 
 
-def read(path: pathlib.Path) -> Any:
+def read(path: pathlib.Path) -> Config:
     """The `ml_collections.ConfigDict` of a configuration file.
 
     Args:
@@ -180,14 +183,14 @@ def _forget_configs() -> None:
         del sys.modules[name]
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def _read_json(path: pathlib.Path) -> Config:
     """The configuration that a run has written, completed by the defaults.
 
     Raises:
       ConfigError: It is not JSON, or has a key that does not exist.
     """
     try:
-        values = _flat(json.loads(path.read_text(encoding="utf-8")))
+        values = flat(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config: {path} is not a configuration: {error}") from error
     config = default_config()
@@ -207,19 +210,19 @@ def _read_json(path: pathlib.Path) -> Any:
     return config
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Every key of a JSON object with its sections' names before it; lists become tuples."""
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Every key of a nested dictionary with its sections' names before it; lists become tuples."""
     if not isinstance(tree, dict):
         value = tuple(tree) if isinstance(tree, list) else tree
         if not prefix:
-            raise ValueError("it must be a JSON object")
+            raise ValueError("it must be an object with a value for each key")
         return {prefix.removesuffix("."): value}
     return {
-        name: value for key in tree for name, value in _flat(tree[key], f"{prefix}{key}.").items()
+        name: value for key in tree for name, value in flat(tree[key], f"{prefix}{key}.").items()
     }
 
 
-def default_config() -> Any:
+def default_config() -> Config:
     """A new copy of the configuration of `configs/default.py`."""
     return read(shipped_folder() / "default.py")
 
@@ -227,7 +230,7 @@ def default_config() -> Any:
 @functools.cache
 def keys() -> Mapping[str, Any]:
     """All keys of a configuration, such as "train.epochs", with their defaults."""
-    return _flat(default_config().to_dict())
+    return flat(default_config().to_dict())
 
 
 def check_key(key: str) -> None:
@@ -254,6 +257,21 @@ def closest_key(key: str) -> str | None:
     if len(same) == 1:
         return same[0]
     return _closest(key, keys())
+
+
+def full_key(name: str) -> str:
+    """The key of this name, which may be given without its section if no other key has it.
+
+    Raises:
+      ConfigError: There is no such key, or more than one.
+    """
+    same = [key for key in keys() if _name(key) == name]
+    if name in keys() or not same:
+        check_key(name)
+        return name
+    if len(same) > 1:
+        raise ConfigError(f"config: {name!r} may be {' or '.join(same)}; write one of them")
+    return same[0]
 
 
 def _name(key: str) -> str:

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cnn_jax import config_files
-from cnn_jax.config_files import check_key
+from cnn_jax.config_files import Config, check_key
 from cnn_jax.data.augment import FLIPS
 from cnn_jax.data.dataset import RESIDENCIES
 from cnn_jax.data.decode import LARGEST_MAX_PIXELS
@@ -23,9 +23,6 @@ from cnn_jax.data.sources import FORMS, PATTERN, absolute
 from cnn_jax.data.splits import RULES, SPLITS, group_expression
 from cnn_jax.errors import ConfigError
 from cnn_jax.models import MODELS, compute_dtype
-
-# An `ml_collections.ConfigDict`, whose keys a type checker cannot see.
-Config = Any
 
 MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "recall", "f1", "loss"))
 # How much of the report a run makes at its end.

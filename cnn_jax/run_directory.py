@@ -111,6 +111,10 @@ def _open_lock(workdir: pathlib.Path) -> IO[str]:
         ) from error
     except OSError as error:
         logger.warning("%s cannot be locked (%s): make sure that no two runs use it", path, error)
+    if not os.fstat(file.fileno()).st_nlink:  # A run that failed to start has just removed it.
+        file.close()
+        workdir.mkdir(parents=True, exist_ok=True)
+        return _open_lock(workdir)
     with of_file(path):
         file.truncate(0)
         file.write(json.dumps(_this_process() | {"since": _now()}))

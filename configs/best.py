@@ -13,12 +13,11 @@ Expect 97.56 % on validation and 96.41 % on test (seed 0, --config.data.stratify
 `experiments/reproduce.sh best`). On one CPU core that took an hour, beside other programs.
 """
 
-from ml_collections import ConfigDict
-
+from cnn_jax.config_files import Config
 from configs import eurosat
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     config = eurosat.get_config()
     config.augment.flip = "horizontal_and_vertical"
     config.augment.rotation = 0.1

@@ -7,12 +7,11 @@ folder of all 60,000 images divided 70 / 20 / 10 % (71.48 % with seed 0, 8.5 min
 CPU cores).
 """
 
-from ml_collections import ConfigDict
-
+from cnn_jax.config_files import Config
 from configs import default
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     config = default.get_config()
     config.data.source = "tfds:cifar10"
     config.train.epochs = 45

@@ -8,8 +8,10 @@ minutes on two CPU cores, which includes making the data set on the first use.
 
 from ml_collections import ConfigDict
 
+from cnn_jax.config_files import Config
 
-def get_config() -> ConfigDict:
+
+def get_config() -> Config:
     config = ConfigDict()
     config.seed = 0  # Decides the division, the first weights and all random draws.
     config.precision = "auto"  # bfloat16 on GPU and TPU, float32 on CPU; or name one of them.

@@ -9,12 +9,11 @@ Expect a test accuracy of 96 % (96.26 % with seed 0 and --config.data.stratify=e
 minutes, beside other programs.
 """
 
-from ml_collections import ConfigDict
-
+from cnn_jax.config_files import Config
 from configs import default
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     config = default.get_config()
     config.data.source = "tfds:eurosat/rgb"
     config.data.image_size = (64, 64)

@@ -10,12 +10,11 @@ all, was not (experiments/ablation.py --grid=large_batch; the table is in
 experiments/RESULTS.md).
 """
 
-from ml_collections import ConfigDict
-
+from cnn_jax.config_files import Config
 from configs import spec_224
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     config = spec_224.get_config()
     config.train.batch_size = 256
     config.optimizer.learning_rate = 8e-3

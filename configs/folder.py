@@ -10,12 +10,11 @@ sign is another sign, and --config.data.group='{class}/{track}', because the fra
 video show the same sign. (Without it they leak from train to test, which then says 94 %.)
 """
 
-from ml_collections import ConfigDict
-
+from cnn_jax.config_files import Config
 from configs import default
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     config = default.get_config()
     config.data.source = "folder:PATH"
     config.data.image_size = (64, 64)

@@ -6,12 +6,11 @@ Expect it to end within half a minute on two CPU cores once its 1,000 images are
 of it for the report, and an accuracy near chance: three epochs of 22 steps teach little.
 """
 
-from ml_collections import ConfigDict
-
+from cnn_jax.config_files import Config
 from configs import default
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     config = default.get_config()
     config.data.source = "shapes:1000"
     config.train.epochs = 3

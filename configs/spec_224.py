@@ -7,12 +7,11 @@ Meant for a GPU: the training step alone takes two CPU cores 40 images a second 
 size (experiments/RESULTS.md), which is three minutes an epoch for each 7,000 images.
 """
 
-from ml_collections import ConfigDict
-
+from cnn_jax.config_files import Config
 from configs import default
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     config = default.get_config()
     config.data.image_size = (224, 224)
     config.train.epochs = 45
