@@ -12,12 +12,13 @@ or, on the command line, `cnn_jax train`; `cnn_jax --help` lists all commands.
 import importlib
 import re
 import sys
+from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["Report", "Run", "load", "train"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Imports what a notebook uses at its first use: JAX takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,55 +38,61 @@ _PREFIX = "--config."
 _SIMILARITY = 0.8
 
 
-def shipped_folder() -> pathlib.Path:
-    """The folder of the configurations that come with the package."""
+# The folders that come with the package: in a wheel inside it, in a checkout beside it.
+_SHIPPED = {"configs": "configs", "spaces": "experiments/spaces"}
+
+
+def shipped_folder(name: str = "configs") -> pathlib.Path:
+    """The folder of the shipped configurations, or of the shipped "spaces" of `tune`."""
     package = pathlib.Path(__file__).resolve().parent
-    # A wheel has it inside the package; a checkout has it beside the package.
-    folders = (package / "configs", package.parent / "configs")
+    folders = (package / name, package.parent / _SHIPPED[name])
     return next(folder for folder in folders if (folder / "default.py").is_file())
 
 
-def shipped_names() -> list[str]:
-    """The names by which `find` knows the shipped configurations."""
-    return sorted(path.stem for path in shipped_folder().glob("[!_]*.py"))
+def shipped_names(folder: str = "configs") -> list[str]:
+    """The names by which `find` knows the files of a shipped folder."""
+    return sorted(path.stem for path in shipped_folder(folder).glob("[!_]*.py"))
 
 
-def find(text: str) -> pathlib.Path:
-    """The file that `--config=text` means.
+def find(text: str, flag: str = "--config", folder: str = "configs") -> pathlib.Path:
+    """The file that `--config=text` or `--space=text` means.
 
     Args:
       text: A path (with or without `.py`), the folder of a run, which has config.json, or the
-        name of a shipped configuration, also as `NAME.py` and `configs/NAME.py`.
+        name of a shipped file, also as `NAME.py`, `configs/NAME.py` and
+        `experiments/spaces/NAME.py`.
+      flag: The flag, for messages.
+      folder: The shipped folder, "configs" or "spaces".
 
     Raises:
-      ConfigError: There is no such file, or a file and a shipped configuration share the name.
+      ConfigError: There is no such file, or a file and a shipped one share the name.
     """
     path = pathlib.Path(text).expanduser()
     if path.is_file():
         return path
-    candidates = (path / "config.json", path.with_name(f"{path.name}.py") if path.name else path)
+    candidates = [path.with_name(f"{path.name}.py")] if path.name else []
+    if folder == "configs":
+        candidates.append(path / "config.json")
     own = next((candidate for candidate in candidates if candidate.is_file()), None)
-    shipped = shipped_folder() / f"{path.name.removesuffix('.py')}.py"
-    is_shipped = os.path.dirname(text) in ("", "configs") and shipped.is_file()  # noqa: PTH120
-    if own is None and is_shipped:
-        return shipped
+    shipped = shipped_folder(folder) / f"{path.name.removesuffix('.py')}.py"
+    parent = os.path.dirname(text)  # noqa: PTH120  "./NAME" is no shipped file.
+    is_shipped = parent in ("", _SHIPPED[folder]) and shipped.is_file()
     if own is not None and is_shipped and not own.samefile(shipped):
         raise ConfigError(
-            f"--config: {text!r} is a shipped configuration and a file here; write "
-            f"--config=./{own} or --config={shipped}"
+            f"{flag}: {text!r} is a file here and the name of a shipped one; write "
+            f"{flag}=./{own} or {flag}={shipped}"
         )
-    if own is not None:
-        return own
-    if path.is_dir():
-        raise ConfigError(
-            f"--config: {text!r} is a folder without a config.json; name a file, the folder of a "
-            f"run, or one of {', '.join(shipped_names())}"
-        )
-    close = _closest(path.name.removesuffix(".py"), shipped_names())
-    raise ConfigError(
-        f"--config: there is no file {text!r}, and the shipped configurations are "
-        f"{', '.join(shipped_names())}" + (f"; did you mean {close}?" if close else "")
+    if own is not None or is_shipped:
+        return own or shipped
+    names = shipped_names(folder)
+    close = _closest(path.name.removesuffix(".py"), names)
+    hint = f"; did you mean {close}?" if close else ""
+    what = (
+        f"{text!r} is a folder without a config.json"
+        if path.is_dir()
+        else f"there is no file {text!r}"
     )
+    raise ConfigError(f"{flag}: {what}, and the shipped ones are {', '.join(names)}{hint}")
 
 
 def read(path: pathlib.Path) -> Config:
@@ -111,7 +117,7 @@ def read(path: pathlib.Path) -> Config:
     except ConfigError:
         raise
     except SyntaxError as error:
-        where = f"{error.filename or path}, line {error.lineno}"
+        where = f"{error.filename or path}" + (f", line {error.lineno}" if error.lineno else "")
         raise ConfigError(f"--config: {where}: SyntaxError: {error.msg}") from error
     except (Exception, SystemExit) as error:  # A configuration is a program: anything can fail.
         lines = [
@@ -244,19 +250,18 @@ def check_key(key: str) -> None:
 
 
 def closest_key(key: str) -> str | None:
-    """The key that was probably meant, if there is one such.
+    """The key that was probably meant, if there is one.
 
-    That is the key of the same or nearly the same name in this section, or else the only one
-    of this name in another section.
+    That is the key of nearly this name in nearly this section, or else the only key of exactly
+    this name.
     """
     section, _, name = key.rpartition(".")
-    own = {_name(known): known for known in keys() if known.rpartition(".")[0] == section}
+    near_section = _closest(section, sorted({known.rpartition(".")[0] for known in keys()}))
+    own = {_name(known): known for known in keys() if known.rpartition(".")[0] == near_section}
     if near := _closest(name, own):
         return own[near]
     same = [known for known in keys() if _name(known) == name]
-    if len(same) == 1:
-        return same[0]
-    return _closest(key, keys())
+    return same[0] if len(same) == 1 else None
 
 
 def full_key(name: str) -> str:
@@ -283,6 +288,13 @@ def _closest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str | None:
 
 
 # The command line.
+
+
+def file_name(text: str) -> str:
+    """The argparse type of what `find` takes; "./NAME" stays different from "NAME"."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def parse(

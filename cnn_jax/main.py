@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--config",
-        type=cli.path,
+        type=config_files.file_name,
         default="default",
         metavar="FILE",
         help="a configuration file, RUN/config.json, or a shipped configuration (default)",
