@@ -35,7 +35,7 @@ Config = Any
 _PREFIX = "--config."
 # The least similarity (`difflib`, 0 to 1) of a name that is suggested. Below it lie other
 # words of the same section, such as model.width beside model.dense.
-_SIMILARITY = 0.8
+_SIMILARITY = 0.75
 
 
 # The folders that come with the package: in a wheel inside it, in a checkout beside it.

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 
@@ -83,7 +82,7 @@ def test_an_unknown_name_lists_the_shipped_ones(here, text, hint):
 
 def test_a_folder_is_a_run_or_an_error(here):
     (here / "data").mkdir()
-    with pytest.raises(ConfigError, match="'data' is a folder without a config.json, and"):
+    with pytest.raises(ConfigError, match=r"'data' is a folder without a config\.json, and"):
         config_files.find("data")
     _write(here / "run" / "config.json", "{}")
     assert config_files.find("run") == pathlib.Path("run/config.json")
@@ -114,7 +113,7 @@ def test_a_file_may_import_others_wherever_it_lies(here, before, name):
     modules, paths = dict(sys.modules), list(sys.path)
     config = config_files.read(path)
     assert config.train.epochs == 3
-    assert config.data.image_size == (64, 64) if "folder" in before else (32, 32)
+    assert config.data.image_size == ((64, 64) if "folder" in before else (32, 32))
     assert sys.path == paths
     assert {name: sys.modules.get(name) for name in modules} == modules
     assert not {"neighbour", "configs.neighbour"} & sys.modules.keys()
@@ -131,7 +130,7 @@ def test_neighbours_of_the_same_name_are_not_mixed_up(here):
 def test_a_link_finds_the_neighbours_of_the_file(here):
     target = _write(here / "there" / "mine.py", _with_epochs(5, "import base as default"))
     _write(here / "there" / "base.py", _with_epochs(1))
-    os.symlink(target, here / "link.py")
+    (here / "link.py").symlink_to(target)
     assert config_files.read(here / "link.py").train.epochs == 5
 
 
@@ -192,7 +191,7 @@ def test_an_old_configuration_takes_the_defaults_with_a_warning(here, caplog):
 )
 def test_json_that_is_no_configuration_is_refused(here, text, message):
     path = _write(here / "config.json", text)
-    with pytest.raises(ConfigError, match="config.json") as error:
+    with pytest.raises(ConfigError, match=r"config\.json") as error:
         config_files.read(path)
     assert message in str(error.value)
 
