@@ -4,8 +4,8 @@ In a notebook it is one output instead, which is updated in place.
 """
 
 import os
+import re
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -177,22 +177,22 @@ def console_here() -> Console:
 
 
 def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
-    """A line broken between words, so that no part is wider if no word is.
+    """A line in parts that are no wider, unless a single word is.
 
     Args:
-      line: The line. Spaces within the parts stay as they are.
-      width: Columns there are; None for any number.
+      line: The line. Spaces within a part stay as they are.
+      width: Columns of the terminal; None for any number.
       indent: Spaces before each part but the first.
     """
     if width is None or cell_len(line) <= width:
         return [line]
-    return textwrap.wrap(
-        line,
-        max(width, 2 * indent),
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    parts, part = [], ""
+    for word in re.findall(r"\s*\S+", line):
+        if part.strip() and cell_len(part + word) > width:
+            parts.append(part)
+            part, word = " " * indent, word.lstrip()
+        part += word
+    return [*parts, part]
 
 
 class TrainingDisplay:
