@@ -185,7 +185,8 @@ def _fail_in(folder, write=None):
                 (folder / write).write_text("{}")
             raise RuntimeError
 
-    pytest.raises(RuntimeError, start)
+    with pytest.raises(RuntimeError):
+        start()
 
 
 def test_a_failed_start_leaves_the_folder_as_it_was(tmp_path):
