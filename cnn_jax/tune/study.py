@@ -129,12 +129,12 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
     """
     console = console or Console()
     configuration.validate(plan.config, jax.device_count())
+    definition = _define(plan, console)  # Before the folder is made, which it may prevent.
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--workdir: cannot use {plan.folder}: {error.strerror}") from error
     place = _place(plan)
-    definition = _define(plan, console)
     study = open_study(plan)
     worker = _Worker(plan, study, console, place)
     worker.agree_on(definition)
