@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Report", "Run", "load", "train"]
+__all__ = ["Report", "Run", "load", "train"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

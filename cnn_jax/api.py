@@ -44,11 +44,11 @@ def train(
     The same call with the same `workdir` continues an interrupted run.
 
     Args:
-      source: A folder with one sub-folder for each class, a CSV file, or any `data.source`, such
-        as "tfds:NAME"; that of the configuration by default.
+      source: A folder with one sub-folder for each class, a CSV file, or any value of
+        `data.source`, such as "tfds:NAME"; by default the configuration's.
       config: A shipped configuration's name, a configuration file or a configuration.
       workdir: The run's folder; by default a new one below `runs`, whose path is shown.
-      console: Where progress is shown: by default in the notebook, or on stderr.
+      console: Shows progress; by default in the notebook, or on stderr.
       **changes: Values of configuration keys, by the full key (`**{"data.image_size": 64}`), by
         its name where that is unique (`image_size=64`), or by section
         (`data={"image_size": 64}`).
@@ -134,7 +134,7 @@ def load(path: str | os.PathLike[str]) -> "Run":
     """A finished run, or a bundle.
 
     Args:
-      path: The run's folder, or that of a bundle.
+      path: The run's folder, or the bundle's.
 
     Raises:
       BundleError: There is no bundle, or a damaged one.
@@ -203,7 +203,7 @@ class Run:
         return Report(folder, self)
 
     def predict(self, images: AnyImage | Iterable[AnyImage]) -> "Predictions":
-        """Predicts images of any kind and size; one that cannot be read spoils no other.
+        """Predicts images of any kind and size; an unreadable image affects no other.
 
         Args:
           images: An image, a folder, or several images: paths, bytes of image files, Pillow

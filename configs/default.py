@@ -17,18 +17,18 @@ def get_config() -> Config:
     config.precision = "auto"  # bfloat16 on GPU and TPU, float32 on CPU; or name one of them.
 
     config.data = data = ConfigDict()
-    data.source = "shapes"  # Or folder:PATH, csv:PATH, tfds:NAME or shapes:N.
+    data.source = "shapes"  # This, folder:PATH, csv:PATH, tfds:NAME or shapes:N.
     data.split = (0.7, 0.2, 0.1)  # Train, validation and test; of each class.
     data.stratify = "stable"  # Added images move no other ones; "exact" fractions move a few.
-    data.group = ""  # Such as "{class}/{track}": images that share these stay together.
+    data.group = ""  # A pattern such as "{class}/{track}" keeps images together.
     data.keep_splits = True  # Uses the train, validation and test parts that the data has.
     data.image_size = (32, 32)  # The specification's is 224; this one suits a CPU.
     data.mean = (
         127.5,
         127.5,
         127.5,
-    )  # Of R, G and B; inputs are then in [-1, 1].
-    data.std = (127.5, 127.5, 127.5)  # What remains is divided by these.
+    )  # Subtracted from R, G and B; inputs are then in [-1, 1].
+    data.std = (127.5, 127.5, 127.5)  # The difference is divided by these.
     data.cache = "auto"  # Decoded images: on the "device", in "memory", on "disk" or "none".
     data.workers = -1  # Processes that decode and augment; -1: as many as help.
     data.max_pixels = 50_000_000  # A larger image is refused before it is decoded.
@@ -36,7 +36,7 @@ def get_config() -> Config:
     data.allow_outside = False  # Whether links and paths may lead out of the data's folder.
 
     config.augment = augment = ConfigDict()
-    augment.flip = "horizontal"  # Or "none" or "horizontal_and_vertical".
+    augment.flip = "horizontal"  # This, "vertical", "horizontal_and_vertical" or "none".
     augment.rotation = 0.2  # At most this fraction of a full turn, either way.
     augment.zoom = 0.2  # At most this fraction, in or out.
     augment.contrast = 0.2  # At most this fraction more or less.
@@ -70,9 +70,9 @@ def get_config() -> Config:
     train.accumulation_steps = 1  # Parts of a batch that are computed one after the other.
     train.epochs = 22  # The specification's 45 would take more than five minutes on a CPU.
     train.label_smoothing = 0.1  # The probability that the target spreads over all classes.
-    train.balance = "none"  # Or "loss" or "sampling": rare classes count as much as others.
+    train.balance = "none"  # "loss" or "sampling" makes rare classes count as much as others.
     train.patience = 10  # Epochs without a better `monitor` before training stops.
-    train.monitor = "validation_accuracy"  # Or _f1, _loss, ...: decides the best epoch.
+    train.monitor = "validation_accuracy"  # Decides the best epoch; also _f1, _loss, ...
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.keep = 2  # The latest ones; the best and the one before it are kept too.
@@ -81,7 +81,7 @@ def get_config() -> Config:
     checkpoint.init_from = ""  # A bundle or a run whose weights a new run starts from.
 
     config.report = report = ConfigDict()
-    report.detail = "full"  # Or "figures", without explanations and corruptions; or "none".
+    report.detail = "full"  # "figures" leaves out explanations and corruptions; "none" all.
     report.splits = (
         "train",
         "validation",
