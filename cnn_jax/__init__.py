@@ -1,3 +1,54 @@
-"""cnn_jax: a folder of labelled images becomes a trained, measured classifier."""
+"""cnn_jax: a folder of labelled images becomes a trained, measured classifier.
+
+    import cnn_jax
+
+    run = cnn_jax.train("PATH", epochs=10)
+    run.predict("x.jpg")
+    run.report
+
+or, on the command line, `cnn_jax train`; `cnn_jax --help` lists all commands.
+"""
+
+import importlib
+import re
+import sys
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["Report", "Run", "load", "train"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what a notebook uses at its first use: JAX takes seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("cnn_jax.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _check_start() -> None:
+    """Refuses Windows, and `python -m` with a module that would do nothing.
+
+    Raises:
+      ImportError: The system is Windows, and this is not a command.
+      SystemExit: The system is Windows, or the module is no command.
+    """
+    is_module_run = sys.argv[:1] == ["-m"]  # Until Python has found the module.
+    if sys.platform == "win32":
+        message = "cnn_jax does not run on Windows; run it on Linux or macOS, or in WSL 2"
+        is_script = re.search(r"\bcnn_jax(\.exe)?$", sys.argv[0]) if sys.argv else None
+        if is_module_run or is_script:
+            raise SystemExit(f"error: {message}")
+        raise ImportError(message)
+    if is_module_run:
+        from cnn_jax.commands import check_module
+
+        named = (re.fullmatch(r"(?:-\w*m)?(cnn_jax[\w.]*)", text) for text in sys.orig_argv[1:])
+        if module := next(filter(None, named), None):
+            check_module(module[1])
+
+
+_check_start()

@@ -1,7 +1,6 @@
 """What a configuration may say, checked before any data is read."""
 
 import dataclasses
-import difflib
 import hashlib
 import math
 import pathlib
@@ -14,6 +13,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from cnn_jax import config_files
+from cnn_jax.config_files import Config, check_key
 from cnn_jax.data.augment import FLIPS
 from cnn_jax.data.dataset import RESIDENCIES
 from cnn_jax.data.decode import LARGEST_MAX_PIXELS
@@ -22,9 +23,6 @@ from cnn_jax.data.sources import FORMS, PATTERN, absolute
 from cnn_jax.data.splits import RULES, SPLITS, group_expression
 from cnn_jax.errors import ConfigError
 from cnn_jax.models import MODELS, compute_dtype
-
-# An `ml_collections.ConfigDict`, whose keys a type checker cannot see.
-Config = Any
 
 MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "recall", "f1", "loss"))
 # How much of the report a run makes at its end.
@@ -170,28 +168,32 @@ def image_size(config: Config) -> tuple[int, int]:
     return height, width
 
 
-def load(file: str, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a file, with `--config.KEY=VALUE` overrides.
+def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config:
+    """The configuration of a file, with some of its keys changed.
+
+    Args:
+      file: What `--config` takes; see `config_files.find`.
+      overrides: `--config.KEY=VALUE` flags, of which the last of a key counts; or the values,
+        as text, by key.
 
     Raises:
-      ConfigError: There is no such file, it fails, or an override is no key's.
+      ConfigError: There is no such file, it fails, or a key does not exist or cannot have
+        this value.
     """
-    if not pathlib.Path(file).is_file():
-        raise ConfigError(f"--config: there is no file {file!r}")
-    for argument in overrides:
-        if not argument.startswith("--config."):
-            raise ConfigError(f"unexpected argument {argument!r}; see --help")
-        check_key(argument.removeprefix("--config.").partition("=")[0])
-    command = [sys.argv[0], f"--config={file}", *overrides]
+    if not isinstance(overrides, Mapping):
+        overrides = config_files.read_overrides(overrides)
+    path = config_files.find(file)
+    config = config_files.read(path)
+    command = [sys.argv[0], *(f"--config.{key}={value}" for key, value in overrides.items())]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=command)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
     try:
         values(command)
     except flags.IllegalFlagValueError as error:
-        wrong = re.match(r"flag --config\.([\w.]+)=(.*?):", str(error))
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?):", str(error), re.DOTALL)
         raise wrong_value(*wrong.groups()) if wrong else error from error
-    except Exception as error:  # A configuration is a program, and may fail in any way.
-        raise ConfigError(f"--config: {file}: {type(error).__name__}: {error}") from error
+    except (AttributeError, KeyError, TypeError, flags.Error) as error:
+        raise ConfigError(f"--config: {path}: {error}") from error
     return values.config
 
 
@@ -262,16 +264,6 @@ def check_value(key: str, value: object) -> None:
     """Raises ConfigError if this key, which exists, may not have this value."""
     if not _FIELDS[key].accepts(value):
         raise wrong_value(key, value)
-
-
-def check_key(key: str) -> None:
-    """Raises ConfigError, with the nearest key, if no configuration has this one."""
-    if any(name.startswith(f"{key}.") for name in _FIELDS):
-        raise ConfigError(f"config.{key}: is a section; set one of its keys")
-    if key not in _FIELDS:
-        nearest = difflib.get_close_matches(key, _FIELDS, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ConfigError(f"config.{key}: there is no such key{hint}")
 
 
 def validate(config: Config, num_devices: int) -> None:

@@ -5,7 +5,14 @@ import os
 from collections.abc import Iterator
 
 
-class UserError(Exception):
+class _OneLine(BaseException):
+    """An exception that a notebook shows without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython calls it.
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(_OneLine, Exception):
     """Something outside the program is wrong; the message is one line.
 
     A command prints the message without a traceback and exits with `exit_code`.
@@ -28,7 +35,7 @@ class TrainingError(UserError):
     """Training cannot go on."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(_OneLine, KeyboardInterrupt):
     """A run was interrupted, all its processes at the same step, and is saved."""
 
 

@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from tensorboardX import summary
@@ -75,34 +75,70 @@ def _by_primary(write: Callable[..., None]) -> Callable[..., None]:
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Makes the folder, and holds it for this run until the end.
 
-    The system gives up the lock with the process, however that ends.
+    The system releases the lock with the process, however that ends. If what is done inside
+    fails before the run has written its configuration, the folder is left as it was found.
 
     Raises:
       ConfigError: Another run holds it, or the folder cannot be made or written.
     """
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / _LOCK).open("a+", encoding="utf-8")
+        file = _open_lock(workdir)
     except OSError as error:
+        _remove_empty(made)
         raise ConfigError(f"--workdir: cannot use {workdir}: {error.strerror}") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ConfigError(
-                f"--workdir: {workdir} is in use{_describe_holder(file.read())}; end that run, or "
-                "use another folder"
-            ) from error
-        except OSError as error:
-            logger.warning(
-                "%s cannot be locked (%s): see to it that no two runs use it", workdir, error
-            )
-        with of_file(workdir / _LOCK):
-            file.truncate(0)
-            file.write(json.dumps(_this_process() | {"since": _now()}))
-            file.flush()
-        yield
+            yield
+        except BaseException:
+            if not (workdir / _CONFIG).exists() and not _has_checkpoints(workdir):
+                for name in (_HEARTBEAT, _LOCK):
+                    (workdir / name).unlink(missing_ok=True)
+                _remove_empty([workdir / _CHECKPOINTS, *made])
+            raise
+
+
+def _open_lock(workdir: pathlib.Path) -> IO[str]:
+    """The locked file.
+
+    Raises:
+      ConfigError: Another run holds it.
+      OSError: It cannot be written.
+    """
+    path = workdir / _LOCK
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = _describe_holder(file.read())
+        file.close()
+        raise ConfigError(
+            f"--workdir: {workdir} is in use{holder}; end that run, or use another folder"
+        ) from error
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): make sure that no two runs use it", path, error)
+    if not os.fstat(file.fileno()).st_nlink:  # A run that failed to start has just removed it.
+        file.close()
+        workdir.mkdir(parents=True, exist_ok=True)
+        return _open_lock(workdir)
+    with of_file(path):
+        file.truncate(0)
+        file.write(json.dumps(_this_process() | {"since": _now()}))
+        file.flush()
+    return file
+
+
+def _remove_empty(folders: Iterable[pathlib.Path]) -> None:
+    """Removes these folders, from the inside out, as far as they are empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _has_checkpoints(workdir: pathlib.Path) -> bool:
+    return any(entry.name.isdecimal() for entry in (workdir / _CHECKPOINTS).glob("*"))
 
 
 def check_apart(workdir: pathlib.Path, source: str) -> None:
@@ -153,7 +189,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
       ConfigError: It cannot be read.
     """
     path = workdir / _CONFIG
-    if not any(entry.name.isdecimal() for entry in (workdir / _CHECKPOINTS).glob("*")):
+    if not _has_checkpoints(workdir):
         return None
     try:
         return _flat(json.loads(path.read_text(encoding="utf-8")))

@@ -3,16 +3,19 @@
 import pathlib
 import platform
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from rich.cells import cell_len, set_cell_size
 
 import cnn_jax
 from cnn_jax.configuration import Config
-from cnn_jax.console import Console
+from cnn_jax.console import Console, wrap
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
 from cnn_jax.data.mix import Mixing
@@ -48,7 +51,7 @@ def show_plan(
         f"{printable(source.name)}: {len(source):,} images of {len(source.class_names)} classes",
         ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + _division(config, dataset),
         f"{image_size[0]} x {image_size[1]} pixels, {_residency(dataset)}",
-        *_class_table(dataset),
+        *_class_table(dataset, console.width),
     ]
     devices = jax.devices()
     kind = devices[0].device_kind
@@ -155,8 +158,13 @@ def _balance(config: Config, dataset: Dataset) -> str:
     return ""
 
 
-def _class_table(dataset: Dataset) -> list[str]:
-    """Images by class and split; of many classes, the smallest and the largest."""
+def _class_table(dataset: Dataset, width: int | None) -> list[str]:
+    """Images by class and split; of many classes, the smallest and the largest.
+
+    Args:
+      dataset: The data set.
+      width: Columns of the terminal, of which `Console.facts` takes 12; None for any number.
+    """
     source = dataset.source
     counts = {
         name: np.bincount(source.labels[indices], minlength=len(source.class_names))
@@ -166,25 +174,31 @@ def _class_table(dataset: Dataset) -> list[str]:
     if len(order) > _MAX_CLASSES_SHOWN:
         by_size = np.argsort(sum(counts.values()), kind="stable")
         order = np.concatenate([by_size[:3], by_size[-3:]])
-    names = [_shorten(printable(source.class_names[label]), 24) for label in order]
-    width = max(map(len, ["class", *names]))
-    rows = ["  ".join([f"{'class':<{width}}", *(f"{name:>10}" for name in counts)])]
+    room = 24 if width is None else min(24, max(8, width - 12 - 12 * len(counts)))
+    names = [_shorten(printable(source.class_names[label]), room) for label in order]
+    name_width = max(map(cell_len, ["class", *names]))
+    rows = ["  ".join([_padded("class", name_width), *(f"{name:>10}" for name in counts)])]
     for row, (label, name) in enumerate(zip(order, names, strict=True)):
         if row == 3 and len(order) < len(source.class_names):
             rows.append(f"... {len(source.class_names) - len(order)} classes between")
         columns = (f"{column[label]:>10,}" for column in counts.values())
-        rows.append("  ".join([f"{name:<{width}}", *columns]))
+        rows.append("  ".join([_padded(name, name_width), *columns]))
     return rows
 
 
 def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
+    """A text of at most this many columns of a terminal; some characters take two."""
+    return text if cell_len(text) <= width else set_cell_size(text, width - 3).rstrip() + "..."
+
+
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
 
 
 def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """Prints the test figures and how to go on, on stdout."""
+    """Prints the test metrics and how to continue, on stdout."""
     test = report["test"]
-    figures = "  ".join(
+    metrics = "  ".join(
         f"{name} {test[key]:.2%}"
         for name, key in (
             ("accuracy", "accuracy"),
@@ -194,7 +208,19 @@ def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
         )
     )
     bundle = shlex.quote(str(workdir / "bundle"))
-    print(f"\ntest        {figures}  loss {test['loss']:.4f}")
-    print(f"            {test['count']:,} images; all figures are in {workdir / 'report'}")
-    print(f"measure     python -m cnn_jax.evaluate --bundle={bundle}")
-    print(f"use         python -m cnn_jax.predict --bundle={bundle} --input=FILE_OR_FOLDER")
+    width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None
+    lines = [
+        f"test        {metrics}  loss {test['loss']:.4f}",
+        f"            {test['count']:,} images; all metrics are in {workdir / 'report'}",
+    ]
+    commands = [
+        f"measure     python -m cnn_jax.evaluate --bundle={bundle}",
+        f"use         python -m cnn_jax.predict --bundle={bundle} --input=FILE_OR_FOLDER",
+    ]
+    print()
+    for line in lines:
+        print("\n".join(wrap(line, width, 12)))
+    for line in commands:
+        is_wide = width is not None and cell_len(line) > width
+        # Broken before its flags, a command can still be copied.
+        print(line.replace(" --", f" \\\n{'':16}--") if is_wide else line)

@@ -13,7 +13,7 @@ Expect 97.56 % on validation and 96.41 % on test (seed 0, --config.data.stratify
 `experiments/reproduce.sh best`). On one CPU core that took an hour, beside other programs.
 """
 
-from cnn_jax.configuration import Config
+from cnn_jax.config_files import Config
 from configs import eurosat
 
 

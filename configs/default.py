@@ -8,76 +8,75 @@ minutes on two CPU cores, which includes making the data set on the first use.
 
 from ml_collections import ConfigDict
 
-from cnn_jax.configuration import Config
+from cnn_jax.config_files import Config
 
 
 def get_config() -> Config:
     config = ConfigDict()
-    config.seed = 0
-    config.precision = "auto"  # bfloat16 arithmetic on GPU and TPU, float32 on CPU.
+    config.seed = 0  # Decides the division, the first weights and all random draws.
+    config.precision = "auto"  # bfloat16 on GPU and TPU, float32 on CPU; or name one of them.
 
     config.data = data = ConfigDict()
-    data.source = "shapes"
-    data.split = (0.7, 0.2, 0.1)  # Train, validation, test; by class.
-    data.stratify = "stable"  # Added images move no other; "exact" shares move a few.
-    data.group = ""  # Such as "{class}/{track}": what has these in common stays together.
-    data.keep_splits = True  # Of a data set that has train, validation or test already.
+    data.source = "shapes"  # This, folder:PATH, csv:PATH, tfds:NAME or shapes:N.
+    data.split = (0.7, 0.2, 0.1)  # Train, validation and test; of each class.
+    data.stratify = "stable"  # Added images move no other ones; "exact" fractions move a few.
+    data.group = ""  # A pattern such as "{class}/{track}" keeps images together.
+    data.keep_splits = True  # Uses the train, validation and test parts that the data has.
     data.image_size = (32, 32)  # The specification's is 224; this one suits a CPU.
-    data.mean = (127.5, 127.5, 127.5)  # Grey levels, R G B: inputs lie in [-1, 1].
-    data.std = (127.5, 127.5, 127.5)
-    data.cache = "auto"  # Decoded images on the device, in memory or on disk, as they fit.
-    data.workers = -1  # As many processes as help.
+    data.mean = (127.5, 127.5, 127.5)  # Subtracted from R, G and B: inputs are in [-1, 1].
+    data.std = (127.5, 127.5, 127.5)  # The difference is divided by these.
+    data.cache = "auto"  # Decoded images: on the "device", in "memory", on "disk" or "none".
+    data.workers = -1  # Processes that decode and augment; -1: as many as help.
     data.max_pixels = 50_000_000  # A larger image is refused before it is decoded.
-    data.white_level = 0.0  # Value that is white in 16-bit and float images; 0: by the file.
-    data.max_unreadable = 0.01  # The share of images that may be left out as unreadable.
+    data.white_level = 0.0  # The value that is white in 16-bit and float images; 0: by the file.
+    data.max_unreadable = 0.01  # The fraction of unreadable images that may be left out.
     data.allow_outside = False  # Whether links and paths may lead out of the data's folder.
 
     config.augment = augment = ConfigDict()
-    augment.flip = "horizontal"
-    augment.rotation = 0.2  # Either way, of a full turn.
-    augment.zoom = 0.2
-    augment.contrast = 0.2
-    augment.mixup_probability = 0.0  # Of an image to be blended with another of its batch.
-    augment.mixup_alpha = 0.2  # In shares drawn from Beta(alpha, alpha).
-    augment.cutmix_probability = 0.0  # Of an image to get a box of another.
-    augment.cutmix_alpha = 1.0  # The same, of the area.
-    augment.place = "auto"  # The pixels move on the device, or beside it if it is a CPU.
+    augment.flip = "horizontal"  # This, "vertical", "horizontal_and_vertical" or "none".
+    augment.rotation = 0.2  # At most this fraction of a full turn, either way.
+    augment.zoom = 0.2  # At most this fraction, in or out.
+    augment.contrast = 0.2  # At most this fraction more or less.
+    augment.mixup_probability = 0.0  # The fraction of images that are blended with another one.
+    augment.mixup_alpha = 0.2  # Weights of the blend are drawn from Beta(alpha, alpha).
+    augment.cutmix_probability = 0.0  # The fraction of images that get a box of another one.
+    augment.cutmix_alpha = 1.0  # Areas of the box are drawn from Beta(alpha, alpha).
+    augment.place = "auto"  # Pixels move on the "device", or on the "host" if the device is a CPU.
 
     config.model = model = ConfigDict()
-    model.name = "cnn"
-    model.features = (32, 64, 128)
-    model.dense = 256  # 0: no hidden layer.
-    model.dropout = 0.5
-    # Its statistics for inference are estimated anew from training images after each epoch: a
-    # running average lags behind in short runs (experiments/RESULTS.md, "BatchNorm").
-    model.batch_norm = True
+    model.name = "cnn"  # The network; see cnn_jax/models.
+    model.features = (32, 64, 128)  # Channels of each convolution.
+    model.dense = 256  # Units of the hidden layer; 0: no hidden layer.
+    model.dropout = 0.5  # The fraction of hidden units that a training step leaves out.
+    # Its statistics are estimated after each epoch: in short runs a running average lags behind.
+    model.batch_norm = True  # BatchNorm after each convolution.
 
     config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 1e-3
-    optimizer.final_learning_rate = 1e-4  # Where the cosine ends.
-    optimizer.decay_epochs = 0  # The cosine's length; 0: train.epochs as the run started with.
-    optimizer.warmup_epochs = 0.0
-    optimizer.l2 = 1e-4  # Of convolution and dense kernels alone.
+    optimizer.learning_rate = 1e-3  # Adam's, at the start of the cosine.
+    optimizer.final_learning_rate = 1e-4  # At the end of the cosine.
+    optimizer.decay_epochs = 0  # Length of the cosine; 0: train.epochs at the first start.
+    optimizer.warmup_epochs = 0.0  # Epochs in which the learning rate rises from 0.
+    optimizer.l2 = 1e-4  # Weight of the L2 term, of convolution and dense kernels only.
 
     config.train = train = ConfigDict()
-    train.batch_size = 32  # Of all devices together.
-    train.steps_per_execution = 0  # Dispatched at a time; 0: some, if the data is on a GPU or TPU.
-    train.accumulation_steps = 1  # In how many parts a batch goes through, one after the other.
+    train.batch_size = 32  # Images in a step, on all devices together.
+    train.steps_per_execution = 0  # Steps dispatched at once; 0: 8 if the data is on a GPU or TPU.
+    train.accumulation_steps = 1  # Parts of a batch that are computed one after the other.
     train.epochs = 22  # The specification's 45 would take more than five minutes on a CPU.
-    train.label_smoothing = 0.1
-    train.balance = "none"  # Or "loss" or "sampling": rare classes count for as much.
+    train.label_smoothing = 0.1  # The probability that the target spreads over all classes.
+    train.balance = "none"  # "loss" or "sampling" makes rare classes count as much as others.
     train.patience = 10  # Epochs without a better `monitor` before training stops.
-    train.monitor = "validation_accuracy"
+    train.monitor = "validation_accuracy"  # Decides the best epoch; also _f1, _loss, ...
 
     config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.keep = 2  # The latest, beside that of the best epoch and the one before it.
-    checkpoint.every_steps = 0  # Within epochs as well, after an execution; 0: at their ends alone.
+    checkpoint.keep = 2  # The latest ones; the best and the one before it are kept too.
+    checkpoint.every_steps = 0  # Steps between checkpoints within an epoch; 0: none within.
     checkpoint.restore_step = 0  # Goes back, once, to the checkpoint of this step.
-    checkpoint.init_from = ""  # A bundle or a run, whose weights a new run starts from.
+    checkpoint.init_from = ""  # A bundle or a run whose weights a new run starts from.
 
     config.report = report = ConfigDict()
-    report.detail = "full"  # Or "figures", without explanations and corruptions; or "none".
-    report.splits = ("train", "validation", "test")  # What is measured; detail needs all.
+    report.detail = "full"  # "figures" leaves out explanations and corruptions; "none" all.
+    report.splits = ("train", "validation", "test")  # Measured at the end; a report needs all.
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # Devices that share a batch; -1: all there are.

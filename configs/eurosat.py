@@ -9,7 +9,7 @@ Expect a test accuracy of 96 % (96.26 % with seed 0 and --config.data.stratify=e
 minutes, beside other programs.
 """
 
-from cnn_jax.configuration import Config
+from cnn_jax.config_files import Config
 from configs import default
 
 

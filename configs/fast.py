@@ -10,7 +10,7 @@ all, was not (experiments/ablation.py --grid=large_batch; the table is in
 experiments/RESULTS.md).
 """
 
-from cnn_jax.configuration import Config
+from cnn_jax.config_files import Config
 from configs import spec_224
 
 

@@ -41,6 +41,7 @@ from cnn_jax import configuration
 from cnn_jax.configuration import Config
 from cnn_jax.data import no_track, pipeline
 from cnn_jax.data.augment import Augmentation
+from cnn_jax.loop import open_dataset
 from cnn_jax.metrics import Metrics
 from cnn_jax.models import make_model
 from cnn_jax.optimizer import make_optimizer, make_schedule
@@ -54,7 +55,6 @@ from cnn_jax.step import (
     train_step,
     update_statistics,
 )
-from cnn_jax.train import open_dataset
 
 AVERAGES = ["average 0.99", "average 0.9", "corrected 0.99", "corrected 0.95", "growing"]
 # Accuracy on validation and test by method, after an epoch.

@@ -69,8 +69,8 @@ def measure(flags: argparse.Namespace, batch_size: int, count: int) -> dict[str,
     """Trains, and then takes the bare step."""
     sys.path.insert(0, str(REPOSITORY))
     from cnn_jax.console import Console
+    from cnn_jax.loop import train_and_evaluate
     from cnn_jax.runtime import keep_freed_memory
-    from cnn_jax.train import train_and_evaluate
     from configs import spec_224
 
     keep_freed_memory()

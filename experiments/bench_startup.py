@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-IMPORTS = ("jax", "flax.linen", "cnn_jax.predict", "cnn_jax.train")
+IMPORTS = ("jax", "flax.linen", "cnn_jax.predict", "cnn_jax.loop")
 STATES = ("off", "cold", "warm")
 _POLL_SECONDS = 0.01
 

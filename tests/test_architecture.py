@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "cnn_jax"
 # From the ground. A module may import those of lower floors, and of its own
 # floor those that stand before it.
 FLOORS = [
-    *("__init__", "errors", "preprocessing", "data.__init__"),
+    *("commands", "__init__", "errors", "preprocessing", "data.__init__"),
     *(
         "loss",
         "metrics",
@@ -36,7 +36,7 @@ FLOORS = [
     ),
     *("data.sources", "data.scan", "data.splits", "data.findings", "data.pipeline"),
     *("data.dataset", "data.survey"),
-    "configuration",
+    *("config_files", "configuration"),
     *(
         "runtime",
         "compiled",
@@ -64,10 +64,10 @@ FLOORS = [
     *("report.sections", "report.explanations", "report.qualities"),
     *("report.study_values", "report.study_charts", "report.parallel", "report.study"),
     *("report.run_report", "report.__main__"),
-    *("summary", "results", "train"),
+    *("summary", "results", "loop"),
     *("tune.__init__", "tune.space", "tune.search", "tune.storage", "tune.study"),
     *("tune.outcome", "tune.__main__"),
-    "main",
+    *("main", "api", "__main__"),
 ]
 
 

@@ -11,12 +11,12 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from cnn_jax import runtime, train
+from cnn_jax import loop, runtime
+from cnn_jax.loop import train_and_evaluate
 from cnn_jax.models.cnn import CNN
 from cnn_jax.optimizer import make_optimizer, make_schedule
 from cnn_jax.preprocessing import Preprocessing
 from cnn_jax.step import TrainState, train_step
-from cnn_jax.train import train_and_evaluate
 from experiments import roofline
 
 
@@ -105,7 +105,7 @@ def test_a_step_is_one_transfer_each_way_and_nothing_is_compiled_twice(
     compiled_after_first_epoch = []
     compiled = collections.Counter()
     epochs = []
-    real_programs, real_get, real_save = train.make_programs, jax.device_get, train._save
+    real_programs, real_get, real_save = loop.make_programs, jax.device_get, loop._save
 
     def programs_that_count(*args):
         made = real_programs(*args)
@@ -131,8 +131,8 @@ def test_a_step_is_one_transfer_each_way_and_nothing_is_compiled_twice(
         if 0 < len(epochs) < 3:
             compiled_after_first_epoch.append((len(epochs), details))
 
-    monkeypatch.setattr(train, "make_programs", programs_that_count)
-    monkeypatch.setattr(train, "_save", save_that_counts)
+    monkeypatch.setattr(loop, "make_programs", programs_that_count)
+    monkeypatch.setattr(loop, "_save", save_that_counts)
     monkeypatch.setattr(jax, "device_get", get_that_counts)
     jax.monitoring.register_event_duration_secs_listener(listen)
     train_and_evaluate(tiny_config, tmp_path / "run")

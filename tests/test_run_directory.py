@@ -13,8 +13,8 @@ from cnn_jax.data.files import open_folder
 from cnn_jax.errors import ConfigError
 from cnn_jax.evaluate import open_as_trained
 from cnn_jax.explain.pictures import explain
+from cnn_jax.loop import train_and_evaluate
 from cnn_jax.predict import Predictor, list_images
-from cnn_jax.train import train_and_evaluate
 from configs import default
 
 
@@ -245,3 +245,56 @@ def test_a_run_that_is_older_than_the_white_level_goes_on_without_one(tmp_path):
     config.data.white_level = 4095.0
     with pytest.raises(ConfigError, match=r"\(data\.white_level: 0\.0 -> 4095\.0\)"):
         run_directory.changes(tmp_path, old, config)
+
+
+def _fail_in(folder, write=None):
+    """A run that fails after it has held the folder."""
+
+    def start():
+        with run_directory.locked(folder):
+            run_directory.Heartbeat(folder).beat("opening data")
+            (folder / "checkpoints").mkdir()
+            if write:
+                (folder / write).write_text("{}")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        start()
+
+
+def test_a_failed_start_leaves_the_folder_as_it_was(tmp_path):
+    _fail_in(tmp_path / "runs" / "first")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    _fail_in(tmp_path / "mine")
+    assert not list((tmp_path / "mine").iterdir())
+    (tmp_path / "mine" / "notes.txt").touch()
+    _fail_in(tmp_path / "mine" / "deep" / "run")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    _fail_in(tmp_path / "run", write="config.json")  # It has started.
+    assert (tmp_path / "run" / "lock").exists()
+    assert (tmp_path / "run" / "heartbeat.json").exists()
+
+
+def test_a_folder_that_is_in_use_is_left_alone(tmp_path):
+    with run_directory.locked(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="is in use"), run_directory.locked(tmp_path / "run"):
+            pass
+        assert (tmp_path / "run" / "lock").exists()
+
+
+def test_a_lock_that_was_just_removed_is_made_anew(tmp_path, monkeypatch):
+    """Another run has opened the lock of one that fails to start and removes it."""
+    real, path = run_directory.fcntl.flock, tmp_path / "run" / "lock"
+
+    def flock(file, operation):
+        monkeypatch.setattr(run_directory.fcntl, "flock", real)
+        path.unlink()
+        path.parent.rmdir()
+        real(file, operation)
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", flock)
+    with run_directory.locked(tmp_path / "run"):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+        with pytest.raises(ConfigError, match="is in use"), run_directory.locked(tmp_path / "run"):
+            pass

@@ -1,7 +1,7 @@
 """A study: many trainings, each with other hyper-parameters, and the best of them as a file.
 
-    python -m cnn_jax.tune --config=configs/folder.py --config.data.source=folder:PATH \
-        --study=NAME --space=experiments/spaces/default.py [--trials=50] [--time_budget=8h]
+    python -m cnn_jax.tune --config=folder --config.data.source=folder:PATH \
+        --study=NAME [--space=FILE] [--trials=50] [--time_budget=8h]
 
 The same command goes on with a study that was stopped or killed, and may be given any number
 of times at once: with --storage=URL on other machines too.
@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cnn_jax import cli
+from cnn_jax import cli, config_files
 from cnn_jax.errors import ConfigError, Interrupted, UserError
 from cnn_jax.tune import PRUNERS
 
@@ -23,10 +23,12 @@ _STUDIES = pathlib.Path("studies")
 
 
 def main(argv: Sequence[str]) -> None:
-    known, overrides = _parser().parse_known_args(argv)
+    known, overrides = config_files.parse(_parser(), argv)
+    config_files.find(known.config)
+    space = config_files.find(known.space, "--space", "spaces")
     start = time.monotonic()
     with cli.interrupts_held_back():
-        # Imported late, so that a wrong flag is told at once.
+        # Imported late, so that a wrong flag is reported at once.
         try:
             import optuna  # noqa: F401
             import sqlalchemy  # noqa: F401
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     plan = Plan(
         name=known.study,
         config=config,
-        space=load_space(known.space, config),
+        space=load_space(str(space), config),
         folder=pathlib.Path(known.workdir or _STUDIES / known.study),
         storage=known.storage or "",
         config_file=known.config,
@@ -78,13 +80,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cnn_jax.tune",
         description="Search for the hyper-parameters that are best on the validation split.",
-        epilog="--config.KEY=VALUE changes any key of the configuration.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=cli.path, default="configs/default.py", metavar="FILE")
+    parser.add_argument(
+        "--config",
+        type=config_files.file_name,
+        default="default",
+        metavar="FILE",
+        help="a configuration file, RUN/config.json, or a shipped configuration (default)",
+    )
     parser.add_argument("--study", type=_name, required=True, metavar="NAME")
     parser.add_argument(
-        "--space", type=cli.path, required=True, metavar="FILE", help="which keys, and how far"
+        "--space",
+        type=config_files.file_name,
+        default="default",
+        metavar="FILE",
+        help="which keys, and how far: a file or a shipped space (default)",
     )
     parser.add_argument("--workdir", type=cli.path, help="the study's folder (studies/NAME)")
     parser.add_argument(

@@ -39,8 +39,8 @@ from cnn_jax.configuration import Config
 from cnn_jax.console import Console
 from cnn_jax.data.findings import count
 from cnn_jax.errors import ConfigError, DataError, TrainingError, printable
+from cnn_jax.loop import open_dataset, train_and_evaluate
 from cnn_jax.run_directory import INDIFFERENT_KEYS, check_apart, write_text
-from cnn_jax.train import open_dataset, train_and_evaluate
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, base_values, configured, describe, short
 
@@ -130,12 +130,12 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
     console = console or Console()
     configuration.validate(plan.config, jax.device_count())
     check_apart(plan.folder, plan.config.data.source)
+    definition = _define(plan, console)  # Before the folder is made, which it may prevent.
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--workdir: cannot use {plan.folder}: {error.strerror}") from error
     place = _place(plan)
-    definition = _define(plan, console)
     study = open_study(plan)
     worker = _Worker(plan, study, console, place)
     worker.agree_on(definition)
@@ -240,10 +240,7 @@ def counts(trial: FrozenTrial) -> bool:
 class _TrialConsole(Console):
     """The bar of a trial's run, without the lines, of which the study has its own."""
 
-    def print(self, text: str = "") -> None:
-        pass
-
-    def warn(self, text: str) -> None:
+    def write_line(self, line: str, style: str | None = None) -> None:
         pass
 
 

@@ -31,8 +31,8 @@ from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
 from cnn_jax.data.splits import Division
 from cnn_jax.errors import DataError
+from cnn_jax.loop import train_and_evaluate
 from cnn_jax.preprocessing import Preprocessing
-from cnn_jax.train import train_and_evaluate
 from experiments import fuzz_decode
 from experiments.fuzz_decode import encode, png_chunk
 

@@ -18,11 +18,11 @@ from cnn_jax.bundle import read_bundle, write_bundle
 from cnn_jax.data import no_track, pipeline
 from cnn_jax.errors import ConfigError
 from cnn_jax.evaluate import open_as_trained, predict_split
+from cnn_jax.loop import train_and_evaluate
 from cnn_jax.predict import Predictor
 from cnn_jax.report import run_report, sections, thumbnails
 from cnn_jax.report.run import read_run
 from cnn_jax.report.run_report import write_report
-from cnn_jax.train import train_and_evaluate
 
 SECTIONS = {
     *("curves", "confusion", "calibration", "coverage", "mistakes", "label_errors"),

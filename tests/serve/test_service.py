@@ -311,5 +311,5 @@ def test_serving_brings_no_training_code():
     ).stdout.split()
     heavy = ("tensorflow_datasets", "tensorflow", "optax", "orbax", "grain", "cv2", "matplotlib")
     heavy += ("torch", "tensorboardX", "tensorstore", "imagehash", "ml_collections", "mlflow")
-    training = ("cnn_jax.train", "cnn_jax.step", "cnn_jax.optimizer", "cnn_jax.data.pipeline")
+    training = ("cnn_jax.loop", "cnn_jax.step", "cnn_jax.optimizer", "cnn_jax.data.pipeline")
     assert not set(modules) & {*heavy, *training}

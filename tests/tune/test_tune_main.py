@@ -12,9 +12,9 @@ from conftest import REPOSITORY
 from fakes import Log, install, raising
 
 from cnn_jax import compiled, runtime
-from cnn_jax.errors import ConfigError, Interrupted, TrainingError, UserError
+from cnn_jax.errors import ConfigError, DataError, Interrupted, TrainingError, UserError
 from cnn_jax.tune import __main__ as command
-from cnn_jax.tune import outcome, storage
+from cnn_jax.tune import outcome, storage, study
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # Of ml_collections.
 
@@ -67,7 +67,7 @@ def test_what_is_no_time(text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: --study, --space"),
+        ([], "the following arguments are required: --study"),
         (["--space=s.py"], "the following arguments are required: --study"),
         (["--study=a/b"], "argument --study: must be letters, digits, _, - and ."),
         (["--study=.."], "argument --study: must be letters"),
@@ -95,7 +95,7 @@ def test_a_wrong_flag_is_told_at_once(arguments, message, capsys):
         (["--space=nowhere.py"], "--space: there is no file 'nowhere.py'"),
         (["--config=nowhere.py"], "--config: there is no file 'nowhere.py'"),
         (["--config.train.epoch=3"], "did you mean train.epochs?"),
-        (["--trial=3"], "unexpected argument '--trial=3'; see --help"),
+        (["--trial=3"], "unexpected argument '--trial=3'; did you mean --trials=3?"),
         (["stray"], "unexpected argument 'stray'"),
         (["--storage=nonsense"], "--storage: must be a database's URL"),
         (["--config.train.batch_size=0"], "config.train.batch_size: must be"),
@@ -109,6 +109,16 @@ def test_a_usage_error_is_one_line(tmp_path, space, patched, arguments, message)
     assert "\n" not in str(raised.value)
     assert raised.value.exit_code == 2
     assert not list(tmp_path.glob("s/trials"))
+
+
+def test_data_that_is_not_there_leaves_no_folder(tmp_path, space, patched, monkeypatch):
+    def missing(config, track):
+        raise DataError("there is no folder")
+
+    monkeypatch.setattr(study, "open_dataset", missing)
+    with pytest.raises(DataError):
+        command.main([f"--workdir={tmp_path / 's'}", "--study=name", f"--space={space}"])
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.fixture

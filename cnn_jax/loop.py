@@ -132,8 +132,6 @@ def train_and_evaluate(
         track = interrupted.stopping(track, "training is done; the same command goes on from there")
         report = results.write_results(config, workdir, dataset, variables, track)
         heartbeat.beat("done")
-    if sharding.is_primary() and "test" in report:
-        summary.show_results(workdir, report)
     return report
 
 

@@ -20,15 +20,15 @@ import pytest
 from conftest import REPOSITORY, write_images
 from PIL import Image
 
-from cnn_jax import calibration, configuration, interruption, programs, train
+from cnn_jax import calibration, configuration, interruption, loop, programs
 from cnn_jax.bundle import read_bundle
 from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.errors import ConfigError, DataError, Interrupted, TrainingError
 from cnn_jax.evaluate import open_as_trained, predict_split
+from cnn_jax.loop import train_and_evaluate
 from cnn_jax.predict import Predictor, predict_batch
 from cnn_jax.step import Statistics, update_statistics
-from cnn_jax.train import train_and_evaluate
 from experiments import chaos
 
 EPOCH_KEYS = {
@@ -372,13 +372,13 @@ _ON_THE_DEVICE = {"augment.place": "device", "data.cache": "device"}
 def test_several_steps_in_one_execution_are_the_same_training(image_folder, tmp_path, monkeypatch):
     """Six steps an epoch: four at once and two single ones, or two and two and two."""
     executed = []
-    real = train._to_devices
+    real = loop._to_devices
 
     def spy(run, batches):
         executed.append(len(batches))
         return real(run, batches)
 
-    monkeypatch.setattr(train, "_to_devices", spy)
+    monkeypatch.setattr(loop, "_to_devices", spy)
     histories = {}
     for count in (1, 2, 4, 7):
         config = _tiny(image_folder, **_ON_THE_DEVICE, **{"train.steps_per_execution": count})
@@ -403,7 +403,7 @@ def test_several_steps_in_one_execution_are_saved_and_resumed_between_executions
     train_and_evaluate(config, tmp_path / "whole")
     steps = sorted(int(path.name) for path in (tmp_path / "whole" / "checkpoints").iterdir())
     assert steps == [4, 6, 10, 12, 16, 18]  # The first ends after 3, 6, 9, ... that there are.
-    real, prepared = train._to_devices, []
+    real, prepared = loop._to_devices, []
 
     def interrupt(run, batches):
         prepared.append(len(batches))
@@ -411,31 +411,31 @@ def test_several_steps_in_one_execution_are_saved_and_resumed_between_executions
             os.kill(os.getpid(), signal.SIGTERM)
         return real(run, batches)
 
-    monkeypatch.setattr(train, "_to_devices", interrupt)
+    monkeypatch.setattr(loop, "_to_devices", interrupt)
     with pytest.raises(Interrupted, match="saved after step 10"):
         train_and_evaluate(config, tmp_path / "parts")
-    monkeypatch.setattr(train, "_to_devices", real)
+    monkeypatch.setattr(loop, "_to_devices", real)
     train_and_evaluate(config, tmp_path / "parts")
     assert _weights(tmp_path / "parts") == _weights(tmp_path / "whole")
 
 
 def test_several_steps_at_once_are_the_default_only_where_they_pay(monkeypatch):
-    assert train._steps_that_pay(on_device=True) == 1  # This is a CPU.
+    assert loop._steps_that_pay(on_device=True) == 1  # This is a CPU.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert train._steps_that_pay(on_device=True) == 8
-    assert train._steps_that_pay(on_device=False) == 1
+    assert loop._steps_that_pay(on_device=True) == 8
+    assert loop._steps_that_pay(on_device=False) == 1
 
 
 def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
     jax.clear_caches()  # JAX counts all programs of one function, of other tests as well.
     made = []
-    real = train.make_programs
+    real = loop.make_programs
 
     def spy(*args):
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(train, "make_programs", spy)
+    monkeypatch.setattr(loop, "make_programs", spy)
     train_and_evaluate(_tiny(image_folder), tmp_path / "run")
     (compiled,) = made
     assert compiled.train_step._cache_size() == 1
@@ -624,13 +624,13 @@ def test_training_figures_of_a_balanced_stream_are_those_of_the_data(
     imbalanced_folder, tmp_path, monkeypatch, balance, expected
 ):
     given = []
-    compute = train.Metrics.compute
+    compute = loop.Metrics.compute
 
     def spy(metrics, class_counts=None):
         given.append(class_counts)
         return compute(metrics, class_counts)
 
-    monkeypatch.setattr(train.Metrics, "compute", spy)
+    monkeypatch.setattr(loop.Metrics, "compute", spy)
     changes = {"train.balance": balance, "train.epochs": 1, "data.stratify": "exact"}
     train_and_evaluate(_tiny(imbalanced_folder, **changes), tmp_path / "run")
     of_validation, of_training = given

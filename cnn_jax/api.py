@@ -1,0 +1,336 @@
+"""Training and its results in Python, for notebooks and scripts; see `cnn_jax`."""
+
+import base64
+import datetime
+import functools
+import html
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cnn_jax import config_files, configuration
+from cnn_jax.compiled import keep_compiled
+from cnn_jax.configuration import Config
+from cnn_jax.console import Console, console_here
+from cnn_jax.data.sources import PATTERN
+from cnn_jax.errors import ConfigError, Interrupted, UserError
+from cnn_jax.loop import train_and_evaluate
+from cnn_jax.metrics import HEADLINE
+from cnn_jax.predict import AnyImage, Prediction, Predictor, list_images, predict_batch
+from cnn_jax.report.run_report import write_report
+
+# Rows that are shown of many predictions.
+_ROWS_SHOWN = 20
+# The charts that a notebook shows of a report; `Report.figures` has all of them.
+_CHARTS_SHOWN = ("loss", "accuracy", "confusion")
+
+
+def train(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    config: str | os.PathLike[str] | ConfigDict = "folder",
+    workdir: str | os.PathLike[str] | None = None,
+    console: Console | None = None,
+    **changes: Any,
+) -> "Run":
+    """Trains, measures and bundles a classifier, and writes the report, as `cnn_jax train` does.
+
+    The same call with the same `workdir` continues an interrupted run.
+
+    Args:
+      source: A folder with one sub-folder for each class, a CSV file, or any value of
+        `data.source`, such as "tfds:NAME"; by default the configuration's.
+      config: A shipped configuration's name, a configuration file or a configuration.
+      workdir: The run's folder; by default a new one below `runs`, whose path is shown.
+      console: Shows progress; by default in the notebook, or on stderr.
+      **changes: Values of configuration keys, by the full key (`**{"data.image_size": 64}`), by
+        its name where that is unique (`image_size=64`), or by section
+        (`data={"image_size": 64}`).
+
+    Raises:
+      ConfigError: A key does not exist or cannot have this value, or the folder holds another
+        run.
+      DataError: The data cannot be used.
+      TrainingError: Training cannot continue.
+      Interrupted: After Ctrl-C; what was done is saved, and the message says how to continue.
+    """
+    wanted = _configured(config, changes, source)
+    folder = pathlib.Path(workdir).expanduser() if workdir is not None else _new_folder(wanted)
+    console = console or console_here()
+    keep_compiled()
+    try:
+        train_and_evaluate(wanted, folder, console)
+        if wanted.report.detail != "none":
+            _report(folder, wanted, console)
+    except KeyboardInterrupt as error:
+        done = str(error).partition(";")[0] or "interrupted"
+        raise Interrupted(
+            f"{done}; the same call with workdir={str(folder)!r} continues"
+        ) from error
+    return Run(folder, folder / "bundle")
+
+
+def _configured(
+    config: str | os.PathLike[str] | ConfigDict,
+    changes: Mapping[str, Any],
+    source: str | os.PathLike[str] | None,
+) -> Config:
+    """A new configuration with these changes.
+
+    Raises:
+      ConfigError: A key does not exist, or the configuration cannot be read.
+    """
+    if isinstance(config, ConfigDict):
+        wanted = config.copy_and_resolve_references()
+    else:
+        wanted = configuration.load(os.fspath(config))
+    values = {config_files.full_key(k): v for k, v in config_files.flat(dict(changes)).items()}
+    if source is not None:
+        values["data.source"] = _source(source)
+    with wanted.ignore_type(), wanted.unlocked():
+        wanted.update_from_flattened_dict(values)
+    return wanted
+
+
+def _source(source: str | os.PathLike[str]) -> str:
+    """A path as the value of `data.source`; what is such a value already stays."""
+    text = os.fspath(source)
+    if isinstance(source, str) and PATTERN.fullmatch(text):
+        return text
+    kind = "csv" if text.lower().endswith(".csv") else "folder"
+    return f"{kind}:{text}"
+
+
+def _new_folder(config: Config) -> pathlib.Path:
+    """A folder below `runs` that does not exist: the name of the data, and the time."""
+    path = pathlib.Path(config.data.source.partition(":")[2] or config.data.source)
+    name = re.sub(r"[^\w.-]+", "-", path.absolute().stem)
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    base = pathlib.Path("runs") / f"{name}-{time}"
+    folder, number = base, 1
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
+def _report(folder: pathlib.Path, config: Config, console: Console) -> None:
+    """Writes the report of a finished run, which it cannot spoil."""
+    try:
+        write_report(folder, console.track, detail=config.report.detail, after_training=True)
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        console.warn(f"no report: {type(error).__name__}: {error}; all else is complete")
+
+
+def load(path: str | os.PathLike[str]) -> "Run":
+    """A finished run, or a bundle.
+
+    Args:
+      path: The run's folder, or the bundle's.
+
+    Raises:
+      BundleError: There is no bundle, or a damaged one.
+    """
+    folder = pathlib.Path(path).expanduser()
+    if (folder / "bundle" / "bundle.json").is_file():
+        return Run(folder, folder / "bundle")
+    if folder.name == "bundle" and (folder.parent / "config.json").is_file():
+        return Run(folder.parent, folder)
+    return Run(None, folder)
+
+
+class Run:
+    """A finished run: its network, metrics and report.
+
+    Attributes:
+      workdir: The run's folder; None for a bundle without a run.
+      bundle: The folder of its bundle.
+      predictor: The network, calibrated.
+    """
+
+    def __init__(self, workdir: pathlib.Path | None, bundle: pathlib.Path):
+        self.workdir = workdir and workdir.absolute()
+        self.bundle = bundle.absolute()
+        self.predictor = Predictor.load(bundle)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.predictor.class_names
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The metrics of each split: "accuracy", "precision", "recall", "f1", "loss", ...
+
+        Raises:
+          OSError: The files of the run have gone.
+        """
+        if self.workdir is None:
+            return _read_json(self.bundle / "bundle.json")["metrics"]
+        metrics = _read_json(self.workdir / "report" / "metrics.json")
+        return {
+            split: metrics[split] for split in ("train", "validation", "test") if split in metrics
+        }
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """A record of each epoch, as `metrics.jsonl` has it; empty for a bundle without a run."""
+        if self.workdir is None:
+            return []
+        lines = (self.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def report(self) -> "Report":
+        """The report.
+
+        Raises:
+          ConfigError: It has not been written.
+        """
+        folder = self.workdir / "report" if self.workdir is not None else None
+        if folder is None or not (folder / "index.html").is_file():
+            where = self.bundle if self.workdir is None else self.workdir
+            raise ConfigError(
+                f"{where} has no report; python -m cnn_jax.report --run=RUN writes that of a run"
+            )
+        return Report(folder, self)
+
+    def predict(self, images: AnyImage | Iterable[AnyImage]) -> "Predictions":
+        """Predicts images of any kind and size; an unreadable image affects no other.
+
+        Args:
+          images: An image, a folder, or several images: paths, bytes of image files, Pillow
+            images, and uint8 arrays [h, w, 3] or [h, w], or [n, h, w, 3] for several.
+        """
+        several = _several(images)
+        names = [
+            str(image) if isinstance(image, str | os.PathLike) else f"image {number}"
+            for number, image in enumerate(several)
+        ]
+        return Predictions(predict_batch(self.predictor, several), names, self.class_names)
+
+    def __repr__(self) -> str:
+        where = str(self.bundle if self.workdir is None else self.workdir)
+        test = self.metrics.get("test")
+        result = f", test accuracy {test['accuracy']:.2%}" if test else ""
+        return f"<Run {where!r}: {len(self.class_names)} classes{result}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [split, *(f"{metrics[key]:.4f}" for key in HEADLINE if key in metrics)]
+            for split, metrics in self.metrics.items()
+        ]
+        keys = [key for key in HEADLINE if all(key in m for m in self.metrics.values())]
+        return f"<p>{html.escape(repr(self)[1:-1])}</p>" + _table(["", *keys], rows)
+
+
+def _several(images: AnyImage | Iterable[AnyImage]) -> Sequence[AnyImage]:
+    """Images as a sequence; a folder is the images below it, as a path."""
+    if isinstance(images, str | os.PathLike) and pathlib.Path(images).expanduser().is_dir():
+        return list_images(pathlib.Path(images).expanduser())
+    is_array_of_one = isinstance(images, np.ndarray) and images.ndim < 4
+    if is_array_of_one or not isinstance(images, Iterable) or isinstance(images, str | bytes):
+        return [images]  # pyright: ignore[reportReturnType]
+    return list(images)
+
+
+class Predictions(list[Prediction]):
+    """Predictions in the order of the images, shown as a table.
+
+    Attributes:
+      names: The path or number of each image.
+      class_names: In the order of `Prediction.probabilities`.
+    """
+
+    def __init__(self, predictions: Iterable[Prediction], names: list[str], class_names: list[str]):
+        super().__init__(predictions)
+        self.names = names
+        self.class_names = class_names
+
+    def _rows(self) -> list[list[str]]:
+        rows = []
+        for name, prediction in zip(self.names[:_ROWS_SHOWN], self, strict=False):
+            if prediction.probabilities is None:
+                rows.append([name, f"error: {prediction.error}", "", ""])
+                continue
+            order = np.argsort(-prediction.probabilities, kind="stable")[:3]
+            shown = [f"{self.class_names[i]} {prediction.probabilities[i]:.1%}" for i in order]
+            rows.append([name, *shown, *[""] * (3 - len(shown))])
+        return rows
+
+    def _rest(self) -> str:
+        return f"... {len(self) - _ROWS_SHOWN} more" if len(self) > _ROWS_SHOWN else ""
+
+    def __repr__(self) -> str:
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, self._rest()]).rstrip() or "no predictions"
+
+    def _repr_html_(self) -> str:
+        return _table(["image", "predicted", "second", "third"], self._rows()) + self._rest()
+
+
+class Figure:
+    """A chart of a report; a notebook shows the picture.
+
+    Attributes:
+      path: Its PNG file.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"<Figure {str(self.path)!r}>"
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+
+class Report:
+    """The report of a run.
+
+    Attributes:
+      path: The page, which needs no other file.
+      figures: The charts, by their names.
+    """
+
+    def __init__(self, folder: pathlib.Path, run: Run):
+        self.path = folder / "index.html"
+        charts = sorted(path for path in folder.glob("*.png") if not path.stem.endswith("_dark"))
+        self.figures = {path.stem: Figure(path) for path in charts}
+        self._run = run
+
+    def __repr__(self) -> str:
+        return f"<Report {str(self.path)!r}>"
+
+    def _repr_html_(self) -> str:
+        pictures = "".join(
+            f'<img alt="{name}" style="max-width: 32%" src="data:image/png;base64,'
+            f'{base64.b64encode(self.figures[name]._repr_png_()).decode()}">'
+            for name in _CHARTS_SHOWN
+            if name in self.figures
+        )
+        return f"{self._run._repr_html_()}{pictures}<p>{html.escape(str(self.path))}</p>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,81 @@
+"""The commands of this package, and how they are started.
+
+    cnn_jax COMMAND [FLAG ...]
+
+or `python -m cnn_jax COMMAND`; `python -m cnn_jax.MODULE` is the same command.
+"""
+
+import difflib
+import runpy
+import sys
+from typing import NoReturn
+
+# Each command, its module, and what it does.
+COMMANDS = {
+    "train": ("main", "train, measure and bundle a classifier"),
+    "inspect": ("inspect", "look at a data set before training"),
+    "predict": ("predict", "classify images"),
+    "evaluate": ("evaluate", "measure a bundle on a split"),
+    "report": ("report", "write the report of a run"),
+    "explain": ("explain", "show what a network looks at"),
+    "robustness": ("robustness", "measure a bundle on corrupted images"),
+    "tune": ("tune", "search for better hyper-parameters"),
+    "registry": ("registry", "keep bundles as versions with names"),
+    "serve": ("serve", "answer requests over HTTP"),
+    "cache": ("cache", "show and clear what is kept between runs"),
+}
+
+
+def main() -> NoReturn:
+    """Runs the command that the command line names, and exits."""
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name in (None, "-h", "--help", "help"):
+        print(_usage())
+        sys.exit(0 if name else 2)
+    if name == "--version":
+        print(f"cnn_jax {sys.modules['cnn_jax'].__version__}")
+        sys.exit()
+    command = "train" if name == "main" else name
+    if command not in COMMANDS:
+        _fail(f"there is no command {name!r}{_suggestion(name)}; cnn_jax --help lists them")
+    module = f"cnn_jax.{COMMANDS[command][0]}"
+    del sys.argv[1]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.exit()
+
+
+def check_module(name: str) -> None:
+    """Exits with an error if `python -m name` would do nothing.
+
+    Args:
+      name: The full name of a module of this package.
+    """
+    commands = {f"{__package__}.{module}" for module, _ in COMMANDS.values()}
+    if name.removesuffix(".__main__") in {*commands, __package__}:
+        return
+    if name == f"{__package__}.train":
+        _fail(f"{name} is not a module; python -m {__package__} train starts training")
+    _fail(f"{name} is not a command; python -m {__package__} lists the commands")
+
+
+def _usage() -> str:
+    lines = [f"  {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: cnn_jax COMMAND [FLAG ...]",
+            "",
+            *lines,
+            "",
+            "cnn_jax COMMAND --help lists the flags of a command.",
+        ]
+    )
+
+
+def _suggestion(name: str) -> str:
+    close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
