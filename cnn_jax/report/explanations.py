@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cnn_jax.data import shapes
 from cnn_jax.explain import checks, features, pictures
-from cnn_jax.explain.maps import Classes, Images, Maps, allows_cam, grad_cam
+from cnn_jax.explain.maps import Classes, Images, Maps, allows_cam, grad_cam, maps_by_method
 from cnn_jax.predict import Predictor
 from cnn_jax.report import style, thumbnails
 from cnn_jax.report.charts import Chart
@@ -77,7 +77,9 @@ def explanations(run: Run) -> Figures:
 
 def maps(predictor: Predictor, images: Images, classes: Classes) -> Maps:
     """The maps that the report lays over images."""
-    return grad_cam(predictor, images, classes.astype(np.int32))
+    # With the others, whose program is compiled already.
+    classes = classes.astype(np.int32)
+    return maps_by_method(predictor, images, classes, _METHODS)[grad_cam.__name__]
 
 
 def _features(network: Network) -> Figures:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 from cnn_jax.data.findings import count
 from cnn_jax.metrics import wilson_interval
@@ -55,14 +55,15 @@ def guessing(metrics: Mapping[str, Any]) -> dict[str, Any]:
     support = matrix.sum(axis=1)
     commonest, total, hits = int(support.argmax()), int(support.sum()), int(np.trace(matrix))
     fraction = float(support[commonest] / max(total, 1))
-    p_value = _binomial_p_value(hits, total, fraction, "greater")
+    # P(X >= hits) of the binomial distribution, and P(X <= hits) below.
+    p_value = float(scipy.special.bdtrc(hits - 1, total, fraction)) if hits else 1.0
     agreement = agreement_p_value(matrix)
     verdict = "chance"
     if p_value < _SIGNIFICANT:
         verdict = "better"
     elif agreement < _SIGNIFICANT:
         verdict = "informative"
-    elif _binomial_p_value(hits, total, fraction, "less") < _SIGNIFICANT:
+    elif scipy.special.bdtr(hits, total, fraction) < _SIGNIFICANT:
         verdict = "worse"
     return {
         "class": names[commonest],
@@ -71,12 +72,6 @@ def guessing(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "agreement_p_value": agreement,
         "verdict": verdict,
     }
-
-
-def _binomial_p_value(hits: int, total: int, fraction: float, alternative: str) -> float:
-    if not total:
-        return 1.0
-    return float(scipy.stats.binomtest(hits, total, fraction, alternative=alternative).pvalue)
 
 
 def agreement_p_value(matrix: np.ndarray) -> float:
@@ -95,7 +90,7 @@ def agreement_p_value(matrix: np.ndarray) -> float:
     if variance <= 1e-12 * total:  # All images or all predictions are of one class.
         return 1.0
     excess = float(np.trace(matrix)) - mean - 0.5
-    return float(scipy.stats.norm.sf(excess / math.sqrt(variance)))
+    return float(scipy.special.ndtr(-excess / math.sqrt(variance)))
 
 
 def beats_chance(metrics: Mapping[str, Any]) -> bool:
@@ -251,12 +246,23 @@ def _improvement(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> st
 
 
 def _falls(losses: Sequence[float]) -> bool:
-    """Whether a loss falls in the second half of the epochs, by Kendall's rank correlation."""
+    """Whether a loss falls in the second half of the epochs (Mann 1945)."""
     half = losses[len(losses) // 2 :]
     if len(half) < 4 or half[-1] > (1 - _FALL_OF_LOSS) * half[0]:
         return False
-    found = scipy.stats.kendalltau(range(len(half)), half, alternative="less")
-    return bool(found.pvalue < _TREND)
+    return falling_p_value(half) < _TREND
+
+
+def falling_p_value(values: Sequence[float]) -> float:
+    """The probability that values without a trend fall as often, one after another, as these.
+
+    Of all pairs those that fall count against those that rise; normal approximation.
+    """
+    n = len(values)
+    rising = np.sign(np.subtract.outer(values, values))  # Value i less value j.
+    score = float(np.triu(rising).sum())  # Falling pairs less rising ones.
+    variance = n * (n - 1) * (2 * n + 5) / 18
+    return float(scipy.special.ndtr(-(score - 1) / math.sqrt(variance)))
 
 
 def _from_to(losses: Sequence[float]) -> str:

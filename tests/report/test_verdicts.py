@@ -124,8 +124,8 @@ def test_a_noisy_loss_is_no_trend():
 def test_a_run_that_is_not_finished_has_no_gap():
     found = verdicts.training(_curves([0.5, 0.7, 0.6]), None, None)
     assert found["verdict"] == "not finished"
-    assert "Of 3 epochs so far the best is 2, with a validation accuracy of 70.0 %" in (
-        found["words"]
+    assert (
+        "Of 3 epochs so far the best is 2, with a validation accuracy of 70.0 %" in (found["words"])
     )
     assert set(found) == {"verdict", "words"}
 
