@@ -50,8 +50,11 @@ def main(argv: Sequence[str]) -> None:
     paths = list_images(flags.input, flags.allow_outside)
     track = Console().track
     result = explain(predictor, paths, flags.output, methods, flags.class_name, track)
-    for name, method in result["methods"].items():
-        print(f"{name}: {method['verdict']}")
+    if result["no_verdict"]:
+        print(result["no_verdict"])
+    else:
+        for name, method in result["methods"].items():
+            print(f"{name}: {method['verdict']}")
     print(f"{flags.output}/index.html")
     num_errors = sum(image["error"] is not None for image in result["images"])
     if num_errors:

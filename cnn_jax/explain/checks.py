@@ -65,7 +65,8 @@ def judge(
       "pointing_game": {...}}}, each check with its figures, the number of "images" and "passes":
       True, False, or None if there are fewer than `MIN_IMAGES` images; finite JSON types.
     """
-    chosen = list(methods or methods_for(predictor))
+    allowed = methods_for(predictor)
+    chosen = {name: allowed[name] for name in methods or allowed}
     all_images, all_classes = images, classes
     images, classes = images[:MAX_IMAGES], classes[:MAX_IMAGES]
     rivals = {
@@ -109,18 +110,25 @@ def judge(
 
 
 def describe(verdict: dict[str, Any]) -> str:
-    """A verdict in words: which checks are passed and which are not."""
+    """A verdict in words: which checks are passed and which are not; "no verdict" without one."""
     found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for check, result in verdict.items():
         found[result["passes"]].append(check.replace("_", " "))
     if found[None]:
-        return f"no verdict: it takes at least {MIN_IMAGES} images"
+        return "no verdict"
     words = []
     if found[True]:
         words.append("passes " + ", ".join(found[True]))
     if found[False]:
         words.append("fails " + ", ".join(found[False]))
     return "; ".join(words)
+
+
+def why_no_verdict(count: int) -> str:
+    """Why so many images give no verdict on any method, in a sentence; empty if they do."""
+    if count >= MIN_IMAGES:
+        return ""
+    return f"No verdict on the methods: that takes at least {MIN_IMAGES} images."
 
 
 def _mean_and_reach(values: Float[np.ndarray, " n"]) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from cnn_jax.preprocessing import Preprocessing
 # Exchanges of each feature, and of each region, whose mean counts. The standard error over 64
 # images of a region's mean is 6 % larger after two exchanges than after five, which take 2.5 times
 # as long (measured on photographs of two classes).
-_REPETITIONS, REGION_EXCHANGES = 5, 2
+REPETITIONS, REGION_EXCHANGES = 5, 2
 # Regions on a side of an image.
 REGIONS = 4
 
@@ -107,14 +107,14 @@ def feature_importance(
 
     base = loss(logits)
     rng = np.random.default_rng(seed)
-    orders = [rng.permutation(len(labels)) for _ in range(_REPETITIONS)]
+    orders = [rng.permutation(len(labels)) for _ in range(REPETITIONS)]
     importance = np.zeros(embedding.shape[1])
     for feature, column in enumerate(embedding.T):
         if not column.any():  # A unit that is never active.
             continue
         for order in orders:
             change = (column[order] - column)[:, None] * kernel[feature]
-            importance[feature] += (loss(logits + change) - base) / _REPETITIONS
+            importance[feature] += (loss(logits + change) - base) / REPETITIONS
     return importance
 
 

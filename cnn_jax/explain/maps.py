@@ -10,7 +10,7 @@ to its stages (`models.stages`), and the gradient by an offset of zeros is that 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -166,17 +166,17 @@ def methods_for(predictor: Predictor) -> dict[str, Method]:
 
 
 def maps_by_method(
-    predictor: Predictor, images: Images, classes: Classes, methods: Sequence[str]
+    predictor: Predictor, images: Images, classes: Classes, methods: Mapping[str, Method]
 ) -> dict[str, Maps]:
     """The maps of several methods, by name; those made of feature maps share one gradient."""
-    combine = {name: _COMBINE[name] for name in methods if name in _COMBINE}
+    combine = {name: _COMBINE[method] for name, method in methods.items() if method in _COMBINE}
     found = {}
     if combine:
         stacked = _in_parts(_of_feature_maps, predictor, images, classes, tuple(combine.values()))
         found = {name: stacked[:, position] for position, name in enumerate(combine)}
     return {
-        name: found[name] if name in found else METHODS[name](predictor, images, classes)
-        for name in methods
+        name: found[name] if name in found else method(predictor, images, classes)
+        for name, method in methods.items()
     }
 
 
@@ -231,11 +231,11 @@ def _cam(maps: Array, gradients: Array, head: Array) -> Array:
     return nn.relu(jnp.sum(head[:, None, None] * maps, axis=-1))
 
 
-_COMBINE: dict[str, Combine] = {
-    "grad_cam": _grad_cam,
-    "grad_cam_plus_plus": _grad_cam_plus_plus,
-    "layer_cam": _layer_cam,
-    "cam": _cam,
+_COMBINE: dict[Method, Combine] = {
+    grad_cam: _grad_cam,
+    grad_cam_plus_plus: _grad_cam_plus_plus,
+    layer_cam: _layer_cam,
+    cam: _cam,
 }
 
 

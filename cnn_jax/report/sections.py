@@ -258,6 +258,7 @@ def facts(run: Run) -> Figures:
     seconds = math.fsum(record["seconds"] for record in run.history)
     figures: Figures = {
         "name": run.workdir.resolve().name,
+        "folder": str(run.workdir),
         "source": settings.source,
         "network": settings.model,
         "image_size": list(settings.image_size),

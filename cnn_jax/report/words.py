@@ -1,5 +1,6 @@
 """The metrics of a run in words: its headline, what to look at first, and how it was measured."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +59,38 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
+# What the time after training is spent on: in metrics.json, and in words. The other sections
+# together take less than any of these.
+_TASKS = {
+    "measuring": "measuring",
+    "explanations": "explanations",
+    "robustness": "corruptions",
+    "images": "images",
+    "charts": "charts",
+}
+
+
+def time_spent(training: float, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Where the time after training went.
+
+    Args:
+      training: Seconds of all epochs.
+      seconds: Seconds by what they were spent on after training.
+
+    Returns:
+      "training" and "after_training", in seconds; "parts", seconds by task, "other" last; and
+      "words".
+    """
+    total = sum(seconds.values())
+    parts = {name: seconds[name] for name in _TASKS if name in seconds}
+    parts["other"] = total - sum(parts.values())
+    listed = ", ".join(f"{_TASKS.get(name, name)} {of:.0f} s" for name, of in parts.items())
+    text = f"training {duration(training)}, then {duration(total)}: {listed}"
+    if "explanations" in parts:
+        text += "; report.detail=figures takes less"
+    return {"training": training, "after_training": total, "parts": parts, "words": text}
+
+
 def percent(fraction: float, digits: int = 1) -> str:
     """A fraction such as "96.1 %"."""
     return f"{100 * fraction:.{digits}f} %"
@@ -89,7 +122,7 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
     if "guessing" in figures:
         headline += f" {_compared_with_guessing(figures['guessing'], test)}"
     remarks = [
-        *_of_size(test, figures.get("run")),
+        *_of_size(test),
         *_of_classes(test, figures.get("train")),
         *_of_curves(figures.get("curves")),
         *_of_pairs(figures.get("confusion")),
@@ -99,7 +132,10 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
     if not remarks:
         text = "No class, pair of classes or label stands out; see the mistakes one by one."
         remarks = [{"text": text, "section": "mistakes"}]
-    return {"headline": headline, "remarks": remarks[:_MAX_REMARKS]}
+    found = {"headline": headline, "remarks": remarks[:_MAX_REMARKS]}
+    if _of_size(test) and "run" in figures:
+        found["small_test_split"] = _on_small_test_split(test, figures["run"])
+    return found
 
 
 def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]) -> str:
@@ -121,7 +157,7 @@ def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]
     return f"{guess}: the network is not shown to be better than guessing."
 
 
-def _of_size(test: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[dict[str, str]]:
+def _of_size(test: Mapping[str, Any]) -> list[dict[str, str]]:
     """How vaguely accuracy is known, if a small test split is the reason, and what helps."""
     low, high = test["confidence_intervals"]["accuracy"]
     reach = (high - low) / 2
@@ -132,6 +168,30 @@ def _of_size(test: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[dic
         "Differences below that are chance; the mean over several seeds is known better."
     )
     return [{"text": text, "section": "figures"}]
+
+
+def _on_small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """What to do about a small test split: "words", and "command", which repeats the run."""
+    low, high = test["confidence_intervals"]["accuracy"]
+    text = (
+        f"With {count(test['count'], 'test image')}, accuracy is known to "
+        f"± {points((high - low) / 2)}. Another seed draws other splits and weights, so the mean "
+        "over several runs says more than one of them, and their standard deviation says how far "
+        "they differ:"
+    )
+    folder = run["folder"]
+    command = (
+        "for seed in 1 2 3 4; do python -m cnn_jax.main "
+        f"--config={shlex.quote(folder + '/config.json')} "
+        f"--workdir={shlex.quote(folder)}-seed$seed --config.seed=$seed; done"
+    )
+    found = {"words": text, "command": command}
+    if run["configuration"]["data"].get("stratify") == "stable":
+        found["stratify"] = (
+            "data.stratify=exact gives each split its exact fraction of every class, where "
+            "stable leaves that to chance."
+        )
+    return found
 
 
 def _of_classes(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> list[dict[str, str]]:
