@@ -1,3 +1,5 @@
+import pytest
+
 from cnn_jax.report import verdicts, words
 
 
@@ -113,3 +115,14 @@ def test_a_calibration_error_is_in_points():
     test = _test_split([[10, 0], [0, 10]], "ab")
     (remark,) = words.summary({"test": test, "calibration": calibration})["remarks"]
     assert remark["text"].startswith("Confidence and accuracy are 12.3 points apart")
+
+
+def test_the_time_names_the_key_that_saves_some():
+    seconds = {"measuring": 3.0, "predictions": 1.0, "curves": 0.1, "images": 1.0, "charts": 2.0}
+    found = words.time_spent(28.0, seconds)
+    assert found["words"] == (
+        "training 28 s, then 7 s: measuring 3 s, images 1 s, charts 2 s, other 1 s"
+    )
+    full = words.time_spent(28.0, seconds | {"explanations": 8.0, "robustness": 9.0})
+    assert full["parts"]["other"] == pytest.approx(1.1)
+    assert full["words"].endswith("; report.detail=figures takes less")
