@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn_jax.metrics import full_report
@@ -144,8 +144,8 @@ def test_epochs_are_named_by_number_where_lines_are_damaged():
 
 
 def _confusion(matrix):
-    matrix = np.array(matrix)
-    return full_report(matrix, np.ones(matrix.sum()), [str(i) for i in range(len(matrix))])
+    names = [str(label) for label in range(len(matrix))]
+    return {"confusion": matrix, "per_class": dict.fromkeys(names)}
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,8 @@ def _confusion(matrix):
 def test_guessing(matrix, expected):
     found = verdicts.guessing(_confusion(matrix))
     support, hits = np.sum(matrix, axis=1), np.trace(matrix)
-    # The binomial tail, summed.
     total, rate = support.sum(), support.max() / support.sum()
-    tail = sum(scipy.stats.binom.pmf(k, total, rate) for k in range(hits, total + 1))
+    tail = scipy.stats.binomtest(hits, total, rate, alternative="greater").pvalue
     assert found["p_value"] == pytest.approx(tail)
     assert found["accuracy"] == rate
     assert found["class"] == str(support.argmax())
@@ -183,6 +182,7 @@ def test_agreement_is_that_of_shuffled_predictions():
     assert verdicts.agreement_p_value(matrix) == pytest.approx(expected, abs=0.006)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=3, max_size=3).filter(
         lambda rows: sum(map(sum, rows)) > 0
@@ -194,6 +194,16 @@ def test_guessing_has_a_verdict_on_any_matrix(matrix):
     assert 0 <= found["agreement_p_value"] <= 1
     if found["verdict"] == "better":
         assert np.trace(matrix) > np.sum(matrix, axis=1).max()
+
+
+def test_a_trend_is_that_of_kendall():
+    for seed in range(5):
+        values = np.random.default_rng(seed).normal(size=40).cumsum()
+        expected = scipy.stats.kendalltau(
+            range(40), values, alternative="less", method="asymptotic"
+        )
+        # With continuity correction, which SciPy leaves out.
+        assert verdicts.falling_p_value(values) == pytest.approx(expected.pvalue, abs=0.01)
 
 
 def test_predictions_of_one_class_never_beat_chance():
