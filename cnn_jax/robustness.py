@@ -11,11 +11,13 @@ images' own sharpness, brightness and resolution. --json prints all of it as JSO
 """
 
 import argparse
+import collections
+import concurrent.futures
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, UInt8
@@ -47,6 +49,7 @@ from cnn_jax.preprocessing import Preprocessing
 # Accuracy has fallen when it is so much lower: 10 points, less what rounding may take.
 _FALL = 0.1 - 1e-9
 _NUM_BINS = 5
+_Result = TypeVar("_Result")
 _FAMILY_OF = {name: family for family, members in FAMILIES.items() for name in members}
 
 
@@ -92,10 +95,16 @@ def measure(
     seeds = np.random.default_rng(seed).integers(2**32, size=len(images)).tolist()
     found: dict[str, list[dict[str, float]]] = {name: [] for name in corruptions}
     conditions = list(itertools.product(corruptions, SEVERITIES))
-    for name, severity in track(conditions, "measuring corruptions", len(conditions)):
-        work = functools.partial(_corrupt, corruptions[name], severity, images, seeds)
-        corrupted = scan.on_all_cores(work, range(len(images)))
-        found[name].append(_figures(_predict(predictor, corrupted), labels))
+    work = functools.partial(_corrupted_batch, corruptions, conditions, images, seeds)
+    starts = range(0, len(conditions) * len(images), BATCH_SIZE)
+    remaining = iter(conditions)
+    rows = np.empty((0, len(predictor.class_names)), np.float32)
+    for batch in track(_read_ahead(work, starts), "measuring corruptions", len(starts)):
+        rows = np.concatenate([rows, _predict(predictor, batch)])
+        while len(rows) >= len(images):
+            name, _ = next(remaining)
+            found[name].append(_figures(rows[: len(images)], labels))
+            rows = rows[len(images) :]
     errors = [1 - _mean(found[name], "accuracy") for name in found if name in IMAGENET_C]
     error = float(np.mean(errors)) if errors else None
     return {
@@ -120,14 +129,39 @@ def measure(
     }
 
 
-def _corrupt(
-    corruption: Corruption,
-    severity: int,
+def _corrupted_batch(
+    corruptions: Mapping[str, Corruption],
+    conditions: Sequence[tuple[str, int]],
     images: UInt8[np.ndarray, "n height width 3"],
     seeds: Sequence[int],
-    row: int,
-) -> UInt8[np.ndarray, "height width 3"]:
-    return corruption(images[row], severity, seeds[row])
+    start: int,
+) -> list[UInt8[np.ndarray, "_height _width 3"]]:
+    """Corrupted images from `start` on, at most a batch; all images of each condition in turn.
+
+    Batches span conditions, so that only the last one is padded.
+    """
+    stop = min(start + BATCH_SIZE, len(conditions) * len(images))
+    batch = []
+    for position in range(start, stop):
+        condition, row = divmod(position, len(images))
+        name, severity = conditions[condition]
+        batch.append(corruptions[name](images[row], severity, seeds[row]))
+    return batch
+
+
+def _read_ahead(work: Callable[[int], _Result], items: Iterable[int]) -> Iterator[_Result]:
+    """work(item) for each item, in order; threads make the next results meanwhile."""
+    waiting: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(scan.num_cores()) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > scan.num_cores():
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # Without this, an interrupt would wait for all of them.
+            pool.shutdown(cancel_futures=True)
 
 
 def _predict(

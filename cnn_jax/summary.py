@@ -21,9 +21,12 @@ from cnn_jax.data.findings import count
 from cnn_jax.data.mix import Mixing
 from cnn_jax.errors import printable
 from cnn_jax.loss import balanced_weights
+from cnn_jax.metrics import wilson_interval
 from cnn_jax.models import count_parameters, forward_flops
 
 _MAX_CLASSES_SHOWN = 12
+# A test accuracy whose 95 % interval reaches further than this is worth a line.
+_VAGUE = 0.02
 
 
 def show_plan(
@@ -50,6 +53,7 @@ def show_plan(
     lines = [
         f"{printable(source.name)}: {len(source):,} images of {len(source.class_names)} classes",
         ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + _division(config, dataset),
+        *_width_of_interval(sizes["test"], config),
         f"{image_size[0]} x {image_size[1]} pixels, {_residency(dataset)}",
         *_class_table(dataset, console.width),
     ]
@@ -105,6 +109,19 @@ def _division(config: Config, dataset: Dataset) -> str:
     group = f"; {config.data.group} stays together" if config.data.group else ""
     is_kept = config.data.keep_splits and any(dataset.source.own_splits)
     return ("; as the data is divided already" if is_kept else "") + group
+
+
+def _width_of_interval(test_images: int, config: Config) -> list[str]:
+    """How vaguely a small test split will tell the accuracy: its widest 95 % interval."""
+    low, high = wilson_interval(test_images / 2, test_images)
+    reach = (high - low) / 2
+    if not test_images or reach < _VAGUE:
+        return []
+    exact = "--config.data.stratify=exact, " if config.data.stratify == "stable" else ""
+    return [
+        f"{count(test_images, 'test image')}: accuracy will be known to "
+        f"± {100 * reach:.0f} points; {exact}several --config.seed tell more"
+    ]
 
 
 def _mixing(config: Config) -> str:

@@ -159,7 +159,7 @@ MUTATIONS = [
     ("data/decode.py", "if orientation in (3, 4, 7, 8):", "if orientation in (3, 4, 6, 8):", "data/test_decode.py"),
     ("data/decode.py", "if width * height > max_pixels:", "if False:", "data/test_dirty_folder.py"),
     ("data/decode.py", "if pixels > max_pixels:", "if False:", "data/test_dirty_folder.py"),
-    ("data/decode.py", "for top in range(0, height, rows):", "for top in range(rows, height, rows):", "data/test_decode.py"),
+    ("data/decode.py", "for top in range(0, height, rows):\n        strip = image", "for top in range(rows, height, rows):\n        strip = image", "data/test_decode.py"),
     ("data/augment.py", "near[...] = image", "near[...] = images[0]", "data/test_augment.py"),
     ("data/source.py", "return example_id[len(folder) + 1 :]", "return example_id", "data/test_dataset.py"),
     ("report/inspection.py", "percents = 100 * counts", "percents = 10 * counts", "report/test_inspection.py"),

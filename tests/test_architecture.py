@@ -60,7 +60,7 @@ FLOORS = [
     *("serve.measures", "serve.versions", "serve.request_log", "serve.service", "serve.loader"),
     *("serve.admin", "serve.open_inference", "serve.page", "serve.plain", "serve.tf_serving"),
     *("serve.app", "serve.http", "serve.logs", "serve.server", "serve.__main__"),
-    *("report.label_errors", "report.charts", "report.run", "report.words"),
+    *("report.label_errors", "report.charts", "report.run", "report.words", "report.verdicts"),
     *("report.sections", "report.explanations", "report.qualities"),
     *("report.study_values", "report.study_charts", "report.parallel", "report.study"),
     *("report.run_report", "report.__main__"),

@@ -135,6 +135,27 @@ def test_each_image_has_a_seed_of_its_own_and_each_row_its_own_answer():
     assert not set(seen[1]) & before
 
 
+def test_what_is_read_ahead_comes_in_order_and_ends_with_its_reader():
+    started = []
+
+    def work(item):
+        started.append(item)
+        return 2 * item
+
+    assert list(robustness._read_ahead(work, range(20))) == list(range(0, 40, 2))
+    started.clear()
+    reader = robustness._read_ahead(work, range(10_000))
+    assert next(reader) == 0
+    reader.close()
+    assert len(started) < 100
+
+    def fail(item):
+        raise ValueError(f"no {item}")
+
+    with pytest.raises(ValueError, match="no 0"):
+        list(robustness._read_ahead(fail, range(3)))
+
+
 def test_a_real_predictor_is_measured_under_all_of_them(predictor, image_folder):
     dataset = _open(image_folder)
     indices = np.arange(0, 60, 10)

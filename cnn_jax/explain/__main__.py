@@ -51,8 +51,9 @@ def main(argv: Sequence[str]) -> None:
     paths = list_inputs(flags.input, flags.allow_outside)
     track = Console().track
     result = explain(predictor, paths, flags.output, methods, flags.class_name, track)
-    for name, method in result["methods"].items():
-        print(cli.fit(f"{name}: {method['verdict']}", sys.stdout))
+    verdicts = [f"{name}: {method['verdict']}" for name, method in result["methods"].items()]
+    for line in [result["no_verdict"]] if result["no_verdict"] else verdicts:
+        print(cli.fit(line, sys.stdout))
     print(f"{flags.output}/index.html")
     num_errors = sum(image["error"] is not None for image in result["images"])
     if num_errors:

@@ -20,11 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 import scipy.ndimage
-import scipy.stats
 from jaxtyping import Bool, Float, PyTree
 
 from cnn_jax.data import Track, no_track
-from cnn_jax.explain.maps import Classes, Images, Maps, Method, methods_for
+from cnn_jax.explain.maps import Classes, Images, Maps, maps_by_method, methods_for
 from cnn_jax.models import layer_names
 from cnn_jax.predict import Predictor, predict_pixels
 
@@ -74,17 +73,24 @@ def judge(
         "random": random_maps(len(images), images.shape[1:3], seed),
         "centre": centre_maps(len(images), images.shape[1:3]),
     }
-    areas_of_rivals = {
-        name: deletion_and_insertion(predictor, images, classes, maps)
-        for name, maps in rivals.items()
-    }
-    shuffled = _shuffled_predictors(predictor, seed)
+    curves = Curves(predictor, images, classes)
+    areas_of_rivals = {name: curves.areas(maps) for name, maps in rivals.items()}
+    maps_of = maps_by_method(predictor, images, classes, chosen)
+    correlations: dict[str, dict[str, np.ndarray]] = {name: {} for name in chosen}
+    for layer, shuffled in _shuffled_predictors(predictor, seed).items():
+        for name, maps in maps_by_method(shuffled, images, classes, chosen).items():
+            # An inverted map has not changed either, so what counts is the correlation's size.
+            correlations[name][layer] = np.abs(rank_correlation(maps_of[name], maps))
+    more = {}
+    if masks is not None:
+        rest = all_images[MAX_IMAGES:], all_classes[MAX_IMAGES:]
+        more = maps_by_method(predictor, *rest, chosen)
     verdicts = {}
-    for name, method in track(chosen.items(), "checking", len(chosen)):
-        maps = method(predictor, images, classes)
-        deletion, insertion = deletion_and_insertion(predictor, images, classes, maps)
+    for name in track(chosen, "checking", len(chosen)):
+        maps = maps_of[name]
+        deletion, insertion = curves.areas(maps)
         verdict = {
-            "randomization": _randomization(method, maps, shuffled, images, classes),
+            "randomization": _randomization(correlations[name], len(images)),
             "deletion": _against(
                 deletion, {rival: areas[0] for rival, areas in areas_of_rivals.items()}, -1
             ),
@@ -93,10 +99,9 @@ def judge(
             ),
         }
         if masks is not None:
-            more = method(predictor, all_images[MAX_IMAGES:], all_classes[MAX_IMAGES:])
             centre = centre_maps(len(masks), masks.shape[1:])
             verdict["pointing_game"] = _against(
-                hits(np.concatenate([maps, more]), masks),
+                hits(np.concatenate([maps, more[name]]), masks),
                 {"random": masks.mean(axis=(1, 2)), "centre": hits(centre, masks)},
                 1,
             )
@@ -105,18 +110,25 @@ def judge(
 
 
 def describe(verdict: dict[str, Any]) -> str:
-    """A verdict in words: which checks are passed and which are not."""
+    """A verdict in words: which checks are passed and which are not; "no verdict" without one."""
     found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for check, result in verdict.items():
         found[result["passes"]].append(check.replace("_", " "))
     if found[None]:
-        return f"no verdict: it takes at least {MIN_IMAGES} images"
+        return "no verdict"
     words = []
     if found[True]:
         words.append("passes " + ", ".join(found[True]))
     if found[False]:
         words.append("fails " + ", ".join(found[False]))
     return "; ".join(words)
+
+
+def why_no_verdict(count: int) -> str:
+    """Why so many images give no verdict on any method, in a sentence; empty if they do."""
+    if count >= MIN_IMAGES:
+        return ""
+    return f"No verdict on the methods: that takes at least {MIN_IMAGES} images."
 
 
 def _mean_and_reach(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
@@ -169,68 +181,96 @@ def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
 
     0 where one of them is constant, and 1 where both are: nothing has changed then.
     """
-    ranks = [
-        scipy.stats.rankdata(maps.reshape(len(maps), -1), axis=1).astype(np.float64)
-        for maps in (a, b)
-    ]
+    ranks = [mean_ranks(maps.reshape(len(maps), -1)) for maps in (a, b)]
     x, y = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
     scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
     are_constant = ~(x.any(axis=1) | y.any(axis=1))
     return np.divide((x * y).sum(axis=1), scale, out=are_constant.astype(float), where=scale > 0)
 
 
-def _randomization(
-    method: Method,
-    maps: Maps,
-    shuffled: dict[str, Predictor],
-    images: Images,
-    classes: Classes,
-) -> dict[str, Any]:
-    """How maps agree with those of the shuffled networks, of which none may be the same.
+def mean_ranks(values: Float[np.ndarray, "batch n"]) -> Float[np.ndarray, "batch n"]:
+    """Ranks within each row, from 0; equal values share the mean of their ranks.
 
-    An inverted map has not changed either, so what counts is the correlation's size.
+    As `scipy.stats.rankdata`, whose module takes a second to import.
     """
+    batch, n = values.shape
+    order = np.argsort(values, axis=1, kind="stable")
+    rising = np.take_along_axis(values, order, axis=1)
+    differs = rising[:, 1:] != rising[:, :-1]
+    edge = np.ones((batch, 1), bool)
+    positions = np.arange(n)
+    first = np.maximum.accumulate(np.where(np.hstack([edge, differs]), positions, 0), axis=1)
+    last = np.where(np.hstack([differs, edge]), positions, n)
+    last = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1]
+    ranks = np.empty((batch, n))
+    np.put_along_axis(ranks, order, (first + last) / 2, axis=1)
+    return ranks
+
+
+def _randomization(
+    correlations: dict[str, Float[np.ndarray, " batch"]], count: int
+) -> dict[str, Any]:
+    """How maps agree with those of the shuffled networks, of which none may be the same."""
     sizes, highest = {}, 0.0
-    for name, predictor in shuffled.items():
-        values = np.abs(rank_correlation(maps, method(predictor, images, classes)))
-        sizes[name], reach = _mean_and_reach(values)
-        highest = max(highest, sizes[name] + reach)
+    for layer, values in correlations.items():
+        sizes[layer], reach = _mean_and_reach(values)
+        highest = max(highest, sizes[layer] + reach)
     return {
-        "images": len(images),
+        "images": count,
         "rank_correlation": sizes,
-        "passes": highest < _SAME if len(images) >= MIN_IMAGES else None,
+        "passes": highest < _SAME if count >= MIN_IMAGES else None,
     }
+
+
+class Curves:
+    """Class probabilities of images as their pixels go and as they come back.
+
+    Pixels go, the largest of a map first, to mean grey; they come back in the same order to a
+    blurred image. (The paper's is blurred by 5 of 224 pixels, which leaves much to be seen.)
+    What does not depend on the map, the ends of both curves, is computed once.
+    """
+
+    def __init__(self, predictor: Predictor, images: Images, classes: Classes):
+        self._predictor, self._images, self._classes = predictor, images, classes
+        mean = np.array(predictor.preprocessing.mean, np.float32)
+        self._grey = np.broadcast_to(mean.round().astype(np.uint8), images.shape)
+        sigma = _BLUR * min(images.shape[1:3])
+        blurred = scipy.ndimage.gaussian_filter(
+            images.astype(np.float32), (0, sigma, sigma, 0), mode="nearest"
+        )
+        self._blurred = blurred.round().astype(np.uint8)
+        self._of_whole, self._of_grey, self._of_blurred = (
+            class_probabilities(predictor, ends, classes)
+            for ends in (images, self._grey, self._blurred)
+        )
+
+    def areas(self, maps: Maps) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
+        """The areas under the curves of deletion and of insertion, 0 to 1."""
+        batch, height, width = maps.shape
+        # Ties, such as pixels without any evidence, go by their place.
+        order = np.argsort(-maps.reshape(batch, -1), axis=1, kind="stable")
+        place = np.empty_like(order)
+        np.put_along_axis(place, order, np.arange(height * width)[None], axis=1)
+        place = place.reshape(batch, height, width, 1)
+        areas = []
+        for first, then, start, end in (
+            (self._images, self._grey, self._of_whole, self._of_grey),
+            (self._blurred, self._images, self._of_blurred, self._of_whole),
+        ):
+            curve = [start]
+            for step in range(1, _STEPS):
+                changed = np.where(place < step * height * width / _STEPS, then, first)
+                curve.append(class_probabilities(self._predictor, changed, self._classes))
+            curve.append(end)
+            areas.append(np.trapezoid(np.stack(curve), dx=1 / _STEPS, axis=0))
+        return areas[0], areas[1]
 
 
 def deletion_and_insertion(
     predictor: Predictor, images: Images, classes: Classes, maps: Maps
 ) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
-    """The areas under the class's probability, 0 to 1, as pixels go and as they come back.
-
-    Pixels go, the largest of the map first, to mean grey; they come back in the same order to a
-    blurred image. (The paper's is blurred by 5 of 224 pixels, which leaves much to be seen.)
-    """
-    batch, height, width = maps.shape
-    mean = np.array(predictor.preprocessing.mean, np.float32)
-    grey = np.broadcast_to(mean.round().astype(np.uint8), images.shape)
-    sigma = _BLUR * min(height, width)
-    blurred = scipy.ndimage.gaussian_filter(
-        images.astype(np.float32), (0, sigma, sigma, 0), mode="nearest"
-    )
-    blurred = blurred.round().astype(np.uint8)
-    # Ties, such as pixels without any evidence, go by their place.
-    order = np.argsort(-maps.reshape(batch, -1), axis=1, kind="stable")
-    place = np.empty_like(order)
-    np.put_along_axis(place, order, np.arange(height * width)[None], axis=1)
-    place = place.reshape(batch, height, width, 1)
-    areas = []
-    for first, then in ((images, grey), (blurred, images)):
-        curve = np.empty((_STEPS + 1, batch))
-        for step in range(_STEPS + 1):
-            changed = np.where(place < step * height * width / _STEPS, then, first)
-            curve[step] = class_probabilities(predictor, changed, classes)
-        areas.append(np.trapezoid(curve, dx=1 / _STEPS, axis=0))
-    return areas[0], areas[1]
+    """The areas of deletion and insertion of one method's maps; see `Curves`."""
+    return Curves(predictor, images, classes).areas(maps)
 
 
 def class_probabilities(

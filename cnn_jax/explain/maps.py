@@ -10,7 +10,7 @@ to its stages (`models.stages`), and the gradient by an offset of zeros is that 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -38,6 +38,8 @@ _NOISE = 0.15
 # Occlusion: patches of an eighth of a side, half a patch apart.
 _PATCHES_A_SIDE = 8
 
+# How a map is made of feature maps, the gradients by them, and the head's weights of the class.
+Combine = Callable[[Array, Array, Array], Array]
 # What is compiled: (variables, images, classes) -> arrays, whose first dimension is the images'.
 _Function = Callable[..., PyTree]
 
@@ -175,6 +177,21 @@ def methods_for(predictor: Predictor) -> dict[str, Method]:
     }
 
 
+def maps_by_method(
+    predictor: Predictor, images: Images, classes: Classes, methods: Mapping[str, Method]
+) -> dict[str, Maps]:
+    """The maps of several methods, by name; those made of feature maps share one gradient."""
+    combine = {name: _COMBINE[method] for name, method in methods.items() if method in _COMBINE}
+    found = {}
+    if combine:
+        stacked = _in_parts(_of_feature_maps, predictor, images, classes, tuple(combine.values()))
+        found = {name: stacked[:, position] for position, name in enumerate(combine)}
+    return {
+        name: found[name] if name in found else method(predictor, images, classes)
+        for name, method in methods.items()
+    }
+
+
 # From here on: what is compiled. Arrays in, arrays out.
 
 
@@ -226,19 +243,28 @@ def _cam(maps: Array, gradients: Array, head: Array) -> Array:
     return nn.relu(jnp.sum(head[:, None, None] * maps, axis=-1))
 
 
+_COMBINE: dict[Method, Combine] = {
+    grad_cam: _grad_cam,
+    grad_cam_plus_plus: _grad_cam_plus_plus,
+    layer_cam: _layer_cam,
+    cam: _cam,
+}
+
+
 def _of_feature_maps(
     variables: PyTree,
     images: Array,
     classes: Array,
     *,
-    combine: Callable[[Array, Array, Array], Array],
+    combine: tuple[Combine, ...],
     model: nn.Module,
     preprocessing: Preprocessing,
-) -> Array:
+) -> Float[Array, "batch methods height width"]:
     maps, gradients = _feature_maps_and_gradients(variables, images, classes, model, preprocessing)
     head = variables["params"]["head"]["kernel"].T[classes]
-    combined = combine(maps, gradients, head)
-    return jax.image.resize(combined, images.shape[:3], "bilinear")
+    combined = jnp.stack([method(maps, gradients, head) for method in combine], axis=1)
+    batch, height, width = images.shape[:3]
+    return jax.image.resize(combined, (batch, len(combine), height, width), "bilinear")
 
 
 def _logits_of_classes(
@@ -274,7 +300,7 @@ def _compiled(
     function: _Function,
     model: nn.Module,
     preprocessing: Preprocessing,
-    combine: Callable[..., Array] | None,
+    combine: tuple[Combine, ...] | None,
 ) -> _Function:
     options = {"model": model, "preprocessing": preprocessing}
     if combine is not None:
@@ -285,12 +311,9 @@ def _compiled(
 
 
 def _by_feature_maps(
-    combine: Callable[[Array, Array, Array], Array],
-    predictor: Predictor,
-    images: Images,
-    classes: Classes,
+    combine: Combine, predictor: Predictor, images: Images, classes: Classes
 ) -> Maps:
-    return _in_parts(_of_feature_maps, predictor, images, classes, combine)
+    return _in_parts(_of_feature_maps, predictor, images, classes, (combine,))[:, 0]
 
 
 def _in_parts(
@@ -298,7 +321,7 @@ def _in_parts(
     predictor: Predictor,
     images: Num[np.ndarray, "batch height width 3"],
     classes: Classes,
-    combine: Callable[..., Array] | None = None,
+    combine: tuple[Combine, ...] | None = None,
 ) -> np.ndarray:
     """Applies a function to so many images at a time, the last ones repeated to fill a part."""
     run = _compiled(function, predictor.model, predictor.preprocessing, combine)

@@ -146,6 +146,7 @@ def explain(
 
     result = {
         "methods": _judge(predictor, sample, methods, track),
+        "no_verdict": checks.why_no_verdict(len(sample)),
         "filters": FILTERS if save_filters(folder / FILTERS, predictor) else None,
         "images": records,
     }

@@ -181,7 +181,7 @@ def confusion(
     axes.grid(which="minor", color=theme.line, linewidth=0.5)
     axes.tick_params(which="minor", length=0)
     if count <= _MAX_NAMES:
-        size = style.TEXT_SIZE if count <= _MAX_LINES else 6.5
+        size = style.TEXT_SIZE
         turned = 90 if count > 12 or max(map(len, names)) > 3 else 0
         axes.set_xticks(range(count), names, rotation=turned, size=size, parse_math=False)
         axes.set_yticks(range(count), names, size=size, parse_math=False)
@@ -213,7 +213,6 @@ def _write_cells(
     norm: PowerNorm,
 ) -> None:
     """A number in each cell that has one, dark on a light colour and light on a dark one."""
-    size = 7.5 if len(values) <= 12 else 6.5
     for row, column in np.argwhere(values > 0).tolist():
         value = values[row, column]
         axes.text(
@@ -222,13 +221,13 @@ def _write_cells(
             _short_share(value) if normalized else _short_count(value),
             ha="center",
             va="center",
-            size=size,
+            size=style.TEXT_SIZE,
             color=style.ink_on(colours(norm(value))),
         )
 
 
 def _short_share(share: float) -> str:
-    """Percentage points without their sign, and never 0 or 100 for what is not quite that."""
+    """A percentage without its sign, and never 0 or 100 for what is not quite that."""
     if share < 0.01:
         return "<1"
     return ">99" if 0.99 < share < 1 else f"{100 * share:.0f}"

@@ -12,9 +12,17 @@ from matplotlib.ticker import MaxNLocator
 
 from cnn_jax.data import shapes
 from cnn_jax.explain import checks, features, pictures
-from cnn_jax.explain.maps import Classes, Images, Maps, allows_cam, grad_cam
+from cnn_jax.explain.maps import (
+    METHODS,
+    Classes,
+    Images,
+    Maps,
+    allows_cam,
+    grad_cam,
+    maps_by_method,
+)
 from cnn_jax.predict import Predictor
-from cnn_jax.report import style, thumbnails
+from cnn_jax.report import style, thumbnails, verdicts
 from cnn_jax.report.charts import Chart
 from cnn_jax.report.run import Network, Run
 from cnn_jax.report.sections import Figures, example, surest_image
@@ -59,25 +67,42 @@ def explanations(run: Run) -> Figures:
         ids = [network.source.ids[i] for i in positions]
         masks = shapes.read_masks(network.source.name, ids, (height, width))
     methods = [*_METHODS, *(["cam"] if allows_cam(predictor) else [])]
-    verdicts = checks.judge(predictor, images, predicted, masks, methods)
+    judged = checks.judge(predictor, images, predicted, masks, methods)
+    no_verdict = checks.why_no_verdict(len(images))
+    if not verdicts.beats_chance(run.need_figures("test")):
+        # Maps of a network that has learned nothing may still depend on its weights.
+        no_verdict = (
+            "No verdict on the methods: the network is not shown to be better than guessing, so "
+            "there is nothing that its maps could explain."
+        )
+        for check in (check for method in judged.values() for check in method.values()):
+            check["passes"] = None
 
     some = slice(max(number // 4, _MIN_IMAGES))
     regions = features.region_importance(predictor, images[some], labels[rows][some])
     return {
         "maps": grad_cam.__name__,
+        "no_verdict": no_verdict,
         "methods": {
             name: {"verdict": checks.describe(verdict), "checks": verdict}
-            for name, verdict in verdicts.items()
+            for name, verdict in judged.items()
         },
         "images": min(len(images), checks.MAX_IMAGES),
-        "regions": {"images": len(images[some]), **regions},
+        "regions": {
+            "images": len(images[some]),
+            "exchanges": features.REGION_EXCHANGES,
+            **regions,
+        },
         "features": _features(network),
     }
 
 
 def maps(predictor: Predictor, images: Images, classes: Classes) -> Maps:
     """The maps that the report lays over images."""
-    return grad_cam(predictor, images, classes.astype(np.int32))
+    # With the others, whose program is compiled already.
+    classes = classes.astype(np.int32)
+    methods = {name: METHODS[name] for name in _METHODS}
+    return maps_by_method(predictor, images, classes, methods)[grad_cam.__name__]
 
 
 def _features(network: Network) -> Figures:
@@ -92,6 +117,7 @@ def _features(network: Network) -> Figures:
     order = np.argsort(-importance, kind="stable")
     return {
         "images": len(rows),
+        "exchanges": features.REPETITIONS,
         "count": len(importance),
         "silent": int((~embedding.any(axis=0)).sum()),
         "importance": importance[order].tolist(),

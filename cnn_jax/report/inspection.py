@@ -43,7 +43,7 @@ def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) ->
     """Writes a survey as a page with pictures, and all of it as JSON beside it.
 
     Reads up to 24 images of each class again for the contact sheets, and a few of
-    the near duplicates.
+    the duplicates.
 
     Args:
       survey: What to show.
@@ -59,12 +59,6 @@ def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) ->
     (folder / "inspection.json").write_text(json.dumps(survey.to_dict(), indent=1) + "\n", "utf-8")
     charts = _draw_charts(survey, folder)
     sheets = _draw_sheets(survey, folder, track)
-    near = [
-        {**row, "picture": _draw_strip(survey, cluster, folder / f"near_{number:03d}.png")}
-        for number, (row, cluster) in enumerate(
-            zip(_rows(survey, survey.near), survey.near, strict=False)
-        )
-    ]
     page = style.template("inspection.html").render(
         survey=survey,
         source=survey.source,
@@ -74,8 +68,8 @@ def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) ->
         classes=class_rows(survey.counts),
         charts=charts,
         sheets=sheets,
-        exact=_rows(survey, survey.exact),
-        near=near,
+        exact=_rows_with_pictures(survey, survey.exact, folder, "exact"),
+        near=_rows_with_pictures(survey, survey.near, folder, "near"),
         limit=_MAX_ROWS,
         count=count,
         version=cnn_jax.__version__,
@@ -107,6 +101,16 @@ def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
                 ],
             }
         )
+    return rows
+
+
+def _rows_with_pictures(
+    survey: Survey, clusters: Sequence[Cluster], folder: pathlib.Path, kind: str
+) -> list[dict[str, Any]]:
+    """The rows of clusters, each with the name of the strip of its images, drawn here."""
+    rows = _rows(survey, clusters)
+    for number, (row, cluster) in enumerate(zip(rows, clusters, strict=False)):
+        row["picture"] = _draw_strip(survey, cluster, folder / f"{kind}_{number:03d}.png")
     return rows
 
 
@@ -197,8 +201,12 @@ def _thumbnail(survey: Survey, index: int) -> Image.Image | None:
 # Charts.
 
 
-def _draw_charts(survey: Survey, folder: pathlib.Path) -> list[str]:
-    """Draws the charts that say something; returns their files without the ending."""
+def _draw_charts(survey: Survey, folder: pathlib.Path) -> dict[str, tuple[int, int]]:
+    """Draws the charts that say something.
+
+    Returns:
+      Their widths and heights in the page's pixels, by their files without the ending.
+    """
     plots: dict[str, Callable[[Survey, Figure, Theme], None]] = {}
     if len(survey.resolutions) > 1:
         plots["resolutions"] = _plot_resolutions
@@ -209,7 +217,8 @@ def _draw_charts(survey: Survey, folder: pathlib.Path) -> list[str]:
     for name, plot in plots.items():
         for theme in style.THEMES:
             style.draw(folder / f"{name}{theme.suffix}.png", theme, functools.partial(plot, survey))
-    return list(plots)
+    width, height = style.SIZE
+    return dict.fromkeys(plots, (round(96 * width), round(96 * height)))
 
 
 def _plot_resolutions(survey: Survey, figure: Figure, theme: Theme) -> None:

@@ -120,7 +120,7 @@ def _heat_map(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
         if not math.isnan(value):
             ink = style.ink_on(theme.colours(value))
             text = f"{100 * value:.0f}"
-            axes.text(column, row, text, ha="center", va="center", color=ink, size=7.5)
+            axes.text(column, row, text, ha="center", va="center", color=ink, size=style.TEXT_SIZE)
     axes.grid(visible=False)
     axes.set_xticks(range(1 + len(SEVERITIES)), ["none", *map(str, SEVERITIES)])
     axes.set_yticks(range(len(names)), names)
@@ -153,7 +153,7 @@ def _curves(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
                 label=_words(name),
             )
         axes.set_title(family, size=style.TEXT_SIZE, color=theme.ink, fontweight="bold")
-        style.legend(axes, theme, fontsize=7)
+        style.legend(axes, theme, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.18))
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(style.percent())
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -187,7 +187,6 @@ def _own(by_quality: Mapping[str, Sequence[Figures]], figure: Figure, theme: The
         )
         ranges = [f"{b['from']:,.0f}-\n{b['to']:,.0f}" for b in bins]
         axes.set_xticks(range(len(bins)), ranges)
-        axes.tick_params(axis="x", labelsize=7)
         axes.set_title(name, size=style.TEXT_SIZE, color=theme.ink, fontweight="bold")
         axes.margins(x=0.15)
         axes.yaxis.set_major_formatter(style.percent())

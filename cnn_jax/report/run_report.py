@@ -6,6 +6,7 @@ import pathlib
 import platform
 import shlex
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,9 +75,23 @@ def write_report(
       ConfigError: The folder is not a run's.
       OSError: It cannot be written.
     """
+    return _write(workdir, track, detail, source, after_training)[0]
+
+
+def _write(
+    workdir: str | os.PathLike[str],
+    track: Track,
+    detail: str,
+    source: str | None,
+    after_training: bool,
+) -> tuple[pathlib.Path, Figures]:
+    """As `write_report`; also returns the content of metrics.json."""
     workdir = pathlib.Path(workdir)
+    watch = _Stopwatch()
+    measuring = _seconds_since_training(workdir) if after_training else 0.0
     run = read_run(workdir, track, source)
-    new, missing = _sections(run, detail, track)
+    watch.lap("predictions")
+    new, missing = _sections(run, detail, track, watch)
     figures = run.figures | new | {"missing": missing, "methods": words.METHODS, "format": FORMAT}
     figures["run"] = _facts(run, figures.get("run"), after_training)
     figures["summary"] = words.summary(figures)
@@ -90,10 +105,38 @@ def write_report(
         if "augmentation" in new:
             _draw_augmentation(run, folder)
     _draw_pictures(run, new, folder)
+    watch.lap("images")
     drawn = _draw_charts(figures, folder, track)
+    watch.lap("charts")
+    if after_training:
+        figures["run"]["time"] = words.time_spent(
+            figures["run"]["seconds"], {"measuring": measuring, **watch.seconds}
+        )
     run_directory.write_metrics(workdir, figures)
     run_directory.write_text(folder / "index.html", _page(figures, folder, drawn))
-    return folder / "index.html"
+    return folder / "index.html", figures
+
+
+class _Stopwatch:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Counts the time since the last call for `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _seconds_since_training(workdir: pathlib.Path) -> float:
+    """Seconds since the last epoch was logged: calibrating, measuring, writing the bundle."""
+    try:
+        return max(time.time() - (workdir / "metrics.jsonl").stat().st_mtime, 0.0)
+    except OSError:
+        return 0.0
 
 
 def report_after_training(workdir: str | os.PathLike[str], config: Config) -> None:
@@ -110,7 +153,8 @@ def report_after_training(workdir: str | os.PathLike[str], config: Config) -> No
             print(f"report      {command}")
         return
     try:
-        page = write_report(workdir, console.track, detail=detail, after_training=True)
+        page, figures = _write(workdir, console.track, detail, None, after_training=True)
+        console.facts({"time": figures["run"]["time"]["words"]})
     except KeyboardInterrupt as interruption:
         raise KeyboardInterrupt(f"the run is done; {command} makes its report") from interruption
     except (OSError, UserError):
@@ -121,7 +165,9 @@ def report_after_training(workdir: str | os.PathLike[str], config: Config) -> No
     print(f"report      {page}")
 
 
-def _sections(run: Run, detail: str, track: Track) -> tuple[Figures, dict[str, str]]:
+def _sections(
+    run: Run, detail: str, track: Track, watch: _Stopwatch
+) -> tuple[Figures, dict[str, str]]:
     """The sections that can be made, and why the others cannot, by name."""
     made, missing = {}, {}
     if not run.is_measured():
@@ -132,13 +178,14 @@ def _sections(run: Run, detail: str, track: Track) -> tuple[Figures, dict[str, s
             made[name] = make(run)
         except MissingError as reason:
             missing[name] = str(reason)
+        watch.lap(name)
     for name in _FULL.keys() - wanted.keys():
         missing[name] = "Left out of this report (report.detail); cnn_jax.report makes the whole."
     return made, missing
 
 
 def _facts(run: Run, before: object, after_training: bool) -> Figures:
-    """What is to be said of the run; of the device, what the report after training said."""
+    """What is to be said of the run; device and time are those of the report after training."""
     facts = sections.facts(run)
     if after_training:
         devices = jax.devices()
@@ -148,8 +195,8 @@ def _facts(run: Run, before: object, after_training: bool) -> Figures:
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
         }
-    elif isinstance(before, dict) and "trained_on" in before:
-        facts["trained_on"] = before["trained_on"]
+    elif isinstance(before, dict):
+        facts |= {key: before[key] for key in ("trained_on", "time") if key in before}
     return facts
 
 

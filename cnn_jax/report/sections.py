@@ -16,7 +16,7 @@ from cnn_jax import calibration
 from cnn_jax.checkpoint import best_record
 from cnn_jax.data import pipeline
 from cnn_jax.models import count_parameters
-from cnn_jax.report import charts, label_errors, words
+from cnn_jax.report import charts, label_errors, verdicts, words
 from cnn_jax.report.run import MissingError, Network, Run
 
 # How many images are shown of each kind.
@@ -66,6 +66,11 @@ def surest_image(network: Network) -> UInt8[np.ndarray, "height width 3"]:
     return network.dataset.loader.load(position)["image"][0]
 
 
+def guessing(run: Run) -> Figures:
+    """How the network compares with always naming the most common class of the test split."""
+    return verdicts.guessing(run.need_figures("test"))
+
+
 def curves(run: Run) -> Figures:
     """Learning curves, the best epoch, and what they say in words."""
     history = run.history
@@ -84,7 +89,7 @@ def curves(run: Run) -> Figures:
         **columns,
     }
     train, validation = (run.figures.get(split) for split in ("train", "validation"))
-    return figures | words.verdict(figures, train, validation)
+    return figures | verdicts.training(figures, train, validation)
 
 
 _CURVES = ("loss", "accuracy")
@@ -172,9 +177,12 @@ def mistakes(run: Run) -> Figures:
         chosen = rows[np.argsort(order[rows], kind="stable")][:number]
         return [example(network, "test", row) for row in chosen.tolist()]
 
+    threshold = verdicts.sure_threshold(probabilities.shape[1])
     return {
         "wrong": shown(np.flatnonzero(~is_right), -confidence, NUM_WRONG),
         "num_wrong": int((~is_right).sum()),
+        "sure_threshold": threshold,
+        "num_sure": int((~is_right & (confidence >= threshold)).sum()),
         "unsure": shown(np.flatnonzero(is_right), confidence, NUM_UNSURE),
         "num_right": int(is_right.sum()),
     }
@@ -250,6 +258,7 @@ def facts(run: Run) -> Figures:
     seconds = math.fsum(record["seconds"] for record in run.history)
     figures: Figures = {
         "name": run.workdir.resolve().name,
+        "folder": str(run.workdir),
         "source": settings.source,
         "network": settings.model,
         "image_size": list(settings.image_size),
@@ -285,6 +294,7 @@ def facts(run: Run) -> Figures:
 
 # In the order of the page, by their names in metrics.json.
 SECTIONS: dict[str, Callable[[Run], Figures]] = {
+    "guessing": guessing,
     "curves": curves,
     "confusion": confusion,
     "calibration": calibrated,

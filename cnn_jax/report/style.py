@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import markupsafe
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -107,9 +108,12 @@ def draw(
 ) -> None:
     """Saves a chart on a transparent ground; `size` is (width, height) in inches."""
     figure = Figure(figsize=size, dpi=dpi, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     plot(figure, theme)
-    figure.savefig(path, transparent=True)
+    for part in (figure, *figure.axes):
+        part.patch.set_alpha(0)
+    canvas.draw()  # Once, where `savefig` lays out and draws twice.
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(path, dpi=(dpi, dpi))
 
 
 def plain(axes: Axes, theme: Theme) -> Axes:
@@ -187,6 +191,7 @@ def template(name: str) -> jinja2.Template:
     environment.filters |= {
         "number": lambda value: f"{value:,}",
         "percent": lambda share, digits=1: f"{100 * share:.{digits}f} %",
+        "points": lambda difference, digits=1: f"{100 * difference:.{digits}f} points",
         "decimal": lambda value, digits=4: f"{value:.{digits}f}",
     }
     return environment.get_template(name)
@@ -197,9 +202,10 @@ def _on_one_line(text: str) -> str:
     return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", printable(text))
 
 
-def data_uri(path: pathlib.Path) -> str:
-    """A PNG file as a part of the page."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def data_uri(path: pathlib.Path) -> markupsafe.Markup:
+    """A PNG file as a part of the page; it has nothing to escape, which would take a second."""
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return markupsafe.Markup(f"data:image/png;base64,{encoded}")
 
 
 def embedded(path: pathlib.Path) -> dict[str, Any]:

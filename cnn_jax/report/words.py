@@ -1,22 +1,14 @@
-"""What the figures of a run say, in words."""
+"""The metrics of a run in words: its headline, what to look at first, and how it was measured."""
 
-import math
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from cnn_jax.calibration import NUM_BINS
 from cnn_jax.data.findings import count
 
-# In shares of the images. Train and validation further apart than this are of two minds.
-_GAP = 0.05
-# Of a network measured twice, on devices that round in other ways.
-_SAME_ACCURACY = 0.02
-# A network that gets fewer of its training images right has not learned them.
-_LEARNED = 0.85
-# With less it cannot be said to know the training images.
-_LEARNED_MUCH = 0.5
-# How much a validation loss rises above its least value before it counts.
-_RISE_OF_LOSS = 1.05
+# A test accuracy whose 95 % interval reaches further than this is known too vaguely.
+_VAGUE = 0.02
 # A class this far below the mean F1, or images this often confused, stand out.
 _WEAK = 0.1
 _OFTEN = 0.1
@@ -67,118 +59,46 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def percent(share: float, digits: int = 1) -> str:
-    """Such as "96.1 %"."""
-    return f"{100 * share:.{digits}f} %"
+# What the time after training is spent on: in metrics.json, and in words. The other sections
+# together take less than any of these.
+_TASKS = {
+    "measuring": "measuring",
+    "explanations": "explanations",
+    "robustness": "corruptions",
+    "images": "images",
+    "charts": "charts",
+}
 
 
-def verdict(
-    curves: Mapping[str, Any], train: Mapping[str, Any] | None, validation: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """How a training went: whether it overfits, underfits, is still improving or is balanced.
-
-    The gap is that of the finished network on the plain images of both splits: while it
-    learns, dropout and augmentation make the training images harder than the validation's.
+def time_spent(training: float, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Where the time after training went.
 
     Args:
-      curves: Columns by epoch, `best_epoch` and `epochs`.
-      train: Figures of the finished network; None if it is not finished.
-      validation: Likewise.
+      training: Seconds of all epochs.
+      seconds: Seconds by what they were spent on after training.
 
     Returns:
-      "verdict", a word or two; "words", sentences; and "gap", "train_accuracy_at_end" and
-      "validation_accuracy_at_end" if the network is finished.
+      "training" and "after_training", in seconds; "parts", seconds by task, "other" last; and
+      "words".
     """
-    epochs, best = curves["epochs"], curves["best_epoch"]
-    if train is None or validation is None:
-        so_far = curves["validation_accuracy"][curves["epoch"].index(best)]
-        return {
-            "verdict": "not finished",
-            "words": f"The training has not come to its end. Of {count(epochs, 'epoch')} so far "
-            f"the best is {best}, with a validation accuracy of {percent(so_far)}.",
-        }
-    high, low = train["accuracy"], validation["accuracy"]
-    at_best = curves["validation_accuracy"][curves["epoch"].index(best)]
-    if epochs > 1 and abs(low - at_best) > _SAME_ACCURACY:
-        return {
-            "verdict": "going on",
-            "words": f"The figures are not those of the best epoch, {best}, whose validation "
-            f"accuracy is {percent(at_best)}, but of an earlier end of this run, with "
-            f"{percent(low)}: it has been made longer since. When it ends, so do the figures.",
-        }
-    gap = high - low
-    figures = {
-        "gap": gap,
-        "train_accuracy_at_end": high,
-        "validation_accuracy_at_end": low,
-    }
-    apart = (
-        f"The finished network classifies {percent(high)} of the training images and "
-        f"{percent(low)} of the validation images correctly, {100 * abs(gap):.1f} percentage "
-        "points apart"
-    )
-    if gap < 0:
-        apart += ", with validation ahead"
-    name, advice = _judge(curves, train, validation)
-    return figures | {"verdict": name, "words": f"{apart}. {advice}"}
+    total = sum(seconds.values())
+    parts = {name: seconds[name] for name in _TASKS if name in seconds}
+    parts["other"] = total - sum(parts.values())
+    listed = ", ".join(f"{_TASKS.get(name, name)} {of:.0f} s" for name, of in parts.items())
+    text = f"training {duration(training)}, then {duration(total)}: {listed}"
+    if "explanations" in parts:
+        text += "; report.detail=figures takes less"
+    return {"training": training, "after_training": total, "parts": parts, "words": text}
 
 
-def _judge(
-    curves: Mapping[str, Any], train: Mapping[str, Any], validation: Mapping[str, Any]
-) -> tuple[str, str]:
-    """The verdict, and why, with what to do about it."""
-    epochs, best = curves["epochs"], curves["best_epoch"]
-    if epochs == 1:
-        return "one epoch", "After a single epoch it is too early to say more: train longer."
-    gap = train["accuracy"] - validation["accuracy"]
-    late = math.ceil(epochs / 10)
-    before, after = _best_accuracies(curves, epochs - max(late, epochs // 5))
-    if best > epochs - late and after - before > _standard_error(validation):
-        return "still improving", (
-            f"It is still improving: the best of {epochs} epochs is {best}, and validation "
-            f"accuracy has risen from {percent(before)} to {percent(after)} lately. More epochs "
-            "may help."
-        )
-    _, reach = validation["confidence_intervals"]["accuracy"]
-    if gap > _GAP and train["accuracy"] > max(reach, _LEARNED_MUCH):
-        return "overfits", (
-            f"It overfits: it knows the training images better than their kind.{_rise(curves)} "
-            "More images, stronger augmentation or more dropout may help."
-        )
-    if train["accuracy"] < _LEARNED:
-        return "underfits", (
-            "It underfits: it has not learned even the images that it was trained on. A larger "
-            "network, weaker augmentation, less dropout or another learning rate may help."
-        )
-    return "balanced", (
-        f"That is balanced, and validation has levelled off (the best of {epochs} epochs is "
-        f"{best}): more images, or a larger network with more augmentation, would be the next step."
-    )
+def percent(fraction: float, digits: int = 1) -> str:
+    """A fraction such as "96.1 %"."""
+    return f"{100 * fraction:.{digits}f} %"
 
 
-def _rise(curves: Mapping[str, Any]) -> str:
-    """That the validation loss has risen, if it has; in a sentence."""
-    losses = curves["validation_loss"]
-    least = min(losses)
-    if losses[-1] <= _RISE_OF_LOSS * least:
-        return ""
-    epoch = curves["epoch"][losses.index(least)]
-    return (
-        f" Validation loss was least in epoch {epoch}, {least:.3f}, and has risen to "
-        f"{losses[-1]:.3f} since."
-    )
-
-
-def _best_accuracies(curves: Mapping[str, Any], epoch: int) -> tuple[float, float]:
-    """The best validation accuracy up to an epoch, and of all."""
-    accuracies = curves["validation_accuracy"]
-    return max(accuracies[: max(epoch, 1)]), max(accuracies)
-
-
-def _standard_error(figures: Mapping[str, Any]) -> float:
-    """Of an accuracy: a quarter of its 95 % interval."""
-    low, high = figures["confidence_intervals"]["accuracy"]
-    return (high - low) / 4
+def points(difference: float, digits: int = 1) -> str:
+    """A difference of two fractions such as "2.3 points"."""
+    return f"{100 * difference:.{digits}f} points"
 
 
 def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,8 +119,11 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
         f"{count(test['count'], 'test image')} correctly (95 % interval {percent(low)} to "
         f"{percent(high)})."
     )
+    if "guessing" in figures:
+        headline += f" {_compared_with_guessing(figures['guessing'], test)}"
     remarks = [
-        *_of_classes(test),
+        *_of_size(test),
+        *_of_classes(test, figures.get("train")),
         *_of_curves(figures.get("curves")),
         *_of_pairs(figures.get("confusion")),
         *_of_labels(figures.get("label_errors")),
@@ -209,17 +132,83 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
     if not remarks:
         text = "No class, pair of classes or label stands out; see the mistakes one by one."
         remarks = [{"text": text, "section": "mistakes"}]
-    return {"headline": headline, "remarks": remarks[:_MAX_REMARKS]}
+    found = {"headline": headline, "remarks": remarks[:_MAX_REMARKS]}
+    if _of_size(test) and "run" in figures:
+        found["small_test_split"] = _on_small_test_split(test, figures["run"])
+    return found
 
 
-def _of_classes(test: Mapping[str, Any]) -> list[dict[str, str]]:
+def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]) -> str:
+    """How the network compares with always naming the most common class, in a sentence or two."""
+    guess = (
+        f"Always naming {guessing['class']}, the most common class, would be right for "
+        f"{percent(guessing['accuracy'])}"
+    )
+    if guessing["verdict"] == "better":
+        return f"{guess}."
+    if guessing["verdict"] == "informative":
+        return (
+            f"{guess}, and the network is not shown to be better than that. It does tell classes "
+            f"apart: its mean recall is {percent(test['recall'])}, where guessing has "
+            f"{percent(1 / len(test['per_class']))}."
+        )
+    if guessing["verdict"] == "worse":
+        return f"{guess}: the network is worse than guessing."
+    return f"{guess}: the network is not shown to be better than guessing."
+
+
+def _of_size(test: Mapping[str, Any]) -> list[dict[str, str]]:
+    """How vaguely accuracy is known, if a small test split is the reason, and what helps."""
+    low, high = test["confidence_intervals"]["accuracy"]
+    reach = (high - low) / 2
+    if reach < _VAGUE:
+        return []
+    text = (
+        f"{count(test['count'], 'test image')}: accuracy is known to ± {points(reach, 0)}. "
+        "Differences below that are chance; the mean over several seeds is known better."
+    )
+    return [{"text": text, "section": "figures"}]
+
+
+def _on_small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """What to do about a small test split: "words", and "command", which repeats the run."""
+    low, high = test["confidence_intervals"]["accuracy"]
+    text = (
+        f"With {count(test['count'], 'test image')}, accuracy is known to "
+        f"± {points((high - low) / 2)}. Another seed draws other splits and weights, so the mean "
+        "over several runs says more than one of them, and their standard deviation says how far "
+        "they differ:"
+    )
+    folder = run["folder"]
+    command = (
+        "for seed in 1 2 3 4; do python -m cnn_jax.main "
+        f"--config={shlex.quote(folder + '/config.json')} "
+        f"--workdir={shlex.quote(folder)}-seed$seed --config.seed=$seed; done"
+    )
+    found = {"words": text, "command": command}
+    if run["configuration"]["data"].get("stratify") == "stable":
+        found["stratify"] = (
+            "data.stratify=exact gives each split its exact fraction of every class, where "
+            "stable leaves that to chance."
+        )
+    return found
+
+
+def _of_classes(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> list[dict[str, str]]:
     present = {name: row for name, row in test["per_class"].items() if row["support"]}
     columns = zip(test["per_class"], zip(*test["confusion"], strict=True), strict=True)
     never = [name for name, predicted in columns if name in present and not any(predicted)]
     remarks = []
-    if never:
+    if len(never) == 1:
+        remarks.append(
+            f"No test image is taken for {never[0]}: {_why_never(never[0], test, train)}."
+        )
+    elif never:
         more = f" and {count(len(never) - 3, 'other class', 'other classes')}" * (len(never) > 3)
-        remarks.append(f"No test image is taken for {', '.join(never[:3])}{more}.")
+        remarks.append(
+            f"No test image is taken for {', '.join(never[:3])}{more}. "
+            f"Of {never[0]}, {_why_never(never[0], test, train)}."
+        )
     weakest = min(present, key=lambda name: present[name]["f1"])
     f1 = present[weakest]["f1"]
     if f1 < test["f1"] - _WEAK and weakest not in never:
@@ -230,11 +219,30 @@ def _of_classes(test: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"text": text, "section": "classes"} for text in remarks]
 
 
+def _why_never(name: str, test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
+    """What the test images of a class are taken for, and how many images it was trained on."""
+    names = list(test["per_class"])
+    row = test["confusion"][names.index(name)]
+    taken_for = sorted(range(len(row)), key=lambda label: -row[label])[:2]
+    words = " and ".join(f"{row[label]:,} for {names[label]}" for label in taken_for if row[label])
+    support = count(test["per_class"][name]["support"], "test image")
+    if train is None:
+        return f"{support} are taken {words}"
+    trained = train["per_class"][name]["support"]
+    return (
+        f"{support} are taken {words}; {trained:,} of {train['count']:,} training images are of "
+        "this class"
+    )
+
+
 def _of_curves(curves: Mapping[str, Any] | None) -> list[dict[str, str]]:
     texts = {
+        "at chance": "The network is not shown to be better than guessing on validation",
         "overfits": "The network overfits",
+        "peaked early": "Later epochs made the network worse",
         "underfits": "The network underfits",
         "still improving": "The network is still improving",
+        "still learning": "The network is still learning its training images",
         "one epoch": "The network was trained for one epoch",
     }
     if curves is None or curves["verdict"] not in texts:
@@ -273,5 +281,5 @@ def _of_calibration(calibration: Mapping[str, Any] | None) -> list[dict[str, str
     if not calibration or calibration["after"]["expected_calibration_error"] < _MISCALIBRATED:
         return []
     error = calibration["after"]["expected_calibration_error"]
-    text = f"Confidence and accuracy are {percent(error)} apart, even after temperature scaling."
+    text = f"Confidence and accuracy are {points(error)} apart, even after temperature scaling."
     return [{"text": text, "section": "calibration"}]

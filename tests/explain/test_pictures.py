@@ -135,7 +135,7 @@ def test_the_command(tmp_path, paths):
     flags = [f"--bundle={tmp_path / 'bundle'}", f"--input={paths[0]}"]
     done = run(*flags, f"--output={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
-    verdict = "grad_cam: no verdict: it takes at least 8 images"
+    verdict = "No verdict on the methods: that takes at least 8 images."
     assert done.stdout.splitlines() == [verdict, f"{tmp_path / 'out'}/index.html"]
 
     (tmp_path / "file").touch()

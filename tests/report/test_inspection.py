@@ -110,6 +110,14 @@ def test_the_json_has_all_that_the_page_cuts_short(tmp_path):
         (root / name / "bad.png").write_bytes(b"")
     page = _written(root, tmp_path / "page")
     assert "and 10 more" in page.text
+    # Each set of the first 50 shows its two images, which are equal, side by side.
+    pictures = sorted((tmp_path / "page").glob("exact_*.png"))
+    assert {path.name for path in pictures} < set(page.files)
+    assert len(pictures) == 50
+    pixels = np.asarray(Image.open(pictures[0]))
+    assert pixels.shape == (96, 2 * 96 + 6, 4)
+    np.testing.assert_array_equal(pixels[:, :96], pixels[:, -96:])
+    assert pixels[..., 3].any()
     found = json.loads((tmp_path / "page" / "inspection.json").read_text())
     assert len(found["exact_duplicates"]) == 60
     assert found == survey(open_folder(root), Division()).to_dict()

@@ -25,7 +25,7 @@ from cnn_jax.report.run import read_run
 from cnn_jax.report.run_report import write_report
 
 SECTIONS = {
-    *("curves", "confusion", "calibration", "coverage", "mistakes", "label_errors"),
+    *("guessing", "curves", "confusion", "calibration", "coverage", "mistakes", "label_errors"),
     "augmentation",
 }
 # What takes longer than all the others; few tests wait for it.
@@ -367,6 +367,61 @@ def test_images_are_large_enough_to_be_recognised(reported):
     assert not np.array_equal(pixels[:, :144], pixels[:, -144:])
 
 
+def test_mistakes_are_sure_from_a_threshold_on(reported):
+    found = _metrics(reported)["mistakes"]
+    assert found["sure_threshold"] == pytest.approx(1 / 3 + 0.75 * 2 / 3)
+    is_sure = [shown["confidence"] >= found["sure_threshold"] for shown in found["wrong"]]
+    assert sum(is_sure) == found["num_sure"]
+    text = _parsed(reported / "report" / "index.html").text
+    none = "None: no wrong test image has a confidence of 83.3 % or more." in text
+    assert none == (found["num_sure"] == 0 < found["num_wrong"])
+
+
+def test_a_small_test_split_has_a_command_that_repeats_the_run(run):
+    text = _written(run).text
+    small = _metrics(run)["summary"]["small_test_split"]
+    assert f"--config={run}/config.json --workdir={run}-seed$seed --config.seed=$seed" in text
+    assert small["words"] in text
+    assert "stratify" not in small  # It is exact already.
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_network_at_chance_passes_no_check_of_its_maps(run, monkeypatch):
+    def judge(predictor, images, classes, masks, methods):
+        check = {"passes": True, "mean": 1.0, "random": 0.0, "centre": 0.0}
+        of_layers = check | {"rank_correlation": {"head": 0.1}}
+        return {
+            name: {"randomization": of_layers, "deletion": dict(check), "insertion": dict(check)}
+            for name in methods
+        }
+
+    monkeypatch.setattr(run_report.explanations.checks, "judge", judge)
+    monkeypatch.setattr(run_report, "_FULL", {"explanations": run_report.explanations.explanations})
+    for beats_chance in (True, False):
+        monkeypatch.setattr(
+            run_report.explanations.verdicts, "beats_chance", lambda _, b=beats_chance: b
+        )
+        text = _parsed(write_report(run)).text
+        found = _metrics(run)["explanations"]["methods"]
+        passes = {check["passes"] for of in found.values() for check in of["checks"].values()}
+        assert passes == ({True} if beats_chance else {None})
+        assert ("passes randomization" in text) == beats_chance
+        # Once in the section, and once beside each kind of map.
+        assert (text.count("No verdict on the methods: the network is") > 0) != beats_chance
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_time_after_training_is_shown_and_stays(run):
+    write_report(run, detail="figures", after_training=True)
+    spent = _metrics(run)["run"]["time"]
+    parts = spent["parts"]
+    assert list(parts) == ["measuring", "images", "charts", "other"]
+    assert sum(parts.values()) == pytest.approx(spent["after_training"])
+    assert spent["training"] == _metrics(run)["run"]["seconds"]
+    assert spent["words"] in _written(run).text
+    assert _metrics(run)["run"]["time"] == spent
+
+
 def test_the_report_of_a_report_is_the_same(run):
     contents = []
     for _ in range(2):
@@ -461,7 +516,8 @@ def test_two_classes_one_never_predicted_and_one_validation_image(tmp_path):
     assert figures["test"]["confusion"] == [[2, 0], [2, 0]]
     assert set(figures["missing"]) == FULL
     assert figures["curves"]["verdict"] == "one epoch"
-    assert "No test image is taken for red." in text
+    assert "No test image is taken for red: 2 test images are taken 2 for blue; 5 of 10" in text
+    assert "the network is not shown to be better than guessing." in text
     assert "Of 2 mistakes, 2 are red taken for blue." in text
     assert "nan" not in text.lower()
 
@@ -509,7 +565,7 @@ def test_data_that_has_gone_is_told_and_figures_stay(run, tmp_path):
     assert page.images == images
     for name in SECTIONS:
         assert after[name] == before[name]
-    assert set(after["missing"]) == SECTIONS - {"curves", "confusion"} | FULL
+    assert set(after["missing"]) == SECTIONS - {"guessing", "curves", "confusion"} | FULL
     shutil.rmtree(run / "report" / "examples")
     assert _written(run).text.count("not at hand") == len(sections.examples(after))
 
@@ -519,7 +575,7 @@ def test_data_that_has_gone_before_any_report(run, tmp_path):
     _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
     page = _written(run)
     figures = _metrics(run)
-    assert set(figures["missing"]) == SECTIONS - {"curves", "confusion"} | FULL
+    assert set(figures["missing"]) == SECTIONS - {"guessing", "curves", "confusion"} | FULL
     assert figures["summary"]["headline"] in page.text
 
 

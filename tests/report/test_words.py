@@ -1,6 +1,6 @@
 import pytest
 
-from cnn_jax.report import words
+from cnn_jax.report import verdicts, words
 
 
 def _figures(accuracy, reach=0.01):
@@ -8,67 +8,6 @@ def _figures(accuracy, reach=0.01):
         "accuracy": accuracy,
         "confidence_intervals": {"accuracy": [accuracy - reach, accuracy + reach]},
     }
-
-
-def _curves(accuracies, losses=None):
-    best = max(range(len(accuracies)), key=accuracies.__getitem__) + 1
-    return {
-        "epoch": list(range(1, len(accuracies) + 1)),
-        "epochs": len(accuracies),
-        "best_epoch": best,
-        "validation_accuracy": accuracies,
-        "validation_loss": losses or [1 - accuracy for accuracy in accuracies],
-    }
-
-
-FLAT = [0.5, 0.8, 0.9, 0.9, 0.91, 0.91, 0.91, 0.91, 0.91, 0.91]
-RISING = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85]
-
-
-@pytest.mark.parametrize(
-    ("accuracies", "train", "validation", "expected"),
-    [
-        (FLAT, 0.92, 0.91, "balanced"),
-        (FLAT, 0.90, 0.91, "balanced"),
-        (FLAT, 0.99, 0.91, "overfits"),
-        ([a - 0.2 for a in FLAT], 0.70, 0.71, "underfits"),
-        ([0.1, 0.12, 0.11, 0.11, 0.11], 0.2, 0.11, "underfits"),
-        ([0.4, 0.5, 0.5, 0.5, 0.5], 0.8, 0.5, "overfits"),
-        (RISING, 0.86, 0.85, "still improving"),
-        (RISING, 0.99, 0.85, "still improving"),
-        ([*[0.5] * 16, 0.9, 0.8, 0.8, 0.8], 0.91, 0.9, "balanced"),
-        ([0.5], 0.99, 0.5, "one epoch"),
-    ],
-)
-def test_verdicts(accuracies, train, validation, expected):
-    found = words.verdict(_curves(accuracies), _figures(train), _figures(validation))
-    assert found["verdict"] == expected
-    assert found["gap"] == pytest.approx(train - validation)
-    assert f"{100 * train:.1f} % of the training images" in found["words"]
-    assert f"{100 * validation:.1f} % of the validation images" in found["words"]
-    assert f"{100 * abs(train - validation):.1f} percentage points" in found["words"]
-    assert ("validation ahead" in found["words"]) == (train < validation)
-
-
-def test_a_gap_that_may_be_chance_is_none():
-    """Twenty validation images say little."""
-    found = words.verdict(_curves(FLAT), _figures(0.99), _figures(0.9, reach=0.1))
-    assert found["verdict"] == "balanced"
-
-
-def test_a_validation_loss_that_rises_is_told():
-    losses = [0.9, 0.5, 0.30, 0.32, 0.35, 0.4, 0.4, 0.41, 0.42, 0.43]
-    found = words.verdict(_curves(FLAT, losses), _figures(0.99), _figures(0.91))
-    assert "least in epoch 3, 0.300, and has risen to 0.430" in found["words"]
-
-
-def test_a_run_that_goes_on_has_no_gap():
-    found = words.verdict(_curves([0.5, 0.7, 0.6]), None, None)
-    assert found["verdict"] == "not finished"
-    assert (
-        "Of 3 epochs so far the best is 2, with a validation accuracy of 70.0 %" in (found["words"])
-    )
-    assert set(found) == {"verdict", "words"}
 
 
 def _test_split(confusion, names="abc"):
@@ -93,7 +32,10 @@ def test_the_summary_says_how_good_it_is_and_what_stands_out():
         "67.7 %)."
     )
     assert [(remark["text"], remark["section"]) for remark in found["remarks"]] == [
-        ("No test image is taken for c.", "classes"),
+        (
+            "No test image is taken for c: 10 test images are taken 6 for b and 4 for a.",
+            "classes",
+        ),
         ("Of 10 mistakes, 6 are c taken for b.", "confusion"),
     ]
 
@@ -132,14 +74,55 @@ def test_durations():
     assert words.duration(3 * 3600 + 299) == "3 h 4 min"
 
 
-def test_figures_of_an_earlier_end_are_not_judged_by_a_later_history():
-    found = words.verdict(_curves(FLAT), _figures(0.99), _figures(0.69))
-    assert found["verdict"] == "going on"
-    assert "91.0 %" in found["words"]
-    assert "69.0 %" in found["words"]
+def test_the_reason_of_a_class_that_is_never_predicted_has_its_training_images():
+    test = _test_split([[10, 0, 0], [0, 10, 0], [4, 6, 0]])
+    train = {"count": 900, "per_class": {name: {"support": 7} for name in "abc"}}
+    (remark, *_) = words.summary({"test": test, "train": train})["remarks"]
+    assert remark["text"].endswith("4 for a; 7 of 900 training images are of this class.")
 
 
-def test_epochs_are_named_by_number_where_lines_are_damaged():
-    curves = _curves([0.5, 0.6, 0.4]) | {"epoch": [1, 7, 9], "best_epoch": 7}
-    found = words.verdict(curves, None, None)
-    assert "the best is 7, with a validation accuracy of 60.0 %" in found["words"]
+def test_the_headline_compares_with_guessing():
+    for confusion, end in (
+        ([[50, 9], [12, 39]], "Always naming a, the most common class, would be right for 53.6 %."),
+        (
+            [[30, 21], [26, 33]],
+            "Always naming b, the most common class, would be right for 53.6 %: the network is "
+            "not shown to be better than guessing.",
+        ),
+        ([[20, 50], [50, 30]], "right for 53.3 %: the network is worse than guessing."),
+        (
+            [[850, 100], [10, 40]],
+            "right for 95.0 %, and the network is not shown to be better than that. It does tell "
+            "classes apart: its mean recall is 84.7 %, where guessing has 50.0 %.",
+        ),
+    ):
+        test = _test_split(confusion, "ab")
+        test["recall"] = sum(row[i] / sum(row) for i, row in enumerate(confusion)) / 2
+        guessing = verdicts.guessing(test)
+        headline = words.summary({"test": test, "guessing": guessing})["headline"]
+        assert headline.endswith(end)
+
+
+def test_a_small_test_split_is_told_with_the_width_of_its_interval():
+    test = _test_split([[51, 9], [9, 51]], "ab") | _figures(0.85, reach=0.064)
+    (remark, *_) = words.summary({"test": test})["remarks"]
+    assert remark["text"].startswith("120 test images: accuracy is known to ± 6 points.")
+    assert remark["section"] == "figures"
+
+
+def test_a_calibration_error_is_in_points():
+    calibration = {"after": {"expected_calibration_error": 0.123}}
+    test = _test_split([[10, 0], [0, 10]], "ab")
+    (remark,) = words.summary({"test": test, "calibration": calibration})["remarks"]
+    assert remark["text"].startswith("Confidence and accuracy are 12.3 points apart")
+
+
+def test_the_time_names_the_key_that_saves_some():
+    seconds = {"measuring": 3.0, "predictions": 1.0, "curves": 0.1, "images": 1.0, "charts": 2.0}
+    found = words.time_spent(28.0, seconds)
+    assert found["words"] == (
+        "training 28 s, then 7 s: measuring 3 s, images 1 s, charts 2 s, other 1 s"
+    )
+    full = words.time_spent(28.0, seconds | {"explanations": 8.0, "robustness": 9.0})
+    assert full["parts"]["other"] == pytest.approx(1.1)
+    assert full["words"].endswith("; report.detail=figures takes less")

@@ -1,0 +1,216 @@
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnn_jax.metrics import full_report
+from cnn_jax.report import verdicts
+
+
+def _metrics(accuracy, count=1000, num_classes=4):
+    """The metrics of a split with so many images of each class, mistaken for the next one."""
+    per_class = count // num_classes
+    hits = round(accuracy * per_class)
+    confusion = hits * np.eye(num_classes, dtype=int)
+    confusion += (per_class - hits) * np.roll(np.eye(num_classes, dtype=int), 1, axis=1)
+    names = [str(label) for label in range(num_classes)]
+    return full_report(confusion, np.ones(per_class * num_classes), names)
+
+
+def _curves(validation, train=None, losses=None, train_losses=None):
+    best = int(np.argmax(validation))
+    return {
+        "epoch": list(range(1, len(validation) + 1)),
+        "epochs": len(validation),
+        "best_epoch": best + 1,
+        "train_accuracy": train or validation,
+        "train_loss": train_losses or [0.5] * len(validation),
+        "validation_accuracy": validation,
+        "validation_loss": losses or [0.5] * len(validation),
+    }
+
+
+FLAT = [0.5, 0.8, 0.9, 0.9, 0.91, 0.91, 0.91, 0.91, 0.91, 0.91]
+LOW = [accuracy - 0.2 for accuracy in FLAT]
+RISING = [0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85]
+PEAKED = [0.5, 0.6, 0.7, 0.62, 0.6, 0.58, 0.55, 0.55, 0.54, 0.55]
+FALLING = [1.5, 1.2, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
+SITUATIONS = {
+    "as good on both, levelled off": (_curves(FLAT), 0.92, 0.91, "balanced"),
+    "validation ahead": (_curves(FLAT), 0.90, 0.91, "balanced"),
+    "all right": (_curves([0.9, 1.0, 1.0, 1.0]), 1.0, 1.0, "balanced"),
+    "train far ahead": (_curves(FLAT), 0.99, 0.91, "overfits"),
+    "train far ahead, both low": (_curves([0.4, 0.5, 0.5, 0.5, 0.5]), 0.8, 0.5, "overfits"),
+    "both low, levelled off": (_curves(LOW), 0.70, 0.71, "underfits"),
+    "both low, train still falls": (
+        _curves(LOW, train_losses=FALLING),
+        0.70,
+        0.71,
+        "still learning",
+    ),
+    "accuracy rises at the end": (_curves(RISING), 0.86, 0.85, "still improving"),
+    "rises, train ahead": (_curves(RISING), 0.99, 0.85, "still improving"),
+    "loss falls at the end": (
+        _curves([*FLAT[:-1], 0.912], losses=FALLING),
+        0.92,
+        0.912,
+        "still improving",
+    ),
+    "an early best that stays": (
+        _curves([*[0.5] * 16, 0.9, 0.8, 0.8, 0.8]),
+        0.91,
+        0.9,
+        "balanced",
+    ),
+    "an early best, then worse": (_curves(PEAKED, train=RISING), 0.72, 0.70, "peaked early"),
+    "worse on both": (_curves(PEAKED, train=RISING[::-1]), 0.86, 0.84, "going on"),
+    "one epoch": (_curves([0.5]), 0.99, 0.5, "one epoch"),
+    "at chance": (_curves([0.25, 0.27, 0.26, 0.26]), 0.26, 0.26, "at chance"),
+    "at chance, best epoch early": (_curves([0.25, 0.26, 0.22, 0.22]), 0.27, 0.26, "at chance"),
+    "at chance after one epoch": (_curves([0.25]), 0.25, 0.25, "at chance"),
+    "train learned, validation at chance": (_curves([0.26] * 9), 0.99, 0.26, "at chance"),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_training_verdicts(situation):
+    curves, high, low, expected = SITUATIONS[situation]
+    train, validation = _metrics(high, 4000), _metrics(low)
+    found = verdicts.training(curves, train, validation)
+    assert found["verdict"] == expected
+    if expected == "going on":
+        assert "gap" not in found
+        return
+    assert found["gap"] == pytest.approx(train["accuracy"] - validation["accuracy"])
+    assert f"{100 * train['accuracy']:.1f} % of the training images" in found["words"]
+    assert f"{100 * validation['accuracy']:.1f} % of the validation images" in found["words"]
+    assert f"{100 * abs(found['gap']):.1f} points apart" in found["words"]
+    assert ("validation ahead" in found["words"]) == (found["gap"] < 0)
+    for word in ("overfits", "underfits"):
+        assert (word in found["words"]) == (word == expected)
+
+
+def test_a_tiny_validation_split_gives_no_verdict_on_a_gap():
+    found = verdicts.training(_curves(FLAT), _metrics(0.97, 400), _metrics(0.9, 40))
+    assert found["verdict"] == "too few images"
+    assert "40 validation images are too few" in found["words"]
+    assert "known to ± 10 points" in found["words"]
+
+
+def test_the_reason_of_the_advice_is_measured():
+    losses = [0.9, 0.5, 0.30, 0.32, 0.35, 0.4, 0.4, 0.41, 0.42, 0.43]
+    found = verdicts.training(_curves(FLAT, losses=losses), _metrics(0.99), _metrics(0.91))
+    assert "least in epoch 3, 0.300, and has risen to 0.430" in found["words"]
+    augmented = [accuracy - 0.2 for accuracy in LOW]
+    found = verdicts.training(_curves(LOW, train=augmented), _metrics(0.7, 4000), _metrics(0.71))
+    assert "With augmentation and dropout it got 51.0 % of the training images" in found["words"]
+    assert "weaker augmentation or less dropout" in found["words"]
+    found = verdicts.training(_curves(LOW), _metrics(0.7, 4000), _metrics(0.71))
+    assert "A larger network" in found["words"]
+    found = verdicts.training(_curves([0.26] * 9), _metrics(0.99), _metrics(0.26))
+    assert "does not hold for others" in found["words"]
+    curves = _curves([0.26] * 10, train_losses=FALLING)
+    found = verdicts.training(curves, _metrics(0.26), _metrics(0.26))
+    assert "still falling (from 0.700 to 0.300" in found["words"]
+
+
+def test_a_noisy_loss_is_no_trend():
+    noisy = [1.0, 0.9, 0.7, 0.8, 0.6, 0.75, 0.7, 0.78, 0.66, 0.70]
+    curves = _curves([*FLAT[:-1], 0.912], losses=noisy)
+    assert verdicts.training(curves, _metrics(0.92), _metrics(0.912))["verdict"] == "balanced"
+
+
+def test_a_run_that_is_not_finished_has_no_gap():
+    found = verdicts.training(_curves([0.5, 0.7, 0.6]), None, None)
+    assert found["verdict"] == "not finished"
+    assert (
+        "Of 3 epochs so far the best is 2, with a validation accuracy of 70.0 %" in (found["words"])
+    )
+    assert set(found) == {"verdict", "words"}
+
+
+def test_metrics_of_an_earlier_end_are_not_judged_by_a_later_history():
+    found = verdicts.training(_curves(FLAT), _metrics(0.99), _metrics(0.69))
+    assert found["verdict"] == "going on"
+    assert "91.0 %" in found["words"]
+    assert f"{100 * _metrics(0.69)['accuracy']:.1f} %" in found["words"]
+
+
+def test_epochs_are_named_by_number_where_lines_are_damaged():
+    curves = _curves([0.5, 0.6, 0.4]) | {"epoch": [1, 7, 9], "best_epoch": 7}
+    found = verdicts.training(curves, None, None)
+    assert "the best is 7, with a validation accuracy of 60.0 %" in found["words"]
+
+
+def _confusion(matrix):
+    names = [str(label) for label in range(len(matrix))]
+    return {"confusion": matrix, "per_class": dict.fromkeys(names)}
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        ([[30, 21], [26, 33]], "chance"),
+        ([[33, 18], [26, 33]], "informative"),
+        ([[45, 6], [10, 49]], "better"),
+        ([[20, 50], [50, 30]], "worse"),
+        ([[850, 100], [10, 40]], "informative"),
+        ([[95, 0], [5, 0]], "chance"),
+        ([[0, 95], [0, 5]], "worse"),
+        ([[3, 0], [0, 2]], "chance"),
+        ([[30, 0], [0, 30]], "better"),
+    ],
+)
+def test_guessing(matrix, expected):
+    found = verdicts.guessing(_confusion(matrix))
+    support, hits = np.sum(matrix, axis=1), np.trace(matrix)
+    total, rate = support.sum(), support.max() / support.sum()
+    tail = scipy.stats.binomtest(hits, total, rate, alternative="greater").pvalue
+    assert found["p_value"] == pytest.approx(tail)
+    assert found["accuracy"] == rate
+    assert found["class"] == str(support.argmax())
+    assert found["verdict"] == expected
+
+
+def test_agreement_is_that_of_shuffled_predictions():
+    matrix = np.array([[20, 6, 4], [7, 9, 4], [5, 2, 3]])
+    labels, predictions = (np.repeat(axis.ravel(), matrix.ravel()) for axis in np.indices((3, 3)))
+    rng = np.random.default_rng(0)
+    agreements = [(labels == rng.permutation(predictions)).sum() for _ in range(20_000)]
+    expected = np.mean(np.array(agreements) >= np.trace(matrix))
+    assert verdicts.agreement_p_value(matrix) == pytest.approx(expected, abs=0.006)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=3, max_size=3).filter(
+        lambda rows: sum(map(sum, rows)) > 0
+    )
+)
+def test_guessing_has_a_verdict_on_any_matrix(matrix):
+    found = verdicts.guessing(_confusion(matrix))
+    assert 0 <= found["p_value"] <= 1
+    assert 0 <= found["agreement_p_value"] <= 1
+    if found["verdict"] == "better":
+        assert np.trace(matrix) > np.sum(matrix, axis=1).max()
+
+
+def test_a_trend_is_that_of_kendall():
+    for seed in range(5):
+        values = np.random.default_rng(seed).normal(size=40).cumsum()
+        expected = scipy.stats.kendalltau(
+            range(40), values, alternative="less", method="asymptotic"
+        )
+        # With continuity correction, which SciPy leaves out.
+        assert verdicts.falling_p_value(values) == pytest.approx(expected.pvalue, abs=0.01)
+
+
+def test_predictions_of_one_class_never_beat_chance():
+    for row in ([9, 0], [0, 9]):
+        assert not verdicts.beats_chance(_confusion([row, row]))
+
+
+@pytest.mark.parametrize(("num_classes", "threshold"), [(2, 0.875), (10, 0.775), (43, 0.7558)])
+def test_sure_is_three_quarters_of_the_way_from_chance(num_classes, threshold):
+    assert verdicts.sure_threshold(num_classes) == pytest.approx(threshold, abs=1e-4)
