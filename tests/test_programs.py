@@ -10,6 +10,7 @@ import jax
 import jax.monitoring
 import numpy as np
 import pytest
+from conftest import require_cpu
 
 from cnn_jax import runtime, train
 from cnn_jax.models.cnn import CNN
@@ -23,6 +24,7 @@ from experiments import roofline
 @pytest.fixture(scope="module")
 def lower_step():
     """The specification's training step on a batch of 8 at 64 x 64 pixels, by compiler options."""
+    require_cpu()
     model = CNN(num_classes=10)
     optimizer = make_optimizer(make_schedule(1e-3, 1e-4, total_steps=10), l2=1e-4)
     step = functools.partial(
