@@ -95,6 +95,14 @@ def test_xla_is_told_whose_convolutions_to_take(lower_step, parts):
     assert not any("(%param_" in line for line in by_eigen)
 
 
+def test_an_option_that_xla_lacks_takes_no_other_with_it(monkeypatch):
+    require_cpu()
+    known = runtime.compiler_options()
+    assert set(known) == set(runtime._CPU_OPTIONS)
+    monkeypatch.setattr(runtime, "_CPU_OPTIONS", {"xla_cpu_removed": True, **known})
+    assert runtime.compiler_options.__wrapped__() == known
+
+
 @pytest.mark.parametrize("place", ["host", "device"])
 def test_a_step_is_one_transfer_each_way_and_nothing_is_compiled_twice(
     tiny_config, tmp_path, monkeypatch, place
