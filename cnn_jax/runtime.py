@@ -1,4 +1,4 @@
-"""What XLA and the C library are told so that a CPU trains faster. No number changes."""
+"""Options of XLA and of the C library with which a CPU trains faster; no result changes."""
 
 import ctypes
 import functools

@@ -4,7 +4,7 @@
         [--epochs=45] [--batch_sizes=32,256] [--steps_per_execution=1,8] [--precision=auto]
         [--json=FILE]
 
-Trains by a file of `configs/` on generated images, each setting in a process of its own.
+Trains with a file of `configs/` on generated images, each setting in a separate process.
 The JSON is written after each epoch. The columns:
 
 - "images/s" is the median over all epochs but the first, as the run itself counts them: data,
@@ -15,7 +15,7 @@ The JSON is written after each epoch. The columns:
   are compiled, times their number.
 - "all s" is the wall time of the training: preparing the images, compiling, all epochs and
   measuring all splits.
-- "accuracy" is that of the best epoch's network on the test split.
+- "accuracy" is the accuracy of the best epoch's network on the test split.
 - "peak MB" is the most memory of the device that was in use at once; a CPU does not tell.
 """
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--steps_per_execution", default="1,8", help="0: what the run chooses")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--json", type=pathlib.Path, help="write the metrics to this file, too")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # In a process of its own.
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # Set in the separate process.
     flags = parser.parse_args()
     if flags.measure:
         measure(flags, *map(int, flags.measure.split(",")))

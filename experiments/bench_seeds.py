@@ -2,10 +2,10 @@
 
     python experiments/bench_seeds.py [--shapes=32x32,224x32] [--counts=1,4,16] [--json=FILE]
 
-A small network does not fill a GPU. Here K train states take a step on the same batch, each with
-dropout draws of its own: K single steps one after the other, `jax.lax.map`, which is one program
-with a loop, and `jax.vmap`, which is one program over all K. The table has milliseconds of one
-step of one network, medians; compilation is apart.
+A small network does not fill a GPU. Here K networks take a step on the same batch, each with its
+own seed of the dropout: in K single steps one after the other, in one program with a loop
+(`jax.lax.map`), and in one program for all K (`jax.vmap`). The table has the milliseconds of one
+step of one network, as medians. Compilation is not included.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def milliseconds(
 
     Args:
       step: The step of one network.
-      single: The same, compiled.
+      single: `step` under `jax.jit`.
       init: The initial state by seed.
       count: Number of networks.
       rounds: Times that each way is measured.

@@ -59,7 +59,7 @@ def is_own(name: str) -> bool:
 
 
 class Process:
-    """A peer in a process of its own, with further variables in its environment."""
+    """A separate process of one peer, with further variables in its environment."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Process:
         variables: Mapping[str, str] | None = None,
     ):
         self.peer, self.name = name, name + ", memory kept" * is_memory_kept
-        # A file, because a pipe that nobody reads would stop a process that warns a lot.
+        # A file, because an unread pipe would block a process that prints many warnings.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable if is_own(name) else peer_python, peers.__file__, name],
@@ -288,10 +288,10 @@ def main() -> None:
     flags = make_parser(list(peers.PEERS)[:6], seconds=12, tolerance=TOLERANCE).parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     names = flags.peers
-    # Measured while nobody holds the device's memory.
+    # Measured before any peer holds the device's memory.
     floors = floor_milliseconds(shapes, flags.precision, flags.peaks)
     as_is = [(name, name.startswith("cnn_jax ")) for name in names]
-    if not is_on_gpu():  # On a GPU, what the C library keeps is of no account.
+    if not is_on_gpu():  # On a GPU the C library's memory does not matter.
         as_is = [(names[0], True), *as_is, *((name, True) for name in names[1:] if "orch" in name)]
     started = [Process(name, is_kept, flags.peer_python) for name, is_kept in as_is]
     rows = []

@@ -16,14 +16,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-_TIMED_OUT = (124, 137)  # Of `timeout`.
+_TIMED_OUT = (124, 137)  # The exit statuses of `timeout`, without and with SIGKILL.
 
 
 def facts() -> dict[str, Any]:
     """The device and the versions that the numbers belong to.
 
     Raises:
-      SystemExit: JAX computes on the CPU, and nobody asked for it.
+      SystemExit: JAX computes on the CPU although JAX_PLATFORMS does not say so.
     """
     import jax
 
@@ -180,7 +180,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def collect(work: pathlib.Path) -> dict[str, Any]:
-    """What the parts that have run left in a folder."""
+    """Reads the results of the parts that have run, from their folder."""
     parts = {}
     for line in (work / "parts.jsonl").read_text().splitlines():
         part = json.loads(line)

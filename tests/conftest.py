@@ -34,7 +34,7 @@ sys.path.insert(0, str(REPOSITORY))  # For `configs`, which is not installed.
 install_import_hook("cnn_jax", "typechecker.check")
 
 if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_NUM_CPU_DEVICES" not in os.environ:
-    jax.config.update("jax_num_cpu_devices", 8)  # Commands that the tests run have one.
+    jax.config.update("jax_num_cpu_devices", 8)  # Commands that the tests start have one device.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
