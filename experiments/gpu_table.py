@@ -196,7 +196,8 @@ def collect(work: pathlib.Path) -> dict[str, Any]:
 
 def report(results: Mapping[str, Any]) -> str:
     """All tables, in Markdown."""
-    text = ["; ".join(f"{key} {value}" for key, value in results["facts"].items())]
+    known = {key: value for key, value in results["facts"].items() if value is not None}
+    text = ["; ".join(f"{key} {value}" for key, value in known.items())]
     for name, part in results["parts"].items():
         title, table = PARTS[name]
         outcome = f"{part['seconds']} s"
