@@ -1,4 +1,4 @@
-"""What XLA and the C library are told so that a CPU trains faster. No number changes."""
+"""Options of XLA and of the C library with which a CPU trains faster; no result changes."""
 
 import ctypes
 import functools
@@ -10,28 +10,32 @@ import jax
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 _CPU_OPTIONS = {
-    # JAX 0.10 to 0.12 give convolutions to YNNPACK, which knows of no weight gradients (three
-    # to five times the time) and, in 0.10, keeps most convolutions to one core. Without it they
-    # are Eigen's. Single matrix products stay with YNNPACK, as by default.
+    # JAX 0.10 to 0.12 give convolutions to YNNPACK, which has no fast weight gradients (three to
+    # five times the time) and, in 0.10, runs most convolutions on one core. With this option
+    # Eigen computes them. Single matrix products stay with YNNPACK, as by default.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    # From 0.12 on XLA comes with oneDNN, which takes convolutions with their bias, at half to
-    # nine tenths of Eigen's time. Before, this does nothing. Such a program cannot be kept for
-    # the next process (`compiled.py`), but is soon compiled.
+    # From JAX 0.11 on, XLA includes oneDNN, which computes a convolution with its bias in half to
+    # nine tenths of Eigen's time. In 0.10 this option does nothing. Such a program cannot be kept
+    # for the next process (`compiled.py`), but compiles quickly.
     "xla_cpu_experimental_onednn_custom_call": True,
 }
 
 
 @functools.cache
 def compiler_options() -> dict[str, str | bool]:
-    """Options of `jax.jit` for the default backend; none where this JAX does not know them."""
+    """The options of `jax.jit` for the default backend, without those that this JAX lacks."""
     if jax.default_backend() != "cpu":
         return {}
-    program = jax.jit(lambda: 0, compiler_options=_CPU_OPTIONS)
+    return {name: value for name, value in _CPU_OPTIONS.items() if _is_known(name, value)}
+
+
+def _is_known(name: str, value: str | bool) -> bool:
+    """Whether XLA accepts a compiler option: these are experimental and may be removed."""
     try:
-        program.lower().compile()
-    except jax.errors.JaxRuntimeError:  # Experimental, so they may go with any version.
-        return {}
-    return dict(_CPU_OPTIONS)
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def keep_freed_memory() -> None:

@@ -347,6 +347,12 @@ class Run:
         return json.loads(json.dumps(leaves))
 
 
+def child_environment() -> dict[str, str]:
+    """The environment of a training: it imports this repository's `cnn_jax`."""
+    folders = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
 class Trainings:
     """Training processes that are under way, to be ended together."""
 
@@ -367,7 +373,7 @@ class Trainings:
             os.sched_setaffinity(0, share)
             process = subprocess.Popen(
                 [*TRAIN, f"--workdir={run.folder}", f"--config={run.config_file}", *run.flags()],
-                env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+                env=child_environment(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

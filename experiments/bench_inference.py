@@ -4,7 +4,8 @@
 
 From uint8 images in host memory to probabilities in host memory, through the same
 weights; each library in a process of its own, all in turn, as in `bench_train.py`. First
-all must agree on the probabilities to 1e-5. Medians; compilation is apart.
+all must agree on the probabilities to --tolerance, in float32 without TensorFloat-32.
+Medians; compilation is apart.
 
 This project keeps freed memory, as its commands do (`cnn_jax.runtime`), the others have
 their defaults. "best peer" is the best of the others but plain Linen, "floor" that
@@ -12,7 +13,6 @@ of `experiments/roofline.py`.
 """
 
 import contextlib
-import json
 import pathlib
 import sys
 import tempfile
@@ -22,56 +22,71 @@ import numpy as np
 import peers
 from bench_train import (
     Process,
+    exit_if_left_out,
     floor_milliseconds,
     is_own,
     make_parser,
     measure,
-    parse_shapes,
     print_header,
     print_rows,
+    without_failures,
     write_data,
+    write_json,
 )
+from roofline import parse_shapes
 
 # Pixels on a side, and images in a batch.
 SHAPES = ((32, 1), (32, 32), (64, 1), (64, 32), (224, 1), (224, 32))
 TOLERANCE = 1e-5
 
 
-def check_agreement(processes: list[Process], folder: pathlib.Path) -> float:
-    """The largest difference of a probability from this project's.
+def check_agreement(
+    processes: list[Process], folder: pathlib.Path, tolerance: float
+) -> tuple[list[Process], float]:
+    """Compares the probabilities of all.
+
+    Returns:
+      The processes that have answered, and the largest difference from this project's.
 
     Raises:
-      SystemExit: It is larger than TOLERANCE.
+      SystemExit: The difference is larger than the tolerance.
     """
-    data, to = folder / "agree.npz", folder / "probabilities.npz"
+    data = folder / "agree.npz"
     write_data(data, 64, 8)
-    expected, worst = None, 0.0
-    for process in processes:
-        process.ask(do="open", data=str(data), precision="float32", dropout=peers.DROPOUT)
-        process.ask(do="probabilities", to=str(to))
-        with np.load(to) as arrays:
-            found = arrays["probabilities"]
-        expected = found if expected is None else expected
-        difference = float(np.abs(found - expected).max())
-        if not difference <= TOLERANCE:  # Nor if one of them is not a number.
-            sys.exit(f"{process.name} disagrees by {difference:.1e}")
+    files = {process.name: folder / f"probabilities{i}.npz" for i, process in enumerate(processes)}
+    for process in processes:  # All compile at the same time.
+        process.send(do="open", data=str(data), precision="float32", dropout=peers.DROPOUT)
+        process.send(do="probabilities", to=str(files[process.name]))
+    results = {}
+
+    def read(process: Process) -> None:
+        process.receive()
+        process.receive()
+        with np.load(files[process.name]) as arrays:
+            results[process.name] = arrays["probabilities"]
+
+    processes = without_failures(processes, read)
+    expected, worst = results[processes[0].name], 0.0
+    for name, probabilities in results.items():
+        difference = float(np.abs(probabilities - expected).max())
+        if not difference <= tolerance:  # Also true of NaN.
+            sys.exit(f"{name} disagrees by {difference:.1e}")
         worst = max(worst, difference)
-    return worst
+    return processes, worst
 
 
 def main() -> None:
-    flags = make_parser(list(peers.PEERS)[:7], seconds=6).parse_args()
+    flags = make_parser(list(peers.PEERS)[:7], seconds=6, tolerance=TOLERANCE).parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
-    floors = floor_milliseconds(shapes, flags.precision, kind="inference")
+    floors = floor_milliseconds(shapes, flags.precision, flags.peaks, kind="inference")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
-        processes = [
-            Process(name, name == "cnn_jax", flags.peer_python) for name in flags.peers.split(",")
-        ]
-        for process in processes:
+        started = [Process(name, name == "cnn_jax", flags.peer_python) for name in flags.peers]
+        for process in started:
             stack.callback(process.close)
         folder = pathlib.Path(temporary)
-        print(f"probabilities agree to {check_agreement(processes, folder):.1e}\n")
+        processes, worst = check_agreement(started, folder, flags.tolerance)
+        print(f"probabilities agree to {worst:.1e}\n", flush=True)
         print_header()
         for side, batch_size in shapes:
             seconds = measure(
@@ -83,6 +98,7 @@ def main() -> None:
                 flags.seconds,
                 do="predict",
             )
+            processes = [process for process in processes if process.name in seconds]
             ours = seconds[processes[0].name]
             others = [seconds[p.name] for p in processes if not is_own(p.peer)]
             best_peer, floor_ms = min(others, default=float("nan")), floors[side, batch_size]
@@ -94,11 +110,12 @@ def main() -> None:
                     "times_floor": 1e3 * ours / floor_ms,
                     "floor_ms": floor_ms,
                     "ms": {name: 1e3 * value for name, value in seconds.items()},
+                    "agreement": worst,
                 }
             )
             print_rows(seconds, side, batch_size, 1e3 * best_peer, floor_ms)
-    if flags.json:
-        flags.json.write_text(json.dumps(rows, indent=2) + "\n")
+            write_json(flags.json, rows)
+    exit_if_left_out(started, processes)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,12 @@ class Peer:
             self.stop()
 
 
+def child_environment() -> dict[str, str]:
+    """The environment of a process that is to import this repository's `cnn_jax`."""
+    folders = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
@@ -138,7 +144,7 @@ def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Itera
             command,
             stdout=log,
             stderr=log,
-            env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+            env=child_environment(),
             start_new_session=True,
         )
         try:
@@ -275,9 +281,7 @@ print(1000 * statistics.median(times[10:]))
 def bare_milliseconds(bundle: pathlib.Path, images: pathlib.Path, seconds: float) -> float:
     """Decoding and the forward pass of an image, without a server."""
     command = [sys.executable, "-c", _BARE, str(bundle), str(images), str(seconds)]
-    return float(
-        subprocess.check_output(command, env=os.environ | {"PYTHONPATH": str(HERE.parent)})
-    )
+    return float(subprocess.check_output(command, env=child_environment()))
 
 
 def main() -> None:
@@ -289,6 +293,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--json", type=pathlib.Path)
     flags = parser.parse_args()
+    # A time limit ends this process with SIGTERM: its servers, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     images = make_images(32, flags.side)
     requests_ = [make_request(image) for image in images]
     results: dict[str, Any] = {"bytes_of_a_jpeg": statistics.mean(map(len, images))}
@@ -307,16 +313,19 @@ def main() -> None:
         for peer in peers:
             peer.stop()
         for round_ in range(flags.rounds + 1):
-            bare.append(bare_milliseconds(folder / "bundle", folder / "images", flags.seconds / 2))
+            if round_:
+                bare.append(
+                    bare_milliseconds(folder / "bundle", folder / "images", flags.seconds / 2)
+                )
             for concurrency in CONCURRENCY:
                 for peer in peers:
                     # The first round warms up, and is not counted.
-                    seconds = flags.seconds if round_ else 2
+                    seconds = flags.seconds if round_ else min(2, flags.seconds)
                     with peer.going():
                         found = load(peer, requests_, concurrency, seconds)
                     if round_:
                         measured.setdefault((peer.name, concurrency), []).append(found)
-    results["bare_milliseconds"] = statistics.median(bare[1:])
+    results["bare_milliseconds"] = statistics.median(bare)
     print(
         f"{flags.side} x {flags.side} pixels, JPEGs of {results['bytes_of_a_jpeg'] / 1000:.0f} kB"
     )

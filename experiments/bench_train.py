@@ -5,10 +5,14 @@
 Each library trains the specification's network on the same batch in a process of its own;
 the processes take turns, so that a busy moment of the machine hits all alike. First all
 must agree on loss and gradients for the same weights: this project in float32 with the
-others in float64 (in float32 some differ from themselves by more), to 1e-4 of the largest
-number of each tensor. Then steps are timed one by one, to their end on the device.
-Medians; compilation and the first steps are apart. The data is on the device, but for
-Keras's, which `train_on_batch` sends; no input pipeline takes part.
+others in float64 (in float32 some differ from themselves by more), to --tolerance of the
+largest number of each tensor. TensorFloat-32, which GPUs use by default, is off for this
+comparison. Then steps are timed one by one, to their end on the device. Medians;
+compilation and the first steps are apart. The data is on the device, but for Keras's, which
+`train_on_batch` sends; no input pipeline takes part.
+
+A library that fails is named and left out, and the exit status is 1 at the end. The JSON is
+written after each shape.
 
 "memory kept" is what the training command does to its own process (`cnn_jax.runtime`): the
 C library keeps freed memory; so it is for variants of this project, which have one of its
@@ -18,7 +22,8 @@ that its users have: without it. (The JSON also has the ratio where neither has 
 is that of `experiments/roofline.py`.
 
 --peer_python=PATH is the interpreter of another environment, for peers that cannot be
-installed beside the JAX that is to be measured.
+installed beside the JAX that is to be measured. --peaks=FILE is the JSON of
+`experiments/roofline.py` for this precision, whose rates are then not measured again.
 """
 
 import argparse
@@ -30,10 +35,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import peers
+from roofline import parse_shapes
 
 # Pixels on a side, and images in a batch.
 SHAPES = ((32, 256), (64, 128), (224, 32))
@@ -52,20 +59,29 @@ def is_own(name: str) -> bool:
 
 
 class Process:
-    """A peer in a process of its own."""
+    """A separate process of one peer, with further variables in its environment."""
 
-    def __init__(self, name: str, is_memory_kept: bool, peer_python: str):
+    def __init__(
+        self,
+        name: str,
+        is_memory_kept: bool = False,
+        peer_python: str = sys.executable,
+        variables: Mapping[str, str] | None = None,
+    ):
         self.peer, self.name = name, name + ", memory kept" * is_memory_kept
+        # A file, because an unread pipe would block a process that prints many warnings.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable if is_own(name) else peer_python, peers.__file__, name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if not os.environ.get("BENCH_VERBOSE") else None,
+            stderr=None if os.environ.get("BENCH_VERBOSE") else self._log,
             env={
                 **os.environ,
                 "TF_CPP_MIN_LOG_LEVEL": "3",
                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # All of them share one GPU.
                 **(KEPT if is_memory_kept else {}),
+                **(variables or {}),
             },
             text=True,
         )
@@ -76,21 +92,54 @@ class Process:
         Raises:
           RuntimeError: The process has ended instead, with what it said last.
         """
-        process = self._process
-        assert process.stdin
-        assert process.stdout
+        self.send(**request)
+        return self.receive()
+
+    def send(self, **request: Any) -> None:
+        """Sends a request, whose answer `receive` waits for."""
+        assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        """Waits for the answer to the first request without one; raises as `ask`."""
+        process = self._process
+        assert process.stdout
         reply = process.stdout.readline()
         if not reply:
-            said = process.stderr.read() if process.stderr else ""
-            raise RuntimeError(f"{self.name} failed: {said[-2000:]}")
+            process.wait()
+            self._log.seek(0)
+            raise RuntimeError(f"{self.name} failed: {self._log.read()[-2000:]}")
         return json.loads(reply)
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._log.close()
+
+
+def without_failures(
+    processes: list[Process], action: Callable[[Process], object]
+) -> list[Process]:
+    """Applies an action to each process; returns those that it succeeded for.
+
+    The others are named and closed.
+
+    Raises:
+      SystemExit: The first process, with which the others are compared, is among the failed.
+    """
+    working = []
+    for process in processes:
+        try:
+            action(process)
+            working.append(process)
+        except RuntimeError as error:
+            print(f"left out: {error}\n", flush=True)
+            process.close()
+    if processes[0] not in working:
+        sys.exit(f"{processes[0].name} failed, and nothing can be compared with it")
+    return working
 
 
 def write_data(path: pathlib.Path, side: int, batch_size: int) -> None:
@@ -121,42 +170,44 @@ def write_data(path: pathlib.Path, side: int, batch_size: int) -> None:
     np.savez(path, allow_pickle=False, **arrays)
 
 
-def check_agreement(processes: list[Process], folder: pathlib.Path) -> float:
-    """Loss and gradients of all, for the same weights, without dropout.
+def check_agreement(
+    processes: list[Process], folder: pathlib.Path, tolerance: float
+) -> tuple[list[Process], float]:
+    """Compares loss and gradients of all, for the same weights, without dropout.
 
     Returns:
-      The largest difference from this project's, as a part of the largest number of each
-      tensor.
+      The processes that have answered, and the largest difference from this project's, as a
+      fraction of the largest number of each tensor.
 
     Raises:
-      SystemExit: It is larger than TOLERANCE.
+      SystemExit: The difference is larger than the tolerance.
     """
     data = folder / "agree.npz"
     write_data(data, 32, 16)
-    results = {}
-    for process in processes:
+    files = {process.name: folder / f"gradients{i}.npz" for i, process in enumerate(processes)}
+    for process in processes:  # All compile at the same time.
         precision = "float32" if is_own(process.peer) else "float64"
-        process.ask(do="open", data=str(data), precision=precision, dropout=0.0)
-        to = folder / "gradients.npz"
-        loss = process.ask(do="gradients", to=str(to))["loss"]
-        with np.load(to) as gradients:
+        process.send(do="open", data=str(data), precision=precision, dropout=0.0)
+        process.send(do="gradients", to=str(files[process.name]))
+    results = {}
+
+    def read(process: Process) -> None:
+        process.receive()
+        loss = process.receive()["loss"]
+        with np.load(files[process.name]) as gradients:
             results[process.name] = {"loss": np.float64(loss), **gradients}
+
+    processes = without_failures(processes, read)
     expected = results[processes[0].name]
     worst = 0.0
     for name, arrays in results.items():
         assert arrays.keys() == expected.keys(), arrays.keys() ^ expected.keys()
         for key, array in arrays.items():
             difference = np.abs(array - expected[key]).max() / np.abs(expected[key]).max()
-            if not difference <= TOLERANCE:  # Nor if one of them is not a number.
+            if not difference <= tolerance:  # Also true of NaN.
                 sys.exit(f"{name} disagrees in {key} by {difference:.1e}")
-            worst = max(worst, difference)
-    return worst
-
-
-def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
-    """Pixels and images of "32x256,224x32"."""
-    pairs = (shape.split("x") for shape in text.split(","))
-    return tuple((int(side), int(batch_size)) for side, batch_size in pairs)
+            worst = max(worst, float(difference))
+    return processes, worst
 
 
 def measure(
@@ -168,15 +219,21 @@ def measure(
     seconds: float,
     do: str = "train",
 ) -> dict[str, float]:
-    """Median seconds of a step of each (or of what else it is to `do`), in turns of a second."""
+    """Returns the median seconds of a step (or of what else to `do`), in turns of a second or less.
+
+    Processes that fail are missing in the result.
+    """
     data = folder / "data.npz"
     write_data(data, side, batch_size)
     per_turn = {}
-    for process in processes:
+
+    def open_and_warm_up(process: Process) -> None:
         process.ask(do="open", data=str(data), precision=precision, dropout=peers.DROPOUT)
         process.ask(do=do, times=3)
         step = statistics.median(process.ask(do=do, times=2)["seconds"])
-        per_turn[process.name] = max(1, min(200, round(1.0 / step)))
+        per_turn[process.name] = max(1, min(200, round(min(1.0, seconds) / step)))
+
+    processes = without_failures(processes, open_and_warm_up)
     times: dict[str, list[float]] = {process.name: [] for process in processes}
     for _ in range(max(3, round(seconds / 1.5))):
         for process in processes:
@@ -186,14 +243,27 @@ def measure(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def make_parser(names: list[str], seconds: float) -> argparse.ArgumentParser:
+def peer_names(text: str) -> list[str]:
+    """The names in a list with commas, all of which are libraries of `peers.py`."""
+    names = text.split(",")
+    if unknown := set(names) - set(peers.PEERS):
+        raise argparse.ArgumentTypeError(f"no {unknown}; there are {', '.join(peers.PEERS)}")
+    return names
+
+
+def make_parser(names: list[str], seconds: float, tolerance: float) -> argparse.ArgumentParser:
+    """The flags of this benchmark and of `bench_inference.py`, with their defaults."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", help="such as 32x256,224x32: pixels x images")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seconds", type=float, default=seconds, help="for each library and shape")
-    parser.add_argument("--peers", default=",".join(names), help="names of peers.py")
+    parser.add_argument(
+        "--peers", type=peer_names, default=",".join(names), help="names of peers.py"
+    )
     parser.add_argument("--peer_python", default=sys.executable, metavar="PATH")
-    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file, too")
+    parser.add_argument("--tolerance", type=float, default=tolerance, help="of the agreement")
+    parser.add_argument("--peaks", type=pathlib.Path, metavar="FILE", help="roofline.py's JSON")
+    parser.add_argument("--json", type=pathlib.Path, help="write the metrics to this file, too")
     return parser
 
 
@@ -215,50 +285,82 @@ def print_rows(
 
 
 def main() -> None:
-    flags = make_parser(list(peers.PEERS)[:6], seconds=12).parse_args()
+    flags = make_parser(list(peers.PEERS)[:6], seconds=12, tolerance=TOLERANCE).parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
-    names = flags.peers.split(",")
-    floors = floor_milliseconds(shapes, flags.precision)  # While nobody holds the memory.
+    names = flags.peers
+    # Measured before any peer holds the device's memory.
+    floors = floor_milliseconds(shapes, flags.precision, flags.peaks)
     as_is = [(name, name.startswith("cnn_jax ")) for name in names]
-    if not pathlib.Path("/dev/nvidia0").exists():  # On a GPU, its memory is what counts.
+    if not is_on_gpu():  # On a GPU the C library's memory does not matter.
         as_is = [(names[0], True), *as_is, *((name, True) for name in names[1:] if "orch" in name)]
-    processes = [Process(name, is_kept, flags.peer_python) for name, is_kept in as_is]
+    started = [Process(name, is_kept, flags.peer_python) for name, is_kept in as_is]
     rows = []
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
-        for process in processes:
+        for process in started:
             stack.callback(process.close)
         folder = pathlib.Path(temporary)
-        worst = check_agreement(processes, folder)
+        processes, worst = check_agreement(started, folder, flags.tolerance)
         print(f"loss and gradients agree to {worst:.1e}\n", flush=True)
         print_header()
         for side, batch_size in shapes:
             seconds = measure(processes, folder, side, batch_size, flags.precision, flags.seconds)
+            processes = [process for process in processes if process.name in seconds]
             row = summarize(seconds, side, batch_size, processes[0].name, floors[side, batch_size])
-            rows.append(row)
+            rows.append(row | {"agreement": worst})
             print_rows(seconds, side, batch_size, row["best_peer_ms"], row["floor_ms"])
-    if flags.json:
-        flags.json.write_text(json.dumps(rows, indent=2) + "\n")
+            write_json(flags.json, rows)
+    exit_if_left_out(started, processes)
+
+
+def is_on_gpu() -> bool:
+    """Whether the libraries compute on an NVIDIA GPU."""
+    return pathlib.Path("/dev/nvidia0").exists() and os.environ.get("JAX_PLATFORMS") != "cpu"
+
+
+def write_json(path: pathlib.Path | None, rows: Any) -> None:
+    """Writes rows to a file, if one is given: what is measured so far survives a time limit."""
+    if path:
+        path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def exit_if_left_out(started: Sequence[Process], processes: Sequence[Process]) -> None:
+    """Raises SystemExit if some of the processes that were started have failed."""
+    working = {process.name for process in processes}
+    if failed := [process.name for process in started if process.name not in working]:
+        sys.exit(f"failed and left out: {', '.join(failed)}")
 
 
 def floor_milliseconds(
-    shapes: tuple[tuple[int, int], ...], precision: str, kind: str = "training"
+    shapes: tuple[tuple[int, int], ...],
+    precision: str,
+    peaks: pathlib.Path | None = None,
+    kind: str = "training",
 ) -> dict[tuple[int, int], float]:
-    """By `roofline.py`, in a process of its own, so that none of this one's memory is in it."""
-    floors = {}
+    """The floors of `roofline.py`, in a process that gives the device's memory back.
+
+    Args:
+      shapes: Pixels on a side, and images in a batch.
+      precision: "float32" or "bfloat16".
+      peaks: The JSON of `roofline.py`, whose rates are used; None to measure them.
+      kind: "training" or "inference".
+    """
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        for side, batch_size in shapes:
-            subprocess.run(
-                [
-                    *(sys.executable, str(pathlib.Path(__file__).with_name("roofline.py"))),
-                    *(f"--image_size={side}", f"--batch_size={batch_size}"),
-                    *(f"--precision={precision}", f"--json={file.name}"),
-                ],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-            found = json.loads(pathlib.Path(file.name).read_text())["rows"]
-            floors[side, batch_size] = next(row["floor_ms"] for row in found if row["kind"] == kind)
-    return floors
+        subprocess.run(
+            [
+                *(sys.executable, str(pathlib.Path(__file__).with_name("roofline.py"))),
+                f"--shapes={','.join(f'{side}x{batch_size}' for side, batch_size in shapes)}",
+                *(f"--precision={precision}", f"--json={file.name}"),
+                *([f"--peaks={peaks}"] if peaks else []),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        rows = json.loads(pathlib.Path(file.name).read_text())["rows"]
+    return {
+        (row["image_size"], row["batch_size"]): row["floor_ms"]
+        for row in rows
+        if row["kind"] == kind
+    }
 
 
 def summarize(

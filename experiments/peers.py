@@ -8,8 +8,10 @@ All compute the same: uint8 images in, the same weights, the same loss and optim
 Weights and gradients travel as arrays named as in this project ("conv1/kernel", ...).
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -69,6 +71,14 @@ class Peer:
     def predict(self) -> np.ndarray:
         """Probabilities float32 [B, C] of the images, from host memory to host memory."""
         raise NotImplementedError
+
+    def exact(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which float32 products are float32, which on GPUs are TF32 by default."""
+        return contextlib.nullcontext()
+
+    def peak_bytes(self) -> int:
+        """The most memory of the device that was in use at once; 0 where it is not known."""
+        return 0
 
 
 class Ours(Peer):
@@ -178,6 +188,19 @@ class Ours(Peer):
     def predict(self) -> np.ndarray:
         return np.asarray(self._jax.device_get(self._forward(self._variables, self._images)))
 
+    def exact(self) -> contextlib.AbstractContextManager[Any]:
+        return self._jax.default_matmul_precision("highest")
+
+    def peak_bytes(self) -> int:
+        return (self._jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+    def digest(self) -> str:
+        """SHA-256 of the train state: equal for two states that are equal bit for bit."""
+        digest = hashlib.sha256()
+        for leaf in self._jax.tree.leaves(self._jax.device_get(self._state)):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
+
 
 class Variant(Ours):
     """The same with some of what makes it fast taken back.
@@ -262,7 +285,10 @@ class Torch(Peer):
         )
         self._images = torch.from_numpy(task.images).to(self._device)
         self._labels = torch.from_numpy(task.labels.astype(np.int64)).to(self._device)
-        compiled = torch.compile if self.is_compiled else lambda function: function
+        # Without dynamic=False the second shape of a process would be compiled for any size.
+        compiled = functools.partial(torch.compile, dynamic=False)
+        if not self.is_compiled:
+            compiled = lambda function: function  # noqa: E731
         self._loss: Callable[[], Any] = compiled(self._eager_loss)
         self._forward: Callable[[Any], Any] = compiled(self._probabilities)
 
@@ -305,6 +331,14 @@ class Torch(Peer):
         with self._torch.inference_mode():
             images = self._torch.from_numpy(self._host_images).to(self._device)
             return self._forward(images).cpu().numpy()
+
+    def exact(self) -> contextlib.AbstractContextManager[Any]:
+        return self._torch.backends.cudnn.flags(
+            enabled=True, benchmark=True, deterministic=False, allow_tf32=False
+        )
+
+    def peak_bytes(self) -> int:
+        return self._torch.cuda.max_memory_allocated() if self._device.type == "cuda" else 0
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -559,11 +593,17 @@ def _serve(name: str) -> None:
             task = load_task(request["data"], request["precision"], request["dropout"])
             peer = PEERS[name](task)
         elif peer is not None and request["do"] == "gradients":
-            loss, gradients = peer.loss_and_gradients()
+            with peer.exact():
+                loss, gradients = peer.loss_and_gradients()
             np.savez(request["to"], allow_pickle=False, **gradients)
             reply["loss"] = loss
         elif peer is not None and request["do"] == "probabilities":
-            np.savez(request["to"], probabilities=peer.predict())
+            with peer.exact():
+                np.savez(request["to"], probabilities=peer.predict())
+        elif peer is not None and request["do"] == "memory":
+            reply["peak_bytes"] = peer.peak_bytes()
+        elif isinstance(peer, Ours) and request["do"] == "digest":
+            reply["digest"] = peer.digest()
         elif peer is not None:
             action = {"train": peer.train, "predict": peer.predict}[request["do"]]
             reply["seconds"] = seconds_of_each(action, request["times"])

@@ -1,7 +1,7 @@
 """The least time that a training step and an inference could take on this machine.
 
-    python experiments/roofline.py [--image_size=224 --batch_size=32] [--precision=float32]
-                                   [--passes] [--json=FILE]
+    python experiments/roofline.py [--image_size=224 --batch_size=32 | --shapes=224x32,64x128]
+                                   [--precision=float32] [--peaks=FILE] [--passes] [--json=FILE]
 
 The roofline model (Williams, Waterman and Patterson 2009): a computation takes at least its
 operations divided by the rate of arithmetic, and at least its bytes divided by the memory's
@@ -40,7 +40,8 @@ Bytes are counted under these assumptions:
 It is a floor of programs of this kind and not of all: one that recomputes instead of storing
 moves fewer bytes (a convolution run twice need not store its output, and the next product
 could normalise and pool as it reads), and Winograd's convolution does fewer multiplications.
-`--passes` prints each pass with the tensors that it reads and writes.
+`--passes` prints each pass with the tensors that it reads and writes. `--peaks` takes the two
+rates from the JSON of another run instead of measuring them.
 """
 
 import argparse
@@ -357,6 +358,12 @@ def table(
     return rows
 
 
+def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """The pixels on a side and the images in a batch of "32x256,224x32"."""
+    pairs = (shape.split("x") for shape in text.split(","))
+    return tuple((int(side), int(batch_size)) for side, batch_size in pairs)
+
+
 def _print_passes(passes: Iterable[Pass]) -> None:
     print(f"{'pass':<26} {'GFLOP':>7}  {'':<5} {'tensor':<31} {'KB':>9}")
     for each in passes:
@@ -371,18 +378,25 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--image_size", type=int)
     parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--shapes", help="such as 32x256,224x32: pixels x images")
     parser.add_argument("--precision", choices=sorted(ACTIVATION_BYTES), default="float32")
+    parser.add_argument("--peaks", type=Path, metavar="FILE", help="the JSON of another run")
     parser.add_argument("--passes", action="store_true", help="print what is moved, too")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     flags = parser.parse_args()
-    shapes = SHAPES
+    shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     if flags.image_size or flags.batch_size:
         shapes = ((flags.image_size or 224, flags.batch_size or 32),)
     model = CNN(num_classes=10)
-    peaks = measure_peaks(flags.precision)
+    if flags.peaks:
+        measured = json.loads(flags.peaks.read_text())
+        if measured["precision"] != flags.precision:
+            parser.error(f"{flags.peaks} was measured with --precision={measured['precision']}")
+        device, peaks = measured["device"], Peaks(**measured["peaks"])
+    else:
+        device, peaks = jax.devices()[0].device_kind, measure_peaks(flags.precision)
     rows = table(model, shapes, flags.precision, peaks)
 
-    device = jax.devices()[0].device_kind
     print(
         f"{device}, {os.cpu_count()} cores, JAX {jax.__version__}, {flags.precision}: "
         f"{peaks.flops_per_second / 1e9:,.0f} GFLOP/s, "

@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import collections
 import math
-import os
 import pathlib
 import random
 import re
@@ -34,9 +33,9 @@ from typing import Any
 import numpy as np
 import requests
 from bench_serve import (
-    HERE,
     MODEL,
     Peer,
+    child_environment,
     free_port,
     load,
     make_bundle,
@@ -59,7 +58,7 @@ class Server:
         self._log = log.open("w")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "cnn_jax.serve", f"--port={self.port}", *flags],
-            env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+            env=child_environment(),
             stdout=self._log,
             stderr=self._log,
         )

@@ -1,4 +1,8 @@
-"""Shared set-up: types are checked at run time, and the CPU is eight devices."""
+"""Shared set-up: types are checked at run time, and the CPU is eight devices.
+
+JAX_PLATFORMS=cuda,cpu runs the tests on a GPU, where those that need several devices are
+skipped (`require_devices`), and JAX_NUM_CPU_DEVICES=1 does so on the CPU.
+"""
 
 import os
 import pathlib
@@ -7,11 +11,14 @@ import sys
 from collections.abc import Iterator
 
 # Before JAX starts. Commands that the tests run inherit the compilation cache.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cnn_jax" / "xla")
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+if os.environ["JAX_PLATFORMS"] != "cpu":
+    # GPUs would multiply float32 as TF32, with 10 bits, which no tolerance here allows for.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 import jax
 import numpy as np
@@ -26,7 +33,8 @@ sys.path.insert(0, str(REPOSITORY))  # For `configs`, which is not installed.
 # Checks the shapes and dtypes in every signature of the package.
 install_import_hook("cnn_jax", "typechecker.check")
 
-jax.config.update("jax_num_cpu_devices", 8)
+if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_NUM_CPU_DEVICES" not in os.environ:
+    jax.config.update("jax_num_cpu_devices", 8)  # Commands that the tests start have one device.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -40,6 +48,18 @@ def write_images(folder: pathlib.Path, per_class: int, seed: int = 0, side: int 
             pixels = rng.integers(0, 120, (height, width, 3), np.uint8)
             pixels[..., 2 - channel] += 100
             Image.fromarray(pixels).save(folder / name / f"{i:03d}.png")
+
+
+def require_devices(count: int) -> None:
+    """Skips a test where there are fewer devices."""
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices, and there are {jax.device_count()}")
+
+
+def require_cpu() -> None:
+    """Skips a test of what is true of a CPU only."""
+    if jax.default_backend() != "cpu":
+        pytest.skip(f"is about the CPU, and JAX computes on {jax.default_backend()}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import require_devices
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -177,6 +178,7 @@ def _mix(x):
 
 
 def test_a_checksum_is_the_same_however_the_array_is_divided():
+    require_devices(2)
     array = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
     mesh = sharding.make_mesh(model=2)
     bits = array.view(np.uint32).ravel().tolist()

@@ -10,6 +10,7 @@ import jax
 import jax.monitoring
 import numpy as np
 import pytest
+from conftest import require_cpu
 
 from cnn_jax import loop, runtime
 from cnn_jax.loop import train_and_evaluate
@@ -23,6 +24,7 @@ from experiments import roofline
 @pytest.fixture(scope="module")
 def lower_step():
     """The specification's training step on a batch of 8 at 64 x 64 pixels, by compiler options."""
+    require_cpu()
     model = CNN(num_classes=10)
     optimizer = make_optimizer(make_schedule(1e-3, 1e-4, total_steps=10), l2=1e-4)
     step = functools.partial(
@@ -91,6 +93,14 @@ def test_xla_is_told_whose_convolutions_to_take(lower_step, parts):
     # fusion of another library's.
     assert (len(by_eigen), len(by_onednn)) in ((8, 0), (3, 5))
     assert not any("(%param_" in line for line in by_eigen)
+
+
+def test_an_option_that_xla_lacks_takes_no_other_with_it(monkeypatch):
+    require_cpu()
+    known = runtime.compiler_options()
+    assert set(known) == set(runtime._CPU_OPTIONS)
+    monkeypatch.setattr(runtime, "_CPU_OPTIONS", {"xla_cpu_removed": True, **known})
+    assert runtime.compiler_options.__wrapped__() == known
 
 
 @pytest.mark.parametrize("place", ["host", "device"])

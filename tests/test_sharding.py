@@ -4,7 +4,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, require_cpu, require_devices
 
 from cnn_jax import sharding
 from cnn_jax.errors import ConfigError, DataError
@@ -30,6 +30,7 @@ def test_several_batches_are_divided_by_example_and_not_by_step():
 
 
 def test_one_process_loads_every_row_whatever_the_order_of_its_devices():
+    require_devices(2)
     devices = jax.devices()[::-1]
     mesh = sharding.make_mesh(2, devices)
     rows = sharding.local_rows(sharding.split_by_example(mesh), 12)
@@ -38,6 +39,7 @@ def test_one_process_loads_every_row_whatever_the_order_of_its_devices():
 
 @pytest.mark.parametrize("model", [1, 2, 4])
 def test_large_arrays_are_divided_by_their_last_dimension(model):
+    require_devices(model)
     mesh = sharding.make_mesh(model)
     shapes = {"large": (3, 3, 64, 128), "small": (128,), "odd": (400, 129)}
     tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
@@ -49,6 +51,7 @@ def test_large_arrays_are_divided_by_their_last_dimension(model):
 
 
 def test_a_whole_array_can_be_laid_out_anyhow():
+    require_devices(2)
     mesh = sharding.make_mesh(2)
     array = np.random.default_rng(0).normal(size=(256, 128)).astype(np.float32)
     shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
@@ -93,6 +96,7 @@ def test_without_flags_and_without_a_cluster_there_is_one_process():
 
 
 def test_memory_of_a_device_is_told():
+    require_cpu()
     assert 1e8 < sharding.device_bytes() * jax.local_device_count() < 1e14
     assert 0 < sharding.free_device_bytes() <= sharding.device_bytes()
     assert sharding.accelerator_bytes() == 0  # A CPU is none.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import require_devices
 
 from cnn_jax import sharding
 from cnn_jax.data import augment, mix
@@ -206,6 +207,7 @@ def test_many_devices_train_as_one_does(shape, mixing, monkeypatch):
     """BatchNorm normalises by the whole batch, and the metrics are those of all of it."""
     monkeypatch.setattr(sharding, "_LEAST_DIVIDED", 64)
     data, model = shape
+    require_devices(data * model)
     mesh = sharding.make_mesh(model, jax.devices()[: data * model])
     everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
     of_state = sharding.split_large(mesh, jax.eval_shape(_state))
@@ -334,6 +336,7 @@ def test_each_part_of_a_batch_has_its_own_dropout():
 
 
 def test_parts_leave_every_row_on_its_device():
+    require_devices(2)
     mesh = sharding.make_mesh()
     by_example = sharding.split_by_example(mesh)
     step = functools.partial(_train_step(PLAIN), accumulation_steps=2)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import require_devices
 
 from cnn_jax import sharding
 from cnn_jax.data import mix
@@ -199,6 +200,7 @@ def test_a_batch_of_one_stays_as_it_is():
 
 def test_devices_change_no_number():
     """The first row of each device has its partner on another."""
+    require_devices(8)
     images, targets, mask = _batch()
     function = functools.partial(mix.mix_batch, mixing=BOTH)
     mesh = sharding.make_mesh()

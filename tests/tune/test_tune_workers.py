@@ -26,7 +26,7 @@ def processes():
     folders = [pathlib.Path(fakes.__file__).parent, REPOSITORY]
     with pytest.MonkeyPatch.context() as patch:
         # It gets nothing of this process's sys.path.
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)), prepend=os.pathsep)
         forkserver.ensure_running()
     return context
 
