@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,14 @@ from cnn_jax.data.sources import PATTERN
 from cnn_jax.errors import ConfigError, Interrupted, UserError
 from cnn_jax.loop import train_and_evaluate
 from cnn_jax.metrics import HEADLINE
-from cnn_jax.predict import AnyImage, Prediction, Predictor, list_images, predict_batch
+from cnn_jax.predict import (
+    AnyImage,
+    Prediction,
+    Predictor,
+    list_images,
+    predict_batch,
+    single_images,
+)
 from cnn_jax.report.run_report import write_report
 
 # Rows that are shown of many predictions.
@@ -206,15 +213,23 @@ class Run:
         """Predicts images of any kind and size; an unreadable image affects no other.
 
         Args:
-          images: An image, a folder, or several images: paths, bytes of image files, Pillow
-            images, and uint8 arrays [h, w, 3] or [h, w], or [n, h, w, 3] for several.
+          images: A folder of images, or what `predict_batch` takes: one image or several.
+
+        Raises:
+          DataError: The folder has no images.
+          TypeError: `images` is neither an image nor an iterable of images.
         """
-        several = _several(images)
-        names = [
-            str(image) if isinstance(image, str | os.PathLike) else f"image {number}"
-            for number, image in enumerate(several)
-        ]
-        return Predictions(predict_batch(self.predictor, several), names, self.class_names)
+        if isinstance(images, str | os.PathLike) and pathlib.Path(images).expanduser().is_dir():
+            images = list_images(pathlib.Path(images).expanduser())
+        names: list[str] = []
+
+        def named() -> Iterator[AnyImage]:
+            for number, image in enumerate(single_images(images)):
+                is_path = isinstance(image, str | os.PathLike)
+                names.append(str(image) if is_path else f"image {number}")
+                yield image
+
+        return Predictions(predict_batch(self.predictor, named()), names, self.class_names)
 
     def __repr__(self) -> str:
         where = str(self.bundle if self.workdir is None else self.workdir)
@@ -229,16 +244,6 @@ class Run:
         ]
         keys = [key for key in HEADLINE if all(key in m for m in self.metrics.values())]
         return f"<p>{html.escape(repr(self)[1:-1])}</p>" + _table(["", *keys], rows)
-
-
-def _several(images: AnyImage | Iterable[AnyImage]) -> Sequence[AnyImage]:
-    """Images as a sequence; a folder is the images below it, as a path."""
-    if isinstance(images, str | os.PathLike) and pathlib.Path(images).expanduser().is_dir():
-        return list_images(pathlib.Path(images).expanduser())
-    is_array_of_one = isinstance(images, np.ndarray) and images.ndim < 4
-    if is_array_of_one or not isinstance(images, Iterable) or isinstance(images, str | bytes):
-        return [images]  # pyright: ignore[reportReturnType]
-    return list(images)
 
 
 class Predictions(list[Prediction]):

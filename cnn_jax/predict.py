@@ -299,7 +299,7 @@ def predict_batch(predictor: Predictor, images: AnyImage | Iterable[AnyImage]) -
                 predictions[row] = _prediction(row_probabilities, predictor.class_names)
             rows.clear()
 
-    for row, image in enumerate(_single_images(images)):
+    for row, image in enumerate(single_images(images)):
         predictions.append(Prediction())
         try:
             batch[len(rows)] = preprocess_for_inference(image, predictor.preprocessing)
@@ -314,7 +314,7 @@ def predict_batch(predictor: Predictor, images: AnyImage | Iterable[AnyImage]) -
     return predictions
 
 
-def _single_images(images: object) -> Iterator[AnyImage]:
+def single_images(images: object) -> Iterator[AnyImage]:
     """The images of an argument that is one image or an iterable of them.
 
     Raises:

@@ -33,7 +33,7 @@ NUM_CROPS, MAX_FILES = 60, 500
 
 def scaled(encoded: bytes, side: int, factor: float) -> np.ndarray:
     """The picture at `side` x `side`, scaled in the transform down to `factor` times that."""
-    height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)
+    height, width = (int(side) for side in simplejpeg.decode_jpeg_header(encoded)[:2])
     least = min(factor * side, max(height, width))
     pixels = simplejpeg.decode_jpeg(
         encoded, min_height=min(height, math.ceil(least)), min_width=min(width, math.ceil(least))
