@@ -80,7 +80,13 @@ class Console:
     def __init__(self, *, is_silent: bool = False) -> None:
         """On stderr; or nowhere, for all but one of the processes of a run."""
         self._console = _Screen(
-            stderr=True, highlight=False, markup=False, quiet=is_silent, force_jupyter=False
+            stderr=True,
+            highlight=False,
+            markup=False,
+            quiet=is_silent,
+            force_jupyter=False,
+            # A notebook's stderr says that it is a terminal; each move of a bar would be a line.
+            force_terminal=False if _is_notebook() else None,
         )
 
     @property
@@ -200,8 +206,12 @@ class NotebookConsole(Console):
 
 def console_here() -> Console:
     """A `NotebookConsole` in a notebook, else a `Console`."""
+    return NotebookConsole() if _is_notebook() else Console()
+
+
+def _is_notebook() -> bool:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return NotebookConsole() if hasattr(shell, "kernel") else Console()
+    return hasattr(shell, "kernel")
 
 
 def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
