@@ -152,7 +152,7 @@ def tests_summary(log: str) -> dict[str, Any]:
         outcome = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
         if test and outcome and not line.startswith(("FAILED", "ERROR", "SKIPPED")):
             outcomes[test[0].strip()] = outcome[1].lower()
-    counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
+    counts: dict[str, int] = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
     for outcome in outcomes.values():
         counts[outcome] += 1
     failures = [test for test, outcome in outcomes.items() if outcome in ("failed", "error")]
