@@ -230,8 +230,12 @@ _NOTEBOOK = [
     "run.report",
     "run.report.figures['confusion']",
     "cnn_jax.train('nowhere')",
-    "import os, signal, threading\n"
-    "threading.Timer(8, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
+    "import os, pathlib, signal, threading, time\n"
+    "def interrupt():\n"
+    "    while not pathlib.Path('long/metrics.jsonl').exists():\n"
+    "        time.sleep(0.1)\n"
+    "    os.kill(os.getpid(), signal.SIGINT)\n"
+    "threading.Thread(target=interrupt).start()\n"
     "cnn_jax.train(SOURCE, workdir='long', epochs=100_000, patience=100_000, **TINY)",
     "'the kernel is alive'",
 ]
