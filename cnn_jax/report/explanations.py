@@ -188,7 +188,8 @@ def _importance(section: Mapping[str, Any], figure: Figure, theme: Theme) -> Non
     """Loss gained by each feature, the most important first."""
     axes = style.plain(figure.subplots(), theme)
     values = section["importance"]
-    axes.bar(np.arange(1, len(values) + 1), values, width=1.0, color=theme.accent)
+    # One outline: hundreds of bars take several times as long.
+    axes.stairs(values, np.arange(len(values) + 1) + 0.5, fill=True, color=theme.accent)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.grid(visible=False, axis="x")
     axes.set(xlabel="features, the most important first", ylabel="loss gained (nats)")

@@ -215,8 +215,7 @@ def _draw_charts(survey: Survey, folder: pathlib.Path) -> dict[str, tuple[int, i
     if survey.levels.any():
         plots["levels"] = _plot_levels
     for name, plot in plots.items():
-        for theme in style.THEMES:
-            style.draw(folder / f"{name}{theme.suffix}.png", theme, functools.partial(plot, survey))
+        style.draw(folder / f"{name}.png", functools.partial(plot, survey))
     width, height = style.SIZE
     return dict.fromkeys(plots, (round(96 * width), round(96 * height)))
 

@@ -1,5 +1,6 @@
 """The report of a run: its page, the pictures beside it, and all its figures as JSON."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -7,7 +8,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from cnn_jax import run_directory, sharding
 from cnn_jax.configuration import Config
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track, scan
+from cnn_jax.data.splits import SPLITS
 from cnn_jax.errors import UserError
 from cnn_jax.explain.overlay import under_map
 from cnn_jax.report import charts, explanations, qualities, sections, style, thumbnails, words
@@ -25,7 +27,8 @@ from cnn_jax.report.run import FORMAT, MissingError, Network, Run, read_run
 from cnn_jax.report.sections import Figures
 
 # The sections that take longer than all others, by their names in metrics.json.
-_FULL = {"explanations": explanations.explanations, "robustness": qualities.qualities}
+# Corruptions come first: their charts, which take longest, are drawn during the explanations.
+_FULL = {"robustness": qualities.qualities, "explanations": explanations.explanations}
 # The longer side of the images on the page, in pixels of their files.
 _SIDE = 144
 # The page's sections, in its order.
@@ -91,22 +94,29 @@ def _write(
     measuring = _seconds_since_training(workdir) if after_training else 0.0
     run = read_run(workdir, track, source)
     watch.lap("predictions")
-    new, missing = _sections(run, detail, track, watch)
-    figures = run.figures | new | {"missing": missing, "methods": words.METHODS, "format": FORMAT}
-    figures["run"] = _facts(run, figures.get("run"), after_training)
-    figures["summary"] = words.summary(figures)
-
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
     if run.network is not None:  # Else those of an earlier report stay.
         shutil.rmtree(folder / "examples", ignore_errors=True)
         (folder / "examples").mkdir()
-        _draw_examples(run.network, sections.examples(new), folder, detail == "full", track)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        try:
+            new, missing, drawings = _sections(run, detail, track, watch, folder, thread)
+            for drawing in drawings:
+                drawing.result()
+        finally:  # Without this, an interrupt would wait for all of them.
+            thread.shutdown(cancel_futures=True)
+    figures = run.figures | new | {"missing": missing, "methods": words.METHODS, "format": FORMAT}
+    figures["run"] = _facts(run, figures.get("run"), after_training)
+    figures["summary"] = words.summary(figures)
+
+    if run.network is not None:
+        _draw_examples(run.network, sections.examples(new), folder, detail == "full")
         if "augmentation" in new:
             _draw_augmentation(run, folder)
     _draw_pictures(run, new, folder)
     watch.lap("images")
-    drawn = _draw_charts(figures, folder, track)
+    drawn = _draw_charts(figures, folder, already=new)
     watch.lap("charts")
     if after_training:
         figures["run"]["time"] = words.time_spent(
@@ -166,22 +176,37 @@ def report_after_training(workdir: str | os.PathLike[str], config: Config) -> No
 
 
 def _sections(
-    run: Run, detail: str, track: Track, watch: _Stopwatch
-) -> tuple[Figures, dict[str, str]]:
-    """The sections that can be made, and why the others cannot, by name."""
-    made, missing = {}, {}
+    run: Run,
+    detail: str,
+    track: Track,
+    watch: _Stopwatch,
+    folder: pathlib.Path,
+    thread: concurrent.futures.Executor,
+) -> tuple[Figures, dict[str, str], list[concurrent.futures.Future[Any]]]:
+    """Makes all sections; a thread draws those that are ready, while the network is at work.
+
+    Returns:
+      The sections that can be made, why the others cannot, by name, and the drawings under way.
+    """
+    made, missing, drawings = {}, {}, []
     if not run.is_measured():
         missing["figures"] = run.why_no_network
-    wanted = sections.SECTIONS | (_FULL if detail == "full" else {})
+    full = _FULL if detail == "full" else {}
+    wanted = sections.SECTIONS | full
+    splits = {split: run.figures[split] for split in SPLITS if split in run.figures}
     for name, make in track(wanted.items(), "reporting", len(wanted)):
+        if name in full and run.network is not None and name == next(iter(full)):
+            examples = sections.examples(dict(made))
+            drawings.append(thread.submit(_draw_examples, run.network, examples, folder, True))
         try:
             made[name] = make(run)
+            drawings.append(thread.submit(_draw_charts, splits | {name: made[name]}, folder))
         except MissingError as reason:
             missing[name] = str(reason)
         watch.lap(name)
     for name in _FULL.keys() - wanted.keys():
         missing[name] = "Left out of this report (report.detail); cnn_jax.report makes the whole."
-    return made, missing
+    return made, missing, drawings
 
 
 def _facts(run: Run, before: object, after_training: bool) -> Figures:
@@ -204,22 +229,19 @@ def _facts(run: Run, before: object, after_training: bool) -> Figures:
 
 
 def _draw_examples(
-    network: Network,
-    examples: list[Figures],
-    folder: pathlib.Path,
-    are_explained: bool,
-    track: Track,
+    network: Network, examples: list[Figures], folder: pathlib.Path, are_explained: bool
 ) -> None:
-    """Draws each image once, and once more under its map if they are explained."""
-    by_position = {shown["position"]: shown for shown in examples}
+    """Draws each image that is not there yet, and once more under its map if they are explained."""
+    by_position = {
+        shown["position"]: shown for shown in examples if not (folder / shown["picture"]).exists()
+    }
     positions = list(by_position)
     preprocessing = network.predictor.preprocessing
 
     def load(position: int) -> Image.Image | None:
         return thumbnails.load_thumbnail(network.source, position, preprocessing, _SIDE)
 
-    loaded = track(scan.on_all_cores(load, positions), "drawing images", len(positions))
-    images = dict(zip(positions, loaded, strict=True))
+    images = dict(zip(positions, scan.on_all_cores(load, positions), strict=True))
     for position, image in images.items():
         if image is not None:
             thumbnails.save_small(image, folder / by_position[position]["picture"])
@@ -254,15 +276,26 @@ def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> None:
             made[name]["pictures"] = draw(run, folder)
 
 
-def _draw_charts(figures: Figures, folder: pathlib.Path, track: Track) -> list[str]:
-    """Draws what there are figures for, in both themes; returns the names of the charts."""
-    found = charts.charts_of(figures) | explanations.charts(figures) | qualities.charts(figures)
-    drawings = [(name, theme) for name in found for theme in style.THEMES]
-    for name, theme in track(drawings, "drawing charts", len(drawings)):
-        chart = found[name]
-        path = folder / f"{name}{theme.suffix}.png"
-        style.draw(path, theme, chart.plot, chart.size, chart.dpi)
-    return list(found)
+def _draw_charts(figures: Figures, folder: pathlib.Path, already: Container[str] = ()) -> list[str]:
+    """Draws what there are figures for, in both themes; returns the names of the charts.
+
+    Args:
+      figures: The content of metrics.json, or a part of it.
+      folder: Where to.
+      already: Sections whose charts are drawn.
+    """
+    names = []
+    for section in figures:
+        of_section = {name: figures[name] for name in (*SPLITS, section) if name in figures}
+        for name, chart in _charts(of_section).items():
+            names.append(name)
+            if section not in already:
+                style.draw(folder / f"{name}.png", chart.plot, chart.size, chart.dpi)
+    return names
+
+
+def _charts(figures: Figures) -> dict[str, charts.Chart]:
+    return charts.charts_of(figures) | explanations.charts(figures) | qualities.charts(figures)
 
 
 # The page.

@@ -98,8 +98,7 @@ def charts_of(study: Study) -> dict[str, Chart]:
 
 def _draw_charts(study: Study, folder: pathlib.Path) -> None:
     for name, chart in charts_of(study).items():
-        for theme in style.THEMES:
-            style.draw(folder / f"{name}{theme.suffix}.png", theme, *chart)
+        style.draw(folder / f"{name}.png", *chart)
 
 
 # The page.

@@ -103,17 +103,30 @@ THEMES = (
 Plot = Callable[[Figure, Theme], None]
 
 
-def draw(
-    path: pathlib.Path, theme: Theme, plot: Plot, size: tuple[float, float] = SIZE, dpi: int = DPI
-) -> None:
-    """Saves a chart on a transparent ground; `size` is (width, height) in inches."""
-    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    plot(figure, theme)
-    for part in (figure, *figure.axes):
-        part.patch.set_alpha(0)
-    canvas.draw()  # Once, where `savefig` lays out and draws twice.
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(path, dpi=(dpi, dpi))
+def draw(path: pathlib.Path, plot: Plot, size: tuple[float, float] = SIZE, dpi: int = DPI) -> None:
+    """Saves a chart in both themes on a transparent ground, the dark one beside the light one.
+
+    The text is the same in both, so the light chart's layout, half of the work, is the dark one's.
+
+    Args:
+      path: The file of the light chart.
+      plot: Draws the chart.
+      size: (width, height) in inches.
+      dpi: Dots per inch of the files.
+    """
+    positions = []
+    for theme in THEMES:
+        figure = Figure(figsize=size, dpi=dpi, layout=None if positions else "constrained")
+        canvas = FigureCanvasAgg(figure)
+        plot(figure, theme)
+        for part in (figure, *figure.axes):
+            part.patch.set_alpha(0)
+        for axes, position in zip(figure.axes, positions, strict=False):
+            axes.set_position(position)
+        canvas.draw()  # Once, where `savefig` lays out and draws twice.
+        positions = [axes.get_position(original=True) for axes in figure.axes]
+        pixels = np.asarray(canvas.buffer_rgba())
+        Image.fromarray(pixels).save(path.with_stem(path.stem + theme.suffix), dpi=(dpi, dpi))
 
 
 def plain(axes: Axes, theme: Theme) -> Axes:

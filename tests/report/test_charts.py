@@ -10,11 +10,11 @@ from cnn_jax.report import charts, style
 
 
 def _drawn(path, plot, size=style.SIZE, dpi=40):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Such as of a character that the font lacks.
+        style.draw(path, plot, size, dpi)
     for theme in style.THEMES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Such as of a character that the font lacks.
-            style.draw(path, theme, plot, size, dpi)
-        assert np.asarray(Image.open(path))[..., 3].any()
+        assert np.asarray(Image.open(path.with_stem(path.stem + theme.suffix)))[..., 3].any()
     return Image.open(path).size
 
 

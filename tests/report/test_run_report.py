@@ -130,9 +130,12 @@ def reported(finished, tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Charts of one pixel, where they are not the point."""
-    monkeypatch.setattr(
-        run_report.style, "draw", lambda path, *_: Image.new("RGBA", (1, 1)).save(path)
-    )
+
+    def draw(path, *_):
+        for theme in run_report.style.THEMES:
+            Image.new("RGBA", (1, 1)).save(path.with_stem(path.stem + theme.suffix))
+
+    monkeypatch.setattr(run_report.style, "draw", draw)
 
 
 def _written(workdir):
@@ -396,6 +399,7 @@ def test_a_network_at_chance_passes_no_check_of_its_maps(run, monkeypatch):
         }
 
     monkeypatch.setattr(run_report.explanations.checks, "judge", judge)
+    monkeypatch.setattr(run_report.explanations.checks, "why_no_verdict", lambda count: "")
     monkeypatch.setattr(run_report, "_FULL", {"explanations": run_report.explanations.explanations})
     for beats_chance in (True, False):
         monkeypatch.setattr(

@@ -117,11 +117,11 @@ def test_what_there_is_something_to_draw_of_is_drawn(name, tmp_path):
     assert set(charts) == expected | {f"slice_{number:02d}" for number in range(slices)}
     if name == "large":  # Its first slices are like those of the typical study.
         charts = dict(list(charts.items())[:4] + list(charts.items())[-3:])
-    for number, (file, chart) in enumerate(charts.items()):
+    for file, chart in charts.items():
         path = tmp_path / f"{file}.png"
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Such as of a character that the font lacks.
-            style.draw(path, style.THEMES[number % 2], chart.plot, chart.size, 40)
+            style.draw(path, chart.plot, chart.size, 40)
         with Image.open(path) as image:
             assert np.asarray(image)[..., 3].any()
             assert image.size == (int(chart.size[0] * 40), int(chart.size[1] * 40))
@@ -147,7 +147,7 @@ def test_odd_names_and_ranges_are_drawn(tmp_path):
     for name, chart in charts_of(study).items():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            style.draw(tmp_path / f"{name}.png", style.THEMES[0], chart.plot, chart.size, 40)
+            style.draw(tmp_path / f"{name}.png", chart.plot, chart.size, 40)
 
 
 # The page.
@@ -230,9 +230,10 @@ def test_two_may_write_the_page_at_once(tmp_path, monkeypatch):
 
     def write(colour, meanwhile=lambda: None):
         def draw(path, *_):
-            if path.name == "slice_00_dark.png":  # The last.
+            if path.name == "slice_00.png":  # The last.
                 meanwhile()
-            Image.new("RGB", (1, 1), colour).save(path)
+            for theme in style.THEMES:
+                Image.new("RGB", (1, 1), colour).save(path.with_stem(path.stem + theme.suffix))
 
         monkeypatch.setattr(style, "draw", draw)
         pages[colour] = _parsed(study, tmp_path)
