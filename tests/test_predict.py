@@ -238,7 +238,7 @@ def test_a_generator_may_reuse_its_memory(predictor):
 def test_what_is_neither_an_image_nor_images_is_one_error(images, message):
     # Not by `predict_batch`, whose types are checked in the tests before it can say so.
     with pytest.raises(TypeError, match=message):
-        predict._single_images(images)
+        predict.single_images(images)
 
 
 @pytest.mark.parametrize("value", [5, None, [[1, 2], [3, 4]], {"b64": ""}])

@@ -119,9 +119,9 @@ def test_all_commands_as_a_person_gives_them(place, bundles):
     [
         ([], "the following arguments are required: COMMAND"),
         (["adopt"], "invalid choice: 'adopt'"),
-        (["add", "flowers"], "the following arguments are required: BUNDLE"),
+        (["add", "flowers"], "the following arguments are required: RUN"),
         (["add", "../x", "bundle"], "argument MODEL: model: must be 1 to 100 letters"),
-        (["add", "flowers", ""], "argument BUNDLE: must not be empty"),
+        (["add", "flowers", ""], "argument RUN: must not be empty"),
         (["show", "flowers@7"], "alias: must not be a number"),
         (["show", "../x"], "argument MODEL[@ALIAS|/VERSION]: model: must be"),
         (["promote", "flowers", "1", "--alias=7"], "argument --alias: alias: must not be a numb"),
