@@ -201,25 +201,27 @@ def test_children_find_the_repository_before_the_callers_packages(experiments_on
 def test_a_library_that_fails_is_left_out(experiments_on_path, capsys):
     import bench_train
 
-    class Working:
-        name = "cnn_jax"
+    def start(name, program):
+        process = bench_train.Process(name, peer_python=program)
+        process.send(do="open")
+        return process
 
-        def close(self):
-            raise AssertionError("a working process is closed")
-
-    failing = bench_train.Process("PyTorch", peer_python="false")
-
-    def action(process):
-        if process is failing:
-            process.ask(do="open")
-
-    working = Working()
-    assert bench_train.without_failures([working, failing], action) == [working]
-    assert "left out: PyTorch failed" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="PyTorch"):
-        bench_train.exit_if_left_out([working, failing], [working])
+    # `cat` sends each request back as its answer, and `false` ends at once.
+    working, failing = start("PyTorch", "false"), start("torch.compile", "false")
+    echo = ["cat"]
+    working._process = subprocess.Popen(echo, stdin=-1, stdout=-1, text=True)
+    working.send(do="open")
+    try:
+        found = bench_train.without_failures([working, failing], lambda each: each.receive())
+        assert found == [working]
+        assert "left out: torch.compile failed" in capsys.readouterr().out
+        with pytest.raises(SystemExit, match=r"torch\.compile"):
+            bench_train.exit_if_left_out([working, failing], found)
+    finally:
+        working.close()
+    alone = start("PyTorch", "false")
     with pytest.raises(SystemExit, match="nothing can be compared"):
-        bench_train.without_failures([failing], lambda process: process.ask(do="open"))
+        bench_train.without_failures([alone], lambda each: each.receive())
 
 
 def test_names_of_libraries_are_checked(experiments_on_path):
