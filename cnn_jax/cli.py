@@ -8,10 +8,10 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
-import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -109,14 +109,35 @@ def columns() -> int:
     return shutil.get_terminal_size().columns
 
 
-def wrap(text: str, width: int) -> str:
+def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
+    """A line in parts that are no wider, unless a single word is.
+
+    Args:
+      line: The line. Spaces within a part stay as they are.
+      width: Columns of the terminal; None for any number.
+      indent: Spaces before each part but the first.
+    """
+    from rich.cells import cell_len  # Characters of some scripts take two columns.
+
+    if width is None or cell_len(line) <= width:
+        return [line]
+    parts, part = [], ""
+    for word in re.findall(r"\s*\S+", line):
+        if part.strip() and cell_len(part + word) > width:
+            parts.append(part)
+            part, word = " " * indent, word.lstrip()
+        part += word
+    return [*parts, part]
+
+
+def fill(text: str, width: int) -> str:
     """Breaks a line between words, so that no part is wider than the width if that can be."""
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap(text, width))
 
 
-def fit(text: str, file: IO[str] | None) -> str:
-    """Breaks a line between words if the file is a terminal; else returns it unchanged."""
-    return wrap(text, columns()) if file is not None and file.isatty() else text
+def fit(text: str, file: Any) -> str:
+    """Breaks a line between words if `file`, a text file or None, is a terminal."""
+    return fill(text, columns()) if file is not None and file.isatty() else text
 
 
 def _hide_late_callbacks(unraisable: "sys.UnraisableHookArgs") -> None:

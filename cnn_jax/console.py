@@ -5,7 +5,6 @@ output instead, which is updated in place.
 """
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,9 +14,9 @@ import rich.cells
 import rich.console
 import rich.progress
 import rich.table
-from rich.cells import cell_len
 
 from cnn_jax import cli
+from cnn_jax.cli import wrap
 
 # The columns of the epochs' table, in groups: a column's name and its width.
 _GROUPS: dict[str, dict[str, int]] = {
@@ -55,7 +54,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str
     for name, *numbers in lines:
         length = rich.cells.cell_len(name)
         if length > room:
-            text.append(cli.wrap(name, width))
+            text.append(cli.fill(name, width))
             name, length = "", 0
         cells = (f"  {cell:>{size}}" for cell, size in zip(numbers, widths[1:], strict=True))
         text.append(f"{name}{' ' * (room - length)}{''.join(cells)}".rstrip())
@@ -212,25 +211,6 @@ def console_here() -> Console:
 def _is_notebook() -> bool:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return hasattr(shell, "kernel")
-
-
-def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
-    """A line in parts that are no wider, unless a single word is.
-
-    Args:
-      line: The line. Spaces within a part stay as they are.
-      width: Columns of the terminal; None for any number.
-      indent: Spaces before each part but the first.
-    """
-    if width is None or cell_len(line) <= width:
-        return [line]
-    parts, part = [], ""
-    for word in re.findall(r"\s*\S+", line):
-        if part.strip() and cell_len(part + word) > width:
-            parts.append(part)
-            part, word = " " * indent, word.lstrip()
-        part += word
-    return [*parts, part]
 
 
 class TrainingDisplay:

@@ -263,10 +263,10 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
     ]
     return "\n".join(
         (
-            cli.wrap(title, width),
+            cli.fill(title, width),
             "",
             table(("", "value", "95 % interval"), metrics, width),
-            cli.wrap("Precision, recall and F1 are means over the classes.", width),
+            cli.fill("Precision, recall and F1 are means over the classes.", width),
             "",
             table(("class", "precision", "recall", "F1", "images"), classes, width),
         )

@@ -425,9 +425,13 @@ def _restore_or_start(run: _Run, present: Mapping[str, Any] | None) -> _Progress
 
 
 def _training_batches(
-    run: _Run, loader: pipeline.Loader, augmentation: Augmentation, start: int = 0
+    run: _Run,
+    loader: pipeline.Loader,
+    augmentation: Augmentation,
+    start: int = 0,
+    stop: int | None = None,
 ) -> contextlib.closing[Generator[pipeline.NumpyBatch, None, None]]:
-    """The run's training batches from step `start` on, with the given augmentation."""
+    """The run's training batches from `start` on, before `stop` if that is given."""
     config = run.config
     return pipeline.training_batches(
         loader,
@@ -437,6 +441,7 @@ def _training_batches(
         place=config.augment.place,
         seed=config.seed,
         start=start,
+        stop=stop,
         balanced=config.train.balance == "sampling",
         rows=run.programs.rows,
     )
@@ -449,7 +454,7 @@ def _end_epoch(run: _Run, progress: _Progress) -> dict[str, Any]:
       TrainingError: The validation loss is not finite.
     """
     last_step = progress.step - 1
-    progress.state = _with_statistics(run, progress.state)
+    progress.state = _estimate_statistics(run, progress.state)
     validation = _validate(run, progress.state)
     if not math.isfinite(validation["loss"]):
         raise _not_finite("the validation loss", last_step, run.schedule)
@@ -572,7 +577,7 @@ def _learning_rate(schedule: optax.Schedule, step: int) -> float:
         return np.asarray(schedule(step)).item()
 
 
-def _with_statistics(run: _Run, state: TrainState) -> TrainState:
+def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
     """The state with BatchNorm's statistics of its present parameters.
 
     They are those of training images as they are, without augmentation: always the
@@ -585,8 +590,8 @@ def _with_statistics(run: _Run, state: TrainState) -> TrainState:
     statistics = programs.empty_statistics()
     # Worker processes would take longer to start than a few batches take to read.
     loader = dataclasses.replace(run.dataset.loader, workers=0)
-    with _training_batches(run, loader, augmentation=Augmentation()) as batches:
-        for batch in itertools.islice(batches, count):
+    with _training_batches(run, loader, Augmentation(), stop=count) as batches:
+        for batch in batches:
             run.heartbeat.beat("estimating statistics")
             with jax.transfer_guard("disallow"):
                 batch = programs.to_devices(batch)

@@ -137,7 +137,7 @@ def make_programs(
         start = state, Metrics.empty(model.num_classes)
         return jax.lax.scan(step, start, batches)[0]
 
-    def with_batch(
+    def add_batch(
         statistics: Statistics,
         variables: PyTree,
         batch: Mapping[str, Array],
@@ -159,7 +159,7 @@ def make_programs(
     everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
     by_step = sharding.split_by_step_and_example(mesh)
     of_state = sharding.split_large(mesh, jax.eval_shape(init))
-    of_statistics = Statistics(everywhere, of_state.batch_stats)
+    statistics_sharding = Statistics(everywhere, of_state.batch_stats)
     jit_training = functools.partial(
         jax.jit,
         donate_argnums=0,
@@ -172,15 +172,16 @@ def make_programs(
             functools.partial(Metrics.empty, model.num_classes), out_shardings=everywhere
         ),
         empty_statistics=jax.jit(
-            lambda: Statistics.empty(jax.eval_shape(init).batch_stats), out_shardings=of_statistics
+            lambda: Statistics.empty(jax.eval_shape(init).batch_stats),
+            out_shardings=statistics_sharding,
         ),
         train_step=jit_training(training, in_shardings=(of_state, by_example, everywhere)),
         train_steps=jit_training(several, in_shardings=(of_state, by_step, everywhere)),
         update_statistics=jax.jit(
-            with_batch,
+            add_batch,
             donate_argnums=0,
-            in_shardings=(of_statistics, of_state.variables, by_example, everywhere),
-            out_shardings=of_statistics,
+            in_shardings=(statistics_sharding, of_state.variables, by_example, everywhere),
+            out_shardings=statistics_sharding,
             compiler_options=runtime.compiler_options(),
         ),
         eval_step=jax.jit(

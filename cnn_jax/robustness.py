@@ -434,14 +434,14 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
         for name, found in sorted_corruptions
     ]
     paragraphs = [
-        cli.wrap(title, width),
-        cli.wrap(
+        cli.fill(title, width),
+        cli.fill(
             f"Clean images: accuracy {percent(clean['accuracy'])}, mean confidence "
             f"{percent(clean['confidence'])}, expected calibration error "
             f"{percent(clean['expected_calibration_error'])}.",
             width,
         ),
-        cli.wrap(
+        cli.fill(
             "Accuracy in % on corrupted images, the lowest first: the mean over the severities, at "
             "severity 1 to 5, and the first severity at which it is 10 percentage points lower "
             "than on clean images.",
@@ -454,7 +454,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
         count = sum(name in IMAGENET_C for name in corruptions)
         more = round(100 * result["relative_mean_corruption_error"], 1) + 0.0  # Never -0.0.
         paragraphs.append(
-            cli.wrap(
+            cli.fill(
                 f"Mean error over the {count} corruptions of "
                 f"ImageNet-C: {percent(result['mean_corruption_error'])}, "
                 f"{more:.1f} percentage points more than "

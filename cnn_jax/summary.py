@@ -14,8 +14,9 @@ import numpy as np
 from rich.cells import cell_len, set_cell_size
 
 import cnn_jax
+from cnn_jax.cli import wrap
 from cnn_jax.configuration import Config
-from cnn_jax.console import Console, wrap
+from cnn_jax.console import Console
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
 from cnn_jax.data.mix import Mixing

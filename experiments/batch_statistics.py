@@ -21,7 +21,6 @@ the best validation accuracy, which is the one that a run keeps.
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import pathlib
@@ -114,7 +113,7 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
         config.augment.flip, config.augment.rotation, config.augment.zoom, config.augment.contrast
     )
 
-    def batches(augmentation: Augmentation) -> Any:
+    def batches(augmentation: Augmentation, count: int) -> Any:
         return pipeline.training_batches(
             dataset.loader,
             indices,
@@ -122,12 +121,13 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
             augmentation=augmentation,
             place="host",
             seed=config.seed,
+            stop=count,
         )
 
     def estimate(variables: PyTree, augmentation: Augmentation, count: int) -> PyTree:
         found = Statistics.empty(variables["batch_stats"])
-        with batches(augmentation) as stream:
-            for batch in itertools.islice(stream, count):
+        with batches(augmentation, count) as stream:
+            for batch in stream:
                 found = add_batch(found, variables, batch)
         return found.batch_stats
 
@@ -152,8 +152,8 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
     averages = dict.fromkeys(AVERAGES, state.batch_stats)
     empty = Statistics.empty(state.batch_stats)
     records = []
-    with batches(augmentation) as stream:
-        for number, batch in enumerate(itertools.islice(stream, config.train.epochs * steps), 1):
+    with batches(augmentation, config.train.epochs * steps) as stream:
+        for number, batch in enumerate(stream, 1):
             # The statistics that the step normalises by.
             of_batch = add_batch(empty, state.variables, batch).batch_stats
             averages = update_averages(averages, of_batch, jnp.float32(number))

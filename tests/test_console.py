@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from cnn_jax import summary
-from cnn_jax.console import Console, wrap
+from cnn_jax.cli import wrap
+from cnn_jax.console import Console
 
 _RECORD = {
     f"{split}_{metric}": 1.0

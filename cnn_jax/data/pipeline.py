@@ -150,10 +150,11 @@ def training_batches(
     place: str,
     seed: int,
     start: int = 0,
+    stop: int | None = None,
     balanced: bool = False,
     rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
-    """The endless training stream, from batch `start` on.
+    """The training stream from batch `start` on, which is endless unless `stop` is given.
 
     The examples are shuffled anew for each pass. A batch may span two passes,
     so that every batch is full and no example is seen more often than another.
@@ -170,6 +171,7 @@ def training_batches(
         batch carries the draws "matrix" and "contrast" for `train_step`.
       seed: Seed of the shuffles and draws.
       start: Number of batches to leave out; costs nothing.
+      stop: The number of the first batch that is not wanted: none is read ahead from there on.
       balanced: Whether all classes are seen equally often.
       rows: Those of each batch to load, if other processes load the others; the draws
         are those of the whole batch.
@@ -199,7 +201,7 @@ def training_batches(
         .seed(seed)
         .map(functools.partial(_positions, order=order, batch_size=batch_size))
         .random_map(add_draws)
-        .slice(slice(start, None))
+        .slice(slice(start, stop))
         .map(load)
     )
     return contextlib.closing(_iterate(dataset, loader.workers))

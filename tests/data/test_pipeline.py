@@ -155,6 +155,30 @@ def test_the_stream_can_be_entered_anywhere(source, start):
     _assert_equal(_batches(source, start + 3)[start:], _batches(source, 3, start=start))
 
 
+def test_no_image_is_read_after_the_last_batch_that_is_wanted(source, monkeypatch):
+    loads = []
+    load = Loader.load
+
+    def counting_load(loader, indices):
+        loads.append(len(indices))
+        return load(loader, indices)
+
+    monkeypatch.setattr(Loader, "load", counting_load)
+    stream = training_batches(
+        Loader(source, PREPROCESSING),
+        INDICES,
+        batch_size=8,
+        augmentation=AUGMENTATION,
+        place="host",
+        seed=5,
+        start=1,
+        stop=4,
+    )
+    with stream as batches:
+        assert len(list(batches)) == 3
+    assert loads == [8] * 3
+
+
 def test_the_seed_decides_order_and_draws(source):
     first, second = _batches(source, 1)[0], _batches(source, 1, seed=6)[0]
     assert not np.array_equal(first["image"], second["image"])
