@@ -13,6 +13,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from cnn_jax.serve.limits import Limits, Refused
 
+# Inputs of a page in which no file was chosen.
+_MOST_EMPTY = 32
 # How an image begins in a page's source (RFC 2397).
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 # Of the headers of a part.
@@ -84,6 +86,7 @@ class _Form:
 
     def __init__(self, most: int):
         self.parts: list[Part] = []
+        self._count = 0
         self.is_complete = False
         self._most = most
         self._content: list[bytes] = []
@@ -95,6 +98,9 @@ class _Form:
         return {f"on_{name}": getattr(self, f"_{name}") for name in (*names, "header_end", "end")}
 
     def _part_begin(self) -> None:
+        self._count += 1
+        if self._count > self._most + _MOST_EMPTY:
+            raise Refused(413, "too_many", "the form has too many fields")
         self._content, self._header = [], {}
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
