@@ -365,8 +365,9 @@ def describe_keys(width: int) -> str:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    head = "configuration keys, set by --config.KEY=VALUE, with the defaults of default.py:"
-    lines = textwrap.wrap(head, width)
+    lines = textwrap.wrap(
+        "configuration keys, set by --config.KEY=VALUE, with the defaults of default.py:", width
+    )
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Assign(targets=[ast.Attribute(value=ast.Name(owner), attr=name)], value=value):
@@ -379,6 +380,5 @@ def describe_keys(width: int) -> str:
                     )
             case ast.Assign(targets=[ast.Attribute(), ast.Name(section)]):
                 lines += ["", section]
-    names = f"shipped configurations: {', '.join(shipped_names())}"
-    lines += ["", *textwrap.wrap(names, width)]
+    lines += ["", *textwrap.wrap(f"shipped configurations: {', '.join(shipped_names())}", width)]
     return "\n".join(lines)
