@@ -414,7 +414,8 @@ def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[path
 
     Args:
       inputs: Files, folders, and patterns such as `photos/**/*.jpg` that the shell did not
-        expand. A file whose own name looks like a pattern is that file.
+        expand. A file whose own name looks like a pattern is that file. What a pattern matches
+        in folders that this project wrote is left out, unless the pattern names the folder.
       allow_outside: Whether links may lead out of a folder.
 
     Raises:
@@ -423,14 +424,52 @@ def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[path
     """
     images: list[pathlib.Path] = []
     for text in inputs:
-        paths = [text]
-        if glob.escape(text) != text and not os.path.lexists(text):
-            paths = sorted(glob.glob(text, recursive=True))  # noqa: PTH207  (may be absolute)
-            if not paths:
-                raise DataError(f"--input: no file matches {text}")
-        for path in paths:
+        for path in _match(text) if _is_pattern(text) else [text]:
             images += list_images(path, allow_outside)
     return list(dict.fromkeys(images))
+
+
+def searched_folder(text: str) -> pathlib.Path:
+    """The folder in which a file, folder or pattern has its images, itself or further below."""
+    path = pathlib.Path(text)
+    if _is_pattern(text):
+        return pathlib.Path(
+            *itertools.takewhile(lambda part: part == glob.escape(part), path.parts)
+        )
+    return path if path.is_dir() else path.parent
+
+
+def _is_pattern(text: str) -> bool:
+    return glob.escape(text) != text and not os.path.lexists(text)
+
+
+def _match(pattern: str) -> list[str]:
+    """What a pattern matches, sorted, without the folders that this project wrote."""
+    matched = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  (may be absolute)
+    top = searched_folder(pattern)
+
+    @functools.cache
+    def is_output(folder: pathlib.Path) -> bool:
+        try:
+            return files.is_output(os.listdir(folder))  # noqa: PTH208
+        except OSError:  # A file, or a folder that may not be listed.
+            return False
+
+    kept, outputs = [], set[pathlib.Path]()
+    for path in map(pathlib.Path, matched):
+        below = len(path.parts) - len(top.parts)
+        found = {folder for folder in (path, *path.parents)[:below] if is_output(folder)}
+        outputs |= found
+        if not found:
+            kept.append(str(path))
+    left_out = files.describe_ignored(
+        {"folders that cnn_jax wrote": len(outputs)} if outputs else {}
+    )
+    if not kept:
+        raise DataError(f"--input: no file matches {pattern}{left_out}")
+    if left_out:
+        logger.warning("%s: %d matches%s", pattern, len(kept), left_out)
+    return kept
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:

@@ -355,6 +355,33 @@ def test_several_inputs_and_patterns_each_image_once(bundle_path, image_folder, 
         predict.main([f"--bundle={bundle_path}", f"--input={tmp_path}/*.jpg"])
 
 
+def test_a_pattern_leaves_out_what_this_project_wrote(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.png", "photos/dog.png", "photos/maps/0_grad_cam.png", "more/0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for folder in ("photos/maps", "more"):
+        (tmp_path / folder / "explanations.json").touch()
+
+    def listed(*inputs):
+        caplog.clear()
+        return list(map(str, predict.list_inputs(inputs)))
+
+    for pattern in ("**/*.png", "./**/*.png"):
+        assert listed(pattern) == ["cat.png", "photos/dog.png"]
+        (message,) = caplog.messages
+        assert message == f"{pattern}: 2 matches (left out: 2 folders that cnn_jax wrote)"
+    assert listed(f"{tmp_path}/**/*.png") == [f"{tmp_path}/cat.png", f"{tmp_path}/photos/dog.png"]
+    assert listed("photos/*") == ["photos/dog.png"]  # The folder maps is matched itself.
+    assert listed("photos/**") == ["photos/dog.png"]
+    with pytest.raises(DataError, match=r"no file matches \*/0.png \(left out: 1 folders"):
+        listed("*/0.png")
+    # What is named is meant.
+    for named in ("photos/maps/*.png", "photos/maps", "photos/maps/0_grad_cam.png"):
+        assert listed(named) == ["photos/maps/0_grad_cam.png"]
+        assert caplog.messages == [] or named == "photos/maps"
+
+
 def test_the_most_probable_classes_in_further_columns(bundle_path, image_folder, tmp_path, capfd):
     (tmp_path / "broken.jpg").write_bytes(b"nonsense")
     flags = [f"--bundle={bundle_path}", f"--input={image_folder / 'red'}"]

@@ -13,10 +13,14 @@ from cnn_jax.data.source import SPLIT_NAMES
 from cnn_jax.errors import DataError, printable
 
 _PREDICTION = "prediction"
-# The split that a word in a folder's name stands for.
+# The split that a word in a folder's name stands for. What is called an evaluation is used to
+# choose among networks as often as to judge the last one, so it is validation: that leaves the
+# test part to images that no choice has seen.
 _SPLIT_OF_WORD = {
     **SPLIT_NAMES,
     "trainval": "train",
+    **dict.fromkeys(("dev", "eval", "evaluation"), "validation"),
+    "holdout": "test",
     **dict.fromkeys(("pred", "predict", "prediction", "predictions", "inference"), _PREDICTION),
     **dict.fromkeys(("unlabeled", "unlabelled", "submission"), _PREDICTION),
 }
@@ -35,6 +39,8 @@ _KINDS_OF_FILES = frozenset(
         *("annotation", "annotations", "groundtruth", "segmentation", "segmentations"),
     )
 )
+# Such files beside the splits that are no labelled images.
+_ANNOTATIONS = _KINDS_OF_FILES - _PLAIN_WORDS
 _MAX_NAMED = 4
 
 
@@ -122,7 +128,8 @@ def _words(name: str) -> list[str]:
     """The words of a folder's name, in lower case: "TrainSet_2017" has train, set and 2017."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
     words = []
-    for word in re.findall(r"[^\W\d_]+|\d+", spaced.casefold()):
+    joined = re.sub(r"(?<![^\W_])hold[\W_]+out(?![^\W_])", "holdout", spaced.casefold())
+    for word in re.findall(r"[^\W\d_]+|\d+", joined):
         words += _two_words(word) or [word]
     return words
 
@@ -160,13 +167,18 @@ class _SplitName:
 
 
 def _parse(name: str) -> _SplitName | None:
-    """The split that a name has one word for; None if there is no such word, or several."""
+    """The split that a name has one word for; None if there is no such word, or several.
+
+    A name with a word for training and one for validation, such as train_val, is that of the
+    training part.
+    """
     words = _words(name)
     found = [word for word in words if word in _SPLIT_OF_WORD]
-    if len(found) != 1:
+    splits = sorted(_SPLIT_OF_WORD[word] for word in found)
+    if len(splits) != 1 and splits != ["train", "validation"]:
         return None
-    affix = tuple(word for word in words if word != found[0] and not _is_plain(word))
-    return _SplitName(_SPLIT_OF_WORD[found[0]], affix)
+    affix = tuple(word for word in words if word not in found and not _is_plain(word))
+    return _SplitName(splits[0], affix)
 
 
 def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str, str], list[str]]:
@@ -179,13 +191,15 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
         chosen = _choose(tree, tops, names, source)
     training = [_inner_folder(tree, top) for top, split in chosen.items() if split == "train"]
     classes = set[str]().union(*map(tree.folders, training))
-    if not classes and (training or not chosen or are_splits):
+    has_classes = any(tree.folders(_inner_folder(tree, top)) for top in chosen)
+    if not classes and (training or not has_classes):
         # Images directly in train/: it is a class, unless nothing but splits has such names.
         affixes = {name.affix for name in names.values()}
         several = len({name.split for name in names.values()}) > 1
         are_only_splits = len(names) == len(tops) and (chosen or (several and affixes == {()}))
         if are_splits or are_only_splits or any(names[top].affix for top in chosen):
             raise DataError(_without_classes(source, sorted(chosen) or tops))
+        _check_classes_are_no_splits(tree, tops, names, source)
         return {"": ""}, _taken_for_classes(tree, tops, names, source)
 
     parts: dict[str, str] = {}
@@ -196,15 +210,21 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
         folder = _inner_folder(tree, top, () if split == "train" else classes)
         below = tree.folders(folder)
         agrees = not classes or _agree(below, classes)
-        if split == _PREDICTION or (top in chosen and not below):
+        if split == _PREDICTION and below:
+            left_out["their names say that they have no labels"].append(top)
+        elif split == _PREDICTION or (top in chosen and not below):
             left_out["they have no class folders"].append(top)
         elif top in chosen and split == "test" and len(below) == 1 and not agrees:
             left_out["their one sub-folder is no class of the training part"].append(top)
         elif top in chosen and (agrees or are_splits or top.lower() in SPLIT_NAMES):
             parts[folder] = split
-        elif not are_certain and (top in chosen or (agrees and classes)):
+        elif top in chosen and not are_certain:
             why = f"in {top} are {'the same' if agrees else 'other'} sub-folders"
             raise DataError(_ambiguous(source, sorted(chosen), why))
+        elif agrees and classes and not are_splits and not _ANNOTATIONS & set(_words(top)):
+            # Labelled images, which are not left out unless the source says so.
+            why = f"in {top} are the same sub-folders"
+            raise DataError(_ambiguous(source, sorted(chosen), why, () if split else (top,)))
         else:
             left_out["their folder is no split"].append(top)
     return parts, [
@@ -319,6 +339,24 @@ def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, s
     ]
 
 
+def _check_classes_are_no_splits(
+    tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
+) -> None:
+    """Checks that no folder that is called as a split has the sub-folders of all others.
+
+    Raises:
+      DataError: There is such a folder.
+    """
+    below = {top: tree.folders(_inner_folder(tree, top)) for top in tops}
+    known = [top for top in names if names[top].split != _PREDICTION]
+    for top in known:
+        others = [other for other in tops if other != top]
+        if others and all(_agree(below[other], below[top]) for other in others):
+            why = f"in {_listed(others)} are the same sub-folders"
+            unknown = [other for other in others if other not in known]
+            raise DataError(_ambiguous(source, known, why, unknown))
+
+
 def _taken_for_classes(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> list[str]:
@@ -386,11 +424,20 @@ def _look_below_the_classes(tree: _Tree, layout: Layout, source: str) -> list[st
     return remarks
 
 
-def _ambiguous(source: str, folders: Sequence[str], why: str) -> str:
+def _ambiguous(source: str, folders: Sequence[str], why: str, left_out: Sequence[str] = ()) -> str:
+    """A message that tells which sources decide.
+
+    Args:
+      source: The source that was given.
+      folders: What may be classes or splits.
+      why: The reason.
+      left_out: Folders that are no splits either, so that splits:PATH leaves them out.
+    """
     path = _path(source)
+    without = f" and leaves out {_listed(left_out)}" if left_out else ""
     return (
         f"{source}: {_listed(folders)} may be classes or splits, because {why}: the source "
-        f"classes:{path} takes them for classes, splits:{path} for splits"
+        f"classes:{path} takes them for classes, splits:{path} for splits{without}"
     )
 
 

@@ -9,6 +9,7 @@ each method passes on these images.
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -16,11 +17,10 @@ from collections.abc import Sequence
 from cnn_jax import cli, runtime
 from cnn_jax.compiled import keep_compiled
 from cnn_jax.console import Console
-from cnn_jax.data.files import check_output
-from cnn_jax.errors import DataError
+from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.explain.maps import METHODS
 from cnn_jax.explain.pictures import choose_class, choose_methods, explain
-from cnn_jax.predict import Predictor, add_input_flags, list_inputs
+from cnn_jax.predict import Predictor, add_input_flags, list_inputs, searched_folder
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,10 +45,8 @@ def main(argv: Sequence[str]) -> None:
     methods = choose_methods(predictor, flags.method.split(","))
     if flags.class_name is not None:
         choose_class(predictor, flags.class_name)
-    output = pathlib.Path(flags.output)
-    for given in map(pathlib.Path, flags.input):
-        check_output("--output", output, given if given.is_dir() else given.parent)
     paths = list_inputs(flags.input, flags.allow_outside)
+    _check_output(flags.output, flags.input, paths)
     track = Console().track
     result = explain(predictor, paths, flags.output, methods, flags.class_name, track)
     verdicts = [f"{name}: {method['verdict']}" for name, method in result["methods"].items()]
@@ -58,6 +56,36 @@ def main(argv: Sequence[str]) -> None:
     num_errors = sum(image["error"] is not None for image in result["images"])
     if num_errors:
         raise DataError(f"{num_errors} of {len(paths)} images could not be read")
+
+
+def _check_output(output: str, inputs: Sequence[str], paths: Sequence[pathlib.Path]) -> None:
+    """Checks that the maps do not mix with the images.
+
+    Args:
+      output: The folder for the maps; it need not be there.
+      inputs: The files, folders and patterns.
+      paths: The images that these name.
+
+    Raises:
+      ConfigError: A later call with these inputs could take the maps for images, since the
+        folder lies in what the inputs name and has some of the images in it.
+    """
+    folder = os.path.realpath(output)
+    is_searched = False
+    for text in inputs:
+        searched = os.path.realpath(searched_folder(text))
+        is_file = pathlib.Path(text).is_file()
+        is_searched |= folder == searched if is_file else _is_in(folder, searched)
+    if is_searched and any(_is_in(os.path.realpath(path.parent), folder) for path in paths):
+        raise ConfigError(
+            f"--output: {output} holds images of the input, and the maps would be taken for more "
+            "of them; name another folder"
+        )
+
+
+def _is_in(path: str, folder: str) -> bool:
+    """Whether a path is a folder's own or leads into it."""
+    return os.path.commonpath([path, folder]) == folder
 
 
 if __name__ == "__main__":

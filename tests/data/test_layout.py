@@ -39,6 +39,12 @@ def _found(paths, form="folder"):
         ("train", "valid", "test1"),
         ("trainval", "val", "test"),
         ("x_train", "x_val", "X_test"),
+        ("train", "dev", "test"),
+        ("training", "evaluation", "testing"),
+        ("train", "eval", "holdout"),
+        ("seg_train", "seg_dev", "seg_hold_out"),
+        ("trainset", "devset", "holdoutset"),
+        ("train_val", "eval", "test"),
     ],
 )
 @pytest.mark.parametrize("level", ["", "again", "images"])
@@ -95,6 +101,68 @@ def test_other_folders_beside_the_splits_are_left_out_and_named():
 
 
 @pytest.mark.parametrize(
+    ("training", "other", "split"),
+    [
+        ("train", "eval", "validation"),
+        ("train", "dev", "validation"),
+        ("training", "evaluation", "validation"),
+        ("train", "holdout", "test"),
+        ("train", "Hold-Out", "test"),
+        ("train_val", "test", "test"),
+        ("TrainVal", "test", "test"),
+        ("train+val", "holdout", "test"),
+    ],
+)
+def test_two_parts_with_one_for_training_are_splits(training, other, split):
+    found, remarks = _found(_images(*(f"{top}/{c}" for top in (training, other) for c in "ab")))
+    assert found == {
+        f"{top}/{c}": (c, part) for top, part in ((training, "train"), (other, split)) for c in "ab"
+    }
+    assert remarks == []
+
+
+@pytest.mark.parametrize(
+    ("tops", "splits"),
+    [
+        (["training", "validation", "evaluation"], ["train", "validation", "validation"]),
+        (["train", "test", "test2"], ["train", "test", "test"]),
+        (["train", "trainval", "test"], ["train", "train", "test"]),
+        (["train", "test", "seg_test"], ["train", "test", "test"]),
+        (["train", "test", "extra"], ["train", "test", None]),
+        (["train", "final"], ["train", None]),
+        (["test", "final"], ["test", None]),
+        (["x_val", "y_test"], ["validation", "test"]),
+        (["train_test", "test"], [None, "test"]),
+    ],
+)
+def test_labelled_images_are_left_out_only_if_the_source_says_so(tops, splits):
+    paths = _images(*(f"{top}/{c}" for top in tops for c in "ab"))
+    with pytest.raises(DataError, match=r"^folder:DATA: .* may be classes or splits") as error:
+        _found(paths)
+    left_out = [top for top, split in zip(tops, splits, strict=True) if split is None]
+    without = f" and leaves out {left_out[0]}" if left_out else ""
+    assert str(error.value).endswith(f", splits:DATA for splits{without}")
+    found, remarks = _found(paths, "splits")
+    assert found == {
+        f"{top}/{c}": split and (c, split)
+        for top, split in zip(tops, splits, strict=True)
+        for c in "ab"
+    }
+    assert remarks == [
+        f"the images in {top} (4) are left out, because their folder is no split"
+        for top in left_out
+    ]
+
+
+def test_predictions_in_class_folders_are_no_labels():
+    found, (remark,) = _found(_images("train/a", "train/b", "test/a", "test/b", "pred/a", "pred/b"))
+    assert found["pred/a"] is None
+    assert remark == (
+        "the images in pred (4) are left out, because their names say that they have no labels"
+    )
+
+
+@pytest.mark.parametrize(
     "folders",
     [
         ["plane", "train", "car"],
@@ -115,6 +183,8 @@ def test_other_folders_beside_the_splits_are_left_out_and_named():
         ["pred", "cat"],
         ["valid", "invalid"],
         ["valid/a", "invalid/b"],
+        ["train/day", "train/night", "car/day", "car/night", "bus"],
+        ["household_outdoor/a", "train/b"],
     ],
 )
 def test_classes_may_be_called_as_splits_are(folders):

@@ -16,7 +16,13 @@ from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.explain import __main__ as explain_command
 from cnn_jax.explain import pictures
 from cnn_jax.explain.maps import grad_cam, methods_for
-from cnn_jax.predict import Predictor, list_images, predict_batch, preprocess_for_inference
+from cnn_jax.predict import (
+    Predictor,
+    list_images,
+    list_inputs,
+    predict_batch,
+    preprocess_for_inference,
+)
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +166,42 @@ def test_maps_in_the_folder_of_the_images_are_not_explained(paths, tmp_path, cap
         explained = json.loads((tmp_path / "maps" / "explanations.json").read_text())["images"]
         assert [image["path"] for image in explained] == list(map(str, paths))
     for arguments in (flags, [flags[0], f"--input={paths[0]}"]):
-        with pytest.raises(ConfigError, match=r"^--output: .* holds images of the data"):
+        with pytest.raises(ConfigError, match=r"^--output: .* holds images of the input"):
             explain_command.main([*arguments, f"--output={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "is_refused"),
+    [
+        (["photos/**"], "photos", True),
+        (["photos/**"], "photos/red", True),
+        (["photos/**/*.png"], "photos/red", True),
+        (["*/red/*.png"], "photos", True),
+        (["photos/*/*.png"], "photos/maps", False),
+        (["photos/red/*.png"], "photos", False),
+        (["photos/[r]ed"], "photos/red", True),
+        (["photos"], "photos", True),
+        (["photos"], "photos/red", True),
+        (["photos"], "photos/maps", False),
+        (["photos"], ".", False),
+        (["cat.jpg"], ".", True),
+        (["cat.jpg", "photos/red/1.png"], "photos/red", True),
+        (["cat.jpg"], "photos", False),  # It has other pictures.
+        (["cat.jpg", "photos/red/1.png"], "photos", False),
+        (["*.jpg"], "photos", False),
+    ],
+)
+def test_maps_do_not_mix_with_the_images(tmp_path, monkeypatch, inputs, output, is_refused):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "red").mkdir(parents=True)
+    for name in ("cat.jpg", "photos/red/1.png"):
+        (tmp_path / name).touch()
+    arguments = (output, inputs, list_inputs(inputs))
+    if is_refused:
+        with pytest.raises(ConfigError, match=f"^--output: {output} holds images of the input"):
+            explain_command._check_output(*arguments)
+    else:
+        explain_command._check_output(*arguments)
 
 
 def test_maps_of_a_process_that_was_killed_are_no_images(predictor, paths, tmp_path, monkeypatch):
