@@ -520,7 +520,9 @@ def test_two_classes_one_never_predicted_and_one_validation_image(tmp_path):
     assert figures["validation"]["count"] == 1
     assert figures["test"]["confusion"] == [[2, 0], [2, 0]]
     assert set(figures["missing"]) == FULL
-    assert figures["curves"]["verdict"] == "one epoch"
+    # The only validation image is red, and all are taken for blue.
+    assert figures["curves"]["verdict"] == "at chance"
+    assert "The network is not shown to be better than guessing on validation" in text
     assert "No test image is taken for red: of 2 test images, 2 are taken for blue; 5 of 10" in text
     assert "the network is not shown to be better than guessing." in text
     assert "Of 2 mistakes, 2 are red taken for blue." in text
@@ -620,23 +622,16 @@ def test_sections_of_another_form_are_not_kept(reported, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_sections_that_lack_what_the_page_shows_are_not_kept(reported, tmp_path):
-    """The first form had no verdict of its own on a network at chance, and no sure mistakes."""
-    workdir = pathlib.Path(shutil.copytree(reported, tmp_path / "run"))
-    _change_bundle(workdir, source=f"folder:{tmp_path / 'gone'}")
-    figures = _metrics(workdir) | {"format": 1}
-    for section, key in (
-        ("mistakes", "num_sure"),
-        ("mistakes", "sure_threshold"),
-        ("explanations", "no_verdict"),
-    ):
-        del figures[section][key]
-    del figures["explanations"]["regions"]["exchanges"]
-    (workdir / "report" / "metrics.json").write_text(json.dumps(figures))
-    text = _written(workdir).text
-    assert f"folder:{tmp_path / 'gone'}: there is no" in text
-    after = _metrics(workdir)
-    assert not {"mistakes", "explanations"} & after.keys()
+def test_sections_that_lack_what_the_page_shows_are_not_kept(run, tmp_path):
+    """Those of the first form did not tell sure mistakes from the others."""
+    _written(run)
+    _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
+    figures = _metrics(run) | {"format": 1}
+    del figures["mistakes"]["num_sure"], figures["mistakes"]["sure_threshold"]
+    (run / "report" / "metrics.json").write_text(json.dumps(figures))
+    assert f"folder:{tmp_path / 'gone'}: there is no" in _written(run).text
+    after = _metrics(run)
+    assert "mistakes" not in after
     assert after["test"] == figures["test"]
 
 
