@@ -265,7 +265,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
         for name, values in classes_by_f1[:_MAX_CLASSES_SHOWN]
     ]
     rest = len(classes_by_f1) - len(classes)
-    more = (cli.wrap(f"... {count(rest, 'more class', 'more classes')}; --json has all", width),)
+    more = (f"... {count(rest, 'more class', 'more classes')}; --json has all",)
     return "\n".join(
         (
             cli.wrap(title, width),

@@ -47,9 +47,9 @@ def guessing(metrics: Mapping[str, Any], train: Mapping[str, Any] | None = None)
 
     Returns:
       "class", the most common one; "accuracy", its fraction of the split; "p_value" of the
-      binomial test; "agreement_p_value"; and "verdict": "better" (than always naming that class),
-      "informative" (no higher accuracy, but predictions depend on the image's class), "worse", or
-      "chance".
+      binomial test; "agreement_p_value"; and "verdict": "better" (than always naming that
+      class, and predictions depend on the image's class), "informative" (no higher accuracy, but
+      they do), "worse", or "chance".
     """
     matrix = np.array(metrics["confusion"])
     names = list(metrics["per_class"])
@@ -61,10 +61,9 @@ def guessing(metrics: Mapping[str, Any], train: Mapping[str, Any] | None = None)
     p_value = float(scipy.special.bdtrc(hits - 1, total, fraction)) if hits else 1.0
     agreement = agreement_p_value(matrix)
     verdict = "chance"
-    if p_value < _SIGNIFICANT:
-        verdict = "better"
-    elif agreement < _SIGNIFICANT:
-        verdict = "informative"
+    # Both tests: naming always a class that is more common here than in training is no skill.
+    if agreement < _SIGNIFICANT:
+        verdict = "better" if p_value < _SIGNIFICANT else "informative"
     elif scipy.special.bdtr(hits, total, fraction) < _SIGNIFICANT:
         verdict = "worse"
     return {

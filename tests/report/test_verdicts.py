@@ -185,6 +185,9 @@ def test_the_class_to_guess_is_that_of_the_training_images():
     assert (verdicts.guessing(test)["verdict"], found["verdict"]) == ("chance", "better")
     assert not verdicts.beats_chance(test)
     assert verdicts.beats_chance(test, train)
+    # Class 1 is named always, and is more common in this split than in training.
+    train, constant = _confusion([[500, 0], [0, 500]]), _confusion([[0, 40], [0, 60]])
+    assert verdicts.guessing(constant, train)["verdict"] == "chance"
 
 
 def test_agreement_is_that_of_shuffled_predictions():
