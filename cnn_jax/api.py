@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from rich.cells import cell_len
 
 from cnn_jax import config_files, configuration
+from cnn_jax.bundle import find_bundle
 from cnn_jax.compiled import keep_compiled
 from cnn_jax.configuration import Config
 from cnn_jax.console import Console, console_here
 from cnn_jax.data.sources import PATTERN
-from cnn_jax.errors import ConfigError, Interrupted, UserError
+from cnn_jax.errors import ConfigError, Interrupted
 from cnn_jax.loop import train_and_evaluate
 from cnn_jax.metrics import HEADLINE
 from cnn_jax.predict import (
@@ -30,7 +32,8 @@ from cnn_jax.predict import (
     predict_batch,
     single_images,
 )
-from cnn_jax.report.run_report import write_report
+from cnn_jax.report.run_report import report_after_training
+from cnn_jax.runtime import keep_freed_memory
 
 # Rows that are shown of many predictions.
 _ROWS_SHOWN = 20
@@ -70,11 +73,11 @@ def train(
     wanted = _configured(config, changes, source)
     folder = pathlib.Path(workdir).expanduser() if workdir is not None else _new_folder(wanted)
     console = console or console_here()
+    keep_freed_memory()
     keep_compiled()
     try:
         train_and_evaluate(wanted, folder, console)
-        if wanted.report.detail != "none":
-            _report(folder, wanted, console)
+        report_after_training(folder, wanted, console)
     except KeyboardInterrupt as error:
         done = str(error).partition(";")[0] or "interrupted"
         raise Interrupted(
@@ -106,11 +109,21 @@ def _configured(
 
 
 def _source(source: str | os.PathLike[str]) -> str:
-    """A path as the value of `data.source`; what is such a value already stays."""
+    """A path as the value of `data.source`; what is such a value already stays.
+
+    Raises:
+      ConfigError: It is such a value, and the name of a file or folder as well.
+    """
     text = os.fspath(source)
-    if isinstance(source, str) and PATTERN.fullmatch(text):
-        return text
     kind = "csv" if text.lower().endswith(".csv") else "folder"
+    if isinstance(source, str) and PATTERN.fullmatch(text):
+        if os.path.lexists(text):
+            raise ConfigError(
+                f"source: {text!r} is the name of a source, and a file or folder here "
+                f"has the same name: write ./{text} or {kind}:{text} for what is here, and "
+                f"data={{'source': {text!r}}} for the source"
+            )
+        return text
     return f"{kind}:{text}"
 
 
@@ -127,16 +140,6 @@ def _new_folder(config: Config) -> pathlib.Path:
     return folder
 
 
-def _report(folder: pathlib.Path, config: Config, console: Console) -> None:
-    """Writes the report of a finished run, which it cannot spoil."""
-    try:
-        write_report(folder, console.track, detail=config.report.detail, after_training=True)
-    except (OSError, UserError):
-        raise
-    except Exception as error:
-        console.warn(f"no report: {type(error).__name__}: {error}; all else is complete")
-
-
 def load(path: str | os.PathLike[str]) -> "Run":
     """A finished run, or a bundle.
 
@@ -146,12 +149,9 @@ def load(path: str | os.PathLike[str]) -> "Run":
     Raises:
       BundleError: There is no bundle, or a damaged one.
     """
-    folder = pathlib.Path(path).expanduser()
-    if (folder / "bundle" / "bundle.json").is_file():
-        return Run(folder, folder / "bundle")
-    if folder.name == "bundle" and (folder.parent / "config.json").is_file():
-        return Run(folder.parent, folder)
-    return Run(None, folder)
+    bundle = find_bundle(pathlib.Path(path).expanduser().absolute())
+    is_of_run = bundle.name == "bundle" and (bundle.parent / "config.json").is_file()
+    return Run(bundle.parent if is_of_run else None, bundle)
 
 
 class Run:
@@ -275,9 +275,12 @@ class Predictions(list[Prediction]):
 
     def __repr__(self) -> str:
         rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
         lines = [
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+            "  ".join(
+                cell + " " * (width - cell_len(cell))
+                for cell, width in zip(row, widths, strict=True)
+            ).rstrip()
             for row in rows
         ]
         return "\n".join([*lines, self._rest()]).rstrip() or "no predictions"

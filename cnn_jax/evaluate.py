@@ -24,6 +24,7 @@ from cnn_jax.compiled import keep_compiled
 from cnn_jax.console import Console, table
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.dataset import Dataset, choose_residency, open_dataset
+from cnn_jax.data.findings import count
 from cnn_jax.data.pipeline import Loader, evaluation_batches
 from cnn_jax.data.sources import FORMS, absolute, open_source
 from cnn_jax.data.splits import SPLITS, Division
@@ -32,6 +33,8 @@ from cnn_jax.metrics import full_report
 from cnn_jax.predict import BATCH_SIZE, Predictor
 
 logger = logging.getLogger(__name__)
+
+_MAX_CLASSES_SHOWN = 20
 
 
 def predict_split(
@@ -230,7 +233,7 @@ def write_result(
 
 
 def describe(result: Mapping[str, Any], title: str, width: int) -> str:
-    """The metrics of a split as text.
+    """The metrics of a split as text, with the classes of the lowest F1.
 
     Args:
       result: The return value of `score`.
@@ -259,8 +262,10 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
             *(percent(values[key]) for key in ("precision", "recall", "f1")),
             f"{values['support']:,}",
         )
-        for name, values in classes_by_f1
+        for name, values in classes_by_f1[:_MAX_CLASSES_SHOWN]
     ]
+    rest = len(classes_by_f1) - len(classes)
+    more = (f"... {count(rest, 'more class', 'more classes')}; --json has all",)
     return "\n".join(
         (
             cli.fill(title, width),
@@ -269,6 +274,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
             cli.fill("Precision, recall and F1 are means over the classes.", width),
             "",
             table(("class", "precision", "recall", "F1", "images"), classes, width),
+            *(more if rest else ()),
         )
     )
 

@@ -51,8 +51,12 @@ def main(argv: Sequence[str]) -> None:
         summary.show_results(pathlib.Path(flags.workdir), report)
     with cli.interrupts_held_back():
         # Imported later still: charts take half a second that training need not wait for.
+        from cnn_jax.console import Console
         from cnn_jax.report.run_report import report_after_training
-    report_after_training(flags.workdir, config)
+    console = Console(is_silent=not is_primary())
+    page_or_command = report_after_training(flags.workdir, config, console)
+    if is_primary():
+        print(f"report      {page_or_command}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Classification metrics, kept as sums and counts and divided once at the end."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -16,6 +17,8 @@ HEADLINE = ("accuracy", "precision", "recall", "f1", "loss")
 
 # 95 % of a normal distribution lie within so many standard deviations.
 _NORMAL_95 = 1.959963984540054
+# An accuracy whose 95 % interval reaches further than this to either side is known too vaguely.
+VAGUE = 0.02
 _RESAMPLES = 1000
 
 
@@ -120,6 +123,12 @@ def summarize(confusion: np.ndarray, loss_sum: float) -> dict[str, float]:
         "f1": float(by_class["f1"].mean()),
         "loss": loss_sum / count,
     }
+
+
+def half_width(interval: Sequence[float]) -> float:
+    """Half the width of an interval (low, high)."""
+    low, high = interval
+    return (high - low) / 2
 
 
 def wilson_interval(hits: float, count: float) -> tuple[float, float]:

@@ -22,12 +22,10 @@ from cnn_jax.data.findings import count
 from cnn_jax.data.mix import Mixing
 from cnn_jax.errors import printable
 from cnn_jax.loss import balanced_weights
-from cnn_jax.metrics import wilson_interval
+from cnn_jax.metrics import VAGUE, half_width, wilson_interval
 from cnn_jax.models import count_parameters, forward_flops
 
 _MAX_CLASSES_SHOWN = 12
-# A test accuracy whose 95 % interval reaches further than this is worth a line.
-_VAGUE = 0.02
 
 
 def show_plan(
@@ -114,9 +112,8 @@ def _division(config: Config, dataset: Dataset) -> str:
 
 def _width_of_interval(test_images: int, config: Config) -> list[str]:
     """How vaguely a small test split will tell the accuracy: its widest 95 % interval."""
-    low, high = wilson_interval(test_images / 2, test_images)
-    reach = (high - low) / 2
-    if not test_images or reach < _VAGUE:
+    reach = half_width(wilson_interval(test_images / 2, test_images))
+    if not test_images or reach < VAGUE:
         return []
     exact = "--config.data.stratify=exact, " if config.data.stratify == "stable" else ""
     return [

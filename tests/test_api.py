@@ -10,11 +10,13 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
+from rich.cells import cell_len
 
 import cnn_jax
 from cnn_jax import api, configuration, interruption
 from cnn_jax.console import Console, NotebookConsole
 from cnn_jax.errors import BundleError, ConfigError, DataError, Interrupted
+from cnn_jax.predict import Prediction
 from configs import default
 
 _TINY = {
@@ -26,10 +28,25 @@ _TINY = {
 }
 
 
+class _Recorder(Console):
+    """A silent console that keeps its facts."""
+
+    def __init__(self):
+        super().__init__(is_silent=True)
+        self.shown = {}
+
+    def facts(self, rows):
+        self.shown |= rows
+
+
 @pytest.fixture(scope="module")
-def trained(image_folder, tmp_path_factory):
+def console():
+    return _Recorder()
+
+
+@pytest.fixture(scope="module")
+def trained(image_folder, tmp_path_factory, console):
     workdir = tmp_path_factory.mktemp("api") / "run"
-    console = Console(is_silent=True)
     report = {"detail": "figures"}
     return cnn_jax.train(
         image_folder, workdir=workdir, console=console, epochs=3, report=report, **_TINY
@@ -51,6 +68,27 @@ def test_a_run_has_what_was_asked_for(trained, image_folder):
         f"<Run {str(trained.workdir)!r}: 3 classes, test accuracy {accuracy:.2%}>"
     )
     assert f"<td>{accuracy:.4f}</td>" in trained._repr_html_()
+
+
+def test_training_shows_where_the_time_after_it_went(trained, console):
+    facts = json.loads((trained.workdir / "report" / "metrics.json").read_text())["run"]
+    assert console.shown["time"] == facts["time"]["words"]
+
+
+def test_freed_memory_is_kept(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(api, "keep_freed_memory", lambda: calls.append("kept"))
+    with pytest.raises(DataError):
+        cnn_jax.train("nowhere", workdir=tmp_path / "run", console=Console(is_silent=True))
+    assert calls == ["kept"]
+
+
+def test_columns_of_predictions_are_aligned_by_the_width_on_a_terminal():
+    names = ["猫.png", "a long name.png"]
+    found = [Prediction(np.array([0.75, 0.25]), "犬", 0.75, None) for _ in names]
+    lines = repr(api.Predictions(found, names, ["犬", "cat"])).splitlines()
+    starts = [[cell_len(line[: line.index(word)]) for word in ("犬", "cat")] for line in lines]
+    assert starts[0] == starts[1]
 
 
 def test_predictions_are_shown_as_a_table(trained, image_folder):
@@ -97,6 +135,9 @@ def test_a_run_or_a_bundle_is_loaded(trained, tmp_path):
         _ = bundle.report
     with pytest.raises(BundleError):
         cnn_jax.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BundleError, match="is a run without a bundle"):
+        cnn_jax.load(tmp_path)
 
 
 def _copied(source, target):
@@ -125,6 +166,20 @@ def test_keys_may_be_named_in_several_ways(tmp_path):
     assert _configured(source="t.CSV")["data.source"] == "csv:t.CSV"
     assert _configured(source="shapes:100")["data.source"] == "shapes:100"
     assert _configured("smoke")["data.source"] == "shapes:1000"
+
+
+@pytest.mark.parametrize("source", ["shapes", "shapes:100", "tfds:mnist"])
+def test_a_folder_with_the_name_of_a_source_is_not_ignored(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert api._source(source) == source
+    (tmp_path / source).mkdir()
+    with pytest.raises(ConfigError, match=f"write ./{source} or folder:{source} for") as error:
+        cnn_jax.train(source)
+    assert "\n" not in str(error.value)
+    assert api._source(f"./{source}") == f"folder:./{source}"
+    assert api._source(tmp_path / source) == f"folder:{tmp_path / source}"
+    assert api._source(f"folder:{source}") == f"folder:{source}"
+    assert _configured(data={"source": source})["data.source"] == source
 
 
 @pytest.mark.parametrize(

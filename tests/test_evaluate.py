@@ -138,6 +138,24 @@ def test_the_table():
     ]
 
 
+@pytest.mark.parametrize(("num_classes", "rest"), [(20, ""), (21, "1 more class"), (43, "23 more")])
+def test_the_table_has_the_twenty_classes_of_the_lowest_f1(num_classes, rest):
+    names = [f"class{label:02d}" for label in range(num_classes)]
+    labels = np.repeat(np.arange(num_classes), 50)
+    predictions = labels.copy()
+    for label in range(num_classes):  # The later a class, the more of it is taken for the last.
+        predictions[50 * label : 50 * label + label] = num_classes - 1
+    probabilities = np.eye(num_classes, dtype=np.float32)[predictions]
+    lines = evaluate.describe(evaluate.score(probabilities, labels, names), "", 80).splitlines()
+    rows = [line for line in lines if line.startswith("class") and line.endswith(" 50")]
+    f1 = [float(line.split()[5]) for line in rows]
+    assert len(f1) == 20
+    assert f1 == sorted(f1)
+    assert not any(line.startswith("class00 ") for line in rows) or not rest
+    assert lines[-1].startswith(f"... {rest}") if rest else lines[-1] == rows[-1]
+    assert ("; --json has all" in lines[-1]) == bool(rest)
+
+
 @pytest.mark.parametrize("width", [60, 120])
 def test_no_word_of_the_table_is_broken(width):
     names = ("a", "猫" * 10, "a name of many words that is longer than a terminal is wide " * 2)

@@ -125,7 +125,7 @@ def describe(verdict: dict[str, Any]) -> str:
 
 
 def why_no_verdict(count: int) -> str:
-    """Why so many images give no verdict on any method, in a sentence; empty if they do."""
+    """The reason why so few images give no verdict on any method; empty if they are enough."""
     if count >= MIN_IMAGES:
         return ""
     return f"No verdict on the methods: that takes at least {MIN_IMAGES} images."
@@ -264,13 +264,6 @@ class Curves:
             curve.append(end)
             areas.append(np.trapezoid(np.stack(curve), dx=1 / _STEPS, axis=0))
         return areas[0], areas[1]
-
-
-def deletion_and_insertion(
-    predictor: Predictor, images: Images, classes: Classes, maps: Maps
-) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
-    """The areas of deletion and insertion of one method's maps; see `Curves`."""
-    return Curves(predictor, images, classes).areas(maps)
 
 
 def class_probabilities(

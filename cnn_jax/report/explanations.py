@@ -69,7 +69,7 @@ def explanations(run: Run) -> Figures:
     methods = [*_METHODS, *(["cam"] if allows_cam(predictor) else [])]
     judged = checks.judge(predictor, images, predicted, masks, methods)
     no_verdict = checks.why_no_verdict(len(images))
-    if not verdicts.beats_chance(run.need_figures("test")):
+    if not verdicts.beats_chance(run.need_figures("test"), run.figures.get("train")):
         # Maps of a network that has learned nothing may still depend on its weights.
         no_verdict = (
             "No verdict on the methods: the network is not shown to be better than guessing, so "

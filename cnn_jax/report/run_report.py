@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cnn_jax import run_directory, sharding
+from cnn_jax import run_directory
 from cnn_jax.configuration import Config
 from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track, scan
@@ -88,7 +88,7 @@ def _write(
     source: str | None,
     after_training: bool,
 ) -> tuple[pathlib.Path, Figures]:
-    """As `write_report`; also returns the content of metrics.json."""
+    """Writes the report as `write_report` does, and also returns the content of metrics.json."""
     workdir = pathlib.Path(workdir)
     watch = _Stopwatch()
     measuring = _seconds_since_training(workdir) if after_training else 0.0
@@ -128,7 +128,7 @@ def _write(
 
 
 class _Stopwatch:
-    """Seconds by what they were spent on."""
+    """A stopwatch that adds up the seconds of each task."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -149,19 +149,29 @@ def _seconds_since_training(workdir: pathlib.Path) -> float:
         return 0.0
 
 
-def report_after_training(workdir: str | os.PathLike[str], config: Config) -> None:
-    """Writes the report of a run that this process has trained, and prints its path.
+def report_after_training(workdir: str | os.PathLike[str], config: Config, console: Console) -> str:
+    """Writes the report of a run that this process has trained, and shows where the time went.
 
-    Of several processes none does it, since the others would wait for it; what is printed
-    then is how to do it. So it is, with a warning, if the report fails: the run has not.
+    With several processes none writes it, because the others would have to wait. A failure is a
+    warning, because the run is complete without its report.
+
+    Args:
+      workdir: The run's folder.
+      config: Its configuration.
+      console: Shows progress, the time after training and warnings.
+
+    Returns:
+      The page's path; or, if none is written, the command that writes it.
+
+    Raises:
+      KeyboardInterrupt: With a message that has the command.
+      OSError: The report cannot be written.
+      UserError: The folder is not a run's.
     """
-    console = Console(is_silent=not sharding.is_primary())
     command = f"python -m cnn_jax.report --run={shlex.quote(str(workdir))}"
     detail = config.report.detail
     if jax.process_count() > 1 or detail == "none":
-        if sharding.is_primary():
-            print(f"report      {command}")
-        return
+        return command
     try:
         page, figures = _write(workdir, console.track, detail, None, after_training=True)
         console.facts({"time": figures["run"]["time"]["words"]})
@@ -171,8 +181,8 @@ def report_after_training(workdir: str | os.PathLike[str], config: Config) -> No
         raise
     except Exception as error:
         console.warn(f"no report: {type(error).__name__}: {error}; all else is complete")
-        page = command
-    print(f"report      {page}")
+        return command
+    return str(page)
 
 
 def _sections(

@@ -67,8 +67,8 @@ def surest_image(network: Network) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def guessing(run: Run) -> Figures:
-    """How the network compares with always naming the most common class of the test split."""
-    return verdicts.guessing(run.need_figures("test"))
+    """How the network compares with always naming the most common class of the training images."""
+    return verdicts.guessing(run.need_figures("test"), run.figures.get("train"))
 
 
 def curves(run: Run) -> Figures:

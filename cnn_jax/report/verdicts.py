@@ -12,7 +12,7 @@ import numpy as np
 import scipy.special
 
 from cnn_jax.data.findings import count
-from cnn_jax.metrics import wilson_interval
+from cnn_jax.metrics import half_width, wilson_interval
 from cnn_jax.report.words import percent, points
 
 # One-sided tests at 2.5 %, which agree with 95 % confidence intervals.
@@ -32,37 +32,38 @@ _TREND = 0.05
 _SURE = 0.75
 
 
-def guessing(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Compares a network with always naming the most common class of a split.
+def guessing(metrics: Mapping[str, Any], train: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Compares a network with always naming the most common class of its training images.
 
     Two exact or nearly exact one-sided tests at 2.5 %: the binomial test of the number of right
-    predictions against the fraction of the most common class, which is fixed because splits are
-    made by class; and a permutation test of the agreement of predictions and labels (Hoeffding
+    predictions against the fraction of that class in the split, which is fixed because splits
+    are made by class; and a permutation test of the agreement of predictions and labels (Hoeffding
     1951, normal approximation with continuity correction), which a network can pass whose
     accuracy is not above that fraction because one class has nearly all images.
 
     Args:
       metrics: The metrics of a split, with "confusion" and "per_class".
+      train: Those of the training split; without them the most common class is that of the split.
 
     Returns:
-      "class", the most common one; "accuracy", its fraction of the images; "p_value" of the
-      binomial test; "agreement_p_value"; and "verdict": "better" (than always naming that class),
-      "informative" (no higher accuracy, but predictions depend on the image's class), "worse", or
-      "chance".
+      "class", the most common one; "accuracy", its fraction of the split; "p_value" of the
+      binomial test; "agreement_p_value"; and "verdict": "better" (than always naming that
+      class, and predictions depend on the image's class), "informative" (no higher accuracy, but
+      they do), "worse", or "chance".
     """
     matrix = np.array(metrics["confusion"])
     names = list(metrics["per_class"])
     support = matrix.sum(axis=1)
-    commonest, total, hits = int(support.argmax()), int(support.sum()), int(np.trace(matrix))
+    class_sizes = support if train is None else np.array(train["confusion"]).sum(axis=1)
+    commonest, total, hits = int(class_sizes.argmax()), int(support.sum()), int(np.trace(matrix))
     fraction = float(support[commonest] / max(total, 1))
     # P(X >= hits) of the binomial distribution, and P(X <= hits) below.
     p_value = float(scipy.special.bdtrc(hits - 1, total, fraction)) if hits else 1.0
     agreement = agreement_p_value(matrix)
     verdict = "chance"
-    if p_value < _SIGNIFICANT:
-        verdict = "better"
-    elif agreement < _SIGNIFICANT:
-        verdict = "informative"
+    # Both tests: naming always a class that is more common here than in training is no skill.
+    if agreement < _SIGNIFICANT:
+        verdict = "better" if p_value < _SIGNIFICANT else "informative"
     elif scipy.special.bdtr(hits, total, fraction) < _SIGNIFICANT:
         verdict = "worse"
     return {
@@ -93,9 +94,9 @@ def agreement_p_value(matrix: np.ndarray) -> float:
     return float(scipy.special.ndtr(-excess / math.sqrt(variance)))
 
 
-def beats_chance(metrics: Mapping[str, Any]) -> bool:
-    """Whether predictions on a split are shown to depend on the images' classes."""
-    return guessing(metrics)["verdict"] in ("better", "informative")
+def beats_chance(metrics: Mapping[str, Any], train: Mapping[str, Any] | None = None) -> bool:
+    """Whether predictions on a split are shown to depend on the images' classes; see `guessing`."""
+    return guessing(metrics, train)["verdict"] in ("better", "informative")
 
 
 def sure_threshold(num_classes: int) -> float:
@@ -162,7 +163,7 @@ def _judge(
 ) -> tuple[str, str]:
     """The verdict, and the measured reason with what to do about it."""
     epochs, best = curves["epochs"], curves["best_epoch"]
-    if not beats_chance(validation):
+    if not beats_chance(validation, train):
         return "at chance", _at_chance(curves, train)
     if epochs == 1:
         return "one epoch", "After a single epoch it is too early to say more: train longer."
@@ -181,7 +182,7 @@ def _judge(
             "augmentation or more dropout may keep later epochs from getting worse."
         )
     if gap > _GAP:
-        reach = (_interval(validation)[1] - _interval(validation)[0]) / 2
+        reach = half_width(_interval(validation))
         return "too few images", (
             f"{count(validation['count'], 'validation image')} are too few to tell whether it "
             f"overfits: their accuracy is known to ± {points(reach, 0)}, and the confidence "
@@ -231,8 +232,7 @@ def _improvement(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> st
         return ""
     accuracies = curves["validation_accuracy"]
     before, after = max(accuracies[: max(epochs - max(late, epochs // 5), 1)]), max(accuracies)
-    low, high = _interval(validation)
-    if after - before > (high - low) / 2:
+    if after - before > half_width(_interval(validation)):
         return (
             f"the best of {epochs} epochs is {curves['best_epoch']}, and validation accuracy has "
             f"risen from {percent(before)} to {percent(after)} lately"
@@ -270,7 +270,7 @@ def _from_to(losses: Sequence[float]) -> str:
 
 
 def _decline(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """That validation became worse after an early best epoch; empty if it is not shown to."""
+    """A sentence on how validation became worse after an early best epoch; empty if it did not."""
     best = curves["epoch"].index(curves["best_epoch"])
     if best + 1 > curves["epochs"] / 2:
         return ""
@@ -302,7 +302,7 @@ def _underfit(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
 
 
 def _rise(curves: Mapping[str, Any]) -> str:
-    """That the validation loss has risen since its minimum, in a sentence; empty otherwise."""
+    """A sentence on how the validation loss has risen since its minimum; empty if it has not."""
     losses = curves["validation_loss"]
     least = min(losses)
     if losses[-1] <= _RISE_OF_LOSS * least:

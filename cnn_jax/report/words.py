@@ -6,9 +6,8 @@ from typing import Any
 
 from cnn_jax.calibration import NUM_BINS
 from cnn_jax.data.findings import count
+from cnn_jax.metrics import VAGUE, half_width
 
-# A test accuracy whose 95 % interval reaches further than this is known too vaguely.
-_VAGUE = 0.02
 # A class this far below the mean F1, or images this often confused, stand out.
 _WEAK = 0.1
 _OFTEN = 0.1
@@ -102,7 +101,7 @@ def points(difference: float, digits: int = 1) -> str:
 
 
 def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """How good the network is in a sentence, and what to look at, the most important first.
+    """The headline of a report, and remarks on what stands out, the most important first.
 
     Args:
       figures: The content of metrics.json.
@@ -122,12 +121,12 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
     if "guessing" in figures:
         headline += f" {_compared_with_guessing(figures['guessing'], test)}"
     remarks = [
-        *_of_size(test),
         *_of_classes(test, figures.get("train")),
         *_of_curves(figures.get("curves")),
         *_of_pairs(figures.get("confusion")),
         *_of_labels(figures.get("label_errors")),
         *_of_calibration(figures.get("calibration")),
+        *_of_size(test),
     ]
     if not remarks:
         text = "No class, pair of classes or label stands out; see the mistakes one by one."
@@ -159,9 +158,8 @@ def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]
 
 def _of_size(test: Mapping[str, Any]) -> list[dict[str, str]]:
     """How vaguely accuracy is known, if a small test split is the reason, and what helps."""
-    low, high = test["confidence_intervals"]["accuracy"]
-    reach = (high - low) / 2
-    if reach < _VAGUE:
+    reach = half_width(test["confidence_intervals"]["accuracy"])
+    if reach < VAGUE:
         return []
     text = (
         f"{count(test['count'], 'test image')}: accuracy is known to ± {points(reach, 0)}. "
@@ -172,10 +170,10 @@ def _of_size(test: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _on_small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """What to do about a small test split: "words", and "command", which repeats the run."""
-    low, high = test["confidence_intervals"]["accuracy"]
+    reach = half_width(test["confidence_intervals"]["accuracy"])
     text = (
         f"With {count(test['count'], 'test image')}, accuracy is known to "
-        f"± {points((high - low) / 2)}. Another seed draws other splits and weights, so the mean "
+        f"± {points(reach)}. Another seed draws other splits and weights, so the mean "
         "over several runs says more than one of them, and their standard deviation says how far "
         "they differ:"
     )
@@ -199,15 +197,17 @@ def _of_classes(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> lis
     columns = zip(test["per_class"], zip(*test["confusion"], strict=True), strict=True)
     never = [name for name, predicted in columns if name in present and not any(predicted)]
     remarks = []
+    support = count(present[never[0]]["support"], "test image") if never else ""
     if len(never) == 1:
         remarks.append(
-            f"No test image is taken for {never[0]}: {_why_never(never[0], test, train)}."
+            f"No test image is taken for {never[0]}: of {support}, "
+            f"{_taken_for(never[0], test, train)}."
         )
     elif never:
         more = f" and {count(len(never) - 3, 'other class', 'other classes')}" * (len(never) > 3)
         remarks.append(
             f"No test image is taken for {', '.join(never[:3])}{more}. "
-            f"Of {never[0]}, {_why_never(never[0], test, train)}."
+            f"Of {support} of {never[0]}, {_taken_for(never[0], test, train)}."
         )
     weakest = min(present, key=lambda name: present[name]["f1"])
     f1 = present[weakest]["f1"]
@@ -219,20 +219,20 @@ def _of_classes(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> lis
     return [{"text": text, "section": "classes"} for text in remarks]
 
 
-def _why_never(name: str, test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
-    """What the test images of a class are taken for, and how many images it was trained on."""
+def _taken_for(name: str, test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
+    """The classes that test images of a class are taken for, and its number of training images."""
     names = list(test["per_class"])
     row = test["confusion"][names.index(name)]
     taken_for = sorted(range(len(row)), key=lambda label: -row[label])[:2]
-    words = " and ".join(f"{row[label]:,} for {names[label]}" for label in taken_for if row[label])
-    support = count(test["per_class"][name]["support"], "test image")
+    verb = "is" if row[taken_for[0]] == 1 else "are"
+    first, *second = (f"for {names[label]}" for label in taken_for if row[label])
+    words = f"{row[taken_for[0]]:,} {verb} taken {first}"
+    if second:
+        words += f" and {row[taken_for[1]]:,} {second[0]}"
     if train is None:
-        return f"{support} are taken {words}"
+        return words
     trained = train["per_class"][name]["support"]
-    return (
-        f"{support} are taken {words}; {trained:,} of {train['count']:,} training images are of "
-        "this class"
-    )
+    return f"{words}; {trained:,} of {train['count']:,} training images are of this class"
 
 
 def _of_curves(curves: Mapping[str, Any] | None) -> list[dict[str, str]]:

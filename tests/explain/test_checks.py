@@ -29,14 +29,14 @@ def test_areas_of_a_case_by_hand():
     corner = np.zeros((1, 10, 10), np.float32)
     corner[:, :5, :5] = 1
     one = np.array([1])
-    deletion, insertion = checks.deletion_and_insertion(predictor, images, one, corner)
+    deletion, insertion = checks.Curves(predictor, images, one).areas(corner)
     # Of steps of a tenth of 100 pixels: 10, 20 and then all 25 of the corner are gone.
     p = 200 / 255
     shares = np.array([1, 0.6, 0.2, 0, 0, 0, 0, 0, 0, 0, 0])
     assert deletion == pytest.approx(np.trapezoid(p * shares, dx=0.1), rel=1e-5)
     # The blurred image of a flat one is the same, so that nothing comes back.
     assert insertion == pytest.approx(p, rel=1e-5)
-    elsewhere, _ = checks.deletion_and_insertion(predictor, images, one, 1 - corner)
+    elsewhere, _ = checks.Curves(predictor, images, one).areas(1 - corner)
     assert elsewhere > deletion + 0.3
 
 
@@ -47,8 +47,8 @@ def test_insertion_begins_with_a_blurred_image_and_ends_with_the_image():
     corner = np.zeros((1, 20, 20), np.float32)
     corner[:, :10, :10] = 1
     one = np.array([1])
-    _, first = checks.deletion_and_insertion(predictor, images, one, corner)
-    _, last = checks.deletion_and_insertion(predictor, images, one, 1 - corner)
+    _, first = checks.Curves(predictor, images, one).areas(corner)
+    _, last = checks.Curves(predictor, images, one).areas(1 - corner)
     start = predictor(np.asarray(images * 0.0, np.uint8))[0, 1]
     assert start == 0
     assert 0.9 < first < 1
@@ -70,7 +70,7 @@ def test_rank_correlation_is_scipys():
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_maps_that_are_only_inverted_or_follow_the_first_layers_have_not_changed(sign):
+def test_maps_that_are_only_inverted_or_follow_the_first_layers_have_not_changed(sign, monkeypatch):
     """The class's weights are shuffled first, and these maps do not depend on them."""
     predictor = make_predictor()
     images = np.random.default_rng(1).integers(0, 256, (10, *SIZE, 3), np.uint8)
@@ -85,13 +85,15 @@ def test_maps_that_are_only_inverted_or_follow_the_first_layers_have_not_changed
         pixels = images.reshape(10, -1, 3)[:, order].mean(axis=-1)
         return pixels.reshape(10, *SIZE).astype(np.float32)
 
-    shuffled = checks._shuffled_predictors(predictor, 0)
-    for judged in (method, of_the_first_layer):
-        maps = judged(predictor, images, classes)
-        assert not checks._randomization(judged, maps, shuffled, images, classes)["passes"]
-    zeros = np.zeros((10, *SIZE), np.float32)
-    found = checks._randomization(lambda *_: zeros, zeros, shuffled, images, classes)
-    assert found["passes"] is False
+    def zeros(*_):
+        return np.zeros((10, *SIZE), np.float32)
+
+    judged = {"method": method, "of_the_first_layer": of_the_first_layer, "zeros": zeros}
+    monkeypatch.setattr(checks, "methods_for", lambda predictor: judged)
+    found = checks.judge(predictor, images, classes)
+    assert found.keys() == judged.keys()
+    for verdict in found.values():
+        assert verdict["randomization"]["passes"] is False
 
 
 def test_hits_by_hand():
@@ -240,7 +242,7 @@ def test_the_ends_of_deletion_and_insertion_do_not_depend_on_the_map():
     images = np.random.default_rng(2).integers(0, 256, (3, *SIZE, 3), np.uint8)
     classes = np.resize(CLASSES, 3)
     heat = np.random.default_rng(3).random((3, *SIZE), np.float32)
-    grey = np.broadcast_to(np.uint8(np.round(predictor.preprocessing.mean)), images.shape)
+    grey = np.round(predictor.preprocessing.mean).astype(np.uint8)
     ranks = scipy.stats.rankdata(-heat.reshape(3, -1), axis=1, method="ordinal").reshape(heat.shape)
     probabilities = []
     for step in range(11):
@@ -248,5 +250,5 @@ def test_the_ends_of_deletion_and_insertion_do_not_depend_on_the_map():
         changed = np.where(gone[..., None], grey, images)
         probabilities.append(predictor(changed)[np.arange(3), classes])
     expected = np.trapezoid(np.stack(probabilities), dx=0.1, axis=0)
-    area, _ = checks.deletion_and_insertion(predictor, images, classes, heat)
+    area, _ = checks.Curves(predictor, images, classes).areas(heat)
     np.testing.assert_allclose(area, expected, atol=1e-5)

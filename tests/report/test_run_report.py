@@ -15,6 +15,7 @@ from PIL import Image
 
 from cnn_jax import calibration, run_directory
 from cnn_jax.bundle import read_bundle, write_bundle
+from cnn_jax.console import Console
 from cnn_jax.data import no_track, pipeline
 from cnn_jax.errors import ConfigError
 from cnn_jax.evaluate import open_as_trained, predict_split
@@ -403,7 +404,7 @@ def test_a_network_at_chance_passes_no_check_of_its_maps(run, monkeypatch):
     monkeypatch.setattr(run_report, "_FULL", {"explanations": run_report.explanations.explanations})
     for beats_chance in (True, False):
         monkeypatch.setattr(
-            run_report.explanations.verdicts, "beats_chance", lambda _, b=beats_chance: b
+            run_report.explanations.verdicts, "beats_chance", lambda *_, b=beats_chance: b
         )
         text = _parsed(write_report(run)).text
         found = _metrics(run)["explanations"]["methods"]
@@ -519,8 +520,10 @@ def test_two_classes_one_never_predicted_and_one_validation_image(tmp_path):
     assert figures["validation"]["count"] == 1
     assert figures["test"]["confusion"] == [[2, 0], [2, 0]]
     assert set(figures["missing"]) == FULL
-    assert figures["curves"]["verdict"] == "one epoch"
-    assert "No test image is taken for red: 2 test images are taken 2 for blue; 5 of 10" in text
+    # The only validation image is red, and all are taken for blue.
+    assert figures["curves"]["verdict"] == "at chance"
+    assert "The network is not shown to be better than guessing on validation" in text
+    assert "No test image is taken for red: of 2 test images, 2 are taken for blue; 5 of 10" in text
     assert "the network is not shown to be better than guessing." in text
     assert "Of 2 mistakes, 2 are red taken for blue." in text
     assert "nan" not in text.lower()
@@ -616,6 +619,38 @@ def test_sections_of_another_form_are_not_kept(reported, tmp_path):
     (workdir / "report" / "metrics.json").write_text(json.dumps(figures))
     _written(workdir)
     assert "mistakes" not in _metrics(workdir)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_sections_that_lack_what_the_page_shows_are_not_kept(run, tmp_path):
+    """Those of the first form did not tell sure mistakes from the others."""
+    _written(run)
+    _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
+    figures = _metrics(run) | {"format": 1}
+    del figures["mistakes"]["num_sure"], figures["mistakes"]["sure_threshold"]
+    (run / "report" / "metrics.json").write_text(json.dumps(figures))
+    assert f"folder:{tmp_path / 'gone'}: there is no" in _written(run).text
+    after = _metrics(run)
+    assert "mistakes" not in after
+    assert after["test"] == figures["test"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no room"), KeyboardInterrupt(), OSError("full")])
+def test_a_report_that_fails_after_training_has_its_command(failure, tmp_path, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(run_report, "_write", fail)
+    command = f"python -m cnn_jax.report --run={tmp_path}"
+    console = Console()
+    if isinstance(failure, RuntimeError):
+        assert run_report.report_after_training(tmp_path, _config(""), console) == command
+        shown = " ".join(capfd.readouterr().err.split())
+        assert "no report: RuntimeError: no room; all else is complete" in shown
+    else:
+        with pytest.raises(type(failure)) as raised:
+            run_report.report_after_training(tmp_path, _config(""), console)
+        assert (command in str(raised.value)) == isinstance(failure, KeyboardInterrupt)
 
 
 @pytest.mark.usefixtures("undrawn")

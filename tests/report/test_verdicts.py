@@ -173,6 +173,23 @@ def test_guessing(matrix, expected):
     assert found["verdict"] == expected
 
 
+def test_the_class_to_guess_is_that_of_the_training_images():
+    test = _confusion([[30, 21], [26, 33]])
+    train = _confusion([[400, 0], [100, 200]])
+    assert verdicts.guessing(test)["class"] == "1"
+    found = verdicts.guessing(test, train)
+    assert found["class"] == "0"
+    assert found["accuracy"] == 51 / 110
+    expected = scipy.stats.binomtest(63, 110, 51 / 110, alternative="greater").pvalue
+    assert found["p_value"] == pytest.approx(expected)
+    assert (verdicts.guessing(test)["verdict"], found["verdict"]) == ("chance", "better")
+    assert not verdicts.beats_chance(test)
+    assert verdicts.beats_chance(test, train)
+    # Class 1 is named always, and is more common in this split than in training.
+    train, constant = _confusion([[500, 0], [0, 500]]), _confusion([[0, 40], [0, 60]])
+    assert verdicts.guessing(constant, train)["verdict"] == "chance"
+
+
 def test_agreement_is_that_of_shuffled_predictions():
     matrix = np.array([[20, 6, 4], [7, 9, 4], [5, 2, 3]])
     labels, predictions = (np.repeat(axis.ravel(), matrix.ravel()) for axis in np.indices((3, 3)))
@@ -198,7 +215,7 @@ def test_guessing_has_a_verdict_on_any_matrix(matrix):
 
 def test_a_trend_is_that_of_kendall():
     for seed in range(5):
-        values = np.random.default_rng(seed).normal(size=40).cumsum()
+        values = np.random.default_rng(seed).normal(size=40).cumsum().tolist()
         expected = scipy.stats.kendalltau(
             range(40), values, alternative="less", method="asymptotic"
         )

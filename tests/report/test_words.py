@@ -33,7 +33,7 @@ def test_the_summary_says_how_good_it_is_and_what_stands_out():
     )
     assert [(remark["text"], remark["section"]) for remark in found["remarks"]] == [
         (
-            "No test image is taken for c: 10 test images are taken 6 for b and 4 for a.",
+            "No test image is taken for c: of 10 test images, 6 are taken for b and 4 for a.",
             "classes",
         ),
         ("Of 10 mistakes, 6 are c taken for b.", "confusion"),
@@ -78,7 +78,7 @@ def test_the_reason_of_a_class_that_is_never_predicted_has_its_training_images()
     test = _test_split([[10, 0, 0], [0, 10, 0], [4, 6, 0]])
     train = {"count": 900, "per_class": {name: {"support": 7} for name in "abc"}}
     (remark, *_) = words.summary({"test": test, "train": train})["remarks"]
-    assert remark["text"].endswith("4 for a; 7 of 900 training images are of this class.")
+    assert remark["text"].endswith("and 4 for a; 7 of 900 training images are of this class.")
 
 
 def test_the_headline_compares_with_guessing():
@@ -108,6 +108,29 @@ def test_a_small_test_split_is_told_with_the_width_of_its_interval():
     (remark, *_) = words.summary({"test": test})["remarks"]
     assert remark["text"].startswith("120 test images: accuracy is known to ± 6 points.")
     assert remark["section"] == "figures"
+
+
+def test_a_small_test_split_takes_the_place_of_no_other_remark():
+    confusion = [[10, 0, 0], [0, 10, 0], [4, 6, 0]]
+    test = _test_split(confusion) | _figures(2 / 3, reach=0.15)
+    figures = {
+        "test": test,
+        "confusion": {"errors": 10, "pairs": [{"true": "c", "predicted": "b", "count": 6}]},
+        "label_errors": {"share": 0.5, "credible": True, "suspected": 1, "of": 2},
+    }
+    sections = [remark["section"] for remark in words.summary(figures)["remarks"]]
+    assert sections == ["classes", "confusion", "label_errors", "figures"]
+    figures["calibration"] = {"after": {"expected_calibration_error": 0.2}}
+    sections = [remark["section"] for remark in words.summary(figures)["remarks"]]
+    assert sections == ["classes", "confusion", "label_errors", "calibration"]
+
+
+def test_several_classes_that_are_never_predicted():
+    test = _test_split([[10, 0, 0], [1, 0, 0], [10, 0, 0]])
+    (remark, *_) = words.summary({"test": test})["remarks"]
+    assert remark["text"] == (
+        "No test image is taken for b, c. Of 1 test image of b, 1 is taken for a."
+    )
 
 
 def test_a_calibration_error_is_in_points():
