@@ -55,7 +55,7 @@ MUTATIONS = [
     ("report/charts.py", "if share < 0.01", "if share < 0", "report/test_charts.py"),
     ("report/sections.py", "1 / temperature", "temperature", "report/test_run_report.py"),
     ("report/sections.py", "np.flatnonzero(is_right), confidence", "np.flatnonzero(is_right), -confidence", "report/test_run_report.py"),
-    ("report/verdicts.py", "    if p_value < _SIGNIFICANT:", "    if p_value < 1 - _SIGNIFICANT:", "report/test_verdicts.py"),
+    ("report/verdicts.py", "if p_value < _SIGNIFICANT else", "if p_value < 1 - _SIGNIFICANT else", "report/test_verdicts.py"),
     ("report/verdicts.py", "mean - 0.5", "mean", "report/test_verdicts.py"),
     ("report/study_values.py", "if where <= _EDGE + 1e-9", "if where <= 2 * _EDGE", "report/test_study_values.py"),
     ("report/study_values.py", "better = np.maximum if _is_rising(study) else np.minimum", "better = np.maximum", "report/test_study_values.py"),
