@@ -117,8 +117,8 @@ def _width_of_interval(test_images: int, config: Config) -> list[str]:
         return []
     exact = " --config.data.stratify=exact" if config.data.stratify == "stable" else ""
     return [
-        f"{count(test_images, 'test image')}: accuracy will be known to ± {100 * reach:.0f} points; "
-        f"for less, train several times with{exact} --config.seed=1, 2, ..."
+        f"{count(test_images, 'test image')}: accuracy will be known to ± {100 * reach:.0f} "
+        f"points; for less, train several times with{exact} --config.seed=1, 2, ..."
     ]
 
 
