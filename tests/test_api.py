@@ -85,7 +85,7 @@ def test_freed_memory_is_kept(tmp_path, monkeypatch):
 
 def test_columns_of_predictions_are_aligned_by_the_width_on_a_terminal():
     names = ["猫.png", "a long name.png"]
-    found = [Prediction(np.array([0.75, 0.25]), "犬", 0.75, None) for _ in names]
+    found = [Prediction("犬", 0.75, np.array([0.75, 0.25])) for _ in names]
     lines = repr(api.Predictions(found, names, ["犬", "cat"])).splitlines()
     starts = [[cell_len(line[: line.index(word)]) for word in ("犬", "cat")] for line in lines]
     assert starts[0] == starts[1]
