@@ -26,6 +26,7 @@ from cnn_jax.predict import (
     write_predictions,
 )
 from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.serve.engine import Program
 from cnn_jax.serve.versions import Version
 
 
@@ -249,7 +250,7 @@ def test_a_generator_may_reuse_its_memory(predictor):
 def test_what_is_neither_an_image_nor_images_is_one_error(images, message):
     # Not by `predict_batch`, whose types are checked in the tests before it can say so.
     with pytest.raises(TypeError, match=message):
-        predict._single_images(images)
+        predict.single_images(images)
 
 
 @pytest.mark.parametrize("value", [5, None, [[1, 2], [3, 4]], {"b64": ""}])
@@ -332,7 +333,9 @@ def test_values_far_above_the_white_level_are_one_warning(caplog):
 
 
 def test_the_command_warns_once_of_any_number_of_batches(predictor, tmp_path, caplog):
-    write_predictions(predictor, _save_twelve_bits(tmp_path, 65), io.StringIO())
+    paths = _save_twelve_bits(tmp_path, 65)
+    with (tmp_path / "out.csv").open("w") as file:
+        write_predictions(predictor, paths, file)
     assert len(caplog.records) == 1
 
 
@@ -340,7 +343,14 @@ def test_a_server_warns_once_of_each_version(predictor, tmp_path, caplog):
     content = _save_twelve_bits(tmp_path)[0].read_bytes()
     for number in (1, 2):
         version = Version(
-            "shapes", number, predictor, predictor.preprocessing, *[mock.Mock()] * 2, {}, "", 0
+            "shapes",
+            number,
+            predictor,
+            predictor.preprocessing,
+            *[mock.Mock(spec=Program)] * 2,
+            {},
+            "",
+            0.0,
         )
         version.read(content)
         version.read(content)
