@@ -229,7 +229,7 @@ _TABLE = [
         4095,
         _levels(_GREY >> 4, 4095),
     ),
-    ("tiff 32-bit", _tiff(_GREY.astype(np.int32)), 0, "32-bit signed values from 0 to 65535, of"),
+    ("tiff 32-bit", _tiff(_GREY.astype(np.int32)), 0, "32-bit signed values from 0 to 65535, none"),
     ("tiff 32-bit", _tiff(_GREY.astype(np.int32)), 65535, _levels(_GREY, 65535)),
     ("tiff 32-bit", _tiff(_GREY.astype(np.int32), ">"), 65535, _levels(_GREY, 65535)),
     ("tiff 32-bit unsigned", _tiff(_GREY * np.uint32(65536)), 0, "32-bit values from 0 to 4294901"),
