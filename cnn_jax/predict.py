@@ -174,10 +174,11 @@ def preprocess_for_inference(
           an open binary file, or anything else whose `read()` returns such bytes;
           a Pillow image;
           an array, or what NumPy makes one of, upright: grey [h, w] or [h, w, 1], RGB
-          [h, w, 3] or RGBA uint8 [h, w, 4]; uint8 from 0, black, to 255, white; uint16;
-          bool; or any numbers if the network was trained with a white level. OpenCV's
+          [h, w, 3] or RGBA uint8 [h, w, 4]; uint8 from 0, black, to 255, white; bool; or
+          any other numbers if the network was trained with a white level. OpenCV's
           arrays are BGR, which cannot be seen from the array: pass `image[..., ::-1]`.
-        The same picture gives the same pixels in each of these forms.
+        The same picture gives the same pixels in each of these forms. A warning is logged
+        if it uses a small part of the values up to white, or has values far above white.
       preprocessing: The predictor's, `predictor.preprocessing`; the default is the
         specification's 224 x 224.
 
@@ -189,15 +190,35 @@ def preprocess_for_inference(
         another dtype or shape.
       TypeError: It is of none of these kinds.
     """
-    if not isinstance(image, bytes | Image.Image | np.ndarray):
-        image = _read(image)
-    if isinstance(image, bytes):
-        pixels = decode.decode(image, preprocessing.max_pixels, preprocessing.white_level)
-    elif isinstance(image, Image.Image):
-        pixels = decode.to_rgb(image, preprocessing.max_pixels, preprocessing.white_level)
-    else:
-        pixels = _pixels_of_array(image, preprocessing)
-    return decode.resize(pixels, preprocessing.image_size)
+    return ImageReader(preprocessing).read(image, _describe(image))
+
+
+class ImageReader:
+    """Reads images as `preprocess_for_inference` does, and warns of the first one only."""
+
+    def __init__(self, preprocessing: Preprocessing = SPECIFICATION):
+        self._preprocessing = preprocessing
+        self._has_warned = False
+
+    def read(self, image: AnyImage, name: str) -> Pixels:
+        """One image; a warning calls it by this name.
+
+        Raises:
+          DataError, TypeError: As `preprocess_for_inference`.
+        """
+        preprocessing = self._preprocessing
+        if not isinstance(image, bytes | Image.Image | np.ndarray):
+            image = _read(image)
+        if isinstance(image, np.ndarray):
+            image = _plain_array(image)
+        values, pixels = decode.decode_any(
+            image, preprocessing.max_pixels, preprocessing.white_level
+        )
+        doubt = values.doubt(preprocessing.white_level) if values else ""
+        if doubt and not self._has_warned:
+            self._has_warned = True
+            logger.warning("%s: %s (said once, of the first such image)", name, doubt)
+        return decode.resize(pixels, preprocessing.image_size)
 
 
 def _read(image: object) -> bytes | np.ndarray:
@@ -239,11 +260,11 @@ def _read_file(file: Readable) -> bytes:
     return bytes(content)
 
 
-def _pixels_of_array(array: np.ndarray, preprocessing: Preprocessing) -> Pixels:
-    """The grey levels of an array of one image.
+def _plain_array(array: np.ndarray) -> np.ndarray | Image.Image:
+    """An array of one image without a channel of its own for grey, or for transparency.
 
     Raises:
-      DataError: It has another shape, or the range of its values is not known.
+      DataError: It has another shape, or is RGBA and not uint8.
     """
     channels = 1 if array.ndim == 2 else array.shape[-1] if array.ndim == 3 else 0
     if channels not in (1, 3, 4) or 0 in array.shape:
@@ -251,12 +272,11 @@ def _pixels_of_array(array: np.ndarray, preprocessing: Preprocessing) -> Pixels:
             f"an image array must be [height, width] or [height, width, 1, 3 or 4], got "
             f"{_shape(array)}"
         )
-    if channels == 4 and array.dtype == np.uint8:
-        image = Image.fromarray(np.ascontiguousarray(array))
-        return decode.to_rgb(image, preprocessing.max_pixels)
-    if channels == 1:
-        array = array.reshape(array.shape[:2])
-    return decode.from_array(array, preprocessing.white_level)
+    if channels == 4:
+        if array.dtype != np.uint8:
+            raise DataError(f"an image array may be RGBA only as uint8, got {array.dtype}")
+        return Image.fromarray(np.ascontiguousarray(array))
+    return array.reshape(array.shape[:2]) if channels == 1 else array
 
 
 def _shape(array: np.ndarray) -> str:
@@ -283,11 +303,18 @@ def predict_batch(predictor: Predictor, images: AnyImage | Iterable[AnyImage]) -
 
     Returns:
       One prediction for each image, in their order. For an image that could not
-      be used it holds the reason, which is also logged.
+      be used it holds the reason, which is also logged. Of the images whose values
+      hardly suit the network's white level, a warning names the first.
 
     Raises:
       TypeError: `images`, or one of them, is of none of these kinds.
     """
+    return _predict_batch(predictor, images, ImageReader(predictor.preprocessing))
+
+
+def _predict_batch(
+    predictor: Predictor, images: AnyImage | Iterable[AnyImage], reader: ImageReader
+) -> list[Prediction]:
     predictions: list[Prediction] = []
     rows: list[int] = []  # The positions in `predictions` of the images in `batch`.
     batch = np.empty((BATCH_SIZE, *predictor.preprocessing.image_size, 3), np.uint8)
@@ -302,7 +329,7 @@ def predict_batch(predictor: Predictor, images: AnyImage | Iterable[AnyImage]) -
     for row, image in enumerate(single_images(images)):
         predictions.append(Prediction())
         try:
-            batch[len(rows)] = preprocess_for_inference(image, predictor.preprocessing)
+            batch[len(rows)] = reader.read(image, _describe(image, row))
         except DataError as error:
             logger.warning("%s: %s", _describe(image, row), error)
             predictions[row] = Prediction(error=str(error))
@@ -355,10 +382,10 @@ def _images_of_array(array: np.ndarray) -> Iterator[AnyImage]:
     )
 
 
-def _describe(image: AnyImage, row: int) -> str:
+def _describe(image: object, row: int | None = None) -> str:
     if isinstance(image, str | os.PathLike):
         return str(image)
-    return f"image {row} ({type(image).__name__})"
+    return f"image{'' if row is None else f' {row}'} ({type(image).__name__})"
 
 
 def predict_pixels(
@@ -511,9 +538,10 @@ def write_predictions(
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["path", "predicted", "confidence", "error", *further])
     num_errors = 0
+    reader = ImageReader(predictor.preprocessing)
     for start in range(0, len(paths), BATCH_SIZE):
         batch = paths[start : start + BATCH_SIZE]
-        for path, prediction in zip(batch, predict_batch(predictor, batch), strict=True):
+        for path, prediction in zip(batch, _predict_batch(predictor, batch, reader), strict=True):
             if prediction.probabilities is None:
                 num_errors += 1
                 writer.writerow([path, "", "", prediction.error, *("" for _ in further)])

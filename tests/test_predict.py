@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import zipfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,16 @@ from cnn_jax import predict
 from cnn_jax.bundle import write_bundle
 from cnn_jax.errors import BundleError, DataError
 from cnn_jax.models import make_model
-from cnn_jax.predict import Predictor, list_images, predict_batch, preprocess_for_inference
+from cnn_jax.predict import (
+    Predictor,
+    list_images,
+    predict_batch,
+    preprocess_for_inference,
+    write_predictions,
+)
 from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.serve.engine import Program
+from cnn_jax.serve.versions import Version
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +85,12 @@ def test_grey_pixels_become_rgb_and_the_default_is_the_specifications_size():
         ("no/such/file.jpg", "No such file"),
         ("bad\0name", "null byte"),
         (b"nonsense", "not an image"),
-        (np.zeros((4, 4, 3)), "must be uint8 or uint16, or .* got float64 with values from 0 to 0"),
+        (np.ones((4, 4, 3)), "has float values from 1 to 1, none .*white_level=1, or .*pass uint8"),
+        (np.full((4, 4), 255, np.uint16), "has 16-bit values from 255 to 255, none of which"),
+        (np.full((4, 4, 3), 4095, np.uint16), "white_level=4095, or .*; or pass uint8"),
+        (np.full((4, 4, 1), 9, np.int64), "has 64-bit signed values from 9 to 9, none of which"),
         (np.zeros((4, 4, 5), np.uint8), r"\[height, width, 1, 3 or 4\], got \[4, 4, 5\]"),
-        (np.zeros((4, 4, 4), np.uint16), r"must be \[height, width, 3\], got \[4, 4, 4\]"),
+        (np.zeros((4, 4, 4), np.uint16), "RGBA only as uint8, got uint16"),
         (np.zeros((0, 4, 3), np.uint8), r"got \[0, 4, 3\]"),
         (np.zeros((3, 4, 5), np.uint8), r"\[3, 4, 5\]; channels come last"),
         (np.array(3, np.uint8), r"got \[\]"),
@@ -285,6 +297,65 @@ def test_any_number_of_images(predictor, count):
         np.testing.assert_allclose(
             [prediction.confidence for prediction in predictions], expected.max(axis=1), atol=1e-6
         )
+
+
+def _save_twelve_bits(folder, count=3):
+    """Files of 16 bits with values from 0 to 4095."""
+    paths = [folder / f"{i}.png" for i in range(count)]
+    for path in paths:
+        Image.fromarray(np.array([[0, 4095], [7, 100]], np.uint16)).save(path)
+    return paths
+
+
+def test_values_that_use_little_of_the_range_are_one_warning(predictor, tmp_path, caplog):
+    paths = _save_twelve_bits(tmp_path)
+    assert None not in [one.predicted for one in predict_batch(predictor, paths)]
+    (record,) = caplog.records
+    assert f"{paths[0]}: has 16-bit values from 0 to 4095, and 65535 is white" in record.message
+    predict_batch(predictor, [_pixels(), paths[1].read_bytes()])
+    assert "image 1 (bytes): has 16-bit values" in caplog.records[1].message
+    preprocess_for_inference(Image.open(paths[2]))
+    assert "image (PngImageFile): has 16-bit values" in caplog.records[2].message
+    bundle = make_bundle()
+    preprocessing = dataclasses.replace(bundle.preprocessing, white_level=4095.0)
+    predict_batch(Predictor(dataclasses.replace(bundle, preprocessing=preprocessing)), paths)
+    assert len(caplog.records) == 3
+
+
+def test_values_far_above_the_white_level_are_one_warning(caplog):
+    preprocessing = Preprocessing(image_size=(8, 8), white_level=1.0)
+    preprocess_for_inference(np.array([[0, 1.05]]), preprocessing)
+    assert not caplog.records
+    preprocess_for_inference(np.array([[0, 255.0]]), preprocessing)
+    (record,) = caplog.records
+    assert "image (ndarray): has float values from 0 to 255, and 1 is white" in record.message
+    assert "\n" not in record.message
+
+
+def test_the_command_warns_once_of_any_number_of_batches(predictor, tmp_path, caplog):
+    paths = _save_twelve_bits(tmp_path, 65)
+    with (tmp_path / "out.csv").open("w") as file:
+        write_predictions(predictor, paths, file)
+    assert len(caplog.records) == 1
+
+
+def test_a_server_warns_once_of_each_version(predictor, tmp_path, caplog):
+    content = _save_twelve_bits(tmp_path)[0].read_bytes()
+    for number in (1, 2):
+        version = Version(
+            "shapes",
+            number,
+            predictor,
+            predictor.preprocessing,
+            *[mock.Mock(spec=Program)] * 2,
+            {},
+            "",
+            0.0,
+        )
+        version.read(content)
+        version.read(content)
+        assert len(caplog.records) == number
+        assert f"an image for shapes, version {number}: has 16-bit" in caplog.records[-1].message
 
 
 def test_few_shapes_are_compiled_and_none_for_other_weights():

@@ -90,6 +90,12 @@ _LARGE = 8_000_000
 _LARGE_TURN = threading.Lock()
 # Pixels that are converted at a time.
 _STRIP = 1_000_000
+# The largest values of the usual kinds of images, and by how much of it the values of a
+# resized image may exceed its white: bicubic and Lanczos filters overshoot.
+_USUAL_WHITES = (1, 255, 1023, 4095, 16383, 65535)
+OVERSHOOT = 1.1
+# An image is dark if none of its values is above this fraction of white; 14 bits of 16 are.
+DARK = 0.25
 # Values of TIFF's tags (TIFF 6.0, sections 8 and 19).
 _WHITE_IS_ZERO, _PLANAR, _SIGNED = 0, 2, 2
 # How Pillow scales grey levels of 2 and 4 bits.
@@ -128,6 +134,22 @@ class Values:
     high: float
     white: float
 
+    def doubt(self, white_level: float) -> str:
+        """Why the values hardly suit a network of this white level; "" if they do.
+
+        Args:
+          white_level: See `Preprocessing`.
+        """
+        white = white_level or self.white
+        if self.kind == "8-bit" or DARK * white < self.high <= OVERSHOOT * white or not self.high:
+            return ""
+        effect = "those above it become white" if self.high > white else "it is almost black"
+        return (
+            f"has {self.kind} values {span(self)}, and {format_number(white)} is white, so that "
+            f"{effect}: scale them like those of the training's images, or train with a "
+            "data.white_level that suits them"
+        )
+
 
 class UnknownWhiteError(DataError):
     """An image whose values could mean any grey level, since none is known to be white.
@@ -137,12 +159,7 @@ class UnknownWhiteError(DataError):
     """
 
     def __init__(self, values: Values):
-        white = format_number(likely_white(values.high))
-        super().__init__(
-            f"has {values.kind} values {span(values)}, of which none is known to be white: "
-            f"train with --config.data.white_level={white}, or whatever is white in all of these "
-            "images"
-        )
+        super().__init__(f"has {values.kind} {unknown_white(values)}")
         self.values = values
 
 
@@ -188,11 +205,32 @@ def decode(encoded: bytes, max_pixels: int = MAX_PIXELS, white_level: float = 0)
       DataError: The bytes are no image, a damaged one, or one too large, or what
         its values mean is not known.
     """
-    plain = _decode_plain_jpeg(encoded, max_pixels)
-    if plain is not None:
-        return plain
-    with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image.width * image.height):
-        return _decode_opened(image, encoded, white_level)[1]
+    return decode_any(encoded, max_pixels, white_level)[1]
+
+
+def decode_any(
+    image: bytes | Image.Image | Shaped[np.ndarray, "..."],
+    max_pixels: int = MAX_PIXELS,
+    white_level: float = 0,
+) -> tuple[Values | None, Pixels]:
+    """The range of values, None if they are of 8 bits, and what the three others return.
+
+    The others are `decode` for bytes, `to_rgb` and `from_array`.
+
+    Raises:
+      DataError: As these.
+    """
+    if isinstance(image, bytes):
+        if (plain := _decode_plain_jpeg(image, max_pixels)) is not None:
+            return None, plain
+        with (
+            _opened(image, max_pixels) as opened,
+            _one_large_at_a_time(opened.width * opened.height),
+        ):
+            return _decode_opened(opened, image, white_level)
+    if isinstance(image, Image.Image):
+        return _decode_pillow(image, max_pixels, white_level)
+    return _decode_array(image, white_level)
 
 
 def decode_with_header(
@@ -290,19 +328,28 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, white_level: float 
       DataError: It is too large, or damaged where Pillow had not looked yet, or what
         its values mean is not known.
     """
+    return decode_any(image, max_pixels, white_level)[1]
+
+
+def _decode_pillow(
+    image: Image.Image, max_pixels: int, white_level: float
+) -> tuple[Values | None, Pixels]:
     with _explain_errors():
         _check_size(image, max_pixels)
         if not _loses_values(image):
-            return _to_rgb(image, b"", white_level)[1]
+            return _to_rgb(image, b"", white_level)
         encoded = _content(image)
         with _opened(encoded, max_pixels) as again:
             if frame := image.tell():
                 again.seek(frame)
-            return _to_rgb(again, encoded, white_level)[1]
+            return _to_rgb(again, encoded, white_level)
 
 
 def from_array(array: Shaped[np.ndarray, "..."], white_level: float = 0) -> Pixels:
     """Grey or RGB values of any type, with the pixels that `decode` gives for a file of them.
+
+    An array has no file format to say what is white. So every type other than uint8 and
+    bool needs a white level, uint16 too.
 
     Args:
       array: [height, width] or [height, width, 3].
@@ -311,21 +358,27 @@ def from_array(array: Shaped[np.ndarray, "..."], white_level: float = 0) -> Pixe
     Raises:
       DataError: It is of another shape or type, or what its values mean is not known.
     """
+    return decode_any(array, white_level=white_level)[1]
+
+
+def _decode_array(
+    array: Shaped[np.ndarray, "..."], white_level: float
+) -> tuple[Values | None, Pixels]:
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[-1] != 3):
-        raise DataError(f"an image array must be [height, width, 3], got {list(array.shape)}")
+        raise DataError(
+            f"an image array must be [height, width] or [height, width, 3], got "
+            f"{list(array.shape)} of {array.dtype}"
+        )
     if array.dtype == bool:
         array = array * np.uint8(255)
     if array.dtype != np.uint8:
         if array.dtype.kind not in "iuf":
             raise DataError(f"an image array must be uint8, got {array.dtype}")
         try:
-            return _to_grey_levels(_Deep(array, *_kind(array.dtype)), white_level)[1]
+            return _to_grey_levels(_Deep(array, _kind(array.dtype)[0], 0), white_level)
         except UnknownWhiteError as error:
-            raise DataError(
-                f"an image array must be uint8 or uint16, or the network trained with "
-                f"data.white_level; got {array.dtype} with values {span(error.values)}"
-            ) from error
-    return np.ascontiguousarray(_three_channels(array))
+            raise DataError(f"{error}; or pass uint8, of which 255 is white") from error
+    return None, np.ascontiguousarray(_three_channels(array))
 
 
 def resize(image: Pixels, image_size: tuple[int, int]) -> Pixels:
@@ -353,9 +406,20 @@ def span(values: Any) -> str:
 
 def likely_white(high: float) -> float:
     """The value that is probably white where `high` is the largest: 1, 255, 4095, ..."""
-    # Resampled values may be slightly above white.
-    high = max(high if float(high).is_integer() else 0.99 * high, 1)
+    high = max(high, 1)
+    for white in _USUAL_WHITES:
+        if DARK * white < high <= OVERSHOOT * white:
+            return white
     return 2.0 ** math.ceil(math.log2(high + 1)) - 1
+
+
+def unknown_white(values: Any) -> str:
+    """Why values cannot be read, of anything with a `low` and a `high`, and what to do."""
+    return (
+        f"values {span(values)}, none of which is known to be white, so that they cannot be read: "
+        f"set --config.data.white_level={format_number(likely_white(values.high))}, or whatever "
+        "is white in all images, for training"
+    )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from cnn_jax.data.decode import format_number, likely_white, span
+from cnn_jax.data.decode import (
+    DARK,
+    OVERSHOOT,
+    format_number,
+    likely_white,
+    span,
+    unknown_white,
+)
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source
 from cnn_jax.data.sources import listed_folder
@@ -20,9 +27,8 @@ _IMBALANCE = 10
 _MAX_NAMED = 3
 # Of fewer images, half is no different from chance.
 _SHARE_TO_SPEAK_OF = 3
-# An image is dark if none of its values is above this fraction of white; 14 bits of 16
-# are. A warning is due if this fraction of all images is dark.
-_DARK, _MOST = 0.25, 0.9
+# A warning is due if this fraction of all images is dark (see `decode.DARK`).
+_MOST = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +44,7 @@ class ValueRange:
         images cannot be read.
       dark: Images that use at most a quarter of the range up to white.
       dark_high: The largest value of these.
-      clipped: Images with values above white.
+      clipped: Images with values above white, by more than resizing explains.
       white_level: The `data.white_level` that would suit the images better; None if
         there is no reason to change it, or if the images do not depend on it.
     """
@@ -70,16 +76,13 @@ class ValueRange:
         images = count(self.images, f"{self.kind} image")
         white = format_number(self.white)
         if not self.white:
-            return (
-                f"{images} with values {span(self)} cannot be read, because none of these values "
-                f"is known to be white: set {_white_flag(self.high)}, or whatever is white in all "
-                "of them"
-            )
+            return f"{images} {'has' if self.images == 1 else 'have'} {unknown_white(self)}"
+        better = format_number(self.white_level or 0)
         if self.clipped:
             return (
                 f"{self.clipped:,} of {images} have values above {white}, up to "
-                f"{format_number(self.high)}, which all become white: {_white_flag(self.high)} "
-                "keeps them apart"
+                f"{format_number(self.high)}, which all become white: "
+                f"--config.data.white_level={better} keeps them apart"
             )
         if not self.is_dark:
             return None
@@ -88,14 +91,9 @@ class ValueRange:
             f"{white} is white, so that the network sees them almost black"
         )
         if self.white_level:
-            flag = _white_flag(self.dark_high)
-            return f"{used}: {flag} makes {format_number(self.white_level)} white"
-        halves = ",".join([format_number(likely_white(self.dark_high) / 2)] * 3)
+            return f"{used}: --config.data.white_level={better} makes {better} white"
+        halves = ",".join([format_number(max(self.dark_high, 1) / 2)] * 3)
         return f"{used}: --config.data.mean={halves} --config.data.std={halves} spreads them"
-
-
-def _white_flag(high: float) -> str:
-    return f"--config.data.white_level={format_number(likely_white(high))}"
 
 
 def value_ranges(
@@ -119,7 +117,7 @@ def value_ranges(
         white = own_white if is_plain else preprocessing.white_level or own_white
         # A normalization may map fewer levels of 8-bit images to [-1, 1].
         bright = min(max(map(sum, zip(preprocessing.mean, preprocessing.std, strict=True))), 255)
-        is_dark = highs <= _DARK * (bright if is_plain else white)
+        is_dark = highs <= DARK * (bright if is_plain else white)
         found = ValueRange(
             kind=kind,
             images=len(values),
@@ -128,14 +126,37 @@ def value_ranges(
             white=white,
             dark=int(is_dark.sum()),
             dark_high=float(highs[is_dark].max(initial=0)),
-            clipped=0 if is_plain or not white else int((highs > white).sum()),
+            clipped=0 if is_plain or not white else int((highs > OVERSHOOT * white).sum()),
             white_level=None,
         )
-        if not white or (not is_plain and found.is_dark and found.dark_high > 0):
-            better = likely_white(found.dark_high if white else found.high)
+        if not white or found.clipped:
+            found = dataclasses.replace(found, white_level=likely_white(found.high))
+        elif not is_plain and found.is_dark and found.dark_high > 0:
+            better = likely_white(found.dark_high)
+            better = better if better < white else found.dark_high
             found = dataclasses.replace(found, white_level=better)
         ranges.append(found)
     return sorted(ranges, key=lambda found: (-found.images, found.kind))
+
+
+def range_warnings(ranges: Sequence[ValueRange]) -> list[str]:
+    """The warnings of all ranges, and one more if no white level suits all of them."""
+    found = [warning for one in ranges if (warning := one.warning())]
+    return found + _conflicts(ranges)
+
+
+def _conflicts(ranges: Sequence[ValueRange]) -> list[str]:
+    """A sentence if a white level would have to change and none suits all ranges."""
+    wanted = {one.kind: one.white_level or one.white for one in ranges if one.kind != "8-bit"}
+    if not any(one.white_level for one in ranges) or len(set(wanted.values())) < 2:
+        return []
+    named = " and ".join(
+        f"{format_number(white)} for the {kind} images" for kind, white in wanted.items()
+    )
+    return [
+        f"one data.white_level cannot serve all of these images ({named}): convert those of all "
+        "kinds but one, for example to 8 bits"
+    ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -276,7 +297,7 @@ class Findings:
                 f"{count(formats.total(), 'image')} of formats that are not read have the names "
                 f"of others ({named}): convert them to JPEG or PNG"
             )
-        return found + [warning for one in self.values if (warning := one.warning())]
+        return found + range_warnings(self.values)
 
     def untrainable(self) -> str | None:
         """Why there is too little to train on; None if there is enough."""
@@ -382,7 +403,7 @@ def too_unreadable(
     refused = [one for one in values if not one.white]
     if len(unreadable) == sum(one.images for one in refused):
         # A white level that suits all of them is better advice than three single ones.
-        return "; ".join(one.warning() or "" for one in refused)
+        return "; ".join([one.warning() or "" for one in refused] + _conflicts(values))
     shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:_MAX_NAMED])
     return (
         f"{len(unreadable):,} of {total:,} images cannot be read, more than data.max_unreadable = "

@@ -20,7 +20,7 @@ from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.explain import checks, features
 from cnn_jax.explain.maps import METHODS, method_named, methods_for
 from cnn_jax.explain.overlay import under_map
-from cnn_jax.predict import BATCH_SIZE, Predictor, preprocess_for_inference
+from cnn_jax.predict import BATCH_SIZE, ImageReader, Predictor
 from cnn_jax.report import style, thumbnails
 
 # Images whose feature maps are shown, which are many pictures, and images on the page.
@@ -120,8 +120,9 @@ def explain(
     judged = set(order[: checks.MAX_IMAGES].tolist())
     records: list[dict[str, Any]] = []
     sample: list[tuple[np.ndarray, int]] = []
+    reader = ImageReader(predictor.preprocessing)
     for start in track(range(0, len(paths), BATCH_SIZE), "explaining", _parts(len(paths))):
-        part = [_read(path, predictor) for path in paths[start : start + BATCH_SIZE]]
+        part = [_read(path, reader) for path in paths[start : start + BATCH_SIZE]]
         readable = {i: pixels for i, pixels in enumerate(part) if isinstance(pixels, np.ndarray)}
         found = {}
         if readable:
@@ -160,9 +161,9 @@ def _parts(count: int) -> int:
     return math.ceil(count / BATCH_SIZE)
 
 
-def _read(path: pathlib.Path, predictor: Predictor) -> np.ndarray | DataError:
+def _read(path: pathlib.Path, reader: ImageReader) -> np.ndarray | DataError:
     try:
-        return preprocess_for_inference(path, predictor.preprocessing)
+        return reader.read(path, str(path))
     except DataError as error:
         return error
 

@@ -7,6 +7,7 @@ with it, and when the last has, it is freed.
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,7 +17,7 @@ from cnn_jax.bundle import Bundle
 from cnn_jax.data.decode import Pixels
 from cnn_jax.errors import BundleError
 from cnn_jax.explain import maps
-from cnn_jax.predict import Predictor, preprocess_for_inference
+from cnn_jax.predict import ImageReader, Predictor
 from cnn_jax.preprocessing import Preprocessing
 from cnn_jax.serve.engine import Program, measure
 
@@ -65,7 +66,11 @@ class Version:
         Raises:
           DataError: It cannot be used.
         """
-        return preprocess_for_inference(image, self.preprocessing)
+        return self._reader.read(image, f"an image for {self.model}, version {self.number}")
+
+    @functools.cached_property
+    def _reader(self) -> ImageReader:
+        return ImageReader(self.preprocessing)
 
     @contextlib.contextmanager
     def used(self) -> Iterator["Version"]:

@@ -229,12 +229,12 @@ _TABLE = [
         4095,
         _levels(_GREY >> 4, 4095),
     ),
-    ("tiff 32-bit", _tiff(_GREY.astype(np.int32)), 0, "32-bit signed values from 0 to 65535, of"),
+    ("tiff 32-bit", _tiff(_GREY.astype(np.int32)), 0, "32-bit signed values from 0 to 65535, none"),
     ("tiff 32-bit", _tiff(_GREY.astype(np.int32)), 65535, _levels(_GREY, 65535)),
     ("tiff 32-bit", _tiff(_GREY.astype(np.int32), ">"), 65535, _levels(_GREY, 65535)),
     ("tiff 32-bit unsigned", _tiff(_GREY * np.uint32(65536)), 0, "32-bit values from 0 to 4294901"),
     ("tiff 32-bit unsigned", _tiff(_GREY * np.uint32(65536)), 2.0**32, _levels(_GREY, 2.0**16)),
-    ("tiff float", _tiff(_FLOATS), 0, "float values from 0 to 1, of .*data.white_level=1,"),
+    ("tiff float", _tiff(_FLOATS), 0, "float values from 0 to 1, none of .*data.white_level=1,"),
     ("tiff float", _tiff(_FLOATS), 1, _levels(_FLOATS, 1)),
     ("tiff float big-endian", _tiff(_FLOATS, ">"), 1, _levels(_FLOATS, 1)),
     ("tiff float LZW", _lzw(_FLOATS), 0.5, _levels(_FLOATS, 0.5)),
@@ -395,7 +395,7 @@ def test_pillow_images_of_every_mode_are_read(mode):
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_pillow_images_of_32_bits_need_a_white_level(mode):
     image = Image.new(mode, (3, 2), 7)
-    with pytest.raises(decode.UnknownWhiteError, match="from 7 to 7, of"):
+    with pytest.raises(decode.UnknownWhiteError, match="from 7 to 7, none of"):
         decode.to_rgb(image)
     assert decode.to_rgb(image, white_level=7).min() == 255
 
@@ -403,9 +403,14 @@ def test_pillow_images_of_32_bits_need_a_white_level(mode):
 @pytest.mark.parametrize(
     ("array", "error"),
     [
-        (np.zeros((2, 3), np.float32), "uint8 or uint16, or .*got float32 with values from 0 to 0"),
+        (np.ones((2, 3), np.float32), "has float values from 1 to 1, none .*white_level=1, or"),
+        (np.full((2, 3), 4095, np.uint16), "16-bit values from 4095 .*white_level=4095, or"),
+        (np.full((2, 3, 3), 255, np.uint16), "white_level=255, or .*; or pass uint8"),
+        (np.full((2, 3, 3), 65535, np.uint16), "white_level=65535, or"),
+        (np.full((2, 3), 9, np.int8), "8-bit signed values from 9 to 9, none"),
+        (np.full((2, 3), 200, np.int64), "64-bit signed values .*white_level=255, or"),
         (np.full((2, 3, 3), -1, np.int64), "64-bit signed values from -1 to -1: shift"),
-        (np.zeros((2, 3, 4), np.uint16), r"must be \[height, width, 3\], got \[2, 3, 4\]"),
+        (np.zeros((2, 3, 4), np.uint16), r"width, 3\], got \[2, 3, 4\] of uint16"),
         (np.zeros((0, 3), np.uint16), r"got \[0, 3\]"),
         (np.zeros((2, 3), complex), "must be uint8, got complex128"),
         (np.full((2, 3), np.nan), "not finite"),
@@ -414,6 +419,13 @@ def test_pillow_images_of_32_bits_need_a_white_level(mode):
 def test_arrays_whose_meaning_is_unknown_are_refused(array, error):
     with pytest.raises(DataError, match=error):
         decode.from_array(array)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.uint32, np.int64, np.float32])
+def test_arrays_are_read_by_the_white_level(dtype):
+    array = np.array([[0, 2, 4095]], dtype)
+    expected = _rgb(_levels(array, 4095))
+    np.testing.assert_array_equal(decode.from_array(array, 4095), expected)
 
 
 def test_arrays_of_booleans_are_black_and_white():
@@ -459,8 +471,13 @@ def test_the_same_picture_has_the_same_pixels_whatever_it_comes_as(picture, size
     exact = _levels(array, top)
     expected = decode.resize(_rgb(exact), size)
     opened = Image.open(io.BytesIO(encoded))
-    for form in (encoded, opened, image, array):
+    for form in (encoded, opened, image):
         np.testing.assert_array_equal(preprocess_for_inference(form, preprocessing), expected)
+    if array.dtype != np.uint8 and not white:
+        with pytest.raises(DataError, match="none of which is known to be white"):
+            preprocess_for_inference(array, preprocessing)
+    else:
+        np.testing.assert_array_equal(preprocess_for_inference(array, preprocessing), expected)
 
 
 @settings(deadline=None, max_examples=60)
@@ -511,19 +528,63 @@ def test_a_ramp_keeps_as_many_levels_as_fit(bits, dtype):
         (0.3, 1),
         (1, 1),
         (1.004, 1),
+        (1.02, 1),
+        (1.05, 1),
+        (1.1, 1),
         (2, 3),
         (15, 15),
+        (63, 63),
+        (100, 255),
+        (130, 255),
         (200, 255),
-        (256, 511),
+        (255.5, 255),
+        (256, 255),
+        (257, 255),
+        (280, 255),
+        (281, 1023),
+        (1100, 1023),
+        (2100, 4095),
         (3071, 4095),
         (4095, 4095),
+        (4200, 4095),
         (16383.0, 16383),
+        (17000, 16383),
+        (20000, 65535),
         (65535, 65535),
-        (70000, 131071),
+        (70000, 65535),
+        (80000, 131071),
+        (2**31 - 1, 2**31 - 1),
     ],
 )
 def test_the_likely_white_level(high, white):
     assert decode.likely_white(high) == white
+
+
+@pytest.mark.parametrize(
+    ("kind", "high", "own_white", "white_level", "doubt"),
+    [
+        (
+            "16-bit",
+            4095,
+            65535,
+            0,
+            "from 0 to 4095, and 65535 is white, so that it is almost black",
+        ),
+        ("16-bit", 16383, 65535, 0, "almost black"),
+        ("16-bit", 16384, 65535, 0, ""),
+        ("16-bit", 4095, 65535, 4095, ""),
+        ("16-bit", 0, 65535, 0, ""),
+        ("12-bit", 4095, 4095, 0, ""),
+        ("float", 255, 0, 1, "from 0 to 255, and 1 is white, so that those above it become white"),
+        ("float", 1.1, 0, 1, ""),
+        ("float", 1.11, 0, 1, "become white"),
+        ("float", 0.2, 0, 1, "almost black"),
+        ("8-bit", 3, 255, 4095, ""),
+    ],
+)
+def test_values_that_hardly_suit_a_white_level(kind, high, own_white, white_level, doubt):
+    found = decode.Values(kind, 0, high, own_white).doubt(white_level)
+    assert (doubt in found) if doubt else (found == "")
 
 
 @pytest.mark.parametrize(

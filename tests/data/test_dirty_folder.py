@@ -318,7 +318,7 @@ _ODD = [
     Kind(
         "odd/32 bits.tif",
         encode(_picture(mode="I"), "TIFF"),
-        "unreadable: has 32-bit signed values from 5 to 242, of which none is known to be white",
+        "unreadable: has 32-bit signed values from 5 to 242, none of which is known to be white",
     ),
     Kind("odd/floats.tif", encode(_picture(mode="F"), "TIFF"), "unreadable: has float values"),
     Kind("odd/palette.png", encode(_picture(mode="P"), "PNG"), "image"),

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -6,7 +7,8 @@ from PIL import Image
 
 from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
-from cnn_jax.data.findings import too_few_classes
+from cnn_jax.data.findings import range_warnings, too_few_classes, value_ranges
+from cnn_jax.data.scan import examine
 from cnn_jax.data.splits import Division
 from cnn_jax.errors import DataError
 from cnn_jax.preprocessing import Preprocessing
@@ -225,9 +227,63 @@ def test_floats_without_a_white_level_are_refused_with_that_of_all(tmp_path):
     _save_values(tmp_path, 700, np.float32, count=4, file_format="tiff")
     with pytest.raises(DataError) as error:
         _find(tmp_path, max_unreadable=0.5)
-    assert "24 float images with values from 0 to 700 cannot be read" in str(error.value)
+    assert "24 float images have values from 0 to 700, none of which is known" in str(error.value)
+    assert "cannot serve" not in str(error.value)
     assert "set --config.data.white_level=1023, or" in str(error.value)
     assert _value_warnings(tmp_path, white_level=700.0) == []
+
+
+def test_values_that_resizing_made_exceed_white_are_no_warning(tmp_path):
+    _save_values(tmp_path, 1.05, np.float32, file_format="tif")
+    assert _value_warnings(tmp_path, white_level=1.0) == []
+    (warning,) = _value_warnings(tmp_path, white_level=0.9)
+    assert "--config.data.white_level=1 keeps" in warning
+
+
+def test_images_darker_than_the_likely_white_level_get_their_own(tmp_path):
+    _save_values(tmp_path, 0.125, np.float32, file_format="tif")
+    (warning,) = _value_warnings(tmp_path, white_level=1.0)
+    assert "--config.data.white_level=0.125 makes 0.125 white" in warning
+    assert _value_warnings(tmp_path, white_level=0.125) == []
+
+
+@pytest.mark.parametrize(
+    ("kinds", "white_level", "named"),
+    [
+        # High, type and format of each kind of files.
+        ([(4095, np.uint16, "png"), (1, np.float32, "tif")], 0, "4095 .* 16-bit .* 1 for .* float"),
+        ([(4095, np.uint16, "png"), (1, np.float32, "tif")], 1, "4095 .* 16-bit .* 1 for .* float"),
+        ([(4095, np.uint16, "png"), (1, np.float32, "tif")], 4095, "4095 .* 1 for the float"),
+        ([(65535, np.uint16, "png"), (1, np.float32, "tif")], 0, "65535 .* 1 for the float"),
+        ([(4095, np.int32, "tif"), (1, np.float32, "tiff")], 0, "4095 .* signed .* 1 for"),
+        ([(4095, np.uint16, "png"), (4095, np.float32, "tif")], 0, None),
+        ([(4095, np.uint16, "png"), (4095, np.float32, "tif")], 4095, None),
+        ([(255, np.uint8, "bmp"), (1, np.float32, "tif")], 0, None),
+        ([(255, np.uint8, "bmp"), (65535, np.uint16, "png")], 0, None),
+    ],
+)
+def test_kinds_that_need_different_white_levels_must_be_converted(
+    tmp_path, kinds, white_level, named
+):
+    for high, dtype, file_format in kinds:
+        _save_values(tmp_path, high, dtype, file_format=file_format)
+    preprocessing = Preprocessing(image_size=(8, 8), white_level=white_level)
+    records = [
+        examine(path.read_bytes(), preprocessing)[0] for path in sorted(tmp_path.glob("*/*"))
+    ]
+    found = [one for one in range_warnings(value_ranges(records, preprocessing)) if "serve" in one]
+    assert len(found) == (named is not None)
+    if named:
+        assert re.search(rf"one data.white_level cannot serve .*\({named}.*\): convert", found[0])
+        assert "\n" not in found[0]
+
+
+def test_a_refusal_says_that_no_white_level_suits_all(tmp_path):
+    _save_values(tmp_path, 4095, np.int32, file_format="tif")
+    _save_values(tmp_path, 1, np.float32, file_format="tiff")
+    with pytest.raises(DataError, match="cannot serve all of these images") as error:
+        _find(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_other_formats_under_wrong_names_are_counted(tmp_path):
