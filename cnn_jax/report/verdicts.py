@@ -195,12 +195,20 @@ def _judge(
                 f"falling ({_from_to(curves['train_loss'])} in the second half of the epochs). "
                 "More epochs may help."
             )
+        if not _has_levelled_off(curves):
+            return "too short to tell", (
+                f"It has not learned all of its training images yet, and {count(epochs, 'epoch')} "
+                f"are too few to tell whether it would: the best is {best}, and the training loss "
+                f"went {_from_to(curves['train_loss'])} in the second half of the epochs. Train "
+                "longer before anything else is changed."
+            )
         return "underfits", f"It underfits: {_underfit(curves, train)}"
     if train["accuracy"] == validation["accuracy"] == 1:
         return "balanced", "All of them are right: these splits have nothing more to teach."
     return "balanced", (
-        f"That is balanced, and validation has levelled off (the best of {epochs} epochs is "
-        f"{best}): more images, or a larger network with more augmentation, would be the next step."
+        f"That is balanced, and validation is not shown to be still improving (the best of "
+        f"{epochs} epochs is {best}): more images, or a larger network with more augmentation, "
+        "would be the next step."
     )
 
 
@@ -251,6 +259,15 @@ def _falls(losses: Sequence[float]) -> bool:
     if len(half) < 4 or half[-1] > (1 - _FALL_OF_LOSS) * half[0]:
         return False
     return falling_p_value(half) < _TREND
+
+
+def _has_levelled_off(curves: Mapping[str, Any]) -> bool:
+    """Whether enough epochs show that neither validation nor the training loss gets better."""
+    epochs, losses = curves["epochs"], curves["train_loss"]
+    half = losses[len(losses) // 2 :]
+    best = curves["epoch"].index(curves["best_epoch"]) + 1
+    is_flat = half[-1] > (1 - _FALL_OF_LOSS) * half[0]
+    return len(half) >= 4 and is_flat and best <= epochs - math.ceil(epochs / 10)
 
 
 def falling_p_value(values: Sequence[float]) -> float:

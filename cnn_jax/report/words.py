@@ -163,7 +163,7 @@ def _of_size(test: Mapping[str, Any]) -> list[dict[str, str]]:
         return []
     text = (
         f"{count(test['count'], 'test image')}: accuracy is known to ± {points(reach, 0)}. "
-        "Differences below that are chance; the mean over several seeds is known better."
+        "Smaller differences may be chance; the mean over several seeds is known better."
     )
     return [{"text": text, "section": "figures"}]
 
@@ -240,6 +240,7 @@ def _of_curves(curves: Mapping[str, Any] | None) -> list[dict[str, str]]:
         "at chance": "The network is not shown to be better than guessing on validation",
         "overfits": "The network overfits",
         "peaked early": "Later epochs made the network worse",
+        "too short to tell": "The training was too short to tell whether the network underfits",
         "underfits": "The network underfits",
         "still improving": "The network is still improving",
         "still learning": "The network is still learning its training images",
