@@ -111,14 +111,14 @@ def _division(config: Config, dataset: Dataset) -> str:
 
 
 def _width_of_interval(test_images: int, config: Config) -> list[str]:
-    """A line on how wide the 95 % interval of test accuracy can be, if the split is small."""
+    """Two lines on how wide the 95 % interval of test accuracy can be, if the split is small."""
     reach = half_width(wilson_interval(test_images / 2, test_images))
     if not test_images or reach < VAGUE:
         return []
-    exact = " --config.data.stratify=exact" if config.data.stratify == "stable" else ""
+    exact = "--config.data.stratify=exact and " if config.data.stratify == "stable" else ""
     return [
-        f"{count(test_images, 'test image')}: accuracy will be known to ± {100 * reach:.0f} "
-        f"points; for less, train several times with{exact} --config.seed=1, 2, ..."
+        f"{count(test_images, 'test image')}: accuracy will be known to ± {100 * reach:.0f} points",
+        f"(for less, use {exact}several values of --config.seed)",
     ]
 
 

@@ -803,6 +803,7 @@ def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path
     with pytest.raises(ConfigError, match=r"init_from: .*nowhere is not a bundle"):
         train_and_evaluate(config, tmp_path / "other")
     # A wrong path spoils nothing; but this is not a run that has ended either.
+    (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "other")})
     with pytest.raises(ConfigError, match="has no bundle yet: let that run end first"):

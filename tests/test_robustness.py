@@ -424,7 +424,8 @@ def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_
     assert (sampled["split_count"], sampled["count"], sampled["seed"]) == (60, 7, 4)
     shown = capfd.readouterr().out
     assert f"all images of folder:{image_folder}: 7 of 60 images" in " ".join(shown.split())
-    lines = [line.split() for line in shown.splitlines()]
+    # A table of qualities follows, which has a row named brightness as well.
+    lines = [line.split() for line in shown.partition("Mean error")[0].splitlines()]
     by_name = {line[0]: line for line in lines if line and line[0] in CORRUPTIONS}
     assert by_name.keys() == CORRUPTIONS.keys()
     for name, line in by_name.items():

@@ -71,7 +71,12 @@ def _parsed(study, folder):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Charts of one pixel, where they are not the point."""
-    monkeypatch.setattr(style, "draw", lambda path, *_: Image.new("RGBA", (1, 1)).save(path))
+
+    def draw(path, *_):
+        for theme in style.THEMES:
+            Image.new("RGBA", (1, 1)).save(path.with_stem(path.stem + theme.suffix))
+
+    monkeypatch.setattr(style, "draw", draw)
 
 
 # The charts.
