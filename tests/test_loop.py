@@ -652,7 +652,7 @@ def test_a_run_on_dirty_data_says_what_it_found(tmp_path, capfd):
         "checked     1 unreadable and left out, none turned by EXIF, 3 exact copies "
         "(3 sets with different labels)\n"
     ) in shown
-    assert "ignored: 1 not images" in shown
+    assert "ignored: 1 thumbnails, bins and the like of other programs" in shown
     assert (
         "warning     3 sets of equal images with different labels, such as blue/copy0.png" in shown
     )
