@@ -87,7 +87,7 @@ part() {
   [[ ! ${ONLY:-} || " $ONLY " == *" $name "* ]] || return
   [[ $trial ]] && limit=900
   printf '\n== %s (at most %s s)\n\n' "$name" "$limit"
-  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$work/$name.log"
+  timeout --kill-after=12 "$limit" "$@" 2>&1 | tee "$work/$name.log"
   local status=${PIPESTATUS[0]}
   ((status == 0)) || failed+=("$name (exit $status)")
   printf '{"name": "%s", "exit": %s, "seconds": %s, "limit": %s}\n' \

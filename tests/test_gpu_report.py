@@ -259,6 +259,7 @@ def test_rates_are_taken_from_a_file(experiments_on_path, tmp_path):
     peaks.write_text(json.dumps(content))
     floors = bench_train.floor_milliseconds(((32, 8), (16, 4)), "bfloat16", peaks)
     assert list(floors) == [(32, 8), (16, 4)]
+    # Twice the images, of four times the pixels.
     assert floors[32, 8] == pytest.approx(8 * floors[16, 4], rel=0.05)
     with pytest.raises(subprocess.CalledProcessError):
         bench_train.floor_milliseconds(((32, 8),), "float32", peaks)
