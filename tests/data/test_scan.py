@@ -171,6 +171,7 @@ def test_records_of_another_white_level_are_others(tmp_path):
         preprocessing = dataclasses.replace(SMALL, white_level=white_level)
         source, sink = open_folder(tmp_path), _Sink()
         records = scan.scan(source, preprocessing, sink)
+        assert sorted(sink.rows) == [0, 1, 2]
         for row, pixels in sink.rows.items():
             expected = decode.load(source[row]["image"], (8, 8), white_level=white_level)
             np.testing.assert_array_equal(pixels, expected)
