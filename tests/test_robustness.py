@@ -404,7 +404,7 @@ def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_
     shown = capfd.readouterr().out
     assert f"all images of folder:{image_folder}: 7 of 60 images" in " ".join(shown.split())
     lines = [line.split() for line in shown.splitlines()]
-    by_name = {line[0]: line for line in lines if line and line[0] in CORRUPTIONS}
+    by_name = {line[0]: line for line in lines if len(line) == 8 and line[0] in CORRUPTIONS}
     assert by_name.keys() == CORRUPTIONS.keys()
     for name, line in by_name.items():
         found = sampled["corruptions"][name]
