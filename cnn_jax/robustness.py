@@ -462,7 +462,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
                 width,
             )
         )
-    paragraphs.append(cli.wrap("Accuracy on clean images, by their own quality:", width))
+    paragraphs.append(cli.fill("Accuracy on clean images, by their own quality:", width))
     for quality, bins in result["by_quality"].items():
         digits = 0 if quality == "resolution" else 1
         rows = [
