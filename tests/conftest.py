@@ -16,8 +16,10 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cnn_jax" / "xla")
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-# Workers of pytest-xdist have it, and lines would be broken at this width.
-os.environ.pop("COLUMNS", None)
+# Workers of pytest-xdist set COLUMNS, and so does readline, unseen by `os.environ`; commands that
+# the tests start would break their lines at this width. Only a variable that is there is unset.
+os.environ["COLUMNS"] = ""
+del os.environ["COLUMNS"]
 if os.environ["JAX_PLATFORMS"] != "cpu":
     # GPUs would multiply float32 as TF32, with 10 bits, which no tolerance here allows for.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
