@@ -205,7 +205,7 @@ class Run:
         if folder is None or not (folder / "index.html").is_file():
             where = self.bundle if self.workdir is None else self.workdir
             raise ConfigError(
-                f"{where} has no report; python -m cnn_jax.report --run=RUN writes that of a run"
+                f"{where} has no report; cnn_jax report --run=RUN writes that of a run"
             )
         return Report(folder, self)
 

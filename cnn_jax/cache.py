@@ -1,6 +1,6 @@
 """What is kept between runs, and how to be rid of it.
 
-    python -m cnn_jax.cache [--clear]
+    cnn_jax cache [--clear]
 
 prints the folder and the size of each kind of thing in it; --clear removes all of it.
 Everything there can be made again.
@@ -21,7 +21,7 @@ def _size(path: pathlib.Path) -> int:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.cache", description="Show or clear what is kept between runs."
+        prog="cnn_jax cache", description="Show or clear what is kept between runs."
     )
     parser.add_argument("--clear", action="store_true", help="remove all of it")
     flags = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """The metrics of a bundle on a whole split.
 
-    python -m cnn_jax.evaluate --bundle=RUN [--source=folder:PATH] [--split=test] [--json]
+    cnn_jax evaluate --bundle=RUN [--source=folder:PATH] [--split=test] [--json]
         [--output=FILE.json]
 
 prints them as a table; --json prints them as JSON instead, as `report/metrics.json` holds them.
@@ -292,7 +292,7 @@ def percent_interval(interval: Sequence[float]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.evaluate", description="Measure a bundle on a whole split."
+        prog="cnn_jax evaluate", description="Measure a bundle on a whole split."
     )
     add_data_flags(parser)
     flags = parser.parse_args(argv)

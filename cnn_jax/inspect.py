@@ -1,6 +1,6 @@
 """A look at a data set before training.
 
-    python -m cnn_jax.inspect --source=folder:PATH [--output=DIR] [--json]
+    cnn_jax inspect --source=folder:PATH [--output=DIR] [--json]
 
 prints what is in it and what is wrong with it, as text or as JSON. With
 `--output`, DIR/index.html shows the same with pictures, and DIR/inspection.json
@@ -253,7 +253,7 @@ def _white_level(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     """The command's flags; how it divides by default is how training does."""
     flags = argparse.ArgumentParser(
-        prog="python -m cnn_jax.inspect",
+        prog="cnn_jax inspect",
         description="Look at a data set before training.",
         allow_abbrev=False,
     )

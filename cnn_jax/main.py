@@ -10,7 +10,7 @@ from cnn_jax.errors import ConfigError
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.main", description=__doc__, allow_abbrev=False
+        prog="cnn_jax train", description=__doc__, allow_abbrev=False
     )
     parser.add_argument(
         "--config",

@@ -1,6 +1,6 @@
 """From images to class probabilities.
 
-    python -m cnn_jax.predict --bundle=RUN --input FILE_FOLDER_OR_PATTERN ... [--top=K]
+    cnn_jax predict --bundle=RUN --input FILE_FOLDER_OR_PATTERN ... [--top=K]
         [--output=out.csv]
 
 writes a CSV row for each image. Importing this module imports no training code.
@@ -556,7 +556,7 @@ def write_predictions(
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.predict", description="Classify images and folders of images."
+        prog="cnn_jax predict", description="Classify images and folders of images."
     )
     add_input_flags(parser)
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Accuracy, confidence and calibration across image qualities.
 
-    python -m cnn_jax.robustness --bundle=RUN [--source=folder:PATH] [--split=test] [--sample=N]
+    cnn_jax robustness --bundle=RUN [--source=folder:PATH] [--split=test] [--sample=N]
         [--json] [--output=FILE.json]
 
 corrupts the images of a split in every way that `data/corruptions.py` knows, at five
@@ -482,7 +482,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.robustness",
+        prog="cnn_jax robustness",
         description="Measure a bundle on a split whose images are corrupted in many ways.",
     )
     add_data_flags(parser)

@@ -229,8 +229,8 @@ def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
         f"            {test['count']:,} images; all metrics are in {workdir / 'report'}",
     ]
     commands = [
-        f"measure     python -m cnn_jax.evaluate --bundle={bundle}",
-        f"use         python -m cnn_jax.predict --bundle={bundle} --input=FILE_OR_FOLDER",
+        f"measure     cnn_jax evaluate --bundle={bundle}",
+        f"use         cnn_jax predict --bundle={bundle} --input=FILE_OR_FOLDER",
     ]
     print()
     for line in lines:

@@ -1,6 +1,6 @@
 """The best that was found for the network of the specification, on EuroSAT.
 
-    python -m cnn_jax.main --config=configs/best.py --workdir=runs/best
+    cnn_jax train --config=configs/best.py --workdir=runs/best
 
 or, from the folder of its JPEGs, with --config.data.source=folder:PATH.
 

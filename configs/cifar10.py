@@ -1,6 +1,6 @@
 """CIFAR-10 (60,000 images of 32 x 32 pixels, 10 classes) from TFDS, with its own test images.
 
-    python -m cnn_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
+    cnn_jax train --config=configs/cifar10.py --workdir=runs/cifar10
 
 Expect a test accuracy above 71 %: that is where 15 epochs came, still improving, on a
 folder of all 60,000 images divided 70 / 20 / 10 % (71.48 % with seed 0, 8.5 minutes on two

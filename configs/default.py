@@ -1,6 +1,6 @@
 """The whole recipe: the specification's network on the embedded data set.
 
-    python -m cnn_jax.main --config=configs/default.py --workdir=runs/first
+    cnn_jax train --config=configs/default.py --workdir=runs/first
 
 Expect a test accuracy of 96.85 ± 0.83 % (three seeds) after 22 epochs, in two to four
 minutes on two CPU cores, which includes making the data set on the first use.
@@ -17,12 +17,12 @@ def get_config() -> Config:
     config.precision = "auto"  # bfloat16 on GPU and TPU, float32 on CPU; or name one of them.
 
     config.data = data = ConfigDict()
-    data.source = "shapes"  # This, folder:PATH, csv:PATH, tfds:NAME or shapes:N.
+    data.source = "shapes"  # Or {folder,classes,splits,csv}:PATH, tfds:NAME, shapes:N; see README.
     data.split = (0.7, 0.2, 0.1)  # Train, validation and test; of each class.
     data.stratify = "stable"  # Added images move no other ones; "exact" fractions move a few.
     data.group = ""  # A pattern such as "{class}/{track}" keeps images together.
     data.keep_splits = True  # Uses the train, validation and test parts that the data has.
-    data.image_size = (32, 32)  # The specification's is 224; this one suits a CPU.
+    data.image_size = (32, 32)  # Height and width of the input in pixels; or one number.
     data.mean = (127.5, 127.5, 127.5)  # Subtracted from R, G and B: inputs are in [-1, 1].
     data.std = (127.5, 127.5, 127.5)  # The difference is divided by these.
     data.cache = "auto"  # Decoded images: on the "device", in "memory", on "disk" or "none".
@@ -62,7 +62,7 @@ def get_config() -> Config:
     train.batch_size = 32  # Images in a step, on all devices together.
     train.steps_per_execution = 0  # Steps dispatched at once; 0: 8 if the data is on a GPU or TPU.
     train.accumulation_steps = 1  # Parts of a batch that are computed one after the other.
-    train.epochs = 22  # The specification's 45 would take more than five minutes on a CPU.
+    train.epochs = 22  # Passes over the training images; the specification has 45.
     train.label_smoothing = 0.1  # The probability that the target spreads over all classes.
     train.balance = "none"  # "loss" or "sampling" makes rare classes count as much as others.
     train.patience = 10  # Epochs without a better `monitor` before training stops.

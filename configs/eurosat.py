@@ -1,6 +1,6 @@
 """EuroSAT RGB (27,000 satellite images of 64 x 64 pixels, 10 classes) from TFDS.
 
-    python -m cnn_jax.main --config=configs/eurosat.py --workdir=runs/eurosat
+    cnn_jax train --config=configs/eurosat.py --workdir=runs/eurosat
 
 or, from the folder of its JPEGs, with --config.data.source=folder:PATH.
 

@@ -1,6 +1,6 @@
 """The specification's network and data in an eighth of the steps: batch 256 for a GPU.
 
-    python -m cnn_jax.main --config=configs/fast.py --workdir=runs/fast \
+    cnn_jax train --config=configs/fast.py --workdir=runs/fast \
         --config.data.source=folder:PATH
 
 The learning rate grows with the batch (Goyal et al. 2017), eight times, after a warm-up of

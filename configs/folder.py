@@ -1,6 +1,6 @@
 """Your own images: a folder with one sub-folder for each class.
 
-    python -m cnn_jax.main --config=configs/folder.py --workdir=runs/mine \
+    cnn_jax train --config=configs/folder.py --workdir=runs/mine \
         --config.data.source=folder:PATH
 
 What to expect depends on the images. Traffic signs (GTSRB: 26,638 images of 43 classes)

@@ -1,6 +1,6 @@
 """The specification's network on a tenth of `shapes`: a check that all of it runs.
 
-    python -m cnn_jax.main --config=configs/smoke.py --workdir=runs/smoke
+    cnn_jax train --config=configs/smoke.py --workdir=runs/smoke
 
 Expect it to end within half a minute on two CPU cores once its 1,000 images are made, half
 of it for the report, and an accuracy near chance: three epochs of 22 steps teach little.

@@ -1,6 +1,6 @@
 """The specification to the letter: 224 x 224 pixels, batch 32, 45 epochs.
 
-    python -m cnn_jax.main --config=configs/spec_224.py --workdir=runs/spec_224 \
+    cnn_jax train --config=configs/spec_224.py --workdir=runs/spec_224 \
         --config.data.source=folder:PATH
 
 Meant for a GPU: the training step alone takes two CPU cores 40 images a second at this

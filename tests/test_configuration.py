@@ -21,7 +21,7 @@ def _load(path):
 def test_every_config_file_is_valid_and_opens_with_its_command(path):
     module = _load(path)
     configuration.validate(module.get_config(), num_devices=1)
-    command = f"python -m cnn_jax.main --config=configs/{path.name}"
+    command = f"cnn_jax train --config=configs/{path.name}"
     assert command in module.__doc__
 
 

@@ -101,6 +101,6 @@ def test_commands_are_broken_so_that_they_can_be_copied(monkeypatch, capsys, tmp
     summary.show_results(tmp_path / "my run", {"test": test})
     shown = capsys.readouterr().out
     (command,) = re.findall(r"use +(.+ \\\n +.+ \\\n +.+)", shown)
-    expected = f"python -m cnn_jax.predict --bundle='{tmp_path}/my run/bundle' --input=FILE_OR_FOL"
+    expected = f"cnn_jax predict --bundle='{tmp_path}/my run/bundle' --input=FILE_OR_FOL"
     assert re.sub(r" \\\n +", " ", command).startswith(expected)
     assert max(map(len, shown.splitlines()[:4])) <= 60

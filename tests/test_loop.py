@@ -570,7 +570,7 @@ def test_what_a_person_sees_when_the_output_is_a_file(smoke):
     assert len(epochs) == 3
     assert epochs[0].endswith("best")
     assert not [x for x in stderr.splitlines() if len(x) > 80 and str(REPOSITORY) not in x]
-    assert "python -m cnn_jax.predict --bundle=" in stdout
+    assert "cnn_jax predict --bundle=" in stdout
     assert math.isfinite(float(stdout.split("accuracy ")[1].split("%")[0]))
 
 

@@ -106,11 +106,14 @@ def test_data_that_is_not_there_exits_with_1(tmp_path):
     assert "there is no folder" in line
 
 
-@pytest.mark.parametrize("module", ["main", "evaluate", "predict"])
-def test_help(module):
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [("main", "train"), ("evaluate", "evaluate"), ("predict", "predict"), ("explain", "explain")],
+)
+def test_help(module, command):
     result = _run(module, "--help")
     assert result.returncode == 0
-    assert f"python -m cnn_jax.{module}" in result.stdout
+    assert f"usage: cnn_jax {command} " in result.stdout
 
 
 def test_a_bundle_that_is_not_there(tmp_path):
@@ -198,7 +201,7 @@ def test_a_run_ends_with_the_path_of_its_report(image_folder, tmp_path):
     # Of a run that is done, the rest can be had at any time.
     again = _run("main", *flags, "--config.report.detail=none")
     assert again.returncode == 0, again.stderr
-    command = f"python -m cnn_jax.report --run={tmp_path / 'run'}"
+    command = f"cnn_jax report --run={tmp_path / 'run'}"
     assert again.stdout.splitlines()[-1] == f"report      {command}"
     result = _run("report", f"--run={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr

@@ -1,7 +1,7 @@
 """Where generated data, decoded images, what is known of files and programs are kept.
 
 Everything here can be made again, so that all of it may be removed at any time:
-`python -m cnn_jax.cache --clear`.
+`cnn_jax cache --clear`.
 """
 
 import contextlib

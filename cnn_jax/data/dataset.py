@@ -195,7 +195,7 @@ def _decode_all(
             pixels = file.publish(scan.pixels_key(records, preprocessing))
             return records, _in_its_place(pixels, residency)
     except OSError as error:
-        hint = "; python -m cnn_jax.cache --clear makes room" * (error.errno == errno.ENOSPC)
+        hint = "; cnn_jax cache --clear makes room" * (error.errno == errno.ENOSPC)
         logger.warning(
             "decoded images cannot be kept in %s: %s%s",
             cache.cache_dir(),
@@ -222,7 +222,7 @@ def _check_readable(
     if reason := too_unreadable(unreadable, len(listing), max_unreadable, values):
         raise DataError(
             f"{listing.name}: {reason} "
-            f"(`python -m cnn_jax.inspect --source={listing.name}` lists them all)"
+            f"(`cnn_jax inspect --source={listing.name}` lists them all)"
         )
 
 

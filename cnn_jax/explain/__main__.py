@@ -1,6 +1,6 @@
 """Why a network decides as it does.
 
-    python -m cnn_jax.explain --bundle=RUN --input FILE_FOLDER_OR_PATTERN ... --output=DIR
+    cnn_jax explain --bundle=RUN --input FILE_FOLDER_OR_PATTERN ... --output=DIR
         [--method=grad_cam,...|all] [--class=NAME]
 
 writes a map over each image at its own resolution, the feature maps of the first ones, the
@@ -25,7 +25,7 @@ from cnn_jax.predict import Predictor, add_input_flags, list_inputs, searched_fo
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.explain", description="Show why a network decides as it does."
+        prog="cnn_jax explain", description="Show why a network decides as it does."
     )
     add_input_flags(parser)
     parser.add_argument("--output", required=True, type=cli.path, help="the folder to write to")

@@ -1,16 +1,16 @@
 """A registry of bundles, on the command line.
 
-    python -m cnn_jax.registry add MODEL RUN --registry=DIR
-    python -m cnn_jax.registry list [MODEL] --registry=DIR [--json]
-    python -m cnn_jax.registry show MODEL[@ALIAS|/VERSION] --registry=DIR [--json]
-    python -m cnn_jax.registry promote MODEL VERSION --registry=DIR [--alias=champion] [GATES]
-    python -m cnn_jax.registry rollback MODEL --registry=DIR [--alias=champion] [--from=VERSION]
-    python -m cnn_jax.registry remove MODEL VERSION --registry=DIR
-    python -m cnn_jax.registry remove MODEL --alias=ALIAS --registry=DIR
-    python -m cnn_jax.registry verify [MODEL] --registry=DIR
-    python -m cnn_jax.registry fetch MODEL[@ALIAS|/VERSION] FOLDER --registry=DIR
-    python -m cnn_jax.registry export MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
-    python -m cnn_jax.registry import MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
+    cnn_jax registry add MODEL RUN --registry=DIR
+    cnn_jax registry list [MODEL] --registry=DIR [--json]
+    cnn_jax registry show MODEL[@ALIAS|/VERSION] --registry=DIR [--json]
+    cnn_jax registry promote MODEL VERSION --registry=DIR [--alias=champion] [GATES]
+    cnn_jax registry rollback MODEL --registry=DIR [--alias=champion] [--from=VERSION]
+    cnn_jax registry remove MODEL VERSION --registry=DIR
+    cnn_jax registry remove MODEL --alias=ALIAS --registry=DIR
+    cnn_jax registry verify [MODEL] --registry=DIR
+    cnn_jax registry fetch MODEL[@ALIAS|/VERSION] FOLDER --registry=DIR
+    cnn_jax registry export MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
+    cnn_jax registry import MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
 
 DIR is a folder or a URL of fsspec, such as s3://BUCKET/PATH; the variable CNN_JAX_REGISTRY
 stands for it. What a command has done is one line on stdout. `verify` reads the files of all
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.registry",
+        prog="cnn_jax registry",
         description="Bundles with names, versions and aliases, and a log of every change.",
         allow_abbrev=False,
     )

@@ -322,7 +322,7 @@ class Gates:
             return (
                 f"not_below={self.not_below}: {version.number} and {present.number} were "
                 "measured on other test splits, as their data differs; measure both on one with "
-                "python -m cnn_jax.evaluate --source, or ask for --min_accuracy",
+                "cnn_jax evaluate --source, or ask for --min_accuracy",
                 False,
             )
         accuracy, least = one.test("accuracy"), other.test("accuracy")

@@ -1,6 +1,6 @@
 """The report of a run.
 
-    python -m cnn_jax.report --run=RUN [--source=folder:PATH]
+    cnn_jax report --run=RUN [--source=folder:PATH]
 
 writes RUN/report/index.html and prints its path. Training writes the same at its end.
 """
@@ -17,7 +17,7 @@ from cnn_jax.report.run_report import write_report
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.report", description="Write the report of a run."
+        prog="cnn_jax report", description="Write the report of a run."
     )
     parser.add_argument("--run", required=True, type=cli.path, help="the run's folder")
     parser.add_argument("--source", help=f"{FORMS}; where its data was if not given")

@@ -168,7 +168,7 @@ def report_after_training(workdir: str | os.PathLike[str], config: Config, conso
       OSError: The report cannot be written.
       UserError: The folder is not a run's.
     """
-    command = f"python -m cnn_jax.report --run={shlex.quote(str(workdir))}"
+    command = f"cnn_jax report --run={shlex.quote(str(workdir))}"
     detail = config.report.detail
     if jax.process_count() > 1 or detail == "none":
         return command

@@ -112,7 +112,7 @@ def _page(study: Study, drawn: pathlib.Path, folder: pathlib.Path) -> str:
         study=study,
         scale=scale,
         best=best_trial(study),
-        command=f"python -m cnn_jax.main --config={config} --workdir=...",
+        command=f"cnn_jax train --config={config} --workdir=...",
         parameters=best_parameters(study),
         charts={name: style.embedded(drawn / f"{name}.png") for name in charts_of(study)},
         beyond={

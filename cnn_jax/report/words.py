@@ -179,7 +179,7 @@ def _on_small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dic
     )
     folder = run["folder"]
     command = (
-        "for seed in 1 2 3 4; do python -m cnn_jax.main "
+        "for seed in 1 2 3 4; do cnn_jax train "
         f"--config={shlex.quote(folder + '/config.json')} "
         f"--workdir={shlex.quote(folder)}-seed$seed --config.seed=$seed; done"
     )

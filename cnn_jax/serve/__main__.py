@@ -1,7 +1,7 @@
 """Serves a bundle, or what a registry says, over HTTP.
 
-    python -m cnn_jax.serve --bundle=RUN [--port=8000]
-    python -m cnn_jax.serve --registry=DIR [--model=NAME] [--alias=champion]
+    cnn_jax serve --bundle=RUN [--port=8000]
+    cnn_jax serve --registry=DIR [--model=NAME] [--alias=champion]
 
 http://127.0.0.1:8000/ is for people, POST /predict for programs; those who have a client of
 TensorFlow Serving (/v1) or of the Open Inference Protocol (/v2) use it as it is.
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.serve", description="Serve a bundle, or versions of a registry."
+        prog="cnn_jax serve", description="Serve a bundle, or versions of a registry."
     )
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()

@@ -1,6 +1,6 @@
 """A study: many trainings, each with other hyper-parameters, and the best of them as a file.
 
-    python -m cnn_jax.tune --config=folder --config.data.source=folder:PATH \
+    cnn_jax tune --config=folder --config.data.source=folder:PATH \
         --study=NAME [--space=FILE] [--trials=50] [--time_budget=8h]
 
 The same command goes on with a study that was stopped or killed, and may be given any number
@@ -78,7 +78,7 @@ def _nothing_to_show(study: Mapping[str, Any], is_over: bool) -> BaseException:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m cnn_jax.tune",
+        prog="cnn_jax tune",
         description="Search for the hyper-parameters that are best on the validation split.",
         allow_abbrev=False,
     )

@@ -232,10 +232,10 @@ def show_outcome(study: Mapping[str, Any], folder: pathlib.Path) -> None:
     config = shlex.quote(str(folder / study["best_config"]))
     run = folder / best["folder"]
     print(f"best        trial {best['number']}: {study['monitor']} {best['value']:.4f}")
-    print(f"train       python -m cnn_jax.main --config={config} --workdir=runs/{study['name']}")
+    print(f"train       cnn_jax train --config={config} --workdir=runs/{study['name']}")
     if (run / "config.json").exists():
         workdir = shlex.quote(str(run))
-        print(f"or measure  python -m cnn_jax.main --config={config} --workdir={workdir}")
+        print(f"or measure  cnn_jax train --config={config} --workdir={workdir}")
     else:
         where = f"in {best['folder']} of the study's folder there"
         print(f"            its own run is on {best['host']}, {where}")
@@ -265,7 +265,7 @@ def best_config_text(plan: Plan, study: Mapping[str, Any], path: pathlib.Path) -
     quoted = shlex.quote(str(path)).replace("\\", "\\\\").replace('"', '\\"')
     return f'''"""The best of {count(len(study["trials"]), "trial")} of the study {plan.name}.
 
-    python -m cnn_jax.main --config={quoted} --workdir=runs/{plan.name}
+    cnn_jax train --config={quoted} --workdir=runs/{plan.name}
 
 Number {best["number"]}, with {plan.monitor} {best["value"]:.4f} after {epochs}.
 The test split was not looked at.

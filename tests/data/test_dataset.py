@@ -108,7 +108,7 @@ def test_a_full_disk_is_only_a_warning(folder, monkeypatch, caplog, residency, t
     monkeypatch.setattr(os, "posix_fallocate", no_space)
     dataset = _open(folder, residency=residency)
     assert dataset.residency == then
-    assert "No space left on device; python -m cnn_jax.cache --clear" in caplog.text
+    assert "No space left on device; cnn_jax cache --clear" in caplog.text
     np.testing.assert_array_equal(_all_images(dataset), expected)
 
 

@@ -244,6 +244,23 @@ def test_every_number_of_the_page_is_in_the_json(reported):
             assert cell in page.text
 
 
+@pytest.mark.parametrize("temperature", [100, None])
+def test_the_page_says_so_if_scaling_made_calibration_worse(finished, tmp_path, temperature):
+    shutil.copytree(finished, tmp_path / "run")
+    if temperature:
+        path = tmp_path / "run" / "bundle" / "bundle.json"
+        bundle = json.loads(path.read_text("utf-8"))
+        path.write_text(json.dumps(bundle | {"temperature": temperature}), "utf-8")
+    page = write_report(tmp_path / "run", detail="figures")
+    measured = _metrics(tmp_path / "run")["calibration"]
+    is_worse = (
+        measured["after"]["expected_calibration_error"]
+        > measured["before"]["expected_calibration_error"]
+    )
+    assert is_worse or not temperature
+    assert ("Scaling made the calibration error" in _parsed(page).text) == is_worse
+
+
 def test_the_figures_are_those_of_the_network(reported):
     """By the functions that measure, on the probabilities of the test split."""
     figures = _metrics(reported)
@@ -641,7 +658,7 @@ def test_a_report_that_fails_after_training_has_its_command(failure, tmp_path, m
         raise failure
 
     monkeypatch.setattr(run_report, "_write", fail)
-    command = f"python -m cnn_jax.report --run={tmp_path}"
+    command = f"cnn_jax report --run={tmp_path}"
     console = Console()
     if isinstance(failure, RuntimeError):
         assert run_report.report_after_training(tmp_path, _config(""), console) == command

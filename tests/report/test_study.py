@@ -196,7 +196,7 @@ def test_the_page_says_what_is_best_and_what_it_cost(tmp_path, undrawn):
     text = _parsed(study, tmp_path).text
     assert f"Trial {study['best']} is the best of 14 complete trials" in text
     assert f"validation accuracy {100 * best['value']:.2f} %." in text
-    assert f"python -m cnn_jax.main --config={tmp_path}/best.py --workdir=..." in text
+    assert f"cnn_jax train --config={tmp_path}/best.py --workdir=..." in text
     assert "The test split was not looked at: the command measures it, once." in text
     assert "is 0.0099, at the upper end of its range (0.0001 to 0.01, on the log scale)" in text
     assert text.count("upper end") == 2  # In the warning, and in the table.

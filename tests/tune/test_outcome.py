@@ -243,8 +243,8 @@ def test_what_is_printed(plan, summary, capsys):
     show_outcome(summary, plan.folder)
     assert capsys.readouterr().out.splitlines()[11:] == [
         "best        trial 0: validation_accuracy 0.7000",
-        f"train       python -m cnn_jax.main --config={plan.folder}/best.py --workdir=runs/fake",
-        f"or measure  python -m cnn_jax.main --config={plan.folder}/best.py "
+        f"train       cnn_jax train --config={plan.folder}/best.py --workdir=runs/fake",
+        f"or measure  cnn_jax train --config={plan.folder}/best.py "
         f"--workdir={plan.folder}/trials/0000",
     ]
 
@@ -281,16 +281,16 @@ def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
     assert found["report.splits"] == ("train", "validation", "test")
     # The command in it can be given to a shell.
     text = ast.get_docstring(ast.parse(file.read_bytes()))
-    command = next(line for line in text.splitlines() if "python -m" in line)
+    command = next(line for line in text.splitlines() if "cnn_jax train" in line)
     arguments = shlex.split(command)
-    assert arguments[3:] == [f"--config={file}", "--workdir=runs/fake"]
+    assert arguments[2:] == [f"--config={file}", "--workdir=runs/fake"]
 
 
 def test_the_best_configuration_says_where_it_comes_from_and_what_was_tuned(plan, summary):
     text = best_config_text(plan, summary, pathlib.Path("s/best.py"))
     assert text.startswith(
         '"""The best of 7 trials of the study fake.\n\n'
-        "    python -m cnn_jax.main --config=s/best.py --workdir=runs/fake\n\n"
+        "    cnn_jax train --config=s/best.py --workdir=runs/fake\n\n"
         "Number 0, with validation_accuracy 0.7000 after 3 epochs.\n"
         "The test split was not looked at.\n"
         '"""\n'
