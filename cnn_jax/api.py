@@ -15,25 +15,19 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.cells import cell_len
 
-from cnn_jax import config_files, configuration
-from cnn_jax.bundle import find_bundle
-from cnn_jax.compiled import keep_compiled
-from cnn_jax.configuration import Config
-from cnn_jax.console import Console, console_here
+from cnn_jax.config import files, schema
+from cnn_jax.config.schema import Config
 from cnn_jax.data.sources import PATTERN
-from cnn_jax.errors import ConfigError, Interrupted
-from cnn_jax.loop import train_and_evaluate
-from cnn_jax.metrics import HEADLINE
-from cnn_jax.predict import (
-    AnyImage,
-    Prediction,
-    Predictor,
-    list_images,
-    predict_batch,
-    single_images,
-)
+from cnn_jax.inference.bundle import find_bundle
+from cnn_jax.inference.images import AnyImage, list_images, single_images
+from cnn_jax.inference.predictor import Prediction, Predictor, predict_batch
 from cnn_jax.report.run_report import report_after_training
-from cnn_jax.runtime import keep_freed_memory
+from cnn_jax.system.compilation_cache import keep_compiled
+from cnn_jax.system.console import Console, console_here
+from cnn_jax.system.errors import ConfigError, Interrupted
+from cnn_jax.system.runtime import keep_freed_memory
+from cnn_jax.training.loop import train_and_evaluate
+from cnn_jax.training.metrics import HEADLINE
 
 # Rows that are shown of many predictions.
 _ROWS_SHOWN = 20
@@ -99,8 +93,8 @@ def _configured(
     if isinstance(config, ConfigDict):
         wanted = config.copy_and_resolve_references()
     else:
-        wanted = configuration.load(os.fspath(config))
-    values = {config_files.full_key(k): v for k, v in config_files.flat(dict(changes)).items()}
+        wanted = schema.load(os.fspath(config))
+    values = {files.full_key(k): v for k, v in files.flat(dict(changes)).items()}
     if source is not None:
         values["data.source"] = _source(source)
     with wanted.ignore_type(), wanted.unlocked():

@@ -10,8 +10,8 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
-from cnn_jax import cli
 from cnn_jax.data.cache import cache_dir, clear, own_entries
+from cnn_jax.system import cli
 
 
 def _size(path: pathlib.Path) -> int:

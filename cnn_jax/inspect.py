@@ -16,16 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from cnn_jax import cli
-from cnn_jax.console import Console
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.files import check_output
 from cnn_jax.data.findings import count
+from cnn_jax.data.preprocessing import MAX_PIXELS
 from cnn_jax.data.sources import FORMS, absolute, listed_folder, open_source
 from cnn_jax.data.splits import RULES, SPLITS, Division
 from cnn_jax.data.survey import MAX_DISTANCE, NEAR_DISTANCE, Cluster, Survey, survey
-from cnn_jax.errors import ConfigError, printable
-from cnn_jax.preprocessing import MAX_PIXELS
+from cnn_jax.system import cli
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import ConfigError, printable
 
 # Of what may be a long list, except of unreadable files, the text shows so much.
 _MAX_CLASSES = 60

@@ -4,17 +4,16 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
-from cnn_jax import cli, config_files
-from cnn_jax.errors import ConfigError
+from cnn_jax.config import files
+from cnn_jax.system import cli
+from cnn_jax.system.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="cnn_jax train", description=__doc__, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="cnn_jax train", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--config",
-        type=config_files.file_name,
+        type=files.file_name,
         default="default",
         metavar="FILE",
         help="a configuration file, RUN/config.json, or a shipped configuration (default)",
@@ -27,22 +26,23 @@ def main(argv: Sequence[str]) -> None:
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     several.add_argument("--process_id", type=cli.natural, metavar="N", help="this one, from 0")
     several.add_argument("--process_count", type=cli.natural, metavar="N", help="how many")
-    flags, overrides = config_files.parse(parser, argv)
+    flags, overrides = files.parse(parser, argv)
     if flags.workdir is None:
         raise ConfigError(
             "--workdir is missing: name a folder for the run, such as --workdir=runs/first; the "
             "same command with the same folder continues an interrupted run"
         )
-    config_files.find(flags.config)
+    files.find(flags.config)
     with cli.interrupts_held_back():
         # Imported late, so that a wrong flag is reported at once.
-        from cnn_jax import configuration, summary
-        from cnn_jax.compiled import keep_compiled
-        from cnn_jax.loop import train_and_evaluate
-        from cnn_jax.runtime import keep_freed_memory
-        from cnn_jax.sharding import is_primary, start_processes
+        from cnn_jax.config import schema
+        from cnn_jax.system.compilation_cache import keep_compiled
+        from cnn_jax.system.runtime import keep_freed_memory
+        from cnn_jax.training import summary
+        from cnn_jax.training.loop import train_and_evaluate
+        from cnn_jax.training.sharding import is_primary, start_processes
 
-    config = configuration.load(flags.config, overrides)
+    config = schema.load(flags.config, overrides)
     keep_freed_memory()
     start_processes(flags.coordinator, flags.process_id, flags.process_count)
     keep_compiled()
@@ -51,8 +51,8 @@ def main(argv: Sequence[str]) -> None:
         summary.show_results(pathlib.Path(flags.workdir), report)
     with cli.interrupts_held_back():
         # Imported later still: charts take half a second that training need not wait for.
-        from cnn_jax.console import Console
         from cnn_jax.report.run_report import report_after_training
+        from cnn_jax.system.console import Console
     console = Console(is_silent=not is_primary())
     page_or_command = report_after_training(flags.workdir, config, console)
     if is_primary():

@@ -10,11 +10,11 @@ training is longer, to a smaller learning rate. Chosen by the accuracy on valida
 (experiments/RESULTS.md, "The search for a better recipe").
 
 Expect 97.56 % on validation and 96.41 % on test (seed 0, --config.data.stratify=exact, by
-`experiments/reproduce.sh best`), measured with running averages of BatchNorm's statistics. On
-one CPU core that took an hour, beside other programs.
+`experiments/studies/reproduce.sh best`), measured with running averages of BatchNorm's
+statistics. On one CPU core that took an hour, beside other programs.
 """
 
-from cnn_jax.config_files import Config
+from cnn_jax.config.files import Config
 from configs import eurosat
 
 

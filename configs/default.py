@@ -8,7 +8,7 @@ minutes on two CPU cores, which includes making the data set on the first use.
 
 from ml_collections import ConfigDict
 
-from cnn_jax.config_files import Config
+from cnn_jax.config.files import Config
 
 
 def get_config() -> Config:

@@ -5,11 +5,11 @@
 or, from the folder of its JPEGs, with --config.data.source=folder:PATH.
 
 Expect a test accuracy of 96 % (96.26 % with seed 0 and --config.data.stratify=exact:
-`experiments/reproduce.sh eurosat64/recipe`) after 45 epochs, measured with running averages
+`experiments/studies/reproduce.sh eurosat64/recipe`) after 45 epochs, measured with running averages
 of BatchNorm's statistics. On one CPU core they took 56 minutes, beside other programs.
 """
 
-from cnn_jax.config_files import Config
+from cnn_jax.config.files import Config
 from configs import default
 
 

@@ -6,11 +6,11 @@
 The learning rate grows with the batch (Goyal et al. 2017), eight times, after a warm-up of
 one epoch; where it ends stays. On EuroSAT at 32 x 32 pixels for 12 epochs, means of three
 seeds, that was as accurate as batch 32, and a rate growing by the square root, or not at
-all, was not (experiments/ablation.py --grid=large_batch; the table is in
+all, was not (experiments/studies/ablation.py --grid=large_batch; the table is in
 experiments/RESULTS.md).
 """
 
-from cnn_jax.config_files import Config
+from cnn_jax.config.files import Config
 from configs import spec_224
 
 

@@ -13,10 +13,12 @@ from PIL import Image
 from rich.cells import cell_len
 
 import cnn_jax
-from cnn_jax import api, configuration, interruption
-from cnn_jax.console import Console, NotebookConsole
-from cnn_jax.errors import BundleError, ConfigError, DataError, Interrupted
-from cnn_jax.predict import Prediction
+from cnn_jax import api
+from cnn_jax.config import schema
+from cnn_jax.inference.predictor import Prediction
+from cnn_jax.system import signals
+from cnn_jax.system.console import Console, NotebookConsole
+from cnn_jax.system.errors import BundleError, ConfigError, DataError, Interrupted
 from configs import default
 
 _TINY = {
@@ -148,7 +150,7 @@ def _copied(source, target):
 
 
 def _configured(config="folder", source=None, **changes):
-    return dict(configuration.leaves(api._configured(config, changes, source)))
+    return dict(schema.leaves(api._configured(config, changes, source)))
 
 
 def test_keys_may_be_named_in_several_ways(tmp_path):
@@ -224,8 +226,8 @@ def test_the_folder_is_a_new_one_below_runs(tmp_path, monkeypatch):
 
 
 def test_an_interruption_says_how_to_continue(image_folder, tmp_path, monkeypatch):
-    listen = interruption.listen
-    monkeypatch.setattr(interruption, "listen", lambda deadline: listen(0.0))  # It is over.
+    listen = signals.listen
+    monkeypatch.setattr(signals, "listen", lambda deadline: listen(0.0))  # It is over.
     with pytest.raises(Interrupted) as error:
         cnn_jax.train(image_folder, workdir=tmp_path / "run", console=Console(is_silent=True))
     assert f"the same call with workdir='{tmp_path / 'run'}' continues" in str(error.value)

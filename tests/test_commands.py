@@ -55,8 +55,8 @@ def test_an_unknown_command_is_one_line(name, hint):
             "error: cnn_jax.train is not a module; python -m cnn_jax train starts training\n",
         ),
         (
-            ("-W", "error", "-m", "cnn_jax.step"),
-            "error: cnn_jax.step is not a command; python -m cnn_jax lists the commands\n",
+            ("-W", "error", "-m", "cnn_jax.training.step"),
+            "error: cnn_jax.training.step is not a command; python -m cnn_jax lists the commands\n",
         ),
         (
             ("-mcnn_jax.data.scan",),

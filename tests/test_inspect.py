@@ -13,7 +13,7 @@ from cnn_jax.data.files import is_output
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
 from cnn_jax.data.survey import survey
-from cnn_jax.errors import ConfigError
+from cnn_jax.system.errors import ConfigError
 
 
 def _run(*arguments):

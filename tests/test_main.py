@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from bundles import make_bundle
 from conftest import REPOSITORY
-from test_bundle import make_bundle
 
-from cnn_jax.bundle import write_bundle
+from cnn_jax.inference.bundle import write_bundle
 
 
 def _run(module, *arguments, **options):

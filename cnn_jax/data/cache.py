@@ -25,7 +25,7 @@ from cnn_jax.data.decode import Pixels
 # these names, and in three folders files of these names.
 _OWN_FOLDER = re.compile(r"\.?shapes-v\d+-seed.*")
 _OWN_FILE = re.compile(r"[0-9a-f]{32}\.(npy|json)|\.partial-.*")
-COMPILED = "compiled"  # Where JAX keeps programs; see `cnn_jax.compiled`.
+COMPILED = "compiled"  # Where JAX keeps programs; see `cnn_jax.system.compilation_cache`.
 _OWN_FILES = {
     "pixels": _OWN_FILE,
     "scans": _OWN_FILE,

@@ -23,11 +23,11 @@ from cnn_jax.data.findings import (
     value_ranges,
 )
 from cnn_jax.data.pipeline import Loader, choose_workers
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source, fingerprint
 from cnn_jax.data.splits import Division
-from cnn_jax.errors import DataError
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.system.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -221,8 +221,7 @@ def _check_readable(
     """Raises DataError if too many examples cannot be read."""
     if reason := too_unreadable(unreadable, len(listing), max_unreadable, values):
         raise DataError(
-            f"{listing.name}: {reason} "
-            f"(`cnn_jax inspect --source={listing.name}` lists them all)"
+            f"{listing.name}: {reason} (`cnn_jax inspect --source={listing.name}` lists them all)"
         )
 
 

@@ -4,7 +4,7 @@ The same picture has the same pixels whatever it came as (a file, its bytes, a P
 image, an array): every JPEG is decoded at its full size, and every picture is resized
 by `resize`. Decoding JPEGs at 1/2 to 1/8 of their size in the cosine transform would
 be up to five times as fast, but Pillow images and arrays cannot be reduced in that
-way, and at no factor does the difference vanish (`experiments/bench_decode.py`).
+way, and at no factor does the difference vanish (`experiments/benchmarks/bench_decode.py`).
 
 A value of a file becomes a grey level, 0 to 255, by
 
@@ -29,8 +29,8 @@ import simplejpeg
 from jaxtyping import Shaped, UInt8
 from PIL import ExifTags, Image, ImageFile, PpmImagePlugin, TiffImagePlugin
 
-from cnn_jax.errors import DataError
-from cnn_jax.preprocessing import MAX_PIXELS
+from cnn_jax.data.preprocessing import MAX_PIXELS
+from cnn_jax.system.errors import DataError
 
 # Part of the name of a cache of pixels: raise it when any pixel would change.
 VERSION = 3

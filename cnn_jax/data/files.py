@@ -18,7 +18,7 @@ import numpy as np
 from cnn_jax.data.decode import looks_like_an_image
 from cnn_jax.data.layout import Layout, find_layout, nearly_equal
 from cnn_jax.data.source import SPLIT_NAMES, Source, named_splits
-from cnn_jax.errors import ConfigError, DataError
+from cnn_jax.system.errors import ConfigError, DataError
 
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")

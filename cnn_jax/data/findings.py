@@ -15,12 +15,12 @@ from cnn_jax.data.decode import (
     span,
     unknown_white,
 )
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source
 from cnn_jax.data.sources import listed_folder
 from cnn_jax.data.splits import SPLITS, Division
-from cnn_jax.errors import printable
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.system.errors import printable
 
 # From when on a class is so much larger than another that balancing may pay.
 _IMBALANCE = 10

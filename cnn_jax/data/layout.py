@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from cnn_jax.data.source import SPLIT_NAMES
-from cnn_jax.errors import DataError, printable
+from cnn_jax.system.errors import DataError, printable
 
 _PREDICTION = "prediction"
 # The split that a word in a folder's name stands for. What is called an evaluation is used to

@@ -28,9 +28,9 @@ from jaxtyping import Int, UInt8
 from cnn_jax.data import augment, scan
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.decode import load
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.source import Source
-from cnn_jax.errors import DataError
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.system.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from jaxtyping import Int
 
 from cnn_jax.data import Track, cache, decode, no_track
 from cnn_jax.data.decode import Header, Pixels, UnknownFormatError, UnknownWhiteError, Values
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.source import Source
-from cnn_jax.errors import DataError
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.system.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from cnn_jax.data import Track, no_track, shapes
 from cnn_jax.data.files import open_csv, open_folder
 from cnn_jax.data.source import Source
 from cnn_jax.data.tfds import open_tfds
-from cnn_jax.errors import ConfigError
+from cnn_jax.system.errors import ConfigError
 
 FORMS = "shapes, shapes:N, folder:PATH, classes:PATH, splits:PATH, csv:PATH or tfds:NAME[:SPLIT]"
 PATTERN = re.compile(r"shapes(:[1-9]\d*)?|(folder|classes|splits|csv|tfds):.+", re.DOTALL)

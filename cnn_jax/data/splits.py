@@ -12,7 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from cnn_jax.data.source import Source
-from cnn_jax.errors import ConfigError, DataError
+from cnn_jax.system.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
 RULES = ("stable", "exact")

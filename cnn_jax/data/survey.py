@@ -28,11 +28,11 @@ from cnn_jax.data.findings import (
     too_unreadable,
     value_ranges,
 )
+from cnn_jax.data.preprocessing import MAX_PIXELS, Preprocessing
 from cnn_jax.data.scan import Record
 from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS, Division
-from cnn_jax.errors import DataError, printable
-from cnn_jax.preprocessing import MAX_PIXELS, Preprocessing
+from cnn_jax.system.errors import DataError, printable
 
 # Bits of 64 in which the hashes of near duplicates may differ.
 NEAR_DISTANCE = 4

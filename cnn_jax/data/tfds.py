@@ -9,7 +9,7 @@ import numpy as np
 
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.source import SPLIT_NAMES, Source, named_splits
-from cnn_jax.errors import DataError
+from cnn_jax.system.errors import DataError
 
 # name[/config][:version][:split]; a split may be a part of one, such as train[:50%].
 _NAME = re.compile(r"(?P<dataset>[^:]+(:[\d*]+\.[\d*]+\.[\d*]+)?)(:(?P<split>.+))?", re.DOTALL)

@@ -14,20 +14,21 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from cnn_jax import cli, runtime
-from cnn_jax.compiled import keep_compiled
-from cnn_jax.console import Console
-from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.explain.maps import METHODS
 from cnn_jax.explain.pictures import choose_class, choose_methods, explain
-from cnn_jax.predict import Predictor, add_input_flags, list_inputs, searched_folder
+from cnn_jax.inference.images import list_inputs, searched_folder
+from cnn_jax.inference.predictor import Predictor
+from cnn_jax.system import cli, runtime
+from cnn_jax.system.compilation_cache import keep_compiled
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import ConfigError, DataError
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="cnn_jax explain", description="Show why a network decides as it does."
     )
-    add_input_flags(parser)
+    cli.add_input_flags(parser)
     parser.add_argument("--output", required=True, type=cli.path, help="the folder to write to")
     parser.add_argument(
         "--method",

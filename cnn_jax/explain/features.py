@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from cnn_jax import calibration, runtime
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain.maps import Images
+from cnn_jax.inference import calibration
+from cnn_jax.inference.predictor import BATCH_SIZE, Predictor, predict_pixels
 from cnn_jax.models import stages
-from cnn_jax.predict import BATCH_SIZE, Predictor, predict_pixels
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.system import runtime
 
 # Exchanges of each feature, and of each region, whose mean counts. The standard error over 64
 # images of a region's mean is 6 % larger after two exchanges than after five, which take 2.5 times

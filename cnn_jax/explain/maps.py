@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num, PyTree, UInt8
 
-from cnn_jax import runtime
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.inference.predictor import Predictor
 from cnn_jax.models import feature_map_shape, forward, stages
-from cnn_jax.predict import Predictor
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.system import runtime
 
 Images = UInt8[np.ndarray, "batch height width 3"]
 Classes = Int[np.ndarray, " batch"]

@@ -16,12 +16,13 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from cnn_jax.data import Track, decode, no_track
-from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.explain import checks, features
 from cnn_jax.explain.maps import METHODS, method_named, methods_for
 from cnn_jax.explain.overlay import under_map
-from cnn_jax.predict import BATCH_SIZE, ImageReader, Predictor
+from cnn_jax.inference.images import ImageReader
+from cnn_jax.inference.predictor import BATCH_SIZE, Predictor
 from cnn_jax.report import style, thumbnails
+from cnn_jax.system.errors import ConfigError, DataError
 
 # Images whose feature maps are shown, which are many pictures, and images on the page.
 _MAX_WITH_FEATURE_MAPS, _MAX_ON_PAGE = 8, 100

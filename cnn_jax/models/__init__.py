@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from cnn_jax.data.preprocessing import Preprocessing, normalize
 from cnn_jax.models.cnn import CNN
-from cnn_jax.preprocessing import Preprocessing, normalize
 
 MODELS: dict[str, type[nn.Module]] = {"cnn": CNN}
 

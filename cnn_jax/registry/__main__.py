@@ -31,11 +31,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cnn_jax import cli
-from cnn_jax.errors import BundleError, ConfigError, printable
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import CHAMPION, Entry, Gates, Model, RegistryError, Version
 from cnn_jax.registry.registry import Registry
+from cnn_jax.system import cli
+from cnn_jax.system.errors import BundleError, ConfigError, printable
 
 _VARIABLE = "CNN_JAX_REGISTRY"
 _MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -196,7 +196,7 @@ def _loss(text: str) -> float:
 
 
 def _add(registry: Registry, flags: argparse.Namespace) -> None:
-    from cnn_jax.bundle import find_bundle  # Flax, which the other commands do not need.
+    from cnn_jax.inference.bundle import find_bundle
 
     added = registry.add(flags.model, find_bundle(flags.bundle), flags.note)
     version = added.version

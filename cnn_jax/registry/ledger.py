@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cnn_jax.errors import ConfigError, UserError, printable
+from cnn_jax.system.errors import ConfigError, UserError, printable
 
 FORMAT = 1
 CHAMPION = "champion"

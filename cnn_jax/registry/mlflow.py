@@ -17,11 +17,11 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from cnn_jax.errors import BundleError, ConfigError, UserError, printable
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import FIGURES, RegistryError, Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.registry.store import hidden, reason
+from cnn_jax.system.errors import BundleError, ConfigError, UserError, printable
 
 _EXPERIMENT = "cnn_jax"  # MLflow keeps artifacts with runs, and runs in experiments.
 _ARTIFACTS = "bundle"
@@ -209,7 +209,7 @@ def _is_bundle(client: Any, one: Any, uri: str) -> bool:
 
 def _import_version(client: Any, registry: Registry, one: Any, uri: str) -> tuple[int, str]:
     """Adds a version of MLflow; returns its number here and what to say of it."""
-    from cnn_jax.bundle import digest
+    from cnn_jax.inference.bundle import digest
 
     tag = one.tags.get(_DIGEST_TAG)
     if tag is not None:

@@ -34,7 +34,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cnn_jax.errors import BundleError, UserError
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import (
     CHAMPION,
@@ -54,6 +53,7 @@ from cnn_jax.registry.store import (
     prove,
     unique,
 )
+from cnn_jax.system.errors import BundleError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +281,7 @@ class Registry:
           ConfigError: The name is none.
           BundleError: There is no bundle, or a damaged one.
         """
-        from cnn_jax.bundle import digest
+        from cnn_jax.inference.bundle import digest
 
         ledger.check_name("model", model)
         wanted = digest(path)
@@ -713,7 +713,7 @@ def _read(path: pathlib.Path, wanted: str) -> tuple[BundleFacts, dict[str, bytes
     Raises:
       BundleError: It is no bundle, a damaged one, or one that has just been replaced.
     """
-    from cnn_jax.bundle import read_bundle
+    from cnn_jax.inference.bundle import read_bundle
 
     bundle = read_bundle(path)
     try:

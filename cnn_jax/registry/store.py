@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cnn_jax.errors import ConfigError, UserError, printable
+from cnn_jax.system.errors import ConfigError, UserError, printable
 
 # Where files lie that are not yet, or no longer, of any use.
 ASIDE = "tmp"

@@ -8,11 +8,11 @@ writes RUN/report/index.html and prints its path. Training writes the same at it
 import argparse
 from collections.abc import Sequence
 
-from cnn_jax import cli, runtime
-from cnn_jax.compiled import keep_compiled
-from cnn_jax.console import Console
 from cnn_jax.data.sources import FORMS
 from cnn_jax.report.run_report import write_report
+from cnn_jax.system import cli, runtime
+from cnn_jax.system.compilation_cache import keep_compiled
+from cnn_jax.system.console import Console
 
 
 def main(argv: Sequence[str]) -> None:

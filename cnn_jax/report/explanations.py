@@ -21,13 +21,13 @@ from cnn_jax.explain.maps import (
     grad_cam,
     maps_by_method,
 )
-from cnn_jax.predict import Predictor
+from cnn_jax.inference.predictor import Predictor
+from cnn_jax.quality.robustness import load_images, stratified_sample
 from cnn_jax.report import style, thumbnails, verdicts
 from cnn_jax.report.charts import Chart
 from cnn_jax.report.run import Network, Run
 from cnn_jax.report.sections import Figures, example, surest_image
 from cnn_jax.report.style import Theme
-from cnn_jax.robustness import load_images, stratified_sample
 
 # The methods that are quick enough for every report; `cnn_jax.explain` has more.
 _METHODS = ("grad_cam", "grad_cam_plus_plus", "layer_cam")

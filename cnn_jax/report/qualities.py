@@ -11,8 +11,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cnn_jax import robustness
-from cnn_jax.data.corruptions import FAMILIES, SEVERITIES
+from cnn_jax.quality import robustness
+from cnn_jax.quality.corruptions import FAMILIES, SEVERITIES
 from cnn_jax.report import style, thumbnails
 from cnn_jax.report.charts import Chart
 from cnn_jax.report.run import MissingError, Run

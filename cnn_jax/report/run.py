@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cnn_jax.bundle import read_bundle
 from cnn_jax.data import Track
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.mix import Mixing
 from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS
-from cnn_jax.errors import ConfigError, UserError
-from cnn_jax.evaluate import open_as_trained, predict_split, score
-from cnn_jax.predict import Predictor
+from cnn_jax.inference.bundle import read_bundle
+from cnn_jax.inference.evaluation import open_as_trained, predict_split, score
+from cnn_jax.inference.predictor import Predictor
+from cnn_jax.system.errors import ConfigError, UserError
 
 # Raise it when a section of metrics.json means something else.
 FORMAT = 2

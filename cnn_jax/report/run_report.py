@@ -15,16 +15,16 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cnn_jax import run_directory
-from cnn_jax.configuration import Config
-from cnn_jax.console import Console
+from cnn_jax.config.schema import Config
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.splits import SPLITS
-from cnn_jax.errors import UserError
 from cnn_jax.explain.overlay import under_map
-from cnn_jax.report import charts, explanations, qualities, sections, style, thumbnails, words
+from cnn_jax.report import charts, explanations, qualities, sections, style, texts, thumbnails
 from cnn_jax.report.run import FORMAT, MissingError, Network, Run, read_run
 from cnn_jax.report.sections import Figures
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import UserError
+from cnn_jax.training import run_directory
 
 # The sections that take longer than all others, by their names in metrics.json.
 # Corruptions come first: their charts, which take longest, are drawn during the explanations.
@@ -106,9 +106,9 @@ def _write(
                 drawing.result()
         finally:  # Without this, an interrupt would wait for all of them.
             thread.shutdown(cancel_futures=True)
-    figures = run.figures | new | {"missing": missing, "methods": words.METHODS, "format": FORMAT}
+    figures = run.figures | new | {"missing": missing, "methods": texts.METHODS, "format": FORMAT}
     figures["run"] = _facts(run, figures.get("run"), after_training)
-    figures["summary"] = words.summary(figures)
+    figures["summary"] = texts.summary(figures)
 
     if run.network is not None:
         _draw_examples(run.network, sections.examples(new), folder, detail == "full")
@@ -119,7 +119,7 @@ def _write(
     drawn = _draw_charts(figures, folder, already=new)
     watch.lap("charts")
     if after_training:
-        figures["run"]["time"] = words.time_spent(
+        figures["run"]["time"] = texts.time_spent(
             figures["run"]["seconds"], {"measuring": measuring, **watch.seconds}
         )
     run_directory.write_metrics(workdir, figures)

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 import cnn_jax
-from cnn_jax import calibration
-from cnn_jax.checkpoint import best_record
 from cnn_jax.data import pipeline
+from cnn_jax.inference import calibration
 from cnn_jax.models import count_parameters
-from cnn_jax.report import charts, label_errors, verdicts, words
+from cnn_jax.report import charts, label_errors, texts, verdicts
 from cnn_jax.report.run import MissingError, Network, Run
+from cnn_jax.training.checkpoint import best_record
 
 # How many images are shown of each kind.
 NUM_WRONG, NUM_UNSURE, NUM_SUSPECTS, NUM_AUGMENTED = 24, 12, 24, 12
@@ -269,7 +269,7 @@ def facts(run: Run) -> Figures:
         "mixing": settings.mixing.describe(),
         "warnings": [],
         "seconds": seconds,
-        "duration": words.duration(seconds),
+        "duration": texts.duration(seconds),
         "versions": run.versions,
         "made_by": f"cnn_jax {cnn_jax.__version__}",
         "images": {

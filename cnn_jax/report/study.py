@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cnn_jax.report import study_charts, style, words
+from cnn_jax.report import study_charts, style, texts
 from cnn_jax.report.charts import Chart
 from cnn_jax.report.parallel import parallel, parallel_size
 from cnn_jax.report.study_values import (
@@ -31,7 +31,7 @@ from cnn_jax.report.study_values import (
     scale_of_complete,
     valued,
 )
-from cnn_jax.run_directory import write_text
+from cnn_jax.training.run_directory import write_text
 
 # A cell without a number sorts below all others. Infinity less infinity would be no number.
 _SORTS_FIRST = -1e300
@@ -124,7 +124,7 @@ def _page(study: Study, drawn: pathlib.Path, folder: pathlib.Path) -> str:
         rows=[_row(study, scale, trial) for trial in ordered(study)],
         hosts=collections.Counter(trial["host"] for trial in study["trials"]),
         ranges={key: range_text(range_) for key, range_ in study["space"].items()},
-        duration=words.duration,
+        duration=texts.duration,
         time=_time,
         **style.sorting_script(),
     )
@@ -151,7 +151,7 @@ def _row(study: Study, scale: Scale, trial: Trial) -> dict[str, Any]:
     cells = [
         Cell(scale.text(trial["value"]), _sortable(trial["value"])),
         Cell(f"{trial['epochs']:,}", trial["epochs"]),
-        Cell(words.duration(trial["seconds"]), trial["seconds"]),
+        Cell(texts.duration(trial["seconds"]), trial["seconds"]),
         *(_cell(range_, parameter(trial, key)) for key, range_ in study["space"].items()),
     ]
     return {"trial": trial, "is_best": trial["number"] == study["best"], "cells": cells}

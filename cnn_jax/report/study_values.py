@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cnn_jax.report import words
+from cnn_jax.report import texts
 
 Study = Mapping[str, Any]
 Trial = Mapping[str, Any]
@@ -103,7 +103,7 @@ class Scale:
         """Such as "93.45 %"; a loss has four decimals."""
         if value is None or not math.isfinite(value):
             return NOTHING
-        return words.percent(value, 2) if self.is_share else f"{value:.4f}"
+        return texts.percent(value, 2) if self.is_share else f"{value:.4f}"
 
     def tick(self, value: float, more: int = 0) -> str:
         """As an axis has it, whose label says that it is in percent; `more` are more digits."""

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
-from cnn_jax.errors import printable
+from cnn_jax.system.errors import printable
 
 # Of a chart, in inches; and dots per inch of its file.
 SIZE = (4.0, 3.0)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from PIL import Image
 
 from cnn_jax.data import decode, scan
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.source import Source
-from cnn_jax.errors import DataError
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.system.errors import DataError
 
 
 def load_thumbnail(

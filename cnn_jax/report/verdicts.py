@@ -12,8 +12,8 @@ import numpy as np
 import scipy.special
 
 from cnn_jax.data.findings import count
-from cnn_jax.metrics import half_width, wilson_interval
-from cnn_jax.report.words import percent, points
+from cnn_jax.report.texts import percent, points
+from cnn_jax.training.metrics import half_width, wilson_interval
 
 # One-sided tests at 2.5 %, which agree with 95 % confidence intervals.
 _SIGNIFICANT = 0.025

@@ -12,9 +12,9 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from cnn_jax import cli
-from cnn_jax.errors import ConfigError
 from cnn_jax.registry.ledger import check_name, parse_which
+from cnn_jax.system import cli
+from cnn_jax.system.errors import ConfigError
 
 _NEEDED = ("fastapi", "httptools", "prometheus_client", "python_multipart", "uvicorn")
 
@@ -29,9 +29,7 @@ def main(argv: Sequence[str]) -> None:
                 f"serving needs {name}, which is not installed: pip install 'cnn_jax[serve]'"
             ) from error
     # All of them need what may be missing.
-    from cnn_jax import runtime
-    from cnn_jax.bundle import find_bundle
-    from cnn_jax.compiled import keep_compiled
+    from cnn_jax.inference.bundle import find_bundle
     from cnn_jax.registry.registry import Registry
     from cnn_jax.serve.limits import Limits
     from cnn_jax.serve.loader import FromRegistry, OneBundle
@@ -39,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
     from cnn_jax.serve.request_log import RequestLog
     from cnn_jax.serve.server import Options, run
     from cnn_jax.serve.tokens import Tokens
+    from cnn_jax.system import runtime
+    from cnn_jax.system.compilation_cache import keep_compiled
 
     runtime.keep_freed_memory()
     keep_compiled()

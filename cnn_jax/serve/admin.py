@@ -3,11 +3,11 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from cnn_jax.errors import UserError
 from cnn_jax.registry.ledger import RegistryError
 from cnn_jax.serve.limits import Refused
 from cnn_jax.serve.loader import Loader
 from cnn_jax.serve.service import Service, VersionNumber
+from cnn_jax.system.errors import UserError
 
 
 def make_router(service: Service) -> APIRouter:

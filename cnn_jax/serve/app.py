@@ -16,9 +16,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cnn_jax
-from cnn_jax.serve import admin, measures, open_inference, page, plain, tf_serving
+from cnn_jax.serve import admin, native, open_inference, page, tf_serving
 from cnn_jax.serve.engine import Late, Overloaded
 from cnn_jax.serve.limits import ClientLeft, Refused, check_query
+from cnn_jax.serve.metrics import CONTENT_TYPE
 from cnn_jax.serve.service import Service
 from cnn_jax.serve.tokens import Tokens
 
@@ -89,7 +90,7 @@ def make_app(
             for status, description in _STATUSES.items()
         },
     )
-    for protocol in (plain, tf_serving, open_inference, admin):
+    for protocol in (native, tf_serving, open_inference, admin):
         app.include_router(protocol.make_router(service))
     app.include_router(page.make_router(service, app))
     _add_health(app, service)
@@ -104,7 +105,7 @@ def make_app(
 
 
 async def _refuse_query(request: Request) -> None:
-    """Refuses every query; the one route that takes a query checks it itself (`plain`)."""
+    """Refuses every query; the one route that takes a query checks it itself (`native`)."""
     check_query(request)
 
 
@@ -132,7 +133,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         response_class=PlainTextResponse,
     )
     async def metrics() -> Response:
-        return Response(service.expose(), media_type=measures.CONTENT_TYPE)
+        return Response(service.expose(), media_type=CONTENT_TYPE)
 
 
 class _Guard:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cnn_jax.data.decode import Pixels
-from cnn_jax.errors import DataError, UserError
+from cnn_jax.system.errors import DataError, UserError
 
 T = TypeVar("T")
 

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from cnn_jax.bundle import Bundle, digest, read_bundle
-from cnn_jax.errors import UserError
+from cnn_jax.inference.bundle import Bundle, digest, read_bundle
 from cnn_jax.registry.ledger import RegistryError
 from cnn_jax.registry.registry import Registry
 from cnn_jax.serve.service import END, LOADING, Service
 from cnn_jax.serve.versions import Version, make_version
+from cnn_jax.system.errors import UserError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image
 
 from cnn_jax.data.decode import Pixels
-from cnn_jax.errors import ConfigError
 from cnn_jax.explain.features import embeddings
 from cnn_jax.serve.versions import Version
+from cnn_jax.system.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

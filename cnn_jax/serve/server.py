@@ -12,16 +12,16 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 from cnn_jax.data.scan import num_cores
-from cnn_jax.errors import BundleError, ConfigError
 from cnn_jax.serve import http
 from cnn_jax.serve.app import make_app
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
 from cnn_jax.serve.loader import Loader, OneBundle, Source
-from cnn_jax.serve.measures import Measures
+from cnn_jax.serve.metrics import Measures
 from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.service import Models, Service
 from cnn_jax.serve.tokens import Tokens
+from cnn_jax.system.errors import BundleError, ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from fastapi import Path, Request
 
 from cnn_jax.data import decode
 from cnn_jax.data.decode import Pixels
-from cnn_jax.errors import DataError
 from cnn_jax.serve.engine import Computed, Engine
 from cnn_jax.serve.limits import Bodies, Limits, Refused
-from cnn_jax.serve.measures import Measures
+from cnn_jax.serve.metrics import Measures
 from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.versions import Version
+from cnn_jax.system.errors import DataError
 
 # A version's number in a path.
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]

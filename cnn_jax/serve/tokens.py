@@ -6,7 +6,7 @@ import logging
 import pathlib
 import time
 
-from cnn_jax.errors import ConfigError
+from cnn_jax.system.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

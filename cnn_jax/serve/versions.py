@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from cnn_jax.bundle import Bundle
 from cnn_jax.data.decode import Pixels
-from cnn_jax.errors import BundleError
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import maps
-from cnn_jax.predict import ImageReader, Predictor
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.inference.bundle import Bundle
+from cnn_jax.inference.images import ImageReader
+from cnn_jax.inference.predictor import Predictor
 from cnn_jax.serve.engine import Program, measure
+from cnn_jax.system.errors import BundleError
 
 # Images that are computed at once, if so many wait.
 SIZES = (1, 2, 4, 8, 16, 32)

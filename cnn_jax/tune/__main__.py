@@ -14,8 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cnn_jax import cli, config_files
-from cnn_jax.errors import ConfigError, Interrupted, UserError
+from cnn_jax.config import files
+from cnn_jax.system import cli
+from cnn_jax.system.errors import ConfigError, Interrupted, UserError
 from cnn_jax.tune import PRUNERS
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -23,9 +24,9 @@ _STUDIES = pathlib.Path("studies")
 
 
 def main(argv: Sequence[str]) -> None:
-    known, overrides = config_files.parse(_parser(), argv)
-    config_files.find(known.config)
-    space = config_files.find(known.space, "--space", "spaces")
+    known, overrides = files.parse(_parser(), argv)
+    files.find(known.config)
+    space = files.find(known.space, "--space", "spaces")
     start = time.monotonic()
     with cli.interrupts_held_back():
         # Imported late, so that a wrong flag is reported at once.
@@ -36,13 +37,13 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(
                 f"{error.name} is not installed: pip install 'cnn_jax[tune]' brings it"
             ) from error
-        from cnn_jax import configuration
-        from cnn_jax.compiled import keep_compiled
-        from cnn_jax.runtime import keep_freed_memory
+        from cnn_jax.config import schema
+        from cnn_jax.system.compilation_cache import keep_compiled
+        from cnn_jax.system.runtime import keep_freed_memory
         from cnn_jax.tune.space import load_space
         from cnn_jax.tune.study import Plan, run_study
 
-    config = configuration.load(known.config, overrides)
+    config = schema.load(known.config, overrides)
     plan = Plan(
         name=known.study,
         config=config,
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config",
-        type=config_files.file_name,
+        type=files.file_name,
         default="default",
         metavar="FILE",
         help="a configuration file, RUN/config.json, or a shipped configuration (default)",
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--study", type=_name, required=True, metavar="NAME")
     parser.add_argument(
         "--space",
-        type=config_files.file_name,
+        type=files.file_name,
         default="default",
         metavar="FILE",
         help="which keys, and how far: a file or a shipped space (default)",

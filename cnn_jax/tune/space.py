@@ -15,9 +15,9 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from cnn_jax import configuration
-from cnn_jax.configuration import Config
-from cnn_jax.errors import ConfigError
+from cnn_jax.config import schema
+from cnn_jax.config.schema import Config
+from cnn_jax.system.errors import ConfigError
 
 Space = Mapping[str, BaseDistribution]
 
@@ -62,7 +62,7 @@ def load_space(file: str, config: Config) -> dict[str, BaseDistribution]:
 
 def _check(key: str, distribution: Any, config: Config) -> None:
     """Raises ConfigError if a study cannot vary this key so."""
-    configuration.check_key(key)
+    schema.check_key(key)
     if key in _NOT_VARIED or not (key in _KEYS or key.startswith(_SECTIONS)):
         raise ConfigError(f"config.{key}: must be the same in all trials of a study")
     kinds = FloatDistribution | IntDistribution | CategoricalDistribution
@@ -71,13 +71,13 @@ def _check(key: str, distribution: Any, config: Config) -> None:
             f"config.{key}: must be a FloatDistribution, IntDistribution or "
             f"CategoricalDistribution of Optuna, got {distribution!r}"
         )
-    current = dict(configuration.leaves(config))[key]
+    current = dict(schema.leaves(config))[key]
     for value in _extremes(distribution):
         if isinstance(value, tuple | list):
             raise ConfigError(
                 f'config.{key}: a tuple among the choices is written as text, such as "(16, 32)"'
             )
-        configuration.check_value(key, _parse(value, current))
+        schema.check_value(key, _parse(value, current))
 
 
 def _check_together(space: Space, config: Config) -> None:
@@ -95,9 +95,7 @@ def _check_together(space: Space, config: Config) -> None:
             errors = []
             for others in ({}, *ends):
                 try:
-                    configuration.validate(
-                        configured(config, {**others, key: value}), jax.device_count()
-                    )
+                    schema.validate(configured(config, {**others, key: value}), jax.device_count())
                 except ConfigError as error:
                     errors.append(error)
             if len(errors) == 1 + len(ends):
@@ -125,7 +123,7 @@ def _parse(value: Any, current: Any) -> Any:
 def configured(config: Config, params: Mapping[str, Any]) -> Config:
     """A copy of the configuration in which these keys have these values."""
     changed = config.copy_and_resolve_references()
-    current = dict(configuration.leaves(config))
+    current = dict(schema.leaves(config))
     with changed.ignore_type():
         for key, value in params.items():
             section, _, name = key.rpartition(".")
@@ -137,7 +135,7 @@ def configured(config: Config, params: Mapping[str, Any]) -> Config:
 def base_values(config: Config, space: Space) -> dict[str, Any]:
     """What the configuration itself has for the keys of a space, without what is not in it."""
     found = {}
-    for key, value in configuration.leaves(config):
+    for key, value in schema.leaves(config):
         distribution = space.get(key)
         if isinstance(distribution, CategoricalDistribution):
             # As the space writes it: a tuple is text there.

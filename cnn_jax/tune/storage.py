@@ -16,7 +16,7 @@ import sqlalchemy.exc
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from cnn_jax.errors import ConfigError, UserError, printable
+from cnn_jax.system.errors import ConfigError, UserError, printable
 
 logger = logging.getLogger(__name__)
 

@@ -33,14 +33,15 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from cnn_jax import cli, configuration
-from cnn_jax.checkpoint import History
-from cnn_jax.configuration import Config
-from cnn_jax.console import Console
+from cnn_jax.config import schema
+from cnn_jax.config.schema import Config
 from cnn_jax.data.findings import count
-from cnn_jax.errors import ConfigError, DataError, TrainingError, printable
-from cnn_jax.loop import open_dataset, train_and_evaluate
-from cnn_jax.run_directory import INDIFFERENT_KEYS, check_apart, write_text
+from cnn_jax.system import cli
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import ConfigError, DataError, TrainingError, printable
+from cnn_jax.training.checkpoint import History
+from cnn_jax.training.loop import open_dataset, train_and_evaluate
+from cnn_jax.training.run_directory import INDIFFERENT_KEYS, check_apart, write_text
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, base_values, configured, describe, short
 
@@ -128,7 +129,7 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
       KeyboardInterrupt: After Ctrl-C or SIGTERM; the trial under way is saved.
     """
     console = console or Console()
-    configuration.validate(plan.config, jax.device_count())
+    schema.validate(plan.config, jax.device_count())
     check_apart(plan.folder, plan.config.data.source)
     definition = _define(plan, console)  # Before the folder is made, which it may prevent.
     try:
@@ -198,11 +199,11 @@ def open_study(plan: Plan) -> Study:
 
 def _define(plan: Plan, console: Console) -> dict[str, str]:
     """All that the figures of a study depend on, every key flat, as text."""
-    resolved = configuration.resolve(plan.config)
+    resolved = schema.resolve(plan.config)
     dataset = open_dataset(resolved, console.track)
     keys = {
         f"config.{key}": json.dumps(value)
-        for key, value in configuration.leaves(resolved)
+        for key, value in schema.leaves(resolved)
         if key not in plan.space and key not in INDIFFERENT_KEYS
     }
     spaces = {f"space.{key}": distribution_to_json(space) for key, space in plan.space.items()}

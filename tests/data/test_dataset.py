@@ -10,9 +10,9 @@ from PIL import Image
 from cnn_jax.data import dataset as datasets
 from cnn_jax.data.dataset import check_classes, check_trainable, choose_residency, open_dataset
 from cnn_jax.data.files import open_csv, open_folder
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.splits import Division
-from cnn_jax.errors import DataError
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.system.errors import DataError
 
 PREPROCESSING = Preprocessing(image_size=(12, 16))
 RESIDENCIES = ("none", "disk", "memory", "device")

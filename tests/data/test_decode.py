@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 from PIL import Image, ImageOps
 
 from cnn_jax.data import decode
-from cnn_jax.errors import DataError
+from cnn_jax.system.errors import DataError
 
 
 def _encode(image, file_format="PNG", **options):

@@ -14,9 +14,9 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from cnn_jax.data import decode
-from cnn_jax.errors import DataError
-from cnn_jax.predict import preprocess_for_inference
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.inference.images import preprocess_for_inference
+from cnn_jax.system.errors import DataError
 
 _RNG = np.random.default_rng(0)
 _DEEP = _RNG.integers(0, 65536, (5, 7, 4), np.uint16)

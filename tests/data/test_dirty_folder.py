@@ -29,12 +29,12 @@ from PIL import Image
 from cnn_jax.data import decode
 from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.splits import Division
-from cnn_jax.errors import DataError
-from cnn_jax.loop import train_and_evaluate
-from cnn_jax.preprocessing import Preprocessing
-from experiments import fuzz_decode
-from experiments.fuzz_decode import encode, png_chunk
+from cnn_jax.system.errors import DataError
+from cnn_jax.training.loop import train_and_evaluate
+from experiments.checks import fuzz_decode
+from experiments.checks.fuzz_decode import encode, png_chunk
 
 SMALL = Preprocessing(image_size=(16, 16))
 SECRET = b"the content of a file that is none of the folder's"
@@ -534,7 +534,7 @@ from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.splits import Division
 from cnn_jax.data.files import open_folder
 from cnn_jax.data.scan import scan
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.data.preprocessing import Preprocessing
 
 def peak():
     # Not ru_maxrss: that begins with the memory of whoever started this process.
@@ -611,7 +611,7 @@ from PIL import Image
 from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.splits import Division
 from cnn_jax.data.files import open_folder
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.data.preprocessing import Preprocessing
 
 Image.init()  # As it cannot be later, if this user may not read the installation.
 if os.getuid() == 0:

@@ -8,7 +8,7 @@ from PIL import Image
 from cnn_jax.data import decode
 from cnn_jax.data.files import check_output, open_csv, open_folder
 from cnn_jax.data.sources import absolute, open_source
-from cnn_jax.errors import ConfigError, DataError
+from cnn_jax.system.errors import ConfigError, DataError
 
 
 def _picture(path: pathlib.Path, level: int = 0):

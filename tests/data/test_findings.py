@@ -8,10 +8,10 @@ from PIL import Image
 from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
 from cnn_jax.data.findings import range_warnings, too_few_classes, value_ranges
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.scan import examine
 from cnn_jax.data.splits import Division
-from cnn_jax.errors import DataError
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.system.errors import DataError
 
 
 def _find(folder, **options):

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from experiments import fuzz_decode
+from experiments.checks import fuzz_decode
 
 CASES = 500
 

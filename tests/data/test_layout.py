@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cnn_jax.data.layout import _SPLIT_OF_WORD, _words, find_layout
-from cnn_jax.errors import DataError
+from cnn_jax.system.errors import DataError
 
 
 def _images(*folders, number=2):

@@ -10,9 +10,9 @@ import pytest
 import scipy.stats
 from conftest import require_devices
 
-from cnn_jax import sharding
 from cnn_jax.data import mix
 from cnn_jax.data.mix import Mixing
+from cnn_jax.training import sharding
 from configs import default
 
 BOTH = Mixing(mixup_probability=0.4, mixup_alpha=0.7, cutmix_probability=0.35, cutmix_alpha=1.5)

@@ -8,7 +8,7 @@ from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.files import open_folder
 from cnn_jax.data.pipeline import Loader, evaluation_batches, training_batches
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.data.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(image_size=(12, 16))
 AUGMENTATION = Augmentation("horizontal", 0.2, 0.2, 0.2)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from cnn_jax.data import decode, scan
 from cnn_jax.data.files import open_folder
-from cnn_jax.preprocessing import Preprocessing
+from cnn_jax.data.preprocessing import Preprocessing
 
 SMALL = Preprocessing(image_size=(8, 8))
 

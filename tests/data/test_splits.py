@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn_jax.data.splits import RULES, SPLITS, divide, group_names
-from cnn_jax.errors import ConfigError, DataError
+from cnn_jax.system.errors import ConfigError, DataError
 
 FRACTIONS = (0.7, 0.2, 0.1)
 

@@ -15,7 +15,7 @@ from cnn_jax.data.files import open_folder
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
 from cnn_jax.data.survey import near_components, near_pairs, perceptual_hash, survey
-from cnn_jax.errors import ConfigError, DataError
+from cnn_jax.system.errors import ConfigError, DataError
 
 
 def _photo(seed, size=(60, 40)):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cnn_jax.data import decode
 from cnn_jax.data.sources import open_source
-from cnn_jax.errors import DataError
+from cnn_jax.system.errors import DataError
 
 
 class TwoColours(tfds.core.GeneratorBasedBuilder):
@@ -83,7 +83,7 @@ def test_a_part_of_a_tfds_data_set_can_be_taken(tfds_folder):
 def test_a_tfds_data_set_trains_without_tensorflow(tfds_folder, tmp_path):
     code = (
         "from configs import default\n"
-        "from cnn_jax.loop import train_and_evaluate\n"
+        "from cnn_jax.training.loop import train_and_evaluate\n"
         "config = default.get_config()\n"
         "config.data.source, config.data.image_size = 'tfds:two_colours', (8, 8)\n"
         "config.model.features, config.train.epochs, config.train.batch_size = (4,), 1, 4\n"

@@ -5,10 +5,10 @@ import pytest
 import scipy.stats
 from test_maps import CLASSES, SIZE, make_predictor
 
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import checks, maps
+from cnn_jax.inference.predictor import Predictor
 from cnn_jax.models import layer_names
-from cnn_jax.predict import Predictor
-from cnn_jax.preprocessing import Preprocessing
 
 
 class BrightCorner(Predictor):

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_bundle import MODEL, make_bundle
+from bundles import MODEL, make_bundle
 
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import maps
+from cnn_jax.inference.predictor import Predictor
 from cnn_jax.models import forward, make_model, stages
-from cnn_jax.predict import Predictor
-from cnn_jax.preprocessing import Preprocessing
 
 SIZE = (16, 12)
 

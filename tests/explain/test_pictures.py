@@ -7,22 +7,17 @@ import sys
 
 import numpy as np
 import pytest
+from bundles import make_bundle
 from conftest import REPOSITORY
 from PIL import Image
-from test_bundle import make_bundle
 
-from cnn_jax.bundle import write_bundle
-from cnn_jax.errors import ConfigError, DataError
 from cnn_jax.explain import __main__ as explain_command
 from cnn_jax.explain import pictures
 from cnn_jax.explain.maps import grad_cam, methods_for
-from cnn_jax.predict import (
-    Predictor,
-    list_images,
-    list_inputs,
-    predict_batch,
-    preprocess_for_inference,
-)
+from cnn_jax.inference.bundle import write_bundle
+from cnn_jax.inference.images import list_images, list_inputs, preprocess_for_inference
+from cnn_jax.inference.predictor import Predictor, predict_batch
+from cnn_jax.system.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")

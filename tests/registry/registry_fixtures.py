@@ -7,10 +7,10 @@ hide the first from `import`.
 import uuid
 
 import pytest
+from bundles import make_bundle
 from s3 import BUCKET, s3_service
-from test_bundle import make_bundle
 
-from cnn_jax.bundle import write_bundle
+from cnn_jax.inference.bundle import write_bundle
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import time
 import types
 
 import pytest
+from bundles import make_bundle
 from registry_tools import (
     Killed,
     Wrapped,
@@ -22,16 +23,15 @@ from registry_tools import (
     vary,
     wrapped,
 )
-from test_bundle import make_bundle
 
-from cnn_jax.bundle import digest, read_bundle, write_bundle
-from cnn_jax.errors import BundleError, ConfigError
+from cnn_jax.inference.bundle import digest, read_bundle, write_bundle
 from cnn_jax.registry import ledger
 from cnn_jax.registry import registry as registries
 from cnn_jax.registry import store as stores
 from cnn_jax.registry.ledger import Gates, RegistryError
 from cnn_jax.registry.registry import Registry
 from cnn_jax.registry.store import AwayError, LocalStore, StoreError, open_store, unique
+from cnn_jax.system.errors import BundleError, ConfigError
 
 pytest_plugins = ["registry_fixtures"]
 

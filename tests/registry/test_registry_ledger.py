@@ -7,9 +7,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from cnn_jax.errors import ConfigError
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import BundleFacts, Entry, Gates, Model, RegistryError, Version
+from cnn_jax.system.errors import ConfigError
 
 DIGEST = "0123456789abcdef" * 4
 

@@ -15,11 +15,11 @@ import termios
 import pytest
 from registry_tools import aliases, figures, vary
 
-from cnn_jax.bundle import digest, read_bundle
-from cnn_jax.errors import BundleError, ConfigError, UserError, printable
+from cnn_jax.inference.bundle import digest, read_bundle
 from cnn_jax.registry import __main__ as command
 from cnn_jax.registry.ledger import RegistryError
 from cnn_jax.registry.registry import Registry
+from cnn_jax.system.errors import BundleError, ConfigError, UserError, printable
 
 pytest_plugins = ["registry_fixtures"]
 

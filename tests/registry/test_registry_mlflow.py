@@ -7,12 +7,12 @@ import sys
 import pytest
 from registry_tools import aliases, figures, outline, vary
 
-from cnn_jax.bundle import digest
-from cnn_jax.errors import BundleError, ConfigError
+from cnn_jax.inference.bundle import digest
 from cnn_jax.registry import __main__ as command
 from cnn_jax.registry import mlflow
 from cnn_jax.registry.ledger import RegistryError
 from cnn_jax.registry.registry import Registry
+from cnn_jax.system.errors import BundleError, ConfigError
 
 pytest_plugins = ["registry_fixtures"]
 needs_mlflow = pytest.mark.skipif(

@@ -11,7 +11,7 @@ import time
 import pytest
 from registry_tools import figures, outline, vary
 
-from cnn_jax.bundle import read_bundle
+from cnn_jax.inference.bundle import read_bundle
 from cnn_jax.registry.registry import Registry
 
 pytest_plugins = ["registry_fixtures"]
@@ -20,7 +20,7 @@ pytest_plugins = ["registry_fixtures"]
 WORKER = """
 import json, pathlib, sys
 from cnn_jax import bundle
-from cnn_jax.errors import UserError
+from cnn_jax.system.errors import UserError
 from cnn_jax.registry.registry import Registry
 
 registry = Registry(sys.argv[1])

@@ -17,7 +17,6 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from cnn_jax.errors import ConfigError
 from cnn_jax.registry import store as stores
 from cnn_jax.registry.store import (
     AwayError,
@@ -29,6 +28,7 @@ from cnn_jax.registry.store import (
     prove,
     unique,
 )
+from cnn_jax.system.errors import ConfigError
 
 pytest_plugins = ["registry_fixtures"]
 SECRET = "s3cret"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_jax import calibration
+from cnn_jax.inference import calibration
 from cnn_jax.report import charts, style
 
 

@@ -13,17 +13,18 @@ import pytest
 from conftest import REPOSITORY, show_at, write_images
 from PIL import Image
 
-from cnn_jax import calibration, run_directory
-from cnn_jax.bundle import read_bundle, write_bundle
-from cnn_jax.console import Console
 from cnn_jax.data import no_track, pipeline
-from cnn_jax.errors import ConfigError
-from cnn_jax.evaluate import open_as_trained, predict_split
-from cnn_jax.loop import train_and_evaluate
-from cnn_jax.predict import Predictor
+from cnn_jax.inference import calibration
+from cnn_jax.inference.bundle import read_bundle, write_bundle
+from cnn_jax.inference.evaluation import open_as_trained, predict_split
+from cnn_jax.inference.predictor import Predictor
 from cnn_jax.report import run_report, sections, thumbnails
 from cnn_jax.report.run import read_run
 from cnn_jax.report.run_report import write_report
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import ConfigError
+from cnn_jax.training import run_directory
+from cnn_jax.training.loop import train_and_evaluate
 
 SECTIONS = {
     *("guessing", "curves", "confusion", "calibration", "coverage", "mistakes", "label_errors"),

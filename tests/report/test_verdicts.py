@@ -4,8 +4,8 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.metrics import full_report
 from cnn_jax.report import verdicts
+from cnn_jax.training.metrics import full_report
 
 
 def _metrics(accuracy, count=1000, num_classes=4):

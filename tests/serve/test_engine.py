@@ -9,9 +9,9 @@ import weakref
 import numpy as np
 import pytest
 
-from cnn_jax.errors import DataError
 from cnn_jax.serve import engine as engine_module
 from cnn_jax.serve.engine import Engine, Late, Overloaded, Program, measure
+from cnn_jax.system.errors import DataError
 
 ONE = np.zeros((2, 2, 3), np.uint8)
 

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import requests
 import schemathesis
+from bundles import make_bundle
 from PIL import Image
 from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
 from servers import Served
-from test_bundle import make_bundle
 
-from cnn_jax.bundle import write_bundle
+from cnn_jax.inference.bundle import write_bundle
 
 _KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _TOKEN = "token-of-a-keeper-01"

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from bundles import make_bundle
 from conftest import show_at
 from PIL import Image
 from servers import Served
-from test_bundle import make_bundle
 
-from cnn_jax.bundle import write_bundle
-from cnn_jax.predict import Predictor, predict_batch
+from cnn_jax.inference.bundle import write_bundle
+from cnn_jax.inference.predictor import Predictor, predict_batch
 from cnn_jax.registry.registry import Registry
 
 

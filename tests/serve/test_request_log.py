@@ -4,11 +4,11 @@ import sqlite3
 
 import numpy as np
 import pytest
-from test_bundle import make_bundle
+from bundles import make_bundle
 
-from cnn_jax.errors import ConfigError
 from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.versions import make_version
+from cnn_jax.system.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ import time
 import numpy as np
 import pytest
 import requests
+from bundles import make_bundle
 from PIL import Image
 from servers import Served
-from test_bundle import make_bundle
 
 import cnn_jax
-from cnn_jax.bundle import digest, write_bundle
-from cnn_jax.predict import Predictor, predict_batch
+from cnn_jax.inference.bundle import digest, write_bundle
+from cnn_jax.inference.predictor import Predictor, predict_batch
 
 KINDS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
 

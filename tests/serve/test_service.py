@@ -15,15 +15,15 @@ import time
 import numpy as np
 import pytest
 import requests
+from bundles import make_bundle
 from PIL import Image
-from test_bundle import make_bundle
 
 import cnn_jax.serve
 from cnn_jax.serve import http
 from cnn_jax.serve.app import make_app
 from cnn_jax.serve.engine import Engine, Program
 from cnn_jax.serve.limits import Limits, Refused
-from cnn_jax.serve.measures import Measures
+from cnn_jax.serve.metrics import Measures
 from cnn_jax.serve.service import END, LOADING, Models, Service
 from cnn_jax.serve.versions import make_version
 
@@ -311,5 +311,10 @@ def test_serving_brings_no_training_code():
     ).stdout.split()
     heavy = ("tensorflow_datasets", "tensorflow", "optax", "orbax", "grain", "cv2", "matplotlib")
     heavy += ("torch", "tensorboardX", "tensorstore", "imagehash", "ml_collections", "mlflow")
-    training = ("cnn_jax.loop", "cnn_jax.step", "cnn_jax.optimizer", "cnn_jax.data.pipeline")
+    training = (
+        "cnn_jax.training.loop",
+        "cnn_jax.training.step",
+        "cnn_jax.training.optimizer",
+        "cnn_jax.data.pipeline",
+    )
     assert not set(modules) & {*heavy, *training}

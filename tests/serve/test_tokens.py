@@ -1,8 +1,8 @@
 import pytest
 
-from cnn_jax.errors import ConfigError
 from cnn_jax.serve import tokens
 from cnn_jax.serve.tokens import Tokens
+from cnn_jax.system.errors import ConfigError
 
 READER, KEEPER = "reader-token-0123456789", "keeper-token-0123456789"
 FILE = f"# Of the team.\n\npredict {READER}\n  admin   {KEEPER}  \n"

@@ -16,19 +16,19 @@ import time
 import jax
 import numpy as np
 import pytest
+from bundles import make_bundle
 from conftest import REPOSITORY
 from PIL import Image
 from s3 import BUCKET, s3_service
 from servers import Served
-from test_bundle import make_bundle
 
-from cnn_jax.bundle import write_bundle
-from cnn_jax.predict import Predictor, predict_batch
+from cnn_jax.inference.bundle import write_bundle
+from cnn_jax.inference.predictor import Predictor, predict_batch
 from cnn_jax.registry.registry import Registry
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
 from cnn_jax.serve.loader import Loader, Source, Wanted
-from cnn_jax.serve.measures import Measures
+from cnn_jax.serve.metrics import Measures
 from cnn_jax.serve.service import AVAILABLE, END, Models, Service
 from cnn_jax.serve.versions import make_version
 
@@ -386,7 +386,7 @@ def test_answers_are_noted_with_what_a_look_for_drift_needs(tmp_path):
     import sqlite3
 
     from cnn_jax.explain.features import embeddings
-    from cnn_jax.predict import preprocess_for_inference
+    from cnn_jax.inference.images import preprocess_for_inference
 
     write_bundle(make_bundle(), tmp_path / "bundle")
     predictor = Predictor.load(tmp_path / "bundle")

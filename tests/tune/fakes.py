@@ -12,9 +12,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
-from cnn_jax import cli
-from cnn_jax.console import Console
-from cnn_jax.errors import Interrupted
+from cnn_jax.system import cli
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import Interrupted
 from cnn_jax.tune import study as studies
 from cnn_jax.tune.study import Plan
 from configs import default

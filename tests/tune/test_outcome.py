@@ -14,7 +14,7 @@ from fakes import make_plan
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from cnn_jax import configuration
+from cnn_jax.config import schema
 from cnn_jax.tune import outcome, storage
 from cnn_jax.tune.outcome import (
     best_config_text,
@@ -270,10 +270,10 @@ def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
     write_outcome(plan, summary)
     assert json.loads((plan.folder / "study.json").read_text())["best"] == 0
     file = plan.folder / "best.py"
-    loaded = configuration.load(str(file))
+    loaded = schema.load(str(file))
     params = {"model.dropout": 0.0, "model.features": "(4, 8)"}
-    expected = dict(configuration.leaves(configured(plan.config, params)))
-    found = dict(configuration.leaves(loaded))
+    expected = dict(schema.leaves(configured(plan.config, params)))
+    found = dict(schema.leaves(loaded))
     assert found == expected
     assert list(found) == list(expected)
     assert list(map(type, found.values())) == list(map(type, expected.values()))

@@ -4,8 +4,8 @@ import pytest
 from conftest import REPOSITORY
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from cnn_jax import configuration
-from cnn_jax.errors import ConfigError
+from cnn_jax.config import schema
+from cnn_jax.system.errors import ConfigError
 from cnn_jax.tune.space import base_values, configured, describe, load_space
 from configs import default, eurosat
 
@@ -40,7 +40,7 @@ def test_a_shipped_space_loads_and_both_ends_of_it_can_run(file, config):
         for key, distribution in space.items():
             of_key = describe(distribution)
             params[key] = of_key.get("choices", [of_key.get("low"), of_key.get("high")])[end]
-        configuration.validate(configured(config, params), num_devices=1)
+        schema.validate(configured(config, params), num_devices=1)
 
 
 def test_a_space_is_in_the_order_of_its_keys(load):
@@ -119,7 +119,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
 
 def test_configured_sets_values_and_leaves_the_base_alone():
     base = default.get_config()
-    before = dict(configuration.leaves(base))
+    before = dict(schema.leaves(base))
     params = {
         "model.features": "(4, 8)",
         "data.image_size": 16,
@@ -129,10 +129,10 @@ def test_configured_sets_values_and_leaves_the_base_alone():
         "report.splits": ("validation",),
     }
     changed = configured(base, params)
-    assert dict(configuration.leaves(base)) == before
-    assert dict(configuration.leaves(changed)) == before | params | {"model.features": (4, 8)}
+    assert dict(schema.leaves(base)) == before
+    assert dict(schema.leaves(changed)) == before | params | {"model.features": (4, 8)}
     changed.data.cache = "none"
-    assert dict(configuration.leaves(base)) == before
+    assert dict(schema.leaves(base)) == before
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import sqlalchemy
 from fakes import Log
 from optuna.storages import JournalStorage, RDBStorage
 
-from cnn_jax.errors import ConfigError
+from cnn_jax.system.errors import ConfigError
 from cnn_jax.tune import storage
 from cnn_jax.tune.storage import StorageError, in_file, open_storage, patiently
 

@@ -1,9 +1,9 @@
-"""A study of real trainings under SIGKILL; experiments/chaos_study.py is the long version."""
+"""A study of real trainings under SIGKILL; see also `experiments/checks/chaos_study.py`."""
 
 import random
 import time
 
-from experiments import chaos_study
+from experiments.checks import chaos_study
 
 
 def test_killed_three_times_a_study_ends_as_one_that_never_was(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from conftest import REPOSITORY
 from fakes import Log, install, raising
 
-from cnn_jax import compiled, runtime
-from cnn_jax.errors import ConfigError, DataError, Interrupted, TrainingError, UserError
+from cnn_jax.system import compilation_cache, runtime
+from cnn_jax.system.errors import ConfigError, DataError, Interrupted, TrainingError, UserError
 from cnn_jax.tune import __main__ as command
 from cnn_jax.tune import outcome, storage, study
 
@@ -124,7 +124,7 @@ def test_data_that_is_not_there_leaves_no_folder(tmp_path, space, patched, monke
 @pytest.fixture
 def patched(monkeypatch):
     """The command without training, its page, and what it does to its process."""
-    monkeypatch.setattr(compiled, "keep_compiled", lambda: None)
+    monkeypatch.setattr(compilation_cache, "keep_compiled", lambda: None)
     monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(outcome, "write_study_page", lambda study, folder: None)
     return install(monkeypatch.setattr)

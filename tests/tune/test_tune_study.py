@@ -28,8 +28,8 @@ from optuna.distributions import FloatDistribution
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
-from cnn_jax import configuration
-from cnn_jax.errors import ConfigError, DataError, TrainingError
+from cnn_jax.config import schema
+from cnn_jax.system.errors import ConfigError, DataError, TrainingError
 from cnn_jax.tune import search, storage
 from cnn_jax.tune import study as studies
 from cnn_jax.tune.storage import StorageError
@@ -116,11 +116,11 @@ def test_a_trial_is_the_plans_run_with_its_parameters_and_leaves_the_test_split_
 ):
     plan = make_plan(tmp_path, config={"model.features": (4, 8)})
     study = run(plan)
-    base = dict(configuration.leaves(plan.config))
+    base = dict(schema.leaves(plan.config))
     assert len(trainer.configs) == 5
     for number, config in trainer.configs.items():
         own = {"report.splits": ("validation",), "report.detail": "none"}
-        assert dict(configuration.leaves(config)) == base | study.trials[number].params | own
+        assert dict(schema.leaves(config)) == base | study.trials[number].params | own
     assert study.trials[0].params.keys() == SPACE.keys()
     # The first one is the configuration itself, whose batch size the space does not have.
     first = {"model.dropout": 0.5, "optimizer.learning_rate": 1e-3}

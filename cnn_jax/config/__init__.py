@@ -1,0 +1,1 @@
+"""Configurations: keys with their checks, files and flags."""

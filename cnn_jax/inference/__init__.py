@@ -1,0 +1,1 @@
+"""Inference: bundles, predictors and their metrics."""

@@ -1,0 +1,311 @@
+"""The images of an inference: what a caller may pass as one, and which files a command means."""
+
+import functools
+import glob
+import itertools
+import logging
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+
+from cnn_jax.data import decode, files
+from cnn_jax.data.decode import Pixels
+from cnn_jax.data.preprocessing import SPECIFICATION, Preprocessing
+from cnn_jax.system.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """An open binary file, a response, a member of a zip file: anything with `read`."""
+
+    def read(self) -> bytes: ...
+
+
+@runtime_checkable
+class ArrayLike(Protocol):
+    """A JAX array, a PyTorch tensor on the CPU: anything that becomes a NumPy array."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+_Encoded = bytes | bytearray | memoryview
+
+
+AnyImage = str | os.PathLike[str] | _Encoded | Readable | Image.Image | np.ndarray | ArrayLike
+
+
+_ONE_IMAGE = (
+    "a path, the bytes of an image file, an open binary file, a Pillow image, or an array uint8 "
+    "[height, width] or [height, width, 1, 3 or 4]"
+)
+
+
+def preprocess_for_inference(
+    image: AnyImage, preprocessing: Preprocessing = SPECIFICATION
+) -> Pixels:
+    """One image of any kind, in the shape that a predictor takes.
+
+    Args:
+      image: One of
+          a path, str or PathLike;
+          the bytes of an image file, as bytes, bytearray or memoryview;
+          an open binary file, or anything else whose `read()` returns such bytes;
+          a Pillow image;
+          an array, or what NumPy makes one of, upright: grey [h, w] or [h, w, 1], RGB
+          [h, w, 3] or RGBA uint8 [h, w, 4]; uint8 from 0, black, to 255, white; bool; or
+          any other numbers if the network was trained with a white level. OpenCV's
+          arrays are BGR, which cannot be seen from the array: pass `image[..., ::-1]`.
+        The same picture gives the same pixels in each of these forms. A warning is logged
+        if it uses a small part of the values up to white, or has values far above white.
+      preprocessing: The predictor's, `predictor.preprocessing`; the default is the
+        specification's 224 x 224.
+
+    Returns:
+      uint8 [height, width, 3]. Normalisation is the predictor's own business.
+
+    Raises:
+      DataError: The image cannot be read, is damaged or too large, or its array is of
+        another dtype or shape.
+      TypeError: It is of none of these kinds.
+    """
+    return ImageReader(preprocessing).read(image, describe_image(image))
+
+
+class ImageReader:
+    """Reads images as `preprocess_for_inference` does, and warns of the first one only."""
+
+    def __init__(self, preprocessing: Preprocessing = SPECIFICATION):
+        self._preprocessing = preprocessing
+        self._has_warned = False
+
+    def read(self, image: AnyImage, name: str) -> Pixels:
+        """One image; a warning calls it by this name.
+
+        Raises:
+          DataError, TypeError: As `preprocess_for_inference`.
+        """
+        preprocessing = self._preprocessing
+        if not isinstance(image, bytes | Image.Image | np.ndarray):
+            image = _read(image)
+        if isinstance(image, np.ndarray):
+            image = _plain_array(image)
+        values, pixels = decode.decode_any(
+            image, preprocessing.max_pixels, preprocessing.white_level
+        )
+        doubt = values.doubt(preprocessing.white_level) if values else ""
+        if doubt and not self._has_warned:
+            self._has_warned = True
+            logger.warning("%s: %s (said once, of the first such image)", name, doubt)
+        return decode.resize(pixels, preprocessing.image_size)
+
+
+def _read(image: object) -> bytes | np.ndarray:
+    """The bytes of an image file, or the array, that any other kind of image stands for.
+
+    Raises:
+      DataError: It cannot be read.
+      TypeError: It is no kind of image.
+    """
+    if isinstance(image, str | os.PathLike):
+        try:
+            return pathlib.Path(image).read_bytes()
+        except IsADirectoryError as error:
+            raise DataError("is a folder; list_images lists the images in it") from error
+        except OSError as error:
+            raise DataError(error.strerror or str(error)) from error
+        except ValueError as error:  # No file can have such a name.
+            raise DataError(str(error)) from error
+    if isinstance(image, bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, Readable):
+        return _read_file(image)
+    if isinstance(image, ArrayLike):
+        return np.asarray(image)
+    raise TypeError(f"an image must be {_ONE_IMAGE}; got {_kind(image)}")
+
+
+def _read_file(file: Readable) -> bytes:
+    try:
+        content = file.read()
+    except UnicodeDecodeError as error:
+        raise DataError("is open as text; open it with mode 'rb'") from error
+    except Exception as error:  # Files of other libraries raise errors of any type.
+        raise DataError(f"cannot be read: {error or type(error).__name__}") from error
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise DataError(f"read() must return bytes, got {_kind(content)}; open it with mode 'rb'")
+    if not content:
+        raise DataError("has nothing left to read: it is empty, or at its end (seek(0) goes back)")
+    return bytes(content)
+
+
+def _plain_array(array: np.ndarray) -> np.ndarray | Image.Image:
+    """An array of one image without a channel of its own for grey, or for transparency.
+
+    Raises:
+      DataError: It has another shape, or is RGBA and not uint8.
+    """
+    channels = 1 if array.ndim == 2 else array.shape[-1] if array.ndim == 3 else 0
+    if channels not in (1, 3, 4) or 0 in array.shape:
+        raise DataError(
+            f"an image array must be [height, width] or [height, width, 1, 3 or 4], got "
+            f"{_shape(array)}"
+        )
+    if channels == 4:
+        if array.dtype != np.uint8:
+            raise DataError(f"an image array may be RGBA only as uint8, got {array.dtype}")
+        return Image.fromarray(np.ascontiguousarray(array))
+    return array.reshape(array.shape[:2]) if channels == 1 else array
+
+
+def _shape(array: np.ndarray) -> str:
+    """The shape of an array, with a hint if its channels seem to come first."""
+    shape = str(list(array.shape))
+    if array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4):
+        return f"{shape}; channels come last: np.moveaxis(array, -3, -1)"
+    return shape
+
+
+def _kind(value: object) -> str:
+    return f"{'an' if type(value).__name__[0] in 'aeiouAEIOU' else 'a'} {type(value).__name__}"
+
+
+def single_images(images: object) -> Iterator[AnyImage]:
+    """The images of an argument that is one image or an iterable of them.
+
+    Raises:
+      TypeError: It is neither.
+    """
+    if isinstance(images, str | os.PathLike | _Encoded | Image.Image | Readable):
+        return iter([images])
+    if isinstance(images, ArrayLike):
+        return _images_of_array(np.asarray(images))
+    # The predictions of a set could not be told apart.
+    if isinstance(images, Iterable) and not isinstance(images, Mapping | Set):
+        return iter(images)
+    raise TypeError(
+        f"images must be one image or an iterable of images such as a list, got {_kind(images)}; "
+        f"an image is {_ONE_IMAGE}"
+    )
+
+
+def _images_of_array(array: np.ndarray) -> Iterator[AnyImage]:
+    """The only image of an array of two or three dimensions, each one of a batch.
+
+    Raises:
+      TypeError: The array is neither.
+    """
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
+    if array.dtype == object or array.dtype.kind == "U":
+        if array.ndim == 1:  # For example a column of paths of a table.
+            return iter(array.tolist())
+    elif array.size == 0 and not is_image:
+        return iter([])
+    elif is_image:
+        return iter([array])
+    elif array.ndim == 4 and array.shape[-1] in (1, 3, 4):
+        return iter(array)
+    raise TypeError(
+        f"an array of images must be [batch, height, width, 1, 3 or 4], and one image [height, "
+        f"width] or [height, width, 1, 3 or 4], got {_shape(array)} of {array.dtype}"
+    )
+
+
+def describe_image(image: object, row: int | None = None) -> str:
+    if isinstance(image, str | os.PathLike):
+        return str(image)
+    return f"image{'' if row is None else f' {row}'} ({type(image).__name__})"
+
+
+def list_images(path: str | os.PathLike[str], allow_outside: bool = False) -> list[pathlib.Path]:
+    """A file itself, or the image files anywhere below a folder, sorted.
+
+    What is left out of a folder is counted in a warning.
+
+    Args:
+      path: A file or a folder.
+      allow_outside: Whether links may lead out of the folder.
+
+    Raises:
+      DataError: There is no such file, or the folder has no images.
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"--input: there is no file or folder {path}")
+    listing = files.list_images(path, allow_outside)
+    left_out = files.describe_ignored(listing.ignored)
+    if not listing.files:
+        raise DataError(f"--input: no image files below {path}{left_out}")
+    if left_out:
+        logger.warning("%s: %d images%s", path, len(listing.files), left_out)
+    return [path / image.path for image in listing.files]
+
+
+def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[pathlib.Path]:
+    """The image files that files, folders and patterns name, each of them once, in their order.
+
+    Args:
+      inputs: Files, folders, and patterns such as `photos/**/*.jpg` that the shell did not
+        expand. A file whose own name looks like a pattern is that file. What a pattern matches
+        in folders that this project wrote is left out, unless the pattern names the folder.
+      allow_outside: Whether links may lead out of a folder.
+
+    Raises:
+      DataError: A file or folder does not exist, a pattern matches nothing, or a folder has
+        no images.
+    """
+    images: list[pathlib.Path] = []
+    for text in inputs:
+        for path in _match(text) if _is_pattern(text) else [text]:
+            images += list_images(path, allow_outside)
+    return list(dict.fromkeys(images))
+
+
+def searched_folder(text: str) -> pathlib.Path:
+    """The folder in which a file, folder or pattern has its images, itself or further below."""
+    path = pathlib.Path(text)
+    if _is_pattern(text):
+        return pathlib.Path(
+            *itertools.takewhile(lambda part: part == glob.escape(part), path.parts)
+        )
+    return path if path.is_dir() else path.parent
+
+
+def _is_pattern(text: str) -> bool:
+    return glob.escape(text) != text and not os.path.lexists(text)
+
+
+def _match(pattern: str) -> list[str]:
+    """What a pattern matches, sorted, without the folders that this project wrote."""
+    matched = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  (may be absolute)
+    top = searched_folder(pattern)
+
+    @functools.cache
+    def is_output(folder: pathlib.Path) -> bool:
+        try:
+            return files.is_output(os.listdir(folder))  # noqa: PTH208
+        except OSError:  # A file, or a folder that may not be listed.
+            return False
+
+    kept, outputs = [], set[pathlib.Path]()
+    for path in map(pathlib.Path, matched):
+        below = len(path.parts) - len(top.parts)
+        found = {folder for folder in (path, *path.parents)[:below] if is_output(folder)}
+        outputs |= found
+        if not found:
+            kept.append(str(path))
+    left_out = files.describe_ignored(
+        {"folders that cnn_jax wrote": len(outputs)} if outputs else {}
+    )
+    if not kept:
+        raise DataError(f"--input: no file matches {pattern}{left_out}")
+    if left_out:
+        logger.warning("%s: %d matches%s", pattern, len(kept), left_out)
+    return kept

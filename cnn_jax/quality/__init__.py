@@ -1,0 +1,1 @@
+"""Corruptions and how well a network copes with them."""

@@ -1,0 +1,1 @@
+"""What all commands share: runtime options, signals, the terminal, errors."""

@@ -1,0 +1,309 @@
+"""Output for people: the progress of a command on stderr, and tables as text.
+
+Progress is lines, with a progress bar if stderr is a terminal. In a notebook it is one
+output instead, which is updated in place.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import rich.cells
+import rich.console
+import rich.progress
+import rich.table
+
+from cnn_jax.system import cli
+from cnn_jax.system.cli import wrap
+
+# The columns of the epochs' table, in groups: a column's name and its width.
+_GROUPS: dict[str, dict[str, int]] = {
+    "train": {"loss": 5, "accuracy": 8, "F1": 7},
+    "validation": {"loss": 5, "accuracy": 8, "F1": 7},
+    "": {"images/s": 8},
+}
+# What a narrow terminal does without, in this order.
+_DISPENSABLE = (
+    ("", "images/s"),
+    *(("train", "F1"), ("validation", "F1"), ("train", "accuracy"), ("train", "loss")),
+)
+_INDENT = 12  # Columns of the names of `facts`.
+# Seconds between two updates of a notebook's output, which each browser has to draw.
+_UPDATE_SECONDS = 0.5
+_NOTEBOOK_WIDTH = 100  # Columns.
+# Epochs that a notebook shows; `metrics.jsonl` has all of them.
+_EPOCHS_SHOWN = 10
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
+    """A table as text: names left-aligned in the first column, numbers right-aligned in the others.
+
+    A name that leaves too little room for the numbers stands on a line of its own.
+
+    Args:
+      head: The names of the columns.
+      rows: Cells without line ends.
+      width: The width of the terminal, in columns.
+    """
+    lines = [head, *rows]
+    widths = [max(map(rich.cells.cell_len, column)) for column in zip(*lines, strict=True)]
+    room = min(widths[0], max(width - sum(widths[1:]) - 2 * len(widths[1:]), 0))
+    text = []
+    for name, *numbers in lines:
+        length = rich.cells.cell_len(name)
+        if length > room:
+            text.append(cli.fill(name, width))
+            name, length = "", 0
+        cells = (f"  {cell:>{size}}" for cell, size in zip(numbers, widths[1:], strict=True))
+        text.append(f"{name}{' ' * (room - length)}{''.join(cells)}".rstrip())
+    return "\n".join(text)
+
+
+def _whole() -> rich.table.Column:
+    """A column that a narrow terminal does not shorten; the bar gives way to it."""
+    return rich.table.Column(no_wrap=True, min_width=11)
+
+
+class _Screen(rich.console.Console):
+    """A console that leaves the cursor where a person sees it, also if the run is killed."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
+class Console:
+    """Prints lines, and a progress bar where there is a terminal."""
+
+    def __init__(self, *, is_silent: bool = False) -> None:
+        """On stderr; or nowhere, for all but one of the processes of a run."""
+        self._console = _Screen(
+            stderr=True,
+            highlight=False,
+            markup=False,
+            quiet=is_silent,
+            force_jupyter=False,
+            # A notebook's stderr says that it is a terminal; each move of a bar would be a line.
+            force_terminal=False if _is_notebook() else None,
+        )
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal; None if the lines may be of any length."""
+        is_known = self._console.is_terminal or "COLUMNS" in os.environ
+        return self._console.width if is_known else None
+
+    def print(self, text: str = "") -> None:
+        """A line, broken between words if the terminal is narrow, never coloured."""
+        for line in wrap(text, self.width):
+            self.write_line(line)
+
+    def warn(self, text: str) -> None:
+        """A line that stands out where colours are shown."""
+        for line in wrap(f"warning     {text}", self.width, _INDENT):
+            self.write_line(line, "yellow")
+
+    def facts(self, rows: Mapping[str, str]) -> None:
+        """Aligned `name  text` lines; a text may have several lines."""
+        for name, text in rows.items():
+            for number, line in enumerate(text.splitlines() or [""]):
+                label = "" if number else name
+                for part in wrap(f"{label:<{_INDENT}}{line}", self.width, _INDENT):
+                    self.write_line(part)
+
+    def write_line(self, line: str, style: str | None = None) -> None:
+        self._console.print(line, style=style, soft_wrap=True)
+
+    def print_epoch(self, line: str) -> None:
+        """The line of a finished epoch."""
+        self.write_line(line)
+
+    def show_status(self, text: str) -> None:
+        """Shows what is under way where that can be replaced later, else nothing."""
+
+    def track(self, items: Iterable, description: str, total: int) -> Iterator:
+        """Passes items on, and shows how many of `total` have come."""
+        if not self._console.is_terminal:
+            self.print(f"{description} ...")
+            yield from items
+            return
+        with self._progress(rich.progress.MofNCompleteColumn()) as progress:
+            yield from progress.track(items, total, description=description)
+
+    def _progress(self, *columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
+        return rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}", table_column=_whole()),
+            rich.progress.BarColumn(bar_width=None),
+            *columns,
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            expand=True,
+        )
+
+    def training(self, epochs: int, steps_per_epoch: int) -> "TrainingDisplay":
+        columns = [rich.progress.TextColumn("{task.fields[rate]}", table_column=_whole())]
+        progress = self._progress(*columns) if self._console.is_terminal else None
+        return TrainingDisplay(self, progress, epochs, steps_per_epoch)
+
+
+class NotebookConsole(Console):
+    """One output of a notebook's cell, updated in place, with the latest epochs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[tuple[str, bool]] = []  # The text, and whether it is an epoch's.
+        self._status = ""
+        self._output: Any = None
+        self._updated = 0.0
+
+    @property
+    def width(self) -> int:
+        return _NOTEBOOK_WIDTH
+
+    def write_line(self, line: str, style: str | None = None) -> None:
+        self._lines.append((line, False))
+        self._update()
+
+    def print_epoch(self, line: str) -> None:
+        self._lines.append((line, True))
+        self._update()
+
+    def show_status(self, text: str) -> None:
+        self._status = text
+        if not text or time.monotonic() - self._updated >= _UPDATE_SECONDS:
+            self._update()
+
+    def track(self, items: Iterable, description: str, total: int) -> Iterator:
+        for number, item in enumerate(items):
+            self.show_status(f"{description} {number:,}/{total:,}")
+            yield item
+        self.show_status("")
+
+    def _update(self) -> None:
+        from IPython.display import display
+
+        self._updated = time.monotonic()
+        content = {"text/plain": self._text()}
+        if self._output is None:
+            self._output = display(content, raw=True, display_id=True)
+        else:
+            self._output.update(content, raw=True)
+
+    def _text(self) -> str:
+        epochs = [number for number, (_, is_epoch) in enumerate(self._lines) if is_epoch]
+        hidden = epochs[:-_EPOCHS_SHOWN]
+        lines = []
+        for number, (line, _) in enumerate(self._lines):
+            if number not in hidden:
+                lines.append(line)
+            elif number == hidden[-1]:
+                lines.append(f"{'':7}({len(hidden)} earlier epochs)")
+        return "\n".join([*lines, self._status])
+
+
+def console_here() -> Console:
+    """A `NotebookConsole` in a notebook, else a `Console`."""
+    return NotebookConsole() if _is_notebook() else Console()
+
+
+def _is_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
+
+
+class TrainingDisplay:
+    """The bar over all steps of a run, and a line for each epoch."""
+
+    def __init__(
+        self,
+        console: Console,
+        progress: rich.progress.Progress | None,
+        epochs: int,
+        steps_per_epoch: int,
+    ):
+        self._console = console
+        self._progress = progress
+        self._epochs = epochs
+        self._steps_per_epoch = steps_per_epoch
+        self._groups = _fitting_columns(console.width)
+
+    def __enter__(self) -> "TrainingDisplay":
+        if self._progress is not None:
+            self._progress.start()
+            self._task = self._progress.add_task(
+                "", total=self._epochs * self._steps_per_epoch, rate=""
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._console.show_status("")
+        if self._progress is not None:
+            self._progress.stop()
+
+    def start(
+        self,
+        history: Sequence[Mapping[str, Any]],
+        best: Mapping[str, Any] | None,
+        first_step: int,
+    ) -> None:
+        """The head of the table, and the lines of the epochs that are done already."""
+        if first_step:
+            self._console.print(f"goes on from step {first_step:,}")
+        self._console.print(self._row("", self._titles()))
+        self._console.print(self._row("  epoch", self._cells(lambda group, name: name)))
+        for record in history:
+            self.epoch(record, is_best=record is best)
+
+    def step(self, step: int, loss: float, images_per_second: float) -> None:
+        """Moves the bar: `step` steps are done, the last with this loss."""
+        epoch = min(step // self._steps_per_epoch + 1, self._epochs)
+        rate = f"loss {loss:.3f}  {images_per_second:,.0f} img/s" if images_per_second else ""
+        self._console.show_status(f"epoch {epoch}/{self._epochs}  step {step:,}  {rate}")
+        if self._progress is not None:
+            self._progress.update(
+                self._task,
+                completed=step,
+                description=f"epoch {epoch}/{self._epochs}",
+                rate=rate,
+            )
+
+    def epoch(self, record: Mapping[str, Any], *, is_best: bool) -> None:
+        """The line of a finished epoch; `is_best` marks the best so far."""
+
+        def cell(group: str, name: str) -> str:
+            value = record[f"{group}_{name.lower()}"] if group else record["images_per_second"]
+            form = {"loss": ".3f", "images/s": ",.0f"}.get(name, ".2%")
+            return f"{value:{form}}"
+
+        line = self._row(f"{record['epoch']:>4}/{self._epochs}", self._cells(cell))
+        self._console.print_epoch(line + "  best" * is_best)
+
+    def _row(self, first: str, groups: Sequence[str]) -> str:
+        return f"{first:<11} {'   '.join(groups)}".rstrip()
+
+    def _titles(self) -> list[str]:
+        widths = [sum(columns.values()) + len(columns) - 1 for columns in self._groups.values()]
+        return [
+            f" {name} ".center(width, "-") if name else ""
+            for name, width in zip(self._groups, widths, strict=True)
+        ]
+
+    def _cells(self, cell: Callable[[str, str], str]) -> list[str]:
+        return [
+            " ".join(f"{cell(group, name):>{width}}" for name, width in columns.items())
+            for group, columns in self._groups.items()
+        ]
+
+
+def _fitting_columns(width: int | None) -> dict[str, dict[str, int]]:
+    """The columns of the epochs' table that a terminal has room for, by their groups."""
+    groups = {group: dict(columns) for group, columns in _GROUPS.items()}
+    for group, name in _DISPENSABLE:
+        cells = sum(sum(columns.values()) + len(columns) + 2 for columns in groups.values())
+        if width is None or _INDENT - 3 + cells + len("  best") <= width:
+            break
+        del groups[group][name]
+        groups = {group: columns for group, columns in groups.items() if columns}
+    return groups

@@ -1,0 +1,1 @@
+"""Training: the step, the host loop and what a run leaves behind."""

@@ -1,0 +1,625 @@
+"""The host loop: restore, step, validate, save, stop early, write the results."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from cnn_jax.config import schema
+from cnn_jax.config.schema import Config
+from cnn_jax.data import Track, pipeline
+from cnn_jax.data import dataset as datasets
+from cnn_jax.data.augment import Augmentation
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.sources import open_source
+from cnn_jax.data.splits import Division
+from cnn_jax.models import make_model
+from cnn_jax.system import signals
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import ConfigError, Interrupted, TrainingError
+from cnn_jax.system.signals import Interruption
+from cnn_jax.training import initial_weights, results, run_directory, sharding, summary
+from cnn_jax.training.checkpoint import Checkpoints, History, best_record
+from cnn_jax.training.metrics import Metrics
+from cnn_jax.training.optimizer import make_schedule
+from cnn_jax.training.profiling import Trace
+from cnn_jax.training.programs import Memory, Programs, make_programs
+from cnn_jax.training.run_directory import Heartbeat
+from cnn_jax.training.step import TrainState
+
+# The number of training images from which BatchNorm's statistics are estimated after each
+# epoch; eight times as many give the same accuracies (experiments/RESULTS.md).
+_STATISTICS_IMAGES = 1024
+
+
+def train_and_evaluate(
+    config: Config,
+    workdir: str | os.PathLike[str],
+    console: Console | None = None,
+    *,
+    profile: bool = False,
+    on_epoch: Callable[[History], None] | None = None,
+    deadline: float | None = None,
+) -> dict[str, Any]:
+    """Trains as `config` says and leaves everything in `workdir`.
+
+    The same call on the same folder goes on from the latest checkpoint, bit for
+    bit where it stopped. Each of several processes that `sharding.start_processes`
+    has connected makes this call, with a folder that all of them see.
+
+    Args:
+      config: As a file under `configs/` gives it.
+      workdir: The run's folder; made if it is not there.
+      console: Where to show progress.
+      profile: Whether to record a trace of a few steps in `workdir/profile`.
+      on_epoch: Called before the first step and after each epoch, once that is saved,
+        with the records of all epochs that are done. What it raises ends the run,
+        which the same call can go on with.
+      deadline: When to save and end, as after Ctrl-C, in seconds of `time.monotonic`.
+
+    Returns:
+      The content of `report/metrics.json`.
+
+    Raises:
+      ConfigError: A key is wrong, or the folder holds a run of another configuration
+        or is in use.
+      DataError: The data cannot be used, or no longer.
+      TrainingError: The loss is not finite, the memory is not enough, or a checkpoint
+        cannot be saved or restored.
+      Interrupted: After Ctrl-C, SIGTERM or the deadline, once the run is saved.
+    """
+    console = console or Console(is_silent=not sharding.is_primary())
+    workdir = pathlib.Path(workdir)
+    with contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(signals.listen(deadline))
+        schema.validate(config, jax.device_count())
+        with sharding.together():
+            if sharding.is_primary():
+                run_directory.check_apart(workdir, config.data.source)
+                stack.enter_context(run_directory.locked(workdir))
+        heartbeat = Heartbeat(workdir)
+        track = heartbeat.following(console.track)
+        with sharding.together():
+            present = run_directory.read_config(workdir)
+            config = schema.resolve(config, present)
+            changes = run_directory.changes(workdir, present, config)
+            heartbeat.beat("opening data")
+            dataset = open_dataset(
+                config, interrupted.stopping(track, "nothing is lost; the same command goes on")
+            )
+        if not config.train.steps_per_execution:
+            config.train.steps_per_execution = _steps_that_pay(dataset.loader.on_device)
+        # What differs from process to process would differ in their programs as well.
+        sharding.check_equal("another configuration", schema.digest(config))
+        sharding.check_equal("other data", dataset.fingerprint)
+        where = "01" if dataset.loader.on_device else "00"
+        sharding.check_equal("its images elsewhere (set data.cache)", where)
+        model = make_model(
+            config.model.to_dict(), len(dataset.source.class_names), config.precision
+        )
+        checkpoints = Checkpoints(
+            workdir / "checkpoints", config.train.monitor, config.checkpoint.keep
+        )
+        with contextlib.closing(checkpoints):
+            checkpoints.check_data(dataset.fingerprint)
+            summary.show_plan(console, config, workdir, dataset, model, changes)
+            run = _Run.of(config, workdir, dataset, model, checkpoints, console, heartbeat)
+            progress = _restore_or_start(run, present)
+            # Only what can go on, or start, makes the folder its own.
+            run_directory.write_config(workdir, config)
+            run_directory.write_unreadable(workdir, dataset.findings.unreadable)
+            trace = Trace(workdir / "profile" if profile and sharding.is_primary() else None)
+            _train(run, progress, interrupted, trace, on_epoch or (lambda history: None))
+            variables = _best_variables(run, progress)
+        track = interrupted.stopping(track, "training is done; the same command goes on from there")
+        report = results.write_results(config, workdir, dataset, variables, track)
+        heartbeat.beat("done")
+    return report
+
+
+def open_dataset(config: Config, track: Track) -> Dataset:
+    """Opens what is to be trained on, by a resolved configuration.
+
+    Raises:
+      DataError: It cannot be used, or cannot be trained on.
+    """
+    data = config.data
+    preprocessing = Preprocessing(
+        image_size=data.image_size,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+        max_pixels=data.max_pixels,
+        white_level=data.white_level,
+    )
+    listing = open_source(data.source, track, data.allow_outside)
+    datasets.check_classes(listing)  # Rather now than after the scan.
+    # Only what is augmented on the device can be there beforehand.
+    device_bytes = sharding.accelerator_bytes() if config.augment.place == "device" else 0
+    dataset = datasets.open_dataset(
+        listing,
+        Division.from_config(data, config.seed),
+        preprocessing,
+        max_unreadable=data.max_unreadable,
+        residency=datasets.choose_residency(data.cache, listing, preprocessing, device_bytes),
+        workers=data.workers,
+        track=track,
+    )
+    datasets.check_trainable(dataset)
+    return dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What stays the same from the first step of a run to its last.
+
+    Attributes:
+      config: The resolved configuration.
+      workdir: The run's folder.
+      dataset: What is trained on.
+      pixels: All its images, on the devices, or None.
+      programs: What runs on the devices.
+      schedule: The learning rate by step.
+      steps_per_epoch: The last batch of an epoch may reach into the next one.
+      steps_per_execution: Steps that the devices are given at a time, if no epoch ends in
+        between.
+      checkpoints: Those of this run.
+      console: Where to show progress.
+      heartbeat: Where to say that all goes on.
+    """
+
+    config: Config
+    workdir: pathlib.Path
+    dataset: Dataset
+    pixels: Array | None
+    programs: Programs
+    schedule: optax.Schedule
+    steps_per_epoch: int
+    steps_per_execution: int
+    checkpoints: Checkpoints
+    console: Console
+    heartbeat: Heartbeat
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        workdir: pathlib.Path,
+        dataset: Dataset,
+        model: nn.Module,
+        checkpoints: Checkpoints,
+        console: Console,
+        heartbeat: Heartbeat,
+    ) -> "_Run":
+        steps_per_epoch = math.ceil(len(dataset.splits["train"]) / config.train.batch_size)
+        schedule = make_schedule(
+            config.optimizer.learning_rate,
+            config.optimizer.final_learning_rate,
+            total_steps=config.optimizer.decay_epochs * steps_per_epoch,
+            warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
+        )
+        programs = make_programs(config, model, schedule, dataset)
+        on_device, pixels = dataset.loader.on_device, dataset.loader.pixels
+        return cls(
+            config=config,
+            workdir=workdir,
+            dataset=dataset,
+            pixels=programs.to_all_devices(pixels) if on_device and pixels is not None else None,
+            programs=programs,
+            schedule=schedule,
+            steps_per_epoch=steps_per_epoch,
+            steps_per_execution=config.train.steps_per_execution,
+            checkpoints=checkpoints,
+            console=console,
+            heartbeat=heartbeat,
+        )
+
+    def steps_at(self, step: int) -> int:
+        """How many steps are executed at once from this one on: always those, or just one.
+
+        A run that goes on from a checkpoint executes the same ones together.
+        """
+        of_epoch, count = step % self.steps_per_epoch, self.steps_per_execution
+        fits = of_epoch % count == 0 and of_epoch + count <= self.steps_per_epoch
+        return count if fits else 1
+
+
+def _steps_that_pay(on_device: bool) -> int:
+    """Steps at a time where nothing was asked for.
+
+    A step that needs only the rows of its images may take an accelerator less time than
+    it takes this process to send it off; a CPU is slower than that.
+    """
+    return 8 if on_device and jax.default_backend() != "cpu" else 1
+
+
+@dataclasses.dataclass
+class _Progress:
+    """Where a run stands: what a checkpoint holds.
+
+    Attributes:
+      step: Steps taken.
+      state: The train state.
+      totals: Metrics of the epoch under way.
+      history: A record for each finished epoch.
+      clock: Of the epoch under way.
+    """
+
+    step: int
+    state: TrainState
+    totals: Metrics
+    history: History
+    clock: "_Clock"
+
+
+def _train(
+    run: _Run,
+    progress: _Progress,
+    interrupted: Interruption,
+    trace: Trace,
+    on_epoch: Callable[[History], None],
+) -> None:
+    """Trains to the end.
+
+    Raises:
+      Interrupted: Somebody wanted it to end before.
+    """
+    config, programs = run.config, run.programs
+    train, batch_size, first_step = config.train, config.train.batch_size, progress.step
+    last_step = train.epochs * run.steps_per_epoch
+    if _patience_is_over(progress.history, config):
+        last_step = first_step
+    log = run_directory.EpochLog(run.workdir, progress.history)
+    display = run.console.training(train.epochs, run.steps_per_epoch)
+    augmentation = Augmentation(
+        flip=config.augment.flip,
+        rotation=config.augment.rotation,
+        zoom=config.augment.zoom,
+        contrast=config.augment.contrast,
+    )
+    stream = _training_batches(run, run.dataset.loader, augmentation, first_step)
+    with contextlib.closing(log), stream as batches, display, contextlib.closing(trace):
+        display.start(progress.history, best_record(progress.history, train.monitor), first_step)
+        run.heartbeat.beat("starting", first_step)
+        on_epoch(progress.history)
+        in_flight: _Execution | None = None
+        memory = Memory(programs)
+        losses = _LossReader(run.schedule, memory)
+        for execution in itertools.count():
+            first, count = progress.step, run.steps_at(progress.step)
+            if first >= last_step:
+                break
+            with jax.transfer_guard("disallow"), memory.explained(), trace.steps(first, count):
+                taken = list(itertools.islice(batches, count))
+                program, batch = _to_devices(run, taken)
+                if execution == 0:
+                    run.heartbeat.beat("compiling", first)
+                    memory.check(program, progress.state, batch, run.pixels)
+                    if run.steps_per_epoch % count:  # An epoch's last steps are single ones.
+                        single, of_one = _to_devices(run, taken[:1])
+                        single.lower(progress.state, of_one, run.pixels).compile()
+                progress.state, metrics = program(progress.state, batch, run.pixels)
+                progress.totals = programs.merge(progress.totals, metrics)
+                progress.step = first + count
+                if execution == 0:
+                    progress.clock.restart()  # It was compiled just now.
+                # What came before is read while this runs: the device never waits.
+                if in_flight is not None:
+                    loss = losses.read(in_flight)
+                    progress.clock.count(in_flight.images)
+                    display.step(first, loss, progress.clock.images_per_second())
+            run.heartbeat.beat("training", progress.step)
+            in_flight = _Execution(metrics, count, count * batch_size, progress.step - 1)
+            is_due = interrupted.is_due(execution)
+            ends_epoch = progress.step % run.steps_per_epoch == 0
+            every = config.checkpoint.every_steps
+            if not (ends_epoch or is_due or (every and progress.step // every > first // every)):
+                continue
+
+            losses.read(in_flight)
+            progress.clock.count(in_flight.images)
+            # That loss was computed before the step's update; the update counts too.
+            if not programs.is_finite(progress.state):
+                raise _not_finite("a parameter", in_flight.last_step, run.schedule, count)
+            in_flight = None
+            if ends_epoch:
+                record = _end_epoch(run, progress)
+                log.append(record)
+                best = best_record(progress.history, train.monitor)
+                display.epoch(record, is_best=record is best)
+            _save(run, progress)
+            if is_due:
+                run.checkpoints.wait()
+                raise Interrupted(
+                    f"saved after step {progress.step:,}; the same command goes on from there"
+                )
+            if ends_epoch:
+                on_epoch(progress.history)
+                if _patience_is_over(progress.history, config):
+                    break
+
+    if told := trace.describe():
+        run.console.print(told)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Execution:
+    """What was given to the devices and may not be done yet.
+
+    Attributes:
+      metrics: Of all its steps.
+      steps: How many they are.
+      images: How many they are on.
+      last_step: The number of the last of them.
+    """
+
+    metrics: Metrics
+    steps: int
+    images: int
+    last_step: int
+
+
+def _to_devices(run: _Run, batches: Sequence[pipeline.NumpyBatch]) -> tuple[Any, dict[str, Array]]:
+    """Sends batches; returns the program that takes a step for each, and what it takes."""
+    programs = run.programs
+    if len(batches) == 1:
+        return programs.train_step, programs.to_devices(batches[0])
+    by_step = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    return programs.train_steps, programs.to_devices_by_step(by_step)
+
+
+def _restore_or_start(run: _Run, present: Mapping[str, Any] | None) -> _Progress:
+    """Where the run stands: at a checkpoint, or before the first step.
+
+    Args:
+      run: The run.
+      present: The configuration of its last start, every key flat, if there was one.
+
+    Raises:
+      ConfigError: More epochs are done than are wanted, or a path or step is wrong.
+      TrainingError: There are checkpoints, and none is intact.
+    """
+    config, checkpoints = run.config, run.checkpoints
+    state, totals = run.programs.init_state(), run.programs.empty_metrics()
+    # Once: a scheduler repeats the command that it was given, and would go back each time.
+    back_to = config.checkpoint.restore_step
+    if back_to and back_to != (present or {}).get("checkpoint.restore_step"):
+        saved = checkpoints.go_back(back_to, state, totals)
+    else:
+        saved, damaged = checkpoints.restore_latest(state, totals)
+        if damaged:
+            steps = " and ".join(f"{step:,}" for step in damaged)
+            run.console.warn(
+                f"the checkpoint of step {steps} is damaged or came after one that is, and was "
+                f"moved to {run.workdir / 'damaged'}; the one before it is intact"
+            )
+    if saved is None:
+        if path := config.checkpoint.init_from:
+            state, taken = initial_weights.start_from(path, state, run.dataset.source.class_names)
+            run.console.print(f"starts from {taken}")
+        return _Progress(0, state, totals, [], _Clock())
+    if len(saved.history) > config.train.epochs:
+        raise ConfigError(
+            f"config.train.epochs: {len(saved.history)} epochs are done already, "
+            f"got {config.train.epochs}"
+        )
+    clock = _Clock(saved.seconds)
+    return _Progress(saved.step, saved.state, saved.epoch_metrics, saved.history, clock)
+
+
+def _training_batches(
+    run: _Run,
+    loader: pipeline.Loader,
+    augmentation: Augmentation,
+    start: int = 0,
+    stop: int | None = None,
+) -> contextlib.closing[Generator[pipeline.NumpyBatch, None, None]]:
+    """The run's training batches from `start` on, before `stop` if that is given."""
+    config = run.config
+    return pipeline.training_batches(
+        loader,
+        run.dataset.splits["train"],
+        batch_size=config.train.batch_size,
+        augmentation=augmentation,
+        place=config.augment.place,
+        seed=config.seed,
+        start=start,
+        stop=stop,
+        balanced=config.train.balance == "sampling",
+        rows=run.programs.rows,
+    )
+
+
+def _end_epoch(run: _Run, progress: _Progress) -> dict[str, Any]:
+    """Validates, and opens a new epoch; returns the record of the one that has ended.
+
+    Raises:
+      TrainingError: The validation loss is not finite.
+    """
+    last_step = progress.step - 1
+    progress.state = _estimate_statistics(run, progress.state)
+    validation = _validate(run, progress.state)
+    if not math.isfinite(validation["loss"]):
+        raise _not_finite("the validation loss", last_step, run.schedule)
+    # Figures are those of the data, in whatever proportions it is drawn.
+    is_sampled = run.config.train.balance == "sampling"
+    training = progress.totals.compute(run.dataset.findings.counts["train"] if is_sampled else None)
+    record = {
+        "epoch": len(progress.history) + 1,
+        "step": progress.step,
+        "seconds": progress.clock.seconds(),
+        "images_per_second": progress.clock.images_per_second(),
+        "learning_rate": _learning_rate(run.schedule, last_step),
+        **{f"train_{key}": value for key, value in training.items()},
+        **{f"validation_{key}": value for key, value in validation.items()},
+    }
+    progress.history.append(record)
+    progress.totals, progress.clock = run.programs.empty_metrics(), _Clock()
+    return record
+
+
+def _save(run: _Run, progress: _Progress) -> None:
+    run.checkpoints.save(
+        progress.step,
+        progress.state,
+        progress.totals,
+        progress.history,
+        run.dataset.fingerprint,
+        progress.clock.seconds(),
+    )
+
+
+def _best_variables(run: _Run, progress: _Progress) -> PyTree:
+    """The best epoch's variables, on the host.
+
+    Raises:
+      TrainingError: No epoch's checkpoint is left, or it is damaged.
+    """
+    monitor = run.config.train.monitor
+    best = best_record(progress.history, monitor)
+    assert best is not None  # train.epochs is at least 1.
+    run.console.print(_why_it_ended(progress.history, best, run.config))
+    if best["step"] == progress.step:
+        return jax.device_get(run.programs.gather(progress.state.variables))
+    run.checkpoints.wait()
+    kept = set(run.checkpoints.steps())
+    if best["step"] not in kept:
+        # It was given up for one that did not come again: another mesh or end of the run.
+        best = best_record([r for r in progress.history if r["step"] in kept], monitor)
+        if best is None:
+            raise TrainingError(
+                f"no checkpoint at an epoch's end is left in {run.workdir / 'checkpoints'}; with a "
+                "larger train.epochs the run makes another"
+            )
+        run.console.warn(
+            f"the checkpoint of that epoch is gone; the result is the best that is left, epoch "
+            f"{best['epoch']}, with {monitor} {best[monitor]:.4f}"
+        )
+    saved = run.checkpoints.restore(best["step"], progress.state, progress.totals)
+    return jax.device_get(run.programs.gather(saved.state.variables))
+
+
+class _Clock:
+    """Time that an epoch has taken, and the rate at which images are trained on."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        """Starts now, after so many seconds that count as well."""
+        self._made = time.perf_counter() - seconds
+        self._images = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts images from now on: what came before was not training."""
+        self._start = self._last_step = time.perf_counter()
+
+    def count(self, images: int) -> None:
+        """A step on so many images has ended."""
+        self._last_step = time.perf_counter()
+        self._images += images
+
+    def images_per_second(self) -> float:
+        return self._images / max(self._last_step - self._start, 1e-9)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._made
+
+
+@dataclasses.dataclass(frozen=True)
+class _LossReader:
+    """Reads how steps went, which may be long after they were dispatched."""
+
+    schedule: optax.Schedule
+    memory: Memory
+
+    def read(self, execution: _Execution) -> float:
+        """The mean loss of training batches.
+
+        Raises:
+          TrainingError: It is infinite or not a number, or the memory was not enough.
+        """
+        with self.memory.explained():
+            loss = float(jax.device_get(execution.metrics.loss_sum).sum()) / execution.images
+        if not math.isfinite(loss):
+            raise _not_finite("the loss", execution.last_step, self.schedule, execution.steps)
+        return loss
+
+
+def _not_finite(what: str, step: int, schedule: optax.Schedule, steps: int = 1) -> TrainingError:
+    """The error if a number of the last of so many steps is not finite."""
+    first = f"one of steps {step + 2 - steps:,} to " if steps > 1 else "step "
+    return TrainingError(
+        f"{what} is infinite or not a number at {first}{step + 1:,}, where the learning rate is "
+        f"{_learning_rate(schedule, step):.2g}. Try a lower optimizer.learning_rate, "
+        "optimizer.warmup_epochs=1 or precision=float32, in another --workdir. The last good "
+        "checkpoint is kept"
+    )
+
+
+def _learning_rate(schedule: optax.Schedule, step: int) -> float:
+    with jax.transfer_guard("allow"):
+        return np.asarray(schedule(step)).item()
+
+
+def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
+    """The state with BatchNorm's statistics of its present parameters.
+
+    They are those of training images as they are, without augmentation: always the
+    same ones, so that a run gives the same numbers however often it was interrupted.
+    """
+    if not jax.tree.leaves(state.batch_stats):
+        return state
+    programs = run.programs
+    count = min(math.ceil(_STATISTICS_IMAGES / programs.batch_size), run.steps_per_epoch)
+    statistics = programs.empty_statistics()
+    # Worker processes would take longer to start than a few batches take to read.
+    loader = dataclasses.replace(run.dataset.loader, workers=0)
+    with _training_batches(run, loader, Augmentation(), stop=count) as batches:
+        for batch in batches:
+            run.heartbeat.beat("estimating statistics")
+            with jax.transfer_guard("disallow"):
+                batch = programs.to_devices(batch)
+                statistics = programs.update_statistics(
+                    statistics, state.variables, batch, run.pixels
+                )
+    return dataclasses.replace(state, batch_stats=statistics.batch_stats)
+
+
+def _validate(run: _Run, state: TrainState) -> dict[str, float]:
+    """Exact figures of the whole validation split."""
+    programs, indices = run.programs, run.dataset.splits["validation"]
+    totals = programs.empty_metrics()
+    stream = pipeline.evaluation_batches(
+        run.dataset.loader, indices, programs.batch_size, programs.rows
+    )
+    with stream as batches:
+        for batch in batches:
+            run.heartbeat.beat("validating")
+            with jax.transfer_guard("disallow"):
+                batch = programs.to_devices(batch)
+                metrics = programs.eval_step(state.variables, batch, run.pixels)
+                totals = programs.merge(totals, metrics)
+    return totals.compute()
+
+
+def _patience_is_over(history: History, config: Config) -> bool:
+    best = best_record(history, config.train.monitor)
+    return best is not None and len(history) - best["epoch"] >= config.train.patience
+
+
+def _why_it_ended(history: History, best: dict[str, Any], config: Config) -> str:
+    monitor = config.train.monitor
+    return (
+        f"{'stopped early' if len(history) < config.train.epochs else 'done'}: the best of "
+        f"{len(history)} epochs is {best['epoch']}, with {monitor} {best[monitor]:.4f}"
+    )

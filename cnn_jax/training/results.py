@@ -1,0 +1,103 @@
+"""What a finished run leaves: the best network, measured on every split, as a bundle."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, PyTree
+
+from cnn_jax.config.schema import Config
+from cnn_jax.data import Track
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.pipeline import Loader
+from cnn_jax.data.splits import Division
+from cnn_jax.inference.bundle import Bundle, write_bundle
+from cnn_jax.inference.calibration import fit_temperature
+from cnn_jax.inference.evaluation import predict_split, score
+from cnn_jax.inference.predictor import BATCH_SIZE, Predictor
+from cnn_jax.training import run_directory, sharding
+from cnn_jax.training.metrics import HEADLINE
+
+
+def write_results(
+    config: Config,
+    workdir: pathlib.Path,
+    dataset: Dataset,
+    variables: PyTree,
+    track: Track,
+) -> dict[str, Any]:
+    """Calibrates a network and measures it on `report.splits`; writes figures and bundle.
+
+    Args:
+      config: The resolved configuration of the run.
+      workdir: The run's folder.
+      dataset: What it was trained on.
+      variables: {"params": ..., "batch_stats": ...}, arrays on the host.
+      track: Shows progress.
+
+    Returns:
+      The content of `report/metrics.json`.
+    """
+    source = dataset.source
+    bundle = Bundle(
+        model=config.model.to_dict(),
+        precision=config.precision,
+        class_names=source.class_names,
+        preprocessing=dataset.loader.preprocessing,
+        temperature=1.0,
+        data={
+            "source": config.data.source,
+            "division": dataclasses.asdict(Division.from_config(config.data, config.seed)),
+            "max_unreadable": config.data.max_unreadable,
+            "allow_outside": config.data.allow_outside,
+            "fingerprint": dataset.fingerprint,
+        },
+        metrics={},
+        variables=variables,
+    )
+
+    loader = dataclasses.replace(dataset.loader, on_device=False)
+    validation = dataset.splits["validation"]
+    uncalibrated = _predict(Predictor(bundle), loader, validation, track, "calibrating")
+    temperature = fit_temperature(uncalibrated, source.labels[validation])
+    bundle = dataclasses.replace(bundle, temperature=temperature)
+
+    predictor = Predictor(bundle)
+    report = {}
+    for split in config.report.splits:
+        indices = dataset.splits[split]
+        probabilities = _predict(predictor, loader, indices, track, f"measuring {split}")
+        report[split] = score(probabilities, source.labels[indices], source.class_names)
+        if split == "test":
+            ids = [source.ids[i] for i in indices]
+            run_directory.write_predictions(
+                workdir, ids, source.labels[indices], probabilities, source.class_names
+            )
+    run_directory.write_metrics(workdir, report)
+    headline = {split: {key: report[split][key] for key in HEADLINE} for split in report}
+    if sharding.is_primary():
+        write_bundle(dataclasses.replace(bundle, metrics=headline), workdir / "bundle")
+    return report
+
+
+def _predict(
+    predictor: Predictor,
+    loader: Loader,
+    indices: Int[np.ndarray, " n"],
+    track: Track,
+    description: str,
+) -> Float[np.ndarray, "n classes"]:
+    """As `predict_split`; each process takes its share of the batches, and all get everything."""
+    place = np.arange(len(indices))
+    shares = [
+        place[place // BATCH_SIZE % jax.process_count() == process]
+        for process in range(jax.process_count())
+    ]
+    own = shares[jax.process_index()]
+    measured = predict_split(predictor, loader, indices[own], track, description)
+    probabilities = np.empty((len(indices), measured.shape[1]), measured.dtype)
+    for share, rows in zip(shares, sharding.gather_rows(measured), strict=True):
+        probabilities[share] = rows
+    return probabilities

@@ -1,0 +1,241 @@
+"""What a run says first, and what it says last."""
+
+import pathlib
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from rich.cells import cell_len, set_cell_size
+
+import cnn_jax
+from cnn_jax.config.schema import Config
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.findings import count
+from cnn_jax.data.mix import Mixing
+from cnn_jax.models import count_parameters, forward_flops
+from cnn_jax.system.cli import wrap
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import printable
+from cnn_jax.training.loss import balanced_weights
+from cnn_jax.training.metrics import VAGUE, half_width, wilson_interval
+
+_MAX_CLASSES_SHOWN = 12
+
+
+def show_plan(
+    console: Console,
+    config: Config,
+    workdir: pathlib.Path,
+    dataset: Dataset,
+    model: nn.Module,
+    changes: Sequence[str] = (),
+) -> None:
+    """Says what will happen: device, precision, data, model, and where results go.
+
+    Args:
+      console: Where to say it.
+      config: The resolved configuration.
+      workdir: The run's folder.
+      dataset: What is trained on.
+      model: The network.
+      changes: What is not as it was when the run was last started, a line for each.
+    """
+    image_size = dataset.loader.preprocessing.image_size
+    source = dataset.source
+    sizes = {name: len(indices) for name, indices in dataset.splits.items()}
+    lines = [
+        f"{printable(source.name)}: {len(source):,} images of {len(source.class_names)} classes",
+        ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + _division(config, dataset),
+        *_width_of_interval(sizes["test"], config),
+        f"{image_size[0]} x {image_size[1]} pixels, {_residency(dataset)}",
+        *_class_table(dataset, console.width),
+    ]
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    console.facts(
+        {
+            "cnn_jax": f"{cnn_jax.__version__} with JAX {jax.__version__}, "
+            f"Python {platform.python_version()}",
+            "device": f"{len(devices)} x {kind}, {config.precision}{_parallelism(config)}",
+            "data": "\n".join(lines),
+            "checked": "\n".join(dataset.findings.summary()),
+            "model": f"{config.model.name}, "
+            f"{count_parameters(model, image_size):,} parameters, "
+            f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
+            "training": f"{count(config.train.epochs, 'epoch')} at batch size "
+            f"{config.train.batch_size}, seed {config.seed}, best by {config.train.monitor}"
+            + _mixing(config)
+            + _accumulation(config)
+            + _extension(config)
+            + _balance(config, dataset),
+            "results": str(workdir),
+        }
+        | ({"changed": "\n".join(changes)} if changes else {})
+    )
+    for warning in dataset.findings.warnings():
+        console.warn(warning)
+    console.print()
+
+
+def _parallelism(config: Config) -> str:
+    """How devices and processes share the work, in words; nothing for one device."""
+    model = config.mesh.model
+    shares = f", {model} to a copy of the network" if model > 1 else ""
+    processes = jax.process_count()
+    return shares + (f", in {processes} processes" if processes > 1 else "")
+
+
+def _residency(dataset: Dataset) -> str:
+    """Where the pixels are, in words."""
+    if dataset.residency == "none":
+        workers = dataset.loader.workers
+        who = count(workers, "process", "processes") if workers else "threads"
+        return f"decoded each time by {who}"
+    assert dataset.loader.pixels is not None
+    size = f"{dataset.loader.pixels.nbytes / 1e6:,.1f} MB"
+    place = {"disk": "on disk", "memory": "in memory", "device": "on the device"}
+    return f"decoded once, {size} {place[dataset.residency]}"
+
+
+def _division(config: Config, dataset: Dataset) -> str:
+    """What is special about the division, in words."""
+    group = f"; {config.data.group} stays together" if config.data.group else ""
+    is_kept = config.data.keep_splits and any(dataset.source.own_splits)
+    return ("; as the data is divided already" if is_kept else "") + group
+
+
+def _width_of_interval(test_images: int, config: Config) -> list[str]:
+    """Two lines on how wide the 95 % interval of test accuracy can be, if the split is small."""
+    reach = half_width(wilson_interval(test_images / 2, test_images))
+    if not test_images or reach < VAGUE:
+        return []
+    exact = "--config.data.stratify=exact, " if config.data.stratify == "stable" else ""
+    return [
+        f"{count(test_images, 'test image')}: accuracy will be known to ± {100 * reach:.0f} points",
+        f"(for less: {exact}several --config.seed)",
+    ]
+
+
+def _mixing(config: Config) -> str:
+    """How images are mixed, in words."""
+    mixing = Mixing.from_config(config.augment)
+    if mixing.is_identity():
+        return ""
+    return f"\n{mixing.describe()}; train's figures are of mixed images"
+
+
+def _accumulation(config: Config) -> str:
+    """What gradient accumulation does, in words."""
+    parts = config.train.accumulation_steps
+    if parts == 1:
+        return ""
+    rows = config.train.batch_size // parts
+    norm = "; BatchNorm takes its statistics from each part" if config.model.batch_norm else ""
+    return f"\neach batch in {parts} parts of {count(rows, 'image')}{norm}"
+
+
+def _extension(config: Config) -> str:
+    """What the learning rate does beyond its schedule, in words."""
+    decay = config.optimizer.decay_epochs
+    if decay == config.train.epochs:
+        return ""
+    end = config.optimizer.final_learning_rate
+    if decay > config.train.epochs:
+        return f"\nthe learning rate would only reach its end, {end:g}, after {decay} epochs"
+    return f"\nthe learning rate reaches its end, {end:g}, after {decay} epochs and stays there"
+
+
+def _balance(config: Config, dataset: Dataset) -> str:
+    """What balancing does, in words."""
+    counts = dataset.findings.counts["train"]
+    names = dataset.source.class_names
+    present = np.flatnonzero(counts)  # The others cannot be learned, and a warning says so.
+    least, most = present[counts[present].argmin()], counts.argmax()
+    rarest, commonest = printable(names[least]), printable(names[most])
+    if config.train.balance == "loss":
+        weights = balanced_weights(counts)
+        return (
+            f"\nlosses weigh from {weights[most]:.3g} ({commonest}) to {weights[least]:.3g} "
+            f"({rarest}); figures are unweighted"
+        )
+    if config.train.balance == "sampling":
+        passes = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
+        return (
+            f"\nan epoch shows each image of {rarest} {passes[least]:.3g} times and of "
+            f"{commonest} {passes[most]:.3g} times; figures are those of the data as it is"
+        )
+    return ""
+
+
+def _class_table(dataset: Dataset, width: int | None) -> list[str]:
+    """Images by class and split; of many classes, the smallest and the largest.
+
+    Args:
+      dataset: The data set.
+      width: Columns of the terminal, of which `Console.facts` takes 12; None for any number.
+    """
+    source = dataset.source
+    counts = {
+        name: np.bincount(source.labels[indices], minlength=len(source.class_names))
+        for name, indices in dataset.splits.items()
+    }
+    order = np.arange(len(source.class_names))
+    if len(order) > _MAX_CLASSES_SHOWN:
+        by_size = np.argsort(sum(counts.values()), kind="stable")
+        order = np.concatenate([by_size[:3], by_size[-3:]])
+    room = 24 if width is None else min(24, max(8, width - 12 - 12 * len(counts)))
+    names = [_shorten(printable(source.class_names[label]), room) for label in order]
+    name_width = max(map(cell_len, ["class", *names]))
+    rows = ["  ".join([_padded("class", name_width), *(f"{name:>10}" for name in counts)])]
+    for row, (label, name) in enumerate(zip(order, names, strict=True)):
+        if row == 3 and len(order) < len(source.class_names):
+            rows.append(f"... {len(source.class_names) - len(order)} classes between")
+        columns = (f"{column[label]:>10,}" for column in counts.values())
+        rows.append("  ".join([_padded(name, name_width), *columns]))
+    return rows
+
+
+def _shorten(text: str, width: int) -> str:
+    """A text of at most this many columns of a terminal; some characters take two."""
+    return text if cell_len(text) <= width else set_cell_size(text, width - 3).rstrip() + "..."
+
+
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
+
+
+def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
+    """Prints the test metrics and how to continue, on stdout."""
+    test = report["test"]
+    metrics = "  ".join(
+        f"{name} {test[key]:.2%}"
+        for name, key in (
+            ("accuracy", "accuracy"),
+            ("precision", "precision"),
+            ("recall", "recall"),
+            ("F1", "f1"),
+        )
+    )
+    bundle = shlex.quote(str(workdir / "bundle"))
+    width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None
+    lines = [
+        f"test        {metrics}  loss {test['loss']:.4f}",
+        f"            {test['count']:,} images; all metrics are in {workdir / 'report'}",
+    ]
+    commands = [
+        f"measure     cnn_jax evaluate --bundle={bundle}",
+        f"use         cnn_jax predict --bundle={bundle} --input=FILE_OR_FOLDER",
+    ]
+    print()
+    for line in lines:
+        print("\n".join(wrap(line, width, 12)))
+    for line in commands:
+        is_wide = width is not None and cell_len(line) > width
+        # Broken before its flags, a command can still be copied.
+        print(line.replace(" --", f" \\\n{'':16}--") if is_wide else line)

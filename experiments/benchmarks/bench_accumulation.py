@@ -1,0 +1,92 @@
+"""Milliseconds of a training step whose batch goes through in parts, which is a loop.
+
+    python experiments/benchmarks/bench_accumulation.py [--pixels=32] [--batch_size=64] [--rounds=9]
+
+Each number of parts with this project's gradient by the input of a convolution, and with
+XLA's own; all in turn, medians; compilation is apart. With XLA's, a convolution within a
+loop is one that the CPU's compiler has no fast code for (`models/layers.py`).
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.models import layers
+from cnn_jax.models.cnn import CNN
+from cnn_jax.system import runtime
+from cnn_jax.training.optimizer import make_optimizer, make_schedule
+from cnn_jax.training.step import INIT, init_state, random_key, train_step
+
+PARTS = (1, 2, 4)
+OURS, XLAS = layers._input_gradient_on_cpu, layers._input_gradient
+
+
+def make_step(side: int, batch_size: int, parts: int) -> Callable[[], None]:
+    """A compiled step on random images, waited for."""
+    size = (side, side)
+    model = CNN(num_classes=10)
+    optimizer = make_optimizer(make_schedule(1e-3, 1e-3, total_steps=1), 1e-4)
+    init = functools.partial(init_state, model=model, optimizer=optimizer, image_size=size)
+    state = jax.jit(init)(random_key(0, INIT))
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (batch_size, *size, 3), dtype=np.uint8),
+        "label": rng.integers(0, 10, batch_size).astype(np.int32),
+        "mask": np.ones(batch_size, bool),
+    }
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            model=model,
+            optimizer=optimizer,
+            preprocessing=Preprocessing(size),
+            seed=0,
+            label_smoothing=0.1,
+            accumulation_steps=parts,
+        ),
+        compiler_options=runtime.compiler_options(),
+    )
+    compiled = step.lower(state, batch).compile()
+
+    def run() -> None:
+        jax.block_until_ready(compiled(state, batch))
+
+    run()
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A training step in parts.")
+    parser.add_argument("--pixels", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9)
+    flags = parser.parse_args()
+    runtime.keep_freed_memory()
+    steps = {}
+    for name, gradient in (("cnn_jax", OURS), ("XLA's gradient", XLAS)):
+        # What is traced from now on takes this one.
+        layers._input_gradient_on_cpu = gradient
+        for parts in PARTS:
+            steps[name, parts] = make_step(flags.pixels, flags.batch_size, parts)
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
+    for _ in range(flags.rounds):
+        for key, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[key].append(time.perf_counter() - start)
+    print(f"JAX {jax.__version__}, {flags.pixels} x {flags.pixels}, batch {flags.batch_size}\n")
+    print("| | " + " | ".join(f"{parts} part{'s' * (parts > 1)}" for parts in PARTS) + " |")
+    print("| --- |" + " --- |" * len(PARTS))
+    for name in ("cnn_jax", "XLA's gradient"):
+        medians = [1e3 * statistics.median(seconds[name, parts]) for parts in PARTS]
+        print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in medians) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Compares moving an augmentation's pixels in OpenCV and in the compiled step.
+
+    python experiments/benchmarks/bench_augment.py
+
+Prints milliseconds a batch of 32 for both, in turn, medians, compile time apart.
+The host's column is one thread, as a pipeline's worker has; the device's is the
+default JAX device.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnn_jax.data import augment
+
+BATCH_SIZE = 32
+REPEATS = 30
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    print(f"device: {jax.devices()[0].device_kind}")
+    print(f"{'pixels':>8}  {'host ms':>8}  {'device ms':>9}  {'device / host':>13}")
+    on_device = jax.jit(augment.apply_on_device)
+    recipe = augment.Augmentation("horizontal", 0.2, 0.2, 0.2)
+    rng = np.random.default_rng(0)
+    for side in (32, 64, 128, 224):
+        images = rng.integers(0, 256, (BATCH_SIZE, side, side, 3), np.uint8)
+        draws = augment.draw(rng, recipe, BATCH_SIZE, (side, side))
+        arguments = (images, draws["matrix"], draws["contrast"])
+        on_devices = tuple(jnp.array(argument) for argument in arguments)
+        jax.block_until_ready(on_device(*on_devices))
+        host, device = [], []
+        for _ in range(REPEATS):
+            host.append(_seconds(lambda: augment.apply_on_host(*arguments)))  # noqa: B023
+            device.append(
+                _seconds(lambda: jax.block_until_ready(on_device(*on_devices)))  # noqa: B023
+            )
+        host_ms, device_ms = 1e3 * statistics.median(host), 1e3 * statistics.median(device)
+        print(f"{side:>8}  {host_ms:>8.2f}  {device_ms:>9.2f}  {device_ms / host_ms:>13.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What sharing the work among devices costs by itself.
+
+    python experiments/benchmarks/bench_scaling.py [--rounds=7] [--steps=20]
+
+The same training step on the same global batch, on 1, 2, 4 and 8 devices, which on a CPU
+are parts of one machine: no cores come with them. What dividing costs (collectives,
+smaller matrices) makes many devices slower than one; that one leaves cores idle, where XLA
+does not divide an operation among them, makes many faster. All take turns in one process,
+so that a busy moment of the machine hits all alike; medians over rounds, and one device
+against itself as a measure of the noise. Compilation is apart. The last columns are how
+far the loss is from that of one device.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+import jax
+import numpy as np
+
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.models.cnn import CNN
+from cnn_jax.system import runtime
+from cnn_jax.training import sharding
+from cnn_jax.training.metrics import Metrics
+from cnn_jax.training.optimizer import make_optimizer, make_schedule
+from cnn_jax.training.step import INIT, init_state, random_key, train_step
+
+
+class Trainer:
+    """The specification's network on so many devices."""
+
+    def __init__(self, num_devices: int, model: int, side: int, batch_size: int):
+        self.name = f"{num_devices} device{'s' * (num_devices > 1)}" + f", model {model}" * (
+            model > 1
+        )
+        mesh = sharding.make_mesh(model, jax.devices()[:num_devices])
+        everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
+        network = CNN(num_classes=10)
+        optimizer = make_optimizer(make_schedule(1e-3, 1e-4, 1000), 1e-4)
+        init = functools.partial(
+            init_state,
+            random_key(0, INIT),
+            model=network,
+            optimizer=optimizer,
+            image_size=(side, side),
+        )
+        of_state = sharding.split_large(mesh, jax.eval_shape(init))
+        self._state = jax.jit(init, out_shardings=of_state)()
+        self._step = jax.jit(
+            functools.partial(
+                train_step,
+                model=network,
+                optimizer=optimizer,
+                seed=0,
+                preprocessing=Preprocessing(image_size=(side, side)),
+                label_smoothing=0.1,
+            ),
+            donate_argnums=0,
+            in_shardings=(of_state, by_example),
+            out_shardings=(of_state, everywhere),
+            compiler_options=runtime.compiler_options(),
+        )
+        self._to_devices = functools.partial(
+            sharding.to_devices, sharding=by_example, batch_size=batch_size
+        )
+
+    def run(self, batches: list[dict[str, np.ndarray]]) -> tuple[float, list[float]]:
+        """Seconds a step, and the losses."""
+        metrics: list[Metrics] = []
+        began = time.perf_counter()
+        for batch in batches:
+            self._state, of_batch = self._step(self._state, self._to_devices(batch))
+            metrics.append(of_batch)
+        jax.block_until_ready(metrics)
+        seconds = (time.perf_counter() - began) / len(batches)
+        return seconds, [float(of_batch.compute()["loss"]) for of_batch in metrics]
+
+
+def make_batches(count: int, side: int, batch_size: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "image": rng.integers(0, 256, (batch_size, side, side, 3), np.uint8),
+            "label": rng.integers(0, 10, batch_size).astype(np.int32),
+            "mask": np.ones(batch_size, bool),
+        }
+        for _ in range(count)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--image_size", type=int, default=32)
+    flags = parser.parse_args()
+    sizes = (flags.image_size, flags.batch_size)
+    counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
+    trainers = [Trainer(n, 1, *sizes) for n in counts]
+    trainers += [Trainer(1, 1, *sizes)]  # Once more, for the noise.
+    trainers[-1].name = "1 device again"
+    if jax.device_count() >= 4:
+        trainers.append(Trainer(4, 2, *sizes))
+    batches = make_batches(flags.steps, *sizes)
+    losses = [trainer.run(batches)[1] for trainer in trainers]  # And compiles.
+    seconds: list[list[float]] = [[] for _ in trainers]
+    for _ in range(flags.rounds):
+        for trainer, times in zip(trainers, seconds, strict=True):
+            times.append(trainer.run(batches)[0])
+
+    print(
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, JAX {jax.__version__};", end=" "
+    )
+    print(f"global batch {flags.batch_size} at {flags.image_size} x {flags.image_size} pixels\n")
+    print("| | ms a step | times one device | from - to | loss, step 1 | loss, last step |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    table: list[dict[str, Any]] = []
+    for trainer, times, own_losses in zip(trainers, seconds, losses, strict=True):
+        ratios = sorted(t / one for t, one in zip(times, seconds[0], strict=True))
+        row = {
+            "name": trainer.name,
+            "milliseconds": 1e3 * statistics.median(times),
+            "ratio": statistics.median(ratios),
+            "lowest": ratios[0],
+            "highest": ratios[-1],
+            "first": abs(own_losses[0] - losses[0][0]),
+            "last": abs(own_losses[-1] - losses[0][-1]),
+        }
+        table.append(row)
+        print(
+            "| {name} | {milliseconds:.1f} | {ratio:.2f} | {lowest:.2f} - {highest:.2f} "
+            "| {first:.1e} | {last:.1e} |".format(**row)
+        )
+    json.dump(table, sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

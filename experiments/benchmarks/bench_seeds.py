@@ -1,0 +1,119 @@
+"""Several networks that differ by their seed, trained at once on one device.
+
+    python experiments/benchmarks/bench_seeds.py [--shapes=32x32,224x32] [--counts=1,4,16]
+        [--json=FILE]
+
+A small network does not fill a GPU. Here K networks take a step on the same batch, each with its
+own seed of the dropout: in K single steps one after the other, in one program with a loop
+(`jax.lax.map`), and in one program for all K (`jax.vmap`). The table has the milliseconds of one
+step of one network, as medians. Compilation is not included.
+"""
+
+import argparse
+import functools
+import pathlib
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_train import write_json
+from peers import seconds_of_each
+from roofline import parse_shapes
+
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.models.cnn import CNN
+from cnn_jax.system import runtime
+from cnn_jax.training.optimizer import make_optimizer, make_schedule
+from cnn_jax.training.step import INIT, TrainState, init_state, random_key, train_step
+
+Step = Callable[[TrainState, jax.Array], TrainState]
+
+
+def make_step(side: int, batch_size: int, precision: str) -> tuple[Step, Callable[[int], Any]]:
+    """The step of one network, by its state and seed, and its initial state by seed."""
+    model = CNN(num_classes=10, dtype=jnp.dtype(precision))
+    optimizer = make_optimizer(make_schedule(1e-3, 1e-3, total_steps=1), 1e-4)
+    rng = np.random.default_rng(0)
+    batch = jax.device_put(
+        {
+            "image": rng.integers(0, 256, (batch_size, side, side, 3), dtype=np.uint8),
+            "label": rng.integers(0, 10, batch_size).astype(np.int32),
+            "mask": np.ones(batch_size, bool),
+        }
+    )
+
+    def step(state: TrainState, seed: jax.Array) -> TrainState:
+        return train_step(
+            state,
+            batch,
+            model=model,
+            optimizer=optimizer,
+            seed=seed,  # pyright: ignore[reportArgumentType]  # One for each network.
+            preprocessing=Preprocessing((side, side)),
+            label_smoothing=0.1,
+        )[0]
+
+    init = functools.partial(init_state, model=model, optimizer=optimizer, image_size=(side, side))
+    return step, jax.jit(lambda seed: init(random_key(seed, INIT)))
+
+
+def milliseconds(
+    step: Step, single: Step, init: Callable[[int], Any], count: int, rounds: int
+) -> dict[str, float]:
+    """Medians of a step of one of `count` networks, in each of the three ways.
+
+    Args:
+      step: The step of one network.
+      single: `step` under `jax.jit`.
+      init: The initial state by seed.
+      count: Number of networks.
+      rounds: Times that each way is measured.
+    """
+    seeds = jnp.arange(count)
+    states = [init(seed) for seed in range(count)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    jit = functools.partial(jax.jit, compiler_options=runtime.compiler_options())
+    mapped = jit(lambda states, seeds: jax.lax.map(lambda pair: step(*pair), (states, seeds)))
+    ways: dict[str, Callable[[], Any]] = {
+        "single": lambda: [single(state, seed) for state, seed in zip(states, seeds, strict=True)],
+        "map": functools.partial(mapped, stacked, seeds),
+        "vmap": functools.partial(jit(jax.vmap(step)), stacked, seeds),
+    }
+    medians = {}
+    for name, run in ways.items():
+        run_to_the_end = functools.partial(lambda run: jax.block_until_ready(run()), run)
+        seconds_of_each(run_to_the_end, 2)
+        medians[name] = 1e3 * statistics.median(seconds_of_each(run_to_the_end, rounds)) / count
+    return medians
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shapes", type=parse_shapes, default="32x32,224x32")
+    parser.add_argument("--counts", default="1,4,16", help="numbers of networks")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=pathlib.Path, help="write the metrics to this file, too")
+    flags = parser.parse_args()
+    runtime.keep_freed_memory()
+    print("| pixels | batch | networks | single ms | lax.map ms | vmap ms |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for side, batch_size in flags.shapes:
+        step, init = make_step(side, batch_size, flags.precision)
+        single = jax.jit(step, compiler_options=runtime.compiler_options())
+        for count in map(int, flags.counts.split(",")):
+            found = milliseconds(step, single, init, count, flags.rounds)
+            rows.append(
+                {"image_size": side, "batch_size": batch_size, "networks": count, "ms": found}
+            )
+            cells = " | ".join(f"{value:.3f}" for value in found.values())
+            print(f"| {side} | {batch_size} | {count} | {cells} |", flush=True)
+            write_json(flags.json, rows)
+
+
+if __name__ == "__main__":
+    main()

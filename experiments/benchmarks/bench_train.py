@@ -1,0 +1,397 @@
+"""Images a second of a training step, beside PyTorch, Keras and plain Linen.
+
+    pip install -e '.[bench]' && python experiments/benchmarks/bench_train.py [--json=FILE]
+
+Each library trains the specification's network on the same batch in a process of its own;
+the processes take turns, so that a busy moment of the machine hits all alike. First all
+must agree on loss and gradients for the same weights: this project in float32 with the
+others in float64 (in float32 some differ from themselves by more), to --tolerance of the
+largest number of each tensor. TensorFloat-32, which GPUs use by default, is off for this
+comparison. Then steps are timed one by one, to their end on the device. Medians;
+compilation and the first steps are apart. The data is on the device, but for Keras's, which
+`train_on_batch` sends; no input pipeline takes part.
+
+A library that fails is named and left out, and the exit status is 1 at the end. The JSON is
+written after each shape.
+
+"memory kept" is what the training command does to its own process (`cnn_jax.system.runtime`): the
+C library keeps freed memory; so it is for variants of this project, which have one of its
+optimisations taken back (`peers.py`). PyTorch gains by it as well, if its user knows of it,
+so it is measured both ways. "best peer" is the best of all but plain Linen with the settings
+that its users have: without it. (The JSON also has the ratio where neither has it.) "floor"
+is that of `experiments/benchmarks/roofline.py`.
+
+--peer_python=PATH is the interpreter of another environment, for peers that cannot be
+installed beside the JAX that is to be measured. --peaks=FILE is the JSON of
+`experiments/benchmarks/roofline.py` for this precision, whose rates are then not measured again.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import peers
+from roofline import parse_shapes
+
+# Pixels on a side, and images in a batch.
+SHAPES = ((32, 256), (64, 128), (224, 32))
+# As `runtime.keep_freed_memory` does; the environment reaches processes of any kind.
+KEPT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**62),
+}
+TOLERANCE = 1e-4
+
+
+def is_own(name: str) -> bool:
+    """Whether a peer is this project's, or a variant of it."""
+    return issubclass(peers.PEERS[name], peers.Ours)
+
+
+class Process:
+    """A separate process of one peer, with further variables in its environment."""
+
+    def __init__(
+        self,
+        name: str,
+        is_memory_kept: bool = False,
+        peer_python: str = sys.executable,
+        variables: Mapping[str, str] | None = None,
+    ):
+        self.peer, self.name = name, name + ", memory kept" * is_memory_kept
+        # A file, because an unread pipe would block a process that prints many warnings.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable if is_own(name) else peer_python, peers.__file__, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if os.environ.get("BENCH_VERBOSE") else self._log,
+            env={
+                **os.environ,
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # All of them share one GPU.
+                **(KEPT if is_memory_kept else {}),
+                **(variables or {}),
+            },
+            text=True,
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Sends a request; returns the answer.
+
+        Raises:
+          RuntimeError: The process has ended instead, with what it said last.
+        """
+        self.send(**request)
+        return self.receive()
+
+    def send(self, **request: Any) -> None:
+        """Sends a request, whose answer `receive` waits for."""
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        """Waits for the answer to the first request without one; raises as `ask`."""
+        process = self._process
+        assert process.stdout
+        reply = process.stdout.readline()
+        if not reply:
+            process.wait()
+            self._log.seek(0)
+            raise RuntimeError(f"{self.name} failed: {self._log.read()[-2000:]}")
+        return json.loads(reply)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+def without_failures(
+    processes: list[Process], action: Callable[[Process], object]
+) -> list[Process]:
+    """Applies an action to each process; returns those that it succeeded for.
+
+    The others are named and closed.
+
+    Raises:
+      SystemExit: The first process, with which the others are compared, is among the failed.
+    """
+    working = []
+    for process in processes:
+        try:
+            action(process)
+            working.append(process)
+        except RuntimeError as error:
+            print(f"left out: {error}\n", flush=True)
+            process.close()
+    if processes[0] not in working:
+        sys.exit(f"{processes[0].name} failed, and nothing can be compared with it")
+    return working
+
+
+def write_data(path: pathlib.Path, side: int, batch_size: int) -> None:
+    """Random weights, images and labels: the first epoch's network, not all zeros and ones."""
+    rng = np.random.default_rng(0)
+    arrays: peers.Arrays = {}
+    channels = 3
+    for i, features in enumerate(peers.FEATURES, start=1):
+        deviation = (2 / (9 * channels)) ** 0.5
+        arrays |= {
+            f"params/conv{i}/kernel": rng.normal(0, deviation, (3, 3, channels, features)),
+            f"params/conv{i}/bias": rng.normal(0, 0.1, features),
+            f"params/norm{i}/scale": rng.uniform(0.5, 1.5, features),
+            f"params/norm{i}/bias": rng.normal(0, 0.1, features),
+            f"batch_stats/norm{i}/mean": rng.uniform(0.3, 0.5, features),
+            f"batch_stats/norm{i}/var": rng.uniform(0.3, 0.5, features),
+        }
+        channels = features
+    for name, inputs, outputs in (
+        ("dense", channels, peers.DENSE),
+        ("head", peers.DENSE, peers.CLASSES),
+    ):
+        arrays[f"params/{name}/kernel"] = rng.normal(0, (2 / inputs) ** 0.5, (inputs, outputs))
+        arrays[f"params/{name}/bias"] = rng.normal(0, 0.1, outputs)
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    arrays["images"] = rng.integers(0, 256, (batch_size, side, side, 3), np.uint8)
+    arrays["labels"] = rng.integers(0, peers.CLASSES, batch_size).astype(np.int32)
+    np.savez(path, allow_pickle=False, **arrays)
+
+
+def check_agreement(
+    processes: list[Process], folder: pathlib.Path, tolerance: float
+) -> tuple[list[Process], float]:
+    """Compares loss and gradients of all, for the same weights, without dropout.
+
+    Returns:
+      The processes that have answered, and the largest difference from this project's, as a
+      fraction of the largest number of each tensor.
+
+    Raises:
+      SystemExit: The difference is larger than the tolerance.
+    """
+    data = folder / "agree.npz"
+    write_data(data, 32, 16)
+    files = {process.name: folder / f"gradients{i}.npz" for i, process in enumerate(processes)}
+    for process in processes:  # All compile at the same time.
+        precision = "float32" if is_own(process.peer) else "float64"
+        process.send(do="open", data=str(data), precision=precision, dropout=0.0)
+        process.send(do="gradients", to=str(files[process.name]))
+    results = {}
+
+    def read(process: Process) -> None:
+        process.receive()
+        loss = process.receive()["loss"]
+        with np.load(files[process.name]) as gradients:
+            results[process.name] = {"loss": np.float64(loss), **gradients}
+
+    processes = without_failures(processes, read)
+    expected = results[processes[0].name]
+    worst = 0.0
+    for name, arrays in results.items():
+        assert arrays.keys() == expected.keys(), arrays.keys() ^ expected.keys()
+        for key, array in arrays.items():
+            difference = np.abs(array - expected[key]).max() / np.abs(expected[key]).max()
+            if not difference <= tolerance:  # Also true of NaN.
+                sys.exit(f"{name} disagrees in {key} by {difference:.1e}")
+            worst = max(worst, float(difference))
+    return processes, worst
+
+
+def measure(
+    processes: list[Process],
+    folder: pathlib.Path,
+    side: int,
+    batch_size: int,
+    precision: str,
+    seconds: float,
+    do: str = "train",
+) -> dict[str, float]:
+    """Returns the median seconds of a step (or of what else to `do`), in turns of a second or less.
+
+    Processes that fail are missing in the result.
+    """
+    data = folder / "data.npz"
+    write_data(data, side, batch_size)
+    per_turn = {}
+
+    def open_and_warm_up(process: Process) -> None:
+        process.ask(do="open", data=str(data), precision=precision, dropout=peers.DROPOUT)
+        process.ask(do=do, times=3)
+        step = statistics.median(process.ask(do=do, times=2)["seconds"])
+        per_turn[process.name] = max(1, min(200, round(min(1.0, seconds) / step)))
+
+    processes = without_failures(processes, open_and_warm_up)
+    times: dict[str, list[float]] = {process.name: [] for process in processes}
+    for _ in range(max(3, round(seconds / 1.5))):
+        for process in processes:
+            # The first step of a turn finds caches that others have filled.
+            reply = process.ask(do=do, times=1 + per_turn[process.name])
+            times[process.name] += reply["seconds"][1:]
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peer_names(text: str) -> list[str]:
+    """The names in a list with commas, all of which are libraries of `peers.py`."""
+    names = text.split(",")
+    if unknown := set(names) - set(peers.PEERS):
+        raise argparse.ArgumentTypeError(f"no {unknown}; there are {', '.join(peers.PEERS)}")
+    return names
+
+
+def make_parser(names: list[str], seconds: float, tolerance: float) -> argparse.ArgumentParser:
+    """The flags of this benchmark and of `bench_inference.py`, with their defaults."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shapes", help="such as 32x256,224x32: pixels x images")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each library and shape")
+    parser.add_argument(
+        "--peers", type=peer_names, default=",".join(names), help="names of peers.py"
+    )
+    parser.add_argument("--peer_python", default=sys.executable, metavar="PATH")
+    parser.add_argument("--tolerance", type=float, default=tolerance, help="of the agreement")
+    parser.add_argument("--peaks", type=pathlib.Path, metavar="FILE", help="roofline.py's JSON")
+    parser.add_argument("--json", type=pathlib.Path, help="write the metrics to this file, too")
+    return parser
+
+
+def print_header() -> None:
+    print(f"{'':<39}  {'ms':>8}  {'images/s':>9}  {'/ best peer':>11}  {'/ floor':>7}")
+
+
+def print_rows(
+    seconds: dict[str, float], side: int, batch_size: int, best_peer_ms: float, floor_ms: float
+) -> None:
+    """What each needs for one shape."""
+    print(f"\n{side} x {side} pixels, batch {batch_size}, floor {floor_ms:.2f} ms")
+    for name, value in seconds.items():
+        print(
+            f"{name:<39}  {1e3 * value:>8.2f}  {batch_size / value:>9,.1f}"
+            f"  {best_peer_ms / 1e3 / value:>11.2f}  {1e3 * value / floor_ms:>7.2f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    flags = make_parser(list(peers.PEERS)[:6], seconds=12, tolerance=TOLERANCE).parse_args()
+    shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
+    names = flags.peers
+    # Measured before any peer holds the device's memory.
+    floors = floor_milliseconds(shapes, flags.precision, flags.peaks)
+    as_is = [(name, name.startswith("cnn_jax ")) for name in names]
+    if not is_on_gpu():  # On a GPU the C library's memory does not matter.
+        as_is = [(names[0], True), *as_is, *((name, True) for name in names[1:] if "orch" in name)]
+    started = [Process(name, is_kept, flags.peer_python) for name, is_kept in as_is]
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        for process in started:
+            stack.callback(process.close)
+        folder = pathlib.Path(temporary)
+        processes, worst = check_agreement(started, folder, flags.tolerance)
+        print(f"loss and gradients agree to {worst:.1e}\n", flush=True)
+        print_header()
+        for side, batch_size in shapes:
+            seconds = measure(processes, folder, side, batch_size, flags.precision, flags.seconds)
+            processes = [process for process in processes if process.name in seconds]
+            row = summarize(seconds, side, batch_size, processes[0].name, floors[side, batch_size])
+            rows.append(row | {"agreement": worst})
+            print_rows(seconds, side, batch_size, row["best_peer_ms"], row["floor_ms"])
+            write_json(flags.json, rows)
+    exit_if_left_out(started, processes)
+
+
+def is_on_gpu() -> bool:
+    """Whether the libraries compute on an NVIDIA GPU."""
+    return pathlib.Path("/dev/nvidia0").exists() and os.environ.get("JAX_PLATFORMS") != "cpu"
+
+
+def write_json(path: pathlib.Path | None, rows: Any) -> None:
+    """Writes rows to a file, if one is given: what is measured so far survives a time limit."""
+    if path:
+        path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def exit_if_left_out(started: Sequence[Process], processes: Sequence[Process]) -> None:
+    """Raises SystemExit if some of the processes that were started have failed."""
+    working = {process.name for process in processes}
+    if failed := [process.name for process in started if process.name not in working]:
+        sys.exit(f"failed and left out: {', '.join(failed)}")
+
+
+def floor_milliseconds(
+    shapes: tuple[tuple[int, int], ...],
+    precision: str,
+    peaks: pathlib.Path | None = None,
+    kind: str = "training",
+) -> dict[tuple[int, int], float]:
+    """The floors of `roofline.py`, in a process that gives the device's memory back.
+
+    Args:
+      shapes: Pixels on a side, and images in a batch.
+      precision: "float32" or "bfloat16".
+      peaks: The JSON of `roofline.py`, whose rates are used; None to measure them.
+      kind: "training" or "inference".
+    """
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        subprocess.run(
+            [
+                *(sys.executable, str(pathlib.Path(__file__).with_name("roofline.py"))),
+                f"--shapes={','.join(f'{side}x{batch_size}' for side, batch_size in shapes)}",
+                *(f"--precision={precision}", f"--json={file.name}"),
+                *([f"--peaks={peaks}"] if peaks else []),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        rows = json.loads(pathlib.Path(file.name).read_text())["rows"]
+    return {
+        (row["image_size"], row["batch_size"]): row["floor_ms"]
+        for row in rows
+        if row["kind"] == kind
+    }
+
+
+def summarize(
+    seconds: dict[str, float], side: int, batch_size: int, ours: str, floor_ms: float
+) -> dict[str, Any]:
+    """The figures of one shape; rates are images a second."""
+    by_default = {
+        name: value
+        for name, value in seconds.items()
+        if not name.startswith(("cnn_jax", "plain Linen")) and "memory kept" not in name
+    }
+
+    def best(part: str) -> float | None:
+        found = [value for name, value in by_default.items() if part in name]
+        return batch_size / min(found) if found else None
+
+    best_peer = min(by_default.values(), default=float("nan"))
+    return {
+        "image_size": side,
+        "batch_size": batch_size,
+        "ours": batch_size / seconds[ours],
+        "torch": best("orch"),
+        "keras": best("Keras"),
+        "ratio_to_best_peer": best_peer / seconds[ours],
+        "ratio_by_default_allocation": best_peer / seconds.get("cnn_jax", float("nan")),
+        "times_floor": 1e3 * seconds[ours] / floor_ms,
+        "floor_ms": floor_ms,
+        "best_peer_ms": 1e3 * best_peer,
+        "ms": {name: 1e3 * value for name, value in seconds.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()

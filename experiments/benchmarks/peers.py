@@ -1,0 +1,615 @@
+"""The specification's network in this project, plain Linen, PyTorch, Keras and ONNX Runtime.
+
+    python experiments/benchmarks/peers.py NAME
+
+is a process that one of the benchmarks talks to: a JSON object a line in, one out. Each
+library is alone in a process, with threads and memory of its own, as its users have it.
+All compute the same: uint8 images in, the same weights, the same loss and optimizer.
+Weights and gradients travel as arrays named as in this project ("conv1/kernel", ...).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+FEATURES, DENSE, CLASSES, DROPOUT = (32, 64, 128), 256, 10, 0.5
+MOMENTUM, EPSILON, LABEL_SMOOTHING, L2, LEARNING_RATE = 0.99, 1e-3, 0.1, 1e-4, 1e-3
+GREY = 127.5  # Mean and deviation of the inputs.
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What all work on.
+
+    Attributes:
+      weights: Parameters and running statistics, by name.
+      images: uint8 [B, H, W, 3].
+      labels: int32 [B].
+      precision: "float32" or "bfloat16"; of others than this project's also "float64".
+      dropout: 0 where results are compared.
+    """
+
+    weights: Arrays
+    images: np.ndarray
+    labels: np.ndarray
+    precision: str
+    dropout: float
+
+
+def load_task(path: str | os.PathLike[str], precision: str, dropout: float) -> Task:
+    """The task whose arrays are in an .npz file."""
+    with np.load(path) as data:
+        weights = {key: data[key] for key in data if "/" in key}
+        return Task(weights, data["images"], data["labels"], precision, dropout)
+
+
+class Peer:
+    """What a benchmark asks of each library."""
+
+    def __init__(self, task: Task):
+        """Makes the network, its optimizer and one batch."""
+
+    def loss_and_gradients(self) -> tuple[float, Arrays]:
+        """The mean loss with smoothing, in training mode; the gradients of it and L2."""
+        raise NotImplementedError
+
+    def train(self) -> None:
+        """One step, to the end."""
+        raise NotImplementedError
+
+    def predict(self) -> np.ndarray:
+        """Probabilities float32 [B, C] of the images, from host memory to host memory."""
+        raise NotImplementedError
+
+    def exact(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which float32 products are float32, which on GPUs are TF32 by default."""
+        return contextlib.nullcontext()
+
+    def peak_bytes(self) -> int:
+        """The most memory of the device that was in use at once; 0 where it is not known."""
+        return 0
+
+
+class Ours(Peer):
+    """The step of this project, with the compiler's options that it uses."""
+
+    def __init__(self, task: Task):
+        import jax
+
+        from cnn_jax.data.preprocessing import Preprocessing
+        from cnn_jax.models import forward
+        from cnn_jax.training.optimizer import make_optimizer, make_schedule
+        from cnn_jax.training.step import TrainState, train_step
+
+        model = self._model(task.precision, task.dropout)
+        self._options = self._compiler_options()
+        tree = _nested(task.weights)
+        optimizer = make_optimizer(make_schedule(LEARNING_RATE, LEARNING_RATE, total_steps=1), L2)
+        preprocessing = Preprocessing(image_size=task.images.shape[1:3])
+        step = functools.partial(
+            train_step,
+            model=model,
+            seed=0,
+            preprocessing=preprocessing,
+            label_smoothing=LABEL_SMOOTHING,
+        )
+        self._jax, self._images = jax, task.images
+        self._batch = jax.device_put(
+            {"image": task.images, "label": task.labels, "mask": np.ones(len(task.labels), bool)}
+        )
+        self._state = jax.device_put(
+            TrainState(
+                step=np.int32(0),
+                params=tree["params"],
+                batch_stats=tree["batch_stats"],
+                opt_state=optimizer.init(tree["params"]),
+            )
+        )
+        self._variables = jax.device_put(dict(tree))
+        self._step = jax.jit(
+            functools.partial(step, optimizer=optimizer),
+            donate_argnums=0,
+            compiler_options=self._options,
+        )
+        self._plain_step = step
+        self._forward = jax.jit(
+            lambda variables, images: jax.nn.softmax(
+                forward(model, variables, images, preprocessing)
+            ),
+            compiler_options=self._options,
+        )
+
+    def _model(self, precision: str, dropout: float) -> Any:
+        from cnn_jax.models import make_model
+
+        config = {"name": "cnn", "features": FEATURES, "dense": DENSE}
+        return make_model({**config, "dropout": dropout, "batch_norm": True}, CLASSES, precision)
+
+    def _compiler_options(self) -> dict[str, str | bool]:
+        from cnn_jax.system import runtime
+
+        return runtime.compiler_options()
+
+    def loss_and_gradients(self) -> tuple[float, Arrays]:
+        import optax
+
+        from cnn_jax.training.optimizer import kernel_mask
+
+        # The optimizer of a step that keeps the gradient.
+        def keep(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            return updates, updates
+
+        optimizer = optax.chain(
+            optax.add_decayed_weights(L2, mask=kernel_mask),
+            optax.GradientTransformation(lambda params: params, keep),
+        )
+        state = self._state.replace(opt_state=optimizer.init(self._state.params))
+        # Compiled as what is timed.
+        step = self._jax.jit(
+            functools.partial(self._plain_step, optimizer=optimizer),
+            compiler_options=self._options,
+        )
+        after, _ = step(state, self._batch)
+        return self._loss(), _flat(after.opt_state[-1])
+
+    def _loss(self) -> float:
+        from cnn_jax.data.preprocessing import Preprocessing, normalize
+        from cnn_jax.training.loss import cross_entropy
+
+        logits, _ = self._model("float32", 0.0).apply(
+            self._state.variables,
+            normalize(self._batch["image"], Preprocessing(self._images.shape[1:3])),
+            train=True,
+            mutable=["batch_stats"],
+        )
+        losses = cross_entropy(logits, self._batch["label"], LABEL_SMOOTHING)
+        return float(losses.mean())
+
+    def train(self) -> None:
+        self.train_without_waiting(1)
+
+    def train_without_waiting(self, count: int) -> None:
+        """So many steps; only the last is waited for."""
+        for _ in range(count):
+            self._state, _ = self._step(self._state, self._batch)
+        self._jax.block_until_ready(self._state)
+
+    def predict(self) -> np.ndarray:
+        return np.asarray(self._jax.device_get(self._forward(self._variables, self._images)))
+
+    def exact(self) -> contextlib.AbstractContextManager[Any]:
+        return self._jax.default_matmul_precision("highest")
+
+    def peak_bytes(self) -> int:
+        return (self._jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+    def digest(self) -> str:
+        """SHA-256 of the train state: equal for two states that are equal bit for bit."""
+        digest = hashlib.sha256()
+        for leaf in self._jax.tree.leaves(self._jax.device_get(self._state)):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
+
+
+class Variant(Ours):
+    """The same with some of what makes it fast taken back.
+
+    Attributes:
+      linen: The layers of `cnn_jax.models.cnn` that are Linen's own.
+      without: The compiler's options that are left out are those with this in their names.
+    """
+
+    linen: tuple[str, ...] = ()
+    without: str | None = None
+
+    def _compiler_options(self) -> dict[str, str | bool]:
+        options = super()._compiler_options()
+        without = self.without
+        return {n: v for n, v in options.items() if without is None or without not in n}
+
+    def _model(self, precision: str, dropout: float) -> Any:
+        import flax.linen as nn
+
+        from cnn_jax.models import cnn
+
+        layers = {
+            "Conv": functools.partial(nn.Conv, kernel_size=(3, 3)),
+            "BatchNorm": nn.BatchNorm,
+            "max_pool_2x2": functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
+        }
+        for name in self.linen:
+            setattr(cnn, name, layers[name])  # This process makes no other network.
+        return super()._model(precision, dropout)
+
+
+class LinenConv(Variant):
+    linen = ("Conv",)
+
+
+class LinenBatchNorm(Variant):
+    linen = ("BatchNorm",)
+
+
+class LinenMaxPool(Variant):
+    linen = ("max_pool_2x2",)
+
+
+class WithoutOneDnn(Variant):
+    without = "onednn"
+
+
+class WithoutOptions(Variant):
+    without = ""
+
+
+class PlainLinen(WithoutOptions):
+    """The same step around Linen's own layers, as XLA compiles them by default."""
+
+    linen = ("Conv", "BatchNorm", "max_pool_2x2")
+
+
+class Torch(Peer):
+    """PyTorch in channels_last, eager; bfloat16 by autocast."""
+
+    is_compiled = False
+
+    def __init__(self, task: Task):
+        import torch  # pyright: ignore
+
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = task.precision == "bfloat16"
+        self._torch = torch
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._precision, self._host_images = task.precision, task.images
+        net = torch_network(task.dropout)
+        load_into_torch(net, task.weights)
+        self._dtype = torch.float64 if task.precision == "float64" else torch.float32
+        self._net = net.to(self._device, self._dtype, memory_format=torch.channels_last)
+        kernels = [p for n, p in net.named_parameters() if _is_torch_kernel(n, p)]
+        others = [p for n, p in net.named_parameters() if not _is_torch_kernel(n, p)]
+        self._optimizer = torch.optim.Adam(
+            [{"params": kernels, "weight_decay": L2}, {"params": others}],
+            lr=LEARNING_RATE,
+            fused=True,
+        )
+        self._images = torch.from_numpy(task.images).to(self._device)
+        self._labels = torch.from_numpy(task.labels.astype(np.int64)).to(self._device)
+        # Without dynamic=False the second shape of a process would be compiled for any size.
+        compiled = functools.partial(torch.compile, dynamic=False)
+        if not self.is_compiled:
+            compiled = lambda function: function  # noqa: E731
+        self._loss: Callable[[], Any] = compiled(self._eager_loss)
+        self._forward: Callable[[Any], Any] = compiled(self._probabilities)
+
+    def _logits(self, images: Any) -> Any:
+        torch = self._torch
+        is_low = self._precision == "bfloat16"
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_low):
+            inputs = (images.permute(0, 3, 1, 2).to(self._dtype) - GREY) / GREY
+            return self._net(inputs).to(self._dtype)
+
+    def _eager_loss(self) -> Any:
+        return self._torch.nn.functional.cross_entropy(
+            self._logits(self._images), self._labels, label_smoothing=LABEL_SMOOTHING
+        )
+
+    def _probabilities(self, images: Any) -> Any:
+        return self._torch.softmax(self._logits(images), -1)
+
+    def loss_and_gradients(self) -> tuple[float, Arrays]:
+        self._net.train()
+        self._optimizer.zero_grad()
+        loss = self._loss()
+        loss.backward()
+        gradients = {
+            ours: _from_torch(tensor.grad + L2 * tensor if ours.endswith("kernel") else tensor.grad)
+            for ours, tensor in _torch_tensors(self._net).items()
+            if tensor.requires_grad
+        }
+        return loss.item(), gradients
+
+    def train(self) -> None:
+        self._net.train()
+        self._optimizer.zero_grad()
+        self._loss().backward()
+        self._optimizer.step()
+        self._wait()
+
+    def predict(self) -> np.ndarray:
+        self._net.eval()
+        with self._torch.inference_mode():
+            images = self._torch.from_numpy(self._host_images).to(self._device)
+            return self._forward(images).cpu().numpy()
+
+    def exact(self) -> contextlib.AbstractContextManager[Any]:
+        return self._torch.backends.cudnn.flags(
+            enabled=True, benchmark=True, deterministic=False, allow_tf32=False
+        )
+
+    def peak_bytes(self) -> int:
+        return self._torch.cuda.max_memory_allocated() if self._device.type == "cuda" else 0
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            self._torch.cuda.synchronize()
+
+
+class CompiledTorch(Torch):
+    """The same under `torch.compile`."""
+
+    is_compiled = True
+
+
+def torch_network(dropout: float) -> Any:
+    import torch  # pyright: ignore
+    from torch import nn  # pyright: ignore
+
+    layers: list[Any] = []
+    channels = 3
+    for i, features in enumerate(FEATURES, start=1):
+        layers += [
+            nn.Conv2d(channels, features, 3, padding=1),
+            nn.ReLU(),
+            nn.BatchNorm2d(features, eps=EPSILON, momentum=1 - MOMENTUM),
+        ]
+        if i < len(FEATURES):
+            layers.append(nn.MaxPool2d(2))
+        channels = features
+
+    class Mean(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3))
+
+    head = [nn.Linear(channels, DENSE), nn.ReLU(), nn.Dropout(dropout), nn.Linear(DENSE, CLASSES)]
+    return nn.Sequential(*layers, Mean(), *head)
+
+
+def _torch_tensors(net: Any) -> Mapping[str, Any]:
+    """PyTorch's tensors by this project's names."""
+    from torch import nn  # pyright: ignore
+
+    convolutions = [m for m in net if isinstance(m, nn.Conv2d)]
+    norms = [m for m in net if isinstance(m, nn.BatchNorm2d)]
+    dense, head = (m for m in net if isinstance(m, nn.Linear))
+    tensors = {}
+    for i, (conv, norm) in enumerate(zip(convolutions, norms, strict=True), start=1):
+        tensors |= {f"params/conv{i}/kernel": conv.weight, f"params/conv{i}/bias": conv.bias}
+        tensors |= {f"params/norm{i}/scale": norm.weight, f"params/norm{i}/bias": norm.bias}
+        tensors |= {f"batch_stats/norm{i}/mean": norm.running_mean}
+        tensors |= {f"batch_stats/norm{i}/var": norm.running_var}
+    for name, layer in (("dense", dense), ("head", head)):
+        tensors |= {f"params/{name}/kernel": layer.weight, f"params/{name}/bias": layer.bias}
+    return tensors
+
+
+def load_into_torch(net: Any, weights: Arrays) -> None:
+    import torch  # pyright: ignore
+
+    with torch.no_grad():
+        for name, tensor in _torch_tensors(net).items():
+            value = weights[name]
+            order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[value.ndim]
+            tensor.copy_(torch.from_numpy(np.ascontiguousarray(value.transpose(order))))
+
+
+def _from_torch(tensor: Any) -> np.ndarray:
+    value = tensor.detach().cpu().numpy()
+    return value.transpose({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[value.ndim])
+
+
+def _is_torch_kernel(name: str, parameter: Any) -> bool:
+    return name.endswith("weight") and parameter.ndim > 1
+
+
+class Keras(Peer):
+    """Keras 3, a batch at a time as `fit` trains it; KERAS_BACKEND says what it runs on."""
+
+    def __init__(self, task: Task):
+        import keras  # pyright: ignore
+
+        policy = "mixed_bfloat16" if task.precision == "bfloat16" else task.precision
+        keras.config.set_dtype_policy(policy)
+        self._keras = keras
+        layers, l2 = keras.layers, keras.regularizers.L2(L2 / 2)
+        head = "float64" if task.precision == "float64" else "float32"
+        blocks: list[Any] = [layers.Rescaling(1 / GREY, offset=-1)]
+        for i, features in enumerate(FEATURES, start=1):
+            blocks += [
+                layers.Conv2D(
+                    features, 3, padding="same", activation="relu", kernel_regularizer=l2,
+                    name=f"conv{i}",
+                ),
+                layers.BatchNormalization(momentum=MOMENTUM, epsilon=EPSILON, name=f"norm{i}"),
+            ]  # fmt: skip
+            if i < len(FEATURES):
+                blocks.append(layers.MaxPooling2D())
+        blocks += [
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(DENSE, activation="relu", kernel_regularizer=l2, name="dense"),
+            layers.Dropout(task.dropout),
+            layers.Dense(CLASSES, kernel_regularizer=l2, dtype=head, name="head"),
+        ]
+        self._net = keras.Sequential([keras.Input(task.images.shape[1:], dtype="uint8"), *blocks])
+        self._loss = keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=LABEL_SMOOTHING, dtype=head
+        )
+        self._net.compile(keras.optimizers.Adam(LEARNING_RATE), self._loss)
+        for name, variable in self._variables().items():
+            variable.assign(task.weights[name])
+        self._images, self._labels = task.images, np.eye(CLASSES, dtype=np.float32)[task.labels]
+
+    def _variables(self) -> dict[str, Any]:
+        ours = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}
+        variables = {}
+        for variable in self._net.variables:
+            if "seed" in variable.path:
+                continue
+            layer, name = variable.path.split("/")[-2:]
+            kind = "batch_stats" if name.startswith("moving") else "params"
+            variables[f"{kind}/{layer}/{ours.get(name, name)}"] = variable
+        return variables
+
+    def loss_and_gradients(self) -> tuple[float, Arrays]:
+        trained = {n: v for n, v in self._variables().items() if n.startswith("params")}
+        if self._keras.backend.backend() == "tensorflow":
+            import tensorflow as tf  # pyright: ignore
+
+            with tf.GradientTape() as tape:
+                loss = self._loss(self._labels, self._net(self._images, training=True))
+                total = loss + sum(self._net.losses)
+            values = tape.gradient(total, [v.value for v in trained.values()])
+        else:
+            import jax
+
+            net = self._net
+            fixed = [v.value for v in net.non_trainable_variables]
+
+            def total_loss(params: list[Any]) -> tuple[Any, Any]:
+                logits, _, losses = net.stateless_call(
+                    params, fixed, self._images, training=True, return_losses=True
+                )
+                loss = self._loss(self._labels, logits)
+                return loss + sum(losses), loss
+
+            (_, loss), by_variable = jax.value_and_grad(total_loss, has_aux=True)(
+                [v.value for v in net.trainable_variables]
+            )
+            paths = [v.path for v in net.trainable_variables]
+            by_path = dict(zip(paths, by_variable, strict=True))
+            values = [by_path[v.path] for v in trained.values()]
+        return float(loss), {
+            name: np.asarray(value) for name, value in zip(trained, values, strict=True)
+        }
+
+    def train(self) -> None:
+        self._net.train_on_batch(self._images, self._labels)
+
+    def predict(self) -> np.ndarray:
+        logits = np.asarray(self._net.predict_on_batch(self._images))
+        exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+        return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+class OnnxRuntime(Peer):
+    """PyTorch's network, exported, in ONNX Runtime with its defaults. It does not train."""
+
+    def __init__(self, task: Task):
+        import io
+
+        import onnxruntime  # pyright: ignore
+        import torch  # pyright: ignore
+
+        torch_peer = Torch(dataclasses.replace(task, precision="float32"))
+        torch_peer._net.eval()
+
+        class Whole(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = torch_peer._net
+
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                return torch.softmax(
+                    self.net((images.permute(0, 3, 1, 2).float() - GREY) / GREY), -1
+                )
+
+        file = io.BytesIO()
+        example = torch.from_numpy(task.images).to(torch_peer._device)
+        torch.onnx.export(Whole(), (example,), file, dynamo=False, input_names=["images"])
+        available = onnxruntime.get_available_providers()
+        self._session = onnxruntime.InferenceSession(file.getvalue(), providers=available)
+        self._images = task.images
+
+    def predict(self) -> np.ndarray:
+        return self._session.run(None, {"images": self._images})[0]
+
+
+PEERS: dict[str, type[Peer]] = {
+    "cnn_jax": Ours,
+    "plain Linen": PlainLinen,
+    "PyTorch": Torch,
+    "torch.compile": CompiledTorch,
+    "Keras on JAX": Keras,
+    "Keras on TensorFlow": Keras,
+    "ONNX Runtime": OnnxRuntime,
+    "cnn_jax with nn.Conv": LinenConv,
+    "cnn_jax with nn.BatchNorm": LinenBatchNorm,
+    "cnn_jax with nn.max_pool": LinenMaxPool,
+    "cnn_jax without oneDNN": WithoutOneDnn,
+    "cnn_jax on XLA as it is": WithoutOptions,
+}
+
+
+def _nested(flat: Arrays) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split("/")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
+def _flat(tree: Mapping[str, Any]) -> Arrays:
+    return {
+        f"params/{layer}/{name}": np.asarray(value)
+        for layer, arrays in tree.items()
+        for name, value in arrays.items()
+    }
+
+
+def seconds_of_each(action: Callable[[], object], count: int) -> list[float]:
+    """Seconds of each of so many."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _serve(name: str) -> None:
+    """Answers requests on stdin until it is closed; what libraries print goes to stderr."""
+    if name.startswith("Keras"):
+        os.environ["KERAS_BACKEND"] = name.split()[-1].lower()
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    peer: Peer | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        reply: dict[str, Any] = {}
+        if request["do"] == "open":
+            task = load_task(request["data"], request["precision"], request["dropout"])
+            peer = PEERS[name](task)
+        elif peer is not None and request["do"] == "gradients":
+            with peer.exact():
+                loss, gradients = peer.loss_and_gradients()
+            np.savez(request["to"], allow_pickle=False, **gradients)
+            reply["loss"] = loss
+        elif peer is not None and request["do"] == "probabilities":
+            with peer.exact():
+                np.savez(request["to"], probabilities=peer.predict())
+        elif peer is not None and request["do"] == "memory":
+            reply["peak_bytes"] = peer.peak_bytes()
+        elif isinstance(peer, Ours) and request["do"] == "digest":
+            reply["digest"] = peer.digest()
+        elif peer is not None:
+            action = {"train": peer.train, "predict": peer.predict}[request["do"]]
+            reply["seconds"] = seconds_of_each(action, request["times"])
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

@@ -1,0 +1,61 @@
+r"""Classifies any number of images on the machines of a Ray cluster, or on this one.
+
+    pip install -e . 'ray[data]'
+    python experiments/benchmarks/ray_score.py --bundle=RUN/bundle --input=s3://BUCKET/IMAGES \
+        --output=DIR
+
+Writes Parquet files with path, predicted, confidence, probabilities and error, as they are
+done. Ray reads, hands out and tries again what a lost machine had; all machines must reach
+the bundle, the images and DIR.
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+import ray  # pyright: ignore
+
+from cnn_jax.inference.predictor import BATCH_SIZE, Predictor, predict_batch
+
+
+class Score:
+    """One worker: a predictor that sees batch after batch."""
+
+    def __init__(self, bundle: str):
+        self._predictor = Predictor.load(bundle)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        found = predict_batch(self._predictor, [bytes(image) for image in batch["bytes"]])
+        nothing = np.full(len(self._predictor.class_names), np.nan, np.float32)
+        return {
+            "path": batch["path"],
+            "predicted": np.array([one.predicted or "" for one in found]),
+            "confidence": np.array([one.confidence or np.nan for one in found]),
+            "probabilities": np.stack(
+                [nothing if one.probabilities is None else one.probabilities for one in found]
+            ),
+            "error": np.array([one.error or "" for one in found]),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bundle", required=True)
+    parser.add_argument("--input", required=True, help="a folder, here or in a bucket")
+    parser.add_argument("--output", required=True, help="a folder, here or in a bucket")
+    parser.add_argument("--workers", type=int, default=1, help="predictors at once")
+    parser.add_argument("--cpus", type=float, default=1, help="of each predictor")
+    parser.add_argument("--gpus", type=float, default=0, help="of each predictor")
+    flags = parser.parse_args()
+    ray.data.read_binary_files(flags.input, include_paths=True).map_batches(
+        Score,
+        fn_constructor_args=(flags.bundle,),
+        batch_size=4 * BATCH_SIZE,
+        compute=ray.data.ActorPoolStrategy(size=flags.workers),
+        num_cpus=flags.cpus,
+        num_gpus=flags.gpus,
+    ).write_parquet(flags.output)
+
+
+if __name__ == "__main__":
+    main()

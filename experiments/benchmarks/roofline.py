@@ -1,0 +1,438 @@
+"""The least time that a training step and an inference could take on this machine.
+
+    python experiments/benchmarks/roofline.py
+        [--image_size=224 --batch_size=32 | --shapes=224x32,64x128]
+        [--precision=float32] [--peaks=FILE] [--passes] [--json=FILE]
+
+The roofline model (Williams, Waterman and Patterson 2009): a computation takes at least its
+operations divided by the rate of arithmetic, and at least its bytes divided by the memory's
+bandwidth; the larger of the two is its floor. "By pass" is the tighter floor of a program
+whose passes over memory run one after the other, each at its own limit. Both rates are
+measured here, on JAX's default device. Run it on a quiet machine: what else is busy while it
+measures raises the floor.
+
+Operations are those of the convolutions and dense layers alone, a multiply-add being two,
+as direct convolutions do them, those with the zeros of the padding included. (XLA's
+`cost_analysis` leaves these out: 10 % of a forward pass at 32 pixels, 2 % at 224.)
+
+Bytes are counted under these assumptions:
+
+- A matrix product (convolutions are such) reads each operand once and writes its result
+  once: patches of an image are never in memory, and the cache holds whatever is used again.
+- Everything elementwise, and every sum, costs nothing at the end of the product or pass that
+  has its operands at hand: bias, ReLU, the statistics of BatchNorm, dropout (its draws are
+  computed where they are used), softmax and loss. So does the normalisation of the images,
+  which are uint8, and the conversion of parameters, where they are read.
+- Nothing is kept in the cache from one product or pass to the next.
+- In training, BatchNorm's statistics need the whole batch before anything can be
+  normalised. So a convolution's output goes to memory and comes back, for one pass that
+  normalises and pools, and once more in the backward pass. There, the two sums that
+  BatchNorm's gradient needs come from the pooled activations and their gradient alone, at
+  the end of the product that makes this gradient, as it flows only to the pixels whose
+  values were pooled (which takes that no scale is zero). One pass then makes the gradient
+  of the convolution's output, which is written once and read by the product for the weights
+  and by that for the inputs.
+- In inference the statistics are constants, and a layer reads its input once and writes its
+  pooled output once.
+- Parameters, their gradients and Adam's two moments are float32, and so is what follows the
+  last layer. All other activations are of the given width.
+- Labels and metrics are left out, and so is augmentation.
+
+It is a floor of programs of this kind and not of all: one that recomputes instead of storing
+moves fewer bytes (a convolution run twice need not store its output, and the next product
+could normalise and pool as it reads), and Winograd's convolution does fewer multiplications.
+`--passes` prints each pass with the tensors that it reads and writes. `--peaks` takes the two
+rates from the JSON of another run instead of measuring them.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cnn_jax.models.cnn import CNN
+
+# Pixels on a side and images in a batch.
+SHAPES = ((32, 256), (64, 128), (224, 32))
+ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2}
+
+_FLOAT32 = 4
+_KERNEL_PIXELS = 9
+_REPETITIONS = 10
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, and bytes between memory and processor."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a device does at best, as measured."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over memory: a matrix product with what is fused to it, or an elementwise one.
+
+    Attributes:
+      name: The layer and what it does for it.
+      flops: Operations of its matrix product; 0 for an elementwise pass.
+      reads: Bytes of each tensor that it reads, once.
+      writes: Bytes of each tensor that it writes, once.
+    """
+
+    name: str
+    flops: int
+    reads: Mapping[str, int]
+    writes: Mapping[str, int]
+
+    @property
+    def work(self) -> Work:
+        return Work(self.flops, sum(self.reads.values()) + sum(self.writes.values()))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution with its BatchNorm and pooling, or a dense layer, for one image.
+
+    Attributes:
+      name: That of the module in the network.
+      inputs: Numbers that come in.
+      products: Numbers that come out of its matrix product.
+      outputs: Numbers that go out: fewer, where it pools.
+      fan_in: Numbers of which each product is the weighted sum.
+      parameters: Trainable ones: kernel, bias, and BatchNorm's scale and bias.
+      statistics: BatchNorm's running ones.
+    """
+
+    name: str
+    inputs: int
+    products: int
+    outputs: int
+    fan_in: int
+    parameters: int
+    statistics: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Of one matrix product for one image; the gradients' two need as many each."""
+        return 2 * self.fan_in * self.products
+
+
+def layers(model: CNN, image_size: int) -> list[Layer]:
+    """The layers of the network for square images, first to last."""
+    if not model.batch_norm:
+        raise ValueError("The bytes are counted for a network with BatchNorm.")
+    found = []
+    side, channels = image_size, 3
+    for i, features in enumerate(model.features, start=1):
+        # The last convolution's output is averaged over the image.
+        pooled_side = side // 2 if i < len(model.features) else 1
+        fan_in = _KERNEL_PIXELS * channels
+        found.append(
+            Layer(
+                name=f"conv{i}",
+                inputs=side**2 * channels,
+                products=side**2 * features,
+                outputs=pooled_side**2 * features,
+                fan_in=fan_in,
+                parameters=(fan_in + 3) * features,
+                statistics=2 * features,
+            )
+        )
+        side, channels = pooled_side, features
+    for name, inputs, outputs in (
+        ("dense", channels, model.dense),
+        ("head", model.dense, model.num_classes),
+    ):
+        found.append(Layer(name, inputs, outputs, outputs, inputs, (inputs + 1) * outputs))
+    return found
+
+
+def training_passes(
+    model: CNN, image_size: int, batch_size: int, activation_bytes: int
+) -> list[Pass]:
+    """What a training step does, by the assumptions at the top of this file."""
+    forward: list[Pass] = []
+    backward: list[Pass] = []  # From the last layer to the first.
+    update: list[Pass] = []
+    all_layers = layers(model, image_size)
+    before = ""
+    for layer in all_layers:
+        name, last = layer.name, layer is all_layers[-1]
+        flops = batch_size * layer.flops
+        products = batch_size * layer.products * (_FLOAT32 if last else activation_bytes)
+        inputs = _inputs(layer, before, batch_size, activation_bytes)
+        parameters = {f"{name} parameters": layer.parameters * _FLOAT32}
+        gradients = {f"{name} gradient of parameters": layer.parameters * _FLOAT32}
+        moments = {f"{name} moments": 2 * layer.parameters * _FLOAT32}
+        output = {f"{name} output": batch_size * layer.outputs * activation_bytes}
+        gradient_of_output = {f"{name} gradient of output": sum(output.values())}
+        of_layer: list[Pass] = []
+        if layer.statistics:
+            convolved = {f"{name} convolved": products}
+            gradient = {f"{name} gradient of convolved": products}
+            statistics = {f"{name} statistics": layer.statistics * _FLOAT32}
+            forward += [
+                Pass(f"{name} product", flops, inputs | parameters, convolved),
+                Pass(f"{name} normalise", 0, convolved | statistics, output | statistics),
+            ]
+            of_layer.append(
+                Pass(f"{name} normalise's gradient", 0, convolved | gradient_of_output, gradient)
+            )
+        elif last:
+            # The product's end goes on to the loss and back: logits stay in the processor.
+            gradient = {f"{name} gradient of logits": products}
+            forward.append(Pass(f"{name} product and loss", flops, inputs | parameters, gradient))
+        else:
+            # The next layer's gradient of its inputs comes with ReLU and dropout undone.
+            gradient = gradient_of_output
+            forward.append(Pass(f"{name} product", flops, inputs | parameters, output))
+        of_layer.append(Pass(f"{name} weights' gradient", flops, inputs | gradient, gradients))
+        if before:  # Nobody needs the gradient of the images.
+            # The inputs are read for what its end does: the sums that the BatchNorm before
+            # needs, or undoing ReLU and dropout.
+            of_inputs = {f"{before} gradient of output": sum(inputs.values())}
+            of_layer.append(
+                Pass(f"{name} inputs' gradient", flops, gradient | parameters | inputs, of_inputs)
+            )
+        backward = of_layer + backward
+        update.append(
+            Pass(f"{name} Adam", 0, parameters | gradients | moments, parameters | moments)
+        )
+        before = name
+    return forward + backward + update
+
+
+def inference_passes(
+    model: CNN, image_size: int, batch_size: int, activation_bytes: int
+) -> list[Pass]:
+    """What an inference does, by the assumptions at the top of this file."""
+    passes: list[Pass] = []
+    all_layers = layers(model, image_size)
+    before = ""
+    for layer in all_layers:
+        inputs = _inputs(layer, before, batch_size, activation_bytes)
+        constants = (layer.parameters + layer.statistics) * _FLOAT32
+        width = _FLOAT32 if layer is all_layers[-1] else activation_bytes
+        passes.append(
+            Pass(
+                f"{layer.name} all of it",
+                batch_size * layer.flops,
+                inputs | {f"{layer.name} parameters and statistics": constants},
+                {f"{layer.name} output": batch_size * layer.outputs * width},
+            )
+        )
+        before = layer.name
+    return passes
+
+
+def _inputs(layer: Layer, before: str, batch_size: int, activation_bytes: int) -> dict[str, int]:
+    """The tensor that the layer before, if there is one, or the data hand to a layer."""
+    if before:
+        return {f"{before} output": batch_size * layer.inputs * activation_bytes}
+    return {"images": batch_size * layer.inputs}
+
+
+def total(passes: Iterable[Pass]) -> Work:
+    return sum((each.work for each in passes), Work(0, 0))
+
+
+def training_work(model: CNN, image_size: int, batch_size: int, activation_bytes: int) -> Work:
+    """The work of one training step on one batch: forward, backward and Adam."""
+    return total(training_passes(model, image_size, batch_size, activation_bytes))
+
+
+def inference_work(model: CNN, image_size: int, batch_size: int, activation_bytes: int) -> Work:
+    """The work of one inference of one batch, from uint8 images to logits."""
+    return total(inference_passes(model, image_size, batch_size, activation_bytes))
+
+
+def compute_seconds(work: Work, peaks: Peaks) -> float:
+    return work.flops / peaks.flops_per_second
+
+
+def memory_seconds(work: Work, peaks: Peaks) -> float:
+    return work.bytes / peaks.bytes_per_second
+
+
+def floor_seconds(work: Work, peaks: Peaks) -> float:
+    """The least time, if arithmetic and memory are never idle on each other's account."""
+    return max(compute_seconds(work, peaks), memory_seconds(work, peaks))
+
+
+def floor_seconds_by_pass(passes: Iterable[Pass], peaks: Peaks) -> float:
+    """The least time if no two passes overlap, as each needs what one before it has made."""
+    return sum(floor_seconds(each.work, peaks) for each in passes)
+
+
+def measure_peaks(precision: str) -> Peaks:
+    """The rates of a large matrix product and of scaling a large array, best of several.
+
+    They are those that XLA reaches on JAX's default device, and not the maker's figures.
+    The products are of square matrices of the given precision ("float32" or "bfloat16"),
+    with JAX's default for the arithmetic (on NVIDIA's GPUs, TF32 for float32), as the
+    network's are; sums are float32. The array is scaled in place, so that each
+    byte is read once and written once and no memory is allocated meanwhile.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    # The best of several sizes, as none is the best for all processors. The array, of 256
+    # MiB, is beyond a CPU's caches. On an accelerator all is larger, for the time to be well
+    # above that of a launch.
+    sides, length = ((1024, 1536, 2048), 2**26) if on_cpu else ((4096, 6144, 8192), 2**28)
+
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+
+    def product_rate(side: int) -> float:
+        keys = jax.random.split(jax.random.key(0))
+        a, b = (jax.random.normal(key, (side, side), jnp.dtype(precision)) for key in keys)
+        return 2 * side**3 / _best_seconds(lambda: product(a, b))
+
+    flops_per_second = max(product_rate(side) for side in sides)
+
+    array = jnp.ones(length, jnp.float32)
+    scale = jax.jit(jnp.multiply, donate_argnums=0)
+    factor = jnp.float32(1)  # An argument, or XLA would leave the product out.
+
+    def scale_in_place() -> jax.Array:
+        nonlocal array
+        array = scale(array, factor)
+        return array
+
+    bytes_per_second = 2 * _FLOAT32 * length / _best_seconds(scale_in_place)
+    return Peaks(flops_per_second, bytes_per_second)
+
+
+def _best_seconds(run: Callable[[], jax.Array]) -> float:
+    jax.block_until_ready(run())  # Compiles.
+    seconds = []
+    for _ in range(_REPETITIONS):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+KINDS = {"training": training_passes, "inference": inference_passes}
+
+
+def table(
+    model: CNN, shapes: Iterable[tuple[int, int]], precision: str, peaks: Peaks
+) -> list[dict[str, Any]]:
+    """A row for the training step and one for the inference of each shape (pixels, images)."""
+    rows = []
+    for image_size, batch_size in shapes:
+        for kind, passes_of in KINDS.items():
+            passes = passes_of(model, image_size, batch_size, ACTIVATION_BYTES[precision])
+            work = total(passes)
+            rows.append(
+                {
+                    "kind": kind,
+                    "image_size": image_size,
+                    "batch_size": batch_size,
+                    "flops": work.flops,
+                    "bytes": work.bytes,
+                    "compute_ms": 1e3 * compute_seconds(work, peaks),
+                    "memory_ms": 1e3 * memory_seconds(work, peaks),
+                    "floor_ms": 1e3 * floor_seconds(work, peaks),
+                    "floor_by_pass_ms": 1e3 * floor_seconds_by_pass(passes, peaks),
+                    "images_per_second": batch_size / floor_seconds(work, peaks),
+                }
+            )
+    return rows
+
+
+def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """The pixels on a side and the images in a batch of "32x256,224x32"."""
+    pairs = (shape.split("x") for shape in text.split(","))
+    return tuple((int(side), int(batch_size)) for side, batch_size in pairs)
+
+
+def _print_passes(passes: Iterable[Pass]) -> None:
+    print(f"{'pass':<26} {'GFLOP':>7}  {'':<5} {'tensor':<31} {'KB':>9}")
+    for each in passes:
+        start = f"{each.name:<26} {each.flops / 1e9:>7.3f}"
+        for what, tensors in (("read", each.reads), ("write", each.writes)):
+            for tensor, size in tensors.items():
+                print(f"{start:<34}  {what:<5} {tensor:<31} {size / 1e3:>9,.1f}")
+                start = ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--image_size", type=int)
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--shapes", help="such as 32x256,224x32: pixels x images")
+    parser.add_argument("--precision", choices=sorted(ACTIVATION_BYTES), default="float32")
+    parser.add_argument("--peaks", type=Path, metavar="FILE", help="the JSON of another run")
+    parser.add_argument("--passes", action="store_true", help="print what is moved, too")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    flags = parser.parse_args()
+    shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
+    if flags.image_size or flags.batch_size:
+        shapes = ((flags.image_size or 224, flags.batch_size or 32),)
+    model = CNN(num_classes=10)
+    if flags.peaks:
+        measured = json.loads(flags.peaks.read_text())
+        if measured["precision"] != flags.precision:
+            parser.error(f"{flags.peaks} was measured with --precision={measured['precision']}")
+        device, peaks = measured["device"], Peaks(**measured["peaks"])
+    else:
+        device, peaks = jax.devices()[0].device_kind, measure_peaks(flags.precision)
+    rows = table(model, shapes, flags.precision, peaks)
+
+    print(
+        f"{device}, {os.cpu_count()} cores, JAX {jax.__version__}, {flags.precision}: "
+        f"{peaks.flops_per_second / 1e9:,.0f} GFLOP/s, "
+        f"{peaks.bytes_per_second / 1e9:,.1f} GB/s\n"
+    )
+    print(
+        f"{'':<9}  {'pixels':>6}  {'batch':>5}  {'MFLOP/image':>11}  {'MB/image':>8}  "
+        f"{'compute ms':>10}  {'memory ms':>9}  {'floor ms':>8}  {'by pass ms':>10}  "
+        f"{'images/s':>9}"
+    )
+    for row in rows:
+        images = row["batch_size"]
+        print(
+            f"{row['kind']:<9}  {row['image_size']:>6}  {images:>5}  "
+            f"{row['flops'] / images / 1e6:>11,.1f}  {row['bytes'] / images / 1e6:>8.3f}  "
+            f"{row['compute_ms']:>10.3f}  {row['memory_ms']:>9.3f}  {row['floor_ms']:>8.3f}  "
+            f"{row['floor_by_pass_ms']:>10.3f}  {row['images_per_second']:>9,.0f}"
+        )
+    if flags.passes:
+        for image_size, batch_size in shapes:
+            for kind, passes_of in KINDS.items():
+                print(f"\n{kind}, {image_size} pixels, {batch_size} images")
+                width = ACTIVATION_BYTES[flags.precision]
+                _print_passes(passes_of(model, image_size, batch_size, width))
+    if flags.json:
+        figures = {
+            "device": device,
+            "cores": os.cpu_count(),
+            "jax": jax.__version__,
+            "precision": flags.precision,
+            "peaks": asdict(peaks),
+            "rows": rows,
+        }
+        flags.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

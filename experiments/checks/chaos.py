@@ -1,0 +1,229 @@
+"""Kills a run again and again, and compares its end with that of one that nobody killed.
+
+    python experiments/checks/chaos.py [--kills=60] [--epochs=24]
+
+Half of the kills are aimed at saves: they come within 60 ms after a checkpoint has begun
+to be written, and the last of them after the bundle has. The others come at any moment
+of the training. A run that is over before it is killed does not count. The program exits
+with 1 if a single bit differs in the end.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+# Of the kills aimed at saves, one in so many is aimed at the bundle.
+_BUNDLE_SHARE = 6
+_POLL_SECONDS = 0.001
+
+
+def command(workdir: pathlib.Path, epochs: int) -> list[str]:
+    """The specification's network on 1,000 images, saved every 7 steps as well."""
+    return [
+        *(sys.executable, "-m", "cnn_jax.main", "--config=configs/smoke.py"),
+        f"--workdir={workdir}",
+        f"--config.train.epochs={epochs}",
+        f"--config.train.patience={epochs}",
+        "--config.checkpoint.every_steps=7",
+        "--config.report.detail=none",
+    ]
+
+
+def start(workdir: pathlib.Path, epochs: int, log: pathlib.Path) -> subprocess.Popen:
+    with log.open("a") as file:
+        return subprocess.Popen(
+            command(workdir, epochs), cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def wait_for(process: subprocess.Popen, has_come: Callable[[], bool]) -> bool:
+    """Waits for something to come true; False if the process ended before."""
+    while process.poll() is None:
+        if has_come():
+            return True
+        time.sleep(_POLL_SECONDS)
+    return False
+
+
+def is_there(folder: pathlib.Path, pattern: str, since: float) -> bool:
+    """Whether something of such a name was made since then."""
+    for path in folder.glob(pattern):
+        try:
+            if path.stat().st_mtime >= since:
+                return True
+        except OSError:  # It has just been finished.
+            continue
+    return False
+
+
+def is_training(workdir: pathlib.Path, pid: int) -> bool:
+    try:
+        beat = json.loads((workdir / "heartbeat.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return beat["pid"] == pid and beat["activity"] == "training"
+
+
+def kill(process: subprocess.Popen) -> bool:
+    """Whether it was still there to be killed."""
+    was_running = process.poll() is None
+    process.kill()
+    return process.wait() == -signal.SIGKILL and was_running
+
+
+def one_life(
+    workdir: pathlib.Path, epochs: int, log: pathlib.Path, aim: str, rng: random.Random
+) -> tuple[bool, bool]:
+    """Starts the run and kills it as aimed; whether it was, and whether within a save."""
+    began = time.time()
+
+    def is_saving() -> bool:
+        return is_there(workdir / "checkpoints", "*tmp*", began)
+
+    def is_writing_the_bundle() -> bool:
+        return is_there(workdir, ".bundle.*", began)
+
+    process = start(workdir, epochs, log)
+    if aim == "bundle":
+        came = wait_for(process, is_writing_the_bundle)
+        delay = rng.uniform(0, 0.01)
+    else:
+        came = wait_for(process, lambda: is_training(workdir, process.pid))
+        delay = rng.uniform(0, 1.5)
+        if came and aim == "save":
+            for _ in range(rng.randrange(4)):  # Not always the first one.
+                came = came and wait_for(process, lambda: not is_saving())
+                came = came and wait_for(process, is_saving)
+            came = came and wait_for(process, is_saving)
+            delay = rng.uniform(0, 0.06)
+    if came:
+        time.sleep(delay)
+    was_killed = kill(process)
+    return was_killed, was_killed and (is_saving() or is_writing_the_bundle())
+
+
+def end_of(workdir: pathlib.Path) -> dict[str, Any]:
+    """All that must be the same: arrays of the last checkpoint, log and files."""
+    manager = ocp.CheckpointManager((workdir / "checkpoints").resolve())
+    step = manager.latest_step()
+    saved = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(), epoch_metrics=ocp.args.StandardRestore()
+        ),
+    )
+    manager.close()
+    leaves = jax.tree.leaves_with_path({"state": saved["state"], "sums": saved["epoch_metrics"]})
+    end = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["seconds"], record["images_per_second"]
+    end["metrics.jsonl, without times"] = json.dumps(records).encode()
+    files = ("bundle/weights.safetensors", "bundle/bundle.json")
+    files += ("report/metrics.json", "report/predictions.csv")
+    return end | {name: (workdir / name).read_bytes() for name in files}
+
+
+def differing_bits(first: bytes, second: bytes) -> int:
+    length = min(len(first), len(second))
+    a, b = (np.frombuffer(content[:length], np.uint8) for content in (first, second))
+    return int(np.unpackbits(a ^ b).sum()) + 8 * abs(len(first) - len(second))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a run that was killed again and again.
+
+    Attributes:
+      kills: How many, by what they were aimed at.
+      hits: How many left a checkpoint or the bundle half written.
+      compared: Bits that were compared with the run that nobody killed.
+      differing: How many of each part differ.
+    """
+
+    kills: dict[str, int]
+    hits: int
+    compared: int
+    differing: dict[str, int]
+
+
+def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -> Outcome:
+    """Kills a run so many times, lets it end, and compares it with another.
+
+    Raises:
+      RuntimeError: A run failed, or ended before it could be killed so often.
+    """
+    log = folder / "log.txt"
+    undisturbed, killed = folder / "undisturbed", folder / "killed"
+    if start(undisturbed, epochs, log).wait():
+        raise RuntimeError(f"the run that nobody kills failed: see {log}")
+    half = kills // 2
+    at_bundle = half // _BUNDLE_SHARE
+    wanted = {"anywhere": kills - half, "save": half - at_bundle, "bundle": at_bundle}
+    done = dict.fromkeys(wanted, 0)
+    hits = starts = 0
+    while done != wanted:
+        # The bundle comes last: it is only written when all is trained.
+        left = [aim for aim in ("anywhere", "save") if done[aim] < wanted[aim]]
+        aim = rng.choice(left) if left else "bundle"
+        was_killed, hit = one_life(killed, epochs, log, aim, rng)
+        starts += 1
+        done[aim] += was_killed
+        hits += hit
+        print(f"\r{sum(done.values())} kills in {starts} starts", end="", file=sys.stderr)
+        if starts > 2 * kills:
+            raise RuntimeError("the run ends before it can be killed: it needs more epochs")
+    print(file=sys.stderr)
+    if start(killed, epochs, log).wait():
+        raise RuntimeError(f"the last start failed: see {log}")
+    first, second = end_of(undisturbed), end_of(killed)
+    assert first.keys() == second.keys()
+    return Outcome(
+        kills=done,
+        hits=hits,
+        compared=8 * sum(map(len, first.values())),
+        differing={name: differing_bits(first[name], second[name]) for name in first},
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workdir", type=pathlib.Path, help="where the runs are kept, if wanted")
+    flags = parser.parse_args()
+    folder = flags.workdir or pathlib.Path(tempfile.mkdtemp())
+    folder.mkdir(exist_ok=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
+    outcome = torment(folder, flags.kills, flags.epochs, random.Random(flags.seed))
+    aimed = outcome.kills["save"] + outcome.kills["bundle"]
+    differing = sum(outcome.differing.values())
+    print(
+        f"{sum(outcome.kills.values())} kills, {aimed} of them aimed at saves "
+        f"({outcome.kills['bundle']} at the bundle); {outcome.hits} left a checkpoint or bundle "
+        f"half written\n{outcome.compared:,} bits compared at the end: {differing:,} differ"
+    )
+    for name, count in outcome.differing.items():
+        if count:
+            print(f"  {name}: {count:,}")
+    sys.exit(1 if differing else 0)
+
+
+if __name__ == "__main__":
+    main()

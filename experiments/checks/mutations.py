@@ -1,0 +1,320 @@
+"""Breaks the code on purpose, one place at a time, and sees whether a test fails.
+
+    python experiments/checks/mutations.py [FILE ...]
+
+of the given files below cnn_jax/, or of all. Prints a line for each mutation and exits
+with 1 if one survived. Works on a copy of the repository, in a temporary folder. One that
+takes all memory or never ends is found as well.
+"""
+
+import argparse
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+
+# What the tests of one file may take.
+_SECONDS, _BYTES = 900, 12 * 2**30
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+# ruff: noqa: E501
+# File below cnn_jax/, text that stands there once, what replaces it, test file.
+MUTATIONS = [
+    ("training/loss.py", "optax.smooth_labels(targets, label_smoothing)", "targets", "training/test_loss.py"),
+    ("training/metrics.py", "jnp.where(mask, cross_entropy(logits, labels), 0)", "cross_entropy(logits, labels)", "training/test_metrics.py"),
+    ("training/metrics.py", "at[labels, predictions]", "at[predictions, labels]", "training/test_metrics.py"),
+    ("training/metrics.py", "2 * hits, predicted + support", "hits, predicted + support", "training/test_metrics.py"),
+    ("training/metrics.py", "_per_class(hits, confusion.sum(axis=0), confusion.sum(axis=1))", "_per_class(hits, confusion.sum(axis=1), confusion.sum(axis=1))", "training/test_metrics.py"),
+    ("training/metrics.py", "by_class[\"recall\"].mean()", "by_class[\"recall\"].max()", "training/test_metrics.py"),
+    ("training/metrics.py", "+ z2 / (4 * count**2)", "", "training/test_metrics.py"),
+    ("training/metrics.py", "for of_hits, of_predicted in zip(hits, predicted, strict=True)", "for of_hits, of_predicted in zip(hits, predicted[::-1], strict=True)", "training/test_metrics.py"),
+    ("inference/calibration.py", "+ log_temperature**2 / 2", "", "inference/test_calibration.py"),
+    ("inference/calibration.py", "log_probabilities(probabilities) / temperature", "log_probabilities(probabilities)", "inference/test_calibration.py"),
+    ("inference/calibration.py", "np.ceil(confidence * num_bins).astype(int) - 1", "np.floor(confidence * num_bins).astype(int)", "inference/test_calibration.py"),
+    ("inference/calibration.py", "confidence[1:] != confidence[:-1]", "confidence[1:] == confidence[1:]", "inference/test_calibration.py"),
+    ("training/results.py", "dataclasses.replace(bundle, temperature=temperature)", "bundle", "training/test_loop.py"),
+    ("explain/maps.py", "nn.relu(jnp.sum(weights * maps, axis=-1))\n\n\ndef _grad_cam_plus", "jnp.sum(weights * maps, axis=-1)\n\n\ndef _grad_cam_plus", "explain/test_maps.py"),
+    ("explain/maps.py", "2 * squares + sums * gradients**3", "2 * squares", "explain/test_maps.py"),
+    ("explain/maps.py", "nn.relu(gradients) * maps", "gradients * maps", "explain/test_maps.py"),
+    ("explain/maps.py", "(np.arange(_STEPS) + 0.5) / _STEPS", "np.arange(_STEPS) / _STEPS", "explain/test_maps.py"),
+    ("explain/maps.py", "np.maximum(loss, 0)", "loss", "explain/test_maps.py"),
+    ("explain/checks.py", "names[:i]", "names[:1]", "explain/test_checks.py"),
+    ("explain/checks.py", "better * difference - reach > 0", "better * difference > 0", "explain/test_checks.py"),
+    ("explain/checks.py", "(self._blurred, self._images, self._of_blurred", "(self._grey, self._images, self._of_blurred", "explain/test_checks.py"),
+    ("explain/checks.py", "is_largest &= np.ptp(maps, axis=1, keepdims=True) > 0\n", "", "explain/test_checks.py"),
+    ("explain/features.py", "logits / predictor.temperature", "logits * 1", "explain/test_features.py"),
+    ("explain/features.py", "after[1] - loss", "loss - after[1]", "explain/test_features.py"),
+    ("quality/corruptions.py", "(60, 25, 12, 5, 3)", "(60, 25, 12, 6, 3)", "quality/test_corruptions.py"),
+    ("quality/corruptions.py", "drawn < share / 2, np.uint8(255)", "drawn < share / 3, np.uint8(255)", "quality/test_corruptions.py"),
+    ("quality/corruptions.py", "uniform(-45, 45)", "uniform(-90, 90)", "quality/test_corruptions.py"),
+    ("quality/corruptions.py", "cut = math.ceil(side / factor)", "cut = round(side / factor)", "quality/test_corruptions.py"),
+    ("quality/robustness.py", "clean - accuracy >= _FALL", "clean - accuracy > 2 * _FALL", "quality/test_robustness.py"),
+    ("quality/robustness.py", "np.argsort(places - quotas", "np.argsort(quotas - places", "quality/test_robustness.py"),
+    ("report/charts.py", "if share < 0.01", "if share < 0", "report/test_charts.py"),
+    ("report/sections.py", "1 / temperature", "temperature", "report/test_run_report.py"),
+    ("report/sections.py", "np.flatnonzero(is_right), confidence", "np.flatnonzero(is_right), -confidence", "report/test_run_report.py"),
+    ("report/verdicts.py", "if p_value < _SIGNIFICANT else", "if p_value < 1 - _SIGNIFICANT else", "report/test_verdicts.py"),
+    ("report/verdicts.py", "mean - 0.5", "mean", "report/test_verdicts.py"),
+    ("report/study_values.py", "if where <= _EDGE + 1e-9", "if where <= 2 * _EDGE", "report/test_study_values.py"),
+    ("report/study_values.py", "better = np.maximum if _is_rising(study) else np.minimum", "better = np.maximum", "report/test_study_values.py"),
+    ("report/study_charts.py", "range(0, last, every) if last - index >= every", "range(0, last, every)", "report/test_study_charts.py"),
+    ("report/parallel.py", "qualities = scale_of_complete(study).qualities(lines[:, -1])", "qualities = lines[:, -1].tolist()", "report/test_parallel.py"),
+    ("report/study.py", "aside = pathlib.Path(name)", "aside = folder", "report/test_study.py"),
+    ("report/style.py", "autoescape=True", "autoescape=False", "report/test_run_report.py"),
+    ("training/optimizer.py", "end_value=final_learning_rate", "end_value=0.0", "training/test_optimizer.py"),
+    ("training/optimizer.py", "init_value=0.0 if warmup_steps else learning_rate", "init_value=learning_rate", "training/test_optimizer.py"),
+    ("training/optimizer.py", "path[-1].key == \"kernel\"", "path[-1].key != \"scale\"", "training/test_optimizer.py"),
+    ("training/optimizer.py", "add_decayed_weights(l2,", "add_decayed_weights(l2 / 2,", "training/test_optimizer.py"),
+    ("models/layers.py", "stored_mean.value, stored_variance.value = mean, variance", "pass", "models/test_layers.py"),
+    ("models/cnn.py", "epsilon=1e-3", "epsilon=1e-2", "models/test_cnn.py"),
+    ("models/cnn.py", "axis=(1, 2)", "axis=(1,)).max(axis=(1,)", "models/test_cnn.py"),
+    ("models/cnn.py", "name=\"dense\",\n            )(x)\n            x = nn.relu(x)", "name=\"dense\",\n            )(x)", "models/test_cnn.py"),
+    ("models/cnn.py", "deterministic=not train", "deterministic=True", "models/test_cnn.py"),
+    ("models/cnn.py", "dtype=jnp.float32, name=\"head\"", "dtype=self.dtype, name=\"head\"", "models/test_cnn.py"),
+    ("models/layers.py", "cpu=_sums_of_blocks", "cpu=_plain_sums", "training/test_programs.py"),
+    ("models/layers.py", "for i in (0, 1) for j in (0, 1)]", "for i in (0, 1) for j in (0, 0)]", "models/test_layers.py"),
+    ("models/layers.py", "total_of_squares / count - mean * mean", "total_of_squares / count", "models/test_layers.py"),
+    ("models/layers.py", "constant = -slope * of_bias / count", "constant = 0 * of_bias", "models/test_layers.py"),
+    ("models/layers.py", "along_x = -slope * inverse * of_scale / count", "along_x = -slope * of_scale / count", "models/test_layers.py"),
+    ("models/layers.py", "    of_scale *= inverse\n", "", "models/test_layers.py"),
+    ("models/layers.py", "return gradient, total.astype", "return gradient, 0 * total.astype", "models/test_layers.py"),
+    ("models/layers.py", " | jnp.isnan(b[0])", "", "models/test_layers.py"),
+    ("models/layers.py", "jnp.where(is_b, b[1], a[1])", "jnp.where(is_b, a[1], b[1])", "models/test_layers.py"),
+    ("models/layers.py", "cpu=_input_gradient_on_cpu", "cpu=_input_gradient", "training/test_programs.py"),
+    ("models/layers.py", "lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)", "kernel.transpose(0, 1, 3, 2)", "models/test_layers.py"),
+    ("models/layers.py", "return lax.rev(of_kernel, (3,)).transpose", "return of_kernel.transpose", "models/test_layers.py"),
+    ("system/runtime.py", "if _is_known(name, value)}", "if not _is_known(name, value)}", "training/test_programs.py"),
+    ("data/preprocessing.py", "jnp.float32) - mean) / std", "jnp.float32) - mean) * std", "training/test_step.py"),
+    ("training/step.py", "random_key(seed, purpose), step)", "random_key(seed, purpose), 0)", "training/test_step.py"),
+    ("training/step.py", "jnp.sum(jnp.where(mask, losses, 0))", "jnp.sum(losses)", "training/test_step.py"),
+    ("training/step.py", "cross_entropy(logits, targets, label_smoothing)", "cross_entropy(logits, targets)", "training/test_step.py"),
+    ("training/step.py", "cross_entropy(logits, targets, label_smoothing)", "cross_entropy(logits, labels, label_smoothing)", "training/test_step.py"),
+    ("training/step.py", "purposes[\"mix\"] = MIX", "purposes[\"mix\"] = DROPOUT", "training/test_step.py"),
+    ("training/step.py", "labels = jnp.argmax(targets, axis=-1)", "pass", "training/test_step.py"),
+    ("training/step.py", "images = augment.apply_on_device(images, batch[\"matrix\"], batch[\"contrast\"])", "pass", "training/test_step.py"),
+    ("training/step.py", "new[\"var\"] + distance * (new[\"mean\"] - mean)", "new[\"var\"]", "training/test_step.py"),
+    ("training/step.py", "mean = before[\"mean\"] + distance / count", "mean = 0.99 * before[\"mean\"] + 0.01 * new[\"mean\"]", "training/test_step.py"),
+    ("training/loop.py", "progress.state = _estimate_statistics(run, progress.state)\n", "", "training/test_loop.py"),
+    ("data/augment.py", "-sign_x * sin", "sign_x * sin", "data/test_augment.py"),
+    ("data/augment.py", "[(width - 1) / 2, (height - 1) / 2]", "[width / 2, height / 2]", "data/test_augment.py"),
+    ("data/augment.py", "order=1, mode=\"reflect\"", "order=1, mode=\"mirror\"", "data/test_augment.py"),
+    ("data/augment.py", "flags, cv2.BORDER_REFLECT)", "flags, cv2.BORDER_REFLECT_101)", "data/test_augment.py"),
+    ("data/augment.py", "axis=(1, 2), keepdims=True", "axis=(1, 2, 3), keepdims=True", "data/test_augment.py"),
+    ("data/augment.py", "1 + rng.uniform(-1, 1, batch_size) * augmentation.zoom", "1 + rng.uniform(0, 1, batch_size) * augmentation.zoom", "data/test_augment.py"),
+    ("data/augment.py", "augmentation.rotation * 2 * math.pi", "augmentation.rotation * math.pi", "data/test_augment.py"),
+    ("data/mix.py", "(1 - share)[:, None, None]", "share[:, None, None]", "data/test_mix.py"),
+    ("data/mix.py", "jnp.sqrt(1 - share)", "(1 - share)", "data/test_mix.py"),
+    ("data/mix.py", "jnp.arange(pixels)[None] + 0.5", "jnp.arange(pixels)[None]", "data/test_mix.py"),
+    ("data/mix.py", "< side / 2", "< side", "data/test_mix.py"),
+    ("data/mix.py", "centre[:, axis, None]", "centre[:, 1 - axis, None]", "data/test_mix.py"),
+    ("data/mix.py", "jnp.mean(weights, axis=(1, 2))", "weights[:, 0, 0]", "data/test_mix.py"),
+    ("data/mix.py", "(1 - weights) * rows + weights *", "weights * rows + (1 - weights) *", "data/test_mix.py"),
+    ("data/mix.py", "jnp.roll(rows, 1, axis=0)", "jnp.roll(rows, -1, axis=0)", "data/test_mix.py"),
+    ("data/mix.py", "jnp.roll(mask, 1)", "mask", "data/test_mix.py"),
+    ("data/mix.py", "number < mixing.mixup_probability + mixing.cutmix_probability", "number < mixing.cutmix_probability", "data/test_mix.py"),
+    ("data/mix.py", "is_mixed & ~is_mixup", "is_mixed", "data/test_mix.py"),
+    ("data/mix.py", "jnp.where(is_mixup, mixing.mixup_alpha, mixing.cutmix_alpha)", "jnp.where(is_mixup, mixing.cutmix_alpha, mixing.mixup_alpha)", "data/test_mix.py"),
+    ("data/splits.py", "f\"{seed}:{identity}\"", "f\"{identity}\"", "data/test_splits.py"),
+    ("data/splits.py", "np.argsort(numbers[members], kind=\"stable\")", "np.arange(len(members))", "data/test_splits.py"),
+    ("data/splits.py", "bounds = np.searchsorted(numbers[members], cuts)", "bounds = np.rint(cuts * len(members)).astype(int)", "data/test_splits.py"),
+    ("data/splits.py", "return after - nearer_before", "return after", "data/test_splits.py"),
+    ("data/splits.py", "bounds = _none_empty(bounds, len(members))", "pass", "data/test_splits.py"),
+    ("data/splits.py", "for keys in (groups, contents):", "for keys in (groups, None):", "data/test_splits.py"),
+    ("data/splits.py", "for keys in (groups, contents):", "for keys in (None, contents):", "data/test_splits.py"),
+    ("data/splits.py", "(len(name), name)), (len(name), name)", "(-len(name), name)), (-len(name), name)", "data/test_splits.py"),
+    ("data/splits.py", "shares[[name in given and name != \"train\" for name in SPLITS]] = 0", "pass", "data/test_splits.py"),
+    ("data/splits.py", "np.maximum.at(split_of_unit, units[~free], split_of[~free])", "pass", "data/test_splits.py"),
+    ("data/files.py", "if (status.st_dev, status.st_ino) in self._seen:", "if False:", "data/test_files.py"),
+    ("data/files.py", "elif not (is_inside or self._allow_outside):", "elif False:", "data/test_files.py"),
+    ("data/files.py", "[class_name for _, (class_name, _) in examples]", "[file.parts[0] for file, _ in examples]", "data/test_files.py"),
+    ("data/scan.py", "and values[0] == version", "", "data/test_scan.py"),
+    ("data/scan.py", "_digest(pixels.data, shape.encode())", "_digest(pixels.data)", "data/test_scan.py"),
+    ("data/scan.py", "if record is not None and record.digest\n", "if record is not None\n", "data/test_scan.py"),
+    ("data/cache.py", "_take_room(self._descriptor, self._start, count * self._row_bytes)", "pass", "data/test_cache.py"),
+    ("data/scan.py", "rows = np.flatnonzero([record.error is None for record in records])", "rows = np.arange(len(records))", "data/test_dataset.py"),
+    ("data/findings.py", "max_unreadable * total >= len(unreadable)", "1 + max_unreadable * total >= len(unreadable)", "data/test_dataset.py"),
+    ("data/survey.py", "(1 << (high - low)) - 1", "(1 << (high - low)) - 2", "data/test_survey.py"),
+    ("data/survey.py", "is_near = apart <=", "is_near = apart >=", "data/test_survey.py"),
+    ("data/survey.py", "self.levels * deviation**2", "self.levels * abs(deviation)", "data/test_survey.py"),
+    ("data/dataset.py", "if decoded <= device_bytes / 4:", "if decoded <= device_bytes:", "data/test_dataset.py"),
+    ("data/findings.py", "labels[i]) for i in group}) > 1", "labels[i]) for i in group}) > 0", "data/test_findings.py"),
+    ("data/findings.py", "split_of[i]) for i in group}) > 1", "split_of[i]) for i in group}) > 0", "data/test_findings.py"),
+    ("data/pipeline.py", "images = np.asarray(self.pixels[rows])", "images = np.asarray(self.pixels[indices])", "data/test_pipeline.py"),
+    ("data/pipeline.py", "self._turns(places)\n", "places % len(self._members)\n", "data/test_pipeline.py"),
+    ("data/pipeline.py", "zip(self._members, seeds, strict=True)", "zip(self._members, seeds[:1] * len(seeds), strict=True)", "data/test_pipeline.py"),
+    ("training/loss.py", "present.sum() * class_counts[present]", "class_counts[present]", "training/test_loss.py"),
+    ("training/metrics.py", "_divide(class_counts, host.confusion.sum(axis=1))", "_divide(class_counts, host.confusion.sum(axis=0))", "training/test_metrics.py"),
+    ("training/step.py", "losses *= example_weights(jnp.array(class_weights, jnp.float32), targets)", "pass", "training/test_step.py"),
+    ("training/loss.py", "return class_weights[targets]", "return class_weights[0 * targets]", "training/test_loss.py"),
+    ("training/loss.py", "return jnp.matmul(targets, class_weights, precision=jax.lax.Precision.HIGHEST)", "return class_weights[jnp.argmax(targets, axis=1)]", "training/test_loss.py"),
+    ("training/programs.py", "return batch if pixels is None else {**batch, \"image\": pixels[batch[\"row\"]]}", "return batch if pixels is None else {**batch, \"image\": pixels[: len(batch[\"row\"])]}", "training/test_loop.py"),
+    ("training/loop.py", "if is_sampled else None", "if False else None", "training/test_loop.py"),
+    ("training/loop.py", "balanced=config.train.balance == \"sampling\"", "balanced=False", "training/test_loop.py"),
+    ("training/programs.py", "mixing=Mixing.from_config(config.augment)", "mixing=Mixing()", "training/test_loop.py"),
+    ("config/schema.py", "if mixup + cutmix > 1:", "if False:", "config/test_schema.py"),
+    ("training/run_directory.py", "present = _BEFORE | dict(present)", "present = dict(present)", "training/test_run_directory.py"),
+    ("training/run_directory.py", " - _idle(wanted)", "", "training/test_run_directory.py"),
+    ("training/programs.py", "if train.balance == \"loss\":", "if False:", "training/test_loop.py"),
+    ("data/decode.py", "if orientation in (3, 4, 7, 8):", "if orientation in (3, 4, 6, 8):", "data/test_decode.py"),
+    ("data/decode.py", "if width * height > max_pixels:", "if False:", "data/test_dirty_folder.py"),
+    ("data/decode.py", "if pixels > max_pixels:", "if False:", "data/test_dirty_folder.py"),
+    ("data/decode.py", "for top in range(0, height, rows):\n        strip = image", "for top in range(rows, height, rows):\n        strip = image", "data/test_decode.py"),
+    ("data/augment.py", "near[...] = image", "near[...] = images[0]", "data/test_augment.py"),
+    ("data/source.py", "return example_id[len(folder) + 1 :]", "return example_id", "data/test_dataset.py"),
+    ("report/inspection.py", "percents = 100 * counts", "percents = 10 * counts", "report/test_inspection.py"),
+    ("inference/evaluation.py", "residency=choose_residency(\"auto\", listing, predictor.preprocessing, device_bytes=0)", "residency=\"none\"", "inference/test_evaluate.py"),
+    ("data/decode.py", "return None, _upright(np.asarray(_strip_to_rgb(image)), orientation)", "return None, np.asarray(_strip_to_rgb(image))", "data/test_decode.py"),
+    ("data/decode.py", "astype(np.float64) * 255 / white", "astype(np.float64) * 256 / white", "data/test_decode_values.py"),
+    ("data/decode.py", "white = white_level or deep.white", "white = deep.white or white_level", "data/test_decode_values.py"),
+    ("data/decode.py", "levels = 255 - levels", "pass", "data/test_decode_values.py"),
+    ("data/decode.py", "if values.low < 0:", "if False:", "data/test_decode_values.py"),
+    ("data/decode.py", "*= _SCALES[rawmode]", "*= 1", "data/test_decode_values.py"),
+    ("data/scan.py", "limits = f\"{preprocessing.max_pixels} {preprocessing.white_level}\"\n    text", "limits = f\"{preprocessing.max_pixels}\"\n    text", "data/test_scan.py"),
+    ("data/findings.py", "return self.dark >= _MOST * self.images", "return False", "data/test_findings.py"),
+    ("data/decode.py", "\"white\"", "\"black\"", "data/test_decode.py"),
+    ("data/decode.py", "Image.Resampling.BILINEAR", "Image.Resampling.NEAREST", "data/test_decode.py"),
+    ("data/pipeline.py", ".slice(slice(start, stop))", ".slice(slice(0, None))", "data/test_pipeline.py"),
+    ("data/pipeline.py", "loader.load(indices[np.where(mask, positions, 0)])", "loader.load(indices[np.where(mask, positions, -1)][::-1])", "data/test_pipeline.py"),
+    ("data/pipeline.py", "default_rng([self._seed, number])", "default_rng(self._seed)", "data/test_pipeline.py"),
+    ("data/pipeline.py", "default_rng([self._seed, number])", "default_rng(number)", "data/test_pipeline.py"),
+    ("data/pipeline.py", "positions[is_here] = self._order(number)[offsets[is_here]]", "positions[is_here] = self._order(number)[offsets[is_here] // 2]", "data/test_pipeline.py"),
+    ("data/augment.py", "np.array(means, np.float32) * (1 - contrast[:, None])", "np.array(means, np.float32) * 0", "data/test_augment.py"),
+    ("training/checkpoint.py", "return max(history,", "return max(history[::-1],", "training/test_checkpoint.py"),
+    ("training/checkpoint.py", "return -value if monitor", "return value if monitor", "training/test_checkpoint.py"),
+    ("inference/bundle.py", "!= description[\"files\"][_WEIGHTS][\"sha256\"]", "== \"\"", "inference/test_bundle.py"),
+    ("inference/predictor.py", "preprocessing) / temperature", "preprocessing) / 1", "inference/test_predict.py"),
+    ("inference/images.py", "return iter([array])", "return iter(array)", "inference/test_predict.py"),
+    ("inference/images.py", "isinstance(images, Mapping | Set)", "isinstance(images, Mapping)", "inference/test_predict.py"),
+    ("inference/images.py", "list(dict.fromkeys(images))", "images", "inference/test_predict.py"),
+    ("system/cli.py", "error.end = error.start + 1", "pass", "system/test_cli.py"),
+    ("serve/engine.py", "self.seconds[size] / min(size, count)", "self.seconds[size]", "serve/test_engine.py"),
+    ("serve/engine.py", "max(0.0, deadline - now)", "9.0", "serve/test_engine.py"),
+    ("serve/engine.py", "self._inside + images > self.capacity", "self._inside > self.capacity", "serve/test_engine.py"),
+    ("serve/engine.py", "if not w.request.future.done())", ")", "serve/test_engine.py"),
+    ("serve/engine.py", "if work.request.program is program]", "]", "serve/test_engine.py"),
+    ("serve/engine.py", "                lane.clear()", "                pass", "serve/test_engine.py"),
+    ("serve/engine.py", "        if lane:", "        if False:", "serve/test_engine.py"),
+    ("serve/engine.py", "request.missing -= 1", "request.missing = 0", "serve/test_engine.py"),
+    ("serve/engine.py", "            del batch  #", "            #", "serve/test_engine.py"),
+    ("serve/engine.py", "self._last = weakref.ref(program)", "self._last = lambda: program", "serve/test_engine.py"),
+    ("serve/limits.py", "has_left and working.uncancel() <= cancelled_before", "has_left", "serve/test_limits.py"),
+    ("serve/limits.py", "        watching.cancel()", "        pass", "serve/test_limits.py"),
+    ("serve/service.py", "        with version.used():", "        with contextlib.nullcontext():", "serve/test_service.py"),
+    ("serve/images.py", "(array >= 0) & (array <= 255)", "(array >= 0) & (array <= 256)", "serve/test_serve_images.py"),
+    ("serve/images.py", 'str.maketrans("-_", "+/")', 'str.maketrans("-_", "/+")', "serve/test_serve_images.py"),
+    ("serve/images.py", "image.max(initial=0) == 1", "False", "serve/test_serve_images.py"),
+    ("serve/images.py", "if not name and not content:", "if False:", "serve/test_serve_images.py"),
+    ("serve/limits.py", "names.count(name) > 1", "False", "serve/test_server.py"),
+    ("serve/tokens.py", 'role in found or "admin" in found', "True", "serve/test_tokens.py"),
+    ("serve/versions.py", "_judge(predictor(image[None])[0])", "", "serve/test_versions.py"),
+    ("registry/ledger.py", 'value <= limit if figure == "loss" else', "", "registry/test_registry.py"),
+    ("registry/ledger.py", "history[-2]]", "history[-1]]", "registry/test_registry.py"),
+    ("registry/ledger.py", "accuracy >= least", "accuracy > least", "registry/test_registry.py"),
+    ("inference/evaluation.py", "labels * num_classes + predictions", "predictions * num_classes + labels", "inference/test_evaluate.py"),
+    ("evaluate.py", '(not item[1]["support"], item[1]["f1"])', 'item[1]["f1"]', "inference/test_evaluate.py"),
+    ("inference/evaluation.py", "to_bundle[source.labels[indices]]", "source.labels[indices]", "inference/test_evaluate.py"),
+    ("training/loop.py", "augmentation, first_step)", "augmentation, 0)", "training/test_loop.py"),
+    ("training/loop.py", "saved.state, saved.epoch_metrics, saved.history, clock)", "saved.state, totals, saved.history, clock)", "training/test_loop.py"),
+    ("training/loop.py", "if not programs.is_finite(progress.state):", "if False:", "training/test_loop.py"),
+    ("data/source.py", "\\t{digests[i]}\\t", "\\t", "data/test_dataset.py"),
+    ("data/source.py", "\\t{split_of[i]}", "", "data/test_dataset.py"),
+    ("data/shapes.py", "rng.uniform(0.26, 0.42)", "rng.uniform(0.26, 0.43)", "data/test_shapes.py"),
+    ("training/loop.py", ">= config.train.patience", "> config.train.patience", "training/test_loop.py"),
+    ("training/step.py", "jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)", "rows.reshape(parts, -1, *rows.shape[1:])", "training/test_step.py"),
+    ("training/step.py", "losses, 0)) / count\n", "losses, 0)) / jnp.maximum(jnp.sum(mask), 1)\n", "training/test_step.py"),
+    ("training/step.py", "jax.tree.map(jnp.add, sums, (grads, metrics)), None", "(jax.tree.map(jnp.add, sums[0], grads), metrics), None", "training/test_step.py"),
+    ("training/step.py", "jax.tree.map(split_key, keys)", "jax.tree.map(lambda key: jnp.stack([key] * accumulation_steps), keys)", "training/test_step.py"),
+    ("training/sharding.py", "PartitionSpec(*[None] * (leaf.ndim - 1), \"model\")", "PartitionSpec(\"model\")", "training/test_sharding.py"),
+    ("training/sharding.py", "or leaf.shape[-1] % parts", "", "training/test_sharding.py"),
+    ("training/checkpoint.py", "_mix(bits ^ _mix(place + jnp.uint32(1)))", "bits * (2 * place + jnp.uint32(1))", "training/test_checkpoint.py"),
+    ("training/checkpoint.py", "!= progress[\"checksums\"]", "!= progress[\"checksums\"] and False", "training/test_checkpoint.py"),
+    ("training/checkpoint.py", "if progress.get(\"sha256\") != _sha256(content):", "if False:", "training/test_checkpoint.py"),
+    ("training/checkpoint.py", "\"history\": list(history)", "\"history\": history", "training/test_checkpoint.py"),
+    ("training/checkpoint.py", "self.best in steps[i : i + 2]", "self.best == steps[i]", "training/test_checkpoint.py"),
+    ("training/checkpoint.py", "                    self.restore(best[\"step\"], state, epoch_metrics)\n", "                    pass\n", "training/test_checkpoint.py"),
+    ("training/checkpoint.py", "            self._put_aside(later)\n", "", "training/test_checkpoint.py"),
+    ("training/run_directory.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "training/test_run_directory.py"),
+    ("training/run_directory.py", "activity != self._activity or", "", "training/test_run_directory.py"),
+    ("training/run_directory.py", "if key not in FREE_KEYS", "if False", "training/test_run_directory.py"),
+    ("training/loop.py", "and back_to != (present or {}).get(\"checkpoint.restore_step\")", "", "training/test_loop.py"),
+    ("training/loop.py", "if best[\"step\"] == progress.step:", "if best[\"step\"] == progress.history[-1][\"step\"]:", "training/test_loop.py"),
+    ("system/signals.py", "reached_preemption_sync_point(count)", "reached_preemption_sync_point(count + 12)", "training/test_processes.py"),
+    ("config/schema.py", "present.get(\"precision\", compute_dtype(\"auto\").name)", "compute_dtype(\"auto\").name", "config/test_schema.py"),
+    ("training/initial_weights.py", "is_same = list(class_names) == bundle.class_names", "is_same = len(class_names) == len(bundle.class_names)", "training/test_loop.py"),
+    ("system/signals.py", "            if not is_first:\n                os._exit(128 + signum[0])\n", "", "training/test_faults.py"),
+    ("data/pipeline.py", "mp_prefetch\n        iterator = iter(prefetch(options, _end_with_the_main_process))", "mp_prefetch\n        iterator = iter(prefetch(options))", "training/test_faults.py"),
+    ("data/pipeline.py", "draws = {name: values[rows] for name, values in draws.items()}", "pass", "data/test_pipeline.py"),
+    ("data/pipeline.py", "positions = batch * batch_size + own_rows", "positions = batch * batch_size + np.arange(batch_size)[: len(own_rows)]", "data/test_pipeline.py"),
+    ("training/results.py", "probabilities[share] = rows", "probabilities[: len(rows)] = rows", "training/test_processes.py"),
+    ("tune/space.py", "return [distribution.low, distribution.high]", "return [distribution.low]", "tune/test_space.py"),
+    ("tune/search.py", "trial.number, *name.encode()", "*name.encode()", "tune/test_search.py"),
+    ("tune/search.py", "if trial.number == 0:", "if False:", "tune/test_tune_study.py"),
+    ("tune/space.py", "and _is_in_range(value, distribution)", "", "tune/test_space.py"),
+    ("tune/search.py", "(len(others) + 1) // REDUCTION", "len(others) // REDUCTION", "tune/test_search.py"),
+    ("tune/search.py", "if step <= epoch}", "}", "tune/test_search.py"),
+    ("tune/search.py", "math.ceil((last + 1)", "math.floor((last + 1)", "tune/test_search.py"),
+    ("tune/storage.py", "re.sub(r\"(?i)(password=)[^&]*\", r\"\\1***\", url)", "url", "tune/test_storage.py"),
+    ("tune/storage.py", "file.truncate(end)", "pass", "tune/test_storage.py"),
+    ("tune/study.py", "judged = told - {max(told, default=0)}", "judged = set(told)", "tune/test_tune_study.py"),
+    ("tune/study.py", "\"report.splits\": (\"validation\",)", "\"report.splits\": (\"validation\", \"test\")", "tune/test_tune_study.py"),
+    ("tune/study.py", "if not numbers():", "if True:", "tune/test_tune_study.py"),
+    ("tune/study.py", "if counts(self._trials()[trial.number]):", "if True:", "tune/test_tune_study.py"),
+    ("tune/outcome.py", "states=(TrialState.COMPLETE,)", "states=None", "tune/test_outcome.py"),
+]  # fmt: skip
+
+
+def _survives(copy: pathlib.Path, file: str, old: str, new: str, test: str) -> bool:
+    path = copy / "cnn_jax" / file
+    original = path.read_text()
+    path.write_text(original.replace(old, new))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{test}"]
+    try:
+        result = subprocess.run(
+            command, cwd=copy, capture_output=True, timeout=_SECONDS, preexec_fn=_limit_memory
+        )
+        return result.returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        path.write_text(original)
+
+
+def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (_BYTES, _BYTES))
+
+
+def stale() -> list[str]:
+    """What is wrong with the list: texts that do not stand once in their files."""
+    counts = [
+        (file, old, (REPOSITORY / "cnn_jax" / file).read_text().count(old))
+        for file, old, _, _ in MUTATIONS
+    ]
+    return [f"{file} has {old!r} {count} times" for file, old, count in counts if count != 1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("files", nargs="*", metavar="FILE", help="below cnn_jax/")
+    files = parser.parse_args().files
+    mutations = [mutation for mutation in MUTATIONS if not files or mutation[0] in files]
+    if out_of_date := stale():
+        sys.exit(f"the list is out of date: {'; '.join(out_of_date)}")
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / "copy"
+        ignore = shutil.ignore_patterns(".git", "runs", ".venv")
+        shutil.copytree(REPOSITORY, copy, ignore=ignore)
+        for mutation in mutations:
+            survived = _survives(copy, *mutation)
+            survivors += survived
+            file, old, new, test = (text.replace("\n", " ") for text in mutation)
+            print(f"{'SURVIVED' if survived else 'found'}  {file}: {old} -> {new}  ({test})")
+            sys.stdout.flush()
+    print(f"{len(mutations) - survivors} of {len(mutations)} found")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,504 @@
+"""What each part of the recipe is worth: variants of it over seeds, in one table.
+
+    python experiments/studies/ablation.py --grid=ladder --workdir=DIR [--seeds=3] [--jobs=2]
+        [--variants=NAME,...] [--expect=FILE] [ARGUMENT of cnn_jax.main...]
+
+such as --config=configs/eurosat.py --config.data.source=folder:PATH --config.train.epochs=45.
+The seed draws the weights, the order of the images and the division into splits; the same
+seeds are used for all variants, so that their differences are paired.
+
+Every run is one of the training command in the folder DIR/VARIANT-SEED. Grids share
+variants: in one DIR no run is made twice. Started again, what is finished is kept and what
+was cut off goes on. Seeds come before variants, so that an interrupted table is fair.
+--jobs=N trains N at a time, each on its share of the cores; on few cores that is faster,
+because a small network cannot keep several busy.
+
+Left in DIR: for each grid GRID.md, the table, which is also printed, and GRID.png; and
+results.json, with the figures, versions, commit and data fingerprint of all runs in DIR.
+--expect compares with such a file: a run with the same versions on the same processor with
+as many cores has the same figures to the last digit.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from cnn_jax.config import schema  # noqa: E402
+from cnn_jax.config.schema import Config  # noqa: E402
+from cnn_jax.system import cli  # noqa: E402
+from cnn_jax.system.errors import ConfigError, UserError  # noqa: E402
+from cnn_jax.training.run_directory import INDIFFERENT_KEYS, write_text  # noqa: E402
+from experiments.studies.ablation_table import METRICS, Grid, draw, make_table  # noqa: E402
+
+# Of this repository, wherever it is called from, and whichever is installed.
+TRAIN = (sys.executable, "-P", "-m", "cnn_jax.main")
+# What a finished run has come to, in its folder.
+_RECORD = "ablation.json"
+# Of a run, what is compared with another one, and what that may depend on.
+_COMPARED = ("test", "validation", "epochs", "fingerprint")
+_CIRCUMSTANCES = ("versions", "processor", "cores", "commit")
+# Exit codes of a training that was interrupted and is saved, and of one whose call is wrong.
+_START_AGAIN, _USAGE = cli.START_AGAIN, 2
+
+_NO_MIXING = {"augment.mixup_probability": 0, "augment.cutmix_probability": 0}
+_NO_AUGMENTATION = {
+    "augment.flip": "none",
+    "augment.rotation": 0,
+    "augment.zoom": 0,
+    "augment.contrast": 0,
+    **_NO_MIXING,
+}
+_CONSTANT_RATE = {"optimizer.learning_rate": 1e-3, "optimizer.final_learning_rate": 1e-3}
+_LARGE = {"optimizer.warmup_epochs": 1.0}
+
+# What each variant changes of the recipe.
+VARIANTS: dict[str, Mapping[str, Any]] = {
+    "recipe": {},
+    # Each step of the ladder adds to the one before; the recipe is the last.
+    "plain": {
+        **_NO_AUGMENTATION,
+        **_CONSTANT_RATE,
+        "model.batch_norm": False,
+        "model.dropout": 0,
+    },
+    "batch_norm": {
+        **_NO_AUGMENTATION,
+        **_CONSTANT_RATE,
+        "model.batch_norm": True,
+        "model.dropout": 0,
+    },
+    "dropout": {
+        **_NO_AUGMENTATION,
+        **_CONSTANT_RATE,
+        "model.batch_norm": True,
+        "model.dropout": 0.5,
+    },
+    "no_batch_norm": {"model.batch_norm": False},
+    "rate_1e-3": _CONSTANT_RATE,
+    "rate_1e-4": {"optimizer.learning_rate": 1e-4, "optimizer.final_learning_rate": 1e-4},
+    **{f"batch_{size}": {"train.batch_size": size} for size in (16, 64, 128, 256)},
+    **{f"dropout_{share}": {"model.dropout": share} for share in (0, 0.3, 0.7)},
+    "no_augmentation": _NO_AUGMENTATION,
+    "mixup": {**_NO_MIXING, "augment.mixup_probability": 1},
+    "cutmix": {**_NO_MIXING, "augment.cutmix_probability": 1},
+    "mixup_cutmix": {"augment.mixup_probability": 0.5, "augment.cutmix_probability": 0.5},
+    "no_smoothing": {"train.label_smoothing": 0},
+    "float32": {"precision": "float32"},
+    "bfloat16": {"precision": "bfloat16"},
+    # Adam's step does not grow with the gradient, so besides the linear rule (Goyal et al.
+    # 2017) the square-root rule (Krizhevsky 2014; Malladi et al. 2022 for adaptive
+    # optimizers) and the rate as it is are tried.
+    "batch_256_same": {"train.batch_size": 256, **_LARGE},
+    "batch_256_root": {"train.batch_size": 256, "optimizer.learning_rate": 2.8e-3, **_LARGE},
+    "batch_256_linear": {"train.batch_size": 256, "optimizer.learning_rate": 8e-3, **_LARGE},
+    "batch_512_root": {"train.batch_size": 512, "optimizer.learning_rate": 4e-3, **_LARGE},
+}
+
+
+GRIDS = {
+    "ladder": Grid(
+        {
+            "plain": "plain CNN",
+            "batch_norm": "with BatchNorm",
+            "dropout": "with dropout 0.5",
+            "recipe": "with augmentation and schedule (final)",
+        },
+        base="",
+        published={"plain": 87.2, "batch_norm": 89.1, "dropout": 90.3, "recipe": 92.1},
+    ),
+    "left_out": Grid(
+        {
+            "recipe": "the recipe",
+            "no_batch_norm": "without BatchNorm",
+            "dropout_0": "without dropout",
+            "no_augmentation": "without augmentation",
+            "rate_1e-3": "without a schedule (1e-3 throughout)",
+            "no_smoothing": "without label smoothing",
+        }
+    ),
+    "learning_rate": Grid(
+        {
+            "recipe": "from {optimizer.learning_rate} to {optimizer.final_learning_rate}, cosine",
+            "rate_1e-3": "1e-3, constant",
+            "rate_1e-4": "1e-4, constant",
+        }
+    ),
+    "batch_size": Grid(
+        {
+            "batch_16": "16",
+            "recipe": "{train.batch_size}",
+            "batch_64": "64",
+            "batch_128": "128",
+            "batch_256": "256",
+        }
+    ),
+    "dropout": Grid(
+        {"dropout_0": "0", "dropout_0.3": "0.3", "recipe": "{model.dropout}", "dropout_0.7": "0.7"}
+    ),
+    "augmentation": Grid(
+        {
+            "no_augmentation": "off",
+            "recipe": "as the recipe has it",
+            "mixup": "and MixUp",
+            "cutmix": "and CutMix",
+            "mixup_cutmix": "and MixUp or CutMix",
+        }
+    ),
+    "label_smoothing": Grid({"no_smoothing": "0", "recipe": "{train.label_smoothing}"}),
+    "precision": Grid({"float32": "float32", "bfloat16": "bfloat16"}, base="float32"),
+    "large_batch": Grid(
+        {
+            "recipe": "{train.batch_size}, rate {optimizer.learning_rate}",
+            "batch_256_same": "256, rate 1e-3",
+            "batch_256_root": "256, rate 2.8e-3 (square root)",
+            "batch_256_linear": "256, rate 8e-3 (linear)",
+            "batch_512_root": "512, rate 4e-3 (square root)",
+        }
+    ),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--grid", default="ladder", help=f"one or more of {', '.join(GRIDS)}, or all"
+    )
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, metavar="DIR")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (3)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
+    parser.add_argument("--variants", metavar="NAME,...", help="only these of the grids")
+    parser.add_argument("--expect", type=pathlib.Path, metavar="FILE", help="a results.json")
+    parser.add_argument(
+        "--config", default=str(REPOSITORY / "configs" / "default.py"), metavar="FILE"
+    )
+    flags, overrides = parser.parse_known_args(argv)
+    if min(flags.seeds, flags.jobs) < 1:
+        raise ConfigError("--seeds and --jobs: must be 1 or more")
+    names = list(GRIDS) if flags.grid == "all" else flags.grid.split(",")
+    wanted = choose(names, flags.variants)
+    expected = read_expected(flags.expect) if flags.expect else None
+    recipe = schema.load(flags.config, overrides)
+    flags.workdir.mkdir(parents=True, exist_ok=True)
+    runs = [
+        Run(flags.workdir / f"{variant}-{seed}", variant, seed, flags.config, tuple(overrides))
+        for seed in range(flags.seeds)
+        for variant in wanted
+    ]
+    if expected is not None:
+        check_expected(runs, expected)
+    results = train_all(runs, flags.jobs)
+    write_tables(names, wanted, results, recipe, flags.workdir)
+    if expected is not None:
+        compare(results, expected)
+    if failed := [result for result in results if "error" in result]:
+        raise UserError(f"{len(failed)} of {len(results)} runs failed; the table says which")
+
+
+def choose(names: Sequence[str], only: str | None) -> list[str]:
+    """The variants of the grids of these names, each once, or only some of them.
+
+    Raises:
+      ConfigError: There is no such grid or variant.
+    """
+    if unknown := [name for name in names if name not in GRIDS]:
+        raise ConfigError(f"--grid: there is no {unknown[0]}; there are {', '.join(GRIDS)}")
+    variants = list(dict.fromkeys(variant for name in names for variant in GRIDS[name].variants))
+    chosen = list(dict.fromkeys(only.split(","))) if only else variants
+    if unknown := [variant for variant in chosen if variant not in variants]:
+        raise ConfigError(f"--variants: {unknown[0]} is none of {', '.join(variants)}")
+    return chosen
+
+
+def write_tables(
+    names: Sequence[str],
+    wanted: Sequence[str],
+    results: Sequence[Mapping[str, Any]],
+    recipe: Config,
+    folder: pathlib.Path,
+) -> None:
+    """Prints and writes the tables and plots of grids, and all figures."""
+    values = dict(schema.leaves(recipe))
+    with_any = [name for name in names if set(wanted) & set(GRIDS[name].variants)]
+    # A single row is no comparison, unless it is all that there is.
+    with_several = [name for name in names if len(set(wanted) & set(GRIDS[name].variants)) > 1]
+    for name in with_several or with_any[:1]:
+        grid = GRIDS[name].named(values)
+        of_grid = {
+            variant: [result for result in results if result["variant"] == variant]
+            for variant in grid.variants
+            if variant in wanted
+        }
+        table = make_table(grid, of_grid)
+        print(f"\n{name}\n\n{table}", flush=True)
+        write_text(folder / f"{name}.md", table)
+        draw(folder / f"{name}.png", grid, of_grid)
+    write_text(folder / "results.json", json.dumps(read_all(folder), indent=1) + "\n")
+
+
+def read_all(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+    """The finished runs in a folder by variant, without what says where its data lay."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob(f"*/{_RECORD}")):
+        run = json.loads(path.read_text())
+        del run["settings"]
+        runs.setdefault(run["variant"], []).append(run)
+    return runs
+
+
+def read_expected(path: pathlib.Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The runs of a results.json by variant and seed.
+
+    Raises:
+      ConfigError: There is no such file, or it is none.
+    """
+    try:
+        by_variant = json.loads(path.read_text())
+        return {(run["variant"], run["seed"]): run for runs in by_variant.values() for run in runs}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"--expect: {path} is no results.json: {error}") from error
+
+
+def check_expected(
+    runs: Sequence["Run"], expected: Mapping[tuple[str, int], Mapping[str, Any]]
+) -> None:
+    """Raises ConfigError if nothing is known of a run that is to be compared."""
+    if missing := [run for run in runs if (run.variant, run.seed) not in expected]:
+        raise ConfigError(f"--expect: has no {missing[0].variant} of seed {missing[0].seed}")
+
+
+def compare(
+    results: Sequence[Mapping[str, Any]],
+    expected: Mapping[tuple[str, int], Mapping[str, Any]],
+) -> None:
+    """Prints for each run whether it has come to what was expected.
+
+    Raises:
+      UserError: One has not.
+    """
+    differing = 0
+    for result in results:
+        run = expected[result["variant"], result["seed"]]
+        different = [key for key in _COMPARED if result.get(key) != run.get(key)]
+        differing += bool(different)
+        told = f"{', '.join(different)} differ" if different else "the same"
+        # What figures depend on, though not by what they say.
+        elsewhere = [key for key in _CIRCUMSTANCES if result.get(key) != run.get(key)]
+        if different and elsewhere:
+            told += f" (and so do {', '.join(elsewhere)})"
+        print(f"{result['variant']}, seed {result['seed']}: {told}")
+    if differing:
+        raise UserError(f"{differing} runs differ from what was expected")
+
+
+# Runs.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+      folder: Where.
+      variant: Of `VARIANTS`.
+      seed: Of the configuration.
+      config_file: Of the recipe.
+      overrides: Of its keys, for all variants.
+    """
+
+    folder: pathlib.Path
+    variant: str
+    seed: int
+    config_file: str
+    overrides: tuple[str, ...]
+
+    def flags(self) -> list[str]:
+        """What the training command is told of the configuration."""
+        changes = {"seed": self.seed, "report.detail": "none", **VARIANTS[self.variant]}
+        return [*self.overrides, *(f"--config.{key}={value}" for key, value in changes.items())]
+
+    def settings(self) -> dict[str, Any]:
+        """All keys that its figures depend on, as JSON.
+
+        Raises:
+          ConfigError: The configuration is impossible.
+        """
+        config = schema.load(self.config_file, self.flags())
+        try:
+            schema.validate(config, num_devices=1)
+        except ConfigError as error:
+            raise ConfigError(f"{self.variant}: {error}") from error
+        leaves = {k: v for k, v in schema.leaves(config) if k not in INDIFFERENT_KEYS}
+        return json.loads(json.dumps(leaves))
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a training: it imports this repository's `cnn_jax`."""
+    folders = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+class Trainings:
+    """Training processes that are under way, to be ended together."""
+
+    def __init__(self, jobs: int):
+        self._processes: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+        self._is_ending = False
+        cores = sorted(os.sched_getaffinity(0))
+        self._shares = [cores[job::jobs] or cores for job in range(jobs)]
+
+    def run(self, run: Run) -> subprocess.CompletedProcess[str]:
+        """Trains in a process of its own."""
+        with self._lock:
+            if self._is_ending:
+                raise KeyboardInterrupt
+            share = self._shares.pop()
+            # Of this thread alone, and of what it starts.
+            os.sched_setaffinity(0, share)
+            process = subprocess.Popen(
+                [*TRAIN, f"--workdir={run.folder}", f"--config={run.config_file}", *run.flags()],
+                env=child_environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches it once, from here.
+            )
+            self._processes.add(process)
+        try:
+            _, stderr = process.communicate()
+        finally:
+            with self._lock:
+                self._processes.discard(process)
+                self._shares.append(share)
+        return subprocess.CompletedProcess(process.args, process.returncode, "", stderr)
+
+    def end(self) -> None:
+        """Has all of them save and end."""
+        with self._lock:
+            self._is_ending = True
+            for process in self._processes:
+                process.send_signal(signal.SIGTERM)
+
+
+def train_all(runs: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
+    """Trains what is not done yet; what each run has left, or why it failed.
+
+    Raises:
+      ConfigError: A folder holds a run of other settings, or a configuration is wrong.
+      KeyboardInterrupt: After Ctrl-C or SIGTERM, once all runs are saved.
+    """
+    settings = [run.settings() for run in runs]  # Before any of them is begun.
+    trainings, of_code = Trainings(jobs), commit()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = [
+            pool.submit(train, run, of_run, of_code, trainings)
+            for run, of_run in zip(runs, settings, strict=True)
+        ]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            trainings.end()
+            raise
+    return [future.result() for future in futures]
+
+
+def train(
+    run: Run, settings: Mapping[str, Any], of_code: str, trainings: Trainings
+) -> dict[str, Any]:
+    """What a run has left, which is made if it is not there.
+
+    Args:
+      run: Which one.
+      settings: Its own.
+      of_code: The commit.
+      trainings: Where it is run.
+
+    Raises:
+      ConfigError: The folder holds a run of other settings, or the call is wrong.
+      KeyboardInterrupt: It was interrupted, and is saved.
+    """
+    record = run.folder / _RECORD
+    with contextlib.suppress(FileNotFoundError):
+        found = json.loads(record.read_text())
+        different = {key for key in settings if found["settings"].get(key) != settings[key]}
+        if different:
+            raise ConfigError(
+                f"--workdir: {run.folder} holds a run of other {', '.join(sorted(different))}; use "
+                "another folder"
+            )
+        return found
+    print(f"{run.folder.name} ...", file=sys.stderr, flush=True)
+    done = trainings.run(run)
+    told = done.stderr.splitlines()[-1:] or [f"exit code {done.returncode}"]
+    if done.returncode in (_START_AGAIN, -signal.SIGTERM):
+        raise KeyboardInterrupt
+    if done.returncode == _USAGE:  # Such as a folder in use, or one of another run.
+        raise ConfigError(told[0].removeprefix("error: "))
+    what = {"variant": run.variant, "seed": run.seed, "settings": settings}
+    if done.returncode:
+        print(f"{run.folder.name} failed: {told[0]}", file=sys.stderr, flush=True)
+        return {**what, "error": told[0]}
+    where = {"commit": of_code, "processor": processor(), "cores": len(os.sched_getaffinity(0))}
+    found = {**what, **read_run(run.folder), **where}
+    write_text(record, json.dumps(found, indent=1) + "\n")
+    print(f"{run.folder.name}: {found['test']['accuracy']:.2%}", file=sys.stderr, flush=True)
+    return found
+
+
+def read_run(folder: pathlib.Path) -> dict[str, Any]:
+    """Figures of a finished run, and what they depend on."""
+    figures = json.loads((folder / "report" / "metrics.json").read_text())
+    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    bundle = json.loads((folder / "bundle" / "bundle.json").read_text())
+    return {
+        "test": {key: figures["test"][key] for key in METRICS},
+        "validation": {key: figures["validation"][key] for key in METRICS},
+        "epochs": len(epochs),
+        "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in epochs),
+        "seconds": sum(epoch["seconds"] for epoch in epochs),
+        "fingerprint": bundle["data"]["fingerprint"],
+        "versions": bundle["versions"],
+    }
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.machine()
+
+
+def commit() -> str:
+    """The repository's commit, with a + if files differ from it; empty outside of git."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ("git", "-C", str(REPOSITORY))
+        name = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)
+        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
+        return name.strip() + "+" * bool(changed.strip())
+    return ""
+
+
+if __name__ == "__main__":
+    cli.run(main, if_interrupted=cli.START_AGAIN)

@@ -1,0 +1,239 @@
+import importlib.util
+
+import pytest
+from conftest import REPOSITORY
+
+from cnn_jax.config import schema
+from cnn_jax.system.errors import ConfigError
+from configs import default
+
+CONFIG_FILES = sorted((REPOSITORY / "configs").glob("*.py"))
+
+
+def _load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_every_config_file_is_valid_and_opens_with_its_command(path):
+    module = _load(path)
+    schema.validate(module.get_config(), num_devices=1)
+    command = f"cnn_jax train --config=configs/{path.name}"
+    assert command in module.__doc__
+
+
+def test_the_specification_to_the_letter():
+    config = _load(REPOSITORY / "configs" / "spec_224.py").get_config()
+    assert schema.image_size(config) == (224, 224)
+    assert (config.train.batch_size, config.train.epochs) == (32, 45)
+    assert (config.optimizer.learning_rate, config.optimizer.final_learning_rate) == (1e-3, 1e-4)
+    assert config.train.label_smoothing == 0.1
+    assert (config.augment.rotation, config.augment.zoom, config.augment.contrast) == (0.2,) * 3
+    assert config.augment.flip == "horizontal"
+    assert tuple(config.model.features) == (32, 64, 128)
+    assert (config.model.dense, config.model.dropout, config.model.batch_norm) == (256, 0.5, True)
+    assert tuple(config.data.split) == (0.7, 0.2, 0.1)
+
+
+IMPOSSIBLE = [
+    ("seed", -1),
+    ("precision", "float16"),
+    ("data.source", ""),
+    ("data.split", (0.7, 0.2, 0.2)),
+    ("data.split", (0.8, 0.2, 0.0)),
+    ("data.split", (0.5, 0.5)),
+    ("data.image_size", (32, 30)),
+    ("data.image_size", (0, 0)),
+    ("data.image_size", (32.0, 32.0)),
+    ("data.image_size", (32, 32, 3)),
+    ("data.mean", (127.5, 127.5)),
+    ("data.mean", (127.5, 127.5, 300.0)),
+    ("data.std", (1.0, 0.0, 1.0)),
+    ("data.cache", "ram"),
+    ("optimizer.decay_epochs", -1),
+    ("train.accumulation_steps", 0),
+    ("train.steps_per_execution", -1),
+    ("checkpoint.keep", 0),
+    ("checkpoint.every_steps", -1),
+    ("checkpoint.restore_step", 1.5),
+    ("mesh.data", 0),
+    ("mesh.model", 0),
+    ("data.stratify", "random"),
+    ("data.group", "class/track"),
+    ("data.keep_splits", 1),
+    ("data.max_unreadable", 1.5),
+    ("data.allow_outside", "yes"),
+    ("train.balance", "class"),
+    ("data.workers", -2),
+    ("data.max_pixels", 0),
+    ("augment.flip", "sideways"),
+    ("augment.rotation", 1.5),
+    ("augment.zoom", 1.0),
+    ("augment.contrast", -0.1),
+    ("augment.mixup_probability", 1.5),
+    ("augment.mixup_alpha", 0.0),
+    ("augment.cutmix_probability", -0.1),
+    ("augment.cutmix_alpha", float("inf")),
+    ("augment.place", "moon"),
+    ("model.name", "resnet"),
+    ("model.features", ()),
+    ("model.features", (32, 0)),
+    ("model.dense", -1),
+    ("model.dropout", 1.0),
+    ("optimizer.learning_rate", 0.0),
+    ("optimizer.learning_rate", float("nan")),
+    ("optimizer.final_learning_rate", 1.0),
+    ("optimizer.warmup_epochs", 22.0),
+    ("optimizer.l2", -1e-4),
+    ("train.batch_size", 0),
+    ("train.batch_size", 30),
+    ("train.epochs", 0),
+    ("train.label_smoothing", 1.0),
+    ("train.patience", 0),
+    ("train.monitor", "test_accuracy"),
+    ("report.detail", "some"),
+    ("report.splits", ()),
+    ("report.splits", ("validation", "validation")),
+    ("report.splits", ("holdout",)),
+    ("report.splits", ("train", "validation")),  # The report needs all.
+]
+
+
+@pytest.mark.parametrize(("key", "value"), IMPOSSIBLE)
+def test_an_impossible_value_is_one_line_that_names_its_key(key, value):
+    config = default.get_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(ConfigError) as error:
+        schema.validate(config, num_devices=4)
+    assert str(error.value).startswith(f"config.{key}: must")
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("key", schema._FIELDS)
+def test_a_wrong_type_or_a_missing_key_is_named(key):
+    config = default.get_config()
+    section, _, name = key.rpartition(".")
+    owner = config[section] if section else config
+    with config.ignore_type():
+        owner[name] = {"a"}
+    with pytest.raises(ConfigError, match=rf"config\.{key}: must be .* got {{'a'}}"):
+        schema.validate(config, num_devices=1)
+    del owner[name]
+    with pytest.raises(ConfigError, match=rf"config\.{key}: is missing"):
+        schema.validate(config, num_devices=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("optimizer.learning_rat", "; did you mean optimizer.learning_rate?"),
+        ("train.batchsize", "; did you mean train.batch_size?"),
+        ("zzz", ""),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(key, hint):
+    config = default.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict({key: 1}) if "." not in key else setattr(
+            config[key.split(".")[0]], key.split(".")[1], 1
+        )
+    with pytest.raises(ConfigError) as error:
+        schema.validate(config, num_devices=1)
+    assert str(error.value) == f"config.{key}: there is no such key{hint}"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(64, (64, 64)), ((64,), (64, 64)), ([32, 64], (32, 64))]
+)
+def test_an_image_size_may_be_one_side(value, expected):
+    config = default.get_config()
+    with config.ignore_type():
+        config.data.image_size = value
+    schema.validate(config, num_devices=1)
+    assert schema.image_size(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.batch_size": 30}, r"batch_size: must be a multiple of the 4 devices"),
+        ({"mesh.model": 3}, r"mesh\.model: must divide the number of devices, 4, got 3"),
+        ({"mesh.data": 4, "mesh.model": 2}, r"4 devices with mesh\.model = 2 make 2, got 4"),
+        (
+            {"train.accumulation_steps": 3},
+            r"of the 4 devices that share it times train\.accumulation_steps = 3, got 32",
+        ),
+        (
+            {"optimizer.warmup_epochs": 5, "optimizer.decay_epochs": 5},
+            r"warmup_epochs: must be below optimizer\.decay_epochs = 5, got 5",
+        ),
+    ],
+)
+def test_devices_must_be_able_to_share_the_work(changes, message):
+    config = default.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=message):
+        schema.validate(config, num_devices=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"augment.mixup_probability": 0.7, "augment.cutmix_probability": 0.4},
+            r"augment\.cutmix_probability: must not be above 1 together with "
+            r"augment\.mixup_probability = 0\.7, got 0\.4",
+        ),
+        (
+            {"augment.mixup_probability": 0.1, "train.accumulation_steps": 32},
+            r"train\.batch_size: must be at least twice train\.accumulation_steps = 32, so that "
+            "an image has others to be mixed with, got 32",
+        ),
+    ],
+)
+def test_images_must_have_others_to_be_mixed_with_and_only_once(changes, message):
+    config = default.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=message):
+        schema.validate(config, num_devices=1)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.07, 0.35, 1.0])
+def test_all_images_may_be_mixed(mixup):
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {
+            "augment.mixup_probability": mixup,
+            "augment.cutmix_probability": 1 - mixup,
+            "train.accumulation_steps": 16,
+        }
+    )
+    schema.validate(config, num_devices=1)
+
+
+def test_devices_may_be_arranged_in_any_way_that_fits():
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {"mesh.data": 2, "mesh.model": 2, "train.accumulation_steps": 16}
+    )
+    schema.validate(config, num_devices=4)
+
+
+def test_what_is_automatic_is_decided_once():
+    config = default.get_config()
+    first = schema.resolve(config)
+    assert (first.precision, first.optimizer.decay_epochs) == ("float32", 22)
+    present = {"precision": "bfloat16", "augment.place": "device", "optimizer.decay_epochs": 7}
+    later = schema.resolve(config, present)
+    assert (later.precision, later.optimizer.decay_epochs) == ("bfloat16", 7)
+    assert later.augment.place == "device"
+    config.precision, config.optimizer.decay_epochs = "float32", 9
+    asked = schema.resolve(config, present)
+    assert (asked.precision, asked.optimizer.decay_epochs) == ("float32", 9)
+    assert schema.digest(asked) == schema.digest(asked.copy_and_resolve_references())
+    assert schema.digest(asked) != schema.digest(later)

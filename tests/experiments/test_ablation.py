@@ -1,0 +1,338 @@
+"""The table of an ablation: what is run, how it goes on, and its arithmetic."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import REPOSITORY
+
+from cnn_jax.config import schema
+from cnn_jax.system.errors import ConfigError
+from cnn_jax.tune.space import configured
+from configs import default
+from experiments.studies import ablation
+from experiments.studies.ablation_table import paired_difference
+
+DEFAULT = REPOSITORY / "configs" / "default.py"
+
+# Leaves what a training leaves, at once. The accuracy is the seed's and the dropout's, so that
+# it is known; at a rate of 8e-3 it fails, and "slow" in the folder's path makes it wait.
+TRAINING = """
+    import json, pathlib, signal, sys, time
+
+    flags = dict(flag.removeprefix("--").split("=", 1) for flag in sys.argv[1:])
+    folder = pathlib.Path(flags["workdir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "starts").open("a").write("x")
+    if flags.get("config.optimizer.learning_rate") == "0.008":
+        sys.exit("error: the loss is infinite")
+    if flags.get("config.train.batch_size") == "16":
+        print("error: --workdir: it is in use", file=sys.stderr)
+        sys.exit(2)
+    if "slow" in str(folder):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        (folder / "ready").touch()
+        time.sleep(60)
+    seed = int(flags["config.seed"])
+    accuracy = 0.9 + 0.01 * seed**2 - 0.1 * float(flags.get("config.model.dropout", 0.5))
+    of_split = {key: accuracy for key in ("accuracy", "precision", "recall", "f1")}
+    figures = json.dumps({"test": of_split, "validation": of_split})
+    for name in ("report", "bundle"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "report" / "metrics.json").write_text(figures)
+    (folder / "metrics.jsonl").write_text('{"seconds": 2.0}\\n{"seconds": 4.0}\\n')
+    bundle = {"data": {"fingerprint": "abc"}, "versions": {"jax": "1"}}
+    (folder / "bundle" / "bundle.json").write_text(json.dumps(bundle))
+"""
+
+
+@pytest.fixture(autouse=True)
+def training(tmp_path, monkeypatch):
+    """A training command of no time, instead of the real one."""
+    script = tmp_path / "training.py"
+    script.write_text(textwrap.dedent(TRAINING))
+    monkeypatch.setattr(ablation, "TRAIN", (sys.executable, "-S", str(script)))
+    return script
+
+
+def starts(folder):
+    """How often each run was started."""
+    return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
+
+
+def test_every_variant_is_a_possible_configuration():
+    for variant, changes in ablation.VARIANTS.items():
+        schema.validate(configured(default.get_config(), changes), num_devices=1)
+        run = ablation.Run(pathlib.Path("x"), variant, 3, str(DEFAULT), ())
+        assert run.settings()["seed"] == 3
+    named = {name for grid in ablation.GRIDS.values() for name in grid.variants}
+    assert named == set(ablation.VARIANTS)
+
+
+def test_the_ladder_adds_one_thing_at_a_time():
+    recipe = dict(schema.leaves(default.get_config()))
+    steps = list(ablation.GRIDS["ladder"].variants)
+    changed = [
+        {key for key, value in ablation.VARIANTS[name].items() if value != recipe[key]}
+        for name in ablation.GRIDS["ladder"].variants
+    ]
+    assert [ablation.VARIANTS[name].get("model.dropout") for name in steps[:3]] == [0, 0, 0.5]
+    augmentation = {f"augment.{name}" for name in ("flip", "rotation", "zoom", "contrast")}
+    schedule = {"optimizer.final_learning_rate"}
+    assert changed[0] - changed[1] == {"model.batch_norm"}
+    assert changed[1] - changed[2] == {"model.dropout"}
+    assert changed[2] - changed[3] == augmentation | schedule
+    assert changed[3] == set()
+    # And constant means constant.
+    for name in ("plain", "rate_1e-3", "rate_1e-4"):
+        rates = recipe | dict(ablation.VARIANTS[name])
+        assert rates["optimizer.learning_rate"] == rates["optimizer.final_learning_rate"]
+
+
+def test_the_interval_of_a_paired_difference_is_that_of_a_paired_t_test():
+    rng = np.random.default_rng(0)
+    values, base = rng.normal(0.9, 0.01, 5), rng.normal(0.89, 0.01, 5)
+    mean, half = paired_difference(dict(enumerate(values)), dict(enumerate(base)))
+    interval = scipy.stats.ttest_rel(values, base).confidence_interval(0.95)
+    assert np.allclose([mean - half, mean + half], [interval.low, interval.high])
+    # Seeds that one of them lacks do not count.
+    assert paired_difference({0: 0.5, 1: 0.7}, {1: 0.6, 2: 0.9}) == (
+        pytest.approx(0.1),
+        None,
+    )
+
+
+def test_a_grid_is_run_once_and_its_table_says_what_came_of_it(tmp_path, capsys):
+    arguments = ["--grid=dropout", f"--workdir={tmp_path}", "--seeds=3", "--jobs=2"]
+    arguments.append("--config.data.source=folder:/nowhere/to/be/seen")
+    ablation.main(arguments)
+    table = capsys.readouterr().out
+    assert (tmp_path / "dropout.md").read_text() in table
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in table.splitlines()}
+    # Seeds 0, 1 and 2 add 0, 1 and 4 points: a mean of 5 / 3, a deviation of 2.08.
+    assert rows["0"][1] == "91.67 ± 2.08 %"
+    assert rows["0.5"][1] == "86.67 ± 2.08 %"
+    assert rows["0"][6] == "+5.00 (+5.00 to +5.00)"
+    assert rows["0.5"][6] == ""  # Of the recipe itself.
+    assert rows["0.7"][6] == "-2.00 (-2.00 to -2.00)"
+    assert rows["0"][7:] == ["2", "3", "1.00", "3 |"]
+    assert (tmp_path / "dropout.png").stat().st_size > 5000
+    found = json.loads((tmp_path / "results.json").read_text())
+    one = found["dropout_0.3"][1]
+    assert (one["seed"], one["fingerprint"], one["versions"]) == (1, "abc", {"jax": "1"})
+    assert re.fullmatch(r"[0-9a-f]{10}\+?", one["commit"])
+    assert one["cores"] == (len(os.sched_getaffinity(0)) + 1) // 2
+    # Where the data lies is nobody's business.
+    assert "nowhere" not in (tmp_path / "results.json").read_text()
+
+    expected = tmp_path / "results.json"
+    ablation.main([*arguments, f"--expect={expected}"])
+    told = capsys.readouterr().out.removeprefix(table)
+    assert told.count("the same") == 12
+    found["dropout_0"][2]["test"]["f1"] += 1e-9
+    (tmp_path / "other.json").write_text(json.dumps(found))
+    with pytest.raises(Exception, match="1 runs differ"):
+        ablation.main([*arguments, f"--expect={tmp_path / 'other.json'}"])
+    assert "dropout_0, seed 2: test differ" in capsys.readouterr().out
+    empty = tmp_path / "empty.json"
+    for text, message in [("", "is no results.json"), ("{}", "has no dropout_0 of seed 0")]:
+        empty.write_text(text)
+        with pytest.raises(ConfigError, match=f"^--expect: .*{message}"):
+            ablation.main([*arguments, f"--expect={empty}"])
+    assert set(starts(tmp_path).values()) == {1}
+    # Where the data lies may change, and another grid adds what it does not share.
+    ablation.main(["--grid=label_smoothing", *arguments[1:-1]])
+    assert starts(tmp_path)["recipe-2"] == 1
+    # Two go at a time: either may be the first to say so.
+    with pytest.raises(ConfigError, match=r"/dropout_\S+-0 holds a run of other train\.epochs;"):
+        ablation.main([*arguments, "--config.train.epochs=7"])
+
+
+def test_what_a_row_says_is_so_whatever_the_recipe():
+    """One that mixes images, with another batch and rate."""
+    overrides = ("--config.augment.cutmix_probability=0.4", "--config.train.epochs=2")
+    of = {
+        variant: ablation.Run(
+            pathlib.Path("x"), variant, 0, str(DEFAULT.with_name("fast.py")), overrides
+        ).settings()
+        for variant in ablation.VARIANTS
+    }
+    for variant in ("plain", "batch_norm", "dropout", "no_augmentation"):
+        assert of[variant]["augment.cutmix_probability"] == 0
+    for variant in ("plain", "rate_1e-3"):
+        assert of[variant]["optimizer.learning_rate"] == 1e-3
+        assert of[variant]["optimizer.final_learning_rate"] == 1e-3
+    assert of["mixup"]["augment.cutmix_probability"] == 0
+    assert of["recipe"]["train.batch_size"] == 256
+    config = schema.load(str(DEFAULT.with_name("fast.py")), overrides)
+    values = dict(schema.leaves(config))
+    assert ablation.GRIDS["batch_size"].named(values).variants["recipe"] == "256"
+    assert ablation.GRIDS["learning_rate"].named(values).variants["recipe"] == (
+        "from 0.008 to 0.0001, cosine"
+    )
+
+
+def test_precisions_are_compared_with_each_other_in_time_too(tmp_path, capsys):
+    ablation.main(["--grid=precision", f"--workdir={tmp_path}", "--seeds=2"])
+    lines = capsys.readouterr().out.splitlines()
+    head, _, first, second = (line for line in lines if line.startswith("|"))
+    assert "| test accuracy against float32 |" in head
+    assert first.split(" | ")[6:10:3] == ["", "1.00"]
+    assert second.split(" | ")[6:10:3] == ["+0.00 (+0.00 to +0.00)", "1.00"]
+
+
+def test_the_ladder_compares_with_the_row_before(tmp_path, capsys):
+    ablation.main(["--grid=ladder", f"--workdir={tmp_path}", "--seeds=2"])
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines() if "± " in row]
+    assert [row[6] for row in rows] == [
+        "",
+        "+0.00 (+0.00 to +0.00)",
+        "-5.00 (-5.00 to -5.00)",
+        "+0.00 (+0.00 to +0.00)",
+    ]
+    assert [row[10].strip(" |") for row in rows] == ["87.2 %", "89.1 %", "90.3 %", "92.1 %"]
+
+
+def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(tmp_path, capsys):
+    with pytest.raises(Exception, match="2 of 10 runs failed"):
+        ablation.main(["--grid=large_batch", f"--workdir={tmp_path}", "--seeds=2"])
+    told = capsys.readouterr().out
+    assert "0; 0: error: the loss is infinite; 1: error: the loss is infinite" in told
+    assert starts(tmp_path)["batch_512_root-1"] == 1
+    assert (tmp_path / "large_batch.png").exists()
+    # It is tried again, and nothing else is.
+    with pytest.raises(Exception, match="2 of 10 runs failed"):
+        ablation.main(["--grid=large_batch", f"--workdir={tmp_path}", "--seeds=2"])
+    again = starts(tmp_path)
+    assert again.pop("batch_256_linear-0") == again.pop("batch_256_linear-1") == 2
+    assert set(again.values()) == {1}
+
+
+def test_a_wrong_call_ends_all_of_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"^--workdir: it is in use$"):
+        ablation.main(["--grid=batch_size", f"--workdir={tmp_path}", "--seeds=2"])
+    before = starts(tmp_path)
+    for flags, message in [
+        (["--config.x=1"], r"^config\.x: there is no such key"),
+        (["--config.train.accumulation_steps=32"], r"^batch_16: config\.train\.batch_size: "),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            ablation.main(["--grid=batch_size", f"--workdir={tmp_path}", *flags])
+    assert starts(tmp_path) == before
+    with pytest.raises(ConfigError, match="--grid: there is no stairs; there are ladder"):
+        ablation.main(["--grid=stairs", f"--workdir={tmp_path}"])
+    with pytest.raises(ConfigError, match="--variants: cake is none of plain"):
+        ablation.main(["--grid=ladder", "--variants=cake", f"--workdir={tmp_path}"])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_all_runs_save(tmp_path, training, signum):
+    folder = tmp_path / "slow"
+    code = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from experiments.studies import ablation\n"
+        f"ablation.TRAIN = (sys.executable, '-S', {str(training)!r})\n"
+        "ablation.cli.run(ablation.main, if_interrupted=ablation.cli.START_AGAIN)\n"
+    )
+    command = [sys.executable, "-c", code, f"--workdir={folder}", "--jobs=2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(list(folder.glob("*/ready"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 75, stderr
+    assert "Traceback" not in stderr
+    assert starts(folder) == {"plain-0": 1, "batch_norm-0": 1}
+
+
+def test_each_job_has_its_share_of_the_cores(tmp_path, training):
+    training.write_text(
+        training.read_text()
+        + "\nimport os\n(folder / 'cores').write_text(str(sorted(os.sched_getaffinity(0))))\n"
+    )
+    ablation.main(["--grid=ladder", f"--workdir={tmp_path}", "--seeds=1", "--jobs=2"])
+    cores = sorted(os.sched_getaffinity(0))
+    shares = {str(cores[0::2] or cores), str(cores[1::2] or cores)}
+    assert {path.read_text() for path in tmp_path.glob("*/cores")} <= shares
+
+
+@pytest.fixture
+def reproduce(tmp_path):
+    """Runs reproduce.sh in another folder, with an ablation that only says how it was called."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    python = programs / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$1" in -) exec {sys.executable} "$@";; *) printf "%s\\n" "$@";; esac\n'
+    )
+    python.chmod(0o755)
+
+    def run(*arguments, **variables):
+        return subprocess.run(
+            [REPOSITORY / "experiments" / "studies" / "reproduce.sh", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"} | variables,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def test_a_row_is_made_again_by_its_name(tmp_path, reproduce):
+    images = tmp_path / "my images"
+    images.mkdir()
+    for row, variants in (("plain", "plain"), ("", "batch_norm,dropout,plain,recipe")):
+        done = reproduce(f"eurosat32/{row}".rstrip("/"), EUROSAT=str(images))
+        assert done.returncode == 0, done.stderr
+        told = done.stdout.splitlines()
+        assert {
+            f"--variants={variants}",
+            "--seeds=3",
+            f"--jobs={len(os.sched_getaffinity(0))}",  # One core was a run's.
+            f"--workdir={tmp_path}/runs/reproduce/eurosat32",
+            f"--expect={REPOSITORY}/experiments/results/eurosat32.json",
+            f"--config={REPOSITORY}/experiments/../configs/eurosat.py",
+            f"--config.data.source=folder:{images}",
+            "--config.data.image_size=32",
+        } <= set(told)
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "experiments" / "results").glob("*.json")))
+def test_every_table_can_be_made_again(tmp_path, reproduce, file):
+    (tmp_path / "images").mkdir()
+    done = reproduce(file.stem, EUROSAT=str(tmp_path / "images"))
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert f"--expect={file}" in told
+    flags = [flag for flag in told if flag.startswith("--config")]
+    config = schema.load(flags[0].removeprefix("--config="), flags[1:])
+    epochs = {run["epochs"] for runs in json.loads(file.read_text()).values() for run in runs}
+    assert max(epochs) == config.train.epochs
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("", "a row is TABLE or TABLE/VARIANT, of the tables"),
+        ("nix", "a row is TABLE or TABLE/VARIANT, of the tables"),
+        ("shapes/cake", "shapes.json has no cake"),
+        ("eurosat32/plain", "EUROSAT must be the folder of its images"),
+    ],
+)
+def test_a_row_that_there_is_not_is_told(reproduce, row, message):
+    done = reproduce(row)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr

@@ -1,0 +1,179 @@
+"""Tests of `roofline.py`: its operations, its bytes, and the bounds that follow."""
+
+import collections
+
+import jax
+import pytest
+
+from cnn_jax.models import count_parameters, forward_flops, make_model
+from cnn_jax.models.cnn import CNN
+from experiments.benchmarks import roofline
+
+MODEL = CNN(num_classes=10)
+# Small enough to be counted by hand.
+TINY = CNN(num_classes=5, features=(2, 3), dense=4)
+
+
+@pytest.mark.parametrize("image_size", [32, 64, 224])
+def test_flops_are_those_of_a_hand_count(image_size: int) -> None:
+    pixels = image_size**2
+    convolutions = (
+        2 * 27 * 32 * pixels,
+        2 * 288 * 64 * pixels // 4,
+        2 * 576 * 128 * pixels // 16,
+    )
+    dense = 2 * (128 * 256 + 256 * 10)
+    forward = sum(convolutions) + dense
+    assert roofline.inference_work(MODEL, image_size, 7, 4).flops == 7 * forward
+    assert roofline.training_work(MODEL, image_size, 7, 4).flops == 7 * (
+        3 * forward - convolutions[0]
+    )
+
+
+def test_flops_are_the_known_ones() -> None:
+    training = [roofline.training_work(MODEL, size, 1, 4).flops for size in (32, 64, 224)]
+    # Known for three times a forward pass, of which the first convolution needs but two.
+    assert training == pytest.approx([62e6, 250e6, 3030e6], rel=0.04)
+    assert roofline.inference_work(MODEL, 224, 1, 4).flops == pytest.approx(1.01e9, rel=0.01)
+
+
+@pytest.mark.parametrize("image_size", [32, 224])
+def test_flops_are_those_of_xla_but_for_padding(image_size: int) -> None:
+    layers = roofline.layers(MODEL, image_size)
+    # Of three taps in a row of n pixels, 3 n - 2 fall on the image.
+    on_image = [
+        ((3 * side - 2) / (3 * side)) ** 2 for side in (image_size // 2**i for i in range(3))
+    ]
+    without_padding = sum(
+        layer.flops * share for layer, share in zip(layers, [*on_image, 1, 1], strict=True)
+    )
+    # XLA counts biases, ReLU, BatchNorm and pooling too.
+    of_xla = forward_flops(MODEL, (image_size, image_size))
+    assert without_padding < of_xla < 1.04 * without_padding
+
+
+def test_flops_at_224_pixels_are_nearly_those_of_xla() -> None:
+    of_xla = forward_flops(MODEL, (224, 224))
+    assert roofline.inference_work(MODEL, 224, 1, 4).flops == pytest.approx(of_xla, rel=0.03)
+
+
+def test_layers_have_the_parameters_of_the_network() -> None:
+    config = {"name": "cnn", "features": [8, 16], "dense": 24, "dropout": 0.5, "batch_norm": True}
+    model = make_model(config, 7, "bfloat16")
+    assert isinstance(model, CNN)
+    parameters = sum(layer.parameters for layer in roofline.layers(model, 17))
+    assert parameters == count_parameters(model, (17, 17))
+
+
+def test_shapes_are_those_of_the_network() -> None:
+    # 17 pixels are pooled to 8, and 8 are averaged.
+    model = CNN(num_classes=7, features=(8, 16))
+    layers = roofline.layers(model, 17)
+    assert [layer.inputs for layer in layers] == [17 * 17 * 3, 8 * 8 * 8, 16, 256]
+    assert [layer.products for layer in layers] == [17 * 17 * 8, 8 * 8 * 16, 256, 7]
+    assert [layer.outputs for layer in layers] == [8 * 8 * 8, 16, 256, 7]
+
+
+def bytes_by_layer(passes: list[roofline.Pass]) -> dict[str, float]:
+    found: collections.Counter[str] = collections.Counter()
+    for each in passes:
+        found[each.name.split()[0]] += each.work.bytes
+    return dict(found)
+
+
+@pytest.mark.parametrize("width", [4, 2])
+def test_bytes_of_inference_by_hand(width: int) -> None:
+    # Two images of 4 x 4 x 3, pooled to 2 x 2 x 2, averaged to 3, dense 4, head 5. Of
+    # parameters and statistics, 54 + 2 + 4 + 4, 54 + 3 + 6 + 6, 12 + 4 and 20 + 5.
+    assert bytes_by_layer(roofline.inference_passes(TINY, 4, 2, width)) == {
+        "conv1": 2 * (48 + 8 * width) + 4 * 64,
+        "conv2": 2 * (8 + 3) * width + 4 * 69,
+        "dense": 2 * (3 + 4) * width + 4 * 16,
+        "head": 2 * (4 * width + 5 * 4) + 4 * 25,
+    }
+
+
+@pytest.mark.parametrize("width", [4, 2])
+def test_bytes_of_training_by_hand(width: int) -> None:
+    # Each of the 60, 63, 16 and 25 parameters is read forwards, backwards (but in the first
+    # layer) and by Adam, which writes it; its gradient is moved twice, its moments 4 times.
+    assert bytes_by_layer(roofline.training_passes(TINY, 4, 2, width)) == {
+        # Images twice. Of 4 x 4 x 2 outputs 3 times, and their gradients 2 times. Of 2 x 2 x
+        # 2 pooled, once, and their gradients once. 4 statistics, twice.
+        "conv1": 2 * (2 * 48 + (5 * 32 + 2 * 8) * width) + 4 * (9 * 60 + 2 * 4),
+        # Of 8 inputs 3 times, their gradients once. Of 2 x 2 x 3 outputs 3 times, and their
+        # gradients 3 times. Of 3 averages, once, and their gradients once.
+        "conv2": 2 * (4 * 8 + 6 * 12 + 2 * 3) * width + 4 * (10 * 63 + 2 * 6),
+        # Of 3 inputs 3 times, their gradients once; of 4 outputs once, their gradients twice.
+        "dense": 2 * (4 * 3 + 3 * 4) * width + 4 * 10 * 16,
+        # Of 4 inputs 3 times, their gradients once; of 5 gradients of logits 3 times.
+        "head": 2 * (4 * 4 * width + 3 * 5 * 4) + 4 * 10 * 25,
+    }
+
+
+@pytest.mark.parametrize("kind", roofline.KINDS)
+def test_passes_read_what_was_written(kind: str) -> None:
+    given = {"images", "parameters", "moments", "statistics"}
+    sizes: dict[str, int] = {}
+    unread: set[str] = set()
+    for each in roofline.KINDS[kind](MODEL, 32, 8, 2):
+        for tensor, size in each.reads.items():
+            assert tensor in sizes or tensor.split()[-1] in given, tensor
+            assert sizes.setdefault(tensor, size) == size, tensor
+            unread.discard(tensor)
+        for tensor, size in each.writes.items():
+            # Nothing is written twice, but what is updated.
+            assert tensor not in sizes or tensor in each.reads, tensor
+            sizes[tensor] = size
+            unread.add(tensor)
+    left = {tensor for tensor in unread if tensor.split()[-1] not in given}
+    assert left == ({"head output"} if kind == "inference" else set())
+
+
+def test_network_without_batch_norm_is_refused() -> None:
+    with pytest.raises(ValueError, match="BatchNorm"):
+        roofline.layers(CNN(num_classes=2, batch_norm=False), 32)
+
+
+def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
+    peaks = roofline.Peaks(flops_per_second=100, bytes_per_second=10)
+    arithmetic, memory = roofline.Work(500, 20), roofline.Work(100, 30)
+    assert roofline.floor_seconds(arithmetic, peaks) == 5
+    assert roofline.floor_seconds(memory, peaks) == 3
+    # Together they could overlap; one after the other they cannot.
+    assert roofline.floor_seconds(arithmetic + memory, peaks) == 6
+    passes = [
+        roofline.Pass("a", 500, {"x": 10}, {"y": 10}),
+        roofline.Pass("b", 100, {"y": 10, "z": 10}, {"z": 10}),
+    ]
+    assert roofline.total(passes) == arithmetic + memory
+    assert roofline.floor_seconds_by_pass(passes, peaks) == 8
+
+
+def test_table_has_a_training_and_an_inference_of_each_shape() -> None:
+    peaks = roofline.Peaks(flops_per_second=1e9, bytes_per_second=1e12)
+    training, inference = roofline.table(MODEL, [(32, 8)], "bfloat16", peaks)
+    assert (training["kind"], inference["kind"]) == ("training", "inference")
+    for row in (training, inference):
+        assert row["floor_ms"] == row["compute_ms"] == pytest.approx(row["flops"] / 1e6)
+        assert row["memory_ms"] == pytest.approx(row["bytes"] / 1e9)
+        assert row["floor_by_pass_ms"] >= row["floor_ms"] * (1 - 1e-9)
+        assert row["images_per_second"] == pytest.approx(8e3 / row["floor_ms"])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_peaks_are_of_the_work_that_is_done(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each run is done, and said to take two seconds: at most twice 2048^3 operations, and
+    # 256 MiB read and written.
+    def best_seconds(run):
+        jax.block_until_ready(run())
+        return 2.0
+
+    # Only the matrices' shapes are of interest, and not the time they take.
+    monkeypatch.setattr(roofline.jnp, "matmul", lambda a, b, **_: a[:1] + b[:1])
+    monkeypatch.setattr(roofline, "_best_seconds", best_seconds)
+    monkeypatch.setattr(roofline.jax, "default_backend", lambda: "cpu")
+    peaks = roofline.measure_peaks(precision)
+    assert peaks == roofline.Peaks(2048**3, 2**28)

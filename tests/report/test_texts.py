@@ -1,0 +1,151 @@
+import pytest
+
+from cnn_jax.report import texts, verdicts
+
+
+def _figures(accuracy, reach=0.01):
+    return {
+        "accuracy": accuracy,
+        "confidence_intervals": {"accuracy": [accuracy - reach, accuracy + reach]},
+    }
+
+
+def _test_split(confusion, names="abc"):
+    count = sum(map(sum, confusion))
+    f1 = [2 * row[i] / (sum(row) + sum(r[i] for r in confusion)) for i, row in enumerate(confusion)]
+    return _figures(sum(row[i] for i, row in enumerate(confusion)) / count) | {
+        "count": count,
+        "f1": sum(f1) / len(f1),
+        "confusion": confusion,
+        "per_class": {
+            name: {"f1": f1[i], "support": sum(confusion[i])} for i, name in enumerate(names)
+        },
+    }
+
+
+def test_the_summary_says_how_good_it_is_and_what_stands_out():
+    test = _test_split([[10, 0, 0], [0, 10, 0], [4, 6, 0]])
+    pairs = [{"true": "c", "predicted": "b", "count": 6}]
+    found = texts.summary({"test": test, "confusion": {"errors": 10, "pairs": pairs}})
+    assert found["headline"] == (
+        "The network classifies 66.67 % of 30 test images correctly (95 % interval 65.7 % to "
+        "67.7 %)."
+    )
+    assert [(remark["text"], remark["section"]) for remark in found["remarks"]] == [
+        (
+            "No test image is taken for c: of 10 test images, 6 are taken for b and 4 for a.",
+            "classes",
+        ),
+        ("Of 10 mistakes, 6 are c taken for b.", "confusion"),
+    ]
+
+
+def test_a_pair_is_named_if_it_is_confused_often():
+    test = _test_split([[10, 0], [0, 10]], "ab")
+    for count, errors, is_named in ((1, 1, False), (2, 20, True), (2, 21, False)):
+        pair = {"true": "a", "predicted": "b", "count": count}
+        found = texts.summary({"test": test, "confusion": {"errors": errors, "pairs": [pair]}})
+        assert (found["remarks"][0]["section"] == "confusion") == is_named
+
+
+def test_suspected_labels_are_named_if_they_can_be_believed():
+    test = _test_split([[10, 0], [0, 10]], "ab")
+    for share, credible, is_named in ((0.02, True, True), (0.5, False, False), (0.0, True, False)):
+        suspects = {"share": share, "credible": credible, "suspected": 1, "of": 2}
+        found = texts.summary({"test": test, "label_errors": suspects})
+        assert (found["remarks"][0]["section"] == "label_errors") == is_named
+
+
+def test_the_weakest_class_is_named_if_it_stands_out():
+    test = _test_split([[10, 0, 0], [0, 10, 0], [0, 6, 4]])
+    (remark,) = texts.summary({"test": test})["remarks"]
+    assert remark["text"].startswith("The weakest class is c: its F1 is 57.1 %, and")
+
+
+def test_where_nothing_stands_out_that_is_said():
+    (remark,) = texts.summary({"test": _test_split([[10, 0], [0, 10]], "ab")})["remarks"]
+    assert remark["text"].startswith("No class, pair of classes or label stands out")
+    assert texts.summary({})["headline"] == "There is no finished network to measure yet."
+
+
+def test_durations():
+    assert texts.duration(3.4) == "3 s"
+    assert texts.duration(149.2) == "2 min 29 s"
+    assert texts.duration(3 * 3600 + 299) == "3 h 4 min"
+
+
+def test_the_reason_of_a_class_that_is_never_predicted_has_its_training_images():
+    test = _test_split([[10, 0, 0], [0, 10, 0], [4, 6, 0]])
+    train = {"count": 900, "per_class": {name: {"support": 7} for name in "abc"}}
+    (remark, *_) = texts.summary({"test": test, "train": train})["remarks"]
+    assert remark["text"].endswith("and 4 for a; 7 of 900 training images are of this class.")
+
+
+def test_the_headline_compares_with_guessing():
+    for confusion, end in (
+        ([[50, 9], [12, 39]], "Always naming a, the most common class, would be right for 53.6 %."),
+        (
+            [[30, 21], [26, 33]],
+            "Always naming b, the most common class, would be right for 53.6 %: the network is "
+            "not shown to be better than guessing.",
+        ),
+        ([[20, 50], [50, 30]], "right for 53.3 %: the network is worse than guessing."),
+        (
+            [[850, 100], [10, 40]],
+            "right for 95.0 %, and the network is not shown to be better than that. It does tell "
+            "classes apart: its mean recall is 84.7 %, where guessing has 50.0 %.",
+        ),
+    ):
+        test = _test_split(confusion, "ab")
+        test["recall"] = sum(row[i] / sum(row) for i, row in enumerate(confusion)) / 2
+        guessing = verdicts.guessing(test)
+        headline = texts.summary({"test": test, "guessing": guessing})["headline"]
+        assert headline.endswith(end)
+
+
+def test_a_small_test_split_is_told_with_the_width_of_its_interval():
+    test = _test_split([[51, 9], [9, 51]], "ab") | _figures(0.85, reach=0.064)
+    (remark, *_) = texts.summary({"test": test})["remarks"]
+    assert remark["text"].startswith("120 test images: accuracy is known to ± 6 points.")
+    assert remark["section"] == "figures"
+
+
+def test_a_small_test_split_takes_the_place_of_no_other_remark():
+    confusion = [[10, 0, 0], [0, 10, 0], [4, 6, 0]]
+    test = _test_split(confusion) | _figures(2 / 3, reach=0.15)
+    figures = {
+        "test": test,
+        "confusion": {"errors": 10, "pairs": [{"true": "c", "predicted": "b", "count": 6}]},
+        "label_errors": {"share": 0.5, "credible": True, "suspected": 1, "of": 2},
+    }
+    sections = [remark["section"] for remark in texts.summary(figures)["remarks"]]
+    assert sections == ["classes", "confusion", "label_errors", "figures"]
+    figures["calibration"] = {"after": {"expected_calibration_error": 0.2}}
+    sections = [remark["section"] for remark in texts.summary(figures)["remarks"]]
+    assert sections == ["classes", "confusion", "label_errors", "calibration"]
+
+
+def test_several_classes_that_are_never_predicted():
+    test = _test_split([[10, 0, 0], [1, 0, 0], [10, 0, 0]])
+    (remark, *_) = texts.summary({"test": test})["remarks"]
+    assert remark["text"] == (
+        "No test image is taken for b, c. Of 1 test image of b, 1 is taken for a."
+    )
+
+
+def test_a_calibration_error_is_in_points():
+    calibration = {"after": {"expected_calibration_error": 0.123}}
+    test = _test_split([[10, 0], [0, 10]], "ab")
+    (remark,) = texts.summary({"test": test, "calibration": calibration})["remarks"]
+    assert remark["text"].startswith("Confidence and accuracy are 12.3 points apart")
+
+
+def test_the_time_names_the_key_that_saves_some():
+    seconds = {"measuring": 3.0, "predictions": 1.0, "curves": 0.1, "images": 1.0, "charts": 2.0}
+    found = texts.time_spent(28.0, seconds)
+    assert found["words"] == (
+        "training 28 s, then 7 s: measuring 3 s, images 1 s, charts 2 s, other 1 s"
+    )
+    full = texts.time_spent(28.0, seconds | {"explanations": 8.0, "robustness": 9.0})
+    assert full["parts"]["other"] == pytest.approx(1.1)
+    assert full["words"].endswith("; report.detail=figures takes less")

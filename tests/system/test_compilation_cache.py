@@ -1,0 +1,136 @@
+"""The commands keep what XLA compiles; each is a process of its own, as JAX's settings are."""
+
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from bundles import make_bundle
+from conftest import REPOSITORY
+from PIL import Image
+
+from cnn_jax.inference.bundle import write_bundle
+from cnn_jax.system import compilation_cache
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    write_bundle(make_bundle(), folder / "bundle")
+    Image.new("RGB", (20, 20), "red").save(folder / "image.png")
+    return [f"--bundle={folder / 'bundle'}", f"--input={folder / 'image.png'}"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache" / "compiled"
+
+
+# A command that compiles one program.
+_SORT = """
+import jax
+from cnn_jax.system.compilation_cache import keep_compiled
+keep_compiled()
+def sort(x):
+    return jax.numpy.sort(x) @ x
+print(jax.jit(sort)(jax.numpy.arange(8.0)))
+"""
+
+
+def _predict(arguments, folder):
+    return _run(folder, ["-m", "cnn_jax.predict", *arguments])
+
+
+def _sort(folder, environment=None, before=""):
+    return _run(folder, ["-c", _SORT], environment, before)
+
+
+def _run(folder, arguments, environment=None, before=""):
+    """What is printed; the command must do so without a word of anything else."""
+    own = {k: v for k, v in os.environ.items() if "_CACHE" not in k}
+    own |= {"CNN_JAX_CACHE": str(folder.parent)} | (environment or {})
+    command = [sys.executable, *arguments]
+    if before:
+        command = ["bash", "-c", f'{before}; exec "$@"', "bash", *command]
+    result = subprocess.run(
+        command, env=own, cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert not result.stderr
+    return result.stdout
+
+
+def _written(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_the_second_prediction_finds_what_the_first_has_compiled(arguments, folder):
+    cold = _predict(arguments, folder)
+    kept = _written(folder)
+    # From JAX 0.11 on, XLA cannot write programs with oneDNN's convolutions.
+    is_kept = any(name.startswith("jit_probabilities-") for name in kept)
+    assert is_kept or jax.__version_info__ >= (0, 11)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert _predict(arguments, folder) == cold
+    assert _written(folder) == kept  # No other program, and none written again.
+
+
+def test_an_incomplete_file_is_replaced(folder):
+    first = _sort(folder)
+    (path,) = folder.glob("jit_sort-*")
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    assert _sort(folder) == first
+    assert path.stat().st_size > size // 2
+    kept = _written(folder)
+    assert _sort(folder) == first
+    assert _written(folder) == kept
+
+
+def test_a_full_disk_leaves_no_incomplete_file(folder):
+    """The kernel refuses files above a limit as it refuses them on a full disk."""
+    assert _sort(folder, before="ulimit -f 1")  # Kilobytes.
+    assert not list(folder.glob("jit_sort-*"))
+
+
+@pytest.mark.parametrize("hindrance", ["a file", "others may write"])
+def test_a_folder_that_cannot_be_used_is_not(folder, hindrance):
+    folder.parent.mkdir()
+    if hindrance == "a file":
+        folder.write_text("x")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    assert _sort(folder)
+    assert folder.is_file() or not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("wish", ["", "elsewhere"])
+def test_the_users_wish_comes_first(folder, tmp_path, wish):
+    path = str(tmp_path / wish) if wish else ""
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": path,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    _sort(folder, environment=environment)
+    assert not folder.exists()
+    assert not wish or list((tmp_path / wish).iterdir())
+
+
+def test_the_old_and_the_too_much_are_swept_away(folder, monkeypatch):
+    monkeypatch.setenv("CNN_JAX_CACHE", str(folder.parent))
+    monkeypatch.setattr(compilation_cache, "_MOST_BYTES", 250)
+    folder.mkdir(parents=True)
+    names = [f"jit_f-{i:064x}-cache" for i in range(5)]
+    for days, name in zip((1, 2, 3, 31), names, strict=False):
+        (folder / name).write_bytes(b"x" * 100)
+        os.utime(folder / name, (time.time() - days * 86400,) * 2)
+    (folder / "notes.txt").write_text("not ours")
+    os.utime(folder / "notes.txt", (0, 0))
+    compilation_cache._sweep()
+    assert {path.name for path in folder.iterdir()} == {*names[:2], "notes.txt"}
+    monkeypatch.setattr(compilation_cache, "_MOST_BYTES", 10_000)
+    os.utime(folder / names[0], (time.time() - 31 * 86400,) * 2)
+    compilation_cache._sweep()
+    assert {path.name for path in folder.iterdir()} == {names[1], "notes.txt"}

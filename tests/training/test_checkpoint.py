@@ -1,0 +1,270 @@
+import collections
+import contextlib
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import require_devices
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cnn_jax.system.errors import ConfigError, TrainingError
+from cnn_jax.training import sharding
+from cnn_jax.training.checkpoint import Checkpoints, best_record, checksums, goodness
+
+MONITOR = "validation_accuracy"
+
+
+def _record(epoch, accuracy):
+    return {"epoch": epoch, "step": 10 * epoch, MONITOR: accuracy}
+
+
+def _state(value):
+    """Large enough that TensorStore keeps the weights by themselves, where nothing guards them."""
+    weights = jax.random.normal(jax.random.key(value), (300, 200))
+    return {"weights": weights, "step": jnp.array(value, jnp.int32)}
+
+
+EMPTY = {"confusion": jnp.zeros((2, 2), jnp.int32)}
+
+
+def _open(path, **options):
+    return contextlib.closing(Checkpoints(path, MONITOR, **options))
+
+
+def _save_epochs(path, accuracies, monitor=MONITOR, keep=2):
+    history = []
+    checkpoints = Checkpoints(path, monitor, keep)
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        history.append({"epoch": epoch, "step": 10 * epoch, monitor: accuracy})
+        checkpoints.save(10 * epoch, _state(10 * epoch), EMPTY, history, "data")
+    checkpoints.close()
+    return history
+
+
+def _steps(path):
+    return sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdecimal())
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "keep", "best", "kept"),
+    [
+        ([0.1, 0.9, 0.5, 0.6, 0.7], 2, 20, [10, 20, 40, 50]),
+        ([0.1, 0.9, 0.5, 0.6, 0.7], 1, 20, [10, 20, 50]),
+        ([0.1, 0.2, 0.3, 0.4], 1, 40, [30, 40]),
+        ([0.5, 0.5, 0.5, 0.5], 2, 10, [10, 30, 40]),  # The earliest of equals.
+        ([0.1, 0.2, 0.3, 0.4], 9, 40, [10, 20, 30, 40]),
+    ],
+)
+def test_the_latest_and_the_best_and_the_one_before_are_kept(
+    tmp_path, accuracies, keep, best, kept
+):
+    history = _save_epochs(tmp_path, accuracies, keep=keep)
+    assert _steps(tmp_path) == kept
+    record = best_record(history, MONITOR)
+    assert record is not None
+    assert record["step"] == best
+
+
+def test_of_losses_the_lowest_is_best(tmp_path):
+    _save_epochs(tmp_path, [0.5, 0.2, 0.9, 0.8], monitor="validation_loss", keep=1)
+    assert _steps(tmp_path) == [10, 20, 40]
+
+
+def test_nan_is_worse_than_all():
+    assert goodness(_record(1, float("nan")), MONITOR) == -np.inf
+    assert best_record([_record(1, float("nan")), _record(2, 0.0)], MONITOR)["epoch"] == 2
+    assert best_record([], MONITOR) is None
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path):
+    state = {
+        "weights": jax.random.normal(jax.random.key(0), (5, 3)),
+        "step": jnp.array(7, jnp.int32),
+    }
+    totals = {"confusion": jnp.arange(4, dtype=jnp.int32).reshape(2, 2)}
+    history = [_record(1, 1 / 3)]
+    first = Checkpoints(tmp_path, MONITOR)
+    first.save(17, state, totals, history, "data", seconds=1.25)
+    first.close()
+
+    with _open(tmp_path) as second:
+        assert second.steps() == [17]
+        saved = second.restore(17, *jax.tree.map(jnp.zeros_like, (state, totals)))
+    assert (saved.step, saved.history, saved.seconds) == (17, history, 1.25)
+    for a, b in zip(
+        jax.tree.leaves((saved.state, saved.epoch_metrics)),
+        jax.tree.leaves((state, totals)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_one_saved_within_an_epoch_is_the_latest_but_never_the_best(tmp_path):
+    history = _save_epochs(tmp_path, [0.1, 0.9, 0.1], keep=1)
+    with _open(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(35, _state(35), EMPTY, history, "data")
+    assert _steps(tmp_path) == [10, 20, 35]
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    """Training goes on, and reuses the arrays, while they are being written."""
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = {"weights": jnp.zeros(1_000_000)}
+    with _open(tmp_path) as checkpoints:
+        state = step(state)
+        checkpoints.save(1, state, EMPTY, [], "data")
+        for _ in range(20):
+            state = step(state)
+        saved = checkpoints.restore(1, state, EMPTY)
+    np.testing.assert_array_equal(saved.state["weights"], 1)
+
+
+def test_the_history_is_saved_as_it_was(tmp_path):
+    """Training goes on, and adds to it, while it is being written."""
+    history = [_record(1, 0.5)]
+    with _open(tmp_path) as checkpoints:
+        for epoch in range(2, 6):
+            step = history[-1]["step"]
+            checkpoints.save(step, _state(step), EMPTY, history, "data")
+            history.append(_record(epoch, 0.5 + epoch / 100))
+        checkpoints.wait()
+        for step in checkpoints.steps():
+            saved = checkpoints.restore(step, _state(0), EMPTY)
+            assert saved.history == history[: step // 10]
+
+
+def test_other_data_is_refused(tmp_path):
+    _save_epochs(tmp_path, [0.5])
+    with _open(tmp_path) as checkpoints:
+        checkpoints.check_data("data")
+        with pytest.raises(TrainingError, match="the data has changed"):
+            checkpoints.check_data("other data")
+
+
+@pytest.mark.parametrize("flips", [1, 2, 3])
+def test_a_checksum_notices_flipped_bits_whatever_the_type(flips):
+    rng = np.random.default_rng(flips)
+    for dtype in (np.float32, np.int32, jnp.bfloat16, np.uint8):
+        array = np.asarray(rng.integers(0, 2, (3, 5, 7)), dtype)
+        before = int(checksums([jnp.asarray(array)])[0])
+        for _ in range(20):
+            bits = np.unpackbits(array.view(np.uint8), bitorder="little")
+            bits[rng.choice(bits.size, flips, replace=False)] ^= 1
+            changed = np.packbits(bits, bitorder="little").view(dtype).reshape(array.shape)
+            assert int(checksums([jnp.asarray(changed)])[0]) != before
+
+
+@pytest.mark.parametrize("bit", [0, 15, 30, 31])
+def test_a_checksum_notices_the_same_bit_flipped_in_many_elements(bit):
+    """Sums of products would not: the highest bits cancel each other."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 400, np.uint32)
+    before = int(checksums([jnp.asarray(bits)])[0])
+    for count in (2, 4, 256, 400):
+        for start in range(0, 401 - count, 16):
+            changed = bits.copy()
+            changed[start : start + count] ^= np.uint32(1 << bit)
+            assert int(checksums([jnp.asarray(changed)])[0]) != before
+
+
+def _mix(x):
+    """MurmurHash3's 32-bit finalizer, in Python's integers."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+    return x ^ (x >> 16)
+
+
+def test_a_checksum_is_the_same_however_the_array_is_divided():
+    require_devices(2)
+    array = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
+    mesh = sharding.make_mesh(model=2)
+    bits = array.view(np.uint32).ravel().tolist()
+    expected = sum(_mix(b ^ _mix(place)) for place, b in enumerate(bits, start=1)) % 2**32
+    for spec in (P(), P("data"), P(None, "model"), P("data", "model")):
+        divided = jax.device_put(array, NamedSharding(mesh, spec))
+        assert int(checksums([divided])[0]) == expected
+
+
+# Damage. Three epochs, of which the second is best: 10 (before it), 20 and 30 are kept.
+
+
+def _files(checkpoint):
+    return [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+
+
+def _flip(path, rng):
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def _halve(path, rng):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _remove(path, rng):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [_flip, _halve, _remove])
+@pytest.mark.parametrize("step", [20, 30])
+def test_whatever_is_damaged_what_comes_back_is_what_was_saved(tmp_path, damage, step):
+    """Every file in turn: either it does not matter, or the checkpoint before is used."""
+    history = _save_epochs(tmp_path / "whole", [0.1, 0.9, 0.5])
+    rng = random.Random(step)
+    came_back = collections.Counter()
+    for path in _files(tmp_path / "whole" / str(step)):
+        run = tmp_path / "run"
+        shutil.copytree(tmp_path / "whole", run / "checkpoints")
+        damage(run / "checkpoints" / path.relative_to(tmp_path / "whole"), rng)
+        with _open(run / "checkpoints") as checkpoints:
+            saved, aside = checkpoints.restore_latest(_state(0), EMPTY)
+            assert saved is not None
+            jax.tree.map(np.testing.assert_array_equal, saved.state, _state(saved.step))
+            assert saved.history == history[: saved.step // 10]
+            # There is room again for those that will be made anew.
+            assert checkpoints.steps()[0] == saved.step
+            assert aside == [other for other in (30, 20) if other > saved.step]
+            moved = {entry.name for entry in (run / "damaged").glob("*")}
+            assert moved == set(map(str, aside))
+            checkpoints.save(saved.step + 1, _state(0), EMPTY, saved.history, "data")
+        came_back[saved.step] += 1
+        shutil.rmtree(run)
+    # A damaged best is trained again, from before it.
+    before = 20 if step == 30 else 10
+    assert set(came_back) == {30, before}
+
+
+def test_if_none_is_intact_they_are_left_alone_and_it_is_an_error(tmp_path):
+    _save_epochs(tmp_path, [0.5, 0.6])
+    for step in (10, 20):
+        (tmp_path / str(step) / "progress" / "metadata").write_text("{}")
+    with (
+        _open(tmp_path) as checkpoints,
+        pytest.raises(TrainingError, match=r"no checkpoint in .* is intact \(.*20 is damaged"),
+    ):
+        checkpoints.restore_latest(_state(0), EMPTY)
+    assert _steps(tmp_path) == [10, 20]
+
+
+def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
+    with _open(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(_state(0), EMPTY) == (None, [])
+
+
+def test_going_back_forgets_what_came_after(tmp_path):
+    _save_epochs(tmp_path, [0.1, 0.2, 0.3, 0.4], keep=4)
+    with _open(tmp_path, keep=4) as checkpoints:
+        with pytest.raises(ConfigError, match=r"no checkpoint of step 25 .* are 10, 20, 30, 40$"):
+            checkpoints.go_back(25, _state(0), EMPTY)
+        (tmp_path / "10" / "progress" / "metadata").write_text("{}")
+        with pytest.raises(TrainingError, match="10 is damaged"):
+            checkpoints.go_back(10, _state(0), EMPTY)
+        assert checkpoints.steps() == [40, 30, 20, 10]
+        assert checkpoints.go_back(20, _state(0), EMPTY).step == 20
+        assert checkpoints.steps() == [20, 10]
+        checkpoints.save(30, _state(3), EMPTY, [], "data")
+    assert _steps(tmp_path) == [10, 20, 30]

@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cnn_jax.models.cnn import CNN
+from cnn_jax.training.optimizer import kernel_mask, make_optimizer, make_schedule
+
+
+def test_schedule_is_the_cosine_between_its_two_rates():
+    schedule = make_schedule(1e-3, 1e-4, total_steps=100)
+    steps = np.array([0, 25, 50, 100, 150])
+    expected = 1e-4 + 0.5 * 9e-4 * (1 + np.cos(np.pi * np.minimum(steps, 100) / 100))
+    np.testing.assert_allclose([schedule(step) for step in steps], expected, rtol=1e-6)
+
+
+def test_warm_up_is_linear_and_the_cosine_follows_it():
+    schedule = make_schedule(1e-3, 1e-4, total_steps=110, warmup_steps=10)
+    np.testing.assert_allclose(
+        [schedule(step) for step in (0, 5, 10, 60, 110)], [0, 5e-4, 1e-3, 5.5e-4, 1e-4], rtol=1e-6
+    )
+
+
+def test_equal_rates_are_constant():
+    schedule = make_schedule(1e-4, 1e-4, total_steps=10)
+    np.testing.assert_allclose([schedule(step) for step in range(12)], 1e-4, rtol=1e-6)
+
+
+def _params():
+    variables = CNN(3, features=(4, 8), dense=16).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    return variables["params"]
+
+
+def test_only_kernels_are_regularised():
+    mask = kernel_mask(_params())
+    flat = {jax.tree_util.keystr(path): on for path, on in jax.tree.leaves_with_path(mask)}
+    assert {name for name, on in flat.items() if on} == {
+        f"['{layer}']['kernel']" for layer in ("conv1", "conv2", "dense", "head")
+    }
+    assert len(flat) == 12
+
+
+def test_l2_is_the_gradient_of_half_the_sum_of_squares_of_kernels():
+    """Adam is given the gradient of loss + l2 / 2 * sum(kernel ** 2).
+
+    Adam's first moment after one step is a tenth of the gradient it was given;
+    the step itself hardly depends on the gradient's size.
+    """
+    params = jax.tree.map(lambda leaf: leaf + 0.1, _params())  # No parameter is zero.
+    l2 = 0.3
+
+    def loss(params):
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(params))
+
+    def loss_with_penalty(params):
+        kernels = [
+            leaf
+            for path, leaf in jax.tree.leaves_with_path(params)
+            if "kernel" in jax.tree_util.keystr(path)
+        ]
+        return loss(params) + l2 / 2 * sum(jnp.sum(kernel**2) for kernel in kernels)
+
+    optimizer = make_optimizer(optax.constant_schedule(1e-3), l2)
+    _, state = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params)
+    first_moment = optax.tree.get(state, "mu")
+    expected = jax.grad(loss_with_penalty)(params)
+    jax.tree.map(
+        lambda mu, grad: np.testing.assert_allclose(mu, 0.1 * grad, rtol=1e-5),
+        first_moment,
+        expected,
+    )
+
+
+def test_it_is_adam():
+    """Five steps equal the paper's algorithm in float64."""
+    optimizer = make_optimizer(optax.constant_schedule(0.01), l2=0.0)
+    params = {"bias": jnp.array([1.0, -2.0, 0.5])}
+    state = optimizer.init(params)
+    theta, m, v = np.array([1.0, -2.0, 0.5]), np.zeros(3), np.zeros(3)
+    for t in range(1, 6):
+        gradient = np.array([t, -0.1 * t**2, 1.0])
+        updates, state = optimizer.update({"bias": jnp.array(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        theta -= 0.01 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(params["bias"], theta, rtol=1e-5)

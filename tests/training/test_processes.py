@@ -1,0 +1,267 @@
+"""Several processes with real collectives on this machine, against one process."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from test_faults import command, one_line, wait_for_epochs
+
+EPOCHS = "--config.train.epochs=4"
+
+
+def _environment(devices):
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _processes(source, workdir, *flags, count=2, devices=2, environments=None):
+    """So many processes of one run, on so many devices each."""
+    port = _free_port()
+    together = []
+    for process_id in range(count):
+        own = [
+            f"--coordinator=localhost:{port}",
+            f"--process_id={process_id}",
+            f"--process_count={count}",
+        ]
+        together.append(
+            subprocess.Popen(
+                command(source, workdir, *flags, *([] if environments else own)),
+                cwd=REPOSITORY,
+                env=_environment(devices)
+                | (environments(process_id, port) if environments else {}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        yield together
+    finally:
+        for process in together:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+def _finish(processes):
+    """The exit codes and what was said on stderr."""
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+def _alone(source, workdir, *flags, devices):
+    process = subprocess.run(
+        command(source, workdir, *flags),
+        cwd=REPOSITORY,
+        env=_environment(devices),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+def _history(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _assert_same_to_rounding(first, second):
+    """Losses of all epochs, and what was predicted of the test split."""
+    for a, b in zip(_history(first), _history(second), strict=True):
+        for key in ("epoch", "step", "learning_rate"):
+            assert a[key] == b[key]
+        for key in ("train_loss", "validation_loss"):
+            assert a[key] == pytest.approx(b[key], rel=2e-4)
+    rows = [
+        [row.split(",") for row in (run / "report" / "predictions.csv").read_text().splitlines()]
+        for run in (first, second)
+    ]
+    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
+    confidences = [np.array([row[3] for row in lines[1:]], float) for lines in rows]
+    np.testing.assert_allclose(*confidences, atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def alone(image_folder, tmp_path_factory):
+    """One process with four devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    _alone(image_folder, workdir, EPOCHS, devices=4)
+    return workdir
+
+
+def test_two_processes_of_two_devices_are_one_of_four(image_folder, tmp_path, alone):
+    with _processes(image_folder, tmp_path / "run", EPOCHS) as processes:
+        codes, said = _finish(processes)
+    assert codes == [0, 0], said
+    _assert_same_to_rounding(tmp_path / "run", alone)
+    # One of them speaks and writes.
+    assert "4 x cpu, float32, in 2 processes" in said[0]
+    assert "epoch" not in said[1]
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    report = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
+    assert report["train"]["count"] == 45
+
+
+def test_parameters_may_be_divided_between_processes(image_folder, tmp_path, alone):
+    flags = (EPOCHS, "--config.mesh.model=4", "--config.mesh.data=1")
+    with _processes(image_folder, tmp_path / "run", *flags) as processes:
+        codes, said = _finish(processes)
+    assert codes == [0, 0], said
+    assert "4 to a copy of the network" in said[0]
+    _assert_same_to_rounding(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_all_stop_at_the_same_step_and_go_on_with_other_devices(
+    image_folder, tmp_path, alone, signum
+):
+    """A signal to one of them; then one process with one device, then four, finish it."""
+    workdir = tmp_path / "run"
+    endless = ("--config.train.epochs=100000", "--config.optimizer.decay_epochs=4")
+    with _processes(image_folder, workdir, *endless) as processes:
+        wait_for_epochs(workdir, 1, processes)
+        processes[1].send_signal(signum)
+        codes, said = _finish(processes)
+    assert codes == [75, 75], said
+    stopped = [text.splitlines()[-1] for text in said]
+    assert "interrupted: saved after step" in stopped[0]
+    assert stopped[0] == stopped[1]
+    done = len(_history(workdir))
+    for devices, epochs in ((1, done + 1), (4, done + 2)):
+        _alone(image_folder, workdir, f"--config.train.epochs={epochs}", devices=devices)
+        assert len(_history(workdir)) == epochs
+    for a, b in zip(_history(workdir), _history(alone), strict=False):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=2e-4)
+
+
+def test_a_signal_before_the_first_step_of_a_run_that_goes_on_is_not_lost(image_folder, tmp_path):
+    workdir = tmp_path / "run"
+    endless = "--config.train.epochs=100000"
+    _alone(image_folder, workdir, "--config.train.epochs=2", devices=2)
+    with _processes(image_folder, workdir, endless, devices=1) as processes:
+        for line in processes[0].stderr:
+            if line.startswith("goes on from step"):
+                break
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        codes, said = _finish(processes)
+    assert codes == [75, 75], said
+    assert "interrupted: saved after step" in said[1]
+
+
+def test_a_trace_of_two_processes_is_that_of_the_first(image_folder, tmp_path):
+    flags = (EPOCHS, "--profile")
+    with _processes(image_folder, tmp_path / "run", *flags, devices=1) as processes:
+        codes, said = _finish(processes)
+    assert codes == [0, 0], said
+    assert len(list((tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz"))) == 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_if_one_is_killed_the_other_ends_and_both_go_on(image_folder, tmp_path, alone, victim):
+    workdir = tmp_path / "run"
+    endless = ("--config.train.epochs=100000", "--config.optimizer.decay_epochs=4")
+    with _processes(image_folder, workdir, *endless) as processes:
+        wait_for_epochs(workdir, 3, processes)  # So that one checkpoint at least is complete.
+        began = time.monotonic()
+        processes[victim].kill()
+        _, stderr = processes[1 - victim].communicate(timeout=120)
+        assert time.monotonic() - began < 60
+        assert processes[1 - victim].returncode != 0
+    # JAX's words where it ends the process itself, or ours where a collective fails.
+    assert "another task died" in stderr or "another process of this run" in one_line(stderr)
+    done = len(_history(workdir))
+    with _processes(image_folder, workdir, f"--config.train.epochs={done + 1}") as processes:
+        codes, said = _finish(processes)
+    assert codes == [0, 0], said
+    assert "goes on from step" in said[0]
+    assert len(_history(workdir)) == done + 1
+
+
+def test_what_fails_at_the_start_of_one_fails_in_all(image_folder, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "6").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")  # Of another run, that is.
+    with _processes(image_folder, tmp_path / "run", EPOCHS) as processes:
+        codes, said = _finish(processes)
+    assert codes == [2, 2]
+    for text in said:
+        assert "holds a run of another configuration" in one_line(text)
+
+
+def test_a_folder_in_use_is_told_by_the_one_that_asked(image_folder, tmp_path):
+    from cnn_jax.training import run_directory
+
+    with (
+        run_directory.locked(tmp_path / "run"),
+        _processes(image_folder, tmp_path / "run", EPOCHS) as processes,
+    ):
+        codes, said = _finish(processes)
+    assert codes == [2, 1]
+    assert f"is in use by process {os.getpid()}" in one_line(said[0])
+    assert "process 0 could not start; it says why" in one_line(said[1])
+
+
+def test_processes_that_were_started_differently_are_told_apart(image_folder, tmp_path):
+    port = _free_port()
+    processes = [
+        subprocess.Popen(
+            command(
+                *(image_folder, tmp_path / "run", f"--config.seed={process_id}"),
+                *(f"--coordinator=localhost:{port}", f"--process_id={process_id}"),
+                "--process_count=2",
+            ),
+            cwd=REPOSITORY,
+            env=_environment(1),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process_id in range(2)
+    ]
+    codes, said = _finish(processes)
+    assert codes == [1, 1]
+    for text in said:
+        assert "process 1 has another configuration than process 0" in one_line(text)
+
+
+def _slurm(process_id, port):
+    return {
+        "SLURM_JOB_ID": str(port),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(process_id),
+        "SLURM_LOCALID": str(process_id),
+    }
+
+
+def _open_mpi(process_id, port):
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{port * 2**12}.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(process_id),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(process_id),
+    }
+
+
+@pytest.mark.parametrize("environments", [_slurm, _open_mpi])
+def test_jax_finds_the_others_from_what_launchers_set(image_folder, tmp_path, environments):
+    flags = "--config.train.epochs=1"
+    with _processes(
+        image_folder, tmp_path / "run", flags, devices=1, environments=environments
+    ) as processes:
+        codes, said = _finish(processes)
+    assert codes == [0, 0], said
+    assert "2 x cpu, float32, in 2 processes" in said[0]

@@ -1,0 +1,102 @@
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY, require_cpu, require_devices
+
+from cnn_jax.system.errors import ConfigError, DataError
+from cnn_jax.training import sharding
+
+
+def test_the_mesh_has_all_devices_and_shares_the_batch_along_data():
+    mesh = sharding.make_mesh()
+    assert dict(mesh.shape) == {"data": jax.device_count(), "model": 1}
+    by_example = sharding.split_by_example(mesh)
+    images = np.arange(16 * 3, dtype=np.uint8).reshape(16, 3)
+    batch = sharding.to_devices({"image": images}, sharding=by_example, batch_size=16)
+    assert batch["image"].sharding.shard_shape((16, 3)) == (16 // jax.device_count(), 3)
+    np.testing.assert_array_equal(batch["image"], images)
+
+
+def test_several_batches_are_divided_by_example_and_not_by_step():
+    mesh = sharding.make_mesh()
+    layout = sharding.split_by_step_and_example(mesh)
+    rows = np.arange(3 * 16 * 2, dtype=np.int32).reshape(3, 16, 2)
+    batches = sharding.to_devices({"row": rows}, sharding=layout, batch_size=16)
+    assert batches["row"].sharding.shard_shape(rows.shape) == (3, 16 // jax.device_count(), 2)
+    np.testing.assert_array_equal(batches["row"], rows)
+
+
+def test_one_process_loads_every_row_whatever_the_order_of_its_devices():
+    require_devices(2)
+    devices = jax.devices()[::-1]
+    mesh = sharding.make_mesh(2, devices)
+    rows = sharding.local_rows(sharding.split_by_example(mesh), 12)
+    np.testing.assert_array_equal(rows, np.arange(12))
+
+
+@pytest.mark.parametrize("model", [1, 2, 4])
+def test_large_arrays_are_divided_by_their_last_dimension(model):
+    require_devices(model)
+    mesh = sharding.make_mesh(model)
+    shapes = {"large": (3, 3, 64, 128), "small": (128,), "odd": (400, 129)}
+    tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    parts = {
+        name: laid.shard_shape(shapes[name])
+        for name, laid in sharding.split_large(mesh, tree).items()
+    }
+    assert parts == shapes | {"large": (3, 3, 64, 128 // model)}
+
+
+def test_a_whole_array_can_be_laid_out_anyhow():
+    require_devices(2)
+    mesh = sharding.make_mesh(2)
+    array = np.random.default_rng(0).normal(size=(256, 128)).astype(np.float32)
+    shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    for layout in (sharding.replicated(mesh), sharding.split_large(mesh, shape)):
+        placed = sharding.place(array, layout)
+        assert placed.sharding == layout
+        np.testing.assert_array_equal(placed, array)
+
+
+def test_alone_nobody_is_waited_for():
+    with sharding.together():
+        pass
+    with pytest.raises(DataError, match="mine"), sharding.together():
+        raise DataError("mine")
+    sharding.check_equal("other data", "00ff")
+    rows = np.ones((3, 2))
+    assert sharding.gather_rows(rows)[0] is rows
+    assert sharding.is_primary()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("localhost:1", None, 2), "belong together"),
+        ((None, 0, None), "belong together"),
+        (("localhost:1", 2, 2), "--process_id: must be below --process_count=2"),
+    ],
+)
+def test_flags_that_do_not_fit_together(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        sharding.start_processes(*flags)
+
+
+def test_without_flags_and_without_a_cluster_there_is_one_process():
+    """In a process of its own, as no device may have been touched before."""
+    code = (
+        "import jax; from cnn_jax import sharding\n"
+        "sharding.start_processes(); sharding.start_processes(process_count=1)\n"
+        "assert jax.process_count() == 1 and not jax.distributed.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_memory_of_a_device_is_told():
+    require_cpu()
+    assert 1e8 < sharding.device_bytes() * jax.local_device_count() < 1e14
+    assert 0 < sharding.free_device_bytes() <= sharding.device_bytes()
+    assert sharding.accelerator_bytes() == 0  # A CPU is none.

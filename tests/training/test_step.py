@@ -1,0 +1,451 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import require_devices
+
+from cnn_jax.data import augment, mix
+from cnn_jax.data.mix import NO_MIXING, Mixing
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.models.cnn import CNN
+from cnn_jax.training import sharding
+from cnn_jax.training.optimizer import make_optimizer
+from cnn_jax.training.step import (
+    INIT,
+    MIX,
+    Statistics,
+    eval_step,
+    init_state,
+    random_key,
+    train_step,
+    update_statistics,
+)
+
+MODEL = CNN(num_classes=3, features=(4, 8), dense=16)
+PREPROCESSING = Preprocessing(image_size=(8, 8))
+OPTIMIZER = make_optimizer(optax.constant_schedule(1e-2), l2=1e-3)
+# Some are left as they are.
+MIXING = Mixing(mixup_probability=0.5, mixup_alpha=0.8, cutmix_probability=0.3)
+
+
+def _state(seed=0):
+    return init_state(random_key(seed, INIT), model=MODEL, optimizer=OPTIMIZER, image_size=(8, 8))
+
+
+def _batch(size=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": jnp.array(rng.integers(0, 256, (size, 8, 8, 3), np.uint8)),
+        "label": jnp.array(rng.integers(0, 3, size), jnp.int32),
+        "mask": jnp.ones(size, bool),
+    }
+
+
+def _train_step(model=MODEL, label_smoothing=0.1, mixing=NO_MIXING):
+    return functools.partial(
+        train_step,
+        model=model,
+        optimizer=OPTIMIZER,
+        preprocessing=PREPROCESSING,
+        seed=7,
+        label_smoothing=label_smoothing,
+        mixing=mixing,
+    )
+
+
+def assert_trees_equal(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _run(steps, state=None, step=None):
+    state = state or _state()
+    step = step or jax.jit(_train_step())
+    losses = []
+    for i in range(steps):
+        state, metrics = step(state, _batch(seed=i))
+        losses.append(metrics.compute()["loss"])
+    return state, losses
+
+
+# Printed by the assertion below when it fails.
+GOLDEN_LOSSES = [1.127901, 1.153979, 1.107676, 1.154224, 1.161832]
+GOLDEN_PARAMETER_NORM = 8.181040
+
+
+def test_golden_numbers():
+    state, losses = _run(5)
+    norm = float(optax.tree.norm(state.params))
+    message = (
+        "The training step computes other numbers than before, so that no earlier result can be "
+        "reproduced and runs in progress cannot go on bit for bit. If that is meant, put these "
+        "into the test, say so in CHANGELOG.md and measure the figures in RESULTS.md again: "
+        f"GOLDEN_LOSSES = {[round(loss, 6) for loss in losses]}, "
+        f"GOLDEN_PARAMETER_NORM = {norm:.6f}"
+    )
+    assert [norm, *losses] == pytest.approx([GOLDEN_PARAMETER_NORM, *GOLDEN_LOSSES], rel=1e-4), (
+        message
+    )
+
+
+def test_a_step_is_a_function_of_state_batch_and_seed():
+    first, losses = _run(3)
+    second, same_losses = _run(3)
+    assert losses == same_losses
+    assert_trees_equal(first, second)
+
+
+def test_dropout_differs_between_steps_and_seeds():
+    state, batch = _state(), _batch()
+    losses = set()
+    for step in range(3):
+        at_step = state.replace(step=jnp.array(step, jnp.int32))
+        losses.add(float(_train_step()(at_step, batch)[1].loss_sum.sum()))
+    other_seed = functools.partial(_train_step(), seed=8)
+    losses.add(float(other_seed(state, batch)[1].loss_sum.sum()))
+    assert len(losses) == 4
+
+
+def test_class_weights_multiply_the_losses_of_their_examples():
+    batch = _batch(size=12)
+    labels = np.asarray(batch["label"])
+    optimizer = optax.sgd(1.0)
+    state = _state().replace(opt_state=optimizer.init(_state().params))
+
+    def update(class_weights=None, mask=None):
+        step = functools.partial(_train_step(), optimizer=optimizer, class_weights=class_weights)
+        after, _ = step(state, batch | {"mask": batch["mask"] if mask is None else mask})
+        return jax.tree.map(lambda new, old: new - old, after.params, state.params)
+
+    def of_class(label):
+        """The share of one class in the gradient, by leaving out all others."""
+        share = np.mean(labels == label)
+        return jax.tree.map(lambda g: g * share, update(mask=jnp.array(labels == label)))
+
+    weights = (1.0, 3.0, 0.25)
+    expected = jax.tree.map(
+        lambda *parts: sum(w * part for w, part in zip(weights, parts, strict=True)),
+        *(of_class(label) for label in range(3)),
+    )
+    for actual, wanted in zip(
+        jax.tree.leaves(update(weights)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_one_step_is_the_optimizer_on_the_gradient_of_the_smoothed_loss():
+    model = MODEL.clone(dropout=0.0)
+    state, batch = _state(), _batch()
+
+    def loss(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        images = (batch["image"].astype(np.float32) - 127.5) / 127.5
+        logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        targets = 0.9 * jax.nn.one_hot(batch["label"], 3) + 0.1 / 3
+        return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
+
+    grads = jax.grad(loss)(state.params)
+    updates, _ = OPTIMIZER.update(grads, state.opt_state, state.params)
+    expected = optax.apply_updates(state.params, updates)
+    new_state, _ = jax.jit(_train_step(model))(state, batch)
+    assert int(new_state.step) == 1
+    assert_trees_equal(new_state.batch_stats, state.batch_stats)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), new_state.params, expected
+    )
+
+
+@pytest.mark.parametrize("mixing", [NO_MIXING, MIXING])
+def test_masked_rows_move_no_parameter_by_their_labels(mixing):
+    step = jax.jit(_train_step(mixing=mixing))
+    batch = _batch() | {"mask": jnp.arange(8) < 6}
+    other = batch | {"label": jnp.where(batch["mask"], batch["label"], 2 - batch["label"])}
+    state, metrics = step(_state(), batch)
+    other_state, other_metrics = step(_state(), other)
+    assert_trees_equal(state.params, other_state.params)
+    np.testing.assert_array_equal(metrics.confusion, other_metrics.confusion)
+    assert int(metrics.confusion.sum()) == 6
+
+
+def test_draws_in_the_batch_are_applied_on_the_device():
+    batch = _batch()
+    rng = np.random.default_rng(0)
+    draws = augment.draw(rng, augment.Augmentation("horizontal", 0.2, 0.2, 0.2), 8, (8, 8))
+    draws = jax.tree.map(jnp.array, draws)
+    moved = augment.apply_on_device(batch["image"], draws["matrix"], draws["contrast"])
+    rounded = jnp.rint(moved).astype(jnp.uint8)
+    _, on_device = _train_step()(_state(), batch | draws)
+    _, on_host = _train_step()(_state(), batch | {"image": rounded})
+    np.testing.assert_allclose(on_device.loss_sum.sum(), on_host.loss_sum.sum(), rtol=0.02)
+    _, unmoved = _train_step()(_state(), batch)
+    assert abs(float(unmoved.loss_sum.sum()) - float(on_device.loss_sum.sum())) > 0.05
+
+
+def test_evaluation_of_a_padded_batch_counts_the_real_rows_alone():
+    variables = _state().variables
+    step = jax.jit(functools.partial(eval_step, model=MODEL, preprocessing=PREPROCESSING))
+    whole = step(variables, _batch(5))
+    padded = {key: jnp.concatenate([rows, rows[:3]]) for key, rows in _batch(5).items()}
+    padded["mask"] = jnp.arange(8) < 5
+    metrics = step(variables, padded)
+    np.testing.assert_array_equal(metrics.confusion, whole.confusion)
+    np.testing.assert_allclose(metrics.loss_sum, whole.loss_sum, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mixing"),
+    [
+        *((shape, NO_MIXING) for shape in [(2, 1), (4, 1), (8, 1), (4, 2), (2, 4)]),
+        ((4, 2), MIXING),
+    ],
+)
+def test_many_devices_train_as_one_does(shape, mixing, monkeypatch):
+    """BatchNorm normalises by the whole batch, and the metrics are those of all of it."""
+    monkeypatch.setattr(sharding, "_LEAST_DIVIDED", 64)
+    data, model = shape
+    require_devices(data * model)
+    mesh = sharding.make_mesh(model, jax.devices()[: data * model])
+    everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
+    of_state = sharding.split_large(mesh, jax.eval_shape(_state))
+    train = _train_step(mixing=mixing)
+    jitted = jax.jit(
+        train, in_shardings=(of_state, by_example), out_shardings=(of_state, everywhere)
+    )
+
+    def step(state, batch):
+        rows = jax.tree.map(np.asarray, batch)
+        return jitted(state, sharding.to_devices(rows, sharding=by_example, batch_size=8))
+
+    many, many_losses = _run(20, jax.device_put(_state(), of_state), step)
+    one, losses = _run(20, step=jax.jit(train))
+    np.testing.assert_allclose(many_losses, losses, rtol=2e-5)
+    add = functools.partial(update_statistics, model=MODEL, preprocessing=PREPROCESSING)
+    add_on_many = jax.jit(
+        add,
+        in_shardings=(everywhere, of_state.variables, by_example),
+        out_shardings=everywhere,
+    )
+    empty, batch = Statistics.empty(one.batch_stats), jax.tree.map(np.asarray, _batch())
+    batch_on_many = sharding.to_devices(batch, sharding=by_example, batch_size=8)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        add_on_many(empty, many.variables, batch_on_many),
+        jax.jit(add)(empty, one.variables, batch),
+    )
+    head, conv = many.params["head"]["kernel"], many.params["conv2"]["kernel"]
+    assert len(head.sharding.device_set) == data * model
+    assert head.sharding.is_fully_replicated  # Three classes cannot be divided.
+    assert conv.sharding.shard_shape(conv.shape) == (3, 3, 4, 8 // model)
+    (adam,) = (part for part in many.opt_state[1] if hasattr(part, "mu"))
+    assert adam.mu["conv2"]["kernel"].sharding == conv.sharding
+
+
+def _statistics(batches, variables, model=MODEL):
+    statistics = Statistics.empty(variables.get("batch_stats", {}))
+    add = jax.jit(functools.partial(update_statistics, model=model, preprocessing=PREPROCESSING))
+    for batch in batches:
+        statistics = add(statistics, variables, batch)
+    assert int(statistics.batches) == len(batches)
+    return statistics.batch_stats
+
+
+def test_statistics_are_the_mean_and_variance_over_all_batches():
+    """In the first layer, which sees no other statistics, those of all pixels at once."""
+    state, _ = _run(3)
+    batches = [_batch(seed=seed) for seed in range(5)]
+    # Batches of different brightness: most of the variance is between them.
+    for i, batch in enumerate(batches):
+        batch["image"] = batch["image"] // 4 + jnp.uint8(48 * i)
+    found = _statistics(batches, state.variables)
+    images = jnp.concatenate([batch["image"] for batch in batches]).astype(jnp.float32)
+    kernel, bias = (state.params["conv1"][name] for name in ("kernel", "bias"))
+    convolved = jax.lax.conv_general_dilated(
+        (images - 127.5) / 127.5, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    activations = np.maximum(np.asarray(convolved, np.float64) + np.asarray(bias, np.float64), 0)
+    np.testing.assert_allclose(found["norm1"]["mean"], activations.mean((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(found["norm1"]["var"], activations.var((0, 1, 2)), rtol=1e-4)
+
+
+def test_statistics_do_not_depend_on_those_before():
+    """Neither initial values nor those of other parameters are left in them."""
+    state = _state()
+    batches = [_batch(seed=seed) for seed in range(2)]
+    other = jax.tree.map(lambda leaf: leaf + 100, state.batch_stats)
+    assert_trees_equal(
+        _statistics(batches, state.variables),
+        _statistics(batches, {"params": state.params, "batch_stats": other}),
+    )
+
+
+def test_inference_with_the_statistics_of_a_batch_is_training_on_it():
+    model = MODEL.clone(dropout=0.0)
+    state, batch = _state(), _batch()
+    found = _statistics([batch], state.variables)
+    images = (batch["image"].astype(jnp.float32) - 127.5) / 127.5
+    in_training, _ = model.apply(state.variables, images, train=True, mutable=["batch_stats"])
+    in_inference = model.apply({"params": state.params, "batch_stats": found}, images)
+    np.testing.assert_allclose(in_inference, in_training, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_without_batch_norm_has_no_statistics():
+    variables = _plain_state().variables
+    assert _statistics([_batch()], {"params": variables["params"]}, PLAIN) == {}
+
+
+PLAIN = CNN(num_classes=3, features=(4, 8), dense=16, dropout=0.0, batch_norm=False)
+
+
+def _plain_state():
+    return init_state(random_key(0, INIT), model=PLAIN, optimizer=OPTIMIZER, image_size=(8, 8))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_a_batch_in_parts_trains_as_the_whole_does(parts):
+    """Where the mathematics allows it: without BatchNorm and dropout."""
+    weights = (0.5, 1.0, 1.5)
+    options = {"class_weights": weights}
+    whole = jax.jit(functools.partial(_train_step(PLAIN), **options))
+    in_parts = jax.jit(functools.partial(_train_step(PLAIN), accumulation_steps=parts, **options))
+    first, second = _plain_state(), _plain_state()
+    for i in range(5):
+        # The parts have different numbers of examples that count.
+        batch = _batch(16, seed=i) | {"mask": jnp.arange(16) < 11}
+        first, metrics = whole(first, batch)
+        second, metrics_of_parts = in_parts(second, batch)
+        np.testing.assert_array_equal(metrics.confusion, metrics_of_parts.confusion)
+        np.testing.assert_allclose(metrics.loss_sum, metrics_of_parts.loss_sum, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), first.params, second.params
+    )
+    assert int(second.step) == 5
+
+
+def test_each_part_of_a_batch_has_its_own_dropout():
+    """Two equal halves; their activations are dropped differently."""
+    model = CNN(num_classes=3, features=(4, 8), dense=64, dropout=0.5, batch_norm=False)
+    state = init_state(random_key(0, INIT), model=model, optimizer=OPTIMIZER, image_size=(8, 8))
+    twice = jax.tree.map(lambda rows: jnp.repeat(rows, 2, axis=0), _batch(4))
+    _, metrics = _train_step(model)(state, twice, accumulation_steps=2)
+    _, half = _train_step(model)(state, _batch(4))
+    assert not np.allclose(metrics.loss_sum, 2 * half.loss_sum, rtol=1e-3)
+
+
+def test_parts_leave_every_row_on_its_device():
+    require_devices(2)
+    mesh = sharding.make_mesh()
+    by_example = sharding.split_by_example(mesh)
+    step = functools.partial(_train_step(PLAIN), accumulation_steps=2)
+    everywhere = sharding.replicated(mesh)
+    lowered = jax.jit(step, in_shardings=(everywhere, by_example), out_shardings=everywhere).lower(
+        _plain_state(), _batch(16)
+    )
+    program = lowered.compile().as_text()
+    assert "all-reduce" in program
+    assert "all-to-all" not in program
+    assert "all-gather" not in program
+
+
+def test_the_donated_state_is_reused():
+    step = jax.jit(_train_step(), donate_argnums=0)
+    state = _state()
+    step(state, _batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+# Images that are mixed.
+
+
+def _mixed_by_hand(batch, key):
+    """The normalised images and the soft targets of a batch, as they are to be mixed."""
+    images = (batch["image"].astype(jnp.float32) - 127.5) / 127.5
+    one_hot = jax.nn.one_hot(batch["label"], 3)
+    return mix.mix_batch(key, images, one_hot, batch["mask"], MIXING)
+
+
+def _mix_key(step):
+    return jax.random.fold_in(random_key(7, MIX), step)
+
+
+def test_one_step_is_the_optimizer_on_the_gradient_of_the_mixed_loss():
+    model = MODEL.clone(dropout=0.0)
+    state, batch = _state().replace(step=jnp.array(4, jnp.int32)), _batch()
+    images, targets = _mixed_by_hand(batch, _mix_key(4))
+    # To hold something, there must be images of each kind.
+    assert 0 < np.isin(targets, (0, 1)).all(axis=1).sum() < 8
+    weights = (0.5, 1.0, 3.0)
+
+    def loss(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        smoothed = 0.9 * targets + 0.1 / 3
+        losses = -jnp.sum(smoothed * jax.nn.log_softmax(logits), axis=-1)
+        return jnp.mean(losses * jnp.sum(targets * jnp.array([weights]), axis=-1)), logits
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
+    updates, _ = OPTIMIZER.update(grads, state.opt_state, state.params)
+    expected = optax.apply_updates(state.params, updates)
+    step = functools.partial(_train_step(model, mixing=MIXING), class_weights=weights)
+    new_state, metrics = jax.jit(step)(state, batch)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), new_state.params, expected
+    )
+    # An image counts for the class that has most of it.
+    largest = np.argmax(targets, axis=-1)
+    confusion = np.zeros((3, 3), int)
+    np.add.at(confusion, (largest, np.argmax(logits, axis=-1)), 1)
+    np.testing.assert_array_equal(metrics.confusion, confusion)
+    losses = -jax.nn.log_softmax(logits)[np.arange(8), largest]
+    np.testing.assert_allclose(metrics.loss_sum.sum(), losses.sum(), rtol=1e-5)
+
+
+def test_mixing_differs_between_steps_and_seeds_and_is_else_the_same():
+    """Without dropout, so that nothing else is drawn."""
+    step = jax.jit(_train_step(PLAIN, mixing=MIXING))
+    state, batch = _plain_state(), _batch()
+    first, _ = step(state, batch)
+    same, _ = step(state, batch)
+    assert_trees_equal(first, same)
+    later, _ = step(state.replace(step=jnp.array(1, jnp.int32)), batch)
+    with_other_seed = functools.partial(_train_step(PLAIN, mixing=MIXING), seed=8)
+    other_seed, _ = jax.jit(with_other_seed)(state, batch)
+    kernels = {np.asarray(s.params["head"]["kernel"]).tobytes() for s in (first, later, other_seed)}
+    assert len(kernels) == 3
+
+
+def test_without_mixing_the_program_is_what_it_was():
+    """No number is drawn and none computed for it: shares mean nothing then."""
+    idle = Mixing(mixup_alpha=3.0, cutmix_alpha=5.0)
+    plain, same, mixed = (
+        jax.jit(_train_step(mixing=mixing)).lower(_state(), _batch()).as_text()
+        for mixing in (NO_MIXING, idle, MIXING)
+    )
+    assert plain == same
+    assert len(mixed) > 1.1 * len(plain)
+
+
+def test_each_part_of_a_batch_is_mixed_within_itself():
+    """Parts are every second row; where the mathematics allows it, all can be mixed before."""
+    state, batch = _plain_state(), _batch(16)
+    images, targets = jnp.zeros((16, 8, 8, 3)), jnp.zeros((16, 3))
+    for part, key in enumerate(jax.random.split(_mix_key(0), 2)):
+        rows = jax.tree.map(lambda values, part=part: values[part::2], batch)
+        mixed, labels = _mixed_by_hand(rows, key)
+        images, targets = images.at[part::2].set(mixed), targets.at[part::2].set(labels)
+
+    def loss(params):
+        logits = PLAIN.apply({"params": params}, images, train=True)
+        smoothed = 0.9 * targets + 0.1 / 3
+        return -jnp.mean(jnp.sum(smoothed * jax.nn.log_softmax(logits), axis=-1))
+
+    updates, _ = OPTIMIZER.update(
+        jax.jit(jax.grad(loss))(state.params), state.opt_state, state.params
+    )
+    expected = optax.apply_updates(state.params, updates)
+    step = functools.partial(_train_step(PLAIN, mixing=MIXING), accumulation_steps=2)
+    after, _ = jax.jit(step)(state, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after.params, expected)
