@@ -247,7 +247,7 @@ def test_a_generator_may_reuse_its_memory(predictor):
 def test_what_is_neither_an_image_nor_images_is_one_error(images, message):
     # Not by `predict_batch`, whose types are checked in the tests before it can say so.
     with pytest.raises(TypeError, match=message):
-        predictor.single_images(images)
+        image_kinds.single_images(images)
 
 
 @pytest.mark.parametrize("value", [5, None, [[1, 2], [3, 4]], {"b64": ""}])
@@ -433,7 +433,7 @@ def test_a_pattern_leaves_out_what_this_project_wrote(tmp_path, monkeypatch, cap
 
     def listed(*inputs):
         caplog.clear()
-        return list(map(str, predictor.list_inputs(inputs)))
+        return list(map(str, image_kinds.list_inputs(inputs)))
 
     for pattern in ("**/*.png", "./**/*.png"):
         assert listed(pattern) == ["cat.png", "photos/dog.png"]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cnn_jax import robustness
+from cnn_jax import robustness as command
 from cnn_jax.data import scan
 from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
@@ -24,6 +24,7 @@ from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.calibration import expected_calibration_error
 from cnn_jax.inference.evaluation import predict_split
 from cnn_jax.inference.predictor import Predictor
+from cnn_jax.quality import robustness
 from cnn_jax.quality.corruptions import CORRUPTIONS, IMAGENET_C
 from cnn_jax.system.errors import DataError
 
@@ -411,7 +412,7 @@ def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_
     bundle.data["source"] = f"folder:{image_folder}"
     bundle.data["fingerprint"] = _open(image_folder).fingerprint
     write_bundle(bundle, tmp_path / "bundle")
-    robustness.main([f"--bundle={tmp_path}", "--json"])
+    command.main([f"--bundle={tmp_path}", "--json"])
     printed = capfd.readouterr()
     test = json.loads(printed.out)
     assert (test["split"], test["count"], test["seed"]) == ("test", 6, 0)
@@ -420,7 +421,7 @@ def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_
     assert "measuring corruptions" in printed.err
     output = tmp_path / "all.json"
     flags = ["--split=all", "--sample=7", "--seed=4", f"--output={output}"]
-    robustness.main([f"--bundle={tmp_path / 'bundle'}", *flags])
+    command.main([f"--bundle={tmp_path / 'bundle'}", *flags])
     sampled = json.loads(output.read_text())
     assert (sampled["split_count"], sampled["count"], sampled["seed"]) == (60, 7, 4)
     shown = capfd.readouterr().out
@@ -437,9 +438,9 @@ def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_
         assert line[7] == ("never" if first is None else str(first))
     means = [float(line[1]) for line in by_name.values()]
     assert means == sorted(means)
-    assert robustness.describe(sampled, "title", 60).startswith("title\n\nClean images: accuracy")
+    assert command.describe(sampled, "title", 60).startswith("title\n\nClean images: accuracy")
     for width in (60, 120):
-        text = robustness.describe(sampled, "title", width)
+        text = command.describe(sampled, "title", width)
         assert max(map(len, text.splitlines())) <= width
 
 
@@ -451,7 +452,7 @@ def test_unreadable_images_are_named_and_left_out(image_folder, tmp_path, caplog
     write_bundle(bundle, tmp_path / "bundle")
     output = tmp_path / "all.json"
     flags = ["--split=all", "--max_unreadable=0.02", "--sample=1", f"--output={output}"]
-    robustness.main([f"--bundle={tmp_path / 'bundle'}", *flags])
+    command.main([f"--bundle={tmp_path / 'bundle'}", *flags])
     assert json.loads(output.read_text())["split_count"] == 59
     assert "left out: red/007.png is not an image" in caplog.text
 
@@ -485,6 +486,6 @@ def test_what_is_wrong_is_one_line(flags, code, message, image_folder, tmp_path)
 @pytest.mark.parametrize("flag", ["--sample=0", "--sample=x", "--seed=-1", "--split=none"])
 def test_a_wrong_flag_is_a_usage_error(flag, tmp_path, capsys):
     with pytest.raises(SystemExit) as told:
-        robustness.main([f"--bundle={tmp_path}", flag])
+        command.main([f"--bundle={tmp_path}", flag])
     assert told.value.code == 2
     assert flag.split("=")[0] in capsys.readouterr().err
