@@ -19,7 +19,7 @@ from cnn_jax.data.findings import count
 from cnn_jax.data.sources import FORMS
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.inference.evaluation import evaluate, open_as_trained
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console, table
@@ -59,9 +59,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[Predictor, Dataset]:
+def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[BundlePredictor, Dataset]:
     """The bundle and the data set that `add_data_flags` name; warns of what is left out."""
-    predictor = Predictor.load(flags.bundle)
+    predictor = BundlePredictor.load(flags.bundle)
     dataset = open_as_trained(
         predictor,
         flags.source,

@@ -7,14 +7,14 @@ from test_maps import CLASSES, SIZE, make_predictor
 
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import checks, maps
-from cnn_jax.inference.predictor import Predictor
 from cnn_jax.models import layer_names
 
 
-class BrightCorner(Predictor):
+class BrightCorner:
     """Class 1 is as probable as the upper left quarter is bright; nothing else counts."""
 
     def __init__(self, size):
+        self.class_names = ["dark", "bright"]
         self.preprocessing = Preprocessing(size, mean=(0.0, 0.0, 0.0))
 
     def __call__(self, images):
@@ -184,13 +184,13 @@ def test_a_verdict_has_all_checks_and_says_them_in_words(judged):
 def test_a_check_is_passed_against_both_rivals_and_beyond_doubt():
     rng = np.random.default_rng(0)
     better, worse = rng.normal(1, 0.1, 20), rng.normal(0, 0.1, 20)
-    assert checks._against(better, {"a": worse, "b": worse}, 1)["passes"] is True
-    assert checks._against(better, {"a": worse, "b": worse}, -1)["passes"] is False
-    assert checks._against(better, {"a": worse, "b": better}, 1)["passes"] is False
-    assert checks._against(worse, {"a": better}, -1)["passes"] is True
+    assert checks._compare(better, {"a": worse, "b": worse}, 1)["passes"] is True
+    assert checks._compare(better, {"a": worse, "b": worse}, -1)["passes"] is False
+    assert checks._compare(better, {"a": worse, "b": better}, 1)["passes"] is False
+    assert checks._compare(worse, {"a": better}, -1)["passes"] is True
     doubtful = better + rng.normal(0.01, 1, 20)
-    assert checks._against(doubtful, {"a": better}, 1)["passes"] is False
-    found = checks._against(better, {"a": worse}, 1)
+    assert checks._compare(doubtful, {"a": better}, 1)["passes"] is False
+    found = checks._compare(better, {"a": worse}, 1)
     difference = better - worse
     low, high = found["difference_from_a"]
     assert (low + high) / 2 == pytest.approx(difference.mean())

@@ -74,8 +74,8 @@ def test_feature_importance_is_that_of_the_network_with_exchanged_features(predi
 
 def test_the_most_exciting_images_come_first_and_excite():
     embedding = np.array([[0, 1], [3, 0], [0, 2], [5, 0]], np.float32)
-    assert features.most_exciting(embedding, 0, 3).tolist() == [3, 1]
-    assert features.most_exciting(embedding, 1, 1).tolist() == [2]
+    assert features.strongest_images(embedding, 0, 3).tolist() == [3, 1]
+    assert features.strongest_images(embedding, 1, 1).tolist() == [2]
 
 
 def test_only_the_region_that_counts_is_important():

@@ -8,7 +8,7 @@ from bundles import MODEL, make_bundle
 
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import maps
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models import forward, make_model, stages
 
 SIZE = (16, 12)
@@ -28,7 +28,7 @@ def make_predictor(**changes):
     bundle = dataclasses.replace(
         make_bundle(), model=config, variables=noisy, preprocessing=preprocessing
     )
-    return Predictor(bundle)
+    return BundlePredictor(bundle)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_maps_are_finite_whatever_the_weights_and_images(name, images):
 
 def test_more_images_than_go_through_at_once(predictor, monkeypatch, images):
     expected = maps.grad_cam(predictor, images, CLASSES)
-    monkeypatch.setattr(maps, "_PIXELS_AT_ONCE", 2 * SIZE[0] * SIZE[1])
+    monkeypatch.setattr(maps, "_PIXELS_PER_BATCH", 2 * SIZE[0] * SIZE[1])
     np.testing.assert_allclose(
         maps.grad_cam(predictor, images, CLASSES), expected, rtol=1e-5, atol=1e-7
     )

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -16,13 +17,19 @@ from cnn_jax.explain import pictures
 from cnn_jax.explain.maps import grad_cam, methods_for
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.images import list_images, list_inputs, preprocess_for_inference
-from cnn_jax.inference.predictor import Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.system.errors import ConfigError, DataError
+
+
+def _make_predictor(**metrics):
+    bundle = make_bundle(class_names=("Blue jay", "<b>green</b>", "猫"))
+    return BundlePredictor(dataclasses.replace(bundle, metrics=metrics))
 
 
 @pytest.fixture(scope="module")
 def predictor():
-    return Predictor(make_bundle(class_names=("Blue jay", "<b>green</b>", "猫")))
+    """A predictor whose bundle says that it is better than guessing."""
+    return _make_predictor(test={"agreement_p_value": 0.001})
 
 
 @pytest.fixture
@@ -101,8 +108,8 @@ def test_an_unknown_class_is_refused_with_the_nearest(predictor, name, message):
     ("name", "message"),
     [
         ("grad-cm", "did you mean 'grad_cam'"),
-        ("", "there are grad_cam, "),
-        ("cam", r"needs a network whose head sees the mean feature maps \(model\.dense=0\)"),
+        ("", "the methods are grad_cam, "),
+        ("cam", r"needs a network whose head receives the mean feature maps \(model\.dense=0\)"),
     ],
 )
 def test_an_impossible_method_is_refused(predictor, name, message):
@@ -122,8 +129,44 @@ def test_what_is_no_image_is_listed_and_nothing_else_is_an_error(predictor, path
     assert "not an image" in result["images"][0]["error"]
     assert result["images"][1]["error"] is None
     assert "Left out: " in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_bad_images_are_logged_and_leave_no_output(predictor, tmp_path, caplog):
+    (tmp_path / "bad.png").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="none of 1 images could be read"):
         pictures.explain(predictor, [tmp_path / "bad.png"], tmp_path / "out")
+    assert caplog.messages == [f"{tmp_path / 'bad.png'}: is not an image of a known format"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        ({"test": {"agreement_p_value": 0.024}}, ""),
+        ({"test": {"agreement_p_value": 0.025}}, "is not shown to be better than guessing"),
+        ({"validation": {"agreement_p_value": 0.0}}, ""),
+        (
+            {"test": {"agreement_p_value": 0.5}, "validation": {"agreement_p_value": 0.0}},
+            "is not shown to be better than guessing",
+        ),
+        ({"train": {"agreement_p_value": 0.0}}, "does not say whether the network is better"),
+        ({"test": {"accuracy": 0.9}}, "does not say whether the network is better"),
+        ({}, "does not say whether the network is better"),
+    ],
+)
+def test_methods_have_a_verdict_only_if_the_network_has_learned(metrics, reason, paths, tmp_path):
+    result = pictures.explain(_make_predictor(**metrics), paths, tmp_path / "out")
+    method = result["methods"]["grad_cam"]
+    page = (tmp_path / "out" / "index.html").read_text()
+    if reason:
+        assert reason in result["no_verdict"]
+        assert result["no_verdict"] in page
+        assert method["verdict"] == "no verdict"
+        assert {check["passes"] for check in method["checks"].values()} == {None}
+    else:
+        assert result["no_verdict"] == ""
+        assert re.search("passes|fails", method["verdict"])
+        assert method["verdict"] in page
 
 
 def test_the_command(tmp_path, paths):
@@ -136,13 +179,16 @@ def test_the_command(tmp_path, paths):
     flags = [f"--bundle={tmp_path / 'bundle'}", f"--input={paths[0]}"]
     done = run(*flags, f"--output={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
-    verdict = "No verdict on the methods: that takes at least 8 images."
+    verdict = (
+        "No verdict on the methods: the bundle does not say whether the network is better than "
+        "guessing."
+    )
     assert done.stdout.splitlines() == [verdict, f"{tmp_path / 'out'}/index.html"]
 
     (tmp_path / "file").touch()
     done = run(*flags, f"--output={tmp_path / 'file' / 'out'}")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --output: cannot make")
+    assert done.stderr.splitlines()[-1].startswith("error: --output: cannot create")
     assert "Traceback" not in done.stderr
 
     weights = tmp_path / "bundle" / "weights.safetensors"
@@ -200,7 +246,7 @@ def test_maps_do_not_mix_with_the_images(tmp_path, monkeypatch, inputs, output, 
 
 
 def test_maps_of_a_process_that_was_killed_are_no_images(predictor, paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "_judge", lambda *_: 1 / 0)
+    monkeypatch.setattr(pictures, "_judge", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pictures.explain(predictor, paths, tmp_path / "maps")
     assert (tmp_path / "maps" / "0000-grad_cam.png").exists()

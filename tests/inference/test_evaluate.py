@@ -14,7 +14,7 @@ from cnn_jax.data.files import open_folder
 from cnn_jax.data.splits import Division
 from cnn_jax.inference import evaluation
 from cnn_jax.inference.bundle import write_bundle
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system.errors import DataError
 
 NAMES = ["a", "b", "c", "d"]
@@ -54,7 +54,7 @@ def _open(folder):
 def predictor(image_folder):
     bundle = make_bundle()
     bundle.data["fingerprint"] = _open(image_folder).fingerprint
-    return Predictor(bundle)
+    return BundlePredictor(bundle)
 
 
 def test_the_split_is_the_one_of_the_bundle(predictor, image_folder):
@@ -92,6 +92,17 @@ def test_other_data_is_warned_of(predictor, image_folder, tmp_path, caplog):
     assert not caplog.records
     evaluation.evaluate(predictor, _open(tmp_path), "test")
     assert "is not the data that the bundle was trained on" in caplog.text
+
+
+def test_all_images_of_the_training_data_are_warned_of(predictor, image_folder, tmp_path, caplog):
+    evaluation.evaluate(predictor, _open(image_folder), "all")
+    (message,) = caplog.messages
+    assert "--split=all includes the training images" in message
+    assert "--split=test" in message
+    caplog.clear()
+    shutil.copytree(image_folder / "red", tmp_path / "red")
+    evaluation.evaluate(predictor, _open(tmp_path), "all")
+    assert not any("training images" in message for message in caplog.messages)
 
 
 def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_path, capfd):

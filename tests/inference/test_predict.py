@@ -19,7 +19,7 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference import images as image_kinds
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.images import list_images, preprocess_for_inference
-from cnn_jax.inference.predictor import BATCH_SIZE, Predictor, _compiled, predict_batch
+from cnn_jax.inference.predictor import BATCH_SIZE, BundlePredictor, _compiled, predict_batch
 from cnn_jax.models import make_model
 from cnn_jax.predict import write_predictions
 from cnn_jax.serve.engine import Program
@@ -29,7 +29,7 @@ from cnn_jax.system.errors import BundleError, DataError
 
 @pytest.fixture(scope="module")
 def predictor():
-    return Predictor(make_bundle())
+    return BundlePredictor(make_bundle())
 
 
 def _pixels(seed=0, size=(20, 30)):
@@ -49,7 +49,7 @@ def test_probabilities_are_the_softmax_of_the_networks_logits(predictor):
 
 def test_the_temperature_divides_the_logits(predictor):
     images = _pixels(0, (16, 16))[None]
-    hot = Predictor(dataclasses.replace(make_bundle(), temperature=2.0))(images)
+    hot = BundlePredictor(dataclasses.replace(make_bundle(), temperature=2.0))(images)
     root = np.sqrt(predictor(images))
     np.testing.assert_allclose(hot, root / root.sum(), atol=1e-6)
 
@@ -315,7 +315,7 @@ def test_values_that_use_little_of_the_range_are_one_warning(predictor, tmp_path
     assert "image (PngImageFile): has 16-bit values" in caplog.records[2].message
     bundle = make_bundle()
     preprocessing = dataclasses.replace(bundle.preprocessing, white_level=4095.0)
-    predict_batch(Predictor(dataclasses.replace(bundle, preprocessing=preprocessing)), paths)
+    predict_batch(BundlePredictor(dataclasses.replace(bundle, preprocessing=preprocessing)), paths)
     assert len(caplog.records) == 3
 
 
@@ -359,7 +359,7 @@ def test_few_shapes_are_compiled_and_none_for_other_weights():
     # Of a size that no other test has.
     bundle = dataclasses.replace(make_bundle(), preprocessing=Preprocessing(image_size=(18, 18)))
     other = dataclasses.replace(bundle, temperature=3.0)
-    for predictor in (Predictor(bundle), Predictor(other)):
+    for predictor in (BundlePredictor(bundle), BundlePredictor(other)):
         for count in range(1, 20):
             predict_batch(predictor, [_pixels(i, (18, 18)) for i in range(count)])
         program = _compiled(predictor.model, predictor.preprocessing)
@@ -369,7 +369,7 @@ def test_few_shapes_are_compiled_and_none_for_other_weights():
 def test_weights_of_another_network_are_refused():
     bundle = dataclasses.replace(make_bundle(), class_names=["one", "two"])
     with pytest.raises(BundleError, match=r"head.*is \(3,\), not \(2,\)"):
-        Predictor(bundle)
+        BundlePredictor(bundle)
 
 
 @pytest.fixture(scope="module")
@@ -473,13 +473,13 @@ def test_the_most_probable_classes_in_further_columns(bundle_path, image_folder,
 
 
 def test_a_run_may_stand_for_its_bundle(bundle_path, tmp_path):
-    assert Predictor.load(bundle_path.parent).class_names == ["blue", "green", "red"]
+    assert BundlePredictor.load(bundle_path.parent).class_names == ["blue", "green", "red"]
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BundleError, match="is a run without a bundle, which is written when tr"):
-        Predictor.load(tmp_path)
+        BundlePredictor.load(tmp_path)
     (tmp_path / "bundle").mkdir()
     with pytest.raises(BundleError, match=r"bundle is not a bundle: there is no .*bundle\.json"):
-        Predictor.load(tmp_path)
+        BundlePredictor.load(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("nowhere", "no file or folder"), ("", "no image")])

@@ -23,7 +23,7 @@ from cnn_jax.inference import evaluation
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.calibration import expected_calibration_error
 from cnn_jax.inference.evaluation import predict_split
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.quality import robustness
 from cnn_jax.quality.corruptions import CORRUPTIONS, IMAGENET_C
 from cnn_jax.system.errors import DataError
@@ -37,10 +37,10 @@ def _open(folder):
 def predictor(image_folder):
     bundle = make_bundle()
     bundle.data["fingerprint"] = _open(image_folder).fingerprint
-    return Predictor(bundle)
+    return BundlePredictor(bundle)
 
 
-class _Threshold(Predictor):
+class _Threshold:
     """Says that an image is of class 1, with confidence 0.75, if its first value is above 99."""
 
     def __init__(self):
@@ -403,7 +403,7 @@ def test_other_data_is_warned_of(predictor, image_folder, tmp_path, caplog):
 def test_a_split_that_is_larger_than_the_memory_is_refused(predictor, image_folder, monkeypatch):
     """Each image takes 768 bytes."""
     monkeypatch.setattr(robustness, "memory_bytes", lambda: 768 * 60)
-    with pytest.raises(DataError, match=r"60 images .* half of the memory; --sample=30 takes"):
+    with pytest.raises(DataError, match=r"60 images .* half of the memory; --sample=30 measures"):
         robustness.measure_split(predictor, _open(image_folder), "all")
 
 
