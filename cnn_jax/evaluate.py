@@ -22,8 +22,9 @@ from cnn_jax.inference.evaluation import evaluate, open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
-from cnn_jax.system.console import Console, table
+from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
+from cnn_jax.system.text import fill, table
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +133,10 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
     more = (f"... {count(rest, 'more class', 'more classes')}; --json has all",)
     return "\n".join(
         (
-            cli.fill(title, width),
+            fill(title, width),
             "",
             table(("", "value", "95 % interval"), metrics, width),
-            cli.fill("Precision, recall and F1 are means over the classes.", width),
+            fill("Precision, recall and F1 are means over the classes.", width),
             "",
             table(("class", "precision", "recall", "F1", "images"), classes, width),
             *(more if rest else ()),

@@ -26,8 +26,9 @@ from cnn_jax.quality.corruptions import IMAGENET_C, SEVERITIES
 from cnn_jax.quality.robustness import measure_split
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
-from cnn_jax.system.console import Console, table
+from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
+from cnn_jax.system.text import fill, table
 
 
 def describe(result: Mapping[str, Any], title: str, width: int) -> str:
@@ -50,14 +51,14 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
         for name, found in sorted_corruptions
     ]
     paragraphs = [
-        cli.fill(title, width),
-        cli.fill(
+        fill(title, width),
+        fill(
             f"Clean images: accuracy {percent(clean['accuracy'])}, mean confidence "
             f"{percent(clean['confidence'])}, expected calibration error "
             f"{percent(clean['expected_calibration_error'])}.",
             width,
         ),
-        cli.fill(
+        fill(
             "Accuracy in % on corrupted images, the lowest first: the mean over the severities, at "
             "severity 1 to 5, and the first severity at which it is 10 percentage points lower "
             "than on clean images.",
@@ -70,7 +71,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
         count = sum(name in IMAGENET_C for name in corruptions)
         more = round(100 * result["relative_mean_corruption_error"], 1) + 0.0  # Never -0.0.
         paragraphs.append(
-            cli.fill(
+            fill(
                 f"Mean error over the {count} corruptions of "
                 f"ImageNet-C: {percent(result['mean_corruption_error'])}, "
                 f"{more:.1f} percentage points more than "
@@ -78,7 +79,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
                 width,
             )
         )
-    paragraphs.append(cli.fill("Accuracy on clean images, by their own quality:", width))
+    paragraphs.append(fill("Accuracy on clean images, by their own quality:", width))
     for quality, bins in result["by_quality"].items():
         digits = 0 if quality == "resolution" else 1
         rows = [

@@ -120,6 +120,23 @@ def test_of_very_many_classes_the_smallest_and_the_largest_are_shown(tmp_path, c
     assert sum("class " in line for line in lines if line.startswith(" ")) == 60
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_breaks_lines_between_words(width, tmp_path, capsys, monkeypatch):
+    for name in ("a", "a class with a name that is longer than a narrow terminal"):
+        for i in range(3):
+            _image(tmp_path / name / f"{i}.png", 0)
+    inspect.main([f"--source=folder:{tmp_path}"])
+    wide = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", str(width))
+    inspect.main([f"--source=folder:{tmp_path}"])
+    narrow = capsys.readouterr().out
+    assert narrow.split() == wide.split()
+    too_wide = [line for line in narrow.splitlines() if len(line) > width]
+    assert all(len(line.split()) <= 2 for line in too_wide)  # A single long path cannot break.
+    assert max(map(len, wide.splitlines())) > width
+    assert all(line[11:12] in (" ", "") for line in narrow.splitlines())
+
+
 def test_a_page_is_written(image_folder, tmp_path, capsys):
     output = tmp_path / "new" / "folder"
     inspect.main([f"--source=folder:{image_folder}", f"--output={output}", "--json"])
@@ -138,9 +155,9 @@ def test_a_page_is_written(image_folder, tmp_path, capsys):
         (["--source=folder:{data}", "--output={data}/red/000.png/page"], "cannot create"),
         (["--source=folder:{data}", "--output={file}"], "cannot create"),
         (["--source=folder:{data}", "--group=track"], "has no part like"),
-        (["--source=folder:{data}", "--split=0.7,0.3"], "three shares"),
-        (["--source=folder:{data}", "--split=0.7,0.3,0"], "three shares"),
-        (["--source=folder:{data}", "--split=0.7,nan,0.1"], "three shares"),
+        (["--source=folder:{data}", "--split=0.7,0.3"], "three fractions"),
+        (["--source=folder:{data}", "--split=0.7,0.3,0"], "three fractions"),
+        (["--source=folder:{data}", "--split=0.7,nan,0.1"], "three fractions"),
         (["--source=folder:{data}", "--seed=-1"], "from 0 to 4294967295"),
         (["--source=folder:{data}", "--distance=13"], "from 0 to 12"),
         (["--source=folder:{data}", "--max_pixels=0"], "1 or more"),

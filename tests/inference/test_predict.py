@@ -423,6 +423,16 @@ def test_several_inputs_and_patterns_each_image_once(bundle_path, image_folder, 
         predict.main([f"--bundle={bundle_path}", f"--input={tmp_path}/*.jpg"])
 
 
+def test_a_missing_file_among_several_inputs_has_its_error(bundle_path, image_folder, capfd):
+    good, missing = image_folder / "red" / "000.png", image_folder / "missing.png"
+    with pytest.raises(DataError, match="1 of 2 images could not be read"):
+        predict.main([f"--bundle={bundle_path}", "--input", str(missing), str(good)])
+    rows = list(csv.DictReader(io.StringIO(capfd.readouterr().out)))
+    assert [row["path"] for row in rows] == [str(missing), str(good)]
+    assert rows[0]["error"] == "No such file or directory"
+    assert rows[1]["predicted"]
+
+
 def test_a_pattern_leaves_out_what_this_project_wrote(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     for name in ("cat.png", "photos/dog.png", "photos/maps/0_grad_cam.png", "more/0.png"):
