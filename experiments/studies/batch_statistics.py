@@ -46,12 +46,9 @@ from cnn_jax.training.loop import open_dataset
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_optimizer, make_schedule
 from cnn_jax.training.step import (
-    INIT,
     Statistics,
+    TrainStep,
     eval_step,
-    init_state,
-    random_key,
-    train_step,
     update_statistics,
 )
 
@@ -95,23 +92,18 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
         total_steps=config.train.epochs * steps,
         warmup_steps=0,
     )
-    optimizer = make_optimizer(schedule, config.optimizer.l2)
     jit = functools.partial(jax.jit, compiler_options=compiler_options())
     network = {"model": model, "preprocessing": preprocessing}
-    step = jit(
-        functools.partial(
-            train_step,
-            optimizer=optimizer,
-            seed=config.seed,
-            label_smoothing=config.train.label_smoothing,
-            **network,
-        )
+    train_step = TrainStep(
+        optimizer=make_optimizer(schedule, config.optimizer.l2),
+        seed=config.seed,
+        label_smoothing=config.train.label_smoothing,
+        **network,
     )
+    step = jit(train_step)
     add_batch = jit(functools.partial(update_statistics, **network))
     evaluate = jit(functools.partial(eval_step, **network))
-    augmentation = Augmentation(
-        config.augment.flip, config.augment.rotation, config.augment.zoom, config.augment.contrast
-    )
+    augmentation = Augmentation.from_config(config.augment)
 
     def batches(augmentation: Augmentation, count: int) -> Any:
         return pipeline.training_batches(
@@ -143,12 +135,7 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
             found[split] = totals.compute()["accuracy"]
         return found
 
-    state = init_state(
-        random_key(config.seed, INIT),
-        model=model,
-        optimizer=optimizer,
-        image_size=preprocessing.image_size,
-    )
+    state = train_step.init_state()
     averages = dict.fromkeys(AVERAGES, state.batch_stats)
     empty = Statistics.empty(state.batch_stats)
     records = []

@@ -31,6 +31,7 @@ from cnn_jax.system import signals
 from cnn_jax.system.errors import ConfigError, DataError, Interrupted, TrainingError
 from cnn_jax.training import loop, programs
 from cnn_jax.training.loop import train_and_evaluate
+from cnn_jax.training.programs import Programs
 from cnn_jax.training.step import Statistics, update_statistics
 from experiments.checks import chaos
 
@@ -375,13 +376,13 @@ _ON_THE_DEVICE = {"augment.place": "device", "data.cache": "device"}
 def test_several_steps_in_one_execution_are_the_same_training(image_folder, tmp_path, monkeypatch):
     """Six steps an epoch: four at once and two single ones, or two and two and two."""
     executed = []
-    real = loop._to_devices
+    real = Programs.send
 
-    def spy(run, batches):
+    def spy(programs, batches):
         executed.append(len(batches))
-        return real(run, batches)
+        return real(programs, batches)
 
-    monkeypatch.setattr(loop, "_to_devices", spy)
+    monkeypatch.setattr(Programs, "send", spy)
     histories = {}
     for count in (1, 2, 4, 7):
         config = _tiny(image_folder, **_ON_THE_DEVICE, **{"train.steps_per_execution": count})
@@ -406,39 +407,39 @@ def test_several_steps_in_one_execution_are_saved_and_resumed_between_executions
     train_and_evaluate(config, tmp_path / "whole")
     steps = sorted(int(path.name) for path in (tmp_path / "whole" / "checkpoints").iterdir())
     assert steps == [4, 6, 10, 12, 16, 18]  # The first ends after 3, 6, 9, ... that there are.
-    real, prepared = loop._to_devices, []
+    real, prepared = Programs.send, []
 
-    def interrupt(run, batches):
+    def interrupt(programs, batches):
         prepared.append(len(batches))
         if prepared == [4, 1, 1, 1, 4]:  # The first 1 is compiled before it is needed.
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(run, batches)
+        return real(programs, batches)
 
-    monkeypatch.setattr(loop, "_to_devices", interrupt)
+    monkeypatch.setattr(Programs, "send", interrupt)
     with pytest.raises(Interrupted, match="saved after step 10"):
         train_and_evaluate(config, tmp_path / "parts")
-    monkeypatch.setattr(loop, "_to_devices", real)
+    monkeypatch.setattr(Programs, "send", real)
     train_and_evaluate(config, tmp_path / "parts")
     assert _weights(tmp_path / "parts") == _weights(tmp_path / "whole")
 
 
 def test_several_steps_at_once_are_the_default_only_where_they_pay(monkeypatch):
-    assert loop._steps_that_pay(on_device=True) == 1  # This is a CPU.
+    assert loop._default_execution_length(on_device=True) == 1  # This is a CPU.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert loop._steps_that_pay(on_device=True) == 8
-    assert loop._steps_that_pay(on_device=False) == 1
+    assert loop._default_execution_length(on_device=True) == 8
+    assert loop._default_execution_length(on_device=False) == 1
 
 
 def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
     jax.clear_caches()  # JAX counts all programs of one function, of other tests as well.
     made = []
-    real = loop.make_programs
+    real = loop.Programs
 
     def spy(*args):
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(loop, "make_programs", spy)
+    monkeypatch.setattr(loop, "Programs", spy)
     train_and_evaluate(_tiny(image_folder), tmp_path / "run")
     (compiled,) = made
     assert compiled.train_step._cache_size() == 1
