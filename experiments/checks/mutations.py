@@ -47,7 +47,7 @@ MUTATIONS = [
     ("explain/features.py", "logits / predictor.temperature", "logits * 1", "explain/test_features.py"),
     ("explain/features.py", "after[1] - loss", "loss - after[1]", "explain/test_features.py"),
     ("quality/corruptions.py", "(60, 25, 12, 5, 3)", "(60, 25, 12, 6, 3)", "quality/test_corruptions.py"),
-    ("quality/corruptions.py", "drawn < share / 2, np.uint8(255)", "drawn < share / 3, np.uint8(255)", "quality/test_corruptions.py"),
+    ("quality/corruptions.py", "drawn < fraction / 2, np.uint8(255)", "drawn < fraction / 3, np.uint8(255)", "quality/test_corruptions.py"),
     ("quality/corruptions.py", "uniform(-45, 45)", "uniform(-90, 90)", "quality/test_corruptions.py"),
     ("quality/corruptions.py", "cut = math.ceil(side / factor)", "cut = round(side / factor)", "quality/test_corruptions.py"),
     ("quality/robustness.py", "clean - accuracy >= _FALL", "clean - accuracy > 2 * _FALL", "quality/test_robustness.py"),
