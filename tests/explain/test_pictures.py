@@ -41,7 +41,7 @@ def paths(tmp_path):
     return sorted(tmp_path.glob("*.png"))
 
 
-def test_each_image_gets_a_map_of_its_own_size_and_the_page_shows_all(predictor, paths, tmp_path):
+def test_each_map_has_its_images_size_and_is_on_the_page(predictor, paths, tmp_path):
     output = tmp_path / "out"
     result = pictures.explain(predictor, paths, output, ["all"])
     assert json.loads((output / "explanations.json").read_text()) == result
@@ -63,7 +63,7 @@ def test_each_image_gets_a_map_of_its_own_size_and_the_page_shows_all(predictor,
     page = (output / "index.html").read_text()
     assert "<i>" not in page
     assert "<b>" not in page
-    assert not re.search(r'(src|href)="(?!data:)', page)  # It needs no other file.
+    assert not re.search(r'(src|href)="(?!data:)', page)  # The page needs no other file.
     sources = re.findall(r"data:image/png;base64,([^\"]+)", page)
     assert len(sources) == 10 * (1 + len(names)) + 8 * 2 + 1
     for source in sources:
@@ -82,7 +82,7 @@ def test_the_colours_are_brightest_where_the_map_is_largest(predictor, tmp_path)
     assert np.unravel_index(brightness.argmax(), brightness.shape) == (3, 12)
 
 
-def test_a_class_of_ones_own(predictor, paths, tmp_path):
+def test_a_chosen_class_is_explained(predictor, paths, tmp_path):
     result = pictures.explain(predictor, paths[:2], tmp_path / "out", class_name="猫")
     pixels = np.stack([preprocess_for_inference(p, predictor.preprocessing) for p in paths[:2]])
     for image, row in zip(result["images"], predictor(pixels), strict=True):
@@ -99,7 +99,7 @@ def test_a_class_of_ones_own(predictor, paths, tmp_path):
         ("zebra", "no class 'zebra'; it has Blue jay, <b>green</b>, 猫"),
     ],
 )
-def test_an_unknown_class_is_refused_with_the_nearest(predictor, name, message):
+def test_an_unknown_class_is_refused_with_a_suggestion(predictor, name, message):
     with pytest.raises(ConfigError, match=message):
         pictures.choose_class(predictor, name)
 
@@ -117,13 +117,13 @@ def test_an_impossible_method_is_refused(predictor, name, message):
         pictures.choose_methods(predictor, [name])
 
 
-def test_methods_may_be_spelt_as_elsewhere(predictor):
+def test_method_names_have_several_spellings(predictor):
     spellings = ["gradcam", "Grad-CAM", "grad_cam", "GradCAM++", "smooth-grad"]
     expected = ["grad_cam", "grad_cam_plus_plus", "smooth_grad"]
     assert pictures.choose_methods(predictor, spellings) == expected
 
 
-def test_what_is_no_image_is_listed_and_nothing_else_is_an_error(predictor, paths, tmp_path):
+def test_unreadable_images_are_listed_beside_the_explained_images(predictor, paths, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"nonsense")
     result = pictures.explain(predictor, [tmp_path / "bad.png", paths[0]], tmp_path / "out")
     assert "not an image" in result["images"][0]["error"]
@@ -227,12 +227,14 @@ def test_maps_in_the_folder_of_the_images_are_not_explained(paths, tmp_path, cap
         (["photos"], ".", False),
         (["cat.jpg"], ".", True),
         (["cat.jpg", "photos/red/1.png"], "photos/red", True),
-        (["cat.jpg"], "photos", False),  # It has other pictures.
+        (["cat.jpg"], "photos", False),  # The folder has none of the inputs.
         (["cat.jpg", "photos/red/1.png"], "photos", False),
         (["*.jpg"], "photos", False),
     ],
 )
-def test_maps_do_not_mix_with_the_images(tmp_path, monkeypatch, inputs, output, is_refused):
+def test_maps_must_not_be_written_among_the_images(
+    tmp_path, monkeypatch, inputs, output, is_refused
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos" / "red").mkdir(parents=True)
     for name in ("cat.jpg", "photos/red/1.png"):
@@ -245,7 +247,7 @@ def test_maps_do_not_mix_with_the_images(tmp_path, monkeypatch, inputs, output, 
         explain_command._check_output(*arguments)
 
 
-def test_maps_of_a_process_that_was_killed_are_no_images(predictor, paths, tmp_path, monkeypatch):
+def test_maps_of_a_killed_process_are_not_read_as_images(predictor, paths, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "_judge", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pictures.explain(predictor, paths, tmp_path / "maps")
