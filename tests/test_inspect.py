@@ -180,7 +180,7 @@ def test_a_wrong_flag_is_reported(arguments, message, image_folder, tmp_path, ca
 
 
 def test_the_command_has_exit_codes_and_clean_output(tmp_path):
-    """Names of classes and files are hostile here."""
+    """Class and file names contain characters that need escapes."""
     missing = _run(f"--source=folder:{tmp_path}/nowhere", f"--output={tmp_path}/page")
     assert missing.returncode == 1
     assert missing.stderr.startswith("error: ")

@@ -33,7 +33,7 @@ _WEIGHTS = "weights.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A trained network, and what its inputs and outputs mean.
+    """A trained network with the meaning of its inputs and outputs.
 
     Attributes:
       model: The `model` section of the configuration.
@@ -67,7 +67,7 @@ def library_versions() -> dict[str, str]:
 
 
 def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
-    """Writes a bundle; after a crash the path has the complete bundle or none.
+    """Writes a bundle. After a crash, the path holds either the complete bundle or no bundle.
 
     The bytes are a function of the bundle and the library versions. Two processes must not write
     the same path at the same time.

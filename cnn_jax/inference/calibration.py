@@ -50,8 +50,8 @@ def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
     """
     if not len(labels):
         return 1.0
-    # If there are more, every k-th image is used. Data sets are sorted by class, so that each class
-    # keeps its fraction.
+    # With more probabilities, only every k-th image is used. Data sets are sorted by class, so that
+    # each class keeps its fraction.
     step = math.ceil(probabilities.size / _MAX_PROBABILITIES)
     probabilities, labels = probabilities[::step], labels[::step]
     logits = log_probabilities(probabilities)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 class NetworkParts(NamedTuple):
-    """Parameters by their meaning, because their names differ between networks.
+    """Parameters that are accessed by meaning, because their names differ between networks.
 
     A network for which explanations are wanted has two methods: `stages`, whose result ends with
     "embedding" and "logits", and `parts`. `models.cnn.CNN` shows both.

@@ -1,4 +1,4 @@
-"""Everything that only predicts accepts a predictor that is no bundle."""
+"""Prediction, evaluation and robustness accept predictors that are not bundles."""
 
 import csv
 
@@ -61,7 +61,7 @@ def test_the_csv_has_its_classes(image_folder, tmp_path):
 
 @pytest.mark.parametrize("split", ["test", "all"])
 def test_a_split_is_evaluated_without_warnings_about_training(dataset, split, caplog):
-    """A predictor that is no bundle has no training data to warn about."""
+    """Only bundles have training data to warn about."""
     metrics = evaluate(MeanColour(), dataset, split)
     assert metrics["accuracy"] == 1
     assert not caplog.records
