@@ -20,7 +20,7 @@ import pytest
 from conftest import REPOSITORY, write_images
 from PIL import Image
 
-from cnn_jax.config import schema
+from cnn_jax.config.resolve import resolve
 from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.inference import calibration
@@ -86,7 +86,7 @@ def _tiny(image_folder, **changes):
 
 def test_a_run_leaves_what_the_design_says(finished):
     workdir, config, report = finished
-    resolved = json.loads(schema.resolve(config).to_json())
+    resolved = json.loads(resolve(config).to_json())
     assert resolved["train"].pop("steps_per_execution") == 0
     resolved["train"]["steps_per_execution"] = 1  # Since the data is not on an accelerator.
     assert json.loads((workdir / "config.json").read_text()) == resolved
