@@ -198,7 +198,7 @@ def test_devices_must_be_able_to_share_the_work(changes, message):
         (
             {"augment.mixup_probability": 0.1, "train.accumulation_steps": 32},
             r"train\.batch_size: must be at least twice train\.accumulation_steps = 32, so that "
-            "an image has others to be mixed with, got 32",
+            "each image can be mixed with another one, got 32",
         ),
     ],
 )
