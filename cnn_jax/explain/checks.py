@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, PyTree
 from cnn_jax.data import Track, no_track
 from cnn_jax.explain.maps import Classes, Images, Maps, maps_by_method, methods_for
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_pixels
-from cnn_jax.models import layer_names
+from cnn_jax.models.network import layer_names
 
 # With fewer images there is no verdict. More than MAX_IMAGES images are used only by the pointing
 # game, which is fast.

@@ -20,7 +20,7 @@ from cnn_jax.explain.maps import Images
 from cnn_jax.inference import calibration
 from cnn_jax.inference.batching import map_batches, split_batches
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_pixels
-from cnn_jax.models import network_parts, stages
+from cnn_jax.models.network import network_parts, stages
 from cnn_jax.system import runtime
 
 # Permutations of each feature and of each region. Over 64 images, the standard error of a region's

@@ -6,8 +6,8 @@ and not negative. A larger value means more evidence for the class. The scales o
 images and methods cannot be compared.
 
 The methods explain the logit of the class. They need no hooks for gradients: the network accepts
-offsets that it adds to its stages (`models.stages`), and the gradient with respect to an offset
-of zeros is the gradient with respect to the stage.
+offsets that it adds to its stages (`models.network.stages`), and the gradient with respect to an
+offset of zeros is the gradient with respect to the stage.
 """
 
 import functools
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Num, PyTree, UInt8
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.batching import map_batches, next_power_of_two, split_batches
 from cnn_jax.inference.predictor import BundlePredictor
-from cnn_jax.models import feature_map_shape, forward, network_parts, stages
+from cnn_jax.models.network import feature_map_shape, forward, network_parts, stages
 from cnn_jax.system import runtime
 
 Images = UInt8[np.ndarray, "batch height width 3"]
