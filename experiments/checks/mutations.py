@@ -52,7 +52,7 @@ MUTATIONS = [
     ("quality/corruptions.py", "cut = math.ceil(side / factor)", "cut = round(side / factor)", "quality/test_corruptions.py"),
     ("quality/robustness.py", "clean - accuracy >= _FALL", "clean - accuracy > 2 * _FALL", "quality/test_robustness.py"),
     ("quality/robustness.py", "np.argsort(places - quotas", "np.argsort(quotas - places", "quality/test_robustness.py"),
-    ("report/charts.py", "if share < 0.01", "if share < 0", "report/test_charts.py"),
+    ("report/charts.py", "if fraction < 0.01", "if fraction < 0", "report/test_charts.py"),
     ("report/sections.py", "1 / temperature", "temperature", "report/test_run_report.py"),
     ("report/sections.py", "np.flatnonzero(is_right), confidence", "np.flatnonzero(is_right), -confidence", "report/test_run_report.py"),
     ("report/verdicts.py", "if p_value < _SIGNIFICANT else", "if p_value < 1 - _SIGNIFICANT else", "report/test_verdicts.py"),

@@ -51,7 +51,7 @@ def test_classes_without_confusions_stay_as_they_are():
 
 def test_shares_of_a_class_without_images_are_zero():
     np.testing.assert_array_equal(
-        charts.row_shares(np.array([[3, 1], [0, 0]])), [[0.75, 0.25], [0, 0]]
+        charts.row_fractions(np.array([[3, 1], [0, 0]])), [[0.75, 0.25], [0, 0]]
     )
 
 
@@ -71,7 +71,7 @@ def test_confusions_of_any_number_of_classes_are_drawn(count, tmp_path):
 
 
 def test_numbers_of_cells_are_short_and_honest():
-    assert [charts._short_share(share) for share in (0.002, 0.25, 0.996, 1.0)] == [
+    assert [charts._short_fraction(share) for share in (0.002, 0.25, 0.996, 1.0)] == [
         *("<1", "25", ">99", "100"),
     ]
     assert [charts._short_count(count) for count in (7.0, 9999.0, 123456.0)] == [

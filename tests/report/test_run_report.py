@@ -371,7 +371,7 @@ def test_the_batch_is_that_of_the_training(reported):
     shown = sorted((reported / "report" / "examples").glob("augmented_*.png"))
     for path, pixels in zip(shown, batch["image"], strict=True):
         right = np.asarray(Image.open(path).convert("RGB"))[:, -144:]
-        np.testing.assert_array_equal(right, np.asarray(thumbnails.fitted(pixels, 144)))
+        np.testing.assert_array_equal(right, np.asarray(thumbnails.fit_to_square(pixels, 144)))
     names = [run.network.class_names[label] for label in batch["label"]]
     assert _metrics(reported)["augmentation"]["classes"] == names
 
