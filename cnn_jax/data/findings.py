@@ -24,6 +24,8 @@ from cnn_jax.system.errors import printable
 
 # From when on a class is so much larger than another that balancing may pay.
 _IMBALANCE = 10
+# With fewer images, a class has too little variety for balancing to help.
+_TOO_FEW = 20
 _MAX_NAMED = 3
 # Of fewer images, half is no different from chance.
 _SHARE_TO_SPEAK_OF = 3
@@ -277,7 +279,13 @@ class Findings:
         if self.imbalance >= _IMBALANCE:
             found.append(
                 f"the largest class has {self.imbalance:.0f} times the images of the smallest: "
-                "train.balance=sampling or train.balance=loss makes up for it"
+                + (
+                    "train.balance=sampling or train.balance=loss gives all classes equal weight"
+                    if np.asarray(sizes).min() >= _TOO_FEW
+                    else f"{self._class(np.asarray(sizes).argmin())} has "
+                    f"{count(int(np.asarray(sizes).min()), 'image')}, too few to learn from: add "
+                    "images or remove the class"
+                )
             )
         return found
 

@@ -43,6 +43,8 @@ _FEATURE_PIXELS, _FEATURE_LOGITS = 2**24, 2**20
 _NUM_FEATURES, _NUM_ACTIVATING = 6, 4
 # The least loss (nats) that has the darkest colour, so that noise stays light.
 _LEAST_GAIN = 0.05
+# A feature stands out above this multiple of the largest decrease of the loss.
+_OUTSTANDING = 2.0
 # Names of files.
 FILTERS, FEATURE_MAPS = "filters.png", "feature_maps_{}.png"
 
@@ -110,7 +112,7 @@ def _features(network: Network) -> Figures:
     """The permutation importance of the features that the head sees, on test images.
 
     An exchange that lowers the loss can only do so by chance. So a feature stands out only if
-    its exchange raises the loss by more than any exchange lowers it.
+    its exchange raises the loss by more than twice as much as any exchange lowers it.
     """
     height, width = network.predictor.preprocessing.image_size
     number = min(_FEATURE_PIXELS // (height * width), _FEATURE_LOGITS // len(network.class_names))
@@ -127,7 +129,7 @@ def _features(network: Network) -> Figures:
         "count": len(importance),
         "silent": int((~embedding.any(axis=0)).sum()),
         "noise": noise,
-        "standing_out": int((importance > noise).sum()),
+        "standing_out": int((importance > _OUTSTANDING * noise).sum()),
         "importance": importance[order].tolist(),
         "feature": order.tolist(),
         "top": [
@@ -140,7 +142,7 @@ def _features(network: Network) -> Figures:
                 ],
             }
             for feature in order[:_NUM_FEATURES]
-            if importance[feature] > noise
+            if importance[feature] > _OUTSTANDING * noise
         ],
     }
 
@@ -200,7 +202,9 @@ def _importance(section: Mapping[str, Any], figure: Figure, theme: Theme) -> Non
     # One outline is several times faster than hundreds of bars.
     axes.stairs(values, np.arange(len(values) + 1) + 0.5, fill=True, color=theme.accent)
     if section["noise"] > 0:
-        axes.axhline(section["noise"], color=theme.ink, linewidth=0.9, linestyle=(0, (2, 2)))
+        axes.axhline(
+            _OUTSTANDING * section["noise"], color=theme.ink, linewidth=0.9, linestyle=(0, (2, 2))
+        )
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.grid(visible=False, axis="x")
-    axes.set(xlabel="feature, by importance", ylabel="loss gained (nats)")
+    axes.set(xlabel="feature, by importance", ylabel="increase of the loss (nats)")

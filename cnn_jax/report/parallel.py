@@ -15,19 +15,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cnn_jax.report import style
-from cnn_jax.report.study_charts import axis_names, every_so_many, line_alpha
+from cnn_jax.report.study_charts import axis_names, line_alpha, spaced_indices
 from cnn_jax.report.study_values import (
     Range,
     Study,
     Trial,
     best_trial,
-    compared,
+    comparable_trials,
+    format_number,
     is_number,
-    number,
-    parameter,
-    place,
-    scale_of_complete,
-    valued,
+    parameter_value,
+    range_position,
+    scale_for_complete_trials,
+    trials_with_value,
 )
 from cnn_jax.report.style import Theme
 
@@ -69,11 +69,14 @@ def places(study: Study, trials: Sequence[Trial]) -> Float[np.ndarray, "trials a
     The axes are the parameters in the order of the space, and last the value. NaN where a trial
     has no value for a parameter.
     """
-    scale = scale_of_complete(study)
+    scale = scale_for_complete_trials(study)
     rows = [
         [
-            *(place(range_, parameter(trial, key)) for key, range_ in study["space"].items()),
-            scale.place(trial["value"]),
+            *(
+                range_position(range_, parameter_value(trial, key))
+                for key, range_ in study["space"].items()
+            ),
+            scale.position(trial["value"]),
         ]
         for trial in trials
     ]
@@ -81,10 +84,10 @@ def places(study: Study, trials: Sequence[Trial]) -> Float[np.ndarray, "trials a
 
 
 def _draw_trials(study: Study, axes: Axes, theme: Theme) -> None:
-    trials, best = compared(study), best_trial(study)
+    trials, best = comparable_trials(study), best_trial(study)
     lines = places(study, trials)
     across = np.arange(lines.shape[1])
-    qualities = scale_of_complete(study).qualities(lines[:, -1])
+    qualities = scale_for_complete_trials(study).qualities(lines[:, -1])
     alpha = line_alpha(len(trials))
     for row in np.argsort(qualities, kind="stable").tolist():
         if trials[row] is best:
@@ -107,7 +110,7 @@ def _colour(quality: float, theme: Theme) -> tuple[float, float, float, float]:
 
 def _draw_names(study: Study, axes: Axes, theme: Theme) -> None:
     """Vertical lines, and above them what they are of: slanted, where it has no room else."""
-    value = scale_of_complete(study).label.removeprefix("validation ")
+    value = scale_for_complete_trials(study).label.removeprefix("validation ")
     names = [*axis_names(list(study["space"])), value]
     is_slanted = max(map(len, names)) * 5.3 > _between_axes(study)  # Points of a letter.
     slant = {"rotation": 30, "ha": "left", "rotation_mode": "anchor"} if is_slanted else {}
@@ -124,10 +127,10 @@ def _between_axes(study: Study) -> float:
 def _draw_numbers(range_: Range, across: int, axes: Axes, theme: Theme) -> None:
     """The ends of a range and, on a log scale, a tick at each power of ten."""
     low, high = range_["low"], range_["high"]
-    _write(axes, theme, number(low), (across, 0), (0, -5), va="top")
-    _write(axes, theme, number(high), (across, 1), (0, 5), va="bottom")
+    _write(axes, theme, format_number(low), (across, 0), (0, -5), va="top")
+    _write(axes, theme, format_number(high), (across, 1), (0, 5), va="bottom")
     if range_["log"]:
-        decades = [place(range_, value) for value in _decades(low, high)]
+        decades = [range_position(range_, value) for value in _decades(low, high)]
         ticks = {"marker": "_", "s": 30, "color": theme.ink, "linewidths": 0.8}
         axes.scatter([across] * len(decades), decades, **ticks)
 
@@ -149,15 +152,15 @@ def _draw_categories(range_: Range, across: int, wide: float, axes: Axes, theme:
     longest = int((wide if is_upright else every * high / 1.5) / _LETTER)
     # Clear of the lines behind it.
     halo = patheffects.withStroke(linewidth=3.5, foreground=theme.ground)
-    for index in every_so_many(len(names), every):
-        where = place(range_, range_["choices"][index])
+    for index in spaced_indices(len(names), every):
+        where = range_position(range_, range_["choices"][index])
         look = {"ha": "left", "va": "center", "size": _SIZE, "path_effects": [halo]}
         if not is_upright:
-            look |= {"rotation": 90, "va": _towards_the_middle(where)}
+            look |= {"rotation": 90, "va": _inward_alignment(where)}
         _write(axes, theme, _cut(names[index], longest), (across, where), (4, 0), **look)
 
 
-def _towards_the_middle(where: float) -> str:
+def _inward_alignment(where: float) -> str:
     """So that a name along an axis does not stand out over its end."""
     return {0.0: "bottom", 1.0: "top"}.get(where, "center")
 
@@ -172,19 +175,21 @@ def _cut(name: str, length: int) -> str:
 
 def _draw_ramp(study: Study, axes: Axes, theme: Theme) -> None:
     """The axis of the value, with its colours, its ends and the best."""
-    scale, last = scale_of_complete(study), len(study["space"])
+    scale, last = scale_for_complete_trials(study), len(study["space"])
     steps = np.linspace(0, 1, 65)
     qualities = scale.qualities((steps[:-1] + steps[1:]) / 2)
     for (low, high), quality in zip(itertools.pairwise(steps.tolist()), qualities, strict=True):
         band = {"color": _colour(quality, theme), "linewidth": 0}
         axes.fill_between([last + 0.02, last + 0.08], low, high, **band)
-    values = [trial["value"] for trial in valued(study)]
+    values = [trial["value"] for trial in trials_with_value(study)]
     below = "≤" if min(values) < scale.low else ""
     above = "≥" if max(values) > scale.high else ""
-    _write(axes, theme, below + scale.tick(scale.low, more=1), (last, 0), (0, -5), va="top")
-    _write(axes, theme, above + scale.tick(scale.high, more=1), (last, 1), (0, 5), va="bottom")
+    _write(axes, theme, below + scale.format_tick(scale.low, more=1), (last, 0), (0, -5), va="top")
+    _write(
+        axes, theme, above + scale.format_tick(scale.high, more=1), (last, 1), (0, 5), va="bottom"
+    )
     if (best := best_trial(study)) is not None and is_number(best["value"]):
-        where = (last + 0.08, scale.place(best["value"]))
+        where = (last + 0.08, scale.position(best["value"]))
         _write(axes, theme, "best", where, (3, 0), ha="left", va="center", color=theme.second)
 
 

@@ -22,7 +22,7 @@ from cnn_jax.training.checkpoint import best_record
 # The number of images of each kind on the page.
 NUM_WRONG, NUM_UNSURE, NUM_SUSPECTS, NUM_AUGMENTED = 24, 12, 24, 12
 _NUM_PAIRS, _PAIR_IMAGES = 10, 3
-# If more than this fraction of the labels is suspect, the network is probably wrong, not the labels.
+# If more than this fraction of the labels is suspect, most suspects are mistakes of the network.
 _CREDIBLE = 0.1
 # The fractions of test images that are kept when the least confident images are rejected.
 _KEPT = (1.0, 0.95, 0.9, 0.8, 0.5)

@@ -18,18 +18,18 @@ from cnn_jax.report.study_values import (
     Scale,
     Study,
     Trial,
-    best_so_far,
     best_trial,
-    by_importance,
-    compared,
+    comparable_trials,
+    format_number,
     is_number,
-    number,
-    ordered,
-    parameter,
-    scale_of,
-    scale_of_all,
-    scale_of_complete,
-    valued,
+    parameter_value,
+    running_best,
+    scale_for_all_trials,
+    scale_for_complete_trials,
+    sorted_importance,
+    sorted_trials,
+    trials_with_value,
+    value_scale,
 )
 from cnn_jax.report.style import Theme
 
@@ -60,13 +60,13 @@ def history(study: Study, figure: Figure, theme: Theme) -> None:
     Failed trials without a value stand at the foot.
     """
     axes = style.plain(figure.subplots(), theme)
-    scale, trials = scale_of_all(study), valued(study)
-    for state, some in _by_state(trials):
+    scale, trials = scale_for_all_trials(study), trials_with_value(study)
+    for state, some in _trials_by_state(trials):
         numbers = [trial["number"] for trial in some]
-        values = scale.at_edge([trial["value"] for trial in some])
+        values = scale.clip([trial["value"] for trial in some])
         axes.scatter(numbers, values, label=state, **_marks(state, theme, len(trials)))
     _draw_failed(study, axes, theme)
-    _draw_best_so_far(study, scale, axes, theme)
+    _draw_running_best(study, scale, axes, theme)
     _draw_value_axis(scale, axes)
     _draw_counting_axis("trial", axes)
     _legend_above(axes, theme)
@@ -85,14 +85,14 @@ def _draw_failed(study: Study, axes: Axes, theme: Theme) -> None:
         axes.scatter(failed, [0.0] * len(failed), label="failed", **foot, **marks)
 
 
-def _draw_best_so_far(study: Study, scale: Scale, axes: Axes, theme: Theme) -> None:
-    numbers, values = best_so_far(study)
+def _draw_running_best(study: Study, scale: Scale, axes: Axes, theme: Theme) -> None:
+    numbers, values = running_best(study)
     if not numbers:
         return
-    last = ordered(study)[-1]["number"]  # The best stands until the end.
+    last = sorted_trials(study)[-1]["number"]  # The best stands until the end.
     axes.step(
         [*numbers, last],
-        scale.at_edge([*values, values[-1]]),
+        scale.clip([*values, values[-1]]),
         where="post",
         color=theme.second,
         linewidth=1.5,
@@ -104,8 +104,8 @@ def curves(study: Study, figure: Figure, theme: Theme) -> None:
     """The monitored value of each trial by epoch; the best trial on top of all others."""
     axes = style.plain(figure.subplots(), theme)
     best = best_trial(study)
-    others = [trial for trial in ordered(study) if trial is not best]
-    for state, trials in _by_state(others):
+    others = [trial for trial in sorted_trials(study) if trial is not best]
+    for state, trials in _trials_by_state(others):
         lines = [_line(trial) for trial in trials if trial["curve"]]
         if lines:
             _draw_lines(lines, state, line_alpha(len(others)), axes, theme)
@@ -115,7 +115,7 @@ def curves(study: Study, figure: Figure, theme: Theme) -> None:
         axes.plot(epochs, values, color=theme.second, linewidth=2, marker=marker, label="best")
     everything = [v for trial in study["trials"] for v in trial["curve"] if is_number(v)]
     # Curves begin far from their ends.
-    _draw_value_axis(scale_of(study, everything, reach=10), axes)
+    _draw_value_axis(value_scale(study, everything, reach=10), axes)
     _draw_counting_axis("epoch", axes)
     _legend_above(axes, theme)
 
@@ -146,7 +146,7 @@ def _line(trial: Trial) -> Float[np.ndarray, "epochs 2"]:
 def importance(study: Study, figure: Figure, theme: Theme) -> None:
     """A bar for each parameter, the most important first."""
     axes = style.plain(figure.subplots(), theme)
-    shares = by_importance(study)
+    shares = sorted_importance(study)
     bars = axes.barh(range(len(shares)), list(shares.values()), color=theme.accent)
     texts = [f"{100 * share:.1f}" for share in shares.values()]
     axes.bar_label(bars, texts, padding=3, color=theme.ink, size=style.TEXT_SIZE)
@@ -163,15 +163,15 @@ def importance(study: Study, figure: Figure, theme: Theme) -> None:
 def value_by_parameter(study: Study, key: str, figure: Figure, theme: Theme) -> None:
     """The value of each trial by that of one parameter."""
     axes = style.plain(figure.subplots(), theme)
-    scale, range_, best = scale_of_complete(study), study["space"][key], best_trial(study)
-    trials = compared(study)
-    for state, some in _by_state(trials):
-        across = [_across(range_, trial, key) for trial in some]
-        values = scale.at_edge([trial["value"] for trial in some])
+    scale, range_, best = scale_for_complete_trials(study), study["space"][key], best_trial(study)
+    trials = comparable_trials(study)
+    for state, some in _trials_by_state(trials):
+        across = [_axis_position(range_, trial, key) for trial in some]
+        values = scale.clip([trial["value"] for trial in some])
         axes.scatter(across, values, **_marks(state, theme, len(trials)))
     if best in trials:
         star = {"marker": "*", "s": 90, "color": theme.second, "zorder": 3}
-        axes.scatter([_across(range_, best, key)], scale.at_edge([best["value"]]), **star)
+        axes.scatter([_axis_position(range_, best, key)], scale.clip([best["value"]]), **star)
     _draw_value_axis(scale, axes)
     if range_["kind"] == "categorical":
         _draw_category_axis(range_, axes)
@@ -179,9 +179,9 @@ def value_by_parameter(study: Study, key: str, figure: Figure, theme: Theme) -> 
         _draw_number_axis(range_, axes)
 
 
-def _across(range_: Range, trial: Trial, key: str) -> float:
+def _axis_position(range_: Range, trial: Trial, key: str) -> float:
     """Where a trial stands on a parameter's axis: those of a category side by side, not on top."""
-    value = parameter(trial, key)
+    value = parameter_value(trial, key)
     if range_["kind"] != "categorical":
         return value if is_number(value) else math.nan
     if value not in range_["choices"]:
@@ -193,7 +193,7 @@ def _across(range_: Range, trial: Trial, key: str) -> float:
 def _draw_category_axis(range_: Range, axes: Axes) -> None:
     """There is room for a dozen names, and for few letters side by side."""
     names = style.tick_names([str(choice) for choice in range_["choices"]])
-    shown = every_so_many(len(names), math.ceil(len(names) / 12))
+    shown = spaced_indices(len(names), math.ceil(len(names) / 12))
     labels = [names[index] for index in shown]
     is_tight = sum(map(len, labels)) > 36
     turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
@@ -209,21 +209,21 @@ def _draw_number_axis(range_: Range, axes: Axes) -> None:
         subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0,)
         axes.xaxis.set_major_locator(LogLocator(subs=subs))
         axes.xaxis.set_minor_locator(NullLocator())
-        around = (high / low) ** 0.04
-        ends = (low / around, high * around)
+        margin = (high / low) ** 0.04
+        ends = (low / margin, high * margin)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=range_["kind"] == "int"))
-        around = 0.04 * (high - low)
-        ends = (low - around, high + around)
+        margin = 0.04 * (high - low)
+        ends = (low - margin, high + margin)
     if low < high:
         axes.set_xlim(*ends)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
 
 
 # Looks.
 
 
-def _by_state(trials: Sequence[Trial]) -> Iterator[tuple[str, list[Trial]]]:
+def _trials_by_state(trials: Sequence[Trial]) -> Iterator[tuple[str, list[Trial]]]:
     """The trials of each state that there is, in the order in which they are drawn."""
     for state in _STATES:
         if found := [trial for trial in trials if trial["state"] == state]:
@@ -255,17 +255,17 @@ def axis_names(keys: Sequence[str]) -> list[str]:
     )
 
 
-def every_so_many(count: int, every: int) -> list[int]:
+def spaced_indices(count: int, every: int) -> list[int]:
     """Every so many of them, and the last, which takes the place of one that is too near."""
     last = count - 1
     return [*(index for index in range(0, last, every) if last - index >= every), last]
 
 
 def _draw_value_axis(scale: Scale, axes: Axes) -> None:
-    around = 0.05 * (scale.high - scale.low)
-    axes.set(ylim=(scale.low - around, scale.high + around), ylabel=scale.label)
+    margin = 0.05 * (scale.high - scale.low)
+    axes.set(ylim=(scale.low - margin, scale.high + margin), ylabel=scale.label)
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scale.tick(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scale.format_tick(value)))
 
 
 def _draw_counting_axis(label: str, axes: Axes) -> None:

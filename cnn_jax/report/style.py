@@ -165,7 +165,7 @@ def percent() -> FuncFormatter:
 
 
 def tick_names(class_names: Sequence[str]) -> list[str]:
-    """The label of each class on an axis: its name or, if the font lacks a character, its number."""
+    """The label of each class on an axis: its name, or its number if the name cannot be drawn."""
     return [_tick_name(name, number) for number, name in enumerate(class_names)]
 
 

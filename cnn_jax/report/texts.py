@@ -183,11 +183,13 @@ def _absent_classes(test: Mapping[str, Any]) -> str:
         f"{name} {percent(_mean_of_present(test, key), 2)}"
         for key, name in (("precision", "precision"), ("recall", "recall"), ("f1", "F1"))
     )
-    classes = "class has" if len(absent) == 1 else "classes have"
-    counts = "It counts" if len(absent) == 1 else "They count"
+    if len(absent) == 1:
+        start = f"The class {absent[0]} has no test images. It counts"
+    else:
+        start = f"{len(absent):,} classes have no test images: {_some(absent)}. They count"
     return (
-        f"{len(absent):,} {classes} no test images: {_some(absent)}. {counts} as 0 in precision, "
-        f"recall and F1. The means over the other classes are: {', '.join(means)}."
+        f"{start} as 0 in precision, recall and F1. The means over the other classes are: "
+        f"{', '.join(means)}."
     )
 
 

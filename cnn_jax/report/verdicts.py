@@ -167,8 +167,8 @@ def training(
     if train is None or validation is None:
         return {
             "verdict": "not finished",
-            "words": f"The training is not finished. The best of {count(epochs, 'epoch')} so far is "
-            f"epoch {best}, with a validation accuracy of {percent(at_best)}.",
+            "words": "The training is not finished. The best of "
+            f"{count(epochs, 'epoch')} so far is epoch {best}, with a validation accuracy of {percent(at_best)}.",
         }
     high, low = train["accuracy"], validation["accuracy"]
     if epochs > 1 and abs(low - at_best) > _SAME_ACCURACY:
@@ -228,8 +228,8 @@ def _verdict(
     if _interval(train)[1] < _LEARNED:
         if _falls(curves["train_loss"]):
             return "still learning", (
-                "The network has not learned all of its training images yet, and their loss is still "
-                f"falling ({_from_to(curves['train_loss'])} in the second half of the epochs). "
+                "The network has not learned all of its training images yet, and their loss is "
+                f"still falling ({_from_to(curves['train_loss'])} in the second half of the epochs). "
                 "More epochs may help."
             )
         if not _has_levelled_off(curves):

@@ -10,8 +10,8 @@ from studies import HOSTILE, all_alike, make_study
 
 from cnn_jax.report import study as study_page
 from cnn_jax.report import style
-from cnn_jax.report.study import charts_of, write_study_page
-from cnn_jax.report.study_values import NOTHING, place
+from cnn_jax.report.study import make_charts, write_study_page
+from cnn_jax.report.study_values import MISSING, range_position
 
 
 class _Parser(html.parser.HTMLParser):
@@ -118,7 +118,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_there_is_something_to_draw_of_is_drawn(name, tmp_path):
     make, expected, slices = CASES[name]
-    charts = charts_of(make())
+    charts = make_charts(make())
     assert set(charts) == expected | {f"slice_{number:02d}" for number in range(slices)}
     if name == "large":  # Its first slices are like those of the typical study.
         charts = dict(list(charts.items())[:4] + list(charts.items())[-3:])
@@ -149,7 +149,7 @@ def test_odd_names_and_ranges_are_drawn(tmp_path):
     for trial in study["trials"]:
         firsts = [range_.get("choices", [0.5])[0] for range_ in ranges]
         trial["params"] = dict(zip(names, firsts, strict=True))
-    for name, chart in charts_of(study).items():
+    for name, chart in make_charts(study).items():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             style.draw(tmp_path / f"{name}.png", chart.plot, chart.size, 40)
@@ -170,7 +170,7 @@ def test_every_number_of_the_table_is_in_the_page(tmp_path, undrawn):
         is_best = trial["number"] == study["best"]
         assert number[1] == f"{trial['number']}" + " (best)" * is_best
         assert (state[1], error[1]) == (trial["state"], trial["error"])
-        missing = [str(study_page._SORTS_FIRST), NOTHING]
+        missing = [str(study_page._SORT_FIRST), MISSING]
         if trial["value"] is None:
             assert value == missing
         else:
@@ -183,7 +183,7 @@ def test_every_number_of_the_table_is_in_the_page(tmp_path, undrawn):
                 assert cell == missing
             elif range_["kind"] == "categorical":
                 assert cell[1] == str(trial["params"][key])
-                assert float(cell[0]) == place(range_, trial["params"][key])
+                assert float(cell[0]) == range_position(range_, trial["params"][key])
             else:
                 assert float(cell[0]) == trial["params"][key]
                 assert float(cell[1]) == pytest.approx(trial["params"][key], rel=1e-3)
@@ -282,7 +282,7 @@ def test_a_choice_of_none_is_not_what_is_missing(tmp_path, undrawn):
     rows = _parsed(study, tmp_path).rows[1:]
     first, second = (row[-3:-1] for row in rows)
     assert first == [["1.0", "None"], ["32", "32"]]
-    assert second == [[str(study_page._SORTS_FIRST), NOTHING]] * 2
+    assert second == [[str(study_page._SORT_FIRST), MISSING]] * 2
     assert "16 to 64 in steps of 16" in (tmp_path / "index.html").read_text("utf-8")
 
 

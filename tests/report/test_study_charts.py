@@ -66,9 +66,9 @@ def test_trials_of_a_category_stand_side_by_side():
 
 
 def test_names_of_an_axis_keep_their_distance():
-    assert study_charts.every_so_many(5, 1) == [0, 1, 2, 3, 4]
-    assert study_charts.every_so_many(10, 2) == [0, 2, 4, 6, 9]
-    assert study_charts.every_so_many(1, 3) == [0]
+    assert study_charts.spaced_indices(5, 1) == [0, 1, 2, 3, 4]
+    assert study_charts.spaced_indices(10, 2) == [0, 2, 4, 6, 9]
+    assert study_charts.spaced_indices(1, 3) == [0]
 
 
 def test_an_axis_has_the_last_part_of_a_key_where_it_is_no_others():

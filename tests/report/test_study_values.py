@@ -2,7 +2,13 @@ import math
 
 import pytest
 
-from cnn_jax.report.study_values import best_so_far, edge, number, place, scale_of
+from cnn_jax.report.study_values import (
+    format_number,
+    range_edge,
+    range_position,
+    running_best,
+    value_scale,
+)
 
 LINEAR = {"kind": "float", "low": 0.0, "high": 0.5, "log": False}
 LOG = {"kind": "float", "low": 1e-4, "high": 1.0, "log": True}
@@ -28,7 +34,7 @@ CHOICE = {"kind": "categorical", "choices": [16, "a", False]}
     ],
 )
 def test_the_edge_is_a_twentieth_of_the_range(range_, value, expected):
-    assert edge(range_, value) == expected
+    assert range_edge(range_, value) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,22 +48,22 @@ def test_the_edge_is_a_twentieth_of_the_range(range_, value, expected):
     ],
 )
 def test_a_place_is_a_share_of_the_range(range_, value, expected):
-    assert place(range_, value) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert range_position(range_, value) == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
 def test_an_axis_of_values_leaves_out_what_is_far_worse():
     """Median 0.9 and best 0.95: it reaches down to 0.8."""
     values = [0.1, 0.9, 0.9, 0.95, 0.94]
-    rising = scale_of({"direction": "maximize", "monitor": "validation_f1"}, values)
+    rising = value_scale({"direction": "maximize", "monitor": "validation_f1"}, values)
     assert (rising.low, rising.high) == pytest.approx((0.8, 0.95))
-    assert rising.at_edge([0.1, 0.9]) == pytest.approx([0.8, 0.9])
-    assert rising.place(0.1) == 0
-    assert (rising.name, rising.text(0.95)) == ("validation F1", "95.00 %")
-    falling = scale_of(
+    assert rising.clip([0.1, 0.9]) == pytest.approx([0.8, 0.9])
+    assert rising.position(0.1) == 0
+    assert (rising.name, rising.format_value(0.95)) == ("validation F1", "95.00 %")
+    falling = value_scale(
         {"direction": "minimize", "monitor": "validation_loss"}, [9.0, 0.3, 0.3, 0.2, 0.25]
     )
     assert (falling.low, falling.high) == pytest.approx((0.2, 0.5))
-    assert falling.text(0.25) == "0.2500"
+    assert falling.format_value(0.25) == "0.2500"
 
 
 def test_the_best_so_far_is_of_complete_trials_in_their_order():
@@ -68,9 +74,9 @@ def test_the_best_so_far_is_of_complete_trials_in_their_order():
         for i, (state, value) in enumerate(zip(states, values, strict=True))
     ]
     study = {"trials": trials[::-1], "direction": "maximize"}
-    assert best_so_far(study) == ([0, 2, 3, 5], [0.5, 0.5, 0.7, 0.7])
+    assert running_best(study) == ([0, 2, 3, 5], [0.5, 0.5, 0.7, 0.7])
     study["direction"] = "minimize"
-    assert best_so_far(study) == ([0, 2, 3, 5], [0.5, 0.4, 0.4, 0.4])
+    assert running_best(study) == ([0, 2, 3, 5], [0.5, 0.4, 0.4, 0.4])
 
 
 @pytest.mark.parametrize(
@@ -81,4 +87,4 @@ def test_the_best_so_far_is_of_complete_trials_in_their_order():
     ],
 )
 def test_numbers_are_short(value, expected):
-    assert number(value) == expected
+    assert format_number(value) == expected
