@@ -168,7 +168,8 @@ def training(
         return {
             "verdict": "not finished",
             "words": "The training is not finished. The best of "
-            f"{count(epochs, 'epoch')} so far is epoch {best}, with a validation accuracy of {percent(at_best)}.",
+            f"{count(epochs, 'epoch')} so far is epoch {best}, with a validation accuracy of "
+            f"{percent(at_best)}.",
         }
     high, low = train["accuracy"], validation["accuracy"]
     if epochs > 1 and abs(low - at_best) > _SAME_ACCURACY:
@@ -229,8 +230,8 @@ def _verdict(
         if _falls(curves["train_loss"]):
             return "still learning", (
                 "The network has not learned all of its training images yet, and their loss is "
-                f"still falling ({_from_to(curves['train_loss'])} in the second half of the epochs). "
-                "More epochs may help."
+                f"still falling ({_from_to(curves['train_loss'])} in the second half of the "
+                "epochs). More epochs may help."
             )
         if not _has_levelled_off(curves):
             return "too short to tell", (

@@ -41,7 +41,7 @@ def test_places_on_the_axes_are_those_worked_out_by_hand():
         [0.0, 0.5, 0.0, 1.0, 0.0],
         [nan, nan, nan, nan, 0.5],
     ]
-    np.testing.assert_allclose(parallel.places(study, trials), expected, atol=1e-12)
+    np.testing.assert_allclose(parallel.line_positions(study, trials), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("monitor", ["validation_accuracy", "validation_loss"])
