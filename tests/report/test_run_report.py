@@ -712,14 +712,14 @@ def test_unsuitable_source_is_an_error_and_report_stays(run, kind, tmp_path):
 def test_class_without_test_images_has_dashes(run):
     path = run / "report" / "metrics.json"
     figures = json.loads(path.read_text("utf-8"))
-    name = list(figures["test"]["per_class"])[0]
+    name = next(iter(figures["test"]["per_class"]))
     figures["test"]["confusion"][0] = [0] * len(figures["test"]["confusion"])
     figures["test"]["per_class"][name] = {"precision": 0, "recall": 0, "f1": 0, "support": 0}
     path.write_text(json.dumps(figures))
     page = _written(run)
     assert f"The class {name} has no test images. It counts as 0" in page.text
     assert page.values[:4] == [-1, -1, -1, 0]
-    assert page.text.count("–") == 3
+    assert page.text.count("\N{EN DASH}") == 3
 
 
 @pytest.mark.usefixtures("undrawn")
