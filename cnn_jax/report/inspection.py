@@ -277,4 +277,4 @@ def _plot_levels(survey: Survey, figure: Figure, theme: Theme) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(style.percent())
     axes.set(xlabel="grey level", ylabel="pixels (%)")
-    style.legend(axes, theme, loc="upper center")
+    style.legend(axes, theme, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1))

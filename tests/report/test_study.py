@@ -260,7 +260,7 @@ def test_two_processes_may_write_the_page_at_once(tmp_path, monkeypatch):
         (make_study(1), ["Trial 0 is the only complete trial", "Only one trial has a value"]),
         (
             make_study(2, states=("pruned",)),
-            ["There is no best trial, because no trial is complete yet."],
+            ["There is no best trial, because no trial is complete"],
         ),
         (make_study(2, states=("running", "failed")), ["1 failed, 1 still running"]),
         (make_study(3, 0), ["The study has no parameters."]),

@@ -85,7 +85,7 @@ def test_headline_compares_with_guessing():
     for confusion, end in (
         (
             [[50, 9], [12, 39]],
-            "Always naming a, the most common class of the test images, would be correct for 53.6 %.",
+            "naming a, the most common class of the test images, would be correct for 53.6 %.",
         ),
         (
             [[30, 21], [26, 33]],
@@ -97,7 +97,8 @@ def test_headline_compares_with_guessing():
         (
             [[850, 100], [10, 40]],
             "correct for 95.0 %, and the network is not shown to have a higher accuracy. But its "
-            "predictions depend on the class: its mean recall is 84.7 %; that of guessing is 50.0 %.",
+            "predictions depend on the class: its mean recall is 84.7 %; that of guessing is "
+            "50.0 %.",
         ),
     ):
         test = _test_split(confusion, "ab")
@@ -167,8 +168,8 @@ def test_class_without_test_images_has_remark_with_other_means():
     }
     found = texts.summary({"test": test})
     assert found["remarks"][0] == {
-        "text": "The class bird has no test images. It counts as 0 in precision, recall and F1. The "
-        "means over the other classes are: precision 70.00 %, recall 70.00 %, F1 60.00 %.",
+        "text": "The class bird has no test images. It counts as 0 in precision, recall and F1. "
+        "The means over the other classes are: precision 70.00 %, recall 70.00 %, F1 60.00 %.",
         "section": "figures",
     }
     assert found["absent_classes"] == found["remarks"][0]["text"]
