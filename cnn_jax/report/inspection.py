@@ -129,8 +129,8 @@ def class_rows(counts: Int[np.ndarray, "classes 3"]) -> list[dict[str, Any] | No
     """
     labels: list[int | None] = list(range(len(counts)))
     if len(labels) > 2 * _MAX_CLASSES:
-        by_size = np.argsort(-counts.sum(axis=1), kind="stable").tolist()
-        labels = [*by_size[:_MAX_CLASSES], None, *by_size[-_MAX_CLASSES:]]
+        size_order = np.argsort(-counts.sum(axis=1), kind="stable").tolist()
+        labels = [*size_order[:_MAX_CLASSES], None, *size_order[-_MAX_CLASSES:]]
     percents = 100 * counts / max(counts.sum(axis=1).max(), 1)
     return [
         None

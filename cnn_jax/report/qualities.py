@@ -43,7 +43,7 @@ def qualities(run: Run) -> Figures:
         found = robustness.measure(network.predictor, images, labels[sample])
     except ImportError as error:
         raise MissingError(f"The corruptions need {error.name}, which is not installed.") from error
-    by_accuracy = sorted(found["corruptions"], key=lambda n: found["corruptions"][n]["accuracy"])
+    worst_first = sorted(found["corruptions"], key=lambda n: found["corruptions"][n]["accuracy"])
     # Accuracy by quality needs no further prediction, so the sample can be larger.
     rows = robustness.stratified_sample(labels, _QUALITY_PIXELS // (height * width))
     positions = test[rows]
@@ -54,7 +54,7 @@ def qualities(run: Run) -> Figures:
         "split": "test",
         "split_count": len(labels),
         "mean_corrupted_accuracy": 1 - found["mean_corruption_error"],
-        "worst": by_accuracy[:_NUM_WORST],
+        "worst": worst_first[:_NUM_WORST],
         "by_quality_count": len(rows),
         "by_quality": robustness.by_quality(images, hits[rows], pixels),
     }
@@ -167,7 +167,7 @@ def _curves(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
 
 
 def _plot_by_quality(
-    by_quality: Mapping[str, Sequence[Figures]], figure: Figure, theme: Theme
+    quality_bins: Mapping[str, Sequence[Figures]], figure: Figure, theme: Theme
 ) -> None:
     """Accuracy by sharpness, brightness and resolution, with Wilson's intervals."""
     units = {
@@ -175,8 +175,8 @@ def _plot_by_quality(
         "brightness": "mean grey level",
         "resolution": "pixels of the file",
     }
-    panels = figure.subplots(1, len(by_quality), sharey=True, squeeze=False).ravel()
-    for axes, (name, bins) in zip(panels, by_quality.items(), strict=True):
+    panels = figure.subplots(1, len(quality_bins), sharey=True, squeeze=False).ravel()
+    for axes, (name, bins) in zip(panels, quality_bins.items(), strict=True):
         style.plain(axes, theme)
         accuracy = np.array([b["accuracy"] for b in bins])
         intervals = np.array([b["confidence_interval"] for b in bins]).T

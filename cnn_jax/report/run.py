@@ -86,8 +86,8 @@ class Network:
     Attributes:
       predictor: The loaded bundle.
       dataset: The data that the network was trained on, with the same splits.
-      probabilities: Of each split that was predicted, the probabilities of its images, in the
-        order of the split.
+      probabilities: The probabilities of each predicted split; images are in the order of the
+        split.
     """
 
     predictor: Predictor

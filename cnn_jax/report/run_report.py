@@ -260,10 +260,10 @@ def _draw_examples(
     network: Network, examples: list[Figures], folder: pathlib.Path, are_explained: bool
 ) -> None:
     """Draws each missing image, and its explanation map if `are_explained`."""
-    by_position = {
+    new_examples = {
         shown["position"]: shown for shown in examples if not (folder / shown["picture"]).exists()
     }
-    positions = list(by_position)
+    positions = list(new_examples)
     preprocessing = network.predictor.preprocessing
 
     def load(position: int) -> Image.Image | None:
@@ -272,15 +272,15 @@ def _draw_examples(
     images = dict(zip(positions, scan.on_all_cores(load, positions), strict=True))
     for position, image in images.items():
         if image is not None:
-            thumbnails.save_small(image, folder / by_position[position]["picture"])
+            thumbnails.save_small(image, folder / new_examples[position]["picture"])
     if not are_explained or not positions:
         return
     pixels = network.dataset.loader.load(np.array(positions))["image"]
-    classes = [network.class_names.index(shown["predicted"]) for shown in by_position.values()]
+    classes = [network.class_names.index(shown["predicted"]) for shown in new_examples.values()]
     maps = explanations.maps(network.predictor, pixels, np.array(classes))
     for position, values in zip(positions, maps, strict=True):
         if (image := images[position]) is not None:
-            path = folder / by_position[position]["picture"]
+            path = folder / new_examples[position]["picture"]
             thumbnails.save_small(under_map(image, values), _map_path(path))
 
 

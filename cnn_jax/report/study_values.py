@@ -185,8 +185,8 @@ def range_position(range_: Range, value: Any) -> float:
 
     Returns:
       0 at the lower end and 1 at the upper end, on the log scale if the range is searched on the
-      log scale. Choices are evenly spaced. The position in a range with a single value is 0.5,
-      and that of a value that is not in the range is NaN.
+      log scale. Choices are evenly spaced. The position is 0.5 in a range with a single
+      value, and NaN for a value that is not in the range.
     """
     if range_["kind"] == "categorical":
         choices = range_["choices"]

@@ -265,24 +265,25 @@ def _class_remarks(
     test: Mapping[str, Any], train: Mapping[str, Any] | None
 ) -> list[dict[str, str]]:
     """Remarks on classes that are never predicted, and on the class with the lowest F1."""
-    present = {name: row for name, row in test["per_class"].items() if row["support"]}
-    if not present:
+    tested = {name: row for name, row in test["per_class"].items() if row["support"]}
+    if not tested:
         return []
     columns = zip(test["per_class"], zip(*test["confusion"], strict=True), strict=True)
-    never = [name for name, predicted in columns if name in present and not any(predicted)]
+    never = [name for name, predicted in columns if name in tested and not any(predicted)]
     texts = []
-    support = count(present[never[0]]["support"], "test image") if never else ""
+    support = count(tested[never[0]]["support"], "test image") if never else ""
     if len(never) == 1:
         texts.append(
-            f"{never[0]} is never predicted: of its {support}, {_taken_for(never[0], test, train)}."
+            f"{never[0]} is never predicted: of its {support}, "
+            f"{_predictions_text(never[0], test, train)}."
         )
     elif never:
         texts.append(
             f"{len(never):,} classes are never predicted: {_some(never)}. "
-            f"Of {support} of {never[0]}, {_taken_for(never[0], test, train)}."
+            f"Of {support} of {never[0]}, {_predictions_text(never[0], test, train)}."
         )
-    weakest = min(present, key=lambda name: present[name]["f1"])
-    f1, mean = present[weakest]["f1"], _mean_of_present(test, "f1")
+    weakest = min(tested, key=lambda name: tested[name]["f1"])
+    f1, mean = tested[weakest]["f1"], _mean_of_present(test, "f1")
     if f1 < mean - _WEAK and weakest not in never:
         texts.append(
             f"The class with the lowest F1 is {weakest}: {percent(f1)}; the mean is "
@@ -291,16 +292,16 @@ def _class_remarks(
     return [{"text": text, "section": "classes"} for text in texts]
 
 
-def _taken_for(name: str, test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
+def _predictions_text(name: str, test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
     """A text about the predictions for a class, and its number of training images."""
     names = list(test["per_class"])
     row = test["confusion"][names.index(name)]
-    taken_for = sorted(range(len(row)), key=lambda label: -row[label])[:2]
-    verb = "is" if row[taken_for[0]] == 1 else "are"
-    first, *second = (names[label] for label in taken_for if row[label])
-    words = f"{row[taken_for[0]]:,} {verb} predicted as {first}"
+    predicted = sorted(range(len(row)), key=lambda label: -row[label])[:2]
+    verb = "is" if row[predicted[0]] == 1 else "are"
+    first, *second = (names[label] for label in predicted if row[label])
+    words = f"{row[predicted[0]]:,} {verb} predicted as {first}"
     if second:
-        words += f" and {row[taken_for[1]]:,} as {second[0]}"
+        words += f" and {row[predicted[1]]:,} as {second[0]}"
     if train is None:
         return words
     trained = train["per_class"][name]["support"]

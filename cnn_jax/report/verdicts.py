@@ -151,7 +151,7 @@ def training(
     """Returns a verdict on a training, and what to try next.
 
     The gap between the splits is measured with the finished network on plain images. During
-    training, dropout and augmentation make the training images harder than those of validation.
+    training, dropout and augmentation make the training images harder than the validation images.
 
     Args:
       curves: Columns by epoch, `best_epoch` and `epochs`.
@@ -313,7 +313,8 @@ def _has_levelled_off(curves: Mapping[str, Any]) -> bool:
 
 def falling_p_value(values: Sequence[float]) -> float:
     """The p-value of a falling trend: Kendall's rank correlation with time (Mann 1945)."""
-    return float(scipy.stats.kendalltau(range(len(values)), values, alternative="less").pvalue)
+    found = scipy.stats.kendalltau(range(len(values)), values, alternative="less")
+    return float(found.pvalue)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _from_to(losses: Sequence[float]) -> str:

@@ -23,7 +23,7 @@ def test_suspects_match_values_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 1])
     # Mean self-confidence: (0.9 + 0.7 + 0.2) / 3 and (0.9 + 0.7 + 0.45) / 3.
     assert label_errors.thresholds(probabilities, labels) == pytest.approx([0.6, 0.68333333])
-    # Image 2 is above the threshold of class 1; image 5, taken for 0 with 0.55, is below 0's.
+    # Image 2 is above the threshold of class 1; image 5 has 0.55 for class 0, below its threshold.
     found = label_errors.find(probabilities, labels)
     assert found.rows.tolist() == [2]
     assert found.suggested.tolist() == [1]

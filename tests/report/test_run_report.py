@@ -437,7 +437,7 @@ def test_network_at_chance_passes_no_map_check(run, monkeypatch):
         }
         assert passes == ({True} if beats_chance else {None})
         assert ("passes randomization" in text) == beats_chance
-        # Once in the section, and once beside each kind of map.
+        # The section has the sentence, and so has each section with maps.
         assert (text.count("No verdict on the methods: the network is") > 0) != beats_chance
 
 
@@ -852,14 +852,14 @@ def test_wrong_path_gives_one_line(tmp_path):
 # In a browser.
 
 
-def page_of(reported):
+def page_url(reported):
     return (reported / "report" / "index.html").as_uri()
 
 
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_in_browser(browser, reported, width, scheme):
-    show_at(browser, page_of(reported), width, scheme)
+    show_at(browser, page_url(reported), width, scheme)
     assert browser.get_log("browser") == []
     images = browser.execute_script(
         "return [...document.images].map((image) => [image.complete && image.naturalWidth > 0,"
@@ -880,7 +880,7 @@ def test_page_in_browser(browser, reported, width, scheme):
 
 
 def test_table_of_classes_can_be_sorted(browser, reported):
-    show_at(browser, page_of(reported), 1200)
+    show_at(browser, page_url(reported), 1200)
     rows = _metrics(reported)["test"]["per_class"]
     headings = browser.find_elements("css selector", "#classes table th button")
     assert [heading.text for heading in headings[:2]] == ["class", "F1"]
