@@ -279,15 +279,20 @@ class Findings:
         if self.imbalance >= _IMBALANCE:
             found.append(
                 f"the largest class has {self.imbalance:.0f} times the images of the smallest: "
-                + (
-                    "train.balance=sampling or train.balance=loss gives all classes equal weight"
-                    if np.asarray(sizes).min() >= _TOO_FEW
-                    else f"{self._class(np.asarray(sizes).argmin())} has "
-                    f"{count(int(np.asarray(sizes).min()), 'image')}, too few to learn from: add "
-                    "images or remove the class"
-                )
+                f"{self._imbalance_advice()}"
             )
         return found
+
+    def _imbalance_advice(self) -> str:
+        """What to do about classes of very different sizes."""
+        sizes = np.bincount(self.source.labels, minlength=len(self.source.class_names))
+        smallest = sizes.argmin()
+        if sizes[smallest] >= _TOO_FEW:
+            return "train.balance=sampling or train.balance=loss gives all classes equal weight"
+        return (
+            f"{self._class(smallest)} has {count(int(sizes[smallest]), 'image')}, too few to learn "
+            "from: add images or remove the class"
+        )
 
     def reading_warnings(self) -> list[str]:
         """The warnings that concern single files and their values."""
