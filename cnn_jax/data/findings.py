@@ -24,6 +24,8 @@ from cnn_jax.system.errors import printable
 
 # From when on a class is so much larger than another that balancing may pay.
 _IMBALANCE = 10
+# With fewer images, a class has too little variety for balancing to help.
+_TOO_FEW = 20
 _MAX_NAMED = 3
 # Of fewer images, half is no different from chance.
 _SHARE_TO_SPEAK_OF = 3
@@ -277,9 +279,20 @@ class Findings:
         if self.imbalance >= _IMBALANCE:
             found.append(
                 f"the largest class has {self.imbalance:.0f} times the images of the smallest: "
-                "train.balance=sampling or train.balance=loss makes up for it"
+                f"{self._imbalance_advice()}"
             )
         return found
+
+    def _imbalance_advice(self) -> str:
+        """What to do about classes of very different sizes."""
+        sizes = np.bincount(self.source.labels, minlength=len(self.source.class_names))
+        smallest = sizes.argmin()
+        if sizes[smallest] >= _TOO_FEW:
+            return "train.balance=sampling or train.balance=loss gives all classes equal weight"
+        return (
+            f"{self._class(smallest)} has {count(int(sizes[smallest]), 'image')}, too few to learn "
+            "from: add images or remove the class"
+        )
 
     def reading_warnings(self) -> list[str]:
         """The warnings that concern single files and their values."""

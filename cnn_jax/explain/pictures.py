@@ -342,7 +342,7 @@ def _write_page(folder: pathlib.Path, result: dict[str, Any], predictor: BundleP
     def small(path: pathlib.Path) -> str:
         pixels = _decode(path, predictor)
         encoded = io.BytesIO()
-        thumbnails.fitted(pixels, _SIDE).save(encoded, "PNG")
+        thumbnails.fit_to_square(pixels, _SIDE).save(encoded, "PNG")
         return f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
     page = style.template("explanations.html").render(

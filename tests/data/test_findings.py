@@ -70,10 +70,19 @@ def test_what_endangers_the_result_is_a_warning_that_names_the_fix(tmp_path):
         "that figures are too good: remove the copies",
         "fewer than three images of rare: not every split can have one; add images or remove",
         "no images of a in test: they count 0 there; add some",
-        "the largest class has 40 times the images of the smallest: train.balance=",
+        "the largest class has 40 times the images of the smallest: rare has 1 image, too few to",
     ):
         assert expected in warnings
     assert len(findings.warnings()) == 7
+
+
+def test_balancing_is_advised_only_for_classes_with_enough_images(tmp_path):
+    for size, advice in ((20, "train.balance=sampling"), (19, "b has 19 images, too few to learn")):
+        root = tmp_path / str(size)
+        for i in range(200 + size):
+            _write(root, f"{'a' if i < 200 else 'b'}/{i}.png", i)
+        (warning,) = [text for text in _find(root).warnings() if "the largest class" in text]
+        assert advice in warning
 
 
 def test_equal_images_that_the_division_keeps_together_are_no_leak(tmp_path):
