@@ -50,7 +50,7 @@ def make_models(*versions, **aliases):
         models = ledger.apply(models, make_entry("add", number, bundle=facts))
     for alias, history in aliases.items():
         for version in history:
-            before = models["flowers"].present(alias)
+            before = models["flowers"].alias_target(alias)
             models = ledger.apply(models, make_entry("promote", version, alias, before))
     return models
 
@@ -121,15 +121,15 @@ def decide(models, action, model, version, alias):
             return make_entry("add", models[model].last + 1 if model in models else 1, model=model)
         if action == "promote":
             ledger.resolve(models, model, version)
-            before = models[model].present(alias)
+            before = models[model].alias_target(alias)
             wanted = make_entry("promote", version, alias, before, model=model)
             return wanted if before != version else None
         if action == "rollback":
             before = ledger.resolve(models, model, alias).number
-            version = ledger.version_before(models, model, alias).number
+            version = ledger.previous_version(models, model, alias).number
             return make_entry("rollback", version, alias, before, model=model)
         if action == "remove":
-            ledger.removal(models, model, version)
+            ledger.removable_version(models, model, version)
             return make_entry("remove", version, model=model)
         before = ledger.resolve(models, model, alias).number
         return make_entry("remove", None, alias, before, model=model)
@@ -181,10 +181,10 @@ def test_a_removed_version_leaves_no_step_from_a_version_to_itself():
     models = make_models(*[make_facts()] * 3, champion=[1, 2, 1, 3])
     models = ledger.apply(models, make_entry("remove", 2))
     assert models["flowers"].aliases == {"champion": (1, 3)}
-    assert ledger.version_before(models, "flowers", "champion").number == 1
+    assert ledger.previous_version(models, "flowers", "champion").number == 1
     models = ledger.apply(models, make_entry("rollback", 1, "champion", 3))
-    with pytest.raises(RegistryError, match=r"^flowers@champion is 1, and was nothing bef"):
-        ledger.version_before(models, "flowers", "champion")
+    with pytest.raises(RegistryError, match=r"^flowers@champion is 1 and has no previous vers"):
+        ledger.previous_version(models, "flowers", "champion")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def _changed(entry=None, **changes):
     fields = json.loads(ledger.serialise(entry or make_entry("promote", 1, "champion")))
     fields = {key: value for key, value in (fields | changes).items() if value is not None}
     # Only what was changed is to be wrong of it.
-    return json.dumps(fields | {"sha256": ledger.digest_of(fields)}).encode()
+    return json.dumps(fields | {"sha256": ledger.fields_digest(fields)}).encode()
 
 
 def _changed_bundle(**changes):
@@ -332,10 +332,10 @@ def test_a_field_that_was_changed_is_known_by_the_sha256(entry):
     assert ledger.parse(json.dumps(dict(reversed(fields.items()))).encode()) == entry
     for key in fields.keys() - {"format"}:
         changed = {**fields, key: "0"}
-        with pytest.raises(ValueError, match=r"^its sha256 is not that of its other fields$"):
+        with pytest.raises(ValueError, match=r"^its sha256 does not match its other fields$"):
             ledger.parse(json.dumps(changed).encode())
         del changed[key]
-        with pytest.raises(ValueError, match=r"^(its sha256 is not that|it has no 'sha256')"):
+        with pytest.raises(ValueError, match=r"^(its sha256 does not match|it has no 'sha256')"):
             ledger.parse(json.dumps(changed).encode())
     with pytest.raises(ValueError, match="its sha256"):
         ledger.parse(json.dumps(fields | {"shade": "green"}).encode())
@@ -344,12 +344,14 @@ def test_a_field_that_was_changed_is_known_by_the_sha256(entry):
 def test_the_sha256_is_that_of_plain_json():
     r"""Worked out once by hand, with `printf '{"a": [1, 0.5], "b": "\\u00fc"}' | sha256sum`."""
     expected = "56894132ee149ab5a94207fc94a35dbcc7dcb819e43445540d524fa5b3c46f93"
-    assert ledger.digest_of({"b": "ü", "a": [1, 0.5]}) == expected
-    assert ledger.digest_of({"b": "ü", "sha256": "x", "a": (1, 0.5)}) == expected
+    assert ledger.fields_digest({"b": "ü", "a": [1, 0.5]}) == expected
+    assert ledger.fields_digest({"b": "ü", "sha256": "x", "a": (1, 0.5)}) == expected
 
 
 def test_a_later_format_is_told_whatever_else_it_has():
-    with pytest.raises(RegistryError, match=r"^is of format 2, and this version .* reads 1: upg"):
+    with pytest.raises(
+        RegistryError, match=r"^has format 2, but this version .* reads format 1: upg"
+    ):
         ledger.parse(b'{"format": 2}')
 
 
@@ -360,8 +362,8 @@ def test_what_a_later_version_adds_to_the_format_is_passed_over():
 
 def test_figures_that_are_none_are_left_out():
     metrics = {"test": {"a": 1, "b": float("nan"), "c": "x", "d": True, "e": 10**400}, "x": 3}
-    assert ledger.finite_figures(metrics) == {"test": {"a": 1.0}}
-    assert ledger.finite_figures([]) == {}
+    assert ledger.finite_metrics(metrics) == {"test": {"a": 1.0}}
+    assert ledger.finite_metrics([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -369,7 +371,9 @@ def test_figures_that_are_none_are_left_out():
 )
 def test_a_hostile_name_is_a_usage_error(name):
     for kind in ("model", "alias"):
-        with pytest.raises(ConfigError, match=f"^{kind}: must be 1 to 100 letters") as raised:
+        with pytest.raises(
+            ConfigError, match=f"^{kind}: must be 1 to 100 of the characters"
+        ) as raised:
             ledger.check_name(kind, name)
         assert raised.value.exit_code == 2
 
@@ -381,7 +385,7 @@ def test_a_name_is_a_name(name):
 
 def test_an_alias_is_no_number():
     with pytest.raises(
-        ConfigError, match=r"^alias: must not be a number, as versions are, got '7'"
+        ConfigError, match=r"^alias: must not be a number, because versions are; got '7'"
     ):
         ledger.check_name("alias", "7")
 
@@ -416,12 +420,12 @@ def test_what_is_no_reference_is_a_usage_error(text):
     ("name", "which", "message"),
     [
         ("flower", 1, "there is no model flower; did you mean flowers?"),
-        ("zebra", 1, "there is no model zebra; there are: flowers"),
+        ("zebra", 1, "there is no model zebra; known names: flowers"),
         ("flowers", "champ", "flowers has no alias champ; did you mean champion?"),
-        ("flowers", "mine", "flowers has no alias mine; there are: champion"),
-        ("flowers", 1, "flowers has no version 1 any more; there are: 2, 3"),
-        ("flowers", 4, "flowers has no version 4; there are: 2, 3"),
-        ("flowers", 0, "flowers has no version 0; there are: 2, 3"),
+        ("flowers", "mine", "flowers has no alias mine; known names: champion"),
+        ("flowers", 1, "flowers has no version 1 (it was removed); known versions: 2, 3"),
+        ("flowers", 4, "flowers has no version 4; known versions: 2, 3"),
+        ("flowers", 0, "flowers has no version 0; known versions: 2, 3"),
     ],
 )
 def test_what_is_not_there_is_told_with_what_is(name, which, message):
@@ -434,9 +438,11 @@ def test_what_is_not_there_is_told_with_what_is(name, which, message):
 
 def test_a_version_that_an_alias_points_to_stays():
     models = make_models(*[make_facts()] * 2, champion=[1, 2], mine=[2])
-    with pytest.raises(RegistryError, match=r"^flowers/2 is champion and mine, so it stays: prom"):
-        ledger.removal(models, "flowers", 2)
-    assert ledger.removal(models, "flowers", 1).number == 1
+    with pytest.raises(
+        RegistryError, match=r"^flowers/2 is not removed, because it is champion and mine: prom"
+    ):
+        ledger.removable_version(models, "flowers", 2)
+    assert ledger.removable_version(models, "flowers", 1).number == 1
 
 
 GOOD = {"accuracy": 0.9, "precision": 0.8, "recall": 0.7, "f1": 0.6, "loss": 0.5}
@@ -484,7 +490,7 @@ def test_no_gates_hold_nothing_up():
 def test_a_version_comes_up_to_that_of_an_alias(accuracy, holds):
     versions = [make_facts(**GOOD), make_facts(accuracy=accuracy)]
     gates, arguments = Gates(not_below="champion"), (2, "champion", versions)
-    text = f"not_below=champion: test accuracy is {accuracy}, that of 1 is 0.9"
+    text = f"not_below=champion: test accuracy is {accuracy}, and that of version 1 is 0.9"
     if holds:
         assert _check(gates, *arguments, champion=[1]) == (text,)
     else:
@@ -495,7 +501,7 @@ def test_a_version_comes_up_to_that_of_an_alias(accuracy, holds):
 @pytest.mark.parametrize("prints", [("a", "b"), ("", ""), ("a", "")])
 def test_figures_of_other_test_splits_are_not_compared(prints):
     versions = [make_facts(fingerprint=one, **GOOD) for one in prints]
-    with pytest.raises(RegistryError, match=r"2 and 1 were measured on other test splits.*eval"):
+    with pytest.raises(RegistryError, match=r"versions 2 and 1 have different data.*eval"):
         _check(Gates(not_below="mine"), 2, versions=versions, mine=[1])
 
 
@@ -514,7 +520,7 @@ def test_the_first_version_of_an_alias_need_not_come_up_to_any():
 
 def test_a_version_knows_its_aliases():
     models = make_models(*[make_facts()] * 2, b=[1], a=[2, 1], c=[2])
-    assert models["flowers"].aliases_of(1) == ["a", "b"]
-    assert models["flowers"].present("nothing") is None
+    assert models["flowers"].version_aliases(1) == ["a", "b"]
+    assert models["flowers"].alias_target("nothing") is None
     assert isinstance(models["flowers"].versions[1], Version)
     assert dataclasses.asdict(models["flowers"].versions[1])["bundle"]["image_size"] == (16, 32)

@@ -19,14 +19,14 @@ from fsspec.spec import AbstractFileSystem
 
 from cnn_jax.registry import store as stores
 from cnn_jax.registry.store import (
-    AwayError,
     LocalStore,
+    NoAnswerError,
     RemoteStore,
     StoreError,
-    made_at,
+    check_exclusive_create,
+    creation_time,
     open_store,
-    prove,
-    unique,
+    unique_name,
 )
 from cnn_jax.system.errors import ConfigError
 
@@ -129,16 +129,16 @@ def test_many_are_read_at_once(place, tmp_path):
 
 def test_a_place_that_keeps_writers_apart_is_proven_and_left_clean(place):
     store = open_store(*place)
-    prove(store)
+    check_exclusive_create(store)
     assert store.names("tmp") == []
 
 
 @pytest.mark.parametrize("protocol", ["careless", "hasty", "plain"])
 def test_a_place_that_does_not_keep_writers_apart_is_refused(protocol):
     store = open_store(f"{protocol}://registry")
-    message = rf"^{protocol}://registry lets two writers make the same file, so it cannot hold"
+    message = rf"^{protocol}://registry lets two writers create the same file, so it cannot hold"
     with pytest.raises(StoreError, match=message):
-        prove(store)
+        check_exclusive_create(store)
     assert store.names("tmp") == []
 
 
@@ -155,8 +155,8 @@ def test_a_place_without_a_clear_answer_is_not_proven(happens):
             raise TimeoutError("no answer")
 
     fsspec.register_implementation("silent", Silent, clobber=True)
-    with pytest.raises(AwayError, match=r"^silent://a/tmp/\S+: no answer$"):
-        prove(open_store("silent://a"))
+    with pytest.raises(NoAnswerError, match=r"^silent://a/tmp/\S+: no answer$"):
+        check_exclusive_create(open_store("silent://a"))
 
 
 def test_one_of_many_rivals_without_an_answer_spoils_no_proof():
@@ -173,7 +173,7 @@ def test_one_of_many_rivals_without_an_answer_spoils_no_proof():
             super().pipe_file(path, value, mode, **kwargs)
 
     fsspec.register_implementation("busy", Busy, clobber=True)
-    prove(open_store("busy://a"))
+    check_exclusive_create(open_store("busy://a"))
     assert failures
 
 
@@ -192,7 +192,7 @@ def test_a_service_that_names_the_precondition_in_other_words():
                 raise OSError(errno.EINVAL, "did not hold") from cause
 
     fsspec.register_implementation("other", Other, clobber=True)
-    prove(open_store("other://a"))
+    check_exclusive_create(open_store("other://a"))
 
 
 def test_a_file_of_a_folder_is_read_only_and_nothing_else_is_left(tmp_path):
@@ -235,7 +235,7 @@ def test_a_file_system_without_hard_links_is_refused(tmp_path, monkeypatch, numb
 
     monkeypatch.setattr(os, "link", fail)
     with pytest.raises(StoreError, match=f"^{tmp_path} is on a file system without hard links"):
-        prove(LocalStore(tmp_path))
+        check_exclusive_create(LocalStore(tmp_path))
     assert LocalStore(tmp_path).names("tmp") == []
 
 
@@ -244,7 +244,7 @@ def test_a_link_without_an_answer_may_have_been_made(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "link", fail)
-    with pytest.raises(AwayError, match=f"^{tmp_path}/log/1: Input/output error$"):
+    with pytest.raises(NoAnswerError, match=f"^{tmp_path}/log/1: Input/output error$"):
         LocalStore(tmp_path).create("log/1", b"")
 
 
@@ -268,7 +268,9 @@ class _Full:
 def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_new_file(tmp_path, monkeypatch, name):
     opened = builtins.open
     monkeypatch.setattr(builtins, "open", lambda path, *args: _Full(opened(path, *args)))
-    with pytest.raises(StoreError, match=r"No space left on device; make room, and give the com"):
+    with pytest.raises(
+        StoreError, match=r"No space left on device; free disk space, then run the com"
+    ):
         getattr(LocalStore(tmp_path), name)("log/1", b"x")
     monkeypatch.undo()
     assert LocalStore(tmp_path).names("tmp") == []
@@ -279,7 +281,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_new_file(tmp_path, monk
 @pytest.mark.parametrize("place", ["/dev/null/registry", "/proc/registry"])
 def test_a_folder_that_cannot_be_made_is_one_line(place):
     with pytest.raises(StoreError, match=r"^/(dev/null: is not a folder|proc/registry: )"):
-        prove(open_store(place))
+        check_exclusive_create(open_store(place))
 
 
 def test_a_file_where_a_folder_should_be_is_not_taken_for_what_was_to_be_made(tmp_path):
@@ -396,7 +398,7 @@ def test_a_store_that_hangs_is_given_up(silent, monkeypatch):
     monkeypatch.setitem(stores._S3_CONFIG, "read_timeout", 0.1)
     port, guests = silent
     start = time.monotonic()
-    with pytest.raises(AwayError, match=r"^s3://a/registry\.json: .*imeout") as raised:
+    with pytest.raises(NoAnswerError, match=r"^s3://a/registry\.json: .*imeout") as raised:
         open_store("s3://a", _silent_options(port)).read("registry.json")
     assert "\n" not in str(raised.value)
     assert len(guests) <= 6
@@ -411,7 +413,7 @@ def test_the_caller_says_how_long_to_wait_for_a_store(silent):
     }
     store = open_store("s3://a", options)
     assert store._files.config_kwargs["connect_timeout"] == 5
-    with pytest.raises(AwayError):
+    with pytest.raises(NoAnswerError):
         store.read("registry.json")
     assert len(guests) <= 2
 
@@ -429,7 +431,7 @@ def test_the_caller_says_how_long_to_wait_for_a_store(silent):
     ],
 )
 def test_what_stands_between_a_name_and_its_host_is_hidden(text, expected):
-    assert stores.hidden(text) == expected
+    assert stores.hide_passwords(text) == expected
 
 
 def test_a_password_is_not_shown():
@@ -444,10 +446,10 @@ def test_a_password_is_not_shown():
     ("error", "kind", "reason"),
     [
         (PermissionError("Access\n Denied"), StoreError, "Access Denied"),
-        (TimeoutError(), AwayError, "TimeoutError"),
-        (ValueError("\x1b[31mBad Request"), AwayError, r"\\x1b\[31mBad Request"),
-        (Exception("boto's own"), AwayError, "boto's own"),
-        (OSError(f"GET ftp://ann:{SECRET}@host/a"), AwayError, r"GET ftp://ann:\*\*\*@host/a"),
+        (TimeoutError(), NoAnswerError, "TimeoutError"),
+        (ValueError("\x1b[31mBad Request"), NoAnswerError, r"\\x1b\[31mBad Request"),
+        (Exception("boto's own"), NoAnswerError, "boto's own"),
+        (OSError(f"GET ftp://ann:{SECRET}@host/a"), NoAnswerError, r"GET ftp://ann:\*\*\*@host/a"),
     ],
 )
 def test_whatever_a_library_raises_becomes_one_line(monkeypatch, error, kind, reason):
@@ -471,7 +473,7 @@ def test_whatever_a_library_raises_becomes_one_line(monkeypatch, error, kind, re
 
 
 def test_a_star_in_a_name_is_no_pattern(tmp_path):
-    store = open_store(f"memory://{unique()}/a*")
+    store = open_store(f"memory://{unique_name()}/a*")
     other = open_store(store.url.replace("a*", "ab"))
     for one in (store, other):
         one.write("bundles/1/x", b"")
@@ -483,24 +485,24 @@ def test_a_star_in_a_name_is_no_pattern(tmp_path):
 def test_a_bucket_that_is_not_there_is_one_line(s3):
     store = open_store("s3://nowhere/registry", s3)
     assert store.names("log") == []
-    with pytest.raises(AwayError, match=r"^s3://nowhere/registry/tmp/\S+: .*bucket"):
-        prove(store)
+    with pytest.raises(NoAnswerError, match=r"^s3://nowhere/registry/tmp/\S+: .*bucket"):
+        check_exclusive_create(store)
 
 
 def test_a_unique_name_says_when_it_was_made():
     now = datetime.datetime.now(datetime.UTC)
-    names = {unique() for _ in range(1000)}
+    names = {unique_name() for _ in range(1000)}
     assert len(names) == 1000
-    for name in (*names, f"abc-{unique()}"):
+    for name in (*names, f"abc-{unique_name()}"):
         assert re.fullmatch(r"(abc-)?\d{8}T\d{6}Z-[0-9a-f]{16}", name)
-        assert abs(made_at(name) - now) < datetime.timedelta(seconds=60)
+        assert abs(creation_time(name) - now) < datetime.timedelta(seconds=60)
 
 
 @pytest.mark.parametrize(
     "name", ["", "notes.txt", "20260102T030405Z", "20269902T030405Z-0123456789abcdef", ".nfs01"]
 )
 def test_any_other_name_does_not(name):
-    assert made_at(name) is None
+    assert creation_time(name) is None
 
 
 def test_threads_of_a_process_are_kept_apart_in_its_memory():
@@ -518,4 +520,4 @@ def test_threads_of_a_process_are_kept_apart_in_its_memory():
     store = open_store("memory2://a")
     assert isinstance(store, RemoteStore)
     assert store._turn is stores._MEMORY
-    prove(store)
+    check_exclusive_create(store)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.serve import engine as engine_module
-from cnn_jax.serve.engine import Engine, Late, Overloaded, Program, measure
+from cnn_jax.serve.engine import DeadlineExceeded, Engine, Overloaded, Program, time_program
 from cnn_jax.system.errors import DataError
 
 ONE = np.zeros((2, 2, 3), np.uint8)
@@ -83,7 +83,7 @@ async def until(condition):
 def test_the_size_that_costs_the_least_for_each_image(seconds, sizes):
     program = Program(list, seconds)
     assert [program.best_size(count) for count in range(1, len(sizes) + 1)] == sizes
-    assert program.largest == max(seconds)
+    assert program.largest_size == max(seconds)
 
 
 def test_measuring_compiles_every_size_before_it_is_timed():
@@ -94,7 +94,7 @@ def test_measuring_compiles_every_size_before_it_is_timed():
         time.sleep(0.05 if calls.count(len(images)) == 1 else 0.001 * len(images))
         return list(images)
 
-    program = measure(run, ONE, (4, 1))
+    program = time_program(run, ONE, (4, 1))
     assert sorted(program.seconds) == [1, 4]
     assert calls == [1, 1, 1, 1, 4, 4, 4, 4]
     assert program.seconds[1] < 0.04
@@ -108,9 +108,9 @@ def test_each_gets_its_own_result_whatever_the_batches_are():
         found = await asyncio.gather(*(compute(engine, program, value) for value in range(100)))
         assert [one.result for one in found] == [2 * value for value in range(100)]
         for one in found:
-            assert 1 <= one.together <= 4
-            assert one.queued >= 0
-            assert one.computed >= 0
+            assert 1 <= one.batch_size <= 4
+            assert one.queue_seconds >= 0
+            assert one.compute_seconds >= 0
 
     run_with(engine, test)
     assert sum(map(len, device.batches)) >= 100
@@ -127,8 +127,8 @@ def test_what_comes_while_it_computes_is_computed_together():
         others = [asyncio.ensure_future(compute(engine, program, n)) for n in (2, 3, 4)]
         await asyncio.sleep(0.05)
         device.gate.set()
-        assert (await first).together == 1
-        assert [(await other).together for other in others] == [3, 3, 3]
+        assert (await first).batch_size == 1
+        assert [(await other).batch_size for other in others] == [3, 3, 3]
 
     run_with(engine, test)
     # The last one is repeated to fill the size that is compiled.
@@ -144,9 +144,9 @@ def test_an_image_is_held_back_for_others_as_long_as_it_is_said_and_not_longer()
         first = asyncio.ensure_future(compute(engine, program, 1))
         await asyncio.sleep(0.05)
         second = asyncio.ensure_future(compute(engine, program, 2))
-        assert (await first).together == 2
+        assert (await first).batch_size == 2
         assert 0.15 < time.monotonic() - start < 2
-        assert (await second).queued < 0.2
+        assert (await second).queue_seconds < 0.2
         # A whole batch waits for nobody.
         start = time.monotonic()
         four = [compute(engine, program, n) for n in range(4)]
@@ -206,7 +206,7 @@ def test_what_is_too_late_is_never_computed_and_is_told_so():
         last = asyncio.ensure_future(compute(engine, program, 3))
         await asyncio.sleep(0.1)
         device.gate.set()
-        with pytest.raises(Late):
+        with pytest.raises(DeadlineExceeded):
             await late
         await asyncio.gather(first, last)
 
@@ -233,17 +233,17 @@ def test_no_more_come_in_than_there_is_room_for():
     engine = Engine(capacity=5)
 
     async def test():
-        with engine.admitted(3):
-            assert engine.inside == 3
-            with pytest.raises(Overloaded, match="try again in 1 s") as caught, engine.admitted(3):
+        with engine.admit(3):
+            assert engine.in_flight == 3
+            with pytest.raises(Overloaded, match="try again in 1 s") as caught, engine.admit(3):
                 pass
             assert caught.value.retry_after == 1
-            with engine.admitted(2):
-                assert engine.inside == 5
-            with contextlib.suppress(ZeroDivisionError), engine.admitted(2):
+            with engine.admit(2):
+                assert engine.in_flight == 5
+            with contextlib.suppress(ZeroDivisionError), engine.admit(2):
                 raise ZeroDivisionError
-            assert engine.inside == 3
-        assert engine.inside == 0
+            assert engine.in_flight == 3
+        assert engine.in_flight == 0
 
     run_with(engine, test)
 
@@ -258,7 +258,7 @@ def test_how_long_to_stay_away_is_learnt_from_what_is_computed():
     async def test():
         for _ in range(30):
             await compute(engine, Program(slow, {1: 1.0}), 0)
-        with engine.admitted(100), pytest.raises(Overloaded) as caught, engine.admitted(1):
+        with engine.admit(100), pytest.raises(Overloaded) as caught, engine.admit(1):
             pass
         # A hundred images at a tenth of a second.
         assert 6 <= caught.value.retry_after <= 15
@@ -299,7 +299,7 @@ def test_decoding_is_done_on_threads_and_not_after_the_deadline():
         await asyncio.sleep(0.05)  # The thread is not told before the task has heard of it.
         decoder.gate.set()
         assert [(await one)[0].result for one in held] == [2, 4]
-        with pytest.raises(Late):
+        with pytest.raises(DeadlineExceeded):
             await late
 
     run_with(engine, test)
@@ -325,8 +325,8 @@ def test_each_image_of_a_request_has_its_result_or_its_error_in_its_place():
                 continue
             assert one.result == 2 * value
             np.testing.assert_array_equal(one.pixels, image(value))
-            assert one.decoded >= 0.001 * (value % 5)
-            assert one.queued >= 0
+            assert one.decode_seconds >= 0.001 * (value % 5)
+            assert one.queue_seconds >= 0
         everything = [functools.partial(read, 3)] * 2
         assert all(
             isinstance(one, DataError)
@@ -346,10 +346,10 @@ def test_the_time_that_an_image_has_waited_is_that_for_a_thread_and_for_the_devi
         decoder.gate.set()
         one, other = await both
         # The first was decoded for a tenth of a second, for which the other has waited.
-        assert one.decoded > 0.09
-        assert other.decoded < 0.05
-        assert one.queued < 0.05
-        assert other.queued > 0.09
+        assert one.decode_seconds > 0.09
+        assert other.decode_seconds < 0.05
+        assert one.queue_seconds < 0.05
+        assert other.queue_seconds > 0.09
 
     run_with(engine, test)
 
@@ -421,7 +421,7 @@ def test_what_was_asked_by_who_has_left_is_held_by_nobody():
         await until(lambda: len(decoder.started) == 2)
         asks = (
             lambda of: engine.compute(program, 6 * [functools.partial(np.copy, of)], later()),
-            lambda of: engine.draw(functools.partial(np.copy, of), later()),
+            lambda of: engine.run_on_decoder(functools.partial(np.copy, of), later()),
         )
         for ask in asks:
             gone = await leave_behind(ask)
@@ -457,7 +457,7 @@ def test_a_device_that_hangs_does_not_keep_it_from_being_closed(monkeypatch):
 
     async def test():
         engine.start()
-        with pytest.raises(Late):
+        with pytest.raises(DeadlineExceeded):
             await compute(engine, device.program(), 1, later(0.1))
         assert not engine.close()
         device.gate.set()
@@ -470,12 +470,12 @@ def test_drawing_is_done_on_the_same_threads_and_not_after_the_deadline():
     engine = Engine(capacity=10)
 
     async def test():
-        name = await engine.draw(lambda: threading.current_thread().name, later())
+        name = await engine.run_on_decoder(lambda: threading.current_thread().name, later())
         assert name.startswith("decode")
-        name = await engine.parse(lambda: threading.current_thread().name, later())
+        name = await engine.run_on_parser(lambda: threading.current_thread().name, later())
         assert name.startswith("parse")
-        with pytest.raises(Late):
-            await engine.draw(lambda: None, later(-1))
+        with pytest.raises(DeadlineExceeded):
+            await engine.run_on_decoder(lambda: None, later(-1))
 
     run_with(engine, test)
 

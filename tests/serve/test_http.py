@@ -121,7 +121,7 @@ def test_the_second_request_of_a_connection_has_the_same_time(serve):
 
 
 def test_long_headers_are_refused_and_a_long_body_is_not(serve):
-    port = serve(_MOST_HEADER_BYTES=1_000)
+    port = serve(_MAX_HEADER_BYTES=1_000)
     with connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 2_000)
         assert rest_of(connection).startswith(b"HTTP/1.1 400")
@@ -143,7 +143,7 @@ def test_a_connection_that_is_quiet_is_closed(serve):
 
 
 def test_no_more_connections_than_there_is_room_for(serve):
-    port = serve(_CONNECTIONS=3)
+    port = serve(_MAX_CONNECTIONS=3)
     head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nConnection: close\r\n\r\n"
     with contextlib.ExitStack() as stack:
         busy = [stack.enter_context(connect(port)) for _ in range(2)]
@@ -243,7 +243,7 @@ def test_a_wish_for_http_2_is_ignored(serve):
 
 
 def test_requests_behind_one_another_are_no_long_headers(serve):
-    port = serve(_MOST_HEADER_BYTES=1_000)
+    port = serve(_MAX_HEADER_BYTES=1_000)
     one = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n\r\n" + b"a" * 900
     last = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
     with connect(port) as connection:

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from cnn_jax.serve.limits import ClientLeft, unless_client_leaves
+from cnn_jax.serve.limits import ClientDisconnected, cancel_on_disconnect
 
 
 class Client:
@@ -23,7 +23,7 @@ class Client:
 
 
 async def work(client, answer):
-    async with unless_client_leaves(client.receive):
+    async with cancel_on_disconnect(client.receive):
         return await answer
 
 
@@ -62,7 +62,7 @@ def test_who_leaves_ends_the_work():
         client = Client()
         task, answer = await begun(client)
         client.leave()
-        with pytest.raises(ClientLeft):
+        with pytest.raises(ClientDisconnected):
             await task
         assert answer.cancelled()
         assert task.cancelling() == 0
@@ -73,7 +73,7 @@ def test_who_leaves_ends_the_work():
 @pytest.mark.parametrize("is_first", [True, False])
 def test_who_leaves_in_the_moment_of_the_answer_cancels_nothing_behind_the_block(is_first):
     async def request(client, answer):
-        with contextlib.suppress(ClientLeft):
+        with contextlib.suppress(ClientDisconnected):
             await work(client, answer)
         for _ in range(5):  # A cancellation that comes late would be raised here.
             await asyncio.sleep(0)
@@ -111,7 +111,7 @@ def test_a_cancellation_of_somebody_elses_counts_even_if_the_client_leaves_too()
 
 def test_a_timeout_within_is_a_timeout():
     async def late(client):
-        async with unless_client_leaves(client.receive), asyncio.timeout(0.02):
+        async with cancel_on_disconnect(client.receive), asyncio.timeout(0.02):
             await asyncio.sleep(5)
 
     async def test():

@@ -20,7 +20,7 @@ def offer(log, version, numbers):
     rng = np.random.default_rng(0)
     for number in numbers:
         pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
-        log.offer(version, str(number), pixels, np.array([0.2, 0.3, 0.5], np.float32))
+        log.record(version, str(number), pixels, np.array([0.2, 0.3, 0.5], np.float32))
 
 
 def ids_of(path):
@@ -36,7 +36,7 @@ def test_it_stays_within_its_size_and_the_oldest_go_first(version, tmp_path):
         while log._waiting.qsize():
             pass
     log.close()
-    assert log.lost == 0
+    assert log.lost_rows == 0
     kept = ids_of(path)
     assert kept == list(range(kept[0], 800))
     assert 100 < len(kept) < 300  # About a kilobyte each.
@@ -66,12 +66,12 @@ def test_a_full_disk_loses_rows_which_are_counted_and_goes_on(version, tmp_path,
 
     monkeypatch.setattr(log, "_connect", full)
     offer(log, version, range(5))
-    while log.lost < 5:
+    while log.lost_rows < 5:
         pass
     monkeypatch.setattr(log, "_connect", connect)
     offer(log, version, [5])
     log.close()
-    assert log.lost == 5
+    assert log.lost_rows == 5
     assert ids_of(path) == [5]
 
 
@@ -80,9 +80,9 @@ def test_who_offers_never_waits(version, tmp_path):
     with sqlite3.connect(tmp_path / "requests.db") as other:
         other.execute("begin exclusive")  # Nobody else can write.
         offer(log, version, range(1_100))
-        assert log.lost >= 90
+        assert log.lost_rows >= 90
     log.close()
-    assert len(ids_of(tmp_path / "requests.db")) + log.lost == 1_100
+    assert len(ids_of(tmp_path / "requests.db")) + log.lost_rows == 1_100
 
 
 def test_a_log_goes_on_where_it_was(version, tmp_path):

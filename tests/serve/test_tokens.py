@@ -63,7 +63,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path):
 
 
 def test_a_changed_file_is_read_again_and_a_wrong_one_changes_nothing(file, monkeypatch, caplog):
-    monkeypatch.setattr(tokens, "_LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(tokens, "_CHECK_SECONDS", 0.0)
     found = Tokens(file)
     other = "another-token-0123456789"
 

@@ -27,8 +27,8 @@ from cnn_jax.inference.predictor import Predictor, predict_batch
 from cnn_jax.registry.registry import Registry
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
-from cnn_jax.serve.loader import Loader, Source, Wanted
-from cnn_jax.serve.metrics import Measures
+from cnn_jax.serve.loader import DesiredState, Loader, Source
+from cnn_jax.serve.metrics import ServerMetrics
 from cnn_jax.serve.service import AVAILABLE, END, Models, Service
 from cnn_jax.serve.versions import make_version
 
@@ -181,7 +181,7 @@ def test_several_versions_and_models_at_once(serve, registry, tmp_path):
 
 def test_what_is_no_longer_wanted_when_it_is_loaded_is_never_served(monkeypatch):
     """A rollback while the next version is compiled."""
-    wanted = {"shapes": Wanted({1: "1"}, {"champion": 1})}
+    wanted = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
 
     class Changing(Source):
         def wanted(self):
@@ -189,37 +189,37 @@ def test_what_is_no_longer_wanted_when_it_is_loaded_is_never_served(monkeypatch)
 
         def open(self, model, number):
             if number == 2:
-                wanted["shapes"] = Wanted({1: "1"}, {"champion": 1})  # Rolled back.
+                wanted["shapes"] = DesiredState({1: "1"}, {"champion": 1})  # Rolled back.
             return make_bundle(number)
 
         def want(self, model, number, is_wanted):
             raise AssertionError
 
     async def run():
-        service = Service(Models(), Engine(9), Limits(), Measures())
+        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
         loader = Loader(service, Changing(), (1,))
-        await loader.look()
+        await loader.synchronize()
         assert service.models.default("shapes").number == 1
         seen = []
         point = service.models.point
         monkeypatch.setattr(
             service.models, "point", lambda *args: (seen.append(args[1]), point(*args))
         )
-        wanted["shapes"] = Wanted({2: "2"}, {"champion": 2})
-        await loader.look()
+        wanted["shapes"] = DesiredState({2: "2"}, {"champion": 2})
+        await loader.synchronize()
         assert {"champion": 2} not in seen
         assert service.models.default("shapes").number == 1
-        assert set(service.models.present("shapes")) == {1}
+        assert set(service.models.loaded("shapes")) == {1}
         # What is wanted under the same number, but is another bundle, takes its place.
-        wanted["shapes"] = Wanted({1: "other"}, {"champion": 1})
-        await loader.look()
+        wanted["shapes"] = DesiredState({1: "other"}, {"champion": 1})
+        await loader.synchronize()
         assert service.models.default("shapes").digest == "other"
 
     asyncio.run(run())
 
 
 def test_a_source_that_fails_in_any_way_is_asked_again(caplog):
-    answers = [RuntimeError("a fault"), {"shapes": Wanted({1: "1"}, {"champion": 1})}]
+    answers = [RuntimeError("a fault"), {"shapes": DesiredState({1: "1"}, {"champion": 1})}]
 
     class Failing(Source):
         def wanted(self):
@@ -235,7 +235,7 @@ def test_a_source_that_fails_in_any_way_is_asked_again(caplog):
             raise AssertionError
 
     async def run():
-        service = Service(Models(), Engine(9), Limits(), Measures())
+        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
         loader = Loader(service, Failing(), (1,))
         following = asyncio.ensure_future(loader.follow(0.01))
         while not service.models.is_ready():
@@ -282,8 +282,8 @@ def test_a_model_without_its_alias_goes_and_the_others_are_followed(serve, regis
 
 def test_a_version_that_comes_back_while_it_is_in_use_is_available():
     async def run():
-        service = Service(Models(), Engine(9), Limits(), Measures())
-        wanted = {"shapes": Wanted({1: "1"}, {"champion": 1})}
+        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
+        wanted = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
 
         class Changing(Source):
             def wanted(self):
@@ -296,13 +296,13 @@ def test_a_version_that_comes_back_while_it_is_in_use_is_available():
                 raise AssertionError
 
         loader = Loader(service, Changing(), (1,))
-        await loader.look()
+        await loader.synchronize()
         first = service.models.default("shapes")
-        with first.used():
-            wanted["shapes"] = Wanted({2: "2"}, {"champion": 2})
-            await loader.look()
-            wanted["shapes"] = Wanted({1: "1"}, {"champion": 1})
-            await loader.look()
+        with first.hold():
+            wanted["shapes"] = DesiredState({2: "2"}, {"champion": 2})
+            await loader.synchronize()
+            wanted["shapes"] = DesiredState({1: "1"}, {"champion": 1})
+            await loader.synchronize()
         await asyncio.sleep(0.2)
         assert service.models.states("shapes")[1] == (AVAILABLE, "")
         assert service.models.states("shapes")[2] == (END, "")
