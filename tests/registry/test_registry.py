@@ -30,7 +30,7 @@ from cnn_jax.registry import registry as registries
 from cnn_jax.registry import store as stores
 from cnn_jax.registry.ledger import Gates, RegistryError
 from cnn_jax.registry.registry import Registry
-from cnn_jax.registry.store import NoAnswerError, LocalStore, StoreError, open_store, unique_name
+from cnn_jax.registry.store import LocalStore, NoAnswerError, StoreError, open_store, unique_name
 from cnn_jax.system.errors import BundleError, ConfigError
 
 pytest_plugins = ["registry_fixtures"]
@@ -230,7 +230,7 @@ def test_removing_takes_the_files_and_not_the_number(registry, bundles):
     registry.remove("flowers", 1)
     assert not (pathlib.Path(registry.url) / path).exists()
     assert registry.models["flowers"].aliases["champion"] == (2,)
-    with pytest.raises(RegistryError, match="has no version 1 \(it was removed\)"):
+    with pytest.raises(RegistryError, match=r"has no version 1 \(it was removed\)"):
         registry.remove("flowers", 1)
     assert registry.add("flowers", bundles[0]).version.number == 4
 
@@ -459,7 +459,7 @@ def test_the_last_entry_gone_is_as_if_it_had_never_been_unless_it_was_an_add(reg
     assert aliases(other) == {"champion": 2}
     other.promote("flowers", 1, "mine")
     other.promote("flowers", 1, "yours")
-    with pytest.raises(RegistryError, match=r"7\.json is damaged: its field "previous" does not"):
+    with pytest.raises(RegistryError, match=r'7\.json is damaged: its field "previous" does not'):
         registry.refresh()
 
 
@@ -499,8 +499,8 @@ def test_a_log_without_its_end_changes_nothing_and_sweeps_nothing(
     ):
         with pytest.raises(
             RegistryError,
-            match=rf"^{root} is damaged: according to added/ the end of its log is missing, at least from "
-            rf"log/0000000{first}\.json to log/00000003\.json at least, as added/ says; put it",
+            match=rf"^{root} is damaged: according to added/ the end of its log is missing, at "
+            rf"least from log/0000000{first}\.json to log/00000003\.json; restore",
         ):
             call()
     assert files(registry) == before
@@ -511,10 +511,10 @@ def test_a_log_without_its_end_is_noticed_everywhere(place, bundles):
     for path in bundles[:2]:
         registry.add("flowers", path)
     store.remove("log/00000002.json")
-    with pytest.raises(RegistryError, match=r"missing, at least from log/00000002\.json to log/00000002"):
+    with pytest.raises(RegistryError, match=r"at least from log/00000002\.json to log/00000002"):
         Registry(*place).refresh()
     store.remove("log")
-    with pytest.raises(RegistryError, match=r"missing, at least from log/00000001\.json to log/00000002"):
+    with pytest.raises(RegistryError, match=r"at least from log/00000001\.json to log/00000002"):
         Registry(*place).refresh()
     store.remove("registry.json")
     with pytest.raises(RegistryError, match="it has a log but no registry"):
@@ -625,7 +625,7 @@ def test_a_version_that_is_removed_while_it_is_verified_is_not_called_damaged(re
     store.local = lambda name: None
     moment = ("download", "bundles")
     assert not _meanwhile(store, moment, lambda: registry.remove("flowers", 1))
-    with pytest.raises(RegistryError, match="flowers has no version 1 \(it was removed\)"):
+    with pytest.raises(RegistryError, match=r"flowers has no version 1 \(it was removed\)"):
         on(store).promote("flowers", 1, "yours")
 
 
@@ -662,7 +662,7 @@ def test_files_that_are_gone_before_their_entry_is_made_are_not_added(registry, 
             (pathlib.Path(registry.url) / name).unlink()
 
     store.after = sweep
-    with pytest.raises(RegistryError, match=r"^weights\.safetensors of \S+ was removed during the upload"):
+    with pytest.raises(RegistryError, match=r"^weights\.safetensors of \S+ was removed during"):
         on(store).add("flowers", bundles[3])
     assert outline(Registry(registry.url)) == outline(registry)
     assert leftovers(registry) == []
@@ -946,7 +946,7 @@ def test_a_version_is_not_promoted_while_it_is_removed(registry):
     store = wrapped(pathlib.Path(registry.url))
     slow = on(store)
     _meanwhile(store, LOG, lambda: registry.remove("flowers", 1))
-    with pytest.raises(RegistryError, match="has no version 1 \(it was removed\)"):
+    with pytest.raises(RegistryError, match=r"has no version 1 \(it was removed\)"):
         slow.promote("flowers", 1)
 
 
@@ -955,7 +955,7 @@ def test_two_who_roll_back_at_once_go_back_once(registry):
     store = wrapped(pathlib.Path(registry.url))
     slow = on(store)
     _meanwhile(store, LOG, lambda: registry.rollback("flowers"))
-    with pytest.raises(RegistryError, match=r"another process has just moved .*champion from 3 to 2"):
+    with pytest.raises(RegistryError, match=r"process has just moved .*champion from 3 to 2"):
         slow.rollback("flowers")
     assert aliases(slow)["champion"] == 2
 
@@ -1033,7 +1033,7 @@ def test_another_thread_reads_nothing_between_a_decision_and_its_change(registry
         return who()
 
     monkeypatch.setattr(registries, "_author", meanwhile)
-    with pytest.raises(RegistryError, match="has no version 1 \(it was removed\)"):
+    with pytest.raises(RegistryError, match=r"has no version 1 \(it was removed\)"):
         shared.promote("flowers", 1)
     assert outline(Registry(registry.url)) == outline(other)
 
@@ -1102,7 +1102,7 @@ def test_a_store_that_stays_away_leaves_a_doubt_and_says_so(registry, fast, happ
             raise NoAnswerError("no answer")
 
     setattr(store, "after" if happens else "before", lose)
-    with pytest.raises(NoAnswerError, match=r"does not report whether the change was made \(no answer\)"):
+    with pytest.raises(NoAnswerError, match=r"report whether the change was made \(no answer\)"):
         flaky.rollback("flowers")
     assert len(Registry(registry.url).log) == 6 + happens
 
@@ -1127,7 +1127,7 @@ def test_a_store_that_shows_nothing_of_what_is_there_ends_the_wait(registry, fas
             raise FileNotFoundError(name)
 
     store.before = hide
-    with pytest.raises(NoAnswerError, match="it reports a file as existing, but does not return it"):
+    with pytest.raises(NoAnswerError, match="reports a file as existing, but does not return it"):
         blind.rollback("flowers")
 
 

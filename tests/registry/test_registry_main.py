@@ -89,7 +89,8 @@ def test_all_commands_as_a_person_gives_them(place, bundles):
     )
     assert run("promote", "flowers", 1, "--min_accuracy=0.85") == (
         0,
-        "flowers@champion is now version 1 (new); passed: min_accuracy=0.85: test accuracy is 0.9\n",
+        "flowers@champion is now version 1 (new); "
+        "passed: min_accuracy=0.85: test accuracy is 0.9\n",
         "",
     )
     assert run("promote", "flowers", 2, f"--registry={place}")[:2] == (
@@ -207,8 +208,9 @@ def test_gates_have_two_spellings(registry, capsys, hyphen):
     gates = ["--min_accuracy=0.9", "--min_f1=0.75", "--max_loss=0.5", "--not_below=champion"]
     gates = [gate.replace("_", hyphen) for gate in gates]
     assert call(capsys, "promote", "flowers", 1, *gates) == (
-        "flowers@champion is now version 1 (previously 2); passed: min_accuracy=0.9: test accuracy is "
-        "0.9; min_f1=0.75: test f1 is 0.75; max_loss=0.5: test loss is 0.5; not_below=champion: "
+        "flowers@champion is now version 1 (previously 2); passed: min_accuracy=0.9: "
+        "test accuracy is 0.9; min_f1=0.75: test f1 is 0.75; max_loss=0.5: test loss is 0.5; "
+        "not_below=champion: "
         "test accuracy is 0.9, and that of version 2 is 0.8\n"
     )
     with pytest.raises(UserError, match=r"^flowers/2 does not become champion: not_below=champion"):

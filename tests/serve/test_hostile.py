@@ -38,7 +38,12 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
     write_bundle(make_bundle(), folder / "bundle")
     (folder / "tokens").write_text(f"admin {_TOKEN}\n")
-    flags = (f"--bundle={folder}/bundle", "--max_batch=4", f"--tokens={folder}/tokens")
+    flags = (
+        f"--bundle={folder}/bundle",
+        "--model=default",
+        "--max_batch=4",
+        f"--tokens={folder}/tokens",
+    )
     with Served(folder, *flags) as server:
         post(f"{server.url}/predict?explain=grad_cam", encode("PNG"), timeout=30)
         yield server

@@ -83,7 +83,7 @@ def test_an_image_its_classes_and_its_map(browser, server, registry, image, widt
     name, probabilities = expected_of(registry, 1, image)
     assert text(browser, "result-title") == f"{name}, {100 * probabilities.max():.1f} %"
     shares = browser.execute_script(
-        "return [...document.querySelectorAll('#bars .share')].map((one) => one.textContent)"
+        "return [...document.querySelectorAll('#bars .probability')].map((one) => one.textContent)"
     )
     assert shares == [f"{100 * share:.1f} %" for share in sorted(probabilities, reverse=True)]
     widths = browser.execute_script(
@@ -91,7 +91,7 @@ def test_an_image_its_classes_and_its_map(browser, server, registry, image, widt
         ".map((one) => one.offsetWidth / one.parentNode.offsetWidth)"
     )
     np.testing.assert_allclose(widths, sorted(probabilities, reverse=True), atol=0.02)
-    # A reader is told where it is now, and of the picture.
+    # A screen reader gets the focus on the result, and a description of the picture.
     assert browser.execute_script("return document.activeElement.id") == "result-title"
     source, alt, is_there = browser.execute_script(
         "const shown = document.getElementById('shown');"
@@ -100,7 +100,13 @@ def test_an_image_its_classes_and_its_map(browser, server, registry, image, widt
     assert source.startswith("data:image/png;base64,")
     assert name in alt
     assert is_there
+    shape = "const box = document.getElementById('shown').getBoundingClientRect();"
+    shape += "return [box.width, box.height]"
+    map_shape = browser.execute_script(shape)
+    assert map_shape[0] / map_shape[1] == pytest.approx(80 / 60, rel=0.02)
     browser.find_element("id", "show-image").send_keys("\ue007")  # Enter.
+    wait_for(browser, "document.getElementById('shown').complete")
+    assert browser.execute_script(shape) == map_shape
     assert browser.execute_script("return document.getElementById('shown').src").startswith("blob:")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     loaded = browser.execute_script(

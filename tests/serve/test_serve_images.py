@@ -57,7 +57,7 @@ def test_a_form_is_what_another_program_has_put_into_it(files):
 @pytest.mark.parametrize("field", ["other", "file", "top"])
 def test_a_field_that_is_no_file_is_refused_by_its_name(field):
     """It may be an image without a file name, or a parameter, and was ignored."""
-    with pytest.raises(Refused, match=f"field '{field}' is no file.*-F {field}=@FILE") as caught:
+    with pytest.raises(Refused, match=f"field '{field}' is not a file.*-F {field}=@FILE") as caught:
         read(form(("a.png", b"1"), **{field: "value"}))
     assert (caught.value.status, caught.value.reason) == (400, "form")
 
@@ -187,7 +187,7 @@ def test_numbers_from_0_to_1_are_refused_with_what_to_do_and_black_is_black():
 
 
 def test_channels_that_come_first_are_told():
-    with pytest.raises(Refused, match="channels come last"):
+    with pytest.raises(Refused, match="put the channels last"):
         parse_pixels(np.full((3, 4, 5), 9).tolist())
 
 

@@ -214,10 +214,10 @@ def test_a_misspelt_parameter_is_named_with_the_nearest_one_on_every_route(serve
         assert error_of(answer) == (400, "parameter"), path
         told = answer.json()["error"]
         assert "there is no parameter 'Explian'" in told
-        hint = "did you mean explain?" if path == "/predict" else "this path takes none"
+        hint = "did you mean explain?" if path == "/predict" else "this path takes no parameters"
         assert hint in told, path
     answer = server.post("/predict?nonsense", b"x")
-    assert "there are model, version, alias, top, explain" in answer.json()["error"]
+    assert "use model, version, alias, top, explain" in answer.json()["error"]
     # Each parameter that is described is known.
     for parameter in description["/predict"]["post"]["parameters"]:
         told = server.post(f"/predict?{parameter['name']}=", b"x").json()["error"]
@@ -226,12 +226,12 @@ def test_a_misspelt_parameter_is_named_with_the_nearest_one_on_every_route(serve
 
 def test_what_the_router_refuses_says_what_to_use(server):
     for method, path, status, words in (
-        ("GET", "/predict", 405, "GET is not for this path; use POST"),
-        ("GET", "/v1/models/shapes:predict", 405, "GET is not for this path; use POST"),
+        ("GET", "/predict", 405, "this path does not support GET; use POST"),
+        ("GET", "/v1/models/shapes:predict", 405, "this path does not support GET; use POST"),
         ("POST", "/v1/models/shapes", 405, "use GET"),
-        ("POST", "/predict/", 404, "no path here ends with a slash"),
+        ("POST", "/predict/", 404, "no path ends with a slash"),
         ("GET", "/nothing", 404, "/docs lists the paths"),
-        ("POST", "/v1/models/shapes:clasify", 404, "there is no :clasify here; there is :predict"),
+        ("POST", "/v1/models/shapes:clasify", 404, "there is no :clasify; use :predict"),
         ("POST", "/v1/models/shapes:classify", 400, "send images to :predict"),
     ):
         answer = requests.request(method, server.url + path, timeout=30)
@@ -242,7 +242,7 @@ def test_what_the_router_refuses_says_what_to_use(server):
 def test_a_form_without_files_is_told_what_is_wrong(server):
     answer = server.post("/predict", files={"file": (None, encode(picture()))})
     assert error_of(answer) == (400, "form")
-    assert "the form's field 'file' is no file" in answer.json()["error"]
+    assert "the form's field 'file' is not a file" in answer.json()["error"]
 
 
 def test_an_image_in_numbers_is_named_by_its_place(server):
