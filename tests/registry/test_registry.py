@@ -81,7 +81,7 @@ def files(registry):
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
 
 
-def test_what_is_added_is_fetched(place, bundles, tmp_path):
+def test_fetch_returns_an_added_bundle(place, bundles, tmp_path):
     registry = Registry(*place)
     for i, path in enumerate(bundles[:2], 1):
         added = registry.add("flowers", path, f"note {i}")
@@ -103,7 +103,7 @@ def test_what_is_added_is_fetched(place, bundles, tmp_path):
         assert read_bundle(folder).temperature == i
 
 
-def test_every_change_works_at_every_place(place, bundles):
+def test_all_changes_work_on_all_stores(place, bundles):
     registry = Registry(*place)
     for path in bundles[:3]:
         registry.add("flowers", path)
@@ -134,7 +134,7 @@ def test_every_change_works_at_every_place(place, bundles):
     assert store.names("tmp") == []
 
 
-def test_who_has_changed_what_and_when_is_in_the_log(registry, monkeypatch):
+def test_the_log_has_user_change_and_time(registry, monkeypatch):
     monkeypatch.setattr(getpass, "getuser", lambda: "ann")
     monkeypatch.setattr(socket, "gethostname", lambda: "desk")
     before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
@@ -148,7 +148,7 @@ def test_who_has_changed_what_and_when_is_in_the_log(registry, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyError("uid"), OSError("no user"), ImportError("pwd")])
-def test_who_cannot_be_known_is_unknown(registry, monkeypatch, error):
+def test_an_unknown_user_is_named_unknown(registry, monkeypatch, error):
     def fail():
         raise error
 
@@ -158,7 +158,7 @@ def test_who_cannot_be_known_is_unknown(registry, monkeypatch, error):
     assert (entry.user, entry.host) == ("unknown", "unknown")
 
 
-def test_a_bundle_that_is_there_is_not_added_again(registry, bundles):
+def test_the_same_bundle_is_added_once(registry, bundles):
     before = files(registry)
     added = registry.add("flowers", bundles[1])
     assert (added.version.number, added.is_new) == (2, False)
@@ -172,7 +172,7 @@ def test_a_bundle_that_is_there_is_not_added_again(registry, bundles):
     assert (again.version.number, again.is_new) == (2, True)
 
 
-def test_a_refresh_reads_what_is_new_and_nothing_else(registry, bundles):
+def test_refresh_reads_only_new_entries(registry, bundles):
     store = wrapped(pathlib.Path(registry.url))
     reader = on(store)
     assert reader.refresh()
@@ -186,7 +186,7 @@ def test_a_refresh_reads_what_is_new_and_nothing_else(registry, bundles):
     assert not reader.refresh()
 
 
-def test_a_long_log_is_read_at_once(tmp_path, bundles):
+def test_a_long_log_is_read_in_parallel(tmp_path, bundles):
     registry = Registry(tmp_path)
     for path in bundles[:2]:
         registry.add("flowers", path)
@@ -200,7 +200,7 @@ def test_a_long_log_is_read_at_once(tmp_path, bundles):
     assert sum(call == "read" for call, _ in store.calls) == 1 + 102 + 1
 
 
-def test_gates_hold_a_promotion_up(registry):
+def test_failed_gates_refuse_a_promotion(registry):
     before = files(registry)
     with pytest.raises(RegistryError, match=r"min_accuracy=0.65: test accuracy is 0.6$"):
         registry.promote("flowers", 2, "mine", Gates(min_accuracy=0.65))
@@ -211,7 +211,7 @@ def test_gates_hold_a_promotion_up(registry):
     assert aliases(registry) == {"champion": 3, "mine": 3}
 
 
-def test_rolling_back_goes_further_each_time(registry):
+def test_repeated_rollbacks_go_further_back(registry):
     registry.promote("flowers", 3)
     assert registry.rollback("flowers").version == 2
     assert registry.rollback("flowers").version == 1
@@ -223,7 +223,7 @@ def test_rolling_back_goes_further_each_time(registry):
         registry.rollback("flowers", "chamption")
 
 
-def test_removing_takes_the_files_and_not_the_number(registry, bundles):
+def test_remove_deletes_files_and_keeps_the_number_used(registry, bundles):
     path = registry.resolve("flowers", 1).bundle.path
     with pytest.raises(RegistryError, match="flowers/2 is not removed, because it is champion"):
         registry.remove("flowers", 2)
@@ -235,7 +235,7 @@ def test_removing_takes_the_files_and_not_the_number(registry, bundles):
     assert registry.add("flowers", bundles[0]).version.number == 4
 
 
-def test_hostile_names_reach_no_file(tmp_path, bundles):
+def test_hostile_names_access_no_file(tmp_path, bundles):
     registry = Registry(tmp_path / "registry")
     for name in ("../x", "a/b", ""):
         with pytest.raises(ConfigError, match=r"^model: must be"):
@@ -259,7 +259,7 @@ def test_hostile_names_reach_no_file(tmp_path, bundles):
         lambda path: (path / "weights.safetensors").unlink(),
     ],
 )
-def test_what_is_no_bundle_is_not_added(tmp_path, bundles, damage):
+def test_a_folder_without_a_bundle_is_not_added(tmp_path, bundles, damage):
     shutil.copytree(bundles[0], tmp_path / "bundle")
     damage(tmp_path / "bundle")
     with pytest.raises(BundleError, match=rf"^{tmp_path}/bundle"):
@@ -276,7 +276,7 @@ def test_what_is_no_bundle_is_not_added(tmp_path, bundles, damage):
         {"preprocessing": {"image_size": [float("inf"), 16]}},
     ],
 )
-def test_a_bundle_with_nonsense_is_not_added(tmp_path, bundles, changes):
+def test_a_bundle_with_invalid_metadata_is_not_added(tmp_path, bundles, changes):
     if "preprocessing" in changes:
         description = json.loads((bundles[0] / "bundle.json").read_text())
         changes = {"preprocessing": description["preprocessing"] | changes["preprocessing"]}
@@ -286,7 +286,7 @@ def test_a_bundle_with_nonsense_is_not_added(tmp_path, bundles, changes):
     assert not (tmp_path / "registry").exists()
 
 
-def test_a_bundle_without_figures_is_added_and_holds_no_gate(tmp_path, bundles):
+def test_a_bundle_without_metrics_passes_no_gate(tmp_path, bundles):
     path = vary(bundles[0], tmp_path / "bundle", metrics={"test": None})
     registry = Registry(tmp_path / "registry")
     assert registry.add("flowers", path).version.bundle.metrics == {}
@@ -295,9 +295,7 @@ def test_a_bundle_without_figures_is_added_and_holds_no_gate(tmp_path, bundles):
 
 
 @pytest.mark.parametrize("file", ["bundle.json", "weights.safetensors"])
-def test_a_bundle_that_is_replaced_while_it_is_read_is_not_added(
-    tmp_path, bundles, monkeypatch, file
-):
+def test_a_bundle_replaced_during_reading_is_not_added(tmp_path, bundles, monkeypatch, file):
     path = tmp_path / "bundle"
     shutil.copytree(bundles[0], path)
     other = tmp_path / "other"
@@ -312,7 +310,7 @@ def test_a_bundle_that_is_replaced_while_it_is_read_is_not_added(
         Registry(tmp_path / "registry").add("flowers", path)
 
 
-def test_there_is_no_registry_until_the_first_addition(tmp_path, bundles):
+def test_the_first_add_creates_the_registry(tmp_path, bundles):
     registry = Registry(tmp_path / "registry")
     for call in (
         registry.refresh,
@@ -341,7 +339,7 @@ def test_there_is_no_registry_until_the_first_addition(tmp_path, bundles):
         ('{"format": 2}', "is a registry of a later format"),
     ],
 )
-def test_another_registry_json_is_told(tmp_path, bundles, text, message):
+def test_an_invalid_registry_json_is_reported(tmp_path, bundles, text, message):
     (tmp_path / "registry.json").write_text(text)
     for call in (
         lambda registry: registry.refresh(),
@@ -352,7 +350,7 @@ def test_another_registry_json_is_told(tmp_path, bundles, text, message):
     assert [path.name for path in tmp_path.iterdir()] == ["registry.json"]
 
 
-def test_a_log_without_registry_json_is_left_alone(registry, bundles):
+def test_a_log_without_registry_json_is_not_changed(registry, bundles):
     (pathlib.Path(registry.url) / "registry.json").unlink()
     before = files(registry)
     with pytest.raises(RegistryError, match=r"is damaged: it has a log but no registry\.json"):
@@ -360,7 +358,7 @@ def test_a_log_without_registry_json_is_left_alone(registry, bundles):
     assert files(registry) == before
 
 
-def test_a_place_that_overwrites_is_refused_before_anything_is_there(bundles):
+def test_a_store_that_overwrites_is_refused(bundles):
     import test_registry_store  # noqa: F401 (it makes such places known)
 
     for protocol in ("careless", "hasty", "plain"):
@@ -370,7 +368,7 @@ def test_a_place_that_overwrites_is_refused_before_anything_is_there(bundles):
         assert open_store(place).names("") == []
 
 
-def test_a_process_that_would_overwrite_changes_nothing(bundles):
+def test_a_process_whose_create_overwrites_changes_nothing(bundles):
     """The registry was made with a library that keeps writers apart; this process has another."""
     import test_registry_store
 
@@ -452,7 +450,7 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
     assert files(registry) == before
 
 
-def test_the_last_entry_gone_is_as_if_it_had_never_been_unless_it_was_an_add(registry):
+def test_only_a_lost_add_at_the_end_is_detected(registry):
     """Of other changes nothing is kept beside the log; who had read it knows."""
     (pathlib.Path(registry.url) / "log" / "00000006.json").unlink()
     other = Registry(registry.url)
@@ -468,7 +466,7 @@ def marks(store):
     return {int(name[:8]): f"bundles/{name[9:]}" for name in store.names("added")}
 
 
-def test_each_addition_is_noted_beside_the_log(place, bundles):
+def test_each_add_has_a_marker(place, bundles):
     registry = Registry(*place)
     for path in bundles[:2]:
         registry.add("flowers", path)
@@ -481,9 +479,7 @@ def test_each_addition_is_noted_beside_the_log(place, bundles):
 
 
 @pytest.mark.parametrize("first", [1, 2, 3])
-def test_a_log_without_its_end_changes_nothing_and_sweeps_nothing(
-    registry, bundles, monkeypatch, first
-):
+def test_a_truncated_log_refuses_changes_and_sweeps(registry, bundles, monkeypatch, first):
     root = pathlib.Path(registry.url)
     for number in range(first, 7):
         (root / "log" / f"{number:08d}.json").unlink()
@@ -506,7 +502,7 @@ def test_a_log_without_its_end_changes_nothing_and_sweeps_nothing(
     assert files(registry) == before
 
 
-def test_a_log_without_its_end_is_noticed_everywhere(place, bundles):
+def test_a_truncated_log_is_detected_on_all_stores(place, bundles):
     registry, store = Registry(*place), open_store(*place)
     for path in bundles[:2]:
         registry.add("flowers", path)
@@ -523,16 +519,14 @@ def test_a_log_without_its_end_is_noticed_everywhere(place, bundles):
 
 @pytest.mark.parametrize("moment", [("names", "added"), ("names", "log"), ("read", "log")])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_addition_during_the_first_look_is_no_damage(registry, bundles, moment, when):
+def test_an_add_during_the_first_read_is_not_damage(registry, bundles, moment, when):
     store = wrapped(pathlib.Path(registry.url))
     done = _meanwhile(store, moment, lambda: registry.add("flowers", bundles[3]), when)
     on(store).refresh()
     assert done
 
 
-def test_a_bundle_that_is_noted_as_added_stays_if_the_log_does_not_know_it(
-    registry, bundles, monkeypatch
-):
+def test_a_marked_bundle_without_an_entry_is_kept(registry, bundles, monkeypatch):
     """A log that was put back from an old copy, and went on since."""
     root = pathlib.Path(registry.url)
     name, other = (f"{'0' * 64}-{unique_name()}" for _ in range(2))
@@ -544,7 +538,7 @@ def test_a_bundle_that_is_noted_as_added_stays_if_the_log_does_not_know_it(
     assert leftovers(registry) == [f"bundles/{name}"]
 
 
-def test_files_of_a_removed_version_are_swept_though_it_was_noted(registry, bundles, monkeypatch):
+def test_files_of_a_removed_version_are_swept(registry, bundles, monkeypatch):
     store = wrapped(pathlib.Path(registry.url))
     failing(store, ("remove", "bundles"), happens=False)
     on(store).remove("flowers", 1)
@@ -554,7 +548,7 @@ def test_files_of_a_removed_version_are_swept_though_it_was_noted(registry, bund
     assert leftovers(registry) == []
 
 
-def test_a_note_that_is_missing_is_made_by_a_later_sweep(registry, bundles, caplog):
+def test_a_later_sweep_creates_a_missing_marker(registry, bundles, caplog):
     """Its writer was killed between the log and it, or could not write it."""
     root = pathlib.Path(registry.url)
     expected = marks(registry._store)
@@ -570,7 +564,7 @@ def test_a_note_that_is_missing_is_made_by_a_later_sweep(registry, bundles, capl
     assert marks(store) == {**expected, 7: path}
 
 
-def test_an_addition_is_noted_at_once_and_not_by_its_sweep(registry, bundles):
+def test_add_creates_the_marker_before_its_sweep(registry, bundles):
     store = wrapped(pathlib.Path(registry.url))
 
     def fail(call, name):
@@ -607,7 +601,7 @@ def test_a_damaged_version_is_not_promoted(place, bundles, file):
     assert registry.rollback("flowers", "mine").version == 1, "to be quick, it looks at no file"
 
 
-def test_what_is_refused_anyway_is_not_downloaded(registry):
+def test_a_version_that_fails_gates_is_not_downloaded(registry):
     store = wrapped(pathlib.Path(registry.url))
     store.local = lambda name: None  # As if it were elsewhere.
     other = on(store)
@@ -620,7 +614,7 @@ def test_what_is_refused_anyway_is_not_downloaded(registry):
     assert len([name for call, name in store.calls if call == "download"]) == 2
 
 
-def test_a_version_that_is_removed_while_it_is_verified_is_not_called_damaged(registry):
+def test_a_version_removed_during_verify_is_not_damaged(registry):
     store = wrapped(pathlib.Path(registry.url))
     store.local = lambda name: None
     moment = ("download", "bundles")
@@ -630,7 +624,7 @@ def test_a_version_that_is_removed_while_it_is_verified_is_not_called_damaged(re
 
 
 @pytest.mark.parametrize("file", ["bundle.json", "weights.safetensors"])
-def test_adding_a_bundle_again_puts_its_files_back(place, bundles, caplog, file):
+def test_adding_a_bundle_again_restores_its_files(place, bundles, caplog, file):
     registry = Registry(*place)
     version = registry.add("flowers", bundles[0]).version
     for spoil in (
@@ -653,7 +647,7 @@ def test_adding_a_bundle_again_puts_its_files_back(place, bundles, caplog, file)
     assert len(registry.log) == 1
 
 
-def test_files_that_are_gone_before_their_entry_is_made_are_not_added(registry, bundles):
+def test_files_deleted_before_their_entry_are_not_added(registry, bundles):
     """Another machine's clock is days ahead, and has taken them for left over."""
     store = wrapped(pathlib.Path(registry.url))
 
@@ -677,7 +671,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_whether_it_is_the_same_registry_is_asked_once_a_minute(registry, clock):
+def test_the_identity_is_read_once_a_minute(registry, clock):
     store = wrapped(pathlib.Path(registry.url))
     reader = on(store)
     for _ in range(100):
@@ -687,7 +681,7 @@ def test_whether_it_is_the_same_registry_is_asked_once_a_minute(registry, clock)
     assert store.calls.count(("names", "added")) == 1
 
 
-def test_another_registry_in_its_place_is_read_anew(registry, bundles, clock, caplog):
+def test_a_replaced_registry_is_read_again(registry, bundles, clock, caplog):
     root = pathlib.Path(registry.url)
     shutil.rmtree(root)
     other = Registry(root)
@@ -706,7 +700,7 @@ def test_another_registry_in_its_place_is_read_anew(registry, bundles, clock, ca
     assert aliases(other, "birds") == {"champion": 1}
 
 
-def test_a_longer_registry_in_its_place_is_read_anew(tmp_path, bundles, clock):
+def test_a_longer_replacement_is_read_again(tmp_path, bundles, clock):
     """Whose log goes on where that of the old one ends."""
     reader = Registry(tmp_path / "registry")
     reader.add("flowers", bundles[0])
@@ -719,7 +713,7 @@ def test_a_longer_registry_in_its_place_is_read_anew(tmp_path, bundles, clock):
     assert outline(reader) == outline(other)
 
 
-def test_no_change_is_made_to_another_registry_by_the_log_of_the_old(registry, bundles, clock):
+def test_a_replaced_registry_gets_no_entry_of_the_old(registry, bundles, clock):
     """Not even within the minute: a log with a gap would be the end of it."""
     root = pathlib.Path(registry.url)
     shutil.rmtree(root)
@@ -730,7 +724,7 @@ def test_no_change_is_made_to_another_registry_by_the_log_of_the_old(registry, b
     assert [path.name for path in (root / "log").iterdir()] == ["00000001.json"]
 
 
-def test_a_registry_that_is_gone_is_told_and_may_come_back(registry, bundles, clock):
+def test_a_deleted_registry_is_reported_and_may_return(registry, bundles, clock):
     root = pathlib.Path(registry.url)
     aside = root.rename(root.with_name("aside"))
     clock[0] += 61
@@ -749,7 +743,7 @@ def test_a_registry_that_is_gone_is_told_and_may_come_back(registry, bundles, cl
     assert aliases(Registry(root)) == aliases(registry) == {"champion": 1, "mine": 3}
 
 
-def test_a_registry_that_goes_during_an_addition_is_not_begun_anew(registry, bundles, clock):
+def test_a_registry_deleted_during_add_is_not_created_again(registry, bundles, clock):
     store = wrapped(pathlib.Path(registry.url))
     adder = on(store)
     adder.refresh()
@@ -759,13 +753,13 @@ def test_a_registry_that_goes_during_an_addition_is_not_begun_anew(registry, bun
     assert files(registry) == []
 
 
-def test_who_makes_a_registry_is_told_so(tmp_path, bundles):
+def test_add_reports_a_new_registry(tmp_path, bundles):
     registry = Registry(tmp_path / "registry")
     assert [registry.add("flowers", path).is_new_registry for path in bundles[:2]] == [True, False]
     assert not Registry(tmp_path / "registry").add("flowers", bundles[2]).is_new_registry
 
 
-def test_a_bundle_is_looked_for_by_its_digest(tmp_path, bundles):
+def test_find_digest_returns_the_version(tmp_path, bundles):
     registry = Registry(tmp_path / "registry")
     assert registry.find_digest("flowers", digest(bundles[0])) is None
     assert not (tmp_path / "registry").exists()
@@ -775,13 +769,13 @@ def test_a_bundle_is_looked_for_by_its_digest(tmp_path, bundles):
     assert registry.find_digest("flowers", digest(bundles[1])) is None
 
 
-def test_a_rollback_from_a_version_is_for_that_version_alone(registry):
+def test_a_conditional_rollback_checks_the_current_version(registry):
     with pytest.raises(RegistryError, match=r"^no rollback: flowers@champion is 2, not 1$"):
         registry.rollback("flowers", current=1)
     assert registry.rollback("flowers", current=2).version == 1
 
 
-def test_what_else_lies_in_the_folders_is_passed_over(registry, bundles):
+def test_unknown_files_are_ignored(registry, bundles):
     root = pathlib.Path(registry.url)
     others = ("log/notes.txt", "log/.nfs0001", "bundles/notes.txt", "tmp/notes.txt", "notes")
     for name in (*others, "added/notes.txt", "added/00000099-notes"):
@@ -810,7 +804,7 @@ def test_a_damaged_bundle_is_not_fetched(place, bundles, tmp_path, file):
     assert not list((tmp_path / "downloads").glob("*"))
 
 
-def test_a_download_is_kept_and_a_damaged_one_made_good(bundles, tmp_path):
+def test_a_download_is_reused_and_replaced_if_damaged(bundles, tmp_path):
     store = wrapped(tmp_path / "registry")
     on(store).add("flowers", bundles[0])
     store.local = lambda name: None  # As if it were elsewhere.
@@ -838,7 +832,7 @@ def test_a_download_is_kept_and_a_damaged_one_made_good(bundles, tmp_path):
         assert [fetch(), fetch()] == [2, 0]
 
 
-def test_two_may_download_at_once(bundles, tmp_path):
+def test_two_processes_download_at_once(bundles, tmp_path):
     store = wrapped(tmp_path / "registry")
     version = on(store).add("flowers", bundles[0]).version
     store.local = lambda name: None
@@ -856,7 +850,7 @@ def test_two_may_download_at_once(bundles, tmp_path):
     assert [path.name for path in (tmp_path / "downloads").iterdir()] == [folder.name]
 
 
-def test_a_place_for_downloads_that_cannot_be_written_is_told(bundles, tmp_path):
+def test_an_unwritable_download_folder_is_reported(bundles, tmp_path):
     store = wrapped(tmp_path / "registry")
     version = on(store).add("flowers", bundles[0]).version
     store.local = lambda name: None
@@ -865,7 +859,7 @@ def test_a_place_for_downloads_that_cannot_be_written_is_told(bundles, tmp_path)
         on(store).fetch(version, tmp_path / "file")
 
 
-def test_a_full_disk_here_is_no_damage_there(bundles, tmp_path):
+def test_a_full_local_disk_is_not_damage(bundles, tmp_path):
     """Or what is good would be called damaged, and put back."""
     store = wrapped(tmp_path / "registry")
     registry = on(store)
@@ -904,7 +898,7 @@ def _meanwhile(store, moment, change, when="before"):
 LOG = ("create", "log")
 
 
-def test_who_comes_second_decides_again(registry, bundles):
+def test_the_second_writer_decides_again(registry, bundles):
     store = wrapped(pathlib.Path(registry.url))
     slow = on(store)
     done = _meanwhile(store, LOG, lambda: registry.add("flowers", bundles[3]))
@@ -913,7 +907,7 @@ def test_who_comes_second_decides_again(registry, bundles):
     assert outline(slow) == outline(Registry(registry.url))
 
 
-def test_of_two_who_add_the_same_bundle_one_does(registry, bundles):
+def test_two_writers_add_the_same_bundle_once(registry, bundles):
     store = wrapped(pathlib.Path(registry.url))
     slow = on(store)
     _meanwhile(store, LOG, lambda: registry.add("flowers", bundles[3]))
@@ -923,7 +917,7 @@ def test_of_two_who_add_the_same_bundle_one_does(registry, bundles):
     registry.fetch(added.version, "unused")
 
 
-def test_a_gate_is_held_to_what_is_there_in_the_end(registry, bundles):
+def test_gates_use_the_latest_state(registry, bundles):
     """An alias moves between the look and the promotion, and the version comes up to it no more."""
     store = wrapped(pathlib.Path(registry.url))
     slow = on(store)
@@ -950,7 +944,7 @@ def test_a_version_is_not_promoted_while_it_is_removed(registry):
         slow.promote("flowers", 1)
 
 
-def test_two_who_roll_back_at_once_go_back_once(registry):
+def test_two_rollbacks_at_once_are_one_step(registry):
     registry.promote("flowers", 3)
     store = wrapped(pathlib.Path(registry.url))
     slow = on(store)
@@ -960,7 +954,7 @@ def test_two_who_roll_back_at_once_go_back_once(registry):
     assert aliases(slow)["champion"] == 2
 
 
-def test_several_may_begin_a_registry_at_once(tmp_path, bundles):
+def test_several_processes_create_a_registry_at_once(tmp_path, bundles):
     store = wrapped(tmp_path / "registry")
     slow = on(store)
     first = ("create", "registry.json")
@@ -977,7 +971,7 @@ def test_several_may_begin_a_registry_at_once(tmp_path, bundles):
         ("after", ("names", "log")),
     ],
 )
-def test_a_registry_that_appears_during_the_look_is_no_damage(tmp_path, bundles, when, moment):
+def test_a_registry_created_during_reading_is_not_damage(tmp_path, bundles, when, moment):
     store = wrapped(tmp_path / "registry")
     slow = on(store)
     other = Registry(tmp_path / "registry")
@@ -986,7 +980,7 @@ def test_a_registry_that_appears_during_the_look_is_no_damage(tmp_path, bundles,
 
 
 @pytest.mark.parametrize("hidden", [{1}, {2}, {6}, {2, 3, 5}, {1, 2, 3, 4, 5, 6}])
-def test_a_listing_that_others_write_to_may_have_gaps(registry, hidden):
+def test_a_listing_during_writes_may_have_gaps(registry, hidden):
     """As readdir has it: of files that are made in the meantime, any may be there."""
 
     class Gaps(Wrapped):
@@ -998,7 +992,7 @@ def test_a_listing_that_others_write_to_may_have_gaps(registry, hidden):
     assert outline(reader) == outline(registry)
 
 
-def test_threads_may_share_a_registry(registry):
+def test_threads_share_a_registry(registry):
     problems = []
 
     def work(alias):
@@ -1019,7 +1013,7 @@ def test_threads_may_share_a_registry(registry):
     assert outline(registry) == outline(Registry(registry.url))
 
 
-def test_another_thread_reads_nothing_between_a_decision_and_its_change(registry, monkeypatch):
+def test_decision_and_change_are_atomic_among_threads(registry, monkeypatch):
     """What was decided would be written after changes that it does not know of."""
     other, shared = Registry(registry.url), registry
     who = registries._author
@@ -1062,7 +1056,7 @@ def failing(store, moment, happens, times=1, error=None):
 @pytest.mark.parametrize("action", CHANGES)
 @pytest.mark.parametrize("happens", [True, False])
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_lost_answer_makes_a_change_once(registry, bundles, fast, action, happens, times):
+def test_a_lost_answer_does_not_repeat_the_change(registry, bundles, fast, action, happens, times):
     store = wrapped(pathlib.Path(registry.url))
     failing(store, LOG, happens, times)
     flaky = on(store)
@@ -1072,7 +1066,7 @@ def test_a_lost_answer_makes_a_change_once(registry, bundles, fast, action, happ
     assert outline(after) == outline(flaky)
 
 
-def test_a_lost_answer_is_recognised_behind_the_changes_of_others(registry, bundles, fast):
+def test_a_lost_answer_is_found_before_later_entries(registry, bundles, fast):
     """The change was made, nobody said so, and somebody else has made one after it."""
     store = wrapped(pathlib.Path(registry.url))
     other = copy.copy(registry)
@@ -1089,7 +1083,7 @@ def test_a_lost_answer_is_recognised_behind_the_changes_of_others(registry, bund
 
 
 @pytest.mark.parametrize("happens", [True, False])
-def test_a_store_that_stays_away_leaves_a_doubt_and_says_so(registry, fast, happens):
+def test_a_store_without_answer_reports_an_unclear_outcome(registry, fast, happens):
     store = wrapped(pathlib.Path(registry.url))
     flaky = on(store)
 
@@ -1107,7 +1101,7 @@ def test_a_store_that_stays_away_leaves_a_doubt_and_says_so(registry, fast, happ
     assert len(Registry(registry.url).log) == 6 + happens
 
 
-def test_a_store_that_is_away_before_anything_is_done_is_told_at_once(registry):
+def test_a_missing_store_is_reported_at_once(registry):
     store = wrapped(pathlib.Path(registry.url))
     flaky = on(store)
     failing(store, ("read", "log"), happens=False, times=100)
@@ -1116,7 +1110,7 @@ def test_a_store_that_is_away_before_anything_is_done_is_told_at_once(registry):
     assert len(store.calls) < 10
 
 
-def test_a_store_that_shows_nothing_of_what_is_there_ends_the_wait(registry, fast):
+def test_a_store_that_hides_files_ends_the_retries(registry, fast):
     store = wrapped(pathlib.Path(registry.url))
     blind = on(store)
     blind.refresh()
@@ -1132,7 +1126,7 @@ def test_a_store_that_shows_nothing_of_what_is_there_ends_the_wait(registry, fas
 
 
 @pytest.mark.parametrize("error", [StoreError("x: Permission denied"), KeyboardInterrupt()])
-def test_what_is_not_a_lost_answer_is_not_tried_again(registry, error):
+def test_other_errors_are_not_retried(registry, error):
     store = wrapped(pathlib.Path(registry.url))
     failing(store, LOG, happens=False, times=100, error=error)
     with pytest.raises(type(error)):
@@ -1166,9 +1160,7 @@ def days_pass(monkeypatch, days=2):
 
 
 @pytest.mark.parametrize("action", ["begin", *CHANGES])
-def test_a_kill_at_any_moment_leaves_all_as_before_or_as_after(
-    registry, bundles, tmp_path, monkeypatch, action
-):
+def test_a_kill_at_any_moment_is_atomic(registry, bundles, tmp_path, monkeypatch, action):
     """At each call to the system that changes a file, as if the process were gone."""
     monkeypatch.setattr(stores, "_RIVALS", 2)
     source, change = pathlib.Path(registry.url), CHANGES.get(action, CHANGES["add"])
@@ -1204,9 +1196,7 @@ def test_a_kill_at_any_moment_leaves_all_as_before_or_as_after(
 
 @pytest.mark.parametrize("action", ["begin", *CHANGES])
 @pytest.mark.parametrize("is_before", [True, False])
-def test_a_kill_at_any_call_leaves_all_as_before_or_as_after_elsewhere(
-    registry, bundles, monkeypatch, action, is_before
-):
+def test_a_kill_at_any_store_call_is_atomic(registry, bundles, monkeypatch, action, is_before):
     """As above, in a place where a process asks another to do it."""
     monkeypatch.setattr(stores, "_RIVALS", 2)
 
@@ -1247,7 +1237,7 @@ def leftovers(registry):
     return sorted({*there} - used) + [path.name for path in (root / "tmp").iterdir()]
 
 
-def test_what_is_left_over_is_swept_a_day_later(registry, bundles, monkeypatch):
+def test_unused_files_are_swept_after_a_day(registry, bundles, monkeypatch):
     root = pathlib.Path(registry.url)
     (root / "bundles" / f"{'0' * 64}-{unique_name()}").mkdir()
     (root / "tmp" / unique_name()).touch()
@@ -1265,7 +1255,7 @@ def test_what_is_left_over_is_swept_a_day_later(registry, bundles, monkeypatch):
         registry.fetch(version, "unused")
 
 
-def test_a_version_that_is_added_during_a_sweep_stays(registry, bundles, monkeypatch):
+def test_a_version_added_during_a_sweep_is_kept(registry, bundles, monkeypatch):
     """Its upload was listed before it was of any use; the log is read after that."""
     days_pass(monkeypatch)
     store = wrapped(pathlib.Path(registry.url))
@@ -1285,7 +1275,7 @@ def test_a_version_that_is_added_during_a_sweep_stays(registry, bundles, monkeyp
     registry.fetch(registry.resolve("birds", 1), "unused")
 
 
-def test_an_upload_that_has_taken_half_a_day_is_not_added(registry, bundles, monkeypatch):
+def test_an_upload_of_half_a_day_is_refused(registry, bundles, monkeypatch):
     """Another process may have taken its files for left over."""
     clock = [1000.0]
     monkeypatch.setattr(registries.time, "time", lambda: clock[0])
@@ -1325,9 +1315,7 @@ def test_a_sweep_that_fails_is_a_warning(registry, bundles, monkeypatch, caplog,
         (LOG, KeyboardInterrupt(), 1),
     ],
 )
-def test_an_addition_that_fails_for_certain_takes_its_files_back(
-    registry, bundles, fast, moment, error, left
-):
+def test_a_failed_add_deletes_its_files(registry, bundles, fast, moment, error, left):
     """Or a full disk would be fuller after each try."""
     store = wrapped(pathlib.Path(registry.url))
     failing(store, moment, happens=False, times=100, error=error)
@@ -1337,7 +1325,7 @@ def test_an_addition_that_fails_for_certain_takes_its_files_back(
     assert outline(Registry(registry.url)) == outline(registry)
 
 
-def test_a_doubt_stays_one_when_the_store_then_says_no(registry, bundles, fast):
+def test_an_unclear_outcome_stays_unclear_after_an_error(registry, bundles, fast):
     """The entry was made without an answer, and reading it is not allowed any more."""
     store = wrapped(pathlib.Path(registry.url))
 

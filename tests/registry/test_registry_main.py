@@ -68,7 +68,7 @@ def run(*arguments, **variables):
     return result.returncode, result.stdout, result.stderr
 
 
-def test_all_commands_as_a_person_gives_them(place, bundles):
+def test_a_session_with_all_commands(place, bundles):
     """A run through all of them; the names of this user and machine are their own."""
     digest = r"[0-9a-f]{12}"
     assert run("list") == (
@@ -146,7 +146,7 @@ def test_all_commands_as_a_person_gives_them(place, bundles):
         (["list", "--registry="], "argument --registry: must not be empty"),
     ],
 )
-def test_a_usage_error_is_told_and_exits_with_2(place, capsys, arguments, message):
+def test_usage_errors_exit_with_2(place, capsys, arguments, message):
     with pytest.raises(SystemExit) as raised:
         command.main(arguments)
     assert raised.value.code == 2
@@ -158,12 +158,12 @@ def test_a_usage_error_is_told_and_exits_with_2(place, capsys, arguments, messag
 @pytest.mark.parametrize(
     "arguments", [["remove", "flowers"], ["remove", "flowers", "1", "--alias=a"]]
 )
-def test_one_thing_is_removed(registry, arguments):
+def test_remove_takes_either_version_or_alias(registry, arguments):
     with pytest.raises(ConfigError, match="give either VERSION or --alias"):
         command.main(arguments)
 
 
-def test_the_registry_must_be_named(monkeypatch):
+def test_the_registry_is_required(monkeypatch):
     for value in (None, ""):
         monkeypatch.delenv("CNN_JAX_REGISTRY", raising=False)
         if value is not None:
@@ -172,24 +172,24 @@ def test_the_registry_must_be_named(monkeypatch):
             command.main(["list"])
 
 
-def test_the_flag_goes_before_the_variable(registry, tmp_path, bundles, capsys):
+def test_the_flag_overrides_the_variable(registry, tmp_path, bundles, capsys):
     other = f"--registry={tmp_path / 'other'}"
     call(capsys, "add", "birds", bundles[0], other)
     assert "birds/1" in call(capsys, "list", other)
     assert "birds" not in call(capsys, "list")
 
 
-def test_a_url_is_left_as_it_is():
+def test_a_url_is_not_changed():
     assert command._location("s3://bucket//a") == "s3://bucket//a"
     assert command._location("~/a") == os.path.expanduser("~/a")  # noqa: PTH111
 
 
-def test_adding_twice_says_which_version_it_is(registry, bundles, capsys):
+def test_adding_twice_names_the_version(registry, bundles, capsys):
     output = call(capsys, "add", "flowers", bundles[1])
     assert output == "flowers already has this bundle: it is flowers/2\n"
 
 
-def test_promoting_twice_says_that_it_is_so(registry, capsys):
+def test_promoting_twice_is_reported(registry, capsys):
     assert call(capsys, "promote", "flowers", 2) == "flowers@champion is already version 2\n"
 
 
@@ -254,14 +254,14 @@ def test_the_table(registry, capsys):
         (1_234_567_890, "1,234.6 MB"),
     ],
 )
-def test_a_size_is_never_nothing(registry, size, text):
+def test_sizes_are_formatted(registry, size, text):
     version = registry.resolve("flowers", 1)
     facts = dataclasses.replace(version.bundle, size=size)
     assert command._size(dataclasses.replace(version, bundle=facts)) == text
 
 
 @pytest.mark.parametrize("number", ["0", "3", "9" * 30])
-def test_a_version_that_is_not_there_is_told_alike_by_all_commands(registry, number):
+def test_all_commands_report_an_unknown_version_alike(registry, number):
     for arguments in (["remove", "flowers"], ["promote", "flowers"]):
         with pytest.raises(
             UserError, match=rf"^flowers has no version {number}; known versions: 1, 2$"
@@ -269,7 +269,7 @@ def test_a_version_that_is_not_there_is_told_alike_by_all_commands(registry, num
             command.main([*arguments, number])
 
 
-def test_a_rollback_from_a_version_refuses_another(registry, capsys):
+def test_rollback_from_refuses_another_version(registry, capsys):
     with pytest.raises(UserError, match=r"^no rollback: flowers@champion is 2, not 1$"):
         command.main(["rollback", "flowers", "--from=1"])
     output = call(capsys, "rollback", "flowers", "--from=2")
@@ -303,9 +303,7 @@ def test_all_versions_are_verified(registry, bundles, capsys):
         command.main(["verify", "bird"])
 
 
-def test_a_version_that_is_removed_while_all_are_verified_is_not_damaged(
-    registry, capsys, monkeypatch
-):
+def test_verify_tolerates_a_removal(registry, capsys, monkeypatch):
     verify = Registry.verify
 
     def meanwhile(self, version):
@@ -324,7 +322,7 @@ def test_a_version_that_is_removed_while_all_are_verified_is_not_damaged(
 @pytest.mark.parametrize(
     ("reference", "number"), [("flowers", 2), ("flowers@mine", 1), ("flowers/1", 1)]
 )
-def test_a_bundle_is_fetched_as_a_copy_of_its_own(registry, capsys, tmp_path, reference, number):
+def test_fetch_copies_the_bundle(registry, capsys, tmp_path, reference, number):
     registry.promote("flowers", 1, "mine")
     for _ in range(2):
         folder = pathlib.Path(call(capsys, "fetch", reference, tmp_path / "new" / "in").rstrip())
@@ -338,14 +336,14 @@ def test_a_bundle_is_fetched_as_a_copy_of_its_own(registry, capsys, tmp_path, re
         command.main(["fetch", reference, str(tmp_path / "new" / "in")])
 
 
-def test_help_says_what_an_alias_is(capsys):
+def test_help_explains_the_alias(capsys):
     for name in ("promote", "rollback"):
         with pytest.raises(SystemExit):
             command.main([name, "--help"])
         assert "the alias to move (champion)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_models_are_in_their_order_and_one_may_be_chosen(registry, bundles, capsys):
+def test_models_are_sorted_and_selectable(registry, bundles, capsys):
     call(capsys, "add", "birds", bundles[0])
     names = [line.split()[0] for line in call(capsys, "list").splitlines()[1:]]
     assert names == ["birds/1", "flowers/1", "flowers/2"]
@@ -355,7 +353,7 @@ def test_models_are_in_their_order_and_one_may_be_chosen(registry, bundles, caps
         command.main(["list", "bird"])
 
 
-def test_a_registry_without_versions_says_so(registry, place, capsys):
+def test_an_empty_registry_is_reported(registry, place, capsys):
     call(capsys, "remove", "flowers", "--alias=champion")
     for number in (1, 2):
         call(capsys, "remove", "flowers", number)
@@ -415,7 +413,7 @@ def test_all_of_a_version(registry, capsys, reference):
     assert [entry["number"] for entry in as_json["log"]] == [3, 4]
 
 
-def test_text_from_elsewhere_stays_on_its_line(place, bundle, tmp_path, capsys, monkeypatch):
+def test_foreign_text_stays_on_one_line(place, bundle, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("getpass.getuser", lambda: "ann\n\x1b[31m")
     monkeypatch.setattr("socket.gethostname", lambda: "desk\r")
     path = vary(bundle, tmp_path / "hostile", metrics={"te\nst": {"accu\x07racy": 1.0}})

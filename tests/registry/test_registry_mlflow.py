@@ -57,21 +57,21 @@ def client(uri):
     return mlflow.MlflowClient(uri, uri)
 
 
-def test_mlflow_that_is_missing_is_told_with_what_brings_it(registry, monkeypatch):
+def test_a_missing_mlflow_is_reported_with_the_command(registry, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     for call in (mlflow.export, mlflow.bring):
         with pytest.raises(ConfigError, match=r"^--mlflow needs mlflow, .*pip install 'cnn_jax\["):
             list(call(registry, "flowers", None, "sqlite:///mlflow.db"))
 
 
-def test_where_mlflow_is_must_be_said(registry, monkeypatch):
+def test_the_mlflow_uri_is_required(registry, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in ("export", "import"):
         with pytest.raises(ConfigError, match=r"^--mlflow is required, unless \$MLFLOW_TRA"):
             command.main([name, "flowers", f"--registry={registry.url}"])
 
 
-def test_a_version_that_is_not_here_is_not_exported(registry):
+def test_an_unknown_version_is_not_exported(registry):
     with pytest.raises(RegistryError, match="there is no model birds"):
         list(mlflow.export_versions(registry, "birds", None, "sqlite:///mlflow.db"))
     with pytest.raises(RegistryError, match=r"has no version 2 \(it was removed\)"):
@@ -79,7 +79,7 @@ def test_a_version_that_is_not_here_is_not_exported(registry):
 
 
 @needs_mlflow
-def test_all_versions_go_there_and_back(registry, uri, client, tmp_path, capsys):
+def test_all_versions_survive_a_round_trip(registry, uri, client, tmp_path, capsys):
     exported = [
         "exported flowers/1: it is flowers version 1 in MLflow",
         "flowers@mine is version 1 in MLflow",
@@ -118,7 +118,7 @@ def test_all_versions_go_there_and_back(registry, uri, client, tmp_path, capsys)
 
 
 @needs_mlflow
-def test_one_version_goes_there_and_back(registry, uri, tmp_path):
+def test_one_version_survives_a_round_trip(registry, uri, tmp_path):
     lines = list(mlflow.export_versions(registry, "flowers", "champion", uri))
     assert lines[0] == "exported flowers/3: it is flowers version 1 in MLflow"
     assert len(lines) == 2
@@ -129,7 +129,7 @@ def test_one_version_goes_there_and_back(registry, uri, tmp_path):
 
 
 @needs_mlflow
-def test_an_alias_that_the_other_does_not_allow_is_left_out(registry, uri, client, tmp_path):
+def test_an_alias_not_allowed_by_the_target_is_skipped(registry, uri, client, tmp_path):
     registry.promote("flowers", 1, "a.b")
     lines = list(mlflow.export_versions(registry, "flowers", 1, uri))
     assert lines[1].startswith("skipped flowers@a.b: Invalid alias name: 'a.b'")
@@ -142,7 +142,7 @@ def test_an_alias_that_the_other_does_not_allow_is_left_out(registry, uri, clien
 
 
 @needs_mlflow
-def test_what_is_no_bundle_stays_there(registry, uri, client, tmp_path):
+def test_a_version_without_a_bundle_is_not_imported(registry, uri, client, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "MLmodel").write_text("flavors: {}")
     client.create_registered_model("flowers")
@@ -157,7 +157,7 @@ def test_what_is_no_bundle_stays_there(registry, uri, client, tmp_path):
 
 
 @needs_mlflow
-def test_a_bundle_that_is_damaged_there_is_not_imported(registry, uri, client, tmp_path):
+def test_a_bundle_damaged_in_mlflow_is_not_imported(registry, uri, client, tmp_path):
     list(mlflow.export_versions(registry, "flowers", 1, uri))
     version = client.get_model_version("flowers", "1")
     description = next(tmp_path.glob("mlruns/**/bundle.json"))
@@ -195,7 +195,7 @@ def damage(path):
 
 
 @needs_mlflow
-def test_a_damaged_version_holds_up_no_other(registry, uri, tmp_path, capsys):
+def test_a_damaged_version_does_not_stop_the_import(registry, uri, tmp_path, capsys):
     list(mlflow.export_versions(registry, "flowers", None, uri))
     first = registry.resolve("flowers", 1).bundle.digest
     for path in tmp_path.glob("mlruns/**/bundle.json"):
@@ -213,7 +213,7 @@ def test_a_damaged_version_holds_up_no_other(registry, uri, tmp_path, capsys):
 
 
 @needs_mlflow
-def test_a_damaged_version_is_not_exported_and_holds_up_no_other(registry, uri, client, capsys):
+def test_a_damaged_version_does_not_stop_the_export(registry, uri, client, capsys):
     damage(pathlib.Path(registry.url, registry.resolve("flowers", 1).bundle.path, "bundle.json"))
     with pytest.raises(BundleError, match=r"^not exported, because damaged: flowers/1$"):
         command.main(["export", "flowers", f"--mlflow={uri}", f"--registry={registry.url}"])
@@ -228,9 +228,7 @@ def test_a_damaged_version_is_not_exported_and_holds_up_no_other(registry, uri, 
 
 
 @needs_mlflow
-def test_a_version_that_is_damaged_here_gets_no_alias_and_holds_up_no_other(
-    registry, uri, client, tmp_path
-):
+def test_a_version_damaged_here_gets_no_alias(registry, uri, client, tmp_path):
     list(mlflow.export_versions(registry, "flowers", None, uri))
     client.set_registered_model_alias("flowers", "next", "1")
     damage(pathlib.Path(registry.url, registry.resolve("flowers", 1).bundle.path, "bundle.json"))
@@ -244,7 +242,7 @@ def test_a_version_that_is_damaged_here_gets_no_alias_and_holds_up_no_other(
 
 
 @needs_mlflow
-def test_what_is_here_already_is_not_downloaded(registry, uri, monkeypatch):
+def test_a_known_bundle_is_not_downloaded(registry, uri, monkeypatch):
     list(mlflow.export_versions(registry, "flowers", None, uri))
 
     def fail():
@@ -258,7 +256,7 @@ def test_what_is_here_already_is_not_downloaded(registry, uri, monkeypatch):
 
 @needs_mlflow
 @pytest.mark.parametrize("flag", ["--no_aliases", "--no-aliases"])
-def test_aliases_may_stay_as_they_are(registry, uri, tmp_path, capsys, flag):
+def test_no_aliases_does_not_change_aliases(registry, uri, tmp_path, capsys, flag):
     list(mlflow.export_versions(registry, "flowers", None, uri))
     other = Registry(tmp_path / "other")
     command.main(["import", "flowers", f"--mlflow={uri}", f"--registry={other.url}", flag])
@@ -270,7 +268,7 @@ def test_aliases_may_stay_as_they_are(registry, uri, tmp_path, capsys, flag):
 
 
 @needs_mlflow
-def test_a_database_that_is_none_is_one_line(registry, tmp_path, monkeypatch, caplog):
+def test_an_invalid_database_is_one_error_line(registry, tmp_path, monkeypatch, caplog):
     """What it raises is SQLAlchemy's, in several lines."""
     from mlflow.store.db import utils
 
@@ -286,7 +284,7 @@ def test_a_database_that_is_none_is_one_line(registry, tmp_path, monkeypatch, ca
 
 @needs_mlflow
 @pytest.mark.parametrize("error", [OSError, KeyError, RuntimeError])
-def test_whatever_a_client_raises_is_one_line_without_a_password(registry, monkeypatch, error):
+def test_all_client_errors_are_one_line_without_password(registry, monkeypatch, error):
     class Client:
         def __getattr__(self, name):
             raise error("cannot connect to\npostgresql://ann:s3cret@host or ann:s3cret@host")
@@ -304,7 +302,7 @@ def test_whatever_a_client_raises_is_one_line_without_a_password(registry, monke
 
 @needs_mlflow
 @pytest.mark.parametrize("value", [None, "true"])
-def test_progress_bars_are_off_unless_they_are_asked_for(uri, monkeypatch, value):
+def test_progress_bars_are_off_by_default(uri, monkeypatch, value):
     name = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
     monkeypatch.setenv(name, value or "")
     if value is None:
@@ -322,7 +320,7 @@ def test_progress_bars_are_off_unless_they_are_asked_for(uri, monkeypatch, value
         ("flowers", "nobody", "alias nobody not found"),
     ],
 )
-def test_what_is_not_there_is_one_line(registry, uri, client, name, which, message):
+def test_unknown_mlflow_names_are_one_error_line(registry, uri, client, name, which, message):
     client.create_registered_model("flowers")
     with pytest.raises(RegistryError, match=f"^MLflow at {uri}: .*{message}") as raised:
         list(mlflow.import_versions(registry, name, which, uri))
@@ -330,7 +328,7 @@ def test_what_is_not_there_is_one_line(registry, uri, client, name, which, messa
 
 
 @needs_mlflow
-def test_a_server_that_is_not_there_is_one_line_without_its_password(registry, monkeypatch):
+def test_a_missing_server_is_one_line_without_password(registry, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     for call in (mlflow.export, mlflow.bring):
         with pytest.raises(RegistryError) as raised:

@@ -80,13 +80,13 @@ async def until(condition):
         ({1: 1.0, 2: 2.0, 4: 4.0}, [1, 1, 1, 1]),
     ],
 )
-def test_the_size_that_costs_the_least_for_each_image(seconds, sizes):
+def test_best_size_minimises_time_per_image(seconds, sizes):
     program = Program(list, seconds)
     assert [program.best_size(count) for count in range(1, len(sizes) + 1)] == sizes
     assert program.largest_size == max(seconds)
 
 
-def test_measuring_compiles_every_size_before_it_is_timed():
+def test_time_program_compiles_before_timing():
     calls = []
 
     def run(images):
@@ -100,7 +100,7 @@ def test_measuring_compiles_every_size_before_it_is_timed():
     assert program.seconds[1] < 0.04
 
 
-def test_each_gets_its_own_result_whatever_the_batches_are():
+def test_each_image_gets_its_own_result():
     device, engine = Device(), Engine(capacity=1000)
 
     async def test():
@@ -117,7 +117,7 @@ def test_each_gets_its_own_result_whatever_the_batches_are():
     assert max(map(len, device.batches)) == 4
 
 
-def test_what_comes_while_it_computes_is_computed_together():
+def test_images_that_arrive_during_a_batch_form_one():
     device, engine = Device(is_open=False), Engine(capacity=10, decoders=1)
 
     async def test():
@@ -135,7 +135,7 @@ def test_what_comes_while_it_computes_is_computed_together():
     assert device.batches == [[1], [2, 3, 4, 4]]
 
 
-def test_an_image_is_held_back_for_others_as_long_as_it_is_said_and_not_longer():
+def test_an_image_waits_at_most_max_wait():
     device, engine = Device(), Engine(capacity=10, max_wait=0.2)
 
     async def test():
@@ -157,7 +157,7 @@ def test_an_image_is_held_back_for_others_as_long_as_it_is_said_and_not_longer()
     assert [len(batch) for batch in device.batches] == [2, 4]
 
 
-def test_programs_are_not_mixed_and_the_oldest_image_comes_first():
+def test_batches_have_one_program_oldest_first():
     one, other = Device(is_open=False), Device()
     engine = Engine(capacity=10, decoders=1)
 
@@ -175,7 +175,7 @@ def test_programs_are_not_mixed_and_the_oldest_image_comes_first():
     assert (one.batches, other.batches) == ([[0], [2, 4]], [[1, 3]])
 
 
-def test_what_nobody_waits_for_is_never_computed():
+def test_cancelled_images_are_never_computed():
     device, engine = Device(is_open=False), Engine(capacity=10, decoders=1)
 
     async def test():
@@ -195,7 +195,7 @@ def test_what_nobody_waits_for_is_never_computed():
     assert device.batches == [[1], [3]]
 
 
-def test_what_is_too_late_is_never_computed_and_is_told_so():
+def test_timed_out_images_are_never_computed():
     device, engine = Device(is_open=False), Engine(capacity=10, decoders=1)
 
     async def test():
@@ -214,7 +214,7 @@ def test_what_is_too_late_is_never_computed_and_is_told_so():
     assert device.batches == [[1], [3]]
 
 
-def test_a_program_that_fails_fails_those_who_wait_for_it_and_nobody_else():
+def test_a_failing_program_fails_only_its_requests():
     device, engine = Device(), Engine(capacity=10)
 
     def fail(images):
@@ -229,7 +229,7 @@ def test_a_program_that_fails_fails_those_who_wait_for_it_and_nobody_else():
     run_with(engine, test)
 
 
-def test_no_more_come_in_than_there_is_room_for():
+def test_capacity_limits_images_in_flight():
     engine = Engine(capacity=5)
 
     async def test():
@@ -248,7 +248,7 @@ def test_no_more_come_in_than_there_is_room_for():
     run_with(engine, test)
 
 
-def test_how_long_to_stay_away_is_learnt_from_what_is_computed():
+def test_retry_after_follows_measured_times():
     engine = Engine(capacity=100)
 
     def slow(images):
@@ -283,7 +283,7 @@ class Decoder:
         return read
 
 
-def test_decoding_is_done_on_threads_and_not_after_the_deadline():
+def test_decoding_runs_on_threads_before_the_deadline():
     engine, decoder, device = Engine(capacity=10, decoders=2), Decoder(), Device()
 
     async def test():
@@ -307,7 +307,7 @@ def test_decoding_is_done_on_threads_and_not_after_the_deadline():
     assert sorted(value for batch in device.batches for value in batch) == [1, 2]
 
 
-def test_each_image_of_a_request_has_its_result_or_its_error_in_its_place():
+def test_results_and_errors_keep_their_order():
     engine, device = Engine(capacity=100, decoders=3), Device()
 
     def read(value):
@@ -336,7 +336,7 @@ def test_each_image_of_a_request_has_its_result_or_its_error_in_its_place():
     run_with(engine, test)
 
 
-def test_the_time_that_an_image_has_waited_is_that_for_a_thread_and_for_the_device():
+def test_queue_seconds_include_both_waits():
     engine, decoder = Engine(capacity=10, decoders=1), Decoder()
 
     async def test():
@@ -354,7 +354,7 @@ def test_the_time_that_an_image_has_waited_is_that_for_a_thread_and_for_the_devi
     run_with(engine, test)
 
 
-def test_who_brings_many_images_leaves_room_for_others_who_bring_one():
+def test_large_requests_leave_decoders_for_others():
     engine, decoder = Engine(capacity=100, decoders=2), Decoder()
 
     async def test():
@@ -377,7 +377,7 @@ def test_who_brings_many_images_leaves_room_for_others_who_bring_one():
     assert max(decoder.started.index(n) for n in (78, 79)) <= 5
 
 
-def test_when_one_image_fails_for_another_reason_the_others_are_left_and_the_request_fails():
+def test_an_unexpected_decode_error_fails_the_request():
     engine, started = Engine(capacity=10, decoders=1), []
 
     def fail():
@@ -396,7 +396,7 @@ def test_when_one_image_fails_for_another_reason_the_others_are_left_and_the_req
     assert started == []
 
 
-def test_what_was_asked_by_who_has_left_is_held_by_nobody():
+def test_cancelled_requests_free_their_images():
     """Though all threads are busy, and it has not come to its turn."""
     engine, decoder = Engine(capacity=100, decoders=2), Decoder()
     program = Device().program()
@@ -434,7 +434,7 @@ def test_what_was_asked_by_who_has_left_is_held_by_nobody():
     run_with(engine, test)
 
 
-def test_when_it_is_idle_it_holds_nothing_of_what_it_has_computed():
+def test_an_idle_engine_holds_no_images():
     engine = Engine(capacity=10)
 
     async def test():
@@ -451,7 +451,7 @@ def test_when_it_is_idle_it_holds_nothing_of_what_it_has_computed():
     run_with(engine, test)
 
 
-def test_a_device_that_hangs_does_not_keep_it_from_being_closed(monkeypatch):
+def test_close_returns_although_the_device_hangs(monkeypatch):
     monkeypatch.setattr(engine_module, "_CLOSING_SECONDS", 0.1)
     engine, device = Engine(capacity=10), Device(is_open=False)
 
@@ -466,7 +466,7 @@ def test_a_device_that_hangs_does_not_keep_it_from_being_closed(monkeypatch):
     asyncio.run(test())
 
 
-def test_drawing_is_done_on_the_same_threads_and_not_after_the_deadline():
+def test_calls_run_on_threads_before_the_deadline():
     engine = Engine(capacity=10)
 
     async def test():
@@ -480,7 +480,7 @@ def test_drawing_is_done_on_the_same_threads_and_not_after_the_deadline():
     run_with(engine, test)
 
 
-def test_batches_are_told_of_with_their_images_alone():
+def test_on_batch_counts_images_without_padding():
     told = []
     device = Device(is_open=False)
     engine = Engine(capacity=10, on_batch=lambda images, seconds: told.append((images, seconds)))

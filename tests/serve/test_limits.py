@@ -46,7 +46,7 @@ def run(test):
     asyncio.run(run())
 
 
-def test_who_stays_gets_the_answer_and_nothing_is_left_of_the_watch():
+def test_a_connected_client_gets_its_answer():
     async def test():
         client = Client()
         task, answer = await begun(client)
@@ -57,7 +57,7 @@ def test_who_stays_gets_the_answer_and_nothing_is_left_of_the_watch():
     run(test)
 
 
-def test_who_leaves_ends_the_work():
+def test_a_disconnect_cancels_the_work():
     async def test():
         client = Client()
         task, answer = await begun(client)
@@ -71,7 +71,7 @@ def test_who_leaves_ends_the_work():
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_who_leaves_in_the_moment_of_the_answer_cancels_nothing_behind_the_block(is_first):
+def test_a_disconnect_cancels_nothing_after_the_context(is_first):
     async def request(client, answer):
         with contextlib.suppress(ClientDisconnected):
             await work(client, answer)
@@ -94,7 +94,7 @@ def test_who_leaves_in_the_moment_of_the_answer_cancels_nothing_behind_the_block
     run(test)
 
 
-def test_a_cancellation_of_somebody_elses_counts_even_if_the_client_leaves_too():
+def test_another_cancellation_takes_precedence_over_a_disconnect():
     async def test():
         for leaves in (False, True):
             client = Client()
@@ -109,7 +109,7 @@ def test_a_cancellation_of_somebody_elses_counts_even_if_the_client_leaves_too()
     run(test)
 
 
-def test_a_timeout_within_is_a_timeout():
+def test_a_timeout_inside_stays_a_timeout():
     async def late(client):
         async with cancel_on_disconnect(client.receive), asyncio.timeout(0.02):
             await asyncio.sleep(5)

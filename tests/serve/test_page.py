@@ -75,7 +75,7 @@ def expected_of(registry, number, image):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1000, "light")])
-def test_an_image_its_classes_and_its_map(browser, server, registry, image, width, scheme):
+def test_the_page_shows_classes_and_map(browser, server, registry, image, width, scheme):
     open_page(browser, server, width, scheme)
     choose(browser, image)
     wait_for(browser, "!document.getElementById('result').hidden")
@@ -117,7 +117,7 @@ def test_an_image_its_classes_and_its_map(browser, server, registry, image, widt
     assert not complaints(browser)
 
 
-def test_what_is_no_image_is_said_and_forgotten_with_the_next(browser, server, image, tmp_path):
+def test_the_page_shows_and_clears_errors(browser, server, image, tmp_path):
     open_page(browser, server)
     (tmp_path / "note.png").write_text("no image")
     choose(browser, tmp_path / "note.png")
@@ -129,7 +129,7 @@ def test_what_is_no_image_is_said_and_forgotten_with_the_next(browser, server, i
     assert browser.execute_script("return document.getElementById('problem').hidden")
 
 
-def test_dropped_and_pasted(browser, server, image):
+def test_images_can_be_dropped_and_pasted(browser, server, image):
     for kind, holder in (("drop", "dataTransfer"), ("paste", "clipboardData")):
         open_page(browser, server)
         browser.execute_script(
@@ -143,7 +143,7 @@ def test_dropped_and_pasted(browser, server, image):
         wait_for(browser, "!document.getElementById('result').hidden")
 
 
-def test_it_goes_with_the_version_that_answers(browser, server, registry, image):
+def test_the_page_follows_the_served_version(browser, server, registry, image):
     open_page(browser, server)
     registry.promote("shapes", 2)
     server.wait_for_log("version 1: no longer served")
@@ -154,7 +154,7 @@ def test_it_goes_with_the_version_that_answers(browser, server, registry, image)
     assert text(browser, "result-title") == f"{name}, {100 * probabilities.max():.1f} %"
 
 
-def test_all_by_keyboard(browser, server, image):
+def test_all_controls_work_by_keyboard(browser, server, image):
     """Everything that can be operated is reached, on from the result."""
     from selenium.webdriver import ActionChains, Keys
 
@@ -173,7 +173,7 @@ def test_all_by_keyboard(browser, server, image):
     assert reached[:4] == ["show-image", "show-map", "docs", "file"]
 
 
-def test_the_list_of_interfaces(browser, server):
+def test_the_api_page_lists_all_paths(browser, server):
     complaints(browser)
     show_at(browser, f"{server.url}/docs", 360)
     shown = browser.execute_script("return document.body.textContent")

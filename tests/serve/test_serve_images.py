@@ -33,7 +33,7 @@ def refused(call, *args):
 @pytest.mark.parametrize(
     "kind", ["", "image/png", "application/octet-stream", "text/html", "\xff;"]
 )
-def test_a_body_that_is_no_form_is_an_image(kind):
+def test_a_body_without_form_is_an_image(kind):
     (part,) = read_images(b"bytes", kind, LIMITS)
     assert (part.name, part.content) == ("0", b"bytes")
 
@@ -50,19 +50,19 @@ def test_an_empty_body_has_no_image():
         max_size=3,
     )
 )
-def test_a_form_is_what_another_program_has_put_into_it(files):
+def test_forms_of_another_library_are_read(files):
     assert read(form(*files)) == files
 
 
 @pytest.mark.parametrize("field", ["other", "file", "top"])
-def test_a_field_that_is_no_file_is_refused_by_its_name(field):
+def test_a_field_without_file_is_refused_by_name(field):
     """It may be an image without a file name, or a parameter, and was ignored."""
     with pytest.raises(Refused, match=f"field '{field}' is not a file.*-F {field}=@FILE") as caught:
         read(form(("a.png", b"1"), **{field: "value"}))
     assert (caught.value.status, caught.value.reason) == (400, "form")
 
 
-def test_files_without_a_name_have_their_place_and_an_unused_input_of_a_page_is_nothing():
+def test_unnamed_files_get_an_index():
     body = b""
     for content in (b"1", b"", b"2"):
         body += b'--x\r\nContent-Disposition: form-data; name="file"; filename=""\r\n\r\n'
@@ -111,7 +111,7 @@ def test_a_form_without_files_has_no_image():
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 400), st.binary(max_size=3))
-def test_whatever_is_sent_as_a_form_is_read_or_refused(noise, place, other):
+def test_any_form_is_read_or_refused(noise, place, other):
     request = form(("a.png", noise), ("b.png", b"12345"))
     damaged = request.body[:place] + other + request.body[place + len(other) :]
     with contextlib.suppress(Refused):
@@ -145,11 +145,11 @@ def test_base64_in_lines_and_in_data_urls(content, line_end, prefix):
         *("data:image/png,abcd", "data:;base64;abcd", "xdata:;base64,abcd"),
     ],
 )
-def test_what_is_not_base64(text):
+def test_invalid_base64_is_refused(text):
     assert refused(decode_base64, text) == (400, "image")
 
 
-def test_no_bytes_in_base64():
+def test_empty_base64_is_refused():
     for text in ("", "\n", "====", "data:image/png;base64,"):
         assert refused(decode_base64, text) == (400, "no_image")
 
@@ -173,11 +173,11 @@ def test_an_image_in_numbers(shape, kind):
         *([[[0, 0, float("inf")]]], [[[0, 0, 10**30]]], [[[0, 0, -(10**400)]]]),
     ],
 )
-def test_what_is_no_image_in_numbers(values):
+def test_invalid_numbers_are_refused(values):
     assert refused(parse_pixels, values) == (400, "image")
 
 
-def test_numbers_from_0_to_1_are_refused_with_what_to_do_and_black_is_black():
+def test_numbers_from_0_to_1_are_refused():
     """tensorflow/serving#1317: 0.0 and 1.0 alone were read as two levels of black."""
     for values in ([[0.0, 1.0]], [[0, 1]], [[0.5, 1.0]], [[0.25, 0.0]]):
         with pytest.raises(Refused, match="multiply numbers from 0 to 1 by 255"):
@@ -186,12 +186,12 @@ def test_numbers_from_0_to_1_are_refused_with_what_to_do_and_black_is_black():
         np.testing.assert_array_equal(parse_pixels(values), values)
 
 
-def test_channels_that_come_first_are_told():
+def test_channels_first_are_refused_with_a_hint():
     with pytest.raises(Refused, match="put the channels last"):
         parse_pixels(np.full((3, 4, 5), 9).tolist())
 
 
-def test_json_objects_alone():
+def test_only_json_objects_are_accepted():
     assert parse_json(b'{"a": [1, null, "\\u00e4"]}') == {"a": [1, None, "ä"]}
     for body in (
         b"",

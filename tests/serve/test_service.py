@@ -121,7 +121,7 @@ def pool():
         yield pool
 
 
-def test_when_the_house_is_full_others_are_told_when_to_come_back(serve, pool):
+def test_an_overloaded_server_sends_retry_after(serve, pool):
     server = serve(queue=3)
     held = [pool.submit(server.post, value) for value in range(3)]
     until(lambda: server.engine.in_flight == 3)
@@ -138,14 +138,14 @@ def test_when_the_house_is_full_others_are_told_when_to_come_back(serve, pool):
     assert server.engine.in_flight == 0
 
 
-def test_more_images_than_the_house_can_hold(serve):
+def test_more_images_than_the_queue_are_refused(serve):
     server = serve(queue=3)
     files = [("file", (f"{n}.png", encode(n))) for n in range(4)]
     answer = requests.post(f"{server.url}/predict", files=files, timeout=30)
     assert answer.status_code == 429
 
 
-def test_a_request_whose_time_is_up_is_dropped(serve, pool):
+def test_a_timed_out_request_is_dropped(serve, pool):
     server = serve(seconds=0.6)
     first = pool.submit(server.post, 1)
     until(lambda: server.engine.in_flight == 1)
@@ -162,7 +162,7 @@ def test_a_request_whose_time_is_up_is_dropped(serve, pool):
     assert server.batches == [[1], [4]]
 
 
-def test_what_a_client_who_left_had_asked_is_not_computed(serve, pool):
+def test_images_of_a_disconnected_client_are_not_computed(serve, pool):
     server = serve()
     first = pool.submit(server.post, 1)
     until(lambda: server.engine.in_flight == 1)
@@ -180,7 +180,7 @@ def test_what_a_client_who_left_had_asked_is_not_computed(serve, pool):
     assert server.refused("client_left") == 1
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(serve):
+def test_a_missing_body_times_out(serve):
     server = serve(seconds=0.5)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         start = time.monotonic()
@@ -195,7 +195,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(serve):
     assert version.in_use == 0
 
 
-def test_all_bodies_together_are_bounded(serve):
+def test_the_total_size_of_bodies_is_limited(serve):
     server = serve(body_bytes=2_000_000, all_bytes=5_000_000)
     head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n"
     with contextlib.ExitStack() as stack:
@@ -216,7 +216,7 @@ def test_all_bodies_together_are_bounded(serve):
     until(lambda: server.service._bodies.num_bytes == 0)
 
 
-def test_a_fault_of_the_server_is_told_without_its_insides(serve, version, caplog):
+def test_internal_errors_have_no_details(serve, version, caplog):
     server = serve()
 
     def fail(images):
@@ -236,7 +236,7 @@ def test_a_fault_of_the_server_is_told_without_its_insides(serve, version, caplo
 # What can be asked.
 
 
-def test_open_inference_says_who_is_ready(serve):
+def test_open_inference_reports_readiness(serve):
     server = serve()
 
     def status(path):
@@ -254,7 +254,7 @@ def test_open_inference_says_who_is_ready(serve):
     assert status("health/live") == 200
 
 
-def test_models_by_name_number_and_alias(version):
+def test_models_are_found_by_name_number_and_alias(version):
     models = Models()
     assert not models.is_ready()
     models.add_model("one", is_required=True)
@@ -301,7 +301,7 @@ def test_models_by_name_number_and_alias(version):
     assert len(models.states("one")) < 30
 
 
-def test_serving_brings_no_training_code():
+def test_serving_imports_no_training_code():
     folder = pathlib.Path(cnn_jax.serve.__file__).parent
     rooms = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__main__")
     names = [f"cnn_jax.serve.{room}" for room in rooms] + ["cnn_jax.registry.registry"]

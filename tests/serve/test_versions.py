@@ -88,7 +88,7 @@ def states_of(server, model="shapes"):
     return {int(one["version"]): one["state"] for one in found}
 
 
-def test_it_follows_an_alias_under_load_without_a_failed_request(serve, registry, tmp_path):
+def test_an_alias_moves_without_a_failed_request(serve, registry, tmp_path):
     """Each answer is that of the version that it names, and once the new one is there, it stays."""
     expected = {}
     for number in (1, 2):
@@ -128,7 +128,7 @@ def test_it_follows_an_alias_under_load_without_a_failed_request(serve, registry
         assert server.end() == 0
 
 
-def test_a_version_that_cannot_be_served_leaves_the_old_one_and_says_so(serve, registry, tmp_path):
+def test_a_broken_version_leaves_the_old_version(serve, registry, tmp_path):
     nan = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), make_bundle().variables)
     write_bundle(dataclasses.replace(make_bundle(), variables=nan), tmp_path / "nan")
     without_numbers = registry.add("shapes", tmp_path / "nan").version.number
@@ -179,7 +179,7 @@ def test_several_versions_and_models_at_once(serve, registry, tmp_path):
         assert server.end() == 0
 
 
-def test_what_is_no_longer_wanted_when_it_is_loaded_is_never_served(monkeypatch):
+def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
     """A rollback while the next version is compiled."""
     desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
 
@@ -220,7 +220,7 @@ def test_what_is_no_longer_wanted_when_it_is_loaded_is_never_served(monkeypatch)
     asyncio.run(run())
 
 
-def test_a_source_that_fails_in_any_way_is_asked_again(caplog):
+def test_a_failing_source_is_read_again(caplog):
     answers = [RuntimeError("a fault"), {"shapes": DesiredState({1: "1"}, {"champion": 1})}]
 
     class Failing(Source):
@@ -249,7 +249,7 @@ def test_a_source_that_fails_in_any_way_is_asked_again(caplog):
     assert "cannot read the registry" in caplog.text
 
 
-def test_a_new_model_that_is_broken_is_nobodys_trouble(serve, registry, tmp_path):
+def test_a_broken_new_model_does_not_affect_others(serve, registry, tmp_path):
     nan = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), make_bundle().variables)
     write_bundle(dataclasses.replace(make_bundle(), variables=nan), tmp_path / "nan")
     registry.add("birds", tmp_path / "nan")
@@ -267,7 +267,7 @@ def test_a_new_model_that_is_broken_is_nobodys_trouble(serve, registry, tmp_path
         assert server.end() == 0
 
 
-def test_a_model_without_its_alias_goes_and_the_others_are_followed(serve, registry, tmp_path):
+def test_a_model_without_its_alias_is_unloaded(serve, registry, tmp_path):
     add(registry, tmp_path, 7, "others")
     registry.promote("others", 1)
     with serve("--model=shapes,others") as server:
@@ -282,7 +282,7 @@ def test_a_model_without_its_alias_goes_and_the_others_are_followed(serve, regis
         assert server.end() == 0
 
 
-def test_a_version_that_comes_back_while_it_is_in_use_is_available():
+def test_a_version_loaded_again_while_in_use_is_available():
     async def run():
         service = Service(Models(), Engine(9), Limits(), ServerMetrics())
         desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
@@ -312,7 +312,7 @@ def test_a_version_that_comes_back_while_it_is_in_use_is_available():
     asyncio.run(run())
 
 
-def test_an_administrator_has_versions_come_and_go(serve, registry):
+def test_an_administrator_loads_and_unloads_versions(serve, registry):
     with serve("--model=shapes") as server:
 
         def ask(method, path, headers):
@@ -340,7 +340,7 @@ def test_an_administrator_has_versions_come_and_go(serve, registry):
         assert server.end() == 0
 
 
-def test_a_registry_that_goes_away_stops_nothing(serve, registry, tmp_path):
+def test_a_missing_registry_does_not_stop_the_server(serve, registry, tmp_path):
     with serve() as server:
         (tmp_path / "registry").rename(tmp_path / "away")
         time.sleep(0.5)
@@ -392,7 +392,7 @@ def test_a_bundle_that_cannot_answer_ends_the_server(tmp_path):
         assert "not probabilities" in (tmp_path / "server.log").read_text().splitlines()[-1]
 
 
-def test_answers_are_noted_with_what_a_look_for_drift_needs(tmp_path):
+def test_the_request_log_records_answers(tmp_path):
     import sqlite3
 
     from cnn_jax.explain.features import embeddings
@@ -423,7 +423,7 @@ def test_answers_are_noted_with_what_a_look_for_drift_needs(tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row[8]))), pixels[0])
 
 
-def test_a_network_of_a_known_kind_is_not_timed_again():
+def test_a_known_network_is_not_timed_again():
     def make(number, bundle, served=()):
         return make_version("shapes", number, bundle, "digest", 10**6, (1, 2), served)
 
