@@ -446,8 +446,11 @@ def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> str:
 def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
     """Returns aligned `name  text` lines, wrapped at a width."""
     indent = max(len(name) for name, _ in facts) + 2
-    lines = (f"{name.ljust(indent)}{text}" for name, text in facts)
-    return "\n".join(part for line in lines for part in cli.wrap(line, width, indent))
+    lines = []
+    for name, text in facts:
+        first, *rest = cli.wrap(text, None if width is None else width - indent)
+        lines += [f"{name.ljust(indent)}{first}", *(" " * indent + part.lstrip() for part in rest)]
+    return "\n".join(lines)
 
 
 def _describe_model(model: Model, width: int | None) -> str:

@@ -314,7 +314,7 @@ def test_verify_tolerates_a_removal(registry, capsys, monkeypatch):
     monkeypatch.setattr(Registry, "verify", meanwhile)
     first, second = call(capsys, "verify").splitlines()
     assert first.startswith(
-        r"flowers/1 was not verified: flowers has no version 1 \(it was removed\)"
+        "flowers/1 was not verified: flowers has no version 1 (it was removed)"
     )
     assert second == "flowers/2 is unchanged"
 

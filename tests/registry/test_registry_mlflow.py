@@ -59,7 +59,7 @@ def client(uri):
 
 def test_a_missing_mlflow_is_reported_with_the_command(registry, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    for call in (mlflow.export, mlflow.bring):
+    for call in (mlflow.export_versions, mlflow.import_versions):
         with pytest.raises(ConfigError, match=r"^--mlflow needs mlflow, .*pip install 'cnn_jax\["):
             list(call(registry, "flowers", None, "sqlite:///mlflow.db"))
 
@@ -275,7 +275,7 @@ def test_an_invalid_database_is_one_error_line(registry, tmp_path, monkeypatch, 
     monkeypatch.setattr(utils, "MAX_RETRY_COUNT", 2)
     (tmp_path / "none.db").write_text("no database" * 100)
     uri = f"sqlite:///{tmp_path / 'none.db'}"
-    for call in (mlflow.export, mlflow.bring):
+    for call in (mlflow.export_versions, mlflow.import_versions):
         with pytest.raises(RegistryError, match=f"^MLflow at {uri}: .*not a database") as raised:
             list(call(registry, "flowers", None, uri))
         assert "\n" not in str(raised.value)
@@ -290,7 +290,7 @@ def test_all_client_errors_are_one_line_without_password(registry, monkeypatch, 
             raise error("cannot connect to\npostgresql://ann:s3cret@host or ann:s3cret@host")
 
     monkeypatch.setattr(mlflow, "_client", lambda uri: Client())
-    for call in (mlflow.export, mlflow.bring):
+    for call in (mlflow.export_versions, mlflow.import_versions):
         with pytest.raises(RegistryError) as raised:
             list(call(registry, "flowers", None, "postgresql://ann:s3cret@host"))
         message = str(raised.value)
@@ -330,7 +330,7 @@ def test_unknown_mlflow_names_are_one_error_line(registry, uri, client, name, wh
 @needs_mlflow
 def test_a_missing_server_is_one_line_without_password(registry, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    for call in (mlflow.export, mlflow.bring):
+    for call in (mlflow.export_versions, mlflow.import_versions):
         with pytest.raises(RegistryError) as raised:
             list(call(registry, "flowers", None, "http://user:s3cret@127.0.0.1:1"))
         message = str(raised.value)

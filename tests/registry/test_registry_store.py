@@ -136,7 +136,7 @@ def test_a_safe_store_passes_the_check(place):
 @pytest.mark.parametrize("protocol", ["careless", "hasty", "plain"])
 def test_an_unsafe_store_is_refused(protocol):
     store = open_store(f"{protocol}://registry")
-    message = rf"^{protocol}://registry lets two writers create the same file, so it cannot hold"
+    message = rf"^{protocol}://registry lets two writers create the same file, so it cannot contain"
     with pytest.raises(StoreError, match=message):
         check_exclusive_create(store)
     assert store.names("tmp") == []
@@ -519,5 +519,5 @@ def test_the_memory_store_is_safe_for_threads():
     fsspec.register_implementation("memory2", Slow, clobber=True)
     store = open_store("memory2://a")
     assert isinstance(store, RemoteStore)
-    assert store._turn is stores._MEMORY
+    assert store._lock is stores._MEMORY
     check_exclusive_create(store)
