@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,12 @@ class Augmentation:
     rotation: float = 0.0
     zoom: float = 0.0
     contrast: float = 0.0
+
+    @classmethod
+    def from_config(cls, augment: Any) -> "Augmentation":
+        """The ranges in a configuration's section `augment`; missing keys have defaults."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: augment[name] for name in names if name in augment})
 
     def is_identity(self) -> bool:
         return self == Augmentation()

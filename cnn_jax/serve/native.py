@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from cnn_jax.explain.maps import method_named
-from cnn_jax.explain.overlay import under_map
+from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.serve.images import Part, read_images
 from cnn_jax.serve.limits import Refused, cancel_on_disconnect, check_query
 from cnn_jax.serve.responses import JSONResponse
@@ -223,7 +223,7 @@ def _prediction(
 def _explanation(answer: Answer) -> dict[str, str]:
     """Draws the map over the image, as PNG."""
     assert answer.explanation is not None
-    picture = under_map(Image.fromarray(answer.pixels), answer.explanation)
+    picture = draw_overlay(Image.fromarray(answer.pixels), answer.explanation)
     file = io.BytesIO()
     picture.save(file, "PNG")
     return {"method": "grad_cam", "png": base64.b64encode(file.getvalue()).decode()}

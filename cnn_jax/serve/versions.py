@@ -18,7 +18,7 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import maps
 from cnn_jax.inference.bundle import Bundle
 from cnn_jax.inference.images import ImageReader
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.serve.engine import Program, time_program
 from cnn_jax.system.errors import BundleError
 
@@ -48,7 +48,7 @@ class Version:
 
     model: str
     number: int
-    predictor: Predictor
+    predictor: BundlePredictor
     preprocessing: Preprocessing
     predict_program: Program
     explain_program: Program
@@ -112,7 +112,7 @@ def make_version(
     Raises:
       BundleError: The weights do not fit the network, or its outputs are not probabilities.
     """
-    predictor = Predictor(bundle)
+    predictor = BundlePredictor(bundle)
     allowed = min(max_pixels, bundle.preprocessing.max_pixels)
     preprocessing = dataclasses.replace(bundle.preprocessing, max_pixels=allowed)
     rng = np.random.default_rng(0)
@@ -145,7 +145,7 @@ def make_version(
 
 
 def _has_programs(
-    version: Version, predictor: Predictor, preprocessing: Preprocessing, sizes: Sequence[int]
+    version: Version, predictor: BundlePredictor, preprocessing: Preprocessing, sizes: Sequence[int]
 ) -> bool:
     """Whether a version's compiled programs fit a predictor, which may have other weights."""
     return (

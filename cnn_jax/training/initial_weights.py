@@ -70,5 +70,5 @@ def _take(bundle: Bundle, collection: str, into: PyTree, *, with_head: bool) -> 
                 f"there and {shapes[1]} here"
             )
         # A copy: what is given to a training step is given away.
-        new[name] = sharding.place(old[name].copy(), new[name].sharding)
+        new[name] = sharding.distribute(old[name].copy(), new[name].sharding)
     return flax.traverse_util.unflatten_dict(new, sep="/")

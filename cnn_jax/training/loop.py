@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from cnn_jax.config import schema
+from cnn_jax.config.resolve import resolve
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track, pipeline
 from cnn_jax.data import dataset as datasets
@@ -25,9 +26,9 @@ from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
-from cnn_jax.models import make_model
+from cnn_jax.models.network import make_model
 from cnn_jax.system import signals
-from cnn_jax.system.console import Console
+from cnn_jax.system.console import Console, TrainingDisplay
 from cnn_jax.system.errors import ConfigError, Interrupted, TrainingError
 from cnn_jax.system.signals import Interruption
 from cnn_jax.training import initial_weights, results, run_directory, sharding, summary
@@ -35,7 +36,7 @@ from cnn_jax.training.checkpoint import Checkpoints, History, best_record
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_schedule
 from cnn_jax.training.profiling import Trace
-from cnn_jax.training.programs import Memory, Programs, make_programs
+from cnn_jax.training.programs import Memory, Programs, make_train_step
 from cnn_jax.training.run_directory import Heartbeat
 from cnn_jax.training.step import TrainState
 
@@ -85,22 +86,22 @@ def train_and_evaluate(
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(signals.listen(deadline))
         schema.validate(config, jax.device_count())
-        with sharding.together():
+        with sharding.synchronized_errors():
             if sharding.is_primary():
                 run_directory.check_apart(workdir, config.data.source)
                 stack.enter_context(run_directory.locked(workdir))
         heartbeat = Heartbeat(workdir)
         track = heartbeat.following(console.track)
-        with sharding.together():
+        with sharding.synchronized_errors():
             present = run_directory.read_config(workdir)
-            config = schema.resolve(config, present)
+            config = resolve(config, present)
             changes = run_directory.changes(workdir, present, config)
             heartbeat.beat("opening data")
             dataset = open_dataset(
                 config, interrupted.stopping(track, "nothing is lost; the same command goes on")
             )
         if not config.train.steps_per_execution:
-            config.train.steps_per_execution = _steps_that_pay(dataset.loader.on_device)
+            config.train.steps_per_execution = _default_execution_length(dataset.loader.on_device)
         # What differs from process to process would differ in their programs as well.
         sharding.check_equal("another configuration", schema.digest(config))
         sharding.check_equal("other data", dataset.fingerprint)
@@ -115,7 +116,7 @@ def train_and_evaluate(
         with contextlib.closing(checkpoints):
             checkpoints.check_data(dataset.fingerprint)
             summary.show_plan(console, config, workdir, dataset, model, changes)
-            run = _Run.of(config, workdir, dataset, model, checkpoints, console, heartbeat)
+            run = _make_run(config, workdir, dataset, model, checkpoints, console, heartbeat)
             progress = _restore_or_start(run, present)
             # Only what can go on, or start, makes the folder its own.
             run_directory.write_config(workdir, config)
@@ -162,21 +163,21 @@ def open_dataset(config: Config, track: Track) -> Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What stays the same from the first step of a run to its last.
+    """Everything that stays the same from the first step of a run to its last.
 
     Attributes:
       config: The resolved configuration.
       workdir: The run's folder.
-      dataset: What is trained on.
+      dataset: The data set to train on.
       pixels: All its images, on the devices, or None.
-      programs: What runs on the devices.
+      programs: The jitted functions.
+      memory: The check of the devices' memory.
       schedule: The learning rate by step.
-      steps_per_epoch: The last batch of an epoch may reach into the next one.
-      steps_per_execution: Steps that the devices are given at a time, if no epoch ends in
-        between.
-      checkpoints: Those of this run.
-      console: Where to show progress.
-      heartbeat: Where to say that all goes on.
+      steps_per_epoch: The number of steps in an epoch. The last batch of an epoch may
+        contain images of the next pass over the data.
+      checkpoints: The run's checkpoints.
+      console: Shows progress.
+      heartbeat: Records that the run is alive.
     """
 
     config: Config
@@ -184,76 +185,78 @@ class _Run:
     dataset: Dataset
     pixels: Array | None
     programs: Programs
+    memory: Memory
     schedule: optax.Schedule
     steps_per_epoch: int
-    steps_per_execution: int
     checkpoints: Checkpoints
     console: Console
     heartbeat: Heartbeat
 
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        workdir: pathlib.Path,
-        dataset: Dataset,
-        model: nn.Module,
-        checkpoints: Checkpoints,
-        console: Console,
-        heartbeat: Heartbeat,
-    ) -> "_Run":
-        steps_per_epoch = math.ceil(len(dataset.splits["train"]) / config.train.batch_size)
-        schedule = make_schedule(
-            config.optimizer.learning_rate,
-            config.optimizer.final_learning_rate,
-            total_steps=config.optimizer.decay_epochs * steps_per_epoch,
-            warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
-        )
-        programs = make_programs(config, model, schedule, dataset)
-        on_device, pixels = dataset.loader.on_device, dataset.loader.pixels
-        return cls(
-            config=config,
-            workdir=workdir,
-            dataset=dataset,
-            pixels=programs.to_all_devices(pixels) if on_device and pixels is not None else None,
-            programs=programs,
-            schedule=schedule,
-            steps_per_epoch=steps_per_epoch,
-            steps_per_execution=config.train.steps_per_execution,
-            checkpoints=checkpoints,
-            console=console,
-            heartbeat=heartbeat,
-        )
+    def execution_length(self, step: int) -> int:
+        """The number of steps to dispatch at once from this step on.
 
-    def steps_at(self, step: int) -> int:
-        """How many steps are executed at once from this one on: always those, or just one.
-
-        A run that goes on from a checkpoint executes the same ones together.
+        It is train.steps_per_execution if such an execution starts at this step and ends
+        within the epoch, else 1. It depends on the step only, so that a resumed run
+        dispatches the same executions.
         """
-        of_epoch, count = step % self.steps_per_epoch, self.steps_per_execution
-        fits = of_epoch % count == 0 and of_epoch + count <= self.steps_per_epoch
-        return count if fits else 1
+        step_in_epoch, length = step % self.steps_per_epoch, self.config.train.steps_per_execution
+        fits = step_in_epoch % length == 0 and step_in_epoch + length <= self.steps_per_epoch
+        return length if fits else 1
 
 
-def _steps_that_pay(on_device: bool) -> int:
-    """Steps at a time where nothing was asked for.
+def _make_run(
+    config: Config,
+    workdir: pathlib.Path,
+    dataset: Dataset,
+    model: nn.Module,
+    checkpoints: Checkpoints,
+    console: Console,
+    heartbeat: Heartbeat,
+) -> _Run:
+    steps_per_epoch = math.ceil(len(dataset.splits["train"]) / config.train.batch_size)
+    schedule = make_schedule(
+        config.optimizer.learning_rate,
+        config.optimizer.final_learning_rate,
+        total_steps=config.optimizer.decay_epochs * steps_per_epoch,
+        warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
+    )
+    step = make_train_step(config, model, schedule, dataset)
+    programs = Programs(step, config.train.batch_size, config.mesh.model)
+    pixels = dataset.loader.pixels if dataset.loader.on_device else None
+    return _Run(
+        config=config,
+        workdir=workdir,
+        dataset=dataset,
+        pixels=None if pixels is None else programs.layout.to_all_devices(pixels),
+        programs=programs,
+        memory=Memory(programs),
+        schedule=schedule,
+        steps_per_epoch=steps_per_epoch,
+        checkpoints=checkpoints,
+        console=console,
+        heartbeat=heartbeat,
+    )
 
-    A step that needs only the rows of its images may take an accelerator less time than
-    it takes this process to send it off; a CPU is slower than that.
+
+def _default_execution_length(on_device: bool) -> int:
+    """The number of steps in an execution if train.steps_per_execution is 0.
+
+    If the images are on an accelerator, a step may take it less time than this process
+    needs to dispatch the step. A CPU is slower than that.
     """
     return 8 if on_device and jax.default_backend() != "cpu" else 1
 
 
 @dataclasses.dataclass
 class _Progress:
-    """Where a run stands: what a checkpoint holds.
+    """The state of a run that a checkpoint stores.
 
     Attributes:
-      step: Steps taken.
+      step: The number of steps taken.
       state: The train state.
-      totals: Metrics of the epoch under way.
+      totals: The metrics of the current epoch.
       history: A record for each finished epoch.
-      clock: Of the epoch under way.
+      clock: The time and the speed of the current epoch.
     """
 
     step: int
@@ -263,6 +266,27 @@ class _Progress:
     clock: "_Clock"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Execution:
+    """Steps that were dispatched to the devices and may not be done yet.
+
+    Attributes:
+      metrics: The metrics of all its steps.
+      first_step: The number of its first step.
+      steps: The number of its steps.
+      images: The number of images of all its steps.
+    """
+
+    metrics: Metrics
+    first_step: int
+    steps: int
+    images: int
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.steps - 1
+
+
 def _train(
     run: _Run,
     progress: _Progress,
@@ -270,74 +294,45 @@ def _train(
     trace: Trace,
     on_epoch: Callable[[History], None],
 ) -> None:
-    """Trains to the end.
+    """Trains until the last epoch, early stopping, or an interruption.
 
     Raises:
-      Interrupted: Somebody wanted it to end before.
+      Interrupted: A signal or the deadline ended the run; it is saved.
     """
-    config, programs = run.config, run.programs
-    train, batch_size, first_step = config.train, config.train.batch_size, progress.step
-    last_step = train.epochs * run.steps_per_epoch
-    if _patience_is_over(progress.history, config):
-        last_step = first_step
+    train, monitor = run.config.train, run.config.train.monitor
+    is_finished = _patience_is_over(progress.history, run.config)
+    last_step = progress.step if is_finished else train.epochs * run.steps_per_epoch
     log = run_directory.EpochLog(run.workdir, progress.history)
     display = run.console.training(train.epochs, run.steps_per_epoch)
-    augmentation = Augmentation(
-        flip=config.augment.flip,
-        rotation=config.augment.rotation,
-        zoom=config.augment.zoom,
-        contrast=config.augment.contrast,
-    )
-    stream = _training_batches(run, run.dataset.loader, augmentation, first_step)
+    augmentation = Augmentation.from_config(run.config.augment)
+    stream = _training_batches(run, run.dataset.loader, augmentation, progress.step)
     with contextlib.closing(log), stream as batches, display, contextlib.closing(trace):
-        display.start(progress.history, best_record(progress.history, train.monitor), first_step)
-        run.heartbeat.beat("starting", first_step)
+        display.start(progress.history, best_record(progress.history, monitor), progress.step)
+        run.heartbeat.beat("starting", progress.step)
         on_epoch(progress.history)
-        in_flight: _Execution | None = None
-        memory = Memory(programs)
-        losses = _LossReader(run.schedule, memory)
-        for execution in itertools.count():
-            first, count = progress.step, run.steps_at(progress.step)
-            if first >= last_step:
+        reader = _DelayedReader(run, progress, display)
+        for number in itertools.count():
+            if progress.step >= last_step:
                 break
-            with jax.transfer_guard("disallow"), memory.explained(), trace.steps(first, count):
-                taken = list(itertools.islice(batches, count))
-                program, batch = _to_devices(run, taken)
-                if execution == 0:
-                    run.heartbeat.beat("compiling", first)
-                    memory.check(program, progress.state, batch, run.pixels)
-                    if run.steps_per_epoch % count:  # An epoch's last steps are single ones.
-                        single, of_one = _to_devices(run, taken[:1])
-                        single.lower(progress.state, of_one, run.pixels).compile()
-                progress.state, metrics = program(progress.state, batch, run.pixels)
-                progress.totals = programs.merge(progress.totals, metrics)
-                progress.step = first + count
-                if execution == 0:
-                    progress.clock.restart()  # It was compiled just now.
-                # What came before is read while this runs: the device never waits.
-                if in_flight is not None:
-                    loss = losses.read(in_flight)
-                    progress.clock.count(in_flight.images)
-                    display.step(first, loss, progress.clock.images_per_second())
+            length = run.execution_length(progress.step)
+            with trace.steps(progress.step, length):
+                execution = _dispatch(run, progress, batches, length, is_first=number == 0)
+                # The previous execution is read while the devices compute this one.
+                reader.follow(execution)
             run.heartbeat.beat("training", progress.step)
-            in_flight = _Execution(metrics, count, count * batch_size, progress.step - 1)
-            is_due = interrupted.is_due(execution)
+            is_due = interrupted.is_due(number)
             ends_epoch = progress.step % run.steps_per_epoch == 0
-            every = config.checkpoint.every_steps
-            if not (ends_epoch or is_due or (every and progress.step // every > first // every)):
+            if not (ends_epoch or is_due or _saves_within_epoch(run, execution)):
                 continue
 
-            losses.read(in_flight)
-            progress.clock.count(in_flight.images)
-            # That loss was computed before the step's update; the update counts too.
-            if not programs.is_finite(progress.state):
-                raise _not_finite("a parameter", in_flight.last_step, run.schedule, count)
-            in_flight = None
+            reader.finish()
+            # That loss was computed before the step's update; the update must be finite too.
+            if not run.programs.is_finite(progress.state):
+                raise _not_finite("a parameter", execution, run.schedule)
             if ends_epoch:
-                record = _end_epoch(run, progress)
+                record = _end_epoch(run, progress, execution)
                 log.append(record)
-                best = best_record(progress.history, train.monitor)
-                display.epoch(record, is_best=record is best)
+                display.epoch(record, is_best=record is best_record(progress.history, monitor))
             _save(run, progress)
             if is_due:
                 run.checkpoints.wait()
@@ -346,37 +341,93 @@ def _train(
                 )
             if ends_epoch:
                 on_epoch(progress.history)
-                if _patience_is_over(progress.history, config):
+                if _patience_is_over(progress.history, run.config):
                     break
 
-    if told := trace.describe():
-        run.console.print(told)
+    if message := trace.describe():
+        run.console.print(message)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Execution:
-    """What was given to the devices and may not be done yet.
+def _dispatch(
+    run: _Run,
+    progress: _Progress,
+    batches: Iterator[pipeline.NumpyBatch],
+    length: int,
+    is_first: bool,
+) -> _Execution:
+    """Sends the next batches to the devices and dispatches a step for each of them.
 
-    Attributes:
-      metrics: Of all its steps.
-      steps: How many they are.
-      images: How many they are on.
-      last_step: The number of the last of them.
+    The devices compute after this function has returned. The first execution of a process
+    compiles the programs and checks the memory that they need.
+
+    Raises:
+      TrainingError: The memory is not enough, or another process has ended.
     """
+    programs, memory = run.programs, run.memory
+    with jax.transfer_guard("disallow"), memory.explained():
+        taken = list(itertools.islice(batches, length))
+        program, arrays = programs.send(taken)
+        if is_first:
+            run.heartbeat.beat("compiling", progress.step)
+            memory.check(program, progress.state, arrays, run.pixels)
+            if run.steps_per_epoch % length:  # The last steps of an epoch are single ones.
+                single_step, single_batch = programs.send(taken[:1])
+                single_step.lower(progress.state, single_batch, run.pixels).compile()
+        progress.state, metrics = program(progress.state, arrays, run.pixels)
+        progress.totals = programs.merge(progress.totals, metrics)
+        if is_first:
+            progress.clock.restart()  # Compilation does not count.
+    first_step = progress.step
+    progress.step += length
+    return _Execution(metrics, first_step, length, length * programs.layout.batch_size)
 
-    metrics: Metrics
-    steps: int
-    images: int
-    last_step: int
+
+def _saves_within_epoch(run: _Run, execution: _Execution) -> bool:
+    """Whether a checkpoint of `checkpoint.every_steps` is due after this execution."""
+    every = run.config.checkpoint.every_steps
+    if not every:
+        return False
+    return (execution.last_step + 1) // every > execution.first_step // every
 
 
-def _to_devices(run: _Run, batches: Sequence[pipeline.NumpyBatch]) -> tuple[Any, dict[str, Array]]:
-    """Sends batches; returns the program that takes a step for each, and what it takes."""
-    programs = run.programs
-    if len(batches) == 1:
-        return programs.train_step, programs.to_devices(batches[0])
-    by_step = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-    return programs.train_steps, programs.to_devices_by_step(by_step)
+class _DelayedReader:
+    """Reads the loss of each execution while the devices compute the next one."""
+
+    def __init__(self, run: _Run, progress: _Progress, display: TrainingDisplay) -> None:
+        self._run, self._progress, self._display = run, progress, display
+        self._in_flight: _Execution | None = None
+
+    def follow(self, execution: _Execution) -> None:
+        """Reads the execution before this one, and remembers this one.
+
+        Raises:
+          TrainingError: Its loss is infinite or not a number, or the memory was not enough.
+        """
+        previous, self._in_flight = self._in_flight, execution
+        if previous is not None:
+            loss = self._read(previous)
+            images_per_second = self._progress.clock.images_per_second()
+            self._display.step(execution.first_step, loss, images_per_second)
+
+    def finish(self) -> None:
+        """Reads the last execution.
+
+        Raises:
+          TrainingError: As in `follow`.
+        """
+        assert self._in_flight is not None
+        self._read(self._in_flight)
+        self._in_flight = None
+
+    def _read(self, execution: _Execution) -> float:
+        """Waits for an execution; returns its mean loss over images."""
+        run = self._run
+        with run.memory.explained():
+            loss = float(jax.device_get(execution.metrics.loss_sum).sum()) / execution.images
+        if not math.isfinite(loss):
+            raise _not_finite("the loss", execution, run.schedule)
+        self._progress.clock.count(execution.images)
+        return loss
 
 
 def _restore_or_start(run: _Run, present: Mapping[str, Any] | None) -> _Progress:
@@ -437,22 +488,21 @@ def _training_batches(
         start=start,
         stop=stop,
         balanced=config.train.balance == "sampling",
-        rows=run.programs.rows,
+        rows=run.programs.layout.rows,
     )
 
 
-def _end_epoch(run: _Run, progress: _Progress) -> dict[str, Any]:
-    """Validates, and opens a new epoch; returns the record of the one that has ended.
+def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> dict[str, Any]:
+    """Validates and starts a new epoch; returns the record of the epoch that has ended.
 
     Raises:
       TrainingError: The validation loss is not finite.
     """
-    last_step = progress.step - 1
     progress.state = _estimate_statistics(run, progress.state)
     validation = _validate(run, progress.state)
     if not math.isfinite(validation["loss"]):
-        raise _not_finite("the validation loss", last_step, run.schedule)
-    # Figures are those of the data, in whatever proportions it is drawn.
+        raise _not_finite("the validation loss", last_execution, run.schedule)
+    # Metrics are those of the data's own class frequencies, also if classes are sampled evenly.
     is_sampled = run.config.train.balance == "sampling"
     training = progress.totals.compute(run.dataset.findings.counts["train"] if is_sampled else None)
     record = {
@@ -460,7 +510,7 @@ def _end_epoch(run: _Run, progress: _Progress) -> dict[str, Any]:
         "step": progress.step,
         "seconds": progress.clock.seconds(),
         "images_per_second": progress.clock.images_per_second(),
-        "learning_rate": _learning_rate(run.schedule, last_step),
+        "learning_rate": _learning_rate(run.schedule, last_execution.last_step),
         **{f"train_{key}": value for key, value in training.items()},
         **{f"validation_{key}": value for key, value in validation.items()},
     }
@@ -535,32 +585,14 @@ class _Clock:
         return time.perf_counter() - self._made
 
 
-@dataclasses.dataclass(frozen=True)
-class _LossReader:
-    """Reads how steps went, which may be long after they were dispatched."""
-
-    schedule: optax.Schedule
-    memory: Memory
-
-    def read(self, execution: _Execution) -> float:
-        """The mean loss of training batches.
-
-        Raises:
-          TrainingError: It is infinite or not a number, or the memory was not enough.
-        """
-        with self.memory.explained():
-            loss = float(jax.device_get(execution.metrics.loss_sum).sum()) / execution.images
-        if not math.isfinite(loss):
-            raise _not_finite("the loss", execution.last_step, self.schedule, execution.steps)
-        return loss
-
-
-def _not_finite(what: str, step: int, schedule: optax.Schedule, steps: int = 1) -> TrainingError:
-    """The error if a number of the last of so many steps is not finite."""
-    first = f"one of steps {step + 2 - steps:,} to " if steps > 1 else "step "
+def _not_finite(name: str, execution: _Execution, schedule: optax.Schedule) -> TrainingError:
+    """The error if a number of an execution is not finite."""
+    first, last = execution.first_step + 1, execution.last_step + 1
+    steps = f"step {last:,}" if first == last else f"one of steps {first:,} to {last:,}"
+    learning_rate = _learning_rate(schedule, execution.last_step)
     return TrainingError(
-        f"{what} is infinite or not a number at {first}{step + 1:,}, where the learning rate is "
-        f"{_learning_rate(schedule, step):.2g}. Try a lower optimizer.learning_rate, "
+        f"{name} is infinite or not a number at {steps}, where the learning rate is "
+        f"{learning_rate:.2g}. Try a lower optimizer.learning_rate, "
         "optimizer.warmup_epochs=1 or precision=float32, in another --workdir. The last good "
         "checkpoint is kept"
     )
@@ -580,7 +612,7 @@ def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
     if not jax.tree.leaves(state.batch_stats):
         return state
     programs = run.programs
-    count = min(math.ceil(_STATISTICS_IMAGES / programs.batch_size), run.steps_per_epoch)
+    count = min(math.ceil(_STATISTICS_IMAGES / programs.layout.batch_size), run.steps_per_epoch)
     statistics = programs.empty_statistics()
     # Worker processes would take longer to start than a few batches take to read.
     loader = dataclasses.replace(run.dataset.loader, workers=0)
@@ -588,7 +620,7 @@ def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
         for batch in batches:
             run.heartbeat.beat("estimating statistics")
             with jax.transfer_guard("disallow"):
-                batch = programs.to_devices(batch)
+                batch = programs.layout.to_devices(batch)
                 statistics = programs.update_statistics(
                     statistics, state.variables, batch, run.pixels
                 )
@@ -600,13 +632,13 @@ def _validate(run: _Run, state: TrainState) -> dict[str, float]:
     programs, indices = run.programs, run.dataset.splits["validation"]
     totals = programs.empty_metrics()
     stream = pipeline.evaluation_batches(
-        run.dataset.loader, indices, programs.batch_size, programs.rows
+        run.dataset.loader, indices, programs.layout.batch_size, programs.layout.rows
     )
     with stream as batches:
         for batch in batches:
             run.heartbeat.beat("validating")
             with jax.transfer_guard("disallow"):
-                batch = programs.to_devices(batch)
+                batch = programs.layout.to_devices(batch)
                 metrics = programs.eval_step(state.variables, batch, run.pixels)
                 totals = programs.merge(totals, metrics)
     return totals.compute()

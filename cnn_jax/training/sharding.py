@@ -1,6 +1,8 @@
-"""The processes of a run, the mesh of their devices, and how arrays lie on it."""
+"""The processes of a run, the mesh of their devices, and the layout of arrays on it."""
 
 import contextlib
+import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -17,31 +19,32 @@ from jaxtyping import Int, PyTree
 from cnn_jax.data.dataset import memory_bytes
 from cnn_jax.system.errors import ConfigError, TrainingError, UserError
 
-# A process that has not been heard of for so many seconds is taken for dead, and
-# JAX ends the others. (JAX's own 100 would keep them waiting for nothing.)
+# JAX ends all processes if one of them sends no heartbeat for this time. JAX's default of
+# 100 s would only delay the end.
 _HEARTBEAT_SECONDS = 30
-# Parameters with fewer elements than this lie whole on each device.
+# Parameters with fewer elements than this are copied to each device.
 _LEAST_DIVIDED = 2**14
-# How the libraries that move data between processes say that one of them is gone.
+# Words in the error messages of Gloo, NCCL and JAX after a process was lost.
 _LOST = re.compile(r"by peer|Gloo|NCCL|unhealthy|heartbeat|Barrier", re.IGNORECASE)
 
 
 def start_processes(
     coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None
 ) -> None:
-    """Connects the processes of one run. To be called before any other use of JAX.
+    """Connects the processes of one run. Call it before any other use of JAX.
 
-    Without arguments JAX itself looks for Slurm, Open MPI, Kubernetes and Cloud TPU,
-    and if it finds none of them there is one process.
+    Without arguments JAX detects Slurm, Open MPI, Kubernetes and Cloud TPU; if it detects
+    none of them, the run has one process.
 
     Args:
       coordinator: host:port at which process 0 listens.
-      process_id: Which one this is, from 0.
-      process_count: How many there are; 1 alone means one process, wherever it runs.
+      process_id: The number of this process, from 0.
+      process_count: The number of processes; 1 without the other arguments means one process
+        even where JAX would detect several.
 
     Raises:
-      ConfigError: Only some are given, or they contradict each other.
-      TrainingError: The processes do not find each other.
+      ConfigError: Only some arguments are given, or they contradict each other.
+      TrainingError: The processes cannot connect.
     """
     if process_count == 1 and coordinator is None:
         return
@@ -57,7 +60,7 @@ def start_processes(
             coordinator, process_count, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
         )
     except ValueError as error:
-        # What JAX says where it detects none of those that it knows.
+        # JAX's message when it detects no cluster.
         if coordinator is not None or "coordinator_address" not in str(error):
             raise ConfigError(f"--coordinator: {error}") from error
     except RuntimeError as error:
@@ -66,18 +69,19 @@ def start_processes(
 
 
 def is_primary() -> bool:
-    """Whether this is the one process that writes files and speaks."""
+    """Whether this process writes the files and prints; one process of a run does."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What fails within in one process fails in all, so that none waits for it in vain.
+def synchronized_errors() -> Iterator[None]:
+    """If one process raises a UserError inside this block, all processes raise an error.
 
-    Nothing within may itself wait for other processes.
+    Otherwise the others would wait for it forever. The code in the block must not itself wait
+    for other processes.
 
     Raises:
-      TrainingError: It failed in another process.
+      TrainingError: Another process failed.
     """
     failure: UserError | None = None
     try:
@@ -87,7 +91,7 @@ def together() -> Iterator[None]:
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(failure is not None))
         if failure is None and failed.any():
-            failure = TrainingError(f"process {failed.argmax()} could not start; it says why")
+            failure = TrainingError(f"process {failed.argmax()} could not start; see its message")
     if failure is not None:
         raise failure
 
@@ -102,12 +106,12 @@ def check_equal(what: str, digest: str) -> None:
 
 
 def lost_process(error: BaseException) -> TrainingError | None:
-    """What to raise instead of an error that means that another process is gone; else None."""
+    """The error to raise instead of one that means a lost process; None for other errors."""
     if jax.process_count() == 1 or not _LOST.search(str(error)):
         return None
     return TrainingError(
-        "another process of this run has ended or cannot be reached any more (see what it said); "
-        "the same command for all of them goes on from the latest checkpoint"
+        "another process of this run has ended or cannot be reached (see its messages); start "
+        "the same command in all processes to continue from the latest checkpoint"
     )
 
 
@@ -125,9 +129,9 @@ def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Devices along the axes `data` and `model`.
 
     Args:
-      model: Devices among which the large parameters are divided. It divides the
-        number of devices; the batch is divided among the rest.
-      devices: By default all devices of all processes.
+      model: The number of devices that share the large parameters; it must divide the
+        number of devices. The batch is divided among the groups of such devices.
+      devices: The devices; by default all devices of all processes.
     """
     # Flax Linen's dropout does not work under explicit axes, JAX's default.
     axis_types = (AxisType.Auto, AxisType.Auto)
@@ -136,73 +140,100 @@ def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, ("data", "model"), axis_types=axis_types, devices=devices)
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How batches lie on the devices of a mesh.
+
+    Attributes:
+      mesh: The devices, along the axes `data` and `model`.
+      batch_size: Examples in a global batch.
+    """
+
+    mesh: Mesh
+    batch_size: int
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """A whole copy on each device."""
+        return replicated(self.mesh)
+
+    @property
+    def by_example(self) -> NamedSharding:
+        """The first dimension divided along `data`."""
+        return NamedSharding(self.mesh, PartitionSpec("data"))
+
+    @property
+    def by_step_and_example(self) -> NamedSharding:
+        """The second dimension divided along `data`; the first one counts steps."""
+        return NamedSharding(self.mesh, PartitionSpec(None, "data"))
+
+    @property
+    def data_devices(self) -> int:
+        """The number of devices that a batch is divided among."""
+        return self.mesh.shape["data"]
+
+    @functools.cached_property
+    def rows(self) -> Int[np.ndarray, " rows"]:
+        """The rows of a global batch that the devices of this process hold, in order."""
+        slices = self.by_example.addressable_devices_indices_map((self.batch_size,)).values()
+        rows = np.arange(self.batch_size)
+        return np.unique(np.concatenate([rows[index] for index in slices]))
+
+    def to_devices(
+        self, batch: Mapping[str, np.ndarray], by_step: bool = False
+    ) -> dict[str, jax.Array]:
+        """Sends a global batch, of which each process has its `rows`.
+
+        Args:
+          batch: Arrays of rows; with `by_step`, of steps and rows.
+          by_step: Whether the first dimension counts steps.
+        """
+        sharding = self.by_step_and_example if by_step else self.by_example
+        steps = 1 if by_step else 0
+
+        def global_shape(rows: np.ndarray) -> tuple[int, ...]:
+            return (*rows.shape[:steps], self.batch_size, *rows.shape[steps + 1 :])
+
+        # The one transfer of a step that the transfer guard lets pass.
+        with jax.transfer_guard_host_to_device("allow"):
+            return {
+                name: jax.make_array_from_process_local_data(sharding, rows, global_shape(rows))
+                for name, rows in batch.items()
+            }
+
+    def to_all_devices(self, array: np.ndarray) -> jax.Array:
+        """Copies an array, which every process has whole, to all devices."""
+        return distribute(array, self.replicated)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_by_example(mesh: Mesh) -> NamedSharding:
-    """The first dimension divided along `data`."""
-    return NamedSharding(mesh, PartitionSpec("data"))
-
-
-def split_by_step_and_example(mesh: Mesh) -> NamedSharding:
-    """The second dimension divided along `data`; the first is of steps, one after the other."""
-    return NamedSharding(mesh, PartitionSpec(None, "data"))
-
-
 def split_large(mesh: Mesh, tree: PyTree) -> PyTree:
-    """For each array of a tree: its last dimension divided along `model`, or a whole copy.
+    """The sharding of each array: its last dimension divided along `model`, or a whole copy.
 
-    The last dimension of a kernel is its output channels or units. Small arrays,
-    and those that cannot be divided evenly, are copied.
+    The last dimension of a kernel is its output channels or units. Small arrays, and arrays
+    that cannot be divided evenly, are copied to each device.
     """
     parts = mesh.shape["model"]
 
-    def of_leaf(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def leaf_sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         if parts == 1 or leaf.size < _LEAST_DIVIDED or leaf.shape[-1] % parts:
             return replicated(mesh)
         return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "model"))
 
-    return jax.tree.map(of_leaf, tree)
+    return jax.tree.map(leaf_sharding, tree)
 
 
-def local_rows(sharding: NamedSharding, batch_size: int) -> Int[np.ndarray, " rows"]:
-    """The rows of a global batch that the devices of this process hold, in order."""
-    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    rows = np.arange(batch_size)
-    return np.unique(np.concatenate([rows[index] for index in slices]))
-
-
-def to_devices(
-    batch: Mapping[str, np.ndarray], *, sharding: NamedSharding, batch_size: int
-) -> dict[str, jax.Array]:
-    """The global batch, from the `local_rows` of each process.
-
-    Args:
-      batch: Arrays of rows; or, if `sharding` divides the second dimension, of steps and rows.
-      sharding: How examples are divided.
-      batch_size: Examples in the global batch.
-    """
-    before = sharding.spec.index("data")
-
-    def global_shape(rows: np.ndarray) -> tuple[int, ...]:
-        return (*rows.shape[:before], batch_size, *rows.shape[before + 1 :])
-
-    with jax.transfer_guard_host_to_device("allow"):  # This is the one that is meant.
-        return {
-            name: jax.make_array_from_process_local_data(sharding, rows, global_shape(rows))
-            for name, rows in batch.items()
-        }
-
-
-def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has whole, laid out on the devices of all."""
+def distribute(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has whole, laid out on the devices of all processes."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def accelerator_bytes() -> int:
-    """Memory of one of this process's accelerators; 0 on a CPU, and where it is not told."""
+    """The memory of one accelerator of this process; 0 on a CPU or if it is unknown."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return 0
@@ -210,14 +241,14 @@ def accelerator_bytes() -> int:
 
 
 def device_bytes() -> int:
-    """Memory of one device; 0 where it is not told. A machine's CPU devices share its own."""
+    """The memory of one device; 0 if it is unknown. CPU devices share the machine's memory."""
     if jax.local_devices()[0].platform == "cpu":
         return memory_bytes() // jax.local_device_count()
     return accelerator_bytes()
 
 
 def free_device_bytes() -> int:
-    """What of the memory of one device nobody uses at this moment."""
+    """The memory of one device that is free at this moment."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}

@@ -1,7 +1,8 @@
 """One training step and one evaluation step, as pure functions."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,12 +10,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from cnn_jax.data import augment, mix
 from cnn_jax.data.mix import NO_MIXING, Mixing
 from cnn_jax.data.preprocessing import Preprocessing, normalize
-from cnn_jax.models import forward
+from cnn_jax.models.network import forward
 from cnn_jax.training.loss import cross_entropy, example_weights
 from cnn_jax.training.metrics import Metrics
 
@@ -22,19 +23,21 @@ from cnn_jax.training.metrics import Metrics
 INIT, DROPOUT, MIX = 0, 1, 2
 
 Batch = Mapping[str, Array]
-# By what they are for: "dropout", and "mix" if images are mixed.
+# PRNG keys by purpose: "dropout", and "mix" if images are mixed.
 Keys = Mapping[str, PRNGKeyArray]
+# (inputs of the network, its logits) -> a loss for each example.
+ExtraLoss = Callable[[Array, Array], Float[Array, " batch"]]
 
 
 @flax.struct.dataclass
 class TrainState:
     """All that a step changes: arrays only.
 
-    The fields are typed loosely because JAX also builds trees of shapes,
-    shardings and the like from this class.
+    The fields are typed loosely because JAX also builds trees of shapes and of
+    shardings from this class.
 
     Attributes:
-      step: int32 [], steps taken.
+      step: int32 [], the number of steps taken.
       params: The network's parameters, float32.
       batch_stats: The statistics that BatchNorm uses in inference, float32; empty without
         BatchNorm. No training step changes them: see `update_statistics`.
@@ -48,7 +51,7 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """What the model is applied with."""
+        """The variables that the model is applied with."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -56,143 +59,156 @@ def random_key(seed: int, purpose: int) -> PRNGKeyArray:
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
-def init_state(
-    key: PRNGKeyArray,
-    *,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    image_size: tuple[int, int],
-) -> TrainState:
-    """The state before the first step."""
-    variables = model.init(key, jnp.zeros((1, *image_size, 3)))
-    params = variables["params"]
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(params),
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """A pure function that takes one optimizer step: (state, batch) -> (state, metrics).
 
-
-def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    preprocessing: Preprocessing,
-    label_smoothing: float,
-    class_weights: Sequence[float] | None = None,
-    mixing: Mixing = NO_MIXING,
-    accumulation_steps: int = 1,
-) -> tuple[TrainState, Metrics]:
-    """One optimizer step on one batch.
-
-    Args:
-      state: The state before the step.
-      batch: "image" uint8 [B, H, W, 3], "label" int32 [B], "mask" bool [B] and,
-        if the images are to be augmented here, "matrix" and "contrast" of
-        `augment.draw`.
+    Attributes:
       model: The network; its dropout is drawn from `seed` and the step.
-      optimizer: Gradient transformation.
-      seed: Seed of the run.
+      optimizer: The gradient transformation.
       preprocessing: How grey levels are normalised.
-      label_smoothing: In [0, 1).
-      class_weights: By what the loss of each class's examples is multiplied; None
-        for 1. The metrics are not weighted.
+      seed: The seed of the run.
+      label_smoothing: The probability that the target spreads over all classes, in [0, 1).
+      class_weights: The factor of each class's losses; None for 1. The metrics are not
+        weighted.
       mixing: How images and labels are mixed with others of the batch, after
         augmentation; drawn from `seed` and the step.
-      accumulation_steps: In how many parts, which divide B, the batch goes through
-        the network, one after the other, so that the memory for one part is
-        enough. The gradient is that of the whole batch, to rounding, except that
-        BatchNorm normalises each part by the part's own statistics, and that dropout and
-        mixing draw other numbers, because each part is mixed within itself.
-
-    Returns:
-      The state after the step and the metrics of this batch, as the network in
-      training mode, with dropout, saw it: of a mixed example, the mixed image against
-      the class with the largest share.
+      accumulation_steps: The number of parts, a divisor of B, that go through the network
+        one after the other, so that the memory for one part is enough. The gradient is
+        that of the whole batch, to rounding, except that BatchNorm normalises each part by
+        the part's own statistics, and that dropout and mixing draw other numbers, because
+        each part is mixed within itself.
+      is_trainable: Tells by its path, such as "conv1/kernel", whether a parameter is
+        trained; None for all of them. The optimizer has no state for the others.
+      extra_loss: A further term of the loss, for example of distillation. It gets the
+        inputs of the network (augmented, normalised, mixed) and the logits, float32 [B, C],
+        and returns float32 [B].
     """
-    loss = functools.partial(
-        _loss,
-        # Examples without a mask add nothing, also to what the sum is divided by.
-        count=jnp.maximum(jnp.sum(batch["mask"]), 1),
-        model=model,
-        preprocessing=preprocessing,
-        label_smoothing=label_smoothing,
-        class_weights=class_weights,
-        mixing=mixing,
-    )
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    keys = _keys(seed, state.step, mixing)
-    if accumulation_steps == 1:
-        (_, metrics), grads = gradient(state.params, state.batch_stats, batch, keys)
-    else:
-        parts = jax.tree.map(functools.partial(_split, parts=accumulation_steps), dict(batch))
-        split_key = functools.partial(jax.random.split, num=accumulation_steps)
-        keys_of_parts = jax.tree.map(split_key, keys)
-        grads, metrics = _accumulate(gradient, state, parts, keys_of_parts)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    new_state = TrainState(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=state.batch_stats,
-        opt_state=opt_state,
-    )
-    return new_state, metrics
 
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    preprocessing: Preprocessing
+    seed: int = 0
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    mixing: Mixing = NO_MIXING
+    accumulation_steps: int = 1
+    is_trainable: Callable[[str], bool] | None = None
+    extra_loss: ExtraLoss | None = None
 
-def _keys(seed: int, step: Array, mixing: Mixing) -> Keys:
-    """The random keys of one step."""
-    purposes = {"dropout": DROPOUT}
-    if not mixing.is_identity():
-        purposes["mix"] = MIX
-    return {
-        name: jax.random.fold_in(random_key(seed, purpose), step)
-        for name, purpose in purposes.items()
-    }
+    def init_state(self) -> TrainState:
+        """The state before the first step, whose parameters are drawn from `seed`."""
+        images = jnp.zeros((1, *self.preprocessing.image_size, 3))
+        variables = self.model.init(random_key(self.seed, INIT), images)
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=self._masked_optimizer.init(params),
+        )
 
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Takes one optimizer step on one batch.
 
-def _loss(
-    params: PyTree,
-    batch_stats: PyTree,
-    batch: Batch,
-    keys: Keys,
-    *,
-    count: Array,
-    model: nn.Module,
-    preprocessing: Preprocessing,
-    label_smoothing: float,
-    class_weights: Sequence[float] | None,
-    mixing: Mixing,
-) -> tuple[Array, Metrics]:
-    """The sum of a batch's losses divided by `count`, and the batch's metrics."""
-    images = batch["image"]
-    if "matrix" in batch:
-        images = augment.apply_on_device(images, batch["matrix"], batch["contrast"])
-    images, labels, mask = normalize(images, preprocessing), batch["label"], batch["mask"]
-    targets = labels
-    if "mix" in keys:
-        one_hot = jax.nn.one_hot(labels, model.num_classes)
-        images, targets = mix.mix_batch(keys["mix"], images, one_hot, mask, mixing)
-        labels = jnp.argmax(targets, axis=-1)
-    logits, _ = model.apply(
-        {"params": params, "batch_stats": batch_stats},
-        images,
-        train=True,
-        rngs={"dropout": keys["dropout"]},
-        mutable=["batch_stats"],
-    )
-    losses = cross_entropy(logits, targets, label_smoothing)
-    if class_weights is not None:
-        losses *= example_weights(jnp.array(class_weights, jnp.float32), targets)
-    loss = jnp.sum(jnp.where(mask, losses, 0)) / count
-    return loss, Metrics.from_logits(logits, labels, mask)
+        Args:
+          state: The state before the step.
+          batch: "image" uint8 [B, H, W, 3], "label" int32 [B], "mask" bool [B] and, if the
+            images are to be augmented here, "matrix" and "contrast" of `augment.draw`.
+
+        Returns:
+          The state after the step, and the metrics of this batch in training mode, with
+          dropout. A mixed example counts as the class with the largest weight.
+        """
+        # Examples without a mask add nothing to the sum, and do not count in its divisor.
+        loss = functools.partial(self._loss, count=jnp.maximum(jnp.sum(batch["mask"]), 1))
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        keys = self._keys(state.step)
+        if self.accumulation_steps == 1:
+            (_, metrics), grads = gradient(state.params, state.batch_stats, batch, keys)
+        else:
+            split_rows = functools.partial(_split, parts=self.accumulation_steps)
+            split_key = functools.partial(jax.random.split, num=self.accumulation_steps)
+            grads, metrics = _accumulate(
+                gradient,
+                state,
+                jax.tree.map(split_rows, dict(batch)),
+                jax.tree.map(split_key, keys),
+            )
+        updates, opt_state = self._masked_optimizer.update(grads, state.opt_state, state.params)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=state.batch_stats,
+            opt_state=opt_state,
+        )
+        return new_state, metrics
+
+    @property
+    def _masked_optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the trainable parameters, which leaves the others as they are."""
+        if self.is_trainable is None:
+            return self.optimizer
+        return optax.partition(
+            {True: self.optimizer, False: optax.set_to_zero()}, self._trainable_mask
+        )
+
+    def _trainable_mask(self, params: PyTree) -> PyTree:
+        """Whether each parameter is trained."""
+        is_trainable = self.is_trainable
+        assert is_trainable is not None
+        return jax.tree.map_with_path(
+            lambda path, _: is_trainable("/".join(entry.key for entry in path)), params
+        )
+
+    def _keys(self, step: Array) -> Keys:
+        """The random keys of one step."""
+        purposes = {"dropout": DROPOUT}
+        if not self.mixing.is_identity():
+            purposes["mix"] = MIX
+        return {
+            name: jax.random.fold_in(random_key(self.seed, purpose), step)
+            for name, purpose in purposes.items()
+        }
+
+    def _loss(
+        self, params: PyTree, batch_stats: PyTree, batch: Batch, keys: Keys, *, count: Array
+    ) -> tuple[Array, Metrics]:
+        """The sum of a batch's losses divided by `count`, and the batch's metrics."""
+        if self.is_trainable is not None:  # XLA then computes no gradients of the others.
+            params = jax.tree.map(
+                lambda leaf, is_trained: leaf if is_trained else jax.lax.stop_gradient(leaf),
+                params,
+                self._trainable_mask(params),
+            )
+        images = batch["image"]
+        if "matrix" in batch:
+            images = augment.apply_on_device(images, batch["matrix"], batch["contrast"])
+        images = normalize(images, self.preprocessing)
+        labels, mask = batch["label"], batch["mask"]
+        targets = labels
+        if "mix" in keys:
+            one_hot = jax.nn.one_hot(labels, self.model.num_classes)
+            images, targets = mix.mix_batch(keys["mix"], images, one_hot, mask, self.mixing)
+            labels = jnp.argmax(targets, axis=-1)
+        logits, _ = self.model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            rngs={"dropout": keys["dropout"]},
+            mutable=["batch_stats"],
+        )
+        losses = cross_entropy(logits, targets, self.label_smoothing)
+        if self.class_weights is not None:
+            losses *= example_weights(jnp.array(self.class_weights, jnp.float32), targets)
+        if self.extra_loss is not None:
+            losses += self.extra_loss(images, logits)
+        loss = jnp.sum(jnp.where(mask, losses, 0)) / count
+        return loss, Metrics.from_logits(logits, labels, mask)
 
 
 def _split(rows: Array, parts: int) -> Array:
-    """[B, ...] as [parts, B / parts, ...]: every device keeps the rows that it has."""
+    """[B, ...] as [parts, B / parts, ...], so that every device keeps its rows."""
     return jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
 
 
@@ -216,7 +232,7 @@ def _accumulate(
 
 @flax.struct.dataclass
 class Statistics:
-    """BatchNorm's means and variances over the batches seen so far.
+    """BatchNorm's means and variances over the batches seen until now.
 
     Attributes:
       batches: float32 [], the number of batches.
@@ -244,13 +260,13 @@ def update_statistics(
 
     All batches go through the same parameters, so that the result is the mean and the
     variance of each channel over their images ("precise BatchNorm", Wu and Johnson 2021,
-    section 3). A running average over training steps would be of parameters that have
-    changed since, and of its own initial values.
+    section 3). A running average over training steps would mix statistics of parameters
+    that have changed since, and its own initial values.
 
     Args:
       statistics: Statistics of the batches before.
       variables: {"params", "batch_stats"} of the network.
-      batch: "image", as in `train_step`; of the same size as the batches before.
+      batch: "image", as in `TrainStep`; of the same size as the batches before.
       model: The network.
       preprocessing: How grey levels are normalised.
     """
@@ -283,6 +299,6 @@ def eval_step(
     model: nn.Module,
     preprocessing: Preprocessing,
 ) -> Metrics:
-    """The metrics of one batch, "image", "label" and "mask" as in `train_step`."""
+    """The metrics of one batch: "image", "label" and "mask" as in `TrainStep`."""
     logits = forward(model, variables, batch["image"], preprocessing)
     return Metrics.from_logits(logits, batch["label"], batch["mask"])

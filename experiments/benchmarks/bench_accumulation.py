@@ -8,7 +8,6 @@ loop is one that the CPU's compiler has no fast code for (`models/layers.py`).
 """
 
 import argparse
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from cnn_jax.models import layers
 from cnn_jax.models.cnn import CNN
 from cnn_jax.system import runtime
 from cnn_jax.training.optimizer import make_optimizer, make_schedule
-from cnn_jax.training.step import INIT, init_state, random_key, train_step
+from cnn_jax.training.step import TrainStep
 
 PARTS = (1, 2, 4)
 OURS, XLAS = layers._input_gradient_on_cpu, layers._input_gradient
@@ -30,28 +29,21 @@ OURS, XLAS = layers._input_gradient_on_cpu, layers._input_gradient
 def make_step(side: int, batch_size: int, parts: int) -> Callable[[], None]:
     """A compiled step on random images, waited for."""
     size = (side, side)
-    model = CNN(num_classes=10)
-    optimizer = make_optimizer(make_schedule(1e-3, 1e-3, total_steps=1), 1e-4)
-    init = functools.partial(init_state, model=model, optimizer=optimizer, image_size=size)
-    state = jax.jit(init)(random_key(0, INIT))
+    train_step = TrainStep(
+        model=CNN(num_classes=10),
+        optimizer=make_optimizer(make_schedule(1e-3, 1e-3, total_steps=1), 1e-4),
+        preprocessing=Preprocessing(size),
+        label_smoothing=0.1,
+        accumulation_steps=parts,
+    )
+    state = jax.jit(train_step.init_state)()
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (batch_size, *size, 3), dtype=np.uint8),
         "label": rng.integers(0, 10, batch_size).astype(np.int32),
         "mask": np.ones(batch_size, bool),
     }
-    step = jax.jit(
-        functools.partial(
-            train_step,
-            model=model,
-            optimizer=optimizer,
-            preprocessing=Preprocessing(size),
-            seed=0,
-            label_smoothing=0.1,
-            accumulation_steps=parts,
-        ),
-        compiler_options=runtime.compiler_options(),
-    )
+    step = jax.jit(train_step, compiler_options=runtime.compiler_options())
     compiled = step.lower(state, batch).compile()
 
     def run() -> None:

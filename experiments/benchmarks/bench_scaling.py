@@ -12,7 +12,6 @@ far the loss is from that of one device.
 """
 
 import argparse
-import functools
 import json
 import os
 import statistics
@@ -31,7 +30,7 @@ from cnn_jax.system import runtime
 from cnn_jax.training import sharding
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_optimizer, make_schedule
-from cnn_jax.training.step import INIT, init_state, random_key, train_step
+from cnn_jax.training.step import TrainStep
 
 
 class Trainer:
@@ -42,34 +41,21 @@ class Trainer:
             model > 1
         )
         mesh = sharding.make_mesh(model, jax.devices()[:num_devices])
-        everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
-        network = CNN(num_classes=10)
-        optimizer = make_optimizer(make_schedule(1e-3, 1e-4, 1000), 1e-4)
-        init = functools.partial(
-            init_state,
-            random_key(0, INIT),
-            model=network,
-            optimizer=optimizer,
-            image_size=(side, side),
+        self._layout = sharding.Layout(mesh, batch_size)
+        step = TrainStep(
+            model=CNN(num_classes=10),
+            optimizer=make_optimizer(make_schedule(1e-3, 1e-4, 1000), 1e-4),
+            preprocessing=Preprocessing(image_size=(side, side)),
+            label_smoothing=0.1,
         )
-        of_state = sharding.split_large(mesh, jax.eval_shape(init))
-        self._state = jax.jit(init, out_shardings=of_state)()
+        state_sharding = sharding.split_large(mesh, jax.eval_shape(step.init_state))
+        self._state = jax.jit(step.init_state, out_shardings=state_sharding)()
         self._step = jax.jit(
-            functools.partial(
-                train_step,
-                model=network,
-                optimizer=optimizer,
-                seed=0,
-                preprocessing=Preprocessing(image_size=(side, side)),
-                label_smoothing=0.1,
-            ),
+            step,
             donate_argnums=0,
-            in_shardings=(of_state, by_example),
-            out_shardings=(of_state, everywhere),
+            in_shardings=(state_sharding, self._layout.by_example),
+            out_shardings=(state_sharding, self._layout.replicated),
             compiler_options=runtime.compiler_options(),
-        )
-        self._to_devices = functools.partial(
-            sharding.to_devices, sharding=by_example, batch_size=batch_size
         )
 
     def run(self, batches: list[dict[str, np.ndarray]]) -> tuple[float, list[float]]:
@@ -77,7 +63,7 @@ class Trainer:
         metrics: list[Metrics] = []
         began = time.perf_counter()
         for batch in batches:
-            self._state, of_batch = self._step(self._state, self._to_devices(batch))
+            self._state, of_batch = self._step(self._state, self._layout.to_devices(batch))
             metrics.append(of_batch)
         jax.block_until_ready(metrics)
         seconds = (time.perf_counter() - began) / len(batches)

@@ -10,6 +10,7 @@ step of one network, as medians. Compilation is not included.
 """
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import statistics
@@ -27,15 +28,19 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.models.cnn import CNN
 from cnn_jax.system import runtime
 from cnn_jax.training.optimizer import make_optimizer, make_schedule
-from cnn_jax.training.step import INIT, TrainState, init_state, random_key, train_step
+from cnn_jax.training.step import TrainState, TrainStep
 
 Step = Callable[[TrainState, jax.Array], TrainState]
 
 
 def make_step(side: int, batch_size: int, precision: str) -> tuple[Step, Callable[[int], Any]]:
     """The step of one network, by its state and seed, and its initial state by seed."""
-    model = CNN(num_classes=10, dtype=jnp.dtype(precision))
-    optimizer = make_optimizer(make_schedule(1e-3, 1e-3, total_steps=1), 1e-4)
+    train_step = TrainStep(
+        model=CNN(num_classes=10, dtype=jnp.dtype(precision)),
+        optimizer=make_optimizer(make_schedule(1e-3, 1e-3, total_steps=1), 1e-4),
+        preprocessing=Preprocessing((side, side)),
+        label_smoothing=0.1,
+    )
     rng = np.random.default_rng(0)
     batch = jax.device_put(
         {
@@ -46,18 +51,12 @@ def make_step(side: int, batch_size: int, precision: str) -> tuple[Step, Callabl
     )
 
     def step(state: TrainState, seed: jax.Array) -> TrainState:
-        return train_step(
-            state,
-            batch,
-            model=model,
-            optimizer=optimizer,
-            seed=seed,  # pyright: ignore[reportArgumentType]  # One for each network.
-            preprocessing=Preprocessing((side, side)),
-            label_smoothing=0.1,
-        )[0]
+        return with_seed(seed)(state, batch)[0]
 
-    init = functools.partial(init_state, model=model, optimizer=optimizer, image_size=(side, side))
-    return step, jax.jit(lambda seed: init(random_key(seed, INIT)))
+    def with_seed(seed: Any) -> TrainStep:
+        return dataclasses.replace(train_step, seed=seed)  # A traced seed for each network.
+
+    return step, jax.jit(lambda seed: with_seed(seed).init_state())
 
 
 def milliseconds(

@@ -88,19 +88,18 @@ class Ours(Peer):
         import jax
 
         from cnn_jax.data.preprocessing import Preprocessing
-        from cnn_jax.models import forward
+        from cnn_jax.models.network import forward
         from cnn_jax.training.optimizer import make_optimizer, make_schedule
-        from cnn_jax.training.step import TrainState, train_step
+        from cnn_jax.training.step import TrainState, TrainStep
 
         model = self._model(task.precision, task.dropout)
         self._options = self._compiler_options()
         tree = _nested(task.weights)
         optimizer = make_optimizer(make_schedule(LEARNING_RATE, LEARNING_RATE, total_steps=1), L2)
         preprocessing = Preprocessing(image_size=task.images.shape[1:3])
-        step = functools.partial(
-            train_step,
+        step = TrainStep(
             model=model,
-            seed=0,
+            optimizer=optimizer,
             preprocessing=preprocessing,
             label_smoothing=LABEL_SMOOTHING,
         )
@@ -118,7 +117,7 @@ class Ours(Peer):
         )
         self._variables = jax.device_put(dict(tree))
         self._step = jax.jit(
-            functools.partial(step, optimizer=optimizer),
+            step,
             donate_argnums=0,
             compiler_options=self._options,
         )
@@ -131,7 +130,7 @@ class Ours(Peer):
         )
 
     def _model(self, precision: str, dropout: float) -> Any:
-        from cnn_jax.models import make_model
+        from cnn_jax.models.network import make_model
 
         config = {"name": "cnn", "features": FEATURES, "dense": DENSE}
         return make_model({**config, "dropout": dropout, "batch_norm": True}, CLASSES, precision)
@@ -157,7 +156,7 @@ class Ours(Peer):
         state = self._state.replace(opt_state=optimizer.init(self._state.params))
         # Compiled as what is timed.
         step = self._jax.jit(
-            functools.partial(self._plain_step, optimizer=optimizer),
+            dataclasses.replace(self._plain_step, optimizer=optimizer),
             compiler_options=self._options,
         )
         after, _ = step(state, self._batch)

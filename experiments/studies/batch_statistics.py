@@ -36,22 +36,20 @@ from jaxtyping import Array, PyTree
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from cnn_jax.config import schema
+from cnn_jax.config import files, schema
+from cnn_jax.config.resolve import resolve
 from cnn_jax.config.schema import Config
 from cnn_jax.data import no_track, pipeline
 from cnn_jax.data.augment import Augmentation
-from cnn_jax.models import make_model
+from cnn_jax.models.network import make_model
 from cnn_jax.system.runtime import compiler_options, keep_freed_memory
 from cnn_jax.training.loop import open_dataset
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_optimizer, make_schedule
 from cnn_jax.training.step import (
-    INIT,
     Statistics,
+    TrainStep,
     eval_step,
-    init_state,
-    random_key,
-    train_step,
     update_statistics,
 )
 
@@ -73,9 +71,9 @@ def main() -> None:
     for seed in range(flags.seeds):
         start = time.perf_counter()
         settings = [f"--config.seed={seed}", f"--config.train.epochs={flags.epochs}"]
-        config = schema.load(flags.config, [*overrides, *settings])
+        config = files.load(flags.config, [*overrides, *settings])
         schema.validate(config, num_devices=1)
-        runs.append(train_and_compare(schema.resolve(config), flags.every))
+        runs.append(train_and_compare(resolve(config), flags.every))
         print(f"seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         if flags.json:
             flags.json.write_text(json.dumps(runs, indent=1) + "\n")
@@ -95,23 +93,18 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
         total_steps=config.train.epochs * steps,
         warmup_steps=0,
     )
-    optimizer = make_optimizer(schedule, config.optimizer.l2)
     jit = functools.partial(jax.jit, compiler_options=compiler_options())
     network = {"model": model, "preprocessing": preprocessing}
-    step = jit(
-        functools.partial(
-            train_step,
-            optimizer=optimizer,
-            seed=config.seed,
-            label_smoothing=config.train.label_smoothing,
-            **network,
-        )
+    train_step = TrainStep(
+        optimizer=make_optimizer(schedule, config.optimizer.l2),
+        seed=config.seed,
+        label_smoothing=config.train.label_smoothing,
+        **network,
     )
+    step = jit(train_step)
     add_batch = jit(functools.partial(update_statistics, **network))
     evaluate = jit(functools.partial(eval_step, **network))
-    augmentation = Augmentation(
-        config.augment.flip, config.augment.rotation, config.augment.zoom, config.augment.contrast
-    )
+    augmentation = Augmentation.from_config(config.augment)
 
     def batches(augmentation: Augmentation, count: int) -> Any:
         return pipeline.training_batches(
@@ -143,12 +136,7 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
             found[split] = totals.compute()["accuracy"]
         return found
 
-    state = init_state(
-        random_key(config.seed, INIT),
-        model=model,
-        optimizer=optimizer,
-        image_size=preprocessing.image_size,
-    )
+    state = train_step.init_state()
     averages = dict.fromkeys(AVERAGES, state.batch_stats)
     empty = Statistics.empty(state.batch_stats)
     records = []

@@ -204,7 +204,7 @@ def test_devices_change_no_number():
     images, targets, mask = _batch()
     function = functools.partial(mix.mix_batch, mixing=BOTH)
     mesh = sharding.make_mesh()
-    everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
+    everywhere, by_example = sharding.replicated(mesh), sharding.Layout(mesh, 8).by_example
     on_many = jax.jit(function, in_shardings=(everywhere, *[by_example] * 3))
     key = jax.random.key(1)
     one, many = function(key, images, targets, mask), on_many(key, images, targets, mask)

@@ -23,7 +23,7 @@ from s3 import BUCKET, s3_service
 from servers import Served
 
 from cnn_jax.inference.bundle import write_bundle
-from cnn_jax.inference.predictor import Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.registry.registry import Registry
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
@@ -92,7 +92,7 @@ def test_an_alias_moves_without_a_failed_request(serve, registry, tmp_path):
     """Each answer is that of the version that it names, and once the new one is there, it stays."""
     expected = {}
     for number in (1, 2):
-        (prediction,) = predict_batch(Predictor(make_bundle(number)), [encode()])
+        (prediction,) = predict_batch(BundlePredictor(make_bundle(number)), [encode()])
         expected[number] = prediction.probabilities
     with serve() as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
         is_over = threading.Event()
@@ -400,7 +400,7 @@ def test_the_request_log_records_answers(tmp_path):
 
     (tmp_path / "my run").mkdir()
     write_bundle(make_bundle(), tmp_path / "my run" / "bundle")
-    predictor = Predictor.load(tmp_path / "my run" / "bundle")
+    predictor = BundlePredictor.load(tmp_path / "my run" / "bundle")
     file = tmp_path / "requests.db"
     flags = (f"--bundle={tmp_path}/my run", f"--request_log={file}", "--request_log_images")
     with Served(tmp_path, *flags, "--max_batch=2") as server:
@@ -431,7 +431,9 @@ def test_a_known_network_is_not_timed_again():
     second = make(2, make_bundle(2), [first])
     assert second.probabilities.seconds is first.probabilities.seconds
     image = np.zeros((2, 16, 16, 3), np.uint8)
-    np.testing.assert_array_equal(second.probabilities.run(image), Predictor(make_bundle(2))(image))
+    np.testing.assert_array_equal(
+        second.probabilities.run(image), BundlePredictor(make_bundle(2))(image)
+    )
     ((_, own),), ((_, other),) = second.explained.run(image[:1]), first.explained.run(image[:1])
     assert not np.array_equal(own, other)
     wider = make(3, make_bundle(3, ("a", "b", "c", "d")), [first, second])

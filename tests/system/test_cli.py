@@ -20,7 +20,7 @@ from rich.cells import cell_len
 
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.system import cli
-from cnn_jax.system.console import table
+from cnn_jax.system.text import table
 
 NAMES = ("grün", "œuvre d'art", "猫 und Hund")
 
@@ -56,7 +56,7 @@ def _run(*arguments, **environment):
 
 def _run_main(body, **environment):
     """Runs a command of one line, which imports nothing slow."""
-    code = f"import sys, logging; from cnn_jax import cli; cli.run(lambda argv: {body})"
+    code = f"import sys, logging; from cnn_jax.system import cli; cli.run(lambda argv: {body})"
     process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
@@ -168,7 +168,7 @@ def _on_a_terminal(*arguments, columns=60):
 def test_errors_and_warnings_are_broken_between_words():
     message = "one of many words, longer than the terminal is wide, with /a/long/path/" + "x" * 60
     code = (
-        "import logging; from cnn_jax import cli, errors\n"
+        "import logging; from cnn_jax.system import cli, errors\n"
         "def main(argv):\n"
         f"    logging.warning({message!r})\n"
         f"    raise errors.DataError({message!r})\n"

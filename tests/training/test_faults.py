@@ -387,7 +387,9 @@ def test_memory_that_is_used_up_in_the_middle_is_told(image_folder, tmp_path):
     """The process may have less than the machine: a limit that comes once it is compiled."""
     code = (
         "import pathlib, resource, sys\n"
-        "from cnn_jax import cli, main, programs\n"
+        "from cnn_jax import main\n"
+        "from cnn_jax.system import cli\n"
+        "from cnn_jax.training import programs\n"
         "check = programs.Memory.check\n"
         "def limited(self, *arguments):\n"
         "    check(self, *arguments)\n"

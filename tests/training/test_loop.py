@@ -20,18 +20,19 @@ import pytest
 from conftest import REPOSITORY, write_images
 from PIL import Image
 
-from cnn_jax.config import schema
+from cnn_jax.config.resolve import resolve
 from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.inference import calibration
 from cnn_jax.inference.bundle import read_bundle
 from cnn_jax.inference.evaluation import open_as_trained, predict_split
-from cnn_jax.inference.predictor import Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.system import signals
 from cnn_jax.system.errors import ConfigError, DataError, Interrupted, TrainingError
-from cnn_jax.training import loop, programs
+from cnn_jax.training import loop
 from cnn_jax.training.loop import train_and_evaluate
-from cnn_jax.training.step import Statistics, update_statistics
+from cnn_jax.training.programs import Programs
+from cnn_jax.training.step import Statistics, TrainStep, update_statistics
 from experiments.checks import chaos
 
 EPOCH_KEYS = {
@@ -85,7 +86,7 @@ def _tiny(image_folder, **changes):
 
 def test_a_run_leaves_what_the_design_says(finished):
     workdir, config, report = finished
-    resolved = json.loads(schema.resolve(config).to_json())
+    resolved = json.loads(resolve(config).to_json())
     assert resolved["train"].pop("steps_per_execution") == 0
     resolved["train"]["steps_per_execution"] = 1  # Since the data is not on an accelerator.
     assert json.loads((workdir / "config.json").read_text()) == resolved
@@ -121,7 +122,7 @@ def test_the_bundle_is_that_of_the_best_epoch(finished):
     best = max(history, key=lambda record: record[config.train.monitor])
     assert report["validation"]["accuracy"] == pytest.approx(best["validation_accuracy"])
     # The loss is that of calibrated probabilities; without the temperature it is the best epoch's.
-    predictor = Predictor.load(workdir / "bundle")
+    predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     indices = dataset.splits["validation"]
     calibrated = predict_split(predictor, dataset.loader, indices)
@@ -137,7 +138,7 @@ def test_the_bundle_is_that_of_the_best_epoch(finished):
 def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
     """Not an average over training, in which earlier parameters and initial values lag."""
     workdir, config, _ = finished
-    predictor = Predictor.load(workdir / "bundle")
+    predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     found = predictor.variables
     statistics = Statistics.empty(found["batch_stats"])
@@ -192,7 +193,7 @@ def test_a_fresh_process_gives_exactly_the_probabilities_that_were_written(
     )
     assert json.loads(output.read_text()) == report["test"]
 
-    predictor = Predictor.load(workdir / "bundle")
+    predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     source, indices = dataset.source, dataset.splits["test"]
     assert source.name == f"folder:{image_folder}"
@@ -272,22 +273,22 @@ def test_an_infinite_loss_ends_the_run_and_keeps_the_last_checkpoint(
     image_folder, tmp_path, monkeypatch
 ):
     config = _tiny(image_folder)
-    real_step = programs.train_step
+    real_step = TrainStep.__call__
 
-    def poisoned(state, batch, **kwargs):
-        state, metrics = real_step(state, batch, **kwargs)
+    def poisoned(self, state, batch):
+        state, metrics = real_step(self, state, batch)
         bad = state.step == 9  # In the second epoch.
         return state, metrics.replace(
             loss_sum=jax.numpy.where(bad, jax.numpy.nan, metrics.loss_sum)
         )
 
-    monkeypatch.setattr(programs, "train_step", poisoned)
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
     message = r"the loss is infinite or not a number at step 9, where .* 0\.000\d+\. Try a lower"
     with pytest.raises(TrainingError, match=message):
         train_and_evaluate(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
     # Mended, it goes on from there.
-    monkeypatch.setattr(programs, "train_step", real_step)
+    monkeypatch.setattr(TrainStep, "__call__", real_step)
     train_and_evaluate(config, tmp_path / "run")
     assert len(_history(tmp_path / "run")) == 3
 
@@ -313,10 +314,10 @@ def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs)
 def test_interrupted_right_after_a_step_that_diverged_nothing_is_saved(
     image_folder, tmp_path, monkeypatch
 ):
-    real_step = programs.train_step
+    real_step = TrainStep.__call__
 
-    def diverge(state, batch, **kwargs):
-        state, metrics = real_step(state, batch, **kwargs)  # Its loss is that before the update.
+    def diverge(self, state, batch):
+        state, metrics = real_step(self, state, batch)  # Its loss is that before the update.
         return state.replace(params=jax.tree.map(lambda leaf: leaf / 0, state.params)), metrics
 
     @contextlib.contextmanager
@@ -325,7 +326,7 @@ def test_interrupted_right_after_a_step_that_diverged_nothing_is_saved(
         request.request()
         yield request
 
-    monkeypatch.setattr(programs, "train_step", diverge)
+    monkeypatch.setattr(TrainStep, "__call__", diverge)
     monkeypatch.setattr(signals, "listen", interrupted_at_once)
     with pytest.raises(TrainingError, match="a parameter is infinite or not a number at step 1"):
         train_and_evaluate(_tiny(image_folder), tmp_path / "run")
@@ -375,13 +376,13 @@ _ON_THE_DEVICE = {"augment.place": "device", "data.cache": "device"}
 def test_several_steps_in_one_execution_are_the_same_training(image_folder, tmp_path, monkeypatch):
     """Six steps an epoch: four at once and two single ones, or two and two and two."""
     executed = []
-    real = loop._to_devices
+    real = Programs.send
 
-    def spy(run, batches):
+    def spy(programs, batches):
         executed.append(len(batches))
-        return real(run, batches)
+        return real(programs, batches)
 
-    monkeypatch.setattr(loop, "_to_devices", spy)
+    monkeypatch.setattr(Programs, "send", spy)
     histories = {}
     for count in (1, 2, 4, 7):
         config = _tiny(image_folder, **_ON_THE_DEVICE, **{"train.steps_per_execution": count})
@@ -406,39 +407,39 @@ def test_several_steps_in_one_execution_are_saved_and_resumed_between_executions
     train_and_evaluate(config, tmp_path / "whole")
     steps = sorted(int(path.name) for path in (tmp_path / "whole" / "checkpoints").iterdir())
     assert steps == [4, 6, 10, 12, 16, 18]  # The first ends after 3, 6, 9, ... that there are.
-    real, prepared = loop._to_devices, []
+    real, prepared = Programs.send, []
 
-    def interrupt(run, batches):
+    def interrupt(programs, batches):
         prepared.append(len(batches))
         if prepared == [4, 1, 1, 1, 4]:  # The first 1 is compiled before it is needed.
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(run, batches)
+        return real(programs, batches)
 
-    monkeypatch.setattr(loop, "_to_devices", interrupt)
+    monkeypatch.setattr(Programs, "send", interrupt)
     with pytest.raises(Interrupted, match="saved after step 10"):
         train_and_evaluate(config, tmp_path / "parts")
-    monkeypatch.setattr(loop, "_to_devices", real)
+    monkeypatch.setattr(Programs, "send", real)
     train_and_evaluate(config, tmp_path / "parts")
     assert _weights(tmp_path / "parts") == _weights(tmp_path / "whole")
 
 
 def test_several_steps_at_once_are_the_default_only_where_they_pay(monkeypatch):
-    assert loop._steps_that_pay(on_device=True) == 1  # This is a CPU.
+    assert loop._default_execution_length(on_device=True) == 1  # This is a CPU.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert loop._steps_that_pay(on_device=True) == 8
-    assert loop._steps_that_pay(on_device=False) == 1
+    assert loop._default_execution_length(on_device=True) == 8
+    assert loop._default_execution_length(on_device=False) == 1
 
 
 def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
     jax.clear_caches()  # JAX counts all programs of one function, of other tests as well.
     made = []
-    real = loop.make_programs
+    real = loop.Programs
 
     def spy(*args):
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(loop, "make_programs", spy)
+    monkeypatch.setattr(loop, "Programs", spy)
     train_and_evaluate(_tiny(image_folder), tmp_path / "run")
     (compiled,) = made
     assert compiled.train_step._cache_size() == 1
@@ -968,7 +969,7 @@ def test_a_white_level_counts_in_training_evaluation_and_prediction_alike(tmp_pa
         train_and_evaluate(_tiny(tmp_path / "data", **changes), tmp_path / "run")
     config = _tiny(tmp_path / "data", **changes, **{"data.white_level": 1.0})
     train_and_evaluate(config, tmp_path / "run")
-    predictor = Predictor.load(tmp_path / "run" / "bundle")
+    predictor = BundlePredictor.load(tmp_path / "run" / "bundle")
     assert predictor.preprocessing.white_level == 1
     dataset = open_as_trained(predictor, f"folder:{tmp_path / 'data'}")
     paths = [tmp_path / "data" / example_id for example_id in dataset.source.ids]

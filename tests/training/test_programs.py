@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 
@@ -15,10 +14,10 @@ from conftest import require_cpu
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.models.cnn import CNN
 from cnn_jax.system import runtime
-from cnn_jax.training import loop
+from cnn_jax.training import loop, sharding
 from cnn_jax.training.loop import train_and_evaluate
 from cnn_jax.training.optimizer import make_optimizer, make_schedule
-from cnn_jax.training.step import TrainState, train_step
+from cnn_jax.training.step import TrainStep
 from experiments.benchmarks import roofline
 
 
@@ -26,23 +25,13 @@ from experiments.benchmarks import roofline
 def lower_step():
     """The specification's training step on a batch of 8 at 64 x 64 pixels, by compiler options."""
     require_cpu()
-    model = CNN(num_classes=10)
-    optimizer = make_optimizer(make_schedule(1e-3, 1e-4, total_steps=10), l2=1e-4)
-    step = functools.partial(
-        train_step,
-        model=model,
-        optimizer=optimizer,
-        seed=0,
+    step = TrainStep(
+        model=CNN(num_classes=10),
+        optimizer=make_optimizer(make_schedule(1e-3, 1e-4, total_steps=10), l2=1e-4),
         preprocessing=Preprocessing(image_size=(64, 64)),
         label_smoothing=0.1,
     )
-    variables = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 64, 64, 3)))
-    state = TrainState(
-        step=jax.ShapeDtypeStruct((), np.int32),
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        opt_state=jax.eval_shape(optimizer.init, variables["params"]),
-    )
+    state = jax.eval_shape(step.init_state)
     batch = {
         "image": jax.ShapeDtypeStruct((8, 64, 64, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((8,), np.int32),
@@ -50,7 +39,7 @@ def lower_step():
     }
 
     def lower(options, **kwargs):
-        function = functools.partial(step, **kwargs)
+        function = dataclasses.replace(step, **kwargs)
         return jax.jit(function, donate_argnums=0, compiler_options=options).lower(state, batch)
 
     return lower
@@ -116,16 +105,11 @@ def test_a_step_is_one_transfer_each_way_and_nothing_is_compiled_twice(
     compiled_after_first_epoch = []
     compiled = collections.Counter()
     epochs = []
-    real_programs, real_get, real_save = loop.make_programs, jax.device_get, loop._save
+    real_send, real_get, real_save = sharding.Layout.to_devices, jax.device_get, loop._save
 
-    def programs_that_count(*args):
-        made = real_programs(*args)
-
-        def to_devices(batch):
-            sent.append({name: array.shape for name, array in batch.items()})
-            return made.to_devices(batch)
-
-        return dataclasses.replace(made, to_devices=to_devices)
+    def send_that_counts(layout, batch):
+        sent.append({name: array.shape for name, array in batch.items()})
+        return real_send(layout, batch)
 
     def get_that_counts(tree):
         read["training" if len(epochs) < tiny_config.train.epochs else "after"] += 1
@@ -142,7 +126,7 @@ def test_a_step_is_one_transfer_each_way_and_nothing_is_compiled_twice(
         if 0 < len(epochs) < 3:
             compiled_after_first_epoch.append((len(epochs), details))
 
-    monkeypatch.setattr(loop, "make_programs", programs_that_count)
+    monkeypatch.setattr(sharding.Layout, "to_devices", send_that_counts)
     monkeypatch.setattr(loop, "_save", save_that_counts)
     monkeypatch.setattr(jax, "device_get", get_that_counts)
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -13,18 +13,16 @@ from cnn_jax.training import sharding
 def test_the_mesh_has_all_devices_and_shares_the_batch_along_data():
     mesh = sharding.make_mesh()
     assert dict(mesh.shape) == {"data": jax.device_count(), "model": 1}
-    by_example = sharding.split_by_example(mesh)
     images = np.arange(16 * 3, dtype=np.uint8).reshape(16, 3)
-    batch = sharding.to_devices({"image": images}, sharding=by_example, batch_size=16)
+    batch = sharding.Layout(mesh, 16).to_devices({"image": images})
     assert batch["image"].sharding.shard_shape((16, 3)) == (16 // jax.device_count(), 3)
     np.testing.assert_array_equal(batch["image"], images)
 
 
 def test_several_batches_are_divided_by_example_and_not_by_step():
     mesh = sharding.make_mesh()
-    layout = sharding.split_by_step_and_example(mesh)
     rows = np.arange(3 * 16 * 2, dtype=np.int32).reshape(3, 16, 2)
-    batches = sharding.to_devices({"row": rows}, sharding=layout, batch_size=16)
+    batches = sharding.Layout(mesh, 16).to_devices({"row": rows}, by_step=True)
     assert batches["row"].sharding.shard_shape(rows.shape) == (3, 16 // jax.device_count(), 2)
     np.testing.assert_array_equal(batches["row"], rows)
 
@@ -33,8 +31,7 @@ def test_one_process_loads_every_row_whatever_the_order_of_its_devices():
     require_devices(2)
     devices = jax.devices()[::-1]
     mesh = sharding.make_mesh(2, devices)
-    rows = sharding.local_rows(sharding.split_by_example(mesh), 12)
-    np.testing.assert_array_equal(rows, np.arange(12))
+    np.testing.assert_array_equal(sharding.Layout(mesh, 12).rows, np.arange(12))
 
 
 @pytest.mark.parametrize("model", [1, 2, 4])
@@ -56,15 +53,15 @@ def test_a_whole_array_can_be_laid_out_anyhow():
     array = np.random.default_rng(0).normal(size=(256, 128)).astype(np.float32)
     shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
     for layout in (sharding.replicated(mesh), sharding.split_large(mesh, shape)):
-        placed = sharding.place(array, layout)
+        placed = sharding.distribute(array, layout)
         assert placed.sharding == layout
         np.testing.assert_array_equal(placed, array)
 
 
 def test_alone_nobody_is_waited_for():
-    with sharding.together():
+    with sharding.synchronized_errors():
         pass
-    with pytest.raises(DataError, match="mine"), sharding.together():
+    with pytest.raises(DataError, match="mine"), sharding.synchronized_errors():
         raise DataError("mine")
     sharding.check_equal("other data", "00ff")
     rows = np.ones((3, 2))
@@ -88,7 +85,7 @@ def test_flags_that_do_not_fit_together(flags, message):
 def test_without_flags_and_without_a_cluster_there_is_one_process():
     """In a process of its own, as no device may have been touched before."""
     code = (
-        "import jax; from cnn_jax import sharding\n"
+        "import jax; from cnn_jax.training import sharding\n"
         "sharding.start_processes(); sharding.start_processes(process_count=1)\n"
         "assert jax.process_count() == 1 and not jax.distributed.is_initialized()\n"
     )

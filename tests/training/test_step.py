@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -14,13 +15,11 @@ from cnn_jax.models.cnn import CNN
 from cnn_jax.training import sharding
 from cnn_jax.training.optimizer import make_optimizer
 from cnn_jax.training.step import (
-    INIT,
     MIX,
     Statistics,
+    TrainStep,
     eval_step,
-    init_state,
     random_key,
-    train_step,
     update_statistics,
 )
 
@@ -32,7 +31,7 @@ MIXING = Mixing(mixup_probability=0.5, mixup_alpha=0.8, cutmix_probability=0.3)
 
 
 def _state(seed=0):
-    return init_state(random_key(seed, INIT), model=MODEL, optimizer=OPTIMIZER, image_size=(8, 8))
+    return _train_step(seed=seed).init_state()
 
 
 def _batch(size=8, seed=0):
@@ -44,16 +43,15 @@ def _batch(size=8, seed=0):
     }
 
 
-def _train_step(model=MODEL, label_smoothing=0.1, mixing=NO_MIXING):
-    return functools.partial(
-        train_step,
+def _train_step(model=MODEL, **changes):
+    step = TrainStep(
         model=model,
         optimizer=OPTIMIZER,
         preprocessing=PREPROCESSING,
         seed=7,
-        label_smoothing=label_smoothing,
-        mixing=mixing,
+        label_smoothing=0.1,
     )
+    return dataclasses.replace(step, **changes)
 
 
 def assert_trees_equal(first, second):
@@ -105,7 +103,7 @@ def test_dropout_differs_between_steps_and_seeds():
     for step in range(3):
         at_step = state.replace(step=jnp.array(step, jnp.int32))
         losses.add(float(_train_step()(at_step, batch)[1].loss_sum.sum()))
-    other_seed = functools.partial(_train_step(), seed=8)
+    other_seed = _train_step(seed=8)
     losses.add(float(other_seed(state, batch)[1].loss_sum.sum()))
     assert len(losses) == 4
 
@@ -117,7 +115,7 @@ def test_class_weights_multiply_the_losses_of_their_examples():
     state = _state().replace(opt_state=optimizer.init(_state().params))
 
     def update(class_weights=None, mask=None):
-        step = functools.partial(_train_step(), optimizer=optimizer, class_weights=class_weights)
+        step = _train_step(optimizer=optimizer, class_weights=class_weights)
         after, _ = step(state, batch | {"mask": batch["mask"] if mask is None else mask})
         return jax.tree.map(lambda new, old: new - old, after.params, state.params)
 
@@ -209,7 +207,8 @@ def test_many_devices_train_as_one_does(shape, mixing, monkeypatch):
     data, model = shape
     require_devices(data * model)
     mesh = sharding.make_mesh(model, jax.devices()[: data * model])
-    everywhere, by_example = sharding.replicated(mesh), sharding.split_by_example(mesh)
+    layout = sharding.Layout(mesh, 8)
+    everywhere, by_example = layout.replicated, layout.by_example
     of_state = sharding.split_large(mesh, jax.eval_shape(_state))
     train = _train_step(mixing=mixing)
     jitted = jax.jit(
@@ -218,7 +217,7 @@ def test_many_devices_train_as_one_does(shape, mixing, monkeypatch):
 
     def step(state, batch):
         rows = jax.tree.map(np.asarray, batch)
-        return jitted(state, sharding.to_devices(rows, sharding=by_example, batch_size=8))
+        return jitted(state, layout.to_devices(rows))
 
     many, many_losses = _run(20, jax.device_put(_state(), of_state), step)
     one, losses = _run(20, step=jax.jit(train))
@@ -230,7 +229,7 @@ def test_many_devices_train_as_one_does(shape, mixing, monkeypatch):
         out_shardings=everywhere,
     )
     empty, batch = Statistics.empty(one.batch_stats), jax.tree.map(np.asarray, _batch())
-    batch_on_many = sharding.to_devices(batch, sharding=by_example, batch_size=8)
+    batch_on_many = layout.to_devices(batch)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
         add_on_many(empty, many.variables, batch_on_many),
@@ -301,16 +300,15 @@ PLAIN = CNN(num_classes=3, features=(4, 8), dense=16, dropout=0.0, batch_norm=Fa
 
 
 def _plain_state():
-    return init_state(random_key(0, INIT), model=PLAIN, optimizer=OPTIMIZER, image_size=(8, 8))
+    return _train_step(PLAIN, seed=0).init_state()
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_a_batch_in_parts_trains_as_the_whole_does(parts):
     """Where the mathematics allows it: without BatchNorm and dropout."""
     weights = (0.5, 1.0, 1.5)
-    options = {"class_weights": weights}
-    whole = jax.jit(functools.partial(_train_step(PLAIN), **options))
-    in_parts = jax.jit(functools.partial(_train_step(PLAIN), accumulation_steps=parts, **options))
+    whole = jax.jit(_train_step(PLAIN, class_weights=weights))
+    in_parts = jax.jit(_train_step(PLAIN, class_weights=weights, accumulation_steps=parts))
     first, second = _plain_state(), _plain_state()
     for i in range(5):
         # The parts have different numbers of examples that count.
@@ -328,9 +326,9 @@ def test_a_batch_in_parts_trains_as_the_whole_does(parts):
 def test_each_part_of_a_batch_has_its_own_dropout():
     """Two equal halves; their activations are dropped differently."""
     model = CNN(num_classes=3, features=(4, 8), dense=64, dropout=0.5, batch_norm=False)
-    state = init_state(random_key(0, INIT), model=model, optimizer=OPTIMIZER, image_size=(8, 8))
+    state = _train_step(model, seed=0).init_state()
     twice = jax.tree.map(lambda rows: jnp.repeat(rows, 2, axis=0), _batch(4))
-    _, metrics = _train_step(model)(state, twice, accumulation_steps=2)
+    _, metrics = _train_step(model, accumulation_steps=2)(state, twice)
     _, half = _train_step(model)(state, _batch(4))
     assert not np.allclose(metrics.loss_sum, 2 * half.loss_sum, rtol=1e-3)
 
@@ -338,8 +336,8 @@ def test_each_part_of_a_batch_has_its_own_dropout():
 def test_parts_leave_every_row_on_its_device():
     require_devices(2)
     mesh = sharding.make_mesh()
-    by_example = sharding.split_by_example(mesh)
-    step = functools.partial(_train_step(PLAIN), accumulation_steps=2)
+    by_example = sharding.Layout(mesh, 8).by_example
+    step = _train_step(PLAIN, accumulation_steps=2)
     everywhere = sharding.replicated(mesh)
     lowered = jax.jit(step, in_shardings=(everywhere, by_example), out_shardings=everywhere).lower(
         _plain_state(), _batch(16)
@@ -389,7 +387,7 @@ def test_one_step_is_the_optimizer_on_the_gradient_of_the_mixed_loss():
     (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
     updates, _ = OPTIMIZER.update(grads, state.opt_state, state.params)
     expected = optax.apply_updates(state.params, updates)
-    step = functools.partial(_train_step(model, mixing=MIXING), class_weights=weights)
+    step = _train_step(model, mixing=MIXING, class_weights=weights)
     new_state, metrics = jax.jit(step)(state, batch)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), new_state.params, expected
@@ -411,7 +409,7 @@ def test_mixing_differs_between_steps_and_seeds_and_is_else_the_same():
     same, _ = step(state, batch)
     assert_trees_equal(first, same)
     later, _ = step(state.replace(step=jnp.array(1, jnp.int32)), batch)
-    with_other_seed = functools.partial(_train_step(PLAIN, mixing=MIXING), seed=8)
+    with_other_seed = _train_step(PLAIN, mixing=MIXING, seed=8)
     other_seed, _ = jax.jit(with_other_seed)(state, batch)
     kernels = {np.asarray(s.params["head"]["kernel"]).tobytes() for s in (first, later, other_seed)}
     assert len(kernels) == 3
@@ -446,6 +444,77 @@ def test_each_part_of_a_batch_is_mixed_within_itself():
         jax.jit(jax.grad(loss))(state.params), state.opt_state, state.params
     )
     expected = optax.apply_updates(state.params, updates)
-    step = functools.partial(_train_step(PLAIN, mixing=MIXING), accumulation_steps=2)
+    step = _train_step(PLAIN, mixing=MIXING, accumulation_steps=2)
     after, _ = jax.jit(step)(state, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after.params, expected)
+
+
+# Frozen parameters and further loss terms.
+
+
+def test_frozen_parameters_stay_and_the_others_train_as_without_them():
+    """The gradients of the trained parameters are the same; the optimizer has no other state."""
+    step = _train_step(is_trainable=lambda path: not path.startswith("conv1/"))
+    state = step.init_state()
+    assert_trees_equal(state.params, _train_step().init_state().params)
+    after, metrics = jax.jit(step)(state, _batch())
+    whole, whole_metrics = jax.jit(_train_step())(_train_step().init_state(), _batch())
+    assert_trees_equal(after.params["conv1"], state.params["conv1"])
+    np.testing.assert_array_equal(metrics.confusion, whole_metrics.confusion)
+    for name in state.params.keys() - {"conv1"}:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            after.params[name],
+            whole.params[name],
+        )
+    sizes = [leaf.size for leaf in jax.tree.leaves(state.opt_state)]
+    trained = sum(
+        leaf.size
+        for name in state.params.keys() - {"conv1"}
+        for leaf in jax.tree.leaves(state.params[name])
+    )
+    assert sum(sizes) == 2 * trained + 2  # Adam's two moments, and two counts.
+
+
+def test_gradients_of_frozen_parameters_are_not_computed():
+    """With only the head trained, no convolution has a backward pass."""
+    head_only = _train_step(is_trainable=lambda path: path.startswith("head/"))
+
+    def count_convolutions(step):
+        program = jax.make_jaxpr(step)(step.init_state(), _batch())
+        return str(program).count("conv_general_dilated[")
+
+    lowered = jax.jit(head_only).lower(head_only.init_state(), _batch()).compile()
+    whole = jax.jit(_train_step()).lower(_state(), _batch()).compile()
+    assert lowered.cost_analysis()["flops"] < 0.5 * whole.cost_analysis()["flops"]
+
+
+def test_an_extra_loss_is_added_for_each_example():
+    """Distillation: cross-entropy with a teacher's probabilities, by hand."""
+    model = MODEL.clone(dropout=0.0)
+    teacher_kernel = np.random.default_rng(0).normal(size=(8 * 8 * 3, 3)).astype(np.float32)
+
+    def distil(images, logits):
+        teacher = jax.nn.softmax(images.reshape(len(images), -1) @ teacher_kernel)
+        return -0.7 * jnp.sum(teacher * jax.nn.log_softmax(logits), axis=-1)
+
+    optimizer = optax.sgd(1.0)
+    plain = _train_step(model, optimizer=optimizer)
+    state, batch = plain.init_state(), _batch() | {"mask": jnp.arange(8) < 6}
+
+    def update(step):
+        after, metrics = jax.jit(step)(state, batch)
+        return jax.tree.map(jnp.subtract, after.params, state.params), metrics
+
+    both, metrics = update(dataclasses.replace(plain, extra_loss=distil))
+    alone, plain_metrics = update(plain)
+    np.testing.assert_allclose(metrics.loss_sum, plain_metrics.loss_sum)  # Not in the metrics.
+
+    def extra(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        images = (batch["image"].astype(np.float32) - 127.5) / 127.5
+        logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return jnp.sum(jnp.where(batch["mask"], distil(images, logits), 0)) / 6
+
+    expected = jax.tree.map(lambda a, g: a - g, alone, jax.jit(jax.grad(extra))(state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), both, expected)
