@@ -1,10 +1,10 @@
-"""Image files to arrays: the only decoder and the only resize of the project.
+"""The only decoder of the project: from image files, Pillow images and arrays to pixels.
 
-The same picture has the same pixels whatever it came as (a file, its bytes, a Pillow
-image, an array): every JPEG is decoded at its full size, and every picture is resized
-by `resize`. Decoding JPEGs at 1/2 to 1/8 of their size in the cosine transform would
-be up to five times as fast, but Pillow images and arrays cannot be reduced in that
-way, and at no factor does the difference vanish (`experiments/benchmarks/bench_decode.py`).
+The same picture has the same pixels in each of these forms: every JPEG is decoded at its
+full size, and every picture is resized by `cnn_jax.data.resize`. A JPEG could be decoded at
+1/2 to 1/8 of its size in the cosine transform, up to five times as fast. But Pillow images
+and arrays cannot be reduced in that way, and at no factor does the difference vanish
+(`experiments/benchmarks/bench_decode.py`).
 
 A value of a file becomes a grey level, 0 to 255, by
 
@@ -29,7 +29,8 @@ import simplejpeg
 from jaxtyping import Shaped, UInt8
 from PIL import ExifTags, Image, ImageFile, PpmImagePlugin, TiffImagePlugin
 
-from cnn_jax.data.preprocessing import MAX_PIXELS
+from cnn_jax.data.preprocessing import MAX_PIXELS, Preprocessing
+from cnn_jax.data.resize import Pixels, resize
 from cnn_jax.system.errors import DataError
 
 # Part of the name of a cache of pixels: raise it when any pixel would change.
@@ -161,10 +162,6 @@ class UnknownWhiteError(DataError):
     def __init__(self, values: Values):
         super().__init__(f"has {values.kind} {unknown_white(values)}")
         self.values = values
-
-
-# The underscores say that two images in one signature may differ in size.
-Pixels = UInt8[np.ndarray, "_height _width 3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,18 +301,14 @@ def _decode_opened(
     return _to_rgb(image, encoded, white_level)
 
 
-def load(
-    encoded: bytes,
-    image_size: tuple[int, int],
-    max_pixels: int = MAX_PIXELS,
-    white_level: float = 0,
-) -> Pixels:
-    """Decodes and resizes: uint8 [height, width, 3] of this (height, width).
+def load(encoded: bytes, preprocessing: Preprocessing) -> Pixels:
+    """Decodes and resizes an image file: uint8 [height, width, 3] of `image_size`.
 
     Raises:
       DataError: As `decode`.
     """
-    return resize(decode(encoded, max_pixels, white_level), image_size)
+    pixels = decode(encoded, preprocessing.max_pixels, preprocessing.white_level)
+    return resize(pixels, preprocessing)
 
 
 def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, white_level: float = 0) -> Pixels:
@@ -379,14 +372,6 @@ def _decode_array(
         except UnknownWhiteError as error:
             raise DataError(f"{error}; or pass uint8, of which 255 is white") from error
     return None, np.ascontiguousarray(_three_channels(array))
-
-
-def resize(image: Pixels, image_size: tuple[int, int]) -> Pixels:
-    """Stretches to (height, width): bilinear, averaging over each output pixel's area."""
-    if image.shape[:2] == tuple(image_size):
-        return image
-    height, width = image_size
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def looks_like_an_image(beginning: bytes) -> bool:

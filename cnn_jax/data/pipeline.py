@@ -95,12 +95,7 @@ def load_image(
     try:
         with scan.one_large_file_at_a_time(source, index):
             encoded = scan.read_example(source, index, preprocessing.max_pixels)
-            return load(
-                encoded,
-                preprocessing.image_size,
-                preprocessing.max_pixels,
-                preprocessing.white_level,
-            )
+            return load(encoded, preprocessing)
     except DataError as error:
         raise DataError(f"{source.name}: {source.ids[index]} {error}") from error
 

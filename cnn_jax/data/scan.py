@@ -21,6 +21,7 @@ from jaxtyping import Int
 from cnn_jax.data import Track, cache, decode, no_track
 from cnn_jax.data.decode import Header, Pixels, UnknownFormatError, UnknownWhiteError, Values
 from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.resize import resize
 from cnn_jax.data.source import Source
 from cnn_jax.system.errors import DataError
 
@@ -174,7 +175,7 @@ def scan(
         if sink is not None and record.header is not None:
             if pixels is None:
                 pixels = decode.decode(encoded, preprocessing.max_pixels, preprocessing.white_level)
-            sink.write(row, decode.resize(pixels, preprocessing.image_size))
+            sink.write(row, resize(pixels, preprocessing))
 
     if rows:
         try:
@@ -277,5 +278,6 @@ def pixels_key(records: Sequence[Record], preprocessing: Preprocessing) -> str:
     """The name of the decoded images of these records, of one size: changes with any of them."""
     height, width = preprocessing.image_size
     limits = f"{preprocessing.max_pixels} {preprocessing.white_level}"
-    start = f"{decode.VERSION} {height} {width} {limits}".encode()
+    shape = f"{preprocessing.resize} {preprocessing.crop_ratio} {preprocessing.interpolation}"
+    start = f"{decode.VERSION} {height} {width} {limits} {shape}".encode()
     return _digest(start, "".join(f"{record.digest:<32}" for record in records).encode())

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cnn_jax.data import decode
 from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.resize import resize
 from cnn_jax.inference.images import preprocess_for_inference
 from cnn_jax.system.errors import DataError
 
@@ -469,7 +470,7 @@ def test_the_same_picture_has_the_same_pixels_whatever_it_comes_as(picture, size
     preprocessing = Preprocessing(image_size=size, white_level=white)
     top = 255 if array.dtype == np.uint8 else white or 65535
     exact = _levels(array, top)
-    expected = decode.resize(_rgb(exact), size)
+    expected = resize(_rgb(exact), preprocessing)
     opened = Image.open(io.BytesIO(encoded))
     for form in (encoded, opened, image):
         np.testing.assert_array_equal(preprocess_for_inference(form, preprocessing), expected)
