@@ -23,6 +23,9 @@ def get_config() -> Config:
     data.group = ""  # A pattern such as "{class}/{track}" keeps images together.
     data.keep_splits = True  # Uses the train, validation and test parts that the data has.
     data.image_size = (32, 32)  # Height and width of the input in pixels; or one number.
+    data.resize = "stretch"  # This, "crop" (the centre) or "pad" (with grey) to the image size.
+    data.crop_ratio = 1.0  # Side of the centre crop, of the resized image's side; for "crop" only.
+    data.interpolation = "bilinear"  # This or "bicubic".
     data.mean = (127.5, 127.5, 127.5)  # Subtracted from R, G and B: inputs are in [-1, 1].
     data.std = (127.5, 127.5, 127.5)  # The difference is divided by these.
     data.cache = "auto"  # Decoded images: on the "device", in "memory", on "disk" or "none".

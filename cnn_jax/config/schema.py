@@ -19,6 +19,7 @@ from cnn_jax.data.augment import FLIPS
 from cnn_jax.data.dataset import RESIDENCIES
 from cnn_jax.data.decode import LARGEST_MAX_PIXELS
 from cnn_jax.data.pipeline import BALANCES
+from cnn_jax.data.preprocessing import INTERPOLATIONS, RESIZES
 from cnn_jax.data.sources import FORMS, PATTERN, absolute
 from cnn_jax.data.splits import RULES, SPLITS, group_expression
 from cnn_jax.models import MODELS, compute_dtype
@@ -96,6 +97,9 @@ _FIELDS: dict[str, _Field] = {
         "a side in pixels, or (height, width), each 1 or more",
         lambda v: all(_is_int(side) and side > 0 for side in _pair(v)) and len(_pair(v)) == 2,
     ),
+    "data.resize": _choice(RESIZES),
+    "data.crop_ratio": _number("above 0, at most 1", lambda v: 0 < v <= 1),
+    "data.interpolation": _choice(INTERPOLATIONS),
     "data.mean": _numbers(3, "from 0 to 255", lambda v: 0 <= v <= 255),
     "data.std": _numbers(3, "above 0", lambda v: v > 0),
     "data.cache": _choice(("auto", *RESIDENCIES)),
@@ -290,6 +294,11 @@ def validate(config: Config, num_devices: int) -> None:
             f"config.data.image_size: must be a multiple of {divisor}, so that "
             f"{len(values['model.features']) - 1} poolings can halve it, "
             f"got {values['data.image_size']!r}"
+        )
+    if values["data.crop_ratio"] != 1 and values["data.resize"] != "crop":
+        raise ConfigError(
+            "config.data.crop_ratio: must be 1 unless data.resize=crop, got "
+            f"{values['data.crop_ratio']}"
         )
     if values["report.detail"] != "none" and len(values["report.splits"]) < len(SPLITS):
         raise ConfigError(
