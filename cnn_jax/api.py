@@ -93,8 +93,8 @@ def _configured(
     if isinstance(config, ConfigDict):
         wanted = config.copy_and_resolve_references()
     else:
-        wanted = schema.load(os.fspath(config))
-    values = {files.full_key(k): v for k, v in files.flat(dict(changes)).items()}
+        wanted = files.load(os.fspath(config))
+    values = {schema.full_key(k): v for k, v in files.flat(dict(changes)).items()}
     if source is not None:
         values["data.source"] = _source(source)
     with wanted.ignore_type(), wanted.unlocked():

@@ -35,14 +35,13 @@ def main(argv: Sequence[str]) -> None:
     files.find(flags.config)
     with cli.interrupts_held_back():
         # Imported late, so that a wrong flag is reported at once.
-        from cnn_jax.config import schema
         from cnn_jax.system.compilation_cache import keep_compiled
         from cnn_jax.system.runtime import keep_freed_memory
         from cnn_jax.training import summary
         from cnn_jax.training.loop import train_and_evaluate
         from cnn_jax.training.sharding import is_primary, start_processes
 
-    config = schema.load(flags.config, overrides)
+    config = files.load(flags.config, overrides)
     keep_freed_memory()
     start_processes(flags.coordinator, flags.process_id, flags.process_count)
     keep_compiled()

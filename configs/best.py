@@ -14,7 +14,7 @@ Expect 97.56 % on validation and 96.41 % on test (seed 0, --config.data.stratify
 statistics. On one CPU core that took an hour, beside other programs.
 """
 
-from cnn_jax.config.files import Config
+from cnn_jax.config.schema import Config
 from configs import eurosat
 
 

@@ -7,7 +7,7 @@ folder of all 60,000 images divided 70 / 20 / 10 % (71.48 % with seed 0, 8.5 min
 CPU cores).
 """
 
-from cnn_jax.config.files import Config
+from cnn_jax.config.schema import Config
 from configs import default
 
 

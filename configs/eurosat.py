@@ -9,7 +9,7 @@ Expect a test accuracy of 96 % (96.26 % with seed 0 and --config.data.stratify=e
 of BatchNorm's statistics. On one CPU core they took 56 minutes, beside other programs.
 """
 
-from cnn_jax.config.files import Config
+from cnn_jax.config.schema import Config
 from configs import default
 
 

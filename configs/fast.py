@@ -10,7 +10,7 @@ all, was not (experiments/studies/ablation.py --grid=large_batch; the table is i
 experiments/RESULTS.md).
 """
 
-from cnn_jax.config.files import Config
+from cnn_jax.config.schema import Config
 from configs import spec_224
 
 

@@ -10,7 +10,7 @@ sign is another sign, and --config.data.group='{class}/{track}', because the fra
 video show the same sign. (Without it they leak from train to test, which then says 94 %.)
 """
 
-from cnn_jax.config.files import Config
+from cnn_jax.config.schema import Config
 from configs import default
 
 

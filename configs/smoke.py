@@ -6,7 +6,7 @@ Expect it to end within half a minute on two CPU cores once its 1,000 images are
 of it for the report, and an accuracy near chance: three epochs of 22 steps teach little.
 """
 
-from cnn_jax.config.files import Config
+from cnn_jax.config.schema import Config
 from configs import default
 
 

@@ -7,7 +7,7 @@ Meant for a GPU: the training step alone takes two CPU cores 40 images a second 
 size (experiments/RESULTS.md), which is three minutes an epoch for each 7,000 images.
 """
 
-from cnn_jax.config.files import Config
+from cnn_jax.config.schema import Config
 from configs import default
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.splits import Division
 from cnn_jax.inference.bundle import Bundle
-from cnn_jax.models import make_model
+from cnn_jax.models.network import make_model
 
 MODEL = {"name": "cnn", "features": [4, 8], "dense": 16, "dropout": 0.5, "batch_norm": True}
 

@@ -1,43 +1,37 @@
-"""Configuration files and `--config` flags, before anything heavy is imported.
-
-`configs/default.py` is the only list of keys: it is run to know their names and defaults, and
-read as text to show their comments.
-"""
+"""Configuration files and `--config` flags, before anything heavy is imported."""
 
 import argparse
-import ast
 import contextlib
-import difflib
-import functools
 import importlib.machinery
 import importlib.util
-import io
 import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import sys
 import textwrap
-import tokenize
 import traceback
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cnn_jax.config.schema import (
+    Config,
+    check_key,
+    check_value,
+    closest,
+    closest_key,
+    default_config,
+    keys,
+    wrong_value,
+)
 from cnn_jax.system.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# An `ml_collections.ConfigDict`, whose keys a type checker cannot see.
-Config = Any
-
 _PREFIX = "--config."
-# The least similarity (`difflib`, 0 to 1) of a name that is suggested. Below it lie other
-# words of the same section, such as model.width beside model.dense.
-_SIMILARITY = 0.75
-
-
 # The folders that come with the package: in a wheel inside it, in a checkout beside it.
 _SHIPPED = {"configs": "configs", "spaces": "experiments/spaces"}
 
@@ -85,7 +79,7 @@ def find(text: str, flag: str = "--config", folder: str = "configs") -> pathlib.
     if own is not None or is_shipped:
         return own or shipped
     names = shipped_names(folder)
-    close = _closest(path.name.removesuffix(".py"), names)
+    close = closest(path.name.removesuffix(".py"), names)
     hint = f"; did you mean {close}?" if close else ""
     what = (
         f"{text!r} is a folder without a config.json"
@@ -199,15 +193,17 @@ def _read_json(path: pathlib.Path) -> Config:
         values = flat(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config: {path} is not a configuration: {error}") from error
-    config = default_config()
+    network = values.get("model.name", "cnn")
     try:
+        check_value("model.name", network)
         for key in values:
-            check_key(key)
+            check_key(key, network)
     except ConfigError as error:
         raise ConfigError(f"--config: {path}: {error}") from error
+    config = default_config(network)
     with config.ignore_type():
         config.update_from_flattened_dict(values)
-    if missing := [key for key in keys() if key not in values]:
+    if missing := [key for key in keys(network) if key not in values]:
         logger.warning(
             "%s does not have %s: the defaults of configs/default.py are used",
             path,
@@ -228,63 +224,43 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def default_config() -> Config:
-    """A new copy of the configuration of `configs/default.py`."""
-    return read(shipped_folder() / "default.py")
+def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config:
+    """The configuration of a file, with some of its keys changed.
 
-
-@functools.cache
-def keys() -> Mapping[str, Any]:
-    """All keys of a configuration, such as "train.epochs", with their defaults."""
-    return flat(default_config().to_dict())
-
-
-def check_key(key: str) -> None:
-    """Raises ConfigError, with the nearest key, if no configuration has this one."""
-    if any(name.startswith(f"{key}.") for name in keys()):
-        raise ConfigError(f"config.{key}: is a section; set one of its keys")
-    if key not in keys():
-        near = closest_key(key)
-        hint = f"; did you mean {near}?" if near else ""
-        raise ConfigError(f"config.{key}: there is no such key{hint}")
-
-
-def closest_key(key: str) -> str | None:
-    """The key that was probably meant, if there is one.
-
-    That is the key of nearly this name in nearly this section, or else the only key of exactly
-    this name.
-    """
-    section, _, name = key.rpartition(".")
-    near_section = _closest(section, sorted({known.rpartition(".")[0] for known in keys()}))
-    own = {_name(known): known for known in keys() if known.rpartition(".")[0] == near_section}
-    if near := _closest(name, own):
-        return own[near]
-    same = [known for known in keys() if _name(known) == name]
-    return same[0] if len(same) == 1 else None
-
-
-def full_key(name: str) -> str:
-    """The key of this name, which may be given without its section if no other key has it.
+    Args:
+      file: The value of `--config`; see `find`.
+      overrides: `--config.KEY=VALUE` flags, of which the last one of a key counts; or the
+        values, as text, by key. Another model.name replaces the section `model` by the
+        defaults of that network.
 
     Raises:
-      ConfigError: There is no such key, or more than one.
+      ConfigError: There is no such file, it fails, or a key does not exist or cannot have
+        this value.
     """
-    same = [key for key in keys() if _name(key) == name]
-    if name in keys() or not same:
-        check_key(name)
-        return name
-    if len(same) > 1:
-        raise ConfigError(f"config: {name!r} may be {' or '.join(same)}; write one of them")
-    return same[0]
+    from absl import flags
+    from ml_collections import config_flags
 
-
-def _name(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def _closest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str | None:
-    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=_SIMILARITY)), None)
+    if not isinstance(overrides, Mapping):
+        overrides = read_overrides(overrides)
+    path = find(file)
+    config = read(path)
+    network = str(overrides.get("model.name", config.model.name))
+    check_value("model.name", network)
+    if network != config.model.name:
+        config.model = default_config(network).model
+    for key in overrides:
+        check_key(key, network)
+    command = [sys.argv[0], *(f"--config.{key}={value}" for key, value in overrides.items())]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
+    try:
+        values(command)
+    except flags.IllegalFlagValueError as error:
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?):", str(error), re.DOTALL)
+        raise wrong_value(wrong[1], wrong[2], network) if wrong else error from error
+    except (AttributeError, KeyError, TypeError, flags.Error) as error:
+        raise ConfigError(f"--config: {path}: {error}") from error
+    return values.config
 
 
 # The command line.
@@ -339,7 +315,7 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
         if not has_value:
             if rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
-            elif isinstance(keys()[key], bool):
+            elif isinstance(keys()[key].default, bool):
                 value = "true"
             else:
                 raise ConfigError(f"config.{key}: needs a value; write {_PREFIX}{key}=VALUE")
@@ -350,7 +326,7 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
 def _unexpected(argument: str, flags: Sequence[str]) -> ConfigError:
     """The error for an argument that means nothing, with the flag that was probably meant."""
     flag, equals, value = argument.partition("=")
-    near = _closest(flag, flags)
+    near = closest(flag, flags)
     if near is None and flag.startswith("--") and (key := closest_key(flag[2:])):
         near = f"{_PREFIX}{key}"
     hint = f"did you mean {near}{equals}{value}?" if near else "see --help"
@@ -358,27 +334,17 @@ def _unexpected(argument: str, flags: Sequence[str]) -> ConfigError:
 
 
 def describe_keys(width: int) -> str:
-    """All keys with default and comment, by section, as `configs/default.py` has them."""
-    source = (shipped_folder() / "default.py").read_text(encoding="utf-8")
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    """All keys with default and meaning, by section."""
     lines = textwrap.wrap(
         "configuration keys, set by --config.KEY=VALUE, with the defaults of default.py:", width
     )
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Assign(targets=[ast.Attribute(value=ast.Name(owner), attr=name)], value=value):
-                key = name if owner == "config" else f"{owner}.{name}"
-                lines += [f"  {key} = {ast.unparse(value)}"] if name != owner else []
-                if comment := comments.get(node.end_lineno or node.lineno):
-                    indent = " " * 6
-                    lines += textwrap.wrap(
-                        comment, width, initial_indent=indent, subsequent_indent=indent
-                    )
-            case ast.Assign(targets=[ast.Attribute(), ast.Name(section)]):
-                lines += ["", section]
+    section = ""
+    indent = " " * 6
+    for name, key in keys().items():
+        if name.rpartition(".")[0] != section:
+            section = name.rpartition(".")[0]
+            lines += ["", section]
+        lines.append(f"  {name} = {key.default!r}")
+        lines += textwrap.wrap(key.comment, width, initial_indent=indent, subsequent_indent=indent)
     lines += ["", *textwrap.wrap(f"shipped configurations: {', '.join(shipped_names())}", width)]
     return "\n".join(lines)

@@ -1,169 +1,322 @@
-"""What a configuration may say, checked before any data is read."""
+"""All keys of a configuration, with their defaults, checks and meanings.
 
-import dataclasses
+This is the only list of keys: `configs/default.py`, `--help`, the checks of files and of
+flags follow from it. The keys of a network are in `cnn_jax.models`. Nothing heavy is
+imported, so that a wrong key is reported at once.
+"""
+
+import difflib
+import functools
 import hashlib
 import math
-import pathlib
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-from absl import flags
-from ml_collections import ConfigDict, config_flags
-
-from cnn_jax.config import files
-from cnn_jax.config.files import Config, check_key
-from cnn_jax.data.augment import FLIPS
-from cnn_jax.data.dataset import RESIDENCIES
-from cnn_jax.data.decode import LARGEST_MAX_PIXELS
-from cnn_jax.data.pipeline import BALANCES
-from cnn_jax.data.preprocessing import INTERPOLATIONS, RESIZES
-from cnn_jax.data.sources import FORMS, PATTERN, absolute
-from cnn_jax.data.splits import RULES, SPLITS, group_expression
-from cnn_jax.models import MODELS, compute_dtype
+from cnn_jax.config.keys import (
+    Key,
+    boolean,
+    choice,
+    fraction,
+    integer,
+    is_int,
+    number,
+    numbers,
+    text,
+)
+from cnn_jax.models import NETWORKS
 from cnn_jax.system.errors import ConfigError
 
+# An `ml_collections.ConfigDict`, whose keys a type checker cannot see.
+Config = Any
+
+SPLITS = ("train", "validation", "test")
+SOURCE_FORMS = (
+    "shapes, shapes:N, folder:PATH, classes:PATH, splits:PATH, csv:PATH or tfds:NAME[:SPLIT]"
+)
+SOURCE_PATTERN = re.compile(r"shapes(:[1-9]\d*)?|(folder|classes|splits|csv|tfds):.+", re.DOTALL)
 MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "recall", "f1", "loss"))
-# How much of the report a run makes at its end.
-DETAILS = ("full", "figures", "none")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Field:
-    """What one key may hold: a test, and the same in words."""
-
-    requirement: str
-    accepts: Callable[[Any], bool]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
-
-
-def _int(low: int) -> _Field:
-    return _Field(f"an integer, {low} or more", lambda v: _is_int(v) and v >= low)
-
-
-def _number(requirement: str, accepts: Callable[[float], bool]) -> _Field:
-    return _Field(f"a number {requirement}", lambda v: _is_number(v) and accepts(v))
-
-
-def _numbers(count: int, requirement: str, accepts: Callable[[float], bool]) -> _Field:
-    def all_accepted(value: Any) -> bool:
-        is_sequence = isinstance(value, tuple | list) and len(value) == count
-        return is_sequence and all(_is_number(v) and accepts(v) for v in value)
-
-    return _Field(f"{count} numbers {requirement}", all_accepted)
-
-
-def _choice(options: tuple[str, ...]) -> _Field:
-    return _Field(f"one of {', '.join(options)}", lambda v: v in options)
-
-
-def _boolean() -> _Field:
-    return _Field("True or False", lambda v: isinstance(v, bool))
-
-
-def _is_group(value: Any) -> bool:
-    if not isinstance(value, str):
-        return False
-    try:
-        return not value or bool(group_expression(value))
-    except ConfigError:
-        return False
-
-
-_FIELDS: dict[str, _Field] = {
-    "seed": _Field("an integer from 0 to 2**32 - 1", lambda v: _is_int(v) and 0 <= v < 2**32),
-    "precision": _choice(("auto", "float32", "bfloat16")),
-    "data.source": _Field(
-        FORMS,
-        lambda v: isinstance(v, str) and bool(PATTERN.fullmatch(v)),
-    ),
-    "data.split": _Field(
-        "three shares for train, validation and test, each above 0, that sum to 1",
-        lambda v: _numbers(3, "", lambda share: share > 0).accepts(v) and math.isclose(sum(v), 1.0),
-    ),
-    "data.stratify": _choice(RULES),
-    "data.group": _Field("a pattern such as {class}/{track}, or empty", _is_group),
-    "data.keep_splits": _boolean(),
-    "data.image_size": _Field(
-        "a side in pixels, or (height, width), each 1 or more",
-        lambda v: all(_is_int(side) and side > 0 for side in _pair(v)) and len(_pair(v)) == 2,
-    ),
-    "data.resize": _choice(RESIZES),
-    "data.crop_ratio": _number("above 0, at most 1", lambda v: 0 < v <= 1),
-    "data.interpolation": _choice(INTERPOLATIONS),
-    "data.mean": _numbers(3, "from 0 to 255", lambda v: 0 <= v <= 255),
-    "data.std": _numbers(3, "above 0", lambda v: v > 0),
-    "data.cache": _choice(("auto", *RESIDENCIES)),
-    "data.workers": _int(-1),
-    "data.max_pixels": _Field(  # The upper end is Pillow's own limit.
-        f"an integer from 1 to {LARGEST_MAX_PIXELS}",
-        lambda v: _is_int(v) and 1 <= v <= LARGEST_MAX_PIXELS,
-    ),
-    "data.white_level": _number("0 (by the file) or more", lambda v: v >= 0),
-    "data.max_unreadable": _number("from 0 to 1", lambda v: 0 <= v <= 1),
-    "data.allow_outside": _boolean(),
-    "augment.flip": _choice(FLIPS),
-    "augment.rotation": _number("from 0 to 1 (a full turn)", lambda v: 0 <= v <= 1),
-    "augment.zoom": _number("from 0 to below 1", lambda v: 0 <= v < 1),
-    "augment.contrast": _number("from 0 to 1", lambda v: 0 <= v <= 1),
-    "augment.mixup_probability": _number("from 0 to 1", lambda v: 0 <= v <= 1),
-    "augment.mixup_alpha": _number("above 0", lambda v: v > 0),
-    "augment.cutmix_probability": _number("from 0 to 1", lambda v: 0 <= v <= 1),
-    "augment.cutmix_alpha": _number("above 0", lambda v: v > 0),
-    "augment.place": _choice(("auto", "host", "device")),
-    "model.name": _choice(tuple(MODELS)),
-    "model.features": _Field(
-        "one or more channel counts, each 1 or more",
-        lambda v: (
-            isinstance(v, tuple | list) and len(v) > 0 and all(_is_int(n) and n > 0 for n in v)
-        ),
-    ),
-    "model.dense": _int(0),
-    "model.dropout": _number("from 0 to below 1", lambda v: 0 <= v < 1),
-    "model.batch_norm": _boolean(),
-    "optimizer.learning_rate": _number("above 0", lambda v: v > 0),
-    "optimizer.final_learning_rate": _number("0 or more", lambda v: v >= 0),
-    "optimizer.decay_epochs": _int(0),
-    "optimizer.warmup_epochs": _number("0 or more", lambda v: v >= 0),
-    "optimizer.l2": _number("0 or more", lambda v: v >= 0),
-    "train.batch_size": _int(1),
-    "train.steps_per_execution": _int(0),
-    "train.accumulation_steps": _int(1),
-    "train.epochs": _int(1),
-    "train.label_smoothing": _number("from 0 to below 1", lambda v: 0 <= v < 1),
-    "train.balance": _choice(BALANCES),
-    "train.patience": _int(1),
-    "train.monitor": _choice(MONITORS),
-    "checkpoint.keep": _int(1),
-    "checkpoint.every_steps": _int(0),
-    "checkpoint.restore_step": _int(0),
-    "checkpoint.init_from": _Field("a path, or empty", lambda v: isinstance(v, str)),
-    "report.detail": _choice(DETAILS),
-    "report.splits": _Field(
-        f"one or more of {', '.join(SPLITS)}, each once",
-        lambda v: (
-            isinstance(v, tuple | list) and len(v) == len(set(v)) > 0 and set(v) <= set(SPLITS)
-        ),
-    ),
-    "mesh.data": _Field(
-        "an integer, 1 or more, or -1", lambda v: _is_int(v) and (v >= 1 or v == -1)
-    ),
-    "mesh.model": _int(1),
-}
+# The least similarity (`difflib`, 0 to 1) of a name that is suggested. Below it lie other
+# words of the same section, such as model.width beside model.dense.
+_SIMILARITY = 0.75
 
 
 def _pair(image_size: Any) -> tuple[Any, ...]:
     sides = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size,)
     return sides * 2 if len(sides) == 1 else sides
+
+
+_SECTIONS: dict[str, dict[str, Key]] = {
+    "": {
+        "seed": integer(
+            0, "Decides the splits, the first weights and all random draws.", 0, 2**32 - 1
+        ),
+        "precision": choice(
+            "auto",
+            "The network's arithmetic; auto: bfloat16 on GPU and TPU, float32 on CPU.",
+            ("auto", "float32", "bfloat16"),
+        ),
+    },
+    "data": {
+        "source": text(
+            "shapes",
+            f"The labelled images: {SOURCE_FORMS}.",
+            SOURCE_FORMS,
+            lambda v: bool(SOURCE_PATTERN.fullmatch(v)),
+        ),
+        "split": Key(
+            (0.7, 0.2, 0.1),
+            "three fractions for train, validation and test, each above 0, that sum to 1",
+            lambda v: (
+                isinstance(v, tuple | list)
+                and len(v) == len(SPLITS)
+                and all(isinstance(part, int | float) and part > 0 for part in v)
+                and math.isclose(sum(v), 1.0)
+            ),
+            "The fractions of train, validation and test, in each class.",
+        ),
+        "stratify": choice(
+            "stable",
+            "stable: added images move no other image to another split; exact: the fractions "
+            "are exact, and added images move a few.",
+            ("stable", "exact"),
+        ),
+        "group": text(
+            "",
+            'A pattern such as "{class}/{track}": images with the same parts stay together.',
+            "a pattern such as {class}/{track}, or empty",
+            lambda v: not v or bool(re.search(r"\{\w+\}", v)),
+        ),
+        "keep_splits": boolean(
+            True, "Uses the train, validation and test parts that the data has."
+        ),
+        "image_size": Key(
+            (32, 32),
+            "a side in pixels, or (height, width), each 1 or more",
+            lambda v: all(is_int(side) and side > 0 for side in _pair(v)) and len(_pair(v)) == 2,
+            "Height and width of the network's input in pixels; or one number for both.",
+        ),
+        "resize": choice(
+            "stretch",
+            "How an image becomes image_size; crop: scaled to cover it, the centre is kept; pad: "
+            "scaled to fit into it, the rest is grey.",
+            ("stretch", "crop", "pad"),
+        ),
+        "crop_ratio": number(
+            1.0,
+            "For resize=crop: the crop's side as a fraction of the scaled image's shorter side.",
+            "above 0, at most 1",
+            lambda v: 0 < v <= 1,
+        ),
+        "interpolation": choice(
+            "bilinear",
+            "The filter of the resize; it averages where an image is made smaller.",
+            ("bilinear", "bicubic"),
+        ),
+        "mean": numbers(
+            (127.5, 127.5, 127.5),
+            "Subtracted from R, G and B; with the defaults, inputs are in [-1, 1].",
+            "from 0 to 255",
+            lambda v: 0 <= v <= 255,
+        ),
+        "std": numbers(
+            (127.5, 127.5, 127.5), "The difference is divided by these.", "above 0", lambda v: v > 0
+        ),
+        "cache": choice(
+            "auto",
+            "Where decoded images are kept; auto: in the first place with enough room.",
+            ("auto", "none", "disk", "memory", "device"),
+        ),
+        "workers": integer(
+            -1, "Processes that decode and augment; -1: as many as are of use.", low=-1
+        ),
+        "max_pixels": integer(  # The upper limit is Pillow's own.
+            50_000_000, "A larger image is refused before it is decoded.", 1, 178_956_970
+        ),
+        "white_level": number(
+            0.0,
+            "The value of white in 16-bit and float images; 0: the largest value of the file's "
+            "type.",
+            "0 (by the file) or more",
+            lambda v: v >= 0,
+        ),
+        "max_unreadable": fraction(
+            0.01, "The fraction of images that may be unreadable and are then left out."
+        ),
+        "allow_outside": boolean(
+            False, "Whether links and paths may lead out of the data's folder."
+        ),
+    },
+    "augment": {
+        "flip": choice(
+            "horizontal",
+            "The directions in which images are mirrored at random.",
+            ("none", "horizontal", "vertical", "horizontal_and_vertical"),
+        ),
+        "rotation": number(
+            0.2,
+            "The largest rotation to either side, as a fraction of a full turn.",
+            "from 0 to 1 (a full turn)",
+            lambda v: 0 <= v <= 1,
+        ),
+        "zoom": number(
+            0.2,
+            "The largest zoom in or out, as a fraction.",
+            "from 0 to below 1",
+            lambda v: 0 <= v < 1,
+        ),
+        "contrast": fraction(0.2, "The largest change of contrast up or down, as a fraction."),
+        "mixup_probability": fraction(
+            0.0, "The fraction of images that MixUp blends with another image."
+        ),
+        "mixup_alpha": number(
+            0.2, "The blend is drawn from Beta(alpha, alpha).", "above 0", lambda v: v > 0
+        ),
+        "cutmix_probability": fraction(
+            0.0, "The fraction of images that get a box of another image (CutMix)."
+        ),
+        "cutmix_alpha": number(
+            1.0, "The box's area is drawn from Beta(alpha, alpha).", "above 0", lambda v: v > 0
+        ),
+        "place": choice(
+            "auto",
+            "Where images are augmented; auto: on the host if the device is a CPU.",
+            ("auto", "host", "device"),
+        ),
+    },
+    "model": {
+        "name": choice(
+            "cnn",
+            "The network. Another one brings its own keys of this section.",
+            tuple(NETWORKS),
+        ),
+    },
+    "optimizer": {
+        "learning_rate": number(
+            1e-3, "Adam's learning rate at the start of the cosine.", "above 0", lambda v: v > 0
+        ),
+        "final_learning_rate": number(
+            1e-4, "The learning rate at the end of the cosine.", "0 or more", lambda v: v >= 0
+        ),
+        "decay_epochs": integer(
+            0, "The length of the cosine in epochs; 0: train.epochs at the first start.", low=0
+        ),
+        "warmup_epochs": number(
+            0.0,
+            "Epochs in which the learning rate rises from 0.",
+            "0 or more",
+            lambda v: v >= 0,
+        ),
+        "l2": number(
+            1e-4,
+            "The weight of the L2 penalty on the kernels of convolutions and dense layers.",
+            "0 or more",
+            lambda v: v >= 0,
+        ),
+    },
+    "train": {
+        "batch_size": integer(32, "Images in a step, on all devices together.", low=1),
+        "steps_per_execution": integer(
+            0, "Steps that are dispatched at once; 0: 8 if the data is on a GPU or TPU.", low=0
+        ),
+        "accumulation_steps": integer(
+            1, "The parts of a batch that are computed one after the other.", low=1
+        ),
+        "epochs": integer(22, "Passes over the training images; the specification has 45.", low=1),
+        "label_smoothing": number(
+            0.1,
+            "The probability that the target spreads over all classes.",
+            "from 0 to below 1",
+            lambda v: 0 <= v < 1,
+        ),
+        "balance": choice(
+            "none",
+            "loss: rare classes have larger losses; sampling: they are drawn more often.",
+            ("none", "loss", "sampling"),
+        ),
+        "patience": integer(
+            10, "Epochs without a better train.monitor before training stops.", low=1
+        ),
+        "monitor": choice(
+            "validation_accuracy", "The metric that decides which epoch is the best.", MONITORS
+        ),
+    },
+    "checkpoint": {
+        "keep": integer(
+            2, "The latest checkpoints to keep; the best and the one before it stay too.", low=1
+        ),
+        "every_steps": integer(
+            0, "Steps between checkpoints within an epoch; 0: only at its end.", low=0
+        ),
+        "restore_step": integer(0, "Goes back, once, to the checkpoint of this step.", low=0),
+        "init_from": text(
+            "",
+            "A bundle or a run whose weights a new run starts from.",
+            "a path, or empty",
+            lambda v: True,
+        ),
+    },
+    "report": {
+        "detail": choice(
+            "full",
+            "figures: without explanations and corruptions; none: no report.",
+            ("full", "figures", "none"),
+        ),
+        "splits": Key(
+            SPLITS,
+            f"one or more of {', '.join(SPLITS)}, each once",
+            lambda v: (
+                isinstance(v, tuple | list) and len(v) == len(set(v)) > 0 and set(v) <= set(SPLITS)
+            ),
+            "The splits that are measured at the end; a report needs all of them.",
+        ),
+    },
+    "mesh": {
+        "data": Key(
+            -1,
+            "an integer, 1 or more, or -1",
+            lambda v: is_int(v) and (v >= 1 or v == -1),
+            "Devices that share a batch; -1: all of them.",
+        ),
+        "model": integer(1, "Devices that share the large parameters.", low=1),
+    },
+}
+
+
+@functools.cache
+def keys(network: str | None = None) -> Mapping[str, Key]:
+    """All keys, such as "train.epochs": with the keys of one network, or of all networks."""
+    found = {}
+    for section, members in _SECTIONS.items():
+        own = dict(members)
+        if section == "model":
+            for name in NETWORKS if network is None else [network]:
+                own |= NETWORKS[name].keys
+        found |= {f"{section}.{name}".lstrip("."): key for name, key in own.items()}
+    return found
+
+
+def default_config(network: str = "cnn") -> Config:
+    """A new configuration with all defaults, an `ml_collections.ConfigDict`."""
+    from ml_collections import ConfigDict
+
+    config: Config = ConfigDict()
+    for name, key in keys(network).items():
+        section, _, own_name = name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        (config[section] if section else config)[own_name] = key.default
+    config.model.name = network
+    return config
+
+
+def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key of a configuration, such as "train.epochs", and its value."""
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def image_size(config: Config) -> tuple[int, int]:
@@ -172,128 +325,111 @@ def image_size(config: Config) -> tuple[int, int]:
     return height, width
 
 
-def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config:
-    """The configuration of a file, with some of its keys changed.
-
-    Args:
-      file: What `--config` takes; see `files.find`.
-      overrides: `--config.KEY=VALUE` flags, of which the last of a key counts; or the values,
-        as text, by key.
-
-    Raises:
-      ConfigError: There is no such file, it fails, or a key does not exist or cannot have
-        this value.
-    """
-    if not isinstance(overrides, Mapping):
-        overrides = files.read_overrides(overrides)
-    path = files.find(file)
-    config = files.read(path)
-    command = [sys.argv[0], *(f"--config.{key}={value}" for key, value in overrides.items())]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
-    try:
-        values(command)
-    except flags.IllegalFlagValueError as error:
-        wrong = re.match(r"flag --config\.([\w.]+)=(.*?):", str(error), re.DOTALL)
-        raise wrong_value(*wrong.groups()) if wrong else error from error
-    except (AttributeError, KeyError, TypeError, flags.Error) as error:
-        raise ConfigError(f"--config: {path}: {error}") from error
-    return values.config
-
-
-def resolve(config: Config, present: Mapping[str, Any] | None = None) -> Config:
-    """A copy in which everything that depends on the circumstances is written out.
-
-    `precision` and `augment.place` are no longer "auto" and `optimizer.decay_epochs`
-    no longer 0, and a folder's path is absolute, so that the same run means the same
-    numbers elsewhere. (`train.steps_per_execution` may be 0 until the data is open.)
-
-    Args:
-      config: As a file under `configs/` gives it.
-      present: The configuration, every key flat, of the run that goes on, if one
-        does: what was automatic stays as it was decided then.
-
-    Raises:
-      ConfigError: Keys contradict each other.
-    """
-    present = present or {}
-    resolved = config.copy_and_resolve_references()
-    with resolved.ignore_type():
-        if config.precision == "auto":
-            resolved.precision = present.get("precision", compute_dtype("auto").name)
-        if not config.optimizer.decay_epochs:
-            resolved.optimizer.decay_epochs = present.get(
-                "optimizer.decay_epochs", config.train.epochs
-            )
-        if not config.train.steps_per_execution:
-            resolved.train.steps_per_execution = present.get("train.steps_per_execution", 0)
-        if config.checkpoint.init_from:
-            path = pathlib.Path(config.checkpoint.init_from).expanduser()
-            resolved.checkpoint.init_from = str(path.resolve())
-        resolved.data.source = absolute(config.data.source)
-        resolved.data.image_size = image_size(config)
-        if config.augment.place == "auto":
-            # On a CPU, OpenCV works beside the step, which XLA would hold up.
-            on_cpu = jax.default_backend() == "cpu"
-            default = "host" if on_cpu else "device"
-            resolved.augment.place = present.get("augment.place", default)
-        if resolved.augment.place == "host" and config.data.cache == "device":
-            raise ConfigError(
-                "config.data.cache: what is on the device can only be augmented there; "
-                "set augment.place=device too"
-            )
-    return resolved
-
-
 def digest(config: Config) -> str:
     """The sha256, in hexadecimal, of a resolved configuration."""
     return hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()
 
 
-def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each key of a configuration, its sections' names before it, and its value."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+# Names of keys.
 
 
-def wrong_value(key: str, value: object) -> ConfigError:
+def check_key(key: str, network: str | None = None) -> None:
+    """Raises ConfigError, with the nearest key, if no configuration has this one.
+
+    Args:
+      key: For example "train.epochs".
+      network: The value of model.name, if it is known.
+    """
+    if any(name.startswith(f"{key}.") for name in keys()):
+        raise ConfigError(f"config.{key}: is a section; set one of its keys")
+    if key in keys(network):
+        return
+    if key in keys():
+        own = ", ".join(f"model.{name}" for name in NETWORKS[network or "cnn"].keys)
+        raise ConfigError(f"config.{key}: the network {network} has no such key; it has {own}")
+    near = closest_key(key)
+    hint = f"; did you mean {near}?" if near else ""
+    raise ConfigError(f"config.{key}: there is no such key{hint}")
+
+
+def closest_key(key: str) -> str | None:
+    """The key that was probably meant, if there is one.
+
+    That is the key of nearly this name in nearly this section, or else the only key of exactly
+    this name.
+    """
+    section, _, name = key.rpartition(".")
+    near_section = closest(section, sorted({known.rpartition(".")[0] for known in keys()}))
+    own = {_name(known): known for known in keys() if known.rpartition(".")[0] == near_section}
+    if near := closest(name, own):
+        return own[near]
+    same = [known for known in keys() if _name(known) == name]
+    return same[0] if len(same) == 1 else None
+
+
+def full_key(name: str) -> str:
+    """The key of this name, which may lack its section if no other key has the name.
+
+    Raises:
+      ConfigError: There is no such key, or more than one.
+    """
+    same = [key for key in keys() if _name(key) == name]
+    if name in keys() or not same:
+        check_key(name)
+        return name
+    if len(same) > 1:
+        raise ConfigError(f"config: {name!r} may be {' or '.join(same)}; write one of them")
+    return same[0]
+
+
+def closest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str | None:
+    """The known word that is nearly this one, if there is one."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=_SIMILARITY)), None)
+
+
+def _name(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+# Values.
+
+
+def wrong_value(key: str, value: object, network: str | None = None) -> ConfigError:
     """The error for a value that this key may not have."""
-    return ConfigError(f"config.{key}: must be {_FIELDS[key].requirement}, got {value!r}")
+    return ConfigError(f"config.{key}: must be {keys(network)[key].requirement}, got {value!r}")
 
 
-def check_value(key: str, value: object) -> None:
+def check_value(key: str, value: object, network: str | None = None) -> None:
     """Raises ConfigError if this key, which exists, may not have this value."""
-    if not _FIELDS[key].accepts(value):
-        raise wrong_value(key, value)
+    if not keys(network)[key].accepts(value):
+        raise wrong_value(key, value, network)
 
 
 def validate(config: Config, num_devices: int) -> None:
-    """Checks every key and what the keys must be to each other.
+    """Checks every key, and the keys against each other.
 
     Args:
-      config: As a file under `configs/` gives it.
-      num_devices: How many devices a batch is divided among.
+      config: A configuration.
+      num_devices: The number of devices that share a batch.
 
     Raises:
       ConfigError: A key is unknown, missing, of the wrong type or impossible.
     """
     values = dict(leaves(config))
+    network: str = values.get("model.name", "cnn")
+    check_value("model.name", network)
     for key in values:
-        check_key(key)
-    for key, field in _FIELDS.items():
+        check_key(key, network)
+    for key, declared in keys(network).items():
         if key not in values:
-            raise ConfigError(f"config.{key}: is missing; it must be {field.requirement}")
-        check_value(key, values[key])
+            raise ConfigError(f"config.{key}: is missing; it must be {declared.requirement}")
+        check_value(key, values[key], network)
 
-    divisor = 2 ** (len(values["model.features"]) - 1)
+    divisor = NETWORKS[network].size_divisor(config.model)
     if any(side % divisor for side in image_size(config)):
         raise ConfigError(
-            f"config.data.image_size: must be a multiple of {divisor}, so that "
-            f"{len(values['model.features']) - 1} poolings can halve it, "
-            f"got {values['data.image_size']!r}"
+            f"config.data.image_size: must be a multiple of {divisor}, by which the network "
+            f"{network} divides it, got {values['data.image_size']!r}"
         )
     if values["data.crop_ratio"] != 1 and values["data.resize"] != "crop":
         raise ConfigError(
@@ -321,7 +457,7 @@ def validate(config: Config, num_devices: int) -> None:
 
 
 def _check_mixing(values: Mapping[str, Any]) -> None:
-    """Raises ConfigError if images cannot be mixed as often, or there is no other to mix with."""
+    """Raises ConfigError if the probabilities exceed 1, or a batch has too few images to mix."""
     mixup, cutmix = values["augment.mixup_probability"], values["augment.cutmix_probability"]
     if mixup + cutmix > 1:
         raise ConfigError(
@@ -332,26 +468,26 @@ def _check_mixing(values: Mapping[str, Any]) -> None:
     if mixup + cutmix > 0 and batch < 2 * parts:
         raise ConfigError(
             "config.train.batch_size: must be at least twice train.accumulation_steps = "
-            f"{parts}, so that an image has others to be mixed with, got {batch}"
+            f"{parts}, so that each image can be mixed with another one, got {batch}"
         )
 
 
 def _check_parallelism(values: Mapping[str, Any], num_devices: int) -> None:
-    """Raises ConfigError if the devices cannot be arranged so, or not share the batch evenly."""
+    """Raises ConfigError if the mesh does not fit the devices, or the batch the mesh."""
     model, data = values["mesh.model"], values["mesh.data"]
     if num_devices % model:
         raise ConfigError(
             f"config.mesh.model: must divide the number of devices, {num_devices}, got {model}"
         )
-    shares = num_devices // model
-    if data not in (-1, shares):
+    data_devices = num_devices // model
+    if data not in (-1, data_devices):
         raise ConfigError(
-            f"config.mesh.data: {num_devices} devices with mesh.model = {model} make {shares}, "
-            f"got {data}"
+            f"config.mesh.data: {num_devices} devices with mesh.model = {model} make "
+            f"{data_devices}, got {data}"
         )
     batch, parts = values["train.batch_size"], values["train.accumulation_steps"]
-    if batch % (shares * parts):
-        each = f"the {shares} devices that share it" if shares > 1 else ""
+    if batch % (data_devices * parts):
+        each = f"the {data_devices} devices that share it" if data_devices > 1 else ""
         times = f"train.accumulation_steps = {parts}" if parts > 1 else ""
         raise ConfigError(
             f"config.train.batch_size: must be a multiple of "

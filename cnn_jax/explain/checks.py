@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, PyTree
 from cnn_jax.data import Track, no_track
 from cnn_jax.explain.maps import Classes, Images, Maps, maps_by_method, methods_for
 from cnn_jax.inference.predictor import Predictor, predict_pixels
-from cnn_jax.models import layer_names
+from cnn_jax.models.network import layer_names
 
 # Fewer images leave every verdict open; more go into the pointing game alone, which is quick.
 MIN_IMAGES, MAX_IMAGES = 8, 64

@@ -19,7 +19,7 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain.maps import Images
 from cnn_jax.inference import calibration
 from cnn_jax.inference.predictor import BATCH_SIZE, Predictor, predict_pixels
-from cnn_jax.models import stages
+from cnn_jax.models.network import stages
 from cnn_jax.system import runtime
 
 # Exchanges of each feature, and of each region, whose mean counts. The standard error over 64

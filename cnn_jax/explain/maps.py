@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Num, PyTree, UInt8
 
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.predictor import Predictor
-from cnn_jax.models import feature_map_shape, forward, stages
+from cnn_jax.models.network import feature_map_shape, forward, stages
 from cnn_jax.system import runtime
 
 Images = UInt8[np.ndarray, "batch height width 3"]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
 from cnn_jax.inference.images import AnyImage, ImageReader, describe_image, single_images
-from cnn_jax.models import abstract_variables, forward, make_model
+from cnn_jax.models.network import abstract_variables, forward, make_model
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import BundleError, DataError
 

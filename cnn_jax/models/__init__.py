@@ -1,100 +1,56 @@
-"""The networks, by the name that `model.name` gives them."""
+"""The list of networks, without importing any of them.
 
-from collections.abc import Mapping
-from typing import Any, cast
+`--help` and the check of keys read this list before JAX is imported.
+"""
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from cnn_jax.data.preprocessing import Preprocessing, normalize
-from cnn_jax.models.cnn import CNN
-
-MODELS: dict[str, type[nn.Module]] = {"cnn": CNN}
+from cnn_jax.config.keys import Key, boolean, integer, is_int, number
 
 
-def compute_dtype(precision: str) -> jnp.dtype:
-    """The dtype of the network's arithmetic; "auto" asks JAX's default backend."""
-    if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(precision)
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network that `model.name` can choose.
+
+    Attributes:
+      path: The Linen module, as "package.module:Class". Its fields are the keys below,
+        `num_classes` and `dtype`.
+      keys: The section `model` of the configuration, without `name`.
+      size_divisor: The number that must divide the height and the width of its input,
+        given its section.
+    """
+
+    path: str
+    keys: Mapping[str, Key]
+    size_divisor: Callable[[Mapping[str, Any]], int] = lambda section: 1
 
 
-def make_model(config: Mapping[str, Any], num_classes: int, precision: str) -> nn.Module:
-    """A network from the `model` section of a configuration or a bundle."""
-    options = {key: value for key, value in config.items() if key != "name"}
-    options["features"] = tuple(options["features"])
-    return MODELS[config["name"]](
-        num_classes=num_classes, dtype=compute_dtype(precision), **options
-    )
-
-
-def forward(
-    model: nn.Module,
-    variables: Mapping[str, Any],
-    images: Num[Array, "batch height width 3"],
-    preprocessing: Preprocessing,
-) -> Float[Array, "batch classes"]:
-    """Logits of images in grey levels, 0 to 255, with the network in inference mode."""
-    return cast(Array, model.apply(variables, normalize(images, preprocessing)))
-
-
-def stages(
-    model: nn.Module,
-    variables: Mapping[str, Any],
-    images: Num[Array, "batch height width 3"],
-    preprocessing: Preprocessing,
-    offsets: Mapping[str, Array] | None = None,
-) -> dict[str, Array]:
-    """As `forward`, but what each stage of the network makes of the images; see `CNN.stages`."""
-    images = normalize(images, preprocessing)
-    return cast(dict, model.apply(variables, images, offsets=offsets, method="stages"))
-
-
-def feature_map_shape(
-    model: nn.Module, variables: Mapping[str, Any], image_size: tuple[int, int]
-) -> tuple[str, tuple[int, ...]]:
-    """The name and [height, width, channel] of the last stage that is an image."""
-    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    found: list[tuple[str, tuple[int, ...]]] = []
-
-    def run(variables: Mapping[str, Any], images: Array) -> None:
-        # JAX sorts what a function returns by name, so the order is noted within.
-        for name, array in cast(dict, model.apply(variables, images, method="stages")).items():
-            if array.ndim == 4:
-                found.append((name, array.shape[1:]))
-
-    jax.eval_shape(run, variables, images)
-    return found[-1]
-
-
-def layer_names(model: nn.Module, image_size: tuple[int, int]) -> list[str]:
-    """The names of what has parameters, from the image to the logits."""
-    names: list[str] = []
-
-    def init(images: Array) -> None:
-        names.extend(model.init(jax.random.key(0), images)["params"])
-
-    jax.eval_shape(init, jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32))
-    return names
-
-
-def abstract_variables(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
-    """The shapes and dtypes of a network's parameters and statistics; nothing is computed."""
-    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
-
-
-def count_parameters(model: nn.Module, image_size: tuple[int, int]) -> int:
-    """Trainable parameters."""
-    params = abstract_variables(model, image_size)["params"]
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def forward_flops(model: nn.Module, image_size: tuple[int, int]) -> float:
-    """Floating-point operations of one forward pass of one image, as XLA counts them."""
-    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    lowered = jax.jit(model.apply).lower(abstract_variables(model, image_size), images)
-    cost = lowered.cost_analysis()
-    return cost["flops"] if cost else 0.0
+NETWORKS = {
+    "cnn": Network(
+        path="cnn_jax.models.cnn:CNN",
+        keys={
+            "features": Key(
+                default=(32, 64, 128),
+                requirement="one or more channel counts, each 1 or more",
+                accepts=lambda v: (
+                    isinstance(v, tuple | list)
+                    and len(v) > 0
+                    and all(is_int(n) and n > 0 for n in v)
+                ),
+                comment="Channels of each convolution.",
+            ),
+            "dense": integer(256, "Units of the hidden layer; 0: no hidden layer.", low=0),
+            "dropout": number(
+                0.5,
+                "The fraction of hidden units that a training step leaves out.",
+                "from 0 to below 1",
+                lambda v: 0 <= v < 1,
+            ),
+            "batch_norm": boolean(True, "BatchNorm after each convolution."),
+        },
+        # A 2 x 2 pooling follows each convolution but the last.
+        size_divisor=lambda section: 2 ** (len(section["features"]) - 1),
+    ),
+}

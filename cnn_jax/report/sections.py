@@ -14,7 +14,7 @@ from jaxtyping import Int, UInt8
 import cnn_jax
 from cnn_jax.data import pipeline
 from cnn_jax.inference import calibration
-from cnn_jax.models import count_parameters
+from cnn_jax.models.network import count_parameters
 from cnn_jax.report import charts, label_errors, texts, verdicts
 from cnn_jax.report.run import MissingError, Network, Run
 from cnn_jax.training.checkpoint import best_record

@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from cnn_jax.config import schema
+from cnn_jax.config.resolve import resolve
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track, pipeline
 from cnn_jax.data import dataset as datasets
@@ -25,7 +26,7 @@ from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
-from cnn_jax.models import make_model
+from cnn_jax.models.network import make_model
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console, TrainingDisplay
 from cnn_jax.system.errors import ConfigError, Interrupted, TrainingError
@@ -93,7 +94,7 @@ def train_and_evaluate(
         track = heartbeat.following(console.track)
         with sharding.synchronized_errors():
             present = run_directory.read_config(workdir)
-            config = schema.resolve(config, present)
+            config = resolve(config, present)
             changes = run_directory.changes(workdir, present, config)
             heartbeat.beat("opening data")
             dataset = open_dataset(

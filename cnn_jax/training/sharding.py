@@ -91,9 +91,7 @@ def synchronized_errors() -> Iterator[None]:
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(failure is not None))
         if failure is None and failed.any():
-            failure = TrainingError(
-                f"process {failed.argmax()} could not start; see its error message"
-            )
+            failure = TrainingError(f"process {failed.argmax()} could not start; see its message")
     if failure is not None:
         raise failure
 

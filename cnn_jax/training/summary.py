@@ -18,7 +18,7 @@ from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
 from cnn_jax.data.mix import Mixing
-from cnn_jax.models import count_parameters, forward_flops
+from cnn_jax.models.network import count_parameters, forward_flops
 from cnn_jax.system.cli import wrap
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable

@@ -37,13 +37,12 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(
                 f"{error.name} is not installed: pip install 'cnn_jax[tune]' brings it"
             ) from error
-        from cnn_jax.config import schema
         from cnn_jax.system.compilation_cache import keep_compiled
         from cnn_jax.system.runtime import keep_freed_memory
         from cnn_jax.tune.space import load_space
         from cnn_jax.tune.study import Plan, run_study
 
-    config = schema.load(known.config, overrides)
+    config = files.load(known.config, overrides)
     plan = Plan(
         name=known.study,
         config=config,

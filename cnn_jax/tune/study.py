@@ -34,6 +34,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from cnn_jax.config import schema
+from cnn_jax.config.resolve import resolve
 from cnn_jax.config.schema import Config
 from cnn_jax.data.findings import count
 from cnn_jax.system import cli
@@ -199,7 +200,7 @@ def open_study(plan: Plan) -> Study:
 
 def _define(plan: Plan, console: Console) -> dict[str, str]:
     """All that the figures of a study depend on, every key flat, as text."""
-    resolved = schema.resolve(plan.config)
+    resolved = resolve(plan.config)
     dataset = open_dataset(resolved, console.track)
     keys = {
         f"config.{key}": json.dumps(value)

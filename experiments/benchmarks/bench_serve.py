@@ -39,7 +39,7 @@ from serve_peers import LITSERVE
 
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.bundle import Bundle, write_bundle
-from cnn_jax.models import make_model
+from cnn_jax.models.network import make_model
 
 HERE = pathlib.Path(__file__).resolve().parent
 MODEL = {

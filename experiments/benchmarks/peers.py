@@ -88,7 +88,7 @@ class Ours(Peer):
         import jax
 
         from cnn_jax.data.preprocessing import Preprocessing
-        from cnn_jax.models import forward
+        from cnn_jax.models.network import forward
         from cnn_jax.training.optimizer import make_optimizer, make_schedule
         from cnn_jax.training.step import TrainState, TrainStep
 
@@ -130,7 +130,7 @@ class Ours(Peer):
         )
 
     def _model(self, precision: str, dropout: float) -> Any:
-        from cnn_jax.models import make_model
+        from cnn_jax.models.network import make_model
 
         config = {"name": "cnn", "features": FEATURES, "dense": DENSE}
         return make_model({**config, "dropout": dropout, "batch_norm": True}, CLASSES, precision)

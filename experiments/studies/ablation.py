@@ -38,7 +38,7 @@ from typing import Any
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from cnn_jax.config import schema  # noqa: E402
+from cnn_jax.config import files, schema  # noqa: E402
 from cnn_jax.config.schema import Config  # noqa: E402
 from cnn_jax.system import cli  # noqa: E402
 from cnn_jax.system.errors import ConfigError, UserError  # noqa: E402
@@ -194,7 +194,7 @@ def main(argv: Sequence[str]) -> None:
     names = list(GRIDS) if flags.grid == "all" else flags.grid.split(",")
     wanted = choose(names, flags.variants)
     expected = read_expected(flags.expect) if flags.expect else None
-    recipe = schema.load(flags.config, overrides)
+    recipe = files.load(flags.config, overrides)
     flags.workdir.mkdir(parents=True, exist_ok=True)
     runs = [
         Run(flags.workdir / f"{variant}-{seed}", variant, seed, flags.config, tuple(overrides))
@@ -339,7 +339,7 @@ class Run:
         Raises:
           ConfigError: The configuration is impossible.
         """
-        config = schema.load(self.config_file, self.flags())
+        config = files.load(self.config_file, self.flags())
         try:
             schema.validate(config, num_devices=1)
         except ConfigError as error:

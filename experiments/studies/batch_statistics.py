@@ -36,11 +36,12 @@ from jaxtyping import Array, PyTree
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from cnn_jax.config import schema
+from cnn_jax.config import files, schema
+from cnn_jax.config.resolve import resolve
 from cnn_jax.config.schema import Config
 from cnn_jax.data import no_track, pipeline
 from cnn_jax.data.augment import Augmentation
-from cnn_jax.models import make_model
+from cnn_jax.models.network import make_model
 from cnn_jax.system.runtime import compiler_options, keep_freed_memory
 from cnn_jax.training.loop import open_dataset
 from cnn_jax.training.metrics import Metrics
@@ -70,9 +71,9 @@ def main() -> None:
     for seed in range(flags.seeds):
         start = time.perf_counter()
         settings = [f"--config.seed={seed}", f"--config.train.epochs={flags.epochs}"]
-        config = schema.load(flags.config, [*overrides, *settings])
+        config = files.load(flags.config, [*overrides, *settings])
         schema.validate(config, num_devices=1)
-        runs.append(train_and_compare(schema.resolve(config), flags.every))
+        runs.append(train_and_compare(resolve(config), flags.every))
         print(f"seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         if flags.json:
             flags.json.write_text(json.dumps(runs, indent=1) + "\n")

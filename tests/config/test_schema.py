@@ -1,9 +1,15 @@
+import dataclasses
 import importlib.util
+import re
 
 import pytest
 from conftest import REPOSITORY
 
-from cnn_jax.config import schema
+from cnn_jax.config import files, schema
+from cnn_jax.config.keys import choice, integer, number
+from cnn_jax.config.resolve import resolve
+from cnn_jax.models import NETWORKS, Network
+from cnn_jax.models.network import make_model
 from cnn_jax.system.errors import ConfigError
 from configs import default
 
@@ -119,7 +125,7 @@ def test_an_impossible_value_is_one_line_that_names_its_key(key, value):
     assert error.value.exit_code == 2
 
 
-@pytest.mark.parametrize("key", schema._FIELDS)
+@pytest.mark.parametrize("key", schema.keys("cnn"))
 def test_a_wrong_type_or_a_missing_key_is_named(key):
     config = default.get_config()
     section, _, name = key.rpartition(".")
@@ -197,7 +203,7 @@ def test_devices_must_be_able_to_share_the_work(changes, message):
         (
             {"augment.mixup_probability": 0.1, "train.accumulation_steps": 32},
             r"train\.batch_size: must be at least twice train\.accumulation_steps = 32, so that "
-            "an image has others to be mixed with, got 32",
+            "each image can be mixed with another one, got 32",
         ),
     ],
 )
@@ -231,14 +237,73 @@ def test_devices_may_be_arranged_in_any_way_that_fits():
 
 def test_what_is_automatic_is_decided_once():
     config = default.get_config()
-    first = schema.resolve(config)
+    first = resolve(config)
     assert (first.precision, first.optimizer.decay_epochs) == ("float32", 22)
     present = {"precision": "bfloat16", "augment.place": "device", "optimizer.decay_epochs": 7}
-    later = schema.resolve(config, present)
+    later = resolve(config, present)
     assert (later.precision, later.optimizer.decay_epochs) == ("bfloat16", 7)
     assert later.augment.place == "device"
     config.precision, config.optimizer.decay_epochs = "float32", 9
-    asked = schema.resolve(config, present)
+    asked = resolve(config, present)
     assert (asked.precision, asked.optimizer.decay_epochs) == ("float32", 9)
     assert schema.digest(asked) == schema.digest(asked.copy_and_resolve_references())
     assert schema.digest(asked) != schema.digest(later)
+
+
+@pytest.mark.parametrize(("key", "declared"), schema.keys().items())
+def test_the_default_of_a_key_passes_its_check(key, declared):
+    assert declared.accepts(declared.default), key
+    assert re.fullmatch(r"[^\n]{10,}\.", declared.comment), f"{key} needs a sentence"
+
+
+def test_the_keys_of_a_network_are_the_fields_of_its_module():
+    for name, network in NETWORKS.items():
+        model = make_model(schema.default_config(name).model.to_dict(), 3, "float32")
+        fields = {field.name for field in dataclasses.fields(model)}
+        assert fields - {"num_classes", "dtype", "parent", "name"} == set(network.keys)
+
+
+@pytest.fixture
+def other_network(monkeypatch):
+    """A second network, with a key of its own and one that both have."""
+    keys = {
+        "blocks": integer(2, "Residual blocks.", low=1),
+        "dropout": number(0.0, "The dropped fraction.", "below 1", lambda v: v < 1),
+    }
+    other = Network("nowhere:Other", keys, size_divisor=lambda section: 2 ** section["blocks"])
+    monkeypatch.setitem(NETWORKS, "other", other)
+    monkeypatch.setitem(
+        schema._SECTIONS["model"], "name", choice("cnn", "The network.", tuple(NETWORKS))
+    )
+    schema.keys.cache_clear()
+    yield
+    monkeypatch.undo()
+    schema.keys.cache_clear()
+
+
+def test_another_network_brings_its_own_keys(other_network):
+    config = files.load("default", ["--config.model.blocks=3", "--config.model.name=other"])
+    assert config.model.to_dict() == {"name": "other", "blocks": 3, "dropout": 0.0}
+    schema.validate(config, num_devices=1)
+    config.data.image_size = (36, 36)
+    with pytest.raises(ConfigError, match="must be a multiple of 8"):
+        schema.validate(config, num_devices=1)
+
+
+def test_a_key_of_another_network_is_refused(other_network, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"the network cnn has no such key; it has model\.features"
+    ):
+        files.load("default", ["--config.model.blocks=3"])
+    config = files.load("default", ["--config.model.name=other"])
+    with config.unlocked():
+        config.model.features = (1,)
+    with pytest.raises(
+        ConfigError, match=r"the network other has no such key; it has model\.blocks"
+    ):
+        schema.validate(config, num_devices=1)
+    path = tmp_path / "config.json"
+    path.write_text(schema.default_config("other").to_json())
+    assert files.load(str(path)).model.to_dict() == {"name": "other", "blocks": 2, "dropout": 0.0}
+    with pytest.raises(ConfigError, match=r"model\.name: must be one of cnn, other, got 'third'"):
+        files.load("default", ["--config.model.name=third"])

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 from conftest import REPOSITORY
 
-from cnn_jax.config import schema
+from cnn_jax.config import files, schema
 from cnn_jax.system.errors import ConfigError
 from cnn_jax.tune.space import configured
 from configs import default
@@ -173,7 +173,7 @@ def test_what_a_row_says_is_so_whatever_the_recipe():
         assert of[variant]["optimizer.final_learning_rate"] == 1e-3
     assert of["mixup"]["augment.cutmix_probability"] == 0
     assert of["recipe"]["train.batch_size"] == 256
-    config = schema.load(str(DEFAULT.with_name("fast.py")), overrides)
+    config = files.load(str(DEFAULT.with_name("fast.py")), overrides)
     values = dict(schema.leaves(config))
     assert ablation.GRIDS["batch_size"].named(values).variants["recipe"] == "256"
     assert ablation.GRIDS["learning_rate"].named(values).variants["recipe"] == (
@@ -316,7 +316,7 @@ def test_every_table_can_be_made_again(tmp_path, reproduce, file):
     told = done.stdout.splitlines()
     assert f"--expect={file}" in told
     flags = [flag for flag in told if flag.startswith("--config")]
-    config = schema.load(flags[0].removeprefix("--config="), flags[1:])
+    config = files.load(flags[0].removeprefix("--config="), flags[1:])
     epochs = {run["epochs"] for runs in json.loads(file.read_text()).values() for run in runs}
     assert max(epochs) == config.train.epochs
 

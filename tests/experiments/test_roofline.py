@@ -5,8 +5,8 @@ import collections
 import jax
 import pytest
 
-from cnn_jax.models import count_parameters, forward_flops, make_model
 from cnn_jax.models.cnn import CNN
+from cnn_jax.models.network import count_parameters, forward_flops, make_model
 from experiments.benchmarks import roofline
 
 MODEL = CNN(num_classes=10)

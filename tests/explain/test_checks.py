@@ -8,7 +8,7 @@ from test_maps import CLASSES, SIZE, make_predictor
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import checks, maps
 from cnn_jax.inference.predictor import Predictor
-from cnn_jax.models import layer_names
+from cnn_jax.models.network import layer_names
 
 
 class BrightCorner(Predictor):

@@ -6,7 +6,7 @@ from test_checks import BrightCorner
 from test_maps import SIZE, make_predictor
 
 from cnn_jax.explain import features
-from cnn_jax.models import stages
+from cnn_jax.models.network import stages
 
 
 @pytest.fixture(scope="module")

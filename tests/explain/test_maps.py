@@ -9,7 +9,7 @@ from bundles import MODEL, make_bundle
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import maps
 from cnn_jax.inference.predictor import Predictor
-from cnn_jax.models import forward, make_model, stages
+from cnn_jax.models.network import forward, make_model, stages
 
 SIZE = (16, 12)
 

@@ -20,7 +20,7 @@ from cnn_jax.inference import images as image_kinds
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.images import list_images, preprocess_for_inference
 from cnn_jax.inference.predictor import BATCH_SIZE, Predictor, _compiled, predict_batch
-from cnn_jax.models import make_model
+from cnn_jax.models.network import make_model
 from cnn_jax.predict import write_predictions
 from cnn_jax.serve.engine import Program
 from cnn_jax.serve.versions import Version

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax.models import count_parameters, forward_flops, make_model
 from cnn_jax.models.cnn import CNN
+from cnn_jax.models.network import count_parameters, forward_flops, make_model
 
 
 def test_parameters_are_those_of_the_specification_layer_by_layer():

@@ -20,7 +20,7 @@ import pytest
 from conftest import REPOSITORY, write_images
 from PIL import Image
 
-from cnn_jax.config import schema
+from cnn_jax.config.resolve import resolve
 from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.inference import calibration
@@ -29,10 +29,10 @@ from cnn_jax.inference.evaluation import open_as_trained, predict_split
 from cnn_jax.inference.predictor import Predictor, predict_batch
 from cnn_jax.system import signals
 from cnn_jax.system.errors import ConfigError, DataError, Interrupted, TrainingError
-from cnn_jax.training import loop, programs
+from cnn_jax.training import loop
 from cnn_jax.training.loop import train_and_evaluate
 from cnn_jax.training.programs import Programs
-from cnn_jax.training.step import Statistics, update_statistics
+from cnn_jax.training.step import Statistics, TrainStep, update_statistics
 from experiments.checks import chaos
 
 EPOCH_KEYS = {
@@ -86,7 +86,7 @@ def _tiny(image_folder, **changes):
 
 def test_a_run_leaves_what_the_design_says(finished):
     workdir, config, report = finished
-    resolved = json.loads(schema.resolve(config).to_json())
+    resolved = json.loads(resolve(config).to_json())
     assert resolved["train"].pop("steps_per_execution") == 0
     resolved["train"]["steps_per_execution"] = 1  # Since the data is not on an accelerator.
     assert json.loads((workdir / "config.json").read_text()) == resolved
@@ -273,22 +273,22 @@ def test_an_infinite_loss_ends_the_run_and_keeps_the_last_checkpoint(
     image_folder, tmp_path, monkeypatch
 ):
     config = _tiny(image_folder)
-    real_step = programs.train_step
+    real_step = TrainStep.__call__
 
-    def poisoned(state, batch, **kwargs):
-        state, metrics = real_step(state, batch, **kwargs)
+    def poisoned(self, state, batch):
+        state, metrics = real_step(self, state, batch)
         bad = state.step == 9  # In the second epoch.
         return state, metrics.replace(
             loss_sum=jax.numpy.where(bad, jax.numpy.nan, metrics.loss_sum)
         )
 
-    monkeypatch.setattr(programs, "train_step", poisoned)
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
     message = r"the loss is infinite or not a number at step 9, where .* 0\.000\d+\. Try a lower"
     with pytest.raises(TrainingError, match=message):
         train_and_evaluate(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
     # Mended, it goes on from there.
-    monkeypatch.setattr(programs, "train_step", real_step)
+    monkeypatch.setattr(TrainStep, "__call__", real_step)
     train_and_evaluate(config, tmp_path / "run")
     assert len(_history(tmp_path / "run")) == 3
 
@@ -314,10 +314,10 @@ def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs)
 def test_interrupted_right_after_a_step_that_diverged_nothing_is_saved(
     image_folder, tmp_path, monkeypatch
 ):
-    real_step = programs.train_step
+    real_step = TrainStep.__call__
 
-    def diverge(state, batch, **kwargs):
-        state, metrics = real_step(state, batch, **kwargs)  # Its loss is that before the update.
+    def diverge(self, state, batch):
+        state, metrics = real_step(self, state, batch)  # Its loss is that before the update.
         return state.replace(params=jax.tree.map(lambda leaf: leaf / 0, state.params)), metrics
 
     @contextlib.contextmanager
@@ -326,7 +326,7 @@ def test_interrupted_right_after_a_step_that_diverged_nothing_is_saved(
         request.request()
         yield request
 
-    monkeypatch.setattr(programs, "train_step", diverge)
+    monkeypatch.setattr(TrainStep, "__call__", diverge)
     monkeypatch.setattr(signals, "listen", interrupted_at_once)
     with pytest.raises(TrainingError, match="a parameter is infinite or not a number at step 1"):
         train_and_evaluate(_tiny(image_folder), tmp_path / "run")

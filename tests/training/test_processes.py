@@ -212,7 +212,7 @@ def test_a_folder_in_use_is_told_by_the_one_that_asked(image_folder, tmp_path):
         codes, said = _finish(processes)
     assert codes == [2, 1]
     assert f"is in use by process {os.getpid()}" in one_line(said[0])
-    assert "process 0 could not start; it says why" in one_line(said[1])
+    assert "process 0 could not start; see its message" in one_line(said[1])
 
 
 def test_processes_that_were_started_differently_are_told_apart(image_folder, tmp_path):

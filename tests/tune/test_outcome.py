@@ -14,7 +14,7 @@ from fakes import make_plan
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from cnn_jax.config import schema
+from cnn_jax.config import files, schema
 from cnn_jax.tune import outcome, storage
 from cnn_jax.tune.outcome import (
     best_config_text,
@@ -270,7 +270,7 @@ def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
     write_outcome(plan, summary)
     assert json.loads((plan.folder / "study.json").read_text())["best"] == 0
     file = plan.folder / "best.py"
-    loaded = schema.load(str(file))
+    loaded = files.load(str(file))
     params = {"model.dropout": 0.0, "model.features": "(4, 8)"}
     expected = dict(schema.leaves(configured(plan.config, params)))
     found = dict(schema.leaves(loaded))

@@ -1,0 +1,78 @@
+"""Keys of a configuration: default, check and meaning in one line each."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of a configuration.
+
+    Attributes:
+      default: Its value in `configs/default.py`.
+      requirement: The values that it may have, in words, for messages.
+      accepts: Whether it may have a value.
+      comment: Its meaning, one sentence, for `--help`.
+    """
+
+    default: Any
+    requirement: str
+    accepts: Callable[[Any], bool]
+    comment: str
+
+
+def integer(default: int, comment: str, low: int, high: int | None = None) -> Key:
+    """A whole number from `low` to `high`, or without an upper limit."""
+    requirement = f"{low} or more" if high is None else f"from {low} to {high}"
+
+    def accepts(value: Any) -> bool:
+        return is_int(value) and value >= low and (high is None or value <= high)
+
+    return Key(default, f"an integer, {requirement}", accepts, comment)
+
+
+def number(default: float, comment: str, requirement: str, accepts: Callable[[float], bool]) -> Key:
+    """A finite number; `requirement` says in words what `accepts` checks."""
+    return Key(default, f"a number {requirement}", lambda v: is_number(v) and accepts(v), comment)
+
+
+def fraction(default: float, comment: str) -> Key:
+    """A number from 0 to 1."""
+    return number(default, comment, "from 0 to 1", lambda v: 0 <= v <= 1)
+
+
+def numbers(
+    default: Sequence[float], comment: str, requirement: str, accepts: Callable[[float], bool]
+) -> Key:
+    """As many finite numbers as the default has, each of which is accepted."""
+
+    def all_accepted(value: Any) -> bool:
+        is_sequence = isinstance(value, tuple | list) and len(value) == len(default)
+        return is_sequence and all(is_number(v) and accepts(v) for v in value)
+
+    return Key(default, f"{len(default)} numbers {requirement}", all_accepted, comment)
+
+
+def choice(default: str, comment: str, options: Sequence[str]) -> Key:
+    """One of several words."""
+    return Key(default, f"one of {', '.join(options)}", lambda v: v in options, comment)
+
+
+def boolean(default: bool, comment: str) -> Key:
+    """True or False."""
+    return Key(default, "True or False", lambda v: isinstance(v, bool), comment)
+
+
+def text(default: str, comment: str, requirement: str, accepts: Callable[[str], bool]) -> Key:
+    """A string; `requirement` says in words what `accepts` checks."""
+    return Key(default, requirement, lambda v: isinstance(v, str) and accepts(v), comment)
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return (is_int(value) or isinstance(value, float)) and math.isfinite(value)

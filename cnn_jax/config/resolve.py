@@ -1,0 +1,55 @@
+"""A configuration with everything written out that depends on the machine or the directory."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from cnn_jax.config.schema import Config, image_size
+from cnn_jax.data.sources import absolute
+from cnn_jax.models.network import compute_dtype
+from cnn_jax.system.errors import ConfigError
+
+
+def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config:
+    """A copy of a configuration that means the same numbers on every machine.
+
+    `precision` and `augment.place` are no longer "auto", `optimizer.decay_epochs` is no longer
+    0, and paths are absolute. (`train.steps_per_execution` may be 0 until the data is open.)
+
+    Args:
+      config: A configuration.
+      previous: The configuration of the run that is continued, every key with its section's
+        name before it, or None: automatic values stay as they were decided then.
+
+    Raises:
+      ConfigError: Keys contradict each other.
+    """
+    previous = previous or {}
+    resolved = config.copy_and_resolve_references()
+    with resolved.ignore_type():
+        if config.precision == "auto":
+            resolved.precision = previous.get("precision", compute_dtype("auto").name)
+        if not config.optimizer.decay_epochs:
+            resolved.optimizer.decay_epochs = previous.get(
+                "optimizer.decay_epochs", config.train.epochs
+            )
+        if not config.train.steps_per_execution:
+            resolved.train.steps_per_execution = previous.get("train.steps_per_execution", 0)
+        if config.checkpoint.init_from:
+            path = pathlib.Path(config.checkpoint.init_from).expanduser()
+            resolved.checkpoint.init_from = str(path.resolve())
+        resolved.data.source = absolute(config.data.source)
+        resolved.data.image_size = image_size(config)
+        if config.augment.place == "auto":
+            # On a CPU, OpenCV augments in parallel with the step; XLA would delay the step.
+            on_cpu = jax.default_backend() == "cpu"
+            default = "host" if on_cpu else "device"
+            resolved.augment.place = previous.get("augment.place", default)
+        if resolved.augment.place == "host" and config.data.cache == "device":
+            raise ConfigError(
+                "config.data.cache: images on the device can only be augmented there; "
+                "set augment.place=device too"
+            )
+    return resolved

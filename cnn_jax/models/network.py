@@ -1,0 +1,103 @@
+"""Networks as functions: construction, application, shapes and operations."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from cnn_jax.data.preprocessing import Preprocessing, normalize
+from cnn_jax.models import NETWORKS
+
+
+def compute_dtype(precision: str) -> jnp.dtype:
+    """The dtype of the network's arithmetic; "auto" asks JAX's default backend."""
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+def make_model(config: Mapping[str, Any], num_classes: int, precision: str) -> nn.Module:
+    """The network that the section `model` of a configuration or a bundle describes."""
+    module, _, name = NETWORKS[config["name"]].path.partition(":")
+    # JSON has lists only; Linen's fields must be hashable.
+    fields = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key != "name"
+    }
+    network = getattr(importlib.import_module(module), name)
+    return network(num_classes=num_classes, dtype=compute_dtype(precision), **fields)
+
+
+def forward(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: Num[Array, "batch height width 3"],
+    preprocessing: Preprocessing,
+) -> Float[Array, "batch classes"]:
+    """Logits of images in grey levels, 0 to 255, with the network in inference mode."""
+    return cast(Array, model.apply(variables, normalize(images, preprocessing)))
+
+
+def stages(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: Num[Array, "batch height width 3"],
+    preprocessing: Preprocessing,
+    offsets: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
+    """As `forward`, but what each stage of the network makes of the images; see `CNN.stages`."""
+    images = normalize(images, preprocessing)
+    return cast(dict, model.apply(variables, images, offsets=offsets, method="stages"))
+
+
+def feature_map_shape(
+    model: nn.Module, variables: Mapping[str, Any], image_size: tuple[int, int]
+) -> tuple[str, tuple[int, ...]]:
+    """The name and [height, width, channel] of the last stage that is an image."""
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    found: list[tuple[str, tuple[int, ...]]] = []
+
+    def run(variables: Mapping[str, Any], images: Array) -> None:
+        # JAX sorts what a function returns by name, so the order is noted within.
+        for name, array in cast(dict, model.apply(variables, images, method="stages")).items():
+            if array.ndim == 4:
+                found.append((name, array.shape[1:]))
+
+    jax.eval_shape(run, variables, images)
+    return found[-1]
+
+
+def layer_names(model: nn.Module, image_size: tuple[int, int]) -> list[str]:
+    """The names of what has parameters, from the image to the logits."""
+    names: list[str] = []
+
+    def init(images: Array) -> None:
+        names.extend(model.init(jax.random.key(0), images)["params"])
+
+    jax.eval_shape(init, jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32))
+    return names
+
+
+def abstract_variables(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
+    """The shapes and dtypes of a network's parameters and statistics; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def count_parameters(model: nn.Module, image_size: tuple[int, int]) -> int:
+    """Trainable parameters."""
+    params = abstract_variables(model, image_size)["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def forward_flops(model: nn.Module, image_size: tuple[int, int]) -> float:
+    """Floating-point operations of one forward pass of one image, as XLA counts them."""
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    lowered = jax.jit(model.apply).lower(abstract_variables(model, image_size), images)
+    cost = lowered.cost_analysis()
+    return cost["flops"] if cost else 0.0
