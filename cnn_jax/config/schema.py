@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import math
+import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -396,7 +397,23 @@ def _name(key: str) -> str:
 
 def wrong_value(key: str, value: object, network: str | None = None) -> ConfigError:
     """The error for a value that this key may not have."""
-    return ConfigError(f"config.{key}: must be {keys(network)[key].requirement}, got {value!r}")
+    hint = source_hint(value) if key == "data.source" else ""
+    requirement = keys(network)[key].requirement
+    return ConfigError(f"config.{key}: must be {requirement}, got {value!r}{hint}")
+
+
+def source_hint(value: object) -> str:
+    """The source that was probably meant by a path, as the end of a message; "" if it is no path.
+
+    A path has a slash or exists.
+    """
+    if not isinstance(value, str) or not value or SOURCE_PATTERN.fullmatch(value):
+        return ""
+    path = pathlib.Path(value).expanduser()
+    if "/" not in value and not path.exists():
+        return ""
+    is_table = path.suffix.lower() == ".csv"
+    return f"; did you mean {'csv' if is_table else 'folder'}:{value}?"
 
 
 def check_value(key: str, value: object, network: str | None = None) -> None:

@@ -62,6 +62,20 @@ _OUTSIDE = "links out of the folder"
 _ALLOW = "data.allow_outside=True (--allow_outside) follows them"
 _SEEN = "links to what is there already"
 _NO_CLASS = "outside the class folders"
+# The kinds are keys of JSON outputs; messages have these words for one and for several.
+_IN_WORDS = {
+    _OTHER_FORMAT: ("image of another format", "images of other formats"),
+    _SYSTEM: ("file or folder of another program", "files or folders of other programs"),
+    _OUTPUT: ("folder that cnn_jax wrote", "folders that cnn_jax wrote"),
+    _HIDDEN: ("hidden file or folder", "hidden files or folders"),
+    _NO_IMAGE: ("file that is not an image", "files that are not images"),
+    _SPECIAL: ("special file, such as a pipe", "special files, such as pipes"),
+    _UNREADABLE_FOLDER: ("folder that cannot be read", "folders that cannot be read"),
+    _DANGLING: ("broken link", "broken links"),
+    _OUTSIDE: ("link out of the folder", "links out of the folder"),
+    _SEEN: ("link to a file that is listed", "links to files that are listed"),
+    _NO_CLASS: ("image outside the class folders", "images outside the class folders"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +331,7 @@ def open_folder(
     examples = [
         (image, place) for image in images if (place := layout.classify(image.path)) is not None
     ]
-    if len(examples) < len(images):
+    if 0 < len(examples) < len(images):
         ignored[_NO_CLASS] = len(images) - len(examples)
     if not examples:
         hint = "it has images, but no sub-folders" if images else "there are no images in it"
@@ -408,12 +422,20 @@ def _make_source(
     )
 
 
+def count_ignored(ignored: Mapping[str, int]) -> str:
+    """The counts of ignored things in words: "2 hidden files, 1 file that is not an image"."""
+    return ", ".join(
+        f"{number:,} {_IN_WORDS.get(kind, (kind, kind))[number != 1]}"
+        for kind, number in ignored.items()
+    )
+
+
 def describe_ignored(ignored: Mapping[str, int]) -> str:
-    """What is not there because it was left out, as the end of a message; "" if nothing was."""
+    """The counts of ignored things as the end of a message; "" if there are none."""
     if not ignored:
         return ""
-    counts = ", ".join(f"{number:,} {kind}" for kind, number in ignored.items())
-    return f" (left out: {counts}" + (f": {_ALLOW})" if _OUTSIDE in ignored else ")")
+    advice = f": {_ALLOW}" if _OUTSIDE in ignored else ""
+    return f" (left out: {count_ignored(ignored)}{advice})"
 
 
 def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool = False) -> Source:

@@ -15,6 +15,7 @@ from cnn_jax.data.decode import (
     span,
     unknown_white,
 )
+from cnn_jax.data.files import count_ignored
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source
@@ -219,7 +220,7 @@ class Findings:
         copies = f"{count(extra, 'exact copy', 'exact copies')}" if extra else "no exact copies"
         if self.conflicts:
             copies += f" ({count(len(self.conflicts), 'set')} with different labels)"
-        ignored = ", ".join(f"{number:,} {kind}" for kind, number in self.source.ignored.items())
+        ignored = count_ignored(self.source.ignored)
         return [
             f"{unreadable}, {rotated}, {copies}",
             f"largest class {self.imbalance:.1f} times the smallest; ignored: "

@@ -1,10 +1,12 @@
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cnn_jax.config.schema import check_value
 from cnn_jax.data import decode
 from cnn_jax.data.files import check_output, open_csv, open_folder
 from cnn_jax.data.sources import absolute, open_source
@@ -406,6 +408,27 @@ def test_a_pipe_in_a_table_is_not_waited_for(tmp_path):
 def test_a_name_of_no_known_form_is_a_configuration_error(name):
     with pytest.raises(ConfigError, match="a source must be"):
         open_source(name)
+
+
+@pytest.mark.parametrize("make_error", [open_source, lambda name: check_value("data.source", name)])
+def test_a_bare_path_is_answered_with_the_source_that_was_meant(make_error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "labels.CSV").touch()
+    meant = {"photos": "folder:photos", "/nope": "folder:/nope", "labels.CSV": "csv:labels.CSV"}
+    for name, source in meant.items():
+        with pytest.raises(ConfigError, match=re.escape(f"got {name!r}; did you mean {source}?")):
+            make_error(name)
+    with pytest.raises(ConfigError, match=r"got 'nothing'$"):
+        make_error("nothing")
+
+
+def test_images_without_class_folders_are_not_called_outside_of_them(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "1.png")
+    (tmp_path / "notes.txt").touch()
+    message = r"no sub-folders \(left out: 1 file that is not an image\)$"
+    with pytest.raises(DataError, match=message):
+        open_folder(tmp_path)
 
 
 def test_shapes_can_be_shortened():

@@ -58,7 +58,7 @@ def test_what_endangers_the_result_is_a_warning_that_names_the_fix(tmp_path):
     findings = _find(tmp_path)
     assert findings.summary() == [
         "1 unreadable and left out, 2 turned by EXIF, 2 exact copies (1 set with different labels)",
-        "largest class 40.0 times the smallest; ignored: 1 not images",
+        "largest class 40.0 times the smallest; ignored: 1 file that is not an image",
     ]
     warnings = "\n".join(findings.warnings())
     for expected in (
