@@ -18,7 +18,7 @@ from PIL import Image
 from cnn_jax.data import Track, decode, no_track
 from cnn_jax.explain import checks, features
 from cnn_jax.explain.maps import METHODS, method_named, methods_for
-from cnn_jax.explain.overlay import under_map
+from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.inference.images import ImageReader
 from cnn_jax.inference.predictor import BATCH_SIZE, Predictor
 from cnn_jax.report import style, thumbnails
@@ -220,7 +220,7 @@ def _save_overlays(
     image = Image.fromarray(_decode(path, predictor))
     names = {method: f"{number:04d}-{method}.png" for method in maps}
     for method, values in maps.items():
-        under_map(image, values).save(folder / names[method])
+        draw_overlay(image, values, predictor.preprocessing).save(folder / names[method])
     return names
 
 
