@@ -59,7 +59,7 @@ def test_a_file_that_cannot_be_read_does_not_spoil_the_cache(folder, monkeypatch
 def test_a_disk_that_would_be_filled_is_left_alone(folder, monkeypatch, caplog):
     monkeypatch.setattr(datasets.cache, "free_bytes", lambda: 2 * 34_560 - 1)
     assert _open(folder, residency="memory").residency == "memory"
-    assert "they would take more than half of what is free" in caplog.text
+    assert "they would take more than half of the free space" in caplog.text
     caplog.clear()  # Who wants them on the disk gets them there.
     assert _open(folder, residency="disk").residency == "disk"
     assert not caplog.text

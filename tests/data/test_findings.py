@@ -67,7 +67,7 @@ def test_what_endangers_the_result_is_a_warning_that_names_the_fix(tmp_path):
         "1 set of equal images with different labels, such as test/b/copy.png, train/a/5.png: "
         "correct or remove them",
         "1 set of equal images in different splits, such as test/b/copy.png, train/a/5.png, so "
-        "that figures are too good: remove the copies",
+        "the metrics are too good: remove the copies",
         "fewer than three images of rare: not every split can have one; add images or remove",
         "no images of a in test: they count 0 there; add some",
         "the largest class has 40 times the images of the smallest: train.balance=",
@@ -281,7 +281,7 @@ def test_kinds_that_need_different_white_levels_must_be_converted(
 def test_a_refusal_says_that_no_white_level_suits_all(tmp_path):
     _save_values(tmp_path, 4095, np.int32, file_format="tif")
     _save_values(tmp_path, 1, np.float32, file_format="tiff")
-    with pytest.raises(DataError, match="cannot serve all of these images") as error:
+    with pytest.raises(DataError, match="cannot suit all images") as error:
         _find(tmp_path)
     assert "\n" not in str(error.value)
 
