@@ -76,6 +76,8 @@ _IN_WORDS = {
     _OUTSIDE: ("link out of the folder", "links out of the folder"),
     _SEEN: ("link to a file that is listed", "links to files that are listed"),
     _NO_CLASS: ("image outside the class folders", "images outside the class folders"),
+    "without a label": ("example without a label", "examples without a label"),  # tfds.py
+    "in other splits": ("example in another split", "examples in other splits"),  # tfds.py
 }
 
 
@@ -147,8 +149,8 @@ def check_output(flag: str, output: pathlib.Path, data: pathlib.Path) -> None:
     if is_earlier or not list_images(pathlib.Path(folder)).files:
         return
     raise ConfigError(
-        f"{flag}: {output} holds images of the data, and output files in it would become part of the "
-        "data; name another folder"
+        f"{flag}: {output} holds images of the data, and output files in it would become part of "
+        "the data; name another folder"
     )
 
 

@@ -250,8 +250,8 @@ class Findings:
         if torn := self._torn_groups():
             found.append(
                 f"{count(len(torn), 'group')} in several of the data's own splits, such as "
-                f"{printable(torn[0])}, so the metrics are too good: data.keep_splits=False divides "
-                "the data again"
+                f"{printable(torn[0])}, so the metrics are too good: data.keep_splits=False "
+                "divides the data again"
             )
         sizes = sum(self.counts.values())
         small = [self._class(label) for label in np.flatnonzero(np.asarray(sizes) < len(SPLITS))]
