@@ -92,7 +92,7 @@ def open_dataset(
     values = value_ranges(records, preprocessing)
     _check_readable(listing, unreadable, max_unreadable, values)
     records = [records[row] for row in rows]
-    splits = division.of(source, [record.pixels for record in records])
+    splits = division.divide(source, [record.pixels for record in records])
     return Dataset(
         loader=Loader(
             source,

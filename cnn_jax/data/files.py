@@ -97,7 +97,7 @@ class File:
     version: str
 
     @classmethod
-    def of(cls, path: str, status: os.stat_result) -> "File":
+    def from_status(cls, path: str, status: os.stat_result) -> "File":
         changed = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
         return cls(path, status.st_size, "-".join(map(str, changed)))
 
@@ -236,7 +236,7 @@ class _Walk:
 
     def _add_file(self, name: str, status: os.stat_result) -> None:
         self._seen.add((status.st_dev, status.st_ino))
-        self._files.append(File.of(name, status))
+        self._files.append(File.from_status(name, status))
 
     def _follow(self, name: str, link: str) -> None:
         try:
@@ -525,6 +525,6 @@ def _is_inside(folder: str, path: str) -> bool:
 def _status(root: pathlib.Path, path: str) -> File:
     """A file of a table; its size is 0 if it does not exist, and reading it reports that."""
     try:
-        return File.of(path, (root / path).stat())
+        return File.from_status(path, (root / path).stat())
     except (OSError, ValueError):
         return File(path, 0, "")

@@ -255,7 +255,7 @@ def generate(
         try:
             partial.rename(final)
         except OSError:
-            if not final.exists():  # Else another process was faster.
+            if not final.exists():  # If it exists, another process was faster.
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

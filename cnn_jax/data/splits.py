@@ -60,7 +60,7 @@ class Division:
         """
         return group_names(source.paths, self.group, source.name) if self.group else None
 
-    def of(self, source: Source, contents: list[str]) -> dict[str, Int[np.ndarray, " _"]]:
+    def divide(self, source: Source, contents: list[str]) -> dict[str, Int[np.ndarray, " _"]]:
         """Divides the examples of a source; returns the positions of each split.
 
         Args:

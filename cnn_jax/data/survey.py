@@ -272,7 +272,7 @@ def survey(
     values = value_ranges(records, preprocessing)
     source, rows, unreadable = scan.readable(listing, records)
     records = [records[row] for row in rows]
-    splits = division.of(source, [record.pixels for record in records])
+    splits = division.divide(source, [record.pixels for record in records])
     findings = find(source, records, division, splits, unreadable, values)
     alike = _groups(near_components(hashes[rows], thumbnails[rows], distance))
     return Survey(

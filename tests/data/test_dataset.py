@@ -20,7 +20,7 @@ RESIDENCIES = ("none", "disk", "memory", "device")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """60 images of three classes, and a cache of its own."""
+    """A folder with 60 images of three classes, and an empty cache."""
     monkeypatch.setenv("CNN_JAX_CACHE", str(tmp_path / "cache"))
     write_images(tmp_path / "images", per_class=20)
     return tmp_path / "images"
@@ -171,7 +171,7 @@ def test_the_fingerprint_changes_with_the_division(folder):
 
 
 def test_images_that_changed_places_are_seen_to_have_changed(folder):
-    """Their sizes and times of modification are those of before."""
+    """The files keep their sizes and times of modification."""
     first, second = folder / "blue" / "000.png", folder / "blue" / "001.png"
     second.write_bytes(first.read_bytes()[:-1] + b"?")
     for path in (first, second):

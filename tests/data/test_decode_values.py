@@ -21,7 +21,7 @@ from cnn_jax.system.errors import DataError
 
 _RNG = np.random.default_rng(0)
 _DEEP = _RNG.integers(0, 65536, (5, 7, 4), np.uint16)
-_DEEP[0, :3, 0] = (0, 65535, 258)  # Of 258, Pillow's high byte is 1 and the low one 2.
+_DEEP[0, :3, 0] = (0, 65535, 258)  # The high byte of 258 is 1, and its low byte is 2.
 _GREY, _COLOUR = _DEEP[..., 0], _DEEP[..., :3]
 _BYTES = (_DEEP >> 8).astype(np.uint8)
 
@@ -300,7 +300,7 @@ _TABLE = [
     ids=[f"{i} {row[0]}" for i, row in enumerate(_TABLE)],
 )
 def test_every_kind_of_file(encoded, white_level, expected, tmp_path):
-    """As bytes, a path, and a Pillow image: the stated pixels, or the same error."""
+    """Bytes, a path and a Pillow image give the expected pixels, or the same error."""
     path = tmp_path / "image"
     path.write_bytes(encoded)
     if isinstance(expected, str):
@@ -336,7 +336,7 @@ def test_a_loaded_pillow_image_gives_the_same_pixels(encoded, white_level):
     np.testing.assert_array_equal(decode.to_rgb(image, white_level=white_level), expected)
 
 
-def test_of_a_loaded_image_of_16_bit_colours_pillow_has_kept_the_high_bytes():
+def test_a_loaded_16_bit_colour_image_has_only_the_high_bytes():
     image = Image.open(io.BytesIO(_png(_COLOUR, 2, 16)))
     position = image.fp.tell()
     whole = decode.to_rgb(image)

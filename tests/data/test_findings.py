@@ -48,7 +48,7 @@ def test_what_endangers_the_result_is_a_warning_that_names_the_fix(tmp_path):
     for i in range(4):
         _write(tmp_path, f"train/b/{i}.png", 100 + i)
         _write(tmp_path, f"test/b/{i}.png", 200 + i)
-    _write(tmp_path, "test/b/copy.png", 5)  # Of another class, in another split.
+    _write(tmp_path, "test/b/copy.png", 5)  # A copy in another class and another split.
     _write(tmp_path, "train/b/copy of 0.png", 100)
     _write(tmp_path, "train/rare/0.png", 300)
     (tmp_path / "train" / "a" / "bad\n.png").write_bytes(b"")
@@ -145,7 +145,7 @@ def test_shares_that_chance_made_uneven_are_a_warning(tmp_path):
         assert warnings(seed=seed, rule="exact") == []
 
 
-def test_a_single_class_with_sub_folders_names_the_folder_that_is_meant(tmp_path):
+def test_the_error_for_a_single_class_suggests_its_folder(tmp_path):
     for name in ("cat", "dog"):
         _write(tmp_path, f"PetImages/{name}/0.png", 0)
     reason = too_few_classes(open_folder(tmp_path))
@@ -188,9 +188,7 @@ def _value_warnings(folder, **preprocessing):
         (64, np.uint8, None),
     ],
 )
-def test_a_small_part_of_the_range_is_a_warning_with_the_white_level(
-    tmp_path, high, dtype, warning
-):
+def test_dark_images_are_a_warning_with_a_white_level(tmp_path, high, dtype, warning):
     _save_values(tmp_path, high, dtype)
     found = _value_warnings(tmp_path)
     assert len(found) == (warning is not None)
