@@ -313,9 +313,7 @@ def test_verify_tolerates_a_removal(registry, capsys, monkeypatch):
 
     monkeypatch.setattr(Registry, "verify", meanwhile)
     first, second = call(capsys, "verify").splitlines()
-    assert first.startswith(
-        "flowers/1 was not verified: flowers has no version 1 (it was removed)"
-    )
+    assert first.startswith("flowers/1 was not verified: flowers has no version 1 (it was removed)")
     assert second == "flowers/2 is unchanged"
 
 
