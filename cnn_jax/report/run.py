@@ -19,7 +19,7 @@ from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.inference.bundle import read_bundle
 from cnn_jax.inference.evaluation import open_as_trained, predict_split, score
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system.errors import ConfigError, DataError, UserError
 
 # Increase this number when the meaning of a section of metrics.json changes.
@@ -90,7 +90,7 @@ class Network:
         split.
     """
 
-    predictor: Predictor
+    predictor: BundlePredictor
     dataset: Dataset
     probabilities: Mapping[str, Float[np.ndarray, "_ classes"]]
 
@@ -258,7 +258,7 @@ def _open_network(
             "again with the same command."
         )
     try:
-        predictor = Predictor(read_bundle(workdir / "bundle"))
+        predictor = BundlePredictor(read_bundle(workdir / "bundle"))
     except UserError as error:
         raise MissingError(f"The bundle cannot be used: {error}.") from error
     try:
@@ -282,7 +282,9 @@ def _open_network(
     return network
 
 
-def _check_fingerprint(dataset: Dataset, predictor: Predictor, *, is_new_source: bool) -> None:
+def _check_fingerprint(
+    dataset: Dataset, predictor: BundlePredictor, *, is_new_source: bool
+) -> None:
     """Checks that a data set is the data that a bundle was trained on.
 
     Raises:
