@@ -260,7 +260,7 @@ def _save_overlays(
     image = Image.fromarray(_decode(path, predictor))
     names = {method: f"{number:04d}-{method}.png" for method in maps}
     for method, values in maps.items():
-        draw_overlay(image, values).save(folder / names[method])
+        draw_overlay(image, values, predictor.preprocessing).save(folder / names[method])
     return names
 
 

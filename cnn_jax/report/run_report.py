@@ -281,7 +281,7 @@ def _draw_examples(
     for position, values in zip(positions, maps, strict=True):
         if (image := images[position]) is not None:
             path = folder / new_examples[position]["picture"]
-            thumbnails.save_small(draw_overlay(image, values), _map_path(path))
+            thumbnails.save_small(draw_overlay(image, values, preprocessing), _map_path(path))
 
 
 def _map_path(picture: pathlib.Path) -> pathlib.Path:
