@@ -58,7 +58,7 @@ def call(capsys, *arguments):
 
 
 def run(*arguments, **variables):
-    """A command in a process of its own: exit code, stdout and stderr."""
+    """Runs a command in a process; returns exit code, stdout and stderr."""
     result = subprocess.run(
         [sys.executable, "-m", "cnn_jax.registry", *map(str, arguments)],
         capture_output=True,
@@ -313,9 +313,7 @@ def test_verify_tolerates_a_removal(registry, capsys, monkeypatch):
 
     monkeypatch.setattr(Registry, "verify", meanwhile)
     first, second = call(capsys, "verify").splitlines()
-    assert first.startswith(
-        "flowers/1 was not verified: flowers has no version 1 (it was removed)"
-    )
+    assert first.startswith("flowers/1 was not verified: flowers has no version 1 (it was removed)")
     assert second == "flowers/2 is unchanged"
 
 
