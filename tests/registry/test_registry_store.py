@@ -506,7 +506,7 @@ def test_other_names_have_no_creation_time(name):
 
 
 def test_the_memory_store_is_safe_for_threads():
-    """fsspec's memory file system checks and then writes; the lock is in `RemoteStore`."""
+    """The memory file system of fsspec checks and then writes; the lock is in `RemoteStore`."""
 
     class Slow(MemoryFileSystem):
         store, pseudo_dirs = {}, [""]
