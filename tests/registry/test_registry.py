@@ -97,7 +97,7 @@ def test_fetch_returns_an_added_bundle(place, bundles, tmp_path):
         for file in path.iterdir():
             assert (folder / file.name).read_bytes() == file.read_bytes()
         assert version.note == f"note {i}"
-        assert version.bundle.test("accuracy") == pytest.approx(0.4 + i / 10)
+        assert version.bundle.test_metric("accuracy") == pytest.approx(0.4 + i / 10)
         assert version.bundle.size == sum(file.stat().st_size for file in path.iterdir())
         assert (version.bundle.classes, version.bundle.image_size) == (3, (16, 16))
         assert read_bundle(folder).temperature == i
@@ -332,11 +332,11 @@ def test_the_first_add_creates_the_registry(tmp_path, bundles):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is not that of a registry"),
-        ("[]", "is not that of a registry"),
-        ('{"format": "x"}', "is not that of a registry"),
-        ('{"id": 1}', "is not that of a registry"),
-        ('{"format": 2}', "is a registry of a later format"),
+        ("", "does not describe a registry"),
+        ("[]", "does not describe a registry"),
+        ('{"format": "x"}', "does not describe a registry"),
+        ('{"id": 1}', "does not describe a registry"),
+        ('{"format": 2}', "has a later format"),
     ],
 )
 def test_an_invalid_registry_json_is_reported(tmp_path, bundles, text, message):
@@ -402,7 +402,7 @@ def _replace(old, new):
 
 
 def _rewrite(**changes):
-    """Changes an entry, and its own sha256 with it."""
+    """Changes an entry, with a matching sha256."""
 
     def damage(path):
         path.chmod(0o644)
@@ -423,11 +423,11 @@ def _rewrite(**changes):
         (5, _replace(b'"version": 2', b'"version": 3'), "/00000005.json is damaged: its sha256"),
         (6, _replace(b'"version": 3', b'"version": 1'), "/00000006.json is damaged: its sha256"),
         (1, _replace(b"16,", b"Infinity,"), "/00000001.json is damaged: its sha256"),
-        (3, _rewrite(number=4), "/00000003.json is damaged: it says that it is 4"),
-        (5, _rewrite(version=3), "/00000006.json is damaged: the entry before"),
+        (3, _rewrite(number=4), "/00000003.json is damaged: its number is 4"),
+        (5, _rewrite(version=3), "/00000006.json is damaged: its field .previous."),
         (6, _rewrite(version=9), "/00000006.json is damaged: there is no ver"),
         (4, _rewrite(action="prosper"), "/00000004.json is damaged: its action is prosper"),
-        (6, _replace(b'"format": 1', b'"format": 2'), "/00000006.json is of format 2, and this"),
+        (6, _replace(b'"format": 1', b'"format": 2'), "/00000006.json has format 2, but this"),
     ],
 )
 def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, message):
@@ -443,7 +443,7 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
         lambda one: one.add("flowers", bundles[4]),
     ):
         damaged = Registry(registry.url)
-        for _ in range(2):  # It does not become good by being read twice.
+        for _ in range(2):  # The second read must fail too.
             with pytest.raises(RegistryError, match=message) as raised:
                 call(damaged)
             assert "\n" not in str(raised.value)
@@ -556,7 +556,9 @@ def test_a_later_sweep_creates_a_missing_marker(registry, bundles, caplog):
     store = wrapped(root)
     failing(store, ("create", "added"), happens=False, times=100)
     on(store).add("flowers", bundles[3])
-    assert {record.getMessage().partition(",")[0] for record in caplog.records} == {"not marked"}
+    assert {record.getMessage().partition(";")[0] for record in caplog.records} == {
+        "no marker written"
+    }
     assert marks(store) == {}
     registry.refresh()
     path = registry.resolve("flowers", 4).bundle.path
@@ -1348,5 +1350,5 @@ def test_files_that_cannot_be_removed_are_a_warning(registry, caplog):
     store = wrapped(pathlib.Path(registry.url))
     failing(store, ("remove", "bundles"), happens=False)
     on(store).remove("flowers", 1)
-    assert "a later add or remove will try again" in caplog.text
+    assert "a later add or remove tries again" in caplog.text
     assert list(Registry(registry.url).models["flowers"].versions) == [2, 3]
