@@ -641,7 +641,7 @@ def test_adding_a_bundle_again_restores_its_files(place, bundles, caplog, file):
         added = registry.add("flowers", bundles[0])
         assert (added.version, added.is_new) == (version, False)
         (record,) = caplog.records
-        assert record.getMessage().endswith("; its files are put back")
+        assert record.getMessage().endswith("; its files are restored")
         registry.verify(version)
     caplog.clear()
     registry.add("flowers", bundles[0])
