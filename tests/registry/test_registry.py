@@ -692,7 +692,7 @@ def test_a_replaced_registry_is_read_again(registry, bundles, clock, caplog):
     clock[0] += 61
     assert registry.refresh()
     (record,) = caplog.records
-    assert record.getMessage() == f"{root} is another registry than before: it is read anew"
+    assert record.getMessage() == f"{root} was replaced by another registry, which is read now"
     assert outline(registry) == outline(other)
     assert [entry.number for entry in registry.log] == [1]
     clock[0] += 61
