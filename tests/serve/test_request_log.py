@@ -45,7 +45,7 @@ def test_the_log_deletes_its_oldest_rows(version, tmp_path):
 
 
 def test_a_fraction_is_sampled(version, tmp_path):
-    log = RequestLog(tmp_path / "requests.db", share=0.25)
+    log = RequestLog(tmp_path / "requests.db", fraction=0.25)
     for start in range(0, 800, 100):
         offer(log, version, range(start, start + 100))
         while log._waiting.qsize():
