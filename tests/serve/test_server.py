@@ -126,7 +126,7 @@ def test_a_map_as_png(server, predictor, spelling):
     assert found["explanation"]["method"] == "grad_cam"
     with Image.open(io.BytesIO(base64.b64decode(found["explanation"]["png"]))) as shown:
         assert (shown.format, shown.size) == ("PNG", (16, 16))
-        assert len(np.unique_name(np.asarray(shown).reshape(-1, 3), axis=0)) > 10
+        assert len(np.unique(np.asarray(shown).reshape(-1, 3), axis=0)) > 10
     expected = expected_of(predictor, encode(picture()))
     assert found["probability"] == pytest.approx(expected.max(), abs=1e-6)
 
