@@ -58,7 +58,7 @@ def call(capsys, *arguments):
 
 
 def run(*arguments, **variables):
-    """A command in a process of its own: exit code, stdout and stderr."""
+    """Runs a command in a process; returns exit code, stdout and stderr."""
     result = subprocess.run(
         [sys.executable, "-m", "cnn_jax.registry", *map(str, arguments)],
         capture_output=True,
