@@ -71,13 +71,30 @@ def train(
     keep_compiled()
     try:
         train_and_evaluate(wanted, folder, console)
-        report_after_training(folder, wanted, console)
+        page_or_command = report_after_training(folder, wanted, console)
     except KeyboardInterrupt as error:
-        done = str(error).partition(";")[0] or "interrupted"
-        raise Interrupted(
-            f"{done}; the same call with workdir={str(folder)!r} continues"
-        ) from error
-    return Run(folder, folder / "bundle")
+        progress = str(error).partition(";")[0] or "interrupted"
+        message = f"{progress}; the same call with workdir={str(folder)!r} continues"
+        # Without a cause, so that a script shows one traceback, which ends with the message.
+        raise Interrupted(message) from None
+    run = Run(folder, folder / "bundle")
+    console.facts(_results(run, page_or_command))
+    return run
+
+
+def _results(run: "Run", page_or_command: str) -> dict[str, str]:
+    """Returns the lines that end a training: the test metrics and the report.
+
+    Args:
+      run: The finished run.
+      page_or_command: The path of the report, or the command that writes it.
+    """
+    lines = {"report": page_or_command}
+    if test := run.metrics.get("test"):
+        names = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
+        metrics = "  ".join(f"{name} {test[key]:.2%}" for key, name in names.items())
+        lines = {"test": f"{metrics}  loss {test['loss']:.4f}"} | lines
+    return lines
 
 
 def _configured(
@@ -253,15 +270,21 @@ class Predictions(list[Prediction]):
         self.names = names
         self.class_names = class_names
 
+    def _columns(self) -> list[str]:
+        """Returns the column titles; there are at most as many predictions as classes."""
+        ranks = ["predicted", "second", "third"]
+        return ["image", *ranks[: len(self.class_names)]]
+
     def _rows(self) -> list[list[str]]:
         rows = []
         for name, prediction in zip(self.names[:_ROWS_SHOWN], self, strict=False):
             if prediction.probabilities is None:
-                rows.append([name, f"error: {prediction.error}", "", ""])
+                blanks = [""] * (len(self._columns()) - 2)
+                rows.append([name, f"error: {prediction.error}", *blanks])
                 continue
             order = np.argsort(-prediction.probabilities, kind="stable")[:3]
             shown = [f"{self.class_names[i]} {prediction.probabilities[i]:.1%}" for i in order]
-            rows.append([name, *shown, *[""] * (3 - len(shown))])
+            rows.append([name, *shown, *[""] * (len(self._columns()) - 1 - len(shown))])
         return rows
 
     def _rest(self) -> str:
@@ -280,7 +303,7 @@ class Predictions(list[Prediction]):
         return "\n".join([*lines, self._rest()]).rstrip() or "no predictions"
 
     def _repr_html_(self) -> str:
-        return _table(["image", "predicted", "second", "third"], self._rows()) + self._rest()
+        return _table(self._columns(), self._rows()) + self._rest()
 
 
 class Figure:
@@ -315,7 +338,9 @@ class Report:
         self._run = run
 
     def __repr__(self) -> str:
-        return f"<Report {str(self.path)!r}>"
+        test = self._run.metrics.get("test")
+        result = f", test accuracy {test['accuracy']:.2%}" if test else ""
+        return f"<Report {str(self.path)!r}{result}>"
 
     def _repr_html_(self) -> str:
         pictures = "".join(

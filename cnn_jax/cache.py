@@ -6,7 +6,6 @@ prints the folder and the size of each kind of thing in it; --clear removes all 
 Everything there can be made again.
 """
 
-import argparse
 import pathlib
 from collections.abc import Sequence
 
@@ -20,7 +19,7 @@ def _size(path: pathlib.Path) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cnn_jax cache", description="Show or clear what is kept between runs."
     )
     parser.add_argument("--clear", action="store_true", help="remove all of it")

@@ -155,9 +155,7 @@ def percent_interval(interval: Sequence[float]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="cnn_jax evaluate", description="Measure a bundle on a whole split."
-    )
+    parser = cli.Parser(prog="cnn_jax evaluate", description="Measure a bundle on a whole split.")
     add_data_flags(parser)
     flags = parser.parse_args(argv)
 

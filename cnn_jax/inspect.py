@@ -252,10 +252,9 @@ def _white_level(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags; how it divides by default is how training does."""
-    flags = argparse.ArgumentParser(
+    flags = cli.Parser(
         prog="cnn_jax inspect",
         description="Look at a data set before training.",
-        allow_abbrev=False,
     )
     default = Division()
     shares = ",".join(f"{share:g}" for share in default.fractions)

@@ -1,6 +1,5 @@
 """Trains, measures and bundles a classifier."""
 
-import argparse
 import pathlib
 from collections.abc import Sequence
 
@@ -10,7 +9,7 @@ from cnn_jax.system.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="cnn_jax train", description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(prog="cnn_jax train", description=__doc__)
     parser.add_argument(
         "--config",
         type=files.file_name,

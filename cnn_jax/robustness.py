@@ -10,7 +10,6 @@ images' own sharpness, brightness and resolution. --json prints all of it as JSO
 --sample=N takes N of the images, with each class in proportion.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,7 +96,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cnn_jax robustness",
         description="Measure a bundle on a split whose images are corrupted in many ways.",
     )

@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import threading
+import traceback
 
 import numpy as np
 import pytest
@@ -75,6 +76,26 @@ def test_a_run_has_what_was_asked_for(trained, image_folder):
 def test_training_shows_where_the_time_after_it_went(trained, console):
     facts = json.loads((trained.workdir / "report" / "metrics.json").read_text())["run"]
     assert console.shown["time"] == facts["time"]["words"]
+
+
+def test_training_ends_with_the_test_metrics_and_the_report(trained, console):
+    accuracy = trained.metrics["test"]["accuracy"]
+    assert console.shown["test"].startswith(f"accuracy {accuracy:.2%}  precision ")
+    assert console.shown["report"] == str(trained.report.path)
+    assert repr(trained.report) == (
+        f"<Report {str(trained.report.path)!r}, test accuracy {accuracy:.2%}>"
+    )
+
+
+def test_two_classes_have_no_third_prediction():
+    predictions = [
+        Prediction("dog", 0.75, np.array([0.75, 0.25])),
+        Prediction(None, None, None, "cannot be read"),
+    ]
+    table = api.Predictions(predictions, ["a.png", "b.png"], ["dog", "cat"])._repr_html_()
+    assert "<th>second</th></tr>" in table
+    assert "third" not in table
+    assert table.count("<td>") == 6
 
 
 def test_freed_memory_is_kept(tmp_path, monkeypatch):
@@ -187,7 +208,7 @@ def test_a_folder_with_the_name_of_a_source_is_not_ignored(source, tmp_path, mon
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epoch": 3}, "config.epoch: there is no such key"),
+        ({"epoch": 3}, "epoch: there is no such key; did you mean epochs?"),
         ({"train.epoch": 3}, "did you mean train.epochs?"),
         ({"train": 3}, "config.train: is a section"),
         ({"config": "fodler"}, "did you mean folder?"),
@@ -232,6 +253,7 @@ def test_an_interruption_says_how_to_continue(image_folder, tmp_path, monkeypatc
         cnn_jax.train(image_folder, workdir=tmp_path / "run", console=Console(is_silent=True))
     assert f"the same call with workdir='{tmp_path / 'run'}' continues" in str(error.value)
     assert len(error.value._render_traceback_()) == 1
+    assert "".join(traceback.format_exception(error.value)).count("Traceback") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -14,13 +14,13 @@ from conftest import REPOSITORY
 from cnn_jax.inference.bundle import write_bundle
 
 
-def _run(module, *arguments, **options):
+def _run(module, *arguments, cwd=REPOSITORY):
     return subprocess.run(
         [sys.executable, "-m", f"cnn_jax.{module}", *arguments],
-        cwd=REPOSITORY,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        **options,
     )
 
 
@@ -52,11 +52,14 @@ def _tiny_flags(image_folder, workdir, epochs=2):
         (["--workdir=x", "--config.data=3"], "config.data: is a section"),
         (["--workdir=x", "--config.data.source=pictures"], "config.data.source: must be"),
         (["--workdir=/dev/null/x"], "--workdir: cannot use"),
+        (["--workdir=file"], "--workdir: cannot use file: it is a file"),
+        (["--workdir=x", "."], "unexpected argument '.'; write --config.data.source=folder:."),
     ],
 )
 def test_a_usage_error_is_one_line_and_exits_with_2(arguments, message, tmp_path):
+    (tmp_path / "file").touch()
     arguments = [argument.replace("=x", f"={tmp_path / 'x'}") for argument in arguments]
-    result = _run("main", *arguments)
+    result = _run("main", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -98,12 +101,19 @@ def test_a_config_file_that_fails_is_explained(tmp_path):
     assert "undefined_name" in result.stderr.splitlines()[-1]
 
 
-def test_data_that_is_not_there_exits_with_1(tmp_path):
+def test_missing_data_exits_with_2(tmp_path):
     source = f"--config.data.source=folder:{tmp_path / 'nowhere'}"
     result = _run("main", "--config=configs/folder.py", f"--workdir={tmp_path / 'run'}", source)
-    assert result.returncode == 1
+    assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert "there is no folder" in line
+
+
+def test_help_shows_the_values_of_the_configuration():
+    result = _run("main", "--config=folder", "--help")
+    assert "with the values of folder.py" in " ".join(result.stdout.split())
+    assert "  data.source = 'folder:" in result.stdout
+    assert "  data.source = 'folder:" not in _run("main", "--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -119,7 +129,7 @@ def test_help(module, command):
 def test_a_bundle_that_is_not_there(tmp_path):
     for module, flag in (("evaluate", "--split=test"), ("predict", "--input=x.png")):
         result = _run(module, f"--bundle={tmp_path}", flag)
-        assert result.returncode == 1
+        assert result.returncode == 2
         (line,) = result.stderr.splitlines()
         assert "is not a bundle" in line
 

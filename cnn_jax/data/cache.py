@@ -14,12 +14,12 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from cnn_jax.data.decode import Pixels
+from cnn_jax.system.atomic import write_text
 
 # What this package puts into the folder, which may hold other things: whole folders of
 # these names, and in three folders files of these names.
@@ -97,26 +97,10 @@ def write_json(kind: str, key: str, value: Any) -> None:
     Raises:
       OSError: The folder cannot be written, or the disk is full.
     """
-    with _replacing(cache_dir() / kind / f"{key}.json") as aside:
-        aside.write_text(json.dumps(value, ensure_ascii=False), "utf-8", "surrogatepass")
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file that takes the place of `path` at the end, unless there was an error.
-
-    Each process writes a file of its own, so that two of them never mix.
-    """
+    path = cache_dir() / kind / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    os.close(descriptor)
-    aside = pathlib.Path(name)
-    try:
-        yield aside
-        aside.chmod(0o644)  # A temporary file is private; a cache may be shared.
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    text = json.dumps(value, ensure_ascii=False)
+    write_text(path, text, errors="surrogatepass", durable=False, shared=True)
 
 
 def open_pixels(key: str, count: int, image_size: tuple[int, int]) -> np.ndarray | None:

@@ -8,7 +8,6 @@ network's filters, explanations.json, and index.html that shows it all and says 
 each method passes on these images.
 """
 
-import argparse
 import os
 import pathlib
 import sys
@@ -25,7 +24,7 @@ from cnn_jax.system.errors import ConfigError, DataError
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cnn_jax explain", description="Show why a network decides as it does."
     )
     cli.add_input_flags(parser)

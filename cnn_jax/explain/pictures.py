@@ -1,7 +1,6 @@
 """Explanations of image files as pictures, JSON and a page."""
 
 import base64
-import difflib
 import io
 import json
 import math
@@ -22,7 +21,7 @@ from cnn_jax.explain.overlay import under_map
 from cnn_jax.inference.images import ImageReader
 from cnn_jax.inference.predictor import BATCH_SIZE, Predictor
 from cnn_jax.report import style, thumbnails
-from cnn_jax.system.errors import ConfigError, DataError
+from cnn_jax.system.errors import ConfigError, DataError, did_you_mean
 
 # Images whose feature maps are shown, which are many pictures, and images on the page.
 _MAX_WITH_FEATURE_MAPS, _MAX_ON_PAGE = 8, 100
@@ -47,7 +46,7 @@ def choose_methods(predictor: Predictor, names: Sequence[str]) -> list[str]:
         method = method_named(name)
         if method is None:
             raise ConfigError(
-                f"--method: there is no {name!r}{_nearest(name, METHODS)}; there are "
+                f"--method: there is no {name!r}{did_you_mean(name, METHODS)}; there are "
                 f"{', '.join(METHODS)}, and all"
             )
         if method not in allowed:
@@ -69,16 +68,9 @@ def choose_class(predictor: Predictor, name: str) -> int:
     if name not in names:
         some = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         raise ConfigError(
-            f"--class: the bundle has no class {name!r}{_nearest(name, names)}; it has {some}"
+            f"--class: the bundle has no class {name!r}{did_you_mean(name, names)}; it has {some}"
         )
     return names.index(name)
-
-
-def _nearest(name: str, names: Sequence[str] | dict[str, Any]) -> str:
-    """A question whether another name was meant, if one is much alike."""
-    by_folded = {other.casefold(): other for other in names}
-    close = difflib.get_close_matches(name.casefold(), by_folded, n=1)
-    return f", did you mean {by_folded[close[0]]!r}?" if close else ""
 
 
 def explain(

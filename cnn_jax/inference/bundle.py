@@ -24,7 +24,8 @@ from jaxtyping import PyTree
 
 import cnn_jax
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.system.errors import BundleError, of_file
+from cnn_jax.system.atomic import sync
+from cnn_jax.system.errors import BundleError, MissingBundleError, of_file
 
 FORMAT = 2
 _DESCRIPTION = "bundle.json"
@@ -95,7 +96,7 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         with of_file(aside / _DESCRIPTION):
             (aside / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
         for file in (aside / _WEIGHTS, aside / _DESCRIPTION, aside):
-            _to_disk(file)  # A rename may come to the disk before what is renamed.
+            sync(file)  # A rename may come to the disk before what is renamed.
         if path.exists():
             path.rename(replaced)
         aside.rename(path)
@@ -142,7 +143,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
             variables=flax.traverse_util.unflatten_dict(weights, sep="/"),
         )
     except FileNotFoundError as error:
-        raise BundleError(f"{path} is not a bundle: there is no {error.filename}") from error
+        raise MissingBundleError(f"{path} is not a bundle: there is no {error.filename}") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
@@ -181,17 +182,9 @@ def digest(path: str | os.PathLike[str]) -> str:
     try:
         return _sha256(path / _DESCRIPTION)
     except FileNotFoundError as error:
-        raise BundleError(f"{path} is not a bundle: there is no {error.filename}") from error
+        raise MissingBundleError(f"{path} is not a bundle: there is no {error.filename}") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
-
-
-def _to_disk(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -50,17 +50,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cnn_jax registry",
         description="Bundles with names, versions and aliases, and a log of every change.",
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, description: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name, help=description, description=f"{description}.", allow_abbrev=False
-        )
+        made = commands.add_parser(name, help=description, description=f"{description}.")
         made.set_defaults(command=run)
         made.add_argument(
             "--registry",

@@ -15,7 +15,6 @@ Everything here is a pure function of log entries. An entry is a JSON object:
 
 import dataclasses
 import datetime
-import difflib
 import hashlib
 import json
 import re
@@ -23,7 +22,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cnn_jax.system.errors import ConfigError, UserError, printable
+from cnn_jax.system.errors import ConfigError, UserError, did_you_mean, printable
 
 FORMAT = 1
 CHAMPION = "champion"
@@ -228,10 +227,10 @@ def with_digest(models: Models, name: str, digest: str) -> Version | None:
 def _near(name: str, known: Iterable[str]) -> str:
     """What may have been meant, for the end of a message."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3)
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; there are: {', '.join(known[:10]) or 'none'}{', ...' * (len(known) > 10)}"
+    return (
+        did_you_mean(name, known, 3)
+        or f"; there are: {', '.join(known[:10]) or 'none'}{', ...' * (len(known) > 10)}"
+    )
 
 
 def removal(models: Models, name: str, number: int) -> Version:

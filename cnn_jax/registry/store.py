@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from cnn_jax.system.atomic import sync
 from cnn_jax.system.errors import ConfigError, UserError, printable
 
 # Where files lie that are not yet, or no longer, of any use.
@@ -153,7 +154,7 @@ class LocalStore(Store):
     def _link(self, aside: pathlib.Path, path: pathlib.Path) -> None:
         try:
             os.link(aside, path)
-            _to_disk(path.parent)
+            sync(path.parent)
         except FileExistsError:
             raise
         except OSError as error:
@@ -169,7 +170,7 @@ class LocalStore(Store):
         with self._explained(path):
             _make_folder(path.parent)
             _write(path, data)
-            _to_disk(path.parent)
+            sync(path.parent)
 
     def read(self, name: str) -> bytes:
         with self._explained(self._root / name, FileNotFoundError):
@@ -217,7 +218,7 @@ def _make_folder(path: pathlib.Path) -> None:
             path.mkdir(exist_ok=True)
         except FileExistsError as error:
             raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(path)) from error
-        _to_disk(path.parent)
+        sync(path.parent)
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
@@ -227,14 +228,6 @@ def _write(path: pathlib.Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(descriptor)
-
-
-def _to_disk(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RemoteStore(Store):

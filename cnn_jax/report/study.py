@@ -31,7 +31,7 @@ from cnn_jax.report.study_values import (
     scale_of_complete,
     valued,
 )
-from cnn_jax.training.run_directory import write_text
+from cnn_jax.system.atomic import write_text
 
 # A cell without a number sorts below all others. Infinity less infinity would be no number.
 _SORTS_FIRST = -1e300

@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cnn_jax serve", description="Serve a bundle, or versions of a registry."
     )
     add = parser.add_argument

@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import dataclasses
-import difflib
 import time
 from collections.abc import AsyncIterator, Collection, Iterator
 from typing import Any
 
 from starlette.requests import Request
 from starlette.types import Receive
+
+from cnn_jax.system.errors import closest
 
 # Seconds for which a body may pause.
 _PAUSE_SECONDS = 10.0
@@ -70,10 +71,10 @@ def check_query(request: Request, known: Collection[str] = ()) -> None:
     names = [name for name, _ in request.query_params.multi_items()]
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name.lower(), known, n=1)
+            close = closest(name, known)
             hint = "this path takes none"
             if known:
-                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+                hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
             raise Refused(400, "parameter", f"there is no parameter {name[:100]!r}; {hint}")
         if names.count(name) > 1:
             raise Refused(400, "parameter", f"{name}: is given more than once")

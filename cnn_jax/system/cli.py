@@ -17,7 +17,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NoReturn
 
-from cnn_jax.system.errors import ConfigError, Interrupted, UserError, printable
+from cnn_jax.system.errors import (
+    ConfigError,
+    Interrupted,
+    UserError,
+    closest,
+    did_you_mean,
+    printable,
+)
 
 _STDOUT = 1  # The file descriptor.
 # EX_TEMPFAIL of sysexits.h: "temporary failure; the user is invited to retry".
@@ -173,6 +180,80 @@ def _fail(message: str, code: int) -> int:
     message = printable(" ".join(message.splitlines()))
     print(fit(f"error: {message}", sys.stderr), file=sys.stderr)
     return code
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a usage error in one line and suggests what was meant.
+
+    A misspelt flag, choice or sub-command is reported before a missing one. `run` makes
+    exit code 2 of the error. Flags cannot be abbreviated.
+
+    Attributes:
+      open_prefix: Flags that begin with this text are passed on by `parse_known_args`
+        although the parser does not know them; None for no such flags.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+        self.open_prefix: str | None = None
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        arguments = sys.argv[1:] if args is None else list(args)
+        self._check_flags(arguments)
+        return super().parse_known_args(arguments, namespace)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        flags, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise self.unexpected(rest[0])
+        return flags
+
+    def unexpected(self, argument: str) -> ConfigError:
+        """Returns the error for an argument without meaning, with the flag that was meant."""
+        flag, equals, value = argument.partition("=")
+        near = self.suggest(flag) if flag.startswith("-") else None
+        hint = f"did you mean {near}{equals}{value}?" if near else "see --help"
+        return ConfigError(f"unexpected argument {argument!r}; {hint}")
+
+    def suggest(self, flag: str) -> str | None:
+        """Returns the flag that was probably meant, or None."""
+        return closest(flag, self._option_string_actions)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError for an error that argparse found."""
+        message = re.sub(r"^argument ", "", message)
+        required = re.match(r"the following arguments are required: (.*)", message)
+        raise ConfigError(f"{required[1]}: is required; see --help" if required else message)
+
+    def _check_flags(self, arguments: Sequence[str]) -> None:
+        """Raises ConfigError for the first unknown flag.
+
+        argparse itself would report a missing required flag first.
+        """
+        has_commands = self._subparsers is not None
+        for argument in arguments:
+            if argument == "--" or (has_commands and not argument.startswith("-")):
+                return  # The parser of a sub-command checks the arguments after its name.
+            if not argument.startswith("--"):
+                continue
+            is_open = self.open_prefix is not None and argument.startswith(self.open_prefix)
+            if not is_open and argument.partition("=")[0] not in self._option_string_actions:
+                raise self.unexpected(argument)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Checks a value against the choices of its flag, or the name of a sub-command."""
+        if action.choices is None or value in action.choices:
+            return
+        names = [str(choice) for choice in action.choices]
+        flag = "/".join(action.option_strings)
+        what = f"{flag}: there is no" if flag else "there is no command"
+        raise ConfigError(
+            f"{what} {value!r}{did_you_mean(str(value), names)}; there are {', '.join(names)}"
+        )
 
 
 def path(text: str) -> str:

@@ -27,6 +27,7 @@ from cnn_jax.data import Track
 from cnn_jax.data.files import check_output
 from cnn_jax.data.scan import Unreadable
 from cnn_jax.data.sources import listed_folder
+from cnn_jax.system.atomic import write_text
 from cnn_jax.system.errors import ConfigError, of_file, printable
 from cnn_jax.training import sharding
 
@@ -87,7 +88,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         file = _open_lock(workdir)
     except OSError as error:
         _remove_empty(made)
-        raise ConfigError(f"--workdir: cannot use {workdir}: {error.strerror}") from error
+        reason = "it is a file" if workdir.is_file() else error.strerror
+        raise ConfigError(f"--workdir: cannot use {workdir}: {reason}") from error
     with file:
         try:
             yield
@@ -259,30 +261,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def write_text(path: pathlib.Path, text: str, *, survives_power: bool = True) -> None:
-    """Writes a file: the old content or the new, never a part.
-
-    Of several processes only the one that holds the folder may.
-
-    Args:
-      path: The file.
-      text: Its content.
-      survives_power: Whether that holds even if the power fails, for which the disk
-        is waited for.
-    """
-    aside = path.with_name(f".{path.name}.partial")
-    # A file name that is not UTF-8 has surrogates, which become JSON's escapes.
-    with (
-        of_file(path),
-        aside.open("w", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        file.write(text)
-        if survives_power:
-            file.flush()
-            os.fsync(file.fileno())
-    aside.replace(path)
-
-
 class Heartbeat:
     """heartbeat.json: where the run is and when it was there.
 
@@ -310,7 +288,7 @@ class Heartbeat:
         self._last, self._activity = now, activity
         beat = {"time": _now(), "step": self._step, "activity": activity}
         # The next one is due in seconds, and training does not wait for the disk.
-        write_text(self._path, _line(beat | _this_process()), survives_power=False)
+        write_text(self._path, _line(beat | _this_process()), durable=False)
 
     def following(self, track: Track) -> Track:
         """A `track` that also writes the file."""

@@ -76,11 +76,10 @@ def _nothing_to_show(study: Mapping[str, Any], is_over: bool) -> BaseException:
     return UserError(f"no trial has come to its end{yet}{''.join(reasons)}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
         prog="cnn_jax tune",
         description="Search for the hyper-parameters that are best on the validation split.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",

@@ -25,7 +25,7 @@ from cnn_jax.data.findings import count
 from cnn_jax.data.sources import absolute
 from cnn_jax.report.study import write_study_page
 from cnn_jax.report.texts import duration
-from cnn_jax.training.run_directory import write_text
+from cnn_jax.system.atomic import write_text
 from cnn_jax.tune import storage
 from cnn_jax.tune.search import best_value, merit
 from cnn_jax.tune.space import configured, describe, short

@@ -38,11 +38,12 @@ from cnn_jax.config.resolve import resolve
 from cnn_jax.config.schema import Config
 from cnn_jax.data.findings import count
 from cnn_jax.system import cli
+from cnn_jax.system.atomic import write_text
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import ConfigError, DataError, TrainingError, printable
 from cnn_jax.training.checkpoint import History
 from cnn_jax.training.loop import open_dataset, train_and_evaluate
-from cnn_jax.training.run_directory import INDIFFERENT_KEYS, check_apart, write_text
+from cnn_jax.training.run_directory import INDIFFERENT_KEYS, check_apart
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, base_values, configured, describe, short
 
@@ -136,7 +137,8 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--workdir: cannot use {plan.folder}: {error.strerror}") from error
+        reason = "it is a file" if plan.folder.is_file() else error.strerror
+        raise ConfigError(f"--workdir: cannot use {plan.folder}: {reason}") from error
     place = _place(plan)
     study = open_study(plan)
     worker = _Worker(plan, study, console, place)

@@ -41,8 +41,9 @@ sys.path.insert(0, str(REPOSITORY))
 from cnn_jax.config import files, schema  # noqa: E402
 from cnn_jax.config.schema import Config  # noqa: E402
 from cnn_jax.system import cli  # noqa: E402
+from cnn_jax.system.atomic import write_text  # noqa: E402
 from cnn_jax.system.errors import ConfigError, UserError  # noqa: E402
-from cnn_jax.training.run_directory import INDIFFERENT_KEYS, write_text  # noqa: E402
+from cnn_jax.training.run_directory import INDIFFERENT_KEYS  # noqa: E402
 from experiments.studies.ablation_table import METRICS, Grid, draw, make_table  # noqa: E402
 
 # Of this repository, wherever it is called from, and whichever is installed.

@@ -21,6 +21,7 @@ from rich.cells import cell_len
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.system import cli
 from cnn_jax.system.console import table
+from cnn_jax.system.errors import ConfigError, closest, did_you_mean
 
 NAMES = ("grün", "œuvre d'art", "猫 und Hund")
 
@@ -181,3 +182,54 @@ def test_errors_and_warnings_are_broken_between_words():
     assert len(lines) > 4
     # Only a path, which has no place to break it, is longer.
     assert all(len(line) <= 60 or line.startswith("/a/long/path") for line in lines)
+
+
+def _parser():
+    parser = cli.Parser(prog="tool")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add = commands.add_parser("add")
+    add.add_argument("--note")
+    add.add_argument("--split", choices=("train", "test"), required=True)
+    add.add_argument("name")
+    commands.add_parser("list")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND: is required; see --help"),
+        (["ad"], "there is no command 'ad'; did you mean add?; there are add, list"),
+        (["xyz"], "there is no command 'xyz'; there are add, list"),
+        (["--nte=x", "add"], "unexpected argument '--nte=x'; see --help"),
+        (["add", "--nte=x"], "unexpected argument '--nte=x'; did you mean --note=x?"),
+        (["add", "--not=x"], "unexpected argument '--not=x'; did you mean --note=x?"),
+        (["add", "--zzz"], "unexpected argument '--zzz'; see --help"),
+        (["add", "--split=tset"], "--split: there is no 'tset'; did you mean test?; there are"),
+        (["add", "n"], "--split: is required"),
+        (["add", "n", "more", "--split=test"], "unexpected argument 'more'"),
+        (["add", "--note"], "--note: expected one argument"),
+    ],
+)
+def test_a_usage_error_is_one_line_with_a_suggestion(arguments, message, capsys):
+    with pytest.raises(ConfigError) as error:
+        _parser().parse_args(arguments)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_arguments_after_two_dashes_are_not_flags():
+    flags = _parser().parse_args(["add", "--split=test", "--", "--name"])
+    assert (flags.name, flags.split) == ("--name", "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("Flowers", "flowers"), ("flower", "flowers"), ("flwres", "flowers"), ("cars", None)],
+)
+def test_only_a_similar_name_is_suggested(name, suggestion):
+    assert closest(name, ["flowers", "birds"]) == suggestion
+    hint = f"; did you mean {suggestion}?" if suggestion else ""
+    assert did_you_mean(name, ["flowers", "birds"]) == hint
