@@ -1,4 +1,4 @@
-"""The commands of this package, and how they are started.
+"""The list of commands of this package, and the function that starts them.
 
     cnn_jax COMMAND [FLAG ...]
 
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from cnn_jax.system.errors import did_you_mean
 
-# Each command, its module, and what it does.
+# The module and the purpose of each command.
 COMMANDS = {
     "train": ("main", "train, measure and bundle a classifier"),
     "inspect": ("inspect", "look at a data set before training"),
@@ -21,9 +21,9 @@ COMMANDS = {
     "explain": ("explain", "show what a network looks at"),
     "robustness": ("robustness", "measure a bundle on corrupted images"),
     "tune": ("tune", "search for better hyper-parameters"),
-    "registry": ("registry", "keep bundles as versions with names"),
+    "registry": ("registry", "keep versions of bundles under names"),
     "serve": ("serve", "answer requests over HTTP"),
-    "cache": ("cache", "show and clear what is kept between runs"),
+    "cache": ("cache", "show or clear the files kept between runs"),
 }
 
 

@@ -44,7 +44,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max_unreadable",
-        type=cli.share,
+        type=cli.fraction,
         metavar="RATIO",
         help="ratio of images that may be unreadable, 0 to 1; as in training if not given",
     )

@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 import cnn_jax
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.system.atomic import sync
-from cnn_jax.system.errors import BundleError, MissingBundleError, of_file
+from cnn_jax.system.errors import BundleError, MissingBundleError, file_errors
 
 FORMAT = 2
 _DESCRIPTION = "bundle.json"
@@ -81,7 +81,7 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         # safetensors 0.8 writes the memory of other arrays as it lies there. (Not
         # ascontiguousarray, which makes a vector of a scalar.)
         weights = {name: np.asarray(array, order="C") for name, array in flat.items()}
-        with of_file(aside / _WEIGHTS):
+        with file_errors(aside / _WEIGHTS):
             (aside / _WEIGHTS).write_bytes(safetensors.numpy.save(weights))
         description = {"format": FORMAT} | {
             field.name: getattr(bundle, field.name)
@@ -93,7 +93,7 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         description["files"] = {_WEIGHTS: {"sha256": _sha256(aside / _WEIGHTS)}}
         text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
         # A name that is not UTF-8 has surrogates, which become JSON's own escapes.
-        with of_file(aside / _DESCRIPTION):
+        with file_errors(aside / _DESCRIPTION):
             (aside / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
         for file in (aside / _WEIGHTS, aside / _DESCRIPTION, aside):
             sync(file)  # A rename may come to the disk before what is renamed.

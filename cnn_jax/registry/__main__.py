@@ -137,7 +137,7 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
         promote.add_argument(
             f"--min_{figure}",
             f"--min-{figure}",
-            type=cli.share,
+            type=cli.fraction,
             metavar="SHARE",
             help=f"refuse a version whose test {figure} is less, 0 to 1",
         )

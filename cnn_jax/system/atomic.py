@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO
 
-from cnn_jax.system.errors import of_file
+from cnn_jax.system.errors import file_errors
 
 
 def write_text(
@@ -67,7 +67,7 @@ def replacing(
         temporary = path.with_name(f".{path.name}.partial")
         file = temporary.open("wb")
     try:
-        with of_file(path):
+        with file_errors(path):
             with file:
                 yield file
                 if durable:

@@ -1,4 +1,4 @@
-"""What all commands share: their start and end, flags, and output."""
+"""Parts that all commands share: start and end, flags, and output."""
 
 import argparse
 import codecs
@@ -35,15 +35,20 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoReturn:
     """Runs a command's `main` on the command line's arguments, and exits.
 
-    The exit code is 0 when all was done, 2 after a usage or configuration error
-    (argparse exits with 2 as well), `if_interrupted` after Ctrl-C or SIGTERM, and 1
-    after any other failure. Of an error that the user can mend, one line is shown.
+    A `UserError` is printed as one line.
+
+    Args:
+      main: The command; it takes the arguments without the program's name.
+      if_interrupted: The exit code after Ctrl-C or SIGTERM.
+
+    The other exit codes are 0 after success, 2 if the command line or the configuration must
+    be changed, and 1 after any other failure.
     """
     messages = logging.StreamHandler()
     messages.setFormatter(_MessageFormatter("%(levelname)s: %(message)s"))
     # force=True removes the handler that absl added when Orbax imported it.
     logging.basicConfig(handlers=[messages], level=logging.WARNING, force=True)
-    # Not for users: Orbax (by absl), asyncio and Pillow log what is raised as well.
+    # Pillow, Orbax (through absl) and asyncio log errors that they also raise.
     for library, level in (
         ("PIL", "CRITICAL"),
         ("absl", "CRITICAL"),
@@ -51,15 +56,15 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
         ("tensorboardX", "ERROR"),
     ):
         logging.getLogger(library).setLevel(level)
-    sys.unraisablehook = _hide_late_callbacks
-    # Pillow warns of what it makes good; what it cannot is an error.
+    sys.unraisablehook = _hide_late_callback_errors
+    # Pillow warns of faults that it corrects, and raises an error for all others.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if sys.stdout is not None:
         codecs.register_error("cnn_jax.escape", _escape)
         sys.stdout.reconfigure(errors="cnn_jax.escape")  # type: ignore[attr-defined]
     for name in _INTERRUPTS:
         signal.signal(name, interrupt)
-    are_all_done = False  # Of the processes of a run.
+    are_all_done = False  # Whether all processes of the run have ended their work.
     try:
         main(sys.argv[1:])
         code, are_all_done = 0, True
@@ -68,32 +73,34 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     except KeyboardInterrupt as error:
         print("interrupted" + (f": {error}" if error.args else ""), file=sys.stderr)
         code, are_all_done = if_interrupted, isinstance(error, Interrupted)
-    except BrokenPipeError:  # Whoever read the output has seen enough.
+    except BrokenPipeError:  # The reader of the output, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         code = 0
     except OSError as error:
         if error.errno is None:
             raise
         where = error.filename or "a file"
-        advice = "; with room again, start the same command" * (error.errno == errno.ENOSPC)
+        advice = "; free some space, then start the same command again" * (
+            error.errno == errno.ENOSPC
+        )
         code = _fail(f"{where}: {error.strerror}{advice}", 1)
     except Exception:
-        if not _is_one_of_many():
+        if not _has_other_processes():
             raise
         traceback.print_exc()
         code = 1
-    if not are_all_done and _is_one_of_many():
-        # A normal exit would wait for the other processes, and they for this one.
+    if not are_all_done and _has_other_processes():
+        # A normal exit would wait for the other processes, which wait for this one.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    r"""The error handler of stdout: encodes a character that its encoding does not have.
+    r"""Replaces a character that the encoding of stdout does not have; an error handler.
 
-    A byte of a file name that is not UTF-8 stays that byte; any other character becomes its
-    escape, such as \u732b.
+    A byte of a file name that is not UTF-8 stays the same byte; any other character becomes
+    an escape sequence, such as \u732b.
     """
     assert isinstance(error, UnicodeEncodeError)
     error.end = error.start + 1
@@ -112,17 +119,19 @@ class _MessageFormatter(logging.Formatter):
 
 
 def columns() -> int:
-    """The width of the terminal ($COLUMNS, if set); 80 where there is none."""
+    """Returns the width of the terminal, or $COLUMNS; 80 without a terminal."""
     return shutil.get_terminal_size().columns
 
 
 def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
-    """A line in parts that are no wider, unless a single word is.
+    """Breaks a line between words into parts that are at most `width` columns wide.
+
+    A single word that is wider than `width` is a part.
 
     Args:
-      line: The line. Spaces within a part stay as they are.
-      width: Columns of the terminal; None for any number.
-      indent: Spaces before each part but the first.
+      line: The line. Spaces within a part are unchanged.
+      width: Columns of the terminal; None for no limit.
+      indent: Spaces before each part except the first.
     """
     from rich.cells import cell_len  # Characters of some scripts take two columns.
 
@@ -138,31 +147,34 @@ def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
 
 
 def fill(text: str, width: int) -> str:
-    """Breaks a line between words, so that no part is wider than the width if that can be."""
+    """Breaks a line as `wrap` does, and returns the parts as one text."""
     return "\n".join(wrap(text, width))
 
 
 def fit(text: str, file: Any) -> str:
-    """Breaks a line between words if `file`, a text file or None, is a terminal."""
+    """Breaks a line between words if `file` (a text file or None) is a terminal."""
     return fill(text, columns()) if file is not None and file.isatty() else text
 
 
-def _hide_late_callbacks(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Hides that threads of TensorStore find Orbax gone after it has raised why it failed."""
+def _hide_late_callback_errors(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Hides errors of TensorStore's threads after Orbax has raised the real error and ended."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
-    """The signal handler of a command: the first one cleans up, the second ends it at once."""
+    """Handles a command's first signal with KeyboardInterrupt; the second ends the process."""
     for name in _INTERRUPTS:
         signal.signal(name, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Signals come at the end of what is within: an import that is broken off says nonsense."""
+def blocked_interrupts() -> Iterator[None]:
+    """Blocks SIGINT and SIGTERM inside the context.
+
+    An interrupted import would raise a misleading error.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
     try:
         yield
@@ -170,8 +182,8 @@ def interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _is_one_of_many() -> bool:
-    """Whether this process is connected to others by `jax.distributed`."""
+def _has_other_processes() -> bool:
+    """Returns whether `jax.distributed` connects this process to others."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
@@ -257,21 +269,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> str:
-    """The argparse type of a path: not empty, and `~` is the home folder."""
+    """Converts a flag to a path, with `~` as the home folder; an argparse type."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return str(pathlib.Path(text).expanduser())
 
 
 def add_bundle_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag --bundle of a command that uses a trained network."""
+    """Adds the flag --bundle, which names a trained network."""
     parser.add_argument(
-        "--bundle", required=True, type=path, metavar="RUN", help="a run, or its bundle RUN/bundle"
+        "--bundle",
+        required=True,
+        type=path,
+        metavar="RUN",
+        help="the folder of a run or of a bundle",
     )
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a command that reads images with a trained network."""
+    """Adds --bundle and the flags that name the images to read."""
     add_bundle_flag(parser)
     parser.add_argument(
         "--input",
@@ -283,27 +299,27 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         help="images, folders of images, and patterns such as 'photos/*.jpg'",
     )
     parser.add_argument(
-        "--allow_outside", action="store_true", help="follow links out of the folder"
+        "--allow_outside", action="store_true", help="follow links that lead out of the folder"
     )
 
 
 def natural(text: str) -> int:
-    """The argparse type of an integer, 0 or more."""
+    """Converts a flag to an integer, 0 or more; an argparse type."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be an integer, 0 or more, got {text!r}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """The argparse type of an integer, 1 or more."""
+    """Converts a flag to an integer, 1 or more; an argparse type."""
     number = natural(text)
     if not number:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return number
 
 
-def share(text: str) -> float:
-    """The argparse type of a number from 0 to 1."""
+def fraction(text: str) -> float:
+    """Converts a flag to a number from 0 to 1; an argparse type."""
     try:
         value = float(text)
     except ValueError:
@@ -315,7 +331,7 @@ def share(text: str) -> float:
 
 @contextlib.contextmanager
 def open_output(path: str | None) -> Iterator[IO[str]]:
-    """A text file to write to, or stdout if `path` is None.
+    """Opens a text file for writing, or yields stdout if `path` is None.
 
     Raises:
       ConfigError: The file cannot be created, or stdout is closed.
@@ -337,7 +353,7 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
 
 
 def write_json(value: Any, file: IO[str]) -> None:
-    """Writes a value as JSON, with escapes where the file's encoding lacks a character."""
+    """Writes a value as JSON, in ASCII if the encoding of the file lacks a character."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(getattr(file, "encoding", None) or "utf-8")

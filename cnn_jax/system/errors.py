@@ -61,8 +61,11 @@ class MissingBundleError(BundleError):
 
 
 @contextlib.contextmanager
-def of_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Adds the file's name to an OSError without one: `write` only knows a file descriptor."""
+def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Adds the name of a file to each OSError inside the context that has none.
+
+    Functions such as `write` only know a file descriptor.
+    """
     try:
         yield
     except OSError as error:

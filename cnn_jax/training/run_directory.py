@@ -28,7 +28,7 @@ from cnn_jax.data.files import check_output
 from cnn_jax.data.scan import Unreadable
 from cnn_jax.data.sources import listed_folder
 from cnn_jax.system.atomic import write_text
-from cnn_jax.system.errors import ConfigError, of_file, printable
+from cnn_jax.system.errors import ConfigError, file_errors, printable
 from cnn_jax.training import sharding
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _open_lock(workdir: pathlib.Path) -> IO[str]:
         file.close()
         workdir.mkdir(parents=True, exist_ok=True)
         return _open_lock(workdir)
-    with of_file(path):
+    with file_errors(path):
         file.truncate(0)
         file.write(json.dumps(_this_process() | {"since": _now()}))
         file.flush()
@@ -318,7 +318,7 @@ class EpochLog:
         self._folder.mkdir(exist_ok=True)
         # Not SummaryWriter: the thread that it writes in dies of a full disk, with a traceback
         # of its own, and the tenth event after that waits for it for ever.
-        with of_file(self._folder):
+        with file_errors(self._folder):
             self._events = EventsWriter(str(self._folder / "events"))
         for record in history:
             self._write_events(record)
@@ -326,13 +326,13 @@ class EpochLog:
     def append(self, record: Mapping[str, Any]) -> None:
         if self._events is None:
             return
-        with of_file(self._path), self._path.open("a", encoding="utf-8") as file:
+        with file_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
         self._write_events(record)
 
     def _write_events(self, record: Mapping[str, Any]) -> None:
         assert self._events is not None
-        with of_file(self._folder):
+        with file_errors(self._folder):
             for key, value in record.items():
                 if key in ("step", "epoch"):
                     continue
@@ -347,7 +347,7 @@ class EpochLog:
 
     def close(self) -> None:
         if self._events is not None:
-            with of_file(self._folder):
+            with file_errors(self._folder):
                 self._events.close()
 
 

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     files.find(known.config)
     space = files.find(known.space, "--space", "spaces")
     start = time.monotonic()
-    with cli.interrupts_held_back():
+    with cli.blocked_interrupts():
         # Imported late, so that a wrong flag is reported at once.
         try:
             import optuna  # noqa: F401
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     keep_freed_memory()
     keep_compiled()
     study = run_study(plan)
-    with cli.interrupts_held_back():
+    with cli.blocked_interrupts():
         # Imported later still: what it needs takes seconds that the trials need not wait for.
         from cnn_jax.tune.outcome import conclude, show_outcome
     outcome = conclude(plan, study)

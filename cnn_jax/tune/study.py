@@ -320,7 +320,7 @@ class _Worker:
                 except UpdateFinishedTrialError:
                     # Nothing was heard of it for hours, as of a machine that slept.
                     self._say(number, "another worker has given it up")
-            with cli.interrupts_held_back():  # Which JAX's own callbacks would swallow.
+            with cli.blocked_interrupts():  # Which JAX's own callbacks would swallow.
                 # Programs of a trial are of no use to the next one.
                 jax.clear_caches()
                 gc.collect()

@@ -120,7 +120,7 @@ def test_the_users_wish_comes_first(folder, tmp_path, wish):
 
 def test_the_old_and_the_too_much_are_swept_away(folder, monkeypatch):
     monkeypatch.setenv("CNN_JAX_CACHE", str(folder.parent))
-    monkeypatch.setattr(compilation_cache, "_MOST_BYTES", 250)
+    monkeypatch.setattr(compilation_cache, "_MAX_BYTES", 250)
     folder.mkdir(parents=True)
     names = [f"jit_f-{i:064x}-cache" for i in range(5)]
     for days, name in zip((1, 2, 3, 31), names, strict=False):
@@ -130,7 +130,7 @@ def test_the_old_and_the_too_much_are_swept_away(folder, monkeypatch):
     os.utime(folder / "notes.txt", (0, 0))
     compilation_cache._sweep()
     assert {path.name for path in folder.iterdir()} == {*names[:2], "notes.txt"}
-    monkeypatch.setattr(compilation_cache, "_MOST_BYTES", 10_000)
+    monkeypatch.setattr(compilation_cache, "_MAX_BYTES", 10_000)
     os.utime(folder / names[0], (time.time() - 31 * 86400,) * 2)
     compilation_cache._sweep()
     assert {path.name for path in folder.iterdir()} == {names[1], "notes.txt"}
