@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> None:
         type=files.file_name,
         default="default",
         metavar="FILE",
-        help="a configuration file, RUN/config.json, or the name of a shipped configuration (default)",
+        help="a file, RUN/config.json, or a shipped configuration (default)",
     )
     parser.add_argument("--workdir", type=cli.path, metavar="DIR", help="the run's folder")
     parser.add_argument("--profile", action="store_true", help="record a trace of a few steps")

@@ -277,7 +277,7 @@ def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
     assert found == expected
     assert list(found) == list(expected)
     assert list(map(type, found.values())) == list(map(type, expected.values()))
-    # Nor is anything but the validation split looked at by the study alone.
+    # The study itself only uses the validation split.
     assert found["report.splits"] == ("train", "validation", "test")
     # The command in it can be given to a shell.
     text = ast.get_docstring(ast.parse(file.read_bytes()))
@@ -292,7 +292,7 @@ def test_the_best_configuration_says_where_it_comes_from_and_what_was_tuned(plan
         '"""The best of 7 trials of the study fake.\n\n'
         "    cnn_jax train --config=s/best.py --workdir=runs/fake\n\n"
         "Number 0, with validation_accuracy 0.7000 after 3 epochs.\n"
-        "The test split was not looked at.\n"
+        "The test split was not used.\n"
         '"""\n'
     )
     tuned = [line.strip() for line in text.splitlines() if "# Tuned." in line]

@@ -39,7 +39,7 @@ SPACE = {
     ],
 )
 def test_the_best_third_goes_on(value, others, expected):
-    assert search.goes_on(value, others) is expected
+    assert search.is_promoted(value, others) is expected
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from optuna.storages import JournalStorage, RDBStorage
 
 from cnn_jax.system.errors import ConfigError
 from cnn_jax.tune import storage
-from cnn_jax.tune.storage import StorageError, in_file, open_storage, patiently
+from cnn_jax.tune.storage import StorageError, call_with_retries, open_storage, sqlite_url
 
 SECRET = "s3cret"
 
@@ -56,7 +56,7 @@ def database_error():
 )
 def test_a_storage_that_is_away_for_a_while_is_waited_for(clock, error):
     call = Away(5, error)
-    assert patiently(call, 60, "Nothing is lost") == "result"
+    assert call_with_retries(call, 60, "Nothing is lost") == "result"
     assert call.calls == 6
     assert clock == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
 
@@ -64,7 +64,7 @@ def test_a_storage_that_is_away_for_a_while_is_waited_for(clock, error):
 def test_pauses_do_not_grow_without_end_and_the_last_one_ends_in_time(clock):
     call = Away(1000)
     with pytest.raises(StorageError):
-        patiently(call, 60, "Nothing is lost")
+        call_with_retries(call, 60, "Nothing is lost")
     assert max(clock) == 2.0
     assert sum(clock) == pytest.approx(60)
     assert call.calls == len(clock) + 1
@@ -72,17 +72,17 @@ def test_pauses_do_not_grow_without_end_and_the_last_one_ends_in_time(clock):
 
 def test_the_wait_is_told_once(clock, caplog):
     with caplog.at_level(logging.WARNING):
-        patiently(Away(5), 60, "Nothing is lost")
+        call_with_retries(Away(5), 60, "Nothing is lost")
     messages = [record.getMessage() for record in caplog.records]
     assert messages == ["the study's storage does not answer (Connection refused); trying for 60 s"]
 
 
 def test_a_storage_that_stays_away_is_told_in_one_line_with_what_is_safe(clock):
     with pytest.raises(StorageError) as raised:
-        patiently(Away(1000, database_error()), 5, "The trial is saved in here")
+        call_with_retries(Away(1000, database_error()), 5, "The trial is saved in here")
     assert str(raised.value) == (
         "the study's storage has not answered for 5 s (server closed the connection unexpectedly)."
-        " The trial is saved in here; the same command goes on once it is back"
+        " The trial is saved in here; start the same command again when the storage is available"
     )
     assert raised.value.exit_code == 1
 
@@ -90,7 +90,7 @@ def test_a_storage_that_stays_away_is_told_in_one_line_with_what_is_safe(clock):
 def test_what_is_no_matter_of_the_storage_is_raised_at_once(clock):
     call = Away(1, KeyError("a bug"))
     with pytest.raises(KeyError):
-        patiently(call, 60, "Nothing is lost")
+        call_with_retries(call, 60, "Nothing is lost")
     assert call.calls == 1
     assert not clock
 
@@ -174,7 +174,7 @@ def test_a_file_keeps_what_it_was_given_whatever_its_name(tmp_path, form, name):
     path = tmp_path / "new" / name
     if form == "sqlite":
         path.parent.mkdir()
-    url = in_file(path) if form == "sqlite" else f"journal:{path}"
+    url = sqlite_url(path) if form == "sqlite" else f"journal:{path}"
     opened = open_storage(url)
     assert isinstance(opened, RDBStorage if form == "sqlite" else JournalStorage)
     add_study(opened).set_user_attr("key", "value")
@@ -223,7 +223,7 @@ def test_a_line_that_was_cut_off_does_not_spoil_a_journal(tmp_path, torn):
 
 def test_workers_that_begin_at_once_find_each_others_tables(tmp_path, monkeypatch):
     """Between the look whether a table is there and its making comes another's."""
-    url = in_file(tmp_path / "study.db")
+    url = sqlite_url(tmp_path / "study.db")
     make, collisions = storage.RDBStorage, []
 
     def collide(*args, **kwargs):
@@ -280,7 +280,7 @@ def test_the_log_of_the_tests_is_a_storage():
     log.before = fail
     start = time.monotonic()
     with pytest.raises(StorageError, match=r"\(0 entries\)"):
-        patiently(lambda: add_study(log.open()), 0.1, "")
+        call_with_retries(lambda: add_study(log.open()), 0.1, "")
     assert time.monotonic() - start >= 0.1
 
 

@@ -157,7 +157,7 @@ def test_the_result_is_on_stdout_and_progress_on_stderr(tune, tmp_path, capsys):
     assert len([line for line in lines if " complete  " in line or " pruned  " in line]) == 4
     assert lines[-3].startswith("best        trial ")
     assert "4 trials of at most 3 epochs, best by validation_accuracy" in err
-    assert "shapes; the test split is not looked at" in err
+    assert "shapes; the test split is not used" in err
     assert "optimizer.learning_rate  0.001 to 0.03, logarithmic" in err
     assert "model.features           (4,)" in err
     assert "pruning     hyperband, judged after epochs 1; or never" in err
@@ -207,7 +207,7 @@ def test_a_time_budget_ends_it_as_usual(tune, patched, capsys):
 
 def test_a_time_budget_that_is_up_before_anything_is_there_says_start_me_again(tune, patched):
     patched.before_epoch = lambda number, epoch: time.sleep(1)
-    with pytest.raises(Interrupted, match="time was up before a trial came to its end"):
+    with pytest.raises(Interrupted, match="the time is over and no trial has finished"):
         tune("--pruner=none", "--time_budget=1")
 
 

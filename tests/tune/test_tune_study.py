@@ -175,7 +175,7 @@ def test_another_study_of_the_same_name_is_refused(tmp_path, log, trainer, chang
     with pytest.raises(ConfigError) as raised:
         run(make_plan(tmp_path, trials=9, **changes))
     assert message in str(raised.value)
-    assert str(raised.value).startswith("--study: fake was begun otherwise (")
+    assert str(raised.value).startswith("--study: fake exists with another definition (")
     assert str(raised.value).endswith("); give this one another name")
     assert log.lines[: len(lines)] == lines
     assert len(run(make_plan(tmp_path, trials=9)).trials) == 9
@@ -250,7 +250,7 @@ def test_of_two_workers_that_name_a_place_at_once_the_first_one_counts(tmp_path,
         link(source, target)
 
     monkeypatch.setattr(os, "link", be_late)
-    assert studies._place(make_plan(tmp_path)) == "the-other's"
+    assert studies._read_folder_id(make_plan(tmp_path)) == "the-other's"
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
@@ -320,7 +320,7 @@ def test_a_trial_whose_process_dies_again_and_again_after_one_step_fails(
     tmp_path, log, trainer, epoch, deaths, monkeypatch
 ):
     """Of the second epoch, the first death is that of a process that has come from the first."""
-    monkeypatch.setattr(studies, "_MOST_STARTS", 4)
+    monkeypatch.setattr(studies, "_MAX_STARTS", 4)
     trainer.before_epoch = raising(Killed, 1, epoch, times=100)
     plan = make_plan(tmp_path)
     for _ in range(deaths):
@@ -330,7 +330,7 @@ def test_a_trial_whose_process_dies_again_and_again_after_one_step_fails(
     failed = study.trials[1]
     assert failed.state == TrialState.FAIL
     assert failed.user_attrs["error"] == (
-        f"its process ended 4 times after step {10 * (epoch - 1)}, the last saved"
+        f"its process was killed 4 times after the saved step {10 * (epoch - 1)}"
     )
     assert len(failed.intermediate_values) == epoch - 1
     assert len(counted(study)) == 5
@@ -340,7 +340,7 @@ def test_a_trial_whose_process_dies_again_and_again_after_one_step_fails(
 def test_a_trial_that_saves_within_an_epoch_may_die_in_it_as_often_as_it_likes(
     tmp_path, log, trainer, monkeypatch
 ):
-    monkeypatch.setattr(studies, "_MOST_STARTS", 2)
+    monkeypatch.setattr(studies, "_MAX_STARTS", 2)
     plan, steps = make_plan(tmp_path), iter(range(1, 10))
 
     def save_and_die(number, epoch):
@@ -559,7 +559,7 @@ def test_a_storage_that_stays_away_ends_the_study_in_one_line_and_nothing_is_los
             log.before = lambda *entries: None
         assert re.fullmatch(
             r"the study's storage has not answered for 0 s \(gone\)\. No finished trial is lost, "
-            rf"and the one under way is saved in {folder}; the same command goes on once .*",
+            rf"and the current one is saved in {folder}; start the same command again .*",
             told,
         )
         assert outline(run(make_plan(folder))) == expected
@@ -635,7 +635,7 @@ def test_a_trial_of_another_place_is_given_up_after_hours_and_not_before(
     study = run(make_plan(tmp_path / "s", trials=4))
     assert states(study)[1] == "fail"
     assert study.trials[1].user_attrs["void"] == "lost"
-    assert study.trials[1].user_attrs["error"] == "nothing was heard of it for 6 hours"
+    assert study.trials[1].user_attrs["error"] == "its worker has not reported for 6 hours"
     assert len(counted(study)) == 4
     # Another one is in its place; where it was lost, there is nothing left to do.
     assert len(study.trials) == 5

@@ -229,7 +229,7 @@ def test_a_server_that_stays_away_is_told_in_one_line_and_nothing_is_lost(
     lines = worker.output.read_text().splitlines()
     assert worker.exitcode == 1
     assert lines[-1].startswith("error: the study's storage has not answered for 1 s (")
-    assert f"the one under way is saved in {tmp_path}/s; the same command goes on" in lines[-1]
+    assert f"the current one is saved in {tmp_path}/s; start the same command again" in lines[-1]
     assert "Traceback" not in "".join(lines)
     assert took < 20  # Optuna itself tries for some seconds to add a trial.
     assert outline(run(plan)) == expected
