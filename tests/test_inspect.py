@@ -53,7 +53,7 @@ def test_json_has_the_numbers_of_the_library(image_folder, capsys, tmp_path, mon
     assert not list(tmp_path.iterdir()), "it wrote something"
 
 
-def test_every_flag_counts(image_folder, tmp_path, capsys):
+def test_every_flag_has_an_effect(image_folder, tmp_path, capsys):
     root = tmp_path / "data"
     for split in ("train", "test"):
         for i in range(6):
@@ -80,13 +80,13 @@ def test_every_flag_counts(image_folder, tmp_path, capsys):
     assert sum(image["id"].startswith("train/red/") for image in found["unreadable"]) == 20
 
 
-def test_nothing_is_kept_without_an_output(image_folder, monkeypatch, tmp_path, capsys):
+def test_nothing_is_written_without_output(image_folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CNN_JAX_CACHE", str(tmp_path / "cache"))
     inspect.main([f"--source=folder:{image_folder}"])
     assert not list(tmp_path.iterdir())
 
 
-def test_the_summary_is_for_reading(image_folder, capsys):
+def test_the_summary_is_readable(image_folder, capsys):
     inspect.main([f"--source=folder:{image_folder}"])
     lines = capsys.readouterr().out.splitlines()
     found = survey(open_source(f"folder:{image_folder}"), Division())
@@ -99,7 +99,7 @@ def test_the_summary_is_for_reading(image_folder, capsys):
     assert any(line.split() == ["unreadable", "none"] for line in lines)
 
 
-def test_every_unreadable_file_is_named_on_a_line_of_its_own(tmp_path, capsys):
+def test_every_unreadable_file_is_named_on_its_own_line(tmp_path, capsys):
     for name in ("a", "b"):
         _image(tmp_path / name / "good.png", 0)
     for i in range(30):
@@ -110,7 +110,7 @@ def test_every_unreadable_file_is_named_on_a_line_of_its_own(tmp_path, capsys):
         assert rf"a/bad \x1b[31m\n{i}.png is not an image of a known format" in lines
 
 
-def test_of_very_many_classes_the_smallest_and_the_largest_are_shown(tmp_path, capsys):
+def test_the_smallest_and_largest_of_many_classes_are_shown(tmp_path, capsys):
     for label in range(70):
         for i in range(1 + label // 35):
             _image(tmp_path / f"class {label:02d}" / f"{i}.png", 2 * label + i)
@@ -156,7 +156,7 @@ def test_a_wrong_flag_is_a_usage_error(arguments, message, image_folder, tmp_pat
     assert message in str(error.value)
 
 
-def test_as_a_command(tmp_path):
+def test_the_command_exits_with_the_right_codes(tmp_path):
     """Exit codes, hostile names, and stdout apart from stderr."""
     missing = _run(f"--source=folder:{tmp_path}/nowhere", f"--output={tmp_path}/page")
     assert missing.returncode == 2
@@ -186,7 +186,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
-def test_the_values_are_told_and_a_white_level_is_suggested(tmp_path, capsys):
+def test_the_value_range_is_shown_and_a_white_level_suggested(tmp_path, capsys):
     values = np.random.default_rng(0).integers(0, 4096, (20, 9, 9)).astype(np.uint16)
     values[:, 0, :2] = 0, 4095
     for i, image in enumerate(values):

@@ -68,19 +68,19 @@ def test_a_usage_error_is_one_line_and_exits_with_2(arguments, message, tmp_path
 
 
 @pytest.mark.parametrize("arguments", [[], ["--workdir="]])
-def test_the_folder_of_the_run_is_needed(arguments):
+def test_the_folder_of_the_run_is_required(arguments):
     result = _run("main", *arguments)
     assert result.returncode == 2
     assert "--workdir" in result.stderr.splitlines()[-1]
 
 
-def test_flags_may_be_parted_by_a_space(image_folder, tmp_path):
+def test_flags_and_values_may_be_separated_by_a_space(image_folder, tmp_path):
     flags = _tiny_flags(image_folder, tmp_path / "run", 1)
     flags = ["--config", "configs/folder.py", "--workdir", str(tmp_path / "run"), *flags[2:]]
     assert _run("main", *flags).returncode == 0
 
 
-def test_whoever_reads_the_output_may_stop(image_folder, tmp_path):
+def test_the_reader_of_the_output_may_stop(image_folder, tmp_path):
     write_bundle(make_bundle(), tmp_path / "bundle")
     command = f"{sys.executable} -m cnn_jax.predict --bundle={tmp_path / 'bundle'} "
     command += f"--input={image_folder}"
@@ -120,13 +120,13 @@ def test_help_shows_the_values_of_the_configuration():
     ("module", "command"),
     [("main", "train"), ("evaluate", "evaluate"), ("predict", "predict"), ("explain", "explain")],
 )
-def test_help(module, command):
+def test_help_names_the_command(module, command):
     result = _run(module, "--help")
     assert result.returncode == 0
     assert f"usage: cnn_jax {command} " in result.stdout
 
 
-def test_a_bundle_that_is_not_there(tmp_path):
+def test_a_missing_bundle_exits_with_2(tmp_path):
     for module, flag in (("evaluate", "--split=test"), ("predict", "--input=x.png")):
         result = _run(module, f"--bundle={tmp_path}", flag)
         assert result.returncode == 2
@@ -149,7 +149,7 @@ def test_train_evaluate_and_predict_from_the_command_line(image_folder, tmp_path
     assert len(result.stdout.splitlines()) == 61
 
 
-def test_on_a_narrow_terminal_there_is_a_bar_and_no_broken_line(image_folder, tmp_path):
+def test_a_narrow_terminal_shows_a_progress_bar(image_folder, tmp_path):
     """A real terminal of 40 columns."""
     terminal, its_side = pty.openpty()
     process = subprocess.Popen(
@@ -184,7 +184,7 @@ def test_on_a_narrow_terminal_there_is_a_bar_and_no_broken_line(image_folder, tm
     assert "Traceback" not in plain
 
 
-def test_a_host_without_opencv_and_tfds_can_train_on_its_device(image_folder, tmp_path):
+def test_training_needs_neither_opencv_nor_tfds(image_folder, tmp_path):
     """As GPU hosts often are."""
     code = (
         "import sys; sys.modules |= {'cv2': None, 'tensorflow_datasets': None}\n"

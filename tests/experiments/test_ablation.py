@@ -69,7 +69,7 @@ def starts(folder):
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
 
 
-def test_every_variant_is_a_possible_configuration():
+def test_every_variant_is_a_valid_configuration():
     for variant, changes in ablation.VARIANTS.items():
         schema.validate(configured(default.get_config(), changes), num_devices=1)
         run = ablation.Run(pathlib.Path("x"), variant, 3, str(DEFAULT), ())
@@ -98,7 +98,7 @@ def test_the_ladder_adds_one_thing_at_a_time():
         assert rates["optimizer.learning_rate"] == rates["optimizer.final_learning_rate"]
 
 
-def test_the_interval_of_a_paired_difference_is_that_of_a_paired_t_test():
+def test_the_interval_equals_a_paired_t_test():
     rng = np.random.default_rng(0)
     values, base = rng.normal(0.9, 0.01, 5), rng.normal(0.89, 0.01, 5)
     mean, half = paired_difference(dict(enumerate(values)), dict(enumerate(base)))
@@ -111,7 +111,7 @@ def test_the_interval_of_a_paired_difference_is_that_of_a_paired_t_test():
     )
 
 
-def test_a_grid_is_run_once_and_its_table_says_what_came_of_it(tmp_path, capsys):
+def test_a_grid_is_run_once_and_written_as_a_table(tmp_path, capsys):
     arguments = ["--grid=dropout", f"--workdir={tmp_path}", "--seeds=3", "--jobs=2"]
     arguments.append("--config.data.source=folder:/nowhere/to/be/seen")
     ablation.main(arguments)
@@ -157,7 +157,7 @@ def test_a_grid_is_run_once_and_its_table_says_what_came_of_it(tmp_path, capsys)
         ablation.main([*arguments, "--config.train.epochs=7"])
 
 
-def test_what_a_row_says_is_so_whatever_the_recipe():
+def test_titles_of_rows_fit_the_recipe():
     """One that mixes images, with another batch and rate."""
     overrides = ("--config.augment.cutmix_probability=0.4", "--config.train.epochs=2")
     of = {
@@ -202,7 +202,7 @@ def test_the_ladder_compares_with_the_row_before(tmp_path, capsys):
     assert [row[10].strip(" |") for row in rows] == ["87.2 %", "89.1 %", "90.3 %", "92.1 %"]
 
 
-def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(tmp_path, capsys):
+def test_a_failed_run_is_in_the_table(tmp_path, capsys):
     with pytest.raises(Exception, match="2 of 10 runs failed"):
         ablation.main(["--grid=large_batch", f"--workdir={tmp_path}", "--seeds=2"])
     told = capsys.readouterr().out
@@ -217,7 +217,7 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(tmp_path, capsys)
     assert set(again.values()) == {1}
 
 
-def test_a_wrong_call_ends_all_of_it(tmp_path):
+def test_a_wrong_command_line_ends_all_runs(tmp_path):
     with pytest.raises(ConfigError, match=r"^--workdir: it is in use$"):
         ablation.main(["--grid=batch_size", f"--workdir={tmp_path}", "--seeds=2"])
     before = starts(tmp_path)
@@ -235,7 +235,7 @@ def test_a_wrong_call_ends_all_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_all_runs_save(tmp_path, training, signum):
+def test_all_runs_are_saved_after_a_signal(tmp_path, training, signum):
     folder = tmp_path / "slow"
     code = (
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
@@ -255,7 +255,7 @@ def test_a_signal_lets_all_runs_save(tmp_path, training, signum):
     assert starts(folder) == {"plain-0": 1, "batch_norm-0": 1}
 
 
-def test_each_job_has_its_share_of_the_cores(tmp_path, training):
+def test_each_job_has_an_equal_part_of_the_cores(tmp_path, training):
     training.write_text(
         training.read_text()
         + "\nimport os\n(folder / 'cores').write_text(str(sorted(os.sched_getaffinity(0))))\n"
@@ -289,7 +289,7 @@ def reproduce(tmp_path):
     return run
 
 
-def test_a_row_is_made_again_by_its_name(tmp_path, reproduce):
+def test_a_row_is_repeated_by_its_name(tmp_path, reproduce):
     images = tmp_path / "my images"
     images.mkdir()
     for row, variants in (("plain", "plain"), ("", "batch_norm,dropout,plain,recipe")):
@@ -309,7 +309,7 @@ def test_a_row_is_made_again_by_its_name(tmp_path, reproduce):
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "experiments" / "results").glob("*.json")))
-def test_every_table_can_be_made_again(tmp_path, reproduce, file):
+def test_every_table_can_be_repeated(tmp_path, reproduce, file):
     (tmp_path / "images").mkdir()
     done = reproduce(file.stem, EUROSAT=str(tmp_path / "images"))
     assert done.returncode == 0, done.stderr
@@ -330,7 +330,7 @@ def test_every_table_can_be_made_again(tmp_path, reproduce, file):
         ("eurosat32/plain", "EUROSAT must be the folder of its images"),
     ],
 )
-def test_a_row_that_there_is_not_is_told(reproduce, row, message):
+def test_an_unknown_row_is_an_error(reproduce, row, message):
     done = reproduce(row)
     assert done.returncode == 2
     assert done.stdout == ""

@@ -91,7 +91,7 @@ esac
 """
 
 
-def test_a_part_that_fails_stops_no_other_and_is_named(tmp_path):
+def test_a_failed_part_stops_no_other_part(tmp_path):
     stub = tmp_path / "python"
     stub.write_text(_STUB.replace("REAL", sys.executable))
     stub.chmod(0o755)
@@ -126,7 +126,7 @@ def test_a_part_that_fails_stops_no_other_and_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[], ["third"]])
-def test_a_wrong_call_is_refused(arguments):
+def test_wrong_arguments_are_refused(arguments):
     result = subprocess.run(
         ["bash", SCRIPT, *arguments], capture_output=True, text=True, check=False
     )
@@ -150,7 +150,7 @@ def test_a_computer_without_a_gpu_is_refused():
     assert "JAX sees no GPU" in result.stderr
 
 
-def test_outcomes_are_read_from_what_pytest_prints():
+def test_outcomes_are_read_from_the_output_of_pytest():
     log = """
 tests/test_a.py::test_one PASSED   [ 25%]
 tests/test_a.py::test_two[a b] FAILED [ 50%]
@@ -168,7 +168,7 @@ FAILED tests/test_a.py::test_two[a b] - assert 1 == 2
     }
 
 
-def test_a_report_shows_what_is_there(tmp_path):
+def test_a_report_shows_the_finished_parts(tmp_path):
     parts = [
         {"name": "train", "exit": 124, "seconds": 100, "limit": 100},
         {"name": "run", "exit": 0, "seconds": 60, "limit": 150},

@@ -81,11 +81,11 @@ def _run_main(body, **environment):
         ),
     ],
 )
-def test_what_an_encoding_lacks_is_escaped_and_bytes_of_file_names_stay(environment, expected):
+def test_characters_outside_the_encoding_are_escaped(environment, expected):
     assert _run_main(r"print('gr\xfcn \u732b\udcff')", **environment) == expected
 
 
-def test_files_are_utf_8_and_json_is_json_on_a_terminal_of_ascii(run_folder, tmp_path):
+def test_files_are_utf_8_and_json_is_valid_on_ascii_terminals(run_folder, tmp_path):
     flags, ascii_only = [f"--bundle={run_folder}"], {"PYTHONIOENCODING": "ascii"}
     output = tmp_path / "out.csv"
     inputs = [f"--input={run_folder / 'images'}", f"--output={output}"]
@@ -113,7 +113,7 @@ def test_files_are_utf_8_and_json_is_json_on_a_terminal_of_ascii(run_folder, tmp
         ["registry", "add", "m", "{run}", "--registry={out}", "--note=猫"],
     ],
 )
-def test_every_command_prints_on_a_terminal_of_ascii(run_folder, tmp_path, arguments):
+def test_every_command_can_print_ascii(run_folder, tmp_path, arguments):
     module, *flags = (text.format(run=run_folder, out=tmp_path / "ü") for text in arguments)
     printed = _run(f"cnn_jax.{module}", *flags, PYTHONIOENCODING="ascii:strict")
     assert printed.isascii()
@@ -166,7 +166,7 @@ def _on_a_terminal(*arguments, columns=60):
     return output.decode(), process.wait()
 
 
-def test_errors_and_warnings_are_broken_between_words():
+def test_errors_and_warnings_are_wrapped_between_words():
     message = "one of many words, longer than the terminal is wide, with /a/long/path/" + "x" * 60
     code = (
         "import logging; from cnn_jax.system import cli, errors\n"

@@ -65,7 +65,7 @@ def _written(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_the_second_prediction_finds_what_the_first_has_compiled(arguments, folder):
+def test_the_second_prediction_compiles_nothing(arguments, folder):
     cold = _predict(arguments, folder)
     kept = _written(folder)
     # From JAX 0.11 on, XLA cannot write programs with oneDNN's convolutions.
@@ -95,7 +95,7 @@ def test_a_full_disk_leaves_no_incomplete_file(folder):
 
 
 @pytest.mark.parametrize("hindrance", ["a file", "others may write"])
-def test_a_folder_that_cannot_be_used_is_not(folder, hindrance):
+def test_an_unusable_folder_is_ignored(folder, hindrance):
     folder.parent.mkdir()
     if hindrance == "a file":
         folder.write_text("x")
@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_used_is_not(folder, hindrance):
 
 
 @pytest.mark.parametrize("wish", ["", "elsewhere"])
-def test_the_users_wish_comes_first(folder, tmp_path, wish):
+def test_the_users_setting_has_priority(folder, tmp_path, wish):
     path = str(tmp_path / wish) if wish else ""
     environment = {
         "JAX_COMPILATION_CACHE_DIR": path,
@@ -118,7 +118,7 @@ def test_the_users_wish_comes_first(folder, tmp_path, wish):
     assert not wish or list((tmp_path / wish).iterdir())
 
 
-def test_the_old_and_the_too_much_are_swept_away(folder, monkeypatch):
+def test_old_and_surplus_programs_are_removed(folder, monkeypatch):
     monkeypatch.setenv("CNN_JAX_CACHE", str(folder.parent))
     monkeypatch.setattr(compilation_cache, "_MAX_BYTES", 250)
     folder.mkdir(parents=True)

@@ -56,7 +56,7 @@ def test_the_table_of_epochs_has_the_columns_that_fit(width, columns, monkeypatc
     assert ("train" in titles) == (columns.count("loss") == 2)
 
 
-def test_facts_and_warnings_break_between_words(monkeypatch, capsys):
+def test_facts_and_warnings_are_wrapped_between_words(monkeypatch, capsys):
     words = "an unbreakable-word and 1,234 numbers of many kinds that go on for a while"
 
     def show(console):
@@ -94,7 +94,7 @@ def test_class_names_fill_their_columns(name, width):
     assert cell_len(summary._padded(short, width)) == width
 
 
-def test_commands_are_broken_so_that_they_can_be_copied(monkeypatch, capsys, tmp_path):
+def test_wrapped_commands_can_be_copied(monkeypatch, capsys, tmp_path):
     test = dict.fromkeys(("accuracy", "precision", "recall", "f1", "loss"), 0.5) | {"count": 1234}
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(summary.sys.stdout, "isatty", lambda: True, raising=False)

@@ -38,7 +38,7 @@ SPACE = {
         (0.5, [0.7, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5], False),
     ],
 )
-def test_the_best_third_goes_on(value, others, expected):
+def test_the_best_third_is_promoted(value, others, expected):
     assert search.is_promoted(value, others) is expected
 
 
@@ -57,7 +57,7 @@ def test_the_best_third_goes_on(value, others, expected):
         (243, [[3**n for n in range(first, 5)] for first in range(6)]),
     ],
 )
-def test_brackets_and_their_rungs(max_epochs, expected):
+def test_the_rungs_of_all_brackets(max_epochs, expected):
     """R / 3, R / 9, ... (Li et al. 2018, algorithm 1); a logarithm could miss powers of three."""
     count = search.num_brackets(max_epochs)
     assert [search.rungs(max_epochs, bracket) for bracket in range(count)] == expected
@@ -86,7 +86,7 @@ def test_brackets_get_trials_in_the_proportions_of_hyperband(max_epochs, weights
         np.testing.assert_allclose(found, expected, atol=2)
 
 
-def test_brackets_are_spread_evenly():
+def test_trials_are_spread_evenly_over_brackets():
     """Among any 17 trials in a row are about 9, 5 and 3."""
     numbers = np.array([search.bracket_of(number, 15, 3) for number in range(300)])
     for first in range(len(numbers) - 17):
@@ -94,7 +94,7 @@ def test_brackets_are_spread_evenly():
         np.testing.assert_allclose(counts, [9, 5, 3], atol=2)
 
 
-def test_of_one_bracket_all_are_in_the_first():
+def test_all_trials_are_in_a_single_bracket():
     assert {search.bracket_of(number, 15, 1) for number in range(50)} == {0}
 
 
@@ -138,7 +138,7 @@ def expected_pruned(curves, number, max_epochs, brackets, direction):
     brackets=st.integers(0, 3),
     direction=st.sampled_from(["maximize", "minimize"]),
 )
-def test_halving_is_that_of_a_slow_reference(curves, max_epochs, brackets, direction):
+def test_halving_equals_a_slow_reference(curves, max_epochs, brackets, direction):
     study = make_study(curves, direction)
     decisions = [is_pruned(study, i, max_epochs, brackets) for i in range(len(curves))]
     assert decisions == [
@@ -156,7 +156,7 @@ def test_a_trial_is_judged_by_its_best_epoch_so_far():
     assert [is_pruned(study, number, 9, 1) for number in range(3)] == [False, True, True]
 
 
-def test_a_trial_is_compared_with_what_others_were_then():
+def test_a_trial_is_compared_at_the_same_epoch():
     """One that rose after the third epoch, and one that is there now and was better by then."""
     study = make_study([(0.2, 0.1, 0.1, 0.9), (0.5, 0.1, 0.1)])
     assert not is_pruned(study, 1, 9, 1)
@@ -215,21 +215,21 @@ def next_params(study, seed=0, stored=None):
 
 
 @pytest.mark.parametrize("history", [0, 5, 12])
-def test_a_trial_gets_the_same_parameters_whoever_asks(history):
+def test_all_workers_draw_the_same_parameters_for_a_trial(history):
     expected = next_params(make_history(history))
     assert next_params(make_history(history)) == expected
     assert next_params(make_history(history), seed=1) != expected
 
 
 @pytest.mark.parametrize("history", [3, 12])
-def test_a_trial_of_which_a_part_is_stored_gets_the_rest_of_it(history):
+def test_a_partly_stored_trial_gets_the_same_missing_parameters(history):
     expected = next_params(make_history(history))
     for count in (1, 2, 3):
         stored = dict(list(expected.items())[:count])
         assert next_params(make_history(history), stored=stored) == expected
 
 
-def test_the_first_trial_alone_has_the_first_values():
+def test_only_the_first_trial_has_the_first_values():
     """And the rest of them, which there are none for, as they are drawn without."""
     first = {"b.size": 32, "c.count": 7, "of.another": 1}
     study = make_study(direction="minimize", sampler=SeededSampler(SPACE, 0, first))
@@ -239,7 +239,7 @@ def test_the_first_trial_alone_has_the_first_values():
     assert drawn == [expected[0] | {"b.size": 32, "c.count": 7}, *expected[1:]]
 
 
-def test_trials_differ():
+def test_trials_get_different_parameters():
     """By their numbers alone: none of them has changed the history, for it has failed."""
     study = make_history(4)
     drawn = [next_params(study) for _ in range(40)]
@@ -252,7 +252,7 @@ def test_trials_differ():
     assert abs(np.corrcoef(rates, [params["c.count"] for params in drawn])[0, 1]) < 0.4
 
 
-def test_another_process_draws_the_same():
+def test_another_process_draws_the_same_parameters():
     code = (
         "import sys; sys.path[:0] = ['tests/tune', 'tests']\n"
         "from test_search import make_history, next_params\n"
@@ -269,7 +269,7 @@ def test_another_process_draws_the_same():
     assert output.splitlines()[-1] == str(expected)
 
 
-def test_after_the_first_trials_it_is_optunas_own_estimator():
+def test_later_trials_use_the_estimator_of_optuna():
     study = make_history(14)
     drawn = next_params(study, seed=7)
     seed = np.random.SeedSequence([7, 14]).generate_state(1)[0]
@@ -279,7 +279,7 @@ def test_after_the_first_trials_it_is_optunas_own_estimator():
 
 
 @pytest.mark.filterwarnings("error")  # Of a density that is no number.
-def test_a_parameter_of_one_value_changes_nothing_of_the_others():
+def test_a_parameter_with_one_value_does_not_change_others():
     single = {"d.one": FloatDistribution(0.5, 0.5), "e.one": CategoricalDistribution([1])}
 
     def drawn(space):
@@ -293,7 +293,7 @@ def test_a_parameter_of_one_value_changes_nothing_of_the_others():
     assert drawn(SPACE | single) == expected
 
 
-def test_it_finds_the_best_region_sooner_than_chance():
+def test_the_sampler_is_better_than_random_search():
     """Over five seeds; the mean of the last trials, and the best."""
 
     def values(sampler):

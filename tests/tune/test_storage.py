@@ -54,14 +54,14 @@ def database_error():
     [OSError("gone"), database_error(), sqlalchemy.exc.IntegrityError("a", {}, OSError("b"))],
     ids=type,
 )
-def test_a_storage_that_is_away_for_a_while_is_waited_for(clock, error):
+def test_a_call_is_retried_until_the_storage_answers(clock, error):
     call = Away(5, error)
     assert call_with_retries(call, 60, "Nothing is lost") == "result"
     assert call.calls == 6
     assert clock == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
 
 
-def test_pauses_do_not_grow_without_end_and_the_last_one_ends_in_time(clock):
+def test_pauses_are_limited_and_end_at_the_timeout(clock):
     call = Away(1000)
     with pytest.raises(StorageError):
         call_with_retries(call, 60, "Nothing is lost")
@@ -70,14 +70,14 @@ def test_pauses_do_not_grow_without_end_and_the_last_one_ends_in_time(clock):
     assert call.calls == len(clock) + 1
 
 
-def test_the_wait_is_told_once(clock, caplog):
+def test_waiting_is_logged_once(clock, caplog):
     with caplog.at_level(logging.WARNING):
         call_with_retries(Away(5), 60, "Nothing is lost")
     messages = [record.getMessage() for record in caplog.records]
     assert messages == ["the study's storage does not answer (Connection refused); trying for 60 s"]
 
 
-def test_a_storage_that_stays_away_is_told_in_one_line_with_what_is_safe(clock):
+def test_the_timeout_error_is_one_line(clock):
     with pytest.raises(StorageError) as raised:
         call_with_retries(Away(1000, database_error()), 5, "The trial is saved in here")
     assert str(raised.value) == (
@@ -87,7 +87,7 @@ def test_a_storage_that_stays_away_is_told_in_one_line_with_what_is_safe(clock):
     assert raised.value.exit_code == 1
 
 
-def test_what_is_no_matter_of_the_storage_is_raised_at_once(clock):
+def test_other_errors_are_not_retried(clock):
     call = Away(1, KeyError("a bug"))
     with pytest.raises(KeyError):
         call_with_retries(call, 60, "Nothing is lost")
@@ -107,7 +107,7 @@ def test_what_is_no_matter_of_the_storage_is_raised_at_once(clock):
         f"postgresql://user:{SECRET}@127.0.0.1:1/db?sslmode=nonsense",
     ],
 )
-def test_a_database_that_cannot_be_reached_is_told_without_its_password(url):
+def test_the_error_for_an_unreachable_database_hides_the_password(url):
     with pytest.raises(StorageError) as raised:
         open_storage(url)
     message = str(raised.value)
@@ -133,14 +133,14 @@ def test_a_database_that_cannot_be_reached_is_told_without_its_password(url):
         f"postgresql://user:a@{SECRET}@host/db",
     ],
 )
-def test_what_is_no_url_is_told_without_its_password(url):
+def test_the_error_for_a_wrong_url_hides_the_password(url):
     with pytest.raises(ConfigError, match=r"^--storage: (must be a data|an @ in )") as raised:
         open_storage(url)
     assert SECRET not in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_missing_driver_is_told_without_the_password():
+def test_the_error_for_a_missing_driver_hides_the_password():
     with pytest.raises(ConfigError, match=r"no driver for oracle://user:\*\*\*@host/db is inst"):
         open_storage(f"oracle://user:{SECRET}@host/db")
 
@@ -157,9 +157,7 @@ def test_a_missing_driver_is_told_without_the_password():
         ("sqlite:///d", False, "sqlite:///d"),
     ],
 )
-def test_the_driver_of_postgresql_is_the_one_that_is_there(
-    monkeypatch, url, has_psycopg2, expected
-):
+def test_postgresql_uses_the_installed_driver(monkeypatch, url, has_psycopg2, expected):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: has_psycopg2 or None)
     assert storage._with_driver(url) == expected
 
@@ -170,7 +168,7 @@ def add_study(opened):
 
 @pytest.mark.parametrize("name", ["study.db", "a b?c#d%20e{0}", "ü\\'\"@x:y", "100%"])
 @pytest.mark.parametrize("form", ["sqlite", "journal"])
-def test_a_file_keeps_what_it_was_given_whatever_its_name(tmp_path, form, name):
+def test_a_storage_file_may_have_any_name(tmp_path, form, name):
     path = tmp_path / "new" / name
     if form == "sqlite":
         path.parent.mkdir()
@@ -183,7 +181,7 @@ def test_a_file_keeps_what_it_was_given_whatever_its_name(tmp_path, form, name):
 
 
 @pytest.mark.parametrize("form", ["sqlite:///{}/study.db", "journal:{}/study", "journal:{}"])
-def test_a_path_that_cannot_be_written_is_told(tmp_path, form):
+def test_a_path_that_cannot_be_written_is_an_error(tmp_path, form):
     """A file where a folder should be; for the last, a folder where a file should be."""
     path = tmp_path / "file"
     path.mkdir() if form.endswith("}") else path.touch()
@@ -193,7 +191,7 @@ def test_a_path_that_cannot_be_written_is_told(tmp_path, form):
 
 
 @pytest.mark.parametrize("text", ["# Notes\n\nOf a study.\n", "{}\n{}\n", "[]\n[]\n", "\0\n" * 9])
-def test_a_file_that_is_no_journal_is_told_and_left_alone(tmp_path, text):
+def test_a_file_that_is_not_a_journal_is_unchanged(tmp_path, text):
     path = tmp_path / "notes"
     path.write_text(text)
     with pytest.raises(ConfigError, match=rf"^--storage: {path} is not a journal of studies$"):
@@ -201,7 +199,7 @@ def test_a_file_that_is_no_journal_is_told_and_left_alone(tmp_path, text):
     assert path.read_text() == text
 
 
-def test_a_file_that_is_no_database_is_told(tmp_path):
+def test_a_file_that_is_not_a_database_is_an_error(tmp_path):
     path = tmp_path / "notes"
     path.write_text("Of a study.\n" * 100)
     with pytest.raises(StorageError, match=r"cannot be opened: file is not a database$"):
@@ -209,7 +207,7 @@ def test_a_file_that_is_no_database_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ['{"op_code": 4, "worker', '{"op_code": 4}', "\0" * 5000, ""])
-def test_a_line_that_was_cut_off_does_not_spoil_a_journal(tmp_path, torn):
+def test_an_incomplete_line_of_a_journal_is_removed(tmp_path, torn):
     """As by a full disk, or by one that lost its power."""
     path = tmp_path / "journal"
     add_study(open_storage(f"journal:{path}")).set_user_attr("before", 1)
@@ -221,7 +219,7 @@ def test_a_line_that_was_cut_off_does_not_spoil_a_journal(tmp_path, torn):
         assert again.user_attrs == {"before": 1, "after": 2}
 
 
-def test_workers_that_begin_at_once_find_each_others_tables(tmp_path, monkeypatch):
+def test_workers_can_create_the_tables_at_the_same_time(tmp_path, monkeypatch):
     """Between the look whether a table is there and its making comes another's."""
     url = sqlite_url(tmp_path / "study.db")
     make, collisions = storage.RDBStorage, []
@@ -245,7 +243,7 @@ def test_workers_that_begin_at_once_find_each_others_tables(tmp_path, monkeypatc
     assert len(collisions) == 3
 
 
-def test_an_error_that_is_no_collision_is_told_at_once(monkeypatch):
+def test_an_error_other_than_a_collision_is_not_retried(monkeypatch):
     calls = []
 
     def fail(*args, **kwargs):
@@ -258,7 +256,7 @@ def test_an_error_that_is_no_collision_is_told_at_once(monkeypatch):
     assert len(calls) == 1
 
 
-def test_collisions_without_end_are_an_error(monkeypatch):
+def test_too_many_collisions_are_an_error(monkeypatch):
     def fail(*args, **kwargs):
         raise sqlalchemy.exc.IntegrityError("INSERT", {}, OSError("UNIQUE constraint failed"))
 
@@ -268,7 +266,7 @@ def test_collisions_without_end_are_an_error(monkeypatch):
         open_storage("sqlite:///study.db")
 
 
-def test_the_log_of_the_tests_is_a_storage():
+def test_the_journal_of_the_tests_is_a_storage():
     """What other tests rely on: a new process finds what was written, and a failure is raised."""
     log = Log()
     add_study(log.open()).set_user_attr("key", 1)
@@ -287,6 +285,6 @@ def test_the_log_of_the_tests_is_a_storage():
 @pytest.mark.parametrize(
     "url", ["sqlite://", "sqlite:///:memory:", "sqlite+pysqlite://", "journal:"]
 )
-def test_a_storage_that_would_keep_nothing_is_refused(url):
+def test_a_storage_in_memory_is_refused(url):
     with pytest.raises(ConfigError, match=f"^--storage: {re.escape(url)} keeps nothing"):
         storage.open_storage(url)

@@ -88,7 +88,7 @@ def once(operation, action):
 
 
 @pytest.mark.parametrize("monitor", ["validation_accuracy", "validation_loss"])
-def test_a_whole_study(tmp_path, log, trainer, monitor):
+def test_a_study_runs_all_its_trials(tmp_path, log, trainer, monitor):
     plan = make_plan(tmp_path, trials=13, config={"train.monitor": monitor, "train.epochs": 9})
     study = run(plan)
     assert set(states(study)) == {"complete", "pruned"}
@@ -111,9 +111,7 @@ def test_a_whole_study(tmp_path, log, trainer, monitor):
     ]
 
 
-def test_a_trial_is_the_plans_run_with_its_parameters_and_leaves_the_test_split_alone(
-    tmp_path, log, trainer
-):
+def test_a_trial_does_not_use_the_test_split(tmp_path, log, trainer):
     plan = make_plan(tmp_path, config={"model.features": (4, 8)})
     study = run(plan)
     base = dict(schema.leaves(plan.config))
@@ -128,12 +126,12 @@ def test_a_trial_is_the_plans_run_with_its_parameters_and_leaves_the_test_split_
 
 
 @pytest.mark.parametrize(("pruner", "judged"), [("none", False), ("halving", True)])
-def test_other_pruners(tmp_path, log, trainer, pruner, judged):
+def test_all_pruners_run(tmp_path, log, trainer, pruner, judged):
     study = run(make_plan(tmp_path, trials=9, pruner=pruner))
     assert ("pruned" in states(study)) == judged
 
 
-def test_a_study_can_be_given_more_trials_and_not_fewer(tmp_path, log, trainer, undisturbed):
+def test_a_study_can_be_extended(tmp_path, log, trainer, undisturbed):
     assert len(run(make_plan(tmp_path / "s", trials=3)).trials) == 3
     expected = undisturbed(trials=6)
     assert outline(run(make_plan(tmp_path / "s", trials=6))) == expected
@@ -169,7 +167,7 @@ def test_a_study_can_be_given_more_trials_and_not_fewer(tmp_path, log, trainer, 
         ),
     ],
 )
-def test_another_study_of_the_same_name_is_refused(tmp_path, log, trainer, changes, message):
+def test_a_different_study_with_the_same_name_is_refused(tmp_path, log, trainer, changes, message):
     run(make_plan(tmp_path))
     lines = list(log.lines)
     with pytest.raises(ConfigError) as raised:
@@ -181,7 +179,7 @@ def test_another_study_of_the_same_name_is_refused(tmp_path, log, trainer, chang
     assert len(run(make_plan(tmp_path, trials=9)).trials) == 9
 
 
-def test_other_data_is_refused(tmp_path, log, monkeypatch):
+def test_different_data_is_refused(tmp_path, log, monkeypatch):
     install(monkeypatch.setattr, fingerprint="of red images")
     run(make_plan(tmp_path))
     install(monkeypatch.setattr, fingerprint="of blue images")
@@ -189,7 +187,7 @@ def test_other_data_is_refused(tmp_path, log, monkeypatch):
         run(make_plan(tmp_path))
 
 
-def test_what_no_figure_depends_on_may_change(tmp_path, log, trainer, undisturbed):
+def test_keys_that_change_no_result_may_change(tmp_path, log, trainer, undisturbed):
     run(make_plan(tmp_path / "s", trials=3))
     free = {
         "data.source": "folder:/elsewhere",
@@ -204,7 +202,7 @@ def test_what_no_figure_depends_on_may_change(tmp_path, log, trainer, undisturbe
     assert outline(run(plan)) == undisturbed()
 
 
-def test_two_studies_in_one_storage_know_nothing_of_each_other(tmp_path, log, trainer, undisturbed):
+def test_two_studies_in_one_storage_are_independent(tmp_path, log, trainer, undisturbed):
     run(make_plan(tmp_path / "a", name="a"))
     study = run(make_plan(tmp_path / "b", name="b"))
     assert outline(study) == undisturbed()
@@ -218,15 +216,13 @@ def test_a_folder_with_trials_of_another_storage_is_refused(tmp_path, log, train
     assert not any("CREATE_TRIAL" in line for line in log.lines)
 
 
-def test_what_else_is_among_the_trials_is_nobodys_concern(tmp_path, log, trainer):
+def test_other_files_among_the_trials_are_ignored(tmp_path, log, trainer):
     for name in ("0007 (copy)", "notes", "0007.tar", ".hidden"):
         (tmp_path / "trials" / name).mkdir(parents=True)
     assert len(run(make_plan(tmp_path)).trials) == 5
 
 
-def test_a_trial_that_another_worker_adds_meanwhile_is_no_stranger(
-    tmp_path, log, trainer, monkeypatch
-):
+def test_a_trial_added_by_another_worker_is_known(tmp_path, log, trainer, monkeypatch):
     """Right after the list of trials was read."""
     run(make_plan(tmp_path, trials=1))
     read, rivals = studies._Worker._trials, []
@@ -242,7 +238,7 @@ def test_a_trial_that_another_worker_adds_meanwhile_is_no_stranger(
     assert len(run(make_plan(tmp_path, trials=3)).trials) == 3
 
 
-def test_of_two_workers_that_name_a_place_at_once_the_first_one_counts(tmp_path, monkeypatch):
+def test_two_workers_agree_on_the_id_of_a_folder(tmp_path, monkeypatch):
     link = os.link
 
     def be_late(source, target):
@@ -254,13 +250,13 @@ def test_of_two_workers_that_name_a_place_at_once_the_first_one_counts(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
-def test_a_folder_is_that_of_one_study(tmp_path, log, trainer):
+def test_a_folder_belongs_to_one_study(tmp_path, log, trainer):
     run(make_plan(tmp_path / "s"))
     with pytest.raises(ConfigError, match=r"^--workdir: .*/s is the folder of the study fake$"):
         run(make_plan(tmp_path / "s", name="other"))
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path, log, trainer):
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, log, trainer):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=f"--workdir: cannot use {tmp_path}/file/s: Not a dir"):
         run(make_plan(tmp_path / "file" / "s"))
@@ -269,9 +265,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path, log, trainer):
 # Killed, and started again.
 
 
-def test_killed_at_any_moment_and_started_again_it_becomes_the_same_study(
-    tmp_path, log, trainer, undisturbed
-):
+def test_a_study_killed_at_any_call_has_the_same_result(tmp_path, log, trainer, undisturbed):
     """Before each write to the storage, and so after the one before it.
 
     From the ninth trial on, that is at the end of the random ones and the first of TPE's.
@@ -293,9 +287,7 @@ def test_killed_at_any_moment_and_started_again_it_becomes_the_same_study(
         assert outline(run(make_plan(copy, trials=12))) == expected, len(lines)
 
 
-def test_killed_three_times_in_each_epoch_it_becomes_the_same_study(
-    tmp_path, log, trainer, undisturbed
-):
+def test_a_study_killed_in_each_epoch_has_the_same_result(tmp_path, log, trainer, undisturbed):
     deaths = []
 
     def die_three_times(*moment):
@@ -316,7 +308,7 @@ def test_killed_three_times_in_each_epoch_it_becomes_the_same_study(
 
 
 @pytest.mark.parametrize(("epoch", "deaths"), [(1, 4), (2, 5)])
-def test_a_trial_whose_process_dies_again_and_again_after_one_step_fails(
+def test_a_trial_that_kills_its_process_repeatedly_fails(
     tmp_path, log, trainer, epoch, deaths, monkeypatch
 ):
     """Of the second epoch, the first death is that of a process that has come from the first."""
@@ -337,9 +329,7 @@ def test_a_trial_whose_process_dies_again_and_again_after_one_step_fails(
     assert states(study).count("fail") == 1
 
 
-def test_a_trial_that_saves_within_an_epoch_may_die_in_it_as_often_as_it_likes(
-    tmp_path, log, trainer, monkeypatch
-):
+def test_a_trial_with_new_checkpoints_may_be_killed_often(tmp_path, log, trainer, monkeypatch):
     monkeypatch.setattr(studies, "_MAX_STARTS", 2)
     plan, steps = make_plan(tmp_path), iter(range(1, 10))
 
@@ -355,7 +345,7 @@ def test_a_trial_that_saves_within_an_epoch_may_die_in_it_as_often_as_it_likes(
     assert "fail" not in states(run(plan))
 
 
-def test_ctrl_c_between_two_trials_begins_no_other(tmp_path, log, trainer, monkeypatch):
+def test_ctrl_c_between_two_trials_ends_the_study(tmp_path, log, trainer, monkeypatch):
     """Even if it comes within a callback of JAX's, which would swallow what is raised there."""
 
     def collect():
@@ -373,7 +363,7 @@ def test_ctrl_c_between_two_trials_begins_no_other(tmp_path, log, trainer, monke
     assert states(studies.open_study(make_plan(tmp_path))) == ["complete"]
 
 
-def test_a_study_of_which_all_fails_is_given_up(tmp_path, log, trainer):
+def test_a_study_ends_if_its_first_trials_all_fail(tmp_path, log, trainer):
     def fail(number, epoch):
         raise TrainingError(f"trial {number} is odd")
 
@@ -384,7 +374,7 @@ def test_a_study_of_which_all_fails_is_given_up(tmp_path, log, trainer):
     assert len(studies.open_study(plan).trials) == 10
 
 
-def test_deaths_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undisturbed):
+def test_kills_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undisturbed):
     """Ten in each, of which nine were Ctrl-C."""
     expected = undisturbed()
     for number, epoch in [(0, 1), (0, 2), (0, 3)]:
@@ -395,9 +385,7 @@ def test_deaths_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undist
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-def test_a_trial_that_was_pruned_before_its_worker_could_say_so_stays_pruned(
-    tmp_path, log, trainer, undisturbed
-):
+def test_a_pruned_trial_stays_pruned_after_a_kill(tmp_path, log, trainer, undisturbed):
     """The last epoch is known to the storage; nobody trains another one."""
     expected = undisturbed()
     number, epoch = next((n, max(c)) for n, s, _, _, c, _ in expected if s == TrialState.PRUNED)
@@ -420,7 +408,7 @@ def test_a_trial_that_was_pruned_before_its_worker_could_say_so_stays_pruned(
 
 
 @pytest.mark.parametrize("error", [TrainingError("the loss is\nnot finite"), ConfigError("odd")])
-def test_a_trial_that_cannot_be_trained_fails_and_the_study_goes_on(tmp_path, log, trainer, error):
+def test_the_study_continues_after_a_failed_trial(tmp_path, log, trainer, error):
     trainer.before_epoch = raising(error, 1, 2, times=2)
     study = run(make_plan(tmp_path))
     assert states(study)[1] == "fail"
@@ -449,9 +437,7 @@ def caused_by(error, cause):
     ],
     ids=repr,
 )
-def test_what_would_fail_all_trials_ends_the_study_and_fails_none(
-    tmp_path, log, trainer, undisturbed, error
-):
+def test_an_error_of_data_or_disk_fails_no_trial(tmp_path, log, trainer, undisturbed, error):
     expected = undisturbed()
     trainer.before_epoch = raising(error, 1, 1, times=6)
     for _ in range(6):
@@ -460,15 +446,13 @@ def test_what_would_fail_all_trials_ends_the_study_and_fails_none(
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-def test_a_defect_of_the_program_is_not_hidden(tmp_path, log, trainer):
+def test_an_unexpected_error_is_raised(tmp_path, log, trainer):
     trainer.before_epoch = raising(ZeroDivisionError, 1, 1)
     with pytest.raises(ZeroDivisionError):
         run(make_plan(tmp_path))
 
 
-def test_at_the_deadline_a_trial_is_saved_and_goes_on_later(
-    tmp_path, log, trainer, clock, undisturbed
-):
+def test_a_trial_is_resumed_after_the_deadline(tmp_path, log, trainer, clock, undisturbed):
     expected = undisturbed()
     deadline = clock.now + 60
 
@@ -486,7 +470,7 @@ def test_at_the_deadline_a_trial_is_saved_and_goes_on_later(
     assert outline(run(later)) == expected
 
 
-def test_ctrl_c_ends_the_study_and_the_trial_goes_on_later(tmp_path, log, trainer, undisturbed):
+def test_a_trial_is_resumed_after_ctrl_c(tmp_path, log, trainer, undisturbed):
     expected = undisturbed()
     trainer.before_epoch = raising(KeyboardInterrupt("saved"), 1, 2)
     with pytest.raises(KeyboardInterrupt, match="saved"):
@@ -497,9 +481,7 @@ def test_ctrl_c_ends_the_study_and_the_trial_goes_on_later(tmp_path, log, traine
 # A storage that is away.
 
 
-def test_a_storage_that_is_away_at_each_call_for_a_while_changes_nothing(
-    tmp_path, log, trainer, undisturbed
-):
+def test_short_storage_failures_change_no_result(tmp_path, log, trainer, undisturbed):
     """Once it is open, every second call fails, at random."""
     expected = undisturbed(trials=12)
     rng, failures = random.Random(0), []
@@ -519,7 +501,7 @@ def test_a_storage_that_is_away_at_each_call_for_a_while_changes_nothing(
     assert sum(map(bool, failures)) > 100  # Not only of what is read.
 
 
-def test_answers_that_are_lost_change_nothing(tmp_path, log, trainer, undisturbed):
+def test_lost_answers_change_no_result(tmp_path, log, trainer, undisturbed):
     """Each entry is written, an error comes back all the same, and it may be written again."""
     expected = undisturbed(trials=6)
     answers, claims = itertools.count(), set()
@@ -536,9 +518,7 @@ def test_answers_that_are_lost_change_nothing(tmp_path, log, trainer, undisturbe
     assert len(claims) == 7
 
 
-def test_a_storage_that_stays_away_ends_the_study_in_one_line_and_nothing_is_lost(
-    tmp_path, log, trainer, undisturbed
-):
+def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
     """From each tenth call on."""
     expected = undisturbed()
     for last in itertools.count(60, step=10):
@@ -569,7 +549,7 @@ def test_a_storage_that_stays_away_ends_the_study_in_one_line_and_nothing_is_los
 # Several workers, at moments that matter.
 
 
-def test_a_trial_that_another_worker_holds_is_left_to_it(tmp_path, log, trainer):
+def test_a_locked_trial_is_not_taken(tmp_path, log, trainer):
     """Two workers beside one that trains: one of its folder, and one of another place."""
     rivals = []
 
@@ -586,7 +566,7 @@ def test_a_trial_that_another_worker_holds_is_left_to_it(tmp_path, log, trainer)
     assert [path.name for path in (tmp_path / "other/trials").iterdir()] == ["0003"]
 
 
-def test_of_two_that_make_the_last_trial_one_is_void(tmp_path, log, trainer):
+def test_a_surplus_last_trial_is_void(tmp_path, log, trainer):
     rival = make_plan(tmp_path / "other", trials=1)
     log.before = once(JournalOperation.CREATE_TRIAL, lambda: run(rival))
     study = run(make_plan(tmp_path / "s", trials=1))
@@ -597,9 +577,7 @@ def test_of_two_that_make_the_last_trial_one_is_void(tmp_path, log, trainer):
     assert not (tmp_path / "s/trials").exists()
 
 
-def test_a_void_trial_is_never_trained_even_if_its_worker_dies_before_it_is_ended(
-    tmp_path, log, trainer
-):
+def test_a_void_trial_is_never_trained(tmp_path, log, trainer):
     rival = make_plan(tmp_path / "other", trials=1)
 
     def die():
@@ -620,9 +598,7 @@ def test_a_void_trial_is_never_trained_even_if_its_worker_dies_before_it_is_ende
 HOURS = 3600.0
 
 
-def test_a_trial_of_another_place_is_given_up_after_hours_and_not_before(
-    tmp_path, log, trainer, clock
-):
+def test_a_trial_of_another_folder_is_lost_after_hours(tmp_path, log, trainer, clock):
     trainer.before_epoch = raising(Killed, 1, 2)
     with pytest.raises(Killed):
         run(make_plan(tmp_path / "lost", trials=3))
@@ -642,7 +618,7 @@ def test_a_trial_of_another_place_is_given_up_after_hours_and_not_before(
     assert len(run(make_plan(tmp_path / "lost", trials=4)).trials) == 5
 
 
-def test_a_trial_of_which_nothing_was_ever_heard_is_given_up_as_well(tmp_path, log, trainer, clock):
+def test_a_trial_without_any_report_is_also_lost(tmp_path, log, trainer, clock):
     """Its machine was gone as soon as the trial was made."""
 
     def die():
@@ -656,7 +632,7 @@ def test_a_trial_of_which_nothing_was_ever_heard_is_given_up_as_well(tmp_path, l
     assert states(study) == ["fail", "complete"]
 
 
-def test_a_trial_of_this_place_is_never_given_up(tmp_path, log, trainer, clock, undisturbed):
+def test_a_trial_of_this_folder_is_never_lost(tmp_path, log, trainer, clock, undisturbed):
     expected = undisturbed()
     trainer.before_epoch = raising(Killed, 1, 2)
     with pytest.raises(Killed):
@@ -665,7 +641,7 @@ def test_a_trial_of_this_place_is_never_given_up(tmp_path, log, trainer, clock, 
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-def test_a_worker_that_slept_for_hours_leaves_the_trial_and_goes_on(tmp_path, log, trainer, clock):
+def test_a_worker_continues_after_losing_its_trial(tmp_path, log, trainer, clock):
     def sleep(number, epoch):
         if (number, epoch) == (1, 2) and len(trainer.configs) == 2:
             clock.now += 7 * HOURS
@@ -678,7 +654,7 @@ def test_a_worker_that_slept_for_hours_leaves_the_trial_and_goes_on(tmp_path, lo
     assert all(trial.state.is_finished() for trial in study.trials)
 
 
-def test_two_workers_that_give_up_the_same_trial_do_not_mind(tmp_path, log, trainer, clock):
+def test_two_workers_can_fail_the_same_lost_trial(tmp_path, log, trainer, clock):
     trainer.before_epoch = raising(Killed, 0, 2)
     with pytest.raises(Killed):
         run(make_plan(tmp_path / "lost", trials=1))

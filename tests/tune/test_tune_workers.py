@@ -85,7 +85,7 @@ def trainer(monkeypatch):
     return install(monkeypatch.setattr)
 
 
-def test_four_workers_that_begin_at_once_at_a_journal(begin, tmp_path, trainer):
+def test_four_workers_start_together_with_a_journal(begin, tmp_path, trainer):
     """Two in a folder, and two in another one, as on another machine."""
     folders = (tmp_path / "a", tmp_path / "b")
     changes = {"storage": f"journal:{tmp_path}/journal", "trials": 12, "storage_timeout": 30.0}
@@ -97,7 +97,7 @@ def test_four_workers_that_begin_at_once_at_a_journal(begin, tmp_path, trainer):
     assert not trainer.configs  # Nothing was left to do.
 
 
-def test_a_worker_that_is_killed_leaves_its_trial_to_one_beside_it(begin, tmp_path, trainer):
+def test_another_worker_continues_the_trial_of_a_killed_one(begin, tmp_path, trainer):
     """Two that begin at once with a new SQLite file."""
     plan = make_plan(tmp_path / "s", trials=6, storage_timeout=30.0)
     first, second = begin(plan, plan, pause=0.1)
@@ -180,7 +180,7 @@ def server():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_workers_that_begin_at_once_at_a_server(begin, tmp_path, server, trainer):
+def test_two_workers_start_together_with_a_server(begin, tmp_path, server, trainer):
     folders = (tmp_path / "a", tmp_path / "b")
     plans = [
         make_plan(folder, name="two", storage=server.url(), trials=12, storage_timeout=30.0)
@@ -194,7 +194,7 @@ def test_two_workers_that_begin_at_once_at_a_server(begin, tmp_path, server, tra
     assert all(epochs(folder) for folder in folders)
 
 
-def test_a_server_that_is_away_for_seconds_is_waited_for(begin, tmp_path, server, trainer):
+def test_workers_wait_for_a_server_that_restarts(begin, tmp_path, server, trainer):
     plan = make_plan(
         tmp_path / "s", name="away", storage=server.url(), trials=8, storage_timeout=60.0
     )
@@ -212,9 +212,7 @@ def test_a_server_that_is_away_for_seconds_is_waited_for(begin, tmp_path, server
     assert epochs(tmp_path / "s") == sum(len(trial.intermediate_values) for trial in study.trials)
 
 
-def test_a_server_that_stays_away_is_told_in_one_line_and_nothing_is_lost(
-    begin, tmp_path, server, trainer
-):
+def test_a_server_timeout_loses_no_trial(begin, tmp_path, server, trainer):
     """Once it is back, the study becomes the same as one in which nothing happened."""
     changes = {"storage": server.url(), "trials": 5}
     expected = outline(run(make_plan(tmp_path / "undisturbed", name="undisturbed", **changes)))
