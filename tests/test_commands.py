@@ -1,4 +1,4 @@
-"""The command `cnn_jax`, and `python -m` with modules that are no commands."""
+"""The command `cnn_jax`, and `python -m` with modules that are not commands."""
 
 import subprocess
 import sys

@@ -76,7 +76,7 @@ def test_every_flag_has_an_effect(image_folder, tmp_path, capsys):
     assert (found["max_pixels"], found["near_distance"]) == (399, 7)
     assert "train/a/9_9.png" in [image["id"] for image in found["unreadable"]]
     assert [row["name"] for row in found["classes"]] == ["a"]
-    # The link was followed: its images are all too large.
+    # The link was followed; all its images are too large.
     assert sum(image["id"].startswith("train/red/") for image in found["unreadable"]) == 20
 
 
@@ -157,7 +157,7 @@ def test_a_wrong_flag_is_a_usage_error(arguments, message, image_folder, tmp_pat
 
 
 def test_the_command_exits_with_the_right_codes(tmp_path):
-    """Exit codes, hostile names, and stdout apart from stderr."""
+    """Checks exit codes, hostile names, and that stdout and stderr are separate."""
     missing = _run(f"--source=folder:{tmp_path}/nowhere", f"--output={tmp_path}/page")
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: ")

@@ -1,4 +1,4 @@
-"""The commands as a person runs them: in a process of their own."""
+"""The commands in separate processes, as users run them."""
 
 import json
 import os
@@ -168,7 +168,7 @@ def test_a_narrow_terminal_shows_a_progress_bar(image_folder, tmp_path):
     while True:
         try:
             chunk = os.read(terminal, 65536)
-        except OSError:  # How Linux says that the other side has closed.
+        except OSError:  # Linux raises this error if the other side is closed.
             break
         if not chunk:
             break
@@ -185,7 +185,7 @@ def test_a_narrow_terminal_shows_a_progress_bar(image_folder, tmp_path):
 
 
 def test_training_needs_neither_opencv_nor_tfds(image_folder, tmp_path):
-    """As GPU hosts often are."""
+    """GPU hosts often lack both."""
     code = (
         "import sys; sys.modules |= {'cv2': None, 'tensorflow_datasets': None}\n"
         "from cnn_jax.main import main; main(sys.argv[1:])"
@@ -208,7 +208,7 @@ def test_a_run_ends_with_the_path_of_its_report(image_folder, tmp_path):
     figures = json.loads(page.with_name("metrics.json").read_text())
     assert figures["run"]["trained_on"]["device"] == "1 x cpu"
     assert set(figures["missing"]) == {"explanations", "robustness"}
-    # Of a run that is done, the rest can be had at any time.
+    # `report` can add the missing sections of a finished run.
     again = _run("main", *flags, "--config.report.detail=none")
     assert again.returncode == 0, again.stderr
     command = f"cnn_jax report --run={tmp_path / 'run'}"

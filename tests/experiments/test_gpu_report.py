@@ -15,7 +15,7 @@ from experiments.benchmarks import gpu_table
 from experiments.studies import ablation
 
 SCRIPT = REPOSITORY / "experiments" / "benchmarks" / "gpu_report.sh"
-# Seconds that a lent host gives in all, and that its start and the transfers take of them.
+# The total seconds on a GPU host, and the seconds of its start and of the transfers.
 LEASE, START = 900, 120
 LONGEST_COMMAND = 600
 
@@ -48,7 +48,7 @@ def test_every_part_has_a_table():
 
 
 class _ParsedError(Exception):
-    """The flags are right, and nothing is to be run."""
+    """Checks the flags without running anything."""
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -67,7 +67,7 @@ def test_programs_and_flags_of_the_parts_exist(name, experiments_on_path, monkey
         raise _ParsedError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    # A name with a blank has lost its quotes in the list.
+    # The list shows a name with a space without quotes.
     call = " ".join(flags).replace("plain Linen", "plain_Linen").split()
     flags = [flag.replace("plain_Linen", "plain Linen") for flag in call]
     monkeypatch.setattr(sys, "argv", [script, *flags])
@@ -75,7 +75,7 @@ def test_programs_and_flags_of_the_parts_exist(name, experiments_on_path, monkey
         runpy.run_path(str(REPOSITORY / script), run_name="__main__")
 
 
-# An interpreter that computes nothing: one part fails, and one leaves a file.
+# A fake interpreter: one part fails, and one writes a file.
 _STUB = """#!/usr/bin/env bash
 case "$*" in
   *--facts*) echo '{"device": "stub"}' > "$3" ;;
@@ -105,7 +105,7 @@ def test_a_failed_part_stops_no_other_part(tmp_path):
     assert result.returncode == 1, result.stderr
     assert result.stdout.endswith("failed or out of time: check (exit 3); \n")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    # Without PyTorch there is nothing to be compiled by it.
+    # Without PyTorch, torch.compile is not measured.
     expected = [n for n, (group, *_) in PARTS.items() if group == "first" and n != "train_compiled"]
     assert list(found["parts"]) == expected
     assert found["parts"]["check"]["exit"] == 3

@@ -1,4 +1,4 @@
-"""What all commands share: what they print on any terminal, and how they end."""
+"""Output of all commands on any terminal, their errors and exit codes."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ NAMES = ("grün", "œuvre d'art", "猫 und Hund")
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run whose classes have names that few encodings can write, and its data in `images`."""
+    """A run with class names that few encodings have, and its data in `images`."""
     folder = tmp_path_factory.mktemp("names")
     rng = np.random.default_rng(0)
     for name in NAMES:
@@ -43,7 +43,7 @@ def run_folder(tmp_path_factory):
 
 
 def _run(*arguments, **environment):
-    """Runs a command; its stdout as bytes."""
+    """Runs a command, and returns its stdout as bytes."""
     process = subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=REPOSITORY,
@@ -56,7 +56,7 @@ def _run(*arguments, **environment):
 
 
 def _run_main(body, **environment):
-    """Runs a command of one line, which imports nothing slow."""
+    """Runs a one-line command that imports nothing slow."""
     code = f"import sys, logging; from cnn_jax.system import cli; cli.run(lambda argv: {body})"
     process = subprocess.run(
         [sys.executable, "-c", code],
@@ -75,7 +75,7 @@ def _run_main(body, **environment):
         ({"PYTHONIOENCODING": "utf-8"}, "grün 猫".encode() + b"\xff\n"),
         ({"PYTHONIOENCODING": "latin-1"}, b"gr\xfcn \\u732b\xff\n"),
         ({"PYTHONIOENCODING": "ascii:strict"}, b"gr\\xfcn \\u732b\xff\n"),
-        (  # A host without any locale.
+        (  # A host without a locale.
             {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
             b"gr\\xfcn \\u732b\xff\n",
         ),
@@ -145,7 +145,7 @@ def test_a_table_fits_the_terminal_and_keeps_its_words(names, width):
 
 
 def _on_a_terminal(*arguments, columns=60):
-    """What a command shows on a terminal, and its exit code."""
+    """Returns the output of a command on a terminal, and its exit code."""
     terminal, its_side = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -160,7 +160,7 @@ def _on_a_terminal(*arguments, columns=60):
     try:
         while chunk := os.read(terminal, 65536):
             output += chunk
-    except OSError:  # How Linux says that the other side has closed.
+    except OSError:  # Linux raises this error if the other side is closed.
         pass
     os.close(terminal)
     return output.decode(), process.wait()
@@ -180,7 +180,7 @@ def test_errors_and_warnings_are_wrapped_between_words():
     lines = text.splitlines()
     assert " ".join(lines) == f"WARNING: {message} error: {message}"
     assert len(lines) > 4
-    # Only a path, which has no place to break it, is longer.
+    # Only a path is longer, because it has no space.
     assert all(len(line) <= 60 or line.startswith("/a/long/path") for line in lines)
 
 

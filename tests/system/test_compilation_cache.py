@@ -1,4 +1,4 @@
-"""The commands keep what XLA compiles; each is a process of its own, as JAX's settings are."""
+"""Commands keep compiled programs. Each test starts processes, because JAX has global settings."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def _sort(folder, environment=None, before=""):
 
 
 def _run(folder, arguments, environment=None, before=""):
-    """What is printed; the command must do so without a word of anything else."""
+    """Returns the output of a command, which must print nothing on stderr."""
     own = {k: v for k, v in os.environ.items() if "_CACHE" not in k}
     own |= {"CNN_JAX_CACHE": str(folder.parent)} | (environment or {})
     command = [sys.executable, *arguments]
@@ -73,7 +73,7 @@ def test_the_second_prediction_compiles_nothing(arguments, folder):
     assert is_kept or jax.__version_info__ >= (0, 11)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert _predict(arguments, folder) == cold
-    assert _written(folder) == kept  # No other program, and none written again.
+    assert _written(folder) == kept  # No new program, and no program was written again.
 
 
 def test_an_incomplete_file_is_replaced(folder):
@@ -89,7 +89,7 @@ def test_an_incomplete_file_is_replaced(folder):
 
 
 def test_a_full_disk_leaves_no_incomplete_file(folder):
-    """The kernel refuses files above a limit as it refuses them on a full disk."""
+    """A limit of the kernel for the size of files has the effect of a full disk."""
     assert _sort(folder, before="ulimit -f 1")  # Kilobytes.
     assert not list(folder.glob("jit_sort-*"))
 

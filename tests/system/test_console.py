@@ -1,4 +1,4 @@
-"""Lines on terminals of any width, also of names whose characters take two columns."""
+"""Lines on terminals of any width, also with characters that take two columns."""
 
 import re
 
@@ -51,7 +51,9 @@ def test_the_table_of_epochs_has_the_columns_that_fit(width, columns, monkeypatc
     assert len(epoch.split()) == len(columns) + 2
     assert epoch.endswith("  best")
     assert max(map(len, (titles, head, epoch))) <= (width or 80)
-    assert head.find("loss") + 4 == epoch.find("1.000") + 5  # Numbers end where their names end.
+    assert (
+        head.find("loss") + 4 == epoch.find("1.000") + 5
+    )  # A number ends in the same column as its title.
     assert len(head) == len(epoch.removesuffix("  best"))
     assert ("train" in titles) == (columns.count("loss") == 2)
 

@@ -32,7 +32,7 @@ SPACE = {
     "model.dropout": FloatDistribution(0.0, 0.5),
     "model.features": CategoricalDistribution(["(4, 8)", "(8,)"]),
 }
-# State, curve, attributes; the highest values are of trials that cannot be the best.
+# State, curve, attributes; trials that cannot be the best have the highest values.
 TRIALS = [
     (TrialState.COMPLETE, [0.5, 0.7, 0.6], {"seconds": 6.0, "host": "one"}),
     (TrialState.PRUNED, [0.4], {"seconds": 2.0, "host": "two"}),
@@ -50,7 +50,7 @@ def make_study(plan, trials=TRIALS, features=("(4, 8)",)):
     study = optuna.create_study(direction=plan.direction)
     study.set_user_attr("definition", {"data": "of the data"})
     best = max if plan.monitor != "validation_loss" else min
-    # That of a pruned trial is Optuna's: its last.
+    # The value of a pruned trial is its last one, as in Optuna.
     value_of = {TrialState.COMPLETE: best, TrialState.PRUNED: lambda curve: curve[-1]}
     for number, (state, curve, attributes) in enumerate(trials):
         study.add_trial(
@@ -81,7 +81,7 @@ def summary(plan):
 
 @pytest.fixture
 def no_page(monkeypatch):
-    """Its charts take seconds."""
+    """Replaces the page, whose charts take seconds."""
     monkeypatch.setattr(outcome, "write_study_page", lambda study, folder: None)
 
 
@@ -127,7 +127,7 @@ def test_the_summary_of_the_study(summary):
 
 
 def test_the_first_of_equal_complete_trials_is_the_best(plan, summary):
-    """Others had larger values, and were pruned, or void, or are still running."""
+    """Trials with larger values are pruned, void or running."""
     assert summary["best"] == 0
     swapped = [TRIALS[3], *TRIALS[1:3], TRIALS[0]]
     assert best_trial(plan, make_study(plan, swapped)).number == 0
@@ -148,7 +148,7 @@ def test_without_a_complete_trial_there_is_no_best(plan, no_page, capsys):
     plan.folder.mkdir()
     write_outcome(plan, summary)
     assert not (plan.folder / "best.py").exists()
-    # One that was there before, of a study that is gone, is nobody's best any more.
+    # The file of an earlier study is removed.
     (plan.folder / "best.py").touch()
     write_outcome(plan, summary)
     assert not (plan.folder / "best.py").exists()
@@ -191,7 +191,7 @@ def test_importance_is_deterministic(plan):
 
 @pytest.mark.parametrize("error", [ImportError, ValueError, RuntimeError])
 def test_a_failure_of_importance_is_explained(plan, monkeypatch, error):
-    """As where scikit-learn is missing."""
+    """For example, scikit-learn is not installed."""
 
     def fail(**options):
         raise error("no forest")
@@ -261,7 +261,7 @@ HOSTILE = [
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.filterwarnings("error::SyntaxWarning", "ignore:the load_module")
 def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
-    """Equal to the plan's, with the best parameters, but for the path that is absolute."""
+    """The file equals the plan's configuration with the best parameters and an absolute path."""
     source = f"folder:{tmp_path}/data {name}"
     changes = {"data.source": source, "data.group": "{class}/'\"\\\\", "data.image_size": (16,)}
     plan = make_plan(tmp_path / name, space=SPACE, config=changes)
@@ -279,7 +279,7 @@ def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
     assert list(map(type, found.values())) == list(map(type, expected.values()))
     # The study itself only uses the validation split.
     assert found["report.splits"] == ("train", "validation", "test")
-    # The command in it can be given to a shell.
+    # A shell can run the command in the file.
     text = ast.get_docstring(ast.parse(file.read_bytes()))
     command = next(line for line in text.splitlines() if "cnn_jax train" in line)
     arguments = shlex.split(command)

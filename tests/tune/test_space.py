@@ -25,7 +25,7 @@ def load(tmp_path):
 
 
 def of(key, distribution):
-    """A file with a space of one key."""
+    """Returns the text of a file with a space of one key."""
     return f"{HEAD}def get_space():\n    return {{{key!r}: {distribution}}}\n"
 
 
@@ -123,7 +123,7 @@ def test_configured_does_not_change_its_argument():
     params = {
         "model.features": "(4, 8)",
         "data.image_size": 16,
-        "optimizer.learning_rate": 1,  # Of another type than the base's.
+        "optimizer.learning_rate": 1,  # An int, where the base has a float.
         "augment.flip": "none",
         "precision": "float32",
         "report.splits": ("validation",),
@@ -164,7 +164,7 @@ def test_a_distribution_is_described_as_json(distribution, described):
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        # The rate would end above where it begins.
+        # The final learning rate would be larger than the first.
         ({"optimizer.learning_rate": "FloatDistribution(1e-5, 1e-3)"}, "must not be above"),
         ({"data.image_size": "CategoricalDistribution([64, 63])"}, "must be a multiple of 4"),
         (
@@ -206,7 +206,7 @@ def test_base_values_are_the_configurations_values_in_the_space():
         "train.batch_size": IntDistribution(8, 64, log=True),
         "augment.zoom": FloatDistribution(0.0, 0.9, step=0.1),
         "optimizer.learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
-        # Which the space does not have: below it, above it, between two steps, no choice.
+        # Values outside the space: below, above, between two steps, not a choice.
         "model.dropout": FloatDistribution(0.6, 0.9),
         "augment.rotation": FloatDistribution(0.0, 0.1),
         "model.dense": IntDistribution(1, 301, step=100),

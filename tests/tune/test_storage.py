@@ -17,7 +17,7 @@ SECRET = "s3cret"
 
 
 class Away:
-    """A call that fails so often, and then has a result."""
+    """A call that fails a number of times and then returns a result."""
 
     def __init__(self, failures, error=None):
         self.failures = failures
@@ -33,7 +33,7 @@ class Away:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes in sleep alone, whose lengths are listed."""
+    """A clock that only moves in `sleep`, with the list of pauses."""
     pauses = []
     monkeypatch.setattr(storage.time, "monotonic", lambda: sum(pauses))
     monkeypatch.setattr(storage.time, "sleep", pauses.append)
@@ -98,7 +98,7 @@ def test_other_errors_are_not_retried(clock):
 @pytest.mark.parametrize(
     "url",
     [
-        f"postgresql://user:{SECRET}@127.0.0.1:1/db",  # Nobody listens there.
+        f"postgresql://user:{SECRET}@127.0.0.1:1/db",  # No server listens on this port.
         f"postgresql+psycopg://user:{SECRET}@127.0.0.1:1/db",
         f"postgresql://user:{SECRET}%40@127.0.0.1:1/db",
         f"postgresql://user:{{{SECRET}}}@127.0.0.1:1/db",
@@ -182,7 +182,7 @@ def test_a_storage_file_may_have_any_name(tmp_path, form, name):
 
 @pytest.mark.parametrize("form", ["sqlite:///{}/study.db", "journal:{}/study", "journal:{}"])
 def test_a_path_that_cannot_be_written_is_an_error(tmp_path, form):
-    """A file where a folder should be; for the last, a folder where a file should be."""
+    """A file is in the place of a folder; in the last case, a folder in the place of a file."""
     path = tmp_path / "file"
     path.mkdir() if form.endswith("}") else path.touch()
     url = form.format(path)
@@ -208,7 +208,7 @@ def test_a_file_that_is_not_a_database_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("torn", ['{"op_code": 4, "worker', '{"op_code": 4}', "\0" * 5000, ""])
 def test_an_incomplete_line_of_a_journal_is_removed(tmp_path, torn):
-    """As by a full disk, or by one that lost its power."""
+    """A full disk or a power failure leaves such a line."""
     path = tmp_path / "journal"
     add_study(open_storage(f"journal:{path}")).set_user_attr("before", 1)
     with path.open("a") as file:
@@ -220,14 +220,14 @@ def test_an_incomplete_line_of_a_journal_is_removed(tmp_path, torn):
 
 
 def test_workers_can_create_the_tables_at_the_same_time(tmp_path, monkeypatch):
-    """Between the look whether a table is there and its making comes another's."""
+    """Another worker creates a table between the check and the creation."""
     url = sqlite_url(tmp_path / "study.db")
     make, collisions = storage.RDBStorage, []
 
     def collide(*args, **kwargs):
         if len(collisions) == 3:
             return make(*args, **kwargs)
-        # As SQLite said it in three such races.
+        # Messages of SQLite in three such races.
         collisions.append(
             [
                 sqlalchemy.exc.OperationalError("CREATE", {}, "table studies already exists"),
@@ -267,7 +267,7 @@ def test_too_many_collisions_are_an_error(monkeypatch):
 
 
 def test_the_journal_of_the_tests_is_a_storage():
-    """What other tests rely on: a new process finds what was written, and a failure is raised."""
+    """A new process finds the written entries, and failures are raised."""
     log = Log()
     add_study(log.open()).set_user_attr("key", 1)
     assert add_study(log.open()).user_attrs == {"key": 1}

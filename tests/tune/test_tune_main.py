@@ -122,7 +122,7 @@ def test_missing_data_leaves_no_folder(tmp_path, space, patched, monkeypatch):
 
 @pytest.fixture
 def patched(monkeypatch):
-    """The command without training, its page, and what it does to its process."""
+    """Replaces the training, the page and the runtime options of the command."""
     monkeypatch.setattr(compilation_cache, "keep_compiled", lambda: None)
     monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(outcome, "write_study_page", lambda study, folder: None)
@@ -131,7 +131,7 @@ def patched(monkeypatch):
 
 @pytest.fixture
 def tune(tmp_path, space, patched, monkeypatch):
-    """Gives the command these flags, beside those of a small study in memory."""
+    """Runs the command with these flags and those of a small study in memory."""
     monkeypatch.setattr(storage, "open_storage", Log().open)
     usual = ["--study=name", f"--space={space}", f"--workdir={tmp_path / 's'}"]
     usual += ["--config.train.epochs=3", "--trials=4"]
@@ -192,7 +192,7 @@ def test_flags_reach_the_study(tune, patched):
 
 
 def test_a_time_budget_ends_the_study_normally(tune, patched, capsys):
-    """What is complete by then is the result; more of the same comes at the next start."""
+    """Completed trials are the result; the next start adds more."""
 
     def take_long(number, epoch):
         if (number, epoch) == (2, 2):
@@ -245,7 +245,7 @@ def epochs(folder):
 
 
 def test_a_study_with_real_trainings(image_folder, tmp_path, space):
-    """It is interrupted, goes on, and its best trial is measured on the test split."""
+    """A study is interrupted and resumed; its best trial is measured on the test split."""
     workdir = tmp_path / "s"
     flags = [
         *("--study=real", f"--space={space}", "--trials=3", "--config=configs/folder.py"),

@@ -37,7 +37,7 @@ from cnn_jax.tune.storage import StorageError
 
 @pytest.fixture
 def log(monkeypatch):
-    """The storage of all studies, in memory, which is waited for without waiting."""
+    """The storage of all studies, in memory; retries do not sleep."""
     log = Log()
     monkeypatch.setattr(storage, "open_storage", log.open)
     clock = itertools.count(step=0.1)
@@ -53,7 +53,7 @@ def trainer(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time of studies: `now` since some moment, which does not pass."""
+    """The clock of studies, which only changes if a test sets `now`."""
     clock = types.SimpleNamespace(now=1e9)
     patched = types.SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now)
     monkeypatch.setattr(studies, "time", patched)
@@ -62,7 +62,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def undisturbed(tmp_path, monkeypatch, trainer):
-    """What becomes of a study in which nothing happens."""
+    """The result of an undisturbed study."""
 
     def undisturbed(**changes):
         with monkeypatch.context() as patch:
@@ -73,7 +73,7 @@ def undisturbed(tmp_path, monkeypatch, trainer):
 
 
 def once(operation, action):
-    """A log's `before` that acts before the first entry of a kind that is written."""
+    """Returns a function for `Log.before` that acts before the first entry of a kind."""
     done = []
 
     def before(*entries):
@@ -84,7 +84,7 @@ def once(operation, action):
     return before
 
 
-# What a study is.
+# The result of a study.
 
 
 @pytest.mark.parametrize("monitor", ["validation_accuracy", "validation_loss"])
@@ -103,7 +103,7 @@ def test_a_study_runs_all_its_trials(tmp_path, log, trainer, monitor):
             assert trial.value == (max if monitor == "validation_accuracy" else min)(curve)
         else:
             assert len(curve) in search.rungs(9, bracket)
-    # Towards its end it is near the best learning rate, which it did not know.
+    # The last trials are near the best learning rate.
     rates = [trial.params["optimizer.learning_rate"] for trial in study.trials[10:]]
     assert all(3e-4 < rate < 3e-2 for rate in rates)
     assert sorted(path.name for path in (tmp_path / "trials").iterdir()) == [
@@ -120,7 +120,7 @@ def test_a_trial_does_not_use_the_test_split(tmp_path, log, trainer):
         own = {"report.splits": ("validation",), "report.detail": "none"}
         assert dict(schema.leaves(config)) == base | study.trials[number].params | own
     assert study.trials[0].params.keys() == SPACE.keys()
-    # The first one is the configuration itself, whose batch size the space does not have.
+    # The first trial has the configuration's values; the space lacks its batch size.
     first = {"model.dropout": 0.5, "optimizer.learning_rate": 1e-3}
     assert study.trials[0].params.items() >= first.items()
 
@@ -138,7 +138,7 @@ def test_a_study_can_be_extended(tmp_path, log, trainer, undisturbed):
     assert outline(run(make_plan(tmp_path / "s", trials=2))) == expected
 
 
-# What can be changed, and what cannot.
+# Changes of a study that are allowed or refused.
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_other_files_among_the_trials_are_ignored(tmp_path, log, trainer):
 
 
 def test_a_trial_added_by_another_worker_is_known(tmp_path, log, trainer, monkeypatch):
-    """Right after the list of trials was read."""
+    """The other worker adds the trial after the list of trials was read."""
     run(make_plan(tmp_path, trials=1))
     read, rivals = studies._Worker._trials, []
 
@@ -262,13 +262,13 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, log, trainer):
         run(make_plan(tmp_path / "file" / "s"))
 
 
-# Killed, and started again.
+# Kills and restarts.
 
 
 def test_a_study_killed_at_any_call_has_the_same_result(tmp_path, log, trainer, undisturbed):
-    """Before each write to the storage, and so after the one before it.
+    """The kill comes before each write to the storage.
 
-    From the ninth trial on, that is at the end of the random ones and the first of TPE's.
+    Only from the ninth trial on: the last random trials and the first ones of TPE.
     """
     expected, folder = undisturbed(trials=12), tmp_path / "s"
     moments = []
@@ -311,7 +311,7 @@ def test_a_study_killed_in_each_epoch_has_the_same_result(tmp_path, log, trainer
 def test_a_trial_that_kills_its_process_repeatedly_fails(
     tmp_path, log, trainer, epoch, deaths, monkeypatch
 ):
-    """Of the second epoch, the first death is that of a process that has come from the first."""
+    """The first kill in the second epoch ends a process that also trained the first epoch."""
     monkeypatch.setattr(studies, "_MAX_STARTS", 4)
     trainer.before_epoch = raising(Killed, 1, epoch, times=100)
     plan = make_plan(tmp_path)
@@ -346,14 +346,14 @@ def test_a_trial_with_new_checkpoints_may_be_killed_often(tmp_path, log, trainer
 
 
 def test_ctrl_c_between_two_trials_ends_the_study(tmp_path, log, trainer, monkeypatch):
-    """Even if it comes within a callback of JAX's, which would swallow what is raised there."""
+    """The signal also counts within a callback of JAX, which suppresses exceptions."""
 
     def collect():
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(studies, "gc", types.SimpleNamespace(collect=collect))
-    # Whoever starts the tests in the background may have told them to ignore it.
+    # A shell ignores SIGINT for processes in the background.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -375,7 +375,7 @@ def test_a_study_ends_if_its_first_trials_all_fail(tmp_path, log, trainer):
 
 
 def test_kills_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undisturbed):
-    """Ten in each, of which nine were Ctrl-C."""
+    """Ten interruptions in each epoch, nine of them by Ctrl-C."""
     expected = undisturbed()
     for number, epoch in [(0, 1), (0, 2), (0, 3)]:
         for error in [KeyboardInterrupt] * 5 + [Killed] + [KeyboardInterrupt] * 4:
@@ -386,7 +386,7 @@ def test_kills_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undistu
 
 
 def test_a_pruned_trial_stays_pruned_after_a_kill(tmp_path, log, trainer, undisturbed):
-    """The last epoch is known to the storage; nobody trains another one."""
+    """The storage has the last epoch, and no further epoch is trained."""
     expected = undisturbed()
     number, epoch = next((n, max(c)) for n, s, _, _, c, _ in expected if s == TrialState.PRUNED)
 
@@ -404,7 +404,7 @@ def test_a_pruned_trial_stays_pruned_after_a_kill(tmp_path, log, trainer, undist
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-# What ends a trial, and what ends the study.
+# Errors that end a trial, and errors that end the study.
 
 
 @pytest.mark.parametrize("error", [TrainingError("the loss is\nnot finite"), ConfigError("odd")])
@@ -463,7 +463,7 @@ def test_a_trial_is_resumed_after_the_deadline(tmp_path, log, trainer, clock, un
     study = run(make_plan(tmp_path / "s", deadline=deadline))
     assert states(study) == ["complete", "running"]
     assert len(list((tmp_path / "s/trials/0001").glob("epoch-*"))) == 2
-    assert study.trials[1].user_attrs["starts"] == []  # None of its processes died.
+    assert study.trials[1].user_attrs["starts"] == []  # No process was killed.
     assert len(run(make_plan(tmp_path / "s", deadline=deadline)).trials) == 2
     assert trainer.configs.keys() >= {0, 1}
     later = make_plan(tmp_path / "s", deadline=clock.now + 600)
@@ -478,11 +478,11 @@ def test_a_trial_is_resumed_after_ctrl_c(tmp_path, log, trainer, undisturbed):
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-# A storage that is away.
+# A storage that is unavailable.
 
 
 def test_short_storage_failures_change_no_result(tmp_path, log, trainer, undisturbed):
-    """Once it is open, every second call fails, at random."""
+    """After the opening, a random half of the calls fails."""
     expected = undisturbed(trials=12)
     rng, failures = random.Random(0), []
 
@@ -498,16 +498,16 @@ def test_short_storage_failures_change_no_result(tmp_path, log, trainer, undistu
     study = run(make_plan(tmp_path / "s", trials=12, storage_timeout=1e9))
     log.before = lambda *entries: None
     assert outline(study) == expected
-    assert sum(map(bool, failures)) > 100  # Not only of what is read.
+    assert sum(map(bool, failures)) > 100  # Writes fail too, not only reads.
 
 
 def test_lost_answers_change_no_result(tmp_path, log, trainer, undisturbed):
-    """Each entry is written, an error comes back all the same, and it may be written again."""
+    """Each entry is written, but the call fails, so the entry may be written twice."""
     expected = undisturbed(trials=6)
     answers, claims = itertools.count(), set()
 
     def lose(entry):
-        claim = entry.get("user_attrs", {}).get("claim")  # Of a new trial.
+        claim = entry.get("user_attrs", {}).get("claim")  # The call adds a new trial.
         is_lost = claim not in claims if claim else next(answers) % 2 == 0
         claims.add(claim)
         if is_lost:
@@ -519,7 +519,7 @@ def test_lost_answers_change_no_result(tmp_path, log, trainer, undisturbed):
 
 
 def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
-    """From each tenth call on."""
+    """The storage fails from call 10, 20, ... on."""
     expected = undisturbed()
     for last in itertools.count(60, step=10):
         folder, calls = tmp_path / str(last), itertools.count()
@@ -546,11 +546,11 @@ def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
     assert last > 200
 
 
-# Several workers, at moments that matter.
+# Several workers at critical moments.
 
 
 def test_a_locked_trial_is_not_taken(tmp_path, log, trainer):
-    """Two workers beside one that trains: one of its folder, and one of another place."""
+    """Two other workers run at the same time: one in the same folder, one in another folder."""
     rivals = []
 
     def be_joined(number, epoch):
@@ -613,13 +613,13 @@ def test_a_trial_of_another_folder_is_lost_after_hours(tmp_path, log, trainer, c
     assert study.trials[1].user_attrs["void"] == "lost"
     assert study.trials[1].user_attrs["error"] == "its worker has not reported for 6 hours"
     assert len(counted(study)) == 4
-    # Another one is in its place; where it was lost, there is nothing left to do.
+    # A new trial replaces it; if it was lost, nothing else remains to do.
     assert len(study.trials) == 5
     assert len(run(make_plan(tmp_path / "lost", trials=4)).trials) == 5
 
 
 def test_a_trial_without_any_report_is_also_lost(tmp_path, log, trainer, clock):
-    """Its machine was gone as soon as the trial was made."""
+    """The machine was lost right after it made the trial."""
 
     def die():
         raise Killed
@@ -660,7 +660,7 @@ def test_two_workers_can_fail_the_same_lost_trial(tmp_path, log, trainer, clock)
         run(make_plan(tmp_path / "lost", trials=1))
     clock.now += 7 * HOURS
     rival = make_plan(tmp_path / "other", trials=1)
-    # Between the look at it and the word that it is void.
+    # The kill comes between the count of trials and the mark "void".
     log.before = once(JournalOperation.SET_TRIAL_USER_ATTR, lambda: run(rival))
     study = run(make_plan(tmp_path / "s", trials=2))
     assert study.trials[0].state == TrialState.FAIL
