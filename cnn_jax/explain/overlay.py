@@ -1,4 +1,4 @@
-"""A map over the image that it explains."""
+"""A map drawn over its image."""
 
 import functools
 
@@ -6,25 +6,31 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-# The weight of a map's colours over the image.
+# The weight of the map's colours; the image has the rest.
 _OPACITY = 0.55
 
 
-def under_map(image: Image.Image, values: Float[np.ndarray, "height width"]) -> Image.Image:
-    """An image in grey under the colours of a map, from its least value to its largest.
+def draw_overlay(image: Image.Image, values: Float[np.ndarray, "height width"]) -> Image.Image:
+    """Draws a map over the grey version of its image.
 
-    The map is of the image as the network saw it, stretched to another shape.
+    Args:
+      image: The image in its own resolution.
+      values: The map. It is stretched to the image's size. Its smallest value gets the first
+        colour and its largest value the last.
+
+    Returns:
+      An RGB image of the size of `image`.
     """
-    reach = float(np.ptp(values))
-    levels = np.rint(255 * (values - values.min()) / (reach or 1.0)).astype(np.uint8)
+    value_range = float(np.ptp(values))
+    levels = np.rint(255 * (values - values.min()) / (value_range or 1.0)).astype(np.uint8)
     stretched = Image.fromarray(levels).resize(image.size, Image.Resampling.BILINEAR)
-    over = Image.fromarray(_colours()[np.asarray(stretched)])
-    return Image.blend(image.convert("L").convert("RGB"), over, _OPACITY)
+    colours = Image.fromarray(_colour_table()[np.asarray(stretched)])
+    return Image.blend(image.convert("L").convert("RGB"), colours, _OPACITY)
 
 
 @functools.cache
-def _colours() -> UInt8[np.ndarray, "256 3"]:
-    """Of the levels of a map, from its least value to its largest."""
-    import matplotlib  # Who draws no map need not load it.
+def _colour_table() -> UInt8[np.ndarray, "256 3"]:
+    """The colours of the levels 0 to 255 of a map."""
+    import matplotlib  # Imported here because a server that draws no maps need not load it.
 
     return np.rint(255 * matplotlib.colormaps["viridis"](np.arange(256))[:, :3]).astype(np.uint8)

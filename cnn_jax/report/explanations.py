@@ -21,7 +21,7 @@ from cnn_jax.explain.maps import (
     grad_cam,
     maps_by_method,
 )
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.quality.robustness import load_images, stratified_sample
 from cnn_jax.report import style, thumbnails, verdicts
 from cnn_jax.report.charts import Chart
@@ -97,7 +97,7 @@ def explanations(run: Run) -> Figures:
     }
 
 
-def maps(predictor: Predictor, images: Images, classes: Classes) -> Maps:
+def maps(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
     """The maps that the report lays over images."""
     # With the others, whose program is compiled already.
     classes = classes.astype(np.int32)
@@ -128,7 +128,7 @@ def _features(network: Network) -> Figures:
                 "importance": float(importance[feature]),
                 "examples": [
                     example(network, "test", int(rows[row]))
-                    for row in features.most_exciting(embedding, int(feature), _NUM_EXCITING)
+                    for row in features.strongest_images(embedding, int(feature), _NUM_EXCITING)
                 ],
             }
             for feature in order[:_NUM_FEATURES]

@@ -19,7 +19,7 @@ from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.inference.bundle import read_bundle
 from cnn_jax.inference.evaluation import open_as_trained, predict_split, score
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system.errors import ConfigError, UserError
 
 # Raise it when a section of metrics.json means something else.
@@ -84,7 +84,7 @@ class Network:
       probabilities: By split, of its images in their order.
     """
 
-    predictor: Predictor
+    predictor: BundlePredictor
     dataset: Dataset
     probabilities: Mapping[str, Float[np.ndarray, "_ classes"]]
 
@@ -247,7 +247,7 @@ def _open_network(
             "goes on with it."
         )
     try:
-        predictor = Predictor(read_bundle(workdir / "bundle"))
+        predictor = BundlePredictor(read_bundle(workdir / "bundle"))
     except UserError as error:
         raise MissingError(f"The bundle cannot be used: {error}.") from error
     try:
@@ -269,7 +269,7 @@ def _open_network(
     return network
 
 
-def _check_unchanged(dataset: Dataset, predictor: Predictor) -> None:
+def _check_unchanged(dataset: Dataset, predictor: BundlePredictor) -> None:
     """Raises MissingError if it is not what the bundle was trained on."""
     if dataset.fingerprint != predictor.data["fingerprint"]:
         raise MissingError(

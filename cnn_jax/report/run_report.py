@@ -18,7 +18,7 @@ from PIL import Image
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.splits import SPLITS
-from cnn_jax.explain.overlay import under_map
+from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.report import charts, explanations, qualities, sections, style, texts, thumbnails
 from cnn_jax.report.run import FORMAT, MissingError, Network, Run, read_run
 from cnn_jax.report.sections import Figures
@@ -264,7 +264,7 @@ def _draw_examples(
     for position, values in zip(positions, maps, strict=True):
         if (image := images[position]) is not None:
             path = folder / by_position[position]["picture"]
-            thumbnails.save_small(under_map(image, values), _map_path(path))
+            thumbnails.save_small(draw_overlay(image, values), _map_path(path))
 
 
 def _map_path(picture: pathlib.Path) -> pathlib.Path:

@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from cnn_jax.explain.maps import method_named
-from cnn_jax.explain.overlay import under_map
+from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.serve.images import Part, images_of
 from cnn_jax.serve.limits import Refused, check_query, unless_client_leaves
 from cnn_jax.serve.service import Answer, Service, error_of
@@ -216,7 +216,7 @@ def _describe(
 def _explanation(answer: Answer) -> dict[str, str]:
     """The map over the image, as PNG."""
     assert answer.explanation is not None
-    picture = under_map(Image.fromarray(answer.pixels), answer.explanation)
+    picture = draw_overlay(Image.fromarray(answer.pixels), answer.explanation)
     file = io.BytesIO()
     picture.save(file, "PNG")
     return {"method": "grad_cam", "png": base64.b64encode(file.getvalue()).decode()}

@@ -18,7 +18,7 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import maps
 from cnn_jax.inference.bundle import Bundle
 from cnn_jax.inference.images import ImageReader
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.serve.engine import Program, measure
 from cnn_jax.system.errors import BundleError
 
@@ -48,7 +48,7 @@ class Version:
 
     model: str
     number: int
-    predictor: Predictor
+    predictor: BundlePredictor
     preprocessing: Preprocessing
     probabilities: Program
     explained: Program
@@ -109,7 +109,7 @@ def make_version(
     Raises:
       BundleError: Its weights are not those of its network, or its answers no probabilities.
     """
-    predictor = Predictor(bundle)
+    predictor = BundlePredictor(bundle)
     allowed = min(max_pixels, bundle.preprocessing.max_pixels)
     preprocessing = dataclasses.replace(bundle.preprocessing, max_pixels=allowed)
     rng = np.random.default_rng(0)
@@ -142,7 +142,7 @@ def make_version(
 
 
 def _is_alike(
-    version: Version, predictor: Predictor, preprocessing: Preprocessing, sizes: Sequence[int]
+    version: Version, predictor: BundlePredictor, preprocessing: Preprocessing, sizes: Sequence[int]
 ) -> bool:
     """Whether a version's programs are those of a predictor, but for the weights."""
     return (

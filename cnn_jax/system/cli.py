@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pathlib
-import re
 import shutil
 import signal
 import sys
@@ -25,6 +24,7 @@ from cnn_jax.system.errors import (
     did_you_mean,
     printable,
 )
+from cnn_jax.system.text import fill
 
 _STDOUT = 1  # The file descriptor.
 # EX_TEMPFAIL of sysexits.h: "temporary failure; the user is invited to retry".
@@ -121,34 +121,6 @@ class _MessageFormatter(logging.Formatter):
 def columns() -> int:
     """Returns the width of the terminal, or $COLUMNS; 80 without a terminal."""
     return shutil.get_terminal_size().columns
-
-
-def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
-    """Breaks a line between words into parts that are at most `width` columns wide.
-
-    A single word that is wider than `width` is a part.
-
-    Args:
-      line: The line. Spaces within a part are unchanged.
-      width: Columns of the terminal; None for no limit.
-      indent: Spaces before each part except the first.
-    """
-    from rich.cells import cell_len  # Characters of some scripts take two columns.
-
-    if width is None or cell_len(line) <= width:
-        return [line]
-    parts, part = [], ""
-    for word in re.findall(r"\s*\S+", line):
-        if part.strip() and cell_len(part + word) > width:
-            parts.append(part)
-            part, word = " " * indent, word.lstrip()
-        part += word
-    return [*parts, part]
-
-
-def fill(text: str, width: int) -> str:
-    """Breaks a line as `wrap` does, and returns the parts as one text."""
-    return "\n".join(wrap(text, width))
 
 
 def fit(text: str, file: Any) -> str:

@@ -1,4 +1,4 @@
-"""The progress of a command on stderr, and tables as text.
+"""The progress of a command on stderr.
 
 Progress is shown as lines, with a progress bar if stderr is a terminal. In a notebook it
 is one output that is updated in place.
@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import rich.cells
 import rich.console
 import rich.progress
 import rich.table
 
-from cnn_jax.system import cli
-from cnn_jax.system.cli import wrap
+from cnn_jax.system import text
+from cnn_jax.system.text import FACT_INDENT, wrap
 
 # The columns of the table of epochs, by group: the name and the width of each column.
 _GROUPS: dict[str, dict[str, int]] = {
@@ -29,36 +28,11 @@ _OPTIONAL_COLUMNS = (
     ("", "images/s"),
     *(("train", "F1"), ("validation", "F1"), ("train", "accuracy"), ("train", "loss")),
 )
-_INDENT = 12  # Width of the names in `Console.facts`, in columns.
 # Minimum time between two updates of a notebook's output, in seconds.
 _UPDATE_SECONDS = 0.5
 _NOTEBOOK_WIDTH = 100  # Columns.
 # Number of the latest epochs that a notebook shows.
 _EPOCHS_SHOWN = 10
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
-    """Formats a table: the first column is left-aligned, the others are right-aligned.
-
-    If a name in the first column is too wide, the numbers follow on the next line.
-
-    Args:
-      head: The names of the columns.
-      rows: The cells, without line ends.
-      width: The width of the terminal, in columns.
-    """
-    lines = [head, *rows]
-    widths = [max(map(rich.cells.cell_len, column)) for column in zip(*lines, strict=True)]
-    name_width = min(widths[0], max(width - sum(widths[1:]) - 2 * len(widths[1:]), 0))
-    text = []
-    for name, *numbers in lines:
-        length = rich.cells.cell_len(name)
-        if length > name_width:
-            text.append(cli.fill(name, width))
-            name, length = "", 0
-        cells = (f"  {cell:>{size}}" for cell, size in zip(numbers, widths[1:], strict=True))
-        text.append(f"{name}{' ' * (name_width - length)}{''.join(cells)}".rstrip())
-    return "\n".join(text)
 
 
 def _fixed_column() -> rich.table.Column:
@@ -105,16 +79,13 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Prints a warning, in colour if the terminal has colours."""
-        for line in wrap(f"warning     {text}", self.width, _INDENT):
+        for line in wrap(f"warning     {text}", self.width, FACT_INDENT):
             self.write_line(line, "yellow")
 
     def facts(self, rows: Mapping[str, str]) -> None:
         """Prints aligned `name  text` lines; a text may have several lines."""
-        for name, text in rows.items():
-            for number, line in enumerate(text.splitlines() or [""]):
-                label = "" if number else name
-                for part in wrap(f"{label:<{_INDENT}}{line}", self.width, _INDENT):
-                    self.write_line(part)
+        for line in text.facts(rows, self.width):
+            self.write_line(line)
 
     def write_line(self, line: str, style: str | None = None) -> None:
         """Prints a line that fits the terminal, in a style of `rich`."""
@@ -316,7 +287,7 @@ def _fitting_columns(width: int | None) -> dict[str, dict[str, int]]:
     groups = {group: dict(columns) for group, columns in _GROUPS.items()}
     for group, name in _OPTIONAL_COLUMNS:
         cells = sum(sum(columns.values()) + len(columns) + 2 for columns in groups.values())
-        if width is None or _INDENT - 3 + cells + len("  best") <= width:
+        if width is None or FACT_INDENT - 3 + cells + len("  best") <= width:
             break
         del groups[group][name]
         groups = {group: columns for group, columns in groups.items() if columns}

@@ -17,7 +17,7 @@ from cnn_jax.data import no_track, pipeline
 from cnn_jax.inference import calibration
 from cnn_jax.inference.bundle import read_bundle, write_bundle
 from cnn_jax.inference.evaluation import open_as_trained, predict_split
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.report import run_report, sections, thumbnails
 from cnn_jax.report.run import read_run
 from cnn_jax.report.run_report import write_report
@@ -265,7 +265,7 @@ def test_the_page_says_so_if_scaling_made_calibration_worse(finished, tmp_path, 
 def test_the_figures_are_those_of_the_network(reported):
     """By the functions that measure, on the probabilities of the test split."""
     figures = _metrics(reported)
-    predictor = Predictor.load(reported / "bundle")
+    predictor = BundlePredictor.load(reported / "bundle")
     dataset = open_as_trained(predictor)
     indices = dataset.splits["test"]
     probabilities = predict_split(predictor, dataset.loader, indices)

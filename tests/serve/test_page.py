@@ -8,7 +8,7 @@ from PIL import Image
 from servers import Served
 
 from cnn_jax.inference.bundle import write_bundle
-from cnn_jax.inference.predictor import Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.registry.registry import Registry
 
 
@@ -68,7 +68,7 @@ def open_page(browser, server, width=1000, scheme="light"):
 
 def expected_of(registry, number, image):
     version = registry.resolve("shapes", number)
-    predictor = Predictor.load(registry.fetch(version, image.parent))
+    predictor = BundlePredictor.load(registry.fetch(version, image.parent))
     (prediction,) = predict_batch(predictor, [image.read_bytes()])
     best = int(prediction.probabilities.argmax())
     return predictor.class_names[best], prediction.probabilities

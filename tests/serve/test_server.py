@@ -20,7 +20,7 @@ from servers import Served
 
 import cnn_jax
 from cnn_jax.inference.bundle import digest, write_bundle
-from cnn_jax.inference.predictor import Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 
 KINDS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
 
@@ -44,7 +44,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictor(bundle):
-    return Predictor.load(bundle)
+    return BundlePredictor.load(bundle)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from s3 import BUCKET, s3_service
 from servers import Served
 
 from cnn_jax.inference.bundle import write_bundle
-from cnn_jax.inference.predictor import Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.registry.registry import Registry
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
@@ -92,7 +92,7 @@ def test_it_follows_an_alias_under_load_without_a_failed_request(serve, registry
     """Each answer is that of the version that it names, and once the new one is there, it stays."""
     expected = {}
     for number in (1, 2):
-        (prediction,) = predict_batch(Predictor(make_bundle(number)), [encode()])
+        (prediction,) = predict_batch(BundlePredictor(make_bundle(number)), [encode()])
         expected[number] = prediction.probabilities
     with serve() as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
         is_over = threading.Event()
@@ -389,7 +389,7 @@ def test_answers_are_noted_with_what_a_look_for_drift_needs(tmp_path):
     from cnn_jax.inference.images import preprocess_for_inference
 
     write_bundle(make_bundle(), tmp_path / "bundle")
-    predictor = Predictor.load(tmp_path / "bundle")
+    predictor = BundlePredictor.load(tmp_path / "bundle")
     file = tmp_path / "requests.db"
     flags = (f"--bundle={tmp_path}/bundle", f"--request_log={file}", "--request_log_images")
     with Served(tmp_path, *flags, "--max_batch=2") as server:
@@ -420,7 +420,9 @@ def test_a_network_of_a_known_kind_is_not_timed_again():
     second = make(2, make_bundle(2), [first])
     assert second.probabilities.seconds is first.probabilities.seconds
     image = np.zeros((2, 16, 16, 3), np.uint8)
-    np.testing.assert_array_equal(second.probabilities.run(image), Predictor(make_bundle(2))(image))
+    np.testing.assert_array_equal(
+        second.probabilities.run(image), BundlePredictor(make_bundle(2))(image)
+    )
     ((_, own),), ((_, other),) = second.explained.run(image[:1]), first.explained.run(image[:1])
     assert not np.array_equal(own, other)
     wider = make(3, make_bundle(3, ("a", "b", "c", "d")), [first, second])

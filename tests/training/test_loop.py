@@ -26,7 +26,7 @@ from cnn_jax.data.augment import Augmentation
 from cnn_jax.inference import calibration
 from cnn_jax.inference.bundle import read_bundle
 from cnn_jax.inference.evaluation import open_as_trained, predict_split
-from cnn_jax.inference.predictor import Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.system import signals
 from cnn_jax.system.errors import ConfigError, DataError, Interrupted, TrainingError
 from cnn_jax.training import loop
@@ -122,7 +122,7 @@ def test_the_bundle_is_that_of_the_best_epoch(finished):
     best = max(history, key=lambda record: record[config.train.monitor])
     assert report["validation"]["accuracy"] == pytest.approx(best["validation_accuracy"])
     # The loss is that of calibrated probabilities; without the temperature it is the best epoch's.
-    predictor = Predictor.load(workdir / "bundle")
+    predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     indices = dataset.splits["validation"]
     calibrated = predict_split(predictor, dataset.loader, indices)
@@ -138,7 +138,7 @@ def test_the_bundle_is_that_of_the_best_epoch(finished):
 def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
     """Not an average over training, in which earlier parameters and initial values lag."""
     workdir, config, _ = finished
-    predictor = Predictor.load(workdir / "bundle")
+    predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     found = predictor.variables
     statistics = Statistics.empty(found["batch_stats"])
@@ -193,7 +193,7 @@ def test_a_fresh_process_gives_exactly_the_probabilities_that_were_written(
     )
     assert json.loads(output.read_text()) == report["test"]
 
-    predictor = Predictor.load(workdir / "bundle")
+    predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     source, indices = dataset.source, dataset.splits["test"]
     assert source.name == f"folder:{image_folder}"
@@ -969,7 +969,7 @@ def test_a_white_level_counts_in_training_evaluation_and_prediction_alike(tmp_pa
         train_and_evaluate(_tiny(tmp_path / "data", **changes), tmp_path / "run")
     config = _tiny(tmp_path / "data", **changes, **{"data.white_level": 1.0})
     train_and_evaluate(config, tmp_path / "run")
-    predictor = Predictor.load(tmp_path / "run" / "bundle")
+    predictor = BundlePredictor.load(tmp_path / "run" / "bundle")
     assert predictor.preprocessing.white_level == 1
     dataset = open_as_trained(predictor, f"folder:{tmp_path / 'data'}")
     paths = [tmp_path / "data" / example_id for example_id in dataset.source.ids]

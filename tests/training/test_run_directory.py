@@ -12,7 +12,7 @@ from cnn_jax.data.files import open_folder
 from cnn_jax.explain.pictures import explain
 from cnn_jax.inference.evaluation import open_as_trained
 from cnn_jax.inference.images import list_images
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system.errors import ConfigError
 from cnn_jax.training import run_directory
 from cnn_jax.training.loop import train_and_evaluate
@@ -199,7 +199,7 @@ def test_what_is_written_in_the_folder_of_the_data_is_no_part_of_it(data, tiny_c
         picture = workdir / "report" / name
         picture.parent.mkdir(exist_ok=True)
         shutil.copy(data / "red" / "000.png", picture)
-    predictor = Predictor.load(workdir / "bundle")
+    predictor = BundlePredictor.load(workdir / "bundle")
     images = list_images(data)
     explain(predictor, images[:1], data / "maps")
     assert list((data / "maps").glob("*.png"))
@@ -214,7 +214,7 @@ def test_what_is_written_in_the_folder_of_the_data_is_no_part_of_it(data, tiny_c
     assert open_as_trained(predictor).fingerprint == fingerprint
     config.train.epochs = 2  # The run goes on from its checkpoint.
     train_and_evaluate(config, workdir)
-    assert Predictor.load(workdir / "bundle").data["fingerprint"] == fingerprint
+    assert BundlePredictor.load(workdir / "bundle").data["fingerprint"] == fingerprint
 
 
 @pytest.mark.parametrize("place", [".", "red", "red/../blue", "split"])
