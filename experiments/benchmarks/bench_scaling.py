@@ -64,11 +64,11 @@ class Trainer:
         metrics: list[Metrics] = []
         began = time.perf_counter()
         for batch in batches:
-            self._state, of_batch = self._step(self._state, self._layout.to_devices(batch))
-            metrics.append(of_batch)
+            self._state, batch_metrics = self._step(self._state, self._layout.to_devices(batch))
+            metrics.append(batch_metrics)
         jax.block_until_ready(metrics)
         seconds = (time.perf_counter() - began) / len(batches)
-        return seconds, [float(of_batch.compute()["loss"]) for of_batch in metrics]
+        return seconds, [float(batch_metrics.compute()["loss"]) for batch_metrics in metrics]
 
 
 def make_batches(count: int, side: int, batch_size: int) -> list[dict[str, np.ndarray]]:

@@ -104,14 +104,16 @@ class Bench:
             self.measured[f"import {module}"] = lambda c=command: seconds_to_end(c, environment)
         off = environment | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
         for state in STATES:
-            of_state = off if state == "off" else environment
-            self.measured[f"predict one image, {state}"] = lambda s=state, e=of_state: (
+            state_environment = off if state == "off" else environment
+            self.measured[f"predict one image, {state}"] = lambda s=state, e=state_environment: (
                 self._in_state(s, lambda: seconds_to_end(predict, e))
             )
         for state in STATES:
-            of_state = off if state == "off" else environment
-            self.measured[f"train to the first step, {state}"] = lambda s=state, e=of_state: (
-                self._in_state(s, lambda: seconds_to_first_step(main, e, folder / "run"))
+            state_environment = off if state == "off" else environment
+            self.measured[f"train to the first step, {state}"] = (
+                lambda s=state, e=state_environment: self._in_state(
+                    s, lambda: seconds_to_first_step(main, e, folder / "run")
+                )
             )
 
     def _in_state(self, state: str, measure: Callable[[], float]) -> float:

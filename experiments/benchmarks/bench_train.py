@@ -377,17 +377,17 @@ def summarize(
     seconds: dict[str, float], side: int, batch_size: int, ours: str, floor_ms: float
 ) -> dict[str, Any]:
     """Returns the metrics of one shape; rates are images a second."""
-    by_default = {
+    default_rates = {
         name: value
         for name, value in seconds.items()
         if not name.startswith(("cnn_jax", "plain Linen")) and "memory kept" not in name
     }
 
     def best(part: str) -> float | None:
-        found = [value for name, value in by_default.items() if part in name]
+        found = [value for name, value in default_rates.items() if part in name]
         return batch_size / min(found) if found else None
 
-    best_peer = min(by_default.values(), default=float("nan"))
+    best_peer = min(default_rates.values(), default=float("nan"))
     return {
         "image_size": side,
         "batch_size": batch_size,

@@ -481,12 +481,12 @@ class Keras(Peer):
                 loss = self._loss(self._labels, logits)
                 return loss + sum(losses), loss
 
-            (_, loss), by_variable = jax.value_and_grad(total_loss, has_aux=True)(
+            (_, loss), variable_gradients = jax.value_and_grad(total_loss, has_aux=True)(
                 [v.value for v in net.trainable_variables]
             )
             paths = [v.path for v in net.trainable_variables]
-            by_path = dict(zip(paths, by_variable, strict=True))
-            values = [by_path[v.path] for v in trained.values()]
+            path_gradients = dict(zip(paths, variable_gradients, strict=True))
+            values = [path_gradients[v.path] for v in trained.values()]
         return float(loss), {
             name: np.asarray(value) for name, value in zip(trained, values, strict=True)
         }

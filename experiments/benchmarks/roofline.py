@@ -186,7 +186,7 @@ def training_passes(
         moments = {f"{name} moments": 2 * layer.parameters * _FLOAT32}
         output = {f"{name} output": batch_size * layer.outputs * activation_bytes}
         gradient_of_output = {f"{name} gradient of output": sum(output.values())}
-        of_layer: list[Pass] = []
+        layer_passes: list[Pass] = []
         if layer.statistics:
             convolved = {f"{name} convolved": products}
             gradient = {f"{name} gradient of convolved": products}
@@ -195,7 +195,7 @@ def training_passes(
                 Pass(f"{name} product", flops, inputs | parameters, convolved),
                 Pass(f"{name} normalise", 0, convolved | statistics, output | statistics),
             ]
-            of_layer.append(
+            layer_passes.append(
                 Pass(f"{name} normalise's gradient", 0, convolved | gradient_of_output, gradient)
             )
         elif last:
@@ -206,15 +206,20 @@ def training_passes(
             # The next layer's input gradient already includes the gradients of ReLU and dropout.
             gradient = gradient_of_output
             forward.append(Pass(f"{name} product", flops, inputs | parameters, output))
-        of_layer.append(Pass(f"{name} weights' gradient", flops, inputs | gradient, gradients))
+        layer_passes.append(Pass(f"{name} weights' gradient", flops, inputs | gradient, gradients))
         if before:  # The gradient of the images is not needed.
             # The inputs are read for what its end does: the sums that the BatchNorm before
             # needs, or undoing ReLU and dropout.
-            of_inputs = {f"{before} gradient of output": sum(inputs.values())}
-            of_layer.append(
-                Pass(f"{name} inputs' gradient", flops, gradient | parameters | inputs, of_inputs)
+            input_gradient = {f"{before} gradient of output": sum(inputs.values())}
+            layer_passes.append(
+                Pass(
+                    f"{name} inputs' gradient",
+                    flops,
+                    gradient | parameters | inputs,
+                    input_gradient,
+                )
             )
-        backward = of_layer + backward
+        backward = layer_passes + backward
         update.append(
             Pass(f"{name} Adam", 0, parameters | gradients | moments, parameters | moments)
         )
@@ -340,8 +345,8 @@ def table(
     """Returns a row for the training step and a row for the inference of each shape."""
     rows = []
     for image_size, batch_size in shapes:
-        for kind, passes_of in KINDS.items():
-            passes = passes_of(model, image_size, batch_size, ACTIVATION_BYTES[precision])
+        for kind, count_passes in KINDS.items():
+            passes = count_passes(model, image_size, batch_size, ACTIVATION_BYTES[precision])
             work = total(passes)
             rows.append(
                 {
@@ -419,10 +424,10 @@ def main() -> None:
         )
     if flags.passes:
         for image_size, batch_size in shapes:
-            for kind, passes_of in KINDS.items():
+            for kind, count_passes in KINDS.items():
                 print(f"\n{kind}, {image_size} pixels, {batch_size} images")
                 width = ACTIVATION_BYTES[flags.precision]
-                _print_passes(passes_of(model, image_size, batch_size, width))
+                _print_passes(count_passes(model, image_size, batch_size, width))
     if flags.json:
         figures = {
             "device": device,

@@ -99,24 +99,24 @@ def one_life(
 
     process = start(workdir, epochs, log)
     if aim == "bundle":
-        came = wait_for(process, is_writing_the_bundle)
+        is_ready = wait_for(process, is_writing_the_bundle)
         delay = rng.uniform(0, 0.01)
     else:
-        came = wait_for(process, lambda: is_training(workdir, process.pid))
+        is_ready = wait_for(process, lambda: is_training(workdir, process.pid))
         delay = rng.uniform(0, 1.5)
-        if came and aim == "save":
+        if is_ready and aim == "save":
             for _ in range(rng.randrange(4)):  # A random one of the saves, not always the first.
-                came = came and wait_for(process, lambda: not is_saving())
-                came = came and wait_for(process, is_saving)
-            came = came and wait_for(process, is_saving)
+                is_ready = is_ready and wait_for(process, lambda: not is_saving())
+                is_ready = is_ready and wait_for(process, is_saving)
+            is_ready = is_ready and wait_for(process, is_saving)
             delay = rng.uniform(0, 0.06)
-    if came:
+    if is_ready:
         time.sleep(delay)
     was_killed = kill(process)
     return was_killed, was_killed and (is_saving() or is_writing_the_bundle())
 
 
-def end_of(workdir: pathlib.Path) -> dict[str, Any]:
+def read_results(workdir: pathlib.Path) -> dict[str, Any]:
     """Returns everything that must be equal: arrays of the last checkpoint, log and files."""
     manager = ocp.CheckpointManager((workdir / "checkpoints").resolve())
     step = manager.latest_step()
@@ -190,7 +190,7 @@ def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -
     print(file=sys.stderr)
     if start(killed, epochs, log).wait():
         raise RuntimeError(f"the last start failed: see {log}")
-    first, second = end_of(undisturbed), end_of(killed)
+    first, second = read_results(undisturbed), read_results(killed)
     assert first.keys() == second.keys()
     return Outcome(
         kills=done,

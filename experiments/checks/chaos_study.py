@@ -61,9 +61,9 @@ def main() -> None:
         found = outcome(folder)
         differences = [key for key in expected if found[key] != expected[key]]
         differing += bool(differences)
-        told = f"{', '.join(differences)} differ" if differences else "the same"
+        outcome_text = f"{', '.join(differences)} differ" if differences else "the same"
         times = ", ".join(f"{moment:.1f}" for moment in moments)
-        print(f"killed {times} s after it had gone on: {told}", flush=True)
+        print(f"killed {times} s after it had continued: {outcome_text}", flush=True)
     print(f"{kills} kills, {differing} of {flags.rounds} studies differ")
     sys.exit(bool(differing))
 

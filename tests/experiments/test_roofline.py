@@ -48,13 +48,13 @@ def test_flops_equal_those_of_xla_without_padding(image_size: int) -> None:
         layer.flops * share for layer, share in zip(layers, [*on_image, 1, 1], strict=True)
     )
     # XLA counts biases, ReLU, BatchNorm and pooling too.
-    of_xla = forward_flops(MODEL, (image_size, image_size))
-    assert without_padding < of_xla < 1.04 * without_padding
+    xla_flops = forward_flops(MODEL, (image_size, image_size))
+    assert without_padding < xla_flops < 1.04 * without_padding
 
 
 def test_flops_at_224_pixels_nearly_equal_those_of_xla() -> None:
-    of_xla = forward_flops(MODEL, (224, 224))
-    assert roofline.inference_work(MODEL, 224, 1, 4).flops == pytest.approx(of_xla, rel=0.03)
+    xla_flops = forward_flops(MODEL, (224, 224))
+    assert roofline.inference_work(MODEL, 224, 1, 4).flops == pytest.approx(xla_flops, rel=0.03)
 
 
 def test_layers_have_the_parameters_of_the_network() -> None:

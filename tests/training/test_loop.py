@@ -478,7 +478,7 @@ def smoke(tmp_path_factory):
 
 def _same_but_for_time(first, second):
     """Parameters, statistics, optimizer, sums, log, bundle and report, to the bit."""
-    ends = chaos.end_of(first), chaos.end_of(second)
+    ends = chaos.read_results(first), chaos.read_results(second)
     assert ends[0].keys() == ends[1].keys()
     assert any("opt_state" in name for name in ends[0])
     differing = {name: chaos.differing_bits(ends[0][name], ends[1][name]) for name in ends[0]}

@@ -1,4 +1,4 @@
-"""Studies without training: a trainer that writes figures down, and a storage in memory."""
+"""Studies without training: a fake trainer that writes metrics, and a storage in memory."""
 
 import fcntl
 import json

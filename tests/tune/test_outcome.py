@@ -51,12 +51,12 @@ def make_study(plan, trials=TRIALS, features=("(4, 8)",)):
     study.set_user_attr("definition", {"data": "of the data"})
     best = max if plan.monitor != "validation_loss" else min
     # The value of a pruned trial is its last one, as in Optuna.
-    value_of = {TrialState.COMPLETE: best, TrialState.PRUNED: lambda curve: curve[-1]}
+    state_values = {TrialState.COMPLETE: best, TrialState.PRUNED: lambda curve: curve[-1]}
     for number, (state, curve, attributes) in enumerate(trials):
         study.add_trial(
             create_trial(
                 state=state,
-                value=value_of.get(state, lambda curve: None)(curve),
+                value=state_values.get(state, lambda curve: None)(curve),
                 params={
                     "model.dropout": number / 100,
                     "model.features": features[number % len(features)],

@@ -77,11 +77,11 @@ def test_the_rungs_of_all_brackets(max_epochs, expected):
 def test_brackets_get_trials_in_the_proportions_of_hyperband(max_epochs, weights):
     brackets = search.num_brackets(max_epochs)
     for trials in (sum(weights), 1000):
-        of_each = collections.Counter(
+        bracket_counts = collections.Counter(
             search.bracket_of(number, max_epochs, brackets) for number in range(trials)
         )
         expected = np.array(weights) / sum(weights) * trials
-        found = np.array([of_each[bracket] for bracket in range(brackets)])
+        found = np.array([bracket_counts[bracket] for bracket in range(brackets)])
         assert found.sum() == trials
         np.testing.assert_allclose(found, expected, atol=2)
 

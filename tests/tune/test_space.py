@@ -38,8 +38,10 @@ def test_both_ends_of_a_shipped_space_are_valid(file, config):
     for end in (0, -1):
         params = {}
         for key, distribution in space.items():
-            of_key = describe(distribution)
-            params[key] = of_key.get("choices", [of_key.get("low"), of_key.get("high")])[end]
+            description = describe(distribution)
+            params[key] = description.get(
+                "choices", [description.get("low"), description.get("high")]
+            )[end]
         schema.validate(configured(config, params), num_devices=1)
 
 

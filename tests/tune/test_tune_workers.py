@@ -1,4 +1,4 @@
-"""Workers in processes of their own, at one study in a file or on a PostgreSQL server."""
+"""Several worker processes of one study, in a file or on a PostgreSQL server."""
 
 import contextlib
 import multiprocessing
