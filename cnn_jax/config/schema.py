@@ -8,6 +8,7 @@ imported, so that a wrong key is reported at once.
 import functools
 import hashlib
 import math
+import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -91,6 +92,23 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "a side in pixels, or (height, width), each 1 or more",
             lambda v: all(is_int(side) and side > 0 for side in _pair(v)) and len(_pair(v)) == 2,
             "Height and width of the network's input in pixels; or one number for both.",
+        ),
+        "resize": choice(
+            "stretch",
+            "How an image becomes image_size; crop: scaled to cover it, the centre is kept; pad: "
+            "scaled to fit into it, the rest is grey.",
+            ("stretch", "crop", "pad"),
+        ),
+        "crop_ratio": number(
+            1.0,
+            "For resize=crop: the crop's side as a fraction of the scaled image's shorter side.",
+            "above 0, at most 1",
+            lambda v: 0 < v <= 1,
+        ),
+        "interpolation": choice(
+            "bilinear",
+            "The filter of the resize; it averages where an image is made smaller.",
+            ("bilinear", "bicubic"),
         ),
         "mean": numbers(
             (127.5, 127.5, 127.5),
@@ -373,7 +391,23 @@ def _name(key: str) -> str:
 
 def wrong_value(key: str, value: object, network: str | None = None) -> ConfigError:
     """The error for a value that this key may not have."""
-    return ConfigError(f"config.{key}: must be {keys(network)[key].requirement}, got {value!r}")
+    hint = source_hint(value) if key == "data.source" else ""
+    requirement = keys(network)[key].requirement
+    return ConfigError(f"config.{key}: must be {requirement}, got {value!r}{hint}")
+
+
+def source_hint(value: object) -> str:
+    """The source that was probably meant by a path, as the end of a message; "" if it is no path.
+
+    A path has a slash or exists.
+    """
+    if not isinstance(value, str) or not value or SOURCE_PATTERN.fullmatch(value):
+        return ""
+    path = pathlib.Path(value).expanduser()
+    if "/" not in value and not path.exists():
+        return ""
+    is_table = path.suffix.lower() == ".csv"
+    return f"; did you mean {'csv' if is_table else 'folder'}:{value}?"
 
 
 def check_value(key: str, value: object, network: str | None = None) -> None:
@@ -407,6 +441,11 @@ def validate(config: Config, num_devices: int) -> None:
         raise ConfigError(
             f"config.data.image_size: must be a multiple of {divisor}, by which the network "
             f"{network} divides it, got {values['data.image_size']!r}"
+        )
+    if values["data.crop_ratio"] != 1 and values["data.resize"] != "crop":
+        raise ConfigError(
+            "config.data.crop_ratio: must be 1 unless data.resize=crop, got "
+            f"{values['data.crop_ratio']}"
         )
     if values["report.detail"] != "none" and len(values["report.splits"]) < len(SPLITS):
         raise ConfigError(

@@ -6,26 +6,50 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.resize import view
+
 # The weight of the map's colours; the image has the rest.
 _OPACITY = 0.55
+# The brightness of the part of an image that the network does not see.
+_UNSEEN_BRIGHTNESS = 0.4
 
 
-def draw_overlay(image: Image.Image, values: Float[np.ndarray, "height width"]) -> Image.Image:
+def draw_overlay(
+    image: Image.Image,
+    values: Float[np.ndarray, "height width"],
+    preprocessing: Preprocessing | None = None,
+) -> Image.Image:
     """Draws a map over the grey version of its image.
 
     Args:
-      image: The image in its own resolution.
-      values: The map. It is stretched to the image's size. Its smallest value gets the first
-        colour and its largest value the last.
+      image: The whole image in any resolution.
+      values: The map of the network's input. Its smallest value gets the first colour and its
+        largest value the last.
+      preprocessing: How the network's input was made from the image. The map lies on the part
+        of the image that the network saw; the rest of the image is dark. None: the image is
+        the network's input.
 
     Returns:
       An RGB image of the size of `image`.
     """
     value_range = float(np.ptp(values))
     levels = np.rint(255 * (values - values.min()) / (value_range or 1.0)).astype(np.uint8)
-    stretched = Image.fromarray(levels).resize(image.size, Image.Resampling.BILINEAR)
+    grey = image.convert("L").convert("RGB")
+    box = (0, 0, image.width, image.height)
+    if preprocessing is not None:
+        seen = view((image.height, image.width), preprocessing)
+        left, top, right, bottom = seen.input_box
+        levels = levels[top:bottom, left:right]
+        left, top, right, bottom = map(round, seen.image_box)
+        box = (left, top, max(right, left + 1), max(bottom, top + 1))
+    stretched = Image.fromarray(levels).resize(
+        (box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR
+    )
     colours = Image.fromarray(_colour_table()[np.asarray(stretched)])
-    return Image.blend(image.convert("L").convert("RGB"), colours, _OPACITY)
+    overlay = grey.point(lambda level: level * _UNSEEN_BRIGHTNESS)
+    overlay.paste(Image.blend(grey.crop(box), colours, _OPACITY), box[:2])
+    return overlay
 
 
 @functools.cache

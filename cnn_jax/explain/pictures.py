@@ -252,7 +252,7 @@ def _save_overlays(
     image = Image.fromarray(_decode(path, predictor))
     names = {method: f"{number:04d}-{method}.png" for method in maps}
     for method, values in maps.items():
-        draw_overlay(image, values).save(folder / names[method])
+        draw_overlay(image, values, predictor.preprocessing).save(folder / names[method])
     return names
 
 
@@ -334,7 +334,7 @@ def _write_page(folder: pathlib.Path, result: dict[str, Any], predictor: BundleP
     def small(path: pathlib.Path) -> str:
         pixels = _decode(path, predictor)
         encoded = io.BytesIO()
-        thumbnails.fitted(pixels, _SIDE).save(encoded, "PNG")
+        thumbnails.fit_to_square(pixels, _SIDE).save(encoded, "PNG")
         return f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
     page = style.template("explanations.html").render(

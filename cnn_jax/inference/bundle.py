@@ -142,8 +142,11 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
                 mean=tuple(preprocessing["mean"]),
                 std=tuple(preprocessing["std"]),
                 max_pixels=preprocessing["max_pixels"],
-                # Older bundles do not have this key.
+                # Older bundles do not have these keys.
                 white_level=preprocessing.get("white_level", 0.0),
+                resize=preprocessing.get("resize", "stretch"),
+                crop_ratio=preprocessing.get("crop_ratio", 1.0),
+                interpolation=preprocessing.get("interpolation", "bilinear"),
             ),
             temperature=description["temperature"],
             data=description["data"],

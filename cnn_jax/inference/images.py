@@ -15,6 +15,7 @@ from PIL import Image
 from cnn_jax.data import decode, files
 from cnn_jax.data.decode import Pixels
 from cnn_jax.data.preprocessing import SPECIFICATION, Preprocessing
+from cnn_jax.data.resize import resize
 from cnn_jax.system.errors import DataError, MissingDataError
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class ImageReader:
         if doubt and not self._has_warned:
             self._has_warned = True
             logger.warning("%s: %s (only the first such image is named)", name, doubt)
-        return decode.resize(pixels, preprocessing.image_size)
+        return resize(pixels, preprocessing)
 
 
 def _read(image: object) -> bytes | np.ndarray:

@@ -2,7 +2,7 @@
 
     cnn_jax report --run=RUN [--source=folder:PATH]
 
-writes RUN/report/index.html and prints its path. Training writes the same at its end.
+writes RUN/report/index.html and prints its path. Training writes the same report at its end.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,13 @@ from cnn_jax.system.console import Console
 def main(argv: Sequence[str]) -> None:
     parser = cli.Parser(prog="cnn_jax report", description="Write the report of a run.")
     parser.add_argument("--run", required=True, type=cli.path, help="the run's folder")
-    parser.add_argument("--source", help=f"{FORMS}; where its data was if not given")
+    parser.add_argument("--source", help=f"the run's data if it was moved: {FORMS}")
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()
     keep_compiled()
-    print(write_report(flags.run, Console().track, source=flags.source))
+    console = Console()
+    print(write_report(flags.run, console.track, source=flags.source, warn=console.warn))
 
 
 if __name__ == "__main__":

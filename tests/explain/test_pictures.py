@@ -12,9 +12,11 @@ from bundles import make_bundle
 from conftest import REPOSITORY
 from PIL import Image
 
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import __main__ as explain_command
 from cnn_jax.explain import pictures
 from cnn_jax.explain.maps import grad_cam, methods_for
+from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.images import list_images, list_inputs, preprocess_for_inference
 from cnn_jax.inference.predictor import BundlePredictor, predict_batch
@@ -80,6 +82,35 @@ def test_the_colours_are_brightest_where_the_map_is_largest(predictor, tmp_path)
     names = pictures._save_overlays(tmp_path, 0, path, {"grad_cam": values}, predictor)
     brightness = np.asarray(Image.open(tmp_path / names["grad_cam"]).convert("L"))
     assert np.unravel_index(brightness.argmax(), brightness.shape) == (3, 12)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "corner"),
+    [
+        ("stretch", (32, 16), (24, 3)),
+        ("crop", (32, 16), (20, 3)),
+        ("crop", (16, 40), (12, 15)),
+        ("pad", (32, 16), (24, -1)),  # The map's row 3 is padding.
+        ("pad", (16, 20), (14, 4)),
+    ],
+)
+def test_a_map_lies_on_the_part_of_the_image_that_was_seen(mode, size, corner):
+    """A map of 16 x 16 with one bright value in row 3, column 12."""
+    values = np.zeros((16, 16), np.float32)
+    values[3, 12] = 1
+    image = Image.new("RGB", size, (128, 128, 128))
+    drawn = draw_overlay(image, values, Preprocessing((16, 16), resize=mode))
+    assert drawn.size == size
+    brightness = np.asarray(drawn.convert("L"), float)
+    column, row = corner
+    if row < 0:
+        assert np.ptp(brightness) < 2
+        return
+    brightest = np.argwhere(brightness == brightness.max()).mean(axis=0)
+    assert np.abs(brightest - (row, column)).max() <= 1
+    is_unseen = np.isclose(brightness, 0.4 * 128, atol=1)
+    seen = {"stretch": 1, "pad": 1, "crop": 256 / (size[0] * size[1])}[mode]
+    assert 1 - is_unseen.mean() == pytest.approx(seen)
 
 
 def test_a_chosen_class_is_explained(predictor, paths, tmp_path):

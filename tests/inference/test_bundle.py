@@ -162,11 +162,18 @@ def test_a_scalar_stays_a_scalar(tmp_path, scalar):
     assert (read.shape, read.dtype, read) == ((), scalar.dtype, scalar)
 
 
-def test_a_bundle_without_a_white_level_has_0(tmp_path):
-    preprocessing = Preprocessing(image_size=(16, 16), white_level=4095.0)
+def test_a_bundle_without_later_preprocessing_keys_has_their_defaults(tmp_path):
+    preprocessing = Preprocessing(
+        image_size=(16, 16),
+        white_level=4095.0,
+        resize="crop",
+        crop_ratio=0.875,
+        interpolation="bicubic",
+    )
     write_bundle(dataclasses.replace(make_bundle(), preprocessing=preprocessing), tmp_path / "new")
     assert read_bundle(tmp_path / "new").preprocessing == preprocessing
     description = json.loads((tmp_path / "new" / "bundle.json").read_text("utf-8"))
-    del description["preprocessing"]["white_level"]
+    for key in ("white_level", "resize", "crop_ratio", "interpolation"):
+        del description["preprocessing"][key]
     (tmp_path / "new" / "bundle.json").write_text(json.dumps(description), "utf-8")
-    assert read_bundle(tmp_path / "new").preprocessing.white_level == 0
+    assert read_bundle(tmp_path / "new").preprocessing == Preprocessing(image_size=(16, 16))

@@ -454,7 +454,7 @@ def test_a_pattern_leaves_out_output_folders(tmp_path, monkeypatch, caplog):
     assert listed(f"{tmp_path}/**/*.png") == [f"{tmp_path}/cat.png", f"{tmp_path}/photos/dog.png"]
     assert listed("photos/*") == ["photos/dog.png"]  # The folder maps itself matches.
     assert listed("photos/**") == ["photos/dog.png"]
-    with pytest.raises(DataError, match=r"no file matches \*/0.png \(left out: 1 folders"):
+    with pytest.raises(DataError, match=r"no file matches \*/0.png \(left out: 1 folder "):
         listed("*/0.png")
     # An output folder is read if it is named.
     for named in ("photos/maps/*.png", "photos/maps", "photos/maps/0_grad_cam.png"):
@@ -523,10 +523,12 @@ def test_files_left_out_of_a_folder_are_counted(tmp_path, caplog):
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "link.png").symlink_to("../elsewhere.png")
-    with pytest.raises(DataError, match=r"left out: 1 links out of the folder: .*--allow_outside"):
+    with pytest.raises(DataError, match=r"left out: 1 link out of the folder: .*--allow_outside"):
         list_images(folder)
     assert list_images(folder, allow_outside=True) == [folder / "link.png"]
     Image.new("RGB", (4, 4)).save(folder / "a.png")
     (folder / "notes.txt").write_text("x")
     assert list_images(folder) == [folder / "a.png"]
-    assert "1 images (left out: 1 links out of the folder, 1 not images" in caplog.text
+    assert (
+        "1 images (left out: 1 link out of the folder, 1 file that is not an image" in caplog.text
+    )

@@ -956,7 +956,7 @@ def test_whoever_is_told_of_the_epochs_may_end_the_run_and_it_goes_on(
     assert _weights(workdir) == _weights(finished[0])
 
 
-def test_a_white_level_counts_in_training_evaluation_and_prediction_alike(tmp_path):
+def test_training_evaluation_and_prediction_use_the_same_preprocessing(tmp_path):
     """Floats in [0, 1], of two classes that only those see who see more than black."""
     rng = np.random.default_rng(0)
     for i in range(40):
@@ -967,10 +967,13 @@ def test_a_white_level_counts_in_training_evaluation_and_prediction_alike(tmp_pa
     changes = {"train.epochs": 1, "report.detail": "none"}
     with pytest.raises(DataError, match=r"float images .* set --config.data.white_level=1, or"):
         train_and_evaluate(_tiny(tmp_path / "data", **changes), tmp_path / "run")
-    config = _tiny(tmp_path / "data", **changes, **{"data.white_level": 1.0})
-    train_and_evaluate(config, tmp_path / "run")
+    changes |= {"data.white_level": 1.0, "data.interpolation": "bicubic"}
+    changes |= {"data.resize": "crop", "data.crop_ratio": 0.8}
+    train_and_evaluate(_tiny(tmp_path / "data", **changes), tmp_path / "run")
     predictor = BundlePredictor.load(tmp_path / "run" / "bundle")
-    assert predictor.preprocessing.white_level == 1
+    preprocessing = predictor.preprocessing
+    assert (preprocessing.white_level, preprocessing.interpolation) == (1, "bicubic")
+    assert (preprocessing.resize, preprocessing.crop_ratio) == ("crop", 0.8)
     dataset = open_as_trained(predictor, f"folder:{tmp_path / 'data'}")
     paths = [tmp_path / "data" / example_id for example_id in dataset.source.ids]
     probabilities = predict_split(predictor, dataset.loader, np.arange(len(paths)))

@@ -238,10 +238,11 @@ def test_the_data_does_not_lie_where_the_run_writes(tmp_path):
         run_directory.check_apart(tmp_path / "run", source)
 
 
-def test_a_run_that_is_older_than_the_white_level_goes_on_without_one(tmp_path):
+def test_a_run_that_is_older_than_a_key_goes_on_with_its_default(tmp_path):
     config = default.get_config()
     old = _flat(config)
-    del old["data.white_level"]
+    for key in ("data.white_level", "data.resize", "data.crop_ratio", "data.interpolation"):
+        del old[key]
     assert run_directory.changes(tmp_path, old, config) == []
     config.data.white_level = 4095.0
     with pytest.raises(ConfigError, match=r"\(data\.white_level: 0\.0 -> 4095\.0\)"):
