@@ -27,7 +27,8 @@ from cnn_jax.data import Track
 from cnn_jax.data.files import check_output
 from cnn_jax.data.scan import Unreadable
 from cnn_jax.data.sources import listed_folder
-from cnn_jax.system.errors import ConfigError, of_file, printable
+from cnn_jax.system.atomic import write_text
+from cnn_jax.system.errors import ConfigError, file_errors, printable
 from cnn_jax.training import sharding
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         file = _open_lock(workdir)
     except OSError as error:
         _remove_empty(made)
-        raise ConfigError(f"--workdir: cannot use {workdir}: {error.strerror}") from error
+        reason = "it is a file" if workdir.is_file() else error.strerror
+        raise ConfigError(f"--workdir: cannot use {workdir}: {reason}") from error
     with file:
         try:
             yield
@@ -126,7 +128,7 @@ def _open_lock(workdir: pathlib.Path) -> IO[str]:
         file.close()
         workdir.mkdir(parents=True, exist_ok=True)
         return _open_lock(workdir)
-    with of_file(path):
+    with file_errors(path):
         file.truncate(0)
         file.write(json.dumps(_this_process() | {"since": _now()}))
         file.flush()
@@ -262,30 +264,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def write_text(path: pathlib.Path, text: str, *, survives_power: bool = True) -> None:
-    """Writes a file: the old content or the new, never a part.
-
-    Of several processes only the one that holds the folder may.
-
-    Args:
-      path: The file.
-      text: Its content.
-      survives_power: Whether that holds even if the power fails, for which the disk
-        is waited for.
-    """
-    aside = path.with_name(f".{path.name}.partial")
-    # A file name that is not UTF-8 has surrogates, which become JSON's escapes.
-    with (
-        of_file(path),
-        aside.open("w", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        file.write(text)
-        if survives_power:
-            file.flush()
-            os.fsync(file.fileno())
-    aside.replace(path)
-
-
 class Heartbeat:
     """heartbeat.json: where the run is and when it was there.
 
@@ -313,7 +291,7 @@ class Heartbeat:
         self._last, self._activity = now, activity
         beat = {"time": _now(), "step": self._step, "activity": activity}
         # The next one is due in seconds, and training does not wait for the disk.
-        write_text(self._path, _line(beat | _this_process()), survives_power=False)
+        write_text(self._path, _line(beat | _this_process()), durable=False)
 
     def following(self, track: Track) -> Track:
         """A `track` that also writes the file."""
@@ -343,7 +321,7 @@ class EpochLog:
         self._folder.mkdir(exist_ok=True)
         # Not SummaryWriter: the thread that it writes in dies of a full disk, with a traceback
         # of its own, and the tenth event after that waits for it for ever.
-        with of_file(self._folder):
+        with file_errors(self._folder):
             self._events = EventsWriter(str(self._folder / "events"))
         for record in history:
             self._write_events(record)
@@ -351,13 +329,13 @@ class EpochLog:
     def append(self, record: Mapping[str, Any]) -> None:
         if self._events is None:
             return
-        with of_file(self._path), self._path.open("a", encoding="utf-8") as file:
+        with file_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
         self._write_events(record)
 
     def _write_events(self, record: Mapping[str, Any]) -> None:
         assert self._events is not None
-        with of_file(self._folder):
+        with file_errors(self._folder):
             for key, value in record.items():
                 if key in ("step", "epoch"):
                     continue
@@ -372,7 +350,7 @@ class EpochLog:
 
     def close(self) -> None:
         if self._events is not None:
-            with of_file(self._folder):
+            with file_errors(self._folder):
                 self._events.close()
 
 

@@ -115,10 +115,10 @@ def _width_of_interval(test_images: int, config: Config) -> list[str]:
     reach = half_width(wilson_interval(test_images / 2, test_images))
     if not test_images or reach < VAGUE:
         return []
-    exact = "--config.data.stratify=exact, " if config.data.stratify == "stable" else ""
+    exact = "data.stratify=exact, " if config.data.stratify == "stable" else ""
     return [
         f"{count(test_images, 'test image')}: accuracy will be known to ± {100 * reach:.0f} points",
-        f"(for less: {exact}several --config.seed)",
+        f"(for less: {exact}several values of seed)",
     ]
 
 

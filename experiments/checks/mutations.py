@@ -1,10 +1,10 @@
-"""Breaks the code on purpose, one place at a time, and sees whether a test fails.
+"""Changes the code in one place at a time, and checks that a test fails.
 
     python experiments/checks/mutations.py [FILE ...]
 
-of the given files below cnn_jax/, or of all. Prints a line for each mutation and exits
-with 1 if one survived. Works on a copy of the repository, in a temporary folder. One that
-takes all memory or never ends is found as well.
+Without FILE (below cnn_jax/) all mutations are checked. The program prints a line for each
+mutation and exits with 1 if no test noticed one. It works on a copy of the repository in a
+temporary folder. A mutation that needs too much memory or never ends counts as noticed.
 """
 
 import argparse
@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 
-# What the tests of one file may take.
+# Limits of time and memory for the tests of one file.
 _SECONDS, _BYTES = 900, 12 * 2**30
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 # ruff: noqa: E501
-# File below cnn_jax/, text that stands there once, what replaces it, test file.
+# File below cnn_jax/, a text that occurs once in it, its replacement, and the test file.
 MUTATIONS = [
     ("training/loss.py", "optax.smooth_labels(targets, label_smoothing)", "targets", "training/test_loss.py"),
     ("training/metrics.py", "jnp.where(mask, cross_entropy(logits, labels), 0)", "cross_entropy(logits, labels)", "training/test_metrics.py"),
@@ -87,10 +87,10 @@ MUTATIONS = [
     ("models/layers.py", "return lax.rev(of_kernel, (3,)).transpose", "return of_kernel.transpose", "models/test_layers.py"),
     ("system/runtime.py", "if _is_known(name, value)}", "if not _is_known(name, value)}", "training/test_programs.py"),
     ("data/preprocessing.py", "jnp.float32) - mean) / std", "jnp.float32) - mean) * std", "training/test_step.py"),
-    ("training/step.py", "random_key(seed, purpose), step)", "random_key(seed, purpose), 0)", "training/test_step.py"),
+    ("training/step.py", "random_key(self.seed, purpose), step)", "random_key(self.seed, purpose), 0)", "training/test_step.py"),
     ("training/step.py", "jnp.sum(jnp.where(mask, losses, 0))", "jnp.sum(losses)", "training/test_step.py"),
-    ("training/step.py", "cross_entropy(logits, targets, label_smoothing)", "cross_entropy(logits, targets)", "training/test_step.py"),
-    ("training/step.py", "cross_entropy(logits, targets, label_smoothing)", "cross_entropy(logits, labels, label_smoothing)", "training/test_step.py"),
+    ("training/step.py", "cross_entropy(logits, targets, self.label_smoothing)", "cross_entropy(logits, targets)", "training/test_step.py"),
+    ("training/step.py", "cross_entropy(logits, targets, self.label_smoothing)", "cross_entropy(logits, labels, self.label_smoothing)", "training/test_step.py"),
     ("training/step.py", "purposes[\"mix\"] = MIX", "purposes[\"mix\"] = DROPOUT", "training/test_step.py"),
     ("training/step.py", "labels = jnp.argmax(targets, axis=-1)", "pass", "training/test_step.py"),
     ("training/step.py", "images = augment.apply_on_device(images, batch[\"matrix\"], batch[\"contrast\"])", "pass", "training/test_step.py"),
@@ -146,7 +146,7 @@ MUTATIONS = [
     ("data/pipeline.py", "zip(self._members, seeds, strict=True)", "zip(self._members, seeds[:1] * len(seeds), strict=True)", "data/test_pipeline.py"),
     ("training/loss.py", "present.sum() * class_counts[present]", "class_counts[present]", "training/test_loss.py"),
     ("training/metrics.py", "_divide(class_counts, host.confusion.sum(axis=1))", "_divide(class_counts, host.confusion.sum(axis=0))", "training/test_metrics.py"),
-    ("training/step.py", "losses *= example_weights(jnp.array(class_weights, jnp.float32), targets)", "pass", "training/test_step.py"),
+    ("training/step.py", "losses *= example_weights(jnp.array(self.class_weights, jnp.float32), targets)", "pass", "training/test_step.py"),
     ("training/loss.py", "return class_weights[targets]", "return class_weights[0 * targets]", "training/test_loss.py"),
     ("training/loss.py", "return jnp.matmul(targets, class_weights, precision=jax.lax.Precision.HIGHEST)", "return class_weights[jnp.argmax(targets, axis=1)]", "training/test_loss.py"),
     ("training/programs.py", "return batch if pixels is None else {**batch, \"image\": pixels[batch[\"row\"]]}", "return batch if pixels is None else {**batch, \"image\": pixels[: len(batch[\"row\"])]}", "training/test_loop.py"),
@@ -219,9 +219,9 @@ MUTATIONS = [
     ("inference/evaluation.py", "labels * num_classes + predictions", "predictions * num_classes + labels", "inference/test_evaluate.py"),
     ("evaluate.py", '(not item[1]["support"], item[1]["f1"])', 'item[1]["f1"]', "inference/test_evaluate.py"),
     ("inference/evaluation.py", "to_predictor[source.labels[indices]]", "source.labels[indices]", "inference/test_evaluate.py"),
-    ("training/loop.py", "augmentation, first_step)", "augmentation, 0)", "training/test_loop.py"),
+    ("training/loop.py", "augmentation, progress.step)", "augmentation, 0)", "training/test_loop.py"),
     ("training/loop.py", "saved.state, saved.epoch_metrics, saved.history, clock)", "saved.state, totals, saved.history, clock)", "training/test_loop.py"),
-    ("training/loop.py", "if not programs.is_finite(progress.state):", "if False:", "training/test_loop.py"),
+    ("training/loop.py", "if not run.programs.is_finite(progress.state):", "if False:", "training/test_loop.py"),
     ("data/source.py", "\\t{digests[i]}\\t", "\\t", "data/test_dataset.py"),
     ("data/source.py", "\\t{split_of[i]}", "", "data/test_dataset.py"),
     ("data/shapes.py", "rng.uniform(0.26, 0.42)", "rng.uniform(0.26, 0.43)", "data/test_shapes.py"),
@@ -245,7 +245,7 @@ MUTATIONS = [
     ("training/loop.py", "and back_to != (present or {}).get(\"checkpoint.restore_step\")", "", "training/test_loop.py"),
     ("training/loop.py", "if best[\"step\"] == progress.step:", "if best[\"step\"] == progress.history[-1][\"step\"]:", "training/test_loop.py"),
     ("system/signals.py", "reached_preemption_sync_point(count)", "reached_preemption_sync_point(count + 12)", "training/test_processes.py"),
-    ("config/schema.py", "present.get(\"precision\", compute_dtype(\"auto\").name)", "compute_dtype(\"auto\").name", "config/test_schema.py"),
+    ("config/resolve.py", "previous.get(\"precision\", compute_dtype(\"auto\").name)", "compute_dtype(\"auto\").name", "config/test_schema.py"),
     ("training/initial_weights.py", "is_same = list(class_names) == bundle.class_names", "is_same = len(class_names) == len(bundle.class_names)", "training/test_loop.py"),
     ("system/signals.py", "            if not is_first:\n                os._exit(128 + signum[0])\n", "", "training/test_faults.py"),
     ("data/pipeline.py", "mp_prefetch\n        iterator = iter(prefetch(options, _end_with_the_main_process))", "mp_prefetch\n        iterator = iter(prefetch(options))", "training/test_faults.py"),
@@ -261,7 +261,7 @@ MUTATIONS = [
     ("tune/search.py", "math.ceil((last + 1)", "math.floor((last + 1)", "tune/test_search.py"),
     ("tune/storage.py", "re.sub(r\"(?i)(password=)[^&]*\", r\"\\1***\", url)", "url", "tune/test_storage.py"),
     ("tune/storage.py", "file.truncate(end)", "pass", "tune/test_storage.py"),
-    ("tune/study.py", "judged = told - {max(told, default=0)}", "judged = set(told)", "tune/test_tune_study.py"),
+    ("tune/study.py", "judged = reported - {max(reported, default=0)}", "judged = set(reported)", "tune/test_tune_study.py"),
     ("tune/study.py", "\"report.splits\": (\"validation\",)", "\"report.splits\": (\"validation\", \"test\")", "tune/test_tune_study.py"),
     ("tune/study.py", "if not numbers():", "if True:", "tune/test_tune_study.py"),
     ("tune/study.py", "if counts(self._trials()[trial.number]):", "if True:", "tune/test_tune_study.py"),
@@ -290,7 +290,7 @@ def _limit_memory() -> None:
 
 
 def stale() -> list[str]:
-    """What is wrong with the list: texts that do not stand once in their files."""
+    """Returns the faults of the list: texts that do not occur exactly once in their files."""
     counts = [
         (file, old, (REPOSITORY / "cnn_jax" / file).read_text().count(old))
         for file, old, _, _ in MUTATIONS

@@ -154,7 +154,7 @@ def test_a_signal_before_the_first_step_of_a_run_that_goes_on_is_not_lost(image_
     _alone(image_folder, workdir, "--config.train.epochs=2", devices=2)
     with _processes(image_folder, workdir, endless, devices=1) as processes:
         for line in processes[0].stderr:
-            if line.startswith("goes on from step"):
+            if line.startswith("continues from step"):
                 break
         for process in processes:
             process.send_signal(signal.SIGTERM)
@@ -188,7 +188,7 @@ def test_if_one_is_killed_the_other_ends_and_both_go_on(image_folder, tmp_path, 
     with _processes(image_folder, workdir, f"--config.train.epochs={done + 1}") as processes:
         codes, said = _finish(processes)
     assert codes == [0, 0], said
-    assert "goes on from step" in said[0]
+    assert "continues from step" in said[0]
     assert len(_history(workdir)) == done + 1
 
 
