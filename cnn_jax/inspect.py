@@ -16,12 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from cnn_jax.config.schema import SOURCE_FORMS, SPLIT_RULES, SPLITS
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.files import check_output
 from cnn_jax.data.findings import count
 from cnn_jax.data.preprocessing import MAX_PIXELS
-from cnn_jax.data.sources import FORMS, absolute, listed_folder, open_source
-from cnn_jax.data.splits import RULES, SPLITS, Division
+from cnn_jax.data.sources import absolute, listed_folder, open_source
+from cnn_jax.data.splits import Division
 from cnn_jax.data.survey import MAX_DISTANCE, NEAR_DISTANCE, Cluster, Survey, survey
 from cnn_jax.system import cli
 from cnn_jax.system.console import Console
@@ -46,7 +47,7 @@ def inspect_source(
     """Looks at every image of a source once.
 
     Args:
-      source: One of `sources.FORMS`.
+      source: One of `schema.SOURCE_FORMS`.
       division: How training would divide it; the default is that of
         `configs/default.py`.
       max_pixels: A larger image counts as unreadable.
@@ -259,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     )
     default = Division()
     shares = ",".join(f"{share:g}" for share in default.fractions)
-    flags.add_argument("--source", required=True, help=FORMS)
+    flags.add_argument("--source", required=True, help=SOURCE_FORMS)
     flags.add_argument("--output", type=cli.path, metavar="DIR", help="folder for a page to write")
     flags.add_argument("--json", action="store_true", help="print JSON instead of the summary")
     flags.add_argument(
@@ -272,7 +273,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARES",
         help=f"of train, validation and test, {shares} if not given",
     )
-    flags.add_argument("--stratify", choices=RULES, default=default.rule, help="data.stratify")
+    flags.add_argument(
+        "--stratify", choices=SPLIT_RULES, default=default.rule, help="data.stratify"
+    )
     flags.add_argument(
         "--group", default=default.group, help="what stays together, such as {class}/{track}"
     )

@@ -31,6 +31,12 @@ from cnn_jax.system.errors import ConfigError
 Config = Any
 
 SPLITS = ("train", "validation", "test")
+# The values of data.stratify.
+SPLIT_RULES = ("stable", "exact")
+# Where pixels can be kept: nowhere (decoded each time), in the cache on disk, in memory, or on
+# the device.
+RESIDENCIES = ("none", "disk", "memory", "device")
+FLIPS = ("none", "horizontal", "vertical", "horizontal_and_vertical")
 SOURCE_FORMS = (
     "shapes, shapes:N, folder:PATH, classes:PATH, splits:PATH, csv:PATH or tfds:NAME[:SPLIT]"
 )
@@ -79,7 +85,7 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "stable",
             "stable: added images move no other image to another split; exact: the fractions "
             "are exact, and added images move a few.",
-            ("stable", "exact"),
+            SPLIT_RULES,
         ),
         "group": text(
             "",
@@ -108,7 +114,7 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         "cache": choice(
             "auto",
             "Where decoded images are kept; auto: in the first place with enough room.",
-            ("auto", "none", "disk", "memory", "device"),
+            ("auto", *RESIDENCIES),
         ),
         "workers": integer(
             -1, "Processes that decode and augment; -1: as many as are of use.", low=-1
@@ -134,7 +140,7 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         "flip": choice(
             "horizontal",
             "The directions in which images are mirrored at random.",
-            ("none", "horizontal", "vertical", "horizontal_and_vertical"),
+            FLIPS,
         ),
         "rotation": number(
             0.2,

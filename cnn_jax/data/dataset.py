@@ -32,9 +32,6 @@ from cnn_jax.system.errors import DataError
 logger = logging.getLogger(__name__)
 
 _CONTAINER_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
-# Where pixels can live: decoded each time, memory-mapped from the cache on disk,
-# in memory, or on the device.
-RESIDENCIES = ("none", "disk", "memory", "device")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +43,7 @@ class Dataset:
       splits: For each name in `SPLITS`, positions in the source.
       fingerprint: Changes with any example's identity, class, content or split.
       findings: What is to be said of the data.
-      residency: One of `RESIDENCIES`; where the pixels are read from.
+      residency: One of `schema.RESIDENCIES`; where the pixels are read from.
     """
 
     loader: Loader
@@ -77,7 +74,7 @@ def open_dataset(
       division: How to divide it.
       preprocessing: The size of the images.
       max_unreadable: The largest share of images that may be unreadable.
-      residency: One of `RESIDENCIES`.
+      residency: One of `schema.RESIDENCIES`.
       workers: Worker processes if images are decoded each time, -1 for as many as help.
       track: Shows progress.
 
@@ -112,14 +109,14 @@ def open_dataset(
 def choose_residency(
     requested: str, listing: Source, preprocessing: Preprocessing, device_bytes: int
 ) -> str:
-    """One of `RESIDENCIES`, for `data.cache`, which may be "auto".
+    """One of `schema.RESIDENCIES`, for `data.cache`, which may be "auto".
 
     Auto means on the device if the images take at most a quarter of its memory,
     else in memory if they take at most a quarter of that, else on disk if they
     take at most half of what is free there, else decoded each time.
 
     Args:
-      requested: "auto" or one of `RESIDENCIES`.
+      requested: "auto" or one of `schema.RESIDENCIES`.
       listing: The source.
       preprocessing: The size of the images.
       device_bytes: Memory of an accelerator; 0 if the device is the CPU, whose

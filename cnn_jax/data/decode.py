@@ -34,8 +34,6 @@ from cnn_jax.system.errors import DataError
 
 # Part of the name of a cache of pixels: raise it when any pixel would change.
 VERSION = 3
-# Pillow refuses a larger image whatever `max_pixels` is.
-LARGEST_MAX_PIXELS = 178_956_970
 # The decoders that may be tried on a file's content. Others of Pillow's are
 # rarely used, and one of them (EPS) runs another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

@@ -38,8 +38,6 @@ NumpyBatch = dict[str, np.ndarray]
 
 # As many batches as no run has.
 _ENDLESS = 2**40
-# How examples are drawn for training.
-BALANCES = ("none", "loss", "sampling")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

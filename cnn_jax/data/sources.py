@@ -9,16 +9,14 @@ tfds:NAME[:SPLIT]   a TensorFlow Datasets name
 """
 
 import pathlib
-import re
 
+from cnn_jax.config.schema import SOURCE_FORMS, SOURCE_PATTERN
 from cnn_jax.data import Track, no_track, shapes
 from cnn_jax.data.files import open_csv, open_folder
 from cnn_jax.data.source import Source
 from cnn_jax.data.tfds import open_tfds
 from cnn_jax.system.errors import ConfigError
 
-FORMS = "shapes, shapes:N, folder:PATH, classes:PATH, splits:PATH, csv:PATH or tfds:NAME[:SPLIT]"
-PATTERN = re.compile(r"shapes(:[1-9]\d*)?|(folder|classes|splits|csv|tfds):.+", re.DOTALL)
 _FOLDERS = ("folder", "classes", "splits")
 
 
@@ -40,7 +38,7 @@ def open_source(name: str, track: Track = no_track, allow_outside: bool = False)
     """Opens a source by the name given in `data.source` or `--source`.
 
     Args:
-      name: One of `FORMS`.
+      name: One of `SOURCE_FORMS`.
       track: Shows progress.
       allow_outside: Whether links in a folder, or paths in a table, may lead out of it.
 
@@ -48,8 +46,8 @@ def open_source(name: str, track: Track = no_track, allow_outside: bool = False)
       ConfigError: No source has a name of this form.
       DataError: The source is not there or is not a set of labelled images.
     """
-    if not PATTERN.fullmatch(name):
-        raise ConfigError(f"a source must be {FORMS}, got {name!r}")
+    if not SOURCE_PATTERN.fullmatch(name):
+        raise ConfigError(f"a source must be {SOURCE_FORMS}, got {name!r}")
     kind, _, rest = name.partition(":")
     if kind in _FOLDERS:
         return open_folder(rest, name, allow_outside)

@@ -11,11 +11,9 @@ from jaxtyping import Float, Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from cnn_jax.config.schema import SPLITS
 from cnn_jax.data.source import Source
 from cnn_jax.system.errors import ConfigError, DataError
-
-SPLITS = ("train", "validation", "test")
-RULES = ("stable", "exact")
 
 _PLACEHOLDER = re.compile(r"\{\w+\}|\*")
 
@@ -27,7 +25,7 @@ class Division:
     Attributes:
       fractions: Shares of train, validation and test.
       seed: Of the division.
-      rule: One of `RULES`.
+      rule: One of `schema.SPLIT_RULES`.
       group: A pattern of `group_names` on the source's paths, or "".
       keep_splits: Whether the splits that a data set has already are kept.
     """
@@ -116,7 +114,7 @@ def divide(
       labels: The classes. A unit of several classes counts for the commonest.
       fractions: Share of each split; they sum to 1.
       seed: Another seed gives another division.
-      rule: One of `RULES`.
+      rule: One of `schema.SPLIT_RULES`.
       groups: The group of each example.
       contents: Equal for equal images.
       own_splits: The split that each example has already, or "" if none. What

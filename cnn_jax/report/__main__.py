@@ -8,7 +8,7 @@ writes RUN/report/index.html and prints its path. Training writes the same at it
 import argparse
 from collections.abc import Sequence
 
-from cnn_jax.data.sources import FORMS
+from cnn_jax.config.schema import SOURCE_FORMS
 from cnn_jax.report.run_report import write_report
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
         prog="cnn_jax report", description="Write the report of a run."
     )
     parser.add_argument("--run", required=True, type=cli.path, help="the run's folder")
-    parser.add_argument("--source", help=f"{FORMS}; where its data was if not given")
+    parser.add_argument("--source", help=f"{SOURCE_FORMS}; where its data was if not given")
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()

@@ -22,6 +22,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
+from cnn_jax.config import files
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track
 from cnn_jax.data.files import check_output
@@ -192,7 +193,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     if not _has_checkpoints(workdir):
         return None
     try:
-        return _flat(json.loads(path.read_text(encoding="utf-8")))
+        return files.flat(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ConfigError(
             f"--workdir: {workdir} has checkpoints and no {_CONFIG}, so nobody knows of what: put "
@@ -216,7 +217,7 @@ def changes(workdir: pathlib.Path, present: Mapping[str, Any] | None, config: Co
     if present is None:
         return []
     present = _BEFORE | dict(present)
-    wanted = _flat(json.loads(config.to_json()))
+    wanted = files.flat(json.loads(config.to_json()))
     lines = {
         key: f"{key}: {present.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
         for key in sorted((present.keys() | wanted.keys()) - _idle(wanted))
@@ -248,15 +249,6 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
         write_text(workdir / _CONFIG, text + "\n")
     except OSError as error:
         raise ConfigError(f"--workdir: cannot write {workdir}: {error.strerror}") from error
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix.rstrip("."): tree}
-    leaves = {}
-    for key, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{key}.")
-    return leaves
 
 
 def write_text(path: pathlib.Path, text: str, *, survives_power: bool = True) -> None:

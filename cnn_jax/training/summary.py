@@ -23,7 +23,7 @@ from cnn_jax.system.cli import wrap
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
 from cnn_jax.training.loss import balanced_weights
-from cnn_jax.training.metrics import VAGUE, half_width, wilson_interval
+from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width, wilson_interval
 
 _MAX_CLASSES_SHOWN = 12
 
@@ -113,7 +113,7 @@ def _division(config: Config, dataset: Dataset) -> str:
 def _width_of_interval(test_images: int, config: Config) -> list[str]:
     """Two lines on how wide the 95 % interval of test accuracy can be, if the split is small."""
     reach = half_width(wilson_interval(test_images / 2, test_images))
-    if not test_images or reach < VAGUE:
+    if not test_images or reach < MAX_HALF_WIDTH:
         return []
     exact = "--config.data.stratify=exact, " if config.data.stratify == "stable" else ""
     return [

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from cnn_jax.config import files
 from cnn_jax.data.files import open_folder
 from cnn_jax.explain.pictures import explain
 from cnn_jax.inference.evaluation import open_as_trained
@@ -20,13 +21,7 @@ from configs import default
 
 
 def _flat(config):
-    values = {}
-    for section, content in json.loads(config.to_json()).items():
-        if isinstance(content, dict):
-            values |= {f"{section}.{key}": value for key, value in content.items()}
-        else:
-            values[section] = content
-    return values
+    return files.flat(json.loads(config.to_json()))
 
 
 def test_the_same_run_may_go_on_and_another_may_not(tmp_path):
