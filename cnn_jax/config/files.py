@@ -1,4 +1,4 @@
-"""Configuration files and `--config` flags, before anything heavy is imported."""
+"""Configuration files and `--config` flags, read before JAX is imported."""
 
 import argparse
 import contextlib
@@ -32,34 +32,38 @@ from cnn_jax.system.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _PREFIX = "--config."
-# The folders that come with the package: in a wheel inside it, in a checkout beside it.
+# The folders that are shipped: inside the package in a wheel, beside it in a checkout.
 _SHIPPED = {"configs": "configs", "spaces": "experiments/spaces"}
 
 
 def shipped_folder(name: str = "configs") -> pathlib.Path:
-    """The folder of the shipped configurations, or of the shipped "spaces" of `tune`."""
+    """The folder of the shipped configurations, or of the shipped search spaces of `tune`.
+
+    Args:
+      name: "configs" or "spaces".
+    """
     package = pathlib.Path(__file__).resolve().parents[1]
     folders = (package / name, package.parent / _SHIPPED[name])
     return next(folder for folder in folders if (folder / "default.py").is_file())
 
 
 def shipped_names(folder: str = "configs") -> list[str]:
-    """The names by which `find` knows the files of a shipped folder."""
+    """The names of the files in a shipped folder, without ".py"."""
     return sorted(path.stem for path in shipped_folder(folder).glob("[!_]*.py"))
 
 
 def find(text: str, flag: str = "--config", folder: str = "configs") -> pathlib.Path:
-    """The file that `--config=text` or `--space=text` means.
+    """The path of the file for the flag `--config=text` or `--space=text`.
 
     Args:
-      text: A path (with or without `.py`), the folder of a run, which has config.json, or the
-        name of a shipped file, also as `NAME.py`, `configs/NAME.py` and
+      text: A path (with or without `.py`), the folder of a run, which contains config.json,
+        or the name of a shipped file, also as `NAME.py`, `configs/NAME.py` and
         `experiments/spaces/NAME.py`.
       flag: The flag, for messages.
       folder: The shipped folder, "configs" or "spaces".
 
     Raises:
-      ConfigError: There is no such file, or a file and a shipped one share the name.
+      ConfigError: There is no such file, or the name means a file and a shipped file.
     """
     path = pathlib.Path(text).expanduser()
     if path.is_file():
@@ -69,11 +73,11 @@ def find(text: str, flag: str = "--config", folder: str = "configs") -> pathlib.
         candidates.append(path / "config.json")
     own = next((candidate for candidate in candidates if candidate.is_file()), None)
     shipped = shipped_folder(folder) / f"{path.name.removesuffix('.py')}.py"
-    parent = os.path.dirname(text)  # noqa: PTH120  "./NAME" is no shipped file.
+    parent = os.path.dirname(text)  # noqa: PTH120  "./NAME" never means a shipped file.
     is_shipped = parent in ("", _SHIPPED[folder]) and shipped.is_file()
     if own is not None and is_shipped and not own.samefile(shipped):
         raise ConfigError(
-            f"{flag}: {text!r} is a file here and the name of a shipped one; write "
+            f"{flag}: {text!r} is a file here and the name of a shipped file; write "
             f"{flag}=./{own} or {flag}={shipped}"
         )
     if own is not None or is_shipped:
@@ -81,22 +85,23 @@ def find(text: str, flag: str = "--config", folder: str = "configs") -> pathlib.
     names = shipped_names(folder)
     close = closest(path.name.removesuffix(".py"), names)
     hint = f"; did you mean {close}?" if close else ""
-    what = (
+    problem = (
         f"{text!r} is a folder without a config.json"
         if path.is_dir()
         else f"there is no file {text!r}"
     )
-    raise ConfigError(f"{flag}: {what}, and the shipped ones are {', '.join(names)}{hint}")
+    raise ConfigError(f"{flag}: {problem}; the shipped files are {', '.join(names)}{hint}")
 
 
 def read(path: pathlib.Path) -> Config:
-    """The `ml_collections.ConfigDict` of a configuration file.
+    """Reads a configuration file.
 
     Args:
-      path: A Python file whose `get_config()` returns it, or the config.json of a run.
+      path: A Python file with a function `get_config()` that returns an
+        `ml_collections.ConfigDict`, or the config.json of a run.
 
     Raises:
-      ConfigError: The file fails, or is no configuration.
+      ConfigError: The file raises an error, or does not contain a configuration.
     """
     if path.suffix == ".json":
         return _read_json(path)
@@ -113,7 +118,7 @@ def read(path: pathlib.Path) -> Config:
     except SyntaxError as error:
         where = f"{error.filename or path}" + (f", line {error.lineno}" if error.lineno else "")
         raise ConfigError(f"--config: {where}: SyntaxError: {error.msg}") from error
-    except (Exception, SystemExit) as error:  # A configuration is a program: anything can fail.
+    except (Exception, SystemExit) as error:  # The file is a program, which may raise any error.
         lines = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)
@@ -130,7 +135,7 @@ def read(path: pathlib.Path) -> Config:
 
 
 def _run(path: pathlib.Path, name: str) -> types.ModuleType:
-    """Runs a file as a module of that name, which its own imports can see."""
+    """Runs a file as a module that is in `sys.modules` under this name."""
     loader = importlib.machinery.SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
@@ -142,17 +147,17 @@ def _run(path: pathlib.Path, name: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _importable(path: pathlib.Path) -> Iterator[None]:
-    """Lets a configuration file import other ones wherever it lies.
+    """A context in which a configuration file in any folder can import other files.
 
     The file is a module of a package `configs`, which consists of the file's own folder, of
-    folders above it that have this name, and of the shipped configurations. So `from configs
-    import default`, `from . import default` and `import neighbour` work. Modules and paths are
-    afterwards as they were.
+    parent folders with the name `configs`, and of the shipped configurations. Therefore
+    `from configs import default`, `from . import default` and `import neighbour` work. The
+    context restores `sys.modules` and `sys.path` at its end.
     """
     folder = path.resolve().parent
     package = types.ModuleType("configs")
     above = [parent for parent in folder.parents if parent.name == "configs"]
-    package.__path__ = [str(place) for place in (folder, *above, shipped_folder())]
+    package.__path__ = [str(path) for path in (folder, *above, shipped_folder())]
     modules, paths = dict(sys.modules), list(sys.path)
     _forget_configs()
     sys.modules["configs"] = package
@@ -161,7 +166,7 @@ def _importable(path: pathlib.Path) -> Iterator[None]:
     try:
         namesake = shipped_folder() / path.name
         if namesake.is_file() and not namesake.samefile(path):
-            # A file that imports the shipped one of its own name does not import itself.
+            # A file that imports the shipped file of the same name must not import itself.
             setattr(package, path.stem, _run(namesake, f"configs.{path.stem}"))
         yield
     finally:
@@ -170,24 +175,26 @@ def _importable(path: pathlib.Path) -> Iterator[None]:
         for name in sys.modules.keys() - modules.keys():
             file = getattr(sys.modules[name], "__file__", None)
             if file and pathlib.Path(file).resolve().parent == folder:
-                del sys.modules[name]  # Another folder may have a neighbour of this name.
+                del sys.modules[name]  # Another folder may contain a file of this name.
         sys.modules |= {name: modules[name] for name in modules if _is_config(name)}
 
 
 def _is_config(module: str) -> bool:
+    """Whether this is the name of the package `configs` or of a module in it."""
     return module == "configs" or module.startswith("configs.")
 
 
 def _forget_configs() -> None:
+    """Removes the package `configs` from `sys.modules`."""
     for name in [name for name in sys.modules if _is_config(name)]:
         del sys.modules[name]
 
 
 def _read_json(path: pathlib.Path) -> Config:
-    """The configuration that a run has written, completed by the defaults.
+    """Reads the config.json of a run; keys that it does not have get their defaults.
 
     Raises:
-      ConfigError: It is not JSON, or has a key that does not exist.
+      ConfigError: The file is not JSON, or has a key that does not exist.
     """
     try:
         values = flat(json.loads(path.read_text(encoding="utf-8")))
@@ -213,7 +220,11 @@ def _read_json(path: pathlib.Path) -> Config:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Every key of a nested dictionary with its sections' names before it; lists become tuples."""
+    """The values of a nested dictionary by key, such as "train.epochs"; lists become tuples.
+
+    Raises:
+      ValueError: The tree is not a dictionary.
+    """
     if not isinstance(tree, dict):
         value = tuple(tree) if isinstance(tree, list) else tree
         if not prefix:
@@ -225,17 +236,17 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config:
-    """The configuration of a file, with some of its keys changed.
+    """Reads a configuration file and changes some of its keys.
 
     Args:
       file: The value of `--config`; see `find`.
-      overrides: `--config.KEY=VALUE` flags, of which the last one of a key counts; or the
-        values, as text, by key. Another model.name replaces the section `model` by the
-        defaults of that network.
+      overrides: `--config.KEY=VALUE` flags, or the values as text by key. If a key has
+        several flags, the last one is used. A different model.name replaces the section
+        `model` by the defaults of that network.
 
     Raises:
-      ConfigError: There is no such file, it fails, or a key does not exist or cannot have
-        this value.
+      ConfigError: There is no such file, the file raises an error, or a key does not exist
+        or does not accept its value.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -267,7 +278,7 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
 
 
 def file_name(text: str) -> str:
-    """The argparse type of what `find` takes; "./NAME" stays different from "NAME"."""
+    """The argparse type of a file name for `find`; a `pathlib.Path` would drop the "./"."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
@@ -276,11 +287,15 @@ def file_name(text: str) -> str:
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, dict[str, str]]:
-    """A command's own flags, and what its `--config.KEY=VALUE` flags say.
+    """Parses the flags of a command and its `--config.KEY=VALUE` flags.
+
+    Args:
+      parser: The parser of the command's own flags.
+      argv: The arguments of the command.
 
     Returns:
-      The flags, and for each key that is given its value as text. The last value of a key
-      counts.
+      The command's own flags, and the values of configuration keys as text, by key. If a key
+      has several flags, the last one is used.
 
     Raises:
       ConfigError: A flag or key does not exist, or a key has no value.
@@ -288,7 +303,7 @@ def parse(
     if {"-h", "--help"} & set(argv):
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         parser.epilog = describe_keys(shutil.get_terminal_size().columns - 2)
-    # Before argparse misses a flag that is required and misspelt.
+    # argparse would report a misspelt required flag as missing only.
     known = [flag for action in parser._actions for flag in action.option_strings]
     for argument in argv:
         flag = argument.partition("=")[0]
@@ -299,10 +314,10 @@ def parse(
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """The value, as text, of each key that `--config.KEY=VALUE` or `--config.KEY VALUE` sets.
+    """The values, as text by key, of `--config.KEY=VALUE` and `--config.KEY VALUE` flags.
 
     Raises:
-      ConfigError: There is no such key, it has no value, or an argument is something else.
+      ConfigError: A key does not exist or has no value, or an argument is no such flag.
     """
     overrides = {}
     rest = list(arguments)
@@ -324,7 +339,7 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _unexpected(argument: str, flags: Sequence[str]) -> ConfigError:
-    """The error for an argument that means nothing, with the flag that was probably meant."""
+    """The error for an unknown argument, with a suggestion if a flag has a similar name."""
     flag, equals, value = argument.partition("=")
     near = closest(flag, flags)
     if near is None and flag.startswith("--") and (key := closest_key(flag[2:])):
@@ -334,7 +349,11 @@ def _unexpected(argument: str, flags: Sequence[str]) -> ConfigError:
 
 
 def describe_keys(width: int) -> str:
-    """All keys with default and meaning, by section."""
+    """The text of `--help` on all configuration keys, by section.
+
+    Args:
+      width: The number of columns of the terminal.
+    """
     lines = textwrap.wrap(
         "configuration keys, set by --config.KEY=VALUE, with the defaults of default.py:", width
     )
