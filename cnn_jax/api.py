@@ -19,7 +19,7 @@ from cnn_jax.config import files, schema
 from cnn_jax.config.schema import Config
 from cnn_jax.inference.bundle import find_bundle
 from cnn_jax.inference.images import AnyImage, list_images, single_images
-from cnn_jax.inference.predictor import Prediction, Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, Prediction, predict_batch
 from cnn_jax.report.run_report import report_after_training
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console, console_here
@@ -159,7 +159,7 @@ class Run:
     def __init__(self, workdir: pathlib.Path | None, bundle: pathlib.Path):
         self.workdir = workdir and workdir.absolute()
         self.bundle = bundle.absolute()
-        self.predictor = Predictor.load(bundle)
+        self.predictor = BundlePredictor.load(bundle)
 
     @property
     def class_names(self) -> list[str]:

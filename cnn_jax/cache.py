@@ -1,9 +1,9 @@
-"""What is kept between runs, and how to be rid of it.
+"""Shows or clears the cache.
 
     cnn_jax cache [--clear]
 
-prints the folder and the size of each kind of thing in it; --clear removes all of it.
-Everything there can be made again.
+prints the folder and the size of each kind of cached data. --clear removes all cached data, which
+later commands create again when they need it.
 """
 
 import argparse
@@ -15,15 +15,13 @@ from cnn_jax.system import cli
 
 
 def _size(path: pathlib.Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    return sum(one.lstat().st_size for one in [path, *path.rglob("*")] if one.is_file())
+    """The size of a file, or of all files in a folder and its sub-folders, in bytes."""
+    return sum(file.lstat().st_size for file in [path, *path.rglob("*")] if file.is_file())
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="cnn_jax cache", description="Show or clear what is kept between runs."
-    )
-    parser.add_argument("--clear", action="store_true", help="remove all of it")
+    parser = argparse.ArgumentParser(prog="cnn_jax cache", description="Show or clear the cache.")
+    parser.add_argument("--clear", action="store_true", help="remove all cached data")
     flags = parser.parse_args(argv)
 
     folder = cache_dir()
@@ -31,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{sum(map(_size, paths)) / 1e6:>12,.1f} MB  {folder / kind}")
     if flags.clear:
         clear()
-        print(f"removed all of it from {folder}")
+        print(f"removed all cached data from {folder}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The metrics of a bundle on a whole split.
+"""Measures a bundle on a whole split.
 
     cnn_jax evaluate --bundle=RUN [--source=folder:PATH] [--split=test] [--json]
         [--output=FILE.json]
 
-prints them as a table; --json prints them as JSON instead, as `report/metrics.json` holds them.
---output writes the JSON to a file as well.
+prints the metrics as a table. --json prints them as JSON instead, in the form of
+`report/metrics.json`. --output also writes the JSON to a file.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.inference.evaluation import evaluate, open_as_trained
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
-from cnn_jax.system.console import Console, table
+from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
+from cnn_jax.system.text import fill, table
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,9 @@ _MAX_CLASSES_SHOWN = 20
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a command that looks at a split of a data set with a bundle."""
+    """Adds the flags of a command that measures a bundle on a split of a data set."""
     cli.add_bundle_flag(parser)
-    parser.add_argument("--source", help=f"{SOURCE_FORMS}; what it was trained on if not given")
+    parser.add_argument("--source", help=f"{SOURCE_FORMS}; by default the training data")
     parser.add_argument(
         "--split",
         default="test",
@@ -46,7 +47,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--max_unreadable",
         type=cli.share,
         metavar="RATIO",
-        help="ratio of images that may be unreadable, 0 to 1; as in training if not given",
+        help="fraction of images that may be unreadable, 0 to 1; by default as in training",
     )
     parser.add_argument(
         "--allow_outside",
@@ -54,19 +55,22 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="follow links and paths out of the data's folder",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--output", type=cli.path, metavar="FILE", help="JSON file to write as well"
-    )
+    parser.add_argument("--output", type=cli.path, metavar="FILE", help="JSON file to write")
 
 
-def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[Predictor, Dataset]:
-    """The bundle and the data set that `add_data_flags` name; warns of what is left out."""
-    predictor = Predictor.load(flags.bundle)
+def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[BundlePredictor, Dataset]:
+    """Opens the bundle and the data set of the flags; a warning names each unreadable image.
+
+    Args:
+      flags: The parsed flags of `add_data_flags`.
+      track: Shows progress.
+    """
+    predictor = BundlePredictor.load(flags.bundle)
     dataset = open_as_trained(
         predictor,
         flags.source,
         track,
-        grouped=flags.split != "all",  # All of it is not divided.
+        grouped=flags.split != "all",  # No division, no groups.
         max_unreadable=flags.max_unreadable,
         allow_outside=flags.allow_outside,
     )
@@ -78,17 +82,17 @@ def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[Predictor, D
 def write_result(
     result: Mapping[str, Any], text: str, flags: argparse.Namespace, file: IO[str]
 ) -> None:
-    """Writes what a command has measured to stdout and to the file of --output.
+    """Writes the result of a command to stdout and to the file of --output.
 
     Args:
-      result: A value of JSON types.
-      text: The result as tables, which go to stdout unless --json is given.
+      result: JSON types.
+      text: The result as text, for stdout unless --json is given.
       flags: The parsed flags of `add_data_flags`.
       file: The file of --output, or stdout without that flag; see `cli.open_output`.
     """
     if flags.output is not None:
         cli.write_json(result, file)
-    if sys.stdout is None:  # It is closed, so there is --output.
+    if sys.stdout is None:  # stdout is closed, and the result is in the file of --output.
         return
     if flags.json:
         cli.write_json(result, sys.stdout)
@@ -97,10 +101,10 @@ def write_result(
 
 
 def describe(result: Mapping[str, Any], title: str, width: int) -> str:
-    """The metrics of a split as text, with the classes of the lowest F1.
+    """The metrics of a split as text, with the classes that have the lowest F1.
 
     Args:
-      result: The return value of `score`.
+      result: The value of `evaluation.score`.
       title: The first line.
       width: The width of the terminal, in columns.
     """
@@ -116,7 +120,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
     ]
     low, high = intervals["loss"]
     metrics.append(("loss", f"{result['loss']:.4f}", f"{low:.3f} to {high:.3f}"))
-    # The classes that most need attention first; those without images say nothing.
+    # The classes with the lowest F1 come first, and classes without images last.
     classes_by_f1 = sorted(
         result["per_class"].items(), key=lambda item: (not item[1]["support"], item[1]["f1"])
     )
@@ -132,10 +136,10 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
     more = (f"... {count(rest, 'more class', 'more classes')}; --json has all",)
     return "\n".join(
         (
-            cli.fill(title, width),
+            fill(title, width),
             "",
             table(("", "value", "95 % interval"), metrics, width),
-            cli.fill("Precision, recall and F1 are means over the classes.", width),
+            fill("Precision, recall and F1 are means over the classes.", width),
             "",
             table(("class", "precision", "recall", "F1", "images"), classes, width),
             *(more if rest else ()),
@@ -156,7 +160,7 @@ def percent_interval(interval: Sequence[float]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="cnn_jax evaluate", description="Measure a bundle on a whole split."
+        prog="cnn_jax evaluate", description="Measure a bundle on a split of a data set."
     )
     add_data_flags(parser)
     flags = parser.parse_args(argv)

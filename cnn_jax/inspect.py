@@ -1,37 +1,31 @@
-"""A look at a data set before training.
+"""Inspects a data set before training.
 
     cnn_jax inspect --source=folder:PATH [--output=DIR] [--json]
 
-prints what is in it and what is wrong with it, as text or as JSON. With
-`--output`, DIR/index.html shows the same with pictures, and DIR/inspection.json
-holds all of it. Files that cannot be read are named, and no number of them is
-too large. Nothing is written elsewhere.
+prints the contents of the data set and its problems, as text or as JSON. With `--output`,
+DIR/index.html shows the same with pictures, and DIR/inspection.json holds all results. Files that
+cannot be read are listed; any number of them is allowed. Nothing else is written.
 """
 
 import argparse
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
+import sys
+from collections.abc import Callable, Sequence
 
 from cnn_jax.config.schema import SOURCE_FORMS, SPLIT_RULES, SPLITS
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.files import check_output
-from cnn_jax.data.findings import count
 from cnn_jax.data.preprocessing import MAX_PIXELS
 from cnn_jax.data.sources import absolute, listed_folder, open_source
 from cnn_jax.data.splits import Division
-from cnn_jax.data.survey import MAX_DISTANCE, NEAR_DISTANCE, Cluster, Survey, survey
+from cnn_jax.data.survey import MAX_DISTANCE, NEAR_DISTANCE, Survey, survey
+from cnn_jax.report.survey_text import summarize
 from cnn_jax.system import cli
 from cnn_jax.system.console import Console
-from cnn_jax.system.errors import ConfigError, printable
-
-# Of what may be a long list, except of unreadable files, the text shows so much.
-_MAX_CLASSES = 60
-_MAX_SHOWN = 5
-_MAX_NAMED = 4
+from cnn_jax.system.errors import ConfigError
+from cnn_jax.system.text import terminal_width
 
 
 def inspect_source(
@@ -43,185 +37,76 @@ def inspect_source(
     distance: int = NEAR_DISTANCE,
     track: Track = no_track,
     white_level: float = 0.0,
+    output: str | None = None,
 ) -> Survey:
-    """Looks at every image of a source once.
+    """Reads every image of a source once and describes the data set.
 
     Args:
-      source: One of `schema.SOURCE_FORMS`.
-      division: How training would divide it; the default is that of
-        `configs/default.py`.
+      source: A source in one of the forms `schema.SOURCE_FORMS`.
+      division: How training would divide the data; by default as `configs/default.py` does.
       max_pixels: A larger image counts as unreadable.
-      allow_outside: Whether links in a folder, or paths in a table, may lead out of it.
-      distance: Near duplicates are images whose perceptual hashes differ in at most
-        so many of 64 bits.
+      allow_outside: Whether links in a folder, or paths in a table, may lead out of the folder.
+      distance: Two images are near duplicates if at most this number of the 64 bits of their
+        perceptual hashes differ.
       track: Shows progress.
       white_level: `data.white_level`.
+      output: The folder for a page; by default there is no page.
 
     Returns:
-      What was found; its `to_dict()` is what the command gives as JSON, and
-      `summarize` makes the text of it.
+      The survey. `to_dict` gives it as JSON types, `survey_text.summarize` as text.
 
     Raises:
-      ConfigError: No source has a name of this form, or the division's group is no
-        pattern.
-      DataError: The source is not there, is not a set of labelled images, or the
-        group does not describe an id.
+      ConfigError: The source has none of the forms, `division.group` is no pattern, or the
+        folder for the page cannot be created or holds images of the data.
+      DataError: The source does not exist, is no set of labelled images, or the group does not
+        fit an id.
     """
-    listing = open_source(absolute(source), track, allow_outside)
-    return survey(listing, division or Division(), max_pixels, distance, track, white_level)
+    source = absolute(source)
+    listing = open_source(source, track, allow_outside)
+    # The folder is created before the images are read, which may take long.
+    folder = None if output is None else _create_output(output, source)
+    result = survey(listing, division or Division(), max_pixels, distance, track, white_level)
+    if folder is not None:
+        # Imported here because it loads Matplotlib.
+        from cnn_jax.report.inspection import write_page
+
+        write_page(result, folder, track)
+    return result
 
 
-def summarize(found: Survey) -> str:
-    """What was found, in lines for a terminal."""
-    source, findings = found.source, found.findings
-    classes = count(len(source.class_names), "class", "classes")
-    rows = {
-        "data": f"{printable(source.name)}: {count(len(source), 'image')} of {classes}",
-        "division": _division(found.division),
-        "classes": "\n".join(_class_table(found)),
-        "balance": f"the largest class has {findings.imbalance:.1f} times the images of the "
-        f"smallest; too small for every split: {_some(found.too_small, _MAX_NAMED)}",
-        "resolution": _resolutions(found),
-        "aspect": _aspect_ratios(found),
-        "files": f"format {_counts(found.formats)}; colour mode {_counts(found.modes)}",
-        "values": "\n".join(one.describe() for one in findings.values) or "none",
-        "channels": _channels(found),
-        "unreadable": "\n".join(f"{printable(u.id)} {u.reason}" for u in findings.unreadable)
-        or "none",
-        "rotated": f"{len(findings.rotated):,} by EXIF: "
-        + _some([source.ids[i] for i in findings.rotated], _MAX_NAMED)
-        if findings.rotated
-        else "none",
-        "equal": "\n".join(_duplicates(found, found.exact, "exact duplicates")),
-        "alike": "\n".join(
-            _duplicates(found, found.near, f"near duplicates, up to {found.distance} of 64 bits")
-        ),
-        "ignored": _counts(list(source.ignored.items())),
-        "warnings": "\n".join(found.warnings) or "none",
-    }
-    if len(findings.unreadable) > 1:
-        rows["unreadable"] = f"{len(findings.unreadable):,}\n{rows['unreadable']}"
-    return "\n".join(_facts(rows))
+def _create_output(output: str, source: str) -> pathlib.Path:
+    """Creates the folder for the page.
 
-
-def _facts(rows: Mapping[str, str]) -> list[str]:
-    """Aligned `name  text` lines; a text may have several lines."""
-    lines = []
-    for name, text in rows.items():
-        first, *others = text.split("\n")
-        lines += [f"{name:<12}{first}", *(f"{'':<12}{line}" for line in others)]
-    return lines
-
-
-def _division(division: Division) -> str:
-    shares = " : ".join(f"{share:g}" for share in division.fractions)
-    group = f", {printable(division.group)} stays together" if division.group else ""
-    own = "" if division.keep_splits else ", whatever splits the data has already"
-    return f"{shares}, {division.rule}, seed {division.seed}{group}{own}"
-
-
-def _class_table(found: Survey) -> list[str]:
-    """Images by class and split; of very many classes, the smallest and the largest."""
-    counts = np.column_stack([found.counts, found.counts.sum(axis=1)])
-    shown = np.arange(len(counts))
-    if len(shown) > _MAX_CLASSES:
-        by_size = np.argsort(counts[:, -1], kind="stable")
-        shown = np.r_[by_size[: _MAX_CLASSES // 2], by_size[-_MAX_CLASSES // 2 :]]
-    names = [_shorten(printable(found.source.class_names[label]), 32) for label in shown]
-    width = max(map(len, ["class", *names]))
-
-    def line(name: str, columns: Sequence[str]) -> str:
-        return "  ".join([f"{name:<{width}}", *(f"{column:>10}" for column in columns)])
-
-    rows = [line(name, [f"{n:,}" for n in counts[i]]) for name, i in zip(names, shown, strict=True)]
-    if len(shown) < len(counts):
-        between = count(len(counts) - len(shown), "class", "classes")
-        rows.insert(_MAX_CLASSES // 2, f"... {between} between")
-    total = line("all", [f"{n:,}" for n in counts.sum(axis=0)])
-    return [line("class", [*SPLITS, "all"]), *rows, total]
-
-
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def _resolutions(found: Survey) -> str:
-    resolutions = found.resolutions
-    if not resolutions:
-        return "none"
-    (width, height), _ = resolutions[0]
-    if len(resolutions) == 1:
-        return f"all {width} x {height} pixels"
-    smallest = min((size for size, _ in resolutions), key=math.prod)
-    largest = max((size for size, _ in resolutions), key=math.prod)
-    common = [f"{w} x {h} ({number:,})" for (w, h), number in resolutions[:3]]
-    return (
-        f"{len(resolutions):,} different, from {smallest[0]} x {smallest[1]} to "
-        f"{largest[0]} x {largest[1]} pixels (width x height); most often {', '.join(common)}"
-    )
-
-
-def _aspect_ratios(found: Survey) -> str:
-    ratios = found.aspect_ratios
-    if not len(ratios):
-        return "none"
-    low, median, high = np.quantile(ratios, (0, 0.5, 1))
-    return f"width / height from {low:.3g} to {high:.3g}, median {median:.3g}"
-
-
-def _channels(found: Survey) -> str:
-    if found.mean is None or found.std is None:
-        return "none"
-    mean, std = (" ".join(f"{x:.2f}" for x in values) for values in (found.mean, found.std))
-    return f"mean {mean}, standard deviation {std} (R G B, grey levels 0 to 255)"
-
-
-def _duplicates(found: Survey, clusters: Sequence[Cluster], noun: str) -> list[str]:
-    """How many there are, and the first few clusters."""
-    if not clusters:
-        return [f"no {noun}"]
-    labels = sum(cluster.different_labels for cluster in clusters)
-    splits = sum(cluster.different_splits for cluster in clusters)
-    images = sum(len(cluster.images) for cluster in clusters)
-    lines = [
-        f"{count(len(clusters), 'set')} of {noun} ({images:,} images): {labels:,} with different "
-        f"labels, {splits:,} in different splits"
-    ]
-    for cluster in clusters[:_MAX_SHOWN]:
-        marks = [
-            *(["different labels"] if cluster.different_labels else []),
-            *(["different splits"] if cluster.different_splits else []),
-        ]
-        names = _some([found.source.ids[i] for i in found.varied(cluster)], _MAX_NAMED)
-        lines.append(f"  {names}" + (f" ({', '.join(marks)})" if marks else ""))
-    if len(clusters) > _MAX_SHOWN:
-        lines.append(f"  ... {len(clusters) - _MAX_SHOWN:,} more; --json has them all")
-    return lines
-
-
-def _counts(counts: Sequence[tuple[str, int]]) -> str:
-    return ", ".join(f"{printable(name)} {number:,}" for name, number in counts) or "none"
-
-
-def _some(names: Sequence[str], limit: int) -> str:
-    """The first few names, and how many more there are."""
-    rest = len(names) - limit
-    shown = ", ".join(printable(name) for name in names[:limit]) or "none"
-    return shown + (f" and {rest:,} more" if rest > 0 else "")
+    Raises:
+      ConfigError: The folder cannot be created, or it holds images of the data.
+    """
+    folder = pathlib.Path(output)
+    data = listed_folder(source)
+    if data is not None:
+        check_output("--output", folder, data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot create {output}: {error.strerror}") from error
+    return folder
 
 
 def _fractions(text: str) -> tuple[float, ...]:
     """The argparse type of `--split`."""
     try:
-        shares = tuple(float(share) for share in text.split(","))
+        fractions = tuple(float(fraction) for fraction in text.split(","))
     except ValueError:
-        shares = ()
-    if len(shares) != len(SPLITS) or min(shares) <= 0 or not math.isclose(sum(shares), 1.0):
+        fractions = ()
+    if (
+        len(fractions) != len(SPLITS)
+        or min(fractions) <= 0
+        or not math.isclose(sum(fractions), 1.0)
+    ):
         raise argparse.ArgumentTypeError(
-            "must be three shares for train, validation and test, each above 0, that sum to 1, "
-            f"such as 0.7,0.2,0.1, got {text!r}"
+            "must be three fractions for train, validation and test, each above 0, that sum to "
+            f"1, such as 0.7,0.2,0.1, got {text!r}"
         )
-    return shares
+    return fractions
 
 
 def _int(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -252,38 +137,40 @@ def _white_level(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags; how it divides by default is how training does."""
+    """The flags of the command. Their defaults are the defaults of training."""
     flags = argparse.ArgumentParser(
         prog="cnn_jax inspect",
-        description="Look at a data set before training.",
+        description="Inspect a data set before training.",
         allow_abbrev=False,
     )
     default = Division()
-    shares = ",".join(f"{share:g}" for share in default.fractions)
+    fractions = ",".join(f"{fraction:g}" for fraction in default.fractions)
     flags.add_argument("--source", required=True, help=SOURCE_FORMS)
-    flags.add_argument("--output", type=cli.path, metavar="DIR", help="folder for a page to write")
-    flags.add_argument("--json", action="store_true", help="print JSON instead of the summary")
+    flags.add_argument("--output", type=cli.path, metavar="DIR", help="folder for a page")
+    flags.add_argument("--json", action="store_true", help="print JSON instead of text")
     flags.add_argument(
-        "--seed", type=_int(0, 2**32 - 1), default=default.seed, help="of the division"
+        "--seed", type=_int(0, 2**32 - 1), default=default.seed, help="seed of the division"
     )
     flags.add_argument(
         "--split",
         type=_fractions,
         default=default.fractions,
-        metavar="SHARES",
-        help=f"of train, validation and test, {shares} if not given",
+        metavar="FRACTIONS",
+        help=f"fractions of train, validation and test ({fractions})",
     )
     flags.add_argument(
         "--stratify", choices=SPLIT_RULES, default=default.rule, help="data.stratify"
     )
     flags.add_argument(
-        "--group", default=default.group, help="what stays together, such as {class}/{track}"
+        "--group",
+        default=default.group,
+        help="data.group: images that stay together, such as {class}/{track}",
     )
     flags.add_argument(
         "--keep_splits",
         action=argparse.BooleanOptionalAction,
         default=default.keep_splits,
-        help="whether the splits that the data has already are kept",
+        help="use the splits that the data has already",
     )
     flags.add_argument(
         "--max_pixels", type=_int(1), default=MAX_PIXELS, help="a larger image is unreadable"
@@ -303,47 +190,31 @@ def parser() -> argparse.ArgumentParser:
         "--distance",
         type=_int(0, MAX_DISTANCE),
         default=NEAR_DISTANCE,
-        help="bits of 64 in which the hashes of near duplicates may differ",
+        help="maximum number of the 64 hash bits in which near duplicates differ",
     )
     return flags
-
-
-def _create_output(output: str, source: str) -> pathlib.Path:
-    """The folder for the page.
-
-    Raises:
-      ConfigError: It cannot be created, or has images of the data.
-    """
-    folder = pathlib.Path(output)
-    data = listed_folder(source)
-    if data is not None:
-        check_output("--output", folder, data)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output: cannot create {output}: {error.strerror}") from error
-    return folder
 
 
 def main(argv: Sequence[str]) -> None:
     flags = parser().parse_args(argv)
     console = Console()
-    source = absolute(flags.source)
-    listing = open_source(source, console.track, flags.allow_outside)
-    # Before the pass, which may take long.
-    output = None if flags.output is None else _create_output(flags.output, source)
-    division = Division(flags.split, flags.seed, flags.stratify, flags.group, flags.keep_splits)
-    found = survey(
-        listing, division, flags.max_pixels, flags.distance, console.track, flags.white_level
+    result = inspect_source(
+        flags.source,
+        Division(flags.split, flags.seed, flags.stratify, flags.group, flags.keep_splits),
+        max_pixels=flags.max_pixels,
+        allow_outside=flags.allow_outside,
+        distance=flags.distance,
+        track=console.track,
+        white_level=flags.white_level,
+        output=flags.output,
     )
-    if output is not None:
-        from cnn_jax.report.inspection import write_page
-
-        page = write_page(found, output, console.track)
-        console.print(f"wrote {page}")
+    if flags.output is not None:
+        console.print(f"wrote {pathlib.Path(flags.output) / 'index.html'}")
     with cli.open_output(None) as file:
-        # File names need not be UTF-8; escaped, they are JSON whatever they are.
-        text = json.dumps(found.to_dict(), indent=1) if flags.json else summarize(found)
+        if flags.json:  # JSON escapes names that are not UTF-8.
+            text = json.dumps(result.to_dict(), indent=1)
+        else:
+            text = summarize(result, terminal_width(sys.stdout))
         file.write(text + "\n")
 
 

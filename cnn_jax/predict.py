@@ -1,4 +1,4 @@
-"""From images to class probabilities.
+"""Classifies images.
 
     cnn_jax predict --bundle=RUN --input FILE_FOLDER_OR_PATTERN ... [--top=K]
         [--output=out.csv]
@@ -15,31 +15,35 @@ from typing import IO
 
 import numpy as np
 
+from cnn_jax.inference import predictor as predictors
+from cnn_jax.inference.batching import BATCH_SIZE
 from cnn_jax.inference.images import ImageReader, list_inputs
 from cnn_jax.inference.images import preprocess_for_inference as preprocess_for_inference
-from cnn_jax.inference.predictor import BATCH_SIZE, Predictor
 from cnn_jax.inference.predictor import predict_batch as predict_batch
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.errors import DataError
 
+# The public name for users, who load a bundle by `Predictor.load(path)`.
+Predictor = predictors.BundlePredictor
+
 
 def write_predictions(
-    predictor: Predictor, paths: Sequence[pathlib.Path], file: IO[str], top: int = 1
+    predictor: predictors.Predictor, paths: Sequence[pathlib.Path], file: IO[str], top: int = 1
 ) -> int:
     """Writes a CSV row for each image.
 
+    The columns are path, predicted, confidence, error, and then for the second most probable
+    class predicted_2, confidence_2, and so on up to `top`.
+
     Args:
-      predictor: A loaded bundle.
+      predictor: A loaded bundle or any other predictor.
       paths: The image files.
       file: A text file that is open for writing.
-      top: Number of classes in a row, 1 or more; at most all of them are written.
+      top: The number of classes in a row, 1 or more; at most all classes are written.
 
     Returns:
       The number of images that could not be read. Their rows hold the error.
-
-    The columns are path, predicted, confidence, error, and then for the second most
-    probable class predicted_2, confidence_2, and so on up to `top`.
     """
     top = min(top, len(predictor.class_names))
     further = [f"{key}_{k}" for k in range(2, top + 1) for key in ("predicted", "confidence")]
@@ -72,16 +76,16 @@ def main(argv: Sequence[str]) -> None:
         type=cli.positive,
         default=1,
         metavar="K",
-        help="classes to list for each image, the most probable first (1)",
+        help="number of classes for each image, the most probable first (1)",
     )
     parser.add_argument(
-        "--output", type=cli.path, metavar="FILE", help="CSV file to write; stdout if not given"
+        "--output", type=cli.path, metavar="FILE", help="CSV file to write; by default stdout"
     )
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()
     keep_compiled()
-    predictor = Predictor.load(flags.bundle)
+    predictor = predictors.BundlePredictor.load(flags.bundle)
     paths = list_inputs(flags.input, flags.allow_outside)
     with cli.open_output(flags.output) as file:
         num_errors = write_predictions(predictor, paths, file, flags.top)

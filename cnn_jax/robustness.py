@@ -1,13 +1,13 @@
-"""Accuracy, confidence and calibration across image qualities.
+"""Measures a bundle on corrupted images.
 
     cnn_jax robustness --bundle=RUN [--source=folder:PATH] [--split=test] [--sample=N]
         [--json] [--output=FILE.json]
 
-corrupts the images of a split in every way that `quality/corruptions.py` knows, at five
-severities each, and prints tables of the accuracy that is left, and of the accuracy by the
-images' own sharpness, brightness and resolution. --json prints all of it as JSON instead, and
---output writes that to a file as well. This is 115 times the work of `cnn_jax.evaluate`:
---sample=N takes N of the images, with each class in proportion.
+applies each corruption of `quality/corruptions.py` to the images of a split, at five severities.
+It prints the accuracy for each corruption, and the accuracy on the original images by their
+sharpness, brightness and resolution. --json prints JSON instead, and --output also writes it to a
+file. The command computes 115 times as much as `cnn_jax evaluate`; --sample=N uses only N images
+of the split, in which each class has its fraction of the split.
 """
 
 import argparse
@@ -26,15 +26,16 @@ from cnn_jax.quality.corruptions import IMAGENET_C, SEVERITIES
 from cnn_jax.quality.robustness import measure_split
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
-from cnn_jax.system.console import Console, table
+from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
+from cnn_jax.system.text import fill, table
 
 
 def describe(result: Mapping[str, Any], title: str, width: int) -> str:
     """The robustness of a network as text.
 
     Args:
-      result: The return value of `measure_split`.
+      result: The value of `measure_split`.
       title: The first line.
       width: The width of the terminal, in columns.
     """
@@ -43,24 +44,24 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
     rows = [
         (
             name,
-            f"{100 * found['accuracy']:.1f}",
-            *(f"{100 * one['accuracy']:.0f}" for one in found["severities"]),
-            str(found["first_severity_10_points_lower"] or "never"),
+            f"{100 * metrics['accuracy']:.1f}",
+            *(f"{100 * severity['accuracy']:.0f}" for severity in metrics["severities"]),
+            str(metrics["first_severity_10_points_lower"] or "never"),
         )
-        for name, found in sorted_corruptions
+        for name, metrics in sorted_corruptions
     ]
     paragraphs = [
-        cli.fill(title, width),
-        cli.fill(
+        fill(title, width),
+        fill(
             f"Clean images: accuracy {percent(clean['accuracy'])}, mean confidence "
             f"{percent(clean['confidence'])}, expected calibration error "
             f"{percent(clean['expected_calibration_error'])}.",
             width,
         ),
-        cli.fill(
-            "Accuracy in % on corrupted images, the lowest first: the mean over the severities, at "
-            "severity 1 to 5, and the first severity at which it is 10 percentage points lower "
-            "than on clean images.",
+        fill(
+            "Accuracy in % on corrupted images, the lowest first: the mean over the severities, "
+            "the accuracy at severity 1 to 5, and the first severity at which accuracy is 10 "
+            "percentage points lower than on clean images.",
             width,
         )
         + "\n"
@@ -68,9 +69,9 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
     ]
     if result["mean_corruption_error"] is not None:
         count = sum(name in IMAGENET_C for name in corruptions)
-        more = round(100 * result["relative_mean_corruption_error"], 1) + 0.0  # Never -0.0.
+        more = round(100 * result["relative_mean_corruption_error"], 1) + 0.0  # Avoids -0.0.
         paragraphs.append(
-            cli.fill(
+            fill(
                 f"Mean error over the {count} corruptions of "
                 f"ImageNet-C: {percent(result['mean_corruption_error'])}, "
                 f"{more:.1f} percentage points more than "
@@ -78,17 +79,17 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
                 width,
             )
         )
-    paragraphs.append(cli.fill("Accuracy on clean images, by their own quality:", width))
+    paragraphs.append(fill("Accuracy on clean images, by the quality of the images:", width))
     for quality, bins in result["by_quality"].items():
         digits = 0 if quality == "resolution" else 1
         rows = [
             (
-                f"{one['from']:,.{digits}f} to {one['to']:,.{digits}f}",
-                f"{one['count']:,}",
-                percent(one["accuracy"]),
-                percent_interval(one["confidence_interval"]),
+                f"{group['from']:,.{digits}f} to {group['to']:,.{digits}f}",
+                f"{group['count']:,}",
+                percent(group["accuracy"]),
+                percent_interval(group["confidence_interval"]),
             )
-            for one in bins
+            for group in bins
         ]
         unit = " (pixels)" * (quality == "resolution")
         head = (f"{quality}{unit}", "images", "accuracy", "95 % interval")
@@ -99,14 +100,14 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="cnn_jax robustness",
-        description="Measure a bundle on a split whose images are corrupted in many ways.",
+        description="Measure a bundle on a split under 23 corruptions of the images.",
     )
     add_data_flags(parser)
     parser.add_argument(
         "--sample",
         type=cli.positive,
         metavar="N",
-        help="take N of the images, with each class in proportion",
+        help="number of images to use, with each class in proportion; by default all",
     )
     parser.add_argument(
         "--seed", type=cli.natural, default=0, help="seed of the sample and the corruptions (0)"

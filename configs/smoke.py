@@ -1,9 +1,9 @@
-"""The specification's network on a tenth of `shapes`: a check that all of it runs.
+"""The specification's network on 1,000 images of `shapes`: a check that everything runs.
 
     cnn_jax train --config=configs/smoke.py --workdir=runs/smoke
 
-Expect it to end within half a minute on two CPU cores once its 1,000 images are made, half
-of it for the report, and an accuracy near chance: three epochs of 22 steps teach little.
+Expect half a minute on two CPU cores after its 1,000 images are generated, half of it for the
+report, and an accuracy near chance, because there are only three epochs of 22 steps.
 """
 
 from cnn_jax.config.schema import Config

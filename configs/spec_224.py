@@ -1,10 +1,10 @@
-"""The specification to the letter: 224 x 224 pixels, batch 32, 45 epochs.
+"""Exactly the specification: 224 x 224 pixels, batch 32, 45 epochs.
 
     cnn_jax train --config=configs/spec_224.py --workdir=runs/spec_224 \
         --config.data.source=folder:PATH
 
-Meant for a GPU: the training step alone takes two CPU cores 40 images a second at this
-size (experiments/RESULTS.md), which is three minutes an epoch for each 7,000 images.
+Use a GPU: at this size, two CPU cores train on 40 images per second
+(experiments/RESULTS.md), so 7,000 images take three minutes per epoch.
 """
 
 from cnn_jax.config.schema import Config

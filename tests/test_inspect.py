@@ -45,15 +45,15 @@ def test_the_defaults_are_those_of_training():
 def test_json_has_the_numbers_of_the_library(image_folder, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inspect.main([f"--source=folder:{image_folder}", "--json", "--seed=5", "--split=0.5,0.3,0.2"])
-    found = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     division = Division((0.5, 0.3, 0.2), seed=5)
-    assert found == inspect.inspect_source(f"folder:{image_folder}", division).to_dict()
-    assert found["images"] == 60
-    assert found["division"]["seed"] == 5
+    assert result == inspect.inspect_source(f"folder:{image_folder}", division).to_dict()
+    assert result["images"] == 60
+    assert result["division"]["seed"] == 5
     assert not list(tmp_path.iterdir()), "it wrote something"
 
 
-def test_every_flag_counts(image_folder, tmp_path, capsys):
+def test_every_flag_has_an_effect(image_folder, tmp_path, capsys):
     root = tmp_path / "data"
     for split in ("train", "test"):
         for i in range(6):
@@ -65,19 +65,19 @@ def test_every_flag_counts(image_folder, tmp_path, capsys):
         "--allow_outside --distance=7"
     )
     inspect.main([f"--source=folder:{root}", *flags.split()])
-    found = json.loads(capsys.readouterr().out)
-    assert found["division"] == {
+    result = json.loads(capsys.readouterr().out)
+    assert result["division"] == {
         "fractions": [0.7, 0.2, 0.1],
         "seed": 0,
         "rule": "exact",
         "group": "{class}/{track}",
         "keep_splits": False,
     }
-    assert (found["max_pixels"], found["near_distance"]) == (399, 7)
-    assert "train/a/9_9.png" in [image["id"] for image in found["unreadable"]]
-    assert [row["name"] for row in found["classes"]] == ["a"]
-    # The link was followed: its images are all too large.
-    assert sum(image["id"].startswith("train/red/") for image in found["unreadable"]) == 20
+    assert (result["max_pixels"], result["near_distance"]) == (399, 7)
+    assert "train/a/9_9.png" in [image["id"] for image in result["unreadable"]]
+    assert [row["name"] for row in result["classes"]] == ["a"]
+    # The link was followed, and all images behind it are too large.
+    assert sum(image["id"].startswith("train/red/") for image in result["unreadable"]) == 20
 
 
 def test_nothing_is_kept_without_an_output(image_folder, monkeypatch, tmp_path, capsys):
@@ -86,20 +86,20 @@ def test_nothing_is_kept_without_an_output(image_folder, monkeypatch, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_the_summary_is_for_reading(image_folder, capsys):
+def test_the_text_has_the_numbers_of_the_survey(image_folder, capsys):
     inspect.main([f"--source=folder:{image_folder}"])
     lines = capsys.readouterr().out.splitlines()
-    found = survey(open_source(f"folder:{image_folder}"), Division())
+    result = survey(open_source(f"folder:{image_folder}"), Division())
     assert lines[0].endswith("60 images of 3 classes")
-    for name, row in zip(("blue", "green", "red"), found.counts, strict=True):
+    for name, row in zip(("blue", "green", "red"), result.counts, strict=True):
         words = [name, *map(str, row), "20"]
         assert any(line.split()[-5:] == words for line in lines)
-    red, green, blue = found.mean
+    red, green, blue = result.mean
     assert any(f"mean {red:.2f} {green:.2f} {blue:.2f}" in line for line in lines)
     assert any(line.split() == ["unreadable", "none"] for line in lines)
 
 
-def test_every_unreadable_file_is_named_on_a_line_of_its_own(tmp_path, capsys):
+def test_every_unreadable_file_has_its_own_line(tmp_path, capsys):
     for name in ("a", "b"):
         _image(tmp_path / name / "good.png", 0)
     for i in range(30):
@@ -110,7 +110,7 @@ def test_every_unreadable_file_is_named_on_a_line_of_its_own(tmp_path, capsys):
         assert rf"a/bad \x1b[31m\n{i}.png is not an image of a known format" in lines
 
 
-def test_of_very_many_classes_the_smallest_and_the_largest_are_shown(tmp_path, capsys):
+def test_with_many_classes_the_smallest_and_largest_are_shown(tmp_path, capsys):
     for label in range(70):
         for i in range(1 + label // 35):
             _image(tmp_path / f"class {label:02d}" / f"{i}.png", 2 * label + i)
@@ -120,13 +120,32 @@ def test_of_very_many_classes_the_smallest_and_the_largest_are_shown(tmp_path, c
     assert sum("class " in line for line in lines if line.startswith(" ")) == 60
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_breaks_lines_between_words(width, tmp_path, capsys, monkeypatch):
+    for name in ("a", "a class with a name that is longer than a narrow terminal"):
+        for i in range(3):
+            _image(tmp_path / name / f"{i}.png", 0)
+    inspect.main([f"--source=folder:{tmp_path}"])
+    wide = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", str(width))
+    inspect.main([f"--source=folder:{tmp_path}"])
+    narrow = capsys.readouterr().out
+    assert narrow.split() == wide.split()
+    too_wide = [line for line in narrow.splitlines() if len(line) > width]
+    assert all(len(line.split()) <= 2 for line in too_wide)  # A single long path cannot break.
+    assert max(map(len, wide.splitlines())) > width
+    assert all(line[11:12] in (" ", "") for line in narrow.splitlines())
+
+
 def test_a_page_is_written(image_folder, tmp_path, capsys):
     output = tmp_path / "new" / "folder"
     inspect.main([f"--source=folder:{image_folder}", f"--output={output}", "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert json.loads((output / "inspection.json").read_text()) == printed
     assert (output / "index.html").is_file()
-    assert is_output([path.name for path in output.iterdir()])  # So it is not read as data.
+    assert is_output(
+        [path.name for path in output.iterdir()]
+    )  # Other commands do not read the folder as data.
 
 
 @pytest.mark.parametrize(
@@ -138,30 +157,30 @@ def test_a_page_is_written(image_folder, tmp_path, capsys):
         (["--source=folder:{data}", "--output={data}/red/000.png/page"], "cannot create"),
         (["--source=folder:{data}", "--output={file}"], "cannot create"),
         (["--source=folder:{data}", "--group=track"], "has no part like"),
-        (["--source=folder:{data}", "--split=0.7,0.3"], "three shares"),
-        (["--source=folder:{data}", "--split=0.7,0.3,0"], "three shares"),
-        (["--source=folder:{data}", "--split=0.7,nan,0.1"], "three shares"),
+        (["--source=folder:{data}", "--split=0.7,0.3"], "three fractions"),
+        (["--source=folder:{data}", "--split=0.7,0.3,0"], "three fractions"),
+        (["--source=folder:{data}", "--split=0.7,nan,0.1"], "three fractions"),
         (["--source=folder:{data}", "--seed=-1"], "from 0 to 4294967295"),
         (["--source=folder:{data}", "--distance=13"], "from 0 to 12"),
         (["--source=folder:{data}", "--max_pixels=0"], "1 or more"),
         ([], "--source"),
     ],
 )
-def test_what_is_wrong_with_a_flag_is_told(arguments, message, image_folder, tmp_path, capsys):
+def test_a_wrong_flag_is_reported(arguments, message, image_folder, tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     argv = [text.format(data=image_folder, file=file) for text in arguments]
     with pytest.raises((ConfigError, SystemExit)) as error:
         inspect.main(argv)
-    told = error.value
-    if isinstance(told, ConfigError):
-        assert (told.exit_code, message in str(told)) == (2, True)
-    else:  # From argparse.
-        assert (told.code, message in capsys.readouterr().err) == (2, True)
+    raised = error.value
+    if isinstance(raised, ConfigError):
+        assert (raised.exit_code, message in str(raised)) == (2, True)
+    else:  # argparse exits.
+        assert (raised.code, message in capsys.readouterr().err) == (2, True)
 
 
-def test_as_a_command(tmp_path):
-    """Exit codes, hostile names, and stdout apart from stderr."""
+def test_the_command_has_exit_codes_and_clean_output(tmp_path):
+    """Class and file names contain characters that need escapes."""
     missing = _run(f"--source=folder:{tmp_path}/nowhere", f"--output={tmp_path}/page")
     assert missing.returncode == 1
     assert missing.stderr.startswith("error: ")
@@ -172,8 +191,8 @@ def test_as_a_command(tmp_path):
         (tmp_path / "data" / name / "bad.png").write_bytes(b"")
     done = _run(f"--source=folder:{tmp_path}/data", "--json")
     assert done.returncode == 0
-    found = json.loads(done.stdout)
-    assert [row["name"] for row in found["classes"]] == ["<b>", "\udcff"]
+    result = json.loads(done.stdout)
+    assert [row["name"] for row in result["classes"]] == ["<b>", "\udcff"]
     text = _run(f"--source=folder:{tmp_path}/data")
     assert text.returncode == 0
     assert r"\udcff/bad.png is empty" in text.stdout
@@ -190,7 +209,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
-def test_the_values_are_told_and_a_white_level_is_suggested(tmp_path, capsys):
+def test_value_ranges_are_printed_with_a_suggested_white_level(tmp_path, capsys):
     values = np.random.default_rng(0).integers(0, 4096, (20, 9, 9)).astype(np.uint16)
     values[:, 0, :2] = 0, 4095
     for i, image in enumerate(values):
@@ -206,12 +225,12 @@ def test_the_values_are_told_and_a_white_level_is_suggested(tmp_path, capsys):
     assert described in (tmp_path / "page" / "index.html").read_text("utf-8")
 
     inspect.main([source, "--json", "--white_level=4095"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["white_level"] == 4095
-    (one,) = found["values"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["white_level"] == 4095
+    (one,) = result["values"]
     assert (one["kind"], one["images"], one["low"], one["high"]) == ("16-bit", 20, 0, 4095)
     assert (one["white"], one["white_level"]) == (4095, None)
-    assert not any("white" in warning for warning in found["warnings"])
+    assert not any("white" in warning for warning in result["warnings"])
 
 
 def test_floats_without_a_white_level_are_described(tmp_path, capsys):

@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import math
+import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -103,6 +104,23 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "a side in pixels, or (height, width), each 1 or more",
             lambda v: all(is_int(side) and side > 0 for side in _pair(v)) and len(_pair(v)) == 2,
             "The height and width of the network's input in pixels, or one number for both.",
+        ),
+        "resize": choice(
+            "stretch",
+            "How images get data.image_size; stretch: without regard to their shape; crop: scaled "
+            "to cover it, then cropped to the centre; pad: scaled to fit, then padded with grey.",
+            ("stretch", "crop", "pad"),
+        ),
+        "crop_ratio": number(
+            1.0,
+            "The side of the crop as a fraction of the scaled image's shorter side.",
+            "above 0, at most 1",
+            lambda v: 0 < v <= 1,
+        ),
+        "interpolation": choice(
+            "bilinear",
+            "The filter of the resize, with antialiasing if the image becomes smaller.",
+            ("bilinear", "bicubic"),
         ),
         "mean": numbers(
             (127.5, 127.5, 127.5),
@@ -412,7 +430,23 @@ def _name(key: str) -> str:
 
 def wrong_value(key: str, value: object, network: str | None = None) -> ConfigError:
     """The error for a value that a key does not accept."""
-    return ConfigError(f"config.{key}: must be {keys(network)[key].requirement}, got {value!r}")
+    hint = source_hint(value) if key == "data.source" else ""
+    requirement = keys(network)[key].requirement
+    return ConfigError(f"config.{key}: must be {requirement}, got {value!r}{hint}")
+
+
+def source_hint(value: object) -> str:
+    """The end of a message that suggests a source for a path; empty if the value is no path.
+
+    A value is a path if it has a slash, or if such a file or folder exists.
+    """
+    if not isinstance(value, str) or not value or SOURCE_PATTERN.fullmatch(value):
+        return ""
+    path = pathlib.Path(value).expanduser()
+    if "/" not in value and not path.exists():
+        return ""
+    is_table = path.suffix.lower() == ".csv"
+    return f"; did you mean {'csv' if is_table else 'folder'}:{value}?"
 
 
 def check_value(key: str, value: object, network: str | None = None) -> None:
@@ -446,6 +480,11 @@ def validate(config: Config, num_devices: int) -> None:
         raise ConfigError(
             f"config.data.image_size: must be a multiple of {divisor} for the network {network}, "
             f"got {values['data.image_size']!r}"
+        )
+    if values["data.crop_ratio"] != 1 and values["data.resize"] != "crop":
+        raise ConfigError(
+            "config.data.crop_ratio: must be 1 unless data.resize=crop, got "
+            f"{values['data.crop_ratio']}"
         )
     if values["report.detail"] != "none" and len(values["report.splits"]) < len(SPLITS):
         raise ConfigError(

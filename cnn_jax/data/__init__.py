@@ -1,11 +1,11 @@
-"""Sources, splits, decoding, augmentation and the pipeline that joins them."""
+"""Data: sources, splits, decoding, augmentation and batches."""
 
 from collections.abc import Callable, Iterable
 
-# Passes items on and shows how many of a total have come: (items, description, total).
+# Yields the items and shows the progress: track(items, description, total).
 Track = Callable[[Iterable, str, int], Iterable]
 
 
 def no_track(items: Iterable, description: str, total: int) -> Iterable:
-    """Shows nothing."""
+    """Returns the items and shows no progress."""
     return items

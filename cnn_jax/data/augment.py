@@ -1,10 +1,9 @@
-"""Augmentation in two parts: what is drawn, and how the pixels move.
+"""Augmentation in two parts: the random draws, and their application to pixels.
 
-A draw is a 2 x 3 matrix, which composes flip, rotation and zoom in one
-resampling, and a contrast factor. `draw` makes it on the host with NumPy.
-`apply_on_device` (JAX) and `apply_on_host` (OpenCV) move the pixels of the same
-draw. The transformations mean what the Keras layers `RandomFlip`,
-`RandomRotation`, `RandomZoom` and `RandomContrast` mean, in this order, with
+A draw is a 2 x 3 matrix, which combines flip, rotation and zoom in one resampling, and a
+contrast factor. `draw` makes draws on the host with NumPy. `apply_on_device` (JAX) and
+`apply_on_host` (OpenCV) apply the same draws. The transformations are those of the Keras
+layers `RandomFlip`, `RandomRotation`, `RandomZoom` and `RandomContrast`, in this order, with
 `fill_mode="reflect"` and bilinear interpolation.
 """
 
@@ -23,11 +22,11 @@ from jaxtyping import Array, Float, UInt8
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Ranges to draw from.
+    """The ranges of the random draws.
 
     Attributes:
       flip: One of `schema.FLIPS`; each named axis is mirrored with probability 1/2.
-      rotation: Largest angle either way, as a fraction of a full turn.
+      rotation: The largest angle in both directions, as a fraction of a full turn.
       zoom: The sampled window's side is 1 - zoom to 1 + zoom times the image's.
       contrast: The contrast factor is 1 - contrast to 1 + contrast.
     """
@@ -39,7 +38,7 @@ class Augmentation:
 
     @classmethod
     def from_config(cls, augment: Any) -> "Augmentation":
-        """The ranges in a configuration's section `augment`; missing keys have defaults."""
+        """Makes an augmentation from a section `augment`; missing keys have defaults."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: augment[name] for name in names if name in augment})
 
@@ -54,18 +53,18 @@ def affine_matrix(
     window: np.ndarray,
     image_size: tuple[int, int],
 ) -> Float[np.ndarray, "batch 2 3"]:
-    """Matrices [A | t] that map an output pixel (x, y) to the input pixel it shows.
+    """The matrices [A | t] that map an output pixel (x, y) to its input pixel.
 
     Args:
       mirror_x: bool [B], mirror left and right.
       mirror_y: bool [B], mirror top and bottom.
       angle: float [B], radians; positive turns the picture counter-clockwise.
-      window: float [B], side of the sampled window over the image's side; above
-        1 zooms out.
+      window: float [B], side of the sampled window divided by the image's side; a value
+        above 1 zooms out.
       image_size: (height, width) in pixels.
 
     Returns:
-      float32. The centre of the image, ((width - 1) / 2, (height - 1) / 2), stays.
+      float32 [B, 2, 3]. The image's centre, ((width - 1) / 2, (height - 1) / 2), is fixed.
     """
     cos, sin = window * np.cos(angle), window * np.sin(angle)
     sign_x, sign_y = np.where(mirror_x, -1, 1), np.where(mirror_y, -1, 1)
@@ -85,10 +84,9 @@ def draw(
     batch_size: int,
     image_size: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """Draws for one batch: {"matrix": float32 [B, 2, 3], "contrast": float32 [B]}."""
+    """Makes the draws of a batch: {"matrix": float32 [B, 2, 3], "contrast": float32 [B]}."""
     angle = augmentation.rotation * 2 * math.pi
-    # Every number is drawn whatever the ranges, so that changing one range
-    # leaves the other draws as they were.
+    # All numbers are always drawn, so a change of one range does not change other draws.
     coin_x, coin_y = rng.random(batch_size) < 0.5, rng.random(batch_size) < 0.5
     matrix = affine_matrix(
         mirror_x=coin_x & ("horizontal" in augmentation.flip),
@@ -106,7 +104,7 @@ def apply_on_device(
     matrix: Float[Array, "batch 2 3"],
     contrast: Float[Array, " batch"],
 ) -> Float[Array, "batch height width channel"]:
-    """Moves the pixels in JAX; grey levels float32 in [0, 255]."""
+    """Applies draws in JAX; returns grey levels, float32 in [0, 255]."""
     _, height, width, _ = images.shape
     y, x = jnp.mgrid[:height, :width].astype(jnp.float32)
     output_pixels = jnp.stack([x, y, jnp.ones_like(x)])
@@ -130,10 +128,10 @@ def apply_on_device(
 
 @functools.cache
 def opencv() -> ModuleType:
-    """OpenCV, imported when it is needed: it is not on every accelerator's host.
+    """Imports OpenCV at the first use, because some accelerator hosts do not have it.
 
-    It keeps to the thread that calls it. Who calls it has threads of its own for
-    images side by side, and OpenCV's, which wait actively, would take their cores.
+    OpenCV then uses only the calling thread. The callers already run one thread per core,
+    and OpenCV's own threads wait actively, which would slow them down.
     """
     import cv2
 
@@ -146,18 +144,18 @@ def apply_on_host(
     matrix: Float[np.ndarray, "batch 2 3"],
     contrast: Float[np.ndarray, " batch"],
 ) -> UInt8[np.ndarray, "batch height width channel"]:
-    """Moves the pixels with OpenCV, and rounds them to grey levels."""
+    """Applies draws with OpenCV; returns rounded grey levels."""
     cv2 = opencv()
     height, width, channels = images.shape[1:]
     out = np.empty_like(images)
-    # A turned picture is read across its rows. From a copy just made, in the core's own
-    # cache, that is half as fast again at 224 x 224 pixels as from memory.
+    # A rotation reads pixels across rows. From a fresh copy, which is in the core's cache,
+    # this is 1.5 times as fast at 224 x 224 pixels as from main memory.
     near = np.empty_like(images[0])
     means = []
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     for image, moved, affine in zip(images, out, matrix, strict=True):
         near[...] = image
-        # By position: to name the arguments takes a tenth of a small picture's time.
+        # Named arguments would take 10 % more time for a small image.
         cv2.warpAffine(near, affine, (width, height), moved, flags, cv2.BORDER_REFLECT)
         means.append(cv2.mean(moved)[:channels])
     # (x - mean) * contrast + mean, as a matrix [channel, channel + 1] for each image.

@@ -1,6 +1,6 @@
-"""Where generated data, decoded images, what is known of files and programs are kept.
+"""The cache folder for generated data, resized images, records of files and compiled programs.
 
-Everything here can be made again, so that all of it may be removed at any time:
+Everything in the folder can be computed again, so it may be removed at any time:
 `cnn_jax cache --clear`.
 """
 
@@ -21,23 +21,23 @@ import numpy as np
 
 from cnn_jax.data.decode import Pixels
 
-# What this package puts into the folder, which may hold other things: whole folders of
-# these names, and in three folders files of these names.
+# The folder may contain other things. This package owns folders with these names, and files
+# with these names in three folders.
 _OWN_FOLDER = re.compile(r"\.?shapes-v\d+-seed.*")
 _OWN_FILE = re.compile(r"[0-9a-f]{32}\.(npy|json)|\.partial-.*")
-COMPILED = "compiled"  # Where JAX keeps programs; see `cnn_jax.system.compilation_cache`.
+COMPILED = "compiled"  # JAX's cache; see `cnn_jax.system.compilation_cache`.
 _OWN_FILES = {
     "pixels": _OWN_FILE,
     "scans": _OWN_FILE,
     COMPILED: re.compile(r".+-[0-9a-f]{64}-cache"),
 }
 _A_DAY = 24 * 60 * 60  # Seconds.
-# Pixels and programs are kept so long after they were last used.
+# Pixels and programs are removed when they have not been used for this long.
 SECONDS_KEPT = 30 * _A_DAY
 
 
 def cache_dir() -> pathlib.Path:
-    """`$CNN_JAX_CACHE`, else `cnn_jax` in the user's cache folder."""
+    """The folder `$CNN_JAX_CACHE`, or `cnn_jax` in the user's cache folder."""
     if path := os.environ.get("CNN_JAX_CACHE"):
         return pathlib.Path(path).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -45,7 +45,7 @@ def cache_dir() -> pathlib.Path:
 
 
 def free_bytes() -> int:
-    """Room on the disk of the cache folder."""
+    """The free bytes on the disk of the cache folder."""
     folder = cache_dir()
     while not folder.exists():
         folder = folder.parent
@@ -53,7 +53,7 @@ def free_bytes() -> int:
 
 
 def own_entries() -> dict[str, list[pathlib.Path]]:
-    """Files and folders of this package in the cache folder, by the kind of thing they are."""
+    """Lists the files and folders of this package in the cache folder, by kind."""
     folder = cache_dir()
     entries = {
         kind: [path for path in _listed(folder / kind) if own.fullmatch(path.name)]
@@ -68,10 +68,10 @@ def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def clear() -> None:
-    """Removes what this package has made in the cache folder, and nothing else.
+    """Removes the files and folders of this package from the cache folder.
 
     Raises:
-      OSError: Something cannot be removed.
+      OSError: A file or folder cannot be removed.
     """
     for path in itertools.chain(*own_entries().values()):
         if path.is_dir() and not path.is_symlink():
@@ -79,20 +79,20 @@ def clear() -> None:
         else:
             path.unlink()
     for kind in _OWN_FILES:
-        with contextlib.suppress(OSError):  # Something else is in it.
+        with contextlib.suppress(OSError):  # The folder has other files.
             (cache_dir() / kind).rmdir()
 
 
 def read_json(kind: str, key: str) -> Any:
-    """What `write_json` wrote, or None."""
+    """Reads a value that `write_json` wrote; None if there is none."""
     try:
         return json.loads((cache_dir() / kind / f"{key}.json").read_text("utf-8", "surrogatepass"))
-    except (OSError, ValueError):  # A damaged file is as good as none.
+    except (OSError, ValueError):  # A damaged file is ignored.
         return None
 
 
 def write_json(kind: str, key: str, value: Any) -> None:
-    """Writes `kind/key.json`: the old content or the new, never a part.
+    """Writes `kind/key.json` atomically.
 
     Raises:
       OSError: The folder cannot be written, or the disk is full.
@@ -103,9 +103,9 @@ def write_json(kind: str, key: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file that takes the place of `path` at the end, unless there was an error.
+    """Yields a temporary file, which replaces `path` at the end unless there is an error.
 
-    Each process writes a file of its own, so that two of them never mix.
+    Each process has its own temporary file, so two processes can write at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
@@ -113,19 +113,19 @@ def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     aside = pathlib.Path(name)
     try:
         yield aside
-        aside.chmod(0o644)  # A temporary file is private; a cache may be shared.
+        aside.chmod(0o644)  # Temporary files are private, but a cache may be shared.
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
 def open_pixels(key: str, count: int, image_size: tuple[int, int]) -> np.ndarray | None:
-    """The array that `PixelFile` published under this key, memory-mapped, or None."""
+    """Opens the array of a published `PixelFile`, memory-mapped; None if there is none."""
     try:
         pixels = np.load(_pixels_path(key), mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # Not there, or cut short by a crash of the machine.
+    except (OSError, ValueError, EOFError):  # Missing, or truncated by a crash.
         return None
-    with contextlib.suppress(OSError):  # It may be somebody else's.
+    with contextlib.suppress(OSError):  # Another user may own the file.
         os.utime(_pixels_path(key))
     is_whole = pixels.dtype == np.uint8 and pixels.shape == (count, *image_size, 3)
     return pixels if is_whole else None
@@ -136,7 +136,7 @@ def _pixels_path(key: str) -> pathlib.Path:
 
 
 def _sweep(folder: pathlib.Path) -> None:
-    """Removes what killed processes have left, and pixels that nobody opens any more."""
+    """Removes the temporary files of killed processes, and pixels that are no longer used."""
     for pattern, seconds in ((".partial-*", _A_DAY), ("*.npy", SECONDS_KEPT)):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):
@@ -145,28 +145,28 @@ def _sweep(folder: pathlib.Path) -> None:
 
 
 def _take_room(descriptor: int, start: int, length: int) -> None:
-    """Raises OSError if the disk has no room for so many bytes more."""
+    """Reserves disk space for a part of a file; raises OSError if there is not enough."""
     if not length:
         return
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, start, length)
         return
-    if length > free_bytes():  # macOS can only ask.
+    if length > free_bytes():  # macOS cannot reserve space.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.ftruncate(descriptor, start + length)
 
 
 class PixelFile:
-    """uint8 [n, height, width, 3] on disk, while it is being written.
+    """An array uint8 [n, height, width, 3] on disk that is being written.
 
-    A context manager; what is not published by its end is removed.
+    A context manager, which removes the file at its end unless it was published.
     """
 
     def __init__(self, count: int, image_size: tuple[int, int]):
-        """Takes the room on the disk, so that no later write can fail for want of it.
+        """Reserves the disk space, so that no later write can fail because the disk is full.
 
         Raises:
-          OSError: The folder cannot be written, or the disk is too full.
+          OSError: The folder cannot be written, or the disk has too little space.
         """
         self._row_bytes = image_size[0] * image_size[1] * 3
         folder = cache_dir() / "pixels"
@@ -196,7 +196,7 @@ class PixelFile:
         self._path.unlink(missing_ok=True)
 
     def write(self, row: int, pixels: Pixels) -> None:
-        """Writes one image; threads may write different rows at once.
+        """Writes one image; threads may write different rows at the same time.
 
         Raises:
           OSError: The disk fails.
@@ -208,7 +208,7 @@ class PixelFile:
             rest, offset = rest[written:], offset + written
 
     def publish(self, key: str) -> np.ndarray:
-        """Makes the file the one of this key, and maps it.
+        """Renames the file to the name of this key, and returns it memory-mapped.
 
         Raises:
           OSError: The disk fails.

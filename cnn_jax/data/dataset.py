@@ -1,4 +1,4 @@
-"""A data set, ready to be read: scanned, rid of what cannot be read, divided, and decoded once."""
+"""Opens a data set: scans it, leaves out unreadable images, divides it and caches its pixels."""
 
 import contextlib
 import dataclasses
@@ -36,14 +36,14 @@ _CONTAINER_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A source, divided.
+    """A source that is divided into splits.
 
     Attributes:
-      loader: Loads from the source.
-      splits: For each name in `SPLITS`, positions in the source.
-      fingerprint: Changes with any example's identity, class, content or split.
-      findings: What is to be said of the data.
-      residency: One of `schema.RESIDENCIES`; where the pixels are read from.
+      loader: Loads examples of the source.
+      splits: The positions in the source of each name in `SPLITS`.
+      fingerprint: A hash of the id, class, content and split of all examples.
+      findings: The findings of the scan.
+      residency: One of `schema.RESIDENCIES`, the place of the pixels.
     """
 
     loader: Loader
@@ -67,29 +67,29 @@ def open_dataset(
     workers: int = 0,
     track: Track = no_track,
 ) -> Dataset:
-    """Scans a source, leaves out what cannot be read, divides it, and decodes it if wanted.
+    """Scans a source, leaves out unreadable images, divides it, and caches its pixels.
 
     Args:
-      listing: A source as `open_source` gives it.
-      division: How to divide it.
-      preprocessing: The size of the images.
-      max_unreadable: The largest share of images that may be unreadable.
-      residency: One of `schema.RESIDENCIES`.
-      workers: Worker processes if images are decoded each time, -1 for as many as help.
+      listing: A source from `open_source`.
+      division: How to divide the source.
+      preprocessing: How images are decoded and resized.
+      max_unreadable: The largest fraction of images that may be unreadable, 0 to 1.
+      residency: One of `schema.RESIDENCIES`; "none": no pixels are cached.
+      workers: The number of worker processes if images are decoded each time; -1: automatic.
       track: Shows progress.
 
     Raises:
       DataError: Too many images cannot be read, or the data cannot be divided.
     """
-    division.check(listing)  # Rather now than after the scan.
+    division.check(listing)  # Before the scan, which may take long.
     records, pixels = _scan(listing, preprocessing, residency, track)
     if pixels is None and residency != "none":
-        residency = "none"  # The disk is full, and a warning has said so.
+        residency = "none"  # The disk is full; a warning was logged.
     source, rows, unreadable = scan.readable(listing, records)
     values = value_ranges(records, preprocessing)
     _check_readable(listing, unreadable, max_unreadable, values)
     records = [records[row] for row in rows]
-    splits = division.of(source, [record.pixels for record in records])
+    splits = division.divide(source, [record.pixels for record in records])
     return Dataset(
         loader=Loader(
             source,
@@ -109,18 +109,18 @@ def open_dataset(
 def choose_residency(
     requested: str, listing: Source, preprocessing: Preprocessing, device_bytes: int
 ) -> str:
-    """One of `schema.RESIDENCIES`, for `data.cache`, which may be "auto".
+    """Chooses one of `schema.RESIDENCIES` for a value of `data.cache`, which may be "auto".
 
-    Auto means on the device if the images take at most a quarter of its memory,
-    else in memory if they take at most a quarter of that, else on disk if they
-    take at most half of what is free there, else decoded each time.
+    "auto" is the first place that is large enough: the device, if the images need at most a
+    quarter of its memory; the host's memory, with the same limit; the disk, if they need at
+    most half of its free space. Else images are decoded each time.
 
     Args:
       requested: "auto" or one of `schema.RESIDENCIES`.
       listing: The source.
       preprocessing: The size of the images.
-      device_bytes: Memory of an accelerator; 0 if the device is the CPU, whose
-        memory is this process's.
+      device_bytes: The accelerator's memory in bytes; 0 if the device is a CPU, which has no
+        memory of its own.
     """
     if requested != "auto":
         return requested
@@ -137,7 +137,7 @@ def _decoded_bytes(listing: Source, preprocessing: Preprocessing) -> int:
 
 
 def memory_bytes() -> int:
-    """Memory of the machine, or of the container if that is less."""
+    """The memory of the machine, or of the container if it is less, in bytes."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # Not Linux, or not limited.
         return min(installed, int(_CONTAINER_LIMIT.read_text()))
@@ -145,7 +145,7 @@ def memory_bytes() -> int:
 
 
 class _InMemory:
-    """Images [n, height, width, 3] in memory, while they are being decoded."""
+    """A sink for resized images in memory: uint8 [n, height, width, 3]."""
 
     def __init__(self, count: int, image_size: tuple[int, int]):
         self.pixels = np.zeros((count, *image_size, 3), np.uint8)
@@ -157,20 +157,21 @@ class _InMemory:
 def _scan(
     listing: Source, preprocessing: Preprocessing, residency: str, track: Track
 ) -> tuple[list[Record], UInt8[np.ndarray, "n height width 3"] | None]:
-    """Records of all examples, and all their pixels unless these are decoded each time.
+    """Returns the records of all examples, and their pixels unless `residency` is "none".
 
-    The pixels come from the cache on disk, or are left there, if there is room.
+    The pixels are read from the cache on disk. If they are not in it, they are written to it,
+    provided that there is enough space.
     """
     if residency == "none":
         return scan.scan(listing, preprocessing, None, track), None
     known = scan.known_records(listing, preprocessing)
     if 2 * known.count(None) < len(known):
-        # With a few looked at first, all the pixels may turn out to be there.
+        # After a scan of the few unknown examples, the pixels may be found in the cache.
         records = scan.scan(listing, preprocessing, None, track, known)
         key, size = scan.pixels_key(records, preprocessing), preprocessing.image_size
         pixels = cache.open_pixels(key, len(listing), size)
         if pixels is not None:
-            return records, _in_its_place(pixels, residency)
+            return records, _copy_to_memory(pixels, residency)
         known = records
     return _decode_all(listing, preprocessing, residency, track, known)
 
@@ -182,15 +183,15 @@ def _decode_all(
     track: Track,
     known: Sequence[Record | None],
 ) -> tuple[list[Record], UInt8[np.ndarray, "n height width 3"] | None]:
-    """As `_scan`, when the pixels are not in the cache."""
+    """Does the same as `_scan` when the pixels are not in the cache."""
     try:
-        # On disk they are wanted; else they are only kept for the next time.
+        # Unless the user asked for the disk, the file only saves time in the next run.
         if residency != "disk" and _decoded_bytes(listing, preprocessing) > cache.free_bytes() / 2:
-            raise OSError(errno.ENOSPC, "they would take more than half of what is free")
+            raise OSError(errno.ENOSPC, "they would take more than half of the free space")
         with cache.PixelFile(len(listing), preprocessing.image_size) as file:
             records = scan.scan(listing, preprocessing, file, track, known)
             pixels = file.publish(scan.pixels_key(records, preprocessing))
-            return records, _in_its_place(pixels, residency)
+            return records, _copy_to_memory(pixels, residency)
     except OSError as error:
         hint = "; cnn_jax cache --clear makes room" * (error.errno == errno.ENOSPC)
         logger.warning(
@@ -205,7 +206,8 @@ def _decode_all(
     return scan.scan(listing, preprocessing, sink, track, known), sink.pixels
 
 
-def _in_its_place(mapped: np.ndarray, residency: str) -> np.ndarray:
+def _copy_to_memory(mapped: np.ndarray, residency: str) -> np.ndarray:
+    """Copies a memory-mapped array if `residency` is "memory"."""
     return np.array(mapped) if residency == "memory" else mapped
 
 

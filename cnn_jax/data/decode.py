@@ -1,10 +1,10 @@
-"""Image files to arrays: the only decoder and the only resize of the project.
+"""The only decoder of the project: from image files, Pillow images and arrays to pixels.
 
-The same picture has the same pixels whatever it came as (a file, its bytes, a Pillow
-image, an array): every JPEG is decoded at its full size, and every picture is resized
-by `resize`. Decoding JPEGs at 1/2 to 1/8 of their size in the cosine transform would
-be up to five times as fast, but Pillow images and arrays cannot be reduced in that
-way, and at no factor does the difference vanish (`experiments/benchmarks/bench_decode.py`).
+The same picture has the same pixels in each of these forms: every JPEG is decoded at its
+full size, and every picture is resized by `cnn_jax.data.resize`. A JPEG could be decoded at
+1/2 to 1/8 of its size in the cosine transform, up to five times as fast. But Pillow images
+and arrays cannot be reduced in that way, and at no factor does the difference vanish
+(`experiments/benchmarks/bench_decode.py`).
 
 A value of a file becomes a grey level, 0 to 255, by
 
@@ -29,15 +29,16 @@ import simplejpeg
 from jaxtyping import Shaped, UInt8
 from PIL import ExifTags, Image, ImageFile, PpmImagePlugin, TiffImagePlugin
 
-from cnn_jax.data.preprocessing import MAX_PIXELS
+from cnn_jax.data.preprocessing import MAX_PIXELS, Preprocessing
+from cnn_jax.data.resize import Pixels, resize
 from cnn_jax.system.errors import DataError
 
-# Part of the name of a cache of pixels: raise it when any pixel would change.
+# Part of the cache's key; raise it when any decoded pixel changes.
 VERSION = 3
-# The decoders that may be tried on a file's content. Others of Pillow's are
-# rarely used, and one of them (EPS) runs another program.
+# The decoders that may be tried on a file's content. Pillow's other decoders are rarely
+# needed, and its decoder of EPS runs another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# How files of these formats begin; TIFF includes BigTIFF.
+# The first bytes of files in these formats; TIFF includes BigTIFF.
 _BEGINNINGS = {
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -47,7 +48,7 @@ _BEGINNINGS = {
     "TIFF": rb"II[*+]\0|MM\0[*+]",
     "PPM": rb"P[1-6]\s+[\d#]",
 }
-# How files of formats begin that are often found under the name of another one.
+# The first bytes of formats that are often found in files named as another format.
 _OTHER_BEGINNINGS = {
     "HEIC": rb"....ftyphe(?:i[cmsx]|v[cmsx])",
     "HEIC or AVIF": rb"....ftyp(?:mif1|msf1)",
@@ -68,47 +69,47 @@ _OTHER_BEGINNINGS = {
 # A failed download often leaves a web page.
 _WEB_PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html|head)", re.IGNORECASE)
 _BEGINNING = re.compile(b"|".join(_BEGINNINGS.values()), re.DOTALL)
-# A progressive JPEG of a usual program has about ten scans. Each passes over all
-# pixels, so a small file of very many could keep a core busy for minutes.
+# A progressive JPEG usually has about ten scans. Each scan passes over all pixels, so a
+# small file with thousands of scans could occupy a core for minutes.
 _MAX_SCANS = 100
 _START_OF_SCAN = b"\xff\xda"
-# A marker with a length behind it, or the one of the picture's end.
+# A marker followed by a length, or the marker of the image's end.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 
-# Pillow's decoders of a PPM in text, or whose largest value is below 255, are written in
-# Python: a second or two for a million pixels, in which no other thread can work.
+# Pillow decodes a PPM in text, or with a largest value other than 255, in Python. A million
+# pixels take one to two seconds, in which no other thread can run.
 _SLOW_PPM, _MAX_SLOW_PIXELS = ("ppm", "ppm_plain"), 4_000_000
 
-# Markers of a JPEG (ITU T.81, table B.1): of the segments before the scan, those of a
-# plain one are JFIF and ICC data, tables and comments.
+# Markers of a JPEG (ITU T.81, table B.1). The segments of a plain JPEG before its scan are
+# JFIF and ICC data, tables and comments.
 _SOF_BASELINE, _SOS = 0xC0, 0xDA
 _PLAIN_SEGMENTS = frozenset((0xE0, 0xE2, 0xDB, 0xC4, 0xDD, 0xFE))
-# Pixels from which on an image may take some hundred megabytes to decode.
+# Images of more pixels are decoded one at a time: each may need hundreds of megabytes.
 _LARGE = 8_000_000
 _LARGE_TURN = threading.Lock()
-# Pixels that are converted at a time.
+# The number of pixels that are converted at a time.
 _STRIP = 1_000_000
-# The largest values of the usual kinds of images, and by how much of it the values of a
-# resized image may exceed its white: bicubic and Lanczos filters overshoot.
+# The usual values of white.
 _USUAL_WHITES = (1, 255, 1023, 4095, 16383, 65535)
+# A resized image may exceed its white by this factor: bicubic and Lanczos filters overshoot.
 OVERSHOOT = 1.1
-# An image is dark if none of its values is above this fraction of white; 14 bits of 16 are.
+# An image is dark if no value is above this fraction of white, as with 14-bit values of 16.
 DARK = 0.25
-# Values of TIFF's tags (TIFF 6.0, sections 8 and 19).
+# Values of TIFF tags (TIFF 6.0, sections 8 and 19).
 _WHITE_IS_ZERO, _PLANAR, _SIGNED = 0, 2, 2
-# How Pillow scales grey levels of 2 and 4 bits.
+# The factors by which Pillow scales grey levels of 2 and 4 bits.
 _SCALES = {"L;2": 85, "L;4": 17}
 
 
 class TooManyPixelsError(DataError):
-    """An image is larger than it may be."""
+    """An image has more pixels than are allowed."""
 
 
 class UnknownFormatError(DataError):
-    """What is no image, or one of a format that is not read.
+    """A file is not an image, or its format is not supported.
 
     Attributes:
-      format: The format that is not read; "" if it is not known.
+      format: The unsupported format; "" if it is not known.
     """
 
     def __init__(self, message: str, format: str = ""):
@@ -118,13 +119,13 @@ class UnknownFormatError(DataError):
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """The values of an image's pixels as its file has them.
+    """The range of the values in an image file.
 
     Attributes:
-      kind: Their type, such as "8-bit", "12-bit", "16-bit signed" or "float".
-      low: The smallest.
-      high: The largest.
-      white: The value that is white by the file's format; 0 if the format does not say.
+      kind: The type of the values, such as "8-bit", "12-bit", "16-bit signed" or "float".
+      low: The smallest value.
+      high: The largest value.
+      white: The value of white in the file's format; 0 if the format does not define it.
     """
 
     kind: str
@@ -133,27 +134,27 @@ class Values:
     white: float
 
     def doubt(self, white_level: float) -> str:
-        """Why the values hardly suit a network of this white level; "" if they do.
+        """Why the values probably do not suit a network; "" if they suit it.
 
         Args:
-          white_level: See `Preprocessing`.
+          white_level: The network's white level; see `Preprocessing`.
         """
         white = white_level or self.white
         if self.kind == "8-bit" or DARK * white < self.high <= OVERSHOOT * white or not self.high:
             return ""
-        effect = "those above it become white" if self.high > white else "it is almost black"
+        effect = "larger values become white" if self.high > white else "it is almost black"
         return (
-            f"has {self.kind} values {span(self)}, and {format_number(white)} is white, so that "
-            f"{effect}: scale them like those of the training's images, or train with a "
-            "data.white_level that suits them"
+            f"has {self.kind} values {span(self)}, and {format_number(white)} is white, so "
+            f"{effect}: scale its values like those of the training images, or train with a "
+            "suitable data.white_level"
         )
 
 
 class UnknownWhiteError(DataError):
-    """An image whose values could mean any grey level, since none is known to be white.
+    """No value of the image is known to be white, so its values cannot become grey levels.
 
     Attributes:
-      values: The values that it has.
+      values: The range of the image's values.
     """
 
     def __init__(self, values: Values):
@@ -161,20 +162,16 @@ class UnknownWhiteError(DataError):
         self.values = values
 
 
-# The underscores say that two images in one signature may differ in size.
-Pixels = UInt8[np.ndarray, "_height _width 3"]
-
-
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What an image file says of itself before its pixels are decoded.
+    """The properties of an image file that are known before its pixels are decoded.
 
     Attributes:
-      format: One of `FORMATS`, or "MPO", a JPEG with further pictures.
-      mode: Pillow's name of the colour mode, such as "RGB", "L", "P", "CMYK".
-      width: Of the upright picture, in pixels.
-      height: Of the upright picture, in pixels.
-      orientation: EXIF, 1 to 8; 1 is upright.
+      format: One of `FORMATS`, or "MPO", a JPEG that contains further images.
+      mode: Pillow's colour mode, such as "RGB", "L", "P", "CMYK".
+      width: The width of the upright image, in pixels.
+      height: The height of the upright image, in pixels.
+      orientation: The EXIF orientation, 1 to 8; 1 is upright.
     """
 
     format: str
@@ -185,23 +182,22 @@ class Header:
 
 
 def decode(encoded: bytes, max_pixels: int = MAX_PIXELS, white_level: float = 0) -> Pixels:
-    """Decodes an image file to RGB, at its full size.
+    """Decodes an image file to RGB at its full size.
 
-    EXIF orientation is applied, transparency lies over white, and of an
-    animation the first frame is taken.
+    EXIF orientation is applied, transparent pixels are laid over white, and an animation is
+    represented by its first frame.
 
     Args:
-      encoded: The bytes of a file in one of `FORMATS`, whatever its name.
-      max_pixels: Largest width times height. The header is checked before
-        anything is decoded.
+      encoded: The bytes of a file in one of `FORMATS`.
+      max_pixels: The largest allowed width times height, checked before decoding.
       white_level: See `Preprocessing`.
 
     Returns:
       uint8 [height, width, 3].
 
     Raises:
-      DataError: The bytes are no image, a damaged one, or one too large, or what
-        its values mean is not known.
+      DataError: The bytes are not an image, the image is damaged or too large, or the value
+        of white is unknown.
     """
     return decode_any(encoded, max_pixels, white_level)[1]
 
@@ -211,12 +207,13 @@ def decode_any(
     max_pixels: int = MAX_PIXELS,
     white_level: float = 0,
 ) -> tuple[Values | None, Pixels]:
-    """The range of values, None if they are of 8 bits, and what the three others return.
+    """Decodes bytes as `decode`, Pillow images as `to_rgb`, and arrays as `from_array`.
 
-    The others are `decode` for bytes, `to_rgb` and `from_array`.
+    Returns:
+      The range of the values, None if they have 8 bits; and the pixels.
 
     Raises:
-      DataError: As these.
+      DataError: See these three functions.
     """
     if isinstance(image, bytes):
         if (plain := _decode_plain_jpeg(image, max_pixels)) is not None:
@@ -234,14 +231,15 @@ def decode_any(
 def decode_with_header(
     encoded: bytes, max_pixels: int = MAX_PIXELS, white_level: float = 0
 ) -> tuple[Header, Values, Pixels]:
-    """Decodes as `decode` does, and returns the file's header and range of values as well.
+    """Decodes as `decode` does, and also returns the file's header and range of values.
 
     Raises:
-      DataError: As `decode`.
+      DataError: See `decode`.
     """
     with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image.width * image.height):
         file_format, mode = image.format or "", image.mode
-        # Loading a TIFF turns it and drops the tag; reading the tag of a PNG loads the PNG.
+        # Pillow rotates a TIFF and removes its tag when it loads the TIFF. So the tag is read
+        # before, but only for TIFF: reading the tag of a PNG loads the PNG.
         turned = _orientation(image) if file_format == "TIFF" else 0
         values, pixels = _decode_opened(image, encoded, white_level)
         orientation = turned or _orientation(image)
@@ -252,10 +250,9 @@ def decode_with_header(
 
 
 def _decode_plain_jpeg(encoded: bytes, max_pixels: int) -> Pixels | None:
-    """The pixels of a JPEG that needs no further care; None if it may need some.
+    """Decodes a JPEG without special features; returns None for other files.
 
-    This is most JPEGs, and opening them with Pillow takes as long as decoding
-    small ones.
+    Most JPEGs are such files. Opening a small JPEG with Pillow takes as long as decoding it.
     """
     if not _is_plain_jpeg(encoded):
         return None
@@ -271,7 +268,7 @@ def _decode_plain_jpeg(encoded: bytes, max_pixels: int) -> Pixels | None:
 
 
 def _is_plain_jpeg(encoded: bytes) -> bool:
-    """Whether it is a JPEG of one scan without EXIF or XMP, which may turn it."""
+    """Whether a file is a JPEG of one scan without EXIF or XMP, which may rotate it."""
     position, components = 2, 0
     if not encoded.startswith(b"\xff\xd8"):
         return False
@@ -295,36 +292,31 @@ def _decode_opened(
     if encoded.count(_START_OF_SCAN) > _MAX_SCANS and _num_scans(encoded) > _MAX_SCANS:
         raise DataError(f"is a JPEG of more than {_MAX_SCANS} scans")
     if image.mode in ("RGB", "L"):
-        # simplejpeg gives the same pixels as Pillow, bit for bit, in half the time. What
-        # it refuses, Pillow may still read.
+        # simplejpeg gives the same pixels as Pillow, bit for bit, in half the time. Pillow
+        # may read files that simplejpeg refuses.
         with contextlib.suppress(ValueError):
             return None, _upright(simplejpeg.decode_jpeg(encoded), _orientation(image))
     return _to_rgb(image, encoded, white_level)
 
 
-def load(
-    encoded: bytes,
-    image_size: tuple[int, int],
-    max_pixels: int = MAX_PIXELS,
-    white_level: float = 0,
-) -> Pixels:
-    """Decodes and resizes: uint8 [height, width, 3] of this (height, width).
+def load(encoded: bytes, preprocessing: Preprocessing) -> Pixels:
+    """Decodes and resizes an image file; returns uint8 [height, width, 3] of `image_size`.
 
     Raises:
-      DataError: As `decode`.
+      DataError: See `decode`.
     """
-    return resize(decode(encoded, max_pixels, white_level), image_size)
+    pixels = decode(encoded, preprocessing.max_pixels, preprocessing.white_level)
+    return resize(pixels, preprocessing)
 
 
 def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, white_level: float = 0) -> Pixels:
-    """A Pillow image of any mode, with the pixels that `decode` gives for its file.
+    """Converts a Pillow image of any mode to the pixels that `decode` gives for its file.
 
-    Of colours of 16 bits Pillow keeps 8 bits once it has loaded an image. An image
-    that is not loaded yet is read from its file again, in full.
+    When Pillow loads colours of 16 bits, it keeps only 8 bits. So an image that is not loaded
+    yet is read from its file again, with all 16 bits.
 
     Raises:
-      DataError: It is too large, or damaged where Pillow had not looked yet, or what
-        its values mean is not known.
+      DataError: The image is too large or damaged, or the value of white is unknown.
     """
     return decode_any(image, max_pixels, white_level)[1]
 
@@ -344,17 +336,17 @@ def _decode_pillow(
 
 
 def from_array(array: Shaped[np.ndarray, "..."], white_level: float = 0) -> Pixels:
-    """Grey or RGB values of any type, with the pixels that `decode` gives for a file of them.
+    """Converts grey or RGB values of any type to the pixels that `decode` gives for their file.
 
-    An array has no file format to say what is white. So every type other than uint8 and
-    bool needs a white level, uint16 too.
+    An array has no file format that defines white. So every type except uint8 and bool needs
+    a white level, including uint16.
 
     Args:
       array: [height, width] or [height, width, 3].
       white_level: See `Preprocessing`.
 
     Raises:
-      DataError: It is of another shape or type, or what its values mean is not known.
+      DataError: The array has another shape or type, or the value of white is unknown.
     """
     return decode_any(array, white_level=white_level)[1]
 
@@ -379,31 +371,23 @@ def _decode_array(
     return None, np.ascontiguousarray(_three_channels(array))
 
 
-def resize(image: Pixels, image_size: tuple[int, int]) -> Pixels:
-    """Stretches to (height, width): bilinear, averaging over each output pixel's area."""
-    if image.shape[:2] == tuple(image_size):
-        return image
-    height, width = image_size
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-
-
 def looks_like_an_image(beginning: bytes) -> bool:
-    """Whether a file that begins so (16 bytes suffice) is of one of `FORMATS`."""
+    """Whether a file with these first 16 bytes has one of `FORMATS`."""
     return _BEGINNING.match(beginning) is not None
 
 
 def format_number(value: float) -> str:
-    """A value in the fewest digits, such as "4095" or "0.5"."""
+    """Formats a value with the fewest digits, such as "4095" or "0.5"."""
     return str(int(value)) if float(value).is_integer() else f"{value:g}"
 
 
 def span(values: Any) -> str:
-    """Such as "from 0 to 4095", of anything with a `low` and a `high`."""
+    """Formats the range of an object with `low` and `high`, such as "from 0 to 4095"."""
     return f"from {format_number(values.low)} to {format_number(values.high)}"
 
 
 def likely_white(high: float) -> float:
-    """The value that is probably white where `high` is the largest: 1, 255, 4095, ..."""
+    """The probable value of white if `high` is the largest value: 1, 255, 4095, ..."""
     high = max(high, 1)
     for white in _USUAL_WHITES:
         if DARK * white < high <= OVERSHOOT * white:
@@ -412,11 +396,11 @@ def likely_white(high: float) -> float:
 
 
 def unknown_white(values: Any) -> str:
-    """Why values cannot be read, of anything with a `low` and a `high`, and what to do."""
+    """The message for values (an object with `low` and `high`) without a known white."""
     return (
-        f"values {span(values)}, none of which is known to be white, so that they cannot be read: "
-        f"set --config.data.white_level={format_number(likely_white(values.high))}, or whatever "
-        "is white in all images, for training"
+        f"values {span(values)}, none of which is known to be white, so they cannot be read: "
+        f"set --config.data.white_level={format_number(likely_white(values.high))}, or another "
+        "value that is white in all images, for training"
     )
 
 
@@ -435,7 +419,7 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _unknown_format(encoded: bytes) -> UnknownFormatError:
-    """What is known of a file that Pillow does not know."""
+    """The error for a file that Pillow cannot identify."""
     for name, beginning in _BEGINNINGS.items():
         if re.compile(beginning, re.DOTALL).match(encoded):
             described = _describe_tiff(encoded) if name == "TIFF" else ""
@@ -454,7 +438,7 @@ def _unknown_format(encoded: bytes) -> UnknownFormatError:
 
 
 def _describe_tiff(encoded: bytes) -> str:
-    """The channels of a TIFF, in words; "" if it is too damaged to tell."""
+    """Describes the channels of a TIFF; "" if the TIFF is too damaged."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(encoded[:8])
         file = io.BytesIO(encoded)
@@ -469,13 +453,13 @@ def _describe_tiff(encoded: bytes) -> str:
 
 
 def _one_large_at_a_time(pixels: int) -> contextlib.AbstractContextManager[object]:
-    """Holds back the other threads' large images, so that memory does not grow with cores."""
+    """Returns a lock for large images, so that the memory used does not grow with the cores."""
     return _LARGE_TURN if pixels > _LARGE else contextlib.nullcontext()
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # A tile is decoded in full, however small the image is.
+        # A tile is decoded as a whole, even if the image is smaller.
         width = image.tag_v2.get(ExifTags.Base.TileWidth, 0)
         height = image.tag_v2.get(ExifTags.Base.TileLength, 0)
         if width * height > max_pixels:
@@ -499,7 +483,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 @contextlib.contextmanager
 def _explain_errors() -> Iterator[None]:
-    """Turns what Pillow raises for bad images into a DataError."""
+    """Converts Pillow's errors to a DataError."""
     try:
         yield
     except DataError:
@@ -515,7 +499,7 @@ def _explain_errors() -> Iterator[None]:
 
 
 def _num_scans(encoded: bytes) -> int:
-    """Scans of a JPEG; what stands behind the picture, such as a film, does not count."""
+    """The number of scans of a JPEG, without data after the image such as a film."""
     scans, position = 0, 2
     while (marker := _MARKER.search(encoded, position)) and marker[1] != b"\xd9":
         scans += marker[1] == b"\xda"
@@ -525,7 +509,7 @@ def _num_scans(encoded: bytes) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1, upright, where there is none or it cannot be read."""
+    """The EXIF orientation, 1 to 8; 1 (upright) if there is none or it cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # A damaged block makes Pillow raise errors of any type.
@@ -545,15 +529,15 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _to_rgb(image: Image.Image, encoded: bytes, white_level: float) -> tuple[Values | None, Pixels]:
-    """The upright pixels of an image, and its range of values unless that is 8 bits.
+    """Returns the range of an image's values, None if they have 8 bits, and its upright pixels.
 
     Args:
-      image: Not loaded yet, if `encoded` is given.
-      encoded: Its file; b"" if `_loses_values` is False.
+      image: The image; it must not be loaded yet if `encoded` is given.
+      encoded: The image's file; b"" if `_loses_values` is False.
       white_level: See `Preprocessing`.
     """
     deep = _read_deep(image, encoded)
-    image.load()  # This turns a TIFF; its orientation is 1 from then on.
+    image.load()  # Pillow rotates a TIFF here; its orientation is then 1.
     orientation = _orientation(image)
     if deep is not None:
         values, pixels = _to_grey_levels(deep, white_level)
@@ -562,7 +546,7 @@ def _to_rgb(image: Image.Image, encoded: bytes, white_level: float) -> tuple[Val
     rows = max(_STRIP // width, 1)
     if rows >= height:
         return None, _upright(np.asarray(_strip_to_rgb(image)), orientation)
-    # A strip at a time, so that intermediate images stay small.
+    # Convert in strips, so that intermediate images stay small.
     pixels = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
         strip = image.crop((0, top, width, min(top + rows, height)))
@@ -571,7 +555,7 @@ def _to_rgb(image: Image.Image, encoded: bytes, white_level: float) -> tuple[Val
 
 
 def _strip_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # Pillow converts it to nothing else.
+    if image.mode == "La":  # Pillow can convert La only to LA.
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -586,10 +570,10 @@ class _Deep:
 
     Attributes:
       values: [height, width] or [height, width, 3].
-      kind: As in `Values`.
-      white: As in `Values`.
-      alpha: [height, width, 1], 0 (transparent) to 1; None if all of it is opaque.
-      is_premultiplied: Whether the values are multiplied by alpha already.
+      kind: See `Values`.
+      white: See `Values`.
+      alpha: [height, width, 1], 0 (transparent) to 1; None if the image is opaque.
+      is_premultiplied: Whether the values are already multiplied by alpha.
       is_inverted: Whether 0 is white.
     """
 
@@ -602,11 +586,10 @@ class _Deep:
 
 
 def _to_grey_levels(deep: _Deep, white_level: float) -> tuple[Values, Pixels]:
-    """Grey levels in RGB, and the range of the values that they came from.
+    """Converts values to grey levels; returns their range and the RGB pixels.
 
     Raises:
-      DataError: There are negative values, or some that are not finite, or none is
-        known to be white.
+      DataError: A value is negative or not finite, or the value of white is unknown.
     """
     values = Values(deep.kind, deep.values.min().item(), deep.values.max().item(), deep.white)
     if not math.isfinite(values.low) or not math.isfinite(values.high):
@@ -639,7 +622,7 @@ def _three_channels(array: np.ndarray) -> np.ndarray:
 
 
 def _kind(dtype: np.dtype[Any]) -> tuple[str, float]:
-    """The name of a type of values, and the value that is white, 0 if that is not known."""
+    """The name of a type of values, and its value of white; 0 if that is unknown."""
     if dtype.kind == "f":
         return "float", 0
     bits = 8 * dtype.itemsize
@@ -649,14 +632,14 @@ def _kind(dtype: np.dtype[Any]) -> tuple[str, float]:
 
 
 def _rawmode(image: Image.Image) -> str:
-    """How Pillow unpacks a file's samples; "" once the image is loaded."""
+    """Pillow's raw mode of a file's samples; "" if the image is already loaded."""
     tile = image.tile[0] if isinstance(image, ImageFile.ImageFile) and image.tile else None
     args = tile.args if tile else ""
     return str(args[0] if isinstance(args, tuple) and args else args or "")
 
 
 def _ppm_white(image: Image.Image) -> int:
-    """The largest value that a PPM declares, if it is above 255 and not loaded yet; else 0."""
+    """The largest value that an unloaded PPM declares, if it is above 255; else 0."""
     if not isinstance(image, PpmImagePlugin.PpmImageFile) or not image.tile:
         return 0
     args = image.tile[0].args
@@ -667,7 +650,7 @@ def _ppm_white(image: Image.Image) -> int:
 
 
 def _loses_values(image: Image.Image) -> bool:
-    """Whether Pillow changes values, or forgets what they mean, as it loads this image."""
+    """Whether Pillow changes this image's values, or loses their meaning, when it loads them."""
     if image.format not in FORMATS:
         return False
     rawmode = _rawmode(image)
@@ -677,7 +660,7 @@ def _loses_values(image: Image.Image) -> bool:
 
 
 def _content(image: Image.Image) -> bytes:
-    """The file of an image that is not loaded yet."""
+    """Reads the file of an image that is not loaded yet."""
     assert isinstance(image, ImageFile.ImageFile)
     file = image.fp
     assert file is not None
@@ -689,13 +672,13 @@ def _content(image: Image.Image) -> bytes:
 
 
 def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
-    """The values of an image that are not grey levels from 0 to 255; None if they are."""
+    """Reads values that are not grey levels from 0 to 255; None if the image has grey levels."""
     rawmode = _rawmode(image)
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     bits = tags.get(ExifTags.Base.BitsPerSample, (0,))
     is_planar = tags.get(ExifTags.Base.PlanarConfiguration) == _PLANAR
     if is_planar and len(bits) > 1 and bits[0] > 8:
-        # If they are not compressed, Pillow takes each byte for a value.
+        # Pillow reads each byte of an uncompressed file as a value.
         raise DataError(
             "is a TIFF of 16-bit channels that lie apart (planar), which is not read: save them "
             "interleaved"
@@ -703,8 +686,8 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
     if white := _ppm_white(image):
         return _read_deep_ppm(image, encoded, white)
     if rawmode in _SCALES and isinstance(image.info.get("transparency"), int):
-        # A PNG names the transparent level in the file's own bits; Pillow scales the pixels
-        # and not this level.
+        # The PNG gives the transparent level before scaling. Pillow scales the pixels, but
+        # not this level.
         image.info["transparency"] *= _SCALES[rawmode]
     if ";16" in rawmode and image.mode in ("RGB", "RGBA"):
         return _read_deep_colour(image, encoded, rawmode)
@@ -719,7 +702,7 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
         values = values.view(np.uint32)
     kind, white = _kind(values.dtype)
     if isinstance(image, PpmImagePlugin.PpmImageFile) and image.mode == "I":
-        kind, white = "16-bit", 65535  # To which Pillow has scaled it.
+        kind, white = "16-bit", 65535  # Pillow has scaled the values to this range.
     elif image.mode == "I" and bits == (16,):
         kind = "16-bit signed"
     elif bits == (12,) and image.mode.startswith("I;16"):
@@ -729,12 +712,12 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
     if isinstance(transparent, int):
         alpha = (values != transparent)[..., np.newaxis]
     is_inverted = tags.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO
-    # Pillow inverts 8 bits and fewer, and no others.
+    # Pillow inverts values of 8 bits or fewer only.
     return _Deep(values, kind, white, alpha, is_inverted=is_inverted and image.mode != "L")
 
 
 def _read_deep_ppm(image: Image.Image, encoded: bytes, white: int) -> _Deep:
-    """Values of two bytes each (the PPM and PGM format specifications of Netpbm)."""
+    """Reads values of two bytes each (Netpbm's specifications of PPM and PGM)."""
     assert isinstance(image, ImageFile.ImageFile)
     tile = image.tile[0]
     if tile.codec_name == "ppm_plain":
@@ -748,9 +731,10 @@ def _read_deep_ppm(image: Image.Image, encoded: bytes, white: int) -> _Deep:
 
 
 def _read_deep_colour(image: Image.Image, encoded: bytes, rawmode: str) -> _Deep:
-    """The values of colours of 16 bits, of which Pillow keeps the high bytes only.
+    """Reads colours of 16 bits, of which Pillow keeps only the high bytes.
 
-    The file is unpacked twice. In the other byte order, the low bytes are the high ones.
+    The file is unpacked twice. The second time, in the other byte order, Pillow takes the low
+    bytes for the high bytes.
     """
     if rawmode == "LA;16B":
         # The four bytes of a pixel: high and low of the grey value, high and low of alpha.
@@ -772,7 +756,7 @@ def _read_deep_colour(image: Image.Image, encoded: bytes, rawmode: str) -> _Deep
 
 
 def _unpack(image: Image.Image, encoded: bytes, rawmode: str) -> UInt8[np.ndarray, "_h _w _c"]:
-    """The bytes of the same frame of a PNG or TIFF, unpacked in another way."""
+    """Unpacks the same frame of a PNG or TIFF with another raw mode."""
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as again:
         if frame := image.tell():
             again.seek(frame)

@@ -1,7 +1,7 @@
-"""Images in files: a folder with a sub-folder for each class, or a CSV of paths and labels.
+"""Sources of image files: a folder with one sub-folder per class, or a CSV table.
 
-Nothing found in a folder is executed or written to, only regular files are
-opened, and no link leads out of the folder unless the caller allows it.
+Only regular files are opened, and nothing in a folder is executed or changed. A link out of
+the folder is followed only if the caller allows it.
 """
 
 import csv
@@ -23,11 +23,11 @@ from cnn_jax.system.errors import ConfigError, DataError
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
-# Images that people have, and that are not read.
+# Common image formats that are not supported.
 _OTHER_SUFFIXES = frozenset(
     (".arw", ".avif", ".cr2", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef")
 )
-# Thumbnails, bins and snapshots of NAS and desktop systems, in lower case.
+# Folders with thumbnails, deleted files and snapshots of NAS and desktop systems, in lower case.
 _SYSTEM_FOLDERS = frozenset(
     (
         *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "@sharebin"),
@@ -36,8 +36,9 @@ _SYSTEM_FOLDERS = frozenset(
         *("temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini"),
     )
 )
-# Names that are found together in a folder that this project wrote. Where such a folder has
-# pictures, they lie beside these files, or else below: a run in a class's folder hides no class.
+# Sets of names that identify a folder that this project wrote. Folders of the first kind have
+# no images directly in them. So a run that was written into a class's folder, which has images,
+# does not hide the class.
 _OUTPUTS_WITHOUT_PICTURES = (
     frozenset(("lock", "heartbeat.json")),  # A run that has just been started.
     frozenset(("config.json", "metrics.jsonl")),
@@ -62,6 +63,22 @@ _OUTSIDE = "links out of the folder"
 _ALLOW = "data.allow_outside=True (--allow_outside) follows them"
 _SEEN = "links to what is there already"
 _NO_CLASS = "outside the class folders"
+# The kinds are keys of JSON outputs; messages have these words for one and for several.
+_IN_WORDS = {
+    _OTHER_FORMAT: ("image of another format", "images of other formats"),
+    _SYSTEM: ("file or folder of another program", "files or folders of other programs"),
+    _OUTPUT: ("folder that cnn_jax wrote", "folders that cnn_jax wrote"),
+    _HIDDEN: ("hidden file or folder", "hidden files or folders"),
+    _NO_IMAGE: ("file that is not an image", "files that are not images"),
+    _SPECIAL: ("special file, such as a pipe", "special files, such as pipes"),
+    _UNREADABLE_FOLDER: ("folder that cannot be read", "folders that cannot be read"),
+    _DANGLING: ("broken link", "broken links"),
+    _OUTSIDE: ("link out of the folder", "links out of the folder"),
+    _SEEN: ("link to a file that is listed", "links to files that are listed"),
+    _NO_CLASS: ("image outside the class folders", "images outside the class folders"),
+    "without a label": ("example without a label", "examples without a label"),  # tfds.py
+    "in other splits": ("example in another split", "examples in other splits"),  # tfds.py
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +86,10 @@ class File:
     """A regular file below a folder.
 
     Attributes:
-      path: From the folder, with "/" between its parts.
-      size: Bytes.
-      version: Changes with the content: size, times of change and inode. (The time
-        of modification alone stays when a file is moved to another's place.)
+      path: The path relative to the folder, with "/" between its parts.
+      size: The size in bytes.
+      version: A text that changes with the content: size, times of change and inode. (A file
+        that is replaced by a moved file may keep its time of modification.)
     """
 
     path: str
@@ -80,7 +97,7 @@ class File:
     version: str
 
     @classmethod
-    def of(cls, path: str, status: os.stat_result) -> "File":
+    def from_status(cls, path: str, status: os.stat_result) -> "File":
         changed = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
         return cls(path, status.st_size, "-".join(map(str, changed)))
 
@@ -95,9 +112,9 @@ class Listing:
 
     Attributes:
       files: Regular files, sorted by path.
-      ignored: How many things of each kind were left out.
-      folders: Paths of the folders that were looked into and are no links.
-      outputs: Paths of the folders that this project wrote, which are left out.
+      ignored: The number of ignored files and folders, by kind.
+      folders: The paths of the listed folders, without links.
+      outputs: The paths of the folders that this project wrote, which are ignored.
     """
 
     files: list[File]
@@ -115,15 +132,15 @@ def is_output(names: Collection[str]) -> bool:
 
 
 def check_output(flag: str, output: pathlib.Path, data: pathlib.Path) -> None:
-    """Checks that what is written to a folder does not mix with the images of a data set.
+    """Checks that an output folder contains no images of a data set.
 
     Args:
-      flag: That names the folder, for the message.
-      output: The folder; it need not be there.
+      flag: The flag of the output folder, for the message.
+      output: The output folder, which need not exist.
       data: The data set's folder.
 
     Raises:
-      ConfigError: The folder is the data set's, or has some of its images in it.
+      ConfigError: The output folder is the data set's folder, or contains some of its images.
     """
     folder, root = (os.path.realpath(path) for path in (output, data))
     if os.path.commonpath([root, folder]) != root or not pathlib.Path(folder).is_dir():
@@ -132,18 +149,18 @@ def check_output(flag: str, output: pathlib.Path, data: pathlib.Path) -> None:
     if is_earlier or not list_images(pathlib.Path(folder)).files:
         return
     raise ConfigError(
-        f"{flag}: {output} holds images of the data, and what is written there would be taken for "
-        "more of them; name another folder"
+        f"{flag}: {output} holds images of the data, and output files in it would become part of "
+        "the data; name another folder"
     )
 
 
 def list_files(root: pathlib.Path, allow_outside: bool = False) -> Listing:
-    """All regular files anywhere below a folder, and what else is there.
+    """Lists all regular files below a folder, and counts the ignored files and folders.
 
-    Left out are hidden files and folders, those that a NAS or a desktop system makes for
-    itself, and folders that this project wrote: runs, bundles, reports, explanations. A link
-    is followed if what it leads to lies in the folder (or `allow_outside`) and has not been
-    listed yet, so that no file comes twice and no loop of links is endless.
+    Ignored are hidden files and folders, the folders of NAS and desktop systems, and folders
+    that this project wrote: runs, bundles, reports, explanations. A link is followed if its
+    target is in the folder (or `allow_outside` is True) and is not listed yet. So each file
+    is listed once, and a loop of links ends.
     """
     return _Walk(root, allow_outside).run()
 
@@ -161,7 +178,7 @@ class _Walk:
 
     def run(self) -> Listing:
         self._add_folder(self._root, "")
-        # Links last: what a link leads to may be listed under its own name.
+        # Links are last, so that their targets are listed under their own names if possible.
         while self._links:
             links, self._links = sorted(self._links), []
             for name, link in links:
@@ -170,15 +187,15 @@ class _Walk:
         return Listing(files, dict(self._ignored), self._folders, self._outputs)
 
     def _add_folder(self, folder: str, name: str, *, linked: bool = False) -> None:
-        """Lists a folder under a name, "" for the root, without following links.
+        """Lists a folder under a name ("" for the root) and collects its links.
 
-        Of a linked folder, what has been listed already is left out.
+        In a linked folder, files that are already listed are ignored.
         """
         waiting = [(folder, name)]
         while waiting:
             folder, name = waiting.pop()
             try:
-                # Through the folder: one whose files cannot be reached is unreadable too.
+                # The path ends with /. so that a folder without search permission fails here.
                 status = os.stat(f"{folder}/.")  # noqa: PTH116
                 with os.scandir(folder) as entries:
                     found = sorted(entries, key=lambda entry: entry.name)
@@ -208,7 +225,7 @@ class _Walk:
                 elif entry.is_file(follow_symlinks=False):
                     try:
                         status = entry.stat(follow_symlinks=False)
-                    except OSError:  # It has gone since the folder was listed.
+                    except OSError:  # The file was removed after the folder was listed.
                         continue
                     if linked and (status.st_dev, status.st_ino) in self._seen:
                         self._ignored[_SEEN] += 1
@@ -219,7 +236,7 @@ class _Walk:
 
     def _add_file(self, name: str, status: os.stat_result) -> None:
         self._seen.add((status.st_dev, status.st_ino))
-        self._files.append(File.of(name, status))
+        self._files.append(File.from_status(name, status))
 
     def _follow(self, name: str, link: str) -> None:
         try:
@@ -246,7 +263,7 @@ def _has_image_suffix(name: str) -> bool:
 
 
 def is_image_file(root: pathlib.Path, path: str) -> bool:
-    """Whether a file is an image by the ending of its name, or else by how its content begins."""
+    """Whether the suffix of a file's name, or else its first bytes, are those of an image."""
     if _has_image_suffix(path):
         return True
     try:
@@ -257,7 +274,7 @@ def is_image_file(root: pathlib.Path, path: str) -> bool:
 
 
 def list_images(root: pathlib.Path, allow_outside: bool = False) -> Listing:
-    """The files of `list_files` that are images, or should be, judging by their names."""
+    """Lists the files of `list_files` that are images by their names or their first bytes."""
     listing = list_files(root, allow_outside)
     images, others, ignored = [], 0, dict(listing.ignored)
     for file in listing.files:
@@ -274,16 +291,16 @@ def list_images(root: pathlib.Path, allow_outside: bool = False) -> Listing:
 
 @dataclasses.dataclass(frozen=True)
 class FileReader:
-    """Reads regular files below a folder; it can be sent to another process."""
+    """Reads regular files below a folder; a picklable callable."""
 
     root: pathlib.Path
 
     def __call__(self, path: str) -> bytes:
         try:
-            # Without waiting: nobody may write to a pipe.
+            # O_NONBLOCK, because opening a pipe without a writer would wait forever.
             descriptor = os.open(os.path.join(self.root, path), os.O_RDONLY | os.O_NONBLOCK)  # noqa: PTH118
         except ValueError as error:
-            raise OSError(errno.EINVAL, "is no name that a file can have") from error
+            raise OSError(errno.EINVAL, "is not a valid file name") from error
         with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError(errno.EINVAL, "is not a regular file")
@@ -293,19 +310,19 @@ class FileReader:
 def open_folder(
     path: str | os.PathLike[str], name: str = "", allow_outside: bool = False
 ) -> Source:
-    """`class/**/image`, or the same below folders for the splits; see `layout.find_layout`.
+    """Opens a folder with images in `class/**`, or in `split/class/**`; see `find_layout`.
 
-    The classes are the sub-folders that have images, sorted by name; of a folder
-    that is divided already, those of all its parts together. No image is opened.
+    The classes are the sub-folders with images, sorted by name; in a divided folder, the
+    classes of all splits. No image is decoded.
 
     Args:
       path: The folder.
-      name: Of the source; by default `folder:PATH`. With `classes:PATH` each sub-folder is a
-        class, with `splits:PATH` each is a split, whatever `find_layout` makes of their names.
+      name: The name of the source; `folder:PATH` by default. With `classes:PATH` each
+        sub-folder is a class, with `splits:PATH` each is a split.
       allow_outside: Whether links may lead out of the folder.
 
     Raises:
-      DataError: There is no such folder, or no class in it, or its layout is ambiguous.
+      DataError: The folder does not exist or has no class, or its layout is ambiguous.
     """
     name = name or f"folder:{path}"
     root = pathlib.Path(path).expanduser()
@@ -317,7 +334,7 @@ def open_folder(
     examples = [
         (image, place) for image in images if (place := layout.classify(image.path)) is not None
     ]
-    if len(examples) < len(images):
+    if 0 < len(examples) < len(images):
         ignored[_NO_CLASS] = len(images) - len(examples)
     if not examples:
         hint = "it has images, but no sub-folders" if images else "there are no images in it"
@@ -350,7 +367,7 @@ def open_folder(
 
 
 def _other_ways(root: pathlib.Path) -> str:
-    """Tables and archives that lie directly in a folder without classes, as part of a message."""
+    """A hint, as part of a message, for a folder with a table or an archive but no classes."""
     found = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
     tables = [entry for entry in found if entry.lower().endswith(".csv")]
     archives = [entry for entry in found if entry.lower().endswith(_ARCHIVES)]
@@ -365,7 +382,7 @@ def _other_ways(root: pathlib.Path) -> str:
 
 
 def _classes_without_images(listing: Listing, layout: Layout, source: Source) -> list[str]:
-    """A remark for each folder where a class would be and that has no images."""
+    """A remark for each class folder that has no images."""
     remarks = []
     for folder in sorted(filter(None, listing.folders)):
         parent, _, name = folder.rpartition("/")
@@ -386,7 +403,7 @@ def _make_source(
     class_of_each: Sequence[str],
     own_splits: list[str],
 ) -> Source:
-    """A source of files below a folder; the classes are sorted by name."""
+    """Makes a source of files below a folder; the classes are sorted by name."""
     class_names = sorted(set(class_of_each))
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     paths = [file.path for file in files]
@@ -408,29 +425,35 @@ def _make_source(
     )
 
 
+def count_ignored(ignored: Mapping[str, int]) -> str:
+    """The counts of ignored things in words: "2 hidden files, 1 file that is not an image"."""
+    return ", ".join(
+        f"{number:,} {_IN_WORDS.get(kind, (kind, kind))[number != 1]}"
+        for kind, number in ignored.items()
+    )
+
+
 def describe_ignored(ignored: Mapping[str, int]) -> str:
-    """What is not there because it was left out, as the end of a message; "" if nothing was."""
+    """The counts of ignored things as the end of a message; "" if there are none."""
     if not ignored:
         return ""
-    counts = ", ".join(f"{number:,} {kind}" for kind, number in ignored.items())
-    return f" (left out: {counts}" + (f": {_ALLOW})" if _OUTSIDE in ignored else ")")
+    advice = f": {_ALLOW}" if _OUTSIDE in ignored else ""
+    return f" (left out: {count_ignored(ignored)}{advice})"
 
 
 def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool = False) -> Source:
-    """A table with the columns `path`, `label` and, if wanted, `split`.
+    """Opens a table with the columns `path`, `label` and optionally `split`.
 
-    Paths are relative to the table's folder; an absolute one that lies in it counts as
-    relative. A split is one of `SPLIT_NAMES`, or empty. Spaces around a cell do not
-    count.
+    Paths are relative to the table's folder; absolute paths in this folder are made relative.
+    A split is one of `SPLIT_NAMES`, or empty. Spaces around cells are removed.
 
     Args:
-      path: The CSV file, UTF-8, with a header.
-      name: Of the source; by default `csv:PATH`.
+      path: The CSV file in UTF-8, with a header.
+      name: The name of the source; `csv:PATH` by default.
       allow_outside: Whether paths may lead out of the table's folder.
 
     Raises:
-      DataError: There is no such file, or a row of it is wrong; the message has
-        the line.
+      DataError: The file does not exist, or a row is wrong; the message has the line number.
     """
     name = name or f"csv:{path}"
     table = pathlib.Path(path).expanduser()
@@ -449,7 +472,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
                 )
             for row in reader:
                 where = f"{name}: line {reader.line_num}"
-                if None in row:  # Where DictReader puts what is too much.
+                if None in row:  # DictReader stores surplus cells under None.
                     raise DataError(
                         f"{where} has more than {len(columns)} columns; a comma within a cell "
                         'needs quotes around it, as in "salmon, smoked"'
@@ -486,7 +509,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
 
 
 def _plain_path(root: pathlib.Path, path: str) -> str:
-    """One spelling for a path: without "./" and "//", and relative if it can be."""
+    """Normalizes a path: without "./" and "//", and relative if it is in the folder."""
     plain = pathlib.PurePosixPath(path)
     return str(plain.relative_to(root) if plain.is_relative_to(root) else plain)
 
@@ -495,13 +518,13 @@ def _is_inside(folder: str, path: str) -> bool:
     try:
         real = os.path.realpath(os.path.join(folder, path))  # noqa: PTH118
         return os.path.commonpath([folder, real]) == folder
-    except ValueError:  # A name that no file can have; reading it will say so.
+    except ValueError:  # An invalid file name; reading the file reports it.
         return True
 
 
 def _status(root: pathlib.Path, path: str) -> File:
-    """A file of a table; of no size if it is not there, which reading it will tell."""
+    """A file of a table; its size is 0 if it does not exist, and reading it reports that."""
     try:
-        return File.of(path, (root / path).stat())
+        return File.from_status(path, (root / path).stat())
     except (OSError, ValueError):
         return File(path, 0, "")

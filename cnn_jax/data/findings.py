@@ -1,4 +1,4 @@
-"""What is to be said of a data set before training, and what endangers the result."""
+"""Findings about a data set before training: its properties, and dangers to the result."""
 
 import dataclasses
 from collections import Counter, defaultdict
@@ -15,6 +15,7 @@ from cnn_jax.data.decode import (
     span,
     unknown_white,
 )
+from cnn_jax.data.files import count_ignored
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source
@@ -22,10 +23,12 @@ from cnn_jax.data.sources import listed_folder
 from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.system.errors import printable
 
-# From when on a class is so much larger than another that balancing may pay.
+# Classes whose sizes differ by this factor may need balancing.
 _IMBALANCE = 10
+# With fewer images, a class has too little variety for balancing to help.
+_TOO_FEW = 20
 _MAX_NAMED = 3
-# Of fewer images, half is no different from chance.
+# With fewer expected images, half of them can be missing by chance.
 _SHARE_TO_SPEAK_OF = 3
 # A warning is due if this fraction of all images is dark (see `decode.DARK`).
 _MOST = 0.9
@@ -33,20 +36,20 @@ _MOST = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class ValueRange:
-    """The values of all images of one type of values, as their files have them.
+    """The range of the values in all files with one type of values.
 
     Attributes:
       kind: The type, such as "8-bit", "16-bit" or "float"; see `decode.Values`.
-      images: How many images have it.
-      low: The smallest value of all.
-      high: The largest value of all.
-      white: The value that is read as white; 0 if none is known to be, so that the
-        images cannot be read.
-      dark: Images that use at most a quarter of the range up to white.
-      dark_high: The largest value of these.
-      clipped: Images with values above white, by more than resizing explains.
-      white_level: The `data.white_level` that would suit the images better; None if
-        there is no reason to change it, or if the images do not depend on it.
+      images: The number of images with this type.
+      low: The smallest value in all images.
+      high: The largest value in all images.
+      white: The value that is read as white; 0 if it is unknown, and the images cannot be
+        read.
+      dark: The number of images whose values are at most a quarter of white.
+      dark_high: The largest value of the dark images.
+      clipped: The number of images with values clearly above white.
+      white_level: A `data.white_level` that suits the images better; None if the present
+        value is suitable, or if the images do not depend on it.
     """
 
     kind: str
@@ -65,14 +68,14 @@ class ValueRange:
         return self.dark >= _MOST * self.images
 
     def describe(self) -> str:
-        """Such as "12-bit: 40 images from 0 to 4000, white is 4095"."""
+        """A text such as "12-bit: 40 images from 0 to 4000, white is 4095"."""
         white = f"white is {format_number(self.white)}" if self.white else "white is unknown"
         better = self.white_level
         advice = f"; data.white_level={format_number(better)} would suit them" if better else ""
         return f"{self.kind}: {count(self.images, 'image')} {span(self)}, {white}{advice}"
 
     def warning(self) -> str | None:
-        """A sentence about the danger to the result and its fix; None if there is none."""
+        """A warning with the danger to the result and its remedy; None if there is no danger."""
         images = count(self.images, f"{self.kind} image")
         white = format_number(self.white)
         if not self.white:
@@ -99,11 +102,12 @@ class ValueRange:
 def value_ranges(
     records: Sequence[Record], preprocessing: Preprocessing | None = None
 ) -> list[ValueRange]:
-    """The values of all images by their type, the commonest first.
+    """The ranges of values by type, the most common type first.
 
     Args:
       records: The records of all images, including the unreadable ones.
-      preprocessing: The white level and the normalization; by default the specification's.
+      preprocessing: The white level and the normalization; by default those of the
+        specification.
     """
     preprocessing = preprocessing or Preprocessing()
     by_type = defaultdict(list)
@@ -140,13 +144,13 @@ def value_ranges(
 
 
 def range_warnings(ranges: Sequence[ValueRange]) -> list[str]:
-    """The warnings of all ranges, and one more if no white level suits all of them."""
+    """The warnings of all ranges, and a warning if no white level suits all ranges."""
     found = [warning for one in ranges if (warning := one.warning())]
     return found + _conflicts(ranges)
 
 
 def _conflicts(ranges: Sequence[ValueRange]) -> list[str]:
-    """A sentence if a white level would have to change and none suits all ranges."""
+    """A warning if the white level should change, but no white level suits all ranges."""
     wanted = {one.kind: one.white_level or one.white for one in ranges if one.kind != "8-bit"}
     if not any(one.white_level for one in ranges) or len(set(wanted.values())) < 2:
         return []
@@ -154,24 +158,24 @@ def _conflicts(ranges: Sequence[ValueRange]) -> list[str]:
         f"{format_number(white)} for the {kind} images" for kind, white in wanted.items()
     )
     return [
-        f"one data.white_level cannot serve all of these images ({named}): convert those of all "
-        "kinds but one, for example to 8 bits"
+        f"one data.white_level cannot suit all images ({named}): convert the images of all kinds "
+        "except one, for example to 8 bits"
     ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Findings:
-    """What a scan and a division found.
+    """The findings of a scan and a division.
 
     Attributes:
       source: The readable examples.
-      division: What divided them.
-      splits: Their positions by split.
+      division: The division of the examples into splits.
+      splits: The positions of the examples by split.
       unreadable: The examples that are left out.
-      rotated: Positions of images that EXIF turns.
-      copies: Positions of equal images, a list for each set of them.
-      remarks: What else a person should know, a sentence each.
-      values: The values that the images have in their files, by their type.
+      rotated: The positions of images that EXIF rotates.
+      copies: The positions of equal images, one list for each set of equal images.
+      remarks: Other warnings, one sentence each.
+      values: The ranges of the values in the files, by type.
     """
 
     source: Source
@@ -185,7 +189,7 @@ class Findings:
 
     @property
     def counts(self) -> dict[str, Int[np.ndarray, " classes"]]:
-        """Images of each class in each split."""
+        """The number of images of each class, by split."""
         size = len(self.source.class_names)
         return {
             name: np.bincount(self.source.labels[indices], minlength=size)
@@ -194,24 +198,24 @@ class Findings:
 
     @property
     def conflicts(self) -> list[list[int]]:
-        """Those of `copies` with different labels."""
+        """The sets of `copies` with different labels."""
         labels = self.source.labels
         return [group for group in self.copies if len({int(labels[i]) for i in group}) > 1]
 
     @property
     def leaks(self) -> list[list[int]]:
-        """Those of `copies` that lie in different splits."""
+        """The sets of `copies` with images in different splits."""
         split_of = split_numbers(self.splits, len(self.source))
         return [group for group in self.copies if len({int(split_of[i]) for i in group}) > 1]
 
     @property
     def imbalance(self) -> float:
-        """Images of the largest class for each of the smallest."""
+        """The size of the largest class divided by the size of the smallest."""
         sizes = np.bincount(self.source.labels, minlength=len(self.source.class_names))
         return float(sizes.max() / max(sizes.min(), 1))
 
     def summary(self) -> list[str]:
-        """Two lines."""
+        """A summary in two lines."""
         bad = len(self.unreadable)
         unreadable = f"{bad:,} unreadable and left out" if bad else "all readable"
         rotated = f"{len(self.rotated):,} turned by EXIF" if self.rotated else "none turned by EXIF"
@@ -219,7 +223,7 @@ class Findings:
         copies = f"{count(extra, 'exact copy', 'exact copies')}" if extra else "no exact copies"
         if self.conflicts:
             copies += f" ({count(len(self.conflicts), 'set')} with different labels)"
-        ignored = ", ".join(f"{number:,} {kind}" for kind, number in self.source.ignored.items())
+        ignored = count_ignored(self.source.ignored)
         return [
             f"{unreadable}, {rotated}, {copies}",
             f"largest class {self.imbalance:.1f} times the smallest; ignored: "
@@ -227,7 +231,7 @@ class Findings:
         ]
 
     def warnings(self) -> list[str]:
-        """What endangers the result, a sentence each that names the fix."""
+        """The dangers to the result, one sentence each with its remedy."""
         found = [printable(remark) for remark in self.remarks]
         if reason := self.untrainable():
             found.append(f"training would refuse this: {reason}")
@@ -242,14 +246,14 @@ class Findings:
         if self.leaks:
             found.append(
                 f"{count(len(self.leaks), 'set')} of equal images in different splits, such as "
-                f"{self._names(self.leaks[0])}, so that figures are too good: remove the copies "
-                "from one of them, or let data.keep_splits=False divide anew"
+                f"{self._names(self.leaks[0])}, so the metrics are too good: remove the copies "
+                "from one split, or divide the data again with data.keep_splits=False"
             )
         if torn := self._torn_groups():
             found.append(
                 f"{count(len(torn), 'group')} in several of the data's own splits, such as "
-                f"{printable(torn[0])}, so that figures are too good: data.keep_splits=False "
-                "divides anew"
+                f"{printable(torn[0])}, so the metrics are too good: data.keep_splits=False "
+                "divides the data again"
             )
         sizes = sum(self.counts.values())
         small = [self._class(label) for label in np.flatnonzero(np.asarray(sizes) < len(SPLITS))]
@@ -271,18 +275,29 @@ class Findings:
                 )
         if uneven := self._uneven():
             found.append(
-                f"the hash happens to give {_some(uneven)} less than half of their share: "
+                f"by chance a split has less than half of its fraction of {_some(uneven)}: "
                 "data.stratify=exact divides evenly"
             )
         if self.imbalance >= _IMBALANCE:
             found.append(
                 f"the largest class has {self.imbalance:.0f} times the images of the smallest: "
-                "train.balance=sampling or train.balance=loss makes up for it"
+                f"{self._imbalance_advice()}"
             )
         return found
 
+    def _imbalance_advice(self) -> str:
+        """What to do about classes of very different sizes."""
+        sizes = np.bincount(self.source.labels, minlength=len(self.source.class_names))
+        smallest = sizes.argmin()
+        if sizes[smallest] >= _TOO_FEW:
+            return "train.balance=sampling or train.balance=loss gives all classes equal weight"
+        return (
+            f"{self._class(smallest)} has {count(int(sizes[smallest]), 'image')}, too few to learn "
+            "from: add images or remove the class"
+        )
+
     def reading_warnings(self) -> list[str]:
-        """The warnings that concern single files and their values."""
+        """The warnings about unreadable files and the values in files."""
         found = []
         if self.unreadable:
             found.append(
@@ -300,7 +315,7 @@ class Findings:
         return found + range_warnings(self.values)
 
     def untrainable(self) -> str | None:
-        """Why there is too little to train on; None if there is enough."""
+        """The reason why the data is too small for training; None if it is large enough."""
         source = self.source
         if reason := too_few_classes(source):
             return reason
@@ -315,7 +330,7 @@ class Findings:
         return None
 
     def _ties(self) -> str:
-        """How equal images make one of several groups, in words; "" if they do not."""
+        """Describes the equal images that join several groups; "" if there are none."""
         groups = self.division.groups(self.source)
         if groups is None:
             return ""
@@ -330,7 +345,7 @@ class Findings:
         )
 
     def _torn_groups(self) -> list[str]:
-        """Groups of which there are images in several splits."""
+        """The groups with images in several splits."""
         groups = self.division.groups(self.source) or []
         split_of = split_numbers(self.splits, len(self.source)).tolist()
         splits_of: dict[str, set[int]] = defaultdict(set)
@@ -339,7 +354,7 @@ class Findings:
         return [group for group, splits in splits_of.items() if len(splits) > 1]
 
     def _uneven(self) -> list[str]:
-        """Classes of which a split has less than half of its share, where that can be mended."""
+        """The classes of which a split has less than half of its fraction by chance."""
         if self.division.rule != "stable" or self.division.group or any(self.source.own_splits):
             return []
         counts = np.stack([self.counts[split] for split in SPLITS], axis=1)
@@ -351,7 +366,7 @@ class Findings:
         return printable(self.source.class_names[label])
 
     def _names(self, group: Sequence[int]) -> str:
-        """A few of these examples, of different classes first."""
+        """The ids of a few of these examples, first of different classes."""
         labels = self.source.labels
         first_of = {int(labels[i]): i for i in reversed(group)}.values()
         order = [*sorted(first_of), *(i for i in group if i not in first_of)]
@@ -366,7 +381,7 @@ def find(
     unreadable: list[Unreadable],
     values: list[ValueRange],
 ) -> Findings:
-    """What there is to say of readable examples and their records, in the same order."""
+    """Collects the findings about readable examples, whose records are in the same order."""
     equal: dict[str, list[int]] = defaultdict(list)
     rotated = []
     for position, record in enumerate(records):
@@ -379,7 +394,7 @@ def find(
 
 
 def too_few_classes(source: Source) -> str | None:
-    """Why training would not start; None if there are two classes or more."""
+    """The reason why training would not start; None if there are two classes or more."""
     if len(source.class_names) >= 2:
         return None
     (name,) = source.class_names
@@ -397,12 +412,12 @@ def too_unreadable(
     max_unreadable: float,
     values: Sequence[ValueRange] = (),
 ) -> str | None:
-    """Why training would not start; None if no more than the share of `total` is unreadable."""
+    """The reason why training would not start; None if few enough images are unreadable."""
     if max_unreadable * total >= len(unreadable) < total:
         return None
     refused = [one for one in values if not one.white]
     if len(unreadable) == sum(one.images for one in refused):
-        # A white level that suits all of them is better advice than three single ones.
+        # One white level for all files is better advice than the errors of three files.
         return "; ".join([one.warning() or "" for one in refused] + _conflicts(values))
     shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:_MAX_NAMED])
     return (
@@ -414,7 +429,7 @@ def too_unreadable(
 def split_numbers(
     splits: Mapping[str, Int[np.ndarray, " _"]], size: int
 ) -> Int[np.ndarray, " size"]:
-    """For each of `size` examples, the position of its split in `splits`."""
+    """The position in `splits` of the split of each of `size` examples."""
     numbers = np.full(size, -1)
     for number, indices in enumerate(splits.values()):
         numbers[indices] = number
@@ -422,11 +437,11 @@ def split_numbers(
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
-    """Such as "1 image" or "2,000 images"."""
+    """A number and its noun, such as "1 image" or "2,000 images"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """The first few names, and the number of the others."""
     rest = len(names) - _MAX_NAMED
     return ", ".join(names[:_MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")

@@ -1,6 +1,6 @@
-"""The layout of a folder of images: its class folders, and the splits that they lie in.
+"""The layout of a folder of images: its class folders and their splits.
 
-The layout is found in the paths of the images; no file is opened.
+The layout follows from the paths of the images; no file is opened.
 """
 
 import dataclasses
@@ -13,9 +13,8 @@ from cnn_jax.data.source import SPLIT_NAMES
 from cnn_jax.system.errors import DataError, printable
 
 _PREDICTION = "prediction"
-# The split that a word in a folder's name stands for. What is called an evaluation is used to
-# choose among networks as often as to judge the last one, so it is validation: that leaves the
-# test part to images that no choice has seen.
+# The split for a word in a folder's name. "Evaluation" images are often used to choose a
+# network, so they are validation: the test split must not influence any choice.
 _SPLIT_OF_WORD = {
     **SPLIT_NAMES,
     "trainval": "train",
@@ -24,7 +23,7 @@ _SPLIT_OF_WORD = {
     **dict.fromkeys(("pred", "predict", "prediction", "predictions", "inference"), _PREDICTION),
     **dict.fromkeys(("unlabeled", "unlabelled", "submission"), _PREDICTION),
 }
-# Words that say nothing of a folder but that it holds data.
+# Words in folder names that say only that the folder holds data.
 _PLAIN_WORDS = frozenset(
     (
         *("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic"),
@@ -32,14 +31,14 @@ _PLAIN_WORDS = frozenset(
         *("file", "files", "folder", "folders", "dir", "split", "splits"),
     )
 )
-# Folders that hold one kind of file of a data set for detection or segmentation.
+# Names of folders in data sets for detection or segmentation: one folder per kind of file.
 _KINDS_OF_FILES = frozenset(
     (
         *("image", "images", "img", "imgs", "mask", "masks", "label", "labels"),
         *("annotation", "annotations", "groundtruth", "segmentation", "segmentations"),
     )
 )
-# Such files beside the splits that are no labelled images.
+# The kinds of files that are not labelled images.
 _ANNOTATIONS = _KINDS_OF_FILES - _PLAIN_WORDS
 _MAX_NAMED = 4
 
@@ -51,9 +50,9 @@ class Layout:
     Attributes:
       parts: The split of each folder that holds class folders, such as
         {"seg_train/seg_train": "train"}; {"": ""} if the data is not divided.
-      spellings: The class of each class folder whose name is another spelling of it, such
-        as {"test/cat": "Cat"}.
-      remarks: Warnings, a sentence each.
+      spellings: The class of each class folder whose name has another spelling than the
+        class, such as {"test/cat": "Cat"}.
+      remarks: Warnings, one sentence each.
     """
 
     parts: Mapping[str, str]
@@ -61,7 +60,7 @@ class Layout:
     remarks: list[str]
 
     def classify(self, path: str) -> tuple[str, str] | None:
-        """The class and the split of an image; None if it is in no class folder."""
+        """Returns the class and the split of an image; None if it is in no class folder."""
         for folder, split in self.parts.items():
             prefix = f"{folder}/" if folder else ""
             if path.startswith(prefix):
@@ -72,18 +71,19 @@ class Layout:
 
 
 def find_layout(paths: Iterable[str], source: str) -> Layout:
-    """The layout of a folder with images at these paths.
+    """Finds the layout of a folder with images at these paths.
 
-    Folders stand for splits if their names say so (`train`, `data_val`, `seg_test`), they
-    hold class folders and not images, and the classes in them agree. With classes:PATH no
-    folder stands for a split; with splits:PATH each whose name has such a word does.
+    A folder is a split if its name has a word for a split (`train`, `data_val`, `seg_test`),
+    it contains class folders and no images, and its classes agree with those of the other
+    splits. With classes:PATH no folder is a split; with splits:PATH each folder is a split if
+    its name has such a word.
 
     Args:
-      paths: Paths of images from the folder on, with "/" between the parts.
-      source: The source's name, folder:PATH, classes:PATH or splits:PATH; for messages.
+      paths: The paths of the images, relative to the folder, with "/" between the parts.
+      source: The source's name: folder:PATH, classes:PATH or splits:PATH.
 
     Raises:
-      DataError: The folders may be classes or splits, or neither.
+      DataError: The folders may be classes or splits, or there are no class folders.
     """
     form = source.partition(":")[0]
     tree = _Tree(paths)
@@ -97,7 +97,7 @@ def find_layout(paths: Iterable[str], source: str) -> Layout:
 
 
 class _Tree:
-    """The folders that images lie in.
+    """The folders of the images.
 
     Attributes:
       images: The number of images directly in each folder.
@@ -115,11 +115,11 @@ class _Tree:
                 folder = parent
 
     def folders(self, folder: str) -> set[str]:
-        """The names of the sub-folders with images somewhere in them."""
+        """The names of the sub-folders that have images at any depth."""
         return self._folders.get(folder, set())
 
     def count(self, folder: str) -> int:
-        """The number of images anywhere below a folder."""
+        """The number of images in a folder, at any depth."""
         below = f"{folder}/"
         return sum(n for name, n in self.images.items() if name == folder or name.startswith(below))
 
@@ -135,7 +135,7 @@ def _words(name: str) -> list[str]:
 
 
 def _two_words(word: str) -> list[str] | None:
-    """The parts of a compound such as "testset" or "imgtrain"."""
+    """The two words of a compound such as "testset" or "imgtrain"; None for other words."""
     if word in _SPLIT_OF_WORD:
         return None
     for split_word in _SPLIT_OF_WORD:
@@ -149,17 +149,17 @@ def _two_words(word: str) -> list[str] | None:
 
 
 def _is_plain(word: str) -> bool:
-    """Whether a word, or a short number or a year, says nothing of a folder's content."""
+    """Whether a word (or a short number, or a year) says nothing about a folder's content."""
     return word in _PLAIN_WORDS or bool(re.fullmatch(r"\d{1,2}|(19|20)\d\d", word))
 
 
 @dataclasses.dataclass(frozen=True)
 class _SplitName:
-    """A folder's name that stands for a split.
+    """A folder's name with a word for a split.
 
     Attributes:
       split: "train", "validation", "test" or "prediction".
-      affix: The other words of the name that mean something.
+      affix: The other words of the name, without plain words such as "images".
     """
 
     split: str
@@ -167,10 +167,9 @@ class _SplitName:
 
 
 def _parse(name: str) -> _SplitName | None:
-    """The split that a name has one word for; None if there is no such word, or several.
+    """Parses a folder's name; None if it has no word for a split, or words for several.
 
-    A name with a word for training and one for validation, such as train_val, is that of the
-    training part.
+    A name with words for training and validation, such as train_val, is a training split.
     """
     words = _words(name)
     found = [word for word in words if word in _SPLIT_OF_WORD]
@@ -182,7 +181,13 @@ def _parse(name: str) -> _SplitName | None:
 
 
 def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str, str], list[str]]:
-    """The split of each folder that holds class folders, and remarks; {"": ""} if not divided."""
+    """Finds the folders that hold class folders; returns the split of each, and remarks.
+
+    Without splits, the result is {"": ""}: the root holds the class folders.
+
+    Raises:
+      DataError: The folders may be classes or splits, or there are no class folders.
+    """
     tops = sorted(tree.folders(""))
     names = {top: name for top in tops if (name := _parse(top)) is not None}
     if are_splits:
@@ -193,7 +198,8 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
     classes = set[str]().union(*map(tree.folders, training))
     has_classes = any(tree.folders(_inner_folder(tree, top)) for top in chosen)
     if not classes and (training or not has_classes):
-        # Images directly in train/: it is a class, unless nothing but splits has such names.
+        # A folder such as train/ without class folders is a class itself, unless all folders
+        # are named as splits.
         affixes = {name.affix for name in names.values()}
         several = len({name.split for name in names.values()}) > 1
         are_only_splits = len(names) == len(tops) and (chosen or (several and affixes == {()}))
@@ -222,7 +228,7 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
             why = f"in {top} are {'the same' if agrees else 'other'} sub-folders"
             raise DataError(_ambiguous(source, sorted(chosen), why))
         elif agrees and classes and not are_splits and not _ANNOTATIONS & set(_words(top)):
-            # Labelled images, which are not left out unless the source says so.
+            # Labelled images must not be left out without the user's decision.
             why = f"in {top} are the same sub-folders"
             raise DataError(_ambiguous(source, sorted(chosen), why, () if split else (top,)))
         else:
@@ -237,13 +243,20 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
 def _choose(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> dict[str, str]:
-    """The folders that are splits by their names, with their splits; none if none are.
+    """Chooses the folders whose names make them splits; returns the split of each.
 
-    These are names with the same affix, such as seg_train and seg_test, and with a training
-    part among them, unless there is nothing else.
+    The first rule that applies decides:
+
+    1. Names without an affix, with a training split and another split: train/ and test/.
+    2. The only group of names with one affix and the same condition: seg_train/ and seg_test/.
+       Several such groups are ambiguous.
+    3. All folders are named as splits, without an affix, and have sub-folders.
+    4. All folders are named as splits, with different affixes: ambiguous if their sub-folders
+       agree.
+    5. There are no splits.
 
     Raises:
-      DataError: There are several such sets of names, or names of another affix each.
+      DataError: The names are ambiguous.
     """
     groups: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     for top, name in names.items():
@@ -255,7 +268,7 @@ def _choose(
     ]
     plain = groups.get((), {})
     if plain in pairs:
-        # train/ and test/ need no help from the likes of train_images/.
+        # Beside train/ and test/, names such as train_images/ are not splits.
         exact = {split for top, split in plain.items() if top.lower() in SPLIT_NAMES}
         is_needed = {top: top.lower() in SPLIT_NAMES or plain[top] not in exact for top in plain}
         return {top: split for top, split in plain.items() if is_needed[top]}
@@ -281,12 +294,12 @@ def _choose(
 
 
 def _inner_folder(tree: _Tree, top: str, classes: Collection[str] = ()) -> str:
-    """The folder that holds a split's class folders: seg_train/seg_train for seg_train.
+    """The folder that holds a split's class folders, such as seg_train/seg_train.
 
     Args:
       tree: The folders.
       top: The split's folder.
-      classes: Names that are known to be classes, and so no further level.
+      classes: The known class names. A folder with such a name is a class folder.
     """
     folder = top
     while not tree.images[folder] and len(tree.folders(folder)) == 1:
@@ -301,16 +314,16 @@ def _inner_folder(tree: _Tree, top: str, classes: Collection[str] = ()) -> str:
 
 
 def _fold(name: str) -> str:
-    """A class name without what a person would not read as a difference."""
+    """Normalizes a class name: without differences of case, spaces or Unicode form."""
     return "".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def nearly_equal(names: Iterable[str]) -> list[list[str]]:
-    """The sets of names that a person would read as one."""
-    names_of: dict[str, list[str]] = defaultdict(list)
+    """The sets of names that differ only in case, spaces or Unicode form."""
+    groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        names_of[_fold(name)].append(name)
-    return [names for names in names_of.values() if len(names) > 1]
+        groups[_fold(name)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _agree(names: Collection[str], classes: Collection[str]) -> bool:
@@ -320,7 +333,11 @@ def _agree(names: Collection[str], classes: Collection[str]) -> bool:
 
 
 def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The class of each class folder whose name is spelt otherwise in the training part."""
+    """Finds class folders that are spelt differently in the training part.
+
+    Returns:
+      The class of each such folder, and remarks.
+    """
     training = [folder for folder, split in parts.items() if split == "train"]
     classes: dict[str, set[str]] = defaultdict(set)
     for folder in training:
@@ -342,11 +359,7 @@ def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, s
 def _check_classes_are_no_splits(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> None:
-    """Checks that no folder that is called as a split has the sub-folders of all others.
-
-    Raises:
-      DataError: There is such a folder.
-    """
+    """Raises DataError if a folder named as a split has the same sub-folders as all others."""
     below = {top: tree.folders(_inner_folder(tree, top)) for top in tops}
     known = [top for top in names if names[top].split != _PREDICTION]
     for top in known:
@@ -360,12 +373,12 @@ def _check_classes_are_no_splits(
 def _taken_for_classes(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> list[str]:
-    """A remark on folders that are called as splits are and are taken for classes."""
+    """A remark about folders that are named as splits but are taken for classes."""
     plain = [top for top in names if not names[top].affix]
     are_several = len({names[top].split for top in plain}) > 1
 
     def looks_like_a_split(top: str) -> bool:
-        """Whether there is more to it than a name that a class may have."""
+        """Whether the folder looks like a split in other ways than its name."""
         has_classes = not tree.images[top] and len(tree.folders(top)) > 1
         return are_several or has_classes or names[top].split == _PREDICTION
 
@@ -385,10 +398,10 @@ def _taken_for_classes(
 
 
 def _look_below_the_classes(tree: _Tree, layout: Layout, source: str) -> list[str]:
-    """Remarks on sub-folders of the classes that say that these may be none.
+    """Remarks about sub-folders of classes; they may show that the folders are not classes.
 
     Raises:
-      DataError: The classes are kinds of files.
+      DataError: The folders are named as kinds of files, such as images and masks.
     """
     below: dict[str, set[str]] = defaultdict(set)
     for folder in layout.parts:
@@ -425,13 +438,13 @@ def _look_below_the_classes(tree: _Tree, layout: Layout, source: str) -> list[st
 
 
 def _ambiguous(source: str, folders: Sequence[str], why: str, left_out: Sequence[str] = ()) -> str:
-    """A message that tells which sources decide.
+    """The message for an ambiguous layout, with the sources that resolve it.
 
     Args:
-      source: The source that was given.
-      folders: What may be classes or splits.
+      source: The source's name.
+      folders: The folders that may be classes or splits.
       why: The reason.
-      left_out: Folders that are no splits either, so that splits:PATH leaves them out.
+      left_out: The folders that splits:PATH would leave out.
     """
     path = _path(source)
     without = f" and leaves out {_listed(left_out)}" if left_out else ""

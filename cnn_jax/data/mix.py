@@ -1,13 +1,14 @@
-"""MixUp and CutMix: an image and its label are mixed with another of the same batch.
+"""MixUp and CutMix: an image and its label are mixed with another example of the batch.
 
 MixUp (Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization", section 2) blends
 two images. CutMix (Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong
-Classifiers with Localizable Features", section 3.1) puts a box of one into the other. In
-both, the label becomes a distribution over classes, in the proportion of the images.
+Classifiers with Localizable Features", section 3.1) replaces a box of one image by the same
+box of the other. In both, the label becomes a distribution over classes, in the proportion
+of the images.
 
-Here every example draws for itself whether, how and in what proportion it is mixed. (The
-papers' programs draw once for a whole batch.) Its partner is the example before it in the
-batch, which in a shuffled stream is a random one.
+Here each example has its own draw of method and proportion; the papers' programs draw once
+per batch. The partner of an example is the example before it in the batch, which is random
+because the stream is shuffled.
 """
 
 import dataclasses
@@ -20,15 +21,15 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """How often images are mixed, and in what proportions.
+    """The probabilities and proportions of mixing.
 
     Attributes:
-      mixup_probability: Of an example to be mixed by MixUp, 0 to 1.
-      mixup_alpha: Its share is drawn from Beta(alpha, alpha), alpha > 0: near 0 nearly all
-        of one image is left, 1 makes all shares equally likely, more makes halves.
-      cutmix_probability: Of an example to be mixed by CutMix; at most
+      mixup_probability: The probability that an example is mixed by MixUp, 0 to 1.
+      mixup_alpha: The weight of an example is drawn from Beta(alpha, alpha), alpha > 0. Near
+        0 the weight is nearly 0 or 1; with 1 it is uniform; above 1 it is near 1/2.
+      cutmix_probability: The probability that an example is mixed by CutMix; at most
         1 - mixup_probability.
-      cutmix_alpha: As `mixup_alpha`.
+      cutmix_alpha: The same as `mixup_alpha`, for CutMix.
     """
 
     mixup_probability: float = 0.0
@@ -38,7 +39,7 @@ class Mixing:
 
     @classmethod
     def from_config(cls, augment: Any) -> "Mixing":
-        """From a configuration's section `augment`; one that is older has no such keys."""
+        """Makes a mixing from a configuration's section `augment`; missing keys have defaults."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: augment[name] for name in names if name in augment})
 
@@ -46,7 +47,7 @@ class Mixing:
         return self.mixup_probability == self.cutmix_probability == 0
 
     def describe(self) -> str:
-        """Such as "MixUp of 50% (alpha 0.2), CutMix of 50% (alpha 1)"; empty for none."""
+        """A text such as "MixUp of 50% (alpha 0.2), CutMix of 50% (alpha 1)"; "" for none."""
         methods = (
             ("MixUp", self.mixup_probability, self.mixup_alpha),
             ("CutMix", self.cutmix_probability, self.cutmix_alpha),
@@ -62,13 +63,13 @@ NO_MIXING = Mixing()
 
 
 class Draws(NamedTuple):
-    """What each example of a batch has drawn.
+    """The random draws of a batch's examples.
 
     Attributes:
-      is_mixup: bool [B], whether it is mixed by MixUp.
-      is_cutmix: bool [B], whether it is mixed by CutMix; never both.
-      share: float32 [B], 0 to 1: what it is to keep of itself, lambda in the papers.
-      centre: float32 [B, 2], of CutMix's box: y and x, in heights and widths, 0 to 1.
+      is_mixup: bool [B], whether the example is mixed by MixUp.
+      is_cutmix: bool [B], whether the example is mixed by CutMix; never both.
+      share: float32 [B], 0 to 1, the weight of the example itself; lambda in the papers.
+      centre: float32 [B, 2], y and x of the centre of CutMix's box, 0 to 1.
     """
 
     is_mixup: Bool[Array, " batch"]
@@ -78,13 +79,13 @@ class Draws(NamedTuple):
 
 
 def draw(key: PRNGKeyArray, mixing: Mixing, batch_size: int) -> Draws:
-    """Draws for one batch, independent of each other."""
+    """Makes the draws of one batch; the draws of its examples are independent."""
     for_method, for_share, for_centre = jax.random.split(key, 3)
     number = jax.random.uniform(for_method, (batch_size,))
     is_mixup = number < mixing.mixup_probability
     is_mixed = number < mixing.mixup_probability + mixing.cutmix_probability
     alpha = jnp.where(is_mixup, mixing.mixup_alpha, mixing.cutmix_alpha)
-    # Beta is the distribution of Dirichlet for two, as which JAX compiles it in less time.
+    # Beta is the Dirichlet distribution of two parts, which JAX compiles faster than beta.
     share = jax.random.dirichlet(for_share, jnp.stack([alpha, alpha], axis=1))[:, 0]
     return Draws(
         is_mixup=is_mixup,
@@ -97,17 +98,17 @@ def draw(key: PRNGKeyArray, mixing: Mixing, batch_size: int) -> Draws:
 def mixup_weights(
     share: Float[Array, " batch"], image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
-    """The partner's weight in each pixel by MixUp: 1 - share."""
+    """The partner's weight in each pixel under MixUp: 1 - share."""
     return jnp.broadcast_to((1 - share)[:, None, None], (*share.shape, *image_size))
 
 
 def cutmix_weights(
     share: Float[Array, " batch"], centre: Float[Array, "batch 2"], image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
-    """The partner's weight in each pixel by CutMix: 1 in the box, 0 around it.
+    """The partner's weight in each pixel under CutMix: 1 inside the box, 0 outside.
 
-    The box is sqrt(1 - share) of the image high and wide, so that it has 1 - share of the
-    pixels, or fewer where it reaches over the border. A pixel is inside if its middle is.
+    The box's height and width are sqrt(1 - share) of the image's, so the box covers 1 - share
+    of the pixels, or fewer if it extends over the border. A pixel is inside if its centre is.
     """
     side = jnp.sqrt(1 - share)[:, None]
 
@@ -123,10 +124,10 @@ def partner_weights(
     draws: Draws, image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
     """The partner's weight in each pixel, 0 to 1; exactly 0 if an example is not mixed."""
-    by_mixup = mixup_weights(draws.share, image_size)
-    by_cutmix = cutmix_weights(draws.share, draws.centre, image_size)
-    weights = jnp.where(draws.is_cutmix[:, None, None], by_cutmix, 0)
-    return jnp.where(draws.is_mixup[:, None, None], by_mixup, weights)
+    mixup = mixup_weights(draws.share, image_size)
+    cutmix = cutmix_weights(draws.share, draws.centre, image_size)
+    weights = jnp.where(draws.is_cutmix[:, None, None], cutmix, 0)
+    return jnp.where(draws.is_mixup[:, None, None], mixup, weights)
 
 
 def blend(
@@ -134,17 +135,17 @@ def blend(
     targets: Float[Array, "batch classes"],
     weights: Float[Array, "batch height width"],
 ) -> tuple[Float[Array, "batch height width channel"], Float[Array, "batch classes"]]:
-    """Mixes each example with the one before it; the first one with the last.
+    """Mixes each example with the example before it; the first with the last.
 
     Args:
-      images: Of any range.
+      images: float32, in any range.
       targets: The probability of each class.
-      weights: Of the partner in each pixel, 0 to 1.
+      weights: The partner's weight in each pixel, 0 to 1.
 
     Returns:
-      The images, and the targets with the partner's weighted by the mean of `weights`: by
-      CutMix, by the share of the pixels that the partner really has. Where all weights are
-      0, an example is exactly what it was.
+      The mixed images and the mixed targets. The partner's target has the mean of `weights`
+      as its weight; under CutMix, that is the fraction of pixels that come from the partner.
+      An example whose weights are 0 is unchanged, bit for bit.
     """
     partner_share = jnp.mean(weights, axis=(1, 2))
     return (
@@ -154,7 +155,7 @@ def blend(
 
 
 def _with_row_before(rows: Array, weights: Array) -> Array:
-    """1 - weight times each row, and weight times the one before it."""
+    """Returns (1 - weight) * row + weight * previous row for each row."""
     return (1 - weights) * rows + weights * jnp.roll(rows, 1, axis=0)
 
 
@@ -165,17 +166,18 @@ def mix_batch(
     mask: Bool[Array, " batch"],
     mixing: Mixing,
 ) -> tuple[Float[Array, "batch height width channel"], Float[Array, "batch classes"]]:
-    """Draws and mixes one batch.
+    """Makes the draws of one batch and mixes it.
 
     Args:
-      key: Of this batch alone.
-      images: float32, of any range.
+      key: The random key of this batch.
+      images: float32, in any range.
       targets: float32, the probability of each class.
-      mask: Which rows are examples; no example is mixed with a row that is none.
-      mixing: What to draw.
+      mask: True for examples, False for padding. No example is mixed with padding.
+      mixing: The probabilities and proportions.
 
     Returns:
-      The mixed images and targets. A batch of one stays as it is: its partner is itself.
+      The mixed images and targets. A batch of one example is unchanged: the example is its
+      own partner.
     """
     batch_size, height, width, _ = images.shape
     weights = partner_weights(draw(key, mixing, batch_size), (height, width))

@@ -1,8 +1,7 @@
-"""From a source to a stream of batches, with Grain.
+"""Streams of batches from a source, with Grain.
 
-Batch i, and every random draw in it, is a function of (source, seed, i): the
-stream can be entered anywhere, and no number of threads or worker processes
-changes it.
+Batch i and its random draws are a function of (source, seed, i). So a stream can start at
+any batch, and the number of threads or worker processes does not change it.
 """
 
 import contextlib
@@ -36,22 +35,23 @@ logger = logging.getLogger(__name__)
 
 NumpyBatch = dict[str, np.ndarray]
 
-# As many batches as no run has.
+# More batches than any run has.
 _ENDLESS = 2**40
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loader:
-    """How to turn positions in a source into arrays of pixels.
+    """Loads batches of examples of a source.
 
     Attributes:
-      source: Where the images are.
-      preprocessing: The size of every image of a batch.
-      pixels: All images in this size, in memory or memory-mapped; None if each is
-        decoded when it is wanted.
+      source: The images.
+      preprocessing: How images are decoded and resized.
+      pixels: All images, resized, in memory or memory-mapped; None if an image is decoded
+        each time that it is loaded.
       rows: The row in `pixels` of each example.
-      on_device: The pixels are on the device already: a batch has their rows alone.
-      workers: Worker processes that decode; 0 means threads of this process.
+      on_device: Whether the pixels are on the device. A batch then has row numbers instead
+        of images.
+      workers: The number of worker processes that decode; 0: threads of this process.
     """
 
     source: Source
@@ -62,9 +62,9 @@ class Loader:
     workers: int = 0
 
     def load(self, indices: Int[np.ndarray, " batch"]) -> NumpyBatch:
-        """{"image": uint8 [B, H, W, 3], "label": int32 [B]} of these examples.
+        """Loads these examples: {"image": uint8 [B, H, W, 3], "label": int32 [B]}.
 
-        Instead of "image" it has "row", int32 [B], if the pixels are on the device.
+        If the pixels are on the device, "row", int32 [B], takes the place of "image".
 
         Raises:
           DataError: An image cannot be decoded.
@@ -88,26 +88,21 @@ def load_image(
     """Reads, decodes and resizes one image of a source.
 
     Raises:
-      DataError: It cannot be read or decoded; the message names it.
+      DataError: The image cannot be read or decoded; the message names the image.
     """
     try:
         with scan.one_large_file_at_a_time(source, index):
             encoded = scan.read_example(source, index, preprocessing.max_pixels)
-            return load(
-                encoded,
-                preprocessing.image_size,
-                preprocessing.max_pixels,
-                preprocessing.white_level,
-            )
+            return load(encoded, preprocessing)
     except DataError as error:
         raise DataError(f"{source.name}: {source.ids[index]} {error}") from error
 
 
 def choose_workers(requested: int) -> int:
-    """Worker processes for `data.workers`, where -1 means as many as help."""
+    """The number of worker processes for `data.workers`, where -1 means automatic."""
     if requested >= 0:
         return requested
-    # A machine of few cores needs them all for the training step.
+    # On a machine with few cores, the training step needs all of them.
     return 0 if scan.num_cores() < 4 else min(16, scan.num_cores() - 1)
 
 
@@ -126,7 +121,11 @@ def _add_draws(
 def _load_training_batch(
     draws: NumpyBatch, loader: Loader, place: str | None, rows: np.ndarray | None
 ) -> NumpyBatch:
-    """Loads the pixels, and moves them unless `place` is "device", or None: nowhere."""
+    """Loads the images of drawn examples, and augments them if `place` is "host".
+
+    If `place` is "device", the batch carries the draws; if it is None, there is no
+    augmentation.
+    """
     if rows is not None:
         draws = {name: values[rows] for name, values in draws.items()}
     batch = loader.load(draws["index"])
@@ -152,27 +151,26 @@ def training_batches(
     balanced: bool = False,
     rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
-    """The training stream from batch `start` on, which is endless unless `stop` is given.
+    """The training batches from batch `start` on; endless unless `stop` is given.
 
-    The examples are shuffled anew for each pass. A batch may span two passes,
-    so that every batch is full and no example is seen more often than another.
-    A balanced stream takes its examples from each class in turn, in a new order
-    each round, and passes over each class by itself: no class is seen more often
-    than another, and no example more often than another of its class.
+    Each pass over the examples has a new order. A batch may span two passes, so every batch
+    is full and all examples are used equally often. A balanced stream takes one example of
+    each class per round, with a new order of the classes in each round and separate passes
+    over each class. So all classes are used equally often, and all examples of a class.
 
     Args:
-      loader: Loads the pixels.
+      loader: Loads the images.
       indices: Positions of the training split in the loader's source.
-      batch_size: Examples in a batch.
-      augmentation: What to draw.
-      place: Where pixels are moved: "host" (here), or "device", in which case a
-        batch carries the draws "matrix" and "contrast" for `train_step`.
-      seed: Seed of the shuffles and draws.
-      start: Number of batches to leave out; costs nothing.
-      stop: The number of the first batch that is not wanted: none is read ahead from there on.
-      balanced: Whether all classes are seen equally often.
-      rows: Those of each batch to load, if other processes load the others; the draws
-        are those of the whole batch.
+      batch_size: The number of examples in a batch.
+      augmentation: The ranges of the random draws.
+      place: Where images are augmented: "host" (in this stream), or "device"; then a batch
+        carries the draws "matrix" and "contrast" for the train step.
+      seed: The seed of the orders and draws.
+      start: The number of the first batch. Earlier batches are not computed.
+      stop: The number after the last batch; no later batch is read ahead.
+      balanced: Whether all classes are used equally often.
+      rows: The rows of each batch to load; None: all. Other processes load the other rows.
+        The draws are made for the whole batch.
 
     Returns:
       A context manager that closes the stream and ends its workers. A batch is
@@ -206,10 +204,9 @@ def training_batches(
 
 
 class _Passes:
-    """Positions 0 to size - 1 without end, in a new order for each pass.
+    """An endless sequence of the positions 0 to size - 1, with a new order for each pass.
 
-    (Grain's own shuffle costs several times as much as all else that is done for
-    a small image.)
+    For small images, Grain's own shuffle takes several times as long as all other work.
     """
 
     def __init__(self, size: int, seed: int):
@@ -237,10 +234,10 @@ class _Passes:
 
 
 class _ClassesInTurn:
-    """Positions of one class after the other, each class in passes of its own.
+    """An endless sequence of positions with one example of each class per round.
 
-    The classes take their turns in a new order each round: neighbours in the
-    alphabet are often alike, and would make up whole batches.
+    Each round has a new order of the classes. In a fixed order, a batch would have
+    neighbours in the alphabet, which are often similar classes.
     """
 
     def __init__(self, labels: Int[np.ndarray, " n"], seed: int):
@@ -275,10 +272,16 @@ def evaluation_batches(
     batch_size: int,
     rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
-    """Every example once, in order; the last batch is padded, its mask False there.
+    """Batches with every example once, in order; the last batch is padded.
 
-    Padding repeats the split's first example, so that every batch has one shape.
-    Of each batch, `rows` are loaded, or all of them.
+    Padding repeats the split's first example, so that all batches have the same shape; the
+    mask is False there.
+
+    Args:
+      loader: Loads the images.
+      indices: Positions of the split in the loader's source.
+      batch_size: The number of examples in a batch.
+      rows: The rows of each batch to load; None: all.
     """
     own_rows = np.arange(batch_size) if rows is None else rows
 
@@ -292,7 +295,7 @@ def evaluation_batches(
 
 
 def _iterate(dataset: grain.MapDataset, workers: int) -> Generator[NumpyBatch, None, None]:
-    """Reads ahead on threads, or in worker processes; closing it ends them."""
+    """Reads ahead in threads or worker processes, which end when the generator is closed."""
     if workers == 0:
         threads = max(2, min(16, scan.num_cores()))
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -316,24 +319,20 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> Generator[NumpyBatch, N
 
 @contextlib.contextmanager
 def _workers_that_die() -> Iterator[None]:
-    """Says in one line that a worker process was killed.
-
-    Raises:
-      DataError: It was.
-    """
+    """Converts Grain's error after the death of a worker process to a one-line DataError."""
     try:
         yield
     except RuntimeError as error:
         if "Worker process was terminated" not in str(error):  # Grain's words.
             raise
         raise DataError(
-            "a worker process that reads the data was killed, perhaps for want of memory; the same "
-            "command goes on from the latest checkpoint, and data.workers=0 needs no such process"
+            "a worker process that reads the data was killed, perhaps because memory ran out; the "
+            "same command continues from the latest checkpoint; data.workers=0 uses no processes"
         ) from error
 
 
 def _end_with_the_main_process(worker: int, workers: int) -> None:
-    """Lets a worker end when the main process does, which may be killed and not end it."""
+    """Ends a worker when the main process ends, even if the main process was killed."""
     main_process = multiprocessing.parent_process()
     assert main_process is not None
 
@@ -346,14 +345,14 @@ def _end_with_the_main_process(worker: int, workers: int) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Processes started within never get Ctrl-C; this one gets it at the end.
+    """Blocks SIGINT in processes started in this context; this process gets it afterwards.
 
-    A terminal sends Ctrl-C to all processes of a command. It is for the main
-    one to finish its step, save and end the others.
+    A terminal sends Ctrl-C to all processes of a command. Only the main process handles it:
+    it finishes its step, saves and ends the workers.
     """
-    # What it warns of, batches in shared memory that nobody took, it also clears away.
+    # The tracker warns of batches left in shared memory, and then removes them.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # It lets Ctrl-C through again when it starts, so it has to be there already.
+    # The tracker unblocks SIGINT when it starts, so it must be running before.
     resource_tracker.ensure_running()
     sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

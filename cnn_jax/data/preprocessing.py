@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 MAX_PIXELS = 50_000_000
+RESIZES = ("stretch", "crop", "pad")
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,14 +15,21 @@ class Preprocessing:
     """The parameters of preprocessing; a bundle carries them.
 
     Attributes:
-      image_size: (height, width) to which every image is stretched.
+      image_size: (height, width) of the network's input, in pixels.
       mean: Grey level, 0 to 255, subtracted from each of R, G and B.
       std: Grey levels by which each of R, G and B is then divided.
-      max_pixels: Largest width times height of an image that is decoded at all.
+      max_pixels: Largest width times height of an image that is decoded.
       white_level: The value that is white (grey level 255) in images of more than 8
         bits, of signed integers and of floats, such as 4095 or 1.0. 0: the largest
         value of the type, for unsigned integers of at most 16 bits; other types are
         refused. Images of 8 bits or fewer do not depend on it.
+      resize: How an image becomes `image_size`; one of `RESIZES`. "stretch" changes its
+        aspect ratio. "crop" scales it until it covers the size, and cuts out the centre.
+        "pad" scales it until it fits, and fills the rest with grey.
+      crop_ratio: For "crop" only, above 0 to 1: the side of the centre crop as a fraction
+        of the side that the scaled image covers, as timm's `crop_pct`.
+      interpolation: One of `INTERPOLATIONS`; Pillow's filters, which average when they
+        shrink.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -28,6 +37,9 @@ class Preprocessing:
     std: tuple[float, float, float] = (127.5, 127.5, 127.5)
     max_pixels: int = MAX_PIXELS
     white_level: float = 0.0
+    resize: str = "stretch"
+    crop_ratio: float = 1.0
+    interpolation: str = "bilinear"
 
 
 # 224 x 224 pixels, inputs in [-1, 1].
@@ -37,6 +49,6 @@ SPECIFICATION = Preprocessing()
 def normalize(
     images: Num[Array, "batch height width 3"], preprocessing: Preprocessing
 ) -> Float[Array, "batch height width 3"]:
-    """(images - mean) / std in float32; images are in grey levels, 0 to 255."""
+    """Returns (images - mean) / std in float32; the images are in grey levels, 0 to 255."""
     mean, std = jnp.array([preprocessing.mean, preprocessing.std]).reshape(2, 1, 1, 1, 3)
     return (images.astype(jnp.float32) - mean) / std

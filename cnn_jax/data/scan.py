@@ -1,7 +1,7 @@
-"""One pass over all images: what is in them, and their pixels for the cache.
+"""One pass over all images, which records their properties and caches their pixels.
 
-What is known of an image is kept between runs, for as long as its version stays,
-so that a second run starts at once.
+The record of an image is kept between runs until the image's version changes, so a second
+run starts at once.
 """
 
 import contextlib
@@ -21,17 +21,18 @@ from jaxtyping import Int
 from cnn_jax.data import Track, cache, decode, no_track
 from cnn_jax.data.decode import Header, Pixels, UnknownFormatError, UnknownWhiteError, Values
 from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.resize import resize
 from cnn_jax.data.source import Source
 from cnn_jax.system.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# Raise it when a record means something else.
+# Part of the cache's key; raise it when the meaning of a record changes.
 _VERSION = 3
-# An image file has at most this many bytes for each pixel that is allowed, and for
-# all that is no pixel. A larger one is not even read.
+# An image file may have this many bytes per allowed pixel, and this many for metadata. A
+# larger file is not read.
 _BYTES_A_PIXEL, _OTHER_BYTES = 4, 2**20
-# Bytes from which on a file is read and decoded while no other such file is.
+# Files of more bytes are read and decoded one at a time.
 _LARGE_FILE = 2**23
 _LARGE_FILE_TURN = threading.Lock()
 
@@ -40,16 +41,17 @@ _Result = TypeVar("_Result")
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What is known of one image.
+    """The properties of one image.
 
     Attributes:
-      digest: Of the encoded bytes, hexadecimal; "" if they cannot be read.
-      pixels: Digest of the decoded pixels and their shape; "" after an error.
-      header: None after an error.
-      error: Why the image cannot be read, or None.
-      values: None after an error, unless the error is that the values are known and
-        not what they mean.
-      other_format: The image's format if that is known and is not read; else "".
+      digest: The sha256 of the encoded bytes, hexadecimal, 32 digits; "" if the bytes cannot
+        be read.
+      pixels: The digest of the decoded pixels and their shape; "" after an error.
+      header: The file's header; None after an error.
+      error: The reason why the image cannot be read; None if it can.
+      values: The range of the file's values; None after an error, except after the error
+        that no value is known to be white.
+      other_format: The image's format if it is known but not supported; else "".
     """
 
     digest: str
@@ -62,12 +64,12 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """A file that should be an image and is none, and why.
+    """An example that cannot be read.
 
     Attributes:
-      id: Of the example.
+      id: The example's id.
       reason: A phrase such as "is empty".
-      other_format: As in `Record`.
+      other_format: See `Record`.
     """
 
     id: str
@@ -76,7 +78,7 @@ class Unreadable:
 
 
 def examine(encoded: bytes, preprocessing: Preprocessing) -> tuple[Record, Pixels | None]:
-    """Returns the record of an encoded image, and its pixels in full size if it can be decoded."""
+    """Returns the record of an encoded image, and its pixels; None if it cannot be decoded."""
     digest = _digest(encoded)
     try:
         header, values, pixels = decode.decode_with_header(
@@ -100,10 +102,10 @@ def _digest(*parts: bytes | memoryview) -> str:
 
 
 def read_example(source: Source, index: int, max_pixels: int) -> bytes:
-    """The encoded bytes of an example.
+    """Reads the encoded bytes of an example.
 
     Raises:
-      DataError: They cannot be read, or are more than an image can have.
+      DataError: The bytes cannot be read, or are too many for an image of `max_pixels`.
     """
     if source.sizes[index] > _BYTES_A_PIXEL * max_pixels + _OTHER_BYTES:
         size = f"{source.sizes[index]:,} bytes"
@@ -117,14 +119,14 @@ def read_example(source: Source, index: int, max_pixels: int) -> bytes:
 def one_large_file_at_a_time(
     source: Source, index: int
 ) -> contextlib.AbstractContextManager[object]:
-    """Holds back the other threads' large files, so that memory does not grow with cores."""
+    """Returns a lock for large files, so that the memory used does not grow with the cores."""
     is_large = source.sizes[index] > _LARGE_FILE
     return _LARGE_FILE_TURN if is_large else contextlib.nullcontext()
 
 
 @runtime_checkable
 class PixelSink(Protocol):
-    """Where a scan leaves the resized images."""
+    """The destination of the resized images of a scan."""
 
     def write(self, row: int, pixels: Pixels) -> None: ...
 
@@ -136,15 +138,15 @@ def scan(
     track: Track = no_track,
     known: Sequence[Record | None] | None = None,
 ) -> list[Record]:
-    """Examines every image that is not known yet.
+    """Examines every image that has no record yet.
 
     Args:
       source: The images.
-      preprocessing: Their size in the sink, `max_pixels` and `white_level`.
-      sink: Gets row i for every example i that can be decoded; None if the pixels
-        are not wanted.
+      preprocessing: How to decode the images, and how to resize them for the sink.
+      sink: Receives row i for every example i that can be decoded; None if only the records
+        are needed.
       track: Shows progress.
-      known: What `known_records` gave, if it has been asked already.
+      known: The result of `known_records`; None: this function calls it.
 
     Returns:
       A record for each example.
@@ -174,21 +176,21 @@ def scan(
         if sink is not None and record.header is not None:
             if pixels is None:
                 pixels = decode.decode(encoded, preprocessing.max_pixels, preprocessing.white_level)
-            sink.write(row, decode.resize(pixels, preprocessing.image_size))
+            sink.write(row, resize(pixels, preprocessing))
 
     if rows:
         try:
             for _ in track(on_all_cores(work, rows), "reading images", len(rows)):
                 pass
-        finally:  # Also after Ctrl-C: what is known need not be found out again.
+        finally:  # After Ctrl-C the records of the finished images are kept too.
             _remember(source, preprocessing, records)
     return [record for record in records if record is not None]
 
 
 def on_all_cores(work: Callable[[int], _Result], rows: Sequence[int]) -> Iterator[_Result]:
-    """work(row) for each row, in order, by as many threads as there are cores.
+    """Yields work(row) for each row, in order, computed by one thread per core.
 
-    Decoders and hashes work outside Python's lock.
+    Threads help because decoders and hashes release Python's global lock.
     """
     with ThreadPoolExecutor(num_cores()) as pool:
         for chunk in _chunks(rows, 64 * num_cores()):
@@ -196,7 +198,7 @@ def on_all_cores(work: Callable[[int], _Result], rows: Sequence[int]) -> Iterato
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS knows no affinity.
@@ -209,20 +211,20 @@ def _chunks(rows: Iterable[int], size: int) -> Iterator[list[int]]:
 
 
 def known_records(source: Source, preprocessing: Preprocessing) -> list[Record | None]:
-    """The records of an earlier scan, None where an example is new or has changed."""
+    """Returns the records of an earlier scan; None for examples that are new or have changed."""
     remembered = cache.read_json("scans", _key(source, preprocessing))
     records: list[Record | None] = [None] * len(source)
-    # What is not of the right form is as good as nothing.
+    # A cache file of another form is ignored.
     with contextlib.suppress(AttributeError, TypeError, ValueError):
         for i, (example_id, version) in enumerate(zip(source.ids, source.versions, strict=True)):
             if (values := remembered.get(example_id)) and values[0] == version:
-                _, digest, pixels, header, error, of_values, other_format = values
+                _, digest, pixels, header, error, value_range, other_format = values
                 records[i] = Record(
                     digest,
                     pixels,
                     Header(*header) if header else None,
                     error,
-                    Values(*of_values) if of_values else None,
+                    Values(*value_range) if value_range else None,
                     other_format,
                 )
     return records
@@ -242,13 +244,13 @@ def _remember(
             record.other_format,
         )
         for example_id, version, record in zip(source.ids, source.versions, records, strict=True)
-        # Whoever could not read a file may be allowed to the next time.
+        # A file without a digest could not be opened; the next run tries again.
         if record is not None and record.digest
     }
     try:
         cache.write_json("scans", _key(source, preprocessing), values)
     except OSError as error:
-        logger.warning("what was found in the images cannot be kept: %s", error)
+        logger.warning("the records of the images cannot be cached: %s", error)
 
 
 def _key(source: Source, preprocessing: Preprocessing) -> str:
@@ -260,7 +262,7 @@ def _key(source: Source, preprocessing: Preprocessing) -> str:
 def readable(
     listing: Source, records: Sequence[Record]
 ) -> tuple[Source, Int[np.ndarray, " n"], list[Unreadable]]:
-    """The examples that can be read, their positions in the listing, and the others."""
+    """Returns the readable examples, their positions in the listing, and the unreadable ones."""
     unreadable = [
         Unreadable(example_id, record.error, record.other_format)
         for example_id, record in zip(listing.ids, records, strict=True)
@@ -268,14 +270,15 @@ def readable(
     ]
     rows = np.flatnonzero([record.error is None for record in records])
     source = listing.select(rows)
-    if len(rows):  # Else there would be no class at all.
+    if len(rows):  # Without any example, no class would be left.
         source = source.without_empty_classes()
     return source, rows, unreadable
 
 
 def pixels_key(records: Sequence[Record], preprocessing: Preprocessing) -> str:
-    """The name of the decoded images of these records, of one size: changes with any of them."""
+    """The cache key of the resized images of these records, for this preprocessing."""
     height, width = preprocessing.image_size
     limits = f"{preprocessing.max_pixels} {preprocessing.white_level}"
-    start = f"{decode.VERSION} {height} {width} {limits}".encode()
+    shape = f"{preprocessing.resize} {preprocessing.crop_ratio} {preprocessing.interpolation}"
+    start = f"{decode.VERSION} {height} {width} {limits} {shape}".encode()
     return _digest(start, "".join(f"{record.digest:<32}" for record in records).encode())

@@ -1,8 +1,7 @@
 """`shapes`: the embedded data set, ten classes of generated outlines.
 
-Every image is a function of (seed, index) alone, so a shorter data set is a
-prefix of a longer one. No label changes under a flip, a rotation, a zoom or a
-change of contrast.
+Every image is a function of (seed, index), so a shorter data set is a prefix of a longer one.
+A flip, a rotation, a zoom or a change of contrast does not change the label.
 """
 
 import concurrent.futures
@@ -23,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.cache import cache_dir
 
-# Part of the cache folder's name: raise it when any pixel would change.
+# Part of the cache folder's name; raise it when any pixel changes.
 VERSION = 1
 NUM_IMAGES = 12_000
 CLASS_NAMES = (
@@ -77,7 +76,7 @@ def _crescent(thickness: float) -> Outline:
     """The part of the unit disc outside a second disc through two of its points."""
     half = 0.75 * math.pi
     outer = _arc(-half, half)
-    # The inner arc runs back through the same two end points, flattened.
+    # The inner arc connects the same two end points and is flatter.
     inner = outer[::-1].copy()
     end = math.cos(half)
     inner[:, 0] = end + (inner[:, 0] - end) * (1 - thickness)
@@ -85,7 +84,7 @@ def _crescent(thickness: float) -> Outline:
 
 
 def _outlines(name: str, rng: np.random.Generator) -> tuple[Outline, Outline | None]:
-    """The outline of one object of a class, and of its hole if it has one."""
+    """The outline of an object of a class, and the outline of its hole or None."""
     if name == "circle":
         return _arc(0, 2 * math.pi), None
     if name == "ring":
@@ -108,7 +107,7 @@ def _outlines(name: str, rng: np.random.Generator) -> tuple[Outline, Outline | N
 
 
 def _draw_polygon(size: tuple[int, int], points: Outline) -> Image.Image:
-    """A polygon as an anti-aliased mask: mode "L", `size` = (width, height)."""
+    """Draws a polygon as an anti-aliased mask, mode "L", of a size (width, height)."""
     scale = _SUPERSAMPLING
     mask = Image.new("L", (size[0] * scale, size[1] * scale), 0)
     ImageDraw.Draw(mask).polygon([(x * scale, y * scale) for x, y in points], fill=255)
@@ -121,7 +120,7 @@ def _place(outline: Outline, centre: np.ndarray, radius: float, angle: float) ->
 
 
 def _texture(rng: np.random.Generator, size: tuple[int, int], strength: float) -> np.ndarray:
-    """Smooth random brightness float32 [h, w, 1], about zero, in grey levels."""
+    """A smooth random brightness, float32 [h, w, 1], in grey levels around 0."""
     cells = int(rng.integers(3, 12))
     coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
     fine = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC))
@@ -137,7 +136,7 @@ def _colour_away_from(rng: np.random.Generator, other: np.ndarray, distance: flo
 
 
 def _scribble(rng: np.random.Generator, size: tuple[int, int], reach: float) -> Image.Image:
-    """One piece of clutter as a mask: a line, an arc or an irregular patch."""
+    """Draws one piece of clutter as a mask: a line, an arc or an irregular patch."""
     scale = _SUPERSAMPLING
     mask = Image.new("L", (size[0] * scale, size[1] * scale), 0)
     draw = ImageDraw.Draw(mask)
@@ -224,12 +223,12 @@ def generate(
     seed: int = 0,
     track: Track = no_track,
 ) -> pathlib.Path:
-    """Writes the data set into the cache folder, if it is not there yet.
+    """Writes the data set into the cache folder, unless it is already there.
 
     Args:
-      num_images: How many images; image i is of class i modulo 10.
-      seed: Another seed gives other images.
-      track: Wraps an iterable (with a description and a total) to show progress.
+      num_images: The number of images; image i has class i modulo 10.
+      seed: The seed of the images.
+      track: Shows progress.
 
     Returns:
       A folder with `images/CLASS/INDEX.jpg` and `masks/CLASS/INDEX.png`, where a
@@ -239,24 +238,24 @@ def generate(
     if final.exists():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
-    # Complete or absent: written aside, then renamed.
+    # Written to a temporary folder and renamed, so that the folder is complete or absent.
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         for kind in ("images", "masks"):
             for name in CLASS_NAMES:
                 (partial / kind / name).mkdir(parents=True)
         write = functools.partial(_write_example, partial, seed)
-        # A fork of a process that runs JAX's threads could deadlock.
+        # Not fork, because a fork of a process with JAX's threads could deadlock.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
             done = pool.map(write, range(num_images), chunksize=32)
             for _ in track(done, "generating shapes", num_images):
                 pass
-        partial.chmod(0o755)  # A temporary folder is private; a cache may be shared.
+        partial.chmod(0o755)  # Temporary folders are private, but a cache may be shared.
         try:
             partial.rename(final)
         except OSError:
-            if not final.exists():  # Else another process was faster.
+            if not final.exists():  # If it exists, another process was faster.
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -266,12 +265,12 @@ def generate(
 def read_masks(
     name: str, ids: Sequence[str], size: tuple[int, int]
 ) -> Bool[np.ndarray, "n height width"]:
-    """Where the objects of these examples are visible, in images of this size.
+    """Reads the masks of the visible parts of objects, stretched to a size.
 
     Args:
-      name: Of the source: "shapes" or "shapes:N".
-      ids: Of its examples.
-      size: (height, width) to which the masks are stretched, as images are.
+      name: The source's name: "shapes" or "shapes:N".
+      ids: The ids of the examples.
+      size: (height, width) of the masks in pixels.
     """
     num_images = int(name.partition(":")[2] or NUM_IMAGES)
     folder = generate(num_images) / "masks"

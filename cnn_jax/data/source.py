@@ -1,4 +1,4 @@
-"""What all sources of labelled images have in common."""
+"""The common form of all sources of labelled images."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-# What the parts of a data set that is divided already may be called.
+# The names of the parts of a divided data set, and their splits.
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -25,19 +25,19 @@ class Source:
     """Labelled images with random access.
 
     Attributes:
-      name: As `open_source` understands it.
+      name: The source's name, for `open_source`.
       class_names: Class names in the order of their labels.
-      ids: A different identity for each example, the same on every machine.
+      ids: A unique id of each example, the same on every machine.
       labels: int32 [n], positions in `class_names`.
-      read: The encoded bytes of an example, given its key; raises OSError.
-      keys: What `read` takes for each example.
-      sizes: Bytes of each encoded image.
-      versions: Changes when an example does, as far as that can be told without
-        reading it.
-      own_splits: "train", "validation" or "test" where the data set is divided
-        already; else "".
-      ignored: How many things of each kind were found that are no examples.
-      remarks: What a person should know of the data, a sentence each.
+      read: Returns the encoded bytes of an example, given its key; raises OSError.
+      keys: The argument of `read` for each example.
+      sizes: The number of bytes of each encoded image.
+      versions: A text for each example that changes when the example changes, as far as
+        that can be seen without reading it.
+      own_splits: "train", "validation" or "test" for each example that the data set itself
+        assigns to a split; else "".
+      ignored: The number of ignored files and folders, by kind.
+      remarks: Warnings about the data, one sentence each.
       split_folders: The split of each folder that stands for one, such as
         {"train": "train", "seg_test/seg_test": "test"}.
     """
@@ -59,13 +59,13 @@ class Source:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """An example: "image", encoded; "label", an int; and "id"."""
+        """Returns an example: "image" (encoded bytes), "label" (an int) and "id"."""
         image = self.read(self.keys[index])
         return {"image": image, "label": int(self.labels[index]), "id": self.ids[index]}
 
     @property
     def paths(self) -> list[str]:
-        """The ids, without the folder that stands for their own split, such as "train/"."""
+        """The ids without the folder of their own split, such as "train/"."""
 
         def without_split(example_id: str, own: str) -> str:
             for folder, split in self.split_folders.items():
@@ -76,7 +76,7 @@ class Source:
         return list(map(without_split, self.ids, self.own_splits))
 
     def select(self, indices: Int[np.ndarray, " m"]) -> "Source":
-        """These examples alone; the classes stay."""
+        """Returns a source with only these examples and the same classes."""
 
         def pick(values: Sequence[Any]) -> list[Any]:
             return [values[i] for i in indices]
@@ -92,13 +92,15 @@ class Source:
         )
 
     def without_empty_classes(self) -> "Source":
-        """Only the classes that have examples; their order stays."""
-        present, labels = np.unique(self.labels, return_inverse=True)
-        if len(present) == len(self.class_names):
+        """Returns a source with only the classes that have examples, in the same order."""
+        used_labels, labels = np.unique(self.labels, return_inverse=True)
+        if len(used_labels) == len(self.class_names):
             return self
-        names = [self.class_names[label] for label in present]
+        names = [self.class_names[label] for label in used_labels]
         absent = sorted(set(self.class_names) - set(names))
-        remark = f"{', '.join(absent)}: no readable images, so no such class; add some"
+        remark = (
+            f"{', '.join(absent)}: no readable images, so these classes are left out; add images"
+        )
         return dataclasses.replace(
             self,
             class_names=names,
@@ -108,7 +110,7 @@ class Source:
 
 
 def named_splits(ids: Iterable[str]) -> dict[str, str]:
-    """The folders that the ids begin with and whose names are those of splits."""
+    """Returns the split of each top folder in the ids that is named as a split."""
     folders = {example_id.partition("/")[0] for example_id in ids if "/" in example_id}
     return {name: SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES}
 
@@ -116,7 +118,7 @@ def named_splits(ids: Iterable[str]) -> dict[str, str]:
 def fingerprint(
     source: Source, digests: Sequence[str], splits: Mapping[str, Int[np.ndarray, " _"]]
 ) -> str:
-    """sha256 over id, class, content and split of all examples, whatever their order."""
+    """The sha256 of id, class, content and split of all examples, in any order."""
     split_of = {i: split for split, indices in splits.items() for i in indices}
     lines = sorted(
         f"{source.ids[i]}\t{source.class_names[source.labels[i]]}\t{digests[i]}\t{split_of[i]}"

@@ -1,16 +1,16 @@
-"""The names of sources.
+"""Opens a source by its name.
 
-shapes[:N]          the embedded generated data set, or its first N images
-folder:PATH         a folder with one sub-folder of images for each class, or splits of these
-classes:PATH        the same, where each sub-folder is a class whatever it is called
-splits:PATH         the same, where each sub-folder is a split
-csv:PATH            a table with the columns path, label and perhaps split
-tfds:NAME[:SPLIT]   a TensorFlow Datasets name
+shapes[:N]          the generated data set, or its first N images
+folder:PATH         a folder with one sub-folder of images per class, or with splits of such folders
+classes:PATH        a folder in which each sub-folder is a class, even if it is named as a split
+splits:PATH         a folder in which each sub-folder is a split
+csv:PATH            a table with the columns path, label and optionally split
+tfds:NAME[:SPLIT]   a data set of TensorFlow Datasets
 """
 
 import pathlib
 
-from cnn_jax.config.schema import SOURCE_FORMS, SOURCE_PATTERN
+from cnn_jax.config.schema import SOURCE_FORMS, SOURCE_PATTERN, source_hint
 from cnn_jax.data import Track, no_track, shapes
 from cnn_jax.data.files import open_csv, open_folder
 from cnn_jax.data.source import Source
@@ -21,7 +21,7 @@ _FOLDERS = ("folder", "classes", "splits")
 
 
 def absolute(name: str) -> str:
-    """The name of a source, the same from any working directory."""
+    """The name of a source with an absolute path, which is valid in any working directory."""
     kind, _, path = name.partition(":")
     if kind not in (*_FOLDERS, "csv") or not path:
         return name
@@ -29,7 +29,7 @@ def absolute(name: str) -> str:
 
 
 def listed_folder(name: str) -> pathlib.Path | None:
-    """The folder that a source lists; None if it lists none."""
+    """The folder of a source that is a folder; None for other sources."""
     kind, _, path = name.partition(":")
     return pathlib.Path(path).expanduser() if kind in _FOLDERS and path else None
 
@@ -40,14 +40,15 @@ def open_source(name: str, track: Track = no_track, allow_outside: bool = False)
     Args:
       name: One of `SOURCE_FORMS`.
       track: Shows progress.
-      allow_outside: Whether links in a folder, or paths in a table, may lead out of it.
+      allow_outside: Whether links in a folder, and paths in a table, may lead to files outside
+        the folder.
 
     Raises:
-      ConfigError: No source has a name of this form.
-      DataError: The source is not there or is not a set of labelled images.
+      ConfigError: The name has none of the `SOURCE_FORMS`.
+      DataError: The source does not exist, or is not a set of labelled images.
     """
     if not SOURCE_PATTERN.fullmatch(name):
-        raise ConfigError(f"a source must be {SOURCE_FORMS}, got {name!r}")
+        raise ConfigError(f"a source must be {SOURCE_FORMS}, got {name!r}{source_hint(name)}")
     kind, _, rest = name.partition(":")
     if kind in _FOLDERS:
         return open_folder(rest, name, allow_outside)

@@ -1,4 +1,4 @@
-"""Which example belongs to which split."""
+"""The division of examples into train, validation and test."""
 
 import dataclasses
 import hashlib
@@ -20,14 +20,14 @@ _PLACEHOLDER = re.compile(r"\{\w+\}|\*")
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """What decides which example is in which split, apart from the examples.
+    """The parameters of a division.
 
     Attributes:
-      fractions: Shares of train, validation and test.
-      seed: Of the division.
-      rule: One of `schema.SPLIT_RULES`.
-      group: A pattern of `group_names` on the source's paths, or "".
-      keep_splits: Whether the splits that a data set has already are kept.
+      fractions: The fractions of train, validation and test; their sum is 1.
+      seed: The seed of the division.
+      rule: One of `schema.SPLIT_RULES`; see `divide`.
+      group: A pattern for the source's paths, see `group_names`; "" for no groups.
+      keep_splits: Whether the data set's own splits are kept.
     """
 
     fractions: tuple[float, float, float] = (0.7, 0.2, 0.1)
@@ -38,35 +38,35 @@ class Division:
 
     @classmethod
     def from_config(cls, data: Any, seed: int) -> "Division":
-        """From the `data` section of a configuration and the run's seed."""
+        """Makes a division from a configuration's section `data` and the run's seed."""
         return cls(tuple(data.split), seed, data.stratify, data.group, data.keep_splits)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Division":
-        """From what `dataclasses.asdict` made of it, by way of JSON."""
+        """Makes a division from the result of `dataclasses.asdict`, read back from JSON."""
         return cls(**{**fields, "fractions": tuple(fields["fractions"])})
 
     def check(self, source: Source) -> None:
-        """Raises DataError if the pattern of groups does not describe every path."""
+        """Raises DataError if a path does not match the pattern of groups."""
         self.groups(source)
 
     def groups(self, source: Source) -> list[str] | None:
-        """The group of each example; None if there are no groups.
+        """The group of each example; None without groups.
 
         Raises:
-          DataError: The pattern does not describe a path.
+          DataError: A path does not match the pattern.
         """
         return group_names(source.paths, self.group, source.name) if self.group else None
 
-    def of(self, source: Source, contents: list[str]) -> dict[str, Int[np.ndarray, " _"]]:
-        """The positions of each split.
+    def divide(self, source: Source, contents: list[str]) -> dict[str, Int[np.ndarray, " _"]]:
+        """Divides the examples of a source; returns the positions of each split.
 
         Args:
           source: The examples.
-          contents: Of each example, the same for equal images.
+          contents: A text for each example that is the same for equal images.
 
         Raises:
-          DataError: The pattern does not describe a path.
+          DataError: A path does not match the pattern of groups.
         """
         return divide(
             source.ids,
@@ -93,35 +93,33 @@ def divide(
 ) -> dict[str, Int[np.ndarray, " _"]]:
     """Divides examples into train, validation and test, class by class.
 
-    What belongs together is a unit: an example, or all examples of one group,
-    or all of equal content. Each unit has a number in [0, 1), a hash of the seed
-    and its identity (its id, its group, or the shortest id of equal examples).
+    A unit is an example, or all examples of a group, or all equal images. A unit is never
+    divided. Each unit has a number in [0, 1): a hash of the seed and of the unit's name (its
+    id, its group, or the shortest id of equal images).
 
-    - "stable": the number alone decides, so that a unit keeps its split whatever
-      is added or removed. The shares hold as closely as chance lets them.
-    - "exact": the units of each class are sorted by the number and cut where the
-      shares are met to within one unit. When examples are added, some units
-      next to a cut change sides.
+    - "stable": the unit's number decides, so a unit keeps its split when other examples are
+      added or removed. The fractions vary by chance.
+    - "exact": the units of each class are sorted by their numbers and cut at the fractions,
+      to within one unit. When examples are added, some units next to a cut change their split.
 
-    (No rule can do both: one that never moves a unit can look at nothing but
-    the unit.) Either way a class of three units or more has one in each split. If
-    the numbers leave a split empty, the stable rule lends it the nearest unit,
-    until one comes whose number is right. That, and a group or an equal image
-    with a shorter name, is all that can move a unit.
+    With both rules a class of three units or more has a unit in each split. If the numbers
+    leave a split empty, the stable rule moves the nearest unit into it; that unit moves back
+    when another unit of that split is added. A unit also moves when it gets a group or an
+    equal image with a shorter name.
 
     Args:
-      ids: A different identity for each example.
-      labels: The classes. A unit of several classes counts for the commonest.
-      fractions: Share of each split; they sum to 1.
-      seed: Another seed gives another division.
+      ids: A unique id of each example.
+      labels: The class of each example. The class of a unit is its most common class.
+      fractions: The fraction of each split; their sum is 1.
+      seed: The seed of the division.
       rule: One of `schema.SPLIT_RULES`.
       groups: The group of each example.
-      contents: Equal for equal images.
-      own_splits: The split that each example has already, or "" if none. What
-        belongs to an example that has one goes there too. A validation or test
-        split that some examples have gets no others. If no example has a certain
-        split, it is cut out of those that have none, or else out of the training
-        part, in the proportions of `fractions`.
+      contents: A text for each example that is the same for equal images.
+      own_splits: The split that the data set assigns to each example, or "". The other
+        examples of the same unit go to the same split. If the data set has a validation or
+        test split, no other examples are added to it. A split that the data set lacks is cut
+        from the examples without a split, or else from its training part, in the proportions
+        of `fractions`.
 
     Returns:
       For each name in `SPLITS`, the positions of its examples, ascending.
@@ -134,12 +132,12 @@ def divide(
     shares = np.array(fractions, np.float64)
     free = own == ""
     if given and not free.any() and len(given) < len(SPLITS):
-        # A split that is missing is cut out of the training part.
+        # A missing split is cut from the training part.
         free = own == "train"
-    # What is given for validation or test is all of it.
+    # The data set's own validation and test splits get no other examples.
     shares[[name in given and name != "train" for name in SPLITS]] = 0
     units = _units(len(ids), groups, contents)
-    # What belongs to something that has its split goes there.
+    # A unit goes to the split of its examples that have one.
     split_of_unit = np.full(len(ids), -1)
     np.maximum.at(split_of_unit, units[~free], split_of[~free])
     is_bound = split_of_unit[units] >= 0
@@ -156,13 +154,13 @@ def divide(
 def _units(
     size: int, groups: list[str] | None, contents: list[str] | None
 ) -> Int[np.ndarray, " size"]:
-    """The number of the unit of each example, below `size`."""
+    """The unit of each example, as a number below `size`."""
     units = np.arange(size)
     for keys in (groups, contents):
         if keys is not None:
             number_of: dict[str, int] = {}
             key = np.array([number_of.setdefault(key, len(number_of)) for key in keys], int)
-            # Units and keys are the nodes of a graph, whose parts are the new units.
+            # Units and keys are the nodes of a graph; its connected components are the new units.
             edges = (np.ones(size), (units, key + size))
             shape = (size + len(number_of),) * 2
             _, part = connected_components(coo_array(edges, shape=shape), directed=False)
@@ -173,9 +171,9 @@ def _units(
 def _numbers(
     units: Int[np.ndarray, " m"], names: list[str], seed: int
 ) -> Float[np.ndarray, " units"]:
-    """A number in [0, 1) for each unit, from the shortest of its names.
+    """A number in [0, 1) for each unit: the hash of its shortest name.
 
-    Copies tend to have longer names, and so do not move the original.
+    A copy usually has a longer name than its original, so adding it changes no number.
     """
     identity: dict[int, tuple[int, str]] = {}
     for unit, name in zip(units.tolist(), names, strict=True):
@@ -200,7 +198,7 @@ def _assign(
     split_of_unit = np.zeros(len(numbers), np.int64)
     class_of_unit = _commonest_label(units, labels)
     sizes = np.bincount(units, minlength=len(numbers))
-    # Only splits with a share take part, in the order of SPLITS.
+    # Only the splits with a fraction above 0, in the order of SPLITS.
     wanted = np.flatnonzero(shares > 0)
     cuts = np.cumsum(shares[wanted])[:-1]
     for label in np.unique(class_of_unit):
@@ -220,7 +218,7 @@ def _assign(
 def _commonest_label(
     units: Int[np.ndarray, " m"], labels: Int[np.ndarray, " m"]
 ) -> Int[np.ndarray, " units"]:
-    """Of each unit, the label that most of its examples have; of several, the first."""
+    """The most common label of each unit; the smallest label if several are equally common."""
     pairs, counts = np.unique(np.stack([units, labels]), axis=1, return_counts=True)
     order = np.lexsort((-pairs[1], counts, pairs[0]))
     commonest = np.empty(units.max() + 1, np.int64)
@@ -231,7 +229,7 @@ def _commonest_label(
 def _exact_bounds(
     sizes: Int[np.ndarray, " members"], cuts: Float[np.ndarray, " cuts"]
 ) -> Int[np.ndarray, " cuts"]:
-    """Where to cut units of these sizes so that examples are shared nearest to `cuts`."""
+    """The numbers of units before each cut that bring the examples nearest to `cuts`."""
     before = np.concatenate([[0], np.cumsum(sizes)])
     # The tiny term keeps 0.7 + 0.2 = 0.8999... from cutting one too early.
     wanted = cuts * before[-1] + 1e-9
@@ -241,7 +239,7 @@ def _exact_bounds(
 
 
 def _none_empty(bounds: Int[np.ndarray, " cuts"], count: int) -> Int[np.ndarray, " cuts"]:
-    """Moves cuts as little as makes every part hold one of `count` or more."""
+    """Moves cuts as little as possible so that each part of `count` units has at least one."""
     bounds = bounds.copy()
     for i in range(len(bounds)):
         bounds[i] = max(bounds[i], bounds[i - 1] + 1 if i else 1)
@@ -251,12 +249,12 @@ def _none_empty(bounds: Int[np.ndarray, " cuts"], count: int) -> Int[np.ndarray,
 
 
 def group_names(paths: Sequence[str], pattern: str, name: str = "the source") -> list[str]:
-    """The group of each example, by a pattern on its path.
+    """The group of each example, from its path and a pattern.
 
-    `{word}` stands for a part of the path that belongs to the group's name and `*`
-    for one that does not; neither holds a "/". The pattern describes the
-    beginning of the path. A `{word}` at its end is a run of letters and digits: on
-    `stop/0012_7.jpg`, `{class}/{track}` gives the group of `stop` and `0012`.
+    `{word}` matches a part of the path that belongs to the group's name, and `*` a part that
+    does not; neither matches a "/". The pattern matches the beginning of the path. A `{word}`
+    at the pattern's end matches letters and digits only: for `stop/0012_7.jpg`,
+    `{class}/{track}` gives the group `stop/0012`.
 
     Raises:
       ConfigError: The pattern has no `{word}`.

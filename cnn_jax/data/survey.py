@@ -1,9 +1,9 @@
-"""What is in a data set, in numbers: one pass over all images, and images that look alike.
+"""The statistics of a data set from one pass over all images, and its near duplicates.
 
-Two images are near duplicates if their perceptual hashes differ in few bits and
-their 8 x 8 thumbnails in few grey levels, and so are those that a chain of near
-duplicates joins. (The hash alone is blind to colour, and of images without
-structure it says little.) They are for a person to look at, and change nothing.
+Two images are near duplicates if their perceptual hashes differ in few bits and their 8 x 8
+thumbnails in few grey levels. (The hash does not depend on colour, and it says little about
+images without structure.) Chains of near duplicates form one set. Near duplicates are only
+reported.
 """
 
 import dataclasses
@@ -34,30 +34,30 @@ from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.system.errors import DataError, printable
 
-# Bits of 64 in which the hashes of near duplicates may differ.
+# The default number of bits, of 64, in which the hashes of near duplicates may differ.
 NEAR_DISTANCE = 4
 # The default of data.max_unreadable.
 _MAX_UNREADABLE = 0.01
-# Mean difference, in grey levels, that the thumbnails of near duplicates may have:
-# that of encoding anew, and a share of the picture's own contrast.
+# The largest mean difference between the thumbnails of near duplicates, in grey levels: the
+# noise of an encoder plus a fraction of the image's contrast.
 _NOISE, _SHARE_OF_CONTRAST = 1.0, 0.25
 _THUMBNAIL = (8, 8)
-# With more, most images of any data set would be near each other.
+# With a larger distance, most images of any data set would be near duplicates.
 MAX_DISTANCE = 12
 _HASH_BITS = 64
 _LEVELS = 256
-# So many hashes are compared at a time; this bounds the memory that it takes.
+# The number of hashes that are compared at a time, which limits the memory used.
 _BLOCK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Images that are equal or look alike.
+    """A set of equal images or near duplicates.
 
     Attributes:
-      images: Their positions in the readable source, ascending.
-      different_labels: Whether they are of several classes.
-      different_splits: Whether they lie in several splits.
+      images: The positions of the images in the readable source, ascending.
+      different_labels: Whether the images have different classes.
+      different_splits: Whether the images are in different splits.
     """
 
     images: list[int]
@@ -67,18 +67,16 @@ class Cluster:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Survey:
-    """What was found in a data set.
+    """The statistics and findings of a data set.
 
     Attributes:
-      findings: The readable source, its splits, and what endangers the result.
-      preprocessing: With what `max_pixels` and `white_level` the images were read.
-      headers: Of each readable image.
-      levels: int64 [3, 256], how many pixels of all images have each grey level, for
-        R, G and B.
-      exact: Images of equal pixels; those with different labels or in different
-        splits come first.
-      near: Images that look alike, and are not all equal; in the same order.
-      distance: Bits in which the hashes of two near duplicates may differ.
+      findings: The readable source, its splits, and the dangers to the result.
+      preprocessing: The `max_pixels` and `white_level` with which the images were read.
+      headers: The header of each readable image.
+      levels: int64 [3, 256], the number of pixels with each grey level, for R, G and B.
+      exact: Sets of equal images. Sets with different labels or splits are first.
+      near: Sets of near duplicates that are not all equal, in the same order.
+      distance: The number of bits in which the hashes of near duplicates may differ.
     """
 
     findings: Findings
@@ -99,12 +97,12 @@ class Survey:
 
     @property
     def counts(self) -> Int[np.ndarray, "classes 3"]:
-        """Images of each class in train, validation and test."""
+        """The number of images of each class in train, validation and test."""
         return np.stack([self.findings.counts[split] for split in SPLITS], axis=1)
 
     @property
     def warnings(self) -> list[str]:
-        """What endangers the result, a sentence each that names the fix."""
+        """The dangers to the result, one sentence each with its remedy."""
         findings = self.findings
         found = findings.warnings() if len(self.source) else findings.reading_warnings()
         unreadable = findings.unreadable
@@ -123,36 +121,36 @@ class Survey:
 
     @property
     def mean(self) -> list[float] | None:
-        """Grey level, 0 to 255, of R, G and B over all pixels; None if there are none."""
+        """The mean grey level of R, G and B, 0 to 255, over all pixels; None without images."""
         return _mean(self.levels).tolist() if self.levels.any() else None
 
     @property
     def std(self) -> list[float] | None:
-        """Standard deviation of R, G and B over all pixels; None if there are none."""
+        """The standard deviation of R, G and B over all pixels; None without images."""
         if not self.levels.any():
             return None
-        # About the mean, and not as a difference of squares, which would cancel.
+        # The difference of the mean square and the squared mean would lose digits.
         deviation = np.arange(_LEVELS) - _mean(self.levels)[:, np.newaxis]
         return np.sqrt((self.levels * deviation**2).sum(axis=1) / self.levels.sum(axis=1)).tolist()
 
     @property
     def resolutions(self) -> list[tuple[tuple[int, int], int]]:
-        """Each (width, height) in pixels and how many images have it, the commonest first."""
+        """The number of images by (width, height) in pixels, the most common size first."""
         return _commonest([(header.width, header.height) for header in self.headers])
 
     @property
     def formats(self) -> list[tuple[str, int]]:
-        """Each file format and how many images have it, the commonest first."""
+        """The number of images by file format, the most common format first."""
         return _commonest([header.format for header in self.headers])
 
     @property
     def modes(self) -> list[tuple[str, int]]:
-        """Each colour mode, as Pillow names it, and how many images have it."""
+        """The number of images by Pillow's colour mode, the most common mode first."""
         return _commonest([header.mode for header in self.headers])
 
     @property
     def aspect_ratios(self) -> Float[np.ndarray, " n"]:
-        """Width / height of each readable image."""
+        """The aspect ratio, width / height, of each readable image."""
         return np.array([header.width / header.height for header in self.headers])
 
     @functools.cached_property
@@ -164,12 +162,12 @@ class Survey:
 
     @property
     def too_small(self) -> list[str]:
-        """Classes with too few images to have one in every split."""
+        """The classes with too few images for all splits."""
         sizes = self.counts.sum(axis=1)
         return [self.source.class_names[label] for label in np.flatnonzero(sizes < len(SPLITS))]
 
     def varied(self, cluster: Cluster) -> list[int]:
-        """A cluster's images; those that show its labels and splits best come first."""
+        """The images of a cluster in an order that shows its labels and splits first."""
         split_of = self.split_of
         seen: Counter[tuple[int, str]] = Counter()
         turns = []
@@ -180,7 +178,7 @@ class Survey:
         return [i for _, i in sorted(turns)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """The survey as values that JSON can represent."""
         source, findings = self.source, self.findings
         ratios = self.aspect_ratios
         return {
@@ -253,28 +251,28 @@ def survey(
     track: Track = no_track,
     white_level: float = 0.0,
 ) -> Survey:
-    """Looks at every image of a source once.
+    """Reads every image of a source once and collects statistics and findings.
 
     Args:
-      listing: A source as `open_source` gives it; any share of it may be unreadable.
-      division: How it is to be divided.
-      max_pixels: A larger image counts as unreadable.
-      distance: Bits in which the hashes of two near duplicates may differ, at most
+      listing: A source from `open_source`; any number of its images may be unreadable.
+      division: How to divide the source.
+      max_pixels: Images with more pixels are unreadable.
+      distance: The number of bits in which the hashes of near duplicates may differ, at most
         `MAX_DISTANCE`.
       track: Shows progress.
       white_level: See `Preprocessing`.
 
     Raises:
-      ConfigError: The division's group is no pattern.
-      DataError: It does not describe an id.
+      ConfigError: The division's group is not a pattern.
+      DataError: A path does not match the pattern.
     """
-    division.check(listing)  # Rather now than after the pass.
+    division.check(listing)  # Before the pass, which may take long.
     preprocessing = Preprocessing(max_pixels=max_pixels, white_level=white_level)
     records, hashes, thumbnails, levels = _pass(listing, preprocessing, track)
     values = value_ranges(records, preprocessing)
     source, rows, unreadable = scan.readable(listing, records)
     records = [records[row] for row in rows]
-    splits = division.of(source, [record.pixels for record in records])
+    splits = division.divide(source, [record.pixels for record in records])
     findings = find(source, records, division, splits, unreadable, values)
     alike = _groups(near_components(hashes[rows], thumbnails[rows], distance))
     return Survey(
@@ -300,11 +298,13 @@ def _pass(
     UInt8[np.ndarray, "n 192"],
     Int64[np.ndarray, "3 256"],
 ]:
-    """Of each example the record, the hash and the thumbnail; of all the grey levels.
+    """Reads all images.
 
-    Hash and thumbnail of an unreadable example are 0.
+    Returns:
+      The record, the hash and the thumbnail of each example (hash and thumbnail are 0 if it is
+      unreadable), and the histogram of grey levels of all images.
     """
-    import imagehash  # noqa: F401  Once, before the threads do.
+    import imagehash  # noqa: F401  Imported before the threads, which would import it at once.
 
     def work(row: int) -> tuple[Record, int, np.ndarray, np.ndarray] | Record:
         with scan.one_large_file_at_a_time(listing, row):
@@ -319,7 +319,7 @@ def _pass(
         if pixels is None:
             return record
         image = Image.fromarray(pixels)
-        # Pillow counts outside Python's lock, and many times faster than NumPy.
+        # Pillow releases Python's global lock, and counts much faster than NumPy.
         levels = np.array(image.histogram(), np.int64)
         thumbnail = np.asarray(image.resize(_THUMBNAIL, Image.Resampling.BOX)).ravel()
         return record, perceptual_hash(pixels), thumbnail, levels
@@ -341,10 +341,10 @@ def _pass(
 
 
 def perceptual_hash(pixels: Pixels) -> int:
-    """64 bits that stay nearly the same when an image is resized or encoded anew.
+    """A hash of 64 bits, of which few change when an image is resized or encoded again.
 
-    The signs, about their median, of the lowest 8 x 8 frequencies of a cosine
-    transform of the image in grey at 32 x 32: the "pHash" of `imagehash`.
+    It is the "pHash" of `imagehash`: the image becomes grey and 32 x 32 pixels. A bit says
+    whether one of the lowest 8 x 8 frequencies of its cosine transform is above their median.
     """
     import imagehash
 
@@ -355,16 +355,16 @@ def perceptual_hash(pixels: Pixels) -> int:
 def near_components(
     hashes: UInt64[np.ndarray, " n"], thumbnails: UInt8[np.ndarray, "n 192"], distance: int
 ) -> Int[np.ndarray, " n"]:
-    """Numbers the parts into which chains of near images join all images.
+    """Finds the sets of images that are joined by chains of near duplicates.
 
     Args:
-      hashes: 64 bits each.
-      thumbnails: Grey levels of each image reduced to 8 x 8, R G B.
-      distance: Two images are near if their hashes differ in at most so many bits,
-        and their thumbnails on average by little, measured by their contrast.
+      hashes: Hashes of 64 bits.
+      thumbnails: The grey levels of each image reduced to 8 x 8, R G B.
+      distance: The number of bits in which the hashes of near duplicates may differ. Their
+        thumbnails must also have a small mean difference, relative to their contrast.
 
     Returns:
-      The number of each image's part.
+      The number of the set of each image.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -390,7 +390,7 @@ def near_components(
         is_near = apart <= np.minimum(tolerance[first], tolerance[second])
         waiting.append((first[is_near], second[is_near]))
         number += int(is_near.sum())
-        if number > _BLOCK:  # Of very many pairs, only what they join is kept.
+        if number > _BLOCK:  # Join now, because all pairs may not fit into memory.
             join(waiting)
             waiting, number = [], 0
     if waiting:
@@ -401,15 +401,15 @@ def near_components(
 def near_pairs(
     hashes: UInt64[np.ndarray, " n"], distance: int
 ) -> Iterator[tuple[Int[np.ndarray, " _m"], Int[np.ndarray, " _m"]]]:
-    """All pairs of positions whose hashes differ in at most `distance` bits.
+    """Yields all pairs of positions whose hashes differ in at most `distance` bits.
 
-    The bits are cut into distance + 1 bands. Two near hashes agree in at least
-    one band, so only hashes that share a band's value are compared. A pair that
-    shares several bands comes several times.
+    The bits are divided into distance + 1 bands. Two such hashes are equal in at least one
+    band, so only hashes with an equal band are compared. A pair with several equal bands is
+    yielded several times.
 
     Args:
-      hashes: 64 bits each.
-      distance: At least 0, at most 63.
+      hashes: Hashes of 64 bits.
+      distance: From 0 to 63.
 
     Yields:
       The first and the second position of some pairs.
@@ -433,7 +433,7 @@ def near_pairs(
 
 
 def _groups(parts: Int[np.ndarray, " n"]) -> list[list[int]]:
-    """The positions of each part that has several."""
+    """The positions in each set that has several images."""
     order = np.argsort(parts, kind="stable")
     cuts = np.flatnonzero(np.diff(parts[order])) + 1
     return [group.tolist() for group in np.split(order, cuts) if len(group) > 1]
@@ -444,7 +444,7 @@ def _clusters(
     source: Source,
     splits: Mapping[str, Int[np.ndarray, " _"]],
 ) -> list[Cluster]:
-    """Those with different labels first, then those in different splits, then the largest."""
+    """Makes clusters, sorted by different labels, different splits, and size."""
     split_of = split_numbers(splits, len(source))
     clusters = [
         Cluster(
@@ -470,7 +470,7 @@ def _mean(levels: Int64[np.ndarray, "3 256"]) -> Float[np.ndarray, "3"]:
 
 
 def _commonest(values: Sequence[Any]) -> list[tuple[Any, int]]:
-    """Each value and how often it comes, the commonest first, then by value."""
+    """The values and their counts, sorted by falling count, then by value."""
     return sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
 
 

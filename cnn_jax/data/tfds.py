@@ -1,4 +1,4 @@
-"""TensorFlow Datasets, by random access and without TensorFlow."""
+"""Sources from TensorFlow Datasets, with random access and without TensorFlow."""
 
 import dataclasses
 import os
@@ -11,13 +11,13 @@ from cnn_jax.data import Track, no_track
 from cnn_jax.data.source import SPLIT_NAMES, Source, named_splits
 from cnn_jax.system.errors import DataError
 
-# name[/config][:version][:split]; a split may be a part of one, such as train[:50%].
+# name[/config][:version][:split]; a split may be a slice such as train[:50%].
 _NAME = re.compile(r"(?P<dataset>[^:]+(:[\d*]+\.[\d*]+\.[\d*]+)?)(:(?P<split>.+))?", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Reads examples of some splits; it can be sent to another process."""
+    """Reads examples of splits; a picklable callable."""
 
     parts: list[Any]
 
@@ -27,20 +27,19 @@ class _Reader:
 
 
 def open_tfds(name: str, track: Track = no_track) -> Source:
-    """The labelled examples of a TensorFlow Datasets data set.
+    """Opens the labelled examples of a data set of TensorFlow Datasets.
 
     Args:
-      name: `NAME[/CONFIG][:VERSION][:SPLIT]`. Without a split, those called train,
-        validation and test keep their examples if there are several of them, and
-        all others are left out; else all splits are taken together. With one,
-        only its examples are taken.
+      name: `NAME[/CONFIG][:VERSION][:SPLIT]`. With a split, only its examples are used.
+        Without a split: if the data set has train and at least one of validation and test,
+        these are the splits and all others are left out; else all examples are joined.
       track: Shows progress.
 
     Raises:
       DataError: The data set does not exist, has no "image" and "label", or
         cannot be downloaded.
     """
-    import tensorflow_datasets as tfds  # Slow to import, and not always there.
+    import tensorflow_datasets as tfds  # Slow to import, and not always installed.
 
     match = _NAME.fullmatch(name)
     if match is None:
@@ -73,7 +72,7 @@ def open_tfds(name: str, track: Track = no_track) -> Source:
                 f"tfds:{name} has no split {split!r}; it has {', '.join(builder.info.splits)}"
             ) from error
         for position, (example_id, example) in enumerate(zip(ids_of_part, listing, strict=True)):
-            if example["label"] < 0:  # How TFDS marks withheld labels.
+            if example["label"] < 0:  # TFDS marks withheld labels with -1.
                 ignored["without a label"] += 1
                 continue
             ids.append(example_id)
@@ -98,9 +97,9 @@ def open_tfds(name: str, track: Track = no_track) -> Source:
 
 
 def _ids(builder: Any, split: str) -> list[str]:
-    """`SPLIT/POSITION` in the whole split, whatever part of it is taken.
+    """The ids `SPLIT/POSITION`, with the position in the whole split.
 
-    So an example has one identity in train[:50%] and in train.
+    So an example has the same id in train[:50%] and in train.
     """
     import tensorflow_datasets as tfds
 
@@ -113,7 +112,7 @@ def _ids(builder: Any, split: str) -> list[str]:
 
 
 def _class_names(features: Any) -> list[str] | None:
-    """The class names, or None if these are not the features of classification."""
+    """The class names; None if the features are not those of a classification data set."""
     import tensorflow_datasets as tfds
 
     if not isinstance(features, tfds.features.FeaturesDict):
@@ -142,7 +141,7 @@ def _prepared_builder(dataset: str) -> Any:
         raise DataError(f"{name}: {_first_line(error)}") from error
     try:
         builder.download_and_prepare()
-    except Exception as error:  # Its downloaders raise whatever their libraries raise.
+    except Exception as error:  # Downloaders raise errors of many libraries.
         raise DataError(
             f"{name} is not prepared under {_folder()} and could not be downloaded and "
             f"prepared ({type(error).__name__}: {_first_line(error)}). Run `tfds build "

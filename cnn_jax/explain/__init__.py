@@ -1,1 +1,1 @@
-"""Why a network decides as it does: maps of images, features, and what holds them to account."""
+"""Explanations of predictions: maps, checks of the maps, feature maps and filters."""

@@ -1,11 +1,11 @@
-"""Why a network decides as it does.
+"""Explains predictions by maps of the evidence in each image.
 
     cnn_jax explain --bundle=RUN --input FILE_FOLDER_OR_PATTERN ... --output=DIR
         [--method=grad_cam,...|all] [--class=NAME]
 
-writes a map over each image at its own resolution, the feature maps of the first ones, the
-network's filters, explanations.json, and index.html that shows it all and says which checks
-each method passes on these images.
+writes a map over each image in the image's resolution, the feature maps of the first images, the
+network's filters, and explanations.json. index.html shows all of them, and says which checks each
+method passes on these images.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from cnn_jax.explain.maps import METHODS
 from cnn_jax.explain.pictures import choose_class, choose_methods, explain
 from cnn_jax.inference.images import list_inputs, searched_folder
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console
@@ -26,23 +26,28 @@ from cnn_jax.system.errors import ConfigError, DataError
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="cnn_jax explain", description="Show why a network decides as it does."
+        prog="cnn_jax explain",
+        description="Explain predictions by maps of the evidence in each image.",
     )
     cli.add_input_flags(parser)
-    parser.add_argument("--output", required=True, type=cli.path, help="the folder to write to")
+    parser.add_argument(
+        "--output", required=True, type=cli.path, help="folder for the maps and the page"
+    )
     parser.add_argument(
         "--method",
         default="grad_cam",
-        help=f"one or more of {', '.join(METHODS)} with commas between, or all",
+        help=f"one or more of {', '.join(METHODS)}, separated by commas; or all (grad_cam)",
     )
     parser.add_argument(
-        "--class", dest="class_name", help="the class to explain; the predicted one if not given"
+        "--class",
+        dest="class_name",
+        help="class to explain; by default each image's predicted class",
     )
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()
     keep_compiled()
-    predictor = Predictor.load(flags.bundle)
+    predictor = BundlePredictor.load(flags.bundle)
     methods = choose_methods(predictor, flags.method.split(","))
     if flags.class_name is not None:
         choose_class(predictor, flags.class_name)
@@ -60,16 +65,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check_output(output: str, inputs: Sequence[str], paths: Sequence[pathlib.Path]) -> None:
-    """Checks that the maps do not mix with the images.
+    """Checks that a later call with the same inputs does not read the maps as images.
 
     Args:
-      output: The folder for the maps; it need not be there.
+      output: The folder for the maps; it need not exist.
       inputs: The files, folders and patterns.
-      paths: The images that these name.
+      paths: The images that the inputs name.
 
     Raises:
-      ConfigError: A later call with these inputs could take the maps for images, since the
-        folder lies in what the inputs name and has some of the images in it.
+      ConfigError: The inputs search the folder, and it holds some of the images.
     """
     folder = os.path.realpath(output)
     is_searched = False
@@ -79,13 +83,13 @@ def _check_output(output: str, inputs: Sequence[str], paths: Sequence[pathlib.Pa
         is_searched |= folder == searched if is_file else _is_in(folder, searched)
     if is_searched and any(_is_in(os.path.realpath(path.parent), folder) for path in paths):
         raise ConfigError(
-            f"--output: {output} holds images of the input, and the maps would be taken for more "
-            "of them; name another folder"
+            f"--output: {output} holds images of the input, and the next call would read the maps "
+            "as images; name another folder"
         )
 
 
 def _is_in(path: str, folder: str) -> bool:
-    """Whether a path is a folder's own or leads into it."""
+    """Whether a path is the folder itself or lies in it."""
     return os.path.commonpath([path, folder]) == folder
 
 

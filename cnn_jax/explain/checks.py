@@ -1,20 +1,21 @@
-"""What holds a method of `maps` to account: checks that it could fail.
+"""Checks of the methods in `maps`: tests that a bad method fails.
 
-- Randomisation (Adebayo et al. 2018): the weights are shuffled, layer by layer from the logits
-  down; a map that says anything of what was learned must change with the first of them, and not
-  come back.
-- Deletion and insertion (Petsiuk et al. 2018): the class's probability as the pixels of an image
-  go, or come back, in the order of its map: the area must be smaller, or larger, than in the
-  order of a random map and in that of the distance from the image's centre.
-- The pointing game (Zhang et al. 2018), where it is known where the object is: the map's largest
-  value must lie on it more often than the image's centre and than a random pixel.
+- Randomization (Adebayo et al. 2018): the weights are shuffled layer by layer, starting with the
+  last one. A map that explains what the network has learned must change with the first shuffled
+  layer, and must stay different.
+- Deletion and insertion (Petsiuk et al. 2018): the pixels of an image are removed, or inserted,
+  in the order of its map. The area under the curve of the class's probability must be smaller
+  (deletion), or larger (insertion), than in the order of a random map and in the order of the
+  distance from the image's centre.
+- The pointing game (Zhang et al. 2018), for images with a mask of the object: the largest value
+  of the map must lie on the object more often than the image's centre and than a random pixel.
 
-A method passes a check if it is better on average over images, and 95 % confidence intervals of
-the differences (normal approximation, image by image) leave no doubt of it.
+A method passes a check if it is better on average over the images, and the 95 % confidence
+interval of the mean difference (normal approximation) excludes 0.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,23 +25,26 @@ from jaxtyping import Bool, Float, PyTree
 
 from cnn_jax.data import Track, no_track
 from cnn_jax.explain.maps import Classes, Images, Maps, maps_by_method, methods_for
-from cnn_jax.inference.predictor import Predictor, predict_pixels
+from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_pixels
 from cnn_jax.models.network import layer_names
 
-# Fewer images leave every verdict open; more go into the pointing game alone, which is quick.
+# With fewer images there is no verdict. More than MAX_IMAGES images are used only by the pointing
+# game, which is fast.
 MIN_IMAGES, MAX_IMAGES = 8, 64
-# A map whose ranks still agree this well (Spearman) with those before the shuffle has not changed.
-_SAME = 0.5
-# Of deletion and insertion; the shares of pixels are 0, 1/_STEPS, ..., 1.
+# Two maps count as equal from this rank correlation (Spearman) on.
+_EQUAL = 0.5
+# Deletion and insertion change the fractions 0, 1/_STEPS, ..., 1 of the pixels.
 _STEPS = 10
-# A random map is as smooth as a small feature map.
+# Cells per side of a random map, which makes it as smooth as a small feature map.
 _RANDOM_CELLS = 8
-# The blurred image that insertion begins with: standard deviation as a share of the shorter side.
+# The standard deviation of the blur at the start of insertion, as a fraction of the shorter side.
 _BLUR = 0.1
+# The significance level at which a network is better than guessing; the report has the same.
+_SIGNIFICANCE = 0.025
 
 
 def judge(
-    predictor: Predictor,
+    predictor: BundlePredictor,
     images: Images,
     classes: Classes,
     masks: Bool[np.ndarray, "batch height width"] | None = None,
@@ -48,22 +52,22 @@ def judge(
     seed: int = 0,
     track: Track = no_track,
 ) -> dict[str, Any]:
-    """The verdict on each method.
+    """Checks methods on images.
 
     Args:
       predictor: A loaded bundle.
-      images: uint8 [batch, height, width, 3], of its size, in no particular order: all play the
-        pointing game, and the first 64 are for the other checks.
-      classes: What is explained of each, such as the predicted class.
-      masks: Where the object is; without them there is no pointing game.
-      methods: Names; by default all that the network allows.
-      seed: Of shuffles and random maps.
+      images: uint8 [batch, height, width, 3] of the predictor's size, in random order: the first
+        64 are used by all checks, the others only by the pointing game.
+      classes: The class to explain for each image, for example the predicted class.
+      masks: True on the object; without masks there is no pointing game.
+      methods: Names of methods; by default all that work for the network.
+      seed: Seed of the shuffles and of the random maps.
       track: Shows progress.
 
     Returns:
       {method: {"randomization": {...}, "deletion": {...}, "insertion": {...},
-      "pointing_game": {...}}}, each check with its figures, the number of "images" and "passes":
-      True, False, or None if there are fewer than `MIN_IMAGES` images; finite JSON types.
+      "pointing_game": {...}}}. Each check has its measured values, the number of "images", and
+      "passes": True, False, or None with fewer than `MIN_IMAGES` images. JSON types, all finite.
     """
     allowed = methods_for(predictor)
     chosen = {name: allowed[name] for name in methods or allowed}
@@ -74,34 +78,34 @@ def judge(
         "centre": centre_maps(len(images), images.shape[1:3]),
     }
     curves = Curves(predictor, images, classes)
-    areas_of_rivals = {name: curves.areas(maps) for name, maps in rivals.items()}
-    maps_of = maps_by_method(predictor, images, classes, chosen)
+    rival_areas = {name: curves.areas(maps) for name, maps in rivals.items()}
+    own_maps = maps_by_method(predictor, images, classes, chosen)
     correlations: dict[str, dict[str, np.ndarray]] = {name: {} for name in chosen}
     for layer, shuffled in _shuffled_predictors(predictor, seed).items():
         for name, maps in maps_by_method(shuffled, images, classes, chosen).items():
-            # An inverted map has not changed either, so what counts is the correlation's size.
-            correlations[name][layer] = np.abs(rank_correlation(maps_of[name], maps))
-    more = {}
+            # An inverted map counts as equal, so the sign of the correlation is dropped.
+            correlations[name][layer] = np.abs(rank_correlation(own_maps[name], maps))
+    other_maps = {}
     if masks is not None:
-        rest = all_images[MAX_IMAGES:], all_classes[MAX_IMAGES:]
-        more = maps_by_method(predictor, *rest, chosen)
+        others = all_images[MAX_IMAGES:], all_classes[MAX_IMAGES:]
+        other_maps = maps_by_method(predictor, *others, chosen)
     verdicts = {}
     for name in track(chosen, "checking", len(chosen)):
-        maps = maps_of[name]
+        maps = own_maps[name]
         deletion, insertion = curves.areas(maps)
         verdict = {
             "randomization": _randomization(correlations[name], len(images)),
-            "deletion": _against(
-                deletion, {rival: areas[0] for rival, areas in areas_of_rivals.items()}, -1
+            "deletion": _compare(
+                deletion, {rival: areas[0] for rival, areas in rival_areas.items()}, -1
             ),
-            "insertion": _against(
-                insertion, {rival: areas[1] for rival, areas in areas_of_rivals.items()}, 1
+            "insertion": _compare(
+                insertion, {rival: areas[1] for rival, areas in rival_areas.items()}, 1
             ),
         }
         if masks is not None:
             centre = centre_maps(len(masks), masks.shape[1:])
-            verdict["pointing_game"] = _against(
-                hits(np.concatenate([maps, more[name]]), masks),
+            verdict["pointing_game"] = _compare(
+                hits(np.concatenate([maps, other_maps[name]]), masks),
                 {"random": masks.mean(axis=(1, 2)), "centre": hits(centre, masks)},
                 1,
             )
@@ -110,50 +114,104 @@ def judge(
 
 
 def describe(verdict: dict[str, Any]) -> str:
-    """A verdict in words: which checks are passed and which are not; "no verdict" without one."""
-    found: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+    """The passed and the failed checks of a method in words, or "no verdict"."""
+    checks: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for check, result in verdict.items():
-        found[result["passes"]].append(check.replace("_", " "))
-    if found[None]:
+        checks[result["passes"]].append(check.replace("_", " "))
+    if checks[None]:
         return "no verdict"
     words = []
-    if found[True]:
-        words.append("passes " + ", ".join(found[True]))
-    if found[False]:
-        words.append("fails " + ", ".join(found[False]))
+    if checks[True]:
+        words.append("passes " + ", ".join(checks[True]))
+    if checks[False]:
+        words.append("fails " + ", ".join(checks[False]))
     return "; ".join(words)
 
 
+def withhold(verdicts: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
+    """Sets "passes" to None in the value of `judge`, if there is a reason for no verdict."""
+    for verdict in verdicts.values():
+        for check in verdict.values():
+            check["passes"] = None
+
+
 def why_no_verdict(count: int) -> str:
-    """The reason why so few images give no verdict on any method; empty if they are enough."""
+    """The reason why `count` images give no verdict on any method; empty if they are enough."""
     if count >= MIN_IMAGES:
         return ""
     return f"No verdict on the methods: that takes at least {MIN_IMAGES} images."
 
 
-def _mean_and_reach(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    """The mean, and half of its 95 % confidence interval (normal approximation)."""
+def why_nothing_to_explain(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """The reason why the metrics of a network rule out a verdict on the methods.
+
+    The maps of a network that has learned nothing may still depend on its weights and pass the
+    checks, although there is nothing to explain.
+
+    Args:
+      metrics: The metrics of a bundle, by split.
+
+    Returns:
+      Empty if the network is better than guessing on test images, or on validation images if
+      the bundle has no test metrics.
+    """
+    split = next((metrics[name] for name in ("test", "validation") if name in metrics), {})
+    p_value = split.get("agreement_p_value")
+    if p_value is None:
+        return (
+            "No verdict on the methods: the bundle does not say whether the network is better "
+            "than guessing."
+        )
+    if p_value >= _SIGNIFICANCE:
+        return (
+            "No verdict on the methods: the network is not shown to be better than guessing, so "
+            "there is nothing that its maps could explain."
+        )
+    return ""
+
+
+def _mean_and_margin(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """The mean and half the width of its 95 % confidence interval (normal approximation)."""
     n = len(values)
-    reach = 1.96 * float(values.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
-    return (float(values.mean()) if n else 0.0), float(reach)
+    margin = 1.96 * float(values.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
+    return (float(values.mean()) if n else 0.0), float(margin)
 
 
-def _against(
+def _compare(
     scores: Float[np.ndarray, " n"], rivals: dict[str, Float[np.ndarray, " n"]], better: int
 ) -> dict[str, Any]:
-    """Compares scores with those of rivals on the same images; `better` is 1 or -1."""
-    found: dict[str, Any] = {"images": len(scores), "mean": _mean_and_reach(scores)[0]}
+    """Compares the scores of a method with the scores of rivals on the same images.
+
+    Args:
+      scores: One score for each image.
+      rivals: The scores of each rival.
+      better: 1 if a larger score is better, -1 if a smaller one is.
+
+    Returns:
+      "images"; "mean"; for each rival its mean and "difference_from_NAME", the 95 % confidence
+      interval of the mean difference; and "passes".
+    """
+    result: dict[str, Any] = {"images": len(scores), "mean": _mean_and_margin(scores)[0]}
     passes = True
-    for rival, others in rivals.items():
-        difference, reach = _mean_and_reach(scores - others)
-        found[rival] = _mean_and_reach(others)[0]
-        found[f"difference_from_{rival}"] = [difference - reach, difference + reach]
-        passes &= bool(better * difference - reach > 0)
-    return found | {"passes": passes if len(scores) >= MIN_IMAGES else None}
+    for rival, rival_scores in rivals.items():
+        difference, margin = _mean_and_margin(scores - rival_scores)
+        result[rival] = _mean_and_margin(rival_scores)[0]
+        result[f"difference_from_{rival}"] = [difference - margin, difference + margin]
+        passes &= bool(better * difference - margin > 0)
+    return result | {"passes": passes if len(scores) >= MIN_IMAGES else None}
 
 
 def shuffle_layers(variables: PyTree, layers: Sequence[str], seed: int = 0) -> PyTree:
-    """Variables with the numbers of each parameter of these layers in a random order."""
+    """Shuffles the values within each parameter of some layers.
+
+    Args:
+      variables: The variables of a network.
+      layers: Names of layers in `variables["params"]`.
+      seed: Seed of the shuffles.
+
+    Returns:
+      New variables; the other layers and the statistics are unchanged.
+    """
 
     def shuffle(path: tuple, leaf: Any) -> Any:
         names = [entry.key for entry in path]
@@ -166,20 +224,25 @@ def shuffle_layers(variables: PyTree, layers: Sequence[str], seed: int = 0) -> P
     return jax.tree.map_with_path(shuffle, variables)
 
 
-def _shuffled_predictors(predictor: Predictor, seed: int) -> dict[str, Predictor]:
-    """Predictors with ever more shuffled layers, by the name of the last one, logits first."""
+def _shuffled_predictors(predictor: BundlePredictor, seed: int) -> dict[str, BundlePredictor]:
+    """Copies of a predictor with one, two, ... shuffled layers, starting with the last layer.
+
+    Returns:
+      The copies by the name of the layer that was shuffled last.
+    """
     names = layer_names(predictor.model, predictor.preprocessing.image_size)[::-1]
-    found = {}
+    copies = {}
     for i, name in enumerate(names, start=1):
-        found[name] = copy.copy(predictor)
-        found[name].variables = jax.device_put(shuffle_layers(predictor.variables, names[:i], seed))
-    return found
+        shuffled = shuffle_layers(predictor.variables, names[:i], seed)
+        copies[name] = copy.copy(predictor)
+        copies[name].variables = jax.device_put(shuffled)
+    return copies
 
 
 def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
-    """Spearman's correlation of each pair of maps.
+    """Spearman's rank correlation of each pair of maps.
 
-    0 where one of them is constant, and 1 where both are: nothing has changed then.
+    It is 0 if one of the two maps is constant, and 1 if both are, since nothing has changed.
     """
     ranks = [mean_ranks(maps.reshape(len(maps), -1)) for maps in (a, b)]
     x, y = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
@@ -189,9 +252,9 @@ def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
 
 
 def mean_ranks(values: Float[np.ndarray, "batch n"]) -> Float[np.ndarray, "batch n"]:
-    """Ranks within each row, from 0; equal values share the mean of their ranks.
+    """The ranks within each row, from 0; equal values get the mean of their ranks.
 
-    As `scipy.stats.rankdata`, whose module takes a second to import.
+    `scipy.stats.rankdata` does the same, but its module takes a second to import.
     """
     batch, n = values.shape
     order = np.argsort(values, axis=1, kind="stable")
@@ -210,24 +273,35 @@ def mean_ranks(values: Float[np.ndarray, "batch n"]) -> Float[np.ndarray, "batch
 def _randomization(
     correlations: dict[str, Float[np.ndarray, " batch"]], count: int
 ) -> dict[str, Any]:
-    """How maps agree with those of the shuffled networks, of which none may be the same."""
-    sizes, highest = {}, 0.0
+    """Checks that the maps of no shuffled network are equal to the maps of the network.
+
+    Args:
+      correlations: For each layer, the absolute rank correlation of each image's two maps.
+      count: The number of images.
+    """
+    means, highest = {}, 0.0
     for layer, values in correlations.items():
-        sizes[layer], reach = _mean_and_reach(values)
-        highest = max(highest, sizes[layer] + reach)
+        means[layer], margin = _mean_and_margin(values)
+        highest = max(highest, means[layer] + margin)
     return {
         "images": count,
-        "rank_correlation": sizes,
-        "passes": highest < _SAME if count >= MIN_IMAGES else None,
+        "rank_correlation": means,
+        "passes": highest < _EQUAL if count >= MIN_IMAGES else None,
     }
 
 
 class Curves:
-    """Class probabilities of images as their pixels go and as they come back.
+    """Curves of class probabilities for deletion and insertion.
 
-    Pixels go, the largest of a map first, to mean grey; they come back in the same order to a
-    blurred image. (The paper's is blurred by 5 of 224 pixels, which leaves much to be seen.)
-    What does not depend on the map, the ends of both curves, is computed once.
+    Deletion replaces pixels by mean grey, in decreasing order of the map's values. Insertion
+    starts with a blurred image and restores its pixels in the same order. (The paper blurs by 5
+    of 224 pixels, which leaves most objects recognisable; `_BLUR` is stronger.) The ends of both
+    curves do not depend on the map and are computed once.
+
+    Args:
+      predictor: A loaded bundle or any other predictor.
+      images: Images of the predictor's size.
+      classes: The class of each image whose probability is measured.
     """
 
     def __init__(self, predictor: Predictor, images: Images, classes: Classes):
@@ -239,27 +313,27 @@ class Curves:
             images.astype(np.float32), (0, sigma, sigma, 0), mode="nearest"
         )
         self._blurred = blurred.round().astype(np.uint8)
-        self._of_whole, self._of_grey, self._of_blurred = (
+        self._image_scores, self._grey_scores, self._blurred_scores = (
             class_probabilities(predictor, ends, classes)
             for ends in (images, self._grey, self._blurred)
         )
 
     def areas(self, maps: Maps) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
-        """The areas under the curves of deletion and of insertion, 0 to 1."""
+        """The areas under the curves of deletion and of insertion for each image, 0 to 1."""
         batch, height, width = maps.shape
-        # Ties, such as pixels without any evidence, go by their place.
+        # Pixels with equal values, such as 0, are taken row by row.
         order = np.argsort(-maps.reshape(batch, -1), axis=1, kind="stable")
-        place = np.empty_like(order)
-        np.put_along_axis(place, order, np.arange(height * width)[None], axis=1)
-        place = place.reshape(batch, height, width, 1)
+        rank = np.empty_like(order)
+        np.put_along_axis(rank, order, np.arange(height * width)[None], axis=1)
+        rank = rank.reshape(batch, height, width, 1)
         areas = []
-        for first, then, start, end in (
-            (self._images, self._grey, self._of_whole, self._of_grey),
-            (self._blurred, self._images, self._of_blurred, self._of_whole),
+        for before, after, start, end in (
+            (self._images, self._grey, self._image_scores, self._grey_scores),
+            (self._blurred, self._images, self._blurred_scores, self._image_scores),
         ):
             curve = [start]
             for step in range(1, _STEPS):
-                changed = np.where(place < step * height * width / _STEPS, then, first)
+                changed = np.where(rank < step * height * width / _STEPS, after, before)
                 curve.append(class_probabilities(self._predictor, changed, self._classes))
             curve.append(end)
             areas.append(np.trapezoid(np.stack(curve), dx=1 / _STEPS, axis=0))
@@ -269,17 +343,21 @@ class Curves:
 def class_probabilities(
     predictor: Predictor, images: Images, classes: Classes
 ) -> Float[np.ndarray, " batch"]:
-    """The probability of one class for each image."""
-    if not len(images):
-        return np.empty(0)
-    of_all = predict_pixels(predictor, images)
-    return of_all[np.arange(len(images)), classes].astype(np.float64)
+    """The probability of each image's class in `classes`, float64."""
+    probabilities = predict_pixels(predictor, images)
+    return probabilities[np.arange(len(images)), classes].astype(np.float64)
 
 
 def hits(maps: Maps, masks: Bool[np.ndarray, "batch height width"]) -> Float[np.ndarray, " batch"]:
-    """1 where a map's largest value lies on the object, else 0; a constant map points nowhere.
+    """Whether the largest value of each map lies on the object.
 
-    If the largest value is at several pixels, the share of them that lie on it.
+    Args:
+      maps: One map for each image.
+      masks: True on the object.
+
+    Returns:
+      1, or 0; if several pixels have the largest value, the fraction of them that lie on the
+      object. A constant map has 0.
     """
     maps = maps.reshape(len(maps), -1)
     is_largest = maps == maps.max(axis=1, keepdims=True)
@@ -289,7 +367,7 @@ def hits(maps: Maps, masks: Bool[np.ndarray, "batch height width"]) -> Float[np.
 
 
 def random_maps(n: int, size: tuple[int, int], seed: int = 0) -> Maps:
-    """Maps of smooth noise, float32 [n, height, width]."""
+    """Maps of smooth random noise, float32 [n, height, width]."""
     rng = np.random.default_rng(seed)
     coarse = rng.random((n, _RANDOM_CELLS, _RANDOM_CELLS), np.float32)
     resize = jax.jit(jax.image.resize, static_argnums=(1, 2))
@@ -297,7 +375,7 @@ def random_maps(n: int, size: tuple[int, int], seed: int = 0) -> Maps:
 
 
 def centre_maps(n: int, size: tuple[int, int]) -> Maps:
-    """Maps that fall from the image's centre to its corners, float32 [n, height, width]."""
+    """Maps that decrease from the image's centre to its corners, float32 [n, height, width]."""
     rows, columns = (np.abs(np.arange(side) - (side - 1) / 2) / side for side in size)
     distance = np.hypot(rows[:, None], columns[None])
     centre = (distance.max() - distance).astype(np.float32)

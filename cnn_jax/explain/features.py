@@ -1,13 +1,13 @@
-"""What the parts of a network respond to, and what they are worth to it.
+"""Feature maps, filters, and the importance of features and of image regions.
 
-Permutation importance (Breiman 2001; Fisher, Rudin and Dominici 2019): how much worse the
-predictions become when one input of a model is exchanged among the examples, so that it says
-nothing any more of the one it stands with, while all others stay.
+Importance is permutation importance (Breiman 2001; Fisher, Rudin and Dominici 2019): the increase
+of the loss when the values of one input are permuted among the examples while all other inputs
+stay the same.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -18,32 +18,29 @@ from jaxtyping import Array, Float, Int, PyTree
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain.maps import Images
 from cnn_jax.inference import calibration
-from cnn_jax.inference.predictor import BATCH_SIZE, Predictor, predict_pixels
-from cnn_jax.models.network import stages
+from cnn_jax.inference.batching import map_batches, split_batches
+from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_pixels
+from cnn_jax.models.network import network_parts, stages
 from cnn_jax.system import runtime
 
-# Exchanges of each feature, and of each region, whose mean counts. The standard error over 64
-# images of a region's mean is 6 % larger after two exchanges than after five, which take 2.5 times
-# as long (measured on photographs of two classes).
+# Permutations of each feature and of each region. Over 64 images, the standard error of a region's
+# mean is 6 % larger with two permutations than with five, which take 2.5 times as long (measured
+# on photographs of two classes).
 REPETITIONS, REGION_EXCHANGES = 5, 2
-# Regions on a side of an image.
+# An image has REGIONS x REGIONS regions.
 REGIONS = 4
 
 
 def feature_maps(
-    predictor: Predictor, images: Images
+    predictor: BundlePredictor, images: Images
 ) -> dict[str, Float[np.ndarray, "batch height width channel"]]:
-    """The feature maps of every convolution, by its name, float32."""
-    return _run(_feature_maps, predictor, images)
+    """The feature maps of each convolution by its name, float32."""
+    return next(_map_stages(_feature_maps, predictor, [images]))
 
 
-def embeddings(predictor: Predictor, images: Images) -> Float[np.ndarray, "batch features"]:
-    """What the head sees of each image: the hidden layer's features, float32."""
-    parts = [
-        _run(_embedding, predictor, images[start : start + BATCH_SIZE])
-        for start in range(0, len(images), BATCH_SIZE)
-    ]
-    return np.concatenate(parts)
+def embeddings(predictor: BundlePredictor, images: Images) -> Float[np.ndarray, "batch features"]:
+    """The input of the head for each image, one image or more; float32."""
+    return np.concatenate(list(_map_stages(_embedding, predictor, split_batches(images))))
 
 
 def _feature_maps(stages: dict[str, Array]) -> dict[str, Array]:
@@ -54,13 +51,15 @@ def _embedding(stages: dict[str, Array]) -> Array:
     return stages["embedding"]
 
 
-def _run(choose: Callable[[dict[str, Array]], PyTree], predictor: Predictor, images: Images) -> Any:
-    """What is chosen of the stages of the network, float32."""
+def _map_stages(
+    choose: Callable[[dict[str, Array]], PyTree],
+    predictor: BundlePredictor,
+    batches: Iterable[Images],
+) -> Iterator[Any]:
+    """Yields the chosen stages of the network for each batch of images, float32."""
     run = _compiled(choose, predictor.model, predictor.preprocessing)
-    missing = (1 << (len(images) - 1).bit_length()) - len(images)
-    padded = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge")
-    found = jax.device_get(run(predictor.variables, padded))
-    return jax.tree.map(lambda array: np.asarray(array, np.float32)[: len(images)], found)
+    for rows in map_batches(functools.partial(run, predictor.variables), batches):
+        yield jax.tree.map(lambda array: np.asarray(array, np.float32), rows)
 
 
 @functools.cache
@@ -73,45 +72,53 @@ def _compiled(
     return jax.jit(run, compiler_options=runtime.compiler_options())
 
 
-def first_filters(predictor: Predictor) -> Float[np.ndarray, "features height width 3"]:
-    """The kernels that look at the image itself, float32.
+def first_filters(predictor: BundlePredictor) -> Float[np.ndarray, "features height width 3"]:
+    """The filters of the first convolution, float32.
 
     Raises:
-      ValueError: The network begins with something else than a convolution.
+      ValueError: The network does not start with a convolution over R, G and B.
     """
-    for layer in predictor.variables["params"].values():
-        kernel = np.asarray(layer.get("kernel", 0.0))
-        if kernel.ndim == 4 and kernel.shape[2] == 3:
-            return kernel.transpose(3, 0, 1, 2).astype(np.float32)
-    raise ValueError("the network has no convolution over three channels")
+    kernel = network_parts(predictor.model, predictor.variables).first_kernel
+    if kernel is None:
+        raise ValueError("the network does not start with a convolution over R, G and B")
+    return np.asarray(kernel, np.float32).transpose(3, 0, 1, 2)
 
 
 def feature_importance(
-    predictor: Predictor,
+    predictor: BundlePredictor,
     embedding: Float[np.ndarray, "n features"],
     labels: Int[np.ndarray, " n"],
     seed: int = 0,
 ) -> Float[np.ndarray, " features"]:
-    """What the loss (nats) gains when one feature of `embedding` is exchanged among the images.
+    """The permutation importance of each feature.
 
-    The mean of five exchanges. Below 0, the network would do better without it on these images.
+    Args:
+      predictor: A loaded bundle.
+      embedding: The value of `embeddings` for some images.
+      labels: The classes of the images.
+      seed: Seed of the permutations.
+
+    Returns:
+      For each feature the increase of the loss, in nats, when its values are permuted among the
+      images; the mean of five permutations. Below 0, the network does better on these images
+      without the feature.
     """
-    head = predictor.variables["params"]["head"]
-    kernel = np.asarray(head["kernel"], np.float64)
-    logits = embedding @ kernel + np.asarray(head["bias"], np.float64)
+    parts = network_parts(predictor.model, predictor.variables)
+    kernel = np.asarray(parts.head_kernel, np.float64)
+    logits = embedding @ kernel + np.asarray(parts.head_bias, np.float64)
 
     def loss(logits: np.ndarray) -> float:
         shifted = logits / predictor.temperature
         shifted -= shifted.max(axis=1, keepdims=True)
-        of_labels = shifted[np.arange(len(labels)), labels]
-        return float((np.log(np.exp(shifted).sum(axis=1)) - of_labels).mean())
+        label_logits = shifted[np.arange(len(labels)), labels]
+        return float((np.log(np.exp(shifted).sum(axis=1)) - label_logits).mean())
 
     base = loss(logits)
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(labels)) for _ in range(REPETITIONS)]
     importance = np.zeros(embedding.shape[1])
     for feature, column in enumerate(embedding.T):
-        if not column.any():  # A unit that is never active.
+        if not column.any():  # The unit is never active.
             continue
         for order in orders:
             change = (column[order] - column)[:, None] * kernel[feature]
@@ -119,10 +126,19 @@ def feature_importance(
     return importance
 
 
-def most_exciting(
+def strongest_images(
     embedding: Float[np.ndarray, "n features"], feature: int, count: int
-) -> Int[np.ndarray, " count"]:
-    """The images that excite a feature most, the most first; only such as excite it at all."""
+) -> Int[np.ndarray, " _"]:
+    """The images with the largest positive values of a feature, in decreasing order.
+
+    Args:
+      embedding: The value of `embeddings` for some images.
+      feature: The position of the feature.
+      count: The maximum number of images.
+
+    Returns:
+      Positions of images; fewer than `count` if fewer images have a positive value.
+    """
     order = np.argsort(-embedding[:, feature], kind="stable")[:count]
     return order[embedding[order, feature] > 0]
 
@@ -133,11 +149,18 @@ def region_importance(
     labels: Int[np.ndarray, " n"],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What accuracy and loss lose when a region of the images is exchanged among them.
+    """The permutation importance of each region of the images.
+
+    Args:
+      predictor: A loaded bundle or any other predictor.
+      images: Images of the predictor's size, one or more.
+      labels: The classes of the images.
+      seed: Seed of the permutations.
 
     Returns:
-      "accuracy" and "loss" of the images as they are; "accuracy_lost" and "loss_gained", lists
-      [4][4] of means over two exchanges, for each region by row and column.
+      "accuracy" and "loss" (nats) on the unchanged images; and "accuracy_lost" and
+      "loss_gained", the decrease and the increase when a region is permuted among the images:
+      lists [4][4] by row and column, means of two permutations.
     """
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(images)) for _ in range(REGION_EXCHANGES)]

@@ -1,4 +1,4 @@
-"""A map over the image that it explains."""
+"""A map drawn over its image."""
 
 import functools
 
@@ -6,25 +6,55 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-# The weight of a map's colours over the image.
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.resize import view
+
+# The weight of the map's colours; the image has the rest.
 _OPACITY = 0.55
+# The brightness of the part of an image that the network does not see.
+_UNSEEN_BRIGHTNESS = 0.4
 
 
-def under_map(image: Image.Image, values: Float[np.ndarray, "height width"]) -> Image.Image:
-    """An image in grey under the colours of a map, from its least value to its largest.
+def draw_overlay(
+    image: Image.Image,
+    values: Float[np.ndarray, "height width"],
+    preprocessing: Preprocessing | None = None,
+) -> Image.Image:
+    """Draws a map over the grey version of its image.
 
-    The map is of the image as the network saw it, stretched to another shape.
+    Args:
+      image: The whole image in any resolution.
+      values: The map of the network's input. Its smallest value gets the first colour and its
+        largest value the last.
+      preprocessing: How the network's input was made from the image. The map lies on the part
+        of the image that the network saw; the rest of the image is dark. None: the image is
+        the network's input.
+
+    Returns:
+      An RGB image of the size of `image`.
     """
-    reach = float(np.ptp(values))
-    levels = np.rint(255 * (values - values.min()) / (reach or 1.0)).astype(np.uint8)
-    stretched = Image.fromarray(levels).resize(image.size, Image.Resampling.BILINEAR)
-    over = Image.fromarray(_colours()[np.asarray(stretched)])
-    return Image.blend(image.convert("L").convert("RGB"), over, _OPACITY)
+    value_range = float(np.ptp(values))
+    levels = np.rint(255 * (values - values.min()) / (value_range or 1.0)).astype(np.uint8)
+    grey = image.convert("L").convert("RGB")
+    box = (0, 0, image.width, image.height)
+    if preprocessing is not None:
+        seen = view((image.height, image.width), preprocessing)
+        left, top, right, bottom = seen.input_box
+        levels = levels[top:bottom, left:right]
+        left, top, right, bottom = map(round, seen.image_box)
+        box = (left, top, max(right, left + 1), max(bottom, top + 1))
+    stretched = Image.fromarray(levels).resize(
+        (box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR
+    )
+    colours = Image.fromarray(_colour_table()[np.asarray(stretched)])
+    overlay = grey.point(lambda level: level * _UNSEEN_BRIGHTNESS)
+    overlay.paste(Image.blend(grey.crop(box), colours, _OPACITY), box[:2])
+    return overlay
 
 
 @functools.cache
-def _colours() -> UInt8[np.ndarray, "256 3"]:
-    """Of the levels of a map, from its least value to its largest."""
-    import matplotlib  # Who draws no map need not load it.
+def _colour_table() -> UInt8[np.ndarray, "256 3"]:
+    """The colours of the levels 0 to 255 of a map."""
+    import matplotlib  # Imported here because a server that draws no maps need not load it.
 
     return np.rint(255 * matplotlib.colormaps["viridis"](np.arange(256))[:, :3]).astype(np.uint8)

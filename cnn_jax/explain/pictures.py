@@ -4,6 +4,7 @@ import base64
 import difflib
 import io
 import json
+import logging
 import math
 import os
 import pathlib
@@ -18,26 +19,37 @@ from PIL import Image
 from cnn_jax.data import Track, decode, no_track
 from cnn_jax.explain import checks, features
 from cnn_jax.explain.maps import METHODS, method_named, methods_for
-from cnn_jax.explain.overlay import under_map
+from cnn_jax.explain.overlay import draw_overlay
+from cnn_jax.inference.batching import BATCH_SIZE
 from cnn_jax.inference.images import ImageReader
-from cnn_jax.inference.predictor import BATCH_SIZE, Predictor
+from cnn_jax.inference.predictor import BundlePredictor, Predictor
 from cnn_jax.report import style, thumbnails
-from cnn_jax.system.errors import ConfigError, DataError
+from cnn_jax.system.errors import ConfigError, DataError, printable
 
-# Images whose feature maps are shown, which are many pictures, and images on the page.
+logger = logging.getLogger(__name__)
+
+# Only the first images get pictures of their feature maps, because there is one for each layer.
 _MAX_WITH_FEATURE_MAPS, _MAX_ON_PAGE = 8, 100
-# Of a feature map or a filter in a picture, in pixels, and of the page's pictures.
+# In pixels: the side of a feature map or filter in a grid, the gap between two of them, and the
+# longer side of the page's pictures.
 _TILE, _GAP, _SIDE = 48, 2, 192
 FILTERS = "filters.png"
 
 Picture = Image.Image
 
 
-def choose_methods(predictor: Predictor, names: Sequence[str]) -> list[str]:
-    """The methods of these names, each once; "all" stands for those that the network allows.
+def choose_methods(predictor: BundlePredictor, names: Sequence[str]) -> list[str]:
+    """Checks the names of methods.
+
+    Args:
+      predictor: A loaded bundle.
+      names: Names in any usual spelling; "all" means every method that works for the network.
+
+    Returns:
+      Keys of `maps.METHODS`, each once.
 
     Raises:
-      ConfigError: There is no such method, or the network does not allow it.
+      ConfigError: There is no such method, or it does not work for the network.
     """
     allowed = methods_for(predictor)
     if "all" in names:
@@ -47,97 +59,98 @@ def choose_methods(predictor: Predictor, names: Sequence[str]) -> list[str]:
         method = method_named(name)
         if method is None:
             raise ConfigError(
-                f"--method: there is no {name!r}{_nearest(name, METHODS)}; there are "
-                f"{', '.join(METHODS)}, and all"
+                f"--method: there is no method {name!r}{_suggestion(name, METHODS)}; the methods "
+                f"are {', '.join(METHODS)}, and all for every method"
             )
         if method not in allowed:
             raise ConfigError(
-                f"--method: {method} needs a network whose head sees the mean feature maps "
-                "(model.dense=0); grad_cam works for any"
+                f"--method: {method} needs a network whose head receives the mean feature maps "
+                "(model.dense=0); grad_cam works for any network"
             )
         methods.append(method)
     return list(dict.fromkeys(methods))
 
 
 def choose_class(predictor: Predictor, name: str) -> int:
-    """The position of a class.
+    """Finds a class by its name.
+
+    Returns:
+      The position of the class in the predictor's class names.
 
     Raises:
-      ConfigError: The bundle has no such class.
+      ConfigError: The predictor has no such class.
     """
     names = predictor.class_names
     if name not in names:
         some = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         raise ConfigError(
-            f"--class: the bundle has no class {name!r}{_nearest(name, names)}; it has {some}"
+            f"--class: the bundle has no class {name!r}{_suggestion(name, names)}; it has {some}"
         )
     return names.index(name)
 
 
-def _nearest(name: str, names: Sequence[str] | dict[str, Any]) -> str:
-    """A question whether another name was meant, if one is much alike."""
+def _suggestion(name: str, names: Sequence[str] | dict[str, Any]) -> str:
+    """A question with the most similar name, or nothing if no name is similar."""
     by_folded = {other.casefold(): other for other in names}
     close = difflib.get_close_matches(name.casefold(), by_folded, n=1)
     return f", did you mean {by_folded[close[0]]!r}?" if close else ""
 
 
 def explain(
-    predictor: Predictor,
+    predictor: BundlePredictor,
     paths: Sequence[pathlib.Path],
     output: str | os.PathLike[str],
     methods: Sequence[str] = ("grad_cam",),
     class_name: str | None = None,
     track: Track = no_track,
 ) -> dict[str, Any]:
-    """Writes maps of image files, feature maps and filters; explanations.json and index.html.
+    """Writes the maps of image files, feature maps, filters, explanations.json and index.html.
 
     Args:
       predictor: A loaded bundle.
       paths: Image files.
-      output: The folder that is written to; it is made if it is not there.
-      methods: Names out of `maps.METHODS` that the network allows, or "all".
-      class_name: What is explained; of each image the predicted class if not given.
+      output: The folder for the files; it is created if it does not exist.
+      methods: Names of methods that work for the network, or "all".
+      class_name: The class to explain; by default each image's predicted class.
       track: Shows progress.
 
     Returns:
-      The content of explanations.json.
+      The content of explanations.json. The record of an image that cannot be read holds the
+      reason, which is also logged.
 
     Raises:
-      ConfigError: A method or the class is unknown, or the folder cannot be made.
-      DataError: None of the images can be read.
+      ConfigError: A method or the class is unknown, or the folder cannot be created.
+      DataError: None of the images can be read; nothing is left in the folder then.
     """
     methods = choose_methods(predictor, methods)
     chosen = None if class_name is None else choose_class(predictor, class_name)
     folder = pathlib.Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # By this file the folder is known for no input, even if this process is killed.
-        (folder / "explanations.json").touch()
-    except OSError as error:
-        raise ConfigError(f"--output: cannot make {folder}: {error.strerror}") from error
-
-    # In no particular order, since neighbours in a folder are often alike.
+    # The checks use a random sample, because neighbours in a folder are often similar.
     order = np.random.default_rng(0).permutation(len(paths))
     judged = set(order[: checks.MAX_IMAGES].tolist())
     records: list[dict[str, Any]] = []
     sample: list[tuple[np.ndarray, int]] = []
     reader = ImageReader(predictor.preprocessing)
-    for start in track(range(0, len(paths), BATCH_SIZE), "explaining", _parts(len(paths))):
+    for start in track(
+        range(0, len(paths), BATCH_SIZE), "explaining", math.ceil(len(paths) / BATCH_SIZE)
+    ):
         part = [_read(path, reader) for path in paths[start : start + BATCH_SIZE]]
         readable = {i: pixels for i, pixels in enumerate(part) if isinstance(pixels, np.ndarray)}
         found = {}
         if readable:
+            _create(folder)
             images = np.stack(list(readable.values()))
             found = _explain_batch(predictor, images, methods, chosen)
         for i, pixels in enumerate(part):
             number, path = start + i, paths[start + i]
             if isinstance(pixels, DataError):
+                logger.warning("%s: %s", printable(str(path)), pixels)
                 records.append({"path": str(path), "error": str(pixels)})
                 continue
             row = list(readable).index(i)
             record = {"path": str(path), "error": None, **found["records"][row]}
-            of_image = {name: maps[row] for name, maps in found["maps"].items()}
-            record["pictures"] = _save_overlays(folder, number, path, of_image, predictor)
+            image_maps = {name: maps[row] for name, maps in found["maps"].items()}
+            record["pictures"] = _save_overlays(folder, number, path, image_maps, predictor)
             if number < _MAX_WITH_FEATURE_MAPS:
                 record["feature_maps"] = _save_feature_maps(folder, number, pixels, predictor)
             records.append(record)
@@ -146,9 +159,12 @@ def explain(
     if all(record["error"] for record in records):
         raise DataError(f"none of {len(paths)} images could be read: {records[0]['error']}")
 
+    no_verdict = checks.why_nothing_to_explain(predictor.metrics) or checks.why_no_verdict(
+        len(sample)
+    )
     result = {
-        "methods": _judge(predictor, sample, methods, track),
-        "no_verdict": checks.why_no_verdict(len(sample)),
+        "methods": _judge(predictor, sample, methods, track, has_verdict=not no_verdict),
+        "no_verdict": no_verdict,
         "filters": FILTERS if save_filters(folder / FILTERS, predictor) else None,
         "images": records,
     }
@@ -158,8 +174,17 @@ def explain(
     return result
 
 
-def _parts(count: int) -> int:
-    return math.ceil(count / BATCH_SIZE)
+def _create(folder: pathlib.Path) -> None:
+    """Creates the folder for the output.
+
+    Its file explanations.json tells other commands that the pictures in it are not input, also
+    if this process is killed before it ends.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "explanations.json").touch()
+    except OSError as error:
+        raise ConfigError(f"--output: cannot create {folder}: {error.strerror}") from error
 
 
 def _read(path: pathlib.Path, reader: ImageReader) -> np.ndarray | DataError:
@@ -170,7 +195,7 @@ def _read(path: pathlib.Path, reader: ImageReader) -> np.ndarray | DataError:
 
 
 def _explain_batch(
-    predictor: Predictor, images: np.ndarray, methods: Sequence[str], chosen: int | None
+    predictor: BundlePredictor, images: np.ndarray, methods: Sequence[str], chosen: int | None
 ) -> dict[str, Any]:
     probabilities = predictor(images)
     predicted = probabilities.argmax(axis=1)
@@ -184,25 +209,40 @@ def _explain_batch(
             {
                 "predicted": names[best],
                 "confidence": float(row[best]),
-                "explained": names[of],
-                "probability": float(row[of]),
+                "explained": names[explained],
+                "probability": float(row[explained]),
             }
-            for row, best, of in zip(probabilities, predicted, classes, strict=True)
+            for row, best, explained in zip(probabilities, predicted, classes, strict=True)
         ],
     }
 
 
 def _judge(
-    predictor: Predictor,
+    predictor: BundlePredictor,
     sample: Sequence[tuple[np.ndarray, int]],
     methods: Sequence[str],
     track: Track,
+    *,
+    has_verdict: bool,
 ) -> dict[str, dict[str, Any]]:
-    """The verdict on each method on these images, in figures and in words."""
+    """Checks the methods.
+
+    Args:
+      predictor: A loaded bundle.
+      sample: Pairs of an image and the class to explain.
+      methods: Names of methods.
+      track: Shows progress.
+      has_verdict: False if only the measured values are wanted.
+
+    Returns:
+      For each method "checks", the value of `checks.judge`, and "verdict", the same in words.
+    """
     size = predictor.preprocessing.image_size
     images = np.array([pixels for pixels, _ in sample], np.uint8).reshape(-1, *size, 3)
-    classes = np.array([of for _, of in sample], np.int32)
+    classes = np.array([explained for _, explained in sample], np.int32)
     verdicts = checks.judge(predictor, images, classes, methods=methods, track=track)
+    if not has_verdict:
+        checks.withhold(verdicts)
     return {
         name: {"verdict": checks.describe(verdict), "checks": verdict}
         for name, verdict in verdicts.items()
@@ -214,20 +254,20 @@ def _save_overlays(
     number: int,
     path: pathlib.Path,
     maps: Mapping[str, Float[np.ndarray, "height width"]],
-    predictor: Predictor,
+    predictor: BundlePredictor,
 ) -> dict[str, str]:
-    """Saves maps over their image at its own resolution; returns the files' names by method."""
+    """Saves maps over their image in the image's resolution; returns file names by method."""
     image = Image.fromarray(_decode(path, predictor))
     names = {method: f"{number:04d}-{method}.png" for method in maps}
     for method, values in maps.items():
-        under_map(image, values).save(folder / names[method])
+        draw_overlay(image, values, predictor.preprocessing).save(folder / names[method])
     return names
 
 
 def _save_feature_maps(
-    folder: pathlib.Path, number: int, pixels: np.ndarray, predictor: Predictor
+    folder: pathlib.Path, number: int, pixels: np.ndarray, predictor: BundlePredictor
 ) -> dict[str, str]:
-    """Saves a picture of all maps of each convolution; returns the files' names."""
+    """Saves a picture of all feature maps of each convolution; returns file names by layer."""
     names = {}
     for layer, grid in feature_map_grids(predictor, pixels).items():
         names[layer] = f"{number:04d}-maps-{layer}.png"
@@ -236,9 +276,17 @@ def _save_feature_maps(
 
 
 def feature_map_grids(
-    predictor: Predictor, pixels: UInt8[np.ndarray, "height width 3"]
+    predictor: BundlePredictor, pixels: UInt8[np.ndarray, "height width 3"]
 ) -> dict[str, Picture]:
-    """A picture of the maps of each convolution, each from its least value to its largest."""
+    """Draws the feature maps of an image.
+
+    Args:
+      predictor: A loaded bundle.
+      pixels: An image of the predictor's size.
+
+    Returns:
+      By the name of the convolution, a grid of its maps, each with its own colour scale.
+    """
     colours = matplotlib.colormaps["viridis"]
     grids = {}
     for layer, maps in features.feature_maps(predictor, pixels[None]).items():
@@ -248,28 +296,31 @@ def feature_map_grids(
     return grids
 
 
-def save_filters(path: pathlib.Path, predictor: Predictor) -> bool:
-    """Saves a picture of the first convolution's filters; False if the network has none.
+def save_filters(path: pathlib.Path, predictor: BundlePredictor) -> bool:
+    """Saves a picture of the first convolution's filters, in which grey is 0.
 
-    Grey is 0, and all filters have one scale.
+    All filters have the same scale.
+
+    Returns:
+      False if the network does not start with a convolution; there is no picture then.
     """
     try:
         filters = features.first_filters(predictor)
     except ValueError:
         return False
-    reach = float(np.abs(filters).max()) or 1.0
-    levels = np.rint(127.5 * (1 + filters / reach)).astype(np.uint8)
+    largest = float(np.abs(filters).max()) or 1.0
+    levels = np.rint(127.5 * (1 + filters / largest)).astype(np.uint8)
     _grid([Image.fromarray(one) for one in levels]).save(path)
     return True
 
 
 def _levels(values: Float[np.ndarray, "height width"]) -> Float[np.ndarray, "height width"]:
-    """From the least value, 0, to the largest, 1."""
+    """Scales values to the range 0 to 1."""
     return (values - values.min()) / (float(np.ptp(values)) or 1.0)
 
 
 def _grid(tiles: Sequence[Picture]) -> Picture:
-    """Small pictures, enlarged without smoothing, about twice as many side by side as rows."""
+    """A grid of enlarged pictures with about twice as many columns as rows."""
     columns = math.ceil(math.sqrt(2 * len(tiles)))
     height = max(round(_TILE * tiles[0].height / tiles[0].width), 1)
     rows = math.ceil(len(tiles) / columns)
@@ -279,19 +330,19 @@ def _grid(tiles: Sequence[Picture]) -> Picture:
     )
     grid = Image.new("RGBA", size, (0, 0, 0, 0))
     for i, tile in enumerate(tiles):
-        place = (i % columns) * (_TILE + _GAP), (i // columns) * (height + _GAP)
-        grid.paste(tile.resize((_TILE, height), Image.Resampling.NEAREST), place)
+        corner = (i % columns) * (_TILE + _GAP), (i // columns) * (height + _GAP)
+        grid.paste(tile.resize((_TILE, height), Image.Resampling.NEAREST), corner)
     return grid
 
 
-def _write_page(folder: pathlib.Path, result: dict[str, Any], predictor: Predictor) -> None:
-    def as_it_is(name: str) -> str:
+def _write_page(folder: pathlib.Path, result: dict[str, Any], predictor: BundlePredictor) -> None:
+    def full_size(name: str) -> str:
         return style.data_uri(folder / name)
 
     def small(path: pathlib.Path) -> str:
         pixels = _decode(path, predictor)
         encoded = io.BytesIO()
-        thumbnails.fitted(pixels, _SIDE).save(encoded, "PNG")
+        thumbnails.fit_to_square(pixels, _SIDE).save(encoded, "PNG")
         return f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
     page = style.template("explanations.html").render(
@@ -299,12 +350,12 @@ def _write_page(folder: pathlib.Path, result: dict[str, Any], predictor: Predict
         images=result["images"][:_MAX_ON_PAGE],
         original=lambda path: small(pathlib.Path(path)),
         overlay=lambda name: small(folder / name),
-        as_it_is=as_it_is,
+        full_size=full_size,
         side=_SIDE,
     )
     (folder / "index.html").write_text(page, "utf-8", "backslashreplace")
 
 
-def _decode(path: pathlib.Path, predictor: Predictor) -> decode.Pixels:
+def _decode(path: pathlib.Path, predictor: BundlePredictor) -> decode.Pixels:
     preprocessing = predictor.preprocessing
     return decode.decode(path.read_bytes(), preprocessing.max_pixels, preprocessing.white_level)

@@ -1,1 +1,1 @@
-"""Inference: bundles, predictors and their metrics."""
+"""Bundles, predictors, and the metrics of predictors."""

@@ -1,9 +1,9 @@
-"""The bundle: a directory that holds all that inference needs.
+"""The bundle: a directory with everything that inference needs.
 
-    bundle.json            everything but the weights, and a sha256 of each other file
-    weights.safetensors    parameters and running statistics
+    bundle.json            everything except the weights, and the sha256 of the weights
+    weights.safetensors    parameters and batch statistics
 
-Nothing in it is executable, and reading it needs no training code.
+A bundle contains no code, and reading it needs no training code.
 """
 
 import contextlib
@@ -33,17 +33,18 @@ _WEIGHTS = "weights.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A trained network with everything that gives its outputs a meaning.
+    """A trained network with the meaning of its inputs and outputs.
 
     Attributes:
       model: The `model` section of the configuration.
-      precision: "float32" or "bfloat16": the arithmetic it was trained with.
-      class_names: In the order of the network's outputs.
+      precision: "float32" or "bfloat16", the precision of the computation in training.
+      class_names: The classes in the order of the network's outputs.
       preprocessing: How an image becomes an input.
-      temperature: The logits are divided by it before the softmax.
-      data: Source, split fractions, split seed and fingerprint of the data the
-        network was trained on.
-      metrics: Accuracy, precision, recall, F1 and loss by split.
+      temperature: The logits are divided by the temperature before the softmax.
+      data: The source of the training data, its division into splits, its limits for unreadable
+        images and links, and its fingerprint.
+      metrics: By split "accuracy", "precision", "recall", "f1", "loss", and "agreement_p_value",
+        the probability that a network which guesses agrees as often with the labels.
       variables: {"params": ..., "batch_stats": ...}, arrays.
     """
 
@@ -58,30 +59,35 @@ class Bundle:
 
 
 def library_versions() -> dict[str, str]:
+    """The versions of this package and of the libraries that determine predictions."""
     names = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors")
-    # Its own is asked of the package: it need not be installed to be run.
+    # The package may run without being installed, so it has no metadata to read.
     own = {"cnn_jax": cnn_jax.__version__}
     return own | {name: importlib.metadata.version(name) for name in names}
 
 
 def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
-    """Writes a bundle: complete or, after a crash, not at all.
+    """Writes a bundle. After a crash, the path holds either the complete bundle or no bundle.
 
-    The bytes are a function of the bundle and the library versions. No two
-    processes may write the same bundle at the same time.
+    The bytes are a function of the bundle and the library versions. Two processes must not write
+    the same path at the same time.
+
+    Args:
+      bundle: The bundle.
+      path: The directory for the bundle. An existing directory is replaced.
     """
     path = pathlib.Path(path)
-    aside, replaced = (path.with_name(f".{path.name}.{name}") for name in ("partial", "replaced"))
-    for left_by_a_crash in (aside, replaced):
-        shutil.rmtree(left_by_a_crash, ignore_errors=True)
+    partial, replaced = (path.with_name(f".{path.name}.{name}") for name in ("partial", "replaced"))
+    for remains_of_a_crash in (partial, replaced):
+        shutil.rmtree(remains_of_a_crash, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        partial.mkdir(parents=True)
         flat = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
-        # safetensors 0.8 writes the memory of other arrays as it lies there. (Not
-        # ascontiguousarray, which makes a vector of a scalar.)
+        # safetensors 0.8 scrambles arrays that are not contiguous. (np.ascontiguousarray would
+        # turn a scalar into a vector.)
         weights = {name: np.asarray(array, order="C") for name, array in flat.items()}
-        with of_file(aside / _WEIGHTS):
-            (aside / _WEIGHTS).write_bytes(safetensors.numpy.save(weights))
+        with of_file(partial / _WEIGHTS):
+            (partial / _WEIGHTS).write_bytes(safetensors.numpy.save(weights))
         description = {"format": FORMAT} | {
             field.name: getattr(bundle, field.name)
             for field in dataclasses.fields(bundle)
@@ -89,26 +95,26 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         }
         description["preprocessing"] = dataclasses.asdict(bundle.preprocessing)
         description["versions"] = library_versions()
-        description["files"] = {_WEIGHTS: {"sha256": _sha256(aside / _WEIGHTS)}}
+        description["files"] = {_WEIGHTS: {"sha256": _sha256(partial / _WEIGHTS)}}
         text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
-        # A name that is not UTF-8 has surrogates, which become JSON's own escapes.
-        with of_file(aside / _DESCRIPTION):
-            (aside / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
-        for file in (aside / _WEIGHTS, aside / _DESCRIPTION, aside):
-            _to_disk(file)  # A rename may come to the disk before what is renamed.
+        # A name that is not UTF-8 contains surrogates; they are written as JSON escapes.
+        with of_file(partial / _DESCRIPTION):
+            (partial / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
+        for file in (partial / _WEIGHTS, partial / _DESCRIPTION, partial):
+            _sync(file)  # Otherwise a crash could leave the new name with incomplete files.
         if path.exists():
             path.rename(replaced)
-        aside.rename(path)
+        partial.rename(path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Reads a bundle and verifies the sha256 of each of its files.
+    """Reads a bundle and verifies the sha256 of its weights.
 
     Raises:
-      BundleError: No bundle is there, it is damaged, or of a later format.
+      BundleError: There is no bundle, or it is damaged, or it has another format.
     """
     path = pathlib.Path(path)
     try:
@@ -119,9 +125,11 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
                 f"cnn_jax reads format {FORMAT}"
             )
         if description["files"].keys() != {_WEIGHTS}:
-            raise ValueError(f"its files must be {_WEIGHTS} alone")
+            raise ValueError(f"its only file must be {_WEIGHTS}")
         if _sha256(path / _WEIGHTS) != description["files"][_WEIGHTS]["sha256"]:
-            raise BundleError(f"{path / _WEIGHTS} is damaged: its sha256 is not the recorded one")
+            raise BundleError(
+                f"{path / _WEIGHTS} is damaged: its sha256 differs from the recorded value"
+            )
         weights = safetensors.numpy.load_file(path / _WEIGHTS)
         preprocessing = description["preprocessing"]
         return Bundle(
@@ -133,8 +141,11 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
                 mean=tuple(preprocessing["mean"]),
                 std=tuple(preprocessing["std"]),
                 max_pixels=preprocessing["max_pixels"],
-                # Bundles written before this key have none.
+                # Older bundles do not have these keys.
                 white_level=preprocessing.get("white_level", 0.0),
+                resize=preprocessing.get("resize", "stretch"),
+                crop_ratio=preprocessing.get("crop_ratio", 1.0),
+                interpolation=preprocessing.get("interpolation", "bilinear"),
             ),
             temperature=description["temperature"],
             data=description["data"],
@@ -150,13 +161,13 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def find_bundle(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The bundle that a path names: the directory itself, or `bundle/` in a run's directory.
+    """Finds a bundle: the path itself, or `bundle/` in a run's directory.
 
     Raises:
-      BundleError: The path is a run that has no bundle yet.
+      BundleError: The path is a run without a bundle.
     """
     path = pathlib.Path(path)
-    with contextlib.suppress(OSError):  # `read_bundle` says what is wrong.
+    with contextlib.suppress(OSError):  # `read_bundle` reports the error.
         if not (path / _DESCRIPTION).exists():
             if (path / "bundle").is_dir():
                 return path / "bundle"
@@ -169,13 +180,13 @@ def find_bundle(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def digest(path: str | os.PathLike[str]) -> str:
-    """What a bundle is known by: the sha256 of its description, which has that of its weights.
+    """The identity of a bundle: the sha256 of bundle.json, which has the sha256 of the weights.
 
     Returns:
-      64 hexadecimal digits. Two bundles with the same are the same to the bit.
+      64 hexadecimal digits. Two bundles with the same digest are equal bit for bit.
 
     Raises:
-      BundleError: No bundle is there, or it cannot be read.
+      BundleError: There is no bundle, or it cannot be read.
     """
     path = pathlib.Path(path)
     try:
@@ -186,7 +197,8 @@ def digest(path: str | os.PathLike[str]) -> str:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 
-def _to_disk(path: pathlib.Path) -> None:
+def _sync(path: pathlib.Path) -> None:
+    """Waits until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

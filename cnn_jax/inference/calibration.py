@@ -1,7 +1,7 @@
-"""How far probabilities can be trusted: calibration, temperature scaling, selective prediction.
+"""Calibration of probabilities: its measures, temperature scaling, and selective prediction.
 
-Arrays of the host, float64. Probabilities are [n, classes], whose rows sum to 1; labels [n]. An
-image's confidence is its largest probability.
+All arrays are NumPy arrays. `probabilities` are [n, classes] with rows that sum to 1, and `labels`
+are [n]. The computation is float64. The confidence of a prediction is its largest probability.
 """
 
 import math
@@ -17,58 +17,70 @@ NUM_BINS = 15
 Probabilities = Float[np.ndarray, "n classes"]
 Labels = Int[np.ndarray, " n"]
 
-# Probabilities that a temperature is fitted on: enough for three digits, in seconds.
-_MOST = 2**23
-# Of the logarithm of a temperature that is searched for.
-_REACH = math.log(100)
+# `fit_temperature` uses at most this number of probabilities, which take seconds and determine
+# the temperature to three digits.
+_MAX_PROBABILITIES = 2**23
+# The search range of temperatures is 1/100 to 100.
+_MAX_LOG_TEMPERATURE = math.log(100)
 
 
 def log_probabilities(probabilities: Probabilities) -> Float[np.ndarray, "n classes"]:
-    """Logarithms, finite: a float32 probability can be 0 where its logarithm would not be."""
+    """The logarithms of probabilities; 0 counts as the smallest float32, so that all are finite."""
     return np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
 
 
 def apply_temperature(probabilities: Probabilities, temperature: float) -> Probabilities:
-    """The softmax of the same logits divided by a temperature; float64."""
+    """The probabilities after dividing the logits by a temperature; float64."""
     return scipy.special.softmax(log_probabilities(probabilities) / temperature, axis=1)
 
 
 def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
-    """The temperature that makes these labels most probable (Guo et al. 2017, section 4.2).
+    """Fits the temperature that maximises the likelihood of labels (Guo et al. 2017, section 4.2).
 
-    With a prior of about one image's weight, a standard normal one of its logarithm: it is
-    nothing beside a hundred images, and keeps the temperature near 1 where there are hardly
-    any, or finite and positive where all of them are right.
+    The logarithm of the temperature has a standard normal prior, which weighs about as much as
+    one image. It keeps the temperature near 1 with very few images, and finite if all predictions
+    are correct. With a hundred images its influence is negligible.
+
+    Args:
+      probabilities: The probabilities of a network without temperature scaling.
+      labels: The true classes.
 
     Returns:
-      1 for no images.
+      The temperature; 1 without images.
     """
     if not len(labels):
         return 1.0
-    # Of very many, every so many will do: neighbours are of one class, so each keeps its share.
-    step = math.ceil(probabilities.size / _MOST)
+    # With more probabilities, only every k-th image is used. Data sets are sorted by class, so that
+    # each class keeps its fraction.
+    step = math.ceil(probabilities.size / _MAX_PROBABILITIES)
     probabilities, labels = probabilities[::step], labels[::step]
     logits = log_probabilities(probabilities)
-    of_labels = logits[np.arange(len(labels)), labels]
+    label_logits = logits[np.arange(len(labels)), labels]
 
     def loss(log_temperature: float) -> float:
         inverse = math.exp(-log_temperature)
-        losses = scipy.special.logsumexp(logits * inverse, axis=1) - of_labels * inverse
+        losses = scipy.special.logsumexp(logits * inverse, axis=1) - label_logits * inverse
         return losses.sum() + log_temperature**2 / 2
 
-    found = scipy.optimize.minimize_scalar(loss, bounds=(-_REACH, _REACH), method="bounded")
-    return math.exp(found.x)
+    bounds = (-_MAX_LOG_TEMPERATURE, _MAX_LOG_TEMPERATURE)
+    result = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded")
+    return math.exp(result.x)
 
 
 def reliability(
     probabilities: Probabilities, labels: Labels, num_bins: int = NUM_BINS
 ) -> dict[str, list[float]]:
-    """A reliability diagram: what confidence promises and what accuracy keeps.
+    """The values of a reliability diagram, which compares confidence with accuracy.
 
-    Bins of equal width divide (0, 1]; the upper edge belongs to a bin.
+    Args:
+      probabilities: The probabilities of images.
+      labels: The true classes.
+      num_bins: The number of equally wide bins of the confidence, from 0 to 1. A bin includes
+        its upper edge.
 
     Returns:
-      "count", "confidence" and "accuracy" (means, 0 where there is no image) of each bin.
+      Lists with one value for each bin: "count", the number of images; and "confidence" and
+      "accuracy", means over the images of the bin, or 0 without images.
     """
     confidence = probabilities.max(axis=1).astype(np.float64)
     hits = probabilities.argmax(axis=1) == labels
@@ -88,9 +100,11 @@ def reliability(
 def expected_calibration_error(
     probabilities: Probabilities, labels: Labels, num_bins: int = NUM_BINS
 ) -> float:
-    """The mean distance of confidence and accuracy over bins (Naeini et al. 2015), 0 to 1.
+    """The expected calibration error (Naeini et al. 2015).
 
-    0 for no images.
+    Returns:
+      The mean absolute difference between confidence and accuracy over the bins of
+      `reliability`, weighted by their numbers of images, 0 to 1; 0 without images.
     """
     bins = reliability(probabilities, labels, num_bins)
     distance = np.abs(np.subtract(bins["confidence"], bins["accuracy"]))
@@ -98,9 +112,11 @@ def expected_calibration_error(
 
 
 def brier_score(probabilities: Probabilities, labels: Labels) -> float:
-    """The mean squared distance from the truth, over all classes (Brier 1950), 0 to 2.
+    """The Brier score (Brier 1950).
 
-    0 for no images.
+    Returns:
+      The mean squared distance between the probabilities and the one-hot labels, 0 to 2; 0
+      without images.
     """
     errors = probabilities.astype(np.float64)
     errors[np.arange(len(labels)), labels] -= 1
@@ -108,13 +124,13 @@ def brier_score(probabilities: Probabilities, labels: Labels) -> float:
 
 
 def negative_log_likelihood(probabilities: Probabilities, labels: Labels) -> float:
-    """The mean of -log p of the true class, in nats; 0 for no images."""
+    """The mean of -log(probability of the true class), in nats; 0 without images."""
     logits = log_probabilities(probabilities)
     return float(-logits[np.arange(len(labels)), labels].sum() / max(len(labels), 1))
 
 
 def describe(probabilities: Probabilities, labels: Labels) -> dict[str, Any]:
-    """All of it, as JSON types."""
+    """All measures of this module as JSON types."""
     return {
         "expected_calibration_error": expected_calibration_error(probabilities, labels),
         "brier_score": brier_score(probabilities, labels),
@@ -126,13 +142,20 @@ def describe(probabilities: Probabilities, labels: Labels) -> dict[str, Any]:
 def coverage(
     probabilities: Probabilities, labels: Labels, num_points: int = 100
 ) -> dict[str, list[float]]:
-    """Accuracy of the images that are kept when the least confident are refused.
+    """The risk-coverage curve of selective prediction (El-Yaniv and Wiener 2010).
 
-    (El-Yaniv and Wiener 2010.) Images of equal confidence are kept or refused together.
+    Selective prediction rejects the images with the lowest confidence. Images with equal
+    confidence are kept or rejected together.
+
+    Args:
+      probabilities: The probabilities of images.
+      labels: The true classes.
+      num_points: The maximum number of points.
 
     Returns:
-      "coverage" (the share kept, rising to 1), "accuracy" (of those kept) and "confidence"
-      (the least that is kept), at most `num_points` of each; empty for no images.
+      Lists with one value for each point, empty without images: "coverage", the fraction of
+      images that are kept, increasing to 1; "accuracy", on the kept images; and "confidence",
+      the lowest confidence of a kept image.
     """
     confidence = probabilities.max(axis=1)
     hits = probabilities.argmax(axis=1) == labels

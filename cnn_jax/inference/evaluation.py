@@ -1,24 +1,47 @@
 """The metrics of a predictor on a split of a data set."""
 
+import contextlib
 import dataclasses
 import logging
 import math
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.dataset import Dataset, choose_residency, open_dataset
 from cnn_jax.data.pipeline import Loader, evaluation_batches
 from cnn_jax.data.sources import absolute, open_source
 from cnn_jax.data.splits import Division
+from cnn_jax.inference.batching import BATCH_SIZE, map_batches
 from cnn_jax.inference.calibration import log_probabilities
-from cnn_jax.inference.predictor import BATCH_SIZE, Predictor
+from cnn_jax.inference.predictor import BundlePredictor, Predictor
 from cnn_jax.system.errors import DataError
 from cnn_jax.training.metrics import full_report
 
 logger = logging.getLogger(__name__)
+
+
+def image_batches(
+    loader: Loader,
+    indices: Int[np.ndarray, " n"],
+    track: Track = no_track,
+    description: str = "loading images",
+) -> Generator[UInt8[np.ndarray, "_batch height width 3"]]:
+    """Loads examples as batches of `BATCH_SIZE` images; the last batch may have fewer.
+
+    Args:
+      loader: Loads from a source.
+      indices: The positions of the examples in the source.
+      track: Shows progress.
+      description: The text beside the progress.
+    """
+    with evaluation_batches(loader, indices, BATCH_SIZE) as batches:
+        num_batches = math.ceil(len(indices) / BATCH_SIZE)
+        for batch in track(batches, description, num_batches):
+            yield batch["image"][: int(batch["mask"].sum())]  # The padding stands at the end.
 
 
 def predict_split(
@@ -28,13 +51,22 @@ def predict_split(
     track: Track = no_track,
     description: str = "measuring",
 ) -> Float[np.ndarray, "n classes"]:
-    """Probabilities of these examples of a loader's source, in their order, float32."""
-    rows = [np.empty((0, len(predictor.class_names)), np.float32)]
-    with evaluation_batches(loader, indices, BATCH_SIZE) as batches:
-        num_batches = math.ceil(len(indices) / BATCH_SIZE)
-        for batch in track(batches, description, num_batches):
-            rows.append(predictor(batch["image"])[batch["mask"]])
-    return np.concatenate(rows)
+    """Predicts examples of a data set.
+
+    Args:
+      predictor: A loaded bundle or any other predictor.
+      loader: Loads from a source.
+      indices: The positions of the examples in the source.
+      track: Shows progress.
+      description: The text beside the progress.
+
+    Returns:
+      Probabilities, float32, in the order of `indices`.
+    """
+    batches = image_batches(loader, indices, track, description)
+    with contextlib.closing(batches):  # Stops the loader's threads after an error, too.
+        rows = list(map_batches(predictor, batches, BATCH_SIZE))
+    return np.concatenate([np.empty((0, len(predictor.class_names)), np.float32), *rows])
 
 
 def score(
@@ -42,7 +74,7 @@ def score(
     labels: Int[np.ndarray, " n"],
     class_names: list[str],
 ) -> dict[str, Any]:
-    """All figures of a split from its probabilities; see `metrics.full_report`."""
+    """The metrics of a split, from its probabilities; see `metrics.full_report`."""
     num_classes = len(class_names)
     predictions = probabilities.argmax(axis=1)
     cells = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
@@ -53,17 +85,21 @@ def score(
 def evaluate(
     predictor: Predictor, dataset: Dataset, split: str = "test", track: Track = no_track
 ) -> dict[str, Any]:
-    """Figures of a split of a data set.
+    """The metrics of a predictor on a split of a data set.
 
     Args:
-      predictor: A loaded bundle.
-      dataset: Any whose classes the bundle knows; see `open_as_trained`.
+      predictor: A loaded bundle or any other predictor.
+      dataset: A data set without classes that the predictor does not know; see
+        `open_as_trained`.
       split: "train", "validation", "test" or "all".
       track: Shows progress.
 
+    Returns:
+      The metrics as JSON types; see `metrics.full_report`.
+
     Raises:
-      DataError: The data has a class that the bundle does not know, or the
-        split is empty.
+      DataError: The data set has a class that the predictor does not know, or the split is
+        empty.
     """
     indices, labels = labelled_split(predictor, dataset, split)
     source = dataset.source
@@ -81,13 +117,22 @@ def evaluate(
 def labelled_split(
     predictor: Predictor, dataset: Dataset, split: str
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The positions of a split's images, and their labels as the bundle numbers them.
+    """The images of a split, and their labels.
 
-    Warns if the data is not that of the bundle.
+    For a bundle, a warning says if the network may have been trained on some of the images.
+
+    Args:
+      predictor: A loaded bundle or any other predictor.
+      dataset: The data set.
+      split: "train", "validation", "test" or "all".
+
+    Returns:
+      The positions of the images in the source, and the position of each image's class in
+      the predictor's class names.
 
     Raises:
-      DataError: The data has a class that the bundle does not know, or the
-        split is empty.
+      DataError: The data set has a class that the predictor does not know, or the split is
+        empty.
     """
     source = dataset.source
     unknown = sorted(set(source.class_names) - set(predictor.class_names))
@@ -96,22 +141,38 @@ def labelled_split(
             f"{source.name} has classes that the bundle does not know: {', '.join(unknown)}; "
             f"it knows {', '.join(predictor.class_names)}"
         )
-    if split != "all" and dataset.fingerprint != predictor.data["fingerprint"]:
-        logger.warning(
-            "%s is not the data that the bundle was trained on: its %s split may hold images "
-            "that were trained on if it shares some; --split=all takes everything",
-            source.name,
-            split,
-        )
     indices = np.arange(len(source)) if split == "all" else dataset.splits[split]
     if not len(indices):
         raise DataError(f"{source.name} has no images in its {split} split")
-    to_bundle = np.array([predictor.class_names.index(name) for name in source.class_names])
-    return indices, to_bundle[source.labels[indices]]
+    if isinstance(predictor, BundlePredictor):
+        _warn_of_training_images(predictor, dataset, split)
+    to_predictor = np.array([predictor.class_names.index(name) for name in source.class_names])
+    return indices, to_predictor[source.labels[indices]]
+
+
+def _warn_of_training_images(predictor: BundlePredictor, dataset: Dataset, split: str) -> None:
+    """Warns if a bundle's network may have been trained on images of a split."""
+    source = dataset.source
+    is_same_data = dataset.fingerprint == predictor.data["fingerprint"]
+    if split == "all" and (is_same_data or source.name == predictor.data["source"]):
+        logger.warning(
+            "%s is the data that the bundle was trained on, so --split=all includes the training "
+            "images and the metrics are higher than on new images; --split=test measures only "
+            "images that the network was not trained on",
+            source.name,
+        )
+    elif split != "all" and not is_same_data:
+        logger.warning(
+            "%s is not the data that the bundle was trained on: the network may have been "
+            "trained on images of its %s split if the two share images; --split=all measures "
+            "all images",
+            source.name,
+            split,
+        )
 
 
 def open_as_trained(
-    predictor: Predictor,
+    predictor: BundlePredictor,
     source: str | None = None,
     track: Track = no_track,
     *,
@@ -119,23 +180,26 @@ def open_as_trained(
     max_unreadable: float | None = None,
     allow_outside: bool = False,
 ) -> Dataset:
-    """Opens a source and divides it as the bundle's was when it was trained.
+    """Opens a source and divides it into splits as training divided the bundle's data.
 
-    Its images are decoded once and kept, as training keeps them.
+    The images are decoded once and cached, as in training.
 
     Args:
       predictor: A loaded bundle.
-      source: The name of a source; by default that of the bundle.
+      source: The name of a source; by default the source of the bundle.
       track: Shows progress.
-      grouped: Whether the bundle's groups stay together; other data may have none.
-      max_unreadable: The largest share of images that may be unreadable; by default
-        that of the bundle.
-      allow_outside: Whether links and paths may lead out of the data's folder, even
-        if the bundle's might not.
+      grouped: Whether to apply the bundle's `data.group`; the ids of other data may not fit it.
+      max_unreadable: The largest fraction of images that may be unreadable, 0 to 1; by default
+        the value in training.
+      allow_outside: Whether links and paths may lead out of the data's folder, even if
+        training did not allow it.
+
+    Returns:
+      The data set.
 
     Raises:
-      ConfigError: No source has a name of this form.
-      DataError: The data cannot be used, or too much of it is unreadable.
+      ConfigError: The name has none of the forms of a source.
+      DataError: The data cannot be used, or too many images are unreadable.
     """
     data = predictor.data
     name = absolute(source or data["source"])

@@ -1,4 +1,4 @@
-"""The images of an inference: what a caller may pass as one, and which files a command means."""
+"""Input images: the kinds that a predictor accepts, and the files that a command reads."""
 
 import functools
 import glob
@@ -15,6 +15,7 @@ from PIL import Image
 from cnn_jax.data import decode, files
 from cnn_jax.data.decode import Pixels
 from cnn_jax.data.preprocessing import SPECIFICATION, Preprocessing
+from cnn_jax.data.resize import resize
 from cnn_jax.system.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -22,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Readable(Protocol):
-    """An open binary file, a response, a member of a zip file: anything with `read`."""
+    """Anything with `read`: an open binary file, a response, a member of a zip file."""
 
     def read(self) -> bytes: ...
 
 
 @runtime_checkable
 class ArrayLike(Protocol):
-    """A JAX array, a PyTorch tensor on the CPU: anything that becomes a NumPy array."""
+    """Anything that NumPy converts to an array: a JAX array, a PyTorch tensor on the CPU."""
 
     def __array__(self) -> np.ndarray: ...
 
@@ -49,46 +50,51 @@ _ONE_IMAGE = (
 def preprocess_for_inference(
     image: AnyImage, preprocessing: Preprocessing = SPECIFICATION
 ) -> Pixels:
-    """One image of any kind, in the shape that a predictor takes.
+    """Reads and resizes one image of any kind.
 
     Args:
       image: One of
           a path, str or PathLike;
           the bytes of an image file, as bytes, bytearray or memoryview;
-          an open binary file, or anything else whose `read()` returns such bytes;
+          an open binary file, or any object whose `read()` returns such bytes;
           a Pillow image;
-          an array, or what NumPy makes one of, upright: grey [h, w] or [h, w, 1], RGB
-          [h, w, 3] or RGBA uint8 [h, w, 4]; uint8 from 0, black, to 255, white; bool; or
-          any other numbers if the network was trained with a white level. OpenCV's
-          arrays are BGR, which cannot be seen from the array: pass `image[..., ::-1]`.
-        The same picture gives the same pixels in each of these forms. A warning is logged
-        if it uses a small part of the values up to white, or has values far above white.
-      preprocessing: The predictor's, `predictor.preprocessing`; the default is the
-        specification's 224 x 224.
+          an array, or an object that NumPy converts to an array, upright: grey [h, w] or
+          [h, w, 1], RGB [h, w, 3] or RGBA uint8 [h, w, 4]. The values are uint8 from 0, black,
+          to 255, white; or bool; or any other numbers if the network was trained with a white
+          level. OpenCV's arrays are BGR, which cannot be seen from the array: pass
+          `image[..., ::-1]`.
+        The same picture gives the same pixels in each of these forms. A warning is logged if
+        the image uses a small part of the values up to white, or has values far above white.
+      preprocessing: `predictor.preprocessing`; the default is the specification's 224 x 224.
 
     Returns:
-      uint8 [height, width, 3]. Normalisation is the predictor's own business.
+      uint8 [height, width, 3]. The predictor itself normalises the pixels.
 
     Raises:
-      DataError: The image cannot be read, is damaged or too large, or its array is of
-        another dtype or shape.
-      TypeError: It is of none of these kinds.
+      DataError: The image cannot be read, is damaged or too large, or its array has another
+        dtype or shape.
+      TypeError: The object is of none of these kinds.
     """
     return ImageReader(preprocessing).read(image, describe_image(image))
 
 
 class ImageReader:
-    """Reads images as `preprocess_for_inference` does, and warns of the first one only."""
+    """Reads images as `preprocess_for_inference` does, but logs at most one warning."""
 
     def __init__(self, preprocessing: Preprocessing = SPECIFICATION):
         self._preprocessing = preprocessing
         self._has_warned = False
 
     def read(self, image: AnyImage, name: str) -> Pixels:
-        """One image; a warning calls it by this name.
+        """Reads and resizes one image.
+
+        Args:
+          image: The image; see `preprocess_for_inference`.
+          name: The name of the image in a warning.
 
         Raises:
-          DataError, TypeError: As `preprocess_for_inference`.
+          DataError: See `preprocess_for_inference`.
+          TypeError: See `preprocess_for_inference`.
         """
         preprocessing = self._preprocessing
         if not isinstance(image, bytes | Image.Image | np.ndarray):
@@ -101,16 +107,19 @@ class ImageReader:
         doubt = values.doubt(preprocessing.white_level) if values else ""
         if doubt and not self._has_warned:
             self._has_warned = True
-            logger.warning("%s: %s (said once, of the first such image)", name, doubt)
-        return decode.resize(pixels, preprocessing.image_size)
+            logger.warning("%s: %s (only the first such image is named)", name, doubt)
+        return resize(pixels, preprocessing)
 
 
 def _read(image: object) -> bytes | np.ndarray:
-    """The bytes of an image file, or the array, that any other kind of image stands for.
+    """Reads an image of any kind except bytes, Pillow images and NumPy arrays.
+
+    Returns:
+      The bytes of an image file, or an array.
 
     Raises:
-      DataError: It cannot be read.
-      TypeError: It is no kind of image.
+      DataError: The image cannot be read.
+      TypeError: The object is of no kind of image.
     """
     if isinstance(image, str | os.PathLike):
         try:
@@ -119,7 +128,7 @@ def _read(image: object) -> bytes | np.ndarray:
             raise DataError("is a folder; list_images lists the images in it") from error
         except OSError as error:
             raise DataError(error.strerror or str(error)) from error
-        except ValueError as error:  # No file can have such a name.
+        except ValueError as error:  # The name has a null byte.
             raise DataError(str(error)) from error
     if isinstance(image, bytearray | memoryview):
         return bytes(image)
@@ -140,15 +149,15 @@ def _read_file(file: Readable) -> bytes:
     if not isinstance(content, bytes | bytearray | memoryview):
         raise DataError(f"read() must return bytes, got {_kind(content)}; open it with mode 'rb'")
     if not content:
-        raise DataError("has nothing left to read: it is empty, or at its end (seek(0) goes back)")
+        raise DataError("has nothing left to read: it is empty, or at its end (seek(0) rewinds it)")
     return bytes(content)
 
 
 def _plain_array(array: np.ndarray) -> np.ndarray | Image.Image:
-    """An array of one image without a channel of its own for grey, or for transparency.
+    """Converts the array of one image to grey [h, w], RGB [h, w, 3], or an RGBA Pillow image.
 
     Raises:
-      DataError: It has another shape, or is RGBA and not uint8.
+      DataError: The array has another shape, or is RGBA but not uint8.
     """
     channels = 1 if array.ndim == 2 else array.shape[-1] if array.ndim == 3 else 0
     if channels not in (1, 3, 4) or 0 in array.shape:
@@ -164,7 +173,7 @@ def _plain_array(array: np.ndarray) -> np.ndarray | Image.Image:
 
 
 def _shape(array: np.ndarray) -> str:
-    """The shape of an array, with a hint if its channels seem to come first."""
+    """The shape of an array as text, with a hint if the channels seem to come first."""
     shape = str(list(array.shape))
     if array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4):
         return f"{shape}; channels come last: np.moveaxis(array, -3, -1)"
@@ -176,16 +185,16 @@ def _kind(value: object) -> str:
 
 
 def single_images(images: object) -> Iterator[AnyImage]:
-    """The images of an argument that is one image or an iterable of them.
+    """Iterates over an argument that is one image or an iterable of images.
 
     Raises:
-      TypeError: It is neither.
+      TypeError: The argument is neither.
     """
     if isinstance(images, str | os.PathLike | _Encoded | Image.Image | Readable):
         return iter([images])
     if isinstance(images, ArrayLike):
         return _images_of_array(np.asarray(images))
-    # The predictions of a set could not be told apart.
+    # A set has no order by which predictions could be matched to images.
     if isinstance(images, Iterable) and not isinstance(images, Mapping | Set):
         return iter(images)
     raise TypeError(
@@ -195,14 +204,14 @@ def single_images(images: object) -> Iterator[AnyImage]:
 
 
 def _images_of_array(array: np.ndarray) -> Iterator[AnyImage]:
-    """The only image of an array of two or three dimensions, each one of a batch.
+    """Iterates over an array that is one image, a batch of images, or a list of paths.
 
     Raises:
-      TypeError: The array is neither.
+      TypeError: The array is none of these.
     """
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
     if array.dtype == object or array.dtype.kind == "U":
-        if array.ndim == 1:  # For example a column of paths of a table.
+        if array.ndim == 1:  # For example the column of a table.
             return iter(array.tolist())
     elif array.size == 0 and not is_image:
         return iter([])
@@ -217,22 +226,26 @@ def _images_of_array(array: np.ndarray) -> Iterator[AnyImage]:
 
 
 def describe_image(image: object, row: int | None = None) -> str:
+    """The name of an image in messages: its path, or its position and type."""
     if isinstance(image, str | os.PathLike):
         return str(image)
     return f"image{'' if row is None else f' {row}'} ({type(image).__name__})"
 
 
 def list_images(path: str | os.PathLike[str], allow_outside: bool = False) -> list[pathlib.Path]:
-    """A file itself, or the image files anywhere below a folder, sorted.
+    """Lists a file, or the image files in a folder and its sub-folders.
 
-    What is left out of a folder is counted in a warning.
+    A warning counts the files of a folder that are left out.
 
     Args:
       path: A file or a folder.
       allow_outside: Whether links may lead out of the folder.
 
+    Returns:
+      Paths, sorted.
+
     Raises:
-      DataError: There is no such file, or the folder has no images.
+      DataError: There is no such file or folder, or the folder has no images.
     """
     path = pathlib.Path(path)
     if path.is_file():
@@ -249,27 +262,34 @@ def list_images(path: str | os.PathLike[str], allow_outside: bool = False) -> li
 
 
 def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[pathlib.Path]:
-    """The image files that files, folders and patterns name, each of them once, in their order.
+    """Lists the image files of files, folders and patterns.
 
     Args:
       inputs: Files, folders, and patterns such as `photos/**/*.jpg` that the shell did not
-        expand. A file whose own name looks like a pattern is that file. What a pattern matches
-        in folders that this project wrote is left out, unless the pattern names the folder.
+        expand. A name that looks like a pattern is a file if the file exists. A pattern does not
+        match files in folders that this project wrote, unless the pattern names the folder.
       allow_outside: Whether links may lead out of a folder.
 
+    Returns:
+      Paths in the order of the inputs, each once. A missing file among several inputs is listed
+      too, so that it gets an error of its own and the other images get their results.
+
     Raises:
-      DataError: A file or folder does not exist, a pattern matches nothing, or a folder has
-        no images.
+      DataError: The only input does not exist, a pattern matches no file, or a folder has no
+        images.
     """
     images: list[pathlib.Path] = []
     for text in inputs:
+        if len(inputs) > 1 and not _is_pattern(text) and not pathlib.Path(text).exists():
+            images.append(pathlib.Path(text))
+            continue
         for path in _match(text) if _is_pattern(text) else [text]:
             images += list_images(path, allow_outside)
     return list(dict.fromkeys(images))
 
 
 def searched_folder(text: str) -> pathlib.Path:
-    """The folder in which a file, folder or pattern has its images, itself or further below."""
+    """The folder that holds all images of a file, folder or pattern, directly or in sub-folders."""
     path = pathlib.Path(text)
     if _is_pattern(text):
         return pathlib.Path(
@@ -283,7 +303,11 @@ def _is_pattern(text: str) -> bool:
 
 
 def _match(pattern: str) -> list[str]:
-    """What a pattern matches, sorted, without the folders that this project wrote."""
+    """The sorted matches of a pattern, without the folders that this project wrote.
+
+    Raises:
+      DataError: There is no match.
+    """
     matched = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  (may be absolute)
     top = searched_folder(pattern)
 
@@ -291,7 +315,7 @@ def _match(pattern: str) -> list[str]:
     def is_output(folder: pathlib.Path) -> bool:
         try:
             return files.is_output(os.listdir(folder))  # noqa: PTH208
-        except OSError:  # A file, or a folder that may not be listed.
+        except OSError:  # The path is a file, or a folder without read permission.
             return False
 
     kept, outputs = [], set[pathlib.Path]()

@@ -1,10 +1,14 @@
-"""From images to class probabilities. Importing this module imports no training code."""
+"""Predictors: functions from images to class probabilities.
+
+Importing this module imports no training code.
+"""
 
 import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -12,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.inference.batching import BATCH_SIZE, map_batches, split_batches
 from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
 from cnn_jax.inference.images import AnyImage, ImageReader, describe_image, single_images
 from cnn_jax.models.network import abstract_variables, forward, make_model
@@ -21,21 +26,43 @@ from cnn_jax.system.errors import BundleError, DataError
 logger = logging.getLogger(__name__)
 
 
-# Images that go to the device at once. A longer sequence is cut, a shorter one
-# padded to a power of two, so that few shapes are ever compiled.
-BATCH_SIZE = 64
-
-
-class Predictor:
-    """A loaded bundle: `uint8 [B, H, W, 3] -> probabilities float32 [B, C]`.
+@runtime_checkable
+class Predictor(Protocol):
+    """Anything that predicts: a loaded bundle, an ensemble, an exported model, a function.
 
     Attributes:
-      class_names: In the order of the probabilities.
+      class_names: The classes in the order of the probabilities.
       preprocessing: How an image becomes an input.
-      temperature: The divisor of the logits before the softmax.
+    """
+
+    class_names: list[str]
+    preprocessing: Preprocessing
+
+    def __call__(
+        self, images: UInt8[np.ndarray, "batch height width 3"]
+    ) -> Float[np.ndarray, "batch classes"]:
+        """Predicts preprocessed images; each prediction depends on its own image only.
+
+        Args:
+          images: Images of the size `preprocessing.image_size`, one or more.
+
+        Returns:
+          Probabilities, float32; each row sums to 1.
+        """
+        ...
+
+
+class BundlePredictor(Predictor):
+    """The network of a bundle as a predictor.
+
+    Attributes:
+      class_names: The classes in the order of the probabilities.
+      preprocessing: How an image becomes an input.
+      temperature: The logits are divided by the temperature before the softmax.
       data: The description of the training data; see `Bundle`.
+      metrics: The metrics by split; see `Bundle`.
       model: The network.
-      variables: Its parameters and statistics, on the device.
+      variables: The parameters and statistics of the network, on the device.
     """
 
     def __init__(self, bundle: Bundle):
@@ -43,29 +70,30 @@ class Predictor:
         self.preprocessing = bundle.preprocessing
         self.temperature = bundle.temperature
         self.data = bundle.data
+        self.metrics = bundle.metrics
         self.model = make_model(bundle.model, len(bundle.class_names), bundle.precision)
         _check_weights(self.model, bundle)
         self.variables = jax.device_put(bundle.variables)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Predictor":
+    def load(cls, path: str | os.PathLike[str]) -> "BundlePredictor":
         """Reads and verifies a bundle.
 
         Args:
-          path: A bundle, or a run that has one.
+          path: A bundle, or a run that has a bundle.
 
         Raises:
-          BundleError: There is no bundle, or it is damaged.
+          BundleError: There is no bundle, or the bundle is damaged.
         """
         return cls(read_bundle(find_bundle(path)))
 
     def __call__(
         self, images: UInt8[np.ndarray, "batch height width 3"]
     ) -> Float[np.ndarray, "batch classes"]:
-        """Probabilities of preprocessed images; each row sums to 1.
+        """Predicts preprocessed images; see `Predictor`.
 
         Raises:
-          ValueError: The images are not uint8, or not of the bundle's size.
+          ValueError: The images are not uint8, or their size is not the bundle's.
         """
         size = self.preprocessing.image_size
         if images.dtype != np.uint8 or images.shape[1:] != (*size, 3):
@@ -80,7 +108,10 @@ class Predictor:
 
 @functools.lru_cache(64)
 def _compiled(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., Array]:
-    """The program of all networks of one kind: another's weights need no other."""
+    """The compiled program of all bundles with the same network and preprocessing.
+
+    The weights are arguments, so that other weights need no other program.
+    """
 
     def probabilities(variables: PyTree, temperature: Array, images: Array) -> Array:
         return jax.nn.softmax(forward(model, variables, images, preprocessing) / temperature)
@@ -89,23 +120,21 @@ def _compiled(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., A
 
 
 def _check_weights(model: nn.Module, bundle: Bundle) -> None:
-    """Raises BundleError if the weights are not those of the network described."""
+    """Raises BundleError if names or shapes of the weights differ from those of the network."""
 
     def shapes(variables: PyTree) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree.leaves_with_path(variables)
         return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
-    described = shapes(abstract_variables(model, bundle.preprocessing.image_size))
-    present = shapes(bundle.variables)
-    if described != present:
+    expected = shapes(abstract_variables(model, bundle.preprocessing.image_size))
+    found = shapes(bundle.variables)
+    if expected != found:
         differing = sorted(
-            name
-            for name in described.keys() | present.keys()
-            if described.get(name) != present.get(name)
+            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
         )
         raise BundleError(
-            f"the bundle's weights are not those of the network it describes: {differing[0]} is "
-            f"{present.get(differing[0], 'absent')}, not {described.get(differing[0], 'wanted')}"
+            f"the bundle's weights do not fit the network that it describes: {differing[0]} is "
+            f"{found.get(differing[0], 'absent')}, not {expected.get(differing[0], 'wanted')}"
         )
 
 
@@ -114,8 +143,8 @@ class Prediction:
     """The prediction for one image, or the reason why there is none.
 
     Attributes:
-      predicted: Name of the most probable class; None after an error.
-      confidence: Its probability, 0 to 1; None after an error.
+      predicted: The name of the most probable class; None after an error.
+      confidence: The probability of that class, 0 to 1; None after an error.
       probabilities: float32 [C], in the order of `class_names`; None after an error.
       error: Why the image could not be read; None if it could.
     """
@@ -131,67 +160,73 @@ def predict_batch(
     images: AnyImage | Iterable[AnyImage],
     reader: ImageReader | None = None,
 ) -> list[Prediction]:
-    """Predicts images of any kind and size; an unusable one affects no other.
+    """Predicts images of any kind and size; an unusable image affects no other.
 
     Args:
-      predictor: A loaded bundle.
-      images: One image of a kind that `preprocess_for_inference` takes, which is a batch
-        of one; or an iterable of them, in any mixture: a list, a tuple, a generator, or
-        an array uint8 [b, h, w, 1, 3 or 4]. A generator may reuse its memory: each
-        image is copied before the next one is asked for.
-      reader: The reader of several calls, which warns once in all of them; by default one
-        for this call.
+      predictor: A loaded bundle or any other predictor.
+      images: One image of a kind that `preprocess_for_inference` accepts, which is a batch of
+        one; or an iterable of images of any kinds: a list, a tuple, a generator, or an array
+        uint8 [b, h, w, 1, 3 or 4]. A generator may reuse its memory, because each image is
+        copied before the next one is requested.
+      reader: The reader of several calls, which warns once in all of them; by default a new
+        reader for this call.
 
     Returns:
-      One prediction for each image, in their order. For an image that could not
-      be used it holds the reason, which is also logged. Of the images whose values
-      hardly suit the network's white level, a warning names the first.
+      One prediction for each image, in the order of the images. The prediction of an unusable
+      image holds the reason, which is also logged. A warning names the first image whose values
+      hardly suit the network's white level.
 
     Raises:
-      TypeError: `images`, or one of them, is of none of these kinds.
+      TypeError: `images`, or one of the images, is of none of these kinds.
     """
     reader = reader or ImageReader(predictor.preprocessing)
     predictions: list[Prediction] = []
     rows: list[int] = []  # The positions in `predictions` of the images in `batch`.
     batch = np.empty((BATCH_SIZE, *predictor.preprocessing.image_size, 3), np.uint8)
 
-    def predict_rows() -> None:
+    def read_batches() -> Iterator[UInt8[np.ndarray, "_batch height width 3"]]:
+        for row, image in enumerate(single_images(images)):
+            predictions.append(Prediction())
+            try:
+                batch[len(rows)] = reader.read(image, describe_image(image, row))
+            except DataError as error:
+                logger.warning("%s: %s", describe_image(image, row), error)
+                predictions[row] = Prediction(error=str(error))
+                continue
+            rows.append(row)
+            if len(rows) == BATCH_SIZE:
+                yield batch
+                rows.clear()
         if rows:
-            probabilities = predictor(_pad(batch[: len(rows)]))
-            for row, row_probabilities in zip(rows, probabilities, strict=False):
-                predictions[row] = _prediction(row_probabilities, predictor.class_names)
-            rows.clear()
+            yield batch[: len(rows)]
 
-    for row, image in enumerate(single_images(images)):
-        predictions.append(Prediction())
-        try:
-            batch[len(rows)] = reader.read(image, describe_image(image, row))
-        except DataError as error:
-            logger.warning("%s: %s", describe_image(image, row), error)
-            predictions[row] = Prediction(error=str(error))
-            continue
-        rows.append(row)
-        if len(rows) == BATCH_SIZE:
-            predict_rows()
-    predict_rows()
+    for probabilities in map_batches(predictor, read_batches()):
+        for row, row_probabilities in zip(rows, probabilities, strict=True):
+            predictions[row] = _prediction(row_probabilities, predictor.class_names)
     return predictions
 
 
 def predict_pixels(
-    predictor: Predictor, images: UInt8[np.ndarray, "n height width 3"]
+    predictor: Predictor,
+    images: UInt8[np.ndarray, "n height width 3"],
+    padded_size: int | None = None,
 ) -> Float[np.ndarray, "n classes"]:
-    """Probabilities of any number of preprocessed images, one or more, so many at once."""
-    rows = []
-    for start in range(0, len(images), BATCH_SIZE):
-        part = images[start : start + BATCH_SIZE]
-        rows.append(predictor(_pad(part))[: len(part)])
-    return np.concatenate(rows)
+    """Predicts any number of preprocessed images.
 
+    Args:
+      predictor: A loaded bundle or any other predictor.
+      images: Images of the predictor's size.
+      padded_size: The number of images in each call of the predictor; see `map_batches`.
 
-def _pad(images: np.ndarray) -> np.ndarray:
-    """Repeats the last image up to a power of two."""
-    missing = (1 << (len(images) - 1).bit_length()) - len(images)
-    return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge")
+    Returns:
+      Probabilities, float32.
+    """
+    return np.concatenate(
+        [
+            np.empty((0, len(predictor.class_names)), np.float32),
+            *map_batches(predictor, split_batches(images), padded_size),
+        ]
+    )
 
 
 def _prediction(probabilities: np.ndarray, class_names: list[str]) -> Prediction:

@@ -1,12 +1,14 @@
 """The convolutional network of the specification."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnn_jax.models.layers import BatchNorm, Conv, max_pool_2x2
+from cnn_jax.models.parts import NetworkParts
 
 
 class CNN(nn.Module):
@@ -39,6 +41,16 @@ class CNN(nn.Module):
     ) -> Float[Array, "batch classes"]:
         """Returns the logits, float32, of normalised images."""
         return self.stages(x, train=train)["logits"]
+
+    @nn.nowrap
+    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
+        """The parameters that explanations use."""
+        return NetworkParts(
+            first_kernel=params["conv1"]["kernel"],
+            head_kernel=params["head"]["kernel"],
+            head_bias=params["head"]["bias"],
+            embedding_is_mean_map=not self.dense,
+        )
 
     @nn.compact
     def stages(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Num
 
 from cnn_jax.data.preprocessing import Preprocessing, normalize
 from cnn_jax.models import NETWORKS
+from cnn_jax.models.parts import NetworkParts
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
@@ -73,6 +74,11 @@ def stages(
     """
     images = normalize(images, preprocessing)
     return cast(dict, model.apply(variables, images, offsets=offsets, method="stages"))
+
+
+def network_parts(model: nn.Module, variables: Mapping[str, Any]) -> NetworkParts:
+    """The parameters of a network that explanations use; see `NetworkParts`."""
+    return cast(Any, model).parts(variables["params"])
 
 
 def feature_map_shape(

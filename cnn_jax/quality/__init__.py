@@ -1,1 +1,1 @@
-"""Corruptions and how well a network copes with them."""
+"""Corruptions of images, and the robustness of predictors against them."""

@@ -1,24 +1,23 @@
-"""What spoils photographs, at five severities: noise, blur, weather, processing, poor quality.
+"""Corruptions of images at five severities: noise, blur, weather, digital processing, quality.
 
-The 19 common corruptions of ImageNet-C (Hendrycks & Dietterich, "Benchmarking Neural
-Network Robustness to Common Corruptions and Perturbations", ICLR 2019), with the
-constants of the authors' code, and four of our own under `quality`. Each is a function
-of (image, severity, seed) and of nothing else: uint8 [h, w, 3] RGB of any size gives
-the same shape, severity is 1 to 5, and the seed, 0 or more, decides what is random in it.
-They may be called on many threads at once.
+The module has the 19 common corruptions of ImageNet-C (Hendrycks & Dietterich, "Benchmarking
+Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019) with the constants
+of the authors' code, and four more in the family `quality`. Each corruption is a pure function
+of (image, severity, seed): uint8 [h, w, 3] RGB of any size gives the same shape, severity is 1 to
+5, and the seed, 0 or more, determines all random numbers. The functions are thread-safe.
 
-**Size.** ImageNet-C is made for 224 pixels. Here whatever is a length in pixels (radii,
-widths of blurs, displacements, the grain of fog, frost, snow and spatter) is scaled by
-min(h, w) / 224, so that a small picture looks like a large one that was spoiled and then
-reduced; at 224 the lengths are the published ones. CIFAR-10-C and Tiny-ImageNet-C do
-much the same by constants of their own, which also are milder in grey levels. Grey
-levels, shares of pixels, JPEG qualities, and `pixelate`, which is a ratio of the image's
-own number of pixels, stay as ImageNet-C has them at every size.
+**Size.** The constants of ImageNet-C are for images of 224 pixels. All lengths in pixels (radii,
+widths of blurs, displacements, the grain of fog, frost, snow and spatter) are multiplied by
+min(h, w) / 224. A small image therefore looks like a large image that was corrupted first and
+reduced afterwards, and at 224 pixels the lengths are the published values. CIFAR-10-C and
+Tiny-ImageNet-C do almost the same with constants of their own, which also change grey levels
+less. Grey levels, fractions of pixels, JPEG qualities, and `pixelate`, which is a ratio of the
+image's own pixels, are the same at every size.
 
-**Where this differs from the published code.** Grey levels are rounded, not cut off, and
-intermediate results keep their fractions. Frost is drawn by a program, not photographed
-(see `frost`). ImageMagick's motion blur is done by its definition (see `motion_blur`).
-Random numbers come from `np.random.default_rng([seed, severity])`.
+**Differences from the published code.** Grey levels are rounded, not truncated, and intermediate
+results are not rounded. Frost is generated, not photographed (see `frost`). Motion blur follows
+the definition of ImageMagick's (see `motion_blur`). Random numbers come from
+`np.random.default_rng([seed, severity])`.
 """
 
 import functools
@@ -36,14 +35,14 @@ from cnn_jax.data.augment import opencv
 SEVERITIES = (1, 2, 3, 4, 5)
 
 Corruption = Callable[[np.ndarray, int, int], np.ndarray]
-# RGB or one layer, grey levels from 0 to 1. The underscores say that sizes may differ.
+# RGB or one channel, values from 0 to 1. With underscores, jaxtyping does not compare sizes.
 _Unit = Float32[np.ndarray, "_height _width _*channels"]
 
-# The side in pixels that ImageNet-C's constants are for.
+# The image side, in pixels, to which the constants of ImageNet-C belong.
 _SIDE = 224
-# A layer's longer side over its shorter one, at most: a picture that is yet longer gets
-# it stretched, so that a strip of one pixel by thousands does not take all memory.
-_LONGEST = 4
+# The maximum aspect ratio of a layer. The layer of a longer image is stretched; otherwise an image
+# of 1 x 1000 pixels would need a layer of 224 x 224,000.
+_MAX_ASPECT_RATIO = 4
 
 _T = TypeVar("_T")
 
@@ -56,31 +55,35 @@ def _choose(severity: int, values: Sequence[_T]) -> _T:
 
 
 def _rng(seed: int, severity: int) -> np.random.Generator:
+    """The random numbers of a corruption."""
     return np.random.default_rng([seed, severity])
 
 
 def _unit(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    """Scales grey levels to the range 0 to 1."""
     return image.astype(np.float32) / np.float32(255)
 
 
 def _levels(image: np.ndarray) -> UInt8[np.ndarray, "_height _width 3"]:
-    """Rounds what is 0 to 1, or beyond, to grey levels."""
+    """Rounds values from 0 to 1 to grey levels; values outside this range are clipped."""
     return np.clip(image * np.float32(255) + np.float32(0.5), 0, 255).astype(np.uint8)
 
 
 def _scale(image: np.ndarray) -> float:
-    """How long one of ImageNet-C's pixels is in this image."""
+    """The length of a pixel of ImageNet-C's constants in pixels of the image."""
     return min(image.shape[:2]) / _SIDE
 
 
 def _layer_size(image: np.ndarray) -> tuple[int, int]:
-    """(height, width) of the image in ImageNet-C's pixels: the shorter side has 224."""
-    height, width = (min(round(side / _scale(image)), _LONGEST * _SIDE) for side in image.shape[:2])
+    """(height, width) of a layer for an image; the shorter side has 224 pixels."""
+    height, width = (
+        min(round(side / _scale(image)), _MAX_ASPECT_RATIO * _SIDE) for side in image.shape[:2]
+    )
     return height, width
 
 
 def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Brings a layer to an image's size; shrinking averages over each pixel's area."""
+    """Resizes a layer to an image's size; shrinking averages over each pixel's area."""
     height, width = image.shape[:2]
     if layer.shape[:2] == (height, width):
         return layer
@@ -92,11 +95,15 @@ def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _taps(radius: int, scale: float) -> Float[np.ndarray, "pixels taps"]:
-    """How taps at -radius to radius, `scale` pixels apart, fall upon whole pixels.
+    """The weights by which the taps of a filter are distributed to whole pixels.
 
-    Each tap is a box as long as a pixel or, in a larger picture, as the distance to the
-    next tap, and is shared out by overlap: between the taps of a small picture that is
-    linear interpolation. At scale 1 this is the identity.
+    Each tap is a box that is one pixel long or, if `scale` is above 1, as long as the distance
+    between two taps. A pixel gets the fraction of the box that overlaps it. With a scale below 1
+    this is linear interpolation; with scale 1 it is the identity.
+
+    Args:
+      radius: The filter has 2 * radius + 1 taps.
+      scale: The distance between two taps, in pixels.
     """
     length = max(1.0, scale)
     reach = math.ceil(radius * scale + length / 2 - 0.5)
@@ -108,13 +115,13 @@ def _taps(radius: int, scale: float) -> Float[np.ndarray, "pixels taps"]:
 
 
 def _scaled_kernel(kernel: Float[np.ndarray, "side side"], scale: float) -> np.ndarray:
-    """A kernel of ImageNet-C's pixels in those of an image; its sum stays."""
+    """Scales a kernel in both directions by `_taps`; its sum does not change."""
     taps = _taps(len(kernel) // 2, scale)
     return (taps @ kernel @ taps.T).astype(np.float32)
 
 
 def _gaussian(image: _Unit, sigma: float, scale: float = 1.0) -> _Unit:
-    """Gaussian blur as SciPy's `gaussian_filter` with mode "nearest", truncated at 4 sigma."""
+    """Gaussian blur like SciPy's `gaussian_filter` with mode "nearest", truncated at 4 sigma."""
     cv2 = opencv()
     radius = int(4 * sigma + 0.5)
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
@@ -128,7 +135,7 @@ def _gaussian(image: _Unit, sigma: float, scale: float = 1.0) -> _Unit:
 def gaussian_noise(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Adds normal noise to each value, as in low light."""
+    """Adds normally distributed noise to each value, as in low light."""
     deviation = _choose(severity, (0.08, 0.12, 0.18, 0.26, 0.38))
     noise = _rng(seed, severity).standard_normal(image.shape, np.float32)
     return _levels(_unit(image) + np.float32(deviation) * noise)
@@ -137,7 +144,7 @@ def gaussian_noise(
 def shot_noise(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Counts light in few quanta: Poisson noise of variance value / quanta."""
+    """Adds Poisson noise, as in very low light; its variance is value / quanta."""
     quanta = _choose(severity, (60, 25, 12, 5, 3))
     return _levels(_rng(seed, severity).poisson(_unit(image) * np.float32(quanta)) / quanta)
 
@@ -145,17 +152,17 @@ def shot_noise(
 def impulse_noise(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Sets a share of all values to 0 or 255: salt and pepper, in each channel by itself."""
-    share = _choose(severity, (0.03, 0.06, 0.09, 0.17, 0.27))
+    """Sets a fraction of the values to 0 or 255, each channel independently (salt and pepper)."""
+    fraction = _choose(severity, (0.03, 0.06, 0.09, 0.17, 0.27))
     drawn = _rng(seed, severity).random(image.shape, np.float32)
-    spoiled = np.where(drawn < share / 2, np.uint8(255), image)
-    return np.where((drawn >= share / 2) & (drawn < share), np.uint8(0), spoiled)
+    salted = np.where(drawn < fraction / 2, np.uint8(255), image)
+    return np.where((drawn >= fraction / 2) & (drawn < fraction), np.uint8(0), salted)
 
 
 def speckle_noise(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Adds normal noise in proportion to each value."""
+    """Adds normally distributed noise in proportion to each value."""
     deviation = _choose(severity, (0.15, 0.2, 0.35, 0.45, 0.6))
     noise = _rng(seed, severity).standard_normal(image.shape, np.float32)
     return _levels(_unit(image) * (1 + np.float32(deviation) * noise))
@@ -167,6 +174,7 @@ def speckle_noise(
 def gaussian_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
+    """Blurs with a Gaussian filter."""
     sigma = _choose(severity, (1, 2, 3, 4, 6))
     return _levels(_gaussian(_unit(image), sigma, _scale(image)))
 
@@ -174,7 +182,7 @@ def gaussian_blur(
 def defocus_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Averages over a disk, as a lens that is out of focus."""
+    """Averages over a disk, like a lens that is out of focus."""
     radius, softness = _choose(severity, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)))
     cv2 = opencv()
     kernel = _scaled_kernel(_disk(radius, softness), _scale(image))
@@ -183,10 +191,14 @@ def defocus_blur(
 
 @functools.cache
 def _disk(radius: int, softness: float) -> Float[np.ndarray, "side side"]:
-    """A disk whose edge is blurred by a Gaussian of this width in pixels.
+    """A filter in the form of a disk with a blurred edge.
 
-    The published grid ends at the edge of the two largest disks, and the blur is mirrored
-    there: their sum is 1.01, which lightens the image by a hundredth.
+    The published grid ends at the edge of the two largest disks, and the blur is mirrored there.
+    Their sum is therefore 1.01, which makes the image 1 % lighter. This function does the same.
+
+    Args:
+      radius: The radius of the disk, in pixels.
+      softness: The standard deviation of the blur, in pixels.
     """
     offsets = np.arange(-max(radius, 8), max(radius, 8) + 1)
     disk = (offsets**2 + offsets[:, np.newaxis] ** 2 <= radius**2).astype(np.float64)
@@ -197,26 +209,27 @@ def _disk(radius: int, softness: float) -> Float[np.ndarray, "side side"]:
 def glass_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Blurs, moves each pixel a little way, and blurs again, as frosted glass.
+    """Blurs, moves each pixel a small distance, and blurs again, like frosted glass.
 
-    The published loop means to swap neighbours. As NumPy does it, each pixel, from the
-    last to the first, gets a copy of what then lies at its neighbour. That is what is
-    done here, all pixels at once; see `_shuffled`. In a small image the way is shorter, but
-    the grain is a pixel at any size.
+    The published loop is meant to swap neighbours. With NumPy's views it does something else:
+    each pixel, from the last to the first, gets a copy of the current value of its neighbour.
+    `_shuffled` computes the same result for all pixels at once. The distance is scaled with the
+    image's size; the grain is one pixel at every size.
     """
     sigma, reach, rounds = _choose(
         severity, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))
     )
     cv2, scale, rng = opencv(), _scale(image), _rng(seed, severity)
     height, width = image.shape[:2]
-    places = np.arange(height * width)
-    origin = places
+    positions = np.arange(height * width)
+    origin = positions
     for _ in range(rounds):
         origin = origin[_shuffled(rng, height, width, reach, scale)]
-    # The grid's steps are ImageNet-C's pixels: in a small image they are fractions.
-    step_y, step_x = origin // width - places // width, origin % width - places % width
-    from_x = (places % width + scale * step_x).astype(np.float32).reshape(height, width)
-    from_y = (places // width + scale * step_y).astype(np.float32).reshape(height, width)
+    # The steps are in ImageNet-C's pixels, which are fractions of a pixel in a small image.
+    y, x = np.divmod(positions, width)
+    step_y, step_x = origin // width - y, origin % width - x
+    from_x = (x + scale * step_x).astype(np.float32).reshape(height, width)
+    from_y = (y + scale * step_y).astype(np.float32).reshape(height, width)
     blurred = _gaussian(_unit(image), sigma, scale)
     moved = cv2.remap(blurred, from_x, from_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return _levels(_gaussian(moved, sigma, scale))
@@ -225,27 +238,34 @@ def glass_blur(
 def _shuffled(
     rng: np.random.Generator, height: int, width: int, reach: int, scale: float
 ) -> Int[np.ndarray, " pixels"]:
-    """Where each pixel's value comes from after one pass of ImageNet-C's shuffle.
+    """The origin of each pixel's value after one pass of ImageNet-C's shuffle.
 
-    The pass goes over the pixels backwards and copies to each the value that a random
-    neighbour, -reach to reach - 1 away, has by then. A neighbour that lies behind has
-    been overwritten already, so its own origin counts: chains that only lead backwards,
-    which are followed here for all pixels at once by doubling the steps.
+    The pass visits the pixels from the last to the first. It copies to each pixel the current
+    value of a random neighbour, at a distance of -reach to reach - 1 pixels. A neighbour at a
+    later position was overwritten before, so that its value has the neighbour's own origin. These
+    chains are followed for all pixels at once, with steps that double.
+
+    Args:
+      rng: Draws the neighbours.
+      height: The height of the image.
+      width: The width of the image.
+      reach: The largest distance in each direction, in ImageNet-C's pixels.
+      scale: The length of a pixel of ImageNet-C in pixels of the image.
 
     Returns:
       Positions in the image, row by row.
     """
-    places = np.arange(height * width).reshape(height, width)
-    # Pixels at the edge, from where a neighbour might lie outside, stay.
+    positions = np.arange(height * width).reshape(height, width)
+    # Pixels near the edge, whose neighbour may lie outside the image, keep their value.
     before, after = round((reach + 1) * scale), round((reach - 1) * scale)
     is_moved = np.zeros((height, width), bool)
     is_moved[before : height - after, before : width - after] = True
     step_x, step_y = rng.integers(-reach, reach, (2, height, width))
     y = np.clip(np.arange(height)[:, np.newaxis] + step_y, 0, height - 1)
     x = np.clip(np.arange(width) + step_x, 0, width - 1)
-    neighbour = np.where(is_moved, y * width + x, places).ravel()
-    goes_on = (neighbour > places.ravel()) & is_moved.ravel()[neighbour]
-    end = np.where(goes_on, neighbour, places.ravel())
+    neighbour = np.where(is_moved, y * width + x, positions).ravel()
+    is_overwritten = (neighbour > positions.ravel()) & is_moved.ravel()[neighbour]
+    end = np.where(is_overwritten, neighbour, positions.ravel())
     while not np.array_equal(end, further := end[end]):
         end = further
     return neighbour[end]
@@ -254,10 +274,10 @@ def _shuffled(
 def motion_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Smears the image along a line up to 45 degrees off the horizontal.
+    """Blurs along a line, at a random angle of up to 45 degrees from the horizontal.
 
-    ImageMagick's MotionBlurImage: half a Gaussian along the line, whose taps lie on the
-    nearest whole pixels.
+    This is MotionBlurImage of ImageMagick: the weights along the line are one half of a Gaussian,
+    and each tap lies on the nearest whole pixel.
     """
     radius, sigma = _choose(severity, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)))
     angle = _rng(seed, severity).uniform(-45, 45)
@@ -265,7 +285,15 @@ def motion_blur(
 
 
 def _smear(image: _Unit, radius: int, sigma: float, angle: float, scale: float) -> _Unit:
-    """Motion blur at an angle in degrees, 0 to the right, clockwise; lengths at 224 pixels."""
+    """Motion blur along a line.
+
+    Args:
+      image: The image, with values from 0 to 1.
+      radius: Half the length of the line, in ImageNet-C's pixels.
+      sigma: The standard deviation of the weights, in ImageNet-C's pixels.
+      angle: The direction of the line in degrees, clockwise; 0 points to the right.
+      scale: The length of a pixel of ImageNet-C in pixels of the image.
+    """
     cv2 = opencv()
     steps = np.arange(2 * radius + 1)
     weights = np.exp(-0.5 * (steps / sigma) ** 2)
@@ -280,7 +308,7 @@ def _smear(image: _Unit, radius: int, sigma: float, angle: float, scale: float) 
 def zoom_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The mean of the image and of its magnifications, as a camera that rushes ahead."""
+    """The mean of the image and its magnifications, like a camera that moves forward."""
     end, step = _choose(
         severity, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
     )
@@ -302,10 +330,17 @@ def zoom_blur(
 
 
 def _zoom(side: int, factor: float) -> tuple[float, float]:
-    """(step, start): position i of a side's magnified middle shows start + step * i.
+    """The linear map from positions in a magnified image to positions in the image.
 
-    As ImageNet-C does it: the middle is cut at whole pixels, magnified by SciPy's `zoom`,
-    which keeps the outermost pixels in their places, and cut to size.
+    ImageNet-C cuts out the middle of the image at whole pixels, magnifies it by SciPy's `zoom`,
+    which maps the first and last pixel to themselves, and cuts the result to size.
+
+    Args:
+      side: The length of a side, in pixels.
+      factor: The magnification.
+
+    Returns:
+      (step, start): position i of the magnified side shows position start + step * i.
     """
     cut = math.ceil(side / factor)
     magnified = round(cut * factor)
@@ -314,8 +349,8 @@ def _zoom(side: int, factor: float) -> tuple[float, float]:
 
 
 def _scaled_affine(matrix: Float[np.ndarray, "2 3"], scale: float) -> Float[np.ndarray, "2 3"]:
-    """A map between positions in ImageNet-C's pixels, in those of an image."""
-    # Pixels' centres lie at whole numbers in both, their edges half a pixel before.
+    """Converts an affine map of positions from ImageNet-C's pixels to pixels of an image."""
+    # In both units the centres of pixels are whole numbers; edges are half a pixel away.
     shift = 0.5 / scale - 0.5
     linear, offset = matrix[:, :2], matrix[:, 2]
     offset = scale * (offset + linear.sum(axis=1) * shift - shift)
@@ -328,8 +363,8 @@ def _scaled_affine(matrix: Float[np.ndarray, "2 3"], scale: float) -> Float[np.n
 def snow(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Whitens the image and lets flakes fall across it, in two directions."""
-    mean, deviation, size, least, radius, sigma, share = _choose(
+    """Makes the image whiter and adds snowflakes that fall in two directions."""
+    mean, deviation, size, threshold, radius, sigma, image_weight = _choose(
         severity,
         (
             (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
@@ -343,7 +378,7 @@ def snow(
     height, width = _layer_size(image)
     noise = rng.standard_normal([math.ceil(side / size) for side in (height, width)], np.float32)
     (step_x, start_x), (step_y, start_y) = (_zoom(side, size) for side in (width, height))
-    # Only the middle is drawn that the magnification would cut from noise of full size.
+    # Only the middle part of the noise is drawn, because the magnification cuts off the rest.
     start_x -= (width - noise.shape[1]) // 2
     start_y -= (height - noise.shape[0]) // 2
     flakes = cv2.warpAffine(
@@ -353,27 +388,27 @@ def snow(
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,
     )
-    flakes[flakes < least] = 0
+    flakes[flakes < threshold] = 0
     flakes = _fit(np.clip(flakes, 0, 1), image)
     flakes = _smear(flakes, radius, sigma, rng.uniform(-135, -45), _scale(image))
     unit = _unit(image)
     grey = cv2.cvtColor(unit, cv2.COLOR_RGB2GRAY)[..., np.newaxis]
-    share = np.float32(share)
-    pale = share * unit + (1 - share) * np.maximum(unit, grey * np.float32(1.5) + np.float32(0.5))
+    weight = np.float32(image_weight)
+    pale = weight * unit + (1 - weight) * np.maximum(unit, grey * np.float32(1.5) + np.float32(0.5))
     return _levels(pale + (flakes + np.rot90(flakes, 2))[..., np.newaxis])
 
 
 def frost(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Lays ice crystals over the image.
+    """Adds ice crystals.
 
-    ImageNet-C takes a random part of one of five photographs, which are not ours to
-    give. Here five textures take their place, drawn once by a program, with the
-    photographs' mean colours and contrasts; the weights are the published ones. So the
-    strength is that of ImageNet-C, but not the pattern.
+    ImageNet-C adds a random part of one of five photographs, whose licence does not allow copies.
+    This function uses five generated textures with the mean colours and contrasts of the
+    photographs, and the published weights. The strength is therefore that of ImageNet-C, but the
+    pattern is not.
     """
-    of_image, of_frost = _choose(
+    image_weight, frost_weight = _choose(
         severity, ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))
     )
     rng = _rng(seed, severity)
@@ -381,11 +416,14 @@ def frost(
     texture = _frost_texture(int(rng.integers(len(_FROSTS))))
     y, x = rng.integers(0, [_FROST_SIDE - height + 1, _FROST_SIDE - width + 1])
     layer = _fit(texture[y : y + height, x : x + width], image)
-    return _levels(np.float32(of_image) * _unit(image) + np.float32(of_frost) * _unit(layer))
+    return _levels(
+        np.float32(image_weight) * _unit(image) + np.float32(frost_weight) * _unit(layer)
+    )
 
 
-# The mean R, G, B and the standard deviation of ImageNet-C's photographs, in grey
-# levels. (The second and third are alike. Its code has a sixth, and never takes it.)
+# The mean R, G, B and the standard deviation of ImageNet-C's photographs, in grey levels. (The
+# second and third have the same values. The published code lists a sixth photograph but never
+# chooses it.)
 _FROSTS = (
     ((78, 149, 166), 19),
     ((201, 205, 214), 22),
@@ -393,13 +431,13 @@ _FROSTS = (
     ((138, 153, 165), 29),
     ((112, 123, 135), 43),
 )
-# No layer is longer than this.
+# The side of a texture, in pixels; no layer has a longer side.
 _FROST_SIDE = 1024
 
 
 @functools.cache
 def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
-    """Feathers of ice over a cloudy ground: one of `_FROSTS`, always the same."""
+    """The generated texture of one of `_FROSTS`: feathers of ice on a cloudy background."""
     cv2, rng = opencv(), np.random.default_rng([number, *b"frost"])
     clouds = _plasma(rng, _FROST_SIDE, 1.7)
     crystals = np.zeros((_FROST_SIDE, _FROST_SIDE), np.uint8)
@@ -407,7 +445,7 @@ def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
         lines = np.concatenate([_feather(rng) for _ in range(40)])
         fixed_point = np.round(lines * 16).astype(np.int32)
         cv2.polylines(crystals, list(fixed_point), False, brightness, 1, cv2.LINE_AA, 4)
-    # Ice is thick here and thin there.
+    # The thickness of the ice varies.
     thickness = _plasma(rng, _FROST_SIDE, 2.2)
     pattern = clouds + (0.3 + thickness) * _gaussian(_unit(crystals), 0.6)
     pattern = (pattern - pattern.mean()) / pattern.std()
@@ -417,10 +455,10 @@ def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
 
 
 def _feather(rng: np.random.Generator) -> Float[np.ndarray, "lines 2 2"]:
-    """One crystal: a stem and, at 60 degrees from it, barbs that shorten towards its tip.
+    """A crystal: a stem with barbs at 60 degrees that become shorter towards the tip.
 
     Returns:
-      The ends (x, y) of its lines, in pixels.
+      The two end points (x, y) of each line, in pixels.
     """
     length, angle = rng.uniform(20, 110), rng.uniform(0, 2 * math.pi)
     root = rng.uniform(0, _FROST_SIDE, 2)
@@ -438,7 +476,7 @@ def _feather(rng: np.random.Generator) -> Float[np.ndarray, "lines 2 2"]:
 def fog(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Adds plasma clouds, and darkens so that the lightest value stays."""
+    """Adds clouds of fog, and darkens the image so that its lightest value does not change."""
     strength, decay = _choose(severity, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)))
     height, width = _layer_size(image)
     side = 2 ** math.ceil(math.log2(max(height, width)))
@@ -450,33 +488,33 @@ def fog(
 
 
 def _plasma(rng: np.random.Generator, side: int, decay: float) -> Float32[np.ndarray, "side side"]:
-    """A periodic fractal surface from 0 to 1, by the diamond-square algorithm.
+    """A periodic fractal surface with values from 0 to 1, by the diamond-square algorithm.
 
     Args:
-      rng: Draws it.
-      side: A power of two, 2 or more.
-      decay: How much weaker the noise of each finer grid is; its amplitude falls by the
-        square of this.
+      rng: Draws the noise.
+      side: The side of the surface, in pixels: a power of two, 2 or more.
+      decay: From each grid to the next finer grid, the amplitude of the noise is divided by the
+        square of this number.
     """
     surface = np.zeros((side, side), np.float32)
     step, amplitude = side, 100.0**2
     while step >= 2:
         half = step // 2
 
-        def wobbled(sums: np.ndarray, amplitude: float = amplitude) -> np.ndarray:
+        def add_noise(sums: np.ndarray, amplitude: float = amplitude) -> np.ndarray:
             noise = rng.random(sums.shape, np.float32) - np.float32(0.5)
             return sums * np.float32(0.25) + np.float32(2 * amplitude) * noise
 
         corners = surface[::step, ::step]
         pairs = corners + np.roll(corners, -1, axis=0)
-        surface[half::step, half::step] = wobbled(pairs + np.roll(pairs, -1, axis=1))
+        surface[half::step, half::step] = add_noise(pairs + np.roll(pairs, -1, axis=1))
         centres = surface[half::step, half::step]
         above = centres + np.roll(centres, 1, axis=0)
         beside = corners + np.roll(corners, -1, axis=1)
-        surface[::step, half::step] = wobbled(above + beside)
+        surface[::step, half::step] = add_noise(above + beside)
         left = centres + np.roll(centres, 1, axis=1)
         below = corners + np.roll(corners, -1, axis=0)
-        surface[half::step, ::step] = wobbled(left + below)
+        surface[half::step, ::step] = add_noise(left + below)
         step, amplitude = half, amplitude / decay**2
     surface -= surface.min()
     return surface / surface.max()
@@ -485,8 +523,8 @@ def _plasma(rng: np.random.Generator, side: int, decay: float) -> Float32[np.nda
 def spatter(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Drops of water on the lens, and from severity 4 on of mud."""
-    mean, deviation, sigma, least, strength, is_mud = _choose(
+    """Adds drops of water on the lens, or of mud from severity 4 on."""
+    mean, deviation, sigma, threshold, strength, is_mud = _choose(
         severity,
         (
             (0.65, 0.3, 4, 0.69, 0.6, False),
@@ -498,10 +536,10 @@ def spatter(
     )
     noise = _rng(seed, severity).standard_normal(_layer_size(image), np.float32)
     liquid = _gaussian(np.float32(mean) + np.float32(deviation) * noise, sigma)
-    liquid[liquid < least] = 0
+    liquid[liquid < threshold] = 0
     unit = _unit(image)
     if is_mud:
-        drops = _gaussian((liquid > least).astype(np.float32), strength)
+        drops = _gaussian((liquid > threshold).astype(np.float32), strength)
         drops[drops < 0.8] = 0
         drops = _fit(drops, image)[..., np.newaxis]
         return _levels(unit * (1 - drops) + drops * (np.array([63, 42, 20], np.float32) / 255))
@@ -510,7 +548,7 @@ def spatter(
 
 
 def _shaded(liquid: Float32[np.ndarray, "height width"]) -> Float32[np.ndarray, "height width"]:
-    """How brightly each point of a layer of water shines, up to 1: most at the drops' edges."""
+    """The brightness of a layer of water, 0 to 1; the edges of drops are the brightest."""
     cv2 = opencv()
     levels = (liquid * 255).astype(np.uint8)
     distance = cv2.distanceTransform(255 - cv2.Canny(levels, 50, 150), cv2.DIST_L2, 5)
@@ -525,11 +563,11 @@ def _shaded(liquid: Float32[np.ndarray, "height width"]) -> Float32[np.ndarray, 
 def brightness(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Adds to the value of each colour, as HSV has it."""
-    more = _choose(severity, (0.1, 0.2, 0.3, 0.4, 0.5))
+    """Increases the value of each pixel in HSV."""
+    increase = _choose(severity, (0.1, 0.2, 0.3, 0.4, 0.5))
     cv2 = opencv()
     hsv = cv2.cvtColor(_unit(image), cv2.COLOR_RGB2HSV)
-    hsv[..., 2] = np.minimum(hsv[..., 2] + np.float32(more), 1)
+    hsv[..., 2] = np.minimum(hsv[..., 2] + np.float32(increase), 1)
     return _levels(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
 
@@ -539,7 +577,7 @@ def brightness(
 def contrast(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Draws each channel towards its mean over the image."""
+    """Reduces the contrast: moves the values of each channel towards the channel's mean."""
     factor = _choose(severity, (0.4, 0.3, 0.2, 0.1, 0.05))
     unit = _unit(image)
     means = unit.mean(axis=(0, 1))
@@ -550,7 +588,7 @@ def elastic_transform(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Stretches the image as a whole (severities 1 and 2) or locally (3 to 5)."""
-    # In the published code's units of 244 pixels ("should have been 224").
+    # The published code uses 244 pixels and says that it "should have been 224".
     strength, sigma, shift = (
         244 * constant
         for constant in _choose(
@@ -567,7 +605,7 @@ def elastic_transform(
     cv2, scale, rng = opencv(), _scale(image), _rng(seed, severity)
     height, width = image.shape[:2]
     layer_height, layer_width = _layer_size(image)
-    # Three corners of a square around the middle are moved.
+    # An affine map is defined by moving three corners of a square around the middle.
     middle, arm = np.array([layer_width // 2, layer_height // 2]), _SIDE // 3
     corners = (middle + arm * np.array([[1, 1], [1, -1], [-1, -1]])).astype(np.float32)
     moved = corners + rng.uniform(-shift, shift, corners.shape).astype(np.float32)
@@ -588,10 +626,10 @@ def elastic_transform(
 def _smoothed(
     layers: Float32[np.ndarray, "layers height width"], sigma: float
 ) -> Float32[np.ndarray, "layers height width"]:
-    """Gaussian blur as SciPy's `gaussian_filter` with mode "reflect", truncated at 3 sigma.
+    """Gaussian blur like SciPy's `gaussian_filter` with mode "reflect", truncated at 3 sigma.
 
-    Over what is mirrored at its edges a blur is a product of cosine transforms, which takes
-    no longer for the widest, of a thousand taps.
+    For an image that is mirrored at its edges, the blur is a multiplication of its cosine
+    transform. The time does not depend on sigma, which reaches a thousand taps here.
     """
     from scipy.fft import dctn, idctn
 
@@ -602,7 +640,7 @@ def _smoothed(
 
 @functools.lru_cache(maxsize=256)
 def _response(length: int, sigma: float) -> Float32[np.ndarray, " length"]:
-    """By how much a Gaussian, truncated at 3 sigma, weakens each cosine over so many pixels."""
+    """The factor of each cosine over `length` pixels under a Gaussian truncated at 3 sigma."""
     offsets = np.arange(-int(3 * sigma + 0.5), int(3 * sigma + 0.5) + 1)
     weights = np.exp(-0.5 * (offsets / sigma) ** 2)
     cosines = np.cos(math.pi / length * np.arange(length)[:, np.newaxis] * offsets)
@@ -612,10 +650,10 @@ def _response(length: int, sigma: float) -> Float32[np.ndarray, " length"]:
 def pixelate(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Shows fewer pixels than the image has, as squares."""
-    share = _choose(severity, (0.6, 0.5, 0.4, 0.3, 0.25))
+    """Reduces the resolution and shows the pixels as large squares."""
+    fraction = _choose(severity, (0.6, 0.5, 0.4, 0.3, 0.25))
     height, width = image.shape[:2]
-    size = (max(1, int(width * share)), max(1, int(height * share)))
+    size = (max(1, int(width * fraction)), max(1, int(height * fraction)))
     reduced = Image.fromarray(image).resize(size, Image.Resampling.BOX)
     return np.array(reduced.resize((width, height), Image.Resampling.BOX))
 
@@ -623,14 +661,14 @@ def pixelate(
 def jpeg_compression(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """A JPEG of very low quality, 25 to 7."""
+    """Compresses as a JPEG of very low quality, 25 to 7."""
     return _as_jpeg(image, _choose(severity, (25, 18, 15, 10, 7)))
 
 
 def _as_jpeg(
     image: UInt8[np.ndarray, "height width 3"], quality: int
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Encodes and decodes with Pillow, whose default is to halve the colours' resolution."""
+    """Encodes and decodes a JPEG with Pillow, which halves the resolution of colours by default."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=quality)
     return np.array(Image.open(file))
@@ -639,24 +677,24 @@ def _as_jpeg(
 def saturate(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Takes colour away (severities 1 and 2) or adds to it (3 to 5), as HSV has it.
+    """Reduces (severities 1 and 2) or increases (3 to 5) the saturation in HSV.
 
-    At 4 and 5 grey becomes reddish, since it has hue 0 there.
+    At severities 4 and 5 grey becomes reddish, because the hue of grey is 0, which is red.
     """
-    factor, more = _choose(severity, ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)))
+    factor, increase = _choose(severity, ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)))
     cv2 = opencv()
     hsv = cv2.cvtColor(_unit(image), cv2.COLOR_RGB2HSV)
-    hsv[..., 1] = np.minimum(hsv[..., 1] * np.float32(factor) + np.float32(more), 1)
+    hsv[..., 1] = np.minimum(hsv[..., 1] * np.float32(factor) + np.float32(increase), 1)
     return _levels(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
 
-# Quality: what a photograph may lack that nothing has happened to.
+# Quality: defects of ordinary photographs.
 
 
 def resolution(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """An image of 1 / 1.5 to 1 / 6 of the pixels a side, enlarged smoothly."""
+    """Reduces each side to 1 / 1.5 to 1 / 6 of its pixels and enlarges the result smoothly."""
     factor = _choose(severity, (1.5, 2, 3, 4, 6))
     cv2 = opencv()
     height, width = image.shape[:2]
@@ -668,14 +706,14 @@ def resolution(
 def jpeg_quality(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """A JPEG of a quality that is in use, 90 to 30; `jpeg_compression` goes on below."""
+    """Compresses as a JPEG of a common quality, 90 to 30; `jpeg_compression` has lower ones."""
     return _as_jpeg(image, _choose(severity, (90, 75, 60, 45, 30)))
 
 
 def darkness(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """An underexposed image: all grey levels times 0.75 to 0.15; `brightness` is its opposite."""
+    """Multiplies all grey levels by 0.75 to 0.15, like underexposure."""
     factor = _choose(severity, (0.75, 0.5, 0.35, 0.25, 0.15))
     return _levels(_unit(image) * np.float32(factor))
 
@@ -683,17 +721,18 @@ def darkness(
 def crop(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """A part of 0.9 to 0.5 of each side, at a random place, enlarged to the whole."""
-    share = _choose(severity, (0.9, 0.8, 0.7, 0.6, 0.5))
+    """Cuts out 0.9 to 0.5 of each side at a random position and enlarges it to the full size."""
+    fraction = _choose(severity, (0.9, 0.8, 0.7, 0.6, 0.5))
     cv2, rng = opencv(), _rng(seed, severity)
     height, width = image.shape[:2]
-    kept_height, kept_width = max(1, round(height * share)), max(1, round(width * share))
+    kept_height, kept_width = max(1, round(height * fraction)), max(1, round(width * fraction))
     y, x = rng.integers(0, [height - kept_height + 1, width - kept_width + 1])
     part = image[y : y + kept_height, x : x + kept_width]
     return cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-# As the paper groups them, in its order; the four that it adds for validation come last.
+# The families of the paper in its order. In each family, the corruptions that the paper uses only
+# for validation come last.
 FAMILIES: dict[str, dict[str, Corruption]] = {
     family: {function.__name__: function for function in functions}
     for family, functions in {
@@ -704,9 +743,9 @@ FAMILIES: dict[str, dict[str, Corruption]] = {
         "quality": (resolution, jpeg_quality, darkness, crop),
     }.items()
 }
-# All of them by name.
+# All corruptions by name.
 CORRUPTIONS: dict[str, Corruption] = {
     name: function for functions in FAMILIES.values() for name, function in functions.items()
 }
-# The names of ImageNet-C's 19, of which the mean corruption error is taken.
+# The names of ImageNet-C's 19 corruptions, over which the mean corruption error is computed.
 IMAGENET_C = tuple(name for name in CORRUPTIONS if name not in FAMILIES["quality"])

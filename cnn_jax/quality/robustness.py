@@ -1,7 +1,8 @@
-"""Accuracy, confidence and calibration across image qualities."""
+"""Accuracy, confidence and calibration on images of different qualities."""
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import math
@@ -14,27 +15,24 @@ from jaxtyping import Bool, Float, Int, Num, UInt8
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.augment import opencv
 from cnn_jax.data.dataset import Dataset, memory_bytes
-from cnn_jax.data.pipeline import Loader, evaluation_batches
+from cnn_jax.data.pipeline import Loader
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.source import Source
+from cnn_jax.inference.batching import BATCH_SIZE, map_batches
 from cnn_jax.inference.calibration import expected_calibration_error
-from cnn_jax.inference.evaluation import labelled_split
-from cnn_jax.inference.predictor import BATCH_SIZE, Predictor
+from cnn_jax.inference.evaluation import image_batches, labelled_split
+from cnn_jax.inference.predictor import Predictor, predict_pixels
 from cnn_jax.quality.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVERITIES, Corruption
 from cnn_jax.system.errors import DataError
 from cnn_jax.training.metrics import wilson_interval
 
-# Accuracy has fallen when it is so much lower: 10 points, less what rounding may take.
+# The loss of accuracy that `first_severity_lower` looks for: 10 percentage points, minus a margin
+# for rounding errors.
 _FALL = 0.1 - 1e-9
-
-
 _NUM_BINS = 5
-
+_FAMILIES_BY_NAME = {name: family for family, members in FAMILIES.items() for name in members}
 
 _Result = TypeVar("_Result")
-
-
-_FAMILY_OF = {name: family for family, members in FAMILIES.items() for name in members}
 
 
 def measure(
@@ -45,37 +43,44 @@ def measure(
     seed: int = 0,
     track: Track = no_track,
 ) -> dict[str, Any]:
-    """Accuracy, confidence and calibration on clean and on corrupted images.
+    """Measures accuracy, confidence and calibration on clean and on corrupted images.
 
     Args:
-      predictor: A loaded bundle.
-      images: Of the bundle's size, one or more. Corrupted ones are made a few at a time.
-      labels: Positions in the bundle's class names.
-      corruptions: What to measure, by name.
-      seed: 0 or more. What is random in an image's corruptions is a function of the seed,
-        its position and the severity.
+      predictor: A loaded bundle or any other predictor.
+      images: Images of the predictor's size, one or more. They are corrupted a few at a time.
+      labels: The position of each image's class in the predictor's class names.
+      corruptions: The corruptions to apply, by name.
+      seed: 0 or more. The random numbers of an image's corruptions are a function of the seed,
+        the position of the image and the severity.
       track: Shows progress.
 
     Returns:
-      As JSON can hold it:
+      JSON types:
         count: Number of images.
-        seed: As given.
-        clean: {"accuracy", "confidence" (the mean largest probability),
+        seed: The argument.
+        clean: {"accuracy", "confidence" (the mean of the largest probability),
           "expected_calibration_error"}, each 0 to 1.
-        corruptions: For each name its "family", the same three figures as means over the
-          severities, "first_severity_10_points_lower" (than clean accuracy; 1 to 5, or
-          None) and "severities", the three figures at 1 to 5.
-        mean_corruption_error: The mean over ImageNet-C's 19 (those measured) of the mean
-          error over severities, 0 to 1; None if there is none of them. The published one
-          divides each error by AlexNet's on ImageNet, which means nothing for other data.
-        relative_mean_corruption_error: The same of error less clean error, -1 to 1.
+        corruptions: For each name "family"; the means of the same three metrics over the
+          severities; "first_severity_10_points_lower", the first severity, 1 to 5, at which
+          accuracy is 10 percentage points lower than on clean images, or None; and
+          "severities", a list of the three metrics at severity 1 to 5.
+        mean_corruption_error: The mean, over those of ImageNet-C's 19 corruptions that were
+          measured, of the mean error over the severities, 0 to 1; None without any of them.
+          The paper divides each error by the error of AlexNet on ImageNet, which is
+          meaningless for other data.
+        relative_mean_corruption_error: `mean_corruption_error` minus the error on clean
+          images, -1 to 1.
 
     Raises:
-      ValueError: There are no images, or they are not of the bundle's size.
+      ValueError: There are no images, or their size is not the predictor's.
     """
     if not len(images):
         raise ValueError("there are no images to measure")
-    clean = _figures(_predict(predictor, images), labels)
+    if images.shape[1:3] != predictor.preprocessing.image_size:
+        raise ValueError(
+            f"images must be {(*predictor.preprocessing.image_size, 3)}, got {images.shape[1:]}"
+        )
+    clean = _metrics(predict_pixels(predictor, images, BATCH_SIZE), labels)
     seeds = np.random.default_rng(seed).integers(2**32, size=len(images)).tolist()
     found: dict[str, list[dict[str, float]]] = {name: [] for name in corruptions}
     conditions = list(itertools.product(corruptions, SEVERITIES))
@@ -83,11 +88,12 @@ def measure(
     starts = range(0, len(conditions) * len(images), BATCH_SIZE)
     remaining = iter(conditions)
     rows = np.empty((0, len(predictor.class_names)), np.float32)
-    for batch in track(_read_ahead(work, starts), "measuring corruptions", len(starts)):
-        rows = np.concatenate([rows, _predict(predictor, batch)])
+    batches = track(_read_ahead(work, starts), "measuring corruptions", len(starts))
+    for probabilities in map_batches(predictor, batches, BATCH_SIZE):
+        rows = np.concatenate([rows, probabilities])
         while len(rows) >= len(images):
             name, _ = next(remaining)
-            found[name].append(_figures(rows[: len(images)], labels))
+            found[name].append(_metrics(rows[: len(images)], labels))
             rows = rows[len(images) :]
     errors = [1 - _mean(found[name], "accuracy") for name in found if name in IMAGENET_C]
     error = float(np.mean(errors)) if errors else None
@@ -97,10 +103,10 @@ def measure(
         "clean": clean,
         "corruptions": {
             name: {
-                "family": _FAMILY_OF.get(name, "other"),
+                "family": _FAMILIES_BY_NAME.get(name, "other"),
                 **{key: _mean(severities, key) for key in clean},
                 "first_severity_10_points_lower": first_severity_lower(
-                    clean["accuracy"], [figures["accuracy"] for figures in severities]
+                    clean["accuracy"], [metrics["accuracy"] for metrics in severities]
                 ),
                 "severities": severities,
             }
@@ -119,10 +125,21 @@ def _corrupted_batch(
     images: UInt8[np.ndarray, "n height width 3"],
     seeds: Sequence[int],
     start: int,
-) -> list[UInt8[np.ndarray, "_height _width 3"]]:
-    """Corrupted images from `start` on, at most a batch; all images of each condition in turn.
+) -> UInt8[np.ndarray, "_batch height width 3"]:
+    """Corrupts a batch of images.
 
-    Batches span conditions, so that only the last one is padded.
+    All images under the first condition are followed by all images under the second, and so on.
+    A batch may span two conditions, so that only the last batch is padded.
+
+    Args:
+      corruptions: The corruptions by name.
+      conditions: Pairs of the name of a corruption and a severity.
+      images: The clean images.
+      seeds: A seed for each image.
+      start: The position of the batch in the sequence of corrupted images.
+
+    Returns:
+      At most `BATCH_SIZE` images.
     """
     stop = min(start + BATCH_SIZE, len(conditions) * len(images))
     batch = []
@@ -130,40 +147,25 @@ def _corrupted_batch(
         condition, row = divmod(position, len(images))
         name, severity = conditions[condition]
         batch.append(corruptions[name](images[row], severity, seeds[row]))
-    return batch
+    return np.stack(batch)
 
 
 def _read_ahead(work: Callable[[int], _Result], items: Iterable[int]) -> Iterator[_Result]:
-    """work(item) for each item, in order; threads make the next results meanwhile."""
-    waiting: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
+    """Yields work(item) for each item, in order, while threads compute the next results."""
+    pending: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(scan.num_cores()) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > scan.num_cores():
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # Without this, an interrupt would wait for all of them.
+                pending.append(pool.submit(work, item))
+                if len(pending) > scan.num_cores():
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:  # Otherwise an interrupt would wait for all pending results.
             pool.shutdown(cancel_futures=True)
 
 
-def _predict(
-    predictor: Predictor, images: Iterable[UInt8[np.ndarray, "_height _width 3"]]
-) -> Float[np.ndarray, "n classes"]:
-    """Probabilities of images that come one by one."""
-    iterator = iter(images)
-    batch = np.zeros((BATCH_SIZE, *predictor.preprocessing.image_size, 3), np.uint8)
-    rows = []
-    while part := list(itertools.islice(iterator, BATCH_SIZE)):
-        if part[0].shape != batch.shape[1:]:  # NumPy would stretch an image of one pixel.
-            raise ValueError(f"images must be {batch.shape[1:]}, got {part[0].shape}")
-        batch[: len(part)] = part  # What is left of the batch before is not looked at.
-        rows.append(predictor(batch)[: len(part)])
-    return np.concatenate(rows)
-
-
-def _figures(
+def _metrics(
     probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
 ) -> dict[str, float]:
     return {
@@ -174,18 +176,18 @@ def _figures(
 
 
 def _mean(severities: Sequence[Mapping[str, float]], key: str) -> float:
-    return float(np.mean([figures[key] for figures in severities]))
+    return float(np.mean([metrics[key] for metrics in severities]))
 
 
 def first_severity_lower(clean: float, accuracies: Sequence[float]) -> int | None:
-    """The first severity at which accuracy is 10 points below that of clean images, or more.
+    """The first severity at which accuracy is at least 10 points lower than on clean images.
 
     Args:
       clean: Accuracy on clean images, 0 to 1.
-      accuracies: Of severity 1, 2, ...
+      accuracies: Accuracy at severity 1, 2, ..., 0 to 1.
 
     Returns:
-      None if there is none.
+      A severity, 1 or more; None if accuracy stays higher at all severities.
     """
     for severity, accuracy in enumerate(accuracies, start=1):
         if clean - accuracy >= _FALL:
@@ -196,7 +198,11 @@ def first_severity_lower(clean: float, accuracies: Sequence[float]) -> int | Non
 def examples(
     image: UInt8[np.ndarray, "height width 3"], seed: int = 0
 ) -> dict[str, UInt8[np.ndarray, "5 height width 3"]]:
-    """One image under each corruption, by name, at severities 1 to 5."""
+    """Applies each corruption to an image, at severities 1 to 5.
+
+    Returns:
+      By the name of the corruption, the five corrupted images.
+    """
     return {
         name: np.stack([corruption(image, severity, seed) for severity in SEVERITIES])
         for name, corruption in CORRUPTIONS.items()
@@ -206,28 +212,28 @@ def examples(
 def stratified_sample(
     labels: Int[np.ndarray, " n"], size: int, seed: int = 0
 ) -> Int[np.ndarray, " m"]:
-    """Positions of at most `size` examples, of each class its share, to within one example.
+    """Draws a sample in which each class has the same fraction as in all examples.
 
-    Places are shared out by the largest remainder. A class whose share is less than half an
-    example may have none: figures of the sample are then those of all, as nearly as can be.
+    The fractions are exact to within one example (largest-remainder method). A class with less
+    than half an example in the sample may be missing from it.
 
     Args:
-      labels: Of all examples.
-      size: How many to take, 0 or more.
-      seed: Decides which.
+      labels: The classes of all examples.
+      size: The number of examples to draw, 0 or more.
+      seed: Seed of the choice within each class.
 
     Returns:
-      min(n, size) positions, sorted.
+      The positions of min(n, size) examples, sorted.
     """
     if size >= len(labels):
         return np.arange(len(labels))
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     quotas = size * counts / len(labels)
-    places = np.floor(quotas).astype(int)
-    by_remainder = np.argsort(places - quotas, kind="stable")
-    places[by_remainder[: size - places.sum()]] += 1
+    class_sizes = np.floor(quotas).astype(int)
+    by_remainder = np.argsort(class_sizes - quotas, kind="stable")
+    class_sizes[by_remainder[: size - class_sizes.sum()]] += 1
     order = np.random.default_rng(seed).permutation(len(labels))
-    chosen = [order[classes[order] == label][:number] for label, number in enumerate(places)]
+    chosen = [order[classes[order] == label][:number] for label, number in enumerate(class_sizes)]
     return np.sort(np.concatenate(chosen))
 
 
@@ -236,16 +242,16 @@ def by_quality(
     hits: Bool[np.ndarray, " n"],
     pixels: Int[np.ndarray, " n"],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Accuracy by what the images are like.
+    """Measures accuracy by sharpness, brightness and resolution of the images.
 
     Args:
-      images: As the network sees them, resized.
-      hits: Whether it is right.
-      pixels: Width times height of each image before that; see `original_pixels`.
+      images: The resized images, as the network receives them.
+      hits: Whether each prediction is correct.
+      pixels: Width times height of each image before resizing; see `original_pixels`.
 
     Returns:
-      "sharpness", "brightness" and "resolution" (in pixels): for each, bins as
-      `accuracy_by_quantile` makes them.
+      "sharpness", "brightness" and "resolution" (in pixels), each with the bins that
+      `accuracy_by_quantile` returns.
     """
     return {
         "sharpness": accuracy_by_quantile(np.array([sharpness(i) for i in images]), hits),
@@ -273,34 +279,36 @@ def _grey(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "heig
 def accuracy_by_quantile(
     values: Num[np.ndarray, " n"], hits: Bool[np.ndarray, " n"], num_bins: int = _NUM_BINS
 ) -> list[dict[str, Any]]:
-    """Accuracy of the images with the smallest values, of the next, and so on.
+    """Measures accuracy in bins of a value of the images.
 
-    The bins hold as nearly as possible the same number of images. Equal values are never
-    parted, so there may be fewer bins: one if all are equal.
+    The bins hold nearly equal numbers of images. Images with equal values share a bin, so there
+    may be fewer bins than requested.
 
     Args:
-      values: Finite.
-      hits: Whether the network is right.
-      num_bins: At most so many.
+      values: A value of each image, finite.
+      hits: Whether each prediction is correct.
+      num_bins: The maximum number of bins.
 
     Returns:
-      By rising values, for each bin: "from" and "to", the smallest and the largest value
-      in it, "count", "accuracy", and "confidence_interval", Wilson's of 95 %.
+      For each bin, by increasing values: "from" and "to", its smallest and largest value;
+      "count"; "accuracy"; and "confidence_interval", the 95 % Wilson interval of the accuracy.
     """
     if not len(values):
         return []
     edges = np.quantile(values, np.arange(1, num_bins) / num_bins)
-    bin_of = np.searchsorted(edges, values)  # What is equal to an edge lies below it.
+    bin_numbers = np.searchsorted(edges, values)  # A value equal to an edge is below the edge.
     bins = []
-    for number in np.unique(bin_of):
-        members, of_bin = values[bin_of == number], hits[bin_of == number]
+    for number in np.unique(bin_numbers):
+        members, member_hits = values[bin_numbers == number], hits[bin_numbers == number]
         bins.append(
             {
                 "from": members.min().item(),
                 "to": members.max().item(),
                 "count": len(members),
-                "accuracy": float(of_bin.mean()),
-                "confidence_interval": list(wilson_interval(float(of_bin.sum()), len(members))),
+                "accuracy": float(member_hits.mean()),
+                "confidence_interval": list(
+                    wilson_interval(float(member_hits.sum()), len(members))
+                ),
             }
         )
     return bins
@@ -309,12 +317,17 @@ def accuracy_by_quantile(
 def original_pixels(
     source: Source, indices: Int[np.ndarray, " n"], preprocessing: Preprocessing
 ) -> Int[np.ndarray, " n"]:
-    """Width times height of these images as they are stored.
+    """Width times height of images in their files, before resizing.
 
-    A scan has seen it and remembers it; where that could not be kept, they are read again.
+    The values come from the records of the last scan; an image without a record is read again.
+
+    Args:
+      source: The source of the images.
+      indices: The positions of the images in the source.
+      preprocessing: The preprocessing with which the images were scanned.
 
     Raises:
-      DataError: One cannot be read any more.
+      DataError: An image cannot be read any more.
     """
     selected = source.select(indices)
     pixels = []
@@ -331,13 +344,12 @@ def original_pixels(
 def load_images(
     loader: Loader, indices: Int[np.ndarray, " n"], track: Track = no_track
 ) -> UInt8[np.ndarray, "n height width 3"]:
-    """All these images at once, as the network sees them."""
+    """Loads images of a data set, resized as the network receives them, into one array."""
     images = np.empty((len(indices), *loader.preprocessing.image_size, 3), np.uint8)
-    with evaluation_batches(loader, indices, BATCH_SIZE) as batches:
-        num_batches = math.ceil(len(indices) / BATCH_SIZE)
-        for number, batch in enumerate(track(batches, "loading images", num_batches)):
+    with contextlib.closing(image_batches(loader, indices, track)) as batches:
+        for number, batch in enumerate(batches):
             start = number * BATCH_SIZE
-            images[start : start + BATCH_SIZE] = batch["image"][batch["mask"]]
+            images[start : start + len(batch)] = batch
     return images
 
 
@@ -350,24 +362,26 @@ def measure_split(
     seed: int = 0,
     track: Track = no_track,
 ) -> dict[str, Any]:
-    """All of it for a split of a data set.
+    """Measures robustness on a split of a data set.
 
     Args:
-      predictor: A loaded bundle.
-      dataset: Any whose classes the bundle knows; see `evaluate.open_as_trained`.
+      predictor: A loaded bundle or any other predictor.
+      dataset: A data set without classes that the predictor does not know; see
+        `evaluation.open_as_trained`.
       split: "train", "validation", "test" or "all".
-      sample: How many of its images to take, 1 or more; by default all.
-      corruptions: What to measure, by name.
-      seed: Of the sample and of the corruptions.
+      sample: The number of images to draw from the split, 1 or more; by default all.
+      corruptions: The corruptions to apply, by name.
+      seed: Seed of the sample and of the corruptions.
       track: Shows progress.
 
     Returns:
-      What `measure` returns, with "split", "split_count" (its images, of which "count"
-      were taken) and "by_quality", of the clean images.
+      The value of `measure` with three more keys: "split"; "split_count", the number of images
+      in the split, of which "count" were measured; and "by_quality", the value of `by_quality`
+      for the clean images.
 
     Raises:
-      DataError: The data has a class that the bundle does not know, or the split is
-        empty, or too large for the memory.
+      DataError: The data set has a class that the predictor does not know, or the split is
+        empty or too large for the memory.
     """
     indices, labels = labelled_split(predictor, dataset, split)
     split_count = len(indices)
@@ -376,7 +390,7 @@ def measure_split(
         indices, labels = indices[chosen], labels[chosen]
     _check_memory(dataset, split, len(indices))
     images = load_images(dataset.loader, indices, track)
-    hits = _predict(predictor, images).argmax(axis=1) == labels
+    hits = predict_pixels(predictor, images, BATCH_SIZE).argmax(axis=1) == labels
     pixels = original_pixels(dataset.source, indices, predictor.preprocessing)
     return {
         "split": split,
@@ -387,12 +401,12 @@ def measure_split(
 
 
 def _check_memory(dataset: Dataset, split: str, count: int) -> None:
-    """Raises DataError if so many images of the data set leave little room for all else."""
+    """Raises DataError if `count` images would take more than half of the memory."""
     needed = count * math.prod(dataset.loader.preprocessing.image_size) * 3
     available = memory_bytes() / 2
     if needed > available:
         raise DataError(
             f"{dataset.source.name}: {count:,} images of its {split} split take {needed / 1e9:.1f} "
             f"GB, more than half of the memory; --sample={int(count * available / needed)} "
-            "takes a part of them"
+            "measures a part of them"
         )

@@ -1,1 +1,1 @@
-"""A registry: bundles with names, versions and aliases, and a log of every change."""
+"""A registry of bundles with names, versions and aliases, and a log of every change."""

@@ -1,4 +1,4 @@
-"""A registry of bundles, on the command line.
+"""The command line of a registry of bundles.
 
     cnn_jax registry add MODEL RUN --registry=DIR
     cnn_jax registry list [MODEL] --registry=DIR [--json]
@@ -12,12 +12,12 @@
     cnn_jax registry export MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
     cnn_jax registry import MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
 
-DIR is a folder or a URL of fsspec, such as s3://BUCKET/PATH; the variable CNN_JAX_REGISTRY
-stands for it. What a command has done is one line on stdout. `verify` reads the files of all
-versions, says of each whether it is as it was added, and exits with 1 if one is not. `fetch`
-copies a bundle into FOLDER and prints where it is; MODEL alone is its champion. `export` and
-`import` copy to and from an MLflow registry, and `import --no_aliases` leaves the aliases here as
-they are.
+DIR is a folder or a URL of fsspec, such as s3://BUCKET/PATH; the environment variable
+CNN_JAX_REGISTRY is its default. A command that changes something prints one line. `verify` reads
+the files of all versions, reports each version as unchanged or damaged, and exits with 1 if a
+version is damaged. `fetch` copies a bundle into FOLDER and prints its path; MODEL without a
+version is its champion. `export` and `import` copy versions and aliases to and from an MLflow
+registry; `import --no_aliases` does not change the aliases of this registry.
 """
 
 import argparse
@@ -39,87 +39,89 @@ from cnn_jax.system.errors import BundleError, ConfigError, printable
 
 _VARIABLE = "CNN_JAX_REGISTRY"
 _MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
-_DIGITS = 12  # Of a digest: enough to tell two bundles apart.
+_DIGITS = 12  # The number of digits of a digest to show.
 
 
 def main(argv: Sequence[str]) -> None:
     flags = _parser().parse_args(argv)
     if flags.registry is None:
-        raise ConfigError(f"--registry: is needed, or the variable {_VARIABLE}")
+        raise ConfigError(f"--registry is required, unless ${_VARIABLE} is set")
     flags.command(Registry(flags.registry), flags)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cnn_jax registry",
-        description="Bundles with names, versions and aliases, and a log of every change.",
+        description="A registry of bundles with names, versions and aliases.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, description: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
+        command_parser = commands.add_parser(
             name, help=description, description=f"{description}.", allow_abbrev=False
         )
-        made.set_defaults(command=run)
-        made.add_argument(
+        command_parser.set_defaults(command=run)
+        command_parser.add_argument(
             "--registry",
-            type=_place,
+            type=_location,
             default=os.environ.get(_VARIABLE) or None,
             metavar="DIR",
-            help=f"a folder, or a URL such as s3://BUCKET/PATH (the variable {_VARIABLE})",
+            help=f"a folder, or a URL such as s3://BUCKET/PATH (${_VARIABLE})",
         )
-        return made
+        return command_parser
 
     add = command("add", _add, "add a bundle as the next version of a model")
     add.add_argument("model", type=_model, metavar="MODEL")
     add.add_argument("bundle", type=cli.path, metavar="RUN", help="a run, or its bundle RUN/bundle")
-    show_all = command("list", _list, "list the versions of all models, or of one")
-    show_all.add_argument("model", type=_model, nargs="?", metavar="MODEL")
-    show = command("show", _show, "show all of a model or version, and its changes")
+    list_ = command("list", _list, "list the versions of all models, or of one model")
+    list_.add_argument("model", type=_model, nargs="?", metavar="MODEL")
+    show = command("show", _show, "show a model or version, and its log of changes")
     _promote_flags(command("promote", _promote, "point an alias to a version"))
-    rollback = command("rollback", _rollback, "point an alias to where it pointed before")
+    rollback = command("rollback", _rollback, "point an alias to its previous version")
     rollback.add_argument("model", type=_model, metavar="MODEL")
-    remove = command("remove", _remove, "remove a version to which no alias points, or an alias")
+    remove = command("remove", _remove, "remove a version without an alias, or an alias")
     remove.add_argument("model", type=_model, metavar="MODEL")
     remove.add_argument("version", type=_version, nargs="?", metavar="VERSION")
-    verify = command("verify", _verify, "read all files of all versions, or of one model's")
+    verify = command("verify", _verify, "check the files of all versions, or of one model")
     verify.add_argument("model", type=_model, nargs="?", metavar="MODEL")
-    fetch = command("fetch", _fetch, "copy a version's bundle into a folder, and print where it is")
+    fetch = command("fetch", _fetch, "copy a version's bundle into a folder, and print its path")
     export = command("export", _export, "copy versions and aliases to an MLflow registry")
-    bring = command("import", _import, "copy versions and aliases from an MLflow registry")
+    import_ = command("import", _import, "copy versions and aliases from an MLflow registry")
 
-    for one in (show, fetch, export, bring):
-        one.add_argument("reference", type=_reference, metavar="MODEL[@ALIAS|/VERSION]")
-    fetch.add_argument("folder", type=cli.path, metavar="FOLDER", help="made if it is not there")
-    for one in (show_all, show):
-        one.add_argument("--json", action="store_true", help="as JSON")
-    for one in (export, bring):
-        one.add_argument(
+    for subparser in (show, fetch, export, import_):
+        subparser.add_argument("reference", type=_reference, metavar="MODEL[@ALIAS|/VERSION]")
+    fetch.add_argument(
+        "folder", type=cli.path, metavar="FOLDER", help="created if it does not exist"
+    )
+    for subparser in (list_, show):
+        subparser.add_argument("--json", action="store_true", help="print JSON")
+    for subparser in (export, import_):
+        subparser.add_argument(
             "--mlflow",
-            type=_place,
+            type=_location,
             default=os.environ.get(_MLFLOW_VARIABLE) or None,
             metavar="URI",
-            help=f"the MLflow server or database (the variable {_MLFLOW_VARIABLE})",
+            help=f"the MLflow server or database (${_MLFLOW_VARIABLE})",
         )
-    bring.add_argument(
+    import_.add_argument(
         "--no_aliases",
         "--no-aliases",
         action="store_true",
-        help="the versions alone, and leave the aliases here as they are",
+        help="import only the versions; do not change the aliases of this registry",
     )
     _alias_flag(rollback)
     rollback.add_argument(
         "--from",
-        dest="present",
+        dest="current",
         type=_version,
         metavar="VERSION",
-        help="refuse if the alias is not at this version now",
+        help="refuse unless the alias points to this version now",
     )
-    remove.add_argument("--alias", type=_alias, help="remove this alias, and no version")
+    remove.add_argument("--alias", type=_alias, help="the alias to remove, instead of a version")
     for name in ("add", "promote", "rollback", "remove"):
         commands.choices[name].add_argument(
-            "--note", default="", metavar="TEXT", help="what to keep in the log with it"
+            "--note", default="", metavar="TEXT", help="a note for the log"
         )
     return parser
 
@@ -133,54 +135,63 @@ def _alias_flag(parser: argparse.ArgumentParser) -> None:
 def _promote_flags(promote: argparse.ArgumentParser) -> None:
     promote.add_argument("model", type=_model, metavar="MODEL")
     promote.add_argument(
-        "version", type=_which, metavar="VERSION", help="its number, or an alias that it has"
+        "version",
+        type=_version_or_alias,
+        metavar="VERSION",
+        help="the number of the version, or one of its aliases",
     )
     _alias_flag(promote)
-    for figure in ("accuracy", "precision", "recall", "f1"):
+    for metric in ("accuracy", "precision", "recall", "f1"):
         promote.add_argument(
-            f"--min_{figure}",
-            f"--min-{figure}",
+            f"--min_{metric}",
+            f"--min-{metric}",
             type=cli.share,
-            metavar="SHARE",
-            help=f"refuse a version whose test {figure} is less, 0 to 1",
+            metavar="FRACTION",
+            help=f"refuse a version with a lower test {metric}, 0 to 1",
         )
     promote.add_argument(
         "--max_loss",
         "--max-loss",
         type=_loss,
         metavar="LOSS",
-        help="refuse a version whose test loss is more",
+        help="refuse a version with a higher test loss",
     )
     promote.add_argument(
         "--not_below",
         "--not-below",
         type=_alias,
         metavar="ALIAS",
-        help="refuse a version whose test accuracy is less than that of this alias's version",
+        help="refuse a version with a lower test accuracy than the version of this alias",
     )
 
 
-def _place(text: str) -> str:
-    """The argparse type of a folder or URL: not empty."""
+def _location(text: str) -> str:
+    """The argparse type of a folder or URL, which must not be empty."""
     return text if "://" in text else cli.path(text)
 
 
-def _argparse_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """An argparse type whose errors are those of `parse`."""
+def _argparse_type(parse: Callable[[str], Any], kind: str = "") -> Callable[[str], Any]:
+    """Returns an argparse type that reports the ConfigError of a parser.
 
-    def parsed(text: str) -> Any:
+    Args:
+      parse: The parser.
+      kind: The prefix of its errors that repeats the argument's name.
+    """
+
+    def parse_argument(text: str) -> Any:
         try:
             return parse(text)
         except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+            message = str(error).removeprefix(f"{kind}: ")
+            raise argparse.ArgumentTypeError(message) from error
 
-    return parsed
+    return parse_argument
 
 
-_model = _argparse_type(lambda text: ledger.check_name("model", text))
-_alias = _argparse_type(lambda text: ledger.check_name("alias", text))
-_which = _argparse_type(ledger.parse_which)
-_version = _argparse_type(ledger.parse_version)
+_model = _argparse_type(lambda text: ledger.check_name("model", text), "model")
+_alias = _argparse_type(lambda text: ledger.check_name("alias", text), "alias")
+_version_or_alias = _argparse_type(ledger.parse_version_or_alias)
+_version = _argparse_type(ledger.parse_version, "version")
 _reference = _argparse_type(ledger.parse_reference)
 
 
@@ -201,11 +212,11 @@ def _add(registry: Registry, flags: argparse.Namespace) -> None:
     added = registry.add(flags.model, find_bundle(flags.bundle), flags.note)
     version = added.version
     if not added.is_new:
-        print(f"{version.model} has this bundle already: it is {version}")
+        _print(f"{version.model} already has this bundle: it is {version}")
         return
-    figures = ", ".join(f"{name} {text}" for name, text in _figures(version).items())
-    made = f"; made a registry at {printable(registry.url)}" * added.has_begun
-    print(f"added {version}: {figures}, digest {version.bundle.digest[:_DIGITS]}{made}")
+    metrics = ", ".join(f"{name} {text}" for name, text in _metrics(version).items())
+    created = f"; created a registry at {printable(registry.url)}" * added.is_new_registry
+    _print(f"added {version}: {metrics}, digest {version.bundle.digest[:_DIGITS]}{created}")
 
 
 def _promote(registry: Registry, flags: argparse.Namespace) -> None:
@@ -213,90 +224,91 @@ def _promote(registry: Registry, flags: argparse.Namespace) -> None:
     entry = registry.promote(flags.model, flags.version, flags.alias, gates, flags.note)
     if entry is None:
         version = registry.resolve(flags.model, flags.alias)
-        print(f"{flags.model}@{flags.alias} is version {version.number} already")
+        _print(f"{flags.model}@{flags.alias} is already version {version.number}")
         return
-    print(_moved(entry))
+    _print(_alias_change(entry))
 
 
 def _rollback(registry: Registry, flags: argparse.Namespace) -> None:
-    print(_moved(registry.rollback(flags.model, flags.alias, flags.note, flags.present)))
+    _print(_alias_change(registry.rollback(flags.model, flags.alias, flags.note, flags.current)))
 
 
-def _moved(entry: Entry) -> str:
-    """What has happened to an alias."""
-    before = f"before {entry.before}" if entry.before else "new"
-    held = f"; held: {'; '.join(entry.gates)}" if entry.gates else ""
-    return f"{entry.model}@{entry.alias} is version {entry.version} now ({before}){held}"
+def _alias_change(entry: Entry) -> str:
+    """Describes the change of an alias."""
+    before = f"previously {entry.before}" if entry.before else "new"
+    gates = f"; passed: {'; '.join(entry.gates)}" if entry.gates else ""
+    return f"{entry.model}@{entry.alias} is now version {entry.version} ({before}){gates}"
 
 
 def _remove(registry: Registry, flags: argparse.Namespace) -> None:
     if (flags.version is None) == (flags.alias is None):
-        raise ConfigError("remove: takes a VERSION or an --alias, one of them")
+        raise ConfigError("remove: give either VERSION or --alias")
     if flags.alias is not None:
         entry = registry.remove_alias(flags.model, flags.alias, flags.note)
-        print(f"removed {entry.model}@{entry.alias}, which was version {entry.before}")
+        _print(f"removed {entry.model}@{entry.alias}, which was version {entry.before}")
         return
     registry.remove(flags.model, flags.version, flags.note)
-    print(f"removed {flags.model}/{flags.version}")
+    _print(f"removed {flags.model}/{flags.version}")
 
 
 def _verify(registry: Registry, flags: argparse.Namespace) -> None:
     versions = [
         version
-        for model in _chosen(registry, flags.model)
+        for model in _selected(registry, flags.model)
         for _, version in sorted(model.versions.items())
     ]
     damaged = []
     for version in versions:
         try:
             registry.verify(version)
-            line = f"{version} is as it was added"
+            line = f"{version} is unchanged"
         except BundleError as error:
             damaged.append(str(version))
             line = f"{version}: {error}"
         except RegistryError as error:
-            registry.refresh()  # Which fails if it is not the version alone.
+            registry.refresh()  # Raises if the whole registry is unreadable.
             line = f"{version} was not verified: {error}"
-        print(printable(line), flush=True)
+        _print(printable(line))
     if damaged:
         raise RegistryError(
-            f"{len(damaged)} of {len(versions)} versions are damaged: {', '.join(damaged)}; to add "
-            "the same bundle again puts its files back"
+            f"{len(damaged)} of {len(versions)} versions are damaged: {', '.join(damaged)}; add "
+            "the same bundle again to restore its files"
         )
     if not versions:
         print(f"{registry.url}: no versions")
 
 
 def _fetch(registry: Registry, flags: argparse.Namespace) -> None:
-    name, which = flags.reference
-    version = registry.resolve(name, CHAMPION if which is None else which)
+    name, selector = flags.reference
+    version = registry.resolve(name, CHAMPION if selector is None else selector)
     print(registry.fetch(version, flags.folder, is_copy=True))
 
 
 def _export(registry: Registry, flags: argparse.Namespace) -> None:
     from cnn_jax.registry import mlflow
 
-    name, which = flags.reference
-    for line in mlflow.export(registry, name, which, _mlflow_uri(flags)):
-        print(line, flush=True)
+    name, selector = flags.reference
+    for line in mlflow.export_versions(registry, name, selector, _mlflow_uri(flags)):
+        _print(line)
 
 
 def _import(registry: Registry, flags: argparse.Namespace) -> None:
     from cnn_jax.registry import mlflow
 
-    name, which = flags.reference
-    for line in mlflow.bring(registry, name, which, _mlflow_uri(flags), not flags.no_aliases):
-        print(line, flush=True)
+    name, selector = flags.reference
+    uri, with_aliases = _mlflow_uri(flags), not flags.no_aliases
+    for line in mlflow.import_versions(registry, name, selector, uri, with_aliases):
+        _print(line)
 
 
 def _mlflow_uri(flags: argparse.Namespace) -> str:
     if flags.mlflow is None:
-        raise ConfigError(f"--mlflow: is needed, or the variable {_MLFLOW_VARIABLE}")
+        raise ConfigError(f"--mlflow is required, unless ${_MLFLOW_VARIABLE} is set")
     return flags.mlflow
 
 
 def _list(registry: Registry, flags: argparse.Namespace) -> None:
-    models = _chosen(registry, flags.model)
+    models = _selected(registry, flags.model)
     if flags.json:
         _print_json({model.name: _model_as_json(model) for model in models})
         return
@@ -304,30 +316,38 @@ def _list(registry: Registry, flags: argparse.Namespace) -> None:
     print(_table(rows, _width()) if rows else f"{registry.url}: no versions")
 
 
-def _chosen(registry: Registry, name: str | None) -> list[Model]:
-    """The model of this name, or all of them in their order."""
+def _selected(registry: Registry, name: str | None) -> list[Model]:
+    """Returns the model of a name, or all models sorted by name."""
     if name is not None:
         return [ledger.find(registry.models, name)]
     return [model for _, model in sorted(registry.models.items())]
 
 
 def _show(registry: Registry, flags: argparse.Namespace) -> None:
-    name, which = flags.reference
+    name, selector = flags.reference
     model = ledger.find(registry.models, name)
     log = [entry for entry in registry.log if entry.model == name]
-    if which is None:
+    width = _width()
+    if selector is None:
         as_json = _model_as_json(model)
-        text = [_describe_model(model), _table(_rows(model), _width())]
+        text = [_describe_model(model, width), _table(_rows(model), width)]
     else:
-        version = registry.resolve(name, which)
+        version = registry.resolve(name, selector)
         log = [entry for entry in log if version.number in (entry.version, entry.before)]
         as_json = _version_as_json(model, version)
-        text = [_describe(model, version, registry.url)]
+        text = [_describe(model, version, registry.url, width)]
     if flags.json:
-        _print_json(as_json | {"log": [_without_empty(dataclasses.asdict(one)) for one in log]})
+        entries = [_without_empty(dataclasses.asdict(entry)) for entry in log]
+        _print_json(as_json | {"log": entries})
         return
-    text.append("\n".join(["log", *(f"  {_line(entry)}" for entry in log)]))
+    lines = [part for entry in log for part in cli.wrap(f"  {_line(entry)}", width, indent=9)]
+    text.append("\n".join(["log", *lines]))
     print("\n\n".join(filter(None, text)))
+
+
+def _print(line: str) -> None:
+    """Prints a line, broken between words at the width of the terminal."""
+    print("\n".join(cli.wrap(line, _width())), flush=True)
 
 
 def _print_json(value: Any) -> None:
@@ -339,7 +359,7 @@ def _without_empty(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model_as_json(model: Model) -> dict[str, Any]:
-    """What --json says of a model; an alias's history ends where it points."""
+    """Returns the JSON description of a model; an alias's history ends with its version."""
     return {
         "model": model.name,
         "aliases": {
@@ -354,30 +374,31 @@ def _model_as_json(model: Model) -> dict[str, Any]:
 
 def _version_as_json(model: Model, version: Version) -> dict[str, Any]:
     fields = dataclasses.asdict(version)
-    return {**fields, "aliases": model.aliases_of(version.number)}
+    return {**fields, "aliases": model.version_aliases(version.number)}
 
 
 def _rows(model: Model) -> list[dict[str, str]]:
-    """The lines of a table, one for each version of a model."""
+    """Returns the rows of a table, one row per version of a model."""
     return [
         {
             "version": str(version),
-            "aliases": ", ".join(model.aliases_of(version.number)) or "-",
+            "aliases": ", ".join(model.version_aliases(version.number)) or "-",
             "added (UTC)": _minute(version.time),
-            **_figures(version),
+            **_metrics(version),
             "classes": str(version.bundle.classes),
             "pixels": _pixels(version),
             "size": _size(version),
             "digest": version.bundle.digest[:_DIGITS],
-            "by": _by(version),
+            "by": _author(version),
         }
         for _, version in sorted(model.versions.items())
     ]
 
 
-def _figures(version: Version) -> dict[str, str]:
-    """The two figures of the test split by which a version is known."""
-    values = {"accuracy": version.bundle.test("accuracy"), "F1": version.bundle.test("f1")}
+def _metrics(version: Version) -> dict[str, str]:
+    """Returns the test accuracy and F1 of a version as text."""
+    bundle = version.bundle
+    values = {"accuracy": bundle.test_metric("accuracy"), "F1": bundle.test_metric("f1")}
     return {name: "-" if value is None else f"{value:.2%}" for name, value in values.items()}
 
 
@@ -395,54 +416,59 @@ def _minute(time: str) -> str:
     return time[:16].replace("T", " ")
 
 
-def _by(what: Version | Entry) -> str:
-    return printable(f"{what.user}@{what.host}")
+def _author(item: Version | Entry) -> str:
+    return printable(f"{item.user}@{item.host}")
 
 
-def _width() -> float:
-    """Columns of the terminal; of a file there is no end to them."""
-    if sys.stdout is None or not sys.stdout.isatty():
-        return math.inf
-    with contextlib.suppress(OSError):
-        return os.get_terminal_size(sys.stdout.fileno()).columns or math.inf
-    return math.inf
+def _width() -> int | None:
+    """Returns $COLUMNS, else the width of the terminal, else None: files have no limit."""
+    with contextlib.suppress(KeyError, ValueError):
+        if (columns := int(os.environ["COLUMNS"])) > 0:
+            return columns
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None
+    return None
 
 
-def _table(rows: Sequence[Mapping[str, str]], width: float) -> str:
-    """A table, or where that is too wide for the terminal, a paragraph for each row."""
+def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> str:
+    """Returns a table, or one paragraph per row if the table is wider than the terminal."""
     if not rows:
         return ""
     names = list(rows[0])
     lines = [dict(zip(names, names, strict=True)), *rows]
     widths = {name: max(len(line[name]) for line in lines) for name in names}
     text = ["  ".join(line[name].ljust(widths[name]) for name in names).rstrip() for line in lines]
-    if max(map(len, text)) <= width:
+    if width is None or max(map(len, text)) <= width:
         return "\n".join(text)
-    return "\n\n".join(_facts(list(row.items())) for row in rows)
+    return "\n\n".join(_facts(list(row.items()), width) for row in rows)
 
 
-def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    """Aligned `name  text` lines."""
-    width = max(len(name) for name, _ in facts)
-    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in facts)
+def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
+    """Returns aligned `name  text` lines, wrapped at a width."""
+    indent = max(len(name) for name, _ in facts) + 2
+    lines = []
+    for name, text in facts:
+        first, *rest = cli.wrap(text, None if width is None else width - indent)
+        lines += [f"{name.ljust(indent)}{first}", *(" " * indent + part.lstrip() for part in rest)]
+    return "\n".join(lines)
 
 
-def _describe_model(model: Model) -> str:
-    """A model's name, and for each alias where it points and where it did before."""
+def _describe_model(model: Model, width: int | None) -> str:
+    """Describes a model: its name, and the history of each alias, latest version first."""
     aliases = [
         (f"@{alias}", " <- ".join(map(str, reversed(history))))
         for alias, history in sorted(model.aliases.items())
     ]
-    return _facts([("model", model.name), *aliases])
+    return _facts([("model", model.name), *aliases], width)
 
 
-def _describe(model: Model, version: Version, url: str) -> str:
-    """All that is known of a version."""
+def _describe(model: Model, version: Version, url: str, width: int | None) -> str:
+    """Describes a version."""
     bundle = version.bundle
     facts = [
         ("version", str(version)),
-        ("aliases", ", ".join(model.aliases_of(version.number)) or "-"),
-        ("added", f"{version.time} by {_by(version)}"),
+        ("aliases", ", ".join(model.version_aliases(version.number)) or "-"),
+        ("added", f"{version.time} by {_author(version)}"),
         ("note", printable(version.note) or "-"),
         ("classes", str(bundle.classes)),
         ("pixels", _pixels(version)),
@@ -451,26 +477,26 @@ def _describe(model: Model, version: Version, url: str) -> str:
         ("data", printable(bundle.fingerprint) or "-"),
         ("bundle", printable(f"{url}/{bundle.path}")),
     ]
-    for split, figures in bundle.metrics.items():
-        text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    for split, metrics in bundle.metrics.items():
+        text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         facts.append((printable(split), printable(text)))
-    return _facts(facts)
+    return _facts(facts, width)
 
 
 def _line(entry: Entry) -> str:
-    """A line of the log."""
+    """Formats an entry of the log as one line."""
     target = {
         "add": f"{entry.version}",
         "promote": f"{entry.alias} -> {entry.version}",
         "rollback": f"{entry.alias} -> {entry.version}",
         "remove": f"{entry.version or entry.alias}",
     }[entry.action]
-    before = f" (before {entry.before})" * (entry.before is not None)
+    before = f" (previously {entry.before})" * (entry.before is not None)
     gates = "".join(f"  {gate}" for gate in entry.gates)
     note = f"  # {entry.note}" * bool(entry.note)
-    when = re.sub(r"\+00:00$", "Z", entry.time)
-    text = f"{entry.number:>5}  {when}  {_by(entry)}  {entry.action} {target}{before}{gates}{note}"
-    return printable(text)
+    time = re.sub(r"\+00:00$", "Z", entry.time)
+    change = f"{entry.action} {target}{before}{gates}{note}"
+    return printable(f"{entry.number:>5}  {time}  {_author(entry)}  {change}")
 
 
 if __name__ == "__main__":

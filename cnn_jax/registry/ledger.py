@@ -1,16 +1,16 @@
-"""What a registry's log says: which versions there are, and where each alias points.
+"""The state of a registry, computed from its log: versions and the targets of aliases.
 
-Everything here is a pure function of log entries. An entry is a JSON object:
+All functions are pure functions of log entries. An entry is a JSON object:
 
-    sha256                      of its other fields, by which a damaged entry is known
-    format, number, previous    1, its place in the log, sha256 of the entry before it or ""
-    id                          of the change, by which who made it knows it again
-    time, user, host, note      when (UTC), by whom and where from; what they had to say
+    sha256                      sha256 of the other fields, to detect damage
+    format, number, previous    1, the entry's number, sha256 of the previous entry's file or ""
+    id                          a random id, so that a writer recognises its own entry
+    time, user, host, note      time (UTC), user and host of the change; the user's note
     action                      add, promote, rollback or remove
-    model, version              what it was done to
-    alias, before               the alias that was moved or removed, and where it pointed
-    gates                       of a promotion: what was asked for and held
-    bundle                      of an addition: where the bundle is and what is known of it
+    model, version              the changed model and version
+    alias, before               the changed alias, and the version it pointed to before
+    gates                       for promote: the gates that the version passed
+    bundle                      for add: the path and the metadata of the bundle
 """
 
 import dataclasses
@@ -27,29 +27,29 @@ from cnn_jax.system.errors import ConfigError, UserError, printable
 
 FORMAT = 1
 CHAMPION = "champion"
-FIGURES = ("accuracy", "precision", "recall", "f1", "loss")
+METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _DIGEST = r"[0-9a-f]{64}"
-# A path from a log is removed with all that is below it, so it may lead nowhere else.
+# Strict, because removing a version deletes the folder at the path that the log contains.
 _PATH = rf"bundles/{_DIGEST}-\d{{8}}T\d{{6}}Z-[0-9a-f]{{16}}"
 
 
 class RegistryError(UserError):
-    """A registry is not there or damaged, or does not have or allow what was asked for."""
+    """A registry is missing or damaged, or a version or change does not exist or is refused."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
-    """What a log knows of a bundle.
+    """The metadata of a bundle in the log.
 
     Attributes:
-      path: Its folder, below the registry.
-      digest: Of the bundle, 64 hexadecimal digits.
-      size: Bytes of its files.
-      classes: How many there are.
-      image_size: (height, width) of an input.
-      metrics: Figures by split, as the bundle has them; only finite numbers.
-      fingerprint: Of the data it was trained on, with its splits; "" if not known.
+      path: The bundle's folder, relative to the registry.
+      digest: The bundle's digest, 64 hexadecimal digits.
+      size: The total size of the files in bytes.
+      classes: The number of classes.
+      image_size: (height, width) of the network's input.
+      metrics: Metrics by split and name; only finite numbers.
+      fingerprint: The fingerprint of the training data and its splits; "" if unknown.
     """
 
     path: str
@@ -60,14 +60,14 @@ class BundleFacts:
     metrics: dict[str, dict[str, float]]
     fingerprint: str
 
-    def test(self, figure: str) -> float | None:
-        """A figure of the test split, if the bundle has it."""
-        return self.metrics.get("test", {}).get(figure)
+    def test_metric(self, metric: str) -> float | None:
+        """Returns a metric of the test split; None if the bundle does not have it."""
+        return self.metrics.get("test", {}).get(metric)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One change; see the top of this file. What an action does not have is None or empty."""
+    """A change, with the fields of the module's docstring; missing fields are None or empty."""
 
     number: int
     previous: str
@@ -87,13 +87,13 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """One bundle of a model.
+    """A bundle with a number.
 
     Attributes:
       model: The model's name.
-      number: From 1 on; never given twice.
-      time, user, host, note: Of its addition.
-      bundle: What is known of the bundle.
+      number: 1, 2, ...; a number is never used twice.
+      time, user, host, note: The fields of the log entry that added the version.
+      bundle: The metadata of the bundle.
     """
 
     model: str
@@ -110,14 +110,14 @@ class Version:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A name with its versions.
+    """A model with its versions.
 
     Attributes:
-      name: The name.
-      versions: By number, those that were not removed.
-      aliases: By alias, the versions it has pointed to: the last is where it points, the one
-        before is where a rollback leads.
-      last: The largest number that was ever given.
+      name: The name of the model.
+      versions: The versions that were not removed, by number.
+      aliases: The history of each alias: the last number is the current version, the number
+        before it is the target of a rollback.
+      last: The largest number that was ever used.
     """
 
     name: str
@@ -125,39 +125,46 @@ class Model:
     aliases: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     last: int = 0
 
-    def present(self, alias: str) -> int | None:
-        """The version that an alias points to."""
+    def alias_target(self, alias: str) -> int | None:
+        """Returns the number of the version that an alias points to; None if it does not exist."""
         return self.aliases[alias][-1] if alias in self.aliases else None
 
-    def aliases_of(self, version: int) -> list[str]:
-        """The aliases that point to a version, sorted."""
-        return sorted(alias for alias in self.aliases if self.present(alias) == version)
+    def version_aliases(self, version: int) -> list[str]:
+        """Returns the aliases that point to a version, sorted."""
+        return sorted(alias for alias in self.aliases if self.alias_target(alias) == version)
 
 
 Models = Mapping[str, Model]
 
 
 def check_name(kind: str, name: str) -> str:
-    """A model's name or an alias, if it may be one.
+    """Checks and returns the name of a model or an alias.
+
+    Args:
+      kind: What the name is for, "model" or "alias", for the error message.
+      name: The name.
 
     Raises:
-      ConfigError: It may not.
+      ConfigError: The name is not allowed.
     """
     if not re.fullmatch(_NAME, name):
         raise ConfigError(
-            f"{kind}: must be 1 to 100 letters, digits, -, _ and . and begin with a letter or "
-            f"digit, got {name!r}"
+            f"{kind}: must be 1 to 100 of the characters A-Z, a-z, 0-9, -, _ and ., and begin "
+            f"with a letter or digit; got {name!r}"
         )
     if kind == "alias" and name.isdecimal():
-        raise ConfigError(f"alias: must not be a number, as versions are, got {name!r}")
+        raise ConfigError(f"alias: must not be a number, because versions are; got {name!r}")
     return name
 
 
 def parse_reference(text: str) -> tuple[str, str | int | None]:
-    """MODEL, MODEL@ALIAS or MODEL/VERSION as the model's name and an alias, a number or None.
+    """Parses MODEL, MODEL@ALIAS or MODEL/VERSION.
+
+    Returns:
+      The model's name, and an alias, a version number or None.
 
     Raises:
-      ConfigError: It is none of these.
+      ConfigError: The text has another form.
     """
     name, separator, rest = re.fullmatch(r"([^@/]*)([@/]?)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     check_name("model", name)
@@ -168,108 +175,113 @@ def parse_reference(text: str) -> tuple[str, str | int | None]:
     return name, None
 
 
-def parse_which(text: str) -> str | int:
-    """A version's number, or an alias.
+def parse_version_or_alias(text: str) -> str | int:
+    """Parses a version number or an alias.
 
     Raises:
-      ConfigError: It is neither.
+      ConfigError: The text is neither.
     """
     return parse_version(text) if text.isdecimal() else check_name("alias", text)
 
 
 def parse_version(text: str) -> int:
-    """A version's number, which need not be there, however large it is.
+    """Parses a version number; the version need not exist.
 
     Raises:
-      ConfigError: It is no number.
+      ConfigError: The text is not a number.
     """
-    # Of far more digits Python makes no int.
+    # Python's int() refuses text of more than 4,300 digits.
     if not re.fullmatch(r"[0-9]{1,1000}", text):
         raise ConfigError(f"version: must be a number, got {text!r}")
     return int(text)
 
 
 def find(models: Models, name: str) -> Model:
-    """A model by its name.
+    """Returns the model of a name.
 
     Raises:
-      RegistryError: There is none.
+      RegistryError: The model does not exist.
     """
     if name not in models:
-        raise RegistryError(f"there is no model {printable(name)}{_near(name, models)}")
+        raise RegistryError(f"there is no model {printable(name)}{_suggestion(name, models)}")
     return models[name]
 
 
-def resolve(models: Models, name: str, which: str | int = CHAMPION) -> Version:
-    """A version by its number, or the one that an alias points to.
+def resolve(models: Models, name: str, selector: str | int = CHAMPION) -> Version:
+    """Returns the version of a number or an alias.
 
     Raises:
-      RegistryError: There is no such model, version or alias.
+      RegistryError: The model, version or alias does not exist.
     """
     model = find(models, name)
-    if isinstance(which, str):
-        if which not in model.aliases:
-            advice = _near(which, model.aliases)
-            raise RegistryError(f"{name} has no alias {printable(which)}{advice}")
-        which = model.aliases[which][-1]
-    if which not in model.versions:
-        removed = " any more" * (0 < which <= model.last)
-        there = ", ".join(map(str, sorted(model.versions))) or "none"
-        raise RegistryError(f"{name} has no version {which}{removed}; there are: {there}")
-    return model.versions[which]
+    if isinstance(selector, str):
+        if selector not in model.aliases:
+            advice = _suggestion(selector, model.aliases)
+            raise RegistryError(f"{name} has no alias {printable(selector)}{advice}")
+        selector = model.aliases[selector][-1]
+    if selector not in model.versions:
+        was_removed = 0 < selector <= model.last
+        known = ", ".join(map(str, sorted(model.versions))) or "none"
+        raise RegistryError(
+            f"{name} has no version {selector}{' (it was removed)' * was_removed}; known "
+            f"versions: {known}"
+        )
+    return model.versions[selector]
 
 
-def with_digest(models: Models, name: str, digest: str) -> Version | None:
-    """The version of a model that is this bundle, if there is one."""
+def find_digest(models: Models, name: str, digest: str) -> Version | None:
+    """Returns the version of a model whose bundle has a digest; None if there is none."""
     versions = models[name].versions.values() if name in models else ()
     return next((version for version in versions if version.bundle.digest == digest), None)
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    """What may have been meant, for the end of a message."""
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    """Returns names similar to an unknown name, or the known names, for an error message."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3)
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; there are: {', '.join(known[:10]) or 'none'}{', ...' * (len(known) > 10)}"
+    similar = difflib.get_close_matches(name, known, n=3)
+    if similar:
+        return f"; did you mean {' or '.join(similar)}?"
+    return f"; known names: {', '.join(known[:10]) or 'none'}{', ...' * (len(known) > 10)}"
 
 
-def removal(models: Models, name: str, number: int) -> Version:
-    """The version that is to be removed.
+def removable_version(models: Models, name: str, number: int) -> Version:
+    """Returns a version that may be removed.
 
     Raises:
-      RegistryError: There is none, or an alias points to it.
+      RegistryError: The version does not exist, or an alias points to it.
     """
     version = resolve(models, name, number)
-    if aliases := models[name].aliases_of(number):
+    if aliases := models[name].version_aliases(number):
         raise RegistryError(
-            f"{version} is {' and '.join(aliases)}, so it stays: promote another version first, "
-            f"or take the alias away (remove {name} --alias={aliases[0]})"
+            f"{version} is not removed, because it is {' and '.join(aliases)}: promote another "
+            f"version, or remove the alias first (remove {name} --alias={aliases[0]})"
         )
     return version
 
 
-def version_before(models: Models, name: str, alias: str) -> Version:
-    """The version that a rollback leads to.
+def previous_version(models: Models, name: str, alias: str) -> Version:
+    """Returns the version that a rollback of an alias selects.
 
     Raises:
-      RegistryError: There is none.
+      RegistryError: The alias does not exist, or has no previous version.
     """
     version = resolve(models, name, alias)
     history = models[name].aliases[alias]
     if len(history) == 1:
-        raise RegistryError(f"{name}@{alias} is {version.number}, and was nothing before")
+        raise RegistryError(f"{name}@{alias} is {version.number} and has no previous version")
     return models[name].versions[history[-2]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """What a promotion asks of a version's figures on the test split.
+    """The conditions of a promotion on a version's test metrics.
 
     Attributes:
-      min_accuracy, min_precision, min_recall, min_f1: 0 to 1, at least; None asks nothing.
-      max_loss: 0 or more, at most.
-      not_below: An alias to whose version's test accuracy that of this one must come up.
+      min_accuracy, min_precision, min_recall, min_f1: The least allowed value, 0 to 1; None for
+        no condition.
+      max_loss: The largest allowed loss, 0 or more; None for no condition.
+      not_below: An alias; the version's test accuracy must reach that of the alias's version.
+        None for no condition.
     """
 
     min_accuracy: float | None = None
@@ -280,72 +292,74 @@ class Gates:
     not_below: str | None = None
 
     def check(self, models: Models, version: Version, alias: str) -> tuple[str, ...]:
-        """Holds a version to them.
+        """Checks all conditions for a version.
 
         Args:
-          models: The registry as it is.
+          models: The state of the registry.
           version: The version to promote.
-          alias: Where to. `not_below` the same alias asks nothing of its first version.
+          alias: The alias to promote it to. If `not_below` is the same alias and the alias does
+            not exist yet, that condition is skipped.
 
         Returns:
-          What was asked for and holds.
+          A description of each condition that the version meets.
 
         Raises:
-          RegistryError: One or several do not hold, or cannot be told.
+          RegistryError: The version misses a condition, or the metric is unknown.
         """
-        held, failed = [], []
-        for figure in FIGURES:
-            name = "max_loss" if figure == "loss" else f"min_{figure}"
+        passed, failed = [], []
+        for metric in METRICS:
+            name = "max_loss" if metric == "loss" else f"min_{metric}"
             limit = getattr(self, name)
             if limit is not None:
-                value = version.bundle.test(figure)
-                holds = value is not None and (
-                    value <= limit if figure == "loss" else value >= limit
+                value = version.bundle.test_metric(metric)
+                passes = value is not None and (
+                    value <= limit if metric == "loss" else value >= limit
                 )
-                text = f"{name}={limit:g}: test {figure} is {_figure(value)}"
-                (held if holds else failed).append(text)
+                text = f"{name}={limit:g}: test {metric} is {_metric_text(value)}"
+                (passed if passes else failed).append(text)
         is_first = self.not_below == alias and alias not in models[version.model].aliases
         if self.not_below is not None and not is_first:
-            text, holds = self._compare(models, version)
-            (held if holds else failed).append(text)
+            text, passes = self._compare(models, version)
+            (passed if passes else failed).append(text)
         if failed:
             raise RegistryError(f"{version} does not become {alias}: {'; '.join(failed)}")
-        return tuple(held)
+        return tuple(passed)
 
     def _compare(self, models: Models, version: Version) -> tuple[str, bool]:
+        """Checks `not_below`; returns a description and whether the version passes."""
         assert self.not_below is not None
-        present = resolve(models, version.model, self.not_below)
-        one, other = version.bundle, present.bundle
-        if version.number != present.number and (
-            not one.fingerprint or one.fingerprint != other.fingerprint
+        current = resolve(models, version.model, self.not_below)
+        bundle, reference = version.bundle, current.bundle
+        if version.number != current.number and (
+            not bundle.fingerprint or bundle.fingerprint != reference.fingerprint
         ):
             return (
-                f"not_below={self.not_below}: {version.number} and {present.number} were "
-                "measured on other test splits, as their data differs; measure both on one with "
-                "cnn_jax evaluate --source, or ask for --min_accuracy",
+                f"not_below={self.not_below}: versions {version.number} and {current.number} have "
+                "different data, hence different test splits; evaluate both on one data set with "
+                "cnn_jax evaluate --source, or use --min_accuracy",
                 False,
             )
-        accuracy, least = one.test("accuracy"), other.test("accuracy")
+        accuracy, least = bundle.test_metric("accuracy"), reference.test_metric("accuracy")
         text = (
-            f"not_below={self.not_below}: test accuracy is {_figure(accuracy)}, that of "
-            f"{present.number} is {_figure(least)}"
+            f"not_below={self.not_below}: test accuracy is {_metric_text(accuracy)}, and that of "
+            f"version {current.number} is {_metric_text(least)}"
         )
         return text, accuracy is not None and least is not None and accuracy >= least
 
 
-def _figure(value: float | None) -> str:
+def _metric_text(value: float | None) -> str:
     return "not in the bundle" if value is None else f"{value:.6g}"
 
 
 def apply(models: Models, entry: Entry) -> dict[str, Model]:
-    """The state after an entry.
+    """Returns the state after an entry.
 
     Args:
-      models: The state before it, which is left as it is.
-      entry: One that follows from it.
+      models: The state before the entry; it is not modified.
+      entry: The next entry of the log.
 
     Raises:
-      ValueError: It does not.
+      ValueError: The entry is not valid in this state.
     """
     change = {"add": _add, "promote": _promote, "rollback": _roll_back, "remove": _remove}
     model = models.get(entry.model, Model(entry.model))
@@ -381,9 +395,9 @@ def _roll_back(model: Model, entry: Entry) -> Model:
 
 
 def _move(model: Model, entry: Entry, history: tuple[Any, ...]) -> Model:
-    """A model whose alias has this history."""
+    """Returns a model in which the entry's alias has a new history."""
     alias = str(entry.alias)
-    _expect(entry.before == model.present(alias), f"{alias} was not {entry.before}")
+    _expect(entry.before == model.alias_target(alias), f"{alias} was not {entry.before}")
     return dataclasses.replace(model, aliases={**model.aliases, alias: history})
 
 
@@ -394,14 +408,14 @@ def _remove(model: Model, entry: Entry) -> Model:
         return dataclasses.replace(model, aliases=aliases)
     number = entry.version
     _expect(number in model.versions, f"there is no version {number}")
-    _expect(number not in map(model.present, model.aliases), f"an alias points to {number}")
+    _expect(number not in map(model.alias_target, model.aliases), f"an alias points to {number}")
     versions = {k: version for k, version in model.versions.items() if k != number}
     aliases = {alias: _without(history, number) for alias, history in model.aliases.items()}
     return dataclasses.replace(model, versions=versions, aliases=aliases)
 
 
 def _without(history: tuple[int, ...], number: int | None) -> tuple[int, ...]:
-    """An alias's history without a version, in which no step leads from a version to itself."""
+    """Removes a version from an alias's history, and the repetitions that this creates."""
     left = [version for version in history if version != number]
     return tuple(version for i, version in enumerate(left) if i == 0 or version != left[i - 1])
 
@@ -412,41 +426,41 @@ def _expect(holds: bool, problem: str) -> None:
 
 
 def serialise(entry: Entry) -> bytes:
-    """An entry as JSON; what is empty is left out.
+    """Converts an entry to JSON, without empty fields.
 
     Raises:
       ValueError: A number is not finite.
     """
     fields = {"format": FORMAT} | dataclasses.asdict(entry)
     fields = {key: value for key, value in fields.items() if value not in (None, "", ())}
-    fields["sha256"] = digest_of(fields)
+    fields["sha256"] = fields_digest(fields)
     text = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
-    # Text that is not UTF-8 has surrogates, which become JSON's own escapes.
+    # Surrogates, from command-line text that is not UTF-8, become JSON escapes.
     return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
-def digest_of(fields: Mapping[str, Any]) -> str:
-    """The sha256 of an entry's fields but for itself, in whatever order they are written."""
+def fields_digest(fields: Mapping[str, Any]) -> str:
+    """Returns the sha256 of an entry's fields without "sha256", independent of their order."""
     others = {key: value for key, value in fields.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def parse(data: bytes) -> Entry:
-    """The entry that JSON holds.
+    """Parses the JSON of an entry.
 
     Raises:
-      RegistryError: It is of a later format.
-      ValueError: It is no entry.
+      RegistryError: The entry has a later format.
+      ValueError: The data is not a valid entry.
     """
     try:
         fields = json.loads(data)
         if _take(fields, "format", int) > FORMAT:
             raise RegistryError(
-                f"is of format {fields['format']}, and this version of cnn_jax reads {FORMAT}: "
-                "upgrade it"
+                f"has format {fields['format']}, but this version of cnn_jax reads format "
+                f"{FORMAT}: upgrade cnn_jax"
             )
-        if _take(fields, "sha256", str) != digest_of(fields):
-            raise ValueError("its sha256 is not that of its other fields")
+        if _take(fields, "sha256", str) != fields_digest(fields):
+            raise ValueError("its sha256 does not match its other fields")
         entry = Entry(
             number=_take(fields, "number", int),
             previous=_take(fields, "previous", str, ""),
@@ -472,7 +486,7 @@ def parse(data: bytes) -> Entry:
 
 
 def _check_shape(entry: Entry) -> None:
-    """Raises ValueError if an entry does not have what its action needs, and that alone."""
+    """Raises ValueError if an entry does not have exactly the fields of its action."""
     needs = {
         "add": ("version", "bundle"),
         "promote": ("version", "alias"),
@@ -482,8 +496,9 @@ def _check_shape(entry: Entry) -> None:
     _expect(entry.action in needs, f"its action is {entry.action}")
     optional = {"promote": ("before",)}.get(entry.action, ())
     for field in ("version", "alias", "before", "bundle"):
-        has, needed = getattr(entry, field) is not None, field in needs[entry.action]
-        _expect(has == needed or field in optional, f"its {field} is not as {entry.action} has it")
+        is_set, is_needed = getattr(entry, field) is not None, field in needs[entry.action]
+        problem = f"its {field} is {'missing' if is_needed else 'not allowed'} for {entry.action}"
+        _expect(is_set == is_needed or field in optional, problem)
 
 
 def _facts(fields: Mapping[str, Any]) -> BundleFacts:
@@ -497,23 +512,27 @@ def _facts(fields: Mapping[str, Any]) -> BundleFacts:
         size=_take(fields, "size", int),
         classes=_take(fields, "classes", int),
         image_size=(height, width),
-        metrics=finite_figures(_take(fields, "metrics", dict)),
+        metrics=finite_metrics(_take(fields, "metrics", dict)),
         fingerprint=_take(fields, "fingerprint", str, ""),
     )
 
 
-def finite_figures(metrics: Any) -> dict[str, dict[str, float]]:
-    """The figures by split that are finite numbers, of whatever a bundle says of them."""
+def finite_metrics(metrics: Any) -> dict[str, dict[str, float]]:
+    """Returns the metrics that are finite numbers, by split and name.
+
+    Args:
+      metrics: The metrics in a bundle's description, of any type.
+    """
     if not isinstance(metrics, dict):
         return {}
     return {
         str(split): {
             str(name): float(value)
-            for name, value in figures.items()
+            for name, value in values.items()
             if type(value) in (int, float) and abs(value) <= sys.float_info.max
         }
-        for split, figures in metrics.items()
-        if isinstance(figures, dict)
+        for split, values in metrics.items()
+        if isinstance(values, dict)
     }
 
 
@@ -523,14 +542,19 @@ def _time(fields: Mapping[str, Any]) -> str:
     return time
 
 
-_NEEDED = object()
+_REQUIRED = object()
 
 
-def _take(fields: Mapping[str, Any], key: str, kind: type, default: Any = _NEEDED) -> Any:
-    """A field of the right type, or the default if it is not there."""
-    if default is not _NEEDED and key not in fields:
+def _take(fields: Mapping[str, Any], key: str, kind: type, default: Any = _REQUIRED) -> Any:
+    """Returns a field, or the default if the field is missing.
+
+    Raises:
+      KeyError: The field is missing and has no default.
+      TypeError: The field has another type.
+    """
+    if default is not _REQUIRED and key not in fields:
         return default
     value = fields[key]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"its {key} is no {kind.__name__}")
+        raise TypeError(f"its {key} is not of type {kind.__name__}")
     return value

@@ -1,10 +1,10 @@
-"""Versions and aliases to and from an MLflow registry, for who has one.
+"""Copies versions and aliases to and from an MLflow registry.
 
-A version there has the bundle's files as its artifacts, and the bundle's digest as a tag, by which
-it is known again: doing the same twice changes nothing. Their version numbers are MLflow's own.
+A version in MLflow has the files of the bundle as artifacts, and the bundle's digest as a tag that
+identifies it: a second copy of the same bundle changes nothing. MLflow assigns version numbers of
+its own.
 
-One exporter at a time: MLflow keeps two who export the same version at once not apart, and would
-have it twice.
+Run one export at a time: two exports at the same time could create a version twice.
 """
 
 import contextlib
@@ -18,66 +18,68 @@ from collections.abc import Iterator
 from typing import Any
 
 from cnn_jax.registry import ledger
-from cnn_jax.registry.ledger import FIGURES, RegistryError, Version
+from cnn_jax.registry.ledger import METRICS, RegistryError, Version
 from cnn_jax.registry.registry import Registry
-from cnn_jax.registry.store import hidden, reason
+from cnn_jax.registry.store import error_line, hide_passwords
 from cnn_jax.system.errors import BundleError, ConfigError, UserError, printable
 
-_EXPERIMENT = "cnn_jax"  # MLflow keeps artifacts with runs, and runs in experiments.
+_EXPERIMENT = "cnn_jax"  # MLflow stores artifacts in runs, and runs in experiments.
 _ARTIFACTS = "bundle"
 _DESCRIPTION = "bundle.json"
 _DIGEST_TAG = "cnn_jax.digest"
 _VERSION_TAG = "cnn_jax.version"
 
 
-def export(registry: Registry, name: str, which: str | int | None, uri: str) -> Iterator[str]:
-    """Copies versions of a model to MLflow, and makes the aliases there point to them.
+def export_versions(
+    registry: Registry, name: str, selector: str | int | None, uri: str
+) -> Iterator[str]:
+    """Copies versions of a model to MLflow, with their aliases.
 
-    A version that is damaged is passed over.
+    Damaged versions are skipped.
 
     Args:
-      registry: Where they are.
-      name: The model, here and there.
-      which: A version, an alias that points to one, or None for all.
+      registry: The registry to export from.
+      name: The name of the model, the same in MLflow.
+      selector: A version number, an alias, or None for all versions.
       uri: MLflow's tracking and registry URI.
 
     Yields:
-      A line for each thing that was done, found done, or passed over.
+      A line for each version or alias that was copied, existed already, or was skipped.
 
     Raises:
       ConfigError: MLflow is not installed.
-      BundleError: At the end: some of it is damaged.
-      RegistryError: There is no such version, or MLflow says that it cannot be done.
+      BundleError: A version is damaged; raised after the other versions were copied.
+      RegistryError: The version does not exist, or MLflow reports an error.
     """
     model = ledger.find(registry.models, name)
-    if which is None:
+    if selector is None:
         versions = [version for _, version in sorted(model.versions.items())]
     else:
-        versions = [registry.resolve(name, which)]
-    with _explained(uri):
+        versions = [registry.resolve(name, selector)]
+    with _one_line_errors(uri):
         client = _client(uri)
-        _make_model(client, name)
-        there = _versions_by_digest(client, name)
+        _create_model(client, name)
+        exported = _versions_by_digest(client, name)
         damaged = []
         for version in versions:
-            number = there.get(version.bundle.digest)
+            number = exported.get(version.bundle.digest)
             if number is None:
                 try:
                     number = _export_version(client, registry, version)
                 except BundleError as error:
                     damaged.append(str(version))
-                    yield f"left out {version}: {error}"
+                    yield f"skipped {version}: {error}"
                     continue
                 yield f"exported {version}: it is {name} version {number} in MLflow"
             else:
-                yield f"{version} is {name} version {number} in MLflow already"
-            for alias in model.aliases_of(version.number):
+                yield f"{version} is already {name} version {number} in MLflow"
+            for alias in model.version_aliases(version.number):
                 yield _export_alias(client, name, alias, number)
         if damaged:
-            raise BundleError(f"not exported, as damaged: {', '.join(damaged)}")
+            raise BundleError(f"not exported, because damaged: {', '.join(damaged)}")
 
 
-def _make_model(client: Any, name: str) -> None:
+def _create_model(client: Any, name: str) -> None:
     try:
         client.create_registered_model(name)
     except _exception() as error:
@@ -86,25 +88,25 @@ def _make_model(client: Any, name: str) -> None:
 
 
 def _versions_by_digest(client: Any, name: str) -> dict[str, str]:
-    """MLflow's version numbers, by the digest of the bundle that they say they are."""
-    found = client.search_model_versions(f"name = '{name}'")
-    return {one.tags[_DIGEST_TAG]: str(one.version) for one in found if _DIGEST_TAG in one.tags}
+    """Returns MLflow's version numbers by the bundle digest in their tag."""
+    versions = client.search_model_versions(f"name = '{name}'")
+    return {v.tags[_DIGEST_TAG]: str(v.version) for v in versions if _DIGEST_TAG in v.tags}
 
 
 def _export_version(client: Any, registry: Registry, version: Version) -> str:
-    """Uploads a bundle as the artifacts of a run; returns the number of the version made of it."""
+    """Uploads a bundle as artifacts of a run; returns the number of the new MLflow version."""
     bundle = version.bundle
-    figures = {f"test_{figure}": bundle.test(figure) for figure in FIGURES}
-    figures = {figure: value for figure, value in figures.items() if value is not None}
+    metrics = {f"test_{metric}": bundle.test_metric(metric) for metric in METRICS}
+    metrics = {metric: value for metric, value in metrics.items() if value is not None}
     with tempfile.TemporaryDirectory() as directory:
         folder = registry.fetch(version, directory)
         run = client.create_run(_experiment(client), run_name=str(version)).info
         client.log_artifacts(run.run_id, str(folder), _ARTIFACTS)
-    for figure, value in figures.items():
-        client.log_metric(run.run_id, figure, value)
-    with contextlib.redirect_stdout(sys.stderr):  # It prints where the run can be seen.
+    for metric, value in metrics.items():
+        client.log_metric(run.run_id, metric, value)
+    with contextlib.redirect_stdout(sys.stderr):  # MLflow prints the URL of the run.
         client.set_terminated(run.run_id)
-    made = client.create_model_version(
+    created = client.create_model_version(
         version.model,
         source=f"{run.artifact_uri}/{_ARTIFACTS}",
         run_id=run.run_id,
@@ -112,16 +114,16 @@ def _export_version(client: Any, registry: Registry, version: Version) -> str:
         tags={
             _DIGEST_TAG: bundle.digest,
             _VERSION_TAG: str(version.number),
-            **{figure: f"{value:.6g}" for figure, value in figures.items()},
+            **{metric: f"{value:.6g}" for metric, value in metrics.items()},
         },
     )
-    return str(made.version)
+    return str(created.version)
 
 
 def _experiment(client: Any) -> str:
-    """The id of the experiment for exported bundles."""
-    found = client.get_experiment_by_name(_EXPERIMENT)
-    return found.experiment_id if found else client.create_experiment(_EXPERIMENT)
+    """Returns the id of the experiment for exported bundles; creates it if necessary."""
+    experiment = client.get_experiment_by_name(_EXPERIMENT)
+    return experiment.experiment_id if experiment else client.create_experiment(_EXPERIMENT)
 
 
 def _export_alias(client: Any, name: str, alias: str, number: str) -> str:
@@ -130,117 +132,119 @@ def _export_alias(client: Any, name: str, alias: str, number: str) -> str:
     except _exception() as error:
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
-        return f"left out {name}@{alias}: {reason(error)}"  # MLflow allows fewer names.
+        return f"skipped {name}@{alias}: {error_line(error)}"  # MLflow allows fewer names.
     return f"{name}@{alias} is version {number} in MLflow"
 
 
-def bring(
+def import_versions(
     registry: Registry,
     name: str,
-    which: str | int | None,
+    selector: str | int | None,
     uri: str,
     with_aliases: bool = True,
 ) -> Iterator[str]:
-    """Copies versions of a model from MLflow, and makes the aliases here point to them.
+    """Copies versions of a model from MLflow, with their aliases.
 
-    What is here already is not downloaded. A version that is damaged is passed over.
+    Bundles that the registry already has are not downloaded. Damaged versions are skipped.
 
     Args:
-      registry: Where to; it is made if it is not there.
-      name: The model, here and there.
-      which: MLflow's number of a version, an alias that points to one, or None for all that are
-        bundles.
+      registry: The registry to import to; created if it does not exist.
+      name: The name of the model, the same in MLflow.
+      selector: MLflow's version number, an alias, or None for all versions that are bundles.
       uri: MLflow's tracking and registry URI.
-      with_aliases: Whether to move the aliases here.
+      with_aliases: Whether to copy the aliases too.
 
     Yields:
-      A line for each thing that was done, found done, or passed over.
+      A line for each version or alias that was copied, existed already, or was skipped.
 
     Raises:
       ConfigError: MLflow is not installed.
-      BundleError: What was asked for is no bundle, or, at the end, some of it is damaged.
-      RegistryError: There is no such version, or MLflow says that it cannot be done.
+      BundleError: No selected version is a bundle, or a version is damaged; raised after the
+        other versions were copied.
+      RegistryError: The version does not exist, or MLflow reports an error.
     """
-    with _explained(uri):
+    with _one_line_errors(uri):
         client = _client(uri)
         aliases = client.get_registered_model(name).aliases if with_aliases else {}
         bundles, damaged = 0, []
-        for one in _find(client, name, which):
-            if _DIGEST_TAG not in one.tags and not _is_bundle(client, one, uri):
-                yield f"left out {name} version {one.version} of MLflow: it is no bundle"
+        for source in _select(client, name, selector):
+            number = str(source.version)
+            if _DIGEST_TAG not in source.tags and not _is_bundle(client, source, uri):
+                yield f"skipped {name} version {number} of MLflow: it is not a bundle"
                 continue
             bundles += 1
-            wanted = sorted(a for a, v in aliases.items() if str(v) == str(one.version))
             try:
-                number, line = _import_version(client, registry, one, uri)
+                version, line = _import_version(client, registry, source, uri)
                 yield line
-                for alias in wanted:
-                    yield _import_alias(registry, name, alias, number)
+                for alias in sorted(a for a, v in aliases.items() if str(v) == number):
+                    yield _import_alias(registry, name, alias, version)
             except BundleError as error:
-                damaged.append(str(one.version))
-                yield f"left out {name} version {one.version} of MLflow: {error}"
+                damaged.append(number)
+                yield f"skipped {name} version {number} of MLflow: {error}"
         if not bundles:
-            raise BundleError(f"MLflow has no bundle at {name}{_suffix(which)}")
+            raise BundleError(f"MLflow has no bundle at {name}{_suffix(selector)}")
         if damaged:
             numbers = ", ".join(damaged)
-            raise BundleError(f"not imported, as damaged: {name} version {numbers} of MLflow")
+            raise BundleError(f"not imported, because damaged: {name} version {numbers} of MLflow")
 
 
-def _suffix(which: str | int | None) -> str:
-    return "" if which is None else f"@{which}" if isinstance(which, str) else f"/{which}"
+def _suffix(selector: str | int | None) -> str:
+    if selector is None:
+        return ""
+    return f"@{selector}" if isinstance(selector, str) else f"/{selector}"
 
 
-def _find(client: Any, name: str, which: str | int | None) -> list[Any]:
-    """MLflow's versions that are asked for, the oldest first."""
-    if which is None:
-        found = client.search_model_versions(f"name = '{name}'")
-        return sorted(found, key=lambda one: int(one.version))
-    if isinstance(which, str):
-        return [client.get_model_version_by_alias(name, which)]
-    return [client.get_model_version(name, str(which))]
+def _select(client: Any, name: str, selector: str | int | None) -> list[Any]:
+    """Returns the selected versions of MLflow, the oldest first."""
+    if selector is None:
+        versions = client.search_model_versions(f"name = '{name}'")
+        return sorted(versions, key=lambda version: int(version.version))
+    if isinstance(selector, str):
+        return [client.get_model_version_by_alias(name, selector)]
+    return [client.get_model_version(name, str(selector))]
 
 
-def _is_bundle(client: Any, one: Any, uri: str) -> bool:
-    """Whether the artifacts of a version look like a bundle; nothing is downloaded."""
-    source = client.get_model_version_download_uri(one.name, str(one.version))
-    artifacts = _artifacts().list_artifacts(artifact_uri=source, tracking_uri=uri)
+def _is_bundle(client: Any, source: Any, uri: str) -> bool:
+    """Whether the artifacts of an MLflow version include a bundle's description."""
+    location = client.get_model_version_download_uri(source.name, str(source.version))
+    artifacts = _artifacts().list_artifacts(artifact_uri=location, tracking_uri=uri)
     return any(pathlib.PurePosixPath(item.path).name == _DESCRIPTION for item in artifacts)
 
 
-def _import_version(client: Any, registry: Registry, one: Any, uri: str) -> tuple[int, str]:
-    """Adds a version of MLflow; returns its number here and what to say of it."""
+def _import_version(client: Any, registry: Registry, source: Any, uri: str) -> tuple[int, str]:
+    """Adds an MLflow version to the registry; returns its number there and a line to print."""
     from cnn_jax.inference.bundle import digest
 
-    tag = one.tags.get(_DIGEST_TAG)
+    label = f"{source.name} version {source.version}"
+    tag = source.tags.get(_DIGEST_TAG)
     if tag is not None:
-        if there := registry.with_digest(one.name, tag):
-            return there.number, f"{one.name} version {one.version} is {there} already"
-        if not _is_bundle(client, one, uri):
-            raise BundleError(f"it has a tag {_DIGEST_TAG}, and no {_DESCRIPTION}")
-    source = client.get_model_version_download_uri(one.name, str(one.version))
+        if version := registry.find_digest(source.name, tag):
+            return version.number, f"{label} is already {version}"
+        if not _is_bundle(client, source, uri):
+            raise BundleError(f"it has a tag {_DIGEST_TAG}, but no {_DESCRIPTION}")
+    location = client.get_model_version_download_uri(source.name, str(source.version))
     with tempfile.TemporaryDirectory() as directory:
         folder = _artifacts().download_artifacts(
-            artifact_uri=source, dst_path=directory, tracking_uri=uri
+            artifact_uri=location, dst_path=directory, tracking_uri=uri
         )
-        found = digest(folder)
-        if tag not in (None, found):
-            raise BundleError(f"its digest is not the one in its tag {_DIGEST_TAG}")
-        added = registry.add(one.name, folder, f"version {one.version} of MLflow")
+        if tag not in (None, digest(folder)):
+            raise BundleError(f"its digest differs from its tag {_DIGEST_TAG}")
+        added = registry.add(source.name, folder, f"version {source.version} of MLflow")
     if not added.is_new:
-        return added.version.number, f"{one.name} version {one.version} is {added.version} already"
-    return added.version.number, f"imported {one.name} version {one.version} as {added.version}"
+        return added.version.number, f"{label} is already {added.version}"
+    return added.version.number, f"imported {label} as {added.version}"
 
 
 def _import_alias(registry: Registry, name: str, alias: str, number: int) -> str:
     try:
         entry = registry.promote(name, number, alias, note="as in MLflow")
     except ConfigError as error:
-        return f"left out {name}@{printable(alias)}: {error}"
-    return f"{name}@{alias} is version {number}" + " already" * (entry is None)
+        return f"skipped {name}@{printable(alias)}: {error}"
+    return f"{name}@{alias} is {'already ' * (entry is None)}version {number}"
 
 
 def _client(uri: str) -> Any:
-    # A server that is not there is told in half a minute, not in four.
+    # With its default MLflow reports a missing server only after four minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     return importlib.import_module("mlflow").MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -255,19 +259,19 @@ def _exception() -> Any:
 
 
 @contextlib.contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    """Makes one line of what MLflow, its database or its store of artifacts raises.
+def _one_line_errors(uri: str) -> Iterator[None]:
+    """Converts errors of MLflow, its database and its artifact store to one-line errors.
 
-    Each of them has errors of its own, so it is every one that is not ours.
+    Each of them raises exceptions of its own, so every exception but a UserError is converted.
     """
     try:
-        # It warns in many lines of each try to reach a database, and says the last one's error.
+        # MLflow logs each failed connection to a database, and then raises the last error.
         logging.getLogger(importlib.import_module("mlflow").__name__).setLevel(logging.ERROR)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "--mlflow: mlflow is not installed: pip install 'cnn_jax[mlflow]' brings it"
+            "--mlflow needs mlflow, which is not installed: pip install 'cnn_jax[mlflow]'"
         ) from error
-    shown = hidden(uri)
+    shown = hide_passwords(uri)
     try:
         yield
     except UserError:
@@ -278,4 +282,4 @@ def _explained(uri: str) -> Iterator[None]:
             f"pip install {error.name}"
         ) from error
     except Exception as error:
-        raise RegistryError(f"MLflow at {shown}: {reason(error)}") from error
+        raise RegistryError(f"MLflow at {shown}: {error_line(error)}") from error

@@ -1,15 +1,15 @@
-"""A registry of bundles in a folder, or in any place that fsspec reaches.
+"""A registry of bundles in a folder, or in any file system of fsspec.
 
     registry.json               {"format": 1, "id": ...}
-    log/00000001.json, ...      one file for each change, never changed; see `ledger`
-    bundles/DIGEST-TIME-ID/     one folder for each version, written before its log entry
-    added/NUMBER-DIGEST-TIME-ID an empty file for each `add`: its entry and its bundle's folder
-    tmp/                        what is being written, or was when its writer died
+    log/00000001.json, ...      one file per change, never modified; see `ledger`
+    bundles/DIGEST-TIME-ID/     one folder per version, written before its log entry
+    added/NUMBER-DIGEST-TIME-ID an empty marker per `add`: entry number and bundle folder
+    tmp/                        temporary files, also of writers that were killed
 
-The log is all the state there is, and `added/` tells of a log that has lost its end: then nothing
-is changed, and no bundle is swept. A change is made by creating the next file of the log, which
-one writer alone can do; who comes second reads what is new and decides again. So a change has
-happened or not, whoever is killed when.
+The log is the whole state. The markers in `added/` reveal a log that has lost its last entries:
+then the registry refuses changes and deletes no bundle. A change creates the next file of the
+log, which only one writer can do; another writer at the same time reads the new entry and
+decides again. A change is therefore atomic, even if processes are killed.
 """
 
 import contextlib
@@ -45,13 +45,13 @@ from cnn_jax.registry.ledger import (
     Version,
 )
 from cnn_jax.registry.store import (
-    ASIDE,
-    AwayError,
+    TEMPORARY,
+    NoAnswerError,
     StoreError,
-    made_at,
+    check_exclusive_create,
+    creation_time,
     open_store,
-    prove,
-    unique,
+    unique_name,
 )
 from cnn_jax.system.errors import BundleError, UserError
 
@@ -62,246 +62,248 @@ _LOG = "log"
 _BUNDLES = "bundles"
 _ADDED = "added"
 _DESCRIPTION, _WEIGHTS = _FILES = ("bundle.json", "weights.safetensors")
-# Nothing that is as old as this is still being written. An upload must be done in half of it.
+# Files without a version are deleted at this age. An upload must end within half of it.
 _STALE = datetime.timedelta(days=1)
-# How often a change is tried while nobody else makes one, and what grows between two tries.
-_MOST_FAILURES = 6
-_PAUSE = 0.1  # Seconds.
-# Seconds after which it is looked whether the registry is still the same one.
-_SAME_FOR = 60.0
+# A change is tried this many times in a row without a new entry by another writer.
+_MAX_FAILURES = 6
+_PAUSE = 0.1  # Seconds before the first retry; doubled before each further retry.
+# Seconds between two checks that registry.json is unchanged.
+_IDENTITY_SECONDS = 60.0
 
-# What a change adds to the log, from the state that it meets; None if there is nothing to do.
+# Returns the fields of the entry that a change adds to a state; None if nothing is to be done.
 Decide = Callable[[ledger.Models], dict[str, Any] | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Added:
-    """What came of an addition.
+class Addition:
+    """The result of `Registry.add`.
 
     Attributes:
-      version: The version that is this bundle.
-      is_new: False if the model had the bundle already, and nothing was added.
-      has_begun: Whether there was no registry before, and this has made it.
+      version: The version with the bundle.
+      is_new: False if the model already had the bundle, so that nothing was added.
+      is_new_registry: Whether the call created the registry.
     """
 
     version: Version
     is_new: bool
-    has_begun: bool = False
+    is_new_registry: bool = False
 
 
 class NoRegistryError(RegistryError):
-    """There is no registry yet."""
+    """The registry does not exist yet."""
 
 
 class Registry:
     """Bundles with names, versions and aliases.
 
-    What is known of the log is kept: `models` and `log` read it once, `refresh` and every
-    change read what is new. An instance may be used by several threads.
+    The log is cached: `models` and `log` read it at their first use; `refresh` and every change
+    read new entries. Several threads may use an instance.
 
-    Every method raises `RegistryError` if the registry is not there or damaged, or does not
-    have or allow what was asked for, and `StoreError` if it cannot be read or written.
+    Every method raises `RegistryError` if the registry is missing or damaged, or if the
+    requested version or change does not exist or is refused, and `StoreError` if files cannot
+    be read or written.
 
     Attributes:
-      url: The registry's place, without a password.
+      url: The location of the registry, without passwords.
     """
 
     def __init__(
         self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None
     ) -> None:
-        """Nothing is read or written yet.
+        """Creates the object, without reading or writing files.
 
         Args:
           url: A folder, or a URL of fsspec, such as s3://BUCKET/PATH.
-          options: What fsspec is to know of it besides, such as {"endpoint_url": ...}.
+          options: Options of fsspec for this file system, such as {"endpoint_url": ...}.
 
         Raises:
-          ConfigError: It is no such place, or what reaches it is not installed.
+          ConfigError: The URL is invalid, or a package for it is not installed.
         """
         self._store = open_store(url, options)
         self.url = self._store.url
         self._lock = threading.RLock()
         self._identity: bytes | None = None
-        self._looked = -math.inf
-        self._forget()
+        self._identity_read_at = -math.inf
+        self._reset()
 
-    def _forget(self) -> None:
-        """Knows nothing of the log."""
+    def _reset(self) -> None:
+        """Empties the cache of the log."""
         self._is_read = False
-        self._is_proven = False
-        self._listed = 0
-        self._marked = 0
+        self._is_create_checked = False
+        # The largest entry numbers in the listing of the log, and among the markers.
+        self._last_listed = 0
+        self._last_marked = 0
         self._entries: list[Entry] = []
         self._last_digest = ""
         self._models: dict[str, Model] = {}
 
     @property
     def models(self) -> Mapping[str, Model]:
-        """All models by name, as they were at the last look."""
-        self._look_once()
+        """All models by name, as of the last read of the log."""
+        self._read_once()
         return self._models
 
     @property
     def log(self) -> list[Entry]:
-        """All changes, the first one first, as they were at the last look."""
-        self._look_once()
+        """All changes, oldest first, as of the last read of the log."""
+        self._read_once()
         return list(self._entries)
 
-    def _look_once(self) -> None:
+    def _read_once(self) -> None:
         if not self._is_read:
             self.refresh()
 
-    def resolve(self, model: str, which: str | int = CHAMPION) -> Version:
-        """A version by its number or an alias, as they were at the last look."""
-        return ledger.resolve(self.models, model, which)
+    def resolve(self, model: str, selector: str | int = CHAMPION) -> Version:
+        """Returns the version of a number or an alias, as of the last read of the log."""
+        return ledger.resolve(self.models, model, selector)
 
     def refresh(self) -> bool:
-        """Reads what is new in the log, and returns whether anything was.
+        """Reads new entries of the log; returns whether there were any.
 
-        When nothing is, this is one question for one file, and once a minute for another: where
-        somebody has put another registry in this one's place, all of it is read anew.
+        Without new entries this requests one file, and once a minute also registry.json. If
+        registry.json has changed, another registry has replaced this one, and the whole log is
+        read again.
 
-        The first time it notices if the end of the log is missing with an `add` in it. Where only
-        other changes are gone, that is as if they had never been.
+        The first call detects that the last entries of the log are missing, if an `add` is among
+        them. The loss of only other entries cannot be detected.
         """
         with self._lock:
-            known = self._last_digest
-            self._open()
+            last_digest = self._last_digest
+            self._check_identity()
             if not self._entries:
                 self._read_listed()
             while self._read_next():
                 pass
             missing = _log_name(len(self._entries) + 1)
-            if len(self._entries) < self._listed:
+            if len(self._entries) < self._last_listed:
                 raise RegistryError(
-                    f"{self.url} is damaged: {missing} is missing, and later entries are there"
+                    f"{self.url} is damaged: {missing} is missing, but later entries exist"
                 )
-            if len(self._entries) < self._marked:
+            if len(self._entries) < self._last_marked:
                 raise RegistryError(
-                    f"{self.url} is damaged: the end of its log is missing, from {missing} to "
-                    f"{_log_name(self._marked)} at least, as {_ADDED}/ says; put it back from a "
-                    "copy of the registry"
+                    f"{self.url} is damaged: according to {_ADDED}/ the end of its log is "
+                    f"missing, at least from {missing} to {_log_name(self._last_marked)}; restore "
+                    "these files from a copy of the registry"
                 )
             self._is_read = True
-            return self._last_digest != known
+            return self._last_digest != last_digest
 
-    def _open(self) -> None:
-        """Looks whether the registry is there, and is the one that it was a minute ago."""
+    def _check_identity(self) -> None:
+        """Reads registry.json, at most once a minute; resets the cache if it has changed."""
         now = time.monotonic()
-        if now < self._looked + _SAME_FOR:
+        if now < self._identity_read_at + _IDENTITY_SECONDS:
             return
         identity = self._read_identity()
         if self._identity is not None and identity != self._identity:
-            logger.warning("%s is another registry than before: it is read anew", self.url)
-            self._forget()
-        self._identity, self._looked = identity, now
+            logger.warning("%s was replaced by another registry, which is read now", self.url)
+            self._reset()
+        self._identity, self._identity_read_at = identity, now
 
     def _read_identity(self) -> bytes:
         try:
             identity = self._store.read(_IDENTITY)
         except FileNotFoundError:
             if self._identity is not None:
-                raise RegistryError(
-                    f"{self.url} is not there any more: its {_IDENTITY} is gone"
-                ) from None
+                message = f"{self.url} no longer exists: its {_IDENTITY} was deleted"
+                raise RegistryError(message) from None
             raise NoRegistryError(
-                f"there is no registry at {self.url}; its first `add` makes it"
+                f"there is no registry at {self.url}; the first `registry add` creates it"
             ) from None
         try:
-            later = json.loads(identity)["format"] > ledger.FORMAT
+            is_later = json.loads(identity)["format"] > ledger.FORMAT
         except (KeyError, RecursionError, TypeError, ValueError) as error:
-            raise RegistryError(f"{self.url}/{_IDENTITY} is not that of a registry") from error
-        if later:
+            raise RegistryError(f"{self.url}/{_IDENTITY} does not describe a registry") from error
+        if is_later:
             raise RegistryError(
-                f"{self.url} is a registry of a later format than this version of cnn_jax "
-                "reads: upgrade it"
+                f"{self.url} has a later format than this version of cnn_jax reads: upgrade cnn_jax"
             )
         return identity
 
     def _read_listed(self) -> None:
-        """Reads what the log's folder lists without a gap, many files at once.
+        """Reads the listed entries up to the first gap, many files at once.
 
-        A folder that is written to may be listed with a gap where there is none: an entry that
-        was made during the listing, and not the one that was made before it.
+        A gap is no proof of damage: a listing during a write may contain a new entry, but not
+        the entry before it.
         """
-        # Before the log: of what is marked now the entries are there already.
-        self._marked = max((int(name[:8]) for name in self._marks()), default=0)
-        numbers = {int(name[:8]) for name in self._store.names(_LOG) if _is_of_log(name)}
-        self._listed = max(numbers, default=0)
+        # Before the log, so that every marked entry is already in the log.
+        self._last_marked = max((int(name[:8]) for name in self._markers()), default=0)
+        numbers = {int(name[:8]) for name in self._store.names(_LOG) if _is_entry(name)}
+        self._last_listed = max(numbers, default=0)
         names = [
             _log_name(number)
             for number in itertools.takewhile(numbers.__contains__, itertools.count(1))
         ]
         for name, data in zip(names, self._store.read_all(names), strict=True):
             if data is None:
-                raise RegistryError(f"{self.url} is damaged: {name} is listed, and not there")
-            self._follow(data)
+                raise RegistryError(f"{self.url} is damaged: {name} is listed but cannot be read")
+            self._apply(data)
 
-    def _marks(self) -> list[str]:
-        """The names in `added/`."""
-        return [name for name in self._store.names(_ADDED) if _is_mark(name)]
+    def _markers(self) -> list[str]:
+        """Returns the names of the markers in `added/`."""
+        return [name for name in self._store.names(_ADDED) if _is_marker(name)]
 
     def _read_next(self) -> bool:
         try:
             data = self._store.read(_log_name(len(self._entries) + 1))
         except FileNotFoundError:
             return False
-        self._follow(data)
+        self._apply(data)
         return True
 
-    def _follow(self, data: bytes) -> None:
-        """Takes the next entry into the state."""
+    def _apply(self, data: bytes) -> None:
+        """Parses the next entry and applies it to the state."""
         number = len(self._entries) + 1
-        where = f"{self.url}/{_log_name(number)}"
+        file = f"{self.url}/{_log_name(number)}"
         try:
             entry = ledger.parse(data)
             if entry.number != number:
-                raise ValueError(f"it says that it is {entry.number}")
+                raise ValueError(f"its number is {entry.number}")
             if entry.previous != self._last_digest:
-                raise ValueError("the entry before it is not the one that it was written after")
+                raise ValueError('its field "previous" does not match the entry before it')
             models = ledger.apply(self._models, entry)
         except RegistryError as error:
-            raise RegistryError(f"{where} {error}") from error
+            raise RegistryError(f"{file} {error}") from error
         except ValueError as error:
-            raise RegistryError(f"{where} is damaged: {error}") from error
+            raise RegistryError(f"{file} is damaged: {error}") from error
         self._models, self._last_digest = models, hashlib.sha256(data).hexdigest()
         self._entries.append(entry)
 
-    def add(self, model: str, path: str | os.PathLike[str], note: str = "") -> Added:
-        """Adds a bundle as the model's next version; the first one makes model and registry.
+    def add(self, model: str, path: str | os.PathLike[str], note: str = "") -> Addition:
+        """Adds a bundle as the next version of a model.
 
-        Where the model has it already, its files are put back if they are damaged.
+        Creates the model and the registry if they do not exist. If the model already has the
+        bundle, adds nothing, but restores the version's files if they are damaged.
 
         Args:
           model: The model's name.
           path: The bundle's folder.
-          note: Anything that is worth keeping in the log.
+          note: A text for the log.
 
         Raises:
-          ConfigError: The name is none.
-          BundleError: There is no bundle, or a damaged one.
+          ConfigError: The name is not allowed.
+          BundleError: The folder has no bundle, or the bundle is damaged.
         """
         from cnn_jax.inference.bundle import digest
 
         ledger.check_name("model", model)
-        wanted = digest(path)
-        facts, contents = _read(pathlib.Path(path), wanted)
-        has_begun = self._begin()
+        bundle_digest = digest(path)
+        facts, contents = _read(pathlib.Path(path), bundle_digest)
+        is_new_registry = self._create_registry()
         self.refresh()
-        if there := ledger.with_digest(self._models, model, wanted):
-            self._mend(there, contents)
-            return Added(there, is_new=False)
+        if existing := ledger.find_digest(self._models, model, bundle_digest):
+            self._restore(existing, contents)
+            return Addition(existing, is_new=False)
         start = time.time()
 
         def decide(models: ledger.Models) -> dict[str, Any] | None:
-            if ledger.with_digest(models, model, wanted):
+            if ledger.find_digest(models, model, bundle_digest):
                 return None
             if time.time() - start > _STALE.total_seconds() / 2:
-                raise RegistryError(f"adding {path} took too long: give the command again")
+                raise RegistryError(f"adding {path} took too long: run the command again")
             if missing := {*_FILES} - {*self._store.names(facts.path)}:
                 raise RegistryError(
-                    f"{' and '.join(sorted(missing))} of {path} was removed while it was added: "
-                    "give the command again, and look whether the clocks of all machines are right"
+                    f"{' and '.join(sorted(missing))} of {path} was removed during the upload: "
+                    "run the command again, and check that the clocks of all machines are right"
                 )
             number = models[model].last + 1 if model in models else 1
             return {"action": "add", "model": model, "version": number, "bundle": facts}
@@ -311,69 +313,69 @@ class Registry:
                 self._store.write(f"{facts.path}/{name}", content)
             entry = self._commit(decide, note)
         except UserError as error:
-            if not isinstance(error, AwayError):  # Then it may have been added after all.
+            if not isinstance(error, NoAnswerError):  # In that case the entry may exist.
                 self._delete(facts.path)
             raise
-        if entry is None:  # Somebody else has added it in the meantime.
+        if entry is None:  # Another process has added the bundle in the meantime.
             self._delete(facts.path)
         else:
             self._mark(entry)
         self._sweep()
-        version = ledger.with_digest(self._models, model, wanted)
+        version = ledger.find_digest(self._models, model, bundle_digest)
         if version is None:
-            raise RegistryError(f"{model} had this bundle for a moment: somebody has removed it")
-        return Added(version, entry is not None, has_begun)
+            raise RegistryError(f"another process has removed this bundle from {model} just now")
+        return Addition(version, entry is not None, is_new_registry)
 
-    def _mend(self, version: Version, contents: Mapping[str, bytes]) -> None:
-        """Puts a version's files back if they are damaged."""
+    def _restore(self, version: Version, contents: Mapping[str, bytes]) -> None:
+        """Writes the files of a version again if they are damaged."""
         try:
             self.verify(version)
         except BundleError as error:
-            logger.warning("%s; its files are put back", error)
+            logger.warning("%s; its files are restored", error)
             for name, content in contents.items():
                 self._store.remove(f"{version.bundle.path}/{name}")
                 self._store.write(f"{version.bundle.path}/{name}", content)
 
     def _mark(self, entry: Entry) -> None:
-        """Notes beside the log that it has an addition; if that fails, a later sweep does it."""
+        """Creates the marker of an `add` entry; if this fails, a later sweep tries again."""
         try:
             with contextlib.suppress(FileExistsError):
-                self._store.create(f"{_ADDED}/{_mark_name(entry)}", b"")
+                self._store.create(f"{_ADDED}/{_marker_name(entry)}", b"")
         except StoreError as error:
-            logger.warning("not marked, a later add or remove will try again: %s", error)
+            logger.warning("no marker written; a later add or remove tries again: %s", error)
 
     def promote(
         self,
         model: str,
-        which: str | int,
+        selector: str | int,
         alias: str = CHAMPION,
-        gates: Gates = Gates(),  # noqa: B008 (it is immutable)
+        gates: Gates = Gates(),  # noqa: B008 (immutable)
         note: str = "",
     ) -> Entry | None:
-        """Points an alias to a version, if that holds what the gates ask and is not damaged.
+        """Points an alias to a version, if the version passes the gates and is not damaged.
 
         Args:
           model: The model's name.
-          which: A version's number, or another alias that points to it when this begins.
-          alias: The alias; it need not be there yet.
-          gates: What the version's figures must be.
-          note: Anything that is worth keeping in the log.
+          selector: The number of the version, or an alias, which is resolved once.
+          alias: The alias to change or create.
+          gates: Conditions on the version's test metrics.
+          note: A text for the log.
 
         Returns:
-          What was added to the log; None if the alias points there already.
+          The new entry of the log; None if the alias already points to the version.
 
         Raises:
-          ConfigError: The alias is no name.
+          ConfigError: The alias is not allowed.
           BundleError: The version's files are damaged.
         """
         ledger.check_name("alias", alias)
         self.refresh()
-        number = ledger.resolve(self._models, model, which).number
+        number = ledger.resolve(self._models, model, selector).number
 
         def decide(models: ledger.Models) -> dict[str, Any] | None:
             version = ledger.resolve(models, model, number)
-            held = gates.check(models, version, alias)
-            before = models[model].present(alias)
+            passed = gates.check(models, version, alias)
+            before = models[model].alias_target(alias)
             if before == version.number:
                 return None
             return {
@@ -382,55 +384,54 @@ class Registry:
                 "version": version.number,
                 "alias": alias,
                 "before": before,
-                "gates": held,
+                "gates": passed,
             }
 
-        # What is refused anyway need not be downloaded before.
+        # Before `verify`, which may download the bundle: the gates may refuse the version.
         if decide(self._models) is None:
             return None
         self.verify(self.resolve(model, number))
         return self._commit(decide, note)
 
     def rollback(
-        self, model: str, alias: str = CHAMPION, note: str = "", present: int | None = None
+        self, model: str, alias: str = CHAMPION, note: str = "", current: int | None = None
     ) -> Entry:
-        """Points an alias to the version that it pointed to before; again, to the one before that.
+        """Points an alias to its previous version; each further rollback goes one version back.
 
-        That version's files are not verified, so that it is quick.
+        The version's files are not verified, so that a rollback is fast.
 
         Args:
           model: The model's name.
           alias: The alias.
-          note: Anything that is worth keeping in the log.
-          present: The version that the alias must point to now; None asks nothing.
+          note: A text for the log.
+          current: The version that the alias must point to now; None accepts any version.
 
         Returns:
-          What was added to the log.
+          The new entry of the log.
 
         Raises:
-          RegistryError: It pointed to none before, points to another version than `present`, or
-            somebody else moves it at the same time.
+          RegistryError: The alias has no previous version, does not point to `current`, or is
+            changed by another process at the same time.
         """
         self.refresh()
-        now = ledger.resolve(self._models, model, alias).number
-        if present is not None and now != present:
-            raise RegistryError(f"{model}@{alias} is {now} and not {present}, so it stays")
-        present = now
+        number = ledger.resolve(self._models, model, alias).number
+        if current is not None and number != current:
+            raise RegistryError(f"no rollback: {model}@{alias} is {number}, not {current}")
 
         def decide(models: ledger.Models) -> dict[str, Any]:
-            before = ledger.version_before(models, model, alias)
-            # Two who see the same bad version and go back at once mean one step, not two.
-            if models[model].present(alias) != present:
+            previous = ledger.previous_version(models, model, alias)
+            # Two users who see the same bad version and roll back at once mean one step.
+            if models[model].alias_target(alias) != number:
                 raise RegistryError(
-                    f"somebody else has just moved {model}@{alias} from {present} to "
-                    f"{models[model].present(alias)}: look whether it is to be moved again"
+                    f"another process has just moved {model}@{alias} from {number} to "
+                    f"{models[model].alias_target(alias)}: check whether a rollback is still needed"
                 )
             return {
                 "action": "rollback",
                 "model": model,
-                "version": before.number,
+                "version": previous.number,
                 "alias": alias,
-                "before": present,
+                "before": number,
             }
 
         entry = self._commit(decide, note)
@@ -438,16 +439,16 @@ class Registry:
         return entry
 
     def remove(self, model: str, version: int, note: str = "") -> Entry:
-        """Removes a version to which no alias points, and its files. Its number stays used.
+        """Removes a version without an alias, and its files; its number is not used again.
 
         Returns:
-          What was added to the log.
+          The new entry of the log.
         """
         path = ""
 
         def decide(models: ledger.Models) -> dict[str, Any]:
             nonlocal path
-            path = ledger.removal(models, model, version).bundle.path
+            path = ledger.removable_version(models, model, version).bundle.path
             return {"action": "remove", "model": model, "version": version}
 
         entry = self._commit(decide, note)
@@ -457,32 +458,32 @@ class Registry:
         return entry
 
     def remove_alias(self, model: str, alias: str, note: str = "") -> Entry:
-        """Removes an alias with its history; the versions stay.
+        """Removes an alias with its history, and no versions.
 
         Returns:
-          What was added to the log.
+          The new entry of the log.
         """
 
         def decide(models: ledger.Models) -> dict[str, Any]:
-            present = ledger.resolve(models, model, alias).number
-            return {"action": "remove", "model": model, "alias": alias, "before": present}
+            number = ledger.resolve(models, model, alias).number
+            return {"action": "remove", "model": model, "alias": alias, "before": number}
 
         entry = self._commit(decide, note)
         assert entry is not None
         return entry
 
-    def with_digest(self, model: str, digest: str) -> Version | None:
-        """The version of a model that is this bundle, if there is one; reads what is new."""
+    def find_digest(self, model: str, digest: str) -> Version | None:
+        """Reads new entries; returns the version whose bundle has a digest, or None."""
         with contextlib.suppress(NoRegistryError):
             self.refresh()
-        return ledger.with_digest(self._models, model, digest)
+        return ledger.find_digest(self._models, model, digest)
 
     def verify(self, version: Version) -> None:
-        """Reads all of a version's files.
+        """Reads the files of a version and checks their digests.
 
         Raises:
-          BundleError: They are damaged.
-          RegistryError: It was removed in the meantime.
+          BundleError: The files are damaged.
+          RegistryError: The version was removed in the meantime.
         """
         try:
             with tempfile.TemporaryDirectory(prefix="cnn_jax-") as directory:
@@ -495,21 +496,21 @@ class Registry:
     def fetch(
         self, version: Version, directory: str | os.PathLike[str], is_copy: bool = False
     ) -> pathlib.Path:
-        """A version's bundle on this machine, verified.
+        """Returns a verified folder on this machine with the bundle of a version.
 
         Args:
-          version: One of this registry's.
-          directory: Where to download it to, into a folder that is named by its digest, if the
-            registry is elsewhere. What is there already is not downloaded again.
-          is_copy: Whether to do so as well where the registry is on this machine.
+          version: A version of this registry.
+          directory: The directory for downloads. The bundle of a remote registry is downloaded
+            into a folder with the digest as its name, unless that folder already has it.
+          is_copy: Whether to copy the bundle of a local registry too.
 
         Returns:
-          The bundle's folder, which is not to be changed unless it is a copy: it may be the
-          registry's own.
+          The bundle's folder. Without `is_copy` it may be a folder of the registry, which must
+          not be modified.
 
         Raises:
-          BundleError: It is damaged, or was removed in the meantime.
-          StoreError: It cannot be read, or not be put into the directory.
+          BundleError: The bundle is damaged, or was removed in the meantime.
+          StoreError: The bundle cannot be read, or cannot be written to the directory.
         """
         facts = version.bundle
         own = self._store.local(facts.path)
@@ -520,112 +521,113 @@ class Registry:
         with contextlib.suppress(BundleError):
             _verify(target, facts.digest)
             return target
-        aside = target.with_name(f".{unique()}")
+        partial = target.with_name(f".{unique_name()}")
         try:
-            aside.mkdir(parents=True)
+            partial.mkdir(parents=True)
             for name in _FILES:
-                self._store.download(f"{facts.path}/{name}", aside / name)
-            _verify(aside, facts.digest, f"{self.url}/{facts.path}")
-            _put(aside, target)
+                self._store.download(f"{facts.path}/{name}", partial / name)
+            _verify(partial, facts.digest, f"{self.url}/{facts.path}")
+            _install(partial, target)
         except FileNotFoundError as error:
-            raise BundleError(f"{version} is not in {self.url} any more: {error}") from error
+            raise BundleError(f"{version} is no longer in {self.url}: {error}") from error
         except OSError as error:
-            raise StoreError(f"{directory}: {version} cannot be put there: {error}") from error
+            raise StoreError(f"{directory}: cannot write {version} there: {error}") from error
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         return target
 
-    def _begin(self) -> bool:
-        """Makes a registry where there is none, and returns whether it has."""
+    def _create_registry(self) -> bool:
+        """Creates the registry if it does not exist; returns whether it was created."""
         with self._lock:
             if self._identity is not None:
                 return False
-            # In this order: somebody else may be making them at this moment.
-            log = [*self._store.names(_LOG), *self._marks()]
+            # The log first, because another process may be creating the registry.
+            log = [*self._store.names(_LOG), *self._markers()]
             with contextlib.suppress(FileNotFoundError):
                 self._store.read(_IDENTITY)
                 return False
             if log:
-                raise RegistryError(f"{self.url} is damaged: it has a log and no {_IDENTITY}")
-            prove(self._store)
+                raise RegistryError(f"{self.url} is damaged: it has a log but no {_IDENTITY}")
+            check_exclusive_create(self._store)
             identity = {"format": ledger.FORMAT, "id": uuid.uuid4().hex}
-            # Of several who begin at once, one makes it.
+            # If another process creates the registry at the same time, one of them succeeds.
             with contextlib.suppress(FileExistsError):
                 self._store.create(_IDENTITY, json.dumps(identity).encode())
                 return True
             return False
 
-    def _prove_once(self) -> None:
-        """Sees before a first change that this process, too, cannot make a file that is there.
+    def _check_create(self) -> None:
+        """Checks before the first change that this process cannot create an existing file.
 
-        Another version of the same library may let it. Then the file is as it was.
+        The process that created the registry may have another version of the store's library.
+        If `create` succeeds, it writes the same content, so the file is unchanged.
         """
-        if self._is_proven:
+        if self._is_create_checked:
             return
         assert self._identity is not None
         with contextlib.suppress(FileExistsError):
             self._store.create(_IDENTITY, self._identity)
             raise RegistryError(
-                f"{self.url} lets this process overwrite what is there: use the version of "
-                "fsspec's library for it that has made the registry, or a later one"
+                f"{self.url} lets this process overwrite files: upgrade fsspec's library for it "
+                "at least to the version that created the registry"
             )
-        self._is_proven = True
+        self._is_create_checked = True
 
     def _commit(self, decide: Decide, note: str) -> Entry | None:
-        """Makes a change, once.
+        """Appends an entry to the log, exactly once.
 
         Args:
-          decide: What to add to the log. Called anew when somebody else was first.
-          note: For the log.
+          decide: Returns the fields of the entry; called again after an entry by another writer.
+          note: A text for the log.
 
         Returns:
           The entry, or None if there was nothing to do.
 
         Raises:
-          AwayError: The store does not answer; if it was asked for the change, that may have
-            happened. After any other error it has not.
+          NoAnswerError: The store does not answer. If the entry was sent, it may exist; after
+            any other error it does not exist.
         """
-        change, failures, is_asked, in_doubt = uuid.uuid4().hex, 0, False, False
-        problem = "it shows no file that it has said is there"
-        # Who goes on with the log of a registry that is another by now would damage that one.
-        self._looked = -math.inf
-        while failures < _MOST_FAILURES:
+        entry_id, failures, is_sent, is_unclear = uuid.uuid4().hex, 0, False, False
+        problem = "it reports a file as existing, but does not return it"
+        # Read registry.json again: an entry would damage another registry at this location.
+        self._identity_read_at = -math.inf
+        while failures < _MAX_FAILURES:
             if failures > 1:
                 time.sleep(random.uniform(0.5, 1) * _PAUSE * 2**failures)
             try:
                 with self._lock:
-                    # News may be this very change, made by a call whose answer was lost.
+                    # A new entry may be this one, written by a call whose answer was lost.
                     failures = 0 if self.refresh() else failures
-                    if (own := self._made(change)) is not None:
-                        return own
+                    if (written := self._find_entry(entry_id)) is not None:
+                        return written
                     fields = decide(self._models)
                     if fields is None:
                         return None
-                    self._prove_once()
-                    is_asked = True
-                    self._create(change, note, fields)
+                    self._check_create()
+                    is_sent = True
+                    self._create_entry(entry_id, note, fields)
             except FileExistsError:
                 pass
             except StoreError as error:
-                in_doubt = in_doubt or (is_asked and isinstance(error, AwayError))
-                if not in_doubt:
+                is_unclear = is_unclear or (is_sent and isinstance(error, NoAnswerError))
+                if not is_unclear:
                     raise
                 problem = str(error)
             failures += 1
-        raise AwayError(
-            f"{self.url} does not say whether the change was made ({problem}): look with `show` "
-            "before you make it again"
+        raise NoAnswerError(
+            f"{self.url} does not report whether the change was made ({problem}): check with "
+            "`registry show` before you repeat it"
         )
 
-    def _made(self, change: str) -> Entry | None:
-        return next((entry for entry in reversed(self._entries) if entry.id == change), None)
+    def _find_entry(self, entry_id: str) -> Entry | None:
+        return next((entry for entry in reversed(self._entries) if entry.id == entry_id), None)
 
-    def _create(self, change: str, note: str, fields: Mapping[str, Any]) -> None:
-        user, host = _who()
+    def _create_entry(self, entry_id: str, note: str, fields: Mapping[str, Any]) -> None:
+        user, host = _author()
         entry = Entry(
             number=len(self._entries) + 1,
             previous=self._last_digest,
-            id=change,
+            id=entry_id,
             time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             user=user,
             host=host,
@@ -635,53 +637,52 @@ class Registry:
         self._store.create(_log_name(entry.number), ledger.serialise(entry))
 
     def _delete(self, path: str) -> None:
-        """Removes a version's files; if that fails, a later sweep does it."""
+        """Deletes files; if this fails, a later sweep tries again."""
         try:
             self._store.remove(path)
         except StoreError as error:
-            logger.warning("not removed, a later add or remove will try again: %s", error)
+            logger.warning("not deleted; a later add or remove tries again: %s", error)
 
     def _sweep(self) -> None:
-        """Removes what is of no version and a day old: somebody was killed who wrote it.
+        """Deletes files without a version that are a day old, left by killed processes.
 
-        What is marked as added is left where it is if the log does not know of it: then the log
-        is not whole.
+        A bundle that has a marker but no log entry is kept: then the log is incomplete.
         """
         try:
-            # Listed before the log is read, which then has all that was added until then.
-            found = [
+            # Listed before the log is read, so that the log has all versions of listed bundles.
+            paths = [
                 f"{folder}/{name}"
-                for folder in (_BUNDLES, ASIDE)
+                for folder in (_BUNDLES, TEMPORARY)
                 for name in self._store.names(folder)
             ]
-            marks = {*self._marks()}
+            markers = {*self._markers()}
             self.refresh()
         except StoreError as error:
-            logger.warning("what is left over was not looked for: %s", error)
+            logger.warning("old temporary files were not searched: %s", error)
             return
         for entry in self._entries:
-            if entry.bundle and _mark_name(entry) not in marks:
+            if entry.bundle and _marker_name(entry) not in markers:
                 self._mark(entry)
         used = {v.bundle.path for model in self._models.values() for v in model.versions.values()}
         added = {entry.bundle.path for entry in self._entries if entry.bundle}
-        used |= {f"{_BUNDLES}/{mark[9:]}" for mark in marks} - added
+        used |= {f"{_BUNDLES}/{marker[9:]}" for marker in markers} - added
         now = datetime.datetime.now(datetime.UTC)
-        for path in found:
-            made = made_at(path.rpartition("/")[2])
-            if path not in used and made is not None and now - made > _STALE:
+        for path in paths:
+            created = creation_time(path.rpartition("/")[2])
+            if path not in used and created is not None and now - created > _STALE:
                 self._delete(path)
 
 
-def _is_of_log(name: str) -> bool:
+def _is_entry(name: str) -> bool:
     return re.fullmatch(r"\d{8}\.json", name) is not None
 
 
-def _is_mark(name: str) -> bool:
+def _is_marker(name: str) -> bool:
     return re.fullmatch(r"\d{8}-[0-9a-f]{64}-\d{8}T\d{6}Z-[0-9a-f]{16}", name) is not None
 
 
-def _mark_name(entry: Entry) -> str:
-    """What an addition is marked by: its entry's number and the name of its bundle's folder."""
+def _marker_name(entry: Entry) -> str:
+    """Returns the name of an `add` entry's marker: the entry's number and the bundle's folder."""
     assert entry.bundle is not None
     return f"{entry.number:08d}-{entry.bundle.path.removeprefix(f'{_BUNDLES}/')}"
 
@@ -690,11 +691,11 @@ def _log_name(number: int) -> str:
     return f"{_LOG}/{number:08d}.json"
 
 
-def _who() -> tuple[str, str]:
-    """The names of this user and this machine, as far as they can be had."""
+def _author() -> tuple[str, str]:
+    """Returns the names of this user and this machine, or "unknown"."""
     try:
         user = getpass.getuser()
-    except (ImportError, KeyError, OSError):  # No such user id, and no variable that names it.
+    except (ImportError, KeyError, OSError):  # The user id has no name, and $USER is not set.
         user = "unknown"
     try:
         host = socket.gethostname()
@@ -703,15 +704,15 @@ def _who() -> tuple[str, str]:
     return user, host or "unknown"
 
 
-def _read(path: pathlib.Path, wanted: str) -> tuple[BundleFacts, dict[str, bytes]]:
-    """What the log is to know of a bundle, and the contents of its files.
+def _read(path: pathlib.Path, digest: str) -> tuple[BundleFacts, dict[str, bytes]]:
+    """Reads the metadata of a bundle for the log, and the contents of its files by name.
 
     Args:
       path: The bundle's folder.
-      wanted: Its digest.
+      digest: The bundle's digest.
 
     Raises:
-      BundleError: It is no bundle, a damaged one, or one that has just been replaced.
+      BundleError: The folder has no bundle, a damaged bundle, or a bundle with another digest.
     """
     from cnn_jax.inference.bundle import read_bundle
 
@@ -721,17 +722,17 @@ def _read(path: pathlib.Path, wanted: str) -> tuple[BundleFacts, dict[str, bytes
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    if sums != {_DESCRIPTION: wanted, _WEIGHTS: _weights_digest(contents[_DESCRIPTION])}:
-        raise BundleError(f"{path} has changed while it was read: give the command again")
+    if sums != {_DESCRIPTION: digest, _WEIGHTS: _weights_digest(contents[_DESCRIPTION])}:
+        raise BundleError(f"{path} changed while it was read: run the command again")
     try:
         height, width = map(int, bundle.preprocessing.image_size)
         facts = BundleFacts(
-            path=f"{_BUNDLES}/{wanted}-{unique()}",
-            digest=wanted,
+            path=f"{_BUNDLES}/{digest}-{unique_name()}",
+            digest=digest,
             size=sum(map(len, contents.values())),
             classes=len(bundle.class_names),
             image_size=(height, width),
-            metrics=ledger.finite_figures(bundle.metrics),
+            metrics=ledger.finite_metrics(bundle.metrics),
             fingerprint=str(bundle.data.get("fingerprint", "")),
         )
     except (AttributeError, OverflowError, TypeError, ValueError) as error:
@@ -743,13 +744,16 @@ def _weights_digest(description: bytes) -> str:
     return json.loads(description)["files"][_WEIGHTS]["sha256"]
 
 
-def _verify(folder: pathlib.Path, wanted: str, origin: str | None = None) -> None:
-    """Raises BundleError if a folder is not the bundle of a digest.
+def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> None:
+    """Checks the files of a bundle.
 
     Args:
       folder: The bundle's folder.
-      wanted: Its digest.
-      origin: What is said to be damaged if it is not; by default the folder.
+      digest: The bundle's expected digest.
+      origin: The location to name in the error; the folder by default.
+
+    Raises:
+      BundleError: The files do not have this digest.
     """
     try:
         description = (folder / _DESCRIPTION).read_bytes()
@@ -758,19 +762,22 @@ def _verify(folder: pathlib.Path, wanted: str, origin: str | None = None) -> Non
     except OSError as error:
         raise BundleError(f"{origin or folder} is damaged: {error}") from error
     found = hashlib.sha256(description).hexdigest()
-    if found != wanted or weights != _weights_digest(description):
+    if found != digest or weights != _weights_digest(description):
         raise BundleError(
-            f"{origin or folder} is damaged: its digest is not the one in the registry's log"
+            f"{origin or folder} is damaged: its digest differs from that in the registry's log"
         )
 
 
-def _put(aside: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a verified download to its place, where a damaged one may be, or another's."""
+def _install(partial: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames a verified download to its target, unless another process has installed it.
+
+    A damaged folder at the target is replaced.
+    """
     try:
-        aside.rename(target)
+        partial.rename(target)
     except OSError:
         try:
             _verify(target, target.name)
         except BundleError:
             shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
+            partial.rename(target)

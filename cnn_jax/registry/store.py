@@ -1,7 +1,7 @@
-"""Where a registry's files are: a folder, or any place that fsspec reaches.
+"""The files of a registry, in a folder or in any file system of fsspec.
 
-A file is made once, complete or not at all, and never changed. That two writers cannot both
-make the same one is all that a registry's safety rests on, so `prove` tries it out.
+A file is created once, completely or not at all, and is never changed. A registry is safe because
+two writers cannot both create the same file; `check_exclusive_create` tests this.
 """
 
 import abc
@@ -20,82 +20,82 @@ from typing import Any
 
 from cnn_jax.system.errors import ConfigError, UserError, printable
 
-# Where files lie that are not yet, or no longer, of any use.
-ASIDE = "tmp"
+# The folder of temporary files.
+TEMPORARY = "tmp"
 _LOCAL = ("file", "local")
-# What a file system answers that cannot make hard links.
+# The errors of a file system without hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
-_READERS = 16  # Files that are read at once.
-_RIVALS = 8  # Writers of one file, when it is tried out.
-# What a store of S3's kind is given that never answers, unless the caller says otherwise: six
-# requests of ten seconds each, which by themselves would be twenty-five of a minute.
+_READERS = 16  # Number of threads that read files.
+_RIVALS = 8  # Number of concurrent writers in `check_exclusive_create`.
+# The default timeouts of S3: a store that never answers gets six requests of ten seconds each.
+# With the defaults of the libraries it would get 25 requests of a minute each.
 _S3_CONFIG = {"connect_timeout": 5, "read_timeout": 10, "retries": {"max_attempts": 2}}
-_S3_TRIES = 2  # Of s3fs, which tries again what botocore has given up.
-# Threads that share the memory of a process are not kept apart by its file system.
+_S3_TRIES = 2  # Tries of s3fs, each with botocore's retries.
+# fsspec's memory file system does not protect threads from each other.
 _MEMORY = threading.Lock()
 
 
 class StoreError(UserError):
-    """A registry's files cannot be read or written."""
+    """The files of a registry cannot be read or written."""
 
 
-class AwayError(StoreError):
-    """There was no answer, or none that is clear: what was asked for may have happened."""
+class NoAnswerError(StoreError):
+    """The store did not answer clearly; the operation may or may not have happened."""
 
 
 class Store(abc.ABC):
-    """Files by their names, which are paths below a registry's place with `/` between.
+    """The files of a registry, by name: a path relative to the registry, with `/` separators.
 
-    All methods raise `StoreError`, and `AwayError` where the outcome is not known.
+    All methods raise `StoreError`, and `NoAnswerError` if the outcome is unknown.
 
     Attributes:
-      url: The registry's place, without a password.
+      url: The location of the registry, without passwords.
     """
 
     url: str
 
     @abc.abstractmethod
     def create(self, name: str, data: bytes) -> None:
-        """Makes a file that is not there, complete or not at all, whoever else tries to.
+        """Creates a file, completely or not at all; of several writers exactly one succeeds.
 
         Raises:
-          FileExistsError: It is there.
+          FileExistsError: The file exists.
         """
 
     @abc.abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Makes a file that nobody else makes."""
+        """Creates a file whose name no other writer uses."""
 
     @abc.abstractmethod
     def read(self, name: str) -> bytes:
-        """A file's content, as it is now.
+        """Returns the current content of a file.
 
         Raises:
-          FileNotFoundError: There is no such file.
+          FileNotFoundError: The file does not exist.
         """
 
     @abc.abstractmethod
     def download(self, name: str, path: pathlib.Path) -> None:
-        """Copies a file to this machine.
+        """Copies a file to a path on this machine.
 
         Raises:
-          FileNotFoundError: There is no such file.
+          FileNotFoundError: The file does not exist.
         """
 
     @abc.abstractmethod
     def names(self, folder: str) -> list[str]:
-        """What is in a folder now, sorted; nothing if there is no such folder."""
+        """Returns the current names in a folder, sorted; empty if the folder does not exist."""
 
     @abc.abstractmethod
     def remove(self, name: str) -> None:
-        """Removes a file, or a folder with all that is in it, if it is there."""
+        """Removes a file, or a folder with its content, if it exists."""
 
     @abc.abstractmethod
     def local(self, name: str) -> pathlib.Path | None:
-        """The path of a file or folder, if it is on this machine."""
+        """Returns the path of a file or folder on this machine; None for a remote store."""
 
     def read_all(self, names: Sequence[str]) -> list[bytes | None]:
-        """The contents of files in their order, None of one that is not there."""
+        """Returns the contents of files in order; None for a file that does not exist."""
 
         def read(name: str) -> bytes | None:
             try:
@@ -110,14 +110,14 @@ class Store(abc.ABC):
 
 
 def open_store(url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Store:
-    """The store at a place; nothing is read or written yet.
+    """Creates the store of a location, without reading or writing files.
 
     Args:
       url: A folder, or a URL of fsspec, such as s3://BUCKET/PATH.
-      options: What fsspec is to know of it besides, such as {"endpoint_url": ...}.
+      options: Options of fsspec for this file system, such as {"endpoint_url": ...}.
 
     Raises:
-      ConfigError: It is empty or no such URL, or what reaches it is not installed.
+      ConfigError: The URL is empty or invalid, or a package for it is not installed.
     """
     url = os.fspath(url)
     protocol, separator, rest = url.partition("://")
@@ -131,55 +131,55 @@ def open_store(url: str | os.PathLike[str], options: Mapping[str, Any] | None = 
 
 
 class LocalStore(Store):
-    """A folder. Its files are read-only, and on the disk when they are said to be there."""
+    """A store in a folder; its files are read-only, and synchronized to disk when created."""
 
     def __init__(self, root: pathlib.Path):
         self._root = root.expanduser().absolute()
         self.url = str(self._root)
 
     def create(self, name: str, data: bytes) -> None:
-        path, aside = self._root / name, self._root / ASIDE / unique()
-        with self._explained(path):
+        path, temporary = self._root / name, self._root / TEMPORARY / unique_name()
+        with self._store_errors(path):
             _make_folder(path.parent)
-            _make_folder(aside.parent)
+            _make_folder(temporary.parent)
         try:
-            with self._explained(path):
-                _write(aside, data)
-            self._link(aside, path)
+            with self._store_errors(path):
+                _write(temporary, data)
+            self._link(temporary, path)
         finally:
             with contextlib.suppress(OSError):
-                aside.unlink()
+                temporary.unlink()
 
-    def _link(self, aside: pathlib.Path, path: pathlib.Path) -> None:
+    def _link(self, temporary: pathlib.Path, path: pathlib.Path) -> None:
         try:
-            os.link(aside, path)
-            _to_disk(path.parent)
+            os.link(temporary, path)
+            _synchronize(path.parent)
         except FileExistsError:
             raise
         except OSError as error:
             if error.errno in _NO_LINKS:
                 raise StoreError(
-                    f"{self.url} is on a file system without hard links ({error.strerror}), by "
-                    "which a registry keeps two writers apart; use a folder on another one"
+                    f"{self.url} is on a file system without hard links ({error.strerror}), which "
+                    "a registry needs; use a folder on another file system"
                 ) from error
-            raise AwayError(f"{path}: {error.strerror}") from error
+            raise NoAnswerError(f"{path}: {error.strerror}") from error
 
     def write(self, name: str, data: bytes) -> None:
         path = self._root / name
-        with self._explained(path):
+        with self._store_errors(path):
             _make_folder(path.parent)
             _write(path, data)
-            _to_disk(path.parent)
+            _synchronize(path.parent)
 
     def read(self, name: str) -> bytes:
-        with self._explained(self._root / name, FileNotFoundError):
+        with self._store_errors(self._root / name, FileNotFoundError):
             return (self._root / name).read_bytes()
 
     def download(self, name: str, path: pathlib.Path) -> None:
         path.write_bytes(self.read(name))
 
     def names(self, folder: str) -> list[str]:
-        with self._explained(self._root / folder):
+        with self._store_errors(self._root / folder):
             try:
                 return sorted(path.name for path in (self._root / folder).iterdir())
             except FileNotFoundError:
@@ -187,7 +187,7 @@ class LocalStore(Store):
 
     def remove(self, name: str) -> None:
         path = self._root / name
-        with self._explained(path), contextlib.suppress(FileNotFoundError):
+        with self._store_errors(path), contextlib.suppress(FileNotFoundError):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -197,39 +197,41 @@ class LocalStore(Store):
         return self._root / name
 
     @contextlib.contextmanager
-    def _explained(self, path: pathlib.Path, *passed_on: type[OSError]) -> Iterator[None]:
-        """Makes one line of an OSError but those that mean something to the caller."""
+    def _store_errors(self, path: pathlib.Path, *expected: type[OSError]) -> Iterator[None]:
+        """Converts OSErrors, except the expected types, to one-line StoreErrors."""
         try:
             yield
-        except passed_on:
+        except expected:
             raise
         except OSError as error:
-            advice = "; make room, and give the command again" * (error.errno == errno.ENOSPC)
-            what = error.strerror or str(error)
-            raise StoreError(f"{error.filename or path}: {what}{advice}") from error
+            advice = "; free disk space, then run the command again"
+            advice *= error.errno == errno.ENOSPC
+            problem = error.strerror or str(error)
+            raise StoreError(f"{error.filename or path}: {problem}{advice}") from error
 
 
 def _make_folder(path: pathlib.Path) -> None:
-    """Makes a folder and those above it, each of which outlasts a power failure."""
+    """Creates a folder and its parents, synchronized to disk."""
     if not path.is_dir():
         _make_folder(path.parent)
         try:
             path.mkdir(exist_ok=True)
         except FileExistsError as error:
             raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(path)) from error
-        _to_disk(path.parent)
+        _synchronize(path.parent)
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
-    """Writes a new read-only file, and waits for the disk."""
+    """Creates a read-only file, and synchronizes its content to disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
-    with open(descriptor, "wb") as file:  # noqa: PTH123 (it is no path)
+    with open(descriptor, "wb") as file:  # noqa: PTH123 (a descriptor, not a path)
         file.write(data)
         file.flush()
         os.fsync(descriptor)
 
 
-def _to_disk(folder: pathlib.Path) -> None:
+def _synchronize(folder: pathlib.Path) -> None:
+    """Synchronizes the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -238,14 +240,14 @@ def _to_disk(folder: pathlib.Path) -> None:
 
 
 class RemoteStore(Store):
-    """A place that fsspec reaches."""
+    """A store in a file system of fsspec."""
 
     def __init__(self, url: str, options: Mapping[str, Any]):
-        self.url = hidden(url)
+        self.url = hide_passwords(url)
         try:
             import fsspec.core
 
-            # An instance of its own: what others list does not become its cache.
+            # A separate instance, which does not share a cache of listings.
             options = {**options, "skip_instance_cache": True}
             is_s3 = url.startswith(("s3://", "s3a://"))
             if is_s3:
@@ -256,23 +258,23 @@ class RemoteStore(Store):
                 self._files.retries = _S3_TRIES
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"--registry: {self.url} is no place of fsspec: {reason(error)}"
+                f"--registry: {self.url} is not a URL of fsspec: {error_line(error)}"
             ) from error
-        except Exception as error:  # Of any kind: some libraries ask their place at once.
+        except Exception as error:  # Of any kind: some libraries connect at once.
             raise ConfigError(
-                f"--registry: {self.url} cannot be reached: {reason(error)}"
+                f"--registry: {self.url} cannot be reached: {error_line(error)}"
             ) from error
         self._root = root.rstrip("/")
         is_memory = "memory" in self._protocols()
-        self._turn = _MEMORY if is_memory else contextlib.nullcontext()
+        self._lock = _MEMORY if is_memory else contextlib.nullcontext()
 
     def _protocols(self) -> tuple[str, ...]:
         protocol = self._files.protocol
         return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
     def create(self, name: str, data: bytes) -> None:
-        self._refuse_look_before_write()
-        with self._turn, self._asking(name, FileExistsError):
+        self._refuse_generic_create()
+        with self._lock, self._store_errors(name, FileExistsError):
             try:
                 self._files.pipe_file(self._path(name), data, mode="create")
             except OSError as error:
@@ -280,43 +282,43 @@ class RemoteStore(Store):
                     raise FileExistsError(name) from error
                 raise
 
-    def _refuse_look_before_write(self) -> None:
-        """What fsspec does by itself is to look whether a file is there, and then to write it."""
+    def _refuse_generic_create(self) -> None:
+        """Refuses fsspec's generic `pipe_file`, which checks for the file and then writes it."""
         import fsspec.spec
 
-        # Of an instance: where the library is asynchronous, its class has no such method.
+        # From the instance, because the classes of asynchronous libraries have no such method.
         function = getattr(self._files.pipe_file, "__func__", None)
         if function is fsspec.spec.AbstractFileSystem.pipe_file:
             raise _unsafe(self.url)
 
     def write(self, name: str, data: bytes) -> None:
-        with self._asking(name):
+        with self._store_errors(name):
             self._files.pipe_file(self._path(name), data)
 
     def read(self, name: str) -> bytes:
-        with self._asking(name, FileNotFoundError):
+        with self._store_errors(name, FileNotFoundError):
             return self._files.cat_file(self._path(name))
 
     def download(self, name: str, path: pathlib.Path) -> None:
-        with self._asking(name, FileNotFoundError):
+        with self._store_errors(name, FileNotFoundError):
             self._files.get_file(self._path(name), str(path))
 
     def names(self, folder: str) -> list[str]:
         path = self._path(folder)
-        with self._asking(folder):
+        with self._store_errors(folder):
             try:
                 found = self._files.ls(path, detail=False)
             except FileNotFoundError:
                 return []
-        names = {one.rstrip("/").rpartition("/")[2] for one in found if one.rstrip("/") != path}
-        return sorted(names)
+        paths = (entry.rstrip("/") for entry in found)
+        return sorted({entry.rpartition("/")[2] for entry in paths if entry != path})
 
     def remove(self, name: str) -> None:
         path = self._path(name)
-        with self._asking(name), contextlib.suppress(FileNotFoundError):
-            # Not `rm`, which takes a * in a name for a pattern.
-            for one in self._files.find(path):
-                self._files.rm_file(one)
+        with self._store_errors(name), contextlib.suppress(FileNotFoundError):
+            # Not `rm`, which treats a * in a name as a pattern.
+            for file in self._files.find(path):
+                self._files.rm_file(file)
 
     def local(self, name: str) -> pathlib.Path | None:
         return None
@@ -325,69 +327,68 @@ class RemoteStore(Store):
         return f"{self._root}/{name}"
 
     @contextlib.contextmanager
-    def _asking(self, name: str, *passed_on: type[OSError]) -> Iterator[None]:
-        """Around a question of the files: nothing is answered from what was listed before.
+    def _store_errors(self, name: str, *expected: type[OSError]) -> Iterator[None]:
+        """Empties the cache, then converts all errors but the expected to one-line StoreErrors.
 
-        (s3fs would say of a file that it is not there, since it was not when its folder was
-        listed.) Of whatever a library raises, each of which has its own, one line is made.
+        With its cache s3fs would report a new file as missing if the folder was listed before.
         """
         try:
             self._files.invalidate_cache()
             yield
-        except passed_on:
+        except expected:
             raise
         except Exception as error:
-            kind = StoreError if isinstance(error, PermissionError) else AwayError
-            raise kind(f"{self.url}/{name}: {reason(error)}") from error
+            kind = StoreError if isinstance(error, PermissionError) else NoAnswerError
+            raise kind(f"{self.url}/{name}: {error_line(error)}") from error
 
 
-def hidden(text: str) -> str:
-    """A URL, or a text with URLs in it, without their passwords; NAME:PASSWORD@ as well."""
+def hide_passwords(text: str) -> str:
+    """Replaces the passwords in a text, in the form NAME:PASSWORD@, as in URLs."""
     return re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
 
 
-def reason(error: BaseException) -> str:
-    """What a library has said, on one line and without a password."""
-    return hidden(printable(" ".join(str(error).split()))) or type(error).__name__
+def error_line(error: BaseException) -> str:
+    """Returns the message of an exception in one line, without passwords."""
+    return hide_passwords(printable(" ".join(str(error).split()))) or type(error).__name__
 
 
 def _is_precondition(error: BaseException) -> bool:
-    """Whether a store of S3's kind says that a file is there, in words that s3fs does not know."""
+    """Whether an S3 store reports an existing file with an error that s3fs does not convert."""
     response = getattr(error.__cause__, "response", None)
     return bool(response) and response.get("Error", {}).get("Code") == "PreconditionFailed"
 
 
 def _unsafe(url: str) -> StoreError:
     return StoreError(
-        f"{url} lets two writers make the same file, so it cannot hold a registry: use a folder, "
-        "or s3://, gs:// or abfs:// with a current s3fs, gcsfs or adlfs"
+        f"{url} lets two writers create the same file, so it cannot contain a registry: use a "
+        "folder, or s3://, gs:// or abfs:// with a current s3fs, gcsfs or adlfs"
     )
 
 
-def prove(store: Store) -> None:
-    """Tries out that of several writers of one file exactly one makes it.
+def check_exclusive_create(store: Store) -> None:
+    """Checks that exactly one of several concurrent writers creates a file.
 
     Raises:
-      StoreError: It is not so, or nothing can be written.
+      StoreError: Several writers created the file, or no file can be written.
     """
-    name = f"{ASIDE}/{unique()}"
+    name = f"{TEMPORARY}/{unique_name()}"
     start = threading.Barrier(_RIVALS)
 
     def attempt(rival: int) -> Exception | None:
         start.wait()
         try:
             return store.create(name, bytes([rival]))
-        except (FileExistsError, AwayError) as error:
+        except (FileExistsError, NoAnswerError) as error:
             return error
 
     try:
         with ThreadPoolExecutor(_RIVALS) as pool:
             outcomes = list(pool.map(attempt, range(_RIVALS)))
-        makers = [bytes([rival]) for rival, outcome in enumerate(outcomes) if outcome is None]
-        unclear = [outcome for outcome in outcomes if isinstance(outcome, AwayError)]
-        if unclear and not makers:
+        winners = [bytes([rival]) for rival, outcome in enumerate(outcomes) if outcome is None]
+        unclear = [outcome for outcome in outcomes if isinstance(outcome, NoAnswerError)]
+        if unclear and not winners:
             raise unclear[0]
-        if makers != [store.read(name)]:
+        if winners != [store.read(name)]:
             raise _unsafe(store.url)
         with contextlib.suppress(FileExistsError):
             store.create(name, b"")
@@ -397,16 +398,16 @@ def prove(store: Store) -> None:
             store.remove(name)
 
 
-def unique() -> str:
-    """A name that is nobody else's and says when it was made; see `made_at`."""
+def unique_name() -> str:
+    """Returns a unique name that contains its creation time; see `creation_time`."""
     now = datetime.datetime.now(datetime.UTC)
     return f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:16]}"
 
 
-def made_at(name: str) -> datetime.datetime | None:
-    """When a name that ends as `unique` made it was made; None of any other."""
-    found = re.search(r"(?:^|-)(\d{8}T\d{6}Z)-[0-9a-f]{16}$", name)
+def creation_time(name: str) -> datetime.datetime | None:
+    """Returns the creation time in a name that ends with a `unique_name`, else None."""
+    match = re.search(r"(?:^|-)(\d{8}T\d{6}Z)-[0-9a-f]{16}$", name)
     try:
-        return found and datetime.datetime.strptime(found[1], "%Y%m%dT%H%M%S%z")
+        return match and datetime.datetime.strptime(match[1], "%Y%m%dT%H%M%S%z")
     except ValueError:
         return None

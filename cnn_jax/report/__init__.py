@@ -1,1 +1,1 @@
-"""Pages with pictures, for a browser; imported only when one is written."""
+"""HTML pages with pictures. Commands import this package only when they write a page."""

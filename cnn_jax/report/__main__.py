@@ -2,7 +2,7 @@
 
     cnn_jax report --run=RUN [--source=folder:PATH]
 
-writes RUN/report/index.html and prints its path. Training writes the same at its end.
+writes RUN/report/index.html and prints its path. Training writes the same report at its end.
 """
 
 import argparse
@@ -20,12 +20,13 @@ def main(argv: Sequence[str]) -> None:
         prog="cnn_jax report", description="Write the report of a run."
     )
     parser.add_argument("--run", required=True, type=cli.path, help="the run's folder")
-    parser.add_argument("--source", help=f"{SOURCE_FORMS}; where its data was if not given")
+    parser.add_argument("--source", help=f"the run's data if it was moved: {SOURCE_FORMS}")
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()
     keep_compiled()
-    print(write_report(flags.run, Console().track, source=flags.source))
+    console = Console()
+    print(write_report(flags.run, console.track, source=flags.source, warn=console.warn))
 
 
 if __name__ == "__main__":

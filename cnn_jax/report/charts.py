@@ -1,4 +1,4 @@
-"""The charts of a run's report: each a function of figures that stand in metrics.json."""
+"""The charts of a run's report, drawn from the content of metrics.json."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -16,26 +16,27 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from cnn_jax.report import style
 from cnn_jax.report.style import Theme
 
-# Up to so many classes a confusion matrix has numbers in its cells, a line between any two of
-# them, and names beside them.
+# The largest numbers of classes of a confusion matrix with numbers in its cells, with a line
+# between all cells, and with names of classes.
 _MAX_NUMBERS, _MAX_LINES, _MAX_NAMES = 20, 60, 200
-# Inches of a cell for up to so many classes, and of a matrix without names.
+# The side of a cell in inches, by the largest number of classes; and the side of a matrix
+# without names.
 _CELLS = {12: 0.42, _MAX_NUMBERS: 0.34, _MAX_LINES: 0.19, _MAX_NAMES: 0.14}
 _UNNAMED_SIDE = 8.0
-# Of a picture that is shown in its own size rather than sharp.
+# Dots per inch of large matrices: their files would be too large at style.DPI.
 _LARGE_DPI = 96
 
 
 class Chart(NamedTuple):
-    """What is drawn, on (width, height) inches, with so many dots an inch."""
+    """A plot function, its size (width, height) in inches, and its dots per inch."""
 
     plot: style.Plot
     size: tuple[float, float] = style.SIZE
     dpi: int = style.DPI
 
 
-def charts_of(figures: Mapping[str, Any]) -> dict[str, Chart]:
-    """The charts of the sections that metrics.json has, by the names of their files."""
+def run_charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
+    """The charts of the sections that `figures` has, by the names of their files."""
     charts = {}
     if curves := figures.get("curves"):
         charts["loss"] = Chart(functools.partial(learning, curves, "loss"))
@@ -69,29 +70,32 @@ def learning(curves: Mapping[str, Any], metric: str, figure: Figure, theme: Them
     if metric == "accuracy":
         axes.yaxis.set_major_formatter(style.percent())
     else:
-        axes.set_ylim(bottom=0)
+        # Matplotlib's margin is a fraction of the data's range, which need not reach down to 0.
+        highest = max(*curves["train_loss"], *curves["validation_loss"])
+        axes.set_ylim(0, 1.06 * highest if highest > 0 else 1)
     axes.set(ylabel="accuracy (%)" if metric == "accuracy" else "loss (nats)")
     _mark_best(curves, axes, theme)
     style.legend(axes, theme)
 
 
 def learning_rate(curves: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
+    """The learning rate by epoch."""
     axes = style.plain(figure.subplots(), theme)
     rates = curves["learning_rate"]
     axes.plot(curves["epoch"], rates, color=theme.accent, **_points(rates, "o"))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.06 * max(rates) if max(rates) > 0 else 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set(ylabel="learning rate (a step)")
+    axes.set(ylabel="learning rate")
     _mark_best(curves, axes, theme)
 
 
 def _points(values: Sequence[float], marker: str) -> dict[str, Any]:
-    """How a line is drawn: few points can be seen as such."""
+    """The style of a line; a line of at most 12 points has markers."""
     return {"linewidth": 1.5, "marker": marker if len(values) <= 12 else "", "markersize": 4}
 
 
 def _mark_best(curves: Mapping[str, Any], axes: Axes, theme: Theme) -> None:
-    """A line at the best epoch, and whole numbers for epochs."""
+    """Draws a line at the best epoch, and labels the axis of epochs with whole numbers."""
     axes.axvline(curves["best_epoch"], color=theme.ink, linewidth=0.9, linestyle=(0, (2, 2)))
     axes.annotate(
         f"best: {curves['best_epoch']}",
@@ -112,47 +116,63 @@ def _mark_best(curves: Mapping[str, Any], axes: Axes, theme: Theme) -> None:
 
 
 def confusion_order(matrix: Int[np.ndarray, "classes classes"]) -> list[int]:
-    """An order of the classes in which those that are taken for each other stand together.
+    """An order of the classes in which classes that are often confused are next to each other.
 
     Hierarchical clustering by mean distance, with optimal leaf ordering (Bar-Joseph, Gifford and
-    Jaakkola 2001), where two classes are the nearer the larger the shares of their images that
-    are taken for the other. Classes that are confused with nothing come last, as they were.
+    Jaakkola 2001). The distance of two classes is 1 minus the mean of the two fractions of their
+    images that are predicted as the other class. Classes without confusions come last, in their
+    original order.
+
+    Args:
+      matrix: The confusion matrix; rows are the true classes.
+
+    Returns:
+      A permutation of the labels.
     """
-    shares = row_shares(matrix)
-    likeness = (shares + shares.T) / 2
-    np.fill_diagonal(likeness, 0)
-    confused = np.flatnonzero(likeness.any(axis=1))
+    fractions = row_fractions(matrix)
+    similarity = (fractions + fractions.T) / 2
+    np.fill_diagonal(similarity, 0)
+    confused = np.flatnonzero(similarity.any(axis=1))
     if len(confused) < 3:
         return list(range(len(matrix)))
-    distance = 1 - likeness[np.ix_(confused, confused)]
+    distance = 1 - similarity[np.ix_(confused, confused)]
     np.fill_diagonal(distance, 0)
     tree = scipy.cluster.hierarchy.linkage(
         scipy.spatial.distance.squareform(distance, checks=False),
         "average",
-        # It takes minutes for a thousand, whose order nobody reads.
+        # For a thousand classes it takes minutes.
         optimal_ordering=len(confused) <= _MAX_NAMES,
     )
     order = confused[scipy.cluster.hierarchy.leaves_list(tree)].tolist()
     return [*order, *np.setdiff1d(np.arange(len(matrix)), confused).tolist()]
 
 
-def row_shares(matrix: Int[np.ndarray, "classes classes"]) -> Float[np.ndarray, "classes classes"]:
-    """Each row over its sum; 0 for a class without images."""
+def row_fractions(
+    matrix: Int[np.ndarray, "classes classes"],
+) -> Float[np.ndarray, "classes classes"]:
+    """Each row divided by its sum; 0 for a class without images."""
     sums = matrix.sum(axis=1, keepdims=True)
     return matrix / np.maximum(sums, 1)
 
 
 def confusion_size(names: Sequence[str]) -> tuple[tuple[float, float], int]:
-    """(width, height) in inches of a confusion matrix of classes of these names, and its dpi."""
+    """The size of a confusion matrix.
+
+    Args:
+      names: The class names as the axes show them.
+
+    Returns:
+      (width, height) in inches, and dots per inch.
+    """
     count = len(names)
-    cell = next((size for most, size in _CELLS.items() if count <= most), None)
+    cell = next((size for limit, size in _CELLS.items() if count <= limit), None)
     if cell is None:
         return (_UNNAMED_SIDE + 1.2, _UNNAMED_SIDE + 0.5), style.DPI
     side = max(count * cell, 1.6)
     sides = 1 if count <= _MAX_LINES else 2
-    of_names = 0.5 + 0.07 * max(map(len, names)) * sides
+    labels_side = 0.5 + 0.07 * max(map(len, names)) * sides
     dpi = style.DPI if count <= _MAX_LINES else _LARGE_DPI
-    return (side + of_names + 1.0, side + of_names), dpi
+    return (side + labels_side + 1.0, side + labels_side), dpi
 
 
 def confusion(
@@ -162,13 +182,18 @@ def confusion(
     figure: Figure,
     theme: Theme,
 ) -> None:
-    """A confusion matrix whose classes are in order already; `normalized` by rows.
+    """A confusion matrix. The colour shows the square root of a value, for rare confusions.
 
-    The square root of a value is its colour, so that rare confusions can be seen.
+    Args:
+      matrix: Rows are the true classes.
+      names: The class names, in the order of the matrix.
+      normalized: Whether to divide each row by its sum.
+      figure: The figure to draw on.
+      theme: The colours.
     """
     axes = style.plain(figure.subplots(), theme)
     count = len(matrix)
-    values = row_shares(matrix) if normalized else matrix.astype(float)
+    values = row_fractions(matrix) if normalized else matrix.astype(float)
     colours = theme.colours
     norm = PowerNorm(0.5, vmin=0, vmax=max(values.max(), 1e-9))
     image = axes.imshow(
@@ -182,11 +207,12 @@ def confusion(
     axes.tick_params(which="minor", length=0)
     if count <= _MAX_NAMES:
         size = style.TEXT_SIZE
-        turned = 90 if count > 12 or max(map(len, names)) > 3 else 0
-        axes.set_xticks(range(count), names, rotation=turned, size=size, parse_math=False)
+        rotation = 90 if count > 12 or max(map(len, names)) > 3 else 0
+        axes.set_xticks(range(count), names, rotation=rotation, size=size, parse_math=False)
         axes.set_yticks(range(count), names, size=size, parse_math=False)
-        is_large = count > _MAX_LINES  # So that a part of it can be read.
-        axes.tick_params(axis="x", labeltop=is_large, labelrotation=turned)
+        # Names on all sides, because the page shows only a part of a large matrix at a time.
+        is_large = count > _MAX_LINES
+        axes.tick_params(axis="x", labeltop=is_large, labelrotation=rotation)
         axes.tick_params(axis="y", labelright=is_large)
     else:
         axes.set(xticks=[], yticks=[])
@@ -199,7 +225,7 @@ def confusion(
     bar.ax.yaxis.set_major_locator(MaxNLocator(4, integer=not normalized))
     bar.ax.yaxis.set_major_formatter(style.percent() if normalized else style.thousands())
     bar.set_label(
-        "share of the true class (%)" if normalized else "images",
+        "fraction of the true class (%)" if normalized else "images",
         color=theme.ink,
         size=style.TEXT_SIZE,
     )
@@ -212,13 +238,13 @@ def _write_cells(
     colours: LinearSegmentedColormap,
     norm: PowerNorm,
 ) -> None:
-    """A number in each cell that has one, dark on a light colour and light on a dark one."""
+    """Writes the numbers of the cells that are not 0, in a colour that contrasts with the cell."""
     for row, column in np.argwhere(values > 0).tolist():
         value = values[row, column]
         axes.text(
             column,
             row,
-            _short_share(value) if normalized else _short_count(value),
+            _short_fraction(value) if normalized else _short_count(value),
             ha="center",
             va="center",
             size=style.TEXT_SIZE,
@@ -226,24 +252,26 @@ def _write_cells(
         )
 
 
-def _short_share(share: float) -> str:
-    """A percentage without its sign, and never 0 or 100 for what is not quite that."""
-    if share < 0.01:
+def _short_fraction(fraction: float) -> str:
+    """A percentage without its sign; "<1" and ">99" instead of rounding to 0 and 100."""
+    if fraction < 0.01:
         return "<1"
-    return ">99" if 0.99 < share < 1 else f"{100 * share:.0f}"
+    return ">99" if 0.99 < fraction < 1 else f"{100 * fraction:.0f}"
 
 
 def _short_count(count: float) -> str:
+    """A count in at most four digits, such as "9999" or "123k"."""
     return f"{count:.0f}" if count < 10_000 else f"{count / 1000:.0f}k"
 
 
-# How far probabilities can be trusted.
+# Calibration and coverage.
 
 
 def reliability(calibration: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Accuracy by confidence, before and after temperature scaling; and how many images there are.
+    """A reliability diagram (Guo et al. 2017), before and after temperature scaling.
 
-    (Guo et al. 2017, figures 1 and 4.) Empty bins are left out.
+    The upper panel shows accuracy by confidence without empty bins, the lower panel the number of
+    images in each bin.
     """
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     style.plain(upper, theme).plot([0, 1], [0, 1], color=theme.ink, linewidth=0.9, linestyle=":")
@@ -270,7 +298,7 @@ def reliability(calibration: Mapping[str, Any], figure: Figure, theme: Theme) ->
 
 
 def coverage(covered: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Accuracy of the images that are kept, by the share that is kept."""
+    """Accuracy of the images that are kept, by the fraction that is kept."""
     axes = style.plain(figure.subplots(), theme)
     curve = covered["curve"]
     axes.plot(
@@ -281,4 +309,6 @@ def coverage(covered: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(style.percent())
-    axes.set(xlabel="images kept, the most confident first (%)", ylabel="accuracy of those (%)")
+    axes.set(
+        xlabel="images kept, the most confident first (%)", ylabel="accuracy of kept images (%)"
+    )

@@ -1,4 +1,4 @@
-"""The report's section on why the network decides as it does."""
+"""The report's section on explanations: checks of map methods, and permutation importance."""
 
 import functools
 import pathlib
@@ -21,33 +21,36 @@ from cnn_jax.explain.maps import (
     grad_cam,
     maps_by_method,
 )
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.quality.robustness import load_images, stratified_sample
 from cnn_jax.report import style, thumbnails, verdicts
 from cnn_jax.report.charts import Chart
 from cnn_jax.report.run import Network, Run
-from cnn_jax.report.sections import Figures, example, surest_image
+from cnn_jax.report.sections import Figures, example, most_confident_image
 from cnn_jax.report.style import Theme
 
-# The methods that are quick enough for every report; `cnn_jax.explain` has more.
+# The methods that are fast enough for every report; `cnn_jax explain` has more.
 _METHODS = ("grad_cam", "grad_cam_plus_plus", "layer_cam")
-# Pixels of the images that the checks look at, so that large ones take no longer.
+# The number of pixels of all images for the checks, and the least number of images.
 _PIXELS = 2**20
 _MIN_IMAGES = 16
-# Images that play the pointing game, for which there must be masks.
+# Images for the pointing game, if the data has masks.
 _POINTING = 512
-# Pixels of the images that tell what features are worth, and these images times classes.
+# Limits for the images that measure the importance of features: their pixels, and their number
+# times the classes.
 _FEATURE_PIXELS, _FEATURE_LOGITS = 2**24, 2**20
-# Features that are shown, and images that excite each.
-_NUM_FEATURES, _NUM_EXCITING = 6, 4
-# The loss (nats) that is worth the darkest colour at least, so that noise looks like none.
+# Features on the page, and images of each.
+_NUM_FEATURES, _NUM_ACTIVATING = 6, 4
+# The least loss (nats) that has the darkest colour, so that noise stays light.
 _LEAST_GAIN = 0.05
-# What the files are called.
+# A feature stands out above this multiple of the largest decrease of the loss.
+_OUTSTANDING = 2.0
+# Names of files.
 FILTERS, FEATURE_MAPS = "filters.png", "feature_maps_{}.png"
 
 
 def explanations(run: Run) -> Figures:
-    """The verdict on each method; what regions and features are worth; what excites features."""
+    """Checks the map methods, and measures the importance of image regions and of features."""
     network = run.need_network()
     predictor = network.predictor
     labels = network.labels("test")
@@ -69,17 +72,17 @@ def explanations(run: Run) -> Figures:
     methods = [*_METHODS, *(["cam"] if allows_cam(predictor) else [])]
     judged = checks.judge(predictor, images, predicted, masks, methods)
     no_verdict = checks.why_no_verdict(len(images))
-    if not verdicts.beats_chance(run.need_figures("test"), run.figures.get("train")):
-        # Maps of a network that has learned nothing may still depend on its weights.
+    if not verdicts.beats_chance(run.need_figures("test")):
+        # A network that has learned nothing can still pass checks: its maps depend on its weights.
         no_verdict = (
             "No verdict on the methods: the network is not shown to be better than guessing, so "
-            "there is nothing that its maps could explain."
+            "its maps have nothing to explain."
         )
         for check in (check for method in judged.values() for check in method.values()):
             check["passes"] = None
 
-    some = slice(max(number // 4, _MIN_IMAGES))
-    regions = features.region_importance(predictor, images[some], labels[rows][some])
+    subset = slice(max(number // 4, _MIN_IMAGES))
+    regions = features.region_importance(predictor, images[subset], labels[rows][subset])
     return {
         "maps": grad_cam.__name__,
         "no_verdict": no_verdict,
@@ -89,7 +92,7 @@ def explanations(run: Run) -> Figures:
         },
         "images": min(len(images), checks.MAX_IMAGES),
         "regions": {
-            "images": len(images[some]),
+            "images": len(images[subset]),
             "exchanges": features.REGION_EXCHANGES,
             **regions,
         },
@@ -97,16 +100,20 @@ def explanations(run: Run) -> Figures:
     }
 
 
-def maps(predictor: Predictor, images: Images, classes: Classes) -> Maps:
-    """The maps that the report lays over images."""
-    # With the others, whose program is compiled already.
+def maps(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
+    """The maps that the report lays over images, by Grad-CAM."""
+    # The checks have compiled the program that computes all methods; one method would need another.
     classes = classes.astype(np.int32)
     methods = {name: METHODS[name] for name in _METHODS}
     return maps_by_method(predictor, images, classes, methods)[grad_cam.__name__]
 
 
 def _features(network: Network) -> Figures:
-    """The importance of the features that the head sees, on test images."""
+    """The permutation importance of the features that the head sees, on test images.
+
+    An exchange that lowers the loss can only do so by chance. So a feature stands out only if
+    its exchange raises the loss by more than twice as much as any exchange lowers it.
+    """
     height, width = network.predictor.preprocessing.image_size
     number = min(_FEATURE_PIXELS // (height * width), _FEATURE_LOGITS // len(network.class_names))
     rows = stratified_sample(network.labels("test"), max(number, _MIN_IMAGES))
@@ -115,11 +122,14 @@ def _features(network: Network) -> Figures:
     embedding = features.embeddings(network.predictor, images)
     importance = features.feature_importance(network.predictor, embedding, labels)
     order = np.argsort(-importance, kind="stable")
+    noise = max(-float(importance.min()), 0.0)
     return {
         "images": len(rows),
         "exchanges": features.REPETITIONS,
         "count": len(importance),
         "silent": int((~embedding.any(axis=0)).sum()),
+        "noise": noise,
+        "standing_out": int((importance > _OUTSTANDING * noise).sum()),
         "importance": importance[order].tolist(),
         "feature": order.tolist(),
         "top": [
@@ -128,27 +138,27 @@ def _features(network: Network) -> Figures:
                 "importance": float(importance[feature]),
                 "examples": [
                     example(network, "test", int(rows[row]))
-                    for row in features.most_exciting(embedding, int(feature), _NUM_EXCITING)
+                    for row in features.strongest_images(embedding, int(feature), _NUM_ACTIVATING)
                 ],
             }
             for feature in order[:_NUM_FEATURES]
-            if importance[feature] > 0
+            if importance[feature] > _OUTSTANDING * noise
         ],
     }
 
 
 def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
-    """Draws the filters, and the feature maps of the image that the network is surest of.
+    """Draws the filters, and the feature maps of the image with the highest confidence.
 
     Returns:
-      The files' names, by what they show.
+      The names of the files, by "filters", "feature_maps_of" (the image) and layer names.
     """
     predictor = run.need_network().predictor
     found = {}
     if pictures.save_filters(folder / FILTERS, predictor):
         found["filters"] = FILTERS
-    pixels = surest_image(run.need_network())
-    thumbnails.fitted(pixels, 144).save(folder / "feature_maps_of.png")
+    pixels = most_confident_image(run.need_network())
+    thumbnails.fit_to_square(pixels, 144).save(folder / "feature_maps_of.png")
     found["feature_maps_of"] = "feature_maps_of.png"
     for layer, grid in pictures.feature_map_grids(predictor, pixels).items():
         grid.save(folder / FEATURE_MAPS.format(layer))
@@ -157,7 +167,7 @@ def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
 
 
 def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
-    """What regions and features are worth."""
+    """The charts of the importance of regions and of features."""
     if "explanations" not in figures:
         return {}
     section = figures["explanations"]
@@ -168,14 +178,15 @@ def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
 
 
 def _regions(regions: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Loss gained where a region is exchanged, as a map of the image."""
+    """The loss gained when a region is exchanged, as a map of the image."""
     axes = style.plain(figure.subplots(), theme)
     gained = np.array(regions["loss_gained"])
     norm = Normalize(0, max(float(gained.max()), _LEAST_GAIN))
+    digits = 2 if gained.max() >= 0.1 else 3
     axes.imshow(gained, cmap=theme.colours, norm=norm)
     for (row, column), value in np.ndenumerate(gained):
         ink = style.ink_on(theme.colours(norm(value)))
-        text = f"{value:.2f}".replace("-0.00", "0.00")
+        text = f"{round(value, digits) + 0.0:.{digits}f}"  # Adding 0 turns -0.0 to 0.0.
         axes.text(column, row, text, ha="center", va="center", color=ink, size=style.TEXT_SIZE)
     axes.grid(visible=False)
     rows, columns = gained.shape
@@ -185,11 +196,15 @@ def _regions(regions: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
 
 
 def _importance(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Loss gained by each feature, the most important first."""
+    """The loss gained by each feature, the largest first, and the level of chance."""
     axes = style.plain(figure.subplots(), theme)
     values = section["importance"]
-    # One outline: hundreds of bars take several times as long.
+    # One outline is several times faster than hundreds of bars.
     axes.stairs(values, np.arange(len(values) + 1) + 0.5, fill=True, color=theme.accent)
+    if section["noise"] > 0:
+        axes.axhline(
+            _OUTSTANDING * section["noise"], color=theme.ink, linewidth=0.9, linestyle=(0, (2, 2))
+        )
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.grid(visible=False, axis="x")
-    axes.set(xlabel="features, the most important first", ylabel="loss gained (nats)")
+    axes.set(xlabel="feature, by importance", ylabel="increase of the loss (nats)")

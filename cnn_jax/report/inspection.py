@@ -1,6 +1,7 @@
-"""The page of an inspection: charts, contact sheets, and lists that a person can read.
+"""The page of an inspection: charts, contact sheets and lists.
 
-No name from outside is drawn: the browser knows more scripts than Matplotlib's font.
+Charts contain no names of classes or files, because browsers support more scripts than
+Matplotlib's font.
 """
 
 import functools
@@ -27,27 +28,28 @@ from cnn_jax.report import style
 from cnn_jax.report.style import Theme
 from cnn_jax.report.thumbnails import load_thumbnail
 
-# Rows of a list on the page, and names in a row; inspection.json has all of them.
+# The largest number of rows of a list, and of names in a row; inspection.json has all of them.
 _MAX_ROWS = 50
 _MAX_NAMES = 8
-# Rows of the largest and of the smallest classes, if there are more than twice as many.
+# If there are more than twice as many classes, the page shows this number of the largest and of
+# the smallest classes.
 _MAX_CLASSES = 100
-# Thumbnails lie on a grid of squares, in pixels.
+# The side of a thumbnail and the gap between thumbnails, in pixels; columns and rows of a sheet.
 _THUMBNAIL, _GAP = 96, 6
 _COLUMNS, _ROWS = 6, 4
-# From so many different sizes on, their density says more than their points.
+# With more different sizes, the chart shows their density instead of points.
 _MAX_POINTS = 2000
 
 
 def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) -> pathlib.Path:
-    """Writes a survey as a page with pictures, and all of it as JSON beside it.
+    """Writes a survey as a page with pictures, and the whole survey as JSON.
 
-    Reads up to 24 images of each class again for the contact sheets, and a few of
-    the duplicates.
+    Up to 24 images of each class are read again for the contact sheets, and some of the
+    duplicates.
 
     Args:
-      survey: What to show.
-      folder: Is there; gets index.html, inspection.json and PNG files.
+      survey: The survey to show.
+      folder: An existing folder for index.html, inspection.json and PNG files.
       track: Shows progress.
 
     Returns:
@@ -80,7 +82,7 @@ def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) ->
 
 
 def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
-    """What the page says of the first clusters."""
+    """The facts that the page shows about the first clusters."""
     source = survey.source
     rows = []
     for cluster in clusters[:_MAX_ROWS]:
@@ -107,7 +109,7 @@ def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
 def _rows_with_pictures(
     survey: Survey, clusters: Sequence[Cluster], folder: pathlib.Path, kind: str
 ) -> list[dict[str, Any]]:
-    """The rows of clusters, each with the name of the strip of its images, drawn here."""
+    """Draws a strip of the images of each cluster; returns the rows with the names of the files."""
     rows = _rows(survey, clusters)
     for number, (row, cluster) in enumerate(zip(rows, clusters, strict=False)):
         row["picture"] = _draw_strip(survey, cluster, folder / f"{kind}_{number:03d}.png")
@@ -115,15 +117,20 @@ def _rows_with_pictures(
 
 
 def class_rows(counts: Int[np.ndarray, "classes 3"]) -> list[dict[str, Any] | None]:
-    """A row of the page's table for each class; of very many, the largest and the smallest.
+    """The rows of the table of classes.
 
-    Each has the class's label, its images by split, and the percentages of the
-    largest class that these are. None stands for the classes between.
+    Args:
+      counts: The number of images of each class in each split.
+
+    Returns:
+      For each class, "label", "images" by split, and "percents": the images by split as
+      percentages of the largest class. With more than 200 classes, only the 100 largest and the
+      100 smallest have a row; None is in the place of the others.
     """
     labels: list[int | None] = list(range(len(counts)))
     if len(labels) > 2 * _MAX_CLASSES:
-        by_size = np.argsort(-counts.sum(axis=1), kind="stable").tolist()
-        labels = [*by_size[:_MAX_CLASSES], None, *by_size[-_MAX_CLASSES:]]
+        size_order = np.argsort(-counts.sum(axis=1), kind="stable").tolist()
+        labels = [*size_order[:_MAX_CLASSES], None, *size_order[-_MAX_CLASSES:]]
     percents = 100 * counts / max(counts.sum(axis=1).max(), 1)
     return [
         None
@@ -141,18 +148,18 @@ def class_rows(counts: Int[np.ndarray, "classes 3"]) -> list[dict[str, Any] | No
 
 
 def sample(survey: Survey, label: int) -> list[int]:
-    """Positions of up to 24 images of a class, the same whatever the order of the files."""
+    """Positions of up to 24 images of a class; they do not depend on the order of the files."""
     ids = survey.source.ids
 
-    def number(i: int) -> bytes:
+    def digest(i: int) -> bytes:
         return hashlib.sha256(ids[i].encode("utf-8", "surrogatepass")).digest()
 
     members = np.flatnonzero(survey.source.labels == label).tolist()
-    return sorted(members, key=number)[: _COLUMNS * _ROWS]
+    return sorted(members, key=digest)[: _COLUMNS * _ROWS]
 
 
 def _draw_sheets(survey: Survey, folder: pathlib.Path, track: Track) -> list[dict[str, Any]]:
-    """Draws class_000.png and so on, by label; returns what the page says of each."""
+    """Draws the contact sheet of each class, class_000.png etc.; returns facts for the page."""
     counts = survey.counts.sum(axis=1).tolist()
     labels = [label for label, number in enumerate(counts) if number]
 
@@ -174,14 +181,14 @@ def _draw_sheets(survey: Survey, folder: pathlib.Path, track: Track) -> list[dic
 
 
 def _draw_strip(survey: Survey, cluster: Cluster, path: pathlib.Path) -> str:
-    """Draws a row of a cluster's images and returns the name of its file."""
+    """Draws images of a cluster in a row; returns the name of the file."""
     shown = survey.varied(cluster)[:_MAX_NAMES]
     _sheet([_thumbnail(survey, i) for i in shown], len(shown)).save(path)
     return path.name
 
 
 def _sheet(thumbnails: Sequence[Image.Image | None], columns: int) -> Image.Image:
-    """Thumbnails on a transparent grid, each in the middle of its square."""
+    """Arranges thumbnails on a transparent grid, each in the centre of its square."""
     rows = math.ceil(len(thumbnails) / columns)
     step = _THUMBNAIL + _GAP
     sheet = Image.new("RGBA", (columns * step - _GAP, rows * step - _GAP), (0, 0, 0, 0))
@@ -202,10 +209,10 @@ def _thumbnail(survey: Survey, index: int) -> Image.Image | None:
 
 
 def _draw_charts(survey: Survey, folder: pathlib.Path) -> dict[str, tuple[int, int]]:
-    """Draws the charts that say something.
+    """Draws the charts for which the survey has different values.
 
     Returns:
-      Their widths and heights in the page's pixels, by their files without the ending.
+      The width and height of each chart in CSS pixels, by the name of its file without suffix.
     """
     plots: dict[str, Callable[[Survey, Figure, Theme], None]] = {}
     if len(survey.resolutions) > 1:
@@ -221,7 +228,7 @@ def _draw_charts(survey: Survey, folder: pathlib.Path) -> dict[str, tuple[int, i
 
 
 def _plot_resolutions(survey: Survey, figure: Figure, theme: Theme) -> None:
-    """Each size a point, the larger the more images have it; of very many, their density."""
+    """Plots sizes as points whose areas show the number of images, or as a density."""
     axes = style.plain(figure.subplots(), theme)
     widths, heights = np.array([size for size, _ in survey.resolutions]).T
     images = np.array([number for _, number in survey.resolutions])
@@ -245,7 +252,7 @@ def _plot_resolutions(survey: Survey, figure: Figure, theme: Theme) -> None:
 
 
 def _plot_aspect_ratios(survey: Survey, figure: Figure, theme: Theme) -> None:
-    """How often images are wide or tall, on a scale where 1:2 and 2:1 are equally far from 1."""
+    """Plots a histogram of aspect ratios on a log scale."""
     axes = style.plain(figure.subplots(), theme)
     ratios = np.log2(survey.aspect_ratios)
     reach = max(np.abs(ratios).max() * 1.05, 0.5)
@@ -261,13 +268,13 @@ def _plot_aspect_ratios(survey: Survey, figure: Figure, theme: Theme) -> None:
 
 
 def _plot_levels(survey: Survey, figure: Figure, theme: Theme) -> None:
-    """The share of pixels at each grey level, a line for each channel."""
+    """Plots the fraction of pixels at each grey level, with a line for each channel."""
     axes = style.plain(figure.subplots(), theme)
-    shares = survey.levels / survey.levels.sum(axis=1, keepdims=True)
-    for share, name, colour in zip(shares, "RGB", theme.channels, strict=True):
-        axes.plot(share, color=colour, linewidth=1.4, label=name)
+    fractions = survey.levels / survey.levels.sum(axis=1, keepdims=True)
+    for fraction, name, colour in zip(fractions, "RGB", theme.channels, strict=True):
+        axes.plot(fraction, color=colour, linewidth=1.4, label=name)
     axes.set(xlim=(0, 255), ylim=(0, None), xticks=[0, 64, 128, 192, 255])
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1%}"))
-    axes.set(xlabel="grey level", ylabel="pixels")
-    style.legend(axes, theme, loc="upper center")
+    axes.yaxis.set_major_formatter(style.percent())
+    axes.set(xlabel="grey level", ylabel="pixels (%)")
+    style.legend(axes, theme, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1))

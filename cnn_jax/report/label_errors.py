@@ -1,7 +1,7 @@
 """Labels that are probably wrong: confident learning (Northcutt, Jiang and Chuang 2021).
 
-A network that has not seen an image in training, and is as sure that it is of another class as
-it usually is of images that have that label, casts doubt on the label.
+A label is suspect if a network that was not trained on the image predicts another class with at
+least the mean confidence that it has for images of that class.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-# Probabilities that differ by less are equal: float32 carries seven digits.
+# Probabilities that differ by less count as equal, because float32 has seven digits.
 _TOLERANCE = 1e-6
 
 
@@ -18,9 +18,9 @@ class Suspects:
     """Examples whose label is probably wrong, the most suspicious first.
 
     Attributes:
-      rows: Their positions.
-      suggested: The class that each of them probably has.
-      margin: Probability of the label less that of the likeliest other class, below 0.
+      rows: The positions of the examples.
+      suggested: The class that each example probably has.
+      margin: The probability of the label minus that of the most probable other class; below 0.
     """
 
     rows: Int[np.ndarray, " suspects"]
@@ -31,9 +31,9 @@ class Suspects:
 def thresholds(
     probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, " classes"]:
-    """How sure the network is, on average, of the class of images that have its label.
+    """The mean probability of each class over the images labelled with it; see `find`.
 
-    Infinite for a class without images, of which nobody can say what sure means.
+    The threshold of a class without images is infinite, so the class is never suggested.
     """
     num_classes = probabilities.shape[1]
     own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
@@ -43,11 +43,11 @@ def thresholds(
 
 
 def find(probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]) -> Suspects:
-    """The off-diagonal of the confident joint, ranked by normalised margin.
+    """Finds the examples off the diagonal of the confident joint, ranked by normalised margin.
 
     Args:
-      probabilities: Of images that were not trained on; rows sum to 1.
-      labels: What the data says they are.
+      probabilities: The predictions for images that were not trained on; rows sum to 1.
+      labels: The labels in the data.
     """
     rows = np.arange(len(labels))
     is_sure = probabilities >= thresholds(probabilities, labels) - _TOLERANCE
@@ -55,7 +55,7 @@ def find(probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, 
     others = probabilities.astype(np.float64)
     others[rows, labels] = -1
     margin = probabilities[rows, labels] - others.max(axis=1)
-    # Of a label that is the likeliest class after all nobody need think twice.
+    # With a margin above 0, the label is the most probable class after all.
     is_suspect = is_sure.any(axis=1) & (suggested != labels) & (margin < 0)
     suspects = np.flatnonzero(is_suspect)
     suspects = suspects[np.argsort(margin[suspects], kind="stable")]

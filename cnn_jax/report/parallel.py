@@ -1,6 +1,6 @@
-"""The trials of a study in parallel coordinates: an axis for each parameter, one for the value.
+"""The trials of a study in parallel coordinates: an axis for each parameter and for the value.
 
-Keys of parameters and names of categories are cut short: the page has them whole.
+Long keys and choices are shortened; the tables of the page have the full names.
 """
 
 import itertools
@@ -15,37 +15,37 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cnn_jax.report import style
-from cnn_jax.report.study_charts import axis_names, every_so_many, line_alpha
+from cnn_jax.report.study_charts import axis_names, line_alpha, spaced_indices
 from cnn_jax.report.study_values import (
     Range,
     Study,
     Trial,
     best_trial,
-    compared,
+    comparable_trials,
+    format_number,
     is_number,
-    number,
-    parameter,
-    place,
-    scale_of_complete,
-    valued,
+    parameter_value,
+    range_position,
+    scale_for_complete_trials,
+    trials_with_value,
 )
 from cnn_jax.report.style import Theme
 
 # The height of the axes, in inches.
 _HEIGHT = 3.2
-# Of the names of categories, in points: their size, and how wide a letter is.
+# The font size of choices and the width of a letter, in points.
 _SIZE, _LETTER = 7.5, 4.7
 
 
 def parallel_size(study: Study) -> tuple[float, float]:
-    """(width, height) in inches: the more parameters, the wider, until the page is full."""
+    """(width, height) in inches; the width grows with the number of parameters up to 10.5."""
     return min(max(1.25 * (len(study["space"]) + 1), 5.5), 10.5), _HEIGHT + 1.1
 
 
 def parallel(study: Study, figure: Figure, theme: Theme) -> None:
-    """A line for each trial, across an axis for each parameter and one for the value.
+    """Draws a line for each trial across the axes of the parameters and of the value.
 
-    The better the value, the stronger the colour. Pruned trials are faint, and the best is on top.
+    Better values have a stronger colour. Pruned trials are faint, and the best trial is on top.
     """
     axes = figure.subplots()
     axes.set_axis_off()
@@ -63,17 +63,20 @@ def parallel(study: Study, figure: Figure, theme: Theme) -> None:
 # Lines.
 
 
-def places(study: Study, trials: Sequence[Trial]) -> Float[np.ndarray, "trials axes"]:
-    """Where each trial crosses each axis, from 0 to 1.
+def line_positions(study: Study, trials: Sequence[Trial]) -> Float[np.ndarray, "trials axes"]:
+    """The position at which the line of each trial crosses each axis, 0 to 1.
 
-    The axes are the parameters in the order of the space, and last the value. NaN where a trial
-    has no value for a parameter.
+    The axes are the parameters in the order of the space, and then the value. A position is NaN
+    if the trial has no value for the parameter.
     """
-    scale = scale_of_complete(study)
+    scale = scale_for_complete_trials(study)
     rows = [
         [
-            *(place(range_, parameter(trial, key)) for key, range_ in study["space"].items()),
-            scale.place(trial["value"]),
+            *(
+                range_position(range_, parameter_value(trial, key))
+                for key, range_ in study["space"].items()
+            ),
+            scale.position(trial["value"]),
         ]
         for trial in trials
     ]
@@ -81,10 +84,10 @@ def places(study: Study, trials: Sequence[Trial]) -> Float[np.ndarray, "trials a
 
 
 def _draw_trials(study: Study, axes: Axes, theme: Theme) -> None:
-    trials, best = compared(study), best_trial(study)
-    lines = places(study, trials)
+    trials, best = comparable_trials(study), best_trial(study)
+    lines = line_positions(study, trials)
     across = np.arange(lines.shape[1])
-    qualities = scale_of_complete(study).qualities(lines[:, -1])
+    qualities = scale_for_complete_trials(study).qualities(lines[:, -1])
     alpha = line_alpha(len(trials))
     for row in np.argsort(qualities, kind="stable").tolist():
         if trials[row] is best:
@@ -98,7 +101,7 @@ def _draw_trials(study: Study, axes: Axes, theme: Theme) -> None:
 
 
 def _colour(quality: float, theme: Theme) -> tuple[float, float, float, float]:
-    """Of the ramp, of which the first part would be lost on the page's ground."""
+    """The colour of a quality; the first quarter of the ramp is too close to the background."""
     return theme.colours(0.25 + 0.75 * quality)
 
 
@@ -106,8 +109,8 @@ def _colour(quality: float, theme: Theme) -> tuple[float, float, float, float]:
 
 
 def _draw_names(study: Study, axes: Axes, theme: Theme) -> None:
-    """Vertical lines, and above them what they are of: slanted, where it has no room else."""
-    value = scale_of_complete(study).label.removeprefix("validation ")
+    """Draws the axes and their names above them; names are slanted if they are too long."""
+    value = scale_for_complete_trials(study).label.removeprefix("validation ")
     names = [*axis_names(list(study["space"])), value]
     is_slanted = max(map(len, names)) * 5.3 > _between_axes(study)  # Points of a letter.
     slant = {"rotation": 30, "ha": "left", "rotation_mode": "anchor"} if is_slanted else {}
@@ -117,53 +120,54 @@ def _draw_names(study: Study, axes: Axes, theme: Theme) -> None:
 
 
 def _between_axes(study: Study) -> float:
-    """Room for text from one axis to the next, in points."""
+    """The room for text between two axes, in points."""
     return 72 * parallel_size(study)[0] / (len(study["space"]) + 1.5) - 12
 
 
 def _draw_numbers(range_: Range, across: int, axes: Axes, theme: Theme) -> None:
-    """The ends of a range and, on a log scale, a tick at each power of ten."""
+    """Draws the ends of a range and, on a log scale, a tick at each power of ten."""
     low, high = range_["low"], range_["high"]
-    _write(axes, theme, number(low), (across, 0), (0, -5), va="top")
-    _write(axes, theme, number(high), (across, 1), (0, 5), va="bottom")
+    _write(axes, theme, format_number(low), (across, 0), (0, -5), va="top")
+    _write(axes, theme, format_number(high), (across, 1), (0, 5), va="bottom")
     if range_["log"]:
-        decades = [place(range_, value) for value in _decades(low, high)]
+        decades = [range_position(range_, value) for value in _decades(low, high)]
         ticks = {"marker": "_", "s": 30, "color": theme.ink, "linewidths": 0.8}
         axes.scatter([across] * len(decades), decades, **ticks)
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """The powers of ten of a range."""
+    """The powers of ten in a range."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     return [10.0**power for power in range(first, last + 1)]
 
 
-def _draw_categories(range_: Range, across: int, wide: float, axes: Axes, theme: Theme) -> None:
-    """Names beside the axis: upright if they fit the points to the next one, else along it."""
+def _draw_categories(range_: Range, across: int, width: float, axes: Axes, theme: Theme) -> None:
+    """Draws choices beside the axis, or along the axis if they are wider than `width` points."""
     names = style.tick_names([str(choice) for choice in range_["choices"]])
     high = 72 * _HEIGHT / max(len(names) - 1, 1)
-    is_upright = max(map(len, names)) * _LETTER <= wide
-    # A line of text; or eight letters, where one at an end takes more of the room to the next.
-    least = 9.5 if is_upright else 1.5 * 8 * _LETTER
+    is_horizontal = max(map(len, names)) * _LETTER <= width
+    # The least distance between names in points: the height of a line, or eight letters along the
+    # axis with a margin.
+    least = 9.5 if is_horizontal else 1.5 * 8 * _LETTER
     every = math.ceil(least / high)
-    longest = int((wide if is_upright else every * high / 1.5) / _LETTER)
-    # Clear of the lines behind it.
+    longest = int((width if is_horizontal else every * high / 1.5) / _LETTER)
+    # The background colour around the letters separates them from the lines.
     halo = patheffects.withStroke(linewidth=3.5, foreground=theme.ground)
-    for index in every_so_many(len(names), every):
-        where = place(range_, range_["choices"][index])
+    for index in spaced_indices(len(names), every):
+        position = range_position(range_, range_["choices"][index])
         look = {"ha": "left", "va": "center", "size": _SIZE, "path_effects": [halo]}
-        if not is_upright:
-            look |= {"rotation": 90, "va": _towards_the_middle(where)}
-        _write(axes, theme, _cut(names[index], longest), (across, where), (4, 0), **look)
+        if not is_horizontal:
+            look |= {"rotation": 90, "va": _inward_alignment(position)}
+        _write(axes, theme, _shorten(names[index], longest), (across, position), (4, 0), **look)
 
 
-def _towards_the_middle(where: float) -> str:
-    """So that a name along an axis does not stand out over its end."""
-    return {0.0: "bottom", 1.0: "top"}.get(where, "center")
+def _inward_alignment(position: float) -> str:
+    """The vertical alignment that keeps a name along an axis between the ends of the axis."""
+    return {0.0: "bottom", 1.0: "top"}.get(position, "center")
 
 
-def _cut(name: str, length: int) -> str:
-    """Without its middle if it is longer: names of choices often differ at their ends."""
+def _shorten(name: str, length: int) -> str:
+    """Replaces the middle of a long name by an ellipsis; choices often differ at the end."""
     if len(name) <= length:
         return name
     kept = max(length - 1, 2)
@@ -171,40 +175,42 @@ def _cut(name: str, length: int) -> str:
 
 
 def _draw_ramp(study: Study, axes: Axes, theme: Theme) -> None:
-    """The axis of the value, with its colours, its ends and the best."""
-    scale, last = scale_of_complete(study), len(study["space"])
+    """Draws the axis of the value with its colours, its ends and the best value."""
+    scale, last = scale_for_complete_trials(study), len(study["space"])
     steps = np.linspace(0, 1, 65)
     qualities = scale.qualities((steps[:-1] + steps[1:]) / 2)
     for (low, high), quality in zip(itertools.pairwise(steps.tolist()), qualities, strict=True):
         band = {"color": _colour(quality, theme), "linewidth": 0}
         axes.fill_between([last + 0.02, last + 0.08], low, high, **band)
-    values = [trial["value"] for trial in valued(study)]
+    values = [trial["value"] for trial in trials_with_value(study)]
     below = "≤" if min(values) < scale.low else ""
     above = "≥" if max(values) > scale.high else ""
-    _write(axes, theme, below + scale.tick(scale.low, more=1), (last, 0), (0, -5), va="top")
-    _write(axes, theme, above + scale.tick(scale.high, more=1), (last, 1), (0, 5), va="bottom")
+    _write(axes, theme, below + scale.format_tick(scale.low, more=1), (last, 0), (0, -5), va="top")
+    _write(
+        axes, theme, above + scale.format_tick(scale.high, more=1), (last, 1), (0, 5), va="bottom"
+    )
     if (best := best_trial(study)) is not None and is_number(best["value"]):
-        where = (last + 0.08, scale.place(best["value"]))
-        _write(axes, theme, "best", where, (3, 0), ha="left", va="center", color=theme.second)
+        position = (last + 0.08, scale.position(best["value"]))
+        _write(axes, theme, "best", position, (3, 0), ha="left", va="center", color=theme.second)
 
 
 def _write(
     axes: Axes,
     theme: Theme,
     text: str,
-    where: tuple[float, float],
-    moved: tuple[float, float],
-    **look: Any,
+    position: tuple[float, float],
+    offset: tuple[float, float],
+    **options: Any,
 ) -> None:
-    """A text at a point of the axes, moved by so many points of type."""
-    look = {"ha": "center", "size": style.TEXT_SIZE, "color": theme.ink} | look
+    """Writes a text at a position in data coordinates, moved by `offset` points."""
+    options = {"ha": "center", "size": style.TEXT_SIZE, "color": theme.ink} | options
     axes.annotate(
         text,
-        where,
-        moved,
+        position,
+        offset,
         textcoords="offset points",
         parse_math=False,
         zorder=4,
         annotation_clip=False,
-        **look,
+        **options,
     )

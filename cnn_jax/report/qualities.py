@@ -1,4 +1,4 @@
-"""The report's section on images of other qualities: corruptions, and the images' own."""
+"""The report's section on robustness: corrupted images, and accuracy by image quality."""
 
 import functools
 import math
@@ -16,17 +16,18 @@ from cnn_jax.quality.corruptions import FAMILIES, SEVERITIES
 from cnn_jax.report import style, thumbnails
 from cnn_jax.report.charts import Chart
 from cnn_jax.report.run import MissingError, Run
-from cnn_jax.report.sections import Figures, surest_image
+from cnn_jax.report.sections import Figures, most_confident_image
 from cnn_jax.report.style import Theme
 
-# Pixels of the images in the sample, and how many they may be.
+# Pixels of all images in the sample of the corruptions, and its least and greatest number of
+# images.
 _PIXELS = 2**19
-_FEWEST, _MOST = 40, 250
-# Pixels of the images that are looked at for their own qualities.
-_OWN_PIXELS = 2**26
-# Of one corrupted image, in pixels, in the strip of all severities.
+_MIN_IMAGES, _MAX_IMAGES = 40, 250
+# Pixels of all images in the sample for accuracy by quality.
+_QUALITY_PIXELS = 2**26
+# The longer side of a corrupted image in the strip of all severities, in pixels.
 _SIDE = 64
-# The worst corruptions, which are named.
+# How many of the worst corruptions the page names.
 _NUM_WORST = 3
 
 
@@ -35,18 +36,16 @@ def qualities(run: Run) -> Figures:
     network = run.need_network()
     height, width = network.predictor.preprocessing.image_size
     labels, test = network.labels("test"), network.dataset.splits["test"]
-    size = min(max(_PIXELS // (height * width), _FEWEST), _MOST)
+    size = min(max(_PIXELS // (height * width), _MIN_IMAGES), _MAX_IMAGES)
     sample = robustness.stratified_sample(labels, size)
     images = robustness.load_images(network.dataset.loader, test[sample])
     try:
         found = robustness.measure(network.predictor, images, labels[sample])
     except ImportError as error:
-        raise MissingError(
-            f"{error.name} is not installed, which makes the corruptions."
-        ) from error
-    by_accuracy = sorted(found["corruptions"], key=lambda n: found["corruptions"][n]["accuracy"])
-    # The images' own qualities cost little, so more of them count.
-    rows = robustness.stratified_sample(labels, _OWN_PIXELS // (height * width))
+        raise MissingError(f"The corruptions need {error.name}, which is not installed.") from error
+    worst_first = sorted(found["corruptions"], key=lambda n: found["corruptions"][n]["accuracy"])
+    # Accuracy by quality needs no further prediction, so the sample can be larger.
+    rows = robustness.stratified_sample(labels, _QUALITY_PIXELS // (height * width))
     positions = test[rows]
     images = robustness.load_images(network.dataset.loader, positions)
     hits = network.probabilities["test"].argmax(axis=1) == labels
@@ -55,7 +54,7 @@ def qualities(run: Run) -> Figures:
         "split": "test",
         "split_count": len(labels),
         "mean_corrupted_accuracy": 1 - found["mean_corruption_error"],
-        "worst": by_accuracy[:_NUM_WORST],
+        "worst": worst_first[:_NUM_WORST],
         "by_quality_count": len(rows),
         "by_quality": robustness.by_quality(images, hits[rows], pixels),
     }
@@ -65,19 +64,19 @@ def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
     """Draws one test image under each corruption at severities 1 to 5, side by side.
 
     Returns:
-      The files' names by corruption.
+      The names of the files by corruption.
     """
-    pixels = surest_image(run.need_network())
+    pixels = most_confident_image(run.need_network())
     found = {}
     for name, versions in robustness.examples(pixels).items():
-        tiles = [thumbnails.fitted(version, _SIDE) for version in versions]
+        tiles = [thumbnails.fit_to_square(version, _SIDE) for version in versions]
         found[name] = f"examples/corruption_{name}.png"
-        thumbnails.save_small(thumbnails.in_a_row(tiles), folder / found[name])
+        thumbnails.save_small(thumbnails.join_in_row(tiles), folder / found[name])
     return found
 
 
 def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
-    """A heat map of all, curves of each family, and accuracy by the images' own qualities."""
+    """A heat map of all corruptions, curves by family, and accuracy by image quality."""
     if "robustness" not in figures:
         return {}
     section = figures["robustness"]
@@ -86,23 +85,26 @@ def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
     return {
         "corruptions": Chart(functools.partial(_heat_map, section), (5.4, 0.9 + 0.21 * rows)),
         "corruption_curves": Chart(functools.partial(_curves, section), (5.6, 2.2 * curves)),
-        "own_qualities": Chart(functools.partial(_own, section["by_quality"]), (7.6, 2.6)),
+        "own_qualities": Chart(
+            functools.partial(_plot_by_quality, section["by_quality"]), (7.6, 2.6)
+        ),
     }
 
 
 def _families(section: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The corruptions that were measured, by family."""
+    """The measured corruptions by family, without empty families."""
     measured = section["corruptions"]
     families = {family: [n for n in names if n in measured] for family, names in FAMILIES.items()}
     return {family: names for family, names in families.items() if names}
 
 
-def _words(name: str) -> str:
+def _label(name: str) -> str:
+    """The name of a corruption as the charts show it."""
     return name.replace("_", " ").replace("jpeg", "JPEG")
 
 
 def _heat_map(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Accuracy of each corruption at each severity, families apart."""
+    """Accuracy by corruption and severity; a row with a name starts each family."""
     axes = style.plain(figure.subplots(), theme)
     clean = section["clean"]["accuracy"]
     rows: list[list[float]] = []
@@ -113,7 +115,7 @@ def _heat_map(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
         for name in members:
             severities = section["corruptions"][name]["severities"]
             rows.append([clean, *(figures["accuracy"] for figures in severities)])
-            names.append(_words(name))
+            names.append(_label(name))
     values = np.array(rows)
     axes.imshow(values, cmap=theme.colours, norm=Normalize(0, 1), aspect="auto")
     for (row, column), value in np.ndenumerate(values):
@@ -132,7 +134,7 @@ def _heat_map(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
 
 
 def _curves(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Accuracy by severity, a panel for each family."""
+    """Accuracy by severity, with a panel for each family."""
     families = _families(section)
     columns = 2
     panels = figure.subplots(
@@ -150,7 +152,7 @@ def _curves(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
                 marker="osv^Dx"[number % 6],
                 markersize=3.5,
                 linewidth=1.3,
-                label=_words(name),
+                label=_label(name),
             )
         axes.set_title(family, size=style.TEXT_SIZE, color=theme.ink, fontweight="bold")
         style.legend(axes, theme, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.18))
@@ -164,15 +166,17 @@ def _curves(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
         axes.label_outer()
 
 
-def _own(by_quality: Mapping[str, Sequence[Figures]], figure: Figure, theme: Theme) -> None:
+def _plot_by_quality(
+    quality_bins: Mapping[str, Sequence[Figures]], figure: Figure, theme: Theme
+) -> None:
     """Accuracy by sharpness, brightness and resolution, with Wilson's intervals."""
     units = {
         "sharpness": "variance of the Laplacian (grey levels²)",
         "brightness": "mean grey level",
         "resolution": "pixels of the file",
     }
-    panels = figure.subplots(1, len(by_quality), sharey=True, squeeze=False).ravel()
-    for axes, (name, bins) in zip(panels, by_quality.items(), strict=True):
+    panels = figure.subplots(1, len(quality_bins), sharey=True, squeeze=False).ravel()
+    for axes, (name, bins) in zip(panels, quality_bins.items(), strict=True):
         style.plain(axes, theme)
         accuracy = np.array([b["accuracy"] for b in bins])
         intervals = np.array([b["confidence_interval"] for b in bins]).T
@@ -185,10 +189,15 @@ def _own(by_quality: Mapping[str, Sequence[Figures]], figure: Figure, theme: The
             markersize=4,
             capsize=3,
         )
-        ranges = [f"{b['from']:,.0f}-\n{b['to']:,.0f}" for b in bins]
-        axes.set_xticks(range(len(bins)), ranges)
+        axes.set_xticks(range(len(bins)), [_range_label(b["from"], b["to"]) for b in bins])
         axes.set_title(name, size=style.TEXT_SIZE, color=theme.ink, fontweight="bold")
         axes.margins(x=0.15)
         axes.yaxis.set_major_formatter(style.percent())
         axes.set(xlabel=units[name])
     panels[0].set(ylabel="accuracy (%)")
+
+
+def _range_label(low: float, high: float) -> str:
+    """The range of a bin on two lines; one number if all its values are equal when rounded."""
+    first, last = f"{low:,.0f}", f"{high:,.0f}"
+    return first if first == last else f"{first}-\n{last}"

@@ -1,4 +1,4 @@
-"""What a run has left, read for its report."""
+"""The files of a run, read for its report."""
 
 import contextlib
 import dataclasses
@@ -19,11 +19,11 @@ from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.inference.bundle import read_bundle
 from cnn_jax.inference.evaluation import open_as_trained, predict_split, score
-from cnn_jax.inference.predictor import Predictor
-from cnn_jax.system.errors import ConfigError, UserError
+from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.system.errors import ConfigError, DataError, UserError
 
-# Raise it when a section of metrics.json means something else.
-FORMAT = 2
+# Increase this number when the meaning of a section of metrics.json changes.
+FORMAT = 3
 _SPLIT_KEYS = {
     *("accuracy", "precision", "recall", "f1", "loss", "count"),
     *("confidence_intervals", "per_class", "confusion"),
@@ -35,12 +35,12 @@ _EPOCH_KEYS = (
 
 
 class MissingError(Exception):
-    """Why a section of the report has nothing to show, in a sentence."""
+    """A section of the report cannot be made; the message is a sentence with the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the report needs of a run's configuration."""
+    """The parts of a run's configuration that the report uses."""
 
     source: str
     image_size: tuple[int, ...]
@@ -56,7 +56,12 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
-        """From the content of config.json; raises KeyError or TypeError if it is none."""
+        """Reads the content of config.json.
+
+        Raises:
+          KeyError: A key is missing.
+          TypeError: The content is not a configuration.
+        """
         data, train, augment = config["data"], config["train"], config["augment"]
         ranges = {name: augment[name] for name in ("flip", "rotation", "zoom", "contrast")}
         return cls(
@@ -76,15 +81,16 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """The network that came of a run, and what it says of the images that it was measured on.
+    """The trained network of a run, its data, and its predictions.
 
     Attributes:
       predictor: The loaded bundle.
-      dataset: What it was trained on, divided as then.
-      probabilities: By split, of its images in their order.
+      dataset: The data that the network was trained on, with the same splits.
+      probabilities: The probabilities of each predicted split; images are in the order of the
+        split.
     """
 
-    predictor: Predictor
+    predictor: BundlePredictor
     dataset: Dataset
     probabilities: Mapping[str, Float[np.ndarray, "_ classes"]]
 
@@ -102,19 +108,19 @@ class Network:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """What is there of a run.
+    """The content of a run's folder.
 
     Attributes:
-      workdir: Its folder.
+      workdir: The folder.
       config: The content of config.json.
-      settings: What the report needs of it.
-      history: The records of metrics.jsonl that are complete, one for each epoch.
-      damaged_records: How many others there are.
-      figures: The content of report/metrics.json: the figures of all splits that are there or
+      settings: The parts of the configuration that the report uses.
+      history: The complete records of metrics.jsonl, one for each epoch.
+      damaged_records: The number of damaged records.
+      figures: The content of report/metrics.json: the metrics of all splits that are there or
         can be computed, and the sections of an earlier report of the same network.
-      versions: Of the libraries that it was trained with; empty without a bundle.
-      network: None if it cannot be looked at.
-      why_no_network: The reason, in a sentence.
+      versions: The versions of the libraries at training; empty without a bundle.
+      network: The trained network; None if the bundle or its data cannot be used.
+      why_no_network: A sentence with the reason if `network` is None.
     """
 
     workdir: pathlib.Path
@@ -128,17 +134,17 @@ class Run:
     why_no_network: str
 
     def need_network(self) -> Network:
-        """Raises MissingError if there is none."""
+        """Returns the network; raises MissingError if there is none."""
         if self.network is None:
             raise MissingError(self.why_no_network)
         return self.network
 
     def is_measured(self) -> bool:
-        """Whether there are figures of all splits."""
+        """Whether there are metrics of all splits."""
         return all(split in self.figures for split in SPLITS)
 
     def need_figures(self, split: str) -> dict[str, Any]:
-        """The figures of a split; raises MissingError if there are none."""
+        """Returns the metrics of a split; raises MissingError if there are none."""
         if split not in self.figures:
             raise MissingError(self.why_no_network)
         return self.figures[split]
@@ -147,15 +153,17 @@ class Run:
 def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> Run:
     """Reads a run's folder, opens its data, and predicts validation and test.
 
-    What is missing is no error: a run may have been stopped, or its data may have gone.
+    A missing bundle or missing data is not an error, unless `source` is given: the run may have
+    been stopped, or its data may have been moved.
 
     Args:
       workdir: The run's folder.
       track: Shows progress.
-      source: Where its data is now; by default where it was.
+      source: The name of the run's data if it was moved; by default the name in the bundle.
 
     Raises:
-      ConfigError: The folder is not a run's.
+      ConfigError: The folder is not the folder of a run, or `source` is not a source's name.
+      DataError: `source` cannot be read, or is not the data that the network was trained on.
     """
     config = _read_config(workdir / "config.json")
     try:
@@ -168,7 +176,8 @@ def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> 
     history, damaged_records = _read_history(workdir / "metrics.jsonl")
     figures = _read_json(workdir / "report" / "metrics.json")
     if figures.get("format") != FORMAT or not all(_are_figures(figures.get(s)) for s in SPLITS):
-        # What an earlier report found is of another network, or of another form.
+        # Sections of another format cannot be shown, and sections without metrics may belong to
+        # another network.
         figures = {s: figures[s] for s in SPLITS if _are_figures(figures.get(s))}
     network, reason = None, ""
     try:
@@ -201,7 +210,7 @@ def _read_config(path: pathlib.Path) -> Any:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    """An object, empty if there is none."""
+    """The JSON object of a file; empty if the file is missing or holds no object."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
@@ -210,7 +219,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_history(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
-    """The records that are complete and finite, and how many are not."""
+    """The complete records with finite numbers, and the number of the other lines."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -229,39 +238,43 @@ def _is_finite(value: object) -> bool:
 
 
 def _are_figures(figures: object) -> bool:
-    """Whether they are those of a split, as this version writes them."""
+    """Whether a value has all metrics of a split, as this version writes them."""
     return isinstance(figures, dict) and figures.keys() >= _SPLIT_KEYS
 
 
 def _open_network(
     workdir: pathlib.Path, figures: dict[str, Any], track: Track, source: str | None
 ) -> Network:
-    """Also adds the figures of splits that are missing.
+    """Opens the bundle and its data, and adds the metrics of missing splits to `figures`.
 
     Raises:
-      MissingError: There is no bundle, or its data is not there.
+      MissingError: There is no bundle, or it cannot be used, or its data cannot.
+      ConfigError: `source` is not the name of a source.
+      DataError: `source` cannot be read, or is not the data that the network was trained on.
     """
     if not (workdir / "bundle").is_dir():
         raise MissingError(
-            "There is no bundle: the run has not come to its end. The command that started it "
-            "goes on with it."
+            "There is no bundle, because the run is not finished. To continue the run, start it "
+            "again with the same command."
         )
     try:
-        predictor = Predictor(read_bundle(workdir / "bundle"))
+        predictor = BundlePredictor(read_bundle(workdir / "bundle"))
     except UserError as error:
         raise MissingError(f"The bundle cannot be used: {error}.") from error
     try:
         dataset = open_as_trained(predictor, source, track)
-        _check_unchanged(dataset, predictor)
+        _check_fingerprint(dataset, predictor, is_new_source=source is not None)
         probabilities = {
             split: predict_split(
                 predictor, dataset.loader, dataset.splits[split], track, f"looking at {split}"
             )
             for split in SPLITS
-            # What is known of the training images is enough.
+            # The report shows no predictions of single training images, only metrics.
             if split != "train" or split not in figures
         }
     except (UserError, OSError) as error:
+        if source is not None:
+            raise
         raise MissingError(f"The data cannot be read: {error}.") from error
     network = Network(predictor, dataset, probabilities)
     for split, rows in probabilities.items():
@@ -269,10 +282,24 @@ def _open_network(
     return network
 
 
-def _check_unchanged(dataset: Dataset, predictor: Predictor) -> None:
-    """Raises MissingError if it is not what the bundle was trained on."""
-    if dataset.fingerprint != predictor.data["fingerprint"]:
-        raise MissingError(
-            f"{dataset.source.name} is no longer the data that the network was trained on: "
-            "images have been added, removed or changed since."
+def _check_fingerprint(
+    dataset: Dataset, predictor: BundlePredictor, *, is_new_source: bool
+) -> None:
+    """Checks that a data set is the data that a bundle was trained on.
+
+    Raises:
+      DataError: It is not, and the user named it.
+      MissingError: It is not, and the bundle names it.
+    """
+    if dataset.fingerprint == predictor.data["fingerprint"]:
+        return
+    if is_new_source:
+        raise DataError(
+            f"--source: {dataset.source.name} is not the data that the network was trained on "
+            f"({predictor.data['source']}): its images or classes differ. Name a copy of that "
+            "data, or measure the network on other data with cnn_jax evaluate"
         )
+    raise MissingError(
+        f"{dataset.source.name} has changed since the network was trained on it: images were "
+        "added, removed or edited."
+    )

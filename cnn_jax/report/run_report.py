@@ -1,4 +1,4 @@
-"""The report of a run: its page, the pictures beside it, and all its figures as JSON."""
+"""The report of a run: a page, pictures beside the page, and all numbers as JSON."""
 
 import concurrent.futures
 import json
@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from cnn_jax.config import files
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.splits import SPLITS
-from cnn_jax.explain.overlay import under_map
+from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.report import charts, explanations, qualities, sections, style, texts, thumbnails
 from cnn_jax.report.run import FORMAT, MissingError, Network, Run, read_run
 from cnn_jax.report.sections import Figures
@@ -27,24 +27,24 @@ from cnn_jax.system.console import Console
 from cnn_jax.system.errors import UserError
 from cnn_jax.training import run_directory
 
-# The sections that take longer than all others, by their names in metrics.json.
-# Corruptions come first: their charts, which take longest, are drawn during the explanations.
+# The two slowest sections, by their names in metrics.json. Corruptions come first, so that their
+# slow charts are drawn while the explanations are computed.
 _FULL = {"robustness": qualities.qualities, "explanations": explanations.explanations}
-# The longer side of the images on the page, in pixels of their files.
+# The longer side of the image files on the page, in pixels.
 _SIDE = 144
-# The page's sections, in its order.
+# The titles of the sections, in the order of the page.
 _TITLES = {
-    "figures": "Figures",
+    "figures": "Metrics",
     "classes": "Classes",
     "curves": "Learning curves",
     "confusion": "Confusions",
     "calibration": "Calibration",
-    "coverage": "Refusing the least confident",
+    "coverage": "Rejecting uncertain images",
     "mistakes": "Mistakes",
     "label_errors": "Suspected label errors",
-    "explanations": "What it looks at",
-    "robustness": "Images of other qualities",
-    "augmentation": "What the network saw",
+    "explanations": "Explanations",
+    "robustness": "Robustness",
+    "augmentation": "Augmented training images",
     "run": "The run",
 }
 
@@ -56,30 +56,36 @@ def write_report(
     detail: str = "full",
     source: str | None = None,
     after_training: bool = False,
+    warn: Callable[[str], None] | None = None,
 ) -> pathlib.Path:
-    """Writes report/index.html, which needs no other file, and what it shows.
+    """Writes report/index.html, which needs no other file, and the pictures on it.
 
-    Validation and test are predicted again. What the report finds is added to
-    report/metrics.json, and every number of the page stands there. Of what cannot be had, such
-    as the images of data that has gone, the page says why; figures of an earlier report of the
-    same network stay.
+    Validation and test are predicted again. All numbers of the page are added to
+    report/metrics.json. If the bundle or the data cannot be used, the page says so at its top
+    and keeps the sections of an earlier report of the same network.
 
     Args:
       workdir: The run's folder.
       track: Shows progress.
       detail: "full", or "figures" for a report without explanations and corruptions.
-      source: Where the run's data is now; by default where it was.
-      after_training: Whether this process has just trained the network, so that its device is
-        the one to be named.
+      source: The name of the run's data if it was moved; by default the name in the bundle.
+      after_training: Whether this process has just trained the network; the page then names
+        the device and the time of this process.
+      warn: Receives the sentence at the top of the page if the network cannot be used.
 
     Returns:
       The page's path.
 
     Raises:
-      ConfigError: The folder is not a run's.
-      OSError: It cannot be written.
+      ConfigError: The folder is not the folder of a run, or `source` is not a source's name.
+      DataError: `source` cannot be read, or is not the data that the network was trained on.
+        Nothing is written.
+      OSError: The report cannot be written.
     """
-    return _write(workdir, track, detail, source, after_training)[0]
+    page, figures = _write(workdir, track, detail, source, after_training)
+    if warn is not None and (notice := figures["summary"].get("notice")):
+        warn(notice)
+    return page
 
 
 def _write(
@@ -97,7 +103,7 @@ def _write(
     watch.lap("predictions")
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    if run.network is not None:  # Else those of an earlier report stay.
+    if run.network is not None:  # Otherwise keep the images of an earlier report.
         shutil.rmtree(folder / "examples", ignore_errors=True)
         (folder / "examples").mkdir()
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -105,11 +111,14 @@ def _write(
             new, missing, drawings = _sections(run, detail, track, watch, folder, thread)
             for drawing in drawings:
                 drawing.result()
-        finally:  # Without this, an interrupt would wait for all of them.
+        finally:  # Otherwise an interrupt would wait for all drawings.
             thread.shutdown(cancel_futures=True)
-    figures = run.figures | new | {"missing": missing, "methods": texts.METHODS, "format": FORMAT}
+    figures = run.figures | new | {"missing": missing, "format": FORMAT}
+    figures["methods"] = texts.methods(figures)
     figures["run"] = _facts(run, figures.get("run"), after_training)
     figures["summary"] = texts.summary(figures)
+    if run.network is None:
+        figures["summary"]["notice"] = _notice(run, figures)
 
     if run.network is not None:
         _draw_examples(run.network, sections.examples(new), folder, detail == "full")
@@ -128,6 +137,13 @@ def _write(
     return folder / "index.html", figures
 
 
+def _notice(run: Run, figures: Figures) -> str:
+    """The sentences at the top of a page whose network or data cannot be used."""
+    is_kept = any(name in figures for name in figures["missing"])
+    kept = " The sections marked below are from an earlier report." if is_kept else ""
+    return f"This report is not complete. {run.why_no_network}{kept}"
+
+
 class _Stopwatch:
     """A stopwatch that adds up the seconds of each task."""
 
@@ -136,14 +152,14 @@ class _Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Counts the time since the last call for `name`."""
+        """Adds the time since the last call to the task `name`."""
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
 
 
 def _seconds_since_training(workdir: pathlib.Path) -> float:
-    """Seconds since the last epoch was logged: calibrating, measuring, writing the bundle."""
+    """Seconds since the last epoch was logged, for calibration, metrics and the bundle."""
     try:
         return max(time.time() - (workdir / "metrics.jsonl").stat().st_mtime, 0.0)
     except OSError:
@@ -151,23 +167,23 @@ def _seconds_since_training(workdir: pathlib.Path) -> float:
 
 
 def report_after_training(workdir: str | os.PathLike[str], config: Config, console: Console) -> str:
-    """Writes the report of a run that this process has trained, and shows where the time went.
+    """Writes the report of a run that this process has trained, and prints the time it took.
 
-    With several processes none writes it, because the others would have to wait. A failure is a
-    warning, because the run is complete without its report.
+    With several processes no report is written, because the other processes would have to wait.
+    An unexpected error is shown as a warning, because the run is complete without its report.
 
     Args:
       workdir: The run's folder.
-      config: Its configuration.
+      config: The run's configuration.
       console: Shows progress, the time after training and warnings.
 
     Returns:
-      The page's path; or, if none is written, the command that writes it.
+      The page's path; or, if no report is written, the command that writes it.
 
     Raises:
-      KeyboardInterrupt: With a message that has the command.
+      KeyboardInterrupt: The user interrupted the report; the message has the command.
       OSError: The report cannot be written.
-      UserError: The folder is not a run's.
+      UserError: The folder is not the folder of a run.
     """
     command = f"cnn_jax report --run={shlex.quote(str(workdir))}"
     detail = config.report.detail
@@ -177,11 +193,13 @@ def report_after_training(workdir: str | os.PathLike[str], config: Config, conso
         page, figures = _write(workdir, console.track, detail, None, after_training=True)
         console.facts({"time": figures["run"]["time"]["words"]})
     except KeyboardInterrupt as interruption:
-        raise KeyboardInterrupt(f"the run is done; {command} makes its report") from interruption
+        raise KeyboardInterrupt(
+            f"the run is complete; {command} writes its report"
+        ) from interruption
     except (OSError, UserError):
         raise
     except Exception as error:
-        console.warn(f"no report: {type(error).__name__}: {error}; all else is complete")
+        console.warn(f"no report: {type(error).__name__}: {error}; the run itself is complete")
         return command
     return str(page)
 
@@ -194,10 +212,10 @@ def _sections(
     folder: pathlib.Path,
     thread: concurrent.futures.Executor,
 ) -> tuple[Figures, dict[str, str], list[concurrent.futures.Future[Any]]]:
-    """Makes all sections; a thread draws those that are ready, while the network is at work.
+    """Makes all sections; a thread draws finished sections during the computation of others.
 
     Returns:
-      The sections that can be made, why the others cannot, by name, and the drawings under way.
+      The sections by name; the reasons for missing sections by name; and the pending drawings.
     """
     made, missing, drawings = {}, {}, []
     if not run.is_measured():
@@ -216,12 +234,12 @@ def _sections(
             missing[name] = str(reason)
         watch.lap(name)
     for name in _FULL.keys() - wanted.keys():
-        missing[name] = "Left out of this report (report.detail); cnn_jax.report makes the whole."
+        missing[name] = "Not part of this report (report.detail); cnn_jax report --run=RUN adds it."
     return made, missing, drawings
 
 
-def _facts(run: Run, before: object, after_training: bool) -> Figures:
-    """What is to be said of the run; device and time are those of the report after training."""
+def _facts(run: Run, earlier: object, after_training: bool) -> Figures:
+    """The facts about the run; device and time are kept from the report after training."""
     facts = sections.facts(run)
     if after_training:
         devices = jax.devices()
@@ -231,8 +249,8 @@ def _facts(run: Run, before: object, after_training: bool) -> Figures:
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
         }
-    elif isinstance(before, dict):
-        facts |= {key: before[key] for key in ("trained_on", "time") if key in before}
+    elif isinstance(earlier, dict):
+        facts |= {key: earlier[key] for key in ("trained_on", "time") if key in earlier}
     return facts
 
 
@@ -242,11 +260,11 @@ def _facts(run: Run, before: object, after_training: bool) -> Figures:
 def _draw_examples(
     network: Network, examples: list[Figures], folder: pathlib.Path, are_explained: bool
 ) -> None:
-    """Draws each image that is not there yet, and once more under its map if they are explained."""
-    by_position = {
+    """Draws each missing image, and its explanation map if `are_explained`."""
+    new_examples = {
         shown["position"]: shown for shown in examples if not (folder / shown["picture"]).exists()
     }
-    positions = list(by_position)
+    positions = list(new_examples)
     preprocessing = network.predictor.preprocessing
 
     def load(position: int) -> Image.Image | None:
@@ -255,16 +273,16 @@ def _draw_examples(
     images = dict(zip(positions, scan.on_all_cores(load, positions), strict=True))
     for position, image in images.items():
         if image is not None:
-            thumbnails.save_small(image, folder / by_position[position]["picture"])
+            thumbnails.save_small(image, folder / new_examples[position]["picture"])
     if not are_explained or not positions:
         return
     pixels = network.dataset.loader.load(np.array(positions))["image"]
-    classes = [network.class_names.index(shown["predicted"]) for shown in by_position.values()]
+    classes = [network.class_names.index(shown["predicted"]) for shown in new_examples.values()]
     maps = explanations.maps(network.predictor, pixels, np.array(classes))
     for position, values in zip(positions, maps, strict=True):
         if (image := images[position]) is not None:
-            path = folder / by_position[position]["picture"]
-            thumbnails.save_small(under_map(image, values), _map_path(path))
+            path = folder / new_examples[position]["picture"]
+            thumbnails.save_small(draw_overlay(image, values, preprocessing), _map_path(path))
 
 
 def _map_path(picture: pathlib.Path) -> pathlib.Path:
@@ -272,15 +290,15 @@ def _map_path(picture: pathlib.Path) -> pathlib.Path:
 
 
 def _draw_augmentation(run: Run, folder: pathlib.Path) -> None:
-    """Draws training images beside what became of them."""
+    """Draws training images before and after augmentation, side by side."""
     before, after = (batch["image"] for batch in sections.training_images(run))
     for number, pair in enumerate(zip(before, after, strict=True)):
-        row = thumbnails.in_a_row([thumbnails.fitted(pixels, _SIDE) for pixels in pair])
+        row = thumbnails.join_in_row([thumbnails.fit_to_square(pixels, _SIDE) for pixels in pair])
         row.save(folder / "examples" / f"augmented_{number:02d}.png")
 
 
 def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> None:
-    """Draws what sections show beside charts and examples, and names the files in them."""
+    """Draws the other pictures of sections, and adds the names of their files to the sections."""
     drawings = {"explanations": explanations.draw_pictures, "robustness": qualities.draw_pictures}
     for name, draw in drawings.items():
         if name in made:
@@ -288,17 +306,17 @@ def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> None:
 
 
 def _draw_charts(figures: Figures, folder: pathlib.Path, already: Container[str] = ()) -> list[str]:
-    """Draws what there are figures for, in both themes; returns the names of the charts.
+    """Draws the charts of sections in both themes; returns the names of all charts.
 
     Args:
       figures: The content of metrics.json, or a part of it.
-      folder: Where to.
-      already: Sections whose charts are drawn.
+      folder: The folder for the files.
+      already: Sections whose charts have been drawn.
     """
     names = []
     for section in figures:
-        of_section = {name: figures[name] for name in (*SPLITS, section) if name in figures}
-        for name, chart in _charts(of_section).items():
+        parts = {name: figures[name] for name in (*SPLITS, section) if name in figures}
+        for name, chart in _charts(parts).items():
             names.append(name)
             if section not in already:
                 style.draw(folder / f"{name}.png", chart.plot, chart.size, chart.dpi)
@@ -306,7 +324,7 @@ def _draw_charts(figures: Figures, folder: pathlib.Path, already: Container[str]
 
 
 def _charts(figures: Figures) -> dict[str, charts.Chart]:
-    return charts.charts_of(figures) | explanations.charts(figures) | qualities.charts(figures)
+    return charts.run_charts(figures) | explanations.charts(figures) | qualities.charts(figures)
 
 
 # The page.
@@ -318,7 +336,7 @@ def _page(
     drawn: list[str],
 ) -> str:
     def picture(name: str) -> str | None:
-        """A file of the folder as a part of the page, if it is there."""
+        """A picture file as a data URI; None if the file is missing."""
         path = folder / name
         return style.data_uri(path) if path.is_file() else None
 
@@ -331,7 +349,7 @@ def _page(
         picture=picture,
         map_of=lambda name: picture(str(_map_path(pathlib.Path(name)))),
         are_mapped=any((folder / "examples").glob("*_map.png")),
-        # Where a chart has a class's number, the table of classes has it too.
+        # Charts show a number for a name that they cannot draw; the table then has the numbers.
         are_numbered=style.tick_names(names) != [style.shorten(name) for name in names],
         configuration={
             key: json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""What the report says of a run: each section a function from the run to JSON types.
+"""The sections of a run's report: functions from a run to JSON types.
 
-A section that cannot be made raises MissingError with the reason. An image that the page is to
-show stands in a section as a dictionary of `example`.
+A section that cannot be made raises MissingError with the reason. A section names an image for
+the page by a dictionary that `example` makes.
 """
 
 import math
@@ -19,29 +19,29 @@ from cnn_jax.report import charts, label_errors, texts, verdicts
 from cnn_jax.report.run import MissingError, Network, Run
 from cnn_jax.training.checkpoint import best_record
 
-# How many images are shown of each kind.
+# The number of images of each kind on the page.
 NUM_WRONG, NUM_UNSURE, NUM_SUSPECTS, NUM_AUGMENTED = 24, 12, 24, 12
-_NUM_PAIRS, _IMAGES_OF_A_PAIR = 10, 3
-# Hardly any data set has a larger share of wrong labels: it is the network's that is.
+_NUM_PAIRS, _PAIR_IMAGES = 10, 3
+# If more than this fraction of the labels is suspect, most suspects are mistakes of the network.
 _CREDIBLE = 0.1
-# Shares of the test images that are kept when the least confident are refused.
+# The fractions of test images that are kept when the least confident images are rejected.
 _KEPT = (1.0, 0.95, 0.9, 0.8, 0.5)
 
 Figures = dict[str, Any]
 
 
 def example(network: Network, split: str, row: int, predicted: int | None = None) -> Figures:
-    """What is said of one image; the page shows it with these words.
+    """The facts about one image that the page shows.
 
     Args:
       network: The network.
-      split: One that it has probabilities of.
+      split: A split whose probabilities the network has.
       row: The image's position in the split.
-      predicted: The class to name, by default the most probable one.
+      predicted: The class to name; by default the class with the largest probability.
 
     Returns:
-      "id", "split", "position" in the source, "picture" (the file's name below report/), "true"
-      and "predicted" class, and the latter's probability, "confidence".
+      "id", "split", "position" in the source, "picture" (the name of its file below report/),
+      the classes "true" and "predicted", and "confidence", the probability of "predicted".
     """
     position = int(network.dataset.splits[split][row])
     probabilities = network.probabilities[split][row]
@@ -57,8 +57,8 @@ def example(network: Network, split: str, row: int, predicted: int | None = None
     }
 
 
-def surest_image(network: Network) -> UInt8[np.ndarray, "height width 3"]:
-    """The test image that the network is most confident of, of those that it is right about."""
+def most_confident_image(network: Network) -> UInt8[np.ndarray, "height width 3"]:
+    """The correctly classified test image with the highest confidence, resized."""
     probabilities = network.probabilities["test"]
     is_right = probabilities.argmax(axis=1) == network.labels("test")
     row = int((probabilities.max(axis=1) + is_right).argmax())
@@ -67,16 +67,16 @@ def surest_image(network: Network) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def guessing(run: Run) -> Figures:
-    """How the network compares with always naming the most common class of the training images."""
-    return verdicts.guessing(run.need_figures("test"), run.figures.get("train"))
+    """A comparison with always naming the most common class of the test images."""
+    return verdicts.guessing(run.need_figures("test"))
 
 
 def curves(run: Run) -> Figures:
-    """Learning curves, the best epoch, and what they say in words."""
+    """The learning curves, the best epoch, and a verdict on the training."""
     history = run.history
     best = best_record(history, run.settings.monitor) if history else None
     if best is None:
-        raise MissingError("No epoch has been finished, so there is no curve to draw.")
+        raise MissingError("No epoch has been completed, so there is no curve to draw.")
     keys = ("epoch", "learning_rate", "seconds")
     measured = [f"{split}_{key}" for split in ("train", "validation") for key in _CURVES]
     columns = {key: [record[key] for record in history] for key in (*keys, *measured)}
@@ -98,12 +98,12 @@ _CURVES = ("loss", "accuracy")
 def confusion(run: Run) -> Figures:
     """The order of the classes in the matrix, and the pairs that are confused most often."""
     if run.network is None and "confusion" in run.figures:
-        return run.figures["confusion"]  # Of an earlier report, which has images.
+        return run.figures["confusion"]  # The section of an earlier report has images.
     test = run.need_figures("test")
     names, matrix = list(test["per_class"]), np.array(test["confusion"])
     errors = matrix * (1 - np.eye(len(matrix), dtype=int))
-    # Of equal counts, the pair whose true class is the smaller loses more.
-    worst = np.lexsort((-charts.row_shares(matrix).ravel(), -errors.ravel()))[:_NUM_PAIRS]
+    # Pairs with equal counts are sorted by the fraction of the true class.
+    worst = np.lexsort((-charts.row_fractions(matrix).ravel(), -errors.ravel()))[:_NUM_PAIRS]
     pairs = []
     for true, predicted in zip(*np.divmod(worst, len(matrix)), strict=True):
         if errors[true, predicted]:
@@ -114,7 +114,7 @@ def confusion(run: Run) -> Figures:
                     "count": int(errors[true, predicted]),
                     "of": int(matrix[true].sum()),
                     "share": float(errors[true, predicted] / matrix[true].sum()),
-                    "examples": _of_pair(run.network, int(true), int(predicted)),
+                    "examples": _pair_examples(run.network, int(true), int(predicted)),
                 }
             )
     return {
@@ -124,19 +124,19 @@ def confusion(run: Run) -> Figures:
     }
 
 
-def _of_pair(network: Network | None, true: int, predicted: int) -> list[Figures]:
-    """The most confident test images of a class that are taken for another."""
+def _pair_examples(network: Network | None, true: int, predicted: int) -> list[Figures]:
+    """The most confident test images of the class `true` that are predicted as `predicted`."""
     if network is None:
         return []
     probabilities = network.probabilities["test"]
-    is_it = (network.labels("test") == true) & (probabilities.argmax(axis=1) == predicted)
-    rows = np.flatnonzero(is_it)
+    is_pair = (network.labels("test") == true) & (probabilities.argmax(axis=1) == predicted)
+    rows = np.flatnonzero(is_pair)
     rows = rows[np.argsort(-probabilities[rows, predicted], kind="stable")]
-    return [example(network, "test", int(row)) for row in rows[:_IMAGES_OF_A_PAIR]]
+    return [example(network, "test", int(row)) for row in rows[:_PAIR_IMAGES]]
 
 
-def calibrated(run: Run) -> Figures:
-    """How far the test split's probabilities hold, before and after temperature scaling."""
+def calibration_section(run: Run) -> Figures:
+    """The calibration of the test probabilities, before and after temperature scaling."""
     network = run.need_network()
     after, labels = network.probabilities["test"], network.labels("test")
     temperature = network.predictor.temperature
@@ -147,55 +147,56 @@ def calibrated(run: Run) -> Figures:
         "bins": calibration.NUM_BINS,
         "before": calibration.describe(before, labels),
         "after": calibration.describe(after, labels),
+        "calibrated": verdicts.calibrated_error(after.max(axis=1)),
     }
 
 
 def coverage(run: Run) -> Figures:
-    """Accuracy of the test images that are kept when the least confident are refused."""
+    """Accuracy of the test images that are kept when the least confident images are rejected."""
     network = run.need_network()
     probabilities, labels = network.probabilities["test"], network.labels("test")
-    every = calibration.coverage(probabilities, labels, num_points=len(labels))
-    # Images of equal confidence go together, so that no fewer than wanted are kept.
-    points = np.searchsorted(every["coverage"], np.array(_KEPT) - 1e-12)
+    curve = calibration.coverage(probabilities, labels, num_points=len(labels))
+    # Images of equal confidence are kept together, so at least the given fraction is kept.
+    points = np.searchsorted(curve["coverage"], np.array(_KEPT) - 1e-12)
     return {
         "curve": calibration.coverage(probabilities, labels),
         "points": [
-            {key: values[point] for key, values in every.items()}
+            {key: values[point] for key, values in curve.items()}
             for point in dict.fromkeys(points.tolist())
         ],
     }
 
 
 def mistakes(run: Run) -> Figures:
-    """The most confident wrong test images, and the least confident right ones."""
+    """The most confident wrong test images, and the least confident correct test images."""
     network = run.need_network()
     probabilities, labels = network.probabilities["test"], network.labels("test")
     confidence = probabilities.max(axis=1)
     is_right = probabilities.argmax(axis=1) == labels
 
-    def shown(rows: Int[np.ndarray, " _"], order: np.ndarray, number: int) -> list[Figures]:
+    def examples_by(rows: Int[np.ndarray, " _"], order: np.ndarray, number: int) -> list[Figures]:
         chosen = rows[np.argsort(order[rows], kind="stable")][:number]
         return [example(network, "test", row) for row in chosen.tolist()]
 
     threshold = verdicts.sure_threshold(probabilities.shape[1])
     return {
-        "wrong": shown(np.flatnonzero(~is_right), -confidence, NUM_WRONG),
+        "wrong": examples_by(np.flatnonzero(~is_right), -confidence, NUM_WRONG),
         "num_wrong": int((~is_right).sum()),
         "sure_threshold": threshold,
         "num_sure": int((~is_right & (confidence >= threshold)).sum()),
-        "unsure": shown(np.flatnonzero(is_right), confidence, NUM_UNSURE),
+        "unsure": examples_by(np.flatnonzero(is_right), confidence, NUM_UNSURE),
         "num_right": int(is_right.sum()),
     }
 
 
 def suspected_labels(run: Run) -> Figures:
-    """Validation and test images whose label is probably wrong, and the classes they have."""
+    """Validation and test images whose label is probably wrong, with the suggested classes."""
     network = run.need_network()
     splits = ("validation", "test")
     labels = np.concatenate([network.labels(split) for split in splits])
     probabilities = np.concatenate([network.probabilities[split] for split in splits])
     found = label_errors.find(probabilities, labels)
-    places = [(split, row) for split in splits for row in range(len(network.labels(split)))]
+    split_rows = [(split, row) for split in splits for row in range(len(network.labels(split)))]
     positions = np.concatenate([network.dataset.splits[split] for split in splits])
     return {
         "suspected": len(found.rows),
@@ -203,18 +204,18 @@ def suspected_labels(run: Run) -> Figures:
         "share": len(found.rows) / len(labels),
         "credible": len(found.rows) <= _CREDIBLE * len(labels),
         "examples": [
-            example(network, *places[row], predicted=suggested)
+            example(network, *split_rows[row], predicted=suggested)
             for row, suggested in zip(
                 found.rows[:NUM_SUSPECTS].tolist(), found.suggested.tolist(), strict=False
             )
         ],
-        # All of them, the most suspicious first.
+        # All suspects, the most suspicious first.
         "ids": [network.source.ids[i] for i in positions[found.rows]],
     }
 
 
 def augmentation(run: Run) -> Figures:
-    """What is drawn, and the classes of the images that show it."""
+    """The ranges of augmentation, and the classes of the images that show it."""
     batch, _ = training_images(run)
     names = run.need_network().class_names
     ranges = run.settings.augmentation
@@ -229,13 +230,13 @@ def augmentation(run: Run) -> Figures:
 
 
 def training_images(run: Run) -> tuple[pipeline.NumpyBatch, pipeline.NumpyBatch]:
-    """The first images of the first training batch: before and after augmentation.
+    """The first images of the first training batch, before and after augmentation.
 
-    Augmented here; on an accelerator the same draws round to other grey levels.
+    They are augmented on the host; an accelerator rounds to slightly different grey levels.
     """
     network, settings = run.need_network(), run.settings
 
-    def first(ranges: pipeline.Augmentation) -> pipeline.NumpyBatch:
+    def first_batch(ranges: pipeline.Augmentation) -> pipeline.NumpyBatch:
         stream = pipeline.training_batches(
             network.dataset.loader,
             network.dataset.splits["train"],
@@ -249,11 +250,11 @@ def training_images(run: Run) -> tuple[pipeline.NumpyBatch, pipeline.NumpyBatch]
         with stream as batches:
             return next(batches)
 
-    return first(pipeline.Augmentation()), first(settings.augmentation)
+    return first_batch(pipeline.Augmentation()), first_batch(settings.augmentation)
 
 
 def facts(run: Run) -> Figures:
-    """The run's configuration, data, time and versions."""
+    """The configuration, data, time and versions of a run."""
     settings = run.settings
     seconds = math.fsum(record["seconds"] for record in run.history)
     figures: Figures = {
@@ -292,12 +293,12 @@ def facts(run: Run) -> Figures:
     return figures
 
 
-# In the order of the page, by their names in metrics.json.
+# The sections in the order of the page, by their names in metrics.json.
 SECTIONS: dict[str, Callable[[Run], Figures]] = {
     "guessing": guessing,
     "curves": curves,
     "confusion": confusion,
-    "calibration": calibrated,
+    "calibration": calibration_section,
     "coverage": coverage,
     "mistakes": mistakes,
     "label_errors": suspected_labels,
@@ -306,7 +307,7 @@ SECTIONS: dict[str, Callable[[Run], Figures]] = {
 
 
 def examples(figures: object) -> list[Figures]:
-    """All dictionaries of `example` anywhere in sections."""
+    """All dictionaries made by `example`, at any depth of sections."""
     if isinstance(figures, dict):
         if "picture" in figures:
             return [figures]

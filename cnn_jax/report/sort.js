@@ -1,4 +1,4 @@
-// Makes a button of each heading of a sortable table. Without it, the table is as it is.
+// Turns each heading of a sortable table into a button that sorts the table by its column.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const headings = [...table.tHead.rows[0].cells];

@@ -1,4 +1,4 @@
-"""The page of a hyper-parameter study: its best trial, what it cost, charts, and all trials."""
+"""The page of a hyper-parameter study: its best trial, its cost, charts, and all trials."""
 
 import collections
 import functools
@@ -18,44 +18,44 @@ from cnn_jax.report.study_values import (
     Study,
     Trial,
     best_trial,
-    by_importance,
-    compared,
-    edge,
+    comparable_trials,
+    format_parameter,
+    format_range,
     is_number,
-    ordered,
-    parameter,
-    parameter_text,
-    place,
-    range_text,
-    scale_of_all,
-    scale_of_complete,
-    valued,
+    parameter_value,
+    range_edge,
+    range_position,
+    scale_for_all_trials,
+    scale_for_complete_trials,
+    sorted_importance,
+    sorted_trials,
+    trials_with_value,
 )
 from cnn_jax.training.run_directory import write_text
 
-# A cell without a number sorts below all others. Infinity less infinity would be no number.
-_SORTS_FIRST = -1e300
+# The sort key of a cell without a number. The script subtracts keys, so infinity would give NaN.
+_SORT_FIRST = -1e300
 
 
 class Cell(NamedTuple):
-    """Of the table of all trials: what it shows, what it sorts by, and its class."""
+    """A cell of the table of trials: its text, its sort key, and its CSS class."""
 
     text: str
-    by: float
-    look: str = "n"
+    sort_key: float
+    css_class: str = "n"
 
 
 def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
     """Writes a study as a page that needs no other file, and its charts beside it.
 
-    Others may write the same page at the same time: the last is left, whole.
+    Several processes may write the page at the same time; the last complete page stays.
 
     Args:
       study: Plain JSON values, as `tune.outcome.summarize` gives them: "name", "monitor" and
-        "direction"; "space", the range of each parameter; "trials"; "best", the number of one of
-        them or None; "importance"; "cost"; and where it comes from.
-      folder: The study's, where its best configuration lies. Gets index.html and PNG files; it is
-        made if it is not there.
+        "direction"; "space", the range of each parameter; "trials"; "best", the number of a
+        trial or None; "importance"; "cost"; and the origin of the study.
+      folder: The folder of the study, with its best configuration, for index.html and PNG files;
+        it is created if necessary.
 
     Returns:
       The page's path, `folder`/index.html.
@@ -65,11 +65,11 @@ def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".page.", dir=folder) as name:
-        # A folder of one's own: the page has the charts that it was made with, and no half ones.
-        aside = pathlib.Path(name)
-        _draw_charts(study, aside)
-        write_text(aside / "index.html", _page(study, aside, folder))
-        for path in sorted(aside.iterdir()):
+        # With a folder for each process, a page has its own charts, all of them complete.
+        temporary = pathlib.Path(name)
+        _draw_charts(study, temporary)
+        write_text(temporary / "index.html", _page(study, temporary, folder))
+        for path in sorted(temporary.iterdir()):
             path.replace(folder / path.name)
     return folder / "index.html"
 
@@ -77,27 +77,27 @@ def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
 # Charts.
 
 
-def charts_of(study: Study) -> dict[str, Chart]:
-    """The charts that there is something to draw of, by the names of their files."""
+def make_charts(study: Study) -> dict[str, Chart]:
+    """The charts for which the study has data, by the names of their files."""
     charts = {}
-    if valued(study):
+    if trials_with_value(study):
         charts["history"] = Chart(functools.partial(study_charts.history, study))
     if any(is_number(value) for trial in study["trials"] for value in trial["curve"]):
         charts["curves"] = Chart(functools.partial(study_charts.curves, study))
     if study["importance"]:
         size = (4.0, 0.9 + 0.26 * len(study["importance"]))
         charts["importance"] = Chart(functools.partial(study_charts.importance, study), size)
-    if len(compared(study)) > 1 and study["space"]:
+    if len(comparable_trials(study)) > 1 and study["space"]:
         charts["parallel"] = Chart(functools.partial(parallel, study), parallel_size(study))
         for number, key in enumerate(study["space"]):
             plot = functools.partial(study_charts.value_by_parameter, study, key)
-            # Three stand in a row of the page.
+            # Three charts of this size fit in a row of the page.
             charts[f"slice_{number:02d}"] = Chart(plot, (3.3, 2.5))
     return charts
 
 
 def _draw_charts(study: Study, folder: pathlib.Path) -> None:
-    for name, chart in charts_of(study).items():
+    for name, chart in make_charts(study).items():
         style.draw(folder / f"{name}.png", *chart)
 
 
@@ -105,8 +105,8 @@ def _draw_charts(study: Study, folder: pathlib.Path) -> None:
 
 
 def _page(study: Study, drawn: pathlib.Path, folder: pathlib.Path) -> str:
-    """The page with the charts of the folder `drawn`; it will lie in `folder`."""
-    scale = scale_of_all(study)
+    """Renders the page with the charts in `drawn`; the page will be moved to `folder`."""
+    scale = scale_for_all_trials(study)
     config = shlex.quote(str(folder / (study["best_config"] or "")))
     return style.template("study.html").render(
         study=study,
@@ -114,16 +114,16 @@ def _page(study: Study, drawn: pathlib.Path, folder: pathlib.Path) -> str:
         best=best_trial(study),
         command=f"cnn_jax train --config={config} --workdir=...",
         parameters=best_parameters(study),
-        charts={name: style.embedded(drawn / f"{name}.png") for name in charts_of(study)},
+        charts={name: style.embedded(drawn / f"{name}.png") for name in make_charts(study)},
         beyond={
             "course": _beyond(study, scale),
-            "compared": _beyond(study, scale_of_complete(study)),
+            "compared": _beyond(study, scale_for_complete_trials(study)),
         },
         missing=missing(study),
-        shares=by_importance(study),
-        rows=[_row(study, scale, trial) for trial in ordered(study)],
+        shares=sorted_importance(study),
+        rows=[_row(study, scale, trial) for trial in sorted_trials(study)],
         hosts=collections.Counter(trial["host"] for trial in study["trials"]),
-        ranges={key: range_text(range_) for key, range_ in study["space"].items()},
+        ranges={key: format_range(range_) for key, range_ in study["space"].items()},
         duration=texts.duration,
         time=_time,
         **style.sorting_script(),
@@ -131,79 +131,81 @@ def _page(study: Study, drawn: pathlib.Path, folder: pathlib.Path) -> str:
 
 
 def best_parameters(study: Study) -> list[dict[str, Any]]:
-    """What the best trial has for each parameter, its range, and the edge it lies at."""
+    """For each parameter, the best trial's value, the range, and the edge that the value is at."""
     best = best_trial(study)
     if best is None:
         return []
     return [
         {
             "key": key,
-            "value": parameter_text(range_, parameter(best, key)),
-            "range": range_text(range_),
-            "edge": edge(range_, parameter(best, key)),
+            "value": format_parameter(range_, parameter_value(best, key)),
+            "range": format_range(range_),
+            "edge": range_edge(range_, parameter_value(best, key)),
         }
         for key, range_ in study["space"].items()
     ]
 
 
 def _row(study: Study, scale: Scale, trial: Trial) -> dict[str, Any]:
-    """What the table of all trials says of one."""
+    """A row of the table of trials."""
     cells = [
-        Cell(scale.text(trial["value"]), _sortable(trial["value"])),
+        Cell(scale.format_value(trial["value"]), _sortable(trial["value"])),
         Cell(f"{trial['epochs']:,}", trial["epochs"]),
         Cell(texts.duration(trial["seconds"]), trial["seconds"]),
-        *(_cell(range_, parameter(trial, key)) for key, range_ in study["space"].items()),
+        *(_cell(range_, parameter_value(trial, key)) for key, range_ in study["space"].items()),
     ]
     return {"trial": trial, "is_best": trial["number"] == study["best"], "cells": cells}
 
 
 def _cell(range_: Range, value: Any) -> Cell:
-    """A parameter's value; categories sort in the order in which the range has them."""
-    text = parameter_text(range_, value)
+    """The cell of a parameter's value; choices are sorted as in the range."""
+    text = format_parameter(range_, value)
     if range_["kind"] == "categorical":
-        return Cell(text, _sortable(place(range_, value)), "choice")
+        return Cell(text, _sortable(range_position(range_, value)), "choice")
     return Cell(text, _sortable(value))
 
 
 def _sortable(value: Any) -> float:
-    return value if is_number(value) else _SORTS_FIRST
+    """A finite number as the sort key; a missing value comes first."""
+    return value if is_number(value) else _SORT_FIRST
 
 
 def _time(iso: str | None) -> str:
-    """To the minute."""
+    """A time in ISO 8601 as date, hour and minute."""
     return (iso or "")[:16].replace("T", " ")
 
 
 def _beyond(study: Study, scale: Scale) -> str:
-    """Which values stand at the edge of the charts, in a sentence, if any do."""
-    values = np.array([trial["value"] for trial in valued(study)], float)
+    """A sentence about values beyond the axis of the charts; empty if there are none."""
+    values = np.array([trial["value"] for trial in trials_with_value(study)], float)
     worse = int(((values < scale.low) | (values > scale.high)).sum())
     if not worse:
         return ""
-    end = scale.text(scale.low if scale.is_rising else scale.high)
-    trials = "1 trial stands" if worse == 1 else f"{worse:,} trials stand"
-    return f"{trials} at the edge of the axis of values, being worse than {end}."
+    end = scale.format_value(scale.low if scale.is_rising else scale.high)
+    trials = "1 trial is" if worse == 1 else f"{worse:,} trials are"
+    return f"{trials} worse than {end} and drawn at the edge of the axis."
 
 
 def missing(study: Study) -> dict[str, str]:
-    """Why a section is not there, in a sentence, by its name."""
+    """A sentence for each missing section with the reason, by the section's name."""
     none_started = "No trial has been started."
     why = {"trials": none_started}
     have_all_failed = {trial["state"] for trial in study["trials"]} == {"failed"}
     none = none_started
     if study["trials"]:
-        none = "No trial has a value" + (": all have failed." if have_all_failed else " yet.")
+        end = ": all trials have failed." if have_all_failed else " yet."
+        none = f"No trial has a value{end}"
     why |= {"history": none, "curves": none}
     if best_trial(study) is None:
-        why["best"] = "There is no best trial: none has been completed" + (
-            ", all have failed." if have_all_failed else " so far."
+        why["best"] = "There is no best trial, because " + (
+            "all trials have failed." if have_all_failed else "no trial is complete yet."
         )
     if not study["importance"]:
         note = study["importance_note"] or "The importance of the parameters is not known."
         why["importance"] = note
-    if len(compared(study)) < 2:
-        one = "A single trial has a value: from the second on, they can be compared."
-        why |= dict.fromkeys(("parallel", "slices"), one if compared(study) else none)
+    if len(comparable_trials(study)) < 2:
+        one = "Only one trial has a value; a comparison needs two."
+        why |= dict.fromkeys(("parallel", "slices"), one if comparable_trials(study) else none)
     elif not study["space"]:
         why |= dict.fromkeys(("parallel", "slices"), "The study has no parameters.")
     return why

@@ -18,31 +18,31 @@ from cnn_jax.report.study_values import (
     Scale,
     Study,
     Trial,
-    best_so_far,
     best_trial,
-    by_importance,
-    compared,
+    comparable_trials,
+    format_number,
     is_number,
-    number,
-    ordered,
-    parameter,
-    scale_of,
-    scale_of_all,
-    scale_of_complete,
-    valued,
+    parameter_value,
+    running_best,
+    scale_for_all_trials,
+    scale_for_complete_trials,
+    sorted_importance,
+    sorted_trials,
+    trials_with_value,
+    value_scale,
 )
 from cnn_jax.report.style import Theme
 
 
 class _Look(NamedTuple):
-    """How a state is drawn: its marker, its colour among the theme's lines, whether it is full."""
+    """The style of a state: its marker, the index of its colour, and whether it is filled."""
 
     marker: str
     line: int
-    is_full: bool
+    is_filled: bool
 
 
-# Those that matter most are last, and so on top.
+# States are drawn in this order, so the most important state is on top.
 _STATES = {
     "failed": _Look("x", 3, True),
     "pruned": _Look("v", 5, False),
@@ -51,48 +51,49 @@ _STATES = {
 }
 
 
-# By trial and by epoch.
+# Charts over trials and epochs.
 
 
 def history(study: Study, figure: Figure, theme: Theme) -> None:
-    """The value of each trial by its number, and the best of the complete ones so far.
+    """The value of each trial by its number, and the running best of the complete trials.
 
-    Failed trials without a value stand at the foot.
+    Failed trials without a value are drawn at the lower edge.
     """
     axes = style.plain(figure.subplots(), theme)
-    scale, trials = scale_of_all(study), valued(study)
-    for state, some in _by_state(trials):
+    scale, trials = scale_for_all_trials(study), trials_with_value(study)
+    for state, some in _trials_by_state(trials):
         numbers = [trial["number"] for trial in some]
-        values = scale.at_edge([trial["value"] for trial in some])
+        values = scale.clip([trial["value"] for trial in some])
         axes.scatter(numbers, values, label=state, **_marks(state, theme, len(trials)))
     _draw_failed(study, axes, theme)
-    _draw_best_so_far(study, scale, axes, theme)
+    _draw_running_best(study, scale, axes, theme)
     _draw_value_axis(scale, axes)
     _draw_counting_axis("trial", axes)
     _legend_above(axes, theme)
 
 
 def _draw_failed(study: Study, axes: Axes, theme: Theme) -> None:
-    """Those without a value."""
+    """Draws the failed trials without a value at the lower edge."""
     failed = [
         trial["number"]
         for trial in study["trials"]
         if trial["state"] == "failed" and not is_number(trial["value"])
     ]
     if failed:
-        foot = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        lower_edge = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         marks = _marks("failed", theme, len(failed))
-        axes.scatter(failed, [0.0] * len(failed), label="failed", **foot, **marks)
+        axes.scatter(failed, [0.0] * len(failed), label="failed", **lower_edge, **marks)
 
 
-def _draw_best_so_far(study: Study, scale: Scale, axes: Axes, theme: Theme) -> None:
-    numbers, values = best_so_far(study)
+def _draw_running_best(study: Study, scale: Scale, axes: Axes, theme: Theme) -> None:
+    """Draws the best value of the complete trials up to each trial."""
+    numbers, values = running_best(study)
     if not numbers:
         return
-    last = ordered(study)[-1]["number"]  # The best stands until the end.
+    last = sorted_trials(study)[-1]["number"]  # The line ends at the last trial.
     axes.step(
         [*numbers, last],
-        scale.at_edge([*values, values[-1]]),
+        scale.clip([*values, values[-1]]),
         where="post",
         color=theme.second,
         linewidth=1.5,
@@ -101,11 +102,11 @@ def _draw_best_so_far(study: Study, scale: Scale, axes: Axes, theme: Theme) -> N
 
 
 def curves(study: Study, figure: Figure, theme: Theme) -> None:
-    """The monitored value of each trial by epoch; the best trial on top of all others."""
+    """The monitored value of each trial by epoch, with the best trial on top."""
     axes = style.plain(figure.subplots(), theme)
     best = best_trial(study)
-    others = [trial for trial in ordered(study) if trial is not best]
-    for state, trials in _by_state(others):
+    others = [trial for trial in sorted_trials(study) if trial is not best]
+    for state, trials in _trials_by_state(others):
         lines = [_line(trial) for trial in trials if trial["curve"]]
         if lines:
             _draw_lines(lines, state, line_alpha(len(others)), axes, theme)
@@ -114,8 +115,8 @@ def curves(study: Study, figure: Figure, theme: Theme) -> None:
         marker = "o" if len(values) == 1 else ""
         axes.plot(epochs, values, color=theme.second, linewidth=2, marker=marker, label="best")
     everything = [v for trial in study["trials"] for v in trial["curve"] if is_number(v)]
-    # Curves begin far from their ends.
-    _draw_value_axis(scale_of(study, everything, reach=10), axes)
+    # First epochs are far worse than last epochs, so the axis needs a longer reach.
+    _draw_value_axis(value_scale(study, everything, reach=10), axes)
     _draw_counting_axis("epoch", axes)
     _legend_above(axes, theme)
 
@@ -123,30 +124,30 @@ def curves(study: Study, figure: Figure, theme: Theme) -> None:
 def _draw_lines(
     lines: Sequence[Float[np.ndarray, "_ 2"]], state: str, alpha: float, axes: Axes, theme: Theme
 ) -> None:
-    """The curves of a state; complete trials stand out."""
+    """Draws the curves of a state; complete trials have thicker lines."""
     colour = theme.lines[_STATES[state].line]
     width = 1.0 if state == "complete" else 0.6
     alpha *= 1 if state == "complete" else 0.7
     axes.add_collection(LineCollection(lines, color=colour, linewidths=width, alpha=alpha))
-    # Where it ends: a curve of one epoch is nothing else.
+    # A dot at the end of each curve; a curve of one epoch has no line.
     ends = np.array([line[-1] for line in lines])
     axes.scatter(*ends.T, s=4, color=colour, alpha=alpha, linewidths=0)
     axes.plot([], [], color=colour, linewidth=1.4, label=state)
 
 
 def _line(trial: Trial) -> Float[np.ndarray, "epochs 2"]:
-    """Epochs from 1, and values; what is no number leaves a gap."""
+    """Epochs from 1, and values; NaN, which leaves a gap, for values that are not finite."""
     values = [value if is_number(value) else math.nan for value in trial["curve"]]
     return np.column_stack([np.arange(1, len(values) + 1), np.array(values, float)])
 
 
-# By parameter.
+# Charts of parameters.
 
 
 def importance(study: Study, figure: Figure, theme: Theme) -> None:
-    """A bar for each parameter, the most important first."""
+    """The importance of each parameter as a bar, the largest first."""
     axes = style.plain(figure.subplots(), theme)
-    shares = by_importance(study)
+    shares = sorted_importance(study)
     bars = axes.barh(range(len(shares)), list(shares.values()), color=theme.accent)
     texts = [f"{100 * share:.1f}" for share in shares.values()]
     axes.bar_label(bars, texts, padding=3, color=theme.ink, size=style.TEXT_SIZE)
@@ -156,22 +157,22 @@ def importance(study: Study, figure: Figure, theme: Theme) -> None:
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(style.percent())
-    # Room for the number at the end of the longest bar.
-    axes.set(xlim=(0, max(1.15 * max(shares.values()), 0.01)), xlabel="share (%)")
+    # The number at the end of the longest bar needs room.
+    axes.set(xlim=(0, max(1.15 * max(shares.values()), 0.01)), xlabel="importance (%)")
 
 
 def value_by_parameter(study: Study, key: str, figure: Figure, theme: Theme) -> None:
-    """The value of each trial by that of one parameter."""
+    """The value of each trial by the value of one parameter."""
     axes = style.plain(figure.subplots(), theme)
-    scale, range_, best = scale_of_complete(study), study["space"][key], best_trial(study)
-    trials = compared(study)
-    for state, some in _by_state(trials):
-        across = [_across(range_, trial, key) for trial in some]
-        values = scale.at_edge([trial["value"] for trial in some])
+    scale, range_, best = scale_for_complete_trials(study), study["space"][key], best_trial(study)
+    trials = comparable_trials(study)
+    for state, some in _trials_by_state(trials):
+        across = [_axis_position(range_, trial, key) for trial in some]
+        values = scale.clip([trial["value"] for trial in some])
         axes.scatter(across, values, **_marks(state, theme, len(trials)))
     if best in trials:
         star = {"marker": "*", "s": 90, "color": theme.second, "zorder": 3}
-        axes.scatter([_across(range_, best, key)], scale.at_edge([best["value"]]), **star)
+        axes.scatter([_axis_position(range_, best, key)], scale.clip([best["value"]]), **star)
     _draw_value_axis(scale, axes)
     if range_["kind"] == "categorical":
         _draw_category_axis(range_, axes)
@@ -179,75 +180,76 @@ def value_by_parameter(study: Study, key: str, figure: Figure, theme: Theme) -> 
         _draw_number_axis(range_, axes)
 
 
-def _across(range_: Range, trial: Trial, key: str) -> float:
-    """Where a trial stands on a parameter's axis: those of a category side by side, not on top."""
-    value = parameter(trial, key)
+def _axis_position(range_: Range, trial: Trial, key: str) -> float:
+    """A trial's position on a parameter's axis; trials with the same choice are side by side."""
+    value = parameter_value(trial, key)
     if range_["kind"] != "categorical":
         return value if is_number(value) else math.nan
     if value not in range_["choices"]:
         return math.nan
-    golden = (math.sqrt(5) - 1) / 2  # Its multiples spread evenly, however many there are.
+    golden = (math.sqrt(5) - 1) / 2  # Its multiples modulo 1 are evenly spread.
     return range_["choices"].index(value) + 0.4 * (trial["number"] * golden % 1 - 0.5)
 
 
 def _draw_category_axis(range_: Range, axes: Axes) -> None:
-    """There is room for a dozen names, and for few letters side by side."""
+    """Labels an axis with at most 13 choices; long names are slanted."""
     names = style.tick_names([str(choice) for choice in range_["choices"]])
-    shown = every_so_many(len(names), math.ceil(len(names) / 12))
+    shown = spaced_indices(len(names), math.ceil(len(names) / 12))
     labels = [names[index] for index in shown]
     is_tight = sum(map(len, labels)) > 36
-    turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
-    axes.set_xticks(shown, labels, parse_math=False, **turned)
+    slant = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
+    axes.set_xticks(shown, labels, parse_math=False, **slant)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.grid(visible=False, axis="x")
 
 
 def _draw_number_axis(range_: Range, axes: Axes) -> None:
+    """Scales and labels the axis of a numeric parameter."""
     low, high = range_["low"], range_["high"]
     if range_["log"]:
         axes.set_xscale("log")
         subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0,)
         axes.xaxis.set_major_locator(LogLocator(subs=subs))
         axes.xaxis.set_minor_locator(NullLocator())
-        around = (high / low) ** 0.04
-        ends = (low / around, high * around)
+        margin = (high / low) ** 0.04
+        ends = (low / margin, high * margin)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=range_["kind"] == "int"))
-        around = 0.04 * (high - low)
-        ends = (low - around, high + around)
+        margin = 0.04 * (high - low)
+        ends = (low - margin, high + margin)
     if low < high:
         axes.set_xlim(*ends)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
 
 
-# Looks.
+# Styles.
 
 
-def _by_state(trials: Sequence[Trial]) -> Iterator[tuple[str, list[Trial]]]:
-    """The trials of each state that there is, in the order in which they are drawn."""
+def _trials_by_state(trials: Sequence[Trial]) -> Iterator[tuple[str, list[Trial]]]:
+    """Yields each state that occurs with its trials, in drawing order."""
     for state in _STATES:
         if found := [trial for trial in trials if trial["state"] == state]:
             yield state, found
 
 
 def _marks(state: str, theme: Theme, count: int) -> dict[str, Any]:
-    """How the points of a state are drawn where there are so many trials."""
+    """The style of the points of a state; the points are smaller for more than 100 trials."""
     look = _STATES[state]
     colour = theme.lines[look.line]
     size = 22 if count <= 100 else 12
     marks = {"marker": look.marker, "s": size, "linewidths": 0.9, "alpha": 0.8}
-    if not look.is_full:
+    if not look.is_filled:
         return marks | {"facecolors": "none", "edgecolors": colour}
     return marks | {"color": colour}
 
 
 def line_alpha(lines: int) -> float:
-    """Of a line among so many: where they lie upon each other they can still be told apart."""
+    """The opacity of each of `lines` lines; more lines are more transparent."""
     return float(np.clip(6 / math.sqrt(max(lines, 1)), 0.3, 0.9))
 
 
 def axis_names(keys: Sequence[str]) -> list[str]:
-    """What stands for each parameter: the last part of its key, where that is no other's."""
+    """The label of each parameter: the last part of its key if that is unique, else the key."""
     last = [key.rpartition(".")[2] for key in keys]
     counts = collections.Counter(last)
     return style.tick_names(
@@ -255,28 +257,29 @@ def axis_names(keys: Sequence[str]) -> list[str]:
     )
 
 
-def every_so_many(count: int, every: int) -> list[int]:
-    """Every so many of them, and the last, which takes the place of one that is too near."""
+def spaced_indices(count: int, every: int) -> list[int]:
+    """Every `every`-th index below `count`, and the last index instead of a nearer one."""
     last = count - 1
     return [*(index for index in range(0, last, every) if last - index >= every), last]
 
 
 def _draw_value_axis(scale: Scale, axes: Axes) -> None:
-    around = 0.05 * (scale.high - scale.low)
-    axes.set(ylim=(scale.low - around, scale.high + around), ylabel=scale.label)
+    """Scales and labels the axis of the monitored value."""
+    margin = 0.05 * (scale.high - scale.low)
+    axes.set(ylim=(scale.low - margin, scale.high + margin), ylabel=scale.label)
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scale.tick(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scale.format_tick(value)))
 
 
 def _draw_counting_axis(label: str, axes: Axes) -> None:
-    """Of trials or epochs, which have whole numbers."""
+    """Labels an axis of whole numbers."""
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.grid(visible=False, axis="x")
     axes.set(xlabel=label)
 
 
 def _legend_above(axes: Axes, theme: Theme) -> None:
-    """The states in the reverse of the order in which they are drawn, each once."""
+    """Draws a legend above the axes, with each state once, the most important first."""
     handles, labels = axes.get_legend_handles_labels()
     drawn = dict(zip(labels, handles, strict=True))
     order = [label for label in [*reversed(_STATES), "best so far", "best"] if label in drawn]

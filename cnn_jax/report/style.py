@@ -1,7 +1,7 @@
-"""What all pages and charts look alike in: colours, axes, templates.
+"""The common style of all pages and charts: colours, axes, templates.
 
-Names of classes and files come from outside. None of them becomes a file's name or a part of a
-page's markup; a chart shows one only where Matplotlib's font can draw it.
+Names of classes and files are untrusted. They never become names of files or markup of a page; a
+chart shows a name only if Matplotlib's font can draw it.
 """
 
 import base64
@@ -28,32 +28,32 @@ from PIL import Image
 
 from cnn_jax.system.errors import printable
 
-# Of a chart, in inches; and dots per inch of its file.
+# The size of a chart in inches, and the dots per inch of its file.
 SIZE = (4.0, 3.0)
 DPI = 144
 TEXT_SIZE = 8.5
-# A longer name is cut short on an axis.
-_LONGEST_NAME = 24
+# The longest name on an axis, in characters.
+_MAX_NAME = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
     """Colours of a chart on a light or a dark page.
 
-    Those that are compared are of Okabe and Ito's (2008), which the colour-blind can tell apart:
-    the darker ones on a light page, the lighter ones on a dark one.
+    The colours `first`, `second` and `lines` are from the palette of Okabe and Ito (2008), which
+    colour-blind people can distinguish.
 
     Attributes:
-      suffix: Of the names of its files.
-      ground: The page's.
+      suffix: The end of the names of its files.
+      ground: The background of the page.
       ink: Text.
       line: Grids.
-      accent: What stands alone.
-      first: What is compared with `second`.
-      second: What is compared with `first`.
-      channels: R, G and B.
-      ramp: From the least to the most of something, in one hue.
-      lines: Of several lines in one chart, also Okabe and Ito's.
+      accent: Data of a single kind.
+      first: The first of two kinds of data.
+      second: The second of two kinds of data.
+      channels: The channels R, G and B of images.
+      ramp: A sequence in one hue, from the least to the largest value.
+      lines: Several lines in one chart.
     """
 
     suffix: str
@@ -69,7 +69,7 @@ class Theme:
 
     @property
     def colours(self) -> LinearSegmentedColormap:
-        """The ramp as Matplotlib takes it."""
+        """The ramp as a Matplotlib colour map."""
         return LinearSegmentedColormap.from_list("ramp", self.ramp)
 
 
@@ -104,12 +104,12 @@ Plot = Callable[[Figure, Theme], None]
 
 
 def draw(path: pathlib.Path, plot: Plot, size: tuple[float, float] = SIZE, dpi: int = DPI) -> None:
-    """Saves a chart in both themes on a transparent ground, the dark one beside the light one.
+    """Saves a chart in both themes on a transparent background.
 
-    The text is the same in both, so the light chart's layout, half of the work, is the dark one's.
+    The layout is half of the work. It is computed once, because both themes have the same text.
 
     Args:
-      path: The file of the light chart.
+      path: The file of the light chart; the dark chart is saved beside it.
       plot: Draws the chart.
       size: (width, height) in inches.
       dpi: Dots per inch of the files.
@@ -123,14 +123,14 @@ def draw(path: pathlib.Path, plot: Plot, size: tuple[float, float] = SIZE, dpi: 
             part.patch.set_alpha(0)
         for axes, position in zip(figure.axes, positions, strict=False):
             axes.set_position(position)
-        canvas.draw()  # Once, where `savefig` lays out and draws twice.
+        canvas.draw()  # `savefig` would draw twice.
         positions = [axes.get_position(original=True) for axes in figure.axes]
         pixels = np.asarray(canvas.buffer_rgba())
         Image.fromarray(pixels).save(path.with_stem(path.stem + theme.suffix), dpi=(dpi, dpi))
 
 
 def plain(axes: Axes, theme: Theme) -> Axes:
-    """Axes with a quiet grid and without a frame."""
+    """Gives axes a light grid and no frame; returns the axes."""
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -142,29 +142,30 @@ def plain(axes: Axes, theme: Theme) -> Axes:
 
 
 def legend(axes: Axes, theme: Theme, **options: Any) -> None:
-    """A quiet legend; `options` are Matplotlib's."""
+    """Draws a legend without a frame; `options` are those of Matplotlib."""
     defaults = {"frameon": False, "fontsize": TEXT_SIZE, "handlelength": 1.6}
     axes.legend(**(defaults | options), labelcolor=theme.ink)
 
 
 def ink_on(colour: tuple[float, float, float, float]) -> str:
-    """Of text on this colour: dark on a light one, light on a dark one."""
+    """The colour of text on a background: dark on a light background, else light."""
     red, green, blue, _ = colour
-    # As bright as the eye sees it (ITU-R BT.709).
+    # Relative luminance (ITU-R BT.709).
     return "#1b1f24" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45 else "#ffffff"
 
 
 def thousands() -> FuncFormatter:
+    """A formatter of whole numbers such as "2,000"."""
     return FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
 def percent() -> FuncFormatter:
-    """Of an axis whose label says that it is in percent."""
+    """A formatter of fractions as percentages without a sign, which the axis label has."""
     return FuncFormatter(lambda value, _: f"{100 * value:.3g}")
 
 
 def tick_names(class_names: Sequence[str]) -> list[str]:
-    """What stands for each class on an axis: its name or, if that cannot be drawn, its number."""
+    """The label of each class on an axis: its name, or its number if the name cannot be drawn."""
     return [_tick_name(name, number) for number, name in enumerate(class_names)]
 
 
@@ -175,24 +176,25 @@ def _tick_name(name: str, number: int) -> str:
 
 
 def shorten(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    """A name with at most 24 characters, the last of which may be an ellipsis."""
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
 
 
 def _can_be_drawn(character: str) -> bool:
-    """Whether the font has it, and it stands for itself, from left to right."""
-    reads_to_the_right = unicodedata.bidirectional(character) not in ("R", "AL")
-    return character.isprintable() and reads_to_the_right and ord(character) in _glyphs()
+    """Whether the font has a character that is printed from left to right."""
+    is_left_to_right = unicodedata.bidirectional(character) not in ("R", "AL")
+    return character.isprintable() and is_left_to_right and ord(character) in _glyphs()
 
 
 @functools.cache
 def _glyphs() -> frozenset[int]:
-    """The code points that Matplotlib's own font, DejaVu Sans, has."""
+    """The code points in DejaVu Sans, the default font of Matplotlib."""
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     return frozenset(font.get_charmap())
 
 
 def template(name: str) -> jinja2.Template:
-    """A page of this package. What is put into it is escaped, and names stand on one line."""
+    """Loads a page template of this package; inserted texts are escaped and kept on one line."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cnn_jax.report", "."),
         autoescape=True,
@@ -203,7 +205,7 @@ def template(name: str) -> jinja2.Template:
     )
     environment.filters |= {
         "number": lambda value: f"{value:,}",
-        "percent": lambda share, digits=1: f"{100 * share:.{digits}f} %",
+        "percent": lambda fraction, digits=1: f"{100 * fraction:.{digits}f} %",
         "points": lambda difference, digits=1: f"{100 * difference:.{digits}f} points",
         "decimal": lambda value, digits=4: f"{value:.{digits}f}",
     }
@@ -211,21 +213,27 @@ def template(name: str) -> jinja2.Template:
 
 
 def _on_one_line(text: str) -> str:
-    """A text for a page: percentages do not break, and what is not printable is escaped."""
+    """A text for a page: no line break before %, and unprintable characters are escaped."""
     return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", printable(text))
 
 
 def data_uri(path: pathlib.Path) -> markupsafe.Markup:
-    """A PNG file as a part of the page; it has nothing to escape, which would take a second."""
+    """A PNG file as a data URI.
+
+    It is marked as safe because escaping such a long text takes a second.
+    """
     encoded = base64.b64encode(path.read_bytes()).decode()
     return markupsafe.Markup(f"data:image/png;base64,{encoded}")
 
 
 def embedded(path: pathlib.Path) -> dict[str, Any]:
-    """A chart for a light and a dark page, and its size in the page's pixels.
+    """A chart as data URIs.
 
     Args:
-      path: Of the light one. The dark one lies beside it.
+      path: The file of the light chart; the dark chart is beside it.
+
+    Returns:
+      The data URIs "light" and "dark", and "width" and "height" in CSS pixels.
     """
     with Image.open(path) as image:
         width, height = image.size
@@ -239,7 +247,7 @@ def embedded(path: pathlib.Path) -> dict[str, Any]:
 
 
 def sorting_script() -> dict[str, str]:
-    """What sorts a page's tables, and the digest by which the page allows no other script."""
+    """The script that sorts tables, and the digest that allows only this script on the page."""
     script = importlib.resources.files("cnn_jax.report").joinpath("sort.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {"script": markupsafe.Markup(script), "script_digest": digest}

@@ -1,56 +1,88 @@
-"""The metrics of a run in words: its headline, what to look at first, and how it was measured."""
+"""Texts about the metrics of a run: the headline, remarks on what stands out, and the methods."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cnn_jax.data.findings import count
 from cnn_jax.inference.calibration import NUM_BINS
 from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width
 
-# A class this far below the mean F1, or images this often confused, stand out.
+# A class stands out if its F1 is this much below the mean F1.
 _WEAK = 0.1
+# A pair of classes stands out if it has this fraction of all mistakes.
 _OFTEN = 0.1
-# Suspected labels, and an error of calibration, worth a word.
+# The smallest fraction of suspected labels and the smallest calibration error with a remark.
 _SUSPECTED = 0.01
 _MISCALIBRATED = 0.05
 _MAX_REMARKS = 4
+# Classes that a remark names.
+_MAX_NAMED = 3
 
-# How the figures were made, by what they are of.
-METHODS = {
-    "figures": "Precision, recall and F1 are means over all classes; a class with nothing to "
-    "divide by counts 0. Intervals of 95 %: Wilson's (1927) for accuracy; for precision, recall "
-    "and F1 percentiles of 1,000 bootstrap resamples of the images (Efron 1979); the normal "
+# How each section was measured; `methods` adds the section on explanations.
+_METHODS = {
+    "figures": "Precision, recall and F1 are means over all classes; a quotient with a zero "
+    "divisor counts as 0. Confidence intervals (95 %): Wilson (1927) for accuracy; percentiles of "
+    "1,000 bootstrap resamples of the images (Efron 1979) for precision, recall and F1; a normal "
     "approximation for the loss, which is the mean cross-entropy in nats.",
-    "confusion": "Classes that are taken for each other stand together: hierarchical clustering "
-    "with optimal leaf ordering (Bar-Joseph, Gifford and Jaakkola 2001). The square root of a "
-    "value is its colour, so that rare confusions can be seen.",
-    "calibration": f"Expected calibration error: the mean distance of confidence and accuracy "
-    f"over {NUM_BINS} bins of equal width (Naeini et al. 2015). Brier score: the mean squared "
-    "distance from the truth over all classes, 0 to 2 (Brier 1950). Temperature scaling: Guo et "
-    "al. 2017.",
+    "confusion": "Classes that are often confused stand next to each other: hierarchical "
+    "clustering with optimal leaf ordering (Bar-Joseph, Gifford and Jaakkola 2001). The colour "
+    "shows the square root of the value, so that rare confusions can be seen.",
+    "calibration": f"Expected calibration error: the mean distance between confidence and "
+    f"accuracy over {NUM_BINS} bins of equal width (Naeini et al. 2015). A perfectly calibrated "
+    "network: the error in simulations in which each prediction is correct with a probability "
+    "equal to its confidence. Brier score: the mean squared distance from the true class over "
+    "all classes, 0 to 2 (Brier 1950). Temperature scaling: Guo et al. 2017.",
     "coverage": "Selective prediction (El-Yaniv and Wiener 2010) on the test images.",
-    "label_errors": "Confident learning (Northcutt, Jiang and Chuang 2021) on validation and test, "
-    "which the network was not trained on: an image is suspect if the network takes it for another "
-    "class, as surely as it usually takes images of that class for it. The first have the lowest "
-    "normalised margin.",
-    "explanations": "Grad-CAM: Selvaraju et al. 2017. Grad-CAM++: Chattopadhay et al. 2018. "
-    "Layer-CAM: Jiang et al. 2021. CAM: Zhou et al. 2016. Randomization (Adebayo et al. 2018): "
-    "maps must change when the weights are shuffled. Deletion and insertion (Petsiuk et al. 2018): "
-    "the class's probability must fall faster, or come back sooner, when pixels go or come in the "
-    "order of the map than in that of a random map and of the distance from the centre. Pointing "
-    "game (Zhang et al. 2018), where it is known where the object is: the map's largest value must "
-    "lie on it more often than the centre and than a random pixel. A check is passed where 95 % "
-    "confidence intervals of the differences leave no doubt. Importance: Breiman 2001.",
-    "robustness": "The 19 corruptions of ImageNet-C (Hendrycks and Dietterich 2019), distances "
-    "scaled to the size of the images, and more qualities of photographs, at severities 1 to 5. "
-    "Sharpness: the variance of the Laplacian (Pech-Pacheco et al. 2000). Intervals of 95 %: "
-    "Wilson's.",
+    "label_errors": "Confident learning (Northcutt, Jiang and Chuang 2021) on validation and "
+    "test, because the network was not trained on these images. A label is suspect if the network "
+    "predicts another class with at least the confidence that it usually has for images of that "
+    "class. Images are sorted by their normalised margin, the smallest first.",
+    "robustness": "The 19 corruptions of ImageNet-C (Hendrycks and Dietterich 2019), with "
+    "distances scaled to the size of the images, and further changes that occur in photographs, "
+    "at severities 1 to 5. Sharpness: the variance of the Laplacian (Pech-Pacheco et al. 2000). "
+    "Confidence intervals (95 %): Wilson.",
+}
+_MAP_METHODS = {
+    "grad_cam": "Grad-CAM: Selvaraju et al. 2017.",
+    "grad_cam_plus_plus": "Grad-CAM++: Chattopadhay et al. 2018.",
+    "layer_cam": "Layer-CAM: Jiang et al. 2021.",
+    "cam": "CAM: Zhou et al. 2016.",
+}
+_CHECKS = {
+    "randomization": "Randomization (Adebayo et al. 2018): maps must change when the weights are "
+    "shuffled.",
+    "deletion": "Deletion (Petsiuk et al. 2018): when pixels are removed in the order of the map, "
+    "the probability of the class must fall faster than in a random order and than from the "
+    "centre outwards.",
+    "insertion": "Insertion (Petsiuk et al. 2018): when pixels are restored in the order of the "
+    "map, the probability must rise faster than in these two orders.",
+    "pointing_game": "Pointing game (Zhang et al. 2018): the largest value of the map must lie on "
+    "the object more often than a random pixel and than the centre.",
 }
 
 
+def methods(figures: Mapping[str, Any]) -> dict[str, str]:
+    """How each section was measured, with the sources of the methods, by section.
+
+    Args:
+      figures: The content of metrics.json; only map methods and checks that it has are named.
+    """
+    if "explanations" not in figures:
+        return _METHODS
+    maps = figures["explanations"]["methods"]
+    checks = {check for method in maps.values() for check in method["checks"]}
+    sentences = [
+        *(text for name, text in _MAP_METHODS.items() if name in maps),
+        *(text for name, text in _CHECKS.items() if name in checks),
+        "A method passes a check if the 95 % confidence intervals of the differences exclude 0.",
+        "Importance: Breiman 2001.",
+    ]
+    return _METHODS | {"explanations": " ".join(sentences)}
+
+
 def duration(seconds: float) -> str:
-    """Such as "2 min 29 s"."""
+    """A duration such as "2 min 29 s"."""
     whole = round(seconds)
     hours, minutes, seconds = whole // 3600, whole // 60 % 60, whole % 60
     if hours:
@@ -58,8 +90,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-# What the time after training is spent on: in metrics.json, and in words. The other sections
-# together take less than any of these.
+# The tasks after training that are listed, by their names in metrics.json. All other tasks
+# together take less time than each of these.
 _TASKS = {
     "measuring": "measuring",
     "explanations": "explanations",
@@ -70,20 +102,20 @@ _TASKS = {
 
 
 def time_spent(training: float, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Where the time after training went.
+    """The time after training, by task.
 
     Args:
       training: Seconds of all epochs.
-      seconds: Seconds by what they were spent on after training.
+      seconds: Seconds of each task after training.
 
     Returns:
-      "training" and "after_training", in seconds; "parts", seconds by task, "other" last; and
-      "words".
+      "training" and "after_training", in seconds; "parts", seconds by task with "other" last;
+      and "words", a text.
     """
     total = sum(seconds.values())
     parts = {name: seconds[name] for name in _TASKS if name in seconds}
     parts["other"] = total - sum(parts.values())
-    listed = ", ".join(f"{_TASKS.get(name, name)} {of:.0f} s" for name, of in parts.items())
+    listed = ", ".join(f"{_TASKS.get(name, name)} {spent:.0f} s" for name, spent in parts.items())
     text = f"training {duration(training)}, then {duration(total)}: {listed}"
     if "explanations" in parts:
         text += "; report.detail=figures takes less"
@@ -107,7 +139,8 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
       figures: The content of metrics.json.
 
     Returns:
-      "headline", and "remarks", each with "text" and the "section" that shows it.
+      "headline"; "remarks", each with "text" and the "section" that shows it; and, if they
+      apply, "absent_classes" and "small_test_split".
     """
     test = figures.get("test")
     if test is None:
@@ -120,62 +153,98 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
     )
     if "guessing" in figures:
         headline += f" {_compared_with_guessing(figures['guessing'], test)}"
+    absent = _absent_classes(test)
     remarks = [
-        *_of_classes(test, figures.get("train")),
-        *_of_curves(figures.get("curves")),
-        *_of_pairs(figures.get("confusion")),
-        *_of_labels(figures.get("label_errors")),
-        *_of_calibration(figures.get("calibration")),
-        *_of_size(test),
+        *([{"text": absent, "section": "figures"}] if absent else []),
+        *_class_remarks(test, figures.get("train")),
+        *_curve_remarks(figures.get("curves")),
+        *_pair_remarks(figures.get("confusion")),
+        *_label_remarks(figures.get("label_errors")),
+        *_calibration_remarks(figures.get("calibration")),
+        *_size_remarks(test),
     ]
     if not remarks:
-        text = "No class, pair of classes or label stands out; see the mistakes one by one."
+        text = "No class, pair of classes or label stands out; look through the mistakes."
         remarks = [{"text": text, "section": "mistakes"}]
     found = {"headline": headline, "remarks": remarks[:_MAX_REMARKS]}
-    if _of_size(test) and "run" in figures:
-        found["small_test_split"] = _on_small_test_split(test, figures["run"])
+    if absent:
+        found["absent_classes"] = absent
+    if _size_remarks(test) and "run" in figures:
+        found["small_test_split"] = _small_test_split(test, figures["run"])
     return found
 
 
+def _absent_classes(test: Mapping[str, Any]) -> str:
+    """A text about classes without test images and the means without them, or ""."""
+    absent = [name for name, row in test["per_class"].items() if not row["support"]]
+    if not absent or len(absent) == len(test["per_class"]):
+        return ""
+    means = (
+        f"{name} {percent(_mean_of_present(test, key), 2)}"
+        for key, name in (("precision", "precision"), ("recall", "recall"), ("f1", "F1"))
+    )
+    if len(absent) == 1:
+        start = f"The class {absent[0]} has no test images. It counts"
+    else:
+        start = f"{len(absent):,} classes have no test images: {_some(absent)}. They count"
+    return (
+        f"{start} as 0 in precision, recall and F1. The means over the other classes are: "
+        f"{', '.join(means)}."
+    )
+
+
+def _mean_of_present(test: Mapping[str, Any], key: str) -> float:
+    """The mean of a metric over the classes that have test images; 0 if there are none."""
+    values = [row[key] for row in test["per_class"].values() if row["support"]]
+    return sum(values) / max(len(values), 1)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three names, and the number of the other classes."""
+    rest = len(names) - _MAX_NAMED
+    more = f" and {count(rest, 'other class', 'other classes')}" if rest > 0 else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
+
+
 def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]) -> str:
-    """How the network compares with always naming the most common class, in a sentence or two."""
+    """A text that compares the network with always naming the most common test class."""
     guess = (
-        f"Always naming {guessing['class']}, the most common class, would be right for "
-        f"{percent(guessing['accuracy'])}"
+        f"Always naming {guessing['class']}, the most common class of the test images, would be "
+        f"correct for {percent(guessing['accuracy'])}"
     )
     if guessing["verdict"] == "better":
         return f"{guess}."
     if guessing["verdict"] == "informative":
         return (
-            f"{guess}, and the network is not shown to be better than that. It does tell classes "
-            f"apart: its mean recall is {percent(test['recall'])}, where guessing has "
-            f"{percent(1 / len(test['per_class']))}."
+            f"{guess}, and the network is not shown to have a higher accuracy. But its predictions "
+            f"depend on the class: its mean recall is {percent(test['recall'])}; that of guessing "
+            f"is {percent(1 / len(test['per_class']))}."
         )
     if guessing["verdict"] == "worse":
         return f"{guess}: the network is worse than guessing."
     return f"{guess}: the network is not shown to be better than guessing."
 
 
-def _of_size(test: Mapping[str, Any]) -> list[dict[str, str]]:
-    """How vaguely accuracy is known, if a small test split is the reason, and what helps."""
+def _size_remarks(test: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A remark on a small test split and the width of its confidence interval."""
     reach = half_width(test["confidence_intervals"]["accuracy"])
     if reach < MAX_HALF_WIDTH:
         return []
     text = (
         f"{count(test['count'], 'test image')}: accuracy is known to ± {points(reach, 0)}. "
-        "Smaller differences may be chance; the mean over several seeds is known better."
+        "Smaller differences may be chance; the mean over several seeds is more precise."
     )
     return [{"text": text, "section": "figures"}]
 
 
-def _on_small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
-    """What to do about a small test split: "words", and "command", which repeats the run."""
+def _small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """Advice for a small test split: "words", "command" to repeat the run, and "stratify"."""
     reach = half_width(test["confidence_intervals"]["accuracy"])
     text = (
         f"With {count(test['count'], 'test image')}, accuracy is known to "
-        f"± {points(reach)}. Another seed draws other splits and weights, so the mean "
-        "over several runs says more than one of them, and their standard deviation says how far "
-        "they differ:"
+        f"± {points(reach)}. Another seed draws other splits and weights. The mean over "
+        "several runs is more precise than a single run, and the standard deviation shows how "
+        "much runs differ:"
     )
     folder = run["folder"]
     command = (
@@ -186,56 +255,61 @@ def _on_small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dic
     found = {"words": text, "command": command}
     if run["configuration"]["data"].get("stratify") == "stable":
         found["stratify"] = (
-            "data.stratify=exact gives each split its exact fraction of every class, where "
-            "stable leaves that to chance."
+            "data.stratify=exact gives each split its exact fraction of every class. With "
+            "data.stratify=stable, the fractions vary by chance."
         )
     return found
 
 
-def _of_classes(test: Mapping[str, Any], train: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    present = {name: row for name, row in test["per_class"].items() if row["support"]}
+def _class_remarks(
+    test: Mapping[str, Any], train: Mapping[str, Any] | None
+) -> list[dict[str, str]]:
+    """Remarks on classes that are never predicted, and on the class with the lowest F1."""
+    tested = {name: row for name, row in test["per_class"].items() if row["support"]}
+    if not tested:
+        return []
     columns = zip(test["per_class"], zip(*test["confusion"], strict=True), strict=True)
-    never = [name for name, predicted in columns if name in present and not any(predicted)]
-    remarks = []
-    support = count(present[never[0]]["support"], "test image") if never else ""
+    never = [name for name, predicted in columns if name in tested and not any(predicted)]
+    texts = []
+    support = count(tested[never[0]]["support"], "test image") if never else ""
     if len(never) == 1:
-        remarks.append(
-            f"No test image is taken for {never[0]}: of {support}, "
-            f"{_taken_for(never[0], test, train)}."
+        texts.append(
+            f"{never[0]} is never predicted: of its {support}, "
+            f"{_predictions_text(never[0], test, train)}."
         )
     elif never:
-        more = f" and {count(len(never) - 3, 'other class', 'other classes')}" * (len(never) > 3)
-        remarks.append(
-            f"No test image is taken for {', '.join(never[:3])}{more}. "
-            f"Of {support} of {never[0]}, {_taken_for(never[0], test, train)}."
+        texts.append(
+            f"{len(never):,} classes are never predicted: {_some(never)}. "
+            f"Of {support} of {never[0]}, {_predictions_text(never[0], test, train)}."
         )
-    weakest = min(present, key=lambda name: present[name]["f1"])
-    f1 = present[weakest]["f1"]
-    if f1 < test["f1"] - _WEAK and weakest not in never:
-        remarks.append(
-            f"The weakest class is {weakest}: its F1 is {percent(f1)}, and {percent(test['f1'])} "
-            "on average."
+    weakest = min(tested, key=lambda name: tested[name]["f1"])
+    f1, mean = tested[weakest]["f1"], _mean_of_present(test, "f1")
+    if f1 < mean - _WEAK and weakest not in never:
+        texts.append(
+            f"The class with the lowest F1 is {weakest}: {percent(f1)}; the mean is "
+            f"{percent(mean)}."
         )
-    return [{"text": text, "section": "classes"} for text in remarks]
+    return [{"text": text, "section": "classes"} for text in texts]
 
 
-def _taken_for(name: str, test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
-    """The classes that test images of a class are taken for, and its number of training images."""
+def _predictions_text(name: str, test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
+    """A text about the predictions for a class, and its number of training images."""
     names = list(test["per_class"])
     row = test["confusion"][names.index(name)]
-    taken_for = sorted(range(len(row)), key=lambda label: -row[label])[:2]
-    verb = "is" if row[taken_for[0]] == 1 else "are"
-    first, *second = (f"for {names[label]}" for label in taken_for if row[label])
-    words = f"{row[taken_for[0]]:,} {verb} taken {first}"
+    predicted = sorted(range(len(row)), key=lambda label: -row[label])[:2]
+    verb = "is" if row[predicted[0]] == 1 else "are"
+    first, *second = (names[label] for label in predicted if row[label])
+    words = f"{row[predicted[0]]:,} {verb} predicted as {first}"
     if second:
-        words += f" and {row[taken_for[1]]:,} {second[0]}"
+        words += f" and {row[predicted[1]]:,} as {second[0]}"
     if train is None:
         return words
     trained = train["per_class"][name]["support"]
     return f"{words}; {trained:,} of {train['count']:,} training images are of this class"
 
 
-def _of_curves(curves: Mapping[str, Any] | None) -> list[dict[str, str]]:
+def _curve_remarks(curves: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """A remark on the verdict on the training, unless it is balanced."""
     texts = {
         "at chance": "The network is not shown to be better than guessing on validation",
         "overfits": "The network overfits",
@@ -255,32 +329,41 @@ def _of_curves(curves: Mapping[str, Any] | None) -> list[dict[str, str]]:
     return [{"text": text, "section": "curves"}]
 
 
-def _of_pairs(confusion: Mapping[str, Any] | None) -> list[dict[str, str]]:
+def _pair_remarks(confusion: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """A remark on the pair of classes that is confused most often."""
     if not confusion or not confusion["pairs"]:
         return []
     pair, errors = confusion["pairs"][0], confusion["errors"]
     if pair["count"] < max(2, _OFTEN * errors):
         return []
     text = (
-        f"Of {count(errors, 'mistake')}, {pair['count']:,} are {pair['true']} taken for "
-        f"{pair['predicted']}."
+        f"Of {count(errors, 'mistake')}, {pair['count']:,} are images of {pair['true']} that are "
+        f"predicted as {pair['predicted']}."
     )
     return [{"text": text, "section": "confusion"}]
 
 
-def _of_labels(suspected: Mapping[str, Any] | None) -> list[dict[str, str]]:
+def _label_remarks(suspected: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """A remark on labels that are probably wrong."""
     if not suspected or suspected["share"] < _SUSPECTED or not suspected["credible"]:
         return []
     text = (
         f"{suspected['suspected']:,} of {suspected['of']:,} labels of validation and test are "
-        "suspect: see whether the data or the network is wrong."
+        "suspect: check whether the label or the network is wrong."
     )
     return [{"text": text, "section": "label_errors"}]
 
 
-def _of_calibration(calibration: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    if not calibration or calibration["after"]["expected_calibration_error"] < _MISCALIBRATED:
+def _calibration_remarks(calibration: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """A remark on a calibration error that is large and not explained by chance."""
+    if not calibration:
         return []
     error = calibration["after"]["expected_calibration_error"]
-    text = f"Confidence and accuracy are {points(error)} apart, even after temperature scaling."
+    chance = calibration["calibrated"]["percentile_95"]
+    if error < _MISCALIBRATED or error <= chance:
+        return []
+    text = (
+        f"The expected calibration error is {points(error)}, even after temperature scaling; a "
+        f"perfectly calibrated network would show at most {points(chance)} in 95 % of cases."
+    )
     return [{"text": text, "section": "calibration"}]

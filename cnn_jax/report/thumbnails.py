@@ -14,9 +14,10 @@ from cnn_jax.system.errors import DataError
 def load_thumbnail(
     source: Source, index: int, preprocessing: Preprocessing, side: int
 ) -> Image.Image | None:
-    """An image that just fits into a square of `side` pixels; None if it cannot be read any more.
+    """Reads an image and resizes it so that its longer side has `side` pixels.
 
-    It keeps its shape, and a small one is enlarged.
+    Returns:
+      The image with its aspect ratio; None if the image can no longer be read.
     """
     try:
         with scan.one_large_file_at_a_time(source, index):
@@ -24,19 +25,19 @@ def load_thumbnail(
             pixels = decode.decode(encoded, preprocessing.max_pixels, preprocessing.white_level)
     except DataError:
         return None
-    return fitted(pixels, side)
+    return fit_to_square(pixels, side)
 
 
-def fitted(pixels: decode.Pixels, side: int) -> Image.Image:
-    """Pixels, enlarged or shrunk to just fit into a square of `side` pixels."""
+def fit_to_square(pixels: decode.Pixels, side: int) -> Image.Image:
+    """Resizes pixels so that the longer side has `side` pixels; keeps the aspect ratio."""
     height, width, _ = pixels.shape
     scale = side / max(height, width)
     size = max(round(width * scale), 1), max(round(height * scale), 1)
     return Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
 
 
-def in_a_row(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
-    """Images side by side on a transparent ground."""
+def join_in_row(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """Joins images side by side on a transparent background, `gap` pixels apart."""
     size = sum(image.width + gap for image in images) - gap, max(i.height for i in images)
     row = Image.new("RGBA", size, (0, 0, 0, 0))
     left = 0
@@ -47,5 +48,5 @@ def in_a_row(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
 
 
 def save_small(image: Image.Image, path: pathlib.Path) -> None:
-    """Saves an image in its 256 commonest colours, in half of the bytes: the page has many."""
+    """Saves an image in a palette of 256 colours, which halves the size of the file."""
     image.quantize(256).save(path, optimize=True)

@@ -1,7 +1,6 @@
 """Verdicts on measured metrics: whether a network beats guessing, and how its training went.
 
-Nothing is said that the numbers do not support: a difference counts where a test or separate
-95 % confidence intervals leave no doubt of it, and the verdict says so where they do not.
+A verdict names a difference only where a test or separate 95 % confidence intervals show it.
 """
 
 import math
@@ -10,64 +9,65 @@ from typing import Any
 
 import numpy as np
 import scipy.special
+import scipy.stats
+from jaxtyping import Float
 
 from cnn_jax.data.findings import count
+from cnn_jax.inference.calibration import NUM_BINS
 from cnn_jax.report.texts import percent, points
 from cnn_jax.training.metrics import half_width, wilson_interval
 
-# One-sided tests at 2.5 %, which agree with 95 % confidence intervals.
+# The level of one-sided tests; it agrees with 95 % confidence intervals.
 _SIGNIFICANT = 0.025
-# Smaller differences of two accuracies are of no consequence, even if they are significant.
+# Differences of two accuracies below this are not reported, even if they are significant.
 _GAP = 0.05
-# The accuracies of one network on two devices that round differently.
+# The accuracies of one network on two devices may differ by this much through rounding.
 _SAME_ACCURACY = 0.02
 # A network with a lower training accuracy has not learned its training images.
 _LEARNED = 0.85
-# Validation loss counts as risen above this multiple of its least value, and a loss counts as
-# falling if it has lost this fraction of its value in the second half of the epochs.
+# Validation loss has risen if it is above this multiple of its minimum. A loss is falling if it
+# has lost this fraction of its value in the second half of the epochs.
 _RISE_OF_LOSS, _FALL_OF_LOSS = 1.05, 0.02
 # Significance of a trend of the loss: a noisy one needs more epochs.
 _TREND = 0.05
-# Above this fraction of the way from chance to 1, a confidence is high.
+# A learning rate below this fraction of its maximum has decayed.
+_DECAYED = 0.5
+# A confidence above this fraction of the way from 1 / classes to 1 is high.
 _SURE = 0.75
+# Simulated test splits for the calibration error, and the most random numbers for all of them.
+_SIMULATIONS, _MAX_DRAWS = 1000, 2**26
 
 
-def guessing(metrics: Mapping[str, Any], train: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Compares a network with always naming the most common class of its training images.
+def guessing(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Compares a network with a classifier that always names the split's most common class.
 
-    Two exact or nearly exact one-sided tests at 2.5 %: the binomial test of the number of right
-    predictions against the fraction of that class in the split, which is fixed because splits
-    are made by class; and a permutation test of the agreement of predictions and labels (Hoeffding
-    1951, normal approximation with continuity correction), which a network can pass whose
-    accuracy is not above that fraction because one class has nearly all images.
+    Two one-sided tests at 2.5 %: the exact binomial test of the number of correct predictions
+    against the fraction of the most common class, and a permutation test of the agreement of
+    predictions and labels (see `agreement_p_value`). A useful network can pass only the second
+    test if one class has nearly all images.
 
     Args:
       metrics: The metrics of a split, with "confusion" and "per_class".
-      train: Those of the training split; without them the most common class is that of the split.
 
     Returns:
-      "class", the most common one; "accuracy", its fraction of the split; "p_value" of the
-      binomial test; "agreement_p_value"; and "verdict": "better" (than always naming that
-      class, and predictions depend on the image's class), "informative" (no higher accuracy, but
-      they do), "worse", or "chance".
+      "class", the most common class of the split; "accuracy", its fraction of the images;
+      "p_value" of the binomial test; "agreement_p_value"; and "verdict": "better" (both tests
+      are passed), "informative" (only the agreement test is passed), "worse" (accuracy is below
+      the fraction of the most common class), or "chance" (none of these is shown).
     """
     matrix = np.array(metrics["confusion"])
-    names = list(metrics["per_class"])
     support = matrix.sum(axis=1)
-    class_sizes = support if train is None else np.array(train["confusion"]).sum(axis=1)
-    commonest, total, hits = int(class_sizes.argmax()), int(support.sum()), int(np.trace(matrix))
-    fraction = float(support[commonest] / max(total, 1))
-    # P(X >= hits) of the binomial distribution, and P(X <= hits) below.
-    p_value = float(scipy.special.bdtrc(hits - 1, total, fraction)) if hits else 1.0
+    most_common, total, hits = int(support.argmax()), int(support.sum()), int(np.trace(matrix))
+    fraction = float(support[most_common] / max(total, 1))
+    p_value = _binomial_p_value(hits, total, fraction, "greater")
     agreement = agreement_p_value(matrix)
     verdict = "chance"
-    # Both tests: naming always a class that is more common here than in training is no skill.
     if agreement < _SIGNIFICANT:
         verdict = "better" if p_value < _SIGNIFICANT else "informative"
-    elif scipy.special.bdtr(hits, total, fraction) < _SIGNIFICANT:
+    elif _binomial_p_value(hits, total, fraction, "less") < _SIGNIFICANT:
         verdict = "worse"
     return {
-        "class": names[commonest],
+        "class": list(metrics["per_class"])[most_common],
         "accuracy": fraction,
         "p_value": p_value,
         "agreement_p_value": agreement,
@@ -75,11 +75,22 @@ def guessing(metrics: Mapping[str, Any], train: Mapping[str, Any] | None = None)
     }
 
 
-def agreement_p_value(matrix: np.ndarray) -> float:
-    """The probability of so many right predictions if they were shuffled among the images.
+def _binomial_p_value(hits: int, total: int, fraction: float, alternative: str) -> float:
+    """The one-sided p-value of the binomial test; 1 without observations."""
+    if not total:
+        return 1.0
+    return float(scipy.stats.binomtest(hits, total, fraction, alternative).pvalue)
 
-    The mean and variance of the trace of a confusion matrix with these row and column sums
-    (Hoeffding 1951), and the normal distribution with continuity correction.
+
+def agreement_p_value(matrix: np.ndarray) -> float:
+    """The p-value of the agreement of predictions and labels, one-sided.
+
+    It is the probability of at least this many correct predictions if the predictions were
+    shuffled among the images: a normal approximation, with continuity correction, to the
+    permutation distribution of the trace (Hoeffding 1951).
+
+    Args:
+      matrix: int [classes, classes], a confusion matrix whose rows are the true classes.
     """
     rows, columns, total = matrix.sum(axis=1), matrix.sum(axis=0), int(matrix.sum())
     if total < 2:
@@ -88,42 +99,67 @@ def agreement_p_value(matrix: np.ndarray) -> float:
     deviation = np.eye(len(matrix)) - columns[:, None] / total - rows[None, :] / total
     deviation += mean / total
     variance = float(rows @ deviation**2 @ columns) / (total - 1)
-    if variance <= 1e-12 * total:  # All images or all predictions are of one class.
+    if variance <= 1e-12 * total:  # One class has all images, or all predictions.
         return 1.0
     excess = float(np.trace(matrix)) - mean - 0.5
     return float(scipy.special.ndtr(-excess / math.sqrt(variance)))
 
 
-def beats_chance(metrics: Mapping[str, Any], train: Mapping[str, Any] | None = None) -> bool:
+def beats_chance(metrics: Mapping[str, Any]) -> bool:
     """Whether predictions on a split are shown to depend on the images' classes; see `guessing`."""
-    return guessing(metrics, train)["verdict"] in ("better", "informative")
+    return guessing(metrics)["verdict"] in ("better", "informative")
 
 
 def sure_threshold(num_classes: int) -> float:
     """The confidence from which a prediction counts as sure.
 
-    Three quarters of the way from chance, 1 / classes, to 1: 87.5 % of two classes, 77.5 % of
-    ten.
+    The threshold is three quarters of the way from 1 / classes to 1: 87.5 % for two classes,
+    77.5 % for ten classes.
     """
     chance = 1 / num_classes
     return chance + _SURE * (1 - chance)
 
 
+def calibrated_error(confidence: Float[np.ndarray, " n"]) -> dict[str, float]:
+    """The expected calibration error that a perfectly calibrated network would show.
+
+    The error is above 0 on a finite number of images even if every confidence is the true
+    probability of a correct prediction. It is simulated: correct predictions are drawn with the
+    given confidences, 1,000 times (fewer for more than 67,000 images), with seed 0.
+
+    Args:
+      confidence: The largest probability of each image, 0 to 1; at least one image.
+
+    Returns:
+      "mean" and "percentile_95" of the simulated errors, over the bins of `calibration`.
+    """
+    confidence = np.sort(confidence.astype(np.float64))
+    bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+    starts = np.flatnonzero(np.diff(bins, prepend=-1))
+    simulations = min(_SIMULATIONS, max(_MAX_DRAWS // len(confidence), 100))
+    rng = np.random.default_rng(0)
+    errors = []
+    for _ in range(simulations):
+        difference = confidence - (rng.random(len(confidence)) < confidence)
+        errors.append(np.abs(np.add.reduceat(difference, starts)).sum() / len(confidence))
+    return {"mean": float(np.mean(errors)), "percentile_95": float(np.percentile(errors, 95))}
+
+
 def training(
     curves: Mapping[str, Any], train: Mapping[str, Any] | None, validation: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """How a training went, and what to try next.
+    """Returns a verdict on a training, and what to try next.
 
-    The gap is that of the finished network on the plain images of both splits: during
-    training, dropout and augmentation make the training images harder than the validation's.
+    The gap between the splits is measured with the finished network on plain images. During
+    training, dropout and augmentation make the training images harder than the validation images.
 
     Args:
       curves: Columns by epoch, `best_epoch` and `epochs`.
-      train: The metrics of the finished network; None if it is not finished.
-      validation: Likewise.
+      train: The training metrics of the finished network; None if the run is not finished.
+      validation: The validation metrics of the finished network, or None.
 
     Returns:
-      "verdict", a word or two; "words", sentences; and "gap", "train_accuracy_at_end" and
+      "verdict", one to four words; "words", sentences; and "gap", "train_accuracy_at_end" and
       "validation_accuracy_at_end" if the network is finished.
     """
     epochs, best = curves["epochs"], curves["best_epoch"]
@@ -131,16 +167,18 @@ def training(
     if train is None or validation is None:
         return {
             "verdict": "not finished",
-            "words": f"The training has not come to its end. Of {count(epochs, 'epoch')} so far "
-            f"the best is {best}, with a validation accuracy of {percent(at_best)}.",
+            "words": "The training is not finished. The best of "
+            f"{count(epochs, 'epoch')} so far is epoch {best}, with a validation accuracy of "
+            f"{percent(at_best)}.",
         }
     high, low = train["accuracy"], validation["accuracy"]
     if epochs > 1 and abs(low - at_best) > _SAME_ACCURACY:
         return {
             "verdict": "going on",
-            "words": "These metrics belong to an earlier end of this run, with a validation "
-            f"accuracy of {percent(low)}. The run has been made longer since: its best epoch is "
-            f"now {best}, with {percent(at_best)}. The report is complete once it has ended.",
+            "words": "These metrics were measured when this run ended the first time, with a "
+            f"validation accuracy of {percent(low)}. The run was continued since: its best epoch "
+            f"is now {best}, with {percent(at_best)}. The report will be complete when the run "
+            "ends again.",
         }
     apart = (
         f"The finished network classifies {percent(high)} of the training images and "
@@ -148,7 +186,7 @@ def training(
     )
     if high < low:
         apart += ", with validation ahead"
-    name, advice = _judge(curves, train, validation)
+    name, advice = _verdict(curves, train, validation)
     return {
         "gap": high - low,
         "train_accuracy_at_end": high,
@@ -158,20 +196,20 @@ def training(
     }
 
 
-def _judge(
+def _verdict(
     curves: Mapping[str, Any], train: Mapping[str, Any], validation: Mapping[str, Any]
 ) -> tuple[str, str]:
-    """The verdict, and the measured reason with what to do about it."""
+    """The verdict, and a text with the measured reason and advice."""
     epochs, best = curves["epochs"], curves["best_epoch"]
-    if not beats_chance(validation, train):
+    if not beats_chance(validation):
         return "at chance", _at_chance(curves, train)
     if epochs == 1:
-        return "one epoch", "After a single epoch it is too early to say more: train longer."
+        return "one epoch", "One epoch is too few for a verdict: train longer."
     if reason := _improvement(curves, validation):
         return "still improving", f"It is still improving: {reason}. More epochs may help."
     gap = train["accuracy"] - validation["accuracy"]
-    are_apart = _interval(train)[0] > _interval(validation)[1]
-    if gap > _GAP and are_apart:
+    has_gap = _interval(train)[0] > _interval(validation)[1]
+    if gap > _GAP and has_gap:
         return "overfits", (
             "It overfits: the 95 % confidence intervals of the two accuracies do not overlap."
             f"{_rise(curves)} More images, stronger augmentation or more dropout may help."
@@ -191,49 +229,52 @@ def _judge(
     if _interval(train)[1] < _LEARNED:
         if _falls(curves["train_loss"]):
             return "still learning", (
-                "It has not learned all of its training images yet, and their loss is still "
-                f"falling ({_from_to(curves['train_loss'])} in the second half of the epochs). "
-                "More epochs may help."
+                "The network has not learned all of its training images yet, and their loss is "
+                f"still falling ({_from_to(curves['train_loss'])} in the second half of the "
+                "epochs). More epochs may help."
             )
         if not _has_levelled_off(curves):
             return "too short to tell", (
-                f"It has not learned all of its training images yet, and {count(epochs, 'epoch')} "
-                f"are too few to tell whether it would: the best is {best}, and the training loss "
-                f"went {_from_to(curves['train_loss'])} in the second half of the epochs. Train "
-                "longer before anything else is changed."
+                "The network has not learned all of its training images yet, and "
+                f"{count(epochs, 'epoch')} are too few to tell whether it would: the best is epoch "
+                f"{best}, and the training loss went {_from_to(curves['train_loss'])} in the "
+                "second half of the epochs. Train longer before you change anything else."
             )
         return "underfits", f"It underfits: {_underfit(curves, train)}"
     if train["accuracy"] == validation["accuracy"] == 1:
-        return "balanced", "All of them are right: these splits have nothing more to teach."
+        return (
+            "balanced",
+            "All predictions on both splits are correct, so neither can show a further gain.",
+        )
     return "balanced", (
-        f"That is balanced, and validation is not shown to be still improving (the best of "
-        f"{epochs} epochs is {best}): more images, or a larger network with more augmentation, "
-        "would be the next step."
+        "The training is balanced, and validation is not shown to be still improving (the best of "
+        f"{epochs} epochs is {best}). The next step is more images, or a larger network with "
+        "more augmentation."
     )
 
 
 def _at_chance(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
     """Why there is no verdict on a network that does not beat chance on validation."""
-    start = "On validation it is not shown to be better than guessing"
+    start = "On validation the network is not shown to be better than guessing"
     if beats_chance(train):
         return (
-            f"{start}, while it has learned something of its training images that does not hold "
-            "for others. More images or stronger augmentation may help."
+            f"{start}, but it is better than guessing on its training images: what it has learned "
+            "does not hold for other images. More images or stronger augmentation may help."
         )
-    start += ", nor on the images that it was trained on"
+    start += ", and neither is it on the training images"
     if curves["epochs"] > 1 and _falls(curves["train_loss"]):
         return (
             f"{start}. The training loss is still falling "
             f"({_from_to(curves['train_loss'])} in the second half of the epochs): train longer."
         )
     return (
-        f"{start}: it has learned nothing yet. See whether the labels are right, then train "
-        "longer, or try another learning rate."
+        f"{start}. Check that the labels are correct, then train longer or try another learning "
+        "rate."
     )
 
 
 def _improvement(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """How validation is still getting better at the end; empty if it is not shown to."""
+    """The evidence that validation still improves at the end; empty if there is none."""
     epochs, best = curves["epochs"], curves["epoch"].index(curves["best_epoch"]) + 1
     late = math.ceil(epochs / 10)
     if best <= epochs - late:
@@ -242,13 +283,13 @@ def _improvement(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> st
     before, after = max(accuracies[: max(epochs - max(late, epochs // 5), 1)]), max(accuracies)
     if after - before > half_width(_interval(validation)):
         return (
-            f"the best of {epochs} epochs is {curves['best_epoch']}, and validation accuracy has "
-            f"risen from {percent(before)} to {percent(after)} lately"
+            f"the best of {epochs} epochs is {curves['best_epoch']}, and validation accuracy rose "
+            f"from {percent(before)} to {percent(after)} in the last epochs"
         )
     if _falls(curves["validation_loss"]):
         return (
-            f"the best of {epochs} epochs is {curves['best_epoch']}, and validation loss has "
-            f"fallen in the second half of the epochs, {_from_to(curves['validation_loss'])}"
+            f"the best of {epochs} epochs is {curves['best_epoch']}, and validation loss fell "
+            f"{_from_to(curves['validation_loss'])} in the second half of the epochs"
         )
     return ""
 
@@ -262,7 +303,7 @@ def _falls(losses: Sequence[float]) -> bool:
 
 
 def _has_levelled_off(curves: Mapping[str, Any]) -> bool:
-    """Whether enough epochs show that neither validation nor the training loss gets better."""
+    """Whether neither validation nor the training loss improves, over at least seven epochs."""
     epochs, losses = curves["epochs"], curves["train_loss"]
     half = losses[len(losses) // 2 :]
     best = curves["epoch"].index(curves["best_epoch"]) + 1
@@ -271,15 +312,9 @@ def _has_levelled_off(curves: Mapping[str, Any]) -> bool:
 
 
 def falling_p_value(values: Sequence[float]) -> float:
-    """The probability that values without a trend fall as often, one after another, as these.
-
-    Of all pairs those that fall count against those that rise; normal approximation.
-    """
-    n = len(values)
-    rising = np.sign(np.subtract.outer(values, values))  # Value i less value j.
-    score = float(np.triu(rising).sum())  # Falling pairs less rising ones.
-    variance = n * (n - 1) * (2 * n + 5) / 18
-    return float(scipy.special.ndtr(-(score - 1) / math.sqrt(variance)))
+    """The p-value of a falling trend: Kendall's rank correlation with time (Mann 1945)."""
+    found = scipy.stats.kendalltau(range(len(values)), values, alternative="less")
+    return float(found.pvalue)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _from_to(losses: Sequence[float]) -> str:
@@ -287,7 +322,7 @@ def _from_to(losses: Sequence[float]) -> str:
 
 
 def _decline(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """A sentence on how validation became worse after an early best epoch; empty if it did not."""
+    """A sentence about validation that became worse after an early best epoch, or ""."""
     best = curves["epoch"].index(curves["best_epoch"])
     if best + 1 > curves["epochs"] / 2:
         return ""
@@ -301,33 +336,40 @@ def _decline(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
         return ""
     return (
         f"Validation was best in epoch {curves['best_epoch']} of {curves['epochs']} and fell to "
-        f"about {percent(end)} in the later half of the epochs since, while accuracy on the "
+        f"about {percent(end)} in the later half of the epochs after it, while accuracy on the "
         f"augmented training images rose from {percent(learned[best])} to {percent(learned[-1])}."
     )
 
 
 def _underfit(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
-    """What holds a network back that has learned neither split and has levelled off."""
+    """The advice for a network with low accuracy on both splits and a flat training loss."""
+    start = "both accuracies are low, they differ little, and the training loss has levelled off."
+    rates = curves.get("learning_rate") or [0.0]
+    if rates[-1] < _DECAYED * max(rates):
+        start += (
+            f" The learning rate fell from {max(rates):.2g} to {rates[-1]:.2g}, which can flatten "
+            "the loss by itself: try more epochs first."
+        )
     augmented = curves["train_accuracy"][curves["epoch"].index(curves["best_epoch"])]
-    start = "both are low, they differ little, and the training loss has levelled off. "
     if train["accuracy"] - augmented > _GAP:
         return (
-            f"{start}With augmentation and dropout it got {percent(augmented)} of the training "
-            "images right, less than without: weaker augmentation or less dropout may help."
+            f"{start} With augmentation and dropout, {percent(augmented)} of the training images "
+            "were classified correctly, fewer than without: weaker augmentation or less dropout "
+            "may help."
         )
-    return f"{start}A larger network or another learning rate may help."
+    return f"{start} A larger network or another learning rate may help."
 
 
 def _rise(curves: Mapping[str, Any]) -> str:
-    """A sentence on how the validation loss has risen since its minimum; empty if it has not."""
+    """A sentence about a validation loss that has risen since its minimum, or ""."""
     losses = curves["validation_loss"]
     least = min(losses)
     if losses[-1] <= _RISE_OF_LOSS * least:
         return ""
     epoch = curves["epoch"][losses.index(least)]
     return (
-        f" Validation loss was least in epoch {epoch}, {least:.3f}, and has risen to "
-        f"{losses[-1]:.3f} since."
+        f" The lowest validation loss was {least:.3f}, in epoch {epoch}; it rose to "
+        f"{losses[-1]:.3f} by the end."
     )
 
 

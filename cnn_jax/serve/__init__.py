@@ -1,1 +1,1 @@
-"""The bundle as a service over HTTP; nothing of training is imported."""
+"""The HTTP server for bundles; it imports no training code."""

@@ -1,18 +1,19 @@
-"""Serves a bundle, or what a registry says, over HTTP.
+"""Serves a bundle, or models of a registry, over HTTP.
 
     cnn_jax serve --bundle=RUN [--port=8000]
     cnn_jax serve --registry=DIR [--model=NAME] [--alias=champion]
 
-http://127.0.0.1:8000/ is for people, POST /predict for programs; those who have a client of
-TensorFlow Serving (/v1) or of the Open Inference Protocol (/v2) use it as it is.
+http://127.0.0.1:8000/ is a page for people. Programs send images to POST /predict, or use
+existing clients of TensorFlow Serving (/v1) and of the Open Inference Protocol (/v2).
 """
 
 import argparse
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 
-from cnn_jax.registry.ledger import check_name, parse_which
+from cnn_jax.registry.ledger import check_name, parse_version_or_alias
 from cnn_jax.system import cli
 from cnn_jax.system.errors import ConfigError
 
@@ -28,11 +29,11 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(
                 f"serving needs {name}, which is not installed: pip install 'cnn_jax[serve]'"
             ) from error
-    # All of them need what may be missing.
+    # These modules import the packages that are checked above.
     from cnn_jax.inference.bundle import find_bundle
     from cnn_jax.registry.registry import Registry
     from cnn_jax.serve.limits import Limits
-    from cnn_jax.serve.loader import FromRegistry, OneBundle
+    from cnn_jax.serve.loader import BundleSource, RegistrySource
     from cnn_jax.serve.logs import start_logging
     from cnn_jax.serve.request_log import RequestLog
     from cnn_jax.serve.server import Options, run
@@ -44,12 +45,13 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled()
     start_logging(flags.log_level)
     if flags.bundle:
-        source = OneBundle(find_bundle(flags.bundle), (flags.model or ["default"])[0])
+        path = find_bundle(flags.bundle)
+        source = BundleSource(path, flags.model[0] if flags.model else _model_name(path))
     else:
-        source = FromRegistry(
+        source = RegistrySource(
             Registry(flags.registry), flags.model or (), flags.alias, flags.versions or ()
         )
-    source.check()  # What cannot be had now is said before anything is started.
+    source.check()
     request_log = flags.request_log and RequestLog(
         pathlib.Path(flags.request_log),
         flags.request_log_share,
@@ -80,48 +82,92 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
+def _model_name(bundle: pathlib.Path) -> str:
+    """Returns the name of a run's folder, with "-" for characters that a model name cannot have."""
+    path = bundle.resolve()
+    folder = path.parent.name if path.name == "bundle" else path.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-._")[:100] or "default"
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="cnn_jax serve", description="Serve a bundle, or versions of a registry."
+        prog="cnn_jax serve",
+        description="Serve a bundle, or versions of a registry. Defaults are in parentheses.",
     )
     add = parser.add_argument
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--bundle", type=cli.path, metavar="RUN", help="a run, or its bundle RUN/bundle"
     )
-    what.add_argument(
+    source.add_argument(
         "--registry",
         default=os.environ.get("CNN_JAX_REGISTRY"),
-        help="a registry's folder or URL (CNN_JAX_REGISTRY)",
+        help="a registry's folder or URL ($CNN_JAX_REGISTRY)",
     )
-    add("--model", type=_names, metavar="NAME,...", help="models of the registry (all)")
-    add("--alias", default="champion", help="the version that answers (champion)")
-    add("--versions", type=_versions, metavar="V,...", help="further numbers or aliases to serve")
-    add("--poll", type=_positive, default=2.0, help="seconds between looks at the registry (2)")
-    add("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1)")
-    add("--port", type=_port, default=8000, help="0 for any free one (8000)")
-    add("--tokens", type=cli.path, metavar="FILE", help="who may ask; lines of ROLE TOKEN")
-    add("--max_batch", type=cli.positive, default=32, help="images computed at once (32)")
-    add("--max_wait_ms", type=_not_negative, default=0.0, help="held back for others to join (0)")
-    add("--queue", type=cli.positive, default=256, help="images in the house at once (256)")
-    add("--timeout", type=_positive, default=30.0, help="seconds for a request (30)")
-    add("--max_body_mb", type=_positive, default=20.0, help="of a request (20)")
-    add("--max_bodies_mb", type=_positive, default=50.0, help="of all requests at once (50)")
-    add("--max_pixels", type=cli.positive, default=25_000_000, help="of an image (25000000)")
-    add("--max_images", type=cli.positive, default=64, help="of a request (64)")
-    add("--drain", type=_not_negative, default=0.0, help="seconds unready before the end (0)")
-    add("--request_log", type=cli.path, metavar="FILE", help="an SQLite file for answers")
-    add("--request_log_share", type=_share, default=1.0, help="of the images, sampled (1)")
-    add("--request_log_mb", type=_positive, default=1000.0, help="of the file (1000)")
-    add("--request_log_images", action="store_true", help="keep the images as well")
-    add("--log_level", default="info", choices=("debug", "info", "warning", "error"))
+    add(
+        "--model",
+        type=_names,
+        metavar="NAME,...",
+        help="models of the registry to serve (all), or the name of the bundle's model (the name "
+        "of the run's folder)",
+    )
+    add("--alias", default="champion", help="alias of the version that answers (champion)")
+    add("--versions", type=_versions, metavar="V,...", help="further versions or aliases to serve")
+    add("--poll", type=_positive, default=2.0, help="seconds between reads of the registry (2)")
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", type=_port, default=8000, help="port to listen on; 0 chooses a free port (8000)")
+    add("--tokens", type=cli.path, metavar="FILE", help="file of access tokens: ROLE TOKEN lines")
+    add("--max_batch", type=cli.positive, default=32, help="maximum images in a batch (32)")
+    add(
+        "--max_wait_ms",
+        type=_not_negative,
+        default=0.0,
+        help="maximum milliseconds that an image waits for its batch to fill (0)",
+    )
+    add("--queue", type=cli.positive, default=256, help="maximum images in flight (256)")
+    add("--timeout", type=_positive, default=30.0, help="seconds until a request times out (30)")
+    add("--max_body_mb", type=_positive, default=20.0, help="maximum MB of a request's body (20)")
+    add(
+        "--max_bodies_mb",
+        type=_positive,
+        default=50.0,
+        help="maximum MB of the bodies of all unanswered requests (50)",
+    )
+    add(
+        "--max_pixels",
+        type=cli.positive,
+        default=25_000_000,
+        help="maximum pixels of an image (25000000)",
+    )
+    add("--max_images", type=cli.positive, default=64, help="maximum images in a request (64)")
+    add(
+        "--drain",
+        type=_not_negative,
+        default=0.0,
+        help="seconds that /readyz reports 'not ready' before shutdown (0)",
+    )
+    add("--request_log", type=cli.path, metavar="FILE", help="SQLite file that records answers")
+    add(
+        "--request_log_share",
+        type=_fraction,
+        default=1.0,
+        help="fraction of the images to record, chosen at random (1)",
+    )
+    add("--request_log_mb", type=_positive, default=1000.0, help="maximum MB of that file (1000)")
+    add("--request_log_images", action="store_true", help="record the images as well")
+    add(
+        "--log_level",
+        default="info",
+        choices=("debug", "info", "warning", "error"),
+        help="lowest level of log messages (info)",
+    )
     flags = parser.parse_args(argv)
     if not flags.bundle and not flags.registry:
         raise ConfigError("--bundle or --registry must be given")
     if flags.bundle and len(flags.model or ()) > 1:
-        raise ConfigError("--model: a bundle is one model")
+        raise ConfigError("--model: must be one name, because --bundle is one model")
     for name in flags.model or ():
-        check_name("model", name)
+        check_name("--model", name)
     check_name("alias", flags.alias)
     if flags.queue < flags.max_images:
         raise ConfigError("--queue: must be --max_images or more")
@@ -133,12 +179,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _names(text: str) -> list[str]:
     names = text.split(",")
     if not all(names):
-        raise argparse.ArgumentTypeError("must be names with commas between them")
+        raise argparse.ArgumentTypeError("must be names, separated by commas")
     return names
 
 
 def _versions(text: str) -> list[int | str]:
-    return [parse_which(one) for one in _names(text)]
+    return [parse_version_or_alias(name) for name in _names(text)]
 
 
 def _number(text: str) -> float:
@@ -160,7 +206,7 @@ def _not_negative(text: str) -> float:
     return number
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     if not 0 < (number := _number(text)) <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
     return number

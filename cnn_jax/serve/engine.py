@@ -1,9 +1,10 @@
-"""Dynamic batching: images of many requests go to the device together.
+"""Dynamic batching: images of many requests are computed in one batch.
 
-One thread computes. While it does, what arrives gathers; when it is free it takes the oldest
-image, of another program than the last if there is one, and what else waits for the same. So an
-image that comes alone waits for nobody, and the busier it is, the larger are the batches. One
-that nobody waits for any more is never computed.
+One thread computes. Images that arrive while it computes wait in a queue. When the thread is
+free, it takes the oldest image and the other waiting images of the same program. If images of
+another program wait, it takes those first, so that programs alternate. An image that arrives at
+an idle engine is computed at once; under load the batches grow. An image whose request has been
+cancelled or has timed out is never computed.
 """
 
 import asyncio
@@ -25,23 +26,21 @@ from cnn_jax.system.errors import DataError, UserError
 
 T = TypeVar("T")
 
-# The first estimate of an image's time, until one was measured.
+# The estimated seconds per image until a batch has been measured.
 _SECONDS_PER_IMAGE = 0.01
-# What a new measurement weighs in the estimate.
+# The weight of a new measurement in the moving average of that estimate.
 _WEIGHT = 0.1
-# Seconds after which a batch that is still computed means that the device hangs.
+# If a batch takes longer than this, the device hangs.
 _HANGING_SECONDS = 60.0
-# Seconds in which it must have come to its end when the server ends.
+# Seconds that a running batch may take during shutdown.
 _CLOSING_SECONDS = 10.0
 
-_LATE = "the time of the request was up before its images were computed"
 
-
-class Overloaded(UserError):  # noqa: N818  (said of who asks)
-    """There are as many images in the house as may be.
+class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's)
+    """The maximum number of images is in flight.
 
     Attributes:
-      retry_after: Whole seconds after which there should be room.
+      retry_after: Whole seconds after which the client should try again.
     """
 
     def __init__(self, retry_after: int):
@@ -49,52 +48,52 @@ class Overloaded(UserError):  # noqa: N818  (said of who asks)
         self.retry_after = retry_after
 
 
-class Late(UserError):  # noqa: N818  (the same)
-    """A request's time was up before its images were computed."""
+class DeadlineExceeded(UserError):  # noqa: N818 (as above)
+    """The deadline of a request passed before its images were computed."""
 
 
-# uint8 [size, height, width, 3] -> one result an image, which can be iterated over.
+# Maps uint8 [size, height, width, 3] to an iterable with one result per image.
 _Run = Callable[[np.ndarray], Iterable[Any]]
-# An image, uint8 [height, width, 3]; DataError if it cannot be used.
+# Returns an image, uint8 [height, width, 3]; raises DataError if the image cannot be used.
 _Read = Callable[[], Pixels]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """Something that is computed of a batch of images.
+    """A function that is compiled for several batch sizes.
 
     Attributes:
-      run: From uint8 [size, height, width, 3] to one result an image.
-      seconds: How long it takes for each size that is compiled, in growing order.
+      run: Maps uint8 [size, height, width, 3] to one result per image.
+      seconds: The run time by compiled batch size, in increasing order of size.
     """
 
     run: _Run
     seconds: dict[int, float]
 
     @property
-    def largest(self) -> int:
+    def largest_size(self) -> int:
         return max(self.seconds)
 
     def best_size(self, count: int) -> int:
-        """The compiled size by which so many waiting images cost the least time each.
+        """Returns the compiled batch size with the least time per image for `count` images.
 
-        On a CPU, where time grows with size, that is the next smaller one, and the rest waits
-        for its turn; on an accelerator the next larger one, which is padded.
+        On a CPU, where the time grows with the size, this is the next smaller size, and the
+        remaining images wait. On an accelerator it is the next larger size, which is padded.
         """
         return min(self.seconds, key=lambda size: self.seconds[size] / min(size, count))
 
 
-def measure(run: _Run, one: Pixels, sizes: Sequence[int]) -> Program:
-    """A program that is compiled and warm for batches of these sizes.
+def time_program(run: _Run, image: Pixels, sizes: Sequence[int]) -> Program:
+    """Compiles and times a program for several batch sizes.
 
     Args:
-      run: As of `Program`.
-      one: An image, uint8 [height, width, 3].
-      sizes: Numbers of images, 1 among them.
+      run: The function, as in `Program`.
+      image: An example image, uint8 [height, width, 3].
+      sizes: The batch sizes; they include 1.
     """
     seconds = {}
     for size in sorted(sizes):
-        images = np.repeat(one[None], size, axis=0)
+        images = np.repeat(image[None], size, axis=0)
         run(images)  # Compiles.
         times = []
         for _ in range(3):
@@ -107,80 +106,80 @@ def measure(run: _Run, one: Pixels, sizes: Sequence[int]) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """What has become of an image.
+    """The result of one image.
 
     Attributes:
-      result: Of the program, for this image.
-      pixels: The image as it was computed, uint8 [height, width, 3].
-      decoded: Seconds that decoding has taken.
-      queued: Seconds for which it has waited, for a thread to decode it and for the device.
-      computed: Seconds that its batch has taken.
-      together: Images of its batch.
+      result: The program's result for this image.
+      pixels: The decoded image, uint8 [height, width, 3].
+      decode_seconds: The decoding time.
+      queue_seconds: The time that the image waited, for a decoder thread and for the device.
+      compute_seconds: The run time of the image's batch.
+      batch_size: The number of images in that batch, without padding.
     """
 
     result: Any
     pixels: Pixels
-    decoded: float
-    queued: float
-    computed: float
-    together: int
+    decode_seconds: float
+    queue_seconds: float
+    compute_seconds: float
+    batch_size: int
 
 
 @dataclasses.dataclass(eq=False)
 class _Request:
-    """A request that waits.
+    """A request whose images are in flight.
 
     Attributes:
-      program: What is to be computed of its images.
-      came: When it came, in seconds of `time.monotonic`.
-      future: Of the loop that waits for it; its result are `found`.
-      found: Of each image what has become of it, None as long as it is not known.
-      missing: How many these are.
+      program: The program to run on its images.
+      arrival_time: In seconds of `time.monotonic`.
+      future: Receives `results` when all of them are known.
+      results: The result or error of each image; None until it is known.
+      missing: The number of results that are not known yet.
     """
 
     program: Program
-    came: float
+    arrival_time: float
     future: "asyncio.Future[list[Any]]"
-    found: list[Any]
+    results: list[Any]
     missing: int
 
 
 @dataclasses.dataclass(eq=False)
-class _Encoded:
+class _EncodedImage:
     """An image that waits to be decoded.
 
     Attributes:
-      request: The one that it belongs to.
-      place: In it.
-      read: Decodes it.
+      request: The request that the image belongs to.
+      index: The image's index in the request.
+      read: Decodes the image.
     """
 
     request: _Request
-    place: int
+    index: int
     read: _Read
 
 
 @dataclasses.dataclass(eq=False)
-class _Work:
+class _DecodedImage:
     """An image that waits to be computed.
 
     Attributes:
-      request: The one that it belongs to.
-      place: In it.
+      request: The request that the image belongs to.
+      index: The image's index in the request.
       pixels: uint8 [height, width, 3].
-      decoded: Seconds that decoding has taken.
-      arrived: When it was done, in seconds of `time.monotonic`.
+      decode_seconds: The decoding time.
+      decode_end: When decoding ended, in seconds of `time.monotonic`.
     """
 
     request: _Request
-    place: int
+    index: int
     pixels: Pixels
-    decoded: float
-    arrived: float
+    decode_seconds: float
+    decode_end: float
 
 
 class Engine:
-    """A thread that computes, threads that decode, and who may come in."""
+    """A compute thread, a pool of decoder threads, and a limit on images in flight."""
 
     def __init__(
         self,
@@ -189,26 +188,27 @@ class Engine:
         decoders: int = 2,
         on_batch: Callable[[int, float], None] = lambda images, seconds: None,
     ):
-        """Nothing is started yet.
+        """Creates the engine; `start` starts its threads.
 
         Args:
-          capacity: Images that may be in the house at once, decoded, waiting or computed.
-          max_wait: Seconds for which an image may be held back for others to join it.
-          decoders: Threads.
-          on_batch: Called after each batch with its images and seconds, in the loop.
+          capacity: Maximum number of images in flight: in decoding, waiting or in computation.
+          max_wait: Maximum seconds that an image waits for its batch to fill.
+          decoders: Number of decoder threads.
+          on_batch: Called in the event loop after each batch, with its number of images and its
+            seconds.
         """
         self.capacity = capacity
         self._max_wait = max_wait
         self._on_batch = on_batch
-        self._inside = 0
+        self._in_flight = 0
         self._per_image = _SECONDS_PER_IMAGE
-        # Decodings of a request at once: one with many large images leaves room for others.
+        # A request with many large images must leave decoders for other requests.
         self._decoders_per_request = max(1, decoders // 2)
         self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
-        # One: what a body becomes when it is parsed is many times as large.
+        # A single thread, because a parsed body can take many times the memory of the body.
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parse")
-        self._waiting: collections.deque[_Work] = collections.deque()
-        # Weak: one that is served no more shall be freed though nobody asks for another.
+        self._waiting: collections.deque[_DecodedImage] = collections.deque()
+        # A weak reference, so that an unloaded version's program is freed without another batch.
         self._last: Callable[[], Program | None] = lambda: None
         self._computing_since: float | None = None
         self._changed = threading.Condition()
@@ -216,93 +216,107 @@ class Engine:
         self._thread = threading.Thread(target=self._compute_all, name="compute", daemon=True)
 
     def start(self) -> None:
-        """Starts, for the event loop that is running."""
+        """Starts the compute thread; results go to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     @property
-    def inside(self) -> int:
-        """Images in the house."""
-        return self._inside
+    def in_flight(self) -> int:
+        """The number of images in decoding, waiting or in computation."""
+        return self._in_flight
 
     @property
     def is_alive(self) -> bool:
-        """Whether it computes, or would."""
+        """Whether the compute thread runs and no batch hangs."""
         since = self._computing_since
         is_hanging = since is not None and time.monotonic() - since > _HANGING_SECONDS
         return self._thread.is_alive() and not is_hanging
 
     @contextlib.contextmanager
-    def admitted(self, images: int) -> Iterator[None]:
-        """Within, so many images more are in the house.
+    def admit(self, images: int) -> Iterator[None]:
+        """Counts images as in flight inside the context.
 
         Raises:
-          Overloaded: There is no room for them.
+          Overloaded: More than `capacity` images would be in flight.
         """
-        if self._inside + images > self.capacity:
-            raise Overloaded(max(1, math.ceil(self._inside * self._per_image)))
-        self._inside += images
+        if self._in_flight + images > self.capacity:
+            raise Overloaded(max(1, math.ceil(self._in_flight * self._per_image)))
+        self._in_flight += images
         try:
             yield
         finally:
-            self._inside -= images
+            self._in_flight -= images
 
     async def compute(
         self, program: Program, reads: Sequence[_Read], deadline: float
     ) -> list[Computed | DataError]:
-        """The program's results for a request's images, each computed with others.
+        """Runs a program on the images of a request, batched with images of other requests.
 
         Args:
-          program: What is computed.
-          reads: Of each image what decodes it, called on a thread; one at least.
+          program: The program.
+          reads: One function per image, at least one, which decodes the image on a thread.
           deadline: In seconds of `time.monotonic`.
 
         Returns:
-          Of each image its result, or why it cannot be used.
+          One result per image, or the error of an image that cannot be used.
 
         Raises:
-          Late: The deadline has come before them.
+          DeadlineExceeded: The deadline passed before all images were computed.
         """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         count, now = len(reads), time.monotonic()
         request = _Request(program, now, future, [None] * count, count)
-        images = [_Encoded(request, place, read) for place, read in enumerate(reads)]
+        images = [_EncodedImage(request, index, read) for index, read in enumerate(reads)]
         step = self._decoders_per_request
         lanes = [collections.deque(images[first::step]) for first in range(min(count, step))]
         for lane in lanes:
             self._decoders.submit(self._decode, lane)
-        # Cancelled with who waits for it, and at the deadline, which the threads look for.
+        # A disconnect or the deadline cancels the future; the threads check it.
         try:
             async with asyncio.timeout(max(0.0, deadline - now)):
                 return await future
         except TimeoutError as error:
-            raise Late(_LATE) from error
+            raise DeadlineExceeded(
+                "the request timed out before its images were computed"
+            ) from error
         finally:
-            # What is left waits for a thread with all that it holds, and nobody counts it.
+            # Images that still wait for a decoder are no longer counted as in flight: free them.
             for lane in lanes:
                 lane.clear()
 
-    async def draw(self, call: Callable[[], T], deadline: float) -> T:
-        """What a call returns that is made on a thread for images.
+    async def run_on_decoder(self, call: Callable[[], T], deadline: float) -> T:
+        """Runs a function on a decoder thread.
+
+        Args:
+          call: The function.
+          deadline: In seconds of `time.monotonic`.
 
         Raises:
-          Late: Its turn has come after the deadline.
+          DeadlineExceeded: The deadline passed before the function could start.
         """
-        return await self._on_thread(self._decoders, call, deadline)
+        return await self._run_on_thread(self._decoders, call, deadline)
 
-    async def parse(self, call: Callable[[], T], deadline: float) -> T:
-        """The same on the thread for bodies, one after the other."""
-        return await self._on_thread(self._parser, call, deadline)
+    async def run_on_parser(self, call: Callable[[], T], deadline: float) -> T:
+        """Runs a function on the parser thread, which runs one function at a time.
 
-    async def _on_thread(
+        Args:
+          call: The function.
+          deadline: In seconds of `time.monotonic`.
+
+        Raises:
+          DeadlineExceeded: The deadline passed before the function could start.
+        """
+        return await self._run_on_thread(self._parser, call, deadline)
+
+    async def _run_on_thread(
         self, threads: concurrent.futures.Executor, call: Callable[[], T], deadline: float
     ) -> T:
-        # Whoever leaves takes the call along, with all that it holds.
+        # On cancellation, drop the closure so that its buffers are freed.
         calls = [call]
 
         def run() -> T:
             if time.monotonic() > deadline or not calls:
-                raise Late("the time of the request was up before its images were read")
+                raise DeadlineExceeded("the request timed out before its images were read")
             return calls.pop()()
 
         try:
@@ -311,7 +325,7 @@ class Engine:
             calls.clear()
 
     def close(self) -> bool:
-        """Ends the threads, for which nobody may be waiting any more; False if one hangs."""
+        """Stops the threads after the last request; returns False if a thread hangs."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -322,98 +336,96 @@ class Engine:
             threads.shutdown(cancel_futures=True)
         return True
 
-    # On a thread that decodes.
+    # Methods of the decoder threads.
 
-    def _decode(self, lane: collections.deque[_Encoded]) -> None:
-        """Decodes the first of some images of a request; the others are for later.
+    def _decode(self, lane: collections.deque[_EncodedImage]) -> None:
+        """Decodes the first image of a lane, then submits the lane again for the next image.
 
-        In between come those of other requests. From here an image goes on to the thread that
-        computes, without a word to the loop, which would take both their time.
+        Images of other requests are decoded in between. The decoded image goes directly to the
+        compute thread: a detour through the event loop would slow both down.
         """
         try:
             image = lane.popleft()
         except IndexError:
-            return  # Nobody waits for them any more.
+            return  # The request was cancelled or has timed out.
         start = time.monotonic()
         try:
             pixels = image.read()
         except DataError as error:
-            self._loop.call_soon_threadsafe(_found, image.request, image.place, error)
-        except Exception as error:  # Of any kind: who waits must hear of it.
+            self._loop.call_soon_threadsafe(_set_result, image.request, image.index, error)
+        except Exception as error:  # Of any kind: the request must get an answer.
             self._loop.call_soon_threadsafe(_fail, image.request, error)
             return
         else:
             now = time.monotonic()
-            work = _Work(image.request, image.place, pixels, now - start, now)
+            decoded = _DecodedImage(image.request, image.index, pixels, now - start, now)
             with self._changed:
-                self._waiting.append(work)
+                self._waiting.append(decoded)
                 self._changed.notify()
         if lane:
             self._decoders.submit(self._decode, lane)
 
-    # On the thread that computes.
+    # Methods of the compute thread.
 
     def _compute_all(self) -> None:
         while (batch := self._next_batch()) is not None:
             if batch:
                 self._compute(batch)
-            del batch  # While it waits for the next, nothing of this one is held.
+            del batch  # Frees the images while the thread waits for the next batch.
 
-    def _next_batch(self) -> list[_Work] | None:
-        """Images of one program, the oldest first; None when there is no more to do."""
+    def _next_batch(self) -> list[_DecodedImage] | None:
+        """Waits for images; returns images of one program, the oldest first, or None at the end."""
         with self._changed:
             while not self._waiting:
                 if self._is_closing:
                     return None
                 self._changed.wait()
-            self._gather()
+            self._fill_batch()
             if not self._waiting:
                 return []
             program = self._next_program()
-            alike = [work for work in self._waiting if work.request.program is program]
-            batch = alike[: program.best_size(len(alike))]
+            images = [image for image in self._waiting if image.request.program is program]
+            batch = images[: program.best_size(len(images))]
             taken = set(map(id, batch))
             self._waiting = collections.deque(w for w in self._waiting if id(w) not in taken)
             return batch
 
     def _next_program(self) -> Program:
-        """That of the oldest image, but for images of another that wait as well.
+        """Returns the program of the oldest image that needs another program than the last batch.
 
-        So who asks for much of one kind holds up nobody who asks for another.
+        If all images need the program of the last batch, returns that program. Alternation keeps
+        many requests for one program from delaying requests for another program.
         """
         last = self._last()
         others = (
-            work.request.program for work in self._waiting if work.request.program is not last
+            image.request.program for image in self._waiting if image.request.program is not last
         )
         program = next(others, self._waiting[0].request.program)
         self._last = weakref.ref(program)
         return program
 
-    def _gather(self) -> None:
-        """Waits until there is a whole batch, or the oldest image has waited enough.
-
-        What nobody waits for any more is dropped.
-        """
+    def _fill_batch(self) -> None:
+        """Waits until a batch is full or the oldest image has waited for `max_wait` seconds."""
         program = self._waiting[0].request.program
-        until = self._waiting[0].arrived + self._max_wait
+        end = self._waiting[0].decode_end + self._max_wait
         while True:
-            self._drop()
-            alike = sum(work.request.program is program for work in self._waiting)
-            left = until - time.monotonic()
-            if self._is_closing or left <= 0 or not alike or alike >= program.largest:
+            self._drop_cancelled()
+            count = sum(image.request.program is program for image in self._waiting)
+            left = end - time.monotonic()
+            if self._is_closing or left <= 0 or not count or count >= program.largest_size:
                 return
             self._changed.wait(left)
 
-    def _drop(self) -> None:
-        """Takes out what nobody waits for, since they have left or their time is up."""
+    def _drop_cancelled(self) -> None:
+        """Removes the images of requests that were cancelled or have timed out."""
         self._waiting = collections.deque(w for w in self._waiting if not w.request.future.done())
 
-    def _compute(self, batch: Sequence[_Work]) -> None:
-        """Computes a batch, and tells those who wait."""
+    def _compute(self, batch: Sequence[_DecodedImage]) -> None:
+        """Computes a batch and sends its results to the event loop."""
         start = self._computing_since = time.monotonic()
         try:
             results = self._run(batch)
-        except Exception as error:  # Of any kind: the thread must go on.
+        except Exception as error:  # Of any kind: the thread must continue.
             self._loop.call_soon_threadsafe(_fail_all, batch, error)
             return
         finally:
@@ -423,43 +435,43 @@ class Engine:
         computed = [
             Computed(
                 result=result,
-                pixels=work.pixels,
-                decoded=work.decoded,
-                queued=start - work.request.came - work.decoded,
-                computed=seconds,
-                together=len(batch),
+                pixels=image.pixels,
+                decode_seconds=image.decode_seconds,
+                queue_seconds=start - image.request.arrival_time - image.decode_seconds,
+                compute_seconds=seconds,
+                batch_size=len(batch),
             )
-            for work, result in zip(batch, results, strict=True)
+            for image, result in zip(batch, results, strict=True)
         ]
-        self._loop.call_soon_threadsafe(self._tell, batch, computed)
+        self._loop.call_soon_threadsafe(self._set_results, batch, computed)
 
-    def _run(self, batch: Sequence[_Work]) -> list[Any]:
-        """One result for each image."""
+    def _run(self, batch: Sequence[_DecodedImage]) -> list[Any]:
+        """Returns one result per image; pads the batch to a compiled size."""
         program = batch[0].request.program
         missing = program.best_size(len(batch)) - len(batch)
-        images = [work.pixels for work in batch]
+        images = [image.pixels for image in batch]
         results = list(program.run(np.stack(images + images[-1:] * missing)))[: len(batch)]
         if len(results) < len(batch):
             raise RuntimeError(f"{len(results)} results of {len(batch)} images")
         return results
 
-    def _tell(self, batch: Sequence[_Work], computed: Sequence[Computed]) -> None:
-        for work, of_work in zip(batch, computed, strict=True):
-            _found(work.request, work.place, of_work)
-        self._on_batch(len(batch), computed[0].computed)
+    def _set_results(self, batch: Sequence[_DecodedImage], computed: Sequence[Computed]) -> None:
+        for image, result in zip(batch, computed, strict=True):
+            _set_result(image.request, image.index, result)
+        self._on_batch(len(batch), computed[0].compute_seconds)
 
 
-def _found(request: _Request, place: int, found: Computed | DataError) -> None:
-    """Notes what has become of an image; with the last one the request has its answer."""
-    request.found[place] = found
+def _set_result(request: _Request, index: int, result: Computed | DataError) -> None:
+    """Stores the result of an image; the last result of a request completes its future."""
+    request.results[index] = result
     request.missing -= 1
     if not request.missing and not request.future.done():
-        request.future.set_result(request.found)
+        request.future.set_result(request.results)
 
 
-def _fail_all(batch: Sequence[_Work], error: Exception) -> None:
-    for work in batch:
-        _fail(work.request, error)
+def _fail_all(batch: Sequence[_DecodedImage], error: Exception) -> None:
+    for image in batch:
+        _fail(image.request, error)
 
 
 def _fail(request: _Request, error: Exception) -> None:

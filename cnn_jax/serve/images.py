@@ -1,4 +1,4 @@
-"""From a request's body to images: a file's bytes, or many in multipart/form-data (RFC 7578)."""
+"""Reads images from request bodies: image files, forms (RFC 7578), base64 and JSON numbers."""
 
 import base64
 import binascii
@@ -13,43 +13,43 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from cnn_jax.serve.limits import Limits, Refused
 
-# Parts of a form beyond the images it may have, such as file inputs that were left empty.
-_MOST_EMPTY_PARTS = 32
-# How an image begins in a page's source (RFC 2397).
+# Maximum number of empty parts of a form, such as file inputs without a file.
+_MAX_EMPTY_PARTS = 32
+# The prefix of a data URL (RFC 2397).
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
-# Of the headers of a part.
-_MOST_HEADER_BYTES = 4_096
-_MOST_NAME = 200
-# What a body may become in memory when it is parsed, and about what its characters become:
-# an element, a list or an object, a member of an object.
-_MOST_PARSED_BYTES = 100_000_000
+# Maximum bytes of one header of a part.
+_MAX_HEADER_BYTES = 4_096
+_MAX_NAME_CHARACTERS = 200
+# Maximum estimated memory of a parsed JSON body, and the estimated memory per character: of an
+# element, a list, an object, and a member of an object.
+_MAX_PARSED_BYTES = 100_000_000
 _PARSED_BYTES = {b",": 64, b"[": 96, b"{": 96, b":": 112}
 
 
 @dataclasses.dataclass
 class Part:
-    """A file of a form.
+    """An image file of a request.
 
     Attributes:
-      name: That the client gives it, or its place, 0, 1, ...
-      content: Its bytes.
+      name: The file name that the client sent, or the image's index: "0", "1", ...
+      content: The bytes of the file.
     """
 
     name: str
     content: bytes
 
 
-def images_of(body: bytes, content_type: str, limits: Limits) -> list[Part]:
-    """The images of a request's body.
+def read_images(body: bytes, content_type: str, limits: Limits) -> list[Part]:
+    """Returns the image files of a request's body.
 
     Args:
-      body: All of it.
-      content_type: The header, "" if there is none. Of a body that is no form, what the bytes
-        are is found out from themselves.
-      limits: Of the request.
+      body: The whole body.
+      content_type: The header; "" if there is none. If it is not that of a form, the body is one
+        image file, whose format its first bytes tell.
+      limits: The limits of a request.
 
     Raises:
-      Refused: There is none, there are too many, or the form is damaged.
+      Refused: The body has no image or too many images, or the form is damaged.
     """
     kind, options = parse_options_header(content_type)
     if kind == b"multipart/form-data":
@@ -61,15 +61,16 @@ def images_of(body: bytes, content_type: str, limits: Limits) -> list[Part]:
     return parts
 
 
-def _parse_form(body: bytes, boundary: bytes, most: int) -> list[Part]:
-    """The files of a form.
+def _parse_form(body: bytes, boundary: bytes, max_files: int) -> list[Part]:
+    """Returns the files of a form.
 
     Raises:
-      Refused: The form is damaged, has too many files, or a field that is no file.
+      Refused: The form is damaged, has too many files, or has a field that is not a file.
     """
-    form = _Form(most)
+    form = _Form(max_files)
     if not 0 < len(boundary) <= 70:
-        raise Refused(400, "form", "multipart/form-data has no boundary, or one that is too long")
+        message = "multipart/form-data needs a boundary of at most 70 characters"
+        raise Refused(400, "form", message)
     try:
         parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
         parser.write(body)
@@ -77,18 +78,18 @@ def _parse_form(body: bytes, boundary: bytes, most: int) -> list[Part]:
     except MultipartParseError as error:
         raise Refused(400, "form", f"the form is damaged: {error}") from error
     if not form.is_complete:
-        raise Refused(400, "form", "the form is cut off before its end")
+        raise Refused(400, "form", "the form is incomplete: its last boundary is missing")
     return form.parts
 
 
 class _Form:
-    """Collects the files that a parser comes upon."""
+    """Collects the files of a form from the callbacks of a parser."""
 
-    def __init__(self, most: int):
+    def __init__(self, max_files: int):
         self.parts: list[Part] = []
         self._num_parts = 0
         self.is_complete = False
-        self._most = most
+        self._max_files = max_files
         self._content: list[bytes] = []
         self._header: dict[str, bytes] = {}
         self._field, self._value = b"", b""
@@ -99,7 +100,7 @@ class _Form:
 
     def _part_begin(self) -> None:
         self._num_parts += 1
-        if self._num_parts > self._most + _MOST_EMPTY_PARTS:
+        if self._num_parts > self._max_files + _MAX_EMPTY_PARTS:
             raise Refused(413, "too_many", "the form has too many parts")
         self._content, self._header = [], {}
 
@@ -110,7 +111,7 @@ class _Form:
         self._value = self._checked(self._value + data[start:end])
 
     def _checked(self, header: bytes) -> bytes:
-        if len(header) > _MOST_HEADER_BYTES:
+        if len(header) > _MAX_HEADER_BYTES:
             raise Refused(400, "form", "a header of a part is too long")
         return header
 
@@ -127,40 +128,41 @@ class _Form:
         content = b"".join(self._content)
         self._content = []
         if name is None:
-            # Not ignored: it may be an image, or a parameter that belongs elsewhere.
-            field = options.get(b"name", b"").decode("utf-8", "replace")[:_MOST_NAME]
+            # Refused, because the client may have meant an image or a query parameter.
+            field = options.get(b"name", b"").decode("utf-8", "replace")[:_MAX_NAME_CHARACTERS]
             raise Refused(
                 400,
                 "form",
-                f"the form's field {field!r} is no file: it has no file name (with curl: -F "
-                f"{field or 'file'}=@FILE); parameters stand behind the path, as in /predict?top=3",
+                f"the form's field {field!r} is not a file: it has no file name (with curl: -F "
+                f"{field or 'file'}=@FILE); parameters belong to the path, as in /predict?top=3",
             )
         if not name and not content:
-            return  # A browser's field in which no file was chosen.
-        if len(self.parts) == self._most:
-            raise Refused(413, "too_many", f"a request may have {self._most} images")
-        name = name.decode("utf-8", "replace")[:_MOST_NAME] or str(len(self.parts))
+            return  # A browser sends this for a file input without a file.
+        if len(self.parts) == self._max_files:
+            message = f"a request may have at most {self._max_files} images"
+            raise Refused(413, "too_many", message)
+        name = name.decode("utf-8", "replace")[:_MAX_NAME_CHARACTERS] or str(len(self.parts))
         self.parts.append(Part(name, content))
 
     def _end(self) -> None:
         self.is_complete = True
 
 
-def from_base64(text: object) -> bytes:
-    """The bytes of an image file in base64 (RFC 4648, section 4 or 5).
+def decode_base64(text: object) -> bytes:
+    """Decodes an image file in base64 (RFC 4648, section 4 or 5).
 
-    Taken as well: line breaks and the indentation around them, missing or surplus padding,
-    and `data:image/png;base64,` in front.
+    Line breaks and indentation, missing or additional padding, and a prefix such as
+    `data:image/png;base64,` are accepted.
 
     Raises:
-      Refused: It is not base64.
+      Refused: The text is not base64.
     """
     if not isinstance(text, str) or not text.isascii():
-        raise Refused(400, "image", "an image in base64 must be a string of its letters")
+        raise Refused(400, "image", "an image in base64 must be a string of ASCII characters")
     try:
         joined = "".join(map(str.strip, text.splitlines()))
         plain = _DATA_URL.sub("", joined, count=1) if joined[:5].lower() == "data:" else joined
-        # URL-safe base64 uses two other letters, and may omit the padding.
+        # URL-safe base64 has - and _ instead of + and /, and may omit the padding.
         plain = plain.translate(str.maketrans("-_", "+/")).rstrip("=")
         content = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -170,34 +172,33 @@ def from_base64(text: object) -> bytes:
     return content
 
 
-def from_numbers(values: object) -> np.ndarray:
-    """An image in nested lists of grey levels, as uint8 [height, width, 3] or [height, width].
+def parse_pixels(values: object) -> np.ndarray:
+    """Converts nested lists of grey levels to uint8 [height, width, 3] or [height, width].
 
     Raises:
-      Refused: It is not an image: of another shape, or not whole numbers from 0 to 255, or
-        all of them are 0 or 1.
+      Refused: The shape is not that of an image, a number is not an integer from 0 to 255, or
+        the largest number is 1.
     """
-    array = grey_levels(values)
+    array = parse_grey_levels(values)
     if array.ndim not in (2, 3) or not array.size:
-        raise Refused(400, "image", "an image must be numbers [height, width, 3]")
+        raise Refused(400, "image", "an image must be numbers of shape [height, width, 3]")
     if array.ndim == 3 and array.shape[2] not in (1, 3):
-        hint = "; the channels come last" if array.shape[0] in (1, 3) else ""
-        raise Refused(
-            400, "image", f"an image must be [height, width, 3], not {list(array.shape)}{hint}"
-        )
+        hint = "; put the channels last" if array.shape[0] in (1, 3) else ""
+        message = f"an image must have shape [height, width, 3], not {list(array.shape)}{hint}"
+        raise Refused(400, "image", message)
     check_range(array)
     return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
 
 
-def grey_levels(values: object) -> np.ndarray:
-    """Nested lists of grey levels as an array of their shape, uint8.
+def parse_grey_levels(values: object) -> np.ndarray:
+    """Converts nested lists of grey levels to a uint8 array of the same shape.
 
     Raises:
-      Refused: They are not whole numbers from 0 to 255, or their rows differ in length.
+      Refused: A number is not an integer from 0 to 255, or the rows differ in length.
     """
-    # First of all: an array of strings has room for the longest one in each of its places.
+    # Before NumPy: an array of strings reserves the length of the longest string per element.
     if not _are_numbers(values):
-        raise Refused(400, "image", "an image must be numbers")
+        raise Refused(400, "image", "an image must consist of numbers")
     try:
         array = np.asarray(values, np.float64)
     except (ValueError, OverflowError) as error:
@@ -205,7 +206,7 @@ def grey_levels(values: object) -> np.ndarray:
     # NaN fails the first comparison.
     if not np.all((array >= 0) & (array <= 255)) or np.any(array != np.floor(array)):
         hint = _RANGE_HINT if np.all((array >= 0) & (array <= 1)) else ""
-        raise Refused(400, "image", f"an image's numbers must be whole, from 0 to 255{hint}")
+        raise Refused(400, "image", f"an image's numbers must be integers from 0 to 255{hint}")
     return array.astype(np.uint8)
 
 
@@ -213,13 +214,12 @@ _RANGE_HINT = "; multiply numbers from 0 to 1 by 255, or send an image file in b
 
 
 def check_range(image: np.ndarray) -> None:
-    """Refuses an image whose grey levels may be meant as 0 for black and 1 for white.
+    """Refuses an image in which 1 may mean white instead of almost black.
 
-    Read as levels from 0 to 255, such an image would be black. An image of zeros only is
-    black either way, and is not refused.
+    An image of zeros is accepted: it is black in both cases.
 
     Raises:
-      Refused: The largest level is 1.
+      Refused: The largest grey level is 1.
     """
     if image.max(initial=0) == 1:
         raise Refused(
@@ -228,7 +228,7 @@ def check_range(image: np.ndarray) -> None:
 
 
 def _are_numbers(values: object) -> bool:
-    """Whether there is nothing but numbers in nested lists."""
+    """Whether nested lists contain only numbers."""
     if not isinstance(values, list):
         return type(values) in (int, float)
     kinds = set(map(type, values))
@@ -236,18 +236,18 @@ def _are_numbers(values: object) -> bool:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """A body that is a JSON object.
+    """Parses a body that is a JSON object.
 
     Raises:
-      Refused: It is not, or it would take too much memory.
+      Refused: The body is not a JSON object, or would take too much memory.
     """
-    # Before it is parsed: 20 MB of empty lists become half a gigabyte.
-    if sum(body.count(mark) * size for mark, size in _PARSED_BYTES.items()) > _MOST_PARSED_BYTES:
-        raise Refused(413, "too_large", "too many values; send image files, in base64")
+    # Before parsing, because 20 MB of empty lists become half a gigabyte in memory.
+    if sum(body.count(mark) * size for mark, size in _PARSED_BYTES.items()) > _MAX_PARSED_BYTES:
+        raise Refused(413, "too_large", "too many values; send image files in base64")
     try:
-        found = pydantic_core.from_json(body)
+        fields = pydantic_core.from_json(body)
     except ValueError as error:
         raise Refused(400, "json", f"the body is not JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise Refused(400, "json", "the body must be a JSON object")
-    return found
+    return fields

@@ -1,34 +1,33 @@
-"""What a client may ask: how much, for how long, and how it is told that it was too much."""
+"""Limits of requests: their size, their time, their parameters, and the errors beyond them."""
 
 import asyncio
 import contextlib
 import dataclasses
 import difflib
 import time
-from collections.abc import AsyncIterator, Collection, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 
 from starlette.requests import Request
 from starlette.types import Receive
 
-# Seconds for which a body may pause.
+# Maximum seconds between two parts of a body.
 _PAUSE_SECONDS = 10.0
-# Bytes of a body for which there is room while large ones take all of theirs.
-_SMALL = 1_000_000
+# Bodies below this number of bytes are still accepted when large bodies fill the memory limit.
+_SMALL_BODY_BYTES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request, and all together, may take.
+    """The limits of one request and of all requests in flight.
 
     Attributes:
-      body_bytes: Of a request.
-      all_bytes: Of the bodies of all requests that are under way; small ones may have as much
-        again as one large request.
-      pixels: Width times height of an image, by its header.
-      images: In a request.
-      explained: Of these, if maps are asked for.
-      seconds: From a request's headers to its answer.
+      body_bytes: Maximum size of a request's body.
+      all_bytes: Maximum total size of the bodies of all requests in flight. Bodies below 1 MB
+        may exceed it by `body_bytes` in total.
+      pixels: Maximum width times height of an image, according to its header.
+      images: Maximum number of images in a request.
+      explained: Maximum number of images in a request for maps.
+      seconds: Maximum time from a request's headers to its answer.
     """
 
     body_bytes: int = 20_000_000
@@ -39,13 +38,13 @@ class Limits:
     seconds: float = 30.0
 
 
-class Refused(Exception):  # noqa: N818  (the server is in order)
-    """A request that is answered with an error.
+class Refused(Exception):  # noqa: N818 (the client's error, not the server's)
+    """The server refuses a request and answers with an error.
 
     Attributes:
-      status: Of HTTP.
-      reason: In one word or two, for programs.
-      headers: Of the answer.
+      status: The HTTP status.
+      reason: An identifier of the error for programs, such as "too_large".
+      headers: Headers of the answer.
     """
 
     def __init__(self, status: int, reason: str, message: str, **headers: str):
@@ -55,15 +54,19 @@ class Refused(Exception):  # noqa: N818  (the server is in order)
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-class ClientLeft(Exception):  # noqa: N818
-    """Nobody is there to be answered."""
+class ClientDisconnected(Exception):  # noqa: N818
+    """The client has closed the connection before the answer."""
 
 
 def check_query(request: Request, known: Collection[str] = ()) -> None:
-    """Checks the names of the parameters behind a path.
+    """Checks the names of a request's query parameters.
+
+    Args:
+      request: The request.
+      known: The parameters that its path accepts.
 
     Raises:
-      Refused: One is not known, or is given more than once.
+      Refused: A parameter is not known, or is given more than once.
     """
     if not request.url.query:
         return
@@ -71,53 +74,58 @@ def check_query(request: Request, known: Collection[str] = ()) -> None:
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name.lower(), known, n=1)
-            hint = "this path takes none"
+            hint = "this path takes no parameters"
             if known:
-                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+                hint = f"did you mean {close[0]}?" if close else f"use {', '.join(known)}"
             raise Refused(400, "parameter", f"there is no parameter {name[:100]!r}; {hint}")
         if names.count(name) > 1:
-            raise Refused(400, "parameter", f"{name}: is given more than once")
+            raise Refused(400, "parameter", f"the parameter {name} is given more than once")
 
 
 class Bodies:
-    """Reads the bodies of requests, and holds all of them together to a size."""
+    """Reads the bodies of requests, and limits their total size.
+
+    Attributes:
+      num_bytes: The total size of the bodies in memory.
+    """
 
     def __init__(self, limits: Limits):
         self._limits = limits
-        self.held = 0
+        self.num_bytes = 0
 
     @contextlib.asynccontextmanager
     async def read(
         self, receive: Receive, content_length: str | None, deadline: float
     ) -> AsyncIterator[bytes]:
-        """A request's body, which counts until it is let go.
+        """Reads a request's body; the body counts towards the limit until the context ends.
 
         Args:
-          receive: Of the request, of which nothing was read.
+          receive: The ASGI channel of a request whose body has not been read.
           content_length: The header.
           deadline: In seconds of `time.monotonic`.
 
         Raises:
-          Refused: It is too large or too slow, or there is no room for it.
-          ClientLeft: It will not come to its end.
+          Refused: The body is too large or too slow, or the limit of all bodies is reached.
+          ClientDisconnected: The client disconnected before the end of the body.
         """
         announced = int(content_length) if content_length and content_length.isdecimal() else 0
         if announced > self._limits.body_bytes:
             raise self._too_large()
         parts: list[bytes] = []
-        with self._counted() as count:
+        with self._counter() as count:
             try:
                 async with asyncio.timeout(None) as pause:
-                    _wait_for_more(pause, deadline)
+                    _extend(pause, deadline)
                     async for part in _parts(receive):
                         count(len(part))
                         parts.append(part)
-                        _wait_for_more(pause, deadline)
+                        _extend(pause, deadline)
             except TimeoutError as error:
                 raise Refused(
                     408,
                     "slow",
-                    f"the body did not come in {self._limits.seconds:g} s, or paused for too long",
+                    f"the body did not arrive within {self._limits.seconds:g} s, or paused for "
+                    f"more than {_PAUSE_SECONDS:g} s",
                     connection="close",
                 ) from error
             body = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -125,39 +133,41 @@ class Bodies:
             yield body
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[Any]:
-        own = 0
+    def _counter(self) -> Iterator[Callable[[int], None]]:
+        """Yields a function that adds to the size of one body, which is subtracted at the end."""
+        body_bytes = 0
 
         def count(size: int) -> None:
-            nonlocal own
-            if own + size > self._limits.body_bytes:
+            nonlocal body_bytes
+            if body_bytes + size > self._limits.body_bytes:
                 raise self._too_large()
-            room = self._limits.all_bytes
-            if own + size <= _SMALL:
-                room += self._limits.body_bytes
-            if self.held + size > room:
+            limit = self._limits.all_bytes
+            if body_bytes + size <= _SMALL_BODY_BYTES:
+                limit += self._limits.body_bytes
+            if self.num_bytes + size > limit:
                 raise Refused(
                     429,
                     "busy",
-                    "too much is being sent at once; try again in 1 s",
+                    "the requests in flight are too large; try again in 1 s",
                     connection="close",
                     retry_after="1",
                 )
-            own += size
-            self.held += size
+            body_bytes += size
+            self.num_bytes += size
 
         try:
             yield count
         finally:
-            self.held -= own
+            self.num_bytes -= body_bytes
 
     def _too_large(self) -> Refused:
-        most = self._limits.body_bytes
-        return Refused(413, "too_large", f"a body may have {most:,} bytes", connection="close")
+        limit = self._limits.body_bytes
+        message = f"a body may have at most {limit:,} bytes"
+        return Refused(413, "too_large", message, connection="close")
 
 
-def _wait_for_more(timeout: asyncio.Timeout, deadline: float) -> None:
-    """Gives a body some seconds for its next part, but none beyond its deadline."""
+def _extend(timeout: asyncio.Timeout, deadline: float) -> None:
+    """Extends a timeout by the maximum pause, but not beyond the deadline."""
     left = min(deadline - time.monotonic(), _PAUSE_SECONDS)
     timeout.reschedule(asyncio.get_running_loop().time() + left)
 
@@ -166,7 +176,7 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes]:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ClientLeft
+            raise ClientDisconnected
         if part := message.get("body", b""):
             yield part
         if not message.get("more_body", False):
@@ -174,34 +184,34 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes]:
 
 
 @contextlib.asynccontextmanager
-async def unless_client_leaves(receive: Receive) -> AsyncIterator[None]:
-    """Cancels what is done within as soon as nobody waits for it.
+async def cancel_on_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancels the code inside the context when the client disconnects.
 
     Args:
-      receive: Of a request whose body was read.
+      receive: The ASGI channel of a request whose body has been read.
 
     Raises:
-      ClientLeft: Before it was done.
+      ClientDisconnected: The client disconnected before the end of the context.
     """
-    working = asyncio.current_task()
-    assert working is not None
-    cancelled_before, has_left = working.cancelling(), False
+    task = asyncio.current_task()
+    assert task is not None
+    cancelled_before, is_disconnected = task.cancelling(), False
 
     async def watch() -> None:
-        nonlocal has_left
+        nonlocal is_disconnected
         while (await receive())["type"] != "http.disconnect":
             pass
-        # At once, so that the block cannot come to its end in between.
-        has_left = True
-        working.cancel()
+        # Without an await in between, so that the context cannot end between these two lines.
+        is_disconnected = True
+        task.cancel()
 
-    watching = asyncio.ensure_future(watch())
+    watcher = asyncio.ensure_future(watch())
     try:
         yield
     except asyncio.CancelledError:
-        # As in `asyncio.timeout`: if somebody else has cancelled as well, that counts.
-        if has_left and working.uncancel() <= cancelled_before:
-            raise ClientLeft from None
+        # As in `asyncio.timeout`: a cancellation by other code takes precedence.
+        if is_disconnected and task.uncancel() <= cancelled_before:
+            raise ClientDisconnected from None
         raise
     finally:
-        watching.cancel()
+        watcher.cancel()

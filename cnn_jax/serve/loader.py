@@ -1,4 +1,4 @@
-"""Brings versions in and lets them go, as a folder or a registry says."""
+"""Loads and unloads versions, according to a bundle or a registry."""
 
 import abc
 import asyncio
@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, 
 from typing import Any, TypeVar
 
 from cnn_jax.inference.bundle import Bundle, digest, read_bundle
-from cnn_jax.registry.ledger import RegistryError
+from cnn_jax.registry import ledger
+from cnn_jax.registry.ledger import CHAMPION, RegistryError
 from cnn_jax.registry.registry import Registry
 from cnn_jax.serve.service import END, LOADING, Service
 from cnn_jax.serve.versions import Version, make_version
@@ -23,21 +24,21 @@ from cnn_jax.system.errors import UserError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Seconds until a version that could not be loaded is tried again: doubled each time.
-_FIRST_WAIT, _LONGEST_WAIT = 5.0, 300.0
-# Seconds after which a registry that does not answer is spoken of, and spoken of again.
-_PATIENCE, _SAY_AGAIN = 30.0, 600.0
-# Of the thread that loads; 0 is as important as those that serve.
+# Seconds until a failed load is retried; doubled after each failure, up to the maximum.
+_FIRST_RETRY, _MAX_RETRY = 5.0, 300.0
+# Seconds until a registry that does not answer is logged, and until its error is logged again.
+_SLOW_SECONDS, _REPEAT_SECONDS = 30.0, 600.0
+# The niceness of the thread that loads; the threads that answer requests have 0.
 _NICENESS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
-    """What of a model should be there.
+class DesiredState:
+    """The versions and aliases of a model that should be loaded.
 
     Attributes:
-      versions: Digests by number.
-      aliases: Numbers by alias, the first of them the one that the model answers by.
+      versions: Bundle digests by version number.
+      aliases: Version numbers by alias; the first alias selects the default version.
     """
 
     versions: Mapping[int, str]
@@ -45,107 +46,141 @@ class Wanted:
 
 
 class Source(abc.ABC):
-    """Where versions come from. All of it may wait for a disk or a network."""
+    """A source of versions. All methods may wait for a disk or a network."""
 
-    def check(self) -> None:  # noqa: B027 (there may be nothing to say)
-        """Says what is wrong before anything is started; UserError."""
+    def check(self) -> None:  # noqa: B027 (optional)
+        """Raises UserError if the source cannot be served; called before the server starts."""
 
     @abc.abstractmethod
-    def wanted(self) -> dict[str, Wanted]:
-        """What should be there now, by model; UserError if that cannot be known."""
+    def desired(self) -> dict[str, DesiredState]:
+        """Returns the desired state by model.
+
+        Raises:
+          UserError: The source does not answer.
+        """
 
     @abc.abstractmethod
     def open(self, model: str, number: int) -> Bundle:
-        """A version's bundle, verified; UserError if it cannot be had."""
-
-    @abc.abstractmethod
-    def want(self, model: str, number: int, is_wanted: bool) -> None:
-        """Has a version be there besides, or not any more; UserError if there is none."""
-
-
-class OneBundle(Source):
-    """A bundle in a folder, as version 1 of a model."""
-
-    def __init__(self, path: pathlib.Path, model: str):
-        """Reads it.
+        """Reads and verifies the bundle of a version.
 
         Raises:
-          BundleError: It is no bundle, or a damaged one.
+          UserError: The bundle cannot be read or is damaged.
+        """
+
+    @abc.abstractmethod
+    def set_extra(self, model: str, number: int, is_extra: bool) -> None:
+        """Adds a version to the desired state, beside those with an alias, or removes it again.
+
+        Raises:
+          UserError: The version does not exist.
+        """
+
+
+class BundleSource(Source):
+    """A bundle in a folder, served as version 1 of a model."""
+
+    def __init__(self, path: pathlib.Path, model: str):
+        """Reads the bundle.
+
+        Args:
+          path: The bundle's folder.
+          model: The name of the model.
+
+        Raises:
+          BundleError: The folder has no bundle, or the bundle is damaged.
         """
         self._model = model
         self._bundle = read_bundle(path)
         self._digest = digest(path)
 
-    def wanted(self) -> dict[str, Wanted]:
-        return {self._model: Wanted({1: self._digest}, {"default": 1})}
+    def desired(self) -> dict[str, DesiredState]:
+        return {self._model: DesiredState({1: self._digest}, {"default": 1})}
 
     def open(self, model: str, number: int) -> Bundle:
         return self._bundle
 
-    def want(self, model: str, number: int, is_wanted: bool) -> None:
+    def set_extra(self, model: str, number: int, is_extra: bool) -> None:
         raise RegistryError("the server has one bundle, and no registry")
 
 
-class FromRegistry(Source):
-    """What an alias of a registry points to, and other versions besides."""
+class RegistrySource(Source):
+    """The versions of a registry that have an alias, and extra versions."""
 
     def __init__(
-        self, registry: Registry, models: Sequence[str], alias: str, others: Sequence[int | str]
+        self,
+        registry: Registry,
+        models: Sequence[str],
+        alias: str,
+        extra: Sequence[int | str],
     ):
-        """Follows a registry.
+        """Creates the source without reading the registry.
 
         Args:
-          registry: Which one.
-          models: Those that are served, while they have the alias; none: all that have it.
-          alias: By which a model answers who names no version.
-          others: Numbers and aliases that can be asked besides, where a model has them.
+          registry: The registry.
+          models: The models to serve while they have the alias; empty for all models with it.
+          alias: The alias of the default version.
+          extra: Numbers and aliases of further versions to load, for models that have them.
         """
         self._registry = registry
         self._models = tuple(models)
         self._alias = alias
-        self._others = tuple(others)
-        self._besides: set[tuple[str, int]] = set()
+        self._extra = tuple(extra)
+        # (model, number) of the versions that an administrator has loaded.
+        self._admin_extra: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
 
     def check(self) -> None:
         self._registry.refresh()
         for name in self._models:
-            self._registry.resolve(name, self._alias)
-        found = self._wanted()
-        if not found:
-            raise RegistryError(f"{self._registry.url} has no model with an alias {self._alias!r}")
-        for other in self._others:
-            if not any(self._number_of(name, other) for name in found):
-                logger.warning("--versions: there is no version %s yet", other)
+            if ledger.find(self._registry.models, name).alias_target(self._alias) is None:
+                raise RegistryError(f"{name} has no alias {self._alias}; {self._advice(name)}")
+        desired = self._desired()
+        if not desired:
+            raise RegistryError(
+                f"{self._registry.url} has no model with an alias {self._alias}; "
+                f"{self._advice('MODEL')}"
+            )
+        for version in self._extra:
+            if not any(self._number(name, version) for name in desired):
+                logger.warning("--versions: there is no version %s yet", version)
 
-    def wanted(self) -> dict[str, Wanted]:
+    def _advice(self, model: str) -> str:
+        """Returns the command that creates the alias, for the end of an error message."""
+        alias = "" if self._alias == CHAMPION else f" --alias={self._alias}"
+        return (
+            f"to create it: cnn_jax registry promote {model} VERSION{alias} "
+            f"--registry={self._registry.url}"
+        )
+
+    def desired(self) -> dict[str, DesiredState]:
         self._registry.refresh()
-        return self._wanted()
+        return self._desired()
 
-    def _wanted(self) -> dict[str, Wanted]:
+    def _desired(self) -> dict[str, DesiredState]:
         models = self._registry.models
         names = self._models or models
         return {
-            name: self._wanted_of(name)
+            name: self._desired_versions(name)
             for name in names
-            if name in models and models[name].present(self._alias)
+            if name in models and models[name].alias_target(self._alias)
         }
 
-    def _number_of(self, name: str, which: int | str) -> int | None:
-        """The version of a model that a number or an alias means, if it is there."""
+    def _number(self, name: str, version: int | str) -> int | None:
+        """Returns the number of a model's version or alias; None if it does not exist."""
         model = self._registry.models[name]
-        number = which if isinstance(which, int) else model.present(which)
+        number = version if isinstance(version, int) else model.alias_target(version)
         return number if number in model.versions else None
 
-    def _wanted_of(self, name: str) -> Wanted:
+    def _desired_versions(self, name: str) -> DesiredState:
         with self._lock:
-            besides = [number for of, number in self._besides if of == name]
-        # The first one is that by which the model answers.
-        found = [self._number_of(name, which) for which in (self._alias, *self._others, *besides)]
+            admin_extra = [number for model, number in self._admin_extra if model == name]
+        # The default version comes first.
+        found = [self._number(name, one) for one in (self._alias, *self._extra, *admin_extra)]
         numbers = dict.fromkeys(number for number in found if number is not None)
         model = self._registry.models[name]
-        aliases = {self._alias: found[0]} | {alias: model.present(alias) for alias in model.aliases}
-        return Wanted(
+        aliases = {self._alias: found[0]}
+        aliases |= {alias: model.alias_target(alias) for alias in model.aliases}
+        return DesiredState(
             {number: model.versions[number].bundle.digest for number in numbers},
             {alias: number for alias, number in aliases.items() if number in numbers},
         )
@@ -155,206 +190,217 @@ class FromRegistry(Source):
         with tempfile.TemporaryDirectory(prefix="cnn_jax-") as folder:
             return read_bundle(self._registry.fetch(version, folder))
 
-    def want(self, model: str, number: int, is_wanted: bool) -> None:
-        if model not in self.wanted():
+    def set_extra(self, model: str, number: int, is_extra: bool) -> None:
+        if model not in self.desired():
             raise RegistryError(f"{model} is not served here")
-        if is_wanted:
+        if is_extra:
             self._registry.resolve(model, number)
         with self._lock:
-            if is_wanted:
-                self._besides.add((model, number))
+            if is_extra:
+                self._admin_extra.add((model, number))
             else:
-                self._besides.discard((model, number))
+                self._admin_extra.discard((model, number))
 
 
 class Loader:
-    """Keeps a service at what a source wants."""
+    """Keeps the loaded versions of a service equal to the desired state of a source.
+
+    Attributes:
+      problem: The error of the last version that could not be loaded.
+    """
 
     def __init__(self, service: Service, source: Source, sizes: Sequence[int]):
-        """Nothing is loaded yet.
+        """Creates the loader; nothing is loaded yet.
 
         Args:
-          service: Which one.
-          source: Of the versions.
-          sizes: Numbers of images that are computed at once.
+          service: The service.
+          source: The source of the versions.
+          sizes: The batch sizes to compile.
         """
         self._service = service
         self._source = source
         self._sizes = sizes
-        # Versions that could not be loaded: how often, and when they are tried again.
+        # Versions that could not be loaded: the number of failures and the time of the retry.
         self._failures: dict[tuple[str, int, str], tuple[int, float]] = {}
-        self._turn = asyncio.Lock()
-        self._has_looked = False
-        # Of the last version that could not be loaded.
+        self._lock = asyncio.Lock()
+        self._has_synchronized = False
         self.problem = ""
-        # What was last said of the source, and when.
-        self._said, self._said_at = "", 0.0
-        self._busy = 0
-        # The loop itself keeps no task alive.
+        # The last logged error of the source, and when it was logged.
+        self._logged_problem, self._logged_at = "", 0.0
+        self._num_running = 0
+        # The event loop has only weak references to tasks.
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is under way that nothing can interrupt."""
-        return self._busy > 0
+        """Whether a thread runs that cannot be interrupted."""
+        return self._num_running > 0
 
     async def follow(self, seconds: float) -> None:
-        """Looks again and again, with so much time between; until it is cancelled."""
+        """Synchronizes every `seconds` seconds until it is cancelled."""
         while True:
-            await self.look()
+            await self.synchronize()
             await asyncio.sleep(seconds)
 
-    async def look(self) -> None:
-        """Brings everything to what the source wants now, as far as it can be had."""
-        async with self._turn:
-            # After each load the source is asked again: it may want something else by now.
-            while (wanted := await self._ask()) is not None:
-                self._forget(wanted)
-                for model, of_model in wanted.items():
-                    self._service.models.expect(model, is_required=not self._has_looked)
-                    self._point(model, of_model)
-                    self._let_go(model, of_model.versions)
-                self._has_looked = True
-                missing = next(self._missing(wanted), None)
+    async def synchronize(self) -> None:
+        """Loads and unloads versions until the service is in the desired state."""
+        async with self._lock:
+            # Read the source again after each load: the desired state may have changed.
+            while (desired := await self._read_source()) is not None:
+                self._remove_models(desired)
+                for model, state in desired.items():
+                    self._service.models.add_model(model, is_required=not self._has_synchronized)
+                    self._update_aliases(model, state)
+                    self._unload(model, state.versions)
+                self._has_synchronized = True
+                missing = next(self._missing(desired), None)
                 if missing is None:
                     return
                 await self._load(*missing)
 
-    async def look_again(self, seconds: float) -> bool:
-        """Looks now, whatever failed before; whether that was done in so many seconds."""
+    async def synchronize_now(self, seconds: float) -> bool:
+        """Retries all failed loads and synchronizes; returns whether that ended in time."""
         self._failures.clear()
-        return await self._within(seconds, self.look())
+        return await self._finishes(seconds, self.synchronize())
 
-    async def want(self, model: str, number: int, is_wanted: bool, seconds: float) -> bool:
-        """Has a version be there besides, or not any more; whether it was seen to in time.
+    async def set_extra(self, model: str, number: int, is_extra: bool, seconds: float) -> bool:
+        """Loads an extra version or unloads it; returns whether that ended in time.
+
+        Args:
+          model: The name of the model.
+          number: The number of the version.
+          is_extra: Whether to load or unload the version.
+          seconds: The time to wait; the work continues afterwards.
 
         Raises:
-          UserError: There is no such version.
+          UserError: The version does not exist.
         """
 
-        async def want() -> None:
-            async with self._turn:
-                await self._on_thread(self._source.want, model, number, is_wanted)
+        async def set_and_synchronize() -> None:
+            async with self._lock:
+                await self._run_on_thread(self._source.set_extra, model, number, is_extra)
             self._failures.clear()
-            await self.look()
+            await self.synchronize()
 
-        return await self._within(seconds, want())
+        return await self._finishes(seconds, set_and_synchronize())
 
-    async def _within(self, seconds: float, work: Coroutine[Any, Any, None]) -> bool:
-        """Whether work is done in so many seconds; in any case it goes on."""
-        task = self._keep(work)
+    async def _finishes(self, seconds: float, work: Coroutine[Any, Any, None]) -> bool:
+        """Waits for a coroutine, which continues after the timeout; returns whether it ended."""
+        task = self._start_task(work)
         done, _ = await asyncio.wait({task}, timeout=seconds)
-        for one in done:
-            one.result()
+        for ended in done:
+            ended.result()
         return bool(done)
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _ask(self) -> dict[str, Wanted] | None:
-        """What the source wants; None, and a word of it, if that cannot be known."""
+    async def _read_source(self) -> dict[str, DesiredState] | None:
+        """Returns the desired state; logs the error and returns None if it cannot be read."""
         start = time.monotonic()
-        asking = asyncio.ensure_future(self._on_thread(self._source.wanted))
+        reading = asyncio.ensure_future(self._run_on_thread(self._source.desired))
         try:
-            while not (await asyncio.wait({asking}, timeout=_PATIENCE))[0]:
+            while not (await asyncio.wait({reading}, timeout=_SLOW_SECONDS))[0]:
                 waited = time.monotonic() - start
                 logger.warning("the registry has not answered for %.0f s", waited)
-            wanted = asking.result()
+            desired = reading.result()
         except UserError as error:
-            self._say(str(error))
+            self._log_problem(str(error))
             return None
         except Exception:
-            # Of any kind: who does not look any more would serve an old version for ever.
-            logger.exception("cannot look for versions")
+            # Of any kind: if this task ended, the server would never load a new version.
+            logger.exception("cannot read the registry")
             return None
-        self._said = ""
-        self._service.measures.last_look.set_to_current_time()
-        return wanted
+        self._logged_problem = ""
+        self._service.metrics.last_look.set_to_current_time()
+        return desired
 
-    def _say(self, problem: str) -> None:
-        """Logs why nothing can be known, when it is new and from time to time."""
+    def _log_problem(self, problem: str) -> None:
+        """Logs why the source cannot be read, once and then every `_REPEAT_SECONDS`."""
         now = time.monotonic()
-        if problem != self._said or now - self._said_at > _SAY_AGAIN:
-            self._said, self._said_at = problem, now
-            logger.warning("cannot look for versions, and what is served goes on: %s", problem)
+        if problem != self._logged_problem or now - self._logged_at > _REPEAT_SECONDS:
+            self._logged_problem, self._logged_at = problem, now
+            logger.warning("cannot read the registry; the loaded versions stay: %s", problem)
 
-    def _missing(self, wanted: Mapping[str, Wanted]) -> Iterator[tuple[str, int, str]]:
-        """Model, number and digest of what is to be loaded; what answers first comes first."""
+    def _missing(self, desired: Mapping[str, DesiredState]) -> Iterator[tuple[str, int, str]]:
+        """Yields (model, number, digest) of versions to load, default versions first."""
         for is_default in (True, False):
-            for model, of_model in wanted.items():
-                present = self._service.models.present(model)
-                default = next(iter(of_model.aliases.values()), None)
-                for number, digest_ in of_model.versions.items():
-                    is_there = number in present and present[number].digest == digest_
+            for model, state in desired.items():
+                loaded = self._service.models.loaded(model)
+                default = next(iter(state.aliases.values()), None)
+                for number, digest_ in state.versions.items():
+                    is_loaded = number in loaded and loaded[number].digest == digest_
                     key = model, number, digest_
-                    if (number == default) == is_default and not is_there and self._is_time(key):
+                    if (number == default) == is_default and not is_loaded and self._is_due(key):
                         yield key
 
-    def _is_time(self, key: tuple[str, int, str]) -> bool:
-        _, again = self._failures.get(key, (0, 0.0))
-        return time.monotonic() >= again
+    def _is_due(self, key: tuple[str, int, str]) -> bool:
+        _, retry_at = self._failures.get(key, (0, 0.0))
+        return time.monotonic() >= retry_at
 
-    def _point(self, model: str, wanted: Wanted) -> None:
-        """Turns the aliases to what is there."""
+    def _update_aliases(self, model: str, state: DesiredState) -> None:
+        """Sets a model's aliases to loaded versions."""
         models = self._service.models
-        present = models.present(model)
+        loaded = models.loaded(model)
         before = models.aliases(model)
-        # An alias whose new version could not be loaded stays where it was.
-        pointed = {
-            alias: number if number in present else before.get(alias)
-            for alias, number in wanted.aliases.items()
+        # An alias keeps its old version while the new version is not loaded.
+        targets = {
+            alias: number if number in loaded else before.get(alias)
+            for alias, number in state.aliases.items()
         }
-        models.point(model, {a: number for a, number in pointed.items() if number is not None})
+        models.set_aliases(
+            model, {a: number for a, number in targets.items() if number is not None}
+        )
 
-    def _forget(self, wanted: Mapping[str, Wanted]) -> None:
-        """Lets models go that are not wanted any more."""
+    def _remove_models(self, desired: Mapping[str, DesiredState]) -> None:
+        """Unloads models that are not in the desired state."""
         models = self._service.models
-        for model in set(models.names) - wanted.keys():
-            models.point(model, {})
-            self._let_go(model, ())
-            models.forget(model)
-            logger.warning("%s: has no alias any more by which it would answer", model)
+        for model in set(models.names) - desired.keys():
+            models.set_aliases(model, {})
+            self._unload(model, ())
+            models.remove_model(model)
+            logger.warning("%s: unloaded, because it has no version with the served alias", model)
 
-    def _let_go(self, model: str, wanted: Collection[int]) -> None:
+    def _unload(self, model: str, numbers: Collection[int]) -> None:
+        """Unloads versions, except the given numbers and the targets of aliases."""
         models = self._service.models
-        kept = {*wanted, *models.aliases(model).values()}
-        for number in models.present(model).keys() - kept:
-            version = models.drop(model, number)
-            self._service.measures.loaded.remove(model, number)
+        kept = {*numbers, *models.aliases(model).values()}
+        for number in models.loaded(model).keys() - kept:
+            version = models.remove_version(model, number)
+            self._service.metrics.loaded.remove(model, number)
             logger.info("%s, version %d: no longer served", model, number)
-            self._keep(self._until_unused(version))
+            self._start_task(self._end_when_unused(version))
 
-    async def _until_unused(self, version: Version) -> None:
-        """Waits for the requests that are under way; what it holds is freed with the last."""
+    async def _end_when_unused(self, version: Version) -> None:
+        """Waits for the requests in flight; the version is freed after the last of them."""
         while version.in_use:
             await asyncio.sleep(0.05)
         models = self._service.models
-        if version.model in models.names and version.number not in models.present(version.model):
-            models.note(version.model, version.number, END)
-            self._service.measures.forget(version.model, version.number, version.class_names)
+        if version.model in models.names and version.number not in models.loaded(version.model):
+            models.set_state(version.model, version.number, END)
+            self._service.metrics.remove_version(version.model, version.number, version.class_names)
 
     async def _load(self, model: str, number: int, digest_: str) -> None:
         key = model, number, digest_
         models = self._service.models
-        models.note(model, number, LOADING)
+        models.set_state(model, number, LOADING)
         start = time.monotonic()
-        served = [one for name in models.names for one in models.present(name).values()]
+        loaded = [version for name in models.names for version in models.loaded(name).values()]
         try:
-            version = await self._on_thread(self._make, model, number, digest_, served)
+            version = await self._run_on_thread(self._make, model, number, digest_, loaded)
         except Exception as error:
-            # Of any kind: what serves must go on, whatever is wrong with what was to come.
+            # Of any kind: a bad new version must not stop the server.
             count = self._failures.get(key, (0, 0.0))[0] + 1
-            wait = min(_FIRST_WAIT * 2 ** (count - 1), _LONGEST_WAIT)
+            wait = min(_FIRST_RETRY * 2 ** (count - 1), _MAX_RETRY)
             self._failures[key] = count, time.monotonic() + wait
             self.problem = str(error) if isinstance(error, UserError) else repr(error)
-            models.note(model, number, END, _for_clients(error))
-            self._service.measures.loads.labels(model, "failed").inc()
+            models.set_state(model, number, END, _public_message(error))
+            self._service.metrics.loads.labels(model, "failed").inc()
             logger.error(
-                "%s, version %d: not loaded, and what was served goes on: %s; tried "
-                "again in %.0f s",
+                "%s, version %d: not loaded; the loaded versions stay: %s; next try in %.0f s",
                 model,
                 number,
                 self.problem,
@@ -362,27 +408,28 @@ class Loader:
             )
             return
         self._failures.pop(key, None)
-        models.bring(version)
-        self._service.measures.loads.labels(model, "loaded").inc()
-        self._service.measures.loaded.labels(model, number).set(1)
+        models.add_version(version)
+        self._service.metrics.loads.labels(model, "loaded").inc()
+        self._service.metrics.loaded.labels(model, number).set(1)
         seconds = time.monotonic() - start
         logger.info("%s, version %d: ready after %.1f s", model, number, seconds)
 
-    def _make(self, model: str, number: int, digest_: str, served: Sequence[Version]) -> Version:
+    def _make(self, model: str, number: int, digest_: str, loaded: Sequence[Version]) -> Version:
         bundle = self._source.open(model, number)
         pixels = self._service.limits.pixels
-        return make_version(model, number, bundle, digest_, pixels, self._sizes, served)
+        return make_version(model, number, bundle, digest_, pixels, self._sizes, loaded)
 
-    async def _on_thread(self, function: Callable[..., T], *args: Any) -> T:
-        """What a function returns that may wait for a disk, a network or a compiler.
+    async def _run_on_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Runs a function that may wait for a disk, a network or a compiler.
 
-        On a thread that holds up no end of the process, unlike those of an executor.
+        It runs on a daemon thread: unlike a thread of an executor, this does not delay the end
+        of the process.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
-        def tell(result: T | None, error: Exception | None) -> None:
-            self._busy -= 1
+        def finish(result: T | None, error: Exception | None) -> None:
+            self._num_running -= 1
             if future.cancelled():
                 return
             if error is None:
@@ -391,27 +438,30 @@ class Loader:
                 future.set_exception(error)
 
         def run() -> None:
-            _be_nice()
+            _lower_thread_priority()
             result, error = None, None
             try:
                 result = function(*args)
-            except Exception as failed:
-                error = failed
-            with contextlib.suppress(RuntimeError):  # The loop has ended meanwhile.
-                loop.call_soon_threadsafe(tell, result, error)
+            except Exception as raised:
+                error = raised
+            with contextlib.suppress(RuntimeError):  # The event loop has been closed.
+                loop.call_soon_threadsafe(finish, result, error)
 
-        self._busy += 1
+        self._num_running += 1
         threading.Thread(target=run, name="load", daemon=True).start()
         return await future
 
 
-def _for_clients(error: Exception) -> str:
-    """What is wrong with a version; paths and addresses are for the log alone."""
+def _public_message(error: Exception) -> str:
+    """Returns the message of an error without paths and addresses, which only the log shows."""
     message = str(error) if isinstance(error, UserError) else ""
     return message if message and "/" not in message else "it cannot be loaded; the log says why"
 
 
-def _be_nice() -> None:
-    """Lets the threads that serve go first, where threads have priorities of their own."""
+def _lower_thread_priority() -> None:
+    """Gives this thread a lower priority than the threads that answer requests.
+
+    Only some systems, such as Linux, have a priority per thread.
+    """
     with contextlib.suppress(AttributeError, OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

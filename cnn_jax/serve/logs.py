@@ -1,4 +1,4 @@
-"""The server's log: a JSON object a line, on stderr, without what is in an image."""
+"""The server's log: one JSON object per line on stderr, without the content of images."""
 
 import json
 import logging
@@ -17,15 +17,16 @@ class _Formatter(logging.Formatter):
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        # ASCII: no character of a client's can end a line or change a terminal.
+        # ASCII, so that no character sent by a client can end a line or control a terminal.
         return json.dumps(line)
 
 
 def start_logging(level: str) -> None:
-    """Has all libraries log so.
+    """Configures logging for all libraries.
 
     Args:
-      level: "debug", "info", "warning" or "error".
+      level: The lowest level of this package's messages: "debug", "info", "warning" or "error".
+        Other libraries log warnings and errors.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's Prometheus metrics."""
 
 import contextlib
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64)
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
 
-class Measures:
-    """Counters of one server, in a registry of its own."""
+class ServerMetrics:
+    """The metrics of one server, in a separate Prometheus registry."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -26,45 +26,56 @@ class Measures:
         )
         self.latency = Histogram(
             "request_seconds",
-            "From a request's headers to the end of its answer.",
+            "Seconds from a request's headers to the end of its answer.",
             ("route",),
             buckets=_SECONDS,
             **options,
         )
-        self.refused = Counter("refused", "Requests that got an error.", ("reason",), **options)
+        self.refused = Counter(
+            "refused", "Requests that were answered with an error.", ("reason",), **options
+        )
         self.predictions = Counter(
-            "predictions", "Answered images.", ("model", "version", "class"), **options
+            "predictions", "Classified images.", ("model", "version", "class"), **options
         )
         self.batch_images = Histogram(
-            "batch_images", "Images that were computed together.", buckets=_IMAGES, **options
+            "batch_images", "Images per batch.", buckets=_IMAGES, **options
         )
         self.batch_seconds = Histogram(
-            "batch_seconds", "What a batch has taken.", buckets=_SECONDS, **options
+            "batch_seconds", "Seconds that a batch took.", buckets=_SECONDS, **options
         )
-        self.inside = Gauge("images_inside", "Images decoded, waiting or computed.", **options)
-        self.body_bytes = Gauge("body_bytes", "Bodies that are held in memory.", **options)
+        self.images_in_flight = Gauge(
+            "images_inside", "Images in decoding, waiting or in computation.", **options
+        )
+        self.body_bytes = Gauge("body_bytes", "Bytes of request bodies in memory.", **options)
         self.lost_rows = Gauge(
-            "request_log_lost_rows", "Answers that could not be noted.", **options
+            "request_log_lost_rows", "Rows of the request log that could not be written.", **options
         )
         self.last_look = Gauge(
-            "last_look_timestamp_seconds", "When the registry has last answered.", **options
+            "last_look_timestamp_seconds",
+            "Unix time of the registry's last answer.",
+            **options,
         )
-        self.loads = Counter("loads", "Versions that were loaded.", ("model", "outcome"), **options)
+        self.loads = Counter(
+            "loads", "Attempts to load a version, by outcome.", ("model", "outcome"), **options
+        )
         self.loaded = Gauge(
-            "version_loaded", "1 for what can be asked.", ("model", "version"), **options
+            "version_loaded",
+            "1 while the version is loaded; absent otherwise.",
+            ("model", "version"),
+            **options,
         )
 
     def count_batch(self, images: int, seconds: float) -> None:
-        """A batch was computed."""
+        """Adds a computed batch."""
         self.batch_images.observe(images)
         self.batch_seconds.observe(seconds)
 
-    def forget(self, model: str, version: int, class_names: Sequence[str]) -> None:
-        """A version is gone: nothing more will be counted of it."""
+    def remove_version(self, model: str, version: int, class_names: Sequence[str]) -> None:
+        """Removes the prediction counters of an unloaded version."""
         for name in class_names:
             with contextlib.suppress(KeyError):
                 self.predictions.remove(model, version, name)
 
     def expose(self) -> bytes:
-        """All of it, in Prometheus's text format."""
+        """Returns all metrics in Prometheus's text format."""
         return prometheus_client.generate_latest(self.registry)

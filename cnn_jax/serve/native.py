@@ -1,4 +1,4 @@
-"""The server's own protocol: an image file in, JSON out."""
+"""The native protocol: POST /predict takes image files and answers with JSON."""
 
 import base64
 import functools
@@ -10,26 +10,27 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from cnn_jax.explain.maps import method_named
-from cnn_jax.explain.overlay import under_map
-from cnn_jax.serve.images import Part, images_of
-from cnn_jax.serve.limits import Refused, check_query, unless_client_leaves
-from cnn_jax.serve.service import Answer, Service, error_of
+from cnn_jax.explain.overlay import draw_overlay
+from cnn_jax.serve.images import Part, read_images
+from cnn_jax.serve.limits import Refused, cancel_on_disconnect, check_query
+from cnn_jax.serve.responses import JSONResponse
+from cnn_jax.serve.service import Answer, Service, image_refusal
 from cnn_jax.serve.versions import Version
 from cnn_jax.system.errors import DataError
 
-# Bytes of a body whose parts are looked for on a thread.
+# Bodies with more bytes are parsed on a thread.
 _LARGE_BODY = 1_000_000
 _FILES = {
     "type": "array",
     "items": {"type": "string", "contentMediaType": "application/octet-stream"},
 }
-# What a request's body may be; FastAPI cannot say it by a type, since it is not parsed by it.
+# The OpenAPI description of the body, which is not parsed by FastAPI.
 _BODY = {
     "required": True,
     "content": {
@@ -43,23 +44,25 @@ _BODY = {
 
 
 class ClassProbability(BaseModel):
-    """A class and how probable it is."""
+    """A class and its probability."""
 
     class_: str = Field(alias="class")
     probability: float = Field(ge=0, le=1)
 
 
 class Explanation(BaseModel):
-    """Where in the image the evidence is."""
+    """A map of the evidence for the most probable class."""
 
     method: str
-    png: str = Field(description="base64: the map over the image, as the network sees it")
+    png: str = Field(
+        description="PNG in base64: the map over the image, in the size of the network's input"
+    )
 
 
 class PredictionOut(BaseModel):
-    """What is said of one image; `error` alone if it cannot be used."""
+    """The prediction for one image, or its error if the image cannot be used."""
 
-    name: str = Field(description="the file's name, or its place in the request")
+    name: str = Field(description="the file's name, or the image's index in the request")
     class_: str | None = Field(default=None, alias="class")
     probability: float | None = Field(default=None, ge=0, le=1)
     top: list[ClassProbability] | None = None
@@ -69,7 +72,7 @@ class PredictionOut(BaseModel):
 
 
 class Timings(BaseModel):
-    """Milliseconds; of several images the longest."""
+    """Times in milliseconds; the longest time if there are several images."""
 
     decode: float
     queue: float
@@ -78,7 +81,7 @@ class Timings(BaseModel):
 
 
 class PredictOut(BaseModel):
-    """The answer to a request."""
+    """The predictions for all images of a request."""
 
     model: str
     version: int
@@ -87,13 +90,19 @@ class PredictOut(BaseModel):
 
 
 class PredictQuery(BaseModel):
-    """The parameters behind the path."""
+    """The query parameters of /predict."""
 
-    model: str | None = Field(default=None, description="needed if there are several")
-    version: int | None = Field(default=None, ge=1, description="instead of an alias")
-    alias: str | None = Field(default=None, description="instead of a version")
+    model: str | None = Field(
+        default=None, description="model name; required if the server has several models"
+    )
+    version: int | None = Field(
+        default=None, ge=1, description="model version; the alias's version by default"
+    )
+    alias: str | None = Field(default=None, description="alias of a version; not with version")
     top: int = Field(default=5, ge=1, le=1000, description="number of classes to return")
-    explain: Literal["grad_cam"] | None = Field(default=None, description="method of a map")
+    explain: Literal["grad_cam"] | None = Field(
+        default=None, description="method of the map to return with each image"
+    )
 
     @field_validator("explain", mode="before")
     @classmethod
@@ -102,10 +111,9 @@ class PredictQuery(BaseModel):
 
 
 class _LeanRoute(APIRoute):
-    """A route that FastAPI documents, and of which only the query is validated.
+    """A route that validates only the query parameters.
 
-    FastAPI's way from a request to a function's parameters takes a good part of the time that
-    one small image spends in the server.
+    FastAPI's parsing of parameters would take a large part of the time of a small image.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -118,22 +126,22 @@ class _LeanRoute(APIRoute):
 
 
 def _query(request: Request) -> PredictQuery:
-    """Returns the checked parameters behind the path.
+    """Returns the validated query parameters.
 
     Raises:
       Refused: A parameter is not known, or is given twice.
-      RequestValidationError: A value is wrong.
+      RequestValidationError: A value is invalid.
     """
     check_query(request, PredictQuery.model_fields)
     try:
         return PredictQuery.model_validate(dict(request.query_params))
     except ValidationError as error:
-        found = [{**one, "loc": ("query", *one["loc"])} for one in error.errors()]
-        raise RequestValidationError(found) from error
+        errors = [{**item, "loc": ("query", *item["loc"])} for item in error.errors()]
+        raise RequestValidationError(errors) from error
 
 
 def make_router(service: Service) -> APIRouter:
-    """The routes of this protocol."""
+    """Returns the routes of this protocol."""
     router = APIRouter(tags=["predict"], route_class=_LeanRoute)
 
     @router.post(
@@ -143,29 +151,29 @@ def make_router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": _BODY},
     )
     async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> JSONResponse:
-        """The body is an image file, or a form with one or many files."""
+        """The body is an image file, or a form with one or more image files."""
         start = time.monotonic()
         if query.version is not None and query.alias is not None:
-            raise Refused(400, "parameter", "either a version or an alias, not both")
-        chosen = service.models.find(query.model, query.version, query.alias)
+            raise Refused(400, "parameter", "give either version or alias, not both")
+        version = service.models.find(query.model, query.version, query.alias)
         explain = query.explain is not None
-        async with service.body(request, chosen) as body:
+        async with service.body(request, version) as body:
             parts = await _parts(service, request, body)
-            async with unless_client_leaves(request.receive):
-                answers, pictures = await _answer(service, chosen, parts, request, explain)
+            async with cancel_on_disconnect(request.receive):
+                answers, maps = await _answer(service, version, parts, request, explain)
             errors = [answer for answer in answers if isinstance(answer, DataError)]
             if len(errors) == len(answers):
-                raise error_of(errors[0])
+                raise image_refusal(errors[0])
             predictions = [
-                _describe(part, answer, chosen.class_names, query.top)
+                _prediction(part, answer, version.class_names, query.top)
                 for part, answer in zip(parts, answers, strict=True)
             ]
-            for place, picture in pictures.items():
-                predictions[place]["explanation"] = picture
+            for index, explanation in maps.items():
+                predictions[index]["explanation"] = explanation
         return JSONResponse(
             {
-                "model": chosen.model,
-                "version": chosen.number,
+                "model": version.model,
+                "version": version.number,
                 "predictions": predictions,
                 "milliseconds": _timings(answers, time.monotonic() - start),
             }
@@ -175,35 +183,34 @@ def make_router(service: Service) -> APIRouter:
 
 
 async def _parts(service: Service, request: Request, body: bytes) -> list[Part]:
-    """The images of a body."""
-    read = functools.partial(
-        images_of, body, request.headers.get("content-type", ""), service.limits
-    )
-    # Looking for the ends of parts takes time in which nobody else would be served.
+    """Returns the image files of a body."""
+    content_type = request.headers.get("content-type", "")
+    read = functools.partial(read_images, body, content_type, service.limits)
+    # Parsing a large form would block the event loop.
     if len(body) > _LARGE_BODY:
-        return await service.engine.parse(read, request.state.deadline)
+        return await service.engine.run_on_parser(read, request.state.deadline)
     return read()
 
 
 async def _answer(
     service: Service, version: Version, parts: Sequence[Part], request: Request, explain: bool
 ) -> tuple[list[Answer | DataError], dict[int, dict[str, str]]]:
-    """What is said of images, and maps by their places, if they are asked for."""
+    """Returns the answers of images, and the requested maps by the image's index."""
     images = [part.content for part in parts]
     answers = await service.answer(version, images, request, explain)
-    pictures = {}
-    for place, answer in enumerate(answers):
+    maps = {}
+    for index, answer in enumerate(answers):
         if explain and isinstance(answer, Answer):
             draw = functools.partial(_explanation, answer)
-            pictures[place] = await service.engine.draw(draw, request.state.deadline)
-    return answers, pictures
+            maps[index] = await service.engine.run_on_decoder(draw, request.state.deadline)
+    return answers, maps
 
 
-def _describe(
+def _prediction(
     part: Part, answer: Answer | DataError, class_names: list[str], top: int
 ) -> dict[str, Any]:
     if isinstance(answer, DataError):
-        refused = error_of(answer)
+        refused = image_refusal(answer)
         return {"name": part.name, "error": str(refused), "reason": refused.reason}
     order = np.argsort(-answer.probabilities, kind="stable")[:top]
     best = [
@@ -214,21 +221,21 @@ def _describe(
 
 
 def _explanation(answer: Answer) -> dict[str, str]:
-    """The map over the image, as PNG."""
+    """Draws the map over the image, as PNG."""
     assert answer.explanation is not None
-    picture = under_map(Image.fromarray(answer.pixels), answer.explanation)
+    picture = draw_overlay(Image.fromarray(answer.pixels), answer.explanation)
     file = io.BytesIO()
     picture.save(file, "PNG")
     return {"method": "grad_cam", "png": base64.b64encode(file.getvalue()).decode()}
 
 
 def _timings(answers: Sequence[Answer | DataError], total: float) -> dict[str, float]:
-    """Milliseconds, to a thousandth."""
-    found = [answer for answer in answers if isinstance(answer, Answer)]
+    """Returns the longest times in milliseconds, rounded to three digits."""
+    usable = [answer for answer in answers if isinstance(answer, Answer)]
     longest = {
-        "decode": max(answer.decode_seconds for answer in found),
-        "queue": max(answer.queue_seconds for answer in found),
-        "compute": max(answer.compute_seconds for answer in found),
+        "decode": max(answer.decode_seconds for answer in usable),
+        "queue": max(answer.queue_seconds for answer in usable),
+        "compute": max(answer.compute_seconds for answer in usable),
         "total": total,
     }
     return {name: round(1000 * seconds, 3) for name, seconds in longest.items()}

@@ -1,11 +1,11 @@
 """The Open Inference Protocol, version 2 (KServe, Triton, Seldon), over REST.
 
-Inputs are one tensor: UINT8 of [images, height, width, 3] grey levels, of any height and width,
-or BYTES of [images], each an image file in base64. Outputs are `probabilities`, FP32
-[images, classes], and `class`, BYTES [images].
+The input is one tensor: UINT8 [images, height, width, 3], grey levels of any height and width, or
+BYTES [images], image files in base64. The outputs are `probabilities`, FP32 [images, classes],
+and `class`, BYTES [images].
 
-A tensor may also come as bytes behind the JSON, as the extension for binary tensors has it and
-Triton's clients do; files are then as they are. Outputs are JSON in any case.
+The tensor may also follow the JSON as bytes, according to the binary tensor extension that
+Triton's clients use; image files are then not in base64. The outputs are always JSON.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 
 import cnn_jax
-from cnn_jax.serve.images import check_range, from_base64, grey_levels, parse_json
-from cnn_jax.serve.limits import Refused, unless_client_leaves
-from cnn_jax.serve.service import Service, VersionNumber, rows_of
+from cnn_jax.serve.images import check_range, decode_base64, parse_grey_levels, parse_json
+from cnn_jax.serve.limits import Refused, cancel_on_disconnect
+from cnn_jax.serve.responses import JSONResponse
+from cnn_jax.serve.service import Service, VersionNumber, probability_rows
 from cnn_jax.serve.versions import Version
 
 _INPUT, _OUTPUTS = "image", ("probabilities", "class")
@@ -56,85 +56,87 @@ _BODY = {
 
 
 def make_router(service: Service) -> APIRouter:
-    """The routes of this protocol."""
+    """Returns the routes of this protocol."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
     models = service.models
 
-    @router.get("", summary="The server")
+    @router.get("", summary="Name and version of the server")
     async def server() -> JSONResponse:
         return JSONResponse({"name": "cnn_jax", "version": cnn_jax.__version__, "extensions": []})
 
-    @router.get("/health/live", summary="Whether it lives")
+    @router.get("/health/live", summary="Check that the process and its device work")
     async def live() -> JSONResponse:
         is_live = service.engine.is_alive
         return JSONResponse({"live": is_live}, 200 if is_live else 503)
 
-    @router.get("/health/ready", summary="Whether all models are ready")
+    @router.get("/health/ready", summary="Check that all models are ready")
     async def ready() -> JSONResponse:
         return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)
 
-    @router.get("/models/{model}", summary="Inputs and outputs")
-    async def metadata_of_model(model: str) -> JSONResponse:
+    @router.get("/models/{model}", summary="Inputs and outputs of a model")
+    async def model_metadata(model: str) -> JSONResponse:
         return JSONResponse(_metadata(service, models.find(model)))
 
-    @router.get("/models/{model}/versions/{version}", summary="Inputs and outputs")
-    async def metadata_of_version(model: str, version: VersionNumber) -> JSONResponse:
+    @router.get("/models/{model}/versions/{version}", summary="Inputs and outputs of a version")
+    async def version_metadata(model: str, version: VersionNumber) -> JSONResponse:
         return JSONResponse(_metadata(service, models.find(model, version)))
 
-    @router.get("/models/{model}/ready", summary="Whether a model is ready")
+    @router.get("/models/{model}/ready", summary="Check that a model is ready")
     async def model_ready(model: str) -> JSONResponse:
-        models.states(model)  # There must be one.
-        is_ready = models.is_ready(model) and service.is_able
+        models.states(model)  # Refuses an unknown model.
+        is_ready = models.is_ready(model) and service.is_serving
         return JSONResponse({"name": model, "ready": is_ready}, 200 if is_ready else 503)
 
-    @router.get("/models/{model}/versions/{version}/ready", summary="Whether a version is ready")
+    @router.get("/models/{model}/versions/{version}/ready", summary="Check that a version is ready")
     async def version_ready(model: str, version: VersionNumber) -> JSONResponse:
         if version not in models.states(model):
             raise Refused(404, "no_version", f"{model} has no version {version} here")
-        is_ready = version in models.present(model) and service.is_able
-        found = {"name": model, "version": str(version), "ready": is_ready}
-        return JSONResponse(found, 200 if is_ready else 503)
+        is_ready = version in models.loaded(model) and service.is_serving
+        content = {"name": model, "version": str(version), "ready": is_ready}
+        return JSONResponse(content, 200 if is_ready else 503)
 
     async def infer(request: Request, version: Version) -> JSONResponse:
         async with service.body(request, version) as body:
             deadline = request.state.deadline
             length = request.headers.get("inference-header-content-length")
-            asked = await service.engine.parse(lambda: _parse(body, length), deadline)
-            async with unless_client_leaves(request.receive):
-                answers = await service.answer(version, asked.images, request)
-        rows = rows_of(answers, "image")
-        described = {"model_name": version.model, "model_version": str(version.number)}
-        if asked.id is not None:
-            described["id"] = asked.id
-        found = [output for output in _outputs(version, rows) if output["name"] in asked.outputs]
-        return JSONResponse(described | {"outputs": found})
+            inference = await service.engine.run_on_parser(lambda: _parse(body, length), deadline)
+            async with cancel_on_disconnect(request.receive):
+                answers = await service.answer(version, inference.images, request)
+        rows = probability_rows(answers, "image")
+        content: dict[str, Any] = {
+            "model_name": version.model,
+            "model_version": str(version.number),
+        }
+        if inference.id is not None:
+            content["id"] = inference.id
+        outputs = _outputs(version, rows)
+        content["outputs"] = [one for one in outputs if one["name"] in inference.outputs]
+        return JSONResponse(content)
 
     @router.post(
         "/models/{model}/infer",
-        summary="Probabilities",
+        summary="Classify images with a model",
         openapi_extra={"requestBody": _BODY},
     )
-    async def infer_by_model(request: Request, model: str) -> JSONResponse:
+    async def infer_model(request: Request, model: str) -> JSONResponse:
         return await infer(request, models.find(model))
 
     @router.post(
         "/models/{model}/versions/{version}/infer",
-        summary="Probabilities",
+        summary="Classify images with a version",
         openapi_extra={"requestBody": _BODY},
     )
-    async def infer_by_version(
-        request: Request, model: str, version: VersionNumber
-    ) -> JSONResponse:
+    async def infer_version(request: Request, model: str, version: VersionNumber) -> JSONResponse:
         return await infer(request, models.find(model, version))
 
     return router
 
 
 def _metadata(service: Service, version: Version) -> dict[str, Any]:
-    present = service.models.present(version.model)
+    loaded = service.models.loaded(version.model)
     return {
         "name": version.model,
-        "versions": [str(number) for number in sorted(present)],
+        "versions": [str(number) for number in sorted(loaded)],
         "platform": "jax",
         "inputs": [
             {
@@ -160,13 +162,13 @@ def _metadata(service: Service, version: Version) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
-    """A request.
+class _Inference:
+    """A parsed inference request.
 
     Attributes:
-      images: Files, or pixels.
-      outputs: Names of those that are wanted.
-      id: Its own, which comes back.
+      images: Image files, or pixels, uint8 [height, width, 3].
+      outputs: The names of the requested outputs.
+      id: The client's id of the request, which the answer repeats.
     """
 
     images: list[bytes | np.ndarray]
@@ -174,33 +176,33 @@ class _Asked:
     id: str | None
 
 
-def _parse(body: bytes, json_length: str | None) -> _Asked:
-    """What a body asks.
+def _parse(body: bytes, json_length: str | None) -> _Inference:
+    """Parses a request.
 
     Args:
-      body: All of it.
-      json_length: How much of it is JSON, if that is not all.
+      body: The whole body.
+      json_length: The number of bytes of JSON; None if the whole body is JSON.
 
     Raises:
-      Refused: It is no request of this protocol.
+      Refused: The body is not a request of this protocol.
     """
     binary = None
     if json_length is not None:
         if not json_length.isdecimal() or len(json_length) > 10:
             raise Refused(400, "json", "Inference-Header-Content-Length must be a number of bytes")
         body, binary = body[: int(json_length)], body[int(json_length) :]
-    found = parse_json(body)
-    own_id = found.get("id")
-    if own_id is not None and not isinstance(own_id, str):
+    fields = parse_json(body)
+    request_id = fields.get("id")
+    if request_id is not None and not isinstance(request_id, str):
         raise Refused(400, "json", '"id" must be a string')
-    inputs = found.get("inputs")
+    inputs = fields.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise Refused(400, "json", '"inputs" must be a list of one tensor')
     images = _images(inputs[0], binary)
-    return _Asked(images, _wanted_outputs(found.get("outputs")), own_id)
+    return _Inference(images, _requested_outputs(fields.get("outputs")), request_id)
 
 
-def _wanted_outputs(outputs: Any) -> frozenset[str]:
+def _requested_outputs(outputs: Any) -> frozenset[str]:
     if outputs is None or outputs == []:
         return frozenset(_OUTPUTS)
     if not isinstance(outputs, list) or not all(
@@ -208,15 +210,19 @@ def _wanted_outputs(outputs: Any) -> frozenset[str]:
     ):
         raise Refused(400, "json", f'"outputs" must be a list of {" and ".join(_OUTPUTS)}')
     if any("classification" in (one.get("parameters") or ()) for one in outputs):
-        raise Refused(400, "json", 'the parameter "classification" of Triton is not known here')
+        raise Refused(400, "json", 'Triton\'s parameter "classification" is not supported')
     return frozenset(one["name"] for one in outputs)
 
 
 def _images(tensor: dict[str, Any], binary: bytes | None) -> list[bytes | np.ndarray]:
-    """The images of the only tensor, whose values may stand behind the JSON.
+    """Returns the images of the input tensor.
+
+    Args:
+      tensor: The JSON description of the tensor.
+      binary: The bytes after the JSON; None if the request has no binary part.
 
     Raises:
-      Refused: It has none.
+      Refused: The tensor does not contain images.
     """
     if tensor.get("name", _INPUT) != _INPUT:
         raise Refused(400, "json", f"the only input is {_INPUT}")
@@ -227,11 +233,10 @@ def _images(tensor: dict[str, Any], binary: bytes | None) -> list[bytes | np.nda
         raise Refused(400, "json", '"shape" must be positive integers, below 2**31')
     kind = tensor.get("datatype")
     if kind not in ("UINT8", "BYTES"):
-        raise Refused(
-            400, "json", '"datatype" must be UINT8, grey levels from 0 to 255, or BYTES, files'
-        )
+        message = '"datatype" must be UINT8 (grey levels from 0 to 255) or BYTES (image files)'
+        raise Refused(400, "json", message)
     if data is not None and binary:
-        raise Refused(400, "json", 'the tensor has "data", and there are bytes behind the JSON')
+        raise Refused(400, "json", 'the tensor has both "data" and bytes after the JSON')
     if data is None and binary is not None:
         if kind == "UINT8":
             return list(_pixels(shape, np.frombuffer(binary, np.uint8)))
@@ -239,40 +244,41 @@ def _images(tensor: dict[str, Any], binary: bytes | None) -> list[bytes | np.nda
     if not isinstance(data, list):
         raise Refused(400, "json", '"data" must be a list')
     if kind == "UINT8":
-        return list(_pixels(shape, grey_levels(data)))
-    return _files(shape, [from_base64(image) for image in data])
+        return list(_pixels(shape, parse_grey_levels(data)))
+    return _files(shape, [decode_base64(image) for image in data])
 
 
 def _files(shape: Sequence[int], files: list[bytes]) -> list[bytes | np.ndarray]:
     if shape not in ([len(files)], [len(files), 1]):
-        raise Refused(400, "json", f'"shape" does not say {len(files)} images')
+        raise Refused(400, "json", f'"shape" must be [{len(files)}], the number of images')
     return list(files)
 
 
 def _elements(binary: bytes) -> list[bytes]:
-    """Strings of bytes, each behind its length in four bytes, little endian."""
-    found, start = [], 0
+    """Splits bytes into elements, each of which follows its length: 4 bytes, little endian."""
+    elements, start = [], 0
     while start < len(binary):
         length = int.from_bytes(binary[start : start + 4], "little")
         start += 4
         if start + length > len(binary):
-            raise Refused(400, "image", "the binary data is shorter than it says")
-        found.append(binary[start : start + length])
+            raise Refused(400, "image", "the binary data is shorter than its lengths say")
+        elements.append(binary[start : start + length])
         start += length
-    return found
+    return elements
 
 
 def _pixels(shape: Sequence[int], levels: np.ndarray) -> np.ndarray:
-    """Grey levels, flat or nested, as uint8 [images, height, width, 3].
+    """Reshapes grey levels to uint8 [images, height, width, 3].
 
     Raises:
-      Refused: They are not of this shape, or all levels of an image are 0 or 1.
+      Refused: The shape does not fit, or the largest grey level of an image is 1.
     """
     if len(shape) != 4 or shape[3] != 3:
         raise Refused(400, "json", '"shape" must be [images, height, width, 3]')
-    # In Python's integers: NumPy's would wrap.
+    # math.prod, because NumPy's integers would overflow.
     if levels.size != math.prod(shape):
-        raise Refused(400, "image", f'there are {levels.size} numbers, and "shape" says otherwise')
+        message = f'"shape" does not match the number of values, which is {levels.size}'
+        raise Refused(400, "image", message)
     images = levels.reshape(shape)
     for image in images:
         check_range(image)

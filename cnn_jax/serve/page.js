@@ -1,14 +1,14 @@
 "use strict";
 const at = (id) => document.getElementById(id);
-const percent = (share) => (100 * share).toFixed(share > 0.9995 || share < 0.0005 ? 2 : 1) + " %";
-let models = [], sent = 0, chosen = null, pictures = {}, waiting = 0;
+const percent = (value) => (100 * value).toFixed(value > 0.9995 || value < 0.0005 ? 2 : 1) + " %";
+let models = [], requests = 0, chosen = null, pictures = {}, retry = 0;
 
 function headers() {
   const token = at("token").value.trim();
   return token ? { Authorization: "Bearer " + token } : {};
 }
 
-// What the server says, or an error that a person can read.
+// Returns the JSON answer of the server, or throws an Error whose message is for people.
 async function ask(path, options = {}) {
   let answer;
   try {
@@ -18,11 +18,11 @@ async function ask(path, options = {}) {
   }
   const content = await answer.json().catch(() => ({}));
   if (answer.status === 401) at("token-choice").hidden = false;
-  if (!answer.ok) throw new Error(content.error || "The server answers " + answer.status + ".");
+  if (!answer.ok) throw new Error(content.error || "The server answers with status " + answer.status + ".");
   return content;
 }
 
-function complain(error) {
+function showError(error) {
   at("problem").hidden = !error;
   at("problem").textContent = error ? error.message : "";
 }
@@ -30,10 +30,10 @@ function complain(error) {
 async function load() {
   try {
     models = (await ask("models")).models;
-    complain(null);
+    showError(null);
   } catch (error) {
     at("about").textContent = "";
-    complain(error);
+    showError(error);
     return;
   }
   fill("model", models.map((model) => [model.name, model.name]));
@@ -47,94 +47,106 @@ function fill(id, options) {
   if (options.some(([value]) => value === before)) at(id).value = before;
 }
 
-function model() { return models.find((one) => one.name === at("model").value); }
+function selectedModel() { return models.find((model) => model.name === at("model").value); }
 
 function showModel() {
-  const own = model();
-  if (!own) return;
-  const present = own.versions.filter((version) => version.state === "AVAILABLE");
-  const names = (number) => Object.keys(own.aliases).filter((name) => own.aliases[name] === number);
-  fill("version", present.map((version) =>
-    [String(version.version), [version.version, ...names(version.version)].join(", ")]));
-  if (!present.some((version) => String(version.version) === at("version").dataset.touched)) {
+  const model = selectedModel();
+  if (!model) return;
+  const available = model.versions.filter((version) => version.state === "AVAILABLE");
+  const aliases = (number) => Object.keys(model.aliases).filter((name) => model.aliases[name] === number);
+  fill("version", available.map((version) =>
+    [String(version.version), [version.version, ...aliases(version.version)].join(", ")]));
+  if (!available.some((version) => String(version.version) === at("version").dataset.touched)) {
     delete at("version").dataset.touched;
   }
-  if (own.default && !at("version").dataset.touched) at("version").value = String(own.default);
-  at("version-choice").hidden = present.length < 2;
+  if (model.default && !at("version").dataset.touched) at("version").value = String(model.default);
+  at("version-choice").hidden = available.length < 2;
   showVersion();
 }
 
-function version() {
-  return model().versions.find((one) => String(one.version) === at("version").value);
+function selectedVersion() {
+  return selectedModel().versions.find((version) => String(version.version) === at("version").value);
 }
 
 function showVersion() {
-  const own = version();
-  at("figures").hidden = !own;
-  if (!own) {
-    at("about").textContent = model().name + " is not ready yet.";
-    clearTimeout(waiting);
-    waiting = setTimeout(load, 2000);
+  const model = selectedModel(), version = selectedVersion();
+  at("metrics").hidden = !version;
+  if (!version) {
+    at("about").textContent = model.name + " is not ready yet.";
+    clearTimeout(retry);
+    retry = setTimeout(load, 2000);
     return;
   }
-  at("about").textContent = `${model().name}, version ${own.version}: ${own.classes} classes, ` +
-    `seen at ${own.image_size[1]} × ${own.image_size[0]} pixels`;
-  const figures = (own.metrics || {}).test || {};
+  at("about").textContent = `${model.name}, version ${version.version}: ${version.classes} classes, ` +
+    `input of ${version.image_size[1]} × ${version.image_size[0]} pixels`;
+  const metrics = (version.metrics || {}).test || {};
   const rows = [["test accuracy", "accuracy"], ["precision", "precision"], ["recall", "recall"],
-    ["F1", "f1"]].filter(([, key]) => key in figures);
-  at("figures").hidden = !rows.length;
+    ["F1", "f1"]].filter(([, key]) => key in metrics);
+  at("metrics").hidden = !rows.length;
   at("facts").replaceChildren(...rows.map(([name, key]) => {
     const box = document.createElement("div");
-    box.append(element("dt", name), element("dd", percent(figures[key])));
+    box.append(element("dt", name), element("dd", percent(metrics[key])));
     return box;
   }));
 }
 
 function element(tag, text, className = "") {
-  const made = document.createElement(tag);
-  made.textContent = text;
-  made.className = className;
-  return made;
+  const node = document.createElement(tag);
+  node.textContent = text;
+  node.className = className;
+  return node;
 }
 
 async function classify(file) {
   if (!file) return;
   chosen = file;
-  const turn = ++sent;
-  complain(null);
-  at("busy").textContent = "Looking at " + (file.name || "the image") + " ...";
+  const request = ++requests;
+  showError(null);
+  at("busy").textContent = "Classifying " + (file.name || "the image") + " ...";
   const query = new URLSearchParams({ top: "5", explain: "grad_cam" });
   if (at("model").value) query.set("model", at("model").value);
-  // Without a choice it is the one that answers now, which may have changed since.
+  // Without a version the server uses its current default, which may have changed.
   if (at("version").dataset.touched) query.set("version", at("version").value);
   try {
     const answer = await ask("predict?" + query, { method: "POST", body: file,
       headers: { "Content-Type": "application/octet-stream" } });
-    if (turn !== sent) return;
-    show(file, answer);
+    const url = URL.createObjectURL(file), shape = await aspectRatio(url);
+    if (request !== requests) return URL.revokeObjectURL(url);
+    show(url, shape, answer);
     if (String(answer.version) !== at("version").value) await load();
   } catch (error) {
-    if (turn !== sent) return;
+    if (request !== requests) return;
     at("result").hidden = true;
-    await load(); // A version that was chosen may be gone.
-    complain(error);
+    await load(); // The chosen version may have been unloaded.
+    showError(error);
   }
-  if (turn === sent) at("busy").textContent = "";
+  if (request === requests) at("busy").textContent = "";
 }
 
-function show(file, answer) {
-  const found = answer.predictions[0];
+// Returns width / height; 1 for a format that the browser cannot show, such as TIFF.
+async function aspectRatio(url) {
+  const image = new Image();
+  image.src = url;
+  await image.decode().catch(() => {});
+  return image.naturalWidth / image.naturalHeight || 1;
+}
+
+function show(url, shape, answer) {
+  const prediction = answer.predictions[0];
   if (pictures.image) URL.revokeObjectURL(pictures.image);
-  pictures = { image: URL.createObjectURL(file), map: "data:image/png;base64," +
-    found.explanation.png, name: found.class };
-  at("result-title").textContent = `${found.class}, ${percent(found.probability)}`;
-  at("bars").replaceChildren(...found.top.map((one) => {
+  pictures = { image: url, map: "data:image/png;base64," + prediction.explanation.png,
+    name: prediction.class };
+  // The map has the shape of the network's input: stretch it to the shape of the photo.
+  at("picture").style.setProperty("--shape", shape);
+  at("result-title").textContent = `${prediction.class}, ${percent(prediction.probability)}`;
+  at("bars").replaceChildren(...prediction.top.map((entry) => {
     const item = document.createElement("li");
     const bar = element("div", "", "bar"), part = document.createElement("span");
-    part.style.width = 100 * one.probability + "%";
+    part.style.width = 100 * entry.probability + "%";
     bar.append(part);
     bar.setAttribute("aria-hidden", "true");
-    item.append(element("span", one.class, "class"), element("span", percent(one.probability), "share"), bar);
+    item.append(element("span", entry.class, "class"),
+      element("span", percent(entry.probability), "probability"), bar);
     return item;
   }));
   at("took").textContent = `${answer.model}, version ${answer.version}; ` +
@@ -147,15 +159,15 @@ function show(file, answer) {
 
 function showPicture(isMap) {
   at("shown").src = isMap ? pictures.map : pictures.image;
-  at("shown").alt = isMap ? "The image; what speaks for " + pictures.name + " is bright."
-    : "The image that was classified.";
+  at("shown").alt = isMap ? "The image; evidence for " + pictures.name + " is bright."
+    : "The classified image.";
   at("show-map").setAttribute("aria-pressed", String(isMap));
   at("show-image").setAttribute("aria-pressed", String(!isMap));
 }
 
 at("file").addEventListener("change", (event) => {
   classify(event.target.files[0]);
-  event.target.value = ""; // The same file may be chosen once more.
+  event.target.value = ""; // Choosing the same file again must be a change.
 });
 for (const kind of ["dragenter", "dragover"]) {
   document.addEventListener(kind, (event) => { event.preventDefault(); at("drop").classList.add("over"); });

@@ -1,4 +1,4 @@
-"""The page for people, what it asks for, and the list of interfaces; without a network."""
+"""The web page, its data, and the API documentation; none of them loads external resources."""
 
 import base64
 import hashlib
@@ -8,9 +8,10 @@ from typing import Any
 import jinja2
 import markupsafe
 from fastapi import APIRouter, FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 
 import cnn_jax
+from cnn_jax.serve.responses import JSONResponse
 from cnn_jax.serve.service import Service
 
 _POLICY = (
@@ -20,7 +21,7 @@ _POLICY = (
 
 
 def make_router(service: Service, app: FastAPI) -> APIRouter:
-    """The pages, and the JSON that they need."""
+    """Returns the routes of the pages and of their JSON data."""
     router = APIRouter(tags=["page"])
     script = importlib.resources.files("cnn_jax.serve").joinpath("page.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -43,11 +44,13 @@ def make_router(service: Service, app: FastAPI) -> APIRouter:
 
     @router.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        content = _template("docs.html").render(_interfaces(app), version=cnn_jax.__version__)
+        content = _template("docs.html").render(
+            groups=_routes_by_tag(app), version=cnn_jax.__version__
+        )
         policy = _POLICY.format(script="'none'")
         return HTMLResponse(content, headers={"content-security-policy": policy})
 
-    @router.get("/models", summary="What can be asked, with its test figures")
+    @router.get("/models", summary="Models and versions, with their test metrics")
     async def models() -> JSONResponse:
         return JSONResponse({"models": [_describe(service, name) for name in service.models.names]})
 
@@ -57,7 +60,7 @@ def make_router(service: Service, app: FastAPI) -> APIRouter:
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(
-            [jinja2.PackageLoader(f"cnn_jax.{room}", ".") for room in ("serve", "report")]
+            [jinja2.PackageLoader(f"cnn_jax.{package}", ".") for package in ("serve", "report")]
         ),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -69,20 +72,20 @@ def _template(name: str) -> jinja2.Template:
 
 def _describe(service: Service, model: str) -> dict[str, Any]:
     models = service.models
-    present = models.present(model)
+    loaded = models.loaded(model)
     versions = []
     for number, (state, problem) in sorted(models.states(model).items(), reverse=True):
         described: dict[str, Any] = {"version": number, "state": state}
         if problem:
             described["problem"] = problem
-        if version := present.get(number):
+        if version := loaded.get(number):
             described |= {
                 "digest": version.digest,
                 "classes": len(version.class_names),
                 "class_names": version.class_names,
                 "image_size": list(version.preprocessing.image_size),
                 "metrics": version.metrics,
-                "loaded": version.loaded,
+                "loaded": version.load_time,
                 "in_use": version.in_use,
             }
         versions.append(described)
@@ -95,16 +98,16 @@ def _describe(service: Service, model: str) -> dict[str, Any]:
     }
 
 
-def _interfaces(app: FastAPI) -> dict[str, Any]:
-    """All routes by their tags, from the OpenAPI description."""
+def _routes_by_tag(app: FastAPI) -> dict[str, list[dict[str, Any]]]:
+    """Returns descriptions of all routes by tag, from the OpenAPI description."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for path, methods in app.openapi()["paths"].items():
         for method, route in methods.items():
             parameters = [
                 {
                     "name": parameter["name"],
-                    "place": parameter["in"],
-                    "about": parameter.get("description", ""),
+                    "location": parameter["in"],
+                    "description": parameter.get("description", ""),
                 }
                 for parameter in route.get("parameters", ())
             ]
@@ -112,9 +115,9 @@ def _interfaces(app: FastAPI) -> dict[str, Any]:
                 "method": method.upper(),
                 "path": path,
                 "summary": route.get("summary", ""),
-                "about": route.get("description", ""),
+                "description": route.get("description", ""),
                 "parameters": parameters,
                 "bodies": list(route.get("requestBody", {}).get("content", ())),
             }
             groups.setdefault(route.get("tags", ["other"])[0], []).append(described)
-    return {"groups": groups}
+    return groups

@@ -1,7 +1,7 @@
-"""What was asked and answered, for those who look for drift or compare versions.
+"""The request log: recorded answers, for drift detection and for comparison of versions.
 
-An SQLite file with a row for each sampled image: when, by which version, what it said and how
-sure it was, the embedding by which images can be compared, and, if that is allowed, the image.
+The log is an SQLite file with one row per recorded image: time, request id, version, predicted
+class, confidence, probabilities, embedding, and, if enabled, the image itself.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ from cnn_jax.system.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Rows that may wait to be written; more are lost, and counted.
-_MOST_WAITING = 1_000
-# Images whose embeddings are computed at once.
-_TOGETHER = 8
-# The share of rows that goes when the file has become too large.
-_SHARE_REMOVED = 0.1
+# Maximum number of rows that wait to be written; further rows are lost, and counted.
+_MAX_WAITING = 1_000
+# Batch size of the embeddings.
+_BATCH_SIZE = 8
+# Fraction of rows that are deleted when the file is too large.
+_DELETED_FRACTION = 0.1
 _TABLE = """
 create table if not exists requests (
   time real not null,          -- seconds since the epoch
   request_id text not null,
   model text not null,
   version integer not null,
-  class text not null,         -- the most probable one
-  confidence real not null,    -- its probability
+  class text not null,         -- the predicted class
+  confidence real not null,    -- probability of the predicted class
   probabilities blob not null, -- float32, little endian, of all classes
   embedding blob not null,     -- float32, little endian
-  image blob                   -- PNG of the size that the network sees; null if not allowed
+  image blob                   -- PNG in the size of the network's input; null if not enabled
 )
 """
 
@@ -63,39 +63,39 @@ class _Row:
 
 
 class RequestLog:
-    """Writes rows on a thread of its own; whoever offers one never waits."""
+    """Writes rows on a separate thread, so that answers never wait for the disk."""
 
     def __init__(
         self,
         path: pathlib.Path,
-        share: float = 1.0,
+        fraction: float = 1.0,
         max_bytes: int = 1_000_000_000,
         with_images: bool = False,
     ):
-        """Opens the file, which may be there already.
+        """Opens the file, or creates it.
 
         Args:
-          path: Of the file; its folder must be there.
-          share: Of the images, 0 to 1, chosen at random.
-          max_bytes: Of the file; beyond it the oldest rows go.
-          with_images: Whether images are kept.
+          path: The file, in an existing folder.
+          fraction: The fraction of images to record, 0 to 1, chosen at random.
+          max_bytes: Maximum size of the file; the oldest rows are deleted beyond it.
+          with_images: Whether to record the images.
 
         Raises:
           ConfigError: The file cannot be used.
         """
         self._path = path
-        self._share = share
+        self._fraction = fraction
         self._max_bytes = max_bytes
         self._with_images = with_images
-        # Each is counted on one thread alone.
-        self._too_many, self._failed = 0, 0
+        # Two counters, because each of them is changed by one thread only.
+        self._num_dropped, self._num_failed = 0, 0
         self._random = random.Random()
-        self._waiting: queue.Queue[_Row | None] = queue.Queue(_MOST_WAITING)
+        self._waiting: queue.Queue[_Row | None] = queue.Queue(_MAX_WAITING)
         try:
-            # What it holds is nobody else's business.
+            # Readable by its owner only, because it may contain images.
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             with contextlib.closing(self._connect()) as connection:
-                # Before there is a table: later it would take a rewriting of the file.
+                # Before the table exists; later SQLite would have to rewrite the file.
                 connection.execute("pragma auto_vacuum = incremental")
                 connection.execute("pragma journal_mode = wal")
                 connection.execute(_TABLE)
@@ -106,25 +106,32 @@ class RequestLog:
         self._thread = threading.Thread(target=self._write_all, name="request log", daemon=True)
         self._thread.start()
 
-    def offer(
+    def record(
         self, version: Version, request_id: str, pixels: Pixels, probabilities: np.ndarray
     ) -> None:
-        """Notes an answered image, if it is among the sampled ones."""
-        if self._random.random() >= self._share:
+        """Queues an answered image for writing, if it is in the random sample.
+
+        Args:
+          version: The version that answered.
+          request_id: The id of the request.
+          pixels: The network's input, uint8 [height, width, 3].
+          probabilities: float32 [classes].
+        """
+        if self._random.random() >= self._fraction:
             return
         try:
             row = _Row(time.time(), request_id, version, pixels, probabilities)
             self._waiting.put_nowait(row)
         except queue.Full:
-            self._too_many += 1
+            self._num_dropped += 1
 
     @property
-    def lost(self) -> int:
-        """Rows that could not be written."""
-        return self._too_many + self._failed
+    def lost_rows(self) -> int:
+        """The number of rows that could not be written."""
+        return self._num_dropped + self._num_failed
 
     def close(self) -> None:
-        """Writes what waits, and ends."""
+        """Writes the waiting rows and ends the thread."""
         self._waiting.put(None)
         self._thread.join()
 
@@ -137,14 +144,14 @@ class RequestLog:
             rows, is_over = self._next_rows()
             try:
                 self._write(rows)
-            except Exception as error:  # Such as a full disk; answers do not depend on it.
+            except Exception as error:  # Such as a full disk, which must not stop the server.
                 logger.error("%d rows of the request log are lost: %s", len(rows), error)
-                self._failed += len(rows)
+                self._num_failed += len(rows)
 
     def _next_rows(self) -> tuple[list[_Row], bool]:
-        """What waits, a few rows of any versions; and whether nothing more will come."""
+        """Waits for rows; returns at most a batch of them, and whether the log was closed."""
         rows: list[_Row] = []
-        while len(rows) < _TOGETHER:
+        while len(rows) < _BATCH_SIZE:
             try:
                 row = self._waiting.get(block=not rows)
             except queue.Empty:
@@ -157,15 +164,15 @@ class RequestLog:
     def _write(self, rows: Sequence[_Row]) -> None:
         with contextlib.closing(self._connect()) as connection:
             for version in dict.fromkeys(row.version for row in rows):
-                of_version = [row for row in rows if row.version is version]
-                pixels = np.stack([row.pixels for row in of_version])
-                # Of one size, which is compiled.
-                missing = _TOGETHER - len(pixels)
+                batch = [row for row in rows if row.version is version]
+                pixels = np.stack([row.pixels for row in batch])
+                # Padded to one size, so that JAX compiles once.
+                missing = _BATCH_SIZE - len(pixels)
                 padded = np.pad(pixels, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge")
-                found = embeddings(version.predictor, padded)
+                vectors = embeddings(version.predictor, padded)
                 connection.executemany(
                     "insert into requests values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    [self._values(row, own) for row, own in zip(of_version, found, strict=False)],
+                    [self._values(*pair) for pair in zip(batch, vectors, strict=False)],
                 )
             connection.commit()
             self._shrink(connection)
@@ -180,7 +187,7 @@ class RequestLog:
         )
 
     def _shrink(self, connection: sqlite3.Connection) -> None:
-        """Removes the oldest rows of a file that has become too large."""
+        """Deletes the oldest rows if the file is too large."""
         pages = "(select page_count - freelist_count from pragma_page_count, pragma_freelist_count)"
         size = f"select {pages} * (select page_size from pragma_page_size)"
         if connection.execute(size).fetchone()[0] <= self._max_bytes:
@@ -188,7 +195,7 @@ class RequestLog:
         connection.execute(
             "delete from requests where rowid in (select rowid from requests order by rowid "
             "limit max(1, cast(? * (select count(*) from requests) as integer)))",
-            (_SHARE_REMOVED,),
+            (_DELETED_FRACTION,),
         )
         connection.commit()
         connection.execute("pragma incremental_vacuum").fetchall()

@@ -1,4 +1,4 @@
-"""Puts the parts together and serves until a signal comes."""
+"""Creates the parts of the server and serves until a signal arrives."""
 
 import asyncio
 import contextlib
@@ -16,8 +16,8 @@ from cnn_jax.serve import http
 from cnn_jax.serve.app import make_app
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
-from cnn_jax.serve.loader import Loader, OneBundle, Source
-from cnn_jax.serve.metrics import Measures
+from cnn_jax.serve.loader import BundleSource, Loader, Source
+from cnn_jax.serve.metrics import ServerMetrics
 from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.service import Models, Service
 from cnn_jax.serve.tokens import Tokens
@@ -30,17 +30,17 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a server serves.
+    """The options of a server.
 
     Attributes:
-      host: The address that it listens on.
-      port: 0 for any that is free.
-      limits: Of requests.
-      queue: Images that may be in the house at once.
-      max_batch: Images that are computed at once.
-      max_wait: Seconds for which an image may be held back for others to join it.
-      poll: Seconds between two looks for versions.
-      drain: Seconds for which it says that it is not ready before it ends.
+      host: The address to listen on.
+      port: The port to listen on; 0 chooses a free port.
+      limits: The limits of requests.
+      queue: Maximum number of images in flight.
+      max_batch: Maximum number of images in a batch.
+      max_wait: Maximum seconds that an image waits for its batch to fill.
+      poll: Seconds between two reads of the registry.
+      drain: Seconds that the server reports that it is not ready before it shuts down.
     """
 
     host: str = "127.0.0.1"
@@ -54,7 +54,7 @@ class Options:
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of images that are compiled: powers of two."""
+        """The batch sizes to compile: powers of two."""
         return [1 << power for power in range(self.max_batch.bit_length())]
 
 
@@ -64,21 +64,21 @@ def run(
     tokens: Tokens | None = None,
     request_log: RequestLog | None = None,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C; requests that are under way are answered first.
+    """Serves until SIGTERM or Ctrl-C; the requests in flight are answered before the end.
 
     Args:
-      source: Of the versions.
-      options: How.
-      tokens: Who may ask; None: everybody.
-      request_log: Where answers are noted, if they are.
+      source: The source of the versions.
+      options: The options.
+      tokens: The access tokens; None lets every client predict, and no client administer.
+      request_log: The log that records answers; None records nothing.
 
     Raises:
-      ConfigError: The address cannot be listened on.
-      BundleError: The only bundle cannot be served.
+      ConfigError: The server cannot listen on the address.
+      BundleError: The bundle of a `BundleSource` cannot be served.
     """
-    measures = Measures()
-    engine = Engine(options.queue, options.max_wait, num_cores(), measures.count_batch)
-    service = Service(Models(), engine, options.limits, measures, request_log)
+    metrics = ServerMetrics()
+    engine = Engine(options.queue, options.max_wait, num_cores(), metrics.count_batch)
+    service = Service(Models(), engine, options.limits, metrics, request_log)
     listener = _listen(options)
     host, port = listener.getsockname()[:2]
 
@@ -91,11 +91,11 @@ def run(
         app.state.loader = loader
 
         async def follow() -> None:
-            await loader.look()
+            await loader.synchronize()
             if service.models.is_ready():
-                print(f"ready on http://{_in_url(host)}:{port}/", flush=True)
-            elif isinstance(source, OneBundle):
-                server.should_exit = True  # It will not become any better.
+                print(f"ready on http://{_url_host(host)}:{port}/", flush=True)
+            elif isinstance(source, BundleSource):
+                server.should_exit = True  # A retry would fail again.
                 return
             await loader.follow(options.poll)
 
@@ -110,31 +110,32 @@ def run(
                 await asyncio.to_thread(request_log.close)
 
     app = make_app(service, tokens, lifespan)
-    server = http.make_server(app, options.drain, options.limits.seconds, service.leave)
+    server = http.make_server(app, options.drain, options.limits.seconds, service.begin_shutdown)
     if options.host not in _LOOPBACK and tokens is None:
-        logger.warning("everybody who reaches %s may ask: there are no --tokens", options.host)
+        logger.warning("without --tokens every client that reaches %s can predict", options.host)
     with listener:
         server.run([listener])
     if hangs:
         logger.error("the device does not answer")
     if hangs or loader.is_busy:
-        # A network that hangs, or a compiler: Python would wait for it, or fall over it.
+        # Python would wait for a thread that hangs in a network call or a compiler, or crash.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(1 if hangs else 0)
-    if isinstance(source, OneBundle) and loader.problem:
+    if isinstance(source, BundleSource) and loader.problem:
         raise BundleError(loader.problem)
 
 
 def _listen(options: Options) -> socket.socket:
-    """A socket that listens, before anything takes time."""
+    """Opens the listening socket, before anything slow, so that a used port is reported at once."""
     try:
         family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((options.host, options.port), family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
-        where = f"{_in_url(options.host)}:{options.port}"
-        raise ConfigError(f"--host and --port: cannot listen on {where}: {error}") from error
+        address = f"{_url_host(options.host)}:{options.port}"
+        raise ConfigError(f"--host and --port: cannot listen on {address}: {error}") from error
 
 
-def _in_url(host: str) -> str:
+def _url_host(host: str) -> str:
+    """Returns a host as URLs contain it: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host

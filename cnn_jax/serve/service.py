@@ -1,4 +1,4 @@
-"""What all protocols share: which version answers, and how images become answers."""
+"""The service behind all protocols: selects a version and predicts the classes of images."""
 
 import contextlib
 import dataclasses
@@ -13,31 +13,31 @@ from cnn_jax.data import decode
 from cnn_jax.data.decode import Pixels
 from cnn_jax.serve.engine import Computed, Engine
 from cnn_jax.serve.limits import Bodies, Limits, Refused
-from cnn_jax.serve.metrics import Measures
+from cnn_jax.serve.metrics import ServerMetrics
 from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.versions import Version
 from cnn_jax.system.errors import DataError
 
-# A version's number in a path.
+# The number of a version in a path.
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
-# Versions of a model that are remembered when they are gone.
-_MOST_GONE = 20
-# What a model's version goes through, as TensorFlow Serving calls it.
+# Maximum number of unloaded versions of a model whose state is kept.
+_MAX_ENDED = 20
+# The states of a version, with TensorFlow Serving's names.
 LOADING, AVAILABLE, UNLOADING, END = "LOADING", "AVAILABLE", "UNLOADING", "END"
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a version says of an image.
+    """The prediction of a version for an image.
 
     Attributes:
       probabilities: float32 [classes].
-      pixels: The image as the network has seen it.
-      explanation: The map of the most probable class, float32 [height, width], if asked for.
-      decode_seconds: From the bytes to pixels.
-      queue_seconds: For which it has waited for its turn, to be decoded and computed.
-      compute_seconds: That its batch has taken.
-      batch_size: Images that were computed together.
+      pixels: The network's input, uint8 [height, width, 3].
+      explanation: The map of the most probable class, float32 [height, width], if requested.
+      decode_seconds: The decoding time.
+      queue_seconds: The time that the image waited, for a decoder thread and for the device.
+      compute_seconds: The run time of the image's batch.
+      batch_size: The number of images in that batch.
     """
 
     probabilities: np.ndarray
@@ -50,15 +50,15 @@ class Answer:
 
 
 class Models:
-    """The versions that can be asked, each by its number or an alias of it."""
+    """The loaded versions of all models, by number and by alias."""
 
     def __init__(self):
         self._versions: dict[str, dict[int, Version]] = {}
-        # The first alias of a model is the one by which it answers who names none.
+        # The first alias of a model selects its default version.
         self._aliases: dict[str, dict[str, int]] = {}
-        # Why a version is not there, or nothing; END once it is gone.
+        # State and problem by version; the problem is "" if there is none.
         self._states: dict[str, dict[int, tuple[str, str]]] = {}
-        # Models without which the server is not ready.
+        # The server is ready when all of these models are ready.
         self._required: set[str] = set()
 
     @property
@@ -66,68 +66,66 @@ class Models:
         return list(self._states)
 
     def is_ready(self, model: str | None = None) -> bool:
-        """Whether a model, or each of those that must be there, answers who names no version."""
+        """Whether the default version of a model, or of every required model, is loaded."""
         names = self._required if model is None else {model}
         return bool(names) and all(self.default(name) is not None for name in names)
 
     def states(self, model: str) -> dict[int, tuple[str, str]]:
-        """Of each version that there is or was: its state, and what is wrong with it.
+        """Returns (state, problem) by version, for loaded and recently unloaded versions.
 
         Raises:
-          Refused: There is no such model.
+          Refused: The model does not exist.
         """
         self._check(model)
         return dict(self._states[model])
 
-    def present(self, model: str) -> dict[int, Version]:
-        """The versions of a model that can be asked."""
+    def loaded(self, model: str) -> dict[int, Version]:
+        """Returns the loaded versions of a model by number."""
         return dict(self._versions.get(model, {}))
 
     def aliases(self, model: str) -> dict[str, int]:
-        """Those whose versions are there."""
-        present = self._versions.get(model, {})
-        return {
-            a: number for a, number in self._aliases.get(model, {}).items() if number in present
-        }
+        """Returns version numbers by alias, for aliases whose version is loaded."""
+        loaded = self._versions.get(model, {})
+        return {a: number for a, number in self._aliases.get(model, {}).items() if number in loaded}
 
     def find(
         self, model: str | None = None, version: int | None = None, alias: str | None = None
     ) -> Version:
-        """A version that is there.
+        """Returns a loaded version.
 
         Args:
-          model: Its name; the only one, if none is given.
-          version: Its number.
-          alias: Instead of a number; without either it is the one that the model answers by.
+          model: The name of the model; may be None if there is one model.
+          version: The number of the version.
+          alias: An alias instead of a number. Without both, the default version is returned.
 
         Raises:
-          Refused: There is none.
+          Refused: The model or version does not exist or is not loaded.
         """
         if not self.names:
-            raise Refused(503, "not_ready", "the server has not begun yet", retry_after="1")
+            raise Refused(503, "not_ready", "the server is starting", retry_after="1")
         if model is None:
-            # One that has never answered yet is none to choose from.
+            # A model that has never been ready does not make the choice ambiguous.
             names = [name for name in self.names if self.default(name)] or self.names
             if len(names) != 1:
-                raise Refused(400, "no_model", f"name a model, one of {', '.join(names)}")
+                raise Refused(400, "no_model", f"name a model: one of {', '.join(names)}")
             (model,) = names
         self._check(model)
-        present = self._versions.get(model, {})
+        loaded = self._versions.get(model, {})
         if alias is not None:
             version = self.aliases(model).get(alias)
             if version is None:
                 raise Refused(404, "no_version", f"{model} has no version {alias!r} here")
         if version is not None:
-            if version not in present:
+            if version not in loaded:
                 raise Refused(404, "no_version", f"{model} has no version {version} here")
-            return present[version]
+            return loaded[version]
         default = self.default(model)
         if default is None:
             raise Refused(503, "not_ready", f"{model} is not ready", retry_after="1")
         return default
 
     def default(self, model: str) -> Version | None:
-        """The version by which a model answers who names none."""
+        """Returns the version for requests without a version or alias; None if not loaded."""
         numbers = list(self._aliases.get(model, {}).values())
         return self._versions.get(model, {}).get(numbers[0]) if numbers else None
 
@@ -135,53 +133,58 @@ class Models:
         if model not in self._states:
             raise Refused(404, "no_model", f"there is no model {model!r} here")
 
-    # What the loader tells.
+    # Methods of the loader.
 
-    def expect(self, model: str, is_required: bool) -> None:
-        """A model will be here, without which the server may not be ready."""
+    def add_model(self, model: str, is_required: bool) -> None:
+        """Adds a model without versions.
+
+        Args:
+          model: The name of the model.
+          is_required: Whether the server is ready only if this model is ready.
+        """
         self._states.setdefault(model, {})
         if is_required:
             self._required.add(model)
 
-    def note(self, model: str, number: int, state: str, problem: str = "") -> None:
-        """A version is in a state, or was to come and cannot."""
+    def set_state(self, model: str, number: int, state: str, problem: str = "") -> None:
+        """Sets the state of a version, and the reason why it could not be loaded."""
         states = self._states.setdefault(model, {})
         states.pop(number, None)
         states[number] = state, problem
-        gone = [number for number, (of_it, _) in states.items() if of_it == END]
-        for oldest in gone[:-_MOST_GONE]:
+        ended = [number for number, (state, _) in states.items() if state == END]
+        for oldest in ended[:-_MAX_ENDED]:
             del states[oldest]
 
-    def forget(self, model: str) -> None:
-        """A model is not here any more; its versions were dropped."""
-        for by_model in (self._versions, self._aliases, self._states):
-            by_model.pop(model, None)
+    def remove_model(self, model: str) -> None:
+        """Removes a model whose versions have been removed."""
+        for values in (self._versions, self._aliases, self._states):
+            values.pop(model, None)
         self._required.discard(model)
 
-    def bring(self, version: Version) -> None:
-        """A version can be asked by its number."""
+    def add_version(self, version: Version) -> None:
+        """Makes a version available under its number."""
         self._versions.setdefault(version.model, {})[version.number] = version
-        self.note(version.model, version.number, AVAILABLE)
+        self.set_state(version.model, version.number, AVAILABLE)
 
-    def point(self, model: str, aliases: Mapping[str, int]) -> None:
-        """From now on these are a model's aliases, the first of them the one it answers by."""
+    def set_aliases(self, model: str, aliases: Mapping[str, int]) -> None:
+        """Sets the aliases of a model; the first alias selects the default version."""
         self._aliases[model] = dict(aliases)
 
-    def drop(self, model: str, number: int) -> Version:
-        """A version that no new request gets from now on."""
-        self.note(model, number, UNLOADING)
+    def remove_version(self, model: str, number: int) -> Version:
+        """Removes and returns a version; only requests in flight still use it."""
+        self.set_state(model, number, UNLOADING)
         return self._versions[model].pop(number)
 
 
 class Service:
-    """Answers images by versions, within limits.
+    """Predicts the classes of images, within limits.
 
     Attributes:
-      models: What can be asked.
-      engine: Where it is computed.
-      limits: Of requests.
-      measures: Which are counted.
-      is_leaving: Whether the server is about to end.
+      models: The loaded versions.
+      engine: The engine that computes.
+      limits: The limits of requests.
+      metrics: The Prometheus metrics.
+      is_shutting_down: Whether the server has received a signal to end.
     """
 
     def __init__(
@@ -189,56 +192,56 @@ class Service:
         models: Models,
         engine: Engine,
         limits: Limits,
-        measures: Measures,
+        metrics: ServerMetrics,
         request_log: RequestLog | None = None,
     ):
         self.models = models
         self.engine = engine
         self.limits = limits
-        self.measures = measures
-        self.is_leaving = False
+        self.metrics = metrics
+        self.is_shutting_down = False
         self._request_log = request_log
         self._bodies = Bodies(limits)
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request, version: Version) -> AsyncIterator[bytes]:
-        """The body of a request to a version, both of which are held to the end of the block.
+        """Reads the body of a request; holds the body and the version until the context ends.
 
         Raises:
-          Refused: It is too large or too slow, or there is no room for it.
-          ClientLeft: It will not come to its end.
+          Refused: The body is too large, too slow or encoded, or too many bodies are in memory.
+          ClientDisconnected: The client disconnected before the end of the body.
         """
         coding = request.headers.get("content-encoding", "identity")
         if coding.lower() != "identity":
-            message = "a body must be sent as it is, without a Content-Encoding"
+            message = "a body must be sent without a Content-Encoding"
             raise Refused(415, "encoding", message, accept_encoding="identity")
         length = request.headers.get("content-length")
         deadline = request.state.deadline
-        with version.used():
+        with version.hold():
             async with self._bodies.read(request.receive, length, deadline) as body:
                 yield body
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests should come here."""
-        return self.is_able and self.models.is_ready()
+        """Whether a load balancer should send requests: all required models are ready."""
+        return self.is_serving and self.models.is_ready()
 
     @property
-    def is_able(self) -> bool:
-        """Whether requests to a version that is there should come here."""
-        return not self.is_leaving and self.engine.is_alive
+    def is_serving(self) -> bool:
+        """Whether loaded versions can answer: the server is not ending and no batch hangs."""
+        return not self.is_shutting_down and self.engine.is_alive
 
-    def leave(self) -> None:
-        """Notes that the server is about to end: it is not ready any more."""
-        self.is_leaving = True
+    def begin_shutdown(self) -> None:
+        """Makes the server report that it is not ready; requests are still answered."""
+        self.is_shutting_down = True
 
     def expose(self) -> bytes:
-        """The figures for Prometheus."""
-        self.measures.inside.set(self.engine.inside)
-        self.measures.body_bytes.set(self._bodies.held)
+        """Returns the metrics in Prometheus's text format."""
+        self.metrics.images_in_flight.set(self.engine.in_flight)
+        self.metrics.body_bytes.set(self._bodies.num_bytes)
         if self._request_log is not None:
-            self.measures.lost_rows.set(self._request_log.lost)
-        return self.measures.expose()
+            self.metrics.lost_rows.set(self._request_log.lost_rows)
+        return self.metrics.expose()
 
     async def answer(
         self,
@@ -247,87 +250,90 @@ class Service:
         request: Request,
         explain: bool = False,
     ) -> list[Answer | DataError]:
-        """What a version says of images, of each for itself.
+        """Predicts the classes of images.
 
         Args:
-          version: Which one, that is held.
+          version: The version, held by the caller.
           images: Image files, or pixels, uint8 [h, w, 3].
-          request: Whose they are; its state has its id, and its deadline in seconds of
-            `time.monotonic`.
-          explain: Whether with a map of each.
+          request: The request of the images. Its state has the request id, and the deadline in
+            seconds of `time.monotonic`.
+          explain: Whether to compute the map of each image.
 
         Returns:
-          For each image an answer, or why it has none.
+          One answer per image, or the error of an image that cannot be used.
 
         Raises:
-          Refused: There are too many images.
-          Overloaded: There is no room for them now.
-          Late: There was too little time.
+          Refused: The request has too many images, or none.
+          Overloaded: Too many images are in flight.
+          DeadlineExceeded: The deadline passed before all images were computed.
         """
         if not images:
             raise Refused(400, "no_image", "there is no image in the request")
-        most = self.limits.explained if explain else self.limits.images
-        if len(images) > most:
-            what = "images with a map" if explain else "images"
-            raise Refused(413, "too_many", f"a request may have {most} {what}, not {len(images)}")
-        program = version.explained if explain else version.probabilities
-        told = {"model": version.model, "version": version.number, "images": len(images)}
-        request.state.told.update(told)
+        limit = self.limits.explained if explain else self.limits.images
+        if len(images) > limit:
+            kind = "images with maps" if explain else "images"
+            message = f"a request may have at most {limit} {kind}, not {len(images)}"
+            raise Refused(413, "too_many", message)
+        program = version.explain_program if explain else version.predict_program
+        fields = {"model": version.model, "version": version.number, "images": len(images)}
+        request.state.log_fields.update(fields)
         reads = [functools.partial(version.read, image) for image in images]
-        with self.engine.admitted(len(images)):
-            found = await self.engine.compute(program, reads, request.state.deadline)
+        with self.engine.admit(len(images)):
+            results = await self.engine.compute(program, reads, request.state.deadline)
         return [
-            one if isinstance(one, DataError) else self._answer(version, one, request, explain)
-            for one in found
+            result
+            if isinstance(result, DataError)
+            else self._make_answer(version, result, request, explain)
+            for result in results
         ]
 
-    def _answer(
+    def _make_answer(
         self, version: Version, computed: Computed, request: Request, explain: bool
     ) -> Answer:
-        """An answer, which is counted and noted."""
+        """Returns the answer, and adds it to the metrics and the request log."""
         probabilities, explanation = computed.result if explain else (computed.result, None)
         predicted = version.class_names[int(np.argmax(probabilities))]
-        self.measures.predictions.labels(version.model, version.number, predicted).inc()
+        self.metrics.predictions.labels(version.model, version.number, predicted).inc()
         if self._request_log is not None:
             request_id = request.state.request_id
-            self._request_log.offer(version, request_id, computed.pixels, probabilities)
+            self._request_log.record(version, request_id, computed.pixels, probabilities)
         return Answer(
             probabilities=probabilities,
             pixels=computed.pixels,
             explanation=explanation,
-            decode_seconds=computed.decoded,
-            queue_seconds=computed.queued,
-            compute_seconds=computed.computed,
-            batch_size=computed.together,
+            decode_seconds=computed.decode_seconds,
+            queue_seconds=computed.queue_seconds,
+            compute_seconds=computed.compute_seconds,
+            batch_size=computed.batch_size,
         )
 
 
-def rows_of(answers: Sequence[Answer | DataError], what: str) -> list[np.ndarray]:
-    """The probabilities of all images, for protocols in which one error is that of all.
+def probability_rows(answers: Sequence[Answer | DataError], name: str) -> list[np.ndarray]:
+    """Returns the probabilities of all images, for protocols in which a request fails as a whole.
 
     Args:
-      answers: Of the service.
-      what: An image is called.
+      answers: The answers of the service.
+      name: The protocol's name for an image, for the error message.
 
     Returns:
-      float32 [classes] for each.
+      float32 [classes] per image.
 
     Raises:
       Refused: An image cannot be used.
     """
     rows = []
-    for place, answer in enumerate(answers):
+    for index, answer in enumerate(answers):
         if isinstance(answer, DataError):
-            refused = error_of(answer)
-            raise Refused(refused.status, refused.reason, f"{what} {place}: {refused}")
+            refused = image_refusal(answer)
+            raise Refused(refused.status, refused.reason, f"{name} {index}: {refused}")
         rows.append(answer.probabilities)
     return rows
 
 
-def error_of(error: DataError) -> Refused:
-    """How a client is told that an image cannot be used."""
+def image_refusal(error: DataError) -> Refused:
+    """Converts the error of an image to an HTTP error."""
     if isinstance(error, decode.TooManyPixelsError):
         return Refused(413, "too_many_pixels", f"the image {error}")
     if isinstance(error, decode.UnknownFormatError):
-        return Refused(415, "format", "this is no image of a known format (such as JPEG or PNG)")
+        return Refused(415, "format", "not an image of a known format (such as JPEG or PNG)")
     return Refused(422, "damaged", f"the image {error}")

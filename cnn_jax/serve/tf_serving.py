@@ -1,19 +1,20 @@
-"""TensorFlow Serving's REST protocol, for clients that speak it already.
+"""TensorFlow Serving's REST protocol.
 
-As its documentation has it ("RESTful API"): status, metadata and predict. An instance is an
-image file in base64, `{"b64": "..."}`, or nested lists of grey levels, [height, width, 3] of
-any size; either may stand under the input's name, "image".
+It implements status, metadata and predict of TensorFlow Serving's page "RESTful API". An instance
+is an image file in base64, `{"b64": "..."}`, or nested lists of grey levels,
+[height, width, 3] of any size. An instance may also be an object with the key "image", the name
+of the input.
 """
 
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 
-from cnn_jax.serve.images import from_base64, from_numbers, parse_json
-from cnn_jax.serve.limits import Refused, unless_client_leaves
-from cnn_jax.serve.service import Service, VersionNumber, rows_of
+from cnn_jax.serve.images import decode_base64, parse_json, parse_pixels
+from cnn_jax.serve.limits import Refused, cancel_on_disconnect
+from cnn_jax.serve.responses import JSONResponse
+from cnn_jax.serve.service import Service, VersionNumber, probability_rows
 from cnn_jax.serve.versions import Version
 
 _INPUT, _OUTPUT, _SIGNATURE = "image", "probabilities", "serving_default"
@@ -36,7 +37,7 @@ _BODY = {
 
 
 def make_router(service: Service) -> APIRouter:
-    """The routes of this protocol."""
+    """Returns the routes of this protocol."""
     router = APIRouter(prefix="/v1/models", tags=["TensorFlow Serving"])
     models = service.models
 
@@ -62,109 +63,118 @@ def make_router(service: Service) -> APIRouter:
     async def predict(request: Request, version: Version) -> JSONResponse:
         async with service.body(request, version) as body:
             deadline = request.state.deadline
-            images, key = await service.engine.parse(lambda: _images(body), deadline)
-            async with unless_client_leaves(request.receive):
+            images, key = await service.engine.run_on_parser(lambda: _images(body), deadline)
+            async with cancel_on_disconnect(request.receive):
                 answers = await service.answer(version, images, request)
-        return JSONResponse({key: [row.tolist() for row in rows_of(answers, "instance")]})
+        rows = probability_rows(answers, "instance")
+        return JSONResponse({key: [row.tolist() for row in rows]})
 
     options: dict[str, Any] = {"openapi_extra": {"requestBody": _BODY}}
 
-    @router.post("/{model}:predict", summary="Probabilities", **options)
-    async def predict_by_model(request: Request, model: str) -> JSONResponse:
+    @router.post("/{model}:predict", summary="Classify images with a model", **options)
+    async def predict_model(request: Request, model: str) -> JSONResponse:
         return await predict(request, models.find(model))
 
-    @router.post("/{model}/versions/{version}:predict", summary="Probabilities", **options)
-    async def predict_by_version(
-        request: Request, model: str, version: VersionNumber
-    ) -> JSONResponse:
+    @router.post(
+        "/{model}/versions/{version}:predict", summary="Classify images with a version", **options
+    )
+    async def predict_version(request: Request, model: str, version: VersionNumber) -> JSONResponse:
         return await predict(request, models.find(model, version))
 
-    @router.post("/{model}/labels/{alias}:predict", summary="Probabilities", **options)
-    async def predict_by_alias(request: Request, model: str, alias: str) -> JSONResponse:
+    @router.post(
+        "/{model}/labels/{alias}:predict", summary="Classify images with an alias", **options
+    )
+    async def predict_alias(request: Request, model: str, alias: str) -> JSONResponse:
         return await predict(request, models.find(model, alias=alias))
 
-    # Before the routes whose {model} would take the verb for a part of the name.
+    # Registered first, because {model} of the routes below would match the verb too.
     for path in ("/{model}", "/{model}/versions/{version}", "/{model}/labels/{alias}"):
 
         @router.api_route(f"{path}:{{verb}}", methods=["GET", "POST"], include_in_schema=False)
         async def refuse_verb(request: Request, verb: str) -> JSONResponse:
             if verb == "predict":
-                raise Refused(405, "route", "GET is not for this path; use POST", allow="POST")
+                message = "this path does not support GET; use POST"
+                raise Refused(405, "route", message, allow="POST")
             if verb in ("classify", "regress"):
                 raise Refused(
                     400,
                     "signature",
-                    f":{verb} takes tf.Example records, which this server does not; send images "
-                    "to :predict, which answers with all probabilities",
+                    f":{verb} takes tf.Example records, which this server does not support; send "
+                    "images to :predict, which answers with all probabilities",
                 )
-            raise Refused(404, "route", f"there is no :{verb[:100]} here; there is :predict")
+            raise Refused(404, "route", f"there is no :{verb[:100]}; use :predict")
 
     @router.get("/{model}", summary="Status of all versions")
-    async def status_of_model(model: str) -> JSONResponse:
+    async def model_status(model: str) -> JSONResponse:
         return status(model)
 
     @router.get("/{model}/versions/{version}", summary="Status of a version")
-    async def status_of_version(model: str, version: VersionNumber) -> JSONResponse:
+    async def version_status(model: str, version: VersionNumber) -> JSONResponse:
         return status(model, version)
 
     @router.get("/{model}/labels/{alias}", summary="Status of an alias")
-    async def status_of_alias(model: str, alias: str) -> JSONResponse:
+    async def alias_status(model: str, alias: str) -> JSONResponse:
         return status(model, models.find(model, alias=alias).number)
 
-    @router.get("/{model}/metadata", summary="Inputs and outputs")
-    async def metadata_of_model(model: str) -> JSONResponse:
+    @router.get("/{model}/metadata", summary="Inputs and outputs of a model")
+    async def model_metadata(model: str) -> JSONResponse:
         return JSONResponse(_metadata(models.find(model)))
 
-    @router.get("/{model}/versions/{version}/metadata", summary="Inputs and outputs")
-    async def metadata_of_version(model: str, version: VersionNumber) -> JSONResponse:
+    @router.get("/{model}/versions/{version}/metadata", summary="Inputs and outputs of a version")
+    async def version_metadata(model: str, version: VersionNumber) -> JSONResponse:
         return JSONResponse(_metadata(models.find(model, version)))
 
-    @router.get("/{model}/labels/{alias}/metadata", summary="Inputs and outputs")
-    async def metadata_of_alias(model: str, alias: str) -> JSONResponse:
+    @router.get("/{model}/labels/{alias}/metadata", summary="Inputs and outputs of an alias")
+    async def alias_metadata(model: str, alias: str) -> JSONResponse:
         return JSONResponse(_metadata(models.find(model, alias=alias)))
 
     return router
 
 
 def _images(body: bytes) -> tuple[list[bytes | np.ndarray], str]:
-    """The images of a request, and what their answers stand under.
+    """Returns the images of a request, and the key of the answer.
 
     Raises:
-      Refused: It is no request of this protocol.
+      Refused: The body is not a request of this protocol.
     """
-    found = parse_json(body)
-    signature = found.get("signature_name", _SIGNATURE)
+    fields = parse_json(body)
+    signature = fields.get("signature_name", _SIGNATURE)
     if signature not in (_SIGNATURE, ""):
         raise Refused(400, "signature", f"the only signature is {_SIGNATURE}")
-    forms = [key for key in ("instances", "inputs") if key in found]
-    if len(forms) != 1:
+    keys = [key for key in ("instances", "inputs") if key in fields]
+    if len(keys) != 1:
         raise Refused(400, "json", 'the body must have either "instances" or "inputs"')
-    instances = found[forms[0]]
-    if forms[0] == "inputs" and isinstance(instances, dict) and instances.keys() == {_INPUT}:
+    (key,) = keys
+    instances = fields[key]
+    if key == "inputs" and isinstance(instances, dict) and instances.keys() == {_INPUT}:
         instances = instances[_INPUT]
     if not isinstance(instances, list):
-        form = f'"{forms[0]}" must be a list of images'
-        raise Refused(400, "json", form + (f', or {{"{_INPUT}": [...]}}' * (forms[0] == "inputs")))
-    images = [_image(place, instance) for place, instance in enumerate(instances)]
-    return images, {"instances": "predictions", "inputs": "outputs"}[forms[0]]
+        alternative = f', or {{"{_INPUT}": [...]}}' if key == "inputs" else ""
+        raise Refused(400, "json", f'"{key}" must be a list of images{alternative}')
+    images = [_image(index, instance) for index, instance in enumerate(instances)]
+    return images, {"instances": "predictions", "inputs": "outputs"}[key]
 
 
-def _image(place: int, instance: Any) -> bytes | np.ndarray:
-    """The image of an instance, which is the one at this place.
+def _image(index: int, instance: Any) -> bytes | np.ndarray:
+    """Returns the image of an instance.
+
+    Args:
+      index: The index of the instance, for the error message.
+      instance: The parsed JSON value.
 
     Raises:
-      Refused: There is none.
+      Refused: The instance is not an image.
     """
     if isinstance(instance, dict) and instance.keys() == {_INPUT}:
         instance = instance[_INPUT]
     try:
         if not isinstance(instance, dict):
-            return from_numbers(instance)
+            return parse_pixels(instance)
         if instance.keys() != {"b64"}:
             raise Refused(400, "image", 'an instance must be {"b64": "..."} or nested lists')
-        return from_base64(instance["b64"])
+        return decode_base64(instance["b64"])
     except Refused as refused:
-        message = f"instance {place}: {refused}"
+        message = f"instance {index}: {refused}"
         raise Refused(refused.status, refused.reason, message) from refused
 
 

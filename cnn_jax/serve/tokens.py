@@ -1,4 +1,4 @@
-"""Who may do what: bearer tokens (RFC 6750) from a file."""
+"""Access tokens: bearer tokens (RFC 6750) and their roles, from a file."""
 
 import hashlib
 import hmac
@@ -10,51 +10,61 @@ from cnn_jax.system.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# What a token may be for. An administrator may also predict.
+# The roles of tokens. The role "admin" includes "predict".
 ROLES = ("predict", "admin")
-# Seconds between two looks at the file.
-_LOOK_AGAIN = 1.0
-_SHORTEST = 16
+# Minimum seconds between two checks of the file.
+_CHECK_SECONDS = 1.0
+_MIN_CHARACTERS = 16
 
 
 class Tokens:
-    """The tokens of a file, read again when it changes; those that were there stay if it is wrong.
+    """The tokens of a file, which is read again when it changes.
 
-    A line is `predict TOKEN` or `admin TOKEN`; empty lines and those that begin with # are
-    left out.
+    A line is `predict TOKEN` or `admin TOKEN`. Empty lines and lines that begin with # are
+    ignored. If a changed file is invalid, the previous tokens stay valid.
+
+    Attributes:
+      problem: The error of the changed file; "" if the file is valid.
     """
 
     def __init__(self, path: pathlib.Path):
         """Reads the file.
 
         Raises:
-          ConfigError: It cannot be read, or a line is wrong.
+          ConfigError: The file cannot be read, or a line is invalid.
         """
         self._path = path
-        self._version = _version(path)  # Before it is read: what changes later is seen later.
+        self._version = _version(path)  # Before reading, so that no later change is missed.
         self._digests = _read(path)
-        self._looked = time.monotonic()
-        # Why the file, as it is now, was not taken.
+        self._checked_at = time.monotonic()
         self.problem = ""
 
     def allow(self, header: str | None, role: str) -> bool | None:
-        """Whether a request's Authorization header allows a role; None if it is no token here."""
-        self._look_again()
+        """Checks a request's Authorization header.
+
+        Args:
+          header: The header's value, or None.
+          role: The role that the request needs.
+
+        Returns:
+          Whether the token has the role; None if the header has no token of this file.
+        """
+        self._reload_if_changed()
         scheme, _, token = (header or "").partition(" ")
         digest = _digest(token.strip())
         found = set()
-        # All of them, whichever it is: the time says nothing of what it resembles.
-        for other_role, other in self._digests:
-            if hmac.compare_digest(digest, other):
-                found.add(other_role)
+        # Compare all tokens, so that the time does not depend on the token that matches.
+        for token_role, token_digest in self._digests:
+            if hmac.compare_digest(digest, token_digest):
+                found.add(token_role)
         if scheme.lower() != "bearer" or not found:
             return None
         return role in found or "admin" in found
 
-    def _look_again(self) -> None:
-        if time.monotonic() - self._looked < _LOOK_AGAIN:
+    def _reload_if_changed(self) -> None:
+        if time.monotonic() - self._checked_at < _CHECK_SECONDS:
             return
-        self._looked = time.monotonic()
+        self._checked_at = time.monotonic()
         version = _version(self._path)
         if version == self._version:
             return
@@ -63,7 +73,7 @@ class Tokens:
             self._digests, self.problem = _read(self._path), ""
         except ConfigError as error:
             self.problem = str(error)
-            logger.error("%s; the tokens that were there stay", error)
+            logger.error("%s; the previous tokens stay valid", error)
 
 
 def _version(path: pathlib.Path) -> tuple[int, int, int] | None:
@@ -75,7 +85,7 @@ def _version(path: pathlib.Path) -> tuple[int, int, int] | None:
 
 
 def _digest(token: str) -> bytes:
-    # Of one length for all, as a comparison in constant time needs.
+    # Digests have equal lengths, which a comparison in constant time needs.
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -90,10 +100,11 @@ def _read(path: pathlib.Path) -> list[tuple[str, bytes]]:
             continue
         role, _, token = line.strip().partition(" ")
         token = token.strip()
-        if role not in ROLES or len(token) < _SHORTEST or " " in token or not token.isascii():
+        is_token = len(token) >= _MIN_CHARACTERS and " " not in token and token.isascii()
+        if role not in ROLES or not is_token:
             raise ConfigError(
-                f"--tokens: {path}, line {number}: must be `predict TOKEN` or `admin TOKEN`, the "
-                f"token of {_SHORTEST} characters or more"
+                f"--tokens: {path}, line {number}: must be `predict TOKEN` or `admin TOKEN`; a "
+                f"token has at least {_MIN_CHARACTERS} ASCII characters"
             )
         found.append((role, _digest(token)))
     if not found:

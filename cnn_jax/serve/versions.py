@@ -1,8 +1,8 @@
-"""The versions of models that are served, and how one takes the place of another.
+"""A loaded version of a model, compiled and ready to answer requests.
 
-A version comes in when it is loaded, verified, compiled and warm, all of it on a thread beside
-those that serve. From then on new requests get it; those that have begun with another end
-with it, and when the last has, it is freed.
+A new version is read, verified, compiled and run on a background thread. Then new requests use
+it. Requests that started with the old version finish with the old version, which is freed after
+the last of them.
 """
 
 import contextlib
@@ -18,43 +18,43 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import maps
 from cnn_jax.inference.bundle import Bundle
 from cnn_jax.inference.images import ImageReader
-from cnn_jax.inference.predictor import Predictor
-from cnn_jax.serve.engine import Program, measure
+from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.serve.engine import Program, time_program
 from cnn_jax.system.errors import BundleError
 
-# Images that are computed at once, if so many wait.
+# The compiled batch sizes.
 SIZES = (1, 2, 4, 8, 16, 32)
-# By how much the probabilities of an image may miss 1 together.
+# The sum of an image's probabilities may differ from 1 by this much.
 _TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(eq=False)
 class Version:
-    """A bundle that is ready to be asked.
+    """A bundle that is compiled and ready to answer requests.
 
     Attributes:
-      model: Its name.
-      number: Of the version, 1 or more.
-      predictor: The bundle's.
-      preprocessing: Its own, with the server's limit of pixels.
-      probabilities: Of images, float32 [classes].
-      explained: Of images, (probabilities, map): the map of the most probable class,
-        float32 [height, width].
-      metrics: Of the bundle.
-      digest: Of the bundle.
-      loaded: When, in seconds since the epoch.
-      in_use: Requests that are under way with it.
+      model: The name of the model.
+      number: The number of the version, 1 or more.
+      predictor: The bundle's predictor.
+      preprocessing: The bundle's preprocessing, with the server's limit of pixels.
+      predict_program: Returns the probabilities of each image, float32 [classes].
+      explain_program: Returns (probabilities, map) of each image: the map of the most probable
+        class, float32 [height, width].
+      metrics: The bundle's metrics by split.
+      digest: The bundle's digest.
+      load_time: When the version was loaded, in seconds since the epoch.
+      in_use: The number of requests in flight that use the version.
     """
 
     model: str
     number: int
-    predictor: Predictor
+    predictor: BundlePredictor
     preprocessing: Preprocessing
-    probabilities: Program
-    explained: Program
+    predict_program: Program
+    explain_program: Program
     metrics: Mapping[str, Mapping[str, float]]
     digest: str
-    loaded: float
+    load_time: float
     in_use: int = 0
 
     @property
@@ -62,10 +62,13 @@ class Version:
         return self.predictor.class_names
 
     def read(self, image: bytes | np.ndarray) -> Pixels:
-        """An image file's content, or its pixels, as the programs take it.
+        """Returns an image as the network's input, uint8 [height, width, 3].
+
+        Args:
+          image: The content of an image file, or pixels, uint8 [h, w, 3] or [h, w].
 
         Raises:
-          DataError: It cannot be used.
+          DataError: The image cannot be used.
         """
         return self._reader.read(image, f"an image for {self.model}, version {self.number}")
 
@@ -74,8 +77,8 @@ class Version:
         return ImageReader(self.preprocessing)
 
     @contextlib.contextmanager
-    def used(self) -> Iterator["Version"]:
-        """Within, a request is under way with it."""
+    def hold(self) -> Iterator["Version"]:
+        """Counts a request that uses the version inside the context."""
         self.in_use += 1
         try:
             yield self
@@ -90,26 +93,26 @@ def make_version(
     digest: str,
     max_pixels: int,
     sizes: Sequence[int] = SIZES,
-    served: Sequence[Version] = (),
+    loaded: Sequence[Version] = (),
 ) -> Version:
-    """Makes a bundle ready: compiles, runs and judges it, which takes seconds.
+    """Compiles, runs and checks a bundle, which takes seconds.
 
-    If one that is served has a network of the same kind, its programs are compiled and
-    timed already, and there is little to do that those who are served could notice.
+    If a loaded version has the same network, compilation and timing are reused, so that the
+    requests in flight are hardly delayed.
 
     Args:
-      model: A name for it.
-      number: Its version.
-      bundle: What was read.
-      digest: Of it.
-      max_pixels: Of an image that is decoded; the bundle may allow fewer.
-      sizes: Numbers of images that are computed at once.
-      served: Versions that are there.
+      model: The name of the model.
+      number: The number of the version.
+      bundle: The bundle.
+      digest: The bundle's digest.
+      max_pixels: Maximum pixels of an image; the bundle's own limit applies too.
+      sizes: The batch sizes to compile.
+      loaded: The loaded versions of all models.
 
     Raises:
-      BundleError: Its weights are not those of its network, or its answers no probabilities.
+      BundleError: The weights do not fit the network, or its outputs are not probabilities.
     """
-    predictor = Predictor(bundle)
+    predictor = BundlePredictor(bundle)
     allowed = min(max_pixels, bundle.preprocessing.max_pixels)
     preprocessing = dataclasses.replace(bundle.preprocessing, max_pixels=allowed)
     rng = np.random.default_rng(0)
@@ -117,43 +120,43 @@ def make_version(
 
     def explain(images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         probabilities = predictor(images)
-        of_class = maps.grad_cam(predictor, images, probabilities.argmax(axis=1))
-        return list(zip(probabilities, of_class, strict=True))
+        class_maps = maps.grad_cam(predictor, images, probabilities.argmax(axis=1))
+        return list(zip(probabilities, class_maps, strict=True))
 
-    _judge(predictor(image[None])[0])
-    alike = [other for other in served if _is_alike(other, predictor, preprocessing, sizes)]
-    if alike:
-        probabilities = Program(predictor, alike[0].probabilities.seconds)
-        explained = Program(explain, alike[0].explained.seconds)
+    _check_probabilities(predictor(image[None])[0])
+    equal = [other for other in loaded if _has_programs(other, predictor, preprocessing, sizes)]
+    if equal:
+        predict_program = Program(predictor, equal[0].predict_program.seconds)
+        explain_program = Program(explain, equal[0].explain_program.seconds)
     else:
-        probabilities = measure(predictor, image, sizes)
-        explained = measure(explain, image, (1,))
+        predict_program = time_program(predictor, image, sizes)
+        explain_program = time_program(explain, image, (1,))
     return Version(
         model=model,
         number=number,
         predictor=predictor,
         preprocessing=preprocessing,
-        probabilities=probabilities,
-        explained=explained,
+        predict_program=predict_program,
+        explain_program=explain_program,
         metrics=bundle.metrics,
         digest=digest,
-        loaded=time.time(),
+        load_time=time.time(),
     )
 
 
-def _is_alike(
-    version: Version, predictor: Predictor, preprocessing: Preprocessing, sizes: Sequence[int]
+def _has_programs(
+    version: Version, predictor: BundlePredictor, preprocessing: Preprocessing, sizes: Sequence[int]
 ) -> bool:
-    """Whether a version's programs are those of a predictor, but for the weights."""
+    """Whether a version's compiled programs fit a predictor, which may have other weights."""
     return (
         version.predictor.model == predictor.model
         and version.predictor.preprocessing == predictor.preprocessing
         and version.preprocessing == preprocessing
-        and version.probabilities.seconds.keys() == set(sizes)
+        and version.predict_program.seconds.keys() == set(sizes)
     )
 
 
-def _judge(probabilities: np.ndarray) -> None:
-    """Raises BundleError if a network's answer says nothing."""
+def _check_probabilities(probabilities: np.ndarray) -> None:
+    """Raises BundleError if probabilities are not finite or do not sum to 1."""
     if not np.all(np.isfinite(probabilities)) or abs(probabilities.sum() - 1) > _TOLERANCE:
-        raise BundleError("the network's answers are not probabilities: its weights are damaged")
+        raise BundleError("the network's outputs are not probabilities: its weights are damaged")

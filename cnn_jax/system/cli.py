@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pathlib
-import re
 import shutil
 import signal
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NoReturn
 
 from cnn_jax.system.errors import ConfigError, Interrupted, UserError, printable
+from cnn_jax.system.text import fill
 
 _STDOUT = 1  # The file descriptor.
 # EX_TEMPFAIL of sysexits.h: "temporary failure; the user is invited to retry".
@@ -107,32 +107,6 @@ class _MessageFormatter(logging.Formatter):
 def columns() -> int:
     """The width of the terminal ($COLUMNS, if set); 80 where there is none."""
     return shutil.get_terminal_size().columns
-
-
-def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
-    """A line in parts that are no wider, unless a single word is.
-
-    Args:
-      line: The line. Spaces within a part stay as they are.
-      width: Columns of the terminal; None for any number.
-      indent: Spaces before each part but the first.
-    """
-    from rich.cells import cell_len  # Characters of some scripts take two columns.
-
-    if width is None or cell_len(line) <= width:
-        return [line]
-    parts, part = [], ""
-    for word in re.findall(r"\s*\S+", line):
-        if part.strip() and cell_len(part + word) > width:
-            parts.append(part)
-            part, word = " " * indent, word.lstrip()
-        part += word
-    return [*parts, part]
-
-
-def fill(text: str, width: int) -> str:
-    """Breaks a line between words, so that no part is wider than the width if that can be."""
-    return "\n".join(wrap(text, width))
 
 
 def fit(text: str, file: Any) -> str:

@@ -1,4 +1,4 @@
-"""Output for people: the progress of a command on stderr, and tables as text.
+"""Output for people: the progress of a command on stderr.
 
 Progress is lines, with a progress bar if stderr is a terminal. In a notebook it is one
 output instead, which is updated in place.
@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import rich.cells
 import rich.console
 import rich.progress
 import rich.table
 
-from cnn_jax.system import cli
-from cnn_jax.system.cli import wrap
+from cnn_jax.system import text
+from cnn_jax.system.text import FACT_INDENT, wrap
 
 # The columns of the epochs' table, in groups: a column's name and its width.
 _GROUPS: dict[str, dict[str, int]] = {
@@ -29,36 +28,11 @@ _DISPENSABLE = (
     ("", "images/s"),
     *(("train", "F1"), ("validation", "F1"), ("train", "accuracy"), ("train", "loss")),
 )
-_INDENT = 12  # Columns of the names of `facts`.
 # Seconds between two updates of a notebook's output, which each browser has to draw.
 _UPDATE_SECONDS = 0.5
 _NOTEBOOK_WIDTH = 100  # Columns.
 # Epochs that a notebook shows; `metrics.jsonl` has all of them.
 _EPOCHS_SHOWN = 10
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
-    """A table as text: names left-aligned in the first column, numbers right-aligned in the others.
-
-    A name that leaves too little room for the numbers stands on a line of its own.
-
-    Args:
-      head: The names of the columns.
-      rows: Cells without line ends.
-      width: The width of the terminal, in columns.
-    """
-    lines = [head, *rows]
-    widths = [max(map(rich.cells.cell_len, column)) for column in zip(*lines, strict=True)]
-    room = min(widths[0], max(width - sum(widths[1:]) - 2 * len(widths[1:]), 0))
-    text = []
-    for name, *numbers in lines:
-        length = rich.cells.cell_len(name)
-        if length > room:
-            text.append(cli.fill(name, width))
-            name, length = "", 0
-        cells = (f"  {cell:>{size}}" for cell, size in zip(numbers, widths[1:], strict=True))
-        text.append(f"{name}{' ' * (room - length)}{''.join(cells)}".rstrip())
-    return "\n".join(text)
 
 
 def _whole() -> rich.table.Column:
@@ -101,16 +75,13 @@ class Console:
 
     def warn(self, text: str) -> None:
         """A line that stands out where colours are shown."""
-        for line in wrap(f"warning     {text}", self.width, _INDENT):
+        for line in wrap(f"warning     {text}", self.width, FACT_INDENT):
             self.write_line(line, "yellow")
 
     def facts(self, rows: Mapping[str, str]) -> None:
         """Aligned `name  text` lines; a text may have several lines."""
-        for name, text in rows.items():
-            for number, line in enumerate(text.splitlines() or [""]):
-                label = "" if number else name
-                for part in wrap(f"{label:<{_INDENT}}{line}", self.width, _INDENT):
-                    self.write_line(part)
+        for line in text.facts(rows, self.width):
+            self.write_line(line)
 
     def write_line(self, line: str, style: str | None = None) -> None:
         self._console.print(line, style=style, soft_wrap=True)
@@ -302,7 +273,7 @@ def _fitting_columns(width: int | None) -> dict[str, dict[str, int]]:
     groups = {group: dict(columns) for group, columns in _GROUPS.items()}
     for group, name in _DISPENSABLE:
         cells = sum(sum(columns.values()) + len(columns) + 2 for columns in groups.values())
-        if width is None or _INDENT - 3 + cells + len("  best") <= width:
+        if width is None or FACT_INDENT - 3 + cells + len("  best") <= width:
             break
         del groups[group][name]
         groups = {group: columns for group, columns in groups.items() if columns}

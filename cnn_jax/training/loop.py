@@ -151,6 +151,9 @@ def open_dataset(config: Config, track: Track) -> Dataset:
         std=tuple(data.std),
         max_pixels=data.max_pixels,
         white_level=data.white_level,
+        resize=data.resize,
+        crop_ratio=data.crop_ratio,
+        interpolation=data.interpolation,
     )
     listing = open_source(data.source, track, data.allow_outside)
     datasets.check_classes(listing)  # Before the scan, which may take long.

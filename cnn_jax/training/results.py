@@ -13,10 +13,12 @@ from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.pipeline import Loader
 from cnn_jax.data.splits import Division
+from cnn_jax.inference.batching import BATCH_SIZE
 from cnn_jax.inference.bundle import Bundle, write_bundle
 from cnn_jax.inference.calibration import fit_temperature
 from cnn_jax.inference.evaluation import predict_split, score
-from cnn_jax.inference.predictor import BATCH_SIZE, Predictor
+from cnn_jax.inference.predictor import BundlePredictor, Predictor
+from cnn_jax.report.verdicts import agreement_p_value
 from cnn_jax.training import run_directory, sharding
 from cnn_jax.training.metrics import HEADLINE
 
@@ -60,11 +62,11 @@ def write_results(
 
     loader = dataclasses.replace(dataset.loader, on_device=False)
     validation = dataset.splits["validation"]
-    uncalibrated = _predict(Predictor(bundle), loader, validation, track, "calibrating")
+    uncalibrated = _predict(BundlePredictor(bundle), loader, validation, track, "calibrating")
     temperature = fit_temperature(uncalibrated, source.labels[validation])
     bundle = dataclasses.replace(bundle, temperature=temperature)
 
-    predictor = Predictor(bundle)
+    predictor = BundlePredictor(bundle)
     report = {}
     for split in config.report.splits:
         indices = dataset.splits[split]
@@ -76,7 +78,14 @@ def write_results(
                 workdir, ids, source.labels[indices], probabilities, source.class_names
             )
     run_directory.write_metrics(workdir, report)
-    headline = {split: {key: report[split][key] for key in HEADLINE} for split in report}
+    headline = {
+        split: {
+            **{key: report[split][key] for key in HEADLINE},
+            # Explanations have no verdict unless the network is better than guessing.
+            "agreement_p_value": agreement_p_value(np.array(report[split]["confusion"])),
+        }
+        for split in report
+    }
     if sharding.is_primary():
         write_bundle(dataclasses.replace(bundle, metrics=headline), workdir / "bundle")
     return report

@@ -51,6 +51,9 @@ _VALUES_OF_OLDER_RUNS = {
     "augment.mixup_probability": 0.0,
     "augment.cutmix_probability": 0.0,
     "data.white_level": 0.0,
+    "data.resize": "stretch",
+    "data.crop_ratio": 1.0,
+    "data.interpolation": "bilinear",
 }
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
 _CHECKPOINTS = "checkpoints"

@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 
 import cnn_jax
 from cnn_jax.config.schema import Config
@@ -19,9 +19,9 @@ from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
 from cnn_jax.data.mix import Mixing
 from cnn_jax.models.network import count_parameters, forward_flops
-from cnn_jax.system.cli import wrap
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
+from cnn_jax.system.text import FACT_INDENT, shorten, table, wrap
 from cnn_jax.training.loss import balanced_weights
 from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width, wilson_interval
 
@@ -192,26 +192,20 @@ def _class_table(dataset: Dataset, width: int | None) -> list[str]:
     if len(order) > _MAX_CLASSES_SHOWN:
         by_size = np.argsort(sum(counts.values()), kind="stable")
         order = np.concatenate([by_size[:3], by_size[-3:]])
-    max_width = 24 if width is None else min(24, max(8, width - 12 - 12 * len(counts)))
-    names = [_shorten(printable(source.class_names[label]), max_width) for label in order]
-    name_width = max(map(cell_len, ["class", *names]))
-    rows = ["  ".join([_pad("class", name_width), *(f"{name:>10}" for name in counts)])]
-    for row, (label, name) in enumerate(zip(order, names, strict=True)):
-        if row == 3 and len(order) < len(source.class_names):
-            rows.append(f"... {len(source.class_names) - len(order)} classes between")
-        columns = (f"{column[label]:>10,}" for column in counts.values())
-        rows.append("  ".join([_pad(name, name_width), *columns]))
-    return rows
-
-
-def _shorten(text: str, width: int) -> str:
-    """Shortens a text to this number of terminal columns; some characters use two columns."""
-    return text if cell_len(text) <= width else set_cell_size(text, width - 3).rstrip() + "..."
-
-
-def _pad(text: str, width: int) -> str:
-    """Adds spaces up to this number of terminal columns."""
-    return text + " " * (width - cell_len(text))
+    name_width = 24
+    if width is not None:
+        width -= FACT_INDENT
+        name_width = min(name_width, max(8, width - 12 * len(counts)))
+    rows: list[Sequence[str] | str] = [
+        (
+            shorten(printable(source.class_names[label]), name_width),
+            *(f"{column[label]:,}" for column in counts.values()),
+        )
+        for label in order
+    ]
+    if len(order) < len(source.class_names):
+        rows.insert(3, f"... {len(source.class_names) - len(order)} classes between")
+    return table(("class", *counts), rows, width, min_column=10).splitlines()
 
 
 def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:

@@ -23,7 +23,8 @@ import simplejpeg
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from cnn_jax.data import decode
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.resize import resize
 
 SIDES = (64, 224)
 FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0, math.inf)
@@ -38,7 +39,7 @@ def scaled(encoded: bytes, side: int, factor: float) -> np.ndarray:
     pixels = simplejpeg.decode_jpeg(
         encoded, min_height=min(height, math.ceil(least)), min_width=min(width, math.ceil(least))
     )
-    return decode.resize(pixels, (side, side))
+    return resize(pixels, Preprocessing((side, side)))
 
 
 def encode(image: Image.Image) -> bytes:

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import ray  # pyright: ignore
 
-from cnn_jax.inference.predictor import BATCH_SIZE, Predictor, predict_batch
+from cnn_jax.inference.batching import BATCH_SIZE
+from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 
 
 class Score:
     """One worker: a predictor that sees batch after batch."""
 
     def __init__(self, bundle: str):
-        self._predictor = Predictor.load(bundle)
+        self._predictor = BundlePredictor.load(bundle)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         found = predict_batch(self._predictor, [bytes(image) for image in batch["bytes"]])

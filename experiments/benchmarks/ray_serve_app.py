@@ -13,7 +13,7 @@ from ray import serve  # pyright: ignore
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from cnn_jax.inference.predictor import Prediction, Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, Prediction, predict_batch
 
 
 @serve.deployment(
@@ -25,7 +25,7 @@ class Classifier:
     """One replica: a predictor, and what waits for it."""
 
     def __init__(self, bundle: str):
-        self._predictor = Predictor.load(bundle)
+        self._predictor = BundlePredictor.load(bundle)
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def classify(self, images: list[bytes]) -> list[Prediction]:

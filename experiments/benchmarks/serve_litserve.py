@@ -23,9 +23,9 @@ class Api(litserve.LitAPI):
             self._decode, self._run = model.decode, model.probabilities
             return
         from cnn_jax.inference.images import preprocess_for_inference
-        from cnn_jax.inference.predictor import Predictor
+        from cnn_jax.inference.predictor import BundlePredictor
 
-        predictor = Predictor.load(self._bundle)
+        predictor = BundlePredictor.load(self._bundle)
         for size in (1, 2, 4, 8):
             image = np.zeros((size, *predictor.preprocessing.image_size, 3), np.uint8)
             predictor(image)  # Compiles.

@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from cnn_jax.data import decode
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.system.errors import DataError
 
 MAX_PIXELS = 4_000_000
@@ -267,7 +268,7 @@ def _decoded_twice(encoded: bytes) -> None:
 
 
 def _loaded(encoded: bytes) -> None:
-    pixels = decode.load(encoded, LOADED_SIZE, MAX_PIXELS)
+    pixels = decode.load(encoded, Preprocessing(LOADED_SIZE, max_pixels=MAX_PIXELS))
     if pixels.dtype != np.uint8 or pixels.shape != (*LOADED_SIZE, 3):
         raise DecoderError(f"loaded as {pixels.dtype} {pixels.shape}")
 

@@ -19,7 +19,7 @@ from cnn_jax.data import shapes
 from cnn_jax.explain import checks
 from cnn_jax.explain.pictures import choose_methods
 from cnn_jax.inference.evaluation import open_as_trained
-from cnn_jax.inference.predictor import Predictor, predict_pixels
+from cnn_jax.inference.predictor import BundlePredictor, predict_pixels
 from cnn_jax.quality.robustness import load_images, stratified_sample
 from cnn_jax.system import runtime
 from cnn_jax.system.compilation_cache import keep_compiled
@@ -45,7 +45,7 @@ def main() -> None:
     flags = parser.parse_args()
     runtime.keep_freed_memory()
     keep_compiled()
-    predictor = Predictor.load(flags.bundle)
+    predictor = BundlePredictor.load(flags.bundle)
     dataset = open_as_trained(predictor)
     source, positions = dataset.source, dataset.splits["test"]
     chosen = positions[stratified_sample(source.labels[positions], flags.images)]

@@ -55,6 +55,11 @@ INVALID = [
     ("data.image_size", (0, 0)),
     ("data.image_size", (32.0, 32.0)),
     ("data.image_size", (32, 32, 3)),
+    ("data.resize", "fit"),
+    ("data.crop_ratio", 0.0),
+    ("data.crop_ratio", 1.1),
+    ("data.crop_ratio", 0.875),  # Needs data.resize=crop.
+    ("data.interpolation", "nearest"),
     ("data.mean", (127.5, 127.5)),
     ("data.mean", (127.5, 127.5, 300.0)),
     ("data.std", (1.0, 0.0, 1.0)),

@@ -20,7 +20,7 @@ RESIDENCIES = ("none", "disk", "memory", "device")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """60 images of three classes, and a cache of its own."""
+    """A folder with 60 images of three classes, and an empty cache."""
     monkeypatch.setenv("CNN_JAX_CACHE", str(tmp_path / "cache"))
     write_images(tmp_path / "images", per_class=20)
     return tmp_path / "images"
@@ -59,7 +59,7 @@ def test_a_file_that_cannot_be_read_does_not_spoil_the_cache(folder, monkeypatch
 def test_a_disk_that_would_be_filled_is_left_alone(folder, monkeypatch, caplog):
     monkeypatch.setattr(datasets.cache, "free_bytes", lambda: 2 * 34_560 - 1)
     assert _open(folder, residency="memory").residency == "memory"
-    assert "they would take more than half of what is free" in caplog.text
+    assert "they would take more than half of the free space" in caplog.text
     caplog.clear()  # Who wants them on the disk gets them there.
     assert _open(folder, residency="disk").residency == "disk"
     assert not caplog.text
@@ -171,7 +171,7 @@ def test_the_fingerprint_changes_with_the_division(folder):
 
 
 def test_images_that_changed_places_are_seen_to_have_changed(folder):
-    """Their sizes and times of modification are those of before."""
+    """The files keep their sizes and times of modification."""
     first, second = folder / "blue" / "000.png", folder / "blue" / "001.png"
     second.write_bytes(first.read_bytes()[:-1] + b"?")
     for path in (first, second):

@@ -10,6 +10,8 @@ from conftest import REPOSITORY
 from PIL import Image, ImageOps
 
 from cnn_jax.data import decode
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.resize import resize
 from cnn_jax.system.errors import DataError
 
 
@@ -87,6 +89,7 @@ def test_strips_give_the_same_pixels_as_the_whole(mode, monkeypatch):
 _PEAK = """
 import pathlib, sys
 from cnn_jax.data.decode import load
+from cnn_jax.data.preprocessing import Preprocessing
 
 def peak():
     status = pathlib.Path("/proc/self/status").read_text()
@@ -94,7 +97,7 @@ def peak():
 
 encoded = pathlib.Path(sys.argv[1]).read_bytes()
 before = peak()
-load(encoded, (8, 8))
+load(encoded, Preprocessing((8, 8)))
 print(peak() - before)
 """
 
@@ -218,8 +221,8 @@ def test_jpegs_are_decoded_bit_for_bit_as_pillow_does(kind, orientation):
     assert values == decode.Values("8-bit", int(expected.min()), int(expected.max()), 255)
     np.testing.assert_array_equal(pixels, expected)
     # A smaller size changes nothing but the resize.
-    small = decode.load(encoded, (18, 25))
-    np.testing.assert_array_equal(small, decode.resize(expected, (18, 25)))
+    small = decode.load(encoded, Preprocessing((18, 25)))
+    np.testing.assert_array_equal(small, resize(expected, Preprocessing((18, 25))))
 
 
 def test_a_jpeg_of_very_many_scans_is_refused():
@@ -239,15 +242,6 @@ def test_every_format_is_known_by_its_beginning(file_format):
     assert not decode.looks_like_an_image(b"P7 is no PPM of ours")
     assert not decode.looks_like_an_image(b"")
     assert not decode.looks_like_an_image(b"RIFF....WAVEfmt ")
-
-
-def test_resize_averages_when_it_shrinks_and_keeps_what_fits():
-    checkerboard = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    checkerboard = np.repeat(checkerboard[..., None], 3, axis=-1)
-    small = decode.resize(checkerboard, (8, 16))
-    assert small.shape == (8, 16, 3)
-    assert np.abs(small.astype(int) - 127.5).max() < 8
-    assert decode.resize(checkerboard, (64, 64)) is checkerboard
 
 
 def test_postscript_is_not_even_tried():

@@ -15,12 +15,13 @@ from PIL import Image
 
 from cnn_jax.data import decode
 from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.resize import resize
 from cnn_jax.inference.images import preprocess_for_inference
 from cnn_jax.system.errors import DataError
 
 _RNG = np.random.default_rng(0)
 _DEEP = _RNG.integers(0, 65536, (5, 7, 4), np.uint16)
-_DEEP[0, :3, 0] = (0, 65535, 258)  # Of 258, Pillow's high byte is 1 and the low one 2.
+_DEEP[0, :3, 0] = (0, 65535, 258)  # The high byte of 258 is 1, and its low byte is 2.
 _GREY, _COLOUR = _DEEP[..., 0], _DEEP[..., :3]
 _BYTES = (_DEEP >> 8).astype(np.uint8)
 
@@ -299,7 +300,7 @@ _TABLE = [
     ids=[f"{i} {row[0]}" for i, row in enumerate(_TABLE)],
 )
 def test_every_kind_of_file(encoded, white_level, expected, tmp_path):
-    """As bytes, a path, and a Pillow image: the stated pixels, or the same error."""
+    """Bytes, a path and a Pillow image give the expected pixels, or the same error."""
     path = tmp_path / "image"
     path.write_bytes(encoded)
     if isinstance(expected, str):
@@ -335,7 +336,7 @@ def test_a_loaded_pillow_image_gives_the_same_pixels(encoded, white_level):
     np.testing.assert_array_equal(decode.to_rgb(image, white_level=white_level), expected)
 
 
-def test_of_a_loaded_image_of_16_bit_colours_pillow_has_kept_the_high_bytes():
+def test_a_loaded_16_bit_colour_image_has_only_the_high_bytes():
     image = Image.open(io.BytesIO(_png(_COLOUR, 2, 16)))
     position = image.fp.tell()
     whole = decode.to_rgb(image)
@@ -469,7 +470,7 @@ def test_the_same_picture_has_the_same_pixels_whatever_it_comes_as(picture, size
     preprocessing = Preprocessing(image_size=size, white_level=white)
     top = 255 if array.dtype == np.uint8 else white or 65535
     exact = _levels(array, top)
-    expected = decode.resize(_rgb(exact), size)
+    expected = resize(_rgb(exact), preprocessing)
     opened = Image.open(io.BytesIO(encoded))
     for form in (encoded, opened, image):
         np.testing.assert_array_equal(preprocess_for_inference(form, preprocessing), expected)
@@ -568,14 +569,14 @@ def test_the_likely_white_level(high, white):
             4095,
             65535,
             0,
-            "from 0 to 4095, and 65535 is white, so that it is almost black",
+            "from 0 to 4095, and 65535 is white, so it is almost black",
         ),
         ("16-bit", 16383, 65535, 0, "almost black"),
         ("16-bit", 16384, 65535, 0, ""),
         ("16-bit", 4095, 65535, 4095, ""),
         ("16-bit", 0, 65535, 0, ""),
         ("12-bit", 4095, 4095, 0, ""),
-        ("float", 255, 0, 1, "from 0 to 255, and 1 is white, so that those above it become white"),
+        ("float", 255, 0, 1, "from 0 to 255, and 1 is white, so larger values become white"),
         ("float", 1.1, 0, 1, ""),
         ("float", 1.11, 0, 1, "become white"),
         ("float", 0.2, 0, 1, "almost black"),

@@ -116,7 +116,7 @@ def _with_chunk(kind, data):
 
 @functools.cache
 def _zeros(megabytes):
-    """So many of zeros, compressed a thousandfold."""
+    """A number of zero bytes, compressed by a factor of a thousand."""
     squeeze = zlib.compressobj(1)
     zeros = bytes(2**20)
     return b"".join([*(squeeze.compress(zeros) for _ in range(megabytes)), squeeze.flush()])
@@ -184,7 +184,7 @@ def _link(target):
 
 
 def _socket(path):
-    # By a relative path, as an address must be short.
+    # By a relative path, because a socket's address must be short.
     with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path.name)
 
@@ -305,7 +305,7 @@ _ODD = [
     Kind("odd/extraneous end.jpg", _jpeg()[:-2] + b"\0\0\0" + _jpeg()[-2:], "image"),
     Kind("odd/scans.jpg", _many_scans(80), "image"),
     Kind("odd/something behind.jpg", _jpeg() + b"PK\3\4 and so on", "image"),
-    # As telephones write them: a film stands behind the picture.
+    # Telephones write such files: a film follows the image.
     Kind("odd/a film behind.jpg", _jpeg() + b"\0\xff\xda\0" * 200, "image"),
     Kind("odd/progressive.jpg", _jpeg(progressive=True), "image"),
     Kind("odd/grey.jpg", encode(_picture(mode="L"), "JPEG"), "image"),
@@ -554,7 +554,7 @@ print(json.dumps({"peaks": peaks, "opened": sorted(map(ascii, names)), "digests"
 
 @pytest.fixture(scope="module")
 def child(folder, tmp_path_factory):
-    """What a process of its own says that opens a folder without bombs, and then this one."""
+    """The output of a new process that opens a folder without bombs, and then this folder."""
     harmless = tmp_path_factory.mktemp("harmless")
     for kind in [*_CUTS, *_FALSE, *_ODD, *_NAMES]:
         kind.write(harmless)
@@ -660,7 +660,7 @@ def test_what_may_not_be_read_is_named(open_as_nobody):
     Kind("locked/a.png", _png(), "").write(root)
     (root / "locked").chmod(0)
     ignored, unreadable, ids, remarks = run()
-    # Of a file without an ending nobody can tell whether it is an image.
+    # A file without a suffix may be an image or not.
     assert ignored == {"folders that cannot be read": 1, "not images": 1}
     assert unreadable == {"cat/secret.png": "cannot be read: Permission denied"}
     assert ids == ["cat/a.png", "cat/b.png", "dog/a.png"]

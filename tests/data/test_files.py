@@ -1,10 +1,12 @@
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cnn_jax.config.schema import check_value
 from cnn_jax.data import decode
 from cnn_jax.data.files import check_output, open_csv, open_folder
 from cnn_jax.data.sources import absolute, open_source
@@ -67,7 +69,7 @@ def test_a_class_without_images_is_left_out_and_said(tmp_path):
 
 
 @pytest.mark.parametrize("validation", ["val", "valid", "Validation"])
-def test_a_folder_that_is_divided_already_is_used_as_it_is(tmp_path, validation):
+def test_the_own_splits_of_a_folder_are_kept(tmp_path, validation):
     for path in ("train/b/1.png", "train/c/deep/1.png", f"{validation}/a/1.png", "test/c/1.png"):
         _picture(tmp_path / path)
     _picture(tmp_path / "masks" / "b" / "1.png")
@@ -100,7 +102,7 @@ def test_test_images_without_classes_are_no_part(tmp_path):
     assert source.ignored == {"outside the class folders": 1}
 
 
-def test_test_images_in_a_folder_that_is_no_class_are_no_part(tmp_path):
+def test_test_images_outside_the_known_classes_are_left_out(tmp_path):
     for path in ("Training/a/1.png", "Training/b/1.png", "Testing/images/1.png"):
         _picture(tmp_path / path)
     source = open_folder(tmp_path)
@@ -193,7 +195,7 @@ def test_a_link_to_the_data_set_itself_is_followed(tmp_path):
     ],
 )
 def test_folders_of_other_programs_are_left_out_and_counted(tmp_path, name):
-    root = tmp_path / name / "data"  # What is above the folder does not matter.
+    root = tmp_path / name / "data"  # Folders above the folder have no effect.
     _picture(root / "cat" / "a.png")
     _picture(root / "dog" / "a.png")
     _picture(root / "cat" / name / "a.png" / "SYNOPHOTO_THUMB_M.jpg")
@@ -242,11 +244,11 @@ def test_folders_that_this_project_wrote_are_left_out_and_counted(tmp_path, name
     assert source.ids == ["cat/a.png", "dog/a.png"]
     assert source.ignored == {"folders that cnn_jax wrote": 1}
     assert source.remarks == []
-    # The folder that is named is read, whoever wrote it.
+    # The named folder is always read.
     assert open_folder(tmp_path / place).ids == ["examples/a.png"]
 
 
-def test_a_run_in_the_folder_of_a_class_does_not_hide_the_class(tmp_path):
+def test_a_run_in_a_class_folder_does_not_hide_the_class(tmp_path):
     _picture(tmp_path / "cat" / "a.png")
     _picture(tmp_path / "dog" / "a.png")
     _picture(tmp_path / "cat" / "report" / "chart.png")
@@ -265,7 +267,7 @@ def test_files_of_other_names_make_no_folder_of_this_project(tmp_path):
     assert open_folder(tmp_path).class_names == ["bun", "con", "ind", "loc", "met"]
 
 
-def test_an_output_may_lie_in_the_data_but_not_where_its_images_are(tmp_path):
+def test_an_output_folder_must_not_contain_images_of_the_data(tmp_path):
     data = tmp_path / "data"
     _picture(data / "cat" / "deep" / "a.png")
     _picture(data / "maps" / "a.png")
@@ -278,7 +280,7 @@ def test_an_output_may_lie_in_the_data_but_not_where_its_images_are(tmp_path):
         check_output("--output", folder, data)
 
 
-def test_the_folder_of_a_split_is_no_part_of_a_path_in_it(tmp_path):
+def test_paths_do_not_contain_the_folder_of_their_split(tmp_path):
     for path in ("seg_train/seg_train/a/1.png", "seg_train/seg_train/b/1.png", "seg_test/a/1.png"):
         _picture(tmp_path / path)
     source = open_folder(tmp_path)
@@ -287,7 +289,7 @@ def test_the_folder_of_a_split_is_no_part_of_a_path_in_it(tmp_path):
     assert source.select(np.array([2])).paths == ["b/1.png"]
 
 
-def test_a_class_that_a_split_spells_in_another_way_is_one_class(tmp_path):
+def test_another_spelling_in_a_split_is_the_same_class(tmp_path):
     for path in ("train/Caf\u00e9/1.png", "train/dog/1.png", "test/cafe\u0301/1.png"):
         _picture(tmp_path / path)
     (tmp_path / "test" / "cat").mkdir()
@@ -403,9 +405,30 @@ def test_a_pipe_in_a_table_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "folder:", "tfds:", "csv:", "shapes:0", "shapes:x", "/data"])
-def test_a_name_of_no_known_form_is_a_configuration_error(name):
+def test_a_source_name_of_unknown_form_is_a_configuration_error(name):
     with pytest.raises(ConfigError, match="a source must be"):
         open_source(name)
+
+
+@pytest.mark.parametrize("make_error", [open_source, lambda name: check_value("data.source", name)])
+def test_the_error_for_a_bare_path_suggests_a_source(make_error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "labels.CSV").touch()
+    meant = {"photos": "folder:photos", "/nope": "folder:/nope", "labels.CSV": "csv:labels.CSV"}
+    for name, source in meant.items():
+        with pytest.raises(ConfigError, match=re.escape(f"got {name!r}; did you mean {source}?")):
+            make_error(name)
+    with pytest.raises(ConfigError, match=r"got 'nothing'$"):
+        make_error("nothing")
+
+
+def test_images_without_class_folders_are_not_counted_as_outside(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "1.png")
+    (tmp_path / "notes.txt").touch()
+    message = r"no sub-folders \(left out: 1 file that is not an image\)$"
+    with pytest.raises(DataError, match=message):
+        open_folder(tmp_path)
 
 
 def test_shapes_can_be_shortened():

@@ -48,7 +48,7 @@ def test_what_endangers_the_result_is_a_warning_that_names_the_fix(tmp_path):
     for i in range(4):
         _write(tmp_path, f"train/b/{i}.png", 100 + i)
         _write(tmp_path, f"test/b/{i}.png", 200 + i)
-    _write(tmp_path, "test/b/copy.png", 5)  # Of another class, in another split.
+    _write(tmp_path, "test/b/copy.png", 5)  # A copy in another class and another split.
     _write(tmp_path, "train/b/copy of 0.png", 100)
     _write(tmp_path, "train/rare/0.png", 300)
     (tmp_path / "train" / "a" / "bad\n.png").write_bytes(b"")
@@ -58,7 +58,7 @@ def test_what_endangers_the_result_is_a_warning_that_names_the_fix(tmp_path):
     findings = _find(tmp_path)
     assert findings.summary() == [
         "1 unreadable and left out, 2 turned by EXIF, 2 exact copies (1 set with different labels)",
-        "largest class 40.0 times the smallest; ignored: 1 not images",
+        "largest class 40.0 times the smallest; ignored: 1 file that is not an image",
     ]
     warnings = "\n".join(findings.warnings())
     for expected in (
@@ -67,13 +67,22 @@ def test_what_endangers_the_result_is_a_warning_that_names_the_fix(tmp_path):
         "1 set of equal images with different labels, such as test/b/copy.png, train/a/5.png: "
         "correct or remove them",
         "1 set of equal images in different splits, such as test/b/copy.png, train/a/5.png, so "
-        "that figures are too good: remove the copies",
+        "the metrics are too good: remove the copies",
         "fewer than three images of rare: not every split can have one; add images or remove",
         "no images of a in test: they count 0 there; add some",
-        "the largest class has 40 times the images of the smallest: train.balance=",
+        "the largest class has 40 times the images of the smallest: rare has 1 image, too few to",
     ):
         assert expected in warnings
     assert len(findings.warnings()) == 7
+
+
+def test_balancing_is_advised_only_for_classes_with_enough_images(tmp_path):
+    for size, advice in ((20, "train.balance=sampling"), (19, "b has 19 images, too few to learn")):
+        root = tmp_path / str(size)
+        for i in range(200 + size):
+            _write(root, f"{'a' if i < 200 else 'b'}/{i}.png", i)
+        (warning,) = [text for text in _find(root).warnings() if "the largest class" in text]
+        assert advice in warning
 
 
 def test_equal_images_that_the_division_keeps_together_are_no_leak(tmp_path):
@@ -145,7 +154,7 @@ def test_shares_that_chance_made_uneven_are_a_warning(tmp_path):
         assert warnings(seed=seed, rule="exact") == []
 
 
-def test_a_single_class_with_sub_folders_names_the_folder_that_is_meant(tmp_path):
+def test_the_error_for_a_single_class_suggests_its_folder(tmp_path):
     for name in ("cat", "dog"):
         _write(tmp_path, f"PetImages/{name}/0.png", 0)
     reason = too_few_classes(open_folder(tmp_path))
@@ -188,9 +197,7 @@ def _value_warnings(folder, **preprocessing):
         (64, np.uint8, None),
     ],
 )
-def test_a_small_part_of_the_range_is_a_warning_with_the_white_level(
-    tmp_path, high, dtype, warning
-):
+def test_dark_images_are_a_warning_with_a_white_level(tmp_path, high, dtype, warning):
     _save_values(tmp_path, high, dtype)
     found = _value_warnings(tmp_path)
     assert len(found) == (warning is not None)
@@ -281,7 +288,7 @@ def test_kinds_that_need_different_white_levels_must_be_converted(
 def test_a_refusal_says_that_no_white_level_suits_all(tmp_path):
     _save_values(tmp_path, 4095, np.int32, file_format="tif")
     _save_values(tmp_path, 1, np.float32, file_format="tiff")
-    with pytest.raises(DataError, match="cannot serve all of these images") as error:
+    with pytest.raises(DataError, match="cannot suit all images") as error:
         _find(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -8,7 +8,7 @@ CASES = 500
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_jpegs_and_pngs_end_in_pixels_or_in_a_data_error():
+def test_damaged_jpegs_and_pngs_give_pixels_or_a_data_error():
     seeds = list(fuzz_decode.make_seeds().values())
     outcomes = fuzz_decode.run(range(CASES), seeds)  # Raises on any other end.
     assert len(outcomes) == CASES
@@ -23,7 +23,7 @@ def test_the_seeds_themselves_are_images():
         assert fuzz_decode.check(seed).kind == "image", name
 
 
-def test_a_part_of_a_file_with_its_checksum_mended_reaches_the_inflater():
+def test_a_mutated_chunk_with_a_valid_checksum_reaches_the_inflater():
     parts = fuzz_decode.png_parts(fuzz_decode.make_seeds()["rgb.png"])
     at = next(i for i, part in enumerate(parts) if part[4:8] == b"IDAT")
     parts[at] = fuzz_decode.png_chunk(b"IDAT", b"\xff" + parts[at][9:-4])

@@ -215,7 +215,7 @@ def test_classes_may_be_called_as_splits_are(folders):
         (["train/images", "train/labels", "val/images", "val/labels"], "kinds of files"),
     ],
 )
-def test_what_may_be_classes_or_splits_is_refused_until_the_source_says_which(folders, reason):
+def test_ambiguous_folders_are_refused_until_the_source_decides(folders, reason):
     paths = _images(*folders)
     with pytest.raises(DataError, match=f"^folder:DATA: .*{reason}.*classes:DATA") as error:
         _found(paths)

@@ -37,7 +37,7 @@ def test_mixup_by_hand():
     targets = _array([1, 0], [0, 1], [1, 0])
     share = _array(0.75, 0.5, 1.0)
     mixed, labels = mix.blend(images, targets, mix.mixup_weights(share, (2, 2)))
-    # 3/4 of the first and 1/4 of the last; halves of the second and the first; the last alone.
+    # 3/4 of the first and 1/4 of the last; half of the second and of the first; only the last.
     expected = [[[2, 7.5], [15, 24.5]], [[50, 55], [10, 15]], [[8, 0], [0, 8]]]
     np.testing.assert_allclose(mixed[..., 0], expected)
     # The first and the last are of one class.
@@ -68,9 +68,9 @@ def test_cutmix_by_hand(share, centre, rows, columns):
     mixed, labels = mix.blend(images, _array([1, 0], [0, 1]), weights)
     np.testing.assert_array_equal(mixed[0], 7 * box[..., None] * np.ones(3))
     np.testing.assert_array_equal(mixed[1], images[1])
-    # The label's share is that of the pixels, clipped or not.
-    of_partner = box.sum() / 32
-    np.testing.assert_allclose(labels, [[1 - of_partner, of_partner], [0, 1]])
+    # The label's fraction equals the fraction of pixels, also for a clipped box.
+    partner_fraction = box.sum() / 32
+    np.testing.assert_allclose(labels, [[1 - partner_fraction, partner_fraction], [0, 1]])
 
 
 def _mixed_in_float64(images, targets, draws):
@@ -107,7 +107,7 @@ def test_equals_the_definitions_in_float64():
     np.testing.assert_allclose(mixed, expected, atol=1e-5)
     np.testing.assert_allclose(labels, expected_labels, atol=1e-6)
     np.testing.assert_allclose(labels.sum(axis=1), 1, atol=1e-6)
-    # What is not mixed is the same to the bit.
+    # Unmixed examples are equal bit for bit.
     is_plain = ~(draws.is_mixup | draws.is_cutmix)
     assert is_plain.any()
     np.testing.assert_array_equal(mixed[is_plain], images[is_plain])

@@ -46,7 +46,7 @@ def _batches(
         rows=rows,
     )
     with stream as batches:
-        # Copies: those of worker processes are views of shared memory.
+        # Copies, because batches of worker processes are views of shared memory.
         return [{key: rows.copy() for key, rows in next(batches).items()} for _ in range(count)]
 
 
@@ -76,7 +76,7 @@ def test_no_number_of_workers_changes_a_batch(source):
 
 
 def _decoded(source):
-    """The same loader with all pixels decoded beforehand, in another order."""
+    """The same loader with all pixels already decoded, in another order."""
     rows = np.random.default_rng(0).permutation(len(source))
     pixels = np.empty((len(source), *PREPROCESSING.image_size, 3), np.uint8)
     pixels[rows] = Loader(source, PREPROCESSING).load(np.arange(len(source)))["image"]
@@ -91,8 +91,8 @@ def test_pixels_on_the_device_are_named_by_their_rows(source):
     loader = _decoded(source)
     on_device = dataclasses.replace(loader, on_device=True)
     streamed = _batches(source, 7, place="device")
-    by_row = _batches(source, 7, place="device", loader=on_device)
-    for batch, expected in zip(by_row, streamed, strict=True):
+    row_pixels = _batches(source, 7, place="device", loader=on_device)
+    for batch, expected in zip(row_pixels, streamed, strict=True):
         assert batch["row"].dtype == np.int32
         batch["image"] = loader.pixels[batch.pop("row")]
         _assert_equal([batch], [expected])
@@ -235,7 +235,7 @@ def test_workers_are_as_many_as_help(monkeypatch, cores, expected):
 
 @pytest.mark.parametrize("place", ["host", "device"])
 def test_processes_that_share_a_batch_make_up_the_whole(source, place):
-    """Whatever rows a process loads, their examples and draws are those of the whole batch."""
+    """The rows of a process have the same examples and draws as in the whole batch."""
     whole = _batches(source, 3, place=place)
     shares = [np.array([0, 1, 2]), np.array([3, 6]), np.array([4, 5, 7])]
     for rows in shares:
@@ -254,6 +254,6 @@ def test_processes_that_share_an_evaluation_see_each_example_once(source):
         _assert_equal(part, [{key: values[rows] for key, values in b.items()} for b in whole])
 
 
-def test_an_error_of_grain_that_is_no_dead_worker_is_not_called_one():
+def test_other_errors_of_grain_are_not_reported_as_dead_workers():
     with pytest.raises(RuntimeError, match="something else"), pipeline._workers_that_die():
         raise RuntimeError("something else")

@@ -73,7 +73,7 @@ def test_the_sink_gets_what_load_gives(folder):
     scan.scan(source, SMALL, sink)
     assert sorted(sink.rows) == [0, 1, 2]
     for row, pixels in sink.rows.items():
-        np.testing.assert_array_equal(pixels, decode.load(source[row]["image"], (8, 8)))
+        np.testing.assert_array_equal(pixels, decode.load(source[row]["image"], SMALL))
 
 
 def test_what_is_known_is_not_decoded_again(folder, monkeypatch):
@@ -162,6 +162,24 @@ def test_records_have_the_values_of_the_file(folder, tmp_path_factory):
     assert unknown in scan.known_records(open_folder(floats), SMALL)
 
 
+def test_the_pixels_key_depends_on_how_images_are_resized(folder):
+    options = [
+        SMALL,
+        dataclasses.replace(SMALL, resize="pad"),
+        dataclasses.replace(SMALL, resize="crop"),
+        dataclasses.replace(SMALL, resize="crop", crop_ratio=0.5),
+        dataclasses.replace(SMALL, interpolation="bicubic"),
+    ]
+    records = scan.scan(open_folder(folder), SMALL)
+    assert len({scan.pixels_key(records, preprocessing) for preprocessing in options}) == 5
+    for preprocessing in options:
+        sink = _Sink()
+        scan.scan(open_folder(folder), preprocessing, sink)
+        for row, pixels in sink.rows.items():
+            expected = decode.load(open_folder(folder)[row]["image"], preprocessing)
+            np.testing.assert_array_equal(pixels, expected)
+
+
 def test_records_of_another_white_level_are_others(tmp_path):
     _write_floats(tmp_path)
     refused = scan.scan(open_folder(tmp_path), SMALL)
@@ -173,7 +191,7 @@ def test_records_of_another_white_level_are_others(tmp_path):
         records = scan.scan(source, preprocessing, sink)
         assert sorted(sink.rows) == [0, 1, 2]
         for row, pixels in sink.rows.items():
-            expected = decode.load(source[row]["image"], (8, 8), white_level=white_level)
+            expected = decode.load(source[row]["image"], preprocessing)
             np.testing.assert_array_equal(pixels, expected)
         keys.add(scan.pixels_key(records, preprocessing))
     assert len(keys) == 2

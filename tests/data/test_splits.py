@@ -63,21 +63,21 @@ def test_stable_splits_are_stratified_as_closely_as_chance_lets_them(seed):
     st.integers(0, 120),
     st.integers(0, 5),
 )
-def test_under_the_stable_rule_an_image_keeps_its_split_when_others_come(images, before, seed):
+def test_the_stable_rule_keeps_splits_when_images_are_added(images, before, seed):
     def assign(some):
         ids = [f"{label}/{i}" for label, i in some]
         labels = np.array([label for label, _ in some], int)
         return _split_of(ids, divide(ids, labels, FRACTIONS, seed))
 
     was, is_now = assign(images[:before]), assign(images)
-    # Where chance had left a split of a class empty, one image was lent to it.
+    # If a split of a class was empty by chance, one image was moved into it.
     lent = _lent(was, seed) | _lent(is_now, seed)
     assert all(is_now[i] == was[i] for i in was if i not in lent)
     assert len(lent) <= 2 * 2 * 4  # Two splits, before and after, four classes.
 
 
 def _lent(split_of, seed):
-    """Those that are not where their number alone would have them."""
+    """The examples that are not in the split of their number."""
     return {
         example_id
         for example_id, split in split_of.items()
@@ -96,7 +96,7 @@ def test_ten_thousand_images_keep_their_splits_when_as_many_come():
     assert all(is_now[i] == split for i, split in was.items())
 
 
-def test_under_the_exact_rule_an_added_image_moves_at_most_one_across_each_cut():
+def test_the_exact_rule_moves_at_most_one_image_per_cut():
     ids = [str(i) for i in range(201)]
     before = _split_of(ids, divide(ids[:200], np.zeros(200, int), FRACTIONS, 0, rule="exact"))
     after = _split_of(ids, divide(ids, np.zeros(201, int), FRACTIONS, 0, rule="exact"))
@@ -211,7 +211,7 @@ def test_own_splits_are_kept():
     assert list(splits["test"]) == [0, 1, 2, 3, 4]
 
 
-def test_a_given_test_split_gets_no_more_and_a_given_pair_leaves_the_rest_to_training():
+def test_own_splits_get_no_other_images():
     ids, labels = [str(i) for i in range(1000)], np.zeros(1000, int)
     own = ["test"] * 100 + [""] * 900
     splits = divide(ids, labels, FRACTIONS, 0, rule="exact", own_splits=own)
@@ -233,7 +233,7 @@ def test_what_belongs_to_an_image_with_a_split_goes_there():
     assert all(split_of[str(i)] == "train" for i in range(80, 90))
 
 
-def test_what_belongs_to_a_test_image_is_not_cut_out_of_the_training_part():
+def test_a_unit_with_a_test_image_stays_in_test():
     ids = [str(i) for i in range(120)]
     own = ["test"] * 20 + ["train"] * 100
     contents = [str(i % 40) for i in range(120)]

@@ -181,7 +181,7 @@ def test_duplicates_are_grouped_and_conflicts_come_first(mixed_folder):
     ]
     assert [row["different_labels"] for row in exact] == [True, False]
     assert not any(row["different_splits"] for row in exact)
-    # Sets of equal images alone are no news.
+    # Sets with only equal images are not reported again.
     near = found["near_duplicates"]
     assert [[i["id"] for i in row["images"]] for row in near] == [["cat/2.png", "cat/large.webp"]]
 
@@ -217,7 +217,7 @@ def test_varied_images_show_each_class_first(mixed_folder):
 def test_the_division_is_that_of_training(image_folder):
     source = open_source(f"folder:{image_folder}")
     found = survey(source, Division(seed=3))
-    expected = Division(seed=3).of(source, [str(i) for i in range(len(source))])
+    expected = Division(seed=3).divide(source, [str(i) for i in range(len(source))])
     for split, indices in expected.items():
         np.testing.assert_array_equal(found.findings.splits[split], indices)
 

@@ -102,7 +102,7 @@ def test_an_unknown_tfds_name_is_explained(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_a_tfds_data_set_that_cannot_be_downloaded_says_what_to_run(tmp_path, monkeypatch):
+def test_a_failed_tfds_download_says_which_command_to_run(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise ConnectionError("no network\nat all")
 

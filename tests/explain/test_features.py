@@ -27,10 +27,12 @@ def test_maps_and_embeddings_are_the_networks_stages(predictor, images):
         "conv1": (3, 16, 12, 4),
         "conv2": (3, 8, 6, 8),
     }
-    found = stages(predictor.model, predictor.variables, jnp.array(images), predictor.preprocessing)
-    np.testing.assert_allclose(maps["conv2"], found["conv2"][:3], rtol=1e-4, atol=1e-5)
+    result = stages(
+        predictor.model, predictor.variables, jnp.array(images), predictor.preprocessing
+    )
+    np.testing.assert_allclose(maps["conv2"], result["conv2"][:3], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
-        features.embeddings(predictor, images), found["embedding"], rtol=1e-4, atol=1e-5
+        features.embeddings(predictor, images), result["embedding"], rtol=1e-4, atol=1e-5
     )
 
 
@@ -41,7 +43,7 @@ def test_filters_are_the_first_kernels(predictor):
     np.testing.assert_array_equal(filters[2, 0, 1], kernel[0, 1, :, 2])
 
 
-def test_feature_importance_is_that_of_the_network_with_exchanged_features(predictor, images):
+def test_feature_importance_equals_a_computation_with_the_whole_network(predictor, images):
     labels = np.random.default_rng(2).integers(0, 3, len(images))
     embedding = features.embeddings(predictor, images)
     importance = features.feature_importance(predictor, embedding, labels, seed=4)
@@ -72,21 +74,21 @@ def test_feature_importance_is_that_of_the_network_with_exchanged_features(predi
         assert importance[feature] == pytest.approx(np.mean(losses), abs=2e-5)
 
 
-def test_the_most_exciting_images_come_first_and_excite():
+def test_the_strongest_images_come_first_and_are_positive():
     embedding = np.array([[0, 1], [3, 0], [0, 2], [5, 0]], np.float32)
-    assert features.most_exciting(embedding, 0, 3).tolist() == [3, 1]
-    assert features.most_exciting(embedding, 1, 1).tolist() == [2]
+    assert features.strongest_images(embedding, 0, 3).tolist() == [3, 1]
+    assert features.strongest_images(embedding, 1, 1).tolist() == [2]
 
 
-def test_only_the_region_that_counts_is_important():
+def test_only_the_informative_region_is_important():
     predictor = BrightCorner((16, 16))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 50, (40, 16, 16, 3), np.uint8)
     labels = rng.integers(0, 2, 40)
     images[labels == 1, :8, :8] += 200
-    found = features.region_importance(predictor, images, labels)
-    assert found["accuracy"] == 1
-    lost = np.array(found["loss_gained"])
+    result = features.region_importance(predictor, images, labels)
+    assert result["accuracy"] == 1
+    lost = np.array(result["loss_gained"])
     assert (lost[:2, :2] > 0.05).all()
     lost[:2, :2] = 0
     assert np.abs(lost).max() == 0

@@ -8,14 +8,14 @@ from bundles import MODEL, make_bundle
 
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import maps
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models.network import forward, make_model, stages
 
 SIZE = (16, 12)
 
 
 def make_predictor(**changes):
-    """A small network, every parameter of which is random."""
+    """A small network in which every parameter is random."""
     config = MODEL | changes
     model = make_model(config, 3, "float32")
     variables = model.init(jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
@@ -23,12 +23,12 @@ def make_predictor(**changes):
     noisy = jax.tree.map(
         lambda leaf: np.asarray(leaf + rng.uniform(-0.2, 0.3, leaf.shape), np.float32), variables
     )
-    # Uneven means: a mistaken one shows.
+    # The channels have different means, so that a mistake between them is detected.
     preprocessing = Preprocessing(SIZE, mean=(120.0, 100.0, 140.0), std=(60.0, 70.0, 80.0))
     bundle = dataclasses.replace(
         make_bundle(), model=config, variables=noisy, preprocessing=preprocessing
     )
-    return Predictor(bundle)
+    return BundlePredictor(bundle)
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,20 @@ CLASSES = np.array([0, 1, 2, 1, 0], np.int32)
 
 
 def _maps_and_gradients(predictor, images, classes):
-    """The last feature maps and the gradients by them, worked out by hand in float64."""
-    found = stages(predictor.model, predictor.variables, jnp.array(images), predictor.preprocessing)
-    feature_maps = np.asarray(found["conv2"], np.float64)
+    """The last feature maps and their gradients, computed in float64 without autodiff."""
+    result = stages(
+        predictor.model, predictor.variables, jnp.array(images), predictor.preprocessing
+    )
+    feature_maps = np.asarray(result["conv2"], np.float64)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), predictor.variables["params"])
-    by_embedding = params["head"]["kernel"].T[classes]
+    embedding_gradient = params["head"]["kernel"].T[classes]
     if "dense" in params:
         hidden = feature_maps.mean((1, 2)) @ params["dense"]["kernel"] + params["dense"]["bias"]
-        by_embedding = (by_embedding * (hidden > 0)) @ params["dense"]["kernel"].T
+        embedding_gradient = (embedding_gradient * (hidden > 0)) @ params["dense"]["kernel"].T
     height, width = feature_maps.shape[1:3]
-    gradients = np.broadcast_to(by_embedding[:, None, None] / (height * width), feature_maps.shape)
+    gradients = np.broadcast_to(
+        embedding_gradient[:, None, None] / (height * width), feature_maps.shape
+    )
     return feature_maps, gradients
 
 
@@ -66,13 +70,13 @@ def test_grad_cam_is_the_weighted_sum_of_the_maps(predictor, images):
     feature_maps, gradients = _maps_and_gradients(predictor, images, CLASSES)
     weights = gradients.mean((1, 2))
     expected = np.maximum(np.einsum("bk,bhwk->bhw", weights, feature_maps), 0)
-    found = maps.grad_cam(predictor, images, CLASSES)
+    result = maps.grad_cam(predictor, images, CLASSES)
     assert (expected > 0).any()
     assert (expected == 0).any()
-    np.testing.assert_allclose(found, _enlarged(expected), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(result, _enlarged(expected), rtol=1e-4, atol=1e-7)
 
 
-def test_grad_cam_plus_plus_is_the_papers_equations(predictor, images):
+def test_grad_cam_plus_plus_follows_the_papers_equations(predictor, images):
     feature_maps, gradients = _maps_and_gradients(predictor, images, CLASSES)
     expected = np.zeros(feature_maps.shape[:3])
     for image in range(5):
@@ -81,45 +85,45 @@ def test_grad_cam_plus_plus_is_the_papers_equations(predictor, images):
             # Derivatives of exp(logit), without their common factor exp(logit).
             alpha = g**2 / (2 * g**2 + a.sum() * g**3)
             expected[image] += (alpha * np.maximum(g, 0)).sum() * a
-    found = maps.grad_cam_plus_plus(predictor, images, CLASSES)
-    np.testing.assert_allclose(found, _enlarged(np.maximum(expected, 0)), rtol=1e-3, atol=1e-6)
+    result = maps.grad_cam_plus_plus(predictor, images, CLASSES)
+    np.testing.assert_allclose(result, _enlarged(np.maximum(expected, 0)), rtol=1e-3, atol=1e-6)
 
 
-def test_layer_cam_weighs_each_pixel_by_its_positive_gradient(predictor, images):
+def test_layer_cam_weights_each_pixel_by_its_positive_gradient(predictor, images):
     feature_maps, gradients = _maps_and_gradients(predictor, images, CLASSES)
     expected = np.maximum((np.maximum(gradients, 0) * feature_maps).sum(-1), 0)
-    found = maps.layer_cam(predictor, images, CLASSES)
-    np.testing.assert_allclose(found, _enlarged(expected), rtol=1e-4, atol=1e-7)
+    result = maps.layer_cam(predictor, images, CLASSES)
+    np.testing.assert_allclose(result, _enlarged(expected), rtol=1e-4, atol=1e-7)
 
 
-def test_cam_needs_a_head_on_the_mean_maps_and_is_then_grad_cam_in_other_units(images):
+def test_cam_with_a_linear_head_is_proportional_to_grad_cam(images):
     predictor = make_predictor(dense=0)
     feature_maps, _ = _maps_and_gradients(predictor, images, CLASSES)
     head = np.asarray(predictor.variables["params"]["head"]["kernel"]).T[CLASSES]
     expected = np.maximum(np.einsum("bk,bhwk->bhw", head, feature_maps), 0)
-    found = maps.cam(predictor, images, CLASSES)
-    np.testing.assert_allclose(found, _enlarged(expected), rtol=1e-4, atol=1e-6)
+    result = maps.cam(predictor, images, CLASSES)
+    np.testing.assert_allclose(result, _enlarged(expected), rtol=1e-4, atol=1e-6)
     pixels = np.prod(feature_maps.shape[1:3])
     grad_cam = maps.grad_cam(predictor, images, CLASSES)
-    np.testing.assert_allclose(pixels * grad_cam, found, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(pixels * grad_cam, result, rtol=1e-4, atol=1e-6)
     assert "cam" in maps.methods_for(predictor)
 
 
-def test_cam_is_refused_where_there_is_a_hidden_layer(predictor, images):
+def test_cam_is_refused_with_a_hidden_layer(predictor, images):
     assert "cam" not in maps.methods_for(predictor)
     with pytest.raises(ValueError, match=r"model\.dense=0"):
         maps.cam(predictor, images, CLASSES)
 
 
 def _logits(predictor, images):
-    found = forward(
+    result = forward(
         predictor.model, predictor.variables, jnp.array(images), predictor.preprocessing
     )
-    return np.asarray(found)[np.arange(len(images)), CLASSES]
+    return np.asarray(result)[np.arange(len(images)), CLASSES]
 
 
-def test_integrated_gradients_sum_to_what_the_image_adds_to_the_logit(predictor, images):
-    found = maps.integrated_gradients_by_channel(predictor, images, CLASSES)
+def test_integrated_gradients_add_up_to_the_difference_of_logits(predictor, images):
+    result = maps.integrated_gradients_by_channel(predictor, images, CLASSES)
     grey = np.broadcast_to(np.float32([120, 100, 140]), images.shape)
     gained = _logits(predictor, images.astype(np.float32)) - _logits(predictor, grey)
     assert np.abs(gained).min() > 0.05
@@ -132,31 +136,33 @@ def test_integrated_gradients_sum_to_what_the_image_adds_to_the_logit(predictor,
         return jax.grad(logits)(grey + np.float32(share) * (images - grey))
 
     midpoints = np.mean([gradient((i + 0.5) / 32) for i in range(32)], axis=0)
-    np.testing.assert_allclose(found, midpoints * (images - grey), rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(found.sum((1, 2, 3)), gained, rtol=0.05, atol=0.02)
+    np.testing.assert_allclose(result, midpoints * (images - grey), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(result.sum((1, 2, 3)), gained, rtol=0.05, atol=0.02)
     np.testing.assert_allclose(
-        maps.integrated_gradients(predictor, images, CLASSES), np.abs(found.sum(-1)), rtol=1e-5
+        maps.integrated_gradients(predictor, images, CLASSES), np.abs(result.sum(-1)), rtol=1e-5
     )
 
 
 def test_smooth_grad_is_the_mean_over_noisy_copies(predictor, images):
     def logits(images):
-        found = forward(predictor.model, predictor.variables, images, predictor.preprocessing)
-        return found[jnp.arange(5), CLASSES].sum()
+        result = forward(predictor.model, predictor.variables, images, predictor.preprocessing)
+        return result[jnp.arange(5), CLASSES].sum()
 
     rng = np.random.default_rng(0)
     copies = [
         jax.grad(logits)(images + 0.15 * 255 * rng.standard_normal((*SIZE, 3), np.float32))
         for _ in range(16)
     ]
-    found = maps.smooth_grad(predictor, images, CLASSES)
-    np.testing.assert_allclose(found, np.abs(np.mean(copies, axis=0)).max(-1), rtol=1e-3, atol=1e-6)
+    result = maps.smooth_grad(predictor, images, CLASSES)
+    np.testing.assert_allclose(
+        result, np.abs(np.mean(copies, axis=0)).max(-1), rtol=1e-3, atol=1e-6
+    )
 
 
-def test_occlusion_is_what_the_logit_loses_under_each_patch(predictor, images):
+def test_occlusion_is_the_decrease_of_the_logit_under_each_patch(predictor, images):
     whole = _logits(predictor, images)
     lost, count = np.zeros((5, *SIZE)), np.zeros(SIZE)
-    for top in range(15):  # Patches of 2 x 2 pixels, one apart.
+    for top in range(15):  # Patches of 2 x 2 pixels, at a distance of one pixel.
         for left in range(11):
             patch = np.s_[:, top : top + 2, left : left + 2]
             occluded = images.astype(np.float32)
@@ -164,8 +170,8 @@ def test_occlusion_is_what_the_logit_loses_under_each_patch(predictor, images):
             loss = np.maximum(whole - _logits(predictor, occluded), 0)
             lost[patch] += loss[:, None, None]
             count[patch[1:]] += 1
-    found = maps.occlusion(predictor, images, CLASSES)
-    np.testing.assert_allclose(found, lost / count, rtol=1e-3, atol=1e-5)
+    result = maps.occlusion(predictor, images, CLASSES)
+    np.testing.assert_allclose(result, lost / count, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (224, 224)])
@@ -181,19 +187,19 @@ def test_patches_cover_every_pixel(size):
 def test_an_images_map_depends_on_no_other_image(name, images):
     predictor = make_predictor(dense=0)
     method = maps.METHODS[name]
-    together = method(predictor, images, CLASSES)
-    assert together.shape == (5, *SIZE)
-    assert together.dtype == np.float32
-    assert (together >= 0).all()
+    batched = method(predictor, images, CLASSES)
+    assert batched.shape == (5, *SIZE)
+    assert batched.dtype == np.float32
+    assert (batched >= 0).all()
     for i in (0, 4):
-        alone = method(predictor, images[i : i + 1], CLASSES[i : i + 1])
-        np.testing.assert_allclose(alone[0], together[i], rtol=1e-3, atol=1e-5)
-    assert not np.allclose(together, method(predictor, images, (CLASSES + 1) % 3))
+        single = method(predictor, images[i : i + 1], CLASSES[i : i + 1])
+        np.testing.assert_allclose(single[0], batched[i], rtol=1e-3, atol=1e-5)
+    assert not np.allclose(batched, method(predictor, images, (CLASSES + 1) % 3))
     assert method(predictor, images[:0], CLASSES[:0]).shape == (0, *SIZE)
 
 
 @pytest.mark.parametrize("name", maps.METHODS)
-def test_maps_are_finite_whatever_the_weights_and_images(name, images):
+def test_maps_are_finite_for_extreme_weights_and_images(name, images):
     predictor = make_predictor(dense=0)
     for scale in (0.0, 1e12):
         predictor.variables = jax.tree.map(lambda leaf: leaf * scale, predictor.variables)  # noqa: B023
@@ -201,9 +207,9 @@ def test_maps_are_finite_whatever_the_weights_and_images(name, images):
             assert np.isfinite(maps.METHODS[name](predictor, batch, CLASSES)).all()
 
 
-def test_more_images_than_go_through_at_once(predictor, monkeypatch, images):
+def test_more_images_than_a_batch_have_the_same_maps(predictor, monkeypatch, images):
     expected = maps.grad_cam(predictor, images, CLASSES)
-    monkeypatch.setattr(maps, "_PIXELS_AT_ONCE", 2 * SIZE[0] * SIZE[1])
+    monkeypatch.setattr(maps, "_PIXELS_PER_BATCH", 2 * SIZE[0] * SIZE[1])
     np.testing.assert_allclose(
         maps.grad_cam(predictor, images, CLASSES), expected, rtol=1e-5, atol=1e-7
     )

@@ -14,7 +14,7 @@ from cnn_jax.inference.bundle import Bundle, digest, read_bundle, write_bundle
 from cnn_jax.system.errors import BundleError
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_a_written_bundle_is_read_unchanged(tmp_path):
     bundle = make_bundle(class_names=("ü", "猫"))
     write_bundle(bundle, tmp_path / "bundle")
     read = read_bundle(tmp_path / "bundle")
@@ -43,7 +43,7 @@ def test_the_bytes_are_a_function_of_the_content(tmp_path):
     ]
 
 
-def test_a_digest_stands_for_description_and_weights(tmp_path):
+def test_a_digest_identifies_description_and_weights(tmp_path):
     for name, bundle in (
         ("one", make_bundle()),
         ("same", make_bundle()),
@@ -58,7 +58,7 @@ def test_a_digest_stands_for_description_and_weights(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda path: None, lambda path: (path / "bundle.json").mkdir()])
-def test_what_is_no_bundle_has_no_digest(tmp_path, damage):
+def test_a_missing_bundle_has_no_digest(tmp_path, damage):
     path = tmp_path / "bundle"
     path.mkdir()
     damage(path)
@@ -66,7 +66,7 @@ def test_what_is_no_bundle_has_no_digest(tmp_path, damage):
         digest(path)
 
 
-def test_a_second_one_replaces_the_first(tmp_path):
+def test_a_second_bundle_replaces_the_first(tmp_path):
     write_bundle(make_bundle(seed=0), tmp_path / "bundle")
     write_bundle(make_bundle(seed=1), tmp_path / "bundle")
     expected = make_bundle(seed=1).variables["params"]["head"]["kernel"]
@@ -75,7 +75,7 @@ def test_a_second_one_replaces_the_first(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_one_flipped_bit_is_found(tmp_path):
+def test_one_flipped_bit_is_detected(tmp_path):
     write_bundle(make_bundle(), tmp_path / "bundle")
     path = tmp_path / "bundle" / "weights.safetensors"
     content = bytearray(path.read_bytes())
@@ -102,7 +102,7 @@ def _edit(path, **changes):
         (lambda path: _edit(path, preprocessing={}), "is not a bundle"),
     ],
 )
-def test_what_is_no_bundle_is_one_clear_error(tmp_path, damage, message):
+def test_an_unreadable_bundle_has_a_clear_error(tmp_path, damage, message):
     path = tmp_path / "bundle"
     write_bundle(make_bundle(), path)
     damage(path)
@@ -110,12 +110,12 @@ def test_what_is_no_bundle_is_one_clear_error(tmp_path, damage, message):
         read_bundle(path)
 
 
-def test_no_bundle_at_all(tmp_path):
+def test_a_missing_bundle_is_an_error(tmp_path):
     with pytest.raises(BundleError, match="is not a bundle: there is no"):
         read_bundle(tmp_path / "nowhere")
 
 
-def test_a_name_that_leads_out_of_the_bundle_is_refused(tmp_path):
+def test_a_file_name_that_leaves_the_bundle_is_refused(tmp_path):
     write_bundle(make_bundle(), tmp_path / "bundle")
     _edit(tmp_path / "bundle", files={"../../etc/passwd": {"sha256": ""}})
     with pytest.raises(BundleError, match="is not a bundle"):
@@ -143,7 +143,7 @@ _LAYOUTS = {
 
 @pytest.mark.parametrize("layout", _LAYOUTS)
 @pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4, 5)])
-def test_arrays_keep_their_values_however_they_lie_in_memory(tmp_path, layout, shape):
+def test_arrays_of_any_memory_layout_keep_their_values(tmp_path, layout, shape):
     plain = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     array = _LAYOUTS[layout](plain)
     wanted = np.array(array, np.float32, order="C")
@@ -162,11 +162,18 @@ def test_a_scalar_stays_a_scalar(tmp_path, scalar):
     assert (read.shape, read.dtype, read) == ((), scalar.dtype, scalar)
 
 
-def test_a_bundle_carries_the_white_level_and_older_ones_mean_0(tmp_path):
-    preprocessing = Preprocessing(image_size=(16, 16), white_level=4095.0)
+def test_a_bundle_without_later_preprocessing_keys_has_their_defaults(tmp_path):
+    preprocessing = Preprocessing(
+        image_size=(16, 16),
+        white_level=4095.0,
+        resize="crop",
+        crop_ratio=0.875,
+        interpolation="bicubic",
+    )
     write_bundle(dataclasses.replace(make_bundle(), preprocessing=preprocessing), tmp_path / "new")
     assert read_bundle(tmp_path / "new").preprocessing == preprocessing
     description = json.loads((tmp_path / "new" / "bundle.json").read_text("utf-8"))
-    del description["preprocessing"]["white_level"]
+    for key in ("white_level", "resize", "crop_ratio", "interpolation"):
+        del description["preprocessing"][key]
     (tmp_path / "new" / "bundle.json").write_text(json.dumps(description), "utf-8")
-    assert read_bundle(tmp_path / "new").preprocessing.white_level == 0
+    assert read_bundle(tmp_path / "new").preprocessing == Preprocessing(image_size=(16, 16))

@@ -10,7 +10,7 @@ from cnn_jax.inference import calibration
 
 
 def _example(n=2000, num_classes=4, scale=1.0, seed=0):
-    """Labels that are drawn with the probabilities of logits, and those of scaled logits."""
+    """Labels drawn with the probabilities of logits, and the probabilities of scaled logits."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (n, num_classes))
     true = scipy.special.softmax(logits, axis=1)
@@ -24,8 +24,8 @@ def test_the_temperature_undoes_the_scale_of_the_logits(scale):
     assert calibration.fit_temperature(probabilities, labels) == pytest.approx(scale, rel=0.03)
 
 
-def test_the_temperature_is_that_of_a_logistic_regression():
-    """Of two classes, it is the inverse slope of a regression without a constant."""
+def test_the_temperature_equals_a_logistic_regression():
+    """For two classes, the temperature is the inverse slope of a regression without intercept."""
     probabilities, labels = _example(3000, num_classes=2, scale=2.0)
     log_odds = np.diff(np.log(probabilities.astype(np.float64)), axis=1)
     regression = LogisticRegression(C=1e9, fit_intercept=False).fit(log_odds, labels)
@@ -35,7 +35,7 @@ def test_the_temperature_is_that_of_a_logistic_regression():
 
 @pytest.mark.parametrize("n", [0, 1, 50])
 @pytest.mark.parametrize("right", [True, False])
-def test_the_temperature_of_little_data_or_of_all_alike_is_finite(n, right):
+def test_the_temperature_is_finite_for_few_or_identical_images(n, right):
     probabilities = np.tile(np.array([[0.9, 0.1]], np.float32), (n, 1))
     temperature = calibration.fit_temperature(probabilities, np.full(n, 0 if right else 1))
     assert 0.02 < temperature < 50
@@ -61,7 +61,7 @@ def test_applying_a_temperature_is_dividing_the_logits():
     np.testing.assert_allclose(hot, scipy.special.softmax(logits / 1.7, axis=1), rtol=1e-9)
 
 
-def test_scaling_makes_the_calibration_better_and_changes_no_prediction():
+def test_temperature_scaling_improves_calibration_and_keeps_predictions():
     probabilities, labels = _example(scale=3.0)
     fit, fit_labels = _example(scale=3.0, seed=1)
     temperature = calibration.fit_temperature(fit, fit_labels)
@@ -72,8 +72,8 @@ def test_scaling_makes_the_calibration_better_and_changes_no_prediction():
         assert calibration.describe(after, labels)[figure] < 0.9 * before
 
 
-def test_the_expected_calibration_error_of_a_case_by_hand():
-    # Bins of a half: (0, 0.5] and (0.5, 1]. Confidence 0.5 belongs to the lower one.
+def test_the_expected_calibration_error_of_an_example():
+    # Two bins: (0, 0.5] and (0.5, 1]. Confidence 0.5 belongs to the lower bin.
     probabilities = np.array([[0.5, 0.5], [0.6, 0.4], [0.2, 0.8], [1.0, 0.0]], np.float32)
     labels = np.array([0, 1, 1, 0])
     bins = calibration.reliability(probabilities, labels, 2)
@@ -85,7 +85,7 @@ def test_the_expected_calibration_error_of_a_case_by_hand():
     assert error == pytest.approx(expected)
 
 
-def test_the_brier_score_and_the_loss_are_scikit_learns():
+def test_brier_score_and_loss_equal_scikit_learn():
     probabilities, labels = _example(500, num_classes=2, scale=2.0)
     exact = probabilities.astype(float)
     brier = calibration.brier_score(probabilities, labels)
@@ -100,24 +100,24 @@ def test_the_brier_score_and_the_loss_are_scikit_learns():
 
 
 def test_coverage_of_a_case_by_hand():
-    # By confidence: right; right and wrong, which tie; wrong.
+    # By decreasing confidence: correct; correct and wrong with equal confidence; wrong.
     confidence = np.array([0.6, 0.9, 0.8, 0.8])
     probabilities = np.stack([confidence, 1 - confidence], axis=1)
-    found = calibration.coverage(probabilities, np.array([1, 0, 0, 1]))
-    assert found["coverage"] == [0.25, 0.75, 1.0]
-    assert found["accuracy"] == pytest.approx([1, 2 / 3, 1 / 2])
-    assert found["confidence"] == [0.9, 0.8, 0.6]
+    result = calibration.coverage(probabilities, np.array([1, 0, 0, 1]))
+    assert result["coverage"] == [0.25, 0.75, 1.0]
+    assert result["accuracy"] == pytest.approx([1, 2 / 3, 1 / 2])
+    assert result["confidence"] == [0.9, 0.8, 0.6]
 
 
 @given(st.integers(0, 400), st.integers(2, 6), st.integers(0, 99))
-def test_figures_are_finite_and_in_range(n, num_classes, seed):
+def test_calibration_metrics_are_finite_and_in_range(n, num_classes, seed):
     rng = np.random.default_rng(seed)
     probabilities = rng.dirichlet(np.ones(num_classes) / 5, n).astype(np.float32)
     labels = rng.integers(0, num_classes, n)
-    figures = calibration.describe(probabilities, labels)
-    assert 0 <= figures["expected_calibration_error"] <= 1
-    assert 0 <= figures["brier_score"] <= 2
-    assert sum(figures["reliability"]["count"]) == n
+    metrics = calibration.describe(probabilities, labels)
+    assert 0 <= metrics["expected_calibration_error"] <= 1
+    assert 0 <= metrics["brier_score"] <= 2
+    assert sum(metrics["reliability"]["count"]) == n
     curve = calibration.coverage(probabilities, labels)
     assert len(curve["coverage"]) <= 100
     assert np.all(np.diff(curve["coverage"]) > 0)

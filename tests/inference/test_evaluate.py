@@ -14,13 +14,13 @@ from cnn_jax.data.files import open_folder
 from cnn_jax.data.splits import Division
 from cnn_jax.inference import evaluation
 from cnn_jax.inference.bundle import write_bundle
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system.errors import DataError
 
 NAMES = ["a", "b", "c", "d"]
 
 
-def test_figures_equal_scikit_learns():
+def test_metrics_equal_scikit_learn():
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(4), 200).astype(np.float32)
     labels = rng.integers(0, 3, 200)  # Class d has no examples.
@@ -54,10 +54,10 @@ def _open(folder):
 def predictor(image_folder):
     bundle = make_bundle()
     bundle.data["fingerprint"] = _open(image_folder).fingerprint
-    return Predictor(bundle)
+    return BundlePredictor(bundle)
 
 
-def test_the_split_is_the_one_of_the_bundle(predictor, image_folder):
+def test_the_split_is_the_bundles_split(predictor, image_folder):
     source = _open(image_folder)
     counts = [
         evaluation.evaluate(predictor, source, split)["count"]
@@ -67,7 +67,7 @@ def test_the_split_is_the_one_of_the_bundle(predictor, image_folder):
 
 
 def test_classes_are_matched_by_name(predictor, image_folder, tmp_path):
-    """A folder without the first class keeps the others' meaning."""
+    """A folder without the first class keeps the meaning of the other classes."""
     for name in ("green", "red"):
         shutil.copytree(image_folder / name, tmp_path / name)
     source = _open(image_folder)
@@ -85,7 +85,7 @@ def test_an_unknown_class_is_named(predictor, tmp_path, image_folder):
         evaluation.evaluate(predictor, _open(tmp_path), "all")
 
 
-def test_other_data_is_warned_of(predictor, image_folder, tmp_path, caplog):
+def test_other_data_gives_a_warning(predictor, image_folder, tmp_path, caplog):
     for name in ("green", "red"):
         shutil.copytree(image_folder / name, tmp_path / name)
     evaluation.evaluate(predictor, _open(image_folder), "test")
@@ -94,7 +94,18 @@ def test_other_data_is_warned_of(predictor, image_folder, tmp_path, caplog):
     assert "is not the data that the bundle was trained on" in caplog.text
 
 
-def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_path, capfd):
+def test_evaluating_all_training_data_gives_a_warning(predictor, image_folder, tmp_path, caplog):
+    evaluation.evaluate(predictor, _open(image_folder), "all")
+    (message,) = caplog.messages
+    assert "--split=all includes the training images" in message
+    assert "--split=test" in message
+    caplog.clear()
+    shutil.copytree(image_folder / "red", tmp_path / "red")
+    evaluation.evaluate(predictor, _open(tmp_path), "all")
+    assert not any("training images" in message for message in caplog.messages)
+
+
+def test_the_command_prints_json_for_the_training_data(image_folder, tmp_path, capfd):
     bundle = make_bundle()
     bundle.data["source"] = f"folder:{image_folder}"
     bundle.data["fingerprint"] = _open(image_folder).fingerprint
@@ -106,21 +117,21 @@ def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_
     evaluate.main(
         [f"--bundle={tmp_path / 'bundle'}", "--split=all", f"--output={tmp_path / 'all.json'}"]
     )
-    figures = json.loads((tmp_path / "all.json").read_text())
-    assert figures["count"] == 60
+    metrics = json.loads((tmp_path / "all.json").read_text())
+    assert metrics["count"] == 60
     shown = capfd.readouterr().out
     assert f"all images of folder:{image_folder}: 60 images" in " ".join(shown.split())
-    assert f"accuracy   {100 * figures['accuracy']:.2f} %" in shown
+    assert f"accuracy   {100 * metrics['accuracy']:.2f} %" in shown
 
 
-def _figures(names):
-    """Of two right and one wrong image of the first class, and none of the last."""
+def _score(names):
+    """The metrics of three images of the first class, one of them wrong, and none of the last."""
     probabilities = np.eye(len(names), dtype=np.float32)[[0, 0, 1, 1]]
     return evaluation.score(probabilities, np.array([0, 0, 0, 1]), list(names))
 
 
-def test_the_table():
-    text = evaluate.describe(_figures("abc"), "test split of x: 4 images", 60)
+def test_the_table_shows_metrics_and_classes():
+    text = evaluate.describe(_score("abc"), "test split of x: 4 images", 60)
     lines = text.splitlines()
     assert lines[:2] == ["test split of x: 4 images", ""]
     assert lines[2].split() == ["value", "95", "%", "interval"]
@@ -128,7 +139,7 @@ def test_the_table():
     values = [line.split()[:2] for line in lines[4:8]]
     assert values[:3] == [["precision", "50.00"], ["recall", "55.56"], ["F1", "48.89"]]
     assert values[3][0] == "loss"
-    # The lowest F1 first, and last what has no images.
+    # The class with the lowest F1 is first; the class without images is last.
     assert lines[8:] == [
         "Precision, recall and F1 are means over the classes.",
         "",
@@ -140,11 +151,11 @@ def test_the_table():
 
 
 @pytest.mark.parametrize(("num_classes", "rest"), [(20, ""), (21, "1 more class"), (43, "23 more")])
-def test_the_table_has_the_twenty_classes_of_the_lowest_f1(num_classes, rest):
+def test_the_table_has_the_twenty_classes_with_the_lowest_f1(num_classes, rest):
     names = [f"class{label:02d}" for label in range(num_classes)]
     labels = np.repeat(np.arange(num_classes), 50)
     predictions = labels.copy()
-    for label in range(num_classes):  # The later a class, the more of it is taken for the last.
+    for label in range(num_classes):  # Later classes have more errors.
         predictions[50 * label : 50 * label + label] = num_classes - 1
     probabilities = np.eye(num_classes, dtype=np.float32)[predictions]
     lines = evaluate.describe(evaluation.score(probabilities, labels, names), "", 80).splitlines()
@@ -160,11 +171,11 @@ def test_the_table_has_the_twenty_classes_of_the_lowest_f1(num_classes, rest):
 @pytest.mark.parametrize("width", [60, 120])
 def test_no_word_of_the_table_is_broken(width):
     names = ("a", "猫" * 10, "a name of many words that is longer than a terminal is wide " * 2)
-    text = evaluate.describe(_figures(names), "test split of x: 4 images", width)
+    text = evaluate.describe(_score(names), "test split of x: 4 images", width)
     assert max(map(cell_len, text.splitlines())) <= width
     assert " ".join(names[2].split()) in " ".join(text.split())
     rows = [line for line in text.splitlines()[11:] if line.endswith((" 0", " 1", " 3"))]
-    assert len({cell_len(row) for row in rows}) == 1  # Aligned.
+    assert len({cell_len(row) for row in rows}) == 1  # The rows are aligned.
 
 
 def test_a_single_class_can_be_evaluated(predictor, image_folder, tmp_path):
@@ -173,7 +184,7 @@ def test_a_single_class_can_be_evaluated(predictor, image_folder, tmp_path):
     assert report["count"] == report["per_class"]["red"]["support"] == 20
 
 
-def test_the_split_is_that_of_the_run_with_its_groups_and_rule(predictor, image_folder):
+def test_data_is_divided_by_the_groups_and_rule_of_training(predictor, image_folder):
     division = {"fractions": [0.5, 0.3, 0.2], "seed": 3, "rule": "stable", "group": "{class}/{n}"}
     predictor.data["division"] = division | {"keep_splits": True}
     dataset = evaluation.open_as_trained(predictor, f"folder:{image_folder}")
@@ -186,7 +197,7 @@ def test_the_split_is_that_of_the_run_with_its_groups_and_rule(predictor, image_
         np.testing.assert_array_equal(dataset.splits[split], indices)
 
 
-def test_other_data_needs_no_groups_and_may_be_worse(image_folder, tmp_path, capfd):
+def test_other_data_needs_no_groups_and_may_have_unreadable_images(image_folder, tmp_path, capfd):
     shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images" / "red" / "007.png").write_bytes(b"x")
     (tmp_path / "outside.png").write_bytes((image_folder / "red" / "000.png").read_bytes())

@@ -19,7 +19,7 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference import images as image_kinds
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.images import list_images, preprocess_for_inference
-from cnn_jax.inference.predictor import BATCH_SIZE, Predictor, _compiled, predict_batch
+from cnn_jax.inference.predictor import BATCH_SIZE, BundlePredictor, _compiled, predict_batch
 from cnn_jax.models.network import make_model
 from cnn_jax.predict import write_predictions
 from cnn_jax.serve.engine import Program
@@ -29,7 +29,7 @@ from cnn_jax.system.errors import BundleError, DataError
 
 @pytest.fixture(scope="module")
 def predictor():
-    return Predictor(make_bundle())
+    return BundlePredictor(make_bundle())
 
 
 def _pixels(seed=0, size=(20, 30)):
@@ -49,7 +49,7 @@ def test_probabilities_are_the_softmax_of_the_networks_logits(predictor):
 
 def test_the_temperature_divides_the_logits(predictor):
     images = _pixels(0, (16, 16))[None]
-    hot = Predictor(dataclasses.replace(make_bundle(), temperature=2.0))(images)
+    hot = BundlePredictor(dataclasses.replace(make_bundle(), temperature=2.0))(images)
     root = np.sqrt(predictor(images))
     np.testing.assert_allclose(hot, root / root.sum(), atol=1e-6)
 
@@ -59,7 +59,7 @@ def test_images_of_another_size_are_refused(predictor):
         predictor(_pixels(0, (20, 20))[None])
 
 
-def test_every_kind_of_image_is_the_same_image(tmp_path):
+def test_all_kinds_of_images_give_the_same_pixels(tmp_path):
     preprocessing = Preprocessing(image_size=(8, 12))
     pixels = _pixels()
     Image.fromarray(pixels).save(tmp_path / "image.png")
@@ -71,7 +71,7 @@ def test_every_kind_of_image_is_the_same_image(tmp_path):
         np.testing.assert_array_equal(preprocess_for_inference(image, preprocessing), expected)
 
 
-def test_grey_pixels_become_rgb_and_the_default_is_the_specifications_size():
+def test_grey_becomes_rgb_at_the_default_size():
     out = preprocess_for_inference(np.full((5, 7), 9, np.uint8))
     np.testing.assert_array_equal(out, np.full((224, 224, 3), 9))
 
@@ -99,7 +99,7 @@ def test_grey_pixels_become_rgb_and_the_default_is_the_specifications_size():
         (Image.new("RGB", (100, 100)), "more than max_pixels = 99"),
     ],
 )
-def test_what_is_no_image_is_one_clear_error(image, reason):
+def test_an_unreadable_image_has_a_clear_error(image, reason):
     with pytest.raises(DataError, match=reason):
         preprocess_for_inference(image, Preprocessing(image_size=(8, 8), max_pixels=99))
 
@@ -121,7 +121,7 @@ def test_an_array_may_have_one_three_or_four_channels():
 
 
 class _Reader:
-    """A file of another library."""
+    """A file object of another library."""
 
     def __init__(self, result):
         self.result = result
@@ -132,7 +132,7 @@ class _Reader:
         return self.result
 
 
-def test_files_that_cannot_be_read_have_the_reason(tmp_path):
+def test_unreadable_file_objects_have_a_reason(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     closed = (tmp_path / "image.png").open("rb")
     closed.close()
@@ -147,8 +147,8 @@ def test_files_that_cannot_be_read_have_the_reason(tmp_path):
                 preprocess_for_inference(file)
 
 
-def _one_images(folder):
-    """The same picture as everything that is one image."""
+def _all_kinds(folder):
+    """The same picture as every supported kind of image."""
     path = folder / "image.png"
     Image.fromarray(_pixels()).save(path)
     encoded = path.read_bytes()
@@ -185,9 +185,9 @@ class _Tensor:
 
 @pytest.mark.filterwarnings("ignore:unclosed")
 def test_one_image_is_a_batch_of_one(predictor, tmp_path):
-    """keras-io#431: each was iterated over, and had a prediction for each row or byte."""
+    """keras-io#431: without this check each row or byte would get a prediction."""
     (expected,) = predict_batch(predictor, [_pixels()])
-    for kind, image in _one_images(tmp_path).items():
+    for kind, image in _all_kinds(tmp_path).items():
         predictions = predict_batch(predictor, image)
         assert len(predictions) == 1, kind
         assert predictions[0].error is None, kind
@@ -197,12 +197,12 @@ def test_one_image_is_a_batch_of_one(predictor, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:unclosed")
-def test_images_come_in_anything_that_can_be_iterated_over(predictor, tmp_path):
-    images = list(_one_images(tmp_path).values())
+def test_any_iterable_of_images_is_accepted(predictor, tmp_path):
+    images = list(_all_kinds(tmp_path).values())
     (expected,) = predict_batch(predictor, [_pixels()])
-    for made in (iter(images), tuple(_one_images(tmp_path).values())):
-        found = predict_batch(predictor, made)
-        assert [prediction.predicted for prediction in found] == [expected.predicted] * len(images)
+    for made in (iter(images), tuple(_all_kinds(tmp_path).values())):
+        result = predict_batch(predictor, made)
+        assert [prediction.predicted for prediction in result] == [expected.predicted] * len(images)
     pixels = np.stack([_pixels(seed) for seed in range(3)])
     paths = np.array([tmp_path / "image.png", tmp_path / "none.png"], object)
     assert len(predict_batch(predictor, paths)) == 2
@@ -210,12 +210,12 @@ def test_images_come_in_anything_that_can_be_iterated_over(predictor, tmp_path):
     assert predict_batch(predictor, np.array([])) == []
     expected = [prediction.probabilities for prediction in predict_batch(predictor, list(pixels))]
     for batch in (pixels, jnp.asarray(pixels), _Tensor(pixels), (one for one in pixels)):
-        found = [prediction.probabilities for prediction in predict_batch(predictor, batch)]
-        np.testing.assert_array_equal(found, expected)
+        result = [prediction.probabilities for prediction in predict_batch(predictor, batch)]
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_a_generator_may_reuse_its_memory(predictor):
-    """As the frames of a camera or of an animation do, here of the network's own size."""
+    """Like frames of a camera or an animation, here in the network's own size."""
     frames = [_pixels(seed, (16, 16)) for seed in range(5)]
 
     def reused():
@@ -224,9 +224,9 @@ def test_a_generator_may_reuse_its_memory(predictor):
             memory[:] = frame
             yield memory
 
-    expected = [one.probabilities for one in predict_batch(predictor, frames)]
-    found = [one.probabilities for one in predict_batch(predictor, reused())]
-    np.testing.assert_array_equal(found, expected)
+    expected = [prediction.probabilities for prediction in predict_batch(predictor, frames)]
+    result = [prediction.probabilities for prediction in predict_batch(predictor, reused())]
+    np.testing.assert_array_equal(result, expected)
 
 
 @pytest.mark.parametrize(
@@ -244,27 +244,27 @@ def test_a_generator_may_reuse_its_memory(predictor):
         (np.array(["a.png"], "S"), r"got \[1\] of \|S5"),
     ],
 )
-def test_what_is_neither_an_image_nor_images_is_one_error(images, message):
-    # Not by `predict_batch`, whose types are checked in the tests before it can say so.
+def test_an_unsupported_argument_for_images_is_one_error(images, message):
+    # The tests check the types of `predict_batch` before its body runs, so it is not used here.
     with pytest.raises(TypeError, match=message):
         image_kinds.single_images(images)
 
 
 @pytest.mark.parametrize("value", [5, None, [[1, 2], [3, 4]], {"b64": ""}])
-def test_what_is_no_kind_of_image_is_a_type_error_that_lists_the_kinds(predictor, value):
+def test_unsupported_objects_raise_a_type_error_with_the_kinds(predictor, value):
     with pytest.raises(TypeError, match="a path, the bytes of an image file, an open binary file"):
         image_kinds._read(value)
     with pytest.raises(TypeError):
         predict_batch(predictor, [_pixels(), value])
 
 
-def test_the_predictor_itself_takes_no_floats(predictor):
-    """Values from 0 to 1 would be black images."""
+def test_the_predictor_refuses_floats(predictor):
+    """Float images from 0 to 1 would be taken for black images."""
     with pytest.raises((TypeError, ValueError), match=r"uint8|UInt8"):
         predictor(np.zeros((1, 16, 16, 3), np.float32))
 
 
-def test_a_bad_image_spoils_no_other(predictor, caplog):
+def test_a_bad_image_affects_no_other(predictor, caplog):
     good = [_pixels(i) for i in range(4)]
     mixed = [good[0], b"nonsense", good[1], "no/such/file.jpg", good[2], good[3]]
     predictions = predict_batch(predictor, mixed)
@@ -273,14 +273,14 @@ def test_a_bad_image_spoils_no_other(predictor, caplog):
     assert "No such file" in str(predictions[3].error)
     assert "no/such/file.jpg" in caplog.text
     assert "image 1 (bytes)" in caplog.text
-    alone = [predict_batch(predictor, [image])[0] for image in good]
-    for together, single in zip([predictions[i] for i in (0, 2, 4, 5)], alone, strict=True):
-        np.testing.assert_allclose(together.probabilities, single.probabilities, atol=1e-6)
-        assert together.predicted == single.predicted
+    singles = [predict_batch(predictor, [image])[0] for image in good]
+    for batched, single in zip([predictions[i] for i in (0, 2, 4, 5)], singles, strict=True):
+        np.testing.assert_allclose(batched.probabilities, single.probabilities, atol=1e-6)
+        assert batched.predicted == single.predicted
 
 
 @pytest.mark.parametrize("count", [0, 1, BATCH_SIZE, BATCH_SIZE + 3])
-def test_any_number_of_images(predictor, count):
+def test_any_number_of_images_is_predicted(predictor, count):
     images = [_pixels(i, (16, 16)) for i in range(count)]
     predictions = predict_batch(predictor, images)
     assert len(predictions) == count
@@ -297,16 +297,16 @@ def test_any_number_of_images(predictor, count):
 
 
 def _save_twelve_bits(folder, count=3):
-    """Files of 16 bits with values from 0 to 4095."""
+    """16-bit files with values from 0 to 4095."""
     paths = [folder / f"{i}.png" for i in range(count)]
     for path in paths:
         Image.fromarray(np.array([[0, 4095], [7, 100]], np.uint16)).save(path)
     return paths
 
 
-def test_values_that_use_little_of_the_range_are_one_warning(predictor, tmp_path, caplog):
+def test_several_dark_images_give_one_warning(predictor, tmp_path, caplog):
     paths = _save_twelve_bits(tmp_path)
-    assert None not in [one.predicted for one in predict_batch(predictor, paths)]
+    assert None not in [prediction.predicted for prediction in predict_batch(predictor, paths)]
     (record,) = caplog.records
     assert f"{paths[0]}: has 16-bit values from 0 to 4095, and 65535 is white" in record.message
     predict_batch(predictor, [_pixels(), paths[1].read_bytes()])
@@ -315,11 +315,11 @@ def test_values_that_use_little_of_the_range_are_one_warning(predictor, tmp_path
     assert "image (PngImageFile): has 16-bit values" in caplog.records[2].message
     bundle = make_bundle()
     preprocessing = dataclasses.replace(bundle.preprocessing, white_level=4095.0)
-    predict_batch(Predictor(dataclasses.replace(bundle, preprocessing=preprocessing)), paths)
+    predict_batch(BundlePredictor(dataclasses.replace(bundle, preprocessing=preprocessing)), paths)
     assert len(caplog.records) == 3
 
 
-def test_values_far_above_the_white_level_are_one_warning(caplog):
+def test_values_above_the_white_level_give_one_warning(caplog):
     preprocessing = Preprocessing(image_size=(8, 8), white_level=1.0)
     preprocess_for_inference(np.array([[0, 1.05]]), preprocessing)
     assert not caplog.records
@@ -329,7 +329,7 @@ def test_values_far_above_the_white_level_are_one_warning(caplog):
     assert "\n" not in record.message
 
 
-def test_the_command_warns_once_of_any_number_of_batches(predictor, tmp_path, caplog):
+def test_the_command_warns_once_for_all_batches(predictor, tmp_path, caplog):
     paths = _save_twelve_bits(tmp_path, 65)
     with (tmp_path / "out.csv").open("w") as file:
         write_predictions(predictor, paths, file)
@@ -355,11 +355,11 @@ def test_a_server_warns_once_of_each_version(predictor, tmp_path, caplog):
         assert f"an image for shapes, version {number}: has 16-bit" in caplog.records[-1].message
 
 
-def test_few_shapes_are_compiled_and_none_for_other_weights():
-    # Of a size that no other test has.
+def test_programs_are_few_and_shared_between_weights():
+    # No other test uses this size, so that nothing is compiled before.
     bundle = dataclasses.replace(make_bundle(), preprocessing=Preprocessing(image_size=(18, 18)))
     other = dataclasses.replace(bundle, temperature=3.0)
-    for predictor in (Predictor(bundle), Predictor(other)):
+    for predictor in (BundlePredictor(bundle), BundlePredictor(other)):
         for count in range(1, 20):
             predict_batch(predictor, [_pixels(i, (18, 18)) for i in range(count)])
         program = _compiled(predictor.model, predictor.preprocessing)
@@ -369,7 +369,7 @@ def test_few_shapes_are_compiled_and_none_for_other_weights():
 def test_weights_of_another_network_are_refused():
     bundle = dataclasses.replace(make_bundle(), class_names=["one", "two"])
     with pytest.raises(BundleError, match=r"head.*is \(3,\), not \(2,\)"):
-        Predictor(bundle)
+        BundlePredictor(bundle)
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +384,7 @@ def _run(argv, capfd):
     return list(csv.DictReader(io.StringIO(capfd.readouterr().out)))
 
 
-def test_the_command_on_a_folder_and_on_a_file(bundle_path, image_folder, tmp_path, capfd):
+def test_the_command_reads_folders_and_files(bundle_path, image_folder, tmp_path, capfd):
     rows = _run([f"--bundle={bundle_path}", f"--input={image_folder}"], capfd)
     assert len(rows) == 60
     assert [row["path"] for row in rows] == sorted(map(str, image_folder.rglob("*.png")))
@@ -399,7 +399,9 @@ def test_the_command_on_a_folder_and_on_a_file(bundle_path, image_folder, tmp_pa
     assert float(row["confidence"]) == pytest.approx(float(rows[7]["confidence"]), abs=2e-6)
 
 
-def test_the_command_fails_after_all_others_are_done(bundle_path, image_folder, tmp_path, capfd):
+def test_the_command_fails_after_all_other_images_are_predicted(
+    bundle_path, image_folder, tmp_path, capfd
+):
     (tmp_path / "broken.jpg").write_bytes(b"nonsense")
     (tmp_path / "good.png").write_bytes((image_folder / "red" / "000.png").read_bytes())
     with pytest.raises(DataError, match="1 of 2 images could not be read"):
@@ -409,7 +411,7 @@ def test_the_command_fails_after_all_others_are_done(bundle_path, image_folder, 
     assert good["predicted"]
 
 
-def test_several_inputs_and_patterns_each_image_once(bundle_path, image_folder, tmp_path, capfd):
+def test_several_inputs_give_each_image_once(bundle_path, image_folder, tmp_path, capfd):
     (tmp_path / "a[1].png").write_bytes((image_folder / "red" / "000.png").read_bytes())
     red, first = image_folder / "red", image_folder / "red" / "000.png"
     inputs = [str(first), f"{red}/00?.png", str(tmp_path / "a[1].png"), f"{image_folder}/gr*"]
@@ -423,7 +425,17 @@ def test_several_inputs_and_patterns_each_image_once(bundle_path, image_folder, 
         predict.main([f"--bundle={bundle_path}", f"--input={tmp_path}/*.jpg"])
 
 
-def test_a_pattern_leaves_out_what_this_project_wrote(tmp_path, monkeypatch, caplog):
+def test_a_missing_file_among_several_inputs_has_its_error(bundle_path, image_folder, capfd):
+    good, missing = image_folder / "red" / "000.png", image_folder / "missing.png"
+    with pytest.raises(DataError, match="1 of 2 images could not be read"):
+        predict.main([f"--bundle={bundle_path}", "--input", str(missing), str(good)])
+    rows = list(csv.DictReader(io.StringIO(capfd.readouterr().out)))
+    assert [row["path"] for row in rows] == [str(missing), str(good)]
+    assert rows[0]["error"] == "No such file or directory"
+    assert rows[1]["predicted"]
+
+
+def test_a_pattern_leaves_out_output_folders(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     for name in ("cat.png", "photos/dog.png", "photos/maps/0_grad_cam.png", "more/0.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -440,17 +452,19 @@ def test_a_pattern_leaves_out_what_this_project_wrote(tmp_path, monkeypatch, cap
         (message,) = caplog.messages
         assert message == f"{pattern}: 2 matches (left out: 2 folders that cnn_jax wrote)"
     assert listed(f"{tmp_path}/**/*.png") == [f"{tmp_path}/cat.png", f"{tmp_path}/photos/dog.png"]
-    assert listed("photos/*") == ["photos/dog.png"]  # The folder maps is matched itself.
+    assert listed("photos/*") == ["photos/dog.png"]  # The folder maps itself matches.
     assert listed("photos/**") == ["photos/dog.png"]
-    with pytest.raises(DataError, match=r"no file matches \*/0.png \(left out: 1 folders"):
+    with pytest.raises(DataError, match=r"no file matches \*/0.png \(left out: 1 folder "):
         listed("*/0.png")
-    # What is named is meant.
+    # An output folder is read if it is named.
     for named in ("photos/maps/*.png", "photos/maps", "photos/maps/0_grad_cam.png"):
         assert listed(named) == ["photos/maps/0_grad_cam.png"]
         assert caplog.messages == [] or named == "photos/maps"
 
 
-def test_the_most_probable_classes_in_further_columns(bundle_path, image_folder, tmp_path, capfd):
+def test_further_columns_have_the_next_most_probable_classes(
+    bundle_path, image_folder, tmp_path, capfd
+):
     (tmp_path / "broken.jpg").write_bytes(b"nonsense")
     flags = [f"--bundle={bundle_path}", f"--input={image_folder / 'red'}"]
     plain = _run(flags, capfd)
@@ -472,14 +486,14 @@ def test_the_most_probable_classes_in_further_columns(bundle_path, image_folder,
     assert (row["error"], row["predicted_2"]) == ("is not an image of a known format", "")
 
 
-def test_a_run_may_stand_for_its_bundle(bundle_path, tmp_path):
-    assert Predictor.load(bundle_path.parent).class_names == ["blue", "green", "red"]
+def test_a_run_is_accepted_as_a_bundle(bundle_path, tmp_path):
+    assert BundlePredictor.load(bundle_path.parent).class_names == ["blue", "green", "red"]
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BundleError, match="is a run without a bundle, which is written when tr"):
-        Predictor.load(tmp_path)
+        BundlePredictor.load(tmp_path)
     (tmp_path / "bundle").mkdir()
     with pytest.raises(BundleError, match=r"bundle is not a bundle: there is no .*bundle\.json"):
-        Predictor.load(tmp_path)
+        BundlePredictor.load(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("nowhere", "no file or folder"), ("", "no image")])
@@ -488,7 +502,7 @@ def test_an_input_without_images_is_an_error(bundle_path, tmp_path, name, reason
         predict.main([f"--bundle={bundle_path}", f"--input={tmp_path / name}"])
 
 
-def test_importing_it_brings_no_training_code():
+def test_importing_predict_imports_no_training_code():
     code = "import sys, cnn_jax.predict; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -504,15 +518,17 @@ def test_importing_it_brings_no_training_code():
     assert not set(modules) & {*heavy, *training}
 
 
-def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
+def test_files_left_out_of_a_folder_are_counted(tmp_path, caplog):
     Image.new("RGB", (4, 4)).save(tmp_path / "elsewhere.png")
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "link.png").symlink_to("../elsewhere.png")
-    with pytest.raises(DataError, match=r"left out: 1 links out of the folder: .*--allow_outside"):
+    with pytest.raises(DataError, match=r"left out: 1 link out of the folder: .*--allow_outside"):
         list_images(folder)
     assert list_images(folder, allow_outside=True) == [folder / "link.png"]
     Image.new("RGB", (4, 4)).save(folder / "a.png")
     (folder / "notes.txt").write_text("x")
     assert list_images(folder) == [folder / "a.png"]
-    assert "1 images (left out: 1 links out of the folder, 1 not images" in caplog.text
+    assert (
+        "1 images (left out: 1 link out of the folder, 1 file that is not an image" in caplog.text
+    )

@@ -1,8 +1,8 @@
-"""The published definitions, derived anew with SciPy and NumPy in float64, or as loops.
+"""Compares corruptions with their published definitions, in float64 by SciPy, NumPy or loops.
 
-At 224 pixels, where the lengths are ImageNet-C's. What is drawn at random is drawn again
-here from the same generator, so that images are compared pixel by pixel; grey levels are
-rounded, so they may differ by half of one, and a little more where float32 rounds.
+The images have 224 pixels, the size of ImageNet-C's constants. The tests draw the same random
+numbers from the same generator, so that images are compared pixel by pixel. The difference is at
+most half a grey level, because the corruptions round, and a little more where float32 rounds.
 """
 
 import colorsys
@@ -22,7 +22,8 @@ from sklearn.datasets import load_sample_image
 from cnn_jax.quality import corruptions
 from cnn_jax.quality.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVERITIES
 
-# What is drawn is the same picture at any size, so that reducing and corrupting commute.
+# These draw the same picture at any size: corrupting and then reducing an image gives the same as
+# reducing and then corrupting it.
 SCALED = (
     *("gaussian_blur", "defocus_blur", "motion_blur", "zoom_blur", "elastic_transform"),
     *("snow", "frost", "fog", "spatter"),
@@ -31,9 +32,9 @@ NOT_RANDOM = {
     *("defocus_blur", "zoom_blur", "gaussian_blur", "brightness", "contrast", "pixelate"),
     *("jpeg_compression", "saturate", "resolution", "jpeg_quality", "darkness"),
 }
-# By definition: the rounds of glass blur, elastic transform's and saturate's two kinds, the
-# weights of frost, whose texture is another for each severity, fog's decay, and snow's flakes,
-# which are fewer at 3 than at 2.
+# These do not increase with the severity by their definition: glass blur has a varying number of
+# rounds, elastic transform and saturate have two modes, frost has another texture at each
+# severity, fog varies its decay, and snow has fewer flakes at severity 3 than at 2.
 NOT_MONOTONE = {"glass_blur", "elastic_transform", "saturate", "frost", "fog", "snow"}
 
 
@@ -48,7 +49,7 @@ def _rng(seed, severity):
 
 
 def _assert_equal(levels, expected, tolerance=0.52):
-    """Of what is expected, 0 to 1 or beyond, in grey levels."""
+    """Compares grey levels with expected values, which are clipped to the range 0 to 1."""
     expected = np.clip(np.asarray(expected, np.float64), 0, 1) * 255
     np.testing.assert_allclose(levels, expected, rtol=0, atol=tolerance)
 
@@ -64,12 +65,12 @@ def _reduced(image, side):
 # Lengths.
 
 
-def test_taps_fall_upon_whole_pixels():
+def test_taps_are_distributed_to_whole_pixels():
     np.testing.assert_array_equal(corruptions._taps(2, 1.0), np.eye(5))
-    # At -1, -0.5, 0, 0.5, 1: the halves are shared by two pixels.
+    # Taps at -1, -0.5, 0, 0.5 and 1. Two pixels share the taps at half positions.
     halves = [[1, 0.5, 0, 0, 0], [0, 0.5, 1, 0.5, 0], [0, 0, 0, 0.5, 1]]
     np.testing.assert_array_equal(corruptions._taps(2, 0.5), halves)
-    # At -2, 0, 2, and each of them two pixels long: there are no holes.
+    # Taps at -2, 0 and 2. Each is two pixels long, so that every pixel gets a weight.
     twice = [
         *([0.25, 0, 0], [0.5, 0, 0], [0.25, 0.25, 0], [0, 0.5, 0]),
         *([0, 0.25, 0.25], [0, 0, 0.5], [0, 0, 0.25]),
@@ -80,12 +81,12 @@ def test_taps_fall_upon_whole_pixels():
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
-def test_a_map_of_positions_is_the_same_at_any_scale(scale):
-    """A pixel of ImageNet-C spans `scale` pixels, edge to edge."""
+def test_an_affine_map_is_converted_between_scales(scale):
+    """A pixel of ImageNet-C covers `scale` pixels from edge to edge."""
     matrix = np.array([[1.1, 0.2, 5], [-0.3, 0.9, -7]])
-    place = np.array([30.0, 50.0])
-    there = corruptions._scaled_affine(matrix, scale) @ [*(scale * (place + 0.5) - 0.5), 1]
-    np.testing.assert_allclose(there, scale * (matrix @ [*place, 1] + 0.5) - 0.5)
+    point = np.array([30.0, 50.0])
+    mapped = corruptions._scaled_affine(matrix, scale) @ [*(scale * (point + 0.5) - 0.5), 1]
+    np.testing.assert_allclose(mapped, scale * (matrix @ [*point, 1] + 0.5) - 0.5)
 
 
 # Noise.
@@ -102,29 +103,29 @@ def _clipped_normal(mean, deviation):
 
 @pytest.mark.parametrize("level", [51, 128, 204])
 @pytest.mark.parametrize(
-    ("name", "constants", "in_proportion"),
+    ("name", "constants", "is_proportional"),
     [
         ("gaussian_noise", (0.08, 0.12, 0.18, 0.26, 0.38), False),
         ("speckle_noise", (0.15, 0.2, 0.35, 0.45, 0.6), True),
     ],
 )
-def test_normal_noise_has_the_published_deviation(name, constants, in_proportion, level):
+def test_normal_noise_has_the_published_deviation(name, constants, is_proportional, level):
     image = np.full((300, 300, 3), level, np.uint8)
     for severity, constant in enumerate(constants, start=1):
         noisy = CORRUPTIONS[name](image, severity, 7)
-        deviation = constant * level / 255 if in_proportion else constant
+        deviation = constant * level / 255 if is_proportional else constant
         mean, deviation = _clipped_normal(level / 255, deviation)
         assert noisy.mean() == pytest.approx(255 * mean, abs=0.7)
         assert noisy.std() == pytest.approx(255 * deviation, rel=0.01)
-        # In each channel and pixel by itself.
+        # The noise of channels and of pixels is independent.
         flat = noisy.reshape(-1, 3).astype(float)
         assert np.abs(np.corrcoef(flat.T) - np.eye(3)).max() < 0.02
         assert abs(np.corrcoef(flat[1:, 0], flat[:-1, 0])[0, 1]) < 0.02
 
 
 @_each(60, 25, 12, 5, 3)
-def test_shot_noise_is_poissons(severity, constant):
-    """Unclipped, the variance would be value / constant."""
+def test_shot_noise_is_poisson_noise(severity, constant):
+    """Without clipping the variance would be value / constant."""
     image = np.full((300, 300, 3), 77, np.uint8)
     noisy = CORRUPTIONS["shot_noise"](image, severity, 7)
     counts = np.arange(200)
@@ -142,18 +143,18 @@ def test_shot_noise_is_poissons(severity, constant):
 def test_impulse_noise_is_half_salt_half_pepper(severity, constant):
     image = np.full((300, 300, 3), 128, np.uint8)
     noisy = CORRUPTIONS["impulse_noise"](image, severity, 7)
-    shares = [(noisy == level).mean() for level in (0, 255, 128)]
-    assert shares == pytest.approx([constant / 2, constant / 2, 1 - constant], abs=0.003)
-    # A channel is spoiled whatever the others are.
-    spoiled = (noisy != 128).reshape(-1, 3)
-    assert spoiled.any(axis=1).mean() == pytest.approx(1 - (1 - constant) ** 3, abs=0.006)
+    fractions = [(noisy == level).mean() for level in (0, 255, 128)]
+    assert fractions == pytest.approx([constant / 2, constant / 2, 1 - constant], abs=0.003)
+    # The channels are independent.
+    changed = (noisy != 128).reshape(-1, 3)
+    assert changed.any(axis=1).mean() == pytest.approx(1 - (1 - constant) ** 3, abs=0.006)
 
 
 # Blur.
 
 
 @_each(1, 2, 3, 4, 6)
-def test_gaussian_blur_is_scipys(photograph, severity, constant):
+def test_gaussian_blur_equals_scipy(photograph, severity, constant):
     expected = scipy.ndimage.gaussian_filter(
         photograph / 255, (constant, constant, 0), mode="nearest", truncate=4
     )
@@ -167,7 +168,7 @@ def test_defocus_blur_averages_over_a_soft_disk(photograph, severity, constant):
     disk = (x**2 + y**2 <= radius**2) / np.sum(x**2 + y**2 <= radius**2)
     taps = np.exp(-0.5 * (np.arange(-(size // 2), size // 2 + 1) / sigma) ** 2)
     taps /= taps.sum()
-    if radius >= 8:  # The grid ends at the disk's edge, and the blur is mirrored there.
+    if radius >= 8:  # The published grid ends at the disk's edge and mirrors the blur there.
         disk = disk[12 - radius : radius - 12, 12 - radius : radius - 12]
     for axis in (0, 1):
         disk = scipy.ndimage.convolve1d(disk, taps, axis, mode="mirror")
@@ -176,7 +177,7 @@ def test_defocus_blur_averages_over_a_soft_disk(photograph, severity, constant):
 
 
 def _shuffled_by_the_published_loop(values, draws, reach):
-    """ImageNet-C's, with its swap that copies: `draws` is (dx, dy) of each pixel."""
+    """The loop of ImageNet-C, whose swap copies; `draws` holds (dx, dy) for each pixel."""
     height, width = values.shape
     values = values.copy()
     for y in range(height - reach, reach, -1):
@@ -196,13 +197,13 @@ def _shuffled_by_the_published_loop(values, draws, reach):
 def test_glass_blurs_shuffle_is_the_published_loop(height, width, reach, seed):
     origin = corruptions._shuffled(np.random.default_rng(seed), height, width, reach, 1.0)
     draws = np.random.default_rng(seed).integers(-reach, reach, (2, height, width))
-    places = np.arange(height * width).reshape(height, width)
-    expected = _shuffled_by_the_published_loop(places, draws, reach)
+    positions = np.arange(height * width).reshape(height, width)
+    expected = _shuffled_by_the_published_loop(positions, draws, reach)
     np.testing.assert_array_equal(origin.reshape(height, width), expected)
 
 
 def test_the_published_swap_copies():
-    """Two views of one array of NumPy are not swapped by a tuple assignment."""
+    """In NumPy a tuple assignment does not swap two views of an array."""
     image = np.array([[1, 1, 1], [2, 2, 2]])
     image[0], image[1] = image[1], image[0]
     np.testing.assert_array_equal(image, [[2, 2, 2], [2, 2, 2]])
@@ -215,22 +216,22 @@ def test_glass_blur_blurs_shuffles_and_blurs(photograph, severity, constant):
     image = scipy.ndimage.gaussian_filter(photograph / 255, blur, mode="nearest")
     for _ in range(rounds):
         draws = rng.integers(-reach, reach, (2, 224, 224))
-        places = np.arange(224 * 224).reshape(224, 224)
-        image = image.reshape(-1, 3)[_shuffled_by_the_published_loop(places, draws, reach)]
+        positions = np.arange(224 * 224).reshape(224, 224)
+        image = image.reshape(-1, 3)[_shuffled_by_the_published_loop(positions, draws, reach)]
     expected = scipy.ndimage.gaussian_filter(image, blur, mode="nearest")
     _assert_equal(CORRUPTIONS["glass_blur"](photograph, severity, 5), expected)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_glass_moves_pixels_less_far_in_a_small_image(axis):
-    """Levels say where a pixel comes from, in 224ths of the side."""
+def test_glass_blur_moves_pixels_less_in_a_small_image(axis):
+    """The grey level of a pixel is its original position, in 224ths of the side."""
     moved = {}
     for side in (56, 224):
         levels = np.indices((side, side))[axis] * (224 // side)
         image = np.repeat(levels[..., np.newaxis], 3, axis=2).astype(np.uint8)
         change = CORRUPTIONS["glass_blur"](image, 5, 0).astype(float) - image
         moved[side] = change[side // 8 : -side // 8, side // 8 : -side // 8].std()
-    # The last blur spans fewer pixels of a small image and evens out less.
+    # In a small image the last blur covers fewer pixels and smooths the positions less.
     assert moved[224] < moved[56] < 3 * moved[224]
 
 
@@ -249,7 +250,7 @@ def _smeared(image, radius, sigma, angle):
 
 
 @_each((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))
-def test_motion_blur_is_imagemagicks(photograph, severity, constant):
+def test_motion_blur_equals_imagemagick(photograph, severity, constant):
     for seed in range(3):
         angle = _rng(seed, severity).uniform(-45, 45)
         expected = _smeared(photograph / 255, *constant, angle)
@@ -257,7 +258,7 @@ def test_motion_blur_is_imagemagicks(photograph, severity, constant):
 
 
 def _clipped_zoom(image, factor):
-    """As in ImageNet-C's code."""
+    """The function of the same name in ImageNet-C's code."""
     side = image.shape[0]
     cut = math.ceil(side / factor)
     top = (side - cut) // 2
@@ -287,28 +288,28 @@ def test_zoom_blur_averages_magnified_images(photograph, severity, constant):
     (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
     (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
 )
-def test_snow_is_thresholded_noise_that_is_magnified_and_smeared(photograph, severity, constant):
-    mean, deviation, factor, least, radius, sigma, share = constant
+def test_snow_is_thresholded_magnified_and_blurred_noise(photograph, severity, constant):
+    mean, deviation, factor, threshold, radius, sigma, weight = constant
     rng = _rng(5, severity)
     cut = math.ceil(224 / factor)
     noise = np.zeros((224, 224))
     top = (224 - cut) // 2
     noise[top : top + cut, top : top + cut] = rng.standard_normal((cut, cut), np.float32)
     flakes = _clipped_zoom(mean + deviation * noise, factor)
-    flakes[flakes < least] = 0
+    flakes[flakes < threshold] = 0
     flakes = _smeared(np.clip(flakes, 0, 1), radius, sigma, rng.uniform(-135, -45))
     image = photograph / 255
     grey = image @ [0.299, 0.587, 0.114]
-    pale = share * image + (1 - share) * np.maximum(image, 1.5 * grey[..., np.newaxis] + 0.5)
+    pale = weight * image + (1 - weight) * np.maximum(image, 1.5 * grey[..., np.newaxis] + 0.5)
     expected = np.clip(pale + (flakes + np.rot90(flakes, 2))[..., np.newaxis], 0, 1) * 255
     difference = np.abs(CORRUPTIONS["snow"](photograph, severity, 5) - expected)
-    # A flake at the threshold may be there or not, as positions are rounded.
+    # Positions are rounded, which decides whether a flake reaches the threshold.
     assert difference.mean() < 0.4
     assert np.quantile(difference, 0.99) < 2
 
 
-def test_plasma_is_diamond_square():
-    """As ImageNet-C's grid: the mean of four neighbours and noise, on a torus."""
+def test_plasma_follows_the_diamond_square_algorithm():
+    """Each point is the mean of four neighbours on a torus, plus noise."""
     side, decay = 8, 1.7
     surface = np.zeros((side, side))
     rng = np.random.default_rng(3)
@@ -344,12 +345,12 @@ def test_fog_adds_plasma_and_keeps_the_lightest_value(photograph, severity, cons
 
 @_each((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))
 def test_frost_adds_a_part_of_a_texture_with_the_published_weights(photograph, severity, constant):
-    of_image, of_frost = constant
+    image_weight, frost_weight = constant
     rng = _rng(5, severity)
     texture = corruptions._frost_texture(int(rng.integers(5)))
     y, x = rng.integers(0, [1024 - 224 + 1] * 2)
     part = texture[y : y + 224, x : x + 224]
-    expected = (of_image * photograph + of_frost * part) / 255
+    expected = (image_weight * photograph + frost_weight * part) / 255
     _assert_equal(CORRUPTIONS["frost"](photograph, severity, 5), expected)
 
 
@@ -372,7 +373,7 @@ def test_frost_has_the_colours_and_contrasts_of_the_photographs(number):
     assert texture.mean(axis=2).std() == pytest.approx(deviation, rel=0.03)
 
 
-def test_all_textures_of_frost_are_used():
+def test_frost_uses_all_textures():
     black = np.zeros((32, 32, 3), np.uint8)
     hues = {tuple((corruptions.frost(black, 5, s).mean((0, 1)) // 30).tolist()) for s in range(40)}
     assert len(hues) >= 4
@@ -380,11 +381,11 @@ def test_all_textures_of_frost_are_used():
 
 @_each((0.65, 0.3, 1, 0.65, 1.5), (0.67, 0.4, 1, 0.65, 1.5))
 def test_mud_covers_where_smoothed_noise_is_high(photograph, severity, constant):
-    mean, deviation, sigma, least, softness = constant
+    mean, deviation, sigma, threshold, softness = constant
     severity += 3
     noise = _rng(5, severity).standard_normal((224, 224), np.float32)
     liquid = scipy.ndimage.gaussian_filter(mean + deviation * noise, sigma, mode="nearest")
-    mud = scipy.ndimage.gaussian_filter((liquid > least) * 1.0, softness, mode="nearest")
+    mud = scipy.ndimage.gaussian_filter((liquid > threshold) * 1.0, softness, mode="nearest")
     mud = np.where(mud < 0.8, 0, mud)[..., np.newaxis]
     expected = photograph / 255 * (1 - mud) + mud * np.array([63, 42, 20]) / 255
     spattered = CORRUPTIONS["spatter"](photograph, severity, 5)
@@ -392,11 +393,11 @@ def test_mud_covers_where_smoothed_noise_is_high(photograph, severity, constant)
 
 
 @_each((4, 0.69, 0.6), (3, 0.68, 0.6), (2, 0.68, 0.5))
-def test_water_is_an_embossed_map_of_the_distance_to_the_drops_edges(severity, constant):
-    sigma, least, strength = constant
+def test_water_is_an_embossed_distance_to_the_drops_edges(severity, constant):
+    sigma, threshold, strength = constant
     noise = _rng(5, severity).standard_normal((224, 224), np.float32)
     liquid = scipy.ndimage.gaussian_filter(0.65 + 0.3 * noise, sigma, mode="nearest")
-    levels = (np.where(liquid < least, 0, liquid) * 255).astype(np.uint8)
+    levels = (np.where(liquid < threshold, 0, liquid) * 255).astype(np.uint8)
     edges = cv2.Canny(levels, 50, 150)
     distance = np.minimum(scipy.ndimage.distance_transform_edt(edges == 0), 20)
     distance = cv2.blur(distance, (3, 3)).astype(np.uint8)
@@ -410,7 +411,7 @@ def test_water_is_an_embossed_map_of_the_distance_to_the_drops_edges(severity, c
     assert np.corrcoef(spattered.ravel(), expected.ravel())[0, 1] > 0.95
 
 
-def test_water_is_even_far_from_an_edge_and_may_be_absent():
+def test_water_is_uniform_far_from_edges_and_may_be_absent():
     y, x = np.mgrid[:224, :224]
     drop = ((x - 112) ** 2 + (y - 112) ** 2 < 80**2).astype(np.float32)
     shine = corruptions._shaded(drop)
@@ -429,8 +430,8 @@ PUBLISHED = {
     "fog": [(-0.3, 52.2), (-0.3, 57.9), (-0.7, 63.3), (-0.2, 64.2), (0.4, 67.7)],
     "frost": [(56.7, 61.3), (66.2, 75.8), (70.6, 83.5), (66.6, 80.8), (68.7, 84.9)],
 }
-# How far the means over the seeds below may be off by chance, at most: the published ones
-# vary by 0.5, 1, 13 and 25 from seed to seed.
+# The tolerance for random differences of the means over the seeds below. The published means vary
+# by 0.5, 1, 13 and 25 between seeds.
 CHANCE = {"snow": 1.5, "spatter": 1.5, "fog": 8, "frost": 15}
 
 
@@ -445,8 +446,8 @@ def test_weather_is_as_strong_as_published(photograph, name):
         assert np.sqrt(np.mean(np.square(change))) == pytest.approx(deviation, abs=CHANCE[name])
 
 
-def _by_hsv(image, change):
-    """Each pixel through the standard library's HSV."""
+def _change_hsv(image, change):
+    """Changes each pixel in HSV with the standard library."""
     pixels = [change(*colorsys.rgb_to_hsv(*pixel)) for pixel in image.reshape(-1, 3) / 255]
     rgb = [colorsys.hsv_to_rgb(*pixel) for pixel in pixels]
     return np.array(rgb).reshape(image.shape)
@@ -454,7 +455,7 @@ def _by_hsv(image, change):
 
 @pytest.fixture
 def colours():
-    """All sorts of colours, black, white and greys among them."""
+    """Random colours, and greys from black to white."""
     colours = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
     colours[0] = np.linspace(0, 255, 20).round()[:, np.newaxis]
     return colours
@@ -462,14 +463,14 @@ def colours():
 
 @_each(0.1, 0.2, 0.3, 0.4, 0.5)
 def test_brightness_adds_to_the_value(colours, severity, constant):
-    expected = _by_hsv(colours, lambda h, s, v: (h, s, min(v + constant, 1)))
+    expected = _change_hsv(colours, lambda h, s, v: (h, s, min(v + constant, 1)))
     _assert_equal(CORRUPTIONS["brightness"](colours, severity, 0), expected)
 
 
 @_each((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))
 def test_saturate_changes_the_saturation(colours, severity, constant):
-    factor, more = constant
-    expected = _by_hsv(colours, lambda h, s, v: (h, min(s * factor + more, 1), v))
+    factor, increase = constant
+    expected = _change_hsv(colours, lambda h, s, v: (h, min(s * factor + increase, 1), v))
     _assert_equal(CORRUPTIONS["saturate"](colours, severity, 0), expected)
 
 
@@ -491,8 +492,7 @@ def test_elastic_transform_moves_corners_and_then_pixels(photograph, severity, c
     corners = np.array([[186, 186], [186, 38], [38, 38]], float)  # 112 plus or minus 74.
     moved = corners + rng.uniform(-shift, shift, (3, 2))
     # The affine map from moved to corners, as positions (x, y) in the image.
-    there = np.hstack([moved, np.ones((3, 1))])
-    affine = np.linalg.solve(there, corners)
+    affine = np.linalg.solve(np.hstack([moved, np.ones((3, 1))]), corners)
     y, x = np.mgrid[:224, :224].astype(float)
     from_x, from_y = np.moveaxis(np.stack([x, y, np.ones_like(x)], -1) @ affine, -1, 0)
 
@@ -511,14 +511,14 @@ def test_elastic_transform_moves_corners_and_then_pixels(photograph, severity, c
     )
     expected = sample(turned, y + shift_y, x + shift_x, "reflect") * 255
     difference = np.abs(CORRUPTIONS["elastic_transform"](photograph, severity, 5) - expected)
-    assert difference.mean() < 0.4  # Of which rounding is 0.25, and OpenCV's positions the rest.
+    assert difference.mean() < 0.4  # Rounding causes 0.25, and OpenCV's positions the rest.
     assert np.quantile(difference, 0.999) < 2
 
 
 @_each(0.6, 0.5, 0.4, 0.3, 0.25)
-def test_pixelate_keeps_a_share_of_the_pixels(photograph, severity, constant):
+def test_pixelate_keeps_a_fraction_of_the_pixels(photograph, severity, constant):
     pixelated = CORRUPTIONS["pixelate"](photograph, severity, 0)
-    if constant in (0.5, 0.25):  # Whole blocks.
+    if constant in (0.5, 0.25):  # The blocks have whole pixels.
         side = int(1 / constant)
         blocks = photograph.reshape(224 // side, side, 224 // side, side, 3).mean(axis=(1, 3))
         expected = blocks.repeat(side, axis=0).repeat(side, axis=1) / 255
@@ -540,7 +540,7 @@ def test_jpeg_compression_is_that_of_another_encoder(photograph, severity, const
 
 
 @_each(90, 75, 60, 45, 30)
-def test_jpeg_quality_is_a_scale_of_its_own(photograph, severity, constant):
+def test_jpeg_quality_has_its_own_scale(photograph, severity, constant):
     compressed = CORRUPTIONS["jpeg_quality"](photograph, severity, 0)
     np.testing.assert_array_equal(compressed, corruptions._as_jpeg(photograph, constant))
 
@@ -558,30 +558,30 @@ def test_resolution_reduces_and_enlarges(photograph, severity, constant):
 
 
 @_each(0.75, 0.5, 0.35, 0.25, 0.15)
-def test_darkness_is_a_factor(colours, severity, constant):
+def test_darkness_multiplies_grey_levels(colours, severity, constant):
     _assert_equal(CORRUPTIONS["darkness"](colours, severity, 0), constant * colours / 255)
 
 
 @_each(0.9, 0.8, 0.7, 0.6, 0.5)
 def test_crop_shows_a_part_of_the_image(severity, constant):
-    """Grey levels say where a pixel comes from."""
+    """The grey levels of a pixel are its original position."""
     side = 200
     y, x = np.mgrid[:side, :side].astype(np.uint8)
-    places = np.stack([y, x, x], axis=-1)
+    positions = np.stack([y, x, x], axis=-1)
     for seed in range(5):
-        seen = CORRUPTIONS["crop"](places, severity, seed).astype(float)
-        shown = seen[..., :2].max(axis=(0, 1)) - seen[..., :2].min(axis=(0, 1)) + 1
-        np.testing.assert_allclose(shown, side * constant, atol=1)
-        assert np.abs(np.diff(seen[:, 0, 0])).max() <= 2  # It is smooth.
-    corners = [corruptions.crop(places, severity, seed)[0, 0].tolist() for seed in range(20)]
+        cropped = CORRUPTIONS["crop"](positions, severity, seed).astype(float)
+        lengths = cropped[..., :2].max(axis=(0, 1)) - cropped[..., :2].min(axis=(0, 1)) + 1
+        np.testing.assert_allclose(lengths, side * constant, atol=1)
+        assert np.abs(np.diff(cropped[:, 0, 0])).max() <= 2  # The enlarged image is smooth.
+    corners = [corruptions.crop(positions, severity, seed)[0, 0].tolist() for seed in range(20)]
     assert len({y for y, _, _ in corners}) > 8
     assert len({x for _, x, _ in corners}) > 8
 
 
-# All of them.
+# All corruptions.
 
 
-def test_there_are_19_of_imagenet_c_and_4_of_ours():
+def test_there_are_19_corruptions_image_weightnet_c_and_4_more():
     assert len(IMAGENET_C) == 19
     assert len(CORRUPTIONS) == 23
     assert list(FAMILIES) == ["noise", "blur", "weather", "digital", "quality"]
@@ -593,7 +593,7 @@ def test_there_are_19_of_imagenet_c_and_4_of_ours():
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (5, 300), (31, 33), (230, 225)])
-def test_any_size_gives_the_same_size(name, size):
+def test_corruptions_keep_any_image_size(name, size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     before = image.copy()
     for severity in (1, 5) if size != (31, 33) else SEVERITIES:
@@ -605,8 +605,8 @@ def test_any_size_gives_the_same_size(name, size):
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 @pytest.mark.parametrize("level", [0, 128, 255])
-def test_an_image_of_one_level_is_no_special_case(name, level):
-    """No division by nothing: warnings of the package are errors here."""
+def test_uniform_images_are_corrupted_without_warnings(name, level):
+    """There is no division by zero."""
     image = np.full((16, 16, 3), level, np.uint8)
     with np.errstate(all="raise"):
         corrupted = CORRUPTIONS[name](image, 3, 0)
@@ -615,15 +615,15 @@ def test_an_image_of_one_level_is_no_special_case(name, level):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_it_is_a_function_of_image_severity_and_seed(photograph, name):
+def test_corruptions_are_functions_image_weight_severity_and_seed(photograph, name):
     image = _reduced(photograph, 40)
     np.random.seed(1)
     state = np.random.get_state()[1].copy()
     first = CORRUPTIONS[name](image, 2, 9)
     rows = [(severity, seed) for severity in SEVERITIES for seed in range(4)]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda row: CORRUPTIONS[name](image, *row), rows))
-    for row, corrupted in zip(rows, together, strict=True):
+        corrupted_images = list(pool.map(lambda row: CORRUPTIONS[name](image, *row), rows))
+    for row, corrupted in zip(rows, corrupted_images, strict=True):
         np.testing.assert_array_equal(corrupted, CORRUPTIONS[name](image, *row))
     np.testing.assert_array_equal(CORRUPTIONS[name](image, 2, 9), first)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
@@ -639,7 +639,7 @@ def test_another_severity_is_refused(name, severity):
 
 
 @pytest.mark.parametrize("side", [64, 128])
-def test_a_higher_severity_is_further_from_the_image(photograph, side):
+def test_a_higher_severity_changes_the_image_more(photograph, side):
     image = _reduced(photograph, side)
     for name, corruption in CORRUPTIONS.items():
         distances = [
@@ -659,20 +659,20 @@ def test_a_higher_severity_is_further_from_the_image(photograph, side):
 
 @pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("side", [56, 112])
-def test_a_small_image_looks_like_a_large_one_reduced(photograph, name, side):
+def test_a_small_image_looks_like_a_reduced_large_image(photograph, name, side):
     small = _reduced(photograph, side)
     for severity in SEVERITIES:
         reduced = _reduced(CORRUPTIONS[name](photograph, severity, 5), side).astype(float)
-        # Blurs of less than a pixel are made of what pixels there are: hence a little more.
-        apart = np.abs(reduced - CORRUPTIONS[name](small, severity, 5)).mean()
-        assert apart < 0.4 * np.abs(reduced - small).mean() + 1.5, severity
+        # A blur of less than a pixel is not exact, which the constant allows for.
+        difference = np.abs(reduced - CORRUPTIONS[name](small, severity, 5)).mean()
+        assert difference < 0.4 * np.abs(reduced - small).mean() + 1.5, severity
 
 
 @pytest.mark.parametrize("name", SCALED)
-def test_a_large_image_looks_like_a_small_one_enlarged(photograph, name):
+def test_a_large_image_looks_like_an_enlarged_small_image(photograph, name):
     smooth = scipy.ndimage.gaussian_filter(photograph, (2, 2, 0))
     large = cv2.resize(smooth, (448, 448), interpolation=cv2.INTER_LINEAR)
     for severity in (1, 3, 5):
         reduced = _reduced(CORRUPTIONS[name](large, severity, 5), 224).astype(float)
-        apart = np.abs(reduced - CORRUPTIONS[name](smooth, severity, 5)).mean()
-        assert apart < 0.3 * np.abs(reduced - smooth).mean() + 0.5, severity
+        difference = np.abs(reduced - CORRUPTIONS[name](smooth, severity, 5)).mean()
+        assert difference < 0.3 * np.abs(reduced - smooth).mean() + 0.5, severity

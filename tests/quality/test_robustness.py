@@ -23,7 +23,7 @@ from cnn_jax.inference import evaluation
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.calibration import expected_calibration_error
 from cnn_jax.inference.evaluation import predict_split
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.quality import robustness
 from cnn_jax.quality.corruptions import CORRUPTIONS, IMAGENET_C
 from cnn_jax.system.errors import DataError
@@ -37,11 +37,11 @@ def _open(folder):
 def predictor(image_folder):
     bundle = make_bundle()
     bundle.data["fingerprint"] = _open(image_folder).fingerprint
-    return Predictor(bundle)
+    return BundlePredictor(bundle)
 
 
-class _Threshold(Predictor):
-    """Says that an image is of class 1, with confidence 0.75, if its first value is above 99."""
+class _Threshold:
+    """Predicts class 1 with confidence 0.75 if the first value of an image is above 99."""
 
     def __init__(self):
         self.class_names = ["dark", "light"]
@@ -53,7 +53,7 @@ class _Threshold(Predictor):
 
 
 def _subtract(step):
-    """A corruption that takes away so many levels for each severity."""
+    """A corruption that subtracts `step` grey levels for each severity."""
 
     def corruption(image, severity, seed):
         return np.maximum(image.astype(int) - step * severity, 0).astype(np.uint8)
@@ -61,7 +61,7 @@ def _subtract(step):
     return corruption
 
 
-# Levels of 100 light images, of which so many are light still when 10, 20, ... are taken away.
+# Grey levels of 100 light images; some become dark when 10, 20, ... is subtracted.
 LEVELS = np.repeat([105, 115, 125, 135, 250], [9, 1, 15, 5, 70])
 
 
@@ -70,19 +70,19 @@ def _light_images():
     return images, np.ones(100, np.int32)
 
 
-def test_figures_are_those_worked_out_by_hand():
-    """Both errors are the means of (0.09, 0.1, 0.25, 0.3, 0.3), and of nothing at all."""
+def test_robustness_metrics_equal_an_example_by_hand():
+    """Snow has the errors 0.09, 0.1, 0.25, 0.3 and 0.3, and fog has none."""
     corruptions = {"snow": _subtract(10), "fog": _subtract(0), "crop": _subtract(60)}
-    found = robustness.measure(_Threshold(), *_light_images(), corruptions)
-    assert found["count"] == 100
-    assert found["clean"] == {
+    result = robustness.measure(_Threshold(), *_light_images(), corruptions)
+    assert result["count"] == 100
+    assert result["clean"] == {
         "accuracy": 1.0,
         "confidence": 0.75,
         "expected_calibration_error": 0.25,
     }
-    assert list(found["corruptions"]) == ["snow", "fog", "crop"]
-    snow, fog, crop = found["corruptions"].values()
-    assert [figures["accuracy"] for figures in snow["severities"]] == [0.91, 0.9, 0.75, 0.7, 0.7]
+    assert list(result["corruptions"]) == ["snow", "fog", "crop"]
+    snow, fog, crop = result["corruptions"].values()
+    assert [metrics["accuracy"] for metrics in snow["severities"]] == [0.91, 0.9, 0.75, 0.7, 0.7]
     assert snow["accuracy"] == pytest.approx(0.792)
     assert snow["confidence"] == 0.75
     errors = [0.16, 0.15, 0, 0.05, 0.05]
@@ -92,27 +92,27 @@ def test_figures_are_those_worked_out_by_hand():
     assert fog["first_severity_10_points_lower"] is None
     assert crop["first_severity_10_points_lower"] == 1
     assert [snow["family"], fog["family"], crop["family"]] == ["weather", "weather", "quality"]
-    # The mean of 0.208 and 0; crop is none of ImageNet-C's.
-    assert found["mean_corruption_error"] == pytest.approx(0.104)
-    assert found["relative_mean_corruption_error"] == pytest.approx(0.104)
+    # The mean of 0.208 and 0. Crop does not belong to ImageNet-C.
+    assert result["mean_corruption_error"] == pytest.approx(0.104)
+    assert result["relative_mean_corruption_error"] == pytest.approx(0.104)
 
 
-def test_the_relative_error_is_less_that_of_clean_images():
+def test_the_relative_error_subtracts_the_error_on_clean_images():
     images, labels = _light_images()
     labels[:40] = 0
-    found = robustness.measure(_Threshold(), images, labels, {"fog": _subtract(10)})
-    clean = found["clean"]["accuracy"]
+    result = robustness.measure(_Threshold(), images, labels, {"fog": _subtract(10)})
+    clean = result["clean"]["accuracy"]
     assert clean == 0.6
-    assert found["relative_mean_corruption_error"] == pytest.approx(
-        found["mean_corruption_error"] - 0.4
+    assert result["relative_mean_corruption_error"] == pytest.approx(
+        result["mean_corruption_error"] - 0.4
     )
     only_crop = robustness.measure(_Threshold(), images, labels, {"crop": _subtract(1)})
     assert only_crop["mean_corruption_error"] is None
     assert only_crop["relative_mean_corruption_error"] is None
 
 
-def test_each_image_has_a_seed_of_its_own_and_each_row_its_own_answer():
-    """Also where there are more images than in a batch."""
+def test_each_image_has_its_own_seed_and_prediction():
+    """There are more images than in a batch."""
     seen = {}
 
     def corruption(image, severity, seed):
@@ -123,9 +123,9 @@ def test_each_image_has_a_seed_of_its_own_and_each_row_its_own_answer():
     images = np.broadcast_to(levels[:, None, None, None], (150, 16, 16, 3)).astype(np.uint8)
     labels = (levels > 99).astype(np.int32)
     labels[[0, 70, 149]] ^= 1
-    found = robustness.measure(_Threshold(), images, labels, {"fog": corruption})
-    for figures in (found["clean"], *found["corruptions"]["fog"]["severities"]):
-        assert figures["accuracy"] == 147 / 150
+    result = robustness.measure(_Threshold(), images, labels, {"fog": corruption})
+    for metrics in (result["clean"], *result["corruptions"]["fog"]["severities"]):
+        assert metrics["accuracy"] == 147 / 150
     assert len(set(seen[1])) == 150
     assert sorted(seen[1]) == sorted(seen[5])
     before = set(seen[1])
@@ -137,7 +137,7 @@ def test_each_image_has_a_seed_of_its_own_and_each_row_its_own_answer():
     assert not set(seen[1]) & before
 
 
-def test_what_is_read_ahead_comes_in_order_and_ends_with_its_reader():
+def test_read_ahead_keeps_the_order_and_stops_with_its_reader():
     started = []
 
     def work(item):
@@ -158,28 +158,28 @@ def test_what_is_read_ahead_comes_in_order_and_ends_with_its_reader():
         list(robustness._read_ahead(fail, range(3)))
 
 
-def test_a_real_predictor_is_measured_under_all_of_them(predictor, image_folder):
+def test_a_bundle_is_measured_under_all_corruptions(predictor, image_folder):
     dataset = _open(image_folder)
     indices = np.arange(0, 60, 10)
     images = robustness.load_images(dataset.loader, indices)
     labels = dataset.source.labels[indices]
-    found = robustness.measure(predictor, images, labels, seed=3)
-    assert set(found["corruptions"]) == set(CORRUPTIONS)
+    result = robustness.measure(predictor, images, labels, seed=3)
+    assert set(result["corruptions"]) == set(CORRUPTIONS)
     seeds = np.random.default_rng(3).integers(2**32, size=6).tolist()
     corrupted = [CORRUPTIONS["glass_blur"](i, 4, s) for i, s in zip(images, seeds, strict=True)]
     probabilities = predictor(np.stack(corrupted))
-    figures = found["corruptions"]["glass_blur"]["severities"][3]
-    assert figures["accuracy"] == (probabilities.argmax(axis=1) == labels).mean()
-    assert figures["confidence"] == pytest.approx(probabilities.max(axis=1).mean(), rel=1e-5)
-    assert figures["expected_calibration_error"] == pytest.approx(
+    metrics = result["corruptions"]["glass_blur"]["severities"][3]
+    assert metrics["accuracy"] == (probabilities.argmax(axis=1) == labels).mean()
+    assert metrics["confidence"] == pytest.approx(probabilities.max(axis=1).mean(), rel=1e-5)
+    assert metrics["expected_calibration_error"] == pytest.approx(
         expected_calibration_error(probabilities, labels), abs=1e-5
     )
-    errors = [1 - found["corruptions"][name]["accuracy"] for name in IMAGENET_C]
-    assert found["mean_corruption_error"] == pytest.approx(np.mean(errors))
-    assert robustness.measure(predictor, images, labels, seed=3) == found
+    errors = [1 - result["corruptions"][name]["accuracy"] for name in IMAGENET_C]
+    assert result["mean_corruption_error"] == pytest.approx(np.mean(errors))
+    assert robustness.measure(predictor, images, labels, seed=3) == result
 
 
-def test_images_of_another_size_or_none_at_all_are_refused(predictor):
+def test_wrong_image_sizes_and_no_images_are_refused(predictor):
     labels = np.zeros(2, np.int32)
     with pytest.raises(ValueError, match=r"must be \(16, 16, 3\), got \(1, 16, 3\)"):
         robustness.measure(predictor, np.zeros((2, 1, 16, 3), np.uint8), labels)
@@ -201,7 +201,7 @@ def test_first_severity_at_which_accuracy_is_ten_points_lower(clean, accuracies,
     assert robustness.first_severity_lower(clean, accuracies) == expected
 
 
-def test_examples_show_one_image_under_all_of_them():
+def test_examples_show_an_image_under_all_corruptions():
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     shown = robustness.examples(image, seed=5)
     assert list(shown) == list(CORRUPTIONS)
@@ -210,7 +210,7 @@ def test_examples_show_one_image_under_all_of_them():
         np.testing.assert_array_equal(images[3], CORRUPTIONS[name](image, 4, 5))
 
 
-# Samples.
+# The sample.
 
 
 @settings(deadline=None)
@@ -219,7 +219,7 @@ def test_examples_show_one_image_under_all_of_them():
     size=st.integers(0, 70),
     seed=st.integers(0, 9),
 )
-def test_a_sample_has_of_each_class_its_share(labels, size, seed):
+def test_a_sample_keeps_the_fraction_of_each_class(labels, size, seed):
     labels = np.array(labels, np.int32)
     chosen = robustness.stratified_sample(labels, size, seed)
     assert len(chosen) == min(size, len(labels))
@@ -232,7 +232,7 @@ def test_a_sample_has_of_each_class_its_share(labels, size, seed):
 
 
 def test_a_sample_by_hand():
-    """Of 10 places 8.91, 0.99 and 0.1 are due: 8 and 0 whole ones, then the largest remainders."""
+    """The exact numbers for 10 images are 8.91, 0.99 and 0.1; the largest remainders round up."""
     labels = np.repeat([3, 1, 7], [90, 10, 1]).astype(np.int32)
     chosen = robustness.stratified_sample(labels, 10)
     assert np.bincount(labels[chosen], minlength=8).tolist() == [0, 1, 0, 9, 0, 0, 0, 0]
@@ -241,7 +241,7 @@ def test_a_sample_by_hand():
     assert labels[robustness.stratified_sample(labels, 1)].tolist() == [3]
 
 
-# The images' own quality.
+# Accuracy by the quality of the images.
 
 
 def test_quantiles_by_hand():
@@ -256,9 +256,9 @@ def test_quantiles_by_hand():
         (9, 10, 2),
     ]
     assert [b["accuracy"] for b in bins] == [0, 0, 0.5, 1, 1]
-    for figures, right in zip(bins, [0, 0, 1, 2, 2], strict=True):
+    for metrics, right in zip(bins, [0, 0, 1, 2, 2], strict=True):
         interval = scipy.stats.binomtest(right, 2).proportion_ci(0.95, "wilson")
-        assert figures["confidence_interval"] == pytest.approx([interval.low, interval.high])
+        assert metrics["confidence_interval"] == pytest.approx([interval.low, interval.high])
 
 
 @pytest.mark.parametrize(
@@ -272,9 +272,9 @@ def test_quantiles_by_hand():
         ([], []),
     ],
 )
-def test_equal_values_are_not_parted(values, counts):
+def test_equal_values_share_a_bin(values, counts):
     bins = robustness.accuracy_by_quantile(np.array(values), np.ones(len(values), bool))
-    assert [figures["count"] for figures in bins] == counts
+    assert [metrics["count"] for metrics in bins] == counts
 
 
 @settings(deadline=None)
@@ -286,11 +286,11 @@ def test_quantile_bins_hold_everything_once_in_order(values, num_bins):
     assert 1 <= len(bins) <= num_bins
     for below, above in itertools.pairwise(bins):
         assert below["to"] < above["from"]
-    for figures in bins:
-        inside = (values >= figures["from"]) & (values <= figures["to"])
-        assert figures["count"] == inside.sum() > 0
-        assert figures["accuracy"] == hits[inside].mean()
-    assert sum(figures["count"] for figures in bins) == len(values)
+    for metrics in bins:
+        inside = (values >= metrics["from"]) & (values <= metrics["to"])
+        assert metrics["count"] == inside.sum() > 0
+        assert metrics["accuracy"] == hits[inside].mean()
+    assert sum(metrics["count"] for metrics in bins) == len(values)
     if len(set(values.tolist())) == len(values) >= num_bins:
         assert max(f["count"] for f in bins) - min(f["count"] for f in bins) <= 1
 
@@ -307,16 +307,16 @@ def test_sharpness_and_brightness_of_grey_levels():
         assert robustness.brightness(flat) == pytest.approx(77, rel=1e-5)
 
 
-def test_accuracy_by_quality_is_by_each_of_the_three():
+def test_accuracy_is_measured_by_three_qualities():
     noise = np.random.default_rng(0).integers(-1, 2, (10, 8, 8, 3))
     strength = np.array([9, 2, 5, 1, 7, 3, 8, 4, 6, 10])[:, None, None, None]
     images = (128 + 10 * noise * strength).clip(0, 255).astype(np.uint8)
     hits = strength[:, 0, 0, 0] > 4
-    found = robustness.by_quality(images, hits, np.arange(10) * 100)
-    assert list(found) == ["sharpness", "brightness", "resolution"]
-    assert [figures["accuracy"] for figures in found["sharpness"]] == [0, 0, 1, 1, 1]
-    assert [figures["to"] for figures in found["resolution"]] == [100, 300, 500, 700, 900]
-    json.dumps(found, allow_nan=False)
+    result = robustness.by_quality(images, hits, np.arange(10) * 100)
+    assert list(result) == ["sharpness", "brightness", "resolution"]
+    assert [metrics["accuracy"] for metrics in result["sharpness"]] == [0, 0, 1, 1, 1]
+    assert [metrics["to"] for metrics in result["resolution"]] == [100, 300, 500, 700, 900]
+    json.dumps(result, allow_nan=False)
 
 
 def test_original_pixels_are_those_of_the_files(image_folder, tmp_path, monkeypatch):
@@ -333,7 +333,7 @@ def test_original_pixels_are_those_of_the_files(image_folder, tmp_path, monkeypa
     assert robustness.original_pixels(source, indices, preprocessing).tolist() == expected
 
 
-def test_an_image_that_has_gone_since_is_named(image_folder, tmp_path, monkeypatch):
+def test_an_image_that_became_unreadable_is_named(image_folder, tmp_path, monkeypatch):
     shutil.copytree(image_folder, tmp_path / "images")
     source = _open(tmp_path / "images").source
     monkeypatch.setattr(scan, "known_records", lambda source, _: [None] * len(source))
@@ -342,27 +342,27 @@ def test_an_image_that_has_gone_since_is_named(image_folder, tmp_path, monkeypat
         robustness.original_pixels(source, np.array([7]), make_bundle().preprocessing)
 
 
-# A split, and the command.
+# A split of a data set, and the command.
 
 
 def test_loaded_images_are_those_of_the_loader(image_folder):
     loader = _open(image_folder).loader
-    indices = np.r_[np.arange(59, -1, -1), np.arange(20)]  # More than a batch.
+    indices = np.r_[np.arange(59, -1, -1), np.arange(20)]  # 80 images: more than a batch.
     images = robustness.load_images(loader, indices)
     np.testing.assert_array_equal(images, loader.load(indices)["image"])
 
 
-def test_a_split_is_measured_with_its_own_qualities(predictor, image_folder):
+def test_a_split_is_measured_with_its_qualities(predictor, image_folder):
     few = {name: CORRUPTIONS[name] for name in ("fog", "crop")}
     dataset = _open(image_folder)
-    found = robustness.measure_split(predictor, dataset, "all", corruptions=few)
-    assert (found["split"], found["split_count"], found["count"]) == ("all", 60, 60)
+    result = robustness.measure_split(predictor, dataset, "all", corruptions=few)
+    assert (result["split"], result["split_count"], result["count"]) == ("all", 60, 60)
     probabilities = predict_split(predictor, dataset.loader, np.arange(60))
     hits = probabilities.argmax(axis=1) == dataset.source.labels
-    assert found["clean"]["accuracy"] == hits.mean()
-    for bins in found["by_quality"].values():
-        assert sum(figures["count"] for figures in bins) == 60
-        right = sum(figures["count"] * figures["accuracy"] for figures in bins)
+    assert result["clean"]["accuracy"] == hits.mean()
+    for bins in result["by_quality"].values():
+        assert sum(metrics["count"] for metrics in bins) == 60
+        right = sum(metrics["count"] * metrics["accuracy"] for metrics in bins)
         assert right == pytest.approx(hits.sum())
     sampled = robustness.measure_split(predictor, dataset, "all", 9, few, seed=2)
     assert (sampled["split_count"], sampled["count"], sampled["seed"]) == (60, 9, 2)
@@ -372,7 +372,7 @@ def test_a_split_is_measured_with_its_own_qualities(predictor, image_folder):
 
 
 def test_classes_are_matched_by_name(predictor, image_folder, tmp_path):
-    """Green and red are the second and third class of the bundle, and all of this folder."""
+    """The folder has only green and red, the second and third class of the bundle."""
     for name in ("green", "red"):
         shutil.copytree(image_folder / name, tmp_path / name)
     dataset = _open(tmp_path)
@@ -391,7 +391,7 @@ def test_an_unknown_class_is_named(predictor, tmp_path, image_folder):
         robustness.measure_split(predictor, _open(tmp_path), "all")
 
 
-def test_other_data_is_warned_of(predictor, image_folder, tmp_path, caplog):
+def test_other_data_gives_a_warning(predictor, image_folder, tmp_path, caplog):
     for name in ("green", "red"):
         shutil.copytree(image_folder / name, tmp_path / name)
     robustness.measure_split(predictor, _open(image_folder), "test", corruptions={})
@@ -400,14 +400,14 @@ def test_other_data_is_warned_of(predictor, image_folder, tmp_path, caplog):
     assert "is not the data that the bundle was trained on" in caplog.text
 
 
-def test_a_split_that_is_larger_than_the_memory_is_refused(predictor, image_folder, monkeypatch):
+def test_a_split_larger_than_the_memory_is_refused(predictor, image_folder, monkeypatch):
     """Each image takes 768 bytes."""
     monkeypatch.setattr(robustness, "memory_bytes", lambda: 768 * 60)
-    with pytest.raises(DataError, match=r"60 images .* half of the memory; --sample=30 takes"):
+    with pytest.raises(DataError, match=r"60 images .* half of the memory; --sample=30 measures"):
         robustness.measure_split(predictor, _open(image_folder), "all")
 
 
-def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_path, capfd):
+def test_the_command_prints_json_for_the_training_data(image_folder, tmp_path, capfd):
     bundle = make_bundle()
     bundle.data["source"] = f"folder:{image_folder}"
     bundle.data["fingerprint"] = _open(image_folder).fingerprint
@@ -426,17 +426,19 @@ def test_the_command_prints_json_and_takes_the_bundles_source(image_folder, tmp_
     assert (sampled["split_count"], sampled["count"], sampled["seed"]) == (60, 7, 4)
     shown = capfd.readouterr().out
     assert f"all images of folder:{image_folder}: 7 of 60 images" in " ".join(shown.split())
-    # A table of qualities follows, which has a row named brightness as well.
+    # The next table, by quality, has a row named brightness too.
     lines = [line.split() for line in shown.partition("Mean error")[0].splitlines()]
-    by_name = {line[0]: line for line in lines if line and line[0] in CORRUPTIONS}
-    assert by_name.keys() == CORRUPTIONS.keys()
-    for name, line in by_name.items():
-        found = sampled["corruptions"][name]
-        first = found["first_severity_10_points_lower"]
-        assert line[1] == f"{100 * found['accuracy']:.1f}"
-        assert line[2:7] == [f"{100 * one['accuracy']:.0f}" for one in found["severities"]]
+    lines_by_name = {line[0]: line for line in lines if line and line[0] in CORRUPTIONS}
+    assert lines_by_name.keys() == CORRUPTIONS.keys()
+    for name, line in lines_by_name.items():
+        result = sampled["corruptions"][name]
+        first = result["first_severity_10_points_lower"]
+        assert line[1] == f"{100 * result['accuracy']:.1f}"
+        assert line[2:7] == [
+            f"{100 * severity['accuracy']:.0f}" for severity in result["severities"]
+        ]
         assert line[7] == ("never" if first is None else str(first))
-    means = [float(line[1]) for line in by_name.values()]
+    means = [float(line[1]) for line in lines_by_name.values()]
     assert means == sorted(means)
     assert command.describe(sampled, "title", 60).startswith("title\n\nClean images: accuracy")
     for width in (60, 120):
@@ -466,7 +468,7 @@ def test_unreadable_images_are_named_and_left_out(image_folder, tmp_path, caplog
         (["--bundle={tmp}/bundle", "--output={tmp}/no/folder.json"], 2, "--output: cannot write"),
     ],
 )
-def test_what_is_wrong_is_one_line(flags, code, message, image_folder, tmp_path):
+def test_errors_are_one_line(flags, code, message, image_folder, tmp_path):
     bundle = make_bundle()
     bundle.data["source"] = f"folder:{image_folder}"
     write_bundle(bundle, tmp_path / "bundle")
@@ -485,7 +487,7 @@ def test_what_is_wrong_is_one_line(flags, code, message, image_folder, tmp_path)
 
 @pytest.mark.parametrize("flag", ["--sample=0", "--sample=x", "--seed=-1", "--split=none"])
 def test_a_wrong_flag_is_a_usage_error(flag, tmp_path, capsys):
-    with pytest.raises(SystemExit) as told:
+    with pytest.raises(SystemExit) as raised:
         command.main([f"--bundle={tmp_path}", flag])
-    assert told.value.code == 2
+    assert raised.value.code == 2
     assert flag.split("=")[0] in capsys.readouterr().err

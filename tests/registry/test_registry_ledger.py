@@ -50,7 +50,7 @@ def make_models(*versions, **aliases):
         models = ledger.apply(models, make_entry("add", number, bundle=facts))
     for alias, history in aliases.items():
         for version in history:
-            before = models["flowers"].present(alias)
+            before = models["flowers"].alias_target(alias)
             models = ledger.apply(models, make_entry("promote", version, alias, before))
     return models
 
@@ -121,15 +121,15 @@ def decide(models, action, model, version, alias):
             return make_entry("add", models[model].last + 1 if model in models else 1, model=model)
         if action == "promote":
             ledger.resolve(models, model, version)
-            before = models[model].present(alias)
+            before = models[model].alias_target(alias)
             wanted = make_entry("promote", version, alias, before, model=model)
             return wanted if before != version else None
         if action == "rollback":
             before = ledger.resolve(models, model, alias).number
-            version = ledger.version_before(models, model, alias).number
+            version = ledger.previous_version(models, model, alias).number
             return make_entry("rollback", version, alias, before, model=model)
         if action == "remove":
-            ledger.removal(models, model, version)
+            ledger.removable_version(models, model, version)
             return make_entry("remove", version, model=model)
         before = ledger.resolve(models, model, alias).number
         return make_entry("remove", None, alias, before, model=model)
@@ -147,7 +147,7 @@ ACTIONS = st.tuples(
 
 @hypothesis.given(st.lists(ACTIONS, max_size=40))
 @hypothesis.settings(max_examples=300, deadline=None)
-def test_the_state_is_that_of_the_plain_rules(actions):
+def test_the_state_equals_a_simple_reference(actions):
     slow, models = Slow(), {}
     for action, model, version, alias in actions:
         arguments = {
@@ -176,15 +176,15 @@ def test_the_state_is_that_of_the_plain_rules(actions):
         assert fast == slow.outline()
 
 
-def test_a_removed_version_leaves_no_step_from_a_version_to_itself():
+def test_removal_leaves_no_repeated_version_in_a_history():
     """By hand: 1, 2, 1, 3 without 2 is 1, 3; a rollback from 3 leads to 1, and no further."""
     models = make_models(*[make_facts()] * 3, champion=[1, 2, 1, 3])
     models = ledger.apply(models, make_entry("remove", 2))
     assert models["flowers"].aliases == {"champion": (1, 3)}
-    assert ledger.version_before(models, "flowers", "champion").number == 1
+    assert ledger.previous_version(models, "flowers", "champion").number == 1
     models = ledger.apply(models, make_entry("rollback", 1, "champion", 3))
-    with pytest.raises(RegistryError, match=r"^flowers@champion is 1, and was nothing bef"):
-        ledger.version_before(models, "flowers", "champion")
+    with pytest.raises(RegistryError, match=r"^flowers@champion is 1 and has no previous vers"):
+        ledger.previous_version(models, "flowers", "champion")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_removed_version_leaves_no_step_from_a_version_to_itself():
         make_entry("remove", 1, model="birds"),
     ],
 )
-def test_an_entry_that_does_not_follow_is_refused(entry):
+def test_an_entry_invalid_in_its_state_is_refused(entry):
     models = make_models(*[make_facts()] * 3, champion=[1, 3])
     with pytest.raises(ValueError, match=r"^(it|there|champion|mine|an alias) "):
         ledger.apply(models, entry)
@@ -227,7 +227,7 @@ NUMBERS = st.integers(1, 10**9)
     st.fixed_dictionaries({"model": NAMES, "note": TEXT, "user": TEXT, "number": NUMBERS}),
 )
 @hypothesis.settings(deadline=None)
-def test_an_addition_that_is_written_is_read(facts, fields):
+def test_an_add_entry_survives_a_round_trip(facts, fields):
     entry = make_entry("add", 1, bundle=make_facts(**facts), **fields)
     assert ledger.parse(ledger.serialise(entry)) == entry
 
@@ -239,12 +239,12 @@ def test_an_addition_that_is_written_is_read(facts, fields):
     st.lists(TEXT),
 )
 @hypothesis.settings(deadline=None)
-def test_a_promotion_that_is_written_is_read(version, alias, before, gates):
+def test_a_promote_entry_survives_a_round_trip(version, alias, before, gates):
     entry = make_entry("promote", version, alias, before, gates=tuple(gates))
     assert ledger.parse(ledger.serialise(entry)) == entry
 
 
-def test_a_note_that_is_not_utf_8_comes_back():
+def test_a_note_that_is_not_utf_8_survives():
     note = "a\udcff\u2028ü猫\n"
     entry = make_entry("remove", 1, note=note)
     assert ledger.parse(ledger.serialise(entry)).note == note
@@ -259,7 +259,7 @@ def _changed(entry=None, **changes):
     fields = json.loads(ledger.serialise(entry or make_entry("promote", 1, "champion")))
     fields = {key: value for key, value in (fields | changes).items() if value is not None}
     # Only what was changed is to be wrong of it.
-    return json.dumps(fields | {"sha256": ledger.digest_of(fields)}).encode()
+    return json.dumps(fields | {"sha256": ledger.fields_digest(fields)}).encode()
 
 
 def _changed_bundle(**changes):
@@ -307,12 +307,12 @@ def _changed_bundle(**changes):
         _changed_bundle(size=None),
     ],
 )
-def test_what_is_no_entry_is_refused(data):
+def test_invalid_entries_are_refused(data):
     with pytest.raises(ValueError):  # noqa: PT011 (whatever it says)
         ledger.parse(data)
 
 
-def test_the_entries_that_are_refused_are_good_but_for_one_thing():
+def test_each_invalid_entry_has_exactly_one_fault():
     """Or they would be refused for another reason than the one that is tried out."""
     assert ledger.parse(_changed()) == make_entry("promote", 1, "champion")
     assert ledger.parse(_changed_bundle()) == make_entry("add", 1)
@@ -325,43 +325,45 @@ def test_the_entries_that_are_refused_are_good_but_for_one_thing():
         make_entry("promote", 1, "champion", 2, gates=("min_f1=0.5: test f1 is 0.75",)),
     ],
 )
-def test_a_field_that_was_changed_is_known_by_the_sha256(entry):
+def test_the_sha256_detects_a_changed_field(entry):
     """Any one of them, as far as it is still JSON."""
     text = ledger.serialise(entry).decode()
     fields = json.loads(text)
     assert ledger.parse(json.dumps(dict(reversed(fields.items()))).encode()) == entry
     for key in fields.keys() - {"format"}:
         changed = {**fields, key: "0"}
-        with pytest.raises(ValueError, match=r"^its sha256 is not that of its other fields$"):
+        with pytest.raises(ValueError, match=r"^its sha256 does not match its other fields$"):
             ledger.parse(json.dumps(changed).encode())
         del changed[key]
-        with pytest.raises(ValueError, match=r"^(its sha256 is not that|it has no 'sha256')"):
+        with pytest.raises(ValueError, match=r"^(its sha256 does not match|it has no 'sha256')"):
             ledger.parse(json.dumps(changed).encode())
     with pytest.raises(ValueError, match="its sha256"):
         ledger.parse(json.dumps(fields | {"shade": "green"}).encode())
 
 
-def test_the_sha256_is_that_of_plain_json():
+def test_the_sha256_is_computed_from_sorted_json():
     r"""Worked out once by hand, with `printf '{"a": [1, 0.5], "b": "\\u00fc"}' | sha256sum`."""
     expected = "56894132ee149ab5a94207fc94a35dbcc7dcb819e43445540d524fa5b3c46f93"
-    assert ledger.digest_of({"b": "ü", "a": [1, 0.5]}) == expected
-    assert ledger.digest_of({"b": "ü", "sha256": "x", "a": (1, 0.5)}) == expected
+    assert ledger.fields_digest({"b": "ü", "a": [1, 0.5]}) == expected
+    assert ledger.fields_digest({"b": "ü", "sha256": "x", "a": (1, 0.5)}) == expected
 
 
-def test_a_later_format_is_told_whatever_else_it_has():
-    with pytest.raises(RegistryError, match=r"^is of format 2, and this version .* reads 1: upg"):
+def test_a_later_format_is_reported():
+    with pytest.raises(
+        RegistryError, match=r"^has format 2, but this version .* reads format 1: upg"
+    ):
         ledger.parse(b'{"format": 2}')
 
 
-def test_what_a_later_version_adds_to_the_format_is_passed_over():
+def test_unknown_fields_are_ignored():
     entry = make_entry("promote", 1, "champion")
     assert ledger.parse(_changed(entry, shade="green")) == entry
 
 
-def test_figures_that_are_none_are_left_out():
+def test_metrics_that_are_not_finite_are_skipped():
     metrics = {"test": {"a": 1, "b": float("nan"), "c": "x", "d": True, "e": 10**400}, "x": 3}
-    assert ledger.finite_figures(metrics) == {"test": {"a": 1.0}}
-    assert ledger.finite_figures([]) == {}
+    assert ledger.finite_metrics(metrics) == {"test": {"a": 1.0}}
+    assert ledger.finite_metrics([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -369,19 +371,21 @@ def test_figures_that_are_none_are_left_out():
 )
 def test_a_hostile_name_is_a_usage_error(name):
     for kind in ("model", "alias"):
-        with pytest.raises(ConfigError, match=f"^{kind}: must be 1 to 100 letters") as raised:
+        with pytest.raises(
+            ConfigError, match=f"^{kind}: must be 1 to 100 of the characters"
+        ) as raised:
             ledger.check_name(kind, name)
         assert raised.value.exit_code == 2
 
 
 @pytest.mark.parametrize("name", ["a", "7", "A.b_c-9", "a" * 100, "v1.2"])
-def test_a_name_is_a_name(name):
+def test_allowed_names_are_accepted(name):
     assert ledger.check_name("model", name) == name
 
 
-def test_an_alias_is_no_number():
+def test_an_alias_must_not_be_a_number():
     with pytest.raises(
-        ConfigError, match=r"^alias: must not be a number, as versions are, got '7'"
+        ConfigError, match=r"^alias: must not be a number, because versions are; got '7'"
     ):
         ledger.check_name("alias", "7")
 
@@ -396,7 +400,7 @@ def test_an_alias_is_no_number():
         (f"a/{'9' * 30}", ("a", 10**30 - 1)),
     ],
 )
-def test_a_reference_names_a_model_and_one_of_its_versions(text, expected):
+def test_references_are_parsed(text, expected):
     assert ledger.parse_reference(text) == expected
 
 
@@ -407,7 +411,7 @@ def test_a_reference_names_a_model_and_one_of_its_versions(text, expected):
         f"a/{'9' * 5000}",
     ],
 )
-def test_what_is_no_reference_is_a_usage_error(text):
+def test_an_invalid_reference_is_a_usage_error(text):
     with pytest.raises(ConfigError, match=r"^(model|alias|version): must "):
         ledger.parse_reference(text)
 
@@ -416,15 +420,15 @@ def test_what_is_no_reference_is_a_usage_error(text):
     ("name", "which", "message"),
     [
         ("flower", 1, "there is no model flower; did you mean flowers?"),
-        ("zebra", 1, "there is no model zebra; there are: flowers"),
+        ("zebra", 1, "there is no model zebra; known names: flowers"),
         ("flowers", "champ", "flowers has no alias champ; did you mean champion?"),
-        ("flowers", "mine", "flowers has no alias mine; there are: champion"),
-        ("flowers", 1, "flowers has no version 1 any more; there are: 2, 3"),
-        ("flowers", 4, "flowers has no version 4; there are: 2, 3"),
-        ("flowers", 0, "flowers has no version 0; there are: 2, 3"),
+        ("flowers", "mine", "flowers has no alias mine; known names: champion"),
+        ("flowers", 1, "flowers has no version 1 (it was removed); known versions: 2, 3"),
+        ("flowers", 4, "flowers has no version 4; known versions: 2, 3"),
+        ("flowers", 0, "flowers has no version 0; known versions: 2, 3"),
     ],
 )
-def test_what_is_not_there_is_told_with_what_is(name, which, message):
+def test_unknown_names_are_reported_with_known_names(name, which, message):
     models = make_models(*[make_facts()] * 3, champion=[3])
     models = ledger.apply(models, make_entry("remove", 1))
     with pytest.raises(RegistryError) as raised:
@@ -432,11 +436,13 @@ def test_what_is_not_there_is_told_with_what_is(name, which, message):
     assert str(raised.value) == message
 
 
-def test_a_version_that_an_alias_points_to_stays():
+def test_a_version_with_an_alias_is_not_removed():
     models = make_models(*[make_facts()] * 2, champion=[1, 2], mine=[2])
-    with pytest.raises(RegistryError, match=r"^flowers/2 is champion and mine, so it stays: prom"):
-        ledger.removal(models, "flowers", 2)
-    assert ledger.removal(models, "flowers", 1).number == 1
+    with pytest.raises(
+        RegistryError, match=r"^flowers/2 is not removed, because it is champion and mine: prom"
+    ):
+        ledger.removable_version(models, "flowers", 2)
+    assert ledger.removable_version(models, "flowers", 1).number == 1
 
 
 GOOD = {"accuracy": 0.9, "precision": 0.8, "recall": 0.7, "f1": 0.6, "loss": 0.5}
@@ -449,7 +455,7 @@ def _check(gates, version=1, alias="champion", versions=None, **aliases):
 
 @pytest.mark.parametrize("figure", GOOD)
 @pytest.mark.parametrize("distance", [-1e-9, 0.0, 1e-9])
-def test_a_gate_holds_up_to_its_limit(figure, distance):
+def test_a_gate_includes_its_limit(figure, distance):
     name = f"max_{figure}" if figure == "loss" else f"min_{figure}"
     gates = Gates(**{name: GOOD[figure] + distance})
     if distance * (-1 if figure == "loss" else 1) <= 0:
@@ -459,7 +465,7 @@ def test_a_gate_holds_up_to_its_limit(figure, distance):
             _check(gates)
 
 
-def test_all_gates_that_fail_are_told_in_one_line():
+def test_all_failed_gates_are_in_one_line():
     with pytest.raises(RegistryError) as raised:
         _check(Gates(min_accuracy=0.95, min_recall=0.1, max_loss=0.25))
     assert str(raised.value) == (
@@ -470,21 +476,21 @@ def test_all_gates_that_fail_are_told_in_one_line():
 
 
 @pytest.mark.parametrize("figure", GOOD)
-def test_a_figure_that_is_missing_holds_no_gate(figure):
+def test_a_missing_metric_fails_its_gate(figure):
     name = f"max_{figure}" if figure == "loss" else f"min_{figure}"
     with pytest.raises(RegistryError, match=f"test {figure} is not in the bundle$"):
         _check(Gates(**{name: 0.0 if figure != "loss" else 9.0}), versions=[make_facts()])
 
 
-def test_no_gates_hold_nothing_up():
+def test_without_gates_every_version_passes():
     assert _check(Gates(), versions=[make_facts()]) == ()
 
 
 @pytest.mark.parametrize(("accuracy", "holds"), [(0.91, True), (0.9, True), (0.89, False)])
-def test_a_version_comes_up_to_that_of_an_alias(accuracy, holds):
+def test_not_below_compares_accuracies(accuracy, holds):
     versions = [make_facts(**GOOD), make_facts(accuracy=accuracy)]
     gates, arguments = Gates(not_below="champion"), (2, "champion", versions)
-    text = f"not_below=champion: test accuracy is {accuracy}, that of 1 is 0.9"
+    text = f"not_below=champion: test accuracy is {accuracy}, and that of version 1 is 0.9"
     if holds:
         assert _check(gates, *arguments, champion=[1]) == (text,)
     else:
@@ -493,28 +499,28 @@ def test_a_version_comes_up_to_that_of_an_alias(accuracy, holds):
 
 
 @pytest.mark.parametrize("prints", [("a", "b"), ("", ""), ("a", "")])
-def test_figures_of_other_test_splits_are_not_compared(prints):
+def test_metrics_of_different_test_splits_are_not_compared(prints):
     versions = [make_facts(fingerprint=one, **GOOD) for one in prints]
-    with pytest.raises(RegistryError, match=r"2 and 1 were measured on other test splits.*eval"):
+    with pytest.raises(RegistryError, match=r"versions 2 and 1 have different data.*eval"):
         _check(Gates(not_below="mine"), 2, versions=versions, mine=[1])
 
 
-def test_a_version_that_cannot_be_compared_does_not_come_up():
+def test_not_below_fails_without_metrics():
     versions = [make_facts(**GOOD), make_facts()]
     for version, present in ((1, 2), (2, 1)):
         with pytest.raises(RegistryError, match="not in the bundle"):
             _check(Gates(not_below="mine"), version, versions=versions, mine=[present])
 
 
-def test_the_first_version_of_an_alias_need_not_come_up_to_any():
+def test_not_below_skips_the_first_version_of_an_alias():
     assert _check(Gates(not_below="champion")) == ()
     with pytest.raises(RegistryError, match="has no alias champoin"):
         _check(Gates(not_below="champoin"))
 
 
-def test_a_version_knows_its_aliases():
+def test_version_aliases_are_sorted():
     models = make_models(*[make_facts()] * 2, b=[1], a=[2, 1], c=[2])
-    assert models["flowers"].aliases_of(1) == ["a", "b"]
-    assert models["flowers"].present("nothing") is None
+    assert models["flowers"].version_aliases(1) == ["a", "b"]
+    assert models["flowers"].alias_target("nothing") is None
     assert isinstance(models["flowers"].versions[1], Version)
     assert dataclasses.asdict(models["flowers"].versions[1])["bundle"]["image_size"] == (16, 32)

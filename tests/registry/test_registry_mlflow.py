@@ -57,29 +57,29 @@ def client(uri):
     return mlflow.MlflowClient(uri, uri)
 
 
-def test_mlflow_that_is_missing_is_told_with_what_brings_it(registry, monkeypatch):
+def test_a_missing_mlflow_is_reported_with_the_command(registry, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    for call in (mlflow.export, mlflow.bring):
-        with pytest.raises(ConfigError, match=r"^--mlflow: mlflow is not .*pip install 'cnn_jax\["):
+    for call in (mlflow.export_versions, mlflow.import_versions):
+        with pytest.raises(ConfigError, match=r"^--mlflow needs mlflow, .*pip install 'cnn_jax\["):
             list(call(registry, "flowers", None, "sqlite:///mlflow.db"))
 
 
-def test_where_mlflow_is_must_be_said(registry, monkeypatch):
+def test_the_mlflow_uri_is_required(registry, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in ("export", "import"):
-        with pytest.raises(ConfigError, match=r"^--mlflow: is needed, or the variable MLFLOW_TRA"):
+        with pytest.raises(ConfigError, match=r"^--mlflow is required, unless \$MLFLOW_TRA"):
             command.main([name, "flowers", f"--registry={registry.url}"])
 
 
-def test_a_version_that_is_not_here_is_not_exported(registry):
+def test_an_unknown_version_is_not_exported(registry):
     with pytest.raises(RegistryError, match="there is no model birds"):
-        list(mlflow.export(registry, "birds", None, "sqlite:///mlflow.db"))
-    with pytest.raises(RegistryError, match="has no version 2 any more"):
-        list(mlflow.export(registry, "flowers", 2, "sqlite:///mlflow.db"))
+        list(mlflow.export_versions(registry, "birds", None, "sqlite:///mlflow.db"))
+    with pytest.raises(RegistryError, match=r"has no version 2 \(it was removed\)"):
+        list(mlflow.export_versions(registry, "flowers", 2, "sqlite:///mlflow.db"))
 
 
 @needs_mlflow
-def test_all_versions_go_there_and_back(registry, uri, client, tmp_path, capsys):
+def test_all_versions_survive_a_round_trip(registry, uri, client, tmp_path, capsys):
     exported = [
         "exported flowers/1: it is flowers version 1 in MLflow",
         "flowers@mine is version 1 in MLflow",
@@ -96,12 +96,12 @@ def test_all_versions_go_there_and_back(registry, uri, client, tmp_path, capsys)
     assert client.get_run(version.run_id).data.metrics == pytest.approx(
         {"test_accuracy": 0.7, "test_f1": 0.25}
     )
-    again = list(mlflow.export(registry, "flowers", None, uri))
-    assert [line.partition(" in MLflow")[2] for line in again] == [" already", ""] * 2
+    again = list(mlflow.export_versions(registry, "flowers", None, uri))
+    assert [" is already " in line for line in again] == [True, False] * 2
     assert len(client.search_model_versions("name = 'flowers'")) == 2
 
     other = Registry(tmp_path / "other")
-    assert list(mlflow.bring(other, "flowers", None, uri)) == [
+    assert list(mlflow.import_versions(other, "flowers", None, uri)) == [
         "imported flowers version 1 as flowers/1",
         "flowers@mine is version 1",
         "imported flowers version 2 as flowers/2",
@@ -113,52 +113,52 @@ def test_all_versions_go_there_and_back(registry, uri, client, tmp_path, capsys)
     other.fetch(other.resolve("flowers"), "unused")
     assert other.log[0].note == "version 1 of MLflow"
     command.main(["import", "flowers", f"--mlflow={uri}", f"--registry={other.url}"])
-    assert all(line.endswith(" already") for line in capsys.readouterr().out.splitlines())
+    assert all(" is already " in line for line in capsys.readouterr().out.splitlines())
     assert outline(Registry(other.url)) == {"flowers": expected}
 
 
 @needs_mlflow
-def test_one_version_goes_there_and_back(registry, uri, tmp_path):
-    lines = list(mlflow.export(registry, "flowers", "champion", uri))
+def test_one_version_survives_a_round_trip(registry, uri, tmp_path):
+    lines = list(mlflow.export_versions(registry, "flowers", "champion", uri))
     assert lines[0] == "exported flowers/3: it is flowers version 1 in MLflow"
     assert len(lines) == 2
     for which in (1, "champion"):
         other = Registry(tmp_path / f"other-{which}")
-        list(mlflow.bring(other, "flowers", which, uri))
+        list(mlflow.import_versions(other, "flowers", which, uri))
         assert aliases(other) == {"champion": 1}
 
 
 @needs_mlflow
-def test_an_alias_that_the_other_does_not_allow_is_left_out(registry, uri, client, tmp_path):
+def test_an_alias_not_allowed_by_the_target_is_skipped(registry, uri, client, tmp_path):
     registry.promote("flowers", 1, "a.b")
-    lines = list(mlflow.export(registry, "flowers", 1, uri))
-    assert lines[1].startswith("left out flowers@a.b: Invalid alias name: 'a.b'")
+    lines = list(mlflow.export_versions(registry, "flowers", 1, uri))
+    assert lines[1].startswith("skipped flowers@a.b: Invalid alias name: 'a.b'")
     assert lines[2] == "flowers@mine is version 1 in MLflow"
     client.set_registered_model_alias("flowers", "12", "1")
     other = Registry(tmp_path / "other")
-    lines = list(mlflow.bring(other, "flowers", None, uri))
-    assert lines[1].startswith("left out flowers@12: alias: must not be a number")
+    lines = list(mlflow.import_versions(other, "flowers", None, uri))
+    assert lines[1].startswith("skipped flowers@12: alias: must not be a number")
     assert aliases(other) == {"mine": 1}
 
 
 @needs_mlflow
-def test_what_is_no_bundle_stays_there(registry, uri, client, tmp_path):
+def test_a_version_without_a_bundle_is_not_imported(registry, uri, client, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "MLmodel").write_text("flavors: {}")
     client.create_registered_model("flowers")
     client.create_model_version("flowers", source=str(tmp_path / "model"))
     other = Registry(tmp_path / "other")
     with pytest.raises(BundleError, match=r"^MLflow has no bundle at flowers/1$"):
-        list(mlflow.bring(other, "flowers", 1, uri))
-    list(mlflow.export(registry, "flowers", None, uri))
-    lines = list(mlflow.bring(other, "flowers", None, uri))
-    assert lines[0] == "left out flowers version 1 of MLflow: it is no bundle"
+        list(mlflow.import_versions(other, "flowers", 1, uri))
+    list(mlflow.export_versions(registry, "flowers", None, uri))
+    lines = list(mlflow.import_versions(other, "flowers", None, uri))
+    assert lines[0] == "skipped flowers version 1 of MLflow: it is not a bundle"
     assert len(other.models["flowers"].versions) == 2
 
 
 @needs_mlflow
-def test_a_bundle_that_is_damaged_there_is_not_imported(registry, uri, client, tmp_path):
-    list(mlflow.export(registry, "flowers", 1, uri))
+def test_a_bundle_damaged_in_mlflow_is_not_imported(registry, uri, client, tmp_path):
+    list(mlflow.export_versions(registry, "flowers", 1, uri))
     version = client.get_model_version("flowers", "1")
     description = next(tmp_path.glob("mlruns/**/bundle.json"))
     description.chmod(0o644)
@@ -169,18 +169,20 @@ def test_a_bundle_that_is_damaged_there_is_not_imported(registry, uri, client, t
         """The lines that come before the error at the end."""
         lines = []
         with pytest.raises(
-            BundleError, match=r"^not imported, as damaged: flowers version 1 of ML"
+            BundleError, match=r"^not imported, because damaged: flowers version 1 of ML"
         ):
-            lines.extend(mlflow.bring(other, "flowers", None, uri))  # It keeps what has come.
+            lines.extend(
+                mlflow.import_versions(other, "flowers", None, uri)
+            )  # It keeps what has come.
         (line,) = lines
         return line
 
-    start = "left out flowers version 1 of MLflow: "
+    start = "skipped flowers version 1 of MLflow: "
     for damaged in (text.replace("red", "rad"), "{"):
         description.write_text(damaged)
-        assert bring() == f"{start}its digest is not the one in its tag cnn_jax.digest"
+        assert bring() == f"{start}its digest differs from its tag cnn_jax.digest"
     description.unlink()
-    assert bring() == f"{start}it has a tag cnn_jax.digest, and no bundle.json"
+    assert bring() == f"{start}it has a tag cnn_jax.digest, but no bundle.json"
     description.write_text("{")
     client.delete_model_version_tag("flowers", version.version, "cnn_jax.digest")
     assert "is not a bundle" in bring()
@@ -193,30 +195,30 @@ def damage(path):
 
 
 @needs_mlflow
-def test_a_damaged_version_holds_up_no_other(registry, uri, tmp_path, capsys):
-    list(mlflow.export(registry, "flowers", None, uri))
+def test_a_damaged_version_does_not_stop_the_import(registry, uri, tmp_path, capsys):
+    list(mlflow.export_versions(registry, "flowers", None, uri))
     first = registry.resolve("flowers", 1).bundle.digest
     for path in tmp_path.glob("mlruns/**/bundle.json"):
         if digest(path.parent) == first:
             damage(path.with_name("weights.safetensors"))
     place = tmp_path / "other"
     with pytest.raises(
-        BundleError, match=r"^not imported, as damaged: flowers version 1 of MLflow$"
+        BundleError, match=r"^not imported, because damaged: flowers version 1 of MLflow$"
     ):
         command.main(["import", "flowers", f"--mlflow={uri}", f"--registry={place}"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("left out flowers version 1 of MLflow: ")
+    assert lines[0].startswith("skipped flowers version 1 of MLflow: ")
     assert lines[1:] == ["imported flowers version 2 as flowers/1", "flowers@champion is version 1"]
     assert aliases(Registry(place)) == {"champion": 1}
 
 
 @needs_mlflow
-def test_a_damaged_version_is_not_exported_and_holds_up_no_other(registry, uri, client, capsys):
+def test_a_damaged_version_does_not_stop_the_export(registry, uri, client, capsys):
     damage(pathlib.Path(registry.url, registry.resolve("flowers", 1).bundle.path, "bundle.json"))
-    with pytest.raises(BundleError, match=r"^not exported, as damaged: flowers/1$"):
+    with pytest.raises(BundleError, match=r"^not exported, because damaged: flowers/1$"):
         command.main(["export", "flowers", f"--mlflow={uri}", f"--registry={registry.url}"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("left out flowers/1: ")
+    assert lines[0].startswith("skipped flowers/1: ")
     assert lines[1:] == [
         "exported flowers/3: it is flowers version 1 in MLflow",
         "flowers@champion is version 1 in MLflow",
@@ -226,38 +228,36 @@ def test_a_damaged_version_is_not_exported_and_holds_up_no_other(registry, uri, 
 
 
 @needs_mlflow
-def test_a_version_that_is_damaged_here_gets_no_alias_and_holds_up_no_other(
-    registry, uri, client, tmp_path
-):
-    list(mlflow.export(registry, "flowers", None, uri))
+def test_a_version_damaged_here_gets_no_alias(registry, uri, client, tmp_path):
+    list(mlflow.export_versions(registry, "flowers", None, uri))
     client.set_registered_model_alias("flowers", "next", "1")
     damage(pathlib.Path(registry.url, registry.resolve("flowers", 1).bundle.path, "bundle.json"))
     lines = []
     with pytest.raises(
-        BundleError, match=r"^not imported, as damaged: flowers version 1 of MLflow$"
+        BundleError, match=r"^not imported, because damaged: flowers version 1 of MLflow$"
     ):
-        lines.extend(mlflow.bring(registry, "flowers", None, uri))
-    assert lines[-1] == "flowers@champion is version 3 already"
+        lines.extend(mlflow.import_versions(registry, "flowers", None, uri))
+    assert lines[-1] == "flowers@champion is already version 3"
     assert "next" not in aliases(registry)
 
 
 @needs_mlflow
-def test_what_is_here_already_is_not_downloaded(registry, uri, monkeypatch):
-    list(mlflow.export(registry, "flowers", None, uri))
+def test_a_known_bundle_is_not_downloaded(registry, uri, monkeypatch):
+    list(mlflow.export_versions(registry, "flowers", None, uri))
 
     def fail():
         raise AssertionError("it is not to be asked for")
 
     monkeypatch.setattr(mlflow, "_artifacts", fail)
-    lines = list(mlflow.bring(registry, "flowers", None, uri))
-    assert lines[0] == "flowers version 1 is flowers/1 already"
-    assert lines[2] == "flowers version 2 is flowers/3 already"
+    lines = list(mlflow.import_versions(registry, "flowers", None, uri))
+    assert lines[0] == "flowers version 1 is already flowers/1"
+    assert lines[2] == "flowers version 2 is already flowers/3"
 
 
 @needs_mlflow
 @pytest.mark.parametrize("flag", ["--no_aliases", "--no-aliases"])
-def test_aliases_may_stay_as_they_are(registry, uri, tmp_path, capsys, flag):
-    list(mlflow.export(registry, "flowers", None, uri))
+def test_no_aliases_does_not_change_aliases(registry, uri, tmp_path, capsys, flag):
+    list(mlflow.export_versions(registry, "flowers", None, uri))
     other = Registry(tmp_path / "other")
     command.main(["import", "flowers", f"--mlflow={uri}", f"--registry={other.url}", flag])
     assert capsys.readouterr().out.splitlines() == [
@@ -268,14 +268,14 @@ def test_aliases_may_stay_as_they_are(registry, uri, tmp_path, capsys, flag):
 
 
 @needs_mlflow
-def test_a_database_that_is_none_is_one_line(registry, tmp_path, monkeypatch, caplog):
+def test_an_invalid_database_is_one_error_line(registry, tmp_path, monkeypatch, caplog):
     """What it raises is SQLAlchemy's, in several lines."""
     from mlflow.store.db import utils
 
     monkeypatch.setattr(utils, "MAX_RETRY_COUNT", 2)
     (tmp_path / "none.db").write_text("no database" * 100)
     uri = f"sqlite:///{tmp_path / 'none.db'}"
-    for call in (mlflow.export, mlflow.bring):
+    for call in (mlflow.export_versions, mlflow.import_versions):
         with pytest.raises(RegistryError, match=f"^MLflow at {uri}: .*not a database") as raised:
             list(call(registry, "flowers", None, uri))
         assert "\n" not in str(raised.value)
@@ -284,13 +284,13 @@ def test_a_database_that_is_none_is_one_line(registry, tmp_path, monkeypatch, ca
 
 @needs_mlflow
 @pytest.mark.parametrize("error", [OSError, KeyError, RuntimeError])
-def test_whatever_a_client_raises_is_one_line_without_a_password(registry, monkeypatch, error):
+def test_all_client_errors_are_one_line_without_password(registry, monkeypatch, error):
     class Client:
         def __getattr__(self, name):
             raise error("cannot connect to\npostgresql://ann:s3cret@host or ann:s3cret@host")
 
     monkeypatch.setattr(mlflow, "_client", lambda uri: Client())
-    for call in (mlflow.export, mlflow.bring):
+    for call in (mlflow.export_versions, mlflow.import_versions):
         with pytest.raises(RegistryError) as raised:
             list(call(registry, "flowers", None, "postgresql://ann:s3cret@host"))
         message = str(raised.value)
@@ -302,7 +302,7 @@ def test_whatever_a_client_raises_is_one_line_without_a_password(registry, monke
 
 @needs_mlflow
 @pytest.mark.parametrize("value", [None, "true"])
-def test_progress_bars_are_off_unless_they_are_asked_for(uri, monkeypatch, value):
+def test_progress_bars_are_off_by_default(uri, monkeypatch, value):
     name = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
     monkeypatch.setenv(name, value or "")
     if value is None:
@@ -320,17 +320,17 @@ def test_progress_bars_are_off_unless_they_are_asked_for(uri, monkeypatch, value
         ("flowers", "nobody", "alias nobody not found"),
     ],
 )
-def test_what_is_not_there_is_one_line(registry, uri, client, name, which, message):
+def test_unknown_mlflow_names_are_one_error_line(registry, uri, client, name, which, message):
     client.create_registered_model("flowers")
     with pytest.raises(RegistryError, match=f"^MLflow at {uri}: .*{message}") as raised:
-        list(mlflow.bring(registry, name, which, uri))
+        list(mlflow.import_versions(registry, name, which, uri))
     assert "\n" not in str(raised.value)
 
 
 @needs_mlflow
-def test_a_server_that_is_not_there_is_one_line_without_its_password(registry, monkeypatch):
+def test_a_missing_server_is_one_line_without_password(registry, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    for call in (mlflow.export, mlflow.bring):
+    for call in (mlflow.export_versions, mlflow.import_versions):
         with pytest.raises(RegistryError) as raised:
             list(call(registry, "flowers", None, "http://user:s3cret@127.0.0.1:1"))
         message = str(raised.value)

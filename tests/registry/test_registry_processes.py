@@ -76,7 +76,7 @@ def bundles(bundle, tmp_path_factory):
     ]
 
 
-def test_processes_at_once_make_one_history(workers, bundles, tmp_path):
+def test_concurrent_processes_write_one_history(workers, bundles, tmp_path):
     """Three processes add six bundles each, of which two are the same for all."""
     root = tmp_path / "registry"
     shares = [[*bundles[:2], *bundles[2 + 4 * i : 6 + 4 * i]] for i in range(3)]
@@ -111,7 +111,7 @@ def test_processes_at_once_make_one_history(workers, bundles, tmp_path):
     assert not list((root / "tmp").iterdir())
 
 
-def test_killed_processes_leave_a_registry_that_others_go_on_with(workers, bundles, tmp_path):
+def test_killed_processes_leave_a_usable_registry(workers, bundles, tmp_path):
     """SIGKILL at a random moment of the work of several, which go on without the dead."""
     root = tmp_path / "registry"
     shares = [bundles[5 * i : 5 * i + 5] for i in range(4)]

@@ -19,14 +19,14 @@ from fsspec.spec import AbstractFileSystem
 
 from cnn_jax.registry import store as stores
 from cnn_jax.registry.store import (
-    AwayError,
     LocalStore,
+    NoAnswerError,
     RemoteStore,
     StoreError,
-    made_at,
+    check_exclusive_create,
+    creation_time,
     open_store,
-    prove,
-    unique,
+    unique_name,
 )
 from cnn_jax.system.errors import ConfigError
 
@@ -69,7 +69,7 @@ for kind in (Careless, Hasty, Plain):
     fsspec.register_implementation(kind.protocol, kind, clobber=True)
 
 
-def test_a_file_is_made_once_and_never_changed(place):
+def test_a_file_is_created_once(place):
     store = open_store(*place)
     store.create("log/1", b"first")
     with pytest.raises(FileExistsError):
@@ -77,7 +77,7 @@ def test_a_file_is_made_once_and_never_changed(place):
     assert store.read("log/1") == b"first"
 
 
-def test_what_is_not_there_is_not_there(place, tmp_path):
+def test_missing_files_raise_file_not_found(place, tmp_path):
     store = open_store(*place)
     for number in range(2):
         assert store.names("log") == []
@@ -90,7 +90,7 @@ def test_what_is_not_there_is_not_there(place, tmp_path):
         store.write(f"other/{number}", b"")
 
 
-def test_a_folder_lists_what_is_in_it_and_not_what_is_further_down(place):
+def test_names_lists_only_direct_children(place):
     store = open_store(*place)
     for name in ("a/2", "a/1", "a/b/3", "ab/4"):
         store.write(name, b"x")
@@ -102,7 +102,7 @@ def test_a_folder_lists_what_is_in_it_and_not_what_is_further_down(place):
     assert store.names("ab") == []
 
 
-def test_nothing_is_remembered_of_what_was_listed(place):
+def test_listings_are_not_cached(place):
     """Another process writes: neither a listing nor a look at a file may be an old one."""
     reader, writer = open_store(*place), open_store(*place)
     for number in range(1, 4):
@@ -115,7 +115,7 @@ def test_nothing_is_remembered_of_what_was_listed(place):
     assert reader.names("log") == []
 
 
-def test_many_are_read_at_once(place, tmp_path):
+def test_many_files_are_read_in_parallel(place, tmp_path):
     store = open_store(*place)
     for number in range(40):
         store.write(f"log/{number}", b"%d" % number)
@@ -127,23 +127,23 @@ def test_many_are_read_at_once(place, tmp_path):
     assert (tmp_path / "copy").read_bytes() == b"7"
 
 
-def test_a_place_that_keeps_writers_apart_is_proven_and_left_clean(place):
+def test_a_safe_store_passes_the_check(place):
     store = open_store(*place)
-    prove(store)
+    check_exclusive_create(store)
     assert store.names("tmp") == []
 
 
 @pytest.mark.parametrize("protocol", ["careless", "hasty", "plain"])
-def test_a_place_that_does_not_keep_writers_apart_is_refused(protocol):
+def test_an_unsafe_store_is_refused(protocol):
     store = open_store(f"{protocol}://registry")
-    message = rf"^{protocol}://registry lets two writers make the same file, so it cannot hold"
+    message = rf"^{protocol}://registry lets two writers create the same file, so it cannot contain"
     with pytest.raises(StoreError, match=message):
-        prove(store)
+        check_exclusive_create(store)
     assert store.names("tmp") == []
 
 
 @pytest.mark.parametrize("happens", ["never", "unseen"])
-def test_a_place_without_a_clear_answer_is_not_proven(happens):
+def test_a_store_without_clear_answers_fails_the_check(happens):
     """What may happen by chance to one of them is no proof against the place."""
 
     class Silent(MemoryFileSystem):
@@ -155,11 +155,11 @@ def test_a_place_without_a_clear_answer_is_not_proven(happens):
             raise TimeoutError("no answer")
 
     fsspec.register_implementation("silent", Silent, clobber=True)
-    with pytest.raises(AwayError, match=r"^silent://a/tmp/\S+: no answer$"):
-        prove(open_store("silent://a"))
+    with pytest.raises(NoAnswerError, match=r"^silent://a/tmp/\S+: no answer$"):
+        check_exclusive_create(open_store("silent://a"))
 
 
-def test_one_of_many_rivals_without_an_answer_spoils_no_proof():
+def test_one_missing_answer_does_not_fail_the_check():
     """S3 answers a conflict with 409 where it does not want to decide yet."""
     failures = []
 
@@ -173,11 +173,11 @@ def test_one_of_many_rivals_without_an_answer_spoils_no_proof():
             super().pipe_file(path, value, mode, **kwargs)
 
     fsspec.register_implementation("busy", Busy, clobber=True)
-    prove(open_store("busy://a"))
+    check_exclusive_create(open_store("busy://a"))
     assert failures
 
 
-def test_a_service_that_names_the_precondition_in_other_words():
+def test_other_s3_precondition_errors_are_recognised():
     """s3fs knows AWS's words alone; others say the same without saying which condition it was."""
 
     class Other(MemoryFileSystem):
@@ -192,10 +192,10 @@ def test_a_service_that_names_the_precondition_in_other_words():
                 raise OSError(errno.EINVAL, "did not hold") from cause
 
     fsspec.register_implementation("other", Other, clobber=True)
-    prove(open_store("other://a"))
+    check_exclusive_create(open_store("other://a"))
 
 
-def test_a_file_of_a_folder_is_read_only_and_nothing_else_is_left(tmp_path):
+def test_local_files_are_read_only_without_temporary_files(tmp_path):
     store = LocalStore(tmp_path / "registry")
     store.create("log/1", b"first")
     store.write("bundles/a/b", b"second")
@@ -209,7 +209,7 @@ def test_a_file_of_a_folder_is_read_only_and_nothing_else_is_left(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["create", "write"])
-def test_what_is_said_to_be_there_is_on_the_disk(tmp_path, monkeypatch, name):
+def test_created_files_are_synchronized_to_disk(tmp_path, monkeypatch, name):
     """The file before its name, and its name before the call is over."""
     synced = []
 
@@ -235,16 +235,16 @@ def test_a_file_system_without_hard_links_is_refused(tmp_path, monkeypatch, numb
 
     monkeypatch.setattr(os, "link", fail)
     with pytest.raises(StoreError, match=f"^{tmp_path} is on a file system without hard links"):
-        prove(LocalStore(tmp_path))
+        check_exclusive_create(LocalStore(tmp_path))
     assert LocalStore(tmp_path).names("tmp") == []
 
 
-def test_a_link_without_an_answer_may_have_been_made(tmp_path, monkeypatch):
+def test_a_failed_link_is_an_unclear_outcome(tmp_path, monkeypatch):
     def fail(*paths):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "link", fail)
-    with pytest.raises(AwayError, match=f"^{tmp_path}/log/1: Input/output error$"):
+    with pytest.raises(NoAnswerError, match=f"^{tmp_path}/log/1: Input/output error$"):
         LocalStore(tmp_path).create("log/1", b"")
 
 
@@ -265,10 +265,12 @@ class _Full:
 
 
 @pytest.mark.parametrize("name", ["create", "write"])
-def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_new_file(tmp_path, monkeypatch, name):
+def test_a_full_disk_leaves_no_partial_file(tmp_path, monkeypatch, name):
     opened = builtins.open
     monkeypatch.setattr(builtins, "open", lambda path, *args: _Full(opened(path, *args)))
-    with pytest.raises(StoreError, match=r"No space left on device; make room, and give the com"):
+    with pytest.raises(
+        StoreError, match=r"No space left on device; free disk space, then run the com"
+    ):
         getattr(LocalStore(tmp_path), name)("log/1", b"x")
     monkeypatch.undo()
     assert LocalStore(tmp_path).names("tmp") == []
@@ -277,18 +279,18 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_new_file(tmp_path, monk
 
 
 @pytest.mark.parametrize("place", ["/dev/null/registry", "/proc/registry"])
-def test_a_folder_that_cannot_be_made_is_one_line(place):
+def test_an_impossible_folder_is_one_error_line(place):
     with pytest.raises(StoreError, match=r"^/(dev/null: is not a folder|proc/registry: )"):
-        prove(open_store(place))
+        check_exclusive_create(open_store(place))
 
 
-def test_a_file_where_a_folder_should_be_is_not_taken_for_what_was_to_be_made(tmp_path):
+def test_a_file_instead_of_a_folder_is_reported(tmp_path):
     (tmp_path / "log").touch()
     with pytest.raises(StoreError, match=f"^{tmp_path}/log: is not a folder$"):
         LocalStore(tmp_path).create("log/1", b"")
 
 
-def test_a_folder_without_permission_is_one_line():
+def test_a_folder_without_permission_is_one_error_line():
     with tempfile.TemporaryDirectory() as folder:
         pathlib.Path(folder).chmod(0o555)
         was_root = os.geteuid() == 0
@@ -302,7 +304,7 @@ def test_a_folder_without_permission_is_one_line():
                 os.seteuid(0)
 
 
-def test_a_folder_that_may_not_be_written_is_one_line(tmp_path, monkeypatch):
+def test_a_read_only_folder_is_one_error_line(tmp_path, monkeypatch):
     def refuse(path, flags, *mode, **options):
         if flags & os.O_CREAT:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
@@ -332,13 +334,13 @@ def test_the_home_folder_and_this_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["", "nothing://a", "://a"])
-def test_what_is_no_place_is_a_usage_error(url):
+def test_an_invalid_url_is_a_usage_error(url):
     with pytest.raises(ConfigError, match=r"^--registry: ") as raised:
         open_store(url)
     assert "\n" not in str(raised.value)
 
 
-def test_a_library_that_is_missing_is_a_usage_error(monkeypatch):
+def test_a_missing_library_is_a_usage_error(monkeypatch):
     fsspec.register_implementation("absent", "absent.Files", clobber=True, errtxt="Install it")
     with pytest.raises(ConfigError, match=r"^--registry: absent://a cannot be reached: Install it"):
         open_store("absent://a")
@@ -348,14 +350,14 @@ def test_a_library_that_is_missing_is_a_usage_error(monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["zip://{}/none.zip", "zip://x::{}/none.zip", "zip://x::{}/no.zip"])
-def test_a_place_that_is_looked_at_at_once_and_not_there_is_a_usage_error(tmp_path, url):
+def test_a_missing_archive_is_a_usage_error(tmp_path, url):
     (tmp_path / "no.zip").write_text("no zip")
     with pytest.raises(ConfigError, match=r"^--registry: zip://\S+ cannot be reached: ") as raised:
         open_store(url.format(tmp_path))
     assert "\n" not in str(raised.value)
 
 
-def test_a_server_that_is_not_there_is_a_usage_error():
+def test_a_missing_server_is_a_usage_error():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # And nobody listens.
         place = f"ftp://ann:{SECRET}@127.0.0.1:{closed.getsockname()[1]}/registry"
@@ -389,21 +391,21 @@ def _silent_options(port):
     return {"key": "key", "secret": SECRET, "endpoint_url": f"http://127.0.0.1:{port}"}
 
 
-def test_a_store_that_hangs_is_given_up(silent, monkeypatch):
+def test_a_hanging_store_times_out(silent, monkeypatch):
     """Six requests, of ten seconds each where nothing is patched."""
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     assert stores._S3_CONFIG["read_timeout"] * 6 <= 60
     monkeypatch.setitem(stores._S3_CONFIG, "read_timeout", 0.1)
     port, guests = silent
     start = time.monotonic()
-    with pytest.raises(AwayError, match=r"^s3://a/registry\.json: .*imeout") as raised:
+    with pytest.raises(NoAnswerError, match=r"^s3://a/registry\.json: .*imeout") as raised:
         open_store("s3://a", _silent_options(port)).read("registry.json")
     assert "\n" not in str(raised.value)
     assert len(guests) <= 6
     assert time.monotonic() - start < 30
 
 
-def test_the_caller_says_how_long_to_wait_for_a_store(silent):
+def test_the_caller_sets_the_timeout_of_a_store(silent):
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     port, guests = silent
     options = _silent_options(port) | {
@@ -411,7 +413,7 @@ def test_the_caller_says_how_long_to_wait_for_a_store(silent):
     }
     store = open_store("s3://a", options)
     assert store._files.config_kwargs["connect_timeout"] == 5
-    with pytest.raises(AwayError):
+    with pytest.raises(NoAnswerError):
         store.read("registry.json")
     assert len(guests) <= 2
 
@@ -428,8 +430,8 @@ def test_the_caller_says_how_long_to_wait_for_a_store(silent):
         ("a://b:s3cret@c and d:s3cret@e", "a://b:***@c and d:***@e"),
     ],
 )
-def test_what_stands_between_a_name_and_its_host_is_hidden(text, expected):
-    assert stores.hidden(text) == expected
+def test_passwords_in_urls_are_hidden(text, expected):
+    assert stores.hide_passwords(text) == expected
 
 
 def test_a_password_is_not_shown():
@@ -444,13 +446,13 @@ def test_a_password_is_not_shown():
     ("error", "kind", "reason"),
     [
         (PermissionError("Access\n Denied"), StoreError, "Access Denied"),
-        (TimeoutError(), AwayError, "TimeoutError"),
-        (ValueError("\x1b[31mBad Request"), AwayError, r"\\x1b\[31mBad Request"),
-        (Exception("boto's own"), AwayError, "boto's own"),
-        (OSError(f"GET ftp://ann:{SECRET}@host/a"), AwayError, r"GET ftp://ann:\*\*\*@host/a"),
+        (TimeoutError(), NoAnswerError, "TimeoutError"),
+        (ValueError("\x1b[31mBad Request"), NoAnswerError, r"\\x1b\[31mBad Request"),
+        (Exception("boto's own"), NoAnswerError, "boto's own"),
+        (OSError(f"GET ftp://ann:{SECRET}@host/a"), NoAnswerError, r"GET ftp://ann:\*\*\*@host/a"),
     ],
 )
-def test_whatever_a_library_raises_becomes_one_line(monkeypatch, error, kind, reason):
+def test_all_library_errors_become_one_line(monkeypatch, error, kind, reason):
     def fail(*args, **kwargs):
         raise error
 
@@ -470,8 +472,8 @@ def test_whatever_a_library_raises_becomes_one_line(monkeypatch, error, kind, re
         assert type(raised.value) is kind
 
 
-def test_a_star_in_a_name_is_no_pattern(tmp_path):
-    store = open_store(f"memory://{unique()}/a*")
+def test_a_star_in_a_name_is_not_a_pattern(tmp_path):
+    store = open_store(f"memory://{unique_name()}/a*")
     other = open_store(store.url.replace("a*", "ab"))
     for one in (store, other):
         one.write("bundles/1/x", b"")
@@ -480,30 +482,30 @@ def test_a_star_in_a_name_is_no_pattern(tmp_path):
     assert other.names("bundles") == ["1"]
 
 
-def test_a_bucket_that_is_not_there_is_one_line(s3):
+def test_a_missing_bucket_is_one_error_line(s3):
     store = open_store("s3://nowhere/registry", s3)
     assert store.names("log") == []
-    with pytest.raises(AwayError, match=r"^s3://nowhere/registry/tmp/\S+: .*bucket"):
-        prove(store)
+    with pytest.raises(NoAnswerError, match=r"^s3://nowhere/registry/tmp/\S+: .*bucket"):
+        check_exclusive_create(store)
 
 
-def test_a_unique_name_says_when_it_was_made():
+def test_a_unique_name_has_its_creation_time():
     now = datetime.datetime.now(datetime.UTC)
-    names = {unique() for _ in range(1000)}
+    names = {unique_name() for _ in range(1000)}
     assert len(names) == 1000
-    for name in (*names, f"abc-{unique()}"):
+    for name in (*names, f"abc-{unique_name()}"):
         assert re.fullmatch(r"(abc-)?\d{8}T\d{6}Z-[0-9a-f]{16}", name)
-        assert abs(made_at(name) - now) < datetime.timedelta(seconds=60)
+        assert abs(creation_time(name) - now) < datetime.timedelta(seconds=60)
 
 
 @pytest.mark.parametrize(
     "name", ["", "notes.txt", "20260102T030405Z", "20269902T030405Z-0123456789abcdef", ".nfs01"]
 )
-def test_any_other_name_does_not(name):
-    assert made_at(name) is None
+def test_other_names_have_no_creation_time(name):
+    assert creation_time(name) is None
 
 
-def test_threads_of_a_process_are_kept_apart_in_its_memory():
+def test_the_memory_store_is_safe_for_threads():
     """What fsspec does in memory is look and write as well; the lock is ours."""
 
     class Slow(MemoryFileSystem):
@@ -517,5 +519,5 @@ def test_threads_of_a_process_are_kept_apart_in_its_memory():
     fsspec.register_implementation("memory2", Slow, clobber=True)
     store = open_store("memory2://a")
     assert isinstance(store, RemoteStore)
-    assert store._turn is stores._MEMORY
-    prove(store)
+    assert store._lock is stores._MEMORY
+    check_exclusive_create(store)

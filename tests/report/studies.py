@@ -1,4 +1,4 @@
-"""Studies as the command leaves them, for the tests of their page."""
+"""Example studies in the format of the tune command, for tests of the page."""
 
 import math
 
@@ -40,7 +40,7 @@ def make_study(
     monitor="validation_accuracy",
     states=("complete", "pruned", "pruned", "complete", "pruned", "failed"),
 ):
-    """A study as the command leaves it; the learning rate decides most."""
+    """A study in the format of the tune command; the learning rate has most influence."""
     rng = np.random.default_rng(0)
     space = dict(list(SPACE.items())[:parameters])
     is_loss = monitor.endswith("loss")
@@ -104,7 +104,7 @@ def make_study(
 
 
 def all_alike(study):
-    """Every trial with the same value in every epoch."""
+    """Makes all trials have the same value in every epoch."""
     for trial in study["trials"]:
         if trial["curve"]:
             trial["value"] = 0.9

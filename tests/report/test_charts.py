@@ -3,15 +3,16 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cnn_jax.inference import calibration
-from cnn_jax.report import charts, style
+from cnn_jax.report import charts, explanations, qualities, style
 
 
 def _drawn(path, plot, size=style.SIZE, dpi=40):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Such as of a character that the font lacks.
+        warnings.simplefilter("error")  # For example about a character that the font lacks.
         style.draw(path, plot, size, dpi)
     for theme in style.THEMES:
         assert np.asarray(Image.open(path.with_stem(path.stem + theme.suffix)))[..., 3].any()
@@ -19,14 +20,14 @@ def _drawn(path, plot, size=style.SIZE, dpi=40):
 
 
 def _confusions(groups, likely=0.2):
-    """A matrix in which the classes of a group are taken for each other."""
+    """A matrix in which the classes of a group are confused with each other."""
     groups = np.array(groups)
     shares = np.where(groups[:, None] == groups, likely, 0.0)
     np.fill_diagonal(shares, 1)
     return np.rint(100 * shares).astype(int)
 
 
-def test_confused_classes_stand_together():
+def test_confused_classes_are_adjacent():
     groups = [0, 1, 2, 0, 1, 2, 0, 1]
     order = charts.confusion_order(_confusions(groups))
     assert sorted(order) == list(range(8))
@@ -34,29 +35,29 @@ def test_confused_classes_stand_together():
     assert changes == 2
 
 
-def test_shares_of_a_class_count_and_not_images():
-    """Half of the few images of classes 2 and 3 draws nearer than 3 % of many."""
+def test_class_order_uses_fractions_and_not_counts():
+    """Half of the few images of classes 2 and 3 weighs more than 3 % of many images."""
     matrix = np.array([[970, 30, 0, 0], [0, 1000, 0, 0], [5, 0, 5, 0], [4, 0, 0, 6]])
-    place = np.argsort(charts.confusion_order(matrix))
-    assert abs(place[0] - place[2]) == 1
-    assert abs(place[0] - place[3]) == 1
+    positions = np.argsort(charts.confusion_order(matrix))
+    assert abs(positions[0] - positions[2]) == 1
+    assert abs(positions[0] - positions[3]) == 1
 
 
-def test_classes_without_confusions_stay_as_they_are():
+def test_classes_without_confusions_keep_their_order():
     assert charts.confusion_order(np.diag([3, 2, 5, 0])) == [0, 1, 2, 3]
     assert charts.confusion_order(np.array([[3, 1], [0, 2]])) == [0, 1]
     matrix = _confusions([0, 1, 0, 2, 0])
     assert charts.confusion_order(matrix)[3:] == [1, 3]
 
 
-def test_shares_of_a_class_without_images_are_zero():
+def test_row_fractions_without_images_are_zero():
     np.testing.assert_array_equal(
-        charts.row_shares(np.array([[3, 1], [0, 0]])), [[0.75, 0.25], [0, 0]]
+        charts.row_fractions(np.array([[3, 1], [0, 0]])), [[0.75, 0.25], [0, 0]]
     )
 
 
 @pytest.mark.parametrize("count", [2, 20, 43, 201])
-def test_confusions_of_any_number_of_classes_are_drawn(count, tmp_path):
+def test_confusion_matrix_is_drawn_for_any_class_count(count, tmp_path):
     matrix = _confusions(np.arange(count) // 3)
     matrix[0] = 0  # A class without images.
     names = style.tick_names([f"class $x^{i}" for i in range(count)])
@@ -65,13 +66,13 @@ def test_confusions_of_any_number_of_classes_are_drawn(count, tmp_path):
         plot = functools.partial(charts.confusion, matrix, names, normalized)
         width, height = _drawn(tmp_path / "a.png", plot, size)
         assert (width, height) == (int(size[0] * 40), int(size[1] * 40))
-    # So that names do not overlap, a class has as much room as a line of them.
+    # Names do not overlap if a class has the height of a line of text.
     points = 72 * (size[1] - 0.5) / count
     assert count > 200 or points > (8.5 if count <= 60 else 6.5)
 
 
-def test_numbers_of_cells_are_short_and_honest():
-    assert [charts._short_share(share) for share in (0.002, 0.25, 0.996, 1.0)] == [
+def test_cell_numbers_are_short_and_never_round_to_0_or_100():
+    assert [charts._short_fraction(share) for share in (0.002, 0.25, 0.996, 1.0)] == [
         *("<1", "25", ">99", "100"),
     ]
     assert [charts._short_count(count) for count in (7.0, 9999.0, 123456.0)] == [
@@ -80,7 +81,7 @@ def test_numbers_of_cells_are_short_and_honest():
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 30])
-def test_curves_of_any_length_are_drawn(epochs, tmp_path):
+def test_learning_curves_of_any_length_are_drawn(epochs, tmp_path):
     values = np.linspace(0.1, 0.9, epochs).tolist()
     curves = {"epoch": list(range(1, epochs + 1)), "best_epoch": epochs, "learning_rate": values}
     for split in ("train", "validation"):
@@ -92,7 +93,7 @@ def test_curves_of_any_length_are_drawn(epochs, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 200])
 @pytest.mark.parametrize("is_right", [False, True])
-def test_confidence_is_drawn_for_few_images_and_for_many(count, is_right, tmp_path):
+def test_calibration_charts_are_drawn_for_any_image_count(count, is_right, tmp_path):
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(3), count)
     labels = (probabilities.argmax(axis=1) + (not is_right)) % 3
@@ -105,8 +106,51 @@ def test_confidence_is_drawn_for_few_images_and_for_many(count, is_right, tmp_pa
     _drawn(tmp_path / "a.png", functools.partial(charts.coverage, covered))
 
 
-def test_a_name_that_cannot_be_drawn_is_a_number():
+def test_names_that_cannot_be_drawn_become_numbers():
     names = ["ring", "猫", "é", "عربى", "", " ", "a\nb", "\udcff", "x" * 40, "$a_1$"]
     assert style.tick_names(names) == [
         *("ring", "#1", "é", "#3", "#4", "#5", "#6", "#7", "x" * 23 + "…", "$a_1$"),
     ]
+
+
+def test_loss_axis_has_room_above_highest_loss():
+    """The lowest and highest loss are close, so Matplotlib's own margin would be too small."""
+    curves = {"epoch": [1, 2], "best_epoch": 2}
+    curves |= {"train_loss": [0.9, 0.7], "validation_loss": [0.8, 0.7]}
+    figure = Figure()
+    charts.learning(curves, "loss", figure, style.THEMES[0])
+    low, high = figure.axes[0].get_ylim()
+    assert low == 0
+    assert high > 1.05 * 0.9
+
+
+def test_region_map_shows_digits_of_small_values():
+    def drawn_texts(scale):
+        regions = {"loss_gained": [[0.041 * scale, -0.0001 * scale], [0.012 * scale, 0.0]]}
+        figure = Figure()
+        explanations.charts({"explanations": {"regions": regions, "features": {}}})["regions"].plot(
+            figure, style.THEMES[0]
+        )
+        return [text.get_text() for text in figure.axes[0].texts]
+
+    assert drawn_texts(1) == ["0.041", "0.000", "0.012", "0.000"]
+    assert drawn_texts(10) == ["0.41", "0.00", "0.12", "0.00"]
+
+
+def test_quality_with_equal_values_has_one_number():
+    """All images have the same resolution, so the bin has no range."""
+    interval = [0.5, 0.7]
+    bins = [
+        {
+            "from": 187_500,
+            "to": 187_500,
+            "count": 9,
+            "accuracy": 0.6,
+            "confidence_interval": interval,
+        }
+    ]
+    figure = Figure()
+    qualities._plot_by_quality({"resolution": bins}, figure, style.THEMES[0])
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["187,500"]
+    assert qualities._range_label(10.2, 20.0) == "10-\n20"

@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 import json
 import os
@@ -5,12 +6,13 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cnn_jax.data.files import open_folder
 from cnn_jax.data.splits import Division
 from cnn_jax.data.survey import survey
-from cnn_jax.report import inspection
+from cnn_jax.report import inspection, style
 
 HOSTILE = (
     '<script>alert("1")<',
@@ -23,7 +25,7 @@ HOSTILE = (
 
 
 class _Parser(html.parser.HTMLParser):
-    """Collects the elements, their text, and the files that the page names."""
+    """Collects the elements, their text, and the names of files on the page."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +56,7 @@ def _image(seed, size=(12, 8)):
 
 @pytest.fixture
 def hostile_folder(tmp_path):
-    """A class of five images for each hostile name, and files with these names."""
+    """For each hostile name, a class of five images and files with this name."""
     root = tmp_path / "data"
     for number, name in enumerate(HOSTILE):
         (root / name).mkdir(parents=True)
@@ -68,12 +70,12 @@ def hostile_folder(tmp_path):
 def _written(root, folder, **options):
     folder.mkdir()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Such as of a character that a font lacks.
+        warnings.simplefilter("error")  # For example about a character that a font lacks.
         inspection.write_page(survey(open_folder(root), Division(), **options), folder)
     return _parsed(folder)
 
 
-def test_hostile_names_are_text(hostile_folder, tmp_path):
+def test_hostile_names_are_escaped(hostile_folder, tmp_path):
     page = _written(hostile_folder, tmp_path / "page")
     assert not {"script", "iframe", "object", "svg", "b"} & set(page.elements)
     for shown in (
@@ -89,7 +91,7 @@ def test_hostile_names_are_text(hostile_folder, tmp_path):
         assert page.cells.count(shown) == 1  # In the table of classes.
 
 
-def test_every_file_that_the_page_names_is_there(hostile_folder, tmp_path):
+def test_all_files_named_on_page_exist(hostile_folder, tmp_path):
     page = _written(hostile_folder, tmp_path / "page")
     written = {path.name for path in (tmp_path / "page").iterdir()}
     assert set(page.files) <= written
@@ -101,7 +103,7 @@ def test_every_file_that_the_page_names_is_there(hostile_folder, tmp_path):
             Image.open(tmp_path / "page" / name).load()
 
 
-def test_the_json_has_all_that_the_page_cuts_short(tmp_path):
+def test_json_has_complete_lists(tmp_path):
     root = tmp_path / "data"
     for name in ("a", "b"):
         (root / name).mkdir(parents=True)
@@ -110,7 +112,7 @@ def test_the_json_has_all_that_the_page_cuts_short(tmp_path):
         (root / name / "bad.png").write_bytes(b"")
     page = _written(root, tmp_path / "page")
     assert "and 10 more" in page.text
-    # Each set of the first 50 shows its two images, which are equal, side by side.
+    # Each of the first 50 sets shows its two equal images side by side.
     pictures = sorted((tmp_path / "page").glob("exact_*.png"))
     assert {path.name for path in pictures} < set(page.files)
     assert len(pictures) == 50
@@ -123,7 +125,7 @@ def test_the_json_has_all_that_the_page_cuts_short(tmp_path):
     assert found == survey(open_folder(root), Division()).to_dict()
 
 
-def test_the_page_is_the_same_each_time(image_folder, tmp_path):
+def test_page_is_reproducible(image_folder, tmp_path):
     contents = []
     for name in ("first", "second"):
         _written(image_folder, tmp_path / name)
@@ -132,7 +134,7 @@ def test_the_page_is_the_same_each_time(image_folder, tmp_path):
     assert contents[0] == contents[1]
 
 
-def test_a_page_of_nothing_readable_can_be_written(tmp_path):
+def test_page_without_readable_images_is_written(tmp_path):
     root = tmp_path / "data"
     for name in ("a", "b"):
         (root / name).mkdir(parents=True)
@@ -142,7 +144,7 @@ def test_a_page_of_nothing_readable_can_be_written(tmp_path):
     assert "is not an image of a known format" in page.text
 
 
-def test_a_contact_sheet_keeps_shapes_and_the_choice_of_images(tmp_path):
+def test_contact_sheet_keeps_shapes_and_choice_of_images(tmp_path):
     root = tmp_path / "data"
     for name, size in (("tall", (2, 400)), ("wide", (300, 100))):
         (root / name).mkdir(parents=True)
@@ -161,10 +163,10 @@ def test_a_contact_sheet_keeps_shapes_and_the_choice_of_images(tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "page" / "class_001.png"))
     assert sheet.shape == (4 * 96 + 3 * 6, 6 * 96 + 5 * 6, 4)
     rows = np.flatnonzero(sheet[:96, :96, 3].any(axis=1))
-    assert (rows.min(), rows.max()) == (32, 63)  # 96 x 32, in the middle.
+    assert (rows.min(), rows.max()) == (32, 63)  # 96 x 32 pixels, centred.
 
 
-def test_an_image_that_has_gone_leaves_its_place_empty(image_folder, tmp_path):
+def test_missing_image_leaves_an_empty_square(image_folder, tmp_path):
     root = tmp_path / "data"
     for name in ("a", "b"):
         (root / name).mkdir(parents=True)
@@ -176,7 +178,7 @@ def test_an_image_that_has_gone_leaves_its_place_empty(image_folder, tmp_path):
     assert not np.asarray(Image.open(tmp_path / "page" / "class_000.png")).any()
 
 
-def test_of_very_many_classes_the_largest_and_the_smallest_are_shown():
+def test_table_of_many_classes_shows_largest_and_smallest():
     counts = np.arange(3000).reshape(1000, 3)
     rows = inspection.class_rows(counts)
     assert len(rows) == 201
@@ -188,7 +190,7 @@ def test_of_very_many_classes_the_largest_and_the_smallest_are_shown():
 
 
 @pytest.mark.parametrize("max_points", [0, 2000])
-def test_sizes_that_differ_much_have_a_chart(max_points, monkeypatch, tmp_path):
+def test_very_different_sizes_have_a_chart(max_points, monkeypatch, tmp_path):
     monkeypatch.setattr(inspection, "_MAX_POINTS", max_points)
     root = tmp_path / "data"
     for name in ("a", "b"):
@@ -197,3 +199,13 @@ def test_sizes_that_differ_much_have_a_chart(max_points, monkeypatch, tmp_path):
             _image(i, size).save(root / name / f"{i}.png")
     page = _written(root, tmp_path / "page")
     assert {"resolutions.png", "resolutions_dark.png", "aspect_ratios.png"} <= set(page.files)
+
+
+def test_grey_level_ticks_are_evenly_spaced_as_printed(image_folder):
+    found = survey(open_folder(image_folder), Division())
+    found = dataclasses.replace(found, levels=np.ones((3, 256), int))
+    figure = Figure()
+    inspection._plot_levels(found, figure, style.THEMES[0])
+    axis = figure.axes[0].yaxis
+    printed = [float(axis.get_major_formatter()(tick, 0)) for tick in axis.get_majorticklocs()]
+    assert np.ptp(np.diff(printed)) == pytest.approx(0, abs=1e-9)

@@ -5,7 +5,7 @@ from cnn_jax.report import label_errors
 
 
 def _noisy():
-    """Labels of which some are wrong, and probabilities that mostly know better."""
+    """Labels of which some are wrong, and probabilities that are mostly correct."""
     rng = np.random.default_rng(0)
     true = rng.integers(0, 4, 60)
     labels = true.copy()
@@ -16,50 +16,50 @@ def _noisy():
     return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), labels
 
 
-def test_a_case_by_hand():
+def test_suspects_match_values_by_hand():
     probabilities = np.array(
         [[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.1, 0.9], [0.3, 0.7], [0.55, 0.45]]
     )
     labels = np.array([0, 0, 0, 1, 1, 1])
     # Mean self-confidence: (0.9 + 0.7 + 0.2) / 3 and (0.9 + 0.7 + 0.45) / 3.
     assert label_errors.thresholds(probabilities, labels) == pytest.approx([0.6, 0.68333333])
-    # Image 2 is above the threshold of class 1; image 5, taken for 0 with 0.55, is below 0's.
+    # Image 2 is above the threshold of class 1; image 5 has 0.55 for class 0, below its threshold.
     found = label_errors.find(probabilities, labels)
     assert found.rows.tolist() == [2]
     assert found.suggested.tolist() == [1]
     assert found.margin == pytest.approx([0.2 - 0.8])
 
 
-def test_the_label_that_is_likeliest_is_not_suspect():
-    """Even if the network is surer than usual that it is another class."""
+def test_most_probable_label_is_not_suspect():
+    """Another class may have an unusually high probability."""
     probabilities = np.array([[0.9, 0.1], [0.55, 0.45], [0.6, 0.4], [0.6, 0.4]])
     labels = np.array([0, 0, 1, 1])
     assert label_errors.thresholds(probabilities, labels) == pytest.approx([0.725, 0.4])
     assert not len(label_errors.find(probabilities, labels).rows)
 
 
-def test_only_a_class_that_the_network_is_sure_of_is_suggested():
+def test_suggested_class_is_above_its_threshold():
     probabilities = np.array([[0.9, 0.05, 0.05], [0.2, 0.3, 0.5], [0.5, 0.35, 0.15]])
     found = label_errors.find(probabilities, np.array([0, 1, 2]))
-    # Class 0 is the likeliest of image 2, and far below its threshold of 0.9.
+    # For image 2, class 0 has the highest probability, but that is far below its threshold of 0.9.
     assert dict(zip(found.rows.tolist(), found.suggested.tolist(), strict=True))[2] == 1
 
 
-def test_the_result_of_cleanlab():
-    # Of cleanlab 2.9.0, which is no dependency:
+def test_suspects_match_cleanlab():
+    # The result of cleanlab 2.9.0, which is not a dependency:
     # find_label_issues(labels, probabilities, filter_by="confident_learning",
     #                   return_indices_ranked_by="normalized_margin")
     probabilities, labels = _noisy()
     assert label_errors.find(probabilities, labels).rows.tolist() == [32, 2, 18, 44, 58, 31]
 
 
-def test_float32_makes_no_difference():
+def test_float32_gives_the_same_suspects():
     probabilities, labels = _noisy()
     found = label_errors.find(probabilities.astype(np.float32), labels)
     np.testing.assert_array_equal(found.rows, label_errors.find(probabilities, labels).rows)
 
 
-def test_a_class_without_images_is_never_suggested():
+def test_class_without_images_is_never_suggested():
     probabilities = np.array([[0.1, 0.0, 0.9], [0.8, 0.1, 0.1], [0.2, 0.7, 0.1]])
     labels = np.array([0, 0, 1])
     assert np.isinf(label_errors.thresholds(probabilities, labels)[2])

@@ -11,7 +11,7 @@ from cnn_jax.report import parallel, style
 LIGHT = style.THEMES[0]
 
 
-def test_places_on_the_axes_are_those_worked_out_by_hand():
+def test_positions_on_axes_match_values_by_hand():
     space = {
         "rate": {"kind": "float", "low": 1e-4, "high": 1.0, "log": True},
         "size": {"kind": "categorical", "choices": [16, "a", False]},
@@ -21,7 +21,7 @@ def test_places_on_the_axes_are_those_worked_out_by_hand():
     parameters = [
         {"rate": 1e-3, "size": 16, "dropout": 0.1, "layers": 32},
         {"rate": 1.0, "size": False, "dropout": 0.5, "layers": 1},
-        {"layers": 1024, "dropout": 0.0, "size": "a", "rate": 1e-4},  # In another order.
+        {"layers": 1024, "dropout": 0.0, "size": "a", "rate": 1e-4},  # Another order of keys.
         {"size": "gone"},
     ]
     trials = [
@@ -41,11 +41,11 @@ def test_places_on_the_axes_are_those_worked_out_by_hand():
         [0.0, 0.5, 0.0, 1.0, 0.0],
         [nan, nan, nan, nan, 0.5],
     ]
-    np.testing.assert_allclose(parallel.places(study, trials), expected, atol=1e-12)
+    np.testing.assert_allclose(parallel.line_positions(study, trials), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("monitor", ["validation_accuracy", "validation_loss"])
-def test_the_better_a_trial_the_stronger_and_the_higher_its_line(monitor):
+def test_better_trials_have_stronger_and_higher_lines(monitor):
     study = make_study(40, 3, monitor)
     figure = Figure()
     parallel.parallel(study, figure, LIGHT)
@@ -55,13 +55,13 @@ def test_the_better_a_trial_the_stronger_and_the_higher_its_line(monitor):
     assert len(complete) == study["cost"]["complete"] - 1
     is_loss = monitor.endswith("loss")
     ends = [line.get_ydata()[-1] for line in complete]
-    assert ends == sorted(ends, reverse=is_loss)  # As they are drawn, the best last.
+    assert ends == sorted(ends, reverse=is_loss)  # The best trial is drawn last.
     assert best.get_ydata()[-1] == (0 if is_loss else 1)
     reds = [to_rgba(line.get_color())[0] for line in complete]
     assert reds == sorted(reds, reverse=True)  # The ramp goes from light to dark.
     assert reds[0] > reds[-1] + 0.1
 
 
-def test_names_of_choices_lose_their_middle():
-    assert parallel._cut("(16, 32, 64, 128)", 9) == "(16,…128)"
-    assert parallel._cut("short", 5) == "short"
+def test_long_choices_are_shortened_in_the_middle():
+    assert parallel._shorten("(16, 32, 64, 128)", 9) == "(16,…128)"
+    assert parallel._shorten("short", 5) == "short"

@@ -17,12 +17,12 @@ from cnn_jax.data import no_track, pipeline
 from cnn_jax.inference import calibration
 from cnn_jax.inference.bundle import read_bundle, write_bundle
 from cnn_jax.inference.evaluation import open_as_trained, predict_split
-from cnn_jax.inference.predictor import Predictor
-from cnn_jax.report import run_report, sections, thumbnails
+from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.report import run_report, sections, texts, thumbnails
 from cnn_jax.report.run import read_run
 from cnn_jax.report.run_report import write_report
 from cnn_jax.system.console import Console
-from cnn_jax.system.errors import ConfigError
+from cnn_jax.system.errors import ConfigError, DataError
 from cnn_jax.training import run_directory
 from cnn_jax.training.loop import train_and_evaluate
 
@@ -30,7 +30,7 @@ SECTIONS = {
     *("guessing", "curves", "confusion", "calibration", "coverage", "mistakes", "label_errors"),
     "augmentation",
 }
-# What takes longer than all the others; few tests wait for it.
+# The slow sections; few tests compute them.
 FULL = {"explanations", "robustness"}
 HOSTILE = (
     '<script>alert("1")<',
@@ -43,7 +43,7 @@ HOSTILE = (
 
 
 class _Parser(html.parser.HTMLParser):
-    """Collects the elements, the text that is shown, the images, and the values of cells."""
+    """Collects the elements, the visible text, the images, and the sort keys of cells."""
 
     def __init__(self):
         super().__init__()
@@ -117,13 +117,13 @@ def _config(image_folder, **changes):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of the finished run, to be spoiled."""
+    """A copy of the finished run that a test may change."""
     return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
 def reported(finished, tmp_path_factory):
-    """A finished run with its whole report."""
+    """A finished run with a complete report."""
     workdir = shutil.copytree(finished, tmp_path_factory.mktemp("reported") / "run")
     write_report(workdir)
     return pathlib.Path(workdir)
@@ -131,7 +131,7 @@ def reported(finished, tmp_path_factory):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Charts of one pixel, where they are not the point."""
+    """Draws charts of one pixel, for tests that do not look at charts."""
 
     def draw(path, *_):
         for theme in run_report.style.THEMES:
@@ -146,17 +146,17 @@ def _written(workdir):
 
 
 def _change_bundle(workdir, **data):
-    """Changes what the bundle says of its data."""
+    """Changes entries about the data in the bundle."""
     path = workdir / "bundle" / "bundle.json"
     description = json.loads(path.read_text())
     description["data"] |= data
     path.write_text(json.dumps(description))
 
 
-# What is in it.
+# Content.
 
 
-def test_the_sections_are_added_to_the_figures(finished, reported):
+def test_metrics_json_has_all_sections(finished, reported):
     before, after = _metrics(finished), _metrics(reported)
     assert {split: after[split] for split in before} == before
     assert set(after) == {
@@ -181,17 +181,17 @@ def test_the_sections_are_added_to_the_figures(finished, reported):
     }
 
 
-def test_the_page_needs_nothing_else(reported):
+def test_page_needs_no_other_file(reported):
     page = _parsed(reported / "report" / "index.html")
     assert all(image.startswith("data:image/png;base64,") for image in page.images)
     assert not {"iframe", "object", "svg"} & set(page.elements)
-    assert page.elements.count("link") == 1  # Its icon, which is empty.
+    assert page.elements.count("link") == 1  # The icon, which is empty.
     policy = (reported / "report" / "index.html").read_text("utf-8")
     assert "default-src 'none'; img-src data:" in policy
 
 
 def _forms(value):
-    """How a page may write a number."""
+    """The texts by which a page may show a number."""
     if isinstance(value, int):
         yield f"{value:,}"
         yield str(value)
@@ -207,7 +207,7 @@ _NUMBER = re.compile(r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
 
 
 def _numbers(tree):
-    """All numbers of metrics.json, as a page may write them, and those in its words."""
+    """All numbers of metrics.json as a page may show them, and the numbers in its texts."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from _NUMBER.findall(key)
@@ -221,7 +221,7 @@ def _numbers(tree):
         yield from _forms(tree)
 
 
-def test_every_number_of_the_page_is_in_the_json(reported):
+def test_numbers_on_page_are_in_metrics_json(reported):
     figures = _metrics(reported)
     page = _parsed(reported / "report" / "index.html")
     shown = set(_NUMBER.findall(page.text))
@@ -229,7 +229,7 @@ def test_every_number_of_the_page_is_in_the_json(reported):
     assert shown - set(_numbers(figures)) == set()
     rows = figures["test"]["per_class"]
     train = figures["train"]["per_class"]
-    of_classes = [
+    class_values = [
         value
         for name, row in rows.items()
         for value in (
@@ -237,7 +237,7 @@ def test_every_number_of_the_page_is_in_the_json(reported):
             *(row["support"], train[name]["support"]),
         )
     ]
-    assert page.values[: len(of_classes)] == of_classes
+    assert page.values[: len(class_values)] == class_values
     for split in ("train", "validation", "test"):
         for key in ("accuracy", "precision", "recall", "f1"):
             low, high = figures[split]["confidence_intervals"][key]
@@ -246,7 +246,7 @@ def test_every_number_of_the_page_is_in_the_json(reported):
 
 
 @pytest.mark.parametrize("temperature", [100, None])
-def test_the_page_says_so_if_scaling_made_calibration_worse(finished, tmp_path, temperature):
+def test_page_reports_that_scaling_made_calibration_worse(finished, tmp_path, temperature):
     shutil.copytree(finished, tmp_path / "run")
     if temperature:
         path = tmp_path / "run" / "bundle" / "bundle.json"
@@ -262,10 +262,10 @@ def test_the_page_says_so_if_scaling_made_calibration_worse(finished, tmp_path, 
     assert ("Scaling made the calibration error" in _parsed(page).text) == is_worse
 
 
-def test_the_figures_are_those_of_the_network(reported):
-    """By the functions that measure, on the probabilities of the test split."""
+def test_sections_agree_with_direct_measurement(reported):
+    """The expected values come from the measuring functions, applied to the test split."""
     figures = _metrics(reported)
-    predictor = Predictor.load(reported / "bundle")
+    predictor = BundlePredictor.load(reported / "bundle")
     dataset = open_as_trained(predictor)
     indices = dataset.splits["test"]
     probabilities = predict_split(predictor, dataset.loader, indices)
@@ -297,7 +297,7 @@ def test_the_figures_are_those_of_the_network(reported):
         assert confidences == sorted(confidences)
 
 
-def test_pairs_are_counted_and_have_their_images(reported):
+def test_confused_pairs_have_counts_and_examples(reported):
     figures = _metrics(reported)
     names, matrix = list(figures["test"]["per_class"]), figures["test"]["confusion"]
     pairs = figures["confusion"]["pairs"]
@@ -314,8 +314,8 @@ def test_pairs_are_counted_and_have_their_images(reported):
             assert (shown["true"], shown["predicted"]) == (pair["true"], pair["predicted"])
 
 
-def test_pairs_are_in_the_order_of_their_counts(reported):
-    """Of equal ones, first the pair whose true class loses the larger share."""
+def test_confused_pairs_are_sorted_by_count(reported):
+    """Pairs with equal counts are sorted by the fraction of the true class."""
     run = read_run(reported, no_track)
     test = run.figures["test"] | {"confusion": [[5, 3, 0], [1, 97, 2], [2, 0, 4]]}
     run = dataclasses.replace(run, network=None, figures={"test": test})
@@ -326,7 +326,7 @@ def test_pairs_are_in_the_order_of_their_counts(reported):
     assert [pair["share"] for pair in pairs] == [3 / 8, 2 / 6, 2 / 100, 1 / 100]
 
 
-def test_suspects_are_named_by_the_image_they_are(reported):
+def test_suspected_labels_have_ids_and_suggestions(reported):
     run = read_run(reported, no_track)
     assert run.network is not None
     certain = {
@@ -343,7 +343,7 @@ def test_suspects_are_named_by_the_image_they_are(reported):
         expected[run.network.source.ids[position]] = run.network.class_names[label - 1]
     network = dataclasses.replace(run.network, probabilities=certain)
     found = sections.suspected_labels(dataclasses.replace(run, network=network))
-    # Of the others the network is sure to 0.7.
+    # For all other images the network has a confidence of 0.7.
     assert found["ids"] == list(expected)[::-1]
     assert {shown["id"]: shown["predicted"] for shown in found["examples"]} == expected
     assert [shown["split"] for shown in found["examples"]] == ["test", "validation"]
@@ -354,8 +354,8 @@ def test_suspects_are_named_by_the_image_they_are(reported):
     assert (found["suspected"], found["credible"]) == (1, True)
 
 
-def test_the_batch_is_that_of_the_training(reported):
-    """The first one of the stream that `train` makes with the run's seed."""
+def test_augmented_images_are_the_first_training_batch(reported):
+    """The stream has the seed and settings of the run."""
     run = read_run(reported, no_track)
     assert run.network is not None
     stream = pipeline.training_batches(
@@ -371,49 +371,55 @@ def test_the_batch_is_that_of_the_training(reported):
     shown = sorted((reported / "report" / "examples").glob("augmented_*.png"))
     for path, pixels in zip(shown, batch["image"], strict=True):
         right = np.asarray(Image.open(path).convert("RGB"))[:, -144:]
-        np.testing.assert_array_equal(right, np.asarray(thumbnails.fitted(pixels, 144)))
+        np.testing.assert_array_equal(right, np.asarray(thumbnails.fit_to_square(pixels, 144)))
     names = [run.network.class_names[label] for label in batch["label"]]
     assert _metrics(reported)["augmentation"]["classes"] == names
 
 
-def test_images_are_large_enough_to_be_recognised(reported):
+def test_example_images_have_144_pixels(reported):
     figures = _metrics(reported)
     names = {shown["picture"] for shown in figures["mistakes"]["unsure"]}
     assert names
     for name in names:
         assert max(Image.open(reported / "report" / name).size) == 144
     pairs = sorted((reported / "report" / "examples").glob("augmented_*.png"))
-    assert len(pairs) == 8 == len(figures["augmentation"]["classes"])  # The batch's size.
+    assert len(pairs) == 8 == len(figures["augmentation"]["classes"])  # The batch size.
     pixels = np.asarray(Image.open(pairs[0]).convert("RGB"))
     assert pixels.shape == (144, 2 * 144 + 4, 3)
     assert not np.array_equal(pixels[:, :144], pixels[:, -144:])
 
 
-def test_mistakes_are_sure_from_a_threshold_on(reported):
+def test_mistakes_are_divided_by_a_confidence_threshold(reported):
     found = _metrics(reported)["mistakes"]
     assert found["sure_threshold"] == pytest.approx(1 / 3 + 0.75 * 2 / 3)
     is_sure = [shown["confidence"] >= found["sure_threshold"] for shown in found["wrong"]]
     assert sum(is_sure) == found["num_sure"]
     text = _parsed(reported / "report" / "index.html").text
-    none = "None: no wrong test image has a confidence of 83.3 % or more." in text
+    none = (
+        "None: no wrong test image has a confidence of 83.3 % or more. This limit is three" in text
+    )
     assert none == (found["num_sure"] == 0 < found["num_wrong"])
 
 
-def test_a_small_test_split_has_a_command_that_repeats_the_run(run):
+def test_small_test_split_shows_command_for_more_seeds(run):
     text = _written(run).text
     small = _metrics(run)["summary"]["small_test_split"]
     assert f"--config={run}/config.json --workdir={run}-seed$seed --config.seed=$seed" in text
     assert small["words"] in text
-    assert "stratify" not in small  # It is exact already.
+    assert "stratify" not in small  # The run is already stratified exactly.
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_network_at_chance_passes_no_check_of_its_maps(run, monkeypatch):
+def test_network_at_chance_passes_no_map_check(run, monkeypatch):
     def judge(predictor, images, classes, masks, methods):
         check = {"passes": True, "mean": 1.0, "random": 0.0, "centre": 0.0}
-        of_layers = check | {"rank_correlation": {"head": 0.1}}
+        randomization = check | {"rank_correlation": {"head": 0.1}}
         return {
-            name: {"randomization": of_layers, "deletion": dict(check), "insertion": dict(check)}
+            name: {
+                "randomization": randomization,
+                "deletion": dict(check),
+                "insertion": dict(check),
+            }
             for name in methods
         }
 
@@ -426,15 +432,17 @@ def test_a_network_at_chance_passes_no_check_of_its_maps(run, monkeypatch):
         )
         text = _parsed(write_report(run)).text
         found = _metrics(run)["explanations"]["methods"]
-        passes = {check["passes"] for of in found.values() for check in of["checks"].values()}
+        passes = {
+            check["passes"] for method in found.values() for check in method["checks"].values()
+        }
         assert passes == ({True} if beats_chance else {None})
         assert ("passes randomization" in text) == beats_chance
-        # Once in the section, and once beside each kind of map.
+        # The section has the sentence, and so has each section with maps.
         assert (text.count("No verdict on the methods: the network is") > 0) != beats_chance
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_time_after_training_is_shown_and_stays(run):
+def test_time_after_training_is_shown_and_kept(run):
     write_report(run, detail="figures", after_training=True)
     spent = _metrics(run)["run"]["time"]
     parts = spent["parts"]
@@ -445,7 +453,7 @@ def test_the_time_after_training_is_shown_and_stays(run):
     assert _metrics(run)["run"]["time"] == spent
 
 
-def test_the_report_of_a_report_is_the_same(run):
+def test_second_report_is_identical(run):
     contents = []
     for _ in range(2):
         _written(run)
@@ -454,7 +462,7 @@ def test_the_report_of_a_report_is_the_same(run):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_device_is_that_of_the_training(run):
+def test_device_of_training_is_kept(run):
     write_report(run, detail="figures", after_training=True)
     trained_on = _metrics(run)["run"]["trained_on"]
     assert trained_on["device"] == "8 x cpu"
@@ -464,31 +472,31 @@ def test_the_device_is_that_of_the_training(run):
 
 @pytest.mark.usefixtures("undrawn")
 def test_maps_are_shown_beside_the_images(run, monkeypatch):
-    asked = []
+    calls = []
 
     def maps(predictor, images, classes):
-        asked.append((images.shape, images.dtype, len(classes)))
+        calls.append((images.shape, images.dtype, len(classes)))
         return np.broadcast_to(np.linspace(0, 1, 16, dtype=np.float32), images.shape[:3])
 
     monkeypatch.setattr(run_report.explanations, "maps", maps)
-    monkeypatch.setattr(run_report, "_FULL", {})  # They do not matter here.
+    monkeypatch.setattr(run_report, "_FULL", {})  # This test does not need the slow sections.
     write_report(run)
     figures = _metrics(run)
     shown = {example["picture"] for example in sections.examples(figures)}
-    assert asked == [((len(shown), 16, 16, 3), np.uint8, len(shown))]
+    assert calls == [((len(shown), 16, 16, 3), np.uint8, len(shown))]
     for name in shown:
         path = run / "report" / name
         image = Image.open(path)
         under_map = Image.open(path.with_stem(f"{path.stem}_map"))
         assert under_map.size == image.size
-        # From violet to yellow, as the map rises from left to right.
+        # The map rises from left to right, and so its colours go from violet to yellow.
         pixels = np.asarray(under_map.convert("RGB"), float).mean(axis=0)
         assert pixels[-1, 1] - pixels[0, 1] > 60
     page = (run / "report" / "index.html").read_text("utf-8")
-    assert page.count("What speaks for") >= len(shown)
+    assert page.count("brighter places matter more") >= len(shown)
 
 
-def test_rows_of_a_matrix_stand_on_one_line(tmp_path):
+def test_matrix_rows_are_written_on_one_line(tmp_path):
     report = {
         "confusion": [[1, 2], [3, 4]],
         "nothing": [{}, [], None, True],
@@ -507,7 +515,7 @@ def test_rows_of_a_matrix_stand_on_one_line(tmp_path):
 # Bad input.
 
 
-def test_data_that_has_moved_is_named(run, image_folder, tmp_path):
+def test_moved_data_can_be_named(run, image_folder, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(image_folder, moved)
     bundle = read_bundle(run / "bundle")
@@ -519,7 +527,7 @@ def test_data_that_has_moved_is_named(run, image_folder, tmp_path):
     assert set(_metrics(run)["missing"]) == FULL
 
 
-def test_two_classes_one_never_predicted_and_one_validation_image(tmp_path):
+def test_report_on_one_validation_image_and_unpredicted_class(tmp_path):
     write_images(tmp_path / "images", per_class=8)
     splits = ["train"] * 5 + ["validation"] + ["test"] * 2
     rows = [f"red/{i:03d}.png,red,{split}" for i, split in enumerate(splits)]
@@ -531,23 +539,23 @@ def test_two_classes_one_never_predicted_and_one_validation_image(tmp_path):
     bundle = read_bundle(run / "bundle")
     bundle.variables["params"]["head"]["bias"] = np.array([100, 0], np.float32)
     write_bundle(bundle, run / "bundle")
-    (run / "report" / "metrics.json").unlink()  # So that all is measured anew.
+    (run / "report" / "metrics.json").unlink()  # The report must measure everything again.
 
     text = _written(run).text
     figures = _metrics(run)
     assert figures["validation"]["count"] == 1
     assert figures["test"]["confusion"] == [[2, 0], [2, 0]]
     assert set(figures["missing"]) == FULL
-    # The only validation image is red, and all are taken for blue.
+    # The only validation image is red, and all images are predicted as blue.
     assert figures["curves"]["verdict"] == "at chance"
     assert "The network is not shown to be better than guessing on validation" in text
-    assert "No test image is taken for red: of 2 test images, 2 are taken for blue; 5 of 10" in text
+    assert "red is never predicted: of its 2 test images, 2 are predicted as blue; 5 of 10" in text
     assert "the network is not shown to be better than guessing." in text
-    assert "Of 2 mistakes, 2 are red taken for blue." in text
+    assert "Of 2 mistakes, 2 are images of red that are predicted as blue." in text
     assert "nan" not in text.lower()
 
 
-def test_a_run_that_was_stopped_in_its_first_epoch(finished, tmp_path):
+def test_report_of_run_stopped_in_first_epoch(finished, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     shutil.copy(finished / "config.json", workdir)
@@ -555,14 +563,14 @@ def test_a_run_that_was_stopped_in_its_first_epoch(finished, tmp_path):
     page = _written(workdir)
     figures = _metrics(workdir)
     assert set(figures["missing"]) == SECTIONS | FULL | {"figures"}
-    assert "There is no bundle: the run has not come to its end." in page.text
-    assert "No epoch has been finished, so there is no curve to draw." in page.text
+    assert "There is no bundle, because the run is not finished." in page.text
+    assert "No epoch has been completed, so there is no curve to draw." in page.text
     assert "There is no finished network to measure yet." in page.text
     assert page.images == []
     assert "0 of 3 epochs" in page.text
 
 
-def test_a_run_that_was_stopped_later_has_its_curves(finished, tmp_path):
+def test_report_of_run_stopped_later_has_curves(finished, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     shutil.copy(finished / "config.json", workdir)
@@ -574,29 +582,31 @@ def test_a_run_that_was_stopped_later_has_its_curves(finished, tmp_path):
     assert set(figures["missing"]) == SECTIONS - {"curves"} | FULL | {"figures"}
     assert figures["curves"]["epoch"] == [1, 2]
     assert figures["curves"]["verdict"] == "not finished"
-    assert "3 damaged lines of metrics.jsonl are left out" in page.text
+    assert "3 damaged lines of metrics.jsonl are not shown" in page.text
     assert len(page.images) == 6  # Three charts in two themes.
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_data_that_has_gone_is_told_and_figures_stay(run, tmp_path):
+def test_missing_data_is_reported_and_earlier_sections_stay(run, tmp_path):
     images = _written(run).images
     before = _metrics(run)
     _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
     page = _written(run)
     after = _metrics(run)
     assert f"The data cannot be read: folder:{tmp_path / 'gone'}: there is no" in page.text
-    assert "What follows is of an earlier report." in page.text
+    assert "The sections marked below are from an earlier report." in page.text
+    assert page.text.count("The data cannot be read") == 1
+    assert "This section is from an earlier report, for the reason at the top" in page.text
     assert page.images == images
     for name in SECTIONS:
         assert after[name] == before[name]
     assert set(after["missing"]) == SECTIONS - {"guessing", "curves", "confusion"} | FULL
     shutil.rmtree(run / "report" / "examples")
-    assert _written(run).text.count("not at hand") == len(sections.examples(after))
+    assert _written(run).text.count("not available") == len(sections.examples(after))
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_data_that_has_gone_before_any_report(run, tmp_path):
+def test_missing_data_before_any_report(run, tmp_path):
     _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
     page = _written(run)
     figures = _metrics(run)
@@ -605,7 +615,7 @@ def test_data_that_has_gone_before_any_report(run, tmp_path):
 
 
 def _change_augmentation(workdir, **changes):
-    """Changes what config.json says of it; None removes a key."""
+    """Changes the augmentation in config.json; None removes a key."""
     path = workdir / "config.json"
     config = json.loads(path.read_text())
     augment = config["augment"] | changes
@@ -614,23 +624,23 @@ def _change_augmentation(workdir, **changes):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_what_was_mixed_is_told(run):
+def test_page_names_image_mixing(run):
     _change_augmentation(run, mixup_probability=0.25, flip="none", rotation=0, zoom=0, contrast=0)
     text = _written(run).text
-    assert "Images of train are also mixed (MixUp of 25% (alpha 0.2)), and" in text
-    assert "Augmentation is switched off. The network saw them mixed with others" in text
+    assert "Training images are also mixed (MixUp of 25% (alpha 0.2));" in text
+    assert "Augmentation is off. Training also mixed the images of a batch" in text
     assert _metrics(run)["run"]["mixing"] == "MixUp of 25% (alpha 0.2)"
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_run_from_before_images_were_mixed_has_its_report(run):
+def test_configuration_without_mixing_keys_has_a_report(run):
     methods = ("mixup_probability", "mixup_alpha", "cutmix_probability", "cutmix_alpha")
     _change_augmentation(run, **dict.fromkeys(methods))
     assert "mixed" not in _written(run).text
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_sections_of_another_form_are_not_kept(reported, tmp_path):
+def test_sections_of_unknown_format_are_dropped(reported, tmp_path):
     workdir = pathlib.Path(shutil.copytree(reported, tmp_path / "run"))
     _change_bundle(workdir, source=f"folder:{tmp_path / 'gone'}")
     figures = _metrics(workdir) | {"format": 0, "mistakes": {"unknown": 1}}
@@ -640,8 +650,8 @@ def test_sections_of_another_form_are_not_kept(reported, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_sections_that_lack_what_the_page_shows_are_not_kept(run, tmp_path):
-    """Those of the first form did not tell sure mistakes from the others."""
+def test_sections_of_an_older_format_are_dropped(run, tmp_path):
+    """Format 1 did not separate mistakes with high confidence."""
     _written(run)
     _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
     figures = _metrics(run) | {"format": 1}
@@ -654,7 +664,7 @@ def test_sections_that_lack_what_the_page_shows_are_not_kept(run, tmp_path):
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("no room"), KeyboardInterrupt(), OSError("full")])
-def test_a_report_that_fails_after_training_has_its_command(failure, tmp_path, monkeypatch, capfd):
+def test_failed_report_after_training_names_the_command(failure, tmp_path, monkeypatch, capfd):
     def fail(*_, **__):
         raise failure
 
@@ -664,7 +674,7 @@ def test_a_report_that_fails_after_training_has_its_command(failure, tmp_path, m
     if isinstance(failure, RuntimeError):
         assert run_report.report_after_training(tmp_path, _config(""), console) == command
         shown = " ".join(capfd.readouterr().err.split())
-        assert "no report: RuntimeError: no room; all else is complete" in shown
+        assert "no report: RuntimeError: no room; the run itself is complete" in shown
     else:
         with pytest.raises(type(failure)) as raised:
             run_report.report_after_training(tmp_path, _config(""), console)
@@ -672,14 +682,83 @@ def test_a_report_that_fails_after_training_has_its_command(failure, tmp_path, m
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_data_that_has_changed_is_not_looked_at(run, tmp_path):
+def test_changed_data_is_reported_at_the_top(run, tmp_path):
     write_images(tmp_path / "images", per_class=20, seed=1)
     _change_bundle(run, source=f"folder:{tmp_path / 'images'}")
-    assert "is no longer the data that the network was trained on" in (_written(run).text)
+    warnings = []
+    page = _parsed(write_report(run, detail="figures", warn=warnings.append))
+    (warning,) = warnings
+    assert "has changed since the network was trained on it: images were added" in warning
+    assert page.text.index(warning) < page.text.index("The network classifies")
+
+
+@pytest.mark.parametrize("kind", ["missing", "other"])
+def test_unsuitable_source_is_an_error_and_report_stays(run, kind, tmp_path):
+    if kind == "other":
+        write_images(tmp_path / kind, per_class=20, seed=1)
+    before = {path: path.read_bytes() for path in (run / "report").iterdir()}
+    message = {
+        "missing": "there is no",
+        "other": "is not the data that the network was trained on",
+    }
+    with pytest.raises(DataError, match=message[kind]) as refused:
+        write_report(run, source=f"folder:{tmp_path / kind}")
+    assert "\n" not in str(refused.value)
+    assert "have been" not in str(refused.value)
+    assert before == {path: path.read_bytes() for path in (run / "report").iterdir()}
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_damaged_bundle_is_told(run):
+def test_class_without_test_images_has_dashes(run):
+    path = run / "report" / "metrics.json"
+    figures = json.loads(path.read_text("utf-8"))
+    name = next(iter(figures["test"]["per_class"]))
+    figures["test"]["confusion"][0] = [0] * len(figures["test"]["confusion"])
+    figures["test"]["per_class"][name] = {"precision": 0, "recall": 0, "f1": 0, "support": 0}
+    path.write_text(json.dumps(figures))
+    page = _written(run)
+    assert f"The class {name} has no test images. It counts as 0" in page.text
+    assert page.values[:4] == [-1, -1, -1, 0]
+    assert page.text.count("\N{EN DASH}") == 3
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_page_names_only_measured_checks_and_methods(reported):
+    figures = _metrics(reported)
+    text = texts.methods(figures)["explanations"]
+    assert "Insertion" in text
+    assert "Pointing game" not in text
+    assert "Jiang" in text
+    assert "Zhou" not in text  # CAM is not among the methods.
+    page = _parsed(reported / "report" / "index.html").text
+    assert "pointing game" not in page.lower()
+    assert "grad_cam" in page
+    assert "grad-cam" not in page
+    assert "never" in page or all(
+        row["first_severity_10_points_lower"]
+        for row in figures["robustness"]["corruptions"].values()
+    )
+    maps = figures["explanations"]["methods"]
+    check = {"pointing_game": {}}
+    with_both = {"methods": maps | {"cam": {"checks": check}}}
+    assert "Pointing game" in texts.methods({"explanations": with_both})["explanations"]
+    assert "Zhou" in texts.methods({"explanations": with_both})["explanations"]
+
+
+def test_features_below_chance_level_do_not_stand_out(reported, monkeypatch):
+    features = run_report.explanations.features
+    run = read_run(reported, no_track)
+    importance = np.linspace(-0.01, 0.02, 16)
+    monkeypatch.setattr(features, "feature_importance", lambda *_: importance)
+    found = run_report.explanations._features(run.network)
+    assert (found["noise"], found["standing_out"], found["top"]) == (0.01, 0, [])
+    importance = np.array([-0.01, 0.021, 0.03, 0.019])
+    found = run_report.explanations._features(run.network)
+    assert [top["feature"] for top in found["top"]] == [2, 1]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_damaged_bundle_is_reported(run):
     weights = run / "bundle" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     page = _written(run)
@@ -689,7 +768,7 @@ def test_a_damaged_bundle_is_told(run):
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("content", ["{", '{"test": {"accuracy": 1}}'])
-def test_figures_that_are_lost_are_measured_again(run, content):
+def test_lost_metrics_are_measured_again(run, content):
     before = _metrics(run)
     (run / "report" / "metrics.json").write_text(content)
     _written(run)
@@ -708,7 +787,7 @@ def test_figures_that_are_lost_are_measured_again(run, content):
         ('{"train": {}}', "is not the configuration of a run of this version"),
     ],
 )
-def test_a_folder_that_is_no_run_is_refused(content, message, tmp_path):
+def test_folder_without_a_run_is_an_error(content, message, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=message) as refused:
@@ -717,7 +796,7 @@ def test_a_folder_that_is_no_run_is_refused(content, message, tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-def test_hostile_names_are_text(tmp_path):
+def test_hostile_names_are_escaped(tmp_path):
     root = tmp_path / "data"
     for number, name in enumerate(HOSTILE):
         (root / name).mkdir(parents=True)
@@ -738,7 +817,7 @@ def test_hostile_names_are_text(tmp_path):
         r"\udcff\udcfe",
     ):
         assert shown in page.text
-    # Numbers stand for the names that no chart can show.
+    # Charts show numbers instead of names that they cannot draw.
     assert "#1" in page.text
     names = {path.name for path in (tmp_path / "run" / "report").rglob("*")}
     assert all(name.isascii() for name in names)
@@ -752,7 +831,7 @@ def _command(*arguments):
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
 
 
-def test_the_command_prints_the_path_of_the_page(finished, tmp_path):
+def test_command_prints_path_of_page(finished, tmp_path):
     shutil.copy(finished / "config.json", tmp_path)
     done = _command(f"--run={tmp_path}")
     page = tmp_path / "report" / "index.html"
@@ -761,7 +840,7 @@ def test_the_command_prints_the_path_of_the_page(finished, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_wrong_path_is_one_line(tmp_path):
+def test_wrong_path_gives_one_line(tmp_path):
     done = _command(f"--run={tmp_path / 'nowhere'}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
@@ -773,14 +852,14 @@ def test_a_wrong_path_is_one_line(tmp_path):
 # In a browser.
 
 
-def page_of(reported):
+def page_url(reported):
     return (reported / "report" / "index.html").as_uri()
 
 
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_in_a_browser(browser, reported, width, scheme):
-    show_at(browser, page_of(reported), width, scheme)
+def test_page_in_browser(browser, reported, width, scheme):
+    show_at(browser, page_url(reported), width, scheme)
     assert browser.get_log("browser") == []
     images = browser.execute_script(
         "return [...document.images].map((image) => [image.complete && image.naturalWidth > 0,"
@@ -800,8 +879,8 @@ def test_the_page_in_a_browser(browser, reported, width, scheme):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_the_table_sorts(browser, reported):
-    show_at(browser, page_of(reported), 1200)
+def test_table_of_classes_can_be_sorted(browser, reported):
+    show_at(browser, page_url(reported), 1200)
     rows = _metrics(reported)["test"]["per_class"]
     headings = browser.find_elements("css selector", "#classes table th button")
     assert [heading.text for heading in headings[:2]] == ["class", "F1"]

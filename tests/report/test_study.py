@@ -10,12 +10,12 @@ from studies import HOSTILE, all_alike, make_study
 
 from cnn_jax.report import study as study_page
 from cnn_jax.report import style
-from cnn_jax.report.study import charts_of, write_study_page
-from cnn_jax.report.study_values import NOTHING, place
+from cnn_jax.report.study import make_charts, write_study_page
+from cnn_jax.report.study_values import MISSING, range_position
 
 
 class _Parser(html.parser.HTMLParser):
-    """Collects the elements, the text that is shown, the pictures, and the rows of the table."""
+    """Collects the elements, the visible text, the pictures, and the rows of the table."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ def _parsed(study, folder):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Charts of one pixel, where they are not the point."""
+    """Draws charts of one pixel, for tests that do not look at charts."""
 
     def draw(path, *_):
         for theme in style.THEMES:
@@ -79,7 +79,7 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(style, "draw", draw)
 
 
-# The charts.
+# Charts.
 
 
 CASES = {
@@ -116,23 +116,23 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_there_is_something_to_draw_of_is_drawn(name, tmp_path):
+def test_study_charts_are_drawn_for_available_data(name, tmp_path):
     make, expected, slices = CASES[name]
-    charts = charts_of(make())
+    charts = make_charts(make())
     assert set(charts) == expected | {f"slice_{number:02d}" for number in range(slices)}
-    if name == "large":  # Its first slices are like those of the typical study.
+    if name == "large":  # The other slices are like those of the typical study.
         charts = dict(list(charts.items())[:4] + list(charts.items())[-3:])
     for file, chart in charts.items():
         path = tmp_path / f"{file}.png"
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Such as of a character that the font lacks.
+            warnings.simplefilter("error")  # For example about a character that the font lacks.
             style.draw(path, chart.plot, chart.size, 40)
         with Image.open(path) as image:
             assert np.asarray(image)[..., 3].any()
             assert image.size == (int(chart.size[0] * 40), int(chart.size[1] * 40))
 
 
-def test_odd_names_and_ranges_are_drawn(tmp_path):
+def test_unusual_names_and_ranges_are_drawn(tmp_path):
     study = make_study(6, 4, states=("complete", "pruned"))
     names = ["model.猫", "a" * 60, "other.$x^$", "model.rate\n"]
     ranges = [
@@ -149,7 +149,7 @@ def test_odd_names_and_ranges_are_drawn(tmp_path):
     for trial in study["trials"]:
         firsts = [range_.get("choices", [0.5])[0] for range_ in ranges]
         trial["params"] = dict(zip(names, firsts, strict=True))
-    for name, chart in charts_of(study).items():
+    for name, chart in make_charts(study).items():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             style.draw(tmp_path / f"{name}.png", chart.plot, chart.size, 40)
@@ -158,7 +158,7 @@ def test_odd_names_and_ranges_are_drawn(tmp_path):
 # The page.
 
 
-def test_every_number_of_the_table_is_in_the_page(tmp_path, undrawn):
+def test_table_of_trials_has_all_numbers(tmp_path, undrawn):
     study = make_study()
     page = _parsed(study, tmp_path)
     headings, *rows = page.rows
@@ -170,7 +170,7 @@ def test_every_number_of_the_table_is_in_the_page(tmp_path, undrawn):
         is_best = trial["number"] == study["best"]
         assert number[1] == f"{trial['number']}" + " (best)" * is_best
         assert (state[1], error[1]) == (trial["state"], trial["error"])
-        missing = [str(study_page._SORTS_FIRST), NOTHING]
+        missing = [str(study_page._SORT_FIRST), MISSING]
         if trial["value"] is None:
             assert value == missing
         else:
@@ -183,13 +183,13 @@ def test_every_number_of_the_table_is_in_the_page(tmp_path, undrawn):
                 assert cell == missing
             elif range_["kind"] == "categorical":
                 assert cell[1] == str(trial["params"][key])
-                assert float(cell[0]) == place(range_, trial["params"][key])
+                assert float(cell[0]) == range_position(range_, trial["params"][key])
             else:
                 assert float(cell[0]) == trial["params"][key]
                 assert float(cell[1]) == pytest.approx(trial["params"][key], rel=1e-3)
 
 
-def test_the_page_says_what_is_best_and_what_it_cost(tmp_path, undrawn):
+def test_page_shows_best_trial_and_cost(tmp_path, undrawn):
     study = make_study(40, 2)
     best = study["trials"][study["best"]]
     best["params"] = {"optimizer.learning_rate": 0.0099, "train.batch_size": 64}
@@ -197,23 +197,26 @@ def test_the_page_says_what_is_best_and_what_it_cost(tmp_path, undrawn):
     assert f"Trial {study['best']} is the best of 14 complete trials" in text
     assert f"validation accuracy {100 * best['value']:.2f} %." in text
     assert f"cnn_jax train --config={tmp_path}/best.py --workdir=..." in text
-    assert "The test split was not looked at: the command measures it, once." in text
+    assert (
+        "The study did not use the test split. The command below measures the test metrics once."
+        in text
+    )
     assert "is 0.0099, at the upper end of its range (0.0001 to 0.01, on the log scale)" in text
     assert text.count("upper end") == 2  # In the warning, and in the table.
     assert "lower end" not in text
     cost = study["cost"]
     saved = 1 - cost["epochs"] / cost["epochs_without_pruning"]
-    assert "Of 50 trials that were wanted, 40 were started: 14 complete, 20 pruned, 6" in text
+    assert "Of 50 planned trials, 40 were started: 14 complete, 20 pruned, 6" in text
     assert f"trained for {cost['epochs']:,} epochs" in text
-    assert f"would have been {cost['epochs_without_pruning']:,} epochs" in text
-    assert f"so {100 * saved:.0f} % of them were saved" in text
+    assert f"they would have trained for {cost['epochs_without_pruning']:,} epochs" in text
+    assert f"pruning saved {100 * saved:.0f} % of these" in text
     assert "began 2025-05-01 10:00 and ended 2025-05-01 13:26" in text.replace("  ", " ")
-    for said in ("folder:/data/eurosat", "0f3a" * 8, "configs/eurosat.py", "optuna 4.5.0"):
-        assert said in text
+    for expected in ("folder:/data/eurosat", "0f3a" * 8, "configs/eurosat.py", "optuna 4.5.0"):
+        assert expected in text
     assert "host0 (20 trials), host1 (20 trials)" in text
 
 
-def test_the_page_needs_nothing_else(tmp_path):
+def test_page_needs_no_other_file(tmp_path):
     page = _parsed(make_study(12, 1), tmp_path)
     names = {"history", "curves", "parallel", "importance", "slice_00"}
     written = {path.name for path in tmp_path.iterdir()}
@@ -229,13 +232,13 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert "default-src 'none'; img-src data:" in (tmp_path / "index.html").read_text("utf-8")
 
 
-def test_two_may_write_the_page_at_once(tmp_path, monkeypatch):
-    """One begins and ends while the other draws: each page has the charts made with it."""
+def test_two_processes_may_write_the_page_at_once(tmp_path, monkeypatch):
+    """The second writer starts and ends while the first draws; each page has its own charts."""
     study, pages = make_study(12, 1), {}
 
     def write(colour, meanwhile=lambda: None):
         def draw(path, *_):
-            if path.name == "slice_00.png":  # The last.
+            if path.name == "slice_00.png":  # The last chart.
                 meanwhile()
             for theme in style.THEMES:
                 Image.new("RGB", (1, 1), colour).save(path.with_stem(path.stem + theme.suffix))
@@ -253,28 +256,31 @@ def test_two_may_write_the_page_at_once(tmp_path, monkeypatch):
     ("study", "sentences"),
     [
         (make_study(0), ["No trial has been started.", "There is no best trial"]),
-        (make_study(3, states=("failed",)), ["No trial has a value: all have failed."]),
-        (make_study(1), ["Trial 0 is the only complete trial", "A single trial has a value"]),
-        (make_study(2, states=("pruned",)), ["There is no best trial: none has been completed"]),
+        (make_study(3, states=("failed",)), ["No trial has a value: all trials have failed."]),
+        (make_study(1), ["Trial 0 is the only complete trial", "Only one trial has a value"]),
+        (
+            make_study(2, states=("pruned",)),
+            ["There is no best trial, because no trial is complete"],
+        ),
         (make_study(2, states=("running", "failed")), ["1 failed, 1 still running"]),
         (make_study(3, 0), ["The study has no parameters."]),
     ],
 )
-def test_what_is_missing_is_a_sentence(study, sentences, tmp_path, undrawn):
+def test_missing_sections_have_a_reason(study, sentences, tmp_path, undrawn):
     text = _parsed(study | {"importance": None, "importance_note": "Too few."}, tmp_path).text
     for sentence in [*sentences, "Too few."]:
         assert sentence in text
 
 
-def test_a_loss_is_no_percentage(tmp_path, undrawn):
+def test_loss_is_not_a_percentage(tmp_path, undrawn):
     study = make_study(30, 3, "validation_loss")
     best = study["trials"][study["best"]]
     text = _parsed(study, tmp_path).text
     assert f"validation loss {best['value']:.4f}." in text
-    assert "the least validation loss" in text
+    assert "the smallest validation loss" in text
 
 
-def test_a_choice_of_none_is_not_what_is_missing(tmp_path, undrawn):
+def test_choice_none_differs_from_missing_value(tmp_path, undrawn):
     study = make_study(2, 1, states=("complete",))
     study["space"]["model.norm"] = {"kind": "categorical", "choices": ["batch", None]}
     study["space"]["train.steps"] = {"kind": "int", "low": 16, "high": 64, "log": False, "step": 16}
@@ -282,11 +288,11 @@ def test_a_choice_of_none_is_not_what_is_missing(tmp_path, undrawn):
     rows = _parsed(study, tmp_path).rows[1:]
     first, second = (row[-3:-1] for row in rows)
     assert first == [["1.0", "None"], ["32", "32"]]
-    assert second == [[str(study_page._SORTS_FIRST), NOTHING]] * 2
+    assert second == [[str(study_page._SORT_FIRST), MISSING]] * 2
     assert "16 to 64 in steps of 16" in (tmp_path / "index.html").read_text("utf-8")
 
 
-def test_hostile_texts_are_text(tmp_path, undrawn):
+def test_hostile_texts_are_escaped(tmp_path, undrawn):
     study = make_study(6, 2)
     study |= {"name": HOSTILE, "config_file": HOSTILE, "best_config": HOSTILE}
     study["data"] = {"source": HOSTILE, "fingerprint": HOSTILE}

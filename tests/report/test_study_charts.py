@@ -12,7 +12,7 @@ def _labels(axes):
     return axes.get_legend_handles_labels()[1]
 
 
-def test_the_history_has_every_trial():
+def test_history_shows_all_trials():
     study = make_study(40, 2)
     figure = Figure()
     study_charts.history(study, figure, LIGHT)
@@ -22,13 +22,13 @@ def test_the_history_has_every_trial():
         trials = [trial for trial in study["trials"] if trial["state"] == state]
         numbers = points[state].get_offsets()[:, 0].tolist()
         assert numbers == [trial["number"] for trial in trials]
-    assert not points["failed"].get_offsets()[:, 1].any()  # At the foot.
-    (so_far,) = axes.lines
-    assert so_far.get_ydata()[-1] == study["trials"][study["best"]]["value"]
-    assert so_far.get_xdata()[-1] == 39
+    assert not points["failed"].get_offsets()[:, 1].any()  # At the lower edge.
+    (best_line,) = axes.lines
+    assert best_line.get_ydata()[-1] == study["trials"][study["best"]]["value"]
+    assert best_line.get_xdata()[-1] == 39
 
 
-def test_a_curve_has_a_gap_where_its_value_is_no_number():
+def test_curve_has_gaps_at_missing_values():
     study = make_study(12, 2)
     study["trials"][0]["curve"][3:5] = [None, float("nan")]
     figure = Figure()
@@ -38,7 +38,7 @@ def test_a_curve_has_a_gap_where_its_value_is_no_number():
     assert np.flatnonzero(np.isnan(best.get_ydata())).tolist() == [3, 4]
 
 
-def test_each_parameter_has_a_bar_even_if_names_cut_short_are_equal():
+def test_parameters_with_equal_short_names_have_separate_bars():
     keys = [f"model.{'long_' * 8}{i}" for i in range(3)]
     shares = dict(zip(keys, (0.2, 0.7, 0.1), strict=True))
     figure = Figure()
@@ -48,7 +48,7 @@ def test_each_parameter_has_a_bar_even_if_names_cut_short_are_equal():
     assert [bar.get_y() + bar.get_height() / 2 for bar in bars] == pytest.approx([0, 1, 2])
 
 
-def test_trials_of_a_category_stand_side_by_side():
+def test_trials_with_same_choice_are_side_by_side():
     study = make_study(40, 2)
     choices = study["space"]["train.batch_size"]["choices"]
     figure = Figure()
@@ -65,12 +65,12 @@ def test_trials_of_a_category_stand_side_by_side():
     assert len(set(drawn[:, 0])) == len(trials)
 
 
-def test_names_of_an_axis_keep_their_distance():
-    assert study_charts.every_so_many(5, 1) == [0, 1, 2, 3, 4]
-    assert study_charts.every_so_many(10, 2) == [0, 2, 4, 6, 9]
-    assert study_charts.every_so_many(1, 3) == [0]
+def test_axis_labels_keep_a_distance():
+    assert study_charts.spaced_indices(5, 1) == [0, 1, 2, 3, 4]
+    assert study_charts.spaced_indices(10, 2) == [0, 2, 4, 6, 9]
+    assert study_charts.spaced_indices(1, 3) == [0]
 
 
-def test_an_axis_has_the_last_part_of_a_key_where_it_is_no_others():
+def test_axis_name_is_last_part_of_key_if_unique():
     names = study_charts.axis_names(["a.rate", "model.dropout", "augment.dropout", "b.猫"])
     assert names == ["rate", "model.dropout", "augment.dropout", "#3"]

@@ -2,7 +2,13 @@ import math
 
 import pytest
 
-from cnn_jax.report.study_values import best_so_far, edge, number, place, scale_of
+from cnn_jax.report.study_values import (
+    format_number,
+    range_edge,
+    range_position,
+    running_best,
+    value_scale,
+)
 
 LINEAR = {"kind": "float", "low": 0.0, "high": 0.5, "log": False}
 LOG = {"kind": "float", "low": 1e-4, "high": 1.0, "log": True}
@@ -16,19 +22,19 @@ CHOICE = {"kind": "categorical", "choices": [16, "a", False]}
     [
         *((LINEAR, 0.0, "lower"), (LINEAR, 0.025, "lower"), (LINEAR, 0.026, None)),
         *((LINEAR, 0.25, None), (LINEAR, 0.474, None), (LINEAR, 0.475, "upper")),
-        # A twentieth of four decades is a fifth of one.
+        # 5 % of four decades are a fifth of a decade.
         *((LOG, 1.5e-4, "lower"), (LOG, 1.6e-4, None), (LOG, 0.02, None)),
         *((LOG, 0.63, None), (LOG, 0.64, "upper"), (LOG, 1.0, "upper")),
         *((INT, 2, "lower"), (INT, 3, None), (INT, 37, None), (INT, 38, "upper")),
-        # A twentieth of ten doublings is half of one.
+        # 5 % of ten doublings are half a doubling.
         *((LOG_INT, 1, "lower"), (LOG_INT, 2, None), (LOG_INT, 700, None), (LOG_INT, 730, "upper")),
         *((CHOICE, 16, None), (CHOICE, False, None), (LINEAR, math.nan, None)),
-        # With nothing to choose from, nothing is at the edge.
+        # A range with a single value has no edge.
         ({"kind": "float", "low": 0.1, "high": 0.1, "log": False}, 0.1, None),
     ],
 )
-def test_the_edge_is_a_twentieth_of_the_range(range_, value, expected):
-    assert edge(range_, value) == expected
+def test_edge_is_five_percent_of_range(range_, value, expected):
+    assert range_edge(range_, value) == expected
 
 
 @pytest.mark.parametrize(
@@ -41,26 +47,26 @@ def test_the_edge_is_a_twentieth_of_the_range(range_, value, expected):
         ({"kind": "int", "low": 3, "high": 3, "log": False}, 3, 0.5),
     ],
 )
-def test_a_place_is_a_share_of_the_range(range_, value, expected):
-    assert place(range_, value) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+def test_position_is_fraction_of_range(range_, value, expected):
+    assert range_position(range_, value) == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
-def test_an_axis_of_values_leaves_out_what_is_far_worse():
-    """Median 0.9 and best 0.95: it reaches down to 0.8."""
+def test_value_axis_excludes_far_worse_values():
+    """The median is 0.9 and the best value 0.95, so the axis reaches down to 0.8."""
     values = [0.1, 0.9, 0.9, 0.95, 0.94]
-    rising = scale_of({"direction": "maximize", "monitor": "validation_f1"}, values)
+    rising = value_scale({"direction": "maximize", "monitor": "validation_f1"}, values)
     assert (rising.low, rising.high) == pytest.approx((0.8, 0.95))
-    assert rising.at_edge([0.1, 0.9]) == pytest.approx([0.8, 0.9])
-    assert rising.place(0.1) == 0
-    assert (rising.name, rising.text(0.95)) == ("validation F1", "95.00 %")
-    falling = scale_of(
+    assert rising.clip([0.1, 0.9]) == pytest.approx([0.8, 0.9])
+    assert rising.position(0.1) == 0
+    assert (rising.name, rising.format_value(0.95)) == ("validation F1", "95.00 %")
+    falling = value_scale(
         {"direction": "minimize", "monitor": "validation_loss"}, [9.0, 0.3, 0.3, 0.2, 0.25]
     )
     assert (falling.low, falling.high) == pytest.approx((0.2, 0.5))
-    assert falling.text(0.25) == "0.2500"
+    assert falling.format_value(0.25) == "0.2500"
 
 
-def test_the_best_so_far_is_of_complete_trials_in_their_order():
+def test_running_best_uses_complete_trials_by_number():
     states = ("complete", "pruned", "complete", "complete", "failed", "complete")
     values = (0.5, 0.9, 0.4, 0.7, None, 0.6)
     trials = [
@@ -68,9 +74,9 @@ def test_the_best_so_far_is_of_complete_trials_in_their_order():
         for i, (state, value) in enumerate(zip(states, values, strict=True))
     ]
     study = {"trials": trials[::-1], "direction": "maximize"}
-    assert best_so_far(study) == ([0, 2, 3, 5], [0.5, 0.5, 0.7, 0.7])
+    assert running_best(study) == ([0, 2, 3, 5], [0.5, 0.5, 0.7, 0.7])
     study["direction"] = "minimize"
-    assert best_so_far(study) == ([0, 2, 3, 5], [0.5, 0.4, 0.4, 0.4])
+    assert running_best(study) == ([0, 2, 3, 5], [0.5, 0.4, 0.4, 0.4])
 
 
 @pytest.mark.parametrize(
@@ -80,5 +86,5 @@ def test_the_best_so_far_is_of_complete_trials_in_their_order():
         *((3.21e-5, "3.21e-5"), (2e8, "2e8"), (12345.6, "12,346"), (-0.5, "-0.5")),
     ],
 )
-def test_numbers_are_short(value, expected):
-    assert number(value) == expected
+def test_numbers_have_four_digits(value, expected):
+    assert format_number(value) == expected

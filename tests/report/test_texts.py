@@ -23,7 +23,7 @@ def _test_split(confusion, names="abc"):
     }
 
 
-def test_the_summary_says_how_good_it_is_and_what_stands_out():
+def test_summary_has_headline_and_remarks():
     test = _test_split([[10, 0, 0], [0, 10, 0], [4, 6, 0]])
     pairs = [{"true": "c", "predicted": "b", "count": 6}]
     found = texts.summary({"test": test, "confusion": {"errors": 10, "pairs": pairs}})
@@ -33,14 +33,14 @@ def test_the_summary_says_how_good_it_is_and_what_stands_out():
     )
     assert [(remark["text"], remark["section"]) for remark in found["remarks"]] == [
         (
-            "No test image is taken for c: of 10 test images, 6 are taken for b and 4 for a.",
+            "c is never predicted: of its 10 test images, 6 are predicted as b and 4 as a.",
             "classes",
         ),
-        ("Of 10 mistakes, 6 are c taken for b.", "confusion"),
+        ("Of 10 mistakes, 6 are images of c that are predicted as b.", "confusion"),
     ]
 
 
-def test_a_pair_is_named_if_it_is_confused_often():
+def test_pair_has_remark_if_often_confused():
     test = _test_split([[10, 0], [0, 10]], "ab")
     for count, errors, is_named in ((1, 1, False), (2, 20, True), (2, 21, False)):
         pair = {"true": "a", "predicted": "b", "count": count}
@@ -48,7 +48,7 @@ def test_a_pair_is_named_if_it_is_confused_often():
         assert (found["remarks"][0]["section"] == "confusion") == is_named
 
 
-def test_suspected_labels_are_named_if_they_can_be_believed():
+def test_suspected_labels_have_remark_if_credible():
     test = _test_split([[10, 0], [0, 10]], "ab")
     for share, credible, is_named in ((0.02, True, True), (0.5, False, False), (0.0, True, False)):
         suspects = {"share": share, "credible": credible, "suspected": 1, "of": 2}
@@ -56,13 +56,13 @@ def test_suspected_labels_are_named_if_they_can_be_believed():
         assert (found["remarks"][0]["section"] == "label_errors") == is_named
 
 
-def test_the_weakest_class_is_named_if_it_stands_out():
+def test_class_with_lowest_f1_has_remark_if_it_stands_out():
     test = _test_split([[10, 0, 0], [0, 10, 0], [0, 6, 4]])
     (remark,) = texts.summary({"test": test})["remarks"]
-    assert remark["text"].startswith("The weakest class is c: its F1 is 57.1 %, and")
+    assert remark["text"].startswith("The class with the lowest F1 is c: 57.1 %; the mean is")
 
 
-def test_where_nothing_stands_out_that_is_said():
+def test_summary_without_remarks_says_so():
     (remark,) = texts.summary({"test": _test_split([[10, 0], [0, 10]], "ab")})["remarks"]
     assert remark["text"].startswith("No class, pair of classes or label stands out")
     assert texts.summary({})["headline"] == "There is no finished network to measure yet."
@@ -74,26 +74,31 @@ def test_durations():
     assert texts.duration(3 * 3600 + 299) == "3 h 4 min"
 
 
-def test_the_reason_of_a_class_that_is_never_predicted_has_its_training_images():
+def test_remark_on_unpredicted_class_has_its_training_images():
     test = _test_split([[10, 0, 0], [0, 10, 0], [4, 6, 0]])
     train = {"count": 900, "per_class": {name: {"support": 7} for name in "abc"}}
     (remark, *_) = texts.summary({"test": test, "train": train})["remarks"]
-    assert remark["text"].endswith("and 4 for a; 7 of 900 training images are of this class.")
+    assert remark["text"].endswith("and 4 as a; 7 of 900 training images are of this class.")
 
 
-def test_the_headline_compares_with_guessing():
+def test_headline_compares_with_guessing():
     for confusion, end in (
-        ([[50, 9], [12, 39]], "Always naming a, the most common class, would be right for 53.6 %."),
+        (
+            [[50, 9], [12, 39]],
+            "naming a, the most common class of the test images, would be correct for 53.6 %.",
+        ),
         (
             [[30, 21], [26, 33]],
-            "Always naming b, the most common class, would be right for 53.6 %: the network is "
+            "Always naming b, the most common class of the test images, would be correct for "
+            "53.6 %: the network is "
             "not shown to be better than guessing.",
         ),
-        ([[20, 50], [50, 30]], "right for 53.3 %: the network is worse than guessing."),
+        ([[20, 50], [50, 30]], "correct for 53.3 %: the network is worse than guessing."),
         (
             [[850, 100], [10, 40]],
-            "right for 95.0 %, and the network is not shown to be better than that. It does tell "
-            "classes apart: its mean recall is 84.7 %, where guessing has 50.0 %.",
+            "correct for 95.0 %, and the network is not shown to have a higher accuracy. But its "
+            "predictions depend on the class: its mean recall is 84.7 %; that of guessing is "
+            "50.0 %.",
         ),
     ):
         test = _test_split(confusion, "ab")
@@ -103,14 +108,14 @@ def test_the_headline_compares_with_guessing():
         assert headline.endswith(end)
 
 
-def test_a_small_test_split_is_told_with_the_width_of_its_interval():
+def test_small_test_split_has_remark_with_interval():
     test = _test_split([[51, 9], [9, 51]], "ab") | _figures(0.85, reach=0.064)
     (remark, *_) = texts.summary({"test": test})["remarks"]
     assert remark["text"].startswith("120 test images: accuracy is known to ± 6 points.")
     assert remark["section"] == "figures"
 
 
-def test_a_small_test_split_takes_the_place_of_no_other_remark():
+def test_remark_on_small_test_split_comes_last():
     confusion = [[10, 0, 0], [0, 10, 0], [4, 6, 0]]
     test = _test_split(confusion) | _figures(2 / 3, reach=0.15)
     figures = {
@@ -120,27 +125,58 @@ def test_a_small_test_split_takes_the_place_of_no_other_remark():
     }
     sections = [remark["section"] for remark in texts.summary(figures)["remarks"]]
     assert sections == ["classes", "confusion", "label_errors", "figures"]
-    figures["calibration"] = {"after": {"expected_calibration_error": 0.2}}
+    figures["calibration"] = _calibration(0.2, chance=0.1)
     sections = [remark["section"] for remark in texts.summary(figures)["remarks"]]
     assert sections == ["classes", "confusion", "label_errors", "calibration"]
 
 
-def test_several_classes_that_are_never_predicted():
+def test_several_unpredicted_classes_share_one_remark():
     test = _test_split([[10, 0, 0], [1, 0, 0], [10, 0, 0]])
     (remark, *_) = texts.summary({"test": test})["remarks"]
     assert remark["text"] == (
-        "No test image is taken for b, c. Of 1 test image of b, 1 is taken for a."
+        "2 classes are never predicted: b, c. Of 1 test image of b, 1 is predicted as a."
     )
 
 
-def test_a_calibration_error_is_in_points():
-    calibration = {"after": {"expected_calibration_error": 0.123}}
+def _calibration(error, chance):
+    return {"after": {"expected_calibration_error": error}, "calibrated": {"percentile_95": chance}}
+
+
+def test_calibration_error_has_remark_only_above_chance():
     test = _test_split([[10, 0], [0, 10]], "ab")
-    (remark,) = texts.summary({"test": test, "calibration": calibration})["remarks"]
-    assert remark["text"].startswith("Confidence and accuracy are 12.3 points apart")
+    (remark,) = texts.summary({"test": test, "calibration": _calibration(0.123, 0.1)})["remarks"]
+    assert remark["text"] == (
+        "The expected calibration error is 12.3 points, even after temperature scaling; a "
+        "perfectly calibrated network would show at most 10.0 points in 95 % of cases."
+    )
+    for error, chance in ((0.123, 0.124), (0.04, 0.01)):
+        figures = {"test": test, "calibration": _calibration(error, chance)}
+        (remark,) = texts.summary(figures)["remarks"]
+        assert remark["section"] == "mistakes"
 
 
-def test_the_time_names_the_key_that_saves_some():
+def test_class_without_test_images_has_remark_with_other_means():
+    test = _figures(0.7) | {
+        "count": 20,
+        "f1": 0.4,
+        "confusion": [[6, 4, 0], [2, 8, 0], [0, 0, 0]],
+        "per_class": {
+            "cat": {"precision": 0.75, "recall": 0.6, "f1": 0.6, "support": 10},
+            "dog": {"precision": 0.65, "recall": 0.8, "f1": 0.6, "support": 10},
+            "bird": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0},
+        },
+    }
+    found = texts.summary({"test": test})
+    assert found["remarks"][0] == {
+        "text": "The class bird has no test images. It counts as 0 in precision, recall and F1. "
+        "The means over the other classes are: precision 70.00 %, recall 70.00 %, F1 60.00 %.",
+        "section": "figures",
+    }
+    assert found["absent_classes"] == found["remarks"][0]["text"]
+    assert "bird" not in str(found["remarks"][1:])
+
+
+def test_time_names_the_key_that_saves_time():
     seconds = {"measuring": 3.0, "predictions": 1.0, "curves": 0.1, "images": 1.0, "charts": 2.0}
     found = texts.time_spent(28.0, seconds)
     assert found["words"] == (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.serve import engine as engine_module
-from cnn_jax.serve.engine import Engine, Late, Overloaded, Program, measure
+from cnn_jax.serve.engine import DeadlineExceeded, Engine, Overloaded, Program, time_program
 from cnn_jax.system.errors import DataError
 
 ONE = np.zeros((2, 2, 3), np.uint8)
@@ -80,13 +80,13 @@ async def until(condition):
         ({1: 1.0, 2: 2.0, 4: 4.0}, [1, 1, 1, 1]),
     ],
 )
-def test_the_size_that_costs_the_least_for_each_image(seconds, sizes):
+def test_best_size_minimises_time_per_image(seconds, sizes):
     program = Program(list, seconds)
     assert [program.best_size(count) for count in range(1, len(sizes) + 1)] == sizes
-    assert program.largest == max(seconds)
+    assert program.largest_size == max(seconds)
 
 
-def test_measuring_compiles_every_size_before_it_is_timed():
+def test_time_program_compiles_before_timing():
     calls = []
 
     def run(images):
@@ -94,13 +94,13 @@ def test_measuring_compiles_every_size_before_it_is_timed():
         time.sleep(0.05 if calls.count(len(images)) == 1 else 0.001 * len(images))
         return list(images)
 
-    program = measure(run, ONE, (4, 1))
+    program = time_program(run, ONE, (4, 1))
     assert sorted(program.seconds) == [1, 4]
     assert calls == [1, 1, 1, 1, 4, 4, 4, 4]
     assert program.seconds[1] < 0.04
 
 
-def test_each_gets_its_own_result_whatever_the_batches_are():
+def test_each_image_gets_its_own_result():
     device, engine = Device(), Engine(capacity=1000)
 
     async def test():
@@ -108,16 +108,16 @@ def test_each_gets_its_own_result_whatever_the_batches_are():
         found = await asyncio.gather(*(compute(engine, program, value) for value in range(100)))
         assert [one.result for one in found] == [2 * value for value in range(100)]
         for one in found:
-            assert 1 <= one.together <= 4
-            assert one.queued >= 0
-            assert one.computed >= 0
+            assert 1 <= one.batch_size <= 4
+            assert one.queue_seconds >= 0
+            assert one.compute_seconds >= 0
 
     run_with(engine, test)
     assert sum(map(len, device.batches)) >= 100
     assert max(map(len, device.batches)) == 4
 
 
-def test_what_comes_while_it_computes_is_computed_together():
+def test_images_that_arrive_during_a_batch_form_one():
     device, engine = Device(is_open=False), Engine(capacity=10, decoders=1)
 
     async def test():
@@ -127,15 +127,15 @@ def test_what_comes_while_it_computes_is_computed_together():
         others = [asyncio.ensure_future(compute(engine, program, n)) for n in (2, 3, 4)]
         await asyncio.sleep(0.05)
         device.gate.set()
-        assert (await first).together == 1
-        assert [(await other).together for other in others] == [3, 3, 3]
+        assert (await first).batch_size == 1
+        assert [(await other).batch_size for other in others] == [3, 3, 3]
 
     run_with(engine, test)
     # The last one is repeated to fill the size that is compiled.
     assert device.batches == [[1], [2, 3, 4, 4]]
 
 
-def test_an_image_is_held_back_for_others_as_long_as_it_is_said_and_not_longer():
+def test_an_image_waits_at_most_max_wait():
     device, engine = Device(), Engine(capacity=10, max_wait=0.2)
 
     async def test():
@@ -144,9 +144,9 @@ def test_an_image_is_held_back_for_others_as_long_as_it_is_said_and_not_longer()
         first = asyncio.ensure_future(compute(engine, program, 1))
         await asyncio.sleep(0.05)
         second = asyncio.ensure_future(compute(engine, program, 2))
-        assert (await first).together == 2
+        assert (await first).batch_size == 2
         assert 0.15 < time.monotonic() - start < 2
-        assert (await second).queued < 0.2
+        assert (await second).queue_seconds < 0.2
         # A whole batch waits for nobody.
         start = time.monotonic()
         four = [compute(engine, program, n) for n in range(4)]
@@ -157,7 +157,7 @@ def test_an_image_is_held_back_for_others_as_long_as_it_is_said_and_not_longer()
     assert [len(batch) for batch in device.batches] == [2, 4]
 
 
-def test_programs_are_not_mixed_and_the_oldest_image_comes_first():
+def test_batches_have_one_program_oldest_first():
     one, other = Device(is_open=False), Device()
     engine = Engine(capacity=10, decoders=1)
 
@@ -175,7 +175,7 @@ def test_programs_are_not_mixed_and_the_oldest_image_comes_first():
     assert (one.batches, other.batches) == ([[0], [2, 4]], [[1, 3]])
 
 
-def test_what_nobody_waits_for_is_never_computed():
+def test_cancelled_images_are_never_computed():
     device, engine = Device(is_open=False), Engine(capacity=10, decoders=1)
 
     async def test():
@@ -195,7 +195,7 @@ def test_what_nobody_waits_for_is_never_computed():
     assert device.batches == [[1], [3]]
 
 
-def test_what_is_too_late_is_never_computed_and_is_told_so():
+def test_timed_out_images_are_never_computed():
     device, engine = Device(is_open=False), Engine(capacity=10, decoders=1)
 
     async def test():
@@ -206,7 +206,7 @@ def test_what_is_too_late_is_never_computed_and_is_told_so():
         last = asyncio.ensure_future(compute(engine, program, 3))
         await asyncio.sleep(0.1)
         device.gate.set()
-        with pytest.raises(Late):
+        with pytest.raises(DeadlineExceeded):
             await late
         await asyncio.gather(first, last)
 
@@ -214,7 +214,7 @@ def test_what_is_too_late_is_never_computed_and_is_told_so():
     assert device.batches == [[1], [3]]
 
 
-def test_a_program_that_fails_fails_those_who_wait_for_it_and_nobody_else():
+def test_a_failing_program_fails_only_its_requests():
     device, engine = Device(), Engine(capacity=10)
 
     def fail(images):
@@ -229,26 +229,26 @@ def test_a_program_that_fails_fails_those_who_wait_for_it_and_nobody_else():
     run_with(engine, test)
 
 
-def test_no_more_come_in_than_there_is_room_for():
+def test_capacity_limits_images_in_flight():
     engine = Engine(capacity=5)
 
     async def test():
-        with engine.admitted(3):
-            assert engine.inside == 3
-            with pytest.raises(Overloaded, match="try again in 1 s") as caught, engine.admitted(3):
+        with engine.admit(3):
+            assert engine.in_flight == 3
+            with pytest.raises(Overloaded, match="try again in 1 s") as caught, engine.admit(3):
                 pass
             assert caught.value.retry_after == 1
-            with engine.admitted(2):
-                assert engine.inside == 5
-            with contextlib.suppress(ZeroDivisionError), engine.admitted(2):
+            with engine.admit(2):
+                assert engine.in_flight == 5
+            with contextlib.suppress(ZeroDivisionError), engine.admit(2):
                 raise ZeroDivisionError
-            assert engine.inside == 3
-        assert engine.inside == 0
+            assert engine.in_flight == 3
+        assert engine.in_flight == 0
 
     run_with(engine, test)
 
 
-def test_how_long_to_stay_away_is_learnt_from_what_is_computed():
+def test_retry_after_follows_measured_times():
     engine = Engine(capacity=100)
 
     def slow(images):
@@ -258,7 +258,7 @@ def test_how_long_to_stay_away_is_learnt_from_what_is_computed():
     async def test():
         for _ in range(30):
             await compute(engine, Program(slow, {1: 1.0}), 0)
-        with engine.admitted(100), pytest.raises(Overloaded) as caught, engine.admitted(1):
+        with engine.admit(100), pytest.raises(Overloaded) as caught, engine.admit(1):
             pass
         # A hundred images at a tenth of a second.
         assert 6 <= caught.value.retry_after <= 15
@@ -283,7 +283,7 @@ class Decoder:
         return read
 
 
-def test_decoding_is_done_on_threads_and_not_after_the_deadline():
+def test_decoding_runs_on_threads_before_the_deadline():
     engine, decoder, device = Engine(capacity=10, decoders=2), Decoder(), Device()
 
     async def test():
@@ -299,7 +299,7 @@ def test_decoding_is_done_on_threads_and_not_after_the_deadline():
         await asyncio.sleep(0.05)  # The thread is not told before the task has heard of it.
         decoder.gate.set()
         assert [(await one)[0].result for one in held] == [2, 4]
-        with pytest.raises(Late):
+        with pytest.raises(DeadlineExceeded):
             await late
 
     run_with(engine, test)
@@ -307,7 +307,7 @@ def test_decoding_is_done_on_threads_and_not_after_the_deadline():
     assert sorted(value for batch in device.batches for value in batch) == [1, 2]
 
 
-def test_each_image_of_a_request_has_its_result_or_its_error_in_its_place():
+def test_results_and_errors_keep_their_order():
     engine, device = Engine(capacity=100, decoders=3), Device()
 
     def read(value):
@@ -325,8 +325,8 @@ def test_each_image_of_a_request_has_its_result_or_its_error_in_its_place():
                 continue
             assert one.result == 2 * value
             np.testing.assert_array_equal(one.pixels, image(value))
-            assert one.decoded >= 0.001 * (value % 5)
-            assert one.queued >= 0
+            assert one.decode_seconds >= 0.001 * (value % 5)
+            assert one.queue_seconds >= 0
         everything = [functools.partial(read, 3)] * 2
         assert all(
             isinstance(one, DataError)
@@ -336,7 +336,7 @@ def test_each_image_of_a_request_has_its_result_or_its_error_in_its_place():
     run_with(engine, test)
 
 
-def test_the_time_that_an_image_has_waited_is_that_for_a_thread_and_for_the_device():
+def test_queue_seconds_include_both_waits():
     engine, decoder = Engine(capacity=10, decoders=1), Decoder()
 
     async def test():
@@ -346,15 +346,15 @@ def test_the_time_that_an_image_has_waited_is_that_for_a_thread_and_for_the_devi
         decoder.gate.set()
         one, other = await both
         # The first was decoded for a tenth of a second, for which the other has waited.
-        assert one.decoded > 0.09
-        assert other.decoded < 0.05
-        assert one.queued < 0.05
-        assert other.queued > 0.09
+        assert one.decode_seconds > 0.09
+        assert other.decode_seconds < 0.05
+        assert one.queue_seconds < 0.05
+        assert other.queue_seconds > 0.09
 
     run_with(engine, test)
 
 
-def test_who_brings_many_images_leaves_room_for_others_who_bring_one():
+def test_large_requests_leave_decoders_for_others():
     engine, decoder = Engine(capacity=100, decoders=2), Decoder()
 
     async def test():
@@ -377,7 +377,7 @@ def test_who_brings_many_images_leaves_room_for_others_who_bring_one():
     assert max(decoder.started.index(n) for n in (78, 79)) <= 5
 
 
-def test_when_one_image_fails_for_another_reason_the_others_are_left_and_the_request_fails():
+def test_an_unexpected_decode_error_fails_the_request():
     engine, started = Engine(capacity=10, decoders=1), []
 
     def fail():
@@ -396,7 +396,7 @@ def test_when_one_image_fails_for_another_reason_the_others_are_left_and_the_req
     assert started == []
 
 
-def test_what_was_asked_by_who_has_left_is_held_by_nobody():
+def test_cancelled_requests_free_their_images():
     """Though all threads are busy, and it has not come to its turn."""
     engine, decoder = Engine(capacity=100, decoders=2), Decoder()
     program = Device().program()
@@ -421,7 +421,7 @@ def test_what_was_asked_by_who_has_left_is_held_by_nobody():
         await until(lambda: len(decoder.started) == 2)
         asks = (
             lambda of: engine.compute(program, 6 * [functools.partial(np.copy, of)], later()),
-            lambda of: engine.draw(functools.partial(np.copy, of), later()),
+            lambda of: engine.run_on_decoder(functools.partial(np.copy, of), later()),
         )
         for ask in asks:
             gone = await leave_behind(ask)
@@ -434,7 +434,7 @@ def test_what_was_asked_by_who_has_left_is_held_by_nobody():
     run_with(engine, test)
 
 
-def test_when_it_is_idle_it_holds_nothing_of_what_it_has_computed():
+def test_an_idle_engine_holds_no_images():
     engine = Engine(capacity=10)
 
     async def test():
@@ -451,13 +451,13 @@ def test_when_it_is_idle_it_holds_nothing_of_what_it_has_computed():
     run_with(engine, test)
 
 
-def test_a_device_that_hangs_does_not_keep_it_from_being_closed(monkeypatch):
+def test_close_returns_although_the_device_hangs(monkeypatch):
     monkeypatch.setattr(engine_module, "_CLOSING_SECONDS", 0.1)
     engine, device = Engine(capacity=10), Device(is_open=False)
 
     async def test():
         engine.start()
-        with pytest.raises(Late):
+        with pytest.raises(DeadlineExceeded):
             await compute(engine, device.program(), 1, later(0.1))
         assert not engine.close()
         device.gate.set()
@@ -466,21 +466,21 @@ def test_a_device_that_hangs_does_not_keep_it_from_being_closed(monkeypatch):
     asyncio.run(test())
 
 
-def test_drawing_is_done_on_the_same_threads_and_not_after_the_deadline():
+def test_calls_run_on_threads_before_the_deadline():
     engine = Engine(capacity=10)
 
     async def test():
-        name = await engine.draw(lambda: threading.current_thread().name, later())
+        name = await engine.run_on_decoder(lambda: threading.current_thread().name, later())
         assert name.startswith("decode")
-        name = await engine.parse(lambda: threading.current_thread().name, later())
+        name = await engine.run_on_parser(lambda: threading.current_thread().name, later())
         assert name.startswith("parse")
-        with pytest.raises(Late):
-            await engine.draw(lambda: None, later(-1))
+        with pytest.raises(DeadlineExceeded):
+            await engine.run_on_decoder(lambda: None, later(-1))
 
     run_with(engine, test)
 
 
-def test_batches_are_told_of_with_their_images_alone():
+def test_on_batch_counts_images_without_padding():
     told = []
     device = Device(is_open=False)
     engine = Engine(capacity=10, on_batch=lambda images, seconds: told.append((images, seconds)))

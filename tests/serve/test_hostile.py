@@ -38,7 +38,12 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
     write_bundle(make_bundle(), folder / "bundle")
     (folder / "tokens").write_text(f"admin {_TOKEN}\n")
-    flags = (f"--bundle={folder}/bundle", "--max_batch=4", f"--tokens={folder}/tokens")
+    flags = (
+        f"--bundle={folder}/bundle",
+        "--model=default",
+        "--max_batch=4",
+        f"--tokens={folder}/tokens",
+    )
     with Served(folder, *flags) as server:
         post(f"{server.url}/predict?explain=grad_cam", encode("PNG"), timeout=30)
         yield server
@@ -172,7 +177,7 @@ def test_forms_of_very_many_parts(server, filename, answered):
     assert time.monotonic() - start < 5
 
 
-def test_one_with_many_large_images_leaves_room_for_others(server):
+def test_many_large_images_do_not_block_small_requests(server):
     black = io.BytesIO()
     Image.new("RGB", (4_000, 4_000)).save(black, "PNG")
     files = [("file", (f"{n}.png", black.getvalue())) for n in range(8)]
@@ -196,7 +201,7 @@ CHECKS = [
 
 
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
-def test_what_its_description_allows_and_what_it_does_not(server, mode):
+def test_requests_generated_from_the_openapi_description(server, mode):
     """Schemathesis makes requests from the OpenAPI description, right and wrong ones."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]

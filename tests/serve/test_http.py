@@ -86,7 +86,7 @@ def test_requests_are_answered(serve):
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: a\r\n"])
-def test_headers_that_do_not_come_to_an_end_are_not_waited_for(serve, sent):
+def test_unfinished_headers_time_out(serve, sent):
     port = serve(_HEADER_SECONDS=0.5)
     start = time.monotonic()
     with connect(port) as connection:
@@ -96,7 +96,7 @@ def test_headers_that_do_not_come_to_an_end_are_not_waited_for(serve, sent):
     assert answer.startswith(b"HTTP/1.1 400")
 
 
-def test_a_byte_now_and_then_buys_no_time(serve):
+def test_slow_bytes_do_not_extend_the_timeout(serve):
     port = serve(_HEADER_SECONDS=0.5)
     start = time.monotonic()
     with connect(port) as connection, contextlib.suppress(ConnectionError):
@@ -107,7 +107,7 @@ def test_a_byte_now_and_then_buys_no_time(serve):
     assert time.monotonic() - start < 3
 
 
-def test_the_second_request_of_a_connection_has_the_same_time(serve):
+def test_each_request_of_a_connection_has_the_timeout(serve):
     port = serve(_HEADER_SECONDS=0.5)
     with connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -121,7 +121,7 @@ def test_the_second_request_of_a_connection_has_the_same_time(serve):
 
 
 def test_long_headers_are_refused_and_a_long_body_is_not(serve):
-    port = serve(_MOST_HEADER_BYTES=1_000)
+    port = serve(_MAX_HEADER_BYTES=1_000)
     with connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 2_000)
         assert rest_of(connection).startswith(b"HTTP/1.1 400")
@@ -133,7 +133,7 @@ def test_long_headers_are_refused_and_a_long_body_is_not(serve):
         assert b"100000 bytes" in answer
 
 
-def test_a_connection_that_is_quiet_is_closed(serve):
+def test_a_silent_connection_is_closed(serve):
     port = serve(_KEEP_ALIVE_SECONDS=0.3)
     with connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -142,8 +142,8 @@ def test_a_connection_that_is_quiet_is_closed(serve):
         assert 0.2 < time.monotonic() - start < 5
 
 
-def test_no_more_connections_than_there_is_room_for(serve):
-    port = serve(_CONNECTIONS=3)
+def test_the_number_of_connections_is_limited(serve):
+    port = serve(_MAX_CONNECTIONS=3)
     head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nConnection: close\r\n\r\n"
     with contextlib.ExitStack() as stack:
         busy = [stack.enter_context(connect(port)) for _ in range(2)]
@@ -183,7 +183,7 @@ def test_trailers_are_refused(serve):
         assert send_until_closed(connection, b"a" * 100_000, 20_000_000) < 15_000_000
 
 
-def test_headers_behind_a_request_under_way_are_bounded_too(serve):
+def test_headers_after_a_request_in_flight_are_limited(serve):
     with connect(serve(_LINGER_BYTES=1_000_000)) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nx")
         connection.sendall(b"xGET / HTTP/1.1\r\n")
@@ -192,7 +192,7 @@ def test_headers_behind_a_request_under_way_are_bounded_too(serve):
 
 
 @pytest.mark.parametrize("size", [10, 5_000_000])
-def test_a_refusal_reaches_one_who_still_sends(serve, size):
+def test_a_sending_client_can_read_its_refusal(serve, size):
     with connect(serve(_HEADER_SECONDS=0.5)) as connection:
         head = b"POST /refused HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size
         connection.sendall(head)
@@ -205,7 +205,7 @@ def test_a_refusal_reaches_one_who_still_sends(serve, size):
         assert answer.count(b"HTTP/1.1") == 1
 
 
-def test_who_is_refused_cannot_send_for_ever(serve):
+def test_a_refused_client_cannot_send_forever(serve):
     with connect(serve(_LINGER_SECONDS=0.5)) as connection:
         connection.sendall(
             b"POST /refused HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n"
@@ -218,7 +218,7 @@ def test_who_is_refused_cannot_send_for_ever(serve):
         assert time.monotonic() - start < 3
 
 
-def test_who_does_not_read_is_not_waited_for(serve, monkeypatch):
+def test_a_client_that_does_not_read_is_aborted(serve, monkeypatch):
     is_lost = threading.Event()
     lose = http._Protocol.connection_lost
     monkeypatch.setattr(
@@ -229,7 +229,7 @@ def test_who_does_not_read_is_not_waited_for(serve, monkeypatch):
         assert is_lost.wait(5)
 
 
-def test_a_wish_for_http_2_is_ignored(serve):
+def test_an_upgrade_header_is_ignored(serve):
     with connect(serve()) as connection:
         connection.sendall(
             b"POST / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: 3\r\n"
@@ -242,8 +242,8 @@ def test_a_wish_for_http_2_is_ignored(serve):
         assert b"3 bytes" in answer
 
 
-def test_requests_behind_one_another_are_no_long_headers(serve):
-    port = serve(_MOST_HEADER_BYTES=1_000)
+def test_pipelined_requests_are_not_long_headers(serve):
+    port = serve(_MAX_HEADER_BYTES=1_000)
     one = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n\r\n" + b"a" * 900
     last = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
     with connect(port) as connection:

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from cnn_jax.serve.limits import ClientLeft, unless_client_leaves
+from cnn_jax.serve.limits import ClientDisconnected, cancel_on_disconnect
 
 
 class Client:
@@ -23,7 +23,7 @@ class Client:
 
 
 async def work(client, answer):
-    async with unless_client_leaves(client.receive):
+    async with cancel_on_disconnect(client.receive):
         return await answer
 
 
@@ -46,7 +46,7 @@ def run(test):
     asyncio.run(run())
 
 
-def test_who_stays_gets_the_answer_and_nothing_is_left_of_the_watch():
+def test_a_connected_client_gets_its_answer():
     async def test():
         client = Client()
         task, answer = await begun(client)
@@ -57,12 +57,12 @@ def test_who_stays_gets_the_answer_and_nothing_is_left_of_the_watch():
     run(test)
 
 
-def test_who_leaves_ends_the_work():
+def test_a_disconnect_cancels_the_work():
     async def test():
         client = Client()
         task, answer = await begun(client)
         client.leave()
-        with pytest.raises(ClientLeft):
+        with pytest.raises(ClientDisconnected):
             await task
         assert answer.cancelled()
         assert task.cancelling() == 0
@@ -71,9 +71,9 @@ def test_who_leaves_ends_the_work():
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_who_leaves_in_the_moment_of_the_answer_cancels_nothing_behind_the_block(is_first):
+def test_a_disconnect_cancels_nothing_after_the_context(is_first):
     async def request(client, answer):
-        with contextlib.suppress(ClientLeft):
+        with contextlib.suppress(ClientDisconnected):
             await work(client, answer)
         for _ in range(5):  # A cancellation that comes late would be raised here.
             await asyncio.sleep(0)
@@ -94,7 +94,7 @@ def test_who_leaves_in_the_moment_of_the_answer_cancels_nothing_behind_the_block
     run(test)
 
 
-def test_a_cancellation_of_somebody_elses_counts_even_if_the_client_leaves_too():
+def test_another_cancellation_takes_precedence_over_a_disconnect():
     async def test():
         for leaves in (False, True):
             client = Client()
@@ -109,9 +109,9 @@ def test_a_cancellation_of_somebody_elses_counts_even_if_the_client_leaves_too()
     run(test)
 
 
-def test_a_timeout_within_is_a_timeout():
+def test_a_timeout_inside_stays_a_timeout():
     async def late(client):
-        async with unless_client_leaves(client.receive), asyncio.timeout(0.02):
+        async with cancel_on_disconnect(client.receive), asyncio.timeout(0.02):
             await asyncio.sleep(5)
 
     async def test():

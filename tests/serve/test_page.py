@@ -8,7 +8,7 @@ from PIL import Image
 from servers import Served
 
 from cnn_jax.inference.bundle import write_bundle
-from cnn_jax.inference.predictor import Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.registry.registry import Registry
 
 
@@ -68,14 +68,14 @@ def open_page(browser, server, width=1000, scheme="light"):
 
 def expected_of(registry, number, image):
     version = registry.resolve("shapes", number)
-    predictor = Predictor.load(registry.fetch(version, image.parent))
+    predictor = BundlePredictor.load(registry.fetch(version, image.parent))
     (prediction,) = predict_batch(predictor, [image.read_bytes()])
     best = int(prediction.probabilities.argmax())
     return predictor.class_names[best], prediction.probabilities
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1000, "light")])
-def test_an_image_its_classes_and_its_map(browser, server, registry, image, width, scheme):
+def test_the_page_shows_classes_and_map(browser, server, registry, image, width, scheme):
     open_page(browser, server, width, scheme)
     choose(browser, image)
     wait_for(browser, "!document.getElementById('result').hidden")
@@ -83,7 +83,7 @@ def test_an_image_its_classes_and_its_map(browser, server, registry, image, widt
     name, probabilities = expected_of(registry, 1, image)
     assert text(browser, "result-title") == f"{name}, {100 * probabilities.max():.1f} %"
     shares = browser.execute_script(
-        "return [...document.querySelectorAll('#bars .share')].map((one) => one.textContent)"
+        "return [...document.querySelectorAll('#bars .probability')].map((one) => one.textContent)"
     )
     assert shares == [f"{100 * share:.1f} %" for share in sorted(probabilities, reverse=True)]
     widths = browser.execute_script(
@@ -91,7 +91,7 @@ def test_an_image_its_classes_and_its_map(browser, server, registry, image, widt
         ".map((one) => one.offsetWidth / one.parentNode.offsetWidth)"
     )
     np.testing.assert_allclose(widths, sorted(probabilities, reverse=True), atol=0.02)
-    # A reader is told where it is now, and of the picture.
+    # A screen reader gets the focus on the result, and a description of the picture.
     assert browser.execute_script("return document.activeElement.id") == "result-title"
     source, alt, is_there = browser.execute_script(
         "const shown = document.getElementById('shown');"
@@ -100,7 +100,13 @@ def test_an_image_its_classes_and_its_map(browser, server, registry, image, widt
     assert source.startswith("data:image/png;base64,")
     assert name in alt
     assert is_there
+    shape = "const box = document.getElementById('shown').getBoundingClientRect();"
+    shape += "return [box.width, box.height]"
+    map_shape = browser.execute_script(shape)
+    assert map_shape[0] / map_shape[1] == pytest.approx(80 / 60, rel=0.02)
     browser.find_element("id", "show-image").send_keys("\ue007")  # Enter.
+    wait_for(browser, "document.getElementById('shown').complete")
+    assert browser.execute_script(shape) == map_shape
     assert browser.execute_script("return document.getElementById('shown').src").startswith("blob:")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     loaded = browser.execute_script(
@@ -111,7 +117,7 @@ def test_an_image_its_classes_and_its_map(browser, server, registry, image, widt
     assert not complaints(browser)
 
 
-def test_what_is_no_image_is_said_and_forgotten_with_the_next(browser, server, image, tmp_path):
+def test_the_page_shows_and_clears_errors(browser, server, image, tmp_path):
     open_page(browser, server)
     (tmp_path / "note.png").write_text("no image")
     choose(browser, tmp_path / "note.png")
@@ -123,7 +129,7 @@ def test_what_is_no_image_is_said_and_forgotten_with_the_next(browser, server, i
     assert browser.execute_script("return document.getElementById('problem').hidden")
 
 
-def test_dropped_and_pasted(browser, server, image):
+def test_images_can_be_dropped_and_pasted(browser, server, image):
     for kind, holder in (("drop", "dataTransfer"), ("paste", "clipboardData")):
         open_page(browser, server)
         browser.execute_script(
@@ -137,7 +143,7 @@ def test_dropped_and_pasted(browser, server, image):
         wait_for(browser, "!document.getElementById('result').hidden")
 
 
-def test_it_goes_with_the_version_that_answers(browser, server, registry, image):
+def test_the_page_follows_the_served_version(browser, server, registry, image):
     open_page(browser, server)
     registry.promote("shapes", 2)
     server.wait_for_log("version 1: no longer served")
@@ -148,7 +154,7 @@ def test_it_goes_with_the_version_that_answers(browser, server, registry, image)
     assert text(browser, "result-title") == f"{name}, {100 * probabilities.max():.1f} %"
 
 
-def test_all_by_keyboard(browser, server, image):
+def test_all_controls_work_by_keyboard(browser, server, image):
     """Everything that can be operated is reached, on from the result."""
     from selenium.webdriver import ActionChains, Keys
 
@@ -167,7 +173,7 @@ def test_all_by_keyboard(browser, server, image):
     assert reached[:4] == ["show-image", "show-map", "docs", "file"]
 
 
-def test_the_list_of_interfaces(browser, server):
+def test_the_api_page_lists_all_paths(browser, server):
     complaints(browser)
     show_at(browser, f"{server.url}/docs", 360)
     shown = browser.execute_script("return document.body.textContent")

@@ -20,14 +20,14 @@ def offer(log, version, numbers):
     rng = np.random.default_rng(0)
     for number in numbers:
         pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
-        log.offer(version, str(number), pixels, np.array([0.2, 0.3, 0.5], np.float32))
+        log.record(version, str(number), pixels, np.array([0.2, 0.3, 0.5], np.float32))
 
 
 def ids_of(path):
     return [int(row[0]) for row in sqlite3.connect(path).execute("select request_id from requests")]
 
 
-def test_it_stays_within_its_size_and_the_oldest_go_first(version, tmp_path):
+def test_the_log_deletes_its_oldest_rows(version, tmp_path):
     path = tmp_path / "requests.db"
     most = 200_000
     log = RequestLog(path, max_bytes=most, with_images=True)
@@ -36,7 +36,7 @@ def test_it_stays_within_its_size_and_the_oldest_go_first(version, tmp_path):
         while log._waiting.qsize():
             pass
     log.close()
-    assert log.lost == 0
+    assert log.lost_rows == 0
     kept = ids_of(path)
     assert kept == list(range(kept[0], 800))
     assert 100 < len(kept) < 300  # About a kilobyte each.
@@ -44,7 +44,7 @@ def test_it_stays_within_its_size_and_the_oldest_go_first(version, tmp_path):
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1.5 * most
 
 
-def test_a_share_is_sampled(version, tmp_path):
+def test_a_fraction_is_sampled(version, tmp_path):
     log = RequestLog(tmp_path / "requests.db", share=0.25)
     for start in range(0, 800, 100):
         offer(log, version, range(start, start + 100))
@@ -56,7 +56,7 @@ def test_a_share_is_sampled(version, tmp_path):
     assert {row[0] for row in rows} == {None}
 
 
-def test_a_full_disk_loses_rows_which_are_counted_and_goes_on(version, tmp_path, monkeypatch):
+def test_rows_lost_to_a_full_disk_are_counted(version, tmp_path, monkeypatch):
     path = tmp_path / "requests.db"
     log = RequestLog(path)
     connect = log._connect
@@ -66,26 +66,26 @@ def test_a_full_disk_loses_rows_which_are_counted_and_goes_on(version, tmp_path,
 
     monkeypatch.setattr(log, "_connect", full)
     offer(log, version, range(5))
-    while log.lost < 5:
+    while log.lost_rows < 5:
         pass
     monkeypatch.setattr(log, "_connect", connect)
     offer(log, version, [5])
     log.close()
-    assert log.lost == 5
+    assert log.lost_rows == 5
     assert ids_of(path) == [5]
 
 
-def test_who_offers_never_waits(version, tmp_path):
+def test_record_never_waits(version, tmp_path):
     log = RequestLog(tmp_path / "requests.db")
     with sqlite3.connect(tmp_path / "requests.db") as other:
         other.execute("begin exclusive")  # Nobody else can write.
         offer(log, version, range(1_100))
-        assert log.lost >= 90
+        assert log.lost_rows >= 90
     log.close()
-    assert len(ids_of(tmp_path / "requests.db")) + log.lost == 1_100
+    assert len(ids_of(tmp_path / "requests.db")) + log.lost_rows == 1_100
 
 
-def test_a_log_goes_on_where_it_was(version, tmp_path):
+def test_an_existing_log_is_continued(version, tmp_path):
     path = tmp_path / "requests.db"
     for number in range(2):
         log = RequestLog(path)
@@ -94,7 +94,7 @@ def test_a_log_goes_on_where_it_was(version, tmp_path):
     assert ids_of(path) == [0, 1]
 
 
-def test_what_is_no_log_is_left_alone(tmp_path):
+def test_another_file_is_not_changed(tmp_path):
     (tmp_path / "note.txt").write_text("a text that is long enough to be no database" * 20)
     with pytest.raises(ConfigError, match="--request_log: cannot use"):
         RequestLog(tmp_path / "note.txt")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from requests import PreparedRequest, Request
 
-from cnn_jax.serve.images import from_base64, from_numbers, images_of, parse_json
+from cnn_jax.serve.images import decode_base64, parse_json, parse_pixels, read_images
 from cnn_jax.serve.limits import Limits, Refused
 
 LIMITS = Limits(images=3)
@@ -20,7 +20,7 @@ def form(*files, **fields) -> PreparedRequest:
 
 
 def read(request, limits=LIMITS):
-    found = images_of(request.body, request.headers["Content-Type"], limits)
+    found = read_images(request.body, request.headers["Content-Type"], limits)
     return [(part.name, part.content) for part in found]
 
 
@@ -33,13 +33,13 @@ def refused(call, *args):
 @pytest.mark.parametrize(
     "kind", ["", "image/png", "application/octet-stream", "text/html", "\xff;"]
 )
-def test_a_body_that_is_no_form_is_an_image(kind):
-    (part,) = images_of(b"bytes", kind, LIMITS)
+def test_a_body_without_form_is_an_image(kind):
+    (part,) = read_images(b"bytes", kind, LIMITS)
     assert (part.name, part.content) == ("0", b"bytes")
 
 
 def test_an_empty_body_has_no_image():
-    assert refused(images_of, b"", "image/png", LIMITS) == (400, "no_image")
+    assert refused(read_images, b"", "image/png", LIMITS) == (400, "no_image")
 
 
 @settings(max_examples=60, deadline=None)
@@ -50,24 +50,24 @@ def test_an_empty_body_has_no_image():
         max_size=3,
     )
 )
-def test_a_form_is_what_another_program_has_put_into_it(files):
+def test_forms_of_another_library_are_read(files):
     assert read(form(*files)) == files
 
 
 @pytest.mark.parametrize("field", ["other", "file", "top"])
-def test_a_field_that_is_no_file_is_refused_by_its_name(field):
+def test_a_field_without_file_is_refused_by_name(field):
     """It may be an image without a file name, or a parameter, and was ignored."""
-    with pytest.raises(Refused, match=f"field '{field}' is no file.*-F {field}=@FILE") as caught:
+    with pytest.raises(Refused, match=f"field '{field}' is not a file.*-F {field}=@FILE") as caught:
         read(form(("a.png", b"1"), **{field: "value"}))
     assert (caught.value.status, caught.value.reason) == (400, "form")
 
 
-def test_files_without_a_name_have_their_place_and_an_unused_input_of_a_page_is_nothing():
+def test_unnamed_files_get_an_index():
     body = b""
     for content in (b"1", b"", b"2"):
         body += b'--x\r\nContent-Disposition: form-data; name="file"; filename=""\r\n\r\n'
         body += content + b"\r\n"
-    found = images_of(body + b"--x--\r\n", "multipart/form-data; boundary=x", LIMITS)
+    found = read_images(body + b"--x--\r\n", "multipart/form-data; boundary=x", LIMITS)
     assert [(part.name, part.content) for part in found] == [("0", b"1"), ("1", b"2")]
 
 
@@ -98,29 +98,32 @@ def test_a_form_may_not_have_too_many_files():
     ],
 )
 def test_a_damaged_form_is_refused(body, kind):
-    assert refused(images_of, body, kind, LIMITS) == (400, "form")
+    assert refused(read_images, body, kind, LIMITS) == (400, "form")
 
 
 def test_a_form_without_files_has_no_image():
     body = b'--x\r\nContent-Disposition: form-data; name="a"; filename=""\r\n\r\n\r\n--x--\r\n'
-    assert refused(images_of, body, "multipart/form-data; boundary=x", LIMITS) == (400, "no_image")
+    assert refused(read_images, body, "multipart/form-data; boundary=x", LIMITS) == (
+        400,
+        "no_image",
+    )
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 400), st.binary(max_size=3))
-def test_whatever_is_sent_as_a_form_is_read_or_refused(noise, place, other):
+def test_any_form_is_read_or_refused(noise, place, other):
     request = form(("a.png", noise), ("b.png", b"12345"))
     damaged = request.body[:place] + other + request.body[place + len(other) :]
     with contextlib.suppress(Refused):
-        images_of(damaged, request.headers["Content-Type"], LIMITS)
+        read_images(damaged, request.headers["Content-Type"], LIMITS)
 
 
 @given(st.binary(min_size=1, max_size=100))
 def test_base64_of_either_alphabet_with_or_without_padding(content):
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
         text = encode(content).decode()
-        assert from_base64(text) == from_base64(text.rstrip("=")) == from_base64(f" {text}\n")
-        assert from_base64(text) == content
+        assert decode_base64(text) == decode_base64(text.rstrip("=")) == decode_base64(f" {text}\n")
+        assert decode_base64(text) == content
 
 
 @given(
@@ -131,8 +134,8 @@ def test_base64_of_either_alphabet_with_or_without_padding(content):
 def test_base64_in_lines_and_in_data_urls(content, line_end, prefix):
     """As `base64`, MIME and browsers make it."""
     text = base64.encodebytes(content).decode().replace("\n", line_end)
-    assert from_base64(prefix + text) == content
-    assert from_base64(prefix + text.replace("=", "")) == content
+    assert decode_base64(prefix + text) == content
+    assert decode_base64(prefix + text.replace("=", "")) == content
 
 
 @pytest.mark.parametrize(
@@ -142,20 +145,20 @@ def test_base64_in_lines_and_in_data_urls(content, line_end, prefix):
         *("data:image/png,abcd", "data:;base64;abcd", "xdata:;base64,abcd"),
     ],
 )
-def test_what_is_not_base64(text):
-    assert refused(from_base64, text) == (400, "image")
+def test_invalid_base64_is_refused(text):
+    assert refused(decode_base64, text) == (400, "image")
 
 
-def test_no_bytes_in_base64():
+def test_empty_base64_is_refused():
     for text in ("", "\n", "====", "data:image/png;base64,"):
-        assert refused(from_base64, text) == (400, "no_image")
+        assert refused(decode_base64, text) == (400, "no_image")
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 1), (2, 3, 3), (1, 1, 3)])
 @pytest.mark.parametrize("kind", [int, float])
 def test_an_image_in_numbers(shape, kind):
     array = np.random.default_rng(0).integers(0, 256, shape)
-    found = from_numbers(array.astype(kind).tolist())
+    found = parse_pixels(array.astype(kind).tolist())
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, array[..., 0] if shape[-1] == 1 else array)
 
@@ -170,25 +173,25 @@ def test_an_image_in_numbers(shape, kind):
         *([[[0, 0, float("inf")]]], [[[0, 0, 10**30]]], [[[0, 0, -(10**400)]]]),
     ],
 )
-def test_what_is_no_image_in_numbers(values):
-    assert refused(from_numbers, values) == (400, "image")
+def test_invalid_numbers_are_refused(values):
+    assert refused(parse_pixels, values) == (400, "image")
 
 
-def test_numbers_from_0_to_1_are_refused_with_what_to_do_and_black_is_black():
+def test_numbers_from_0_to_1_are_refused():
     """tensorflow/serving#1317: 0.0 and 1.0 alone were read as two levels of black."""
     for values in ([[0.0, 1.0]], [[0, 1]], [[0.5, 1.0]], [[0.25, 0.0]]):
         with pytest.raises(Refused, match="multiply numbers from 0 to 1 by 255"):
-            from_numbers(values)
+            parse_pixels(values)
     for values in ([[0.0, 0.0]], [[0, 2]], [[0.0, 255.0]]):
-        np.testing.assert_array_equal(from_numbers(values), values)
+        np.testing.assert_array_equal(parse_pixels(values), values)
 
 
-def test_channels_that_come_first_are_told():
-    with pytest.raises(Refused, match="channels come last"):
-        from_numbers(np.full((3, 4, 5), 9).tolist())
+def test_channels_first_are_refused_with_a_hint():
+    with pytest.raises(Refused, match="put the channels last"):
+        parse_pixels(np.full((3, 4, 5), 9).tolist())
 
 
-def test_json_objects_alone():
+def test_only_json_objects_are_accepted():
     assert parse_json(b'{"a": [1, null, "\\u00e4"]}') == {"a": [1, None, "ä"]}
     for body in (
         b"",

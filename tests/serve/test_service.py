@@ -23,7 +23,7 @@ from cnn_jax.serve import http
 from cnn_jax.serve.app import make_app
 from cnn_jax.serve.engine import Engine, Program
 from cnn_jax.serve.limits import Limits, Refused
-from cnn_jax.serve.metrics import Measures
+from cnn_jax.serve.metrics import ServerMetrics
 from cnn_jax.serve.service import END, LOADING, Models, Service
 from cnn_jax.serve.versions import make_version
 
@@ -50,12 +50,12 @@ class Gated:
             self.batches.append([int(image[0, 0, 0]) for image in images])
             return version.predictor(images)
 
-        version = dataclasses.replace(version, probabilities=Program(run, {1: 1.0}))
+        version = dataclasses.replace(version, predict_program=Program(run, {1: 1.0}))
         self.engine = Engine(queue, decoders=2)
-        self.service = Service(Models(), self.engine, limits, Measures())
-        self.service.models.expect("default", is_required=True)
-        self.service.models.bring(version)
-        self.service.models.point("default", {"default": 1})
+        self.service = Service(Models(), self.engine, limits, ServerMetrics())
+        self.service.models.add_model("default", is_required=True)
+        self.service.models.add_version(version)
+        self.service.models.set_aliases("default", {"default": 1})
 
         @contextlib.asynccontextmanager
         async def lifespan(app):
@@ -67,7 +67,7 @@ class Gated:
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = http.make_server(
-            make_app(self.service, None, lifespan), 0, 1, self.service.leave
+            make_app(self.service, None, lifespan), 0, 1, self.service.begin_shutdown
         )
         self._server.capture_signals = contextlib.nullcontext
         self._thread = threading.Thread(
@@ -121,10 +121,10 @@ def pool():
         yield pool
 
 
-def test_when_the_house_is_full_others_are_told_when_to_come_back(serve, pool):
+def test_an_overloaded_server_sends_retry_after(serve, pool):
     server = serve(queue=3)
     held = [pool.submit(server.post, value) for value in range(3)]
-    until(lambda: server.engine.inside == 3)
+    until(lambda: server.engine.in_flight == 3)
     for _ in range(3):
         answer = server.post(9)
         assert answer.status_code == 429
@@ -135,20 +135,20 @@ def test_when_the_house_is_full_others_are_told_when_to_come_back(serve, pool):
     assert [future.result().status_code for future in held] == [200] * 3
     assert server.post(4).status_code == 200
     assert sorted(value for batch in server.batches for value in batch) == [0, 1, 2, 4]
-    assert server.engine.inside == 0
+    assert server.engine.in_flight == 0
 
 
-def test_more_images_than_the_house_can_hold(serve):
+def test_more_images_than_the_queue_are_refused(serve):
     server = serve(queue=3)
     files = [("file", (f"{n}.png", encode(n))) for n in range(4)]
     answer = requests.post(f"{server.url}/predict", files=files, timeout=30)
     assert answer.status_code == 429
 
 
-def test_a_request_whose_time_is_up_is_dropped(serve, pool):
+def test_a_timed_out_request_is_dropped(serve, pool):
     server = serve(seconds=0.6)
     first = pool.submit(server.post, 1)
-    until(lambda: server.engine.inside == 1)
+    until(lambda: server.engine.in_flight == 1)
     late = [pool.submit(server.post, value) for value in (2, 3)]
     time.sleep(0.8)
     server.gate.set()
@@ -162,25 +162,25 @@ def test_a_request_whose_time_is_up_is_dropped(serve, pool):
     assert server.batches == [[1], [4]]
 
 
-def test_what_a_client_who_left_had_asked_is_not_computed(serve, pool):
+def test_images_of_a_disconnected_client_are_not_computed(serve, pool):
     server = serve()
     first = pool.submit(server.post, 1)
-    until(lambda: server.engine.inside == 1)
+    until(lambda: server.engine.in_flight == 1)
     image = encode(2)
     head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(image)
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head + image)
-        until(lambda: server.engine.inside == 2)
-    until(lambda: server.engine.inside == 1)
+        until(lambda: server.engine.in_flight == 2)
+    until(lambda: server.engine.in_flight == 1)
     last = pool.submit(server.post, 3)
-    until(lambda: server.engine.inside == 2)
+    until(lambda: server.engine.in_flight == 2)
     server.gate.set()
     assert first.result().status_code == last.result().status_code == 200
     assert server.batches == [[1], [3]]
     assert server.refused("client_left") == 1
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(serve):
+def test_a_missing_body_times_out(serve):
     server = serve(seconds=0.5)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         start = time.monotonic()
@@ -191,18 +191,18 @@ def test_a_body_that_does_not_come_is_not_waited_for(serve):
         assert answer.startswith(b"HTTP/1.1 408")
         assert b'"reason":"slow"' in answer
         assert 0.4 < time.monotonic() - start < 5
-    assert server.service._bodies.held == 0
+    assert server.service._bodies.num_bytes == 0
     assert version.in_use == 0
 
 
-def test_all_bodies_together_are_bounded(serve):
+def test_the_total_size_of_bodies_is_limited(serve):
     server = serve(body_bytes=2_000_000, all_bytes=5_000_000)
     head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n"
     with contextlib.ExitStack() as stack:
         for _ in range(2):
             one = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             one.sendall(head + b"x" * 1_999_999)
-        until(lambda: server.service._bodies.held == 3_999_998)
+        until(lambda: server.service._bodies.num_bytes == 3_999_998)
         answer = requests.post(f"{server.url}/predict", b"x" * 1_900_000, timeout=10)
         assert answer.status_code == 429
         assert answer.json()["reason"] == "busy"
@@ -211,38 +211,38 @@ def test_all_bodies_together_are_bounded(serve):
         for _ in range(2):
             one = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             one.sendall(head + b"x" * 900_000)
-        until(lambda: server.service._bodies.held == 5_799_998)
+        until(lambda: server.service._bodies.num_bytes == 5_799_998)
         assert requests.post(f"{server.url}/predict", b"x" * 400, timeout=10).status_code == 415
-    until(lambda: server.service._bodies.held == 0)
+    until(lambda: server.service._bodies.num_bytes == 0)
 
 
-def test_a_fault_of_the_server_is_told_without_its_insides(serve, version, caplog):
+def test_internal_errors_have_no_details(serve, version, caplog):
     server = serve()
 
     def fail(images):
         raise RuntimeError("secret of the device")
 
-    broken = dataclasses.replace(version, probabilities=Program(fail, {1: 1.0}))
-    server.service.models.bring(broken)
+    broken = dataclasses.replace(version, predict_program=Program(fail, {1: 1.0}))
+    server.service.models.add_version(broken)
     answer = server.post()
     assert answer.status_code == 500
     assert answer.json()["reason"] == "internal"
     assert "secret" not in answer.text
     until(lambda: any("secret of the device" in str(one.exc_info) for one in caplog.records))
-    assert server.service.engine.inside == 0
+    assert server.service.engine.in_flight == 0
     assert requests.get(f"{server.url}/healthz", timeout=10).status_code == 200
 
 
 # What can be asked.
 
 
-def test_open_inference_says_who_is_ready(serve):
+def test_open_inference_reports_readiness(serve):
     server = serve()
 
     def status(path):
         return requests.get(f"{server.url}/v2/{path}", timeout=10).status_code
 
-    server.service.models.note("default", 2, LOADING)
+    server.service.models.set_state("default", 2, LOADING)
     found = requests.get(f"{server.url}/v2/models/default", timeout=10).json()
     assert found["versions"] == ["1"]  # Those that can be asked.
     own = "models/default/versions"
@@ -254,10 +254,10 @@ def test_open_inference_says_who_is_ready(serve):
     assert status("health/live") == 200
 
 
-def test_models_by_name_number_and_alias(version):
+def test_models_are_found_by_name_number_and_alias(version):
     models = Models()
     assert not models.is_ready()
-    models.expect("one", is_required=True)
+    models.add_model("one", is_required=True)
     assert models.names == ["one"]
     assert not models.is_ready()
 
@@ -267,41 +267,41 @@ def test_models_by_name_number_and_alias(version):
         return caught.value.status
 
     assert refused() == 503
-    models.note("one", 3, LOADING)
+    models.set_state("one", 3, LOADING)
     assert models.states("one") == {3: (LOADING, "")}
     three = dataclasses.replace(version, model="one", number=3)
     five = dataclasses.replace(version, model="one", number=5)
-    models.bring(three)
+    models.add_version(three)
     assert refused("one") == 503  # Nothing says that it is the one.
-    models.point("one", {"champion": 3, "challenger": 5})
+    models.set_aliases("one", {"champion": 3, "challenger": 5})
     assert models.is_ready()
     assert models.find() is models.find("one") is models.find(alias="champion") is three
     assert models.find("one", 3) is three
     assert models.aliases("one") == {"champion": 3}
     assert refused(alias="challenger") == refused("one", 5) == refused("two") == 404
-    models.bring(five)
+    models.add_version(five)
     assert models.find(alias="challenger") is five
-    models.point("one", {"champion": 5})
+    models.set_aliases("one", {"champion": 5})
     assert models.find() is five
-    assert models.drop("one", 3) is three
+    assert models.remove_version("one", 3) is three
     assert refused("one", 3) == 404
-    models.expect("two", is_required=False)
+    models.add_model("two", is_required=False)
     assert models.find() is five  # The only one that answers.
     assert models.is_ready()
     assert not models.is_ready("two")
     two = dataclasses.replace(version, model="two", number=1)
-    models.bring(two)
-    models.point("two", {"champion": 1})
+    models.add_version(two)
+    models.set_aliases("two", {"champion": 1})
     assert refused() == 400
-    models.forget("two")
+    models.remove_model("two")
     assert models.find() is five
     assert models.names == ["one"]
     for number in range(100):
-        models.note("one", number, END)
+        models.set_state("one", number, END)
     assert len(models.states("one")) < 30
 
 
-def test_serving_brings_no_training_code():
+def test_serving_imports_no_training_code():
     folder = pathlib.Path(cnn_jax.serve.__file__).parent
     rooms = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__main__")
     names = [f"cnn_jax.serve.{room}" for room in rooms] + ["cnn_jax.registry.registry"]

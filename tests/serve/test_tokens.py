@@ -15,7 +15,7 @@ def file(tmp_path):
     return path
 
 
-def test_who_may_do_what(file):
+def test_roles_allow_their_requests(file):
     found = Tokens(file)
     for header, predict, admin in (
         (f"Bearer {READER}", True, False),
@@ -46,7 +46,7 @@ def test_who_may_do_what(file):
         (f"{READER}\n", "line 1: must be"),
     ],
 )
-def test_a_file_that_is_wrong(tmp_path, text, message):
+def test_an_invalid_file_is_refused(tmp_path, text, message):
     (tmp_path / "tokens").write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
         Tokens(tmp_path / "tokens")
@@ -54,7 +54,7 @@ def test_a_file_that_is_wrong(tmp_path, text, message):
     assert KEEPER not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_or_no_text(tmp_path):
+def test_a_missing_or_binary_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         Tokens(tmp_path / "none")
     (tmp_path / "tokens").write_bytes(b"\xff\xfe\x00")
@@ -62,8 +62,8 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path):
         Tokens(tmp_path / "tokens")
 
 
-def test_a_changed_file_is_read_again_and_a_wrong_one_changes_nothing(file, monkeypatch, caplog):
-    monkeypatch.setattr(tokens, "_LOOK_AGAIN", 0.0)
+def test_a_changed_file_is_read_if_valid(file, monkeypatch, caplog):
+    monkeypatch.setattr(tokens, "_CHECK_SECONDS", 0.0)
     found = Tokens(file)
     other = "another-token-0123456789"
 
@@ -95,14 +95,14 @@ def test_a_token_that_no_header_can_carry_is_refused(tmp_path):
         Tokens(tmp_path / "tokens")
 
 
-def test_the_file_is_not_looked_at_for_every_request(file, monkeypatch):
+def test_the_file_is_not_checked_for_every_request(file, monkeypatch):
     found = Tokens(file)
     file.write_text("nonsense\n")
     assert found.allow(f"Bearer {READER}", "predict")
     assert found.problem == ""
 
 
-def test_every_token_is_compared_whichever_it_is(file, monkeypatch):
+def test_every_token_is_compared(file, monkeypatch):
     found, compared = Tokens(file), []
     compare = tokens.hmac.compare_digest
 

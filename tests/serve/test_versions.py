@@ -23,12 +23,12 @@ from s3 import BUCKET, s3_service
 from servers import Served
 
 from cnn_jax.inference.bundle import write_bundle
-from cnn_jax.inference.predictor import Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.registry.registry import Registry
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
-from cnn_jax.serve.loader import Loader, Source, Wanted
-from cnn_jax.serve.metrics import Measures
+from cnn_jax.serve.loader import DesiredState, Loader, Source
+from cnn_jax.serve.metrics import ServerMetrics
 from cnn_jax.serve.service import AVAILABLE, END, Models, Service
 from cnn_jax.serve.versions import make_version
 
@@ -88,11 +88,11 @@ def states_of(server, model="shapes"):
     return {int(one["version"]): one["state"] for one in found}
 
 
-def test_it_follows_an_alias_under_load_without_a_failed_request(serve, registry, tmp_path):
+def test_an_alias_moves_without_a_failed_request(serve, registry, tmp_path):
     """Each answer is that of the version that it names, and once the new one is there, it stays."""
     expected = {}
     for number in (1, 2):
-        (prediction,) = predict_batch(Predictor(make_bundle(number)), [encode()])
+        (prediction,) = predict_batch(BundlePredictor(make_bundle(number)), [encode()])
         expected[number] = prediction.probabilities
     with serve() as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
         is_over = threading.Event()
@@ -128,7 +128,7 @@ def test_it_follows_an_alias_under_load_without_a_failed_request(serve, registry
         assert server.end() == 0
 
 
-def test_a_version_that_cannot_be_served_leaves_the_old_one_and_says_so(serve, registry, tmp_path):
+def test_a_broken_version_leaves_the_old_version(serve, registry, tmp_path):
     nan = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), make_bundle().variables)
     write_bundle(dataclasses.replace(make_bundle(), variables=nan), tmp_path / "nan")
     without_numbers = registry.add("shapes", tmp_path / "nan").version.number
@@ -145,7 +145,7 @@ def test_a_version_that_cannot_be_served_leaves_the_old_one_and_says_so(serve, r
             # What is damaged is not promoted, but one may go back to it.
             registry.rollback("shapes") if number == 2 else registry.promote("shapes", number)
             until(lambda number=number: states_of(server).get(number) == "END")
-            server.wait_for_log(f"version {number}: not loaded, and what was served goes on")
+            server.wait_for_log(f"version {number}: not loaded; the loaded versions stay")
             assert version_of(server) == 1
             assert version_of(server, "&alias=champion") == 1
             assert server.get("/readyz").status_code == 200
@@ -179,50 +179,52 @@ def test_several_versions_and_models_at_once(serve, registry, tmp_path):
         assert server.end() == 0
 
 
-def test_what_is_no_longer_wanted_when_it_is_loaded_is_never_served(monkeypatch):
+def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
     """A rollback while the next version is compiled."""
-    wanted = {"shapes": Wanted({1: "1"}, {"champion": 1})}
+    desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
 
     class Changing(Source):
-        def wanted(self):
-            return dict(wanted)
+        def desired(self):
+            return dict(desired)
 
         def open(self, model, number):
             if number == 2:
-                wanted["shapes"] = Wanted({1: "1"}, {"champion": 1})  # Rolled back.
+                desired["shapes"] = DesiredState({1: "1"}, {"champion": 1})  # Rolled back.
             return make_bundle(number)
 
-        def want(self, model, number, is_wanted):
+        def set_extra(self, model, number, is_extra):
             raise AssertionError
 
     async def run():
-        service = Service(Models(), Engine(9), Limits(), Measures())
+        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
         loader = Loader(service, Changing(), (1,))
-        await loader.look()
+        await loader.synchronize()
         assert service.models.default("shapes").number == 1
         seen = []
-        point = service.models.point
+        set_aliases = service.models.set_aliases
         monkeypatch.setattr(
-            service.models, "point", lambda *args: (seen.append(args[1]), point(*args))
+            service.models,
+            "set_aliases",
+            lambda *args: (seen.append(args[1]), set_aliases(*args)),
         )
-        wanted["shapes"] = Wanted({2: "2"}, {"champion": 2})
-        await loader.look()
+        desired["shapes"] = DesiredState({2: "2"}, {"champion": 2})
+        await loader.synchronize()
         assert {"champion": 2} not in seen
         assert service.models.default("shapes").number == 1
-        assert set(service.models.present("shapes")) == {1}
+        assert set(service.models.loaded("shapes")) == {1}
         # What is wanted under the same number, but is another bundle, takes its place.
-        wanted["shapes"] = Wanted({1: "other"}, {"champion": 1})
-        await loader.look()
+        desired["shapes"] = DesiredState({1: "other"}, {"champion": 1})
+        await loader.synchronize()
         assert service.models.default("shapes").digest == "other"
 
     asyncio.run(run())
 
 
-def test_a_source_that_fails_in_any_way_is_asked_again(caplog):
-    answers = [RuntimeError("a fault"), {"shapes": Wanted({1: "1"}, {"champion": 1})}]
+def test_a_failing_source_is_read_again(caplog):
+    answers = [RuntimeError("a fault"), {"shapes": DesiredState({1: "1"}, {"champion": 1})}]
 
     class Failing(Source):
-        def wanted(self):
+        def desired(self):
             answer = answers[0] if len(answers) == 1 else answers.pop(0)
             if isinstance(answer, Exception):
                 raise answer
@@ -231,11 +233,11 @@ def test_a_source_that_fails_in_any_way_is_asked_again(caplog):
         def open(self, model, number):
             return make_bundle(number)
 
-        def want(self, model, number, is_wanted):
+        def set_extra(self, model, number, is_extra):
             raise AssertionError
 
     async def run():
-        service = Service(Models(), Engine(9), Limits(), Measures())
+        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
         loader = Loader(service, Failing(), (1,))
         following = asyncio.ensure_future(loader.follow(0.01))
         while not service.models.is_ready():
@@ -244,10 +246,10 @@ def test_a_source_that_fails_in_any_way_is_asked_again(caplog):
         following.cancel()
 
     asyncio.run(run())
-    assert "cannot look for versions" in caplog.text
+    assert "cannot read the registry" in caplog.text
 
 
-def test_a_new_model_that_is_broken_is_nobodys_trouble(serve, registry, tmp_path):
+def test_a_broken_new_model_does_not_affect_others(serve, registry, tmp_path):
     nan = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), make_bundle().variables)
     write_bundle(dataclasses.replace(make_bundle(), variables=nan), tmp_path / "nan")
     registry.add("birds", tmp_path / "nan")
@@ -260,12 +262,12 @@ def test_a_new_model_that_is_broken_is_nobodys_trouble(serve, registry, tmp_path
         until(lambda: version_of(server) == 2)
         # And it goes again.
         registry.remove_alias("birds", "champion")
-        server.wait_for_log("birds: has no alias any more")
+        server.wait_for_log("birds: unloaded, because")
         assert server.get("/v1/models/birds", headers=AS_CLIENT).status_code == 404
         assert server.end() == 0
 
 
-def test_a_model_without_its_alias_goes_and_the_others_are_followed(serve, registry, tmp_path):
+def test_a_model_without_its_alias_is_unloaded(serve, registry, tmp_path):
     add(registry, tmp_path, 7, "others")
     registry.promote("others", 1)
     with serve("--model=shapes,others") as server:
@@ -280,29 +282,29 @@ def test_a_model_without_its_alias_goes_and_the_others_are_followed(serve, regis
         assert server.end() == 0
 
 
-def test_a_version_that_comes_back_while_it_is_in_use_is_available():
+def test_a_version_loaded_again_while_in_use_is_available():
     async def run():
-        service = Service(Models(), Engine(9), Limits(), Measures())
-        wanted = {"shapes": Wanted({1: "1"}, {"champion": 1})}
+        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
+        desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
 
         class Changing(Source):
-            def wanted(self):
-                return dict(wanted)
+            def desired(self):
+                return dict(desired)
 
             def open(self, model, number):
                 return make_bundle(number)
 
-            def want(self, model, number, is_wanted):
+            def set_extra(self, model, number, is_extra):
                 raise AssertionError
 
         loader = Loader(service, Changing(), (1,))
-        await loader.look()
+        await loader.synchronize()
         first = service.models.default("shapes")
-        with first.used():
-            wanted["shapes"] = Wanted({2: "2"}, {"champion": 2})
-            await loader.look()
-            wanted["shapes"] = Wanted({1: "1"}, {"champion": 1})
-            await loader.look()
+        with first.hold():
+            desired["shapes"] = DesiredState({2: "2"}, {"champion": 2})
+            await loader.synchronize()
+            desired["shapes"] = DesiredState({1: "1"}, {"champion": 1})
+            await loader.synchronize()
         await asyncio.sleep(0.2)
         assert service.models.states("shapes")[1] == (AVAILABLE, "")
         assert service.models.states("shapes")[2] == (END, "")
@@ -310,7 +312,7 @@ def test_a_version_that_comes_back_while_it_is_in_use_is_available():
     asyncio.run(run())
 
 
-def test_an_administrator_has_versions_come_and_go(serve, registry):
+def test_an_administrator_loads_and_unloads_versions(serve, registry):
     with serve("--model=shapes") as server:
 
         def ask(method, path, headers):
@@ -338,7 +340,7 @@ def test_an_administrator_has_versions_come_and_go(serve, registry):
         assert server.end() == 0
 
 
-def test_a_registry_that_goes_away_stops_nothing(serve, registry, tmp_path):
+def test_a_missing_registry_does_not_stop_the_server(serve, registry, tmp_path):
     with serve() as server:
         (tmp_path / "registry").rename(tmp_path / "away")
         time.sleep(0.5)
@@ -353,19 +355,27 @@ def test_a_registry_that_goes_away_stops_nothing(serve, registry, tmp_path):
     ("flags", "message"),
     [
         (["--registry={tmp}/none"], "none"),
-        (["--registry={tmp}/registry", "--alias=challenger"], "challenger"),
+        (
+            ["--registry={tmp}/registry", "--alias=challenger"],
+            "promote MODEL VERSION --alias=challenger --reg",
+        ),
         (["--registry={tmp}/registry", "--model=other"], "other"),
+        (
+            ["--registry={tmp}/registry", "--model=birds"],
+            "birds has no alias champion; to create it: cnn_jax registry promote birds VERSION",
+        ),
         (["--bundle={tmp}/none"], "is not a bundle"),
         ([], "--bundle or --registry"),
         (["--bundle={tmp}/bundle-shapes-1", "--host=256.0.0.1"], "cannot listen"),
-        (["--bundle={tmp}/bundle-shapes-1", "--model=a,b"], "a bundle is one model"),
+        (["--bundle={tmp}/bundle-shapes-1", "--model=a,b"], "--bundle is one model"),
         (["--bundle={tmp}/bundle-shapes-1", "--tokens={tmp}/none"], "--tokens"),
         (["--bundle={tmp}/bundle-shapes-1", "--request_log={tmp}/none/a.db"], "--request_log"),
         (["--bundle={tmp}/bundle-shapes-1", "--max_batch=0"], "--max_batch"),
         (["--bundle={tmp}/bundle-shapes-1", "--port=70000"], "--port"),
     ],
 )
-def test_what_is_wrong_is_said_at_once_in_a_line(registry, tmp_path, flags, message):
+def test_a_wrong_start_is_one_error_line(registry, tmp_path, flags, message):
+    add(registry, tmp_path, 1, "birds")
     flags = [flag.format(tmp=tmp_path) for flag in flags]
     with Served(tmp_path, *flags, wait=False) as server:
         assert server.process.wait(60) in (1, 2)
@@ -382,16 +392,17 @@ def test_a_bundle_that_cannot_answer_ends_the_server(tmp_path):
         assert "not probabilities" in (tmp_path / "server.log").read_text().splitlines()[-1]
 
 
-def test_answers_are_noted_with_what_a_look_for_drift_needs(tmp_path):
+def test_the_request_log_records_answers(tmp_path):
     import sqlite3
 
     from cnn_jax.explain.features import embeddings
     from cnn_jax.inference.images import preprocess_for_inference
 
-    write_bundle(make_bundle(), tmp_path / "bundle")
-    predictor = Predictor.load(tmp_path / "bundle")
+    (tmp_path / "my run").mkdir()
+    write_bundle(make_bundle(), tmp_path / "my run" / "bundle")
+    predictor = BundlePredictor.load(tmp_path / "my run" / "bundle")
     file = tmp_path / "requests.db"
-    flags = (f"--bundle={tmp_path}/bundle", f"--request_log={file}", "--request_log_images")
+    flags = (f"--bundle={tmp_path}/my run", f"--request_log={file}", "--request_log_images")
     with Served(tmp_path, *flags, "--max_batch=2") as server:
         for seed in range(5):
             server.post("/predict", encode(seed), headers={"X-Request-Id": f"number-{seed}"})
@@ -403,7 +414,7 @@ def test_answers_are_noted_with_what_a_look_for_drift_needs(tmp_path):
         pixels = preprocess_for_inference(encode(seed), predictor.preprocessing)[None]
         expected = predictor(pixels)[0]
         assert abs(row[0] - time.time()) < 600
-        assert row[2:4] == ("default", 1)
+        assert row[2:4] == ("my-run", 1)  # The name of the run's folder.
         assert row[4] == predictor.class_names[int(expected.argmax())]
         assert row[5] == pytest.approx(expected.max(), abs=1e-6)
         np.testing.assert_allclose(np.frombuffer(row[6], "<f4"), expected, atol=1e-6)
@@ -412,7 +423,7 @@ def test_answers_are_noted_with_what_a_look_for_drift_needs(tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row[8]))), pixels[0])
 
 
-def test_a_network_of_a_known_kind_is_not_timed_again():
+def test_a_known_network_is_not_timed_again():
     def make(number, bundle, served=()):
         return make_version("shapes", number, bundle, "digest", 10**6, (1, 2), served)
 
@@ -420,7 +431,9 @@ def test_a_network_of_a_known_kind_is_not_timed_again():
     second = make(2, make_bundle(2), [first])
     assert second.probabilities.seconds is first.probabilities.seconds
     image = np.zeros((2, 16, 16, 3), np.uint8)
-    np.testing.assert_array_equal(second.probabilities.run(image), Predictor(make_bundle(2))(image))
+    np.testing.assert_array_equal(
+        second.probabilities.run(image), BundlePredictor(make_bundle(2))(image)
+    )
     ((_, own),), ((_, other),) = second.explained.run(image[:1]), first.explained.run(image[:1])
     assert not np.array_equal(own, other)
     wider = make(3, make_bundle(3, ("a", "b", "c", "d")), [first, second])

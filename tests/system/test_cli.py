@@ -20,7 +20,7 @@ from rich.cells import cell_len
 
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.system import cli
-from cnn_jax.system.console import table
+from cnn_jax.system.text import table
 
 NAMES = ("grün", "œuvre d'art", "猫 und Hund")
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from cnn_jax.system.cli import wrap
 from cnn_jax.system.console import Console
+from cnn_jax.system.text import shorten, table, wrap
 from cnn_jax.training import summary
 
 _RECORD = {
@@ -88,10 +88,11 @@ def test_a_word_is_never_broken(words, width, indent):
 @pytest.mark.parametrize("name", ["plain", "Grün", "красный", "蓝色的花" * 9, "a-long-name-" * 9])
 @pytest.mark.parametrize("width", [8, 12, 24])
 def test_class_names_fill_their_columns(name, width):
-    short = summary._shorten(name, width)
+    short = shorten(name, width)
     assert cell_len(short) <= width
     assert short == name or short.endswith("...")
-    assert cell_len(summary._padded(short, width)) == width
+    head, row = table(("class", "n"), [(short, "1")], None, min_column=10).splitlines()
+    assert cell_len(row) == cell_len(head) == max(cell_len(short), 5) + 12
 
 
 def test_commands_are_broken_so_that_they_can_be_copied(monkeypatch, capsys, tmp_path):

@@ -26,7 +26,7 @@ from cnn_jax.data.augment import Augmentation
 from cnn_jax.inference import calibration
 from cnn_jax.inference.bundle import read_bundle
 from cnn_jax.inference.evaluation import open_as_trained, predict_split
-from cnn_jax.inference.predictor import Predictor, predict_batch
+from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.system import signals
 from cnn_jax.system.errors import ConfigError, DataError, Interrupted, TrainingError
 from cnn_jax.training import loop
@@ -122,7 +122,7 @@ def test_the_bundle_has_the_parameters_of_the_best_epoch(finished):
     best = max(history, key=lambda record: record[config.train.monitor])
     assert report["validation"]["accuracy"] == pytest.approx(best["validation_accuracy"])
     # The loss in the report is computed with calibrated probabilities.
-    predictor = Predictor.load(workdir / "bundle")
+    predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     indices = dataset.splits["validation"]
     calibrated = predict_split(predictor, dataset.loader, indices)
@@ -138,7 +138,7 @@ def test_the_bundle_has_the_parameters_of_the_best_epoch(finished):
 def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
     """They are no running average, which contains statistics of earlier parameters."""
     workdir, config, _ = finished
-    predictor = Predictor.load(workdir / "bundle")
+    predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     found = predictor.variables
     statistics = Statistics.empty(found["batch_stats"])
@@ -193,7 +193,7 @@ def test_evaluate_in_a_new_process_reproduces_the_written_probabilities(
     )
     assert json.loads(output.read_text()) == report["test"]
 
-    predictor = Predictor.load(workdir / "bundle")
+    predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     source, indices = dataset.source, dataset.splits["test"]
     assert source.name == f"folder:{image_folder}"
@@ -962,10 +962,13 @@ def test_training_evaluation_and_prediction_use_the_same_preprocessing(tmp_path)
     changes = {"train.epochs": 1, "report.detail": "none"}
     with pytest.raises(DataError, match=r"float images .* set --config.data.white_level=1, or"):
         train_and_evaluate(_tiny(tmp_path / "data", **changes), tmp_path / "run")
-    config = _tiny(tmp_path / "data", **changes, **{"data.white_level": 1.0})
-    train_and_evaluate(config, tmp_path / "run")
-    predictor = Predictor.load(tmp_path / "run" / "bundle")
-    assert predictor.preprocessing.white_level == 1
+    changes |= {"data.white_level": 1.0, "data.interpolation": "bicubic"}
+    changes |= {"data.resize": "crop", "data.crop_ratio": 0.8}
+    train_and_evaluate(_tiny(tmp_path / "data", **changes), tmp_path / "run")
+    predictor = BundlePredictor.load(tmp_path / "run" / "bundle")
+    preprocessing = predictor.preprocessing
+    assert (preprocessing.white_level, preprocessing.interpolation) == (1, "bicubic")
+    assert (preprocessing.resize, preprocessing.crop_ratio) == ("crop", 0.8)
     dataset = open_as_trained(predictor, f"folder:{tmp_path / 'data'}")
     paths = [tmp_path / "data" / example_id for example_id in dataset.source.ids]
     probabilities = predict_split(predictor, dataset.loader, np.arange(len(paths)))

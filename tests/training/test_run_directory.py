@@ -13,7 +13,7 @@ from cnn_jax.data.files import open_folder
 from cnn_jax.explain.pictures import explain
 from cnn_jax.inference.evaluation import open_as_trained
 from cnn_jax.inference.images import list_images
-from cnn_jax.inference.predictor import Predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system.errors import ConfigError
 from cnn_jax.training import run_directory
 from cnn_jax.training.loop import train_and_evaluate
@@ -194,7 +194,7 @@ def test_outputs_inside_the_data_folder_are_ignored_as_data(data, tiny_config):
         picture = workdir / "report" / name
         picture.parent.mkdir(exist_ok=True)
         shutil.copy(data / "red" / "000.png", picture)
-    predictor = Predictor.load(workdir / "bundle")
+    predictor = BundlePredictor.load(workdir / "bundle")
     images = list_images(data)
     explain(predictor, images[:1], data / "maps")
     assert list((data / "maps").glob("*.png"))
@@ -209,7 +209,7 @@ def test_outputs_inside_the_data_folder_are_ignored_as_data(data, tiny_config):
     assert open_as_trained(predictor).fingerprint == fingerprint
     config.train.epochs = 2  # The run resumes from its checkpoint.
     train_and_evaluate(config, workdir)
-    assert Predictor.load(workdir / "bundle").data["fingerprint"] == fingerprint
+    assert BundlePredictor.load(workdir / "bundle").data["fingerprint"] == fingerprint
 
 
 @pytest.mark.parametrize("place", [".", "red", "red/../blue", "split"])
@@ -233,10 +233,11 @@ def test_data_in_a_folder_that_the_run_overwrites_is_refused(tmp_path):
         run_directory.check_apart(tmp_path / "run", source)
 
 
-def test_a_run_that_is_older_than_the_white_level_goes_on_without_one(tmp_path):
+def test_a_run_that_is_older_than_a_key_goes_on_with_its_default(tmp_path):
     config = default.get_config()
     old = _flat(config)
-    del old["data.white_level"]
+    for key in ("data.white_level", "data.resize", "data.crop_ratio", "data.interpolation"):
+        del old[key]
     assert run_directory.changes(tmp_path, old, config) == []
     config.data.white_level = 4095.0
     with pytest.raises(ConfigError, match=r"\(data\.white_level: 0\.0 -> 4095\.0\)"):

@@ -1,0 +1,12 @@
+"""JSON responses of all protocols."""
+
+from typing import Any
+
+import starlette.responses
+
+
+class JSONResponse(starlette.responses.JSONResponse):
+    """A JSON response whose body ends with a newline, so that a shell prompt starts a new line."""
+
+    def render(self, content: Any) -> bytes:
+        return super().render(content) + b"\n"

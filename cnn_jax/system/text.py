@@ -1,0 +1,107 @@
+"""Text for terminals: lines broken between words, tables, and lists of named facts."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size  # Characters of some scripts take two columns.
+
+FACT_INDENT = 12  # Columns that `facts` uses for names.
+
+
+def terminal_width(file: Any) -> int | None:
+    """The width of the terminal that a file writes to, in columns; $COLUMNS overrides it.
+
+    Returns:
+      None if lines may have any length: `file` is None or no terminal, and $COLUMNS is not set.
+    """
+    is_terminal = file is not None and file.isatty()
+    return shutil.get_terminal_size().columns if is_terminal or "COLUMNS" in os.environ else None
+
+
+def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
+    """Breaks a line between words.
+
+    Args:
+      line: The line. Spaces within a part stay as they are.
+      width: The width of the terminal, in columns; None for any width.
+      indent: Spaces before each part except the first.
+
+    Returns:
+      Parts of at most `width` columns; a part with a single word may be wider.
+    """
+    if width is None or cell_len(line) <= width:
+        return [line]
+    parts, part = [], ""
+    for word in re.findall(r"\s*\S+", line):
+        if part.strip() and cell_len(part + word) > width:
+            parts.append(part)
+            part, word = " " * indent, word.lstrip()
+        part += word
+    return [*parts, part]
+
+
+def fill(text: str, width: int | None) -> str:
+    """Breaks a line between words; see `wrap`."""
+    return "\n".join(wrap(text, width))
+
+
+def shorten(text: str, width: int) -> str:
+    """Cuts a text to at most `width` columns; "..." marks a cut."""
+    return text if cell_len(text) <= width else set_cell_size(text, width - 3).rstrip() + "..."
+
+
+def facts(rows: Mapping[str, str], width: int | None) -> list[str]:
+    """Aligned lines with a name and a text.
+
+    Args:
+      rows: The text of each name; it may have several lines.
+      width: The width of the terminal, in columns; None for any width.
+    """
+    lines = []
+    for name, text in rows.items():
+        for number, line in enumerate(text.splitlines() or [""]):
+            label = "" if number else name
+            lines += wrap(f"{label:<{FACT_INDENT}}{line}", width, FACT_INDENT)
+    return lines
+
+
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str] | str],
+    width: int | None,
+    min_column: int = 0,
+) -> str:
+    """A table with left-aligned names in the first column and right-aligned numbers.
+
+    A name that leaves too little room for the numbers stands on a line of its own.
+
+    Args:
+      head: The names of the columns.
+      rows: For each row the cells, without line ends, or a text that spans all columns.
+      width: The width of the terminal, in columns; None for any width.
+      min_column: The minimum width of the columns with numbers, on a terminal that is wide enough.
+    """
+    cells = [head, *(row for row in rows if not isinstance(row, str))]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    wide = [widths[0], *(max(column, min_column) for column in widths[1:])]
+    if width is None or sum(wide) + 2 * len(wide[1:]) <= width:
+        widths = wide
+    room = widths[0]
+    if width is not None:
+        room = min(room, max(width - sum(widths[1:]) - 2 * len(widths[1:]), 0))
+    lines = []
+    for row in (head, *rows):
+        if isinstance(row, str):
+            lines.append(fill(row, width))
+            continue
+        name, *numbers = row
+        length = cell_len(name)
+        if length > room:
+            lines.append(fill(name, width))
+            name, length = "", 0
+        padded = (f"  {cell:>{size}}" for cell, size in zip(numbers, widths[1:], strict=True))
+        lines.append(f"{name}{' ' * (room - length)}{''.join(padded)}".rstrip())
+    return "\n".join(lines)
