@@ -427,7 +427,7 @@ class _DelayedReader:
         """Reads the last execution.
 
         Raises:
-          TrainingError: As in `follow`.
+          TrainingError: The loss is infinite or not a number, or the memory was not enough.
         """
         assert self._in_flight is not None
         self._read(self._in_flight)

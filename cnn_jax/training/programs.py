@@ -135,37 +135,42 @@ class Programs:
                 preprocessing=train_step.preprocessing,
             )
 
-        everywhere, by_example = layout.replicated, layout.by_example
+        replicated, batch_sharding = layout.replicated, layout.batch_sharding
         jit_training = functools.partial(
-            jit, donate_argnums=0, out_shardings=(state_sharding, everywhere)
+            jit, donate_argnums=0, out_shardings=(state_sharding, replicated)
         )
         self.init_state = jax.jit(train_step.init_state, out_shardings=state_sharding)
         self.empty_metrics = jax.jit(
-            functools.partial(Metrics.empty, num_classes), out_shardings=everywhere
+            functools.partial(Metrics.empty, num_classes), out_shardings=replicated
         )
         self.empty_statistics = jax.jit(
             lambda: Statistics.empty(abstract_state.batch_stats), out_shardings=statistics_sharding
         )
         self.train_step = jit_training(
-            training, in_shardings=(state_sharding, by_example, everywhere)
+            training, in_shardings=(state_sharding, batch_sharding, replicated)
         )
         self.train_steps = jit_training(
-            several, in_shardings=(state_sharding, layout.by_step_and_example, everywhere)
+            several, in_shardings=(state_sharding, layout.stacked_batch_sharding, replicated)
         )
         self.update_statistics = jit(
             add_batch,
             donate_argnums=0,
-            in_shardings=(statistics_sharding, state_sharding.variables, by_example, everywhere),
+            in_shardings=(
+                statistics_sharding,
+                state_sharding.variables,
+                batch_sharding,
+                replicated,
+            ),
             out_shardings=statistics_sharding,
         )
         self.eval_step = jit(
             evaluation,
-            in_shardings=(state_sharding.variables, by_example, everywhere),
-            out_shardings=everywhere,
+            in_shardings=(state_sharding.variables, batch_sharding, replicated),
+            out_shardings=replicated,
         )
-        self.merge = jax.jit(Metrics.merge, donate_argnums=0, out_shardings=everywhere)
-        self.is_finite = jax.jit(_all_finite, out_shardings=everywhere)
-        self.gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
+        self.merge = jax.jit(Metrics.merge, donate_argnums=0, out_shardings=replicated)
+        self.is_finite = jax.jit(_all_finite, out_shardings=replicated)
+        self.gather = jax.jit(lambda tree: tree, out_shardings=replicated)
 
     def send(self, batches: Sequence[Mapping[str, np.ndarray]]) -> tuple[Any, dict[str, jax.Array]]:
         """Sends the batches of one execution to the devices.
@@ -179,7 +184,7 @@ class Programs:
         if len(batches) == 1:
             return self.train_step, self.layout.to_devices(batches[0])
         stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-        return self.train_steps, self.layout.to_devices(stacked, by_step=True)
+        return self.train_steps, self.layout.to_devices(stacked, is_stacked=True)
 
 
 def _with_images(batch: Mapping[str, Array], pixels: Array | None) -> Mapping[str, Array]:

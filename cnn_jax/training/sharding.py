@@ -177,12 +177,12 @@ class Layout:
         return replicated(self.mesh)
 
     @property
-    def by_example(self) -> NamedSharding:
+    def batch_sharding(self) -> NamedSharding:
         """The sharding with the first dimension divided along `data`."""
         return NamedSharding(self.mesh, PartitionSpec("data"))
 
     @property
-    def by_step_and_example(self) -> NamedSharding:
+    def stacked_batch_sharding(self) -> NamedSharding:
         """The sharding with the second dimension divided along `data`; the first counts steps."""
         return NamedSharding(self.mesh, PartitionSpec(None, "data"))
 
@@ -194,21 +194,21 @@ class Layout:
     @functools.cached_property
     def rows(self) -> Int[np.ndarray, " rows"]:
         """The rows of a global batch that the devices of this process hold, in order."""
-        slices = self.by_example.addressable_devices_indices_map((self.batch_size,)).values()
+        slices = self.batch_sharding.addressable_devices_indices_map((self.batch_size,)).values()
         rows = np.arange(self.batch_size)
         return np.unique(np.concatenate([rows[index] for index in slices]))
 
     def to_devices(
-        self, batch: Mapping[str, np.ndarray], by_step: bool = False
+        self, batch: Mapping[str, np.ndarray], is_stacked: bool = False
     ) -> dict[str, jax.Array]:
         """Sends a global batch, of which each process has its `rows`, to the devices.
 
         Args:
-          batch: Arrays [rows, ...]; with `by_step`, arrays [steps, rows, ...].
-          by_step: Whether the first dimension counts steps.
+          batch: Arrays [rows, ...], or stacked arrays [steps, rows, ...].
+          is_stacked: Whether the first dimension counts steps.
         """
-        sharding = self.by_step_and_example if by_step else self.by_example
-        steps = 1 if by_step else 0
+        sharding = self.stacked_batch_sharding if is_stacked else self.batch_sharding
+        steps = 1 if is_stacked else 0
 
         def global_shape(rows: np.ndarray) -> tuple[int, ...]:
             return (*rows.shape[:steps], self.batch_size, *rows.shape[steps + 1 :])

@@ -104,7 +104,7 @@ def _residency(dataset: Dataset) -> str:
 
 
 def _division(config: Config, dataset: Dataset) -> str:
-    """A phrase on the division into splits; empty if each image was assigned by itself."""
+    """A phrase on groups and on the data's own splits; empty if there are neither."""
     group = f"; grouped by {config.data.group}" if config.data.group else ""
     is_kept = config.data.keep_splits and any(dataset.source.own_splits)
     return ("; the splits of the data are used" if is_kept else "") + group
@@ -190,8 +190,8 @@ def _class_table(dataset: Dataset, width: int | None) -> list[str]:
     }
     order = np.arange(len(source.class_names))
     if len(order) > _MAX_CLASSES_SHOWN:
-        by_size = np.argsort(sum(counts.values()), kind="stable")
-        order = np.concatenate([by_size[:3], by_size[-3:]])
+        size_order = np.argsort(sum(counts.values()), kind="stable")
+        order = np.concatenate([size_order[:3], size_order[-3:]])
     name_width = 24
     if width is not None:
         width -= FACT_INDENT

@@ -208,7 +208,7 @@ def test_many_devices_train_like_one_device(shape, mixing, monkeypatch):
     require_devices(data * model)
     mesh = sharding.make_mesh(model, jax.devices()[: data * model])
     layout = sharding.Layout(mesh, 8)
-    replicated, batch_sharding = layout.replicated, layout.by_example
+    replicated, batch_sharding = layout.replicated, layout.batch_sharding
     state_sharding = sharding.split_large(mesh, jax.eval_shape(_state))
     train = _train_step(mixing=mixing)
     jitted = jax.jit(
@@ -338,7 +338,7 @@ def test_each_part_of_a_batch_has_its_own_dropout():
 def test_division_into_parts_moves_no_row_between_devices():
     require_devices(2)
     mesh = sharding.make_mesh()
-    batch_sharding = sharding.Layout(mesh, 8).by_example
+    batch_sharding = sharding.Layout(mesh, 8).batch_sharding
     step = _train_step(PLAIN, accumulation_steps=2)
     replicated = sharding.replicated(mesh)
     lowered = jax.jit(
