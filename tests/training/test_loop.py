@@ -894,15 +894,15 @@ def test_the_plan_describes_a_batch_in_parts(image_folder, tmp_path, capfd):
         image_folder, **{"train.batch_size": 16, "train.accumulation_steps": 2, "train.epochs": 1}
     )
     train_and_evaluate(config, tmp_path / "run")
-    calls = "each batch in 2 parts of 8 images; BatchNorm uses the statistics of each part"
-    assert calls in capfd.readouterr().err
+    line = "each batch in 2 parts of 8 images; BatchNorm uses the statistics of each part"
+    assert line in capfd.readouterr().err
 
 
 def test_images_are_mixed_if_a_probability_is_set(finished, image_folder, tmp_path, capfd):
     changes = {"augment.mixup_probability": 0.5, "augment.cutmix_probability": 0.5}
     report = train_and_evaluate(_tiny(image_folder, **changes), tmp_path / "run")
-    calls = "MixUp of 50% (alpha 0.2), CutMix of 50% (alpha 1); train metrics are of mixed images"
-    assert calls in capfd.readouterr().err
+    line = "MixUp of 50% (alpha 0.2), CutMix of 50% (alpha 1); train metrics are of mixed images"
+    assert line in capfd.readouterr().err
     # The report is computed without mixing.
     assert report["train"]["count"] == 42
     workdir, _, _ = finished
