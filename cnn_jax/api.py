@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from rich.cells import cell_len
 
 from cnn_jax.config import files, schema
-from cnn_jax.config.schema import Config
+from cnn_jax.config.schema import SOURCE_PATTERN, Config
 from cnn_jax.inference.bundle import find_bundle
 from cnn_jax.inference.images import AnyImage, list_images, single_images
 from cnn_jax.inference.predictor import BundlePredictor, Prediction, predict_batch
@@ -109,7 +109,7 @@ def _source(source: str | os.PathLike[str]) -> str:
     """
     text = os.fspath(source)
     kind = "csv" if text.lower().endswith(".csv") else "folder"
-    if isinstance(source, str) and schema.SOURCE_PATTERN.fullmatch(text):
+    if isinstance(source, str) and SOURCE_PATTERN.fullmatch(text):
         if os.path.lexists(text):
             raise ConfigError(
                 f"source: {text!r} is the name of a source, and a file or folder here "

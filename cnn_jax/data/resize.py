@@ -73,7 +73,7 @@ def resize(image: Pixels, preprocessing: Preprocessing) -> Pixels:
     interpolation = _FILTERS[preprocessing.interpolation]
     if math.prod(scaled) > _MAX_SCALED_PIXELS and preprocessing.resize == "crop":
         return _crop_and_scale(image, preprocessing)
-    pixels = np.asarray(Image.fromarray(image).resize(scaled[::-1], interpolation))
+    pixels = np.asarray(Image.fromarray(image).resize((scaled[1], scaled[0]), interpolation))
     if scaled == (height, width):
         return pixels
     if preprocessing.resize == "crop":

@@ -36,6 +36,7 @@ from cnn_jax.registry.ledger import CHAMPION, Entry, Gates, Model, RegistryError
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system import cli
 from cnn_jax.system.errors import BundleError, ConfigError, printable
+from cnn_jax.system.text import wrap
 
 _VARIABLE = "CNN_JAX_REGISTRY"
 _MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -340,14 +341,14 @@ def _show(registry: Registry, flags: argparse.Namespace) -> None:
         entries = [_without_empty(dataclasses.asdict(entry)) for entry in log]
         _print_json(as_json | {"log": entries})
         return
-    lines = [part for entry in log for part in cli.wrap(f"  {_line(entry)}", width, indent=9)]
+    lines = [part for entry in log for part in wrap(f"  {_line(entry)}", width, indent=9)]
     text.append("\n".join(["log", *lines]))
     print("\n\n".join(filter(None, text)))
 
 
 def _print(line: str) -> None:
     """Prints a line, broken between words at the width of the terminal."""
-    print("\n".join(cli.wrap(line, _width())), flush=True)
+    print("\n".join(wrap(line, _width())), flush=True)
 
 
 def _print_json(value: Any) -> None:
@@ -448,7 +449,7 @@ def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
     indent = max(len(name) for name, _ in facts) + 2
     lines = []
     for name, text in facts:
-        first, *rest = cli.wrap(text, None if width is None else width - indent)
+        first, *rest = wrap(text, None if width is None else width - indent)
         lines += [f"{name.ljust(indent)}{first}", *(" " * indent + part.lstrip() for part in rest)]
     return "\n".join(lines)
 
