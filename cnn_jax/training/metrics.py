@@ -189,7 +189,10 @@ def bootstrap_intervals(confusion: np.ndarray) -> dict[str, tuple[float, float]]
         counts = rng.multinomial(row.sum(), row[cells] / row.sum(), _RESAMPLES)
         predicted[:, cells] += counts
         correct[:, label] = counts[:, cells == label].sum(axis=1)
-    resampled = [_per_class(*sample, support) for sample in zip(correct, predicted, strict=True)]
+    resampled = [
+        _per_class(correct_row, predicted_row, support)
+        for correct_row, predicted_row in zip(correct, predicted, strict=True)
+    ]
     measured = per_class(confusion)
     intervals = {}
     for key in ("precision", "recall", "f1"):
