@@ -848,7 +848,7 @@ def test_checkpoints_without_a_configuration_are_refused(finished, image_folder,
     first, config, _ = finished
     shutil.copytree(first, tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"has checkpoints and no config\.json"):
+    with pytest.raises(ConfigError, match=r"has checkpoints but no config\.json"):
         train_and_evaluate(config, tmp_path / "run")
 
 

@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_used_is_an_error(tmp_path):
     ):
         pass
     (tmp_path / "checkpoints" / "6").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"has checkpoints and no config\.json"):
+    with pytest.raises(ConfigError, match=r"has checkpoints but no config\.json"):
         run_directory.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not a configuration"):
