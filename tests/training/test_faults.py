@@ -206,7 +206,7 @@ def test_a_killed_worker_process_is_a_one_line_error(image_folder, tmp_path, und
         _, stderr = process.communicate()
     assert process.returncode == 1
     assert "a worker process that reads the data was killed" in one_line(stderr)
-    assert "goes on from the latest checkpoint" in stderr
+    assert "continues from the latest checkpoint" in stderr
 
 
 @pytest.mark.parametrize("workers", [0, 2])
