@@ -19,7 +19,7 @@ __all__ = ["Report", "Run", "load", "train"]  # pyright: ignore[reportUnsupporte
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what a notebook uses at its first use: JAX takes seconds."""
+    """Imports `cnn_jax.api` at its first use, because JAX takes seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("cnn_jax.api"), name)
@@ -33,10 +33,10 @@ def _check_start() -> None:
     """Refuses Windows, and `python -m` with a module that would do nothing.
 
     Raises:
-      ImportError: The system is Windows, and this is not a command.
-      SystemExit: The system is Windows, or the module is no command.
+      ImportError: The system is Windows, and Python imports the package.
+      SystemExit: The system is Windows, or the module is not a command.
     """
-    is_module_run = sys.argv[:1] == ["-m"]  # Until Python has found the module.
+    is_module_run = sys.argv[:1] == ["-m"]  # Python replaces "-m" after it has found the module.
     if sys.platform == "win32":
         message = "cnn_jax does not run on Windows; run it on Linux or macOS, or in WSL 2"
         is_script = re.search(r"\bcnn_jax(\.exe)?$", sys.argv[0]) if sys.argv else None

@@ -1,4 +1,4 @@
-"""Training and its results in Python, for notebooks and scripts; see `cnn_jax`."""
+"""Training and its results as Python functions and objects, for notebooks and scripts."""
 
 import base64
 import datetime
@@ -22,15 +22,15 @@ from cnn_jax.inference.images import AnyImage, list_images, single_images
 from cnn_jax.inference.predictor import BundlePredictor, Prediction, predict_batch
 from cnn_jax.report.run_report import report_after_training
 from cnn_jax.system.compilation_cache import keep_compiled
-from cnn_jax.system.console import Console, console_here
+from cnn_jax.system.console import Console, default_console
 from cnn_jax.system.errors import ConfigError, Interrupted
 from cnn_jax.system.runtime import keep_freed_memory
 from cnn_jax.training.loop import train_and_evaluate
 from cnn_jax.training.metrics import HEADLINE
 
-# Rows that are shown of many predictions.
+# The largest number of predictions that a table shows.
 _ROWS_SHOWN = 20
-# The charts that a notebook shows of a report; `Report.figures` has all of them.
+# The charts of a report that a notebook shows; `Report.figures` has all charts.
 _CHARTS_SHOWN = ("loss", "accuracy", "confusion")
 
 
@@ -42,70 +42,92 @@ def train(
     console: Console | None = None,
     **changes: Any,
 ) -> "Run":
-    """Trains, measures and bundles a classifier, and writes the report, as `cnn_jax train` does.
+    """Trains a classifier, measures it, and writes its bundle and report, as `cnn_jax train` does.
 
-    The same call with the same `workdir` continues an interrupted run.
+    The same call with the same `workdir` continues an interrupted run. At the end the test
+    metrics and the path of the report are shown.
 
     Args:
       source: A folder with one sub-folder for each class, a CSV file, or any value of
-        `data.source`, such as "tfds:NAME"; by default the configuration's.
-      config: A shipped configuration's name, a configuration file or a configuration.
-      workdir: The run's folder; by default a new one below `runs`, whose path is shown.
-      console: Shows progress; by default in the notebook, or on stderr.
-      **changes: Values of configuration keys, by the full key (`**{"data.image_size": 64}`), by
-        its name where that is unique (`image_size=64`), or by section
-        (`data={"image_size": 64}`).
+        `data.source`, such as "tfds:NAME"; by default the source of the configuration.
+      config: The name of a shipped configuration, the path of a configuration file, or a
+        configuration.
+      workdir: The run's folder; by default a new folder below `runs`, whose path is shown.
+      console: The place where progress is shown; by default the notebook, or stderr.
+      **changes: New values of configuration keys: by the full key
+        (`**{"data.image_size": 64}`), by the name alone if it is unique (`image_size=64`), or
+        by section (`data={"image_size": 64}`).
+
+    Returns:
+      The finished run.
 
     Raises:
-      ConfigError: A key does not exist or cannot have this value, or the folder holds another
-        run.
+      ConfigError: A key does not exist or cannot have this value, or the folder contains
+        another run.
       DataError: The data cannot be used.
       TrainingError: Training cannot continue.
-      Interrupted: After Ctrl-C; what was done is saved, and the message says how to continue.
+      Interrupted: Ctrl-C was pressed; the state is saved, and the message says how to continue.
     """
-    wanted = _configured(config, changes, source)
-    folder = pathlib.Path(workdir).expanduser() if workdir is not None else _new_folder(wanted)
-    console = console or console_here()
+    new_config = _changed_config(config, changes, source)
+    folder = pathlib.Path(workdir).expanduser() if workdir is not None else _new_folder(new_config)
+    console = console or default_console()
     keep_freed_memory()
     keep_compiled()
     try:
-        train_and_evaluate(wanted, folder, console)
-        report_after_training(folder, wanted, console)
+        train_and_evaluate(new_config, folder, console)
+        page_or_command = report_after_training(folder, new_config, console)
     except KeyboardInterrupt as error:
-        done = str(error).partition(";")[0] or "interrupted"
-        raise Interrupted(
-            f"{done}; the same call with workdir={str(folder)!r} continues"
-        ) from error
-    return Run(folder, folder / "bundle")
+        progress = str(error).partition(";")[0] or "interrupted"
+        message = f"{progress}; the same call with workdir={str(folder)!r} continues"
+        # Without a cause, so that a script shows one traceback, which ends with the message.
+        raise Interrupted(message) from None
+    run = Run(folder, folder / "bundle")
+    console.facts(_results(run, page_or_command))
+    return run
 
 
-def _configured(
+def _results(run: "Run", page_or_command: str) -> dict[str, str]:
+    """Returns the lines that end a training: the test metrics and the report.
+
+    Args:
+      run: The finished run.
+      page_or_command: The path of the report, or the command that writes it.
+    """
+    lines = {"report": page_or_command}
+    if test := run.metrics.get("test"):
+        names = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
+        metrics = "  ".join(f"{name} {test[key]:.2%}" for key, name in names.items())
+        lines = {"test": f"{metrics}  loss {test['loss']:.4f}"} | lines
+    return lines
+
+
+def _changed_config(
     config: str | os.PathLike[str] | ConfigDict,
     changes: Mapping[str, Any],
     source: str | os.PathLike[str] | None,
 ) -> Config:
-    """A new configuration with these changes.
+    """Returns a copy of a configuration with these changes.
 
     Raises:
       ConfigError: A key does not exist, or the configuration cannot be read.
     """
     if isinstance(config, ConfigDict):
-        wanted = config.copy_and_resolve_references()
+        changed = config.copy_and_resolve_references()
     else:
-        wanted = files.load(os.fspath(config))
+        changed = files.load(os.fspath(config))
     values = {schema.full_key(k): v for k, v in files.flat(dict(changes)).items()}
     if source is not None:
         values["data.source"] = _source(source)
-    with wanted.ignore_type(), wanted.unlocked():
-        wanted.update_from_flattened_dict(values)
-    return wanted
+    with changed.ignore_type(), changed.unlocked():
+        changed.update_from_flattened_dict(values)
+    return changed
 
 
 def _source(source: str | os.PathLike[str]) -> str:
-    """A path as the value of `data.source`; what is such a value already stays.
+    """Returns the value of `data.source` for a path, or for a text that already is such a value.
 
     Raises:
-      ConfigError: It is such a value, and the name of a file or folder as well.
+      ConfigError: The text is such a value and also the name of a file or folder.
     """
     text = os.fspath(source)
     kind = "csv" if text.lower().endswith(".csv") else "folder"
@@ -121,7 +143,7 @@ def _source(source: str | os.PathLike[str]) -> str:
 
 
 def _new_folder(config: Config) -> pathlib.Path:
-    """A folder below `runs` that does not exist: the name of the data, and the time."""
+    """Returns the path of a new folder below `runs`, named after the data and the time."""
     path = pathlib.Path(config.data.source.partition(":")[2] or config.data.source)
     name = re.sub(r"[^\w.-]+", "-", path.absolute().stem)
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -134,26 +156,26 @@ def _new_folder(config: Config) -> pathlib.Path:
 
 
 def load(path: str | os.PathLike[str]) -> "Run":
-    """A finished run, or a bundle.
+    """Loads a finished run or a bundle.
 
     Args:
-      path: The run's folder, or the bundle's.
+      path: The folder of the run or of the bundle.
 
     Raises:
-      BundleError: There is no bundle, or a damaged one.
+      BundleError: The folder has no bundle, or the bundle is damaged.
     """
     bundle = find_bundle(pathlib.Path(path).expanduser().absolute())
-    is_of_run = bundle.name == "bundle" and (bundle.parent / "config.json").is_file()
-    return Run(bundle.parent if is_of_run else None, bundle)
+    is_in_run = bundle.name == "bundle" and (bundle.parent / "config.json").is_file()
+    return Run(bundle.parent if is_in_run else None, bundle)
 
 
 class Run:
     """A finished run: its network, metrics and report.
 
     Attributes:
-      workdir: The run's folder; None for a bundle without a run.
-      bundle: The folder of its bundle.
-      predictor: The network, calibrated.
+      workdir: The folder of the run; None for a bundle without a run.
+      bundle: The folder of the bundle.
+      predictor: The calibrated network.
     """
 
     def __init__(self, workdir: pathlib.Path | None, bundle: pathlib.Path):
@@ -163,6 +185,7 @@ class Run:
 
     @property
     def class_names(self) -> list[str]:
+        """The names of the classes, in the order of the probabilities."""
         return self.predictor.class_names
 
     @functools.cached_property
@@ -170,7 +193,7 @@ class Run:
         """The metrics of each split: "accuracy", "precision", "recall", "f1", "loss", ...
 
         Raises:
-          OSError: The files of the run have gone.
+          OSError: The files of the run no longer exist.
         """
         if self.workdir is None:
             return _read_json(self.bundle / "bundle.json")["metrics"]
@@ -181,7 +204,7 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """A record of each epoch, as `metrics.jsonl` has it; empty for a bundle without a run."""
+        """The records of all epochs in `metrics.jsonl`; empty for a bundle without a run."""
         if self.workdir is None:
             return []
         lines = (self.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -189,24 +212,26 @@ class Run:
 
     @property
     def report(self) -> "Report":
-        """The report.
+        """The report of the run.
 
         Raises:
-          ConfigError: It has not been written.
+          ConfigError: The report has not been written.
         """
         folder = self.workdir / "report" if self.workdir is not None else None
         if folder is None or not (folder / "index.html").is_file():
             where = self.bundle if self.workdir is None else self.workdir
             raise ConfigError(
-                f"{where} has no report; cnn_jax report --run=RUN writes that of a run"
+                f"{where} has no report; cnn_jax report --run=RUN writes the report of a run"
             )
         return Report(folder, self)
 
     def predict(self, images: AnyImage | Iterable[AnyImage]) -> "Predictions":
-        """Predicts images of any kind and size; an unreadable image affects no other.
+        """Predicts the classes of images of any kind and size.
+
+        An unreadable image gets an error and does not affect the other images.
 
         Args:
-          images: A folder of images, or what `predict_batch` takes: one image or several.
+          images: A folder of images, one image or several images, as for `predict_batch`.
 
         Raises:
           DataError: The folder has no images.
@@ -216,13 +241,13 @@ class Run:
             images = list_images(pathlib.Path(images).expanduser())
         names: list[str] = []
 
-        def named() -> Iterator[AnyImage]:
+        def collect_names() -> Iterator[AnyImage]:
             for number, image in enumerate(single_images(images)):
                 is_path = isinstance(image, str | os.PathLike)
                 names.append(str(image) if is_path else f"image {number}")
                 yield image
 
-        return Predictions(predict_batch(self.predictor, named()), names, self.class_names)
+        return Predictions(predict_batch(self.predictor, collect_names()), names, self.class_names)
 
     def __repr__(self) -> str:
         where = str(self.bundle if self.workdir is None else self.workdir)
@@ -240,11 +265,11 @@ class Run:
 
 
 class Predictions(list[Prediction]):
-    """Predictions in the order of the images, shown as a table.
+    """Predictions in the order of the images; a notebook shows them as a table.
 
     Attributes:
       names: The path or number of each image.
-      class_names: In the order of `Prediction.probabilities`.
+      class_names: The names of the classes, in the order of `Prediction.probabilities`.
     """
 
     def __init__(self, predictions: Iterable[Prediction], names: list[str], class_names: list[str]):
@@ -252,18 +277,25 @@ class Predictions(list[Prediction]):
         self.names = names
         self.class_names = class_names
 
+    def _columns(self) -> list[str]:
+        """Returns the column titles; there are at most as many predictions as classes."""
+        ranks = ["predicted", "second", "third"]
+        return ["image", *ranks[: len(self.class_names)]]
+
     def _rows(self) -> list[list[str]]:
         rows = []
         for name, prediction in zip(self.names[:_ROWS_SHOWN], self, strict=False):
             if prediction.probabilities is None:
-                rows.append([name, f"error: {prediction.error}", "", ""])
+                blanks = [""] * (len(self._columns()) - 2)
+                rows.append([name, f"error: {prediction.error}", *blanks])
                 continue
             order = np.argsort(-prediction.probabilities, kind="stable")[:3]
             shown = [f"{self.class_names[i]} {prediction.probabilities[i]:.1%}" for i in order]
-            rows.append([name, *shown, *[""] * (3 - len(shown))])
+            rows.append([name, *shown, *[""] * (len(self._columns()) - 1 - len(shown))])
         return rows
 
     def _rest(self) -> str:
+        """Returns a line with the number of predictions that the table leaves out."""
         return f"... {len(self) - _ROWS_SHOWN} more" if len(self) > _ROWS_SHOWN else ""
 
     def __repr__(self) -> str:
@@ -279,14 +311,14 @@ class Predictions(list[Prediction]):
         return "\n".join([*lines, self._rest()]).rstrip() or "no predictions"
 
     def _repr_html_(self) -> str:
-        return _table(["image", "predicted", "second", "third"], self._rows()) + self._rest()
+        return _table(self._columns(), self._rows()) + self._rest()
 
 
 class Figure:
     """A chart of a report; a notebook shows the picture.
 
     Attributes:
-      path: Its PNG file.
+      path: The PNG file.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -303,8 +335,8 @@ class Report:
     """The report of a run.
 
     Attributes:
-      path: The page, which needs no other file.
-      figures: The charts, by their names.
+      path: The HTML page; it contains all its pictures.
+      figures: The charts, by name.
     """
 
     def __init__(self, folder: pathlib.Path, run: Run):
@@ -314,7 +346,9 @@ class Report:
         self._run = run
 
     def __repr__(self) -> str:
-        return f"<Report {str(self.path)!r}>"
+        test = self._run.metrics.get("test")
+        result = f", test accuracy {test['accuracy']:.2%}" if test else ""
+        return f"<Report {str(self.path)!r}{result}>"
 
     def _repr_html_(self) -> str:
         pictures = "".join(
@@ -327,6 +361,8 @@ class Report:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns an HTML table."""
+
     def row(cells: Sequence[str], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
 

@@ -6,7 +6,6 @@ prints the folder and the size of each kind of cached data. --clear removes all 
 later commands create again when they need it.
 """
 
-import argparse
 import pathlib
 from collections.abc import Sequence
 
@@ -20,7 +19,7 @@ def _size(path: pathlib.Path) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="cnn_jax cache", description="Show or clear the cache.")
+    parser = cli.Parser(prog="cnn_jax cache", description="Show or clear the cache.")
     parser.add_argument("--clear", action="store_true", help="remove all cached data")
     flags = parser.parse_args(argv)
 

@@ -1,16 +1,17 @@
-"""The commands of this package, and how they are started.
+"""The list of commands of this package, and the function that starts them.
 
     cnn_jax COMMAND [FLAG ...]
 
 or `python -m cnn_jax COMMAND`; `python -m cnn_jax.MODULE` is the same command.
 """
 
-import difflib
 import runpy
 import sys
 from typing import NoReturn
 
-# Each command, its module, and what it does.
+from cnn_jax.system.errors import did_you_mean
+
+# The module and the purpose of each command.
 COMMANDS = {
     "train": ("main", "train, measure and bundle a classifier"),
     "inspect": ("inspect", "look at a data set before training"),
@@ -20,9 +21,9 @@ COMMANDS = {
     "explain": ("explain", "show what a network looks at"),
     "robustness": ("robustness", "measure a bundle on corrupted images"),
     "tune": ("tune", "search for better hyper-parameters"),
-    "registry": ("registry", "keep bundles as versions with names"),
+    "registry": ("registry", "keep versions of bundles under names"),
     "serve": ("serve", "answer requests over HTTP"),
-    "cache": ("cache", "show and clear what is kept between runs"),
+    "cache": ("cache", "show or clear the files kept between runs"),
 }
 
 
@@ -37,7 +38,9 @@ def main() -> NoReturn:
         sys.exit()
     command = "train" if name == "main" else name
     if command not in COMMANDS:
-        _fail(f"there is no command {name!r}{_suggestion(name)}; cnn_jax --help lists them")
+        _fail(
+            f"there is no command {name!r}{did_you_mean(name, COMMANDS)}; cnn_jax --help lists them"
+        )
     module = f"cnn_jax.{COMMANDS[command][0]}"
     del sys.argv[1]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -69,11 +72,6 @@ def _usage() -> str:
             "cnn_jax COMMAND --help lists the flags of a command.",
         ]
     )
-
-
-def _suggestion(name: str) -> str:
-    close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _fail(message: str) -> NoReturn:

@@ -45,7 +45,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max_unreadable",
-        type=cli.share,
+        type=cli.fraction,
         metavar="RATIO",
         help="fraction of images that may be unreadable, 0 to 1; by default as in training",
     )
@@ -159,7 +159,7 @@ def percent_interval(interval: Sequence[float]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cnn_jax evaluate", description="Measure a bundle on a split of a data set."
     )
     add_data_flags(parser)

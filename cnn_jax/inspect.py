@@ -138,10 +138,9 @@ def _white_level(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """The flags of the command. Their defaults are the defaults of training."""
-    flags = argparse.ArgumentParser(
+    flags = cli.Parser(
         prog="cnn_jax inspect",
         description="Inspect a data set before training.",
-        allow_abbrev=False,
     )
     default = Division()
     fractions = ",".join(f"{fraction:g}" for fraction in default.fractions)

@@ -1,6 +1,5 @@
-"""Trains, measures and bundles a classifier."""
+"""Trains a classifier, measures it, and writes its bundle and its report."""
 
-import argparse
 import pathlib
 from collections.abc import Sequence
 
@@ -10,22 +9,26 @@ from cnn_jax.system.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="cnn_jax train", description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(prog="cnn_jax train", description=__doc__)
     parser.add_argument(
         "--config",
         type=files.file_name,
         default="default",
         metavar="FILE",
-        help="a configuration file, RUN/config.json, or a shipped configuration (default)",
+        help="a file, RUN/config.json, or a shipped configuration (default)",
     )
     parser.add_argument("--workdir", type=cli.path, metavar="DIR", help="the run's folder")
     parser.add_argument("--profile", action="store_true", help="record a trace of a few steps")
     several = parser.add_argument_group(
-        "several processes", "Found by itself on Slurm, Open MPI, Kubernetes and Cloud TPU."
+        "several processes", "Detected automatically on Slurm, Open MPI, Kubernetes and Cloud TPU."
     )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--process_id", type=cli.natural, metavar="N", help="this one, from 0")
-    several.add_argument("--process_count", type=cli.natural, metavar="N", help="how many")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument(
+        "--process_id", type=cli.natural, metavar="N", help="number of this process, from 0"
+    )
+    several.add_argument(
+        "--process_count", type=cli.natural, metavar="N", help="number of processes"
+    )
     flags, overrides = files.parse(parser, argv)
     if flags.workdir is None:
         raise ConfigError(
@@ -33,8 +36,8 @@ def main(argv: Sequence[str]) -> None:
             "same command with the same folder continues an interrupted run"
         )
     files.find(flags.config)
-    with cli.interrupts_held_back():
-        # Imported late, so that a wrong flag is reported at once.
+    with cli.blocked_interrupts():
+        # JAX takes seconds to import; a wrong flag is reported before.
         from cnn_jax.system.compilation_cache import keep_compiled
         from cnn_jax.system.runtime import keep_freed_memory
         from cnn_jax.training import summary
@@ -48,8 +51,8 @@ def main(argv: Sequence[str]) -> None:
     report = train_and_evaluate(config, flags.workdir, profile=flags.profile)
     if is_primary() and "test" in report:
         summary.show_results(pathlib.Path(flags.workdir), report)
-    with cli.interrupts_held_back():
-        # Imported later still: charts take half a second that training need not wait for.
+    with cli.blocked_interrupts():
+        # Matplotlib takes half a second to import, so training does not wait for it.
         from cnn_jax.report.run_report import report_after_training
         from cnn_jax.system.console import Console
     console = Console(is_silent=not is_primary())

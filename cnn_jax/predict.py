@@ -6,7 +6,6 @@
 writes a CSV row for each image. Importing this module imports no training code.
 """
 
-import argparse
 import csv
 import itertools
 import pathlib
@@ -67,7 +66,7 @@ def write_predictions(
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cnn_jax predict", description="Classify images and folders of images."
     )
     cli.add_input_flags(parser)

@@ -10,7 +10,6 @@ file. The command computes 115 times as much as `cnn_jax evaluate`; --sample=N u
 of the split, in which each class has its fraction of the split.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,7 +97,7 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cnn_jax robustness",
         description="Measure a bundle on a split under 23 corruptions of the images.",
     )

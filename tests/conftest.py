@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-# Before JAX starts. Commands that the tests run inherit the compilation cache.
+# Set before JAX starts. Commands that the tests run inherit the compilation cache.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cnn_jax" / "xla")
@@ -21,7 +21,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["COLUMNS"] = ""
 del os.environ["COLUMNS"]
 if os.environ["JAX_PLATFORMS"] != "cpu":
-    # GPUs would multiply float32 as TF32, with 10 bits, which no tolerance here allows for.
+    # By default GPUs multiply float32 as TF32, with 10 bits; the tolerances do not allow this.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 import jax
@@ -43,7 +43,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def write_images(folder: pathlib.Path, per_class: int, seed: int = 0, side: int = 20) -> None:
-    """Three classes that a small network can tell apart by their colour."""
+    """Returns images of three classes that a small network can distinguish by colour."""
     rng = np.random.default_rng(seed)
     for channel, name in enumerate(("blue", "green", "red")):
         (folder / name).mkdir(parents=True)
@@ -55,20 +55,20 @@ def write_images(folder: pathlib.Path, per_class: int, seed: int = 0, side: int 
 
 
 def require_devices(count: int) -> None:
-    """Skips a test where there are fewer devices."""
+    """Skips a test if there are fewer devices."""
     if jax.device_count() < count:
         pytest.skip(f"needs {count} devices, and there are {jax.device_count()}")
 
 
 def require_cpu() -> None:
-    """Skips a test of what is true of a CPU only."""
+    """Skips a test that only applies to a CPU."""
     if jax.default_backend() != "cpu":
         pytest.skip(f"is about the CPU, and JAX computes on {jax.default_backend()}")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    """What is kept between runs is kept between tests, and not longer."""
+    """The cache folder of one test session."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["CNN_JAX_CACHE"] = str(folder)
     yield folder
@@ -85,7 +85,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def tiny_config(image_folder: pathlib.Path) -> ConfigDict:
-    """A run of a second: three epochs of a small network on `image_folder`."""
+    """A run that takes a second: three epochs of a small network on `image_folder`."""
     from configs import default
 
     config = default.get_config()
@@ -119,7 +119,7 @@ def browser():
 
 
 def show_at(browser, url: str, width: int, scheme: str = "light") -> None:
-    """Opens a page in a window so wide, below 500 of a phone, in "light" or "dark" colours."""
+    """Opens a page in a window of a width (below 500: a phone), in "light" or "dark" colours."""
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [

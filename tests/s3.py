@@ -1,4 +1,4 @@
-"""An S3 service on this machine, played by moto."""
+"""A local S3 service, simulated by moto."""
 
 import contextlib
 import socket
@@ -13,7 +13,7 @@ BUCKET = "bucket"
 
 @contextlib.contextmanager
 def s3_service():
-    """An S3 service in a process of its own with an empty bucket; yields options for s3fs."""
+    """Starts an S3 service with an empty bucket in a process; yields options for s3fs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""`cnn_jax.train`, `cnn_jax.load` and what they return, in Python and in a notebook."""
+"""`cnn_jax.train`, `cnn_jax.load` and the objects that they return, also in a notebook."""
 
 import base64
 import html
@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import threading
+import traceback
 
 import numpy as np
 import pytest
@@ -55,13 +56,13 @@ def trained(image_folder, tmp_path_factory, console):
     )
 
 
-def test_a_run_has_what_was_asked_for(trained, image_folder):
+def test_a_run_has_the_requested_configuration(trained, image_folder):
     config = json.loads((trained.workdir / "config.json").read_text())
     assert config["data"]["source"] == f"folder:{image_folder}"
     assert config["data"]["image_size"] == [16, 16]
     assert (config["train"]["epochs"], config["report"]["detail"]) == (3, "figures")
     assert config["model"]["features"] == [4, 8]
-    assert config["data"]["mean"] == [127.5] * 3  # Of configs/default.py.
+    assert config["data"]["mean"] == [127.5] * 3  # The value in configs/default.py.
     assert trained.class_names == ["blue", "green", "red"]
     assert set(trained.metrics) == {"train", "validation", "test"}
     assert [record["epoch"] for record in trained.history] == [1, 2, 3]
@@ -72,12 +73,32 @@ def test_a_run_has_what_was_asked_for(trained, image_folder):
     assert f"<td>{accuracy:.4f}</td>" in trained._repr_html_()
 
 
-def test_training_shows_where_the_time_after_it_went(trained, console):
+def test_training_shows_the_time_of_the_steps_after_it(trained, console):
     facts = json.loads((trained.workdir / "report" / "metrics.json").read_text())["run"]
     assert console.shown["time"] == facts["time"]["words"]
 
 
-def test_freed_memory_is_kept(tmp_path, monkeypatch):
+def test_training_ends_with_the_test_metrics_and_the_report(trained, console):
+    accuracy = trained.metrics["test"]["accuracy"]
+    assert console.shown["test"].startswith(f"accuracy {accuracy:.2%}  precision ")
+    assert console.shown["report"] == str(trained.report.path)
+    assert repr(trained.report) == (
+        f"<Report {str(trained.report.path)!r}, test accuracy {accuracy:.2%}>"
+    )
+
+
+def test_two_classes_have_no_third_prediction():
+    predictions = [
+        Prediction("dog", 0.75, np.array([0.75, 0.25])),
+        Prediction(None, None, None, "cannot be read"),
+    ]
+    table = api.Predictions(predictions, ["a.png", "b.png"], ["dog", "cat"])._repr_html_()
+    assert "<th>second</th></tr>" in table
+    assert "third" not in table
+    assert table.count("<td>") == 6
+
+
+def test_training_keeps_freed_memory(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(api, "keep_freed_memory", lambda: calls.append("kept"))
     with pytest.raises(DataError):
@@ -85,7 +106,7 @@ def test_freed_memory_is_kept(tmp_path, monkeypatch):
     assert calls == ["kept"]
 
 
-def test_columns_of_predictions_are_aligned_by_the_width_on_a_terminal():
+def test_columns_of_predictions_are_aligned_on_a_terminal():
     names = ["猫.png", "a long name.png"]
     found = [Prediction("犬", 0.75, np.array([0.75, 0.25])) for _ in names]
     lines = repr(api.Predictions(found, names, ["犬", "cat"])).splitlines()
@@ -150,10 +171,10 @@ def _copied(source, target):
 
 
 def _configured(config="folder", source=None, **changes):
-    return dict(schema.leaves(api._configured(config, changes, source)))
+    return dict(schema.leaves(api._changed_config(config, changes, source)))
 
 
-def test_keys_may_be_named_in_several_ways(tmp_path):
+def test_keys_can_be_given_in_three_ways(tmp_path):
     for changes in (
         {"epochs": 3, "image_size": [16, 32]},
         {"train.epochs": 3, "data.image_size": (16, 32)},
@@ -163,7 +184,7 @@ def test_keys_may_be_named_in_several_ways(tmp_path):
         assert (values["train.epochs"], values["data.image_size"]) == (3, (16, 32))
     config = default.get_config()
     assert _configured(config, epochs=3)["train.epochs"] == 3
-    assert config.train.epochs == 22  # It is still the caller's.
+    assert config.train.epochs == 22  # The caller's configuration is unchanged.
     assert _configured(source=tmp_path)["data.source"] == f"folder:{tmp_path}"
     assert _configured(source="t.CSV")["data.source"] == "csv:t.CSV"
     assert _configured(source="shapes:100")["data.source"] == "shapes:100"
@@ -171,7 +192,7 @@ def test_keys_may_be_named_in_several_ways(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["shapes", "shapes:100", "tfds:mnist"])
-def test_a_folder_with_the_name_of_a_source_is_not_ignored(source, tmp_path, monkeypatch):
+def test_a_folder_named_like_a_source_is_an_error(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert api._source(source) == source
     (tmp_path / source).mkdir()
@@ -187,13 +208,13 @@ def test_a_folder_with_the_name_of_a_source_is_not_ignored(source, tmp_path, mon
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epoch": 3}, "config.epoch: there is no such key"),
+        ({"epoch": 3}, "epoch: there is no such key; did you mean epochs?"),
         ({"train.epoch": 3}, "did you mean train.epochs?"),
         ({"train": 3}, "config.train: is a section"),
         ({"config": "fodler"}, "did you mean folder?"),
     ],
 )
-def test_a_wrong_key_is_one_line_before_anything_is_made(changes, message, tmp_path, monkeypatch):
+def test_a_wrong_key_is_a_one_line_error(changes, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as error:
         cnn_jax.train("nowhere", **changes)
@@ -212,7 +233,7 @@ def test_a_failed_start_leaves_no_folder(changes, kind, tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir())
 
 
-def test_the_folder_is_a_new_one_below_runs(tmp_path, monkeypatch):
+def test_the_default_folder_is_new_and_below_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = default.get_config()
     config.data.source = "folder:/data/my flowers/"
@@ -227,15 +248,16 @@ def test_the_folder_is_a_new_one_below_runs(tmp_path, monkeypatch):
 
 def test_an_interruption_says_how_to_continue(image_folder, tmp_path, monkeypatch):
     listen = signals.listen
-    monkeypatch.setattr(signals, "listen", lambda deadline: listen(0.0))  # It is over.
+    monkeypatch.setattr(signals, "listen", lambda deadline: listen(0.0))  # The deadline has passed.
     with pytest.raises(Interrupted) as error:
         cnn_jax.train(image_folder, workdir=tmp_path / "run", console=Console(is_silent=True))
     assert f"the same call with workdir='{tmp_path / 'run'}' continues" in str(error.value)
     assert len(error.value._render_traceback_()) == 1
+    assert "".join(traceback.format_exception(error.value)).count("Traceback") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_signals_are_left_alone_in_another_thread(image_folder, tmp_path):
+def test_another_thread_does_not_change_signal_handlers(image_folder, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     runs, console = [], Console(is_silent=True)
 
@@ -255,7 +277,7 @@ def test_signals_are_left_alone_in_another_thread(image_folder, tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_notebook_gets_one_output_of_few_lines(monkeypatch):
+def test_a_notebook_shows_one_short_output(monkeypatch):
     display = pytest.importorskip("IPython.display", reason="IPython is not installed")
     shown = []
 
@@ -299,7 +321,7 @@ _NOTEBOOK = [
 ]
 
 
-def test_in_a_real_notebook(image_folder, tmp_path):
+def test_training_in_a_real_notebook(image_folder, tmp_path):
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
@@ -313,7 +335,7 @@ def test_in_a_real_notebook(image_folder, tmp_path):
     training, run, predictions, report, figure, wrong, stopped, alive = outputs
 
     (progress,) = [output for output in training if output["output_type"] == "display_data"]
-    # Anything else is a warning of a library.
+    # All other output is warnings of libraries.
     assert sum(str(output).count("\\n") for output in training if output is not progress) < 10
     text = progress["data"]["text/plain"]
     assert text.count("\n") < 50
@@ -326,7 +348,7 @@ def test_in_a_real_notebook(image_folder, tmp_path):
     assert report[0]["data"]["text/html"].count("data:image/png;base64,") == 3
     assert base64.b64decode(figure[0]["data"]["image/png"]).startswith(b"\x89PNG")
     (error,) = [output for output in wrong if output["output_type"] == "error"]
-    assert error["ename"] == "DataError"
+    assert error["ename"] == "MissingDataError"
     assert len(error["traceback"]) == 1
     (error,) = [output for output in stopped if output["output_type"] == "error"]
     assert error["ename"] == "Interrupted"

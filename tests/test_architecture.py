@@ -1,4 +1,4 @@
-"""Imports go down the floors that docs/architecture.md shows, and nothing happens at import."""
+"""Imports go down the table of docs/architecture.md, and nothing happens at import."""
 
 import ast
 import pathlib
@@ -13,7 +13,7 @@ DOCUMENT = (REPOSITORY / "docs" / "architecture.md").read_text()
 
 
 def _floors() -> list[str]:
-    """All modules of the document's table; each may import only those before it."""
+    """Returns all modules of the table; each may only import modules before it."""
     _, _, table = DOCUMENT.partition("| floor | modules |")
     rows = table.partition("\n\n")[0].splitlines()[2:]
     floors = [re.findall(r"`([\w/]+)\.py`", row.split("|")[2]) for row in rows]
@@ -24,7 +24,7 @@ FLOORS = _floors()
 
 
 def _imports(path: pathlib.Path) -> set[str]:
-    """The modules of this package that a module imports, anywhere in it."""
+    """Returns the modules of this package that a module imports anywhere."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The command `cnn_jax`, and `python -m` with modules that are no commands."""
+"""The command `cnn_jax`, and `python -m` with modules that are not commands."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def _python(*arguments, **options):
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0)])
-def test_the_commands_are_listed_with_a_line_each(arguments, code):
+def test_every_command_is_listed_on_one_line(arguments, code):
     result = _python("-m", "cnn_jax", *arguments)
     assert result.returncode == code
     for name, (module, purpose) in COMMANDS.items():
@@ -84,7 +84,7 @@ def test_a_misspelt_key_or_flag_is_reported_before_jax_is_imported():
         assert len(result.stderr.splitlines()) == 1
 
 
-def test_importing_the_package_is_light():
+def test_importing_the_package_imports_nothing_heavy():
     code = (
         "import sys, cnn_jax; assert not {'jax', 'numpy', 'cnn_jax.api'} & sys.modules.keys()\n"
         "assert 'train' in dir(cnn_jax)\n"

@@ -1,4 +1,4 @@
-"""The commands as a person runs them: in a process of their own."""
+"""The commands in separate processes, as users run them."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from conftest import REPOSITORY
 from cnn_jax.inference.bundle import write_bundle
 
 
-def _run(module, *arguments, **options):
+def _run(module, *arguments, cwd=REPOSITORY):
     return subprocess.run(
         [sys.executable, "-m", f"cnn_jax.{module}", *arguments],
-        cwd=REPOSITORY,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        **options,
     )
 
 
@@ -52,11 +52,14 @@ def _tiny_flags(image_folder, workdir, epochs=2):
         (["--workdir=x", "--config.data=3"], "config.data: is a section"),
         (["--workdir=x", "--config.data.source=pictures"], "config.data.source: must be"),
         (["--workdir=/dev/null/x"], "--workdir: cannot use"),
+        (["--workdir=file"], "--workdir: cannot use file: it is a file"),
+        (["--workdir=x", "."], "unexpected argument '.'; write --config.data.source=folder:."),
     ],
 )
 def test_a_usage_error_is_one_line_and_exits_with_2(arguments, message, tmp_path):
+    (tmp_path / "file").touch()
     arguments = [argument.replace("=x", f"={tmp_path / 'x'}") for argument in arguments]
-    result = _run("main", *arguments)
+    result = _run("main", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -65,19 +68,19 @@ def test_a_usage_error_is_one_line_and_exits_with_2(arguments, message, tmp_path
 
 
 @pytest.mark.parametrize("arguments", [[], ["--workdir="]])
-def test_the_folder_of_the_run_is_needed(arguments):
+def test_the_folder_of_the_run_is_required(arguments):
     result = _run("main", *arguments)
     assert result.returncode == 2
     assert "--workdir" in result.stderr.splitlines()[-1]
 
 
-def test_flags_may_be_parted_by_a_space(image_folder, tmp_path):
+def test_flags_and_values_may_be_separated_by_a_space(image_folder, tmp_path):
     flags = _tiny_flags(image_folder, tmp_path / "run", 1)
     flags = ["--config", "configs/folder.py", "--workdir", str(tmp_path / "run"), *flags[2:]]
     assert _run("main", *flags).returncode == 0
 
 
-def test_whoever_reads_the_output_may_stop(image_folder, tmp_path):
+def test_the_reader_of_the_output_may_stop(image_folder, tmp_path):
     write_bundle(make_bundle(), tmp_path / "bundle")
     command = f"{sys.executable} -m cnn_jax.predict --bundle={tmp_path / 'bundle'} "
     command += f"--input={image_folder}"
@@ -98,28 +101,35 @@ def test_a_config_file_that_fails_is_explained(tmp_path):
     assert "undefined_name" in result.stderr.splitlines()[-1]
 
 
-def test_data_that_is_not_there_exits_with_1(tmp_path):
+def test_missing_data_exits_with_2(tmp_path):
     source = f"--config.data.source=folder:{tmp_path / 'nowhere'}"
     result = _run("main", "--config=configs/folder.py", f"--workdir={tmp_path / 'run'}", source)
-    assert result.returncode == 1
+    assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert "there is no folder" in line
+
+
+def test_help_shows_the_values_of_the_configuration():
+    result = _run("main", "--config=folder", "--help")
+    assert "with the values of folder.py" in " ".join(result.stdout.split())
+    assert "  data.source = 'folder:" in result.stdout
+    assert "  data.source = 'folder:" not in _run("main", "--help").stdout
 
 
 @pytest.mark.parametrize(
     ("module", "command"),
     [("main", "train"), ("evaluate", "evaluate"), ("predict", "predict"), ("explain", "explain")],
 )
-def test_help(module, command):
+def test_help_names_the_command(module, command):
     result = _run(module, "--help")
     assert result.returncode == 0
     assert f"usage: cnn_jax {command} " in result.stdout
 
 
-def test_a_bundle_that_is_not_there(tmp_path):
+def test_a_missing_bundle_exits_with_2(tmp_path):
     for module, flag in (("evaluate", "--split=test"), ("predict", "--input=x.png")):
         result = _run(module, f"--bundle={tmp_path}", flag)
-        assert result.returncode == 1
+        assert result.returncode == 2
         (line,) = result.stderr.splitlines()
         assert "is not a bundle" in line
 
@@ -139,7 +149,7 @@ def test_train_evaluate_and_predict_from_the_command_line(image_folder, tmp_path
     assert len(result.stdout.splitlines()) == 61
 
 
-def test_on_a_narrow_terminal_there_is_a_bar_and_no_broken_line(image_folder, tmp_path):
+def test_a_narrow_terminal_shows_a_progress_bar(image_folder, tmp_path):
     """A real terminal of 40 columns."""
     terminal, its_side = pty.openpty()
     process = subprocess.Popen(
@@ -158,7 +168,7 @@ def test_on_a_narrow_terminal_there_is_a_bar_and_no_broken_line(image_folder, tm
     while True:
         try:
             chunk = os.read(terminal, 65536)
-        except OSError:  # How Linux says that the other side has closed.
+        except OSError:  # Linux raises this error if the other side is closed.
             break
         if not chunk:
             break
@@ -174,8 +184,8 @@ def test_on_a_narrow_terminal_there_is_a_bar_and_no_broken_line(image_folder, tm
     assert "Traceback" not in plain
 
 
-def test_a_host_without_opencv_and_tfds_can_train_on_its_device(image_folder, tmp_path):
-    """As GPU hosts often are."""
+def test_training_needs_neither_opencv_nor_tfds(image_folder, tmp_path):
+    """GPU hosts often lack both."""
     code = (
         "import sys; sys.modules |= {'cv2': None, 'tensorflow_datasets': None}\n"
         "from cnn_jax.main import main; main(sys.argv[1:])"
@@ -198,7 +208,7 @@ def test_a_run_ends_with_the_path_of_its_report(image_folder, tmp_path):
     figures = json.loads(page.with_name("metrics.json").read_text())
     assert figures["run"]["trained_on"]["device"] == "1 x cpu"
     assert set(figures["missing"]) == {"explanations", "robustness"}
-    # Of a run that is done, the rest can be had at any time.
+    # `report` can add the missing sections of a finished run.
     again = _run("main", *flags, "--config.report.detail=none")
     assert again.returncode == 0, again.stderr
     command = f"cnn_jax report --run={tmp_path / 'run'}"

@@ -18,7 +18,7 @@ def wheel(tmp_path_factory):
     if int(setuptools.__version__.split(".")[0]) < 77:
         pytest.skip(f"setuptools {setuptools.__version__} cannot read pyproject.toml")
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # A build leaves files beside what it builds.
+    source = folder / "source"  # A build leaves files in the source folder.
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)

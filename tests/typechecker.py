@@ -1,4 +1,4 @@
-"""beartype, taking an int where a float is declared, as PEP 484 says."""
+"""A beartype checker that accepts an int for a declared float, as PEP 484 does."""
 
 from beartype import BeartypeConf, beartype
 

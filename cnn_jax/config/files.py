@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib.machinery
 import importlib.util
 import json
@@ -14,20 +15,21 @@ import sys
 import textwrap
 import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cnn_jax.config.schema import (
     Config,
     check_key,
     check_value,
-    closest,
     closest_key,
     default_config,
     keys,
+    leaves,
     wrong_value,
 )
-from cnn_jax.system.errors import ConfigError
+from cnn_jax.system.cli import Parser
+from cnn_jax.system.errors import ConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +85,7 @@ def find(text: str, flag: str = "--config", folder: str = "configs") -> pathlib.
     if own is not None or is_shipped:
         return own or shipped
     names = shipped_names(folder)
-    close = closest(path.name.removesuffix(".py"), names)
-    hint = f"; did you mean {close}?" if close else ""
+    hint = did_you_mean(path.name.removesuffix(".py"), names)
     problem = (
         f"{text!r} is a folder without a config.json"
         if path.is_dir()
@@ -284,9 +285,7 @@ def file_name(text: str) -> str:
     return text
 
 
-def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str]
-) -> tuple[argparse.Namespace, dict[str, str]]:
+def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Parses the flags of a command and its `--config.KEY=VALUE` flags.
 
     Args:
@@ -300,17 +299,30 @@ def parse(
     Raises:
       ConfigError: A flag or key does not exist, or a key has no value.
     """
+    parser.open_prefix = _PREFIX
+    parser.suggest = functools.partial(_suggest, parser.suggest)  # type: ignore[method-assign]
     if {"-h", "--help"} & set(argv):
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.epilog = describe_keys(shutil.get_terminal_size().columns - 2)
-    # argparse would report a misspelt required flag as missing only.
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    for argument in argv:
-        flag = argument.partition("=")[0]
-        if argument.startswith("--") and flag not in known and not flag.startswith(_PREFIX):
-            raise _unexpected(argument, known)
+        parser.epilog = describe_keys(shutil.get_terminal_size().columns - 2, _config_name(argv))
     flags, others = parser.parse_known_args(argv)
     return flags, read_overrides(others)
+
+
+def _suggest(suggest: Callable[[str], str | None], flag: str) -> str | None:
+    """Returns a similar flag, or a similar configuration key as a flag; None without one."""
+    if (near := suggest(flag)) is not None:
+        return near
+    key = closest_key(flag.removeprefix("--"))
+    return f"{_PREFIX}{key}" if key else None
+
+
+def _config_name(argv: Sequence[str]) -> str:
+    """Returns the value of `--config`, without a check of the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", default="default")
+    with contextlib.suppress(argparse.ArgumentError):
+        return parser.parse_known_args(argv)[0].config
+    return "default"
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -324,7 +336,7 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith(_PREFIX):
-            raise _unexpected(argument, [])
+            raise _unexpected(argument)
         key, has_value, value = argument.removeprefix(_PREFIX).partition("=")
         check_key(key)
         if not has_value:
@@ -338,32 +350,33 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
-def _unexpected(argument: str, flags: Sequence[str]) -> ConfigError:
-    """The error for an unknown argument, with a suggestion if a flag has a similar name."""
-    flag, equals, value = argument.partition("=")
-    near = closest(flag, flags)
-    if near is None and flag.startswith("--") and (key := closest_key(flag[2:])):
-        near = f"{_PREFIX}{key}"
-    hint = f"did you mean {near}{equals}{value}?" if near else "see --help"
+def _unexpected(argument: str) -> ConfigError:
+    """Returns the error for an argument that is not a flag of a key."""
+    is_path = not argument.startswith("-") and os.path.lexists(argument)
+    kind = "csv" if argument.lower().endswith(".csv") else "folder"
+    hint = f"write {_PREFIX}data.source={kind}:{argument}" if is_path else "see --help"
     return ConfigError(f"unexpected argument {argument!r}; {hint}")
 
 
-def describe_keys(width: int) -> str:
+def describe_keys(width: int, file: str = "default") -> str:
     """The text of `--help` on all configuration keys, by section.
 
     Args:
       width: The number of columns of the terminal.
+      file: The configuration whose values are shown; see `find`.
     """
+    values = dict(leaves(read(find(file))))
     lines = textwrap.wrap(
-        "configuration keys, set by --config.KEY=VALUE, with the defaults of default.py:", width
+        f"configuration keys, set by --config.KEY=VALUE, with the values of {find(file).name}:",
+        width,
     )
     section = ""
     indent = " " * 6
-    for name, key in keys().items():
+    for name, key in keys(values.get("model.name")).items():
         if name.rpartition(".")[0] != section:
             section = name.rpartition(".")[0]
             lines += ["", section]
-        lines.append(f"  {name} = {key.default!r}")
+        lines.append(f"  {name} = {values.get(name, key.default)!r}")
         lines += textwrap.wrap(key.comment, width, initial_indent=indent, subsequent_indent=indent)
     lines += ["", *textwrap.wrap(f"shipped configurations: {', '.join(shipped_names())}", width)]
     return "\n".join(lines)

@@ -5,13 +5,12 @@ are derived from it. The keys of a network are in `cnn_jax.models`. This module 
 JAX, so that a wrong key is reported at once.
 """
 
-import difflib
 import functools
 import hashlib
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cnn_jax.config.keys import (
@@ -26,7 +25,7 @@ from cnn_jax.config.keys import (
     text,
 )
 from cnn_jax.models import NETWORKS
-from cnn_jax.system.errors import ConfigError
+from cnn_jax.system.errors import ConfigError, closest, did_you_mean
 
 # An `ml_collections.ConfigDict`, whose keys a type checker cannot see.
 Config = Any
@@ -43,9 +42,6 @@ SOURCE_FORMS = (
 )
 SOURCE_PATTERN = re.compile(r"shapes(:[1-9]\d*)?|(folder|classes|splits|csv|tfds):.+", re.DOTALL)
 MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "recall", "f1", "loss"))
-# The least similarity (`difflib`, 0 to 1) of a suggested name. Different words of the same
-# section, such as model.width and model.dense, are less similar.
-_SIMILARITY = 0.75
 
 
 def _pair(image_size: Any) -> tuple[Any, ...]:
@@ -407,17 +403,15 @@ def full_key(name: str) -> str:
       ConfigError: There is no such key, or several sections have a key of this name.
     """
     same = [key for key in keys() if _name(key) == name]
+    if not same and "." not in name and not any(key.startswith(f"{name}.") for key in keys()):
+        hint = did_you_mean(name, map(_name, keys()))
+        raise ConfigError(f"{name}: there is no such key{hint}")
     if name in keys() or not same:
         check_key(name)
         return name
     if len(same) > 1:
         raise ConfigError(f"config: {name!r} may be {' or '.join(same)}; write one of them")
     return same[0]
-
-
-def closest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """The most similar of the known words; None if none is similar enough."""
-    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=_SIMILARITY)), None)
 
 
 def _name(key: str) -> str:

@@ -14,12 +14,12 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from cnn_jax.data.decode import Pixels
+from cnn_jax.system.atomic import write_text
 
 # The folder may contain other things. This package owns folders with these names, and files
 # with these names in three folders.
@@ -97,26 +97,10 @@ def write_json(kind: str, key: str, value: Any) -> None:
     Raises:
       OSError: The folder cannot be written, or the disk is full.
     """
-    with _replacing(cache_dir() / kind / f"{key}.json") as aside:
-        aside.write_text(json.dumps(value, ensure_ascii=False), "utf-8", "surrogatepass")
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary file, which replaces `path` at the end unless there is an error.
-
-    Each process has its own temporary file, so two processes can write at the same time.
-    """
+    path = cache_dir() / kind / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    os.close(descriptor)
-    aside = pathlib.Path(name)
-    try:
-        yield aside
-        aside.chmod(0o644)  # Temporary files are private, but a cache may be shared.
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    text = json.dumps(value, ensure_ascii=False)
+    write_text(path, text, errors="surrogatepass", durable=False, shared=True)
 
 
 def open_pixels(key: str, count: int, image_size: tuple[int, int]) -> np.ndarray | None:

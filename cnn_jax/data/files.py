@@ -18,7 +18,7 @@ import numpy as np
 from cnn_jax.data.decode import looks_like_an_image
 from cnn_jax.data.layout import Layout, find_layout, nearly_equal
 from cnn_jax.data.source import SPLIT_NAMES, Source, named_splits
-from cnn_jax.system.errors import ConfigError, DataError
+from cnn_jax.system.errors import ConfigError, DataError, MissingDataError
 
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -327,7 +327,7 @@ def open_folder(
     name = name or f"folder:{path}"
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
-        raise DataError(f"{name}: there is no folder {root}")
+        raise MissingDataError(f"{name}: there is no folder {root}")
     listing = list_images(root, allow_outside)
     images, ignored = listing.files, dict(listing.ignored)
     layout = find_layout((image.path for image in images), name)
@@ -497,6 +497,8 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
                 lines[image] = reader.line_num
                 labels.append(label)
                 own_splits.append(SPLIT_NAMES[split.lower()] if split else "")
+    except FileNotFoundError as error:
+        raise MissingDataError(f"{name}: {error.strerror}") from error
     except OSError as error:
         raise DataError(f"{name}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:

@@ -118,7 +118,7 @@ def _visible_range(
 
 def _crop_and_scale(image: Pixels, preprocessing: Preprocessing) -> Pixels:
     """Scales only the visible part; differs from scaling all of it by rounding only."""
-    left, top, right, bottom = view(image.shape[:2], preprocessing).image_box
+    left, top, right, bottom = view((image.shape[0], image.shape[1]), preprocessing).image_box
     height, width = preprocessing.image_size
     x_margin = math.ceil(_SUPPORT * max((right - left) / width, 1)) + 1
     y_margin = math.ceil(_SUPPORT * max((bottom - top) / height, 1)) + 1

@@ -8,7 +8,6 @@ network's filters, and explanations.json. index.html shows all of them, and says
 method passes on these images.
 """
 
-import argparse
 import os
 import pathlib
 import sys
@@ -25,7 +24,7 @@ from cnn_jax.system.errors import ConfigError, DataError
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cnn_jax explain",
         description="Explain predictions by maps of the evidence in each image.",
     )

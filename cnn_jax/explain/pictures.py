@@ -1,7 +1,6 @@
 """Explanations of image files as pictures, JSON and a page."""
 
 import base64
-import difflib
 import io
 import json
 import logging
@@ -24,7 +23,7 @@ from cnn_jax.inference.batching import BATCH_SIZE
 from cnn_jax.inference.images import ImageReader
 from cnn_jax.inference.predictor import BundlePredictor, Predictor
 from cnn_jax.report import style, thumbnails
-from cnn_jax.system.errors import ConfigError, DataError, printable
+from cnn_jax.system.errors import ConfigError, DataError, did_you_mean, printable
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def choose_methods(predictor: BundlePredictor, names: Sequence[str]) -> list[str
         method = method_named(name)
         if method is None:
             raise ConfigError(
-                f"--method: there is no method {name!r}{_suggestion(name, METHODS)}; the methods "
+                f"--method: there is no method {name!r}{did_you_mean(name, METHODS)}; the methods "
                 f"are {', '.join(METHODS)}, and all for every method"
             )
         if method not in allowed:
@@ -84,16 +83,9 @@ def choose_class(predictor: Predictor, name: str) -> int:
     if name not in names:
         some = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         raise ConfigError(
-            f"--class: the bundle has no class {name!r}{_suggestion(name, names)}; it has {some}"
+            f"--class: the bundle has no class {name!r}{did_you_mean(name, names)}; it has {some}"
         )
     return names.index(name)
-
-
-def _suggestion(name: str, names: Sequence[str] | dict[str, Any]) -> str:
-    """A question with the most similar name, or nothing if no name is similar."""
-    by_folded = {other.casefold(): other for other in names}
-    close = difflib.get_close_matches(name.casefold(), by_folded, n=1)
-    return f", did you mean {by_folded[close[0]]!r}?" if close else ""
 
 
 def explain(

@@ -24,7 +24,8 @@ from jaxtyping import PyTree
 
 import cnn_jax
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.system.errors import BundleError, of_file
+from cnn_jax.system.atomic import sync
+from cnn_jax.system.errors import BundleError, MissingBundleError, file_errors
 
 FORMAT = 2
 _DESCRIPTION = "bundle.json"
@@ -86,7 +87,7 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         # safetensors 0.8 scrambles arrays that are not contiguous. (np.ascontiguousarray would
         # turn a scalar into a vector.)
         weights = {name: np.asarray(array, order="C") for name, array in flat.items()}
-        with of_file(partial / _WEIGHTS):
+        with file_errors(partial / _WEIGHTS):
             (partial / _WEIGHTS).write_bytes(safetensors.numpy.save(weights))
         description = {"format": FORMAT} | {
             field.name: getattr(bundle, field.name)
@@ -98,10 +99,10 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         description["files"] = {_WEIGHTS: {"sha256": _sha256(partial / _WEIGHTS)}}
         text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
         # A name that is not UTF-8 contains surrogates; they are written as JSON escapes.
-        with of_file(partial / _DESCRIPTION):
+        with file_errors(partial / _DESCRIPTION):
             (partial / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
         for file in (partial / _WEIGHTS, partial / _DESCRIPTION, partial):
-            _sync(file)  # Otherwise a crash could leave the new name with incomplete files.
+            sync(file)  # Otherwise a crash could leave the new name with incomplete files.
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
@@ -153,7 +154,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
             variables=flax.traverse_util.unflatten_dict(weights, sep="/"),
         )
     except FileNotFoundError as error:
-        raise BundleError(f"{path} is not a bundle: there is no {error.filename}") from error
+        raise MissingBundleError(f"{path} is not a bundle: there is no {error.filename}") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
@@ -192,18 +193,9 @@ def digest(path: str | os.PathLike[str]) -> str:
     try:
         return _sha256(path / _DESCRIPTION)
     except FileNotFoundError as error:
-        raise BundleError(f"{path} is not a bundle: there is no {error.filename}") from error
+        raise MissingBundleError(f"{path} is not a bundle: there is no {error.filename}") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Waits until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -16,7 +16,7 @@ from cnn_jax.data import decode, files
 from cnn_jax.data.decode import Pixels
 from cnn_jax.data.preprocessing import SPECIFICATION, Preprocessing
 from cnn_jax.data.resize import resize
-from cnn_jax.system.errors import DataError
+from cnn_jax.system.errors import DataError, MissingDataError
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ def list_images(path: str | os.PathLike[str], allow_outside: bool = False) -> li
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(f"--input: there is no file or folder {path}")
+        raise MissingDataError(f"--input: there is no file or folder {path}")
     listing = files.list_images(path, allow_outside)
     left_out = files.describe_ignored(listing.ignored)
     if not listing.files:
@@ -329,7 +329,7 @@ def _match(pattern: str) -> list[str]:
         {"folders that cnn_jax wrote": len(outputs)} if outputs else {}
     )
     if not kept:
-        raise DataError(f"--input: no file matches {pattern}{left_out}")
+        raise MissingDataError(f"--input: no file matches {pattern}{left_out}")
     if left_out:
         logger.warning("%s: %d matches%s", pattern, len(kept), left_out)
     return kept

@@ -51,17 +51,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cnn_jax registry",
         description="A registry of bundles with names, versions and aliases.",
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, description: str) -> argparse.ArgumentParser:
-        command_parser = commands.add_parser(
-            name, help=description, description=f"{description}.", allow_abbrev=False
-        )
+        command_parser = commands.add_parser(name, help=description, description=f"{description}.")
         command_parser.set_defaults(command=run)
         command_parser.add_argument(
             "--registry",
@@ -146,7 +143,7 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
         promote.add_argument(
             f"--min_{metric}",
             f"--min-{metric}",
-            type=cli.share,
+            type=cli.fraction,
             metavar="FRACTION",
             help=f"refuse a version with a lower test {metric}, 0 to 1",
         )

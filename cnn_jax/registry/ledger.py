@@ -15,7 +15,6 @@ All functions are pure functions of log entries. An entry is a JSON object:
 
 import dataclasses
 import datetime
-import difflib
 import hashlib
 import json
 import re
@@ -23,7 +22,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cnn_jax.system.errors import ConfigError, UserError, printable
+from cnn_jax.system.errors import ConfigError, UserError, did_you_mean, printable
 
 FORMAT = 1
 CHAMPION = "champion"
@@ -238,10 +237,8 @@ def find_digest(models: Models, name: str, digest: str) -> Version | None:
 def _suggestion(name: str, known: Iterable[str]) -> str:
     """Returns names similar to an unknown name, or the known names, for an error message."""
     known = sorted(known)
-    similar = difflib.get_close_matches(name, known, n=3)
-    if similar:
-        return f"; did you mean {' or '.join(similar)}?"
-    return f"; known names: {', '.join(known[:10]) or 'none'}{', ...' * (len(known) > 10)}"
+    names = f"{', '.join(known[:10]) or 'none'}{', ...' * (len(known) > 10)}"
+    return did_you_mean(name, known, 3) or f"; known names: {names}"
 
 
 def removable_version(models: Models, name: str, number: int) -> Version:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from cnn_jax.system.atomic import sync
 from cnn_jax.system.errors import ConfigError, UserError, printable
 
 # The folder of temporary files.
@@ -153,7 +154,7 @@ class LocalStore(Store):
     def _link(self, temporary: pathlib.Path, path: pathlib.Path) -> None:
         try:
             os.link(temporary, path)
-            _synchronize(path.parent)
+            sync(path.parent)
         except FileExistsError:
             raise
         except OSError as error:
@@ -169,7 +170,7 @@ class LocalStore(Store):
         with self._store_errors(path):
             _make_folder(path.parent)
             _write(path, data)
-            _synchronize(path.parent)
+            sync(path.parent)
 
     def read(self, name: str) -> bytes:
         with self._store_errors(self._root / name, FileNotFoundError):
@@ -218,7 +219,7 @@ def _make_folder(path: pathlib.Path) -> None:
             path.mkdir(exist_ok=True)
         except FileExistsError as error:
             raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(path)) from error
-        _synchronize(path.parent)
+        sync(path.parent)
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
@@ -228,15 +229,6 @@ def _write(path: pathlib.Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(descriptor)
-
-
-def _synchronize(folder: pathlib.Path) -> None:
-    """Synchronizes the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RemoteStore(Store):

@@ -5,7 +5,6 @@
 writes RUN/report/index.html and prints its path. Training writes the same report at its end.
 """
 
-import argparse
 from collections.abc import Sequence
 
 from cnn_jax.config.schema import SOURCE_FORMS
@@ -16,9 +15,7 @@ from cnn_jax.system.console import Console
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="cnn_jax report", description="Write the report of a run."
-    )
+    parser = cli.Parser(prog="cnn_jax report", description="Write the report of a run.")
     parser.add_argument("--run", required=True, type=cli.path, help="the run's folder")
     parser.add_argument("--source", help=f"the run's data if it was moved: {SOURCE_FORMS}")
     flags = parser.parse_args(argv)

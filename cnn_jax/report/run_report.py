@@ -23,6 +23,7 @@ from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.report import charts, explanations, qualities, sections, style, texts, thumbnails
 from cnn_jax.report.run import FORMAT, MissingError, Network, Run, read_run
 from cnn_jax.report.sections import Figures
+from cnn_jax.system.atomic import write_text
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import UserError
 from cnn_jax.training import run_directory
@@ -133,7 +134,7 @@ def _write(
             figures["run"]["seconds"], {"measuring": measuring, **watch.seconds}
         )
     run_directory.write_metrics(workdir, figures)
-    run_directory.write_text(folder / "index.html", _page(figures, folder, drawn))
+    write_text(folder / "index.html", _page(figures, folder, drawn))
     return folder / "index.html", figures
 
 

@@ -31,7 +31,7 @@ from cnn_jax.report.study_values import (
     sorted_trials,
     trials_with_value,
 )
-from cnn_jax.training.run_directory import write_text
+from cnn_jax.system.atomic import write_text
 
 # The sort key of a cell without a number. The script subtracts keys, so infinity would give NaN.
 _SORT_FIRST = -1e300

@@ -90,7 +90,7 @@ def _model_name(bundle: pathlib.Path) -> str:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="cnn_jax serve",
         description="Serve a bundle, or versions of a registry. Defaults are in parentheses.",
     )

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import dataclasses
-import difflib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 
 from starlette.requests import Request
 from starlette.types import Receive
+
+from cnn_jax.system.errors import closest
 
 # Maximum seconds between two parts of a body.
 _PAUSE_SECONDS = 10.0
@@ -73,10 +74,10 @@ def check_query(request: Request, known: Collection[str] = ()) -> None:
     names = [name for name, _ in request.query_params.multi_items()]
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name.lower(), known, n=1)
+            close = closest(name, known)
             hint = "this path takes no parameters"
             if known:
-                hint = f"did you mean {close[0]}?" if close else f"use {', '.join(known)}"
+                hint = f"did you mean {close}?" if close else f"use {', '.join(known)}"
             raise Refused(400, "parameter", f"there is no parameter {name[:100]!r}; {hint}")
         if names.count(name) > 1:
             raise Refused(400, "parameter", f"the parameter {name} is given more than once")

@@ -1,1 +1,1 @@
-"""What all commands share: runtime options, signals, the terminal, errors."""
+"""Parts that all commands share: runtime options, signals, the terminal, errors."""

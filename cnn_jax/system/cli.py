@@ -1,4 +1,4 @@
-"""What all commands share: their start and end, flags, and output."""
+"""Parts that all commands share: start and end, flags, and output."""
 
 import argparse
 import codecs
@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -16,7 +17,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NoReturn
 
-from cnn_jax.system.errors import ConfigError, Interrupted, UserError, printable
+from cnn_jax.system.errors import (
+    ConfigError,
+    Interrupted,
+    UserError,
+    closest,
+    did_you_mean,
+    printable,
+)
 from cnn_jax.system.text import fill
 
 _STDOUT = 1  # The file descriptor.
@@ -28,15 +36,20 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoReturn:
     """Runs a command's `main` on the command line's arguments, and exits.
 
-    The exit code is 0 when all was done, 2 after a usage or configuration error
-    (argparse exits with 2 as well), `if_interrupted` after Ctrl-C or SIGTERM, and 1
-    after any other failure. Of an error that the user can mend, one line is shown.
+    A `UserError` is printed as one line.
+
+    Args:
+      main: The command; it takes the arguments without the program's name.
+      if_interrupted: The exit code after Ctrl-C or SIGTERM.
+
+    The other exit codes are 0 after success, 2 if the command line or the configuration must
+    be changed, and 1 after any other failure.
     """
     messages = logging.StreamHandler()
     messages.setFormatter(_MessageFormatter("%(levelname)s: %(message)s"))
     # force=True removes the handler that absl added when Orbax imported it.
     logging.basicConfig(handlers=[messages], level=logging.WARNING, force=True)
-    # Not for users: Orbax (by absl), asyncio and Pillow log what is raised as well.
+    # Pillow, Orbax (through absl) and asyncio log errors that they also raise.
     for library, level in (
         ("PIL", "CRITICAL"),
         ("absl", "CRITICAL"),
@@ -44,15 +57,15 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
         ("tensorboardX", "ERROR"),
     ):
         logging.getLogger(library).setLevel(level)
-    sys.unraisablehook = _hide_late_callbacks
-    # Pillow warns of what it makes good; what it cannot is an error.
+    sys.unraisablehook = _hide_late_callback_errors
+    # Pillow warns of faults that it corrects, and raises an error for all others.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if sys.stdout is not None:
         codecs.register_error("cnn_jax.escape", _escape)
         sys.stdout.reconfigure(errors="cnn_jax.escape")  # type: ignore[attr-defined]
     for name in _INTERRUPTS:
         signal.signal(name, interrupt)
-    are_all_done = False  # Of the processes of a run.
+    are_all_done = False  # Whether all processes of the run have ended their work.
     try:
         main(sys.argv[1:])
         code, are_all_done = 0, True
@@ -61,32 +74,34 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     except KeyboardInterrupt as error:
         print("interrupted" + (f": {error}" if error.args else ""), file=sys.stderr)
         code, are_all_done = if_interrupted, isinstance(error, Interrupted)
-    except BrokenPipeError:  # Whoever read the output has seen enough.
+    except BrokenPipeError:  # The reader of the output, such as `head`, has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         code = 0
     except OSError as error:
         if error.errno is None:
             raise
         where = error.filename or "a file"
-        advice = "; with room again, start the same command" * (error.errno == errno.ENOSPC)
+        advice = "; free some space, then start the same command again" * (
+            error.errno == errno.ENOSPC
+        )
         code = _fail(f"{where}: {error.strerror}{advice}", 1)
     except Exception:
-        if not _is_one_of_many():
+        if not _has_other_processes():
             raise
         traceback.print_exc()
         code = 1
-    if not are_all_done and _is_one_of_many():
-        # A normal exit would wait for the other processes, and they for this one.
+    if not are_all_done and _has_other_processes():
+        # A normal exit would wait for the other processes, which wait for this one.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    r"""The error handler of stdout: encodes a character that its encoding does not have.
+    r"""Replaces a character that the encoding of stdout does not have; an error handler.
 
-    A byte of a file name that is not UTF-8 stays that byte; any other character becomes its
-    escape, such as \u732b.
+    A byte of a file name that is not UTF-8 stays the same byte; any other character becomes
+    an escape sequence, such as \u732b.
     """
     assert isinstance(error, UnicodeEncodeError)
     error.end = error.start + 1
@@ -105,31 +120,34 @@ class _MessageFormatter(logging.Formatter):
 
 
 def columns() -> int:
-    """The width of the terminal ($COLUMNS, if set); 80 where there is none."""
+    """Returns the width of the terminal, or $COLUMNS; 80 without a terminal."""
     return shutil.get_terminal_size().columns
 
 
 def fit(text: str, file: Any) -> str:
-    """Breaks a line between words if `file`, a text file or None, is a terminal."""
+    """Breaks a line between words if `file` (a text file or None) is a terminal."""
     return fill(text, columns()) if file is not None and file.isatty() else text
 
 
-def _hide_late_callbacks(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Hides that threads of TensorStore find Orbax gone after it has raised why it failed."""
+def _hide_late_callback_errors(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Hides errors of TensorStore's threads after Orbax has raised the real error and ended."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
-    """The signal handler of a command: the first one cleans up, the second ends it at once."""
+    """Handles a command's first signal with KeyboardInterrupt; the second ends the process."""
     for name in _INTERRUPTS:
         signal.signal(name, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Signals come at the end of what is within: an import that is broken off says nonsense."""
+def blocked_interrupts() -> Iterator[None]:
+    """Blocks SIGINT and SIGTERM inside the context.
+
+    An interrupted import would raise a misleading error.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
     try:
         yield
@@ -137,8 +155,8 @@ def interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _is_one_of_many() -> bool:
-    """Whether this process is connected to others by `jax.distributed`."""
+def _has_other_processes() -> bool:
+    """Returns whether `jax.distributed` connects this process to others."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
@@ -149,22 +167,100 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a usage error in one line and suggests what was meant.
+
+    A misspelt flag, choice or sub-command is reported before a missing one. `run` makes
+    exit code 2 of the error. Flags cannot be abbreviated.
+
+    Attributes:
+      open_prefix: Flags that begin with this text are passed on by `parse_known_args`
+        although the parser does not know them; None for no such flags.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+        self.open_prefix: str | None = None
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        arguments = sys.argv[1:] if args is None else list(args)
+        self._check_flags(arguments)
+        return super().parse_known_args(arguments, namespace)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        flags, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise self.unexpected(rest[0])
+        return flags
+
+    def unexpected(self, argument: str) -> ConfigError:
+        """Returns the error for an argument without meaning, with the flag that was meant."""
+        flag, equals, value = argument.partition("=")
+        near = self.suggest(flag) if flag.startswith("-") else None
+        hint = f"did you mean {near}{equals}{value}?" if near else "see --help"
+        return ConfigError(f"unexpected argument {argument!r}; {hint}")
+
+    def suggest(self, flag: str) -> str | None:
+        """Returns the flag that was probably meant, or None."""
+        return closest(flag, self._option_string_actions)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError for an error that argparse found."""
+        message = re.sub(r"^argument ", "", message)
+        required = re.match(r"the following arguments are required: (.*)", message)
+        raise ConfigError(f"{required[1]}: is required; see --help" if required else message)
+
+    def _check_flags(self, arguments: Sequence[str]) -> None:
+        """Raises ConfigError for the first unknown flag.
+
+        argparse itself would report a missing required flag first.
+        """
+        has_commands = self._subparsers is not None
+        for argument in arguments:
+            if argument == "--" or (has_commands and not argument.startswith("-")):
+                return  # The parser of a sub-command checks the arguments after its name.
+            if not argument.startswith("--"):
+                continue
+            is_open = self.open_prefix is not None and argument.startswith(self.open_prefix)
+            if not is_open and argument.partition("=")[0] not in self._option_string_actions:
+                raise self.unexpected(argument)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Checks a value against the choices of its flag, or the name of a sub-command."""
+        if action.choices is None or value in action.choices:
+            return
+        names = [str(choice) for choice in action.choices]
+        flag = "/".join(action.option_strings)
+        what = f"{flag}: there is no" if flag else "there is no command"
+        raise ConfigError(
+            f"{what} {value!r}{did_you_mean(str(value), names)}; there are {', '.join(names)}"
+        )
+
+
 def path(text: str) -> str:
-    """The argparse type of a path: not empty, and `~` is the home folder."""
+    """Converts a flag to a path, with `~` as the home folder; an argparse type."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return str(pathlib.Path(text).expanduser())
 
 
 def add_bundle_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag --bundle of a command that uses a trained network."""
+    """Adds the flag --bundle, which names a trained network."""
     parser.add_argument(
-        "--bundle", required=True, type=path, metavar="RUN", help="a run, or its bundle RUN/bundle"
+        "--bundle",
+        required=True,
+        type=path,
+        metavar="RUN",
+        help="the folder of a run or of a bundle",
     )
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a command that reads images with a trained network."""
+    """Adds --bundle and the flags that name the images to read."""
     add_bundle_flag(parser)
     parser.add_argument(
         "--input",
@@ -176,27 +272,27 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         help="images, folders of images, and patterns such as 'photos/*.jpg'",
     )
     parser.add_argument(
-        "--allow_outside", action="store_true", help="follow links out of the folder"
+        "--allow_outside", action="store_true", help="follow links that lead out of the folder"
     )
 
 
 def natural(text: str) -> int:
-    """The argparse type of an integer, 0 or more."""
+    """Converts a flag to an integer, 0 or more; an argparse type."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be an integer, 0 or more, got {text!r}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """The argparse type of an integer, 1 or more."""
+    """Converts a flag to an integer, 1 or more; an argparse type."""
     number = natural(text)
     if not number:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return number
 
 
-def share(text: str) -> float:
-    """The argparse type of a number from 0 to 1."""
+def fraction(text: str) -> float:
+    """Converts a flag to a number from 0 to 1; an argparse type."""
     try:
         value = float(text)
     except ValueError:
@@ -208,7 +304,7 @@ def share(text: str) -> float:
 
 @contextlib.contextmanager
 def open_output(path: str | None) -> Iterator[IO[str]]:
-    """A text file to write to, or stdout if `path` is None.
+    """Opens a text file for writing, or yields stdout if `path` is None.
 
     Raises:
       ConfigError: The file cannot be created, or stdout is closed.
@@ -230,7 +326,7 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
 
 
 def write_json(value: Any, file: IO[str]) -> None:
-    """Writes a value as JSON, with escapes where the file's encoding lacks a character."""
+    """Writes a value as JSON, in ASCII if the encoding of the file lacks a character."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(getattr(file, "encoding", None) or "utf-8")

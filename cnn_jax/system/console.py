@@ -1,7 +1,7 @@
-"""Output for people: the progress of a command on stderr.
+"""The progress of a command on stderr.
 
-Progress is lines, with a progress bar if stderr is a terminal. In a notebook it is one
-output instead, which is updated in place.
+Progress is shown as lines, with a progress bar if stderr is a terminal. In a notebook it
+is one output that is updated in place.
 """
 
 import os
@@ -17,84 +17,89 @@ import rich.table
 from cnn_jax.system import text
 from cnn_jax.system.text import FACT_INDENT, wrap
 
-# The columns of the epochs' table, in groups: a column's name and its width.
+# The columns of the table of epochs, by group: the name and the width of each column.
 _GROUPS: dict[str, dict[str, int]] = {
     "train": {"loss": 5, "accuracy": 8, "F1": 7},
     "validation": {"loss": 5, "accuracy": 8, "F1": 7},
     "": {"images/s": 8},
 }
-# What a narrow terminal does without, in this order.
-_DISPENSABLE = (
+# The columns that a narrow terminal leaves out, in this order.
+_OPTIONAL_COLUMNS = (
     ("", "images/s"),
     *(("train", "F1"), ("validation", "F1"), ("train", "accuracy"), ("train", "loss")),
 )
-# Seconds between two updates of a notebook's output, which each browser has to draw.
+# Minimum time between two updates of a notebook's output, in seconds.
 _UPDATE_SECONDS = 0.5
 _NOTEBOOK_WIDTH = 100  # Columns.
-# Epochs that a notebook shows; `metrics.jsonl` has all of them.
+# Number of the latest epochs that a notebook shows.
 _EPOCHS_SHOWN = 10
 
 
-def _whole() -> rich.table.Column:
-    """A column that a narrow terminal does not shorten; the bar gives way to it."""
+def _fixed_column() -> rich.table.Column:
+    """Returns a column that a narrow terminal does not shorten; the bar becomes shorter."""
     return rich.table.Column(no_wrap=True, min_width=11)
 
 
 class _Screen(rich.console.Console):
-    """A console that leaves the cursor where a person sees it, also if the run is killed."""
+    """A console that never hides the cursor, so that a killed run leaves it visible."""
 
     def show_cursor(self, show: bool = True) -> bool:
         return False
 
 
 class Console:
-    """Prints lines, and a progress bar where there is a terminal."""
+    """Prints lines on stderr, and shows a progress bar if stderr is a terminal."""
 
     def __init__(self, *, is_silent: bool = False) -> None:
-        """On stderr; or nowhere, for all but one of the processes of a run."""
+        """Makes a console.
+
+        Args:
+          is_silent: Whether to print nothing, as all but one of the processes of a run do.
+        """
         self._console = _Screen(
             stderr=True,
             highlight=False,
             markup=False,
             quiet=is_silent,
             force_jupyter=False,
-            # A notebook's stderr says that it is a terminal; each move of a bar would be a line.
+            # A notebook's stderr claims to be a terminal; each update of a bar would be a line.
             force_terminal=False if _is_notebook() else None,
         )
 
     @property
     def width(self) -> int | None:
-        """Columns of the terminal; None if the lines may be of any length."""
+        """Columns of the terminal; None if lines may have any length."""
         is_known = self._console.is_terminal or "COLUMNS" in os.environ
         return self._console.width if is_known else None
 
     def print(self, text: str = "") -> None:
-        """A line, broken between words if the terminal is narrow, never coloured."""
+        """Prints a line without colours, broken between words if the terminal is narrow."""
         for line in wrap(text, self.width):
             self.write_line(line)
 
     def warn(self, text: str) -> None:
-        """A line that stands out where colours are shown."""
+        """Prints a warning, in colour if the terminal has colours."""
         for line in wrap(f"warning     {text}", self.width, FACT_INDENT):
             self.write_line(line, "yellow")
 
     def facts(self, rows: Mapping[str, str]) -> None:
-        """Aligned `name  text` lines; a text may have several lines."""
+        """Prints aligned `name  text` lines; a text may have several lines."""
         for line in text.facts(rows, self.width):
             self.write_line(line)
 
     def write_line(self, line: str, style: str | None = None) -> None:
+        """Prints a line that fits the terminal, in a style of `rich`."""
         self._console.print(line, style=style, soft_wrap=True)
 
     def print_epoch(self, line: str) -> None:
-        """The line of a finished epoch."""
+        """Prints the line of a finished epoch."""
         self.write_line(line)
 
     def show_status(self, text: str) -> None:
-        """Shows what is under way where that can be replaced later, else nothing."""
+        """Shows the current activity in a notebook, and nothing in a terminal or file."""
 
     def track(self, items: Iterable, description: str, total: int) -> Iterator:
-        """Passes items on, and shows how many of `total` have come."""
+        """Yields the items, and shows how many of `total` were processed."""
         if not self._console.is_terminal:
             self.print(f"{description} ...")
             yield from items
@@ -104,7 +109,7 @@ class Console:
 
     def _progress(self, *columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
         return rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}", table_column=_whole()),
+            rich.progress.TextColumn("{task.description}", table_column=_fixed_column()),
             rich.progress.BarColumn(bar_width=None),
             *columns,
             rich.progress.TimeRemainingColumn(),
@@ -114,17 +119,20 @@ class Console:
         )
 
     def training(self, epochs: int, steps_per_epoch: int) -> "TrainingDisplay":
-        columns = [rich.progress.TextColumn("{task.fields[rate]}", table_column=_whole())]
+        """Returns the display of a training with this many epochs."""
+        columns = [rich.progress.TextColumn("{task.fields[rate]}", table_column=_fixed_column())]
         progress = self._progress(*columns) if self._console.is_terminal else None
         return TrainingDisplay(self, progress, epochs, steps_per_epoch)
 
 
 class NotebookConsole(Console):
-    """One output of a notebook's cell, updated in place, with the latest epochs only."""
+    """The output of a notebook cell, updated in place; it shows the latest epochs only."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: list[tuple[str, bool]] = []  # The text, and whether it is an epoch's.
+        self._lines: list[
+            tuple[str, bool]
+        ] = []  # The text, and whether it is the line of an epoch.
         self._status = ""
         self._output: Any = None
         self._updated = 0.0
@@ -174,8 +182,8 @@ class NotebookConsole(Console):
         return "\n".join([*lines, self._status])
 
 
-def console_here() -> Console:
-    """A `NotebookConsole` in a notebook, else a `Console`."""
+def default_console() -> Console:
+    """Returns a `NotebookConsole` in a notebook, and a `Console` elsewhere."""
     return NotebookConsole() if _is_notebook() else Console()
 
 
@@ -185,7 +193,7 @@ def _is_notebook() -> bool:
 
 
 class TrainingDisplay:
-    """The bar over all steps of a run, and a line for each epoch."""
+    """A progress bar over all steps of a run, and a line for each epoch."""
 
     def __init__(
         self,
@@ -219,16 +227,22 @@ class TrainingDisplay:
         best: Mapping[str, Any] | None,
         first_step: int,
     ) -> None:
-        """The head of the table, and the lines of the epochs that are done already."""
+        """Prints the head of the table, and the lines of epochs of earlier starts.
+
+        Args:
+          history: The records of the finished epochs.
+          best: The record of the best one; None if there is none.
+          first_step: The step from which training continues.
+        """
         if first_step:
-            self._console.print(f"goes on from step {first_step:,}")
+            self._console.print(f"continues from step {first_step:,}")
         self._console.print(self._row("", self._titles()))
         self._console.print(self._row("  epoch", self._cells(lambda group, name: name)))
         for record in history:
             self.epoch(record, is_best=record is best)
 
     def step(self, step: int, loss: float, images_per_second: float) -> None:
-        """Moves the bar: `step` steps are done, the last with this loss."""
+        """Shows that `step` steps are done, and the loss of the last one."""
         epoch = min(step // self._steps_per_epoch + 1, self._epochs)
         rate = f"loss {loss:.3f}  {images_per_second:,.0f} img/s" if images_per_second else ""
         self._console.show_status(f"epoch {epoch}/{self._epochs}  step {step:,}  {rate}")
@@ -241,7 +255,7 @@ class TrainingDisplay:
             )
 
     def epoch(self, record: Mapping[str, Any], *, is_best: bool) -> None:
-        """The line of a finished epoch; `is_best` marks the best so far."""
+        """Prints the line of a finished epoch; `is_best` marks the best epoch so far."""
 
         def cell(group: str, name: str) -> str:
             value = record[f"{group}_{name.lower()}"] if group else record["images_per_second"]
@@ -269,9 +283,9 @@ class TrainingDisplay:
 
 
 def _fitting_columns(width: int | None) -> dict[str, dict[str, int]]:
-    """The columns of the epochs' table that a terminal has room for, by their groups."""
+    """Returns the columns of the table of epochs that fit a terminal, by group."""
     groups = {group: dict(columns) for group, columns in _GROUPS.items()}
-    for group, name in _DISPENSABLE:
+    for group, name in _OPTIONAL_COLUMNS:
         cells = sum(sum(columns.values()) + len(columns) + 2 for columns in groups.values())
         if width is None or FACT_INDENT - 3 + cells + len("  best") <= width:
             break

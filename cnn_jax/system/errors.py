@@ -1,8 +1,13 @@
 """Errors that a person can act on: what is wrong, where, and what to do."""
 
 import contextlib
+import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+# The least similarity (`difflib`, 0 to 1) of a name that is suggested. Less similar names
+# are mostly other words, such as model.width beside model.dense.
+_SIMILARITY = 0.75
 
 
 class _OneLine(BaseException):
@@ -13,7 +18,7 @@ class _OneLine(BaseException):
 
 
 class UserError(_OneLine, Exception):
-    """Something outside the program is wrong; the message is one line.
+    """An error outside the program; the message is one line.
 
     A command prints the message without a traceback and exits with `exit_code`.
     """
@@ -31,21 +36,36 @@ class DataError(UserError):
     """A data source cannot be read as a set of labelled images."""
 
 
+class MissingDataError(DataError):
+    """A path that the user named does not exist."""
+
+    exit_code = 2
+
+
 class TrainingError(UserError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class Interrupted(_OneLine, KeyboardInterrupt):
-    """A run was interrupted, all its processes at the same step, and is saved."""
+    """A run was interrupted at the same step in all its processes, and its state is saved."""
 
 
 class BundleError(UserError):
-    """A directory is not a bundle, or is a damaged one."""
+    """A directory is not a bundle, or the bundle is damaged."""
+
+
+class MissingBundleError(BundleError):
+    """A path that the user named contains no bundle."""
+
+    exit_code = 2
 
 
 @contextlib.contextmanager
-def of_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names the file in an OSError that does not: writing knows a number alone."""
+def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Adds the name of a file to each OSError inside the context that has none.
+
+    Functions such as `write` only know a file descriptor.
+    """
     try:
         yield
     except OSError as error:
@@ -54,5 +74,38 @@ def of_file(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """A name from outside on one line: what is not printable stands as its escape."""
+    """Escapes all characters of a text that are not printable, such as line ends."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Returns the known name that is most similar to a probably misspelt name.
+
+    Upper and lower case are not distinguished.
+
+    Args:
+      name: The name that does not exist.
+      known: All names that exist.
+
+    Returns:
+      None if no name is similar enough.
+    """
+    return next(iter(_similar(name, known, 1)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 1) -> str:
+    """Returns the end of an error message: "; did you mean X?", or "" without a similar name.
+
+    Args:
+      name: The name that does not exist.
+      known: All names that exist.
+      count: The largest number of names to suggest.
+    """
+    similar = _similar(name, known, count)
+    return f"; did you mean {' or '.join(similar)}?" if similar else ""
+
+
+def _similar(name: str, known: Iterable[str], count: int) -> list[str]:
+    folded = {other.casefold(): other for other in known}
+    matches = difflib.get_close_matches(name.casefold(), folded, n=count, cutoff=_SIMILARITY)
+    return [folded[match] for match in matches]

@@ -1,4 +1,7 @@
-"""Options of XLA and of the C library with which a CPU trains faster; no result changes."""
+"""Options of XLA and of the C library that make training on a CPU faster.
+
+They change no result.
+"""
 
 import ctypes
 import functools
@@ -12,25 +15,28 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _CPU_OPTIONS = {
     # JAX 0.10 to 0.12 give convolutions to YNNPACK, which has no fast weight gradients (three to
     # five times the time) and, in 0.10, runs most convolutions on one core. With this option
-    # Eigen computes them. Single matrix products stay with YNNPACK, as by default.
+    # Eigen computes the convolutions. YNNPACK still computes single matrix products.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    # From JAX 0.11 on, XLA includes oneDNN, which computes a convolution with its bias in half to
-    # nine tenths of Eigen's time. In 0.10 this option does nothing. Such a program cannot be kept
-    # for the next process (`compilation_cache.py`), but compiles quickly.
+    # From JAX 0.11 on, XLA includes oneDNN, which computes a convolution with its bias in 50 to
+    # 90 % of Eigen's time. In 0.10 this option does nothing. A program with oneDNN cannot be
+    # kept for the next process (`compilation_cache.py`), but compiles quickly.
     "xla_cpu_experimental_onednn_custom_call": True,
 }
 
 
 @functools.cache
 def compiler_options() -> dict[str, str | bool]:
-    """The options of `jax.jit` for the default backend, without those that this JAX lacks."""
+    """Returns the compiler options for `jax.jit` on the default backend.
+
+    Options that this version of JAX does not know are left out.
+    """
     if jax.default_backend() != "cpu":
         return {}
     return {name: value for name, value in _CPU_OPTIONS.items() if _is_known(name, value)}
 
 
 def _is_known(name: str, value: str | bool) -> bool:
-    """Whether XLA accepts a compiler option: these are experimental and may be removed."""
+    """Returns whether XLA accepts a compiler option; experimental options may be removed."""
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError:
@@ -39,15 +45,15 @@ def _is_known(name: str, value: str | bool) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory that a step on the CPU frees, for the next one.
+    """Makes the C library keep the memory that a step on the CPU frees, for the next step.
 
-    By default glibc gives each large array back to the system, which must then clear new
-    pages for the next step: a tenth to a half of a step's time. Nothing is done where the C
-    library is another one. To be called before JAX starts its threads, which would get
-    arenas of their own, from which every large array is mapped by itself.
+    By default glibc returns each large array to the system, which then clears new pages
+    for the next step; this takes 10 to 50 % of a step's time. With another C library the
+    function does nothing. It must be called before JAX starts its threads: each thread
+    gets an arena, and glibc maps every large array of such an arena separately.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:  # Such as macOS and musl.
+    if mallopt is None:  # For example, on macOS and with musl.
         return
     mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_MAX, 0)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends at its next good moment, in all its processes at once."""
+"""Ctrl-C and SIGTERM: a run ends after its current step, in all its processes together."""
 
 import contextlib
 import os
@@ -14,12 +14,12 @@ from cnn_jax.data import Track
 from cnn_jax.system import cli
 from cnn_jax.system.errors import Interrupted
 
-_NOTICE = b"\ninterrupted: stops as soon as it is safe; once more to leave at once\n"
+_NOTICE = b"\ninterrupted: stops as soon as it is safe; interrupt again to stop at once\n"
 _STDERR = 2  # The file descriptor.
 
 
 class Interruption:
-    """Whether somebody wants this run to end."""
+    """A request to end a run, from a signal or from a deadline."""
 
     def __init__(self, deadline: float | None = None) -> None:
         self._event = threading.Event()
@@ -28,33 +28,38 @@ class Interruption:
     def request(self) -> None:
         self._event.set()
 
-    def _is_wanted(self) -> bool:
-        is_over = self._deadline is not None and time.monotonic() >= self._deadline
-        return is_over or self._event.is_set()
+    def _is_requested(self) -> bool:
+        is_late = self._deadline is not None and time.monotonic() >= self._deadline
+        return is_late or self._event.is_set()
 
     def is_due(self, count: int) -> bool:
-        """Whether to save after this step and end.
+        """Returns whether the run must save its state after this step and end.
 
-        Several processes all get the same answer at the same step, from JAX's
-        preemption service, if each of them asks at every step.
+        With several processes, JAX's preemption service gives all of them the same answer
+        at the same step, if each process asks at every step.
 
         Args:
-          count: How often this was asked before. (JAX's service counts from 0, and
-            would wait for a number that has passed if steps of an earlier start counted.)
+          count: The number of earlier calls in this process, from 0. (JAX's service would
+            wait for ever if steps of an earlier start were counted.)
         """
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(count)
-        return self._is_wanted()
+        return self._is_requested()
 
     def stopping(self, track: Track, message: str) -> Track:
-        """A `track` that ends the run, with this message, where nothing is to be saved.
+        """Returns a `track` that raises Interrupted after a request, between two items.
 
-        Not if there are several processes, of which one must not end alone.
+        For parts of a run that have no state to save. With several processes it never
+        raises, because one process must not end without the others.
+
+        Args:
+          track: The function to wrap.
+          message: The message of the exception.
         """
 
         def tracked(items: Iterable, description: str, total: int) -> Iterator:
             for item in track(items, description, total):
-                if self._is_wanted() and jax.process_count() == 1:
+                if self._is_requested() and jax.process_count() == 1:
                     raise Interrupted(message)
                 yield item
 
@@ -63,27 +68,28 @@ class Interruption:
 
 @contextlib.contextmanager
 def listen(deadline: float | None = None) -> Iterator[Interruption]:
-    """Makes the first Ctrl-C or SIGTERM a request, and the second one final.
+    """Turns the first Ctrl-C or SIGTERM inside the context into a request to end.
 
-    From `deadline` on, of `time.monotonic`, there is a request without any signal.
+    An exception could crash JAX in the middle of a compilation. The second signal ends a
+    command at once; in a notebook it raises KeyboardInterrupt.
 
-    The first cannot simply raise an exception, which in the middle of a compilation
-    would crash JAX. The second ends a command at once; in a notebook it raises
-    KeyboardInterrupt.
+    Args:
+      deadline: The time of `time.monotonic` from which the end is requested without a
+        signal; None for no such time.
     """
     interruption = Interruption(deadline)
     if threading.current_thread() is not threading.main_thread():
         yield interruption  # Only the main thread may handle signals.
         return
 
-    # With several processes SIGTERM is JAX's, which tells all of them.
+    # With several processes JAX handles SIGTERM and informs all of them.
     is_distributed = jax.process_count() > 1
     signals = [signal.SIGINT] if is_distributed else [signal.SIGINT, signal.SIGTERM]
     previous = {signum: signal.getsignal(signum) for signum in signals}
-    # JAX may have swallowed the exception of a command's first signal in a callback.
-    was_swallowed = previous[signal.SIGINT] is signal.SIG_DFL
-    is_command = was_swallowed or cli.interrupt in previous.values()
-    if was_swallowed:
+    # A callback of JAX may have suppressed the exception of a command's first signal.
+    was_suppressed = previous[signal.SIGINT] is signal.SIG_DFL
+    is_command = was_suppressed or cli.interrupt in previous.values()
+    if was_suppressed:
         interruption.request()
 
     def restore() -> None:
@@ -97,7 +103,7 @@ def listen(deadline: float | None = None) -> Iterator[Interruption]:
         if not is_command:
             restore()
 
-    with _leave_at_the_second(signals) if is_command else contextlib.nullcontext():
+    with _exit_on_second_signal(signals) if is_command else contextlib.nullcontext():
         for signum in signals:
             signal.signal(signum, handle)
         try:
@@ -107,15 +113,15 @@ def listen(deadline: float | None = None) -> Iterator[Interruption]:
 
 
 @contextlib.contextmanager
-def _leave_at_the_second(signals: Collection[int]) -> Iterator[None]:
-    """Ends the process at the second of these signals, whatever it is doing.
+def _exit_on_second_signal(signals: Collection[int]) -> Iterator[None]:
+    """Ends the process at the second of these signals inside the context.
 
-    Python runs a handler only when the main thread is back from JAX, which may
-    compile for minutes. But it writes a byte for each signal at once, for a thread
-    to read.
+    Python runs a signal handler only after the main thread has returned from JAX, which
+    may compile for minutes. But Python writes a byte to a pipe for each signal at once,
+    and a thread reads the pipe.
     """
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)  # As Python wants it.
+    os.set_blocking(writing, False)  # `set_wakeup_fd` requires it.
 
     def watch() -> None:
         is_first = True
@@ -125,16 +131,16 @@ def _leave_at_the_second(signals: Collection[int]) -> Iterator[None]:
             if not is_first:
                 os._exit(128 + signum[0])
             is_first = False
-            with contextlib.suppress(OSError):  # There may be no stderr any more.
+            with contextlib.suppress(OSError):  # stderr may be closed.
                 os.write(_STDERR, _NOTICE)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
+        signal.set_wakeup_fd(previous)
         os.close(writing)
         watcher.join()
         os.close(reading)

@@ -27,7 +27,8 @@ from cnn_jax.data import Track
 from cnn_jax.data.files import check_output
 from cnn_jax.data.scan import Unreadable
 from cnn_jax.data.sources import listed_folder
-from cnn_jax.system.errors import ConfigError, of_file, printable
+from cnn_jax.system.atomic import write_text
+from cnn_jax.system.errors import ConfigError, file_errors, printable
 from cnn_jax.training import sharding
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
         file = _open_lock(workdir)
     except OSError as error:
         _remove_empty(created)
-        raise ConfigError(f"--workdir: cannot use {workdir}: {error.strerror}") from error
+        reason = "it is a file" if workdir.is_file() else error.strerror
+        raise ConfigError(f"--workdir: cannot use {workdir}: {reason}") from error
     with file:
         try:
             yield
@@ -117,7 +119,7 @@ def _open_lock(workdir: pathlib.Path) -> IO[str]:
         file.close()
         workdir.mkdir(parents=True, exist_ok=True)
         return _open_lock(workdir)
-    with of_file(path):
+    with file_errors(path):
         file.truncate(0)
         file.write(json.dumps(_this_process() | {"since": _now()}))
         file.flush()
@@ -257,31 +259,6 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
         raise ConfigError(f"--workdir: cannot write {workdir}: {error.strerror}") from error
 
 
-def write_text(path: pathlib.Path, text: str, *, durable: bool = True) -> None:
-    """Writes a file atomically: a reader sees the old content or the new content.
-
-    Two processes must not write the same file at the same time.
-
-    Args:
-      path: The file.
-      text: The new content.
-      durable: Whether to wait for the disk, so that the write is atomic even if the power
-        fails.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    # The text may contain a file name that is not UTF-8, whose surrogates are written as
-    # escapes of JSON.
-    with (
-        of_file(path),
-        temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 class Heartbeat:
     """The file heartbeat.json: the step and the activity of a run, with the time of writing.
 
@@ -345,7 +322,7 @@ class EpochLog:
         self._folder.mkdir(exist_ok=True)
         # EventsWriter, and not SummaryWriter: on a full disk, the writer thread of SummaryWriter
         # ends with a traceback, and the tenth event after that blocks forever.
-        with of_file(self._folder):
+        with file_errors(self._folder):
             self._events = EventsWriter(str(self._folder / "events"))
         for record in history:
             self._write_events(record)
@@ -358,13 +335,13 @@ class EpochLog:
         """
         if self._events is None:
             return
-        with of_file(self._path), self._path.open("a", encoding="utf-8") as file:
+        with file_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
         self._write_events(record)
 
     def _write_events(self, record: Mapping[str, Any]) -> None:
         assert self._events is not None
-        with of_file(self._folder):
+        with file_errors(self._folder):
             for key, value in record.items():
                 if key in ("step", "epoch"):
                     continue
@@ -380,7 +357,7 @@ class EpochLog:
     def close(self) -> None:
         """Closes the TensorBoard events."""
         if self._events is not None:
-            with of_file(self._folder):
+            with file_errors(self._folder):
                 self._events.close()
 
 

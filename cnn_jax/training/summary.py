@@ -115,11 +115,11 @@ def _interval_width(test_images: int, config: Config) -> list[str]:
     margin = half_width(wilson_interval(test_images / 2, test_images))
     if not test_images or margin < MAX_HALF_WIDTH:
         return []
-    exact = "--config.data.stratify=exact, " if config.data.stratify == "stable" else ""
     images = count(test_images, "test image")
+    exact = "data.stratify=exact, " if config.data.stratify == "stable" else ""
     return [
         f"{images}: accuracy will be known to ± {100 * margin:.0f} points",
-        f"(more precise: {exact}several --config.seed)",
+        f"(more precise: {exact}several values of seed)",
     ]
 
 

@@ -1,4 +1,5 @@
-"""Hyper-parameter studies: many runs, of which the next is chosen by what came of the others."""
+"""Hyper-parameter studies: many runs; earlier results decide which values are tried next."""
 
-# How trials that fall behind are given up: in several brackets, in the most eager one, or never.
+# Rules that stop bad trials early: by all brackets of Hyperband, by the bracket that stops most
+# trials, or never.
 PRUNERS = ("hyperband", "halving", "none")

@@ -1,10 +1,10 @@
-"""A study: many trainings, each with other hyper-parameters, and the best of them as a file.
+"""Searches for hyper-parameters: many trainings, and the best configuration as a file.
 
     cnn_jax tune --config=folder --config.data.source=folder:PATH \
         --study=NAME [--space=FILE] [--trials=50] [--time_budget=8h]
 
-The same command goes on with a study that was stopped or killed, and may be given any number
-of times at once: with --storage=URL on other machines too.
+The same command continues a study that was stopped or killed. Several processes may run it
+at the same time, with --storage=URL also on several machines.
 """
 
 import argparse
@@ -28,14 +28,14 @@ def main(argv: Sequence[str]) -> None:
     files.find(known.config)
     space = files.find(known.space, "--space", "spaces")
     start = time.monotonic()
-    with cli.interrupts_held_back():
-        # Imported late, so that a wrong flag is reported at once.
+    with cli.blocked_interrupts():
+        # JAX takes seconds to import; a wrong flag is reported before.
         try:
             import optuna  # noqa: F401
             import sqlalchemy  # noqa: F401
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"{error.name} is not installed: pip install 'cnn_jax[tune]' brings it"
+                f"{error.name} is not installed: install it with: pip install 'cnn_jax[tune]'"
             ) from error
         from cnn_jax.system.compilation_cache import keep_compiled
         from cnn_jax.system.runtime import keep_freed_memory
@@ -58,29 +58,28 @@ def main(argv: Sequence[str]) -> None:
     keep_freed_memory()
     keep_compiled()
     study = run_study(plan)
-    with cli.interrupts_held_back():
-        # Imported later still: what it needs takes seconds that the trials need not wait for.
+    with cli.blocked_interrupts():
+        # The import takes seconds, so the trials do not wait for it.
         from cnn_jax.tune.outcome import conclude, show_outcome
     outcome = conclude(plan, study)
     show_outcome(outcome, plan.folder)
     if outcome["best"] is None:
-        raise _nothing_to_show(outcome, plan.is_over())
+        raise _no_best_trial(outcome, plan.is_over())
 
 
-def _nothing_to_show(study: Mapping[str, Any], is_over: bool) -> BaseException:
-    """Why a study has no best trial."""
+def _no_best_trial(study: Mapping[str, Any], is_over: bool) -> BaseException:
+    """Returns the error for a study without a finished trial."""
     if is_over:
-        return Interrupted("time was up before a trial came to its end; the same command goes on")
+        return Interrupted("the time is over and no trial has finished; the same command continues")
     reasons = [f"; trial {t['number']}: {t['error']}" for t in study["trials"] if t["error"]]
     yet = " yet" * (study["cost"]["running"] > 0)
-    return UserError(f"no trial has come to its end{yet}{''.join(reasons)}")
+    return UserError(f"no trial has finished{yet}{''.join(reasons)}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
         prog="cnn_jax tune",
         description="Search for the hyper-parameters that are best on the validation split.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",
@@ -95,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         type=files.file_name,
         default="default",
         metavar="FILE",
-        help="which keys, and how far: a file or a shipped space (default)",
+        help="keys to vary, with ranges: a file or a shipped space (default)",
     )
     parser.add_argument("--workdir", type=cli.path, help="the study's folder (studies/NAME)")
     parser.add_argument(
@@ -105,42 +104,44 @@ def _parser() -> argparse.ArgumentParser:
         help="a database's URL, such as postgresql://USER@HOST/NAME, or journal:PATH "
         "(a SQLite file in the study's folder)",
     )
-    parser.add_argument("--trials", type=cli.positive, default=50, metavar="N", help="in all (50)")
+    parser.add_argument(
+        "--trials", type=cli.positive, default=50, metavar="N", help="total number of trials (50)"
+    )
     parser.add_argument("--pruner", choices=PRUNERS, default=PRUNERS[0])
     parser.add_argument(
         "--time_budget",
         type=_duration,
         metavar="TIME",
-        help="such as 90m or 1h30m; what is unfinished then goes on at the next start",
+        help="such as 90m or 1h30m; the next start continues an unfinished trial",
     )
     parser.add_argument(
         "--storage_timeout",
         type=_duration,
         default=60.0,
         metavar="TIME",
-        help="how long a storage that does not answer is tried again (60s)",
+        help="time for which a storage that does not answer is retried (60s)",
     )
     return parser
 
 
 def _name(text: str) -> str:
-    """The argparse type of a study's name, which is also a folder's."""
+    """Converts a flag to the name of a study, which is also a folder; an argparse type."""
     if not re.fullmatch(r"\w[\w.-]*", text):
         raise argparse.ArgumentTypeError(
-            f"must be letters, digits, _, - and . and not begin with a sign, got {text!r}"
+            f"must be letters, digits, _, - and . and begin with a letter, digit or _, got {text!r}"
         )
     return text
 
 
 def _storage(text: str) -> str:
-    """The argparse type of a storage's URL: not empty, as a variable that is not set would be."""
+    """Checks that a URL is not empty, as an unset shell variable is; an argparse type."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
 def _duration(text: str) -> float:
-    """The argparse type of a time such as 1h30m, in seconds; a number alone is seconds."""
+    """Converts a time such as 1h30m, or a number of seconds, to seconds; an argparse type."""
     parts = re.fullmatch(r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s?)?", text)
     seconds = sum(
         int(part.rstrip("dhms")) * _UNITS.get(part[-1], 1)

@@ -1,4 +1,4 @@
-"""What a study has come to: figures, a table, and the best configuration as a file."""
+"""The result of a study: metrics, a table, and the best configuration as a file."""
 
 import csv
 import datetime
@@ -25,14 +25,14 @@ from cnn_jax.data.findings import count
 from cnn_jax.data.sources import absolute
 from cnn_jax.report.study import write_study_page
 from cnn_jax.report.texts import duration
-from cnn_jax.training.run_directory import write_text
+from cnn_jax.system.atomic import write_text
 from cnn_jax.tune import storage
 from cnn_jax.tune.search import best_value, merit
 from cnn_jax.tune.space import configured, describe, short
 from cnn_jax.tune.study import Plan, counts, trial_folder
 
-# Rows of the table on stdout.
-_MOST_SHOWN = 10
+# The largest number of rows of the table on stdout.
+_MAX_ROWS = 10
 _STATES = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
@@ -43,10 +43,14 @@ _STATES = {
 
 
 def conclude(plan: Plan, study: Study) -> dict[str, Any]:
-    """Summarizes a study and writes that, of several workers one after the other.
+    """Summarizes a study and writes the result files. A lock lets only one worker write.
+
+    Args:
+      plan: The study.
+      study: The study in its storage.
 
     Returns:
-      What `summarize` gives.
+      The result of `summarize`.
 
     Raises:
       StorageError: The storage does not answer.
@@ -55,7 +59,7 @@ def conclude(plan: Plan, study: Study) -> dict[str, Any]:
     lock.parent.mkdir(exist_ok=True)
     with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        summary = storage.patiently(
+        summary = storage.call_with_retries(
             lambda: summarize(plan, study), plan.storage_timeout, "No finished trial is lost"
         )
         write_outcome(plan, summary)
@@ -63,7 +67,7 @@ def conclude(plan: Plan, study: Study) -> dict[str, Any]:
 
 
 def summarize(plan: Plan, study: Study) -> dict[str, Any]:
-    """All that there is to say of a study, as JSON; see `report.study`."""
+    """Returns all results of a study as JSON values; `report.study` documents the keys."""
     trials = [trial for trial in study.get_trials(deepcopy=False) if counts(trial)]
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     best = best_trial(plan, study)
@@ -110,7 +114,7 @@ def summarize(plan: Plan, study: Study) -> dict[str, Any]:
 
 
 def best_trial(plan: Plan, study: Study) -> FrozenTrial | None:
-    """Of the trials that came to their end, the best; of equal ones, the first."""
+    """Returns the best completed trial, the first one of equal trials; None without any."""
     complete = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -140,26 +144,29 @@ def _iso(time: datetime.datetime | None) -> str | None:
 
 
 def _importance(study: Study, complete: list[FrozenTrial]) -> tuple[dict[str, float] | None, str]:
-    """What each parameter by itself explains of the value's variance, by functional ANOVA.
+    """Estimates the importance of each parameter by functional ANOVA.
 
-    In shares of what all of them explain by themselves.
-    (Hutter et al. 2014, "An Efficient Approach for Assessing Hyperparameter Importance".)
-    Or None, and why.
+    The importance is the fraction of the variance that the parameter explains alone,
+    divided by the sum of these fractions (Hutter et al. 2014, "An Efficient Approach for
+    Assessing Hyperparameter Importance").
+
+    Returns:
+      The importance by parameter, or None; and the reason if it is None.
     """
     values = {trial.value for trial in complete}
     if len(complete) < 4 or len(values) < 2:
-        return None, "Too few trials came to their end, or all of them to the same value."
+        return None, "Too few trials completed, or all of them have the same value."
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of scikit-learn's forests, on few trials.
+        warnings.simplefilter("ignore")  # scikit-learn warns about forests of few trials.
         try:
-            shares = optuna.importance.get_param_importances(
+            importance = optuna.importance.get_param_importances(
                 study, evaluator=FanovaImportanceEvaluator(seed=0)
             )
         except (ImportError, RuntimeError, ValueError) as error:
             return None, f"They could not be computed: {error}"
-    if not all(map(math.isfinite, shares.values())):
+    if not all(map(math.isfinite, importance.values())):
         return None, "They could not be computed from so few trials."
-    return dict(shares), ""
+    return dict(importance), ""
 
 
 def write_outcome(plan: Plan, study: Mapping[str, Any]) -> None:
@@ -167,7 +174,7 @@ def write_outcome(plan: Plan, study: Mapping[str, Any]) -> None:
 
     Args:
       plan: The study.
-      study: What `summarize` gives.
+      study: The result of `summarize`.
     """
     write_text(plan.folder / "study.json", json.dumps(study, indent=1, ensure_ascii=False) + "\n")
     write_text(plan.folder / "trials.csv", table(study))
@@ -180,7 +187,7 @@ def write_outcome(plan: Plan, study: Mapping[str, Any]) -> None:
 
 
 def table(study: Mapping[str, Any]) -> str:
-    """All trials as CSV: number, state, value, epochs, seconds, parameters, host, error."""
+    """Returns all trials as CSV: number, state, value, epochs, seconds, parameters, host, error."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     keys = list(study["space"])
@@ -193,7 +200,7 @@ def table(study: Mapping[str, Any]) -> str:
 
 
 def show_outcome(study: Mapping[str, Any], folder: pathlib.Path) -> None:
-    """Prints the best trials as a table, the cost, and how to go on, on stdout."""
+    """Prints the best trials as a table, the cost, and the next commands, on stdout."""
     keys = list(study["space"])
     rows = [["trial", "state", study["monitor"], "epochs", "seconds", *map(_last, keys)]]
     order = sorted(
@@ -204,7 +211,7 @@ def show_outcome(study: Mapping[str, Any], folder: pathlib.Path) -> None:
             (trial["value"] or 0) * (-1 if study["direction"] == "maximize" else 1),
         ),
     )
-    for trial in order[:_MOST_SHOWN]:
+    for trial in order[:_MAX_ROWS]:
         value = "" if trial["value"] is None else f"{trial['value']:.4f}"
         params = [short(trial["params"].get(key, "")) for key in keys]
         seconds = f"{trial['seconds']:.0f}"
@@ -215,7 +222,7 @@ def show_outcome(study: Mapping[str, Any], folder: pathlib.Path) -> None:
     for row in rows:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
 
-    if len(order) > _MOST_SHOWN:
+    if len(order) > _MAX_ROWS:
         print(f"all {len(order)} trials are in {folder / 'trials.csv'}")
 
     cost = study["cost"]
@@ -237,8 +244,8 @@ def show_outcome(study: Mapping[str, Any], folder: pathlib.Path) -> None:
         workdir = shlex.quote(str(run))
         print(f"or measure  cnn_jax train --config={config} --workdir={workdir}")
     else:
-        where = f"in {best['folder']} of the study's folder there"
-        print(f"            its own run is on {best['host']}, {where}")
+        where = f"in {best['folder']} of the study's folder on that host"
+        print(f"            the run of this trial is on {best['host']}, {where}")
 
 
 def _last(key: str) -> str:
@@ -246,17 +253,17 @@ def _last(key: str) -> str:
 
 
 def best_config_text(plan: Plan, study: Mapping[str, Any], path: pathlib.Path) -> str:
-    """The best trial's configuration as a file that runs as it is.
+    """Returns the configuration of the best trial as the text of a configuration file.
 
     Args:
       plan: The study.
-      study: What `summarize` gives; it has a best trial.
-      path: Where the file will be.
+      study: The result of `summarize`; it has a best trial.
+      path: The path of the file.
     """
     best = next(trial for trial in study["trials"] if trial["number"] == study["best"])
     config = configured(plan.config, best["params"])
     with config.ignore_type():
-        # To run anywhere.
+        # With absolute paths the file works in any directory.
         config.data.source = absolute(config.data.source)
         if path_of_weights := config.checkpoint.init_from:
             path_of_weights = pathlib.Path(path_of_weights).expanduser().resolve()
@@ -268,7 +275,7 @@ def best_config_text(plan: Plan, study: Mapping[str, Any], path: pathlib.Path) -
     cnn_jax train --config={quoted} --workdir=runs/{plan.name}
 
 Number {best["number"]}, with {plan.monitor} {best["value"]:.4f} after {epochs}.
-The test split was not looked at.
+The test split was not used.
 """
 
 from ml_collections import ConfigDict
@@ -282,7 +289,7 @@ def get_config() -> ConfigDict:
 
 
 def _literal(config: Config, tuned: set[str], prefix: str, indent: str) -> str:
-    """A configuration as a dictionary in Python, a key a line, with a word at what was tuned."""
+    """Formats a configuration as a Python dictionary, with a comment after each tuned key."""
     lines = []
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -294,9 +301,9 @@ def _literal(config: Config, tuned: set[str], prefix: str, indent: str) -> str:
 
 
 def _python(value: Any) -> str:
-    """A value as Python has it, with double quotes."""
+    """Formats a value as a Python literal with double quotes."""
     if isinstance(value, tuple):
         return f"({', '.join(map(_python, value))}{',' * (len(value) == 1)})"
-    # JSON's escapes of other characters than these are not Python's.
+    # For other characters the escapes of JSON differ from those of Python.
     is_plain = isinstance(value, str) and value.isascii() and value.isprintable()
     return json.dumps(value) if is_plain else repr(value)

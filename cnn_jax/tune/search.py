@@ -1,8 +1,8 @@
-"""What a study tries next, and what it gives up: functions of (seed, number, what is known).
+"""The sampler and the pruner of a study, as functions of the seed and the reported values.
 
-A worker can be killed between any two writes to the study's storage. So nothing here has
-a state of its own: whoever goes on with a trial draws the same parameters for it and comes
-to the same decisions.
+A worker can be killed between any two writes to the study's storage. Therefore nothing in
+this module has a state: a worker that continues a trial draws the same parameters and
+makes the same decisions.
 """
 
 import math
@@ -18,25 +18,30 @@ from optuna.trial import FrozenTrial
 
 from cnn_jax.tune.space import Space
 
-# One trial in so many goes on beyond a rung, to so many times its epochs (Li et al. 2018).
+# One of REDUCTION trials continues after a rung, to REDUCTION times its epochs (Li et al. 2018).
 REDUCTION = 3
-# The largest of the numbers whose multiples, modulo 1, lie the most evenly.
+# The multiples of the golden ratio, modulo 1, are spread the most evenly.
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class SeededSampler(BaseSampler):
     """The tree-structured Parzen estimator (Bergstra et al. 2011), seeded for each trial.
 
-    Optuna's own carries a random state from trial to trial, which a worker that is
-    started again would not have.
+    The sampler of Optuna keeps a random state between trials, which a restarted worker
+    would not have.
     """
 
     def __init__(self, space: Space, seed: int, first: Mapping[str, Any] | None = None):
-        """A sampler of a space, whose first trial gets the values of `first`, as far as it has any.
+        """Makes a sampler.
 
-        They must be in the space.
+        Args:
+          space: The distribution of each parameter.
+          seed: The seed; each trial also uses its number.
+          first: Values of the first trial, which must be in the space. A parameter without
+            a value is drawn at random.
         """
-        # A parameter of one value is never asked for, and would spoil the estimate of the others.
+        # Optuna never asks for a parameter with a single value, and the parameter would distort
+        # the estimate of the others.
         self._space = {key: values for key, values in space.items() if not values.single()}
         self._seed = seed
         self._first = {key: value for key, value in (first or {}).items() if key in self._space}
@@ -48,13 +53,13 @@ class SeededSampler(BaseSampler):
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """All of the space: its parameters are drawn together."""
+        """Returns the whole space, because all parameters are drawn jointly."""
         return self._space
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Values for a trial, by those before it; none while there are few."""
+        """Draws the values of a trial from the earlier trials; returns none if these are few."""
         if trial.number == 0:
             return self._first
         return self._tpe(trial).sample_relative(study, trial, search_space)
@@ -66,36 +71,36 @@ class SeededSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """A value at random, for the first trials."""
+        """Draws a random value, for the first trials."""
         sampler = self._tpe(trial, param_name)
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
 class SuccessiveHalving(BasePruner):
-    """Asynchronous successive halving, in one bracket or in those of Hyperband.
+    """Asynchronous successive halving, in one bracket or in the brackets of Hyperband.
 
-    After Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", section 3.
-    Their algorithm pauses a trial at a rung and may take it up again later. Here it is judged
-    there once, against those that have been there before it, as Optuna and Ray Tune do: so
-    the first to come always goes on.
+    See Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", section 3.
+    Their algorithm pauses a trial at a rung and may resume it later. This class, like Optuna
+    and Ray Tune, judges a trial once at each rung, against the trials that reached the rung
+    earlier; the first trial at a rung always continues.
 
-    Optuna's own notes in the storage which rungs a trial has passed before it has decided,
-    and decides otherwise if it is asked again. This one looks at the reported values alone.
+    The pruner of Optuna writes the passed rungs to the storage before it decides, and may
+    decide differently when it is asked again. This class only reads the reported values.
     """
 
     def __init__(self, max_epochs: int, brackets: int):
-        """Trials of at most so many epochs.
+        """Makes a pruner.
 
         Args:
-          max_epochs: Of a trial that is not pruned, 1 or more.
-          brackets: Into how many the trials are divided, from 0 for no pruning to
-            `num_brackets(max_epochs)` for Hyperband.
+          max_epochs: The number of epochs of a trial that is not pruned, 1 or more.
+          brackets: The number of brackets, from 0 (no pruning) to
+            `num_brackets(max_epochs)` (Hyperband).
         """
         self._max_epochs = max_epochs
         self._brackets = brackets
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Whether a trial that has just reported an epoch should end there."""
+        """Returns whether a trial should end after the epoch that it has just reported."""
         epoch = trial.last_step
         if not self._brackets or epoch is None:
             return False
@@ -109,11 +114,11 @@ class SuccessiveHalving(BasePruner):
             and epoch in other.intermediate_values
             and bracket_of(other.number, self._max_epochs, self._brackets) == bracket
         ]
-        return not goes_on(_merit(trial, epoch, study.direction), others)
+        return not is_promoted(_merit(trial, epoch, study.direction), others)
 
 
 def _merit(trial: FrozenTrial, epoch: int, direction: StudyDirection) -> float:
-    """How good a trial was by the end of an epoch that it has; larger is better."""
+    """Returns the best value of a trial up to an epoch, as a merit: larger is better."""
     until = {step: value for step, value in trial.intermediate_values.items() if step <= epoch}
     best = best_value(until, direction)
     assert best is not None
@@ -121,29 +126,34 @@ def _merit(trial: FrozenTrial, epoch: int, direction: StudyDirection) -> float:
 
 
 def merit(value: float, direction: StudyDirection) -> float:
-    """A value of the study, or its negative: larger is better."""
+    """Returns a value of the study or its negative, so that larger is better."""
     return value if direction == StudyDirection.MAXIMIZE else -value
 
 
 def best_value(curve: Mapping[int, float], direction: StudyDirection) -> float | None:
-    """The best of a trial's epochs, whose network its run keeps; None if there is none."""
+    """Returns the best value of a trial over its epochs; None without any epoch."""
     choose = max if direction == StudyDirection.MAXIMIZE else min
     return choose(curve.values(), default=None)
 
 
-def goes_on(value: float, others: Sequence[float]) -> bool:
-    """Whether a value is among the best third of all at its rung; of one or two, the best.
+def is_promoted(value: float, others: Sequence[float]) -> bool:
+    """Returns whether a trial continues after a rung: its value is in the best third.
 
-    Larger is better. A value that equals the last of the best is among them.
+    Of one or two values only the best continues. A value that equals the last promoted
+    one also continues.
+
+    Args:
+      value: The merit of the trial; larger is better.
+      others: The merits of the trials that reached the rung earlier.
     """
     promoted = max(1, (len(others) + 1) // REDUCTION)
     return sum(other > value for other in others) < promoted
 
 
 def num_brackets(max_epochs: int) -> int:
-    """The brackets of Hyperband, one for each number of rungs from the most to none.
+    """Returns the number of brackets of Hyperband, one for each possible number of rungs.
 
-    The most are as many as leave a whole epoch before the first.
+    The largest number of rungs leaves one whole epoch before the first rung.
     """
     return math.floor(math.log(max_epochs, REDUCTION) + 1e-9) + 1
 
@@ -151,8 +161,8 @@ def num_brackets(max_epochs: int) -> int:
 def rungs(max_epochs: int, bracket: int) -> list[int]:
     """After which epochs the trials of a bracket are judged.
 
-    After ..., a ninth and a third of all epochs, rounded; in each bracket once less than in
-    the one before, and in the last never.
+    The epochs are ..., 1/9 and 1/3 of all epochs, rounded. Each bracket has one fewer than
+    the bracket before it, and the last bracket has none.
     """
     count = num_brackets(max_epochs) - 1 - bracket
     return [round(max_epochs / REDUCTION**rung) for rung in range(count, 0, -1)]
@@ -161,8 +171,8 @@ def rungs(max_epochs: int, bracket: int) -> list[int]:
 def bracket_of(number: int, max_epochs: int, brackets: int) -> int:
     """The bracket of a trial by its number.
 
-    The brackets get trials in the proportions of Hyperband (Li et al. 2018, algorithm 1),
-    by which each costs about as much as the others, and spread evenly.
+    The proportions are those of Hyperband (Li et al. 2018, algorithm 1), so that all
+    brackets cost about the same. Consecutive numbers are spread over the brackets.
     """
     last = num_brackets(max_epochs) - 1
     weights = [

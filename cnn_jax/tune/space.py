@@ -1,4 +1,4 @@
-"""A search space: which keys of the configuration a study varies, and how far."""
+"""A search space: the configuration keys that a study varies, and their ranges."""
 
 import ast
 import math
@@ -21,47 +21,47 @@ from cnn_jax.system.errors import ConfigError
 
 Space = Mapping[str, BaseDistribution]
 
-# What may differ between trials that are compared, epoch by epoch, on the same images.
+# Keys that may differ between trials. Trials are compared after each epoch, on the same images.
 _SECTIONS = ("augment.", "model.", "optimizer.", "train.")
 _KEYS = ("precision", "data.image_size")
 _NOT_VARIED = ("train.epochs", "train.patience", "train.monitor", "optimizer.decay_epochs")
 
 
 def load_space(file: str, config: Config) -> dict[str, BaseDistribution]:
-    """The space that a Python file's `get_space()` returns, in the order of its keys.
+    """Reads the space that `get_space()` in a Python file returns, sorted by key.
 
     Args:
       file: The file; its function returns a dictionary from keys of the configuration to
         distributions of Optuna. A tuple among the choices of a key is written as text,
         such as "(16, 32, 64)".
-      config: What is varied; it may say nothing wrong itself.
+      config: The valid configuration whose keys are varied.
 
     Raises:
-      ConfigError: There is no such file, it fails, names a key that does not exist or
-        that a study cannot vary, or a range in which not every value is possible.
+      ConfigError: The file does not exist or fails, a key does not exist or cannot be
+        varied, or a range contains an impossible value.
     """
     if not pathlib.Path(file).is_file():
         raise ConfigError(f"--space: there is no file {file!r}")
     try:
         functions = runpy.run_path(file)
         space = functions["get_space"]() if "get_space" in functions else None
-    except (Exception, SystemExit) as error:  # It is a program, and may fail in any way.
+    except (Exception, SystemExit) as error:  # The file is a program, which can fail in any way.
         raise ConfigError(f"--space: {file}: {type(error).__name__}: {error}") from error
     if "get_space" not in functions:
         raise ConfigError(f"--space: {file} has no function get_space")
     if not isinstance(space, dict) or not space:
-        raise ConfigError(f"--space: {file}: get_space must return a dictionary that has a key")
+        raise ConfigError(f"--space: {file}: get_space must return a dictionary that is not empty")
     try:
         for key, distribution in space.items():
             _check(str(key), distribution, config)
-        _check_together(space, config)
+        _check_combinations(space, config)
     except ConfigError as error:
         raise ConfigError(f"--space: {file}: {error}") from error
     return dict(sorted(space.items()))
 
 
 def _check(key: str, distribution: Any, config: Config) -> None:
-    """Raises ConfigError if a study cannot vary this key so."""
+    """Raises ConfigError if a study cannot vary this key over this distribution."""
     schema.check_key(key)
     if key in _NOT_VARIED or not (key in _KEYS or key.startswith(_SECTIONS)):
         raise ConfigError(f"config.{key}: must be the same in all trials of a study")
@@ -80,11 +80,12 @@ def _check(key: str, distribution: Any, config: Config) -> None:
         schema.check_value(key, _parse(value, current))
 
 
-def _check_together(space: Space, config: Config) -> None:
-    """Raises ConfigError if a bound or choice cannot be had whatever else the space has.
+def _check_combinations(space: Space, config: Config) -> None:
+    """Raises ConfigError if a bound or choice is impossible with all tried other values.
 
-    A space may have corners that contradict each other, whose trials fail; but no value of
-    a key may be wrong with all values of the others.
+    Values of two keys may contradict each other; such trials fail. But each value of a key
+    must be valid with the configuration's other values, or with the lowest or the highest
+    values of the other keys.
     """
     ends = [
         {key: _extremes(distribution)[end] for key, distribution in space.items()}
@@ -103,7 +104,7 @@ def _check_together(space: Space, config: Config) -> None:
 
 
 def _extremes(distribution: BaseDistribution) -> list[Any]:
-    """All choices, or both ends of a range."""
+    """Returns all choices, or both ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -111,17 +112,17 @@ def _extremes(distribution: BaseDistribution) -> list[Any]:
 
 
 def _parse(value: Any, current: Any) -> Any:
-    """A value of a space as the configuration has it: a tuple's text becomes a tuple."""
+    """Converts a value of a space to one of the configuration: parses the text of a tuple."""
     if isinstance(current, tuple | list) and isinstance(value, str):
         try:
             return ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            return value  # Which the configuration then refuses.
+            return value  # The check of the configuration refuses it.
     return value
 
 
 def configured(config: Config, params: Mapping[str, Any]) -> Config:
-    """A copy of the configuration in which these keys have these values."""
+    """Returns a copy of the configuration in which these keys have these values."""
     changed = config.copy_and_resolve_references()
     current = dict(schema.leaves(config))
     with changed.ignore_type():
@@ -133,12 +134,12 @@ def configured(config: Config, params: Mapping[str, Any]) -> Config:
 
 
 def base_values(config: Config, space: Space) -> dict[str, Any]:
-    """What the configuration itself has for the keys of a space, without what is not in it."""
+    """Returns the values of the configuration for the keys of a space, if the space has them."""
     found = {}
     for key, value in schema.leaves(config):
         distribution = space.get(key)
         if isinstance(distribution, CategoricalDistribution):
-            # As the space writes it: a tuple is text there.
+            # The space writes a tuple as text.
             same = [choice for choice in distribution.choices if _parse(choice, value) == value]
             if same:
                 found[key] = same[0]
@@ -150,12 +151,12 @@ def base_values(config: Config, space: Space) -> dict[str, Any]:
 def _is_in_range(value: float, distribution: BaseDistribution) -> bool:
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     steps = (value - distribution.low) / (distribution.step or math.inf)
-    on_a_step = math.isclose(steps, round(steps), abs_tol=1e-8)
-    return distribution.low <= value <= distribution.high and on_a_step
+    is_on_step = math.isclose(steps, round(steps), abs_tol=1e-8)
+    return distribution.low <= value <= distribution.high and is_on_step
 
 
 def describe(distribution: BaseDistribution) -> dict[str, Any]:
-    """A distribution as JSON: kind, and low, high and log, or choices."""
+    """Returns a distribution as JSON: the kind; and low, high and log, or choices."""
     if isinstance(distribution, CategoricalDistribution):
         return {"kind": "categorical", "choices": list(distribution.choices)}
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -167,5 +168,5 @@ def describe(distribution: BaseDistribution) -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """A value for a line of text, to three digits."""
+    """Formats a value for a line of text, with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

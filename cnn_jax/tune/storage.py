@@ -1,4 +1,4 @@
-"""Where a study is kept, for all who work at it: a database or a journal."""
+"""The storage that all workers of a study share: a database or a journal."""
 
 import importlib.util
 import itertools
@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 FORMS = "a database's URL, such as postgresql://USER@HOST/NAME, or journal:PATH"
 _JOURNAL = "journal:"
-# What a storage raises that is away: a server that is restarted, a network, a lock.
-_AWAY = (
+# Errors of a storage that is unavailable: a server that restarts, a network failure, a lock.
+_UNAVAILABLE = (
     optuna.exceptions.StorageInternalError,
     sqlalchemy.exc.DBAPIError,
     OSError,
 )
-_LONGEST_PAUSE = 2.0  # Seconds between two tries.
-# Of workers that begin at once, each may find tables that another has just made: all there are.
-_MOST_COLLISIONS = 30
+_MAX_PAUSE = 2.0  # Seconds between two attempts.
+# Workers that start at the same time may create the same table. A worker retries this many times.
+_MAX_COLLISIONS = 30
 
 T = TypeVar("T")
 
@@ -40,11 +40,11 @@ class StorageError(UserError):
 
 
 def open_storage(url: str) -> BaseStorage:
-    """The storage at a URL; its tables are made if they are not there.
+    """Opens the storage at a URL, and creates missing tables.
 
     Raises:
-      ConfigError: It is no URL of a database, or its driver is missing.
-      StorageError: It cannot be opened.
+      ConfigError: The URL is not one of `FORMS`, or the driver is not installed.
+      StorageError: The storage cannot be opened.
     """
     try:
         if url == _JOURNAL or re.fullmatch(r"sqlite(\+\w+)?:/*(:memory:)?", url):
@@ -54,11 +54,11 @@ def open_storage(url: str) -> BaseStorage:
         return _open_database(url)
     except ImportError as error:
         raise ConfigError(
-            f"--storage: no driver for {_hidden(url)} is installed: {error}"
+            f"--storage: no driver for {_without_passwords(url)} is installed: {error}"
         ) from error
-    except (*_AWAY, RuntimeError) as error:
+    except (*_UNAVAILABLE, RuntimeError) as error:
         raise StorageError(
-            f"--storage: {_hidden(url)} cannot be opened: {_reason(error)}"
+            f"--storage: {_without_passwords(url)} cannot be opened: {_reason(error)}"
         ) from error
 
 
@@ -72,9 +72,10 @@ def _open_journal(path: pathlib.Path) -> JournalStorage:
 
 
 class _JournalLock(JournalFileSymlinkLock):
-    """Held while a line is added; cuts off what a full disk or a dead writer left of another.
+    """The lock of a journal; it removes an incomplete last line before a line is added.
 
-    Optuna would write on in that line, and could read none of them any more.
+    A full disk or a killed writer leaves such a line. Optuna would append to the line, and
+    could then read neither of the two records.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -99,7 +100,7 @@ def _open_database(url: str) -> RDBStorage:
     try:
         if "@" in (sqlalchemy.engine.make_url(url).host or ""):
             raise ConfigError("--storage: an @ in a password is written %40")
-        # Optuna takes braces for places to fill in.
+        # Optuna treats braces as placeholders.
         template = _with_driver(url).replace("{", "{{").replace("}", "}}")
         for collisions in itertools.count():
             try:
@@ -108,16 +109,16 @@ def _open_database(url: str) -> RDBStorage:
                 is_collision = isinstance(error, sqlalchemy.exc.IntegrityError)
                 if not (is_collision or "already exists" in str(error)):
                     raise
-                if collisions == _MOST_COLLISIONS:
+                if collisions == _MAX_COLLISIONS:
                     raise
             time.sleep(random.uniform(0, 0.2))
         raise AssertionError
-    except (sqlalchemy.exc.ArgumentError, ValueError) as error:  # The latter of a port.
-        raise ConfigError(f"--storage: must be {FORMS}, got {_hidden(url)!r}") from error
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:  # ValueError: a wrong port.
+        raise ConfigError(f"--storage: must be {FORMS}, got {_without_passwords(url)!r}") from error
 
 
 def _with_driver(url: str) -> str:
-    """A URL of PostgreSQL that names no driver, with the one that is installed."""
+    """Adds the installed driver to a URL of PostgreSQL without a driver."""
     scheme, separator, rest = url.partition("://")
     if scheme in ("postgres", "postgresql"):
         has_psycopg2 = importlib.util.find_spec("psycopg2") is not None
@@ -126,58 +127,61 @@ def _with_driver(url: str) -> str:
 
 
 def _engine_options(url: str) -> dict[str, object]:
-    """Options of SQLAlchemy: a server is asked whether it is there, a file's lock waited for."""
+    """Returns options for SQLAlchemy: check a server before use, wait for the lock of a file."""
     if url.startswith("sqlite"):
         return {"connect_args": {"timeout": 60}}
     return {"pool_pre_ping": True}
 
 
-def in_file(path: pathlib.Path) -> str:
-    """The URL of a SQLite file, whatever its name."""
+def sqlite_url(path: pathlib.Path) -> str:
+    """Returns the URL of a SQLite file with any name."""
     return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
 
 
-def _hidden(url: str) -> str:
-    """A URL, or what was meant as one, without its passwords."""
+def _without_passwords(url: str) -> str:
+    """Replaces the passwords in a URL, which may be malformed, by asterisks."""
     if not url.startswith((_JOURNAL, "sqlite:")):
         url = re.sub(r"^(\w[\w+.-]*:/+)?([^:/@]*):.*@", r"\1\2:***@", url, flags=re.DOTALL)
     return re.sub(r"(?i)(password=)[^&]*", r"\1***", url)
 
 
 def _reason(error: BaseException) -> str:
-    """What the database itself has said, on one line."""
+    """Returns the message of the database itself, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
-def patiently(call: Callable[[], T], seconds: float, what_is_safe: str) -> T:
-    """The result of a call to the storage, which is tried again for so long if that is away.
+def call_with_retries(call: Callable[[], T], seconds: float, safe: str) -> T:
+    """Calls a function of the storage, and retries while the storage is unavailable.
 
     Args:
-      call: May be carried out more than once.
-      seconds: How long to try.
-      what_is_safe: For the message of the error: what is not lost.
+      call: The function; it may be executed more than once.
+      seconds: How long to retry.
+      safe: A clause for the error message that says what is not lost.
+
+    Returns:
+      The result of the call.
 
     Raises:
-      StorageError: It was away all the time.
+      StorageError: The storage was unavailable for the whole time.
     """
     start, pause = time.monotonic(), 0.1
     while True:
         try:
             return call()
-        except _AWAY as error:
-            away = time.monotonic() - start
-            if away >= seconds:
+        except _UNAVAILABLE as error:
+            waited = time.monotonic() - start
+            if waited >= seconds:
                 raise StorageError(
                     f"the study's storage has not answered for {seconds:.0f} s ({_reason(error)}). "
-                    f"{what_is_safe}; the same command goes on once it is back"
+                    f"{safe}; start the same command again when the storage is available"
                 ) from error
             if pause == 0.1:
                 logger.warning(
-                    "the study's storage does not answer (%s); trying for %.0f s",
+                    "the study's storage does not answer (%s); retrying for %.0f s",
                     _reason(error),
                     seconds,
                 )
-            time.sleep(min(pause, seconds - away))
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            time.sleep(min(pause, seconds - waited))
+            pause = min(2 * pause, _MAX_PAUSE)

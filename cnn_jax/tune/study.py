@@ -1,8 +1,9 @@
-"""A study: trials until there are enough, each a run that goes on wherever it was cut off.
+"""A study: a number of trials, each of which is a run that can be interrupted and resumed.
 
-Any number of workers, one after the other or side by side, on one machine or many, make the
-same call. A trial belongs to who holds its file in the study's folder, which the system gives
-up with the process; so nobody's death leaves one behind, and no two ever run the same one.
+Any number of workers make the same call, one after the other or at the same time, on one
+machine or on many. A worker locks the file of its trial in the study's folder. The system
+releases the lock when the process ends, so another worker can continue the trial of a
+killed one, and two workers never run the same trial.
 """
 
 import contextlib
@@ -38,48 +39,50 @@ from cnn_jax.config.resolve import resolve
 from cnn_jax.config.schema import Config
 from cnn_jax.data.findings import count
 from cnn_jax.system import cli
+from cnn_jax.system.atomic import write_text
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import ConfigError, DataError, TrainingError, printable
 from cnn_jax.training.checkpoint import History
 from cnn_jax.training.loop import open_dataset, train_and_evaluate
-from cnn_jax.training.run_directory import INDIFFERENT_KEYS, check_apart, write_text
+from cnn_jax.training.run_directory import INDIFFERENT_KEYS, check_apart
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, base_values, configured, describe, short
 
-# Starts of a trial, without a step saved in between, after which nothing is hoped of it: as
-# one that takes more memory than there is would end its worker for ever.
-_MOST_STARTS = 10
-# Trials that fail one after the other, from the first on, before the study is given up.
-_MOST_FAILURES = 10
-# How the system says that a disk takes nothing more.
-_OF_THE_DISK = tuple(
+# A trial fails after this many starts without a newly saved step: a trial that needs more memory
+# than the machine has would end every worker.
+_MAX_STARTS = 10
+# The study ends if its first trials, this many, have all failed.
+_MAX_FAILURES = 10
+# The messages of the system about a disk that cannot be written.
+_DISK_MESSAGES = tuple(
     map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES))
 )
-# Hours after which a trial in a folder that this worker does not see counts as lost.
+# Hours without news after which a trial in the folder of another machine counts as lost.
 _LOST_AFTER = 6.0
 
 T = TypeVar("T")
 
 
 class Pruned(Exception):  # noqa: N818  (it is no error)
-    """A trial is given up for what others have reached by this epoch."""
+    """A trial ends early, because other trials were better at this epoch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a study is.
+    """The definition of a study, and the limits of this worker.
 
     Attributes:
-      name: Of the study, in its storage.
-      config: What all trials have in common, as a file under `configs/` gives it.
-      space: What differs.
-      folder: Where trials and results are.
-      storage: A URL of `storage.FORMS`; by default a file in the folder.
-      config_file: Where `config` is from; to be shown.
-      trials: How many, finished, pruned and failed together.
+      name: The name of the study in its storage.
+      config: The configuration that all trials share, not resolved.
+      space: The distribution of each key that differs between trials.
+      folder: The folder of the trials and results.
+      storage: The URL of the storage, one of `storage.FORMS`; by default a SQLite file in the
+        folder.
+      config_file: The name of the configuration file, for the report.
+      trials: The total number of completed, pruned and failed trials.
       pruner: One of `tune.PRUNERS`.
-      storage_timeout: Seconds for which a storage that is away is tried again.
-      deadline: When to end, in seconds of `time.monotonic`; None: with the last trial.
+      storage_timeout: Seconds for which an unavailable storage is retried.
+      deadline: The time of `time.monotonic` at which this worker ends; None for no deadline.
     """
 
     name: str
@@ -112,35 +115,36 @@ class Plan:
 
 
 def run_study(plan: Plan, console: Console | None = None) -> Study:
-    """Works at a study until it has its trials, or time is up.
+    """Runs trials of a study until it has enough of them or the deadline has passed.
 
     Args:
-      plan: The same for every worker, but for its folder, deadline and timeout.
-      console: Where to show progress.
+      plan: The study; only the folder, deadline and timeout may differ between workers.
+      console: The place where progress is shown; by default stderr.
 
     Returns:
-      The study as Optuna has it, to which others may still be adding.
+      The study in its storage; other workers may still add trials.
 
     Raises:
-      ConfigError: A key is wrong, or there is a study of this name with another
+      ConfigError: A key is wrong, or the storage has a study of this name with another
         configuration, space or data.
       DataError: The data cannot be used.
       StorageError: The storage does not answer.
       TrainingError: The first trials have all failed.
-      KeyboardInterrupt: After Ctrl-C or SIGTERM; the trial under way is saved.
+      KeyboardInterrupt: Ctrl-C or SIGTERM came; the current trial is saved.
     """
     console = console or Console()
     schema.validate(plan.config, jax.device_count())
     check_apart(plan.folder, plan.config.data.source)
-    definition = _define(plan, console)  # Before the folder is made, which it may prevent.
+    definition = _define(plan, console)  # If this fails, no folder is made.
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--workdir: cannot use {plan.folder}: {error.strerror}") from error
-    place = _place(plan)
+        reason = "it is a file" if plan.folder.is_file() else error.strerror
+        raise ConfigError(f"--workdir: cannot use {plan.folder}: {reason}") from error
+    folder_id = _read_folder_id(plan)
     study = open_study(plan)
-    worker = _Worker(plan, study, console, place)
-    worker.agree_on(definition)
+    worker = _Worker(plan, study, console, folder_id)
+    worker.check_definition(definition)
     worker.check_folder()
     console.facts(_describe(plan))
     console.print()
@@ -149,15 +153,18 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
 
 
 def _describe(plan: Plan) -> dict[str, str]:
-    """What will happen, in words."""
+    """Returns the lines that describe a study before its first trial."""
     train = plan.config.train
     spaces = []
     for key, distribution in plan.space.items():
-        of_key = describe(distribution)
-        if "choices" in of_key:
-            values = " ".join(map(str, of_key["choices"]))
+        description = describe(distribution)
+        if "choices" in description:
+            values = " ".join(map(str, description["choices"]))
         else:
-            values = f"{of_key['low']:g} to {of_key['high']:g}" + ", logarithmic" * of_key["log"]
+            values = (
+                f"{description['low']:g} to {description['high']:g}"
+                + ", logarithmic" * description["log"]
+            )
         spaces.append(f"{key:<{max(map(len, plan.space))}}  {values}")
     judged = [" ".join(map(str, search.rungs(train.epochs, n))) for n in range(plan.brackets)]
     pruning = f"{plan.pruner}, judged after epochs {'; or '.join(filter(None, judged))}"
@@ -165,7 +172,7 @@ def _describe(plan: Plan) -> dict[str, str]:
     return {
         "study": f"{plan.name}: {count(plan.trials, 'trial')} of at most "
         f"{count(train.epochs, 'epoch')}, best by {plan.monitor}",
-        "data": f"{printable(plan.config.data.source)}; the test split is not looked at",
+        "data": f"{printable(plan.config.data.source)}; the test split is not used",
         "space": "\n".join(spaces),
         "pruning": pruning if any(judged) else "none",
         "results": str(plan.folder),
@@ -173,18 +180,20 @@ def _describe(plan: Plan) -> dict[str, str]:
 
 
 def open_study(plan: Plan) -> Study:
-    """The study in its storage, made if it is not there.
+    """Opens the study in its storage, or creates it.
 
     Raises:
-      ConfigError: The storage's URL is wrong.
-      StorageError: It cannot be opened.
+      ConfigError: The URL of the storage is wrong.
+      StorageError: The storage cannot be opened.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # It warns of what is tried again here.
+    optuna.logging.set_verbosity(
+        optuna.logging.ERROR
+    )  # Optuna warns of failures that are retried here.
     opened = storage.open_storage(
-        plan.storage or storage.in_file(plan.folder.resolve() / "study.db")
+        plan.storage or storage.sqlite_url(plan.folder.resolve() / "study.db")
     )
     first = base_values(plan.config, plan.space)
-    return storage.patiently(
+    return storage.call_with_retries(
         lambda: optuna.create_study(
             storage=opened,
             study_name=plan.name,
@@ -194,12 +203,12 @@ def open_study(plan: Plan) -> Study:
             load_if_exists=True,
         ),
         plan.storage_timeout,
-        "Nothing was begun",
+        "No trial was started",
     )
 
 
 def _define(plan: Plan, console: Console) -> dict[str, str]:
-    """All that the figures of a study depend on, every key flat, as text."""
+    """Returns everything that the values of a study depend on, as text by key."""
     resolved = resolve(plan.config)
     dataset = open_dataset(resolved, console.track)
     keys = {
@@ -211,36 +220,40 @@ def _define(plan: Plan, console: Console) -> dict[str, str]:
     return {**keys, **spaces, "data": dataset.fingerprint, "pruner": plan.pruner}
 
 
-def _place(plan: Plan) -> str:
-    """What tells this folder from the same study's on a machine that does not share it.
+def _read_folder_id(plan: Plan) -> str:
+    """Returns the random id of the study's folder, and creates it in a new folder.
+
+    Machines without a shared file system have different folders for the same study.
 
     Raises:
-      ConfigError: The folder is another study's.
+      ConfigError: The folder belongs to another study.
     """
     path = plan.folder / "place"
     if not path.exists():
-        aside = path.with_name(f".place.{uuid.uuid4().hex}")  # Two machines may share it.
-        write_text(aside, f"{uuid.uuid4().hex} {plan.name}\n")
+        # Two machines may share the folder, so the temporary file has a name of its own.
+        temporary = path.with_name(f".place.{uuid.uuid4().hex}")
+        write_text(temporary, f"{uuid.uuid4().hex} {plan.name}\n")
         with contextlib.suppress(FileExistsError):  # Another worker was first.
-            os.link(aside, path)
-        aside.unlink()
-    place, _, name = path.read_text(encoding="utf-8").strip().partition(" ")
+            os.link(temporary, path)
+        temporary.unlink()
+    folder_id, _, name = path.read_text(encoding="utf-8").strip().partition(" ")
     if name != plan.name:
         raise ConfigError(f"--workdir: {plan.folder} is the folder of the study {name}")
-    return place
+    return folder_id
 
 
 def trial_folder(folder: pathlib.Path, number: int) -> pathlib.Path:
+    """Returns the folder of a trial in the folder of its study."""
     return folder / "trials" / f"{number:04d}"
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial is one of those that were asked for, and not surplus or lost."""
+    """Returns whether a trial counts towards `Plan.trials`; surplus and lost trials do not."""
     return "void" not in trial.user_attrs
 
 
 class _TrialConsole(Console):
-    """The bar of a trial's run, without the lines, of which the study has its own."""
+    """A console that shows the progress bar of a trial, but not the lines of its run."""
 
     def write_line(self, line: str, style: str | None = None) -> None:
         pass
@@ -248,65 +261,65 @@ class _TrialConsole(Console):
 
 @dataclasses.dataclass(frozen=True)
 class _Worker:
-    """One process that works at a study.
+    """A process that runs trials of a study.
 
     Attributes:
-      plan: The study.
-      study: The same, in its storage.
-      console: Where to show progress.
-      place: Of the study's folder.
+      plan: The definition of the study.
+      study: The study in its storage.
+      console: The place where progress is shown.
+      folder_id: The id of the study's folder; see `_read_folder_id`.
     """
 
     plan: Plan
     study: Study
     console: Console
-    place: str
+    folder_id: str
 
-    def _patiently(self, call: Callable[[], T]) -> T:
-        return storage.patiently(
+    def _retry(self, call: Callable[[], T]) -> T:
+        return storage.call_with_retries(
             call,
             self.plan.storage_timeout,
-            f"No finished trial is lost, and the one under way is saved in {self.plan.folder}",
+            f"No finished trial is lost, and the current one is saved in {self.plan.folder}",
         )
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self._patiently(lambda: self.study.get_trials(deepcopy=False, states=states or None))
+        return self._retry(lambda: self.study.get_trials(deepcopy=False, states=states or None))
 
-    def agree_on(self, definition: Mapping[str, str]) -> None:
-        """Notes what the study is, or compares.
+    def check_definition(self, definition: Mapping[str, str]) -> None:
+        """Stores the definition of a new study, or compares it with the stored one.
 
         Raises:
-          ConfigError: It is another.
+          ConfigError: The definitions differ.
         """
-        if "definition" not in self._patiently(lambda: self.study.user_attrs):
-            self._patiently(lambda: self.study.set_user_attr("definition", dict(definition)))
-        # Read in any case: of two workers that begin at once, one was the last to write.
-        present = self._patiently(lambda: self.study.user_attrs)["definition"]
+        if "definition" not in self._retry(lambda: self.study.user_attrs):
+            self._retry(lambda: self.study.set_user_attr("definition", dict(definition)))
+        # Two workers may have written at the same time; both read what the last one wrote.
+        stored = self._retry(lambda: self.study.user_attrs)["definition"]
         differences = [
-            f"{key}: {present.get(key, 'absent')} -> {definition.get(key, 'absent')}"
-            for key in sorted(present.keys() | definition.keys())
-            if present.get(key) != definition.get(key)
+            f"{key}: {stored.get(key, 'absent')} -> {definition.get(key, 'absent')}"
+            for key in sorted(stored.keys() | definition.keys())
+            if stored.get(key) != definition.get(key)
         ]
         if differences:
             raise ConfigError(
-                f"--study: {self.plan.name} was begun otherwise ({'; '.join(differences)}); give "
-                "this one another name"
+                f"--study: {self.plan.name} exists with another definition "
+                f"({'; '.join(differences)}); choose another name"
             )
 
     def check_folder(self) -> None:
-        """Raises ConfigError if the folder has trials that this study knows nothing of."""
-        # In this order: another worker may be adding one.
+        """Raises ConfigError if the folder has a trial that the storage does not have."""
+        # The folder is listed first, because another worker may add a trial at this moment.
         names = [path.name for path in (self.plan.folder / "trials").glob("*")]
-        own = {t.number for t in self._trials() if t.user_attrs.get("place") == self.place}
-        if strange := sorted({int(name) for name in names if name.isdecimal()} - own):
-            folder = trial_folder(self.plan.folder, strange[0])
+        own = {t.number for t in self._trials() if t.user_attrs.get("place") == self.folder_id}
+        if unknown := sorted({int(name) for name in names if name.isdecimal()} - own):
+            folder = trial_folder(self.plan.folder, unknown[0])
             raise ConfigError(
                 f"--workdir: {folder} is a trial that the study in its storage does not have; use "
                 "another folder, or the storage of that study"
             )
 
     def work(self) -> None:
-        """Runs trials until there are enough, or time is up."""
+        """Runs trials until there are enough or the deadline has passed."""
         while not self.plan.is_over():
             self._check_failures()
             with contextlib.ExitStack() as held:
@@ -316,59 +329,65 @@ class _Worker:
                 try:
                     self._run(number)
                 except UpdateFinishedTrialError:
-                    # Nothing was heard of it for hours, as of a machine that slept.
-                    self._say(number, "another worker has given it up")
-            with cli.interrupts_held_back():  # Which JAX's own callbacks would swallow.
-                # Programs of a trial are of no use to the next one.
+                    # This machine was asleep for hours, so another worker failed the trial.
+                    self._say(number, "another worker has marked it as lost")
+            with cli.blocked_interrupts():  # JAX's callbacks would suppress an exception.
+                # The next trial compiles other programs.
                 jax.clear_caches()
                 gc.collect()
 
     def _check_failures(self) -> None:
-        """Raises TrainingError if all that there has been, and that not once, has failed."""
+        """Raises TrainingError if all trials so far have failed, and these are many."""
         trials = [trial for trial in self._trials() if counts(trial) and trial.state.is_finished()]
         failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-        if len(failed) == len(trials) >= _MOST_FAILURES:
+        if len(failed) == len(trials) >= _MAX_FAILURES:
             raise TrainingError(
-                f"the first {len(failed)} trials have all failed, the last one so: "
+                f"the first {len(failed)} trials have all failed; the error of the last one: "
                 f"{failed[-1].user_attrs.get('error', '')}"
             )
 
     def _claim(self, held: contextlib.ExitStack) -> int | None:
-        """A trial that is this worker's alone until `held` is closed; None if there are enough.
+        """Locks an unfinished trial without a worker, or else a new one.
 
-        One that was left behind comes before a new one.
+        Args:
+          held: Keeps the lock until it is closed.
+
+        Returns:
+          The number of the trial; None if there are enough trials.
         """
-        self._give_up_what_is_lost()
+        self._fail_lost_trials()
         while True:
             for trial in self._trials(TrialState.RUNNING):
-                if trial.user_attrs.get("place") == self.place and self._take(trial.number, held):
+                if trial.user_attrs.get("place") == self.folder_id and self._take(
+                    trial.number, held
+                ):
                     if counts(self._trials()[trial.number]):
                         return trial.number
-                    # Whoever had made it for nothing was gone before it was ended.
+                    # The worker that made this surplus trial was killed before it ended it.
                     self._end(self._open(trial.number), TrialState.FAIL)
             if sum(map(counts, self._trials())) >= self.plan.trials:
                 return None
             number = self._new_trial()
-            # Another worker may take it for one that was left behind, and be first.
+            # Another worker may find the new trial without a worker, and lock it first.
             if not self._take(number, held):
                 continue
             if sum(map(counts, self._trials()[:number])) < self.plan.trials:
                 return number
-            # Two workers have made the last one.
+            # Two workers made the last trial at the same time.
             self._end(self._open(number), TrialState.FAIL, void="surplus")
 
     def _take(self, number: int, held: contextlib.ExitStack) -> bool:
-        """Whether this worker holds an unfinished trial, as none can while another does."""
+        """Tries to lock a trial; returns whether it is locked and unfinished."""
         lock = self.plan.folder / "locks" / f"{number:04d}"
         is_held = held.enter_context(_locked(lock))
-        # Its holder may have finished it after the list was made.
+        # Another worker may have finished the trial after the list was read.
         return is_held and self._trials()[number].state == TrialState.RUNNING
 
     def _new_trial(self) -> int:
-        """Adds a trial that belongs to this place from the first moment; its number."""
+        """Adds a trial that belongs to this folder from the start, and returns its number."""
         claim = uuid.uuid4().hex
         attributes = {
-            **{"place": self.place, "claim": claim, "host": socket.gethostname()},
+            **{"place": self.folder_id, "claim": claim, "host": socket.gethostname()},
             "seen": time.time(),
         }
         new = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attributes)
@@ -378,125 +397,128 @@ class _Worker:
             return [t.number for t in trials if t.user_attrs.get("claim") == claim]
 
         def add() -> int:
-            if not numbers():  # It may be there, and only the answer have been lost.
+            if not numbers():  # An earlier call may have added the trial and lost the answer.
                 self.study.add_trial(new)
             return numbers()[0]
 
-        return self._patiently(add)
+        return self._retry(add)
 
-    def _give_up_what_is_lost(self) -> None:
-        """Fails trials of other places of which nothing has been heard for long."""
+    def _fail_lost_trials(self) -> None:
+        """Fails trials in folders of other machines that have not reported for hours."""
         for trial in self._trials(TrialState.RUNNING):
             seen = trial.user_attrs.get("seen")
-            if trial.user_attrs.get("place") == self.place or seen is None:
+            if trial.user_attrs.get("place") == self.folder_id or seen is None:
                 continue
             if time.time() - seen > 3600 * _LOST_AFTER:
-                error = f"nothing was heard of it for {_LOST_AFTER:g} hours"
+                error = f"its worker has not reported for {_LOST_AFTER:g} hours"
                 self._end(self._open(trial.number), TrialState.FAIL, void="lost", error=error)
 
     def _open(self, number: int) -> Trial:
-        """A trial of the study, to be told of."""
-        trial_id = self._trials()[number]._trial_id  # There is no public name for it.
-        return self._patiently(lambda: Trial(self.study, trial_id))
+        """Returns a trial as an object to which values can be reported."""
+        trial_id = self._trials()[number]._trial_id  # Optuna has no public name for this.
+        return self._retry(lambda: Trial(self.study, trial_id))
 
     def _run(self, number: int) -> None:
-        """Trains a trial to its end, from wherever it is, and tells how it went.
+        """Starts or resumes the training of a trial, and stores its result.
 
         Raises:
-          KeyboardInterrupt: After Ctrl-C or SIGTERM; the trial is saved.
+          KeyboardInterrupt: Ctrl-C or SIGTERM came; the trial is saved.
         """
         trial = self._open(number)
         params = {
-            key: self._patiently(functools.partial(_suggest, trial, key, distribution))
+            key: self._retry(functools.partial(_suggest, trial, key, distribution))
             for key, distribution in self.plan.space.items()
         }
-        told = set(self._trials()[number].intermediate_values)
-        # The last one may have been told without having been judged.
-        judged = told - {max(told, default=0)}
+        reported = set(self._trials()[number].intermediate_values)
+        # The worker may have been killed between the report and the decision on the last epoch.
+        judged = reported - {max(reported, default=0)}
         saved = _saved_step(trial_folder(self.plan.folder, number))
         starts = [*trial.user_attrs.get("starts", []), saved]
         self._say(
             number,
             *(f"{key}={short(value)}" for key, value in params.items()),
-            f"(goes on after epoch {len(told)})" * bool(told),
+            f"(continues after epoch {len(reported)})" * bool(reported),
         )
-        if starts.count(saved) > _MOST_STARTS:
-            error = f"its process ended {_MOST_STARTS} times after step {saved:,}, the last saved"
+        if starts.count(saved) > _MAX_STARTS:
+            error = f"its process was killed {_MAX_STARTS} times after the saved step {saved:,}"
             self._end(trial, TrialState.FAIL, error=error)
             return
         self._note(trial, starts=starts, seen=time.time())
         try:
             train_and_evaluate(
-                self._configured(params),
+                self._trial_config(params),
                 trial_folder(self.plan.folder, number),
                 _TrialConsole(),
-                on_epoch=lambda history: self._report(trial, history, told, judged),
+                on_epoch=lambda history: self._report(trial, history, reported, judged),
                 deadline=self.plan.deadline,
             )
         except Pruned:
             self._end(trial, TrialState.PRUNED)
         except (TrainingError, ConfigError) as error:
-            if _is_of_the_disk(error):
+            if _is_disk_error(error):
                 self._note(trial, starts=starts[:-1])
-                raise  # It would be the same with all others.
+                raise  # All other trials would fail in the same way.
             self._end(trial, TrialState.FAIL, error=printable(str(error)))
         except (DataError, OSError):
             self._note(trial, starts=starts[:-1])
             raise
         except KeyboardInterrupt:
-            self._note(trial, starts=starts[:-1])  # This end is not the trial's fault.
+            self._note(
+                trial, starts=starts[:-1]
+            )  # The interruption does not count as a failed start.
             if not self.plan.is_over():
                 raise
-            self._say(number, "time is up; it is saved, and goes on at the next start")
+            self._say(
+                number, "the time is over; the trial is saved, and the next start continues it"
+            )
         else:
             self._end(trial, TrialState.COMPLETE)
 
-    def _configured(self, params: Mapping[str, Any]) -> Config:
-        """A trial's configuration: an ordinary run's, which leaves the test split alone."""
+    def _trial_config(self, params: Mapping[str, Any]) -> Config:
+        """Returns the configuration of a trial: a run that does not use the test split."""
         return configured(
             self.plan.config, {**params, "report.detail": "none", "report.splits": ("validation",)}
         )
 
-    def _report(self, trial: Trial, history: History, told: set[int], judged: set[int]) -> None:
-        """Tells the study what epochs have come to that it does not know of.
+    def _report(self, trial: Trial, history: History, reported: set[int], judged: set[int]) -> None:
+        """Reports new epochs of a trial to the study.
 
         Args:
-          trial: Whose they are.
-          history: All of them.
-          told: The epochs that the study knows of; those that are told now are added.
-          judged: The epochs after which it was decided to go on; likewise. None is judged
-            twice: others may have become better in the meantime.
+          trial: The trial.
+          history: The records of all its epochs.
+          reported: The epochs that the study has; the function adds the new ones.
+          judged: The epochs after which the trial was allowed to continue; the function adds
+            the new ones. No epoch is judged twice, because other trials may have become
+            better in the meantime.
 
         Raises:
-          Pruned: They are not worth going on.
+          Pruned: The trial must end.
         """
         for record in history:
             epoch = record["epoch"]
             if epoch in judged:
                 continue
-            if epoch not in told:
-                self._patiently(functools.partial(trial.report, record[self.plan.monitor], epoch))
-                told.add(epoch)
+            if epoch not in reported:
+                self._retry(functools.partial(trial.report, record[self.plan.monitor], epoch))
+                reported.add(epoch)
             judged.add(epoch)
             seconds = sum(done["seconds"] for done in history[:epoch])
             self._note(trial, seconds=seconds, seen=time.time())
-            if self._patiently(trial.should_prune):
+            if self._retry(trial.should_prune):
                 raise Pruned
 
     def _note(self, trial: Trial, **attributes: Any) -> None:
         for key, value in attributes.items():
-            self._patiently(functools.partial(trial.set_user_attr, key, value))
+            self._retry(functools.partial(trial.set_user_attr, key, value))
 
     def _end(self, trial: Trial, state: TrialState, **attributes: Any) -> None:
-        """Finishes a trial, unless another worker has, and says so."""
+        """Stores the final state of a trial, unless another worker has, and prints it."""
         curve = self._trials()[trial.number].intermediate_values
         best = search.best_value(curve, self.plan.direction)
         value = best if state == TrialState.COMPLETE else None
         with contextlib.suppress(UpdateFinishedTrialError):
             self._note(trial, **attributes)
-            self._patiently(
-                lambda: self.study.tell(trial.number, value, state, skip_if_finished=True)
-            )
+            self._retry(lambda: self.study.tell(trial.number, value, state, skip_if_finished=True))
         how = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}.get(state, "failed")
         self._say(
             trial.number,
@@ -510,13 +532,13 @@ class _Worker:
 
 
 def _saved_step(folder: pathlib.Path) -> int:
-    """The step of a trial's latest checkpoint; 0 if there is none."""
+    """Returns the step of the latest checkpoint of a trial; 0 without a checkpoint."""
     names = [path.name for path in (folder / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
-    """The trial's value for a key, drawn if it is not there."""
+    """Returns the trial's value of a key, and draws it if the trial has none."""
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(key, distribution.choices)
     if isinstance(distribution, IntDistribution):
@@ -529,11 +551,11 @@ def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
     )
 
 
-def _is_of_the_disk(error: BaseException | None) -> bool:
-    """Whether a run has failed for what it cannot write, and not for its configuration."""
+def _is_disk_error(error: BaseException | None) -> bool:
+    """Returns whether a run failed because a disk cannot be written."""
     while error is not None:
-        # TensorStore has errors of its own, with the system's words.
-        if isinstance(error, OSError) or any(words in str(error) for words in _OF_THE_DISK):
+        # Errors of TensorStore have other types, but contain the message of the system.
+        if isinstance(error, OSError) or any(words in str(error) for words in _DISK_MESSAGES):
             return True
         error = error.__cause__
     return False
@@ -541,9 +563,9 @@ def _is_of_the_disk(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[bool]:
-    """Whether this process has the file for itself within.
+    """Locks a file inside the context, and yields whether that succeeded.
 
-    The system gives it up with the process, however that ends.
+    The system releases the lock when the process ends in any way.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

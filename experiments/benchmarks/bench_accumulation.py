@@ -1,10 +1,10 @@
-"""Milliseconds of a training step whose batch goes through in parts, which is a loop.
+"""Measures the milliseconds of a training step that computes its batch in parts, in a loop.
 
     python experiments/benchmarks/bench_accumulation.py [--pixels=32] [--batch_size=64] [--rounds=9]
 
-Each number of parts with this project's gradient by the input of a convolution, and with
-XLA's own; all in turn, medians; compilation is apart. With XLA's, a convolution within a
-loop is one that the CPU's compiler has no fast code for (`models/layers.py`).
+Each number of parts is measured with this project's gradient of a convolution's input and with
+XLA's. Within a loop, XLA's CPU compiler has no fast code for the latter (`models/layers.py`). The
+cases take turns; the numbers are medians and do not include compilation.
 """
 
 import argparse
@@ -27,7 +27,7 @@ OURS, XLAS = layers._input_gradient_on_cpu, layers._input_gradient
 
 
 def make_step(side: int, batch_size: int, parts: int) -> Callable[[], None]:
-    """A compiled step on random images, waited for."""
+    """Returns a compiled step on random images that waits for its result."""
     size = (side, side)
     train_step = TrainStep(
         model=CNN(num_classes=10),
@@ -62,7 +62,7 @@ def main() -> None:
     runtime.keep_freed_memory()
     steps = {}
     for name, gradient in (("cnn_jax", OURS), ("XLA's gradient", XLAS)):
-        # What is traced from now on takes this one.
+        # Programs that are traced from here on use this gradient.
         layers._input_gradient_on_cpu = gradient
         for parts in PARTS:
             steps[name, parts] = make_step(flags.pixels, flags.batch_size, parts)

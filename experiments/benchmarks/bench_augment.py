@@ -1,10 +1,9 @@
-"""Compares moving an augmentation's pixels in OpenCV and in the compiled step.
+"""Compares the time of augmentation by OpenCV on the host and in the compiled step.
 
     python experiments/benchmarks/bench_augment.py
 
-Prints milliseconds a batch of 32 for both, in turn, medians, compile time apart.
-The host's column is one thread, as a pipeline's worker has; the device's is the
-default JAX device.
+Prints the median milliseconds for a batch of 32 without compilation; both take turns. The
+host column is for one thread, as in a worker process; the device is JAX's default device.
 """
 
 import statistics

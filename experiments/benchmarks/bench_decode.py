@@ -1,4 +1,4 @@
-"""Compares ways to decode and reduce a JPEG: by pixels and by time.
+"""Compares the pixels and the time of several ways to decode and shrink a JPEG.
 
     python experiments/benchmarks/bench_decode.py [--images=FOLDER] [--repetitions=15]
 
@@ -33,7 +33,7 @@ NUM_CROPS, MAX_FILES = 60, 500
 
 
 def scaled(encoded: bytes, side: int, factor: float) -> np.ndarray:
-    """The picture at `side` x `side`, scaled in the transform down to `factor` times that."""
+    """Returns the picture at `side` x `side`; the decoder scales it down to `factor` times that."""
     height, width = (int(side) for side in simplejpeg.decode_jpeg_header(encoded)[:2])
     least = min(factor * side, max(height, width))
     pixels = simplejpeg.decode_jpeg(
@@ -49,7 +49,7 @@ def encode(image: Image.Image) -> bytes:
 
 
 def crops() -> list[bytes]:
-    """Squares of 66 to 419 pixels at random places of each photograph."""
+    """Cuts squares of 66 to 419 pixels at random positions from each photograph."""
     rng = np.random.default_rng(1)
     encoded = []
     for photograph in map(Image.fromarray, load_sample_images().images):
@@ -62,7 +62,7 @@ def crops() -> list[bytes]:
 
 
 def milliseconds(work: Callable[[], object], repetitions: int) -> float:
-    """The median of the CPU time that some calls take, which other processes hardly disturb."""
+    """Returns the median CPU time of some calls; other processes hardly change this time."""
     times = []
     for _ in range(repetitions + 1):
         start = time.thread_time()

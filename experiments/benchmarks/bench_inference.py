@@ -1,14 +1,14 @@
-"""Milliseconds of an inference, beside PyTorch, ONNX Runtime and Keras.
+"""Compares the milliseconds of an inference with PyTorch, ONNX Runtime and Keras.
 
     pip install -e '.[bench]' && python experiments/benchmarks/bench_inference.py [--json=FILE]
 
-From uint8 images in host memory to probabilities in host memory, through the same
-weights; each library in a process of its own, all in turn, as in `bench_train.py`. First
-all must agree on the probabilities to --tolerance, in float32 without TensorFloat-32.
-Medians; compilation is apart.
+An inference goes from uint8 images in host memory to probabilities in host memory. All
+libraries use the same weights, each in a separate process; they take turns, as in
+`bench_train.py`. Before that, their probabilities must agree within --tolerance, in float32
+without TensorFloat-32. The numbers are medians and do not include compilation.
 
-This project keeps freed memory, as its commands do (`cnn_jax.system.runtime`), the others have
-their defaults. "best peer" is the best of the others but plain Linen, "floor" that
+This project keeps freed memory, as its commands do (`cnn_jax.system.runtime`), the others use
+their defaults. "best peer" is the fastest peer except plain Linen; "floor" is the floor
 of `experiments/benchmarks/roofline.py`.
 """
 
@@ -35,7 +35,7 @@ from bench_train import (
 )
 from roofline import parse_shapes
 
-# Pixels on a side, and images in a batch.
+# The side of an image in pixels, and the batch size.
 SHAPES = ((32, 1), (32, 32), (64, 1), (64, 32), (224, 1), (224, 32))
 TOLERANCE = 1e-5
 
@@ -43,10 +43,10 @@ TOLERANCE = 1e-5
 def check_agreement(
     processes: list[Process], folder: pathlib.Path, tolerance: float
 ) -> tuple[list[Process], float]:
-    """Compares the probabilities of all.
+    """Compares the probabilities of all libraries.
 
     Returns:
-      The processes that have answered, and the largest difference from this project's.
+      The processes that answered, and the largest difference from this project's.
 
     Raises:
       SystemExit: The difference is larger than the tolerance.
@@ -54,7 +54,7 @@ def check_agreement(
     data = folder / "agree.npz"
     write_data(data, 64, 8)
     files = {process.name: folder / f"probabilities{i}.npz" for i, process in enumerate(processes)}
-    for process in processes:  # All compile at the same time.
+    for process in processes:  # All processes compile at the same time.
         process.send(do="open", data=str(data), precision="float32", dropout=peers.DROPOUT)
         process.send(do="probabilities", to=str(files[process.name]))
     results = {}
@@ -69,7 +69,7 @@ def check_agreement(
     expected, worst = results[processes[0].name], 0.0
     for name, probabilities in results.items():
         difference = float(np.abs(probabilities - expected).max())
-        if not difference <= tolerance:  # Also true of NaN.
+        if not difference <= tolerance:  # NaN also fails this comparison.
             sys.exit(f"{name} disagrees by {difference:.1e}")
         worst = max(worst, difference)
     return processes, worst

@@ -4,14 +4,14 @@
 
 Prints images a second from JPEG files to augmented uint8 batches of 32, for the
 JPEGs of FOLDER (class/image.jpg; by default the embedded shapes) and for
-pictures of 500 x 375 pixels made of them, at 224 x 224 and 64 x 64: medians of
---repetitions, in turn. Beside it stand the ratio to the better of the two peers
-that decode each time, and the peak memory of all processes together, from a run
-of its own (proportional set size: it counts what was read of a memory-mapped
-cache, which the system can take back). It takes about half an hour.
+pictures of 500 x 375 pixels made from them, at 224 x 224 and 64 x 64. The numbers are
+medians of --repetitions; the rows take turns. Further columns are the ratio to the better
+of the two peers that decode each time, and the peak memory of all processes, from a
+separate run (proportional set size; it includes the pages of a memory-mapped cache, which
+the system can reclaim). The benchmark takes about half an hour.
 
-Each measurement is a process, whose start is not counted; nor is, for cnn_jax, the one
-pass over new data that looks at every image in full before the first training. All flip with
+Each measurement is a process; its start is not counted. For cnn_jax, the scan of new data
+before the first training is not counted either. All pipelines flip with
 probability 1/2, rotate by up to 0.2 of a turn, and change zoom and contrast by up
 to 0.2; tf.data and cnn_jax reflect the picture at its edges, Pillow leaves black.
 PyTorch and cnn_jax decode in as many worker processes, cnn_jax in threads as well
@@ -43,16 +43,16 @@ import numpy as np
 import psutil  # type: ignore[import-not-found]
 from PIL import Image
 
-# The packages compared are imported where they are used: a process that measures
-# one of them must not hold the others in its memory.
+# The compared packages are imported in functions: a process that measures one of them must
+# not have the others in its memory.
 
 BATCH_SIZE = 32
 SIDES = (224, 64)
 ROTATION, ZOOM, CONTRAST = 0.2, 0.2, 0.2
-# Images of the folder, and pictures made of them.
+# The number of images of the folder, and of pictures made from them.
 NUM_IMAGES, NUM_PICTURES = 2_000, 400
 TILE, TILES, PICTURE = 64, (8, 6), (500, 375)
-# Batches and seconds before a measurement: workers start, tf.data tunes itself.
+# Batches and seconds before a measurement, in which workers start and tf.data tunes itself.
 WARM_BATCHES, WARM_SECONDS = 8, 1.5
 SECONDS_BETWEEN_SAMPLES = 0.05
 _JPEG = b"\xff\xd8\xff"
@@ -63,11 +63,11 @@ class Pipeline:
     """A row of the table.
 
     Attributes:
-      name: As the table has it.
-      kind: "cnn_jax", "torch" or "tensorflow": also the module that it needs.
-      residency: Of `open_dataset`, or for TensorFlow "memory" or "none".
-      workers: Worker processes.
-      antialias: Of TensorFlow's resizing.
+      name: The name in the table.
+      kind: "cnn_jax", "torch" or "tensorflow": also the required module.
+      residency: The `residency` of `open_dataset`, or for TensorFlow "memory" or "none".
+      workers: The number of worker processes.
+      antialias: Whether TensorFlow resizes with antialiasing.
     """
 
     name: str
@@ -128,7 +128,7 @@ def cnn_jax_batches(pipeline: Pipeline, folder: str, side: int) -> Generator[obj
 
 
 class PillowDataset:
-    """What a PyTorch DataLoader reads: position to augmented uint8 tensor."""
+    """The dataset of the PyTorch DataLoader: maps a position to an augmented uint8 tensor."""
 
     def __init__(self, paths: list[str], side: int):
         self._paths, self._side = paths, side
@@ -224,7 +224,7 @@ def _paths(folder: str) -> list[str]:
 
 
 def images_per_second(batches: Generator[object, None, None], seconds: float) -> float:
-    """Of an endless stream, after its start."""
+    """Returns the images a second of an endless stream, after its start."""
     start = time.perf_counter()
     warm = 0
     while warm < WARM_BATCHES or time.perf_counter() < start + WARM_SECONDS:
@@ -239,7 +239,7 @@ def images_per_second(batches: Generator[object, None, None], seconds: float) ->
 
 
 def write_images(source_name: str, folder: pathlib.Path) -> None:
-    """Copies JPEGs spread over a source into `folder`/CLASS."""
+    """Copies JPEGs from the whole range of a source into `folder`/CLASS."""
     from cnn_jax.data.sources import open_source
 
     source = open_source(source_name)
@@ -254,7 +254,7 @@ def write_images(source_name: str, folder: pathlib.Path) -> None:
 
 
 def write_pictures(images: pathlib.Path, folder: pathlib.Path) -> None:
-    """Pictures as a camera's, reduced: each shows many images side by side."""
+    """Writes pictures like reduced photographs: each shows many images side by side."""
     paths = _paths(str(images))
     rng = np.random.default_rng(0)
     columns, rows = TILES
@@ -270,7 +270,7 @@ def write_pictures(images: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def measure_speed(pipeline: Pipeline, folder: str, side: int, seconds: float) -> float:
-    """Images a second, in a process of its own."""
+    """Measures the images a second in a separate process."""
     with _measuring(pipeline, folder, side, seconds) as (process, output):
         process.wait()
         output.seek(0)
@@ -278,7 +278,7 @@ def measure_speed(pipeline: Pipeline, folder: str, side: int, seconds: float) ->
 
 
 def measure_memory(pipeline: Pipeline, folder: str, side: int, seconds: float) -> float:
-    """Peak megabytes, in a process of its own, which looking at it slows down."""
+    """Measures the peak megabytes in a separate process; the measurement slows it down."""
     peak = 0
     with _measuring(pipeline, folder, side, seconds) as (process, _):
         while process.poll() is None:
@@ -291,7 +291,7 @@ def measure_memory(pipeline: Pipeline, folder: str, side: int, seconds: float) -
 def _measuring(
     pipeline: Pipeline, folder: str, side: int, seconds: float
 ) -> Generator[tuple[subprocess.Popen, IO[bytes]], None, None]:
-    """A new process of this script that measures, and what it prints; ends when that does."""
+    """Starts this script in a new process, and returns the result that the process prints."""
     arguments = json.dumps([dataclasses.asdict(pipeline), folder, side, seconds])
     command = [sys.executable, __file__, f"--measure={arguments}"]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
@@ -310,9 +310,9 @@ def _measure_here(arguments: str) -> None:
 
 
 def _memory(pid: int) -> int:
-    """Bytes of a process and all that it started; shared pages are divided among them."""
+    """Returns the bytes of a process and its descendants; they divide shared pages."""
     total = 0
-    with contextlib.suppress(psutil.Error):  # It has just ended.
+    with contextlib.suppress(psutil.Error):  # The process has just ended.
         process = psutil.Process(pid)
         for one in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
@@ -321,7 +321,7 @@ def _memory(pid: int) -> int:
 
 
 def _progress(*words: object) -> None:
-    """Shows what is under way, in place of what was; nothing, at the end."""
+    """Shows the current activity on one line, or clears the line."""
     if sys.stderr.isatty():
         line = ", ".join(map(str, words))
         print(f"\r{line:<79}\r", end="", file=sys.stderr, flush=True)
@@ -356,8 +356,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", help="a folder class/image.jpg; by default shapes")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3, help="of a measurement")
-    parser.add_argument("--workers", type=int, default=2, help="of all that have worker processes")
+    parser.add_argument("--seconds", type=float, default=3, help="seconds of a measurement")
+    parser.add_argument("--workers", type=int, default=2, help="number of worker processes")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.measure:

@@ -1,4 +1,4 @@
-"""A whole training, from images to the test accuracy, beside the bare training step.
+"""Measures a whole training, from images to the test accuracy, and the bare training step.
 
     python experiments/benchmarks/bench_run.py [--config=spec_224] [--images=10000]
         [--image_size=224]
@@ -17,7 +17,7 @@ The JSON is written after each epoch. The columns:
 - "all s" is the wall time of the training: preparing the images, compiling, all epochs and
   measuring all splits.
 - "accuracy" is the accuracy of the best epoch's network on the test split.
-- "peak MB" is the most memory of the device that was in use at once; a CPU does not tell.
+- "peak MB" is the most memory of the device that was in use at once; unknown on a CPU.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def rows_of_process(setting: str) -> Iterator[dict[str, Any]]:
-    """The rows that `measure` prints in a fresh process, each with more than the one before."""
+    """Yields the rows that `measure` prints in a new process; each row has more columns."""
     command = [sys.executable, __file__, *sys.argv[1:], f"--measure={setting}"]
     with (
         tempfile.TemporaryFile("w+") as log,
@@ -93,7 +93,7 @@ def rows_of_process(setting: str) -> Iterator[dict[str, Any]]:
 
 
 def measure(flags: argparse.Namespace, batch_size: int, count: int) -> None:
-    """Trains, and then takes the bare step; prints a row after each epoch and each part."""
+    """Trains, then measures the bare step; prints a row after each epoch and each part."""
     sys.path.insert(0, str(REPOSITORY))
     from cnn_jax.system.console import Console
     from cnn_jax.system.runtime import keep_freed_memory

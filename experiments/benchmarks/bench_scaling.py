@@ -1,14 +1,15 @@
-"""What sharing the work among devices costs by itself.
+"""Measures the cost of dividing a training step among devices.
 
     python experiments/benchmarks/bench_scaling.py [--rounds=7] [--steps=20]
 
-The same training step on the same global batch, on 1, 2, 4 and 8 devices, which on a CPU
-are parts of one machine: no cores come with them. What dividing costs (collectives,
-smaller matrices) makes many devices slower than one; that one leaves cores idle, where XLA
-does not divide an operation among them, makes many faster. All take turns in one process,
-so that a busy moment of the machine hits all alike; medians over rounds, and one device
-against itself as a measure of the noise. Compilation is apart. The last columns are how
-far the loss is from that of one device.
+The same training step runs on the same global batch on 1, 2, 4 and 8 devices. On a CPU all
+devices share the cores of one machine. The costs of dividing (collective operations,
+smaller matrices) make several devices slower than one. But XLA does not divide every
+operation among all cores, so one device leaves cores idle; this makes several devices faster.
+
+All cases take turns in one process, so that other load on the machine affects all of them.
+The numbers are medians over rounds without compilation. One device is measured twice, to
+show the noise. The last columns are the differences of the loss from the loss on one device.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from cnn_jax.training.step import TrainStep
 
 
 class Trainer:
-    """The specification's network on so many devices."""
+    """Prepares the specification's network on a number of devices."""
 
     def __init__(self, num_devices: int, model: int, side: int, batch_size: int):
         self.name = f"{num_devices} device{'s' * (num_devices > 1)}" + f", model {model}" * (
@@ -59,15 +60,15 @@ class Trainer:
         )
 
     def run(self, batches: list[dict[str, np.ndarray]]) -> tuple[float, list[float]]:
-        """Seconds a step, and the losses."""
+        """Returns the seconds of a step, and the losses."""
         metrics: list[Metrics] = []
         began = time.perf_counter()
         for batch in batches:
-            self._state, of_batch = self._step(self._state, self._layout.to_devices(batch))
-            metrics.append(of_batch)
+            self._state, batch_metrics = self._step(self._state, self._layout.to_devices(batch))
+            metrics.append(batch_metrics)
         jax.block_until_ready(metrics)
         seconds = (time.perf_counter() - began) / len(batches)
-        return seconds, [float(of_batch.compute()["loss"]) for of_batch in metrics]
+        return seconds, [float(batch_metrics.compute()["loss"]) for batch_metrics in metrics]
 
 
 def make_batches(count: int, side: int, batch_size: int) -> list[dict[str, np.ndarray]]:
@@ -92,12 +93,12 @@ def main() -> None:
     sizes = (flags.image_size, flags.batch_size)
     counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
     trainers = [Trainer(n, 1, *sizes) for n in counts]
-    trainers += [Trainer(1, 1, *sizes)]  # Once more, for the noise.
+    trainers += [Trainer(1, 1, *sizes)]  # One device again, to show the noise.
     trainers[-1].name = "1 device again"
     if jax.device_count() >= 4:
         trainers.append(Trainer(4, 2, *sizes))
     batches = make_batches(flags.steps, *sizes)
-    losses = [trainer.run(batches)[1] for trainer in trainers]  # And compiles.
+    losses = [trainer.run(batches)[1] for trainer in trainers]  # The first call compiles.
     seconds: list[list[float]] = [[] for _ in trainers]
     for _ in range(flags.rounds):
         for trainer, times in zip(trainers, seconds, strict=True):

@@ -1,4 +1,4 @@
-"""Several networks that differ by their seed, trained at once on one device.
+"""Compares three ways to train several networks with different seeds on one device.
 
     python experiments/benchmarks/bench_seeds.py [--shapes=32x32,224x32] [--counts=1,4,16]
         [--json=FILE]
@@ -34,7 +34,7 @@ Step = Callable[[TrainState, jax.Array], TrainState]
 
 
 def make_step(side: int, batch_size: int, precision: str) -> tuple[Step, Callable[[int], Any]]:
-    """The step of one network, by its state and seed, and its initial state by seed."""
+    """Returns the step of one network, and the function from a seed to its initial state."""
     train_step = TrainStep(
         model=CNN(num_classes=10, dtype=jnp.dtype(precision)),
         optimizer=make_optimizer(make_schedule(1e-3, 1e-3, total_steps=1), 1e-4),
@@ -62,14 +62,14 @@ def make_step(side: int, batch_size: int, precision: str) -> tuple[Step, Callabl
 def milliseconds(
     step: Step, single: Step, init: Callable[[int], Any], count: int, rounds: int
 ) -> dict[str, float]:
-    """Medians of a step of one of `count` networks, in each of the three ways.
+    """Returns the median time of a step of one of `count` networks, for each of the three ways.
 
     Args:
       step: The step of one network.
       single: `step` under `jax.jit`.
-      init: The initial state by seed.
+      init: The function from a seed to the initial state.
       count: Number of networks.
-      rounds: Times that each way is measured.
+      rounds: Number of measurements of each way.
     """
     seeds = jnp.arange(count)
     states = [init(seed) for seed in range(count)]

@@ -1,12 +1,12 @@
-"""Throughput and latency of this server, beside LitServe and FastAPI with PyTorch.
+"""Compares throughput and latency of this server with LitServe and FastAPI with PyTorch.
 
     pip install -e '.[bench,serve]' && python experiments/benchmarks/bench_serve.py
 
-The specification's network at 224 x 224 pixels, JPEGs of that size, over the loopback; each
-server in processes of its own, all with the same weights and all cores, measured in turn,
-round by round, while the others are stopped. The client sends as many requests at a time as
-`concurrency` says, each the next one as soon as its answer is there, over connections that stay
-open. Medians over rounds. The peers are in serve_peers.py.
+The servers run the specification's network with the same weights, and receive JPEGs of
+224 x 224 pixels over the loopback interface. They take turns in each round; the processes of
+the other servers are stopped meanwhile, so that each server has all cores. The client has
+`concurrency` requests in flight over open connections, and sends the next request when an
+answer arrives. The numbers are medians over rounds. The peers are in serve_peers.py.
 
 "bare" is decoding and the compiled forward pass of one image in a process without a server.
 """
@@ -57,7 +57,7 @@ _BOUNDARY = "a-boundary-that-is-in-no-image"
 def make_bundle(
     path: pathlib.Path, side: int, seed: int = 0, description: dict[str, Any] = MODEL
 ) -> None:
-    """An untrained network of the specification: what it says takes no other time."""
+    """Writes an untrained network of the specification, which is as fast as a trained one."""
     model = make_model(description, 10, "float32")
     write_bundle(
         Bundle(
@@ -75,7 +75,7 @@ def make_bundle(
 
 
 def make_images(count: int, side: int) -> list[bytes]:
-    """JPEGs of a usual quality, smooth enough to be of a usual size."""
+    """Returns JPEGs of a common quality and with a common number of bytes."""
     rng = np.random.default_rng(0)
     images = []
     for _ in range(count):
@@ -89,12 +89,12 @@ def make_images(count: int, side: int) -> list[bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-      name: Its own.
-      port: On the loopback.
-      group: Of its processes; 0: it is never stopped.
+      name: The name of the server.
+      port: The port on the loopback interface.
+      group: The process group; 0 if the server is never stopped.
     """
 
     name: str
@@ -106,12 +106,12 @@ class Peer:
         return f"http://127.0.0.1:{self.port}/predict"
 
     def stop(self) -> None:
-        """Has it do nothing: some look for work all the time, at the cost of the others."""
+        """Stops the processes, because some servers poll and slow the other servers down."""
         os.killpg(self.group, signal.SIGSTOP)
 
     @contextlib.contextmanager
     def going(self) -> Iterator[None]:
-        """Has it go on, within."""
+        """Continues the processes inside the context."""
         os.killpg(self.group, signal.SIGCONT)
         try:
             yield
@@ -120,7 +120,7 @@ class Peer:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of a process that is to import this repository's `cnn_jax`."""
+    """Returns the environment of a process that imports this repository's `cnn_jax`."""
     folders = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
@@ -132,7 +132,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Iterator[Peer]:
-    """A server, from when it answers."""
+    """Starts a server, and yields it when it answers."""
     port = free_port()
     if name == "cnn_jax":
         command = [sys.executable, "-m", "cnn_jax.serve", "--log_level=warning"]
@@ -171,7 +171,7 @@ def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Itera
 
 
 def make_request(image: bytes) -> bytes:
-    """A whole request with a form of one file."""
+    """Returns the bytes of a request with a form of one file."""
     body = (
         (
             f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n'
@@ -189,7 +189,7 @@ def make_request(image: bytes) -> bytes:
 
 
 class _Client(asyncio.Protocol):
-    """Asks again and again until a time; with as little work as may be, on the same cores."""
+    """Sends requests until a time; the client shares the cores, so it does little work."""
 
     def __init__(self, requests_: Sequence[bytes], first: int, until: float, found: list[float]):
         self._requests, self._turn, self._until, self._found = requests_, first, until, found
@@ -224,7 +224,7 @@ class _Client(asyncio.Protocol):
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        # A server that hangs up before the end has failed to answer.
+        # A server that closes the connection early has failed to answer.
         self.failed += time.perf_counter() < self._until
         self.is_done.set_result(None)
 
@@ -232,7 +232,7 @@ class _Client(asyncio.Protocol):
 def load(
     peer: Peer, requests_: Sequence[bytes], concurrency: int, seconds: float
 ) -> dict[str, Any]:
-    """Images a second, and the latency's median and 99th percentile in milliseconds."""
+    """Returns images a second, and the median and 99th percentile of the latency in ms."""
     found: list[float] = []
 
     async def run() -> int:
@@ -279,7 +279,7 @@ print(1000 * statistics.median(times[10:]))
 
 
 def bare_milliseconds(bundle: pathlib.Path, images: pathlib.Path, seconds: float) -> float:
-    """Decoding and the forward pass of an image, without a server."""
+    """Measures decoding and the forward pass of an image, without a server."""
     command = [sys.executable, "-c", _BARE, str(bundle), str(images), str(seconds)]
     return float(subprocess.check_output(command, env=child_environment()))
 
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--json", type=pathlib.Path)
     flags = parser.parse_args()
-    # A time limit ends this process with SIGTERM: its servers, too.
+    # A time limit ends this process with SIGTERM, and then its servers must end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     images = make_images(32, flags.side)
     requests_ = [make_request(image) for image in images]
@@ -319,7 +319,7 @@ def main() -> None:
                 )
             for concurrency in CONCURRENCY:
                 for peer in peers:
-                    # The first round warms up, and is not counted.
+                    # The first round is a warm-up and is not counted.
                     seconds = flags.seconds if round_ else min(2, flags.seconds)
                     with peer.going():
                         found = load(peer, requests_, concurrency, seconds)

@@ -1,13 +1,13 @@
-"""How long it takes from a command to its first result.
+"""Measures the time from the start of a command to its first result.
 
     python experiments/benchmarks/bench_startup.py [--rounds=5] [--json=FILE]
 
-Each figure is the wall time of a fresh process, seen from outside; medians over rounds, in
-which all take turns. Of the two commands: `off` keeps no compiled programs, as JAX does by
-itself; `cold` finds none and keeps them; `warm` finds them. Everything else is warm: the
-files are in the system's cache and the images are decoded. A training has come to its first
-step when its heartbeat says so; it is stopped then. Likewise an import ends with the
-import: Python's own clearing up at the exit takes up to a second more.
+Each number is the median wall time of a new process over the rounds; all cases take turns.
+The two commands are measured in three ways: `off` keeps no compiled programs, which is the
+default of JAX; `cold` starts without compiled programs and writes them; `warm` finds them.
+Everything else is warm: the files are in the system's cache and the images are decoded. A
+training ends when its heartbeat reports the first step. The time of an import does not
+include the exit of Python, which takes up to a second.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def _steps(workdir: pathlib.Path) -> int:
 
 
 class Bench:
-    """What is measured, in a folder with a cache and a bundle of its own."""
+    """The measured commands, in a folder with its own cache and bundle."""
 
     def __init__(self, folder: pathlib.Path, config: str):
         self._cache = folder / "cache"
@@ -90,7 +90,7 @@ class Bench:
         }
         environment |= {"CNN_JAX_CACHE": str(self._cache)}
         main = _command("-m", "cnn_jax.main", f"--config={config}", "--config.report.detail=none")
-        # A whole run decodes the images and makes a bundle.
+        # A complete run decodes the images and writes a bundle.
         seconds_to_end([*main, f"--workdir={folder / 'first'}"], environment)
         pixels = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
         Image.fromarray(pixels).save(folder / "image.jpg")
@@ -104,18 +104,20 @@ class Bench:
             self.measured[f"import {module}"] = lambda c=command: seconds_to_end(c, environment)
         off = environment | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
         for state in STATES:
-            of_state = off if state == "off" else environment
-            self.measured[f"predict one image, {state}"] = lambda s=state, e=of_state: (
+            state_environment = off if state == "off" else environment
+            self.measured[f"predict one image, {state}"] = lambda s=state, e=state_environment: (
                 self._in_state(s, lambda: seconds_to_end(predict, e))
             )
         for state in STATES:
-            of_state = off if state == "off" else environment
-            self.measured[f"train to the first step, {state}"] = lambda s=state, e=of_state: (
-                self._in_state(s, lambda: seconds_to_first_step(main, e, folder / "run"))
+            state_environment = off if state == "off" else environment
+            self.measured[f"train to the first step, {state}"] = (
+                lambda s=state, e=state_environment: self._in_state(
+                    s, lambda: seconds_to_first_step(main, e, folder / "run")
+                )
             )
 
     def _in_state(self, state: str, measure: Callable[[], float]) -> float:
-        """Of a command, with no compiled programs if cold; it leaves them for the warm one."""
+        """Measures a command. A cold one starts without compiled programs and writes them."""
         if state == "cold":
             shutil.rmtree(self._cache / "compiled", ignore_errors=True)
         return measure()
@@ -125,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--config", default="configs/smoke.py")
-    parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
+    parser.add_argument("--json", type=pathlib.Path, help="write the metrics to this file, too")
     flags = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as name:
@@ -134,7 +136,7 @@ def main() -> None:
         for turn in range(flags.rounds + 1):
             for what, measure in measured.items():
                 took = measure()
-                if turn:  # The first brings the files into the system's cache.
+                if turn:  # The first round loads the files into the system's cache.
                     seconds[what].append(took)
 
     versions = f"Python {platform.python_version()}, JAX {jax.__version__}"

@@ -1,25 +1,28 @@
-"""Images a second of a training step, beside PyTorch, Keras and plain Linen.
+"""Compares the images a second of a training step with PyTorch, Keras and plain Linen.
 
     pip install -e '.[bench]' && python experiments/benchmarks/bench_train.py [--json=FILE]
 
-Each library trains the specification's network on the same batch in a process of its own;
-the processes take turns, so that a busy moment of the machine hits all alike. First all
-must agree on loss and gradients for the same weights: this project in float32 with the
-others in float64 (in float32 some differ from themselves by more), to --tolerance of the
-largest number of each tensor. TensorFloat-32, which GPUs use by default, is off for this
-comparison. Then steps are timed one by one, to their end on the device. Medians;
-compilation and the first steps are apart. The data is on the device, but for Keras's, which
-`train_on_batch` sends; no input pipeline takes part.
+Each library trains the specification's network on the same batch in a separate process. The
+processes take turns, so that other load on the machine affects all of them.
+
+First, all libraries must agree on the loss and the gradients for the same weights: this
+project in float32, the others in float64 (in float32 the results of some libraries vary by
+more than the tolerance). The limit is --tolerance times the largest number of each tensor.
+TensorFloat-32, which GPUs use by default, is off for this comparison.
+
+Then single steps are timed until they end on the device. The numbers are medians without
+compilation and the first steps. The data is on the device, except for Keras, whose
+`train_on_batch` sends it; there is no input pipeline.
 
 A library that fails is named and left out, and the exit status is 1 at the end. The JSON is
 written after each shape.
 
-"memory kept" is what the training command does to its own process (`cnn_jax.system.runtime`): the
-C library keeps freed memory; so it is for variants of this project, which have one of its
-optimisations taken back (`peers.py`). PyTorch gains by it as well, if its user knows of it,
-so it is measured both ways. "best peer" is the best of all but plain Linen with the settings
-that its users have: without it. (The JSON also has the ratio where neither has it.) "floor"
-is that of `experiments/benchmarks/roofline.py`.
+"memory kept" means that the C library keeps freed memory, as in the training command
+(`cnn_jax.system.runtime`). The variants of this project, each without one optimisation
+(`peers.py`), also keep it. PyTorch becomes faster by this too, so it is measured both ways.
+"best peer" is the fastest peer except plain Linen, with its default settings, so without
+kept memory. (The JSON also has the ratio in which neither keeps it.) "floor" is the floor of
+`experiments/benchmarks/roofline.py`.
 
 --peer_python=PATH is the interpreter of another environment, for peers that cannot be
 installed beside the JAX that is to be measured. --peaks=FILE is the JSON of
@@ -42,7 +45,7 @@ import numpy as np
 import peers
 from roofline import parse_shapes
 
-# Pixels on a side, and images in a batch.
+# The side of an image in pixels, and the batch size.
 SHAPES = ((32, 256), (64, 128), (224, 32))
 # As `runtime.keep_freed_memory` does; the environment reaches processes of any kind.
 KEPT = {
@@ -54,7 +57,7 @@ TOLERANCE = 1e-4
 
 
 def is_own(name: str) -> bool:
-    """Whether a peer is this project's, or a variant of it."""
+    """Returns whether a peer is this project or a variant of it."""
     return issubclass(peers.PEERS[name], peers.Ours)
 
 
@@ -79,7 +82,7 @@ class Process:
             env={
                 **os.environ,
                 "TF_CPP_MIN_LOG_LEVEL": "3",
-                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # All of them share one GPU.
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # All processes share one GPU.
                 **(KEPT if is_memory_kept else {}),
                 **(variables or {}),
             },
@@ -90,20 +93,20 @@ class Process:
         """Sends a request; returns the answer.
 
         Raises:
-          RuntimeError: The process has ended instead, with what it said last.
+          RuntimeError: The process ended without an answer; the message has its last output.
         """
         self.send(**request)
         return self.receive()
 
     def send(self, **request: Any) -> None:
-        """Sends a request, whose answer `receive` waits for."""
+        """Sends a request; `receive` waits for its answer."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
 
     def receive(self) -> dict[str, Any]:
-        """Waits for the answer to the first request without one; raises as `ask`."""
+        """Waits for the answer to the oldest open request; raises the errors of `ask`."""
         process = self._process
         assert process.stdout
         reply = process.stdout.readline()
@@ -122,12 +125,12 @@ class Process:
 def without_failures(
     processes: list[Process], action: Callable[[Process], object]
 ) -> list[Process]:
-    """Applies an action to each process; returns those that it succeeded for.
+    """Applies an action to each process, and returns the processes for which it succeeded.
 
-    The others are named and closed.
+    The other processes are named and closed.
 
     Raises:
-      SystemExit: The first process, with which the others are compared, is among the failed.
+      SystemExit: The first process, with which the others are compared, has failed.
     """
     working = []
     for process in processes:
@@ -143,7 +146,7 @@ def without_failures(
 
 
 def write_data(path: pathlib.Path, side: int, batch_size: int) -> None:
-    """Random weights, images and labels: the first epoch's network, not all zeros and ones."""
+    """Returns random weights, images and labels, with statistics other than zeros and ones."""
     rng = np.random.default_rng(0)
     arrays: peers.Arrays = {}
     channels = 3
@@ -173,10 +176,10 @@ def write_data(path: pathlib.Path, side: int, batch_size: int) -> None:
 def check_agreement(
     processes: list[Process], folder: pathlib.Path, tolerance: float
 ) -> tuple[list[Process], float]:
-    """Compares loss and gradients of all, for the same weights, without dropout.
+    """Compares the loss and the gradients of all libraries, for the same weights, without dropout.
 
     Returns:
-      The processes that have answered, and the largest difference from this project's, as a
+      The processes that answered, and the largest difference from this project's, as a
       fraction of the largest number of each tensor.
 
     Raises:
@@ -185,7 +188,7 @@ def check_agreement(
     data = folder / "agree.npz"
     write_data(data, 32, 16)
     files = {process.name: folder / f"gradients{i}.npz" for i, process in enumerate(processes)}
-    for process in processes:  # All compile at the same time.
+    for process in processes:  # All processes compile at the same time.
         precision = "float32" if is_own(process.peer) else "float64"
         process.send(do="open", data=str(data), precision=precision, dropout=0.0)
         process.send(do="gradients", to=str(files[process.name]))
@@ -204,7 +207,7 @@ def check_agreement(
         assert arrays.keys() == expected.keys(), arrays.keys() ^ expected.keys()
         for key, array in arrays.items():
             difference = np.abs(array - expected[key]).max() / np.abs(expected[key]).max()
-            if not difference <= tolerance:  # Also true of NaN.
+            if not difference <= tolerance:  # NaN also fails this comparison.
                 sys.exit(f"{name} disagrees in {key} by {difference:.1e}")
             worst = max(worst, float(difference))
     return processes, worst
@@ -219,7 +222,7 @@ def measure(
     seconds: float,
     do: str = "train",
 ) -> dict[str, float]:
-    """Returns the median seconds of a step (or of what else to `do`), in turns of a second or less.
+    """Returns the median seconds of a step (or of `do`), measured in turns of at most a second.
 
     Processes that fail are missing in the result.
     """
@@ -237,14 +240,14 @@ def measure(
     times: dict[str, list[float]] = {process.name: [] for process in processes}
     for _ in range(max(3, round(seconds / 1.5))):
         for process in processes:
-            # The first step of a turn finds caches that others have filled.
+            # In the first step of a turn the caches have the data of other processes.
             reply = process.ask(do=do, times=1 + per_turn[process.name])
             times[process.name] += reply["seconds"][1:]
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peer_names(text: str) -> list[str]:
-    """The names in a list with commas, all of which are libraries of `peers.py`."""
+    """Converts a comma-separated list of libraries of `peers.py`; an argparse type."""
     names = text.split(",")
     if unknown := set(names) - set(peers.PEERS):
         raise argparse.ArgumentTypeError(f"no {unknown}; there are {', '.join(peers.PEERS)}")
@@ -252,16 +255,23 @@ def peer_names(text: str) -> list[str]:
 
 
 def make_parser(names: list[str], seconds: float, tolerance: float) -> argparse.ArgumentParser:
-    """The flags of this benchmark and of `bench_inference.py`, with their defaults."""
+    """Adds the flags of this benchmark and of `bench_inference.py`."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shapes", help="such as 32x256,224x32: pixels x images")
+    parser.add_argument("--shapes", help="such as 32x256,224x32: side in pixels x batch size")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--seconds", type=float, default=seconds, help="for each library and shape")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help="seconds for each library and shape"
+    )
     parser.add_argument(
         "--peers", type=peer_names, default=",".join(names), help="names of peers.py"
     )
     parser.add_argument("--peer_python", default=sys.executable, metavar="PATH")
-    parser.add_argument("--tolerance", type=float, default=tolerance, help="of the agreement")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=tolerance,
+        help="largest allowed difference of the results",
+    )
     parser.add_argument("--peaks", type=pathlib.Path, metavar="FILE", help="roofline.py's JSON")
     parser.add_argument("--json", type=pathlib.Path, help="write the metrics to this file, too")
     return parser
@@ -274,7 +284,7 @@ def print_header() -> None:
 def print_rows(
     seconds: dict[str, float], side: int, batch_size: int, best_peer_ms: float, floor_ms: float
 ) -> None:
-    """What each needs for one shape."""
+    """Measures all libraries for one shape."""
     print(f"\n{side} x {side} pixels, batch {batch_size}, floor {floor_ms:.2f} ms")
     for name, value in seconds.items():
         print(
@@ -288,7 +298,7 @@ def main() -> None:
     flags = make_parser(list(peers.PEERS)[:6], seconds=12, tolerance=TOLERANCE).parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     names = flags.peers
-    # Measured before any peer holds the device's memory.
+    # The floor is measured before a peer allocates the device's memory.
     floors = floor_milliseconds(shapes, flags.precision, flags.peaks)
     as_is = [(name, name.startswith("cnn_jax ")) for name in names]
     if not is_on_gpu():  # On a GPU the C library's memory does not matter.
@@ -313,18 +323,18 @@ def main() -> None:
 
 
 def is_on_gpu() -> bool:
-    """Whether the libraries compute on an NVIDIA GPU."""
+    """Returns whether the libraries compute on an NVIDIA GPU."""
     return pathlib.Path("/dev/nvidia0").exists() and os.environ.get("JAX_PLATFORMS") != "cpu"
 
 
 def write_json(path: pathlib.Path | None, rows: Any) -> None:
-    """Writes rows to a file, if one is given: what is measured so far survives a time limit."""
+    """Writes the rows so far to a file, if one is given, so that they survive a time limit."""
     if path:
         path.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def exit_if_left_out(started: Sequence[Process], processes: Sequence[Process]) -> None:
-    """Raises SystemExit if some of the processes that were started have failed."""
+    """Raises SystemExit if a started process has failed."""
     working = {process.name for process in processes}
     if failed := [process.name for process in started if process.name not in working]:
         sys.exit(f"failed and left out: {', '.join(failed)}")
@@ -336,10 +346,10 @@ def floor_milliseconds(
     peaks: pathlib.Path | None = None,
     kind: str = "training",
 ) -> dict[tuple[int, int], float]:
-    """The floors of `roofline.py`, in a process that gives the device's memory back.
+    """Computes the floors of `roofline.py` in a process, which then frees the device's memory.
 
     Args:
-      shapes: Pixels on a side, and images in a batch.
+      shapes: The side of an image in pixels, and the batch size.
       precision: "float32" or "bfloat16".
       peaks: The JSON of `roofline.py`, whose rates are used; None to measure them.
       kind: "training" or "inference".
@@ -366,18 +376,18 @@ def floor_milliseconds(
 def summarize(
     seconds: dict[str, float], side: int, batch_size: int, ours: str, floor_ms: float
 ) -> dict[str, Any]:
-    """The figures of one shape; rates are images a second."""
-    by_default = {
+    """Returns the metrics of one shape; rates are images a second."""
+    default_rates = {
         name: value
         for name, value in seconds.items()
         if not name.startswith(("cnn_jax", "plain Linen")) and "memory kept" not in name
     }
 
     def best(part: str) -> float | None:
-        found = [value for name, value in by_default.items() if part in name]
+        found = [value for name, value in default_rates.items() if part in name]
         return batch_size / min(found) if found else None
 
-    best_peer = min(by_default.values(), default=float("nan"))
+    best_peer = min(default_rates.values(), default=float("nan"))
     return {
         "image_size": side,
         "batch_size": batch_size,

@@ -1,11 +1,11 @@
-"""Precision, repeatability and memory of the training step on this device.
+"""Measures precision, repeatability and memory of the training step on this device.
 
     python experiments/benchmarks/check_step.py [--image_size=224] [--batch_size=256] [--json=FILE]
 
 - Whether 20 steps give the same train state bit for bit, twice in one process and in another
-  process. The other process chooses its own algorithms: nothing compiled is kept.
-- The same with XLA's deterministic operations, and the time that these cost a step.
-- The most memory of the device that the step's process had in use at once.
+  process. The other process compiles again, so XLA may choose other algorithms.
+- The same with XLA's deterministic operations, and the increase of the time of a step.
+- The peak device memory of the process that runs the step.
 - Gradients of one batch in bfloat16 against float32, without dropout: the norm of the
   difference over the norm of the float32 gradient, for each tensor.
 """
@@ -28,14 +28,14 @@ VARIANTS = {"as it is": "", "deterministic": "--xla_gpu_deterministic_ops=true"}
 
 
 def ask_for_digest(process: Process, data: pathlib.Path, precision: str) -> None:
-    """Asks for the digest of the train state after STEPS steps; `read_digest` waits for it."""
+    """Requests the digest of the train state after STEPS steps; `read_digest` waits for it."""
     process.send(do="open", data=str(data), precision=precision, dropout=peers.DROPOUT)
     process.send(do="train", times=STEPS)
     process.send(do="digest")
 
 
 def read_digest(process: Process) -> str:
-    """The SHA-256 of the train state, once the process has answered `ask_for_digest`."""
+    """Waits for the answer to `ask_for_digest`, and returns the SHA-256 of the train state."""
     process.receive()
     process.receive()
     return process.receive()["digest"]
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=5, help="of timing, in turns")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the timing")
     parser.add_argument("--json", type=pathlib.Path, help="write the metrics to this file, too")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
@@ -69,14 +69,14 @@ def main() -> None:
             "precision": flags.precision,
             "variants": rows,
         }
-        # One after the other: what XLA measures to choose its algorithms is not disturbed.
+        # One after the other, because XLA measures algorithms while it compiles.
         processes, digests, failed = {}, {}, []
         for name, xla_flags in VARIANTS.items():
             process = start(xla_flags)
             ask_for_digest(process, data, flags.precision)
             try:
                 digests[name] = read_digest(process)
-            except RuntimeError as error:  # The other results are wanted all the same.
+            except RuntimeError as error:  # A failure here does not end the other measurements.
                 print(f"{name}: {error}", flush=True)
                 failed.append(name)
                 continue
@@ -95,7 +95,7 @@ def main() -> None:
             print(f"{name}: {rows[name]}", flush=True)
         write_json(flags.json, results)
 
-        # Nothing is timed any more, so all of these compile at the same time.
+        # No times are measured from here on, so all processes compile at the same time.
         others = {name: start(VARIANTS[name]) for name in processes}
         for process in others.values():
             ask_for_digest(process, data, flags.precision)

@@ -44,7 +44,7 @@ def main() -> None:
         differences[f"zoom {factor:+}"] = zoomed - _ours(image, zoom=factor)
     for seed in range(3):
         theirs = _keras(keras.layers.RandomContrast(0.2, value_range=(0, 255), seed=seed), image)
-        # Keras does not say which factor it drew: it is read off one pixel that is not clipped.
+        # Keras does not return the factor, so it is computed from a pixel that is not clipped.
         mean = image.mean(axis=(1, 2))[0, 0]
         row = int(np.abs(image[0, :, 0, 0] - mean).argmin())
         factor = (theirs[0, row, 0, 0] - mean) / (image[0, row, 0, 0] - mean)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The metrics of a GPU, most wanted first, from a host that is lent for 15 minutes in all.
+# Measures a GPU within 15 minutes, the most important metrics first.
 #
 #   bash experiments/benchmarks/gpu_report.sh first  [FOLDER]    up to 560 s
 #   bash experiments/benchmarks/gpu_report.sh second [FOLDER]    up to 220 s, in the same 15 minutes
-#   bash experiments/benchmarks/gpu_report.sh --try all [FOLDER] all parts in small, on the CPU
+#   bash experiments/benchmarks/gpu_report.sh --try all [FOLDER] all parts, small, on the CPU
 #   bash experiments/benchmarks/gpu_report.sh --list             the parts: name, command, seconds, program
 #
 # It needs the repository, no network, and Python with the packages of pyproject.toml.
-# Those that the host lacks are installed from the wheels in .whl/, if there are any. FOLDER is
-# $OUT or gpu_report by default and gets three files, which grow with each part:
+# Missing packages are installed from the wheels in .whl/, if there are any. FOLDER is
+# $OUT or gpu_report by default. It gets three files, which grow with each part:
 #
 #   report.md     tables for experiments/RESULTS.md
 #   results.json  all numbers

@@ -1,7 +1,7 @@
-"""Collects the parts of `gpu_report.sh` in results.json and report.md.
+"""Collects the results of `gpu_report.sh` in results.json and report.md.
 
-python experiments/benchmarks/gpu_table.py WORK FOLDER      what WORK/parts.jsonl names, into FOLDER
-python experiments/benchmarks/gpu_table.py --facts FILE     device and versions; ends without a GPU
+python experiments/benchmarks/gpu_table.py WORK FOLDER      collect the parts in WORK/parts.jsonl
+python experiments/benchmarks/gpu_table.py --facts FILE     device and versions; fails without a GPU
 """
 
 import importlib.metadata
@@ -20,10 +20,10 @@ _TIMED_OUT = (124, 137)  # The exit statuses of `timeout`, without and with SIGK
 
 
 def facts() -> dict[str, Any]:
-    """The device and the versions that the numbers belong to.
+    """Returns the device and the versions of the libraries.
 
     Raises:
-      SystemExit: JAX computes on the CPU although JAX_PLATFORMS does not say so.
+      SystemExit: JAX uses the CPU although JAX_PLATFORMS does not select it.
     """
     import jax
 
@@ -53,7 +53,7 @@ def facts() -> dict[str, Any]:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; numbers get three significant digits, or all that are before the point."""
+    """Formats a Markdown table; numbers get at least three significant digits."""
     lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
     return "\n".join(lines)
@@ -81,7 +81,7 @@ def roofline_table(found: Mapping[str, Any]) -> str:
 
 
 def step_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Training or inference of several libraries, one line each."""
+    """Formats the results of several libraries, one line for each."""
     headers = ("pixels", "batch", "", "ms", "images/s", "/ cnn_jax", "/ floor")
     lines = []
     for row in rows:
@@ -147,7 +147,7 @@ def seeds_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tests_summary(log: str) -> dict[str, Any]:
-    """Counts of outcomes in what `pytest -v` has printed, and the tests that failed."""
+    """Returns the counts of outcomes in the output of `pytest -v`, and the failed tests."""
     outcomes: dict[str, str] = {}
     for line in log.splitlines():
         # "tests/a.py::b PASSED [ 10%]", or "[gw0] [ 10%] PASSED tests/a.py::b" of xdist.
@@ -183,7 +183,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def collect(work: pathlib.Path) -> dict[str, Any]:
-    """Reads the results of the parts that have run, from their folder."""
+    """Reads the results of the finished parts from their folder."""
     parts = {}
     for line in (work / "parts.jsonl").read_text().splitlines():
         part = json.loads(line)
@@ -198,7 +198,7 @@ def collect(work: pathlib.Path) -> dict[str, Any]:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """All tables, in Markdown."""
+    """Returns all tables in Markdown."""
     known = {key: value for key, value in results["facts"].items() if value is not None}
     text = ["; ".join(f"{key} {value}" for key, value in known.items())]
     for name, part in results["parts"].items():

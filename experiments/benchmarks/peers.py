@@ -2,10 +2,10 @@
 
     python experiments/benchmarks/peers.py NAME
 
-is a process that one of the benchmarks talks to: a JSON object a line in, one out. Each
-library is alone in a process, with threads and memory of its own, as its users have it.
-All compute the same: uint8 images in, the same weights, the same loss and optimizer.
-Weights and gradients travel as arrays named as in this project ("conv1/kernel", ...).
+answers requests of a benchmark: one JSON object on each line of stdin, one answer on each
+line of stdout. Each library runs in a separate process with its own threads and memory. All
+compute the same function: uint8 images, the same weights, the same loss and optimizer.
+Weights and gradients are arrays with the names of this project ("conv1/kernel", ...).
 """
 
 import contextlib
@@ -23,21 +23,21 @@ import numpy as np
 
 FEATURES, DENSE, CLASSES, DROPOUT = (32, 64, 128), 256, 10, 0.5
 MOMENTUM, EPSILON, LABEL_SMOOTHING, L2, LEARNING_RATE = 0.99, 1e-3, 0.1, 1e-4, 1e-3
-GREY = 127.5  # Mean and deviation of the inputs.
+GREY = 127.5  # Mean and standard deviation of the inputs.
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What all work on.
+    """The data of a comparison, the same for all libraries.
 
     Attributes:
       weights: Parameters and running statistics, by name.
       images: uint8 [B, H, W, 3].
       labels: int32 [B].
-      precision: "float32" or "bfloat16"; of others than this project's also "float64".
-      dropout: 0 where results are compared.
+      precision: "float32" or "bfloat16"; for other libraries also "float64".
+      dropout: The dropout probability; 0 in comparisons of results.
     """
 
     weights: Arrays
@@ -48,41 +48,41 @@ class Task:
 
 
 def load_task(path: str | os.PathLike[str], precision: str, dropout: float) -> Task:
-    """The task whose arrays are in an .npz file."""
+    """Reads a task from an .npz file."""
     with np.load(path) as data:
         weights = {key: data[key] for key in data if "/" in key}
         return Task(weights, data["images"], data["labels"], precision, dropout)
 
 
 class Peer:
-    """What a benchmark asks of each library."""
+    """The interface of a library for the benchmarks."""
 
     def __init__(self, task: Task):
         """Makes the network, its optimizer and one batch."""
 
     def loss_and_gradients(self) -> tuple[float, Arrays]:
-        """The mean loss with smoothing, in training mode; the gradients of it and L2."""
+        """Returns the mean smoothed loss in training mode, and the gradients of loss plus L2."""
         raise NotImplementedError
 
     def train(self) -> None:
-        """One step, to the end."""
+        """Runs one training step, and waits for its end."""
         raise NotImplementedError
 
     def predict(self) -> np.ndarray:
-        """Probabilities float32 [B, C] of the images, from host memory to host memory."""
+        """Returns the probabilities, float32 [B, C], of the images; both are in host memory."""
         raise NotImplementedError
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which float32 products are float32, which on GPUs are TF32 by default."""
+        """Returns a context that computes float32 products in float32; GPUs use TF32 by default."""
         return contextlib.nullcontext()
 
     def peak_bytes(self) -> int:
-        """The most memory of the device that was in use at once; 0 where it is not known."""
+        """Returns the peak memory of the device in bytes; 0 if it is unknown."""
         return 0
 
 
 class Ours(Peer):
-    """The step of this project, with the compiler's options that it uses."""
+    """The step of this project, with its compiler options."""
 
     def __init__(self, task: Task):
         import jax
@@ -145,7 +145,7 @@ class Ours(Peer):
 
         from cnn_jax.training.optimizer import kernel_mask
 
-        # The optimizer of a step that keeps the gradient.
+        # An optimizer that stores the gradient in its state.
         def keep(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             return updates, updates
 
@@ -154,7 +154,7 @@ class Ours(Peer):
             optax.GradientTransformation(lambda params: params, keep),
         )
         state = self._state.replace(opt_state=optimizer.init(self._state.params))
-        # Compiled as what is timed.
+        # The compared program has the same options as the timed one.
         step = self._jax.jit(
             dataclasses.replace(self._plain_step, optimizer=optimizer),
             compiler_options=self._options,
@@ -179,7 +179,7 @@ class Ours(Peer):
         self.train_without_waiting(1)
 
     def train_without_waiting(self, count: int) -> None:
-        """So many steps; only the last is waited for."""
+        """Runs a number of steps, and waits for the last one only."""
         for _ in range(count):
             self._state, _ = self._step(self._state, self._batch)
         self._jax.block_until_ready(self._state)
@@ -194,7 +194,7 @@ class Ours(Peer):
         return (self._jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
     def digest(self) -> str:
-        """SHA-256 of the train state: equal for two states that are equal bit for bit."""
+        """Returns the SHA-256 of the train state."""
         digest = hashlib.sha256()
         for leaf in self._jax.tree.leaves(self._jax.device_get(self._state)):
             digest.update(np.asarray(leaf).tobytes())
@@ -202,11 +202,11 @@ class Ours(Peer):
 
 
 class Variant(Ours):
-    """The same with some of what makes it fast taken back.
+    """The step of this project without some of its optimisations.
 
     Attributes:
-      linen: The layers of `cnn_jax.models.cnn` that are Linen's own.
-      without: The compiler's options that are left out are those with this in their names.
+      linen: The layers of `cnn_jax.models.cnn` that are replaced by Linen's.
+      without: A part of the names of the compiler options that are left out.
     """
 
     linen: tuple[str, ...] = ()
@@ -228,7 +228,7 @@ class Variant(Ours):
             "max_pool_2x2": functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
         }
         for name in self.linen:
-            setattr(cnn, name, layers[name])  # This process makes no other network.
+            setattr(cnn, name, layers[name])  # This process has no other network.
         return super()._model(precision, dropout)
 
 
@@ -253,13 +253,13 @@ class WithoutOptions(Variant):
 
 
 class PlainLinen(WithoutOptions):
-    """The same step around Linen's own layers, as XLA compiles them by default."""
+    """The step of this project with Linen's layers and XLA's default options."""
 
     linen = ("Conv", "BatchNorm", "max_pool_2x2")
 
 
 class Torch(Peer):
-    """PyTorch in channels_last, eager; bfloat16 by autocast."""
+    """PyTorch in eager mode with channels_last; bfloat16 by autocast."""
 
     is_compiled = False
 
@@ -284,7 +284,7 @@ class Torch(Peer):
         )
         self._images = torch.from_numpy(task.images).to(self._device)
         self._labels = torch.from_numpy(task.labels.astype(np.int64)).to(self._device)
-        # Without dynamic=False the second shape of a process would be compiled for any size.
+        # Without dynamic=False PyTorch compiles the second shape of a process for all sizes.
         compiled = functools.partial(torch.compile, dynamic=False)
         if not self.is_compiled:
             compiled = lambda function: function  # noqa: E731
@@ -345,7 +345,7 @@ class Torch(Peer):
 
 
 class CompiledTorch(Torch):
-    """The same under `torch.compile`."""
+    """PyTorch with `torch.compile`."""
 
     is_compiled = True
 
@@ -375,7 +375,7 @@ def torch_network(dropout: float) -> Any:
 
 
 def _torch_tensors(net: Any) -> Mapping[str, Any]:
-    """PyTorch's tensors by this project's names."""
+    """Returns PyTorch's tensors by the names of this project."""
     from torch import nn  # pyright: ignore
 
     convolutions = [m for m in net if isinstance(m, nn.Conv2d)]
@@ -412,7 +412,7 @@ def _is_torch_kernel(name: str, parameter: Any) -> bool:
 
 
 class Keras(Peer):
-    """Keras 3, a batch at a time as `fit` trains it; KERAS_BACKEND says what it runs on."""
+    """Keras 3 with `train_on_batch`; KERAS_BACKEND selects its backend."""
 
     def __init__(self, task: Task):
         import keras  # pyright: ignore
@@ -481,12 +481,12 @@ class Keras(Peer):
                 loss = self._loss(self._labels, logits)
                 return loss + sum(losses), loss
 
-            (_, loss), by_variable = jax.value_and_grad(total_loss, has_aux=True)(
+            (_, loss), variable_gradients = jax.value_and_grad(total_loss, has_aux=True)(
                 [v.value for v in net.trainable_variables]
             )
             paths = [v.path for v in net.trainable_variables]
-            by_path = dict(zip(paths, by_variable, strict=True))
-            values = [by_path[v.path] for v in trained.values()]
+            path_gradients = dict(zip(paths, variable_gradients, strict=True))
+            values = [path_gradients[v.path] for v in trained.values()]
         return float(loss), {
             name: np.asarray(value) for name, value in zip(trained, values, strict=True)
         }
@@ -501,7 +501,7 @@ class Keras(Peer):
 
 
 class OnnxRuntime(Peer):
-    """PyTorch's network, exported, in ONNX Runtime with its defaults. It does not train."""
+    """PyTorch's network, exported to ONNX Runtime with its defaults; inference only."""
 
     def __init__(self, task: Task):
         import io
@@ -569,7 +569,7 @@ def _flat(tree: Mapping[str, Any]) -> Arrays:
 
 
 def seconds_of_each(action: Callable[[], object], count: int) -> list[float]:
-    """Seconds of each of so many."""
+    """Returns the seconds of each of `count` calls."""
     times = []
     for _ in range(count):
         start = time.perf_counter()
@@ -579,7 +579,7 @@ def seconds_of_each(action: Callable[[], object], count: int) -> list[float]:
 
 
 def _serve(name: str) -> None:
-    """Answers requests on stdin until it is closed; what libraries print goes to stderr."""
+    """Answers requests on stdin until it is closed; the output of libraries goes to stderr."""
     if name.startswith("Keras"):
         os.environ["KERAS_BACKEND"] = name.split()[-1].lower()
     replies = os.fdopen(os.dup(1), "w")

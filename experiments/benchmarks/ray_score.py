@@ -1,12 +1,12 @@
-r"""Classifies any number of images on the machines of a Ray cluster, or on this one.
+r"""Classifies any number of images on a Ray cluster, or on this machine.
 
     pip install -e . 'ray[data]'
     python experiments/benchmarks/ray_score.py --bundle=RUN/bundle --input=s3://BUCKET/IMAGES \
         --output=DIR
 
-Writes Parquet files with path, predicted, confidence, probabilities and error, as they are
-done. Ray reads, hands out and tries again what a lost machine had; all machines must reach
-the bundle, the images and DIR.
+Writes Parquet files with path, predicted, confidence, probabilities and error. Ray reads and
+distributes the images, and repeats the work of a lost machine. All machines must be able to
+access the bundle, the images and DIR.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 
 
 class Score:
-    """One worker: a predictor that sees batch after batch."""
+    """A worker: a predictor that is called with one batch after another."""
 
     def __init__(self, bundle: str):
         self._predictor = BundlePredictor.load(bundle)
@@ -42,11 +42,11 @@ class Score:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--bundle", required=True)
-    parser.add_argument("--input", required=True, help="a folder, here or in a bucket")
-    parser.add_argument("--output", required=True, help="a folder, here or in a bucket")
-    parser.add_argument("--workers", type=int, default=1, help="predictors at once")
-    parser.add_argument("--cpus", type=float, default=1, help="of each predictor")
-    parser.add_argument("--gpus", type=float, default=0, help="of each predictor")
+    parser.add_argument("--input", required=True, help="a local folder or a folder in a bucket")
+    parser.add_argument("--output", required=True, help="a local folder or a folder in a bucket")
+    parser.add_argument("--workers", type=int, default=1, help="number of predictors")
+    parser.add_argument("--cpus", type=float, default=1, help="for each predictor")
+    parser.add_argument("--gpus", type=float, default=0, help="for each predictor")
     flags = parser.parse_args()
     ray.data.read_binary_files(flags.input, include_paths=True).map_batches(
         Score,

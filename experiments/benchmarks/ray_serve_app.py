@@ -1,10 +1,10 @@
-"""The same predictor behind Ray Serve, which scales it over the machines of a cluster.
+"""A predictor behind Ray Serve, which runs replicas on the machines of a cluster.
 
     pip install -e . 'ray[serve]'
     BUNDLE=RUN/bundle serve run experiments.benchmarks.ray_serve_app:app
     curl --data-binary @cat.jpg http://127.0.0.1:8000/
 
-Ray gathers the batches, starts replicas as requests come, and restarts those that die.
+Ray forms the batches, starts replicas when requests increase, and restarts dead replicas.
 """
 
 import os
@@ -22,7 +22,7 @@ from cnn_jax.inference.predictor import BundlePredictor, Prediction, predict_bat
     autoscaling_config={"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 16},
 )
 class Classifier:
-    """One replica: a predictor, and what waits for it."""
+    """A replica: a predictor with a queue of requests."""
 
     def __init__(self, bundle: str):
         self._predictor = BundlePredictor.load(bundle)

@@ -1,4 +1,4 @@
-"""The least time that a training step and an inference could take on this machine.
+"""Computes the shortest possible time of a training step and an inference on this machine.
 
     python experiments/benchmarks/roofline.py
         [--image_size=224 --batch_size=32 | --shapes=224x32,64x128]
@@ -8,39 +8,40 @@ The roofline model (Williams, Waterman and Patterson 2009): a computation takes 
 operations divided by the rate of arithmetic, and at least its bytes divided by the memory's
 bandwidth; the larger of the two is its floor. "By pass" is the tighter floor of a program
 whose passes over memory run one after the other, each at its own limit. Both rates are
-measured here, on JAX's default device. Run it on a quiet machine: what else is busy while it
-measures raises the floor.
+measured here, on JAX's default device. Run it on an idle machine: other load during the
+measurement raises the floor.
 
-Operations are those of the convolutions and dense layers alone, a multiply-add being two,
-as direct convolutions do them, those with the zeros of the padding included. (XLA's
+Only the operations of convolutions and dense layers are counted, as direct convolutions
+compute them, with the zeros of the padding; a multiply-add is two operations. (XLA's
 `cost_analysis` leaves these out: 10 % of a forward pass at 32 pixels, 2 % at 224.)
 
 Bytes are counted under these assumptions:
 
-- A matrix product (convolutions are such) reads each operand once and writes its result
-  once: patches of an image are never in memory, and the cache holds whatever is used again.
-- Everything elementwise, and every sum, costs nothing at the end of the product or pass that
-  has its operands at hand: bias, ReLU, the statistics of BatchNorm, dropout (its draws are
-  computed where they are used), softmax and loss. So does the normalisation of the images,
-  which are uint8, and the conversion of parameters, where they are read.
+- A matrix product (also a convolution) reads each operand once and writes its result once:
+  patches of an image are never in memory, and the cache holds all data that is reused.
+- An elementwise operation or a sum needs no bytes if it is fused to the end of the product or
+  pass that has its operands: bias, ReLU, the statistics of BatchNorm, dropout (its draws are
+  computed where they are used), softmax and loss. The normalisation of the uint8 images and
+  the conversion of parameters are fused to the pass that reads them.
 - Nothing is kept in the cache from one product or pass to the next.
 - In training, BatchNorm's statistics need the whole batch before anything can be
-  normalised. So a convolution's output goes to memory and comes back, for one pass that
-  normalises and pools, and once more in the backward pass. There, the two sums that
-  BatchNorm's gradient needs come from the pooled activations and their gradient alone, at
-  the end of the product that makes this gradient, as it flows only to the pixels whose
-  values were pooled (which takes that no scale is zero). One pass then makes the gradient
-  of the convolution's output, which is written once and read by the product for the weights
-  and by that for the inputs.
+  normalised. So a convolution's output is written to memory and read again by one pass that
+  normalises and pools, and once more in the backward pass. In the backward pass, the two sums
+  for BatchNorm's gradient are computed from the pooled activations and their gradient, at the
+  end of the product that computes this gradient, because the gradient is zero at all pixels
+  that were not pooled (if no scale is zero). One more pass computes the gradient of the
+  convolution's output, which is written once and read by the products for the gradients of
+  the weights and of the inputs.
 - In inference the statistics are constants, and a layer reads its input once and writes its
   pooled output once.
-- Parameters, their gradients and Adam's two moments are float32, and so is what follows the
+- Parameters, their gradients and Adam's two moments are float32, and so are the values after the
   last layer. All other activations are of the given width.
 - Labels and metrics are left out, and so is augmentation.
 
-It is a floor of programs of this kind and not of all: one that recomputes instead of storing
-moves fewer bytes (a convolution run twice need not store its output, and the next product
-could normalise and pool as it reads), and Winograd's convolution does fewer multiplications.
+This is a floor for programs of this kind, not for all. A program that recomputes values
+instead of storing them moves fewer bytes (a convolution that runs twice need not store its
+output, and the next product could normalise and pool as it reads), and Winograd's convolution
+does fewer multiplications.
 `--passes` prints each pass with the tensors that it reads and writes. `--peaks` takes the two
 rates from the JSON of another run instead of measuring them.
 """
@@ -59,7 +60,7 @@ import jax.numpy as jnp
 
 from cnn_jax.models.cnn import CNN
 
-# Pixels on a side and images in a batch.
+# The side of an image in pixels, and the batch size.
 SHAPES = ((32, 256), (64, 128), (224, 32))
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -70,7 +71,7 @@ _REPETITIONS = 10
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, and bytes between memory and processor."""
+    """A number of floating-point operations, and of bytes between memory and processor."""
 
     flops: float
     bytes: float
@@ -81,7 +82,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a device does at best, as measured."""
+    """The measured peak rates of a device."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -92,7 +93,7 @@ class Pass:
     """One pass over memory: a matrix product with what is fused to it, or an elementwise one.
 
     Attributes:
-      name: The layer and what it does for it.
+      name: The layer and the purpose of the pass.
       flops: Operations of its matrix product; 0 for an elementwise pass.
       reads: Bytes of each tensor that it reads, once.
       writes: Bytes of each tensor that it writes, once.
@@ -113,13 +114,13 @@ class Layer:
     """A convolution with its BatchNorm and pooling, or a dense layer, for one image.
 
     Attributes:
-      name: That of the module in the network.
-      inputs: Numbers that come in.
-      products: Numbers that come out of its matrix product.
-      outputs: Numbers that go out: fewer, where it pools.
-      fan_in: Numbers of which each product is the weighted sum.
-      parameters: Trainable ones: kernel, bias, and BatchNorm's scale and bias.
-      statistics: BatchNorm's running ones.
+      name: The name of the module in the network.
+      inputs: Number of input values.
+      products: Number of results of the matrix product.
+      outputs: Number of output values, after pooling.
+      fan_in: Number of values in the weighted sum of each product.
+      parameters: Number of trainable parameters: kernel, bias, BatchNorm's scale and bias.
+      statistics: Number of BatchNorm's statistics.
     """
 
     name: str
@@ -132,18 +133,18 @@ class Layer:
 
     @property
     def flops(self) -> int:
-        """Of one matrix product for one image; the gradients' two need as many each."""
+        """Operations of one matrix product for one image; each gradient's product needs as many."""
         return 2 * self.fan_in * self.products
 
 
 def layers(model: CNN, image_size: int) -> list[Layer]:
-    """The layers of the network for square images, first to last."""
+    """Returns the layers of the network for square images, first to last."""
     if not model.batch_norm:
         raise ValueError("The bytes are counted for a network with BatchNorm.")
     found = []
     side, channels = image_size, 3
     for i, features in enumerate(model.features, start=1):
-        # The last convolution's output is averaged over the image.
+        # The output of the last convolution is averaged over the image.
         pooled_side = side // 2 if i < len(model.features) else 1
         fan_in = _KERNEL_PIXELS * channels
         found.append(
@@ -169,7 +170,7 @@ def layers(model: CNN, image_size: int) -> list[Layer]:
 def training_passes(
     model: CNN, image_size: int, batch_size: int, activation_bytes: int
 ) -> list[Pass]:
-    """What a training step does, by the assumptions at the top of this file."""
+    """Returns the passes of a training step, by the assumptions at the top of this file."""
     forward: list[Pass] = []
     backward: list[Pass] = []  # From the last layer to the first.
     update: list[Pass] = []
@@ -185,7 +186,7 @@ def training_passes(
         moments = {f"{name} moments": 2 * layer.parameters * _FLOAT32}
         output = {f"{name} output": batch_size * layer.outputs * activation_bytes}
         gradient_of_output = {f"{name} gradient of output": sum(output.values())}
-        of_layer: list[Pass] = []
+        layer_passes: list[Pass] = []
         if layer.statistics:
             convolved = {f"{name} convolved": products}
             gradient = {f"{name} gradient of convolved": products}
@@ -194,26 +195,31 @@ def training_passes(
                 Pass(f"{name} product", flops, inputs | parameters, convolved),
                 Pass(f"{name} normalise", 0, convolved | statistics, output | statistics),
             ]
-            of_layer.append(
+            layer_passes.append(
                 Pass(f"{name} normalise's gradient", 0, convolved | gradient_of_output, gradient)
             )
         elif last:
-            # The product's end goes on to the loss and back: logits stay in the processor.
+            # The loss and its gradient are fused to the product: logits stay in the processor.
             gradient = {f"{name} gradient of logits": products}
             forward.append(Pass(f"{name} product and loss", flops, inputs | parameters, gradient))
         else:
-            # The next layer's gradient of its inputs comes with ReLU and dropout undone.
+            # The next layer's input gradient already includes the gradients of ReLU and dropout.
             gradient = gradient_of_output
             forward.append(Pass(f"{name} product", flops, inputs | parameters, output))
-        of_layer.append(Pass(f"{name} weights' gradient", flops, inputs | gradient, gradients))
-        if before:  # Nobody needs the gradient of the images.
+        layer_passes.append(Pass(f"{name} weights' gradient", flops, inputs | gradient, gradients))
+        if before:  # The gradient of the images is not needed.
             # The inputs are read for what its end does: the sums that the BatchNorm before
             # needs, or undoing ReLU and dropout.
-            of_inputs = {f"{before} gradient of output": sum(inputs.values())}
-            of_layer.append(
-                Pass(f"{name} inputs' gradient", flops, gradient | parameters | inputs, of_inputs)
+            input_gradient = {f"{before} gradient of output": sum(inputs.values())}
+            layer_passes.append(
+                Pass(
+                    f"{name} inputs' gradient",
+                    flops,
+                    gradient | parameters | inputs,
+                    input_gradient,
+                )
             )
-        backward = of_layer + backward
+        backward = layer_passes + backward
         update.append(
             Pass(f"{name} Adam", 0, parameters | gradients | moments, parameters | moments)
         )
@@ -224,7 +230,7 @@ def training_passes(
 def inference_passes(
     model: CNN, image_size: int, batch_size: int, activation_bytes: int
 ) -> list[Pass]:
-    """What an inference does, by the assumptions at the top of this file."""
+    """Returns the passes of an inference, by the assumptions at the top of this file."""
     passes: list[Pass] = []
     all_layers = layers(model, image_size)
     before = ""
@@ -245,7 +251,7 @@ def inference_passes(
 
 
 def _inputs(layer: Layer, before: str, batch_size: int, activation_bytes: int) -> dict[str, int]:
-    """The tensor that the layer before, if there is one, or the data hand to a layer."""
+    """Returns the input tensor of a layer, from the layer before it or from the data."""
     if before:
         return {f"{before} output": batch_size * layer.inputs * activation_bytes}
     return {"images": batch_size * layer.inputs}
@@ -256,12 +262,12 @@ def total(passes: Iterable[Pass]) -> Work:
 
 
 def training_work(model: CNN, image_size: int, batch_size: int, activation_bytes: int) -> Work:
-    """The work of one training step on one batch: forward, backward and Adam."""
+    """Returns the work of one training step on one batch: forward, backward and Adam."""
     return total(training_passes(model, image_size, batch_size, activation_bytes))
 
 
 def inference_work(model: CNN, image_size: int, batch_size: int, activation_bytes: int) -> Work:
-    """The work of one inference of one batch, from uint8 images to logits."""
+    """Returns the work of one inference of one batch, from uint8 images to logits."""
     return total(inference_passes(model, image_size, batch_size, activation_bytes))
 
 
@@ -274,26 +280,26 @@ def memory_seconds(work: Work, peaks: Peaks) -> float:
 
 
 def floor_seconds(work: Work, peaks: Peaks) -> float:
-    """The least time, if arithmetic and memory are never idle on each other's account."""
+    """Returns the shortest time if arithmetic and memory transfers overlap completely."""
     return max(compute_seconds(work, peaks), memory_seconds(work, peaks))
 
 
 def floor_seconds_by_pass(passes: Iterable[Pass], peaks: Peaks) -> float:
-    """The least time if no two passes overlap, as each needs what one before it has made."""
+    """Returns the shortest time if no two passes overlap; each needs results of an earlier one."""
     return sum(floor_seconds(each.work, peaks) for each in passes)
 
 
 def measure_peaks(precision: str) -> Peaks:
-    """The rates of a large matrix product and of scaling a large array, best of several.
+    """Measures the best rates of a large matrix product and of scaling a large array.
 
-    They are those that XLA reaches on JAX's default device, and not the maker's figures.
+    These are the rates that XLA reaches on JAX's default device, not the numbers of its maker.
     The products are of square matrices of the given precision ("float32" or "bfloat16"),
     with JAX's default for the arithmetic (on NVIDIA's GPUs, TF32 for float32), as the
     network's are; sums are float32. The array is scaled in place, so that each
     byte is read once and written once and no memory is allocated meanwhile.
     """
     on_cpu = jax.default_backend() == "cpu"
-    # The best of several sizes, as none is the best for all processors. The array, of 256
+    # The best of several sizes, because no size is the best for all processors. The array, of 256
     # MiB, is beyond a CPU's caches. On an accelerator all is larger, for the time to be well
     # above that of a launch.
     sides, length = ((1024, 1536, 2048), 2**26) if on_cpu else ((4096, 6144, 8192), 2**28)
@@ -309,7 +315,7 @@ def measure_peaks(precision: str) -> Peaks:
 
     array = jnp.ones(length, jnp.float32)
     scale = jax.jit(jnp.multiply, donate_argnums=0)
-    factor = jnp.float32(1)  # An argument, or XLA would leave the product out.
+    factor = jnp.float32(1)  # With a constant, XLA would remove the product.
 
     def scale_in_place() -> jax.Array:
         nonlocal array
@@ -336,11 +342,11 @@ KINDS = {"training": training_passes, "inference": inference_passes}
 def table(
     model: CNN, shapes: Iterable[tuple[int, int]], precision: str, peaks: Peaks
 ) -> list[dict[str, Any]]:
-    """A row for the training step and one for the inference of each shape (pixels, images)."""
+    """Returns a row for the training step and a row for the inference of each shape."""
     rows = []
     for image_size, batch_size in shapes:
-        for kind, passes_of in KINDS.items():
-            passes = passes_of(model, image_size, batch_size, ACTIVATION_BYTES[precision])
+        for kind, count_passes in KINDS.items():
+            passes = count_passes(model, image_size, batch_size, ACTIVATION_BYTES[precision])
             work = total(passes)
             rows.append(
                 {
@@ -360,7 +366,7 @@ def table(
 
 
 def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
-    """The pixels on a side and the images in a batch of "32x256,224x32"."""
+    """Converts "32x256,224x32" to pairs of side in pixels and batch size; an argparse type."""
     pairs = (shape.split("x") for shape in text.split(","))
     return tuple((int(side), int(batch_size)) for side, batch_size in pairs)
 
@@ -379,11 +385,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--image_size", type=int)
     parser.add_argument("--batch_size", type=int)
-    parser.add_argument("--shapes", help="such as 32x256,224x32: pixels x images")
+    parser.add_argument("--shapes", help="such as 32x256,224x32: side x batch size")
     parser.add_argument("--precision", choices=sorted(ACTIVATION_BYTES), default="float32")
     parser.add_argument("--peaks", type=Path, metavar="FILE", help="the JSON of another run")
-    parser.add_argument("--passes", action="store_true", help="print what is moved, too")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--passes", action="store_true", help="print the tensors of each pass, too")
+    parser.add_argument("--json", type=Path, help="write the metrics to this file, too")
     flags = parser.parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     if flags.image_size or flags.batch_size:
@@ -418,10 +424,10 @@ def main() -> None:
         )
     if flags.passes:
         for image_size, batch_size in shapes:
-            for kind, passes_of in KINDS.items():
+            for kind, count_passes in KINDS.items():
                 print(f"\n{kind}, {image_size} pixels, {batch_size} images")
                 width = ACTIVATION_BYTES[flags.precision]
-                _print_passes(passes_of(model, image_size, batch_size, width))
+                _print_passes(count_passes(model, image_size, batch_size, width))
     if flags.json:
         figures = {
             "device": device,

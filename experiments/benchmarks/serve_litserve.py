@@ -1,4 +1,4 @@
-"""LitServe's side of serve_peers.py, in a module that its processes can import."""
+"""The LitServe server of serve_peers.py, in a module that its processes can import."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from serve_peers import LITSERVE, TorchModel
 
 
 class Api(litserve.LitAPI):
-    """Decodes, gathers batches and answers, over PyTorch or over this project's predictor."""
+    """Decodes, forms batches and answers, with PyTorch or with this project's predictor."""
 
     def __init__(self, bundle: str, is_jax: bool, largest: int, seconds: float):
         super().__init__(max_batch_size=largest, batch_timeout=seconds)
@@ -39,7 +39,7 @@ class Api(litserve.LitAPI):
     def batch(self, inputs: list[Any]) -> Any:
         self._count = len(inputs)
         if self._is_jax:
-            # Of a size that is compiled.
+            # A batch size that is already compiled.
             size = 1 << (len(inputs) - 1).bit_length()
             return np.stack([*inputs, *inputs[-1:] * (size - len(inputs))])
         import torch  # pyright: ignore
@@ -47,7 +47,7 @@ class Api(litserve.LitAPI):
         return torch.stack(inputs)
 
     def predict(self, x: Any, **kwargs: Any) -> Any:
-        if self._largest == 1:  # LitServe batches nothing then.
+        if self._largest == 1:  # With this value LitServe forms no batches.
             return self._run(x[None])[0]
         return self._run(x)[: self._count]
 

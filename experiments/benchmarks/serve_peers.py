@@ -2,15 +2,15 @@
 
     python experiments/benchmarks/serve_peers.py NAME --bundle=BUNDLE --port=PORT
 
-A multipart form with one file in, JSON with all probabilities out. Each as its documentation
-has it, and as most people write it:
+A request is a multipart form with one file; the answer is JSON with all probabilities. Each
+server follows the documentation of its library:
 
-    fastapi      FastAPI and PyTorch: an image a call, on FastAPI's threads
-    litserve     LitServe and PyTorch, batches of up to 8, for which it waits 5 ms
-    litserve_1   the same without batches, as LitServe is if nothing is said
-    litserve_2   the same with two workers
-    litserve_32  batches of up to 32, for which it waits 10 ms
-    litserve_jax as `litserve`, over this project's predictor
+    fastapi      FastAPI and PyTorch: one image a call, on FastAPI's threads
+    litserve     LitServe and PyTorch, batches of up to 8, waits up to 5 ms for a batch
+    litserve_1   without batches, which is the default of LitServe
+    litserve_2   without batches, with two workers
+    litserve_32  batches of up to 32, waits up to 10 ms for a batch
+    litserve_jax as `litserve`, with this project's predictor
 """
 
 import argparse
@@ -23,7 +23,7 @@ from PIL import Image
 
 from cnn_jax.inference.bundle import read_bundle
 
-# Images at once, seconds for which LitServe waits for them, workers.
+# The batch size, the seconds for which LitServe waits for a batch, the number of workers.
 LITSERVE = {
     "litserve": (8, 0.005, 1),
     "litserve_1": (1, 0.0, 1),
@@ -34,7 +34,7 @@ LITSERVE = {
 
 
 class TorchModel:
-    """The bundle's network in PyTorch, in inference mode."""
+    """Returns the bundle's network in PyTorch, in inference mode."""
 
     def __init__(self, path: str):
         import flax.traverse_util
@@ -49,7 +49,7 @@ class TorchModel:
         self.network.eval().to(memory_format=torch.channels_last)
 
     def decode(self, content: bytes) -> Any:
-        """An image file as float32 [3, height, width], as torchvision's ToTensor makes it."""
+        """Decodes an image to float32 [3, height, width], as torchvision's ToTensor does."""
         import torch  # pyright: ignore
 
         image = Image.open(io.BytesIO(content)).convert("RGB")
@@ -90,7 +90,7 @@ def main() -> None:
     if flags.name == "fastapi":
         _fastapi(flags.bundle, flags.port)
     else:
-        import serve_litserve  # Needs LitServe, which the others do not.
+        import serve_litserve  # Only this server needs LitServe.
 
         serve_litserve.serve(flags.bundle, flags.port, flags.name)
 

@@ -1,20 +1,20 @@
-"""A server for a long time: swaps under load, 80 % of what it can, and three times as much.
+"""Tests a server for a long time: swaps of versions under load, long load, and overload.
 
     python experiments/benchmarks/soak_serve.py [--swaps=200] [--minutes=10] [--side=224]
         [--other_network]
 
-The specification's network, JPEGs of its size, over the loopback, client and server on the
-same cores. Prints and judges:
+The server runs the specification's network and receives JPEGs of its image size over the
+loopback interface; client and server share the cores. The program measures and checks:
 
-- capacity: what 8 clients get answered, each asking again at once;
-- swaps: a registry's alias goes to and fro between two versions while requests arrive at half
-  of the capacity; no request may fail, and memory may not grow;
-- soak: so many minutes at 80 % of the capacity: no error, memory flat;
-- overload: three times the capacity for 30 s: what is accepted is answered in bounded time,
-  the rest gets 429, and ten seconds later it is as it was before.
+- capacity: the rate of answers to 8 clients, each of which sends the next request at once;
+- swaps: a registry's alias moves between two versions while requests arrive at half of the
+  capacity; no request may fail, and memory must not grow;
+- soak: --minutes at 80 % of the capacity; no request may fail, and memory must not grow;
+- overload: three times the capacity for 30 s; accepted requests are answered in bounded time,
+  all others get status 429, and ten seconds later the latency is normal again.
 
-Requests arrive as a Poisson process does, whatever the server does. Exits with 1 if one of
-these does not hold.
+Requests arrive as a Poisson process, independent of the answers. The exit code is 1 if a
+check fails.
 """
 
 import argparse
@@ -46,8 +46,8 @@ from bench_serve import (
 
 from cnn_jax.registry.registry import Registry
 
-# Requests that a client has under way at once: each has a connection of its own.
-_MOST_UNDER_WAY = 512
+# The largest number of requests in flight; each has its own connection.
+_MAX_IN_FLIGHT = 512
 
 
 class Server:
@@ -77,46 +77,46 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def megabytes(self) -> float:
-        """Resident memory."""
+        """Returns the resident memory."""
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmRSS:\s+(\d+) kB", status)
         assert found
         return int(found[1]) / 1000
 
     def version(self) -> int:
-        """The one that answers."""
+        """Returns the version that answers."""
         (model,) = requests.get(f"{self.url}/models", timeout=30).json()["models"]
         return model["default"]
 
 
 class Arrivals:
-    """Requests that arrive by themselves, at a rate."""
+    """A client that sends requests at a given rate, independent of the answers."""
 
     def __init__(self, port: int, bodies: Sequence[bytes], per_second: float):
         self._port = port
         self._bodies = bodies
         self._per_second = per_second
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-        self._under_way = 0
+        self._in_flight = 0
         self._is_over = False
-        # Requests that were due and not sent, since too many were under way.
+        # The number of requests that were not sent because too many were in flight.
         self.not_sent = 0
-        # (when it was sent, how long it took, status) of each; status 0: no answer.
+        # Time of sending, duration and status of each request; status 0: no answer.
         self.answers: list[tuple[float, float, int]] = []
 
     def end(self) -> None:
-        """Lets no more arrive."""
+        """Sends no further requests."""
         self._is_over = True
 
     async def run(self, until: float) -> None:
-        """Sends until a moment of `time.monotonic`, and waits for what is under way."""
+        """Sends requests until a time of `time.monotonic`, then waits for the open ones."""
         rng = random.Random(0)
         tasks: set[asyncio.Task[None]] = set()
         moment = time.monotonic()
         number = 0
         while (moment := moment + rng.expovariate(self._per_second)) < until and not self._is_over:
             await asyncio.sleep(max(0.0, moment - time.monotonic()))
-            if self._under_way == _MOST_UNDER_WAY:
+            if self._in_flight == _MAX_IN_FLIGHT:
                 self.not_sent += 1
                 continue
             task = asyncio.create_task(self._send(self._bodies[number % len(self._bodies)]))
@@ -129,9 +129,9 @@ class Arrivals:
 
     async def _send(self, body: bytes) -> None:
         start, status = time.monotonic(), 0
-        self._under_way += 1
+        self._in_flight += 1
         try:
-            # One that is kept open, unless the server has closed it meanwhile, or another.
+            # Reuse a connection, or open a new one if the server has closed it.
             while self._idle and self._idle[-1][0].at_eof():
                 self._idle.pop()[1].close()
             if self._idle:
@@ -150,12 +150,12 @@ class Arrivals:
                 self._idle.append((reader, writer))
         except (OSError, asyncio.IncompleteReadError):
             pass
-        self._under_way -= 1
+        self._in_flight -= 1
         self.answers.append((start, time.monotonic() - start, status))
 
 
 def describe(answers: Sequence[tuple[float, float, int]]) -> dict[str, Any]:
-    """Statuses, and the latency of what was accepted, in milliseconds."""
+    """Returns the counts of statuses, and the latency of accepted requests in milliseconds."""
     statuses = collections.Counter(status for _, _, status in answers)
     accepted = [1000 * seconds for _, seconds, status in answers if status == 200]
     p50, p99 = np.percentile(accepted, [50, 99]) if accepted else (0.0, 0.0)
@@ -174,7 +174,7 @@ def show(name: str, found: dict[str, Any], **more: object) -> None:
 async def swap_under_load(
     server: Server, registry: Registry, bodies: Sequence[bytes], rate: float, swaps: int
 ) -> list[str]:
-    """Has the alias go to and fro while requests arrive; what does not hold."""
+    """Moves the alias while requests arrive; returns the failed checks."""
     quiet = Arrivals(server.port, bodies, rate)
     await quiet.run(time.monotonic() + 20)
     show("before the swaps", describe(quiet.answers))
@@ -203,7 +203,7 @@ async def swap_under_load(
         if any(start <= answer[0] + answer[1] and answer[0] <= end for start, end in moments)
     ]
     found, before = describe(during), describe(quiet.answers)
-    # The first tenth warms up what is kept for good.
+    # In the first tenth the memory grows to its final size.
     first, last = memory[len(memory) // 10], memory[-1]
     show(f"{swaps} swaps", found, memory=f"{first:.0f} MB after a tenth, {last:.0f} MB in the end")
     problems = []
@@ -219,7 +219,7 @@ async def swap_under_load(
 
 
 async def soak(server: Server, bodies: Sequence[bytes], rate: float, minutes: float) -> list[str]:
-    """So many minutes at a rate; what does not hold."""
+    """Sends requests at a rate for some minutes; returns the failed checks."""
     arrivals = Arrivals(server.port, bodies, rate)
     memory: list[float] = []
 
@@ -247,7 +247,7 @@ async def soak(server: Server, bodies: Sequence[bytes], rate: float, minutes: fl
 
 
 async def overload(server: Server, bodies: Sequence[bytes], capacity: float) -> list[str]:
-    """Three times what it can; what does not hold."""
+    """Sends three times the capacity; returns the failed checks."""
     arrivals = Arrivals(server.port, bodies, 3 * capacity)
     await arrivals.run(time.monotonic() + 30)
     found = describe(arrivals.answers)

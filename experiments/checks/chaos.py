@@ -1,11 +1,10 @@
-"""Kills a run again and again, and compares its end with that of one that nobody killed.
+"""Kills a run many times, and compares its result with the result of an undisturbed run.
 
     python experiments/checks/chaos.py [--kills=60] [--epochs=24]
 
-Half of the kills are aimed at saves: they come within 60 ms after a checkpoint has begun
-to be written, and the last of them after the bundle has. The others come at any moment
-of the training. A run that is over before it is killed does not count. The program exits
-with 1 if a single bit differs in the end.
+Half of the kills are aimed at saves: they come within 60 ms after the start of writing a
+checkpoint, or of writing the bundle. The other kills come at random times. A run that ends
+before its kill does not count. The exit code is 1 if a single bit of the results differs.
 """
 
 import argparse
@@ -27,13 +26,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# Of the kills aimed at saves, one in so many is aimed at the bundle.
+# One of this many kills at saves is aimed at the bundle.
 _BUNDLE_SHARE = 6
 _POLL_SECONDS = 0.001
 
 
 def command(workdir: pathlib.Path, epochs: int) -> list[str]:
-    """The specification's network on 1,000 images, saved every 7 steps as well."""
+    """Returns the flags of a run: 1,000 images, with a save every 7 steps."""
     return [
         *(sys.executable, "-m", "cnn_jax.main", "--config=configs/smoke.py"),
         f"--workdir={workdir}",
@@ -52,7 +51,7 @@ def start(workdir: pathlib.Path, epochs: int, log: pathlib.Path) -> subprocess.P
 
 
 def wait_for(process: subprocess.Popen, has_come: Callable[[], bool]) -> bool:
-    """Waits for something to come true; False if the process ended before."""
+    """Waits until a condition is true; returns False if the process ended before."""
     while process.poll() is None:
         if has_come():
             return True
@@ -61,12 +60,12 @@ def wait_for(process: subprocess.Popen, has_come: Callable[[], bool]) -> bool:
 
 
 def is_there(folder: pathlib.Path, pattern: str, since: float) -> bool:
-    """Whether something of such a name was made since then."""
+    """Returns whether a file of such a name was made since then."""
     for path in folder.glob(pattern):
         try:
             if path.stat().st_mtime >= since:
                 return True
-        except OSError:  # It has just been finished.
+        except OSError:  # The file has just been renamed.
             continue
     return False
 
@@ -80,7 +79,7 @@ def is_training(workdir: pathlib.Path, pid: int) -> bool:
 
 
 def kill(process: subprocess.Popen) -> bool:
-    """Whether it was still there to be killed."""
+    """Kills the process; returns whether it was still running."""
     was_running = process.poll() is None
     process.kill()
     return process.wait() == -signal.SIGKILL and was_running
@@ -89,7 +88,7 @@ def kill(process: subprocess.Popen) -> bool:
 def one_life(
     workdir: pathlib.Path, epochs: int, log: pathlib.Path, aim: str, rng: random.Random
 ) -> tuple[bool, bool]:
-    """Starts the run and kills it as aimed; whether it was, and whether within a save."""
+    """Starts the run and kills it; returns whether it was killed, and whether during a save."""
     began = time.time()
 
     def is_saving() -> bool:
@@ -100,25 +99,25 @@ def one_life(
 
     process = start(workdir, epochs, log)
     if aim == "bundle":
-        came = wait_for(process, is_writing_the_bundle)
+        is_ready = wait_for(process, is_writing_the_bundle)
         delay = rng.uniform(0, 0.01)
     else:
-        came = wait_for(process, lambda: is_training(workdir, process.pid))
+        is_ready = wait_for(process, lambda: is_training(workdir, process.pid))
         delay = rng.uniform(0, 1.5)
-        if came and aim == "save":
-            for _ in range(rng.randrange(4)):  # Not always the first one.
-                came = came and wait_for(process, lambda: not is_saving())
-                came = came and wait_for(process, is_saving)
-            came = came and wait_for(process, is_saving)
+        if is_ready and aim == "save":
+            for _ in range(rng.randrange(4)):  # A random one of the saves, not always the first.
+                is_ready = is_ready and wait_for(process, lambda: not is_saving())
+                is_ready = is_ready and wait_for(process, is_saving)
+            is_ready = is_ready and wait_for(process, is_saving)
             delay = rng.uniform(0, 0.06)
-    if came:
+    if is_ready:
         time.sleep(delay)
     was_killed = kill(process)
     return was_killed, was_killed and (is_saving() or is_writing_the_bundle())
 
 
-def end_of(workdir: pathlib.Path) -> dict[str, Any]:
-    """All that must be the same: arrays of the last checkpoint, log and files."""
+def read_results(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns everything that must be equal: arrays of the last checkpoint, log and files."""
     manager = ocp.CheckpointManager((workdir / "checkpoints").resolve())
     step = manager.latest_step()
     saved = manager.restore(
@@ -147,13 +146,13 @@ def differing_bits(first: bytes, second: bytes) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a run that was killed again and again.
+    """The result of a run that was killed many times.
 
     Attributes:
-      kills: How many, by what they were aimed at.
-      hits: How many left a checkpoint or the bundle half written.
-      compared: Bits that were compared with the run that nobody killed.
-      differing: How many of each part differ.
+      kills: Number of kills by target.
+      hits: Number of kills that left an incomplete checkpoint or bundle.
+      compared: Number of bits that were compared with the undisturbed run.
+      differing: Number of bits that differ, by part.
     """
 
     kills: dict[str, int]
@@ -163,10 +162,10 @@ class Outcome:
 
 
 def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -> Outcome:
-    """Kills a run so many times, lets it end, and compares it with another.
+    """Kills a run a number of times, lets it finish, and compares it with another run.
 
     Raises:
-      RuntimeError: A run failed, or ended before it could be killed so often.
+      RuntimeError: A run failed, or ended before the last kill.
     """
     log = folder / "log.txt"
     undisturbed, killed = folder / "undisturbed", folder / "killed"
@@ -178,7 +177,7 @@ def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -
     done = dict.fromkeys(wanted, 0)
     hits = starts = 0
     while done != wanted:
-        # The bundle comes last: it is only written when all is trained.
+        # Kills at the bundle come last, because it is written at the end of the training.
         left = [aim for aim in ("anywhere", "save") if done[aim] < wanted[aim]]
         aim = rng.choice(left) if left else "bundle"
         was_killed, hit = one_life(killed, epochs, log, aim, rng)
@@ -191,7 +190,7 @@ def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -
     print(file=sys.stderr)
     if start(killed, epochs, log).wait():
         raise RuntimeError(f"the last start failed: see {log}")
-    first, second = end_of(undisturbed), end_of(killed)
+    first, second = read_results(undisturbed), read_results(killed)
     assert first.keys() == second.keys()
     return Outcome(
         kills=done,
@@ -206,7 +205,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workdir", type=pathlib.Path, help="where the runs are kept, if wanted")
+    parser.add_argument("--workdir", type=pathlib.Path, help="folder to keep the runs in")
     flags = parser.parse_args()
     folder = flags.workdir or pathlib.Path(tempfile.mkdtemp())
     folder.mkdir(exist_ok=True)

@@ -1,13 +1,13 @@
-"""Kills a study again and again, and compares it with one that nobody killed.
+"""Kills a study many times, and compares it with an undisturbed study.
 
     python experiments/checks/chaos_study.py [--kills=3] [--trials=12] [--epochs=9] [--rounds=1]
         [--seed=0] [--workdir=DIR]
 
 A study of a small network on 600 images of `shapes`, pruned by Hyperband, is run once
-undisturbed, and then in each round by a process that gets SIGKILL at so many random moments
-and is started again each time. Then all of the study must be the same: each trial's state,
-parameters and validation accuracy after each epoch, the best configuration, and the weights
-of the best trial to the bit. Exits with 1 if something is not.
+undisturbed. In each round, the same study is run by a process that gets SIGKILL at --kills
+random times and is restarted each time. Both studies must be equal: each trial's state,
+parameters and validation accuracy after each epoch, the best configuration, and all bits of
+the weights of the best trial. The exit code is 1 if something differs.
 """
 
 import argparse
@@ -61,15 +61,15 @@ def main() -> None:
         found = outcome(folder)
         differences = [key for key in expected if found[key] != expected[key]]
         differing += bool(differences)
-        told = f"{', '.join(differences)} differ" if differences else "the same"
+        outcome_text = f"{', '.join(differences)} differ" if differences else "the same"
         times = ", ".join(f"{moment:.1f}" for moment in moments)
-        print(f"killed {times} s after it had gone on: {told}", flush=True)
+        print(f"killed {times} s after it had continued: {outcome_text}", flush=True)
     print(f"{kills} kills, {differing} of {flags.rounds} studies differ")
     sys.exit(bool(differing))
 
 
 def begin(folder: pathlib.Path, trials: int, epochs: int) -> subprocess.Popen:
-    """Starts, or goes on with, the study in a folder."""
+    """Starts or continues the study in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     space = folder / "space.py"
     space.write_text(SPACE)
@@ -85,7 +85,7 @@ def begin(folder: pathlib.Path, trials: int, epochs: int) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Waits for a study to end well."""
+    """Waits for a study to end, and checks its exit code."""
     _, stderr = process.communicate()
     if process.returncode:
         sys.exit(f"a study ended with {process.returncode}: {stderr[-2000:]}")
@@ -94,15 +94,15 @@ def end(process: subprocess.Popen) -> None:
 def kill(
     folder: pathlib.Path, trials: int, epochs: int, kills: int, seconds: float, rng: random.Random
 ) -> list[float]:
-    """Runs a study that is killed so many times; how many seconds after it began a trial.
+    """Runs a study that is killed a number of times; returns the seconds from trial start to kill.
 
     Args:
-      folder: The study's.
-      trials: How many.
-      epochs: Of a trial.
-      kills: How often.
-      seconds: What the study takes undisturbed.
-      rng: Draws the moments.
+      folder: The folder of the study.
+      trials: Number of trials.
+      epochs: Number of epochs of a trial.
+      kills: Number of kills.
+      seconds: Duration of the undisturbed study.
+      rng: The generator of the random times.
     """
     moments = []
     for _ in range(kills):
@@ -111,7 +111,7 @@ def kill(
         for line in process.stderr:
             if line.startswith("trial"):
                 break
-        # On average half of the study is left to be done after the last one.
+        # On average half of the study remains after the last kill.
         moment = rng.uniform(0, seconds / (kills + 1))
         try:
             process.communicate(timeout=moment)
@@ -124,7 +124,7 @@ def kill(
 
 
 def outcome(folder: pathlib.Path) -> dict[str, Any]:
-    """All of a study that must not depend on how it came about."""
+    """Returns everything of a study that kills must not change."""
     study = json.loads((folder / "study.json").read_text())
     best = folder / "trials" / f"{study['best']:04d}"
     trials = [
@@ -140,7 +140,7 @@ def outcome(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """What a study has come to, in words."""
+    """Describes the result of a study in one line."""
     states = [trial["state"] for trial in found["trials"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     curve = found["trials"][found["best"]]["curve"]

@@ -1,11 +1,11 @@
-"""Mutates real image files and sees that the decoder ends in pixels or in a DataError.
+"""Checks that the decoder returns pixels or raises DataError for mutated image files.
 
     python experiments/checks/fuzz_decode.py --cases=10000
 
-The files are JPEGs and PNGs of every common kind, made with Pillow, and those of
-`--seeds=FOLDER`, of any format. Prints how many cases were images, how many of
-each error, and the slowest. Exits with 1 if a case raised something else, was too
-slow, gave other pixels the second time, or took the interpreter with it.
+The files are JPEGs and PNGs of every common kind, made with Pillow, and the files in
+`--seeds=FOLDER`, of any format. The program prints the number of images, the number of
+cases by error, and the slowest case. The exit code is 1 if a case raised another error, was
+too slow, gave other pixels in the second decoding, or crashed the interpreter.
 """
 
 import argparse
@@ -47,11 +47,11 @@ class DecoderError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How one case ended.
+    """The result of one case.
 
     Attributes:
-      kind: "image", or the reason of the DataError with its numbers left out.
-      seconds: For reading the header, decoding twice and loading.
+      kind: "image", or the message of the DataError without its numbers.
+      seconds: The time for reading the header, decoding twice and loading.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Outcome:
 
 
 def picture(height: int = 60, width: int = 83) -> Image.Image:
-    """RGB, smooth with some noise, so that all parts of an encoder have work."""
+    """Returns a smooth RGB image with some noise, which uses all parts of an encoder."""
     y, x = np.mgrid[:height, :width]
     smooth = np.stack([4 * y, 3 * x, 255 - 3 * x], axis=-1)
     noise = np.random.default_rng(0).integers(0, 20, smooth.shape)
@@ -73,7 +73,7 @@ def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
 
 
 def interlaced_png(pixels: np.ndarray) -> bytes:
-    """An 8-bit RGB PNG in the seven passes of Adam7, which Pillow does not write.
+    """Encodes an 8-bit RGB PNG in the seven passes of Adam7, which Pillow cannot write.
 
     (PNG specification, section 8.2.)
     """
@@ -94,7 +94,7 @@ def interlaced_png(pixels: np.ndarray) -> bytes:
 
 
 def deep_png(values: np.ndarray) -> bytes:
-    """A 16-bit RGB PNG, which Pillow does not write."""
+    """Encodes a 16-bit RGB PNG, which Pillow cannot write."""
     height, width = values.shape[:2]
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -112,7 +112,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def make_seeds() -> dict[str, bytes]:
-    """Files as real encoders write them, by name."""
+    """Returns undamaged files of real encoders, by name."""
     rgb = picture()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -143,7 +143,7 @@ def read_seeds(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def mutate(rng: np.random.Generator, seeds: Sequence[bytes]) -> bytes:
-    """One of the seeds, damaged in one to three ways."""
+    """Returns one of the seeds, damaged in one to three ways."""
     encoded = seeds[int(rng.integers(len(seeds)))]
     for _ in range(rng.integers(1, 4)):
         if encoded.startswith(_PNG_SIGNATURE) and rng.random() < 0.6:
@@ -158,7 +158,7 @@ def mutate(rng: np.random.Generator, seeds: Sequence[bytes]) -> bytes:
 def _mutate_bytes(rng: np.random.Generator, encoded: bytes) -> bytes:
     if not encoded:
         return encoded
-    # Some of the time near the beginning, where the structure is.
+    # Sometimes near the beginning, which contains the structure.
     end = len(encoded) if rng.random() < 0.7 else min(len(encoded), 700)
     at = int(rng.integers(end))
     length = int(rng.integers(1, rng.choice([2, 3, 9, 65])))
@@ -182,7 +182,7 @@ def _mutate_bytes(rng: np.random.Generator, encoded: bytes) -> bytes:
 
 
 def _mutate_parts(rng, encoded, seeds, split, mend) -> bytes:
-    """Moves, doubles, drops or damages a chunk or segment, or takes one from another seed."""
+    """Moves, repeats, removes or damages a chunk or segment, or copies one from another seed."""
     parts = split(encoded)
     at = int(rng.integers(len(parts)))
     match rng.integers(6):
@@ -203,7 +203,7 @@ def _mutate_parts(rng, encoded, seeds, split, mend) -> bytes:
 
 
 def png_parts(encoded: bytes) -> list[bytes]:
-    """The signature, the chunks, and what is left; together they are the file."""
+    """Splits a PNG into the signature, the chunks, and the remaining bytes."""
     parts, at = [encoded[:8]], 8
     while at + 12 <= len(encoded):
         end = at + 12 + int.from_bytes(encoded[at : at + 4], "big")
@@ -213,17 +213,17 @@ def png_parts(encoded: bytes) -> list[bytes]:
 
 
 def _mend_checksum(chunk: bytes) -> bytes:
-    """A damaged chunk with the right length and sum, so that its content is looked at."""
+    """Damages the content of a chunk, with correct length and checksum, so that it is decoded."""
     return png_chunk(chunk[4:8], chunk[8:-4]) if len(chunk) >= 12 else chunk
 
 
 def jpeg_parts(encoded: bytes) -> list[bytes]:
-    """The segments, each scan with its data; together they are the file."""
+    """Splits a JPEG into its segments; a scan includes its data."""
     parts, at = [encoded[:2]], 2
     while at < len(encoded):
         end = at + 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
         if encoded[at : at + 2] == b"\xff\xda":
-            # A scan's data end at the next marker that is none of theirs.
+            # The data of a scan end at the next marker that is not part of them.
             after = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL).search(encoded, end)
             end = after.start() if after else len(encoded)
         parts.append(encoded[at:end])
@@ -232,10 +232,10 @@ def jpeg_parts(encoded: bytes) -> list[bytes]:
 
 
 def check(encoded: bytes) -> Outcome:
-    """Decodes and loads.
+    """Decodes and loads a file.
 
     Raises:
-      DecoderError: It did not end as it may.
+      DecoderError: The result is neither pixels nor a DataError.
     """
     start = time.perf_counter()
     kinds = []
@@ -279,7 +279,7 @@ def _without_numbers(reason: str) -> str:
 
 
 def case(number: int, seeds: Sequence[bytes]) -> bytes:
-    """The mutated file of this number: the same on every machine."""
+    """Returns the mutated file of a number, the same on every machine."""
     return mutate(np.random.default_rng([0, number]), seeds)
 
 
@@ -287,11 +287,11 @@ def run(numbers: Iterable[int], seeds: Sequence[bytes]) -> dict[int, Outcome]:
     """Checks the cases of these numbers.
 
     Raises:
-      DecoderError: One did not end as it may; the message has its number.
+      DecoderError: A case failed; the message has its number.
     """
     outcomes = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of much that it then mends.
+        warnings.simplefilter("ignore")  # Pillow warns about many faults that it corrects.
         for number in numbers:
             try:
                 outcomes[number] = check(case(number, seeds))
@@ -301,7 +301,7 @@ def run(numbers: Iterable[int], seeds: Sequence[bytes]) -> dict[int, Outcome]:
 
 
 def _run_task(numbers: range, seeds: Sequence[bytes]) -> dict[int, Outcome]:
-    # A decoder that hangs ends the process, which is noticed as a crash is.
+    # A decoder that hangs ends the process, which is then handled like a crash.
     faulthandler.enable()
     faulthandler.dump_traceback_later(20 * MAX_SECONDS + len(numbers), exit=True)
     try:
@@ -317,7 +317,7 @@ def _run_apart(
     outcomes: dict[int, Outcome],
     failures: list[str],
 ) -> list[range]:
-    """Runs tasks in other processes, so that one that dies is seen; gives the tasks lost so."""
+    """Runs tasks in other processes, and returns the tasks whose process died."""
     lost = []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -334,9 +334,9 @@ def _run_apart(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=10_000, help="how many")
+    parser.add_argument("--cases", type=int, default=10_000, help="number of cases")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--seeds", type=pathlib.Path, help="a folder of more files to mutate")
+    parser.add_argument("--seeds", type=pathlib.Path, help="folder with further files to mutate")
     flags = parser.parse_args()
     seeds = make_seeds() | (read_seeds(flags.seeds) if flags.seeds else {})
     contents = list(seeds.values())
@@ -350,7 +350,7 @@ def main() -> None:
     workers = os.cpu_count() or 1
     for at in range(0, len(tasks), 10 * workers):
         lost = _run_apart(tasks[at : at + 10 * workers], contents, workers, outcomes, failures)
-        # A process that dies takes the tasks of the others with it.
+        # If a process dies, the executor also loses the tasks of the other processes.
         for task in lost:
             if _run_apart([task], contents, 1, outcomes, failures):
                 failures.append(f"the process died in one of the cases {task[0]} to {task[-1]}")

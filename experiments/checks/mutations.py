@@ -1,10 +1,10 @@
-"""Breaks the code on purpose, one place at a time, and sees whether a test fails.
+"""Changes the code in one place at a time, and checks that a test fails.
 
     python experiments/checks/mutations.py [FILE ...]
 
-of the given files below cnn_jax/, or of all. Prints a line for each mutation and exits
-with 1 if one survived. Works on a copy of the repository, in a temporary folder. One that
-takes all memory or never ends is found as well.
+Without FILE (below cnn_jax/) all mutations are checked. The program prints a line for each
+mutation and exits with 1 if no test noticed one. It works on a copy of the repository in a
+temporary folder. A mutation that needs too much memory or never ends counts as noticed.
 """
 
 import argparse
@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 
-# What the tests of one file may take.
+# Limits of time and memory for the tests of one file.
 _SECONDS, _BYTES = 900, 12 * 2**30
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 # ruff: noqa: E501
-# File below cnn_jax/, text that stands there once, what replaces it, test file.
+# File below cnn_jax/, a text that occurs once in it, its replacement, and the test file.
 MUTATIONS = [
     ("training/loss.py", "optax.smooth_labels(targets, label_smoothing)", "targets", "training/test_loss.py"),
     ("training/metrics.py", "jnp.where(mask, cross_entropy(logits, labels), 0)", "cross_entropy(logits, labels)", "training/test_metrics.py"),
@@ -261,7 +261,7 @@ MUTATIONS = [
     ("tune/search.py", "math.ceil((last + 1)", "math.floor((last + 1)", "tune/test_search.py"),
     ("tune/storage.py", "re.sub(r\"(?i)(password=)[^&]*\", r\"\\1***\", url)", "url", "tune/test_storage.py"),
     ("tune/storage.py", "file.truncate(end)", "pass", "tune/test_storage.py"),
-    ("tune/study.py", "judged = told - {max(told, default=0)}", "judged = set(told)", "tune/test_tune_study.py"),
+    ("tune/study.py", "judged = reported - {max(reported, default=0)}", "judged = set(reported)", "tune/test_tune_study.py"),
     ("tune/study.py", "\"report.splits\": (\"validation\",)", "\"report.splits\": (\"validation\", \"test\")", "tune/test_tune_study.py"),
     ("tune/study.py", "if not numbers():", "if True:", "tune/test_tune_study.py"),
     ("tune/study.py", "if counts(self._trials()[trial.number]):", "if True:", "tune/test_tune_study.py"),
@@ -290,7 +290,7 @@ def _limit_memory() -> None:
 
 
 def stale() -> list[str]:
-    """What is wrong with the list: texts that do not stand once in their files."""
+    """Returns the faults of the list: texts that do not occur exactly once in their files."""
     counts = [
         (file, old, (REPOSITORY / "cnn_jax" / file).read_text().count(old))
         for file, old, _, _ in MUTATIONS

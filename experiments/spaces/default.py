@@ -1,9 +1,9 @@
-"""The recipe's own numbers, each in a range around it: a space for any images.
+"""A space for any images: a range around each number of the recipe.
 
     python -m cnn_jax.tune --config=configs/folder.py --config.data.source=folder:PATH \
         --study=NAME --space=experiments/spaces/default.py
 
-A key of the configuration, and where to look for its value. A tuple is written as text.
+Each configuration key has a distribution of its values. A tuple is written as text.
 """
 
 from optuna.distributions import (

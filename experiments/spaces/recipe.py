@@ -1,9 +1,9 @@
-"""The recipe of the specification's own network: everything but its size.
+"""A space for the training of the specification's network, whose size does not vary.
 
     python -m cnn_jax.tune --config=configs/eurosat.py --config.data.source=folder:PATH \
         --study=NAME --space=experiments/spaces/recipe.py
 
-For pictures from above, which have no side up: all flips and turns are possible.
+For aerial images, which have no upper side: all flips and rotations are possible.
 """
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution

@@ -1,4 +1,4 @@
-"""What each part of the recipe is worth: variants of it over seeds, in one table.
+"""Measures the effect of each part of the recipe: variants over several seeds, in one table.
 
     python experiments/studies/ablation.py --grid=ladder --workdir=DIR [--seeds=3] [--jobs=2]
         [--variants=NAME,...] [--expect=FILE] [ARGUMENT of cnn_jax.main...]
@@ -7,16 +7,16 @@ such as --config=configs/eurosat.py --config.data.source=folder:PATH --config.tr
 The seed draws the weights, the order of the images and the division into splits; the same
 seeds are used for all variants, so that their differences are paired.
 
-Every run is one of the training command in the folder DIR/VARIANT-SEED. Grids share
-variants: in one DIR no run is made twice. Started again, what is finished is kept and what
-was cut off goes on. Seeds come before variants, so that an interrupted table is fair.
---jobs=N trains N at a time, each on its share of the cores; on few cores that is faster,
-because a small network cannot keep several busy.
+Every run is a training in the folder DIR/VARIANT-SEED. Grids share their variants, so no run
+in DIR is repeated. A new start keeps finished runs and resumes interrupted ones. All variants
+are trained with the first seed before the next seed, so an interrupted table is fair.
+--jobs=N trains N runs at the same time, each on an equal part of the cores; this is faster,
+because a small network cannot use several cores well.
 
-Left in DIR: for each grid GRID.md, the table, which is also printed, and GRID.png; and
-results.json, with the figures, versions, commit and data fingerprint of all runs in DIR.
---expect compares with such a file: a run with the same versions on the same processor with
-as many cores has the same figures to the last digit.
+The results in DIR are, for each grid, the table GRID.md, which is also printed, and the plot
+GRID.png; and results.json with the metrics, versions, commit and data fingerprint of all runs
+in DIR. --expect compares with such a file: a run with the same versions, processor and
+number of cores has exactly the same metrics.
 """
 
 import argparse
@@ -41,18 +41,19 @@ sys.path.insert(0, str(REPOSITORY))
 from cnn_jax.config import files, schema  # noqa: E402
 from cnn_jax.config.schema import Config  # noqa: E402
 from cnn_jax.system import cli  # noqa: E402
+from cnn_jax.system.atomic import write_text  # noqa: E402
 from cnn_jax.system.errors import ConfigError, UserError  # noqa: E402
-from cnn_jax.training.run_directory import INDIFFERENT_KEYS, write_text  # noqa: E402
+from cnn_jax.training.run_directory import INDIFFERENT_KEYS  # noqa: E402
 from experiments.studies.ablation_table import METRICS, Grid, draw, make_table  # noqa: E402
 
-# Of this repository, wherever it is called from, and whichever is installed.
+# The training command of this repository, also if another version is installed.
 TRAIN = (sys.executable, "-P", "-m", "cnn_jax.main")
-# What a finished run has come to, in its folder.
+# The file with the results of a finished run, in its folder.
 _RECORD = "ablation.json"
-# Of a run, what is compared with another one, and what that may depend on.
+# Results that --expect compares, and the circumstances on which they may depend.
 _COMPARED = ("test", "validation", "epochs", "fingerprint")
 _CIRCUMSTANCES = ("versions", "processor", "cores", "commit")
-# Exit codes of a training that was interrupted and is saved, and of one whose call is wrong.
+# Exit codes of a training that was interrupted and saved, and of a wrong command line.
 _START_AGAIN, _USAGE = cli.START_AGAIN, 2
 
 _NO_MIXING = {"augment.mixup_probability": 0, "augment.cutmix_probability": 0}
@@ -66,10 +67,10 @@ _NO_AUGMENTATION = {
 _CONSTANT_RATE = {"optimizer.learning_rate": 1e-3, "optimizer.final_learning_rate": 1e-3}
 _LARGE = {"optimizer.warmup_epochs": 1.0}
 
-# What each variant changes of the recipe.
+# The keys of the recipe that each variant changes.
 VARIANTS: dict[str, Mapping[str, Any]] = {
     "recipe": {},
-    # Each step of the ladder adds to the one before; the recipe is the last.
+    # Each variant of the ladder adds a part to the one before; the recipe is the last.
     "plain": {
         **_NO_AUGMENTATION,
         **_CONSTANT_RATE,
@@ -100,9 +101,9 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "no_smoothing": {"train.label_smoothing": 0},
     "float32": {"precision": "float32"},
     "bfloat16": {"precision": "bfloat16"},
-    # Adam's step does not grow with the gradient, so besides the linear rule (Goyal et al.
-    # 2017) the square-root rule (Krizhevsky 2014; Malladi et al. 2022 for adaptive
-    # optimizers) and the rate as it is are tried.
+    # Adam's step does not grow with the gradient. So three rules are tried: the linear rule (Goyal
+    # et al. 2017), the square-root rule (Krizhevsky 2014; Malladi et al. 2022 for adaptive
+    # optimizers), and the unchanged learning rate.
     "batch_256_same": {"train.batch_size": 256, **_LARGE},
     "batch_256_root": {"train.batch_size": 256, "optimizer.learning_rate": 2.8e-3, **_LARGE},
     "batch_256_linear": {"train.batch_size": 256, "optimizer.learning_rate": 8e-3, **_LARGE},
@@ -181,9 +182,9 @@ def main(argv: Sequence[str]) -> None:
         "--grid", default="ladder", help=f"one or more of {', '.join(GRIDS)}, or all"
     )
     parser.add_argument("--workdir", type=pathlib.Path, required=True, metavar="DIR")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (3)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
-    parser.add_argument("--variants", metavar="NAME,...", help="only these of the grids")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from seed 0 (3)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time (1)")
+    parser.add_argument("--variants", metavar="NAME,...", help="only these variants of the grids")
     parser.add_argument("--expect", type=pathlib.Path, metavar="FILE", help="a results.json")
     parser.add_argument(
         "--config", default=str(REPOSITORY / "configs" / "default.py"), metavar="FILE"
@@ -212,10 +213,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def choose(names: Sequence[str], only: str | None) -> list[str]:
-    """The variants of the grids of these names, each once, or only some of them.
+    """Returns the selected variants of the grids with these names, each once.
 
     Raises:
-      ConfigError: There is no such grid or variant.
+      ConfigError: A grid or variant does not exist.
     """
     if unknown := [name for name in names if name not in GRIDS]:
         raise ConfigError(f"--grid: there is no {unknown[0]}; there are {', '.join(GRIDS)}")
@@ -233,27 +234,27 @@ def write_tables(
     recipe: Config,
     folder: pathlib.Path,
 ) -> None:
-    """Prints and writes the tables and plots of grids, and all figures."""
+    """Prints and writes the tables and plots of grids, and the metrics of all runs."""
     values = dict(schema.leaves(recipe))
     with_any = [name for name in names if set(wanted) & set(GRIDS[name].variants)]
-    # A single row is no comparison, unless it is all that there is.
+    # A grid with a single finished row is only shown if no other grid has more.
     with_several = [name for name in names if len(set(wanted) & set(GRIDS[name].variants)) > 1]
     for name in with_several or with_any[:1]:
         grid = GRIDS[name].named(values)
-        of_grid = {
+        grid_runs = {
             variant: [result for result in results if result["variant"] == variant]
             for variant in grid.variants
             if variant in wanted
         }
-        table = make_table(grid, of_grid)
+        table = make_table(grid, grid_runs)
         print(f"\n{name}\n\n{table}", flush=True)
         write_text(folder / f"{name}.md", table)
-        draw(folder / f"{name}.png", grid, of_grid)
+        draw(folder / f"{name}.png", grid, grid_runs)
     write_text(folder / "results.json", json.dumps(read_all(folder), indent=1) + "\n")
 
 
 def read_all(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
-    """The finished runs in a folder by variant, without what says where its data lay."""
+    """Returns the finished runs in a folder by variant, without the path of the data."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob(f"*/{_RECORD}")):
         run = json.loads(path.read_text())
@@ -263,14 +264,14 @@ def read_all(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_expected(path: pathlib.Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """The runs of a results.json by variant and seed.
+    """Reads the runs of a results.json by variant and seed.
 
     Raises:
-      ConfigError: There is no such file, or it is none.
+      ConfigError: The file does not exist, or has another format.
     """
     try:
-        by_variant = json.loads(path.read_text())
-        return {(run["variant"], run["seed"]): run for runs in by_variant.values() for run in runs}
+        variants = json.loads(path.read_text())
+        return {(run["variant"], run["seed"]): run for runs in variants.values() for run in runs}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"--expect: {path} is no results.json: {error}") from error
 
@@ -278,7 +279,7 @@ def read_expected(path: pathlib.Path) -> dict[tuple[str, int], dict[str, Any]]:
 def check_expected(
     runs: Sequence["Run"], expected: Mapping[tuple[str, int], Mapping[str, Any]]
 ) -> None:
-    """Raises ConfigError if nothing is known of a run that is to be compared."""
+    """Raises ConfigError if the expected results lack a run."""
     if missing := [run for run in runs if (run.variant, run.seed) not in expected]:
         raise ConfigError(f"--expect: has no {missing[0].variant} of seed {missing[0].seed}")
 
@@ -287,10 +288,10 @@ def compare(
     results: Sequence[Mapping[str, Any]],
     expected: Mapping[tuple[str, int], Mapping[str, Any]],
 ) -> None:
-    """Prints for each run whether it has come to what was expected.
+    """Prints for each run whether its results are the expected ones.
 
     Raises:
-      UserError: One has not.
+      UserError: A run has other results.
     """
     differing = 0
     for result in results:
@@ -298,7 +299,7 @@ def compare(
         different = [key for key in _COMPARED if result.get(key) != run.get(key)]
         differing += bool(different)
         told = f"{', '.join(different)} differ" if different else "the same"
-        # What figures depend on, though not by what they say.
+        # Circumstances on which the results may depend.
         elsewhere = [key for key in _CIRCUMSTANCES if result.get(key) != run.get(key)]
         if different and elsewhere:
             told += f" (and so do {', '.join(elsewhere)})"
@@ -312,14 +313,14 @@ def compare(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training.
+    """A training.
 
     Attributes:
-      folder: Where.
-      variant: Of `VARIANTS`.
-      seed: Of the configuration.
-      config_file: Of the recipe.
-      overrides: Of its keys, for all variants.
+      folder: The folder of the run.
+      variant: A key of `VARIANTS`.
+      seed: The value of the key `seed`.
+      config_file: The configuration file of the recipe.
+      overrides: Flags that change keys of the recipe, for all variants.
     """
 
     folder: pathlib.Path
@@ -329,15 +330,15 @@ class Run:
     overrides: tuple[str, ...]
 
     def flags(self) -> list[str]:
-        """What the training command is told of the configuration."""
+        """Returns the flags of the training command."""
         changes = {"seed": self.seed, "report.detail": "none", **VARIANTS[self.variant]}
         return [*self.overrides, *(f"--config.{key}={value}" for key, value in changes.items())]
 
     def settings(self) -> dict[str, Any]:
-        """All keys that its figures depend on, as JSON.
+        """Returns all keys on which the results depend, as JSON.
 
         Raises:
-          ConfigError: The configuration is impossible.
+          ConfigError: The configuration is invalid.
         """
         config = files.load(self.config_file, self.flags())
         try:
@@ -349,13 +350,13 @@ class Run:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of a training: it imports this repository's `cnn_jax`."""
+    """Returns the environment of a training, which imports this repository's `cnn_jax`."""
     folders = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 class Trainings:
-    """Training processes that are under way, to be ended together."""
+    """The running training processes, which can be stopped together."""
 
     def __init__(self, jobs: int):
         self._processes: set[subprocess.Popen] = set()
@@ -365,12 +366,12 @@ class Trainings:
         self._shares = [cores[job::jobs] or cores for job in range(jobs)]
 
     def run(self, run: Run) -> subprocess.CompletedProcess[str]:
-        """Trains in a process of its own."""
+        """Trains in a separate process."""
         with self._lock:
             if self._is_ending:
                 raise KeyboardInterrupt
             share = self._shares.pop()
-            # Of this thread alone, and of what it starts.
+            # The cores of this thread and of the processes that it starts.
             os.sched_setaffinity(0, share)
             process = subprocess.Popen(
                 [*TRAIN, f"--workdir={run.folder}", f"--config={run.config_file}", *run.flags()],
@@ -378,7 +379,7 @@ class Trainings:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # Ctrl-C reaches it once, from here.
+                start_new_session=True,  # Only this process passes Ctrl-C on.
             )
             self._processes.add(process)
         try:
@@ -390,7 +391,7 @@ class Trainings:
         return subprocess.CompletedProcess(process.args, process.returncode, "", stderr)
 
     def end(self) -> None:
-        """Has all of them save and end."""
+        """Makes all trainings save their state and end."""
         with self._lock:
             self._is_ending = True
             for process in self._processes:
@@ -398,18 +399,19 @@ class Trainings:
 
 
 def train_all(runs: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
-    """Trains what is not done yet; what each run has left, or why it failed.
+    """Trains the unfinished runs; returns the result or the error of each run.
 
     Raises:
-      ConfigError: A folder holds a run of other settings, or a configuration is wrong.
-      KeyboardInterrupt: After Ctrl-C or SIGTERM, once all runs are saved.
+      ConfigError: A folder has a run with other settings, or a configuration is wrong.
+      KeyboardInterrupt: Ctrl-C or SIGTERM came; all runs are saved.
     """
-    settings = [run.settings() for run in runs]  # Before any of them is begun.
-    trainings, of_code = Trainings(jobs), commit()
+    # All settings are checked before the first training.
+    settings = [run.settings() for run in runs]
+    trainings, commit_name = Trainings(jobs), commit()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         futures = [
-            pool.submit(train, run, of_run, of_code, trainings)
-            for run, of_run in zip(runs, settings, strict=True)
+            pool.submit(train, run, run_settings, commit_name, trainings)
+            for run, run_settings in zip(runs, settings, strict=True)
         ]
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -422,19 +424,19 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
 
 
 def train(
-    run: Run, settings: Mapping[str, Any], of_code: str, trainings: Trainings
+    run: Run, settings: Mapping[str, Any], commit_name: str, trainings: Trainings
 ) -> dict[str, Any]:
-    """What a run has left, which is made if it is not there.
+    """Returns the result of a run, and trains it if it is not finished.
 
     Args:
-      run: Which one.
-      settings: Its own.
-      of_code: The commit.
-      trainings: Where it is run.
+      run: The run.
+      settings: The settings of the run.
+      commit_name: The commit of the code.
+      trainings: The running processes.
 
     Raises:
-      ConfigError: The folder holds a run of other settings, or the call is wrong.
-      KeyboardInterrupt: It was interrupted, and is saved.
+      ConfigError: The folder has a run with other settings, or the command line is wrong.
+      KeyboardInterrupt: The training was interrupted and is saved.
     """
     record = run.folder / _RECORD
     with contextlib.suppress(FileNotFoundError):
@@ -451,13 +453,13 @@ def train(
     told = done.stderr.splitlines()[-1:] or [f"exit code {done.returncode}"]
     if done.returncode in (_START_AGAIN, -signal.SIGTERM):
         raise KeyboardInterrupt
-    if done.returncode == _USAGE:  # Such as a folder in use, or one of another run.
+    if done.returncode == _USAGE:  # For example, another process uses the folder.
         raise ConfigError(told[0].removeprefix("error: "))
     what = {"variant": run.variant, "seed": run.seed, "settings": settings}
     if done.returncode:
         print(f"{run.folder.name} failed: {told[0]}", file=sys.stderr, flush=True)
         return {**what, "error": told[0]}
-    where = {"commit": of_code, "processor": processor(), "cores": len(os.sched_getaffinity(0))}
+    where = {"commit": commit_name, "processor": processor(), "cores": len(os.sched_getaffinity(0))}
     found = {**what, **read_run(run.folder), **where}
     write_text(record, json.dumps(found, indent=1) + "\n")
     print(f"{run.folder.name}: {found['test']['accuracy']:.2%}", file=sys.stderr, flush=True)
@@ -465,7 +467,7 @@ def train(
 
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
-    """Figures of a finished run, and what they depend on."""
+    """Returns the metrics of a finished run, and the circumstances on which they depend."""
     figures = json.loads((folder / "report" / "metrics.json").read_text())
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     bundle = json.loads((folder / "bundle" / "bundle.json").read_text())
@@ -481,7 +483,7 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of this machine's processor."""
+    """Returns the name of this machine's processor."""
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -491,7 +493,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The repository's commit, with a + if files differ from it; empty outside of git."""
+    """Returns the commit of the repository, with a + if files differ; empty outside of git."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ("git", "-C", str(REPOSITORY))
         name = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)

@@ -7,19 +7,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# What the table shows of the test split.
+# The test metrics in the table.
 METRICS = ("accuracy", "precision", "recall", "f1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Variants that belong into one table.
+    """The variants of one table.
 
     Attributes:
-      variants: Names, and what the table calls them, where {KEY} stands for the value that
-        the configuration has.
-      base: With which variant the others are compared; "" for each with the one before.
-      published: The specification's own test accuracies, in percent.
+      variants: The names and the titles in the table; {KEY} in a title stands for the value
+        of this key.
+      base: The variant with which the others are compared; "": each with the row above.
+      published: The test accuracies of the specification, in percent.
     """
 
     variants: Mapping[str, str]
@@ -27,7 +27,7 @@ class Grid:
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def named(self, values: Mapping[str, Any]) -> "Grid":
-        """The same with the values of a configuration, every key flat, in the names."""
+        """Returns a grid whose titles have the values of a configuration, given by full key."""
 
         def fill(name: str) -> str:
             return re.sub(r"\{([\w.]+)\}", lambda key: f"{values[key[1]]:g}", name)
@@ -36,20 +36,20 @@ class Grid:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and the sample's standard deviation, 0 of a single value."""
+    """Returns the mean and the sample standard deviation (0 for a single value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def paired_difference(
     values: Mapping[int, float], base: Mapping[int, float]
 ) -> tuple[float, float | None]:
-    """The mean of the differences by seed, and half of its 95 % confidence interval.
+    """Returns the mean paired difference and half of its 95 % confidence interval.
 
-    By Student's t over the seeds that both have; None for the interval of one seed. (The
-    seeds' divisions into splits overlap, so it is somewhat narrow for other images: Nadeau
-    and Bengio 2003, "Inference for the Generalization Error".)
+    The interval is Student's t over the seeds that both have; it is None for one seed. The
+    divisions into splits overlap, so for other images the interval is somewhat too narrow
+    (Nadeau and Bengio 2003, "Inference for the Generalization Error").
     """
-    import scipy.stats  # Not needed to train.
+    import scipy.stats  # Imported here, because trainings do not need it.
 
     differences = [values[seed] - base[seed] for seed in values if seed in base]
     mean, deviation = mean_and_deviation(differences)
@@ -60,7 +60,7 @@ def paired_difference(
 
 
 def make_table(grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """A Markdown table: a row for each variant, in percent and percentage points."""
+    """Returns a Markdown table with a row for each variant, in percent and percentage points."""
     against = grid.variants[grid.base] if grid.base else "the row before"
     head = ["", *(f"test {name}" for name in ("accuracy", "precision", "recall", "F1"))]
     head += ["validation accuracy", f"test accuracy against {against}", "epochs", "s an epoch"]
@@ -68,42 +68,42 @@ def make_table(grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]) -
     head += ["the specification's"] * bool(grid.published)
     rows = [head, ["---"] * len(head)]
     base = results.get(grid.base, ())
-    for variant, of_variant in results.items():
-        of_base = () if variant == grid.base else base
-        row = [grid.variants[variant], *_figures(of_variant, of_base)]
-        row += [_times(of_variant, base)] * bool(grid.base)
-        failures = "".join(f"; {r['seed']}: {r['error']}" for r in of_variant if "error" in r)
-        row.append(f"{len(_done(of_variant))}{failures}")
+    for variant, variant_runs in results.items():
+        base_runs = () if variant == grid.base else base
+        row = [grid.variants[variant], *_figures(variant_runs, base_runs)]
+        row += [_times(variant_runs, base)] * bool(grid.base)
+        failures = "".join(f"; {r['seed']}: {r['error']}" for r in variant_runs if "error" in r)
+        row.append(f"{len(_done(variant_runs))}{failures}")
         if grid.published:
             row.append(f"{grid.published[variant]} %" if variant in grid.published else "")
         rows.append(row)
         if not grid.base:
-            base = of_variant
+            base = variant_runs
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _figures(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The cells of a row from the test accuracy to the seconds of an epoch."""
+    """Returns the cells of a row from the test accuracy to the seconds of an epoch."""
     done = _done(runs)
     if not done:
         return [""] * (len(METRICS) + 4)
     return [
         *(_percent([run["test"][key] for run in done]) for key in METRICS),
         _percent([run["validation"]["accuracy"] for run in done]),
-        _difference(_by_seed(runs), _by_seed(base)),
+        _difference(_accuracies(runs), _accuracies(base)),
         f"{statistics.mean(run['epochs'] for run in done):.3g}",
         f"{_seconds(done):.3g}",
     ]
 
 
 def _times(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> str:
-    """How many times as long as an epoch of the base one takes."""
-    done, of_base = _done(runs), _done(base)
-    return f"{_seconds(done) / _seconds(of_base):.2f}" if done and of_base else ""
+    """Returns the time of an epoch divided by the time of the base variant's epoch."""
+    done, base_runs = _done(runs), _done(base)
+    return f"{_seconds(done) / _seconds(base_runs):.2f}" if done and base_runs else ""
 
 
 def _seconds(done: Sequence[Mapping[str, Any]]) -> float:
-    """Of an epoch, the median over runs."""
+    """Returns the seconds of an epoch, as the median over runs."""
     return statistics.median(run["seconds_per_epoch"] for run in done)
 
 
@@ -111,8 +111,8 @@ def _done(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [run for run in runs if "error" not in run]
 
 
-def _by_seed(results: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Test accuracies of the runs that have one, by seed."""
+def _accuracies(results: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Returns the test accuracies by seed, without runs that have none."""
     return {run["seed"]: run["test"]["accuracy"] for run in _done(results)}
 
 
@@ -136,15 +136,16 @@ def _difference(values: Mapping[int, float], base: Mapping[int, float]) -> str:
 def draw(
     path: pathlib.Path, grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """A row for each variant: a point for each seed, and mean and standard deviation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # Not needed to train.
+    """Plots a row for each variant: a point for each seed, and mean and standard deviation."""
+    # Imported here, because trainings do not need it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 0.9 + 0.42 * len(results)), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for place, (variant, of_variant) in enumerate(results.items()):
-        values = [100 * accuracy for accuracy in _by_seed(of_variant).values()]
+    for place, (variant, variant_runs) in enumerate(results.items()):
+        values = [100 * accuracy for accuracy in _accuracies(variant_runs).values()]
         if values:
             mean, deviation = mean_and_deviation(values)
             axes.plot(values, [place] * len(values), "o", color="#8fb8dd", markersize=5)

@@ -1,11 +1,11 @@
-"""Ways to obtain the statistics that BatchNorm uses in inference, compared on one training.
+"""Compares ways to compute the statistics that BatchNorm uses in inference, in one training.
 
     python experiments/studies/batch_statistics.py --config=configs/folder.py --epochs=10
         [--seeds=3] [--every=1] [--json=FILE] --config.data.source=folder:PATH
 
 In training, BatchNorm normalises by the statistics of each batch, so the statistics for
-inference change no step. One training therefore serves all methods: after an epoch, each
-method's statistics are put beside the same parameters and measured on validation and test.
+inference change no step. One training is therefore enough for all methods: after an epoch, the
+same parameters are measured with each method's statistics on validation and test.
 
 - "average M": the running average with momentum M that starts from mean 0 and variance 1.
 - "corrected M": the same without the initial values, as Adam corrects its averages.
@@ -54,7 +54,7 @@ from cnn_jax.training.step import (
 )
 
 AVERAGES = ["average 0.99", "average 0.9", "corrected 0.99", "corrected 0.95", "growing"]
-# Accuracy on validation and test by method, after an epoch.
+# Accuracies on validation and test by method, after an epoch.
 Record = dict[str, Any]
 
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def train_and_compare(config: Config, every: int) -> list[Record]:
-    """Trains as `config` says; returns the accuracies of all methods after epochs."""
+    """Trains a configuration; returns the accuracies of all methods after epochs."""
     dataset = open_dataset(config, no_track)
     indices = dataset.splits["train"]
     steps = math.ceil(len(indices) / config.train.batch_size)
@@ -142,9 +142,9 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
     records = []
     with batches(augmentation, config.train.epochs * steps) as stream:
         for number, batch in enumerate(stream, 1):
-            # The statistics that the step normalises by.
-            of_batch = add_batch(empty, state.variables, batch).batch_stats
-            averages = update_averages(averages, of_batch, jnp.float32(number))
+            # The statistics by which the step normalises.
+            batch_values = add_batch(empty, state.variables, batch).batch_stats
+            averages = update_averages(averages, batch_values, jnp.float32(number))
             state, _ = step(state, batch)
             epoch, rest = divmod(number, steps)
             if rest or not (epoch <= 3 or epoch % every == 0 or epoch == config.train.epochs):
@@ -168,9 +168,9 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
 
 @jax.jit
 def update_averages(
-    averages: Mapping[str, PyTree], of_batch: PyTree, step: Array
+    averages: Mapping[str, PyTree], batch_values: PyTree, step: Array
 ) -> dict[str, PyTree]:
-    """All running averages after batch number `step`, from 1."""
+    """Returns all running averages after batch number `step`, from 1."""
 
     def update(method: str, average: PyTree) -> PyTree:
         kind, _, number = method.partition(" ")
@@ -179,7 +179,7 @@ def update_averages(
             momentum *= (1 - momentum ** (step - 1)) / (1 - momentum**step)
         elif kind == "growing":
             momentum = jnp.minimum(momentum, (1 + step) / (10 + step))
-        return jax.tree.map(lambda a, b: momentum * a + (1 - momentum) * b, average, of_batch)
+        return jax.tree.map(lambda a, b: momentum * a + (1 - momentum) * b, average, batch_values)
 
     return {method: update(method, average) for method, average in averages.items()}
 

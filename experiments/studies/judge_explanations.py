@@ -1,11 +1,11 @@
-"""What holds each method of explanation to account, on the test images of a bundle's data.
+"""Checks each method of explanation on the test images of a bundle's data.
 
     python experiments/studies/judge_explanations.py --bundle=RUN/bundle [--images=512]
         [--methods=all]
 
-prints a row for each method: the largest rank correlation with the maps of shuffled networks,
-the areas of deletion and insertion and the hits of the pointing game, which only `shapes` has
-the masks for, each beside those of a random map and of the image's centre, and the verdict.
+prints a row for each method: the largest rank correlation with the maps of shuffled networks;
+the areas of deletion and insertion and the hits of the pointing game (only for `shapes`, which
+has masks), each with the values of a random map and of the image's centre; and the verdict.
 The exit code is 1 if Grad-CAM fails the randomization or the pointing game.
 """
 
@@ -26,7 +26,7 @@ from cnn_jax.system.compilation_cache import keep_compiled
 
 
 def row(name: str, verdict: dict[str, Any]) -> str:
-    """A row of a Markdown table."""
+    """Returns a row of a Markdown table."""
     cells = [name, f"{max(verdict['randomization']['rank_correlation'].values()):.2f}"]
     for check in ("deletion", "insertion", "pointing_game"):
         if check in verdict:
@@ -38,7 +38,7 @@ def row(name: str, verdict: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Judge methods of explanation.")
+    parser = argparse.ArgumentParser(description="Check methods of explanation.")
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--methods", default="all")

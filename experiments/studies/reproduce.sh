@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes a row of RESULTS.md again, over all its seeds, and compares it to the last digit.
+# Repeats the runs of a row of RESULTS.md with all its seeds, and compares all digits.
 #
 #     EUROSAT=PATH experiments/studies/reproduce.sh ROW [DIR]
 #
 # ROW is TABLE/VARIANT, such as eurosat32/plain or shapes/recipe, or a TABLE for all of its
 # rows; the tables are the files in experiments/results/. EUROSAT is the folder of EuroSAT's
-# images, one sub-folder a class. The runs go to DIR/TABLE (runs/reproduce by default), and go
-# on there if they were interrupted. Exits with 1 if a figure differs: with the versions, the
-# processor and the number of cores a run that results/TABLE.json names, none should.
+# images, one sub-folder a class. The runs are in DIR/TABLE (runs/reproduce by default); a
+# new start resumes them. Exits with 1 if a number differs. With the versions, the processor and
+# the number of cores that results/TABLE.json names, no number should differ.
 set -euo pipefail
 
 fail() {
@@ -23,7 +23,7 @@ expected=$here/results/$table.json
   || fail "a row is TABLE or TABLE/VARIANT, of the tables $(cd "$here/results" && echo *.json)"
 directory=$(realpath -m "${2:-runs/reproduce}")/$table
 
-# What it has: seeds, cores of a run, and the variant that is asked for, or all.
+# The seeds, the cores of a run, and the requested variant, or all variants.
 read -r seeds cores variants < <(python - "$expected" "${row#"$table"}" <<'PYTHON'
 import json, sys
 by_variant = json.load(open(sys.argv[1]))

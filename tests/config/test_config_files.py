@@ -1,6 +1,5 @@
 """Tests of configuration files, of their imports, and of flags."""
 
-import argparse
 import json
 import pathlib
 import sys
@@ -10,6 +9,7 @@ from conftest import REPOSITORY
 
 from cnn_jax.config import files, schema
 from cnn_jax.config.resolve import resolve
+from cnn_jax.system.cli import Parser
 from cnn_jax.system.errors import ConfigError
 
 SHIPPED = REPOSITORY / "configs"
@@ -285,7 +285,7 @@ def test_a_key_is_suggested_only_if_it_is_close(wrong, right):
     ],
 )
 def test_a_wrong_flag_is_reported_before_a_missing_one(argument, message):
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = Parser()
     parser.add_argument("--config")
     parser.add_argument("--workdir", required=True)
     with pytest.raises(ConfigError) as error:

@@ -127,7 +127,7 @@ def test_a_damaged_memory_is_as_good_as_none(folder, cache_folder):
 def test_a_scan_without_a_place_to_remember_it_only_warns(folder, monkeypatch, caplog):
     monkeypatch.setenv("CNN_JAX_CACHE", "/proc/none")
     assert len(scan.scan(open_folder(folder), SMALL)) == 4
-    assert "cannot be kept" in caplog.text
+    assert "cannot be cached" in caplog.text
 
 
 def test_the_pixels_key_changes_with_content_order_and_size(folder):

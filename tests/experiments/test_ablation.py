@@ -1,4 +1,4 @@
-"""The table of an ablation: what is run, how it goes on, and its arithmetic."""
+"""The runs of an ablation, how they are resumed, and the arithmetic of its table."""
 
 import json
 import os
@@ -24,8 +24,8 @@ from experiments.studies.ablation_table import paired_difference
 
 DEFAULT = REPOSITORY / "configs" / "default.py"
 
-# Leaves what a training leaves, at once. The accuracy is the seed's and the dropout's, so that
-# it is known; at a rate of 8e-3 it fails, and "slow" in the folder's path makes it wait.
+# Writes the files of a training at once. The accuracy is a known function of seed and dropout;
+# the learning rate 8e-3 fails, and "slow" in the path of the folder makes the script wait.
 TRAINING = """
     import json, pathlib, signal, sys, time
 
@@ -57,7 +57,7 @@ TRAINING = """
 
 @pytest.fixture(autouse=True)
 def training(tmp_path, monkeypatch):
-    """A training command of no time, instead of the real one."""
+    """Replaces the training command by a script that takes no time."""
     script = tmp_path / "training.py"
     script.write_text(textwrap.dedent(TRAINING))
     monkeypatch.setattr(ablation, "TRAIN", (sys.executable, "-S", str(script)))
@@ -65,11 +65,11 @@ def training(tmp_path, monkeypatch):
 
 
 def starts(folder):
-    """How often each run was started."""
+    """Returns the number of starts of each run."""
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
 
 
-def test_every_variant_is_a_possible_configuration():
+def test_every_variant_is_a_valid_configuration():
     for variant, changes in ablation.VARIANTS.items():
         schema.validate(configured(default.get_config(), changes), num_devices=1)
         run = ablation.Run(pathlib.Path("x"), variant, 3, str(DEFAULT), ())
@@ -92,26 +92,26 @@ def test_the_ladder_adds_one_thing_at_a_time():
     assert changed[1] - changed[2] == {"model.dropout"}
     assert changed[2] - changed[3] == augmentation | schedule
     assert changed[3] == set()
-    # And constant means constant.
+    # A constant learning rate has no warm-up.
     for name in ("plain", "rate_1e-3", "rate_1e-4"):
         rates = recipe | dict(ablation.VARIANTS[name])
         assert rates["optimizer.learning_rate"] == rates["optimizer.final_learning_rate"]
 
 
-def test_the_interval_of_a_paired_difference_is_that_of_a_paired_t_test():
+def test_the_interval_equals_a_paired_t_test():
     rng = np.random.default_rng(0)
     values, base = rng.normal(0.9, 0.01, 5), rng.normal(0.89, 0.01, 5)
     mean, half = paired_difference(dict(enumerate(values)), dict(enumerate(base)))
     interval = scipy.stats.ttest_rel(values, base).confidence_interval(0.95)
     assert np.allclose([mean - half, mean + half], [interval.low, interval.high])
-    # Seeds that one of them lacks do not count.
+    # Only seeds that both have count.
     assert paired_difference({0: 0.5, 1: 0.7}, {1: 0.6, 2: 0.9}) == (
         pytest.approx(0.1),
         None,
     )
 
 
-def test_a_grid_is_run_once_and_its_table_says_what_came_of_it(tmp_path, capsys):
+def test_a_grid_is_run_once_and_written_as_a_table(tmp_path, capsys):
     arguments = ["--grid=dropout", f"--workdir={tmp_path}", "--seeds=3", "--jobs=2"]
     arguments.append("--config.data.source=folder:/nowhere/to/be/seen")
     ablation.main(arguments)
@@ -122,7 +122,7 @@ def test_a_grid_is_run_once_and_its_table_says_what_came_of_it(tmp_path, capsys)
     assert rows["0"][1] == "91.67 ± 2.08 %"
     assert rows["0.5"][1] == "86.67 ± 2.08 %"
     assert rows["0"][6] == "+5.00 (+5.00 to +5.00)"
-    assert rows["0.5"][6] == ""  # Of the recipe itself.
+    assert rows["0.5"][6] == ""  # The value in the recipe.
     assert rows["0.7"][6] == "-2.00 (-2.00 to -2.00)"
     assert rows["0"][7:] == ["2", "3", "1.00", "3 |"]
     assert (tmp_path / "dropout.png").stat().st_size > 5000
@@ -131,7 +131,7 @@ def test_a_grid_is_run_once_and_its_table_says_what_came_of_it(tmp_path, capsys)
     assert (one["seed"], one["fingerprint"], one["versions"]) == (1, "abc", {"jax": "1"})
     assert re.fullmatch(r"[0-9a-f]{10}\+?", one["commit"])
     assert one["cores"] == (len(os.sched_getaffinity(0)) + 1) // 2
-    # Where the data lies is nobody's business.
+    # The results do not contain the path of the data.
     assert "nowhere" not in (tmp_path / "results.json").read_text()
 
     expected = tmp_path / "results.json"
@@ -149,16 +149,16 @@ def test_a_grid_is_run_once_and_its_table_says_what_came_of_it(tmp_path, capsys)
         with pytest.raises(ConfigError, match=f"^--expect: .*{message}"):
             ablation.main([*arguments, f"--expect={empty}"])
     assert set(starts(tmp_path).values()) == {1}
-    # Where the data lies may change, and another grid adds what it does not share.
+    # The path of the data may change, and another grid only adds variants that are not shared.
     ablation.main(["--grid=label_smoothing", *arguments[1:-1]])
     assert starts(tmp_path)["recipe-2"] == 1
-    # Two go at a time: either may be the first to say so.
+    # Two runs are trained at the same time, so either may fail first.
     with pytest.raises(ConfigError, match=r"/dropout_\S+-0 holds a run of other train\.epochs;"):
         ablation.main([*arguments, "--config.train.epochs=7"])
 
 
-def test_what_a_row_says_is_so_whatever_the_recipe():
-    """One that mixes images, with another batch and rate."""
+def test_titles_of_rows_fit_the_recipe():
+    """A recipe that mixes images, with another batch size and learning rate."""
     overrides = ("--config.augment.cutmix_probability=0.4", "--config.train.epochs=2")
     of = {
         variant: ablation.Run(
@@ -202,14 +202,14 @@ def test_the_ladder_compares_with_the_row_before(tmp_path, capsys):
     assert [row[10].strip(" |") for row in rows] == ["87.2 %", "89.1 %", "90.3 %", "92.1 %"]
 
 
-def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(tmp_path, capsys):
+def test_a_failed_run_is_in_the_table(tmp_path, capsys):
     with pytest.raises(Exception, match="2 of 10 runs failed"):
         ablation.main(["--grid=large_batch", f"--workdir={tmp_path}", "--seeds=2"])
     told = capsys.readouterr().out
     assert "0; 0: error: the loss is infinite; 1: error: the loss is infinite" in told
     assert starts(tmp_path)["batch_512_root-1"] == 1
     assert (tmp_path / "large_batch.png").exists()
-    # It is tried again, and nothing else is.
+    # Only the failed run is started again.
     with pytest.raises(Exception, match="2 of 10 runs failed"):
         ablation.main(["--grid=large_batch", f"--workdir={tmp_path}", "--seeds=2"])
     again = starts(tmp_path)
@@ -217,7 +217,7 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_go_on(tmp_path, capsys)
     assert set(again.values()) == {1}
 
 
-def test_a_wrong_call_ends_all_of_it(tmp_path):
+def test_a_wrong_command_line_ends_all_runs(tmp_path):
     with pytest.raises(ConfigError, match=r"^--workdir: it is in use$"):
         ablation.main(["--grid=batch_size", f"--workdir={tmp_path}", "--seeds=2"])
     before = starts(tmp_path)
@@ -235,7 +235,7 @@ def test_a_wrong_call_ends_all_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_all_runs_save(tmp_path, training, signum):
+def test_all_runs_are_saved_after_a_signal(tmp_path, training, signum):
     folder = tmp_path / "slow"
     code = (
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
@@ -255,7 +255,7 @@ def test_a_signal_lets_all_runs_save(tmp_path, training, signum):
     assert starts(folder) == {"plain-0": 1, "batch_norm-0": 1}
 
 
-def test_each_job_has_its_share_of_the_cores(tmp_path, training):
+def test_each_job_has_an_equal_part_of_the_cores(tmp_path, training):
     training.write_text(
         training.read_text()
         + "\nimport os\n(folder / 'cores').write_text(str(sorted(os.sched_getaffinity(0))))\n"
@@ -268,7 +268,7 @@ def test_each_job_has_its_share_of_the_cores(tmp_path, training):
 
 @pytest.fixture
 def reproduce(tmp_path):
-    """Runs reproduce.sh in another folder, with an ablation that only says how it was called."""
+    """Runs reproduce.sh in another folder, with a script that only prints its arguments."""
     programs = tmp_path / "programs"
     programs.mkdir()
     python = programs / "python"
@@ -289,7 +289,7 @@ def reproduce(tmp_path):
     return run
 
 
-def test_a_row_is_made_again_by_its_name(tmp_path, reproduce):
+def test_a_row_is_repeated_by_its_name(tmp_path, reproduce):
     images = tmp_path / "my images"
     images.mkdir()
     for row, variants in (("plain", "plain"), ("", "batch_norm,dropout,plain,recipe")):
@@ -299,7 +299,7 @@ def test_a_row_is_made_again_by_its_name(tmp_path, reproduce):
         assert {
             f"--variants={variants}",
             "--seeds=3",
-            f"--jobs={len(os.sched_getaffinity(0))}",  # One core was a run's.
+            f"--jobs={len(os.sched_getaffinity(0))}",  # A run had one core.
             f"--workdir={tmp_path}/runs/reproduce/eurosat32",
             f"--expect={REPOSITORY}/experiments/results/eurosat32.json",
             f"--config={REPOSITORY}/experiments/../configs/eurosat.py",
@@ -309,7 +309,7 @@ def test_a_row_is_made_again_by_its_name(tmp_path, reproduce):
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "experiments" / "results").glob("*.json")))
-def test_every_table_can_be_made_again(tmp_path, reproduce, file):
+def test_every_table_can_be_repeated(tmp_path, reproduce, file):
     (tmp_path / "images").mkdir()
     done = reproduce(file.stem, EUROSAT=str(tmp_path / "images"))
     assert done.returncode == 0, done.stderr
@@ -330,7 +330,7 @@ def test_every_table_can_be_made_again(tmp_path, reproduce, file):
         ("eurosat32/plain", "EUROSAT must be the folder of its images"),
     ],
 )
-def test_a_row_that_there_is_not_is_told(reproduce, row, message):
+def test_an_unknown_row_is_an_error(reproduce, row, message):
     done = reproduce(row)
     assert done.returncode == 2
     assert done.stdout == ""

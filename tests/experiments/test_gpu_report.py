@@ -15,7 +15,7 @@ from experiments.benchmarks import gpu_table
 from experiments.studies import ablation
 
 SCRIPT = REPOSITORY / "experiments" / "benchmarks" / "gpu_report.sh"
-# Seconds that a lent host gives in all, and that its start and the transfers take of them.
+# The total seconds on a GPU host, and the seconds of its start and of the transfers.
 LEASE, START = 900, 120
 LONGEST_COMMAND = 600
 
@@ -48,7 +48,7 @@ def test_every_part_has_a_table():
 
 
 class _ParsedError(Exception):
-    """The flags are right, and nothing is to be run."""
+    """Checks the flags without running anything."""
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -67,7 +67,7 @@ def test_programs_and_flags_of_the_parts_exist(name, experiments_on_path, monkey
         raise _ParsedError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    # A name with a blank has lost its quotes in the list.
+    # The list shows a name with a space without quotes.
     call = " ".join(flags).replace("plain Linen", "plain_Linen").split()
     flags = [flag.replace("plain_Linen", "plain Linen") for flag in call]
     monkeypatch.setattr(sys, "argv", [script, *flags])
@@ -75,7 +75,7 @@ def test_programs_and_flags_of_the_parts_exist(name, experiments_on_path, monkey
         runpy.run_path(str(REPOSITORY / script), run_name="__main__")
 
 
-# An interpreter that computes nothing: one part fails, and one leaves a file.
+# A fake interpreter: one part fails, and one writes a file.
 _STUB = """#!/usr/bin/env bash
 case "$*" in
   *--facts*) echo '{"device": "stub"}' > "$3" ;;
@@ -91,7 +91,7 @@ esac
 """
 
 
-def test_a_part_that_fails_stops_no_other_and_is_named(tmp_path):
+def test_a_failed_part_stops_no_other_part(tmp_path):
     stub = tmp_path / "python"
     stub.write_text(_STUB.replace("REAL", sys.executable))
     stub.chmod(0o755)
@@ -105,7 +105,7 @@ def test_a_part_that_fails_stops_no_other_and_is_named(tmp_path):
     assert result.returncode == 1, result.stderr
     assert result.stdout.endswith("failed or out of time: check (exit 3); \n")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    # Without PyTorch there is nothing to be compiled by it.
+    # Without PyTorch, torch.compile is not measured.
     expected = [n for n, (group, *_) in PARTS.items() if group == "first" and n != "train_compiled"]
     assert list(found["parts"]) == expected
     assert found["parts"]["check"]["exit"] == 3
@@ -126,7 +126,7 @@ def test_a_part_that_fails_stops_no_other_and_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[], ["third"]])
-def test_a_wrong_call_is_refused(arguments):
+def test_wrong_arguments_are_refused(arguments):
     result = subprocess.run(
         ["bash", SCRIPT, *arguments], capture_output=True, text=True, check=False
     )
@@ -150,7 +150,7 @@ def test_a_computer_without_a_gpu_is_refused():
     assert "JAX sees no GPU" in result.stderr
 
 
-def test_outcomes_are_read_from_what_pytest_prints():
+def test_outcomes_are_read_from_the_output_of_pytest():
     log = """
 tests/test_a.py::test_one PASSED   [ 25%]
 tests/test_a.py::test_two[a b] FAILED [ 50%]
@@ -168,7 +168,7 @@ FAILED tests/test_a.py::test_two[a b] - assert 1 == 2
     }
 
 
-def test_a_report_shows_what_is_there(tmp_path):
+def test_a_report_shows_the_finished_parts(tmp_path):
     parts = [
         {"name": "train", "exit": 124, "seconds": 100, "limit": 100},
         {"name": "run", "exit": 0, "seconds": 60, "limit": 150},

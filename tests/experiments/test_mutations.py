@@ -2,5 +2,5 @@ from experiments.checks import mutations
 
 
 def test_each_mutation_has_its_place_in_the_code():
-    """Where code has changed and its mutation has not, nothing would be broken on purpose."""
+    """A mutation whose text no longer occurs in the code would change nothing."""
     assert mutations.stale() == []

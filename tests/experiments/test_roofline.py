@@ -15,7 +15,7 @@ TINY = CNN(num_classes=5, features=(2, 3), dense=4)
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 224])
-def test_flops_are_those_of_a_hand_count(image_size: int) -> None:
+def test_flops_equal_a_hand_count(image_size: int) -> None:
     pixels = image_size**2
     convolutions = (
         2 * 27 * 32 * pixels,
@@ -30,7 +30,7 @@ def test_flops_are_those_of_a_hand_count(image_size: int) -> None:
     )
 
 
-def test_flops_are_the_known_ones() -> None:
+def test_flops_equal_the_known_ones() -> None:
     training = [roofline.training_work(MODEL, size, 1, 4).flops for size in (32, 64, 224)]
     # Known for three times a forward pass, of which the first convolution needs but two.
     assert training == pytest.approx([62e6, 250e6, 3030e6], rel=0.04)
@@ -38,7 +38,7 @@ def test_flops_are_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("image_size", [32, 224])
-def test_flops_are_those_of_xla_but_for_padding(image_size: int) -> None:
+def test_flops_equal_those_of_xla_without_padding(image_size: int) -> None:
     layers = roofline.layers(MODEL, image_size)
     # Of three taps in a row of n pixels, 3 n - 2 fall on the image.
     on_image = [
@@ -48,13 +48,13 @@ def test_flops_are_those_of_xla_but_for_padding(image_size: int) -> None:
         layer.flops * share for layer, share in zip(layers, [*on_image, 1, 1], strict=True)
     )
     # XLA counts biases, ReLU, BatchNorm and pooling too.
-    of_xla = forward_flops(MODEL, (image_size, image_size))
-    assert without_padding < of_xla < 1.04 * without_padding
+    xla_flops = forward_flops(MODEL, (image_size, image_size))
+    assert without_padding < xla_flops < 1.04 * without_padding
 
 
-def test_flops_at_224_pixels_are_nearly_those_of_xla() -> None:
-    of_xla = forward_flops(MODEL, (224, 224))
-    assert roofline.inference_work(MODEL, 224, 1, 4).flops == pytest.approx(of_xla, rel=0.03)
+def test_flops_at_224_pixels_nearly_equal_those_of_xla() -> None:
+    xla_flops = forward_flops(MODEL, (224, 224))
+    assert roofline.inference_work(MODEL, 224, 1, 4).flops == pytest.approx(xla_flops, rel=0.03)
 
 
 def test_layers_have_the_parameters_of_the_network() -> None:

@@ -46,7 +46,7 @@ def aliases(registry, name="flowers"):
 
 
 def on(store):
-    """A registry whose files are those of a store."""
+    """Returns a registry with the files of a store."""
     registry = Registry(pathlib.Path("unused"))
     registry._store, registry.url = store, store.url
     return registry

@@ -97,7 +97,7 @@ def test_fetch_returns_an_added_bundle(place, bundles, tmp_path):
         for file in path.iterdir():
             assert (folder / file.name).read_bytes() == file.read_bytes()
         assert version.note == f"note {i}"
-        assert version.bundle.test("accuracy") == pytest.approx(0.4 + i / 10)
+        assert version.bundle.test_metric("accuracy") == pytest.approx(0.4 + i / 10)
         assert version.bundle.size == sum(file.stat().st_size for file in path.iterdir())
         assert (version.bundle.classes, version.bundle.image_size) == (3, (16, 16))
         assert read_bundle(folder).temperature == i
@@ -332,11 +332,11 @@ def test_the_first_add_creates_the_registry(tmp_path, bundles):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is not that of a registry"),
-        ("[]", "is not that of a registry"),
-        ('{"format": "x"}', "is not that of a registry"),
-        ('{"id": 1}', "is not that of a registry"),
-        ('{"format": 2}', "is a registry of a later format"),
+        ("", "does not describe a registry"),
+        ("[]", "does not describe a registry"),
+        ('{"format": "x"}', "does not describe a registry"),
+        ('{"id": 1}', "does not describe a registry"),
+        ('{"format": 2}', "has a later format"),
     ],
 )
 def test_an_invalid_registry_json_is_reported(tmp_path, bundles, text, message):
@@ -402,7 +402,7 @@ def _replace(old, new):
 
 
 def _rewrite(**changes):
-    """Changes an entry, and its own sha256 with it."""
+    """Changes an entry, with a matching sha256."""
 
     def damage(path):
         path.chmod(0o644)
@@ -423,11 +423,11 @@ def _rewrite(**changes):
         (5, _replace(b'"version": 2', b'"version": 3'), "/00000005.json is damaged: its sha256"),
         (6, _replace(b'"version": 3', b'"version": 1'), "/00000006.json is damaged: its sha256"),
         (1, _replace(b"16,", b"Infinity,"), "/00000001.json is damaged: its sha256"),
-        (3, _rewrite(number=4), "/00000003.json is damaged: it says that it is 4"),
-        (5, _rewrite(version=3), "/00000006.json is damaged: the entry before"),
+        (3, _rewrite(number=4), "/00000003.json is damaged: its number is 4"),
+        (5, _rewrite(version=3), "/00000006.json is damaged: its field .previous."),
         (6, _rewrite(version=9), "/00000006.json is damaged: there is no ver"),
         (4, _rewrite(action="prosper"), "/00000004.json is damaged: its action is prosper"),
-        (6, _replace(b'"format": 1', b'"format": 2'), "/00000006.json is of format 2, and this"),
+        (6, _replace(b'"format": 1', b'"format": 2'), "/00000006.json has format 2, but this"),
     ],
 )
 def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, message):
@@ -443,7 +443,7 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
         lambda one: one.add("flowers", bundles[4]),
     ):
         damaged = Registry(registry.url)
-        for _ in range(2):  # It does not become good by being read twice.
+        for _ in range(2):  # The second read must fail too.
             with pytest.raises(RegistryError, match=message) as raised:
                 call(damaged)
             assert "\n" not in str(raised.value)
@@ -451,7 +451,7 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
 
 
 def test_only_a_lost_add_at_the_end_is_detected(registry):
-    """Of other changes nothing is kept beside the log; who had read it knows."""
+    """Other changes have no marker; a registry that has read them detects the loss."""
     (pathlib.Path(registry.url) / "log" / "00000006.json").unlink()
     other = Registry(registry.url)
     assert aliases(other) == {"champion": 2}
@@ -462,7 +462,7 @@ def test_only_a_lost_add_at_the_end_is_detected(registry):
 
 
 def marks(store):
-    """Which bundle's folder was added by which entry, as `added/` says."""
+    """Returns the bundle folder by entry number, from the markers in `added/`."""
     return {int(name[:8]): f"bundles/{name[9:]}" for name in store.names("added")}
 
 
@@ -556,7 +556,9 @@ def test_a_later_sweep_creates_a_missing_marker(registry, bundles, caplog):
     store = wrapped(root)
     failing(store, ("create", "added"), happens=False, times=100)
     on(store).add("flowers", bundles[3])
-    assert {record.getMessage().partition(",")[0] for record in caplog.records} == {"not marked"}
+    assert {record.getMessage().partition(";")[0] for record in caplog.records} == {
+        "no marker written"
+    }
     assert marks(store) == {}
     registry.refresh()
     path = registry.resolve("flowers", 4).bundle.path
@@ -603,7 +605,7 @@ def test_a_damaged_version_is_not_promoted(place, bundles, file):
 
 def test_a_version_that_fails_gates_is_not_downloaded(registry):
     store = wrapped(pathlib.Path(registry.url))
-    store.local = lambda name: None  # As if it were elsewhere.
+    store.local = lambda name: None  # As for a remote registry.
     other = on(store)
     with pytest.raises(RegistryError, match="does not become champion"):
         other.promote("flowers", 1, gates=Gates(min_accuracy=0.9))
@@ -639,7 +641,7 @@ def test_adding_a_bundle_again_restores_its_files(place, bundles, caplog, file):
         added = registry.add("flowers", bundles[0])
         assert (added.version, added.is_new) == (version, False)
         (record,) = caplog.records
-        assert record.getMessage().endswith("; its files are put back")
+        assert record.getMessage().endswith("; its files are restored")
         registry.verify(version)
     caplog.clear()
     registry.add("flowers", bundles[0])
@@ -690,7 +692,7 @@ def test_a_replaced_registry_is_read_again(registry, bundles, clock, caplog):
     clock[0] += 61
     assert registry.refresh()
     (record,) = caplog.records
-    assert record.getMessage() == f"{root} is another registry than before: it is read anew"
+    assert record.getMessage() == f"{root} was replaced by another registry, which is read now"
     assert outline(registry) == outline(other)
     assert [entry.number for entry in registry.log] == [1]
     clock[0] += 61
@@ -701,7 +703,7 @@ def test_a_replaced_registry_is_read_again(registry, bundles, clock, caplog):
 
 
 def test_a_longer_replacement_is_read_again(tmp_path, bundles, clock):
-    """Whose log goes on where that of the old one ends."""
+    """The replacement's log starts with the same entries."""
     reader = Registry(tmp_path / "registry")
     reader.add("flowers", bundles[0])
     shutil.rmtree(tmp_path / "registry")
@@ -807,7 +809,7 @@ def test_a_damaged_bundle_is_not_fetched(place, bundles, tmp_path, file):
 def test_a_download_is_reused_and_replaced_if_damaged(bundles, tmp_path):
     store = wrapped(tmp_path / "registry")
     on(store).add("flowers", bundles[0])
-    store.local = lambda name: None  # As if it were elsewhere.
+    store.local = lambda name: None  # As for a remote registry.
     registry = on(store)
     version = registry.resolve("flowers", 1)
 
@@ -860,7 +862,7 @@ def test_an_unwritable_download_folder_is_reported(bundles, tmp_path):
 
 
 def test_a_full_local_disk_is_not_damage(bundles, tmp_path):
-    """Or what is good would be called damaged, and put back."""
+    """Otherwise a good version would be reported as damaged."""
     store = wrapped(tmp_path / "registry")
     registry = on(store)
     registry.add("flowers", bundles[0])
@@ -883,7 +885,7 @@ def test_a_full_local_disk_is_not_damage(bundles, tmp_path):
 
 
 def _meanwhile(store, moment, change, when="before"):
-    """Has somebody else make a change just before or after a call to the store."""
+    """Makes a change by another writer before or after a call to the store."""
     is_done = []
 
     def hook(call, name):
@@ -981,7 +983,7 @@ def test_a_registry_created_during_reading_is_not_damage(tmp_path, bundles, when
 
 @pytest.mark.parametrize("hidden", [{1}, {2}, {6}, {2, 3, 5}, {1, 2, 3, 4, 5, 6}])
 def test_a_listing_during_writes_may_have_gaps(registry, hidden):
-    """As readdir has it: of files that are made in the meantime, any may be there."""
+    """As with readdir: files created during a listing may be missing."""
 
     class Gaps(Wrapped):
         def names(self, folder):
@@ -1014,7 +1016,7 @@ def test_threads_share_a_registry(registry):
 
 
 def test_decision_and_change_are_atomic_among_threads(registry, monkeypatch):
-    """What was decided would be written after changes that it does not know of."""
+    """Otherwise a decision could be written after unknown changes."""
     other, shared = Registry(registry.url), registry
     who = registries._author
 
@@ -1067,7 +1069,7 @@ def test_a_lost_answer_does_not_repeat_the_change(registry, bundles, fast, actio
 
 
 def test_a_lost_answer_is_found_before_later_entries(registry, bundles, fast):
-    """The change was made, nobody said so, and somebody else has made one after it."""
+    """The entry was written without an answer, and another writer added an entry."""
     store = wrapped(pathlib.Path(registry.url))
     other = copy.copy(registry)
 
@@ -1135,7 +1137,7 @@ def test_other_errors_are_not_retried(registry, error):
 
 
 def check_after_a_kill(root, before, after, bundle):
-    """A registry is as it was or as it was to become, and all goes on."""
+    """Checks that a registry is in the old or the new state, and usable."""
     registry = Registry(root)
     state = outline(registry) if (root / "registry.json").exists() else {}
     assert state in (before, after)
@@ -1148,7 +1150,7 @@ def check_after_a_kill(root, before, after, bundle):
 
 
 def days_pass(monkeypatch, days=2):
-    """The clock of what is left over."""
+    """Moves the clock that the sweep uses."""
 
     class Later(datetime.datetime):
         @classmethod
@@ -1161,7 +1163,7 @@ def days_pass(monkeypatch, days=2):
 
 @pytest.mark.parametrize("action", ["begin", *CHANGES])
 def test_a_kill_at_any_moment_is_atomic(registry, bundles, tmp_path, monkeypatch, action):
-    """At each call to the system that changes a file, as if the process were gone."""
+    """Simulates a kill at each system call that changes a file."""
     monkeypatch.setattr(stores, "_RIVALS", 2)
     source, change = pathlib.Path(registry.url), CHANGES.get(action, CHANGES["add"])
     if action == "begin":
@@ -1197,7 +1199,7 @@ def test_a_kill_at_any_moment_is_atomic(registry, bundles, tmp_path, monkeypatch
 @pytest.mark.parametrize("action", ["begin", *CHANGES])
 @pytest.mark.parametrize("is_before", [True, False])
 def test_a_kill_at_any_store_call_is_atomic(registry, bundles, monkeypatch, action, is_before):
-    """As above, in a place where a process asks another to do it."""
+    """As above, with a kill at each call to a remote store."""
     monkeypatch.setattr(stores, "_RIVALS", 2)
 
     change = CHANGES.get(action, CHANGES["add"])
@@ -1230,7 +1232,7 @@ def test_a_kill_at_any_store_call_is_atomic(registry, bundles, monkeypatch, acti
 
 
 def leftovers(registry):
-    """What is in a registry's folders and of no use."""
+    """Returns the unused files in a registry's folders."""
     root = pathlib.Path(registry.url)
     used = {v.bundle.path for m in registry.models.values() for v in m.versions.values()}
     there = [f"bundles/{path.name}" for path in (root / "bundles").iterdir()]
@@ -1256,7 +1258,7 @@ def test_unused_files_are_swept_after_a_day(registry, bundles, monkeypatch):
 
 
 def test_a_version_added_during_a_sweep_is_kept(registry, bundles, monkeypatch):
-    """Its upload was listed before it was of any use; the log is read after that."""
+    """Its upload was listed before its entry; the log is read afterwards."""
     days_pass(monkeypatch)
     store = wrapped(pathlib.Path(registry.url))
     sweeper = on(store)
@@ -1276,7 +1278,7 @@ def test_a_version_added_during_a_sweep_is_kept(registry, bundles, monkeypatch):
 
 
 def test_an_upload_of_half_a_day_is_refused(registry, bundles, monkeypatch):
-    """Another process may have taken its files for left over."""
+    """Another process may have swept its files."""
     clock = [1000.0]
     monkeypatch.setattr(registries.time, "time", lambda: clock[0])
     store = wrapped(pathlib.Path(registry.url))
@@ -1316,7 +1318,7 @@ def test_a_sweep_that_fails_is_a_warning(registry, bundles, monkeypatch, caplog,
     ],
 )
 def test_a_failed_add_deletes_its_files(registry, bundles, fast, moment, error, left):
-    """Or a full disk would be fuller after each try."""
+    """Otherwise each try would fill the disk further."""
     store = wrapped(pathlib.Path(registry.url))
     failing(store, moment, happens=False, times=100, error=error)
     with pytest.raises(type(error)):
@@ -1326,7 +1328,7 @@ def test_a_failed_add_deletes_its_files(registry, bundles, fast, moment, error, 
 
 
 def test_an_unclear_outcome_stays_unclear_after_an_error(registry, bundles, fast):
-    """The entry was made without an answer, and reading it is not allowed any more."""
+    """The entry was written without an answer, and reading is no longer allowed."""
     store = wrapped(pathlib.Path(registry.url))
 
     def refuse(call, name):
@@ -1348,5 +1350,5 @@ def test_files_that_cannot_be_removed_are_a_warning(registry, caplog):
     store = wrapped(pathlib.Path(registry.url))
     failing(store, ("remove", "bundles"), happens=False)
     on(store).remove("flowers", 1)
-    assert "a later add or remove will try again" in caplog.text
+    assert "a later add or remove tries again" in caplog.text
     assert list(Registry(registry.url).models["flowers"].versions) == [2, 3]

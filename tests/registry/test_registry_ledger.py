@@ -56,7 +56,7 @@ def make_models(*versions, **aliases):
 
 
 class Slow:
-    """The same rules as plainly as they can be said: an alias is what is left of its moves."""
+    """A simple reference: an alias is the list of its remaining moves."""
 
     def __init__(self):
         self.given = {}
@@ -177,7 +177,7 @@ def test_the_state_equals_a_simple_reference(actions):
 
 
 def test_removal_leaves_no_repeated_version_in_a_history():
-    """By hand: 1, 2, 1, 3 without 2 is 1, 3; a rollback from 3 leads to 1, and no further."""
+    """By hand: 1, 2, 1, 3 without 2 is 1, 3. A rollback from 3 selects 1, the first version."""
     models = make_models(*[make_facts()] * 3, champion=[1, 2, 1, 3])
     models = ledger.apply(models, make_entry("remove", 2))
     assert models["flowers"].aliases == {"champion": (1, 3)}
@@ -313,7 +313,7 @@ def test_invalid_entries_are_refused(data):
 
 
 def test_each_invalid_entry_has_exactly_one_fault():
-    """Or they would be refused for another reason than the one that is tried out."""
+    """Otherwise an entry could be refused for an unintended reason."""
     assert ledger.parse(_changed()) == make_entry("promote", 1, "champion")
     assert ledger.parse(_changed_bundle()) == make_entry("add", 1)
 
@@ -326,7 +326,7 @@ def test_each_invalid_entry_has_exactly_one_fault():
     ],
 )
 def test_the_sha256_detects_a_changed_field(entry):
-    """Any one of them, as far as it is still JSON."""
+    """Any change that leaves valid JSON."""
     text = ledger.serialise(entry).decode()
     fields = json.loads(text)
     assert ledger.parse(json.dumps(dict(reversed(fields.items()))).encode()) == entry

@@ -269,7 +269,7 @@ def test_no_aliases_does_not_change_aliases(registry, uri, tmp_path, capsys, fla
 
 @needs_mlflow
 def test_an_invalid_database_is_one_error_line(registry, tmp_path, monkeypatch, caplog):
-    """What it raises is SQLAlchemy's, in several lines."""
+    """SQLAlchemy's exceptions have several lines."""
     from mlflow.store.db import utils
 
     monkeypatch.setattr(utils, "MAX_RETRY_COUNT", 2)

@@ -16,10 +16,10 @@ from cnn_jax.registry.registry import Registry
 
 pytest_plugins = ["registry_fixtures"]
 
-# Begins when it is told to, by a line; says what it has done, a line for each.
+# Waits for a line on stdin, then adds bundles and prints one line per bundle.
 WORKER = """
 import json, pathlib, sys
-from cnn_jax import bundle
+from cnn_jax.inference import bundle
 from cnn_jax.system.errors import UserError
 from cnn_jax.registry.registry import Registry
 

@@ -144,7 +144,7 @@ def test_an_unsafe_store_is_refused(protocol):
 
 @pytest.mark.parametrize("happens", ["never", "unseen"])
 def test_a_store_without_clear_answers_fails_the_check(happens):
-    """What may happen by chance to one of them is no proof against the place."""
+    """A missing answer alone does not show that the store is unsafe."""
 
     class Silent(MemoryFileSystem):
         store, pseudo_dirs = {}, [""]
@@ -178,7 +178,7 @@ def test_one_missing_answer_does_not_fail_the_check():
 
 
 def test_other_s3_precondition_errors_are_recognised():
-    """s3fs knows AWS's words alone; others say the same without saying which condition it was."""
+    """s3fs recognises only AWS's message; other services omit the condition."""
 
     class Other(MemoryFileSystem):
         store, pseudo_dirs = {}, [""]
@@ -506,7 +506,7 @@ def test_other_names_have_no_creation_time(name):
 
 
 def test_the_memory_store_is_safe_for_threads():
-    """What fsspec does in memory is look and write as well; the lock is ours."""
+    """The memory file system of fsspec checks and then writes; the lock is in `RemoteStore`."""
 
     class Slow(MemoryFileSystem):
         store, pseudo_dirs = {}, [""]

@@ -1,4 +1,4 @@
-"""Servers in processes of their own, on a free port of the loopback."""
+"""Servers in separate processes, on a free local port."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from conftest import REPOSITORY
 
 
 class Served:
-    """A server that was started, and is ready.
+    """A running server.
 
     Attributes:
-      url: Where it is, without a slash at the end.
+      url: Its URL, without a slash at the end.
       process: Its process.
     """
 
@@ -66,14 +66,14 @@ class Served:
         raise AssertionError(f"{pattern!r} has not come: {self._log.read_text()[-3000:]}")
 
     def log(self) -> list[dict]:
-        """The lines of its log, each of which is JSON."""
+        """Returns the parsed JSON lines of the log."""
         return [json.loads(line) for line in self._log.read_text().splitlines()]
 
     def output(self) -> str:
         return self._out.read_text()
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """Sends a signal; the exit code."""
+        """Sends a signal, and returns the exit code."""
         self.process.send_signal(number)
         return self.process.wait(60)
 
@@ -84,7 +84,7 @@ class Served:
         return requests.get(self.url + path, timeout=30, **options)
 
     def measure(self, name: str) -> float:
-        """A figure of /metrics, with its labels as it stands there."""
+        """Returns a metric of /metrics; the name includes the labels."""
         for line in self.get("/metrics").text.splitlines():
             if line.startswith(f"{name} "):
                 return float(line.rpartition(" ")[2])

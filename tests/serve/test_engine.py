@@ -21,7 +21,7 @@ def image(value):
 
 
 class Device:
-    """Doubles each image's value; waits at a gate, and notes the batches as they come."""
+    """A program that doubles each image's value. It waits for `gate` and records its batches."""
 
     def __init__(self, is_open=True):
         self.batches = []
@@ -39,7 +39,7 @@ class Device:
 
 
 def run_with(engine, test):
-    """Runs a coroutine function beside a started engine, which is closed in the end."""
+    """Runs a coroutine function with a started engine, and closes the engine."""
 
     async def run():
         engine.start()
@@ -52,7 +52,7 @@ def run_with(engine, test):
 
 
 async def compute(engine, program, value, deadline=None):
-    """What becomes of one image of a request."""
+    """Returns the result of a request with one image."""
     (found,) = await engine.compute(program, [lambda: image(value)], deadline or later())
     return found
 
@@ -72,11 +72,11 @@ async def until(condition):
 @pytest.mark.parametrize(
     ("seconds", "sizes"),
     [
-        # On an accelerator a larger batch takes hardly longer: it is padded.
+        # On an accelerator a larger batch hardly takes longer: the batch is padded.
         ({1: 1.0, 2: 1.0, 4: 1.1, 8: 1.2}, [1, 2, 4, 4, 8, 8, 8, 8, 8]),
-        # On a CPU each image takes its time: what is over waits.
+        # On a CPU the time grows with the size: the remaining images wait.
         ({1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}, [1, 2, 2, 4, 4, 4, 4, 8, 8]),
-        # Where batches bring nothing, the first comes first.
+        # Without a gain by batching, images are computed one by one.
         ({1: 1.0, 2: 2.0, 4: 4.0}, [1, 1, 1, 1]),
     ],
 )
@@ -131,7 +131,7 @@ def test_images_that_arrive_during_a_batch_form_one():
         assert [(await other).batch_size for other in others] == [3, 3, 3]
 
     run_with(engine, test)
-    # The last one is repeated to fill the size that is compiled.
+    # The last image is repeated to fill the compiled size.
     assert device.batches == [[1], [2, 3, 4, 4]]
 
 
@@ -147,7 +147,7 @@ def test_an_image_waits_at_most_max_wait():
         assert (await first).batch_size == 2
         assert 0.15 < time.monotonic() - start < 2
         assert (await second).queue_seconds < 0.2
-        # A whole batch waits for nobody.
+        # A full batch does not wait.
         start = time.monotonic()
         four = [compute(engine, program, n) for n in range(4)]
         await asyncio.gather(*four)
@@ -260,14 +260,14 @@ def test_retry_after_follows_measured_times():
             await compute(engine, Program(slow, {1: 1.0}), 0)
         with engine.admit(100), pytest.raises(Overloaded) as caught, engine.admit(1):
             pass
-        # A hundred images at a tenth of a second.
+        # A hundred images take a tenth of a second each.
         assert 6 <= caught.value.retry_after <= 15
 
     run_with(engine, test)
 
 
 class Decoder:
-    """Notes the values that it is asked for, and waits at a gate before it gives any."""
+    """A decoder that records the values of started images, and waits for `gate`."""
 
     def __init__(self):
         self.started = []
@@ -296,7 +296,7 @@ def test_decoding_runs_on_threads_before_the_deadline():
         await until(lambda: len(decoder.started) == 2)
         await asyncio.sleep(0.1)
         left.cancel()
-        await asyncio.sleep(0.05)  # The thread is not told before the task has heard of it.
+        await asyncio.sleep(0.05)  # The cancelled task needs time to clear its queue.
         decoder.gate.set()
         assert [(await one)[0].result for one in held] == [2, 4]
         with pytest.raises(DeadlineExceeded):
@@ -345,7 +345,7 @@ def test_queue_seconds_include_both_waits():
         await asyncio.sleep(0.1)
         decoder.gate.set()
         one, other = await both
-        # The first was decoded for a tenth of a second, for which the other has waited.
+        # The first image was decoded for 0.1 s, while the other image waited.
         assert one.decode_seconds > 0.09
         assert other.decode_seconds < 0.05
         assert one.queue_seconds < 0.05
@@ -373,7 +373,7 @@ def test_large_requests_leave_decoders_for_others():
         await asyncio.gather(held, one, *others)
 
     run_with(engine, test)
-    # In turn, and not behind the ten.
+    # They take turns with the ten images.
     assert max(decoder.started.index(n) for n in (78, 79)) <= 5
 
 
@@ -397,12 +397,12 @@ def test_an_unexpected_decode_error_fails_the_request():
 
 
 def test_cancelled_requests_free_their_images():
-    """Though all threads are busy, and it has not come to its turn."""
+    """The memory is freed while all threads are busy."""
     engine, decoder = Engine(capacity=100, decoders=2), Decoder()
     program = Device().program()
 
     async def leave_behind(ask):
-        """Something that only a request holds, whose client leaves."""
+        """Cancels a request, and returns a weak reference to its image."""
         held = [image(5)]
         gone = weakref.ref(held[0])
         left = asyncio.ensure_future(ask(held.pop()))
@@ -425,7 +425,7 @@ def test_cancelled_requests_free_their_images():
         )
         for ask in asks:
             gone = await leave_behind(ask)
-            await asyncio.sleep(0)  # The loop itself holds what it has just run.
+            await asyncio.sleep(0)  # The event loop holds the callback that it has just run.
             gc.collect()
             assert gone() is None
         decoder.gate.set()

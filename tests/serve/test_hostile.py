@@ -1,4 +1,4 @@
-"""Whatever a client sends: no answer of the server's own fault, and no memory that stays."""
+"""Hostile requests cause no internal error and no memory growth."""
 
 import collections
 import concurrent.futures
@@ -29,7 +29,7 @@ _KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _TOKEN = "token-of-a-keeper-01"
 AS_ADMIN = {"Authorization": f"Bearer {_TOKEN}"}
 post = functools.partial(requests.post, headers=AS_ADMIN)
-# By how much the memory of a server may grow beyond what it needs when it is ready.
+# Allowed growth of a server's memory after it is ready.
 _MOST_MEGABYTES = 200
 
 
@@ -64,7 +64,7 @@ def peak_megabytes(server):
 
 
 def mutate(content, rng):
-    """Some bytes changed, cut out, doubled, or another length."""
+    """Returns the content with bytes changed, removed or repeated."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8))):
         place = rng.randrange(len(content) + 1)
@@ -81,7 +81,7 @@ def mutate(content, rng):
 
 
 def test_mutated_images_and_bodies(server):
-    """A thousand; more with CNN_JAX_MUTATED=5000, and with -s it says what has become of them."""
+    """Sends 1,000 mutations, or $CNN_JAX_MUTATED; with -s it prints the counts of statuses."""
     count = int(os.environ.get("CNN_JAX_MUTATED", "1000"))
     rng, before = random.Random(0), peak_megabytes(server)
     images = [encode(kind) for kind in _KINDS]
@@ -110,7 +110,7 @@ def test_mutated_images_and_bodies(server):
 
 
 def bomb(kind):
-    """A small file of very many pixels."""
+    """Returns a small file with very many pixels."""
     file = io.BytesIO()
     Image.new("L", (20_000, 8_000)).save(file, kind, **({"quality": 1} if kind == "JPEG" else {}))
     return file.getvalue()
@@ -139,7 +139,7 @@ def test_deep_and_wide_json(server):
         b'{"instances": [' + b'"ab",' * 2_300_000 + b"0]}",
         b'{"instances": [' + b"300," * 2_300_000 + b"0]}",
         b'{"instances": {' + b",".join(b'"%d":0' % n for n in range(800_000)) + b"}}",
-        # As an array of strings each place would have room for the longest.
+        # An array of strings would reserve the length of the longest string per element.
         b'{"instances": [["' + b"x" * 1_000_000 + b'"' + b',""' * 200_000 + b"]]}",
         b'{"instances": [{"b64": "' + "é".encode() * 5_000_000 + b'"}]}',
     ):
@@ -202,7 +202,7 @@ CHECKS = [
 
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
 def test_requests_generated_from_the_openapi_description(server, mode):
-    """Schemathesis makes requests from the OpenAPI description, right and wrong ones."""
+    """Schemathesis generates valid and invalid requests from the OpenAPI description."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations()]
     assert len(operations) > 15
@@ -223,6 +223,8 @@ def test_requests_generated_from_the_openapi_description(server, mode):
             asked[case.operation.label] += 1
             assert answer.status_code != 500
 
-        with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # Of what can't be wrong.
+        with contextlib.suppress(
+            hypothesis.errors.Unsatisfiable
+        ):  # Requests that cannot be invalid.
             check()
     assert len(asked) > 8

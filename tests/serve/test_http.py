@@ -1,4 +1,4 @@
-"""The connections, with an application of three lines."""
+"""The HTTP connections, with a minimal application."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from cnn_jax.serve import http
 
 
 async def application(scope, receive, send):
-    """Answers with the length of the body, without reading it, or at length."""
+    """Answers with the body's length, without reading the body, or with a long answer."""
     if scope["type"] != "http":
         return
     if scope["path"] == "/refused":
@@ -36,7 +36,7 @@ async def application(scope, receive, send):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Starts a server with other limits; its port."""
+    """Starts a server with other limits, and returns its port."""
     with contextlib.ExitStack() as stack:
 
         def serve(**limits):
@@ -44,7 +44,7 @@ def serve(monkeypatch):
                 monkeypatch.setattr(http, name, value)
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             server = http.make_server(application, 0, 1, lambda: None)
-            server.capture_signals = contextlib.nullcontext  # In a thread there are none.
+            server.capture_signals = contextlib.nullcontext  # Signals work only in the main thread.
             thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
             thread.start()
 
@@ -65,7 +65,7 @@ def connect(port):
 
 
 def rest_of(connection):
-    """What comes until the server hangs up."""
+    """Returns the bytes until the server closes the connection."""
     found = b""
     with contextlib.suppress(ConnectionError):
         while piece := connection.recv(65_536):
@@ -112,7 +112,7 @@ def test_each_request_of_a_connection_has_the_timeout(serve):
     with connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
-        # Between two requests it may be quiet for longer.
+        # Between two requests the connection may be silent for longer.
         time.sleep(0.8)
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n")
         start = time.monotonic()
@@ -151,7 +151,7 @@ def test_the_number_of_connections_is_limited(serve):
             one.sendall(head)
         idle = stack.enter_context(connect(port))
         time.sleep(0.3)
-        with connect(port) as another:  # In the place of the idle one.
+        with connect(port) as another:  # The new connection replaces the idle connection.
             another.sendall(head)
             assert rest_of(idle) == b""
             time.sleep(0.3)
@@ -163,7 +163,7 @@ def test_the_number_of_connections_is_limited(serve):
 
 
 def send_until_closed(connection, piece, most):
-    """How many bytes were taken."""
+    """Returns the number of bytes that the server accepted."""
     sent = 0
     with contextlib.suppress(ConnectionError, TimeoutError):
         while sent < most:

@@ -1,4 +1,4 @@
-"""Who leaves is noticed, and is nobody else's cancellation."""
+"""A disconnect is detected, and is distinguished from other cancellations."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from cnn_jax.serve.limits import ClientDisconnected, cancel_on_disconnect
 
 
 class Client:
-    """A client that has sent its body, and may leave."""
+    """A client that has sent its body and may disconnect."""
 
     def __init__(self):
         self._leaves = asyncio.Event()
@@ -28,7 +28,7 @@ async def work(client, answer):
 
 
 async def begun(client):
-    """A request that waits for its answer: its task and the answer's future."""
+    """Starts a request; returns its task and the future of its answer."""
     answer = asyncio.get_running_loop().create_future()
     task = asyncio.ensure_future(work(client, answer))
     for _ in range(3):
@@ -101,7 +101,9 @@ def test_another_cancellation_takes_precedence_over_a_disconnect():
             task, _ = await begun(client)
             if leaves:
                 client.leave()
-                await asyncio.sleep(0)  # The watch has seen it, and the work not yet.
+                await asyncio.sleep(
+                    0
+                )  # The watcher has seen the disconnect, but the task has not been cancelled yet.
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

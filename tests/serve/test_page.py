@@ -1,4 +1,4 @@
-"""The page in a browser: upload, result, map, errors, versions, and that it asks nobody else."""
+"""The page in a browser: upload, result, map, errors, versions, and no external requests."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from cnn_jax.registry.registry import Registry
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
-    """Two versions of a model, which say different things."""
+    """A registry with two versions of a model, with different predictions."""
     folder = tmp_path_factory.mktemp("page")
     registry = Registry(folder / "registry")
     for seed in (0, 1):
@@ -41,7 +41,7 @@ def image(tmp_path_factory):
 
 
 def wait_for(browser, script):
-    """Waits until a script says something that is true."""
+    """Waits until a script returns a true value."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     return WebDriverWait(browser, 60).until(lambda _: browser.execute_script(f"return {script}"))
@@ -56,7 +56,7 @@ def choose(browser, path):
 
 
 def complaints(browser):
-    """What the browser has found wrong since it was asked for the last time."""
+    """Returns the browser's error messages since the last call."""
     return [line for line in browser.get_log("browser") if line["level"] != "DEBUG"]
 
 
@@ -147,7 +147,7 @@ def test_the_page_follows_the_served_version(browser, server, registry, image):
     open_page(browser, server)
     registry.promote("shapes", 2)
     server.wait_for_log("version 1: no longer served")
-    choose(browser, image)  # The page has not been loaded again.
+    choose(browser, image)  # The page was not reloaded.
     wait_for(browser, "document.getElementById('took').textContent.includes('version 2')")
     wait_for(browser, "document.getElementById('about').textContent.includes('version 2')")
     name, probabilities = expected_of(registry, 2, image)
@@ -155,14 +155,14 @@ def test_the_page_follows_the_served_version(browser, server, registry, image):
 
 
 def test_all_controls_work_by_keyboard(browser, server, image):
-    """Everything that can be operated is reached, on from the result."""
+    """All controls are reached by Tab, starting from the result."""
     from selenium.webdriver import ActionChains, Keys
 
     open_page(browser, server)
     choose(browser, image)
     wait_for(browser, "!document.getElementById('result').hidden")
     reached = []
-    for _ in range(6):  # Round once, by way of the browser's own.
+    for _ in range(6):  # Once around, through the browser's own controls.
         ActionChains(browser).send_keys(Keys.TAB).perform()
         reached.append(
             browser.execute_script(

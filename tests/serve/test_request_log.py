@@ -1,4 +1,4 @@
-"""The request log: bounded, sampled, and never in the way."""
+"""The request log: its size limit, its sampling and its errors."""
 
 import sqlite3
 
@@ -39,13 +39,13 @@ def test_the_log_deletes_its_oldest_rows(version, tmp_path):
     assert log.lost_rows == 0
     kept = ids_of(path)
     assert kept == list(range(kept[0], 800))
-    assert 100 < len(kept) < 300  # About a kilobyte each.
-    # Beside one batch of rows, and what SQLite writes ahead.
+    assert 100 < len(kept) < 300  # About a kilobyte per row.
+    # Plus one batch of rows and SQLite's write-ahead log.
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1.5 * most
 
 
 def test_a_fraction_is_sampled(version, tmp_path):
-    log = RequestLog(tmp_path / "requests.db", share=0.25)
+    log = RequestLog(tmp_path / "requests.db", fraction=0.25)
     for start in range(0, 800, 100):
         offer(log, version, range(start, start + 100))
         while log._waiting.qsize():
@@ -78,7 +78,7 @@ def test_rows_lost_to_a_full_disk_are_counted(version, tmp_path, monkeypatch):
 def test_record_never_waits(version, tmp_path):
     log = RequestLog(tmp_path / "requests.db")
     with sqlite3.connect(tmp_path / "requests.db") as other:
-        other.execute("begin exclusive")  # Nobody else can write.
+        other.execute("begin exclusive")  # No other connection can write.
         offer(log, version, range(1_100))
         assert log.lost_rows >= 90
     log.close()

@@ -1,4 +1,4 @@
-"""A server as its clients see it, over the network."""
+"""The server's protocols over the network."""
 
 import base64
 import concurrent.futures
@@ -70,7 +70,7 @@ def expected_of(predictor, image):
 
 
 def error_of(answer):
-    """Status and reason of an error, which has the form that all have."""
+    """Returns status and reason of an error, and checks its JSON keys."""
     found = answer.json()
     assert found.keys() == {"error", "reason", "request_id"}
     assert found["request_id"] == answer.headers["x-request-id"]
@@ -78,7 +78,7 @@ def error_of(answer):
     return answer.status_code, found["reason"]
 
 
-# The plain protocol.
+# The native protocol.
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,13 +126,13 @@ def test_a_map_as_png(server, predictor, spelling):
     assert found["explanation"]["method"] == "grad_cam"
     with Image.open(io.BytesIO(base64.b64decode(found["explanation"]["png"]))) as shown:
         assert (shown.format, shown.size) == ("PNG", (16, 16))
-        assert len(np.unique_name(np.asarray(shown).reshape(-1, 3), axis=0)) > 10
+        assert len(np.unique(np.asarray(shown).reshape(-1, 3), axis=0)) > 10
     expected = expected_of(predictor, encode(picture()))
     assert found["probability"] == pytest.approx(expected.max(), abs=1e-6)
 
 
 def tensor(shape, datatype, data):
-    """A body of the Open Inference Protocol with one tensor."""
+    """Returns a body of the Open Inference Protocol with one tensor."""
     return json.dumps({"inputs": [{"shape": shape, "datatype": datatype, "data": data}]})
 
 
@@ -200,7 +200,7 @@ def test_invalid_requests_get_status_and_reason(server, path, body, expected):
 
 
 def test_every_route_names_a_misspelt_parameter(server):
-    """It was ignored, and the answer was that of another question."""
+    """If it were ignored, the answer would be for another request."""
     description = server.get("/openapi.json").json()["paths"]
     paths = [(method, path) for path, methods in description.items() for method in methods]
     paths += [("get", path) for path in ("/", "/docs", "/openapi.json", "/healthz", "/readyz")]
@@ -208,7 +208,7 @@ def test_every_route_names_a_misspelt_parameter(server):
     values = {"model": "shapes", "version": 1, "alias": "default"}
     for method, path in paths:
         if path.startswith("/admin/"):
-            continue  # Refused before, without a token.
+            continue  # These paths are refused without a token.
         url = f"{server.url}{path.format_map(values)}?Explian=grad_cam"
         answer = requests.request(method, url, timeout=30)
         assert error_of(answer) == (400, "parameter"), path
@@ -218,7 +218,7 @@ def test_every_route_names_a_misspelt_parameter(server):
         assert hint in told, path
     answer = server.post("/predict?nonsense", b"x")
     assert "use model, version, alias, top, explain" in answer.json()["error"]
-    # Each parameter that is described is known.
+    # Each documented parameter is accepted.
     for parameter in description["/predict"]["post"]["parameters"]:
         told = server.post(f"/predict?{parameter['name']}=", b"x").json()["error"]
         assert "there is no parameter" not in told
@@ -266,7 +266,7 @@ def test_a_body_of_unknown_length_is_limited(server, predictor):
     assert answer.json()["predictions"][0]["probability"] == pytest.approx(
         expected_of(predictor, image).max(), abs=1e-6
     )
-    # A server that says no and hangs up may be faster than what is still being sent.
+    # The server may refuse and close before the client has sent everything.
     with contextlib.suppress(requests.ConnectionError):
         assert error_of(server.post("/predict", (b"x" * 100_000 for _ in range(20)))) == (
             413,
@@ -343,7 +343,7 @@ def test_open_inference_of_files(server, predictor):
 
 @pytest.mark.parametrize("kind", ["UINT8", "BYTES"])
 def test_open_inference_of_binary_tensors(server, predictor, kind):
-    """As Triton's clients send them by default."""
+    """Triton's clients send binary tensors by default."""
     if kind == "UINT8":
         images = list(np.stack([picture(seed) for seed in range(2)]))
         shape, binary = [2, 20, 30, 3], np.stack(images).tobytes()
@@ -375,7 +375,7 @@ def test_open_inference_of_binary_tensors(server, predictor, kind):
 
 @pytest.mark.parametrize("is_binary", [True, False])
 def test_tritons_own_client(server, predictor, is_binary):
-    """`tritonclient[http]` is no part of the extra `test`: it holds other libraries back."""
+    """`tritonclient[http]` is not in the extra `test`, because it pins old libraries."""
     http = pytest.importorskip("tritonclient.http")
     client = http.InferenceServerClient(server.url.partition("//")[2])
     assert client.is_server_live()
@@ -430,11 +430,11 @@ def test_open_inference_metadata(server):
     assert error_of(server.get("/v2/models/other/ready")) == (404, "no_model")
 
 
-# What surrounds it.
+# Batching, limits, health and logs.
 
 
 def test_batching_does_not_change_answers(server, predictor):
-    """Two hundred images at once, from many clients, each its own."""
+    """Two hundred different images at once, from many clients."""
     images = [encode(picture(seed)) for seed in range(200)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda image: server.post("/predict?top=3", image), images))
@@ -553,11 +553,11 @@ def test_the_log_has_requests_without_image_content(server):
     assert secret.decode() not in json.dumps(server.log())
 
 
-# Those who mean harm, or have a bad line.
+# Hostile clients, and clients with slow connections.
 
 
 def speak(server, *parts, wait=0.0, seconds=20):
-    """What a server answers to these bytes, until it hangs up or the time is over."""
+    """Sends bytes; returns the answer until the connection closes or the timeout."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as connection:
         found = b""
         try:
@@ -616,7 +616,7 @@ def test_one_connection_serves_many_requests(server):
         assert answer.status == 200
         answer.read()
     connection.close()
-    # Several at once, without waiting for an answer.
+    # Several requests at once (pipelining).
     one = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
     last = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
     assert speak(server, one * 3 + last).count(b"HTTP/1.1 200") == 4

@@ -1,4 +1,4 @@
-"""Too much at once, too late, and those who leave: a server whose device waits for a sign."""
+"""Overload, timeouts and disconnects, with a device that waits for a gate."""
 
 import asyncio
 import concurrent.futures
@@ -157,7 +157,7 @@ def test_a_timed_out_request_is_dropped(serve, pool):
         assert answer.status_code == 503
         assert answer.json()["reason"] == "late"
         assert answer.headers["retry-after"] == "1"
-    assert first.result().json()["reason"] == "late"  # Even if it was being computed.
+    assert first.result().json()["reason"] == "late"  # Also if its batch is running.
     assert server.post(4).status_code == 200
     assert server.batches == [[1], [4]]
 
@@ -186,7 +186,9 @@ def test_a_missing_body_times_out(serve):
         start = time.monotonic()
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nx")
         version = server.service.models.find()
-        until(lambda: version.in_use == 1)  # Or it could be gone when the body is there.
+        until(
+            lambda: version.in_use == 1
+        )  # Otherwise the version could be unloaded before the body arrives.
         answer = b"".join(iter(lambda: connection.recv(65_536), b""))  # Until it is closed.
         assert answer.startswith(b"HTTP/1.1 408")
         assert b'"reason":"slow"' in answer
@@ -206,7 +208,7 @@ def test_the_total_size_of_bodies_is_limited(serve):
         answer = requests.post(f"{server.url}/predict", b"x" * 1_900_000, timeout=10)
         assert answer.status_code == 429
         assert answer.json()["reason"] == "busy"
-        # There is room for small ones, however much large ones have taken.
+        # Small bodies are accepted while large bodies use their whole limit.
         assert requests.post(f"{server.url}/predict", b"x" * 1_000_000, timeout=10).ok is False
         for _ in range(2):
             one = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
@@ -233,7 +235,7 @@ def test_internal_errors_have_no_details(serve, version, caplog):
     assert requests.get(f"{server.url}/healthz", timeout=10).status_code == 200
 
 
-# What can be asked.
+# The loaded version.
 
 
 def test_open_inference_reports_readiness(serve):
@@ -244,7 +246,7 @@ def test_open_inference_reports_readiness(serve):
 
     server.service.models.set_state("default", 2, LOADING)
     found = requests.get(f"{server.url}/v2/models/default", timeout=10).json()
-    assert found["versions"] == ["1"]  # Those that can be asked.
+    assert found["versions"] == ["1"]  # The loaded versions.
     own = "models/default/versions"
     assert [status(f"{own}/{number}/ready") for number in (1, 2, 3)] == [200, 503, 404]
     ready = ("health/ready", "models/default/ready", f"{own}/1/ready")
@@ -272,7 +274,7 @@ def test_models_are_found_by_name_number_and_alias(version):
     three = dataclasses.replace(version, model="one", number=3)
     five = dataclasses.replace(version, model="one", number=5)
     models.add_version(three)
-    assert refused("one") == 503  # Nothing says that it is the one.
+    assert refused("one") == 503  # The choice is ambiguous.
     models.set_aliases("one", {"champion": 3, "challenger": 5})
     assert models.is_ready()
     assert models.find() is models.find("one") is models.find(alias="champion") is three
@@ -286,7 +288,7 @@ def test_models_are_found_by_name_number_and_alias(version):
     assert models.remove_version("one", 3) is three
     assert refused("one", 3) == 404
     models.add_model("two", is_required=False)
-    assert models.find() is five  # The only one that answers.
+    assert models.find() is five  # The only model with a default version.
     assert models.is_ready()
     assert not models.is_ready("two")
     two = dataclasses.replace(version, model="two", number=1)

@@ -45,7 +45,7 @@ def encode(seed=0):
 
 
 def add(registry, folder, seed, model="shapes"):
-    """Adds a network of its own as the next version."""
+    """Adds a bundle with other weights as the next version."""
     path = folder / f"bundle-{model}-{seed}"
     write_bundle(make_bundle(seed), path)
     return registry.add(model, path).version.number
@@ -89,7 +89,7 @@ def states_of(server, model="shapes"):
 
 
 def test_an_alias_moves_without_a_failed_request(serve, registry, tmp_path):
-    """Each answer is that of the version that it names, and once the new one is there, it stays."""
+    """Each answer is from the version that it names, and versions change once."""
     expected = {}
     for number in (1, 2):
         (prediction,) = predict_batch(BundlePredictor(make_bundle(number)), [encode()])
@@ -142,7 +142,7 @@ def test_a_broken_version_leaves_the_old_version(serve, registry, tmp_path):
         (path / "weights.safetensors").chmod(0o644)
         (path / "weights.safetensors").write_bytes(weights)
         for number, reason in ((2, "the log says why"), (without_numbers, "not probabilities")):
-            # What is damaged is not promoted, but one may go back to it.
+            # A damaged version is not promoted, but a rollback may select it.
             registry.rollback("shapes") if number == 2 else registry.promote("shapes", number)
             until(lambda number=number: states_of(server).get(number) == "END")
             server.wait_for_log(f"version {number}: not loaded; the loaded versions stay")
@@ -165,7 +165,7 @@ def test_several_versions_and_models_at_once(serve, registry, tmp_path):
     add(registry, tmp_path, 7, "others")
     registry.promote("others", 1)
     with serve("--versions=challenger,9") as server:
-        assert version_of(server) == 400  # Which model?
+        assert version_of(server) == 400  # The request does not name a model.
         assert version_of(server, "&model=shapes") == 1
         assert version_of(server, "&model=shapes&alias=challenger") == 2
         assert version_of(server, "&model=shapes&version=2") == 2
@@ -180,7 +180,7 @@ def test_several_versions_and_models_at_once(serve, registry, tmp_path):
 
 
 def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
-    """A rollback while the next version is compiled."""
+    """The alias is rolled back while the next version is compiled."""
     desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
 
     class Changing(Source):
@@ -212,7 +212,7 @@ def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
         assert {"champion": 2} not in seen
         assert service.models.default("shapes").number == 1
         assert set(service.models.loaded("shapes")) == {1}
-        # What is wanted under the same number, but is another bundle, takes its place.
+        # Another bundle under the same number replaces the version.
         desired["shapes"] = DesiredState({1: "other"}, {"champion": 1})
         await loader.synchronize()
         assert service.models.default("shapes").digest == "other"
@@ -331,7 +331,7 @@ def test_an_administrator_loads_and_unloads_versions(serve, registry):
         assert version_of(server, "&version=2") == 404
         assert ask("put", "/admin/models/shapes/versions/9", AS_ADMIN).status_code == 404
         assert ask("put", "/admin/models/other/versions/1", AS_ADMIN).status_code == 404
-        # The one that answers stays, whoever does not want it besides.
+        # The default version stays loaded.
         assert ask("delete", "/admin/models/shapes/versions/1", AS_ADMIN).status_code == 409
         assert version_of(server) == 1
         registry.promote("shapes", 2)

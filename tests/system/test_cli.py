@@ -1,4 +1,4 @@
-"""What all commands share: what they print on any terminal, and how they end."""
+"""Output of all commands on any terminal, their errors and exit codes."""
 
 import csv
 import io
@@ -20,6 +20,7 @@ from rich.cells import cell_len
 
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.system import cli
+from cnn_jax.system.errors import ConfigError, closest, did_you_mean
 from cnn_jax.system.text import table
 
 NAMES = ("grün", "œuvre d'art", "猫 und Hund")
@@ -27,7 +28,7 @@ NAMES = ("grün", "œuvre d'art", "猫 und Hund")
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run whose classes have names that few encodings can write, and its data in `images`."""
+    """A run with class names that few encodings have, and its data in `images`."""
     folder = tmp_path_factory.mktemp("names")
     rng = np.random.default_rng(0)
     for name in NAMES:
@@ -42,7 +43,7 @@ def run_folder(tmp_path_factory):
 
 
 def _run(*arguments, **environment):
-    """Runs a command; its stdout as bytes."""
+    """Runs a command, and returns its stdout as bytes."""
     process = subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=REPOSITORY,
@@ -55,7 +56,7 @@ def _run(*arguments, **environment):
 
 
 def _run_main(body, **environment):
-    """Runs a command of one line, which imports nothing slow."""
+    """Runs a one-line command that imports nothing slow."""
     code = f"import sys, logging; from cnn_jax.system import cli; cli.run(lambda argv: {body})"
     process = subprocess.run(
         [sys.executable, "-c", code],
@@ -74,17 +75,17 @@ def _run_main(body, **environment):
         ({"PYTHONIOENCODING": "utf-8"}, "grün 猫".encode() + b"\xff\n"),
         ({"PYTHONIOENCODING": "latin-1"}, b"gr\xfcn \\u732b\xff\n"),
         ({"PYTHONIOENCODING": "ascii:strict"}, b"gr\\xfcn \\u732b\xff\n"),
-        (  # A host without any locale.
+        (  # A host without a locale.
             {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
             b"gr\\xfcn \\u732b\xff\n",
         ),
     ],
 )
-def test_what_an_encoding_lacks_is_escaped_and_bytes_of_file_names_stay(environment, expected):
+def test_characters_outside_the_encoding_are_escaped(environment, expected):
     assert _run_main(r"print('gr\xfcn \u732b\udcff')", **environment) == expected
 
 
-def test_files_are_utf_8_and_json_is_json_on_a_terminal_of_ascii(run_folder, tmp_path):
+def test_files_are_utf_8_and_json_is_valid_on_ascii_terminals(run_folder, tmp_path):
     flags, ascii_only = [f"--bundle={run_folder}"], {"PYTHONIOENCODING": "ascii"}
     output = tmp_path / "out.csv"
     inputs = [f"--input={run_folder / 'images'}", f"--output={output}"]
@@ -112,7 +113,7 @@ def test_files_are_utf_8_and_json_is_json_on_a_terminal_of_ascii(run_folder, tmp
         ["registry", "add", "m", "{run}", "--registry={out}", "--note=猫"],
     ],
 )
-def test_every_command_prints_on_a_terminal_of_ascii(run_folder, tmp_path, arguments):
+def test_every_command_can_print_ascii(run_folder, tmp_path, arguments):
     module, *flags = (text.format(run=run_folder, out=tmp_path / "ü") for text in arguments)
     printed = _run(f"cnn_jax.{module}", *flags, PYTHONIOENCODING="ascii:strict")
     assert printed.isascii()
@@ -144,7 +145,7 @@ def test_a_table_fits_the_terminal_and_keeps_its_words(names, width):
 
 
 def _on_a_terminal(*arguments, columns=60):
-    """What a command shows on a terminal, and its exit code."""
+    """Returns the output of a command on a terminal, and its exit code."""
     terminal, its_side = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -159,13 +160,13 @@ def _on_a_terminal(*arguments, columns=60):
     try:
         while chunk := os.read(terminal, 65536):
             output += chunk
-    except OSError:  # How Linux says that the other side has closed.
+    except OSError:  # Linux raises this error if the other side is closed.
         pass
     os.close(terminal)
     return output.decode(), process.wait()
 
 
-def test_errors_and_warnings_are_broken_between_words():
+def test_errors_and_warnings_are_wrapped_between_words():
     message = "one of many words, longer than the terminal is wide, with /a/long/path/" + "x" * 60
     code = (
         "import logging; from cnn_jax.system import cli, errors\n"
@@ -179,5 +180,56 @@ def test_errors_and_warnings_are_broken_between_words():
     lines = text.splitlines()
     assert " ".join(lines) == f"WARNING: {message} error: {message}"
     assert len(lines) > 4
-    # Only a path, which has no place to break it, is longer.
+    # Only a path is longer, because it has no space.
     assert all(len(line) <= 60 or line.startswith("/a/long/path") for line in lines)
+
+
+def _parser():
+    parser = cli.Parser(prog="tool")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    add = commands.add_parser("add")
+    add.add_argument("--note")
+    add.add_argument("--split", choices=("train", "test"), required=True)
+    add.add_argument("name")
+    commands.add_parser("list")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND: is required; see --help"),
+        (["ad"], "there is no command 'ad'; did you mean add?; there are add, list"),
+        (["xyz"], "there is no command 'xyz'; there are add, list"),
+        (["--nte=x", "add"], "unexpected argument '--nte=x'; see --help"),
+        (["add", "--nte=x"], "unexpected argument '--nte=x'; did you mean --note=x?"),
+        (["add", "--not=x"], "unexpected argument '--not=x'; did you mean --note=x?"),
+        (["add", "--zzz"], "unexpected argument '--zzz'; see --help"),
+        (["add", "--split=tset"], "--split: there is no 'tset'; did you mean test?; there are"),
+        (["add", "n"], "--split: is required"),
+        (["add", "n", "more", "--split=test"], "unexpected argument 'more'"),
+        (["add", "--note"], "--note: expected one argument"),
+    ],
+)
+def test_a_usage_error_is_one_line_with_a_suggestion(arguments, message, capsys):
+    with pytest.raises(ConfigError) as error:
+        _parser().parse_args(arguments)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_arguments_after_two_dashes_are_not_flags():
+    flags = _parser().parse_args(["add", "--split=test", "--", "--name"])
+    assert (flags.name, flags.split) == ("--name", "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("Flowers", "flowers"), ("flower", "flowers"), ("flwres", "flowers"), ("cars", None)],
+)
+def test_only_a_similar_name_is_suggested(name, suggestion):
+    assert closest(name, ["flowers", "birds"]) == suggestion
+    hint = f"; did you mean {suggestion}?" if suggestion else ""
+    assert did_you_mean(name, ["flowers", "birds"]) == hint

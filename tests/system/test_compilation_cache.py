@@ -1,4 +1,4 @@
-"""The commands keep what XLA compiles; each is a process of its own, as JAX's settings are."""
+"""Commands keep compiled programs. Each test starts processes, because JAX has global settings."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def _sort(folder, environment=None, before=""):
 
 
 def _run(folder, arguments, environment=None, before=""):
-    """What is printed; the command must do so without a word of anything else."""
+    """Returns the output of a command, which must print nothing on stderr."""
     own = {k: v for k, v in os.environ.items() if "_CACHE" not in k}
     own |= {"CNN_JAX_CACHE": str(folder.parent)} | (environment or {})
     command = [sys.executable, *arguments]
@@ -65,7 +65,7 @@ def _written(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_the_second_prediction_finds_what_the_first_has_compiled(arguments, folder):
+def test_the_second_prediction_compiles_nothing(arguments, folder):
     cold = _predict(arguments, folder)
     kept = _written(folder)
     # From JAX 0.11 on, XLA cannot write programs with oneDNN's convolutions.
@@ -73,7 +73,7 @@ def test_the_second_prediction_finds_what_the_first_has_compiled(arguments, fold
     assert is_kept or jax.__version_info__ >= (0, 11)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert _predict(arguments, folder) == cold
-    assert _written(folder) == kept  # No other program, and none written again.
+    assert _written(folder) == kept  # No new program, and no program was written again.
 
 
 def test_an_incomplete_file_is_replaced(folder):
@@ -89,13 +89,13 @@ def test_an_incomplete_file_is_replaced(folder):
 
 
 def test_a_full_disk_leaves_no_incomplete_file(folder):
-    """The kernel refuses files above a limit as it refuses them on a full disk."""
+    """A limit of the kernel for the size of files has the effect of a full disk."""
     assert _sort(folder, before="ulimit -f 1")  # Kilobytes.
     assert not list(folder.glob("jit_sort-*"))
 
 
 @pytest.mark.parametrize("hindrance", ["a file", "others may write"])
-def test_a_folder_that_cannot_be_used_is_not(folder, hindrance):
+def test_an_unusable_folder_is_ignored(folder, hindrance):
     folder.parent.mkdir()
     if hindrance == "a file":
         folder.write_text("x")
@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_used_is_not(folder, hindrance):
 
 
 @pytest.mark.parametrize("wish", ["", "elsewhere"])
-def test_the_users_wish_comes_first(folder, tmp_path, wish):
+def test_the_users_setting_has_priority(folder, tmp_path, wish):
     path = str(tmp_path / wish) if wish else ""
     environment = {
         "JAX_COMPILATION_CACHE_DIR": path,
@@ -118,9 +118,9 @@ def test_the_users_wish_comes_first(folder, tmp_path, wish):
     assert not wish or list((tmp_path / wish).iterdir())
 
 
-def test_the_old_and_the_too_much_are_swept_away(folder, monkeypatch):
+def test_old_and_surplus_programs_are_removed(folder, monkeypatch):
     monkeypatch.setenv("CNN_JAX_CACHE", str(folder.parent))
-    monkeypatch.setattr(compilation_cache, "_MOST_BYTES", 250)
+    monkeypatch.setattr(compilation_cache, "_MAX_BYTES", 250)
     folder.mkdir(parents=True)
     names = [f"jit_f-{i:064x}-cache" for i in range(5)]
     for days, name in zip((1, 2, 3, 31), names, strict=False):
@@ -130,7 +130,7 @@ def test_the_old_and_the_too_much_are_swept_away(folder, monkeypatch):
     os.utime(folder / "notes.txt", (0, 0))
     compilation_cache._sweep()
     assert {path.name for path in folder.iterdir()} == {*names[:2], "notes.txt"}
-    monkeypatch.setattr(compilation_cache, "_MOST_BYTES", 10_000)
+    monkeypatch.setattr(compilation_cache, "_MAX_BYTES", 10_000)
     os.utime(folder / names[0], (time.time() - 31 * 86400,) * 2)
     compilation_cache._sweep()
     assert {path.name for path in folder.iterdir()} == {names[1], "notes.txt"}

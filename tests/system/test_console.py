@@ -1,4 +1,4 @@
-"""Lines on terminals of any width, also of names whose characters take two columns."""
+"""Lines on terminals of any width, also with characters that take two columns."""
 
 import re
 
@@ -51,12 +51,14 @@ def test_the_table_of_epochs_has_the_columns_that_fit(width, columns, monkeypatc
     assert len(epoch.split()) == len(columns) + 2
     assert epoch.endswith("  best")
     assert max(map(len, (titles, head, epoch))) <= (width or 80)
-    assert head.find("loss") + 4 == epoch.find("1.000") + 5  # Numbers end where their names end.
+    assert (
+        head.find("loss") + 4 == epoch.find("1.000") + 5
+    )  # A number ends in the same column as its title.
     assert len(head) == len(epoch.removesuffix("  best"))
     assert ("train" in titles) == (columns.count("loss") == 2)
 
 
-def test_facts_and_warnings_break_between_words(monkeypatch, capsys):
+def test_facts_and_warnings_are_wrapped_between_words(monkeypatch, capsys):
     words = "an unbreakable-word and 1,234 numbers of many kinds that go on for a while"
 
     def show(console):
@@ -95,7 +97,7 @@ def test_class_names_fill_their_columns(name, width):
     assert cell_len(row) == cell_len(head) == max(cell_len(short), 5) + 12
 
 
-def test_commands_are_broken_so_that_they_can_be_copied(monkeypatch, capsys, tmp_path):
+def test_wrapped_commands_can_be_copied(monkeypatch, capsys, tmp_path):
     test = dict.fromkeys(("accuracy", "precision", "recall", "f1", "loss"), 0.5) | {"count": 1234}
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(summary.sys.stdout, "isatty", lambda: True, raising=False)

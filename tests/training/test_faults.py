@@ -164,7 +164,7 @@ def test_a_second_signal_ends_the_process_during_compilation(image_folder, tmp_p
     time.sleep(0.5)
     process.send_signal(signum)
     for line in process.stderr:
-        if "once more to leave at once" in line:
+        if "interrupt again to stop at once" in line:
             break
     began = time.monotonic()
     process.send_signal(signum)
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_is_reported_and_its_predecessor_is_used(
     process = run(image_folder, workdir, *flags, "--config.train.epochs=6")
     assert process.returncode == 0, process.stderr
     assert f"warning     the checkpoint of step {latest.name} is damaged" in process.stderr
-    assert f"goes on from step {int(latest.name) - 6}" in process.stderr
+    assert f"continues from step {int(latest.name) - 6}" in process.stderr
     assert [path.name for path in (workdir / "damaged").iterdir()] == [latest.name]
     assert results(workdir) == results(undisturbed)
 

@@ -472,7 +472,7 @@ def smoke(tmp_path_factory):
 
 def _assert_same_except_times(first, second):
     """Compares state, metrics, log, bundle and report bit for bit."""
-    ends = chaos.end_of(first), chaos.end_of(second)
+    ends = chaos.read_results(first), chaos.read_results(second)
     assert ends[0].keys() == ends[1].keys()
     assert any("opt_state" in name for name in ends[0])
     differing = {name: chaos.differing_bits(ends[0][name], ends[1][name]) for name in ends[0]}
@@ -514,7 +514,7 @@ def test_a_run_interrupted_within_an_epoch_saves_and_resumes(smoke, tmp_path):
     process = _start(workdir)
     _, stderr = process.communicate()
     assert process.returncode == 0
-    assert f"goes on from step {step}" in stderr
+    assert f"continues from step {step}" in stderr
     _assert_same_except_times(smoke.workdir, workdir)
 
 
@@ -745,11 +745,11 @@ def test_a_run_is_rewound_to_a_checkpoint_once(finished, tmp_path, capfd):
     back = config.copy_and_resolve_references()
     back.checkpoint.restore_step = kept[0]
     train_and_evaluate(back, workdir)
-    assert f"goes on from step {kept[0]}\n" in capfd.readouterr().err
+    assert f"continues from step {kept[0]}\n" in capfd.readouterr().err
     _assert_same_except_times(workdir, first)
     # A scheduler that repeats the command does not lose later epochs.
     train_and_evaluate(back, workdir)
-    assert "goes on from step 18\n" in capfd.readouterr().err
+    assert "continues from step 18\n" in capfd.readouterr().err
     back.checkpoint.restore_step = 7
     with pytest.raises(ConfigError, match=r"restore_step: there is no checkpoint of step 7 in"):
         train_and_evaluate(back, workdir)

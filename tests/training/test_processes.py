@@ -154,7 +154,7 @@ def test_a_signal_before_the_first_resumed_step_is_obeyed(image_folder, tmp_path
     _run_one_process(image_folder, workdir, "--config.train.epochs=2", devices=2)
     with _processes(image_folder, workdir, endless, devices=1) as processes:
         for line in processes[0].stderr:
-            if line.startswith("goes on from step"):
+            if line.startswith("continues from step"):
                 break
         for process in processes:
             process.send_signal(signal.SIGTERM)
@@ -188,7 +188,7 @@ def test_if_one_process_is_killed_the_other_ends(image_folder, tmp_path, one_pro
     with _processes(image_folder, workdir, f"--config.train.epochs={done + 1}") as processes:
         codes, outputs = _finish(processes)
     assert codes == [0, 0], outputs
-    assert "goes on from step" in outputs[0]
+    assert "continues from step" in outputs[0]
     assert len(_history(workdir)) == done + 1
 
 

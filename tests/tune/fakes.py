@@ -1,4 +1,4 @@
-"""Studies without training: a trainer that writes figures down, and a storage in memory."""
+"""Studies without training: a fake trainer that writes metrics, and a storage in memory."""
 
 import fcntl
 import json
@@ -24,16 +24,16 @@ SPACE = {
     "optimizer.learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
     "train.batch_size": CategoricalDistribution([8, 16, 24]),
 }
-# What an epoch of the trainer says it has taken.
+# The reported duration of an epoch of the trainer.
 SECONDS = 2.0
 
 
 class Killed(BaseException):
-    """The process is gone, as far as its study is concerned."""
+    """Simulates the death of the process."""
 
 
 def make_plan(folder, **changes):
-    """A study of a few short trials; `config` has keys of the configuration to change."""
+    """Returns a study of a few short trials; `config` changes keys of the configuration."""
     config = default.get_config()
     config.train.epochs = 3
     with config.ignore_type():
@@ -45,21 +45,21 @@ def make_plan(folder, **changes):
 
 
 def value_of(config, epoch):
-    """A validation accuracy: best at a learning rate of 3e-3, and the worse for dropout."""
+    """Returns a validation accuracy, which is best at learning rate 3e-3 and without dropout."""
     off = math.log10(config.optimizer.learning_rate / 3e-3)
     end = 0.95 - 0.15 * off**2 - 0.2 * config.model.dropout**2 - config.train.batch_size / 500
     return end - 0.3 * math.exp(-0.7 * epoch)
 
 
 class Trainer:
-    """Stands for `train_and_evaluate`: goes on from the epochs that are in the folder.
+    """Replaces `train_and_evaluate`, and resumes after the epochs that are in the folder.
 
-    A trial that two train at once, or an epoch that is trained to its end twice, is an error.
+    Two trainings of a trial at the same time, or of the same epoch, are an error.
 
     Attributes:
       before_epoch: Called with a trial's number and the epoch that begins.
       pause: Seconds that an epoch takes.
-      configs: What each trial was asked for, by its number.
+      configs: The configuration of each trial, by its number.
     """
 
     def __init__(self, pause=0.0):
@@ -90,7 +90,7 @@ class Trainer:
 
 
 def raising(error, number, epoch, times=1):
-    """A trainer's `before_epoch` that fails so often."""
+    """Returns a function for `Trainer.before_epoch` that raises an error `times` times."""
     left = [times]
 
     def before_epoch(*moment):
@@ -109,12 +109,12 @@ def _write_once(path, text):
 
 
 def install(patch, pause=0.0, fingerprint="of the data"):
-    """Puts a trainer and its data in their places; `patch` sets an attribute."""
+    """Replaces the training and the data by fakes; `patch` sets an attribute."""
     trainer = Trainer(pause)
     dataset = types.SimpleNamespace(fingerprint=fingerprint)
     patch(studies, "train_and_evaluate", trainer)
     patch(studies, "open_dataset", lambda config, track: dataset)
-    # Collecting all that the tests hold takes longer than a study.
+    # A garbage collection in the test process takes longer than a study.
     patch(studies, "gc", types.SimpleNamespace(collect=lambda: None))
     patch(studies.jax, "clear_caches", lambda: None)
     return trainer
@@ -144,7 +144,7 @@ class Log(BaseJournalBackend):
         self.after(*logs)
 
     def open(self, url=""):
-        """The storage as a new process opens it."""
+        """Returns the storage as a new process opens it."""
         return JournalStorage(self)
 
 
@@ -153,7 +153,7 @@ def run(plan):
 
 
 def work(plan, pause, at_once, output):
-    """What a process of its own does that works at a study: what it says goes to a file."""
+    """Runs a study in a separate process; its stderr goes to a file."""
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     install(setattr, pause)
     at_once.wait()
@@ -161,7 +161,7 @@ def work(plan, pause, at_once, output):
 
 
 def outline(study):
-    """All of a study that must not depend on how it came about."""
+    """Returns everything of a study that interruptions must not change."""
     return [
         (t.number, t.state, t.params, t.values, t.intermediate_values, t.user_attrs.get("error"))
         for t in study.trials

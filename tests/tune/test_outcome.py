@@ -32,7 +32,7 @@ SPACE = {
     "model.dropout": FloatDistribution(0.0, 0.5),
     "model.features": CategoricalDistribution(["(4, 8)", "(8,)"]),
 }
-# State, curve, attributes; the highest values are of trials that cannot be the best.
+# State, curve, attributes; trials that cannot be the best have the highest values.
 TRIALS = [
     (TrialState.COMPLETE, [0.5, 0.7, 0.6], {"seconds": 6.0, "host": "one"}),
     (TrialState.PRUNED, [0.4], {"seconds": 2.0, "host": "two"}),
@@ -50,13 +50,13 @@ def make_study(plan, trials=TRIALS, features=("(4, 8)",)):
     study = optuna.create_study(direction=plan.direction)
     study.set_user_attr("definition", {"data": "of the data"})
     best = max if plan.monitor != "validation_loss" else min
-    # That of a pruned trial is Optuna's: its last.
-    value_of = {TrialState.COMPLETE: best, TrialState.PRUNED: lambda curve: curve[-1]}
+    # The value of a pruned trial is its last one, as in Optuna.
+    state_values = {TrialState.COMPLETE: best, TrialState.PRUNED: lambda curve: curve[-1]}
     for number, (state, curve, attributes) in enumerate(trials):
         study.add_trial(
             create_trial(
                 state=state,
-                value=value_of.get(state, lambda curve: None)(curve),
+                value=state_values.get(state, lambda curve: None)(curve),
                 params={
                     "model.dropout": number / 100,
                     "model.features": features[number % len(features)],
@@ -81,11 +81,11 @@ def summary(plan):
 
 @pytest.fixture
 def no_page(monkeypatch):
-    """Its charts take seconds."""
+    """Replaces the page, whose charts take seconds."""
     monkeypatch.setattr(outcome, "write_study_page", lambda study, folder: None)
 
 
-def test_the_cost_is_that_of_all_trials_that_count(summary):
+def test_the_cost_includes_all_counted_trials(summary):
     assert summary["cost"] | {"started": None, "ended": None} == {
         **{"complete": 2, "pruned": 2, "failed": 2, "running": 1},
         "epochs": 3 + 1 + 1 + 3 + 2 + 1,
@@ -96,7 +96,7 @@ def test_the_cost_is_that_of_all_trials_that_count(summary):
     assert summary["cost"]["started"] <= summary["cost"]["ended"]
 
 
-def test_what_is_said_of_a_trial(summary):
+def test_the_summary_of_a_trial(summary):
     assert [trial["number"] for trial in summary["trials"]] == [0, 1, 2, 3, 4, 5, 8]
     assert summary["trials"][0] == {
         "number": 0,
@@ -116,7 +116,7 @@ def test_what_is_said_of_a_trial(summary):
     assert (failed["value"], failed["epochs"], failed["seconds"]) == (None, 0, 0.0)
 
 
-def test_what_is_said_of_the_study(summary):
+def test_the_summary_of_the_study(summary):
     assert summary["name"] == "fake"
     assert (summary["monitor"], summary["direction"]) == ("validation_accuracy", "maximize")
     assert (summary["max_epochs"], summary["trials_wanted"]) == (3, 7)
@@ -126,14 +126,14 @@ def test_what_is_said_of_the_study(summary):
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_of_equal_trials_the_first_that_came_to_its_end_is_the_best(plan, summary):
-    """Others had larger values, and were pruned, or void, or are still running."""
+def test_the_first_of_equal_complete_trials_is_the_best(plan, summary):
+    """Trials with larger values are pruned, void or running."""
     assert summary["best"] == 0
     swapped = [TRIALS[3], *TRIALS[1:3], TRIALS[0]]
     assert best_trial(plan, make_study(plan, swapped)).number == 0
 
 
-def test_of_losses_the_least_is_the_best(tmp_path):
+def test_the_smallest_loss_is_the_best(tmp_path):
     plan = make_plan(tmp_path, space=SPACE, config={"train.monitor": "validation_loss"})
     summary = summarize(plan, make_study(plan))
     assert summary["best"] == 0
@@ -148,7 +148,7 @@ def test_without_a_complete_trial_there_is_no_best(plan, no_page, capsys):
     plan.folder.mkdir()
     write_outcome(plan, summary)
     assert not (plan.folder / "best.py").exists()
-    # One that was there before, of a study that is gone, is nobody's best any more.
+    # The file of an earlier study is removed.
     (plan.folder / "best.py").touch()
     write_outcome(plan, summary)
     assert not (plan.folder / "best.py").exists()
@@ -167,13 +167,13 @@ DECIDED = [(TrialState.COMPLETE, [number / 10], {}) for number in range(1, 5)]
     [TRIALS, DECIDED[:3], [(TrialState.COMPLETE, [0.5], {})] * 9],
     ids=["two", "three", "all equal"],
 )
-def test_of_too_few_trials_nothing_is_said_of_importance(plan, trials):
+def test_importance_needs_enough_trials(plan, trials):
     summary = summarize(plan, make_study(plan, trials))
     assert summary["importance"] is None
     assert summary["importance_note"].startswith("Too few trials came to their end")
 
 
-def test_importance_is_of_what_decides(plan):
+def test_the_parameter_that_decides_is_the_most_important(plan):
     summary = summarize(plan, make_study(plan, DECIDED))
     assert summary["importance"].keys() == {"model.dropout", "model.features"}
     assert summary["importance"]["model.dropout"] > 0.99
@@ -181,7 +181,7 @@ def test_importance_is_of_what_decides(plan):
     assert summary["importance_note"] == ""
 
 
-def test_importance_is_the_same_whenever_it_is_computed(plan):
+def test_importance_is_deterministic(plan):
     trials = [(TrialState.COMPLETE, [number * 7 % 10 / 10], {}) for number in range(10)]
     study = make_study(plan, trials, features=("(4, 8)", "(8,)", "(8,)"))
     shares = summarize(plan, study)["importance"]
@@ -190,8 +190,8 @@ def test_importance_is_the_same_whenever_it_is_computed(plan):
 
 
 @pytest.mark.parametrize("error", [ImportError, ValueError, RuntimeError])
-def test_importance_that_cannot_be_computed_is_told(plan, monkeypatch, error):
-    """As where scikit-learn is missing."""
+def test_a_failure_of_importance_is_explained(plan, monkeypatch, error):
+    """For example, scikit-learn is not installed."""
 
     def fail(**options):
         raise error("no forest")
@@ -216,7 +216,7 @@ def test_the_table_has_a_row_for_each_trial(summary):
     assert len(rows) == 8
 
 
-def test_what_is_printed(plan, summary, capsys):
+def test_the_printed_result_of_a_study(plan, summary, capsys):
     show_outcome(summary, plan.folder)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:8] == [
@@ -261,7 +261,7 @@ HOSTILE = [
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.filterwarnings("error::SyntaxWarning", "ignore:the load_module")
 def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
-    """Equal to the plan's, with the best parameters, but for the path that is absolute."""
+    """The file equals the plan's configuration with the best parameters and an absolute path."""
     source = f"folder:{tmp_path}/data {name}"
     changes = {"data.source": source, "data.group": "{class}/'\"\\\\", "data.image_size": (16,)}
     plan = make_plan(tmp_path / name, space=SPACE, config=changes)
@@ -277,22 +277,22 @@ def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
     assert found == expected
     assert list(found) == list(expected)
     assert list(map(type, found.values())) == list(map(type, expected.values()))
-    # Nor is anything but the validation split looked at by the study alone.
+    # The study itself only uses the validation split.
     assert found["report.splits"] == ("train", "validation", "test")
-    # The command in it can be given to a shell.
+    # A shell can run the command in the file.
     text = ast.get_docstring(ast.parse(file.read_bytes()))
     command = next(line for line in text.splitlines() if "cnn_jax train" in line)
     arguments = shlex.split(command)
     assert arguments[2:] == [f"--config={file}", "--workdir=runs/fake"]
 
 
-def test_the_best_configuration_says_where_it_comes_from_and_what_was_tuned(plan, summary):
+def test_the_best_configuration_names_its_study_and_tuned_keys(plan, summary):
     text = best_config_text(plan, summary, pathlib.Path("s/best.py"))
     assert text.startswith(
         '"""The best of 7 trials of the study fake.\n\n'
         "    cnn_jax train --config=s/best.py --workdir=runs/fake\n\n"
         "Number 0, with validation_accuracy 0.7000 after 3 epochs.\n"
-        "The test split was not looked at.\n"
+        "The test split was not used.\n"
         '"""\n'
     )
     tuned = [line.strip() for line in text.splitlines() if "# Tuned." in line]
@@ -307,7 +307,7 @@ def test_a_relative_source_becomes_absolute(tmp_path, monkeypatch, plan, summary
     assert f'"source": "folder:{tmp_path}/data"' in best_config_text(plan, summary, tmp_path)
 
 
-def test_the_page_is_made(plan, no_page, monkeypatch):
+def test_the_page_is_written(plan, no_page, monkeypatch):
     made = []
     monkeypatch.setattr(outcome, "write_study_page", lambda *arguments: made.append(arguments))
     plan.folder.mkdir()
@@ -320,7 +320,7 @@ def test_the_page_is_made(plan, no_page, monkeypatch):
     ]
 
 
-def test_of_several_workers_one_concludes_at_a_time(plan, no_page):
+def test_only_one_worker_writes_the_result_at_a_time(plan, no_page):
     (plan.folder / "locks").mkdir(parents=True)
     study = make_study(plan)
     with (plan.folder / "locks/outcome").open("a") as other:
@@ -334,7 +334,7 @@ def test_of_several_workers_one_concludes_at_a_time(plan, no_page):
     assert (plan.folder / "study.json").exists()
 
 
-def test_a_storage_that_is_away_at_the_end_is_waited_for(plan, no_page, monkeypatch):
+def test_the_result_waits_for_an_unavailable_storage(plan, no_page, monkeypatch):
     patient = types.SimpleNamespace(monotonic=iter(range(100)).__next__, sleep=lambda s: None)
     monkeypatch.setattr(storage, "time", patient)
     plan.folder.mkdir()

@@ -29,17 +29,17 @@ SPACE = {
         (0.5, [0.4], True),
         (0.5, [0.6], False),
         (0.5, [0.5], True),
-        (0.5, [0.6, 0.4], False),  # Of three, one.
+        (0.5, [0.6, 0.4], False),  # One of three.
         (0.6, [0.5, 0.4], True),
-        (0.5, [0.6, 0.4, 0.3, 0.2], False),  # Of five, still one.
-        (0.5, [0.6, 0.4, 0.3, 0.2, 0.1], True),  # Of six, two.
+        (0.5, [0.6, 0.4, 0.3, 0.2], False),  # One of five.
+        (0.5, [0.6, 0.4, 0.3, 0.2, 0.1], True),  # Two of six.
         (0.5, [0.7, 0.6, 0.3, 0.2, 0.1], False),
-        (0.5, [0.7, 0.5, 0.3, 0.2, 0.1], True),  # It equals the second.
+        (0.5, [0.7, 0.5, 0.3, 0.2, 0.1], True),  # The value equals the second best.
         (0.5, [0.7, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5], False),
     ],
 )
-def test_the_best_third_goes_on(value, others, expected):
-    assert search.goes_on(value, others) is expected
+def test_the_best_third_is_promoted(value, others, expected):
+    assert search.is_promoted(value, others) is expected
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_the_best_third_goes_on(value, others, expected):
         (243, [[3**n for n in range(first, 5)] for first in range(6)]),
     ],
 )
-def test_brackets_and_their_rungs(max_epochs, expected):
-    """R / 3, R / 9, ... (Li et al. 2018, algorithm 1); a logarithm could miss powers of three."""
+def test_the_rungs_of_all_brackets(max_epochs, expected):
+    """Rungs are R / 3, R / 9, ... (Li et al. 2018, algorithm 1), also for powers of three."""
     count = search.num_brackets(max_epochs)
     assert [search.rungs(max_epochs, bracket) for bracket in range(count)] == expected
 
@@ -77,29 +77,29 @@ def test_brackets_and_their_rungs(max_epochs, expected):
 def test_brackets_get_trials_in_the_proportions_of_hyperband(max_epochs, weights):
     brackets = search.num_brackets(max_epochs)
     for trials in (sum(weights), 1000):
-        of_each = collections.Counter(
+        bracket_counts = collections.Counter(
             search.bracket_of(number, max_epochs, brackets) for number in range(trials)
         )
         expected = np.array(weights) / sum(weights) * trials
-        found = np.array([of_each[bracket] for bracket in range(brackets)])
+        found = np.array([bracket_counts[bracket] for bracket in range(brackets)])
         assert found.sum() == trials
         np.testing.assert_allclose(found, expected, atol=2)
 
 
-def test_brackets_are_spread_evenly():
-    """Among any 17 trials in a row are about 9, 5 and 3."""
+def test_trials_are_spread_evenly_over_brackets():
+    """Any 17 consecutive trials have about 9, 5 and 3 in the brackets."""
     numbers = np.array([search.bracket_of(number, 15, 3) for number in range(300)])
     for first in range(len(numbers) - 17):
         counts = np.bincount(numbers[first : first + 17], minlength=3)
         np.testing.assert_allclose(counts, [9, 5, 3], atol=2)
 
 
-def test_of_one_bracket_all_are_in_the_first():
+def test_all_trials_are_in_a_single_bracket():
     assert {search.bracket_of(number, 15, 1) for number in range(50)} == {0}
 
 
 def make_study(curves=(), direction="maximize", **options):
-    """A study of trials with these curves, all of them running."""
+    """Returns a study of running trials with these curves."""
     study = optuna.create_study(direction=direction, **options)
     for curve in curves:
         values = dict(enumerate(curve, start=1))
@@ -113,7 +113,7 @@ def is_pruned(study, number, max_epochs, brackets):
 
 
 def expected_pruned(curves, number, max_epochs, brackets, direction):
-    """By sorting, as the paper has it: among the top third of all that reached the rung."""
+    """Decides as the paper does, by sorting: the top third of all trials at the rung."""
     epoch = len(curves[number])
     mine = search.bracket_of(number, max_epochs, brackets) if brackets else 0
     third = 3 if max_epochs <= 10 else 4
@@ -138,26 +138,26 @@ def expected_pruned(curves, number, max_epochs, brackets, direction):
     brackets=st.integers(0, 3),
     direction=st.sampled_from(["maximize", "minimize"]),
 )
-def test_halving_is_that_of_a_slow_reference(curves, max_epochs, brackets, direction):
+def test_halving_equals_a_slow_reference(curves, max_epochs, brackets, direction):
     study = make_study(curves, direction)
     decisions = [is_pruned(study, i, max_epochs, brackets) for i in range(len(curves))]
     assert decisions == [
         expected_pruned(curves, i, max_epochs, brackets, direction) for i in range(len(curves))
     ]
-    # Asked again, by whoever, it says the same, for it has noted nothing.
+    # A second call gives the same answer, because the pruner stores nothing.
     assert decisions == [is_pruned(study, i, max_epochs, brackets) for i in range(len(curves))]
     assert not any(trial.system_attrs or trial.user_attrs for trial in study.trials)
     assert not study._storage.get_study_system_attrs(study._study_id)
 
 
 def test_a_trial_is_judged_by_its_best_epoch_so_far():
-    """Two that have sunk since, and one that rose."""
+    """Two trials became worse since their best epoch, and one became better."""
     study = make_study([(0.9, 0.1, 0.1), (0.1, 0.1, 0.8), (0.2, 0.1, 0.1)])
     assert [is_pruned(study, number, 9, 1) for number in range(3)] == [False, True, True]
 
 
-def test_a_trial_is_compared_with_what_others_were_then():
-    """One that rose after the third epoch, and one that is there now and was better by then."""
+def test_a_trial_is_compared_at_the_same_epoch():
+    """One trial became better after the third epoch; another one was better at that epoch."""
     study = make_study([(0.2, 0.1, 0.1, 0.9), (0.5, 0.1, 0.1)])
     assert not is_pruned(study, 1, 9, 1)
 
@@ -167,7 +167,7 @@ def test_without_reports_nothing_is_pruned():
 
 
 def value_of(params):
-    """The best is at a.rate 0.01, b.size 16, c.count 6."""
+    """Returns a value that is best at a.rate 0.01, b.size 16, c.count 6."""
     rate, size, count = (params[key] for key in SPACE)
     return (np.log10(rate) + 2) ** 2 + abs(np.log2(size) - 4) / 4 + (count - 6) ** 2 / 50
 
@@ -191,9 +191,9 @@ def make_history(count):
 
 
 def next_params(study, seed=0, stored=None):
-    """What the next trial gets, of which a part may have been stored by a killed worker.
+    """Returns the parameters of the next trial; a killed worker may have stored some of them.
 
-    The study is as before afterwards.
+    The study is unchanged afterwards.
     """
     study.sampler = SeededSampler(SPACE, seed)
     stored = stored or {}
@@ -215,22 +215,22 @@ def next_params(study, seed=0, stored=None):
 
 
 @pytest.mark.parametrize("history", [0, 5, 12])
-def test_a_trial_gets_the_same_parameters_whoever_asks(history):
+def test_all_workers_draw_the_same_parameters_for_a_trial(history):
     expected = next_params(make_history(history))
     assert next_params(make_history(history)) == expected
     assert next_params(make_history(history), seed=1) != expected
 
 
 @pytest.mark.parametrize("history", [3, 12])
-def test_a_trial_of_which_a_part_is_stored_gets_the_rest_of_it(history):
+def test_a_partly_stored_trial_gets_the_same_missing_parameters(history):
     expected = next_params(make_history(history))
     for count in (1, 2, 3):
         stored = dict(list(expected.items())[:count])
         assert next_params(make_history(history), stored=stored) == expected
 
 
-def test_the_first_trial_alone_has_the_first_values():
-    """And the rest of them, which there are none for, as they are drawn without."""
+def test_only_the_first_trial_has_the_first_values():
+    """Parameters without a first value are drawn as usual."""
     first = {"b.size": 32, "c.count": 7, "of.another": 1}
     study = make_study(direction="minimize", sampler=SeededSampler(SPACE, 0, first))
     other = make_study(direction="minimize", sampler=SeededSampler(SPACE, 0))
@@ -239,8 +239,8 @@ def test_the_first_trial_alone_has_the_first_values():
     assert drawn == [expected[0] | {"b.size": 32, "c.count": 7}, *expected[1:]]
 
 
-def test_trials_differ():
-    """By their numbers alone: none of them has changed the history, for it has failed."""
+def test_trials_get_different_parameters():
+    """Only their numbers differ: failed trials do not change the history."""
     study = make_history(4)
     drawn = [next_params(study) for _ in range(40)]
     rates = np.log10([params["a.rate"] for params in drawn])
@@ -248,11 +248,11 @@ def test_trials_differ():
     counts = collections.Counter(params["c.count"] for params in drawn)
     assert len(counts) == 9
     assert -2.5 < rates.mean() < -1.5
-    # Nor is one parameter of a trial drawn as another one is.
+    # Two parameters of a trial also differ.
     assert abs(np.corrcoef(rates, [params["c.count"] for params in drawn])[0, 1]) < 0.4
 
 
-def test_another_process_draws_the_same():
+def test_another_process_draws_the_same_parameters():
     code = (
         "import sys; sys.path[:0] = ['tests/tune', 'tests']\n"
         "from test_search import make_history, next_params\n"
@@ -269,7 +269,7 @@ def test_another_process_draws_the_same():
     assert output.splitlines()[-1] == str(expected)
 
 
-def test_after_the_first_trials_it_is_optunas_own_estimator():
+def test_later_trials_use_the_estimator_of_optuna():
     study = make_history(14)
     drawn = next_params(study, seed=7)
     seed = np.random.SeedSequence([7, 14]).generate_state(1)[0]
@@ -278,8 +278,8 @@ def test_after_the_first_trials_it_is_optunas_own_estimator():
     assert other.ask(SPACE).params == drawn
 
 
-@pytest.mark.filterwarnings("error")  # Of a density that is no number.
-def test_a_parameter_of_one_value_changes_nothing_of_the_others():
+@pytest.mark.filterwarnings("error")  # A density that is not a number warns.
+def test_a_parameter_with_one_value_does_not_change_others():
     single = {"d.one": FloatDistribution(0.5, 0.5), "e.one": CategoricalDistribution([1])}
 
     def drawn(space):
@@ -293,8 +293,8 @@ def test_a_parameter_of_one_value_changes_nothing_of_the_others():
     assert drawn(SPACE | single) == expected
 
 
-def test_it_finds_the_best_region_sooner_than_chance():
-    """Over five seeds; the mean of the last trials, and the best."""
+def test_the_sampler_is_better_than_random_search():
+    """Compares the mean of the last trials and the best one over five seeds."""
 
     def values(sampler):
         study = make_study(direction="minimize", sampler=sampler)

@@ -25,25 +25,27 @@ def load(tmp_path):
 
 
 def of(key, distribution):
-    """A file with a space of one key."""
+    """Returns the text of a file with a space of one key."""
     return f"{HEAD}def get_space():\n    return {{{key!r}: {distribution}}}\n"
 
 
 @pytest.mark.parametrize("config", [default, eurosat], ids=["default", "eurosat"])
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "experiments" / "spaces").glob("*.py")))
-def test_a_shipped_space_loads_and_both_ends_of_it_can_run(file, config):
+def test_both_ends_of_a_shipped_space_are_valid(file, config):
     config = config.get_config()
     space = load_space(str(file), config)
     assert list(space) == sorted(space)
     for end in (0, -1):
         params = {}
         for key, distribution in space.items():
-            of_key = describe(distribution)
-            params[key] = of_key.get("choices", [of_key.get("low"), of_key.get("high")])[end]
+            description = describe(distribution)
+            params[key] = description.get(
+                "choices", [description.get("low"), description.get("high")]
+            )[end]
         schema.validate(configured(config, params), num_devices=1)
 
 
-def test_a_space_is_in_the_order_of_its_keys(load):
+def test_a_space_is_sorted_by_key(load):
     space = load(
         f"{HEAD}def get_space():\n"
         "    return {'train.batch_size': IntDistribution(8, 64, log=True),\n"
@@ -84,7 +86,7 @@ def test_a_space_is_in_the_order_of_its_keys(load):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Choices for a categorical distribution")
-def test_a_key_that_cannot_vary_so_is_told_with_its_name(load, key, distribution, message):
+def test_the_error_for_a_wrong_distribution_names_the_key(load, key, distribution, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         load(of(key, distribution))
     assert re.match(rf"--space: \S*/space\.py: config\.{key}: ", str(error.value))
@@ -105,7 +107,7 @@ def test_a_key_that_cannot_vary_so_is_told_with_its_name(load, key, distribution
         ("def get_space():\n    return ['seed']\n", "must return a dictionary that has a key"),
     ],
 )
-def test_a_file_that_is_no_space_is_told(load, text, message):
+def test_a_file_without_a_space_is_an_error(load, text, message):
     with pytest.raises(ConfigError, match=r"^--space: \S*/space\.py") as error:
         load(text)
     assert message in str(error.value)
@@ -117,13 +119,13 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
             load_space(str(path), default.get_config())
 
 
-def test_configured_sets_values_and_leaves_the_base_alone():
+def test_configured_does_not_change_its_argument():
     base = default.get_config()
     before = dict(schema.leaves(base))
     params = {
         "model.features": "(4, 8)",
         "data.image_size": 16,
-        "optimizer.learning_rate": 1,  # Of another type than the base's.
+        "optimizer.learning_rate": 1,  # An int, where the base has a float.
         "augment.flip": "none",
         "precision": "float32",
         "report.splits": ("validation",),
@@ -157,14 +159,14 @@ def test_configured_sets_values_and_leaves_the_base_alone():
         ),
     ],
 )
-def test_a_distribution_as_json(distribution, described):
+def test_a_distribution_is_described_as_json(distribution, described):
     assert describe(distribution) == described
 
 
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        # The rate would end above where it begins.
+        # The final learning rate would be larger than the first.
         ({"optimizer.learning_rate": "FloatDistribution(1e-5, 1e-3)"}, "must not be above"),
         ({"data.image_size": "CategoricalDistribution([64, 63])"}, "must be a multiple of 4"),
         (
@@ -176,7 +178,7 @@ def test_a_distribution_as_json(distribution, described):
         ),
     ],
 )
-def test_a_value_that_is_wrong_with_all_of_the_others_is_refused(tmp_path, space, message):
+def test_a_value_that_is_never_valid_is_refused(tmp_path, space, message):
     file = tmp_path / "space.py"
     entries = ", ".join(f"{key!r}: {text}" for key, text in space.items())
     file.write_text(f"{HEAD}def get_space():\n    return {{{entries}}}\n")
@@ -187,7 +189,7 @@ def test_a_value_that_is_wrong_with_all_of_the_others_is_refused(tmp_path, space
         load_space(str(file), config)
 
 
-def test_a_space_may_have_corners_that_contradict_each_other(load):
+def test_a_space_may_have_contradictory_combinations(load):
     space = load(
         f"{HEAD}def get_space():\n"
         "    return {'optimizer.learning_rate': FloatDistribution(1e-5, 1e-3),\n"
@@ -196,7 +198,7 @@ def test_a_space_may_have_corners_that_contradict_each_other(load):
     assert len(space) == 2
 
 
-def test_what_the_configuration_itself_has_in_a_space():
+def test_base_values_are_the_configurations_values_in_the_space():
     config = default.get_config()
     config.model.features = (16, 32)
     config.augment.zoom = 0.3
@@ -206,7 +208,7 @@ def test_what_the_configuration_itself_has_in_a_space():
         "train.batch_size": IntDistribution(8, 64, log=True),
         "augment.zoom": FloatDistribution(0.0, 0.9, step=0.1),
         "optimizer.learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
-        # Which the space does not have: below it, above it, between two steps, no choice.
+        # Values outside the space: below, above, between two steps, not a choice.
         "model.dropout": FloatDistribution(0.6, 0.9),
         "augment.rotation": FloatDistribution(0.0, 0.1),
         "model.dense": IntDistribution(1, 301, step=100),

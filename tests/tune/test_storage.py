@@ -11,13 +11,13 @@ from optuna.storages import JournalStorage, RDBStorage
 
 from cnn_jax.system.errors import ConfigError
 from cnn_jax.tune import storage
-from cnn_jax.tune.storage import StorageError, in_file, open_storage, patiently
+from cnn_jax.tune.storage import StorageError, call_with_retries, open_storage, sqlite_url
 
 SECRET = "s3cret"
 
 
 class Away:
-    """A call that fails so often, and then has a result."""
+    """A call that fails a number of times and then returns a result."""
 
     def __init__(self, failures, error=None):
         self.failures = failures
@@ -33,7 +33,7 @@ class Away:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes in sleep alone, whose lengths are listed."""
+    """A clock that only moves in `sleep`, with the list of pauses."""
     pauses = []
     monkeypatch.setattr(storage.time, "monotonic", lambda: sum(pauses))
     monkeypatch.setattr(storage.time, "sleep", pauses.append)
@@ -54,43 +54,43 @@ def database_error():
     [OSError("gone"), database_error(), sqlalchemy.exc.IntegrityError("a", {}, OSError("b"))],
     ids=type,
 )
-def test_a_storage_that_is_away_for_a_while_is_waited_for(clock, error):
+def test_a_call_is_retried_until_the_storage_answers(clock, error):
     call = Away(5, error)
-    assert patiently(call, 60, "Nothing is lost") == "result"
+    assert call_with_retries(call, 60, "Nothing is lost") == "result"
     assert call.calls == 6
     assert clock == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
 
 
-def test_pauses_do_not_grow_without_end_and_the_last_one_ends_in_time(clock):
+def test_pauses_are_limited_and_end_at_the_timeout(clock):
     call = Away(1000)
     with pytest.raises(StorageError):
-        patiently(call, 60, "Nothing is lost")
+        call_with_retries(call, 60, "Nothing is lost")
     assert max(clock) == 2.0
     assert sum(clock) == pytest.approx(60)
     assert call.calls == len(clock) + 1
 
 
-def test_the_wait_is_told_once(clock, caplog):
+def test_waiting_is_logged_once(clock, caplog):
     with caplog.at_level(logging.WARNING):
-        patiently(Away(5), 60, "Nothing is lost")
+        call_with_retries(Away(5), 60, "Nothing is lost")
     messages = [record.getMessage() for record in caplog.records]
     assert messages == ["the study's storage does not answer (Connection refused); trying for 60 s"]
 
 
-def test_a_storage_that_stays_away_is_told_in_one_line_with_what_is_safe(clock):
+def test_the_timeout_error_is_one_line(clock):
     with pytest.raises(StorageError) as raised:
-        patiently(Away(1000, database_error()), 5, "The trial is saved in here")
+        call_with_retries(Away(1000, database_error()), 5, "The trial is saved in here")
     assert str(raised.value) == (
         "the study's storage has not answered for 5 s (server closed the connection unexpectedly)."
-        " The trial is saved in here; the same command goes on once it is back"
+        " The trial is saved in here; start the same command again when the storage is available"
     )
     assert raised.value.exit_code == 1
 
 
-def test_what_is_no_matter_of_the_storage_is_raised_at_once(clock):
+def test_other_errors_are_not_retried(clock):
     call = Away(1, KeyError("a bug"))
     with pytest.raises(KeyError):
-        patiently(call, 60, "Nothing is lost")
+        call_with_retries(call, 60, "Nothing is lost")
     assert call.calls == 1
     assert not clock
 
@@ -98,7 +98,7 @@ def test_what_is_no_matter_of_the_storage_is_raised_at_once(clock):
 @pytest.mark.parametrize(
     "url",
     [
-        f"postgresql://user:{SECRET}@127.0.0.1:1/db",  # Nobody listens there.
+        f"postgresql://user:{SECRET}@127.0.0.1:1/db",  # No server listens on this port.
         f"postgresql+psycopg://user:{SECRET}@127.0.0.1:1/db",
         f"postgresql://user:{SECRET}%40@127.0.0.1:1/db",
         f"postgresql://user:{{{SECRET}}}@127.0.0.1:1/db",
@@ -107,7 +107,7 @@ def test_what_is_no_matter_of_the_storage_is_raised_at_once(clock):
         f"postgresql://user:{SECRET}@127.0.0.1:1/db?sslmode=nonsense",
     ],
 )
-def test_a_database_that_cannot_be_reached_is_told_without_its_password(url):
+def test_the_error_for_an_unreachable_database_hides_the_password(url):
     with pytest.raises(StorageError) as raised:
         open_storage(url)
     message = str(raised.value)
@@ -133,14 +133,14 @@ def test_a_database_that_cannot_be_reached_is_told_without_its_password(url):
         f"postgresql://user:a@{SECRET}@host/db",
     ],
 )
-def test_what_is_no_url_is_told_without_its_password(url):
+def test_the_error_for_a_wrong_url_hides_the_password(url):
     with pytest.raises(ConfigError, match=r"^--storage: (must be a data|an @ in )") as raised:
         open_storage(url)
     assert SECRET not in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_missing_driver_is_told_without_the_password():
+def test_the_error_for_a_missing_driver_hides_the_password():
     with pytest.raises(ConfigError, match=r"no driver for oracle://user:\*\*\*@host/db is inst"):
         open_storage(f"oracle://user:{SECRET}@host/db")
 
@@ -157,9 +157,7 @@ def test_a_missing_driver_is_told_without_the_password():
         ("sqlite:///d", False, "sqlite:///d"),
     ],
 )
-def test_the_driver_of_postgresql_is_the_one_that_is_there(
-    monkeypatch, url, has_psycopg2, expected
-):
+def test_postgresql_uses_the_installed_driver(monkeypatch, url, has_psycopg2, expected):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: has_psycopg2 or None)
     assert storage._with_driver(url) == expected
 
@@ -170,11 +168,11 @@ def add_study(opened):
 
 @pytest.mark.parametrize("name", ["study.db", "a b?c#d%20e{0}", "ü\\'\"@x:y", "100%"])
 @pytest.mark.parametrize("form", ["sqlite", "journal"])
-def test_a_file_keeps_what_it_was_given_whatever_its_name(tmp_path, form, name):
+def test_a_storage_file_may_have_any_name(tmp_path, form, name):
     path = tmp_path / "new" / name
     if form == "sqlite":
         path.parent.mkdir()
-    url = in_file(path) if form == "sqlite" else f"journal:{path}"
+    url = sqlite_url(path) if form == "sqlite" else f"journal:{path}"
     opened = open_storage(url)
     assert isinstance(opened, RDBStorage if form == "sqlite" else JournalStorage)
     add_study(opened).set_user_attr("key", "value")
@@ -183,8 +181,8 @@ def test_a_file_keeps_what_it_was_given_whatever_its_name(tmp_path, form, name):
 
 
 @pytest.mark.parametrize("form", ["sqlite:///{}/study.db", "journal:{}/study", "journal:{}"])
-def test_a_path_that_cannot_be_written_is_told(tmp_path, form):
-    """A file where a folder should be; for the last, a folder where a file should be."""
+def test_a_path_that_cannot_be_written_is_an_error(tmp_path, form):
+    """A file is in the place of a folder; in the last case, a folder in the place of a file."""
     path = tmp_path / "file"
     path.mkdir() if form.endswith("}") else path.touch()
     url = form.format(path)
@@ -193,7 +191,7 @@ def test_a_path_that_cannot_be_written_is_told(tmp_path, form):
 
 
 @pytest.mark.parametrize("text", ["# Notes\n\nOf a study.\n", "{}\n{}\n", "[]\n[]\n", "\0\n" * 9])
-def test_a_file_that_is_no_journal_is_told_and_left_alone(tmp_path, text):
+def test_a_file_that_is_not_a_journal_is_unchanged(tmp_path, text):
     path = tmp_path / "notes"
     path.write_text(text)
     with pytest.raises(ConfigError, match=rf"^--storage: {path} is not a journal of studies$"):
@@ -201,7 +199,7 @@ def test_a_file_that_is_no_journal_is_told_and_left_alone(tmp_path, text):
     assert path.read_text() == text
 
 
-def test_a_file_that_is_no_database_is_told(tmp_path):
+def test_a_file_that_is_not_a_database_is_an_error(tmp_path):
     path = tmp_path / "notes"
     path.write_text("Of a study.\n" * 100)
     with pytest.raises(StorageError, match=r"cannot be opened: file is not a database$"):
@@ -209,8 +207,8 @@ def test_a_file_that_is_no_database_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ['{"op_code": 4, "worker', '{"op_code": 4}', "\0" * 5000, ""])
-def test_a_line_that_was_cut_off_does_not_spoil_a_journal(tmp_path, torn):
-    """As by a full disk, or by one that lost its power."""
+def test_an_incomplete_line_of_a_journal_is_removed(tmp_path, torn):
+    """A full disk or a power failure leaves such a line."""
     path = tmp_path / "journal"
     add_study(open_storage(f"journal:{path}")).set_user_attr("before", 1)
     with path.open("a") as file:
@@ -221,15 +219,15 @@ def test_a_line_that_was_cut_off_does_not_spoil_a_journal(tmp_path, torn):
         assert again.user_attrs == {"before": 1, "after": 2}
 
 
-def test_workers_that_begin_at_once_find_each_others_tables(tmp_path, monkeypatch):
-    """Between the look whether a table is there and its making comes another's."""
-    url = in_file(tmp_path / "study.db")
+def test_workers_can_create_the_tables_at_the_same_time(tmp_path, monkeypatch):
+    """Another worker creates a table between the check and the creation."""
+    url = sqlite_url(tmp_path / "study.db")
     make, collisions = storage.RDBStorage, []
 
     def collide(*args, **kwargs):
         if len(collisions) == 3:
             return make(*args, **kwargs)
-        # As SQLite said it in three such races.
+        # Messages of SQLite in three such races.
         collisions.append(
             [
                 sqlalchemy.exc.OperationalError("CREATE", {}, "table studies already exists"),
@@ -245,7 +243,7 @@ def test_workers_that_begin_at_once_find_each_others_tables(tmp_path, monkeypatc
     assert len(collisions) == 3
 
 
-def test_an_error_that_is_no_collision_is_told_at_once(monkeypatch):
+def test_an_error_other_than_a_collision_is_not_retried(monkeypatch):
     calls = []
 
     def fail(*args, **kwargs):
@@ -258,7 +256,7 @@ def test_an_error_that_is_no_collision_is_told_at_once(monkeypatch):
     assert len(calls) == 1
 
 
-def test_collisions_without_end_are_an_error(monkeypatch):
+def test_too_many_collisions_are_an_error(monkeypatch):
     def fail(*args, **kwargs):
         raise sqlalchemy.exc.IntegrityError("INSERT", {}, OSError("UNIQUE constraint failed"))
 
@@ -268,8 +266,8 @@ def test_collisions_without_end_are_an_error(monkeypatch):
         open_storage("sqlite:///study.db")
 
 
-def test_the_log_of_the_tests_is_a_storage():
-    """What other tests rely on: a new process finds what was written, and a failure is raised."""
+def test_the_journal_of_the_tests_is_a_storage():
+    """A new process finds the written entries, and failures are raised."""
     log = Log()
     add_study(log.open()).set_user_attr("key", 1)
     assert add_study(log.open()).user_attrs == {"key": 1}
@@ -280,13 +278,13 @@ def test_the_log_of_the_tests_is_a_storage():
     log.before = fail
     start = time.monotonic()
     with pytest.raises(StorageError, match=r"\(0 entries\)"):
-        patiently(lambda: add_study(log.open()), 0.1, "")
+        call_with_retries(lambda: add_study(log.open()), 0.1, "")
     assert time.monotonic() - start >= 0.1
 
 
 @pytest.mark.parametrize(
     "url", ["sqlite://", "sqlite:///:memory:", "sqlite+pysqlite://", "journal:"]
 )
-def test_a_storage_that_would_keep_nothing_is_refused(url):
+def test_a_storage_in_memory_is_refused(url):
     with pytest.raises(ConfigError, match=f"^--storage: {re.escape(url)} keeps nothing"):
         storage.open_storage(url)

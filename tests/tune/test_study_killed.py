@@ -6,7 +6,7 @@ import time
 from experiments.checks import chaos_study
 
 
-def test_killed_three_times_a_study_ends_as_one_that_never_was(tmp_path):
+def test_a_study_killed_three_times_equals_an_undisturbed_one(tmp_path):
     start = time.monotonic()
     chaos_study.end(chaos_study.begin(tmp_path / "undisturbed", trials=2, epochs=3))
     seconds = time.monotonic() - start

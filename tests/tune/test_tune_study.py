@@ -37,7 +37,7 @@ from cnn_jax.tune.storage import StorageError
 
 @pytest.fixture
 def log(monkeypatch):
-    """The storage of all studies, in memory, which is waited for without waiting."""
+    """The storage of all studies, in memory; retries do not sleep."""
     log = Log()
     monkeypatch.setattr(storage, "open_storage", log.open)
     clock = itertools.count(step=0.1)
@@ -53,7 +53,7 @@ def trainer(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time of studies: `now` since some moment, which does not pass."""
+    """The clock of studies, which only changes if a test sets `now`."""
     clock = types.SimpleNamespace(now=1e9)
     patched = types.SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now)
     monkeypatch.setattr(studies, "time", patched)
@@ -62,7 +62,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def undisturbed(tmp_path, monkeypatch, trainer):
-    """What becomes of a study in which nothing happens."""
+    """The result of an undisturbed study."""
 
     def undisturbed(**changes):
         with monkeypatch.context() as patch:
@@ -73,7 +73,7 @@ def undisturbed(tmp_path, monkeypatch, trainer):
 
 
 def once(operation, action):
-    """A log's `before` that acts before the first entry of a kind that is written."""
+    """Returns a function for `Log.before` that acts before the first entry of a kind."""
     done = []
 
     def before(*entries):
@@ -84,11 +84,11 @@ def once(operation, action):
     return before
 
 
-# What a study is.
+# The result of a study.
 
 
 @pytest.mark.parametrize("monitor", ["validation_accuracy", "validation_loss"])
-def test_a_whole_study(tmp_path, log, trainer, monitor):
+def test_a_study_runs_all_its_trials(tmp_path, log, trainer, monitor):
     plan = make_plan(tmp_path, trials=13, config={"train.monitor": monitor, "train.epochs": 9})
     study = run(plan)
     assert set(states(study)) == {"complete", "pruned"}
@@ -103,7 +103,7 @@ def test_a_whole_study(tmp_path, log, trainer, monitor):
             assert trial.value == (max if monitor == "validation_accuracy" else min)(curve)
         else:
             assert len(curve) in search.rungs(9, bracket)
-    # Towards its end it is near the best learning rate, which it did not know.
+    # The last trials are near the best learning rate.
     rates = [trial.params["optimizer.learning_rate"] for trial in study.trials[10:]]
     assert all(3e-4 < rate < 3e-2 for rate in rates)
     assert sorted(path.name for path in (tmp_path / "trials").iterdir()) == [
@@ -111,9 +111,7 @@ def test_a_whole_study(tmp_path, log, trainer, monitor):
     ]
 
 
-def test_a_trial_is_the_plans_run_with_its_parameters_and_leaves_the_test_split_alone(
-    tmp_path, log, trainer
-):
+def test_a_trial_does_not_use_the_test_split(tmp_path, log, trainer):
     plan = make_plan(tmp_path, config={"model.features": (4, 8)})
     study = run(plan)
     base = dict(schema.leaves(plan.config))
@@ -122,25 +120,25 @@ def test_a_trial_is_the_plans_run_with_its_parameters_and_leaves_the_test_split_
         own = {"report.splits": ("validation",), "report.detail": "none"}
         assert dict(schema.leaves(config)) == base | study.trials[number].params | own
     assert study.trials[0].params.keys() == SPACE.keys()
-    # The first one is the configuration itself, whose batch size the space does not have.
+    # The first trial has the configuration's values; the space lacks its batch size.
     first = {"model.dropout": 0.5, "optimizer.learning_rate": 1e-3}
     assert study.trials[0].params.items() >= first.items()
 
 
 @pytest.mark.parametrize(("pruner", "judged"), [("none", False), ("halving", True)])
-def test_other_pruners(tmp_path, log, trainer, pruner, judged):
+def test_all_pruners_run(tmp_path, log, trainer, pruner, judged):
     study = run(make_plan(tmp_path, trials=9, pruner=pruner))
     assert ("pruned" in states(study)) == judged
 
 
-def test_a_study_can_be_given_more_trials_and_not_fewer(tmp_path, log, trainer, undisturbed):
+def test_a_study_can_be_extended(tmp_path, log, trainer, undisturbed):
     assert len(run(make_plan(tmp_path / "s", trials=3)).trials) == 3
     expected = undisturbed(trials=6)
     assert outline(run(make_plan(tmp_path / "s", trials=6))) == expected
     assert outline(run(make_plan(tmp_path / "s", trials=2))) == expected
 
 
-# What can be changed, and what cannot.
+# Changes of a study that are allowed or refused.
 
 
 @pytest.mark.parametrize(
@@ -169,19 +167,19 @@ def test_a_study_can_be_given_more_trials_and_not_fewer(tmp_path, log, trainer, 
         ),
     ],
 )
-def test_another_study_of_the_same_name_is_refused(tmp_path, log, trainer, changes, message):
+def test_a_different_study_with_the_same_name_is_refused(tmp_path, log, trainer, changes, message):
     run(make_plan(tmp_path))
     lines = list(log.lines)
     with pytest.raises(ConfigError) as raised:
         run(make_plan(tmp_path, trials=9, **changes))
     assert message in str(raised.value)
-    assert str(raised.value).startswith("--study: fake was begun otherwise (")
+    assert str(raised.value).startswith("--study: fake exists with another definition (")
     assert str(raised.value).endswith("); give this one another name")
     assert log.lines[: len(lines)] == lines
     assert len(run(make_plan(tmp_path, trials=9)).trials) == 9
 
 
-def test_other_data_is_refused(tmp_path, log, monkeypatch):
+def test_different_data_is_refused(tmp_path, log, monkeypatch):
     install(monkeypatch.setattr, fingerprint="of red images")
     run(make_plan(tmp_path))
     install(monkeypatch.setattr, fingerprint="of blue images")
@@ -189,7 +187,7 @@ def test_other_data_is_refused(tmp_path, log, monkeypatch):
         run(make_plan(tmp_path))
 
 
-def test_what_no_figure_depends_on_may_change(tmp_path, log, trainer, undisturbed):
+def test_keys_that_change_no_result_may_change(tmp_path, log, trainer, undisturbed):
     run(make_plan(tmp_path / "s", trials=3))
     free = {
         "data.source": "folder:/elsewhere",
@@ -204,7 +202,7 @@ def test_what_no_figure_depends_on_may_change(tmp_path, log, trainer, undisturbe
     assert outline(run(plan)) == undisturbed()
 
 
-def test_two_studies_in_one_storage_know_nothing_of_each_other(tmp_path, log, trainer, undisturbed):
+def test_two_studies_in_one_storage_are_independent(tmp_path, log, trainer, undisturbed):
     run(make_plan(tmp_path / "a", name="a"))
     study = run(make_plan(tmp_path / "b", name="b"))
     assert outline(study) == undisturbed()
@@ -218,16 +216,14 @@ def test_a_folder_with_trials_of_another_storage_is_refused(tmp_path, log, train
     assert not any("CREATE_TRIAL" in line for line in log.lines)
 
 
-def test_what_else_is_among_the_trials_is_nobodys_concern(tmp_path, log, trainer):
+def test_other_files_among_the_trials_are_ignored(tmp_path, log, trainer):
     for name in ("0007 (copy)", "notes", "0007.tar", ".hidden"):
         (tmp_path / "trials" / name).mkdir(parents=True)
     assert len(run(make_plan(tmp_path)).trials) == 5
 
 
-def test_a_trial_that_another_worker_adds_meanwhile_is_no_stranger(
-    tmp_path, log, trainer, monkeypatch
-):
-    """Right after the list of trials was read."""
+def test_a_trial_added_by_another_worker_is_known(tmp_path, log, trainer, monkeypatch):
+    """The other worker adds the trial after the list of trials was read."""
     run(make_plan(tmp_path, trials=1))
     read, rivals = studies._Worker._trials, []
 
@@ -242,7 +238,7 @@ def test_a_trial_that_another_worker_adds_meanwhile_is_no_stranger(
     assert len(run(make_plan(tmp_path, trials=3)).trials) == 3
 
 
-def test_of_two_workers_that_name_a_place_at_once_the_first_one_counts(tmp_path, monkeypatch):
+def test_two_workers_agree_on_the_id_of_a_folder(tmp_path, monkeypatch):
     link = os.link
 
     def be_late(source, target):
@@ -250,31 +246,29 @@ def test_of_two_workers_that_name_a_place_at_once_the_first_one_counts(tmp_path,
         link(source, target)
 
     monkeypatch.setattr(os, "link", be_late)
-    assert studies._place(make_plan(tmp_path)) == "the-other's"
+    assert studies._read_folder_id(make_plan(tmp_path)) == "the-other's"
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
-def test_a_folder_is_that_of_one_study(tmp_path, log, trainer):
+def test_a_folder_belongs_to_one_study(tmp_path, log, trainer):
     run(make_plan(tmp_path / "s"))
     with pytest.raises(ConfigError, match=r"^--workdir: .*/s is the folder of the study fake$"):
         run(make_plan(tmp_path / "s", name="other"))
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path, log, trainer):
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, log, trainer):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=f"--workdir: cannot use {tmp_path}/file/s: Not a dir"):
         run(make_plan(tmp_path / "file" / "s"))
 
 
-# Killed, and started again.
+# Kills and restarts.
 
 
-def test_killed_at_any_moment_and_started_again_it_becomes_the_same_study(
-    tmp_path, log, trainer, undisturbed
-):
-    """Before each write to the storage, and so after the one before it.
+def test_a_study_killed_at_any_call_has_the_same_result(tmp_path, log, trainer, undisturbed):
+    """The kill comes before each write to the storage.
 
-    From the ninth trial on, that is at the end of the random ones and the first of TPE's.
+    Only from the ninth trial on: the last random trials and the first ones of TPE.
     """
     expected, folder = undisturbed(trials=12), tmp_path / "s"
     moments = []
@@ -293,9 +287,7 @@ def test_killed_at_any_moment_and_started_again_it_becomes_the_same_study(
         assert outline(run(make_plan(copy, trials=12))) == expected, len(lines)
 
 
-def test_killed_three_times_in_each_epoch_it_becomes_the_same_study(
-    tmp_path, log, trainer, undisturbed
-):
+def test_a_study_killed_in_each_epoch_has_the_same_result(tmp_path, log, trainer, undisturbed):
     deaths = []
 
     def die_three_times(*moment):
@@ -316,11 +308,11 @@ def test_killed_three_times_in_each_epoch_it_becomes_the_same_study(
 
 
 @pytest.mark.parametrize(("epoch", "deaths"), [(1, 4), (2, 5)])
-def test_a_trial_whose_process_dies_again_and_again_after_one_step_fails(
+def test_a_trial_that_kills_its_process_repeatedly_fails(
     tmp_path, log, trainer, epoch, deaths, monkeypatch
 ):
-    """Of the second epoch, the first death is that of a process that has come from the first."""
-    monkeypatch.setattr(studies, "_MOST_STARTS", 4)
+    """The first kill in the second epoch ends a process that also trained the first epoch."""
+    monkeypatch.setattr(studies, "_MAX_STARTS", 4)
     trainer.before_epoch = raising(Killed, 1, epoch, times=100)
     plan = make_plan(tmp_path)
     for _ in range(deaths):
@@ -330,17 +322,15 @@ def test_a_trial_whose_process_dies_again_and_again_after_one_step_fails(
     failed = study.trials[1]
     assert failed.state == TrialState.FAIL
     assert failed.user_attrs["error"] == (
-        f"its process ended 4 times after step {10 * (epoch - 1)}, the last saved"
+        f"its process was killed 4 times after the saved step {10 * (epoch - 1)}"
     )
     assert len(failed.intermediate_values) == epoch - 1
     assert len(counted(study)) == 5
     assert states(study).count("fail") == 1
 
 
-def test_a_trial_that_saves_within_an_epoch_may_die_in_it_as_often_as_it_likes(
-    tmp_path, log, trainer, monkeypatch
-):
-    monkeypatch.setattr(studies, "_MOST_STARTS", 2)
+def test_a_trial_with_new_checkpoints_may_be_killed_often(tmp_path, log, trainer, monkeypatch):
+    monkeypatch.setattr(studies, "_MAX_STARTS", 2)
     plan, steps = make_plan(tmp_path), iter(range(1, 10))
 
     def save_and_die(number, epoch):
@@ -355,15 +345,15 @@ def test_a_trial_that_saves_within_an_epoch_may_die_in_it_as_often_as_it_likes(
     assert "fail" not in states(run(plan))
 
 
-def test_ctrl_c_between_two_trials_begins_no_other(tmp_path, log, trainer, monkeypatch):
-    """Even if it comes within a callback of JAX's, which would swallow what is raised there."""
+def test_ctrl_c_between_two_trials_ends_the_study(tmp_path, log, trainer, monkeypatch):
+    """The signal also counts within a callback of JAX, which suppresses exceptions."""
 
     def collect():
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(studies, "gc", types.SimpleNamespace(collect=collect))
-    # Whoever starts the tests in the background may have told them to ignore it.
+    # A shell ignores SIGINT for processes in the background.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -373,7 +363,7 @@ def test_ctrl_c_between_two_trials_begins_no_other(tmp_path, log, trainer, monke
     assert states(studies.open_study(make_plan(tmp_path))) == ["complete"]
 
 
-def test_a_study_of_which_all_fails_is_given_up(tmp_path, log, trainer):
+def test_a_study_ends_if_its_first_trials_all_fail(tmp_path, log, trainer):
     def fail(number, epoch):
         raise TrainingError(f"trial {number} is odd")
 
@@ -384,8 +374,8 @@ def test_a_study_of_which_all_fails_is_given_up(tmp_path, log, trainer):
     assert len(studies.open_study(plan).trials) == 10
 
 
-def test_deaths_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undisturbed):
-    """Ten in each, of which nine were Ctrl-C."""
+def test_kills_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undisturbed):
+    """Ten interruptions in each epoch, nine of them by Ctrl-C."""
     expected = undisturbed()
     for number, epoch in [(0, 1), (0, 2), (0, 3)]:
         for error in [KeyboardInterrupt] * 5 + [Killed] + [KeyboardInterrupt] * 4:
@@ -395,10 +385,8 @@ def test_deaths_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undist
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-def test_a_trial_that_was_pruned_before_its_worker_could_say_so_stays_pruned(
-    tmp_path, log, trainer, undisturbed
-):
-    """The last epoch is known to the storage; nobody trains another one."""
+def test_a_pruned_trial_stays_pruned_after_a_kill(tmp_path, log, trainer, undisturbed):
+    """The storage has the last epoch, and no further epoch is trained."""
     expected = undisturbed()
     number, epoch = next((n, max(c)) for n, s, _, _, c, _ in expected if s == TrialState.PRUNED)
 
@@ -416,11 +404,11 @@ def test_a_trial_that_was_pruned_before_its_worker_could_say_so_stays_pruned(
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-# What ends a trial, and what ends the study.
+# Errors that end a trial, and errors that end the study.
 
 
 @pytest.mark.parametrize("error", [TrainingError("the loss is\nnot finite"), ConfigError("odd")])
-def test_a_trial_that_cannot_be_trained_fails_and_the_study_goes_on(tmp_path, log, trainer, error):
+def test_the_study_continues_after_a_failed_trial(tmp_path, log, trainer, error):
     trainer.before_epoch = raising(error, 1, 2, times=2)
     study = run(make_plan(tmp_path))
     assert states(study)[1] == "fail"
@@ -449,9 +437,7 @@ def caused_by(error, cause):
     ],
     ids=repr,
 )
-def test_what_would_fail_all_trials_ends_the_study_and_fails_none(
-    tmp_path, log, trainer, undisturbed, error
-):
+def test_an_error_of_data_or_disk_fails_no_trial(tmp_path, log, trainer, undisturbed, error):
     expected = undisturbed()
     trainer.before_epoch = raising(error, 1, 1, times=6)
     for _ in range(6):
@@ -460,15 +446,13 @@ def test_what_would_fail_all_trials_ends_the_study_and_fails_none(
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-def test_a_defect_of_the_program_is_not_hidden(tmp_path, log, trainer):
+def test_an_unexpected_error_is_raised(tmp_path, log, trainer):
     trainer.before_epoch = raising(ZeroDivisionError, 1, 1)
     with pytest.raises(ZeroDivisionError):
         run(make_plan(tmp_path))
 
 
-def test_at_the_deadline_a_trial_is_saved_and_goes_on_later(
-    tmp_path, log, trainer, clock, undisturbed
-):
+def test_a_trial_is_resumed_after_the_deadline(tmp_path, log, trainer, clock, undisturbed):
     expected = undisturbed()
     deadline = clock.now + 60
 
@@ -479,14 +463,14 @@ def test_at_the_deadline_a_trial_is_saved_and_goes_on_later(
     study = run(make_plan(tmp_path / "s", deadline=deadline))
     assert states(study) == ["complete", "running"]
     assert len(list((tmp_path / "s/trials/0001").glob("epoch-*"))) == 2
-    assert study.trials[1].user_attrs["starts"] == []  # None of its processes died.
+    assert study.trials[1].user_attrs["starts"] == []  # No process was killed.
     assert len(run(make_plan(tmp_path / "s", deadline=deadline)).trials) == 2
     assert trainer.configs.keys() >= {0, 1}
     later = make_plan(tmp_path / "s", deadline=clock.now + 600)
     assert outline(run(later)) == expected
 
 
-def test_ctrl_c_ends_the_study_and_the_trial_goes_on_later(tmp_path, log, trainer, undisturbed):
+def test_a_trial_is_resumed_after_ctrl_c(tmp_path, log, trainer, undisturbed):
     expected = undisturbed()
     trainer.before_epoch = raising(KeyboardInterrupt("saved"), 1, 2)
     with pytest.raises(KeyboardInterrupt, match="saved"):
@@ -494,13 +478,11 @@ def test_ctrl_c_ends_the_study_and_the_trial_goes_on_later(tmp_path, log, traine
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-# A storage that is away.
+# A storage that is unavailable.
 
 
-def test_a_storage_that_is_away_at_each_call_for_a_while_changes_nothing(
-    tmp_path, log, trainer, undisturbed
-):
-    """Once it is open, every second call fails, at random."""
+def test_short_storage_failures_change_no_result(tmp_path, log, trainer, undisturbed):
+    """After the opening, a random half of the calls fails."""
     expected = undisturbed(trials=12)
     rng, failures = random.Random(0), []
 
@@ -516,16 +498,16 @@ def test_a_storage_that_is_away_at_each_call_for_a_while_changes_nothing(
     study = run(make_plan(tmp_path / "s", trials=12, storage_timeout=1e9))
     log.before = lambda *entries: None
     assert outline(study) == expected
-    assert sum(map(bool, failures)) > 100  # Not only of what is read.
+    assert sum(map(bool, failures)) > 100  # Writes fail too, not only reads.
 
 
-def test_answers_that_are_lost_change_nothing(tmp_path, log, trainer, undisturbed):
-    """Each entry is written, an error comes back all the same, and it may be written again."""
+def test_lost_answers_change_no_result(tmp_path, log, trainer, undisturbed):
+    """Each entry is written, but the call fails, so the entry may be written twice."""
     expected = undisturbed(trials=6)
     answers, claims = itertools.count(), set()
 
     def lose(entry):
-        claim = entry.get("user_attrs", {}).get("claim")  # Of a new trial.
+        claim = entry.get("user_attrs", {}).get("claim")  # The call adds a new trial.
         is_lost = claim not in claims if claim else next(answers) % 2 == 0
         claims.add(claim)
         if is_lost:
@@ -536,10 +518,8 @@ def test_answers_that_are_lost_change_nothing(tmp_path, log, trainer, undisturbe
     assert len(claims) == 7
 
 
-def test_a_storage_that_stays_away_ends_the_study_in_one_line_and_nothing_is_lost(
-    tmp_path, log, trainer, undisturbed
-):
-    """From each tenth call on."""
+def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
+    """The storage fails from call 10, 20, ... on."""
     expected = undisturbed()
     for last in itertools.count(60, step=10):
         folder, calls = tmp_path / str(last), itertools.count()
@@ -559,18 +539,18 @@ def test_a_storage_that_stays_away_ends_the_study_in_one_line_and_nothing_is_los
             log.before = lambda *entries: None
         assert re.fullmatch(
             r"the study's storage has not answered for 0 s \(gone\)\. No finished trial is lost, "
-            rf"and the one under way is saved in {folder}; the same command goes on once .*",
+            rf"and the current one is saved in {folder}; start the same command again .*",
             told,
         )
         assert outline(run(make_plan(folder))) == expected
     assert last > 200
 
 
-# Several workers, at moments that matter.
+# Several workers at critical moments.
 
 
-def test_a_trial_that_another_worker_holds_is_left_to_it(tmp_path, log, trainer):
-    """Two workers beside one that trains: one of its folder, and one of another place."""
+def test_a_locked_trial_is_not_taken(tmp_path, log, trainer):
+    """Two other workers run at the same time: one in the same folder, one in another folder."""
     rivals = []
 
     def be_joined(number, epoch):
@@ -586,7 +566,7 @@ def test_a_trial_that_another_worker_holds_is_left_to_it(tmp_path, log, trainer)
     assert [path.name for path in (tmp_path / "other/trials").iterdir()] == ["0003"]
 
 
-def test_of_two_that_make_the_last_trial_one_is_void(tmp_path, log, trainer):
+def test_a_surplus_last_trial_is_void(tmp_path, log, trainer):
     rival = make_plan(tmp_path / "other", trials=1)
     log.before = once(JournalOperation.CREATE_TRIAL, lambda: run(rival))
     study = run(make_plan(tmp_path / "s", trials=1))
@@ -597,9 +577,7 @@ def test_of_two_that_make_the_last_trial_one_is_void(tmp_path, log, trainer):
     assert not (tmp_path / "s/trials").exists()
 
 
-def test_a_void_trial_is_never_trained_even_if_its_worker_dies_before_it_is_ended(
-    tmp_path, log, trainer
-):
+def test_a_void_trial_is_never_trained(tmp_path, log, trainer):
     rival = make_plan(tmp_path / "other", trials=1)
 
     def die():
@@ -620,9 +598,7 @@ def test_a_void_trial_is_never_trained_even_if_its_worker_dies_before_it_is_ende
 HOURS = 3600.0
 
 
-def test_a_trial_of_another_place_is_given_up_after_hours_and_not_before(
-    tmp_path, log, trainer, clock
-):
+def test_a_trial_of_another_folder_is_lost_after_hours(tmp_path, log, trainer, clock):
     trainer.before_epoch = raising(Killed, 1, 2)
     with pytest.raises(Killed):
         run(make_plan(tmp_path / "lost", trials=3))
@@ -635,15 +611,15 @@ def test_a_trial_of_another_place_is_given_up_after_hours_and_not_before(
     study = run(make_plan(tmp_path / "s", trials=4))
     assert states(study)[1] == "fail"
     assert study.trials[1].user_attrs["void"] == "lost"
-    assert study.trials[1].user_attrs["error"] == "nothing was heard of it for 6 hours"
+    assert study.trials[1].user_attrs["error"] == "its worker has not reported for 6 hours"
     assert len(counted(study)) == 4
-    # Another one is in its place; where it was lost, there is nothing left to do.
+    # A new trial replaces it; if it was lost, nothing else remains to do.
     assert len(study.trials) == 5
     assert len(run(make_plan(tmp_path / "lost", trials=4)).trials) == 5
 
 
-def test_a_trial_of_which_nothing_was_ever_heard_is_given_up_as_well(tmp_path, log, trainer, clock):
-    """Its machine was gone as soon as the trial was made."""
+def test_a_trial_without_any_report_is_also_lost(tmp_path, log, trainer, clock):
+    """The machine was lost right after it made the trial."""
 
     def die():
         raise Killed
@@ -656,7 +632,7 @@ def test_a_trial_of_which_nothing_was_ever_heard_is_given_up_as_well(tmp_path, l
     assert states(study) == ["fail", "complete"]
 
 
-def test_a_trial_of_this_place_is_never_given_up(tmp_path, log, trainer, clock, undisturbed):
+def test_a_trial_of_this_folder_is_never_lost(tmp_path, log, trainer, clock, undisturbed):
     expected = undisturbed()
     trainer.before_epoch = raising(Killed, 1, 2)
     with pytest.raises(Killed):
@@ -665,7 +641,7 @@ def test_a_trial_of_this_place_is_never_given_up(tmp_path, log, trainer, clock, 
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-def test_a_worker_that_slept_for_hours_leaves_the_trial_and_goes_on(tmp_path, log, trainer, clock):
+def test_a_worker_continues_after_losing_its_trial(tmp_path, log, trainer, clock):
     def sleep(number, epoch):
         if (number, epoch) == (1, 2) and len(trainer.configs) == 2:
             clock.now += 7 * HOURS
@@ -678,13 +654,13 @@ def test_a_worker_that_slept_for_hours_leaves_the_trial_and_goes_on(tmp_path, lo
     assert all(trial.state.is_finished() for trial in study.trials)
 
 
-def test_two_workers_that_give_up_the_same_trial_do_not_mind(tmp_path, log, trainer, clock):
+def test_two_workers_can_fail_the_same_lost_trial(tmp_path, log, trainer, clock):
     trainer.before_epoch = raising(Killed, 0, 2)
     with pytest.raises(Killed):
         run(make_plan(tmp_path / "lost", trials=1))
     clock.now += 7 * HOURS
     rival = make_plan(tmp_path / "other", trials=1)
-    # Between the look at it and the word that it is void.
+    # The kill comes between the count of trials and the mark "void".
     log.before = once(JournalOperation.SET_TRIAL_USER_ATTR, lambda: run(rival))
     study = run(make_plan(tmp_path / "s", trials=2))
     assert study.trials[0].state == TrialState.FAIL

@@ -1,4 +1,4 @@
-"""Workers in processes of their own, at one study in a file or on a PostgreSQL server."""
+"""Several worker processes of one study, in a file or on a PostgreSQL server."""
 
 import contextlib
 import multiprocessing
@@ -20,12 +20,12 @@ from fakes import counted, install, make_plan, outline, run, states, work
 
 @pytest.fixture(scope="module")
 def processes():
-    """Makes processes: one that has imported everything forks them."""
+    """Starts processes by a fork of a process that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fakes"])
     folders = [pathlib.Path(fakes.__file__).parent, REPOSITORY]
     with pytest.MonkeyPatch.context() as patch:
-        # It gets nothing of this process's sys.path.
+        # The forked process does not inherit sys.path.
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)), prepend=os.pathsep)
         forkserver.ensure_running()
     return context
@@ -33,7 +33,7 @@ def processes():
 
 @pytest.fixture
 def begin(processes, tmp_path):
-    """Begins to work at plans, each in a process, all at the same moment."""
+    """Starts a worker process for each plan, all at the same moment."""
     workers = []
 
     def begin(*plans, pause=0.0):
@@ -60,14 +60,14 @@ def finish(workers):
 
 
 def wait_for(path, worker):
-    """Returns when there is such a file; the worker may not end before."""
+    """Waits until a file exists; the worker must not end before."""
     while not path.exists():
         assert worker.is_alive(), worker.output.read_text()
         time.sleep(0.005)
 
 
 def check(study, trials):
-    """All are finished, and each was trained once, in one of the folders of its plan."""
+    """Checks that all trials are finished and were trained once, in one of the folders."""
     assert len(counted(study)) == trials
     assert all(trial.state.is_finished() for trial in study.trials), states(study)
     assert "fail" not in [trial.state.name.lower() for trial in counted(study)]
@@ -76,7 +76,7 @@ def check(study, trials):
 
 
 def epochs(*folders):
-    """How many were trained. One that had been trained before would have ended a worker."""
+    """Returns the number of trained trials. A second training of a trial would end its worker."""
     return sum(len(list(folder.glob("trials/*/epoch-*"))) for folder in folders)
 
 
@@ -85,8 +85,8 @@ def trainer(monkeypatch):
     return install(monkeypatch.setattr)
 
 
-def test_four_workers_that_begin_at_once_at_a_journal(begin, tmp_path, trainer):
-    """Two in a folder, and two in another one, as on another machine."""
+def test_four_workers_start_together_with_a_journal(begin, tmp_path, trainer):
+    """Two workers in a folder, and two in another folder, as on another machine."""
     folders = (tmp_path / "a", tmp_path / "b")
     changes = {"storage": f"journal:{tmp_path}/journal", "trials": 12, "storage_timeout": 30.0}
     plans = [make_plan(folder, **changes) for folder in folders * 2]
@@ -94,11 +94,11 @@ def test_four_workers_that_begin_at_once_at_a_journal(begin, tmp_path, trainer):
     study = run(plans[0])
     check(study, 12)
     assert epochs(*folders) == sum(len(trial.intermediate_values) for trial in counted(study))
-    assert not trainer.configs  # Nothing was left to do.
+    assert not trainer.configs  # There was no trial left to run.
 
 
-def test_a_worker_that_is_killed_leaves_its_trial_to_one_beside_it(begin, tmp_path, trainer):
-    """Two that begin at once with a new SQLite file."""
+def test_another_worker_continues_the_trial_of_a_killed_one(begin, tmp_path, trainer):
+    """Two workers start together with a new SQLite file."""
     plan = make_plan(tmp_path / "s", trials=6, storage_timeout=30.0)
     first, second = begin(plan, plan, pause=0.1)
     wait_for(tmp_path / "s/trials/0000/epoch-0001", first)
@@ -111,7 +111,7 @@ def test_a_worker_that_is_killed_leaves_its_trial_to_one_beside_it(begin, tmp_pa
 
 
 def find_programs():
-    """The folder of initdb and pg_ctl; skips the test if there is none."""
+    """Returns the folder of initdb and pg_ctl; skips the test without PostgreSQL."""
     folders = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     for folder in [*map(pathlib.Path, os.get_exec_path()), *folders]:
         if all(os.access(folder / name, os.X_OK) for name in ("initdb", "pg_ctl")):
@@ -120,12 +120,12 @@ def find_programs():
 
 
 class Server:
-    """A PostgreSQL server of these tests, which forgets its data if the power fails."""
+    """A PostgreSQL server for these tests, without protection against power failures."""
 
     def __init__(self, folder):
         self._programs, self._folder = find_programs(), folder
         self._user = {}
-        if os.geteuid() == 0:  # As whom it does not start.
+        if os.geteuid() == 0:  # PostgreSQL does not start as root.
             try:
                 user = pwd.getpwnam("postgres")
             except KeyError:
@@ -154,12 +154,12 @@ class Server:
             assert not code, output.read()
 
     def start(self):
-        options = f"-h 127.0.0.1 -p {self._port} -k '' -F"  # Without a socket in a folder.
+        options = f"-h 127.0.0.1 -p {self._port} -k '' -F"  # No socket file.
         log = self._folder / "log"
         self._run("pg_ctl", "--wait", f"--log={log}", f"--options={options}", "start")
 
     def stop(self):
-        """As if it was killed."""
+        """Stops the server at once, like a kill."""
         self._run("pg_ctl", "--wait", "--mode=immediate", "stop")
 
     def url(self):
@@ -168,19 +168,19 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server():
-    # Not in pytest's folders, which are root's alone if root runs the tests.
+    # The server's user cannot access the folders of pytest if root runs the tests.
     folder = pathlib.Path(tempfile.mkdtemp())
     try:
         server = Server(folder)
         server.start()
         yield server
-        with contextlib.suppress(AssertionError):  # A test has failed that had stopped it.
+        with contextlib.suppress(AssertionError):  # A failed test may have stopped the server.
             server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_workers_that_begin_at_once_at_a_server(begin, tmp_path, server, trainer):
+def test_two_workers_start_together_with_a_server(begin, tmp_path, server, trainer):
     folders = (tmp_path / "a", tmp_path / "b")
     plans = [
         make_plan(folder, name="two", storage=server.url(), trials=12, storage_timeout=30.0)
@@ -194,7 +194,7 @@ def test_two_workers_that_begin_at_once_at_a_server(begin, tmp_path, server, tra
     assert all(epochs(folder) for folder in folders)
 
 
-def test_a_server_that_is_away_for_seconds_is_waited_for(begin, tmp_path, server, trainer):
+def test_workers_wait_for_a_server_that_restarts(begin, tmp_path, server, trainer):
     plan = make_plan(
         tmp_path / "s", name="away", storage=server.url(), trials=8, storage_timeout=60.0
     )
@@ -206,16 +206,14 @@ def test_a_server_that_is_away_for_seconds_is_waited_for(begin, tmp_path, server
     finish(workers)
     told = "".join(worker.output.read_text() for worker in workers)
     assert "Traceback" not in told
-    assert "[W " not in told  # Optuna's own words would be its queries, at length.
+    assert "[W " not in told  # The log of Optuna would show long queries.
     study = run(plan)
     check(study, 8)
     assert epochs(tmp_path / "s") == sum(len(trial.intermediate_values) for trial in study.trials)
 
 
-def test_a_server_that_stays_away_is_told_in_one_line_and_nothing_is_lost(
-    begin, tmp_path, server, trainer
-):
-    """Once it is back, the study becomes the same as one in which nothing happened."""
+def test_a_server_timeout_loses_no_trial(begin, tmp_path, server, trainer):
+    """After the restart of the server the study has the same result as an undisturbed one."""
     changes = {"storage": server.url(), "trials": 5}
     expected = outline(run(make_plan(tmp_path / "undisturbed", name="undisturbed", **changes)))
     plan = make_plan(tmp_path / "s", name="gone", storage_timeout=1.0, **changes)
@@ -229,7 +227,7 @@ def test_a_server_that_stays_away_is_told_in_one_line_and_nothing_is_lost(
     lines = worker.output.read_text().splitlines()
     assert worker.exitcode == 1
     assert lines[-1].startswith("error: the study's storage has not answered for 1 s (")
-    assert f"the one under way is saved in {tmp_path}/s; the same command goes on" in lines[-1]
+    assert f"the current one is saved in {tmp_path}/s; start the same command again" in lines[-1]
     assert "Traceback" not in "".join(lines)
-    assert took < 20  # Optuna itself tries for some seconds to add a trial.
+    assert took < 20  # Optuna itself retries for some seconds to add a trial.
     assert outline(run(plan)) == expected
