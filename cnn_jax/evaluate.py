@@ -13,10 +13,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+from cnn_jax.config.schema import SOURCE_FORMS
 from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
-from cnn_jax.data.sources import FORMS
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.inference.evaluation import evaluate, open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
@@ -35,7 +35,7 @@ _MAX_CLASSES_SHOWN = 20
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a command that measures a bundle on a split of a data set."""
     cli.add_bundle_flag(parser)
-    parser.add_argument("--source", help=f"{FORMS}; by default the training data")
+    parser.add_argument("--source", help=f"{SOURCE_FORMS}; by default the training data")
     parser.add_argument(
         "--split",
         default="test",

@@ -14,11 +14,12 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+from cnn_jax.config.schema import SOURCE_FORMS, SPLIT_RULES, SPLITS
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.files import check_output
 from cnn_jax.data.preprocessing import MAX_PIXELS
-from cnn_jax.data.sources import FORMS, absolute, listed_folder, open_source
-from cnn_jax.data.splits import RULES, SPLITS, Division
+from cnn_jax.data.sources import absolute, listed_folder, open_source
+from cnn_jax.data.splits import Division
 from cnn_jax.data.survey import MAX_DISTANCE, NEAR_DISTANCE, Survey, survey
 from cnn_jax.report.survey_text import summarize
 from cnn_jax.system import cli
@@ -41,7 +42,7 @@ def inspect_source(
     """Reads every image of a source once and describes the data set.
 
     Args:
-      source: A source in one of the forms `sources.FORMS`.
+      source: A source in one of the forms `schema.SOURCE_FORMS`.
       division: How training would divide the data; by default as `configs/default.py` does.
       max_pixels: A larger image counts as unreadable.
       allow_outside: Whether links in a folder, or paths in a table, may lead out of the folder.
@@ -143,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     )
     default = Division()
     fractions = ",".join(f"{fraction:g}" for fraction in default.fractions)
-    flags.add_argument("--source", required=True, help=FORMS)
+    flags.add_argument("--source", required=True, help=SOURCE_FORMS)
     flags.add_argument("--output", type=cli.path, metavar="DIR", help="folder for a page")
     flags.add_argument("--json", action="store_true", help="print JSON instead of text")
     flags.add_argument(
@@ -156,7 +157,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FRACTIONS",
         help=f"fractions of train, validation and test ({fractions})",
     )
-    flags.add_argument("--stratify", choices=RULES, default=default.rule, help="data.stratify")
+    flags.add_argument(
+        "--stratify", choices=SPLIT_RULES, default=default.rule, help="data.stratify"
+    )
     flags.add_argument(
         "--group",
         default=default.group,

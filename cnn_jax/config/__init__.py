@@ -1,1 +1,1 @@
-"""Configurations: keys with their checks, files and flags."""
+"""Configurations: keys and their checks, files, and flags."""

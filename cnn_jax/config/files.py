@@ -1,4 +1,4 @@
-"""Configuration files and `--config` flags, before anything heavy is imported."""
+"""Configuration files and `--config` flags, read before JAX is imported."""
 
 import argparse
 import contextlib
@@ -34,34 +34,38 @@ from cnn_jax.system.errors import ConfigError, did_you_mean
 logger = logging.getLogger(__name__)
 
 _PREFIX = "--config."
-# The folders that come with the package: in a wheel inside it, in a checkout beside it.
+# The folders that are shipped: inside the package in a wheel, beside it in a checkout.
 _SHIPPED = {"configs": "configs", "spaces": "experiments/spaces"}
 
 
 def shipped_folder(name: str = "configs") -> pathlib.Path:
-    """The folder of the shipped configurations, or of the shipped "spaces" of `tune`."""
+    """The folder of the shipped configurations, or of the shipped search spaces of `tune`.
+
+    Args:
+      name: "configs" or "spaces".
+    """
     package = pathlib.Path(__file__).resolve().parents[1]
     folders = (package / name, package.parent / _SHIPPED[name])
     return next(folder for folder in folders if (folder / "default.py").is_file())
 
 
 def shipped_names(folder: str = "configs") -> list[str]:
-    """The names by which `find` knows the files of a shipped folder."""
+    """The names of the files in a shipped folder, without ".py"."""
     return sorted(path.stem for path in shipped_folder(folder).glob("[!_]*.py"))
 
 
 def find(text: str, flag: str = "--config", folder: str = "configs") -> pathlib.Path:
-    """The file that `--config=text` or `--space=text` means.
+    """The path of the file for the flag `--config=text` or `--space=text`.
 
     Args:
-      text: A path (with or without `.py`), the folder of a run, which has config.json, or the
-        name of a shipped file, also as `NAME.py`, `configs/NAME.py` and
+      text: A path (with or without `.py`), the folder of a run, which contains config.json,
+        or the name of a shipped file, also as `NAME.py`, `configs/NAME.py` and
         `experiments/spaces/NAME.py`.
       flag: The flag, for messages.
       folder: The shipped folder, "configs" or "spaces".
 
     Raises:
-      ConfigError: There is no such file, or a file and a shipped one share the name.
+      ConfigError: There is no such file, or the name means a file and a shipped file.
     """
     path = pathlib.Path(text).expanduser()
     if path.is_file():
@@ -71,33 +75,34 @@ def find(text: str, flag: str = "--config", folder: str = "configs") -> pathlib.
         candidates.append(path / "config.json")
     own = next((candidate for candidate in candidates if candidate.is_file()), None)
     shipped = shipped_folder(folder) / f"{path.name.removesuffix('.py')}.py"
-    parent = os.path.dirname(text)  # noqa: PTH120  "./NAME" is no shipped file.
+    parent = os.path.dirname(text)  # noqa: PTH120  "./NAME" never means a shipped file.
     is_shipped = parent in ("", _SHIPPED[folder]) and shipped.is_file()
     if own is not None and is_shipped and not own.samefile(shipped):
         raise ConfigError(
-            f"{flag}: {text!r} is a file here and the name of a shipped one; write "
+            f"{flag}: {text!r} is a file here and the name of a shipped file; write "
             f"{flag}=./{own} or {flag}={shipped}"
         )
     if own is not None or is_shipped:
         return own or shipped
     names = shipped_names(folder)
     hint = did_you_mean(path.name.removesuffix(".py"), names)
-    what = (
+    problem = (
         f"{text!r} is a folder without a config.json"
         if path.is_dir()
         else f"there is no file {text!r}"
     )
-    raise ConfigError(f"{flag}: {what}, and the shipped ones are {', '.join(names)}{hint}")
+    raise ConfigError(f"{flag}: {problem}; the shipped files are {', '.join(names)}{hint}")
 
 
 def read(path: pathlib.Path) -> Config:
-    """The `ml_collections.ConfigDict` of a configuration file.
+    """Reads a configuration file.
 
     Args:
-      path: A Python file whose `get_config()` returns it, or the config.json of a run.
+      path: A Python file with a function `get_config()` that returns an
+        `ml_collections.ConfigDict`, or the config.json of a run.
 
     Raises:
-      ConfigError: The file fails, or is no configuration.
+      ConfigError: The file raises an error, or does not contain a configuration.
     """
     if path.suffix == ".json":
         return _read_json(path)
@@ -114,7 +119,7 @@ def read(path: pathlib.Path) -> Config:
     except SyntaxError as error:
         where = f"{error.filename or path}" + (f", line {error.lineno}" if error.lineno else "")
         raise ConfigError(f"--config: {where}: SyntaxError: {error.msg}") from error
-    except (Exception, SystemExit) as error:  # A configuration is a program: anything can fail.
+    except (Exception, SystemExit) as error:  # The file is a program, which may raise any error.
         lines = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)
@@ -131,7 +136,7 @@ def read(path: pathlib.Path) -> Config:
 
 
 def _run(path: pathlib.Path, name: str) -> types.ModuleType:
-    """Runs a file as a module of that name, which its own imports can see."""
+    """Runs a file as a module that is in `sys.modules` under this name."""
     loader = importlib.machinery.SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
@@ -143,17 +148,17 @@ def _run(path: pathlib.Path, name: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _importable(path: pathlib.Path) -> Iterator[None]:
-    """Lets a configuration file import other ones wherever it lies.
+    """A context in which a configuration file in any folder can import other files.
 
     The file is a module of a package `configs`, which consists of the file's own folder, of
-    folders above it that have this name, and of the shipped configurations. So `from configs
-    import default`, `from . import default` and `import neighbour` work. Modules and paths are
-    afterwards as they were.
+    parent folders with the name `configs`, and of the shipped configurations. Therefore
+    `from configs import default`, `from . import default` and `import neighbour` work. The
+    context restores `sys.modules` and `sys.path` at its end.
     """
     folder = path.resolve().parent
     package = types.ModuleType("configs")
     above = [parent for parent in folder.parents if parent.name == "configs"]
-    package.__path__ = [str(place) for place in (folder, *above, shipped_folder())]
+    package.__path__ = [str(path) for path in (folder, *above, shipped_folder())]
     modules, paths = dict(sys.modules), list(sys.path)
     _forget_configs()
     sys.modules["configs"] = package
@@ -162,7 +167,7 @@ def _importable(path: pathlib.Path) -> Iterator[None]:
     try:
         namesake = shipped_folder() / path.name
         if namesake.is_file() and not namesake.samefile(path):
-            # A file that imports the shipped one of its own name does not import itself.
+            # A file that imports the shipped file of the same name must not import itself.
             setattr(package, path.stem, _run(namesake, f"configs.{path.stem}"))
         yield
     finally:
@@ -171,24 +176,26 @@ def _importable(path: pathlib.Path) -> Iterator[None]:
         for name in sys.modules.keys() - modules.keys():
             file = getattr(sys.modules[name], "__file__", None)
             if file and pathlib.Path(file).resolve().parent == folder:
-                del sys.modules[name]  # Another folder may have a neighbour of this name.
+                del sys.modules[name]  # Another folder may contain a file of this name.
         sys.modules |= {name: modules[name] for name in modules if _is_config(name)}
 
 
 def _is_config(module: str) -> bool:
+    """Whether this is the name of the package `configs` or of a module in it."""
     return module == "configs" or module.startswith("configs.")
 
 
 def _forget_configs() -> None:
+    """Removes the package `configs` from `sys.modules`."""
     for name in [name for name in sys.modules if _is_config(name)]:
         del sys.modules[name]
 
 
 def _read_json(path: pathlib.Path) -> Config:
-    """The configuration that a run has written, completed by the defaults.
+    """Reads the config.json of a run; keys that it does not have get their defaults.
 
     Raises:
-      ConfigError: It is not JSON, or has a key that does not exist.
+      ConfigError: The file is not JSON, or has a key that does not exist.
     """
     try:
         values = flat(json.loads(path.read_text(encoding="utf-8")))
@@ -214,7 +221,11 @@ def _read_json(path: pathlib.Path) -> Config:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Every key of a nested dictionary with its sections' names before it; lists become tuples."""
+    """The values of a nested dictionary by key, such as "train.epochs"; lists become tuples.
+
+    Raises:
+      ValueError: The tree is not a dictionary.
+    """
     if not isinstance(tree, dict):
         value = tuple(tree) if isinstance(tree, list) else tree
         if not prefix:
@@ -226,17 +237,17 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config:
-    """The configuration of a file, with some of its keys changed.
+    """Reads a configuration file and changes some of its keys.
 
     Args:
       file: The value of `--config`; see `find`.
-      overrides: `--config.KEY=VALUE` flags, of which the last one of a key counts; or the
-        values, as text, by key. Another model.name replaces the section `model` by the
-        defaults of that network.
+      overrides: `--config.KEY=VALUE` flags, or the values as text by key. If a key has
+        several flags, the last one is used. A different model.name replaces the section
+        `model` by the defaults of that network.
 
     Raises:
-      ConfigError: There is no such file, it fails, or a key does not exist or cannot have
-        this value.
+      ConfigError: There is no such file, the file raises an error, or a key does not exist
+        or does not accept its value.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -268,18 +279,22 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
 
 
 def file_name(text: str) -> str:
-    """The argparse type of what `find` takes; "./NAME" stays different from "NAME"."""
+    """The argparse type of a file name for `find`; a `pathlib.Path` would drop the "./"."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """A command's own flags, and what its `--config.KEY=VALUE` flags say.
+    """Parses the flags of a command and its `--config.KEY=VALUE` flags.
+
+    Args:
+      parser: The parser of the command's own flags.
+      argv: The arguments of the command.
 
     Returns:
-      The flags, and for each key that is given its value as text. The last value of a key
-      counts.
+      The command's own flags, and the values of configuration keys as text, by key. If a key
+      has several flags, the last one is used.
 
     Raises:
       ConfigError: A flag or key does not exist, or a key has no value.
@@ -294,7 +309,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict
 
 
 def _suggest(suggest: Callable[[str], str | None], flag: str) -> str | None:
-    """Returns the flag, or the configuration key as a flag, that was probably meant."""
+    """Returns a similar flag, or a similar configuration key as a flag; None without one."""
     if (near := suggest(flag)) is not None:
         return near
     key = closest_key(flag.removeprefix("--"))
@@ -311,10 +326,10 @@ def _config_name(argv: Sequence[str]) -> str:
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """The value, as text, of each key that `--config.KEY=VALUE` or `--config.KEY VALUE` sets.
+    """The values, as text by key, of `--config.KEY=VALUE` and `--config.KEY VALUE` flags.
 
     Raises:
-      ConfigError: There is no such key, it has no value, or an argument is something else.
+      ConfigError: A key does not exist or has no value, or an argument is no such flag.
     """
     overrides = {}
     rest = list(arguments)
@@ -344,11 +359,11 @@ def _unexpected(argument: str) -> ConfigError:
 
 
 def describe_keys(width: int, file: str = "default") -> str:
-    """All keys with their values in a configuration and their meanings, by section.
+    """The text of `--help` on all configuration keys, by section.
 
     Args:
-      width: Columns of the terminal.
-      file: The configuration, as `find` takes it.
+      width: The number of columns of the terminal.
+      file: The configuration whose values are shown; see `find`.
     """
     values = dict(leaves(read(find(file))))
     lines = textwrap.wrap(

@@ -1,4 +1,4 @@
-"""A configuration with everything written out that depends on the machine or the directory."""
+"""Replaces automatic values of a configuration, and makes its paths absolute."""
 
 import pathlib
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ from cnn_jax.system.errors import ConfigError
 
 
 def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config:
-    """A copy of a configuration that means the same numbers on every machine.
+    """A copy of a configuration that has the same meaning on every machine.
 
-    `precision` and `augment.place` are no longer "auto", `optimizer.decay_epochs` is no longer
-    0, and paths are absolute. (`train.steps_per_execution` may be 0 until the data is open.)
+    `precision` and `augment.place` are not "auto", `optimizer.decay_epochs` is not 0, and
+    paths are absolute. (`train.steps_per_execution` may be 0 until the data is opened.)
 
     Args:
       config: A configuration.
-      previous: The configuration of the run that is continued, every key with its section's
-        name before it, or None: automatic values stay as they were decided then.
+      previous: The values of the configuration of a run that resumes, by key, such as
+        "train.epochs"; None for a new run. Automatic values are taken from it.
 
     Raises:
       ConfigError: Keys contradict each other.

@@ -1,8 +1,8 @@
 """All keys of a configuration, with their defaults, checks and meanings.
 
-This is the only list of keys: `configs/default.py`, `--help`, the checks of files and of
-flags follow from it. The keys of a network are in `cnn_jax.models`. Nothing heavy is
-imported, so that a wrong key is reported at once.
+This is the only list of keys. `configs/default.py`, `--help` and the checks of files and flags
+are derived from it. The keys of a network are in `cnn_jax.models`. This module does not import
+JAX, so that a wrong key is reported at once.
 """
 
 import functools
@@ -31,6 +31,12 @@ from cnn_jax.system.errors import ConfigError, closest, did_you_mean
 Config = Any
 
 SPLITS = ("train", "validation", "test")
+# The values of data.stratify.
+SPLIT_RULES = ("stable", "exact")
+# Where pixels can be kept: nowhere (decoded each time), in the cache on disk, in memory, or on
+# the device.
+RESIDENCIES = ("none", "disk", "memory", "device")
+FLIPS = ("none", "horizontal", "vertical", "horizontal_and_vertical")
 SOURCE_FORMS = (
     "shapes, shapes:N, folder:PATH, classes:PATH, splits:PATH, csv:PATH or tfds:NAME[:SPLIT]"
 )
@@ -39,6 +45,7 @@ MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "rec
 
 
 def _pair(image_size: Any) -> tuple[Any, ...]:
+    """The value of data.image_size as a tuple; one side is repeated."""
     sides = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size,)
     return sides * 2 if len(sides) == 1 else sides
 
@@ -46,11 +53,11 @@ def _pair(image_size: Any) -> tuple[Any, ...]:
 _SECTIONS: dict[str, dict[str, Key]] = {
     "": {
         "seed": integer(
-            0, "Decides the splits, the first weights and all random draws.", 0, 2**32 - 1
+            0, "Determines the splits, the initial weights and all random numbers.", 0, 2**32 - 1
         ),
         "precision": choice(
             "auto",
-            "The network's arithmetic; auto: bfloat16 on GPU and TPU, float32 on CPU.",
+            "The dtype of the computation; auto: bfloat16 on GPU and TPU, float32 on CPU.",
             ("auto", "float32", "bfloat16"),
         ),
     },
@@ -70,89 +77,96 @@ _SECTIONS: dict[str, dict[str, Key]] = {
                 and all(isinstance(part, int | float) and part > 0 for part in v)
                 and math.isclose(sum(v), 1.0)
             ),
-            "The fractions of train, validation and test, in each class.",
+            "The fractions of train, validation and test images, in each class.",
         ),
         "stratify": choice(
             "stable",
-            "stable: added images move no other image to another split; exact: the fractions "
-            "are exact, and added images move a few.",
-            ("stable", "exact"),
+            "stable: if images are added, the others keep their splits; exact: the fractions "
+            "are exact, and a few images change their split if images are added.",
+            SPLIT_RULES,
         ),
         "group": text(
             "",
-            'A pattern such as "{class}/{track}": images with the same parts stay together.',
+            'A pattern such as "{class}/{track}"; images with equal parts are in the same split.',
             "a pattern such as {class}/{track}, or empty",
             lambda v: not v or bool(re.search(r"\{\w+\}", v)),
         ),
         "keep_splits": boolean(
-            True, "Uses the train, validation and test parts that the data has."
+            True,
+            "Whether to use the train, validation and test splits of the data, if it has them.",
         ),
         "image_size": Key(
             (32, 32),
             "a side in pixels, or (height, width), each 1 or more",
             lambda v: all(is_int(side) and side > 0 for side in _pair(v)) and len(_pair(v)) == 2,
-            "Height and width of the network's input in pixels; or one number for both.",
+            "The height and width of the network's input in pixels, or one number for both.",
         ),
         "resize": choice(
             "stretch",
-            "How an image becomes image_size; crop: scaled to cover it, the centre is kept; pad: "
-            "scaled to fit into it, the rest is grey.",
+            "How images get data.image_size; stretch: without regard to their shape; crop: scaled "
+            "to cover it, then cropped to the centre; pad: scaled to fit, then padded with grey.",
             ("stretch", "crop", "pad"),
         ),
         "crop_ratio": number(
             1.0,
-            "For resize=crop: the crop's side as a fraction of the scaled image's shorter side.",
+            "The side of the crop as a fraction of the scaled image's shorter side.",
             "above 0, at most 1",
             lambda v: 0 < v <= 1,
         ),
         "interpolation": choice(
             "bilinear",
-            "The filter of the resize; it averages where an image is made smaller.",
+            "The filter of the resize, with antialiasing if the image becomes smaller.",
             ("bilinear", "bicubic"),
         ),
         "mean": numbers(
             (127.5, 127.5, 127.5),
-            "Subtracted from R, G and B; with the defaults, inputs are in [-1, 1].",
+            "The values subtracted from R, G and B; the defaults map images to [-1, 1].",
             "from 0 to 255",
             lambda v: 0 <= v <= 255,
         ),
         "std": numbers(
-            (127.5, 127.5, 127.5), "The difference is divided by these.", "above 0", lambda v: v > 0
+            (127.5, 127.5, 127.5),
+            "The divisors of R, G and B after the subtraction of the mean.",
+            "above 0",
+            lambda v: v > 0,
         ),
         "cache": choice(
             "auto",
-            "Where decoded images are kept; auto: in the first place with enough room.",
-            ("auto", "none", "disk", "memory", "device"),
+            "Where decoded images are stored; auto: the fastest place with enough space.",
+            ("auto", *RESIDENCIES),
         ),
         "workers": integer(
-            -1, "Processes that decode and augment; -1: as many as are of use.", low=-1
+            -1, "The processes that decode and augment images; -1: chosen automatically.", low=-1
         ),
         "max_pixels": integer(  # The upper limit is Pillow's own.
-            50_000_000, "A larger image is refused before it is decoded.", 1, 178_956_970
+            50_000_000,
+            "The largest number of pixels of an image; larger images are not decoded.",
+            1,
+            178_956_970,
         ),
         "white_level": number(
             0.0,
             "The value of white in 16-bit and float images; 0: the largest value of the file's "
             "type.",
-            "0 (by the file) or more",
+            "0 (the file's type) or more",
             lambda v: v >= 0,
         ),
         "max_unreadable": fraction(
-            0.01, "The fraction of images that may be unreadable and are then left out."
+            0.01, "The largest fraction of unreadable images, which are left out."
         ),
         "allow_outside": boolean(
-            False, "Whether links and paths may lead out of the data's folder."
+            False, "Whether links and paths may point outside the data's folder."
         ),
     },
     "augment": {
         "flip": choice(
             "horizontal",
-            "The directions in which images are mirrored at random.",
-            ("none", "horizontal", "vertical", "horizontal_and_vertical"),
+            "The axes along which images are flipped at random.",
+            FLIPS,
         ),
         "rotation": number(
             0.2,
-            "The largest rotation to either side, as a fraction of a full turn.",
+            "The largest rotation in both directions, as a fraction of a full turn.",
             "from 0 to 1 (a full turn)",
             lambda v: 0 <= v <= 1,
         ),
@@ -167,13 +181,16 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             0.0, "The fraction of images that MixUp blends with another image."
         ),
         "mixup_alpha": number(
-            0.2, "The blend is drawn from Beta(alpha, alpha).", "above 0", lambda v: v > 0
+            0.2,
+            "The weight of the other image is drawn from Beta(alpha, alpha).",
+            "above 0",
+            lambda v: v > 0,
         ),
         "cutmix_probability": fraction(
             0.0, "The fraction of images that get a box of another image (CutMix)."
         ),
         "cutmix_alpha": number(
-            1.0, "The box's area is drawn from Beta(alpha, alpha).", "above 0", lambda v: v > 0
+            1.0, "The area of the box is drawn from Beta(alpha, alpha).", "above 0", lambda v: v > 0
         ),
         "place": choice(
             "auto",
@@ -184,23 +201,26 @@ _SECTIONS: dict[str, dict[str, Key]] = {
     "model": {
         "name": choice(
             "cnn",
-            "The network. Another one brings its own keys of this section.",
+            "The network; the other keys of this section depend on it.",
             tuple(NETWORKS),
         ),
     },
     "optimizer": {
         "learning_rate": number(
-            1e-3, "Adam's learning rate at the start of the cosine.", "above 0", lambda v: v > 0
+            1e-3,
+            "Adam's learning rate at the start of the cosine decay.",
+            "above 0",
+            lambda v: v > 0,
         ),
         "final_learning_rate": number(
-            1e-4, "The learning rate at the end of the cosine.", "0 or more", lambda v: v >= 0
+            1e-4, "The learning rate at the end of the cosine decay.", "0 or more", lambda v: v >= 0
         ),
         "decay_epochs": integer(
-            0, "The length of the cosine in epochs; 0: train.epochs at the first start.", low=0
+            0, "The length of the decay in epochs; 0: train.epochs of the first start.", low=0
         ),
         "warmup_epochs": number(
             0.0,
-            "Epochs in which the learning rate rises from 0.",
+            "The number of epochs in which the learning rate rises from 0.",
             "0 or more",
             lambda v: v >= 0,
         ),
@@ -212,14 +232,16 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
     },
     "train": {
-        "batch_size": integer(32, "Images in a step, on all devices together.", low=1),
+        "batch_size": integer(32, "The number of images in a step, on all devices.", low=1),
         "steps_per_execution": integer(
-            0, "Steps that are dispatched at once; 0: 8 if the data is on a GPU or TPU.", low=0
+            0, "The steps of one dispatch; 0: 8 if the images are on a GPU or TPU, else 1.", low=0
         ),
         "accumulation_steps": integer(
-            1, "The parts of a batch that are computed one after the other.", low=1
+            1, "The number of parts of a batch that are computed one after the other.", low=1
         ),
-        "epochs": integer(22, "Passes over the training images; the specification has 45.", low=1),
+        "epochs": integer(
+            22, "The passes over the training images; the specification has 45.", low=1
+        ),
         "label_smoothing": number(
             0.1,
             "The probability that the target spreads over all classes.",
@@ -228,11 +250,11 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
         "balance": choice(
             "none",
-            "loss: rare classes have larger losses; sampling: they are drawn more often.",
+            "loss: rare classes have larger weights; sampling: they are drawn more often.",
             ("none", "loss", "sampling"),
         ),
         "patience": integer(
-            10, "Epochs without a better train.monitor before training stops.", low=1
+            10, "The number of epochs without a better train.monitor before training stops.", low=1
         ),
         "monitor": choice(
             "validation_accuracy", "The metric that decides which epoch is the best.", MONITORS
@@ -240,15 +262,17 @@ _SECTIONS: dict[str, dict[str, Key]] = {
     },
     "checkpoint": {
         "keep": integer(
-            2, "The latest checkpoints to keep; the best and the one before it stay too.", low=1
+            2,
+            "The number of latest checkpoints to keep, besides the best and its predecessor.",
+            low=1,
         ),
         "every_steps": integer(
-            0, "Steps between checkpoints within an epoch; 0: only at its end.", low=0
+            0, "The steps between checkpoints; 0: checkpoints only at the end of epochs.", low=0
         ),
-        "restore_step": integer(0, "Goes back, once, to the checkpoint of this step.", low=0),
+        "restore_step": integer(0, "The step of a checkpoint to return to, once; 0: none.", low=0),
         "init_from": text(
             "",
-            "A bundle or a run whose weights a new run starts from.",
+            "The path of a bundle or a run with the initial weights of a new run.",
             "a path, or empty",
             lambda v: True,
         ),
@@ -256,7 +280,7 @@ _SECTIONS: dict[str, dict[str, Key]] = {
     "report": {
         "detail": choice(
             "full",
-            "figures: without explanations and corruptions; none: no report.",
+            "figures: no explanations and no corruptions in the report; none: no report.",
             ("full", "figures", "none"),
         ),
         "splits": Key(
@@ -265,7 +289,7 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             lambda v: (
                 isinstance(v, tuple | list) and len(v) == len(set(v)) > 0 and set(v) <= set(SPLITS)
             ),
-            "The splits that are measured at the end; a report needs all of them.",
+            "The splits to measure at the end; the report needs all of them.",
         ),
     },
     "mesh": {
@@ -273,16 +297,21 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             -1,
             "an integer, 1 or more, or -1",
             lambda v: is_int(v) and (v >= 1 or v == -1),
-            "Devices that share a batch; -1: all of them.",
+            "The number of devices that share a batch; -1: all devices.",
         ),
-        "model": integer(1, "Devices that share the large parameters.", low=1),
+        "model": integer(1, "The number of devices that share the large parameters.", low=1),
     },
 }
 
 
 @functools.cache
 def keys(network: str | None = None) -> Mapping[str, Key]:
-    """All keys, such as "train.epochs": with the keys of one network, or of all networks."""
+    """All keys by name, such as "train.epochs".
+
+    Args:
+      network: The value of model.name, whose keys are included; None includes the keys of all
+        networks.
+    """
     found = {}
     for section, members in _SECTIONS.items():
         own = dict(members)
@@ -294,7 +323,7 @@ def keys(network: str | None = None) -> Mapping[str, Key]:
 
 
 def default_config(network: str = "cnn") -> Config:
-    """A new configuration with all defaults, an `ml_collections.ConfigDict`."""
+    """A new `ml_collections.ConfigDict` with all defaults, with the keys of one network."""
     from ml_collections import ConfigDict
 
     config: Config = ConfigDict()
@@ -308,7 +337,7 @@ def default_config(network: str = "cnn") -> Config:
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each key of a configuration, such as "train.epochs", and its value."""
+    """Yields each key of a configuration, such as "train.epochs", and its value."""
     for key, value in config.items():
         if hasattr(value, "items"):
             yield from leaves(value, f"{prefix}{key}.")
@@ -323,7 +352,7 @@ def image_size(config: Config) -> tuple[int, int]:
 
 
 def digest(config: Config) -> str:
-    """The sha256, in hexadecimal, of a resolved configuration."""
+    """The sha256 of a resolved configuration, in hexadecimal."""
     return hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()
 
 
@@ -331,11 +360,14 @@ def digest(config: Config) -> str:
 
 
 def check_key(key: str, network: str | None = None) -> None:
-    """Raises ConfigError, with the nearest key, if no configuration has this one.
+    """Checks that a key exists.
 
     Args:
-      key: For example "train.epochs".
+      key: The name of a key, such as "train.epochs".
       network: The value of model.name, if it is known.
+
+    Raises:
+      ConfigError: There is no such key; the message suggests a similar one.
     """
     if any(name.startswith(f"{key}.") for name in keys()):
         raise ConfigError(f"config.{key}: is a section; set one of its keys")
@@ -350,10 +382,10 @@ def check_key(key: str, network: str | None = None) -> None:
 
 
 def closest_key(key: str) -> str | None:
-    """The key that was probably meant, if there is one.
+    """A key to suggest instead of a key that does not exist; None if none is similar.
 
-    That is the key of nearly this name in nearly this section, or else the only key of exactly
-    this name.
+    It is a key with a similar name in a section with a similar name, or else the only key
+    that has this name in any section.
     """
     section, _, name = key.rpartition(".")
     near_section = closest(section, sorted({known.rpartition(".")[0] for known in keys()}))
@@ -365,10 +397,10 @@ def closest_key(key: str) -> str | None:
 
 
 def full_key(name: str) -> str:
-    """The key of this name, which may lack its section if no other key has the name.
+    """The full name of a key, whose section may be omitted if the name is unique.
 
     Raises:
-      ConfigError: There is no such key, or more than one.
+      ConfigError: There is no such key, or several sections have a key of this name.
     """
     same = [key for key in keys() if _name(key) == name]
     if not same and "." not in name and not any(key.startswith(f"{name}.") for key in keys()):
@@ -383,6 +415,7 @@ def full_key(name: str) -> str:
 
 
 def _name(key: str) -> str:
+    """The name of a key without its section."""
     return key.rpartition(".")[2]
 
 
@@ -390,16 +423,16 @@ def _name(key: str) -> str:
 
 
 def wrong_value(key: str, value: object, network: str | None = None) -> ConfigError:
-    """The error for a value that this key may not have."""
+    """The error for a value that a key does not accept."""
     hint = source_hint(value) if key == "data.source" else ""
     requirement = keys(network)[key].requirement
     return ConfigError(f"config.{key}: must be {requirement}, got {value!r}{hint}")
 
 
 def source_hint(value: object) -> str:
-    """The source that was probably meant by a path, as the end of a message; "" if it is no path.
+    """The end of a message that suggests a source for a path; empty if the value is no path.
 
-    A path has a slash or exists.
+    A value is a path if it has a slash, or if such a file or folder exists.
     """
     if not isinstance(value, str) or not value or SOURCE_PATTERN.fullmatch(value):
         return ""
@@ -411,20 +444,20 @@ def source_hint(value: object) -> str:
 
 
 def check_value(key: str, value: object, network: str | None = None) -> None:
-    """Raises ConfigError if this key, which exists, may not have this value."""
+    """Raises ConfigError if an existing key does not accept this value."""
     if not keys(network)[key].accepts(value):
         raise wrong_value(key, value, network)
 
 
 def validate(config: Config, num_devices: int) -> None:
-    """Checks every key, and the keys against each other.
+    """Checks every key of a configuration, and that the values fit together.
 
     Args:
       config: A configuration.
-      num_devices: The number of devices that share a batch.
+      num_devices: The number of devices of the run.
 
     Raises:
-      ConfigError: A key is unknown, missing, of the wrong type or impossible.
+      ConfigError: A key is unknown or missing, or its value is not accepted.
     """
     values = dict(leaves(config))
     network: str = values.get("model.name", "cnn")
@@ -439,8 +472,8 @@ def validate(config: Config, num_devices: int) -> None:
     divisor = NETWORKS[network].size_divisor(config.model)
     if any(side % divisor for side in image_size(config)):
         raise ConfigError(
-            f"config.data.image_size: must be a multiple of {divisor}, by which the network "
-            f"{network} divides it, got {values['data.image_size']!r}"
+            f"config.data.image_size: must be a multiple of {divisor} for the network {network}, "
+            f"got {values['data.image_size']!r}"
         )
     if values["data.crop_ratio"] != 1 and values["data.resize"] != "crop":
         raise ConfigError(
@@ -449,7 +482,7 @@ def validate(config: Config, num_devices: int) -> None:
         )
     if values["report.detail"] != "none" and len(values["report.splits"]) < len(SPLITS):
         raise ConfigError(
-            "config.report.splits: must be all of them, which the report needs, or "
+            "config.report.splits: must contain all splits, which the report needs; or set "
             "report.detail=none"
         )
     _check_mixing(values)
@@ -472,8 +505,8 @@ def _check_mixing(values: Mapping[str, Any]) -> None:
     mixup, cutmix = values["augment.mixup_probability"], values["augment.cutmix_probability"]
     if mixup + cutmix > 1:
         raise ConfigError(
-            "config.augment.cutmix_probability: must not be above 1 together with "
-            f"augment.mixup_probability = {mixup}, got {cutmix}"
+            "config.augment.cutmix_probability: must be at most 1 - augment.mixup_probability = "
+            f"{1 - mixup:g}, got {cutmix}"
         )
     batch, parts = values["train.batch_size"], values["train.accumulation_steps"]
     if mixup + cutmix > 0 and batch < 2 * parts:
@@ -484,7 +517,7 @@ def _check_mixing(values: Mapping[str, Any]) -> None:
 
 
 def _check_parallelism(values: Mapping[str, Any], num_devices: int) -> None:
-    """Raises ConfigError if the mesh does not fit the devices, or the batch the mesh."""
+    """Raises ConfigError if the mesh does not fit the devices, or the batch size the mesh."""
     model, data = values["mesh.model"], values["mesh.data"]
     if num_devices % model:
         raise ConfigError(
@@ -498,7 +531,7 @@ def _check_parallelism(values: Mapping[str, Any], num_devices: int) -> None:
         )
     batch, parts = values["train.batch_size"], values["train.accumulation_steps"]
     if batch % (data_devices * parts):
-        each = f"the {data_devices} devices that share it" if data_devices > 1 else ""
+        each = f"the {data_devices} devices that share a batch" if data_devices > 1 else ""
         times = f"train.accumulation_steps = {parts}" if parts > 1 else ""
         raise ConfigError(
             f"config.train.batch_size: must be a multiple of "

@@ -19,15 +19,13 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, UInt8
 
-FLIPS = ("none", "horizontal", "vertical", "horizontal_and_vertical")
-
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """The ranges of the random draws.
 
     Attributes:
-      flip: One of `FLIPS`; each named axis is mirrored with probability 1/2.
+      flip: One of `schema.FLIPS`; each named axis is mirrored with probability 1/2.
       rotation: The largest angle in both directions, as a fraction of a full turn.
       zoom: The sampled window's side is 1 - zoom to 1 + zoom times the image's.
       contrast: The contrast factor is 1 - contrast to 1 + contrast.

@@ -32,9 +32,6 @@ from cnn_jax.system.errors import DataError
 logger = logging.getLogger(__name__)
 
 _CONTAINER_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
-# The places of the pixels: decoded each time, memory-mapped from the cache on disk, in
-# memory, or on the device.
-RESIDENCIES = ("none", "disk", "memory", "device")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +43,7 @@ class Dataset:
       splits: The positions in the source of each name in `SPLITS`.
       fingerprint: A hash of the id, class, content and split of all examples.
       findings: The findings of the scan.
-      residency: One of `RESIDENCIES`, the place of the pixels.
+      residency: One of `schema.RESIDENCIES`, the place of the pixels.
     """
 
     loader: Loader
@@ -77,7 +74,7 @@ def open_dataset(
       division: How to divide the source.
       preprocessing: How images are decoded and resized.
       max_unreadable: The largest fraction of images that may be unreadable, 0 to 1.
-      residency: One of `RESIDENCIES`; "none": no pixels are cached.
+      residency: One of `schema.RESIDENCIES`; "none": no pixels are cached.
       workers: The number of worker processes if images are decoded each time; -1: automatic.
       track: Shows progress.
 
@@ -112,14 +109,14 @@ def open_dataset(
 def choose_residency(
     requested: str, listing: Source, preprocessing: Preprocessing, device_bytes: int
 ) -> str:
-    """Chooses one of `RESIDENCIES` for a value of `data.cache`, which may be "auto".
+    """Chooses one of `schema.RESIDENCIES` for a value of `data.cache`, which may be "auto".
 
     "auto" is the first place that is large enough: the device, if the images need at most a
     quarter of its memory; the host's memory, with the same limit; the disk, if they need at
     most half of its free space. Else images are decoded each time.
 
     Args:
-      requested: "auto" or one of `RESIDENCIES`.
+      requested: "auto" or one of `schema.RESIDENCIES`.
       listing: The source.
       preprocessing: The size of the images.
       device_bytes: The accelerator's memory in bytes; 0 if the device is a CPU, which has no

@@ -35,8 +35,6 @@ from cnn_jax.system.errors import DataError
 
 # Part of the cache's key; raise it when any decoded pixel changes.
 VERSION = 3
-# Pillow itself refuses larger images, so `max_pixels` cannot be above this.
-LARGEST_MAX_PIXELS = 178_956_970
 # The decoders that may be tried on a file's content. Pillow's other decoders are rarely
 # needed, and its decoder of EPS runs another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

@@ -37,8 +37,6 @@ NumpyBatch = dict[str, np.ndarray]
 
 # More batches than any run has.
 _ENDLESS = 2**40
-# The values of `train.balance`.
-BALANCES = ("none", "loss", "sampling")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,7 +17,6 @@ from cnn_jax.data.source import Source
 from cnn_jax.data.tfds import open_tfds
 from cnn_jax.system.errors import ConfigError
 
-FORMS = SOURCE_FORMS
 _FOLDERS = ("folder", "classes", "splits")
 
 
@@ -39,17 +38,17 @@ def open_source(name: str, track: Track = no_track, allow_outside: bool = False)
     """Opens a source by the name given in `data.source` or `--source`.
 
     Args:
-      name: One of `FORMS`.
+      name: One of `SOURCE_FORMS`.
       track: Shows progress.
       allow_outside: Whether links in a folder, and paths in a table, may lead to files outside
         the folder.
 
     Raises:
-      ConfigError: The name has none of the `FORMS`.
+      ConfigError: The name has none of the `SOURCE_FORMS`.
       DataError: The source does not exist, or is not a set of labelled images.
     """
     if not SOURCE_PATTERN.fullmatch(name):
-        raise ConfigError(f"a source must be {FORMS}, got {name!r}{source_hint(name)}")
+        raise ConfigError(f"a source must be {SOURCE_FORMS}, got {name!r}{source_hint(name)}")
     kind, _, rest = name.partition(":")
     if kind in _FOLDERS:
         return open_folder(rest, name, allow_outside)

@@ -11,11 +11,9 @@ from jaxtyping import Float, Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from cnn_jax.config.schema import SPLITS
 from cnn_jax.data.source import Source
 from cnn_jax.system.errors import ConfigError, DataError
-
-SPLITS = ("train", "validation", "test")
-RULES = ("stable", "exact")
 
 _PLACEHOLDER = re.compile(r"\{\w+\}|\*")
 
@@ -27,7 +25,7 @@ class Division:
     Attributes:
       fractions: The fractions of train, validation and test; their sum is 1.
       seed: The seed of the division.
-      rule: One of `RULES`; see `divide`.
+      rule: One of `schema.SPLIT_RULES`; see `divide`.
       group: A pattern for the source's paths, see `group_names`; "" for no groups.
       keep_splits: Whether the data set's own splits are kept.
     """
@@ -114,7 +112,7 @@ def divide(
       labels: The class of each example. The class of a unit is its most common class.
       fractions: The fraction of each split; their sum is 1.
       seed: The seed of the division.
-      rule: One of `RULES`.
+      rule: One of `schema.SPLIT_RULES`.
       groups: The group of each example.
       contents: A text for each example that is the same for equal images.
       own_splits: The split that the data set assigns to each example, or "". The other

@@ -1,6 +1,7 @@
-"""The list of networks, without importing any of them.
+"""The list of networks, with their configuration keys.
 
-`--help` and the check of keys read this list before JAX is imported.
+This module imports no network, so that `--help` and the check of keys can read the list
+before JAX is imported.
 """
 
 import dataclasses
@@ -12,14 +13,14 @@ from cnn_jax.config.keys import Key, boolean, integer, is_int, number
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network that `model.name` can choose.
+    """A network that the key `model.name` can select.
 
     Attributes:
-      path: The Linen module, as "package.module:Class". Its fields are the keys below,
-        `num_classes` and `dtype`.
-      keys: The section `model` of the configuration, without `name`.
-      size_divisor: The number that must divide the height and the width of its input,
-        given its section.
+      path: The class of the Linen module, as "package.module:Class". Its fields are the keys
+        below, `num_classes` and `dtype`.
+      keys: The keys of the section `model` of the configuration, without `name`.
+      size_divisor: A function of the section `model`. It returns the number that must divide
+        the height and the width of the images.
     """
 
     path: str

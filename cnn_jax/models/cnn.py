@@ -12,18 +12,18 @@ from cnn_jax.models.parts import NetworkParts
 
 
 class CNN(nn.Module):
-    """[conv 3x3 -> ReLU -> BatchNorm -> pool] for each width, then two dense layers.
+    """[conv 3x3 -> ReLU -> BatchNorm -> pool] for each number of channels, then two dense layers.
 
-    The pool is a 2 x 2 maximum, except after the last convolution, where it is
-    the mean over the image, so that any image size works.
+    The pool is a 2 x 2 maximum. After the last convolution it is the mean over the whole
+    image, so that the network accepts any image size.
 
     Attributes:
-      num_classes: Number of outputs.
-      features: Channels of each convolution.
-      dense: Units of the hidden dense layer; without one if 0.
-      dropout: Probability with which a hidden unit is dropped in training.
-      batch_norm: Whether each convolution is followed by BatchNorm.
-      dtype: Computation dtype. Parameters, statistics and logits are float32.
+      num_classes: The number of classes.
+      features: The number of channels of each convolution.
+      dense: The number of units of the hidden dense layer; 0 for no hidden layer.
+      dropout: The probability that a hidden unit is dropped in training.
+      batch_norm: Whether BatchNorm follows each convolution.
+      dtype: The dtype of the computation. Parameters, statistics and logits are float32.
     """
 
     num_classes: int
@@ -39,7 +39,7 @@ class CNN(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "batch classes"]:
-        """Logits, float32, of normalised images."""
+        """Returns the logits, float32, of normalised images."""
         return self.stages(x, train=train)["logits"]
 
     @nn.nowrap
@@ -60,19 +60,20 @@ class CNN(nn.Module):
         train: bool = False,
         offsets: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
-        """What each stage makes of normalised images.
+        """Returns the output of each stage of the network for normalised images.
 
         Args:
           x: The images.
-          train: Whether with dropout and the statistics of the batch.
-          offsets: Arrays added to the stages of these names: the gradient by zeros
-            that are added to a stage is the gradient by that stage.
+          train: Whether to use dropout and the statistics of the batch.
+          offsets: Arrays to add to the outputs of the stages with these names. The gradient
+            with respect to an offset of zeros is the gradient with respect to the output.
 
         Returns:
-          In their order: "conv1", ...: feature maps [batch, height, width, channel] after
-          each convolution's ReLU and BatchNorm, before pooling; "embedding" [batch, dense],
-          what the head sees (the mean feature maps, if there is no hidden layer);
-          "logits" [batch, classes], float32.
+          The outputs by name, in the order of the stages: "conv1", "conv2" and so on, the
+          feature maps [batch, height, width, channel] after the convolution, ReLU and
+          BatchNorm, and before the pool; "embedding" [batch, dense], the input of the head
+          (the mean feature maps if there is no hidden layer); "logits" [batch, classes],
+          float32.
         """
         stages = {}
 
@@ -89,7 +90,7 @@ class CNN(nn.Module):
             if self.batch_norm:
                 x = BatchNorm(
                     use_running_average=not train,
-                    epsilon=1e-3,  # As in Keras.
+                    epsilon=1e-3,  # The value of Keras.
                     dtype=self.dtype,
                     name=f"norm{i}",
                 )(x)

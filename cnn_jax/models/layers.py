@@ -1,9 +1,9 @@
-"""The layers of Linen and JAX that XLA compiles badly on a CPU, written so that it does not.
+"""Layers of Linen and JAX, rewritten so that XLA compiles them well on a CPU.
 
-Each has the parameters, values and gradients of the plain layer that its docstring
-names (`tests/models/test_layers.py` compares them), and can be swapped for it. What
-all of them gain is in `experiments/RESULTS.md`. Gradients are given by hand, for reverse
-mode alone: `jax.jvp` does not go through.
+Each layer has the parameters, values and gradients of the plain layer that its docstring
+names (`tests/models/test_layers.py` compares them), and can be replaced by it. The gain in
+speed is in `experiments/RESULTS.md`. The gradients are written by hand, for reverse mode
+only: `jax.jvp` of these layers fails.
 """
 
 import functools
@@ -15,17 +15,25 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Sums within blocks of so many rows and numbers: they stay in a core's nearest cache, and
-# from 33 rows on XLA rewrites a sum into windows, which take several times as long.
+# Block size of the reductions below, in rows and in elements. A block fits into a core's
+# first-level cache. From 33 rows on, XLA rewrites a sum into windows, which take several times
+# as long.
 _BLOCK_ROWS, _BLOCK_SIZE = 32, 1024
 
 
 def channel_sums(
     *arrays: Float[Array, "batch height width channel"],
 ) -> tuple[Float[Array, " channel"], ...]:
-    """The float32 sums of arrays of one shape over all but channels, in one pass over memory."""
+    """The float32 sums of arrays over all axes but the last, in one pass over memory.
+
+    Args:
+      *arrays: Arrays of the same shape.
+
+    Returns:
+      A sum for each array and channel.
+    """
     arrays = tuple(array.astype(jnp.float32) for array in arrays)
-    sums = lax.platform_dependent(*arrays, cpu=_sums_of_blocks, default=_plain_sums)
+    sums = lax.platform_dependent(*arrays, cpu=_blockwise_sums, default=_plain_sums)
     return cast(tuple[Array, ...], sums)
 
 
@@ -33,8 +41,8 @@ def _plain_sums(*arrays: Array) -> tuple[Array, ...]:
     return tuple(jnp.sum(array, axis=(0, 1, 2)) for array in arrays)
 
 
-def _sums_of_blocks(*arrays: Array) -> tuple[Array, ...]:
-    """First over blocks of neighbouring pixels, for all arrays in one loop, then over blocks."""
+def _blockwise_sums(*arrays: Array) -> tuple[Array, ...]:
+    """Sums within blocks of neighbouring pixels, in one loop over all arrays, then over blocks."""
     batch, height, width, channels = arrays[0].shape
     pixels = height * width
     rows = max(
@@ -44,7 +52,7 @@ def _sums_of_blocks(*arrays: Array) -> tuple[Array, ...]:
     )
     blocks = tuple(array.reshape(batch, pixels // rows, rows, channels) for array in arrays)
     sums = lax.reduce(blocks, (jnp.float32(0),) * len(blocks), _add, (2,))
-    # Or XLA makes one sum of the two again.
+    # Without this barrier XLA merges the two sums into one.
     return tuple(jnp.sum(array, axis=(0, 1)) for array in lax.optimization_barrier(sums))
 
 
@@ -52,9 +60,9 @@ def _add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
-def _of_pixels(channels: Float[Array, " channel"]) -> Float[Array, "1 1 1 channel"]:
-    """A number for each channel, to be combined with those of all pixels."""
-    return channels[None, None, None]
+def _per_channel(values: Float[Array, " channel"]) -> Float[Array, "1 1 1 channel"]:
+    """A value for each channel, in a shape that broadcasts to images."""
+    return values[None, None, None]
 
 
 def _convolve(x: Array, kernel: Array) -> Array:
@@ -78,13 +86,13 @@ def _convolve_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Arra
 
 def _convolve_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    of_x = lax.platform_dependent(
+    input_gradient = lax.platform_dependent(
         x, gradient, kernel, cpu=_input_gradient_on_cpu, default=_input_gradient
     )
-    of_kernel = lax.platform_dependent(
+    kernel_gradient = lax.platform_dependent(
         x, gradient, kernel, cpu=_kernel_gradient_on_cpu, default=_kernel_gradient
     )
-    return cast(Array, of_x), cast(Array, of_kernel)
+    return cast(Array, input_gradient), cast(Array, kernel_gradient)
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -95,9 +103,10 @@ def _input_gradient(x: Array, gradient: Array, kernel: Array) -> Array:
 
 
 def _input_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
-    """The same convolution as above, with a kernel that XLA cannot see is transposed.
+    """`_input_gradient` as a convolution with a transposed kernel.
 
-    Within loops it would convolve by the untransposed one, in ten times the time.
+    The barrier hides the transposition from XLA, which inside loops would otherwise convolve
+    with the untransposed kernel. That takes ten times as long.
     """
     transposed = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
     return _convolve(gradient, lax.optimization_barrier(transposed))
@@ -108,31 +117,32 @@ def _kernel_gradient(x: Array, gradient: Array, kernel: Array) -> Array:
 
 
 def _kernel_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
-    """The same convolution as above, images with gradients of their size, by Eigen.
+    """`_kernel_gradient` as a convolution of the images with the gradients, by Eigen.
 
-    oneDNN, which XLA may use on CPUs (`runtime.compiler_options`), takes up to eight times
-    as long for it. XLA does not give it kernels that are reversed, here by channel.
+    oneDNN, which XLA may use on CPUs (`runtime.compiler_options`), takes up to eight times as
+    long for this convolution. XLA gives no reversed kernels to oneDNN. The kernel is therefore
+    reversed along its channels, and so is the result.
     """
-    of_kernel = lax.conv_general_dilated(
+    reversed_gradient = lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0),
         lax.rev(gradient.transpose(1, 2, 0, 3), (3,)),
         (1, 1),
         ((1, 1), (1, 1)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return lax.rev(of_kernel, (3,)).transpose(1, 2, 0, 3)
+    return lax.rev(reversed_gradient, (3,)).transpose(1, 2, 0, 3)
 
 
 @jax.custom_vjp
 def add_bias(
     x: Float[Array, "batch height width channel"], bias: Float[Array, " channel"]
 ) -> Float[Array, "batch height width channel"]:
-    """The sum of both; the bias's gradient is one of `channel_sums`."""
-    return x + _of_pixels(bias)
+    """Adds a bias to each channel; the gradient of the bias is computed by `channel_sums`."""
+    return x + _per_channel(bias)
 
 
 def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, Array]:
-    return x + _of_pixels(bias), bias
+    return x + _per_channel(bias), bias
 
 
 def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
@@ -148,8 +158,9 @@ def max_pool_2x2(
 ) -> Float[Array, "batch height//2 width//2 channel"]:
     """Max pooling with window 2 x 2 and stride 2; an odd last row or column is dropped.
 
-    Value and gradient are those of `nn.max_pool`: where pixels of a window tie, the gradient
-    goes to the first. (If several are not numbers, to another one of them.)
+    Values and gradients equal those of `nn.max_pool`: if several pixels of a window have the
+    maximum, the first of them gets the gradient. (If several pixels are NaN, the layers
+    differ in which of them gets the gradient.)
     """
     return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
 
@@ -157,42 +168,46 @@ def max_pool_2x2(
 @jax.custom_vjp
 def _max_pool(x: Array) -> Array:
     a, b, c, d = _windows(x)
-    # Or XLA computes it anew, across its rows, where the next layer wants it transposed.
+    # Without this barrier XLA recomputes the pool with strided reads.
     return lax.optimization_barrier(jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d)))
 
 
 def _max_pool_forward(x: Array) -> tuple[Array, Array]:
-    """Also says which pixel of each window is the largest, 0 to 3 by row and column.
+    """The pooled images, and the index of the largest pixel of each window.
 
-    The backward pass does not look for it: XLA may compute pixels twice, with other
-    roundings, and none might equal the maximum.
+    An index is 0 to 3, by row and column. The backward pass uses the index and does not
+    compare pixels with the maximum: XLA may compute pixels twice, with different rounding, so
+    that no pixel equals the maximum.
     """
     windows = jnp.stack(_windows(x))
-    pooled, which = lax.platform_dependent(windows, cpu=_largest_in_one_pass, default=_largest)
-    return lax.optimization_barrier((pooled, which.astype(jnp.int8)))
+    pooled, index = lax.platform_dependent(windows, cpu=_largest_in_one_pass, default=_largest)
+    return lax.optimization_barrier((pooled, index.astype(jnp.int8)))
 
 
 def _largest(windows: Array) -> tuple[Array, Array]:
+    """The maxima along the first axis, and their indices."""
     return jnp.max(windows, axis=0), jnp.argmax(windows, axis=0).astype(jnp.int32)
 
 
 def _largest_in_one_pass(windows: Array) -> tuple[Array, Array]:
-    pixel = lax.broadcasted_iota(jnp.int32, windows.shape, 0)
+    """`_largest` as one reduction over pairs of value and index."""
+    indices = lax.broadcasted_iota(jnp.int32, windows.shape, 0)
     init = jnp.asarray(-jnp.inf, windows.dtype), jnp.int32(0)
-    pooled, which = lax.reduce((windows, pixel), init, _larger, (0,))
-    return pooled, which
+    pooled, index = lax.reduce((windows, indices), init, _larger, (0,))
+    return pooled, index
 
 
 def _larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The pair (value, index) with the larger value; NaN is larger than every number."""
     is_b = (b[0] > a[0]) | jnp.isnan(b[0])
     return jnp.where(is_b, b[0], a[0]), jnp.where(is_b, b[1], a[1])
 
 
-def _max_pool_backward(which: Array, gradient: Array) -> tuple[Array]:
-    """By comparisons alone, which XLA computes within the loops that need the gradient."""
+def _max_pool_backward(index: Array, gradient: Array) -> tuple[Array]:
+    """Uses comparisons only, which XLA fuses into the loops that need the gradient."""
     batch, height, width, channels = gradient.shape
-    pixel = jnp.arange(4, dtype=which.dtype).reshape(1, 1, 2, 1, 2, 1)
-    is_largest = which[:, :, None, :, None] == pixel
+    pixel = jnp.arange(4, dtype=index.dtype).reshape(1, 1, 2, 1, 2, 1)
+    is_largest = index[:, :, None, :, None] == pixel
     routed = jnp.where(is_largest, gradient[:, :, None, :, None], 0)
     return (routed.reshape(batch, 2 * height, 2 * width, channels),)
 
@@ -201,7 +216,7 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _windows(x: Array) -> list[Array]:
-    """The pixels of each 2 x 2 window, by row and column, [batch, height//2, width//2, channel]."""
+    """Four arrays [batch, height//2, width//2, channel]: the pixels of each 2 x 2 window."""
     return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
 
 
@@ -217,9 +232,10 @@ def normalize_batch(
     """Normalises each channel by the mean and variance of the batch (Ioffe and Szegedy 2015).
 
     Returns:
-      (x - mean) / sqrt(variance + epsilon) * scale + bias, in x's dtype; the mean and the
-      variance, float32. The variance is that of the batch itself, E[x^2] - E[x]^2, as in
-      `nn.BatchNorm`. No gradient flows through the second and third.
+      The normalised batch, (x - mean) / sqrt(variance + epsilon) * scale + bias, in the dtype
+      of x; the mean and the variance of the batch, float32. The variance is the biased one,
+      E[x^2] - E[x]^2, as in `nn.BatchNorm`. No gradient flows through the mean and the
+      variance.
     """
     return _normalize_batch_forward(x, scale, bias, epsilon)[0]
 
@@ -228,12 +244,14 @@ def _normalize_batch_forward(
     x: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
     in_float32 = x.astype(jnp.float32)
-    total, total_of_squares = channel_sums(in_float32, in_float32 * in_float32)
+    total, squares_total = channel_sums(in_float32, in_float32 * in_float32)
     count = x.size // x.shape[-1]
     mean = total / count
-    variance = jnp.maximum(total_of_squares / count - mean * mean, 0)
+    variance = jnp.maximum(squares_total / count - mean * mean, 0)
     inverse = lax.rsqrt(variance + epsilon)
-    normalized = (in_float32 - _of_pixels(mean)) * _of_pixels(inverse * scale) + _of_pixels(bias)
+    normalized = (in_float32 - _per_channel(mean)) * _per_channel(inverse * scale) + _per_channel(
+        bias
+    )
     return (normalized.astype(x.dtype), mean, variance), (x, mean, inverse, scale)
 
 
@@ -243,17 +261,19 @@ def _normalize_batch_backward(
     del epsilon
     x, mean, inverse, scale = residuals
     gradient = gradients[0].astype(jnp.float32)
-    centred = x.astype(jnp.float32) - _of_pixels(mean)
-    of_bias, of_scale = channel_sums(gradient, gradient * centred)
-    of_scale *= inverse
-    # scale / deviation * (gradient - its mean - its part along the normalised x), a sum of
-    # three terms whose factors are those of a channel.
+    centred = x.astype(jnp.float32) - _per_channel(mean)
+    bias_gradient, scale_gradient = channel_sums(gradient, gradient * centred)
+    scale_gradient *= inverse
+    # The gradient of x is scale / deviation * (gradient - its mean - its projection on the
+    # normalised x). It is computed as a sum of three terms with one factor for each channel.
     count = x.size // x.shape[-1]
     slope = inverse * scale
-    along_x = -slope * inverse * of_scale / count
-    constant = -slope * of_bias / count
-    of_x = _of_pixels(slope) * gradient + _of_pixels(along_x) * centred + _of_pixels(constant)
-    return of_x.astype(x.dtype), of_scale, of_bias
+    projection = -slope * inverse * scale_gradient / count
+    constant = -slope * bias_gradient / count
+    x_gradient = (
+        _per_channel(slope) * gradient + _per_channel(projection) * centred + _per_channel(constant)
+    )
+    return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
 
 
 normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
@@ -263,8 +283,8 @@ class Conv(nn.Module):
     """`nn.Conv` with a 3 x 3 kernel, stride 1 and padding "SAME".
 
     Attributes:
-      features: Number of output channels.
-      dtype: Computation dtype; parameters are float32.
+      features: The number of output channels.
+      dtype: The dtype of the computation; parameters are float32.
     """
 
     features: int
@@ -285,12 +305,12 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """`nn.BatchNorm` with momentum 0, over all axes but the last.
 
-    The collection "batch_stats" has the mean and the variance of each channel that
-    inference normalises by. In training the layer replaces them by those of the batch;
-    `step.update_statistics` averages them over many batches.
+    The collection "batch_stats" contains the mean and the variance of each channel with
+    which inference normalises. In training the layer overwrites them with the statistics of
+    the batch; `step.update_statistics` averages them over many batches.
 
     Attributes:
-      use_running_average: Whether to normalise by "batch_stats", or by the statistics of
+      use_running_average: True normalises with "batch_stats", False with the statistics of
         the batch.
       epsilon: The number added to the variance.
       dtype: The dtype of the output. Parameters and statistics are float32.
@@ -311,8 +331,8 @@ class BatchNorm(nn.Module):
         stored_variance = self.variable("batch_stats", "var", jnp.ones, shape)
         if self.use_running_average:
             factor = lax.rsqrt(stored_variance.value + self.epsilon) * scale
-            centred = x - _of_pixels(stored_mean.value)
-            return (centred * _of_pixels(factor) + _of_pixels(bias)).astype(self.dtype)
+            centred = x - _per_channel(stored_mean.value)
+            return (centred * _per_channel(factor) + _per_channel(bias)).astype(self.dtype)
         normalized, mean, variance = cast(
             tuple[Array, Array, Array],
             normalize_batch(x.astype(self.dtype), scale, bias, self.epsilon),

@@ -1,4 +1,4 @@
-"""Networks as functions: construction, application, shapes and operations."""
+"""Functions that construct and apply networks, and that count parameters and operations."""
 
 import importlib
 from collections.abc import Mapping
@@ -15,7 +15,12 @@ from cnn_jax.models.parts import NetworkParts
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
-    """The dtype of the network's arithmetic; "auto" asks JAX's default backend."""
+    """The dtype of the network's computation.
+
+    Args:
+      precision: "float32", "bfloat16" or "auto". The last one means float32 if JAX's default
+        backend is a CPU, else bfloat16.
+    """
     if precision == "auto":
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(precision)
@@ -24,7 +29,7 @@ def compute_dtype(precision: str) -> jnp.dtype:
 def make_model(config: Mapping[str, Any], num_classes: int, precision: str) -> nn.Module:
     """The network that the section `model` of a configuration or a bundle describes."""
     module, _, name = NETWORKS[config["name"]].path.partition(":")
-    # JSON has lists only; Linen's fields must be hashable.
+    # JSON has lists, but the fields of a Linen module must be hashable.
     fields = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in config.items()
@@ -40,7 +45,14 @@ def forward(
     images: Num[Array, "batch height width 3"],
     preprocessing: Preprocessing,
 ) -> Float[Array, "batch classes"]:
-    """Logits of images in grey levels, 0 to 255, with the network in inference mode."""
+    """The logits of images in inference mode.
+
+    Args:
+      model: The network.
+      variables: {"params", "batch_stats"} of the network.
+      images: Grey levels from 0 to 255, any dtype.
+      preprocessing: The mean and the standard deviation of the normalisation.
+    """
     return cast(Array, model.apply(variables, normalize(images, preprocessing)))
 
 
@@ -51,7 +63,15 @@ def stages(
     preprocessing: Preprocessing,
     offsets: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """As `forward`, but what each stage of the network makes of the images; see `CNN.stages`."""
+    """The outputs of all stages of the network in inference mode; see `CNN.stages`.
+
+    Args:
+      model: The network.
+      variables: {"params", "batch_stats"} of the network.
+      images: Grey levels from 0 to 255, any dtype.
+      preprocessing: The mean and the standard deviation of the normalisation.
+      offsets: Arrays to add to the outputs of stages, by name.
+    """
     images = normalize(images, preprocessing)
     return cast(dict, model.apply(variables, images, offsets=offsets, method="stages"))
 
@@ -64,22 +84,22 @@ def network_parts(model: nn.Module, variables: Mapping[str, Any]) -> NetworkPart
 def feature_map_shape(
     model: nn.Module, variables: Mapping[str, Any], image_size: tuple[int, int]
 ) -> tuple[str, tuple[int, ...]]:
-    """The name and [height, width, channel] of the last stage that is an image."""
+    """The name and the shape (height, width, channels) of the last stage with feature maps."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    found: list[tuple[str, tuple[int, ...]]] = []
+    shapes: list[tuple[str, tuple[int, ...]]] = []
 
     def run(variables: Mapping[str, Any], images: Array) -> None:
-        # JAX sorts what a function returns by name, so the order is noted within.
+        # JAX sorts a returned dictionary by name; this list keeps the order of the stages.
         for name, array in cast(dict, model.apply(variables, images, method="stages")).items():
             if array.ndim == 4:
-                found.append((name, array.shape[1:]))
+                shapes.append((name, array.shape[1:]))
 
     jax.eval_shape(run, variables, images)
-    return found[-1]
+    return shapes[-1]
 
 
 def layer_names(model: nn.Module, image_size: tuple[int, int]) -> list[str]:
-    """The names of what has parameters, from the image to the logits."""
+    """The names of the layers that have parameters, from the image to the logits."""
     names: list[str] = []
 
     def init(images: Array) -> None:
@@ -90,19 +110,19 @@ def layer_names(model: nn.Module, image_size: tuple[int, int]) -> list[str]:
 
 
 def abstract_variables(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
-    """The shapes and dtypes of a network's parameters and statistics; nothing is computed."""
+    """The shapes and dtypes of a network's parameters and statistics, without any computation."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def count_parameters(model: nn.Module, image_size: tuple[int, int]) -> int:
-    """Trainable parameters."""
+    """The number of trainable parameters."""
     params = abstract_variables(model, image_size)["params"]
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def forward_flops(model: nn.Module, image_size: tuple[int, int]) -> float:
-    """Floating-point operations of one forward pass of one image, as XLA counts them."""
+    """The number of floating-point operations of a forward pass of one image, counted by XLA."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     lowered = jax.jit(model.apply).lower(abstract_variables(model, image_size), images)
     cost = lowered.cost_analysis()

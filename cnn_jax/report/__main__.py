@@ -7,7 +7,7 @@ writes RUN/report/index.html and prints its path. Training writes the same repor
 
 from collections.abc import Sequence
 
-from cnn_jax.data.sources import FORMS
+from cnn_jax.config.schema import SOURCE_FORMS
 from cnn_jax.report.run_report import write_report
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
@@ -17,7 +17,7 @@ from cnn_jax.system.console import Console
 def main(argv: Sequence[str]) -> None:
     parser = cli.Parser(prog="cnn_jax report", description="Write the report of a run.")
     parser.add_argument("--run", required=True, type=cli.path, help="the run's folder")
-    parser.add_argument("--source", help=f"the run's data if it was moved: {FORMS}")
+    parser.add_argument("--source", help=f"the run's data if it was moved: {SOURCE_FORMS}")
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()

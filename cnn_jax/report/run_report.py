@@ -8,13 +8,14 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
+from cnn_jax.config import files
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.splits import SPLITS
@@ -351,17 +352,9 @@ def _page(
         are_mapped=any((folder / "examples").glob("*_map.png")),
         # Charts show a number for a name that they cannot draw; the table then has the numbers.
         are_numbered=style.tick_names(names) != [style.shorten(name) for name in names],
-        configuration=_flat(figures["run"]["configuration"]),
+        configuration={
+            key: json.dumps(value, ensure_ascii=False)
+            for key, value in files.flat(figures["run"]["configuration"]).items()
+        },
         **style.sorting_script(),
     )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A configuration as a flat mapping from dotted keys to JSON texts."""
-    leaves = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= _flat(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False)
-    return leaves

@@ -6,7 +6,7 @@ from typing import Any
 
 from cnn_jax.data.findings import count
 from cnn_jax.inference.calibration import NUM_BINS
-from cnn_jax.training.metrics import VAGUE, half_width
+from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width
 
 # A class stands out if its F1 is this much below the mean F1.
 _WEAK = 0.1
@@ -228,7 +228,7 @@ def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]
 def _size_remarks(test: Mapping[str, Any]) -> list[dict[str, str]]:
     """A remark on a small test split and the width of its confidence interval."""
     reach = half_width(test["confidence_intervals"]["accuracy"])
-    if reach < VAGUE:
+    if reach < MAX_HALF_WIDTH:
         return []
     text = (
         f"{count(test['count'], 'test image')}: accuracy is known to ± {points(reach, 0)}. "

@@ -1,1 +1,1 @@
-"""Training: the step, the host loop and what a run leaves behind."""
+"""Training: the step, the host loop, and the files of a run."""

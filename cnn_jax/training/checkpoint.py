@@ -1,12 +1,12 @@
-"""Checkpoints: what training needs to go on, saved by Orbax.
+"""Checkpoints: the files from which training resumes, saved by Orbax.
 
-A checkpoint at step s holds the train state, the metrics summed so far in the
-epoch under way, and the history: one record for each finished epoch. All else
-(the place in the data, the best epoch, the patience used up) follows from these.
-The latest checkpoints are kept, that of the best epoch, and the one before that.
+A checkpoint at step s contains the train state, the metrics of the unfinished epoch, and
+the history: one record for each finished epoch. Everything else follows from these: the
+position in the data, the best epoch, and the number of epochs without improvement. Kept are
+the latest checkpoints, the checkpoint of the best epoch, and the checkpoint before the best.
 
-Orbax would not notice a flipped bit in an array. So each checkpoint holds checksums
-of its arrays, and one that is damaged is known before anything is made of it.
+Orbax does not detect a flipped bit in an array. Each checkpoint therefore contains checksums
+of its arrays, which are verified before the arrays are used.
 """
 
 import contextlib
@@ -35,16 +35,27 @@ History = list[dict[str, Any]]
 
 
 class DamagedCheckpointError(TrainingError):
-    """A checkpoint is not, or not wholly, what was saved."""
+    """The content of a checkpoint differs from the saved content."""
 
 
 def best_record(history: History, monitor: str) -> dict[str, Any] | None:
-    """The record with the best value of `monitor`, the earliest of equals; None if none."""
-    return max(history, key=lambda record: goodness(record, monitor), default=None)
+    """The record with the best value of `monitor`; the earliest if several are equal.
+
+    Args:
+      history: One record for each finished epoch.
+      monitor: The key of the monitored metric.
+
+    Returns:
+      The record, or None if the history is empty.
+    """
+    return max(history, key=lambda record: monitored_score(record, monitor), default=None)
 
 
-def goodness(record: dict[str, Any], monitor: str) -> float:
-    """The monitored value, turned so that more is better; a NaN is worse than all."""
+def monitored_score(record: dict[str, Any], monitor: str) -> float:
+    """The monitored metric, negated if it is a loss, so that a larger score is better.
+
+    The score of a NaN is -inf.
+    """
     value = record[monitor]
     if math.isnan(value):
         return -math.inf
@@ -53,11 +64,11 @@ def goodness(record: dict[str, Any], monitor: str) -> float:
 
 @jax.jit
 def checksums(tree: PyTree) -> UInt32[Array, " arrays"]:
-    """A checksum of the bits of each array, however it is divided among devices.
+    """A checksum of the bits of each array, independent of its division among devices.
 
-    The sum, modulo 2**32, of a hash of each element's bits and place. Damage to one
-    element always changes it; damage to several goes unnoticed with a probability of
-    about 2**-32.
+    A checksum is the sum, modulo 2**32, of a hash of each element's bits and position. Damage
+    to one element always changes the checksum. Damage to several elements leaves it unchanged
+    with a probability of about 2**-32.
     """
     return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
 
@@ -65,27 +76,30 @@ def checksums(tree: PyTree) -> UInt32[Array, " arrays"]:
 def _checksum(array: Num[Array, "..."]) -> UInt32[Array, ""]:
     unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-    place = jnp.zeros(array.shape, jnp.uint32)
+    position = jnp.zeros(array.shape, jnp.uint32)
     for axis, size in enumerate(array.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    return jnp.sum(_mix(bits ^ _mix(place + jnp.uint32(1))), dtype=jnp.uint32)
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(
+            jnp.uint32, array.shape, axis
+        )
+    return jnp.sum(_mix(bits ^ _mix(position + jnp.uint32(1))), dtype=jnp.uint32)
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The finalizer of MurmurHash3: one to one, and each bit of it depends on all."""
+    """The finalizer of MurmurHash3: a bijection whose output bits all depend on all input bits."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the latest checkpoints, that of the best epoch, and the one before that.
+    """Keeps the latest checkpoints, the checkpoint of the best epoch, and the one before it.
 
-    So, whichever of them is damaged, there is one to go back to.
+    If any of these is damaged, the run can resume from an earlier one.
     """
 
     def __init__(self, keep: int):
-        self.best: int | None = None  # The step of that epoch's checkpoint.
+        """Keeps the latest `keep` checkpoints."""
+        self.best: int | None = None  # The step of the best epoch's checkpoint.
         self._keep = keep
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
@@ -96,10 +110,10 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, without its own look out for preemption.
+    """Orbax's manager, without its check for preemption.
 
-    It would ask JAX's preemption service as well, at other steps than the training
-    loop does, and the service's answer counts the questions.
+    The training loop checks JAX's preemption service itself. The service counts the calls, so
+    that Orbax's calls at other steps would change its answers.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -108,14 +122,14 @@ class _Manager(ocp.CheckpointManager):
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-      step: Steps taken.
+      step: The number of steps taken.
       state: The train state.
-      epoch_metrics: What was summed in the unfinished epoch.
-      history: A record for each finished epoch.
-      seconds: What the unfinished epoch had taken.
+      epoch_metrics: The metrics of the unfinished epoch.
+      history: One record for each finished epoch.
+      seconds: The duration of the unfinished epoch until the checkpoint.
     """
 
     step: int
@@ -129,13 +143,13 @@ class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, path: str | os.PathLike[str], monitor: str, keep: int = 2):
-        """Opens the folder, and makes it if it is not there.
+        """Opens the folder, and creates it if it does not exist.
 
         Args:
-          path: Folder of the checkpoints.
-          monitor: Key of the epoch records that says which epoch is best.
-          keep: How many of the latest are kept, beside that of the best epoch and the
-            one before it.
+          path: The folder of the checkpoints.
+          monitor: The key of the monitored metric, which decides which epoch is the best.
+          keep: The number of latest checkpoints to keep, in addition to the checkpoint of the
+            best epoch and the one before it.
         """
         self._path = pathlib.Path(path).resolve()
         self._monitor = monitor
@@ -144,7 +158,7 @@ class Checkpoints:
         self._manager = _Manager(self._path, options=options)
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, the latest first."""
+        """The steps of all complete checkpoints, in descending order."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(
@@ -156,23 +170,23 @@ class Checkpoints:
         fingerprint: str,
         seconds: float = 0.0,
     ) -> None:
-        """Starts to save; training goes on meanwhile.
+        """Starts to save a checkpoint in the background.
 
         Args:
-          step: Steps taken, more than at any checkpoint that is there.
-          state: Arrays; they may be donated as soon as this returns.
-          epoch_metrics: Arrays; what is summed in the unfinished epoch.
-          history: A record for each finished epoch.
-          fingerprint: Of the data; `check_data` wants the same.
-          seconds: What the unfinished epoch has taken so far.
+          step: The number of steps taken. It must exceed the step of every saved checkpoint.
+          state: The train state. Its arrays may be donated after this call has returned.
+          epoch_metrics: The metrics of the unfinished epoch.
+          history: One record for each finished epoch.
+          fingerprint: The fingerprint of the data set, for `check_data`.
+          seconds: The duration of the unfinished epoch until now.
 
         Raises:
-          TrainingError: This one, or the one before, cannot be written.
+          TrainingError: This checkpoint or the previous one cannot be written.
         """
         best = best_record(history, self._monitor)
         self._policy.best = None if best is None else best["step"]
         content = {
-            "history": list(history),  # It is written later, when the caller's may have grown.
+            "history": list(history),  # A copy, because Orbax writes it later.
             "fingerprint": fingerprint,
             "seconds": seconds,
             "checksums": jax.device_get(checksums((state, epoch_metrics))).tolist(),
@@ -186,44 +200,49 @@ class Checkpoints:
                     progress=ocp.args.JsonSave(content | {"sha256": _sha256(content)}),
                 ),
             )
-        assert is_saved, f"Orbax left out step {step}"  # As it does with one not above the latest.
+        # Orbax silently skips a step that is not newer than the latest.
+        assert is_saved, f"Orbax skipped step {step}"
 
     def wait(self) -> None:
-        """Returns once everything is saved.
+        """Waits until all checkpoints are saved.
 
         Raises:
-          TrainingError: It cannot be written.
+          TrainingError: A checkpoint cannot be written.
         """
         with self._failure_to_save():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for what is being saved.
+        """Waits until all checkpoints are saved, and frees the resources of Orbax.
 
         Raises:
-          TrainingError: It cannot be written.
+          TrainingError: A checkpoint cannot be written.
         """
         with self._failure_to_save():
             self._manager.close()
 
     @contextlib.contextmanager
     def _failure_to_save(self) -> Iterator[None]:
-        """Says in one line why a checkpoint cannot be written.
+        """Converts an error of Orbax to a one-line TrainingError.
 
-        What was saved in the background may only fail here.
+        An error of a save in the background is raised by the next call of Orbax.
         """
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise what they please.
+        except Exception as error:  # Orbax and TensorStore raise many types of errors.
             raise sharding.lost_process(error) or TrainingError(
-                f"cannot save a checkpoint in {self._path}: {_reason(error)}. Those before it are "
-                "complete: mend that, and the same command goes on from the latest"
+                f"cannot save a checkpoint in {self._path}: {_reason(error)}. Earlier checkpoints "
+                "are complete: remove the cause, then run the same command to continue"
             ) from error
 
     def check_data(self, fingerprint: str) -> None:
-        """Raises TrainingError if the latest checkpoint is of other data.
+        """Checks that the latest readable checkpoint was made with the same data.
 
-        One that cannot be read says nothing of that.
+        Args:
+          fingerprint: The fingerprint of the data set.
+
+        Raises:
+          TrainingError: The fingerprint in the checkpoint is a different one.
         """
         for step in self.steps():
             try:
@@ -232,22 +251,22 @@ class Checkpoints:
                 continue
             if progress["fingerprint"] != fingerprint:
                 raise TrainingError(
-                    f"the data has changed since the checkpoints in {self._path} were made: bring "
-                    "the files back, or use another --workdir"
+                    f"the data has changed since the checkpoints in {self._path} were made; "
+                    "restore the files, or use another --workdir"
                 )
             return
 
     def restore(self, step: int, state: PyTree, epoch_metrics: PyTree) -> Saved:
-        """Reads what `save` was given.
+        """Reads and verifies the checkpoint of a step.
 
         Args:
-          step: One of `steps`.
-          state: Arrays, or their shapes, with the shardings to restore to, whatever
-            those were on which they were saved.
-          epoch_metrics: Likewise.
+          step: One of `steps()`.
+          state: Arrays or abstract arrays with the shapes and the shardings of the result.
+            The shardings may differ from the saved ones.
+          epoch_metrics: Arrays or abstract arrays, in the same way.
 
         Raises:
-          DamagedCheckpointError: It is not what was saved.
+          DamagedCheckpointError: The content differs from the saved content.
         """
         progress = self._read_progress(step)
         state, epoch_metrics = jax.tree.map(ocp.utils.to_shape_dtype_struct, (state, epoch_metrics))
@@ -258,29 +277,29 @@ class Checkpoints:
         )
         state, epoch_metrics = restored["state"], restored["epoch_metrics"]
         if jax.device_get(checksums((state, epoch_metrics))).tolist() != progress["checksums"]:
-            raise self._damaged(step, "its arrays do not have the checksums that were saved")
+            raise self._damaged(step, "its arrays do not match the saved checksums")
         return Saved(step, state, epoch_metrics, progress["history"], progress["seconds"])
 
     def restore_latest(
         self, state: PyTree, epoch_metrics: PyTree
     ) -> tuple[Saved | None, list[int]]:
-        """Reads the latest checkpoint that is intact.
+        """Reads the latest checkpoint from which the run can resume.
 
-        That of its best epoch must be intact as well; if it is not, the run has to
-        go back before that epoch and train it again. Checkpoints later than the one
-        returned are moved aside, into `damaged` beside the folder, to make room for
-        those that will be saved in their place.
+        The checkpoint must be intact, and so must the checkpoint of its best epoch. If the
+        latter is damaged, an earlier checkpoint is used, and the best epoch is trained again.
+        All later checkpoints are moved to the folder `damaged` beside the checkpoints,
+        because checkpoints of the same steps will be saved again.
 
         Args:
           state: As for `restore`.
-          epoch_metrics: Likewise.
+          epoch_metrics: As for `restore`.
 
         Returns:
-          What it holds, or None if there is no checkpoint at all; and the steps of
-          those that were moved aside.
+          The content of the checkpoint, or None if there are no checkpoints; and the steps of
+          the checkpoints that were moved.
 
         Raises:
-          DamagedCheckpointError: There are some, and none is intact. They stay.
+          DamagedCheckpointError: There are checkpoints, but none is intact. None is moved.
         """
         reasons: list[str] = []
         steps = self.steps()
@@ -288,71 +307,73 @@ class Checkpoints:
             try:
                 saved = self.restore(step, state, epoch_metrics)
                 best = best_record(saved.history, self._monitor)
-                # One that is gone was given up for a better one, which will come again if
-                # all is as it was.
+                # If the best checkpoint was deleted, a later epoch was better. That epoch is
+                # trained again from here.
                 if best is not None and best["step"] != step and best["step"] in steps:
                     self.restore(best["step"], state, epoch_metrics)
             except DamagedCheckpointError as error:
                 reasons.append(str(error))
                 continue
             later = steps[: steps.index(step)]
-            self._put_aside(later)
+            self._move_aside(later)
             return saved, later
         if reasons:
             raise DamagedCheckpointError(
                 f"no checkpoint in {self._path} is intact ({'; '.join(reasons)}); use another "
-                "--workdir to start anew"
+                "--workdir to start a new run"
             )
         return None, []
 
-    def go_back(self, step: int, state: PyTree, epoch_metrics: PyTree) -> Saved:
-        """Reads the checkpoint of this step, and forgets all after it.
+    def rewind(self, step: int, state: PyTree, epoch_metrics: PyTree) -> Saved:
+        """Reads the checkpoint of a step, and deletes all later checkpoints.
 
         Args:
-          step: Steps taken.
+          step: The number of steps taken at the checkpoint.
           state: As for `restore`.
-          epoch_metrics: Likewise.
+          epoch_metrics: As for `restore`.
 
         Raises:
-          ConfigError: There is none of this step.
-          DamagedCheckpointError: It is damaged. None is forgotten.
+          ConfigError: There is no checkpoint of this step.
+          DamagedCheckpointError: The checkpoint is damaged. No checkpoint is deleted.
         """
         steps = self.steps()
         if step not in steps:
             kept = ", ".join(map(str, sorted(steps))) or "none"
             raise ConfigError(
                 f"config.checkpoint.restore_step: there is no checkpoint of step {step} in "
-                f"{self._path}; kept are {kept}"
+                f"{self._path}; the steps of its checkpoints are {kept}"
             )
         saved = self.restore(step, state, epoch_metrics)
         for later in steps[: steps.index(step)]:
             self._manager.delete(later)
         return saved
 
-    def _put_aside(self, steps: Sequence[int]) -> None:
+    def _move_aside(self, steps: Sequence[int]) -> None:
+        """Moves the checkpoints of these steps to the folder `damaged`."""
         if not steps:
             return
         if sharding.is_primary():
-            aside = self._path.parent / "damaged"
-            aside.mkdir(exist_ok=True)
+            target = self._path.parent / "damaged"
+            target.mkdir(exist_ok=True)
             for step in steps:
-                shutil.rmtree(aside / str(step), ignore_errors=True)
-                (self._path / str(step)).rename(aside / str(step))
+                shutil.rmtree(target / str(step), ignore_errors=True)
+                (self._path / str(step)).rename(target / str(step))
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints put aside")
+            multihost_utils.sync_global_devices("damaged checkpoints are moved")
         self._manager.reload()
 
     def _read_progress(self, step: int) -> dict[str, Any]:
+        """The parts of a checkpoint that are not arrays, verified."""
         progress = self._read(step, progress=ocp.args.JsonRestore())["progress"]
         content = {key: value for key, value in progress.items() if key != "sha256"}
         if progress.get("sha256") != _sha256(content):
-            raise self._damaged(step, "its progress does not have the sha256 that was saved")
+            raise self._damaged(step, "its progress does not match the saved sha256")
         return content
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax and TensorStore raise what they please.
+        except Exception as error:  # Orbax and TensorStore raise many types of errors.
             raise sharding.lost_process(error) or self._damaged(step, _reason(error)) from error
 
     def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
@@ -364,7 +385,7 @@ def _sha256(content: dict[str, Any]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error; of one about a full disk, what everybody knows it by."""
+    """The first line of an error's message; for a full disk, the system's own message."""
     text = str(error)
     if os.strerror(errno.ENOSPC) in text:
         return os.strerror(errno.ENOSPC)

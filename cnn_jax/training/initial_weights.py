@@ -1,4 +1,4 @@
-"""Starts a new run from the weights of another."""
+"""Starts a new run from the weights of another run."""
 
 import dataclasses
 import pathlib
@@ -13,51 +13,52 @@ from cnn_jax.system.errors import BundleError, ConfigError
 from cnn_jax.training import sharding
 from cnn_jax.training.step import TrainState
 
-# The layer that belongs to the classes: another data set has other ones.
+# The last layer, whose weights are of use for the same classes only.
 _HEAD = "head"
 
 
 def start_from(path: str, state: TrainState, class_names: Sequence[str]) -> tuple[TrainState, str]:
-    """A state before the first step that has another run's parameters and statistics.
+    """Copies the parameters and the BatchNorm statistics of another run into a new state.
 
-    Those of the last layer are taken only if the classes are the same, and else stay
-    as they are. The optimizer starts anew.
+    The parameters of the last layer are copied only if both runs have the same classes. The
+    optimizer's state is not copied.
 
     Args:
-      path: A bundle, or a run that has written one.
-      state: The state before the first step.
-      class_names: Of the new run, in the order of its labels.
+      path: A bundle, or a run that has written its bundle.
+      state: The state of the new run before its first step.
+      class_names: The class names of the new run, in the order of its labels.
 
     Returns:
-      The state, with the shardings of the one given, and in words what was taken.
+      The new state, with the shardings of `state`, and a description of the copied weights.
 
     Raises:
-      ConfigError: There is no bundle, or it is damaged, or of another network.
+      ConfigError: There is no bundle at the path, the bundle is damaged, or its network is
+        a different one.
     """
     folder = pathlib.Path(path)
     if (folder / "config.json").exists() and not (folder / "bundle").exists():
         raise ConfigError(
-            f"config.checkpoint.init_from: {path} has no bundle yet: let that run end first"
+            f"config.checkpoint.init_from: {path} has no bundle yet; let that run finish first"
         )
     try:
         bundle = read_bundle(folder / "bundle" if (folder / "bundle").is_dir() else folder)
     except BundleError as error:
         raise ConfigError(f"config.checkpoint.init_from: {error}") from error
-    is_same = list(class_names) == bundle.class_names
-    params = _take(bundle, "params", state.params, with_head=is_same)
-    batch_stats = _take(bundle, "batch_stats", state.batch_stats, with_head=is_same)
-    taken = "all its weights" if is_same else f"its weights but for {_HEAD}: its classes are others"
+    has_same_classes = list(class_names) == bundle.class_names
+    params = _copy(bundle, "params", state.params, with_head=has_same_classes)
+    batch_stats = _copy(bundle, "batch_stats", state.batch_stats, with_head=has_same_classes)
     state = dataclasses.replace(state, params=params, batch_stats=batch_stats)
-    return state, f"{path}, {taken}"
+    description = "all weights" if has_same_classes else f"all weights except {_HEAD}: new classes"
+    return state, f"{path}, {description}"
 
 
-def _take(bundle: Bundle, collection: str, into: PyTree, *, with_head: bool) -> PyTree:
-    """The arrays of a bundle in the place of those of the same names.
+def _copy(bundle: Bundle, collection: str, target: PyTree, *, with_head: bool) -> PyTree:
+    """A copy of a tree, with the arrays of a bundle in place of the arrays of the same names.
 
     Raises:
-      ConfigError: Their names or shapes are not the same.
+      ConfigError: The names or the shapes of the arrays differ.
     """
-    new: dict[str, Any] = flax.traverse_util.flatten_dict(into, sep="/")
+    new: dict[str, Any] = flax.traverse_util.flatten_dict(target, sep="/")
     old: dict[str, Any] = flax.traverse_util.flatten_dict(
         bundle.variables.get(collection, {}), sep="/"
     )
@@ -66,9 +67,9 @@ def _take(bundle: Bundle, collection: str, into: PyTree, *, with_head: bool) -> 
         shapes = [tree[name].shape if name in tree else "absent" for tree in (old, new)]
         if shapes[0] != shapes[1]:
             raise ConfigError(
-                f"config.checkpoint.init_from: it is of another network: {name} is {shapes[0]} "
-                f"there and {shapes[1]} here"
+                f"config.checkpoint.init_from: the bundle has another network: {name} is "
+                f"{shapes[0]} there and {shapes[1]} in this run"
             )
-        # A copy: what is given to a training step is given away.
+        # A copy, because the training step donates its state and may overwrite the array.
         new[name] = sharding.distribute(old[name].copy(), new[name].sharding)
     return flax.traverse_util.unflatten_dict(new, sep="/")

@@ -54,32 +54,33 @@ def train_and_evaluate(
     on_epoch: Callable[[History], None] | None = None,
     deadline: float | None = None,
 ) -> dict[str, Any]:
-    """Trains as `config` says and leaves everything in `workdir`.
+    """Trains a network and writes checkpoints, log, metrics and bundle to `workdir`.
 
-    The same call on the same folder goes on from the latest checkpoint, bit for
-    bit where it stopped. Each of several processes that `sharding.start_processes`
-    has connected makes this call, with a folder that all of them see.
+    The same call with the same folder resumes from the latest checkpoint. The result is
+    bitwise the same as without an interruption. If `sharding.start_processes` has connected
+    several processes, all of them must make this call, with a folder that they share.
 
     Args:
-      config: As a file under `configs/` gives it.
-      workdir: The run's folder; made if it is not there.
-      console: Where to show progress.
+      config: A configuration, such as `get_config()` of a file in `configs/` returns.
+      workdir: The run's folder; created if it does not exist.
+      console: Shows the progress; by default on the terminal.
       profile: Whether to record a trace of a few steps in `workdir/profile`.
-      on_epoch: Called before the first step and after each epoch, once that is saved,
-        with the records of all epochs that are done. What it raises ends the run,
-        which the same call can go on with.
-      deadline: When to save and end, as after Ctrl-C, in seconds of `time.monotonic`.
+      on_epoch: A function of the records of all finished epochs. It is called before the
+        first step, and after each epoch when the epoch is saved. An error that it raises ends
+        the run, which the same call can resume.
+      deadline: The time, of `time.monotonic` in seconds, at which to save and stop as after
+        Ctrl-C.
 
     Returns:
       The content of `report/metrics.json`.
 
     Raises:
-      ConfigError: A key is wrong, or the folder holds a run of another configuration
-        or is in use.
-      DataError: The data cannot be used, or no longer.
+      ConfigError: A key is wrong, or the folder is in use or contains a run with another
+        configuration.
+      DataError: The data cannot be used, or has become unreadable.
       TrainingError: The loss is not finite, the memory is not enough, or a checkpoint
         cannot be saved or restored.
-      Interrupted: After Ctrl-C, SIGTERM or the deadline, once the run is saved.
+      Interrupted: The run was saved and stopped after Ctrl-C, SIGTERM or the deadline.
     """
     console = console or Console(is_silent=not sharding.is_primary())
     workdir = pathlib.Path(workdir)
@@ -89,24 +90,25 @@ def train_and_evaluate(
         with sharding.synchronized_errors():
             if sharding.is_primary():
                 run_directory.check_apart(workdir, config.data.source)
-                stack.enter_context(run_directory.locked(workdir))
+                stack.enter_context(run_directory.lock(workdir))
         heartbeat = Heartbeat(workdir)
-        track = heartbeat.following(console.track)
+        track = heartbeat.wrap(console.track)
         with sharding.synchronized_errors():
-            present = run_directory.read_config(workdir)
-            config = resolve(config, present)
-            changes = run_directory.changes(workdir, present, config)
+            previous = run_directory.read_config(workdir)
+            config = resolve(config, previous)
+            changes = run_directory.changes(workdir, previous, config)
             heartbeat.beat("opening data")
             dataset = open_dataset(
-                config, interrupted.stopping(track, "nothing is lost; the same command goes on")
+                config,
+                interrupted.stopping(track, "nothing is lost; run the same command to continue"),
             )
         if not config.train.steps_per_execution:
             config.train.steps_per_execution = _default_execution_length(dataset.loader.on_device)
-        # What differs from process to process would differ in their programs as well.
+        # Processes with different configurations or data would compile different programs.
         sharding.check_equal("another configuration", schema.digest(config))
         sharding.check_equal("other data", dataset.fingerprint)
-        where = "01" if dataset.loader.on_device else "00"
-        sharding.check_equal("its images elsewhere (set data.cache)", where)
+        residency = "01" if dataset.loader.on_device else "00"
+        sharding.check_equal("another place of images (set data.cache)", residency)
         model = make_model(
             config.model.to_dict(), len(dataset.source.class_names), config.precision
         )
@@ -117,24 +119,30 @@ def train_and_evaluate(
             checkpoints.check_data(dataset.fingerprint)
             summary.show_plan(console, config, workdir, dataset, model, changes)
             run = _make_run(config, workdir, dataset, model, checkpoints, console, heartbeat)
-            progress = _restore_or_start(run, present)
-            # Only what can go on, or start, makes the folder its own.
+            progress = _restore_or_start(run, previous)
+            # Write config.json only after the run is known to start.
             run_directory.write_config(workdir, config)
             run_directory.write_unreadable(workdir, dataset.findings.unreadable)
             trace = Trace(workdir / "profile" if profile and sharding.is_primary() else None)
             _train(run, progress, interrupted, trace, on_epoch or (lambda history: None))
             variables = _best_variables(run, progress)
-        track = interrupted.stopping(track, "training is done; the same command goes on from there")
+        track = interrupted.stopping(
+            track, "training is done; run the same command to write the results"
+        )
         report = results.write_results(config, workdir, dataset, variables, track)
         heartbeat.beat("done")
     return report
 
 
 def open_dataset(config: Config, track: Track) -> Dataset:
-    """Opens what is to be trained on, by a resolved configuration.
+    """Opens the data set of a resolved configuration.
+
+    Args:
+      config: The resolved configuration.
+      track: Shows the progress of a loop.
 
     Raises:
-      DataError: It cannot be used, or cannot be trained on.
+      DataError: The data cannot be read, or is not enough for training.
     """
     data = config.data
     preprocessing = Preprocessing(
@@ -148,8 +156,8 @@ def open_dataset(config: Config, track: Track) -> Dataset:
         interpolation=data.interpolation,
     )
     listing = open_source(data.source, track, data.allow_outside)
-    datasets.check_classes(listing)  # Rather now than after the scan.
-    # Only what is augmented on the device can be there beforehand.
+    datasets.check_classes(listing)  # Before the scan, which may take long.
+    # Images on the device can only be augmented there.
     device_bytes = sharding.accelerator_bytes() if config.augment.place == "device" else 0
     dataset = datasets.open_dataset(
         listing,
@@ -166,13 +174,13 @@ def open_dataset(config: Config, track: Track) -> Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """Everything that stays the same from the first step of a run to its last.
+    """The objects that are the same for all steps of a run.
 
     Attributes:
       config: The resolved configuration.
       workdir: The run's folder.
       dataset: The data set to train on.
-      pixels: All its images, on the devices, or None.
+      pixels: All images of the data set on the devices, or None.
       programs: The jitted functions.
       memory: The check of the devices' memory.
       schedule: The learning rate by step.
@@ -216,6 +224,7 @@ def _make_run(
     console: Console,
     heartbeat: Heartbeat,
 ) -> _Run:
+    """Makes the schedule and the programs of a run."""
     steps_per_epoch = math.ceil(len(dataset.splits["train"]) / config.train.batch_size)
     schedule = make_schedule(
         config.optimizer.learning_rate,
@@ -244,8 +253,8 @@ def _make_run(
 def _default_execution_length(on_device: bool) -> int:
     """The number of steps in an execution if train.steps_per_execution is 0.
 
-    If the images are on an accelerator, a step may take it less time than this process
-    needs to dispatch the step. A CPU is slower than that.
+    If the images are on an accelerator, a step may take less time than its dispatch. On a CPU
+    a step takes longer.
     """
     return 8 if on_device and jax.default_backend() != "cpu" else 1
 
@@ -271,7 +280,7 @@ class _Progress:
 
 @dataclasses.dataclass(frozen=True)
 class _Execution:
-    """Steps that were dispatched to the devices and may not be done yet.
+    """Steps that were dispatched to the devices and may be unfinished.
 
     Attributes:
       metrics: The metrics of all its steps.
@@ -287,6 +296,7 @@ class _Execution:
 
     @property
     def last_step(self) -> int:
+        """The number of its last step."""
         return self.first_step + self.steps - 1
 
 
@@ -300,7 +310,7 @@ def _train(
     """Trains until the last epoch, early stopping, or an interruption.
 
     Raises:
-      Interrupted: A signal or the deadline ended the run; it is saved.
+      Interrupted: A signal or the deadline ended the run, which is saved.
     """
     train, monitor = run.config.train, run.config.train.monitor
     is_finished = _patience_is_over(progress.history, run.config)
@@ -329,7 +339,7 @@ def _train(
                 continue
 
             reader.finish()
-            # That loss was computed before the step's update; the update must be finite too.
+            # The loss does not depend on the last update, which must be finite too.
             if not run.programs.is_finite(progress.state):
                 raise _not_finite("a parameter", execution, run.schedule)
             if ends_epoch:
@@ -340,14 +350,14 @@ def _train(
             if is_due:
                 run.checkpoints.wait()
                 raise Interrupted(
-                    f"saved after step {progress.step:,}; the same command goes on from there"
+                    f"saved after step {progress.step:,}; run the same command to continue"
                 )
             if ends_epoch:
                 on_epoch(progress.history)
                 if _patience_is_over(progress.history, run.config):
                     break
 
-    if message := trace.describe():
+    if message := trace.describe():  # After the trace is closed.
         run.console.print(message)
 
 
@@ -365,21 +375,22 @@ def _dispatch(
 
     Raises:
       TrainingError: The memory is not enough, or another process has ended.
+      DataError: An image cannot be read any more.
     """
     programs, memory = run.programs, run.memory
     with jax.transfer_guard("disallow"), memory.explained():
-        taken = list(itertools.islice(batches, length))
-        program, arrays = programs.send(taken)
+        execution_batches = list(itertools.islice(batches, length))
+        program, arrays = programs.send(execution_batches)
         if is_first:
             run.heartbeat.beat("compiling", progress.step)
             memory.check(program, progress.state, arrays, run.pixels)
-            if run.steps_per_epoch % length:  # The last steps of an epoch are single ones.
-                single_step, single_batch = programs.send(taken[:1])
+            if run.steps_per_epoch % length:  # The last steps of an epoch are single steps.
+                single_step, single_batch = programs.send(execution_batches[:1])
                 single_step.lower(progress.state, single_batch, run.pixels).compile()
         progress.state, metrics = program(progress.state, arrays, run.pixels)
         progress.totals = programs.merge(progress.totals, metrics)
         if is_first:
-            progress.clock.restart()  # Compilation does not count.
+            progress.clock.restart()  # Excludes compilation from the speed.
     first_step = progress.step
     progress.step += length
     return _Execution(metrics, first_step, length, length * programs.layout.batch_size)
@@ -401,10 +412,10 @@ class _DelayedReader:
         self._in_flight: _Execution | None = None
 
     def follow(self, execution: _Execution) -> None:
-        """Reads the execution before this one, and remembers this one.
+        """Reads the previous execution, and stores this one for the next call.
 
         Raises:
-          TrainingError: Its loss is infinite or not a number, or the memory was not enough.
+          TrainingError: The loss is infinite or not a number, or the memory was not enough.
         """
         previous, self._in_flight = self._in_flight, execution
         if previous is not None:
@@ -416,7 +427,7 @@ class _DelayedReader:
         """Reads the last execution.
 
         Raises:
-          TrainingError: As in `follow`.
+          TrainingError: The loss is infinite or not a number, or the memory was not enough.
         """
         assert self._in_flight is not None
         self._read(self._in_flight)
@@ -433,40 +444,41 @@ class _DelayedReader:
         return loss
 
 
-def _restore_or_start(run: _Run, present: Mapping[str, Any] | None) -> _Progress:
-    """Where the run stands: at a checkpoint, or before the first step.
+def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None) -> _Progress:
+    """Restores the progress of the run from a checkpoint, or starts at step 0.
 
     Args:
       run: The run.
-      present: The configuration of its last start, every key flat, if there was one.
+      previous: The values of the configuration at the last start, by key; None for a new run.
 
     Raises:
-      ConfigError: More epochs are done than are wanted, or a path or step is wrong.
-      TrainingError: There are checkpoints, and none is intact.
+      ConfigError: More epochs are finished than `train.epochs`, or a path or step is wrong.
+      TrainingError: There are checkpoints, but none is intact.
     """
     config, checkpoints = run.config, run.checkpoints
     state, totals = run.programs.init_state(), run.programs.empty_metrics()
-    # Once: a scheduler repeats the command that it was given, and would go back each time.
-    back_to = config.checkpoint.restore_step
-    if back_to and back_to != (present or {}).get("checkpoint.restore_step"):
-        saved = checkpoints.go_back(back_to, state, totals)
+    # The run is rewound only once, because a scheduler may repeat the same command.
+    restore_step = config.checkpoint.restore_step
+    if restore_step and restore_step != (previous or {}).get("checkpoint.restore_step"):
+        saved = checkpoints.rewind(restore_step, state, totals)
     else:
         saved, damaged = checkpoints.restore_latest(state, totals)
         if damaged:
             steps = " and ".join(f"{step:,}" for step in damaged)
             run.console.warn(
-                f"the checkpoint of step {steps} is damaged or came after one that is, and was "
-                f"moved to {run.workdir / 'damaged'}; the one before it is intact"
+                f"the checkpoint of step {steps} is damaged, or later than a damaged one, and was "
+                f"moved to {run.workdir / 'damaged'}; an earlier checkpoint is intact"
             )
     if saved is None:
         if path := config.checkpoint.init_from:
-            state, taken = initial_weights.start_from(path, state, run.dataset.source.class_names)
-            run.console.print(f"starts from {taken}")
+            class_names = run.dataset.source.class_names
+            state, description = initial_weights.start_from(path, state, class_names)
+            run.console.print(f"starts from {description}")
         return _Progress(0, state, totals, [], _Clock())
     if len(saved.history) > config.train.epochs:
         raise ConfigError(
-            f"config.train.epochs: {len(saved.history)} epochs are done already, "
-            f"got {config.train.epochs}"
+            f"config.train.epochs: must be at least {len(saved.history)}, the number of finished "
+            f"epochs, got {config.train.epochs}"
         )
     clock = _Clock(saved.seconds)
     return _Progress(saved.step, saved.state, saved.epoch_metrics, saved.history, clock)
@@ -479,7 +491,7 @@ def _training_batches(
     start: int = 0,
     stop: int | None = None,
 ) -> contextlib.closing[Generator[pipeline.NumpyBatch, None, None]]:
-    """The run's training batches from `start` on, before `stop` if that is given."""
+    """The training batches with the numbers from `start` to `stop`, or without end."""
     config = run.config
     return pipeline.training_batches(
         loader,
@@ -496,7 +508,7 @@ def _training_batches(
 
 
 def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> dict[str, Any]:
-    """Validates and starts a new epoch; returns the record of the epoch that has ended.
+    """Validates and starts a new epoch; returns the record of the finished epoch.
 
     Raises:
       TrainingError: The validation loss is not finite.
@@ -505,7 +517,7 @@ def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> di
     validation = _validate(run, progress.state)
     if not math.isfinite(validation["loss"]):
         raise _not_finite("the validation loss", last_execution, run.schedule)
-    # Metrics are those of the data's own class frequencies, also if classes are sampled evenly.
+    # If classes are sampled evenly, the metrics are reweighted to the frequencies of the data.
     is_sampled = run.config.train.balance == "sampling"
     training = progress.totals.compute(run.dataset.findings.counts["train"] if is_sampled else None)
     record = {
@@ -523,6 +535,7 @@ def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> di
 
 
 def _save(run: _Run, progress: _Progress) -> None:
+    """Starts to save a checkpoint."""
     run.checkpoints.save(
         progress.step,
         progress.state,
@@ -534,90 +547,104 @@ def _save(run: _Run, progress: _Progress) -> None:
 
 
 def _best_variables(run: _Run, progress: _Progress) -> PyTree:
-    """The best epoch's variables, on the host.
+    """The network's variables of the best epoch, on the host.
 
     Raises:
-      TrainingError: No epoch's checkpoint is left, or it is damaged.
+      TrainingError: There is no checkpoint at the end of an epoch, or it is damaged.
     """
     monitor = run.config.train.monitor
     best = best_record(progress.history, monitor)
     assert best is not None  # train.epochs is at least 1.
-    run.console.print(_why_it_ended(progress.history, best, run.config))
+    run.console.print(_describe_end(progress.history, best, run.config))
     if best["step"] == progress.step:
         return jax.device_get(run.programs.gather(progress.state.variables))
     run.checkpoints.wait()
     kept = set(run.checkpoints.steps())
     if best["step"] not in kept:
-        # It was given up for one that did not come again: another mesh or end of the run.
+        # The checkpoint was deleted for a better epoch that was not reached again, for example
+        # because the run resumed with another mesh or fewer epochs.
         best = best_record([r for r in progress.history if r["step"] in kept], monitor)
         if best is None:
             raise TrainingError(
-                f"no checkpoint at an epoch's end is left in {run.workdir / 'checkpoints'}; with a "
-                "larger train.epochs the run makes another"
+                f"{run.workdir / 'checkpoints'} has no checkpoint at the end of an epoch; set a "
+                "larger train.epochs to train another epoch"
             )
         run.console.warn(
-            f"the checkpoint of that epoch is gone; the result is the best that is left, epoch "
-            f"{best['epoch']}, with {monitor} {best[monitor]:.4f}"
+            f"the checkpoint of that epoch is missing; the result is the best epoch with a "
+            f"checkpoint, {best['epoch']}, with {monitor} {best[monitor]:.4f}"
         )
     saved = run.checkpoints.restore(best["step"], progress.state, progress.totals)
     return jax.device_get(run.programs.gather(saved.state.variables))
 
 
 class _Clock:
-    """Time that an epoch has taken, and the rate at which images are trained on."""
+    """The duration of an epoch, and the speed of training."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        """Starts now, after so many seconds that count as well."""
+        """Starts the clock.
+
+        Args:
+          seconds: The duration of the epoch until now, before an interruption.
+        """
         self._made = time.perf_counter() - seconds
         self._images = 0
         self.restart()
 
     def restart(self) -> None:
-        """Counts images from now on: what came before was not training."""
+        """Restarts the measurement of the speed."""
         self._start = self._last_step = time.perf_counter()
 
     def count(self, images: int) -> None:
-        """A step on so many images has ended."""
+        """Adds the images of an execution that has just finished."""
         self._last_step = time.perf_counter()
         self._images += images
 
     def images_per_second(self) -> float:
+        """The speed between the last restart and the last finished execution."""
         return self._images / max(self._last_step - self._start, 1e-9)
 
     def seconds(self) -> float:
+        """The duration of the epoch until now, in seconds."""
         return time.perf_counter() - self._made
 
 
 def _not_finite(name: str, execution: _Execution, schedule: optax.Schedule) -> TrainingError:
-    """The error if a number of an execution is not finite."""
+    """The error for a value of an execution that is not finite.
+
+    Args:
+      name: The name of the value, for the message.
+      execution: The execution.
+      schedule: The learning rate by step.
+    """
     first, last = execution.first_step + 1, execution.last_step + 1
     steps = f"step {last:,}" if first == last else f"one of steps {first:,} to {last:,}"
     learning_rate = _learning_rate(schedule, execution.last_step)
     return TrainingError(
         f"{name} is infinite or not a number at {steps}, where the learning rate is "
         f"{learning_rate:.2g}. Try a lower optimizer.learning_rate, "
-        "optimizer.warmup_epochs=1 or precision=float32, in another --workdir. The last good "
-        "checkpoint is kept"
+        "optimizer.warmup_epochs=1 or precision=float32, in another --workdir. The latest "
+        "checkpoint has finite parameters"
     )
 
 
 def _learning_rate(schedule: optax.Schedule, step: int) -> float:
+    """The learning rate of a step, as a Python number."""
     with jax.transfer_guard("allow"):
         return np.asarray(schedule(step)).item()
 
 
 def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
-    """The state with BatchNorm's statistics of its present parameters.
+    """The state, with BatchNorm's statistics estimated for its current parameters.
 
-    They are those of training images as they are, without augmentation: always the
-    same ones, so that a run gives the same numbers however often it was interrupted.
+    The statistics come from training images without augmentation. The images are always the
+    same, so that an interrupted run gives the same results as an uninterrupted one.
     """
     if not jax.tree.leaves(state.batch_stats):
         return state
     programs = run.programs
     count = min(math.ceil(_STATISTICS_IMAGES / programs.layout.batch_size), run.steps_per_epoch)
     statistics = programs.empty_statistics()
-    # Worker processes would take longer to start than a few batches take to read.
+    # Worker processes would take longer to start than these few batches take to load.
     loader = dataclasses.replace(run.dataset.loader, workers=0)
     with _training_batches(run, loader, Augmentation(), stop=count) as batches:
         for batch in batches:
@@ -631,7 +658,7 @@ def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
 
 
 def _validate(run: _Run, state: TrainState) -> dict[str, float]:
-    """Exact figures of the whole validation split."""
+    """The metrics of the whole validation split."""
     programs, indices = run.programs, run.dataset.splits["validation"]
     totals = programs.empty_metrics()
     stream = pipeline.evaluation_batches(
@@ -648,11 +675,13 @@ def _validate(run: _Run, state: TrainState) -> dict[str, float]:
 
 
 def _patience_is_over(history: History, config: Config) -> bool:
+    """Whether the last `train.patience` epochs did not improve the monitored metric."""
     best = best_record(history, config.train.monitor)
     return best is not None and len(history) - best["epoch"] >= config.train.patience
 
 
-def _why_it_ended(history: History, best: dict[str, Any], config: Config) -> str:
+def _describe_end(history: History, best: dict[str, Any], config: Config) -> str:
+    """A line on the end of training: done or stopped early, and the best epoch."""
     monitor = config.train.monitor
     return (
         f"{'stopped early' if len(history) < config.train.epochs else 'done'}: the best of "

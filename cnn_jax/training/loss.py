@@ -1,4 +1,4 @@
-"""Per-example losses."""
+"""Losses of examples, and their weights."""
 
 import jax
 import jax.numpy as jnp
@@ -6,18 +6,22 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-# What examples are meant to be: a class each, or the probability of each class.
+# The class of each example, or the probability of each class for each example.
 Targets = Int[Array, " batch"] | Float[Array, "batch classes"]
 
 
 def cross_entropy(
     logits: Float[Array, "batch classes"], targets: Targets, label_smoothing: float = 0.0
 ) -> Float[Array, " batch"]:
-    """Categorical cross-entropy in nats against smoothed targets.
+    """The cross-entropy, in nats, of each example with its smoothed target.
 
-    A class's probability p becomes (1 - s) p + s / C: for a single true class that is
-    1 - s + s / C, and s / C for the others (Szegedy et al. 2016, "Rethinking the Inception
-    Architecture", section 7).
+    Label smoothing s replaces each of the C target probabilities p by (1 - s) p + s / C
+    (Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7).
+
+    Args:
+      logits: The outputs of the network.
+      targets: The class of each example, or a probability for each class.
+      label_smoothing: The probability s, in [0, 1).
     """
     if _are_classes(targets):
         targets = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
@@ -27,24 +31,29 @@ def cross_entropy(
 def example_weights(
     class_weights: Float[Array, " classes"], targets: Targets
 ) -> Float[Array, " batch"]:
-    """The weight of each example's class; of several classes, their mean by the target."""
+    """The weight of each example: the mean of the class weights, weighted by its target.
+
+    For an example of a single class, that is the weight of the class.
+    """
     if _are_classes(targets):
         return class_weights[targets]
     return jnp.matmul(targets, class_weights, precision=jax.lax.Precision.HIGHEST)
 
 
 def _are_classes(targets: Array) -> bool:
+    """Whether targets are classes, and not probabilities."""
     return jnp.issubdtype(targets.dtype, jnp.integer)
 
 
 def balanced_weights(class_counts: Int[np.ndarray, " classes"]) -> Float[np.ndarray, " classes"]:
-    """Weights of the classes' losses by which each class counts for as much.
+    """The weights of losses with which all classes contribute equally.
 
-    n / (C n_c), where n_c of all n examples are of class c and C classes have
-    any: the mean weight of an example is 1. (After King and Zeng 2001,
-    "Logistic Regression in Rare Events Data".) A class without examples gets 0.
+    The weight of class c is n / (C n_c), where n is the number of examples, n_c the number of
+    examples of the class, and C the number of classes that have examples. The mean weight of
+    an example is then 1 (after King and Zeng 2001, "Logistic Regression in Rare Events
+    Data"). The weight of a class without examples is 0.
     """
-    present = class_counts > 0
+    has_examples = class_counts > 0
     weights = np.zeros(len(class_counts))
-    weights[present] = class_counts.sum() / (present.sum() * class_counts[present])
+    weights[has_examples] = class_counts.sum() / (has_examples.sum() * class_counts[has_examples])
     return weights

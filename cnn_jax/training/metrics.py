@@ -8,31 +8,33 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cnn_jax.training.loss import cross_entropy
 
-# The figures that `summarize` gives.
+# The metrics that `summarize` returns.
 HEADLINE = ("accuracy", "precision", "recall", "f1", "loss")
 
-# 95 % of a normal distribution lie within so many standard deviations.
-_NORMAL_95 = 1.959963984540054
-# An accuracy whose 95 % interval reaches further than this to either side is known too vaguely.
-VAGUE = 0.02
+# 95 % of a normal distribution lie within this number of standard deviations of its mean.
+_NORMAL_95 = float(scipy.special.ndtri(0.975))
+# If the 95 % interval of an accuracy is wider than this to either side, the user is warned.
+MAX_HALF_WIDTH = 0.02
+# The number of resamples of the bootstrap.
 _RESAMPLES = 1000
 
 
 @flax.struct.dataclass
 class Metrics:
-    """What is summed over examples, steps and devices.
+    """Sums over examples, steps and devices, from which all metrics are computed.
 
-    The fields are typed loosely because JAX also builds trees of shapes,
-    shardings and the like from this class.
+    The fields are typed loosely because JAX also builds trees of shapes and of
+    shardings from this class.
 
     Attributes:
-      loss_sum: float32 [classes], sum of the cross-entropies in nats, without
-        label smoothing, of the examples of each true class.
-      confusion: int32 [classes, classes], number of examples by true class (row)
+      loss_sum: float32 [classes], for each true class the sum of its examples'
+        cross-entropies in nats, without label smoothing.
+      confusion: int32 [classes, classes], the number of examples by true class (row)
         and predicted class (column).
     """
 
@@ -41,6 +43,7 @@ class Metrics:
 
     @classmethod
     def empty(cls, num_classes: int) -> "Metrics":
+        """The metrics of no example."""
         return cls(
             loss_sum=jnp.zeros(num_classes, jnp.float32),
             confusion=jnp.zeros((num_classes, num_classes), jnp.int32),
@@ -53,7 +56,7 @@ class Metrics:
         labels: Int[Array, " batch"],
         mask: Bool[Array, " batch"],
     ) -> "Metrics":
-        """The metrics of one batch; examples whose mask is False do not count."""
+        """The metrics of one batch, without the examples whose mask is False."""
         num_classes = logits.shape[-1]
         losses = jnp.where(mask, cross_entropy(logits, labels), 0)
         predictions = jnp.argmax(logits, axis=-1)
@@ -63,14 +66,16 @@ class Metrics:
         return cls(loss_sum=loss_sum, confusion=confusion)
 
     def merge(self, other: "Metrics") -> "Metrics":
+        """The metrics of the examples of both."""
         return jax.tree.map(jnp.add, self, other)
 
     def compute(self, class_counts: Int[np.ndarray, " classes"] | None = None) -> dict[str, float]:
         """Accuracy, macro precision, recall and F1, and mean loss.
 
         Args:
-          class_counts: Examples of each class in the data, if they were drawn in
-            other proportions: the figures are then those of the data's.
+          class_counts: The number of examples of each class in the data, if the examples
+            were drawn with other class frequencies. The metrics are then reweighted to
+            the class frequencies of the data.
         """
         host = jax.device_get(self)
         if class_counts is None:
@@ -91,36 +96,41 @@ def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
       confusion: int [classes, classes], rows are true classes.
 
     Returns:
-      Arrays [classes]. A quotient with nothing to divide by is 0: the precision
-      of a class never predicted, the recall of a class without examples.
+      Arrays [classes]. The precision of a class that is never predicted is 0, and so is
+      the recall of a class without examples.
     """
-    hits = np.diag(confusion).astype(np.float64)
-    return _per_class(hits, confusion.sum(axis=0), confusion.sum(axis=1))
+    correct = np.diag(confusion).astype(np.float64)
+    return _per_class(correct, confusion.sum(axis=0), confusion.sum(axis=1))
 
 
 def _per_class(
-    hits: np.ndarray, predicted: np.ndarray, support: np.ndarray
+    correct: np.ndarray, predicted: np.ndarray, support: np.ndarray
 ) -> dict[str, np.ndarray]:
+    """`per_class` from the numbers of correct, predicted and true examples of each class."""
     return {
-        "precision": _divide(hits, predicted),
-        "recall": _divide(hits, support),
-        "f1": _divide(2 * hits, predicted + support),
+        "precision": _divide(correct, predicted),
+        "recall": _divide(correct, support),
+        "f1": _divide(2 * correct, predicted + support),
         "support": support,
     }
 
 
 def summarize(confusion: np.ndarray, loss_sum: float) -> dict[str, float]:
-    """Accuracy, macro precision, recall and F1 (means over all classes), mean loss.
+    """Accuracy, macro precision, recall and F1 (means over all classes), and mean loss.
 
-    All of them are 0 for an empty confusion matrix.
+    All metrics of an empty confusion matrix are 0.
+
+    Args:
+      confusion: [classes, classes], rows are true classes.
+      loss_sum: The sum of the examples' cross-entropies, in nats.
     """
     count = float(confusion.sum()) or 1.0
-    by_class = per_class(confusion)
+    classes = per_class(confusion)
     return {
         "accuracy": float(np.trace(confusion) / count),
-        "precision": float(by_class["precision"].mean()),
-        "recall": float(by_class["recall"].mean()),
-        "f1": float(by_class["f1"].mean()),
+        "precision": float(classes["precision"].mean()),
+        "recall": float(classes["recall"].mean()),
+        "f1": float(classes["f1"].mean()),
         "loss": loss_sum / count,
     }
 
@@ -131,82 +141,102 @@ def half_width(interval: Sequence[float]) -> float:
     return (high - low) / 2
 
 
-def wilson_interval(hits: float, count: float) -> tuple[float, float]:
-    """The 95 % confidence interval of a share (Wilson 1927); 0 to 1 for no observations."""
+def wilson_interval(successes: float, count: float) -> tuple[float, float]:
+    """The 95 % confidence interval of a fraction (Wilson 1927).
+
+    `scipy.stats.binomtest` computes the same interval, but of integers only.
+
+    Args:
+      successes: The number of successes, 0 to `count`; it may have a fractional part.
+      count: The number of observations.
+
+    Returns:
+      Its ends, low and high; 0 and 1 without observations.
+    """
     if not count:
         return 0.0, 1.0
-    share, z2 = hits / count, _NORMAL_95**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    reach = _NORMAL_95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    reach /= 1 + z2 / count
-    return max(centre - reach, 0.0), min(centre + reach, 1.0)
+    fraction, z2 = successes / count, _NORMAL_95**2
+    centre = (fraction + z2 / (2 * count)) / (1 + z2 / count)
+    margin = _NORMAL_95 * math.sqrt(fraction * (1 - fraction) / count + z2 / (4 * count**2))
+    margin /= 1 + z2 / count
+    return max(centre - margin, 0.0), min(centre + margin, 1.0)
 
 
 def bootstrap_intervals(confusion: np.ndarray) -> dict[str, tuple[float, float]]:
-    """95 % confidence intervals of precision, recall and F1 (macro), by the bootstrap.
+    """95 % confidence intervals of macro precision, recall and F1, by the bootstrap.
 
-    (Efron 1979; percentiles of 1,000 resamples of the examples, seed 0.) Each class is
-    resampled by itself: in a resample of all, small classes would be absent and count 0. The
-    figure itself is always in its interval.
+    They are percentiles of 1,000 resamples of the examples, with seed 0 (Efron 1979). Each
+    class is resampled separately, because a resample of all examples could lack a small
+    class, whose recall would then be 0. An interval always contains the metric itself.
+
+    Args:
+      confusion: int [classes, classes], rows are true classes.
+
+    Returns:
+      The low and the high end of the interval of each metric.
     """
     if not confusion.sum():
         return dict.fromkeys(("precision", "recall", "f1"), (0.0, 1.0))
     num_classes = len(confusion)
     support = confusion.sum(axis=1)
-    hits, predicted = (np.zeros((_RESAMPLES, num_classes), np.int64) for _ in range(2))
+    correct, predicted = (np.zeros((_RESAMPLES, num_classes), np.int64) for _ in range(2))
     rng = np.random.default_rng(0)
     for label, row in enumerate(confusion):
-        # To resample examples is to draw counts for the cells; empty ones stay empty.
+        # Drawing a count for each cell of the row is the same as resampling its examples.
         cells = np.flatnonzero(row)
         if not len(cells):
             continue
         counts = rng.multinomial(row.sum(), row[cells] / row.sum(), _RESAMPLES)
         predicted[:, cells] += counts
-        hits[:, label] = counts[:, cells == label].sum(axis=1)
+        correct[:, label] = counts[:, cells == label].sum(axis=1)
     resampled = [
-        _per_class(of_hits, of_predicted, support)
-        for of_hits, of_predicted in zip(hits, predicted, strict=True)
+        _per_class(correct_row, predicted_row, support)
+        for correct_row, predicted_row in zip(correct, predicted, strict=True)
     ]
-    figures = per_class(confusion)
+    measured = per_class(confusion)
     intervals = {}
     for key in ("precision", "recall", "f1"):
-        low, high = np.percentile([by_class[key].mean() for by_class in resampled], (2.5, 97.5))
-        figure = figures[key].mean()
-        intervals[key] = float(min(low, figure)), float(max(high, figure))
+        low, high = np.percentile([sample[key].mean() for sample in resampled], (2.5, 97.5))
+        value = measured[key].mean()
+        intervals[key] = float(min(low, value)), float(max(high, value))
     return intervals
 
 
 def confidence_intervals(
     confusion: np.ndarray, losses: Float[np.ndarray, " n"]
 ) -> dict[str, tuple[float, float]]:
-    """95 % confidence intervals of the figures of `summarize`.
+    """95 % confidence intervals of the metrics of `summarize`.
 
-    Wilson's for accuracy, the bootstrap's for precision, recall and F1, the normal
-    approximation for the mean loss.
+    The methods are Wilson's for accuracy, the bootstrap for precision, recall and F1, and
+    the normal approximation for the mean loss.
 
     Args:
-      confusion: int [classes, classes].
-      losses: Of each example.
+      confusion: int [classes, classes], rows are true classes.
+      losses: The cross-entropy of each example, in nats.
     """
     count = max(len(losses), 1)
     mean = float(losses.sum() / count)
-    reach = _NORMAL_95 * float(losses.std(ddof=1)) / math.sqrt(count) if count > 1 else mean
+    margin = _NORMAL_95 * float(losses.std(ddof=1)) / math.sqrt(count) if count > 1 else mean
     return {
         "accuracy": wilson_interval(float(np.trace(confusion)), float(confusion.sum())),
         **bootstrap_intervals(confusion),
-        "loss": (max(mean - reach, 0.0), mean + reach),
+        "loss": (max(mean - margin, 0.0), mean + margin),
     }
 
 
 def full_report(
     confusion: np.ndarray, losses: Float[np.ndarray, " n"], class_names: list[str]
 ) -> dict[str, Any]:
-    """`summarize`, its confidence intervals, each class and the confusion matrix, as JSON types.
+    """All metrics of a split, their confidence intervals and the confusion matrix, for JSON.
 
     Args:
       confusion: int [classes, classes], rows are true classes.
       losses: The cross-entropy of each example, in nats.
-      class_names: In the order of the classes.
+      class_names: The names in the order of the classes.
+
+    Returns:
+      The metrics of `summarize`, "count", "confidence_intervals", "per_class" and
+      "confusion", in types that JSON has.
     """
     columns = per_class(confusion)
     intervals = confidence_intervals(confusion, losses)

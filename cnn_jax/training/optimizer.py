@@ -13,8 +13,15 @@ def make_schedule(
 ) -> optax.Schedule:
     """Linear warm-up from zero, then cosine decay (Loshchilov and Hutter 2017).
 
-    The rate is `learning_rate` at step `warmup_steps` and `final_learning_rate`
-    from step `total_steps` on. The two equal make a constant rate.
+    Args:
+      learning_rate: The learning rate at step `warmup_steps`.
+      final_learning_rate: The learning rate from step `total_steps` on. If it equals
+        `learning_rate`, the learning rate is constant after the warm-up.
+      total_steps: The number of steps of warm-up and decay.
+      warmup_steps: The number of steps of the warm-up; 0 for none.
+
+    Returns:
+      A function from the number of steps taken to the learning rate.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else learning_rate,
@@ -26,16 +33,20 @@ def make_schedule(
 
 
 def kernel_mask(params: PyTree) -> PyTree:
-    """True for the kernels of convolutions and dense layers, False for all else."""
+    """True for the kernels of convolutions and dense layers, False for other parameters."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def make_optimizer(schedule: optax.Schedule, l2: float) -> optax.GradientTransformation:
     """Adam (Kingma and Ba 2015) on the gradient of loss + l2 / 2 * sum(kernel ** 2).
 
-    The penalty's gradient is added before Adam's moments, as a penalty in the
-    loss is. It is not decoupled weight decay (AdamW), which the specification
-    does not use.
+    The gradient of the penalty is included in Adam's moments, as if the penalty were a term
+    of the loss. This is not decoupled weight decay (AdamW); the specification uses an L2
+    penalty.
+
+    Args:
+      schedule: A function from the number of steps taken to the learning rate.
+      l2: The weight of the penalty, 0 or more.
     """
     return optax.chain(
         optax.add_decayed_weights(l2, mask=kernel_mask),

@@ -1,4 +1,4 @@
-"""A trace of a few steady training steps, for Perfetto or XProf."""
+"""A trace of a few training steps, for Perfetto or XProf."""
 
 import contextlib
 import pathlib
@@ -6,26 +6,36 @@ from collections.abc import Iterator
 
 import jax
 
-# The first steps compile and fill the queues; those after them are steady.
-_WARM_UP, _TRACED = 10, 5
+# The number of steps before the trace, which compile programs and fill queues, and the number
+# of steps in the trace.
+_WARM_UP_STEPS, _TRACED_STEPS = 10, 5
 
 
 class Trace:
-    """Records steps of a run into a folder."""
+    """Records a few steps of a run to a folder."""
 
     def __init__(self, folder: pathlib.Path | None):
-        """A trace in this folder, or none at all."""
+        """Prepares a trace.
+
+        Args:
+          folder: The folder of the trace; None records nothing.
+        """
         self._folder = folder
         self._warmed_up = self._traced = 0
         self._is_recording = False
 
     @contextlib.contextmanager
     def steps(self, first: int, count: int) -> Iterator[None]:
-        """Surrounds training steps that are executed together, from this number on."""
-        if self._folder is None or self._traced >= _TRACED:
+        """A context for the dispatch of one execution.
+
+        Args:
+          first: The number of the execution's first step.
+          count: The number of its steps.
+        """
+        if self._folder is None or self._traced >= _TRACED_STEPS:
             yield
             return
-        if self._warmed_up >= _WARM_UP and not self._is_recording:
+        if self._warmed_up >= _WARM_UP_STEPS and not self._is_recording:
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._is_recording = True
         with jax.profiler.StepTraceAnnotation("train", step_num=first):
@@ -34,17 +44,17 @@ class Trace:
             self._warmed_up += count
             return
         self._traced += count
-        if self._traced >= _TRACED:
+        if self._traced >= _TRACED_STEPS:
             self.close()
 
     def close(self) -> None:
-        """Writes what was recorded."""
+        """Stops the recording and writes the trace."""
         if self._is_recording:
             self._is_recording = False
             jax.profiler.stop_trace()
 
     def describe(self) -> str | None:
-        """What a person is told of it, once all steps are done; None if nothing was wanted."""
+        """A message for the user after the last step; None if no trace was requested."""
         if self._folder is None:
             return None
         if not self._traced:

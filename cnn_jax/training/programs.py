@@ -1,4 +1,4 @@
-"""The jitted functions of a training run, and the memory that a step needs."""
+"""The jitted functions of a run, and an estimate of the memory that a step needs."""
 
 import contextlib
 import dataclasses
@@ -58,24 +58,24 @@ def make_train_step(
 class Programs:
     """The jitted functions of a run, with the shardings of their arrays.
 
-    Each is compiled at its first call. `pixels` are the images of the whole data set if they
-    are on the devices, or None.
+    Each function is compiled at its first call. The argument `pixels` is an array of all
+    images of the data set if they are on the devices, else None.
 
     Attributes:
-      layout: How batches lie on the devices.
-      init_state: () -> the state before the first step.
+      layout: The division of batches among the devices.
+      init_state: () -> state before the first step.
       empty_metrics: () -> metrics of no example.
       empty_statistics: () -> BatchNorm's statistics of no batch.
       train_step: (state, batch, pixels) -> (state, metrics); the state is donated.
-      train_steps: The same for several steps in one execution. Each array of the batch has a
-        dimension of steps before all others; the metrics are those of all steps.
-      update_statistics: (statistics, variables, batch, pixels) -> BatchNorm's statistics with
-        one more batch; the statistics are donated.
+      train_steps: `train_step` for several steps in one execution. The first dimension of each
+        array of the batch counts steps; the metrics are sums over all steps.
+      update_statistics: (statistics, variables, batch, pixels) -> BatchNorm's statistics,
+        updated by one batch; the statistics are donated.
       eval_step: (variables, batch, pixels) -> metrics.
       merge: (metrics, metrics) -> metrics; the first argument is donated.
       is_finite: (state) -> bool [], whether every number is finite.
-      gather: (tree) -> the same arrays, with a whole copy on each device.
-      accumulation_steps: The parts that a batch is computed in, one after the other.
+      gather: (tree) -> the same arrays, replicated on all devices.
+      accumulation_steps: The number of parts of a batch that are computed one after the other.
     """
 
     def __init__(self, train_step: TrainStep, batch_size: int, model_devices: int = 1):
@@ -83,8 +83,8 @@ class Programs:
 
         Args:
           train_step: The training step.
-          batch_size: Examples in a global batch.
-          model_devices: Devices that share the large parameters (`mesh.model`).
+          batch_size: The number of examples in a global batch.
+          model_devices: The number of devices that share the large parameters (`mesh.model`).
         """
         num_classes = train_step.model.num_classes
         jit = functools.partial(jax.jit, compiler_options=runtime.compiler_options())
@@ -135,59 +135,65 @@ class Programs:
                 preprocessing=train_step.preprocessing,
             )
 
-        everywhere, by_example = layout.replicated, layout.by_example
+        replicated, batch_sharding = layout.replicated, layout.batch_sharding
         jit_training = functools.partial(
-            jit, donate_argnums=0, out_shardings=(state_sharding, everywhere)
+            jit, donate_argnums=0, out_shardings=(state_sharding, replicated)
         )
         self.init_state = jax.jit(train_step.init_state, out_shardings=state_sharding)
         self.empty_metrics = jax.jit(
-            functools.partial(Metrics.empty, num_classes), out_shardings=everywhere
+            functools.partial(Metrics.empty, num_classes), out_shardings=replicated
         )
         self.empty_statistics = jax.jit(
             lambda: Statistics.empty(abstract_state.batch_stats), out_shardings=statistics_sharding
         )
         self.train_step = jit_training(
-            training, in_shardings=(state_sharding, by_example, everywhere)
+            training, in_shardings=(state_sharding, batch_sharding, replicated)
         )
         self.train_steps = jit_training(
-            several, in_shardings=(state_sharding, layout.by_step_and_example, everywhere)
+            several, in_shardings=(state_sharding, layout.stacked_batch_sharding, replicated)
         )
         self.update_statistics = jit(
             add_batch,
             donate_argnums=0,
-            in_shardings=(statistics_sharding, state_sharding.variables, by_example, everywhere),
+            in_shardings=(
+                statistics_sharding,
+                state_sharding.variables,
+                batch_sharding,
+                replicated,
+            ),
             out_shardings=statistics_sharding,
         )
         self.eval_step = jit(
             evaluation,
-            in_shardings=(state_sharding.variables, by_example, everywhere),
-            out_shardings=everywhere,
+            in_shardings=(state_sharding.variables, batch_sharding, replicated),
+            out_shardings=replicated,
         )
-        self.merge = jax.jit(Metrics.merge, donate_argnums=0, out_shardings=everywhere)
-        self.is_finite = jax.jit(_all_finite, out_shardings=everywhere)
-        self.gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
+        self.merge = jax.jit(Metrics.merge, donate_argnums=0, out_shardings=replicated)
+        self.is_finite = jax.jit(_all_finite, out_shardings=replicated)
+        self.gather = jax.jit(lambda tree: tree, out_shardings=replicated)
 
     def send(self, batches: Sequence[Mapping[str, np.ndarray]]) -> tuple[Any, dict[str, jax.Array]]:
         """Sends the batches of one execution to the devices.
 
         Args:
-          batches: One batch or several, with the rows that this process loads.
+          batches: One batch or more, with the rows that this process loads.
 
         Returns:
-          The function that takes a step for each batch, and its argument.
+          `train_step` or `train_steps`, and the arrays for its argument `batch`.
         """
         if len(batches) == 1:
             return self.train_step, self.layout.to_devices(batches[0])
         stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-        return self.train_steps, self.layout.to_devices(stacked, by_step=True)
+        return self.train_steps, self.layout.to_devices(stacked, is_stacked=True)
 
 
 def _with_images(batch: Mapping[str, Array], pixels: Array | None) -> Mapping[str, Array]:
-    """The batch itself, or, if all pixels are on the device, with its images."""
+    """The batch, with its images selected from `pixels` unless that is None."""
     return batch if pixels is None else {**batch, "image": pixels[batch["row"]]}
 
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number of a tree is finite."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
@@ -196,11 +202,11 @@ class MemoryEstimate:
     """The memory that a training step needs on one device, in bytes, as XLA counts it.
 
     Attributes:
-      fixed: The memory of the state, and of pixels that are on the device.
-      per_example: The memory of each example that the device computes at a time.
-      batch_size: Examples in a global batch.
-      data_devices: Devices that a batch is divided among.
-      parts: The parts that a batch is computed in, one after the other.
+      fixed: The memory of the state, and of the pixels if they are on the device.
+      per_example: The memory of one example in the part of a batch that is computed.
+      batch_size: The number of examples in a global batch.
+      data_devices: The number of devices that share a batch.
+      parts: The number of parts of a batch that are computed one after the other.
     """
 
     fixed: float
@@ -211,17 +217,21 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
+        """The memory for the batch size and the number of parts of this estimate."""
         return self.fixed + self.per_example * self.batch_size / (self.data_devices * self.parts)
 
     def largest_batch(self, available: float) -> int:
-        """The largest global batch, with the same number of parts, that fits into this memory."""
+        """The largest global batch size that fits into `available` bytes; 0 if none does."""
         examples = max(0, int((available - self.fixed) / self.per_example))
         if examples >= 2 * _ROUND_BATCH:
             examples -= examples % _ROUND_BATCH
         return examples * self.data_devices * self.parts
 
     def fewest_parts(self, available: float) -> int | None:
-        """The smallest number of parts with which this batch fits into this memory, if any."""
+        """The smallest number of parts with which the batch fits into `available` bytes, or None.
+
+        A number of parts must divide the number of examples on a device.
+        """
         examples = self.batch_size // self.data_devices
         for parts in range(1, examples + 1):
             needed = self.fixed + self.per_example * examples / parts
@@ -229,14 +239,19 @@ class MemoryEstimate:
                 return parts
         return None
 
-    def too_much(self, available: float, has: str = "has") -> TrainingError:
-        """The error for a device with only `available` bytes, with settings that would fit."""
+    def error(self, available: float, has: str = "has") -> TrainingError:
+        """The error for a device that has only `available` bytes, with settings that would fit.
+
+        Args:
+          available: The memory of the device, in bytes.
+          has: The verb of the message before the available memory.
+        """
         if largest := self.largest_batch(available):
             advice = f"the largest train.batch_size that fits is about {largest}"
             if parts := self.fewest_parts(available):
-                advice += f", and train.accumulation_steps={parts} takes this one in {parts} parts"
+                advice += f", and train.accumulation_steps={parts} computes it in {parts} parts"
         else:
-            advice = "not even one image at a time fits: try a smaller data.image_size or model"
+            advice = "a batch of one image does not fit; use a smaller data.image_size or model"
         return TrainingError(
             f"out of memory: a training step with train.batch_size={self.batch_size} needs about "
             f"{_size(self.total)} of each device, which {has} {_size(available)}; {advice}"
@@ -244,23 +259,30 @@ class MemoryEstimate:
 
 
 class Memory:
-    """Checks whether the devices' memory is enough for training."""
+    """The check that the devices have enough memory for training."""
 
     def __init__(self, programs: Programs):
+        """Prepares the check of the training steps of `programs`."""
         self._programs = programs
         self._estimate: MemoryEstimate | None = None
 
     def check(
         self, program: Any, state: TrainState, batch: Mapping[str, jax.Array], pixels: Any
     ) -> None:
-        """Compiles `train_step` or `train_steps` for these arrays, and checks its memory.
+        """Compiles a program and checks that its memory fits into a device.
+
+        Args:
+          program: `Programs.train_step` or `Programs.train_steps`.
+          state: The state, or arrays of its shapes and shardings.
+          batch: The batch or the batches of an execution.
+          pixels: The images of the whole data set on the devices, or None.
 
         Raises:
-          TrainingError: It needs more memory than a device has.
+          TrainingError: The program needs more memory than a device has.
         """
         programs = self._programs
         analysis = program.lower(state, batch, pixels).compile().memory_analysis()
-        if analysis is None:  # Not every kind of device reports it.
+        if analysis is None:  # Some devices do not report their memory.
             return
         layout, parts = programs.layout, programs.accumulation_steps
         batch_bytes = sum(array.nbytes for array in batch.values()) / layout.data_devices
@@ -274,14 +296,14 @@ class Memory:
         )
         available = sharding.device_bytes()
         if available and self._estimate.total > available:
-            raise self._estimate.too_much(available)
+            raise self._estimate.error(available)
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
         """Converts a JAX runtime error within the context to a one-line TrainingError.
 
         Raises:
-          TrainingError: The devices' memory, which other programs may use too, is used up, or
+          TrainingError: A device has no memory left, also because of other programs, or
             another process of the run has ended.
         """
         try:
@@ -292,7 +314,7 @@ class Memory:
             if self._estimate is None or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             available = sharding.free_device_bytes() + self._estimate.fixed
-            raise self._estimate.too_much(available, "now has") from error
+            raise self._estimate.error(available, "now has") from error
 
 
 def _size(num_bytes: float) -> str:

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the best network, measured on every split, as a bundle."""
+"""The results of a finished run: metrics, predictions and the bundle of the best network."""
 
 import dataclasses
 import pathlib
@@ -30,14 +30,14 @@ def write_results(
     variables: PyTree,
     track: Track,
 ) -> dict[str, Any]:
-    """Calibrates a network and measures it on `report.splits`; writes figures and bundle.
+    """Calibrates a network, measures it on `report.splits`, and writes metrics and bundle.
 
     Args:
       config: The resolved configuration of the run.
       workdir: The run's folder.
-      dataset: What it was trained on.
+      dataset: The data set of the run.
       variables: {"params": ..., "batch_stats": ...}, arrays on the host.
-      track: Shows progress.
+      track: Shows the progress of a loop.
 
     Returns:
       The content of `report/metrics.json`.
@@ -98,15 +98,18 @@ def _predict(
     track: Track,
     description: str,
 ) -> Float[np.ndarray, "n classes"]:
-    """As `predict_split`; each process takes its share of the batches, and all get everything."""
-    place = np.arange(len(indices))
-    shares = [
-        place[place // BATCH_SIZE % jax.process_count() == process]
+    """The result of `predict_split`, computed by all processes of the run together.
+
+    Each process predicts every n-th batch, and all processes get all probabilities.
+    """
+    positions = np.arange(len(indices))
+    parts = [
+        positions[positions // BATCH_SIZE % jax.process_count() == process]
         for process in range(jax.process_count())
     ]
-    own = shares[jax.process_index()]
-    measured = predict_split(predictor, loader, indices[own], track, description)
-    probabilities = np.empty((len(indices), measured.shape[1]), measured.dtype)
-    for share, rows in zip(shares, sharding.gather_rows(measured), strict=True):
-        probabilities[share] = rows
+    own_part = parts[jax.process_index()]
+    predicted = predict_split(predictor, loader, indices[own_part], track, description)
+    probabilities = np.empty((len(indices), predicted.shape[1]), predicted.dtype)
+    for part, rows in zip(parts, sharding.gather_rows(predicted), strict=True):
+        probabilities[part] = rows
     return probabilities

@@ -1,10 +1,9 @@
-"""The files that a run leaves behind, other than checkpoints and the bundle."""
+"""The files of a run, except checkpoints and the bundle."""
 
 import contextlib
 import csv
 import datetime
 import fcntl
-import functools
 import io
 import json
 import logging
@@ -14,7 +13,7 @@ import pathlib
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
+from cnn_jax.config import files
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track
 from cnn_jax.data.files import check_output
@@ -33,8 +33,8 @@ from cnn_jax.training import sharding
 
 logger = logging.getLogger(__name__)
 
-# No figure depends on these: the data's fingerprint stands for where it lies, and a mesh and
-# the steps of an execution change the rounding alone.
+# No metric depends on these keys. The fingerprint of the data identifies the images wherever
+# they are stored; a mesh and the steps of an execution change only the rounding.
 INDIFFERENT_KEYS = frozenset(
     {
         *("data.source", "data.workers", "data.cache"),
@@ -45,10 +45,10 @@ INDIFFERENT_KEYS = frozenset(
         *("report.detail", "report.splits"),
     }
 )
-# What a run may change between two starts: no number of the epochs that are done depends on it.
+# The keys that may change when a run resumes. No result of a finished epoch depends on them.
 FREE_KEYS = INDIFFERENT_KEYS | {"train.epochs", "train.patience", "checkpoint.restore_step"}
-# What a run did that is older than these keys.
-_BEFORE = {
+# The values that describe a run from before these keys existed.
+_VALUES_OF_OLDER_RUNS = {
     "augment.mixup_probability": 0.0,
     "augment.cutmix_probability": 0.0,
     "data.white_level": 0.0,
@@ -58,39 +58,29 @@ _BEFORE = {
 }
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
 _CHECKPOINTS = "checkpoints"
-# The sub-folders of a run.
+# The folders inside a run's folder.
 _FOLDERS = (_CHECKPOINTS, "bundle", "damaged", "profile", "report", "tensorboard")
-# A heartbeat is written no more often than this.
+# The least time between two heartbeats of the same activity.
 _HEARTBEAT_SECONDS = 5.0
 
 
-def _by_primary(write: Callable[..., None]) -> Callable[..., None]:
-    """Of several processes, one alone writes."""
-
-    @functools.wraps(write)
-    def by_primary(*args: Any, **kwargs: Any) -> None:
-        if sharding.is_primary():
-            write(*args, **kwargs)
-
-    return by_primary
-
-
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes the folder, and holds it for this run until the end.
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+    """Creates the folder of a run and locks it inside this context.
 
-    The system releases the lock with the process, however that ends. If what is done inside
-    fails before the run has written its configuration, the folder is left as it was found.
+    The system releases the lock when the process ends for any reason. If the block raises an
+    error before the run has written its configuration, the files and folders that were
+    created are removed.
 
     Raises:
-      ConfigError: Another run holds it, or the folder cannot be made or written.
+      ConfigError: Another run has locked the folder, or it cannot be created or written.
     """
-    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    created = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = _open_lock(workdir)
     except OSError as error:
-        _remove_empty(made)
+        _remove_empty(created)
         reason = "it is a file" if workdir.is_file() else error.strerror
         raise ConfigError(f"--workdir: cannot use {workdir}: {reason}") from error
     with file:
@@ -100,16 +90,16 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             if not (workdir / _CONFIG).exists() and not _has_checkpoints(workdir):
                 for name in (_HEARTBEAT, _LOCK):
                     (workdir / name).unlink(missing_ok=True)
-                _remove_empty([workdir / _CHECKPOINTS, *made])
+                _remove_empty([workdir / _CHECKPOINTS, *created])
             raise
 
 
 def _open_lock(workdir: pathlib.Path) -> IO[str]:
-    """The locked file.
+    """Opens and locks the lock file of a run.
 
     Raises:
-      ConfigError: Another run holds it.
-      OSError: It cannot be written.
+      ConfigError: Another run has locked the file.
+      OSError: The file cannot be written.
     """
     path = workdir / _LOCK
     file = path.open("a+", encoding="utf-8")
@@ -120,11 +110,12 @@ def _open_lock(workdir: pathlib.Path) -> IO[str]:
         holder = _describe_holder(file.read())
         file.close()
         raise ConfigError(
-            f"--workdir: {workdir} is in use{holder}; end that run, or use another folder"
+            f"--workdir: {workdir} is in use{holder}; stop that run, or use another folder"
         ) from error
     except OSError as error:
         logger.warning("%s cannot be locked (%s): make sure that no two runs use it", path, error)
-    if not os.fstat(file.fileno()).st_nlink:  # A run that failed to start has just removed it.
+    # Another run that failed to start may have removed the file before it was locked here.
+    if not os.fstat(file.fileno()).st_nlink:
         file.close()
         workdir.mkdir(parents=True, exist_ok=True)
         return _open_lock(workdir)
@@ -136,24 +127,29 @@ def _open_lock(workdir: pathlib.Path) -> IO[str]:
 
 
 def _remove_empty(folders: Iterable[pathlib.Path]) -> None:
-    """Removes these folders, from the inside out, as far as they are empty."""
+    """Removes these folders in their order, unless they contain files."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Whether a run has saved a checkpoint in this folder."""
     return any(entry.name.isdecimal() for entry in (workdir / _CHECKPOINTS).glob("*"))
 
 
 def check_apart(workdir: pathlib.Path, source: str) -> None:
-    """Checks that a run and the data that it is trained on do not spoil each other.
+    """Checks that the folder of a run does not overlap with its images.
 
-    A run may lie in a folder of the data, which it is then no part of.
+    A run's folder may be inside the folder of the data. The data source then ignores it.
+
+    Args:
+      workdir: The run's folder.
+      source: The value of data.source.
 
     Raises:
-      ConfigError: The run's folder has images of the data, or the data lies where the run
-        writes.
+      ConfigError: The run's folder contains images of the data, or the data is in a folder
+        that the run writes to.
     """
     data = listed_folder(source)
     if data is None:
@@ -162,17 +158,18 @@ def check_apart(workdir: pathlib.Path, source: str) -> None:
     for name in _FOLDERS:
         if data.resolve().is_relative_to((workdir / name).resolve()):
             raise ConfigError(
-                f"--workdir: the data, {data}, lies in {workdir / name}, where the run writes; use "
-                "another folder"
+                f"--workdir: the data, {data}, is inside {workdir / name}, which the run "
+                "overwrites; use another folder"
             )
 
 
 def _this_process() -> dict[str, Any]:
+    """The number of this process and the name of its host."""
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def _describe_holder(text: str) -> str:
-    """Who holds the lock, in words; nothing if that was not written yet."""
+    """The process that has locked a folder, in words; empty if the lock file is not complete."""
     try:
         holder = json.loads(text)
         return f" by process {holder['pid']} on {holder['host']} since {holder['since']}"
@@ -181,69 +178,76 @@ def _describe_holder(text: str) -> str:
 
 
 def _now() -> str:
+    """The time in UTC, in ISO format."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The configuration of the run that is there, with every key flat; None if there is none.
+    """The configuration of the run in this folder.
 
-    There is one as soon as it has a checkpoint: before, there is nothing to go on with,
-    and nothing to spoil.
+    A folder contains a run only after the first checkpoint. Before, there is nothing to
+    resume and nothing to overwrite.
+
+    Returns:
+      The values by key, such as "train.epochs"; None if the folder contains no run.
 
     Raises:
-      ConfigError: It cannot be read.
+      ConfigError: The configuration cannot be read.
     """
     path = workdir / _CONFIG
     if not _has_checkpoints(workdir):
         return None
     try:
-        return _flat(json.loads(path.read_text(encoding="utf-8")))
+        return files.flat(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"--workdir: {workdir} has checkpoints and no {_CONFIG}, so nobody knows of what: put "
-            "it back, or use another folder"
+            f"--workdir: {workdir} has checkpoints but no {_CONFIG}; restore that file, or use "
+            "another folder"
         ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"--workdir: {path} is not a configuration: {error}") from error
 
 
-def changes(workdir: pathlib.Path, present: Mapping[str, Any] | None, config: Config) -> list[str]:
-    """What is not as it was when the run was last started: a line for each key.
+def changes(workdir: pathlib.Path, previous: Mapping[str, Any] | None, config: Config) -> list[str]:
+    """The changes of a configuration since the run was last started.
 
     Args:
       workdir: The run's folder.
-      present: What `read_config` gives.
-      config: The resolved configuration to go on with.
+      previous: The result of `read_config`.
+      config: The resolved configuration with which the run is to resume.
+
+    Returns:
+      A line for each key whose value has changed.
 
     Raises:
-      ConfigError: Something has changed that a run cannot go on with.
+      ConfigError: A key has changed that must not change when a run resumes.
     """
-    if present is None:
+    if previous is None:
         return []
-    present = _BEFORE | dict(present)
-    wanted = _flat(json.loads(config.to_json()))
+    previous = _VALUES_OF_OLDER_RUNS | dict(previous)
+    wanted = files.flat(json.loads(config.to_json()))
     lines = {
-        key: f"{key}: {present.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
-        for key in sorted((present.keys() | wanted.keys()) - _idle(wanted))
-        if present.get(key) != wanted.get(key)
+        key: f"{key}: {previous.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
+        for key in sorted((previous.keys() | wanted.keys()) - _unused_keys(wanted))
+        if previous.get(key) != wanted.get(key)
     }
     if refused := [line for key, line in lines.items() if key not in FREE_KEYS]:
         raise ConfigError(
-            f"--workdir: {workdir} holds a run of another configuration "
+            f"--workdir: {workdir} contains a run with another configuration "
             f"({'; '.join(refused)}); use another folder, or the configuration in {_CONFIG}"
         )
     return list(map(printable, lines.values()))
 
 
-def _idle(config: Mapping[str, Any]) -> set[str]:
-    """The keys of a flat configuration that mean nothing, since what they are for is off."""
+def _unused_keys(config: Mapping[str, Any]) -> set[str]:
+    """The keys without an effect, because MixUp or CutMix is switched off."""
     methods = ("augment.mixup", "augment.cutmix")
     return {f"{method}_alpha" for method in methods if not config.get(f"{method}_probability")}
 
 
-@_by_primary
+@sharding.primary_only
 def write_config(workdir: pathlib.Path, config: Config) -> None:
-    """Writes config.json, from when on the folder is this run's.
+    """Writes config.json, which marks the folder as a run's.
 
     Raises:
       ConfigError: The folder cannot be written.
@@ -255,46 +259,39 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
         raise ConfigError(f"--workdir: cannot write {workdir}: {error.strerror}") from error
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix.rstrip("."): tree}
-    leaves = {}
-    for key, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{key}.")
-    return leaves
-
-
 class Heartbeat:
-    """heartbeat.json: where the run is and when it was there.
+    """The file heartbeat.json: the step and the activity of a run, with the time of writing.
 
-    The training loop itself writes it, no thread: of a run that hangs it grows old.
+    The training loop writes the file, not a thread, so that the file of a run that hangs is
+    no longer updated.
     """
 
     def __init__(self, workdir: pathlib.Path):
+        """The heartbeat of the run in this folder; writes nothing yet."""
         self._path = workdir / _HEARTBEAT
         self._step = 0
         self._activity = ""
         self._last = -math.inf
 
     def beat(self, activity: str, step: int | None = None) -> None:
-        """Writes the file, unless it said the same activity less than five seconds ago.
+        """Writes the file, unless it was written with this activity less than five seconds ago.
 
         Args:
-          activity: What the run is doing, in a word or two.
-          step: Steps taken; None if they are still as many.
+          activity: The activity of the run, in a few words.
+          step: The number of steps taken; None if unchanged.
         """
         self._step = self._step if step is None else step
         now = time.monotonic()
-        is_news = activity != self._activity or now - self._last >= _HEARTBEAT_SECONDS
-        if not is_news or not sharding.is_primary():
+        is_due = activity != self._activity or now - self._last >= _HEARTBEAT_SECONDS
+        if not is_due or not sharding.is_primary():
             return
         self._last, self._activity = now, activity
         beat = {"time": _now(), "step": self._step, "activity": activity}
-        # The next one is due in seconds, and training does not wait for the disk.
+        # Training does not wait for the disk; the next heartbeat follows within seconds.
         write_text(self._path, _line(beat | _this_process()), durable=False)
 
-    def following(self, track: Track) -> Track:
-        """A `track` that also writes the file."""
+    def wrap(self, track: Track) -> Track:
+        """A function like `track` that also writes the file for each item."""
 
         def tracked(items: Iterable, description: str, total: int) -> Iterator:
             for item in track(items, description, total):
@@ -305,12 +302,16 @@ class Heartbeat:
 
 
 class EpochLog:
-    """metrics.jsonl and the TensorBoard events: one record for each epoch."""
+    """The log of a run: metrics.jsonl and TensorBoard events, with a record for each epoch."""
 
     def __init__(self, workdir: pathlib.Path, history: Sequence[Mapping[str, Any]]):
-        """Starts both anew with the epochs that are done already.
+        """Rewrites both logs with the records of the finished epochs.
 
-        A run that was killed may have logged an epoch that it has to repeat.
+        A run that was killed may have logged an epoch that it has to train again.
+
+        Args:
+          workdir: The run's folder.
+          history: One record for each finished epoch.
         """
         self._path, self._folder = workdir / "metrics.jsonl", workdir / "tensorboard"
         self._events: EventsWriter | None = None
@@ -319,14 +320,19 @@ class EpochLog:
         write_text(self._path, "".join(map(_line, history)))
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(exist_ok=True)
-        # Not SummaryWriter: the thread that it writes in dies of a full disk, with a traceback
-        # of its own, and the tenth event after that waits for it for ever.
+        # EventsWriter, and not SummaryWriter: on a full disk, the writer thread of SummaryWriter
+        # ends with a traceback, and the tenth event after that blocks forever.
         with file_errors(self._folder):
             self._events = EventsWriter(str(self._folder / "events"))
         for record in history:
             self._write_events(record)
 
     def append(self, record: Mapping[str, Any]) -> None:
+        """Adds the record of an epoch to both logs.
+
+        Raises:
+          OSError: A file cannot be written.
+        """
         if self._events is None:
             return
         with file_errors(self._path), self._path.open("a", encoding="utf-8") as file:
@@ -349,6 +355,7 @@ class EpochLog:
             self._events.flush()
 
     def close(self) -> None:
+        """Closes the TensorBoard events."""
         if self._events is not None:
             with file_errors(self._folder):
                 self._events.close()
@@ -358,9 +365,9 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-@_by_primary
+@sharding.primary_only
 def write_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """Writes report/metrics.json: the figures of each split, and what the report adds.
+    """Writes report/metrics.json: the metrics of each split, and the values of the report.
 
     Raises:
       ValueError: A number is not finite.
@@ -370,7 +377,7 @@ def write_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
 
 
 def _json(value: Any, indent: str = "") -> str:
-    """JSON, indented by a space, with a list of numbers, such as a matrix's row, on one line."""
+    """JSON with an indent of one space; a list of numbers, such as a matrix row, is one line."""
     inner = f"{indent} "
     if isinstance(value, Mapping) and value:
         parts = [
@@ -385,9 +392,9 @@ def _json(value: Any, indent: str = "") -> str:
     return f"{brackets[0]}\n{inner}{lines}\n{indent}{brackets[1]}"
 
 
-@_by_primary
+@sharding.primary_only
 def write_unreadable(workdir: pathlib.Path, unreadable: Sequence[Unreadable]) -> None:
-    """Writes report/unreadable.csv: a row for each image that was left out, and why."""
+    """Writes report/unreadable.csv: the id of each image that was left out, and the reason."""
     (workdir / "report").mkdir(exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -396,7 +403,7 @@ def write_unreadable(workdir: pathlib.Path, unreadable: Sequence[Unreadable]) ->
     write_text(workdir / "report" / "unreadable.csv", text.getvalue())
 
 
-@_by_primary
+@sharding.primary_only
 def write_predictions(
     workdir: pathlib.Path,
     ids: Sequence[str],
@@ -408,10 +415,10 @@ def write_predictions(
 
     Args:
       workdir: The run's folder.
-      ids: Identity of each example.
-      labels: int [n], its class.
+      ids: The id of each example.
+      labels: int [n], the label of each example.
       probabilities: float32 [n, classes].
-      class_names: In the order of the labels.
+      class_names: The names in the order of the labels.
     """
     (workdir / "report").mkdir(exist_ok=True)
     text = io.StringIO()
@@ -419,7 +426,7 @@ def write_predictions(
     writer.writerow(["id", "label", "predicted", "confidence"])
     for example_id, label, row in zip(ids, labels, probabilities, strict=True):
         best = int(row.argmax())
-        # The shortest digits that give back this float32, and no other.
+        # The shortest decimal number that is read as the same float32.
         confidence = np.format_float_positional(row[best], unique=True)
         writer.writerow([example_id, class_names[label], class_names[best], confidence])
     write_text(workdir / "report" / "predictions.csv", text.getvalue())

@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,23 +24,23 @@ from cnn_jax.system.errors import ConfigError, TrainingError, UserError
 _HEARTBEAT_SECONDS = 30
 # Parameters with fewer elements than this are copied to each device.
 _LEAST_DIVIDED = 2**14
-# Words in the error messages of Gloo, NCCL and JAX after a process was lost.
+# Words in the error messages of Gloo, NCCL and JAX after a process has ended.
 _LOST = re.compile(r"by peer|Gloo|NCCL|unhealthy|heartbeat|Barrier", re.IGNORECASE)
 
 
 def start_processes(
     coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None
 ) -> None:
-    """Connects the processes of one run. Call it before any other use of JAX.
+    """Connects the processes of one run. Call this function before any other use of JAX.
 
-    Without arguments JAX detects Slurm, Open MPI, Kubernetes and Cloud TPU; if it detects
-    none of them, the run has one process.
+    Without arguments, JAX detects Slurm, Open MPI, Kubernetes and Cloud TPU. If it detects
+    none of these, the run has one process.
 
     Args:
-      coordinator: host:port at which process 0 listens.
+      coordinator: The host and port, "HOST:PORT", at which process 0 listens.
       process_id: The number of this process, from 0.
-      process_count: The number of processes; 1 without the other arguments means one process
-        even where JAX would detect several.
+      process_count: The number of processes. 1 without the other arguments means one process,
+        also in an environment in which JAX would detect several.
 
     Raises:
       ConfigError: Only some arguments are given, or they contradict each other.
@@ -50,7 +50,7 @@ def start_processes(
         return
     given = (coordinator, process_id, process_count)
     if given != (None, None, None) and None in given:
-        raise ConfigError("--coordinator, --process_id and --process_count belong together")
+        raise ConfigError("--coordinator, --process_id and --process_count: set all three, or none")
     if process_id is not None and process_count is not None and process_id >= process_count:
         raise ConfigError(f"--process_id: must be below --process_count={process_count}")
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
@@ -69,16 +69,27 @@ def start_processes(
 
 
 def is_primary() -> bool:
-    """Whether this process writes the files and prints; one process of a run does."""
+    """Whether this process is the one that prints and writes the files of the run."""
     return jax.process_index() == 0
+
+
+def primary_only(function: Callable[..., None]) -> Callable[..., None]:
+    """A decorator: the function does nothing in processes that are not the primary one."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        if is_primary():
+            function(*args, **kwargs)
+
+    return wrapper
 
 
 @contextlib.contextmanager
 def synchronized_errors() -> Iterator[None]:
     """If one process raises a UserError inside this block, all processes raise an error.
 
-    Otherwise the others would wait for it forever. The code in the block must not itself wait
-    for other processes.
+    Without this block, the other processes would wait forever. The code inside the block must
+    not wait for other processes.
 
     Raises:
       TrainingError: Another process failed.
@@ -97,7 +108,15 @@ def synchronized_errors() -> Iterator[None]:
 
 
 def check_equal(what: str, digest: str) -> None:
-    """Raises TrainingError if the processes do not all have the same hexadecimal digest."""
+    """Checks that all processes have the same digest.
+
+    Args:
+      what: A noun phrase for the message, "process N has {what} than process 0".
+      digest: A hexadecimal digest.
+
+    Raises:
+      TrainingError: The digests of two processes differ.
+    """
     if jax.process_count() > 1:
         digests = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
         differs = (digests != digests[0]).any(axis=1)
@@ -106,7 +125,7 @@ def check_equal(what: str, digest: str) -> None:
 
 
 def lost_process(error: BaseException) -> TrainingError | None:
-    """The error to raise instead of one that means a lost process; None for other errors."""
+    """A one-line error if `error` means that another process has ended; else None."""
     if jax.process_count() == 1 or not _LOST.search(str(error)):
         return None
     return TrainingError(
@@ -116,7 +135,7 @@ def lost_process(error: BaseException) -> TrainingError | None:
 
 
 def gather_rows(rows: np.ndarray) -> list[np.ndarray]:
-    """The arrays [n, ...] of all processes, in the order of the processes; n may differ."""
+    """The arrays [n, ...] of all processes, in the order of the processes; the n may differ."""
     if jax.process_count() == 1:
         return [rows]
     counts = multihost_utils.process_allgather(np.array(len(rows))).tolist()
@@ -126,14 +145,14 @@ def gather_rows(rows: np.ndarray) -> list[np.ndarray]:
 
 
 def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Devices along the axes `data` and `model`.
+    """A mesh of devices with the axes `data` and `model`.
 
     Args:
-      model: The number of devices that share the large parameters; it must divide the
-        number of devices. The batch is divided among the groups of such devices.
+      model: The number of devices that share the large parameters; a divisor of the number
+        of devices. The batch is divided among groups of this number of devices.
       devices: The devices; by default all devices of all processes.
     """
-    # Flax Linen's dropout does not work under explicit axes, JAX's default.
+    # Flax Linen's dropout fails with explicit axes, JAX's default.
     axis_types = (AxisType.Auto, AxisType.Auto)
     count = jax.device_count() if devices is None else len(devices)
     shape = (count // model, model)
@@ -142,11 +161,11 @@ def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How batches lie on the devices of a mesh.
+    """The division of batches among the devices of a mesh.
 
     Attributes:
-      mesh: The devices, along the axes `data` and `model`.
-      batch_size: Examples in a global batch.
+      mesh: The devices, with the axes `data` and `model`.
+      batch_size: The number of examples in a global batch.
     """
 
     mesh: Mesh
@@ -154,47 +173,47 @@ class Layout:
 
     @property
     def replicated(self) -> NamedSharding:
-        """A whole copy on each device."""
+        """The sharding with a whole copy on each device."""
         return replicated(self.mesh)
 
     @property
-    def by_example(self) -> NamedSharding:
-        """The first dimension divided along `data`."""
+    def batch_sharding(self) -> NamedSharding:
+        """The sharding with the first dimension divided along `data`."""
         return NamedSharding(self.mesh, PartitionSpec("data"))
 
     @property
-    def by_step_and_example(self) -> NamedSharding:
-        """The second dimension divided along `data`; the first one counts steps."""
+    def stacked_batch_sharding(self) -> NamedSharding:
+        """The sharding with the second dimension divided along `data`; the first counts steps."""
         return NamedSharding(self.mesh, PartitionSpec(None, "data"))
 
     @property
     def data_devices(self) -> int:
-        """The number of devices that a batch is divided among."""
+        """The number of devices that share a batch."""
         return self.mesh.shape["data"]
 
     @functools.cached_property
     def rows(self) -> Int[np.ndarray, " rows"]:
         """The rows of a global batch that the devices of this process hold, in order."""
-        slices = self.by_example.addressable_devices_indices_map((self.batch_size,)).values()
+        slices = self.batch_sharding.addressable_devices_indices_map((self.batch_size,)).values()
         rows = np.arange(self.batch_size)
         return np.unique(np.concatenate([rows[index] for index in slices]))
 
     def to_devices(
-        self, batch: Mapping[str, np.ndarray], by_step: bool = False
+        self, batch: Mapping[str, np.ndarray], is_stacked: bool = False
     ) -> dict[str, jax.Array]:
-        """Sends a global batch, of which each process has its `rows`.
+        """Sends a global batch, of which each process has its `rows`, to the devices.
 
         Args:
-          batch: Arrays of rows; with `by_step`, of steps and rows.
-          by_step: Whether the first dimension counts steps.
+          batch: Arrays [rows, ...], or stacked arrays [steps, rows, ...].
+          is_stacked: Whether the first dimension counts steps.
         """
-        sharding = self.by_step_and_example if by_step else self.by_example
-        steps = 1 if by_step else 0
+        sharding = self.stacked_batch_sharding if is_stacked else self.batch_sharding
+        steps = 1 if is_stacked else 0
 
         def global_shape(rows: np.ndarray) -> tuple[int, ...]:
             return (*rows.shape[:steps], self.batch_size, *rows.shape[steps + 1 :])
 
-        # The one transfer of a step that the transfer guard lets pass.
+        # This is the only transfer of a step that the transfer guard allows.
         with jax.transfer_guard_host_to_device("allow"):
             return {
                 name: jax.make_array_from_process_local_data(sharding, rows, global_shape(rows))
@@ -202,17 +221,17 @@ class Layout:
             }
 
     def to_all_devices(self, array: np.ndarray) -> jax.Array:
-        """Copies an array, which every process has whole, to all devices."""
+        """Copies an array to all devices; every process must have the whole array."""
         return distribute(array, self.replicated)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on each device."""
+    """The sharding with a whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_large(mesh: Mesh, tree: PyTree) -> PyTree:
-    """The sharding of each array: its last dimension divided along `model`, or a whole copy.
+    """The shardings of parameters: the last dimension divided along `model`, or a whole copy.
 
     The last dimension of a kernel is its output channels or units. Small arrays, and arrays
     that cannot be divided evenly, are copied to each device.
@@ -228,12 +247,12 @@ def split_large(mesh: Mesh, tree: PyTree) -> PyTree:
 
 
 def distribute(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has whole, laid out on the devices of all processes."""
+    """Puts an array on the devices of all processes; every process must have the whole array."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def accelerator_bytes() -> int:
-    """The memory of one accelerator of this process; 0 on a CPU or if it is unknown."""
+    """The memory of one accelerator of this process, in bytes; 0 on a CPU or if unknown."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return 0
@@ -241,14 +260,14 @@ def accelerator_bytes() -> int:
 
 
 def device_bytes() -> int:
-    """The memory of one device; 0 if it is unknown. CPU devices share the machine's memory."""
+    """The memory of one device, in bytes; 0 if unknown. CPU devices share the host's memory."""
     if jax.local_devices()[0].platform == "cpu":
         return memory_bytes() // jax.local_device_count()
     return accelerator_bytes()
 
 
 def free_device_bytes() -> int:
-    """The memory of one device that is free at this moment."""
+    """The free memory of one device, in bytes."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}

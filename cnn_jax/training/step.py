@@ -1,4 +1,4 @@
-"""One training step and one evaluation step, as pure functions."""
+"""The training step, the evaluation step and BatchNorm's statistics, as pure functions."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from cnn_jax.models.network import forward
 from cnn_jax.training.loss import cross_entropy, example_weights
 from cnn_jax.training.metrics import Metrics
 
-# Purposes of random keys: `fold_in(key(seed), purpose)`, then `fold_in(., step)`.
+# The purposes of PRNG keys: a key is `fold_in(fold_in(key(seed), purpose), step)`.
 INIT, DROPOUT, MIX = 0, 1, 2
 
 Batch = Mapping[str, Array]
@@ -31,7 +31,7 @@ ExtraLoss = Callable[[Array, Array], Float[Array, " batch"]]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes: arrays only.
+    """The arrays that a step changes.
 
     The fields are typed loosely because JAX also builds trees of shapes and of
     shardings from this class.
@@ -51,11 +51,12 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """The variables that the model is applied with."""
+        """The variables of the network, as `model.apply` takes them."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def random_key(seed: int, purpose: int) -> PRNGKeyArray:
+    """The PRNG key of one purpose: `INIT`, `DROPOUT` or `MIX`."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
@@ -64,25 +65,26 @@ class TrainStep:
     """A pure function that takes one optimizer step: (state, batch) -> (state, metrics).
 
     Attributes:
-      model: The network; its dropout is drawn from `seed` and the step.
+      model: The network. The random numbers of its dropout depend on `seed` and the step.
       optimizer: The gradient transformation.
-      preprocessing: How grey levels are normalised.
+      preprocessing: The mean and the standard deviation of the normalisation.
       seed: The seed of the run.
       label_smoothing: The probability that the target spreads over all classes, in [0, 1).
-      class_weights: The factor of each class's losses; None for 1. The metrics are not
+      class_weights: A factor for the losses of each class; None for 1. The metrics are not
         weighted.
-      mixing: How images and labels are mixed with others of the batch, after
-        augmentation; drawn from `seed` and the step.
-      accumulation_steps: The number of parts, a divisor of B, that go through the network
-        one after the other, so that the memory for one part is enough. The gradient is
-        that of the whole batch, to rounding, except that BatchNorm normalises each part by
-        the part's own statistics, and that dropout and mixing draw other numbers, because
-        each part is mixed within itself.
-      is_trainable: Tells by its path, such as "conv1/kernel", whether a parameter is
-        trained; None for all of them. The optimizer has no state for the others.
-      extra_loss: A further term of the loss, for example of distillation. It gets the
-        inputs of the network (augmented, normalised, mixed) and the logits, float32 [B, C],
-        and returns float32 [B].
+      mixing: How each image and its label are mixed with another image of the batch, after
+        augmentation. The random numbers depend on `seed` and the step.
+      accumulation_steps: The number of parts of a batch, a divisor of B. The parts are
+        computed one after the other, so that a step needs the memory of one part only. The
+        gradient equals the gradient of the whole batch up to rounding, with two exceptions:
+        BatchNorm normalises each part with the statistics of that part, and dropout and
+        mixing draw different random numbers (images are mixed within a part).
+      is_trainable: A function from the path of a parameter, such as "conv1/kernel", to
+        whether the parameter is trained; None trains all parameters. The optimizer has no
+        state for the parameters that are not trained.
+      extra_loss: An additional term of the loss, for example for distillation: a function
+        of the network's inputs (augmented, normalised, mixed) and of the logits, float32
+        [B, C], that returns float32 [B].
     """
 
     model: nn.Module
@@ -97,7 +99,7 @@ class TrainStep:
     extra_loss: ExtraLoss | None = None
 
     def init_state(self) -> TrainState:
-        """The state before the first step, whose parameters are drawn from `seed`."""
+        """The state before the first step, with random parameters that depend on `seed`."""
         images = jnp.zeros((1, *self.preprocessing.image_size, 3))
         variables = self.model.init(random_key(self.seed, INIT), images)
         params = variables["params"]
@@ -113,14 +115,14 @@ class TrainStep:
 
         Args:
           state: The state before the step.
-          batch: "image" uint8 [B, H, W, 3], "label" int32 [B], "mask" bool [B] and, if the
-            images are to be augmented here, "matrix" and "contrast" of `augment.draw`.
+          batch: "image" uint8 [B, H, W, 3], "label" int32 [B], "mask" bool [B]; also "matrix"
+            and "contrast" of `augment.draw` if this step augments the images.
 
         Returns:
           The state after the step, and the metrics of this batch in training mode, with
-          dropout. A mixed example counts as the class with the largest weight.
+          dropout. The class of a mixed example is the class with the larger weight.
         """
-        # Examples without a mask add nothing to the sum, and do not count in its divisor.
+        # The loss is the mean over the examples whose mask is True.
         loss = functools.partial(self._loss, count=jnp.maximum(jnp.sum(batch["mask"]), 1))
         gradient = jax.value_and_grad(loss, has_aux=True)
         keys = self._keys(state.step)
@@ -146,7 +148,7 @@ class TrainStep:
 
     @property
     def _masked_optimizer(self) -> optax.GradientTransformation:
-        """The optimizer of the trainable parameters, which leaves the others as they are."""
+        """An optimizer that updates the trainable parameters only."""
         if self.is_trainable is None:
             return self.optimizer
         return optax.partition(
@@ -162,7 +164,7 @@ class TrainStep:
         )
 
     def _keys(self, step: Array) -> Keys:
-        """The random keys of one step."""
+        """The PRNG keys of one step, by purpose."""
         purposes = {"dropout": DROPOUT}
         if not self.mixing.is_identity():
             purposes["mix"] = MIX
@@ -175,7 +177,8 @@ class TrainStep:
         self, params: PyTree, batch_stats: PyTree, batch: Batch, keys: Keys, *, count: Array
     ) -> tuple[Array, Metrics]:
         """The sum of a batch's losses divided by `count`, and the batch's metrics."""
-        if self.is_trainable is not None:  # XLA then computes no gradients of the others.
+        # With stop_gradient, XLA removes the backward pass of parameters that are not trained.
+        if self.is_trainable is not None:
             params = jax.tree.map(
                 lambda leaf, is_trained: leaf if is_trained else jax.lax.stop_gradient(leaf),
                 params,
@@ -208,7 +211,7 @@ class TrainStep:
 
 
 def _split(rows: Array, parts: int) -> Array:
-    """[B, ...] as [parts, B / parts, ...], so that every device keeps its rows."""
+    """Reshapes [B, ...] to [parts, B / parts, ...]; each device keeps its rows."""
     return jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
 
 
@@ -232,7 +235,7 @@ def _accumulate(
 
 @flax.struct.dataclass
 class Statistics:
-    """BatchNorm's means and variances over the batches seen until now.
+    """BatchNorm's means and variances over a number of batches.
 
     Attributes:
       batches: float32 [], the number of batches.
@@ -244,7 +247,7 @@ class Statistics:
 
     @classmethod
     def empty(cls, batch_stats: PyTree) -> "Statistics":
-        """Statistics of no batch, in a tree of the same shapes as `batch_stats`."""
+        """The statistics of no batch: zeros in the shapes of `batch_stats`."""
         return cls(jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, batch_stats))
 
 
@@ -258,17 +261,20 @@ def update_statistics(
 ) -> Statistics:
     """Adds one batch to the statistics that BatchNorm uses in inference.
 
-    All batches go through the same parameters, so that the result is the mean and the
-    variance of each channel over their images ("precise BatchNorm", Wu and Johnson 2021,
-    section 3). A running average over training steps would mix statistics of parameters
-    that have changed since, and its own initial values.
+    The parameters are the same for all batches, so that the result is the mean and the
+    variance of each channel over all images ("precise BatchNorm", Wu and Johnson 2021,
+    section 3). A running average over training steps would also contain the statistics of
+    earlier parameters and its own initial values.
 
     Args:
-      statistics: Statistics of the batches before.
+      statistics: The statistics of the previous batches.
       variables: {"params", "batch_stats"} of the network.
-      batch: "image", as in `TrainStep`; of the same size as the batches before.
+      batch: "image", as for `TrainStep`. All batches must have the same size.
       model: The network.
-      preprocessing: How grey levels are normalised.
+      preprocessing: The mean and the standard deviation of the normalisation.
+
+    Returns:
+      The statistics of the previous batches and this one.
     """
     _, updates = model.apply(
         variables,
@@ -279,15 +285,15 @@ def update_statistics(
     )
     count = statistics.batches + 1
 
-    def merge(before: PyTree, new: PyTree) -> PyTree:
+    def merge(old: PyTree, new: PyTree) -> PyTree:
         if "mean" not in new:
-            return {name: merge(before[name], new[name]) for name in new}
-        distance = new["mean"] - before["mean"]
-        mean = before["mean"] + distance / count
-        # The variance of all pixels: within batches, and between the batches' means
-        # (Welford 1962).
+            return {name: merge(old[name], new[name]) for name in new}
+        distance = new["mean"] - old["mean"]
+        mean = old["mean"] + distance / count
+        # The variance over all pixels has a part within batches and a part between the means
+        # of batches (Welford 1962).
         spread = new["var"] + distance * (new["mean"] - mean)
-        return {"mean": mean, "var": before["var"] + (spread - before["var"]) / count}
+        return {"mean": mean, "var": old["var"] + (spread - old["var"]) / count}
 
     return Statistics(count, merge(statistics.batch_stats, updates.get("batch_stats", {})))
 
@@ -299,6 +305,13 @@ def eval_step(
     model: nn.Module,
     preprocessing: Preprocessing,
 ) -> Metrics:
-    """The metrics of one batch: "image", "label" and "mask" as in `TrainStep`."""
+    """The metrics of one batch in inference mode.
+
+    Args:
+      variables: {"params", "batch_stats"} of the network.
+      batch: "image", "label" and "mask", as for `TrainStep`.
+      model: The network.
+      preprocessing: The mean and the standard deviation of the normalisation.
+    """
     logits = forward(model, variables, batch["image"], preprocessing)
     return Metrics.from_logits(logits, batch["label"], batch["mask"])

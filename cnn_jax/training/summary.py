@@ -1,4 +1,4 @@
-"""What a run says first, and what it says last."""
+"""The plan that a run prints first, and the results that it prints last."""
 
 import pathlib
 import platform
@@ -23,7 +23,7 @@ from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
 from cnn_jax.system.text import FACT_INDENT, shorten, table, wrap
 from cnn_jax.training.loss import balanced_weights
-from cnn_jax.training.metrics import VAGUE, half_width, wilson_interval
+from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width, wilson_interval
 
 _MAX_CLASSES_SHOWN = 12
 
@@ -36,15 +36,15 @@ def show_plan(
     model: nn.Module,
     changes: Sequence[str] = (),
 ) -> None:
-    """Says what will happen: device, precision, data, model, and where results go.
+    """Prints the plan of a run: device, data, model, training, and the folder of the results.
 
     Args:
-      console: Where to say it.
+      console: Prints the plan.
       config: The resolved configuration.
       workdir: The run's folder.
-      dataset: What is trained on.
+      dataset: The data set of the run.
       model: The network.
-      changes: What is not as it was when the run was last started, a line for each.
+      changes: A line for each key that has changed since the run was last started.
     """
     image_size = dataset.loader.preprocessing.image_size
     source = dataset.source
@@ -52,7 +52,7 @@ def show_plan(
     lines = [
         f"{printable(source.name)}: {len(source):,} images of {len(source.class_names)} classes",
         ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + _division(config, dataset),
-        *_width_of_interval(sizes["test"], config),
+        *_interval_width(sizes["test"], config),
         f"{image_size[0]} x {image_size[1]} pixels, {_residency(dataset)}",
         *_class_table(dataset, console.width),
     ]
@@ -84,19 +84,19 @@ def show_plan(
 
 
 def _parallelism(config: Config) -> str:
-    """How devices and processes share the work, in words; nothing for one device."""
+    """A phrase on how devices and processes share the work; empty for one device."""
     model = config.mesh.model
-    shares = f", {model} to a copy of the network" if model > 1 else ""
+    devices = f", {model} for each copy of the network" if model > 1 else ""
     processes = jax.process_count()
-    return shares + (f", in {processes} processes" if processes > 1 else "")
+    return devices + (f", in {processes} processes" if processes > 1 else "")
 
 
 def _residency(dataset: Dataset) -> str:
-    """Where the pixels are, in words."""
+    """A phrase on where the pixels are stored."""
     if dataset.residency == "none":
         workers = dataset.loader.workers
-        who = count(workers, "process", "processes") if workers else "threads"
-        return f"decoded each time by {who}"
+        decoders = count(workers, "process", "processes") if workers else "threads"
+        return f"decoded in each epoch by {decoders}"
     assert dataset.loader.pixels is not None
     size = f"{dataset.loader.pixels.nbytes / 1e6:,.1f} MB"
     place = {"disk": "on disk", "memory": "in memory", "device": "on the device"}
@@ -104,81 +104,84 @@ def _residency(dataset: Dataset) -> str:
 
 
 def _division(config: Config, dataset: Dataset) -> str:
-    """What is special about the division, in words."""
-    group = f"; {config.data.group} stays together" if config.data.group else ""
+    """A phrase on groups and on the data's own splits; empty if there are neither."""
+    group = f"; grouped by {config.data.group}" if config.data.group else ""
     is_kept = config.data.keep_splits and any(dataset.source.own_splits)
-    return ("; as the data is divided already" if is_kept else "") + group
+    return ("; the splits of the data are used" if is_kept else "") + group
 
 
-def _width_of_interval(test_images: int, config: Config) -> list[str]:
-    """Two lines on how wide the 95 % interval of test accuracy can be, if the split is small."""
-    reach = half_width(wilson_interval(test_images / 2, test_images))
-    if not test_images or reach < VAGUE:
+def _interval_width(test_images: int, config: Config) -> list[str]:
+    """Two lines on the largest 95 % interval of test accuracy, if the test split is small."""
+    margin = half_width(wilson_interval(test_images / 2, test_images))
+    if not test_images or margin < MAX_HALF_WIDTH:
         return []
+    images = count(test_images, "test image")
     exact = "data.stratify=exact, " if config.data.stratify == "stable" else ""
     return [
-        f"{count(test_images, 'test image')}: accuracy will be known to ± {100 * reach:.0f} points",
-        f"(for less: {exact}several values of seed)",
+        f"{images}: accuracy will be known to ± {100 * margin:.0f} points",
+        f"(more precise: {exact}several values of seed)",
     ]
 
 
 def _mixing(config: Config) -> str:
-    """How images are mixed, in words."""
+    """A line on how images are mixed; empty if they are not."""
     mixing = Mixing.from_config(config.augment)
     if mixing.is_identity():
         return ""
-    return f"\n{mixing.describe()}; train's figures are of mixed images"
+    return f"\n{mixing.describe()}; train metrics are of mixed images"
 
 
 def _accumulation(config: Config) -> str:
-    """What gradient accumulation does, in words."""
+    """A line on gradient accumulation; empty without it."""
     parts = config.train.accumulation_steps
     if parts == 1:
         return ""
     rows = config.train.batch_size // parts
-    norm = "; BatchNorm takes its statistics from each part" if config.model.batch_norm else ""
+    norm = "; BatchNorm uses the statistics of each part" if config.model.batch_norm else ""
     return f"\neach batch in {parts} parts of {count(rows, 'image')}{norm}"
 
 
 def _extension(config: Config) -> str:
-    """What the learning rate does beyond its schedule, in words."""
+    """A line on a schedule whose length is not train.epochs; empty for other schedules."""
     decay = config.optimizer.decay_epochs
     if decay == config.train.epochs:
         return ""
     end = config.optimizer.final_learning_rate
     if decay > config.train.epochs:
-        return f"\nthe learning rate would only reach its end, {end:g}, after {decay} epochs"
-    return f"\nthe learning rate reaches its end, {end:g}, after {decay} epochs and stays there"
+        return f"\nthe learning rate would reach its final value, {end:g}, after {decay} epochs"
+    return f"\nthe learning rate reaches its final value, {end:g}, after {decay} epochs"
 
 
 def _balance(config: Config, dataset: Dataset) -> str:
-    """What balancing does, in words."""
+    """A line on the balancing of classes; empty without it."""
     counts = dataset.findings.counts["train"]
     names = dataset.source.class_names
-    present = np.flatnonzero(counts)  # The others cannot be learned, and a warning says so.
-    least, most = present[counts[present].argmin()], counts.argmax()
+    nonempty = np.flatnonzero(counts)  # A warning reports classes without training images.
+    least, most = nonempty[counts[nonempty].argmin()], counts.argmax()
     rarest, commonest = printable(names[least]), printable(names[most])
     if config.train.balance == "loss":
         weights = balanced_weights(counts)
         return (
-            f"\nlosses weigh from {weights[most]:.3g} ({commonest}) to {weights[least]:.3g} "
-            f"({rarest}); figures are unweighted"
+            f"\nweights of losses are from {weights[most]:.3g} ({commonest}) to "
+            f"{weights[least]:.3g} ({rarest}); metrics are unweighted"
         )
     if config.train.balance == "sampling":
         passes = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
         return (
-            f"\nan epoch shows each image of {rarest} {passes[least]:.3g} times and of "
-            f"{commonest} {passes[most]:.3g} times; figures are those of the data as it is"
+            f"\nan epoch contains each image of {rarest} {passes[least]:.3g} times and of "
+            f"{commonest} {passes[most]:.3g} times; metrics are for the data without balancing"
         )
     return ""
 
 
 def _class_table(dataset: Dataset, width: int | None) -> list[str]:
-    """Images by class and split; of many classes, the smallest and the largest.
+    """A table of the number of images by class and split.
+
+    If there are many classes, the table has the smallest and the largest ones only.
 
     Args:
       dataset: The data set.
-      width: Columns of the terminal, of which `Console.facts` takes 12; None for any number.
+      width: The columns of the terminal, 12 of which `Console.facts` uses; None for no limit.
     """
     source = dataset.source
     counts = {
@@ -187,15 +190,15 @@ def _class_table(dataset: Dataset, width: int | None) -> list[str]:
     }
     order = np.arange(len(source.class_names))
     if len(order) > _MAX_CLASSES_SHOWN:
-        by_size = np.argsort(sum(counts.values()), kind="stable")
-        order = np.concatenate([by_size[:3], by_size[-3:]])
-    room = 24
+        size_order = np.argsort(sum(counts.values()), kind="stable")
+        order = np.concatenate([size_order[:3], size_order[-3:]])
+    name_width = 24
     if width is not None:
         width -= FACT_INDENT
-        room = min(room, max(8, width - 12 * len(counts)))
+        name_width = min(name_width, max(8, width - 12 * len(counts)))
     rows: list[Sequence[str] | str] = [
         (
-            shorten(printable(source.class_names[label]), room),
+            shorten(printable(source.class_names[label]), name_width),
             *(f"{column[label]:,}" for column in counts.values()),
         )
         for label in order
@@ -232,5 +235,5 @@ def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
         print("\n".join(wrap(line, width, 12)))
     for line in commands:
         is_wide = width is not None and cell_len(line) > width
-        # Broken before its flags, a command can still be copied.
+        # A command that is wrapped before its flags can still be copied.
         print(line.replace(" --", f" \\\n{'':16}--") if is_wide else line)

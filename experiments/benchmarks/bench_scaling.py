@@ -54,7 +54,7 @@ class Trainer:
         self._step = jax.jit(
             step,
             donate_argnums=0,
-            in_shardings=(state_sharding, self._layout.by_example),
+            in_shardings=(state_sharding, self._layout.batch_sharding),
             out_shardings=(state_sharding, self._layout.replicated),
             compiler_options=runtime.compiler_options(),
         )

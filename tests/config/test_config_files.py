@@ -1,4 +1,4 @@
-"""Where configuration files are found, what they may import, and what is said of bad flags."""
+"""Tests of configuration files, of their imports, and of flags."""
 
 import json
 import pathlib
@@ -38,12 +38,12 @@ def _with_epochs(epochs: int, before: str = "from configs import default") -> st
 @pytest.mark.parametrize(
     "text", ["folder", "folder.py", "configs/folder.py", "configs/folder", str(SHIPPED / "folder")]
 )
-def test_a_shipped_configuration_is_found_anywhere(here, text):
+def test_a_shipped_configuration_is_found_from_any_directory(here, text):
     assert files.find(text).samefile(SHIPPED / "folder.py")
     assert files.read(files.find(text)).train.epochs == 45
 
 
-def test_files_come_first_and_what_has_two_meanings_is_refused(here, monkeypatch):
+def test_a_name_of_two_files_is_refused(here, monkeypatch):
     own = _write(here / "folder.py", _with_epochs(7))
     assert files.find("folder.py") == pathlib.Path("folder.py")
     assert files.find("./folder").samefile(own)
@@ -52,7 +52,7 @@ def test_files_come_first_and_what_has_two_meanings_is_refused(here, monkeypatch
     assert "--config=./folder.py or --config=/" in str(error.value)
     _write(here / "other.py", _with_epochs(8))
     assert files.find("other") == pathlib.Path("other.py")
-    monkeypatch.chdir(SHIPPED)  # Both are the same file.
+    monkeypatch.chdir(SHIPPED)  # Both names mean the same file.
     assert files.find("folder").samefile(SHIPPED / "folder.py")
     monkeypatch.setenv("HOME", str(here))
     assert files.find("~/other.py") == here / "other.py"
@@ -68,18 +68,18 @@ def test_files_come_first_and_what_has_two_meanings_is_refused(here, monkeypatch
         ("./default", "; did you mean default?"),
     ],
 )
-def test_an_unknown_name_lists_the_shipped_ones(here, text, hint):
+def test_an_unknown_name_lists_the_shipped_files(here, text, hint):
     with pytest.raises(ConfigError) as error:
         files.find(text)
     assert str(error.value) == (
-        f"--config: there is no file {text!r}, and the shipped ones are best, cifar10, default, "
+        f"--config: there is no file {text!r}; the shipped files are best, cifar10, default, "
         f"eurosat, fast, folder, smoke, spec_224{hint}"
     )
 
 
-def test_a_folder_is_a_run_or_an_error(here):
+def test_a_folder_without_a_run_is_refused(here):
     (here / "data").mkdir()
-    with pytest.raises(ConfigError, match=r"'data' is a folder without a config\.json, and"):
+    with pytest.raises(ConfigError, match=r"'data' is a folder without a config\.json; the"):
         files.find("data")
     _write(here / "run" / "config.json", "{}")
     assert files.find("run") == pathlib.Path("run/config.json")
@@ -100,8 +100,8 @@ def test_a_folder_is_a_run_or_an_error(here):
     ],
 )
 @pytest.mark.parametrize("name", ["mine.py", "folder.py", "größer = 1.5.py"])
-def test_a_file_may_import_others_wherever_it_lies(here, before, name):
-    """Its neighbours, shipped ones and modules of the working directory."""
+def test_a_file_in_any_folder_may_import_others(here, before, name):
+    """Files of its folder, shipped files and modules of the working directory."""
     folder = here / "a b" / "configs" / "sub"
     path = _write(folder / name, _with_epochs(3, before))
     _write(folder / "neighbour.py", _with_epochs(99))
@@ -116,7 +116,7 @@ def test_a_file_may_import_others_wherever_it_lies(here, before, name):
     assert not {"neighbour", "configs.neighbour"} & sys.modules.keys()
 
 
-def test_neighbours_of_the_same_name_are_not_mixed_up(here):
+def test_imports_of_two_folders_are_not_confused(here):
     for epochs in (3, 4):
         _write(here / str(epochs) / "base.py", _with_epochs(epochs))
         text = "import base\ndef get_config():\n    return base.get_config()\n"
@@ -124,7 +124,7 @@ def test_neighbours_of_the_same_name_are_not_mixed_up(here):
         assert files.read(path).train.epochs == epochs
 
 
-def test_a_link_finds_the_neighbours_of_the_file(here):
+def test_a_link_imports_from_the_folder_of_its_target(here):
     target = _write(here / "there" / "mine.py", _with_epochs(5, "import base as default"))
     _write(here / "there" / "base.py", _with_epochs(1))
     (here / "link.py").symlink_to(target)
@@ -147,7 +147,7 @@ def test_a_link_finds_the_neighbours_of_the_file(here):
         (_with_epochs(0).replace("train.epochs", "train.x.y"), "line 4: AttributeError"),
     ],
 )
-def test_a_file_that_fails_is_one_line_with_its_place(here, text, message):
+def test_a_failing_file_is_one_line_with_its_location(here, text, message):
     path = _write(here / "bad.py", text)
     with pytest.raises(ConfigError) as error:
         files.read(path)
@@ -156,7 +156,7 @@ def test_a_file_that_fails_is_one_line_with_its_place(here, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_configuration_of_a_run_is_read_as_it_was(here, tiny_config):
+def test_the_configuration_of_a_run_is_read_unchanged(here, tiny_config):
     resolved = resolve(tiny_config)
     path = _write(here / "config.json", resolved.to_json())
     again = files.load(str(path), ["--config.train.epochs=9"])
@@ -166,7 +166,7 @@ def test_the_configuration_of_a_run_is_read_as_it_was(here, tiny_config):
     schema.validate(again, num_devices=1)
 
 
-def test_an_old_configuration_takes_the_defaults_with_a_warning(here, caplog):
+def test_missing_keys_get_defaults_with_a_warning(here, caplog):
     values = json.loads(schema.default_config().to_json())
     del values["train"]["monitor"]
     values["train"]["epochs"] = 5
@@ -186,7 +186,7 @@ def test_an_old_configuration_takes_the_defaults_with_a_warning(here, caplog):
         ("[" * 100_000, "is not a configuration: "),
     ],
 )
-def test_json_that_is_no_configuration_is_refused(here, text, message):
+def test_invalid_json_configurations_are_refused(here, text, message):
     path = _write(here / "config.json", text)
     with pytest.raises(ConfigError, match=r"config\.json") as error:
         files.read(path)
@@ -218,7 +218,7 @@ def test_json_that_is_no_configuration_is_refused(here, text, message):
         (["--config.data.group="], "data.group", ""),
     ],
 )
-def test_the_last_value_of_a_flag_counts(flags, key, value):
+def test_the_last_value_of_a_repeated_flag_is_used(flags, key, value):
     if key is None:
         with pytest.raises(ConfigError, match="batch_norm: must be True or False, got 'no'"):
             files.load("default", flags)
@@ -235,7 +235,7 @@ def test_the_last_value_of_a_flag_counts(flags, key, value):
         (["--config.train"], "config.train: is a section"),
     ],
 )
-def test_a_flag_without_a_value_is_one_line(flags, message):
+def test_a_flag_without_a_value_is_refused(flags, message):
     with pytest.raises(ConfigError) as error:
         files.read_overrides(flags)
     assert str(error.value).startswith(message)
@@ -298,8 +298,8 @@ def test_help_has_every_key_with_its_default_and_a_comment(width):
     lines = files.describe_keys(width).splitlines()
     assert all(len(line) <= width for line in lines)
     for key, declared in schema.keys().items():
-        (place,) = [i for i, line in enumerate(lines) if line.startswith(f"  {key} = ")]
-        assert lines[place].endswith(f"= {declared.default!r}")
-        assert lines[place + 1].startswith(" " * 6), f"{key} has no comment"
+        (index,) = [i for i, line in enumerate(lines) if line.startswith(f"  {key} = ")]
+        assert lines[index].endswith(f"= {declared.default!r}")
+        assert lines[index + 1].startswith(" " * 6), f"{key} has no comment"
         section = key.rpartition(".")[0]
-        assert not section or section in lines[:place]
+        assert not section or section in lines[:index]

@@ -24,14 +24,14 @@ def _load(path):
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
-def test_every_config_file_is_valid_and_opens_with_its_command(path):
+def test_every_configuration_file_is_valid_and_shows_its_command(path):
     module = _load(path)
     schema.validate(module.get_config(), num_devices=1)
     command = f"cnn_jax train --config=configs/{path.name}"
     assert command in module.__doc__
 
 
-def test_the_specification_to_the_letter():
+def test_spec_224_has_the_values_of_the_specification():
     config = _load(REPOSITORY / "configs" / "spec_224.py").get_config()
     assert schema.image_size(config) == (224, 224)
     assert (config.train.batch_size, config.train.epochs) == (32, 45)
@@ -44,7 +44,7 @@ def test_the_specification_to_the_letter():
     assert tuple(config.data.split) == (0.7, 0.2, 0.1)
 
 
-IMPOSSIBLE = [
+INVALID = [
     ("seed", -1),
     ("precision", "float16"),
     ("data.source", ""),
@@ -109,12 +109,12 @@ IMPOSSIBLE = [
     ("report.splits", ()),
     ("report.splits", ("validation", "validation")),
     ("report.splits", ("holdout",)),
-    ("report.splits", ("train", "validation")),  # The report needs all.
+    ("report.splits", ("train", "validation")),  # The report needs all splits.
 ]
 
 
-@pytest.mark.parametrize(("key", "value"), IMPOSSIBLE)
-def test_an_impossible_value_is_one_line_that_names_its_key(key, value):
+@pytest.mark.parametrize(("key", "value"), INVALID)
+def test_an_invalid_value_is_one_line_with_its_key(key, value):
     config = default.get_config()
     with config.ignore_type():
         config.update_from_flattened_dict({key: value})
@@ -126,7 +126,7 @@ def test_an_impossible_value_is_one_line_that_names_its_key(key, value):
 
 
 @pytest.mark.parametrize("key", schema.keys("cnn"))
-def test_a_wrong_type_or_a_missing_key_is_named(key):
+def test_a_wrong_type_and_a_missing_key_are_errors(key):
     config = default.get_config()
     section, _, name = key.rpartition(".")
     owner = config[section] if section else config
@@ -147,7 +147,7 @@ def test_a_wrong_type_or_a_missing_key_is_named(key):
         ("zzz", ""),
     ],
 )
-def test_an_unknown_key_is_named_with_the_nearest(key, hint):
+def test_an_unknown_key_is_an_error_with_a_suggestion(key, hint):
     config = default.get_config()
     with config.unlocked():
         config.update_from_flattened_dict({key: 1}) if "." not in key else setattr(
@@ -177,7 +177,7 @@ def test_an_image_size_may_be_one_side(value, expected):
         ({"mesh.data": 4, "mesh.model": 2}, r"4 devices with mesh\.model = 2 make 2, got 4"),
         (
             {"train.accumulation_steps": 3},
-            r"of the 4 devices that share it times train\.accumulation_steps = 3, got 32",
+            r"of the 4 devices that share a batch times train\.accumulation_steps = 3, got 32",
         ),
         (
             {"optimizer.warmup_epochs": 5, "optimizer.decay_epochs": 5},
@@ -185,7 +185,7 @@ def test_an_image_size_may_be_one_side(value, expected):
         ),
     ],
 )
-def test_devices_must_be_able_to_share_the_work(changes, message):
+def test_devices_must_divide_the_batch_evenly(changes, message):
     config = default.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=message):
@@ -197,8 +197,8 @@ def test_devices_must_be_able_to_share_the_work(changes, message):
     [
         (
             {"augment.mixup_probability": 0.7, "augment.cutmix_probability": 0.4},
-            r"augment\.cutmix_probability: must not be above 1 together with "
-            r"augment\.mixup_probability = 0\.7, got 0\.4",
+            r"augment\.cutmix_probability: must be at most 1 - augment\.mixup_probability = 0\.3, "
+            r"got 0\.4",
         ),
         (
             {"augment.mixup_probability": 0.1, "train.accumulation_steps": 32},
@@ -207,7 +207,7 @@ def test_devices_must_be_able_to_share_the_work(changes, message):
         ),
     ],
 )
-def test_images_must_have_others_to_be_mixed_with_and_only_once(changes, message):
+def test_impossible_mixing_is_refused(changes, message):
     config = default.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=message):
@@ -227,7 +227,7 @@ def test_all_images_may_be_mixed(mixup):
     schema.validate(config, num_devices=1)
 
 
-def test_devices_may_be_arranged_in_any_way_that_fits():
+def test_a_mesh_that_fits_the_devices_is_accepted():
     config = default.get_config()
     config.update_from_flattened_dict(
         {"mesh.data": 2, "mesh.model": 2, "train.accumulation_steps": 16}
@@ -235,19 +235,19 @@ def test_devices_may_be_arranged_in_any_way_that_fits():
     schema.validate(config, num_devices=4)
 
 
-def test_what_is_automatic_is_decided_once():
+def test_automatic_values_are_decided_once():
     config = default.get_config()
     first = resolve(config)
     assert (first.precision, first.optimizer.decay_epochs) == ("float32", 22)
-    present = {"precision": "bfloat16", "augment.place": "device", "optimizer.decay_epochs": 7}
-    later = resolve(config, present)
+    previous = {"precision": "bfloat16", "augment.place": "device", "optimizer.decay_epochs": 7}
+    later = resolve(config, previous)
     assert (later.precision, later.optimizer.decay_epochs) == ("bfloat16", 7)
     assert later.augment.place == "device"
     config.precision, config.optimizer.decay_epochs = "float32", 9
-    asked = resolve(config, present)
-    assert (asked.precision, asked.optimizer.decay_epochs) == ("float32", 9)
-    assert schema.digest(asked) == schema.digest(asked.copy_and_resolve_references())
-    assert schema.digest(asked) != schema.digest(later)
+    explicit = resolve(config, previous)
+    assert (explicit.precision, explicit.optimizer.decay_epochs) == ("float32", 9)
+    assert schema.digest(explicit) == schema.digest(explicit.copy_and_resolve_references())
+    assert schema.digest(explicit) != schema.digest(later)
 
 
 @pytest.mark.parametrize(("key", "declared"), schema.keys().items())
@@ -265,7 +265,7 @@ def test_the_keys_of_a_network_are_the_fields_of_its_module():
 
 @pytest.fixture
 def other_network(monkeypatch):
-    """A second network, with a key of its own and one that both have."""
+    """A second network, with its own key "blocks" and a key "dropout" that both have."""
     keys = {
         "blocks": integer(2, "Residual blocks.", low=1),
         "dropout": number(0.0, "The dropped fraction.", "below 1", lambda v: v < 1),
@@ -281,7 +281,7 @@ def other_network(monkeypatch):
     schema.keys.cache_clear()
 
 
-def test_another_network_brings_its_own_keys(other_network):
+def test_another_network_has_its_own_keys(other_network):
     config = files.load("default", ["--config.model.blocks=3", "--config.model.name=other"])
     assert config.model.to_dict() == {"name": "other", "blocks": 3, "dropout": 0.0}
     schema.validate(config, num_devices=1)

@@ -204,8 +204,8 @@ def test_devices_change_no_number():
     images, targets, mask = _batch()
     function = functools.partial(mix.mix_batch, mixing=BOTH)
     mesh = sharding.make_mesh()
-    everywhere, by_example = sharding.replicated(mesh), sharding.Layout(mesh, 8).by_example
-    on_many = jax.jit(function, in_shardings=(everywhere, *[by_example] * 3))
+    everywhere, batch_sharding = sharding.replicated(mesh), sharding.Layout(mesh, 8).batch_sharding
+    on_many = jax.jit(function, in_shardings=(everywhere, *[batch_sharding] * 3))
     key = jax.random.key(1)
     one, many = function(key, images, targets, mask), on_many(key, images, targets, mask)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), many, one)

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.data.splits import RULES, SPLITS, divide, group_names
+from cnn_jax.config.schema import SPLIT_RULES, SPLITS
+from cnn_jax.data.splits import divide, group_names
 from cnn_jax.system.errors import ConfigError, DataError
 
 FRACTIONS = (0.7, 0.2, 0.1)
@@ -22,7 +23,7 @@ def _split_of(ids, splits):
 
 
 @settings(deadline=None, max_examples=80)
-@given(_labelled_ids(), st.integers(0, 5), st.sampled_from(RULES))
+@given(_labelled_ids(), st.integers(0, 5), st.sampled_from(SPLIT_RULES))
 def test_splits_are_disjoint_and_complete_and_none_lacks_a_class(case, seed, rule):
     ids, labels = case
     splits = divide(ids, labels, FRACTIONS, seed, rule=rule)
@@ -103,7 +104,7 @@ def test_the_exact_rule_moves_at_most_one_image_per_cut():
 
 
 @settings(deadline=None, max_examples=40)
-@given(_labelled_ids(), st.randoms(use_true_random=False), st.sampled_from(RULES))
+@given(_labelled_ids(), st.randoms(use_true_random=False), st.sampled_from(SPLIT_RULES))
 def test_an_examples_split_does_not_depend_on_the_order(case, random, rule):
     ids, labels = case
     order = list(range(len(ids)))
@@ -126,7 +127,7 @@ def test_the_seed_decides():
     assert set(first) != set(second)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SPLIT_RULES)
 def test_another_class_changes_nothing(rule):
     ids = [str(i) for i in range(50)]
     alone = divide(ids, np.zeros(50, int), FRACTIONS, 0, rule=rule)
@@ -150,7 +151,7 @@ def test_any_file_name_has_a_split(name):
         max_size=80,
     ),
     st.integers(0, 3),
-    st.sampled_from(RULES),
+    st.sampled_from(SPLIT_RULES),
 )
 def test_groups_and_equal_images_stay_together(images, seed, rule):
     labels = np.array([label for label, _, _ in images])
@@ -193,7 +194,7 @@ def test_equal_images_of_two_classes_stay_together():
     ids = [f"{i}" for i in range(60)]
     labels = np.repeat([0, 1], 30)
     contents = [f"{i % 30}" for i in range(60)]
-    for rule in RULES:
+    for rule in SPLIT_RULES:
         split_of = _split_of(ids, divide(ids, labels, FRACTIONS, 0, rule=rule, contents=contents))
         assert all(split_of[str(i)] == split_of[str(i + 30)] for i in range(30))
 

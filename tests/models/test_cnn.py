@@ -8,7 +8,7 @@ from cnn_jax.models.cnn import CNN
 from cnn_jax.models.network import count_parameters, forward_flops, make_model
 
 
-def test_parameters_are_those_of_the_specification_layer_by_layer():
+def test_each_layer_has_the_parameters_of_the_specification():
     model = CNN(num_classes=10)
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
 
@@ -72,7 +72,7 @@ def _numpy_forward(variables, x, train=False):
 
 
 def _random_variables(model, size):
-    """Every parameter and statistic is random, so that none can be left out unseen."""
+    """Random parameters and statistics, so that an error in any of them is detected."""
     variables = model.init(jax.random.key(0), jnp.zeros((1, *size, 3)))
     rng = np.random.default_rng(0)
 
@@ -115,7 +115,7 @@ def test_training_mode_stores_the_statistics_of_the_batch():
     np.testing.assert_allclose(stats["var"], activations.var((0, 1, 2)), rtol=1e-4)
 
 
-def test_dropout_drops_in_training_alone():
+def test_dropout_is_active_in_training_only():
     model = CNN(num_classes=3, features=(4,), dense=64, dropout=0.5)
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     variables = model.init(jax.random.key(0), images)
@@ -141,7 +141,7 @@ def test_without_batch_norm_there_are_no_statistics():
     assert set(variables["params"]) == {"conv1", "conv2", "dense", "head"}
 
 
-def test_bfloat16_computes_in_it_and_keeps_parameters_and_logits_in_float32():
+def test_bfloat16_keeps_parameters_and_logits_in_float32():
     model = CNN(num_classes=10, dtype=jnp.dtype("bfloat16"))
     images = jax.random.uniform(jax.random.key(1), (4, 16, 16, 3))
     variables = model.init(jax.random.key(0), images)
@@ -158,8 +158,8 @@ def test_bfloat16_computes_in_it_and_keeps_parameters_and_logits_in_float32():
     np.testing.assert_allclose(model.apply(variables, images), exact, atol=0.05)
 
 
-def test_flops_are_those_of_the_convolutions_and_dense_layers():
-    # Multiply-adds away from the zero padding, times two, and little else.
+def test_flops_equal_those_of_convolutions_and_dense_layers():
+    # Two operations for each product outside the zero padding, and little else.
     products = 0
     for side, channels_in, channels_out in ((32, 3, 32), (16, 32, 64), (8, 64, 128)):
         products += (3 * side - 2) ** 2 * channels_in * channels_out
@@ -167,7 +167,7 @@ def test_flops_are_those_of_the_convolutions_and_dense_layers():
     assert forward_flops(CNN(num_classes=10), (32, 32)) == pytest.approx(2 * products, rel=0.03)
 
 
-def test_stages_are_what_the_network_goes_through():
+def test_stages_equal_a_computation_in_numpy():
     model = CNN(num_classes=10)
     variables = _random_variables(model, (8, 12))
     images = np.random.default_rng(1).uniform(-1, 1, (2, 8, 12, 3))
@@ -191,7 +191,7 @@ def test_stages_are_what_the_network_goes_through():
     np.testing.assert_array_equal(stages["logits"], model.apply(as_float32, inputs))
 
 
-def test_offsets_are_added_to_their_stage():
+def test_offsets_are_added_to_stages():
     model = CNN(num_classes=3, features=(4, 5), dense=8)
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
     variables = model.init(jax.random.key(0), images)
@@ -202,14 +202,14 @@ def test_offsets_are_added_to_their_stage():
     plain, moved = stages(), stages({"conv1": jnp.ones((2, 8, 8, 4))})
     np.testing.assert_allclose(moved["conv1"], plain["conv1"] + 1, rtol=1e-6)
     assert not np.allclose(moved["logits"], plain["logits"])
-    # The gradient by the embedding's offset is the head's kernel.
+    # The gradient of the embedding's offset is the head's kernel.
     zeros = jnp.zeros((2, 8))
     gradient = jax.grad(lambda offset: stages({"embedding": offset})["logits"][:, 1].sum())(zeros)
     expected = np.tile(variables["params"]["head"]["kernel"][:, 1], (2, 1))
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
-def test_without_a_hidden_layer_the_head_sees_the_mean_feature_maps():
+def test_without_a_hidden_layer_the_embedding_is_the_mean():
     config = {"name": "cnn", "features": [4], "dense": 0, "dropout": 0.5, "batch_norm": True}
     model = make_model(config, num_classes=3, precision="float32")
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))

@@ -1,4 +1,4 @@
-"""Each layer against the plain one of Linen, JAX or NumPy that it stands for."""
+"""Compares each layer with the plain layer of Linen, JAX or NumPy that it replaces."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from cnn_jax.models.layers import (
     normalize_batch,
 )
 
-# Sides that divide into blocks well, badly and not at all.
+# The numbers of pixels have large, small and no divisors for blocks.
 SHAPES = [(4, 16, 16, 32), (2, 12, 20, 5), (3, 37, 37, 8), (1, 7, 1, 3)]
 
 
@@ -25,13 +25,13 @@ def _random(*shape, seed=0, dtype=jnp.float32):
 
 @pytest.fixture(autouse=True)
 def _implicit_broadcasts_of_flax():
-    """`nn.Conv` and `nn.BatchNorm` themselves promote ranks."""
+    """Allows rank promotion, which `nn.Conv` and `nn.BatchNorm` use."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
 
 def _assert_close(actual, expected, tolerance=1e-5):
-    """To a part of the largest number in each array."""
+    """Compares arrays with a tolerance relative to their largest absolute value."""
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(
             a, e, rtol=0, atol=tolerance * max(np.abs(e).max(), 1e-6)
@@ -42,7 +42,7 @@ def _assert_close(actual, expected, tolerance=1e-5):
 
 
 def _value_and_gradients(module, variables, x, weights):
-    """A weighted sum of a module's outputs, its updates, and the gradients by all inputs."""
+    """A weighted sum of a module's outputs, its updates, and the gradients of all inputs."""
 
     def weighted(params, x):
         out, updates = module.apply({**variables, "params": params}, x, mutable=["batch_stats"])
@@ -53,20 +53,20 @@ def _value_and_gradients(module, variables, x, weights):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_channel_sums_are_those_of_numpy(shape, count):
+def test_channel_sums_equal_numpy(shape, count):
     arrays = [_random(*shape, seed=seed) for seed in range(count)]
     expected = [np.asarray(array, np.float64).sum((0, 1, 2)) for array in arrays]
     _assert_close(list(jax.jit(channel_sums)(*arrays)), expected, 1e-6)
 
 
-def test_long_sums_lose_no_digits():
-    """Half a million equal numbers: a plain running sum in float32 is wrong from the third on."""
+def test_long_sums_are_precise():
+    """A plain running sum of half a million equal float32 numbers loses digits."""
     x = jnp.full((2, 512, 512, 4), 0.1, jnp.float32)
     np.testing.assert_allclose(channel_sums(x)[0], x.size / 4 * np.float64(x[0, 0, 0, 0]), 2e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_conv_is_that_of_flax(shape):
+def test_conv_equals_flax(shape):
     x = _random(*shape)
     plain = nn.Conv(6, (3, 3), kernel_init=nn.initializers.he_normal())
     ours = Conv(6)
@@ -82,7 +82,7 @@ def test_conv_is_that_of_flax(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("is_jitted", [False, True])
-def test_batch_norm_in_training_is_that_of_flax(shape, is_jitted):
+def test_batch_norm_in_training_equals_flax(shape, is_jitted):
     options = {"use_running_average": False, "epsilon": 1e-3}
     x = nn.relu(_random(*shape))
     plain, ours = nn.BatchNorm(momentum=0, **options), BatchNorm(**options)
@@ -90,7 +90,7 @@ def test_batch_norm_in_training_is_that_of_flax(shape, is_jitted):
     jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), x), variables)
     channels = shape[-1]
     variables["params"] = {
-        "scale": _random(channels, seed=2),  # Of both signs.
+        "scale": _random(channels, seed=2),  # Has positive and negative values.
         "bias": _random(channels, seed=3),
     }
     compute = _value_and_gradients
@@ -100,7 +100,7 @@ def test_batch_norm_in_training_is_that_of_flax(shape, is_jitted):
     _assert_close(compute(ours, variables, x, weights), compute(plain, variables, x, weights), 1e-5)
 
 
-def test_batch_norm_in_inference_is_that_of_flax():
+def test_batch_norm_in_inference_equals_flax():
     options = {"use_running_average": True, "epsilon": 1e-3}
     x = _random(2, 5, 6, 4)
     variables = {
@@ -111,8 +111,8 @@ def test_batch_norm_in_inference_is_that_of_flax():
     _assert_close(ours.apply(variables, x), plain, 1e-6)
 
 
-def test_batch_norm_keeps_its_precision_in_bfloat16():
-    """Statistics are float32 sums, whatever the dtype of what is summed."""
+def test_batch_norm_statistics_are_precise_in_bfloat16():
+    """Statistics are computed as float32 sums of bfloat16 numbers."""
     x = _random(8, 16, 16, 4, dtype=jnp.bfloat16)
     exact = np.asarray(x, np.float64)
     module = BatchNorm(use_running_average=False, epsilon=1e-3, dtype=jnp.dtype("bfloat16"))
@@ -138,16 +138,18 @@ def test_a_constant_channel_is_normalised_to_its_bias():
     np.testing.assert_allclose(out, np.broadcast_to(np.arange(3.0), x.shape), atol=1e-4)
 
 
-def test_the_gradient_of_a_bias_is_the_sum():
+def test_the_gradient_of_a_bias_is_a_sum():
     x, bias, weights = _random(2, 8, 8, 3), _random(3, seed=1), _random(2, 8, 8, 3, seed=2)
-    of_x, of_bias = jax.grad(lambda *a: jnp.sum(weights * add_bias(*a)), (0, 1))(x, bias)
-    np.testing.assert_array_equal(of_x, weights)
-    np.testing.assert_allclose(of_bias, weights.sum((0, 1, 2)), rtol=1e-5)
+    x_gradient, bias_gradient = jax.grad(lambda *a: jnp.sum(weights * add_bias(*a)), (0, 1))(
+        x, bias
+    )
+    np.testing.assert_array_equal(x_gradient, weights)
+    np.testing.assert_allclose(bias_gradient, weights.sum((0, 1, 2)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 5, 7, 2), (2, 2, 3, 1), (3, 1, 4, 2)])
-def test_max_pool_and_its_gradient_are_those_of_flax(shape, ties):
+def test_max_pool_and_its_gradient_equal_flax(shape, ties):
     x = _random(*shape)
     if ties:
         x = jnp.round(x / 2)
@@ -161,15 +163,15 @@ def test_max_pool_and_its_gradient_are_those_of_flax(shape, ties):
     def weighted(pool):
         return jax.jit(jax.value_and_grad(lambda x: jnp.sum(weights * pool(x))))
 
-    (value, gradient), (flaxs, gradient_of_flaxs) = (
+    (value, gradient), (flax_value, flax_gradient) = (
         weighted(pool)(x) for pool in (max_pool_2x2, flax_pool)
     )
-    np.testing.assert_allclose(value, flaxs, rtol=1e-6)
-    np.testing.assert_array_equal(gradient, gradient_of_flaxs)
+    np.testing.assert_allclose(value, flax_value, rtol=1e-6)
+    np.testing.assert_array_equal(gradient, flax_gradient)
 
 
 @pytest.mark.parametrize("pixel", range(4))
-def test_not_a_number_comes_through_a_max_pool(pixel):
+def test_max_pool_propagates_nan(pixel):
     x = jnp.ones((1, 4, 1, 1)).at[0, pixel].set(jnp.nan).reshape(1, 2, 2, 1)
     assert jnp.isnan(max_pool_2x2(x)).all()
     value, gradient = jax.value_and_grad(lambda x: jnp.sum(max_pool_2x2(x)))(x)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from cnn_jax.system.errors import ConfigError, TrainingError
 from cnn_jax.training import sharding
-from cnn_jax.training.checkpoint import Checkpoints, best_record, checksums, goodness
+from cnn_jax.training.checkpoint import Checkpoints, best_record, checksums, monitored_score
 
 MONITOR = "validation_accuracy"
 
@@ -23,7 +23,7 @@ def _record(epoch, accuracy):
 
 
 def _state(value):
-    """Large enough that TensorStore keeps the weights by themselves, where nothing guards them."""
+    """A state whose weights are so large that TensorStore stores them without a checksum."""
     weights = jax.random.normal(jax.random.key(value), (300, 200))
     return {"weights": weights, "step": jnp.array(value, jnp.int32)}
 
@@ -55,13 +55,11 @@ def _steps(path):
         ([0.1, 0.9, 0.5, 0.6, 0.7], 2, 20, [10, 20, 40, 50]),
         ([0.1, 0.9, 0.5, 0.6, 0.7], 1, 20, [10, 20, 50]),
         ([0.1, 0.2, 0.3, 0.4], 1, 40, [30, 40]),
-        ([0.5, 0.5, 0.5, 0.5], 2, 10, [10, 30, 40]),  # The earliest of equals.
+        ([0.5, 0.5, 0.5, 0.5], 2, 10, [10, 30, 40]),  # The earliest of equal epochs.
         ([0.1, 0.2, 0.3, 0.4], 9, 40, [10, 20, 30, 40]),
     ],
 )
-def test_the_latest_and_the_best_and_the_one_before_are_kept(
-    tmp_path, accuracies, keep, best, kept
-):
+def test_latest_and_best_and_its_predecessor_are_kept(tmp_path, accuracies, keep, best, kept):
     history = _save_epochs(tmp_path, accuracies, keep=keep)
     assert _steps(tmp_path) == kept
     record = best_record(history, MONITOR)
@@ -69,18 +67,18 @@ def test_the_latest_and_the_best_and_the_one_before_are_kept(
     assert record["step"] == best
 
 
-def test_of_losses_the_lowest_is_best(tmp_path):
+def test_the_lowest_loss_is_best(tmp_path):
     _save_epochs(tmp_path, [0.5, 0.2, 0.9, 0.8], monitor="validation_loss", keep=1)
     assert _steps(tmp_path) == [10, 20, 40]
 
 
-def test_nan_is_worse_than_all():
-    assert goodness(_record(1, float("nan")), MONITOR) == -np.inf
+def test_nan_has_the_lowest_score():
+    assert monitored_score(_record(1, float("nan")), MONITOR) == -np.inf
     assert best_record([_record(1, float("nan")), _record(2, 0.0)], MONITOR)["epoch"] == 2
     assert best_record([], MONITOR) is None
 
 
-def test_everything_comes_back_bit_for_bit(tmp_path):
+def test_restored_content_equals_saved_content_bit_for_bit(tmp_path):
     state = {
         "weights": jax.random.normal(jax.random.key(0), (5, 3)),
         "step": jnp.array(7, jnp.int32),
@@ -103,15 +101,15 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_one_saved_within_an_epoch_is_the_latest_but_never_the_best(tmp_path):
+def test_a_checkpoint_within_an_epoch_is_never_the_best(tmp_path):
     history = _save_epochs(tmp_path, [0.1, 0.9, 0.1], keep=1)
     with _open(tmp_path, keep=1) as checkpoints:
         checkpoints.save(35, _state(35), EMPTY, history, "data")
     assert _steps(tmp_path) == [10, 20, 35]
 
 
-def test_a_donated_state_is_saved_as_it_was(tmp_path):
-    """Training goes on, and reuses the arrays, while they are being written."""
+def test_a_state_that_is_donated_after_save_is_saved_unchanged(tmp_path):
+    """Training continues, and reuses the arrays, while they are written."""
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state = {"weights": jnp.zeros(1_000_000)}
     with _open(tmp_path) as checkpoints:
@@ -123,8 +121,8 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
     np.testing.assert_array_equal(saved.state["weights"], 1)
 
 
-def test_the_history_is_saved_as_it_was(tmp_path):
-    """Training goes on, and adds to it, while it is being written."""
+def test_a_history_that_grows_after_save_is_saved_unchanged(tmp_path):
+    """Training continues, and appends to the list, while it is written."""
     history = [_record(1, 0.5)]
     with _open(tmp_path) as checkpoints:
         for epoch in range(2, 6):
@@ -137,7 +135,7 @@ def test_the_history_is_saved_as_it_was(tmp_path):
             assert saved.history == history[: step // 10]
 
 
-def test_other_data_is_refused(tmp_path):
+def test_a_different_fingerprint_is_refused(tmp_path):
     _save_epochs(tmp_path, [0.5])
     with _open(tmp_path) as checkpoints:
         checkpoints.check_data("data")
@@ -146,7 +144,7 @@ def test_other_data_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("flips", [1, 2, 3])
-def test_a_checksum_notices_flipped_bits_whatever_the_type(flips):
+def test_a_checksum_detects_flipped_bits_in_every_dtype(flips):
     rng = np.random.default_rng(flips)
     for dtype in (np.float32, np.int32, jnp.bfloat16, np.uint8):
         array = np.asarray(rng.integers(0, 2, (3, 5, 7)), dtype)
@@ -159,8 +157,8 @@ def test_a_checksum_notices_flipped_bits_whatever_the_type(flips):
 
 
 @pytest.mark.parametrize("bit", [0, 15, 30, 31])
-def test_a_checksum_notices_the_same_bit_flipped_in_many_elements(bit):
-    """Sums of products would not: the highest bits cancel each other."""
+def test_a_checksum_detects_the_same_bit_flipped_in_many_elements(bit):
+    """A sum of products would not detect them, because the highest bits cancel."""
     bits = np.random.default_rng(0).integers(0, 2**32, 400, np.uint32)
     before = int(checksums([jnp.asarray(bits)])[0])
     for count in (2, 4, 256, 400):
@@ -177,18 +175,18 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
-def test_a_checksum_is_the_same_however_the_array_is_divided():
+def test_a_checksum_does_not_depend_on_the_sharding():
     require_devices(2)
     array = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
     mesh = sharding.make_mesh(model=2)
     bits = array.view(np.uint32).ravel().tolist()
-    expected = sum(_mix(b ^ _mix(place)) for place, b in enumerate(bits, start=1)) % 2**32
+    expected = sum(_mix(b ^ _mix(position)) for position, b in enumerate(bits, start=1)) % 2**32
     for spec in (P(), P("data"), P(None, "model"), P("data", "model")):
         divided = jax.device_put(array, NamedSharding(mesh, spec))
         assert int(checksums([divided])[0]) == expected
 
 
-# Damage. Three epochs, of which the second is best: 10 (before it), 20 and 30 are kept.
+# Damaged checkpoints. The second of three epochs is best, so that 10, 20 and 30 are kept.
 
 
 def _files(checkpoint):
@@ -211,34 +209,34 @@ def _remove(path, rng):
 
 @pytest.mark.parametrize("damage", [_flip, _halve, _remove])
 @pytest.mark.parametrize("step", [20, 30])
-def test_whatever_is_damaged_what_comes_back_is_what_was_saved(tmp_path, damage, step):
-    """Every file in turn: either it does not matter, or the checkpoint before is used."""
+def test_a_damaged_file_never_changes_the_restored_content(tmp_path, damage, step):
+    """For each file, the damage has no effect, or an earlier checkpoint is restored."""
     history = _save_epochs(tmp_path / "whole", [0.1, 0.9, 0.5])
     rng = random.Random(step)
-    came_back = collections.Counter()
+    restored_steps = collections.Counter()
     for path in _files(tmp_path / "whole" / str(step)):
         run = tmp_path / "run"
         shutil.copytree(tmp_path / "whole", run / "checkpoints")
         damage(run / "checkpoints" / path.relative_to(tmp_path / "whole"), rng)
         with _open(run / "checkpoints") as checkpoints:
-            saved, aside = checkpoints.restore_latest(_state(0), EMPTY)
+            saved, moved_steps = checkpoints.restore_latest(_state(0), EMPTY)
             assert saved is not None
             jax.tree.map(np.testing.assert_array_equal, saved.state, _state(saved.step))
             assert saved.history == history[: saved.step // 10]
-            # There is room again for those that will be made anew.
+            # Later checkpoints are moved, so that the same steps can be saved again.
             assert checkpoints.steps()[0] == saved.step
-            assert aside == [other for other in (30, 20) if other > saved.step]
+            assert moved_steps == [other for other in (30, 20) if other > saved.step]
             moved = {entry.name for entry in (run / "damaged").glob("*")}
-            assert moved == set(map(str, aside))
+            assert moved == set(map(str, moved_steps))
             checkpoints.save(saved.step + 1, _state(0), EMPTY, saved.history, "data")
-        came_back[saved.step] += 1
+        restored_steps[saved.step] += 1
         shutil.rmtree(run)
-    # A damaged best is trained again, from before it.
+    # If the best checkpoint is damaged, its epoch is trained again.
     before = 20 if step == 30 else 10
-    assert set(came_back) == {30, before}
+    assert set(restored_steps) == {30, before}
 
 
-def test_if_none_is_intact_they_are_left_alone_and_it_is_an_error(tmp_path):
+def test_if_no_checkpoint_is_intact_none_is_moved(tmp_path):
     _save_epochs(tmp_path, [0.5, 0.6])
     for step in (10, 20):
         (tmp_path / str(step) / "progress" / "metadata").write_text("{}")
@@ -250,21 +248,21 @@ def test_if_none_is_intact_they_are_left_alone_and_it_is_an_error(tmp_path):
     assert _steps(tmp_path) == [10, 20]
 
 
-def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
+def test_without_checkpoints_restore_latest_returns_none(tmp_path):
     with _open(tmp_path) as checkpoints:
         assert checkpoints.restore_latest(_state(0), EMPTY) == (None, [])
 
 
-def test_going_back_forgets_what_came_after(tmp_path):
+def test_rewind_deletes_later_checkpoints(tmp_path):
     _save_epochs(tmp_path, [0.1, 0.2, 0.3, 0.4], keep=4)
     with _open(tmp_path, keep=4) as checkpoints:
         with pytest.raises(ConfigError, match=r"no checkpoint of step 25 .* are 10, 20, 30, 40$"):
-            checkpoints.go_back(25, _state(0), EMPTY)
+            checkpoints.rewind(25, _state(0), EMPTY)
         (tmp_path / "10" / "progress" / "metadata").write_text("{}")
         with pytest.raises(TrainingError, match="10 is damaged"):
-            checkpoints.go_back(10, _state(0), EMPTY)
+            checkpoints.rewind(10, _state(0), EMPTY)
         assert checkpoints.steps() == [40, 30, 20, 10]
-        assert checkpoints.go_back(20, _state(0), EMPTY).step == 20
+        assert checkpoints.rewind(20, _state(0), EMPTY).step == 20
         assert checkpoints.steps() == [20, 10]
         checkpoints.save(30, _state(3), EMPTY, [], "data")
     assert _steps(tmp_path) == [10, 20, 30]

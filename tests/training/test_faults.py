@@ -1,4 +1,4 @@
-"""Faults, each caused for real, and what a run makes of them: in processes of their own."""
+"""Runs in new processes, under faults that these tests cause: signals, full disks, damage."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ TINY = (
     "--config.train.patience=1000",
     "--config.report.detail=none",
 )
-# Long enough that nothing ends before a test is done with it.
+# So many epochs that no run finishes during a test.
 ENDLESS = "--config.train.epochs=100000"
 
 
@@ -61,7 +61,7 @@ def run(source, workdir, *flags, **options):
 
 
 def wait_for_epochs(workdir, epochs, processes):
-    """Returns when so many are done; none of the processes may end before."""
+    """Waits for this number of finished epochs; no process may end before."""
     log = workdir / "metrics.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < epochs:
         for process in processes:
@@ -71,7 +71,7 @@ def wait_for_epochs(workdir, epochs, processes):
 
 @contextlib.contextmanager
 def running(source, workdir, *flags, epochs=1, **options):
-    """A run in which so many epochs are done."""
+    """A context with a run that has finished this number of epochs."""
     process = start(source, workdir, *flags, **options)
     try:
         wait_for_epochs(workdir, epochs, [process])
@@ -83,7 +83,7 @@ def running(source, workdir, *flags, epochs=1, **options):
 
 
 def one_line(stderr):
-    """The one line of the error, which is the last of all."""
+    """The error message, which must be one line, and the last line."""
     assert "Traceback" not in stderr, stderr
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, stderr
@@ -92,7 +92,7 @@ def one_line(stderr):
 
 
 def workers(process):
-    """The Grain workers of a run: children that were spawned, not the resource tracker."""
+    """The Grain workers of a run: its spawned child processes without the resource tracker."""
     tasks = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")
     pids = [int(pid) for task in tasks for pid in task.read_text().split()]
     lines = {pid: pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids}
@@ -107,7 +107,7 @@ def is_alive(pid):
 
 
 def results(workdir):
-    """What must be the same to the bit, however a run came about."""
+    """The log without times, and the results, which must be bitwise the same."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         del record["seconds"], record["images_per_second"]
@@ -117,40 +117,40 @@ def results(workdir):
 
 @pytest.fixture
 def images(image_folder, tmp_path):
-    """Images that a test may damage."""
+    """A copy of the images, which a test may damage."""
     shutil.copytree(image_folder, tmp_path / "images")
     return tmp_path / "images"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(image_folder, tmp_path_factory):
-    """A run of 6 epochs in which nothing happened."""
+    """A run of 6 epochs without faults."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     process = run(image_folder, workdir, "--config.train.epochs=6")
     assert process.returncode == 0, process.stderr
     return workdir
 
 
-def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(image_folder, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(image_folder, tmp_path):
     workdir = tmp_path / "run"
     with running(image_folder, workdir, ENDLESS) as first:
         second = run(image_folder, workdir, ENDLESS)
         assert second.returncode == 2
-        told = one_line(second.stderr)
-        assert f"in use by process {first.pid} on {socket.gethostname()} since 20" in told
+        message = one_line(second.stderr)
+        assert f"in use by process {first.pid} on {socket.gethostname()} since 20" in message
         assert first.poll() is None
         first.kill()
         first.communicate()
-        # Its lock died with it.
+        # The system has released the lock of the killed run.
         third = run(image_folder, workdir, "--config.train.epochs=1")
         assert "is in use" not in third.stderr
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_it_at_once_even_while_it_compiles(image_folder, tmp_path, signum):
+def test_a_second_signal_ends_the_process_during_compilation(image_folder, tmp_path, signum):
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     flags = [flag for flag in command(image_folder, tmp_path / "run", ENDLESS) if "=16" not in flag]
-    # A network that takes long to compile. (Widths that are given twice are joined.)
+    # This network takes long to compile.
     process = subprocess.Popen(
         [*flags, "--config.model.features=(8,8,8,8)"],
         cwd=REPOSITORY,
@@ -169,13 +169,13 @@ def test_a_second_signal_ends_it_at_once_even_while_it_compiles(image_folder, tm
     began = time.monotonic()
     process.send_signal(signum)
     process.communicate()
-    assert time.monotonic() - began < 5  # Much less, but on a busy machine.
+    assert time.monotonic() - began < 5  # Usually much less, but the machine may be busy.
     assert process.returncode == 128 + signum
 
 
 @pytest.mark.parametrize("delay", [0.6, 0.9, 1.2, 1.3, 1.4, 1.6, 2.0])
-def test_a_signal_before_the_first_step_also_means_start_it_again(image_folder, tmp_path, delay):
-    """In the imports, in JAX's start, in the data."""
+def test_a_signal_before_the_first_step_exits_with_75(image_folder, tmp_path, delay):
+    """The signal comes during imports, the start of JAX, or the scan of the data."""
     process = start(image_folder, tmp_path / "run", ENDLESS)
     time.sleep(delay)
     process.send_signal(signal.SIGTERM)
@@ -185,7 +185,7 @@ def test_a_signal_before_the_first_step_also_means_start_it_again(image_folder, 
     assert stderr.splitlines()[-1].startswith("interrupted")
 
 
-def test_a_killed_run_takes_its_workers_along(image_folder, tmp_path):
+def test_worker_processes_end_when_the_run_is_killed(image_folder, tmp_path):
     flags = (ENDLESS, "--config.data.workers=2", "--config.data.cache=none")
     with running(image_folder, tmp_path / "run", *flags) as process:
         pids = workers(process)
@@ -198,9 +198,7 @@ def test_a_killed_run_takes_its_workers_along(image_folder, tmp_path):
         assert not any(map(is_alive, pids))
 
 
-def test_a_killed_worker_is_told_and_the_run_goes_on_from_there(
-    image_folder, tmp_path, undisturbed
-):
+def test_a_killed_worker_process_is_a_one_line_error(image_folder, tmp_path, undisturbed):
     flags = ("--config.data.workers=2", "--config.data.cache=none")
     workdir = tmp_path / "run"
     with running(image_folder, workdir, *flags, "--config.train.epochs=200") as process:
@@ -208,13 +206,11 @@ def test_a_killed_worker_is_told_and_the_run_goes_on_from_there(
         _, stderr = process.communicate()
     assert process.returncode == 1
     assert "a worker process that reads the data was killed" in one_line(stderr)
-    assert "goes on from the latest checkpoint" in stderr
+    assert "continues from the latest checkpoint" in stderr
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_vanishes_is_named_and_once_back_the_run_goes_on(
-    images, tmp_path, undisturbed, workers
-):
+def test_a_missing_image_is_named_and_the_run_resumes_later(images, tmp_path, undisturbed, workers):
     workdir = tmp_path / "run"
     flags = (f"--config.data.workers={workers}", "--config.data.cache=none")
     gone = tmp_path / "gone"
@@ -226,7 +222,7 @@ def test_an_image_that_vanishes_is_named_and_once_back_the_run_goes_on(
     again = run(images, workdir, *flags, ENDLESS)
     assert "the data has changed" in one_line(again.stderr)
     gone.rename(images / "red")
-    # It may have come further than six epochs before it missed an image.
+    # The first run may have finished more than six epochs before the images were moved.
     epochs = 6 + len((workdir / "metrics.jsonl").read_text().splitlines())
     last = run(images, workdir, *flags, f"--config.train.epochs={epochs}")
     assert last.returncode == 0, last.stderr
@@ -235,10 +231,10 @@ def test_an_image_that_vanishes_is_named_and_once_back_the_run_goes_on(
     assert records[:6] == expected
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_reported_and_its_predecessor_is_used(
     image_folder, tmp_path, undisturbed
 ):
-    """The latest of four epochs; the end is that of a run that nothing damaged."""
+    """The latest of four checkpoints is damaged; the results equal those of an intact run."""
     workdir = tmp_path / "run"
     flags = ("--config.optimizer.decay_epochs=6",)
     assert run(image_folder, workdir, *flags, "--config.train.epochs=4").returncode == 0
@@ -258,7 +254,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
 
 @contextlib.contextmanager
 def small_disk(folder, size):
-    """A file system of so much memory at `folder`."""
+    """A context with a file system of this size, in memory, at `folder`."""
     folder.mkdir()
     mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
@@ -275,9 +271,7 @@ def remount(folder, options):
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 
-def test_a_full_disk_is_told_and_with_room_again_the_run_goes_on(
-    image_folder, tmp_path, undisturbed
-):
+def test_a_full_disk_is_reported_and_the_run_resumes_later(image_folder, tmp_path, undisturbed):
     disk = tmp_path / "disk"
     with small_disk(disk, "8m"):
         workdir = disk / "run"
@@ -301,8 +295,8 @@ def test_a_full_disk_is_told_and_with_room_again_the_run_goes_on(
         assert records[:6] == results(undisturbed)[0]
 
 
-def test_events_that_do_not_fit_are_an_error_of_the_run_and_of_no_thread(tmp_path):
-    """A thread of the writer's own would die unseen, and the tenth event wait for it."""
+def test_a_full_disk_for_events_raises_in_the_run(tmp_path):
+    """A writer thread would end unnoticed, and the tenth event would block."""
     with small_disk(tmp_path / "disk", "4k"):
         (tmp_path / "tensorboard").symlink_to(tmp_path / "disk")
         threads = threading.active_count()
@@ -315,10 +309,8 @@ def test_events_that_do_not_fit_are_an_error_of_the_run_and_of_no_thread(tmp_pat
             log.close()
 
 
-def test_a_full_disk_at_the_very_end_is_told_and_the_results_come_later(
-    image_folder, tmp_path, undisturbed
-):
-    """The report's disk first, then that of the whole run when the bundle is written."""
+def test_a_full_disk_for_results_is_reported(image_folder, tmp_path, undisturbed):
+    """The disk of the report is full when the results are written."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     shutil.rmtree(workdir / "report")
@@ -333,7 +325,7 @@ def test_a_full_disk_at_the_very_end_is_told_and_the_results_come_later(
     assert results(workdir) == results(undisturbed)
 
 
-def test_a_bundle_that_does_not_fit_is_told_and_the_old_one_stays(tmp_path):
+def test_a_bundle_that_does_not_fit_keeps_the_old_bundle(tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, "64k"):
         write_bundle(make_bundle(), disk / "bundle")
@@ -347,7 +339,7 @@ def test_a_bundle_that_does_not_fit_is_told_and_the_old_one_stays(tmp_path):
         assert sorted(path.name for path in disk.iterdir()) == ["bundle", "filler"]
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(image_folder, tmp_path):
+def test_a_read_only_folder_is_reported_before_the_data_is_read(image_folder, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, "8m"):
         assert run(image_folder, disk / "run", "--config.train.epochs=1").returncode == 0
@@ -360,8 +352,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(image_f
             assert "Read-only file system" in process.stderr
 
 
-def test_a_batch_too_large_is_told_before_the_first_step(image_folder, tmp_path):
-    """The specification's network at 64 pixels takes about 3 MB for each image."""
+def test_a_too_large_batch_is_reported_before_the_first_step(image_folder, tmp_path):
+    """The specification's network at 64 pixels needs about 3 MB for each image."""
     flags = [flag for flag in command(image_folder, tmp_path / "run") if "model" not in flag]
     flags.remove("--config.data.image_size=16")
     process = subprocess.run(
@@ -375,16 +367,16 @@ def test_a_batch_too_large_is_told_before_the_first_step(image_folder, tmp_path)
         timeout=100,
     )
     assert process.returncode == 1
-    told = one_line(process.stderr)
-    assert "out of memory: a training step with train.batch_size=131072 needs about" in told
+    message = one_line(process.stderr)
+    assert "out of memory: a training step with train.batch_size=131072 needs about" in message
     advice = r"train\.batch_size that fits is about (\d+), and train\.accumulation_steps=(\d+)"
-    largest, parts = map(int, re.search(advice, told).groups())
+    largest, parts = map(int, re.search(advice, message).groups())
     assert 2**17 / parts <= largest < 2**17
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_memory_that_is_used_up_in_the_middle_is_told(image_folder, tmp_path):
-    """The process may have less than the machine: a limit that comes once it is compiled."""
+def test_running_out_of_memory_is_a_one_line_error(image_folder, tmp_path):
+    """The memory limit of the process is lowered after the compilation."""
     code = (
         "import pathlib, resource, sys\n"
         "from cnn_jax import main\n"
@@ -408,5 +400,5 @@ def test_memory_that_is_used_up_in_the_middle_is_told(image_folder, tmp_path):
         text=True,
     )
     assert process.returncode == 1, process.stderr
-    told = one_line(process.stderr)
-    assert re.search(r"needs about [\d,.]+ .B of each device, which now has \d+ MB; ", told)
+    message = one_line(process.stderr)
+    assert re.search(r"needs about [\d,.]+ .B of each device, which now has \d+ MB; ", message)

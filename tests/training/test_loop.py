@@ -59,7 +59,7 @@ def _weights(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, image_folder):
-    """A finished run: its folder, its configuration and what the call returned."""
+    """A finished run: its folder, its configuration, and the result of the call."""
     config = _tiny(image_folder)
     workdir = tmp_path_factory.mktemp("finished") / "run"
     return workdir, config, train_and_evaluate(config, workdir)
@@ -84,11 +84,11 @@ def _tiny(image_folder, **changes):
     return config
 
 
-def test_a_run_leaves_what_the_design_says(finished):
+def test_a_run_writes_the_documented_files(finished):
     workdir, config, report = finished
     resolved = json.loads(resolve(config).to_json())
     assert resolved["train"].pop("steps_per_execution") == 0
-    resolved["train"]["steps_per_execution"] = 1  # Since the data is not on an accelerator.
+    resolved["train"]["steps_per_execution"] = 1  # The images are not on an accelerator.
     assert json.loads((workdir / "config.json").read_text()) == resolved
     assert (resolved["precision"], resolved["augment"]["place"]) == ("float32", "host")
     history = _history(workdir)
@@ -99,14 +99,14 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert list((workdir / "checkpoints").iterdir())
 
     assert json.loads((workdir / "report" / "metrics.json").read_text()) == report
-    assert {split: figures["count"] for split, figures in report.items()} == {
+    assert {split: metrics["count"] for split, metrics in report.items()} == {
         "train": 42,
         "validation": 12,
         "test": 6,
     }
     keys = {"accuracy", "precision", "recall", "f1", "loss", "per_class", "confusion", "count"}
     keys |= {"confidence_intervals"}
-    assert all(set(figures) == keys for figures in report.values())
+    assert all(set(metrics) == keys for metrics in report.values())
 
     bundle = read_bundle(workdir / "bundle")
     assert bundle.class_names == ["blue", "green", "red"]
@@ -116,12 +116,12 @@ def test_a_run_leaves_what_the_design_says(finished):
     )
 
 
-def test_the_bundle_is_that_of_the_best_epoch(finished):
+def test_the_bundle_has_the_parameters_of_the_best_epoch(finished):
     workdir, config, report = finished
     history = _history(workdir)
     best = max(history, key=lambda record: record[config.train.monitor])
     assert report["validation"]["accuracy"] == pytest.approx(best["validation_accuracy"])
-    # The loss is that of calibrated probabilities; without the temperature it is the best epoch's.
+    # The loss in the report is computed with calibrated probabilities.
     predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     indices = dataset.splits["validation"]
@@ -136,7 +136,7 @@ def test_the_bundle_is_that_of_the_best_epoch(finished):
 
 
 def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
-    """Not an average over training, in which earlier parameters and initial values lag."""
+    """They are no running average, which contains statistics of earlier parameters."""
     workdir, config, _ = finished
     predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
@@ -166,18 +166,18 @@ def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
     )
 
 
-def test_the_first_epochs_are_measured_as_they_are(image_folder, tmp_path):
-    """Twelve steps suffice; a running average would still be mostly its initial value."""
+def test_validation_is_correct_in_the_first_epochs(image_folder, tmp_path):
+    """After twelve steps, a running average would mostly be its initial value."""
     changes = {"seed": 2, "optimizer.learning_rate": 1e-2, "train.epochs": 2}
     config = _tiny(image_folder, **changes)
     train_and_evaluate(config, tmp_path / "run")
     assert _history(tmp_path / "run")[1]["validation_accuracy"] >= 0.9
 
 
-def test_a_fresh_process_gives_exactly_the_probabilities_that_were_written(
+def test_evaluate_in_a_new_process_reproduces_the_written_probabilities(
     finished, image_folder, tmp_path
 ):
-    """Through the bundle, the data and the split, found again by the command."""
+    """The command finds the data and the split with the information in the bundle."""
     workdir, _, report = finished
     output = tmp_path / "test.json"
     subprocess.run(
@@ -204,7 +204,7 @@ def test_a_fresh_process_gives_exactly_the_probabilities_that_were_written(
     np.testing.assert_array_equal(written, probabilities.max(axis=1))
 
 
-def test_the_same_command_again_changes_nothing(finished):
+def test_a_repeated_command_changes_no_result(finished):
     workdir, config, report = finished
     files = ["bundle/weights.safetensors", "bundle/bundle.json", "report/metrics.json"]
     before = [(workdir / file).read_bytes() for file in [*files, "metrics.jsonl"]]
@@ -213,8 +213,8 @@ def test_the_same_command_again_changes_nothing(finished):
 
 
 @pytest.mark.parametrize("cache", ["none", "disk"])
-def test_the_same_run_elsewhere_is_the_same_to_the_bit(finished, tmp_path, cache):
-    """Decoded each time or from disk instead of from memory, as well."""
+def test_a_second_run_is_bitwise_the_same_for_each_cache(finished, tmp_path, cache):
+    """The images are decoded in each epoch, or read from disk instead of from memory."""
     workdir, config, report = finished
     other = config.copy_and_resolve_references()
     other.data.cache = cache
@@ -222,7 +222,7 @@ def test_the_same_run_elsewhere_is_the_same_to_the_bit(finished, tmp_path, cache
     assert _weights(tmp_path / "run") == _weights(workdir)
 
 
-def test_it_learns_what_can_be_learned(image_folder, tmp_path):
+def test_a_run_learns_the_classes_of_coloured_images(image_folder, tmp_path):
     config = _tiny(
         image_folder,
         **{"train.epochs": 20, "optimizer.learning_rate": 1e-2, "train.patience": 20},
@@ -247,8 +247,8 @@ def test_changed_data_is_refused(tmp_path):
         train_and_evaluate(config, tmp_path / "run")
 
 
-def test_patience_ends_the_run_and_the_best_is_kept(image_folder, tmp_path):
-    # So high a rate learns nothing; the first epoch's accuracy is soon not beaten.
+def test_patience_stops_the_run_and_keeps_the_best_epoch(image_folder, tmp_path):
+    # With this high learning rate, the network does not learn and the accuracy stays low.
     config = _tiny(
         image_folder,
         **{
@@ -264,14 +264,12 @@ def test_patience_ends_the_run_and_the_best_is_kept(image_folder, tmp_path):
     best = int(np.argmax(accuracies))
     assert len(history) == best + 1 + 2 < 30
     assert report["validation"]["accuracy"] == pytest.approx(accuracies[best])
-    # Started again, it knows that it is over.
+    # The same call does not train another epoch.
     assert train_and_evaluate(config, tmp_path / "run") == report
     assert len(_history(tmp_path / "run")) == len(history)
 
 
-def test_an_infinite_loss_ends_the_run_and_keeps_the_last_checkpoint(
-    image_folder, tmp_path, monkeypatch
-):
+def test_an_infinite_loss_stops_the_run_and_keeps_checkpoints(image_folder, tmp_path, monkeypatch):
     config = _tiny(image_folder)
     real_step = TrainStep.__call__
 
@@ -287,7 +285,7 @@ def test_an_infinite_loss_ends_the_run_and_keeps_the_last_checkpoint(
     with pytest.raises(TrainingError, match=message):
         train_and_evaluate(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
-    # Mended, it goes on from there.
+    # Without the error, the run resumes from the checkpoint.
     monkeypatch.setattr(TrainStep, "__call__", real_step)
     train_and_evaluate(config, tmp_path / "run")
     assert len(_history(tmp_path / "run")) == 3
@@ -295,7 +293,7 @@ def test_an_infinite_loss_ends_the_run_and_keeps_the_last_checkpoint(
 
 @pytest.mark.parametrize("epochs", [1, 4])
 def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs):
-    """One step an epoch: the loss before the update is finite, what it leaves is not."""
+    """The loss of the only step is finite, but the updated parameters are not."""
     config = _tiny(
         image_folder,
         **{
@@ -311,13 +309,11 @@ def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs)
     assert _history(tmp_path / "run") == []
 
 
-def test_interrupted_right_after_a_step_that_diverged_nothing_is_saved(
-    image_folder, tmp_path, monkeypatch
-):
+def test_an_interruption_after_divergence_saves_nothing(image_folder, tmp_path, monkeypatch):
     real_step = TrainStep.__call__
 
     def diverge(self, state, batch):
-        state, metrics = real_step(self, state, batch)  # Its loss is that before the update.
+        state, metrics = real_step(self, state, batch)  # The loss does not depend on the update.
         return state.replace(params=jax.tree.map(lambda leaf: leaf / 0, state.params)), metrics
 
     @contextlib.contextmanager
@@ -333,13 +329,13 @@ def test_interrupted_right_after_a_step_that_diverged_nothing_is_saved(
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_failed_start_can_be_mended_in_the_same_folder(image_folder, tmp_path):
+def test_a_run_can_start_in_the_folder_of_a_failed_start(image_folder, tmp_path):
     with pytest.raises(DataError, match="there is no folder"):
         train_and_evaluate(_tiny(tmp_path / "typo"), tmp_path / "run")
     train_and_evaluate(_tiny(image_folder, **{"train.epochs": 1}), tmp_path / "run")
 
 
-def test_a_moved_folder_of_the_same_images_goes_on(tmp_path):
+def test_a_run_resumes_with_images_in_a_moved_folder(tmp_path):
     write_images(tmp_path / "here", per_class=10)
     config = _tiny(tmp_path / "here", **{"train.epochs": 1})
     report = train_and_evaluate(config, tmp_path / "run")
@@ -348,7 +344,7 @@ def test_a_moved_folder_of_the_same_images_goes_on(tmp_path):
     assert train_and_evaluate(moved, tmp_path / "run") == report
 
 
-def test_names_that_are_not_utf_8(tmp_path):
+def test_file_and_class_names_may_be_no_utf_8(tmp_path):
     write_images(tmp_path / "images", per_class=10)
     odd = os.fsdecode(b"caf\xe9")
     (tmp_path / "images" / "red").rename(tmp_path / "images" / odd)
@@ -360,8 +356,8 @@ def test_names_that_are_not_utf_8(tmp_path):
     assert odd in report["test"]["per_class"]
 
 
-def test_on_the_device_as_on_the_host(image_folder, tmp_path):
-    """Augmented in the compiled step, the run ends at nearly the same figures."""
+def test_augmentation_on_the_device_trains_like_on_the_host(image_folder, tmp_path):
+    """The losses differ by rounding only."""
     host = _tiny(image_folder, **{"augment.place": "host"})
     device = _tiny(image_folder, **{"augment.place": "device"})
     train_and_evaluate(host, tmp_path / "host")
@@ -373,8 +369,8 @@ def test_on_the_device_as_on_the_host(image_folder, tmp_path):
 _ON_THE_DEVICE = {"augment.place": "device", "data.cache": "device"}
 
 
-def test_several_steps_in_one_execution_are_the_same_training(image_folder, tmp_path, monkeypatch):
-    """Six steps an epoch: four at once and two single ones, or two and two and two."""
+def test_several_steps_in_one_execution_train_the_same(image_folder, tmp_path, monkeypatch):
+    """The six steps of an epoch are 4 + 1 + 1, 2 + 2 + 2, or six single steps."""
     executed = []
     real = Programs.send
 
@@ -389,7 +385,7 @@ def test_several_steps_in_one_execution_are_the_same_training(image_folder, tmp_
         executed.clear()
         train_and_evaluate(config, tmp_path / str(count))
         if count == 4:
-            assert executed.pop(1) == 1  # Compiled before it is needed.
+            assert executed.pop(1) == 1  # A single step is compiled before it is needed.
         assert executed == 3 * {1: 6 * [1], 2: 3 * [2], 4: [4, 1, 1], 7: 6 * [1]}[count]
         histories[count] = _history(tmp_path / str(count))
     for records in zip(*histories.values(), strict=True):
@@ -399,19 +395,17 @@ def test_several_steps_in_one_execution_are_the_same_training(image_folder, tmp_
     assert _weights(tmp_path / "7") == _weights(tmp_path / "1")
 
 
-def test_several_steps_in_one_execution_are_saved_and_resumed_between_executions(
-    image_folder, tmp_path, monkeypatch
-):
+def test_executions_of_several_steps_are_saved_and_resumed(image_folder, tmp_path, monkeypatch):
     changes = {"train.steps_per_execution": 4, "checkpoint.every_steps": 3, "checkpoint.keep": 9}
     config = _tiny(image_folder, **changes)
     train_and_evaluate(config, tmp_path / "whole")
     steps = sorted(int(path.name) for path in (tmp_path / "whole" / "checkpoints").iterdir())
-    assert steps == [4, 6, 10, 12, 16, 18]  # The first ends after 3, 6, 9, ... that there are.
+    assert steps == [4, 6, 10, 12, 16, 18]  # The first ends of executions after 3, 6, 9, ...
     real, prepared = Programs.send, []
 
     def interrupt(programs, batches):
         prepared.append(len(batches))
-        if prepared == [4, 1, 1, 1, 4]:  # The first 1 is compiled before it is needed.
+        if prepared == [4, 1, 1, 1, 4]:  # The first 1 is the early compilation.
             os.kill(os.getpid(), signal.SIGTERM)
         return real(programs, batches)
 
@@ -423,7 +417,7 @@ def test_several_steps_in_one_execution_are_saved_and_resumed_between_executions
     assert _weights(tmp_path / "parts") == _weights(tmp_path / "whole")
 
 
-def test_several_steps_at_once_are_the_default_only_where_they_pay(monkeypatch):
+def test_several_steps_are_the_default_on_accelerators_only(monkeypatch):
     assert loop._default_execution_length(on_device=True) == 1  # This is a CPU.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert loop._default_execution_length(on_device=True) == 8
@@ -431,7 +425,7 @@ def test_several_steps_at_once_are_the_default_only_where_they_pay(monkeypatch):
 
 
 def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
-    jax.clear_caches()  # JAX counts all programs of one function, of other tests as well.
+    jax.clear_caches()  # The count includes programs of other tests.
     made = []
     real = loop.Programs
 
@@ -447,7 +441,7 @@ def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
     assert compiled.merge._cache_size() == 1
 
 
-# In processes of their own, killed for real.
+# Runs in new processes, which are killed.
 
 SMOKE = [
     *(sys.executable, "-m", "cnn_jax.main", "--config=configs/smoke.py"),
@@ -468,7 +462,7 @@ def _start(workdir, *flags, **options):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """A run of configs/smoke.py that nothing interrupted."""
+    """An uninterrupted run of configs/smoke.py."""
     workdir = tmp_path_factory.mktemp("smoke") / "run"
     process = _start(workdir)
     stdout, stderr = process.communicate()
@@ -476,8 +470,8 @@ def smoke(tmp_path_factory):
     return types.SimpleNamespace(workdir=workdir, stdout=stdout, stderr=stderr)
 
 
-def _same_but_for_time(first, second):
-    """Parameters, statistics, optimizer, sums, log, bundle and report, to the bit."""
+def _assert_same_except_times(first, second):
+    """Compares state, metrics, log, bundle and report bit for bit."""
     ends = chaos.read_results(first), chaos.read_results(second)
     assert ends[0].keys() == ends[1].keys()
     assert any("opt_state" in name for name in ends[0])
@@ -485,8 +479,8 @@ def _same_but_for_time(first, second):
     assert not any(differing.values()), differing
 
 
-def test_killed_at_random_moments_a_run_ends_byte_identical(tmp_path):
-    """Three times, one of them in a save; the seed is another each time."""
+def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
+    """One of three kills is during a save; each execution of this test has another seed."""
     outcome = chaos.torment(tmp_path, kills=3, epochs=6, rng=random.Random())
     assert outcome.kills == {"anywhere": 2, "save": 1, "bundle": 0}
     assert outcome.compared > 500_000
@@ -494,7 +488,7 @@ def test_killed_at_random_moments_a_run_ends_byte_identical(tmp_path):
 
 
 def _interrupt(workdir, signum):
-    """Sends a signal in the second epoch or later; returns the step that was saved."""
+    """Sends a signal in the second epoch or later; returns the saved step."""
     process = _start(workdir)
     while not (workdir / "metrics.jsonl").exists() or not _history(workdir):
         assert process.poll() is None
@@ -508,12 +502,12 @@ def _interrupt(workdir, signum):
     return max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
 
 
-def test_interrupted_within_an_epoch_it_saves_there_and_goes_on(smoke, tmp_path):
-    """By Ctrl-C; test_faults.py has SIGTERM too."""
+def test_a_run_interrupted_within_an_epoch_saves_and_resumes(smoke, tmp_path):
+    """The signal is SIGINT; test_faults.py also tests SIGTERM."""
     for attempt in range(5):
         workdir = tmp_path / str(attempt)
         step = _interrupt(workdir, signal.SIGINT)
-        if step % 22:  # Else the signal came between two epochs, which is another case.
+        if step % 22:  # Otherwise the signal came between two epochs.
             break
     else:
         pytest.fail("no signal came within an epoch")
@@ -521,12 +515,12 @@ def test_interrupted_within_an_epoch_it_saves_there_and_goes_on(smoke, tmp_path)
     _, stderr = process.communicate()
     assert process.returncode == 0
     assert f"continues from step {step}" in stderr
-    _same_but_for_time(smoke.workdir, workdir)
+    _assert_same_except_times(smoke.workdir, workdir)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.7, 3.0])
-def test_ctrl_c_reaches_the_worker_processes_too_and_harms_nothing(tmp_path, delay):
-    """As a terminal sends it: to every process of the group."""
+def test_ctrl_c_that_also_reaches_worker_processes_saves_the_run(tmp_path, delay):
+    """A terminal sends SIGINT to every process of the group."""
     write_images(tmp_path / "images", per_class=40)
     workdir = tmp_path / "run"
     flags = [
@@ -550,7 +544,7 @@ def test_ctrl_c_reaches_the_worker_processes_too_and_harms_nothing(tmp_path, del
     assert "Traceback" not in stderr
 
 
-def test_ctrl_c_while_it_compiles_does_not_crash(tmp_path):
+def test_ctrl_c_during_compilation_saves_the_run(tmp_path):
     process = _start(tmp_path / "run", env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"})
     for line in process.stderr:
         if line.startswith("results"):
@@ -562,7 +556,7 @@ def test_ctrl_c_while_it_compiles_does_not_crash(tmp_path):
     assert "saved after step 1;" in stderr
 
 
-def test_what_a_person_sees_when_the_output_is_a_file(smoke):
+def test_the_output_is_plain_text_in_a_file(smoke):
     stdout, stderr = smoke.stdout, smoke.stderr
     assert "\x1b" not in stdout + stderr
     assert "\r" not in stdout + stderr
@@ -578,7 +572,7 @@ def test_what_a_person_sees_when_the_output_is_a_file(smoke):
     assert math.isfinite(float(stdout.split("accuracy ")[1].split("%")[0]))
 
 
-def test_pixels_on_the_device_train_the_same_network_to_the_bit(image_folder, tmp_path):
+def test_images_on_the_device_train_bitwise_the_same(image_folder, tmp_path):
     changes = {"augment.place": "device", "train.epochs": 2}
     streamed = _tiny(image_folder, **changes, **{"data.cache": "none"})
     resident = _tiny(image_folder, **changes, **{"data.cache": "device"})
@@ -598,16 +592,16 @@ def imbalanced_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("balance", "said"),
+    ("balance", "expected_line"),
     [
-        ("loss", "losses weigh from 0.475 (red) to 4.75 (blue); figures are unweighted"),
+        ("loss", "weights of losses are from 0.475 (red) to 4.75 (blue); metrics are unweighted"),
         ("sampling", "each image of blue 4.75 times and of red 0.475 times"),
     ],
 )
-def test_balancing_helps_rare_classes_and_says_what_it_does(
-    imbalanced_folder, tmp_path, capfd, balance, said
+def test_balancing_improves_rare_classes_and_is_described(
+    imbalanced_folder, tmp_path, capfd, balance, expected_line
 ):
-    # With seed 0 the first weights happen to tell the three colours apart.
+    # With seed 0, the initial weights already separate the three colours.
     changes = {"seed": 2, "train.epochs": 6, "data.split": (0.67, 0.17, 0.16)}
     changes |= {"optimizer.learning_rate": 2e-3, "optimizer.final_learning_rate": 2e-3}
     recalls = {}
@@ -617,32 +611,32 @@ def test_balancing_helps_rare_classes_and_says_what_it_does(
         recalls[mode] = np.mean(
             [report["train"]["per_class"][c]["recall"] for c in ("blue", "green")]
         )
-        # The report is of the data as it is, balanced or not.
+        # The report contains each image once, with and without balancing.
         assert report["train"]["count"] == 57
-    assert said in capfd.readouterr().err
+    assert expected_line in capfd.readouterr().err
     assert recalls[balance] > recalls["none"]
 
 
 @pytest.mark.parametrize(("balance", "expected"), [("none", None), ("sampling", [4, 14, 42])])
-def test_training_figures_of_a_balanced_stream_are_those_of_the_data(
+def test_training_metrics_are_reweighted_if_classes_are_sampled(
     imbalanced_folder, tmp_path, monkeypatch, balance, expected
 ):
-    given = []
+    class_counts_of_calls = []
     compute = loop.Metrics.compute
 
     def spy(metrics, class_counts=None):
-        given.append(class_counts)
+        class_counts_of_calls.append(class_counts)
         return compute(metrics, class_counts)
 
     monkeypatch.setattr(loop.Metrics, "compute", spy)
     changes = {"train.balance": balance, "train.epochs": 1, "data.stratify": "exact"}
     train_and_evaluate(_tiny(imbalanced_folder, **changes), tmp_path / "run")
-    of_validation, of_training = given
-    assert of_validation is None
-    assert (None if of_training is None else of_training.tolist()) == expected
+    validation_counts, train_counts = class_counts_of_calls
+    assert validation_counts is None
+    assert (None if train_counts is None else train_counts.tolist()) == expected
 
 
-def test_a_run_on_dirty_data_says_what_it_found(tmp_path, capfd):
+def test_a_run_reports_the_findings_of_dirty_data(tmp_path, capfd):
     write_images(tmp_path / "images", per_class=20)
     for i in range(3):
         content = (tmp_path / "images" / "red" / f"{i:03d}.png").read_bytes()
@@ -665,7 +659,7 @@ def test_a_run_on_dirty_data_says_what_it_found(tmp_path, capfd):
     assert listed == "id,reason\ngreen/bad\x1b[31m.jpg,is empty\n"
 
 
-def test_a_run_is_not_resumed_with_its_images_in_other_splits(image_folder, tmp_path):
+def test_a_run_with_images_in_other_splits_is_refused(image_folder, tmp_path):
     rows = [f"{path},{path.parent.name}" for path in sorted(image_folder.rglob("*.png"))]
     splits = ["train"] * 16 + ["validation"] * 2 + ["test"] * 2
     table = tmp_path / "t.csv"
@@ -682,7 +676,7 @@ def test_a_run_is_not_resumed_with_its_images_in_other_splits(image_folder, tmp_
         train_and_evaluate(_tiny(image_folder, **changes), tmp_path / "run")
 
 
-def test_a_refused_resume_leaves_the_records_of_the_run_alone(finished, tmp_path):
+def test_a_refused_resume_does_not_change_the_run(finished, tmp_path):
     workdir, config, _ = finished
     write_images(tmp_path / "other", per_class=20, seed=1)
     (tmp_path / "other" / "red" / "bad.png").write_bytes(b"x")
@@ -696,51 +690,54 @@ def test_a_refused_resume_leaves_the_records_of_the_run_alone(finished, tmp_path
     assert {name: (workdir / name).read_bytes() for name in before} == before
 
 
-def test_on_a_cpu_pixels_on_the_device_must_be_asked_for_in_full(image_folder, tmp_path):
+def test_images_on_a_cpu_device_need_augmentation_on_it(image_folder, tmp_path):
     with pytest.raises(ConfigError, match=r"set augment\.place=device too"):
         train_and_evaluate(_tiny(image_folder, **{"data.cache": "device"}), tmp_path / "run")
 
 
-# Going on: further than planned, from before, and from another run.
+# Resumed runs: with more epochs, from an earlier checkpoint, and from another run.
 
 
-def test_a_run_that_ended_can_be_extended(finished, image_folder, tmp_path, capfd):
-    """As if it had been planned so, with a rate that stays where its schedule ended."""
+def test_a_finished_run_can_be_extended(finished, image_folder, tmp_path, capfd):
+    """The result equals a run that was planned with a constant rate at the end."""
     first, _, _ = finished
     workdir = tmp_path / "run"
     shutil.copytree(first, workdir)
     train_and_evaluate(_tiny(image_folder, **{"train.epochs": 5}), workdir)
     shown = capfd.readouterr().err
     assert "changed     train.epochs: 3 -> 5" in shown
-    assert "learning rate reaches its end, 0.0001, after 3 epochs and stays there" in shown
+    assert "learning rate reaches its final value, 0.0001, after 3 epochs" in shown
     history = _history(workdir)
     assert history[:3] == _history(first)
     rates = [record["learning_rate"] for record in history]
     assert rates[3:] == pytest.approx([1e-4, 1e-4])
     planned = {"train.epochs": 5, "optimizer.decay_epochs": 3}
     train_and_evaluate(_tiny(image_folder, **planned), tmp_path / "planned")
-    _same_but_for_time(workdir, tmp_path / "planned")
+    _assert_same_except_times(workdir, tmp_path / "planned")
     assert json.loads((workdir / "config.json").read_text())["train"]["epochs"] == 5
-    with pytest.raises(ConfigError, match=r"train\.epochs: 5 epochs are done already, got 4"):
+    with pytest.raises(
+        ConfigError,
+        match=r"train\.epochs: must be at least 5, the number of finished epochs, got 4",
+    ):
         train_and_evaluate(_tiny(image_folder, **{"train.epochs": 4}), workdir)
 
 
-def test_with_more_patience_a_run_that_stopped_early_goes_on(image_folder, tmp_path):
-    hopeless = {
+def test_a_run_stopped_early_resumes_with_more_patience(image_folder, tmp_path):
+    too_high = {
         "train.epochs": 8,
         "optimizer.learning_rate": 0.5,
         "optimizer.final_learning_rate": 0.5,
     }
-    config = _tiny(image_folder, **hopeless, **{"train.patience": 1})
+    config = _tiny(image_folder, **too_high, **{"train.patience": 1})
     train_and_evaluate(config, tmp_path / "run")
     stopped = len(_history(tmp_path / "run"))
     assert stopped < 8
-    config = _tiny(image_folder, **hopeless, **{"train.patience": 8})
+    config = _tiny(image_folder, **too_high, **{"train.patience": 8})
     train_and_evaluate(config, tmp_path / "run")
     assert len(_history(tmp_path / "run")) == 8
 
 
-def test_a_run_goes_back_to_a_kept_checkpoint_once(finished, tmp_path, capfd):
+def test_a_run_is_rewound_to_a_checkpoint_once(finished, tmp_path, capfd):
     first, config, _ = finished
     workdir = tmp_path / "run"
     shutil.copytree(first, workdir)
@@ -749,8 +746,8 @@ def test_a_run_goes_back_to_a_kept_checkpoint_once(finished, tmp_path, capfd):
     back.checkpoint.restore_step = kept[0]
     train_and_evaluate(back, workdir)
     assert f"continues from step {kept[0]}\n" in capfd.readouterr().err
-    _same_but_for_time(workdir, first)
-    # A scheduler that repeats the command does not lose what came since.
+    _assert_same_except_times(workdir, first)
+    # A scheduler that repeats the command does not lose later epochs.
     train_and_evaluate(back, workdir)
     assert "continues from step 18\n" in capfd.readouterr().err
     back.checkpoint.restore_step = 7
@@ -766,8 +763,10 @@ STILL = {
 
 
 @pytest.mark.parametrize("part", ["", "bundle"])
-def test_a_run_starts_from_the_weights_of_another(finished, image_folder, tmp_path, capfd, part):
-    """From a run's folder or its bundle; of its optimizer and its epochs nothing is taken."""
+def test_a_run_starts_from_the_weights_of_another_run(
+    finished, image_folder, tmp_path, capfd, part
+):
+    """The path is a run or its bundle; the optimizer's state and the epochs are not copied."""
     first, _, report = finished
     config = _tiny(image_folder, **STILL, **{"checkpoint.init_from": str(first / part)})
     after = train_and_evaluate(config, tmp_path / "run")
@@ -780,14 +779,14 @@ def test_a_run_starts_from_the_weights_of_another(finished, image_folder, tmp_pa
     assert [record["epoch"] for record in _history(tmp_path / "run")] == [1]
 
 
-def test_of_other_classes_the_last_layer_is_its_own(finished, tmp_path, capfd):
+def test_the_head_is_not_copied_for_other_classes(finished, tmp_path, capfd):
     first, _, _ = finished
     write_images(tmp_path / "images", per_class=10)
     (tmp_path / "images" / "red").rename(tmp_path / "images" / "scarlet")
     changes = {"checkpoint.init_from": str(first), "seed": 1}
     config = _tiny(tmp_path / "images", **STILL, **changes)
     train_and_evaluate(config, tmp_path / "run")
-    assert "its weights but for head: its classes are others" in capfd.readouterr().err
+    assert "all weights except head: new classes" in capfd.readouterr().err
     old, new = (
         read_bundle(run / "bundle").variables["params"] for run in (first, tmp_path / "run")
     )
@@ -800,26 +799,26 @@ def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path
     config = _tiny(
         image_folder, **{"model.dense": 12, "checkpoint.init_from": str(first), "train.epochs": 1}
     )
-    message = r"init_from: it is of another network: dense/bias is \(16,\) there and \(12,\) here"
+    message = (
+        r"init_from: the bundle has another network: dense/bias is \(16,\) there and \(12,\) in"
+    )
     with pytest.raises(ConfigError, match=message):
         train_and_evaluate(config, tmp_path / "run")
     config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "nowhere")})
     with pytest.raises(ConfigError, match=r"init_from: .*nowhere is not a bundle"):
         train_and_evaluate(config, tmp_path / "other")
-    # A wrong path spoils nothing; but this is not a run that has ended either.
+    # A wrong path leaves the folder usable. A run without a bundle is refused.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "other")})
-    with pytest.raises(ConfigError, match="has no bundle yet: let that run end first"):
+    with pytest.raises(ConfigError, match="has no bundle yet; let that run finish first"):
         train_and_evaluate(config, tmp_path / "third")
     config = _tiny(image_folder, **STILL, **{"checkpoint.init_from": str(first)})
     train_and_evaluate(config, tmp_path / "other")
 
 
-def test_with_fewer_epochs_in_the_middle_of_one_the_result_is_that_of_an_epoch(
-    image_folder, tmp_path
-):
-    """Not that of the step at which the run stands."""
+def test_the_result_is_a_finished_epoch_after_a_rewind(image_folder, tmp_path):
+    """The run is rewound to a step in the middle of the last epoch."""
     always_better = {"train.monitor": "validation_loss", "optimizer.decay_epochs": 3}
     saved = {"checkpoint.every_steps": 4, "checkpoint.keep": 9, **always_better}
     train_and_evaluate(_tiny(image_folder, **saved), tmp_path / "run")
@@ -831,34 +830,30 @@ def test_with_fewer_epochs_in_the_middle_of_one_the_result_is_that_of_an_epoch(
     assert _weights(tmp_path / "run") == _weights(tmp_path / "planned")
 
 
-def test_if_the_best_checkpoint_is_gone_the_best_that_is_left_is_used(
-    image_folder, tmp_path, capfd
-):
+def test_without_the_best_checkpoint_the_next_best_is_used(image_folder, tmp_path, capfd):
     workdir = tmp_path / "run"
-    # So high a rate learns nothing: the run ends two epochs after its best one.
+    # With this high learning rate, the run stops two epochs after the best one.
     rate = {"optimizer.learning_rate": 0.5, "optimizer.final_learning_rate": 0.5}
     config = _tiny(image_folder, **rate, **{"train.epochs": 30, "train.patience": 2})
     train_and_evaluate(config, workdir)
     best = _history(workdir)[-3]["step"]
     shutil.rmtree(workdir / "checkpoints" / str(best))
     train_and_evaluate(config, workdir)
-    assert "the checkpoint of that epoch is gone; the result is the best that is left" in (
+    assert "the checkpoint of that epoch is missing; the result is the best epoch with a" in (
         capfd.readouterr().err
     )
 
 
-def test_checkpoints_without_their_configuration_are_not_gone_on_with(
-    finished, image_folder, tmp_path
-):
+def test_checkpoints_without_a_configuration_are_refused(finished, image_folder, tmp_path):
     first, config, _ = finished
     shutil.copytree(first, tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"has checkpoints and no config\.json"):
+    with pytest.raises(ConfigError, match=r"has checkpoints but no config\.json"):
         train_and_evaluate(config, tmp_path / "run")
 
 
-def test_what_was_automatic_stays_as_it_was_decided(finished, tmp_path, monkeypatch, capfd):
-    """A run that moves from a GPU to a CPU, or the other way."""
+def test_automatic_values_stay_the_same_when_a_run_resumes(finished, tmp_path, monkeypatch, capfd):
+    """The run moves to a machine with another type of device."""
     first, config, report = finished
     workdir = tmp_path / "run"
     shutil.copytree(first, workdir)
@@ -868,11 +863,11 @@ def test_what_was_automatic_stays_as_it_was_decided(finished, tmp_path, monkeypa
     assert "changed" not in capfd.readouterr().err
 
 
-def test_checkpoints_within_epochs_change_no_number(finished, image_folder, tmp_path):
+def test_checkpoints_within_epochs_change_no_result(finished, image_folder, tmp_path):
     first, _, _ = finished
     changes = {"checkpoint.every_steps": 4, "checkpoint.keep": 9}
     train_and_evaluate(_tiny(image_folder, **changes), tmp_path / "run")
-    _same_but_for_time(tmp_path / "run", first)
+    _assert_same_except_times(tmp_path / "run", first)
     steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert steps == [4, 6, 8, 12, 16, 18]
 
@@ -887,64 +882,64 @@ def test_a_trace_of_a_few_steps_opens_in_perfetto(image_folder, tmp_path, capfd)
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
-def test_too_short_a_run_says_that_there_is_no_trace(image_folder, tmp_path, capfd):
+def test_a_short_run_reports_that_there_is_no_trace(image_folder, tmp_path, capfd):
     config = _tiny(image_folder, **{"train.epochs": 1})
     train_and_evaluate(config, tmp_path / "run", profile=True)
     assert "no trace: there were too few steps" in capfd.readouterr().err
     assert not (tmp_path / "run" / "profile").exists()
 
 
-def test_a_batch_in_parts_is_told(image_folder, tmp_path, capfd):
+def test_the_plan_describes_a_batch_in_parts(image_folder, tmp_path, capfd):
     config = _tiny(
         image_folder, **{"train.batch_size": 16, "train.accumulation_steps": 2, "train.epochs": 1}
     )
     train_and_evaluate(config, tmp_path / "run")
-    told = "each batch in 2 parts of 8 images; BatchNorm takes its statistics from each part"
-    assert told in capfd.readouterr().err
+    line = "each batch in 2 parts of 8 images; BatchNorm uses the statistics of each part"
+    assert line in capfd.readouterr().err
 
 
-def test_images_are_mixed_if_that_is_asked_for(finished, image_folder, tmp_path, capfd):
+def test_images_are_mixed_if_a_probability_is_set(finished, image_folder, tmp_path, capfd):
     changes = {"augment.mixup_probability": 0.5, "augment.cutmix_probability": 0.5}
     report = train_and_evaluate(_tiny(image_folder, **changes), tmp_path / "run")
-    told = "MixUp of 50% (alpha 0.2), CutMix of 50% (alpha 1); train's figures are of mixed images"
-    assert told in capfd.readouterr().err
-    # What the finished network is measured on is not mixed.
+    line = "MixUp of 50% (alpha 0.2), CutMix of 50% (alpha 1); train metrics are of mixed images"
+    assert line in capfd.readouterr().err
+    # The report is computed without mixing.
     assert report["train"]["count"] == 42
     workdir, _, _ = finished
     mixed, plain = (_history(folder)[0]["train_loss"] for folder in (tmp_path / "run", workdir))
     assert mixed != plain
 
 
-def test_the_heartbeat_ends_with_the_run(finished):
+def test_the_last_heartbeat_is_done(finished):
     workdir, config, _ = finished
     train_and_evaluate(config, workdir)
     beat = json.loads((workdir / "heartbeat.json").read_text())
     assert (beat["step"], beat["activity"]) == (18, "done")
 
 
-def test_whoever_is_told_of_the_epochs_may_end_the_run_and_it_goes_on(
+def test_on_epoch_and_a_deadline_may_stop_a_run_that_resumes(
     finished, image_folder, tmp_path, capfd
 ):
-    told = []
+    calls = []
 
     def stop_after_two(history):
-        told.append([record["epoch"] for record in history])
+        calls.append([record["epoch"] for record in history])
         if len(history) == 2:
             raise KeyError("enough")
 
     config, workdir = _tiny(image_folder), tmp_path / "run"
     with pytest.raises(KeyError, match="enough"):
         train_and_evaluate(config, workdir, on_epoch=stop_after_two)
-    assert told == [[], [1], [1, 2]]
-    # Time is up before the first step, and nothing is lost.
+    assert calls == [[], [1], [1, 2]]
+    # The deadline has passed before the first step, which is still saved.
     with pytest.raises(Interrupted, match="saved after step 13"):
-        train_and_evaluate(config, workdir, on_epoch=told.append, deadline=time.monotonic())
-    assert [record["epoch"] for record in told[3]] == [1, 2]
+        train_and_evaluate(config, workdir, on_epoch=calls.append, deadline=time.monotonic())
+    assert [record["epoch"] for record in calls[3]] == [1, 2]
 
-    # A study leaves the test split alone; whoever measures it later trains nothing.
+    # A study measures only the validation split; other splits can be measured later.
     config.report.detail, config.report.splits = "none", ("validation",)
     capfd.readouterr()
-    report = train_and_evaluate(config, workdir, on_epoch=told.append)
+    report = train_and_evaluate(config, workdir, on_epoch=calls.append)
     assert set(report) == {"validation"} == set(read_bundle(workdir / "bundle").metrics)
     assert json.loads((workdir / "report" / "metrics.json").read_text()) == report
     assert not (workdir / "report" / "predictions.csv").exists()
@@ -957,7 +952,7 @@ def test_whoever_is_told_of_the_epochs_may_end_the_run_and_it_goes_on(
 
 
 def test_training_evaluation_and_prediction_use_the_same_preprocessing(tmp_path):
-    """Floats in [0, 1], of two classes that only those see who see more than black."""
+    """The classes of these float images in [0, 1] differ only with the right white level."""
     rng = np.random.default_rng(0)
     for i in range(40):
         path = tmp_path / "data" / "ab"[i % 2] / f"{i}.tif"

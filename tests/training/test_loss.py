@@ -8,7 +8,7 @@ from cnn_jax.training.loss import balanced_weights, cross_entropy, example_weigh
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.9])
-def test_equals_the_definition_in_float64(label_smoothing):
+def test_cross_entropy_equals_its_definition_in_float64(label_smoothing):
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 5, (16, 7))
     labels = rng.integers(0, 7, 16)
@@ -23,28 +23,30 @@ def test_equals_the_definition_in_float64(label_smoothing):
 
 
 def _mixed(num_examples, num_classes):
-    """Logits, two classes for each example, the first one's share, and soft targets of them."""
+    """Logits; two classes for each example; the weight of the first class; the soft targets."""
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 5, (num_examples, num_classes))
     first, second = rng.integers(0, num_classes, (2, num_examples))
-    share = rng.random(num_examples)
+    weight = rng.random(num_examples)
     one_hot = np.eye(num_classes)
-    targets = share[:, None] * one_hot[first] + (1 - share[:, None]) * one_hot[second]
-    return logits, (first, second), share, targets
+    targets = weight[:, None] * one_hot[first] + (1 - weight[:, None]) * one_hot[second]
+    return logits, (first, second), weight, targets
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_the_loss_of_two_classes_is_that_of_each_by_its_share(label_smoothing):
-    logits, classes, share, targets = _mixed(16, 7)
+def test_the_loss_of_two_classes_is_their_weighted_mean(label_smoothing):
+    logits, classes, weight, targets = _mixed(16, 7)
     logits, targets = jnp.array(logits, jnp.float32), jnp.array(targets, jnp.float32)
-    of_first, of_second = (
+    first_losses, second_losses = (
         np.float64(cross_entropy(logits, jnp.array(labels), label_smoothing)) for labels in classes
     )
     losses = cross_entropy(logits, targets, label_smoothing)
-    np.testing.assert_allclose(losses, share * of_first + (1 - share) * of_second, rtol=1e-5)
+    np.testing.assert_allclose(
+        losses, weight * first_losses + (1 - weight) * second_losses, rtol=1e-5
+    )
 
 
-def test_by_hand_for_two_classes():
+def test_cross_entropy_equals_values_computed_by_hand():
     # Probabilities 3/4 and 1/4; the target is half and half, then smoothed 0.8 and 0.2.
     logits = jnp.log(jnp.array([[3.0, 1.0]]))
     losses = cross_entropy(logits, jnp.array([[0.5, 0.5]]))
@@ -54,7 +56,7 @@ def test_by_hand_for_two_classes():
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_a_class_is_a_target_of_certainty(label_smoothing):
+def test_a_class_equals_a_one_hot_target(label_smoothing):
     logits, (labels, _), _, _ = _mixed(16, 7)
     logits = jnp.array(logits, jnp.float32)
     np.testing.assert_array_equal(
@@ -64,7 +66,7 @@ def test_a_class_is_a_target_of_certainty(label_smoothing):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_the_gradient_is_what_probabilities_have_more_than_targets(label_smoothing):
+def test_the_gradient_is_probabilities_minus_smoothed_targets(label_smoothing):
     logits, _, _, targets = _mixed(16, 7)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = probabilities - ((1 - label_smoothing) * targets + label_smoothing / 7)
@@ -73,29 +75,29 @@ def test_the_gradient_is_what_probabilities_have_more_than_targets(label_smoothi
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
-def test_the_weight_of_two_classes_is_that_of_each_by_its_share():
-    _, (first, second), share, targets = _mixed(16, 7)
+def test_the_weight_of_two_classes_is_their_weighted_mean():
+    _, (first, second), weight, targets = _mixed(16, 7)
     weights = np.random.default_rng(1).uniform(0.1, 10, 7)
     on_device = jnp.array(weights, jnp.float32)
     np.testing.assert_array_equal(example_weights(on_device, jnp.array(first)), on_device[first])
     np.testing.assert_allclose(
         example_weights(on_device, jnp.array(targets, jnp.float32)),
-        share * weights[first] + (1 - share) * weights[second],
+        weight * weights[first] + (1 - weight) * weights[second],
         rtol=1e-5,
     )
 
 
-def test_huge_logits_stay_finite():
+def test_the_loss_of_huge_logits_is_finite():
     losses = cross_entropy(jnp.array([[1e4, -1e4]]), jnp.array([1]))
     np.testing.assert_allclose(losses, [2e4])
 
 
 @pytest.mark.parametrize("counts", [[10, 20, 70], [5, 5], [1, 0, 9]])
-def test_balanced_weights_are_scikit_learns(counts):
+def test_balanced_weights_equal_scikit_learn(counts):
     labels = np.repeat(np.arange(len(counts)), counts)
-    present = np.unique(labels)
+    nonempty = np.unique(labels)
     expected = np.zeros(len(counts))
-    expected[present] = compute_class_weight("balanced", classes=present, y=labels)
+    expected[nonempty] = compute_class_weight("balanced", classes=nonempty, y=labels)
     weights = balanced_weights(np.array(counts))
     np.testing.assert_allclose(weights, expected)
     assert weights[labels].mean() == pytest.approx(1)

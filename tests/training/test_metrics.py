@@ -33,7 +33,7 @@ def _logits(predictions, num_classes):
         ).map(lambda pairs: (classes, pairs))
     )
 )
-def test_equals_scikit_learn_also_with_absent_classes(case):
+def test_metrics_equal_scikit_learn_with_absent_classes(case):
     num_classes, pairs = case
     labels, predictions = map(list, zip(*pairs, strict=True))
     classes = list(range(num_classes))
@@ -56,7 +56,7 @@ def test_equals_scikit_learn_also_with_absent_classes(case):
     np.testing.assert_allclose(summary["loss"], 3.0 / len(labels))
 
 
-def test_batches_merged_equal_the_whole_and_padding_does_not_count():
+def test_merged_batches_equal_the_whole_without_padding():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(20, 4)).astype(np.float32)
     labels = rng.integers(0, 4, 20).astype(np.int32)
@@ -77,17 +77,17 @@ def test_batches_merged_equal_the_whole_and_padding_does_not_count():
     assert int(whole.confusion.sum()) == 20
 
 
-def test_a_padded_row_with_infinite_loss_does_not_count():
+def test_a_masked_row_with_infinite_loss_is_ignored():
     logits = jnp.array([[0.0, 0.0], [jnp.inf, jnp.nan]])
     metrics = Metrics.from_logits(logits, jnp.array([0, 1]), jnp.array([True, False]))
     np.testing.assert_allclose(metrics.loss_sum, [np.log(2), 0], rtol=1e-6)
 
 
-def test_figures_are_of_the_classes_as_the_data_has_them():
-    """However often the classes were drawn, each example of the data counts as much."""
+def test_metrics_are_reweighted_to_the_class_frequencies_of_the_data():
+    """Reweighting cancels the different frequencies with which classes were drawn."""
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(12, 3)).astype(np.float32), np.repeat([0, 1, 2], [6, 4, 2])
-    # Class 0 as it is, class 1 three times, class 2 six times.
+    # Examples of class 0 occur once, of class 1 three times, of class 2 six times.
     drawn = np.repeat(np.arange(12), np.array([1, 3, 6])[labels])
 
     def metrics(rows):
@@ -101,16 +101,16 @@ def test_figures_are_of_the_classes_as_the_data_has_them():
     assert metrics(drawn).compute() != pytest.approx(plain, rel=1e-3)
 
 
-def test_rows_are_true_classes():
+def test_rows_of_the_confusion_matrix_are_true_classes():
     metrics = Metrics.from_logits(_logits([2, 2], 3), jnp.array([0, 2]), jnp.ones(2, bool))
     np.testing.assert_array_equal(metrics.confusion, [[0, 0, 1], [0, 0, 0], [0, 0, 1]])
 
 
-def test_nothing_counted_gives_zeros_not_nan():
+def test_metrics_of_no_example_are_zero():
     assert set(Metrics.empty(3).compute().values()) == {0.0}
 
 
-def test_full_report_names_classes_and_holds_json_types():
+def test_full_report_has_class_names_and_json_types():
     report = full_report(np.array([[3, 1], [0, 4]]), np.linspace(0, 2, 8), ["cat", "dog"])
     assert report["count"] == 8
     assert report["loss"] == pytest.approx(1)
@@ -124,14 +124,16 @@ def test_full_report_names_classes_and_holds_json_types():
     assert report["confusion"] == [[3, 1], [0, 4]]
 
 
-def test_wilsons_interval_is_scipys():
-    for hits, count in ((0, 1), (1, 1), (3, 7), (95, 100), (2700, 2700)):
-        expected = scipy.stats.binomtest(hits, count).proportion_ci(0.95, "wilson")
-        assert wilson_interval(hits, count) == pytest.approx((expected.low, expected.high))
+def test_wilson_interval_equals_scipy():
+    for successes, count in ((0, 1), (1, 1), (3, 7), (95, 100), (2700, 2700)):
+        expected = scipy.stats.binomtest(successes, count).proportion_ci(0.95, "wilson")
+        interval = wilson_interval(successes, count)
+        assert interval == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert wilson_interval(0, 0) == (0, 1)
+    assert wilson_interval(2.5, 5) == pytest.approx((0.5 - 0.3296, 0.5 + 0.3296), abs=1e-4)
 
 
-def test_bootstrap_intervals_are_those_of_resampled_examples():
+def test_bootstrap_intervals_equal_resampling_of_examples():
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 3, 150)
     predictions = np.where(rng.random(150) < 0.7, labels, rng.integers(0, 3, 150))
@@ -142,34 +144,34 @@ def test_bootstrap_intervals_are_those_of_resampled_examples():
         rows = np.concatenate(
             [rng.choice(np.flatnonzero(labels == c), (labels == c).sum()) for c in range(3)]
         )
-        figures = sklearn.metrics.precision_recall_fscore_support(
+        scores = sklearn.metrics.precision_recall_fscore_support(
             labels[rows], predictions[rows], average="macro", zero_division=0
         )
-        for key, value in zip(resampled, figures, strict=False):
+        for key, value in zip(resampled, scores, strict=False):
             resampled[key].append(value)
     for key, values in resampled.items():
         assert actual[key] == pytest.approx(np.percentile(values, (2.5, 97.5)), abs=0.012)
 
 
 @pytest.mark.parametrize("per_class", [1, 3])
-def test_the_interval_of_small_classes_holds_the_figure(per_class):
-    right = bootstrap_intervals(np.eye(50, dtype=int) * per_class)
-    assert right["f1"] == (1.0, 1.0)
+def test_intervals_contain_the_metric_for_small_classes(per_class):
+    perfect = bootstrap_intervals(np.eye(50, dtype=int) * per_class)
+    assert perfect["f1"] == (1.0, 1.0)
     confusion = np.eye(50, dtype=int) * per_class
     confusion[0, 1] += per_class
     for key, (low, high) in bootstrap_intervals(confusion).items():
         assert low <= summarize(confusion, 0.0)[key] <= high
 
 
-def test_intervals_hold_the_figure_and_are_as_wide_as_there_is_doubt():
+def test_intervals_contain_the_metric_and_shrink_with_more_examples():
     def intervals(scale):
         confusion = np.array([[8, 2], [1, 9]]) * scale
         losses = np.tile([0.1, 0.5], confusion.sum() // 2)
         return confidence_intervals(confusion, losses), summarize(confusion, losses.sum())
 
-    few, figures = intervals(1)
+    few, metrics = intervals(1)
     many, _ = intervals(100)
-    for key, value in figures.items():
+    for key, value in metrics.items():
         assert few[key][0] <= many[key][0] <= value <= many[key][1] <= few[key][1]
     standard_error = np.std([0.1, 0.5] * 10, ddof=1) / np.sqrt(20)
     assert few["loss"] == pytest.approx(
@@ -178,7 +180,7 @@ def test_intervals_hold_the_figure_and_are_as_wide_as_there_is_doubt():
 
 
 @pytest.mark.parametrize("losses", [[], [2.0]])
-def test_intervals_of_next_to_nothing_are_finite(losses):
+def test_intervals_of_at_most_one_example_are_finite(losses):
     confusion = np.array([[0, len(losses)], [0, 0]])
     intervals = confidence_intervals(confusion, np.array(losses, float))
     assert np.isfinite(list(intervals.values())).all()

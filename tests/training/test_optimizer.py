@@ -7,21 +7,21 @@ from cnn_jax.models.cnn import CNN
 from cnn_jax.training.optimizer import kernel_mask, make_optimizer, make_schedule
 
 
-def test_schedule_is_the_cosine_between_its_two_rates():
+def test_schedule_is_a_cosine_between_two_learning_rates():
     schedule = make_schedule(1e-3, 1e-4, total_steps=100)
     steps = np.array([0, 25, 50, 100, 150])
     expected = 1e-4 + 0.5 * 9e-4 * (1 + np.cos(np.pi * np.minimum(steps, 100) / 100))
     np.testing.assert_allclose([schedule(step) for step in steps], expected, rtol=1e-6)
 
 
-def test_warm_up_is_linear_and_the_cosine_follows_it():
+def test_warm_up_is_linear_and_the_cosine_follows():
     schedule = make_schedule(1e-3, 1e-4, total_steps=110, warmup_steps=10)
     np.testing.assert_allclose(
         [schedule(step) for step in (0, 5, 10, 60, 110)], [0, 5e-4, 1e-3, 5.5e-4, 1e-4], rtol=1e-6
     )
 
 
-def test_equal_rates_are_constant():
+def test_equal_learning_rates_are_constant():
     schedule = make_schedule(1e-4, 1e-4, total_steps=10)
     np.testing.assert_allclose([schedule(step) for step in range(12)], 1e-4, rtol=1e-6)
 
@@ -40,11 +40,11 @@ def test_only_kernels_are_regularised():
     assert len(flat) == 12
 
 
-def test_l2_is_the_gradient_of_half_the_sum_of_squares_of_kernels():
-    """Adam is given the gradient of loss + l2 / 2 * sum(kernel ** 2).
+def test_l2_adds_the_gradient_of_half_the_squared_kernels():
+    """Adam gets the gradient of loss + l2 / 2 * sum(kernel ** 2).
 
-    Adam's first moment after one step is a tenth of the gradient it was given;
-    the step itself hardly depends on the gradient's size.
+    Adam's first moment after one step is a tenth of the gradient. The step itself is not
+    compared, because it hardly depends on the size of the gradient.
     """
     params = jax.tree.map(lambda leaf: leaf + 0.1, _params())  # No parameter is zero.
     l2 = 0.3
@@ -71,7 +71,7 @@ def test_l2_is_the_gradient_of_half_the_sum_of_squares_of_kernels():
     )
 
 
-def test_it_is_adam():
+def test_the_optimizer_equals_adam_in_float64():
     """Five steps equal the paper's algorithm in float64."""
     optimizer = make_optimizer(optax.constant_schedule(0.01), l2=0.0)
     params = {"bias": jnp.array([1.0, -2.0, 0.5])}

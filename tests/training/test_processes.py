@@ -1,4 +1,4 @@
-"""Several processes with real collectives on this machine, against one process."""
+"""Compares runs of several processes on this machine with a run of one process."""
 
 import contextlib
 import json
@@ -28,16 +28,16 @@ def _free_port():
 
 @contextlib.contextmanager
 def _processes(source, workdir, *flags, count=2, devices=2, environments=None):
-    """So many processes of one run, on so many devices each."""
+    """A context with `count` processes of one run, each with `devices` devices."""
     port = _free_port()
-    together = []
+    processes = []
     for process_id in range(count):
         own = [
             f"--coordinator=localhost:{port}",
             f"--process_id={process_id}",
             f"--process_count={count}",
         ]
-        together.append(
+        processes.append(
             subprocess.Popen(
                 command(source, workdir, *flags, *([] if environments else own)),
                 cwd=REPOSITORY,
@@ -49,21 +49,21 @@ def _processes(source, workdir, *flags, count=2, devices=2, environments=None):
             )
         )
     try:
-        yield together
+        yield processes
     finally:
-        for process in together:
+        for process in processes:
             if process.poll() is None:
                 process.kill()
             process.communicate()
 
 
 def _finish(processes):
-    """The exit codes and what was said on stderr."""
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    return [process.returncode for process in processes], said
+    """The exit codes and the outputs on stderr."""
+    outputs = [process.communicate(timeout=300)[1] for process in processes]
+    return [process.returncode for process in processes], outputs
 
 
-def _alone(source, workdir, *flags, devices):
+def _run_one_process(source, workdir, *flags, devices):
     process = subprocess.run(
         command(source, workdir, *flags),
         cwd=REPOSITORY,
@@ -80,7 +80,7 @@ def _history(workdir):
 
 
 def _assert_same_to_rounding(first, second):
-    """Losses of all epochs, and what was predicted of the test split."""
+    """Compares the losses of all epochs and the predictions for the test split."""
     for a, b in zip(_history(first), _history(second), strict=True):
         for key in ("epoch", "step", "learning_rate"):
             assert a[key] == b[key]
@@ -96,126 +96,126 @@ def _assert_same_to_rounding(first, second):
 
 
 @pytest.fixture(scope="module")
-def alone(image_folder, tmp_path_factory):
+def one_process_run(image_folder, tmp_path_factory):
     """One process with four devices."""
-    workdir = tmp_path_factory.mktemp("alone") / "run"
-    _alone(image_folder, workdir, EPOCHS, devices=4)
+    workdir = tmp_path_factory.mktemp("one_process_run") / "run"
+    _run_one_process(image_folder, workdir, EPOCHS, devices=4)
     return workdir
 
 
-def test_two_processes_of_two_devices_are_one_of_four(image_folder, tmp_path, alone):
+def test_two_processes_of_two_devices_equal_one_of_four(image_folder, tmp_path, one_process_run):
     with _processes(image_folder, tmp_path / "run", EPOCHS) as processes:
-        codes, said = _finish(processes)
-    assert codes == [0, 0], said
-    _assert_same_to_rounding(tmp_path / "run", alone)
-    # One of them speaks and writes.
-    assert "4 x cpu, float32, in 2 processes" in said[0]
-    assert "epoch" not in said[1]
+        codes, outputs = _finish(processes)
+    assert codes == [0, 0], outputs
+    _assert_same_to_rounding(tmp_path / "run", one_process_run)
+    # Only one process prints and writes.
+    assert "4 x cpu, float32, in 2 processes" in outputs[0]
+    assert "epoch" not in outputs[1]
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     report = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
     assert report["train"]["count"] == 45
 
 
-def test_parameters_may_be_divided_between_processes(image_folder, tmp_path, alone):
+def test_parameters_may_be_divided_between_processes(image_folder, tmp_path, one_process_run):
     flags = (EPOCHS, "--config.mesh.model=4", "--config.mesh.data=1")
     with _processes(image_folder, tmp_path / "run", *flags) as processes:
-        codes, said = _finish(processes)
-    assert codes == [0, 0], said
-    assert "4 to a copy of the network" in said[0]
-    _assert_same_to_rounding(tmp_path / "run", alone)
+        codes, outputs = _finish(processes)
+    assert codes == [0, 0], outputs
+    assert "4 for each copy of the network" in outputs[0]
+    _assert_same_to_rounding(tmp_path / "run", one_process_run)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_all_stop_at_the_same_step_and_go_on_with_other_devices(
-    image_folder, tmp_path, alone, signum
+def test_processes_stop_at_the_same_step_and_resume(
+    image_folder, tmp_path, one_process_run, signum
 ):
-    """A signal to one of them; then one process with one device, then four, finish it."""
+    """One process gets a signal; the run resumes with one device, then with four."""
     workdir = tmp_path / "run"
     endless = ("--config.train.epochs=100000", "--config.optimizer.decay_epochs=4")
     with _processes(image_folder, workdir, *endless) as processes:
         wait_for_epochs(workdir, 1, processes)
         processes[1].send_signal(signum)
-        codes, said = _finish(processes)
-    assert codes == [75, 75], said
-    stopped = [text.splitlines()[-1] for text in said]
+        codes, outputs = _finish(processes)
+    assert codes == [75, 75], outputs
+    stopped = [text.splitlines()[-1] for text in outputs]
     assert "interrupted: saved after step" in stopped[0]
     assert stopped[0] == stopped[1]
     done = len(_history(workdir))
     for devices, epochs in ((1, done + 1), (4, done + 2)):
-        _alone(image_folder, workdir, f"--config.train.epochs={epochs}", devices=devices)
+        _run_one_process(image_folder, workdir, f"--config.train.epochs={epochs}", devices=devices)
         assert len(_history(workdir)) == epochs
-    for a, b in zip(_history(workdir), _history(alone), strict=False):
+    for a, b in zip(_history(workdir), _history(one_process_run), strict=False):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=2e-4)
 
 
-def test_a_signal_before_the_first_step_of_a_run_that_goes_on_is_not_lost(image_folder, tmp_path):
+def test_a_signal_before_the_first_resumed_step_is_obeyed(image_folder, tmp_path):
     workdir = tmp_path / "run"
     endless = "--config.train.epochs=100000"
-    _alone(image_folder, workdir, "--config.train.epochs=2", devices=2)
+    _run_one_process(image_folder, workdir, "--config.train.epochs=2", devices=2)
     with _processes(image_folder, workdir, endless, devices=1) as processes:
         for line in processes[0].stderr:
             if line.startswith("continues from step"):
                 break
         for process in processes:
             process.send_signal(signal.SIGTERM)
-        codes, said = _finish(processes)
-    assert codes == [75, 75], said
-    assert "interrupted: saved after step" in said[1]
+        codes, outputs = _finish(processes)
+    assert codes == [75, 75], outputs
+    assert "interrupted: saved after step" in outputs[1]
 
 
-def test_a_trace_of_two_processes_is_that_of_the_first(image_folder, tmp_path):
+def test_only_the_first_process_writes_a_trace(image_folder, tmp_path):
     flags = (EPOCHS, "--profile")
     with _processes(image_folder, tmp_path / "run", *flags, devices=1) as processes:
-        codes, said = _finish(processes)
-    assert codes == [0, 0], said
+        codes, outputs = _finish(processes)
+    assert codes == [0, 0], outputs
     assert len(list((tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz"))) == 1
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_if_one_is_killed_the_other_ends_and_both_go_on(image_folder, tmp_path, alone, victim):
+def test_if_one_process_is_killed_the_other_ends(image_folder, tmp_path, one_process_run, victim):
     workdir = tmp_path / "run"
     endless = ("--config.train.epochs=100000", "--config.optimizer.decay_epochs=4")
     with _processes(image_folder, workdir, *endless) as processes:
-        wait_for_epochs(workdir, 3, processes)  # So that one checkpoint at least is complete.
+        wait_for_epochs(workdir, 3, processes)  # At least one checkpoint is then complete.
         began = time.monotonic()
         processes[victim].kill()
         _, stderr = processes[1 - victim].communicate(timeout=120)
         assert time.monotonic() - began < 60
         assert processes[1 - victim].returncode != 0
-    # JAX's words where it ends the process itself, or ours where a collective fails.
+    # The message is from JAX if it ends the process, or from us if a collective fails.
     assert "another task died" in stderr or "another process of this run" in one_line(stderr)
     done = len(_history(workdir))
     with _processes(image_folder, workdir, f"--config.train.epochs={done + 1}") as processes:
-        codes, said = _finish(processes)
-    assert codes == [0, 0], said
-    assert "continues from step" in said[0]
+        codes, outputs = _finish(processes)
+    assert codes == [0, 0], outputs
+    assert "continues from step" in outputs[0]
     assert len(_history(workdir)) == done + 1
 
 
-def test_what_fails_at_the_start_of_one_fails_in_all(image_folder, tmp_path):
+def test_a_failed_start_of_one_process_ends_all_processes(image_folder, tmp_path):
     (tmp_path / "run" / "checkpoints" / "6").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text("{}")  # Of another run, that is.
+    (tmp_path / "run" / "config.json").write_text("{}")  # The configuration of another run.
     with _processes(image_folder, tmp_path / "run", EPOCHS) as processes:
-        codes, said = _finish(processes)
+        codes, outputs = _finish(processes)
     assert codes == [2, 2]
-    for text in said:
-        assert "holds a run of another configuration" in one_line(text)
+    for text in outputs:
+        assert "contains a run with another configuration" in one_line(text)
 
 
-def test_a_folder_in_use_is_told_by_the_one_that_asked(image_folder, tmp_path):
+def test_the_primary_process_reports_a_folder_in_use(image_folder, tmp_path):
     from cnn_jax.training import run_directory
 
     with (
-        run_directory.locked(tmp_path / "run"),
+        run_directory.lock(tmp_path / "run"),
         _processes(image_folder, tmp_path / "run", EPOCHS) as processes,
     ):
-        codes, said = _finish(processes)
+        codes, outputs = _finish(processes)
     assert codes == [2, 1]
-    assert f"is in use by process {os.getpid()}" in one_line(said[0])
-    assert "process 0 could not start; see its message" in one_line(said[1])
+    assert f"is in use by process {os.getpid()}" in one_line(outputs[0])
+    assert "process 0 could not start; see its message" in one_line(outputs[1])
 
 
-def test_processes_that_were_started_differently_are_told_apart(image_folder, tmp_path):
+def test_processes_with_different_configurations_are_refused(image_folder, tmp_path):
     port = _free_port()
     processes = [
         subprocess.Popen(
@@ -231,9 +231,9 @@ def test_processes_that_were_started_differently_are_told_apart(image_folder, tm
         )
         for process_id in range(2)
     ]
-    codes, said = _finish(processes)
+    codes, outputs = _finish(processes)
     assert codes == [1, 1]
-    for text in said:
+    for text in outputs:
         assert "process 1 has another configuration than process 0" in one_line(text)
 
 
@@ -257,11 +257,11 @@ def _open_mpi(process_id, port):
 
 
 @pytest.mark.parametrize("environments", [_slurm, _open_mpi])
-def test_jax_finds_the_others_from_what_launchers_set(image_folder, tmp_path, environments):
+def test_jax_detects_processes_of_slurm_and_open_mpi(image_folder, tmp_path, environments):
     flags = "--config.train.epochs=1"
     with _processes(
         image_folder, tmp_path / "run", flags, devices=1, environments=environments
     ) as processes:
-        codes, said = _finish(processes)
-    assert codes == [0, 0], said
-    assert "2 x cpu, float32, in 2 processes" in said[0]
+        codes, outputs = _finish(processes)
+    assert codes == [0, 0], outputs
+    assert "2 x cpu, float32, in 2 processes" in outputs[0]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from cnn_jax.config import files
 from cnn_jax.data.files import open_folder
 from cnn_jax.explain.pictures import explain
 from cnn_jax.inference.evaluation import open_as_trained
@@ -20,30 +21,24 @@ from configs import default
 
 
 def _flat(config):
-    values = {}
-    for section, content in json.loads(config.to_json()).items():
-        if isinstance(content, dict):
-            values |= {f"{section}.{key}": value for key, value in content.items()}
-        else:
-            values[section] = content
-    return values
+    return files.flat(json.loads(config.to_json()))
 
 
-def test_the_same_run_may_go_on_and_another_may_not(tmp_path):
+def test_only_some_keys_may_change_when_a_run_resumes(tmp_path):
     config = default.get_config()
     assert run_directory.read_config(tmp_path) is None
     run_directory.write_config(tmp_path, config)
-    # Without a checkpoint there is no run yet that could go on.
+    # Without a checkpoint there is no run to resume.
     assert run_directory.read_config(tmp_path) is None
     (tmp_path / "checkpoints" / "6").mkdir(parents=True)
-    present = run_directory.read_config(tmp_path)
-    assert present == _flat(config)
-    assert run_directory.changes(tmp_path, present, config) == []
-    # No number of the epochs that are done depends on these.
+    previous = run_directory.read_config(tmp_path)
+    assert previous == _flat(config)
+    assert run_directory.changes(tmp_path, previous, config) == []
+    # No result of a finished epoch depends on these keys.
     config.data.workers = 2
     config.train.epochs = 30
     config.mesh.model = 2
-    assert run_directory.changes(tmp_path, present, config) == [
+    assert run_directory.changes(tmp_path, previous, config) == [
         "data.workers: -1 -> 2",
         "mesh.model: 1 -> 2",
         "train.epochs: 22 -> 30",
@@ -51,18 +46,18 @@ def test_the_same_run_may_go_on_and_another_may_not(tmp_path):
     config.optimizer.l2 = 0.5
     config.train.monitor = "validation_loss"
     with pytest.raises(ConfigError) as error:
-        run_directory.changes(tmp_path, present, config)
+        run_directory.changes(tmp_path, previous, config)
     assert (
         "(optimizer.l2: 0.0001 -> 0.5; train.monitor: validation_accuracy -> validation_loss)"
     ) in str(error.value)
 
 
-def test_a_run_from_before_images_were_mixed_goes_on_without(tmp_path):
+def test_a_run_older_than_mixing_resumes_without_mixing(tmp_path):
     config = default.get_config()
     old = {key: value for key, value in _flat(config).items() if "mix" not in key}
     assert len(old) == len(_flat(config)) - 4
     assert run_directory.changes(tmp_path, old, config) == []
-    config.augment.mixup_alpha = 3.0  # Of what is switched off.
+    config.augment.mixup_alpha = 3.0  # MixUp is switched off.
     assert run_directory.changes(tmp_path, old, config) == []
     config.augment.cutmix_probability = 0.5
     refused = (
@@ -72,48 +67,48 @@ def test_a_run_from_before_images_were_mixed_goes_on_without(tmp_path):
         run_directory.changes(tmp_path, old, config)
 
 
-def test_how_images_are_mixed_may_not_change(tmp_path):
+def test_keys_of_mixing_must_not_change(tmp_path):
     config = default.get_config()
     config.augment.mixup_probability = 0.5
-    present = _flat(config)
-    assert run_directory.changes(tmp_path, present, config) == []
+    previous = _flat(config)
+    assert run_directory.changes(tmp_path, previous, config) == []
     config.augment.mixup_alpha = 0.4
     with pytest.raises(ConfigError, match=r"\(augment\.mixup_alpha: 0\.2 -> 0\.4\)"):
-        run_directory.changes(tmp_path, present, config)
+        run_directory.changes(tmp_path, previous, config)
     config.augment.mixup_probability = 0.0
     with pytest.raises(ConfigError, match=r"\(augment\.mixup_probability: 0\.5 -> 0\.0\)"):
-        run_directory.changes(tmp_path, present, config)
+        run_directory.changes(tmp_path, previous, config)
 
 
-def test_every_key_that_may_change_is_one():
+def test_every_free_key_exists():
     assert set(_flat(default.get_config())) >= run_directory.FREE_KEYS
 
 
-def test_a_folder_that_cannot_be_one_is_explained(tmp_path):
+def test_a_folder_that_cannot_be_used_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(ConfigError, match="--workdir: cannot use"),
-        run_directory.locked(tmp_path / "file" / "run"),
+        run_directory.lock(tmp_path / "file" / "run"),
     ):
         pass
     (tmp_path / "checkpoints" / "6").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"has checkpoints and no config\.json"):
+    with pytest.raises(ConfigError, match=r"has checkpoints but no config\.json"):
         run_directory.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not a configuration"):
         run_directory.read_config(tmp_path)
 
 
-def test_a_folder_is_held_by_one_at_a_time_and_given_back(tmp_path):
-    with run_directory.locked(tmp_path / "run"):
+def test_a_folder_is_locked_by_one_run_at_a_time(tmp_path):
+    with run_directory.lock(tmp_path / "run"):
         holder = rf"in use by process {os.getpid()} on {socket.gethostname()} since \d{{4}}-"
-        with pytest.raises(ConfigError, match=holder), run_directory.locked(tmp_path / "run"):
+        with pytest.raises(ConfigError, match=holder), run_directory.lock(tmp_path / "run"):
             pass
-    with run_directory.locked(tmp_path / "run"):
+    with run_directory.lock(tmp_path / "run"):
         pass
 
 
-def test_a_heartbeat_says_where_the_run_is(tmp_path, monkeypatch):
+def test_a_heartbeat_has_step_and_activity(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(run_directory.time, "monotonic", lambda: now[0])
     heartbeat = run_directory.Heartbeat(tmp_path)
@@ -129,9 +124,9 @@ def test_a_heartbeat_says_where_the_run_is(tmp_path, monkeypatch):
     heartbeat.beat("training", 1)
     assert read() == (1, "training")
     now[0] += 4
-    heartbeat.beat("training", 2)  # Too soon.
+    heartbeat.beat("training", 2)  # Less than five seconds later.
     assert read() == (1, "training")
-    heartbeat.beat("validating")  # But this is news.
+    heartbeat.beat("validating")  # A new activity.
     assert read() == (2, "validating")
     now[0] += 6
     heartbeat.beat("validating", 3)
@@ -147,7 +142,7 @@ def _events(folder):
     events = []
     for path in folder.iterdir():
         content = path.read_bytes()
-        while content:  # Length, its checksum, the event, its checksum.
+        while content:  # Length, checksum, event, checksum.
             length = int.from_bytes(content[:8], "little")
             event = event_pb2.Event.FromString(content[12 : 12 + length])
             events += [(value.tag, event.step) for value in event.summary.value]
@@ -155,7 +150,7 @@ def _events(folder):
     return sorted(events)
 
 
-def test_the_log_has_each_epoch_once_also_after_a_restart(tmp_path):
+def test_the_log_has_each_epoch_once_after_a_restart(tmp_path):
     log = run_directory.EpochLog(tmp_path, [])
     for epoch in (1, 2, 3):
         log.append(_record(epoch))
@@ -188,14 +183,14 @@ def data(image_folder, tmp_path):
     return tmp_path / "data"
 
 
-def test_what_is_written_in_the_folder_of_the_data_is_no_part_of_it(data, tiny_config):
+def test_outputs_inside_the_data_folder_are_ignored_as_data(data, tiny_config):
     config = tiny_config
     config.data.source = f"folder:{data}"
     config.train.epochs = 1
     workdir = data / "runs" / "first"
     before = open_folder(data)
     train_and_evaluate(config, workdir)
-    for name in ("confusion.png", "examples/000.png"):  # As the report would draw them.
+    for name in ("confusion.png", "examples/000.png"):  # As the report draws them.
         picture = workdir / "report" / name
         picture.parent.mkdir(exist_ok=True)
         shutil.copy(data / "red" / "000.png", picture)
@@ -212,13 +207,13 @@ def test_what_is_written_in_the_folder_of_the_data_is_no_part_of_it(data, tiny_c
     assert len(images) == len(before) == 60
     fingerprint = predictor.data["fingerprint"]
     assert open_as_trained(predictor).fingerprint == fingerprint
-    config.train.epochs = 2  # The run goes on from its checkpoint.
+    config.train.epochs = 2  # The run resumes from its checkpoint.
     train_and_evaluate(config, workdir)
     assert BundlePredictor.load(workdir / "bundle").data["fingerprint"] == fingerprint
 
 
 @pytest.mark.parametrize("place", [".", "red", "red/../blue", "split"])
-def test_a_run_does_not_lie_where_the_images_are(data, tiny_config, place):
+def test_a_run_folder_with_images_of_the_data_is_refused(data, tiny_config, place):
     (data / "split").mkdir()
     (data / "green").rename(data / "split" / "green")
     before = sorted(data.rglob("*"))
@@ -226,13 +221,13 @@ def test_a_run_does_not_lie_where_the_images_are(data, tiny_config, place):
         tiny_config.data.source = f"{form}:{data}"
         with pytest.raises(ConfigError, match=r"^--workdir: .* holds images of the data"):
             train_and_evaluate(tiny_config, data / place)
-    assert sorted(data.rglob("*")) == before  # Not even the lock is left.
+    assert sorted(data.rglob("*")) == before  # The lock is removed, too.
 
 
-def test_the_data_does_not_lie_where_the_run_writes(tmp_path):
+def test_data_in_a_folder_that_the_run_overwrites_is_refused(tmp_path):
     for name in ("report", "tensorboard", "checkpoints", "bundle", "profile"):
         source = f"folder:{tmp_path}/run/{name}/images"
-        with pytest.raises(ConfigError, match=f"^--workdir: the data, .*{name}/images, lies in"):
+        with pytest.raises(ConfigError, match=f"^--workdir: the data, .*{name}/images, is inside"):
             run_directory.check_apart(tmp_path / "run", source)
     for source in (f"folder:{tmp_path}/run/images", f"folder:{tmp_path}", "shapes", "tfds:mnist"):
         run_directory.check_apart(tmp_path / "run", source)
@@ -249,22 +244,22 @@ def test_a_run_that_is_older_than_a_key_goes_on_with_its_default(tmp_path):
         run_directory.changes(tmp_path, old, config)
 
 
-def _fail_in(folder, write=None):
-    """A run that fails after it has held the folder."""
+def _fail_in(folder, file_name=None):
+    """A run that fails after it has locked the folder."""
 
     def start():
-        with run_directory.locked(folder):
+        with run_directory.lock(folder):
             run_directory.Heartbeat(folder).beat("opening data")
             (folder / "checkpoints").mkdir()
-            if write:
-                (folder / write).write_text("{}")
+            if file_name:
+                (folder / file_name).write_text("{}")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         start()
 
 
-def test_a_failed_start_leaves_the_folder_as_it_was(tmp_path):
+def test_a_failed_start_removes_the_files_it_created(tmp_path):
     _fail_in(tmp_path / "runs" / "first")
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
@@ -273,20 +268,20 @@ def test_a_failed_start_leaves_the_folder_as_it_was(tmp_path):
     (tmp_path / "mine" / "notes.txt").touch()
     _fail_in(tmp_path / "mine" / "deep" / "run")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
-    _fail_in(tmp_path / "run", write="config.json")  # It has started.
+    _fail_in(tmp_path / "run", file_name="config.json")  # The run has started.
     assert (tmp_path / "run" / "lock").exists()
     assert (tmp_path / "run" / "heartbeat.json").exists()
 
 
-def test_a_folder_that_is_in_use_is_left_alone(tmp_path):
-    with run_directory.locked(tmp_path / "run"):
-        with pytest.raises(ConfigError, match="is in use"), run_directory.locked(tmp_path / "run"):
+def test_a_refused_start_keeps_the_lock_of_the_other_run(tmp_path):
+    with run_directory.lock(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="is in use"), run_directory.lock(tmp_path / "run"):
             pass
         assert (tmp_path / "run" / "lock").exists()
 
 
-def test_a_lock_that_was_just_removed_is_made_anew(tmp_path, monkeypatch):
-    """Another run has opened the lock of one that fails to start and removes it."""
+def test_a_lock_file_that_was_just_removed_is_created_again(tmp_path, monkeypatch):
+    """A run opens the lock file of another run, which fails to start and removes the file."""
     real, path = run_directory.fcntl.flock, tmp_path / "run" / "lock"
 
     def flock(file, operation):
@@ -296,7 +291,7 @@ def test_a_lock_that_was_just_removed_is_made_anew(tmp_path, monkeypatch):
         real(file, operation)
 
     monkeypatch.setattr(run_directory.fcntl, "flock", flock)
-    with run_directory.locked(tmp_path / "run"):
+    with run_directory.lock(tmp_path / "run"):
         assert json.loads(path.read_text())["pid"] == os.getpid()
-        with pytest.raises(ConfigError, match="is in use"), run_directory.locked(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="is in use"), run_directory.lock(tmp_path / "run"):
             pass

@@ -10,7 +10,7 @@ from cnn_jax.system.errors import ConfigError, DataError
 from cnn_jax.training import sharding
 
 
-def test_the_mesh_has_all_devices_and_shares_the_batch_along_data():
+def test_the_mesh_divides_a_batch_among_all_devices():
     mesh = sharding.make_mesh()
     assert dict(mesh.shape) == {"data": jax.device_count(), "model": 1}
     images = np.arange(16 * 3, dtype=np.uint8).reshape(16, 3)
@@ -19,15 +19,15 @@ def test_the_mesh_has_all_devices_and_shares_the_batch_along_data():
     np.testing.assert_array_equal(batch["image"], images)
 
 
-def test_several_batches_are_divided_by_example_and_not_by_step():
+def test_several_batches_are_divided_by_example():
     mesh = sharding.make_mesh()
     rows = np.arange(3 * 16 * 2, dtype=np.int32).reshape(3, 16, 2)
-    batches = sharding.Layout(mesh, 16).to_devices({"row": rows}, by_step=True)
+    batches = sharding.Layout(mesh, 16).to_devices({"row": rows}, is_stacked=True)
     assert batches["row"].sharding.shard_shape(rows.shape) == (3, 16 // jax.device_count(), 2)
     np.testing.assert_array_equal(batches["row"], rows)
 
 
-def test_one_process_loads_every_row_whatever_the_order_of_its_devices():
+def test_one_process_loads_all_rows_for_any_device_order():
     require_devices(2)
     devices = jax.devices()[::-1]
     mesh = sharding.make_mesh(2, devices)
@@ -47,7 +47,7 @@ def test_large_arrays_are_divided_by_their_last_dimension(model):
     assert parts == shapes | {"large": (3, 3, 64, 128 // model)}
 
 
-def test_a_whole_array_can_be_laid_out_anyhow():
+def test_distribute_supports_every_sharding():
     require_devices(2)
     mesh = sharding.make_mesh(2)
     array = np.random.default_rng(0).normal(size=(256, 128)).astype(np.float32)
@@ -58,7 +58,7 @@ def test_a_whole_array_can_be_laid_out_anyhow():
         np.testing.assert_array_equal(placed, array)
 
 
-def test_alone_nobody_is_waited_for():
+def test_one_process_does_not_wait_for_others():
     with sharding.synchronized_errors():
         pass
     with pytest.raises(DataError, match="mine"), sharding.synchronized_errors():
@@ -72,18 +72,18 @@ def test_alone_nobody_is_waited_for():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("localhost:1", None, 2), "belong together"),
-        ((None, 0, None), "belong together"),
+        (("localhost:1", None, 2), "set all three, or none"),
+        ((None, 0, None), "set all three, or none"),
         (("localhost:1", 2, 2), "--process_id: must be below --process_count=2"),
     ],
 )
-def test_flags_that_do_not_fit_together(flags, message):
+def test_contradictory_flags_are_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
         sharding.start_processes(*flags)
 
 
-def test_without_flags_and_without_a_cluster_there_is_one_process():
-    """In a process of its own, as no device may have been touched before."""
+def test_without_flags_and_cluster_there_is_one_process():
+    """Runs in a new process, because no device may be in use before."""
     code = (
         "import jax; from cnn_jax.training import sharding\n"
         "sharding.start_processes(); sharding.start_processes(process_count=1)\n"
@@ -92,8 +92,8 @@ def test_without_flags_and_without_a_cluster_there_is_one_process():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
-def test_memory_of_a_device_is_told():
+def test_the_memory_of_a_device_is_known():
     require_cpu()
     assert 1e8 < sharding.device_bytes() * jax.local_device_count() < 1e14
     assert 0 < sharding.free_device_bytes() <= sharding.device_bytes()
-    assert sharding.accelerator_bytes() == 0  # A CPU is none.
+    assert sharding.accelerator_bytes() == 0  # A CPU is no accelerator.

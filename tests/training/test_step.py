@@ -26,7 +26,7 @@ from cnn_jax.training.step import (
 MODEL = CNN(num_classes=3, features=(4, 8), dense=16)
 PREPROCESSING = Preprocessing(image_size=(8, 8))
 OPTIMIZER = make_optimizer(optax.constant_schedule(1e-2), l2=1e-3)
-# Some are left as they are.
+# A fifth of the images is not mixed.
 MIXING = Mixing(mixup_probability=0.5, mixup_alpha=0.8, cutmix_probability=0.3)
 
 
@@ -79,9 +79,9 @@ def test_golden_numbers():
     state, losses = _run(5)
     norm = float(optax.tree.norm(state.params))
     message = (
-        "The training step computes other numbers than before, so that no earlier result can be "
-        "reproduced and runs in progress cannot go on bit for bit. If that is meant, put these "
-        "into the test, say so in CHANGELOG.md and measure the figures in RESULTS.md again: "
+        "The training step computes different numbers than before. Earlier results cannot be "
+        "reproduced, and runs do not resume bit for bit. If that is intended, put these numbers "
+        "into the test, mention it in CHANGELOG.md and measure the results in RESULTS.md again: "
         f"GOLDEN_LOSSES = {[round(loss, 6) for loss in losses]}, "
         f"GOLDEN_PARAMETER_NORM = {norm:.6f}"
     )
@@ -97,7 +97,7 @@ def test_a_step_is_a_function_of_state_batch_and_seed():
     assert_trees_equal(first, second)
 
 
-def test_dropout_differs_between_steps_and_seeds():
+def test_dropout_depends_on_step_and_seed():
     state, batch = _state(), _batch()
     losses = set()
     for step in range(3):
@@ -119,15 +119,15 @@ def test_class_weights_multiply_the_losses_of_their_examples():
         after, _ = step(state, batch | {"mask": batch["mask"] if mask is None else mask})
         return jax.tree.map(lambda new, old: new - old, after.params, state.params)
 
-    def of_class(label):
-        """The share of one class in the gradient, by leaving out all others."""
-        share = np.mean(labels == label)
-        return jax.tree.map(lambda g: g * share, update(mask=jnp.array(labels == label)))
+    def class_update(label):
+        """The part of the update that comes from the examples of one class."""
+        fraction = np.mean(labels == label)
+        return jax.tree.map(lambda g: g * fraction, update(mask=jnp.array(labels == label)))
 
     weights = (1.0, 3.0, 0.25)
     expected = jax.tree.map(
         lambda *parts: sum(w * part for w, part in zip(weights, parts, strict=True)),
-        *(of_class(label) for label in range(3)),
+        *(class_update(label) for label in range(3)),
     )
     for actual, wanted in zip(
         jax.tree.leaves(update(weights)), jax.tree.leaves(expected), strict=True
@@ -135,7 +135,7 @@ def test_class_weights_multiply_the_losses_of_their_examples():
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_one_step_is_the_optimizer_on_the_gradient_of_the_smoothed_loss():
+def test_one_step_applies_the_gradient_of_the_smoothed_loss():
     model = MODEL.clone(dropout=0.0)
     state, batch = _state(), _batch()
 
@@ -158,7 +158,7 @@ def test_one_step_is_the_optimizer_on_the_gradient_of_the_smoothed_loss():
 
 
 @pytest.mark.parametrize("mixing", [NO_MIXING, MIXING])
-def test_masked_rows_move_no_parameter_by_their_labels(mixing):
+def test_labels_of_masked_rows_have_no_effect(mixing):
     step = jax.jit(_train_step(mixing=mixing))
     batch = _batch() | {"mask": jnp.arange(8) < 6}
     other = batch | {"label": jnp.where(batch["mask"], batch["label"], 2 - batch["label"])}
@@ -169,7 +169,7 @@ def test_masked_rows_move_no_parameter_by_their_labels(mixing):
     assert int(metrics.confusion.sum()) == 6
 
 
-def test_draws_in_the_batch_are_applied_on_the_device():
+def test_augmentation_draws_are_applied_on_the_device():
     batch = _batch()
     rng = np.random.default_rng(0)
     draws = augment.draw(rng, augment.Augmentation("horizontal", 0.2, 0.2, 0.2), 8, (8, 8))
@@ -183,7 +183,7 @@ def test_draws_in_the_batch_are_applied_on_the_device():
     assert abs(float(unmoved.loss_sum.sum()) - float(on_device.loss_sum.sum())) > 0.05
 
 
-def test_evaluation_of_a_padded_batch_counts_the_real_rows_alone():
+def test_evaluation_of_a_padded_batch_ignores_the_padding():
     variables = _state().variables
     step = jax.jit(functools.partial(eval_step, model=MODEL, preprocessing=PREPROCESSING))
     whole = step(variables, _batch(5))
@@ -201,32 +201,34 @@ def test_evaluation_of_a_padded_batch_counts_the_real_rows_alone():
         ((4, 2), MIXING),
     ],
 )
-def test_many_devices_train_as_one_does(shape, mixing, monkeypatch):
-    """BatchNorm normalises by the whole batch, and the metrics are those of all of it."""
+def test_many_devices_train_like_one_device(shape, mixing, monkeypatch):
+    """BatchNorm uses the statistics of the whole batch, and the metrics are its sums."""
     monkeypatch.setattr(sharding, "_LEAST_DIVIDED", 64)
     data, model = shape
     require_devices(data * model)
     mesh = sharding.make_mesh(model, jax.devices()[: data * model])
     layout = sharding.Layout(mesh, 8)
-    everywhere, by_example = layout.replicated, layout.by_example
-    of_state = sharding.split_large(mesh, jax.eval_shape(_state))
+    replicated, batch_sharding = layout.replicated, layout.batch_sharding
+    state_sharding = sharding.split_large(mesh, jax.eval_shape(_state))
     train = _train_step(mixing=mixing)
     jitted = jax.jit(
-        train, in_shardings=(of_state, by_example), out_shardings=(of_state, everywhere)
+        train,
+        in_shardings=(state_sharding, batch_sharding),
+        out_shardings=(state_sharding, replicated),
     )
 
     def step(state, batch):
         rows = jax.tree.map(np.asarray, batch)
         return jitted(state, layout.to_devices(rows))
 
-    many, many_losses = _run(20, jax.device_put(_state(), of_state), step)
+    many, many_losses = _run(20, jax.device_put(_state(), state_sharding), step)
     one, losses = _run(20, step=jax.jit(train))
     np.testing.assert_allclose(many_losses, losses, rtol=2e-5)
     add = functools.partial(update_statistics, model=MODEL, preprocessing=PREPROCESSING)
     add_on_many = jax.jit(
         add,
-        in_shardings=(everywhere, of_state.variables, by_example),
-        out_shardings=everywhere,
+        in_shardings=(replicated, state_sharding.variables, batch_sharding),
+        out_shardings=replicated,
     )
     empty, batch = Statistics.empty(one.batch_stats), jax.tree.map(np.asarray, _batch())
     batch_on_many = layout.to_devices(batch)
@@ -252,8 +254,8 @@ def _statistics(batches, variables, model=MODEL):
     return statistics.batch_stats
 
 
-def test_statistics_are_the_mean_and_variance_over_all_batches():
-    """In the first layer, which sees no other statistics, those of all pixels at once."""
+def test_statistics_are_mean_and_variance_over_all_batches():
+    """Compares the first layer, whose input has no statistics, with a computation in NumPy."""
     state, _ = _run(3)
     batches = [_batch(seed=seed) for seed in range(5)]
     # Batches of different brightness: most of the variance is between them.
@@ -270,8 +272,8 @@ def test_statistics_are_the_mean_and_variance_over_all_batches():
     np.testing.assert_allclose(found["norm1"]["var"], activations.var((0, 1, 2)), rtol=1e-4)
 
 
-def test_statistics_do_not_depend_on_those_before():
-    """Neither initial values nor those of other parameters are left in them."""
+def test_statistics_do_not_depend_on_earlier_statistics():
+    """Initial values and the statistics of earlier parameters have no effect."""
     state = _state()
     batches = [_batch(seed=seed) for seed in range(2)]
     other = jax.tree.map(lambda leaf: leaf + 100, state.batch_stats)
@@ -281,7 +283,7 @@ def test_statistics_do_not_depend_on_those_before():
     )
 
 
-def test_inference_with_the_statistics_of_a_batch_is_training_on_it():
+def test_inference_with_batch_statistics_equals_training_mode():
     model = MODEL.clone(dropout=0.0)
     state, batch = _state(), _batch()
     found = _statistics([batch], state.variables)
@@ -304,14 +306,14 @@ def _plain_state():
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_a_batch_in_parts_trains_as_the_whole_does(parts):
-    """Where the mathematics allows it: without BatchNorm and dropout."""
+def test_a_batch_in_parts_trains_like_the_whole_batch(parts):
+    """Without BatchNorm and dropout, whose results depend on the division into parts."""
     weights = (0.5, 1.0, 1.5)
     whole = jax.jit(_train_step(PLAIN, class_weights=weights))
     in_parts = jax.jit(_train_step(PLAIN, class_weights=weights, accumulation_steps=parts))
     first, second = _plain_state(), _plain_state()
     for i in range(5):
-        # The parts have different numbers of examples that count.
+        # The parts have different numbers of examples whose mask is True.
         batch = _batch(16, seed=i) | {"mask": jnp.arange(16) < 11}
         first, metrics = whole(first, batch)
         second, metrics_of_parts = in_parts(second, batch)
@@ -324,7 +326,7 @@ def test_a_batch_in_parts_trains_as_the_whole_does(parts):
 
 
 def test_each_part_of_a_batch_has_its_own_dropout():
-    """Two equal halves; their activations are dropped differently."""
+    """The parts have equal images, but different activations are dropped."""
     model = CNN(num_classes=3, features=(4, 8), dense=64, dropout=0.5, batch_norm=False)
     state = _train_step(model, seed=0).init_state()
     twice = jax.tree.map(lambda rows: jnp.repeat(rows, 2, axis=0), _batch(4))
@@ -333,15 +335,15 @@ def test_each_part_of_a_batch_has_its_own_dropout():
     assert not np.allclose(metrics.loss_sum, 2 * half.loss_sum, rtol=1e-3)
 
 
-def test_parts_leave_every_row_on_its_device():
+def test_division_into_parts_moves_no_row_between_devices():
     require_devices(2)
     mesh = sharding.make_mesh()
-    by_example = sharding.Layout(mesh, 8).by_example
+    batch_sharding = sharding.Layout(mesh, 8).batch_sharding
     step = _train_step(PLAIN, accumulation_steps=2)
-    everywhere = sharding.replicated(mesh)
-    lowered = jax.jit(step, in_shardings=(everywhere, by_example), out_shardings=everywhere).lower(
-        _plain_state(), _batch(16)
-    )
+    replicated = sharding.replicated(mesh)
+    lowered = jax.jit(
+        step, in_shardings=(replicated, batch_sharding), out_shardings=replicated
+    ).lower(_plain_state(), _batch(16))
     program = lowered.compile().as_text()
     assert "all-reduce" in program
     assert "all-to-all" not in program
@@ -355,11 +357,11 @@ def test_the_donated_state_is_reused():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
-# Images that are mixed.
+# Mixed images.
 
 
 def _mixed_by_hand(batch, key):
-    """The normalised images and the soft targets of a batch, as they are to be mixed."""
+    """The expected mixed images, normalised, and soft targets of a batch."""
     images = (batch["image"].astype(jnp.float32) - 127.5) / 127.5
     one_hot = jax.nn.one_hot(batch["label"], 3)
     return mix.mix_batch(key, images, one_hot, batch["mask"], MIXING)
@@ -369,11 +371,11 @@ def _mix_key(step):
     return jax.random.fold_in(random_key(7, MIX), step)
 
 
-def test_one_step_is_the_optimizer_on_the_gradient_of_the_mixed_loss():
+def test_one_step_applies_the_gradient_of_the_mixed_loss():
     model = MODEL.clone(dropout=0.0)
     state, batch = _state().replace(step=jnp.array(4, jnp.int32)), _batch()
     images, targets = _mixed_by_hand(batch, _mix_key(4))
-    # To hold something, there must be images of each kind.
+    # The test needs images that are mixed and images that are not.
     assert 0 < np.isin(targets, (0, 1)).all(axis=1).sum() < 8
     weights = (0.5, 1.0, 3.0)
 
@@ -392,7 +394,7 @@ def test_one_step_is_the_optimizer_on_the_gradient_of_the_mixed_loss():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), new_state.params, expected
     )
-    # An image counts for the class that has most of it.
+    # The class of an image is the class with the larger weight.
     largest = np.argmax(targets, axis=-1)
     confusion = np.zeros((3, 3), int)
     np.add.at(confusion, (largest, np.argmax(logits, axis=-1)), 1)
@@ -401,8 +403,8 @@ def test_one_step_is_the_optimizer_on_the_gradient_of_the_mixed_loss():
     np.testing.assert_allclose(metrics.loss_sum.sum(), losses.sum(), rtol=1e-5)
 
 
-def test_mixing_differs_between_steps_and_seeds_and_is_else_the_same():
-    """Without dropout, so that nothing else is drawn."""
+def test_mixing_depends_on_step_and_seed_only():
+    """Without dropout, so that mixing is the only use of random numbers."""
     step = jax.jit(_train_step(PLAIN, mixing=MIXING))
     state, batch = _plain_state(), _batch()
     first, _ = step(state, batch)
@@ -415,8 +417,8 @@ def test_mixing_differs_between_steps_and_seeds_and_is_else_the_same():
     assert len(kernels) == 3
 
 
-def test_without_mixing_the_program_is_what_it_was():
-    """No number is drawn and none computed for it: shares mean nothing then."""
+def test_without_mixing_nothing_is_computed_for_it():
+    """The alphas of mixing have no effect on the program."""
     idle = Mixing(mixup_alpha=3.0, cutmix_alpha=5.0)
     plain, same, mixed = (
         jax.jit(_train_step(mixing=mixing)).lower(_state(), _batch()).as_text()
@@ -427,7 +429,7 @@ def test_without_mixing_the_program_is_what_it_was():
 
 
 def test_each_part_of_a_batch_is_mixed_within_itself():
-    """Parts are every second row; where the mathematics allows it, all can be mixed before."""
+    """The parts consist of every second row. Without BatchNorm the result can be compared."""
     state, batch = _plain_state(), _batch(16)
     images, targets = jnp.zeros((16, 8, 8, 3)), jnp.zeros((16, 3))
     for part, key in enumerate(jax.random.split(_mix_key(0), 2)):
@@ -449,11 +451,11 @@ def test_each_part_of_a_batch_is_mixed_within_itself():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after.params, expected)
 
 
-# Frozen parameters and further loss terms.
+# Frozen parameters and additional loss terms.
 
 
-def test_frozen_parameters_stay_and_the_others_train_as_without_them():
-    """The gradients of the trained parameters are the same; the optimizer has no other state."""
+def test_frozen_parameters_do_not_change_the_training_of_others():
+    """The optimizer has state for the trained parameters only."""
     step = _train_step(is_trainable=lambda path: not path.startswith("conv1/"))
     state = step.init_state()
     assert_trees_equal(state.params, _train_step().init_state().params)
@@ -490,7 +492,7 @@ def test_gradients_of_frozen_parameters_are_not_computed():
 
 
 def test_an_extra_loss_is_added_for_each_example():
-    """Distillation: cross-entropy with a teacher's probabilities, by hand."""
+    """Compares distillation, the cross-entropy with a teacher, with a computation by hand."""
     model = MODEL.clone(dropout=0.0)
     teacher_kernel = np.random.default_rng(0).normal(size=(8 * 8 * 3, 3)).astype(np.float32)
 
@@ -507,7 +509,7 @@ def test_an_extra_loss_is_added_for_each_example():
         return jax.tree.map(jnp.subtract, after.params, state.params), metrics
 
     both, metrics = update(dataclasses.replace(plain, extra_loss=distil))
-    alone, plain_metrics = update(plain)
+    plain_update, plain_metrics = update(plain)
     np.testing.assert_allclose(metrics.loss_sum, plain_metrics.loss_sum)  # Not in the metrics.
 
     def extra(params):
@@ -516,5 +518,7 @@ def test_an_extra_loss_is_added_for_each_example():
         logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
         return jnp.sum(jnp.where(batch["mask"], distil(images, logits), 0)) / 6
 
-    expected = jax.tree.map(lambda a, g: a - g, alone, jax.jit(jax.grad(extra))(state.params))
+    expected = jax.tree.map(
+        lambda a, g: a - g, plain_update, jax.jit(jax.grad(extra))(state.params)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), both, expected)
