@@ -7,7 +7,7 @@ is one output that is updated in place.
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -224,22 +224,26 @@ class TrainingDisplay:
     def start(
         self,
         history: Sequence[Mapping[str, Any]],
-        best: Mapping[str, Any] | None,
+        improvements: Container[int],
         first_step: int,
+        is_finished: bool = False,
     ) -> None:
         """Prints the head of the table, and the lines of epochs of earlier starts.
 
         Args:
           history: The records of the finished epochs.
-          best: The record of the best one; None if there is none.
+          improvements: The numbers of the epochs that were better than all before.
           first_step: The step from which training continues.
+          is_finished: Whether no epoch is left.
         """
-        if first_step:
+        if is_finished:
+            self._console.print(f"training is finished already, after step {first_step:,}")
+        elif first_step:
             self._console.print(f"continues from step {first_step:,}")
         self._console.print(self._row("", self._titles()))
         self._console.print(self._row("  epoch", self._cells(lambda group, name: name)))
         for record in history:
-            self.epoch(record, is_best=record is best)
+            self.epoch(record, is_best=record["epoch"] in improvements)
 
     def step(self, step: int, loss: float, images_per_second: float) -> None:
         """Shows that `step` steps are done, and the loss of the last one."""

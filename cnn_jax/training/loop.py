@@ -23,6 +23,7 @@ from cnn_jax.data import Track, pipeline
 from cnn_jax.data import dataset as datasets
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.findings import count
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
@@ -313,19 +314,20 @@ def _train(
       Interrupted: A signal or the deadline ended the run, which is saved.
     """
     train, monitor = run.config.train, run.config.train.monitor
-    is_finished = _patience_is_over(progress.history, run.config)
-    last_step = progress.step if is_finished else train.epochs * run.steps_per_epoch
+    last_step = train.epochs * run.steps_per_epoch
+    is_finished = progress.step >= last_step or _patience_is_over(progress.history, run.config)
     log = run_directory.EpochLog(run.workdir, progress.history)
     display = run.console.training(train.epochs, run.steps_per_epoch)
     augmentation = Augmentation.from_config(run.config.augment)
     stream = _training_batches(run, run.dataset.loader, augmentation, progress.step)
     with contextlib.closing(log), stream as batches, display, contextlib.closing(trace):
-        display.start(progress.history, best_record(progress.history, monitor), progress.step)
+        improvements = _improvements(progress.history, monitor)
+        display.start(progress.history, improvements, progress.step, is_finished)
         run.heartbeat.beat("starting", progress.step)
         on_epoch(progress.history)
         reader = _DelayedReader(run, progress, display)
         for number in itertools.count():
-            if progress.step >= last_step:
+            if is_finished or progress.step >= last_step:
                 break
             length = run.execution_length(progress.step)
             with trace.steps(progress.step, length):
@@ -674,6 +676,12 @@ def _validate(run: _Run, state: TrainState) -> dict[str, float]:
     return totals.compute()
 
 
+def _improvements(history: History, monitor: str) -> set[int]:
+    """The numbers of the epochs that were better than all epochs before them."""
+    best_until = (best_record(history[: end + 1], monitor) for end in range(len(history)))
+    return {record["epoch"] for record in best_until if record is not None}
+
+
 def _patience_is_over(history: History, config: Config) -> bool:
     """Whether the last `train.patience` epochs did not improve the monitored metric."""
     best = best_record(history, config.train.monitor)
@@ -685,5 +693,5 @@ def _describe_end(history: History, best: dict[str, Any], config: Config) -> str
     monitor = config.train.monitor
     return (
         f"{'stopped early' if len(history) < config.train.epochs else 'done'}: the best of "
-        f"{len(history)} epochs is {best['epoch']}, with {monitor} {best[monitor]:.4f}"
+        f"{count(len(history), 'epoch')} is {best['epoch']}, with {monitor} {best[monitor]:.4f}"
     )

@@ -749,7 +749,13 @@ def test_a_run_is_rewound_to_a_checkpoint_once(finished, tmp_path, capfd):
     _assert_same_except_times(workdir, first)
     # A scheduler that repeats the command does not lose later epochs.
     train_and_evaluate(back, workdir)
-    assert "continues from step 18\n" in capfd.readouterr().err
+    printed = capfd.readouterr().err
+    assert "training is finished already, after step 18\n" in printed
+    epochs = [line for line in printed.splitlines() if line.startswith(("   1/", "   2/", "   3/"))]
+    values = [record[config.train.monitor] for record in _history(workdir)]
+    assert [line.endswith("best") for line in epochs] == [
+        value > max(values[:i], default=-1) for i, value in enumerate(values)
+    ]
     back.checkpoint.restore_step = 7
     with pytest.raises(ConfigError, match=r"restore_step: there is no checkpoint of step 7 in"):
         train_and_evaluate(back, workdir)
