@@ -405,13 +405,13 @@ def _make_source(
 ) -> Source:
     """Makes a source of files below a folder; the classes are sorted by name."""
     class_names = sorted(set(class_of_each))
-    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    class_labels = {class_name: label for label, class_name in enumerate(class_names)}
     paths = [file.path for file in files]
     return Source(
         name=name,
         class_names=class_names,
         ids=paths,
-        labels=np.array([label_of[class_name] for class_name in class_of_each], np.int32),
+        labels=np.array([class_labels[class_name] for class_name in class_of_each], np.int32),
         read=FileReader(root),
         keys=paths,
         sizes=[file.size for file in files],

@@ -31,7 +31,7 @@ _MAX_NAMED = 3
 # With fewer expected images, half of them can be missing by chance.
 _SHARE_TO_SPEAK_OF = 3
 # A warning is due if this fraction of all images is dark (see `decode.DARK`).
-_MOST = 0.9
+_MIN_DARK_FRACTION = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ValueRange:
     @property
     def is_dark(self) -> bool:
         """Whether nearly all images use only a small part of the range."""
-        return self.dark >= _MOST * self.images
+        return self.dark >= _MIN_DARK_FRACTION * self.images
 
     def describe(self) -> str:
         """A text such as "12-bit: 40 images from 0 to 4000, white is 4095"."""
@@ -110,12 +110,12 @@ def value_ranges(
         specification.
     """
     preprocessing = preprocessing or Preprocessing()
-    by_type = defaultdict(list)
+    values_by_type = defaultdict(list)
     for record in records:
         if record.values is not None:
-            by_type[record.values.kind, record.values.white].append(record.values)
+            values_by_type[record.values.kind, record.values.white].append(record.values)
     ranges = []
-    for (kind, own_white), values in by_type.items():
+    for (kind, own_white), values in values_by_type.items():
         highs = np.array([one.high for one in values], np.float64)
         is_plain = kind == "8-bit"
         white = own_white if is_plain else preprocessing.white_level or own_white
@@ -205,8 +205,8 @@ class Findings:
     @property
     def leaks(self) -> list[list[int]]:
         """The sets of `copies` with images in different splits."""
-        split_of = split_numbers(self.splits, len(self.source))
-        return [group for group in self.copies if len({int(split_of[i]) for i in group}) > 1]
+        example_splits = split_numbers(self.splits, len(self.source))
+        return [group for group in self.copies if len({int(example_splits[i]) for i in group}) > 1]
 
     @property
     def imbalance(self) -> float:
@@ -347,11 +347,11 @@ class Findings:
     def _torn_groups(self) -> list[str]:
         """The groups with images in several splits."""
         groups = self.division.groups(self.source) or []
-        split_of = split_numbers(self.splits, len(self.source)).tolist()
-        splits_of: dict[str, set[int]] = defaultdict(set)
-        for group, split in zip(groups, split_of, strict=False):
-            splits_of[group].add(split)
-        return [group for group, splits in splits_of.items() if len(splits) > 1]
+        example_splits = split_numbers(self.splits, len(self.source)).tolist()
+        group_splits: dict[str, set[int]] = defaultdict(set)
+        for group, split in zip(groups, example_splits, strict=False):
+            group_splits[group].add(split)
+        return [group for group, splits in group_splits.items() if len(splits) > 1]
 
     def _uneven(self) -> list[str]:
         """The classes of which a split has less than half of its fraction by chance."""
@@ -368,8 +368,8 @@ class Findings:
     def _names(self, group: Sequence[int]) -> str:
         """The ids of a few of these examples, first of different classes."""
         labels = self.source.labels
-        first_of = {int(labels[i]): i for i in reversed(group)}.values()
-        order = [*sorted(first_of), *(i for i in group if i not in first_of)]
+        first_images = {int(labels[i]): i for i in reversed(group)}.values()
+        order = [*sorted(first_images), *(i for i in group if i not in first_images)]
         return _some([printable(self.source.ids[i]) for i in order])
 
 

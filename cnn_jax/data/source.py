@@ -119,9 +119,9 @@ def fingerprint(
     source: Source, digests: Sequence[str], splits: Mapping[str, Int[np.ndarray, " _"]]
 ) -> str:
     """The sha256 of id, class, content and split of all examples, in any order."""
-    split_of = {i: split for split, indices in splits.items() for i in indices}
+    example_splits = {i: split for split, indices in splits.items() for i in indices}
     lines = sorted(
-        f"{source.ids[i]}\t{source.class_names[source.labels[i]]}\t{digests[i]}\t{split_of[i]}"
+        f"{source.ids[i]}\t{source.class_names[source.labels[i]]}\t{digests[i]}\t{example_splits[i]}"
         for i in range(len(source))
     )
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()

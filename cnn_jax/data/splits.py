@@ -126,9 +126,9 @@ def divide(
     """
     own = np.array(own_splits if own_splits is not None else [""] * len(ids))
     given = [name for name in SPLITS if (own == name).any()]
-    split_of = np.full(len(ids), -1)
+    example_splits = np.full(len(ids), -1)
     for position, name in enumerate(SPLITS):
-        split_of[own == name] = position
+        example_splits[own == name] = position
     shares = np.array(fractions, np.float64)
     free = own == ""
     if given and not free.any() and len(given) < len(SPLITS):
@@ -138,17 +138,21 @@ def divide(
     shares[[name in given and name != "train" for name in SPLITS]] = 0
     units = _units(len(ids), groups, contents)
     # A unit goes to the split of its examples that have one.
-    split_of_unit = np.full(len(ids), -1)
-    np.maximum.at(split_of_unit, units[~free], split_of[~free])
-    is_bound = split_of_unit[units] >= 0
-    split_of = np.where(is_bound & (own == ""), split_of_unit[units], split_of)
+    unit_splits = np.full(len(ids), -1)
+    np.maximum.at(unit_splits, units[~free], example_splits[~free])
+    is_bound = unit_splits[units] >= 0
+    example_splits = np.where(is_bound & (own == ""), unit_splits[units], example_splits)
     rest = np.flatnonzero(free & ~is_bound)
     if len(rest):
         names = ids if groups is None else groups
         _, own_units = np.unique(units[rest], return_inverse=True)
         numbers = _numbers(own_units, [names[i] for i in rest], seed)
-        split_of[rest] = _assign(own_units, numbers, labels[rest], shares / shares.sum(), rule)
-    return {name: np.flatnonzero(split_of == position) for position, name in enumerate(SPLITS)}
+        example_splits[rest] = _assign(
+            own_units, numbers, labels[rest], shares / shares.sum(), rule
+        )
+    return {
+        name: np.flatnonzero(example_splits == position) for position, name in enumerate(SPLITS)
+    }
 
 
 def _units(
@@ -158,11 +162,11 @@ def _units(
     units = np.arange(size)
     for keys in (groups, contents):
         if keys is not None:
-            number_of: dict[str, int] = {}
-            key = np.array([number_of.setdefault(key, len(number_of)) for key in keys], int)
+            key_numbers: dict[str, int] = {}
+            key = np.array([key_numbers.setdefault(key, len(key_numbers)) for key in keys], int)
             # Units and keys are the nodes of a graph; its connected components are the new units.
             edges = (np.ones(size), (units, key + size))
-            shape = (size + len(number_of),) * 2
+            shape = (size + len(key_numbers),) * 2
             _, part = connected_components(coo_array(edges, shape=shape), directed=False)
             units = np.unique(part[units], return_inverse=True)[1]
     return units
@@ -195,7 +199,7 @@ def _assign(
     rule: str,
 ) -> Int[np.ndarray, " m"]:
     """The position in `SPLITS` of each example."""
-    split_of_unit = np.zeros(len(numbers), np.int64)
+    unit_splits = np.zeros(len(numbers), np.int64)
     class_of_unit = _commonest_label(units, labels)
     sizes = np.bincount(units, minlength=len(numbers))
     # Only the splits with a fraction above 0, in the order of SPLITS.
@@ -211,8 +215,8 @@ def _assign(
         if len(members) >= len(wanted):
             bounds = _none_empty(bounds, len(members))
         for position, part in zip(wanted, np.split(members, bounds), strict=True):
-            split_of_unit[part] = position
-    return split_of_unit[units]
+            unit_splits[part] = position
+    return unit_splits[units]
 
 
 def _commonest_label(

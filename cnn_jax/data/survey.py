@@ -154,7 +154,7 @@ class Survey:
         return np.array([header.width / header.height for header in self.headers])
 
     @functools.cached_property
-    def split_of(self) -> list[str]:
+    def example_splits(self) -> list[str]:
         """The name of the split of each readable image."""
         numbers = split_numbers(self.findings.splits, len(self.source))
         names = list(self.findings.splits)
@@ -168,11 +168,11 @@ class Survey:
 
     def varied(self, cluster: Cluster) -> list[int]:
         """The images of a cluster in an order that shows its labels and splits first."""
-        split_of = self.split_of
+        example_splits = self.example_splits
         seen: Counter[tuple[int, str]] = Counter()
         turns = []
         for i in cluster.images:
-            kind = (int(self.source.labels[i]), split_of[i])
+            kind = (int(self.source.labels[i]), example_splits[i])
             turns.append((seen[kind], i))
             seen[kind] += 1
         return [i for _, i in sorted(turns)]
@@ -225,7 +225,7 @@ class Survey:
         }
 
     def _described(self, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
-        source, split_of = self.source, self.split_of
+        source, example_splits = self.source, self.example_splits
         return [
             {
                 "different_labels": cluster.different_labels,
@@ -234,7 +234,7 @@ class Survey:
                     {
                         "id": source.ids[i],
                         "class": source.class_names[source.labels[i]],
-                        "split": split_of[i],
+                        "split": example_splits[i],
                     }
                     for i in cluster.images
                 ],
@@ -371,8 +371,8 @@ def near_components(
 
     # Copies, and all images of one colour, are compared once.
     both = np.concatenate([hashes[:, np.newaxis].view(np.uint8), thumbnails], axis=1)
-    _, first_of, inverse = np.unique(both, axis=0, return_index=True, return_inverse=True)
-    hashes, thumbnails = hashes[first_of], thumbnails[first_of]
+    _, first_images, inverse = np.unique(both, axis=0, return_index=True, return_inverse=True)
+    hashes, thumbnails = hashes[first_images], thumbnails[first_images]
     part = np.arange(len(hashes))
     contrast = thumbnails.reshape(-1, math.prod(_THUMBNAIL), 3).std(axis=1).mean(axis=1)
     tolerance = _NOISE + _SHARE_OF_CONTRAST * contrast
@@ -445,12 +445,12 @@ def _clusters(
     splits: Mapping[str, Int[np.ndarray, " _"]],
 ) -> list[Cluster]:
     """Makes clusters, sorted by different labels, different splits, and size."""
-    split_of = split_numbers(splits, len(source))
+    example_splits = split_numbers(splits, len(source))
     clusters = [
         Cluster(
             images=list(group),
             different_labels=len({int(source.labels[i]) for i in group}) > 1,
-            different_splits=len({int(split_of[i]) for i in group}) > 1,
+            different_splits=len({int(example_splits[i]) for i in group}) > 1,
         )
         for group in groups
     ]

@@ -97,7 +97,7 @@ def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
                     {
                         "id": source.ids[i],
                         "class": source.class_names[source.labels[i]],
-                        "split": survey.split_of[i],
+                        "split": survey.example_splits[i],
                     }
                     for i in shown
                 ],

@@ -104,7 +104,7 @@ class SuccessiveHalving(BasePruner):
         epoch = trial.last_step
         if not self._brackets or epoch is None:
             return False
-        bracket = bracket_of(trial.number, self._max_epochs, self._brackets)
+        bracket = bracket_number(trial.number, self._max_epochs, self._brackets)
         if epoch not in rungs(self._max_epochs, bracket):
             return False
         others = [
@@ -112,7 +112,7 @@ class SuccessiveHalving(BasePruner):
             for other in study.get_trials(deepcopy=False)
             if other.number != trial.number
             and epoch in other.intermediate_values
-            and bracket_of(other.number, self._max_epochs, self._brackets) == bracket
+            and bracket_number(other.number, self._max_epochs, self._brackets) == bracket
         ]
         return not is_promoted(_merit(trial, epoch, study.direction), others)
 
@@ -168,7 +168,7 @@ def rungs(max_epochs: int, bracket: int) -> list[int]:
     return [round(max_epochs / REDUCTION**rung) for rung in range(count, 0, -1)]
 
 
-def bracket_of(number: int, max_epochs: int, brackets: int) -> int:
+def bracket_number(number: int, max_epochs: int, brackets: int) -> int:
     """The bracket of a trial by its number.
 
     The proportions are those of Hyperband (Li et al. 2018, algorithm 1), so that all

@@ -235,7 +235,7 @@ def test_floats_without_a_white_level_are_refused_with_that_of_all(tmp_path):
     with pytest.raises(DataError) as error:
         _find(tmp_path, max_unreadable=0.5)
     assert "24 float images have values from 0 to 700, none of which is known" in str(error.value)
-    assert "cannot serve" not in str(error.value)
+    assert "cannot suit" not in str(error.value)
     assert "set --config.data.white_level=1023, or" in str(error.value)
     assert _value_warnings(tmp_path, white_level=700.0) == []
 
@@ -278,10 +278,10 @@ def test_kinds_that_need_different_white_levels_must_be_converted(
     records = [
         examine(path.read_bytes(), preprocessing)[0] for path in sorted(tmp_path.glob("*/*"))
     ]
-    found = [one for one in range_warnings(value_ranges(records, preprocessing)) if "serve" in one]
+    found = [one for one in range_warnings(value_ranges(records, preprocessing)) if "suit" in one]
     assert len(found) == (named is not None)
     if named:
-        assert re.search(rf"one data.white_level cannot serve .*\({named}.*\): convert", found[0])
+        assert re.search(rf"one data.white_level cannot suit .*\({named}.*\): convert", found[0])
         assert "\n" not in found[0]
 
 

@@ -18,7 +18,7 @@ def _labelled_ids(draw):
     return ids, labels
 
 
-def _split_of(ids, splits):
+def _splits_by_id(ids, splits):
     return {ids[i]: name for name, indices in splits.items() for i in indices}
 
 
@@ -67,7 +67,7 @@ def test_the_stable_rule_keeps_splits_when_images_are_added(images, before, seed
     def assign(some):
         ids = [f"{label}/{i}" for label, i in some]
         labels = np.array([label for label, _ in some], int)
-        return _split_of(ids, divide(ids, labels, FRACTIONS, seed))
+        return _splits_by_id(ids, divide(ids, labels, FRACTIONS, seed))
 
     was, is_now = assign(images[:before]), assign(images)
     # If a split of a class was empty by chance, one image was moved into it.
@@ -76,11 +76,11 @@ def test_the_stable_rule_keeps_splits_when_images_are_added(images, before, seed
     assert len(lent) <= 2 * 2 * 4  # Two splits, before and after, four classes.
 
 
-def _lent(split_of, seed):
+def _lent(example_splits, seed):
     """The examples that are not in the split of their number."""
     return {
         example_id
-        for example_id, split in split_of.items()
+        for example_id, split in example_splits.items()
         if not len(divide([example_id], np.zeros(1, int), FRACTIONS, seed)[split])
     }
 
@@ -89,17 +89,17 @@ def test_ten_thousand_images_keep_their_splits_when_as_many_come():
     labels = np.repeat(np.arange(4), 5000)
     ids = [f"{label}/{i}" for i, label in enumerate(labels)]
     every_other = slice(None, None, 2)
-    was = _split_of(
+    was = _splits_by_id(
         ids[every_other], divide(ids[every_other], labels[every_other], FRACTIONS, seed=3)
     )
-    is_now = _split_of(ids, divide(ids, labels, FRACTIONS, seed=3))
+    is_now = _splits_by_id(ids, divide(ids, labels, FRACTIONS, seed=3))
     assert all(is_now[i] == split for i, split in was.items())
 
 
 def test_the_exact_rule_moves_at_most_one_image_per_cut():
     ids = [str(i) for i in range(201)]
-    before = _split_of(ids, divide(ids[:200], np.zeros(200, int), FRACTIONS, 0, rule="exact"))
-    after = _split_of(ids, divide(ids, np.zeros(201, int), FRACTIONS, 0, rule="exact"))
+    before = _splits_by_id(ids, divide(ids[:200], np.zeros(200, int), FRACTIONS, 0, rule="exact"))
+    after = _splits_by_id(ids, divide(ids, np.zeros(201, int), FRACTIONS, 0, rule="exact"))
     assert sum(after[i] != split for i, split in before.items()) <= 2
 
 
@@ -112,7 +112,7 @@ def test_an_examples_split_does_not_depend_on_the_order(case, random, rule):
     split = divide(ids, labels, FRACTIONS, 0, rule=rule)
     shuffled_ids = [ids[i] for i in order]
     shuffled = divide(shuffled_ids, labels[order], FRACTIONS, 0, rule=rule)
-    assert _split_of(ids, split) == _split_of(shuffled_ids, shuffled)
+    assert _splits_by_id(ids, split) == _splits_by_id(shuffled_ids, shuffled)
 
 
 def test_exact_shares_are_exact():
@@ -160,11 +160,11 @@ def test_groups_and_equal_images_stay_together(images, seed, rule):
     contents = [str(content) for _, _, content in images]
     splits = divide(ids, labels, FRACTIONS, seed, rule=rule, groups=groups, contents=contents)
     assert sorted(np.concatenate(list(splits.values()))) == list(range(len(ids)))
-    split_of = _split_of(ids, splits)
+    example_splits = _splits_by_id(ids, splits)
     for keys in (groups, contents):
         together = {}
         for i, key in zip(ids, keys, strict=True):
-            assert together.setdefault(key, split_of[i]) == split_of[i]
+            assert together.setdefault(key, example_splits[i]) == example_splits[i]
 
 
 def test_exact_shares_of_groups_are_met_within_a_group():
@@ -181,9 +181,9 @@ def test_a_copy_goes_where_the_original_is():
     ids = [f"{i:03d}.jpg" for i in range(200)]
     copies = [f"{i:03d} (copy).jpg" for i in range(200)]
     contents = [str(i) for i in range(200)]
-    was = _split_of(ids, divide(ids, np.zeros(200, int), FRACTIONS, 0, contents=contents))
+    was = _splits_by_id(ids, divide(ids, np.zeros(200, int), FRACTIONS, 0, contents=contents))
     both = ids + copies
-    is_now = _split_of(
+    is_now = _splits_by_id(
         both, divide(both, np.zeros(400, int), FRACTIONS, 0, contents=contents + contents)
     )
     for original, copy in zip(ids, copies, strict=True):
@@ -195,8 +195,10 @@ def test_equal_images_of_two_classes_stay_together():
     labels = np.repeat([0, 1], 30)
     contents = [f"{i % 30}" for i in range(60)]
     for rule in SPLIT_RULES:
-        split_of = _split_of(ids, divide(ids, labels, FRACTIONS, 0, rule=rule, contents=contents))
-        assert all(split_of[str(i)] == split_of[str(i + 30)] for i in range(30))
+        example_splits = _splits_by_id(
+            ids, divide(ids, labels, FRACTIONS, 0, rule=rule, contents=contents)
+        )
+        assert all(example_splits[str(i)] == example_splits[str(i + 30)] for i in range(30))
 
 
 def test_own_splits_are_kept():
@@ -228,9 +230,11 @@ def test_what_belongs_to_an_image_with_a_split_goes_there():
     own = ["test"] * 20 + [""] * 60 + ["train"] * 10
     groups = [str(i % 30) for i in range(90)]
     splits = divide(ids, np.zeros(90, int), FRACTIONS, 0, groups=groups, own_splits=own)
-    split_of = _split_of(ids, splits)
-    assert all(split_of[str(i)] == "test" for i in (*range(50), *range(60, 80)) if i % 30 < 20)
-    assert all(split_of[str(i)] == "train" for i in range(80, 90))
+    example_splits = _splits_by_id(ids, splits)
+    assert all(
+        example_splits[str(i)] == "test" for i in (*range(50), *range(60, 80)) if i % 30 < 20
+    )
+    assert all(example_splits[str(i)] == "train" for i in range(80, 90))
 
 
 def test_a_unit_with_a_test_image_stays_in_test():

@@ -209,8 +209,8 @@ def test_varied_images_show_each_class_first(mixed_folder):
     everything = survey_module.Cluster(list(range(len(found.source))), True, True)
     shown = found.varied(everything)
     assert sorted(shown) == everything.images
-    kinds = {(found.source.labels[i], found.split_of[i]) for i in shown}
-    first = [(found.source.labels[i], found.split_of[i]) for i in shown[: len(kinds)]]
+    kinds = {(found.source.labels[i], found.example_splits[i]) for i in shown}
+    first = [(found.source.labels[i], found.example_splits[i]) for i in shown[: len(kinds)]]
     assert len(set(first)) == len(kinds)
 
 

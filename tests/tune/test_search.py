@@ -78,7 +78,7 @@ def test_brackets_get_trials_in_the_proportions_of_hyperband(max_epochs, weights
     brackets = search.num_brackets(max_epochs)
     for trials in (sum(weights), 1000):
         bracket_counts = collections.Counter(
-            search.bracket_of(number, max_epochs, brackets) for number in range(trials)
+            search.bracket_number(number, max_epochs, brackets) for number in range(trials)
         )
         expected = np.array(weights) / sum(weights) * trials
         found = np.array([bracket_counts[bracket] for bracket in range(brackets)])
@@ -88,14 +88,14 @@ def test_brackets_get_trials_in_the_proportions_of_hyperband(max_epochs, weights
 
 def test_trials_are_spread_evenly_over_brackets():
     """Any 17 consecutive trials have about 9, 5 and 3 in the brackets."""
-    numbers = np.array([search.bracket_of(number, 15, 3) for number in range(300)])
+    numbers = np.array([search.bracket_number(number, 15, 3) for number in range(300)])
     for first in range(len(numbers) - 17):
         counts = np.bincount(numbers[first : first + 17], minlength=3)
         np.testing.assert_allclose(counts, [9, 5, 3], atol=2)
 
 
 def test_all_trials_are_in_a_single_bracket():
-    assert {search.bracket_of(number, 15, 1) for number in range(50)} == {0}
+    assert {search.bracket_number(number, 15, 1) for number in range(50)} == {0}
 
 
 def make_study(curves=(), direction="maximize", **options):
@@ -115,7 +115,7 @@ def is_pruned(study, number, max_epochs, brackets):
 def expected_pruned(curves, number, max_epochs, brackets, direction):
     """Decides as the paper does, by sorting: the top third of all trials at the rung."""
     epoch = len(curves[number])
-    mine = search.bracket_of(number, max_epochs, brackets) if brackets else 0
+    mine = search.bracket_number(number, max_epochs, brackets) if brackets else 0
     third = 3 if max_epochs <= 10 else 4
     rungs = [{1, third}, {third}, set()][mine]
     if not brackets or epoch not in rungs:
@@ -124,7 +124,7 @@ def expected_pruned(curves, number, max_epochs, brackets, direction):
     reached = {
         other: best(curve[:epoch])
         for other, curve in enumerate(curves)
-        if len(curve) >= epoch and search.bracket_of(other, max_epochs, brackets) == mine
+        if len(curve) >= epoch and search.bracket_number(other, max_epochs, brackets) == mine
     }
     ranking = sorted(reached.values(), reverse=direction == "maximize")
     last = ranking[max(1, len(ranking) // 3) - 1]

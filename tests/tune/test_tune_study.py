@@ -97,7 +97,7 @@ def test_a_study_runs_all_its_trials(tmp_path, log, trainer, monitor):
         curve = list(trial.intermediate_values.values())
         assert list(trial.intermediate_values) == list(range(1, len(curve) + 1))
         assert trial.user_attrs["seconds"] == SECONDS * len(curve)
-        bracket = search.bracket_of(trial.number, 9, 3)
+        bracket = search.bracket_number(trial.number, 9, 3)
         if trial.state == TrialState.COMPLETE:
             assert len(curve) == 9
             assert trial.value == (max if monitor == "validation_accuracy" else min)(curve)
