@@ -462,8 +462,8 @@ def test_unreadable_images_are_named_and_left_out(image_folder, tmp_path, caplog
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--bundle={tmp}/none"], 1, "none"),
-        (["--bundle={tmp}/bundle", "--source=folder:{tmp}/nowhere"], 1, "nowhere"),
+        (["--bundle={tmp}/none"], 2, "none"),
+        (["--bundle={tmp}/bundle", "--source=folder:{tmp}/nowhere"], 2, "nowhere"),
         (["--bundle={tmp}/bundle", "--source=nonsense:x"], 2, "nonsense"),
         (["--bundle={tmp}/bundle", "--output={tmp}/no/folder.json"], 2, "--output: cannot write"),
     ],

@@ -122,7 +122,7 @@ def test_the_page_shows_and_clears_errors(browser, server, image, tmp_path):
     (tmp_path / "note.png").write_text("no image")
     choose(browser, tmp_path / "note.png")
     wait_for(browser, "!document.getElementById('problem').hidden")
-    assert "no image of a known format" in text(browser, "problem")
+    assert "not an image of a known format" in text(browser, "problem")
     assert browser.execute_script("return document.getElementById('result').hidden")
     choose(browser, image)
     wait_for(browser, "!document.getElementById('result').hidden")

@@ -251,7 +251,7 @@ def test_open_inference_reports_readiness(serve):
     assert [status(f"{own}/{number}/ready") for number in (1, 2, 3)] == [200, 503, 404]
     ready = ("health/ready", "models/default/ready", f"{own}/1/ready")
     assert [status(path) for path in ready] == [200] * 3
-    server.service.leave()
+    server.service.begin_shutdown()
     assert [status(path) for path in ready] == [503] * 3
     assert status("health/live") == 200
 

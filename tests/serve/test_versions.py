@@ -429,17 +429,20 @@ def test_a_known_network_is_not_timed_again():
 
     first = make(1, make_bundle(1))
     second = make(2, make_bundle(2), [first])
-    assert second.probabilities.seconds is first.probabilities.seconds
+    assert second.predict_program.seconds is first.predict_program.seconds
     image = np.zeros((2, 16, 16, 3), np.uint8)
     np.testing.assert_array_equal(
-        second.probabilities.run(image), BundlePredictor(make_bundle(2))(image)
+        second.predict_program.run(image), BundlePredictor(make_bundle(2))(image)
     )
-    ((_, own),), ((_, other),) = second.explained.run(image[:1]), first.explained.run(image[:1])
+    ((_, own),), ((_, other),) = (
+        second.explain_program.run(image[:1]),
+        first.explain_program.run(image[:1]),
+    )
     assert not np.array_equal(own, other)
     wider = make(3, make_bundle(3, ("a", "b", "c", "d")), [first, second])
-    assert wider.probabilities.seconds is not first.probabilities.seconds
+    assert wider.predict_program.seconds is not first.predict_program.seconds
     larger = make_version("shapes", 4, make_bundle(1), "digest", 10**6, (1, 2, 4), [first])
-    assert set(larger.probabilities.seconds) == {1, 2, 4}
+    assert set(larger.predict_program.seconds) == {1, 2, 4}
 
 
 def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):

@@ -170,7 +170,7 @@ DECIDED = [(TrialState.COMPLETE, [number / 10], {}) for number in range(1, 5)]
 def test_importance_needs_enough_trials(plan, trials):
     summary = summarize(plan, make_study(plan, trials))
     assert summary["importance"] is None
-    assert summary["importance_note"].startswith("Too few trials came to their end")
+    assert summary["importance_note"].startswith("Too few trials completed")
 
 
 def test_the_parameter_that_decides_is_the_most_important(plan):
@@ -236,7 +236,7 @@ def test_the_printed_result_of_a_study(plan, summary, capsys):
     ]
     # The best trial's run is on another machine.
     assert lines[13:] == [
-        "            its own run is on one, in trials/0000 of the study's folder there"
+        "            the run of this trial is on one, in trials/0000 of the study's folder on that host"
     ]
     (plan.folder / "trials/0000").mkdir(parents=True)
     (plan.folder / "trials/0000/config.json").touch()

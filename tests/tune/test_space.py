@@ -102,9 +102,9 @@ def test_the_error_for_a_wrong_distribution_names_the_key(load, key, distributio
         ("def get_space():\n    return {}['no']\n", "KeyError: 'no'"),
         ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("def get_space(:\n", "SyntaxError: "),
-        ("def get_space():\n    return {}\n", "must return a dictionary that has a key"),
-        ("def get_space():\n    return None\n", "must return a dictionary that has a key"),
-        ("def get_space():\n    return ['seed']\n", "must return a dictionary that has a key"),
+        ("def get_space():\n    return {}\n", "must return a dictionary that is not empty"),
+        ("def get_space():\n    return None\n", "must return a dictionary that is not empty"),
+        ("def get_space():\n    return ['seed']\n", "must return a dictionary that is not empty"),
     ],
 )
 def test_a_file_without_a_space_is_an_error(load, text, message):

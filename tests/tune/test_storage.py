@@ -74,7 +74,9 @@ def test_waiting_is_logged_once(clock, caplog):
     with caplog.at_level(logging.WARNING):
         call_with_retries(Away(5), 60, "Nothing is lost")
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["the study's storage does not answer (Connection refused); trying for 60 s"]
+    assert messages == [
+        "the study's storage does not answer (Connection refused); retrying for 60 s"
+    ]
 
 
 def test_the_timeout_error_is_one_line(clock):

@@ -143,7 +143,10 @@ def test_the_error_for_a_missing_library_says_how_to_install_it(monkeypatch, spa
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError) as raised:
         command.main(["--study=name", f"--space={space}"])
-    assert str(raised.value) == f"{name} is not installed: pip install 'cnn_jax[tune]' brings it"
+    assert (
+        str(raised.value)
+        == f"{name} is not installed: install it with: pip install 'cnn_jax[tune]'"
+    )
 
 
 def test_the_result_is_on_stdout_and_progress_on_stderr(tune, tmp_path, capsys):
@@ -187,7 +190,7 @@ def test_flags_reach_the_study(tune, patched):
     tune("--pruner=none", "--config.model.dense=8", "--trials=2")
     assert patched.configs.keys() == {0, 1}
     assert patched.configs[0].model.dense == 8
-    with pytest.raises(ConfigError, match=r"begun otherwise \(pruner: none -> hyperband\)"):
+    with pytest.raises(ConfigError, match=r"another definition \(pruner: none -> hyperband\)"):
         tune("--config.model.dense=8")
 
 
@@ -216,7 +219,7 @@ def test_the_errors_are_shown_if_no_trial_finished(tune, patched, capsys):
     with pytest.raises(UserError) as raised:
         tune("--trials=1")
     assert raised.value.exit_code == 1
-    assert str(raised.value) == ("no trial has come to its end; trial 0: the loss is not finite")
+    assert str(raised.value) == ("no trial has finished; trial 0: the loss is not finite")
     assert "0 complete, 0 pruned, 1 failed" in capsys.readouterr().out
 
 

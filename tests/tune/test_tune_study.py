@@ -174,7 +174,7 @@ def test_a_different_study_with_the_same_name_is_refused(tmp_path, log, trainer,
         run(make_plan(tmp_path, trials=9, **changes))
     assert message in str(raised.value)
     assert str(raised.value).startswith("--study: fake exists with another definition (")
-    assert str(raised.value).endswith("); give this one another name")
+    assert str(raised.value).endswith("); choose another name")
     assert log.lines[: len(lines)] == lines
     assert len(run(make_plan(tmp_path, trials=9)).trials) == 9
 
