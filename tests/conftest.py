@@ -1,7 +1,7 @@
-"""Shared set-up: types are checked at run time, and the CPU is eight devices.
+"""Shared set-up: types are checked at run time, and the CPU appears as eight devices.
 
-JAX_PLATFORMS=cuda,cpu runs the tests on a GPU, where those that need several devices are
-skipped (`require_devices`), and JAX_NUM_CPU_DEVICES=1 does so on the CPU.
+JAX_PLATFORMS=cuda,cpu runs the tests on a GPU. Tests that need several devices are then skipped
+(`require_devices`). JAX_NUM_CPU_DEVICES=1 skips the same tests on the CPU.
 """
 
 import os
@@ -77,7 +77,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.P
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """`class/NNN.png`: 3 classes of 20 images of about 20 x 20 pixels."""
+    """A folder of files `class/NNN.png`: 3 classes of 20 images of about 20 x 20 pixels."""
     folder = tmp_path_factory.mktemp("data") / "images"
     write_images(folder, per_class=20)
     return folder
@@ -85,7 +85,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def tiny_config(image_folder: pathlib.Path) -> ConfigDict:
-    """A run that takes a second: three epochs of a small network on `image_folder`."""
+    """A configuration of a run of about a second: three epochs of a small network."""
     from configs import default
 
     config = default.get_config()

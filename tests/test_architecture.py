@@ -1,4 +1,4 @@
-"""Imports go down the table of docs/architecture.md, and nothing happens at import."""
+"""Modules only import modules below them in the table of docs/architecture.md."""
 
 import ast
 import pathlib
@@ -62,7 +62,7 @@ def test_only_models_defines_linen_modules():
 
 
 def test_nothing_happens_at_import():
-    """No device is touched and no flag is defined."""
+    """An import uses no device and defines no flag."""
     code = (
         "import sys; from absl import flags; before = set(flags.FLAGS)\n"
         "import cnn_jax.main, cnn_jax.evaluate, cnn_jax.predict\n"

@@ -1,4 +1,4 @@
-"""Hand-computed cases use the definitions of the Keras layers of the same names.
+"""Augmentations, compared with hand-computed results by the definitions of the Keras layers.
 
 Keras maps an output pixel to the input pixel it shows: a horizontal flip is
 x -> (width - 1) - x, a rotation by a positive angle turns the picture
@@ -67,7 +67,7 @@ def test_zooming_out_by_two_shows_every_second_pixel_and_its_reflections(apply):
     # -3.5, -1.5, 0.5, 2.5, 4.5, 6.5, 8.5, 10.5, each between two pixels.
     ramp = np.tile(np.arange(0, 80, 10, dtype=np.uint8)[None, None, :, None], (1, 8, 1, 3))
     zoomed = apply(ramp, _matrix(window=2.0), ONE)
-    # Positions -4, -3 are pixels 3, 2; -2, -1 are 1, 0; 8, 9 are 7, 6; 10, 11 are 5, 4.
+    # By reflection, positions -4 ... -1 show pixels 3 ... 0, and 8 ... 11 show 7 ... 4.
     expected = [25, 5, 5, 25, 45, 65, 65, 45]
     np.testing.assert_allclose(zoomed[0, 0, :, 0], expected, atol=0.5)
 
@@ -83,9 +83,9 @@ def test_zooming_in_by_two_shows_the_middle(apply):
 @BOTH
 def test_contrast_moves_levels_away_from_each_channels_mean(apply):
     image = np.zeros((1, 2, 2, 3), np.uint8)
-    image[0, ..., 0] = [[100, 120], [140, 160]]  # Mean 130.
-    image[0, ..., 1] = 50  # Without contrast nothing moves.
-    image[0, ..., 2] = [[0, 255], [0, 255]]  # Mean 127.5: clipped.
+    image[0, ..., 0] = [[100, 120], [140, 160]]  # The mean is 130.
+    image[0, ..., 1] = 50  # A uniform channel does not change.
+    image[0, ..., 2] = [[0, 255], [0, 255]]  # The mean is 127.5, and the results are clipped.
     out = apply(image, _matrix(size=(2, 2)), np.array([1.5], np.float32))
     np.testing.assert_allclose(out[0, ..., 0], [[85, 115], [145, 175]], atol=0.51)
     np.testing.assert_allclose(out[0, ..., 1], 50, atol=0.51)
@@ -93,13 +93,13 @@ def test_contrast_moves_levels_away_from_each_channels_mean(apply):
 
 
 def test_the_three_geometric_ones_compose_in_the_order_flip_rotation_zoom():
-    """One resampling equals the three, one after the other, of the coordinates."""
+    """The combined transform equals the product of the three single transforms."""
     flip, turn, zoom = (
         np.vstack([_matrix(**kind)[0], [0, 0, 1]])
         for kind in ({"flip_x": True}, {"turns": 0.1}, {"window": 1.3})
     )
     together = _matrix(flip_x=True, turns=0.1, window=1.3)[0]
-    # Keras flips first, so an output pixel goes back through zoom, rotation, flip.
+    # Keras flips first. The matrices map output to input, so they apply in reverse order.
     np.testing.assert_allclose(together, (flip @ turn @ zoom)[:2], atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The meaning of values: bit depths, types, colour modes, transparency and the white level."""
+"""Conversion of pixel values: bit depths, types, colour modes, transparency, white level."""
 
 import io
 import struct
@@ -27,7 +27,7 @@ _BYTES = (_DEEP >> 8).astype(np.uint8)
 
 
 def _tiff(array, order="<", *, photometric=None, planar=1, extra=(), deflate=False, bits=None):
-    """An image file of an array's own type (TIFF 6.0), which few programs write."""
+    """Returns a TIFF 6.0 file with the dtype of an array, also dtypes that are rare in files."""
     array = array if array.ndim == 3 else array[..., None]
     height, width, channels = array.shape
     bits = bits or 8 * array.itemsize
@@ -80,7 +80,7 @@ def _tiff(array, order="<", *, photometric=None, planar=1, extra=(), deflate=Fal
 
 
 def _png(array, colour_type, depth, transparent=b"", interlaced=False):
-    """A PNG of any depth and colour type (PNG specification, sections 4 and 8)."""
+    """Returns a PNG of any depth and colour type (PNG specification, sections 4 and 8)."""
 
     def chunk(kind, data):
         return (
@@ -119,7 +119,7 @@ def _lzw(array):
 
 
 def _levels(values, white):
-    """The definition, in float64."""
+    """Converts values to grey levels by the definition, in float64."""
     return np.rint(np.clip(values.astype(np.float64) * 255 / white, 0, 255)).astype(np.uint8)
 
 
@@ -340,7 +340,7 @@ def test_a_loaded_16_bit_colour_image_has_only_the_high_bytes():
     image = Image.open(io.BytesIO(_png(_COLOUR, 2, 16)))
     position = image.fp.tell()
     whole = decode.to_rgb(image)
-    assert image.fp.tell() == position  # It can still be loaded:
+    assert image.fp.tell() == position  # The image can still be loaded.
     image.load()
     assert np.abs(decode.to_rgb(image).astype(int) - whole).max() == 1
 
@@ -353,7 +353,7 @@ def test_deep_images_are_turned_by_exif_in_every_form(orientation, colour, tmp_p
     stored = _COLOUR if colour else _GREY
     ok, encoded = cv2.imencode(".png", stored)
     assert ok
-    # The tag, as a chunk behind the header.
+    # Insert the EXIF chunk after the header.
     chunk = b"eXIf" + exif.tobytes()
     chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     encoded = encoded.tobytes()[:33] + chunk + encoded.tobytes()[33:]
@@ -444,7 +444,7 @@ _FORMATS_OF = {
 
 @st.composite
 def _pictures(draw):
-    """An array, a white level that fits its type, and a format that can hold it."""
+    """Draws an array, a white level that fits its dtype, and a format that can store it."""
     dtype = draw(st.sampled_from(list(_FORMATS_OF)))
     shape = draw(_SHAPES)
     if dtype == np.uint8 and draw(st.booleans()):

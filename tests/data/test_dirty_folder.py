@@ -1,4 +1,4 @@
-"""One folder with everything that is wrong with people's folders, and what becomes of each."""
+"""A folder with every kind of problem that users' folders have, and the result for each file."""
 
 import contextlib
 import csv
@@ -42,13 +42,13 @@ SECRET = b"the content of a file that is none of the folder's"
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A file as it may be found, and what becomes of it.
+    """A kind of file that a user's folder may contain, and the expected result.
 
     Attributes:
-      path: Below the folder.
-      make: Its content, or what makes it, given the path.
-      expected: "image", "unreadable: " and how the reason begins, or "ignored: "
-        and what it is counted as.
+      path: The path below the folder.
+      make: The content, or a function that creates the file at a given path.
+      expected: "image", "unreadable: " with the beginning of the reason, or "ignored: "
+        with the category under which the file is counted.
     """
 
     path: str
@@ -78,7 +78,7 @@ def _png(seed=0):
 
 
 def _cut_jpeg(marker, extra=0):
-    """Up to the end of the first segment of this kind, or `extra` bytes from there."""
+    """Returns a JPEG cut `extra` bytes after the end of the first segment of this kind."""
     encoded = b""
     for part in fuzz_decode.jpeg_parts(_jpeg()):
         if part[1] == marker:
@@ -89,12 +89,12 @@ def _cut_jpeg(marker, extra=0):
 
 
 def _before(marker, inserted):
-    """A JPEG with these bytes before the first segment of this kind."""
+    """Returns a JPEG with these bytes inserted before the first segment of this kind."""
     return _jpeg().replace(bytes([0xFF, marker]), inserted + bytes([0xFF, marker]), 1)
 
 
 def _cut_png(kind, extra):
-    """Up to the beginning of this chunk and `extra` bytes from there."""
+    """Returns a PNG cut `extra` bytes after the beginning of this chunk."""
     at = _png().index(kind) - 4
     return _png()[: at + extra]
 
@@ -108,7 +108,7 @@ def _bad_checksum(kind):
 
 
 def _with_chunk(kind, data):
-    """A PNG with one more chunk before its pixels."""
+    """Returns a PNG with an additional chunk before its pixels."""
     encoded = _png()
     at = encoded.index(b"IDAT") - 4
     return encoded[:at] + png_chunk(kind, data) + encoded[at:]
@@ -116,21 +116,21 @@ def _with_chunk(kind, data):
 
 @functools.cache
 def _zeros(megabytes):
-    """A number of zero bytes, compressed by a factor of a thousand."""
+    """Returns zero bytes, compressed by zlib to about a thousandth of their size."""
     squeeze = zlib.compressobj(1)
     zeros = bytes(2**20)
     return b"".join([*(squeeze.compress(zeros) for _ in range(megabytes)), squeeze.flush()])
 
 
 def _png_bomb(path):
-    """48,000 x 48,000 pixels of one bit, all there, in a file of a megabyte."""
+    """Writes a complete PNG of 48,000 x 48,000 one-bit pixels that takes about a megabyte."""
     header = struct.pack(">IIBBBBB", 48_000, 48_000, 1, 0, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", _zeros(300)), (b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks))
 
 
 def _tiff(width, height, compression=1, tile=None):
-    """Declares an image, or a tile, of one byte a pixel, and has eight bytes of it."""
+    """Returns a TIFF that declares one byte per pixel, but has only eight bytes of pixels."""
     tags = [(256, width), (257, height), (258, 8), (259, compression), (262, 1), (277, 1)]
     if tile:
         tags += [(322, tile), (323, tile), (324, 8), (325, 8)]
@@ -142,20 +142,20 @@ def _tiff(width, height, compression=1, tile=None):
 
 
 def _gif(screen, frame):
-    """One frame, of as many pixels as three bytes hold."""
+    """Returns a GIF with these (width, height) of screen and frame, but few bytes of pixels."""
     sizes = [struct.pack("<HH", *size) for size in (screen, frame)]
     return b"GIF89a%b\x80\0\0%b,\0\0\0\0%b\0\2\2D\1\0;" % (sizes[0], bytes(6), sizes[1])
 
 
 def _webp_bomb():
-    """A lossless WebP of 16,383 x 16,383 pixels (its header, and some bytes)."""
+    """Returns the header and a few bytes of a lossless WebP of 16,383 x 16,383 pixels."""
     bits = (16_382 | 16_382 << 14).to_bytes(4, "little")
     chunk = b"VP8L" + struct.pack("<I", 106) + b"\x2f" + bits + bytes(101)
     return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
 
 
 def _many_scans(count):
-    """A progressive JPEG whose first scan comes `count` times."""
+    """Returns a progressive JPEG whose first scan is repeated `count` times."""
     parts = fuzz_decode.jpeg_parts(_jpeg(progressive=True))
     at = next(i for i, part in enumerate(parts) if part[1] == 0xDA)
     return b"".join([*parts[:at], parts[at] * count, *parts[at + 1 :]])
@@ -184,7 +184,7 @@ def _link(target):
 
 
 def _socket(path):
-    # By a relative path, because a socket's address must be short.
+    # The path is relative, because the address of a socket must be short.
     with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path.name)
 
@@ -305,7 +305,7 @@ _ODD = [
     Kind("odd/extraneous end.jpg", _jpeg()[:-2] + b"\0\0\0" + _jpeg()[-2:], "image"),
     Kind("odd/scans.jpg", _many_scans(80), "image"),
     Kind("odd/something behind.jpg", _jpeg() + b"PK\3\4 and so on", "image"),
-    # Telephones write such files: a film follows the image.
+    # Some phones write such files: a video follows the image.
     Kind("odd/a film behind.jpg", _jpeg() + b"\0\xff\xda\0" * 200, "image"),
     Kind("odd/progressive.jpg", _jpeg(progressive=True), "image"),
     Kind("odd/grey.jpg", encode(_picture(mode="L"), "JPEG"), "image"),
@@ -364,7 +364,7 @@ _NAMES = [
     Kind("names/a folder.jpg/a.png", _png(15), "image"),
     Kind("names/e\u0301.png", _png(16), "image"),
     Kind("names/\u00e9.png", _png(17), "image"),
-    # Folders of the first level are classes, whatever they are called.
+    # Each folder of the first level is a class, whatever its name.
     Kind("new\nline/a.png", _png(20), "image"),
     Kind("new\nline/b.png", _png(21), "image"),
     Kind(os.fsdecode(b"caf\xe9") + "/a.png", _png(22), "image"),
@@ -410,7 +410,7 @@ KINDS = [*_CUTS, *_FALSE, *_BOMBS, *_ODD, *_NAMES, *_NO_FILES]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All kinds in one folder, with another beside it that links lead to."""
+    """A folder with all kinds of files, next to a folder outside to which some links point."""
     root = tmp_path_factory.mktemp("dirty") / "folder"
     for path, content in {
         "secret": SECRET,
@@ -425,7 +425,7 @@ def folder(tmp_path_factory):
 
 
 def _snapshot(root):
-    """Everything that can be seen of a folder without reading what is special in it."""
+    """Returns metadata of all files, and the contents of regular files that are not very large."""
     seen = {}
     for path in sorted(root.rglob("*")):
         status = path.lstat()
@@ -438,7 +438,7 @@ def _snapshot(root):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """The listing, the data set, and the folder before and after they were made."""
+    """The listing, the data set, and snapshots of the folder before and after opening."""
     before = _snapshot(folder)
     listing = open_folder(folder)
     dataset = open_dataset(listing, Division(), SMALL, max_unreadable=1.0)
@@ -519,8 +519,8 @@ def test_links_lead_out_only_if_that_is_allowed(folder, opened):
     assert len(wider) == len(listing) + 3
     expected = dict(listing.ignored)
     del expected["links out of the folder"]
-    expected["neither files nor folders"] += 1  # /dev/zero
-    expected["links to what is there already"] += 1  # outside/folder/back
+    expected["neither files nor folders"] += 1  # The link to /dev/zero.
+    expected["links to what is there already"] += 1  # The link outside/folder/back.
     assert wider.ignored == expected
 
 
@@ -554,7 +554,7 @@ print(json.dumps({"peaks": peaks, "opened": sorted(map(ascii, names)), "digests"
 
 @pytest.fixture(scope="module")
 def child(folder, tmp_path_factory):
-    """The output of a new process that opens a folder without bombs, and then this folder."""
+    """The output of a new process that opens a harmless folder, and then `folder`."""
     harmless = tmp_path_factory.mktemp("harmless")
     for kind in [*_CUTS, *_FALSE, *_ODD, *_NAMES]:
         kind.write(harmless)
@@ -564,7 +564,7 @@ def child(folder, tmp_path_factory):
         env={**os.environ, "CNN_JAX_CACHE": str(tmp_path_factory.mktemp("cache"))},
         capture_output=True,
         text=True,
-        timeout=120,  # A pipe would be waited for without end.
+        timeout=120,  # Reading a named pipe would wait forever.
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -594,7 +594,7 @@ def test_a_run_on_it_finishes_and_lists_what_it_left_out(opened, folder, tiny_co
     with path.open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["id", "reason"]
-    # Names that are not UTF-8 stand with their escapes.
+    # In the file, bytes of names that are not UTF-8 are written as escapes.
     expected = [kind.path for kind in KINDS if kind.expected.startswith("unreadable")]
     assert sorted(example_id for example_id, _ in rows) == sorted(
         path.encode("utf-8", "backslashreplace").decode() for path in expected
@@ -627,7 +627,7 @@ print(json.dumps([listing.ignored, unreadable, dataset.source.ids, listing.remar
 
 @pytest.fixture
 def open_as_nobody():
-    """A folder that every user may read, and what opens it as one without privileges."""
+    """A folder that every user may read, and a function that opens it as an unprivileged user."""
     base = pathlib.Path(tempfile.mkdtemp())
     base.chmod(0o755)
     root = base / "folder"
@@ -678,7 +678,7 @@ def test_a_folder_whose_names_alone_may_be_read_counts_as_unreadable(open_as_nob
 
 def test_a_file_too_deep_for_a_path_counts_as_unreadable(tmp_path):
     Kind("cat/a.png", _png(), "").write(tmp_path)
-    # Each step down is relative: no path to the last ones is short enough.
+    # Relative steps are needed, because the full paths exceed the limit of the system.
     with contextlib.chdir(tmp_path / "cat"):
         for _ in range(20):
             pathlib.Path("b.png").write_bytes(_png())
@@ -711,7 +711,7 @@ def test_no_file_comes_twice_by_a_link_to_the_folder_above(tmp_path):
     Kind("../beside/c.png", _png(2), "").write(root)
     source = open_folder(root, allow_outside=True)
     assert source.ids == ["cat/a.png", "cat/above/beside/c.png", "dog/b.png"]
-    # Both images and the link itself, once more.
+    # Both images and the link itself were found a second time.
     assert source.ignored == {"links to what is there already": 3}
 
 

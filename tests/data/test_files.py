@@ -74,7 +74,7 @@ def test_the_own_splits_of_a_folder_are_kept(tmp_path, validation):
         _picture(tmp_path / path)
     _picture(tmp_path / "masks" / "b" / "1.png")
     source = open_folder(tmp_path)
-    # The union of the parts' classes, whichever part lacks some.
+    # The classes are the union over all parts, even if some parts lack classes.
     assert source.class_names == ["a", "b", "c"]
     found = dict(zip(source.ids, zip(source.labels, source.own_splits, strict=True), strict=True))
     assert found == {
@@ -244,7 +244,7 @@ def test_folders_that_this_project_wrote_are_left_out_and_counted(tmp_path, name
     assert source.ids == ["cat/a.png", "dog/a.png"]
     assert source.ignored == {"folders that cnn_jax wrote": 1}
     assert source.remarks == []
-    # The named folder is always read.
+    # The folder that the user names is always read.
     assert open_folder(tmp_path / place).ids == ["examples/a.png"]
 
 

@@ -10,10 +10,10 @@ CASES = 500
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_jpegs_and_pngs_give_pixels_or_a_data_error():
     seeds = list(fuzz_decode.make_seeds().values())
-    outcomes = fuzz_decode.run(range(CASES), seeds)  # Raises on any other end.
+    outcomes = fuzz_decode.run(range(CASES), seeds)  # Raises on any other outcome.
     assert len(outcomes) == CASES
     kinds = Counter(outcome.kind for outcome in outcomes.values())
-    # The mutations are of use: some are survived, and most errors are a decoder's.
+    # The mutations are useful: some images remain readable, and the decoders report several errors.
     assert kinds["image"] > CASES / 10
     assert sum(kind.startswith("cannot be decoded") for kind in kinds) > 3
 

@@ -12,7 +12,7 @@ from cnn_jax.data.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(image_size=(12, 16))
 AUGMENTATION = Augmentation("horizontal", 0.2, 0.2, 0.2)
-INDICES = np.arange(3, 45)  # 42 examples: batches of 8 cross the passes.
+INDICES = np.arange(3, 45)  # 42 examples are no multiple of the batch size 8.
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_no_number_of_workers_changes_a_batch(source):
 
 
 def _decoded(source):
-    """The same loader with all pixels already decoded, in another order."""
+    """Returns a loader whose pixels are already decoded, and stored in another order."""
     rows = np.random.default_rng(0).permutation(len(source))
     pixels = np.empty((len(source), *PREPROCESSING.image_size, 3), np.uint8)
     pixels[rows] = Loader(source, PREPROCESSING).load(np.arange(len(source)))["image"]
@@ -126,7 +126,7 @@ def test_a_balanced_stream_shows_each_class_equally_often(source):
 
 
 def test_neighbouring_classes_do_not_make_up_batches():
-    """With more classes than fit into a batch, each round takes them in another order."""
+    """If a batch has room for half of the classes, each round over them has a new order."""
     labels = np.arange(64).repeat(3)
     order = pipeline._ClassesInTurn(labels, seed=0)
     seen = labels[order(np.arange(64 * 30))].reshape(30, 2, 32)
@@ -187,8 +187,8 @@ def test_the_seed_decides_order_and_draws(source):
 def test_each_pass_has_every_example_once_and_its_own_order(source):
     loader = Loader(source, PREPROCESSING)
     index_of = {loader.load(np.array([i]))["image"].tobytes(): i for i in INDICES}
-    assert len(index_of) == len(INDICES)  # No two images are the same.
-    batches = _batches(source, 21, augmentation=Augmentation())  # Four passes exactly.
+    assert len(index_of) == len(INDICES)  # All images are different.
+    batches = _batches(source, 21, augmentation=Augmentation())  # Exactly four passes.
     indices = [index_of[image.tobytes()] for batch in batches for image in batch["image"]]
     passes = np.reshape(indices, (4, len(INDICES)))
     for one_pass in passes:
@@ -245,7 +245,7 @@ def test_processes_that_share_a_batch_make_up_the_whole(source, place):
 
 def test_processes_that_share_an_evaluation_see_each_example_once(source):
     loader = Loader(source, PREPROCESSING)
-    indices = np.arange(5, 24)  # 19: two batches and a part.
+    indices = np.arange(5, 24)  # 19 examples: two full batches and a partial one.
     with evaluation_batches(loader, indices, 8) as batches:
         whole = list(batches)
     for rows in (np.array([0, 1, 5]), np.array([2, 3, 4, 6, 7])):

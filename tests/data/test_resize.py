@@ -84,9 +84,9 @@ def test_crop_equals_torchvisions_resize_and_center_crop(size, interpolation, cr
 @pytest.mark.parametrize(
     ("size", "target", "crop_ratio", "scaled", "corner"),
     [
-        ((30, 40), (10, 20), 1.0, (15, 20), (2, 0)),  # The width decides; 2.5 becomes 2.
-        ((30, 40), (20, 10), 1.0, (20, 26), (0, 8)),  # The height decides.
-        ((35, 40), (10, 20), 1.0, (17, 20), (4, 0)),  # 3.5 becomes 4.
+        ((30, 40), (10, 20), 1.0, (15, 20), (2, 0)),  # The width limits; 2.5 rounds to 2.
+        ((30, 40), (20, 10), 1.0, (20, 26), (0, 8)),  # The height limits.
+        ((35, 40), (10, 20), 1.0, (17, 20), (4, 0)),  # 3.5 rounds to 4.
         ((30, 40), (10, 20), 0.5, (30, 40), (10, 10)),
         ((10, 20), (10, 20), 1.0, (10, 20), (0, 0)),
     ],

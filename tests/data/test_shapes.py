@@ -33,7 +33,7 @@ def test_images_depend_on_seed_and_index_alone(cache):
 
 def test_what_is_there_is_not_made_again(cache):
     folder = shapes.generate(10)
-    assert [path.name for path in cache.iterdir()] == [folder.name]  # Nothing half done.
+    assert [path.name for path in cache.iterdir()] == [folder.name]  # No temporary folder is left.
     marker = folder / "marker"
     marker.touch()
     assert shapes.generate(10) == folder
@@ -80,7 +80,7 @@ def test_outlines_lie_in_the_unit_disc(name):
 
 
 def test_golden_images():
-    """Another picture under the same VERSION would mix with what caches hold."""
+    """If the images change, VERSION must change too, or caches would mix old and new images."""
     digests = []
     for index in (0, 1234, 11999):
         image, mask, _ = shapes.render(0, index)

@@ -70,14 +70,14 @@ def test_the_stable_rule_keeps_splits_when_images_are_added(images, before, seed
         return _splits_by_id(ids, divide(ids, labels, FRACTIONS, seed))
 
     was, is_now = assign(images[:before]), assign(images)
-    # If a split of a class was empty by chance, one image was moved into it.
+    # If a split had no image of a class by chance, one image was moved to this split.
     lent = _lent(was, seed) | _lent(is_now, seed)
     assert all(is_now[i] == was[i] for i in was if i not in lent)
-    assert len(lent) <= 2 * 2 * 4  # Two splits, before and after, four classes.
+    assert len(lent) <= 2 * 2 * 4  # 2 splits x 2 assignments (before and after) x 4 classes.
 
 
 def _lent(example_splits, seed):
-    """The examples that are not in the split of their number."""
+    """Returns the examples that are not in the split that their ID and the seed select."""
     return {
         example_id
         for example_id, split in example_splits.items()

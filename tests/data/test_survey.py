@@ -19,7 +19,7 @@ from cnn_jax.system.errors import ConfigError, DataError
 
 
 def _photo(seed, size=(60, 40)):
-    """A smooth picture, whose hash survives a change of size."""
+    """Returns a smooth picture, whose perceptual hash hardly changes if it is resized."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
@@ -31,7 +31,7 @@ def _save(image, path, **options):
 
 @st.composite
 def _hashes(draw):
-    """64-bit hashes, many of them near others."""
+    """Draws 64-bit hashes, many of which differ in only a few bits."""
     centres = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5))
     flips = st.lists(st.integers(0, 63), max_size=8)
     chosen = draw(st.lists(st.tuples(st.sampled_from(centres), flips), max_size=30))
@@ -54,7 +54,7 @@ def _near_by_brute_force(hashes, distance):
 
 
 def _no_thumbnails(hashes):
-    """Thumbnails by which all images look alike."""
+    """Returns equal thumbnails, so that only the hashes decide which images are near."""
     return np.zeros((len(hashes), 192), np.uint8)
 
 
@@ -129,7 +129,7 @@ def test_channels_of_a_flat_image_do_not_vary(tmp_path):
 
 @pytest.fixture
 def mixed_folder(tmp_path):
-    """Two classes with one of everything; see the test that uses it."""
+    """A folder of two classes with one example of each kind of finding."""
     for i in range(4):
         _save(_photo(i), tmp_path / "cat" / f"{i}.png")
         _save(_photo(10 + i, (30, 30)), tmp_path / "dog" / f"{i}.jpg")

@@ -14,7 +14,7 @@ from cnn_jax.system.errors import DataError
 
 
 class TwoColours(tfds.core.GeneratorBasedBuilder):
-    """A small real TFDS data set; some labels are withheld."""
+    """A small data set built by TFDS, in which some labels are missing."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -67,7 +67,7 @@ def test_a_part_of_a_tfds_data_set_can_be_taken(tfds_folder):
     assert set(whole.own_splits) == {""}
     half = open_source("tfds:two_colours:1.0.0:train[:50%]")
     assert half.labels.tolist() == whole.labels[:6].tolist()
-    # An example is the same one whatever part it is taken with.
+    # The ID of an example does not depend on the requested slice.
     assert half.ids == whole.ids[:6] == open_source("tfds:two_colours").ids[3:9]
     parts = open_source("tfds:two_colours:train[75%:]+test[:2]")
     tested = [i for i in open_source("tfds:two_colours:test").ids if i in ("test/0", "test/1")]

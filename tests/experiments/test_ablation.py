@@ -104,7 +104,7 @@ def test_the_interval_equals_a_paired_t_test():
     mean, half = paired_difference(dict(enumerate(values)), dict(enumerate(base)))
     interval = scipy.stats.ttest_rel(values, base).confidence_interval(0.95)
     assert np.allclose([mean - half, mean + half], [interval.low, interval.high])
-    # Only seeds that both have count.
+    # Only seeds that both variants have are compared.
     assert paired_difference({0: 0.5, 1: 0.7}, {1: 0.6, 2: 0.9}) == (
         pytest.approx(0.1),
         None,
@@ -299,7 +299,7 @@ def test_a_row_is_repeated_by_its_name(tmp_path, reproduce):
         assert {
             f"--variants={variants}",
             "--seeds=3",
-            f"--jobs={len(os.sched_getaffinity(0))}",  # A run had one core.
+            f"--jobs={len(os.sched_getaffinity(0))}",  # One run per core.
             f"--workdir={tmp_path}/runs/reproduce/eurosat32",
             f"--expect={REPOSITORY}/experiments/results/eurosat32.json",
             f"--config={REPOSITORY}/experiments/../configs/eurosat.py",

@@ -31,7 +31,7 @@ PARTS = _list_parts()
 
 @pytest.fixture
 def experiments_on_path(monkeypatch):
-    """The scripts import each other as they do when they are started."""
+    """Adds the scripts' folder to sys.path, so that they can import each other."""
     monkeypatch.syspath_prepend(REPOSITORY / "experiments" / "benchmarks")
 
 
@@ -39,7 +39,7 @@ def test_the_limits_fit_into_the_lease():
     seconds = dict.fromkeys(("first", "second"), 0)
     for group, limit, _ in PARTS.values():
         seconds[group] += limit
-    assert seconds["first"] <= LONGEST_COMMAND - 30  # For the wheels and the tables.
+    assert seconds["first"] <= LONGEST_COMMAND - 30  # 30 s for wheels and tables.
     assert sum(seconds.values()) + START <= LEASE
 
 
@@ -48,7 +48,7 @@ def test_every_part_has_a_table():
 
 
 class _ParsedError(Exception):
-    """Checks the flags without running anything."""
+    """Ends a script after its flags were parsed, before anything runs."""
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -241,7 +241,7 @@ def test_a_state_is_compared_bit_for_bit_and_without_tf32(experiments_on_path, t
     bench_train.write_data(tmp_path / "data.npz", side=8, batch_size=2)
     task = peers.load_task(tmp_path / "data.npz", "float32", dropout=0.5)
     first, second = peers.Ours(task), peers.Ours(task)
-    second._step = first._step  # Compiled once.
+    second._step = first._step  # Avoids a second compilation.
     assert first.digest() == second.digest()
     first.train()
     assert first.digest() != second.digest()
@@ -260,7 +260,7 @@ def test_rates_are_taken_from_a_file(experiments_on_path, tmp_path):
     peaks.write_text(json.dumps(content))
     floors = bench_train.floor_milliseconds(((32, 8), (16, 4)), "bfloat16", peaks)
     assert list(floors) == [(32, 8), (16, 4)]
-    # Twice the images, of four times the pixels.
+    # The first shape has twice the images, and each image has four times the pixels.
     assert floors[32, 8] == pytest.approx(8 * floors[16, 4], rel=0.05)
     with pytest.raises(subprocess.CalledProcessError):
         bench_train.floor_milliseconds(((32, 8),), "float32", peaks)

@@ -10,7 +10,7 @@ from cnn_jax.models.network import count_parameters, forward_flops, make_model
 from experiments.benchmarks import roofline
 
 MODEL = CNN(num_classes=10)
-# Small enough to be counted by hand.
+# This network is so small that its operations and bytes can be counted by hand.
 TINY = CNN(num_classes=5, features=(2, 3), dense=4)
 
 
@@ -32,7 +32,7 @@ def test_flops_equal_a_hand_count(image_size: int) -> None:
 
 def test_flops_equal_the_known_ones() -> None:
     training = [roofline.training_work(MODEL, size, 1, 4).flops for size in (32, 64, 224)]
-    # Known for three times a forward pass, of which the first convolution needs but two.
+    # The known values count three forward passes for each layer; the first convolution needs two.
     assert training == pytest.approx([62e6, 250e6, 3030e6], rel=0.04)
     assert roofline.inference_work(MODEL, 224, 1, 4).flops == pytest.approx(1.01e9, rel=0.01)
 
@@ -40,14 +40,14 @@ def test_flops_equal_the_known_ones() -> None:
 @pytest.mark.parametrize("image_size", [32, 224])
 def test_flops_equal_those_of_xla_without_padding(image_size: int) -> None:
     layers = roofline.layers(MODEL, image_size)
-    # Of three taps in a row of n pixels, 3 n - 2 fall on the image.
+    # A kernel of width 3 has 3 n taps on a row of n pixels, and 2 of them lie in the padding.
     on_image = [
         ((3 * side - 2) / (3 * side)) ** 2 for side in (image_size // 2**i for i in range(3))
     ]
     without_padding = sum(
         layer.flops * share for layer, share in zip(layers, [*on_image, 1, 1], strict=True)
     )
-    # XLA counts biases, ReLU, BatchNorm and pooling too.
+    # XLA also counts the operations of biases, ReLU, BatchNorm and pooling.
     xla_flops = forward_flops(MODEL, (image_size, image_size))
     assert without_padding < xla_flops < 1.04 * without_padding
 
@@ -66,7 +66,7 @@ def test_layers_have_the_parameters_of_the_network() -> None:
 
 
 def test_shapes_are_those_of_the_network() -> None:
-    # 17 pixels are pooled to 8, and 8 are averaged.
+    # The side of 17 pixels is pooled to 8 in the first block; the last block is averaged.
     model = CNN(num_classes=7, features=(8, 16))
     layers = roofline.layers(model, 17)
     assert [layer.inputs for layer in layers] == [17 * 17 * 3, 8 * 8 * 8, 16, 256]
@@ -83,8 +83,9 @@ def bytes_by_layer(passes: list[roofline.Pass]) -> dict[str, float]:
 
 @pytest.mark.parametrize("width", [4, 2])
 def test_bytes_of_inference_by_hand(width: int) -> None:
-    # Two images of 4 x 4 x 3, pooled to 2 x 2 x 2, averaged to 3, dense 4, head 5. Of
-    # parameters and statistics, 54 + 2 + 4 + 4, 54 + 3 + 6 + 6, 12 + 4 and 20 + 5.
+    # Two images of 4 x 4 x 3 are pooled to 2 x 2 x 2 and averaged to 3 numbers; the dense layer
+    # has 4 outputs, and the head 5. The layers have 54 + 2 + 4 + 4, 54 + 3 + 6 + 6, 12 + 4 and
+    # 20 + 5 parameters and statistics.
     assert bytes_by_layer(roofline.inference_passes(TINY, 4, 2, width)) == {
         "conv1": 2 * (48 + 8 * width) + 4 * 64,
         "conv2": 2 * (8 + 3) * width + 4 * 69,
@@ -95,18 +96,21 @@ def test_bytes_of_inference_by_hand(width: int) -> None:
 
 @pytest.mark.parametrize("width", [4, 2])
 def test_bytes_of_training_by_hand(width: int) -> None:
-    # Each of the 60, 63, 16 and 25 parameters is read forwards, backwards (but in the first
-    # layer) and by Adam, which writes it; its gradient is moved twice, its moments 4 times.
+    # The layers have 60, 63, 16 and 25 parameters. Each parameter is read in the forward pass, in
+    # the backward pass (except in the first layer) and by Adam, and is written by Adam. Its
+    # gradient is moved (read or written) twice, and its two moments 4 times in all.
     assert bytes_by_layer(roofline.training_passes(TINY, 4, 2, width)) == {
-        # Images twice. Of 4 x 4 x 2 outputs 3 times, and their gradients 2 times. Of 2 x 2 x
-        # 2 pooled, once, and their gradients once. 4 statistics, twice.
+        # Images are moved twice, the 4 x 4 x 2 outputs 3 times, their gradients twice, the
+        # 2 x 2 x 2 pooled outputs once, their gradients once, and 4 statistics twice.
         "conv1": 2 * (2 * 48 + (5 * 32 + 2 * 8) * width) + 4 * (9 * 60 + 2 * 4),
-        # Of 8 inputs 3 times, their gradients once. Of 2 x 2 x 3 outputs 3 times, and their
-        # gradients 3 times. Of 3 averages, once, and their gradients once.
+        # The 8 inputs are moved 3 times, their gradients once, the 2 x 2 x 3 outputs 3 times,
+        # their gradients 3 times, the 3 averages once, and their gradients once.
         "conv2": 2 * (4 * 8 + 6 * 12 + 2 * 3) * width + 4 * (10 * 63 + 2 * 6),
-        # Of 3 inputs 3 times, their gradients once; of 4 outputs once, their gradients twice.
+        # The 3 inputs are moved 3 times, their gradients once, the 4 outputs once, and the
+        # gradients of the outputs twice.
         "dense": 2 * (4 * 3 + 3 * 4) * width + 4 * 10 * 16,
-        # Of 4 inputs 3 times, their gradients once; of 5 gradients of logits 3 times.
+        # The 4 inputs are moved 3 times, their gradients once, and the gradients of the 5 logits
+        # 3 times. The logits themselves are not moved.
         "head": 2 * (4 * 4 * width + 3 * 5 * 4) + 4 * 10 * 25,
     }
 
@@ -122,7 +126,7 @@ def test_passes_read_what_was_written(kind: str) -> None:
             assert sizes.setdefault(tensor, size) == size, tensor
             unread.discard(tensor)
         for tensor, size in each.writes.items():
-            # Nothing is written twice, but what is updated.
+            # Only a tensor that the pass also reads (an update in place) may be written twice.
             assert tensor not in sizes or tensor in each.reads, tensor
             sizes[tensor] = size
             unread.add(tensor)
@@ -140,7 +144,7 @@ def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
     arithmetic, memory = roofline.Work(500, 20), roofline.Work(100, 30)
     assert roofline.floor_seconds(arithmetic, peaks) == 5
     assert roofline.floor_seconds(memory, peaks) == 3
-    # Together they could overlap; one after the other they cannot.
+    # Within one pass, arithmetic and memory traffic overlap; between passes, they do not.
     assert roofline.floor_seconds(arithmetic + memory, peaks) == 6
     passes = [
         roofline.Pass("a", 500, {"x": 10}, {"y": 10}),
@@ -165,13 +169,13 @@ def test_table_has_a_training_and_an_inference_of_each_shape() -> None:
 def test_peaks_are_of_the_work_that_is_done(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Each run is done, and said to take two seconds: at most twice 2048^3 operations, and
-    # 256 MiB read and written.
+    # The fake runs each function once and returns two seconds as its time. The work is at most
+    # 2 x 2048^3 operations, or 256 MiB that are read and written.
     def best_seconds(run):
         jax.block_until_ready(run())
         return 2.0
 
-    # Only the matrices' shapes are of interest, and not the time they take.
+    # The test needs the shapes of the matrices only, so their product is replaced.
     monkeypatch.setattr(roofline.jnp, "matmul", lambda a, b, **_: a[:1] + b[:1])
     monkeypatch.setattr(roofline, "_best_seconds", best_seconds)
     monkeypatch.setattr(roofline.jax, "default_backend", lambda: "cpu")

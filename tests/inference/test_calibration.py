@@ -10,7 +10,7 @@ from cnn_jax.inference import calibration
 
 
 def _example(n=2000, num_classes=4, scale=1.0, seed=0):
-    """Labels drawn with the probabilities of logits, and the probabilities of scaled logits."""
+    """Returns labels drawn from the softmax of logits, and the softmax of scaled logits."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (n, num_classes))
     true = scipy.special.softmax(logits, axis=1)
@@ -100,7 +100,8 @@ def test_brier_score_and_loss_equal_scikit_learn():
 
 
 def test_coverage_of_a_case_by_hand():
-    # By decreasing confidence: correct; correct and wrong with equal confidence; wrong.
+    # In order of decreasing confidence: one correct image; one correct and one wrong image with
+    # equal confidence; one wrong image.
     confidence = np.array([0.6, 0.9, 0.8, 0.8])
     probabilities = np.stack([confidence, 1 - confidence], axis=1)
     result = calibration.coverage(probabilities, np.array([1, 0, 0, 1]))

@@ -125,7 +125,7 @@ def test_the_command_prints_json_for_the_training_data(image_folder, tmp_path, c
 
 
 def _score(names):
-    """The metrics of three images of the first class, one of them wrong, and none of the last."""
+    """Returns metrics of three images of the first class, one of them wrong; the last has none."""
     probabilities = np.eye(len(names), dtype=np.float32)[[0, 0, 1, 1]]
     return evaluation.score(probabilities, np.array([0, 0, 0, 1]), list(names))
 

@@ -121,7 +121,7 @@ def test_an_array_may_have_one_three_or_four_channels():
 
 
 class _Reader:
-    """A file object of another library."""
+    """Imitates the file object of another library."""
 
     def __init__(self, result):
         self.result = result
@@ -148,7 +148,7 @@ def test_unreadable_file_objects_have_a_reason(tmp_path):
 
 
 def _all_kinds(folder):
-    """The same picture as every supported kind of image."""
+    """Returns the same picture as every supported kind of image."""
     path = folder / "image.png"
     Image.fromarray(_pixels()).save(path)
     encoded = path.read_bytes()
@@ -174,7 +174,7 @@ def _all_kinds(folder):
 
 
 class _Tensor:
-    """An array of another library."""
+    """Imitates the array of another library."""
 
     def __init__(self, array):
         self.array = array

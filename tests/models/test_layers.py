@@ -15,7 +15,7 @@ from cnn_jax.models.layers import (
     normalize_batch,
 )
 
-# The numbers of pixels have large, small and no divisors for blocks.
+# The numbers of pixels have large divisors, small divisors, or none, as sizes of blocks.
 SHAPES = [(4, 16, 16, 32), (2, 12, 20, 5), (3, 37, 37, 8), (1, 7, 1, 3)]
 
 

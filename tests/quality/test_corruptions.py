@@ -62,7 +62,7 @@ def _reduced(image, side):
     return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
 
 
-# Lengths.
+# The length of blur kernels, relative to the image size.
 
 
 def test_taps_are_distributed_to_whole_pixels():
@@ -389,7 +389,7 @@ def test_mud_covers_where_smoothed_noise_is_high(photograph, severity, constant)
     mud = np.where(mud < 0.8, 0, mud)[..., np.newaxis]
     expected = photograph / 255 * (1 - mud) + mud * np.array([63, 42, 20]) / 255
     spattered = CORRUPTIONS["spatter"](photograph, severity, 5)
-    assert np.mean(np.abs(spattered - 255 * expected) > 0.52) < 1e-3  # At the thresholds.
+    assert np.mean(np.abs(spattered - 255 * expected) > 0.52) < 1e-3  # Except at the thresholds.
 
 
 @_each((4, 0.69, 0.6), (3, 0.68, 0.6), (2, 0.68, 0.5))
@@ -415,7 +415,7 @@ def test_water_is_uniform_far_from_edges_and_may_be_absent():
     y, x = np.mgrid[:224, :224]
     drop = ((x - 112) ** 2 + (y - 112) ** 2 < 80**2).astype(np.float32)
     shine = corruptions._shaded(drop)
-    middle = shine[75:150, 75:150]  # More than 20 pixels from the edge.
+    middle = shine[75:150, 75:150]  # More than 20 pixels from the drop's edge.
     assert middle.min() == middle.max() > 0
     assert shine.max() == 1
     with np.errstate(all="raise"):
@@ -489,7 +489,7 @@ def test_contrast_shrinks_about_the_channels_means(colours, severity, constant):
 def test_elastic_transform_moves_corners_and_then_pixels(photograph, severity, constant):
     strength, sigma, shift = (244 * value for value in constant)
     rng = _rng(5, severity)
-    corners = np.array([[186, 186], [186, 38], [38, 38]], float)  # 112 plus or minus 74.
+    corners = np.array([[186, 186], [186, 38], [38, 38]], float)  # 112 (the centre) +- 74.
     moved = corners + rng.uniform(-shift, shift, (3, 2))
     # The affine map from moved to corners, as positions (x, y) in the image.
     affine = np.linalg.solve(np.hstack([moved, np.ones((3, 1))]), corners)
@@ -518,7 +518,7 @@ def test_elastic_transform_moves_corners_and_then_pixels(photograph, severity, c
 @_each(0.6, 0.5, 0.4, 0.3, 0.25)
 def test_pixelate_keeps_a_fraction_of_the_pixels(photograph, severity, constant):
     pixelated = CORRUPTIONS["pixelate"](photograph, severity, 0)
-    if constant in (0.5, 0.25):  # The blocks have whole pixels.
+    if constant in (0.5, 0.25):  # Blocks of whole pixels.
         side = int(1 / constant)
         blocks = photograph.reshape(224 // side, side, 224 // side, side, 3).mean(axis=(1, 3))
         expected = blocks.repeat(side, axis=0).repeat(side, axis=1) / 255

@@ -1,7 +1,7 @@
-"""A tiny bundle, an S3 service, and a place of each kind.
+"""Fixtures: a tiny bundle, an S3 service, and an empty location of each kind of store.
 
-A module of tests has them by `pytest_plugins = ["registry_fixtures"]`: another conftest.py would
-hide the first from `import`.
+Test modules load them by `pytest_plugins = ["registry_fixtures"]`. A second conftest.py would hide
+the first one from `import`.
 """
 
 import uuid
@@ -23,7 +23,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def s3():
-    """Options for s3fs that lead to a service on this machine."""
+    """The options by which s3fs connects to an S3 service on this machine."""
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     pytest.importorskip("moto", reason="moto is not installed, which plays S3")
     with s3_service() as options:
@@ -32,7 +32,7 @@ def s3():
 
 @pytest.fixture(params=["folder", "memory", "s3"])
 def place(request, tmp_path):
-    """(url, options) of a place where nothing is yet, of each kind."""
+    """The (url, options) of a new registry in a folder, in memory, or on S3."""
     if request.param == "folder":
         return str(tmp_path / "new" / "registry"), {}
     if request.param == "memory":

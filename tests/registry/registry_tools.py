@@ -1,4 +1,4 @@
-"""Bundles without training, and stores that fail."""
+"""Helpers: bundles without training, and stores that fail."""
 
 import contextlib
 import itertools
@@ -14,11 +14,11 @@ from cnn_jax.registry.store import LocalStore, Store
 
 
 class Killed(BaseException):
-    """The process is gone, as far as its registry is concerned."""
+    """Simulates that the process of a registry was killed."""
 
 
 def vary(bundle, target, **changes):
-    """A copy of a bundle that differs in its description, so that its digest is another."""
+    """Returns a copy of a bundle with a changed description, and so with a different digest."""
     shutil.copytree(bundle, target)
     description = json.loads((target / "bundle.json").read_text())
     (target / "bundle.json").write_text(json.dumps(description | changes))
@@ -30,7 +30,7 @@ def figures(accuracy, **others):
 
 
 def outline(registry):
-    """All of a registry's state that must not depend on how it came about."""
+    """Returns the state of a registry without IDs, times and file names, for comparisons."""
     return {
         name: (
             {number: version.bundle.digest for number, version in model.versions.items()},
@@ -53,7 +53,7 @@ def on(store):
 
 
 class Wrapped(Store):
-    """A store that passes calls on, and calls `before` and `after` with their names.
+    """A store that forwards each call, and runs the hooks `before` and `after` around it.
 
     Attributes:
       calls: The names of the methods that were called.
@@ -101,10 +101,10 @@ def wrapped(path):
 
 @contextlib.contextmanager
 def dying_at(moment):
-    """Ends in the middle of what is within: before a call to the system that changes files.
+    """Raises `Killed` inside the context, before a chosen system call that changes files.
 
     Args:
-      moment: The number of the call, from 0 on. It and all after it do not happen, as after
+      moment: The index of the call, from 0. This call and all later ones are not made, as after
         SIGKILL.
     """
     calls = itertools.count()

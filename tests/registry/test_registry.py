@@ -38,7 +38,7 @@ pytest_plugins = ["registry_fixtures"]
 
 @pytest.fixture(scope="module")
 def bundles(bundle, tmp_path_factory):
-    """Five bundles: accuracies 0.5, 0.6, 0.7, 0.8, 0.9."""
+    """Five bundles with the accuracies 0.5, 0.6, 0.7, 0.8 and 0.9."""
     folder = tmp_path_factory.mktemp("five")
     return [
         vary(bundle, folder / str(i), temperature=1.0 + i, metrics=figures(0.5 + i / 10, f1=0.4))
@@ -48,7 +48,7 @@ def bundles(bundle, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_disk(monkeypatch):
-    """Nothing here need outlast a power failure, and the disk may be busy."""
+    """Disables fsync, which is slow on a busy disk and only protects against power failures."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -64,7 +64,7 @@ def prepared(bundles, tmp_path_factory):
 
 @pytest.fixture
 def registry(prepared, tmp_path):
-    """Three versions of a model: champion is 2 and was 1, mine is 3."""
+    """A registry with three versions: champion was 1 and is now 2, and mine is 3."""
     registry = Registry(shutil.copytree(prepared, tmp_path / "registry"))
     registry.refresh()
     return registry
@@ -76,7 +76,7 @@ def fast(monkeypatch):
 
 
 def files(registry):
-    """All files of a registry in a folder."""
+    """Returns the paths of all files of a registry in a folder."""
     root = pathlib.Path(registry.url)
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
 
@@ -359,7 +359,7 @@ def test_a_log_without_registry_json_is_not_changed(registry, bundles):
 
 
 def test_a_store_that_overwrites_is_refused(bundles):
-    import test_registry_store  # noqa: F401 (it makes such places known)
+    import test_registry_store  # noqa: F401 (the import registers the protocols)
 
     for protocol in ("careless", "hasty", "plain"):
         place = f"{protocol}://{unique_name()}"
@@ -369,7 +369,7 @@ def test_a_store_that_overwrites_is_refused(bundles):
 
 
 def test_a_process_whose_create_overwrites_changes_nothing(bundles):
-    """The registry was made with a library that keeps writers apart; this process has another."""
+    """The library that created the registry refuses overwrites; this process's library does not."""
     import test_registry_store
 
     place = f"careless://{unique_name()}"
@@ -451,7 +451,7 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
 
 
 def test_only_a_lost_add_at_the_end_is_detected(registry):
-    """Other changes have no marker; a registry that has read them detects the loss."""
+    """Only an add has a marker. The loss of another entry is detected by earlier readers only."""
     (pathlib.Path(registry.url) / "log" / "00000006.json").unlink()
     other = Registry(registry.url)
     assert aliases(other) == {"champion": 2}
@@ -527,7 +527,7 @@ def test_an_add_during_the_first_read_is_not_damage(registry, bundles, moment, w
 
 
 def test_a_marked_bundle_without_an_entry_is_kept(registry, bundles, monkeypatch):
-    """A log that was put back from an old copy, and went on since."""
+    """Simulates a log that was restored from an old copy and then continued."""
     root = pathlib.Path(registry.url)
     name, other = (f"{'0' * 64}-{unique_name()}" for _ in range(2))
     (root / "added" / f"00000005-{name}").touch()
@@ -549,7 +549,7 @@ def test_files_of_a_removed_version_are_swept(registry, bundles, monkeypatch):
 
 
 def test_a_later_sweep_creates_a_missing_marker(registry, bundles, caplog):
-    """Its writer was killed between the log and it, or could not write it."""
+    """Simulates a writer that added the log entry but could not write its marker."""
     root = pathlib.Path(registry.url)
     expected = marks(registry._store)
     shutil.rmtree(root / "added")
@@ -579,7 +579,7 @@ def test_add_creates_the_marker_before_its_sweep(registry, bundles):
 
 
 def damage(registry, number=1, file="weights.safetensors", model="flowers"):
-    """Turns a byte of a version's file."""
+    """Flips one bit in a file of a version."""
     name = f"{registry.resolve(model, number).bundle.path}/{file}"
     content = bytearray(registry._store.read(name))
     content[len(content) // 2] ^= 1
@@ -650,7 +650,7 @@ def test_adding_a_bundle_again_restores_its_files(place, bundles, caplog, file):
 
 
 def test_files_deleted_before_their_entry_are_not_added(registry, bundles):
-    """Another machine's clock is days ahead, and has taken them for left over."""
+    """Simulates a machine whose clock is days ahead, and which deletes the files as unused."""
     store = wrapped(pathlib.Path(registry.url))
 
     def sweep(call, name):
@@ -666,7 +666,7 @@ def test_files_deleted_before_their_entry_are_not_added(registry, bundles):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clock by which a registry is looked at again; a list of one number."""
+    """A fake clock that controls when the registry is read again: a list with one number."""
     now = [time.monotonic()]
     fake = types.SimpleNamespace(monotonic=lambda: now[0], time=time.time, sleep=time.sleep)
     monkeypatch.setattr(registries, "time", fake)
@@ -703,7 +703,7 @@ def test_a_replaced_registry_is_read_again(registry, bundles, clock, caplog):
 
 
 def test_a_longer_replacement_is_read_again(tmp_path, bundles, clock):
-    """The replacement's log starts with the same entries."""
+    """The replacement has more log entries than the old registry."""
     reader = Registry(tmp_path / "registry")
     reader.add("flowers", bundles[0])
     shutil.rmtree(tmp_path / "registry")
@@ -716,7 +716,7 @@ def test_a_longer_replacement_is_read_again(tmp_path, bundles, clock):
 
 
 def test_a_replaced_registry_gets_no_entry_of_the_old(registry, bundles, clock):
-    """Not even within the minute: a log with a gap would be the end of it."""
+    """No entry is written even before the next check: its number would leave a gap in the log."""
     root = pathlib.Path(registry.url)
     shutil.rmtree(root)
     other = Registry(root)
@@ -862,7 +862,7 @@ def test_an_unwritable_download_folder_is_reported(bundles, tmp_path):
 
 
 def test_a_full_local_disk_is_not_damage(bundles, tmp_path):
-    """Otherwise a good version would be reported as damaged."""
+    """Otherwise an intact version would be reported as damaged."""
     store = wrapped(tmp_path / "registry")
     registry = on(store)
     registry.add("flowers", bundles[0])
@@ -920,7 +920,7 @@ def test_two_writers_add_the_same_bundle_once(registry, bundles):
 
 
 def test_gates_use_the_latest_state(registry, bundles):
-    """An alias moves between the look and the promotion, and the version comes up to it no more."""
+    """Another writer moves an alias after the gates were checked, so that the gates now fail."""
     store = wrapped(pathlib.Path(registry.url))
     slow = on(store)
     _meanwhile(store, LOG, lambda: registry.promote("flowers", 3))
@@ -983,7 +983,7 @@ def test_a_registry_created_during_reading_is_not_damage(tmp_path, bundles, when
 
 @pytest.mark.parametrize("hidden", [{1}, {2}, {6}, {2, 3, 5}, {1, 2, 3, 4, 5, 6}])
 def test_a_listing_during_writes_may_have_gaps(registry, hidden):
-    """As with readdir: files created during a listing may be missing."""
+    """Files that are created during a listing may be missing from it, as with readdir."""
 
     class Gaps(Wrapped):
         def names(self, folder):
@@ -1016,7 +1016,7 @@ def test_threads_share_a_registry(registry):
 
 
 def test_decision_and_change_are_atomic_among_threads(registry, monkeypatch):
-    """Otherwise a decision could be written after unknown changes."""
+    """Otherwise another thread could read new entries between a decision and its entry."""
     other, shared = Registry(registry.url), registry
     who = registries._author
 
@@ -1044,7 +1044,7 @@ CHANGES = {
 
 
 def failing(store, moment, happens, times=1, error=None):
-    """Has calls of one kind fail, after they have happened or without that."""
+    """Makes calls of one kind fail; `happens` tells whether the store performs them first."""
     left = [times]
 
     def hook(call, name):
@@ -1069,7 +1069,7 @@ def test_a_lost_answer_does_not_repeat_the_change(registry, bundles, fast, actio
 
 
 def test_a_lost_answer_is_found_before_later_entries(registry, bundles, fast):
-    """The entry was written without an answer, and another writer added an entry."""
+    """The entry was written but the answer was lost, and another writer then added an entry."""
     store = wrapped(pathlib.Path(registry.url))
     other = copy.copy(registry)
 
@@ -1137,7 +1137,7 @@ def test_other_errors_are_not_retried(registry, error):
 
 
 def check_after_a_kill(root, before, after, bundle):
-    """Checks that a registry is in the old or the new state, and usable."""
+    """Checks that a registry is in the old or the new state, and that it can be used."""
     registry = Registry(root)
     state = outline(registry) if (root / "registry.json").exists() else {}
     assert state in (before, after)
@@ -1150,7 +1150,7 @@ def check_after_a_kill(root, before, after, bundle):
 
 
 def days_pass(monkeypatch, days=2):
-    """Moves the clock that the sweep uses."""
+    """Moves the clock of the sweep forward by a number of days."""
 
     class Later(datetime.datetime):
         @classmethod
@@ -1199,7 +1199,7 @@ def test_a_kill_at_any_moment_is_atomic(registry, bundles, tmp_path, monkeypatch
 @pytest.mark.parametrize("action", ["begin", *CHANGES])
 @pytest.mark.parametrize("is_before", [True, False])
 def test_a_kill_at_any_store_call_is_atomic(registry, bundles, monkeypatch, action, is_before):
-    """As above, with a kill at each call to a remote store."""
+    """Simulates a kill before or after each call to a remote store."""
     monkeypatch.setattr(stores, "_RIVALS", 2)
 
     change = CHANGES.get(action, CHANGES["add"])
@@ -1258,7 +1258,7 @@ def test_unused_files_are_swept_after_a_day(registry, bundles, monkeypatch):
 
 
 def test_a_version_added_during_a_sweep_is_kept(registry, bundles, monkeypatch):
-    """Its upload was listed before its entry; the log is read afterwards."""
+    """The sweep lists the uploaded files before their entry exists, and then reads the log."""
     days_pass(monkeypatch)
     store = wrapped(pathlib.Path(registry.url))
     sweeper = on(store)
@@ -1278,7 +1278,7 @@ def test_a_version_added_during_a_sweep_is_kept(registry, bundles, monkeypatch):
 
 
 def test_an_upload_of_half_a_day_is_refused(registry, bundles, monkeypatch):
-    """Another process may have swept its files."""
+    """Another process may have deleted the uploaded files as unused."""
     clock = [1000.0]
     monkeypatch.setattr(registries.time, "time", lambda: clock[0])
     store = wrapped(pathlib.Path(registry.url))
@@ -1318,7 +1318,7 @@ def test_a_sweep_that_fails_is_a_warning(registry, bundles, monkeypatch, caplog,
     ],
 )
 def test_a_failed_add_deletes_its_files(registry, bundles, fast, moment, error, left):
-    """Otherwise each try would fill the disk further."""
+    """Otherwise each attempt would leave more files on the disk."""
     store = wrapped(pathlib.Path(registry.url))
     failing(store, moment, happens=False, times=100, error=error)
     with pytest.raises(type(error)):
@@ -1328,7 +1328,7 @@ def test_a_failed_add_deletes_its_files(registry, bundles, fast, moment, error, 
 
 
 def test_an_unclear_outcome_stays_unclear_after_an_error(registry, bundles, fast):
-    """The entry was written without an answer, and reading is no longer allowed."""
+    """The entry was written but the answer was lost, and later reads are refused."""
     store = wrapped(pathlib.Path(registry.url))
 
     def refuse(call, name):

@@ -43,7 +43,7 @@ def make_entry(action, version=None, alias=None, before=None, **changes):
 
 
 def make_models(*versions, **aliases):
-    """A registry with one model, whose versions have these facts."""
+    """Returns the state of a registry with one model, whose versions have these facts."""
     model = Model("flowers")
     models = {"flowers": model}
     for number, facts in enumerate(versions, 1):
@@ -56,7 +56,7 @@ def make_models(*versions, **aliases):
 
 
 class Slow:
-    """A simple reference: an alias is the list of its remaining moves."""
+    """A simple reference implementation, which stores the moves of each alias as a list."""
 
     def __init__(self):
         self.given = {}
@@ -78,7 +78,7 @@ class Slow:
         return steps[-1] if steps else None
 
     def steps(self, model, alias):
-        """The moves to versions that are there, but for those that lead nowhere else."""
+        """Returns the moves to versions that still exist, without consecutive repeats."""
         steps = []
         for version in self.moves.get((model, alias), []):
             if version in self.there[model] and steps[-1:] != [version]:
@@ -115,7 +115,7 @@ class Slow:
 
 
 def decide(models, action, model, version, alias):
-    """The entry that a registry would add; None where it refuses."""
+    """Returns the entry that a registry would add, or None if it would refuse."""
     try:
         if action == "add":
             return make_entry("add", models[model].last + 1 if model in models else 1, model=model)
@@ -177,7 +177,7 @@ def test_the_state_equals_a_simple_reference(actions):
 
 
 def test_removal_leaves_no_repeated_version_in_a_history():
-    """By hand: 1, 2, 1, 3 without 2 is 1, 3. A rollback from 3 selects 1, the first version."""
+    """The history 1, 2, 1, 3 becomes 1, 3 if 2 is removed; a rollback from 3 selects 1."""
     models = make_models(*[make_facts()] * 3, champion=[1, 2, 1, 3])
     models = ledger.apply(models, make_entry("remove", 2))
     assert models["flowers"].aliases == {"champion": (1, 3)}
@@ -210,7 +210,7 @@ def test_an_entry_invalid_in_its_state_is_refused(entry):
         ledger.apply(models, entry)
 
 
-# Bytes that are no UTF-8 come from the command line as such characters.
+# Python decodes bytes of the command line that are not UTF-8 to these surrogates.
 TEXT = st.text(st.characters() | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF))
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)
 NUMBERS = st.integers(1, 10**9)
@@ -258,7 +258,7 @@ def test_a_number_that_is_not_finite_is_not_written():
 def _changed(entry=None, **changes):
     fields = json.loads(ledger.serialise(entry or make_entry("promote", 1, "champion")))
     fields = {key: value for key, value in (fields | changes).items() if value is not None}
-    # Only what was changed is to be wrong of it.
+    # The sha256 matches, so that only the changed fields are invalid.
     return json.dumps(fields | {"sha256": ledger.fields_digest(fields)}).encode()
 
 
@@ -308,7 +308,7 @@ def _changed_bundle(**changes):
     ],
 )
 def test_invalid_entries_are_refused(data):
-    with pytest.raises(ValueError):  # noqa: PT011 (whatever it says)
+    with pytest.raises(ValueError):  # noqa: PT011 (any message)
         ledger.parse(data)
 
 
@@ -326,7 +326,7 @@ def test_each_invalid_entry_has_exactly_one_fault():
     ],
 )
 def test_the_sha256_detects_a_changed_field(entry):
-    """Any change that leaves valid JSON."""
+    """Each change leaves the JSON valid."""
     text = ledger.serialise(entry).decode()
     fields = json.loads(text)
     assert ledger.parse(json.dumps(dict(reversed(fields.items()))).encode()) == entry
@@ -342,7 +342,7 @@ def test_the_sha256_detects_a_changed_field(entry):
 
 
 def test_the_sha256_is_computed_from_sorted_json():
-    r"""Worked out once by hand, with `printf '{"a": [1, 0.5], "b": "\\u00fc"}' | sha256sum`."""
+    r"""Compares with a value computed by `printf '{"a": [1, 0.5], "b": "\\u00fc"}' | sha256sum`."""
     expected = "56894132ee149ab5a94207fc94a35dbcc7dcb819e43445540d524fa5b3c46f93"
     assert ledger.fields_digest({"b": "ü", "a": [1, 0.5]}) == expected
     assert ledger.fields_digest({"b": "ü", "sha256": "x", "a": (1, 0.5)}) == expected

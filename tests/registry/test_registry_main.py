@@ -25,7 +25,7 @@ pytest_plugins = ["registry_fixtures"]
 
 @pytest.fixture(scope="module")
 def bundles(bundle, tmp_path_factory):
-    """Accuracies 0.9 and 0.8, of the same data."""
+    """Two bundles with the accuracies 0.9 and 0.8, trained on the same data."""
     folder = tmp_path_factory.mktemp("two")
     return [
         vary(bundle, folder / str(i), metrics=figures(0.9 - i / 10, f1=0.75, loss=0.5))
@@ -35,14 +35,14 @@ def bundles(bundle, tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A registry's folder, which is what the variable says."""
+    """The folder of a registry, which the environment variable CNN_JAX_REGISTRY names."""
     monkeypatch.setenv("CNN_JAX_REGISTRY", str(tmp_path / "registry"))
     return tmp_path / "registry"
 
 
 @pytest.fixture
 def registry(place, bundles):
-    """Two versions of flowers; champion is 2 and was 1."""
+    """A registry with two versions of the model flowers; champion was 1 and is now 2."""
     registry = Registry(place)
     for i, path in enumerate(bundles, 1):
         registry.add("flowers", path, f"notę {i}")
@@ -69,7 +69,7 @@ def run(*arguments, **variables):
 
 
 def test_a_session_with_all_commands(place, bundles):
-    """A run through all of them; the names of this user and machine are their own."""
+    """Compares the output of all commands; any user name and host name are accepted."""
     digest = r"[0-9a-f]{12}"
     assert run("list") == (
         1,

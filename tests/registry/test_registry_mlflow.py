@@ -22,7 +22,7 @@ needs_mlflow = pytest.mark.skipif(
 
 @pytest.fixture
 def registry(bundle, tmp_path):
-    """Versions 1 and 3 of a model; champion is 3, mine is 1."""
+    """A registry with versions 1 and 3 of a model; champion is 3, and mine is 1."""
     registry = Registry(tmp_path / "registry")
     for i in range(3):
         path = vary(bundle, tmp_path / str(i), metrics=figures(0.5 + i / 10, f1=0.25))
@@ -35,7 +35,7 @@ def registry(bundle, tmp_path):
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory):
-    """An MLflow registry with nothing in it: its tables take seconds to make."""
+    """An empty MLflow registry, shared by all tests because its tables take seconds to create."""
     import mlflow
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -45,7 +45,7 @@ def empty(tmp_path_factory):
 
 @pytest.fixture
 def uri(empty, tmp_path, monkeypatch):
-    """A copy of it, whose artifacts are kept in a folder here."""
+    """The URI of a copy of `empty`, whose artifacts are stored in the test's own folder."""
     monkeypatch.chdir(tmp_path)
     return f"sqlite:///{shutil.copy(empty, tmp_path / 'mlflow.db')}"
 
@@ -166,14 +166,14 @@ def test_a_bundle_damaged_in_mlflow_is_not_imported(registry, uri, client, tmp_p
     other = Registry(tmp_path / "other")
 
     def bring():
-        """The lines that come before the error at the end."""
+        """Returns the only line that the import yields before it raises an error."""
         lines = []
         with pytest.raises(
             BundleError, match=r"^not imported, because damaged: flowers version 1 of ML"
         ):
             lines.extend(
                 mlflow.import_versions(other, "flowers", None, uri)
-            )  # It keeps what has come.
+            )  # `extend` keeps the items before the error.
         (line,) = lines
         return line
 

@@ -1,4 +1,4 @@
-"""Processes that work at one registry at the same time, and that are killed."""
+"""Several processes use one registry at the same time, and some of them are killed."""
 
 import json
 import random
@@ -45,7 +45,7 @@ for path in sys.argv[2:]:
 
 @pytest.fixture
 def workers():
-    """Starts processes, waits until all of them are ready, and has them begin at once."""
+    """Starts processes, waits until all are ready, and lets them begin at the same time."""
     processes = []
 
     def start(*arguments):
@@ -77,7 +77,7 @@ def bundles(bundle, tmp_path_factory):
 
 
 def test_concurrent_processes_write_one_history(workers, bundles, tmp_path):
-    """Three processes add six bundles each, of which two are the same for all."""
+    """Three processes add six bundles each; two of these bundles are common to all processes."""
     root = tmp_path / "registry"
     shares = [[*bundles[:2], *bundles[2 + 4 * i : 6 + 4 * i]] for i in range(3)]
     processes = workers(*([root, *share] for share in shares))
@@ -94,7 +94,7 @@ def test_concurrent_processes_write_one_history(workers, bundles, tmp_path):
     assert len({entry.id for entry in registry.log}) == len(registry.log)
     new = sorted(number for _, number, is_new in said if is_new)
     assert new == [entry.version for entry in added]
-    # A bundle that all of them have is there once, unless it was removed in the meantime.
+    # A bundle that several processes add is added again only after it was removed.
     there = {}
     for entry in registry.log:
         if entry.action == "add":
@@ -112,7 +112,7 @@ def test_concurrent_processes_write_one_history(workers, bundles, tmp_path):
 
 
 def test_killed_processes_leave_a_usable_registry(workers, bundles, tmp_path):
-    """SIGKILL at a random moment of the work of several, which go on without the dead."""
+    """Kills three of four processes at random moments; the fourth process continues."""
     root = tmp_path / "registry"
     shares = [bundles[5 * i : 5 * i + 5] for i in range(4)]
     processes = workers(*([root, *share] for share in shares))

@@ -35,7 +35,7 @@ SECRET = "s3cret"
 
 
 class Careless(MemoryFileSystem):
-    """Overwrites what is there, as s3fs does with an old botocore."""
+    """Overwrites existing files even in mode create, as s3fs does with an old botocore."""
 
     protocol = "careless"
     store, pseudo_dirs = {}, [""]
@@ -45,7 +45,7 @@ class Careless(MemoryFileSystem):
 
 
 class Hasty(MemoryFileSystem):
-    """Looks whether a file is there, and a moment later writes it."""
+    """Checks whether a file exists and writes it a moment later, so create is not atomic."""
 
     protocol = "hasty"
     store, pseudo_dirs = {}, [""]
@@ -58,7 +58,7 @@ class Hasty(MemoryFileSystem):
 
 
 class Plain(MemoryFileSystem):
-    """Writes as fsspec does for a file system that does not do it itself."""
+    """Uses fsspec's default `pipe_file`, as a file system without its own implementation does."""
 
     protocol = "plain"
     store, pseudo_dirs = {}, [""]
@@ -103,7 +103,7 @@ def test_names_lists_only_direct_children(place):
 
 
 def test_listings_are_not_cached(place):
-    """Another process writes: neither a listing nor a look at a file may be an old one."""
+    """Another process may write at any time, so listings and file contents must be current."""
     reader, writer = open_store(*place), open_store(*place)
     for number in range(1, 4):
         assert reader.names("log") == [str(one) for one in range(1, number)]
@@ -160,7 +160,7 @@ def test_a_store_without_clear_answers_fails_the_check(happens):
 
 
 def test_one_missing_answer_does_not_fail_the_check():
-    """S3 answers a conflict with 409 where it does not want to decide yet."""
+    """S3 answers 409 if it cannot yet decide which of two concurrent writes succeeds."""
     failures = []
 
     class Busy(MemoryFileSystem):
@@ -210,7 +210,7 @@ def test_local_files_are_read_only_without_temporary_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["create", "write"])
 def test_created_files_are_synchronized_to_disk(tmp_path, monkeypatch, name):
-    """The file before its name, and its name before the call is over."""
+    """The content is synchronized first, then the folder, and both before the call returns."""
     synced = []
 
     def fsync(descriptor):
@@ -249,7 +249,7 @@ def test_a_failed_link_is_an_unclear_outcome(tmp_path, monkeypatch):
 
 
 class _Full:
-    """A file on a full disk."""
+    """A file object whose writes fail as on a full disk."""
 
     def __init__(self, file):
         self._file = file
@@ -294,7 +294,7 @@ def test_a_folder_without_permission_is_one_error_line():
     with tempfile.TemporaryDirectory() as folder:
         pathlib.Path(folder).chmod(0o555)
         was_root = os.geteuid() == 0
-        if was_root:  # Who may write everywhere.
+        if was_root:  # Root may write to every folder.
             os.seteuid(65534)
         try:
             with pytest.raises(StoreError, match=rf"^{folder}/log: Permission denied$"):
@@ -359,7 +359,7 @@ def test_a_missing_archive_is_a_usage_error(tmp_path, url):
 
 def test_a_missing_server_is_a_usage_error():
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # And nobody listens.
+        closed.bind(("127.0.0.1", 0))  # No process listens on this port.
         place = f"ftp://ann:{SECRET}@127.0.0.1:{closed.getsockname()[1]}/registry"
         with pytest.raises(ConfigError, match=r"^--registry: ftp://ann:\*\*\*@127\S+ cannot be re"):
             open_store(place)
@@ -367,7 +367,7 @@ def test_a_missing_server_is_a_usage_error():
 
 @pytest.fixture
 def silent():
-    """A server that accepts and never answers: the port, and who has come."""
+    """A server that accepts connections and never answers; yields the port and connections."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(100)
@@ -392,7 +392,7 @@ def _silent_options(port):
 
 
 def test_a_hanging_store_times_out(silent, monkeypatch):
-    """Six requests, of ten seconds each where nothing is patched."""
+    """A call sends at most six requests, each with a timeout of ten seconds unless patched."""
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     assert stores._S3_CONFIG["read_timeout"] * 6 <= 60
     monkeypatch.setitem(stores._S3_CONFIG, "read_timeout", 0.1)

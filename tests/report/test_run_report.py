@@ -191,7 +191,7 @@ def test_page_needs_no_other_file(reported):
 
 
 def _forms(value):
-    """The texts by which a page may show a number."""
+    """Yields all texts by which a page may show a number."""
     if isinstance(value, int):
         yield f"{value:,}"
         yield str(value)
@@ -207,7 +207,7 @@ _NUMBER = re.compile(r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
 
 
 def _numbers(tree):
-    """All numbers of metrics.json as a page may show them, and the numbers in its texts."""
+    """Yields all numbers and numbers within texts of metrics.json, as a page may show them."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from _NUMBER.findall(key)

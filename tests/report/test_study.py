@@ -120,7 +120,7 @@ def test_study_charts_are_drawn_for_available_data(name, tmp_path):
     make, expected, slices = CASES[name]
     charts = make_charts(make())
     assert set(charts) == expected | {f"slice_{number:02d}" for number in range(slices)}
-    if name == "large":  # The other slices are like those of the typical study.
+    if name == "large":  # Other slices equal those of "typical".
         charts = dict(list(charts.items())[:4] + list(charts.items())[-3:])
     for file, chart in charts.items():
         path = tmp_path / f"{file}.png"
@@ -202,7 +202,7 @@ def test_page_shows_best_trial_and_cost(tmp_path, undrawn):
         in text
     )
     assert "is 0.0099, at the upper end of its range (0.0001 to 0.01, on the log scale)" in text
-    assert text.count("upper end") == 2  # In the warning, and in the table.
+    assert text.count("upper end") == 2  # Once in the warning, once in the table.
     assert "lower end" not in text
     cost = study["cost"]
     saved = 1 - cost["epochs"] / cost["epochs_without_pruning"]

@@ -22,11 +22,11 @@ CHOICE = {"kind": "categorical", "choices": [16, "a", False]}
     [
         *((LINEAR, 0.0, "lower"), (LINEAR, 0.025, "lower"), (LINEAR, 0.026, None)),
         *((LINEAR, 0.25, None), (LINEAR, 0.474, None), (LINEAR, 0.475, "upper")),
-        # 5 % of four decades are a fifth of a decade.
+        # The margin is 5 % of four decades, a fifth of a decade.
         *((LOG, 1.5e-4, "lower"), (LOG, 1.6e-4, None), (LOG, 0.02, None)),
         *((LOG, 0.63, None), (LOG, 0.64, "upper"), (LOG, 1.0, "upper")),
         *((INT, 2, "lower"), (INT, 3, None), (INT, 37, None), (INT, 38, "upper")),
-        # 5 % of ten doublings are half a doubling.
+        # The margin is 5 % of ten doublings, half a doubling.
         *((LOG_INT, 1, "lower"), (LOG_INT, 2, None), (LOG_INT, 700, None), (LOG_INT, 730, "upper")),
         *((CHOICE, 16, None), (CHOICE, False, None), (LINEAR, math.nan, None)),
         # A range with a single value has no edge.

@@ -72,9 +72,9 @@ async def until(condition):
 @pytest.mark.parametrize(
     ("seconds", "sizes"),
     [
-        # On an accelerator a larger batch hardly takes longer: the batch is padded.
+        # On an accelerator a larger batch takes little longer, so a partial batch is padded.
         ({1: 1.0, 2: 1.0, 4: 1.1, 8: 1.2}, [1, 2, 4, 4, 8, 8, 8, 8, 8]),
-        # On a CPU the time grows with the size: the remaining images wait.
+        # On a CPU the time grows with the size, so images that do not fill a size wait.
         ({1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}, [1, 2, 2, 4, 4, 4, 4, 8, 8]),
         # Without a gain by batching, images are computed one by one.
         ({1: 1.0, 2: 2.0, 4: 4.0}, [1, 1, 1, 1]),
@@ -260,7 +260,7 @@ def test_retry_after_follows_measured_times():
             await compute(engine, Program(slow, {1: 1.0}), 0)
         with engine.admit(100), pytest.raises(Overloaded) as caught, engine.admit(1):
             pass
-        # A hundred images take a tenth of a second each.
+        # A hundred images take about ten seconds, because each takes a tenth of a second.
         assert 6 <= caught.value.retry_after <= 15
 
     run_with(engine, test)
@@ -373,7 +373,7 @@ def test_large_requests_leave_decoders_for_others():
         await asyncio.gather(held, one, *others)
 
     run_with(engine, test)
-    # They take turns with the ten images.
+    # The decoder alternates between these images and the request with ten images.
     assert max(decoder.started.index(n) for n in (78, 79)) <= 5
 
 
@@ -425,7 +425,7 @@ def test_cancelled_requests_free_their_images():
         )
         for ask in asks:
             gone = await leave_behind(ask)
-            await asyncio.sleep(0)  # The event loop holds the callback that it has just run.
+            await asyncio.sleep(0)  # The event loop keeps its last callback alive.
             gc.collect()
             assert gone() is None
         decoder.gate.set()

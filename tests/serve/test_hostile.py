@@ -139,7 +139,7 @@ def test_deep_and_wide_json(server):
         b'{"instances": [' + b'"ab",' * 2_300_000 + b"0]}",
         b'{"instances": [' + b"300," * 2_300_000 + b"0]}",
         b'{"instances": {' + b",".join(b'"%d":0' % n for n in range(800_000)) + b"}}",
-        # An array of strings would reserve the length of the longest string per element.
+        # A NumPy array of strings would take the size of the longest string for each element.
         b'{"instances": [["' + b"x" * 1_000_000 + b'"' + b',""' * 200_000 + b"]]}",
         b'{"instances": [{"b64": "' + "é".encode() * 5_000_000 + b'"}]}',
     ):

@@ -112,7 +112,7 @@ def test_each_request_of_a_connection_has_the_timeout(serve):
     with connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
-        # Between two requests the connection may be silent for longer.
+        # The timeout does not apply between two requests.
         time.sleep(0.8)
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n")
         start = time.monotonic()
@@ -151,7 +151,7 @@ def test_the_number_of_connections_is_limited(serve):
             one.sendall(head)
         idle = stack.enter_context(connect(port))
         time.sleep(0.3)
-        with connect(port) as another:  # The new connection replaces the idle connection.
+        with connect(port) as another:  # The server closes the idle connection for it.
             another.sendall(head)
             assert rest_of(idle) == b""
             time.sleep(0.3)

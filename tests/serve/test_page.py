@@ -162,7 +162,7 @@ def test_all_controls_work_by_keyboard(browser, server, image):
     choose(browser, image)
     wait_for(browser, "!document.getElementById('result').hidden")
     reached = []
-    for _ in range(6):  # Once around, through the browser's own controls.
+    for _ in range(6):  # One full round of Tab, including the browser's own controls.
         ActionChains(browser).send_keys(Keys.TAB).perform()
         reached.append(
             browser.execute_script(

@@ -40,7 +40,7 @@ def test_the_log_deletes_its_oldest_rows(version, tmp_path):
     kept = ids_of(path)
     assert kept == list(range(kept[0], 800))
     assert 100 < len(kept) < 300  # About a kilobyte per row.
-    # Plus one batch of rows and SQLite's write-ahead log.
+    # The tolerance is one batch of rows and SQLite's write-ahead log.
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1.5 * most
 
 

@@ -157,7 +157,7 @@ def test_a_timed_out_request_is_dropped(serve, pool):
         assert answer.status_code == 503
         assert answer.json()["reason"] == "late"
         assert answer.headers["retry-after"] == "1"
-    assert first.result().json()["reason"] == "late"  # Also if its batch is running.
+    assert first.result().json()["reason"] == "late"  # Although its batch is running.
     assert server.post(4).status_code == 200
     assert server.batches == [[1], [4]]
 
@@ -189,7 +189,7 @@ def test_a_missing_body_times_out(serve):
         until(
             lambda: version.in_use == 1
         )  # Otherwise the version could be unloaded before the body arrives.
-        answer = b"".join(iter(lambda: connection.recv(65_536), b""))  # Until it is closed.
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))  # Reads until the end.
         assert answer.startswith(b"HTTP/1.1 408")
         assert b'"reason":"slow"' in answer
         assert 0.4 < time.monotonic() - start < 5
@@ -208,7 +208,7 @@ def test_the_total_size_of_bodies_is_limited(serve):
         answer = requests.post(f"{server.url}/predict", b"x" * 1_900_000, timeout=10)
         assert answer.status_code == 429
         assert answer.json()["reason"] == "busy"
-        # Small bodies are accepted while large bodies use their whole limit.
+        # Bodies of a few bytes are accepted even if large bodies use up their limit.
         assert requests.post(f"{server.url}/predict", b"x" * 1_000_000, timeout=10).ok is False
         for _ in range(2):
             one = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
@@ -235,7 +235,7 @@ def test_internal_errors_have_no_details(serve, version, caplog):
     assert requests.get(f"{server.url}/healthz", timeout=10).status_code == 200
 
 
-# The loaded version.
+# A request with a loaded version.
 
 
 def test_open_inference_reports_readiness(serve):
@@ -274,7 +274,7 @@ def test_models_are_found_by_name_number_and_alias(version):
     three = dataclasses.replace(version, model="one", number=3)
     five = dataclasses.replace(version, model="one", number=5)
     models.add_version(three)
-    assert refused("one") == 503  # The choice is ambiguous.
+    assert refused("one") == 503  # No alias selects a version yet.
     models.set_aliases("one", {"champion": 3, "challenger": 5})
     assert models.is_ready()
     assert models.find() is models.find("one") is models.find(alias="champion") is three

@@ -1,4 +1,4 @@
-"""Versions that come and go under the eyes of their clients."""
+"""Versions are loaded and unloaded while clients send requests."""
 
 import asyncio
 import concurrent.futures
@@ -89,7 +89,7 @@ def states_of(server, model="shapes"):
 
 
 def test_an_alias_moves_without_a_failed_request(serve, registry, tmp_path):
-    """Each answer is from the version that it names, and versions change once."""
+    """Each answer comes from the version that it names, and the version changes once."""
     expected = {}
     for number in (1, 2):
         (prediction,) = predict_batch(BundlePredictor(make_bundle(number)), [encode()])
@@ -135,7 +135,7 @@ def test_a_broken_version_leaves_the_old_version(serve, registry, tmp_path):
     registry.promote("shapes", 2)
     registry.promote("shapes", 1)
     with serve() as server:
-        # Bytes that have changed in the registry itself.
+        # Flip a bit of the weights in the registry.
         path = tmp_path / "registry" / registry.resolve("shapes", 2).bundle.path
         weights = bytearray((path / "weights.safetensors").read_bytes())
         weights[-1] ^= 1
@@ -154,7 +154,7 @@ def test_a_broken_version_leaves_the_old_version(serve, registry, tmp_path):
         failed = 'cnn_jax_loads_total{model="shapes",outcome="failed"}'
         text = server.get("/metrics", headers=AS_CLIENT).text
         assert float(text.partition(failed)[2].split()[0]) >= 2
-        # The next one that is sound takes its place.
+        # The next version is intact, and is loaded.
         registry.promote("shapes", add(registry, tmp_path, 4))
         until(lambda: version_of(server) == 4)
         assert server.end() == 0
@@ -165,7 +165,7 @@ def test_several_versions_and_models_at_once(serve, registry, tmp_path):
     add(registry, tmp_path, 7, "others")
     registry.promote("others", 1)
     with serve("--versions=challenger,9") as server:
-        assert version_of(server) == 400  # The request does not name a model.
+        assert version_of(server) == 400  # The model is missing.
         assert version_of(server, "&model=shapes") == 1
         assert version_of(server, "&model=shapes&alias=challenger") == 2
         assert version_of(server, "&model=shapes&version=2") == 2
@@ -189,7 +189,7 @@ def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
 
         def open(self, model, number):
             if number == 2:
-                desired["shapes"] = DesiredState({1: "1"}, {"champion": 1})  # Rolled back.
+                desired["shapes"] = DesiredState({1: "1"}, {"champion": 1})  # A rollback.
             return make_bundle(number)
 
         def set_extra(self, model, number, is_extra):
@@ -257,10 +257,10 @@ def test_a_broken_new_model_does_not_affect_others(serve, registry, tmp_path):
         registry.promote("birds", 1)
         server.wait_for_log("birds, version 1: not loaded")
         assert server.get("/readyz").status_code == 200
-        assert version_of(server) == 1  # The only one that can be meant.
+        assert version_of(server) == 1  # Only one model is loaded.
         registry.promote("shapes", 2)
         until(lambda: version_of(server) == 2)
-        # And it goes again.
+        # The broken model can be removed from the server.
         registry.remove_alias("birds", "champion")
         server.wait_for_log("birds: unloaded, because")
         assert server.get("/v1/models/birds", headers=AS_CLIENT).status_code == 404
@@ -414,7 +414,7 @@ def test_the_request_log_records_answers(tmp_path):
         pixels = preprocess_for_inference(encode(seed), predictor.preprocessing)[None]
         expected = predictor(pixels)[0]
         assert abs(row[0] - time.time()) < 600
-        assert row[2:4] == ("my-run", 1)  # The name of the run's folder.
+        assert row[2:4] == ("my-run", 1)  # The model is named after the run's folder.
         assert row[4] == predictor.class_names[int(expected.argmax())]
         assert row[5] == pytest.approx(expected.max(), abs=1e-6)
         np.testing.assert_allclose(np.frombuffer(row[6], "<f4"), expected, atol=1e-6)
@@ -487,7 +487,7 @@ def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
             until(lambda: version_of(server) == 2)
             start = time.monotonic()
             assert server.post("/predict", encode(), headers=AS_CLIENT).ok
-            assert time.monotonic() - start > 0.05  # It was held back for others.
+            assert time.monotonic() - start > 0.05  # It waited for more requests.
             too_much = server.post("/predict", b"x" * 600_000, headers=AS_CLIENT)
             assert too_much.status_code == 413
             help_ = subprocess.run(

@@ -180,7 +180,7 @@ def test_errors_and_warnings_are_wrapped_between_words():
     lines = text.splitlines()
     assert " ".join(lines) == f"WARNING: {message} error: {message}"
     assert len(lines) > 4
-    # Only a path is longer, because it has no space.
+    # Only the path is longer, because it has no spaces to break at.
     assert all(len(line) <= 60 or line.startswith("/a/long/path") for line in lines)
 
 

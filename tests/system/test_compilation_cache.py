@@ -69,11 +69,11 @@ def test_the_second_prediction_compiles_nothing(arguments, folder):
     cold = _predict(arguments, folder)
     kept = _written(folder)
     is_kept = any(name.startswith("jit_probabilities-") for name in kept)
-    # From JAX 0.11 on, convolutions are oneDNN's, whose programs XLA cannot write.
+    # From JAX 0.11 on, oneDNN computes the convolutions, and XLA cannot store such programs.
     assert is_kept == (jax.__version_info__ < (0, 11))
     assert folder.stat().st_mode & 0o777 == 0o700
     assert _predict(arguments, folder) == cold
-    assert _written(folder) == kept  # No new program, and no program was written again.
+    assert _written(folder) == kept  # No program was written.
 
 
 def test_an_incomplete_file_is_replaced(folder):
@@ -89,7 +89,7 @@ def test_an_incomplete_file_is_replaced(folder):
 
 
 def test_a_full_disk_leaves_no_incomplete_file(folder):
-    """A limit of the kernel for the size of files has the effect of a full disk."""
+    """Limits the file size of the process, so that a write fails as on a full disk."""
     assert _sort(folder, before="ulimit -f 1")  # Kilobytes.
     assert not list(folder.glob("jit_sort-*"))
 

@@ -19,7 +19,7 @@ _RECORD = {
 
 
 def _shown(width, monkeypatch, capsys, show):
-    """The lines of stderr on a terminal of so many columns; None is a file."""
+    """Returns the lines of stderr on a terminal of this width in columns; None means a file."""
     monkeypatch.delenv("COLUMNS", raising=False)
     if width is not None:
         monkeypatch.setenv("COLUMNS", str(width))

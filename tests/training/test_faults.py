@@ -1,4 +1,4 @@
-"""Runs in new processes, under faults that these tests cause: signals, full disks, damage."""
+"""Runs in new processes under simulated faults: signals, full disks, damaged files."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ TINY = (
     "--config.train.patience=1000",
     "--config.report.detail=none",
 )
-# So many epochs that no run finishes during a test.
+# A number of epochs so large that no run finishes during a test.
 ENDLESS = "--config.train.epochs=100000"
 
 

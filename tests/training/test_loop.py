@@ -400,7 +400,7 @@ def test_executions_of_several_steps_are_saved_and_resumed(image_folder, tmp_pat
     config = _tiny(image_folder, **changes)
     train_and_evaluate(config, tmp_path / "whole")
     steps = sorted(int(path.name) for path in (tmp_path / "whole" / "checkpoints").iterdir())
-    assert steps == [4, 6, 10, 12, 16, 18]  # The first ends of executions after 3, 6, 9, ...
+    assert steps == [4, 6, 10, 12, 16, 18]  # The first execution ends from 3, 6, 9, ... on.
     real, prepared = Programs.send, []
 
     def interrupt(programs, batches):
@@ -418,7 +418,7 @@ def test_executions_of_several_steps_are_saved_and_resumed(image_folder, tmp_pat
 
 
 def test_several_steps_are_the_default_on_accelerators_only(monkeypatch):
-    assert loop._default_execution_length(on_device=True) == 1  # This is a CPU.
+    assert loop._default_execution_length(on_device=True) == 1  # The tests run on a CPU.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert loop._default_execution_length(on_device=True) == 8
     assert loop._default_execution_length(on_device=False) == 1

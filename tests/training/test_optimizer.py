@@ -46,7 +46,7 @@ def test_l2_adds_the_gradient_of_half_the_squared_kernels():
     Adam's first moment after one step is a tenth of the gradient. The step itself is not
     compared, because it hardly depends on the size of the gradient.
     """
-    params = jax.tree.map(lambda leaf: leaf + 0.1, _params())  # No parameter is zero.
+    params = jax.tree.map(lambda leaf: leaf + 0.1, _params())  # No parameter is zero now.
     l2 = 0.3
 
     def loss(params):

@@ -155,7 +155,7 @@ def test_the_log_has_each_epoch_once_after_a_restart(tmp_path):
     for epoch in (1, 2, 3):
         log.append(_record(epoch))
     log.close()
-    log = run_directory.EpochLog(tmp_path, [_record(1), _record(2)])  # 3 was lost.
+    log = run_directory.EpochLog(tmp_path, [_record(1), _record(2)])  # Epoch 3 was lost.
     log.append(_record(3))
     log.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

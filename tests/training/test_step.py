@@ -120,7 +120,7 @@ def test_class_weights_multiply_the_losses_of_their_examples():
         return jax.tree.map(lambda new, old: new - old, after.params, state.params)
 
     def class_update(label):
-        """The part of the update that comes from the examples of one class."""
+        """Returns the part of an update that comes from the examples of one class."""
         fraction = np.mean(labels == label)
         return jax.tree.map(lambda g: g * fraction, update(mask=jnp.array(labels == label)))
 
@@ -239,7 +239,7 @@ def test_many_devices_train_like_one_device(shape, mixing, monkeypatch):
     )
     head, conv = many.params["head"]["kernel"], many.params["conv2"]["kernel"]
     assert len(head.sharding.device_set) == data * model
-    assert head.sharding.is_fully_replicated  # Three classes cannot be divided.
+    assert head.sharding.is_fully_replicated  # 3 classes cannot be divided.
     assert conv.sharding.shard_shape(conv.shape) == (3, 3, 4, 8 // model)
     (adam,) = (part for part in many.opt_state[1] if hasattr(part, "mu"))
     assert adam.mu["conv2"]["kernel"].sharding == conv.sharding
@@ -510,7 +510,7 @@ def test_an_extra_loss_is_added_for_each_example():
 
     both, metrics = update(dataclasses.replace(plain, extra_loss=distil))
     plain_update, plain_metrics = update(plain)
-    np.testing.assert_allclose(metrics.loss_sum, plain_metrics.loss_sum)  # Not in the metrics.
+    np.testing.assert_allclose(metrics.loss_sum, plain_metrics.loss_sum)  # Unchanged.
 
     def extra(params):
         variables = {"params": params, "batch_stats": state.batch_stats}

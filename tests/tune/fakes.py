@@ -29,7 +29,7 @@ SECONDS = 2.0
 
 
 class Killed(BaseException):
-    """Simulates the death of the process."""
+    """Simulates that the process was killed."""
 
 
 def make_plan(folder, **changes):
@@ -54,7 +54,7 @@ def value_of(config, epoch):
 class Trainer:
     """Replaces `train_and_evaluate`, and resumes after the epochs that are in the folder.
 
-    Two trainings of a trial at the same time, or of the same epoch, are an error.
+    It is an error to train a trial twice at the same time, or to train an epoch twice.
 
     Attributes:
       before_epoch: Called with a trial's number and the epoch that begins.
@@ -121,7 +121,7 @@ def install(patch, pause=0.0, fingerprint="of the data"):
 
 
 class Log(BaseJournalBackend):
-    """A journal in memory, which may fail.
+    """A journal storage in memory whose calls may fail.
 
     Attributes:
       lines: What was written.

@@ -50,7 +50,7 @@ def make_study(plan, trials=TRIALS, features=("(4, 8)",)):
     study = optuna.create_study(direction=plan.direction)
     study.set_user_attr("definition", {"data": "of the data"})
     best = max if plan.monitor != "validation_loss" else min
-    # The value of a pruned trial is its last one, as in Optuna.
+    # The value of a pruned trial is its last reported value, as in Optuna.
     state_values = {TrialState.COMPLETE: best, TrialState.PRUNED: lambda curve: curve[-1]}
     for number, (state, curve, attributes) in enumerate(trials):
         study.add_trial(
@@ -81,7 +81,7 @@ def summary(plan):
 
 @pytest.fixture
 def no_page(monkeypatch):
-    """Replaces the page, whose charts take seconds."""
+    """Replaces the report page by a fake, because its charts take seconds."""
     monkeypatch.setattr(outcome, "write_study_page", lambda study, folder: None)
 
 

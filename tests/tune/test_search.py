@@ -29,10 +29,10 @@ SPACE = {
         (0.5, [0.4], True),
         (0.5, [0.6], False),
         (0.5, [0.5], True),
-        (0.5, [0.6, 0.4], False),  # One of three.
+        (0.5, [0.6, 0.4], False),  # Top 1 of 3 stays.
         (0.6, [0.5, 0.4], True),
-        (0.5, [0.6, 0.4, 0.3, 0.2], False),  # One of five.
-        (0.5, [0.6, 0.4, 0.3, 0.2, 0.1], True),  # Two of six.
+        (0.5, [0.6, 0.4, 0.3, 0.2], False),  # Top 1 of 5 stays.
+        (0.5, [0.6, 0.4, 0.3, 0.2, 0.1], True),  # Top 2 of 6 stay.
         (0.5, [0.7, 0.6, 0.3, 0.2, 0.1], False),
         (0.5, [0.7, 0.5, 0.3, 0.2, 0.1], True),  # The value equals the second best.
         (0.5, [0.7, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5], False),

@@ -222,7 +222,7 @@ def test_an_incomplete_line_of_a_journal_is_removed(tmp_path, torn):
 
 
 def test_workers_can_create_the_tables_at_the_same_time(tmp_path, monkeypatch):
-    """Another worker creates a table between the check and the creation."""
+    """Another worker creates a table after the check that it is missing and before its creation."""
     url = sqlite_url(tmp_path / "study.db")
     make, collisions = storage.RDBStorage, []
 

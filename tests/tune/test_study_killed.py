@@ -1,4 +1,4 @@
-"""A study of real trainings under SIGKILL; see also `experiments/checks/chaos_study.py`."""
+"""Kills a study with real trainings by SIGKILL; see also `experiments/checks/chaos_study.py`."""
 
 import random
 import time

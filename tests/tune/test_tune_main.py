@@ -1,4 +1,4 @@
-"""The command: in this process without training, and once for real."""
+"""The tune command: in this process without training, and once with real training."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from cnn_jax.system.errors import ConfigError, DataError, Interrupted, TrainingE
 from cnn_jax.tune import __main__ as command
 from cnn_jax.tune import outcome, storage, study
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # Of ml_collections.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # From ml_collections.
 
 SPACE = """
 from optuna.distributions import CategoricalDistribution, FloatDistribution

@@ -1,4 +1,4 @@
-"""One worker at a study, or several that come in each other's way at a chosen moment."""
+"""One worker of a study, or several workers that interfere at a chosen moment."""
 
 import contextlib
 import itertools
@@ -482,7 +482,7 @@ def test_a_trial_is_resumed_after_ctrl_c(tmp_path, log, trainer, undisturbed):
 
 
 def test_short_storage_failures_change_no_result(tmp_path, log, trainer, undisturbed):
-    """After the opening, a random half of the calls fails."""
+    """After the first trial has begun, each storage call fails with probability 0.5."""
     expected = undisturbed(trials=12)
     rng, failures = random.Random(0), []
 
@@ -519,7 +519,7 @@ def test_lost_answers_change_no_result(tmp_path, log, trainer, undisturbed):
 
 
 def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
-    """The storage fails from call 10, 20, ... on."""
+    """The storage fails from some call on: after call 60, 70, 80, and so on."""
     expected = undisturbed()
     for last in itertools.count(60, step=10):
         folder, calls = tmp_path / str(last), itertools.count()
@@ -613,13 +613,13 @@ def test_a_trial_of_another_folder_is_lost_after_hours(tmp_path, log, trainer, c
     assert study.trials[1].user_attrs["void"] == "lost"
     assert study.trials[1].user_attrs["error"] == "its worker has not reported for 6 hours"
     assert len(counted(study)) == 4
-    # A new trial replaces it; if it was lost, nothing else remains to do.
+    # A new trial replaced the lost one, so a worker in the old folder has nothing to do.
     assert len(study.trials) == 5
     assert len(run(make_plan(tmp_path / "lost", trials=4)).trials) == 5
 
 
 def test_a_trial_without_any_report_is_also_lost(tmp_path, log, trainer, clock):
-    """The machine was lost right after it made the trial."""
+    """The machine of the worker was lost right after it created the trial."""
 
     def die():
         raise Killed

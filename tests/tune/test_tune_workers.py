@@ -20,7 +20,7 @@ from fakes import counted, install, make_plan, outline, run, states, work
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts processes by a fork of a process that has imported everything."""
+    """Starts processes as forks of a process that has already imported all modules."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fakes"])
     folders = [pathlib.Path(fakes.__file__).parent, REPOSITORY]
@@ -76,7 +76,7 @@ def check(study, trials):
 
 
 def epochs(*folders):
-    """Returns the number of trained trials. A second training of a trial would end its worker."""
+    """Returns the number of trained epochs. Training an epoch again is an error of the worker."""
     return sum(len(list(folder.glob("trials/*/epoch-*"))) for folder in folders)
 
 
