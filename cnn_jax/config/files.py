@@ -28,6 +28,7 @@ from cnn_jax.config.schema import (
     leaves,
     wrong_value,
 )
+from cnn_jax.models import NETWORKS
 from cnn_jax.system.cli import Parser
 from cnn_jax.system.errors import ConfigError, did_you_mean
 
@@ -370,13 +371,22 @@ def describe_keys(width: int, file: str = "default") -> str:
         f"configuration keys, set by --config.KEY=VALUE, with the values of {find(file).name}:",
         width,
     )
-    section = ""
+    own_network = values.get("model.name", "cnn")
+    shown = {"": dict(keys(own_network))}
+    for network in NETWORKS:
+        if network != own_network:
+            shown[network] = {f"model.{name}": key for name, key in NETWORKS[network].keys.items()}
     indent = " " * 6
-    for name, key in keys(values.get("model.name")).items():
-        if name.rpartition(".")[0] != section:
-            section = name.rpartition(".")[0]
-            lines += ["", section]
-        lines.append(f"  {name} = {values.get(name, key.default)!r}")
-        lines += textwrap.wrap(key.comment, width, initial_indent=indent, subsequent_indent=indent)
+    for network, members in shown.items():
+        section = ""
+        for name, key in members.items():
+            if name.rpartition(".")[0] != section:
+                section = name.rpartition(".")[0]
+                lines += ["", section + f" (with model.name={network})" * bool(network)]
+            value = key.default if network else values.get(name, key.default)
+            lines.append(f"  {name} = {value!r}")
+            lines += textwrap.wrap(
+                key.comment, width, initial_indent=indent, subsequent_indent=indent
+            )
     lines += ["", *textwrap.wrap(f"shipped configurations: {', '.join(shipped_names())}", width)]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ layers `RandomFlip`, `RandomRotation`, `RandomZoom` and `RandomContrast`, in thi
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, UInt8
+
+# The arrays of `draw`, which are the parameters of `apply_on_device` and `apply_on_host`.
+_DRAWS = ("matrix", "contrast")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,17 @@ class Augmentation:
 
     def is_identity(self) -> bool:
         return self == Augmentation()
+
+    def describe(self) -> str:
+        """The ranges in words, such as "flip horizontal, rotation up to 0.2"."""
+        ranges = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ", ".join(
+            f"{name} {value.replace('_', ' ')}"
+            if isinstance(value, str)
+            else f"{name} up to {value:g}"
+            for name, value in ranges.items()
+            if value not in ("none", 0)
+        )
 
 
 def affine_matrix(
@@ -97,6 +112,11 @@ def draw(
     )
     contrast = 1 + rng.uniform(-1, 1, batch_size) * augmentation.contrast
     return {"matrix": matrix, "contrast": contrast.astype(np.float32)}
+
+
+def draws_in(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of `draw` that a batch carries, by the parameters of `apply_on_device`."""
+    return {name: batch[name] for name in _DRAWS if name in batch}
 
 
 def apply_on_device(

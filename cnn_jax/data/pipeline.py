@@ -133,8 +133,8 @@ def _load_training_batch(
     if place is None:
         return batch
     if place == "device":
-        return batch | {"matrix": draws["matrix"], "contrast": draws["contrast"]}
-    image = augment.apply_on_host(batch["image"], draws["matrix"], draws["contrast"])
+        return batch | augment.draws_in(draws)
+    image = augment.apply_on_host(batch["image"], **augment.draws_in(draws))
     return batch | {"image": image}
 
 

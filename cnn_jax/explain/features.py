@@ -20,7 +20,7 @@ from cnn_jax.explain.maps import Images
 from cnn_jax.inference import calibration
 from cnn_jax.inference.batching import map_batches, split_batches
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_pixels
-from cnn_jax.models.network import network_parts, stages
+from cnn_jax.models.network import feature_map_shapes, network_parts, stages
 from cnn_jax.system import runtime
 
 # Permutations of each feature and of each region. Over 64 images, the standard error of a region's
@@ -34,8 +34,11 @@ REGIONS = 4
 def feature_maps(
     predictor: BundlePredictor, images: Images
 ) -> dict[str, Float[np.ndarray, "batch height width channel"]]:
-    """The feature maps of each convolution by its name, float32."""
-    return next(_map_stages(_feature_maps, predictor, [images]))
+    """The feature maps of each stage by its name, in the order of the stages, float32."""
+    maps = next(_map_stages(_feature_maps, predictor, [images]))
+    image_size = predictor.preprocessing.image_size
+    shapes = feature_map_shapes(predictor.model, predictor.variables, image_size)
+    return {name: maps[name] for name in shapes}
 
 
 def embeddings(predictor: BundlePredictor, images: Images) -> Float[np.ndarray, "batch features"]:

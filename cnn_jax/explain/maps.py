@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Num, PyTree, UInt8
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.batching import map_batches, next_power_of_two, split_batches
 from cnn_jax.inference.predictor import BundlePredictor
-from cnn_jax.models.network import feature_map_shape, forward, network_parts, stages
+from cnn_jax.models.network import feature_map_shapes, forward, network_parts, stages
 from cnn_jax.system import runtime
 
 Images = UInt8[np.ndarray, "batch height width 3"]
@@ -226,7 +226,8 @@ def _feature_maps_and_gradients(
         # A logit depends on its own image only, so the gradient of the sum has each image's own.
         return _class_logits(found["logits"], classes).sum(), found
 
-    name, shape = feature_map_shape(model, variables, preprocessing.image_size)
+    shapes = feature_map_shapes(model, variables, preprocessing.image_size)
+    name, shape = list(shapes.items())[-1]
     zeros = {name: jnp.zeros((len(images), *shape))}
     gradients, found = jax.grad(evaluate, has_aux=True)(zeros)
     return found[name].astype(jnp.float32), gradients[name].astype(jnp.float32)

@@ -81,21 +81,21 @@ def network_parts(model: nn.Module, variables: Mapping[str, Any]) -> NetworkPart
     return cast(Any, model).parts(variables["params"])
 
 
-def feature_map_shape(
+def feature_map_shapes(
     model: nn.Module, variables: Mapping[str, Any], image_size: tuple[int, int]
-) -> tuple[str, tuple[int, ...]]:
-    """The name and the shape (height, width, channels) of the last stage with feature maps."""
+) -> dict[str, tuple[int, ...]]:
+    """The shape (height, width, channels) of each stage with feature maps, in their order."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    shapes: list[tuple[str, tuple[int, ...]]] = []
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def run(variables: Mapping[str, Any], images: Array) -> None:
-        # JAX sorts a returned dictionary by name; this list keeps the order of the stages.
+        # JAX sorts a returned dictionary by name; this one keeps the order of the stages.
         for name, array in cast(dict, model.apply(variables, images, method="stages")).items():
             if array.ndim == 4:
-                shapes.append((name, array.shape[1:]))
+                shapes[name] = array.shape[1:]
 
     jax.eval_shape(run, variables, images)
-    return shapes[-1]
+    return shapes
 
 
 def layer_names(model: nn.Module, image_size: tuple[int, int]) -> list[str]:

@@ -63,7 +63,6 @@ class Settings:
           TypeError: The content is not a configuration.
         """
         data, train, augment = config["data"], config["train"], config["augment"]
-        ranges = {name: augment[name] for name in ("flip", "rotation", "zoom", "contrast")}
         return cls(
             source=data["source"],
             image_size=tuple(data["image_size"]),
@@ -74,7 +73,7 @@ class Settings:
             seed=config["seed"],
             batch_size=train["batch_size"],
             balanced=train["balance"] == "sampling",
-            augmentation=Augmentation(**ranges),
+            augmentation=Augmentation.from_config(augment),
             mixing=Mixing.from_config(augment),
         )
 

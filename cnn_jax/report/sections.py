@@ -225,6 +225,7 @@ def augmentation(run: Run) -> Figures:
         "zoom": ranges.zoom,
         "contrast": ranges.contrast,
         "is_off": ranges.is_identity(),
+        "description": ranges.describe(),
         "classes": [names[label] for label in batch["label"]],
     }
 

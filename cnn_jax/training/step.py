@@ -185,8 +185,8 @@ class TrainStep:
                 self._trainable_mask(params),
             )
         images = batch["image"]
-        if "matrix" in batch:
-            images = augment.apply_on_device(images, batch["matrix"], batch["contrast"])
+        if draws := augment.draws_in(batch):
+            images = augment.apply_on_device(images, **draws)
         images = normalize(images, self.preprocessing)
         labels, mask = batch["label"], batch["mask"]
         targets = labels

@@ -62,7 +62,7 @@ def load_space(file: str, config: Config) -> dict[str, BaseDistribution]:
 
 def _check(key: str, distribution: Any, config: Config) -> None:
     """Raises ConfigError if a study cannot vary this key over this distribution."""
-    schema.check_key(key)
+    schema.check_key(key, config.model.name)
     if key in _NOT_VARIED or not (key in _KEYS or key.startswith(_SECTIONS)):
         raise ConfigError(f"config.{key}: must be the same in all trials of a study")
     kinds = FloatDistribution | IntDistribution | CategoricalDistribution

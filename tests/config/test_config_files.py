@@ -9,6 +9,7 @@ from conftest import REPOSITORY
 
 from cnn_jax.config import files, schema
 from cnn_jax.config.resolve import resolve
+from cnn_jax.models import NETWORKS
 from cnn_jax.system.cli import Parser
 from cnn_jax.system.errors import ConfigError
 
@@ -297,9 +298,14 @@ def test_a_wrong_flag_is_reported_before_a_missing_one(argument, message):
 def test_help_has_every_key_with_its_default_and_a_comment(width):
     lines = files.describe_keys(width).splitlines()
     assert all(len(line) <= width for line in lines)
-    for key, declared in schema.keys().items():
-        (index,) = [i for i, line in enumerate(lines) if line.startswith(f"  {key} = ")]
-        assert lines[index].endswith(f"= {declared.default!r}")
-        assert lines[index + 1].startswith(" " * 6), f"{key} has no comment"
-        section = key.rpartition(".")[0]
-        assert not section or section in lines[:index]
+    for network in NETWORKS:
+        for key, declared in schema.keys(network).items():
+            section = key.rpartition(".")[0]
+            is_own = section == "model" and key != "model.name" and network != "cnn"
+            title = f"model (with model.name={network})" if is_own else section
+            start = lines.index(title) if section else 0
+            index = next(
+                i for i, line in enumerate(lines) if i >= start and line.startswith(f"  {key} = ")
+            )
+            assert lines[index].endswith(f"= {declared.default!r}")
+            assert lines[index + 1].startswith(" " * 6), f"{key} has no comment"

@@ -7,6 +7,8 @@ a b c d as (d c b a | a b c d | d c b a), and contrast is
 (x - mean) * factor + mean with the mean of each channel of each image.
 """
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -159,3 +161,20 @@ def test_one_range_changes_no_other_draw():
     both = augment.draw(np.random.default_rng(0), Augmentation("none", 0.0, 0.2, 0.2), 8, (5, 5))
     one = augment.draw(np.random.default_rng(0), Augmentation("none", 0.0, 0.0, 0.2), 8, (5, 5))
     np.testing.assert_array_equal(both["contrast"], one["contrast"])
+
+
+def test_every_draw_reaches_the_pixels_of_a_batch():
+    """`draws_in` names all arrays of `draw`, which are the parameters of both functions."""
+    draws = augment.draw(np.random.default_rng(0), augment.Augmentation(), 2, (4, 4))
+    assert augment.draws_in(draws).keys() == draws.keys()
+    for function in (augment.apply_on_device, augment.apply_on_host):
+        parameters = list(inspect.signature(function).parameters)
+        assert parameters == ["images", *draws]
+
+
+def test_an_augmentation_in_words():
+    assert augment.Augmentation().describe() == ""
+    ranges = augment.Augmentation("horizontal_and_vertical", rotation=0.2, contrast=0.1)
+    assert (
+        ranges.describe() == "flip horizontal and vertical, rotation up to 0.2, contrast up to 0.1"
+    )

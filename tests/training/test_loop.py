@@ -650,7 +650,7 @@ def test_a_run_reports_the_findings_of_dirty_data(tmp_path, capfd):
         "checked     1 unreadable and left out, none turned by EXIF, 3 exact copies "
         "(3 sets with different labels)\n"
     ) in shown
-    assert "ignored: 1 thumbnails, bins and the like of other programs" in shown
+    assert "ignored: 1 file or folder of another program" in shown
     assert (
         "warning     3 sets of equal images with different labels, such as blue/copy0.png" in shown
     )

@@ -174,7 +174,7 @@ def test_augmentation_draws_are_applied_on_the_device():
     rng = np.random.default_rng(0)
     draws = augment.draw(rng, augment.Augmentation("horizontal", 0.2, 0.2, 0.2), 8, (8, 8))
     draws = jax.tree.map(jnp.array, draws)
-    moved = augment.apply_on_device(batch["image"], draws["matrix"], draws["contrast"])
+    moved = augment.apply_on_device(batch["image"], **draws)
     rounded = jnp.rint(moved).astype(jnp.uint8)
     _, on_device = _train_step()(_state(), batch | draws)
     _, on_host = _train_step()(_state(), batch | {"image": rounded})

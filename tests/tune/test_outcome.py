@@ -236,7 +236,8 @@ def test_the_printed_result_of_a_study(plan, summary, capsys):
     ]
     # The best trial's run is on another machine.
     assert lines[13:] == [
-        "            the run of this trial is on one, in trials/0000 of the study's folder on that host"
+        "            the run of this trial is on one, in trials/0000 of the study's folder "
+        "on that host"
     ]
     (plan.folder / "trials/0000").mkdir(parents=True)
     (plan.folder / "trials/0000/config.json").touch()
