@@ -1,4 +1,4 @@
-"""`python -m cnn_jax COMMAND`; see `cnn_jax.commands`."""
+"""The entry point of `python -m cnn_jax COMMAND`; see `cnn_jax.commands`."""
 
 from cnn_jax.commands import main
 

@@ -30,7 +30,7 @@ from cnn_jax.training.metrics import HEADLINE
 
 # The largest number of predictions that a table shows.
 _ROWS_SHOWN = 20
-# The charts of a report that a notebook shows; `Report.figures` has all charts.
+# The charts that a notebook shows for a report; `Report.figures` contains all charts.
 _CHARTS_SHOWN = ("loss", "accuracy", "confusion")
 
 
@@ -44,8 +44,8 @@ def train(
 ) -> "Run":
     """Trains a classifier, measures it, and writes its bundle and report, as `cnn_jax train` does.
 
-    The same call with the same `workdir` continues an interrupted run. At the end the test
-    metrics and the path of the report are shown.
+    The same call with the same `workdir` continues an interrupted run. At the end, this function
+    shows the test metrics and the path of the report.
 
     Args:
       source: A folder with one sub-folder for each class, a CSV file, or any value of
@@ -79,7 +79,8 @@ def train(
     except KeyboardInterrupt as error:
         progress = str(error).partition(";")[0] or "interrupted"
         message = f"{progress}; the same call with workdir={str(folder)!r} continues"
-        # Without a cause, so that a script shows one traceback, which ends with the message.
+        # "from None" omits the cause, so that a script shows one traceback, which ends with the
+        # message.
         raise Interrupted(message) from None
     run = Run(folder, folder / "bundle")
     console.facts(_results(run, page_or_command))
@@ -87,7 +88,7 @@ def train(
 
 
 def _results(run: "Run", page_or_command: str) -> dict[str, str]:
-    """Returns the lines that end a training: the test metrics and the report.
+    """Returns the lines that are shown after training: the test metrics and the report.
 
     Args:
       run: The finished run.
@@ -106,7 +107,7 @@ def _changed_config(
     changes: Mapping[str, Any],
     source: str | os.PathLike[str] | None,
 ) -> Config:
-    """Returns a copy of a configuration with these changes.
+    """Returns a copy of a configuration in which some keys have new values.
 
     Raises:
       ConfigError: A key does not exist, or the configuration cannot be read.
@@ -124,10 +125,10 @@ def _changed_config(
 
 
 def _source(source: str | os.PathLike[str]) -> str:
-    """Returns the value of `data.source` for a path, or for a text that already is such a value.
+    """Returns the value of `data.source` for a path; a text such as "tfds:NAME" is unchanged.
 
     Raises:
-      ConfigError: The text is such a value and also the name of a file or folder.
+      ConfigError: The text is a value of `data.source` and also the name of a file or folder.
     """
     text = os.fspath(source)
     kind = "csv" if text.lower().endswith(".csv") else "folder"
@@ -212,7 +213,7 @@ class Run:
 
     @property
     def report(self) -> "Report":
-        """The report of the run.
+        """The HTML report of the run and its charts.
 
         Raises:
           ConfigError: The report has not been written.
@@ -278,7 +279,7 @@ class Predictions(list[Prediction]):
         self.class_names = class_names
 
     def _columns(self) -> list[str]:
-        """Returns the column titles; there are at most as many predictions as classes."""
+        """Returns the column titles: the image, and up to three most probable classes."""
         ranks = ["predicted", "second", "third"]
         return ["image", *ranks[: len(self.class_names)]]
 
@@ -295,7 +296,7 @@ class Predictions(list[Prediction]):
         return rows
 
     def _rest(self) -> str:
-        """Returns a line with the number of predictions that the table leaves out."""
+        """Returns a line that says how many predictions the table does not show."""
         return f"... {len(self) - _ROWS_SHOWN} more" if len(self) > _ROWS_SHOWN else ""
 
     def __repr__(self) -> str:
@@ -332,7 +333,7 @@ class Figure:
 
 
 class Report:
-    """The report of a run.
+    """The HTML report of a run and its charts.
 
     Attributes:
       path: The HTML page; it contains all its pictures.
@@ -361,7 +362,7 @@ class Report:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns an HTML table."""
+    """Returns an HTML table with a row of column titles above the other rows."""
 
     def row(cells: Sequence[str], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"

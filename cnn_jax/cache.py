@@ -14,7 +14,7 @@ from cnn_jax.system import cli
 
 
 def _size(path: pathlib.Path) -> int:
-    """The size of a file, or of all files in a folder and its sub-folders, in bytes."""
+    """Returns the size in bytes of a file, or of all files in a folder and its sub-folders."""
     return sum(file.lstat().st_size for file in [path, *path.rglob("*")] if file.is_file())
 
 

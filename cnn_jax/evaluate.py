@@ -33,7 +33,7 @@ _MAX_CLASSES_SHOWN = 20
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a command that measures a bundle on a split of a data set."""
+    """Adds the flags for a bundle, a data set and a split, such as --bundle and --source."""
     cli.add_bundle_flag(parser)
     parser.add_argument("--source", help=f"{SOURCE_FORMS}; by default the training data")
     parser.add_argument(
@@ -59,7 +59,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[BundlePredictor, Dataset]:
-    """Opens the bundle and the data set of the flags; a warning names each unreadable image.
+    """Opens the bundle and the data set that the flags name, and warns of unreadable images.
 
     Args:
       flags: The parsed flags of `add_data_flags`.
@@ -70,7 +70,7 @@ def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[BundlePredic
         predictor,
         flags.source,
         track,
-        grouped=flags.split != "all",  # No division, no groups.
+        grouped=flags.split != "all",  # Groups matter only if the data is divided.
         max_unreadable=flags.max_unreadable,
         allow_outside=flags.allow_outside,
     )
@@ -85,14 +85,14 @@ def write_result(
     """Writes the result of a command to stdout and to the file of --output.
 
     Args:
-      result: JSON types.
+      result: The result, of JSON types.
       text: The result as text, for stdout unless --json is given.
       flags: The parsed flags of `add_data_flags`.
       file: The file of --output, or stdout without that flag; see `cli.open_output`.
     """
     if flags.output is not None:
         cli.write_json(result, file)
-    if sys.stdout is None:  # stdout is closed, and the result is in the file of --output.
+    if sys.stdout is None:  # stdout is closed; --output has the result.
         return
     if flags.json:
         cli.write_json(result, sys.stdout)
@@ -101,7 +101,7 @@ def write_result(
 
 
 def describe(result: Mapping[str, Any], title: str, width: int) -> str:
-    """The metrics of a split as text, with the classes that have the lowest F1.
+    """Returns the metrics of a split as text, with a table of the classes with the lowest F1.
 
     Args:
       result: The value of `evaluation.score`.
@@ -148,12 +148,12 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """A ratio as a percentage."""
+    """Returns a ratio as text in percent."""
     return f"{100 * value:.{digits}f} %"
 
 
 def percent_interval(interval: Sequence[float]) -> str:
-    """An interval of ratios in percent."""
+    """Returns an interval of ratios as text in percent."""
     low, high = interval
     return f"{100 * low:.1f} to {100 * high:.1f} %"
 
@@ -176,7 +176,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def split_name(split: str) -> str:
-    """The name of a split in a title."""
+    """Returns the name of a split for a title."""
     return "all images" if split == "all" else f"{split} split"
 
 

@@ -3,8 +3,8 @@
     cnn_jax inspect --source=folder:PATH [--output=DIR] [--json]
 
 prints the contents of the data set and its problems, as text or as JSON. With `--output`,
-DIR/index.html shows the same with pictures, and DIR/inspection.json holds all results. Files that
-cannot be read are listed; any number of them is allowed. Nothing else is written.
+the page DIR/index.html shows the same with pictures, and DIR/inspection.json has all results.
+Files that cannot be read are listed; any number of them is allowed. Nothing else is written.
 """
 
 import argparse
@@ -50,20 +50,20 @@ def inspect_source(
         perceptual hashes differ.
       track: Shows progress.
       white_level: `data.white_level`.
-      output: The folder for a page; by default there is no page.
+      output: The folder for an HTML page; by default no page is written.
 
     Returns:
       The survey. `to_dict` gives it as JSON types, `survey_text.summarize` as text.
 
     Raises:
-      ConfigError: The source has none of the forms, `division.group` is no pattern, or the
-        folder for the page cannot be created or holds images of the data.
-      DataError: The source does not exist, is no set of labelled images, or the group does not
-        fit an id.
+      ConfigError: The source has none of the forms, `division.group` is not a pattern, or the
+        folder for the page cannot be created or contains images of the data.
+      DataError: The source does not exist, or is not a set of labelled images, or an id does
+        not match the pattern of groups.
     """
     source = absolute(source)
     listing = open_source(source, track, allow_outside)
-    # The folder is created before the images are read, which may take long.
+    # Reading the images may take long, so an error of the folder is reported before.
     folder = None if output is None else _create_output(output, source)
     result = survey(listing, division or Division(), max_pixels, distance, track, white_level)
     if folder is not None:
@@ -75,10 +75,10 @@ def inspect_source(
 
 
 def _create_output(output: str, source: str) -> pathlib.Path:
-    """Creates the folder for the page.
+    """Creates the folder for the HTML page.
 
     Raises:
-      ConfigError: The folder cannot be created, or it holds images of the data.
+      ConfigError: The folder cannot be created, or it contains images of the data.
     """
     folder = pathlib.Path(output)
     data = listed_folder(source)
@@ -92,7 +92,7 @@ def _create_output(output: str, source: str) -> pathlib.Path:
 
 
 def _fractions(text: str) -> tuple[float, ...]:
-    """The argparse type of `--split`."""
+    """Parses the value of `--split` for argparse."""
     try:
         fractions = tuple(float(fraction) for fraction in text.split(","))
     except ValueError:
@@ -110,7 +110,7 @@ def _fractions(text: str) -> tuple[float, ...]:
 
 
 def _int(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The argparse type of an integer in a range."""
+    """Returns a function that parses an integer in a range for argparse."""
 
     def parse(text: str) -> int:
         try:
@@ -126,7 +126,7 @@ def _int(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def _white_level(text: str) -> float:
-    """The argparse type of `--white_level`."""
+    """Parses the value of `--white_level` for argparse."""
     try:
         value = float(text)
     except ValueError:
@@ -137,7 +137,7 @@ def _white_level(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of the command. Their defaults are the defaults of training."""
+    """Returns the parser of the command's flags; their defaults are those of training."""
     flags = cli.Parser(
         prog="cnn_jax inspect",
         description="Inspect a data set before training.",
@@ -210,7 +210,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.output is not None:
         console.print(f"wrote {pathlib.Path(flags.output) / 'index.html'}")
     with cli.open_output(None) as file:
-        if flags.json:  # JSON escapes names that are not UTF-8.
+        if flags.json:  # In JSON, escapes represent names that are not UTF-8.
             text = json.dumps(result.to_dict(), indent=1)
         else:
             text = summarize(result, terminal_width(sys.stdout))

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         )
     files.find(flags.config)
     with cli.blocked_interrupts():
-        # JAX takes seconds to import; a wrong flag is reported before.
+        # JAX takes seconds to import, so it is imported after the flags have been checked.
         from cnn_jax.system.compilation_cache import keep_compiled
         from cnn_jax.system.runtime import keep_freed_memory
         from cnn_jax.training import summary
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     if is_primary() and "test" in report:
         summary.show_results(pathlib.Path(flags.workdir), report)
     with cli.blocked_interrupts():
-        # Matplotlib takes half a second to import, so training does not wait for it.
+        # Matplotlib takes half a second to import, so it is imported after training.
         from cnn_jax.report.run_report import report_after_training
         from cnn_jax.system.console import Console
     console = Console(is_silent=not is_primary())

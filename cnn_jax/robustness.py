@@ -6,8 +6,8 @@
 applies each corruption of `quality/corruptions.py` to the images of a split, at five severities.
 It prints the accuracy for each corruption, and the accuracy on the original images by their
 sharpness, brightness and resolution. --json prints JSON instead, and --output also writes it to a
-file. The command computes 115 times as much as `cnn_jax evaluate`; --sample=N uses only N images
-of the split, in which each class has its fraction of the split.
+file. The command classifies 115 times as many images as `cnn_jax evaluate`. --sample=N uses only N
+images of the split; each class has the same fraction of them as of the split.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ from cnn_jax.system.text import fill, table
 
 
 def describe(result: Mapping[str, Any], title: str, width: int) -> str:
-    """The robustness of a network as text.
+    """Returns the robustness of a network as text.
 
     Args:
       result: The value of `measure_split`.

@@ -35,12 +35,13 @@ from cnn_jax.system.errors import ConfigError, did_you_mean
 logger = logging.getLogger(__name__)
 
 _PREFIX = "--config."
-# The folders that are shipped: inside the package in a wheel, beside it in a checkout.
+# The folders of configurations and search spaces that come with the package. A wheel has them
+# inside the package, a checkout has them beside it.
 _SHIPPED = {"configs": "configs", "spaces": "experiments/spaces"}
 
 
 def shipped_folder(name: str = "configs") -> pathlib.Path:
-    """The folder of the shipped configurations, or of the shipped search spaces of `tune`.
+    """Returns the folder of the shipped configurations, or of the search spaces of `tune`.
 
     Args:
       name: "configs" or "spaces".
@@ -51,12 +52,12 @@ def shipped_folder(name: str = "configs") -> pathlib.Path:
 
 
 def shipped_names(folder: str = "configs") -> list[str]:
-    """The names of the files in a shipped folder, without ".py"."""
+    """Returns the names of the files in a shipped folder, without ".py"."""
     return sorted(path.stem for path in shipped_folder(folder).glob("[!_]*.py"))
 
 
 def find(text: str, flag: str = "--config", folder: str = "configs") -> pathlib.Path:
-    """The path of the file for the flag `--config=text` or `--space=text`.
+    """Returns the path of the file for the flag `--config=text` or `--space=text`.
 
     Args:
       text: A path (with or without `.py`), the folder of a run, which contains config.json,
@@ -66,7 +67,8 @@ def find(text: str, flag: str = "--config", folder: str = "configs") -> pathlib.
       folder: The shipped folder, "configs" or "spaces".
 
     Raises:
-      ConfigError: There is no such file, or the name means a file and a shipped file.
+      ConfigError: There is no such file, or the text is both the path of a file and the name of
+        a shipped file.
     """
     path = pathlib.Path(text).expanduser()
     if path.is_file():
@@ -137,7 +139,7 @@ def read(path: pathlib.Path) -> Config:
 
 
 def _run(path: pathlib.Path, name: str) -> types.ModuleType:
-    """Runs a file as a module that is in `sys.modules` under this name."""
+    """Runs a file as a module, and adds the module to `sys.modules` under a name."""
     loader = importlib.machinery.SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
@@ -149,7 +151,7 @@ def _run(path: pathlib.Path, name: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _importable(path: pathlib.Path) -> Iterator[None]:
-    """A context in which a configuration file in any folder can import other files.
+    """Returns a context in which a configuration file in any folder can import other files.
 
     The file is a module of a package `configs`, which consists of the file's own folder, of
     parent folders with the name `configs`, and of the shipped configurations. Therefore
@@ -182,7 +184,7 @@ def _importable(path: pathlib.Path) -> Iterator[None]:
 
 
 def _is_config(module: str) -> bool:
-    """Whether this is the name of the package `configs` or of a module in it."""
+    """Returns whether a module is the package `configs` or a module in it."""
     return module == "configs" or module.startswith("configs.")
 
 
@@ -193,7 +195,7 @@ def _forget_configs() -> None:
 
 
 def _read_json(path: pathlib.Path) -> Config:
-    """Reads the config.json of a run; keys that it does not have get their defaults.
+    """Reads the config.json of a run; keys that it does not contain get their defaults.
 
     Raises:
       ConfigError: The file is not JSON, or has a key that does not exist.
@@ -222,7 +224,9 @@ def _read_json(path: pathlib.Path) -> Config:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a nested dictionary by key, such as "train.epochs"; lists become tuples.
+    """Returns the values of a nested dictionary by full key; lists become tuples.
+
+    A full key joins the keys of all levels, such as "train.epochs".
 
     Raises:
       ValueError: The tree is not a dictionary.
@@ -280,7 +284,7 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
 
 
 def file_name(text: str) -> str:
-    """The argparse type of a file name for `find`; a `pathlib.Path` would drop the "./"."""
+    """Parses a file name for argparse; unlike `pathlib.Path`, it keeps a leading "./"."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
@@ -327,10 +331,10 @@ def _config_name(argv: Sequence[str]) -> str:
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """The values, as text by key, of `--config.KEY=VALUE` and `--config.KEY VALUE` flags.
+    """Returns the values, as text by key, of `--config.KEY=VALUE` or `--config.KEY VALUE` flags.
 
     Raises:
-      ConfigError: A key does not exist or has no value, or an argument is no such flag.
+      ConfigError: A key does not exist or has no value, or an argument is not such a flag.
     """
     overrides = {}
     rest = list(arguments)
@@ -360,7 +364,7 @@ def _unexpected(argument: str) -> ConfigError:
 
 
 def describe_keys(width: int, file: str = "default") -> str:
-    """The text of `--help` on all configuration keys, by section.
+    """Returns the part of `--help` that describes all configuration keys, by section.
 
     Args:
       width: The number of columns of the terminal.

@@ -13,7 +13,7 @@ class Key:
     Attributes:
       default: The value in `configs/default.py`.
       requirement: The allowed values in words, for messages.
-      accepts: A function from a value to whether it is allowed.
+      accepts: A function that returns whether a value is allowed.
       comment: The meaning of the key in one sentence, for `--help`.
     """
 
@@ -24,7 +24,7 @@ class Key:
 
 
 def integer(default: int, comment: str, low: int, high: int | None = None) -> Key:
-    """A key whose value is an integer from `low` to `high`; None for no upper limit."""
+    """Makes a key whose value is an integer from `low` to `high`; None means no upper limit."""
     requirement = f"{low} or more" if high is None else f"from {low} to {high}"
 
     def accepts(value: Any) -> bool:
@@ -34,19 +34,19 @@ def integer(default: int, comment: str, low: int, high: int | None = None) -> Ke
 
 
 def number(default: float, comment: str, requirement: str, accepts: Callable[[float], bool]) -> Key:
-    """A key whose value is a finite number; `requirement` describes `accepts` in words."""
+    """Makes a key whose value is a finite number; `requirement` describes `accepts` in words."""
     return Key(default, f"a number {requirement}", lambda v: is_number(v) and accepts(v), comment)
 
 
 def fraction(default: float, comment: str) -> Key:
-    """A key whose value is a number from 0 to 1."""
+    """Makes a key whose value is a number from 0 to 1."""
     return number(default, comment, "from 0 to 1", lambda v: 0 <= v <= 1)
 
 
 def numbers(
     default: Sequence[float], comment: str, requirement: str, accepts: Callable[[float], bool]
 ) -> Key:
-    """A key whose value is a sequence of finite numbers, as long as the default."""
+    """Makes a key whose value is a sequence of finite numbers, as long as the default."""
 
     def all_accepted(value: Any) -> bool:
         is_sequence = isinstance(value, tuple | list) and len(value) == len(default)
@@ -56,25 +56,25 @@ def numbers(
 
 
 def choice(default: str, comment: str, options: Sequence[str]) -> Key:
-    """A key whose value is one of several strings."""
+    """Makes a key whose value is one of several strings."""
     return Key(default, f"one of {', '.join(options)}", lambda v: v in options, comment)
 
 
 def boolean(default: bool, comment: str) -> Key:
-    """A key whose value is True or False."""
+    """Makes a key whose value is True or False."""
     return Key(default, "True or False", lambda v: isinstance(v, bool), comment)
 
 
 def text(default: str, comment: str, requirement: str, accepts: Callable[[str], bool]) -> Key:
-    """A key whose value is a string; `requirement` describes `accepts` in words."""
+    """Makes a key whose value is a string; `requirement` describes `accepts` in words."""
     return Key(default, requirement, lambda v: isinstance(v, str) and accepts(v), comment)
 
 
 def is_int(value: Any) -> bool:
-    """Whether a value is an integer; True and False are not."""
+    """Returns whether a value is an integer; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite integer or float."""
+    """Returns whether a value is a finite integer or float."""
     return (is_int(value) or isinstance(value, float)) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Replaces automatic values of a configuration, and makes its paths absolute."""
+"""A function that replaces a configuration's automatic values and makes its paths absolute."""
 
 import pathlib
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from cnn_jax.system.errors import ConfigError
 
 
 def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config:
-    """A copy of a configuration that has the same meaning on every machine.
+    """Returns a copy of a configuration that has the same meaning on every machine.
 
     `precision` and `augment.place` are not "auto", `optimizer.decay_epochs` is not 0, and
     paths are absolute. (`train.steps_per_execution` may be 0 until the data is opened.)
@@ -43,7 +43,8 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
         resolved.data.source = absolute(config.data.source)
         resolved.data.image_size = image_size(config)
         if config.augment.place == "auto":
-            # On a CPU, OpenCV augments in parallel with the step; XLA would delay the step.
+            # On a CPU, OpenCV augments images in parallel with the training step. Augmentation by
+            # XLA would be part of the step and make it slower.
             on_cpu = jax.default_backend() == "cpu"
             default = "host" if on_cpu else "device"
             resolved.augment.place = previous.get("augment.place", default)

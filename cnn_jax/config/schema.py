@@ -27,11 +27,12 @@ from cnn_jax.config.keys import (
 from cnn_jax.models import NETWORKS
 from cnn_jax.system.errors import ConfigError, closest, did_you_mean
 
-# An `ml_collections.ConfigDict`, whose keys a type checker cannot see.
+# The type of a configuration, an `ml_collections.ConfigDict`. It is Any, because a type checker
+# cannot see the keys.
 Config = Any
 
 SPLITS = ("train", "validation", "test")
-# The values of data.stratify.
+# The allowed values of the key data.stratify.
 SPLIT_RULES = ("stable", "exact")
 # Where pixels can be kept: nowhere (decoded each time), in the cache on disk, in memory, or on
 # the device.
@@ -45,7 +46,10 @@ MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "rec
 
 
 def _pair(image_size: Any) -> tuple[Any, ...]:
-    """The value of data.image_size as a tuple; one side is repeated."""
+    """Converts the value of data.image_size to a tuple (height, width).
+
+    A single number means a square image. The result has another length if the value is wrong.
+    """
     sides = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size,)
     return sides * 2 if len(sides) == 1 else sides
 
@@ -306,7 +310,7 @@ _SECTIONS: dict[str, dict[str, Key]] = {
 
 @functools.cache
 def keys(network: str | None = None) -> Mapping[str, Key]:
-    """All keys by name, such as "train.epochs".
+    """Returns all keys by name, such as "train.epochs".
 
     Args:
       network: The value of model.name, whose keys are included; None includes the keys of all
@@ -323,7 +327,7 @@ def keys(network: str | None = None) -> Mapping[str, Key]:
 
 
 def default_config(network: str = "cnn") -> Config:
-    """A new `ml_collections.ConfigDict` with all defaults, with the keys of one network."""
+    """Returns a new configuration with the defaults of all keys, including one network's keys."""
     from ml_collections import ConfigDict
 
     config: Config = ConfigDict()
@@ -346,13 +350,13 @@ def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def image_size(config: Config) -> tuple[int, int]:
-    """`data.image_size` as (height, width)."""
+    """Returns the value of data.image_size as (height, width)."""
     height, width = _pair(config.data.image_size)
     return height, width
 
 
 def digest(config: Config) -> str:
-    """The sha256 of a resolved configuration, in hexadecimal."""
+    """Returns the sha256 of a resolved configuration, in hexadecimal."""
     return hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()
 
 
@@ -382,7 +386,7 @@ def check_key(key: str, network: str | None = None) -> None:
 
 
 def closest_key(key: str) -> str | None:
-    """A key to suggest instead of a key that does not exist; None if none is similar.
+    """Returns a key to suggest instead of one that does not exist; None if none is similar.
 
     It is a key with a similar name in a section with a similar name, or else the only key
     that has this name in any section.
@@ -397,7 +401,7 @@ def closest_key(key: str) -> str | None:
 
 
 def full_key(name: str) -> str:
-    """The full name of a key, whose section may be omitted if the name is unique.
+    """Returns the full name of a key, whose section may be omitted if the name is unique.
 
     Raises:
       ConfigError: There is no such key, or several sections have a key of this name.
@@ -415,7 +419,7 @@ def full_key(name: str) -> str:
 
 
 def _name(key: str) -> str:
-    """The name of a key without its section."""
+    """Returns the name of a key without its section."""
     return key.rpartition(".")[2]
 
 
@@ -423,14 +427,14 @@ def _name(key: str) -> str:
 
 
 def wrong_value(key: str, value: object, network: str | None = None) -> ConfigError:
-    """The error for a value that a key does not accept."""
+    """Returns the error for a value that a key does not accept."""
     hint = source_hint(value) if key == "data.source" else ""
     requirement = keys(network)[key].requirement
     return ConfigError(f"config.{key}: must be {requirement}, got {value!r}{hint}")
 
 
 def source_hint(value: object) -> str:
-    """The end of a message that suggests a source for a path; empty if the value is no path.
+    """Returns the end of a message that suggests a source for a path; empty for other values.
 
     A value is a path if it has a slash, or if such a file or folder exists.
     """
@@ -450,7 +454,7 @@ def check_value(key: str, value: object, network: str | None = None) -> None:
 
 
 def validate(config: Config, num_devices: int) -> None:
-    """Checks every key of a configuration, and that the values fit together.
+    """Checks every key of a configuration, and that the values are compatible.
 
     Args:
       config: A configuration.
@@ -517,7 +521,7 @@ def _check_mixing(values: Mapping[str, Any]) -> None:
 
 
 def _check_parallelism(values: Mapping[str, Any], num_devices: int) -> None:
-    """Raises ConfigError if the mesh does not fit the devices, or the batch size the mesh."""
+    """Raises ConfigError if the mesh does not fit the devices or the batch size."""
     model, data = values["mesh.model"], values["mesh.data"]
     if num_devices % model:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-# Yields the items and shows the progress: track(items, description, total).
+# A function track(items, description, total) that yields the items and shows the progress.
 Track = Callable[[Iterable, str, int], Iterable]
 
 

@@ -1,4 +1,4 @@
-"""Augmentation in two parts: the random draws, and their application to pixels.
+"""Augmentation in two steps: random draws, and their application to the pixels of a batch.
 
 A draw is a 2 x 3 matrix, which combines flip, rotation and zoom in one resampling, and a
 contrast factor. `draw` makes draws on the host with NumPy. `apply_on_device` (JAX) and
@@ -26,12 +26,12 @@ _DRAWS = ("matrix", "contrast")
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """The ranges of the random draws.
+    """The ranges of the random draws of augmentation.
 
     Attributes:
       flip: One of `schema.FLIPS`; each named axis is mirrored with probability 1/2.
       rotation: The largest angle in both directions, as a fraction of a full turn.
-      zoom: The sampled window's side is 1 - zoom to 1 + zoom times the image's.
+      zoom: The sampled window's side is 1 - zoom to 1 + zoom times the image's side.
       contrast: The contrast factor is 1 - contrast to 1 + contrast.
     """
 
@@ -42,7 +42,10 @@ class Augmentation:
 
     @classmethod
     def from_config(cls, augment: Any) -> "Augmentation":
-        """Makes an augmentation from a section `augment`; missing keys have defaults."""
+        """Makes an augmentation from the configuration's section `augment`.
+
+        Missing keys get their defaults.
+        """
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: augment[name] for name in names if name in augment})
 
@@ -68,7 +71,7 @@ def affine_matrix(
     window: np.ndarray,
     image_size: tuple[int, int],
 ) -> Float[np.ndarray, "batch 2 3"]:
-    """The matrices [A | t] that map an output pixel (x, y) to its input pixel.
+    """Returns the matrices [A | t] that map an output pixel (x, y) to its input pixel.
 
     Args:
       mirror_x: bool [B], mirror left and right.
@@ -99,9 +102,9 @@ def draw(
     batch_size: int,
     image_size: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """Makes the draws of a batch: {"matrix": float32 [B, 2, 3], "contrast": float32 [B]}."""
+    """Makes the random draws for a batch: "matrix" [B, 2, 3] and "contrast" [B], float32."""
     angle = augmentation.rotation * 2 * math.pi
-    # All numbers are always drawn, so a change of one range does not change other draws.
+    # All numbers are always drawn, so a change of one range does not change the other draws.
     coin_x, coin_y = rng.random(batch_size) < 0.5, rng.random(batch_size) < 0.5
     matrix = affine_matrix(
         mirror_x=coin_x & ("horizontal" in augmentation.flip),
@@ -124,7 +127,7 @@ def apply_on_device(
     matrix: Float[Array, "batch 2 3"],
     contrast: Float[Array, " batch"],
 ) -> Float[Array, "batch height width channel"]:
-    """Applies draws in JAX; returns grey levels, float32 in [0, 255]."""
+    """Applies the draws of `draw` to images in JAX; returns grey levels, float32 in [0, 255]."""
     _, height, width, _ = images.shape
     y, x = jnp.mgrid[:height, :width].astype(jnp.float32)
     output_pixels = jnp.stack([x, y, jnp.ones_like(x)])
@@ -148,10 +151,10 @@ def apply_on_device(
 
 @functools.cache
 def opencv() -> ModuleType:
-    """Imports OpenCV at the first use, because some accelerator hosts do not have it.
+    """Imports OpenCV when it is first used, because some accelerator hosts do not have it.
 
-    OpenCV then uses only the calling thread. The callers already run one thread per core,
-    and OpenCV's own threads wait actively, which would slow them down.
+    This function also sets OpenCV to use only the calling thread. The callers already run one
+    thread per core, and OpenCV's own threads wait actively, which would slow them down.
     """
     import cv2
 
@@ -164,12 +167,12 @@ def apply_on_host(
     matrix: Float[np.ndarray, "batch 2 3"],
     contrast: Float[np.ndarray, " batch"],
 ) -> UInt8[np.ndarray, "batch height width channel"]:
-    """Applies draws with OpenCV; returns rounded grey levels."""
+    """Applies the draws of `draw` to images with OpenCV; returns rounded grey levels, uint8."""
     cv2 = opencv()
     height, width, channels = images.shape[1:]
     out = np.empty_like(images)
-    # A rotation reads pixels across rows. From a fresh copy, which is in the core's cache,
-    # this is 1.5 times as fast at 224 x 224 pixels as from main memory.
+    # A rotation reads pixels across rows. Reading them from a fresh copy, which is in the core's
+    # cache, is 1.5 times as fast at 224 x 224 pixels as reading from main memory.
     near = np.empty_like(images[0])
     means = []
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP

@@ -21,8 +21,8 @@ import numpy as np
 from cnn_jax.data.decode import Pixels
 from cnn_jax.system.atomic import write_text
 
-# The folder may contain other things. This package owns folders with these names, and files
-# with these names in three folders.
+# Other programs may use the same folder. Only folders with these names, and files with these
+# names in three folders, belong to this package and may be removed.
 _OWN_FOLDER = re.compile(r"\.?shapes-v\d+-seed.*")
 _OWN_FILE = re.compile(r"[0-9a-f]{32}\.(npy|json)|\.partial-.*")
 COMPILED = "compiled"  # JAX's cache; see `cnn_jax.system.compilation_cache`.
@@ -32,12 +32,12 @@ _OWN_FILES = {
     COMPILED: re.compile(r".+-[0-9a-f]{64}-cache"),
 }
 _A_DAY = 24 * 60 * 60  # Seconds.
-# Pixels and programs are removed when they have not been used for this long.
+# Cached pixels and compiled programs are removed after this time without use.
 SECONDS_KEPT = 30 * _A_DAY
 
 
 def cache_dir() -> pathlib.Path:
-    """The folder `$CNN_JAX_CACHE`, or `cnn_jax` in the user's cache folder."""
+    """Returns the cache folder: `$CNN_JAX_CACHE`, or `cnn_jax` in the user's cache folder."""
     if path := os.environ.get("CNN_JAX_CACHE"):
         return pathlib.Path(path).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -45,7 +45,7 @@ def cache_dir() -> pathlib.Path:
 
 
 def free_bytes() -> int:
-    """The free bytes on the disk of the cache folder."""
+    """Returns the number of free bytes on the disk of the cache folder."""
     folder = cache_dir()
     while not folder.exists():
         folder = folder.parent
@@ -79,12 +79,12 @@ def clear() -> None:
         else:
             path.unlink()
     for kind in _OWN_FILES:
-        with contextlib.suppress(OSError):  # The folder has other files.
+        with contextlib.suppress(OSError):  # A folder with other files remains.
             (cache_dir() / kind).rmdir()
 
 
 def read_json(kind: str, key: str) -> Any:
-    """Reads a value that `write_json` wrote; None if there is none."""
+    """Returns the value that `write_json` stored under a key; None if there is no such value."""
     try:
         return json.loads((cache_dir() / kind / f"{key}.json").read_text("utf-8", "surrogatepass"))
     except (OSError, ValueError):  # A damaged file is ignored.
@@ -92,7 +92,7 @@ def read_json(kind: str, key: str) -> Any:
 
 
 def write_json(kind: str, key: str, value: Any) -> None:
-    """Writes `kind/key.json` atomically.
+    """Stores a value in the cache as the file `kind/key.json`, which is written atomically.
 
     Raises:
       OSError: The folder cannot be written, or the disk is full.
@@ -104,10 +104,14 @@ def write_json(kind: str, key: str, value: Any) -> None:
 
 
 def open_pixels(key: str, count: int, image_size: tuple[int, int]) -> np.ndarray | None:
-    """Opens the array of a published `PixelFile`, memory-mapped; None if there is none."""
+    """Opens the pixels that `PixelFile.publish` stored under a key, memory-mapped.
+
+    Returns:
+      uint8 [count, height, width, 3]; None if there is no such file, or it is damaged.
+    """
     try:
         pixels = np.load(_pixels_path(key), mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # Missing, or truncated by a crash.
+    except (OSError, ValueError, EOFError):  # The file is missing or truncated.
         return None
     with contextlib.suppress(OSError):  # Another user may own the file.
         os.utime(_pixels_path(key))
@@ -120,7 +124,7 @@ def _pixels_path(key: str) -> pathlib.Path:
 
 
 def _sweep(folder: pathlib.Path) -> None:
-    """Removes the temporary files of killed processes, and pixels that are no longer used."""
+    """Removes temporary files of killed processes and pixels that were not used for a month."""
     for pattern, seconds in ((".partial-*", _A_DAY), ("*.npy", SECONDS_KEPT)):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):
@@ -141,9 +145,9 @@ def _take_room(descriptor: int, start: int, length: int) -> None:
 
 
 class PixelFile:
-    """An array uint8 [n, height, width, 3] on disk that is being written.
+    """A file for resized images, uint8 [n, height, width, 3], that is being written.
 
-    A context manager, which removes the file at its end unless it was published.
+    It is a context manager, which removes the file at its end unless `publish` was called.
     """
 
     def __init__(self, count: int, image_size: tuple[int, int]):
@@ -183,7 +187,7 @@ class PixelFile:
         """Writes one image; threads may write different rows at the same time.
 
         Raises:
-          OSError: The disk fails.
+          OSError: The disk reports an error.
         """
         rest = np.ascontiguousarray(pixels).data.cast("B")
         offset = self._start + row * self._row_bytes
@@ -192,10 +196,10 @@ class PixelFile:
             rest, offset = rest[written:], offset + written
 
     def publish(self, key: str) -> np.ndarray:
-        """Renames the file to the name of this key, and returns it memory-mapped.
+        """Stores the complete file under a key, and returns its array memory-mapped.
 
         Raises:
-          OSError: The disk fails.
+          OSError: The disk reports an error.
         """
         os.fsync(self._descriptor)
         os.fchmod(self._descriptor, 0o644)

@@ -1,4 +1,4 @@
-"""Opens a data set: scans it, leaves out unreadable images, divides it and caches its pixels."""
+"""Functions that open a data set: scan, leave out unreadable images, divide, cache pixels."""
 
 import contextlib
 import dataclasses
@@ -36,14 +36,14 @@ _CONTAINER_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A source that is divided into splits.
+    """The readable examples of a source, divided into splits.
 
     Attributes:
       loader: Loads examples of the source.
       splits: The positions in the source of each name in `SPLITS`.
       fingerprint: A hash of the id, class, content and split of all examples.
       findings: The findings of the scan.
-      residency: One of `schema.RESIDENCIES`, the place of the pixels.
+      residency: The place where the pixels are kept, one of `schema.RESIDENCIES`.
     """
 
     loader: Loader
@@ -109,11 +109,11 @@ def open_dataset(
 def choose_residency(
     requested: str, listing: Source, preprocessing: Preprocessing, device_bytes: int
 ) -> str:
-    """Chooses one of `schema.RESIDENCIES` for a value of `data.cache`, which may be "auto".
+    """Chooses where pixels are kept, from the value of `data.cache`, which may be "auto".
 
     "auto" is the first place that is large enough: the device, if the images need at most a
     quarter of its memory; the host's memory, with the same limit; the disk, if they need at
-    most half of its free space. Else images are decoded each time.
+    most half of its free space. Otherwise images are decoded each time.
 
     Args:
       requested: "auto" or one of `schema.RESIDENCIES`.
@@ -121,6 +121,9 @@ def choose_residency(
       preprocessing: The size of the images.
       device_bytes: The accelerator's memory in bytes; 0 if the device is a CPU, which has no
         memory of its own.
+
+    Returns:
+      One of `schema.RESIDENCIES`.
     """
     if requested != "auto":
         return requested
@@ -137,15 +140,15 @@ def _decoded_bytes(listing: Source, preprocessing: Preprocessing) -> int:
 
 
 def memory_bytes() -> int:
-    """The memory of the machine, or of the container if it is less, in bytes."""
+    """Returns the memory in bytes of the machine, or of the container if that is smaller."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # Not Linux, or not limited.
+    with contextlib.suppress(OSError, ValueError):  # Not Linux, or no limit.
         return min(installed, int(_CONTAINER_LIMIT.read_text()))
     return installed
 
 
 class _InMemory:
-    """A sink for resized images in memory: uint8 [n, height, width, 3]."""
+    """A destination in memory for the resized images of a scan: uint8 [n, height, width, 3]."""
 
     def __init__(self, count: int, image_size: tuple[int, int]):
         self.pixels = np.zeros((count, *image_size, 3), np.uint8)
@@ -166,7 +169,7 @@ def _scan(
         return scan.scan(listing, preprocessing, None, track), None
     known = scan.known_records(listing, preprocessing)
     if 2 * known.count(None) < len(known):
-        # After a scan of the few unknown examples, the pixels may be found in the cache.
+        # Few examples lack a record. When they have records too, the cache may have all pixels.
         records = scan.scan(listing, preprocessing, None, track, known)
         key, size = scan.pixels_key(records, preprocessing), preprocessing.image_size
         pixels = cache.open_pixels(key, len(listing), size)
@@ -183,9 +186,12 @@ def _decode_all(
     track: Track,
     known: Sequence[Record | None],
 ) -> tuple[list[Record], UInt8[np.ndarray, "n height width 3"] | None]:
-    """Does the same as `_scan` when the pixels are not in the cache."""
+    """Decodes all images and returns their records and pixels, as `_scan` does.
+
+    It is used if the pixels are not in the cache.
+    """
     try:
-        # Unless the user asked for the disk, the file only saves time in the next run.
+        # Unless the user asked for the disk, a file is only useful to the next run.
         if residency != "disk" and _decoded_bytes(listing, preprocessing) > cache.free_bytes() / 2:
             raise OSError(errno.ENOSPC, "they would take more than half of the free space")
         with cache.PixelFile(len(listing), preprocessing.image_size) as file:
@@ -207,7 +213,7 @@ def _decode_all(
 
 
 def _copy_to_memory(mapped: np.ndarray, residency: str) -> np.ndarray:
-    """Copies a memory-mapped array if `residency` is "memory"."""
+    """Copies a memory-mapped array to memory if `residency` is "memory"; else returns it."""
     return np.array(mapped) if residency == "memory" else mapped
 
 

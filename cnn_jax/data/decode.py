@@ -1,17 +1,17 @@
 """The only decoder of the project: from image files, Pillow images and arrays to pixels.
 
-The same picture has the same pixels in each of these forms: every JPEG is decoded at its
+The same picture gives the same pixels in each of these forms: every JPEG is decoded at its
 full size, and every picture is resized by `cnn_jax.data.resize`. A JPEG could be decoded at
 1/2 to 1/8 of its size in the cosine transform, up to five times as fast. But Pillow images
-and arrays cannot be reduced in that way, and at no factor does the difference vanish
+and arrays cannot be reduced in that way, so their pixels would differ, whatever the factor
 (`experiments/benchmarks/bench_decode.py`).
 
 A value of a file becomes a grey level, 0 to 255, by
 
-    rint(clip(value * 255 / white, 0, 255)),
+    rint(clip(value * 255 / white, 0, 255)).
 
-where `white` is known for unsigned integers of at most 16 bits, and must be declared
-(`data.white_level`) for all other types.
+The file format defines `white` for unsigned integers of at most 16 bits. For all other types
+the user must set it (`data.white_level`).
 """
 
 import contextlib
@@ -33,12 +33,12 @@ from cnn_jax.data.preprocessing import MAX_PIXELS, Preprocessing
 from cnn_jax.data.resize import Pixels, resize
 from cnn_jax.system.errors import DataError
 
-# Part of the cache's key; raise it when any decoded pixel changes.
+# This version is part of the cache's key. Increase it when any decoded pixel changes.
 VERSION = 3
-# The decoders that may be tried on a file's content. Pillow's other decoders are rarely
-# needed, and its decoder of EPS runs another program.
+# The formats that are decoded. Pillow's other decoders are rarely needed, and its decoder of EPS
+# runs another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# The first bytes of files in these formats; TIFF includes BigTIFF.
+# The first bytes of files in each of these formats; TIFF includes BigTIFF.
 _BEGINNINGS = {
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -48,7 +48,7 @@ _BEGINNINGS = {
     "TIFF": rb"II[*+]\0|MM\0[*+]",
     "PPM": rb"P[1-6]\s+[\d#]",
 }
-# The first bytes of formats that are often found in files named as another format.
+# The first bytes of unsupported formats that files with a supported suffix often have.
 _OTHER_BEGINNINGS = {
     "HEIC": rb"....ftyphe(?:i[cmsx]|v[cmsx])",
     "HEIC or AVIF": rb"....ftyp(?:mif1|msf1)",
@@ -66,34 +66,37 @@ _OTHER_BEGINNINGS = {
     "PDF": rb"%PDF-",
     "SVG": rb"(?i)\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?<svg",
 }
-# A failed download often leaves a web page.
+# The beginning of a web page, which a failed download often saves instead of an image.
 _WEB_PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html|head)", re.IGNORECASE)
 _BEGINNING = re.compile(b"|".join(_BEGINNINGS.values()), re.DOTALL)
-# A progressive JPEG usually has about ten scans. Each scan passes over all pixels, so a
-# small file with thousands of scans could occupy a core for minutes.
+# The largest number of scans of a JPEG. A progressive JPEG usually has about ten. Each scan passes
+# over all pixels, so a small file with thousands of scans could occupy a core for minutes.
 _MAX_SCANS = 100
 _START_OF_SCAN = b"\xff\xda"
-# A marker followed by a length, or the marker of the image's end.
+# A JPEG marker that a length follows, or the marker of the image's end.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 
-# Pillow decodes a PPM in text, or with a largest value other than 255, in Python. A million
-# pixels take one to two seconds, in which no other thread can run.
+# The PPM decoders of Pillow that are written in Python, for text and for a largest value other
+# than 255; and their largest number of pixels. A million pixels take one to two seconds, during
+# which no other thread can run.
 _SLOW_PPM, _MAX_SLOW_PIXELS = ("ppm", "ppm_plain"), 4_000_000
 
-# Markers of a JPEG (ITU T.81, table B.1). The segments of a plain JPEG before its scan are
-# JFIF and ICC data, tables and comments.
+# Markers of a JPEG (ITU T.81, table B.1), and the markers of the segments that a plain JPEG has
+# before its scan: JFIF and ICC data, tables and comments.
 _SOF_BASELINE, _SOS = 0xC0, 0xDA
 _PLAIN_SEGMENTS = frozenset((0xE0, 0xE2, 0xDB, 0xC4, 0xDD, 0xFE))
 # Images of more pixels are decoded one at a time: each may need hundreds of megabytes.
 _LARGE = 8_000_000
 _LARGE_TURN = threading.Lock()
-# The number of pixels that are converted at a time.
+# The number of pixels that are converted at a time, which limits the memory.
 _STRIP = 1_000_000
-# The usual values of white.
+# The usual values of white, for floats and for integers of 8, 10, 12, 14 and 16 bits.
 _USUAL_WHITES = (1, 255, 1023, 4095, 16383, 65535)
-# A resized image may exceed its white by this factor: bicubic and Lanczos filters overshoot.
+# The factor by which values of a resized image may exceed white, because bicubic and Lanczos
+# filters overshoot.
 OVERSHOOT = 1.1
-# An image is dark if no value is above this fraction of white, as with 14-bit values of 16.
+# An image counts as dark if no value is above this fraction of white. An example is a 14-bit image
+# that is stored in a file of 16 bits.
 DARK = 0.25
 # Values of TIFF tags (TIFF 6.0, sections 8 and 19).
 _WHITE_IS_ZERO, _PLANAR, _SIGNED = 0, 2, 2
@@ -102,11 +105,11 @@ _SCALES = {"L;2": 85, "L;4": 17}
 
 
 class TooManyPixelsError(DataError):
-    """An image has more pixels than are allowed."""
+    """The error for an image that has more pixels than are allowed."""
 
 
 class UnknownFormatError(DataError):
-    """A file is not an image, or its format is not supported.
+    """The error for a file that is not an image, or whose format is not supported.
 
     Attributes:
       format: The unsupported format; "" if it is not known.
@@ -134,7 +137,7 @@ class Values:
     white: float
 
     def doubt(self, white_level: float) -> str:
-        """Why the values probably do not suit a network; "" if they suit it.
+        """Returns the reason why the values do not seem to suit a network; "" if they do.
 
         Args:
           white_level: The network's white level; see `Preprocessing`.
@@ -151,7 +154,9 @@ class Values:
 
 
 class UnknownWhiteError(DataError):
-    """No value of the image is known to be white, so its values cannot become grey levels.
+    """The error for an image whose value of white is unknown.
+
+    Its values cannot be converted to grey levels.
 
     Attributes:
       values: The range of the image's values.
@@ -207,13 +212,16 @@ def decode_any(
     max_pixels: int = MAX_PIXELS,
     white_level: float = 0,
 ) -> tuple[Values | None, Pixels]:
-    """Decodes bytes as `decode`, Pillow images as `to_rgb`, and arrays as `from_array`.
+    """Decodes an image that is given as file bytes, as a Pillow image or as an array.
+
+    The functions `decode`, `to_rgb` and `from_array` describe the three conversions.
 
     Returns:
-      The range of the values, None if they have 8 bits; and the pixels.
+      The range of the values, or None if they have 8 bits; and the pixels, uint8
+      [height, width, 3].
 
     Raises:
-      DataError: See these three functions.
+      DataError: See `decode`, `to_rgb` and `from_array`.
     """
     if isinstance(image, bytes):
         if (plain := _decode_plain_jpeg(image, max_pixels)) is not None:
@@ -231,15 +239,16 @@ def decode_any(
 def decode_with_header(
     encoded: bytes, max_pixels: int = MAX_PIXELS, white_level: float = 0
 ) -> tuple[Header, Values, Pixels]:
-    """Decodes as `decode` does, and also returns the file's header and range of values.
+    """Decodes an image file as `decode` does; also returns its header and its range of values.
 
     Raises:
       DataError: See `decode`.
     """
     with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image.width * image.height):
         file_format, mode = image.format or "", image.mode
-        # Pillow rotates a TIFF and removes its tag when it loads the TIFF. So the tag is read
-        # before, but only for TIFF: reading the tag of a PNG loads the PNG.
+        # When Pillow loads a TIFF, it rotates the image and removes the orientation tag. So the
+        # tag is read before loading. This is done only for TIFF, because reading the tag of a PNG
+        # loads the PNG.
         turned = _orientation(image) if file_format == "TIFF" else 0
         values, pixels = _decode_opened(image, encoded, white_level)
         orientation = turned or _orientation(image)
@@ -250,9 +259,9 @@ def decode_with_header(
 
 
 def _decode_plain_jpeg(encoded: bytes, max_pixels: int) -> Pixels | None:
-    """Decodes a JPEG without special features; returns None for other files.
+    """Decodes a plain JPEG without Pillow; returns None if `_is_plain_jpeg` is False.
 
-    Most JPEGs are such files. Opening a small JPEG with Pillow takes as long as decoding it.
+    Most JPEGs are plain. Opening a small JPEG with Pillow takes as long as decoding it.
     """
     if not _is_plain_jpeg(encoded):
         return None
@@ -268,7 +277,10 @@ def _decode_plain_jpeg(encoded: bytes, max_pixels: int) -> Pixels | None:
 
 
 def _is_plain_jpeg(encoded: bytes) -> bool:
-    """Whether a file is a JPEG of one scan without EXIF or XMP, which may rotate it."""
+    """Returns whether a file is a JPEG with one scan and without EXIF or XMP data.
+
+    EXIF and XMP data may contain an orientation.
+    """
     position, components = 2, 0
     if not encoded.startswith(b"\xff\xd8"):
         return False
@@ -312,8 +324,8 @@ def load(encoded: bytes, preprocessing: Preprocessing) -> Pixels:
 def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, white_level: float = 0) -> Pixels:
     """Converts a Pillow image of any mode to the pixels that `decode` gives for its file.
 
-    When Pillow loads colours of 16 bits, it keeps only 8 bits. So an image that is not loaded
-    yet is read from its file again, with all 16 bits.
+    When Pillow loads colours of 16 bits, it keeps only 8 bits. So if the image is not loaded
+    yet, this function reads its file again, with all 16 bits.
 
     Raises:
       DataError: The image is too large or damaged, or the value of white is unknown.
@@ -372,22 +384,26 @@ def _decode_array(
 
 
 def looks_like_an_image(beginning: bytes) -> bool:
-    """Whether a file with these first 16 bytes has one of `FORMATS`."""
+    """Returns whether a file's first 16 bytes are those of one of `FORMATS`."""
     return _BEGINNING.match(beginning) is not None
 
 
 def format_number(value: float) -> str:
-    """Formats a value with the fewest digits, such as "4095" or "0.5"."""
+    """Formats a number without needless digits, such as "4095" or "0.5"."""
     return str(int(value)) if float(value).is_integer() else f"{value:g}"
 
 
 def span(values: Any) -> str:
-    """Formats the range of an object with `low` and `high`, such as "from 0 to 4095"."""
+    """Returns a range of values as text, such as "from 0 to 4095".
+
+    Args:
+      values: An object with the attributes `low` and `high`.
+    """
     return f"from {format_number(values.low)} to {format_number(values.high)}"
 
 
 def likely_white(high: float) -> float:
-    """The probable value of white if `high` is the largest value: 1, 255, 4095, ..."""
+    """Guesses the value of white, such as 1, 255 or 4095, from the largest value of images."""
     high = max(high, 1)
     for white in _USUAL_WHITES:
         if DARK * white < high <= OVERSHOOT * white:
@@ -396,7 +412,11 @@ def likely_white(high: float) -> float:
 
 
 def unknown_white(values: Any) -> str:
-    """The message for values (an object with `low` and `high`) without a known white."""
+    """Returns the error message for values whose white is unknown.
+
+    Args:
+      values: An object with the attributes `low` and `high`.
+    """
     return (
         f"values {span(values)}, none of which is known to be white, so they cannot be read: "
         f"set --config.data.white_level={format_number(likely_white(values.high))}, or another "
@@ -419,7 +439,7 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _unknown_format(encoded: bytes) -> UnknownFormatError:
-    """The error for a file that Pillow cannot identify."""
+    """Returns the error for a file that Pillow cannot identify."""
     for name, beginning in _BEGINNINGS.items():
         if re.compile(beginning, re.DOTALL).match(encoded):
             described = _describe_tiff(encoded) if name == "TIFF" else ""
@@ -453,13 +473,16 @@ def _describe_tiff(encoded: bytes) -> str:
 
 
 def _one_large_at_a_time(pixels: int) -> contextlib.AbstractContextManager[object]:
-    """Returns a lock for large images, so that the memory used does not grow with the cores."""
+    """Returns a context in which only one thread at a time may decode a large image.
+
+    Without it, the memory used would grow with the number of cores.
+    """
     return _LARGE_TURN if pixels > _LARGE else contextlib.nullcontext()
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # A tile is decoded as a whole, even if the image is smaller.
+        # The decoder decodes whole tiles, even if a tile is larger than the image.
         width = image.tag_v2.get(ExifTags.Base.TileWidth, 0)
         height = image.tag_v2.get(ExifTags.Base.TileLength, 0)
         if width * height > max_pixels:
@@ -483,7 +506,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 @contextlib.contextmanager
 def _explain_errors() -> Iterator[None]:
-    """Converts Pillow's errors to a DataError."""
+    """Converts Pillow's errors inside this context to a DataError."""
     try:
         yield
     except DataError:
@@ -499,7 +522,7 @@ def _explain_errors() -> Iterator[None]:
 
 
 def _num_scans(encoded: bytes) -> int:
-    """The number of scans of a JPEG, without data after the image such as a film."""
+    """Returns the number of scans of a JPEG; data after the image, such as a film, is ignored."""
     scans, position = 0, 2
     while (marker := _MARKER.search(encoded, position)) and marker[1] != b"\xd9":
         scans += marker[1] == b"\xda"
@@ -509,7 +532,7 @@ def _num_scans(encoded: bytes) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) if there is none or it cannot be read."""
+    """Returns an image's EXIF orientation, 1 to 8; 1 (upright) if there is none, or an error."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # A damaged block makes Pillow raise errors of any type.
@@ -518,7 +541,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Undoes an EXIF orientation (CIPA DC-008, tag 0x0112)."""
+    """Rotates or mirrors pixels to the upright position.
+
+    Args:
+      pixels: The pixels as they are stored in the file.
+      orientation: The file's EXIF orientation, 1 to 8 (CIPA DC-008, tag 0x0112).
+    """
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -529,12 +557,15 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _to_rgb(image: Image.Image, encoded: bytes, white_level: float) -> tuple[Values | None, Pixels]:
-    """Returns the range of an image's values, None if they have 8 bits, and its upright pixels.
+    """Converts a Pillow image to upright RGB pixels.
 
     Args:
       image: The image; it must not be loaded yet if `encoded` is given.
-      encoded: The image's file; b"" if `_loses_values` is False.
+      encoded: The bytes of the image's file; b"" if `_loses_values` is False.
       white_level: See `Preprocessing`.
+
+    Returns:
+      The range of the image's values, or None if they have 8 bits; and its pixels.
     """
     deep = _read_deep(image, encoded)
     image.load()  # Pillow rotates a TIFF here; its orientation is then 1.
@@ -566,7 +597,7 @@ def _strip_to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Deep:
-    """Values that are not grey levels from 0 to 255.
+    """The values of an image that are not grey levels from 0 to 255, for example 16-bit values.
 
     Attributes:
       values: [height, width] or [height, width, 3].
@@ -586,7 +617,7 @@ class _Deep:
 
 
 def _to_grey_levels(deep: _Deep, white_level: float) -> tuple[Values, Pixels]:
-    """Converts values to grey levels; returns their range and the RGB pixels.
+    """Converts an image's values to grey levels; returns the values' range and the RGB pixels.
 
     Raises:
       DataError: A value is negative or not finite, or the value of white is unknown.
@@ -622,7 +653,7 @@ def _three_channels(array: np.ndarray) -> np.ndarray:
 
 
 def _kind(dtype: np.dtype[Any]) -> tuple[str, float]:
-    """The name of a type of values, and its value of white; 0 if that is unknown."""
+    """Returns the name of a dtype, such as "16-bit", and its value of white; 0 if unknown."""
     if dtype.kind == "f":
         return "float", 0
     bits = 8 * dtype.itemsize
@@ -632,14 +663,17 @@ def _kind(dtype: np.dtype[Any]) -> tuple[str, float]:
 
 
 def _rawmode(image: Image.Image) -> str:
-    """Pillow's raw mode of a file's samples; "" if the image is already loaded."""
+    """Returns Pillow's raw mode, which describes the layout of the values in an image's file.
+
+    It is "" if the image is already loaded.
+    """
     tile = image.tile[0] if isinstance(image, ImageFile.ImageFile) and image.tile else None
     args = tile.args if tile else ""
     return str(args[0] if isinstance(args, tuple) and args else args or "")
 
 
 def _ppm_white(image: Image.Image) -> int:
-    """The largest value that an unloaded PPM declares, if it is above 255; else 0."""
+    """Returns the white value of a PPM that is not loaded yet, if it is above 255; else 0."""
     if not isinstance(image, PpmImagePlugin.PpmImageFile) or not image.tile:
         return 0
     args = image.tile[0].args
@@ -650,7 +684,11 @@ def _ppm_white(image: Image.Image) -> int:
 
 
 def _loses_values(image: Image.Image) -> bool:
-    """Whether Pillow changes this image's values, or loses their meaning, when it loads them."""
+    """Returns whether information is lost when Pillow loads this image's values.
+
+    This is so for colours of 16 bits, for grey levels of 2 or 4 bits of which one is transparent,
+    and for a PPM with values above 255. Such a file must be read in another way.
+    """
     if image.format not in FORMATS:
         return False
     rawmode = _rawmode(image)
@@ -660,7 +698,7 @@ def _loses_values(image: Image.Image) -> bool:
 
 
 def _content(image: Image.Image) -> bytes:
-    """Reads the file of an image that is not loaded yet."""
+    """Returns the bytes of the file of an image that is not loaded yet."""
     assert isinstance(image, ImageFile.ImageFile)
     file = image.fp
     assert file is not None
@@ -672,13 +710,13 @@ def _content(image: Image.Image) -> bytes:
 
 
 def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
-    """Reads values that are not grey levels from 0 to 255; None if the image has grey levels."""
+    """Reads an image's values if they are not grey levels from 0 to 255; else returns None."""
     rawmode = _rawmode(image)
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     bits = tags.get(ExifTags.Base.BitsPerSample, (0,))
     is_planar = tags.get(ExifTags.Base.PlanarConfiguration) == _PLANAR
     if is_planar and len(bits) > 1 and bits[0] > 8:
-        # Pillow reads each byte of an uncompressed file as a value.
+        # In an uncompressed file of this kind, Pillow takes each byte for a value.
         raise DataError(
             "is a TIFF of 16-bit channels that lie apart (planar), which is not read: save them "
             "interleaved"
@@ -686,8 +724,7 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
     if white := _ppm_white(image):
         return _read_deep_ppm(image, encoded, white)
     if rawmode in _SCALES and isinstance(image.info.get("transparency"), int):
-        # The PNG gives the transparent level before scaling. Pillow scales the pixels, but
-        # not this level.
+        # Pillow scales the pixels to 8 bits, but does not scale the transparent level of the PNG.
         image.info["transparency"] *= _SCALES[rawmode]
     if ";16" in rawmode and image.mode in ("RGB", "RGBA"):
         return _read_deep_colour(image, encoded, rawmode)
@@ -717,7 +754,7 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
 
 
 def _read_deep_ppm(image: Image.Image, encoded: bytes, white: int) -> _Deep:
-    """Reads values of two bytes each (Netpbm's specifications of PPM and PGM)."""
+    """Reads a PPM or PGM file with two bytes per value (Netpbm's specifications of PPM and PGM)."""
     assert isinstance(image, ImageFile.ImageFile)
     tile = image.tile[0]
     if tile.codec_name == "ppm_plain":
@@ -731,10 +768,10 @@ def _read_deep_ppm(image: Image.Image, encoded: bytes, white: int) -> _Deep:
 
 
 def _read_deep_colour(image: Image.Image, encoded: bytes, rawmode: str) -> _Deep:
-    """Reads colours of 16 bits, of which Pillow keeps only the high bytes.
+    """Reads an image with 16 bits per colour, although Pillow keeps only the high bytes.
 
-    The file is unpacked twice. The second time, in the other byte order, Pillow takes the low
-    bytes for the high bytes.
+    The file is unpacked twice. The second time, Pillow is told the wrong byte order, so that it
+    keeps the low bytes.
     """
     if rawmode == "LA;16B":
         # The four bytes of a pixel: high and low of the grey value, high and low of alpha.
@@ -756,7 +793,7 @@ def _read_deep_colour(image: Image.Image, encoded: bytes, rawmode: str) -> _Deep
 
 
 def _unpack(image: Image.Image, encoded: bytes, rawmode: str) -> UInt8[np.ndarray, "_h _w _c"]:
-    """Unpacks the same frame of a PNG or TIFF with another raw mode."""
+    """Reads the current frame of a PNG or TIFF again, with another raw mode of Pillow."""
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as again:
         if frame := image.tell():
             again.seek(frame)

@@ -1,7 +1,7 @@
 """Sources of image files: a folder with one sub-folder per class, or a CSV table.
 
-Only regular files are opened, and nothing in a folder is executed or changed. A link out of
-the folder is followed only if the caller allows it.
+Only regular files are opened, and nothing in a folder is executed or changed. A symbolic link to
+a target outside the folder is followed only if the caller allows it.
 """
 
 import csv
@@ -23,11 +23,12 @@ from cnn_jax.system.errors import ConfigError, DataError, MissingDataError
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
-# Common image formats that are not supported.
+# The suffixes of common image formats that are not supported.
 _OTHER_SUFFIXES = frozenset(
     (".arw", ".avif", ".cr2", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef")
 )
-# Folders with thumbnails, deleted files and snapshots of NAS and desktop systems, in lower case.
+# Names, in lower case, of folders that NAS and desktop systems create for thumbnails, deleted
+# files and snapshots.
 _SYSTEM_FOLDERS = frozenset(
     (
         *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "@sharebin"),
@@ -36,9 +37,9 @@ _SYSTEM_FOLDERS = frozenset(
         *("temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini"),
     )
 )
-# Sets of names that identify a folder that this project wrote. Folders of the first kind have
-# no images directly in them. So a run that was written into a class's folder, which has images,
-# does not hide the class.
+# A folder that contains all names of one of these sets was written by this project. The first
+# three sets apply only to a folder without images directly in it. So a run that was written into a
+# class's folder, which has images, does not hide the class.
 _OUTPUTS_WITHOUT_PICTURES = (
     frozenset(("lock", "heartbeat.json")),  # A run that has just been started.
     frozenset(("config.json", "metrics.jsonl")),
@@ -63,7 +64,8 @@ _OUTSIDE = "links out of the folder"
 _ALLOW = "data.allow_outside=True (--allow_outside) follows them"
 _SEEN = "links to what is there already"
 _NO_CLASS = "outside the class folders"
-# The kinds are keys of JSON outputs; messages have these words for one and for several.
+# The kinds of ignored things, and their names in messages, singular and plural. The kinds are
+# also keys in JSON outputs.
 _IN_WORDS = {
     _OTHER_FORMAT: ("image of another format", "images of other formats"),
     _SYSTEM: ("file or folder of another program", "files or folders of other programs"),
@@ -88,8 +90,9 @@ class File:
     Attributes:
       path: The path relative to the folder, with "/" between its parts.
       size: The size in bytes.
-      version: A text that changes with the content: size, times of change and inode. (A file
-        that is replaced by a moved file may keep its time of modification.)
+      version: A text that changes when the content changes. It consists of the size, the times
+        of modification and of status change, and the inode. (A file that is replaced by a moved
+        file may keep its time of modification.)
     """
 
     path: str
@@ -108,12 +111,12 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The content of a folder.
+    """The files below a folder, and the number of ignored ones.
 
     Attributes:
       files: Regular files, sorted by path.
       ignored: The number of ignored files and folders, by kind.
-      folders: The paths of the listed folders, without links.
+      folders: The paths of the listed folders, except symbolic links.
       outputs: The paths of the folders that this project wrote, which are ignored.
     """
 
@@ -124,7 +127,7 @@ class Listing:
 
 
 def is_output(names: Collection[str]) -> bool:
-    """Whether a folder with these entries was written by this project."""
+    """Returns whether a folder with these entries was written by this project."""
     names = set(names)
     if any(marks <= names for marks in _OUTPUTS_WITHOUT_PICTURES):
         return not any(map(_has_image_suffix, names))
@@ -158,9 +161,9 @@ def list_files(root: pathlib.Path, allow_outside: bool = False) -> Listing:
     """Lists all regular files below a folder, and counts the ignored files and folders.
 
     Ignored are hidden files and folders, the folders of NAS and desktop systems, and folders
-    that this project wrote: runs, bundles, reports, explanations. A link is followed if its
-    target is in the folder (or `allow_outside` is True) and is not listed yet. So each file
-    is listed once, and a loop of links ends.
+    that this project wrote: runs, bundles, reports, explanations. A symbolic link is followed if
+    its target is in the folder (or `allow_outside` is True) and is not listed yet. So each file
+    is listed once, and a cycle of links does no harm.
     """
     return _Walk(root, allow_outside).run()
 
@@ -178,7 +181,8 @@ class _Walk:
 
     def run(self) -> Listing:
         self._add_folder(self._root, "")
-        # Links are last, so that their targets are listed under their own names if possible.
+        # Symbolic links are followed last, so that a target in the folder is listed under its own
+        # path.
         while self._links:
             links, self._links = sorted(self._links), []
             for name, link in links:
@@ -187,9 +191,15 @@ class _Walk:
         return Listing(files, dict(self._ignored), self._folders, self._outputs)
 
     def _add_folder(self, folder: str, name: str, *, linked: bool = False) -> None:
-        """Lists a folder under a name ("" for the root) and collects its links.
+        """Adds the files of a folder and of its sub-folders to the list.
 
-        In a linked folder, files that are already listed are ignored.
+        Symbolic links are collected, to be followed later.
+
+        Args:
+          folder: The path of the folder on disk.
+          name: The path of the folder in the list, relative to the root; "" for the root.
+          linked: Whether a symbolic link led to the folder. Files that are already listed are
+            then ignored.
         """
         waiting = [(folder, name)]
         while waiting:
@@ -205,7 +215,7 @@ class _Walk:
                     self._folders.append(name)
                 continue
             self._seen.add((status.st_dev, status.st_ino))
-            # The root itself is always read, because the user has named it.
+            # The root is read even if this project wrote it, because the user has named it.
             if name and is_output([entry.name for entry in found]):
                 self._ignored[_OUTPUT] += 1
                 self._outputs.append(name)
@@ -263,7 +273,7 @@ def _has_image_suffix(name: str) -> bool:
 
 
 def is_image_file(root: pathlib.Path, path: str) -> bool:
-    """Whether the suffix of a file's name, or else its first bytes, are those of an image."""
+    """Returns whether a file is an image, by the suffix of its name or by its first bytes."""
     if _has_image_suffix(path):
         return True
     try:
@@ -274,7 +284,7 @@ def is_image_file(root: pathlib.Path, path: str) -> bool:
 
 
 def list_images(root: pathlib.Path, allow_outside: bool = False) -> Listing:
-    """Lists the files of `list_files` that are images by their names or their first bytes."""
+    """Lists the images below a folder: files of `list_files` for which `is_image_file` is True."""
     listing = list_files(root, allow_outside)
     images, others, ignored = [], 0, dict(listing.ignored)
     for file in listing.files:
@@ -291,7 +301,7 @@ def list_images(root: pathlib.Path, allow_outside: bool = False) -> Listing:
 
 @dataclasses.dataclass(frozen=True)
 class FileReader:
-    """Reads regular files below a folder; a picklable callable."""
+    """A picklable function that reads the bytes of a regular file below a folder."""
 
     root: pathlib.Path
 
@@ -367,7 +377,7 @@ def open_folder(
 
 
 def _other_ways(root: pathlib.Path) -> str:
-    """A hint, as part of a message, for a folder with a table or an archive but no classes."""
+    """Returns a hint for a message if a folder has no classes, but a table or an archive."""
     found = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
     tables = [entry for entry in found if entry.lower().endswith(".csv")]
     archives = [entry for entry in found if entry.lower().endswith(_ARCHIVES)]
@@ -382,7 +392,7 @@ def _other_ways(root: pathlib.Path) -> str:
 
 
 def _classes_without_images(listing: Listing, layout: Layout, source: Source) -> list[str]:
-    """A remark for each class folder that has no images."""
+    """Returns a warning for each class folder that has no images."""
     remarks = []
     for folder in sorted(filter(None, listing.folders)):
         parent, _, name = folder.rpartition("/")
@@ -403,7 +413,7 @@ def _make_source(
     class_of_each: Sequence[str],
     own_splits: list[str],
 ) -> Source:
-    """Makes a source of files below a folder; the classes are sorted by name."""
+    """Makes a source from files below a folder; the classes are sorted by name."""
     class_names = sorted(set(class_of_each))
     class_labels = {class_name: label for label, class_name in enumerate(class_names)}
     paths = [file.path for file in files]
@@ -426,7 +436,7 @@ def _make_source(
 
 
 def count_ignored(ignored: Mapping[str, int]) -> str:
-    """The counts of ignored things in words: "2 hidden files, 1 file that is not an image"."""
+    """Returns counts of ignored things as text: "2 hidden files, 1 file that is not an image"."""
     return ", ".join(
         f"{number:,} {_IN_WORDS.get(kind, (kind, kind))[number != 1]}"
         for kind, number in ignored.items()
@@ -434,7 +444,7 @@ def count_ignored(ignored: Mapping[str, int]) -> str:
 
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:
-    """The counts of ignored things as the end of a message; "" if there are none."""
+    """Returns the end of a message that counts the ignored things; "" if there are none."""
     if not ignored:
         return ""
     advice = f": {_ALLOW}" if _OUTSIDE in ignored else ""
@@ -472,7 +482,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
                 )
             for row in reader:
                 where = f"{name}: line {reader.line_num}"
-                if None in row:  # DictReader stores surplus cells under None.
+                if None in row:  # DictReader stores cells without a column under None.
                     raise DataError(
                         f"{where} has more than {len(columns)} columns; a comma within a cell "
                         'needs quotes around it, as in "salmon, smoked"'
@@ -511,7 +521,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
 
 
 def _plain_path(root: pathlib.Path, path: str) -> str:
-    """Normalizes a path: without "./" and "//", and relative if it is in the folder."""
+    """Normalizes a path: removes "./" and "//", and makes it relative if it is in the folder."""
     plain = pathlib.PurePosixPath(path)
     return str(plain.relative_to(root) if plain.is_relative_to(root) else plain)
 
@@ -525,7 +535,10 @@ def _is_inside(folder: str, path: str) -> bool:
 
 
 def _status(root: pathlib.Path, path: str) -> File:
-    """A file of a table; its size is 0 if it does not exist, and reading it reports that."""
+    """Returns the `File` for a path in a table.
+
+    If the file does not exist, its size is 0; an error follows when the file is read.
+    """
     try:
         return File.from_status(path, (root / path).stat())
     except (OSError, ValueError):

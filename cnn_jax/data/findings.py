@@ -1,4 +1,4 @@
-"""Findings about a data set before training: its properties, and dangers to the result."""
+"""Findings about a data set: its properties, and problems that may spoil training or metrics."""
 
 import dataclasses
 from collections import Counter, defaultdict
@@ -23,14 +23,15 @@ from cnn_jax.data.sources import listed_folder
 from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.system.errors import printable
 
-# Classes whose sizes differ by this factor may need balancing.
+# If the largest class is at least this factor larger than the smallest, balancing may help.
 _IMBALANCE = 10
-# With fewer images, a class has too little variety for balancing to help.
+# A class with fewer images has too little variety for balancing to help.
 _TOO_FEW = 20
 _MAX_NAMED = 3
-# With fewer expected images, half of them can be missing by chance.
+# If a split should get fewer images of a class than this, no warning is due when half of them are
+# missing, because that happens easily by chance.
 _SHARE_TO_SPEAK_OF = 3
-# A warning is due if this fraction of all images is dark (see `decode.DARK`).
+# A warning is due if at least this fraction of all images is dark (see `decode.DARK`).
 _MIN_DARK_FRACTION = 0.9
 
 
@@ -64,18 +65,18 @@ class ValueRange:
 
     @property
     def is_dark(self) -> bool:
-        """Whether nearly all images use only a small part of the range."""
+        """Whether nearly all images use only a small part of the range from 0 to white."""
         return self.dark >= _MIN_DARK_FRACTION * self.images
 
     def describe(self) -> str:
-        """A text such as "12-bit: 40 images from 0 to 4000, white is 4095"."""
+        """Returns a text such as "12-bit: 40 images from 0 to 4000, white is 4095"."""
         white = f"white is {format_number(self.white)}" if self.white else "white is unknown"
         better = self.white_level
         advice = f"; data.white_level={format_number(better)} would suit them" if better else ""
         return f"{self.kind}: {count(self.images, 'image')} {span(self)}, {white}{advice}"
 
     def warning(self) -> str | None:
-        """A warning with the danger to the result and its remedy; None if there is no danger."""
+        """Returns a warning with the problem and its remedy; None if there is no problem."""
         images = count(self.images, f"{self.kind} image")
         white = format_number(self.white)
         if not self.white:
@@ -102,7 +103,7 @@ class ValueRange:
 def value_ranges(
     records: Sequence[Record], preprocessing: Preprocessing | None = None
 ) -> list[ValueRange]:
-    """The ranges of values by type, the most common type first.
+    """Returns the range of the values of all images by type, the most common type first.
 
     Args:
       records: The records of all images, including the unreadable ones.
@@ -119,7 +120,8 @@ def value_ranges(
         highs = np.array([one.high for one in values], np.float64)
         is_plain = kind == "8-bit"
         white = own_white if is_plain else preprocessing.white_level or own_white
-        # A normalization may map fewer levels of 8-bit images to [-1, 1].
+        # The grey level that normalization maps to 1, in the channel where it is largest. It may
+        # be less than 255, for example with a mean and a standard deviation of 64.
         bright = min(max(map(sum, zip(preprocessing.mean, preprocessing.std, strict=True))), 255)
         is_dark = highs <= DARK * (bright if is_plain else white)
         found = ValueRange(
@@ -144,13 +146,13 @@ def value_ranges(
 
 
 def range_warnings(ranges: Sequence[ValueRange]) -> list[str]:
-    """The warnings of all ranges, and a warning if no white level suits all ranges."""
+    """Returns the warnings of all ranges, and a warning if no white level suits all of them."""
     found = [warning for one in ranges if (warning := one.warning())]
     return found + _conflicts(ranges)
 
 
 def _conflicts(ranges: Sequence[ValueRange]) -> list[str]:
-    """A warning if the white level should change, but no white level suits all ranges."""
+    """Returns a warning if the white level should change, but none suits all ranges."""
     wanted = {one.kind: one.white_level or one.white for one in ranges if one.kind != "8-bit"}
     if not any(one.white_level for one in ranges) or len(set(wanted.values())) < 2:
         return []
@@ -165,7 +167,7 @@ def _conflicts(ranges: Sequence[ValueRange]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Findings:
-    """The findings of a scan and a division.
+    """The findings about a data set that was scanned and divided into splits.
 
     Attributes:
       source: The readable examples.
@@ -173,7 +175,7 @@ class Findings:
       splits: The positions of the examples by split.
       unreadable: The examples that are left out.
       rotated: The positions of images that EXIF rotates.
-      copies: The positions of equal images, one list for each set of equal images.
+      copies: The sets of equal images; each is a list of positions.
       remarks: Other warnings, one sentence each.
       values: The ranges of the values in the files, by type.
     """
@@ -198,13 +200,13 @@ class Findings:
 
     @property
     def conflicts(self) -> list[list[int]]:
-        """The sets of `copies` with different labels."""
+        """The sets of equal images with different labels."""
         labels = self.source.labels
         return [group for group in self.copies if len({int(labels[i]) for i in group}) > 1]
 
     @property
     def leaks(self) -> list[list[int]]:
-        """The sets of `copies` with images in different splits."""
+        """The sets of equal images that lie in different splits."""
         example_splits = split_numbers(self.splits, len(self.source))
         return [group for group in self.copies if len({int(example_splits[i]) for i in group}) > 1]
 
@@ -215,7 +217,7 @@ class Findings:
         return float(sizes.max() / max(sizes.min(), 1))
 
     def summary(self) -> list[str]:
-        """A summary in two lines."""
+        """Returns a summary of the data set in two lines."""
         bad = len(self.unreadable)
         unreadable = f"{bad:,} unreadable and left out" if bad else "all readable"
         rotated = f"{len(self.rotated):,} turned by EXIF" if self.rotated else "none turned by EXIF"
@@ -231,7 +233,10 @@ class Findings:
         ]
 
     def warnings(self) -> list[str]:
-        """The dangers to the result, one sentence each with its remedy."""
+        """Returns a warning for each problem that may spoil training or metrics.
+
+        Each warning is a sentence with the problem and its remedy.
+        """
         found = [printable(remark) for remark in self.remarks]
         if reason := self.untrainable():
             found.append(f"training would refuse this: {reason}")
@@ -286,7 +291,7 @@ class Findings:
         return found
 
     def _imbalance_advice(self) -> str:
-        """What to do about classes of very different sizes."""
+        """Returns advice about classes of very different sizes."""
         sizes = np.bincount(self.source.labels, minlength=len(self.source.class_names))
         smallest = sizes.argmin()
         if sizes[smallest] >= _TOO_FEW:
@@ -297,7 +302,7 @@ class Findings:
         )
 
     def reading_warnings(self) -> list[str]:
-        """The warnings about unreadable files and the values in files."""
+        """Returns the warnings about unreadable files and the values in files."""
         found = []
         if self.unreadable:
             found.append(
@@ -315,7 +320,7 @@ class Findings:
         return found + range_warnings(self.values)
 
     def untrainable(self) -> str | None:
-        """The reason why the data is too small for training; None if it is large enough."""
+        """Returns the reason why the data is too small for training; None if large enough."""
         source = self.source
         if reason := too_few_classes(source):
             return reason
@@ -330,7 +335,10 @@ class Findings:
         return None
 
     def _ties(self) -> str:
-        """Describes the equal images that join several groups; "" if there are none."""
+        """Returns a text about equal images that belong to several groups; "" if there are none.
+
+        All these groups must be in the same split.
+        """
         groups = self.division.groups(self.source)
         if groups is None:
             return ""
@@ -345,7 +353,7 @@ class Findings:
         )
 
     def _torn_groups(self) -> list[str]:
-        """The groups with images in several splits."""
+        """Returns the groups that have images in several splits."""
         groups = self.division.groups(self.source) or []
         example_splits = split_numbers(self.splits, len(self.source)).tolist()
         group_splits: dict[str, set[int]] = defaultdict(set)
@@ -354,7 +362,10 @@ class Findings:
         return [group for group, splits in group_splits.items() if len(splits) > 1]
 
     def _uneven(self) -> list[str]:
-        """The classes of which a split has less than half of its fraction by chance."""
+        """Returns the classes of which some split has less than half of its intended images.
+
+        Only random variation of the rule "stable" is meant, not groups or the data's own splits.
+        """
         if self.division.rule != "stable" or self.division.group or any(self.source.own_splits):
             return []
         counts = np.stack([self.counts[split] for split in SPLITS], axis=1)
@@ -366,7 +377,7 @@ class Findings:
         return printable(self.source.class_names[label])
 
     def _names(self, group: Sequence[int]) -> str:
-        """The ids of a few of these examples, first of different classes."""
+        """Returns the ids of a few of these examples, first one id of each class."""
         labels = self.source.labels
         first_images = {int(labels[i]): i for i in reversed(group)}.values()
         order = [*sorted(first_images), *(i for i in group if i not in first_images)]
@@ -381,7 +392,7 @@ def find(
     unreadable: list[Unreadable],
     values: list[ValueRange],
 ) -> Findings:
-    """Collects the findings about readable examples, whose records are in the same order."""
+    """Collects the findings about a source of readable examples and their records."""
     equal: dict[str, list[int]] = defaultdict(list)
     rotated = []
     for position, record in enumerate(records):
@@ -394,7 +405,7 @@ def find(
 
 
 def too_few_classes(source: Source) -> str | None:
-    """The reason why training would not start; None if there are two classes or more."""
+    """Returns an error message if a source has fewer than two classes; else None."""
     if len(source.class_names) >= 2:
         return None
     (name,) = source.class_names
@@ -412,12 +423,12 @@ def too_unreadable(
     max_unreadable: float,
     values: Sequence[ValueRange] = (),
 ) -> str | None:
-    """The reason why training would not start; None if few enough images are unreadable."""
+    """Returns an error message if too many images are unreadable for training; else None."""
     if max_unreadable * total >= len(unreadable) < total:
         return None
     refused = [one for one in values if not one.white]
     if len(unreadable) == sum(one.images for one in refused):
-        # One white level for all files is better advice than the errors of three files.
+        # Advice on one white level for all files is more useful than the errors of three files.
         return "; ".join([one.warning() or "" for one in refused] + _conflicts(values))
     shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:_MAX_NAMED])
     return (
@@ -429,7 +440,7 @@ def too_unreadable(
 def split_numbers(
     splits: Mapping[str, Int[np.ndarray, " _"]], size: int
 ) -> Int[np.ndarray, " size"]:
-    """The position in `splits` of the split of each of `size` examples."""
+    """Returns for each of `size` examples the number of its split: the position in `splits`."""
     numbers = np.full(size, -1)
     for number, indices in enumerate(splits.values()):
         numbers[indices] = number
@@ -437,11 +448,11 @@ def split_numbers(
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
-    """A number and its noun, such as "1 image" or "2,000 images"."""
+    """Returns a number with its noun, such as "1 image" or "2,000 images"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few names, and the number of the others."""
+    """Returns a text with the first few names and the number of the other names."""
     rest = len(names) - _MAX_NAMED
     return ", ".join(names[:_MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")

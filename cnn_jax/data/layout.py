@@ -1,6 +1,6 @@
-"""The layout of a folder of images: its class folders and their splits.
+"""The layout of a folder of images: which sub-folders are classes, and which are splits.
 
-The layout follows from the paths of the images; no file is opened.
+The layout is found from the paths of the images; no file is opened.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from cnn_jax.data.source import SPLIT_NAMES
 from cnn_jax.system.errors import DataError, printable
 
 _PREDICTION = "prediction"
-# The split for a word in a folder's name. "Evaluation" images are often used to choose a
-# network, so they are validation: the test split must not influence any choice.
+# The split that a word in a folder's name means. "Evaluation" means validation, because such
+# images are often used to choose a network, and the test split must not influence any choice.
 _SPLIT_OF_WORD = {
     **SPLIT_NAMES,
     "trainval": "train",
@@ -23,7 +23,7 @@ _SPLIT_OF_WORD = {
     **dict.fromkeys(("pred", "predict", "prediction", "predictions", "inference"), _PREDICTION),
     **dict.fromkeys(("unlabeled", "unlabelled", "submission"), _PREDICTION),
 }
-# Words in folder names that say only that the folder holds data.
+# Words in folder names that say only that the folder contains data.
 _PLAIN_WORDS = frozenset(
     (
         *("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic"),
@@ -31,24 +31,25 @@ _PLAIN_WORDS = frozenset(
         *("file", "files", "folder", "folders", "dir", "split", "splits"),
     )
 )
-# Names of folders in data sets for detection or segmentation: one folder per kind of file.
+# Names of folders in data sets for detection or segmentation, which have one folder for each kind
+# of file.
 _KINDS_OF_FILES = frozenset(
     (
         *("image", "images", "img", "imgs", "mask", "masks", "label", "labels"),
         *("annotation", "annotations", "groundtruth", "segmentation", "segmentations"),
     )
 )
-# The kinds of files that are not labelled images.
+# Those names that mean files other than labelled images.
 _ANNOTATIONS = _KINDS_OF_FILES - _PLAIN_WORDS
 _MAX_NAMED = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The class folders of a data set.
+    """The class folders and splits of a data set.
 
     Attributes:
-      parts: The split of each folder that holds class folders, such as
+      parts: The split of each folder that contains class folders, such as
         {"seg_train/seg_train": "train"}; {"": ""} if the data is not divided.
       spellings: The class of each class folder whose name has another spelling than the
         class, such as {"test/cat": "Cat"}.
@@ -73,10 +74,10 @@ class Layout:
 def find_layout(paths: Iterable[str], source: str) -> Layout:
     """Finds the layout of a folder with images at these paths.
 
-    A folder is a split if its name has a word for a split (`train`, `data_val`, `seg_test`),
-    it contains class folders and no images, and its classes agree with those of the other
-    splits. With classes:PATH no folder is a split; with splits:PATH each folder is a split if
-    its name has such a word.
+    A folder is a split if its name contains a word for a split (`train`, `data_val`,
+    `seg_test`), it contains class folders but no images directly, and its classes agree with those
+    of the other splits. With classes:PATH no folder is a split; with splits:PATH each folder is a
+    split if its name contains such a word.
 
     Args:
       paths: The paths of the images, relative to the folder, with "/" between the parts.
@@ -97,7 +98,7 @@ def find_layout(paths: Iterable[str], source: str) -> Layout:
 
 
 class _Tree:
-    """The folders of the images.
+    """The tree of folders that contain the images.
 
     Attributes:
       images: The number of images directly in each folder.
@@ -115,17 +116,17 @@ class _Tree:
                 folder = parent
 
     def folders(self, folder: str) -> set[str]:
-        """The names of the sub-folders that have images at any depth."""
+        """Returns the names of the sub-folders of a folder that have images at any depth."""
         return self._folders.get(folder, set())
 
     def count(self, folder: str) -> int:
-        """The number of images in a folder, at any depth."""
+        """Returns the number of images in a folder, at any depth."""
         below = f"{folder}/"
         return sum(n for name, n in self.images.items() if name == folder or name.startswith(below))
 
 
 def _words(name: str) -> list[str]:
-    """The words of a folder's name, in lower case: "TrainSet_2017" has train, set and 2017."""
+    """Returns a folder name's words in lower case: train, set and 2017 for "TrainSet_2017"."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
     words = []
     joined = re.sub(r"(?<![^\W_])hold[\W_]+out(?![^\W_])", "holdout", spaced.casefold())
@@ -135,7 +136,7 @@ def _words(name: str) -> list[str]:
 
 
 def _two_words(word: str) -> list[str] | None:
-    """The two words of a compound such as "testset" or "imgtrain"; None for other words."""
+    """Returns the two words of a compound such as "testset"; None for other words."""
     if word in _SPLIT_OF_WORD:
         return None
     for split_word in _SPLIT_OF_WORD:
@@ -149,13 +150,13 @@ def _two_words(word: str) -> list[str] | None:
 
 
 def _is_plain(word: str) -> bool:
-    """Whether a word (or a short number, or a year) says nothing about a folder's content."""
+    """Returns whether a word, short number or year says nothing about a folder's content."""
     return word in _PLAIN_WORDS or bool(re.fullmatch(r"\d{1,2}|(19|20)\d\d", word))
 
 
 @dataclasses.dataclass(frozen=True)
 class _SplitName:
-    """A folder's name with a word for a split.
+    """The parts of a folder's name that contains a word for a split.
 
     Attributes:
       split: "train", "validation", "test" or "prediction".
@@ -167,7 +168,7 @@ class _SplitName:
 
 
 def _parse(name: str) -> _SplitName | None:
-    """Parses a folder's name; None if it has no word for a split, or words for several.
+    """Parses a folder's name; returns None unless it has a word for exactly one split.
 
     A name with words for training and validation, such as train_val, is a training split.
     """
@@ -181,9 +182,9 @@ def _parse(name: str) -> _SplitName | None:
 
 
 def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str, str], list[str]]:
-    """Finds the folders that hold class folders; returns the split of each, and remarks.
+    """Finds the folders that contain class folders; returns the split of each, and warnings.
 
-    Without splits, the result is {"": ""}: the root holds the class folders.
+    Without splits, the result is {"": ""}: the root contains the class folders.
 
     Raises:
       DataError: The folders may be classes or splits, or there are no class folders.
@@ -198,8 +199,8 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
     classes = set[str]().union(*map(tree.folders, training))
     has_classes = any(tree.folders(_inner_folder(tree, top)) for top in chosen)
     if not classes and (training or not has_classes):
-        # A folder such as train/ without class folders is a class itself, unless all folders
-        # are named as splits.
+        # A folder such as train/ without sub-folders is a class, unless all folders have names of
+        # splits.
         affixes = {name.affix for name in names.values()}
         several = len({name.split for name in names.values()}) > 1
         are_only_splits = len(names) == len(tops) and (chosen or (several and affixes == {()}))
@@ -228,7 +229,7 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
             why = f"in {top} are {'the same' if agrees else 'other'} sub-folders"
             raise DataError(_ambiguous(source, sorted(chosen), why))
         elif agrees and classes and not are_splits and not _ANNOTATIONS & set(_words(top)):
-            # Labelled images must not be left out without the user's decision.
+            # These images have labels, so the user must decide whether they are left out.
             why = f"in {top} are the same sub-folders"
             raise DataError(_ambiguous(source, sorted(chosen), why, () if split else (top,)))
         else:
@@ -247,13 +248,15 @@ def _choose(
 
     The first rule that applies decides:
 
-    1. Names without an affix, with a training split and another split: train/ and test/.
-    2. The only group of names with one affix and the same condition: seg_train/ and seg_test/.
-       Several such groups are ambiguous.
-    3. All folders are named as splits, without an affix, and have sub-folders.
-    4. All folders are named as splits, with different affixes: ambiguous if their sub-folders
-       agree.
-    5. There are no splits.
+    1. If the names without an affix include a training split and another split, these folders
+       are the splits: train/ and test/.
+    2. If the names with one affix include a training split and another split, these folders are
+       the splits: seg_train/ and seg_test/. If this holds for several affixes, the layout is
+       ambiguous.
+    3. If all folders are named as splits, without an affix, and have sub-folders, all are splits.
+    4. If all folders are named as splits, with different affixes, and their sub-folders agree,
+       the layout is ambiguous.
+    5. Otherwise there are no splits.
 
     Raises:
       DataError: The names are ambiguous.
@@ -268,7 +271,7 @@ def _choose(
     ]
     plain = groups.get((), {})
     if plain in pairs:
-        # Beside train/ and test/, names such as train_images/ are not splits.
+        # If there are train/ and test/, folders such as train_images/ are not splits.
         exact = {split for top, split in plain.items() if top.lower() in SPLIT_NAMES}
         is_needed = {top: top.lower() in SPLIT_NAMES or plain[top] not in exact for top in plain}
         return {top: split for top, split in plain.items() if is_needed[top]}
@@ -294,10 +297,10 @@ def _choose(
 
 
 def _inner_folder(tree: _Tree, top: str, classes: Collection[str] = ()) -> str:
-    """The folder that holds a split's class folders, such as seg_train/seg_train.
+    """Returns the folder that contains a split's class folders, such as seg_train/seg_train.
 
     Args:
-      tree: The folders.
+      tree: The tree of folders.
       top: The split's folder.
       classes: The known class names. A folder with such a name is a class folder.
     """
@@ -314,12 +317,12 @@ def _inner_folder(tree: _Tree, top: str, classes: Collection[str] = ()) -> str:
 
 
 def _fold(name: str) -> str:
-    """Normalizes a class name: without differences of case, spaces or Unicode form."""
+    """Normalizes a class name, so that case, spaces and Unicode form make no difference."""
     return "".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def nearly_equal(names: Iterable[str]) -> list[list[str]]:
-    """The sets of names that differ only in case, spaces or Unicode form."""
+    """Returns the sets of names that differ only in case, spaces or Unicode form."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         groups[_fold(name)].append(name)
@@ -327,13 +330,13 @@ def nearly_equal(names: Iterable[str]) -> list[list[str]]:
 
 
 def _agree(names: Collection[str], classes: Collection[str]) -> bool:
-    """Whether at least half of these names are classes."""
+    """Returns whether at least half of these names are names of classes."""
     folded = set(map(_fold, classes))
     return bool(names) and 2 * sum(_fold(name) in folded for name in names) >= len(names)
 
 
 def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Finds class folders that are spelt differently in the training part.
+    """Finds class folders whose names have another spelling in the training split.
 
     Returns:
       The class of each such folder, and remarks.
@@ -373,12 +376,12 @@ def _check_classes_are_no_splits(
 def _taken_for_classes(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> list[str]:
-    """A remark about folders that are named as splits but are taken for classes."""
+    """Returns a warning about folders that are named as splits but are taken for classes."""
     plain = [top for top in names if not names[top].affix]
     are_several = len({names[top].split for top in plain}) > 1
 
     def looks_like_a_split(top: str) -> bool:
-        """Whether the folder looks like a split in other ways than its name."""
+        """Returns whether more than its name suggests that the folder is a split."""
         has_classes = not tree.images[top] and len(tree.folders(top)) > 1
         return are_several or has_classes or names[top].split == _PREDICTION
 
@@ -398,7 +401,7 @@ def _taken_for_classes(
 
 
 def _look_below_the_classes(tree: _Tree, layout: Layout, source: str) -> list[str]:
-    """Remarks about sub-folders of classes; they may show that the folders are not classes.
+    """Returns warnings about sub-folders of classes, which may mean that these are not classes.
 
     Raises:
       DataError: The folders are named as kinds of files, such as images and masks.
@@ -438,7 +441,7 @@ def _look_below_the_classes(tree: _Tree, layout: Layout, source: str) -> list[st
 
 
 def _ambiguous(source: str, folders: Sequence[str], why: str, left_out: Sequence[str] = ()) -> str:
-    """The message for an ambiguous layout, with the sources that resolve it.
+    """Returns the error message for an ambiguous layout, with the sources that resolve it.
 
     Args:
       source: The source's name.
@@ -467,7 +470,7 @@ def _path(source: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Joins names: "a, b and c", or "a, b, c and 9 more"."""
+    """Joins names to a text such as "a, b and c" or "a, b, c and 9 more"."""
     shown = [printable(name) for name in names[:_MAX_NAMED]]
     if len(names) > _MAX_NAMED:
         shown[_MAX_NAMED - 1 :] = [f"{len(names) - _MAX_NAMED + 1:,} more"]

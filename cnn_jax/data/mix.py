@@ -6,8 +6,8 @@ Classifiers with Localizable Features", section 3.1) replaces a box of one image
 box of the other. In both, the label becomes a distribution over classes, in the proportion
 of the images.
 
-Here each example has its own draw of method and proportion; the papers' programs draw once
-per batch. The partner of an example is the example before it in the batch, which is random
+This module draws the method and the proportion for each example; the authors' programs draw them
+once per batch. The partner of an example is the example before it in the batch, which is random
 because the stream is shuffled.
 """
 
@@ -39,7 +39,10 @@ class Mixing:
 
     @classmethod
     def from_config(cls, augment: Any) -> "Mixing":
-        """Makes a mixing from a configuration's section `augment`; missing keys have defaults."""
+        """Makes a mixing from the configuration's section `augment`.
+
+        Missing keys get their defaults.
+        """
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: augment[name] for name in names if name in augment})
 
@@ -47,7 +50,7 @@ class Mixing:
         return self.mixup_probability == self.cutmix_probability == 0
 
     def describe(self) -> str:
-        """A text such as "MixUp of 50% (alpha 0.2), CutMix of 50% (alpha 1)"; "" for none."""
+        """Returns a text such as "MixUp of 50% (alpha 0.2)"; "" if no example is mixed."""
         methods = (
             ("MixUp", self.mixup_probability, self.mixup_alpha),
             ("CutMix", self.cutmix_probability, self.cutmix_alpha),
@@ -85,7 +88,8 @@ def draw(key: PRNGKeyArray, mixing: Mixing, batch_size: int) -> Draws:
     is_mixup = number < mixing.mixup_probability
     is_mixed = number < mixing.mixup_probability + mixing.cutmix_probability
     alpha = jnp.where(is_mixup, mixing.mixup_alpha, mixing.cutmix_alpha)
-    # Beta is the Dirichlet distribution of two parts, which JAX compiles faster than beta.
+    # A Beta distribution is a Dirichlet distribution with two components, which JAX compiles
+    # faster than its own beta.
     share = jax.random.dirichlet(for_share, jnp.stack([alpha, alpha], axis=1))[:, 0]
     return Draws(
         is_mixup=is_mixup,
@@ -98,17 +102,18 @@ def draw(key: PRNGKeyArray, mixing: Mixing, batch_size: int) -> Draws:
 def mixup_weights(
     share: Float[Array, " batch"], image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
-    """The partner's weight in each pixel under MixUp: 1 - share."""
+    """Returns the partner's weight in each pixel under MixUp: 1 - share."""
     return jnp.broadcast_to((1 - share)[:, None, None], (*share.shape, *image_size))
 
 
 def cutmix_weights(
     share: Float[Array, " batch"], centre: Float[Array, "batch 2"], image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
-    """The partner's weight in each pixel under CutMix: 1 inside the box, 0 outside.
+    """Returns the partner's weight in each pixel under CutMix: 1 inside the box, 0 outside.
 
     The box's height and width are sqrt(1 - share) of the image's, so the box covers 1 - share
-    of the pixels, or fewer if it extends over the border. A pixel is inside if its centre is.
+    of the pixels, or fewer if it extends over the border. A pixel is inside the box if its centre
+    is.
     """
     side = jnp.sqrt(1 - share)[:, None]
 
@@ -123,7 +128,7 @@ def cutmix_weights(
 def partner_weights(
     draws: Draws, image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
-    """The partner's weight in each pixel, 0 to 1; exactly 0 if an example is not mixed."""
+    """Returns the partner's weight in each pixel, 0 to 1; exactly 0 if there is no mixing."""
     mixup = mixup_weights(draws.share, image_size)
     cutmix = cutmix_weights(draws.share, draws.centre, image_size)
     weights = jnp.where(draws.is_cutmix[:, None, None], cutmix, 0)
@@ -135,7 +140,7 @@ def blend(
     targets: Float[Array, "batch classes"],
     weights: Float[Array, "batch height width"],
 ) -> tuple[Float[Array, "batch height width channel"], Float[Array, "batch classes"]]:
-    """Mixes each example with the example before it; the first with the last.
+    """Mixes each example with the example before it, and the first example with the last.
 
     Args:
       images: float32, in any range.
@@ -143,8 +148,8 @@ def blend(
       weights: The partner's weight in each pixel, 0 to 1.
 
     Returns:
-      The mixed images and the mixed targets. The partner's target has the mean of `weights`
-      as its weight; under CutMix, that is the fraction of pixels that come from the partner.
+      The mixed images and the mixed targets. The weight of the partner's target is the mean of
+      `weights`; under CutMix, that is the fraction of pixels that come from the partner.
       An example whose weights are 0 is unchanged, bit for bit.
     """
     partner_share = jnp.mean(weights, axis=(1, 2))
@@ -166,7 +171,7 @@ def mix_batch(
     mask: Bool[Array, " batch"],
     mixing: Mixing,
 ) -> tuple[Float[Array, "batch height width channel"], Float[Array, "batch classes"]]:
-    """Makes the draws of one batch and mixes it.
+    """Makes the random draws of one batch, and mixes the batch.
 
     Args:
       key: The random key of this batch.

@@ -1,7 +1,7 @@
-"""Streams of batches from a source, with Grain.
+"""Streams of training and evaluation batches from a source, with Grain.
 
 Batch i and its random draws are a function of (source, seed, i). So a stream can start at
-any batch, and the number of threads or worker processes does not change it.
+any batch, and the number of threads or worker processes does not change the batches.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 NumpyBatch = dict[str, np.ndarray]
 
-# More batches than any run has.
+# The length of an endless stream: more batches than any run has.
 _ENDLESS = 2**40
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loader:
-    """Loads batches of examples of a source.
+    """An object that loads batches of examples of a source.
 
     Attributes:
       source: The images.
@@ -49,8 +49,8 @@ class Loader:
       pixels: All images, resized, in memory or memory-mapped; None if an image is decoded
         each time that it is loaded.
       rows: The row in `pixels` of each example.
-      on_device: Whether the pixels are on the device. A batch then has row numbers instead
-        of images.
+      on_device: Whether the pixels are on the device. A batch then contains row numbers
+        instead of images.
       workers: The number of worker processes that decode; 0: threads of this process.
     """
 
@@ -62,9 +62,11 @@ class Loader:
     workers: int = 0
 
     def load(self, indices: Int[np.ndarray, " batch"]) -> NumpyBatch:
-        """Loads these examples: {"image": uint8 [B, H, W, 3], "label": int32 [B]}.
+        """Loads the examples at these positions of the source as a batch.
 
-        If the pixels are on the device, "row", int32 [B], takes the place of "image".
+        Returns:
+          {"image": uint8 [B, H, W, 3], "label": int32 [B]}. If the pixels are on the device,
+          "row", int32 [B], takes the place of "image".
 
         Raises:
           DataError: An image cannot be decoded.
@@ -99,10 +101,10 @@ def load_image(
 
 
 def choose_workers(requested: int) -> int:
-    """The number of worker processes for `data.workers`, where -1 means automatic."""
+    """Returns the number of worker processes for a value of `data.workers`; -1 is automatic."""
     if requested >= 0:
         return requested
-    # On a machine with few cores, the training step needs all of them.
+    # With few cores there are no worker processes, because the training step needs all cores.
     return 0 if scan.num_cores() < 4 else min(16, scan.num_cores() - 1)
 
 
@@ -121,10 +123,10 @@ def _add_draws(
 def _load_training_batch(
     draws: NumpyBatch, loader: Loader, place: str | None, rows: np.ndarray | None
 ) -> NumpyBatch:
-    """Loads the images of drawn examples, and augments them if `place` is "host".
+    """Loads the images of a training batch, and augments them if `place` is "host".
 
-    If `place` is "device", the batch carries the draws; if it is None, there is no
-    augmentation.
+    If `place` is "device", the batch contains the draws, and the training step applies them. If
+    `place` is None, there is no augmentation.
     """
     if rows is not None:
         draws = {name: values[rows] for name, values in draws.items()}
@@ -151,7 +153,7 @@ def training_batches(
     balanced: bool = False,
     rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
-    """The training batches from batch `start` on; endless unless `stop` is given.
+    """Returns a stream of training batches from batch `start` on; endless unless `stop` is given.
 
     Each pass over the examples has a new order. A batch may span two passes, so every batch
     is full and all examples are used equally often. A balanced stream takes one example of
@@ -163,14 +165,14 @@ def training_batches(
       indices: Positions of the training split in the loader's source.
       batch_size: The number of examples in a batch.
       augmentation: The ranges of the random draws.
-      place: Where images are augmented: "host" (in this stream), or "device"; then a batch
-        carries the draws "matrix" and "contrast" for the train step.
+      place: Where images are augmented: "host" (in this stream), or "device". With "device" a
+        batch contains the draws "matrix" and "contrast" for the training step.
       seed: The seed of the orders and draws.
       start: The number of the first batch. Earlier batches are not computed.
       stop: The number after the last batch; no later batch is read ahead.
       balanced: Whether all classes are used equally often.
-      rows: The rows of each batch to load; None: all. Other processes load the other rows.
-        The draws are made for the whole batch.
+      rows: The rows of each batch that this process loads; None: all rows. Other processes
+        load the other rows. The draws are made for the whole batch.
 
     Returns:
       A context manager that closes the stream and ends its workers. A batch is
@@ -215,7 +217,7 @@ class _Passes:
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """The positions that stand at these places of the endless sequence."""
+        """Returns the elements of the endless sequence at these places."""
         passes, offsets = np.divmod(places, self._size)
         positions = np.empty_like(places)
         for number in np.unique(passes).tolist():
@@ -227,7 +229,7 @@ class _Passes:
         order = self._orders.get(number)
         if order is None:
             order = np.random.default_rng([self._seed, number]).permutation(self._size)
-            # Threads that read ahead may be in this pass or in the one before.
+            # Threads that read ahead may still need the order of the previous pass.
             before = {n: self._orders[n] for n in (number - 1,) if n in self._orders}
             self._orders = before | {number: order}
         return order
@@ -236,8 +238,8 @@ class _Passes:
 class _ClassesInTurn:
     """An endless sequence of positions with one example of each class per round.
 
-    Each round has a new order of the classes. In a fixed order, a batch would have
-    neighbours in the alphabet, which are often similar classes.
+    Each round has a new order of the classes. In a fixed order, a batch would contain classes that
+    are neighbours in the alphabet and therefore often similar.
     """
 
     def __init__(self, labels: Int[np.ndarray, " n"], seed: int):
@@ -251,7 +253,7 @@ class _ClassesInTurn:
         ]
 
     def __call__(self, places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """The positions that stand at these places of the endless sequence."""
+        """Returns the elements of the endless sequence at these places."""
         rounds, turns = places // len(self._members), self._turns(places)
         positions = np.empty_like(places)
         for turn in np.unique(turns).tolist():
@@ -272,16 +274,16 @@ def evaluation_batches(
     batch_size: int,
     rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
-    """Batches with every example once, in order; the last batch is padded.
+    """Returns a stream of batches with every example once, in order; the last batch is padded.
 
-    Padding repeats the split's first example, so that all batches have the same shape; the
-    mask is False there.
+    Padding repeats the split's first example, so that all batches have the same shape. The mask
+    is False for padding.
 
     Args:
       loader: Loads the images.
       indices: Positions of the split in the loader's source.
       batch_size: The number of examples in a batch.
-      rows: The rows of each batch to load; None: all.
+      rows: The rows of each batch that this process loads; None: all rows.
     """
     own_rows = np.arange(batch_size) if rows is None else rows
 
@@ -295,7 +297,7 @@ def evaluation_batches(
 
 
 def _iterate(dataset: grain.MapDataset, workers: int) -> Generator[NumpyBatch, None, None]:
-    """Reads ahead in threads or worker processes, which end when the generator is closed."""
+    """Yields batches that threads or worker processes read ahead, until it is closed."""
     if workers == 0:
         threads = max(2, min(16, scan.num_cores()))
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -323,7 +325,7 @@ def _workers_that_die() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "Worker process was terminated" not in str(error):  # Grain's words.
+        if "Worker process was terminated" not in str(error):  # The text of Grain's error.
             raise
         raise DataError(
             "a worker process that reads the data was killed, perhaps because memory ran out; the "
@@ -332,7 +334,7 @@ def _workers_that_die() -> Iterator[None]:
 
 
 def _end_with_the_main_process(worker: int, workers: int) -> None:
-    """Ends a worker when the main process ends, even if the main process was killed."""
+    """Makes a worker process end when the main process ends, even if that was killed."""
     main_process = multiprocessing.parent_process()
     assert main_process is not None
 
@@ -350,9 +352,10 @@ def _ctrl_c_held_back() -> Iterator[None]:
     A terminal sends Ctrl-C to all processes of a command. Only the main process handles it:
     it finishes its step, saves and ends the workers.
     """
-    # The tracker warns of batches left in shared memory, and then removes them.
+    # Python's resource tracker removes batches that are left in shared memory. This hides its
+    # warning about them.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # The tracker unblocks SIGINT when it starts, so it must be running before.
+    # The resource tracker unblocks SIGINT when it starts, so it must start before the block.
     resource_tracker.ensure_running()
     sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

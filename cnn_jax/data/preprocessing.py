@@ -1,4 +1,4 @@
-"""The preprocessing between an image of any size and the network's input."""
+"""The preprocessing that converts an image of any size to the network's input."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """The parameters of preprocessing; a bundle carries them.
+    """The parameters of preprocessing, which are also stored in a bundle.
 
     Attributes:
       image_size: (height, width) of the network's input, in pixels.
-      mean: Grey level, 0 to 255, subtracted from each of R, G and B.
-      std: Grey levels by which each of R, G and B is then divided.
-      max_pixels: Largest width times height of an image that is decoded.
+      mean: The grey levels, 0 to 255, that are subtracted from R, G and B.
+      std: The grey levels by which R, G and B are then divided.
+      max_pixels: The largest width times height of an image that is decoded.
       white_level: The value that is white (grey level 255) in images of more than 8
         bits, of signed integers and of floats, such as 4095 or 1.0. 0: the largest
         value of the type, for unsigned integers of at most 16 bits; other types are
@@ -42,7 +42,7 @@ class Preprocessing:
     interpolation: str = "bilinear"
 
 
-# 224 x 224 pixels, inputs in [-1, 1].
+# The default preprocessing: 224 x 224 pixels, and inputs in [-1, 1].
 SPECIFICATION = Preprocessing()
 
 

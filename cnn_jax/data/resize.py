@@ -13,17 +13,18 @@ from PIL import Image
 
 from cnn_jax.data.preprocessing import Preprocessing
 
-# The underscores say that two images in one signature may differ in size.
+# Because of the underscores, jaxtyping lets two images in one signature differ in size.
 Pixels = UInt8[np.ndarray, "_height _width 3"]
 
 # The grey level around an image that is padded. ultralytics pads with the same level. It is
 # the mean of photographs (0.449 of 255 in ImageNet), so it is near 0 after normalization.
 PADDING = 114
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# A larger image is not made before its centre is cut out: 1 x 1,000,000 pixels would become
-# 224 x 224,000,000.
+# If the scaled image would have more pixels than this, only its visible part is computed. For
+# example, an image of 1 x 1,000,000 pixels would become 224 x 224,000,000.
 _MAX_SCALED_PIXELS = 2**24
-# Pixels on each side of an output pixel's centre that the filters read, times the scale.
+# The number of pixels that a filter reads on each side of an output pixel's centre: pixels of the
+# output if the image is reduced, pixels of the image if it is enlarged.
 _SUPPORT = 2
 
 # (left, top, right, bottom) in pixels.
@@ -44,7 +45,7 @@ class View:
 
 
 def view(size: tuple[int, int], preprocessing: Preprocessing) -> View:
-    """The part of an image of this (height, width) that the network sees."""
+    """Returns the part that the network sees of an image with this (height, width)."""
     (scaled_height, scaled_width), (top, left) = _scaled_size_and_offset(size, preprocessing)
     y_range = _visible_range(size[0], scaled_height, top, preprocessing.image_size[0])
     x_range = _visible_range(size[1], scaled_width, left, preprocessing.image_size[1])
@@ -86,7 +87,7 @@ def resize(image: Pixels, preprocessing: Preprocessing) -> Pixels:
 def _scaled_size_and_offset(
     size: tuple[int, ...], preprocessing: Preprocessing
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The (height, width) of the scaled image, and the (top, left) of it in the input.
+    """Returns the (height, width) of the scaled image, and its (top, left) in the input.
 
     The offset is negative where the scaled image is cropped.
     """
@@ -111,19 +112,22 @@ def _scaled_size_and_offset(
 def _visible_range(
     side: int, scaled: int, offset: int, input_side: int
 ) -> tuple[tuple[float, float], tuple[int, int]]:
-    """The visible range of one axis: in pixels of the image, and in pixels of the input."""
+    """Returns the visible range of one axis, in pixels of the image and of the input."""
     start, stop = max(offset, 0), min(offset + scaled, input_side)
     return ((start - offset) * side / scaled, (stop - offset) * side / scaled), (start, stop)
 
 
 def _crop_and_scale(image: Pixels, preprocessing: Preprocessing) -> Pixels:
-    """Scales only the visible part; differs from scaling all of it by rounding only."""
+    """Scales only the visible part of an image.
+
+    Except for rounding, the result is the same as if the whole image were scaled and cropped.
+    """
     left, top, right, bottom = view((image.shape[0], image.shape[1]), preprocessing).image_box
     height, width = preprocessing.image_size
     x_margin = math.ceil(_SUPPORT * max((right - left) / width, 1)) + 1
     y_margin = math.ceil(_SUPPORT * max((bottom - top) / height, 1)) + 1
-    # Pillow's boxes are float32, which has no fractions of large numbers. So they are
-    # counted from the start of the part that is read.
+    # Pillow's boxes are float32, which cannot represent fractions of large numbers. So positions
+    # are relative to the start of the part that is read.
     x_start, y_start = max(math.floor(left) - x_margin, 0), max(math.floor(top) - y_margin, 0)
     x_stop, y_stop = math.ceil(right) + x_margin, math.ceil(bottom) + y_margin
     part = Image.fromarray(np.ascontiguousarray(image[y_start:y_stop, x_start:x_stop]))

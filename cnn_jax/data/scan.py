@@ -27,10 +27,10 @@ from cnn_jax.system.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# Part of the cache's key; raise it when the meaning of a record changes.
+# This version is part of the cache's key. Increase it when the meaning of a record changes.
 _VERSION = 3
-# An image file may have this many bytes per allowed pixel, and this many for metadata. A
-# larger file is not read.
+# The largest allowed size of an image file: bytes per allowed pixel, and additional bytes for
+# metadata. A larger file is not read.
 _BYTES_A_PIXEL, _OTHER_BYTES = 4, 2**20
 # Files of more bytes are read and decoded one at a time.
 _LARGE_FILE = 2**23
@@ -41,7 +41,7 @@ _Result = TypeVar("_Result")
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The properties of one image.
+    """The properties of one image file that a scan records.
 
     Attributes:
       digest: The sha256 of the encoded bytes, hexadecimal, 32 digits; "" if the bytes cannot
@@ -49,8 +49,8 @@ class Record:
       pixels: The digest of the decoded pixels and their shape; "" after an error.
       header: The file's header; None after an error.
       error: The reason why the image cannot be read; None if it can.
-      values: The range of the file's values; None after an error, except after the error
-        that no value is known to be white.
+      values: The range of the file's values; None after an error, unless the error is that the
+        value of white is unknown.
       other_format: The image's format if it is known but not supported; else "".
     """
 
@@ -78,7 +78,7 @@ class Unreadable:
 
 
 def examine(encoded: bytes, preprocessing: Preprocessing) -> tuple[Record, Pixels | None]:
-    """Returns the record of an encoded image, and its pixels; None if it cannot be decoded."""
+    """Returns the record of an encoded image, and its pixels or None if decoding fails."""
     digest = _digest(encoded)
     try:
         header, values, pixels = decode.decode_with_header(
@@ -119,14 +119,17 @@ def read_example(source: Source, index: int, max_pixels: int) -> bytes:
 def one_large_file_at_a_time(
     source: Source, index: int
 ) -> contextlib.AbstractContextManager[object]:
-    """Returns a lock for large files, so that the memory used does not grow with the cores."""
+    """Returns a context in which only one thread at a time may handle a large file.
+
+    Without it, the memory used would grow with the number of cores.
+    """
     is_large = source.sizes[index] > _LARGE_FILE
     return _LARGE_FILE_TURN if is_large else contextlib.nullcontext()
 
 
 @runtime_checkable
 class PixelSink(Protocol):
-    """The destination of the resized images of a scan."""
+    """A destination to which a scan writes the resized images."""
 
     def write(self, row: int, pixels: Pixels) -> None: ...
 
@@ -188,9 +191,9 @@ def scan(
 
 
 def on_all_cores(work: Callable[[int], _Result], rows: Sequence[int]) -> Iterator[_Result]:
-    """Yields work(row) for each row, in order, computed by one thread per core.
+    """Yields work(row) for each row, in order; one thread per core computes the results.
 
-    Threads help because decoders and hashes release Python's global lock.
+    Threads are fast because decoders and hashes release Python's global lock.
     """
     with ThreadPoolExecutor(num_cores()) as pool:
         for chunk in _chunks(rows, 64 * num_cores()):
@@ -198,10 +201,10 @@ def on_all_cores(work: Callable[[int], _Result], rows: Sequence[int]) -> Iterato
 
 
 def num_cores() -> int:
-    """The number of cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS knows no affinity.
+    return os.cpu_count() or 1  # macOS has no CPU affinity.
 
 
 def _chunks(rows: Iterable[int], size: int) -> Iterator[list[int]]:
@@ -214,7 +217,7 @@ def known_records(source: Source, preprocessing: Preprocessing) -> list[Record |
     """Returns the records of an earlier scan; None for examples that are new or have changed."""
     remembered = cache.read_json("scans", _key(source, preprocessing))
     records: list[Record | None] = [None] * len(source)
-    # A cache file of another form is ignored.
+    # A cache file with unexpected content is ignored.
     with contextlib.suppress(AttributeError, TypeError, ValueError):
         for i, (example_id, version) in enumerate(zip(source.ids, source.versions, strict=True)):
             if (values := remembered.get(example_id)) and values[0] == version:
@@ -244,7 +247,8 @@ def _remember(
             record.other_format,
         )
         for example_id, version, record in zip(source.ids, source.versions, records, strict=True)
-        # A file without a digest could not be opened; the next run tries again.
+        # A record without a digest is not stored: the file could not be read, and the next run
+        # tries again.
         if record is not None and record.digest
     }
     try:
@@ -270,13 +274,13 @@ def readable(
     ]
     rows = np.flatnonzero([record.error is None for record in records])
     source = listing.select(rows)
-    if len(rows):  # Without any example, no class would be left.
+    if len(rows):  # Without examples, all classes would be removed.
         source = source.without_empty_classes()
     return source, rows, unreadable
 
 
 def pixels_key(records: Sequence[Record], preprocessing: Preprocessing) -> str:
-    """The cache key of the resized images of these records, for this preprocessing."""
+    """Returns the cache key of the resized images with these records and this preprocessing."""
     height, width = preprocessing.image_size
     limits = f"{preprocessing.max_pixels} {preprocessing.white_level}"
     shape = f"{preprocessing.resize} {preprocessing.crop_ratio} {preprocessing.interpolation}"

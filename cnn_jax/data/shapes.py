@@ -1,4 +1,4 @@
-"""`shapes`: the embedded data set, ten classes of generated outlines.
+"""The data set `shapes`, which is generated: images of geometric shapes in ten classes.
 
 Every image is a function of (seed, index), so a shorter data set is a prefix of a longer one.
 A flip, a rotation, a zoom or a change of contrast does not change the label.
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.cache import cache_dir
 
-# Part of the cache folder's name; raise it when any pixel changes.
+# This version is part of the cache folder's name. Increase it when any pixel changes.
 VERSION = 1
 NUM_IMAGES = 12_000
 CLASS_NAMES = (
@@ -45,13 +45,13 @@ Outline = np.ndarray
 
 
 def _arc(start: float, stop: float, num: int = 48) -> Outline:
-    """Points [num, 2] of the unit circle between two angles in radians."""
+    """Returns points [num, 2] on the unit circle between two angles in radians."""
     angle = np.linspace(start, stop, num)
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
 def _regular(corners: int, inner_radius: float | None = None) -> Outline:
-    """A regular polygon [n, 2], or a star if `inner_radius` is given."""
+    """Returns a regular polygon [n, 2], or a star if `inner_radius` is given."""
     if inner_radius is None:
         return _arc(0, 2 * math.pi, corners + 1)[:-1]
     points = _arc(0, 2 * math.pi, 2 * corners + 1)[:-1]
@@ -73,7 +73,7 @@ def _cross(arm: float) -> Outline:
 
 
 def _crescent(thickness: float) -> Outline:
-    """The part of the unit disc outside a second disc through two of its points."""
+    """Returns the outline of a crescent: an arc of the unit circle, and a flatter inner arc."""
     half = 0.75 * math.pi
     outer = _arc(-half, half)
     # The inner arc connects the same two end points and is flatter.
@@ -84,7 +84,7 @@ def _crescent(thickness: float) -> Outline:
 
 
 def _outlines(name: str, rng: np.random.Generator) -> tuple[Outline, Outline | None]:
-    """The outline of an object of a class, and the outline of its hole or None."""
+    """Returns a random outline for a class, and the outline of its hole, or None."""
     if name == "circle":
         return _arc(0, 2 * math.pi), None
     if name == "ring":
@@ -120,7 +120,7 @@ def _place(outline: Outline, centre: np.ndarray, radius: float, angle: float) ->
 
 
 def _texture(rng: np.random.Generator, size: tuple[int, int], strength: float) -> np.ndarray:
-    """A smooth random brightness, float32 [h, w, 1], in grey levels around 0."""
+    """Returns smooth random noise around 0, float32 [h, w, 1], in grey levels."""
     cells = int(rng.integers(3, 12))
     coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
     fine = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC))
@@ -128,7 +128,7 @@ def _texture(rng: np.random.Generator, size: tuple[int, int], strength: float) -
 
 
 def _colour_away_from(rng: np.random.Generator, other: np.ndarray, distance: float) -> np.ndarray:
-    """A random RGB colour float64 [3] at least `distance` grey levels from `other`."""
+    """Returns a random RGB colour, float64 [3], at least `distance` grey levels from `other`."""
     while True:
         colour = rng.uniform(0, 255, 3)
         if np.linalg.norm(colour - other) >= distance:
@@ -196,7 +196,7 @@ def render(seed: int, index: int) -> tuple[Image.Image, Image.Image, int]:
     canvas = _paint(canvas, mask, colour + _texture(rng, size, rng.uniform(0, 25)))
 
     visible = np.asarray(mask) > 127
-    for _ in range(rng.integers(0, 2)):  # Occlusion.
+    for _ in range(rng.integers(0, 2)):  # An object in front.
         clutter = _scribble(rng, size, 0.2 * short)
         canvas = _paint(canvas, clutter, rng.uniform(0, 255, 3))
         visible &= np.asarray(clutter) <= 127
@@ -238,14 +238,15 @@ def generate(
     if final.exists():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
-    # Written to a temporary folder and renamed, so that the folder is complete or absent.
+    # The files are written to a temporary folder, which is then renamed. So the final folder is
+    # always complete.
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         for kind in ("images", "masks"):
             for name in CLASS_NAMES:
                 (partial / kind / name).mkdir(parents=True)
         write = functools.partial(_write_example, partial, seed)
-        # Not fork, because a fork of a process with JAX's threads could deadlock.
+        # "fork" could deadlock, because JAX has started threads in this process.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
             done = pool.map(write, range(num_images), chunksize=32)
@@ -255,7 +256,7 @@ def generate(
         try:
             partial.rename(final)
         except OSError:
-            if not final.exists():  # If it exists, another process was faster.
+            if not final.exists():  # Another process may have created it.
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -265,7 +266,7 @@ def generate(
 def read_masks(
     name: str, ids: Sequence[str], size: tuple[int, int]
 ) -> Bool[np.ndarray, "n height width"]:
-    """Reads the masks of the visible parts of objects, stretched to a size.
+    """Reads the masks of objects in the data set `shapes`, stretched to a size.
 
     Args:
       name: The source's name: "shapes" or "shapes:N".

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-# The names of the parts of a divided data set, and their splits.
+# The usual names of splits in data sets, and the split that each name means.
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -32,13 +32,13 @@ class Source:
       read: Returns the encoded bytes of an example, given its key; raises OSError.
       keys: The argument of `read` for each example.
       sizes: The number of bytes of each encoded image.
-      versions: A text for each example that changes when the example changes, as far as
-        that can be seen without reading it.
+      versions: A text for each example that changes when the example changes, as far as a
+        change is visible without reading the example.
       own_splits: "train", "validation" or "test" for each example that the data set itself
         assigns to a split; else "".
       ignored: The number of ignored files and folders, by kind.
       remarks: Warnings about the data, one sentence each.
-      split_folders: The split of each folder that stands for one, such as
+      split_folders: The split of each folder that contains the classes of a split, such as
         {"train": "train", "seg_test/seg_test": "test"}.
     """
 
@@ -65,7 +65,7 @@ class Source:
 
     @property
     def paths(self) -> list[str]:
-        """The ids without the folder of their own split, such as "train/"."""
+        """The ids of the examples, without the folder of a split, such as "train/"."""
 
         def without_split(example_id: str, own: str) -> str:
             for folder, split in self.split_folders.items():
@@ -110,7 +110,7 @@ class Source:
 
 
 def named_splits(ids: Iterable[str]) -> dict[str, str]:
-    """Returns the split of each top folder in the ids that is named as a split."""
+    """Returns the split of each top-level folder in the ids whose name is that of a split."""
     folders = {example_id.partition("/")[0] for example_id in ids if "/" in example_id}
     return {name: SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES}
 
@@ -118,7 +118,10 @@ def named_splits(ids: Iterable[str]) -> dict[str, str]:
 def fingerprint(
     source: Source, digests: Sequence[str], splits: Mapping[str, Int[np.ndarray, " _"]]
 ) -> str:
-    """The sha256 of id, class, content and split of all examples, in any order."""
+    """Returns the sha256 of the ids, classes, contents and splits of all examples.
+
+    It does not depend on the order of the examples.
+    """
     example_splits = {i: split for split, indices in splits.items() for i in indices}
     lines = sorted(
         f"{source.ids[i]}\t{source.class_names[source.labels[i]]}\t{digests[i]}\t{example_splits[i]}"

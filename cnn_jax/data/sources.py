@@ -1,4 +1,4 @@
-"""Opens a source by its name.
+"""The function that opens a source by its name, which has one of these forms.
 
 shapes[:N]          the generated data set, or its first N images
 folder:PATH         a folder with one sub-folder of images per class, or with splits of such folders
@@ -21,7 +21,7 @@ _FOLDERS = ("folder", "classes", "splits")
 
 
 def absolute(name: str) -> str:
-    """The name of a source with an absolute path, which is valid in any working directory."""
+    """Returns a source's name with an absolute path, which is valid in any working directory."""
     kind, _, path = name.partition(":")
     if kind not in (*_FOLDERS, "csv") or not path:
         return name
@@ -29,7 +29,7 @@ def absolute(name: str) -> str:
 
 
 def listed_folder(name: str) -> pathlib.Path | None:
-    """The folder of a source that is a folder; None for other sources."""
+    """Returns the folder of a source that lists the images of a folder; else None."""
     kind, _, path = name.partition(":")
     return pathlib.Path(path).expanduser() if kind in _FOLDERS and path else None
 

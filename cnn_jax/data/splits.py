@@ -20,7 +20,7 @@ _PLACEHOLDER = re.compile(r"\{\w+\}|\*")
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """The parameters of a division.
+    """The parameters of the division of a data set into splits.
 
     Attributes:
       fractions: The fractions of train, validation and test; their sum is 1.
@@ -51,7 +51,7 @@ class Division:
         self.groups(source)
 
     def groups(self, source: Source) -> list[str] | None:
-        """The group of each example; None without groups.
+        """Returns the name of each example's group; None without groups.
 
         Raises:
           DataError: A path does not match the pattern.
@@ -158,13 +158,14 @@ def divide(
 def _units(
     size: int, groups: list[str] | None, contents: list[str] | None
 ) -> Int[np.ndarray, " size"]:
-    """The unit of each example, as a number below `size`."""
+    """Returns the number of each example's unit; see `divide`."""
     units = np.arange(size)
     for keys in (groups, contents):
         if keys is not None:
             key_numbers: dict[str, int] = {}
             key = np.array([key_numbers.setdefault(key, len(key_numbers)) for key in keys], int)
-            # Units and keys are the nodes of a graph; its connected components are the new units.
+            # The nodes of this graph are units and keys. Its connected components are the new
+            # units.
             edges = (np.ones(size), (units, key + size))
             shape = (size + len(key_numbers),) * 2
             _, part = connected_components(coo_array(edges, shape=shape), directed=False)
@@ -175,9 +176,10 @@ def _units(
 def _numbers(
     units: Int[np.ndarray, " m"], names: list[str], seed: int
 ) -> Float[np.ndarray, " units"]:
-    """A number in [0, 1) for each unit: the hash of its shortest name.
+    """Returns a number in [0, 1) for each unit: the hash of its shortest name.
 
-    A copy usually has a longer name than its original, so adding it changes no number.
+    The copy of an image usually has a longer name than its original, so adding the copy does not
+    change the number.
     """
     identity: dict[int, tuple[int, str]] = {}
     for unit, name in zip(units.tolist(), names, strict=True):
@@ -186,7 +188,7 @@ def _numbers(
 
 
 def _number(identity: str, seed: int) -> float:
-    """A hash in [0, 1)."""
+    """Returns a hash of a name and a seed as a number in [0, 1)."""
     text = f"{seed}:{identity}".encode("utf-8", "surrogatepass")
     return (int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 11) / 2**53
 
@@ -198,7 +200,7 @@ def _assign(
     shares: Float[np.ndarray, "3"],
     rule: str,
 ) -> Int[np.ndarray, " m"]:
-    """The position in `SPLITS` of each example."""
+    """Returns the position in `SPLITS` of each example's split."""
     unit_splits = np.zeros(len(numbers), np.int64)
     class_of_unit = _commonest_label(units, labels)
     sizes = np.bincount(units, minlength=len(numbers))
@@ -222,20 +224,23 @@ def _assign(
 def _commonest_label(
     units: Int[np.ndarray, " m"], labels: Int[np.ndarray, " m"]
 ) -> Int[np.ndarray, " units"]:
-    """The most common label of each unit; the smallest label if several are equally common."""
+    """Returns the most common label of each unit; among equally common ones, the smallest."""
     pairs, counts = np.unique(np.stack([units, labels]), axis=1, return_counts=True)
     order = np.lexsort((-pairs[1], counts, pairs[0]))
     commonest = np.empty(units.max() + 1, np.int64)
-    commonest[pairs[0][order]] = pairs[1][order]  # The last of each unit stays.
+    commonest[pairs[0][order]] = pairs[1][order]  # The last label of a unit is kept.
     return commonest
 
 
 def _exact_bounds(
     sizes: Int[np.ndarray, " members"], cuts: Float[np.ndarray, " cuts"]
 ) -> Int[np.ndarray, " cuts"]:
-    """The numbers of units before each cut that bring the examples nearest to `cuts`."""
+    """Returns the number of units before each cut.
+
+    With these numbers, the fractions of examples before the cuts are as near as possible to `cuts`.
+    """
     before = np.concatenate([[0], np.cumsum(sizes)])
-    # The tiny term keeps 0.7 + 0.2 = 0.8999... from cutting one too early.
+    # Without 1e-9, a sum such as 0.7 + 0.2 = 0.8999... would move a cut by one unit.
     wanted = cuts * before[-1] + 1e-9
     after = np.searchsorted(before, wanted)
     nearer_before = wanted - before[after - 1] < before[after] - wanted
@@ -243,7 +248,7 @@ def _exact_bounds(
 
 
 def _none_empty(bounds: Int[np.ndarray, " cuts"], count: int) -> Int[np.ndarray, " cuts"]:
-    """Moves cuts as little as possible so that each part of `count` units has at least one."""
+    """Moves the cuts between `count` units as little as possible, so that no part is empty."""
     bounds = bounds.copy()
     for i in range(len(bounds)):
         bounds[i] = max(bounds[i], bounds[i - 1] + 1 if i else 1)
@@ -253,7 +258,7 @@ def _none_empty(bounds: Int[np.ndarray, " cuts"], count: int) -> Int[np.ndarray,
 
 
 def group_names(paths: Sequence[str], pattern: str, name: str = "the source") -> list[str]:
-    """The group of each example, from its path and a pattern.
+    """Returns the name of each example's group, from its path and a pattern.
 
     `{word}` matches a part of the path that belongs to the group's name, and `*` a part that
     does not; neither matches a "/". The pattern matches the beginning of the path. A `{word}`
@@ -278,7 +283,7 @@ def group_names(paths: Sequence[str], pattern: str, name: str = "the source") ->
 
 
 def group_expression(pattern: str) -> re.Pattern[str]:
-    """The regular expression of a pattern of `group_names`.
+    """Converts a pattern of `group_names` to a regular expression.
 
     Raises:
       ConfigError: The pattern has no `{word}`.

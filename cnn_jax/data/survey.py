@@ -34,15 +34,17 @@ from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.system.errors import DataError, printable
 
-# The default number of bits, of 64, in which the hashes of near duplicates may differ.
+# The default of the largest number of bits in which the 64-bit hashes of two near duplicates
+# differ.
 NEAR_DISTANCE = 4
 # The default of data.max_unreadable.
 _MAX_UNREADABLE = 0.01
-# The largest mean difference between the thumbnails of near duplicates, in grey levels: the
-# noise of an encoder plus a fraction of the image's contrast.
+# The thumbnails of near duplicates have at most this mean difference, in grey levels: a constant
+# for an encoder's noise, plus a fraction of the image's contrast.
 _NOISE, _SHARE_OF_CONTRAST = 1.0, 0.25
 _THUMBNAIL = (8, 8)
-# With a larger distance, most images of any data set would be near duplicates.
+# The largest allowed distance. With a larger one, most images of any data set would count as near
+# duplicates.
 MAX_DISTANCE = 12
 _HASH_BITS = 64
 _LEVELS = 256
@@ -70,13 +72,13 @@ class Survey:
     """The statistics and findings of a data set.
 
     Attributes:
-      findings: The readable source, its splits, and the dangers to the result.
+      findings: The readable source, its splits, and the warnings about them.
       preprocessing: The `max_pixels` and `white_level` with which the images were read.
       headers: The header of each readable image.
       levels: int64 [3, 256], the number of pixels with each grey level, for R, G and B.
       exact: Sets of equal images. Sets with different labels or splits are first.
-      near: Sets of near duplicates that are not all equal, in the same order.
-      distance: The number of bits in which the hashes of near duplicates may differ.
+      near: Sets of near duplicates that are not all equal, sorted in the same way.
+      distance: The largest number of bits in which the hashes of near duplicates differ.
     """
 
     findings: Findings
@@ -102,7 +104,7 @@ class Survey:
 
     @property
     def warnings(self) -> list[str]:
-        """The dangers to the result, one sentence each with its remedy."""
+        """The warnings about problems of the data, one sentence each with its remedy."""
         findings = self.findings
         found = findings.warnings() if len(self.source) else findings.reading_warnings()
         unreadable = findings.unreadable
@@ -129,7 +131,7 @@ class Survey:
         """The standard deviation of R, G and B over all pixels; None without images."""
         if not self.levels.any():
             return None
-        # The difference of the mean square and the squared mean would lose digits.
+        # E[x^2] - E[x]^2 would lose digits.
         deviation = np.arange(_LEVELS) - _mean(self.levels)[:, np.newaxis]
         return np.sqrt((self.levels * deviation**2).sum(axis=1) / self.levels.sum(axis=1)).tolist()
 
@@ -167,7 +169,7 @@ class Survey:
         return [self.source.class_names[label] for label in np.flatnonzero(sizes < len(SPLITS))]
 
     def varied(self, cluster: Cluster) -> list[int]:
-        """The images of a cluster in an order that shows its labels and splits first."""
+        """Returns a cluster's images, sorted so that the first ones show all labels and splits."""
         example_splits = self.example_splits
         seen: Counter[tuple[int, str]] = Counter()
         turns = []
@@ -178,7 +180,7 @@ class Survey:
         return [i for _, i in sorted(turns)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The survey as values that JSON can represent."""
+        """Returns the survey as values that JSON can represent."""
         source, findings = self.source, self.findings
         ratios = self.aspect_ratios
         return {
@@ -257,8 +259,8 @@ def survey(
       listing: A source from `open_source`; any number of its images may be unreadable.
       division: How to divide the source.
       max_pixels: Images with more pixels are unreadable.
-      distance: The number of bits in which the hashes of near duplicates may differ, at most
-        `MAX_DISTANCE`.
+      distance: The largest number of bits in which the hashes of near duplicates differ, at
+        most `MAX_DISTANCE`.
       track: Shows progress.
       white_level: See `Preprocessing`.
 
@@ -266,7 +268,7 @@ def survey(
       ConfigError: The division's group is not a pattern.
       DataError: A path does not match the pattern.
     """
-    division.check(listing)  # Before the pass, which may take long.
+    division.check(listing)  # Checked first: the pass may take long.
     preprocessing = Preprocessing(max_pixels=max_pixels, white_level=white_level)
     records, hashes, thumbnails, levels = _pass(listing, preprocessing, track)
     values = value_ranges(records, preprocessing)
@@ -298,7 +300,7 @@ def _pass(
     UInt8[np.ndarray, "n 192"],
     Int64[np.ndarray, "3 256"],
 ]:
-    """Reads all images.
+    """Reads all images once, and computes what the survey needs.
 
     Returns:
       The record, the hash and the thumbnail of each example (hash and thumbnail are 0 if it is
@@ -341,7 +343,7 @@ def _pass(
 
 
 def perceptual_hash(pixels: Pixels) -> int:
-    """A hash of 64 bits, of which few change when an image is resized or encoded again.
+    """Returns a hash of 64 bits that changes little when an image is resized or re-encoded.
 
     It is the "pHash" of `imagehash`: the image becomes grey and 32 x 32 pixels. A bit says
     whether one of the lowest 8 x 8 frequencies of its cosine transform is above their median.
@@ -360,7 +362,7 @@ def near_components(
     Args:
       hashes: Hashes of 64 bits.
       thumbnails: The grey levels of each image reduced to 8 x 8, R G B.
-      distance: The number of bits in which the hashes of near duplicates may differ. Their
+      distance: The largest number of bits in which the hashes of near duplicates differ. Their
         thumbnails must also have a small mean difference, relative to their contrast.
 
     Returns:
@@ -369,7 +371,7 @@ def near_components(
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    # Copies, and all images of one colour, are compared once.
+    # Images with the same hash and thumbnail, such as copies, are compared only once.
     both = np.concatenate([hashes[:, np.newaxis].view(np.uint8), thumbnails], axis=1)
     _, first_images, inverse = np.unique(both, axis=0, return_index=True, return_inverse=True)
     hashes, thumbnails = hashes[first_images], thumbnails[first_images]
@@ -433,7 +435,7 @@ def near_pairs(
 
 
 def _groups(parts: Int[np.ndarray, " n"]) -> list[list[int]]:
-    """The positions in each set that has several images."""
+    """Returns the positions of the images in each set that has several images."""
     order = np.argsort(parts, kind="stable")
     cuts = np.flatnonzero(np.diff(parts[order])) + 1
     return [group.tolist() for group in np.split(order, cuts) if len(group) > 1]
@@ -444,7 +446,7 @@ def _clusters(
     source: Source,
     splits: Mapping[str, Int[np.ndarray, " _"]],
 ) -> list[Cluster]:
-    """Makes clusters, sorted by different labels, different splits, and size."""
+    """Makes clusters; those with different labels, different splits or many images are first."""
     example_splits = split_numbers(splits, len(source))
     clusters = [
         Cluster(
@@ -470,7 +472,7 @@ def _mean(levels: Int64[np.ndarray, "3 256"]) -> Float[np.ndarray, "3"]:
 
 
 def _commonest(values: Sequence[Any]) -> list[tuple[Any, int]]:
-    """The values and their counts, sorted by falling count, then by value."""
+    """Returns the values and their counts, sorted by decreasing count, then by value."""
     return sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
 
 

@@ -11,13 +11,13 @@ from cnn_jax.data import Track, no_track
 from cnn_jax.data.source import SPLIT_NAMES, Source, named_splits
 from cnn_jax.system.errors import DataError
 
-# name[/config][:version][:split]; a split may be a slice such as train[:50%].
+# The form name[/config][:version][:split]. A split may be a slice such as train[:50%].
 _NAME = re.compile(r"(?P<dataset>[^:]+(:[\d*]+\.[\d*]+\.[\d*]+)?)(:(?P<split>.+))?", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Reads examples of splits; a picklable callable."""
+    """A picklable function that reads an example of a split."""
 
     parts: list[Any]
 
@@ -97,9 +97,10 @@ def open_tfds(name: str, track: Track = no_track) -> Source:
 
 
 def _ids(builder: Any, split: str) -> list[str]:
-    """The ids `SPLIT/POSITION`, with the position in the whole split.
+    """Returns an id SPLIT/POSITION for each example of a split or of a slice of a split.
 
-    So an example has the same id in train[:50%] and in train.
+    The position is that in the whole split. So an example has the same id in train[:50%] and in
+    train.
     """
     import tensorflow_datasets as tfds
 
@@ -112,7 +113,7 @@ def _ids(builder: Any, split: str) -> list[str]:
 
 
 def _class_names(features: Any) -> list[str] | None:
-    """The class names; None if the features are not those of a classification data set."""
+    """Returns the class names of a data set; None if it is not for image classification."""
     import tensorflow_datasets as tfds
 
     if not isinstance(features, tfds.features.FeaturesDict):
@@ -130,7 +131,7 @@ def _prepared_builder(dataset: str) -> Any:
 
     name = f"tfds:{dataset}"
     try:
-        # Random access needs array_record files.
+        # Only array_record files allow random access.
         builder = tfds.builder(dataset, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(
@@ -141,7 +142,7 @@ def _prepared_builder(dataset: str) -> Any:
         raise DataError(f"{name}: {_first_line(error)}") from error
     try:
         builder.download_and_prepare()
-    except Exception as error:  # Downloaders raise errors of many libraries.
+    except Exception as error:  # A download may raise errors of many libraries.
         raise DataError(
             f"{name} is not prepared under {_folder()} and could not be downloaded and "
             f"prepared ({type(error).__name__}: {_first_line(error)}). Run `tfds build "

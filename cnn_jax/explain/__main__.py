@@ -1,11 +1,11 @@
-"""Explains predictions by maps of the evidence in each image.
+"""Explains predictions by maps that show which parts of an image are evidence for a class.
 
     cnn_jax explain --bundle=RUN --input FILE_FOLDER_OR_PATTERN ... --output=DIR
         [--method=grad_cam,...|all] [--class=NAME]
 
-writes a map over each image in the image's resolution, the feature maps of the first images, the
-network's filters, and explanations.json. index.html shows all of them, and says which checks each
-method passes on these images.
+writes each image with its map drawn over it, in the image's resolution; the feature maps of the
+first images; the network's filters; and explanations.json. index.html shows all of them, and says
+which checks each method passes on these images.
 """
 
 import os
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check_output(output: str, inputs: Sequence[str], paths: Sequence[pathlib.Path]) -> None:
-    """Checks that a later call with the same inputs does not read the maps as images.
+    """Checks that a later call with the same inputs would not read the written maps as images.
 
     Args:
       output: The folder for the maps; it need not exist.
@@ -72,7 +72,8 @@ def _check_output(output: str, inputs: Sequence[str], paths: Sequence[pathlib.Pa
       paths: The images that the inputs name.
 
     Raises:
-      ConfigError: The inputs search the folder, and it holds some of the images.
+      ConfigError: The output folder contains some of the images, and a folder or pattern among
+        the inputs includes the output folder.
     """
     folder = os.path.realpath(output)
     is_searched = False
@@ -88,7 +89,7 @@ def _check_output(output: str, inputs: Sequence[str], paths: Sequence[pathlib.Pa
 
 
 def _is_in(path: str, folder: str) -> bool:
-    """Whether a path is the folder itself or lies in it."""
+    """Returns whether a path is a folder itself or a file or folder below it."""
     return os.path.commonpath([path, folder]) == folder
 
 

@@ -1,17 +1,18 @@
-"""Checks of the methods in `maps`: tests that a bad method fails.
+"""Checks of the explanation methods in `maps`: experiments that a good method passes.
 
 - Randomization (Adebayo et al. 2018): the weights are shuffled layer by layer, starting with the
   last one. A map that explains what the network has learned must change with the first shuffled
   layer, and must stay different.
 - Deletion and insertion (Petsiuk et al. 2018): the pixels of an image are removed, or inserted,
-  in the order of its map. The area under the curve of the class's probability must be smaller
-  (deletion), or larger (insertion), than in the order of a random map and in the order of the
-  distance from the image's centre.
+  in decreasing order of the map's values. The area under the curve of the class's probability
+  must be smaller (deletion), or larger (insertion), than with a random map and than with a map
+  that decreases from the image's centre.
 - The pointing game (Zhang et al. 2018), for images with a mask of the object: the largest value
   of the map must lie on the object more often than the image's centre and than a random pixel.
 
-A method passes a check if it is better on average over the images, and the 95 % confidence
-interval of the mean difference (normal approximation) excludes 0.
+A method passes deletion, insertion and the pointing game if it is better than the alternatives on
+average over the images, and the 95 % confidence interval of the mean difference (normal
+approximation) excludes 0.
 """
 
 import copy
@@ -28,18 +29,19 @@ from cnn_jax.explain.maps import Classes, Images, Maps, maps_by_method, methods_
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_pixels
 from cnn_jax.models.network import layer_names
 
-# With fewer images there is no verdict. More than MAX_IMAGES images are used only by the pointing
-# game, which is fast.
+# With fewer than MIN_IMAGES images, no method passes or fails. The images after the first
+# MAX_IMAGES are used only by the pointing game, because it is fast.
 MIN_IMAGES, MAX_IMAGES = 8, 64
-# Two maps count as equal from this rank correlation (Spearman) on.
+# Two maps count as equal if their rank correlation (Spearman) is at least this.
 _EQUAL = 0.5
-# Deletion and insertion change the fractions 0, 1/_STEPS, ..., 1 of the pixels.
+# The number of steps of deletion and insertion: 0, 1/_STEPS, ..., 1 of the pixels are changed.
 _STEPS = 10
-# Cells per side of a random map, which makes it as smooth as a small feature map.
+# The number of cells per side of a random map. With 8, it is as smooth as a small feature map.
 _RANDOM_CELLS = 8
 # The standard deviation of the blur at the start of insertion, as a fraction of the shorter side.
 _BLUR = 0.1
-# The significance level at which a network is better than guessing; the report has the same.
+# The significance level of the test whether a network is better than guessing; the report uses
+# the same level.
 _SIGNIFICANCE = 0.025
 
 
@@ -52,7 +54,7 @@ def judge(
     seed: int = 0,
     track: Track = no_track,
 ) -> dict[str, Any]:
-    """Checks methods on images.
+    """Checks explanation methods on images by the experiments of this module.
 
     Args:
       predictor: A loaded bundle.
@@ -60,7 +62,7 @@ def judge(
         64 are used by all checks, the others only by the pointing game.
       classes: The class to explain for each image, for example the predicted class.
       masks: True on the object; without masks there is no pointing game.
-      methods: Names of methods; by default all that work for the network.
+      methods: Names of methods; by default all methods that work for the network.
       seed: Seed of the shuffles and of the random maps.
       track: Shows progress.
 
@@ -83,7 +85,7 @@ def judge(
     correlations: dict[str, dict[str, np.ndarray]] = {name: {} for name in chosen}
     for layer, shuffled in _shuffled_predictors(predictor, seed).items():
         for name, maps in maps_by_method(shuffled, images, classes, chosen).items():
-            # An inverted map counts as equal, so the sign of the correlation is dropped.
+            # A map and its inversion count as equal, so the sign of the correlation is dropped.
             correlations[name][layer] = np.abs(rank_correlation(own_maps[name], maps))
     other_maps = {}
     if masks is not None:
@@ -114,7 +116,7 @@ def judge(
 
 
 def describe(verdict: dict[str, Any]) -> str:
-    """The passed and the failed checks of a method in words, or "no verdict"."""
+    """Returns a text that names the passed and the failed checks of a method, or "no verdict"."""
     checks: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for check, result in verdict.items():
         checks[result["passes"]].append(check.replace("_", " "))
@@ -129,21 +131,24 @@ def describe(verdict: dict[str, Any]) -> str:
 
 
 def withhold(verdicts: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
-    """Sets "passes" to None in the value of `judge`, if there is a reason for no verdict."""
+    """Sets "passes" to None in all checks of a result of `judge`.
+
+    Callers use it if there is a reason why no method can pass or fail.
+    """
     for verdict in verdicts.values():
         for check in verdict.values():
             check["passes"] = None
 
 
 def why_no_verdict(count: int) -> str:
-    """The reason why `count` images give no verdict on any method; empty if they are enough."""
+    """Returns why `count` images are too few to check a method; empty if they are enough."""
     if count >= MIN_IMAGES:
         return ""
     return f"No verdict on the methods: that takes at least {MIN_IMAGES} images."
 
 
 def why_nothing_to_explain(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """The reason why the metrics of a network rule out a verdict on the methods.
+    """Returns the reason why a network's maps explain nothing: it is no better than guessing.
 
     The maps of a network that has learned nothing may still depend on its weights and pass the
     checks, although there is nothing to explain.
@@ -152,8 +157,8 @@ def why_nothing_to_explain(metrics: Mapping[str, Mapping[str, Any]]) -> str:
       metrics: The metrics of a bundle, by split.
 
     Returns:
-      Empty if the network is better than guessing on test images, or on validation images if
-      the bundle has no test metrics.
+      A sentence; empty if the network is better than guessing on test images, or on validation
+      images if the bundle has no test metrics.
     """
     split = next((metrics[name] for name in ("test", "validation") if name in metrics), {})
     p_value = split.get("agreement_p_value")
@@ -171,7 +176,10 @@ def why_nothing_to_explain(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _mean_and_margin(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    """The mean and half the width of its 95 % confidence interval (normal approximation)."""
+    """Returns the mean of values and half the width of its 95 % confidence interval.
+
+    The interval is a normal approximation.
+    """
     n = len(values)
     margin = 1.96 * float(values.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
     return (float(values.mean()) if n else 0.0), float(margin)
@@ -180,16 +188,16 @@ def _mean_and_margin(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
 def _compare(
     scores: Float[np.ndarray, " n"], rivals: dict[str, Float[np.ndarray, " n"]], better: int
 ) -> dict[str, Any]:
-    """Compares the scores of a method with the scores of rivals on the same images.
+    """Compares the scores of a method with those of alternative maps on the same images.
 
     Args:
       scores: One score for each image.
-      rivals: The scores of each rival.
+      rivals: For each alternative, such as random maps, one score for each image.
       better: 1 if a larger score is better, -1 if a smaller one is.
 
     Returns:
-      "images"; "mean"; for each rival its mean and "difference_from_NAME", the 95 % confidence
-      interval of the mean difference; and "passes".
+      "images"; "mean"; for each alternative its mean and "difference_from_NAME", the 95 %
+      confidence interval of the mean difference; and "passes".
     """
     result: dict[str, Any] = {"images": len(scores), "mean": _mean_and_margin(scores)[0]}
     passes = True
@@ -202,7 +210,9 @@ def _compare(
 
 
 def shuffle_layers(variables: PyTree, layers: Sequence[str], seed: int = 0) -> PyTree:
-    """Shuffles the values within each parameter of some layers.
+    """Returns the variables of a network with the parameters of some layers shuffled.
+
+    The values are permuted within each parameter array.
 
     Args:
       variables: The variables of a network.
@@ -225,7 +235,7 @@ def shuffle_layers(variables: PyTree, layers: Sequence[str], seed: int = 0) -> P
 
 
 def _shuffled_predictors(predictor: BundlePredictor, seed: int) -> dict[str, BundlePredictor]:
-    """Copies of a predictor with one, two, ... shuffled layers, starting with the last layer.
+    """Returns copies of a predictor with one, two, ... shuffled layers, from the last layer on.
 
     Returns:
       The copies by the name of the layer that was shuffled last.
@@ -240,9 +250,9 @@ def _shuffled_predictors(predictor: BundlePredictor, seed: int) -> dict[str, Bun
 
 
 def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
-    """Spearman's rank correlation of each pair of maps.
+    """Returns Spearman's rank correlation of the two maps of each image.
 
-    It is 0 if one of the two maps is constant, and 1 if both are, since nothing has changed.
+    The correlation counts as 0 if only one of the two maps is constant, and as 1 if both are.
     """
     ranks = [mean_ranks(maps.reshape(len(maps), -1)) for maps in (a, b)]
     x, y = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
@@ -252,7 +262,7 @@ def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
 
 
 def mean_ranks(values: Float[np.ndarray, "batch n"]) -> Float[np.ndarray, "batch n"]:
-    """The ranks within each row, from 0; equal values get the mean of their ranks.
+    """Returns the ranks of values within each row, from 0; equal values get their mean rank.
 
     `scipy.stats.rankdata` does the same, but its module takes a second to import.
     """
@@ -273,10 +283,13 @@ def mean_ranks(values: Float[np.ndarray, "batch n"]) -> Float[np.ndarray, "batch
 def _randomization(
     correlations: dict[str, Float[np.ndarray, " batch"]], count: int
 ) -> dict[str, Any]:
-    """Checks that the maps of no shuffled network are equal to the maps of the network.
+    """Returns the result of the randomization check from the correlations of maps.
+
+    The check passes if every shuffled network gives other maps than the trained network.
 
     Args:
-      correlations: For each layer, the absolute rank correlation of each image's two maps.
+      correlations: For each layer, and for each image, the absolute rank correlation between
+        the maps of the trained network and of the network shuffled down to this layer.
       count: The number of images.
     """
     means, highest = {}, 0.0
@@ -291,12 +304,12 @@ def _randomization(
 
 
 class Curves:
-    """Curves of class probabilities for deletion and insertion.
+    """The curves of class probabilities that deletion and insertion measure.
 
     Deletion replaces pixels by mean grey, in decreasing order of the map's values. Insertion
     starts with a blurred image and restores its pixels in the same order. (The paper blurs by 5
-    of 224 pixels, which leaves most objects recognisable; `_BLUR` is stronger.) The ends of both
-    curves do not depend on the map and are computed once.
+    of 224 pixels, which leaves most objects recognisable; `_BLUR` is stronger.) The first and the
+    last point of both curves do not depend on the map and are computed once.
 
     Args:
       predictor: A loaded bundle or any other predictor.
@@ -319,7 +332,7 @@ class Curves:
         )
 
     def areas(self, maps: Maps) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
-        """The areas under the curves of deletion and of insertion for each image, 0 to 1."""
+        """Returns the areas under the deletion and insertion curves of each image, 0 to 1."""
         batch, height, width = maps.shape
         # Pixels with equal values, such as 0, are taken row by row.
         order = np.argsort(-maps.reshape(batch, -1), axis=1, kind="stable")
@@ -343,21 +356,30 @@ class Curves:
 def class_probabilities(
     predictor: Predictor, images: Images, classes: Classes
 ) -> Float[np.ndarray, " batch"]:
-    """The probability of each image's class in `classes`, float64."""
+    """Returns the predicted probability of one given class for each image.
+
+    Args:
+      predictor: A loaded bundle or any other predictor.
+      images: Images of the predictor's size.
+      classes: The class of each image whose probability is returned.
+
+    Returns:
+      Probabilities, float64.
+    """
     probabilities = predict_pixels(predictor, images)
     return probabilities[np.arange(len(images)), classes].astype(np.float64)
 
 
 def hits(maps: Maps, masks: Bool[np.ndarray, "batch height width"]) -> Float[np.ndarray, " batch"]:
-    """Whether the largest value of each map lies on the object.
+    """Returns whether the largest value of each map lies on the object, as 1 or 0.
 
     Args:
       maps: One map for each image.
       masks: True on the object.
 
     Returns:
-      1, or 0; if several pixels have the largest value, the fraction of them that lie on the
-      object. A constant map has 0.
+      1 or 0 for each map; if several pixels have the largest value, the fraction of them that
+      lie on the object. A constant map gets 0.
     """
     maps = maps.reshape(len(maps), -1)
     is_largest = maps == maps.max(axis=1, keepdims=True)
@@ -367,7 +389,7 @@ def hits(maps: Maps, masks: Bool[np.ndarray, "batch height width"]) -> Float[np.
 
 
 def random_maps(n: int, size: tuple[int, int], seed: int = 0) -> Maps:
-    """Maps of smooth random noise, float32 [n, height, width]."""
+    """Returns maps of smooth random noise, float32 [n, height, width]."""
     rng = np.random.default_rng(seed)
     coarse = rng.random((n, _RANDOM_CELLS, _RANDOM_CELLS), np.float32)
     resize = jax.jit(jax.image.resize, static_argnums=(1, 2))
@@ -375,7 +397,7 @@ def random_maps(n: int, size: tuple[int, int], seed: int = 0) -> Maps:
 
 
 def centre_maps(n: int, size: tuple[int, int]) -> Maps:
-    """Maps that decrease from the image's centre to its corners, float32 [n, height, width]."""
+    """Returns maps that decrease from the centre to the corners, float32 [n, height, width]."""
     rows, columns = (np.abs(np.arange(side) - (side - 1) / 2) / side for side in size)
     distance = np.hypot(rows[:, None], columns[None])
     centre = (distance.max() - distance).astype(np.float32)

@@ -23,11 +23,11 @@ from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_pixe
 from cnn_jax.models.network import feature_map_shapes, network_parts, stages
 from cnn_jax.system import runtime
 
-# Permutations of each feature and of each region. Over 64 images, the standard error of a region's
-# mean is 6 % larger with two permutations than with five, which take 2.5 times as long (measured
-# on photographs of two classes).
+# The number of permutations of each feature, and of each region. With two permutations of a
+# region, the standard error of the mean over 64 images is 6 % larger than with five, which take
+# 2.5 times as long (measured on photographs of two classes).
 REPETITIONS, REGION_EXCHANGES = 5, 2
-# An image has REGIONS x REGIONS regions.
+# An image is divided into REGIONS x REGIONS regions.
 REGIONS = 4
 
 
@@ -42,7 +42,10 @@ def feature_maps(
 
 
 def embeddings(predictor: BundlePredictor, images: Images) -> Float[np.ndarray, "batch features"]:
-    """The input of the head for each image, one image or more; float32."""
+    """Returns the embedding of each image, which is the input of the last layer; float32.
+
+    There must be at least one image.
+    """
     return np.concatenate(list(_map_stages(_embedding, predictor, split_batches(images))))
 
 
@@ -59,7 +62,7 @@ def _map_stages(
     predictor: BundlePredictor,
     batches: Iterable[Images],
 ) -> Iterator[Any]:
-    """Yields the chosen stages of the network for each batch of images, float32."""
+    """Yields the chosen outputs of the network's stages for each batch of images; float32."""
     run = _compiled(choose, predictor.model, predictor.preprocessing)
     for rows in map_batches(functools.partial(run, predictor.variables), batches):
         yield jax.tree.map(lambda array: np.asarray(array, np.float32), rows)
@@ -76,7 +79,7 @@ def _compiled(
 
 
 def first_filters(predictor: BundlePredictor) -> Float[np.ndarray, "features height width 3"]:
-    """The filters of the first convolution, float32.
+    """Returns the filters of the network's first convolution, float32.
 
     Raises:
       ValueError: The network does not start with a convolution over R, G and B.
@@ -93,7 +96,7 @@ def feature_importance(
     labels: Int[np.ndarray, " n"],
     seed: int = 0,
 ) -> Float[np.ndarray, " features"]:
-    """The permutation importance of each feature.
+    """Returns the permutation importance of each feature of the embedding.
 
     Args:
       predictor: A loaded bundle.
@@ -103,8 +106,7 @@ def feature_importance(
 
     Returns:
       For each feature the increase of the loss, in nats, when its values are permuted among the
-      images; the mean of five permutations. Below 0, the network does better on these images
-      without the feature.
+      images; the mean of five permutations. A negative value means that the loss decreases.
     """
     parts = network_parts(predictor.model, predictor.variables)
     kernel = np.asarray(parts.head_kernel, np.float64)
@@ -121,7 +123,7 @@ def feature_importance(
     orders = [rng.permutation(len(labels)) for _ in range(REPETITIONS)]
     importance = np.zeros(embedding.shape[1])
     for feature, column in enumerate(embedding.T):
-        if not column.any():  # The unit is never active.
+        if not column.any():  # The feature is 0 for all images.
             continue
         for order in orders:
             change = (column[order] - column)[:, None] * kernel[feature]
@@ -132,7 +134,7 @@ def feature_importance(
 def strongest_images(
     embedding: Float[np.ndarray, "n features"], feature: int, count: int
 ) -> Int[np.ndarray, " _"]:
-    """The images with the largest positive values of a feature, in decreasing order.
+    """Returns the images with the largest positive values of a feature, in decreasing order.
 
     Args:
       embedding: The value of `embeddings` for some images.
@@ -152,7 +154,7 @@ def region_importance(
     labels: Int[np.ndarray, " n"],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The permutation importance of each region of the images.
+    """Returns the permutation importance of each region of the images.
 
     Args:
       predictor: A loaded bundle or any other predictor.
@@ -161,9 +163,9 @@ def region_importance(
       seed: Seed of the permutations.
 
     Returns:
-      "accuracy" and "loss" (nats) on the unchanged images; and "accuracy_lost" and
-      "loss_gained", the decrease and the increase when a region is permuted among the images:
-      lists [4][4] by row and column, means of two permutations.
+      "accuracy" and "loss" (nats) on the unchanged images. "accuracy_lost" and "loss_gained":
+      the decrease of the accuracy and the increase of the loss when a region is permuted among
+      the images; lists [4][4] by row and column, means of two permutations.
     """
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(images)) for _ in range(REGION_EXCHANGES)]

@@ -30,25 +30,27 @@ Classes = Int[np.ndarray, " batch"]
 Maps = Float[np.ndarray, "batch height width"]
 Method = Callable[[BundlePredictor, Images, Classes], Maps]
 
-# Pixels in one batch. The memory for a gradient grows with them.
+# The number of pixels in one batch, which limits the memory for a gradient.
 _PIXELS_PER_BATCH = 2**18
-# Steps of integrated gradients.
+# The number of points at which integrated gradients evaluates the gradient.
 _STEPS = 32
-# Noisy copies of each image in SmoothGrad.
+# The number of noisy copies of each image in SmoothGrad.
 _COPIES = 16
-# SmoothGrad's standard deviation as a fraction of the grey-level range; the paper: 0.1 to 0.2.
+# The standard deviation of SmoothGrad's noise as a fraction of the range of grey levels. The paper
+# uses 0.1 to 0.2.
 _NOISE = 0.15
-# Occlusion: the side of a patch is an eighth of the image's side; patches overlap by half.
+# The sides of occlusion's patches are an eighth of the image's sides. Neighbouring patches overlap
+# by half.
 _PATCHES_PER_SIDE = 8
 
-# (feature maps, their gradients, the head's weights of the class) -> map.
+# A function (feature maps, their gradients, the head's weights of the class) -> map.
 Combine = Callable[[Array, Array, Array], Array]
 # A function to compile: (variables, images, classes) -> arrays with one row for each image.
 _Function = Callable[..., PyTree]
 
 
 def grad_cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
-    """Grad-CAM (Selvaraju et al. 2017): the sum of the feature maps, weighted by mean gradients."""
+    """Grad-CAM (Selvaraju et al. 2017): the feature maps' sum, weighted by their mean gradients."""
     return _maps_by_combination(_grad_cam, predictor, images, classes)
 
 
@@ -77,7 +79,10 @@ def cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
 
 
 def integrated_gradients(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
-    """Integrated gradients (Sundararajan et al. 2017): the absolute value of the channels' sum."""
+    """Integrated gradients (Sundararajan et al. 2017): contributions relative to grey.
+
+    The value of a pixel is the absolute value of the sum over its three channels.
+    """
     attributions = integrated_gradients_by_channel(predictor, images, classes)
     return np.abs(attributions.sum(axis=-1))
 
@@ -85,10 +90,10 @@ def integrated_gradients(predictor: BundlePredictor, images: Images, classes: Cl
 def integrated_gradients_by_channel(
     predictor: BundlePredictor, images: Images, classes: Classes
 ) -> Float[np.ndarray, "batch height width 3"]:
-    """The contribution of each value of an image to the logit, relative to a mean grey image.
+    """Returns the contribution of each value of an image to the logit, by integrated gradients.
 
-    The contributions add up to the difference between the logits of both images, except for the
-    error of the midpoint rule with 32 points.
+    The contributions are relative to a mean grey image. They add up to the difference between the
+    logits of the image and of the grey image, up to the error of the midpoint rule with 32 points.
     """
     difference = images - _mean(predictor)
     total = np.zeros_like(difference)
@@ -115,7 +120,8 @@ def smooth_grad(predictor: BundlePredictor, images: Images, classes: Classes) ->
 def occlusion(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
     """Occlusion (Zeiler and Fergus 2014): the decrease of the logit under a grey patch.
 
-    The value of a pixel is the mean over the patches that cover it; an increase counts as 0.
+    The value of a pixel is the mean over the patches that cover it. If the logit increases under
+    a patch, its decrease counts as 0.
     """
     whole = _map_images(_logits_by_class, predictor, images, classes)
     total, count = np.zeros(images.shape[:3], np.float32), np.zeros(images.shape[1:3], np.float32)
@@ -129,12 +135,12 @@ def occlusion(predictor: BundlePredictor, images: Images, classes: Classes) -> M
 
 
 def _mean(predictor: BundlePredictor) -> Float[np.ndarray, " 3"]:
-    """The grey levels that normalisation maps to 0."""
+    """Returns the grey levels of R, G and B that normalisation maps to 0."""
     return np.array(predictor.preprocessing.mean, np.float32)
 
 
 def _patches(size: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """The rows and columns of overlapping patches that together cover an image."""
+    """Returns the rows and columns of overlapping patches that together cover an image."""
 
     def spans(side: int) -> list[slice]:
         length = -(-side // _PATCHES_PER_SIDE)
@@ -172,12 +178,12 @@ def method_named(text: str) -> str | None:
 
 
 def allows_cam(predictor: BundlePredictor) -> bool:
-    """Whether the head receives the mean feature maps, which `cam` needs."""
+    """Returns whether `cam` works: the last layer must receive the mean feature maps."""
     return network_parts(predictor.model, predictor.variables).embedding_is_mean_map
 
 
 def methods_for(predictor: BundlePredictor) -> dict[str, Method]:
-    """The methods that work for the predictor's network, by name."""
+    """Returns the methods that work for the predictor's network, by name."""
     return {
         name: method
         for name, method in METHODS.items()
@@ -188,7 +194,7 @@ def methods_for(predictor: BundlePredictor) -> dict[str, Method]:
 def maps_by_method(
     predictor: BundlePredictor, images: Images, classes: Classes, methods: Mapping[str, Method]
 ) -> dict[str, Maps]:
-    """The maps of several methods, by name.
+    """Returns the maps of several methods, by the name of the method.
 
     Methods that use the feature maps share one computation of the gradient.
     """
@@ -205,7 +211,7 @@ def maps_by_method(
     }
 
 
-# The functions below are compiled: arrays in, arrays out.
+# The functions below are compiled by JAX. They take and return arrays.
 
 
 def _class_logits(logits: Float[Array, "batch classes"], classes: Int[Array, " batch"]) -> Array:
@@ -219,11 +225,12 @@ def _feature_maps_and_gradients(
     model: nn.Module,
     preprocessing: Preprocessing,
 ) -> tuple[Array, Array]:
-    """The last feature maps, and the gradients of the logits with respect to them; float32."""
+    """Returns the last feature maps and the logits' gradients with respect to them; float32."""
 
     def evaluate(offsets: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         found = stages(model, variables, images, preprocessing, offsets)
-        # A logit depends on its own image only, so the gradient of the sum has each image's own.
+        # A logit depends only on its own image, so the gradient of the sum of logits contains the
+        # gradient of each image's logit.
         return _class_logits(found["logits"], classes).sum(), found
 
     shapes = feature_map_shapes(model, variables, preprocessing.image_size)
@@ -239,8 +246,8 @@ def _grad_cam(maps: Array, gradients: Array, head: Array) -> Array:
 
 
 def _grad_cam_plus_plus(maps: Array, gradients: Array, head: Array) -> Array:
-    # All derivatives of exp(logit) have a power of exp(logit) as a factor. The powers cancel,
-    # except for one factor that is the same for all pixels.
+    # All derivatives of exp(logit) have a factor exp(logit). These factors cancel, except for one
+    # that is the same for all pixels.
     squares = gradients**2
     sums = jnp.sum(maps, axis=(1, 2), keepdims=True)
     denominator = 2 * squares + sums * gradients**3
@@ -300,7 +307,7 @@ def _input_gradients(
     model: nn.Module,
     preprocessing: Preprocessing,
 ) -> Float[Array, "batch height width 3"]:
-    """The gradient of each image's logit with respect to its grey levels."""
+    """Returns the gradient of each image's logit with respect to the image's grey levels."""
 
     def logits(images: Array) -> Array:
         options = {"model": model, "preprocessing": preprocessing}
@@ -337,7 +344,7 @@ def _map_images(
     classes: Classes,
     combine: tuple[Combine, ...] | None = None,
 ) -> np.ndarray:
-    """Applies a compiled function to batches of images; values that are not finite become 0."""
+    """Applies a compiled function to images in batches; values that are not finite become 0."""
     run = _compiled(function, predictor.model, predictor.preprocessing, combine)
     height, width = predictor.preprocessing.image_size
     if not len(images):

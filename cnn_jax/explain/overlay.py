@@ -1,4 +1,4 @@
-"""A map drawn over its image."""
+"""A function that draws an explanation map over its image."""
 
 import functools
 
@@ -9,9 +9,9 @@ from PIL import Image
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.resize import view
 
-# The weight of the map's colours; the image has the rest.
+# The weight of the map's colours in the mixture; the image's weight is 1 minus this.
 _OPACITY = 0.55
-# The brightness of the part of an image that the network does not see.
+# The factor for the brightness of the parts of an image that the network does not see.
 _UNSEEN_BRIGHTNESS = 0.4
 
 
@@ -26,9 +26,9 @@ def draw_overlay(
       image: The whole image in any resolution.
       values: The map of the network's input. Its smallest value gets the first colour and its
         largest value the last.
-      preprocessing: How the network's input was made from the image. The map lies on the part
-        of the image that the network saw; the rest of the image is dark. None: the image is
-        the network's input.
+      preprocessing: The preprocessing from the image to the network's input. The map is drawn
+        on the part of the image that the network saw; the rest of the image is darkened. None
+        if the image is the network's input.
 
     Returns:
       An RGB image of the size of `image`.
@@ -54,7 +54,7 @@ def draw_overlay(
 
 @functools.cache
 def _colour_table() -> UInt8[np.ndarray, "256 3"]:
-    """The colours of the levels 0 to 255 of a map."""
+    """Returns the RGB colours of the levels 0 to 255 of a map."""
     import matplotlib  # Imported here because a server that draws no maps need not load it.
 
     return np.rint(255 * matplotlib.colormaps["viridis"](np.arange(256))[:, :3]).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Explanations of image files as pictures, JSON and a page."""
+"""Functions that write explanations of image files as pictures, JSON and an HTML page."""
 
 import base64
 import io
@@ -27,7 +27,8 @@ from cnn_jax.system.errors import ConfigError, DataError, did_you_mean, printabl
 
 logger = logging.getLogger(__name__)
 
-# Only the first images get pictures of their feature maps, because there is one for each layer.
+# The maximum number of images with pictures of their feature maps, which are one picture for each
+# layer; and the maximum number of images on the page.
 _MAX_WITH_FEATURE_MAPS, _MAX_ON_PAGE = 8, 100
 # In pixels: the side of a feature map or filter in a grid, the gap between two of them, and the
 # longer side of the page's pictures.
@@ -38,7 +39,7 @@ Picture = Image.Image
 
 
 def choose_methods(predictor: BundlePredictor, names: Sequence[str]) -> list[str]:
-    """Checks the names of methods.
+    """Converts the names of explanation methods that a user gave to keys of `maps.METHODS`.
 
     Args:
       predictor: A loaded bundle.
@@ -71,7 +72,7 @@ def choose_methods(predictor: BundlePredictor, names: Sequence[str]) -> list[str
 
 
 def choose_class(predictor: Predictor, name: str) -> int:
-    """Finds a class by its name.
+    """Returns the position of a class, given its name.
 
     Returns:
       The position of the class in the predictor's class names.
@@ -96,7 +97,9 @@ def explain(
     class_name: str | None = None,
     track: Track = no_track,
 ) -> dict[str, Any]:
-    """Writes the maps of image files, feature maps, filters, explanations.json and index.html.
+    """Writes the explanations of image files: pictures, explanations.json and index.html.
+
+    The pictures are maps over the images, feature maps of the first images, and filters.
 
     Args:
       predictor: A loaded bundle.
@@ -107,7 +110,7 @@ def explain(
       track: Shows progress.
 
     Returns:
-      The content of explanations.json. The record of an image that cannot be read holds the
+      The content of explanations.json. The record of an image that cannot be read has the
       reason, which is also logged.
 
     Raises:
@@ -167,10 +170,10 @@ def explain(
 
 
 def _create(folder: pathlib.Path) -> None:
-    """Creates the folder for the output.
+    """Creates the output folder with an empty explanations.json.
 
-    Its file explanations.json tells other commands that the pictures in it are not input, also
-    if this process is killed before it ends.
+    The file tells other commands that the pictures in this folder are not input. It is written
+    first, so that this also holds if the process is killed before it ends.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,17 +220,18 @@ def _judge(
     *,
     has_verdict: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Checks the methods.
+    """Runs the checks of `checks.judge` on explanation methods and describes the results.
 
     Args:
       predictor: A loaded bundle.
       sample: Pairs of an image and the class to explain.
       methods: Names of methods.
       track: Shows progress.
-      has_verdict: False if only the measured values are wanted.
+      has_verdict: Whether methods may pass or fail; False gives only the measured values.
 
     Returns:
-      For each method "checks", the value of `checks.judge`, and "verdict", the same in words.
+      For each method: "checks", its value in the result of `checks.judge`; and "verdict", the
+      passed and failed checks in words.
     """
     size = predictor.preprocessing.image_size
     images = np.array([pixels for pixels, _ in sample], np.uint8).reshape(-1, *size, 3)
@@ -248,7 +252,10 @@ def _save_overlays(
     maps: Mapping[str, Float[np.ndarray, "height width"]],
     predictor: BundlePredictor,
 ) -> dict[str, str]:
-    """Saves maps over their image in the image's resolution; returns file names by method."""
+    """Saves each map drawn over its image, and returns the file names by method.
+
+    The pictures have the resolution of the image.
+    """
     image = Image.fromarray(_decode(path, predictor))
     names = {method: f"{number:04d}-{method}.png" for method in maps}
     for method, values in maps.items():
@@ -259,7 +266,7 @@ def _save_overlays(
 def _save_feature_maps(
     folder: pathlib.Path, number: int, pixels: np.ndarray, predictor: BundlePredictor
 ) -> dict[str, str]:
-    """Saves a picture of all feature maps of each convolution; returns file names by layer."""
+    """Saves a picture of an image's feature maps for each layer; returns file names by layer."""
     names = {}
     for layer, grid in feature_map_grids(predictor, pixels).items():
         names[layer] = f"{number:04d}-maps-{layer}.png"
@@ -270,14 +277,14 @@ def _save_feature_maps(
 def feature_map_grids(
     predictor: BundlePredictor, pixels: UInt8[np.ndarray, "height width 3"]
 ) -> dict[str, Picture]:
-    """Draws the feature maps of an image.
+    """Draws the feature maps of an image, one picture for each convolution.
 
     Args:
       predictor: A loaded bundle.
       pixels: An image of the predictor's size.
 
     Returns:
-      By the name of the convolution, a grid of its maps, each with its own colour scale.
+      For each convolution, by name, a grid of its feature maps. Each map has its own scale.
     """
     colours = matplotlib.colormaps["viridis"]
     grids = {}
@@ -289,12 +296,12 @@ def feature_map_grids(
 
 
 def save_filters(path: pathlib.Path, predictor: BundlePredictor) -> bool:
-    """Saves a picture of the first convolution's filters, in which grey is 0.
+    """Saves a picture of the first convolution's filters, if the network starts with one.
 
-    All filters have the same scale.
+    Grey is 0. All filters have the same scale.
 
     Returns:
-      False if the network does not start with a convolution; there is no picture then.
+      Whether the picture was saved.
     """
     try:
         filters = features.first_filters(predictor)
@@ -307,12 +314,12 @@ def save_filters(path: pathlib.Path, predictor: BundlePredictor) -> bool:
 
 
 def _levels(values: Float[np.ndarray, "height width"]) -> Float[np.ndarray, "height width"]:
-    """Scales values to the range 0 to 1."""
+    """Scales the values of a map linearly to the range 0 to 1."""
     return (values - values.min()) / (float(np.ptp(values)) or 1.0)
 
 
 def _grid(tiles: Sequence[Picture]) -> Picture:
-    """A grid of enlarged pictures with about twice as many columns as rows."""
+    """Returns one picture: a grid of enlarged tiles, about twice as many columns as rows."""
     columns = math.ceil(math.sqrt(2 * len(tiles)))
     height = max(round(_TILE * tiles[0].height / tiles[0].width), 1)
     rows = math.ceil(len(tiles) / columns)

@@ -1,4 +1,4 @@
-"""The loop of every command that computes something of many images, a batch at a time."""
+"""Functions that process many images in batches; every command with many images uses them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-# Images that the network processes at once. Longer sequences are split into batches of this size.
+# The number of images that the network processes at once. More images are split into batches of
+# this size.
 BATCH_SIZE = 64
 
 
@@ -41,14 +42,14 @@ def split_batches(arrays: PyTree, batch_size: int = BATCH_SIZE) -> Iterator[Any]
 
     Args:
       arrays: Arrays with equal first dimensions.
-      batch_size: The number of rows of each batch but the last, which may have fewer.
+      batch_size: The number of rows of each batch, except the last, which may have fewer.
     """
     for start in range(0, len(jax.tree.leaves(arrays)[0]), batch_size):
         yield jax.tree.map(lambda array: array[start : start + batch_size], arrays)  # noqa: B023
 
 
 def next_power_of_two(count: int) -> int:
-    """The smallest power of two that is at least `count`; 1 for 0."""
+    """Returns the smallest power of two that is at least `count`; 1 for 0."""
     return 1 << max(count - 1, 0).bit_length()
 
 

@@ -40,12 +40,12 @@ class Bundle:
       model: The `model` section of the configuration.
       precision: "float32" or "bfloat16", the precision of the computation in training.
       class_names: The classes in the order of the network's outputs.
-      preprocessing: How an image becomes an input.
+      preprocessing: The preprocessing from an image to the network's input.
       temperature: The logits are divided by the temperature before the softmax.
       data: The source of the training data, its division into splits, its limits for unreadable
         images and links, and its fingerprint.
       metrics: By split "accuracy", "precision", "recall", "f1", "loss", and "agreement_p_value",
-        the probability that a network which guesses agrees as often with the labels.
+        the probability that a network which guesses is correct at least as often.
       variables: {"params": ..., "batch_stats": ...}, arrays.
     """
 
@@ -60,18 +60,20 @@ class Bundle:
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of this package and of the libraries that determine predictions."""
+    """Returns the versions of this package and of the libraries that affect predictions."""
     names = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors")
-    # The package may run without being installed, so it has no metadata to read.
+    # The package may run without being installed. It has no metadata then, so its version is read
+    # from the code.
     own = {"cnn_jax": cnn_jax.__version__}
     return own | {name: importlib.metadata.version(name) for name in names}
 
 
 def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
-    """Writes a bundle. After a crash, the path holds either the complete bundle or no bundle.
+    """Writes a bundle to a directory.
 
-    The bytes are a function of the bundle and the library versions. Two processes must not write
-    the same path at the same time.
+    After a crash, the path contains either a complete bundle or no bundle. The written bytes are a
+    function of the bundle and the library versions. Two processes must not write the same path at
+    the same time.
 
     Args:
       bundle: The bundle.
@@ -102,7 +104,7 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         with file_errors(partial / _DESCRIPTION):
             (partial / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
         for file in (partial / _WEIGHTS, partial / _DESCRIPTION, partial):
-            sync(file)  # Otherwise a crash could leave the new name with incomplete files.
+            sync(file)  # Before renaming, so that a crash leaves no incomplete file.
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
@@ -162,7 +164,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def find_bundle(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Finds a bundle: the path itself, or `bundle/` in a run's directory.
+    """Returns the directory of a bundle: the path itself, or `bundle/` in a run's directory.
 
     Raises:
       BundleError: The path is a run without a bundle.
@@ -181,7 +183,9 @@ def find_bundle(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def digest(path: str | os.PathLike[str]) -> str:
-    """The identity of a bundle: the sha256 of bundle.json, which has the sha256 of the weights.
+    """Returns the digest that identifies a bundle: the sha256 of its bundle.json.
+
+    bundle.json contains the sha256 of the weights.
 
     Returns:
       64 hexadecimal digits. Two bundles with the same digest are equal bit for bit.

@@ -1,4 +1,4 @@
-"""Calibration of probabilities: its measures, temperature scaling, and selective prediction.
+"""Calibration of probabilities: metrics, temperature scaling, and selective prediction.
 
 All arrays are NumPy arrays. `probabilities` are [n, classes] with rows that sum to 1, and `labels`
 are [n]. The computation is float64. The confidence of a prediction is its largest probability.
@@ -17,20 +17,23 @@ NUM_BINS = 15
 Probabilities = Float[np.ndarray, "n classes"]
 Labels = Int[np.ndarray, " n"]
 
-# `fit_temperature` uses at most this number of probabilities, which take seconds and determine
+# The maximum number of probabilities that `fit_temperature` uses. They take seconds and determine
 # the temperature to three digits.
 _MAX_PROBABILITIES = 2**23
-# The search range of temperatures is 1/100 to 100.
+# The logarithm of the highest temperature that is tried. The range is 1/100 to 100.
 _MAX_LOG_TEMPERATURE = math.log(100)
 
 
 def log_probabilities(probabilities: Probabilities) -> Float[np.ndarray, "n classes"]:
-    """The logarithms of probabilities; 0 counts as the smallest float32, so that all are finite."""
+    """Returns the logarithms of probabilities; 0 counts as the smallest positive float32.
+
+    All logarithms are therefore finite.
+    """
     return np.log(np.maximum(probabilities.astype(np.float64), np.finfo(np.float32).tiny))
 
 
 def apply_temperature(probabilities: Probabilities, temperature: float) -> Probabilities:
-    """The probabilities after dividing the logits by a temperature; float64."""
+    """Returns the probabilities after dividing the logits by a temperature; float64."""
     return scipy.special.softmax(log_probabilities(probabilities) / temperature, axis=1)
 
 
@@ -50,8 +53,8 @@ def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
     """
     if not len(labels):
         return 1.0
-    # With more probabilities, only every k-th image is used. Data sets are sorted by class, so that
-    # each class keeps its fraction.
+    # With more probabilities, only every k-th image is used. Because data sets are sorted by class,
+    # the fraction of each class does not change.
     step = math.ceil(probabilities.size / _MAX_PROBABILITIES)
     probabilities, labels = probabilities[::step], labels[::step]
     logits = log_probabilities(probabilities)
@@ -70,7 +73,7 @@ def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
 def reliability(
     probabilities: Probabilities, labels: Labels, num_bins: int = NUM_BINS
 ) -> dict[str, list[float]]:
-    """The values of a reliability diagram, which compares confidence with accuracy.
+    """Returns the values of a reliability diagram, which compares confidence with accuracy.
 
     Args:
       probabilities: The probabilities of images.
@@ -100,7 +103,7 @@ def reliability(
 def expected_calibration_error(
     probabilities: Probabilities, labels: Labels, num_bins: int = NUM_BINS
 ) -> float:
-    """The expected calibration error (Naeini et al. 2015).
+    """Returns the expected calibration error (Naeini et al. 2015).
 
     Returns:
       The mean absolute difference between confidence and accuracy over the bins of
@@ -112,7 +115,7 @@ def expected_calibration_error(
 
 
 def brier_score(probabilities: Probabilities, labels: Labels) -> float:
-    """The Brier score (Brier 1950).
+    """Returns the Brier score (Brier 1950).
 
     Returns:
       The mean squared distance between the probabilities and the one-hot labels, 0 to 2; 0
@@ -124,13 +127,13 @@ def brier_score(probabilities: Probabilities, labels: Labels) -> float:
 
 
 def negative_log_likelihood(probabilities: Probabilities, labels: Labels) -> float:
-    """The mean of -log(probability of the true class), in nats; 0 without images."""
+    """Returns the mean of -log(probability of the true class), in nats; 0 without images."""
     logits = log_probabilities(probabilities)
     return float(-logits[np.arange(len(labels)), labels].sum() / max(len(labels), 1))
 
 
 def describe(probabilities: Probabilities, labels: Labels) -> dict[str, Any]:
-    """All measures of this module as JSON types."""
+    """Returns all calibration metrics of this module as JSON types."""
     return {
         "expected_calibration_error": expected_calibration_error(probabilities, labels),
         "brier_score": brier_score(probabilities, labels),
@@ -142,7 +145,7 @@ def describe(probabilities: Probabilities, labels: Labels) -> dict[str, Any]:
 def coverage(
     probabilities: Probabilities, labels: Labels, num_points: int = 100
 ) -> dict[str, list[float]]:
-    """The risk-coverage curve of selective prediction (El-Yaniv and Wiener 2010).
+    """Returns the risk-coverage curve of selective prediction (El-Yaniv and Wiener 2010).
 
     Selective prediction rejects the images with the lowest confidence. Images with equal
     confidence are kept or rejected together.

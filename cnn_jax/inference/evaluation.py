@@ -30,10 +30,10 @@ def image_batches(
     track: Track = no_track,
     description: str = "loading images",
 ) -> Generator[UInt8[np.ndarray, "_batch height width 3"]]:
-    """Loads examples as batches of `BATCH_SIZE` images; the last batch may have fewer.
+    """Yields the images of examples in batches of `BATCH_SIZE`; the last batch may have fewer.
 
     Args:
-      loader: Loads from a source.
+      loader: The loader of the source.
       indices: The positions of the examples in the source.
       track: Shows progress.
       description: The text beside the progress.
@@ -51,11 +51,11 @@ def predict_split(
     track: Track = no_track,
     description: str = "measuring",
 ) -> Float[np.ndarray, "n classes"]:
-    """Predicts examples of a data set.
+    """Predicts the class probabilities of examples of a data set.
 
     Args:
       predictor: A loaded bundle or any other predictor.
-      loader: Loads from a source.
+      loader: The loader of the source.
       indices: The positions of the examples in the source.
       track: Shows progress.
       description: The text beside the progress.
@@ -64,7 +64,7 @@ def predict_split(
       Probabilities, float32, in the order of `indices`.
     """
     batches = image_batches(loader, indices, track, description)
-    with contextlib.closing(batches):  # Stops the loader's threads after an error, too.
+    with contextlib.closing(batches):  # Stops the loader's threads, also after an error.
         rows = list(map_batches(predictor, batches, BATCH_SIZE))
     return np.concatenate([np.empty((0, len(predictor.class_names)), np.float32), *rows])
 
@@ -74,7 +74,7 @@ def score(
     labels: Int[np.ndarray, " n"],
     class_names: list[str],
 ) -> dict[str, Any]:
-    """The metrics of a split, from its probabilities; see `metrics.full_report`."""
+    """Computes the metrics of a split from its probabilities; see `metrics.full_report`."""
     num_classes = len(class_names)
     predictions = probabilities.argmax(axis=1)
     cells = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
@@ -85,7 +85,7 @@ def score(
 def evaluate(
     predictor: Predictor, dataset: Dataset, split: str = "test", track: Track = no_track
 ) -> dict[str, Any]:
-    """The metrics of a predictor on a split of a data set.
+    """Measures a predictor on a split of a data set.
 
     Args:
       predictor: A loaded bundle or any other predictor.
@@ -117,9 +117,9 @@ def evaluate(
 def labelled_split(
     predictor: Predictor, dataset: Dataset, split: str
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The images of a split, and their labels.
+    """Returns the positions of the images of a split, and their labels for a predictor.
 
-    For a bundle, a warning says if the network may have been trained on some of the images.
+    For a bundle, a warning is logged if the network may have been trained on some of the images.
 
     Args:
       predictor: A loaded bundle or any other predictor.
@@ -188,7 +188,8 @@ def open_as_trained(
       predictor: A loaded bundle.
       source: The name of a source; by default the source of the bundle.
       track: Shows progress.
-      grouped: Whether to apply the bundle's `data.group`; the ids of other data may not fit it.
+      grouped: Whether to apply the pattern of the bundle's `data.group`, which the paths of
+        other data may not match.
       max_unreadable: The largest fraction of images that may be unreadable, 0 to 1; by default
         the value in training.
       allow_outside: Whether links and paths may lead out of the data's folder, even if

@@ -1,4 +1,4 @@
-"""Input images: the kinds that a predictor accepts, and the files that a command reads."""
+"""Input images: the types that a predictor accepts, and the files that a command reads."""
 
 import functools
 import glob
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Readable(Protocol):
-    """Anything with `read`: an open binary file, a response, a member of a zip file."""
+    """An object with a method `read`: an open binary file, a response, a member of a zip file."""
 
     def read(self) -> bytes: ...
 
 
 @runtime_checkable
 class ArrayLike(Protocol):
-    """Anything that NumPy converts to an array: a JAX array, a PyTorch tensor on the CPU."""
+    """An object that NumPy can convert to an array: a JAX array, a PyTorch tensor on the CPU."""
 
     def __array__(self) -> np.ndarray: ...
 
@@ -50,7 +50,7 @@ _ONE_IMAGE = (
 def preprocess_for_inference(
     image: AnyImage, preprocessing: Preprocessing = SPECIFICATION
 ) -> Pixels:
-    """Reads and resizes one image of any kind.
+    """Reads and resizes one image that is given in any supported form.
 
     Args:
       image: One of
@@ -68,25 +68,25 @@ def preprocess_for_inference(
       preprocessing: `predictor.preprocessing`; the default is the specification's 224 x 224.
 
     Returns:
-      uint8 [height, width, 3]. The predictor itself normalises the pixels.
+      uint8 [height, width, 3]. The pixels are not normalised, because the predictor does that.
 
     Raises:
       DataError: The image cannot be read, is damaged or too large, or its array has another
         dtype or shape.
-      TypeError: The object is of none of these kinds.
+      TypeError: The object has none of these forms.
     """
     return ImageReader(preprocessing).read(image, describe_image(image))
 
 
 class ImageReader:
-    """Reads images as `preprocess_for_inference` does, but logs at most one warning."""
+    """A reader that works as `preprocess_for_inference`, but logs at most one warning."""
 
     def __init__(self, preprocessing: Preprocessing = SPECIFICATION):
         self._preprocessing = preprocessing
         self._has_warned = False
 
     def read(self, image: AnyImage, name: str) -> Pixels:
-        """Reads and resizes one image.
+        """Reads and resizes one image in any form that `preprocess_for_inference` accepts.
 
         Args:
           image: The image; see `preprocess_for_inference`.
@@ -112,14 +112,14 @@ class ImageReader:
 
 
 def _read(image: object) -> bytes | np.ndarray:
-    """Reads an image of any kind except bytes, Pillow images and NumPy arrays.
+    """Reads an image in any form except bytes, a Pillow image or a NumPy array.
 
     Returns:
       The bytes of an image file, or an array.
 
     Raises:
       DataError: The image cannot be read.
-      TypeError: The object is of no kind of image.
+      TypeError: The object is not an image in any supported form.
     """
     if isinstance(image, str | os.PathLike):
         try:
@@ -128,7 +128,7 @@ def _read(image: object) -> bytes | np.ndarray:
             raise DataError("is a folder; list_images lists the images in it") from error
         except OSError as error:
             raise DataError(error.strerror or str(error)) from error
-        except ValueError as error:  # The name has a null byte.
+        except ValueError as error:  # The path contains a null byte.
             raise DataError(str(error)) from error
     if isinstance(image, bytearray | memoryview):
         return bytes(image)
@@ -144,7 +144,7 @@ def _read_file(file: Readable) -> bytes:
         content = file.read()
     except UnicodeDecodeError as error:
         raise DataError("is open as text; open it with mode 'rb'") from error
-    except Exception as error:  # Files of other libraries raise errors of any type.
+    except Exception as error:  # Objects of other libraries raise errors of any type.
         raise DataError(f"cannot be read: {error or type(error).__name__}") from error
     if not isinstance(content, bytes | bytearray | memoryview):
         raise DataError(f"read() must return bytes, got {_kind(content)}; open it with mode 'rb'")
@@ -154,7 +154,7 @@ def _read_file(file: Readable) -> bytes:
 
 
 def _plain_array(array: np.ndarray) -> np.ndarray | Image.Image:
-    """Converts the array of one image to grey [h, w], RGB [h, w, 3], or an RGBA Pillow image.
+    """Converts one image's array to grey [h, w], RGB [h, w, 3], or an RGBA Pillow image.
 
     Raises:
       DataError: The array has another shape, or is RGBA but not uint8.
@@ -173,7 +173,7 @@ def _plain_array(array: np.ndarray) -> np.ndarray | Image.Image:
 
 
 def _shape(array: np.ndarray) -> str:
-    """The shape of an array as text, with a hint if the channels seem to come first."""
+    """Returns the shape of an array as text, with a hint if the first axis seems to be channels."""
     shape = str(list(array.shape))
     if array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4):
         return f"{shape}; channels come last: np.moveaxis(array, -3, -1)"
@@ -185,7 +185,7 @@ def _kind(value: object) -> str:
 
 
 def single_images(images: object) -> Iterator[AnyImage]:
-    """Iterates over an argument that is one image or an iterable of images.
+    """Yields the images of an argument that is one image or an iterable of images.
 
     Raises:
       TypeError: The argument is neither.
@@ -194,7 +194,7 @@ def single_images(images: object) -> Iterator[AnyImage]:
         return iter([images])
     if isinstance(images, ArrayLike):
         return _images_of_array(np.asarray(images))
-    # A set has no order by which predictions could be matched to images.
+    # A set is refused, because without an order predictions could not be matched to images.
     if isinstance(images, Iterable) and not isinstance(images, Mapping | Set):
         return iter(images)
     raise TypeError(
@@ -204,7 +204,7 @@ def single_images(images: object) -> Iterator[AnyImage]:
 
 
 def _images_of_array(array: np.ndarray) -> Iterator[AnyImage]:
-    """Iterates over an array that is one image, a batch of images, or a list of paths.
+    """Yields the images of an array that is one image, a batch of images, or a list of paths.
 
     Raises:
       TypeError: The array is none of these.
@@ -226,7 +226,7 @@ def _images_of_array(array: np.ndarray) -> Iterator[AnyImage]:
 
 
 def describe_image(image: object, row: int | None = None) -> str:
-    """The name of an image in messages: its path, or its position and type."""
+    """Returns the name of an image for messages: its path, or its position and type."""
     if isinstance(image, str | os.PathLike):
         return str(image)
     return f"image{'' if row is None else f' {row}'} ({type(image).__name__})"
@@ -235,7 +235,7 @@ def describe_image(image: object, row: int | None = None) -> str:
 def list_images(path: str | os.PathLike[str], allow_outside: bool = False) -> list[pathlib.Path]:
     """Lists a file, or the image files in a folder and its sub-folders.
 
-    A warning counts the files of a folder that are left out.
+    A warning says how many files of a folder are left out.
 
     Args:
       path: A file or a folder.
@@ -262,7 +262,7 @@ def list_images(path: str | os.PathLike[str], allow_outside: bool = False) -> li
 
 
 def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[pathlib.Path]:
-    """Lists the image files of files, folders and patterns.
+    """Lists the image files that files, folders and patterns name.
 
     Args:
       inputs: Files, folders, and patterns such as `photos/**/*.jpg` that the shell did not
@@ -272,7 +272,7 @@ def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[path
 
     Returns:
       Paths in the order of the inputs, each once. A missing file among several inputs is listed
-      too, so that it gets an error of its own and the other images get their results.
+      too, so that only this file gets an error and the other images get their results.
 
     Raises:
       DataError: The only input does not exist, a pattern matches no file, or a folder has no
@@ -289,7 +289,7 @@ def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[path
 
 
 def searched_folder(text: str) -> pathlib.Path:
-    """The folder that holds all images of a file, folder or pattern, directly or in sub-folders."""
+    """Returns the folder in or below which all images of a file, folder or pattern lie."""
     path = pathlib.Path(text)
     if _is_pattern(text):
         return pathlib.Path(
@@ -303,7 +303,7 @@ def _is_pattern(text: str) -> bool:
 
 
 def _match(pattern: str) -> list[str]:
-    """The sorted matches of a pattern, without the folders that this project wrote.
+    """Returns the sorted matches of a pattern, without those in folders that this project wrote.
 
     Raises:
       DataError: There is no match.

@@ -1,4 +1,4 @@
-"""Predictors: functions from images to class probabilities.
+"""Predictors: functions that take images and return class probabilities.
 
 Importing this module imports no training code.
 """
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Predictor(Protocol):
-    """Anything that predicts: a loaded bundle, an ensemble, an exported model, a function.
+    """The interface of a loaded bundle, an ensemble, an exported model or a user's function.
 
     Attributes:
       class_names: The classes in the order of the probabilities.
-      preprocessing: How an image becomes an input.
+      preprocessing: The preprocessing from an image to the predictor's input.
     """
 
     class_names: list[str]
@@ -41,7 +41,7 @@ class Predictor(Protocol):
     def __call__(
         self, images: UInt8[np.ndarray, "batch height width 3"]
     ) -> Float[np.ndarray, "batch classes"]:
-        """Predicts preprocessed images; each prediction depends on its own image only.
+        """Predicts preprocessed images; each prediction depends only on its own image.
 
         Args:
           images: Images of the size `preprocessing.image_size`, one or more.
@@ -57,7 +57,7 @@ class BundlePredictor(Predictor):
 
     Attributes:
       class_names: The classes in the order of the probabilities.
-      preprocessing: How an image becomes an input.
+      preprocessing: The preprocessing from an image to the network's input.
       temperature: The logits are divided by the temperature before the softmax.
       data: The description of the training data; see `Bundle`.
       metrics: The metrics by split; see `Bundle`.
@@ -77,7 +77,7 @@ class BundlePredictor(Predictor):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "BundlePredictor":
-        """Reads and verifies a bundle.
+        """Reads a bundle, verifies it, and returns its predictor.
 
         Args:
           path: A bundle, or a run that has a bundle.
@@ -108,9 +108,10 @@ class BundlePredictor(Predictor):
 
 @functools.lru_cache(64)
 def _compiled(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., Array]:
-    """The compiled program of all bundles with the same network and preprocessing.
+    """Returns the compiled function that predicts, for a network and its preprocessing.
 
-    The weights are arguments, so that other weights need no other program.
+    The weights are arguments of the function, so bundles with the same network and preprocessing
+    share it.
     """
 
     def probabilities(variables: PyTree, temperature: Array, images: Array) -> Array:
@@ -120,7 +121,7 @@ def _compiled(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., A
 
 
 def _check_weights(model: nn.Module, bundle: Bundle) -> None:
-    """Raises BundleError if names or shapes of the weights differ from those of the network."""
+    """Raises BundleError if names or shapes of the weights do not match the network."""
 
     def shapes(variables: PyTree) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree.leaves_with_path(variables)
@@ -146,7 +147,7 @@ class Prediction:
       predicted: The name of the most probable class; None after an error.
       confidence: The probability of that class, 0 to 1; None after an error.
       probabilities: float32 [C], in the order of `class_names`; None after an error.
-      error: Why the image could not be read; None if it could.
+      error: The reason why the image could not be read; None if it could.
     """
 
     predicted: str | None = None
@@ -160,24 +161,24 @@ def predict_batch(
     images: AnyImage | Iterable[AnyImage],
     reader: ImageReader | None = None,
 ) -> list[Prediction]:
-    """Predicts images of any kind and size; an unusable image affects no other.
+    """Predicts images of any form and size; an unusable image does not affect the others.
 
     Args:
       predictor: A loaded bundle or any other predictor.
-      images: One image of a kind that `preprocess_for_inference` accepts, which is a batch of
-        one; or an iterable of images of any kinds: a list, a tuple, a generator, or an array
+      images: One image in a form that `preprocess_for_inference` accepts, which is a batch of
+        one; or an iterable of such images: a list, a tuple, a generator, or an array
         uint8 [b, h, w, 1, 3 or 4]. A generator may reuse its memory, because each image is
         copied before the next one is requested.
-      reader: The reader of several calls, which warns once in all of them; by default a new
-        reader for this call.
+      reader: A reader that several calls share, so that there is only one warning in all of
+        them; by default a new reader for this call.
 
     Returns:
       One prediction for each image, in the order of the images. The prediction of an unusable
-      image holds the reason, which is also logged. A warning names the first image whose values
-      hardly suit the network's white level.
+      image has the reason, which is also logged. A warning names the first image whose values
+      do not seem to suit the network's white level.
 
     Raises:
-      TypeError: `images`, or one of the images, is of none of these kinds.
+      TypeError: `images`, or one of the images, has none of these forms.
     """
     reader = reader or ImageReader(predictor.preprocessing)
     predictions: list[Prediction] = []

@@ -51,7 +51,7 @@ NETWORKS = {
             ),
             "batch_norm": boolean(True, "BatchNorm after each convolution."),
         },
-        # A 2 x 2 pooling follows each convolution but the last.
+        # A 2 x 2 pooling follows each convolution except the last.
         size_divisor=lambda section: 2 ** (len(section["features"]) - 1),
     ),
 }

@@ -12,10 +12,10 @@ from cnn_jax.models.parts import NetworkParts
 
 
 class CNN(nn.Module):
-    """[conv 3x3 -> ReLU -> BatchNorm -> pool] for each number of channels, then two dense layers.
+    """A network of blocks [conv 3x3 -> ReLU -> BatchNorm -> pool], then two dense layers.
 
-    The pool is a 2 x 2 maximum. After the last convolution it is the mean over the whole
-    image, so that the network accepts any image size.
+    There is a block for each value of `features`. The pool is a 2 x 2 maximum; in the last block it
+    is the mean over the whole image, so that the network accepts any image size.
 
     Attributes:
       num_classes: The number of classes.
@@ -44,7 +44,7 @@ class CNN(nn.Module):
 
     @nn.nowrap
     def parts(self, params: Mapping[str, Any]) -> NetworkParts:
-        """The parameters that explanations use."""
+        """Returns the parameters that explanations use; see `NetworkParts`."""
         return NetworkParts(
             first_kernel=params["conv1"]["kernel"],
             head_kernel=params["head"]["kernel"],
@@ -90,7 +90,7 @@ class CNN(nn.Module):
             if self.batch_norm:
                 x = BatchNorm(
                     use_running_average=not train,
-                    epsilon=1e-3,  # The value of Keras.
+                    epsilon=1e-3,  # The default of Keras.
                     dtype=self.dtype,
                     name=f"norm{i}",
                 )(x)

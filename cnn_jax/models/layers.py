@@ -16,15 +16,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 # Block size of the reductions below, in rows and in elements. A block fits into a core's
-# first-level cache. From 33 rows on, XLA rewrites a sum into windows, which take several times
-# as long.
+# first-level cache. For 33 rows or more, XLA rewrites a sum as a sum of windows, which takes
+# several times as long.
 _BLOCK_ROWS, _BLOCK_SIZE = 32, 1024
 
 
 def channel_sums(
     *arrays: Float[Array, "batch height width channel"],
 ) -> tuple[Float[Array, " channel"], ...]:
-    """The float32 sums of arrays over all axes but the last, in one pass over memory.
+    """Returns the float32 sums of arrays over all axes except the last, in one pass over memory.
 
     Args:
       *arrays: Arrays of the same shape.
@@ -42,7 +42,10 @@ def _plain_sums(*arrays: Array) -> tuple[Array, ...]:
 
 
 def _blockwise_sums(*arrays: Array) -> tuple[Array, ...]:
-    """Sums within blocks of neighbouring pixels, in one loop over all arrays, then over blocks."""
+    """Sums arrays within blocks of neighbouring pixels, and then over the blocks.
+
+    One loop handles all arrays.
+    """
     batch, height, width, channels = arrays[0].shape
     pixels = height * width
     rows = max(
@@ -61,7 +64,7 @@ def _add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _per_channel(values: Float[Array, " channel"]) -> Float[Array, "1 1 1 channel"]:
-    """A value for each channel, in a shape that broadcasts to images."""
+    """Reshapes an array with one value for each channel, so that it broadcasts to images."""
     return values[None, None, None]
 
 
@@ -76,7 +79,10 @@ def convolve(
     x: Float[Array, "batch height width channel"],
     kernel: Float[Array, "3 3 channel features"],
 ) -> Float[Array, "batch height width features"]:
-    """The cross-correlation of images with a kernel, at stride 1 and with padding "SAME"."""
+    """Convolves images with a kernel, at stride 1 and with padding "SAME".
+
+    As usual for networks, this is a cross-correlation: the kernel is not reversed.
+    """
     return _convolve(x, kernel)
 
 
@@ -103,7 +109,7 @@ def _input_gradient(x: Array, gradient: Array, kernel: Array) -> Array:
 
 
 def _input_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
-    """`_input_gradient` as a convolution with a transposed kernel.
+    """Computes `_input_gradient` as a convolution with a transposed kernel, for CPUs.
 
     The barrier hides the transposition from XLA, which inside loops would otherwise convolve
     with the untransposed kernel. That takes ten times as long.
@@ -117,7 +123,7 @@ def _kernel_gradient(x: Array, gradient: Array, kernel: Array) -> Array:
 
 
 def _kernel_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
-    """`_kernel_gradient` as a convolution of the images with the gradients, by Eigen.
+    """Computes `_kernel_gradient` as a convolution of images with gradients by Eigen, for CPUs.
 
     oneDNN, which XLA may use on CPUs (`runtime.compiler_options`), takes up to eight times as
     long for this convolution. XLA gives no reversed kernels to oneDNN. The kernel is therefore
@@ -173,7 +179,7 @@ def _max_pool(x: Array) -> Array:
 
 
 def _max_pool_forward(x: Array) -> tuple[Array, Array]:
-    """The pooled images, and the index of the largest pixel of each window.
+    """Returns the pooled images, and the index of the largest pixel of each window.
 
     An index is 0 to 3, by row and column. The backward pass uses the index and does not
     compare pixels with the maximum: XLA may compute pixels twice, with different rounding, so
@@ -185,12 +191,12 @@ def _max_pool_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _largest(windows: Array) -> tuple[Array, Array]:
-    """The maxima along the first axis, and their indices."""
+    """Returns the maxima along the first axis, and their indices."""
     return jnp.max(windows, axis=0), jnp.argmax(windows, axis=0).astype(jnp.int32)
 
 
 def _largest_in_one_pass(windows: Array) -> tuple[Array, Array]:
-    """`_largest` as one reduction over pairs of value and index."""
+    """Computes `_largest` as one reduction over pairs (value, index)."""
     indices = lax.broadcasted_iota(jnp.int32, windows.shape, 0)
     init = jnp.asarray(-jnp.inf, windows.dtype), jnp.int32(0)
     pooled, index = lax.reduce((windows, indices), init, _larger, (0,))
@@ -198,13 +204,16 @@ def _largest_in_one_pass(windows: Array) -> tuple[Array, Array]:
 
 
 def _larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The pair (value, index) with the larger value; NaN is larger than every number."""
+    """Returns the pair (value, index) with the larger value; NaN is larger than every number."""
     is_b = (b[0] > a[0]) | jnp.isnan(b[0])
     return jnp.where(is_b, b[0], a[0]), jnp.where(is_b, b[1], a[1])
 
 
 def _max_pool_backward(index: Array, gradient: Array) -> tuple[Array]:
-    """Uses comparisons only, which XLA fuses into the loops that need the gradient."""
+    """Returns the gradient of the images: the backward pass of `max_pool_2x2`.
+
+    It uses only comparisons, which XLA fuses into the loops that need the gradient.
+    """
     batch, height, width, channels = gradient.shape
     pixel = jnp.arange(4, dtype=index.dtype).reshape(1, 1, 2, 1, 2, 1)
     is_largest = index[:, :, None, :, None] == pixel
@@ -216,7 +225,10 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _windows(x: Array) -> list[Array]:
-    """Four arrays [batch, height//2, width//2, channel]: the pixels of each 2 x 2 window."""
+    """Returns the four pixels of each 2 x 2 window, as four arrays.
+
+    Their shape is [batch, height//2, width//2, channel].
+    """
     return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
 
 
@@ -280,7 +292,7 @@ normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
 
 
 class Conv(nn.Module):
-    """`nn.Conv` with a 3 x 3 kernel, stride 1 and padding "SAME".
+    """A convolution layer: `nn.Conv` with a 3 x 3 kernel, stride 1 and padding "SAME".
 
     Attributes:
       features: The number of output channels.
@@ -303,7 +315,7 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """`nn.BatchNorm` with momentum 0, over all axes but the last.
+    """Batch normalisation: `nn.BatchNorm` with momentum 0, over all axes except the last.
 
     The collection "batch_stats" contains the mean and the variance of each channel with
     which inference normalises. In training the layer overwrites them with the statistics of

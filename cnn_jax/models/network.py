@@ -15,7 +15,7 @@ from cnn_jax.models.parts import NetworkParts
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
-    """The dtype of the network's computation.
+    """Returns the dtype of the network's computation for a value of `precision`.
 
     Args:
       precision: "float32", "bfloat16" or "auto". The last one means float32 if JAX's default
@@ -27,9 +27,9 @@ def compute_dtype(precision: str) -> jnp.dtype:
 
 
 def make_model(config: Mapping[str, Any], num_classes: int, precision: str) -> nn.Module:
-    """The network that the section `model` of a configuration or a bundle describes."""
+    """Makes the network that the section `model` of a configuration or a bundle describes."""
     module, _, name = NETWORKS[config["name"]].path.partition(":")
-    # JSON has lists, but the fields of a Linen module must be hashable.
+    # The fields of a Linen module must be hashable, so lists from JSON become tuples.
     fields = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in config.items()
@@ -45,7 +45,7 @@ def forward(
     images: Num[Array, "batch height width 3"],
     preprocessing: Preprocessing,
 ) -> Float[Array, "batch classes"]:
-    """The logits of images in inference mode.
+    """Returns the logits of images in inference mode.
 
     Args:
       model: The network.
@@ -63,7 +63,7 @@ def stages(
     preprocessing: Preprocessing,
     offsets: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """The outputs of all stages of the network in inference mode; see `CNN.stages`.
+    """Returns the outputs of all stages of the network in inference mode; see `CNN.stages`.
 
     Args:
       model: The network.
@@ -77,7 +77,7 @@ def stages(
 
 
 def network_parts(model: nn.Module, variables: Mapping[str, Any]) -> NetworkParts:
-    """The parameters of a network that explanations use; see `NetworkParts`."""
+    """Returns the parameters of a network that explanations use; see `NetworkParts`."""
     return cast(Any, model).parts(variables["params"])
 
 
@@ -99,7 +99,7 @@ def feature_map_shapes(
 
 
 def layer_names(model: nn.Module, image_size: tuple[int, int]) -> list[str]:
-    """The names of the layers that have parameters, from the image to the logits."""
+    """Returns the names of the layers with parameters, from the first layer to the last."""
     names: list[str] = []
 
     def init(images: Array) -> None:
@@ -110,19 +110,19 @@ def layer_names(model: nn.Module, image_size: tuple[int, int]) -> list[str]:
 
 
 def abstract_variables(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
-    """The shapes and dtypes of a network's parameters and statistics, without any computation."""
+    """Returns the shapes and dtypes of a network's variables, without computing their values."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def count_parameters(model: nn.Module, image_size: tuple[int, int]) -> int:
-    """The number of trainable parameters."""
+    """Returns the number of trainable parameters of a network."""
     params = abstract_variables(model, image_size)["params"]
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def forward_flops(model: nn.Module, image_size: tuple[int, int]) -> float:
-    """The number of floating-point operations of a forward pass of one image, counted by XLA."""
+    """Returns XLA's count of the floating-point operations of one image's forward pass."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     lowered = jax.jit(model.apply).lower(abstract_variables(model, image_size), images)
     cost = lowered.cost_analysis()

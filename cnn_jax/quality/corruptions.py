@@ -35,27 +35,28 @@ from cnn_jax.data.augment import opencv
 SEVERITIES = (1, 2, 3, 4, 5)
 
 Corruption = Callable[[np.ndarray, int, int], np.ndarray]
-# RGB or one channel, values from 0 to 1. With underscores, jaxtyping does not compare sizes.
+# An image with RGB or one channel and values from 0 to 1. Because of the underscores, jaxtyping
+# does not compare the sizes of several images.
 _Unit = Float32[np.ndarray, "_height _width _*channels"]
 
-# The image side, in pixels, to which the constants of ImageNet-C belong.
+# The side, in pixels, of the images for which the constants of ImageNet-C were chosen.
 _SIDE = 224
-# The maximum aspect ratio of a layer. The layer of a longer image is stretched; otherwise an image
-# of 1 x 1000 pixels would need a layer of 224 x 224,000.
+# The maximum aspect ratio of a layer, such as a layer of fog. The layer of a longer image is
+# stretched; otherwise an image of 1 x 1000 pixels would need a layer of 224 x 224,000.
 _MAX_ASPECT_RATIO = 4
 
 _T = TypeVar("_T")
 
 
 def _choose(severity: int, values: Sequence[_T]) -> _T:
-    """The constant of a severity, 1 to 5."""
+    """Returns the value that belongs to a severity, 1 to 5."""
     if severity not in SEVERITIES:
         raise ValueError(f"severity must be 1 to 5, got {severity}")
     return values[severity - 1]
 
 
 def _rng(seed: int, severity: int) -> np.random.Generator:
-    """The random numbers of a corruption."""
+    """Returns the random number generator of a corruption."""
     return np.random.default_rng([seed, severity])
 
 
@@ -70,12 +71,12 @@ def _levels(image: np.ndarray) -> UInt8[np.ndarray, "_height _width 3"]:
 
 
 def _scale(image: np.ndarray) -> float:
-    """The length of a pixel of ImageNet-C's constants in pixels of the image."""
+    """Returns the factor that converts lengths from ImageNet-C's pixels to pixels of an image."""
     return min(image.shape[:2]) / _SIDE
 
 
 def _layer_size(image: np.ndarray) -> tuple[int, int]:
-    """(height, width) of a layer for an image; the shorter side has 224 pixels."""
+    """Returns (height, width) of a layer, such as fog, whose shorter side has 224 pixels."""
     height, width = (
         min(round(side / _scale(image)), _MAX_ASPECT_RATIO * _SIDE) for side in image.shape[:2]
     )
@@ -83,7 +84,7 @@ def _layer_size(image: np.ndarray) -> tuple[int, int]:
 
 
 def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Resizes a layer to an image's size; shrinking averages over each pixel's area."""
+    """Resizes a layer to an image's size; a reduction averages over the area of each pixel."""
     height, width = image.shape[:2]
     if layer.shape[:2] == (height, width):
         return layer
@@ -95,7 +96,7 @@ def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _taps(radius: int, scale: float) -> Float[np.ndarray, "pixels taps"]:
-    """The weights by which the taps of a filter are distributed to whole pixels.
+    """Returns the weights that distribute the taps of a scaled filter to whole pixels.
 
     Each tap is a box that is one pixel long or, if `scale` is above 1, as long as the distance
     between two taps. A pixel gets the fraction of the box that overlaps it. With a scale below 1
@@ -115,7 +116,7 @@ def _taps(radius: int, scale: float) -> Float[np.ndarray, "pixels taps"]:
 
 
 def _scaled_kernel(kernel: Float[np.ndarray, "side side"], scale: float) -> np.ndarray:
-    """Scales a kernel in both directions by `_taps`; its sum does not change."""
+    """Scales a kernel in both directions with the weights of `_taps`; its sum does not change."""
     taps = _taps(len(kernel) // 2, scale)
     return (taps @ kernel @ taps.T).astype(np.float32)
 
@@ -191,7 +192,7 @@ def defocus_blur(
 
 @functools.cache
 def _disk(radius: int, softness: float) -> Float[np.ndarray, "side side"]:
-    """A filter in the form of a disk with a blurred edge.
+    """Returns a filter in the form of a disk with a blurred edge.
 
     The published grid ends at the edge of the two largest disks, and the blur is mirrored there.
     Their sum is therefore 1.01, which makes the image 1 % lighter. This function does the same.
@@ -238,15 +239,15 @@ def glass_blur(
 def _shuffled(
     rng: np.random.Generator, height: int, width: int, reach: int, scale: float
 ) -> Int[np.ndarray, " pixels"]:
-    """The origin of each pixel's value after one pass of ImageNet-C's shuffle.
+    """Returns the position from which each pixel gets its value in ImageNet-C's shuffle.
 
     The pass visits the pixels from the last to the first. It copies to each pixel the current
     value of a random neighbour, at a distance of -reach to reach - 1 pixels. A neighbour at a
-    later position was overwritten before, so that its value has the neighbour's own origin. These
-    chains are followed for all pixels at once, with steps that double.
+    later position already contains a copy of the value of its own neighbour. These chains of
+    copies are followed for all pixels at once, with steps that double.
 
     Args:
-      rng: Draws the neighbours.
+      rng: The generator that draws the neighbours.
       height: The height of the image.
       width: The width of the image.
       reach: The largest distance in each direction, in ImageNet-C's pixels.
@@ -256,7 +257,7 @@ def _shuffled(
       Positions in the image, row by row.
     """
     positions = np.arange(height * width).reshape(height, width)
-    # Pixels near the edge, whose neighbour may lie outside the image, keep their value.
+    # Pixels near the edge keep their values, because their neighbours may lie outside the image.
     before, after = round((reach + 1) * scale), round((reach - 1) * scale)
     is_moved = np.zeros((height, width), bool)
     is_moved[before : height - after, before : width - after] = True
@@ -285,7 +286,7 @@ def motion_blur(
 
 
 def _smear(image: _Unit, radius: int, sigma: float, angle: float, scale: float) -> _Unit:
-    """Motion blur along a line.
+    """Blurs an image by motion along a line, at a given angle.
 
     Args:
       image: The image, with values from 0 to 1.
@@ -308,7 +309,7 @@ def _smear(image: _Unit, radius: int, sigma: float, angle: float, scale: float) 
 def zoom_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The mean of the image and its magnifications, like a camera that moves forward."""
+    """Averages the image and its magnifications, like a camera that moves forward."""
     end, step = _choose(
         severity, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
     )
@@ -330,7 +331,7 @@ def zoom_blur(
 
 
 def _zoom(side: int, factor: float) -> tuple[float, float]:
-    """The linear map from positions in a magnified image to positions in the image.
+    """Returns the linear map from positions in a magnified image to positions in the image.
 
     ImageNet-C cuts out the middle of the image at whole pixels, magnifies it by SciPy's `zoom`,
     which maps the first and last pixel to themselves, and cuts the result to size.
@@ -350,7 +351,8 @@ def _zoom(side: int, factor: float) -> tuple[float, float]:
 
 def _scaled_affine(matrix: Float[np.ndarray, "2 3"], scale: float) -> Float[np.ndarray, "2 3"]:
     """Converts an affine map of positions from ImageNet-C's pixels to pixels of an image."""
-    # In both units the centres of pixels are whole numbers; edges are half a pixel away.
+    # In both units, the centres of pixels have whole numbers as positions, and the first pixel's
+    # edge is at -0.5.
     shift = 0.5 / scale - 0.5
     linear, offset = matrix[:, :2], matrix[:, 2]
     offset = scale * (offset + linear.sum(axis=1) * shift - shift)
@@ -437,7 +439,7 @@ _FROST_SIDE = 1024
 
 @functools.cache
 def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
-    """The generated texture of one of `_FROSTS`: feathers of ice on a cloudy background."""
+    """Returns a generated texture of `_FROSTS`: feathers of ice on a cloudy background."""
     cv2, rng = opencv(), np.random.default_rng([number, *b"frost"])
     clouds = _plasma(rng, _FROST_SIDE, 1.7)
     crystals = np.zeros((_FROST_SIDE, _FROST_SIDE), np.uint8)
@@ -455,7 +457,9 @@ def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
 
 
 def _feather(rng: np.random.Generator) -> Float[np.ndarray, "lines 2 2"]:
-    """A crystal: a stem with barbs at 60 degrees that become shorter towards the tip.
+    """Returns the lines of an ice crystal: a stem with barbs that become shorter at the tip.
+
+    The barbs are at an angle of 60 degrees to the stem.
 
     Returns:
       The two end points (x, y) of each line, in pixels.
@@ -488,10 +492,10 @@ def fog(
 
 
 def _plasma(rng: np.random.Generator, side: int, decay: float) -> Float32[np.ndarray, "side side"]:
-    """A periodic fractal surface with values from 0 to 1, by the diamond-square algorithm.
+    """Returns a periodic fractal surface, 0 to 1, made by the diamond-square algorithm.
 
     Args:
-      rng: Draws the noise.
+      rng: The generator that draws the noise.
       side: The side of the surface, in pixels: a power of two, 2 or more.
       decay: From each grid to the next finer grid, the amplitude of the noise is divided by the
         square of this number.
@@ -548,7 +552,7 @@ def spatter(
 
 
 def _shaded(liquid: Float32[np.ndarray, "height width"]) -> Float32[np.ndarray, "height width"]:
-    """The brightness of a layer of water, 0 to 1; the edges of drops are the brightest."""
+    """Returns the brightness of a layer of water, 0 to 1, which is highest at edges of drops."""
     cv2 = opencv()
     levels = (liquid * 255).astype(np.uint8)
     distance = cv2.distanceTransform(255 - cv2.Canny(levels, 50, 150), cv2.DIST_L2, 5)
@@ -563,7 +567,7 @@ def _shaded(liquid: Float32[np.ndarray, "height width"]) -> Float32[np.ndarray, 
 def brightness(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Increases the value of each pixel in HSV."""
+    """Makes the image brighter: increases the value V of each pixel in HSV."""
     increase = _choose(severity, (0.1, 0.2, 0.3, 0.4, 0.5))
     cv2 = opencv()
     hsv = cv2.cvtColor(_unit(image), cv2.COLOR_RGB2HSV)
@@ -629,7 +633,8 @@ def _smoothed(
     """Gaussian blur like SciPy's `gaussian_filter` with mode "reflect", truncated at 3 sigma.
 
     For an image that is mirrored at its edges, the blur is a multiplication of its cosine
-    transform. The time does not depend on sigma, which reaches a thousand taps here.
+    transform. The time does not depend on sigma. This matters because a filter may have a thousand
+    taps here.
     """
     from scipy.fft import dctn, idctn
 
@@ -640,7 +645,10 @@ def _smoothed(
 
 @functools.lru_cache(maxsize=256)
 def _response(length: int, sigma: float) -> Float32[np.ndarray, " length"]:
-    """The factor of each cosine over `length` pixels under a Gaussian truncated at 3 sigma."""
+    """Returns the factors by which a Gaussian blur, truncated at 3 sigma, scales each cosine.
+
+    These are the cosines of the cosine transform of `length` pixels.
+    """
     offsets = np.arange(-int(3 * sigma + 0.5), int(3 * sigma + 0.5) + 1)
     weights = np.exp(-0.5 * (offsets / sigma) ** 2)
     cosines = np.cos(math.pi / length * np.arange(length)[:, np.newaxis] * offsets)
@@ -706,7 +714,10 @@ def resolution(
 def jpeg_quality(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Compresses as a JPEG of a common quality, 90 to 30; `jpeg_compression` has lower ones."""
+    """Compresses as a JPEG of a common quality, 90 to 30.
+
+    `jpeg_compression` has lower qualities.
+    """
     return _as_jpeg(image, _choose(severity, (90, 75, 60, 45, 30)))
 
 
@@ -731,8 +742,8 @@ def crop(
     return cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-# The families of the paper in its order. In each family, the corruptions that the paper uses only
-# for validation come last.
+# The families of corruptions in the order of the paper, and the family "quality". In each family,
+# the corruptions that the paper uses only for validation come last.
 FAMILIES: dict[str, dict[str, Corruption]] = {
     family: {function.__name__: function for function in functions}
     for family, functions in {

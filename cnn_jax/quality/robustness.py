@@ -1,4 +1,4 @@
-"""Accuracy, confidence and calibration on images of different qualities."""
+"""Robustness: accuracy, confidence and calibration on images of different qualities."""
 
 import collections
 import concurrent.futures
@@ -26,8 +26,8 @@ from cnn_jax.quality.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVER
 from cnn_jax.system.errors import DataError
 from cnn_jax.training.metrics import wilson_interval
 
-# The loss of accuracy that `first_severity_lower` looks for: 10 percentage points, minus a margin
-# for rounding errors.
+# The decrease of accuracy that `first_severity_lower` looks for: 10 percentage points, minus a
+# margin for rounding errors.
 _FALL = 0.1 - 1e-9
 _NUM_BINS = 5
 _FAMILIES_BY_NAME = {name: family for family, members in FAMILIES.items() for name in members}
@@ -126,9 +126,10 @@ def _corrupted_batch(
     seeds: Sequence[int],
     start: int,
 ) -> UInt8[np.ndarray, "_batch height width 3"]:
-    """Corrupts a batch of images.
+    """Returns one batch of the sequence of corrupted images.
 
-    All images under the first condition are followed by all images under the second, and so on.
+    In the sequence, all images under the first condition are followed by all images under the
+    second condition, and so on.
     A batch may span two conditions, so that only the last batch is padded.
 
     Args:
@@ -161,7 +162,7 @@ def _read_ahead(work: Callable[[int], _Result], items: Iterable[int]) -> Iterato
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        finally:  # Otherwise an interrupt would wait for all pending results.
+        finally:  # Without this, Ctrl-C would wait for all pending results.
             pool.shutdown(cancel_futures=True)
 
 
@@ -180,7 +181,7 @@ def _mean(severities: Sequence[Mapping[str, float]], key: str) -> float:
 
 
 def first_severity_lower(clean: float, accuracies: Sequence[float]) -> int | None:
-    """The first severity at which accuracy is at least 10 points lower than on clean images.
+    """Returns the first severity that lowers the accuracy by at least 10 percentage points.
 
     Args:
       clean: Accuracy on clean images, 0 to 1.
@@ -261,31 +262,34 @@ def by_quality(
 
 
 def sharpness(image: UInt8[np.ndarray, "height width 3"]) -> float:
-    """The variance of the Laplacian of the grey levels, 0 to 255 (Pech-Pacheco et al. 2000)."""
+    """Returns an image's sharpness: the variance of the Laplacian (Pech-Pacheco et al. 2000).
+
+    The grey levels are from 0 to 255.
+    """
     cv2 = opencv()
     return float(cv2.Laplacian(_grey(image), cv2.CV_32F).var(dtype=np.float64))
 
 
 def brightness(image: UInt8[np.ndarray, "height width 3"]) -> float:
-    """The mean grey level, 0 to 255."""
+    """Returns the brightness of an image: its mean grey level, 0 to 255."""
     return float(_grey(image).mean(dtype=np.float64))
 
 
 def _grey(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width"]:
-    """Luma, 0 to 255 (ITU-R BT.601)."""
+    """Returns the grey levels (luma) of an RGB image, 0 to 255 (ITU-R BT.601)."""
     return image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def accuracy_by_quantile(
     values: Num[np.ndarray, " n"], hits: Bool[np.ndarray, " n"], num_bins: int = _NUM_BINS
 ) -> list[dict[str, Any]]:
-    """Measures accuracy in bins of a value of the images.
+    """Measures accuracy in bins of images with similar values, for example of the brightness.
 
     The bins hold nearly equal numbers of images. Images with equal values share a bin, so there
     may be fewer bins than requested.
 
     Args:
-      values: A value of each image, finite.
+      values: One finite value for each image.
       hits: Whether each prediction is correct.
       num_bins: The maximum number of bins.
 
@@ -296,7 +300,7 @@ def accuracy_by_quantile(
     if not len(values):
         return []
     edges = np.quantile(values, np.arange(1, num_bins) / num_bins)
-    bin_numbers = np.searchsorted(edges, values)  # A value equal to an edge is below the edge.
+    bin_numbers = np.searchsorted(edges, values)  # A value on an edge is in the lower bin.
     bins = []
     for number in np.unique(bin_numbers):
         members, member_hits = values[bin_numbers == number], hits[bin_numbers == number]
@@ -317,7 +321,7 @@ def accuracy_by_quantile(
 def original_pixels(
     source: Source, indices: Int[np.ndarray, " n"], preprocessing: Preprocessing
 ) -> Int[np.ndarray, " n"]:
-    """Width times height of images in their files, before resizing.
+    """Returns width times height of images in their files, before resizing.
 
     The values come from the records of the last scan; an image without a record is read again.
 
