@@ -252,7 +252,7 @@ class RemoteStore(Store):
             raise ConfigError(
                 f"--registry: {self.url} is not a URL of fsspec: {error_line(error)}"
             ) from error
-        except Exception as error:  # Catches every exception, because some libraries connect in their constructors.
+        except Exception as error:  # Some libraries connect here, and raise any type.
             raise ConfigError(
                 f"--registry: {self.url} cannot be reached: {error_line(error)}"
             ) from error

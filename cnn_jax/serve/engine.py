@@ -353,7 +353,7 @@ class Engine:
             pixels = image.read()
         except DataError as error:
             self._loop.call_soon_threadsafe(_set_result, image.request, image.index, error)
-        except Exception as error:  # Of any kind: the request must get an answer.
+        except Exception as error:  # The request must get an answer in any case.
             self._loop.call_soon_threadsafe(_fail, image.request, error)
             return
         else:
@@ -425,7 +425,7 @@ class Engine:
         start = self._computing_since = time.monotonic()
         try:
             results = self._run(batch)
-        except Exception as error:  # Of any kind: the thread must continue.
+        except Exception as error:  # The thread must continue in any case.
             self._loop.call_soon_threadsafe(_fail_all, batch, error)
             return
         finally:

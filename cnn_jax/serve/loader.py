@@ -311,7 +311,7 @@ class Loader:
             self._log_problem(str(error))
             return None
         except Exception:
-            # Of any kind: if this task ended, the server would never load a new version.
+            # Every exception is caught: if this task ended, the server would never load a new version.
             logger.exception("cannot read the registry")
             return None
         self._logged_problem = ""
@@ -392,7 +392,7 @@ class Loader:
         try:
             version = await self._run_on_thread(self._make, model, number, digest_, loaded)
         except Exception as error:
-            # Of any kind: a bad new version must not stop the server.
+            # Every exception is caught: a bad new version must not stop the server.
             count = self._failures.get(key, (0, 0.0))[0] + 1
             wait = min(_FIRST_RETRY * 2 ** (count - 1), _MAX_RETRY)
             self._failures[key] = count, time.monotonic() + wait
