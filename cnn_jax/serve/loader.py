@@ -311,7 +311,7 @@ class Loader:
             self._log_problem(str(error))
             return None
         except Exception:
-            # Every exception is caught: if this task ended, the server would never load a new version.
+            # If this task ended, the server would never load a new version.
             logger.exception("cannot read the registry")
             return None
         self._logged_problem = ""
