@@ -164,7 +164,7 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
 
 
 def _location(text: str) -> str:
-    """The argparse type of a folder or URL, which must not be empty."""
+    """Checks a folder or URL from the command line, which must not be empty."""
     return text if "://" in text else cli.path(text)
 
 
@@ -195,7 +195,7 @@ _reference = _argparse_type(ledger.parse_reference)
 
 
 def _loss(text: str) -> float:
-    """The argparse type of a loss: a number, 0 or more."""
+    """Parses a loss from the command line: a number, 0 or more."""
     try:
         value = float(text)
     except ValueError:

@@ -139,7 +139,7 @@ class Run:
         return self.network
 
     def is_measured(self) -> bool:
-        """Whether the metrics of all splits are known."""
+        """Returns whether the metrics of all splits are known."""
         return all(split in self.figures for split in SPLITS)
 
     def need_figures(self, split: str) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from cnn_jax.training.checkpoint import best_record
 NUM_WRONG, NUM_UNSURE, NUM_SUSPECTS, NUM_AUGMENTED = 24, 12, 24, 12
 # The number of pairs of confused classes, and the number of images of each pair.
 _NUM_PAIRS, _PAIR_IMAGES = 10, 3
-# If a larger fraction of the labels is suspected, most of the suspected labels are correct and the
-# network is wrong.
+# If a larger fraction of the labels is suspected, most suspected labels are probably correct, and
+# the network is wrong.
 _CREDIBLE = 0.1
 # The fractions of test images to keep when the images with the least confidence are rejected.
 _KEPT = (1.0, 0.95, 0.9, 0.8, 0.5)

@@ -3,7 +3,7 @@
 A single thread computes all batches. Images that arrive during a computation wait in a queue. When
 the thread is free, it makes a batch of the oldest image and of other waiting images that need the
 same program. If images wait for a different program than that of the last batch, they come first,
-so that programs alternate. An image that arrives when no other image waits is computed at once.
+so that programs alternate. An image that arrives while the engine is idle is computed at once.
 Under load the batches grow. An image of a cancelled or timed-out request is not computed.
 """
 
@@ -204,7 +204,8 @@ class Engine:
         self._on_batch = on_batch
         self._in_flight = 0
         self._per_image = _SECONDS_PER_IMAGE
-        # A request may use only half of the decoder threads. Other requests use the other half.
+        # A request may use at most half of the decoder threads, so that a request with many large
+        # images does not block other requests.
         self._decoders_per_request = max(1, decoders // 2)
         self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
         # Only one thread parses, because a parsed body can take many times the memory of the body.
@@ -230,7 +231,7 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the compute thread is running and no batch hangs."""
+        """Returns whether the compute thread is running and no batch hangs."""
         since = self._computing_since
         is_hanging = since is not None and time.monotonic() - since > _HANGING_SECONDS
         return self._thread.is_alive() and not is_hanging

@@ -42,8 +42,8 @@ _MAX_CONNECTIONS = 1_000
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # The Upgrade header is renamed, because httptools skips the body of a request with this header.
 # Some Java clients send it with their first request. A server may ignore the header (RFC 9110,
-# section 7.8). Limitation: if a packet ends inside the header's name, the header is not found, and the body
-# is skipped.
+# section 7.8). Limitation: if a packet ends inside the header's name, the header is not found, and
+# the body is skipped.
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _NO_UPGRADE = b"\r\nx-upgrade:"
 _END = b"\r\n\r\n"
@@ -97,7 +97,7 @@ class _Protocol(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether the connection is between two requests."""
+        """Returns whether the connection is between two requests."""
         return not self._is_in_message and (self.cycle is None or self.cycle.response_complete)
 
     def _abort_oldest_idle(self) -> None:

@@ -238,7 +238,7 @@ class Loader:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a thread of the loader is running; such a thread cannot be interrupted."""
+        """Returns whether a thread of the loader runs, which cannot be interrupted."""
         return self._num_running > 0
 
     async def follow(self, seconds: float) -> None:

@@ -228,7 +228,7 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a load balancer should send requests to this server.
+        """Returns whether a load balancer should send requests to this server.
 
         This requires that all required models are ready.
         """
@@ -236,7 +236,7 @@ class Service:
 
     @property
     def is_serving(self) -> bool:
-        """Whether the server can answer: it is not shutting down, and no batch hangs."""
+        """Returns whether the server can answer: it is not shutting down, and no batch hangs."""
         return not self.is_shutting_down and self.engine.is_alive
 
     def begin_shutdown(self) -> None:
