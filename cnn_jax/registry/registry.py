@@ -656,7 +656,7 @@ class Registry:
             logger.warning("not deleted; a later add or remove tries again: %s", error)
 
     def _sweep(self) -> None:
-        """Deletes files that belong to no version and are a day old; killed processes leave them.
+        """Deletes day-old files that belong to no version, which killed processes have left.
 
         A bundle that has a marker but no log entry is kept, because the log is then incomplete.
         """

@@ -294,7 +294,7 @@ def _class_remarks(
 
 
 def _predictions_text(name: str, test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
-    """Returns a text about a class: how often it is predicted, and its training images."""
+    """Returns a text on how often a class is predicted and how many training images it has."""
     names = list(test["per_class"])
     row = test["confusion"][names.index(name)]
     predicted = sorted(range(len(row)), key=lambda label: -row[label])[:2]

@@ -1,4 +1,4 @@
-"""Verdicts on measured metrics: whether a network beats guessing, and how its training went.
+"""Verdicts on measured metrics: whether a network beats guessing, and how the training went.
 
 A verdict mentions a difference only if a statistical test is significant, or if the two 95 %
 confidence intervals do not overlap.

@@ -108,7 +108,7 @@ def make_app(
 
 
 async def _refuse_query(request: Request) -> None:
-    """Refuses a request with query parameters; the route in `native` that has some checks them."""
+    """Refuses a request with query parameters, on all routes except /predict in `native`."""
     check_query(request)
 
 
