@@ -93,7 +93,7 @@ MUTATIONS = [
     ("training/step.py", "cross_entropy(logits, targets, self.label_smoothing)", "cross_entropy(logits, labels, self.label_smoothing)", "training/test_step.py"),
     ("training/step.py", "purposes[\"mix\"] = MIX", "purposes[\"mix\"] = DROPOUT", "training/test_step.py"),
     ("training/step.py", "labels = jnp.argmax(targets, axis=-1)", "pass", "training/test_step.py"),
-    ("training/step.py", "images = augment.apply_on_device(images, batch[\"matrix\"], batch[\"contrast\"])", "pass", "training/test_step.py"),
+    ("training/step.py", "images = augment.apply_on_device(images, **draws)", "pass", "training/test_step.py"),
     ("training/step.py", "new[\"var\"] + distance * (new[\"mean\"] - mean)", "new[\"var\"]", "training/test_step.py"),
     ("training/step.py", "mean = old[\"mean\"] + distance / count", "mean = 0.99 * old[\"mean\"] + 0.01 * new[\"mean\"]", "training/test_step.py"),
     ("training/loop.py", "progress.state = _estimate_statistics(run, progress.state)\n", "", "training/test_loop.py"),

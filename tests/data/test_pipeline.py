@@ -158,14 +158,16 @@ def test_the_stream_can_be_entered_anywhere(source, start):
 def test_no_image_is_read_after_the_last_batch_that_is_wanted(source, monkeypatch):
     loads = []
     load = Loader.load
+    own_loader = Loader(source, PREPROCESSING)
 
     def counting_load(loader, indices):
-        loads.append(len(indices))
+        if loader is own_loader:  # Threads of earlier streams may still read ahead.
+            loads.append(len(indices))
         return load(loader, indices)
 
     monkeypatch.setattr(Loader, "load", counting_load)
     stream = training_batches(
-        Loader(source, PREPROCESSING),
+        own_loader,
         INDICES,
         batch_size=8,
         augmentation=AUGMENTATION,
