@@ -12,12 +12,12 @@
     cnn_jax registry export MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
     cnn_jax registry import MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
 
-DIR is a folder or a URL of fsspec, such as s3://BUCKET/PATH; the environment variable
-CNN_JAX_REGISTRY is its default. A command that changes something prints one line. `verify` reads
-the files of all versions, reports each version as unchanged or damaged, and exits with 1 if a
-version is damaged. `fetch` copies a bundle into FOLDER and prints its path; MODEL without a
-version is its champion. `export` and `import` copy versions and aliases to and from an MLflow
-registry; `import --no_aliases` does not change the aliases of this registry.
+DIR is a folder or a URL of fsspec, such as s3://BUCKET/PATH. Without --registry, DIR is the value
+of the environment variable CNN_JAX_REGISTRY. A command that changes the registry prints one line.
+`verify` reads the files of all versions, reports each version as unchanged or damaged, and exits
+with 1 if a version is damaged. `fetch` copies a bundle into FOLDER and prints the path of the copy;
+MODEL without a version selects the version with the alias "champion". `export` and `import` copy
+versions and aliases to and from an MLflow registry. `import --no_aliases` copies no aliases.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from cnn_jax.system.text import wrap
 
 _VARIABLE = "CNN_JAX_REGISTRY"
 _MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
-_DIGITS = 12  # The number of digits of a digest to show.
+_DIGITS = 12  # The number of digits of a digest that the commands show.
 
 
 def main(argv: Sequence[str]) -> None:
@@ -164,7 +164,7 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
 
 
 def _location(text: str) -> str:
-    """The argparse type of a folder or URL, which must not be empty."""
+    """Checks a folder or URL from the command line, which must not be empty."""
     return text if "://" in text else cli.path(text)
 
 
@@ -173,7 +173,8 @@ def _argparse_type(parse: Callable[[str], Any], kind: str = "") -> Callable[[str
 
     Args:
       parse: The parser.
-      kind: The prefix of its errors that repeats the argument's name.
+      kind: The argument's name at the start of the parser's errors, which is removed because
+        argparse adds the name too.
     """
 
     def parse_argument(text: str) -> Any:
@@ -194,7 +195,7 @@ _reference = _argparse_type(ledger.parse_reference)
 
 
 def _loss(text: str) -> float:
-    """The argparse type of a number, 0 or more."""
+    """Parses a loss from the command line: a number, 0 or more."""
     try:
         value = float(text)
     except ValueError:
@@ -264,7 +265,7 @@ def _verify(registry: Registry, flags: argparse.Namespace) -> None:
             damaged.append(str(version))
             line = f"{version}: {error}"
         except RegistryError as error:
-            registry.refresh()  # Raises if the whole registry is unreadable.
+            registry.refresh()  # Raises an error if the whole registry is unreadable.
             line = f"{version} was not verified: {error}"
         _print(printable(line))
     if damaged:
@@ -315,7 +316,7 @@ def _list(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _selected(registry: Registry, name: str | None) -> list[Model]:
-    """Returns the model of a name, or all models sorted by name."""
+    """Returns the model with a name; without a name, all models sorted by name."""
     if name is not None:
         return [ledger.find(registry.models, name)]
     return [model for _, model in sorted(registry.models.items())]
@@ -344,7 +345,7 @@ def _show(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _print(line: str) -> None:
-    """Prints a line, broken between words at the width of the terminal."""
+    """Prints a text with line breaks between words at the width of the terminal."""
     print("\n".join(wrap(line, _width())), flush=True)
 
 
@@ -357,7 +358,7 @@ def _without_empty(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model_as_json(model: Model) -> dict[str, Any]:
-    """Returns the JSON description of a model; an alias's history ends with its version."""
+    """Returns a model as JSON types; the last version in an alias's history is the current one."""
     return {
         "model": model.name,
         "aliases": {
@@ -419,7 +420,10 @@ def _author(item: Version | Entry) -> str:
 
 
 def _width() -> int | None:
-    """Returns $COLUMNS, else the width of the terminal, else None: files have no limit."""
+    """Returns the width of the output in columns: $COLUMNS, or the width of the terminal.
+
+    The width is None, which means no limit, if the output is not a terminal.
+    """
     with contextlib.suppress(KeyError, ValueError):
         if (columns := int(os.environ["COLUMNS"])) > 0:
             return columns
@@ -442,7 +446,7 @@ def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> str:
 
 
 def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
-    """Returns aligned `name  text` lines, wrapped at a width."""
+    """Returns lines of the form `name  text`, aligned, with line breaks at a width."""
     indent = max(len(name) for name, _ in facts) + 2
     lines = []
     for name, text in facts:
@@ -452,7 +456,7 @@ def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
 
 
 def _describe_model(model: Model, width: int | None) -> str:
-    """Describes a model: its name, and the history of each alias, latest version first."""
+    """Describes a model: the name, and the history of each alias with the latest version first."""
     aliases = [
         (f"@{alias}", " <- ".join(map(str, reversed(history))))
         for alias, history in sorted(model.aliases.items())
@@ -461,7 +465,7 @@ def _describe_model(model: Model, width: int | None) -> str:
 
 
 def _describe(model: Model, version: Version, url: str, width: int | None) -> str:
-    """Describes a version."""
+    """Returns the description of a version that `show` prints."""
     bundle = version.bundle
     facts = [
         ("version", str(version)),

@@ -1,11 +1,11 @@
-"""The state of a registry, computed from its log: versions and the targets of aliases.
+"""Computes the state of a registry, which is its versions and aliases, from the registry's log.
 
-All functions are pure functions of log entries. An entry is a JSON object:
+All functions are pure: they read and write no files. An entry is a JSON object:
 
     sha256                      sha256 of the other fields, to detect damage
     format, number, previous    1, the entry's number, sha256 of the previous entry's file or ""
     id                          a random id, so that a writer recognises its own entry
-    time, user, host, note      time (UTC), user and host of the change; the user's note
+    time, user, host, note      time (UTC), user and host of the change; a note by the user
     action                      add, promote, rollback or remove
     model, version              the changed model and version
     alias, before               the changed alias, and the version it pointed to before
@@ -29,17 +29,21 @@ CHAMPION = "champion"
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _DIGEST = r"[0-9a-f]{64}"
-# Strict, because removing a version deletes the folder at the path that the log contains.
+# The pattern is strict, because removing a version deletes the folder at this path, and a damaged
+# log could contain any path.
 _PATH = rf"bundles/{_DIGEST}-\d{{8}}T\d{{6}}Z-[0-9a-f]{{16}}"
 
 
 class RegistryError(UserError):
-    """A registry is missing or damaged, or a version or change does not exist or is refused."""
+    """Raised if a registry is missing or damaged, or a request to it cannot be fulfilled.
+
+    For example, the requested version does not exist, or the requested change is not allowed.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
-    """The metadata of a bundle in the log.
+    """The metadata of a bundle, as the log stores it.
 
     Attributes:
       path: The bundle's folder, relative to the registry.
@@ -60,13 +64,16 @@ class BundleFacts:
     fingerprint: str
 
     def test_metric(self, metric: str) -> float | None:
-        """Returns a metric of the test split; None if the bundle does not have it."""
+        """Returns a metric of the test split; None if the bundle does not have this metric."""
         return self.metrics.get("test", {}).get(metric)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A change, with the fields of the module's docstring; missing fields are None or empty."""
+    """An entry of the log, which describes a change of the registry.
+
+    The docstring of this module explains the fields. Missing fields are None or empty.
+    """
 
     number: int
     previous: str
@@ -86,7 +93,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """A bundle with a number.
+    """A version of a model: a bundle with a number.
 
     Attributes:
       model: The model's name.
@@ -109,7 +116,7 @@ class Version:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model with its versions.
+    """A model with versions and aliases.
 
     Attributes:
       name: The name of the model.
@@ -125,11 +132,11 @@ class Model:
     last: int = 0
 
     def alias_target(self, alias: str) -> int | None:
-        """Returns the number of the version that an alias points to; None if it does not exist."""
+        """Returns the number of an alias's current version; None if the alias does not exist."""
         return self.aliases[alias][-1] if alias in self.aliases else None
 
     def version_aliases(self, version: int) -> list[str]:
-        """Returns the aliases that point to a version, sorted."""
+        """Returns the sorted names of the aliases that point to a version."""
         return sorted(alias for alias in self.aliases if self.alias_target(alias) == version)
 
 
@@ -137,10 +144,10 @@ Models = Mapping[str, Model]
 
 
 def check_name(kind: str, name: str) -> str:
-    """Checks and returns the name of a model or an alias.
+    """Checks the name of a model or of an alias, and returns the name.
 
     Args:
-      kind: What the name is for, "model" or "alias", for the error message.
+      kind: "model" or "alias", for the error message.
       name: The name.
 
     Raises:
@@ -163,7 +170,7 @@ def parse_reference(text: str) -> tuple[str, str | int | None]:
       The model's name, and an alias, a version number or None.
 
     Raises:
-      ConfigError: The text has another form.
+      ConfigError: The text has none of these forms.
     """
     name, separator, rest = re.fullmatch(r"([^@/]*)([@/]?)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     check_name("model", name)
@@ -178,7 +185,7 @@ def parse_version_or_alias(text: str) -> str | int:
     """Parses a version number or an alias.
 
     Raises:
-      ConfigError: The text is neither.
+      ConfigError: The text is neither a version number nor a valid alias.
     """
     return parse_version(text) if text.isdecimal() else check_name("alias", text)
 
@@ -189,14 +196,14 @@ def parse_version(text: str) -> int:
     Raises:
       ConfigError: The text is not a number.
     """
-    # Python's int() refuses text of more than 4,300 digits.
+    # The length is limited, because Python's int() raises ValueError above 4,300 digits.
     if not re.fullmatch(r"[0-9]{1,1000}", text):
         raise ConfigError(f"version: must be a number, got {text!r}")
     return int(text)
 
 
 def find(models: Models, name: str) -> Model:
-    """Returns the model of a name.
+    """Returns the model with a name.
 
     Raises:
       RegistryError: The model does not exist.
@@ -207,7 +214,7 @@ def find(models: Models, name: str) -> Model:
 
 
 def resolve(models: Models, name: str, selector: str | int = CHAMPION) -> Version:
-    """Returns the version of a number or an alias.
+    """Returns the version that a number or an alias selects.
 
     Raises:
       RegistryError: The model, version or alias does not exist.
@@ -229,20 +236,20 @@ def resolve(models: Models, name: str, selector: str | int = CHAMPION) -> Versio
 
 
 def find_digest(models: Models, name: str, digest: str) -> Version | None:
-    """Returns the version of a model whose bundle has a digest; None if there is none."""
+    """Returns the version of a model whose bundle has a given digest; None if none has it."""
     versions = models[name].versions.values() if name in models else ()
     return next((version for version in versions if version.bundle.digest == digest), None)
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
-    """Returns names similar to an unknown name, or the known names, for an error message."""
+    """Returns a hint for an error message: names similar to an unknown name, or all known names."""
     known = sorted(known)
     names = f"{', '.join(known[:10]) or 'none'}{', ...' * (len(known) > 10)}"
     return did_you_mean(name, known, 3) or f"; known names: {names}"
 
 
 def removable_version(models: Models, name: str, number: int) -> Version:
-    """Returns a version that may be removed.
+    """Returns a version after checking that the version may be removed.
 
     Raises:
       RegistryError: The version does not exist, or an alias points to it.
@@ -257,7 +264,7 @@ def removable_version(models: Models, name: str, number: int) -> Version:
 
 
 def previous_version(models: Models, name: str, alias: str) -> Version:
-    """Returns the version that a rollback of an alias selects.
+    """Returns the version to which a rollback of an alias would point the alias.
 
     Raises:
       RegistryError: The alias does not exist, or has no previous version.
@@ -271,14 +278,14 @@ def previous_version(models: Models, name: str, alias: str) -> Version:
 
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """The conditions of a promotion on a version's test metrics.
+    """Conditions on test metrics that a version must meet to be promoted.
 
     Attributes:
       min_accuracy, min_precision, min_recall, min_f1: The least allowed value, 0 to 1; None for
         no condition.
       max_loss: The largest allowed loss, 0 or more; None for no condition.
-      not_below: An alias; the version's test accuracy must reach that of the alias's version.
-        None for no condition.
+      not_below: An alias. The test accuracy of the version must not be below the test accuracy
+        of the alias's current version. None for no condition.
     """
 
     min_accuracy: float | None = None
@@ -294,8 +301,8 @@ class Gates:
         Args:
           models: The state of the registry.
           version: The version to promote.
-          alias: The alias to promote it to. If `not_below` is the same alias and the alias does
-            not exist yet, that condition is skipped.
+          alias: The alias that will point to the version. If `not_below` names the same alias and
+            the alias does not exist yet, `not_below` is not checked.
 
         Returns:
           A description of each condition that the version meets.
@@ -323,7 +330,7 @@ class Gates:
         return tuple(passed)
 
     def _compare(self, models: Models, version: Version) -> tuple[str, bool]:
-        """Checks `not_below`; returns a description and whether the version passes."""
+        """Checks the condition `not_below`; returns a description and whether it is met."""
         assert self.not_below is not None
         current = resolve(models, version.model, self.not_below)
         bundle, reference = version.bundle, current.bundle
@@ -349,7 +356,7 @@ def _metric_text(value: float | None) -> str:
 
 
 def apply(models: Models, entry: Entry) -> dict[str, Model]:
-    """Returns the state after an entry.
+    """Returns the state of a registry after the change that an entry describes.
 
     Args:
       models: The state before the entry; it is not modified.
@@ -392,7 +399,7 @@ def _roll_back(model: Model, entry: Entry) -> Model:
 
 
 def _move(model: Model, entry: Entry, history: tuple[Any, ...]) -> Model:
-    """Returns a model in which the entry's alias has a new history."""
+    """Returns a copy of a model in which the entry's alias has the given history."""
     alias = str(entry.alias)
     _expect(entry.before == model.alias_target(alias), f"{alias} was not {entry.before}")
     return dataclasses.replace(model, aliases={**model.aliases, alias: history})
@@ -412,7 +419,7 @@ def _remove(model: Model, entry: Entry) -> Model:
 
 
 def _without(history: tuple[int, ...], number: int | None) -> tuple[int, ...]:
-    """Removes a version from an alias's history, and the repetitions that this creates."""
+    """Removes a version from an alias's history, and merges equal neighbours in the result."""
     left = [version for version in history if version != number]
     return tuple(version for i, version in enumerate(left) if i == 0 or version != left[i - 1])
 
@@ -423,7 +430,7 @@ def _expect(holds: bool, problem: str) -> None:
 
 
 def serialise(entry: Entry) -> bytes:
-    """Converts an entry to JSON, without empty fields.
+    """Converts an entry to JSON bytes, without empty fields.
 
     Raises:
       ValueError: A number is not finite.
@@ -432,21 +439,21 @@ def serialise(entry: Entry) -> bytes:
     fields = {key: value for key, value in fields.items() if value not in (None, "", ())}
     fields["sha256"] = fields_digest(fields)
     text = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
-    # Surrogates, from command-line text that is not UTF-8, become JSON escapes.
+    # Command-line text that is not UTF-8 contains surrogates, which are written as JSON escapes.
     return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def fields_digest(fields: Mapping[str, Any]) -> str:
-    """Returns the sha256 of an entry's fields without "sha256", independent of their order."""
+    """Returns the sha256 of all fields except "sha256"; the order of the fields does not matter."""
     others = {key: value for key, value in fields.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def parse(data: bytes) -> Entry:
-    """Parses the JSON of an entry.
+    """Parses the JSON bytes of an entry.
 
     Raises:
-      RegistryError: The entry has a later format.
+      RegistryError: A later version of this package wrote the entry in a new format.
       ValueError: The data is not a valid entry.
     """
     try:
@@ -483,7 +490,7 @@ def parse(data: bytes) -> Entry:
 
 
 def _check_shape(entry: Entry) -> None:
-    """Raises ValueError if an entry does not have exactly the fields of its action."""
+    """Raises ValueError if the fields of an entry are not those that its action requires."""
     needs = {
         "add": ("version", "bundle"),
         "promote": ("version", "alias"),
@@ -515,10 +522,10 @@ def _facts(fields: Mapping[str, Any]) -> BundleFacts:
 
 
 def finite_metrics(metrics: Any) -> dict[str, dict[str, float]]:
-    """Returns the metrics that are finite numbers, by split and name.
+    """Returns those metrics of a bundle that are finite numbers, by split and metric name.
 
     Args:
-      metrics: The metrics in a bundle's description, of any type.
+      metrics: The metrics in the description of a bundle; unchecked JSON of any type.
     """
     if not isinstance(metrics, dict):
         return {}

@@ -1,10 +1,10 @@
 """Copies versions and aliases to and from an MLflow registry.
 
-A version in MLflow has the files of the bundle as artifacts, and the bundle's digest as a tag that
-identifies it: a second copy of the same bundle changes nothing. MLflow assigns version numbers of
-its own.
+A version in MLflow has the bundle's files as artifacts and the bundle's digest as a tag. A bundle
+whose digest MLflow already has is not copied again. MLflow assigns new version numbers, which may
+differ from the numbers in this registry.
 
-Run one export at a time: two exports at the same time could create a version twice.
+Run only one export at a time. Two exports at the same time could create a version twice.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _VERSION_TAG = "cnn_jax.version"
 def export_versions(
     registry: Registry, name: str, selector: str | int | None, uri: str
 ) -> Iterator[str]:
-    """Copies versions of a model to MLflow, with their aliases.
+    """Copies versions of a model, with the aliases that point to them, to MLflow.
 
     Damaged versions are skipped.
 
@@ -88,13 +88,13 @@ def _create_model(client: Any, name: str) -> None:
 
 
 def _versions_by_digest(client: Any, name: str) -> dict[str, str]:
-    """Returns MLflow's version numbers by the bundle digest in their tag."""
+    """Returns the MLflow version numbers of a model by bundle digest, which is read from a tag."""
     versions = client.search_model_versions(f"name = '{name}'")
     return {v.tags[_DIGEST_TAG]: str(v.version) for v in versions if _DIGEST_TAG in v.tags}
 
 
 def _export_version(client: Any, registry: Registry, version: Version) -> str:
-    """Uploads a bundle as artifacts of a run; returns the number of the new MLflow version."""
+    """Uploads a bundle as artifacts of a new MLflow run; returns the new MLflow version number."""
     bundle = version.bundle
     metrics = {f"test_{metric}": bundle.test_metric(metric) for metric in METRICS}
     metrics = {metric: value for metric, value in metrics.items() if value is not None}
@@ -121,7 +121,7 @@ def _export_version(client: Any, registry: Registry, version: Version) -> str:
 
 
 def _experiment(client: Any) -> str:
-    """Returns the id of the experiment for exported bundles; creates it if necessary."""
+    """Returns the id of MLflow's experiment for exported bundles; creates a missing experiment."""
     experiment = client.get_experiment_by_name(_EXPERIMENT)
     return experiment.experiment_id if experiment else client.create_experiment(_EXPERIMENT)
 
@@ -132,7 +132,7 @@ def _export_alias(client: Any, name: str, alias: str, number: str) -> str:
     except _exception() as error:
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
-        return f"skipped {name}@{alias}: {error_line(error)}"  # MLflow allows fewer names.
+        return f"skipped {name}@{alias}: {error_line(error)}"  # MLflow refuses some names.
     return f"{name}@{alias} is version {number} in MLflow"
 
 
@@ -143,12 +143,12 @@ def import_versions(
     uri: str,
     with_aliases: bool = True,
 ) -> Iterator[str]:
-    """Copies versions of a model from MLflow, with their aliases.
+    """Copies versions of a model, with the aliases that point to them, from MLflow.
 
     Bundles that the registry already has are not downloaded. Damaged versions are skipped.
 
     Args:
-      registry: The registry to import to; created if it does not exist.
+      registry: The registry to import to. A registry that does not exist is created.
       name: The name of the model, the same in MLflow.
       selector: MLflow's version number, an alias, or None for all versions that are bundles.
       uri: MLflow's tracking and registry URI.
@@ -195,7 +195,7 @@ def _suffix(selector: str | int | None) -> str:
 
 
 def _select(client: Any, name: str, selector: str | int | None) -> list[Any]:
-    """Returns the selected versions of MLflow, the oldest first."""
+    """Returns the selected MLflow versions, the oldest version first."""
     if selector is None:
         versions = client.search_model_versions(f"name = '{name}'")
         return sorted(versions, key=lambda version: int(version.version))
@@ -205,14 +205,14 @@ def _select(client: Any, name: str, selector: str | int | None) -> list[Any]:
 
 
 def _is_bundle(client: Any, source: Any, uri: str) -> bool:
-    """Whether the artifacts of an MLflow version include a bundle's description."""
+    """Returns whether the artifacts of an MLflow version include the description of a bundle."""
     location = client.get_model_version_download_uri(source.name, str(source.version))
     artifacts = _artifacts().list_artifacts(artifact_uri=location, tracking_uri=uri)
     return any(pathlib.PurePosixPath(item.path).name == _DESCRIPTION for item in artifacts)
 
 
 def _import_version(client: Any, registry: Registry, source: Any, uri: str) -> tuple[int, str]:
-    """Adds an MLflow version to the registry; returns its number there and a line to print."""
+    """Adds an MLflow version to the registry; returns the new number and a line to print."""
     from cnn_jax.inference.bundle import digest
 
     label = f"{source.name} version {source.version}"
@@ -244,7 +244,7 @@ def _import_alias(registry: Registry, name: str, alias: str, number: int) -> str
 
 
 def _client(uri: str) -> Any:
-    # With its default MLflow reports a missing server only after four minutes.
+    # With MLflow's default number of retries, a missing server is reported after four minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     return importlib.import_module("mlflow").MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -262,10 +262,12 @@ def _exception() -> Any:
 def _one_line_errors(uri: str) -> Iterator[None]:
     """Converts errors of MLflow, its database and its artifact store to one-line errors.
 
-    Each of them raises exceptions of its own, so every exception but a UserError is converted.
+    MLflow and these libraries raise exceptions of many types. Therefore every exception except
+    UserError is converted.
     """
     try:
-        # MLflow logs each failed connection to a database, and then raises the last error.
+        # Hide MLflow's warnings about each failed connection to a database; MLflow also raises the
+        # last error.
         logging.getLogger(importlib.import_module("mlflow").__name__).setLevel(logging.ERROR)
     except ModuleNotFoundError as error:
         raise ConfigError(

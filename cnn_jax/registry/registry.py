@@ -3,13 +3,15 @@
     registry.json               {"format": 1, "id": ...}
     log/00000001.json, ...      one file per change, never modified; see `ledger`
     bundles/DIGEST-TIME-ID/     one folder per version, written before its log entry
-    added/NUMBER-DIGEST-TIME-ID an empty marker per `add`: entry number and bundle folder
-    tmp/                        temporary files, also of writers that were killed
+    added/NUMBER-DIGEST-TIME-ID one empty file per `add`: entry number and bundle folder
+    tmp/                        temporary files, and files left by killed processes
 
-The log is the whole state. The markers in `added/` reveal a log that has lost its last entries:
-then the registry refuses changes and deletes no bundle. A change creates the next file of the
-log, which only one writer can do; another writer at the same time reads the new entry and
-decides again. A change is therefore atomic, even if processes are killed.
+The log contains the whole state of the registry. The empty files in `added/`, called markers, show
+whether the log has lost its last entries. If so, the registry refuses changes and deletes no
+bundle.
+
+A change creates the next file of the log, in which only one writer can succeed. A writer that fails
+reads the new entry and decides again. Therefore a change is atomic, even if processes are killed.
 """
 
 import contextlib
@@ -62,15 +64,16 @@ _LOG = "log"
 _BUNDLES = "bundles"
 _ADDED = "added"
 _DESCRIPTION, _WEIGHTS = _FILES = ("bundle.json", "weights.safetensors")
-# Files without a version are deleted at this age. An upload must end within half of it.
+# Files that belong to no version are deleted at this age. An upload must end within half of this
+# time.
 _STALE = datetime.timedelta(days=1)
-# A change is tried this many times in a row without a new entry by another writer.
+# A change fails after this many tries in a row during which no other writer added an entry.
 _MAX_FAILURES = 6
-_PAUSE = 0.1  # Seconds before the first retry; doubled before each further retry.
-# Seconds between two checks that registry.json is unchanged.
+_PAUSE = 0.1  # Seconds to wait before the first retry; the wait doubles before each further retry.
+# Minimum seconds between two checks that registry.json is unchanged.
 _IDENTITY_SECONDS = 60.0
 
-# Returns the fields of the entry that a change adds to a state; None if nothing is to be done.
+# A function from the current state to the fields of the log entry to add; None for no change.
 Decide = Callable[[ledger.Models], dict[str, Any] | None]
 
 
@@ -80,7 +83,7 @@ class Addition:
 
     Attributes:
       version: The version with the bundle.
-      is_new: False if the model already had the bundle, so that nothing was added.
+      is_new: Whether a version was added; False if the model already had the bundle.
       is_new_registry: Whether the call created the registry.
     """
 
@@ -90,18 +93,18 @@ class Addition:
 
 
 class NoRegistryError(RegistryError):
-    """The registry does not exist yet."""
+    """Raised if the registry does not exist yet."""
 
 
 class Registry:
-    """Bundles with names, versions and aliases.
+    """A registry of bundles with names, versions and aliases.
 
-    The log is cached: `models` and `log` read it at their first use; `refresh` and every change
-    read new entries. Several threads may use an instance.
+    The registry caches the log: `models` and `log` read the log at their first use. `refresh` and
+    every change read new entries. Several threads may use an instance.
 
-    Every method raises `RegistryError` if the registry is missing or damaged, or if the
-    requested version or change does not exist or is refused, and `StoreError` if files cannot
-    be read or written.
+    Every method raises `RegistryError` if the registry is missing or damaged, or if a
+    requested version does not exist, or if a requested change is refused. Every method raises
+    `StoreError` if files cannot be read or written.
 
     Attributes:
       url: The location of the registry, without passwords.
@@ -110,7 +113,7 @@ class Registry:
     def __init__(
         self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None
     ) -> None:
-        """Creates the object, without reading or writing files.
+        """Creates the object for a registry, without reading or writing files.
 
         Args:
           url: A folder, or a URL of fsspec, such as s3://BUCKET/PATH.
@@ -127,10 +130,10 @@ class Registry:
         self._reset()
 
     def _reset(self) -> None:
-        """Empties the cache of the log."""
+        """Clears all data that was read from the registry."""
         self._is_read = False
         self._is_create_checked = False
-        # The largest entry numbers in the listing of the log, and among the markers.
+        # The largest number of an entry in the folder of the log, and in the names of the markers.
         self._last_listed = 0
         self._last_marked = 0
         self._entries: list[Entry] = []
@@ -154,18 +157,18 @@ class Registry:
             self.refresh()
 
     def resolve(self, model: str, selector: str | int = CHAMPION) -> Version:
-        """Returns the version of a number or an alias, as of the last read of the log."""
+        """Returns the version that a number or alias selects, as of the last read of the log."""
         return ledger.resolve(self.models, model, selector)
 
     def refresh(self) -> bool:
-        """Reads new entries of the log; returns whether there were any.
+        """Reads new entries of the log; returns whether there were new entries.
 
-        Without new entries this requests one file, and once a minute also registry.json. If
-        registry.json has changed, another registry has replaced this one, and the whole log is
-        read again.
+        Without new entries this method requests one file, and once a minute also registry.json.
+        If registry.json has changed, another registry has replaced the earlier registry, and the
+        whole log is read again.
 
-        The first call detects that the last entries of the log are missing, if an `add` is among
-        them. The loss of only other entries cannot be detected.
+        The first call detects that the log has lost its last entries if one of the lost entries
+        is an `add`. Otherwise the loss cannot be detected.
         """
         with self._lock:
             last_digest = self._last_digest
@@ -189,7 +192,7 @@ class Registry:
             return self._last_digest != last_digest
 
     def _check_identity(self) -> None:
-        """Reads registry.json, at most once a minute; resets the cache if it has changed."""
+        """Reads registry.json, at most once a minute; clears the cache if the file has changed."""
         now = time.monotonic()
         if now < self._identity_read_at + _IDENTITY_SECONDS:
             return
@@ -220,12 +223,12 @@ class Registry:
         return identity
 
     def _read_listed(self) -> None:
-        """Reads the listed entries up to the first gap, many files at once.
+        """Lists the log and reads all entries before the first missing number, in parallel.
 
-        A gap is no proof of damage: a listing during a write may contain a new entry, but not
-        the entry before it.
+        A missing number does not prove damage. If other processes add entries during the listing,
+        the listing may contain a new entry, but not the entry before the new entry.
         """
-        # Before the log, so that every marked entry is already in the log.
+        # List the markers before the log, so that every entry with a marker is already in the log.
         self._last_marked = max((int(name[:8]) for name in self._markers()), default=0)
         numbers = {int(name[:8]) for name in self._store.names(_LOG) if _is_entry(name)}
         self._last_listed = max(numbers, default=0)
@@ -271,8 +274,8 @@ class Registry:
     def add(self, model: str, path: str | os.PathLike[str], note: str = "") -> Addition:
         """Adds a bundle as the next version of a model.
 
-        Creates the model and the registry if they do not exist. If the model already has the
-        bundle, adds nothing, but restores the version's files if they are damaged.
+        The model and the registry are created if they do not exist. If the model already has the
+        bundle, no version is added, but damaged files of the existing version are restored.
 
         Args:
           model: The model's name.
@@ -313,7 +316,7 @@ class Registry:
                 self._store.write(f"{facts.path}/{name}", content)
             entry = self._commit(decide, note)
         except UserError as error:
-            if not isinstance(error, NoAnswerError):  # In that case the entry may exist.
+            if not isinstance(error, NoAnswerError):  # After NoAnswerError the entry may exist.
                 self._delete(facts.path)
             raise
         if entry is None:  # Another process has added the bundle in the meantime.
@@ -327,7 +330,7 @@ class Registry:
         return Addition(version, entry is not None, is_new_registry)
 
     def _restore(self, version: Version, contents: Mapping[str, bytes]) -> None:
-        """Writes the files of a version again if they are damaged."""
+        """Writes the files of a version again if the files are damaged."""
         try:
             self.verify(version)
         except BundleError as error:
@@ -337,7 +340,7 @@ class Registry:
                 self._store.write(f"{version.bundle.path}/{name}", content)
 
     def _mark(self, entry: Entry) -> None:
-        """Creates the marker of an `add` entry; if this fails, a later sweep tries again."""
+        """Creates the marker of an `add` entry; after an error, a later `_sweep` tries again."""
         try:
             with contextlib.suppress(FileExistsError):
                 self._store.create(f"{_ADDED}/{_marker_name(entry)}", b"")
@@ -356,7 +359,8 @@ class Registry:
 
         Args:
           model: The model's name.
-          selector: The number of the version, or an alias, which is resolved once.
+          selector: The number of the version, or an alias of the version. The alias is resolved
+            only once, at the start.
           alias: The alias to change or create.
           gates: Conditions on the version's test metrics.
           note: A text for the log.
@@ -387,7 +391,7 @@ class Registry:
                 "gates": passed,
             }
 
-        # Before `verify`, which may download the bundle: the gates may refuse the version.
+        # Check the gates before `verify`, because `verify` may have to download the bundle.
         if decide(self._models) is None:
             return None
         self.verify(self.resolve(model, number))
@@ -396,7 +400,7 @@ class Registry:
     def rollback(
         self, model: str, alias: str = CHAMPION, note: str = "", current: int | None = None
     ) -> Entry:
-        """Points an alias to its previous version; each further rollback goes one version back.
+        """Points an alias to its previous version; a further rollback goes back another version.
 
         The version's files are not verified, so that a rollback is fast.
 
@@ -420,7 +424,8 @@ class Registry:
 
         def decide(models: ledger.Models) -> dict[str, Any]:
             previous = ledger.previous_version(models, model, alias)
-            # Two users who see the same bad version and roll back at once mean one step.
+            # If two users see the same bad version and roll back at the same time, both want to go
+            # back by one version, not by two.
             if models[model].alias_target(alias) != number:
                 raise RegistryError(
                     f"another process has just moved {model}@{alias} from {number} to "
@@ -439,7 +444,9 @@ class Registry:
         return entry
 
     def remove(self, model: str, version: int, note: str = "") -> Entry:
-        """Removes a version without an alias, and its files; its number is not used again.
+        """Removes a version to which no alias points, and the version's files.
+
+        The number of the removed version is never used again.
 
         Returns:
           The new entry of the log.
@@ -458,7 +465,7 @@ class Registry:
         return entry
 
     def remove_alias(self, model: str, alias: str, note: str = "") -> Entry:
-        """Removes an alias with its history, and no versions.
+        """Removes an alias and the alias's history; all versions remain.
 
         Returns:
           The new entry of the log.
@@ -473,13 +480,13 @@ class Registry:
         return entry
 
     def find_digest(self, model: str, digest: str) -> Version | None:
-        """Reads new entries; returns the version whose bundle has a digest, or None."""
+        """Reads new entries; returns the version whose bundle has a given digest, or None."""
         with contextlib.suppress(NoRegistryError):
             self.refresh()
         return ledger.find_digest(self._models, model, digest)
 
     def verify(self, version: Version) -> None:
-        """Reads the files of a version and checks their digests.
+        """Reads the files of a version and checks that the digests of the files are correct.
 
         Raises:
           BundleError: The files are damaged.
@@ -496,13 +503,14 @@ class Registry:
     def fetch(
         self, version: Version, directory: str | os.PathLike[str], is_copy: bool = False
     ) -> pathlib.Path:
-        """Returns a verified folder on this machine with the bundle of a version.
+        """Returns a local folder with the verified bundle of a version; downloads it if necessary.
 
         Args:
           version: A version of this registry.
           directory: The directory for downloads. The bundle of a remote registry is downloaded
-            into a folder with the digest as its name, unless that folder already has it.
-          is_copy: Whether to copy the bundle of a local registry too.
+            into a folder that is named after the digest, unless this folder already has the
+            bundle.
+          is_copy: Whether to copy the bundle even if the registry is local.
 
         Returns:
           The bundle's folder. Without `is_copy` it may be a folder of the registry, which must
@@ -537,11 +545,12 @@ class Registry:
         return target
 
     def _create_registry(self) -> bool:
-        """Creates the registry if it does not exist; returns whether it was created."""
+        """Creates a registry that does not exist yet; returns whether this call created it."""
         with self._lock:
             if self._identity is not None:
                 return False
-            # The log first, because another process may be creating the registry.
+            # List the log before reading registry.json, because another process may be creating the
+            # registry at the same time.
             log = [*self._store.names(_LOG), *self._markers()]
             with contextlib.suppress(FileNotFoundError):
                 self._store.read(_IDENTITY)
@@ -550,17 +559,18 @@ class Registry:
                 raise RegistryError(f"{self.url} is damaged: it has a log but no {_IDENTITY}")
             check_exclusive_create(self._store)
             identity = {"format": ledger.FORMAT, "id": uuid.uuid4().hex}
-            # If another process creates the registry at the same time, one of them succeeds.
+            # If another process creates the registry at the same time, only one process succeeds.
             with contextlib.suppress(FileExistsError):
                 self._store.create(_IDENTITY, json.dumps(identity).encode())
                 return True
             return False
 
     def _check_create(self) -> None:
-        """Checks before the first change that this process cannot create an existing file.
+        """Checks before the first change that the store refuses to create an existing file.
 
-        The process that created the registry may have another version of the store's library.
-        If `create` succeeds, it writes the same content, so the file is unchanged.
+        This is checked in every process, because processes may have different versions of the
+        store's library. If `create` wrongly succeeds, it writes the content that the file already
+        has, so that no data is lost.
         """
         if self._is_create_checked:
             return
@@ -574,29 +584,31 @@ class Registry:
         self._is_create_checked = True
 
     def _commit(self, decide: Decide, note: str) -> Entry | None:
-        """Appends an entry to the log, exactly once.
+        """Appends an entry to the log exactly once, even if the store loses answers.
 
         Args:
-          decide: Returns the fields of the entry; called again after an entry by another writer.
+          decide: Returns the fields of the entry. It is called again after another writer has added
+            an entry.
           note: A text for the log.
 
         Returns:
-          The entry, or None if there was nothing to do.
+          The entry, or None if `decide` returned None.
 
         Raises:
-          NoAnswerError: The store does not answer. If the entry was sent, it may exist; after
-            any other error it does not exist.
+          NoAnswerError: The store does not answer. The entry may have been written. After any
+            other error, the entry has not been written.
         """
         entry_id, failures, is_sent, is_unclear = uuid.uuid4().hex, 0, False, False
         problem = "it reports a file as existing, but does not return it"
-        # Read registry.json again: an entry would damage another registry at this location.
+        # Read registry.json again. If another registry has replaced this registry, the entry would
+        # damage the new registry's log.
         self._identity_read_at = -math.inf
         while failures < _MAX_FAILURES:
             if failures > 1:
                 time.sleep(random.uniform(0.5, 1) * _PAUSE * 2**failures)
             try:
                 with self._lock:
-                    # A new entry may be this one, written by a call whose answer was lost.
+                    # A new entry may be the entry of this change, if the store's answer was lost.
                     failures = 0 if self.refresh() else failures
                     if (written := self._find_entry(entry_id)) is not None:
                         return written
@@ -637,19 +649,20 @@ class Registry:
         self._store.create(_log_name(entry.number), ledger.serialise(entry))
 
     def _delete(self, path: str) -> None:
-        """Deletes files; if this fails, a later sweep tries again."""
+        """Deletes a file or folder; after an error, a later `_sweep` tries again."""
         try:
             self._store.remove(path)
         except StoreError as error:
             logger.warning("not deleted; a later add or remove tries again: %s", error)
 
     def _sweep(self) -> None:
-        """Deletes files without a version that are a day old, left by killed processes.
+        """Deletes day-old files that belong to no version, which killed processes have left.
 
-        A bundle that has a marker but no log entry is kept: then the log is incomplete.
+        A bundle that has a marker but no log entry is kept, because the log is then incomplete.
         """
         try:
-            # Listed before the log is read, so that the log has all versions of listed bundles.
+            # List the bundles before reading the log, so that the log has the versions of all
+            # listed bundles.
             paths = [
                 f"{folder}/{name}"
                 for folder in (_BUNDLES, TEMPORARY)
@@ -692,7 +705,7 @@ def _log_name(number: int) -> str:
 
 
 def _author() -> tuple[str, str]:
-    """Returns the names of this user and this machine, or "unknown"."""
+    """Returns the names of the current user and of this machine; "unknown" for a missing name."""
     try:
         user = getpass.getuser()
     except (ImportError, KeyError, OSError):  # The user id has no name, and $USER is not set.
@@ -705,7 +718,7 @@ def _author() -> tuple[str, str]:
 
 
 def _read(path: pathlib.Path, digest: str) -> tuple[BundleFacts, dict[str, bytes]]:
-    """Reads the metadata of a bundle for the log, and the contents of its files by name.
+    """Reads a bundle; returns the metadata for the log, and the contents of all files by name.
 
     Args:
       path: The bundle's folder.
@@ -745,12 +758,12 @@ def _weights_digest(description: bytes) -> str:
 
 
 def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> None:
-    """Checks the files of a bundle.
+    """Checks that the files of a bundle have the expected digest.
 
     Args:
       folder: The bundle's folder.
       digest: The bundle's expected digest.
-      origin: The location to name in the error; the folder by default.
+      origin: The location that an error message names; by default the folder.
 
     Raises:
       BundleError: The files do not have this digest.
@@ -769,9 +782,10 @@ def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> Non
 
 
 def _install(partial: pathlib.Path, target: pathlib.Path) -> None:
-    """Renames a verified download to its target, unless another process has installed it.
+    """Moves a verified download to the target folder.
 
-    A damaged folder at the target is replaced.
+    If another process has already installed the bundle, the target stays as it is. A damaged
+    target folder is replaced.
     """
     try:
         partial.rename(target)

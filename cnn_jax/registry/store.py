@@ -1,7 +1,8 @@
-"""The files of a registry, in a folder or in any file system of fsspec.
+"""Reads and writes the files of a registry, in a folder or in any file system of fsspec.
 
-A file is created once, completely or not at all, and is never changed. A registry is safe because
-two writers cannot both create the same file; `check_exclusive_create` tests this.
+A file is created once, either completely or not at all, and is never changed. Concurrent changes of
+a registry are safe because two writers cannot both create the same file. `check_exclusive_create`
+tests whether a store guarantees this.
 """
 
 import abc
@@ -21,33 +22,35 @@ from typing import Any
 from cnn_jax.system.atomic import sync
 from cnn_jax.system.errors import ConfigError, UserError, printable
 
-# The folder of temporary files.
+# The folder of temporary files, relative to the registry.
 TEMPORARY = "tmp"
 _LOCAL = ("file", "local")
-# The errors of a file system without hard links.
+# The error numbers by which a file system reports that it does not support hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 _READERS = 16  # Number of threads that read files.
 _RIVALS = 8  # Number of concurrent writers in `check_exclusive_create`.
-# The default timeouts of S3: a store that never answers gets six requests of ten seconds each.
-# With the defaults of the libraries it would get 25 requests of a minute each.
+# Timeouts for S3, in seconds. With these values, an operation on a store that never answers fails
+# after six requests of ten seconds each. With the defaults of the libraries it would make 25
+# requests of a minute each.
 _S3_CONFIG = {"connect_timeout": 5, "read_timeout": 10, "retries": {"max_attempts": 2}}
-_S3_TRIES = 2  # Tries of s3fs, each with botocore's retries.
-# fsspec's memory file system does not protect threads from each other.
+_S3_TRIES = 2  # Number of tries of s3fs; botocore makes several requests in each try.
+# This lock is needed because fsspec's memory file system is not thread-safe.
 _MEMORY = threading.Lock()
 
 
 class StoreError(UserError):
-    """The files of a registry cannot be read or written."""
+    """Raised if the files of a registry cannot be read or written."""
 
 
 class NoAnswerError(StoreError):
-    """The store did not answer clearly; the operation may or may not have happened."""
+    """Raised if the store gave no clear answer, so that the operation may have succeeded."""
 
 
 class Store(abc.ABC):
-    """The files of a registry, by name: a path relative to the registry, with `/` separators.
+    """A place that stores the files of a registry.
 
-    All methods raise `StoreError`, and `NoAnswerError` if the outcome is unknown.
+    The name of a file is its path relative to the registry, with `/` as the separator. All methods
+    raise `StoreError` on failure, and `NoAnswerError` if the outcome is unknown.
 
     Attributes:
       url: The location of the registry, without passwords.
@@ -57,15 +60,17 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def create(self, name: str, data: bytes) -> None:
-        """Creates a file, completely or not at all; of several writers exactly one succeeds.
+        """Creates a new file, completely or not at all.
+
+        If several writers create the same file at the same time, exactly one writer succeeds.
 
         Raises:
-          FileExistsError: The file exists.
+          FileExistsError: The file already exists.
         """
 
     @abc.abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Creates a file whose name no other writer uses."""
+        """Creates a file with a name that no other writer uses."""
 
     @abc.abstractmethod
     def read(self, name: str) -> bytes:
@@ -85,18 +90,18 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def names(self, folder: str) -> list[str]:
-        """Returns the current names in a folder, sorted; empty if the folder does not exist."""
+        """Returns the sorted names in a folder; an empty list if the folder does not exist."""
 
     @abc.abstractmethod
     def remove(self, name: str) -> None:
-        """Removes a file, or a folder with its content, if it exists."""
+        """Removes a file, or a folder with its content; ignores a name that does not exist."""
 
     @abc.abstractmethod
     def local(self, name: str) -> pathlib.Path | None:
         """Returns the path of a file or folder on this machine; None for a remote store."""
 
     def read_all(self, names: Sequence[str]) -> list[bytes | None]:
-        """Returns the contents of files in order; None for a file that does not exist."""
+        """Returns the contents of files in the order of `names`; None for each missing file."""
 
         def read(name: str) -> bytes | None:
             try:
@@ -111,7 +116,7 @@ class Store(abc.ABC):
 
 
 def open_store(url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Store:
-    """Creates the store of a location, without reading or writing files.
+    """Creates the store for a folder or a URL, without reading or writing files.
 
     Args:
       url: A folder, or a URL of fsspec, such as s3://BUCKET/PATH.
@@ -132,7 +137,7 @@ def open_store(url: str | os.PathLike[str], options: Mapping[str, Any] | None = 
 
 
 class LocalStore(Store):
-    """A store in a folder; its files are read-only, and synchronized to disk when created."""
+    """A store in a local folder; every new file is read-only and is synchronized to disk."""
 
     def __init__(self, root: pathlib.Path):
         self._root = root.expanduser().absolute()
@@ -199,7 +204,7 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def _store_errors(self, path: pathlib.Path, *expected: type[OSError]) -> Iterator[None]:
-        """Converts OSErrors, except the expected types, to one-line StoreErrors."""
+        """Converts OSErrors, except the expected types, to StoreErrors with one-line messages."""
         try:
             yield
         except expected:
@@ -212,7 +217,7 @@ class LocalStore(Store):
 
 
 def _make_folder(path: pathlib.Path) -> None:
-    """Creates a folder and its parents, synchronized to disk."""
+    """Creates a folder and all missing parent folders, and synchronizes them to disk."""
     if not path.is_dir():
         _make_folder(path.parent)
         try:
@@ -223,7 +228,7 @@ def _make_folder(path: pathlib.Path) -> None:
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
-    """Creates a read-only file, and synchronizes its content to disk."""
+    """Creates a read-only file, and synchronizes the content to disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
     with open(descriptor, "wb") as file:  # noqa: PTH123 (a descriptor, not a path)
         file.write(data)
@@ -239,7 +244,8 @@ class RemoteStore(Store):
         try:
             import fsspec.core
 
-            # A separate instance, which does not share a cache of listings.
+            # Use a separate instance of the file system. Shared instances of fsspec also share a
+            # cache of folder listings.
             options = {**options, "skip_instance_cache": True}
             is_s3 = url.startswith(("s3://", "s3a://"))
             if is_s3:
@@ -252,7 +258,8 @@ class RemoteStore(Store):
             raise ConfigError(
                 f"--registry: {self.url} is not a URL of fsspec: {error_line(error)}"
             ) from error
-        except Exception as error:  # Some libraries connect here, and raise any type.
+        except Exception as error:
+            # Catch every exception, because some libraries connect to the store already here.
             raise ConfigError(
                 f"--registry: {self.url} cannot be reached: {error_line(error)}"
             ) from error
@@ -275,10 +282,15 @@ class RemoteStore(Store):
                 raise
 
     def _refuse_generic_create(self) -> None:
-        """Refuses fsspec's generic `pipe_file`, which checks for the file and then writes it."""
+        """Raises StoreError if the file system has only fsspec's generic `pipe_file`.
+
+        The generic method first checks whether the file exists and then writes the file. Between
+        these two steps another writer could create the file.
+        """
         import fsspec.spec
 
-        # From the instance, because the classes of asynchronous libraries have no such method.
+        # Look the method up in the instance, because asynchronous file systems add the method only
+        # to instances, not to the class.
         function = getattr(self._files.pipe_file, "__func__", None)
         if function is fsspec.spec.AbstractFileSystem.pipe_file:
             raise _unsafe(self.url)
@@ -308,7 +320,7 @@ class RemoteStore(Store):
     def remove(self, name: str) -> None:
         path = self._path(name)
         with self._store_errors(name), contextlib.suppress(FileNotFoundError):
-            # Not `rm`, which treats a * in a name as a pattern.
+            # Do not use `rm`, because it treats a * in a name as a pattern.
             for file in self._files.find(path):
                 self._files.rm_file(file)
 
@@ -320,9 +332,9 @@ class RemoteStore(Store):
 
     @contextlib.contextmanager
     def _store_errors(self, name: str, *expected: type[OSError]) -> Iterator[None]:
-        """Empties the cache, then converts all errors but the expected to one-line StoreErrors.
+        """Empties the cache, then converts all errors except the expected types to StoreErrors.
 
-        With its cache s3fs would report a new file as missing if the folder was listed before.
+        If the cache has an old listing of the folder, s3fs reports a new file as missing.
         """
         try:
             self._files.invalidate_cache()
@@ -335,7 +347,7 @@ class RemoteStore(Store):
 
 
 def hide_passwords(text: str) -> str:
-    """Replaces the passwords in a text, in the form NAME:PASSWORD@, as in URLs."""
+    """Hides the passwords in a text, such as the password of a URL with NAME:PASSWORD@."""
     return re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
 
 
@@ -345,7 +357,7 @@ def error_line(error: BaseException) -> str:
 
 
 def _is_precondition(error: BaseException) -> bool:
-    """Whether an S3 store reports an existing file with an error that s3fs does not convert."""
+    """Returns whether an error means that a file exists; s3fs does not convert this S3 error."""
     response = getattr(error.__cause__, "response", None)
     return bool(response) and response.get("Error", {}).get("Code") == "PreconditionFailed"
 
@@ -358,7 +370,7 @@ def _unsafe(url: str) -> StoreError:
 
 
 def check_exclusive_create(store: Store) -> None:
-    """Checks that exactly one of several concurrent writers creates a file.
+    """Checks that a store lets exactly one of several concurrent writers create a file.
 
     Raises:
       StoreError: Several writers created the file, or no file can be written.
@@ -397,7 +409,7 @@ def unique_name() -> str:
 
 
 def creation_time(name: str) -> datetime.datetime | None:
-    """Returns the creation time in a name that ends with a `unique_name`, else None."""
+    """Returns the creation time in a name that ends with a `unique_name`; None for other names."""
     match = re.search(r"(?:^|-)(\d{8}T\d{6}Z)-[0-9a-f]{16}$", name)
     try:
         return match and datetime.datetime.strptime(match[1], "%Y%m%dT%H%M%S%z")

@@ -1,1 +1,1 @@
-"""HTML pages with pictures. Commands import this package only when they write a page."""
+"""HTML reports with charts. A command imports this package only when it writes a report."""

@@ -16,14 +16,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from cnn_jax.report import style
 from cnn_jax.report.style import Theme
 
-# The largest numbers of classes of a confusion matrix with numbers in its cells, with a line
-# between all cells, and with names of classes.
+# A confusion matrix has numbers in its cells up to the first number of classes, lines between its
+# cells up to the second number, and class names on its axes up to the third number.
 _MAX_NUMBERS, _MAX_LINES, _MAX_NAMES = 20, 60, 200
-# The side of a cell in inches, by the largest number of classes; and the side of a matrix
-# without names.
+# The side of a cell in inches, for matrices with at most the given number of classes. A matrix
+# without class names has a fixed side, also in inches.
 _CELLS = {12: 0.42, _MAX_NUMBERS: 0.34, _MAX_LINES: 0.19, _MAX_NAMES: 0.14}
 _UNNAMED_SIDE = 8.0
-# Dots per inch of large matrices: their files would be too large at style.DPI.
+# Dots per inch of large matrices. With style.DPI their image files would be too large.
 _LARGE_DPI = 96
 
 
@@ -36,7 +36,7 @@ class Chart(NamedTuple):
 
 
 def run_charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
-    """The charts of the sections that `figures` has, by the names of their files."""
+    """Returns a run's charts by file name; a chart is left out if `figures` lacks its section."""
     charts = {}
     if curves := figures.get("curves"):
         charts["loss"] = Chart(functools.partial(learning, curves, "loss"))
@@ -62,7 +62,7 @@ def run_charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
 
 
 def learning(curves: Mapping[str, Any], metric: str, figure: Figure, theme: Theme) -> None:
-    """A metric on train and validation by epoch; `metric` is "loss" or "accuracy"."""
+    """Draws the "loss" or "accuracy" of the training and validation splits by epoch."""
     axes = style.plain(figure.subplots(), theme)
     for split, colour, marker in (("train", theme.first, "o"), ("validation", theme.second, "s")):
         values = curves[f"{split}_{metric}"]
@@ -70,7 +70,7 @@ def learning(curves: Mapping[str, Any], metric: str, figure: Figure, theme: Them
     if metric == "accuracy":
         axes.yaxis.set_major_formatter(style.percent())
     else:
-        # Matplotlib's margin is a fraction of the data's range, which need not reach down to 0.
+        # Matplotlib computes its margin from the data's range only, but this axis starts at 0.
         highest = max(*curves["train_loss"], *curves["validation_loss"])
         axes.set_ylim(0, 1.06 * highest if highest > 0 else 1)
     axes.set(ylabel="accuracy (%)" if metric == "accuracy" else "loss (nats)")
@@ -79,7 +79,7 @@ def learning(curves: Mapping[str, Any], metric: str, figure: Figure, theme: Them
 
 
 def learning_rate(curves: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """The learning rate by epoch."""
+    """Draws the learning rate by epoch."""
     axes = style.plain(figure.subplots(), theme)
     rates = curves["learning_rate"]
     axes.plot(curves["epoch"], rates, color=theme.accent, **_points(rates, "o"))
@@ -90,12 +90,12 @@ def learning_rate(curves: Mapping[str, Any], figure: Figure, theme: Theme) -> No
 
 
 def _points(values: Sequence[float], marker: str) -> dict[str, Any]:
-    """The style of a line; a line of at most 12 points has markers."""
+    """Returns the style of a line; a line with at most 12 points also has markers."""
     return {"linewidth": 1.5, "marker": marker if len(values) <= 12 else "", "markersize": 4}
 
 
 def _mark_best(curves: Mapping[str, Any], axes: Axes, theme: Theme) -> None:
-    """Draws a line at the best epoch, and labels the axis of epochs with whole numbers."""
+    """Marks the best epoch with a vertical line, and labels the epoch axis with whole numbers."""
     axes.axvline(curves["best_epoch"], color=theme.ink, linewidth=0.9, linestyle=(0, (2, 2)))
     axes.annotate(
         f"best: {curves['best_epoch']}",
@@ -116,7 +116,7 @@ def _mark_best(curves: Mapping[str, Any], axes: Axes, theme: Theme) -> None:
 
 
 def confusion_order(matrix: Int[np.ndarray, "classes classes"]) -> list[int]:
-    """An order of the classes in which classes that are often confused are next to each other.
+    """Returns an order of the classes that places often confused classes next to each other.
 
     Hierarchical clustering by mean distance, with optimal leaf ordering (Bar-Joseph, Gifford and
     Jaakkola 2001). The distance of two classes is 1 minus the mean of the two fractions of their
@@ -140,7 +140,7 @@ def confusion_order(matrix: Int[np.ndarray, "classes classes"]) -> list[int]:
     tree = scipy.cluster.hierarchy.linkage(
         scipy.spatial.distance.squareform(distance, checks=False),
         "average",
-        # For a thousand classes it takes minutes.
+        # Optimal ordering takes minutes for a thousand classes.
         optimal_ordering=len(confused) <= _MAX_NAMES,
     )
     order = confused[scipy.cluster.hierarchy.leaves_list(tree)].tolist()
@@ -150,16 +150,16 @@ def confusion_order(matrix: Int[np.ndarray, "classes classes"]) -> list[int]:
 def row_fractions(
     matrix: Int[np.ndarray, "classes classes"],
 ) -> Float[np.ndarray, "classes classes"]:
-    """Each row divided by its sum; 0 for a class without images."""
+    """Divides each row of a confusion matrix by its sum; a row of zeros stays 0."""
     sums = matrix.sum(axis=1, keepdims=True)
     return matrix / np.maximum(sums, 1)
 
 
 def confusion_size(names: Sequence[str]) -> tuple[tuple[float, float], int]:
-    """The size of a confusion matrix.
+    """Returns the size of the chart of a confusion matrix.
 
     Args:
-      names: The class names as the axes show them.
+      names: The class names as the axis labels show them.
 
     Returns:
       (width, height) in inches, and dots per inch.
@@ -182,7 +182,7 @@ def confusion(
     figure: Figure,
     theme: Theme,
 ) -> None:
-    """A confusion matrix. The colour shows the square root of a value, for rare confusions.
+    """Draws a confusion matrix. A square-root colour scale makes rare confusions visible.
 
     Args:
       matrix: Rows are the true classes.
@@ -210,7 +210,8 @@ def confusion(
         rotation = 90 if count > 12 or max(map(len, names)) > 3 else 0
         axes.set_xticks(range(count), names, rotation=rotation, size=size, parse_math=False)
         axes.set_yticks(range(count), names, size=size, parse_math=False)
-        # Names on all sides, because the page shows only a part of a large matrix at a time.
+        # Write the class names on all four sides, because the reader scrolls through a large
+        # matrix and sees only a part of it.
         is_large = count > _MAX_LINES
         axes.tick_params(axis="x", labeltop=is_large, labelrotation=rotation)
         axes.tick_params(axis="y", labelright=is_large)
@@ -238,7 +239,7 @@ def _write_cells(
     colours: LinearSegmentedColormap,
     norm: PowerNorm,
 ) -> None:
-    """Writes the numbers of the cells that are not 0, in a colour that contrasts with the cell."""
+    """Writes the number of each non-zero cell in a colour that contrasts with the cell's colour."""
     for row, column in np.argwhere(values > 0).tolist():
         value = values[row, column]
         axes.text(
@@ -253,14 +254,14 @@ def _write_cells(
 
 
 def _short_fraction(fraction: float) -> str:
-    """A percentage without its sign; "<1" and ">99" instead of rounding to 0 and 100."""
+    """Formats a fraction as a percentage without "%"; avoids 0 and 100 by "<1" and ">99"."""
     if fraction < 0.01:
         return "<1"
     return ">99" if 0.99 < fraction < 1 else f"{100 * fraction:.0f}"
 
 
 def _short_count(count: float) -> str:
-    """A count in at most four digits, such as "9999" or "123k"."""
+    """Formats a count in at most four characters, such as "9999" or "123k"."""
     return f"{count:.0f}" if count < 10_000 else f"{count / 1000:.0f}k"
 
 
@@ -268,10 +269,10 @@ def _short_count(count: float) -> str:
 
 
 def reliability(calibration: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """A reliability diagram (Guo et al. 2017), before and after temperature scaling.
+    """Draws a reliability diagram (Guo et al. 2017), before and after temperature scaling.
 
-    The upper panel shows accuracy by confidence without empty bins, the lower panel the number of
-    images in each bin.
+    The upper panel shows the accuracy in each confidence bin that has images. The lower panel
+    shows the number of images in each bin.
     """
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     style.plain(upper, theme).plot([0, 1], [0, 1], color=theme.ink, linewidth=0.9, linestyle=":")
@@ -298,7 +299,7 @@ def reliability(calibration: Mapping[str, Any], figure: Figure, theme: Theme) ->
 
 
 def coverage(covered: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Accuracy of the images that are kept, by the fraction that is kept."""
+    """Draws the accuracy of the most confident images by the fraction of images that is kept."""
     axes = style.plain(figure.subplots(), theme)
     curve = covered["curve"]
     axes.plot(

@@ -1,4 +1,4 @@
-"""The report's section on explanations: checks of map methods, and permutation importance."""
+"""The report's section on explanations: checks of map methods, and importance by permutation."""
 
 import functools
 import pathlib
@@ -31,21 +31,23 @@ from cnn_jax.report.style import Theme
 
 # The methods that are fast enough for every report; `cnn_jax explain` has more.
 _METHODS = ("grad_cam", "grad_cam_plus_plus", "layer_cam")
-# The number of pixels of all images for the checks, and the least number of images.
+# The checks use as many images as have this total number of pixels, but at least _MIN_IMAGES.
 _PIXELS = 2**20
 _MIN_IMAGES = 16
-# Images for the pointing game, if the data has masks.
+# Number of images for the pointing game, which is played only if the data has masks.
 _POINTING = 512
-# Limits for the images that measure the importance of features: their pixels, and their number
-# times the classes.
+# Limits on the images that measure the importance of features: the total number of their pixels,
+# and the number of images times the number of classes.
 _FEATURE_PIXELS, _FEATURE_LOGITS = 2**24, 2**20
-# Features on the page, and images of each.
+# Number of features on the page, and number of example images of each feature.
 _NUM_FEATURES, _NUM_ACTIVATING = 6, 4
-# The least loss (nats) that has the darkest colour, so that noise stays light.
+# The darkest colour of the chart of regions stands for at least this increase of the loss (nats).
+# Therefore small increases, which may be noise, have light colours.
 _LEAST_GAIN = 0.05
-# A feature stands out above this multiple of the largest decrease of the loss.
+# A feature stands out if its permutation raises the loss by more than this multiple of the largest
+# decrease that the permutation of any feature causes.
 _OUTSTANDING = 2.0
-# Names of files.
+# File names of the pictures.
 FILTERS, FEATURE_MAPS = "filters.png", "feature_maps_{}.png"
 
 
@@ -73,7 +75,8 @@ def explanations(run: Run) -> Figures:
     judged = checks.judge(predictor, images, predicted, masks, methods)
     no_verdict = checks.why_no_verdict(len(images))
     if not verdicts.beats_chance(run.need_figures("test")):
-        # A network that has learned nothing can still pass checks: its maps depend on its weights.
+        # A network that has learned nothing can still pass the checks, because the maps of such a
+        # network depend on its weights too.
         no_verdict = (
             "No verdict on the methods: the network is not shown to be better than guessing, so "
             "its maps have nothing to explain."
@@ -101,18 +104,19 @@ def explanations(run: Run) -> Figures:
 
 
 def maps(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
-    """The maps that the report lays over images, by Grad-CAM."""
-    # The checks have compiled the program that computes all methods; one method would need another.
+    """Returns the Grad-CAM maps that the report lays over images."""
+    # Compute all methods, because the checks have already compiled this program. A program for only
+    # one method would have to be compiled now.
     classes = classes.astype(np.int32)
     methods = {name: METHODS[name] for name in _METHODS}
     return maps_by_method(predictor, images, classes, methods)[grad_cam.__name__]
 
 
 def _features(network: Network) -> Figures:
-    """The permutation importance of the features that the head sees, on test images.
+    """Measures the permutation importance of the head's input features on test images.
 
-    An exchange that lowers the loss can only do so by chance. So a feature stands out only if
-    its exchange raises the loss by more than twice as much as any exchange lowers it.
+    The permutation of a feature can lower the loss only by chance. Therefore a feature stands out
+    only if its permutation raises the loss by more than twice the largest decrease of the loss.
     """
     height, width = network.predictor.preprocessing.image_size
     number = min(_FEATURE_PIXELS // (height * width), _FEATURE_LOGITS // len(network.class_names))
@@ -151,7 +155,8 @@ def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
     """Draws the filters, and the feature maps of the image with the highest confidence.
 
     Returns:
-      The names of the files, by "filters", "feature_maps_of" (the image) and layer names.
+      A dictionary of file names. The keys are "filters", "feature_maps_of" (the file of the
+      input image) and the layer names.
     """
     predictor = run.need_network().predictor
     found = {}
@@ -167,7 +172,7 @@ def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
 
 
 def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
-    """The charts of the importance of regions and of features."""
+    """Returns the charts of the importance of image regions and of features."""
     if "explanations" not in figures:
         return {}
     section = figures["explanations"]
@@ -178,7 +183,7 @@ def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
 
 
 def _regions(regions: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """The loss gained when a region is exchanged, as a map of the image."""
+    """Draws the increase of the loss caused by exchanging each image region, as a grid."""
     axes = style.plain(figure.subplots(), theme)
     gained = np.array(regions["loss_gained"])
     norm = Normalize(0, max(float(gained.max()), _LEAST_GAIN))
@@ -196,10 +201,13 @@ def _regions(regions: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
 
 
 def _importance(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """The loss gained by each feature, the largest first, and the level of chance."""
+    """Draws the loss increase caused by permuting each feature, in decreasing order.
+
+    A dashed line marks the increase above which a feature stands out from chance.
+    """
     axes = style.plain(figure.subplots(), theme)
     values = section["importance"]
-    # One outline is several times faster than hundreds of bars.
+    # Matplotlib draws one outline several times faster than hundreds of bars.
     axes.stairs(values, np.arange(len(values) + 1) + 0.5, fill=True, color=theme.accent)
     if section["noise"] > 0:
         axes.axhline(

@@ -1,7 +1,7 @@
-"""The page of an inspection: charts, contact sheets and lists.
+"""The page that shows the inspection of a data set: charts, contact sheets and lists.
 
-Charts contain no names of classes or files, because browsers support more scripts than
-Matplotlib's font.
+The charts contain no class or file names, because Matplotlib's font lacks the characters of many
+languages that browsers can show.
 """
 
 import functools
@@ -28,24 +28,25 @@ from cnn_jax.report import style
 from cnn_jax.report.style import Theme
 from cnn_jax.report.thumbnails import load_thumbnail
 
-# The largest number of rows of a list, and of names in a row; inspection.json has all of them.
+# Maximum number of rows in a list, and of names in a row. inspection.json has all rows and names.
 _MAX_ROWS = 50
 _MAX_NAMES = 8
-# If there are more than twice as many classes, the page shows this number of the largest and of
-# the smallest classes.
+# If a data set has more than twice this number of classes, the page shows this number of the
+# largest classes and this number of the smallest classes.
 _MAX_CLASSES = 100
-# The side of a thumbnail and the gap between thumbnails, in pixels; columns and rows of a sheet.
+# The side of a thumbnail and the gap between two thumbnails, in pixels.
 _THUMBNAIL, _GAP = 96, 6
+# Number of columns and rows of thumbnails in a contact sheet.
 _COLUMNS, _ROWS = 6, 4
-# With more different sizes, the chart shows their density instead of points.
+# If the images have more different sizes than this, the chart shows a density instead of points.
 _MAX_POINTS = 2000
 
 
 def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) -> pathlib.Path:
-    """Writes a survey as a page with pictures, and the whole survey as JSON.
+    """Writes a page that shows a survey, and inspection.json with the whole survey.
 
-    Up to 24 images of each class are read again for the contact sheets, and some of the
-    duplicates.
+    For the contact sheets, up to 24 images of each class are read again; for the lists of
+    duplicates, some of the duplicates.
 
     Args:
       survey: The survey to show.
@@ -82,7 +83,7 @@ def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) ->
 
 
 def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
-    """The facts that the page shows about the first clusters."""
+    """Returns a row of the page's list for each of the first clusters."""
     source = survey.source
     rows = []
     for cluster in clusters[:_MAX_ROWS]:
@@ -109,7 +110,7 @@ def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
 def _rows_with_pictures(
     survey: Survey, clusters: Sequence[Cluster], folder: pathlib.Path, kind: str
 ) -> list[dict[str, Any]]:
-    """Draws a strip of the images of each cluster; returns the rows with the names of the files."""
+    """Draws the images of each cluster as a strip; returns the rows with the strips' file names."""
     rows = _rows(survey, clusters)
     for number, (row, cluster) in enumerate(zip(rows, clusters, strict=False)):
         row["picture"] = _draw_strip(survey, cluster, folder / f"{kind}_{number:03d}.png")
@@ -117,7 +118,7 @@ def _rows_with_pictures(
 
 
 def class_rows(counts: Int[np.ndarray, "classes 3"]) -> list[dict[str, Any] | None]:
-    """The rows of the table of classes.
+    """Returns the rows of the table of classes.
 
     Args:
       counts: The number of images of each class in each split.
@@ -125,7 +126,7 @@ def class_rows(counts: Int[np.ndarray, "classes 3"]) -> list[dict[str, Any] | No
     Returns:
       For each class, "label", "images" by split, and "percents": the images by split as
       percentages of the largest class. With more than 200 classes, only the 100 largest and the
-      100 smallest have a row; None is in the place of the others.
+      100 smallest classes have rows; a single None stands for all omitted classes.
     """
     labels: list[int | None] = list(range(len(counts)))
     if len(labels) > 2 * _MAX_CLASSES:
@@ -148,7 +149,7 @@ def class_rows(counts: Int[np.ndarray, "classes 3"]) -> list[dict[str, Any] | No
 
 
 def sample(survey: Survey, label: int) -> list[int]:
-    """Positions of up to 24 images of a class; they do not depend on the order of the files."""
+    """Returns the positions of up to 24 images of a class, chosen independently of file order."""
     ids = survey.source.ids
 
     def digest(i: int) -> bytes:
@@ -159,7 +160,7 @@ def sample(survey: Survey, label: int) -> list[int]:
 
 
 def _draw_sheets(survey: Survey, folder: pathlib.Path, track: Track) -> list[dict[str, Any]]:
-    """Draws the contact sheet of each class, class_000.png etc.; returns facts for the page."""
+    """Draws a contact sheet for each class, class_000.png etc.; returns their data for the page."""
     counts = survey.counts.sum(axis=1).tolist()
     labels = [label for label, number in enumerate(counts) if number]
 
@@ -181,14 +182,14 @@ def _draw_sheets(survey: Survey, folder: pathlib.Path, track: Track) -> list[dic
 
 
 def _draw_strip(survey: Survey, cluster: Cluster, path: pathlib.Path) -> str:
-    """Draws images of a cluster in a row; returns the name of the file."""
+    """Draws images of a cluster in a row; returns the name of the image file."""
     shown = survey.varied(cluster)[:_MAX_NAMES]
     _sheet([_thumbnail(survey, i) for i in shown], len(shown)).save(path)
     return path.name
 
 
 def _sheet(thumbnails: Sequence[Image.Image | None], columns: int) -> Image.Image:
-    """Arranges thumbnails on a transparent grid, each in the centre of its square."""
+    """Arranges thumbnails in a transparent grid and centres each thumbnail in its square."""
     rows = math.ceil(len(thumbnails) / columns)
     step = _THUMBNAIL + _GAP
     sheet = Image.new("RGBA", (columns * step - _GAP, rows * step - _GAP), (0, 0, 0, 0))
@@ -209,10 +210,12 @@ def _thumbnail(survey: Survey, index: int) -> Image.Image | None:
 
 
 def _draw_charts(survey: Survey, folder: pathlib.Path) -> dict[str, tuple[int, int]]:
-    """Draws the charts for which the survey has different values.
+    """Draws the charts of a survey.
+
+    A chart of resolutions or aspect ratios is omitted if the value is the same for all images.
 
     Returns:
-      The width and height of each chart in CSS pixels, by the name of its file without suffix.
+      The width and height of each chart in CSS pixels, by the chart's file name without suffix.
     """
     plots: dict[str, Callable[[Survey, Figure, Theme], None]] = {}
     if len(survey.resolutions) > 1:
@@ -228,7 +231,7 @@ def _draw_charts(survey: Survey, folder: pathlib.Path) -> dict[str, tuple[int, i
 
 
 def _plot_resolutions(survey: Survey, figure: Figure, theme: Theme) -> None:
-    """Plots sizes as points whose areas show the number of images, or as a density."""
+    """Plots image sizes as points whose areas show the number of images, or as a density."""
     axes = style.plain(figure.subplots(), theme)
     widths, heights = np.array([size for size, _ in survey.resolutions]).T
     images = np.array([number for _, number in survey.resolutions])
@@ -252,7 +255,7 @@ def _plot_resolutions(survey: Survey, figure: Figure, theme: Theme) -> None:
 
 
 def _plot_aspect_ratios(survey: Survey, figure: Figure, theme: Theme) -> None:
-    """Plots a histogram of aspect ratios on a log scale."""
+    """Plots a histogram of the aspect ratios of the images on a log scale."""
     axes = style.plain(figure.subplots(), theme)
     ratios = np.log2(survey.aspect_ratios)
     reach = max(np.abs(ratios).max() * 1.05, 0.5)

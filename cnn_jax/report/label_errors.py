@@ -1,4 +1,4 @@
-"""Labels that are probably wrong: confident learning (Northcutt, Jiang and Chuang 2021).
+"""Finds labels that are probably wrong by confident learning (Northcutt, Jiang and Chuang 2021).
 
 A label is suspect if a network that was not trained on the image predicts another class with at
 least the mean confidence that it has for images of that class.
@@ -9,7 +9,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-# Probabilities that differ by less count as equal, because float32 has seven digits.
+# Probabilities that differ by less than this count as equal, because float32 has only about seven
+# significant digits.
 _TOLERANCE = 1e-6
 
 
@@ -31,9 +32,9 @@ class Suspects:
 def thresholds(
     probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, " classes"]:
-    """The mean probability of each class over the images labelled with it; see `find`.
+    """Returns the mean probability of each class over the images with that label; see `find`.
 
-    The threshold of a class without images is infinite, so the class is never suggested.
+    The threshold of a class without images is infinite, so that the class is never suggested.
     """
     num_classes = probabilities.shape[1]
     own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
@@ -43,10 +44,13 @@ def thresholds(
 
 
 def find(probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]) -> Suspects:
-    """Finds the examples off the diagonal of the confident joint, ranked by normalised margin.
+    """Finds the examples whose label is probably wrong, ranked by normalised margin.
+
+    They are the examples off the diagonal of the confident joint in the paper.
 
     Args:
-      probabilities: The predictions for images that were not trained on; rows sum to 1.
+      probabilities: The predictions of a network that was not trained on these images; each row
+        sums to 1.
       labels: The labels in the data.
     """
     rows = np.arange(len(labels))
@@ -55,7 +59,7 @@ def find(probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, 
     others = probabilities.astype(np.float64)
     others[rows, labels] = -1
     margin = probabilities[rows, labels] - others.max(axis=1)
-    # With a margin above 0, the label is the most probable class after all.
+    # If the margin is above 0, the label itself is the most probable class and is not suspect.
     is_suspect = is_sure.any(axis=1) & (suggested != labels) & (margin < 0)
     suspects = np.flatnonzero(is_suspect)
     suspects = suspects[np.argsort(margin[suspects], kind="stable")]

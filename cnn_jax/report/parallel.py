@@ -1,6 +1,6 @@
-"""The trials of a study in parallel coordinates: an axis for each parameter and for the value.
+"""The parallel-coordinates chart of a study: an axis per parameter, and one for the value.
 
-Long keys and choices are shortened; the tables of the page have the full names.
+The chart shortens long parameter keys and long choices. The tables of the page have the full text.
 """
 
 import itertools
@@ -33,19 +33,20 @@ from cnn_jax.report.style import Theme
 
 # The height of the axes, in inches.
 _HEIGHT = 3.2
-# The font size of choices and the width of a letter, in points.
+# The font size of the labels of choices, and the width of a letter at that size, in points.
 _SIZE, _LETTER = 7.5, 4.7
 
 
 def parallel_size(study: Study) -> tuple[float, float]:
-    """(width, height) in inches; the width grows with the number of parameters up to 10.5."""
+    """Returns the chart's (width, height) in inches; the width grows with the number of axes."""
     return min(max(1.25 * (len(study["space"]) + 1), 5.5), 10.5), _HEIGHT + 1.1
 
 
 def parallel(study: Study, figure: Figure, theme: Theme) -> None:
     """Draws a line for each trial across the axes of the parameters and of the value.
 
-    Better values have a stronger colour. Pruned trials are faint, and the best trial is on top.
+    Trials with better values have stronger colours. Pruned trials are faint. The best trial is
+    drawn on top of all other trials.
     """
     axes = figure.subplots()
     axes.set_axis_off()
@@ -64,7 +65,7 @@ def parallel(study: Study, figure: Figure, theme: Theme) -> None:
 
 
 def line_positions(study: Study, trials: Sequence[Trial]) -> Float[np.ndarray, "trials axes"]:
-    """The position at which the line of each trial crosses each axis, 0 to 1.
+    """Returns the position, 0 to 1, at which the line of each trial crosses each axis.
 
     The axes are the parameters in the order of the space, and then the value. A position is NaN
     if the trial has no value for the parameter.
@@ -101,7 +102,10 @@ def _draw_trials(study: Study, axes: Axes, theme: Theme) -> None:
 
 
 def _colour(quality: float, theme: Theme) -> tuple[float, float, float, float]:
-    """The colour of a quality; the first quarter of the ramp is too close to the background."""
+    """Returns the colour of a quality, 0 (worst) to 1 (best).
+
+    The first quarter of the colour ramp is not used, because it is too close to the background.
+    """
     return theme.colours(0.25 + 0.75 * quality)
 
 
@@ -109,10 +113,10 @@ def _colour(quality: float, theme: Theme) -> tuple[float, float, float, float]:
 
 
 def _draw_names(study: Study, axes: Axes, theme: Theme) -> None:
-    """Draws the axes and their names above them; names are slanted if they are too long."""
+    """Draws each axis with its name above it; all names are slanted if a name is too long."""
     value = scale_for_complete_trials(study).label.removeprefix("validation ")
     names = [*axis_names(list(study["space"])), value]
-    is_slanted = max(map(len, names)) * 5.3 > _between_axes(study)  # Points of a letter.
+    is_slanted = max(map(len, names)) * 5.3 > _between_axes(study)  # Points per letter.
     slant = {"rotation": 30, "ha": "left", "rotation_mode": "anchor"} if is_slanted else {}
     for across, name in enumerate(names):
         axes.plot([across, across], [0, 1], color=theme.ink, linewidth=0.8, zorder=2.5)
@@ -120,12 +124,12 @@ def _draw_names(study: Study, axes: Axes, theme: Theme) -> None:
 
 
 def _between_axes(study: Study) -> float:
-    """The room for text between two axes, in points."""
+    """Returns the width available for text between two neighbouring axes, in points."""
     return 72 * parallel_size(study)[0] / (len(study["space"]) + 1.5) - 12
 
 
 def _draw_numbers(range_: Range, across: int, axes: Axes, theme: Theme) -> None:
-    """Draws the ends of a range and, on a log scale, a tick at each power of ten."""
+    """Labels an axis with the ends of its range and, on a log scale, with the powers of ten."""
     low, high = range_["low"], range_["high"]
     _write(axes, theme, format_number(low), (across, 0), (0, -5), va="top")
     _write(axes, theme, format_number(high), (across, 1), (0, 5), va="bottom")
@@ -136,22 +140,26 @@ def _draw_numbers(range_: Range, across: int, axes: Axes, theme: Theme) -> None:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """The powers of ten in a range."""
+    """Returns the powers of ten between two numbers."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     return [10.0**power for power in range(first, last + 1)]
 
 
 def _draw_categories(range_: Range, across: int, width: float, axes: Axes, theme: Theme) -> None:
-    """Draws choices beside the axis, or along the axis if they are wider than `width` points."""
+    """Labels an axis with the choices of a categorical parameter.
+
+    The labels are horizontal if the longest label fits into `width` points. Otherwise they are
+    vertical, along the axis.
+    """
     names = style.tick_names([str(choice) for choice in range_["choices"]])
     high = 72 * _HEIGHT / max(len(names) - 1, 1)
     is_horizontal = max(map(len, names)) * _LETTER <= width
-    # The least distance between names in points: the height of a line, or eight letters along the
-    # axis with a margin.
+    # The least distance between two labels in points: the height of a line of horizontal text, or
+    # the length of eight letters of vertical text with a margin.
     least = 9.5 if is_horizontal else 1.5 * 8 * _LETTER
     every = math.ceil(least / high)
     longest = int((width if is_horizontal else every * high / 1.5) / _LETTER)
-    # The background colour around the letters separates them from the lines.
+    # An outline in the background colour separates the letters from the lines of the trials.
     halo = patheffects.withStroke(linewidth=3.5, foreground=theme.ground)
     for index in spaced_indices(len(names), every):
         position = range_position(range_, range_["choices"][index])
@@ -162,12 +170,12 @@ def _draw_categories(range_: Range, across: int, width: float, axes: Axes, theme
 
 
 def _inward_alignment(position: float) -> str:
-    """The vertical alignment that keeps a name along an axis between the ends of the axis."""
+    """Returns the vertical alignment that keeps a vertical label within the ends of the axis."""
     return {0.0: "bottom", 1.0: "top"}.get(position, "center")
 
 
 def _shorten(name: str, length: int) -> str:
-    """Replaces the middle of a long name by an ellipsis; choices often differ at the end."""
+    """Replaces the middle of a long name by an ellipsis, because names often differ at the end."""
     if len(name) <= length:
         return name
     kept = max(length - 1, 2)
@@ -175,7 +183,7 @@ def _shorten(name: str, length: int) -> str:
 
 
 def _draw_ramp(study: Study, axes: Axes, theme: Theme) -> None:
-    """Draws the axis of the value with its colours, its ends and the best value."""
+    """Draws the axis of the monitored value with the colour ramp, both ends and the best value."""
     scale, last = scale_for_complete_trials(study), len(study["space"])
     steps = np.linspace(0, 1, 65)
     qualities = scale.qualities((steps[:-1] + steps[1:]) / 2)

@@ -1,4 +1,4 @@
-"""The report's section on robustness: corrupted images, and accuracy by image quality."""
+"""The report's section on robustness: accuracy on corrupted images and by image quality."""
 
 import functools
 import math
@@ -19,20 +19,20 @@ from cnn_jax.report.run import MissingError, Run
 from cnn_jax.report.sections import Figures, most_confident_image
 from cnn_jax.report.style import Theme
 
-# Pixels of all images in the sample of the corruptions, and its least and greatest number of
-# images.
+# The sample of images to corrupt: the total number of pixels of all its images, and the minimum and
+# maximum number of its images.
 _PIXELS = 2**19
 _MIN_IMAGES, _MAX_IMAGES = 40, 250
-# Pixels of all images in the sample for accuracy by quality.
+# The total number of pixels of all images in the sample for accuracy by image quality.
 _QUALITY_PIXELS = 2**26
-# The longer side of a corrupted image in the strip of all severities, in pixels.
+# The longer side, in pixels, of each corrupted image on the page.
 _SIDE = 64
-# How many of the worst corruptions the page names.
+# The number of corruptions with the lowest accuracy that the page names.
 _NUM_WORST = 3
 
 
 def qualities(run: Run) -> Figures:
-    """Accuracy, confidence and calibration of a sample of the test split under corruptions."""
+    """Measures accuracy, confidence and calibration on corrupted images of the test split."""
     network = run.need_network()
     height, width = network.predictor.preprocessing.image_size
     labels, test = network.labels("test"), network.dataset.splits["test"]
@@ -44,7 +44,7 @@ def qualities(run: Run) -> Figures:
     except ImportError as error:
         raise MissingError(f"The corruptions need {error.name}, which is not installed.") from error
     worst_first = sorted(found["corruptions"], key=lambda n: found["corruptions"][n]["accuracy"])
-    # Accuracy by quality needs no further prediction, so the sample can be larger.
+    # This sample can be larger, because the network has already predicted the images.
     rows = robustness.stratified_sample(labels, _QUALITY_PIXELS // (height * width))
     positions = test[rows]
     images = robustness.load_images(network.dataset.loader, positions)
@@ -64,7 +64,7 @@ def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
     """Draws one test image under each corruption at severities 1 to 5, side by side.
 
     Returns:
-      The names of the files by corruption.
+      The name of the image file by corruption.
     """
     pixels = most_confident_image(run.need_network())
     found = {}
@@ -76,7 +76,7 @@ def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
 
 
 def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
-    """A heat map of all corruptions, curves by family, and accuracy by image quality."""
+    """Returns the charts: a heat map of all corruptions, curves by family, accuracy by quality."""
     if "robustness" not in figures:
         return {}
     section = figures["robustness"]
@@ -92,19 +92,22 @@ def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
 
 
 def _families(section: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The measured corruptions by family, without empty families."""
+    """Returns the measured corruptions by family, without empty families."""
     measured = section["corruptions"]
     families = {family: [n for n in names if n in measured] for family, names in FAMILIES.items()}
     return {family: names for family, names in families.items() if names}
 
 
 def _label(name: str) -> str:
-    """The name of a corruption as the charts show it."""
+    """Returns the name of a corruption as the charts show it."""
     return name.replace("_", " ").replace("jpeg", "JPEG")
 
 
 def _heat_map(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Accuracy by corruption and severity; a row with a name starts each family."""
+    """Draws a heat map of accuracy: one row per corruption, one column per severity.
+
+    Above the corruptions of each family, an empty row shows the name of the family.
+    """
     axes = style.plain(figure.subplots(), theme)
     clean = section["clean"]["accuracy"]
     rows: list[list[float]] = []
@@ -134,7 +137,7 @@ def _heat_map(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
 
 
 def _curves(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Accuracy by severity, with a panel for each family."""
+    """Draws curves of accuracy by severity, in one panel for each family of corruptions."""
     families = _families(section)
     columns = 2
     panels = figure.subplots(
@@ -169,7 +172,7 @@ def _curves(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
 def _plot_by_quality(
     quality_bins: Mapping[str, Sequence[Figures]], figure: Figure, theme: Theme
 ) -> None:
-    """Accuracy by sharpness, brightness and resolution, with Wilson's intervals."""
+    """Draws accuracy by sharpness, brightness and resolution, with Wilson confidence intervals."""
     units = {
         "sharpness": "variance of the Laplacian (grey levels²)",
         "brightness": "mean grey level",
@@ -198,6 +201,6 @@ def _plot_by_quality(
 
 
 def _range_label(low: float, high: float) -> str:
-    """The range of a bin on two lines; one number if all its values are equal when rounded."""
+    """Formats the range of a bin on two lines, or as one number if both ends round to it."""
     first, last = f"{low:,.0f}", f"{high:,.0f}"
     return first if first == last else f"{first}-\n{last}"

@@ -1,4 +1,4 @@
-"""The files of a run, read for its report."""
+"""Reads the files of a run for the run's report."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ _EPOCH_KEYS = (
 
 
 class MissingError(Exception):
-    """A section of the report cannot be made; the message is a sentence with the reason."""
+    """Raised if a section of the report cannot be made; the message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +115,9 @@ class Run:
       settings: The parts of the configuration that the report uses.
       history: The complete records of metrics.jsonl, one for each epoch.
       damaged_records: The number of damaged records.
-      figures: The content of report/metrics.json: the metrics of all splits that are there or
-        can be computed, and the sections of an earlier report of the same network.
-      versions: The versions of the libraries at training; empty without a bundle.
+      figures: The content of report/metrics.json. It has the metrics of each split that were
+        stored or can be computed, and the sections of an earlier report of the same network.
+      versions: The versions of the libraries that trained the network; empty without a bundle.
       network: The trained network; None if the bundle or its data cannot be used.
       why_no_network: A sentence with the reason if `network` is None.
     """
@@ -139,7 +139,7 @@ class Run:
         return self.network
 
     def is_measured(self) -> bool:
-        """Whether there are metrics of all splits."""
+        """Returns whether the metrics of all splits are known."""
         return all(split in self.figures for split in SPLITS)
 
     def need_figures(self, split: str) -> dict[str, Any]:
@@ -152,8 +152,8 @@ class Run:
 def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> Run:
     """Reads a run's folder, opens its data, and predicts validation and test.
 
-    A missing bundle or missing data is not an error, unless `source` is given: the run may have
-    been stopped, or its data may have been moved.
+    Missing data or a missing bundle is an error only if `source` is given. Without `source`, the
+    run may have been stopped, or its data may have been moved.
 
     Args:
       workdir: The run's folder.
@@ -175,8 +175,8 @@ def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> 
     history, damaged_records = _read_history(workdir / "metrics.jsonl")
     figures = _read_json(workdir / "report" / "metrics.json")
     if figures.get("format") != FORMAT or not all(_are_figures(figures.get(s)) for s in SPLITS):
-        # Sections of another format cannot be shown, and sections without metrics may belong to
-        # another network.
+        # Keep only the metrics. Sections in another format cannot be shown. If metrics of a split
+        # are missing, the sections may belong to another network.
         figures = {s: figures[s] for s in SPLITS if _are_figures(figures.get(s))}
     network, reason = None, ""
     try:
@@ -209,7 +209,7 @@ def _read_config(path: pathlib.Path) -> Any:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object of a file; empty if the file is missing or holds no object."""
+    """Reads the JSON object in a file; returns {} if the file is missing or has no JSON object."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
@@ -218,7 +218,11 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_history(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
-    """The complete records with finite numbers, and the number of the other lines."""
+    """Reads the training history.
+
+    Returns:
+      The complete records whose numbers are finite, and the number of damaged lines.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -237,7 +241,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _are_figures(figures: object) -> bool:
-    """Whether a value has all metrics of a split, as this version writes them."""
+    """Returns whether a JSON value contains all metrics of a split in the current format."""
     return isinstance(figures, dict) and figures.keys() >= _SPLIT_KEYS
 
 
@@ -247,7 +251,7 @@ def _open_network(
     """Opens the bundle and its data, and adds the metrics of missing splits to `figures`.
 
     Raises:
-      MissingError: There is no bundle, or it cannot be used, or its data cannot.
+      MissingError: The bundle is missing, or the bundle or its data cannot be used.
       ConfigError: `source` is not the name of a source.
       DataError: `source` cannot be read, or is not the data that the network was trained on.
     """
@@ -268,7 +272,8 @@ def _open_network(
                 predictor, dataset.loader, dataset.splits[split], track, f"looking at {split}"
             )
             for split in SPLITS
-            # The report shows no predictions of single training images, only metrics.
+            # Predict the training split only if its metrics are missing: the report shows no
+            # predictions of single training images.
             if split != "train" or split not in figures
         }
     except (UserError, OSError) as error:
@@ -287,8 +292,8 @@ def _check_fingerprint(
     """Checks that a data set is the data that a bundle was trained on.
 
     Raises:
-      DataError: It is not, and the user named it.
-      MissingError: It is not, and the bundle names it.
+      DataError: The data differs, and the user gave its name (`is_new_source`).
+      MissingError: The data differs, and its name is from the bundle.
     """
     if dataset.fingerprint == predictor.data["fingerprint"]:
         return

@@ -1,4 +1,4 @@
-"""The report of a run: a page, pictures beside the page, and all numbers as JSON."""
+"""Writes the report of a run: a page, picture files, and all numbers as JSON."""
 
 import concurrent.futures
 import json
@@ -28,8 +28,8 @@ from cnn_jax.system.console import Console
 from cnn_jax.system.errors import UserError
 from cnn_jax.training import run_directory
 
-# The two slowest sections, by their names in metrics.json. Corruptions come first, so that their
-# slow charts are drawn while the explanations are computed.
+# The two slowest sections, which only a full report has, by their names in metrics.json. Robustness
+# is first, so that its slow charts are drawn while the explanations are computed.
 _FULL = {"robustness": qualities.qualities, "explanations": explanations.explanations}
 # The longer side of the image files on the page, in pixels.
 _SIDE = 144
@@ -59,10 +59,10 @@ def write_report(
     after_training: bool = False,
     warn: Callable[[str], None] | None = None,
 ) -> pathlib.Path:
-    """Writes report/index.html, which needs no other file, and the pictures on it.
+    """Writes the page report/index.html, which needs no other file, and its pictures as files.
 
-    Validation and test are predicted again. All numbers of the page are added to
-    report/metrics.json. If the bundle or the data cannot be used, the page says so at its top
+    The network predicts the validation and test splits again. All numbers on the page are added
+    to report/metrics.json. If the bundle or the data cannot be used, the page says so at its top
     and keeps the sections of an earlier report of the same network.
 
     Args:
@@ -96,7 +96,7 @@ def _write(
     source: str | None,
     after_training: bool,
 ) -> tuple[pathlib.Path, Figures]:
-    """Writes the report as `write_report` does, and also returns the content of metrics.json."""
+    """Writes the report; returns the page's path and the content of metrics.json."""
     workdir = pathlib.Path(workdir)
     watch = _Stopwatch()
     measuring = _seconds_since_training(workdir) if after_training else 0.0
@@ -104,7 +104,7 @@ def _write(
     watch.lap("predictions")
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    if run.network is not None:  # Otherwise keep the images of an earlier report.
+    if run.network is not None:  # If not, keep the images of an earlier report.
         shutil.rmtree(folder / "examples", ignore_errors=True)
         (folder / "examples").mkdir()
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -112,7 +112,7 @@ def _write(
             new, missing, drawings = _sections(run, detail, track, watch, folder, thread)
             for drawing in drawings:
                 drawing.result()
-        finally:  # Otherwise an interrupt would wait for all drawings.
+        finally:  # On an interrupt, do not wait for the pending drawings.
             thread.shutdown(cancel_futures=True)
     figures = run.figures | new | {"missing": missing, "format": FORMAT}
     figures["methods"] = texts.methods(figures)
@@ -139,14 +139,14 @@ def _write(
 
 
 def _notice(run: Run, figures: Figures) -> str:
-    """The sentences at the top of a page whose network or data cannot be used."""
+    """Returns the sentences at the top of the page if the network or its data cannot be used."""
     is_kept = any(name in figures for name in figures["missing"])
     kept = " The sections marked below are from an earlier report." if is_kept else ""
     return f"This report is not complete. {run.why_no_network}{kept}"
 
 
 class _Stopwatch:
-    """A stopwatch that adds up the seconds of each task."""
+    """A stopwatch that adds up the seconds spent on each task."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -160,7 +160,10 @@ class _Stopwatch:
 
 
 def _seconds_since_training(workdir: pathlib.Path) -> float:
-    """Seconds since the last epoch was logged, for calibration, metrics and the bundle."""
+    """Returns the seconds since the last epoch was logged.
+
+    In this time the run computed the calibration and the metrics, and wrote the bundle.
+    """
     try:
         return max(time.time() - (workdir / "metrics.jsonl").stat().st_mtime, 0.0)
     except OSError:
@@ -170,7 +173,8 @@ def _seconds_since_training(workdir: pathlib.Path) -> float:
 def report_after_training(workdir: str | os.PathLike[str], config: Config, console: Console) -> str:
     """Writes the report of a run that this process has trained, and prints the time it took.
 
-    With several processes no report is written, because the other processes would have to wait.
+    If several processes train the network, no report is written, because all other processes
+    would have to wait for it.
     An unexpected error is shown as a warning, because the run is complete without its report.
 
     Args:
@@ -213,7 +217,7 @@ def _sections(
     folder: pathlib.Path,
     thread: concurrent.futures.Executor,
 ) -> tuple[Figures, dict[str, str], list[concurrent.futures.Future[Any]]]:
-    """Makes all sections; a thread draws finished sections during the computation of others.
+    """Computes all sections, and draws finished sections on a thread at the same time.
 
     Returns:
       The sections by name; the reasons for missing sections by name; and the pending drawings.
@@ -240,7 +244,10 @@ def _sections(
 
 
 def _facts(run: Run, earlier: object, after_training: bool) -> Figures:
-    """The facts about the run; device and time are kept from the report after training."""
+    """Returns the facts about the run.
+
+    Device and time are kept from the report that was written directly after training.
+    """
     facts = sections.facts(run)
     if after_training:
         devices = jax.devices()
@@ -261,7 +268,7 @@ def _facts(run: Run, earlier: object, after_training: bool) -> Figures:
 def _draw_examples(
     network: Network, examples: list[Figures], folder: pathlib.Path, are_explained: bool
 ) -> None:
-    """Draws each missing image, and its explanation map if `are_explained`."""
+    """Draws the images that have no file yet; with their explanation maps if `are_explained`."""
     new_examples = {
         shown["position"]: shown for shown in examples if not (folder / shown["picture"]).exists()
     }
@@ -299,7 +306,7 @@ def _draw_augmentation(run: Run, folder: pathlib.Path) -> None:
 
 
 def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> None:
-    """Draws the other pictures of sections, and adds the names of their files to the sections."""
+    """Draws the pictures of the full report's sections; adds their file names to the sections."""
     drawings = {"explanations": explanations.draw_pictures, "robustness": qualities.draw_pictures}
     for name, draw in drawings.items():
         if name in made:
@@ -307,12 +314,12 @@ def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> None:
 
 
 def _draw_charts(figures: Figures, folder: pathlib.Path, already: Container[str] = ()) -> list[str]:
-    """Draws the charts of sections in both themes; returns the names of all charts.
+    """Draws the charts of all sections, light and dark; returns the names of all charts.
 
     Args:
       figures: The content of metrics.json, or a part of it.
       folder: The folder for the files.
-      already: Sections whose charts have been drawn.
+      already: The names of sections whose charts have already been drawn.
     """
     names = []
     for section in figures:
@@ -337,7 +344,7 @@ def _page(
     drawn: list[str],
 ) -> str:
     def picture(name: str) -> str | None:
-        """A picture file as a data URI; None if the file is missing."""
+        """Returns a picture file as a data URI; None if the file is missing."""
         path = folder / name
         return style.data_uri(path) if path.is_file() else None
 
@@ -350,7 +357,8 @@ def _page(
         picture=picture,
         map_of=lambda name: picture(str(_map_path(pathlib.Path(name)))),
         are_mapped=any((folder / "examples").glob("*_map.png")),
-        # Charts show a number for a name that they cannot draw; the table then has the numbers.
+        # A chart shows a number instead of a class name that it cannot draw. In that case the table
+        # of classes shows these numbers too.
         are_numbered=style.tick_names(names) != [style.shorten(name) for name in names],
         configuration={
             key: json.dumps(value, ensure_ascii=False)

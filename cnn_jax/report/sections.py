@@ -1,7 +1,7 @@
-"""The sections of a run's report: functions from a run to JSON types.
+"""Computes the sections of a run's report: each function takes a run and returns JSON types.
 
-A section that cannot be made raises MissingError with the reason. A section names an image for
-the page by a dictionary that `example` makes.
+The function raises MissingError with the reason if the section cannot be made. An image that the
+page must show is described by a dictionary, which the function `example` makes.
 """
 
 import math
@@ -19,25 +19,29 @@ from cnn_jax.report import charts, label_errors, texts, verdicts
 from cnn_jax.report.run import MissingError, Network, Run
 from cnn_jax.training.checkpoint import best_record
 
-# The number of images of each kind on the page.
+# The number of images of each kind on the page: wrong and uncertain predictions, suspected labels,
+# and augmented images.
 NUM_WRONG, NUM_UNSURE, NUM_SUSPECTS, NUM_AUGMENTED = 24, 12, 24, 12
+# The number of pairs of confused classes, and the number of images of each pair.
 _NUM_PAIRS, _PAIR_IMAGES = 10, 3
-# If more than this fraction of the labels is suspect, most suspects are mistakes of the network.
+# If a larger fraction of the labels is suspected, most suspected labels are probably correct, and
+# the network is wrong.
 _CREDIBLE = 0.1
-# The fractions of test images that are kept when the least confident images are rejected.
+# The fractions of test images to keep when the images with the least confidence are rejected.
 _KEPT = (1.0, 0.95, 0.9, 0.8, 0.5)
 
 Figures = dict[str, Any]
 
 
 def example(network: Network, split: str, row: int, predicted: int | None = None) -> Figures:
-    """The facts about one image that the page shows.
+    """Returns the facts about an image that the page shows.
 
     Args:
       network: The network.
       split: A split whose probabilities the network has.
       row: The image's position in the split.
-      predicted: The class to name; by default the class with the largest probability.
+      predicted: The class to report as predicted; by default the class with the largest
+        probability.
 
     Returns:
       "id", "split", "position" in the source, "picture" (the name of its file below report/),
@@ -58,7 +62,7 @@ def example(network: Network, split: str, row: int, predicted: int | None = None
 
 
 def most_confident_image(network: Network) -> UInt8[np.ndarray, "height width 3"]:
-    """The correctly classified test image with the highest confidence, resized."""
+    """Returns the correctly classified test image with the highest confidence, resized."""
     probabilities = network.probabilities["test"]
     is_right = probabilities.argmax(axis=1) == network.labels("test")
     row = int((probabilities.max(axis=1) + is_right).argmax())
@@ -67,12 +71,12 @@ def most_confident_image(network: Network) -> UInt8[np.ndarray, "height width 3"
 
 
 def guessing(run: Run) -> Figures:
-    """A comparison with always naming the most common class of the test images."""
+    """Compares the network with a classifier that always predicts the most common test class."""
     return verdicts.guessing(run.need_figures("test"))
 
 
 def curves(run: Run) -> Figures:
-    """The learning curves, the best epoch, and a verdict on the training."""
+    """Returns the learning curves, the best epoch, and a verdict on the training."""
     history = run.history
     best = best_record(history, run.settings.monitor) if history else None
     if best is None:
@@ -96,13 +100,13 @@ _CURVES = ("loss", "accuracy")
 
 
 def confusion(run: Run) -> Figures:
-    """The order of the classes in the matrix, and the pairs that are confused most often."""
+    """Returns the order of the classes in the confusion matrix, and the most confused pairs."""
     if run.network is None and "confusion" in run.figures:
-        return run.figures["confusion"]  # The section of an earlier report has images.
+        return run.figures["confusion"]  # The earlier section also has images.
     test = run.need_figures("test")
     names, matrix = list(test["per_class"]), np.array(test["confusion"])
     errors = matrix * (1 - np.eye(len(matrix), dtype=int))
-    # Pairs with equal counts are sorted by the fraction of the true class.
+    # Among pairs with equal counts, the larger fraction of the true class comes first.
     worst = np.lexsort((-charts.row_fractions(matrix).ravel(), -errors.ravel()))[:_NUM_PAIRS]
     pairs = []
     for true, predicted in zip(*np.divmod(worst, len(matrix)), strict=True):
@@ -125,7 +129,7 @@ def confusion(run: Run) -> Figures:
 
 
 def _pair_examples(network: Network | None, true: int, predicted: int) -> list[Figures]:
-    """The most confident test images of the class `true` that are predicted as `predicted`."""
+    """Returns the most confident test images of class `true` that are predicted as `predicted`."""
     if network is None:
         return []
     probabilities = network.probabilities["test"]
@@ -136,7 +140,7 @@ def _pair_examples(network: Network | None, true: int, predicted: int) -> list[F
 
 
 def calibration_section(run: Run) -> Figures:
-    """The calibration of the test probabilities, before and after temperature scaling."""
+    """Measures the calibration of test probabilities before and after temperature scaling."""
     network = run.need_network()
     after, labels = network.probabilities["test"], network.labels("test")
     temperature = network.predictor.temperature
@@ -152,11 +156,12 @@ def calibration_section(run: Run) -> Figures:
 
 
 def coverage(run: Run) -> Figures:
-    """Accuracy of the test images that are kept when the least confident images are rejected."""
+    """Measures test accuracy when the images with the least confidence are rejected."""
     network = run.need_network()
     probabilities, labels = network.probabilities["test"], network.labels("test")
     curve = calibration.coverage(probabilities, labels, num_points=len(labels))
-    # Images of equal confidence are kept together, so at least the given fraction is kept.
+    # Images of equal confidence are kept or rejected together. Therefore the kept fraction may be
+    # larger than the given fraction.
     points = np.searchsorted(curve["coverage"], np.array(_KEPT) - 1e-12)
     return {
         "curve": calibration.coverage(probabilities, labels),
@@ -168,7 +173,7 @@ def coverage(run: Run) -> Figures:
 
 
 def mistakes(run: Run) -> Figures:
-    """The most confident wrong test images, and the least confident correct test images."""
+    """Selects test images predicted wrongly with high, or correctly with low, confidence."""
     network = run.need_network()
     probabilities, labels = network.probabilities["test"], network.labels("test")
     confidence = probabilities.max(axis=1)
@@ -190,7 +195,7 @@ def mistakes(run: Run) -> Figures:
 
 
 def suspected_labels(run: Run) -> Figures:
-    """Validation and test images whose label is probably wrong, with the suggested classes."""
+    """Finds validation and test images whose label is probably wrong, and suggests labels."""
     network = run.need_network()
     splits = ("validation", "test")
     labels = np.concatenate([network.labels(split) for split in splits])
@@ -209,13 +214,13 @@ def suspected_labels(run: Run) -> Figures:
                 found.rows[:NUM_SUSPECTS].tolist(), found.suggested.tolist(), strict=False
             )
         ],
-        # All suspects, the most suspicious first.
+        # The ids of all suspected images, the most suspicious image first.
         "ids": [network.source.ids[i] for i in positions[found.rows]],
     }
 
 
 def augmentation(run: Run) -> Figures:
-    """The ranges of augmentation, and the classes of the images that show it."""
+    """Returns the ranges of augmentation, and the classes of the example images."""
     batch, _ = training_images(run)
     names = run.need_network().class_names
     ranges = run.settings.augmentation
@@ -231,9 +236,10 @@ def augmentation(run: Run) -> Figures:
 
 
 def training_images(run: Run) -> tuple[pipeline.NumpyBatch, pipeline.NumpyBatch]:
-    """The first images of the first training batch, before and after augmentation.
+    """Returns the first images of the first training batch, before and after augmentation.
 
-    They are augmented on the host; an accelerator rounds to slightly different grey levels.
+    The images are augmented on the host. Training on an accelerator rounds some grey levels
+    differently.
     """
     network, settings = run.need_network(), run.settings
 
@@ -255,7 +261,7 @@ def training_images(run: Run) -> tuple[pipeline.NumpyBatch, pipeline.NumpyBatch]
 
 
 def facts(run: Run) -> Figures:
-    """The configuration, data, time and versions of a run."""
+    """Returns the configuration, data, time and library versions of a run."""
     settings = run.settings
     seconds = math.fsum(record["seconds"] for record in run.history)
     figures: Figures = {
@@ -294,7 +300,7 @@ def facts(run: Run) -> Figures:
     return figures
 
 
-# The sections in the order of the page, by their names in metrics.json.
+# The functions of the sections, in the order of the page, by the section's name in metrics.json.
 SECTIONS: dict[str, Callable[[Run], Figures]] = {
     "guessing": guessing,
     "curves": curves,
@@ -308,7 +314,7 @@ SECTIONS: dict[str, Callable[[Run], Figures]] = {
 
 
 def examples(figures: object) -> list[Figures]:
-    """All dictionaries made by `example`, at any depth of sections."""
+    """Returns all dictionaries made by `example` in a section, at any depth of nesting."""
     if isinstance(figures, dict):
         if "picture" in figures:
             return [figures]

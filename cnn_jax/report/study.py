@@ -1,4 +1,4 @@
-"""The page of a hyper-parameter study: its best trial, its cost, charts, and all trials."""
+"""The page of a hyper-parameter study: the best trial, the cost, charts, and all trials."""
 
 import collections
 import functools
@@ -33,12 +33,13 @@ from cnn_jax.report.study_values import (
 )
 from cnn_jax.system.atomic import write_text
 
-# The sort key of a cell without a number. The script subtracts keys, so infinity would give NaN.
+# The sort key of a cell without a number. It is finite, because the sorting script subtracts keys,
+# and infinity minus infinity is NaN.
 _SORT_FIRST = -1e300
 
 
 class Cell(NamedTuple):
-    """A cell of the table of trials: its text, its sort key, and its CSS class."""
+    """A cell of the table of trials: the text, the sort key, and the CSS class."""
 
     text: str
     sort_key: float
@@ -46,16 +47,17 @@ class Cell(NamedTuple):
 
 
 def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
-    """Writes a study as a page that needs no other file, and its charts beside it.
+    """Writes the page of a study, which needs no other file, and the charts as PNG files.
 
-    Several processes may write the page at the same time; the last complete page stays.
+    Several processes may write the page at the same time. The page of the process that finishes
+    last remains.
 
     Args:
       study: Plain JSON values, as `tune.outcome.summarize` gives them: "name", "monitor" and
-        "direction"; "space", the range of each parameter; "trials"; "best", the number of a
-        trial or None; "importance"; "cost"; and the origin of the study.
-      folder: The folder of the study, with its best configuration, for index.html and PNG files;
-        it is created if necessary.
+        "direction"; "space", the range of each parameter; "trials"; "best", the number of the
+        best trial or None; "importance"; "cost"; and the origin of the study.
+      folder: The folder of the study, which also has the best configuration. It receives
+        index.html and the PNG files, and is created if necessary.
 
     Returns:
       The page's path, `folder`/index.html.
@@ -65,7 +67,8 @@ def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".page.", dir=folder) as name:
-        # With a folder for each process, a page has its own charts, all of them complete.
+        # Each process draws into a separate temporary folder. Otherwise a page could embed an
+        # incomplete chart that another process is writing.
         temporary = pathlib.Path(name)
         _draw_charts(study, temporary)
         write_text(temporary / "index.html", _page(study, temporary, folder))
@@ -78,7 +81,7 @@ def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
 
 
 def make_charts(study: Study) -> dict[str, Chart]:
-    """The charts for which the study has data, by the names of their files."""
+    """Returns the charts of a study by file name, without charts for which data is missing."""
     charts = {}
     if trials_with_value(study):
         charts["history"] = Chart(functools.partial(study_charts.history, study))
@@ -91,7 +94,7 @@ def make_charts(study: Study) -> dict[str, Chart]:
         charts["parallel"] = Chart(functools.partial(parallel, study), parallel_size(study))
         for number, key in enumerate(study["space"]):
             plot = functools.partial(study_charts.value_by_parameter, study, key)
-            # Three charts of this size fit in a row of the page.
+            # Three charts of this width fit side by side on the page.
             charts[f"slice_{number:02d}"] = Chart(plot, (3.3, 2.5))
     return charts
 
@@ -105,7 +108,13 @@ def _draw_charts(study: Study, folder: pathlib.Path) -> None:
 
 
 def _page(study: Study, drawn: pathlib.Path, folder: pathlib.Path) -> str:
-    """Renders the page with the charts in `drawn`; the page will be moved to `folder`."""
+    """Renders the page of a study.
+
+    Args:
+      study: The study.
+      drawn: The folder of the charts to embed.
+      folder: The folder to which the page will be moved.
+    """
     scale = scale_for_all_trials(study)
     config = shlex.quote(str(folder / (study["best_config"] or "")))
     return style.template("study.html").render(
@@ -131,7 +140,7 @@ def _page(study: Study, drawn: pathlib.Path, folder: pathlib.Path) -> str:
 
 
 def best_parameters(study: Study) -> list[dict[str, Any]]:
-    """For each parameter, the best trial's value, the range, and the edge that the value is at."""
+    """Returns each parameter's range, its value in the best trial, and the edge near this value."""
     best = best_trial(study)
     if best is None:
         return []
@@ -147,7 +156,7 @@ def best_parameters(study: Study) -> list[dict[str, Any]]:
 
 
 def _row(study: Study, scale: Scale, trial: Trial) -> dict[str, Any]:
-    """A row of the table of trials."""
+    """Returns a row of the table of trials."""
     cells = [
         Cell(scale.format_value(trial["value"]), _sortable(trial["value"])),
         Cell(f"{trial['epochs']:,}", trial["epochs"]),
@@ -158,7 +167,7 @@ def _row(study: Study, scale: Scale, trial: Trial) -> dict[str, Any]:
 
 
 def _cell(range_: Range, value: Any) -> Cell:
-    """The cell of a parameter's value; choices are sorted as in the range."""
+    """Returns the table cell of a parameter's value; choices sort in the order of the range."""
     text = format_parameter(range_, value)
     if range_["kind"] == "categorical":
         return Cell(text, _sortable(range_position(range_, value)), "choice")
@@ -166,17 +175,17 @@ def _cell(range_: Range, value: Any) -> Cell:
 
 
 def _sortable(value: Any) -> float:
-    """A finite number as the sort key; a missing value comes first."""
+    """Converts a value to a sort key; a missing or non-finite value sorts first."""
     return value if is_number(value) else _SORT_FIRST
 
 
 def _time(iso: str | None) -> str:
-    """A time in ISO 8601 as date, hour and minute."""
+    """Formats an ISO 8601 time as date, hour and minute."""
     return (iso or "")[:16].replace("T", " ")
 
 
 def _beyond(study: Study, scale: Scale) -> str:
-    """A sentence about values beyond the axis of the charts; empty if there are none."""
+    """Returns a sentence about values that lie beyond the charts' axis; "" without such values."""
     values = np.array([trial["value"] for trial in trials_with_value(study)], float)
     worse = int(((values < scale.low) | (values > scale.high)).sum())
     if not worse:
@@ -187,7 +196,7 @@ def _beyond(study: Study, scale: Scale) -> str:
 
 
 def missing(study: Study) -> dict[str, str]:
-    """A sentence for each missing section with the reason, by the section's name."""
+    """Returns the reason, a sentence, for each missing section by the section's name."""
     none_started = "No trial has been started."
     why = {"trials": none_started}
     have_all_failed = {trial["state"] for trial in study["trials"]} == {"failed"}

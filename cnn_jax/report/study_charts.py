@@ -1,4 +1,4 @@
-"""The charts of a study: its course, learning curves, importance, and values by one parameter."""
+"""The charts of a study: value by trial, value by epoch, importance, and value by parameter."""
 
 import collections
 import math
@@ -35,14 +35,14 @@ from cnn_jax.report.style import Theme
 
 
 class _Look(NamedTuple):
-    """The style of a state: its marker, the index of its colour, and whether it is filled."""
+    """The style of a trial state: marker, index of the colour, and whether the marker is filled."""
 
     marker: str
     line: int
     is_filled: bool
 
 
-# States are drawn in this order, so the most important state is on top.
+# The states are drawn in this order, so that the most important state is drawn on top.
 _STATES = {
     "failed": _Look("x", 3, True),
     "pruned": _Look("v", 5, False),
@@ -55,9 +55,10 @@ _STATES = {
 
 
 def history(study: Study, figure: Figure, theme: Theme) -> None:
-    """The value of each trial by its number, and the running best of the complete trials.
+    """Draws the value of each trial by trial number, and the best value so far as a line.
 
-    Failed trials without a value are drawn at the lower edge.
+    Only complete trials count for the best value. Failed trials without a value are drawn at the
+    lower edge of the chart.
     """
     axes = style.plain(figure.subplots(), theme)
     scale, trials = scale_for_all_trials(study), trials_with_value(study)
@@ -73,7 +74,7 @@ def history(study: Study, figure: Figure, theme: Theme) -> None:
 
 
 def _draw_failed(study: Study, axes: Axes, theme: Theme) -> None:
-    """Draws the failed trials without a value at the lower edge."""
+    """Draws the failed trials without a value at the lower edge of the chart."""
     failed = [
         trial["number"]
         for trial in study["trials"]
@@ -86,11 +87,11 @@ def _draw_failed(study: Study, axes: Axes, theme: Theme) -> None:
 
 
 def _draw_running_best(study: Study, scale: Scale, axes: Axes, theme: Theme) -> None:
-    """Draws the best value of the complete trials up to each trial."""
+    """Draws a line of the best value that complete trials have reached up to each trial."""
     numbers, values = running_best(study)
     if not numbers:
         return
-    last = sorted_trials(study)[-1]["number"]  # The line ends at the last trial.
+    last = sorted_trials(study)[-1]["number"]  # Extend the line to the last trial.
     axes.step(
         [*numbers, last],
         scale.clip([*values, values[-1]]),
@@ -102,7 +103,7 @@ def _draw_running_best(study: Study, scale: Scale, axes: Axes, theme: Theme) -> 
 
 
 def curves(study: Study, figure: Figure, theme: Theme) -> None:
-    """The monitored value of each trial by epoch, with the best trial on top."""
+    """Draws the monitored value of each trial by epoch, with the best trial on top."""
     axes = style.plain(figure.subplots(), theme)
     best = best_trial(study)
     others = [trial for trial in sorted_trials(study) if trial is not best]
@@ -115,7 +116,8 @@ def curves(study: Study, figure: Figure, theme: Theme) -> None:
         marker = "o" if len(values) == 1 else ""
         axes.plot(epochs, values, color=theme.second, linewidth=2, marker=marker, label="best")
     everything = [v for trial in study["trials"] for v in trial["curve"] if is_number(v)]
-    # First epochs are far worse than last epochs, so the axis needs a longer reach.
+    # The values of first epochs are far worse than those of last epochs. Therefore this axis must
+    # be longer.
     _draw_value_axis(value_scale(study, everything, reach=10), axes)
     _draw_counting_axis("epoch", axes)
     _legend_above(axes, theme)
@@ -124,19 +126,19 @@ def curves(study: Study, figure: Figure, theme: Theme) -> None:
 def _draw_lines(
     lines: Sequence[Float[np.ndarray, "_ 2"]], state: str, alpha: float, axes: Axes, theme: Theme
 ) -> None:
-    """Draws the curves of a state; complete trials have thicker lines."""
+    """Draws the curves of all trials in one state; complete trials have thicker lines."""
     colour = theme.lines[_STATES[state].line]
     width = 1.0 if state == "complete" else 0.6
     alpha *= 1 if state == "complete" else 0.7
     axes.add_collection(LineCollection(lines, color=colour, linewidths=width, alpha=alpha))
-    # A dot at the end of each curve; a curve of one epoch has no line.
+    # Mark the end of each curve with a dot, because a curve of one epoch has no visible line.
     ends = np.array([line[-1] for line in lines])
     axes.scatter(*ends.T, s=4, color=colour, alpha=alpha, linewidths=0)
     axes.plot([], [], color=colour, linewidth=1.4, label=state)
 
 
 def _line(trial: Trial) -> Float[np.ndarray, "epochs 2"]:
-    """Epochs from 1, and values; NaN, which leaves a gap, for values that are not finite."""
+    """Returns a trial's curve as (epoch, value); a value that is not finite becomes NaN, a gap."""
     values = [value if is_number(value) else math.nan for value in trial["curve"]]
     return np.column_stack([np.arange(1, len(values) + 1), np.array(values, float)])
 
@@ -145,7 +147,7 @@ def _line(trial: Trial) -> Float[np.ndarray, "epochs 2"]:
 
 
 def importance(study: Study, figure: Figure, theme: Theme) -> None:
-    """The importance of each parameter as a bar, the largest first."""
+    """Draws the importance of each parameter as a bar, in decreasing order."""
     axes = style.plain(figure.subplots(), theme)
     shares = sorted_importance(study)
     bars = axes.barh(range(len(shares)), list(shares.values()), color=theme.accent)
@@ -157,12 +159,12 @@ def importance(study: Study, figure: Figure, theme: Theme) -> None:
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(style.percent())
-    # The number at the end of the longest bar needs room.
+    # Leave space for the number at the end of the longest bar.
     axes.set(xlim=(0, max(1.15 * max(shares.values()), 0.01)), xlabel="importance (%)")
 
 
 def value_by_parameter(study: Study, key: str, figure: Figure, theme: Theme) -> None:
-    """The value of each trial by the value of one parameter."""
+    """Draws the monitored value of each trial by the trial's setting of the parameter `key`."""
     axes = style.plain(figure.subplots(), theme)
     scale, range_, best = scale_for_complete_trials(study), study["space"][key], best_trial(study)
     trials = comparable_trials(study)
@@ -181,18 +183,22 @@ def value_by_parameter(study: Study, key: str, figure: Figure, theme: Theme) -> 
 
 
 def _axis_position(range_: Range, trial: Trial, key: str) -> float:
-    """A trial's position on a parameter's axis; trials with the same choice are side by side."""
+    """Returns a trial's position on a parameter's axis.
+
+    Trials with the same choice get slightly different positions, so that their points do not
+    cover each other.
+    """
     value = parameter_value(trial, key)
     if range_["kind"] != "categorical":
         return value if is_number(value) else math.nan
     if value not in range_["choices"]:
         return math.nan
-    golden = (math.sqrt(5) - 1) / 2  # Its multiples modulo 1 are evenly spread.
+    golden = (math.sqrt(5) - 1) / 2  # Multiples of this ratio, modulo 1, are spread evenly.
     return range_["choices"].index(value) + 0.4 * (trial["number"] * golden % 1 - 0.5)
 
 
 def _draw_category_axis(range_: Range, axes: Axes) -> None:
-    """Labels an axis with at most 13 choices; long names are slanted."""
+    """Labels the axis of a categorical parameter with at most 13 choices; slants long labels."""
     names = style.tick_names([str(choice) for choice in range_["choices"]])
     shown = spaced_indices(len(names), math.ceil(len(names) / 12))
     labels = [names[index] for index in shown]
@@ -226,14 +232,14 @@ def _draw_number_axis(range_: Range, axes: Axes) -> None:
 
 
 def _trials_by_state(trials: Sequence[Trial]) -> Iterator[tuple[str, list[Trial]]]:
-    """Yields each state that occurs with its trials, in drawing order."""
+    """Yields each state that occurs and the trials in this state, in drawing order."""
     for state in _STATES:
         if found := [trial for trial in trials if trial["state"] == state]:
             yield state, found
 
 
 def _marks(state: str, theme: Theme, count: int) -> dict[str, Any]:
-    """The style of the points of a state; the points are smaller for more than 100 trials."""
+    """Returns the style of the points of a state; more than 100 trials have smaller points."""
     look = _STATES[state]
     colour = theme.lines[look.line]
     size = 22 if count <= 100 else 12
@@ -244,12 +250,12 @@ def _marks(state: str, theme: Theme, count: int) -> dict[str, Any]:
 
 
 def line_alpha(lines: int) -> float:
-    """The opacity of each of `lines` lines; more lines are more transparent."""
+    """Returns the opacity of each line in a chart of `lines` lines; more lines, less opacity."""
     return float(np.clip(6 / math.sqrt(max(lines, 1)), 0.3, 0.9))
 
 
 def axis_names(keys: Sequence[str]) -> list[str]:
-    """The label of each parameter: the last part of its key if that is unique, else the key."""
+    """Returns a label for each key: the last part of the key if it is unique, else the key."""
     last = [key.rpartition(".")[2] for key in keys]
     counts = collections.Counter(last)
     return style.tick_names(
@@ -258,7 +264,7 @@ def axis_names(keys: Sequence[str]) -> list[str]:
 
 
 def spaced_indices(count: int, every: int) -> list[int]:
-    """Every `every`-th index below `count`, and the last index instead of a nearer one."""
+    """Returns indices below `count` that are at least `every` apart, including the last index."""
     last = count - 1
     return [*(index for index in range(0, last, every) if last - index >= every), last]
 
@@ -272,14 +278,14 @@ def _draw_value_axis(scale: Scale, axes: Axes) -> None:
 
 
 def _draw_counting_axis(label: str, axes: Axes) -> None:
-    """Labels an axis of whole numbers."""
+    """Labels a horizontal axis with whole numbers, such as numbers of trials or epochs."""
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.grid(visible=False, axis="x")
     axes.set(xlabel=label)
 
 
 def _legend_above(axes: Axes, theme: Theme) -> None:
-    """Draws a legend above the axes, with each state once, the most important first."""
+    """Draws a legend above the axes with each trial state once, the most important state first."""
     handles, labels = axes.get_legend_handles_labels()
     drawn = dict(zip(labels, handles, strict=True))
     order = [label for label in [*reversed(_STATES), "best so far", "best"] if label in drawn]

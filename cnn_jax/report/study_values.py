@@ -1,4 +1,4 @@
-"""The values of a study: trials, the scale of the monitored value, and parameters."""
+"""Selects trials of a study, and scales and formats the monitored value and the parameters."""
 
 import dataclasses
 import math
@@ -12,12 +12,12 @@ from cnn_jax.report import texts
 
 Study = Mapping[str, Any]
 Trial = Mapping[str, Any]
-# A parameter's entry in the study's space: its kind, and its ends or its choices.
+# The range of a parameter in the study: its kind, and either its two ends or its choices.
 Range = Mapping[str, Any]
 
 # The text for a missing value.
 MISSING = "\N{EN DASH}"
-# A value is at an edge if its distance from an end is at most this fraction of the range.
+# A value is at an edge of its range if it is at most this fraction of the range from the end.
 _EDGE = 0.05
 
 
@@ -25,37 +25,37 @@ _EDGE = 0.05
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number."""
+    """Returns whether a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def sorted_trials(study: Study) -> list[Trial]:
-    """All trials, sorted by number."""
+    """Returns all trials, sorted by number."""
     return sorted(study["trials"], key=lambda trial: trial["number"])
 
 
 def trials_with_value(study: Study) -> list[Trial]:
-    """The trials with a finite value, sorted by number."""
+    """Returns the trials with a finite value, sorted by number."""
     return [trial for trial in sorted_trials(study) if is_number(trial["value"])]
 
 
 def comparable_trials(study: Study) -> list[Trial]:
-    """The trials with a value that have not failed, sorted by number."""
+    """Returns the trials that have a value and have not failed, sorted by number."""
     return [trial for trial in trials_with_value(study) if trial["state"] != "failed"]
 
 
 def complete_trials(study: Study) -> list[Trial]:
-    """The complete trials with a value, sorted by number."""
+    """Returns the complete trials with a value, sorted by number."""
     return [trial for trial in trials_with_value(study) if trial["state"] == "complete"]
 
 
 def best_trial(study: Study) -> Trial | None:
-    """The best trial; None if the study has none."""
+    """Returns the best trial; None if the study has no best trial yet."""
     return next((trial for trial in study["trials"] if trial["number"] == study["best"]), None)
 
 
 def running_best(study: Study) -> tuple[list[int], list[float]]:
-    """The numbers of the complete trials, and the best value up to each of these trials."""
+    """Returns the numbers of the complete trials, and the best value up to each of them."""
     trials = complete_trials(study)
     better = np.maximum if _is_rising(study) else np.minimum
     values = np.array([trial["value"] for trial in trials], float)
@@ -63,7 +63,7 @@ def running_best(study: Study) -> tuple[list[int], list[float]]:
 
 
 def sorted_importance(study: Study) -> dict[str, float]:
-    """The importance of each parameter as a fraction of 1, the largest first."""
+    """Returns the importance of each parameter as a fraction of 1, in decreasing order."""
     return dict(sorted((study["importance"] or {}).items(), key=lambda item: -item[1]))
 
 
@@ -99,44 +99,53 @@ class Scale:
 
     @property
     def digits(self) -> int:
-        """The number of decimals that the ticks of the axis need."""
+        """The number of decimals that the tick labels of the axis need."""
         span = (self.high - self.low) * (100 if self.is_fraction else 1)
         return min(max(1 - math.floor(math.log10(span)), 0), 6)
 
     def format_value(self, value: float | None) -> str:
-        """A value such as "93.45 %"; a loss has four decimals."""
+        """Formats a value with its unit, such as "93.45 %"; a loss has four decimals."""
         if value is None or not math.isfinite(value):
             return MISSING
         return texts.percent(value, 2) if self.is_fraction else f"{value:.4f}"
 
     def format_tick(self, value: float, more: int = 0) -> str:
-        """A value as a tick shows it, without a percent sign; `more` adds decimals."""
+        """Formats a value as a tick label, without a percent sign.
+
+        Args:
+          value: The value.
+          more: The number of decimals to add to those of the other tick labels.
+        """
         return f"{value * (100 if self.is_fraction else 1):.{self.digits + more}f}"
 
     def clip(self, values: Sequence[float]) -> list[float]:
-        """Moves values beyond the axis to its end."""
+        """Replaces each value beyond the axis by the nearer end of the axis."""
         return np.clip(values, self.low, self.high).tolist()
 
     def position(self, value: float) -> float:
-        """The position of a value on the axis, 0 at the lower end and 1 at the upper end."""
+        """Returns the position of a value on the axis: 0 is the lower end, 1 the upper end."""
         return (self.clip([value])[0] - self.low) / (self.high - self.low)
 
     def qualities(self, positions: Float[np.ndarray, "positions"]) -> list[float]:
-        """The quality of positions on the axis, 0 at the worse end and 1 at the better end."""
+        """Converts positions on the axis to qualities, 0 (worst) to 1 (best).
+
+        A position is 0 at the lower end of the axis and 1 at the upper end. If smaller values are
+        better, as for a loss, the quality is 1 minus the position.
+        """
         return (positions if self.is_rising else 1 - positions).tolist()
 
 
 def value_scale(study: Study, values: Sequence[float], reach: float = 3) -> Scale:
-    """An axis for values of the monitored metric.
+    """Returns an axis for values of the monitored metric.
 
-    The axis reaches from the best value to the worst value, but its length is at most `reach`
-    times the distance between the best value and the median. Otherwise a few trials that learn
-    nothing would leave no room to distinguish the good trials.
+    The axis extends from the best value to the worst value, but its length is at most `reach`
+    times the distance between the best value and the median. Without this limit, a few trials
+    that learn nothing would make the differences between good trials invisible.
 
     Args:
       study: The study, with its monitored metric and direction.
-      values: Finite values; may be empty.
-      reach: The limit on the length of the axis, at least 1.
+      values: Finite values; the sequence may be empty.
+      reach: The limit on the length of the axis, 1 or more.
     """
     is_rising = _is_rising(study)
     is_fraction = not study["monitor"].endswith("loss")
@@ -155,14 +164,14 @@ def value_scale(study: Study, values: Sequence[float], reach: float = 3) -> Scal
 
 
 def scale_for_all_trials(study: Study) -> Scale:
-    """The axis for the values of all trials."""
+    """Returns the axis for the values of all trials."""
     return value_scale(study, [trial["value"] for trial in trials_with_value(study)])
 
 
 def scale_for_complete_trials(study: Study) -> Scale:
-    """The axis for the values of the complete trials, or of all trials if none is complete.
+    """Returns the axis for the values of the complete trials; of all trials if none is complete.
 
-    Most pruned trials have worse values because they are shorter.
+    Pruned trials are left out, because most of them have worse values after fewer epochs.
     """
     trials = complete_trials(study) or trials_with_value(study)
     return value_scale(study, [trial["value"] for trial in trials])
@@ -172,16 +181,16 @@ def scale_for_complete_trials(study: Study) -> Scale:
 
 
 def parameter_value(trial: Trial, key: str) -> Any:
-    """A trial's value for a parameter; NaN if the trial has no value for it."""
+    """Returns a trial's value of a parameter; NaN if the trial has no such value."""
     return trial["params"].get(key, math.nan)
 
 
 def range_position(range_: Range, value: Any) -> float:
-    """The position of a parameter's value in its range.
+    """Returns the position of a parameter's value in the parameter's range.
 
     Args:
       range_: The kind of the range, and its ends or its choices.
-      value: The value; NaN if the trial has none.
+      value: The value; NaN if the trial has no value for the parameter.
 
     Returns:
       0 at the lower end and 1 at the upper end, on the log scale if the range is searched on the
@@ -204,21 +213,22 @@ def range_position(range_: Range, value: Any) -> float:
 
 
 def range_edge(range_: Range, value: Any) -> str | None:
-    """The end of the range that a value is within 5 % of: "lower", "upper" or None.
+    """Returns which end of its range a value is near: "lower", "upper", or None for neither end.
 
-    The distance is measured on the log scale if the range is searched on it. Choices have no ends.
+    A value is near an end if the distance is at most 5 % of the range. The distance is measured
+    on the log scale if the range is searched on the log scale. Choices have no ends.
     """
     position = range_position(range_, value)
     if range_["kind"] == "categorical" or math.isnan(position):
         return None
-    # The tolerance includes a value at exactly 5 % in spite of rounding.
+    # The tolerance of 1e-9 includes a value at exactly 5 %, in spite of rounding errors.
     if position <= _EDGE + 1e-9:
         return "lower"
     return "upper" if position >= 1 - _EDGE - 1e-9 else None
 
 
 def format_number(value: float) -> str:
-    """A parameter's number with four significant digits, such as "0.0001", "512" or "1e-5"."""
+    """Formats a number with four significant digits, such as "0.0001", "512" or "1e-5"."""
     if abs(value) < 1e6 and (float(value).is_integer() or abs(value) >= 1e4):
         return f"{value:,.0f}"
     mantissa, _, exponent = f"{value:.4g}".partition("e")
@@ -226,14 +236,14 @@ def format_number(value: float) -> str:
 
 
 def format_parameter(range_: Range, value: Any) -> str:
-    """A parameter's value as the page shows it."""
+    """Formats a parameter's value as the page shows it."""
     if isinstance(value, float) and math.isnan(value):
         return MISSING
     return str(value) if range_["kind"] == "categorical" else format_number(value)
 
 
 def format_range(range_: Range) -> str:
-    """A range such as "0.0001 to 0.01, on the log scale", or the choices."""
+    """Formats a range, such as "0.0001 to 0.01, on the log scale", or lists the choices."""
     if range_["kind"] == "categorical":
         return ", ".join(map(str, range_["choices"]))
     scale = ", on the log scale" if range_["log"] else ""

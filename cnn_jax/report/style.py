@@ -1,7 +1,7 @@
 """The common style of all pages and charts: colours, axes, templates.
 
-Names of classes and files are untrusted. They never become names of files or markup of a page; a
-chart shows a name only if Matplotlib's font can draw it.
+The class names and file names of a data set are untrusted. They are never used as names of output
+files or as HTML markup. A chart shows a name only if Matplotlib's font can draw it.
 """
 
 import base64
@@ -28,32 +28,33 @@ from PIL import Image
 
 from cnn_jax.system.errors import printable
 
-# The size of a chart in inches, and the dots per inch of its file.
+# The default size (width, height) of a chart in inches, the dots per inch of the image file, and
+# the font size in points.
 SIZE = (4.0, 3.0)
 DPI = 144
 TEXT_SIZE = 8.5
-# The longest name on an axis, in characters.
+# Maximum number of characters of a class name on an axis.
 _MAX_NAME = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours of a chart on a light or a dark page.
+    """The colours of a chart on a light or a dark page.
 
-    The colours `first`, `second` and `lines` are from the palette of Okabe and Ito (2008), which
-    colour-blind people can distinguish.
+    The colours `first`, `second` and `lines` are from the palette of Okabe and Ito (2008), whose
+    colours colour-blind people can distinguish.
 
     Attributes:
-      suffix: The end of the names of its files.
-      ground: The background of the page.
-      ink: Text.
-      line: Grids.
-      accent: Data of a single kind.
-      first: The first of two kinds of data.
-      second: The second of two kinds of data.
-      channels: The channels R, G and B of images.
-      ramp: A sequence in one hue, from the least to the largest value.
-      lines: Several lines in one chart.
+      suffix: The last part of the names of chart files in this theme.
+      ground: The colour of the page's background.
+      ink: The colour of text.
+      line: The colour of grids.
+      accent: The colour of data in a chart with a single kind of data.
+      first: The colour of the first of two kinds of data.
+      second: The colour of the second of two kinds of data.
+      channels: The colours of the channels R, G and B of images.
+      ramp: A sequence of colours of one hue, from the smallest to the largest value.
+      lines: The colours of the lines in a chart with several lines.
     """
 
     suffix: str
@@ -69,7 +70,7 @@ class Theme:
 
     @property
     def colours(self) -> LinearSegmentedColormap:
-        """The ramp as a Matplotlib colour map."""
+        """The colour ramp as a Matplotlib colour map."""
         return LinearSegmentedColormap.from_list("ramp", self.ramp)
 
 
@@ -104,9 +105,10 @@ Plot = Callable[[Figure, Theme], None]
 
 
 def draw(path: pathlib.Path, plot: Plot, size: tuple[float, float] = SIZE, dpi: int = DPI) -> None:
-    """Saves a chart in both themes on a transparent background.
+    """Saves a chart in the light and the dark theme on a transparent background.
 
-    The layout is half of the work. It is computed once, because both themes have the same text.
+    The layout takes half of the time. It is computed only once, because both themes have the same
+    text.
 
     Args:
       path: The file of the light chart; the dark chart is saved beside it.
@@ -130,7 +132,7 @@ def draw(path: pathlib.Path, plot: Plot, size: tuple[float, float] = SIZE, dpi: 
 
 
 def plain(axes: Axes, theme: Theme) -> Axes:
-    """Gives axes a light grid and no frame; returns the axes."""
+    """Adds a light grid to the axes and removes their frame; returns the axes."""
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -142,30 +144,30 @@ def plain(axes: Axes, theme: Theme) -> Axes:
 
 
 def legend(axes: Axes, theme: Theme, **options: Any) -> None:
-    """Draws a legend without a frame; `options` are those of Matplotlib."""
+    """Draws a legend without a frame; `options` are passed on to Matplotlib's `legend`."""
     defaults = {"frameon": False, "fontsize": TEXT_SIZE, "handlelength": 1.6}
     axes.legend(**(defaults | options), labelcolor=theme.ink)
 
 
 def ink_on(colour: tuple[float, float, float, float]) -> str:
-    """The colour of text on a background: dark on a light background, else light."""
+    """Returns the colour of text on a background: dark on a light background, else light."""
     red, green, blue, _ = colour
     # Relative luminance (ITU-R BT.709).
     return "#1b1f24" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45 else "#ffffff"
 
 
 def thousands() -> FuncFormatter:
-    """A formatter of whole numbers such as "2,000"."""
+    """Returns a tick formatter of whole numbers, such as "2,000"."""
     return FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
 def percent() -> FuncFormatter:
-    """A formatter of fractions as percentages without a sign, which the axis label has."""
+    """Returns a tick formatter of fractions as percentages; the "%" is in the axis label only."""
     return FuncFormatter(lambda value, _: f"{100 * value:.3g}")
 
 
 def tick_names(class_names: Sequence[str]) -> list[str]:
-    """The label of each class on an axis: its name, or its number if the name cannot be drawn."""
+    """Returns the axis label of each class: the name, or the number if the name cannot be drawn."""
     return [_tick_name(name, number) for number, name in enumerate(class_names)]
 
 
@@ -176,25 +178,25 @@ def _tick_name(name: str, number: int) -> str:
 
 
 def shorten(name: str) -> str:
-    """A name with at most 24 characters, the last of which may be an ellipsis."""
+    """Shortens a name to at most 24 characters; the end of a longer name becomes an ellipsis."""
     return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
 
 
 def _can_be_drawn(character: str) -> bool:
-    """Whether the font has a character that is printed from left to right."""
+    """Returns whether the chart font has a character whose script runs from left to right."""
     is_left_to_right = unicodedata.bidirectional(character) not in ("R", "AL")
     return character.isprintable() and is_left_to_right and ord(character) in _glyphs()
 
 
 @functools.cache
 def _glyphs() -> frozenset[int]:
-    """The code points in DejaVu Sans, the default font of Matplotlib."""
+    """Returns the code points of the characters in DejaVu Sans, Matplotlib's default font."""
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     return frozenset(font.get_charmap())
 
 
 def template(name: str) -> jinja2.Template:
-    """Loads a page template of this package; inserted texts are escaped and kept on one line."""
+    """Loads a page template of this package, which escapes all inserted texts."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cnn_jax.report", "."),
         autoescape=True,
@@ -213,21 +215,21 @@ def template(name: str) -> jinja2.Template:
 
 
 def _on_one_line(text: str) -> str:
-    """A text for a page: no line break before %, and unprintable characters are escaped."""
+    """Escapes unprintable characters in a text, and prevents line breaks before "%"."""
     return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", printable(text))
 
 
 def data_uri(path: pathlib.Path) -> markupsafe.Markup:
-    """A PNG file as a data URI.
+    """Returns a PNG file as a data URI.
 
-    It is marked as safe because escaping such a long text takes a second.
+    The URI is marked as safe markup, because escaping such a long text takes a second.
     """
     encoded = base64.b64encode(path.read_bytes()).decode()
     return markupsafe.Markup(f"data:image/png;base64,{encoded}")
 
 
 def embedded(path: pathlib.Path) -> dict[str, Any]:
-    """A chart as data URIs.
+    """Returns the light and the dark image of a chart as data URIs.
 
     Args:
       path: The file of the light chart; the dark chart is beside it.
@@ -247,7 +249,7 @@ def embedded(path: pathlib.Path) -> dict[str, Any]:
 
 
 def sorting_script() -> dict[str, str]:
-    """The script that sorts tables, and the digest that allows only this script on the page."""
+    """Returns the script that sorts tables, and the digest that excludes all other scripts."""
     script = importlib.resources.files("cnn_jax.report").joinpath("sort.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {"script": markupsafe.Markup(script), "script_digest": digest}

@@ -1,4 +1,4 @@
-"""The text of a survey of a data set, for a terminal."""
+"""Describes a survey of a data set as text for a terminal."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from cnn_jax.data.survey import Cluster, Survey
 from cnn_jax.system.errors import printable
 from cnn_jax.system.text import FACT_INDENT, facts, shorten, table
 
-# Long lists are cut to these lengths. Unreadable files are always listed completely.
+# The maximum lengths of lists. Only the list of unreadable files is never shortened.
 _MAX_CLASSES = 60
 _MAX_CLUSTERS = 5
 _MAX_NAMES = 4
@@ -19,11 +19,11 @@ _NAME_WIDTH = 32
 
 
 def summarize(survey: Survey, width: int | None = None) -> str:
-    """Describes a survey.
+    """Returns a text that describes a survey.
 
     Args:
       survey: The survey of a data set.
-      width: The width of the terminal, in columns; None for any width.
+      width: The width of the terminal, in columns; None for no limit.
     """
     source, findings = survey.source, survey.findings
     classes = count(len(source.class_names), "class", "classes")
@@ -64,7 +64,10 @@ def _division(division: Division) -> str:
 
 
 def _class_table(survey: Survey, width: int | None) -> str:
-    """Images by class and split; with many classes, only the smallest and the largest classes."""
+    """Returns a table of the number of images by class and split.
+
+    With many classes, the table shows only the smallest and the largest classes.
+    """
     counts = np.column_stack([survey.counts, survey.counts.sum(axis=1)])
     shown = np.arange(len(counts))
     if len(shown) > _MAX_CLASSES:
@@ -117,7 +120,7 @@ def _channels(survey: Survey) -> str:
 
 
 def _duplicates(survey: Survey, clusters: Sequence[Cluster], noun: str) -> str:
-    """The number of clusters, and the images of the first clusters."""
+    """Describes clusters of duplicates: their number, and the images of the first clusters."""
     if not clusters:
         return f"no {noun}"
     labels = sum(cluster.different_labels for cluster in clusters)
@@ -144,7 +147,7 @@ def _counts(counts: Sequence[tuple[str, int]]) -> str:
 
 
 def _names(names: Sequence[str]) -> str:
-    """The first names, and the number of the others."""
+    """Lists the first few names, and the number of the remaining names."""
     rest = len(names) - _MAX_NAMES
     shown = ", ".join(printable(name) for name in names[:_MAX_NAMES]) or "none"
     return shown + (f" and {rest:,} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""Texts about the metrics of a run: the headline, remarks on what stands out, and the methods."""
+"""Texts about the metrics of a run: the headline, remarks on notable results, and the methods."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -8,18 +8,18 @@ from cnn_jax.data.findings import count
 from cnn_jax.inference.calibration import NUM_BINS
 from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width
 
-# A class stands out if its F1 is this much below the mean F1.
+# A class gets a remark if its F1 is this much below the mean F1.
 _WEAK = 0.1
-# A pair of classes stands out if it has this fraction of all mistakes.
+# A pair of classes gets a remark if it causes at least this fraction of all mistakes.
 _OFTEN = 0.1
-# The smallest fraction of suspected labels and the smallest calibration error with a remark.
+# The smallest fraction of suspected labels, and the smallest calibration error, for a remark.
 _SUSPECTED = 0.01
 _MISCALIBRATED = 0.05
 _MAX_REMARKS = 4
-# Classes that a remark names.
+# Maximum number of classes that a remark names.
 _MAX_NAMED = 3
 
-# How each section was measured; `methods` adds the section on explanations.
+# A text for each section on how it was measured; `methods` adds the text for explanations.
 _METHODS = {
     "figures": "Precision, recall and F1 are means over all classes; a quotient with a zero "
     "divisor counts as 0. Confidence intervals (95 %): Wilson (1927) for accuracy; percentiles of "
@@ -63,10 +63,11 @@ _CHECKS = {
 
 
 def methods(figures: Mapping[str, Any]) -> dict[str, str]:
-    """How each section was measured, with the sources of the methods, by section.
+    """Returns a text for each section on how it was measured, with references.
 
     Args:
-      figures: The content of metrics.json; only map methods and checks that it has are named.
+      figures: The content of metrics.json. The text on explanations names only the map methods
+        and checks that it contains.
     """
     if "explanations" not in figures:
         return _METHODS
@@ -82,7 +83,7 @@ def methods(figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """A duration such as "2 min 29 s"."""
+    """Formats a duration, such as "2 min 29 s"."""
     whole = round(seconds)
     hours, minutes, seconds = whole // 3600, whole // 60 % 60, whole % 60
     if hours:
@@ -90,8 +91,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-# The tasks after training that are listed, by their names in metrics.json. All other tasks
-# together take less time than each of these.
+# The tasks after training that the report lists, by their names in metrics.json. All other tasks
+# together take less time than each of these tasks.
 _TASKS = {
     "measuring": "measuring",
     "explanations": "explanations",
@@ -102,7 +103,7 @@ _TASKS = {
 
 
 def time_spent(training: float, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The time after training, by task.
+    """Returns the time that each task after training took.
 
     Args:
       training: Seconds of all epochs.
@@ -110,7 +111,7 @@ def time_spent(training: float, seconds: Mapping[str, float]) -> dict[str, Any]:
 
     Returns:
       "training" and "after_training", in seconds; "parts", seconds by task with "other" last;
-      and "words", a text.
+      and "words", a text for the report.
     """
     total = sum(seconds.values())
     parts = {name: seconds[name] for name in _TASKS if name in seconds}
@@ -123,17 +124,17 @@ def time_spent(training: float, seconds: Mapping[str, float]) -> dict[str, Any]:
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction such as "96.1 %"."""
+    """Formats a fraction as a percentage, such as "96.1 %"."""
     return f"{100 * fraction:.{digits}f} %"
 
 
 def points(difference: float, digits: int = 1) -> str:
-    """A difference of two fractions such as "2.3 points"."""
+    """Formats a difference of two fractions in percentage points, such as "2.3 points"."""
     return f"{100 * difference:.{digits}f} points"
 
 
 def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The headline of a report, and remarks on what stands out, the most important first.
+    """Returns the headline of a report, and remarks on notable results, most important first.
 
     Args:
       figures: The content of metrics.json.
@@ -175,7 +176,7 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _absent_classes(test: Mapping[str, Any]) -> str:
-    """A text about classes without test images and the means without them, or ""."""
+    """Returns a text about classes without test images and means without these classes, or ""."""
     absent = [name for name, row in test["per_class"].items() if not row["support"]]
     if not absent or len(absent) == len(test["per_class"]):
         return ""
@@ -194,20 +195,20 @@ def _absent_classes(test: Mapping[str, Any]) -> str:
 
 
 def _mean_of_present(test: Mapping[str, Any], key: str) -> float:
-    """The mean of a metric over the classes that have test images; 0 if there are none."""
+    """Returns the mean of a metric over the classes with test images; 0 without such classes."""
     values = [row[key] for row in test["per_class"].values() if row["support"]]
     return sum(values) / max(len(values), 1)
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first three names, and the number of the other classes."""
+    """Lists the first three class names, and the number of the remaining classes."""
     rest = len(names) - _MAX_NAMED
     more = f" and {count(rest, 'other class', 'other classes')}" if rest > 0 else ""
     return ", ".join(names[:_MAX_NAMED]) + more
 
 
 def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]) -> str:
-    """A text that compares the network with always naming the most common test class."""
+    """Compares the network, in a text, with always predicting the most common test class."""
     guess = (
         f"Always naming {guessing['class']}, the most common class of the test images, would be "
         f"correct for {percent(guessing['accuracy'])}"
@@ -226,7 +227,7 @@ def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]
 
 
 def _size_remarks(test: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A remark on a small test split and the width of its confidence interval."""
+    """Returns a remark on a small test split and the width of the confidence interval."""
     reach = half_width(test["confidence_intervals"]["accuracy"])
     if reach < MAX_HALF_WIDTH:
         return []
@@ -238,7 +239,7 @@ def _size_remarks(test: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
-    """Advice for a small test split: "words", "command" to repeat the run, and "stratify"."""
+    """Returns advice for a small test split: "words", "command" to repeat the run, "stratify"."""
     reach = half_width(test["confidence_intervals"]["accuracy"])
     text = (
         f"With {count(test['count'], 'test image')}, accuracy is known to "
@@ -264,7 +265,7 @@ def _small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dict[s
 def _class_remarks(
     test: Mapping[str, Any], train: Mapping[str, Any] | None
 ) -> list[dict[str, str]]:
-    """Remarks on classes that are never predicted, and on the class with the lowest F1."""
+    """Returns remarks on classes that are never predicted, and on the class with the lowest F1."""
     tested = {name: row for name, row in test["per_class"].items() if row["support"]}
     if not tested:
         return []
@@ -293,7 +294,7 @@ def _class_remarks(
 
 
 def _predictions_text(name: str, test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
-    """A text about the predictions for a class, and its number of training images."""
+    """Returns a text on how often a class is predicted and how many training images it has."""
     names = list(test["per_class"])
     row = test["confusion"][names.index(name)]
     predicted = sorted(range(len(row)), key=lambda label: -row[label])[:2]
@@ -309,7 +310,7 @@ def _predictions_text(name: str, test: Mapping[str, Any], train: Mapping[str, An
 
 
 def _curve_remarks(curves: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """A remark on the verdict on the training, unless it is balanced."""
+    """Returns a remark on the verdict on the training, unless the verdict is "balanced"."""
     texts = {
         "at chance": "The network is not shown to be better than guessing on validation",
         "overfits": "The network overfits",
@@ -330,7 +331,7 @@ def _curve_remarks(curves: Mapping[str, Any] | None) -> list[dict[str, str]]:
 
 
 def _pair_remarks(confusion: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """A remark on the pair of classes that is confused most often."""
+    """Returns a remark on the pair of classes that is confused most often."""
     if not confusion or not confusion["pairs"]:
         return []
     pair, errors = confusion["pairs"][0], confusion["errors"]
@@ -344,7 +345,7 @@ def _pair_remarks(confusion: Mapping[str, Any] | None) -> list[dict[str, str]]:
 
 
 def _label_remarks(suspected: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """A remark on labels that are probably wrong."""
+    """Returns a remark on labels that are probably wrong."""
     if not suspected or suspected["share"] < _SUSPECTED or not suspected["credible"]:
         return []
     text = (
@@ -355,7 +356,7 @@ def _label_remarks(suspected: Mapping[str, Any] | None) -> list[dict[str, str]]:
 
 
 def _calibration_remarks(calibration: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """A remark on a calibration error that is large and not explained by chance."""
+    """Returns a remark on a calibration error that is large and not explained by chance."""
     if not calibration:
         return []
     error = calibration["after"]["expected_calibration_error"]

@@ -17,7 +17,7 @@ def load_thumbnail(
     """Reads an image and resizes it so that its longer side has `side` pixels.
 
     Returns:
-      The image with its aspect ratio; None if the image can no longer be read.
+      The image with its original aspect ratio; None if the image can no longer be read.
     """
     try:
         with scan.one_large_file_at_a_time(source, index):
@@ -29,7 +29,7 @@ def load_thumbnail(
 
 
 def fit_to_square(pixels: decode.Pixels, side: int) -> Image.Image:
-    """Resizes pixels so that the longer side has `side` pixels; keeps the aspect ratio."""
+    """Resizes an image so that its longer side has `side` pixels; keeps the aspect ratio."""
     height, width, _ = pixels.shape
     scale = side / max(height, width)
     size = max(round(width * scale), 1), max(round(height * scale), 1)

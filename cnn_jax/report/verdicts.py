@@ -1,6 +1,7 @@
-"""Verdicts on measured metrics: whether a network beats guessing, and how its training went.
+"""Verdicts on measured metrics: whether a network beats guessing, and how the training went.
 
-A verdict names a difference only where a test or separate 95 % confidence intervals show it.
+A verdict mentions a difference only if a statistical test is significant, or if the two 95 %
+confidence intervals do not overlap.
 """
 
 import math
@@ -17,34 +18,35 @@ from cnn_jax.inference.calibration import NUM_BINS
 from cnn_jax.report.texts import percent, points
 from cnn_jax.training.metrics import half_width, wilson_interval
 
-# The level of one-sided tests; it agrees with 95 % confidence intervals.
+# The significance level of one-sided tests; it corresponds to 95 % confidence intervals.
 _SIGNIFICANT = 0.025
-# Differences of two accuracies below this are not reported, even if they are significant.
+# A smaller difference of two accuracies is not reported, even if it is significant.
 _GAP = 0.05
 # The accuracies of one network on two devices may differ by this much through rounding.
 _SAME_ACCURACY = 0.02
-# A network with a lower training accuracy has not learned its training images.
+# If the training accuracy is lower than this, the network has not learned the training images.
 _LEARNED = 0.85
-# Validation loss has risen if it is above this multiple of its minimum. A loss is falling if it
-# has lost this fraction of its value in the second half of the epochs.
+# The validation loss has risen if it is above this multiple of its minimum. A loss is falling if it
+# decreases by at least this fraction of its value in the second half of the epochs.
 _RISE_OF_LOSS, _FALL_OF_LOSS = 1.05, 0.02
-# Significance of a trend of the loss: a noisy one needs more epochs.
+# The significance level of a trend of the loss. A noisy loss needs more epochs to reach it.
 _TREND = 0.05
-# A learning rate below this fraction of its maximum has decayed.
+# A learning rate counts as decayed if it is below this fraction of its maximum.
 _DECAYED = 0.5
-# A confidence above this fraction of the way from 1 / classes to 1 is high.
+# The threshold of a sure prediction, as a fraction of the way from 1 / classes to 1.
 _SURE = 0.75
-# Simulated test splits for the calibration error, and the most random numbers for all of them.
+# The number of simulated test splits for the calibration error, and the maximum number of random
+# numbers for all simulations together.
 _SIMULATIONS, _MAX_DRAWS = 1000, 2**26
 
 
 def guessing(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Compares a network with a classifier that always names the split's most common class.
+    """Compares a network with a classifier that always predicts the split's most common class.
 
-    Two one-sided tests at 2.5 %: the exact binomial test of the number of correct predictions
-    against the fraction of the most common class, and a permutation test of the agreement of
-    predictions and labels (see `agreement_p_value`). A useful network can pass only the second
-    test if one class has nearly all images.
+    There are two one-sided tests at the 2.5 % level. The first is the exact binomial test of the
+    number of correct predictions against the fraction of the most common class. The second is a
+    permutation test of the agreement of predictions and labels (see `agreement_p_value`). If one
+    class has nearly all images, even a useful network may pass only the second test.
 
     Args:
       metrics: The metrics of a split, with "confusion" and "per_class".
@@ -76,18 +78,18 @@ def guessing(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _binomial_p_value(hits: int, total: int, fraction: float, alternative: str) -> float:
-    """The one-sided p-value of the binomial test; 1 without observations."""
+    """Returns the one-sided p-value of the binomial test; 1 without observations."""
     if not total:
         return 1.0
     return float(scipy.stats.binomtest(hits, total, fraction, alternative).pvalue)
 
 
 def agreement_p_value(matrix: np.ndarray) -> float:
-    """The p-value of the agreement of predictions and labels, one-sided.
+    """Returns the one-sided p-value of the agreement of predictions and labels.
 
-    It is the probability of at least this many correct predictions if the predictions were
-    shuffled among the images: a normal approximation, with continuity correction, to the
-    permutation distribution of the trace (Hoeffding 1951).
+    The p-value is the probability of at least this many correct predictions if the predictions
+    were shuffled among the images. It is computed with a normal approximation, with continuity
+    correction, to the permutation distribution of the matrix's trace (Hoeffding 1951).
 
     Args:
       matrix: int [classes, classes], a confusion matrix whose rows are the true classes.
@@ -99,19 +101,22 @@ def agreement_p_value(matrix: np.ndarray) -> float:
     deviation = np.eye(len(matrix)) - columns[:, None] / total - rows[None, :] / total
     deviation += mean / total
     variance = float(rows @ deviation**2 @ columns) / (total - 1)
-    if variance <= 1e-12 * total:  # One class has all images, or all predictions.
+    if variance <= 1e-12 * total:  # One class has all images or all predictions.
         return 1.0
     excess = float(np.trace(matrix)) - mean - 0.5
     return float(scipy.special.ndtr(-excess / math.sqrt(variance)))
 
 
 def beats_chance(metrics: Mapping[str, Any]) -> bool:
-    """Whether predictions on a split are shown to depend on the images' classes; see `guessing`."""
+    """Returns whether the predictions on a split depend significantly on the true classes.
+
+    See `guessing` for the tests.
+    """
     return guessing(metrics)["verdict"] in ("better", "informative")
 
 
 def sure_threshold(num_classes: int) -> float:
-    """The confidence from which a prediction counts as sure.
+    """Returns the least confidence of a prediction that counts as sure.
 
     The threshold is three quarters of the way from 1 / classes to 1: 87.5 % for two classes,
     77.5 % for ten classes.
@@ -121,11 +126,12 @@ def sure_threshold(num_classes: int) -> float:
 
 
 def calibrated_error(confidence: Float[np.ndarray, " n"]) -> dict[str, float]:
-    """The expected calibration error that a perfectly calibrated network would show.
+    """Returns the calibration error that a perfectly calibrated network would show.
 
     The error is above 0 on a finite number of images even if every confidence is the true
-    probability of a correct prediction. It is simulated: correct predictions are drawn with the
-    given confidences, 1,000 times (fewer for more than 67,000 images), with seed 0.
+    probability of a correct prediction. The error is estimated by 1,000 simulations with
+    seed 0 (fewer for more than 67,000 images). Each simulation draws at random which predictions
+    are correct, with the given confidences as probabilities.
 
     Args:
       confidence: The largest probability of each image, 0 to 1; at least one image.
@@ -150,8 +156,9 @@ def training(
 ) -> dict[str, Any]:
     """Returns a verdict on a training, and what to try next.
 
-    The gap between the splits is measured with the finished network on plain images. During
-    training, dropout and augmentation make the training images harder than the validation images.
+    The gap between training and validation accuracy is measured with the finished network on
+    images without augmentation. During training, dropout and augmentation make the training
+    images harder than the validation images.
 
     Args:
       curves: Columns by epoch, `best_epoch` and `epochs`.
@@ -199,7 +206,7 @@ def training(
 def _verdict(
     curves: Mapping[str, Any], train: Mapping[str, Any], validation: Mapping[str, Any]
 ) -> tuple[str, str]:
-    """The verdict, and a text with the measured reason and advice."""
+    """Returns the verdict, and a text with the measured reason and advice."""
     epochs, best = curves["epochs"], curves["best_epoch"]
     if not beats_chance(validation):
         return "at chance", _at_chance(curves, train)
@@ -254,7 +261,7 @@ def _verdict(
 
 
 def _at_chance(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
-    """Why there is no verdict on a network that does not beat chance on validation."""
+    """Explains why a network that does not beat chance on validation gets no verdict."""
     start = "On validation the network is not shown to be better than guessing"
     if beats_chance(train):
         return (
@@ -274,7 +281,7 @@ def _at_chance(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
 
 
 def _improvement(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """The evidence that validation still improves at the end; empty if there is none."""
+    """Returns the evidence that validation still improves at the end; "" without evidence."""
     epochs, best = curves["epochs"], curves["epoch"].index(curves["best_epoch"]) + 1
     late = math.ceil(epochs / 10)
     if best <= epochs - late:
@@ -295,7 +302,7 @@ def _improvement(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> st
 
 
 def _falls(losses: Sequence[float]) -> bool:
-    """Whether a loss falls in the second half of the epochs (Mann 1945)."""
+    """Returns whether a loss falls in the second half of the epochs (Mann 1945)."""
     half = losses[len(losses) // 2 :]
     if len(half) < 4 or half[-1] > (1 - _FALL_OF_LOSS) * half[0]:
         return False
@@ -303,7 +310,7 @@ def _falls(losses: Sequence[float]) -> bool:
 
 
 def _has_levelled_off(curves: Mapping[str, Any]) -> bool:
-    """Whether neither validation nor the training loss improves, over at least seven epochs."""
+    """Returns whether training loss and validation no longer improve in at least seven epochs."""
     epochs, losses = curves["epochs"], curves["train_loss"]
     half = losses[len(losses) // 2 :]
     best = curves["epoch"].index(curves["best_epoch"]) + 1
@@ -312,7 +319,7 @@ def _has_levelled_off(curves: Mapping[str, Any]) -> bool:
 
 
 def falling_p_value(values: Sequence[float]) -> float:
-    """The p-value of a falling trend: Kendall's rank correlation with time (Mann 1945)."""
+    """Returns the p-value of a falling trend: Kendall's rank correlation with time (Mann 1945)."""
     found = scipy.stats.kendalltau(range(len(values)), values, alternative="less")
     return float(found.pvalue)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -322,7 +329,7 @@ def _from_to(losses: Sequence[float]) -> str:
 
 
 def _decline(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """A sentence about validation that became worse after an early best epoch, or ""."""
+    """Returns a sentence on validation that became worse after an early best epoch, or ""."""
     best = curves["epoch"].index(curves["best_epoch"])
     if best + 1 > curves["epochs"] / 2:
         return ""
@@ -342,7 +349,7 @@ def _decline(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
 
 
 def _underfit(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
-    """The advice for a network with low accuracy on both splits and a flat training loss."""
+    """Returns advice for a network with low accuracy on both splits and a flat training loss."""
     start = "both accuracies are low, they differ little, and the training loss has levelled off."
     rates = curves.get("learning_rate") or [0.0]
     if rates[-1] < _DECAYED * max(rates):
@@ -361,7 +368,7 @@ def _underfit(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
 
 
 def _rise(curves: Mapping[str, Any]) -> str:
-    """A sentence about a validation loss that has risen since its minimum, or ""."""
+    """Returns a sentence about a validation loss that has risen since its minimum, or ""."""
     losses = curves["validation_loss"]
     least = min(losses)
     if losses[-1] <= _RISE_OF_LOSS * least:

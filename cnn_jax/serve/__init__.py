@@ -1,1 +1,1 @@
-"""The HTTP server for bundles; it imports no training code."""
+"""The HTTP server for bundles. This package imports no training code."""

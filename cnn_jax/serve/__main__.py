@@ -3,8 +3,9 @@
     cnn_jax serve --bundle=RUN [--port=8000]
     cnn_jax serve --registry=DIR [--model=NAME] [--alias=champion]
 
-http://127.0.0.1:8000/ is a page for people. Programs send images to POST /predict, or use
-existing clients of TensorFlow Serving (/v1) and of the Open Inference Protocol (/v2).
+http://127.0.0.1:8000/ is a web page on which people can upload images. Programs send images to
+POST /predict, or use existing clients of TensorFlow Serving (/v1) or of the Open Inference Protocol
+(/v2).
 """
 
 import argparse
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _model_name(bundle: pathlib.Path) -> str:
-    """Returns the name of a run's folder, with "-" for characters that a model name cannot have."""
+    """Returns the name of a run's folder as a model name: "-" replaces forbidden characters."""
     path = bundle.resolve()
     folder = path.parent.name if path.name == "bundle" else path.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-._")[:100] or "default"

@@ -1,4 +1,4 @@
-"""The administration API: reads the registry at once, and loads and unloads extra versions."""
+"""The administration API: rereads the registry now, and loads and unloads extra versions."""
 
 from fastapi import APIRouter, Request
 
@@ -11,7 +11,7 @@ from cnn_jax.system.errors import UserError
 
 
 def make_router(service: Service) -> APIRouter:
-    """Returns the routes, which need the token of an administrator."""
+    """Returns the routes of the administration API, which require an administrator's token."""
     router = APIRouter(prefix="/admin", tags=["administration"])
 
     seconds = service.limits.seconds

@@ -1,4 +1,4 @@
-"""The web application: all protocols behind access checks, logging and metrics."""
+"""The web application: the routes of all protocols, with access checks, logging and metrics."""
 
 import contextlib
 import logging
@@ -26,11 +26,12 @@ from cnn_jax.serve.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
-# nginx's status for a client that disconnected before its answer.
+# The status that nginx logs for a client that disconnected before the answer was sent.
 _CLIENT_DISCONNECTED = 499
-# A client's request id is kept if it has only these characters, which are safe in any log.
+# The server uses the request id that a client sends if it matches this pattern. All characters in
+# the pattern are safe in any log.
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,100}")
-# Paths that need no token: health checks and pages.
+# The paths of health checks and pages, which need no token.
 _OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
 _OPEN_PREFIXES = ("/v2/health/",)
 _HEADERS = (
@@ -73,16 +74,17 @@ def make_app(
     """Creates the application.
 
     Args:
-      service: The service that predicts.
-      tokens: The access tokens; None lets every client predict, and no client administer.
-      lifespan: The context of the application; its start is before the first request.
+      service: The service that makes the predictions.
+      tokens: The access tokens. With None, every client may predict and no client may use the
+        administration API.
+      lifespan: A context manager that is entered before the first request and left at shutdown.
     """
     app = FastAPI(
         title="cnn_jax",
         version=cnn_jax.__version__,
         lifespan=lifespan,
         dependencies=[Depends(_refuse_query)],
-        openapi_url=None,  # FastAPI's route would accept any query.
+        openapi_url=None,  # FastAPI's own route accepts any query.
         docs_url=None,  # FastAPI's pages load scripts from another server.
         redoc_url=None,
         redirect_slashes=False,  # A redirect would go to the address in the Host header.
@@ -106,7 +108,7 @@ def make_app(
 
 
 async def _refuse_query(request: Request) -> None:
-    """Refuses every query parameter; the route with parameters, in `native`, checks its own."""
+    """Refuses a request with query parameters, on all routes except /predict in `native`."""
     check_query(request)
 
 
@@ -138,7 +140,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
 
 class _Guard:
-    """Middleware of all routes: request ids, tokens, deadlines, headers, metrics and the log."""
+    """Middleware for all routes: request ids, tokens, deadlines, headers, metrics and the log."""
 
     def __init__(self, app: ASGIApp, service: Service, tokens: Tokens | None):
         self._app = app
@@ -174,7 +176,7 @@ class _Guard:
                 added = [header for header in _HEADERS if header[0] not in names]
                 message["headers"] = [*message["headers"], *added, (b"x-request-id", request_id)]
                 if not is_read and b"connection" not in names:
-                    # The rest of the body will not be read.
+                    # Close the connection, because the server will not read the rest of the body.
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
@@ -185,13 +187,13 @@ class _Guard:
             else:
                 answer = _refused(Request(scope), refused)
                 await answer(scope, receive_and_watch, send_with_headers)
-        except Exception:  # The client got an answer without details.
+        except Exception:  # The client's answer contains no details.
             logger.exception("request %s failed", state["request_id"])
         finally:
             self._log(scope, status, time.monotonic() - start, log_fields)
 
     def _refuse(self, path: str, authorization: bytes | None) -> Refused | None:
-        """Returns the error of a request without sufficient access rights, else None."""
+        """Returns an error if a request has insufficient access rights, else None."""
         is_admin = path.startswith("/admin/")
         if path in _OPEN or path.startswith(_OPEN_PREFIXES):
             return None
@@ -214,7 +216,7 @@ class _Guard:
         return None
 
     def _log(self, scope: Scope, status: int, seconds: float, fields: dict[str, Any]) -> None:
-        """Adds an answered request to the metrics and the log."""
+        """Adds an answered request to the metrics and to the log."""
         route = getattr(scope.get("route"), "path", "other")
         metrics = self._service.metrics
         metrics.requests.labels(route, scope["method"], status).inc()
@@ -222,7 +224,7 @@ class _Guard:
         if "reason" in fields:
             metrics.refused.labels(fields["reason"]).inc()
         if route in ("/healthz", "/readyz", "/metrics") and status == 200:
-            return  # Monitoring sends these every few seconds.
+            return  # Do not log monitoring requests, which arrive every few seconds.
         logger.info(
             "request",
             extra={

@@ -1,10 +1,10 @@
-"""Dynamic batching: images of many requests are computed in one batch.
+"""Dynamic batching: images of several requests are computed together in one batch.
 
-One thread computes. Images that arrive while it computes wait in a queue. When the thread is
-free, it takes the oldest image and the other waiting images of the same program. If images of
-another program wait, it takes those first, so that programs alternate. An image that arrives at
-an idle engine is computed at once; under load the batches grow. An image whose request has been
-cancelled or has timed out is never computed.
+A single thread computes all batches. Images that arrive during a computation wait in a queue. When
+the thread is free, it makes a batch of the oldest image and of other waiting images that need the
+same program. If images wait for a different program than that of the last batch, they come first,
+so that programs alternate. An image that arrives while the engine is idle is computed at once.
+Under load the batches grow. An image of a cancelled or timed-out request is not computed.
 """
 
 import asyncio
@@ -26,18 +26,18 @@ from cnn_jax.system.errors import DataError, UserError
 
 T = TypeVar("T")
 
-# The estimated seconds per image until a batch has been measured.
+# The estimated compute time of an image in seconds, used until a batch has been measured.
 _SECONDS_PER_IMAGE = 0.01
-# The weight of a new measurement in the moving average of that estimate.
+# The weight of a new measurement in the moving average of the seconds per image.
 _WEIGHT = 0.1
-# If a batch takes longer than this, the device hangs.
+# If a batch takes longer than this, the device is considered to hang.
 _HANGING_SECONDS = 60.0
 # Seconds that a running batch may take during shutdown.
 _CLOSING_SECONDS = 10.0
 
 
 class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's)
-    """The maximum number of images is in flight.
+    """Raised if a request would exceed the maximum number of images in flight.
 
     Attributes:
       retry_after: Whole seconds after which the client should try again.
@@ -49,12 +49,12 @@ class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's
 
 
 class DeadlineExceeded(UserError):  # noqa: N818 (as above)
-    """The deadline of a request passed before its images were computed."""
+    """Raised if the deadline of a request passed before the request's images were computed."""
 
 
-# Maps uint8 [size, height, width, 3] to an iterable with one result per image.
+# A function from a batch of images, uint8 [size, height, width, 3], to one result per image.
 _Run = Callable[[np.ndarray], Iterable[Any]]
-# Returns an image, uint8 [height, width, 3]; raises DataError if the image cannot be used.
+# A function that returns an image, uint8 [height, width, 3], or raises DataError.
 _Read = Callable[[], Pixels]
 
 
@@ -64,7 +64,7 @@ class Program:
 
     Attributes:
       run: Maps uint8 [size, height, width, 3] to one result per image.
-      seconds: The run time by compiled batch size, in increasing order of size.
+      seconds: The run time in seconds by compiled batch size, in increasing order of size.
     """
 
     run: _Run
@@ -77,8 +77,9 @@ class Program:
     def best_size(self, count: int) -> int:
         """Returns the compiled batch size with the least time per image for `count` images.
 
-        On a CPU, where the time grows with the size, this is the next smaller size, and the
-        remaining images wait. On an accelerator it is the next larger size, which is padded.
+        On a CPU the time grows with the batch size. The best size is the next smaller compiled
+        size, and the remaining images wait. On an accelerator the best size is the next larger
+        compiled size, and the batch is padded.
         """
         return min(self.seconds, key=lambda size: self.seconds[size] / min(size, count))
 
@@ -87,14 +88,14 @@ def time_program(run: _Run, image: Pixels, sizes: Sequence[int]) -> Program:
     """Compiles and times a program for several batch sizes.
 
     Args:
-      run: The function, as in `Program`.
+      run: The function to compile; see `Program.run`.
       image: An example image, uint8 [height, width, 3].
-      sizes: The batch sizes; they include 1.
+      sizes: The batch sizes to compile, including 1.
     """
     seconds = {}
     for size in sorted(sizes):
         images = np.repeat(image[None], size, axis=0)
-        run(images)  # Compiles.
+        run(images)  # The first call compiles.
         times = []
         for _ in range(3):
             start = time.perf_counter()
@@ -106,13 +107,13 @@ def time_program(run: _Run, image: Pixels, sizes: Sequence[int]) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """The result of one image.
+    """The result of an image, with the times that the image took.
 
     Attributes:
       result: The program's result for this image.
       pixels: The decoded image, uint8 [height, width, 3].
       decode_seconds: The decoding time.
-      queue_seconds: The time that the image waited, for a decoder thread and for the device.
+      queue_seconds: The time that the image waited for a decoder thread and for the device.
       compute_seconds: The run time of the image's batch.
       batch_size: The number of images in that batch, without padding.
     """
@@ -130,10 +131,10 @@ class _Request:
     """A request whose images are in flight.
 
     Attributes:
-      program: The program to run on its images.
+      program: The program to run on the images of the request.
       arrival_time: In seconds of `time.monotonic`.
-      future: Receives `results` when all of them are known.
-      results: The result or error of each image; None until it is known.
+      future: Receives `results` when all results are known.
+      results: The result or error of each image; None while it is not known yet.
       missing: The number of results that are not known yet.
     """
 
@@ -146,12 +147,12 @@ class _Request:
 
 @dataclasses.dataclass(eq=False)
 class _EncodedImage:
-    """An image that waits to be decoded.
+    """An encoded image that waits for a decoder thread.
 
     Attributes:
       request: The request that the image belongs to.
       index: The image's index in the request.
-      read: Decodes the image.
+      read: A function that decodes the image.
     """
 
     request: _Request
@@ -161,7 +162,7 @@ class _EncodedImage:
 
 @dataclasses.dataclass(eq=False)
 class _DecodedImage:
-    """An image that waits to be computed.
+    """A decoded image that waits for the compute thread.
 
     Attributes:
       request: The request that the image belongs to.
@@ -191,24 +192,27 @@ class Engine:
         """Creates the engine; `start` starts its threads.
 
         Args:
-          capacity: Maximum number of images in flight: in decoding, waiting or in computation.
+          capacity: Maximum number of images in flight, which are waiting, in decoding or in
+            computation.
           max_wait: Maximum seconds that an image waits for its batch to fill.
           decoders: Number of decoder threads.
-          on_batch: Called in the event loop after each batch, with its number of images and its
-            seconds.
+          on_batch: Called in the event loop after each batch, with the number of images in the
+            batch and the run time in seconds.
         """
         self.capacity = capacity
         self._max_wait = max_wait
         self._on_batch = on_batch
         self._in_flight = 0
         self._per_image = _SECONDS_PER_IMAGE
-        # A request with many large images must leave decoders for other requests.
+        # A request may use at most half of the decoder threads, so that a request with many large
+        # images does not block other requests.
         self._decoders_per_request = max(1, decoders // 2)
         self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
-        # A single thread, because a parsed body can take many times the memory of the body.
+        # Only one thread parses, because a parsed body can take many times the memory of the body.
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parse")
         self._waiting: collections.deque[_DecodedImage] = collections.deque()
-        # A weak reference, so that an unloaded version's program is freed without another batch.
+        # A weak reference to the program of the last batch, so that the program of an unloaded
+        # version is freed even if no further batch arrives.
         self._last: Callable[[], Program | None] = lambda: None
         self._computing_since: float | None = None
         self._changed = threading.Condition()
@@ -216,25 +220,25 @@ class Engine:
         self._thread = threading.Thread(target=self._compute_all, name="compute", daemon=True)
 
     def start(self) -> None:
-        """Starts the compute thread; results go to the running event loop."""
+        """Starts the compute thread, which sends results to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     @property
     def in_flight(self) -> int:
-        """The number of images in decoding, waiting or in computation."""
+        """The number of images that are waiting, in decoding or in computation."""
         return self._in_flight
 
     @property
     def is_alive(self) -> bool:
-        """Whether the compute thread runs and no batch hangs."""
+        """Returns whether the compute thread is running and no batch hangs."""
         since = self._computing_since
         is_hanging = since is not None and time.monotonic() - since > _HANGING_SECONDS
         return self._thread.is_alive() and not is_hanging
 
     @contextlib.contextmanager
     def admit(self, images: int) -> Iterator[None]:
-        """Counts images as in flight inside the context.
+        """Counts a number of images as in flight while the context lasts.
 
         Raises:
           Overloaded: More than `capacity` images would be in flight.
@@ -250,15 +254,15 @@ class Engine:
     async def compute(
         self, program: Program, reads: Sequence[_Read], deadline: float
     ) -> list[Computed | DataError]:
-        """Runs a program on the images of a request, batched with images of other requests.
+        """Runs a program on the images of a request, in batches with images of other requests.
 
         Args:
           program: The program.
-          reads: One function per image, at least one, which decodes the image on a thread.
+          reads: Functions that each decode an image; at least one. They run on decoder threads.
           deadline: In seconds of `time.monotonic`.
 
         Returns:
-          One result per image, or the error of an image that cannot be used.
+          A result for each image; for an image that cannot be used, an error.
 
         Raises:
           DeadlineExceeded: The deadline passed before all images were computed.
@@ -271,7 +275,8 @@ class Engine:
         lanes = [collections.deque(images[first::step]) for first in range(min(count, step))]
         for lane in lanes:
             self._decoders.submit(self._decode, lane)
-        # A disconnect or the deadline cancels the future; the threads check it.
+        # A disconnect or the deadline cancels the future. The threads check whether the future is
+        # cancelled.
         try:
             async with asyncio.timeout(max(0.0, deadline - now)):
                 return await future
@@ -280,7 +285,7 @@ class Engine:
                 "the request timed out before its images were computed"
             ) from error
         finally:
-            # Images that still wait for a decoder are no longer counted as in flight: free them.
+            # Free the images that still wait for a decoder: they no longer count as in flight.
             for lane in lanes:
                 lane.clear()
 
@@ -325,7 +330,7 @@ class Engine:
             calls.clear()
 
     def close(self) -> bool:
-        """Stops the threads after the last request; returns False if a thread hangs."""
+        """Stops all threads after the last request has ended; returns False if a thread hangs."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -341,8 +346,9 @@ class Engine:
     def _decode(self, lane: collections.deque[_EncodedImage]) -> None:
         """Decodes the first image of a lane, then submits the lane again for the next image.
 
-        Images of other requests are decoded in between. The decoded image goes directly to the
-        compute thread: a detour through the event loop would slow both down.
+        A lane is a queue of encoded images of one request. Between two images of a lane, the
+        decoder threads decode images of other requests. A decoded image is passed directly to
+        the compute thread, because passing it through the event loop would slow both down.
         """
         try:
             image = lane.popleft()
@@ -353,7 +359,7 @@ class Engine:
             pixels = image.read()
         except DataError as error:
             self._loop.call_soon_threadsafe(_set_result, image.request, image.index, error)
-        except Exception as error:  # The request must get an answer in any case.
+        except Exception as error:  # Catch every error: the request must get an answer.
             self._loop.call_soon_threadsafe(_fail, image.request, error)
             return
         else:
@@ -374,7 +380,7 @@ class Engine:
             del batch  # Frees the images while the thread waits for the next batch.
 
     def _next_batch(self) -> list[_DecodedImage] | None:
-        """Waits for images; returns images of one program, the oldest first, or None at the end."""
+        """Waits for images; returns the images of the next batch, or None after `close`."""
         with self._changed:
             while not self._waiting:
                 if self._is_closing:
@@ -391,10 +397,11 @@ class Engine:
             return batch
 
     def _next_program(self) -> Program:
-        """Returns the program of the oldest image that needs another program than the last batch.
+        """Returns the program of the next batch: if possible, not the program of the last batch.
 
-        If all images need the program of the last batch, returns that program. Alternation keeps
-        many requests for one program from delaying requests for another program.
+        It is the program of the oldest waiting image that needs a different program than the last
+        batch. If there is no such image, the last program is returned again. This alternation
+        keeps many requests for one program from delaying requests for another program.
         """
         last = self._last()
         others = (
@@ -421,11 +428,11 @@ class Engine:
         self._waiting = collections.deque(w for w in self._waiting if not w.request.future.done())
 
     def _compute(self, batch: Sequence[_DecodedImage]) -> None:
-        """Computes a batch and sends its results to the event loop."""
+        """Computes a batch and sends the results to the event loop."""
         start = self._computing_since = time.monotonic()
         try:
             results = self._run(batch)
-        except Exception as error:  # The thread must continue in any case.
+        except Exception as error:  # Catch every error: the thread must continue.
             self._loop.call_soon_threadsafe(_fail_all, batch, error)
             return
         finally:
@@ -446,7 +453,7 @@ class Engine:
         self._loop.call_soon_threadsafe(self._set_results, batch, computed)
 
     def _run(self, batch: Sequence[_DecodedImage]) -> list[Any]:
-        """Returns one result per image; pads the batch to a compiled size."""
+        """Runs the program on a batch, padded to a compiled size; returns one result per image."""
         program = batch[0].request.program
         missing = program.best_size(len(batch)) - len(batch)
         images = [image.pixels for image in batch]
@@ -462,7 +469,7 @@ class Engine:
 
 
 def _set_result(request: _Request, index: int, result: Computed | DataError) -> None:
-    """Stores the result of an image; the last result of a request completes its future."""
+    """Stores the result of an image; completes the request's future after the last result."""
     request.results[index] = result
     request.missing -= 1
     if not request.missing and not request.future.done():

@@ -1,10 +1,11 @@
-"""HTTP connections: uvicorn's protocol, with limits that uvicorn does not have.
+"""HTTP connections: uvicorn's protocol with additional limits.
 
-Without these limits uvicorn
-- waits forever for the end of a request's headers and for a client that does not read,
-- keeps headers and trailers of any size,
-- closes the connection of a refused client that still sends, which then cannot read the error,
-- raises the signal that ended it again.
+This module changes the following behaviour of uvicorn:
+- It waits forever for the end of a request's headers, and for a client that does not read.
+- It stores headers and trailers of any size.
+- When it refuses a request, it closes the connection even if the client is still sending. Then the
+  client cannot read the error.
+- After a shutdown by a signal, it raises the same signal again.
 """
 
 import asyncio
@@ -24,23 +25,25 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# Maximum bytes of the request line and headers. The chunk framing of a body may have as many
-# bytes as the body and this number together.
+# Maximum bytes of the request line and headers together. The framing of a chunked body may have at
+# most this number of bytes plus the size of the body.
 _MAX_HEADER_BYTES = 32_768
-# Maximum seconds until the end of the headers.
+# Maximum seconds until a client has sent all headers of a request.
 _HEADER_SECONDS = 10.0
-# Maximum seconds between two requests of a connection.
+# Maximum seconds between two requests on the same connection.
 _KEEP_ALIVE_SECONDS = 75
-# Maximum seconds during which a client reads nothing while the write buffer is full.
+# Maximum seconds for which the write buffer may stay full because the client does not read.
 _READ_SECONDS = 30.0
-# After a refusal the server still reads this many seconds and bytes from a client that sends.
+# After the server has refused a request whose body is still arriving, it continues to read for at
+# most this time and this number of bytes. Without this, the client could not read the error.
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 32_000_000
 _MAX_CONNECTIONS = 1_000
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A server may ignore an Upgrade header (RFC 9110, section 7.8), but httptools would skip the
-# body of such a request. Some Java clients send the header with their first request. (If a
-# packet ends inside the header's name, the header is not found and the body is skipped.)
+# The Upgrade header is renamed, because httptools skips the body of a request with this header.
+# Some Java clients send it with their first request. A server may ignore the header (RFC 9110,
+# section 7.8). Limitation: if a packet ends inside the header's name, the header is not found, and
+# the body is skipped.
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _NO_UPGRADE = b"\r\nx-upgrade:"
 _END = b"\r\n\r\n"
@@ -67,19 +70,19 @@ class _Protocol(HttpToolsProtocol):
     """A connection with limits on the time and size of headers and on the client's reading."""
 
     is_ending = False
-    # The time of the last received byte.
+    # The time at which the last byte was received.
     last_received = 0.0
     _timer: asyncio.TimerHandle | None = None
     _read_timer: asyncio.TimerHandle | None = None
     _end_timers: tuple[asyncio.TimerHandle, ...] = ()
-    # The parser's position in a request.
+    # Whether the parser is inside a request, and whether it is inside the request's headers.
     _is_in_message = False
     _is_in_headers = False
-    # The bytes of this request: headers, body, and the framing of the body's chunks.
+    # The number of bytes of the current request: headers, body, and framing of the body's chunks.
     _header_bytes = 0
     _body_bytes = 0
     _framing_bytes = 0
-    # The body bytes of the last packet.
+    # The number of body bytes in the last packet.
     _packet_body_bytes = 0
     _is_too_large = False
     _bytes_after_end = 0
@@ -94,11 +97,11 @@ class _Protocol(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether the connection is between two requests."""
+        """Returns whether the connection is between two requests."""
         return not self._is_in_message and (self.cycle is None or self.cycle.response_complete)
 
     def _abort_oldest_idle(self) -> None:
-        """Aborts the connection that was idle for the longest time; this one, if none is idle."""
+        """Aborts the connection that has been idle the longest; if none is idle, this one."""
         others = [other for other in self.connections if other is not self]
         idle = [other for other in others if isinstance(other, _Protocol) and other.is_idle]
         oldest = min(idle, key=lambda other: other.last_received, default=self)
@@ -114,7 +117,7 @@ class _Protocol(HttpToolsProtocol):
             return
         was_in_headers, was_in_message = self._is_in_headers, self._is_in_message
         if self._timer is None and self.is_idle:
-            self._start_timer()  # Also for bytes that are not the start of a request.
+            self._start_timer()  # Even if the bytes do not start a request.
         if was_in_headers or not was_in_message:
             head, end, rest = data.partition(_END)
             data = _UPGRADE.sub(_NO_UPGRADE, head) + end + rest
@@ -147,7 +150,7 @@ class _Protocol(HttpToolsProtocol):
             super().on_header(name, value)
             self._is_too_large |= len(name) + len(value) > _MAX_HEADER_BYTES
         else:
-            self._is_too_large = True  # A trailer; no protocol of this server uses trailers.
+            self._is_too_large = True  # A trailer, which no protocol of this server uses.
 
     def on_headers_complete(self) -> None:
         self._is_in_headers = False
@@ -180,7 +183,7 @@ class _Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def close_gracefully(self) -> None:
-        """Closes the connection; first gives a client that still sends time to read the error."""
+        """Closes the connection, but first gives a client that is still sending time to read."""
         if self.transport.is_closing():
             return
         self.is_ending = True
@@ -190,7 +193,7 @@ class _Protocol(HttpToolsProtocol):
             self._end_timers = (end,)
             self._raw.close()
             return
-        # Closing with unread bytes would reset the connection, and the client loses the answer.
+        # Closing now, with unread bytes, would reset the connection and lose the answer.
         self._end_timers = (end, self.loop.call_later(_LINGER_SECONDS, self._raw.close))
         if self._raw.can_write_eof():
             self._raw.write_eof()
@@ -233,9 +236,9 @@ class _Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """A server that answers the requests in flight after a signal, and then ends normally.
 
-    After the first signal it still accepts requests for `drain` seconds while it reports that it
-    is not ready, so that a load balancer stops sending requests. A second signal skips this time,
-    a third signal ends the server at once.
+    After the first signal the server reports that it is not ready, so that a load balancer stops
+    sending requests. It still accepts requests for `drain` seconds. A second signal skips the
+    rest of this time. A third signal ends the server at once.
     """
 
     def __init__(self, config: uvicorn.Config, drain: float, on_shutdown: Callable[[], None]):
@@ -283,8 +286,8 @@ def make_server(
 
     Args:
       app: The application.
-      drain: Seconds between the first signal and the end of listening.
-      grace: Seconds that requests in flight may take after that.
+      drain: Seconds from the first signal until the server accepts no further connections.
+      grace: Maximum seconds that requests in flight may take after the time `drain`.
       on_shutdown: Called at the first signal.
     """
     config = uvicorn.Config(

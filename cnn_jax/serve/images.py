@@ -13,15 +13,16 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from cnn_jax.serve.limits import Limits, Refused
 
-# Maximum number of empty parts of a form, such as file inputs without a file.
+# Maximum number of empty parts in a form. A browser sends an empty part for a file input without a
+# file.
 _MAX_EMPTY_PARTS = 32
 # The prefix of a data URL (RFC 2397).
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
-# Maximum bytes of one header of a part.
+# Maximum bytes of a header in a part of a form.
 _MAX_HEADER_BYTES = 4_096
 _MAX_NAME_CHARACTERS = 200
-# Maximum estimated memory of a parsed JSON body, and the estimated memory per character: of an
-# element, a list, an object, and a member of an object.
+# Maximum estimated memory of a parsed JSON body, in bytes. The estimate counts these characters and
+# multiplies by the memory of an element, a list, an object, and a member of an object.
 _MAX_PARSED_BYTES = 100_000_000
 _PARSED_BYTES = {b",": 64, b"[": 96, b"{": 96, b":": 112}
 
@@ -44,8 +45,9 @@ def read_images(body: bytes, content_type: str, limits: Limits) -> list[Part]:
 
     Args:
       body: The whole body.
-      content_type: The header; "" if there is none. If it is not that of a form, the body is one
-        image file, whose format its first bytes tell.
+      content_type: The Content-Type header; "" if the request has no such header. Unless it is
+        the type of a form, the body is a single image file. The first bytes of an image file
+        determine its format.
       limits: The limits of a request.
 
     Raises:
@@ -83,7 +85,7 @@ def _parse_form(body: bytes, boundary: bytes, max_files: int) -> list[Part]:
 
 
 class _Form:
-    """Collects the files of a form from the callbacks of a parser."""
+    """Collects the files of a form; its methods are callbacks of the form parser."""
 
     def __init__(self, max_files: int):
         self.parts: list[Part] = []
@@ -128,7 +130,8 @@ class _Form:
         content = b"".join(self._content)
         self._content = []
         if name is None:
-            # Refused, because the client may have meant an image or a query parameter.
+            # Refuse the field instead of ignoring it, because the client may have meant an image or
+            # a query parameter.
             field = options.get(b"name", b"").decode("utf-8", "replace")[:_MAX_NAME_CHARACTERS]
             raise Refused(
                 400,
@@ -149,7 +152,7 @@ class _Form:
 
 
 def decode_base64(text: object) -> bytes:
-    """Decodes an image file in base64 (RFC 4648, section 4 or 5).
+    """Decodes an image file in base64 (RFC 4648, sections 4 and 5).
 
     Line breaks and indentation, missing or additional padding, and a prefix such as
     `data:image/png;base64,` are accepted.
@@ -196,14 +199,15 @@ def parse_grey_levels(values: object) -> np.ndarray:
     Raises:
       Refused: A number is not an integer from 0 to 255, or the rows differ in length.
     """
-    # Before NumPy: an array of strings reserves the length of the longest string per element.
+    # Check the types before NumPy converts the lists: in an array of strings, every element takes
+    # the memory of the longest string.
     if not _are_numbers(values):
         raise Refused(400, "image", "an image must consist of numbers")
     try:
         array = np.asarray(values, np.float64)
     except (ValueError, OverflowError) as error:
         raise Refused(400, "image", "an image's rows differ in length") from error
-    # NaN fails the first comparison.
+    # NaN fails the comparisons and is therefore refused.
     if not np.all((array >= 0) & (array <= 255)) or np.any(array != np.floor(array)):
         hint = _RANGE_HINT if np.all((array >= 0) & (array <= 1)) else ""
         raise Refused(400, "image", f"an image's numbers must be integers from 0 to 255{hint}")
@@ -214,9 +218,10 @@ _RANGE_HINT = "; multiply numbers from 0 to 1 by 255, or send an image file in b
 
 
 def check_range(image: np.ndarray) -> None:
-    """Refuses an image in which 1 may mean white instead of almost black.
+    """Refuses an image whose grey levels may be fractions from 0 to 1.
 
-    An image of zeros is accepted: it is black in both cases.
+    In such an image, 1 would mean white instead of almost black. An image of only zeros is
+    accepted, because it is black in both cases.
 
     Raises:
       Refused: The largest grey level is 1.
@@ -228,7 +233,7 @@ def check_range(image: np.ndarray) -> None:
 
 
 def _are_numbers(values: object) -> bool:
-    """Whether nested lists contain only numbers."""
+    """Returns whether nested lists contain only numbers."""
     if not isinstance(values, list):
         return type(values) in (int, float)
     kinds = set(map(type, values))
@@ -241,7 +246,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     Raises:
       Refused: The body is not a JSON object, or would take too much memory.
     """
-    # Before parsing, because 20 MB of empty lists become half a gigabyte in memory.
+    # Estimate the memory before parsing, because 20 MB of empty lists become 500 MB in memory.
     if sum(body.count(mark) * size for mark, size in _PARSED_BYTES.items()) > _MAX_PARSED_BYTES:
         raise Refused(413, "too_large", "too many values; send image files in base64")
     try:

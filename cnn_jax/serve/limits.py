@@ -1,4 +1,4 @@
-"""Limits of requests: their size, their time, their parameters, and the errors beyond them."""
+"""Limits on the size, time and parameters of requests, and the errors for exceeding a limit."""
 
 import asyncio
 import contextlib
@@ -11,9 +11,9 @@ from starlette.types import Receive
 
 from cnn_jax.system.errors import closest
 
-# Maximum seconds between two parts of a body.
+# Maximum seconds between two received parts of a body.
 _PAUSE_SECONDS = 10.0
-# Bodies below this number of bytes are still accepted when large bodies fill the memory limit.
+# A body with at most this number of bytes is accepted even if large bodies fill the memory limit.
 _SMALL_BODY_BYTES = 1_000_000
 
 
@@ -23,12 +23,12 @@ class Limits:
 
     Attributes:
       body_bytes: Maximum size of a request's body.
-      all_bytes: Maximum total size of the bodies of all requests in flight. Bodies below 1 MB
-        may exceed it by `body_bytes` in total.
+      all_bytes: Maximum total size of the bodies of all requests in flight. Bodies up to 1 MB are
+        accepted until the total size is `all_bytes + body_bytes`.
       pixels: Maximum width times height of an image, according to its header.
       images: Maximum number of images in a request.
-      explained: Maximum number of images in a request for maps.
-      seconds: Maximum time from a request's headers to its answer.
+      explained: Maximum number of images in a request for explanation maps.
+      seconds: Maximum seconds from the headers of a request to the answer.
     """
 
     body_bytes: int = 20_000_000
@@ -40,7 +40,7 @@ class Limits:
 
 
 class Refused(Exception):  # noqa: N818 (the client's error, not the server's)
-    """The server refuses a request and answers with an error.
+    """Raised if the server refuses a request; the client receives this error.
 
     Attributes:
       status: The HTTP status.
@@ -56,7 +56,7 @@ class Refused(Exception):  # noqa: N818 (the client's error, not the server's)
 
 
 class ClientDisconnected(Exception):  # noqa: N818
-    """The client has closed the connection before the answer."""
+    """Raised if the client closed the connection before the answer was sent."""
 
 
 def check_query(request: Request, known: Collection[str] = ()) -> None:
@@ -64,7 +64,7 @@ def check_query(request: Request, known: Collection[str] = ()) -> None:
 
     Args:
       request: The request.
-      known: The parameters that its path accepts.
+      known: The names of the parameters that the path accepts.
 
     Raises:
       Refused: A parameter is not known, or is given more than once.
@@ -84,7 +84,7 @@ def check_query(request: Request, known: Collection[str] = ()) -> None:
 
 
 class Bodies:
-    """Reads the bodies of requests, and limits their total size.
+    """Reads the bodies of requests, and limits the total size of all bodies in memory.
 
     Attributes:
       num_bytes: The total size of the bodies in memory.
@@ -98,11 +98,11 @@ class Bodies:
     async def read(
         self, receive: Receive, content_length: str | None, deadline: float
     ) -> AsyncIterator[bytes]:
-        """Reads a request's body; the body counts towards the limit until the context ends.
+        """Reads a request's body, which counts towards the total limit until the context ends.
 
         Args:
           receive: The ASGI channel of a request whose body has not been read.
-          content_length: The header.
+          content_length: The value of the Content-Length header; None without this header.
           deadline: In seconds of `time.monotonic`.
 
         Raises:
@@ -135,7 +135,10 @@ class Bodies:
 
     @contextlib.contextmanager
     def _counter(self) -> Iterator[Callable[[int], None]]:
-        """Yields a function that adds to the size of one body, which is subtracted at the end."""
+        """Yields a function that counts received bytes of a body, and subtracts them at the end.
+
+        The function raises `Refused` if a limit is exceeded.
+        """
         body_bytes = 0
 
         def count(size: int) -> None:
@@ -168,7 +171,7 @@ class Bodies:
 
 
 def _extend(timeout: asyncio.Timeout, deadline: float) -> None:
-    """Extends a timeout by the maximum pause, but not beyond the deadline."""
+    """Sets a timeout to the maximum pause from now, but not beyond the deadline."""
     left = min(deadline - time.monotonic(), _PAUSE_SECONDS)
     timeout.reschedule(asyncio.get_running_loop().time() + left)
 
@@ -202,7 +205,8 @@ async def cancel_on_disconnect(receive: Receive) -> AsyncIterator[None]:
         nonlocal is_disconnected
         while (await receive())["type"] != "http.disconnect":
             pass
-        # Without an await in between, so that the context cannot end between these two lines.
+        # There must be no await between the next two lines. Otherwise the context could end after
+        # the flag is set and before the task is cancelled.
         is_disconnected = True
         task.cancel()
 
@@ -210,7 +214,7 @@ async def cancel_on_disconnect(receive: Receive) -> AsyncIterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        # As in `asyncio.timeout`: a cancellation by other code takes precedence.
+        # If other code has also cancelled the task, raise CancelledError like `asyncio.timeout`.
         if is_disconnected and task.uncancel() <= cancelled_before:
             raise ClientDisconnected from None
         raise

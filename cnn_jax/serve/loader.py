@@ -1,4 +1,4 @@
-"""Loads and unloads versions, according to a bundle or a registry."""
+"""Loads and unloads versions of models to match a bundle or a registry."""
 
 import abc
 import asyncio
@@ -24,11 +24,13 @@ from cnn_jax.system.errors import UserError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Seconds until a failed load is retried; doubled after each failure, up to the maximum.
+# Seconds until the first retry of a failed load, and the maximum. Each failure doubles the time.
 _FIRST_RETRY, _MAX_RETRY = 5.0, 300.0
-# Seconds until a registry that does not answer is logged, and until its error is logged again.
+# Every _SLOW_SECONDS, a warning is logged while the registry does not answer. If the registry
+# reports the same error again, the error is logged again after _REPEAT_SECONDS.
 _SLOW_SECONDS, _REPEAT_SECONDS = 30.0, 600.0
-# The niceness of the thread that loads; the threads that answer requests have 0.
+# The niceness (scheduling priority) of the thread that loads versions. The threads that answer
+# requests have niceness 0.
 _NICENESS = 10
 
 
@@ -38,7 +40,7 @@ class DesiredState:
 
     Attributes:
       versions: Bundle digests by version number.
-      aliases: Version numbers by alias; the first alias selects the default version.
+      aliases: Version numbers by alias. The version of the first alias is the default version.
     """
 
     versions: Mapping[int, str]
@@ -46,14 +48,14 @@ class DesiredState:
 
 
 class Source(abc.ABC):
-    """A source of versions. All methods may wait for a disk or a network."""
+    """A source of versions to serve. All methods may wait for a disk or a network."""
 
     def check(self) -> None:  # noqa: B027 (optional)
         """Raises UserError if the source cannot be served; called before the server starts."""
 
     @abc.abstractmethod
     def desired(self) -> dict[str, DesiredState]:
-        """Returns the desired state by model.
+        """Returns the desired state of each model, by the model's name.
 
         Raises:
           UserError: The source does not answer.
@@ -69,7 +71,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def set_extra(self, model: str, number: int, is_extra: bool) -> None:
-        """Adds a version to the desired state, beside those with an alias, or removes it again.
+        """Adds a version without an alias to the desired state, or removes such a version again.
 
         Raises:
           UserError: The version does not exist.
@@ -77,10 +79,10 @@ class Source(abc.ABC):
 
 
 class BundleSource(Source):
-    """A bundle in a folder, served as version 1 of a model."""
+    """A source with a single bundle from a folder, served as version 1 of a model."""
 
     def __init__(self, path: pathlib.Path, model: str):
-        """Reads the bundle.
+        """Reads the bundle from a folder.
 
         Args:
           path: The bundle's folder.
@@ -104,7 +106,7 @@ class BundleSource(Source):
 
 
 class RegistrySource(Source):
-    """The versions of a registry that have an alias, and extra versions."""
+    """A source with the versions of a registry that have a given alias, and extra versions."""
 
     def __init__(
         self,
@@ -117,9 +119,11 @@ class RegistrySource(Source):
 
         Args:
           registry: The registry.
-          models: The models to serve while they have the alias; empty for all models with it.
+          models: The names of the models to serve, if they have the alias. If empty, all models
+            that have the alias are served.
           alias: The alias of the default version.
-          extra: Numbers and aliases of further versions to load, for models that have them.
+          extra: Numbers and aliases of additional versions to load. A model that lacks such a
+            version or alias is served without it.
         """
         self._registry = registry
         self._models = tuple(models)
@@ -145,7 +149,7 @@ class RegistrySource(Source):
                 logger.warning("--versions: there is no version %s yet", version)
 
     def _advice(self, model: str) -> str:
-        """Returns the command that creates the alias, for the end of an error message."""
+        """Returns advice for an error message: the command that creates the alias."""
         alias = "" if self._alias == CHAMPION else f" --alias={self._alias}"
         return (
             f"to create it: cnn_jax registry promote {model} VERSION{alias} "
@@ -166,7 +170,7 @@ class RegistrySource(Source):
         }
 
     def _number(self, name: str, version: int | str) -> int | None:
-        """Returns the number of a model's version or alias; None if it does not exist."""
+        """Returns the version number that a number or alias of a model selects; None if missing."""
         model = self._registry.models[name]
         number = version if isinstance(version, int) else model.alias_target(version)
         return number if number in model.versions else None
@@ -174,7 +178,7 @@ class RegistrySource(Source):
     def _desired_versions(self, name: str) -> DesiredState:
         with self._lock:
             admin_extra = [number for model, number in self._admin_extra if model == name]
-        # The default version comes first.
+        # The default version must be first.
         found = [self._number(name, one) for one in (self._alias, *self._extra, *admin_extra)]
         numbers = dict.fromkeys(number for number in found if number is not None)
         model = self._registry.models[name]
@@ -206,38 +210,39 @@ class Loader:
     """Keeps the loaded versions of a service equal to the desired state of a source.
 
     Attributes:
-      problem: The error of the last version that could not be loaded.
+      problem: The error message of the last load that failed; "" if no load has failed.
     """
 
     def __init__(self, service: Service, source: Source, sizes: Sequence[int]):
-        """Creates the loader; nothing is loaded yet.
+        """Creates the loader, without loading any version.
 
         Args:
-          service: The service.
+          service: The service whose versions are loaded and unloaded.
           source: The source of the versions.
           sizes: The batch sizes to compile.
         """
         self._service = service
         self._source = source
         self._sizes = sizes
-        # Versions that could not be loaded: the number of failures and the time of the retry.
+        # For each version that could not be loaded: the number of failures and the time of the next
+        # retry.
         self._failures: dict[tuple[str, int, str], tuple[int, float]] = {}
         self._lock = asyncio.Lock()
         self._has_synchronized = False
         self.problem = ""
-        # The last logged error of the source, and when it was logged.
+        # The last logged error of the source, and the time at which it was logged.
         self._logged_problem, self._logged_at = "", 0.0
         self._num_running = 0
-        # The event loop has only weak references to tasks.
+        # Keep references to running tasks, because the event loop has only weak references.
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def is_busy(self) -> bool:
-        """Whether a thread runs that cannot be interrupted."""
+        """Returns whether a thread of the loader runs, which cannot be interrupted."""
         return self._num_running > 0
 
     async def follow(self, seconds: float) -> None:
-        """Synchronizes every `seconds` seconds until it is cancelled."""
+        """Calls `synchronize` every `seconds` seconds until the task is cancelled."""
         while True:
             await self.synchronize()
             await asyncio.sleep(seconds)
@@ -245,7 +250,7 @@ class Loader:
     async def synchronize(self) -> None:
         """Loads and unloads versions until the service is in the desired state."""
         async with self._lock:
-            # Read the source again after each load: the desired state may have changed.
+            # Read the source again after each load, because the desired state may have changed.
             while (desired := await self._read_source()) is not None:
                 self._remove_models(desired)
                 for model, state in desired.items():
@@ -259,18 +264,18 @@ class Loader:
                 await self._load(*missing)
 
     async def synchronize_now(self, seconds: float) -> bool:
-        """Retries all failed loads and synchronizes; returns whether that ended in time."""
+        """Retries failed loads and synchronizes; returns whether this ended within `seconds`."""
         self._failures.clear()
         return await self._finishes(seconds, self.synchronize())
 
     async def set_extra(self, model: str, number: int, is_extra: bool, seconds: float) -> bool:
-        """Loads an extra version or unloads it; returns whether that ended in time.
+        """Loads or unloads an extra version; returns whether this ended within `seconds`.
 
         Args:
           model: The name of the model.
           number: The number of the version.
-          is_extra: Whether to load or unload the version.
-          seconds: The time to wait; the work continues afterwards.
+          is_extra: True to load the version, False to unload the version.
+          seconds: The maximum time to wait. After this time, the work continues in the background.
 
         Raises:
           UserError: The version does not exist.
@@ -285,7 +290,10 @@ class Loader:
         return await self._finishes(seconds, set_and_synchronize())
 
     async def _finishes(self, seconds: float, work: Coroutine[Any, Any, None]) -> bool:
-        """Waits for a coroutine, which continues after the timeout; returns whether it ended."""
+        """Waits for a coroutine for `seconds`; returns whether the coroutine ended in this time.
+
+        If the coroutine did not end, it continues in the background.
+        """
         task = self._start_task(work)
         done, _ = await asyncio.wait({task}, timeout=seconds)
         for ended in done:
@@ -299,7 +307,7 @@ class Loader:
         return task
 
     async def _read_source(self) -> dict[str, DesiredState] | None:
-        """Returns the desired state; logs the error and returns None if it cannot be read."""
+        """Reads the desired state from the source; on an error, logs the error and returns None."""
         start = time.monotonic()
         reading = asyncio.ensure_future(self._run_on_thread(self._source.desired))
         try:
@@ -311,7 +319,7 @@ class Loader:
             self._log_problem(str(error))
             return None
         except Exception:
-            # If this task ended, the server would never load a new version.
+            # Catch every exception: if this task ended, the server would never load a new version.
             logger.exception("cannot read the registry")
             return None
         self._logged_problem = ""
@@ -319,14 +327,14 @@ class Loader:
         return desired
 
     def _log_problem(self, problem: str) -> None:
-        """Logs why the source cannot be read, once and then every `_REPEAT_SECONDS`."""
+        """Logs an error of the source; repeats the same error only after `_REPEAT_SECONDS`."""
         now = time.monotonic()
         if problem != self._logged_problem or now - self._logged_at > _REPEAT_SECONDS:
             self._logged_problem, self._logged_at = problem, now
             logger.warning("cannot read the registry; the loaded versions stay: %s", problem)
 
     def _missing(self, desired: Mapping[str, DesiredState]) -> Iterator[tuple[str, int, str]]:
-        """Yields (model, number, digest) of versions to load, default versions first."""
+        """Yields (model, number, digest) of each version to load, default versions first."""
         for is_default in (True, False):
             for model, state in desired.items():
                 loaded = self._service.models.loaded(model)
@@ -342,11 +350,11 @@ class Loader:
         return time.monotonic() >= retry_at
 
     def _update_aliases(self, model: str, state: DesiredState) -> None:
-        """Sets a model's aliases to loaded versions."""
+        """Points the aliases of a model to loaded versions."""
         models = self._service.models
         loaded = models.loaded(model)
         before = models.aliases(model)
-        # An alias keeps its old version while the new version is not loaded.
+        # While the new version of an alias is not loaded, the alias points to the old version.
         targets = {
             alias: number if number in loaded else before.get(alias)
             for alias, number in state.aliases.items()
@@ -365,7 +373,7 @@ class Loader:
             logger.warning("%s: unloaded, because it has no version with the served alias", model)
 
     def _unload(self, model: str, numbers: Collection[int]) -> None:
-        """Unloads versions, except the given numbers and the targets of aliases."""
+        """Unloads a model's versions, except given numbers and versions that have an alias."""
         models = self._service.models
         kept = {*numbers, *models.aliases(model).values()}
         for number in models.loaded(model).keys() - kept:
@@ -375,7 +383,7 @@ class Loader:
             self._start_task(self._end_when_unused(version))
 
     async def _end_when_unused(self, version: Version) -> None:
-        """Waits for the requests in flight; the version is freed after the last of them."""
+        """Waits until no request uses an unloaded version; the version's memory is then freed."""
         while version.in_use:
             await asyncio.sleep(0.05)
         models = self._service.models
@@ -392,7 +400,7 @@ class Loader:
         try:
             version = await self._run_on_thread(self._make, model, number, digest_, loaded)
         except Exception as error:
-            # Every exception is caught: a bad new version must not stop the server.
+            # Catch every exception: a bad new version must not stop the server.
             count = self._failures.get(key, (0, 0.0))[0] + 1
             wait = min(_FIRST_RETRY * 2 ** (count - 1), _MAX_RETRY)
             self._failures[key] = count, time.monotonic() + wait
@@ -420,9 +428,9 @@ class Loader:
         return make_version(model, number, bundle, digest_, pixels, self._sizes, loaded)
 
     async def _run_on_thread(self, function: Callable[..., T], *args: Any) -> T:
-        """Runs a function that may wait for a disk, a network or a compiler.
+        """Runs a function on a new thread, because it may wait for a disk, network or compiler.
 
-        It runs on a daemon thread: unlike a thread of an executor, this does not delay the end
+        The thread is a daemon thread. Unlike a thread of an executor, it does not delay the end
         of the process.
         """
         loop = asyncio.get_running_loop()
@@ -453,7 +461,7 @@ class Loader:
 
 
 def _public_message(error: Exception) -> str:
-    """Returns the message of an error without paths and addresses, which only the log shows."""
+    """Returns an error message for clients, without the paths and addresses that the log shows."""
     message = str(error) if isinstance(error, UserError) else ""
     return message if message and "/" not in message else "it cannot be loaded; the log says why"
 
@@ -461,7 +469,7 @@ def _public_message(error: Exception) -> str:
 def _lower_thread_priority() -> None:
     """Gives this thread a lower priority than the threads that answer requests.
 
-    Only some systems, such as Linux, have a priority per thread.
+    Only some operating systems, such as Linux, have a priority for each thread.
     """
     with contextlib.suppress(AttributeError, OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

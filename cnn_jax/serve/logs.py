@@ -1,4 +1,4 @@
-"""The server's log: one JSON object per line on stderr, without the content of images."""
+"""The server's log on stderr: one JSON object per line. The log never contains image data."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ class _Formatter(logging.Formatter):
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        # ASCII, so that no character sent by a client can end a line or control a terminal.
+        # Write ASCII, so that text from a client cannot end a line or control a terminal.
         return json.dumps(line)
 
 
@@ -25,8 +25,8 @@ def start_logging(level: str) -> None:
     """Configures logging for all libraries.
 
     Args:
-      level: The lowest level of this package's messages: "debug", "info", "warning" or "error".
-        Other libraries log warnings and errors.
+      level: The lowest level of this package's messages to log: "debug", "info", "warning" or
+        "error". Messages of other libraries are logged only if they are warnings or errors.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())

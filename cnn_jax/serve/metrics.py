@@ -14,7 +14,7 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
 
 class ServerMetrics:
-    """The metrics of one server, in a separate Prometheus registry."""
+    """The metrics of a server, in a Prometheus registry that belongs to this server only."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -66,7 +66,7 @@ class ServerMetrics:
         )
 
     def count_batch(self, images: int, seconds: float) -> None:
-        """Adds a computed batch."""
+        """Adds a computed batch to the metrics of batches."""
         self.batch_images.observe(images)
         self.batch_seconds.observe(seconds)
 

@@ -24,13 +24,13 @@ from cnn_jax.serve.service import Answer, Service, image_refusal
 from cnn_jax.serve.versions import Version
 from cnn_jax.system.errors import DataError
 
-# Bodies with more bytes are parsed on a thread.
+# A body with more bytes than this is parsed on a separate thread.
 _LARGE_BODY = 1_000_000
 _FILES = {
     "type": "array",
     "items": {"type": "string", "contentMediaType": "application/octet-stream"},
 }
-# The OpenAPI description of the body, which is not parsed by FastAPI.
+# The OpenAPI description of the body. FastAPI cannot derive it, because it does not parse the body.
 _BODY = {
     "required": True,
     "content": {
@@ -113,7 +113,7 @@ class PredictQuery(BaseModel):
 class _LeanRoute(APIRoute):
     """A route that validates only the query parameters.
 
-    FastAPI's parsing of parameters would take a large part of the time of a small image.
+    For a small image, FastAPI's parsing of all parameters would take a large part of the time.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -126,7 +126,7 @@ class _LeanRoute(APIRoute):
 
 
 def _query(request: Request) -> PredictQuery:
-    """Returns the validated query parameters.
+    """Returns the validated query parameters of a request.
 
     Raises:
       Refused: A parameter is not known, or is given twice.
@@ -183,7 +183,7 @@ def make_router(service: Service) -> APIRouter:
 
 
 async def _parts(service: Service, request: Request, body: bytes) -> list[Part]:
-    """Returns the image files of a body."""
+    """Returns the image files in the body of a request."""
     content_type = request.headers.get("content-type", "")
     read = functools.partial(read_images, body, content_type, service.limits)
     # Parsing a large form would block the event loop.
@@ -195,7 +195,7 @@ async def _parts(service: Service, request: Request, body: bytes) -> list[Part]:
 async def _answer(
     service: Service, version: Version, parts: Sequence[Part], request: Request, explain: bool
 ) -> tuple[list[Answer | DataError], dict[int, dict[str, str]]]:
-    """Returns the answers of images, and the requested maps by the image's index."""
+    """Returns the answers for all images, and the requested explanation maps by image index."""
     images = [part.content for part in parts]
     answers = await service.answer(version, images, request, explain)
     maps = {}
@@ -221,7 +221,7 @@ def _prediction(
 
 
 def _explanation(answer: Answer) -> dict[str, str]:
-    """Draws the map over the image, as PNG."""
+    """Draws the explanation map over the image; returns the result as PNG in base64."""
     assert answer.explanation is not None
     picture = draw_overlay(Image.fromarray(answer.pixels), answer.explanation)
     file = io.BytesIO()
@@ -230,7 +230,7 @@ def _explanation(answer: Answer) -> dict[str, str]:
 
 
 def _timings(answers: Sequence[Answer | DataError], total: float) -> dict[str, float]:
-    """Returns the longest times in milliseconds, rounded to three digits."""
+    """Returns the longest time of each kind over all images, in milliseconds."""
     usable = [answer for answer in answers if isinstance(answer, Answer)]
     longest = {
         "decode": max(answer.decode_seconds for answer in usable),

@@ -1,11 +1,11 @@
 """The Open Inference Protocol, version 2 (KServe, Triton, Seldon), over REST.
 
-The input is one tensor: UINT8 [images, height, width, 3], grey levels of any height and width, or
-BYTES [images], image files in base64. The outputs are `probabilities`, FP32 [images, classes],
-and `class`, BYTES [images].
+The input is a single tensor. It is either UINT8 [images, height, width, 3], grey levels of images
+of any height and width, or BYTES [images], image files in base64. The outputs are `probabilities`,
+FP32 [images, classes], and `class`, BYTES [images].
 
-The tensor may also follow the JSON as bytes, according to the binary tensor extension that
-Triton's clients use; image files are then not in base64. The outputs are always JSON.
+With the binary tensor extension, which Triton's clients use, the bytes of the tensor follow the
+JSON. Image files are then not in base64. The outputs are always JSON.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/models/{model}/ready", summary="Check that a model is ready")
     async def model_ready(model: str) -> JSONResponse:
-        models.states(model)  # Refuses an unknown model.
+        models.states(model)  # Raises `Refused` if the model is unknown.
         is_ready = models.is_ready(model) and service.is_serving
         return JSONResponse({"name": model, "ready": is_ready}, 200 if is_ready else 503)
 
@@ -166,7 +166,7 @@ class _Inference:
     """A parsed inference request.
 
     Attributes:
-      images: Image files, or pixels, uint8 [height, width, 3].
+      images: For each image, an image file or pixels, uint8 [height, width, 3].
       outputs: The names of the requested outputs.
       id: The client's id of the request, which the answer repeats.
     """
@@ -177,7 +177,7 @@ class _Inference:
 
 
 def _parse(body: bytes, json_length: str | None) -> _Inference:
-    """Parses a request.
+    """Parses the body of an inference request.
 
     Args:
       body: The whole body.
@@ -255,7 +255,7 @@ def _files(shape: Sequence[int], files: list[bytes]) -> list[bytes | np.ndarray]
 
 
 def _elements(binary: bytes) -> list[bytes]:
-    """Splits bytes into elements, each of which follows its length: 4 bytes, little endian."""
+    """Splits bytes into elements. Before each element is its length: 4 bytes, little endian."""
     elements, start = [], 0
     while start < len(binary):
         length = int.from_bytes(binary[start : start + 4], "little")
@@ -275,7 +275,7 @@ def _pixels(shape: Sequence[int], levels: np.ndarray) -> np.ndarray:
     """
     if len(shape) != 4 or shape[3] != 3:
         raise Refused(400, "json", '"shape" must be [images, height, width, 3]')
-    # math.prod, because NumPy's integers would overflow.
+    # Use math.prod, because NumPy's integers could overflow.
     if levels.size != math.prod(shape):
         message = f'"shape" does not match the number of values, which is {levels.size}'
         raise Refused(400, "image", message)

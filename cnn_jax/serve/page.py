@@ -1,4 +1,4 @@
-"""The web page, its data, and the API documentation; none of them loads external resources."""
+"""The web page and the API documentation. Neither page loads resources from other servers."""
 
 import base64
 import hashlib

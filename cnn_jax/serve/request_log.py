@@ -1,4 +1,4 @@
-"""The request log: recorded answers, for drift detection and for comparison of versions.
+"""The request log, which records answers for drift detection and for comparing versions.
 
 The log is an SQLite file with one row per recorded image: time, request id, version, predicted
 class, confidence, probabilities, embedding, and, if enabled, the image itself.
@@ -27,11 +27,11 @@ from cnn_jax.system.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Maximum number of rows that wait to be written; further rows are lost, and counted.
+# Maximum number of rows that wait to be written. Further rows are dropped and counted.
 _MAX_WAITING = 1_000
-# Batch size of the embeddings.
+# The batch size for computing embeddings.
 _BATCH_SIZE = 8
-# Fraction of rows that are deleted when the file is too large.
+# The fraction of rows to delete, the oldest rows first, when the file is too large.
 _DELETED_FRACTION = 0.1
 _TABLE = """
 create table if not exists requests (
@@ -63,7 +63,7 @@ class _Row:
 
 
 class RequestLog:
-    """Writes rows on a separate thread, so that answers never wait for the disk."""
+    """A request log that writes rows on a separate thread, so that answers never wait for it."""
 
     def __init__(
         self,
@@ -72,12 +72,12 @@ class RequestLog:
         max_bytes: int = 1_000_000_000,
         with_images: bool = False,
     ):
-        """Opens the file, or creates it.
+        """Opens the file of the log, or creates a new file.
 
         Args:
           path: The file, in an existing folder.
           fraction: The fraction of images to record, 0 to 1, chosen at random.
-          max_bytes: Maximum size of the file; the oldest rows are deleted beyond it.
+          max_bytes: Maximum size of the file. The oldest rows of a larger file are deleted.
           with_images: Whether to record the images.
 
         Raises:
@@ -87,15 +87,16 @@ class RequestLog:
         self._fraction = fraction
         self._max_bytes = max_bytes
         self._with_images = with_images
-        # Two counters, because each of them is changed by one thread only.
+        # There are two counters, so that each counter is changed by only one thread.
         self._num_dropped, self._num_failed = 0, 0
         self._random = random.Random()
         self._waiting: queue.Queue[_Row | None] = queue.Queue(_MAX_WAITING)
         try:
-            # Readable by its owner only, because it may contain images.
+            # Only the owner may read the file, because it may contain images.
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             with contextlib.closing(self._connect()) as connection:
-                # Before the table exists; later SQLite would have to rewrite the file.
+                # Set auto_vacuum before the table exists. Later, SQLite would have to rewrite the
+                # whole file.
                 connection.execute("pragma auto_vacuum = incremental")
                 connection.execute("pragma journal_mode = wal")
                 connection.execute(_TABLE)
@@ -144,12 +145,12 @@ class RequestLog:
             rows, is_over = self._next_rows()
             try:
                 self._write(rows)
-            except Exception as error:  # Such as a full disk, which must not stop the server.
+            except Exception as error:  # For example, the disk is full.
                 logger.error("%d rows of the request log are lost: %s", len(rows), error)
                 self._num_failed += len(rows)
 
     def _next_rows(self) -> tuple[list[_Row], bool]:
-        """Waits for rows; returns at most a batch of them, and whether the log was closed."""
+        """Waits for rows; returns at most a batch of rows, and whether the log was closed."""
         rows: list[_Row] = []
         while len(rows) < _BATCH_SIZE:
             try:
@@ -166,7 +167,7 @@ class RequestLog:
             for version in dict.fromkeys(row.version for row in rows):
                 batch = [row for row in rows if row.version is version]
                 pixels = np.stack([row.pixels for row in batch])
-                # Padded to one size, so that JAX compiles once.
+                # Pad every batch to the same size, so that JAX compiles only once.
                 missing = _BATCH_SIZE - len(pixels)
                 padded = np.pad(pixels, [(0, missing), (0, 0), (0, 0), (0, 0)], mode="edge")
                 vectors = embeddings(version.predictor, padded)

@@ -1,4 +1,4 @@
-"""JSON responses of all protocols."""
+"""The JSON response that all protocols use."""
 
 from typing import Any
 

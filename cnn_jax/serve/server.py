@@ -40,7 +40,7 @@ class Options:
       max_batch: Maximum number of images in a batch.
       max_wait: Maximum seconds that an image waits for its batch to fill.
       poll: Seconds between two reads of the registry.
-      drain: Seconds that the server reports that it is not ready before it shuts down.
+      drain: Seconds for which the server reports that it is not ready before it shuts down.
     """
 
     host: str = "127.0.0.1"
@@ -54,7 +54,7 @@ class Options:
 
     @property
     def sizes(self) -> list[int]:
-        """The batch sizes to compile: powers of two."""
+        """The batch sizes to compile, which are powers of two."""
         return [1 << power for power in range(self.max_batch.bit_length())]
 
 
@@ -64,13 +64,14 @@ def run(
     tokens: Tokens | None = None,
     request_log: RequestLog | None = None,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C; the requests in flight are answered before the end.
+    """Serves until SIGTERM or Ctrl-C, then answers the requests in flight and returns.
 
     Args:
       source: The source of the versions.
       options: The options.
-      tokens: The access tokens; None lets every client predict, and no client administer.
-      request_log: The log that records answers; None records nothing.
+      tokens: The access tokens. With None, every client may predict and no client may use the
+        administration API.
+      request_log: The log that records answers; with None, no answers are recorded.
 
     Raises:
       ConfigError: The server cannot listen on the address.
@@ -95,7 +96,7 @@ def run(
             if service.models.is_ready():
                 print(f"ready on http://{_url_host(host)}:{port}/", flush=True)
             elif isinstance(source, BundleSource):
-                server.should_exit = True  # A retry would fail again.
+                server.should_exit = True  # A retry with the same bundle would fail too.
                 return
             await loader.follow(options.poll)
 
@@ -118,7 +119,8 @@ def run(
     if hangs:
         logger.error("the device does not answer")
     if hangs or loader.is_busy:
-        # Python would wait for a thread that hangs in a network call or a compiler, or crash.
+        # End the process at once. A normal exit of Python would wait for a thread that hangs in a
+        # network call or a compiler, or it would crash.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(1 if hangs else 0)
@@ -127,7 +129,10 @@ def run(
 
 
 def _listen(options: Options) -> socket.socket:
-    """Opens the listening socket, before anything slow, so that a used port is reported at once."""
+    """Opens the listening socket.
+
+    The server calls this before any slow step, so that a port in use is reported at once.
+    """
     try:
         family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((options.host, options.port), family=family, backlog=1024)
@@ -137,5 +142,5 @@ def _listen(options: Options) -> socket.socket:
 
 
 def _url_host(host: str) -> str:
-    """Returns a host as URLs contain it: an IPv6 address in brackets."""
+    """Returns a host in the form for URLs, which puts an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host

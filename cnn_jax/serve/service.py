@@ -1,4 +1,4 @@
-"""The service behind all protocols: selects a version and predicts the classes of images."""
+"""The service that all protocols use: selects a version and predicts the classes of images."""
 
 import contextlib
 import dataclasses
@@ -18,11 +18,11 @@ from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.versions import Version
 from cnn_jax.system.errors import DataError
 
-# The number of a version in a path.
+# The number of a version in the path of a URL.
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
-# Maximum number of unloaded versions of a model whose state is kept.
+# Maximum number of unloaded versions of a model whose state is remembered.
 _MAX_ENDED = 20
-# The states of a version, with TensorFlow Serving's names.
+# The states of a version. The names are from TensorFlow Serving.
 LOADING, AVAILABLE, UNLOADING, END = "LOADING", "AVAILABLE", "UNLOADING", "END"
 
 
@@ -33,9 +33,10 @@ class Answer:
     Attributes:
       probabilities: float32 [classes].
       pixels: The network's input, uint8 [height, width, 3].
-      explanation: The map of the most probable class, float32 [height, width], if requested.
+      explanation: The explanation map of the most probable class, float32 [height, width]; None
+        if it was not requested.
       decode_seconds: The decoding time.
-      queue_seconds: The time that the image waited, for a decoder thread and for the device.
+      queue_seconds: The time that the image waited for a decoder thread and for the device.
       compute_seconds: The run time of the image's batch.
       batch_size: The number of images in that batch.
     """
@@ -54,11 +55,12 @@ class Models:
 
     def __init__(self):
         self._versions: dict[str, dict[int, Version]] = {}
-        # The first alias of a model selects its default version.
+        # The version of a model's first alias is the default version of the model.
         self._aliases: dict[str, dict[str, int]] = {}
-        # State and problem by version; the problem is "" if there is none.
+        # (state, problem) by version. The problem is the reason why a version could not be loaded,
+        # or "".
         self._states: dict[str, dict[int, tuple[str, str]]] = {}
-        # The server is ready when all of these models are ready.
+        # The models that must be ready for the server to be ready.
         self._required: set[str] = set()
 
     @property
@@ -66,7 +68,10 @@ class Models:
         return list(self._states)
 
     def is_ready(self, model: str | None = None) -> bool:
-        """Whether the default version of a model, or of every required model, is loaded."""
+        """Returns whether a model is ready; without a name, whether all required models are ready.
+
+        A model is ready if its default version is loaded.
+        """
         names = self._required if model is None else {model}
         return bool(names) and all(self.default(name) is not None for name in names)
 
@@ -94,9 +99,9 @@ class Models:
         """Returns a loaded version.
 
         Args:
-          model: The name of the model; may be None if there is one model.
+          model: The name of the model. It may be None if the server has only one model.
           version: The number of the version.
-          alias: An alias instead of a number. Without both, the default version is returned.
+          alias: An alias instead of a number. If both are None, the default version is returned.
 
         Raises:
           Refused: The model or version does not exist or is not loaded.
@@ -104,7 +109,7 @@ class Models:
         if not self.names:
             raise Refused(503, "not_ready", "the server is starting", retry_after="1")
         if model is None:
-            # A model that has never been ready does not make the choice ambiguous.
+            # Ignore models that have never been ready, unless there are no other models.
             names = [name for name in self.names if self.default(name)] or self.names
             if len(names) != 1:
                 raise Refused(400, "no_model", f"name a model: one of {', '.join(names)}")
@@ -125,7 +130,7 @@ class Models:
         return default
 
     def default(self, model: str) -> Version | None:
-        """Returns the version for requests without a version or alias; None if not loaded."""
+        """Returns the default version of a model, or None if it is not loaded."""
         numbers = list(self._aliases.get(model, {}).values())
         return self._versions.get(model, {}).get(numbers[0]) if numbers else None
 
@@ -136,18 +141,18 @@ class Models:
     # Methods of the loader.
 
     def add_model(self, model: str, is_required: bool) -> None:
-        """Adds a model without versions.
+        """Adds a model that has no versions yet.
 
         Args:
           model: The name of the model.
-          is_required: Whether the server is ready only if this model is ready.
+          is_required: Whether this model must be ready for the server to be ready.
         """
         self._states.setdefault(model, {})
         if is_required:
             self._required.add(model)
 
     def set_state(self, model: str, number: int, state: str, problem: str = "") -> None:
-        """Sets the state of a version, and the reason why it could not be loaded."""
+        """Sets the state of a version, and the reason if the version could not be loaded."""
         states = self._states.setdefault(model, {})
         states.pop(number, None)
         states[number] = state, problem
@@ -156,22 +161,22 @@ class Models:
             del states[oldest]
 
     def remove_model(self, model: str) -> None:
-        """Removes a model whose versions have been removed."""
+        """Removes a model, after all versions of the model have been removed."""
         for values in (self._versions, self._aliases, self._states):
             values.pop(model, None)
         self._required.discard(model)
 
     def add_version(self, version: Version) -> None:
-        """Makes a version available under its number."""
+        """Makes a loaded version available to requests under the version's number."""
         self._versions.setdefault(version.model, {})[version.number] = version
         self.set_state(version.model, version.number, AVAILABLE)
 
     def set_aliases(self, model: str, aliases: Mapping[str, int]) -> None:
-        """Sets the aliases of a model; the first alias selects the default version."""
+        """Sets the aliases of a model; the version of the first alias is the default version."""
         self._aliases[model] = dict(aliases)
 
     def remove_version(self, model: str, number: int) -> Version:
-        """Removes and returns a version; only requests in flight still use it."""
+        """Removes and returns a version, which then only requests in flight still use."""
         self.set_state(model, number, UNLOADING)
         return self._versions[model].pop(number)
 
@@ -205,7 +210,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request, version: Version) -> AsyncIterator[bytes]:
-        """Reads the body of a request; holds the body and the version until the context ends.
+        """Reads the body of a request, and keeps body and version in memory inside the context.
 
         Raises:
           Refused: The body is too large, too slow or encoded, or too many bodies are in memory.
@@ -223,12 +228,15 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a load balancer should send requests: all required models are ready."""
+        """Returns whether a load balancer should send requests to this server.
+
+        This requires that all required models are ready.
+        """
         return self.is_serving and self.models.is_ready()
 
     @property
     def is_serving(self) -> bool:
-        """Whether loaded versions can answer: the server is not ending and no batch hangs."""
+        """Returns whether the server can answer: it is not shutting down, and no batch hangs."""
         return not self.is_shutting_down and self.engine.is_alive
 
     def begin_shutdown(self) -> None:
@@ -253,14 +261,14 @@ class Service:
         """Predicts the classes of images.
 
         Args:
-          version: The version, held by the caller.
-          images: Image files, or pixels, uint8 [h, w, 3].
-          request: The request of the images. Its state has the request id, and the deadline in
-            seconds of `time.monotonic`.
-          explain: Whether to compute the map of each image.
+          version: The version to use. The caller keeps it in memory with `Version.hold`.
+          images: For each image, an image file or pixels, uint8 [h, w, 3].
+          request: The request that contains the images. The request's state has the request id,
+            and the deadline in seconds of `time.monotonic`.
+          explain: Whether to compute the explanation map of each image.
 
         Returns:
-          One answer per image, or the error of an image that cannot be used.
+          An answer for each image; for an image that cannot be used, an error.
 
         Raises:
           Refused: The request has too many images, or none.
@@ -290,7 +298,7 @@ class Service:
     def _make_answer(
         self, version: Version, computed: Computed, request: Request, explain: bool
     ) -> Answer:
-        """Returns the answer, and adds it to the metrics and the request log."""
+        """Makes the answer for an image, and records it in the metrics and the request log."""
         probabilities, explanation = computed.result if explain else (computed.result, None)
         predicted = version.class_names[int(np.argmax(probabilities))]
         self.metrics.predictions.labels(version.model, version.number, predicted).inc()
@@ -313,10 +321,10 @@ def probability_rows(answers: Sequence[Answer | DataError], name: str) -> list[n
 
     Args:
       answers: The answers of the service.
-      name: The protocol's name for an image, for the error message.
+      name: The word for an image in the protocol, for the error message.
 
     Returns:
-      float32 [classes] per image.
+      For each image, float32 [classes].
 
     Raises:
       Refused: An image cannot be used.
@@ -331,7 +339,7 @@ def probability_rows(answers: Sequence[Answer | DataError], name: str) -> list[n
 
 
 def image_refusal(error: DataError) -> Refused:
-    """Converts the error of an image to an HTTP error."""
+    """Converts the error of an image that cannot be used to an HTTP error."""
     if isinstance(error, decode.TooManyPixelsError):
         return Refused(413, "too_many_pixels", f"the image {error}")
     if isinstance(error, decode.UnknownFormatError):

@@ -1,9 +1,9 @@
 """TensorFlow Serving's REST protocol.
 
-It implements status, metadata and predict of TensorFlow Serving's page "RESTful API". An instance
-is an image file in base64, `{"b64": "..."}`, or nested lists of grey levels,
-[height, width, 3] of any size. An instance may also be an object with the key "image", the name
-of the input.
+The server implements status, metadata and predict as TensorFlow Serving's page "RESTful API"
+describes them. An instance is an image file in base64, `{"b64": "..."}`, or nested lists of grey
+levels, [height, width, 3] of any size. An instance may also be an object that has the image under
+the key "image", which is the name of the input.
 """
 
 from typing import Any
@@ -87,7 +87,7 @@ def make_router(service: Service) -> APIRouter:
     async def predict_alias(request: Request, model: str, alias: str) -> JSONResponse:
         return await predict(request, models.find(model, alias=alias))
 
-    # Registered first, because {model} of the routes below would match the verb too.
+    # Register these routes first, because {model} in the routes below would also match the verb.
     for path in ("/{model}", "/{model}/versions/{version}", "/{model}/labels/{alias}"):
 
         @router.api_route(f"{path}:{{verb}}", methods=["GET", "POST"], include_in_schema=False)
@@ -132,7 +132,7 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _images(body: bytes) -> tuple[list[bytes | np.ndarray], str]:
-    """Returns the images of a request, and the key of the answer.
+    """Returns the images in the body of a request, and the key of the predictions in the answer.
 
     Raises:
       Refused: The body is not a request of this protocol.

@@ -1,4 +1,4 @@
-"""Access tokens: bearer tokens (RFC 6750) and their roles, from a file."""
+"""Reads access tokens, which are bearer tokens (RFC 6750), and their roles from a file."""
 
 import hashlib
 import hmac
@@ -12,35 +12,35 @@ logger = logging.getLogger(__name__)
 
 # The roles of tokens. The role "admin" includes "predict".
 ROLES = ("predict", "admin")
-# Minimum seconds between two checks of the file.
+# Minimum seconds between two checks whether the file has changed.
 _CHECK_SECONDS = 1.0
 _MIN_CHARACTERS = 16
 
 
 class Tokens:
-    """The tokens of a file, which is read again when it changes.
+    """The access tokens in a file; the file is read again when it changes.
 
-    A line is `predict TOKEN` or `admin TOKEN`. Empty lines and lines that begin with # are
-    ignored. If a changed file is invalid, the previous tokens stay valid.
+    Each line of the file is `predict TOKEN` or `admin TOKEN`. Empty lines and lines that begin
+    with # are ignored. If a changed file is invalid, the previous tokens stay valid.
 
     Attributes:
-      problem: The error of the changed file; "" if the file is valid.
+      problem: The error in the changed file; "" if the file is valid.
     """
 
     def __init__(self, path: pathlib.Path):
-        """Reads the file.
+        """Reads the tokens from a file.
 
         Raises:
           ConfigError: The file cannot be read, or a line is invalid.
         """
         self._path = path
-        self._version = _version(path)  # Before reading, so that no later change is missed.
+        self._version = _version(path)  # Before `_read`, so that no later change is missed.
         self._digests = _read(path)
         self._checked_at = time.monotonic()
         self.problem = ""
 
     def allow(self, header: str | None, role: str) -> bool | None:
-        """Checks a request's Authorization header.
+        """Checks whether the Authorization header of a request gives access.
 
         Args:
           header: The header's value, or None.
@@ -53,7 +53,7 @@ class Tokens:
         scheme, _, token = (header or "").partition(" ")
         digest = _digest(token.strip())
         found = set()
-        # Compare all tokens, so that the time does not depend on the token that matches.
+        # Always compare all tokens, so that the time does not reveal which token matches.
         for token_role, token_digest in self._digests:
             if hmac.compare_digest(digest, token_digest):
                 found.add(token_role)
@@ -85,7 +85,8 @@ def _version(path: pathlib.Path) -> tuple[int, int, int] | None:
 
 
 def _digest(token: str) -> bytes:
-    # Digests have equal lengths, which a comparison in constant time needs.
+    # Digests are compared instead of tokens, because a comparison in constant time needs values of
+    # equal length.
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 

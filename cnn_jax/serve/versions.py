@@ -1,8 +1,8 @@
 """A loaded version of a model, compiled and ready to answer requests.
 
-A new version is read, verified, compiled and run on a background thread. Then new requests use
-it. Requests that started with the old version finish with the old version, which is freed after
-the last of them.
+A new version is read, verified, compiled and run on a background thread. Then new requests use the
+new version. Requests that started with the old version finish with the old version. After the last
+of these requests, the old version is freed.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.serve.engine import Program, time_program
 from cnn_jax.system.errors import BundleError
 
-# The compiled batch sizes.
+# The batch sizes to compile by default.
 SIZES = (1, 2, 4, 8, 16, 32)
 # The sum of an image's probabilities may differ from 1 by this much.
 _TOLERANCE = 1e-3
@@ -36,10 +36,10 @@ class Version:
       model: The name of the model.
       number: The number of the version, 1 or more.
       predictor: The bundle's predictor.
-      preprocessing: The bundle's preprocessing, with the server's limit of pixels.
-      predict_program: Returns the probabilities of each image, float32 [classes].
-      explain_program: Returns (probabilities, map) of each image: the map of the most probable
-        class, float32 [height, width].
+      preprocessing: The bundle's preprocessing, with the server's limit on the pixels of an image.
+      predict_program: The program that returns the probabilities of each image, float32 [classes].
+      explain_program: The program that returns (probabilities, map) of each image. The map
+        explains the most probable class, float32 [height, width].
       metrics: The bundle's metrics by split.
       digest: The bundle's digest.
       load_time: When the version was loaded, in seconds since the epoch.
@@ -62,7 +62,7 @@ class Version:
         return self.predictor.class_names
 
     def read(self, image: bytes | np.ndarray) -> Pixels:
-        """Returns an image as the network's input, uint8 [height, width, 3].
+        """Decodes and resizes an image to the network's input, uint8 [height, width, 3].
 
         Args:
           image: The content of an image file, or pixels, uint8 [h, w, 3] or [h, w].
@@ -78,7 +78,7 @@ class Version:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator["Version"]:
-        """Counts a request that uses the version inside the context."""
+        """Counts a request as using the version while the context lasts."""
         self.in_use += 1
         try:
             yield self
@@ -95,19 +95,19 @@ def make_version(
     sizes: Sequence[int] = SIZES,
     loaded: Sequence[Version] = (),
 ) -> Version:
-    """Compiles, runs and checks a bundle, which takes seconds.
+    """Makes a version: compiles, runs and checks a bundle, which takes seconds.
 
-    If a loaded version has the same network, compilation and timing are reused, so that the
-    requests in flight are hardly delayed.
+    If a loaded version has the same network, its compiled programs and measured times are reused.
+    This avoids a delay of the requests in flight.
 
     Args:
       model: The name of the model.
       number: The number of the version.
       bundle: The bundle.
       digest: The bundle's digest.
-      max_pixels: Maximum pixels of an image; the bundle's own limit applies too.
+      max_pixels: The server's limit on the pixels of an image. The bundle's limit applies too.
       sizes: The batch sizes to compile.
-      loaded: The loaded versions of all models.
+      loaded: The loaded versions of all models, whose programs may be reused.
 
     Raises:
       BundleError: The weights do not fit the network, or its outputs are not probabilities.
@@ -147,7 +147,7 @@ def make_version(
 def _has_programs(
     version: Version, predictor: BundlePredictor, preprocessing: Preprocessing, sizes: Sequence[int]
 ) -> bool:
-    """Whether a version's compiled programs fit a predictor, which may have other weights."""
+    """Returns whether a version's compiled programs can run a predictor with other weights."""
     return (
         version.predictor.model == predictor.model
         and version.predictor.preprocessing == predictor.preprocessing
