@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import jax
 
-# The number of steps before the trace, which compile programs and fill queues, and the number
-# of steps in the trace.
+# The number of steps before the trace starts, in which programs are compiled and queues are
+# filled; and the number of steps in the trace.
 _WARM_UP_STEPS, _TRACED_STEPS = 10, 5
 
 
 class Trace:
-    """Records a few steps of a run to a folder."""
+    """Records a trace of a few training steps and writes it to a folder."""
 
     def __init__(self, folder: pathlib.Path | None):
         """Prepares a trace.
@@ -29,8 +29,8 @@ class Trace:
         """A context for the dispatch of one execution.
 
         Args:
-          first: The number of the execution's first step.
-          count: The number of its steps.
+          first: The step number of the execution's first step.
+          count: The number of steps in the execution.
         """
         if self._folder is None or self._traced >= _TRACED_STEPS:
             yield
