@@ -164,7 +164,7 @@ def check_apart(workdir: pathlib.Path, source: str) -> None:
 
 
 def _this_process() -> dict[str, Any]:
-    """The number of this process and the name of its host."""
+    """Returns the process id of this process and the name of its host."""
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
 

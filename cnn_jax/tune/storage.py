@@ -146,7 +146,7 @@ def _without_passwords(url: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the error message of the database, without SQLAlchemy's text, on one line."""
+    """Returns the message of an error's original cause, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return printable(" ".join(str(error).split())) or type(error).__name__
