@@ -64,7 +64,7 @@ def _sweep() -> None:
     """
     found = []
     for path in own_entries().get(COMPILED, []):
-        with contextlib.suppress(OSError):  # Another process has removed it.
+        with contextlib.suppress(OSError):  # Another process has removed the file.
             status = path.stat()
             # Most systems update the time of access once a day, and some never.
             found.append((max(status.st_atime, status.st_mtime), status.st_size, path))

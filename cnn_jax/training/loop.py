@@ -684,7 +684,7 @@ def _improvements(history: History, monitor: str) -> set[int]:
 
 
 def _patience_is_over(history: History, config: Config) -> bool:
-    """Whether the last `train.patience` epochs did not improve the monitored metric."""
+    """Returns whether the last `train.patience` epochs did not improve the monitored metric."""
     best = best_record(history, config.train.monitor)
     return best is not None and len(history) - best["epoch"] >= config.train.patience
 

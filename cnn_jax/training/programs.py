@@ -240,11 +240,11 @@ class MemoryEstimate:
         return None
 
     def error(self, available: float, has: str = "has") -> TrainingError:
-        """The error for a device that has only `available` bytes, with settings that would fit.
+        """Returns an out-of-memory error that names settings with which the step would fit.
 
         Args:
           available: The memory of the device, in bytes.
-          has: The verb of the message before the available memory.
+          has: The verb in the message before the number of available bytes.
         """
         if largest := self.largest_batch(available):
             advice = f"the largest train.batch_size that fits is about {largest}"

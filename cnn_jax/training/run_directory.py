@@ -127,14 +127,14 @@ def _open_lock(workdir: pathlib.Path) -> IO[str]:
 
 
 def _remove_empty(folders: Iterable[pathlib.Path]) -> None:
-    """Removes those of the folders, in the given order, that contain no files."""
+    """Removes the folders in the given order, except folders that contain files."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
-    """Whether a run has saved a checkpoint in this folder."""
+    """Returns whether a run has saved a checkpoint in this folder."""
     return any(entry.name.isdecimal() for entry in (workdir / _CHECKPOINTS).glob("*"))
 
 
@@ -169,7 +169,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _describe_holder(text: str) -> str:
-    """The process that has locked a folder, in words; empty if the lock file is not complete."""
+    """Describes the process that has locked a folder; empty if the lock file is incomplete."""
     try:
         holder = json.loads(text)
         return f" by process {holder['pid']} on {holder['host']} since {holder['since']}"
@@ -178,7 +178,7 @@ def _describe_holder(text: str) -> str:
 
 
 def _now() -> str:
-    """The time in UTC, in ISO format."""
+    """Returns the current time in UTC, in ISO format."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -377,7 +377,7 @@ def write_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
 
 
 def _json(value: Any, indent: str = "") -> str:
-    """JSON with an indent of one space; a list of numbers, such as a matrix row, is one line."""
+    """Formats JSON with an indent of one space; a list of numbers is written on one line."""
     inner = f"{indent} "
     if isinstance(value, Mapping) and value:
         parts = [

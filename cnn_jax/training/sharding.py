@@ -69,7 +69,7 @@ def start_processes(
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that prints and writes the files of the run."""
+    """Returns whether this process prints, and writes the files of the run."""
     return jax.process_index() == 0
 
 
@@ -254,7 +254,7 @@ def distribute(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def accelerator_bytes() -> int:
-    """The memory of one accelerator of this process, in bytes; 0 on a CPU or if unknown."""
+    """Returns the memory of one accelerator of this process, in bytes; 0 on a CPU or if unknown."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return 0
@@ -262,14 +262,14 @@ def accelerator_bytes() -> int:
 
 
 def device_bytes() -> int:
-    """The memory of one device, in bytes; 0 if unknown. CPU devices share the host's memory."""
+    """Returns the memory of one device, in bytes; 0 if unknown. CPU devices share the host's memory."""
     if jax.local_devices()[0].platform == "cpu":
         return memory_bytes() // jax.local_device_count()
     return accelerator_bytes()
 
 
 def free_device_bytes() -> int:
-    """The free memory of one device, in bytes."""
+    """Returns the free memory of one device, in bytes."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}

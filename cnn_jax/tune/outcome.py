@@ -114,7 +114,7 @@ def summarize(plan: Plan, study: Study) -> dict[str, Any]:
 
 
 def best_trial(plan: Plan, study: Study) -> FrozenTrial | None:
-    """Returns the first of the best completed trials; None if no trial is completed."""
+    """Returns the best completed trial (of equal trials, the first); None if there is none."""
     complete = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

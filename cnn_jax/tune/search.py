@@ -60,7 +60,7 @@ class SeededSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Draws the values of a trial from earlier trials; empty if there are too few trials."""
+        """Draws the values of a trial with the estimator; empty if there are too few earlier trials."""
         if trial.number == 0:
             return self._first
         return self._tpe(trial).sample_relative(study, trial, search_space)

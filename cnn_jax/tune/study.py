@@ -337,7 +337,7 @@ class _Worker:
                 gc.collect()
 
     def _check_failures(self) -> None:
-        """Raises TrainingError if all trials so far have failed and there are many."""
+        """Raises TrainingError if the first `_MAX_FAILURES` trials, or more, have all failed."""
         trials = [trial for trial in self._trials() if counts(trial) and trial.state.is_finished()]
         failed = [trial for trial in trials if trial.state == TrialState.FAIL]
         if len(failed) == len(trials) >= _MAX_FAILURES:

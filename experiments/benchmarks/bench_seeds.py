@@ -5,8 +5,8 @@
 
 A small network does not fill a GPU. Here K networks take a step on the same batch, each with
 its own dropout seed. The three ways are K single steps one after the other, one program with a
-loop (`jax.lax.map`), and one program for all K networks (`jax.vmap`). The table has the milliseconds of one
-step of one network, as medians. Compilation is not included.
+loop (`jax.lax.map`), and one program for all K networks (`jax.vmap`). The table has the median
+milliseconds of one step of one network. Compilation is not included.
 """
 
 import argparse

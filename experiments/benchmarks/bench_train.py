@@ -128,7 +128,7 @@ def without_failures(
 ) -> list[Process]:
     """Applies an action to each process, and returns the processes for which it succeeded.
 
-    The processes that failed are named on the terminal and closed.
+    Each process that fails is reported on stdout and closed.
 
     Raises:
       SystemExit: The first process, with which the others are compared, has failed.
