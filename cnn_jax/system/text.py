@@ -77,7 +77,7 @@ def table(
 ) -> str:
     """Returns a table with left-aligned names in the first column and right-aligned numbers.
 
-    A name that leaves too little room for the numbers stands on a line of its own.
+    A name that leaves too little room for the numbers is written on a separate line.
 
     Args:
       head: The names of the columns.

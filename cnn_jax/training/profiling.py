@@ -26,7 +26,7 @@ class Trace:
 
     @contextlib.contextmanager
     def steps(self, first: int, count: int) -> Iterator[None]:
-        """A context for the dispatch of one execution.
+        """Returns a context for the dispatch of one execution.
 
         Args:
           first: The step number of the execution's first step.

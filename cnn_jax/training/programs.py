@@ -199,7 +199,7 @@ def _all_finite(tree: PyTree) -> Bool[Array, ""]:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """The memory that a training step needs on one device, in bytes, as XLA counts it.
+    """The memory that a training step needs on one device, in bytes, as reported by XLA.
 
     Attributes:
       fixed: The memory of the state, and of the pixels if they are on the device.

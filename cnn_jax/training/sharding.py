@@ -262,7 +262,7 @@ def accelerator_bytes() -> int:
 
 
 def device_bytes() -> int:
-    """Returns the memory of one device, in bytes; 0 if unknown. CPU devices share the host's memory."""
+    """Returns one device's memory in bytes; 0 if unknown. CPU devices share the host's memory."""
     if jax.local_devices()[0].platform == "cpu":
         return memory_bytes() // jax.local_device_count()
     return accelerator_bytes()

@@ -56,7 +56,7 @@ class TrainState:
 
 
 def random_key(seed: int, purpose: int) -> PRNGKeyArray:
-    """The PRNG key of one purpose: `INIT`, `DROPOUT` or `MIX`."""
+    """Returns the PRNG key of one purpose: `INIT`, `DROPOUT` or `MIX`."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
@@ -165,7 +165,7 @@ class TrainStep:
         )
 
     def _keys(self, step: Array) -> Keys:
-        """The PRNG keys of one step, by purpose."""
+        """Returns the PRNG keys of one step, by purpose."""
         purposes = {"dropout": DROPOUT}
         if not self.mixing.is_identity():
             purposes["mix"] = MIX

@@ -60,7 +60,7 @@ class SeededSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Draws the values of a trial with the estimator; empty if there are too few earlier trials."""
+        """Draws the values of a trial with the estimator; empty if there are too few trials."""
         if trial.number == 0:
             return self._first
         return self._tpe(trial).sample_relative(study, trial, search_space)
@@ -140,7 +140,7 @@ def best_value(curve: Mapping[int, float], direction: StudyDirection) -> float |
 def is_promoted(value: float, others: Sequence[float]) -> bool:
     """Returns whether a trial continues after a rung: its value is in the best third.
 
-    Of one or two values only the best continues. A trial whose value
+    If there are one or two values, only the trial with the best value continues. A trial whose value
     equals the lowest promoted value also continues.
 
     Args:

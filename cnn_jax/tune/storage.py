@@ -43,7 +43,7 @@ def open_storage(url: str) -> BaseStorage:
     """Opens the storage at a URL, and creates missing tables.
 
     Raises:
-      ConfigError: The URL is not one of `FORMS`, or the driver is not installed.
+      ConfigError: The URL has none of the forms in `FORMS`, or the driver is not installed.
       StorageError: The storage cannot be opened.
     """
     try:

@@ -1,7 +1,7 @@
 """A study: a number of trials, each of which is a run that can be interrupted and resumed.
 
 Any number of workers make the same call, one after the other or at the same time, on one
-machine or on many. A worker locks the file of its trial in the study's folder. The system
+machine or on many machines. A worker locks the file of its trial in the study's folder. The system
 releases the lock when the process ends, so another worker can continue the trial of a
 killed worker, and two workers never run the same trial.
 """
@@ -48,7 +48,7 @@ from cnn_jax.training.run_directory import INDIFFERENT_KEYS, check_apart
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, base_values, configured, describe, short
 
-# A trial fails after this many starts without a newly saved step: a trial that needs more memory
+# A trial fails after this number of starts without a newly saved step: a trial that needs more memory
 # than the machine has would end every worker.
 _MAX_STARTS = 10
 # The study ends if all trials have failed and there are at least this many.
@@ -538,7 +538,7 @@ def _saved_step(folder: pathlib.Path) -> int:
 
 
 def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
-    """Returns the trial's value of a key, and draws it if the trial has none."""
+    """Returns the trial's value of a key; draws the value if the trial does not have it yet."""
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(key, distribution.choices)
     if isinstance(distribution, IntDistribution):

@@ -44,7 +44,7 @@ import psutil  # type: ignore[import-not-found]
 from PIL import Image
 
 # The compared packages are imported in functions: a process that measures one of them must
-# not have the others in its memory.
+# not have the other packages in its memory.
 
 BATCH_SIZE = 32
 SIDES = (224, 64)
@@ -65,7 +65,7 @@ class Pipeline:
     Attributes:
       name: The name in the table.
       kind: The name of the required module: "cnn_jax", "torch" or "tensorflow".
-      residency: The `residency` of `open_dataset`, or for TensorFlow "memory" or "none".
+      residency: The argument `residency` of `open_dataset`; for TensorFlow "memory" or "none".
       workers: The number of worker processes.
       antialias: Whether TensorFlow resizes with antialiasing.
     """

@@ -4,7 +4,7 @@
 
 The same training step runs on the same global batch on 1, 2, 4 and 8 devices. On a CPU all
 devices share the cores of one machine. The costs of dividing (collective operations,
-smaller matrices) make several devices slower than one. But XLA does not divide every
+smaller matrices) make several devices slower than one device. But XLA does not divide every
 operation among all cores, so one device leaves cores idle; this makes several devices faster.
 
 All cases take turns in one process, so that other load on the machine affects all of them.

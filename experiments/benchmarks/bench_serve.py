@@ -57,7 +57,7 @@ _BOUNDARY = "a-boundary-that-is-in-no-image"
 def make_bundle(
     path: pathlib.Path, side: int, seed: int = 0, description: dict[str, Any] = MODEL
 ) -> None:
-    """Writes an untrained network of the specification, which is as fast as a trained one."""
+    """Writes an untrained network of the specification, which is as fast as a trained network."""
     model = make_model(description, 10, "float32")
     write_bundle(
         Bundle(

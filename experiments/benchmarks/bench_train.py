@@ -19,7 +19,7 @@ written after each shape.
 
 "memory kept" means that the C library keeps freed memory, as in the training command
 (`cnn_jax.system.runtime`). The variants of this project, each without one optimisation
-(`peers.py`), also keep it. PyTorch becomes faster by this too, so it is measured both ways.
+(`peers.py`), also keep it. PyTorch also becomes faster with kept memory, so it is measured with and without.
 "best peer" is the fastest peer except plain Linen, with its default settings, so without
 kept memory. (The JSON also has the ratio in which neither keeps it.) "floor" is the shortest
 possible time by `experiments/benchmarks/roofline.py`.
@@ -131,7 +131,7 @@ def without_failures(
     Each process that fails is reported on stdout and closed.
 
     Raises:
-      SystemExit: The first process, with which the others are compared, has failed.
+      SystemExit: The first process, with which the other processes are compared, failed.
     """
     working = []
     for process in processes:

@@ -46,7 +46,7 @@ from bench_serve import (
 
 from cnn_jax.registry.registry import Registry
 
-# The largest number of requests in flight; each has its own connection.
+# The maximum number of requests in flight; each request has its own connection.
 _MAX_IN_FLIGHT = 512
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# Of this many kills during saves, one kill is aimed at the bundle.
+# The fraction 1 / _BUNDLE_SHARE of the kills during saves is aimed at the bundle.
 _BUNDLE_SHARE = 6
 _POLL_SECONDS = 0.001
 
