@@ -11,7 +11,7 @@ _SIMILARITY = 0.75
 
 
 class _OneLine(BaseException):
-    """An exception that a notebook shows without a traceback."""
+    """An exception that a notebook shows as one line, without a traceback."""
 
     def _render_traceback_(self) -> list[str]:  # IPython calls this method.
         return [f"{type(self).__name__}: {self}"]

@@ -205,7 +205,7 @@ class _Run:
     heartbeat: Heartbeat
 
     def execution_length(self, step: int) -> int:
-        """The number of steps to dispatch at once from this step on.
+        """Returns the number of steps to dispatch together, starting at `step`.
 
         The number is train.steps_per_execution if an execution of this length starts at this
         step and ends within the epoch, else 1. The number depends only on the step, so that a
@@ -252,7 +252,7 @@ def _make_run(
 
 
 def _default_execution_length(on_device: bool) -> int:
-    """The number of steps in an execution if train.steps_per_execution is 0.
+    """Returns the number of steps in an execution if train.steps_per_execution is 0.
 
     If the images are on an accelerator, a step may take less time than its dispatch. On a CPU
     a step takes longer than its dispatch.
@@ -550,7 +550,7 @@ def _save(run: _Run, progress: _Progress) -> None:
 
 
 def _best_variables(run: _Run, progress: _Progress) -> PyTree:
-    """The network's variables of the best epoch, on the host.
+    """Returns the network's variables of the best epoch, as arrays on the host.
 
     Raises:
       TrainingError: There is no checkpoint at the end of an epoch, or it is damaged.
@@ -603,7 +603,7 @@ class _Clock:
         self._images += images
 
     def images_per_second(self) -> float:
-        """The speed between the clock's last restart and the last finished execution."""
+        """Returns the images per second from the last restart to the last finished execution."""
         return self._images / max(self._last_step - self._start, 1e-9)
 
     def seconds(self) -> float:

@@ -31,7 +31,7 @@ def cross_entropy(
 def example_weights(
     class_weights: Float[Array, " classes"], targets: Targets
 ) -> Float[Array, " batch"]:
-    """The weight of each example: the mean of the class weights, weighted by its target.
+    """Returns the weight of each example: the mean of the class weights, weighted by its target.
 
     If the target is a single class, the result is the weight of that class.
     """

@@ -116,7 +116,7 @@ def _per_class(
 
 
 def summarize(confusion: np.ndarray, loss_sum: float) -> dict[str, float]:
-    """Accuracy, macro precision, recall and F1 (means over all classes), and mean loss.
+    """Returns accuracy, macro precision, recall and F1 (means over all classes), and mean loss.
 
     All metrics of an empty confusion matrix are 0.
 
@@ -142,7 +142,7 @@ def half_width(interval: Sequence[float]) -> float:
 
 
 def wilson_interval(successes: float, count: float) -> tuple[float, float]:
-    """The 95 % confidence interval of a fraction (Wilson 1927).
+    """Returns the 95 % confidence interval of a fraction (Wilson 1927).
 
     `scipy.stats.binomtest` computes the same interval, but accepts only integers.
 
@@ -227,7 +227,7 @@ def confidence_intervals(
 def full_report(
     confusion: np.ndarray, losses: Float[np.ndarray, " n"], class_names: list[str]
 ) -> dict[str, Any]:
-    """All metrics of a split, their confidence intervals and the confusion matrix, for JSON.
+    """Returns all metrics of a split, with confidence intervals and the confusion matrix.
 
     Args:
       confusion: int [classes, classes], rows are true classes.

@@ -54,7 +54,7 @@ class Trace:
             jax.profiler.stop_trace()
 
     def describe(self) -> str | None:
-        """A message for the user after the last step; None if no trace was requested."""
+        """Returns a message for the user after the last step; None if no trace was requested."""
         if self._folder is None:
             return None
         if not self._traced:

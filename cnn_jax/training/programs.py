@@ -31,7 +31,7 @@ _ROUND_BATCH = 8
 def make_train_step(
     config: Config, model: nn.Module, schedule: optax.Schedule, dataset: Dataset
 ) -> TrainStep:
-    """The training step of a run.
+    """Returns the training step of a run.
 
     Args:
       config: The resolved configuration.
@@ -221,14 +221,14 @@ class MemoryEstimate:
         return self.fixed + self.per_example * self.batch_size / (self.data_devices * self.parts)
 
     def largest_batch(self, available: float) -> int:
-        """The largest global batch size that fits into `available` bytes; 0 if no batch fits."""
+        """Returns the largest global batch size that fits into `available` bytes; 0 if none fits."""
         examples = max(0, int((available - self.fixed) / self.per_example))
         if examples >= 2 * _ROUND_BATCH:
             examples -= examples % _ROUND_BATCH
         return examples * self.data_devices * self.parts
 
     def fewest_parts(self, available: float) -> int | None:
-        """The smallest number of parts with which the batch fits into `available` bytes, or None.
+        """Returns the smallest number of parts with which the batch fits, or None if none fits.
 
         A number of parts must divide the number of examples on a device.
         """

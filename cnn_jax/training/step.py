@@ -31,7 +31,7 @@ ExtraLoss = Callable[[Array, Array], Float[Array, " batch"]]
 
 @flax.struct.dataclass
 class TrainState:
-    """The arrays that a step changes.
+    """The arrays that a training step reads and updates.
 
     The fields are typed loosely because JAX also builds trees of shapes and of
     shardings from this class.

@@ -140,8 +140,8 @@ def best_value(curve: Mapping[int, float], direction: StudyDirection) -> float |
 def is_promoted(value: float, others: Sequence[float]) -> bool:
     """Returns whether a trial continues after a rung: its value is in the best third.
 
-    If there are one or two values, only the trial with the best value continues. A trial whose value
-    equals the lowest promoted value also continues.
+    If there are one or two values, only the trial with the best value continues. A trial whose
+    value equals the lowest promoted value also continues.
 
     Args:
       value: The result of `merit` for the trial; larger is better.

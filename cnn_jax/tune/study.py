@@ -48,8 +48,8 @@ from cnn_jax.training.run_directory import INDIFFERENT_KEYS, check_apart
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, base_values, configured, describe, short
 
-# A trial fails after this number of starts without a newly saved step: a trial that needs more memory
-# than the machine has would end every worker.
+# A trial fails after this number of starts without a newly saved step: a trial that needs more
+# memory than the machine has would end every worker.
 _MAX_STARTS = 10
 # The study ends if all trials have failed and there are at least this many.
 _MAX_FAILURES = 10
@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 
 class Pruned(Exception):  # noqa: N818  (a pruned trial is not an error)
-    """A trial ends early, because other trials were better at this epoch."""
+    """Raised to end a trial early, because other trials were better at this epoch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,7 +384,7 @@ class _Worker:
         return is_held and self._trials()[number].state == TrialState.RUNNING
 
     def _new_trial(self) -> int:
-        """Adds a trial that belongs to this folder from the start, and returns its number."""
+        """Adds a trial that belongs to this folder, and returns the number of the trial."""
         claim = uuid.uuid4().hex
         attributes = {
             **{"place": self.folder_id, "claim": claim, "host": socket.gethostname()},

@@ -69,7 +69,7 @@ class Peer:
         raise NotImplementedError
 
     def predict(self) -> np.ndarray:
-        """Returns the probabilities, float32 [B, C], of the images; images and result are in host memory."""
+        """Returns the probabilities, float32 [B, C], of the images, as an array in host memory."""
         raise NotImplementedError
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
