@@ -221,7 +221,7 @@ class MemoryEstimate:
         return self.fixed + self.per_example * self.batch_size / (self.data_devices * self.parts)
 
     def largest_batch(self, available: float) -> int:
-        """Returns the largest global batch size that fits into `available` bytes; 0 if none fits."""
+        """Returns the largest global batch that fits into `available` bytes; 0 if none fits."""
         examples = max(0, int((available - self.fixed) / self.per_example))
         if examples >= 2 * _ROUND_BATCH:
             examples -= examples % _ROUND_BATCH

@@ -21,7 +21,7 @@ written after each shape.
 (`cnn_jax.system.runtime`). The variants of this project, each without one optimisation
 (`peers.py`), also keep it. PyTorch also becomes faster, so it is measured both ways.
 "best peer" is the fastest peer except plain Linen, with its default settings, so without
-kept memory. (The JSON also has the ratio without kept memory on both sides.) "floor" is the shortest
+kept memory. (The JSON also has the ratio without kept memory for both.) "floor" is the shortest
 possible time by `experiments/benchmarks/roofline.py`.
 
 --peer_python=PATH is the interpreter of another environment, for peers that cannot be
