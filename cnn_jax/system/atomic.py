@@ -22,11 +22,11 @@ def write_text(
 
     Args:
       path: The file.
-      text: Its content.
+      text: The content of the file.
       errors: The error handler of the encoding. A file name that is not UTF-8 has
         surrogates, which the default turns into the escapes of JSON.
-      durable: As for `replacing`.
-      shared: As for `replacing`.
+      durable: Whether the file is complete even after a power failure.
+      shared: Whether several processes may write the file at the same time.
     """
     write_bytes(path, text.encode("utf-8", errors), durable=durable, shared=shared)
 
@@ -43,7 +43,7 @@ def write_bytes(
 def replacing(
     path: pathlib.Path, *, durable: bool = True, shared: bool = False
 ) -> Iterator[IO[bytes]]:
-    """Opens a temporary file in the folder of `path`, which replaces `path` at the end.
+    """Opens a temporary file in the folder of `path`, and renames it to `path` at the end.
 
     After an exception `path` is unchanged and the temporary file is removed. A killed
     process leaves its temporary file: `.NAME.partial`, which the next write replaces, or
@@ -51,10 +51,10 @@ def replacing(
 
     Args:
       path: The file; its folder exists.
-      durable: Whether the file is complete even after a power failure, for which the
+      durable: Whether the file is complete even after a power failure, because the
         content is written to the disk before the file is renamed.
-      shared: Whether several processes may write the file at the same time. The last one
-        wins, and all users may read the file.
+      shared: Whether several processes may write the file at the same time. The content of
+        the last writer remains, and all users may read the file.
 
     Raises:
       OSError: The file cannot be written; the error has a file name.

@@ -1,4 +1,4 @@
-"""Parts that all commands share: start and end, flags, and output."""
+"""Functions that all commands share: start, exit, command-line flags and output."""
 
 import argparse
 import codecs
@@ -65,7 +65,7 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
         sys.stdout.reconfigure(errors="cnn_jax.escape")  # type: ignore[attr-defined]
     for name in _INTERRUPTS:
         signal.signal(name, interrupt)
-    are_all_done = False  # Whether all processes of the run have ended their work.
+    are_all_done = False  # Whether all processes of the run have finished.
     try:
         main(sys.argv[1:])
         code, are_all_done = 0, True
@@ -74,7 +74,7 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     except KeyboardInterrupt as error:
         print("interrupted" + (f": {error}" if error.args else ""), file=sys.stderr)
         code, are_all_done = if_interrupted, isinstance(error, Interrupted)
-    except BrokenPipeError:  # The reader of the output, such as `head`, has ended.
+    except BrokenPipeError:  # The program that reads stdout, such as `head`, has exited.
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         code = 0
     except OSError as error:
@@ -98,7 +98,7 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    r"""Replaces a character that the encoding of stdout does not have; an error handler.
+    r"""Replaces a character that the encoding of stdout lacks; a codec error handler.
 
     A byte of a file name that is not UTF-8 stays the same byte; any other character becomes
     an escape sequence, such as \u732b.
@@ -125,7 +125,7 @@ def columns() -> int:
 
 
 def fit(text: str, file: Any) -> str:
-    """Breaks a line between words if `file` (a text file or None) is a terminal."""
+    """Breaks a line to the terminal's width if `file` (a text file or None) is a terminal."""
     return fill(text, columns()) if file is not None and file.isatty() else text
 
 
@@ -156,7 +156,7 @@ def blocked_interrupts() -> Iterator[None]:
 
 
 def _has_other_processes() -> bool:
-    """Returns whether `jax.distributed` connects this process to others."""
+    """Returns whether `jax.distributed` connects this process to other processes."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
@@ -168,10 +168,10 @@ def _fail(message: str, code: int) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports a usage error in one line and suggests what was meant.
+    """A parser that reports a usage error in one line and suggests a correction.
 
-    A misspelt flag, choice or sub-command is reported before a missing one. `run` makes
-    exit code 2 of the error. Flags cannot be abbreviated.
+    A misspelt flag, choice or sub-command is reported before a missing flag. `run` exits with
+    code 2 after such an error. Flags cannot be abbreviated.
 
     Attributes:
       open_prefix: Flags that begin with this text are passed on by `parse_known_args`
@@ -198,14 +198,14 @@ class Parser(argparse.ArgumentParser):
         return flags
 
     def unexpected(self, argument: str) -> ConfigError:
-        """Returns the error for an argument without meaning, with the flag that was meant."""
+        """Returns the error for an unknown argument, with a suggestion of a similar flag."""
         flag, equals, value = argument.partition("=")
         near = self.suggest(flag) if flag.startswith("-") else None
         hint = f"did you mean {near}{equals}{value}?" if near else "see --help"
         return ConfigError(f"unexpected argument {argument!r}; {hint}")
 
     def suggest(self, flag: str) -> str | None:
-        """Returns the flag that was probably meant, or None."""
+        """Returns the known flag that is most similar to a misspelt flag, or None."""
         return closest(flag, self._option_string_actions)
 
     def error(self, message: str) -> NoReturn:

@@ -1,7 +1,7 @@
 """The folder in which JAX keeps compiled programs between runs.
 
-JAX writes and finds the programs itself, by a digest of the program, the options, its
-version and the kind of processor. This module chooses the folder, limits its size, and
+JAX writes and finds the programs itself, by a digest of the program, the options, the
+version of JAX and the kind of processor. This module chooses the folder, limits its size, and
 removes files that a killed process or a full disk has left incomplete.
 """
 
@@ -32,7 +32,7 @@ def keep_compiled() -> None:
     The function changes nothing if the user has configured JAX's cache (an empty
     JAX_COMPILATION_CACHE_DIR disables it) or if the folder cannot be used.
     """
-    # XLA cannot write programs with oneDNN's convolutions (`runtime.py`), which does no harm.
+    # XLA cannot write programs that use oneDNN (`runtime.py`). The warning needs no action.
     warnings.filterwarnings("ignore", message=_UNWRITABLE)
     # If only some of several processes found a program, the others would wait for them: XLA
     # exchanges its measurements on GPUs between the processes that compile.
@@ -51,20 +51,20 @@ def keep_compiled() -> None:
     _sweep()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # The caches of XLA keep parts of programs, which are useless beside whole programs.
+    # The caches of XLA keep parts of programs. They are useless because whole programs are kept.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     _repair_silently()
 
 
 def _sweep() -> None:
-    """Removes programs that were not used for long, and the oldest ones above the size limit.
+    """Removes programs that were not used for a long time, then the oldest above the size limit.
 
-    JAX can limit the size itself, but needs one more package for this and reads the whole
-    folder whenever it writes a file.
+    JAX itself can limit the size, but for this it needs an additional package, and it reads the
+    whole folder whenever it writes a file.
     """
     found = []
     for path in own_entries().get(COMPILED, []):
-        with contextlib.suppress(OSError):  # Another process has removed it.
+        with contextlib.suppress(OSError):  # Another process has removed the file.
             status = path.stat()
             # Most systems update the time of access once a day, and some never.
             found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
@@ -77,10 +77,10 @@ def _sweep() -> None:
 
 
 def _repair_silently() -> None:
-    """Removes the files of a program instead of showing JAX's warning about them.
+    """Removes unusable files of a compiled program instead of showing JAX's warning.
 
-    After such a warning JAX compiles the program as if it had no file, but never replaces
-    an incomplete file.
+    After such a warning JAX compiles the program as if no file existed, but never
+    replaces an incomplete file.
     """
     show = warnings.showwarning
 

@@ -1,7 +1,7 @@
 """The progress of a command on stderr.
 
-Progress is shown as lines, with a progress bar if stderr is a terminal. In a notebook it
-is one output that is updated in place.
+Progress is shown as lines, with a progress bar if stderr is a terminal. In a notebook
+the progress is a single output that is updated in place.
 """
 
 import os
@@ -30,13 +30,13 @@ _OPTIONAL_COLUMNS = (
 )
 # Minimum time between two updates of a notebook's output, in seconds.
 _UPDATE_SECONDS = 0.5
-_NOTEBOOK_WIDTH = 100  # Columns.
+_NOTEBOOK_WIDTH = 100  # The width in columns.
 # Number of the latest epochs that a notebook shows.
 _EPOCHS_SHOWN = 10
 
 
 def _fixed_column() -> rich.table.Column:
-    """Returns a column that a narrow terminal does not shorten; the bar becomes shorter."""
+    """Returns a column that keeps its width in a narrow terminal; the bar is shortened instead."""
     return rich.table.Column(no_wrap=True, min_width=11)
 
 
@@ -51,10 +51,10 @@ class Console:
     """Prints lines on stderr, and shows a progress bar if stderr is a terminal."""
 
     def __init__(self, *, is_silent: bool = False) -> None:
-        """Makes a console.
+        """Creates a console.
 
         Args:
-          is_silent: Whether to print nothing, as all but one of the processes of a run do.
+          is_silent: Whether to print nothing. Only one process of a run prints.
         """
         self._console = _Screen(
             stderr=True,
@@ -62,13 +62,13 @@ class Console:
             markup=False,
             quiet=is_silent,
             force_jupyter=False,
-            # A notebook's stderr claims to be a terminal; each update of a bar would be a line.
+            # A notebook's stderr claims to be a terminal; each update of a bar would be a new line.
             force_terminal=False if _is_notebook() else None,
         )
 
     @property
     def width(self) -> int | None:
-        """Columns of the terminal; None if lines may have any length."""
+        """The width of the terminal in columns; None if lines may have any length."""
         is_known = self._console.is_terminal or "COLUMNS" in os.environ
         return self._console.width if is_known else None
 
@@ -119,7 +119,7 @@ class Console:
         )
 
     def training(self, epochs: int, steps_per_epoch: int) -> "TrainingDisplay":
-        """Returns the display of a training with this many epochs."""
+        """Returns the progress display of a training run."""
         columns = [rich.progress.TextColumn("{task.fields[rate]}", table_column=_fixed_column())]
         progress = self._progress(*columns) if self._console.is_terminal else None
         return TrainingDisplay(self, progress, epochs, steps_per_epoch)
@@ -228,13 +228,13 @@ class TrainingDisplay:
         first_step: int,
         is_finished: bool = False,
     ) -> None:
-        """Prints the head of the table, and the lines of epochs of earlier starts.
+        """Prints the table header, and the lines of epochs from before the run was resumed.
 
         Args:
           history: The records of the finished epochs.
-          improvements: The numbers of the epochs that were better than all before.
+          improvements: The numbers of the epochs that were better than all earlier epochs.
           first_step: The step from which training continues.
-          is_finished: Whether no epoch is left.
+          is_finished: Whether all epochs are finished.
         """
         if is_finished:
             self._console.print(f"training is finished already, after step {first_step:,}")
@@ -246,7 +246,7 @@ class TrainingDisplay:
             self.epoch(record, is_best=record["epoch"] in improvements)
 
     def step(self, step: int, loss: float, images_per_second: float) -> None:
-        """Shows that `step` steps are done, and the loss of the last one."""
+        """Shows that `step` steps are done, the loss of the last step, and the speed."""
         epoch = min(step // self._steps_per_epoch + 1, self._epochs)
         rate = f"loss {loss:.3f}  {images_per_second:,.0f} img/s" if images_per_second else ""
         self._console.show_status(f"epoch {epoch}/{self._epochs}  step {step:,}  {rate}")

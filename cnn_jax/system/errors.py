@@ -1,24 +1,24 @@
-"""Errors that a person can act on: what is wrong, where, and what to do."""
+"""Errors for the user; each message says what is wrong, where, and what to do."""
 
 import contextlib
 import difflib
 import os
 from collections.abc import Iterable, Iterator
 
-# The least similarity (`difflib`, 0 to 1) of a name that is suggested. Less similar names
-# are mostly other words, such as model.width beside model.dense.
+# The minimum similarity (`difflib`, 0 to 1) of a suggested name. Below this value the names are
+# mostly different words, such as model.width and model.dense.
 _SIMILARITY = 0.75
 
 
 class _OneLine(BaseException):
-    """An exception that a notebook shows without a traceback."""
+    """An exception that a notebook shows as one line, without a traceback."""
 
-    def _render_traceback_(self) -> list[str]:  # IPython calls it.
+    def _render_traceback_(self) -> list[str]:  # IPython calls this method.
         return [f"{type(self).__name__}: {self}"]
 
 
 class UserError(_OneLine, Exception):
-    """An error outside the program; the message is one line.
+    """An error that the user can correct; the message is one line.
 
     A command prints the message without a traceback and exits with `exit_code`.
     """
@@ -62,9 +62,9 @@ class MissingBundleError(BundleError):
 
 @contextlib.contextmanager
 def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Adds the name of a file to each OSError inside the context that has none.
+    """Adds a file name to each OSError inside the context that has no file name.
 
-    Functions such as `write` only know a file descriptor.
+    Functions such as `write` know only a file descriptor, so their errors name no file.
     """
     try:
         yield
@@ -79,7 +79,7 @@ def printable(text: str) -> str:
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Returns the known name that is most similar to a probably misspelt name.
+    """Returns the known name that is most similar to a name that is probably misspelt.
 
     Upper and lower case are not distinguished.
 
@@ -88,7 +88,7 @@ def closest(name: str, known: Iterable[str]) -> str | None:
       known: All names that exist.
 
     Returns:
-      None if no name is similar enough.
+      The known name, or None if no name is similar enough.
     """
     return next(iter(_similar(name, known, 1)), None)
 

@@ -1,6 +1,6 @@
 """Options of XLA and of the C library that make training on a CPU faster.
 
-They change no result.
+The options do not change any result.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ def _is_known(name: str, value: str | bool) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Makes the C library keep the memory that a step on the CPU frees, for the next step.
+    """Makes the C library reuse the memory that a step on the CPU frees.
 
     By default glibc returns each large array to the system, which then clears new pages
     for the next step; this takes 10 to 50 % of a step's time. With another C library the

@@ -15,7 +15,7 @@ from cnn_jax.system import cli
 from cnn_jax.system.errors import Interrupted
 
 _NOTICE = b"\ninterrupted: stops as soon as it is safe; interrupt again to stop at once\n"
-_STDERR = 2  # The file descriptor.
+_STDERR = 2  # The file descriptor of stderr.
 
 
 class Interruption:
@@ -47,10 +47,10 @@ class Interruption:
         return self._is_requested()
 
     def stopping(self, track: Track, message: str) -> Track:
-        """Returns a `track` that raises Interrupted after a request, between two items.
+        """Returns a function like `track` that raises Interrupted between items after a request.
 
-        For parts of a run that have no state to save. With several processes it never
-        raises, because one process must not end without the others.
+        It is used for parts of a run that have no state to save. With several processes it
+        never raises, because one process must not end before the other processes.
 
         Args:
           track: The function to wrap.
@@ -75,11 +75,11 @@ def listen(deadline: float | None = None) -> Iterator[Interruption]:
 
     Args:
       deadline: The time of `time.monotonic` from which the end is requested without a
-        signal; None for no such time.
+        signal; None for no deadline.
     """
     interruption = Interruption(deadline)
     if threading.current_thread() is not threading.main_thread():
-        yield interruption  # Only the main thread may handle signals.
+        yield interruption  # Only the main thread may install signal handlers.
         return
 
     # With several processes JAX handles SIGTERM and informs all of them.
@@ -121,7 +121,7 @@ def _exit_on_second_signal(signals: Collection[int]) -> Iterator[None]:
     and a thread reads the pipe.
     """
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)  # `set_wakeup_fd` requires it.
+    os.set_blocking(writing, False)  # `signal.set_wakeup_fd` accepts only a non-blocking pipe.
 
     def watch() -> None:
         is_first = True

@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size  # Characters of some scripts take two columns.
 
-FACT_INDENT = 12  # Columns that `facts` uses for names.
+FACT_INDENT = 12  # The width in columns of the names in `facts`.
 
 
 def terminal_width(file: Any) -> int | None:
-    """The width of the terminal that a file writes to, in columns; $COLUMNS overrides it.
+    """Returns the width of a file's terminal in columns; $COLUMNS overrides the width.
 
     Returns:
-      None if lines may have any length: `file` is None or no terminal, and $COLUMNS is not set.
+      The width. None if lines may have any length: `file` is None or not a terminal, and
+      $COLUMNS is not set.
     """
     is_terminal = file is not None and file.isatty()
     return shutil.get_terminal_size().columns if is_terminal or "COLUMNS" in os.environ else None
@@ -49,12 +50,12 @@ def fill(text: str, width: int | None) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Cuts a text to at most `width` columns; "..." marks a cut."""
+    """Shortens a text to at most `width` columns; a shortened text ends with "..."."""
     return text if cell_len(text) <= width else set_cell_size(text, width - 3).rstrip() + "..."
 
 
 def facts(rows: Mapping[str, str], width: int | None) -> list[str]:
-    """Aligned lines with a name and a text.
+    """Returns aligned lines, each with a name and a text.
 
     Args:
       rows: The text of each name; it may have several lines.
@@ -74,9 +75,9 @@ def table(
     width: int | None,
     min_column: int = 0,
 ) -> str:
-    """A table with left-aligned names in the first column and right-aligned numbers.
+    """Returns a table with left-aligned names in the first column and right-aligned numbers.
 
-    A name that leaves too little room for the numbers stands on a line of its own.
+    A name that leaves too little room for the numbers is written on a separate line.
 
     Args:
       head: The names of the columns.

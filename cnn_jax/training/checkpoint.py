@@ -1,9 +1,9 @@
 """Checkpoints: the files from which training resumes, saved by Orbax.
 
 A checkpoint at step s contains the train state, the metrics of the unfinished epoch, and
-the history: one record for each finished epoch. Everything else follows from these: the
-position in the data, the best epoch, and the number of epochs without improvement. Kept are
-the latest checkpoints, the checkpoint of the best epoch, and the checkpoint before the best.
+the history: one record for each finished epoch. The position in the data, the best epoch, and the
+number of epochs without improvement are computed from this content. A run keeps the latest
+checkpoints, the checkpoint of the best epoch, and the checkpoint before the best.
 
 Orbax does not detect a flipped bit in an array. Each checkpoint therefore contains checksums
 of its arrays, which are verified before the arrays are used.
@@ -39,7 +39,7 @@ class DamagedCheckpointError(TrainingError):
 
 
 def best_record(history: History, monitor: str) -> dict[str, Any] | None:
-    """The record with the best value of `monitor`; the earliest if several are equal.
+    """Returns the record with the best value of `monitor`; of equal records, the earliest.
 
     Args:
       history: One record for each finished epoch.
@@ -52,9 +52,9 @@ def best_record(history: History, monitor: str) -> dict[str, Any] | None:
 
 
 def monitored_score(record: dict[str, Any], monitor: str) -> float:
-    """The monitored metric, negated if it is a loss, so that a larger score is better.
+    """Returns the monitored metric, negated if it is a loss, so that a larger score is better.
 
-    The score of a NaN is -inf.
+    If the metric is NaN, the score is -inf.
     """
     value = record[monitor]
     if math.isnan(value):
@@ -64,7 +64,7 @@ def monitored_score(record: dict[str, Any], monitor: str) -> float:
 
 @jax.jit
 def checksums(tree: PyTree) -> UInt32[Array, " arrays"]:
-    """A checksum of the bits of each array, independent of its division among devices.
+    """Returns a checksum of each array, the same for every division of the array among devices.
 
     A checksum is the sum, modulo 2**32, of a hash of each element's bits and position. Damage
     to one element always changes the checksum. Damage to several elements leaves it unchanged
@@ -92,9 +92,9 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 
 
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the latest checkpoints, the checkpoint of the best epoch, and the one before it.
+    """Keeps the latest checkpoints, the best checkpoint, and the checkpoint before the best.
 
-    If any of these is damaged, the run can resume from an earlier one.
+    If any of these is damaged, the run can resume from an earlier checkpoint.
     """
 
     def __init__(self, keep: int):
@@ -110,10 +110,10 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, without its check for preemption.
+    """Orbax's checkpoint manager, without the check for preemption.
 
-    The training loop checks JAX's preemption service itself. The service counts the calls, so
-    that Orbax's calls at other steps would change its answers.
+    The training loop checks JAX's preemption service itself. The service counts the
+    calls, and additional calls by Orbax would change the step at which it reports a preemption.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -129,7 +129,7 @@ class Saved:
       state: The train state.
       epoch_metrics: The metrics of the unfinished epoch.
       history: One record for each finished epoch.
-      seconds: The duration of the unfinished epoch until the checkpoint.
+      seconds: The time spent in the unfinished epoch before the checkpoint, in seconds.
     """
 
     step: int
@@ -143,13 +143,13 @@ class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, path: str | os.PathLike[str], monitor: str, keep: int = 2):
-        """Opens the folder, and creates it if it does not exist.
+        """Opens the folder of the checkpoints, and creates the folder if it does not exist.
 
         Args:
           path: The folder of the checkpoints.
           monitor: The key of the monitored metric, which decides which epoch is the best.
           keep: The number of latest checkpoints to keep, in addition to the checkpoint of the
-            best epoch and the one before it.
+            best epoch and the checkpoint before the best.
         """
         self._path = pathlib.Path(path).resolve()
         self._monitor = monitor
@@ -178,10 +178,10 @@ class Checkpoints:
           epoch_metrics: The metrics of the unfinished epoch.
           history: One record for each finished epoch.
           fingerprint: The fingerprint of the data set, for `check_data`.
-          seconds: The duration of the unfinished epoch until now.
+          seconds: The time spent in the unfinished epoch until now, in seconds.
 
         Raises:
-          TrainingError: This checkpoint or the previous one cannot be written.
+          TrainingError: This checkpoint or the previous checkpoint cannot be written.
         """
         best = best_record(history, self._monitor)
         self._policy.best = None if best is None else best["step"]
@@ -225,7 +225,7 @@ class Checkpoints:
     def _failure_to_save(self) -> Iterator[None]:
         """Converts an error of Orbax to a one-line TrainingError.
 
-        An error of a save in the background is raised by the next call of Orbax.
+        Orbax reports the error of a background save when one of its methods is called next.
         """
         try:
             yield
@@ -242,7 +242,7 @@ class Checkpoints:
           fingerprint: The fingerprint of the data set.
 
         Raises:
-          TrainingError: The fingerprint in the checkpoint is a different one.
+          TrainingError: The checkpoint contains a different fingerprint.
         """
         for step in self.steps():
             try:
@@ -260,10 +260,11 @@ class Checkpoints:
         """Reads and verifies the checkpoint of a step.
 
         Args:
-          step: One of `steps()`.
+          step: The step of a checkpoint in `steps()`.
           state: Arrays or abstract arrays with the shapes and the shardings of the result.
             The shardings may differ from the saved ones.
-          epoch_metrics: Arrays or abstract arrays, in the same way.
+          epoch_metrics: Arrays or abstract arrays with the shapes and the shardings of the
+            restored metrics.
 
         Raises:
           DamagedCheckpointError: The content differs from the saved content.
@@ -285,21 +286,24 @@ class Checkpoints:
     ) -> tuple[Saved | None, list[int]]:
         """Reads the latest checkpoint from which the run can resume.
 
-        The checkpoint must be intact, and so must the checkpoint of its best epoch. If the
-        latter is damaged, an earlier checkpoint is used, and the best epoch is trained again.
+        The checkpoint must be intact, and so must the checkpoint of the best epoch in its
+        history. If the best epoch's checkpoint is damaged, an earlier checkpoint is used, and
+        the best epoch is trained again.
         All later checkpoints are moved to the folder `damaged` beside the checkpoints,
         because checkpoints of the same steps will be saved again.
 
         Args:
-          state: As for `restore`.
-          epoch_metrics: As for `restore`.
+          state: Arrays or abstract arrays with the shapes and the shardings of the train state.
+          epoch_metrics: Arrays or abstract arrays with the shapes and the shardings of the
+            metrics.
 
         Returns:
           The content of the checkpoint, or None if there are no checkpoints; and the steps of
           the checkpoints that were moved.
 
         Raises:
-          DamagedCheckpointError: There are checkpoints, but none is intact. None is moved.
+          DamagedCheckpointError: There are checkpoints, but none is intact. No checkpoint is
+            moved.
         """
         reasons: list[str] = []
         steps = self.steps()
@@ -329,8 +333,9 @@ class Checkpoints:
 
         Args:
           step: The number of steps taken at the checkpoint.
-          state: As for `restore`.
-          epoch_metrics: As for `restore`.
+          state: Arrays or abstract arrays with the shapes and the shardings of the train state.
+          epoch_metrics: Arrays or abstract arrays with the shapes and the shardings of the
+            metrics.
 
         Raises:
           ConfigError: There is no checkpoint of this step.
@@ -363,7 +368,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _read_progress(self, step: int) -> dict[str, Any]:
-        """The parts of a checkpoint that are not arrays, verified."""
+        """Reads and verifies the parts of a checkpoint that are not arrays."""
         progress = self._read(step, progress=ocp.args.JsonRestore())["progress"]
         content = {key: value for key, value in progress.items() if key != "sha256"}
         if progress.get("sha256") != _sha256(content):
@@ -385,7 +390,7 @@ def _sha256(content: dict[str, Any]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error's message; for a full disk, the system's own message."""
+    """Returns the first line of an error's message; for a full disk, the system's message."""
     text = str(error)
     if os.strerror(errno.ENOSPC) in text:
         return os.strerror(errno.ENOSPC)

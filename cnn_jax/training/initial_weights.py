@@ -13,7 +13,7 @@ from cnn_jax.system.errors import BundleError, ConfigError
 from cnn_jax.training import sharding
 from cnn_jax.training.step import TrainState
 
-# The last layer, whose weights are of use for the same classes only.
+# The name of the last layer. Its weights can be reused only if the classes are the same.
 _HEAD = "head"
 
 
@@ -32,8 +32,8 @@ def start_from(path: str, state: TrainState, class_names: Sequence[str]) -> tupl
       The new state, with the shardings of `state`, and a description of the copied weights.
 
     Raises:
-      ConfigError: There is no bundle at the path, the bundle is damaged, or its network is
-        a different one.
+      ConfigError: There is no bundle at the path, the bundle is damaged, or its network
+        differs from the network of the new run.
     """
     folder = pathlib.Path(path)
     if (folder / "config.json").exists() and not (folder / "bundle").exists():
@@ -53,7 +53,9 @@ def start_from(path: str, state: TrainState, class_names: Sequence[str]) -> tupl
 
 
 def _copy(bundle: Bundle, collection: str, target: PyTree, *, with_head: bool) -> PyTree:
-    """A copy of a tree, with the arrays of a bundle in place of the arrays of the same names.
+    """Returns a copy of a tree in which the arrays are replaced by the bundle's arrays.
+
+    The arrays are matched by name.
 
     Raises:
       ConfigError: The names or the shapes of the arrays differ.

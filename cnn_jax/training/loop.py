@@ -42,7 +42,7 @@ from cnn_jax.training.run_directory import Heartbeat
 from cnn_jax.training.step import TrainState
 
 # The number of training images from which BatchNorm's statistics are estimated after each
-# epoch; eight times as many give the same accuracies (experiments/RESULTS.md).
+# epoch. With eight times as many images the accuracies are the same (experiments/RESULTS.md).
 _STATISTICS_IMAGES = 1024
 
 
@@ -69,8 +69,8 @@ def train_and_evaluate(
       on_epoch: A function of the records of all finished epochs. It is called before the
         first step, and after each epoch when the epoch is saved. An error that it raises ends
         the run, which the same call can resume.
-      deadline: The time, of `time.monotonic` in seconds, at which to save and stop as after
-        Ctrl-C.
+      deadline: The time, in seconds of the clock `time.monotonic`, at which the run is saved and
+        stopped as after Ctrl-C.
 
     Returns:
       The content of `report/metrics.json`.
@@ -180,11 +180,11 @@ class _Run:
     Attributes:
       config: The resolved configuration.
       workdir: The run's folder.
-      dataset: The data set to train on.
+      dataset: The data set of the run.
       pixels: All images of the data set on the devices, or None.
       programs: The jitted functions.
       memory: The check of the devices' memory.
-      schedule: The learning rate by step.
+      schedule: A function from the step to the learning rate.
       steps_per_epoch: The number of steps in an epoch. The last batch of an epoch may
         contain images of the next pass over the data.
       checkpoints: The run's checkpoints.
@@ -205,11 +205,11 @@ class _Run:
     heartbeat: Heartbeat
 
     def execution_length(self, step: int) -> int:
-        """The number of steps to dispatch at once from this step on.
+        """Returns the number of steps to dispatch together, starting at `step`.
 
-        It is train.steps_per_execution if such an execution starts at this step and ends
-        within the epoch, else 1. It depends on the step only, so that a resumed run
-        dispatches the same executions.
+        The number is train.steps_per_execution if an execution of this length starts at this
+        step and ends within the epoch, else 1. The number depends only on the step, so that a
+        resumed run dispatches the same executions.
         """
         step_in_epoch, length = step % self.steps_per_epoch, self.config.train.steps_per_execution
         fits = step_in_epoch % length == 0 and step_in_epoch + length <= self.steps_per_epoch
@@ -225,7 +225,7 @@ def _make_run(
     console: Console,
     heartbeat: Heartbeat,
 ) -> _Run:
-    """Makes the schedule and the programs of a run."""
+    """Creates the learning-rate schedule and the jitted functions of a run."""
     steps_per_epoch = math.ceil(len(dataset.splits["train"]) / config.train.batch_size)
     schedule = make_schedule(
         config.optimizer.learning_rate,
@@ -252,10 +252,10 @@ def _make_run(
 
 
 def _default_execution_length(on_device: bool) -> int:
-    """The number of steps in an execution if train.steps_per_execution is 0.
+    """Returns the number of steps in an execution if train.steps_per_execution is 0.
 
     If the images are on an accelerator, a step may take less time than its dispatch. On a CPU
-    a step takes longer.
+    a step takes longer than its dispatch.
     """
     return 8 if on_device and jax.default_backend() != "cpu" else 1
 
@@ -269,7 +269,7 @@ class _Progress:
       state: The train state.
       totals: The metrics of the current epoch.
       history: A record for each finished epoch.
-      clock: The time and the speed of the current epoch.
+      clock: Measures the time and the speed of the current epoch.
     """
 
     step: int
@@ -284,10 +284,10 @@ class _Execution:
     """Steps that were dispatched to the devices and may be unfinished.
 
     Attributes:
-      metrics: The metrics of all its steps.
-      first_step: The number of its first step.
-      steps: The number of its steps.
-      images: The number of images of all its steps.
+      metrics: The metrics of all steps of the execution.
+      first_step: The step number of the first step.
+      steps: The number of steps in the execution.
+      images: The number of images in all steps of the execution.
     """
 
     metrics: Metrics
@@ -297,7 +297,7 @@ class _Execution:
 
     @property
     def last_step(self) -> int:
-        """The number of its last step."""
+        """The step number of the last step in this execution."""
         return self.first_step + self.steps - 1
 
 
@@ -341,7 +341,8 @@ def _train(
                 continue
 
             reader.finish()
-            # The loss does not depend on the last update, which must be finite too.
+            # The loss was computed before the last update of the parameters, so the updated
+            # parameters are checked too.
             if not run.programs.is_finite(progress.state):
                 raise _not_finite("a parameter", execution, run.schedule)
             if ends_epoch:
@@ -386,7 +387,7 @@ def _dispatch(
         if is_first:
             run.heartbeat.beat("compiling", progress.step)
             memory.check(program, progress.state, arrays, run.pixels)
-            if run.steps_per_epoch % length:  # The last steps of an epoch are single steps.
+            if run.steps_per_epoch % length:  # An epoch ends with single steps.
                 single_step, single_batch = programs.send(execution_batches[:1])
                 single_step.lower(progress.state, single_batch, run.pixels).compile()
         progress.state, metrics = program(progress.state, arrays, run.pixels)
@@ -399,7 +400,7 @@ def _dispatch(
 
 
 def _saves_within_epoch(run: _Run, execution: _Execution) -> bool:
-    """Whether a checkpoint of `checkpoint.every_steps` is due after this execution."""
+    """Returns whether a checkpoint of `checkpoint.every_steps` is due after this execution."""
     every = run.config.checkpoint.every_steps
     if not every:
         return False
@@ -414,7 +415,7 @@ class _DelayedReader:
         self._in_flight: _Execution | None = None
 
     def follow(self, execution: _Execution) -> None:
-        """Reads the previous execution, and stores this one for the next call.
+        """Reads the previous execution, and stores the new execution for the next call.
 
         Raises:
           TrainingError: The loss is infinite or not a number, or the memory was not enough.
@@ -436,7 +437,7 @@ class _DelayedReader:
         self._in_flight = None
 
     def _read(self, execution: _Execution) -> float:
-        """Waits for an execution; returns its mean loss over images."""
+        """Waits for an execution to finish; returns the mean loss of its images."""
         run = self._run
         with run.memory.explained():
             loss = float(jax.device_get(execution.metrics.loss_sum).sum()) / execution.images
@@ -493,7 +494,7 @@ def _training_batches(
     start: int = 0,
     stop: int | None = None,
 ) -> contextlib.closing[Generator[pipeline.NumpyBatch, None, None]]:
-    """The training batches with the numbers from `start` to `stop`, or without end."""
+    """Yields the training batches from number `start` to `stop`; endless if `stop` is None."""
     config = run.config
     return pipeline.training_batches(
         loader,
@@ -510,7 +511,7 @@ def _training_batches(
 
 
 def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> dict[str, Any]:
-    """Validates and starts a new epoch; returns the record of the finished epoch.
+    """Validates, returns the record of the finished epoch, and prepares the next epoch.
 
     Raises:
       TrainingError: The validation loss is not finite.
@@ -519,7 +520,7 @@ def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> di
     validation = _validate(run, progress.state)
     if not math.isfinite(validation["loss"]):
         raise _not_finite("the validation loss", last_execution, run.schedule)
-    # If classes are sampled evenly, the metrics are reweighted to the frequencies of the data.
+    # If classes are sampled evenly, the metrics are reweighted to the data's class frequencies.
     is_sampled = run.config.train.balance == "sampling"
     training = progress.totals.compute(run.dataset.findings.counts["train"] if is_sampled else None)
     record = {
@@ -549,7 +550,7 @@ def _save(run: _Run, progress: _Progress) -> None:
 
 
 def _best_variables(run: _Run, progress: _Progress) -> PyTree:
-    """The network's variables of the best epoch, on the host.
+    """Returns the network's variables of the best epoch, as arrays on the host.
 
     Raises:
       TrainingError: There is no checkpoint at the end of an epoch, or it is damaged.
@@ -580,13 +581,13 @@ def _best_variables(run: _Run, progress: _Progress) -> PyTree:
 
 
 class _Clock:
-    """The duration of an epoch, and the speed of training."""
+    """Measures the duration of an epoch and the training speed in images per second."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         """Starts the clock.
 
         Args:
-          seconds: The duration of the epoch until now, before an interruption.
+          seconds: The time already spent in this epoch before an interruption.
         """
         self._made = time.perf_counter() - seconds
         self._images = 0
@@ -602,20 +603,20 @@ class _Clock:
         self._images += images
 
     def images_per_second(self) -> float:
-        """The speed between the last restart and the last finished execution."""
+        """Returns the images per second from the last restart to the last finished execution."""
         return self._images / max(self._last_step - self._start, 1e-9)
 
     def seconds(self) -> float:
-        """The duration of the epoch until now, in seconds."""
+        """The time spent in the current epoch until now, in seconds."""
         return time.perf_counter() - self._made
 
 
 def _not_finite(name: str, execution: _Execution, schedule: optax.Schedule) -> TrainingError:
-    """The error for a value of an execution that is not finite.
+    """Returns the error for an execution with a loss or parameter that is not finite.
 
     Args:
       name: The name of the value, for the message.
-      execution: The execution.
+      execution: The execution that computed the value.
       schedule: The learning rate by step.
     """
     first, last = execution.first_step + 1, execution.last_step + 1
@@ -630,13 +631,13 @@ def _not_finite(name: str, execution: _Execution, schedule: optax.Schedule) -> T
 
 
 def _learning_rate(schedule: optax.Schedule, step: int) -> float:
-    """The learning rate of a step, as a Python number."""
+    """Returns the learning rate of a step as a Python float."""
     with jax.transfer_guard("allow"):
         return np.asarray(schedule(step)).item()
 
 
 def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
-    """The state, with BatchNorm's statistics estimated for its current parameters.
+    """Returns the state with BatchNorm statistics estimated for the current parameters.
 
     The statistics come from training images without augmentation. The images are always the
     same, so that an interrupted run gives the same results as an uninterrupted one.
@@ -660,7 +661,7 @@ def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
 
 
 def _validate(run: _Run, state: TrainState) -> dict[str, float]:
-    """The metrics of the whole validation split."""
+    """Returns the metrics of the whole validation split."""
     programs, indices = run.programs, run.dataset.splits["validation"]
     totals = programs.empty_metrics()
     stream = pipeline.evaluation_batches(
@@ -677,19 +678,19 @@ def _validate(run: _Run, state: TrainState) -> dict[str, float]:
 
 
 def _improvements(history: History, monitor: str) -> set[int]:
-    """The numbers of the epochs that were better than all epochs before them."""
+    """Returns the numbers of the epochs that were better than all earlier epochs."""
     best_until = (best_record(history[: end + 1], monitor) for end in range(len(history)))
     return {record["epoch"] for record in best_until if record is not None}
 
 
 def _patience_is_over(history: History, config: Config) -> bool:
-    """Whether the last `train.patience` epochs did not improve the monitored metric."""
+    """Returns whether the last `train.patience` epochs did not improve the monitored metric."""
     best = best_record(history, config.train.monitor)
     return best is not None and len(history) - best["epoch"] >= config.train.patience
 
 
 def _describe_end(history: History, best: dict[str, Any], config: Config) -> str:
-    """A line on the end of training: done or stopped early, and the best epoch."""
+    """Returns a line for the user that says how training ended and which epoch was best."""
     monitor = config.train.monitor
     return (
         f"{'stopped early' if len(history) < config.train.epochs else 'done'}: the best of "

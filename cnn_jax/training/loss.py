@@ -1,4 +1,4 @@
-"""Losses of examples, and their weights."""
+"""The loss of each example, and the weights of examples in the mean loss."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ Targets = Int[Array, " batch"] | Float[Array, "batch classes"]
 def cross_entropy(
     logits: Float[Array, "batch classes"], targets: Targets, label_smoothing: float = 0.0
 ) -> Float[Array, " batch"]:
-    """The cross-entropy, in nats, of each example with its smoothed target.
+    """Returns the cross-entropy of each example with its smoothed target, in nats.
 
     Label smoothing s replaces each of the C target probabilities p by (1 - s) p + s / C
     (Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7).
@@ -31,9 +31,9 @@ def cross_entropy(
 def example_weights(
     class_weights: Float[Array, " classes"], targets: Targets
 ) -> Float[Array, " batch"]:
-    """The weight of each example: the mean of the class weights, weighted by its target.
+    """Returns the weight of each example: the mean of the class weights, weighted by its target.
 
-    For an example of a single class, that is the weight of the class.
+    If the target is a single class, the result is the weight of that class.
     """
     if _are_classes(targets):
         return class_weights[targets]
@@ -41,12 +41,12 @@ def example_weights(
 
 
 def _are_classes(targets: Array) -> bool:
-    """Whether targets are classes, and not probabilities."""
+    """Returns whether targets are class numbers, not probabilities of classes."""
     return jnp.issubdtype(targets.dtype, jnp.integer)
 
 
 def balanced_weights(class_counts: Int[np.ndarray, " classes"]) -> Float[np.ndarray, " classes"]:
-    """The weights of losses with which all classes contribute equally.
+    """Returns a loss weight for each class, such that all classes contribute equally.
 
     The weight of class c is n / (C n_c), where n is the number of examples, n_c the number of
     examples of the class, and C the number of classes that have examples. The mean weight of

@@ -18,7 +18,7 @@ HEADLINE = ("accuracy", "precision", "recall", "f1", "loss")
 
 # 95 % of a normal distribution lie within this number of standard deviations of its mean.
 _NORMAL_95 = float(scipy.special.ndtri(0.975))
-# If the 95 % interval of an accuracy is wider than this to either side, the user is warned.
+# If the 95 % interval of an accuracy is wider than this on one side, the user is warned.
 MAX_HALF_WIDTH = 0.02
 # The number of resamples of the bootstrap.
 _RESAMPLES = 1000
@@ -43,7 +43,7 @@ class Metrics:
 
     @classmethod
     def empty(cls, num_classes: int) -> "Metrics":
-        """The metrics of no example."""
+        """Returns metrics with all sums and counts at zero."""
         return cls(
             loss_sum=jnp.zeros(num_classes, jnp.float32),
             confusion=jnp.zeros((num_classes, num_classes), jnp.int32),
@@ -56,7 +56,7 @@ class Metrics:
         labels: Int[Array, " batch"],
         mask: Bool[Array, " batch"],
     ) -> "Metrics":
-        """The metrics of one batch, without the examples whose mask is False."""
+        """Returns the metrics of one batch; examples whose mask is False are ignored."""
         num_classes = logits.shape[-1]
         losses = jnp.where(mask, cross_entropy(logits, labels), 0)
         predictions = jnp.argmax(logits, axis=-1)
@@ -66,15 +66,15 @@ class Metrics:
         return cls(loss_sum=loss_sum, confusion=confusion)
 
     def merge(self, other: "Metrics") -> "Metrics":
-        """The metrics of the examples of both."""
+        """Returns the sums of these metrics and `other`."""
         return jax.tree.map(jnp.add, self, other)
 
     def compute(self, class_counts: Int[np.ndarray, " classes"] | None = None) -> dict[str, float]:
-        """Accuracy, macro precision, recall and F1, and mean loss.
+        """Returns accuracy, macro precision, recall and F1, and mean loss.
 
         Args:
           class_counts: The number of examples of each class in the data, if the examples
-            were drawn with other class frequencies. The metrics are then reweighted to
+            were sampled with different class frequencies. The metrics are then reweighted to
             the class frequencies of the data.
         """
         host = jax.device_get(self)
@@ -85,7 +85,7 @@ class Metrics:
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Element-wise quotient, 0 where the denominator is 0."""
+    """Returns the element-wise quotient, with 0 where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.zeros(len(numerator)), where=denominator != 0)
 
 
@@ -106,7 +106,7 @@ def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
 def _per_class(
     correct: np.ndarray, predicted: np.ndarray, support: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """`per_class` from the numbers of correct, predicted and true examples of each class."""
+    """Computes `per_class` from the correct, predicted and true examples of each class."""
     return {
         "precision": _divide(correct, predicted),
         "recall": _divide(correct, support),
@@ -116,7 +116,7 @@ def _per_class(
 
 
 def summarize(confusion: np.ndarray, loss_sum: float) -> dict[str, float]:
-    """Accuracy, macro precision, recall and F1 (means over all classes), and mean loss.
+    """Returns accuracy, macro precision, recall and F1 (means over all classes), and mean loss.
 
     All metrics of an empty confusion matrix are 0.
 
@@ -142,16 +142,16 @@ def half_width(interval: Sequence[float]) -> float:
 
 
 def wilson_interval(successes: float, count: float) -> tuple[float, float]:
-    """The 95 % confidence interval of a fraction (Wilson 1927).
+    """Returns the 95 % confidence interval of a fraction (Wilson 1927).
 
-    `scipy.stats.binomtest` computes the same interval, but of integers only.
+    `scipy.stats.binomtest` computes the same interval, but accepts only integers.
 
     Args:
       successes: The number of successes, 0 to `count`; it may have a fractional part.
       count: The number of observations.
 
     Returns:
-      Its ends, low and high; 0 and 1 without observations.
+      The low and the high end of the interval; 0 and 1 if there are no observations.
     """
     if not count:
         return 0.0, 1.0
@@ -165,7 +165,7 @@ def wilson_interval(successes: float, count: float) -> tuple[float, float]:
 def bootstrap_intervals(confusion: np.ndarray) -> dict[str, tuple[float, float]]:
     """95 % confidence intervals of macro precision, recall and F1, by the bootstrap.
 
-    They are percentiles of 1,000 resamples of the examples, with seed 0 (Efron 1979). Each
+    The intervals are percentiles of 1,000 resamples of the examples, with seed 0 (Efron 1979). Each
     class is resampled separately, because a resample of all examples could lack a small
     class, whose recall would then be 0. An interval always contains the metric itself.
 
@@ -227,7 +227,7 @@ def confidence_intervals(
 def full_report(
     confusion: np.ndarray, losses: Float[np.ndarray, " n"], class_names: list[str]
 ) -> dict[str, Any]:
-    """All metrics of a split, their confidence intervals and the confusion matrix, for JSON.
+    """Returns all metrics of a split, with confidence intervals and the confusion matrix.
 
     Args:
       confusion: int [classes, classes], rows are true classes.
@@ -236,7 +236,7 @@ def full_report(
 
     Returns:
       The metrics of `summarize`, "count", "confidence_intervals", "per_class" and
-      "confusion", in types that JSON has.
+      "confusion", as values that JSON can store.
     """
     columns = per_class(confusion)
     intervals = confidence_intervals(confusion, losses)

@@ -11,14 +11,14 @@ def make_schedule(
     total_steps: int,
     warmup_steps: int = 0,
 ) -> optax.Schedule:
-    """Linear warm-up from zero, then cosine decay (Loshchilov and Hutter 2017).
+    """Returns a schedule: linear warm-up from zero, then cosine decay (Loshchilov and Hutter 2017).
 
     Args:
       learning_rate: The learning rate at step `warmup_steps`.
       final_learning_rate: The learning rate from step `total_steps` on. If it equals
         `learning_rate`, the learning rate is constant after the warm-up.
       total_steps: The number of steps of warm-up and decay.
-      warmup_steps: The number of steps of the warm-up; 0 for none.
+      warmup_steps: The number of steps of the warm-up; 0 for no warm-up.
 
     Returns:
       A function from the number of steps taken to the learning rate.
@@ -33,12 +33,12 @@ def make_schedule(
 
 
 def kernel_mask(params: PyTree) -> PyTree:
-    """True for the kernels of convolutions and dense layers, False for other parameters."""
+    """Returns True for each kernel of a convolution or dense layer, False for other parameters."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def make_optimizer(schedule: optax.Schedule, l2: float) -> optax.GradientTransformation:
-    """Adam (Kingma and Ba 2015) on the gradient of loss + l2 / 2 * sum(kernel ** 2).
+    """Returns Adam (Kingma and Ba 2015) on the gradient of loss + l2 / 2 * sum(kernel ** 2).
 
     The gradient of the penalty is included in Adam's moments, as if the penalty were a term
     of the loss. This is not decoupled weight decay (AdamW); the specification uses an L2

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import jax
 
-# The number of steps before the trace, which compile programs and fill queues, and the number
-# of steps in the trace.
+# The number of steps before the trace starts, in which programs are compiled and queues are
+# filled; and the number of steps in the trace.
 _WARM_UP_STEPS, _TRACED_STEPS = 10, 5
 
 
 class Trace:
-    """Records a few steps of a run to a folder."""
+    """Records a trace of a few training steps and writes it to a folder."""
 
     def __init__(self, folder: pathlib.Path | None):
         """Prepares a trace.
@@ -26,11 +26,11 @@ class Trace:
 
     @contextlib.contextmanager
     def steps(self, first: int, count: int) -> Iterator[None]:
-        """A context for the dispatch of one execution.
+        """Returns a context for the dispatch of one execution.
 
         Args:
-          first: The number of the execution's first step.
-          count: The number of its steps.
+          first: The step number of the execution's first step.
+          count: The number of steps in the execution.
         """
         if self._folder is None or self._traced >= _TRACED_STEPS:
             yield
@@ -54,7 +54,7 @@ class Trace:
             jax.profiler.stop_trace()
 
     def describe(self) -> str | None:
-        """A message for the user after the last step; None if no trace was requested."""
+        """Returns a message for the user after the last step; None if no trace was requested."""
         if self._folder is None:
             return None
         if not self._traced:

@@ -24,20 +24,20 @@ from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_optimizer
 from cnn_jax.training.step import Statistics, TrainState, TrainStep, eval_step, update_statistics
 
-# A suggested batch size is rounded down to a multiple of this.
+# A suggested batch size is rounded down to a multiple of this number.
 _ROUND_BATCH = 8
 
 
 def make_train_step(
     config: Config, model: nn.Module, schedule: optax.Schedule, dataset: Dataset
 ) -> TrainStep:
-    """The training step of a run.
+    """Returns the training step of a run.
 
     Args:
       config: The resolved configuration.
       model: The network.
       schedule: The learning rate by step.
-      dataset: The data set to train on.
+      dataset: The data set of the run.
     """
     train = config.train
     class_weights = None
@@ -64,8 +64,8 @@ class Programs:
     Attributes:
       layout: The division of batches among the devices.
       init_state: () -> state before the first step.
-      empty_metrics: () -> metrics of no example.
-      empty_statistics: () -> BatchNorm's statistics of no batch.
+      empty_metrics: () -> metrics with all sums and counts at zero.
+      empty_statistics: () -> BatchNorm's statistics, initialised with zeros.
       train_step: (state, batch, pixels) -> (state, metrics); the state is donated.
       train_steps: `train_step` for several steps in one execution. The first dimension of each
         array of the batch counts steps; the metrics are sums over all steps.
@@ -176,7 +176,7 @@ class Programs:
         """Sends the batches of one execution to the devices.
 
         Args:
-          batches: One batch or more, with the rows that this process loads.
+          batches: One or more batches, with the rows that this process loads.
 
         Returns:
           `train_step` or `train_steps`, and the arrays for its argument `batch`.
@@ -188,22 +188,22 @@ class Programs:
 
 
 def _with_images(batch: Mapping[str, Array], pixels: Array | None) -> Mapping[str, Array]:
-    """The batch, with its images selected from `pixels` unless that is None."""
+    """Returns the batch with its images selected from `pixels`; unchanged if `pixels` is None."""
     return batch if pixels is None else {**batch, "image": pixels[batch["row"]]}
 
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every number of a tree is finite."""
+    """Returns whether every number in a tree of arrays is finite."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """The memory that a training step needs on one device, in bytes, as XLA counts it.
+    """The memory that a training step needs on one device, in bytes, as reported by XLA.
 
     Attributes:
       fixed: The memory of the state, and of the pixels if they are on the device.
-      per_example: The memory of one example in the part of a batch that is computed.
+      per_example: The memory for each example of the batch part that is being computed.
       batch_size: The number of examples in a global batch.
       data_devices: The number of devices that share a batch.
       parts: The number of parts of a batch that are computed one after the other.
@@ -221,14 +221,14 @@ class MemoryEstimate:
         return self.fixed + self.per_example * self.batch_size / (self.data_devices * self.parts)
 
     def largest_batch(self, available: float) -> int:
-        """The largest global batch size that fits into `available` bytes; 0 if none does."""
+        """Returns the largest global batch that fits into `available` bytes; 0 if none fits."""
         examples = max(0, int((available - self.fixed) / self.per_example))
         if examples >= 2 * _ROUND_BATCH:
             examples -= examples % _ROUND_BATCH
         return examples * self.data_devices * self.parts
 
     def fewest_parts(self, available: float) -> int | None:
-        """The smallest number of parts with which the batch fits into `available` bytes, or None.
+        """Returns the smallest number of parts with which the batch fits, or None if none fits.
 
         A number of parts must divide the number of examples on a device.
         """
@@ -240,11 +240,11 @@ class MemoryEstimate:
         return None
 
     def error(self, available: float, has: str = "has") -> TrainingError:
-        """The error for a device that has only `available` bytes, with settings that would fit.
+        """Returns an out-of-memory error that names settings with which the step would fit.
 
         Args:
           available: The memory of the device, in bytes.
-          has: The verb of the message before the available memory.
+          has: The verb in the message before the number of available bytes.
         """
         if largest := self.largest_batch(available):
             advice = f"the largest train.batch_size that fits is about {largest}"
@@ -273,8 +273,8 @@ class Memory:
 
         Args:
           program: `Programs.train_step` or `Programs.train_steps`.
-          state: The state, or arrays of its shapes and shardings.
-          batch: The batch or the batches of an execution.
+          state: The train state, or abstract arrays with its shapes and shardings.
+          batch: The arrays of the batch or batches of one execution.
           pixels: The images of the whole data set on the devices, or None.
 
         Raises:
@@ -303,7 +303,7 @@ class Memory:
         """Converts a JAX runtime error within the context to a one-line TrainingError.
 
         Raises:
-          TrainingError: A device has no memory left, also because of other programs, or
+          TrainingError: A device has no memory left (other programs may use it), or
             another process of the run has ended.
         """
         try:

@@ -98,7 +98,7 @@ def _predict(
     track: Track,
     description: str,
 ) -> Float[np.ndarray, "n classes"]:
-    """The result of `predict_split`, computed by all processes of the run together.
+    """Returns the result of `predict_split`, with the work divided among the run's processes.
 
     Each process predicts every n-th batch, and all processes get all probabilities.
     """

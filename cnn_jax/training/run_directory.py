@@ -33,8 +33,8 @@ from cnn_jax.training import sharding
 
 logger = logging.getLogger(__name__)
 
-# No metric depends on these keys. The fingerprint of the data identifies the images wherever
-# they are stored; a mesh and the steps of an execution change only the rounding.
+# Keys on which no metric depends. The fingerprint of the data identifies the images wherever
+# they are stored; the mesh and the number of steps in an execution change only the rounding.
 INDIFFERENT_KEYS = frozenset(
     {
         *("data.source", "data.workers", "data.cache"),
@@ -47,7 +47,7 @@ INDIFFERENT_KEYS = frozenset(
 )
 # The keys that may change when a run resumes. No result of a finished epoch depends on them.
 FREE_KEYS = INDIFFERENT_KEYS | {"train.epochs", "train.patience", "checkpoint.restore_step"}
-# The values that describe a run from before these keys existed.
+# The values that these keys get in the configuration of a run from before the keys existed.
 _VALUES_OF_OLDER_RUNS = {
     "augment.mixup_probability": 0.0,
     "augment.cutmix_probability": 0.0,
@@ -58,9 +58,9 @@ _VALUES_OF_OLDER_RUNS = {
 }
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
 _CHECKPOINTS = "checkpoints"
-# The folders inside a run's folder.
+# The sub-folders of a run's folder.
 _FOLDERS = (_CHECKPOINTS, "bundle", "damaged", "profile", "report", "tensorboard")
-# The least time between two heartbeats of the same activity.
+# The minimum time between two heartbeats of the same activity.
 _HEARTBEAT_SECONDS = 5.0
 
 
@@ -127,14 +127,14 @@ def _open_lock(workdir: pathlib.Path) -> IO[str]:
 
 
 def _remove_empty(folders: Iterable[pathlib.Path]) -> None:
-    """Removes these folders in their order, unless they contain files."""
+    """Removes the folders in the given order, except folders that contain files."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
-    """Whether a run has saved a checkpoint in this folder."""
+    """Returns whether a run has saved a checkpoint in this folder."""
     return any(entry.name.isdecimal() for entry in (workdir / _CHECKPOINTS).glob("*"))
 
 
@@ -164,12 +164,12 @@ def check_apart(workdir: pathlib.Path, source: str) -> None:
 
 
 def _this_process() -> dict[str, Any]:
-    """The number of this process and the name of its host."""
+    """Returns the process id of this process and the name of its host."""
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def _describe_holder(text: str) -> str:
-    """The process that has locked a folder, in words; empty if the lock file is not complete."""
+    """Describes the process that has locked a folder; empty if the lock file is incomplete."""
     try:
         holder = json.loads(text)
         return f" by process {holder['pid']} on {holder['host']} since {holder['since']}"
@@ -178,15 +178,15 @@ def _describe_holder(text: str) -> str:
 
 
 def _now() -> str:
-    """The time in UTC, in ISO format."""
+    """Returns the current time in UTC, in ISO format."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The configuration of the run in this folder.
+    """Returns the configuration of the run in this folder.
 
-    A folder contains a run only after the first checkpoint. Before, there is nothing to
-    resume and nothing to overwrite.
+    A folder contains a run only after the first checkpoint. Before that, there is
+    nothing to resume and nothing to overwrite.
 
     Returns:
       The values by key, such as "train.epochs"; None if the folder contains no run.
@@ -209,7 +209,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def changes(workdir: pathlib.Path, previous: Mapping[str, Any] | None, config: Config) -> list[str]:
-    """The changes of a configuration since the run was last started.
+    """Returns the configuration keys that have changed since the run was last started.
 
     Args:
       workdir: The run's folder.
@@ -240,14 +240,14 @@ def changes(workdir: pathlib.Path, previous: Mapping[str, Any] | None, config: C
 
 
 def _unused_keys(config: Mapping[str, Any]) -> set[str]:
-    """The keys without an effect, because MixUp or CutMix is switched off."""
+    """Returns the keys that have no effect because MixUp or CutMix is switched off."""
     methods = ("augment.mixup", "augment.cutmix")
     return {f"{method}_alpha" for method in methods if not config.get(f"{method}_probability")}
 
 
 @sharding.primary_only
 def write_config(workdir: pathlib.Path, config: Config) -> None:
-    """Writes config.json, which marks the folder as a run's.
+    """Writes config.json, which marks the folder as the folder of a run.
 
     Raises:
       ConfigError: The folder cannot be written.
@@ -262,12 +262,12 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
 class Heartbeat:
     """The file heartbeat.json: the step and the activity of a run, with the time of writing.
 
-    The training loop writes the file, not a thread, so that the file of a run that hangs is
-    no longer updated.
+    The training loop writes the file, not a thread, so that the file is no longer updated
+    if the run hangs.
     """
 
     def __init__(self, workdir: pathlib.Path):
-        """The heartbeat of the run in this folder; writes nothing yet."""
+        """Prepares the heartbeat of the run in this folder; no file is written yet."""
         self._path = workdir / _HEARTBEAT
         self._step = 0
         self._activity = ""
@@ -291,7 +291,7 @@ class Heartbeat:
         write_text(self._path, _line(beat | _this_process()), durable=False)
 
     def wrap(self, track: Track) -> Track:
-        """A function like `track` that also writes the file for each item."""
+        """Returns a function like `track` that also updates heartbeat.json for each item."""
 
         def tracked(items: Iterable, description: str, total: int) -> Iterator:
             for item in track(items, description, total):
@@ -367,7 +367,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 @sharding.primary_only
 def write_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """Writes report/metrics.json: the metrics of each split, and the values of the report.
+    """Writes report/metrics.json: the metrics of each split, and the other values of the report.
 
     Raises:
       ValueError: A number is not finite.
@@ -377,7 +377,7 @@ def write_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
 
 
 def _json(value: Any, indent: str = "") -> str:
-    """JSON with an indent of one space; a list of numbers, such as a matrix row, is one line."""
+    """Formats JSON with an indent of one space; a list of numbers is written on one line."""
     inner = f"{indent} "
     if isinstance(value, Mapping) and value:
         parts = [
@@ -426,7 +426,7 @@ def write_predictions(
     writer.writerow(["id", "label", "predicted", "confidence"])
     for example_id, label, row in zip(ids, labels, probabilities, strict=True):
         best = int(row.argmax())
-        # The shortest decimal number that is read as the same float32.
+        # The shortest decimal number that is parsed to the same float32.
         confidence = np.format_float_positional(row[best], unique=True)
         writer.writerow([example_id, class_names[label], class_names[best], confidence])
     write_text(workdir / "report" / "predictions.csv", text.getvalue())

@@ -20,7 +20,7 @@ from cnn_jax.data.dataset import memory_bytes
 from cnn_jax.system.errors import ConfigError, TrainingError, UserError
 
 # JAX ends all processes if one of them sends no heartbeat for this time. JAX's default of
-# 100 s would only delay the end.
+# 100 s would only make the other processes wait longer.
 _HEARTBEAT_SECONDS = 30
 # Parameters with fewer elements than this are copied to each device.
 _LEAST_DIVIDED = 2**14
@@ -69,12 +69,12 @@ def start_processes(
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that prints and writes the files of the run."""
+    """Returns whether this process prints, and writes the files of the run."""
     return jax.process_index() == 0
 
 
 def primary_only(function: Callable[..., None]) -> Callable[..., None]:
-    """A decorator: the function does nothing in processes that are not the primary one."""
+    """Makes a function do nothing in all processes except the primary process; a decorator."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ def check_equal(what: str, digest: str) -> None:
 
 
 def lost_process(error: BaseException) -> TrainingError | None:
-    """A one-line error if `error` means that another process has ended; else None."""
+    """Returns a one-line error if `error` means that another process has ended, else None."""
     if jax.process_count() == 1 or not _LOST.search(str(error)):
         return None
     return TrainingError(
@@ -135,7 +135,7 @@ def lost_process(error: BaseException) -> TrainingError | None:
 
 
 def gather_rows(rows: np.ndarray) -> list[np.ndarray]:
-    """The arrays [n, ...] of all processes, in the order of the processes; the n may differ."""
+    """Returns the array [n, ...] of each process, in process order; n may differ by process."""
     if jax.process_count() == 1:
         return [rows]
     counts = multihost_utils.process_allgather(np.array(len(rows))).tolist()
@@ -145,7 +145,7 @@ def gather_rows(rows: np.ndarray) -> list[np.ndarray]:
 
 
 def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of devices with the axes `data` and `model`.
+    """Returns a mesh of devices with the axes `data` and `model`.
 
     Args:
       model: The number of devices that share the large parameters; a divisor of the number
@@ -173,17 +173,17 @@ class Layout:
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding with a whole copy on each device."""
+        """The sharding of an array that is copied to every device in full."""
         return replicated(self.mesh)
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """The sharding with the first dimension divided along `data`."""
+        """The sharding of an array whose first dimension is divided along the axis `data`."""
         return NamedSharding(self.mesh, PartitionSpec("data"))
 
     @property
     def stacked_batch_sharding(self) -> NamedSharding:
-        """The sharding with the second dimension divided along `data`; the first counts steps."""
+        """The sharding of an array [steps, rows, ...] with the rows divided along `data`."""
         return NamedSharding(self.mesh, PartitionSpec(None, "data"))
 
     @property
@@ -201,7 +201,7 @@ class Layout:
     def to_devices(
         self, batch: Mapping[str, np.ndarray], is_stacked: bool = False
     ) -> dict[str, jax.Array]:
-        """Sends a global batch, of which each process has its `rows`, to the devices.
+        """Sends a global batch to the devices; each process provides the rows in `rows`.
 
         Args:
           batch: Arrays [rows, ...], or stacked arrays [steps, rows, ...].
@@ -226,12 +226,14 @@ class Layout:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding with a whole copy on each device."""
+    """Returns the sharding of an array that is copied to every device in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_large(mesh: Mesh, tree: PyTree) -> PyTree:
-    """The shardings of parameters: the last dimension divided along `model`, or a whole copy.
+    """Returns the sharding of each parameter.
+
+    The last dimension of a large array is divided along the axis `model`.
 
     The last dimension of a kernel is its output channels or units. Small arrays, and arrays
     that cannot be divided evenly, are copied to each device.
@@ -252,7 +254,7 @@ def distribute(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def accelerator_bytes() -> int:
-    """The memory of one accelerator of this process, in bytes; 0 on a CPU or if unknown."""
+    """Returns the memory of one accelerator of this process, in bytes; 0 on a CPU or if unknown."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return 0
@@ -260,14 +262,14 @@ def accelerator_bytes() -> int:
 
 
 def device_bytes() -> int:
-    """The memory of one device, in bytes; 0 if unknown. CPU devices share the host's memory."""
+    """Returns one device's memory in bytes; 0 if unknown. CPU devices share the host's memory."""
     if jax.local_devices()[0].platform == "cpu":
         return memory_bytes() // jax.local_device_count()
     return accelerator_bytes()
 
 
 def free_device_bytes() -> int:
-    """The free memory of one device, in bytes."""
+    """Returns the free memory of one device, in bytes."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}

@@ -25,13 +25,13 @@ INIT, DROPOUT, MIX = 0, 1, 2
 Batch = Mapping[str, Array]
 # PRNG keys by purpose: "dropout", and "mix" if images are mixed.
 Keys = Mapping[str, PRNGKeyArray]
-# (inputs of the network, its logits) -> a loss for each example.
+# (inputs of the network, logits of the network) -> a loss for each example.
 ExtraLoss = Callable[[Array, Array], Float[Array, " batch"]]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """The arrays that a step changes.
+    """The arrays that a training step reads and updates.
 
     The fields are typed loosely because JAX also builds trees of shapes and of
     shardings from this class.
@@ -56,7 +56,7 @@ class TrainState:
 
 
 def random_key(seed: int, purpose: int) -> PRNGKeyArray:
-    """The PRNG key of one purpose: `INIT`, `DROPOUT` or `MIX`."""
+    """Returns the PRNG key of one purpose: `INIT`, `DROPOUT` or `MIX`."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
@@ -69,9 +69,10 @@ class TrainStep:
       optimizer: The gradient transformation.
       preprocessing: The mean and the standard deviation of the normalisation.
       seed: The seed of the run.
-      label_smoothing: The probability that the target spreads over all classes, in [0, 1).
-      class_weights: A factor for the losses of each class; None for 1. The metrics are not
-        weighted.
+      label_smoothing: The part of the target probability that is spread evenly over all
+        classes, in [0, 1).
+      class_weights: A factor for the losses of each class; None for a factor of 1. The
+        metrics are not weighted.
       mixing: How each image and its label are mixed with another image of the batch, after
         augmentation. The random numbers depend on `seed` and the step.
       accumulation_steps: The number of parts of a batch, a divisor of B. The parts are
@@ -79,8 +80,8 @@ class TrainStep:
         gradient equals the gradient of the whole batch up to rounding, with two exceptions:
         BatchNorm normalises each part with the statistics of that part, and dropout and
         mixing draw different random numbers (images are mixed within a part).
-      is_trainable: A function from the path of a parameter, such as "conv1/kernel", to
-        whether the parameter is trained; None trains all parameters. The optimizer has no
+      is_trainable: A function that takes the path of a parameter, such as "conv1/kernel", and
+        returns whether the parameter is trained; None trains all parameters. The optimizer has no
         state for the parameters that are not trained.
       extra_loss: An additional term of the loss, for example for distillation: a function
         of the network's inputs (augmented, normalised, mixed) and of the logits, float32
@@ -99,7 +100,7 @@ class TrainStep:
     extra_loss: ExtraLoss | None = None
 
     def init_state(self) -> TrainState:
-        """The state before the first step, with random parameters that depend on `seed`."""
+        """Returns the state before the first step, with random parameters that depend on `seed`."""
         images = jnp.zeros((1, *self.preprocessing.image_size, 3))
         variables = self.model.init(random_key(self.seed, INIT), images)
         params = variables["params"]
@@ -148,7 +149,7 @@ class TrainStep:
 
     @property
     def _masked_optimizer(self) -> optax.GradientTransformation:
-        """An optimizer that updates the trainable parameters only."""
+        """Returns an optimizer that updates the trainable parameters only."""
         if self.is_trainable is None:
             return self.optimizer
         return optax.partition(
@@ -156,7 +157,7 @@ class TrainStep:
         )
 
     def _trainable_mask(self, params: PyTree) -> PyTree:
-        """Whether each parameter is trained."""
+        """Returns a tree with True for each parameter that is trained, else False."""
         is_trainable = self.is_trainable
         assert is_trainable is not None
         return jax.tree.map_with_path(
@@ -164,7 +165,7 @@ class TrainStep:
         )
 
     def _keys(self, step: Array) -> Keys:
-        """The PRNG keys of one step, by purpose."""
+        """Returns the PRNG keys of one step, by purpose."""
         purposes = {"dropout": DROPOUT}
         if not self.mixing.is_identity():
             purposes["mix"] = MIX
@@ -176,7 +177,7 @@ class TrainStep:
     def _loss(
         self, params: PyTree, batch_stats: PyTree, batch: Batch, keys: Keys, *, count: Array
     ) -> tuple[Array, Metrics]:
-        """The sum of a batch's losses divided by `count`, and the batch's metrics."""
+        """Returns the sum of a batch's losses divided by `count`, and the batch's metrics."""
         # With stop_gradient, XLA removes the backward pass of parameters that are not trained.
         if self.is_trainable is not None:
             params = jax.tree.map(
@@ -221,7 +222,7 @@ def _accumulate(
     parts: Batch,
     keys: Mapping[str, Key[Array, " parts"]],
 ) -> tuple[PyTree, Metrics]:
-    """The sums of gradients and metrics over the parts of a batch."""
+    """Returns the sums of gradients and metrics over the parts of a batch."""
 
     def add(sums: PyTree, part: tuple[Batch, Keys]) -> tuple[PyTree, None]:
         (_, metrics), grads = gradient(state.params, state.batch_stats, *part)
@@ -247,7 +248,7 @@ class Statistics:
 
     @classmethod
     def empty(cls, batch_stats: PyTree) -> "Statistics":
-        """The statistics of no batch: zeros in the shapes of `batch_stats`."""
+        """Returns zero-initialised batch statistics with the shapes of `batch_stats`."""
         return cls(jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, batch_stats))
 
 
@@ -269,12 +270,12 @@ def update_statistics(
     Args:
       statistics: The statistics of the previous batches.
       variables: {"params", "batch_stats"} of the network.
-      batch: "image", as for `TrainStep`. All batches must have the same size.
+      batch: "image" uint8 [B, H, W, 3]. All batches must have the same size.
       model: The network.
       preprocessing: The mean and the standard deviation of the normalisation.
 
     Returns:
-      The statistics of the previous batches and this one.
+      The statistics of the previous batches and this batch.
     """
     _, updates = model.apply(
         variables,
@@ -290,8 +291,8 @@ def update_statistics(
             return {name: merge(old[name], new[name]) for name in new}
         distance = new["mean"] - old["mean"]
         mean = old["mean"] + distance / count
-        # The variance over all pixels has a part within batches and a part between the means
-        # of batches (Welford 1962).
+        # The variance over all pixels is the variance within batches plus the variance of the
+        # batch means (Welford 1962).
         spread = new["var"] + distance * (new["mean"] - mean)
         return {"mean": mean, "var": old["var"] + (spread - old["var"]) / count}
 
@@ -305,11 +306,11 @@ def eval_step(
     model: nn.Module,
     preprocessing: Preprocessing,
 ) -> Metrics:
-    """The metrics of one batch in inference mode.
+    """Returns the metrics of one batch in inference mode.
 
     Args:
       variables: {"params", "batch_stats"} of the network.
-      batch: "image", "label" and "mask", as for `TrainStep`.
+      batch: "image" uint8 [B, H, W, 3], "label" int32 [B], "mask" bool [B].
       model: The network.
       preprocessing: The mean and the standard deviation of the normalisation.
     """

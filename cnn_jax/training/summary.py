@@ -84,7 +84,7 @@ def show_plan(
 
 
 def _parallelism(config: Config) -> str:
-    """A phrase on how devices and processes share the work; empty for one device."""
+    """Returns a phrase on how devices and processes share the work; empty for one device."""
     model = config.mesh.model
     devices = f", {model} for each copy of the network" if model > 1 else ""
     processes = jax.process_count()
@@ -92,7 +92,7 @@ def _parallelism(config: Config) -> str:
 
 
 def _residency(dataset: Dataset) -> str:
-    """A phrase on where the pixels are stored."""
+    """Returns a phrase on where the pixels are stored."""
     if dataset.residency == "none":
         workers = dataset.loader.workers
         decoders = count(workers, "process", "processes") if workers else "threads"
@@ -104,14 +104,14 @@ def _residency(dataset: Dataset) -> str:
 
 
 def _division(config: Config, dataset: Dataset) -> str:
-    """A phrase on groups and on the data's own splits; empty if there are neither."""
+    """Returns a phrase on groups and predefined splits; empty if the data has neither."""
     group = f"; grouped by {config.data.group}" if config.data.group else ""
     is_kept = config.data.keep_splits and any(dataset.source.own_splits)
     return ("; the splits of the data are used" if is_kept else "") + group
 
 
 def _interval_width(test_images: int, config: Config) -> list[str]:
-    """Two lines on the largest 95 % interval of test accuracy, if the test split is small."""
+    """Returns two lines on the widest 95 % interval of test accuracy if the test split is small."""
     margin = half_width(wilson_interval(test_images / 2, test_images))
     if not test_images or margin < MAX_HALF_WIDTH:
         return []
@@ -124,7 +124,7 @@ def _interval_width(test_images: int, config: Config) -> list[str]:
 
 
 def _mixing(config: Config) -> str:
-    """A line on how images are mixed; empty if they are not."""
+    """Returns a line on how images are mixed; empty if images are not mixed."""
     mixing = Mixing.from_config(config.augment)
     if mixing.is_identity():
         return ""
@@ -132,7 +132,7 @@ def _mixing(config: Config) -> str:
 
 
 def _accumulation(config: Config) -> str:
-    """A line on gradient accumulation; empty without it."""
+    """Returns a line on gradient accumulation; empty without gradient accumulation."""
     parts = config.train.accumulation_steps
     if parts == 1:
         return ""
@@ -142,7 +142,7 @@ def _accumulation(config: Config) -> str:
 
 
 def _extension(config: Config) -> str:
-    """A line on a schedule whose length is not train.epochs; empty for other schedules."""
+    """Returns a line on the schedule if its length is not train.epochs, else an empty text."""
     decay = config.optimizer.decay_epochs
     if decay == config.train.epochs:
         return ""
@@ -153,7 +153,7 @@ def _extension(config: Config) -> str:
 
 
 def _balance(config: Config, dataset: Dataset) -> str:
-    """A line on the balancing of classes; empty without it."""
+    """Returns a line on the balancing of classes; empty if classes are not balanced."""
     counts = dataset.findings.counts["train"]
     names = dataset.source.class_names
     nonempty = np.flatnonzero(counts)  # A warning reports classes without training images.
@@ -175,9 +175,9 @@ def _balance(config: Config, dataset: Dataset) -> str:
 
 
 def _class_table(dataset: Dataset, width: int | None) -> list[str]:
-    """A table of the number of images by class and split.
+    """Returns a table of the number of images by class and split.
 
-    If there are many classes, the table has the smallest and the largest ones only.
+    If there are many classes, the table has only the smallest and the largest classes.
 
     Args:
       dataset: The data set.

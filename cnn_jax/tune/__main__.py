@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     space = files.find(known.space, "--space", "spaces")
     start = time.monotonic()
     with cli.blocked_interrupts():
-        # JAX takes seconds to import; a wrong flag is reported before.
+        # The import of JAX takes seconds, so a wrong flag is reported first.
         try:
             import optuna  # noqa: F401
             import sqlalchemy  # noqa: F401
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled()
     study = run_study(plan)
     with cli.blocked_interrupts():
-        # The import takes seconds, so the trials do not wait for it.
+        # This import takes seconds, so it happens after the trials.
         from cnn_jax.tune.outcome import conclude, show_outcome
     outcome = conclude(plan, study)
     show_outcome(outcome, plan.folder)

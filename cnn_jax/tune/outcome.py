@@ -114,7 +114,7 @@ def summarize(plan: Plan, study: Study) -> dict[str, Any]:
 
 
 def best_trial(plan: Plan, study: Study) -> FrozenTrial | None:
-    """Returns the best completed trial, the first one of equal trials; None without any."""
+    """Returns the best completed trial (of equal trials, the first); None if there is none."""
     complete = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -146,7 +146,7 @@ def _iso(time: datetime.datetime | None) -> str | None:
 def _importance(study: Study, complete: list[FrozenTrial]) -> tuple[dict[str, float] | None, str]:
     """Estimates the importance of each parameter by functional ANOVA.
 
-    The importance is the fraction of the variance that the parameter explains alone,
+    The importance is the fraction of the variance that the parameter explains by itself,
     divided by the sum of these fractions (Hutter et al. 2014, "An Efficient Approach for
     Assessing Hyperparameter Importance").
 
@@ -170,7 +170,7 @@ def _importance(study: Study, complete: list[FrozenTrial]) -> tuple[dict[str, fl
 
 
 def write_outcome(plan: Plan, study: Mapping[str, Any]) -> None:
-    """Writes study.json, trials.csv, the page and, if there is a best trial, its configuration.
+    """Writes study.json, trials.csv, the HTML page and, if it exists, the best configuration.
 
     Args:
       plan: The study.
@@ -301,9 +301,9 @@ def _literal(config: Config, tuned: set[str], prefix: str, indent: str) -> str:
 
 
 def _python(value: Any) -> str:
-    """Formats a value as a Python literal with double quotes."""
+    """Formats a value as a Python literal; a text is in double quotes."""
     if isinstance(value, tuple):
         return f"({', '.join(map(_python, value))}{',' * (len(value) == 1)})"
-    # For other characters the escapes of JSON differ from those of Python.
+    # For all other characters, JSON and Python use different escape sequences.
     is_plain = isinstance(value, str) and value.isascii() and value.isprintable()
     return json.dumps(value) if is_plain else repr(value)

@@ -18,9 +18,10 @@ from optuna.trial import FrozenTrial
 
 from cnn_jax.tune.space import Space
 
-# One of REDUCTION trials continues after a rung, to REDUCTION times its epochs (Li et al. 2018).
+# After a rung, the best of every REDUCTION trials continues until it has REDUCTION times as many
+# epochs (Li et al. 2018).
 REDUCTION = 3
-# The multiples of the golden ratio, modulo 1, are spread the most evenly.
+# Multiples of the golden ratio, modulo 1, are spread more evenly than multiples of other numbers.
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -32,7 +33,7 @@ class SeededSampler(BaseSampler):
     """
 
     def __init__(self, space: Space, seed: int, first: Mapping[str, Any] | None = None):
-        """Makes a sampler.
+        """Creates a sampler.
 
         Args:
           space: The distribution of each parameter.
@@ -41,7 +42,7 @@ class SeededSampler(BaseSampler):
             a value is drawn at random.
         """
         # Optuna never asks for a parameter with a single value, and the parameter would distort
-        # the estimate of the others.
+        # the estimate of the other parameters.
         self._space = {key: values for key, values in space.items() if not values.single()}
         self._seed = seed
         self._first = {key: value for key, value in (first or {}).items() if key in self._space}
@@ -59,7 +60,7 @@ class SeededSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Draws the values of a trial from the earlier trials; returns none if these are few."""
+        """Draws the values of a trial with the estimator; empty if there are too few trials."""
         if trial.number == 0:
             return self._first
         return self._tpe(trial).sample_relative(study, trial, search_space)
@@ -71,7 +72,7 @@ class SeededSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Draws a random value, for the first trials."""
+        """Draws a random value; used for the first trials."""
         sampler = self._tpe(trial, param_name)
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
@@ -89,7 +90,7 @@ class SuccessiveHalving(BasePruner):
     """
 
     def __init__(self, max_epochs: int, brackets: int):
-        """Makes a pruner.
+        """Creates a pruner.
 
         Args:
           max_epochs: The number of epochs of a trial that is not pruned, 1 or more.
@@ -118,7 +119,7 @@ class SuccessiveHalving(BasePruner):
 
 
 def _merit(trial: FrozenTrial, epoch: int, direction: StudyDirection) -> float:
-    """Returns the best value of a trial up to an epoch, as a merit: larger is better."""
+    """Returns `merit` of the best value of a trial up to an epoch; larger is better."""
     until = {step: value for step, value in trial.intermediate_values.items() if step <= epoch}
     best = best_value(until, direction)
     assert best is not None
@@ -126,12 +127,12 @@ def _merit(trial: FrozenTrial, epoch: int, direction: StudyDirection) -> float:
 
 
 def merit(value: float, direction: StudyDirection) -> float:
-    """Returns a value of the study or its negative, so that larger is better."""
+    """Returns the value, negated if the study minimizes, so that larger is better."""
     return value if direction == StudyDirection.MAXIMIZE else -value
 
 
 def best_value(curve: Mapping[int, float], direction: StudyDirection) -> float | None:
-    """Returns the best value of a trial over its epochs; None without any epoch."""
+    """Returns the best value of a trial over its epochs; None if there are no epochs."""
     choose = max if direction == StudyDirection.MAXIMIZE else min
     return choose(curve.values(), default=None)
 
@@ -139,12 +140,12 @@ def best_value(curve: Mapping[int, float], direction: StudyDirection) -> float |
 def is_promoted(value: float, others: Sequence[float]) -> bool:
     """Returns whether a trial continues after a rung: its value is in the best third.
 
-    Of one or two values only the best continues. A value that equals the last promoted
-    one also continues.
+    If there are one or two values, only the trial with the best value continues. A trial whose
+    value equals the lowest promoted value also continues.
 
     Args:
-      value: The merit of the trial; larger is better.
-      others: The merits of the trials that reached the rung earlier.
+      value: The result of `merit` for the trial; larger is better.
+      others: The results of `merit` for the trials that reached the rung earlier.
     """
     promoted = max(1, (len(others) + 1) // REDUCTION)
     return sum(other > value for other in others) < promoted
@@ -159,17 +160,17 @@ def num_brackets(max_epochs: int) -> int:
 
 
 def rungs(max_epochs: int, bracket: int) -> list[int]:
-    """After which epochs the trials of a bracket are judged.
+    """Returns the epochs after which the trials of a bracket are judged.
 
-    The epochs are ..., 1/9 and 1/3 of all epochs, rounded. Each bracket has one fewer than
-    the bracket before it, and the last bracket has none.
+    The epochs are ..., 1/9 and 1/3 of all epochs, rounded. Each bracket has one rung fewer
+    than the bracket before it, and the last bracket has no rung.
     """
     count = num_brackets(max_epochs) - 1 - bracket
     return [round(max_epochs / REDUCTION**rung) for rung in range(count, 0, -1)]
 
 
 def bracket_number(number: int, max_epochs: int, brackets: int) -> int:
-    """The bracket of a trial by its number.
+    """Returns the bracket of the trial with a given number.
 
     The proportions are those of Hyperband (Li et al. 2018, algorithm 1), so that all
     brackets cost about the same. Consecutive numbers are spread over the brackets.

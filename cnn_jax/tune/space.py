@@ -21,7 +21,8 @@ from cnn_jax.system.errors import ConfigError
 
 Space = Mapping[str, BaseDistribution]
 
-# Keys that may differ between trials. Trials are compared after each epoch, on the same images.
+# Sections whose keys may differ between trials. Trials are compared after each epoch, on the same
+# images.
 _SECTIONS = ("augment.", "model.", "optimizer.", "train.")
 _KEYS = ("precision", "data.image_size")
 _NOT_VARIED = ("train.epochs", "train.patience", "train.monitor", "optimizer.decay_epochs")
@@ -81,7 +82,7 @@ def _check(key: str, distribution: Any, config: Config) -> None:
 
 
 def _check_combinations(space: Space, config: Config) -> None:
-    """Raises ConfigError if a bound or choice is impossible with all tried other values.
+    """Raises ConfigError if a bound or choice is invalid in every checked combination.
 
     Values of two keys may contradict each other; such trials fail. But each value of a key
     must be valid with the configuration's other values, or with the lowest or the highest
@@ -104,7 +105,7 @@ def _check_combinations(space: Space, config: Config) -> None:
 
 
 def _extremes(distribution: BaseDistribution) -> list[Any]:
-    """Returns all choices, or both ends of a range."""
+    """Returns all choices, or both ends of the range, of a distribution."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -112,12 +113,12 @@ def _extremes(distribution: BaseDistribution) -> list[Any]:
 
 
 def _parse(value: Any, current: Any) -> Any:
-    """Converts a value of a space to one of the configuration: parses the text of a tuple."""
+    """Converts a value of a space to a configuration value: parses the text of a tuple."""
     if isinstance(current, tuple | list) and isinstance(value, str):
         try:
             return ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            return value  # The check of the configuration refuses it.
+            return value  # The check of the configuration reports the error.
     return value
 
 
@@ -134,7 +135,7 @@ def configured(config: Config, params: Mapping[str, Any]) -> Config:
 
 
 def base_values(config: Config, space: Space) -> dict[str, Any]:
-    """Returns the values of the configuration for the keys of a space, if the space has them."""
+    """Returns the configuration's values of the keys of a space, if the space contains them."""
     found = {}
     for key, value in schema.leaves(config):
         distribution = space.get(key)
@@ -156,7 +157,7 @@ def _is_in_range(value: float, distribution: BaseDistribution) -> bool:
 
 
 def describe(distribution: BaseDistribution) -> dict[str, Any]:
-    """Returns a distribution as JSON: the kind; and low, high and log, or choices."""
+    """Returns a distribution as a JSON value with its kind and its range or choices."""
     if isinstance(distribution, CategoricalDistribution):
         return {"kind": "categorical", "choices": list(distribution.choices)}
     assert isinstance(distribution, FloatDistribution | IntDistribution)

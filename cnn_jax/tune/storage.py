@@ -43,7 +43,7 @@ def open_storage(url: str) -> BaseStorage:
     """Opens the storage at a URL, and creates missing tables.
 
     Raises:
-      ConfigError: The URL is not one of `FORMS`, or the driver is not installed.
+      ConfigError: The URL has none of the forms in `FORMS`, or the driver is not installed.
       StorageError: The storage cannot be opened.
     """
     try:
@@ -146,7 +146,7 @@ def _without_passwords(url: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the message of the database itself, on one line."""
+    """Returns the message of an error's original cause, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return printable(" ".join(str(error).split())) or type(error).__name__
@@ -157,8 +157,8 @@ def call_with_retries(call: Callable[[], T], seconds: float, safe: str) -> T:
 
     Args:
       call: The function; it may be executed more than once.
-      seconds: How long to retry.
-      safe: A clause for the error message that says what is not lost.
+      seconds: The time for which the call is retried, in seconds.
+      safe: A clause for the error message; it names the data that is not lost.
 
     Returns:
       The result of the call.

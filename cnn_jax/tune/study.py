@@ -1,9 +1,9 @@
 """A study: a number of trials, each of which is a run that can be interrupted and resumed.
 
 Any number of workers make the same call, one after the other or at the same time, on one
-machine or on many. A worker locks the file of its trial in the study's folder. The system
+machine or on many machines. A worker locks the file of its trial in the study's folder. The system
 releases the lock when the process ends, so another worker can continue the trial of a
-killed one, and two workers never run the same trial.
+killed worker, and two workers never run the same trial.
 """
 
 import contextlib
@@ -48,23 +48,23 @@ from cnn_jax.training.run_directory import INDIFFERENT_KEYS, check_apart
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, base_values, configured, describe, short
 
-# A trial fails after this many starts without a newly saved step: a trial that needs more memory
-# than the machine has would end every worker.
+# A trial fails after this number of starts without a newly saved step: a trial that needs more
+# memory than the machine has would end every worker.
 _MAX_STARTS = 10
-# The study ends if its first trials, this many, have all failed.
+# The study ends if all trials have failed and there are at least this many.
 _MAX_FAILURES = 10
-# The messages of the system about a disk that cannot be written.
+# The operating system's messages about a disk that cannot be written.
 _DISK_MESSAGES = tuple(
     map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES))
 )
-# Hours without news after which a trial in the folder of another machine counts as lost.
+# Hours without a report after which a trial in the folder of another machine counts as lost.
 _LOST_AFTER = 6.0
 
 T = TypeVar("T")
 
 
-class Pruned(Exception):  # noqa: N818  (it is no error)
-    """A trial ends early, because other trials were better at this epoch."""
+class Pruned(Exception):  # noqa: N818  (a pruned trial is not an error)
+    """Raised to end a trial early, because other trials were better at this epoch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Plan:
       config: The configuration that all trials share, not resolved.
       space: The distribution of each key that differs between trials.
       folder: The folder of the trials and results.
-      storage: The URL of the storage, one of `storage.FORMS`; by default a SQLite file in the
-        folder.
+      storage: The URL of the storage, in one of the forms `storage.FORMS`; by default a
+        SQLite file in the folder.
       config_file: The name of the configuration file, for the report.
       trials: The total number of completed, pruned and failed trials.
-      pruner: One of `tune.PRUNERS`.
+      pruner: The name of a pruner in `tune.PRUNERS`.
       storage_timeout: Seconds for which an unavailable storage is retried.
       deadline: The time of `time.monotonic` at which this worker ends; None for no deadline.
     """
@@ -115,11 +115,11 @@ class Plan:
 
 
 def run_study(plan: Plan, console: Console | None = None) -> Study:
-    """Runs trials of a study until it has enough of them or the deadline has passed.
+    """Runs trials of a study until it has enough trials or the deadline has passed.
 
     Args:
       plan: The study; only the folder, deadline and timeout may differ between workers.
-      console: The place where progress is shown; by default stderr.
+      console: The console that shows the progress; by default on stderr.
 
     Returns:
       The study in its storage; other workers may still add trials.
@@ -130,12 +130,12 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
       DataError: The data cannot be used.
       StorageError: The storage does not answer.
       TrainingError: The first trials have all failed.
-      KeyboardInterrupt: Ctrl-C or SIGTERM came; the current trial is saved.
+      KeyboardInterrupt: Ctrl-C or SIGTERM was received; the current trial is saved.
     """
     console = console or Console()
     schema.validate(plan.config, jax.device_count())
     check_apart(plan.folder, plan.config.data.source)
-    definition = _define(plan, console)  # If this fails, no folder is made.
+    definition = _define(plan, console)  # If this call fails, no folder is created.
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -230,10 +230,10 @@ def _read_folder_id(plan: Plan) -> str:
     """
     path = plan.folder / "place"
     if not path.exists():
-        # Two machines may share the folder, so the temporary file has a name of its own.
+        # Two machines may share the folder, so the name of the temporary file is unique.
         temporary = path.with_name(f".place.{uuid.uuid4().hex}")
         write_text(temporary, f"{uuid.uuid4().hex} {plan.name}\n")
-        with contextlib.suppress(FileExistsError):  # Another worker was first.
+        with contextlib.suppress(FileExistsError):  # Another worker has created the file first.
             os.link(temporary, path)
         temporary.unlink()
     folder_id, _, name = path.read_text(encoding="utf-8").strip().partition(" ")
@@ -266,7 +266,7 @@ class _Worker:
     Attributes:
       plan: The definition of the study.
       study: The study in its storage.
-      console: The place where progress is shown.
+      console: The console that shows the progress.
       folder_id: The id of the study's folder; see `_read_folder_id`.
     """
 
@@ -286,14 +286,14 @@ class _Worker:
         return self._retry(lambda: self.study.get_trials(deepcopy=False, states=states or None))
 
     def check_definition(self, definition: Mapping[str, str]) -> None:
-        """Stores the definition of a new study, or compares it with the stored one.
+        """Stores the definition of a new study, or compares it with the stored definition.
 
         Raises:
           ConfigError: The definitions differ.
         """
         if "definition" not in self._retry(lambda: self.study.user_attrs):
             self._retry(lambda: self.study.set_user_attr("definition", dict(definition)))
-        # Two workers may have written at the same time; both read what the last one wrote.
+        # Two workers may have written at the same time; both read the last written definition.
         stored = self._retry(lambda: self.study.user_attrs)["definition"]
         differences = [
             f"{key}: {stored.get(key, 'absent')} -> {definition.get(key, 'absent')}"
@@ -337,7 +337,7 @@ class _Worker:
                 gc.collect()
 
     def _check_failures(self) -> None:
-        """Raises TrainingError if all trials so far have failed, and these are many."""
+        """Raises TrainingError if the first `_MAX_FAILURES` trials, or more, have all failed."""
         trials = [trial for trial in self._trials() if counts(trial) and trial.state.is_finished()]
         failed = [trial for trial in trials if trial.state == TrialState.FAIL]
         if len(failed) == len(trials) >= _MAX_FAILURES:
@@ -347,7 +347,7 @@ class _Worker:
             )
 
     def _claim(self, held: contextlib.ExitStack) -> int | None:
-        """Locks an unfinished trial without a worker, or else a new one.
+        """Locks an unfinished trial that has no worker, or else creates and locks a new trial.
 
         Args:
           held: Keeps the lock until it is closed.
@@ -363,7 +363,7 @@ class _Worker:
                 ):
                     if counts(self._trials()[trial.number]):
                         return trial.number
-                    # The worker that made this surplus trial was killed before it ended it.
+                    # A worker created this surplus trial, and was killed before it ended the trial.
                     self._end(self._open(trial.number), TrialState.FAIL)
             if sum(map(counts, self._trials())) >= self.plan.trials:
                 return None
@@ -373,7 +373,7 @@ class _Worker:
                 continue
             if sum(map(counts, self._trials()[:number])) < self.plan.trials:
                 return number
-            # Two workers made the last trial at the same time.
+            # Two workers created the last trial at the same time.
             self._end(self._open(number), TrialState.FAIL, void="surplus")
 
     def _take(self, number: int, held: contextlib.ExitStack) -> bool:
@@ -384,7 +384,7 @@ class _Worker:
         return is_held and self._trials()[number].state == TrialState.RUNNING
 
     def _new_trial(self) -> int:
-        """Adds a trial that belongs to this folder from the start, and returns its number."""
+        """Adds a trial that belongs to this folder, and returns the number of the trial."""
         claim = uuid.uuid4().hex
         attributes = {
             **{"place": self.folder_id, "claim": claim, "host": socket.gethostname()},
@@ -404,7 +404,7 @@ class _Worker:
         return self._retry(add)
 
     def _fail_lost_trials(self) -> None:
-        """Fails trials in folders of other machines that have not reported for hours."""
+        """Marks trials on other machines as failed if they have not reported for hours."""
         for trial in self._trials(TrialState.RUNNING):
             seen = trial.user_attrs.get("seen")
             if trial.user_attrs.get("place") == self.folder_id or seen is None:
@@ -422,7 +422,7 @@ class _Worker:
         """Starts or resumes the training of a trial, and stores its result.
 
         Raises:
-          KeyboardInterrupt: Ctrl-C or SIGTERM came; the trial is saved.
+          KeyboardInterrupt: Ctrl-C or SIGTERM was received; the trial is saved.
         """
         trial = self._open(number)
         params = {
@@ -485,10 +485,10 @@ class _Worker:
 
         Args:
           trial: The trial.
-          history: The records of all its epochs.
-          reported: The epochs that the study has; the function adds the new ones.
+          history: The records of all epochs of the trial.
+          reported: The epochs that the study has; the function adds the new epochs.
           judged: The epochs after which the trial was allowed to continue; the function adds
-            the new ones. No epoch is judged twice, because other trials may have become
+            the new epochs. No epoch is judged twice, because other trials may have become
             better in the meantime.
 
         Raises:
@@ -512,7 +512,7 @@ class _Worker:
             self._retry(functools.partial(trial.set_user_attr, key, value))
 
     def _end(self, trial: Trial, state: TrialState, **attributes: Any) -> None:
-        """Stores the final state of a trial, unless another worker has, and prints it."""
+        """Stores the final state of a trial, unless another worker has stored it, and prints it."""
         curve = self._trials()[trial.number].intermediate_values
         best = search.best_value(curve, self.plan.direction)
         value = best if state == TrialState.COMPLETE else None
@@ -538,7 +538,7 @@ def _saved_step(folder: pathlib.Path) -> int:
 
 
 def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
-    """Returns the trial's value of a key, and draws it if the trial has none."""
+    """Returns the trial's value of a key; draws the value if the trial does not have it yet."""
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(key, distribution.choices)
     if isinstance(distribution, IntDistribution):
@@ -563,7 +563,7 @@ def _is_disk_error(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[bool]:
-    """Locks a file inside the context, and yields whether that succeeded.
+    """Locks a file inside the context, and yields whether the lock was acquired.
 
     The system releases the lock when the process ends in any way.
     """

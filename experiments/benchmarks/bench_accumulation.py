@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/bench_accumulation.py [--pixels=32] [--batch_size=64] [--rounds=9]
 
-Each number of parts is measured with this project's gradient of a convolution's input and with
-XLA's. Within a loop, XLA's CPU compiler has no fast code for the latter (`models/layers.py`). The
-cases take turns; the numbers are medians and do not include compilation.
+Each number of parts is measured twice: with this project's function for the input gradient of a
+convolution, and with XLA's. XLA's CPU compiler has no fast code for XLA's function inside a loop
+(`models/layers.py`). The cases take turns; the numbers are medians and do not include compilation.
 """
 
 import argparse
@@ -27,7 +27,7 @@ OURS, XLAS = layers._input_gradient_on_cpu, layers._input_gradient
 
 
 def make_step(side: int, batch_size: int, parts: int) -> Callable[[], None]:
-    """Returns a compiled step on random images that waits for its result."""
+    """Returns a function that runs a compiled step on random images and waits for the result."""
     size = (side, side)
     train_step = TrainStep(
         model=CNN(num_classes=10),
@@ -62,7 +62,7 @@ def main() -> None:
     runtime.keep_freed_memory()
     steps = {}
     for name, gradient in (("cnn_jax", OURS), ("XLA's gradient", XLAS)):
-        # Programs that are traced from here on use this gradient.
+        # All programs that are traced after this line use this gradient function.
         layers._input_gradient_on_cpu = gradient
         for parts in PARTS:
             steps[name, parts] = make_step(flags.pixels, flags.batch_size, parts)

@@ -2,8 +2,9 @@
 
     python experiments/benchmarks/bench_augment.py
 
-Prints the median milliseconds for a batch of 32 without compilation; both take turns. The
-host column is for one thread, as in a worker process; the device is JAX's default device.
+Prints the median milliseconds for a batch of 32 without compilation. The two
+implementations take turns. The column "host" is measured with one thread, as in a worker process;
+the device is JAX's default device.
 """
 
 import statistics

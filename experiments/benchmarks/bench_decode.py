@@ -33,7 +33,7 @@ NUM_CROPS, MAX_FILES = 60, 500
 
 
 def scaled(encoded: bytes, side: int, factor: float) -> np.ndarray:
-    """Returns the picture at `side` x `side`; the decoder scales it down to `factor` times that."""
+    """Returns the picture at `side` x `side`, decoded at `factor` times that size or larger."""
     height, width = (int(side) for side in simplejpeg.decode_jpeg_header(encoded)[:2])
     least = min(factor * side, max(height, width))
     pixels = simplejpeg.decode_jpeg(
@@ -62,7 +62,7 @@ def crops() -> list[bytes]:
 
 
 def milliseconds(work: Callable[[], object], repetitions: int) -> float:
-    """Returns the median CPU time of some calls; other processes hardly change this time."""
+    """Returns the median CPU time of several calls; other processes hardly change CPU time."""
     times = []
     for _ in range(repetitions + 1):
         start = time.thread_time()

@@ -7,9 +7,9 @@ libraries use the same weights, each in a separate process; they take turns, as 
 `bench_train.py`. Before that, their probabilities must agree within --tolerance, in float32
 without TensorFloat-32. The numbers are medians and do not include compilation.
 
-This project keeps freed memory, as its commands do (`cnn_jax.system.runtime`), the others use
-their defaults. "best peer" is the fastest peer except plain Linen; "floor" is the floor
-of `experiments/benchmarks/roofline.py`.
+This project keeps freed memory, as its commands do (`cnn_jax.system.runtime`); the other
+libraries use their defaults. "best peer" is the fastest peer except plain Linen; "floor" is the
+shortest possible time by `experiments/benchmarks/roofline.py`.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def check_agreement(
     """Compares the probabilities of all libraries.
 
     Returns:
-      The processes that answered, and the largest difference from this project's.
+      The processes that answered, and the largest difference from this project's probabilities.
 
     Raises:
       SystemExit: The difference is larger than the tolerance.

@@ -44,15 +44,15 @@ import psutil  # type: ignore[import-not-found]
 from PIL import Image
 
 # The compared packages are imported in functions: a process that measures one of them must
-# not have the others in its memory.
+# not have the other packages in its memory.
 
 BATCH_SIZE = 32
 SIDES = (224, 64)
 ROTATION, ZOOM, CONTRAST = 0.2, 0.2, 0.2
-# The number of images of the folder, and of pictures made from them.
+# The number of images used from the folder, and of pictures made from these images.
 NUM_IMAGES, NUM_PICTURES = 2_000, 400
 TILE, TILES, PICTURE = 64, (8, 6), (500, 375)
-# Batches and seconds before a measurement, in which workers start and tf.data tunes itself.
+# The batches and seconds of the warm-up, in which workers start and tf.data tunes itself.
 WARM_BATCHES, WARM_SECONDS = 8, 1.5
 SECONDS_BETWEEN_SAMPLES = 0.05
 _JPEG = b"\xff\xd8\xff"
@@ -64,8 +64,8 @@ class Pipeline:
 
     Attributes:
       name: The name in the table.
-      kind: "cnn_jax", "torch" or "tensorflow": also the required module.
-      residency: The `residency` of `open_dataset`, or for TensorFlow "memory" or "none".
+      kind: The name of the required module: "cnn_jax", "torch" or "tensorflow".
+      residency: The argument `residency` of `open_dataset`; for TensorFlow "memory" or "none".
       workers: The number of worker processes.
       antialias: Whether TensorFlow resizes with antialiasing.
     """
@@ -224,7 +224,7 @@ def _paths(folder: str) -> list[str]:
 
 
 def images_per_second(batches: Generator[object, None, None], seconds: float) -> float:
-    """Returns the images a second of an endless stream, after its start."""
+    """Returns the images per second of an endless stream of batches, after a warm-up."""
     start = time.perf_counter()
     warm = 0
     while warm < WARM_BATCHES or time.perf_counter() < start + WARM_SECONDS:
@@ -254,7 +254,7 @@ def write_images(source_name: str, folder: pathlib.Path) -> None:
 
 
 def write_pictures(images: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes pictures like reduced photographs: each shows many images side by side."""
+    """Writes pictures of many images side by side, as detailed as reduced photographs."""
     paths = _paths(str(images))
     rng = np.random.default_rng(0)
     columns, rows = TILES
@@ -270,7 +270,7 @@ def write_pictures(images: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def measure_speed(pipeline: Pipeline, folder: str, side: int, seconds: float) -> float:
-    """Measures the images a second in a separate process."""
+    """Measures the images per second of a pipeline in a separate process."""
     with _measuring(pipeline, folder, side, seconds) as (process, output):
         process.wait()
         output.seek(0)
@@ -278,7 +278,7 @@ def measure_speed(pipeline: Pipeline, folder: str, side: int, seconds: float) ->
 
 
 def measure_memory(pipeline: Pipeline, folder: str, side: int, seconds: float) -> float:
-    """Measures the peak megabytes in a separate process; the measurement slows it down."""
+    """Measures a pipeline's peak memory in MB in a separate process, which slows the pipeline."""
     peak = 0
     with _measuring(pipeline, folder, side, seconds) as (process, _):
         while process.poll() is None:
@@ -310,7 +310,7 @@ def _measure_here(arguments: str) -> None:
 
 
 def _memory(pid: int) -> int:
-    """Returns the bytes of a process and its descendants; they divide shared pages."""
+    """Returns the memory of a process and its descendants in bytes (proportional set size)."""
     total = 0
     with contextlib.suppress(psutil.Error):  # The process has just ended.
         process = psutil.Process(pid)

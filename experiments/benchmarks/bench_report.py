@@ -64,7 +64,7 @@ def _run(
     """Trains once.
 
     Returns:
-      The seconds of the "training" and those "after" it.
+      The seconds of the columns "training" and "after".
 
     Raises:
       RuntimeError: The command fails.

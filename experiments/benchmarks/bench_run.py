@@ -8,16 +8,16 @@
 Trains with a file of `configs/` on generated images, each setting in a separate process.
 The JSON is written after each epoch. The columns:
 
-- "images/s" is the median over all epochs but the first, as the run itself counts them: data,
-  augmentation, steps and reading the losses, without validation.
-- "bare" is the same step many times in a row on one batch that is on the device, without
-  augmentation.
-- "epochs s" is all epochs, with validation: the mean of all but the first, in which programs
-  are compiled, times their number.
-- "all s" is the wall time of the training: preparing the images, compiling, all epochs and
+- "images/s" is the median over all epochs except the first, as the run itself reports it. The
+  time includes data, augmentation, steps and reading the losses, but not validation.
+- "bare" is the speed of the same step when it is repeated on one batch that is on the device,
+  without augmentation.
+- "epochs s" is the time of all epochs with validation: the number of epochs times the mean time
+  of an epoch. The first epoch, in which programs are compiled, is left out of the mean.
+- "all s" is the wall-clock time of the training: preparing the images, compiling, all epochs and
   measuring all splits.
 - "accuracy" is the accuracy of the best epoch's network on the test split.
-- "peak MB" is the most memory of the device that was in use at once; unknown on a CPU.
+- "peak MB" is the peak memory of the device; unknown on a CPU.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 The same training step runs on the same global batch on 1, 2, 4 and 8 devices. On a CPU all
 devices share the cores of one machine. The costs of dividing (collective operations,
-smaller matrices) make several devices slower than one. But XLA does not divide every
+smaller matrices) make several devices slower than one device. But XLA does not divide every
 operation among all cores, so one device leaves cores idle; this makes several devices faster.
 
 All cases take turns in one process, so that other load on the machine affects all of them.
@@ -35,7 +35,7 @@ from cnn_jax.training.step import TrainStep
 
 
 class Trainer:
-    """Prepares the specification's network on a number of devices."""
+    """The training of the specification's network on a number of devices."""
 
     def __init__(self, num_devices: int, model: int, side: int, batch_size: int):
         self.name = f"{num_devices} device{'s' * (num_devices > 1)}" + f", model {model}" * (
@@ -60,7 +60,7 @@ class Trainer:
         )
 
     def run(self, batches: list[dict[str, np.ndarray]]) -> tuple[float, list[float]]:
-        """Returns the seconds of a step, and the losses."""
+        """Trains on the batches; returns the seconds of a step, and the losses."""
         metrics: list[Metrics] = []
         began = time.perf_counter()
         for batch in batches:
@@ -93,7 +93,7 @@ def main() -> None:
     sizes = (flags.image_size, flags.batch_size)
     counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
     trainers = [Trainer(n, 1, *sizes) for n in counts]
-    trainers += [Trainer(1, 1, *sizes)]  # One device again, to show the noise.
+    trainers += [Trainer(1, 1, *sizes)]  # One device is measured again, to show the noise.
     trainers[-1].name = "1 device again"
     if jax.device_count() >= 4:
         trainers.append(Trainer(4, 2, *sizes))

@@ -3,10 +3,10 @@
     python experiments/benchmarks/bench_seeds.py [--shapes=32x32,224x32] [--counts=1,4,16]
         [--json=FILE]
 
-A small network does not fill a GPU. Here K networks take a step on the same batch, each with its
-own seed of the dropout: in K single steps one after the other, in one program with a loop
-(`jax.lax.map`), and in one program for all K (`jax.vmap`). The table has the milliseconds of one
-step of one network, as medians. Compilation is not included.
+A small network does not fill a GPU. Here K networks take a step on the same batch, each with
+its own dropout seed. The three ways are K single steps one after the other, one program with a
+loop (`jax.lax.map`), and one program for all K networks (`jax.vmap`). The table has the median
+milliseconds of one step of one network. Compilation is not included.
 """
 
 import argparse
@@ -62,14 +62,14 @@ def make_step(side: int, batch_size: int, precision: str) -> tuple[Step, Callabl
 def milliseconds(
     step: Step, single: Step, init: Callable[[int], Any], count: int, rounds: int
 ) -> dict[str, float]:
-    """Returns the median time of a step of one of `count` networks, for each of the three ways.
+    """Returns the median time of a step of one of `count` networks, for each of the three methods.
 
     Args:
       step: The step of one network.
       single: `step` under `jax.jit`.
       init: The function from a seed to the initial state.
       count: Number of networks.
-      rounds: Number of measurements of each way.
+      rounds: Number of measurements of each method.
     """
     seeds = jnp.arange(count)
     states = [init(seed) for seed in range(count)]

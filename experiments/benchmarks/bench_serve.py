@@ -4,11 +4,11 @@
 
 The servers run the specification's network with the same weights, and receive JPEGs of
 224 x 224 pixels over the loopback interface. They take turns in each round; the processes of
-the other servers are stopped meanwhile, so that each server has all cores. The client has
+the other servers are paused meanwhile, so that each server has all cores. The client has
 `concurrency` requests in flight over open connections, and sends the next request when an
 answer arrives. The numbers are medians over rounds. The peers are in serve_peers.py.
 
-"bare" is decoding and the compiled forward pass of one image in a process without a server.
+"bare" is the time to decode one image and run the compiled forward pass, without a server.
 """
 
 import argparse
@@ -57,7 +57,7 @@ _BOUNDARY = "a-boundary-that-is-in-no-image"
 def make_bundle(
     path: pathlib.Path, side: int, seed: int = 0, description: dict[str, Any] = MODEL
 ) -> None:
-    """Writes an untrained network of the specification, which is as fast as a trained one."""
+    """Writes an untrained network of the specification, which is as fast as a trained network."""
     model = make_model(description, 10, "float32")
     write_bundle(
         Bundle(
@@ -75,7 +75,7 @@ def make_bundle(
 
 
 def make_images(count: int, side: int) -> list[bytes]:
-    """Returns JPEGs of a common quality and with a common number of bytes."""
+    """Returns JPEGs of a usual quality and a usual file size."""
     rng = np.random.default_rng(0)
     images = []
     for _ in range(count):
@@ -94,7 +94,7 @@ class Peer:
     Attributes:
       name: The name of the server.
       port: The port on the loopback interface.
-      group: The process group; 0 if the server is never stopped.
+      group: The process group; 0 if the server is never paused.
     """
 
     name: str
@@ -106,12 +106,12 @@ class Peer:
         return f"http://127.0.0.1:{self.port}/predict"
 
     def stop(self) -> None:
-        """Stops the processes, because some servers poll and slow the other servers down."""
+        """Pauses the server's processes, because a polling server slows down the other servers."""
         os.killpg(self.group, signal.SIGSTOP)
 
     @contextlib.contextmanager
     def going(self) -> Iterator[None]:
-        """Continues the processes inside the context."""
+        """Lets the paused processes of the server run inside the context."""
         os.killpg(self.group, signal.SIGCONT)
         try:
             yield
@@ -132,7 +132,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Iterator[Peer]:
-    """Starts a server, and yields it when it answers."""
+    """Starts a server, and yields it as soon as it answers requests."""
     port = free_port()
     if name == "cnn_jax":
         command = [sys.executable, "-m", "cnn_jax.serve", "--log_level=warning"]
@@ -171,7 +171,7 @@ def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Itera
 
 
 def make_request(image: bytes) -> bytes:
-    """Returns the bytes of a request with a form of one file."""
+    """Returns the bytes of an HTTP request that uploads one image as a form."""
     body = (
         (
             f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n'
@@ -189,7 +189,7 @@ def make_request(image: bytes) -> bytes:
 
 
 class _Client(asyncio.Protocol):
-    """Sends requests until a time; the client shares the cores, so it does little work."""
+    """Sends requests until a given time, with little work, because the server shares the cores."""
 
     def __init__(self, requests_: Sequence[bytes], first: int, until: float, found: list[float]):
         self._requests, self._turn, self._until, self._found = requests_, first, until, found
@@ -232,7 +232,7 @@ class _Client(asyncio.Protocol):
 def load(
     peer: Peer, requests_: Sequence[bytes], concurrency: int, seconds: float
 ) -> dict[str, Any]:
-    """Returns images a second, and the median and 99th percentile of the latency in ms."""
+    """Returns images per second, and the median and 99th percentile of the latency in ms."""
     found: list[float] = []
 
     async def run() -> int:
@@ -279,7 +279,7 @@ print(1000 * statistics.median(times[10:]))
 
 
 def bare_milliseconds(bundle: pathlib.Path, images: pathlib.Path, seconds: float) -> float:
-    """Measures decoding and the forward pass of an image, without a server."""
+    """Measures the time to decode one image and run the forward pass, without a server."""
     command = [sys.executable, "-c", _BARE, str(bundle), str(images), str(seconds)]
     return float(subprocess.check_output(command, env=child_environment()))
 

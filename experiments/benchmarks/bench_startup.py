@@ -3,7 +3,7 @@
     python experiments/benchmarks/bench_startup.py [--rounds=5] [--json=FILE]
 
 Each number is the median wall time of a new process over the rounds; all cases take turns.
-The two commands are measured in three ways: `off` keeps no compiled programs, which is the
+The two commands are measured in three ways. `off` keeps no compiled programs, which is the
 default of JAX; `cold` starts without compiled programs and writes them; `warm` finds them.
 Everything else is warm: the files are in the system's cache and the images are decoded. A
 training ends when its heartbeat reports the first step. The time of an import does not
@@ -117,7 +117,7 @@ class Bench:
             )
 
     def _in_state(self, state: str, measure: Callable[[], float]) -> float:
-        """Measures a command. A cold one starts without compiled programs and writes them."""
+        """Measures a command in a state; for "cold", the compiled programs are removed first."""
         if state == "cold":
             shutil.rmtree(self._cache / "compiled", ignore_errors=True)
         return measure()

@@ -6,7 +6,7 @@ Each library trains the specification's network on the same batch in a separate 
 processes take turns, so that other load on the machine affects all of them.
 
 First, all libraries must agree on the loss and the gradients for the same weights: this
-project in float32, the others in float64 (in float32 the results of some libraries vary by
+project in float32, the other libraries in float64 (in float32 the results of some libraries vary by
 more than the tolerance). The limit is --tolerance times the largest number of each tensor.
 TensorFloat-32, which GPUs use by default, is off for this comparison.
 
@@ -19,10 +19,10 @@ written after each shape.
 
 "memory kept" means that the C library keeps freed memory, as in the training command
 (`cnn_jax.system.runtime`). The variants of this project, each without one optimisation
-(`peers.py`), also keep it. PyTorch becomes faster by this too, so it is measured both ways.
+(`peers.py`), also keep it. PyTorch also becomes faster, so it is measured both ways.
 "best peer" is the fastest peer except plain Linen, with its default settings, so without
-kept memory. (The JSON also has the ratio in which neither keeps it.) "floor" is the floor of
-`experiments/benchmarks/roofline.py`.
+kept memory. (The JSON also has the ratio without kept memory for both.) "floor" is the shortest
+possible time by `experiments/benchmarks/roofline.py`.
 
 --peer_python=PATH is the interpreter of another environment, for peers that cannot be
 installed beside the JAX that is to be measured. --peaks=FILE is the JSON of
@@ -47,7 +47,8 @@ from roofline import parse_shapes
 
 # The side of an image in pixels, and the batch size.
 SHAPES = ((32, 256), (64, 128), (224, 32))
-# As `runtime.keep_freed_memory` does; the environment reaches processes of any kind.
+# The same settings as `runtime.keep_freed_memory`, as environment variables, which also work in
+# processes of other libraries.
 KEPT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -62,7 +63,7 @@ def is_own(name: str) -> bool:
 
 
 class Process:
-    """A separate process of one peer, with further variables in its environment."""
+    """A separate process of one peer, with additional environment variables."""
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class Process:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request; returns the answer.
+        """Sends a request, and returns the answer of the process.
 
         Raises:
           RuntimeError: The process ended without an answer; the message has its last output.
@@ -106,7 +107,7 @@ class Process:
             self._process.stdin.flush()
 
     def receive(self) -> dict[str, Any]:
-        """Waits for the answer to the oldest open request; raises the errors of `ask`."""
+        """Waits for the answer to the oldest open request; raises the same errors as `ask`."""
         process = self._process
         assert process.stdout
         reply = process.stdout.readline()
@@ -127,10 +128,10 @@ def without_failures(
 ) -> list[Process]:
     """Applies an action to each process, and returns the processes for which it succeeded.
 
-    The other processes are named and closed.
+    Each process that fails is reported on stdout and closed.
 
     Raises:
-      SystemExit: The first process, with which the others are compared, has failed.
+      SystemExit: The first process, with which the other processes are compared, failed.
     """
     working = []
     for process in processes:
@@ -179,7 +180,7 @@ def check_agreement(
     """Compares the loss and the gradients of all libraries, for the same weights, without dropout.
 
     Returns:
-      The processes that answered, and the largest difference from this project's, as a
+      The processes that answered, and the largest difference from this project's results, as a
       fraction of the largest number of each tensor.
 
     Raises:
@@ -222,7 +223,7 @@ def measure(
     seconds: float,
     do: str = "train",
 ) -> dict[str, float]:
-    """Returns the median seconds of a step (or of `do`), measured in turns of at most a second.
+    """Returns the median seconds of a step (or of `do`), measured in turns of at most one second.
 
     Processes that fail are missing in the result.
     """
@@ -240,7 +241,7 @@ def measure(
     times: dict[str, list[float]] = {process.name: [] for process in processes}
     for _ in range(max(3, round(seconds / 1.5))):
         for process in processes:
-            # In the first step of a turn the caches have the data of other processes.
+            # One more step: in the first step of a turn the caches hold other processes' data.
             reply = process.ask(do=do, times=1 + per_turn[process.name])
             times[process.name] += reply["seconds"][1:]
     return {name: statistics.median(values) for name, values in times.items()}
@@ -328,7 +329,7 @@ def is_on_gpu() -> bool:
 
 
 def write_json(path: pathlib.Path | None, rows: Any) -> None:
-    """Writes the rows so far to a file, if one is given, so that they survive a time limit."""
+    """Writes the rows so far to a file if `path` is given, so that a time limit loses no row."""
     if path:
         path.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -346,7 +347,7 @@ def floor_milliseconds(
     peaks: pathlib.Path | None = None,
     kind: str = "training",
 ) -> dict[tuple[int, int], float]:
-    """Computes the floors of `roofline.py` in a process, which then frees the device's memory.
+    """Computes the floors of `roofline.py` in a process that exits and so frees device memory.
 
     Args:
       shapes: The side of an image in pixels, and the batch size.
@@ -376,7 +377,7 @@ def floor_milliseconds(
 def summarize(
     seconds: dict[str, float], side: int, batch_size: int, ours: str, floor_ms: float
 ) -> dict[str, Any]:
-    """Returns the metrics of one shape; rates are images a second."""
+    """Returns the metrics of one shape; rates are in images per second."""
     default_rates = {
         name: value
         for name, value in seconds.items()

@@ -4,7 +4,7 @@
 
 - Whether 20 steps give the same train state bit for bit, twice in one process and in another
   process. The other process compiles again, so XLA may choose other algorithms.
-- The same with XLA's deterministic operations, and the increase of the time of a step.
+- The same check with XLA's deterministic operations, and how much longer a step then takes.
 - The peak device memory of the process that runs the step.
 - Gradients of one batch in bfloat16 against float32, without dropout: the norm of the
   difference over the norm of the float32 gradient, for each tensor.
@@ -69,7 +69,7 @@ def main() -> None:
             "precision": flags.precision,
             "variants": rows,
         }
-        # One after the other, because XLA measures algorithms while it compiles.
+        # The processes run one after the other, because XLA measures algorithms while it compiles.
         processes, digests, failed = {}, {}, []
         for name, xla_flags in VARIANTS.items():
             process = start(xla_flags)

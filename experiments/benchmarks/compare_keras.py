@@ -3,7 +3,7 @@
     pip install keras && KERAS_BACKEND=jax python experiments/benchmarks/compare_keras.py
 
 Both sides apply the same fixed angle, zoom or contrast to the same random image.
-Prints the mean difference in grey levels; exits with 1 if one is above 0.01.
+Prints the mean difference in grey levels; exits with 1 if a difference is above 0.01.
 """
 
 import sys

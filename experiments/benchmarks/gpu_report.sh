@@ -68,7 +68,7 @@ if [[ ! $list ]]; then
   # Images and compiled programs are shared by the parts, and by both commands on one host.
   export CNN_JAX_CACHE=$work/cache JAX_COMPILATION_CACHE_DIR=$work/xla
   export PYTHONUNBUFFERED=1 JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
-  # Ends here if JAX sees no GPU.
+  # This command fails and ends the script if JAX finds no GPU.
   "$PYTHON" experiments/benchmarks/gpu_table.py --facts "$work/facts.json" || exit
 fi
 torch=
@@ -95,7 +95,7 @@ part() {
   "$PYTHON" experiments/benchmarks/gpu_table.py "$work" "$folder"
 }
 
-# bench SCRIPT FLAG: sets the array `bench` to a benchmark beside PyTorch, with its flags.
+# bench SCRIPT FLAG: sets the array `bench` to the command of a benchmark that includes PyTorch.
 bench() {
   bench=("$PYTHON" "experiments/benchmarks/$1" "$2" --precision=bfloat16 "--seconds=$seconds"
     "--peer_python=$peer_python")
@@ -108,7 +108,7 @@ main() {
 
   part roofline first 25 "$PYTHON" experiments/benchmarks/roofline.py --precision=bfloat16 \
     "--shapes=$steps" "--json=$work/roofline.json"
-  # Products of float32 in different orders differ by more on a GPU than on a CPU.
+  # The order of float32 operations changes the results more on a GPU than on a CPU.
   bench bench_train.py --tolerance=1e-3
   part train first 100 "${bench[@]}" "--shapes=$steps" "--peers=$own" "--json=$work/train.json"
   [[ $torch ]] && part train_compiled first 65 "${bench[@]}" "--shapes=$steps" \
@@ -122,7 +122,7 @@ main() {
   part inference first 60 "${bench[@]}" "--shapes=$inferences" "--peers=$both" \
     "--json=$work/inference.json"
 
-  # Several processes share the GPU from here on: none may take its memory beforehand.
+  # From here on several processes share the GPU, so no process may preallocate its memory.
   export XLA_PYTHON_CLIENT_PREALLOCATE=false
   part tests second 75 env "JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}" "$PYTHON" -m pytest -v \
     -p no:cacheprovider -n "$workers" --dist=worksteal "${tests[@]}"

@@ -58,7 +58,7 @@ class Peer:
     """The interface of a library for the benchmarks."""
 
     def __init__(self, task: Task):
-        """Makes the network, its optimizer and one batch."""
+        """Creates the network, the optimizer and one batch."""
 
     def loss_and_gradients(self) -> tuple[float, Arrays]:
         """Returns the mean smoothed loss in training mode, and the gradients of loss plus L2."""
@@ -69,7 +69,7 @@ class Peer:
         raise NotImplementedError
 
     def predict(self) -> np.ndarray:
-        """Returns the probabilities, float32 [B, C], of the images; both are in host memory."""
+        """Returns the probabilities, float32 [B, C], of the images, as an array in host memory."""
         raise NotImplementedError
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
@@ -154,7 +154,7 @@ class Ours(Peer):
             optax.GradientTransformation(lambda params: params, keep),
         )
         state = self._state.replace(opt_state=optimizer.init(self._state.params))
-        # The compared program has the same options as the timed one.
+        # The compared program has the same options as the timed program.
         step = self._jax.jit(
             dataclasses.replace(self._plain_step, optimizer=optimizer),
             compiler_options=self._options,
@@ -179,7 +179,7 @@ class Ours(Peer):
         self.train_without_waiting(1)
 
     def train_without_waiting(self, count: int) -> None:
-        """Runs a number of steps, and waits for the last one only."""
+        """Runs a number of steps, and waits only for the last step."""
         for _ in range(count):
             self._state, _ = self._step(self._state, self._batch)
         self._jax.block_until_ready(self._state)
@@ -206,7 +206,7 @@ class Variant(Ours):
 
     Attributes:
       linen: The layers of `cnn_jax.models.cnn` that are replaced by Linen's.
-      without: A part of the names of the compiler options that are left out.
+      without: A text; compiler options whose names contain it are left out.
     """
 
     linen: tuple[str, ...] = ()
@@ -228,7 +228,7 @@ class Variant(Ours):
             "max_pool_2x2": functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
         }
         for name in self.linen:
-            setattr(cnn, name, layers[name])  # This process has no other network.
+            setattr(cnn, name, layers[name])  # No other network in this process is affected.
         return super()._model(precision, dropout)
 
 

@@ -22,7 +22,7 @@ from cnn_jax.inference.predictor import BundlePredictor, Prediction, predict_bat
     autoscaling_config={"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 16},
 )
 class Classifier:
-    """A replica: a predictor with a queue of requests."""
+    """A Ray Serve replica: a predictor with a queue of requests."""
 
     def __init__(self, bundle: str):
         self._predictor = BundlePredictor.load(bundle)

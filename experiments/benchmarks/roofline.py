@@ -90,13 +90,13 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over memory: a matrix product with what is fused to it, or an elementwise one.
+    """A pass over memory: a matrix product with its fused operations, or an elementwise pass.
 
     Attributes:
       name: The layer and the purpose of the pass.
-      flops: Operations of its matrix product; 0 for an elementwise pass.
-      reads: Bytes of each tensor that it reads, once.
-      writes: Bytes of each tensor that it writes, once.
+      flops: Floating-point operations of the matrix product; 0 for an elementwise pass.
+      reads: Bytes of each tensor that the pass reads once, by name.
+      writes: Bytes of each tensor that the pass writes once, by name.
     """
 
     name: str
@@ -208,8 +208,8 @@ def training_passes(
             forward.append(Pass(f"{name} product", flops, inputs | parameters, output))
         layer_passes.append(Pass(f"{name} weights' gradient", flops, inputs | gradient, gradients))
         if before:  # The gradient of the images is not needed.
-            # The inputs are read for what its end does: the sums that the BatchNorm before
-            # needs, or undoing ReLU and dropout.
+            # The operation that is fused to the end of the product reads the inputs: the sums
+            # for the previous BatchNorm, or the gradients of ReLU and dropout.
             input_gradient = {f"{before} gradient of output": sum(inputs.values())}
             layer_passes.append(
                 Pass(
@@ -251,7 +251,7 @@ def inference_passes(
 
 
 def _inputs(layer: Layer, before: str, batch_size: int, activation_bytes: int) -> dict[str, int]:
-    """Returns the input tensor of a layer, from the layer before it or from the data."""
+    """Returns the bytes of a layer's input tensor, which is the previous layer's output or data."""
     if before:
         return {f"{before} output": batch_size * layer.inputs * activation_bytes}
     return {"images": batch_size * layer.inputs}
@@ -285,23 +285,23 @@ def floor_seconds(work: Work, peaks: Peaks) -> float:
 
 
 def floor_seconds_by_pass(passes: Iterable[Pass], peaks: Peaks) -> float:
-    """Returns the shortest time if no two passes overlap; each needs results of an earlier one."""
+    """Returns the shortest time if no two passes overlap; each needs earlier results."""
     return sum(floor_seconds(each.work, peaks) for each in passes)
 
 
 def measure_peaks(precision: str) -> Peaks:
     """Measures the best rates of a large matrix product and of scaling a large array.
 
-    These are the rates that XLA reaches on JAX's default device, not the numbers of its maker.
+    These are the rates that XLA reaches on JAX's default device, not the vendor's specifications.
     The products are of square matrices of the given precision ("float32" or "bfloat16"),
     with JAX's default for the arithmetic (on NVIDIA's GPUs, TF32 for float32), as the
     network's are; sums are float32. The array is scaled in place, so that each
     byte is read once and written once and no memory is allocated meanwhile.
     """
     on_cpu = jax.default_backend() == "cpu"
-    # The best of several sizes, because no size is the best for all processors. The array, of 256
-    # MiB, is beyond a CPU's caches. On an accelerator all is larger, for the time to be well
-    # above that of a launch.
+    # The best of several sizes is used, because no size is the best for all processors. The array
+    # of 256 MiB does not fit into a CPU's caches. On an accelerator all sizes are larger, so that
+    # the time is much longer than the launch of a kernel.
     sides, length = ((1024, 1536, 2048), 2**26) if on_cpu else ((4096, 6144, 8192), 2**28)
 
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
@@ -327,7 +327,7 @@ def measure_peaks(precision: str) -> Peaks:
 
 
 def _best_seconds(run: Callable[[], jax.Array]) -> float:
-    jax.block_until_ready(run())  # Compiles.
+    jax.block_until_ready(run())  # The first call compiles.
     seconds = []
     for _ in range(_REPETITIONS):
         began = time.perf_counter()

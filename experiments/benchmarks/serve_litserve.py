@@ -28,7 +28,7 @@ class Api(litserve.LitAPI):
         predictor = BundlePredictor.load(self._bundle)
         for size in (1, 2, 4, 8):
             image = np.zeros((size, *predictor.preprocessing.image_size, 3), np.uint8)
-            predictor(image)  # Compiles.
+            predictor(image)  # The first call compiles.
         self._decode = lambda content: preprocess_for_inference(content, predictor.preprocessing)
         self._run = predictor
 

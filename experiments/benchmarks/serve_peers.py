@@ -23,7 +23,7 @@ from PIL import Image
 
 from cnn_jax.inference.bundle import read_bundle
 
-# The batch size, the seconds for which LitServe waits for a batch, the number of workers.
+# The maximum batch size, the seconds that LitServe waits for a batch, the number of workers.
 LITSERVE = {
     "litserve": (8, 0.005, 1),
     "litserve_1": (1, 0.0, 1),
@@ -34,7 +34,7 @@ LITSERVE = {
 
 
 class TorchModel:
-    """Returns the bundle's network in PyTorch, in inference mode."""
+    """The bundle's network in PyTorch, in inference mode."""
 
     def __init__(self, path: str):
         import flax.traverse_util

@@ -46,12 +46,12 @@ from bench_serve import (
 
 from cnn_jax.registry.registry import Registry
 
-# The largest number of requests in flight; each has its own connection.
+# The maximum number of requests in flight; each request has its own connection.
 _MAX_IN_FLIGHT = 512
 
 
 class Server:
-    """A server that follows a registry."""
+    """A server process that loads its models from a registry."""
 
     def __init__(self, registry: str, log: pathlib.Path):
         self.port = free_port()
@@ -77,14 +77,14 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def megabytes(self) -> float:
-        """Returns the resident memory."""
+        """Returns the resident memory of the server in megabytes."""
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmRSS:\s+(\d+) kB", status)
         assert found
         return int(found[1]) / 1000
 
     def version(self) -> int:
-        """Returns the version that answers."""
+        """Returns the model version with which the server answers a request."""
         (model,) = requests.get(f"{self.url}/models", timeout=30).json()["models"]
         return model["default"]
 
@@ -105,11 +105,11 @@ class Arrivals:
         self.answers: list[tuple[float, float, int]] = []
 
     def end(self) -> None:
-        """Sends no further requests."""
+        """Stops the client; no further requests are sent."""
         self._is_over = True
 
     async def run(self, until: float) -> None:
-        """Sends requests until a time of `time.monotonic`, then waits for the open ones."""
+        """Sends requests until a time of `time.monotonic`, then waits for the open requests."""
         rng = random.Random(0)
         tasks: set[asyncio.Task[None]] = set()
         moment = time.monotonic()
@@ -203,7 +203,7 @@ async def swap_under_load(
         if any(start <= answer[0] + answer[1] and answer[0] <= end for start, end in moments)
     ]
     found, before = describe(during), describe(quiet.answers)
-    # In the first tenth the memory grows to its final size.
+    # During the first tenth of the measurement the memory still grows to its final size.
     first, last = memory[len(memory) // 10], memory[-1]
     show(f"{swaps} swaps", found, memory=f"{first:.0f} MB after a tenth, {last:.0f} MB in the end")
     problems = []
@@ -219,7 +219,7 @@ async def swap_under_load(
 
 
 async def soak(server: Server, bodies: Sequence[bytes], rate: float, minutes: float) -> list[str]:
-    """Sends requests at a rate for some minutes; returns the failed checks."""
+    """Sends requests at `rate` per second for `minutes`; returns the failed checks."""
     arrivals = Arrivals(server.port, bodies, rate)
     memory: list[float] = []
 
@@ -247,7 +247,7 @@ async def soak(server: Server, bodies: Sequence[bytes], rate: float, minutes: fl
 
 
 async def overload(server: Server, bodies: Sequence[bytes], capacity: float) -> list[str]:
-    """Sends three times the capacity; returns the failed checks."""
+    """Sends requests at three times the capacity; returns the failed checks."""
     arrivals = Arrivals(server.port, bodies, 3 * capacity)
     await arrivals.run(time.monotonic() + 30)
     found = describe(arrivals.answers)

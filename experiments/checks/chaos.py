@@ -2,8 +2,8 @@
 
     python experiments/checks/chaos.py [--kills=60] [--epochs=24]
 
-Half of the kills are aimed at saves: they come within 60 ms after the start of writing a
-checkpoint, or of writing the bundle. The other kills come at random times. A run that ends
+Half of the kills are aimed at saves: they happen within 60 ms after the start of writing a
+checkpoint, or of writing the bundle. The other kills happen at random times. A run that ends
 before its kill does not count. The exit code is 1 if a single bit of the results differs.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# One of this many kills at saves is aimed at the bundle.
+# The fraction 1 / _BUNDLE_SHARE of the kills during saves is aimed at the bundle.
 _BUNDLE_SHARE = 6
 _POLL_SECONDS = 0.001
 
@@ -51,7 +51,7 @@ def start(workdir: pathlib.Path, epochs: int, log: pathlib.Path) -> subprocess.P
 
 
 def wait_for(process: subprocess.Popen, has_come: Callable[[], bool]) -> bool:
-    """Waits until a condition is true; returns False if the process ended before."""
+    """Waits until a condition is true; returns False if the process ended earlier."""
     while process.poll() is None:
         if has_come():
             return True
@@ -60,7 +60,7 @@ def wait_for(process: subprocess.Popen, has_come: Callable[[], bool]) -> bool:
 
 
 def is_there(folder: pathlib.Path, pattern: str, since: float) -> bool:
-    """Returns whether a file of such a name was made since then."""
+    """Returns whether a file whose name matches `pattern` was created after the time `since`."""
     for path in folder.glob(pattern):
         try:
             if path.stat().st_mtime >= since:
@@ -105,7 +105,7 @@ def one_life(
         is_ready = wait_for(process, lambda: is_training(workdir, process.pid))
         delay = rng.uniform(0, 1.5)
         if is_ready and aim == "save":
-            for _ in range(rng.randrange(4)):  # A random one of the saves, not always the first.
+            for _ in range(rng.randrange(4)):  # Waits for a random save, not always the first.
                 is_ready = is_ready and wait_for(process, lambda: not is_saving())
                 is_ready = is_ready and wait_for(process, is_saving)
             is_ready = is_ready and wait_for(process, is_saving)

@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def begin(folder: pathlib.Path, trials: int, epochs: int) -> subprocess.Popen:
-    """Starts or continues the study in a folder."""
+    """Starts or continues the study in a folder, in a new process."""
     folder.mkdir(parents=True, exist_ok=True)
     space = folder / "space.py"
     space.write_text(SPACE)
@@ -124,7 +124,7 @@ def kill(
 
 
 def outcome(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns everything of a study that kills must not change."""
+    """Returns all results of a study that must be the same after kills."""
     study = json.loads((folder / "study.json").read_text())
     best = folder / "trials" / f"{study['best']:04d}"
     trials = [

@@ -42,7 +42,7 @@ _CASES_A_TASK = 100
 
 
 class DecoderError(Exception):
-    """The decoder did what it never may."""
+    """The decoder broke a rule that this check tests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ def mutate(rng: np.random.Generator, seeds: Sequence[bytes]) -> bytes:
 def _mutate_bytes(rng: np.random.Generator, encoded: bytes) -> bytes:
     if not encoded:
         return encoded
-    # Sometimes near the beginning, which contains the structure.
+    # In 30 % of the cases only the beginning is damaged, which has the structure of the file.
     end = len(encoded) if rng.random() < 0.7 else min(len(encoded), 700)
     at = int(rng.integers(end))
     length = int(rng.integers(1, rng.choice([2, 3, 9, 65])))
@@ -182,7 +182,7 @@ def _mutate_bytes(rng: np.random.Generator, encoded: bytes) -> bytes:
 
 
 def _mutate_parts(rng, encoded, seeds, split, mend) -> bytes:
-    """Moves, repeats, removes or damages a chunk or segment, or copies one from another seed."""
+    """Moves, repeats, removes, damages or inserts a chunk or segment; inserts from other seeds."""
     parts = split(encoded)
     at = int(rng.integers(len(parts)))
     match rng.integers(6):
@@ -213,17 +213,17 @@ def png_parts(encoded: bytes) -> list[bytes]:
 
 
 def _mend_checksum(chunk: bytes) -> bytes:
-    """Damages the content of a chunk, with correct length and checksum, so that it is decoded."""
+    """Corrects the length and the checksum of a damaged chunk, so that the chunk is decoded."""
     return png_chunk(chunk[4:8], chunk[8:-4]) if len(chunk) >= 12 else chunk
 
 
 def jpeg_parts(encoded: bytes) -> list[bytes]:
-    """Splits a JPEG into its segments; a scan includes its data."""
+    """Splits a JPEG into its segments; a scan segment includes the scan's data."""
     parts, at = [encoded[:2]], 2
     while at < len(encoded):
         end = at + 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
         if encoded[at : at + 2] == b"\xff\xda":
-            # The data of a scan end at the next marker that is not part of them.
+            # The data of a scan ends at the next marker that is not part of the data.
             after = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL).search(encoded, end)
             end = after.start() if after else len(encoded)
         parts.append(encoded[at:end])
@@ -279,12 +279,12 @@ def _without_numbers(reason: str) -> str:
 
 
 def case(number: int, seeds: Sequence[bytes]) -> bytes:
-    """Returns the mutated file of a number, the same on every machine."""
+    """Returns the mutated file for a case number; the file is the same on every machine."""
     return mutate(np.random.default_rng([0, number]), seeds)
 
 
 def run(numbers: Iterable[int], seeds: Sequence[bytes]) -> dict[int, Outcome]:
-    """Checks the cases of these numbers.
+    """Checks the cases with the given numbers, and returns the outcomes by number.
 
     Raises:
       DecoderError: A case failed; the message has its number.
@@ -301,7 +301,7 @@ def run(numbers: Iterable[int], seeds: Sequence[bytes]) -> dict[int, Outcome]:
 
 
 def _run_task(numbers: range, seeds: Sequence[bytes]) -> dict[int, Outcome]:
-    # A decoder that hangs ends the process, which is then handled like a crash.
+    # If a decoder hangs, the process ends, which is then handled like a crash.
     faulthandler.enable()
     faulthandler.dump_traceback_later(20 * MAX_SECONDS + len(numbers), exit=True)
     try:

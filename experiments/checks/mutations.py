@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 
-# Limits of time and memory for the tests of one file.
+# The limits of time (seconds) and memory (bytes) for the tests of one file.
 _SECONDS, _BYTES = 900, 12 * 2**30
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -290,7 +290,7 @@ def _limit_memory() -> None:
 
 
 def stale() -> list[str]:
-    """Returns the faults of the list: texts that do not occur exactly once in their files."""
+    """Returns the errors in `MUTATIONS`: texts that do not occur exactly once in their files."""
     counts = [
         (file, old, (REPOSITORY / "cnn_jax" / file).read_text().count(old))
         for file, old, _, _ in MUTATIONS

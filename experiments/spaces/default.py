@@ -1,4 +1,4 @@
-"""A space for any images: a range around each number of the recipe.
+"""A search space for any images: a range around each number of the recipe.
 
     python -m cnn_jax.tune --config=configs/folder.py --config.data.source=folder:PATH \
         --study=NAME --space=experiments/spaces/default.py

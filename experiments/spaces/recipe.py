@@ -1,9 +1,9 @@
-"""A space for the training of the specification's network, whose size does not vary.
+"""A search space for training the specification's network, whose size does not vary.
 
     python -m cnn_jax.tune --config=configs/eurosat.py --config.data.source=folder:PATH \
         --study=NAME --space=experiments/spaces/recipe.py
 
-For aerial images, which have no upper side: all flips and rotations are possible.
+The space is meant for aerial images, which have no upper side. It allows all flips and rotations.
 """
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution

@@ -50,7 +50,8 @@ from experiments.studies.ablation_table import METRICS, Grid, draw, make_table  
 TRAIN = (sys.executable, "-P", "-m", "cnn_jax.main")
 # The file with the results of a finished run, in its folder.
 _RECORD = "ablation.json"
-# Results that --expect compares, and the circumstances on which they may depend.
+# The keys of a result that --expect compares, and the keys of the circumstances on
+# which a result may depend.
 _COMPARED = ("test", "validation", "epochs", "fingerprint")
 _CIRCUMSTANCES = ("versions", "processor", "cores", "commit")
 # Exit codes of a training that was interrupted and saved, and of a wrong command line.
@@ -70,7 +71,7 @@ _LARGE = {"optimizer.warmup_epochs": 1.0}
 # The keys of the recipe that each variant changes.
 VARIANTS: dict[str, Mapping[str, Any]] = {
     "recipe": {},
-    # Each variant of the ladder adds a part to the one before; the recipe is the last.
+    # Each variant of the ladder adds a part to the variant before it; the last is the recipe.
     "plain": {
         **_NO_AUGMENTATION,
         **_CONSTANT_RATE,
@@ -213,7 +214,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def choose(names: Sequence[str], only: str | None) -> list[str]:
-    """Returns the selected variants of the grids with these names, each once.
+    """Returns the selected variants of the named grids, without duplicates.
 
     Raises:
       ConfigError: A grid or variant does not exist.
@@ -237,7 +238,7 @@ def write_tables(
     """Prints and writes the tables and plots of grids, and the metrics of all runs."""
     values = dict(schema.leaves(recipe))
     with_any = [name for name in names if set(wanted) & set(GRIDS[name].variants)]
-    # A grid with a single finished row is only shown if no other grid has more.
+    # A grid with a single finished row is shown only if no other grid has several rows.
     with_several = [name for name in names if len(set(wanted) & set(GRIDS[name].variants)) > 1]
     for name in with_several or with_any[:1]:
         grid = GRIDS[name].named(values)
@@ -288,10 +289,10 @@ def compare(
     results: Sequence[Mapping[str, Any]],
     expected: Mapping[tuple[str, int], Mapping[str, Any]],
 ) -> None:
-    """Prints for each run whether its results are the expected ones.
+    """Prints for each run whether its results equal the expected results.
 
     Raises:
-      UserError: A run has other results.
+      UserError: The results of a run differ from the expected results.
     """
     differing = 0
     for result in results:
@@ -308,12 +309,12 @@ def compare(
         raise UserError(f"{differing} runs differ from what was expected")
 
 
-# Runs.
+# Running the trainings.
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training.
+    """A training of one variant with one seed.
 
     Attributes:
       folder: The folder of the run.
@@ -371,7 +372,7 @@ class Trainings:
             if self._is_ending:
                 raise KeyboardInterrupt
             share = self._shares.pop()
-            # The cores of this thread and of the processes that it starts.
+            # Sets the cores of this thread and of the processes that it starts.
             os.sched_setaffinity(0, share)
             process = subprocess.Popen(
                 [*TRAIN, f"--workdir={run.folder}", f"--config={run.config_file}", *run.flags()],
@@ -379,7 +380,7 @@ class Trainings:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # Only this process passes Ctrl-C on.
+                start_new_session=True,  # Ctrl-C reaches the training only through this process.
             )
             self._processes.add(process)
         try:
@@ -403,7 +404,7 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
 
     Raises:
       ConfigError: A folder has a run with other settings, or a configuration is wrong.
-      KeyboardInterrupt: Ctrl-C or SIGTERM came; all runs are saved.
+      KeyboardInterrupt: Ctrl-C or SIGTERM was received; all runs are saved.
     """
     # All settings are checked before the first training.
     settings = [run.settings() for run in runs]
@@ -493,7 +494,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Returns the commit of the repository, with a + if files differ; empty outside of git."""
+    """Returns the commit of the repository, with "+" if files have changed; empty without git."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ("git", "-C", str(REPOSITORY))
         name = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)

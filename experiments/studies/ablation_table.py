@@ -18,7 +18,8 @@ class Grid:
     Attributes:
       variants: The names and the titles in the table; {KEY} in a title stands for the value
         of this key.
-      base: The variant with which the others are compared; "": each with the row above.
+      base: The variant with which all other variants are compared; "" if each variant is compared
+        with the row above it.
       published: The test accuracies of the specification, in percent.
     """
 
@@ -45,7 +46,7 @@ def paired_difference(
 ) -> tuple[float, float | None]:
     """Returns the mean paired difference and half of its 95 % confidence interval.
 
-    The interval is Student's t over the seeds that both have; it is None for one seed. The
+    The interval is Student's t over the seeds that both variants have; it is None for one seed. The
     divisions into splits overlap, so for other images the interval is somewhat too narrow
     (Nadeau and Bengio 2003, "Inference for the Generalization Error").
     """
@@ -112,7 +113,7 @@ def _done(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _accuracies(results: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Returns the test accuracies by seed, without runs that have none."""
+    """Returns the test accuracies by seed, without runs that have no test accuracy."""
     return {run["seed"]: run["test"]["accuracy"] for run in _done(results)}
 
 
@@ -130,7 +131,7 @@ def _difference(values: Mapping[int, float], base: Mapping[int, float]) -> str:
     return f"{100 * mean:+.2f} ({100 * (mean - half):+.2f} to {100 * (mean + half):+.2f})"
 
 
-# The plot.
+# Plotting.
 
 
 def draw(

@@ -10,8 +10,8 @@ same parameters are measured with each method's statistics on validation and tes
 - "average M": the running average with momentum M that starts from mean 0 and variance 1.
 - "corrected M": the same without the initial values, as Adam corrects its averages.
 - "growing": momentum (1 + t) / (10 + t) at step t, at most 0.99.
-- "images N": estimated after the epoch from N batches of training images, or from an epoch's
-  if there are fewer, without augmentation (`cnn_jax.training.step.update_statistics`).
+- "images N": estimated after the epoch from N batches of training images (all batches of an
+  epoch if it has fewer), without augmentation (`cnn_jax.training.step.update_statistics`).
 - "augmented N": the same, with augmentation.
 
 For each method it prints means and standard deviations over seeds: the validation accuracy
@@ -54,7 +54,7 @@ from cnn_jax.training.step import (
 )
 
 AVERAGES = ["average 0.99", "average 0.9", "corrected 0.99", "corrected 0.95", "growing"]
-# Accuracies on validation and test by method, after an epoch.
+# The accuracies on validation and test after an epoch, by method.
 Record = dict[str, Any]
 
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def train_and_compare(config: Config, every: int) -> list[Record]:
-    """Trains a configuration; returns the accuracies of all methods after epochs."""
+    """Trains a configuration; returns the accuracies of all methods after every `every` epochs."""
     dataset = open_dataset(config, no_track)
     indices = dataset.splits["train"]
     steps = math.ceil(len(indices) / config.train.batch_size)
@@ -142,7 +142,7 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
     records = []
     with batches(augmentation, config.train.epochs * steps) as stream:
         for number, batch in enumerate(stream, 1):
-            # The statistics by which the step normalises.
+            # The batch statistics with which the training step normalises.
             batch_values = add_batch(empty, state.variables, batch).batch_stats
             averages = update_averages(averages, batch_values, jnp.float32(number))
             state, _ = step(state, batch)
@@ -170,7 +170,7 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
 def update_averages(
     averages: Mapping[str, PyTree], batch_values: PyTree, step: Array
 ) -> dict[str, PyTree]:
-    """Returns all running averages after batch number `step`, from 1."""
+    """Returns all running averages after batch number `step`; the first batch is number 1."""
 
     def update(method: str, average: PyTree) -> PyTree:
         kind, _, number = method.partition(" ")

@@ -26,7 +26,7 @@ from cnn_jax.system.compilation_cache import keep_compiled
 
 
 def row(name: str, verdict: dict[str, Any]) -> str:
-    """Returns a row of a Markdown table."""
+    """Returns the row of a Markdown table for one explanation method."""
     cells = [name, f"{max(verdict['randomization']['rank_correlation'].values()):.2f}"]
     for check in ("deletion", "insertion", "pointing_game"):
         if check in verdict:
