@@ -290,7 +290,7 @@ def test_a_notebook_shows_one_short_output(monkeypatch):
     record = {f"{s}_{m}": 0.5 for s in ("train", "validation") for m in ("loss", "accuracy", "f1")}
     list(console.track(range(10_000), "reading", 10_000))
     with console.training(300, 10) as training:
-        training.start([], None, 0)
+        training.start([], (), 0)
         for epoch in range(1, 301):
             training.step(10 * epoch, 0.5, 100.0)
             training.epoch(record | {"epoch": epoch, "images_per_second": 9.0}, is_best=False)

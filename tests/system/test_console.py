@@ -29,7 +29,7 @@ def _shown(width, monkeypatch, capsys, show):
 
 def _train(console):
     with console.training(1000, 10) as training:
-        training.start([_RECORD], _RECORD, 0)
+        training.start([_RECORD], {100}, 0)
 
 
 @pytest.mark.parametrize(
