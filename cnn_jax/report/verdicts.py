@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.special
 import scipy.stats
 from jaxtyping import Float
 
 from cnn_jax.data.findings import count
 from cnn_jax.inference.calibration import NUM_BINS
 from cnn_jax.report.texts import percent, points
-from cnn_jax.training.metrics import half_width, wilson_interval
+from cnn_jax.training.metrics import agreement_p_value, half_width, wilson_interval
 
 # The significance level of one-sided tests; it corresponds to 95 % confidence intervals.
 _SIGNIFICANT = 0.025
@@ -82,29 +81,6 @@ def _binomial_p_value(hits: int, total: int, fraction: float, alternative: str) 
     if not total:
         return 1.0
     return float(scipy.stats.binomtest(hits, total, fraction, alternative).pvalue)
-
-
-def agreement_p_value(matrix: np.ndarray) -> float:
-    """Returns the one-sided p-value of the agreement of predictions and labels.
-
-    The p-value is the probability of at least this many correct predictions if the predictions
-    were shuffled among the images. It is computed with a normal approximation, with continuity
-    correction, to the permutation distribution of the matrix's trace (Hoeffding 1951).
-
-    Args:
-      matrix: int [classes, classes], a confusion matrix whose rows are the true classes.
-    """
-    rows, columns, total = matrix.sum(axis=1), matrix.sum(axis=0), int(matrix.sum())
-    if total < 2:
-        return 1.0
-    mean = float(rows @ columns) / total
-    deviation = np.eye(len(matrix)) - columns[:, None] / total - rows[None, :] / total
-    deviation += mean / total
-    variance = float(rows @ deviation**2 @ columns) / (total - 1)
-    if variance <= 1e-12 * total:  # One class has all images or all predictions.
-        return 1.0
-    excess = float(np.trace(matrix)) - mean - 0.5
-    return float(scipy.special.ndtr(-excess / math.sqrt(variance)))
 
 
 def beats_chance(metrics: Mapping[str, Any]) -> bool:

@@ -224,6 +224,29 @@ def confidence_intervals(
     }
 
 
+def agreement_p_value(matrix: np.ndarray) -> float:
+    """Returns the one-sided p-value of the agreement of predictions and labels.
+
+    The p-value is the probability of at least this many correct predictions if the predictions
+    were shuffled among the images. It is computed with a normal approximation, with continuity
+    correction, to the permutation distribution of the matrix's trace (Hoeffding 1951).
+
+    Args:
+      matrix: int [classes, classes], a confusion matrix whose rows are the true classes.
+    """
+    rows, columns, total = matrix.sum(axis=1), matrix.sum(axis=0), int(matrix.sum())
+    if total < 2:
+        return 1.0
+    mean = float(rows @ columns) / total
+    deviation = np.eye(len(matrix)) - columns[:, None] / total - rows[None, :] / total
+    deviation += mean / total
+    variance = float(rows @ deviation**2 @ columns) / (total - 1)
+    if variance <= 1e-12 * total:  # One class has all images or all predictions.
+        return 1.0
+    excess = float(np.trace(matrix)) - mean - 0.5
+    return float(scipy.special.ndtr(-excess / math.sqrt(variance)))
+
+
 def full_report(
     confusion: np.ndarray, losses: Float[np.ndarray, " n"], class_names: list[str]
 ) -> dict[str, Any]:

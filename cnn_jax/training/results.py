@@ -18,9 +18,8 @@ from cnn_jax.inference.bundle import Bundle, write_bundle
 from cnn_jax.inference.calibration import fit_temperature
 from cnn_jax.inference.evaluation import predict_split, score
 from cnn_jax.inference.predictor import BundlePredictor, Predictor
-from cnn_jax.report.verdicts import agreement_p_value
 from cnn_jax.training import run_directory, sharding
-from cnn_jax.training.metrics import HEADLINE
+from cnn_jax.training.metrics import HEADLINE, agreement_p_value
 
 
 def write_results(

@@ -56,7 +56,7 @@ MUTATIONS = [
     ("report/sections.py", "1 / temperature", "temperature", "report/test_run_report.py"),
     ("report/sections.py", "np.flatnonzero(is_right), confidence", "np.flatnonzero(is_right), -confidence", "report/test_run_report.py"),
     ("report/verdicts.py", "if p_value < _SIGNIFICANT else", "if p_value < 1 - _SIGNIFICANT else", "report/test_verdicts.py"),
-    ("report/verdicts.py", "mean - 0.5", "mean", "report/test_verdicts.py"),
+    ("training/metrics.py", "mean - 0.5", "mean", "report/test_verdicts.py"),
     ("report/study_values.py", "if position <= _EDGE + 1e-9", "if position <= 2 * _EDGE", "report/test_study_values.py"),
     ("report/study_values.py", "better = np.maximum if _is_rising(study) else np.minimum", "better = np.maximum", "report/test_study_values.py"),
     ("report/study_charts.py", "range(0, last, every) if last - index >= every", "range(0, last, every)", "report/test_study_charts.py"),
