@@ -1,6 +1,7 @@
 """The preprocessing that converts an image of any size to the network's input."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
@@ -40,6 +41,15 @@ class Preprocessing:
     resize: str = "stretch"
     crop_ratio: float = 1.0
     interpolation: str = "bilinear"
+
+    @classmethod
+    def from_config(cls, data: Any) -> "Preprocessing":
+        """Returns the parameters in the section `data` of a resolved configuration."""
+        values: dict[str, Any] = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        tuples: dict[str, Any] = {
+            name: tuple(values[name]) for name in ("image_size", "mean", "std")
+        }
+        return cls(**(values | tuples))
 
 
 # The default preprocessing: 224 x 224 pixels, and inputs in [-1, 1].

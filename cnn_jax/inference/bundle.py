@@ -32,6 +32,10 @@ _DESCRIPTION = "bundle.json"
 _WEIGHTS = "weights.safetensors"
 
 
+# The fields of `Preprocessing` that the first bundles did not have.
+_ADDED_KEYS = ("white_level", "resize", "crop_ratio", "interpolation")
+
+
 @dataclasses.dataclass(frozen=True)
 class Bundle:
     """A trained network with the meaning of its inputs and outputs.
@@ -144,11 +148,8 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
                 mean=tuple(preprocessing["mean"]),
                 std=tuple(preprocessing["std"]),
                 max_pixels=preprocessing["max_pixels"],
-                # Older bundles do not have these keys.
-                white_level=preprocessing.get("white_level", 0.0),
-                resize=preprocessing.get("resize", "stretch"),
-                crop_ratio=preprocessing.get("crop_ratio", 1.0),
-                interpolation=preprocessing.get("interpolation", "bilinear"),
+                # Older bundles lack these keys; the defaults are what older versions did.
+                **{key: preprocessing[key] for key in _ADDED_KEYS if key in preprocessing},
             ),
             temperature=description["temperature"],
             data=description["data"],

@@ -146,16 +146,7 @@ def open_dataset(config: Config, track: Track) -> Dataset:
       DataError: The data cannot be read, or is not enough for training.
     """
     data = config.data
-    preprocessing = Preprocessing(
-        image_size=data.image_size,
-        mean=tuple(data.mean),
-        std=tuple(data.std),
-        max_pixels=data.max_pixels,
-        white_level=data.white_level,
-        resize=data.resize,
-        crop_ratio=data.crop_ratio,
-        interpolation=data.interpolation,
-    )
+    preprocessing = Preprocessing.from_config(data)
     listing = open_source(data.source, track, data.allow_outside)
     datasets.check_classes(listing)  # Before the scan, which may take long.
     # Images on the device can only be augmented there.
