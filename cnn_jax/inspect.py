@@ -125,17 +125,6 @@ def _int(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def _white_level(text: str) -> float:
-    """Parses the value of `--white_level` for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got {text!r}")
-    return value
-
-
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command's flags; their defaults are those of training."""
     flags = cli.Parser(
@@ -176,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--white_level",
-        type=_white_level,
+        type=cli.number("a number, 0 or more", lambda value: value >= 0),
         default=0.0,
         help="data.white_level: the value that is white in 16-bit and float images",
     )

@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import sys
@@ -150,7 +149,7 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
     promote.add_argument(
         "--max_loss",
         "--max-loss",
-        type=_loss,
+        type=cli.not_negative,
         metavar="LOSS",
         help="refuse a version with a higher test loss",
     )
@@ -192,17 +191,6 @@ _alias = _argparse_type(lambda text: ledger.check_name("alias", text), "alias")
 _version_or_alias = _argparse_type(ledger.parse_version_or_alias)
 _version = _argparse_type(ledger.parse_version, "version")
 _reference = _argparse_type(ledger.parse_reference)
-
-
-def _loss(text: str) -> float:
-    """Parses a loss from the command line: a number, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text!r}")
-    return value
 
 
 def _add(registry: Registry, flags: argparse.Namespace) -> None:

@@ -20,6 +20,9 @@ from cnn_jax.system.errors import ConfigError
 
 _NEEDED = ("fastapi", "httptools", "prometheus_client", "python_multipart", "uvicorn")
 
+_positive = cli.number("above 0", lambda value: value > 0)
+_fraction = cli.number("above 0 and at most 1", lambda value: 0 < value <= 1)
+
 
 def main(argv: Sequence[str]) -> None:
     flags = _parse(argv)
@@ -121,7 +124,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--max_batch", type=cli.positive, default=32, help="maximum images in a batch (32)")
     add(
         "--max_wait_ms",
-        type=_not_negative,
+        type=cli.not_negative,
         default=0.0,
         help="maximum milliseconds that an image waits for its batch to fill (0)",
     )
@@ -143,7 +146,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--max_images", type=cli.positive, default=64, help="maximum images in a request (64)")
     add(
         "--drain",
-        type=_not_negative,
+        type=cli.not_negative,
         default=0.0,
         help="seconds that /readyz reports 'not ready' before shutdown (0)",
     )
@@ -186,31 +189,6 @@ def _names(text: str) -> list[str]:
 
 def _versions(text: str) -> list[int | str]:
     return [parse_version_or_alias(name) for name in _names(text)]
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from error
-
-
-def _positive(text: str) -> float:
-    if not 0 < (number := _number(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
-    return number
-
-
-def _not_negative(text: str) -> float:
-    if not 0 <= (number := _number(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text!r}")
-    return number
-
-
-def _fraction(text: str) -> float:
-    if not 0 < (number := _number(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
-    return number
 
 
 def _port(text: str) -> int:

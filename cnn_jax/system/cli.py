@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -291,15 +292,28 @@ def positive(text: str) -> int:
     return number
 
 
-def fraction(text: str) -> float:
-    """Converts a flag to a number from 0 to 1; an argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text!r}")
-    return value
+def number(requirement: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
+    """Returns an argparse type of numbers.
+
+    Args:
+      requirement: The accepted numbers in words, for the message.
+      accepts: Returns whether a number is accepted; not called for infinity and NaN.
+    """
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and accepts(value)):
+            raise argparse.ArgumentTypeError(f"must be {requirement}, got {text!r}")
+        return value
+
+    return convert
+
+
+fraction = number("from 0 to 1", lambda value: 0 <= value <= 1)
+not_negative = number("0 or more", lambda value: value >= 0)
 
 
 @contextlib.contextmanager
