@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from rich.cells import cell_len
 
 from cnn_jax.config import files, schema
-from cnn_jax.config.schema import SOURCE_PATTERN, Config
+from cnn_jax.config.schema import SOURCE_PATTERN, Config, path_source
 from cnn_jax.inference.bundle import find_bundle
 from cnn_jax.inference.images import AnyImage, list_images, single_images
 from cnn_jax.inference.predictor import BundlePredictor, Prediction, predict_batch
@@ -131,16 +131,15 @@ def _source(source: str | os.PathLike[str]) -> str:
       ConfigError: The text is a value of `data.source` and also the name of a file or folder.
     """
     text = os.fspath(source)
-    kind = "csv" if text.lower().endswith(".csv") else "folder"
     if isinstance(source, str) and SOURCE_PATTERN.fullmatch(text):
         if os.path.lexists(text):
             raise ConfigError(
                 f"source: {text!r} is the name of a source, and a file or folder here "
-                f"has the same name: write ./{text} or {kind}:{text} for what is here, and "
+                f"has the same name: write ./{text} or {path_source(text)} for what is here, and "
                 f"data={{'source': {text!r}}} for the source"
             )
         return text
-    return f"{kind}:{text}"
+    return path_source(text)
 
 
 def _new_folder(config: Config) -> pathlib.Path:

@@ -26,6 +26,7 @@ from cnn_jax.config.schema import (
     default_config,
     keys,
     leaves,
+    path_source,
     wrong_value,
 )
 from cnn_jax.models import NETWORKS
@@ -358,8 +359,7 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
 def _unexpected(argument: str) -> ConfigError:
     """Returns the error for an argument that is not a flag of a key."""
     is_path = not argument.startswith("-") and os.path.lexists(argument)
-    kind = "csv" if argument.lower().endswith(".csv") else "folder"
-    hint = f"write {_PREFIX}data.source={kind}:{argument}" if is_path else "see --help"
+    hint = f"write {_PREFIX}data.source={path_source(argument)}" if is_path else "see --help"
     return ConfigError(f"unexpected argument {argument!r}; {hint}")
 
 

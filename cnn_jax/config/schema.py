@@ -440,11 +440,14 @@ def source_hint(value: object) -> str:
     """
     if not isinstance(value, str) or not value or SOURCE_PATTERN.fullmatch(value):
         return ""
-    path = pathlib.Path(value).expanduser()
-    if "/" not in value and not path.exists():
+    if "/" not in value and not pathlib.Path(value).expanduser().exists():
         return ""
-    is_table = path.suffix.lower() == ".csv"
-    return f"; did you mean {'csv' if is_table else 'folder'}:{value}?"
+    return f"; did you mean {path_source(value)}?"
+
+
+def path_source(path: str) -> str:
+    """Returns the source for a path: csv:PATH for a table, else folder:PATH."""
+    return f"{'csv' if path.lower().endswith('.csv') else 'folder'}:{path}"
 
 
 def check_value(key: str, value: object, network: str | None = None) -> None:
