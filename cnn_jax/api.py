@@ -25,6 +25,7 @@ from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console, default_console
 from cnn_jax.system.errors import ConfigError, Interrupted
 from cnn_jax.system.runtime import keep_freed_memory
+from cnn_jax.training import summary
 from cnn_jax.training.loop import train_and_evaluate
 from cnn_jax.training.metrics import HEADLINE
 
@@ -96,9 +97,7 @@ def _results(run: "Run", page_or_command: str) -> dict[str, str]:
     """
     lines = {"report": page_or_command}
     if test := run.metrics.get("test"):
-        names = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
-        metrics = "  ".join(f"{name} {test[key]:.2%}" for key, name in names.items())
-        lines = {"test": f"{metrics}  loss {test['loss']:.4f}"} | lines
+        lines = {"test": summary.describe_metrics(test)} | lines
     return lines
 
 

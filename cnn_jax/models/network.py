@@ -115,6 +115,11 @@ def abstract_variables(model: nn.Module, image_size: tuple[int, int]) -> dict[st
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
+def has_batch_norm(model: nn.Module, image_size: tuple[int, int]) -> bool:
+    """Returns whether a network has BatchNorm layers."""
+    return bool(jax.tree.leaves(abstract_variables(model, image_size).get("batch_stats", {})))
+
+
 def count_parameters(model: nn.Module, image_size: tuple[int, int]) -> int:
     """Returns the number of trainable parameters of a network."""
     params = abstract_variables(model, image_size)["params"]

@@ -18,7 +18,7 @@ from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
 from cnn_jax.data.mix import Mixing
-from cnn_jax.models.network import count_parameters, forward_flops
+from cnn_jax.models.network import count_parameters, forward_flops, has_batch_norm
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
 from cnn_jax.system.text import FACT_INDENT, shorten, table, wrap
@@ -71,7 +71,7 @@ def show_plan(
             "training": f"{count(config.train.epochs, 'epoch')} at batch size "
             f"{config.train.batch_size}, seed {config.seed}, best by {config.train.monitor}"
             + _mixing(config)
-            + _accumulation(config)
+            + _accumulation(config, model, image_size)
             + _extension(config)
             + _balance(config, dataset),
             "results": str(workdir),
@@ -131,13 +131,14 @@ def _mixing(config: Config) -> str:
     return f"\n{mixing.describe()}; train metrics are of mixed images"
 
 
-def _accumulation(config: Config) -> str:
+def _accumulation(config: Config, model: nn.Module, image_size: tuple[int, int]) -> str:
     """Returns a line on gradient accumulation; empty without gradient accumulation."""
     parts = config.train.accumulation_steps
     if parts == 1:
         return ""
     rows = config.train.batch_size // parts
-    norm = "; BatchNorm uses the statistics of each part" if config.model.batch_norm else ""
+    has_norm = has_batch_norm(model, image_size)
+    norm = "; BatchNorm uses the statistics of each part" if has_norm else ""
     return f"\neach batch in {parts} parts of {count(rows, 'image')}{norm}"
 
 
@@ -208,22 +209,20 @@ def _class_table(dataset: Dataset, width: int | None) -> list[str]:
     return table(("class", *counts), rows, width, min_column=10).splitlines()
 
 
+def describe_metrics(metrics: Mapping[str, Any]) -> str:
+    """Returns the metrics of a split as a line of text."""
+    names = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
+    ratios = "  ".join(f"{name} {metrics[key]:.2%}" for key, name in names.items())
+    return f"{ratios}  loss {metrics['loss']:.4f}"
+
+
 def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
     """Prints the test metrics and how to continue, on stdout."""
     test = report["test"]
-    metrics = "  ".join(
-        f"{name} {test[key]:.2%}"
-        for name, key in (
-            ("accuracy", "accuracy"),
-            ("precision", "precision"),
-            ("recall", "recall"),
-            ("F1", "f1"),
-        )
-    )
     bundle = shlex.quote(str(workdir / "bundle"))
     width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None
     lines = [
-        f"test        {metrics}  loss {test['loss']:.4f}",
+        f"test        {describe_metrics(test)}",
         f"            {test['count']:,} images; all metrics are in {workdir / 'report'}",
     ]
     commands = [

@@ -1,5 +1,6 @@
 import pytest
 
+from cnn_jax.models.cnn import CNN
 from cnn_jax.training import summary
 from configs import default
 
@@ -22,3 +23,16 @@ def test_the_plan_warns_about_a_small_test_split(images, rule, words):
 @pytest.mark.parametrize("images", [0, 2500])
 def test_the_plan_does_not_warn_about_a_large_test_split(images):
     assert summary._interval_width(images, default.get_config()) == []
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_accumulation_asks_the_network_for_batch_norm(batch_norm):
+    """Another network may have no such key in its section of the configuration."""
+    config = default.get_config()
+    config.train.accumulation_steps = 4
+    with config.unlocked():
+        del config.model.batch_norm
+    model = CNN(num_classes=3, features=(4, 8), dense=16, batch_norm=batch_norm)
+    line = summary._accumulation(config, model, (8, 8))
+    assert "4 parts of 8 images" in line
+    assert ("BatchNorm" in line) == batch_norm
