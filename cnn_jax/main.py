@@ -9,14 +9,7 @@ from cnn_jax.system.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = cli.Parser(prog="cnn_jax train", description=__doc__)
-    parser.add_argument(
-        "--config",
-        type=files.file_name,
-        default="default",
-        metavar="FILE",
-        help="a file, RUN/config.json, or a shipped configuration (default)",
-    )
+    parser = files.ConfigParser(prog="cnn_jax train", description=__doc__)
     parser.add_argument("--workdir", type=cli.path, metavar="DIR", help="the run's folder")
     parser.add_argument("--profile", action="store_true", help="record a trace of a few steps")
     several = parser.add_argument_group(
@@ -29,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     several.add_argument(
         "--process_count", type=cli.natural, metavar="N", help="number of processes"
     )
-    flags, overrides = files.parse(parser, argv)
+    flags, overrides = parser.parse_with_overrides(argv)
     if flags.workdir is None:
         raise ConfigError(
             "--workdir is missing: name a folder for the run, such as --workdir=runs/first; the "

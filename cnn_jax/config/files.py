@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import importlib.machinery
 import importlib.util
 import json
@@ -15,7 +14,7 @@ import sys
 import textwrap
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cnn_jax.config.schema import (
@@ -291,35 +290,51 @@ def file_name(text: str) -> str:
     return text
 
 
-def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Parses the flags of a command and its `--config.KEY=VALUE` flags.
+class ConfigParser(Parser):
+    """The parser of a command that has `--config` and takes `--config.KEY=VALUE` flags."""
 
-    Args:
-      parser: The parser of the command's own flags.
-      argv: The arguments of the command.
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument(
+            "--config",
+            type=file_name,
+            default="default",
+            metavar="FILE",
+            help="a configuration file, RUN/config.json, or a shipped configuration (default)",
+        )
 
-    Returns:
-      The command's own flags, and the values of configuration keys as text, by key. If a key
-      has several flags, the last one is used.
+    def parse_with_overrides(
+        self, argv: Sequence[str]
+    ) -> tuple[argparse.Namespace, dict[str, str]]:
+        """Parses the flags of a command and its `--config.KEY=VALUE` flags.
 
-    Raises:
-      ConfigError: A flag or key does not exist, or a key has no value.
-    """
-    parser.open_prefix = _PREFIX
-    parser.suggest = functools.partial(_suggest, parser.suggest)  # type: ignore[method-assign]
-    if {"-h", "--help"} & set(argv):
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.epilog = describe_keys(shutil.get_terminal_size().columns - 2, _config_name(argv))
-    flags, others = parser.parse_known_args(argv)
-    return flags, read_overrides(others)
+        Args:
+          argv: The arguments of the command.
 
+        Returns:
+          The command's own flags, and the values of configuration keys as text, by key. If a
+          key has several flags, the last one is used.
 
-def _suggest(suggest: Callable[[str], str | None], flag: str) -> str | None:
-    """Returns a similar flag, or a similar configuration key as a flag; None without one."""
-    if (near := suggest(flag)) is not None:
-        return near
-    key = closest_key(flag.removeprefix("--"))
-    return f"{_PREFIX}{key}" if key else None
+        Raises:
+          ConfigError: A flag or key does not exist, or a key has no value.
+        """
+        if {"-h", "--help"} & set(argv):
+            self.formatter_class = argparse.RawDescriptionHelpFormatter
+            width = shutil.get_terminal_size().columns - 2
+            self.epilog = describe_keys(width, _config_name(argv))
+        flags, others = self.parse_known_args(argv)
+        return flags, read_overrides(others)
+
+    def suggest(self, flag: str) -> str | None:
+        """Returns a similar flag, or a similar configuration key as a flag; None without one."""
+        if (near := super().suggest(flag)) is not None:
+            return near
+        key = closest_key(flag.removeprefix("--"))
+        return f"{_PREFIX}{key}" if key else None
+
+    def is_known(self, argument: str) -> bool:
+        """Returns whether an argument is a flag of this command or of a configuration key."""
+        return argument.startswith(_PREFIX) or super().is_known(argument)
 
 
 def _config_name(argv: Sequence[str]) -> str:

@@ -173,15 +173,10 @@ class Parser(argparse.ArgumentParser):
 
     A misspelt flag, choice or sub-command is reported before a missing flag. `run` exits with
     code 2 after such an error. Flags cannot be abbreviated.
-
-    Attributes:
-      open_prefix: Flags that begin with this text are passed on by `parse_known_args`
-        although the parser does not know them; None for no such flags.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
-        self.open_prefix: str | None = None
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -205,6 +200,10 @@ class Parser(argparse.ArgumentParser):
         hint = f"did you mean {near}{equals}{value}?" if near else "see --help"
         return ConfigError(f"unexpected argument {argument!r}; {hint}")
 
+    def is_known(self, argument: str) -> bool:
+        """Returns whether an argument such as --FLAG or --FLAG=VALUE is a flag of this command."""
+        return argument.partition("=")[0] in self._option_string_actions
+
     def suggest(self, flag: str) -> str | None:
         """Returns the known flag that is most similar to a misspelt flag, or None."""
         return closest(flag, self._option_string_actions)
@@ -226,8 +225,7 @@ class Parser(argparse.ArgumentParser):
                 return  # The parser of a sub-command checks the arguments after its name.
             if not argument.startswith("--"):
                 continue
-            is_open = self.open_prefix is not None and argument.startswith(self.open_prefix)
-            if not is_open and argument.partition("=")[0] not in self._option_string_actions:
+            if not self.is_known(argument):
                 raise self.unexpected(argument)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -24,7 +24,7 @@ _STUDIES = pathlib.Path("studies")
 
 
 def main(argv: Sequence[str]) -> None:
-    known, overrides = files.parse(_parser(), argv)
+    known, overrides = _parser().parse_with_overrides(argv)
     files.find(known.config)
     space = files.find(known.space, "--space", "spaces")
     start = time.monotonic()
@@ -76,17 +76,10 @@ def _no_best_trial(study: Mapping[str, Any], is_over: bool) -> BaseException:
     return UserError(f"no trial has finished{yet}{''.join(reasons)}")
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(
+def _parser() -> files.ConfigParser:
+    parser = files.ConfigParser(
         prog="cnn_jax tune",
         description="Search for the hyper-parameters that are best on the validation split.",
-    )
-    parser.add_argument(
-        "--config",
-        type=files.file_name,
-        default="default",
-        metavar="FILE",
-        help="a configuration file, RUN/config.json, or a shipped configuration (default)",
     )
     parser.add_argument("--study", type=_name, required=True, metavar="NAME")
     parser.add_argument(

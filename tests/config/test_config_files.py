@@ -10,7 +10,6 @@ from conftest import REPOSITORY
 from cnn_jax.config import files, schema
 from cnn_jax.config.resolve import resolve
 from cnn_jax.models import NETWORKS
-from cnn_jax.system.cli import Parser
 from cnn_jax.system.errors import ConfigError
 
 SHIPPED = REPOSITORY / "configs"
@@ -286,11 +285,10 @@ def test_a_key_is_suggested_only_if_it_is_close(wrong, right):
     ],
 )
 def test_a_wrong_flag_is_reported_before_a_missing_one(argument, message):
-    parser = Parser()
-    parser.add_argument("--config")
+    parser = files.ConfigParser()
     parser.add_argument("--workdir", required=True)
     with pytest.raises(ConfigError) as error:
-        files.parse(parser, [argument])
+        parser.parse_with_overrides([argument])
     assert message in str(error.value)
 
 
