@@ -7,6 +7,7 @@ JAX_PLATFORMS=cuda,cpu runs the tests on a GPU. Tests that need several devices 
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -128,3 +129,19 @@ def show_at(browser, url: str, width: int, scheme: str = "light") -> None:
     ]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get(url)
+
+
+def imported_modules(*names: str) -> set[str]:
+    """The modules that a new process has imported after it has imported these modules."""
+    code = f"import sys, {', '.join(names)}; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+# Modules that prediction and serving must not import, because they take seconds.
+TRAINING_MODULES = {
+    *("tensorflow_datasets", "tensorflow", "optax", "orbax", "grain", "cv2", "matplotlib"),
+    *("torch", "tensorboardX", "tensorstore", "imagehash", "ml_collections"),
+    *("cnn_jax.training.loop", "cnn_jax.training.step", "cnn_jax.training.optimizer"),
+    "cnn_jax.data.pipeline",
+}

@@ -2,8 +2,6 @@ import csv
 import dataclasses
 import io
 import pathlib
-import subprocess
-import sys
 import zipfile
 from unittest import mock
 
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bundles import MODEL, make_bundle
+from conftest import TRAINING_MODULES, imported_modules
 from PIL import Image
 
 from cnn_jax import predict
@@ -503,19 +502,7 @@ def test_an_input_without_images_is_an_error(bundle_path, tmp_path, name, reason
 
 
 def test_importing_predict_imports_no_training_code():
-    code = "import sys, cnn_jax.predict; print(*sys.modules)"
-    modules = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    heavy = ("tensorflow_datasets", "tensorflow", "optax", "orbax", "grain", "cv2", "matplotlib")
-    heavy += ("scipy", "torch", "tensorboardX", "tensorstore", "imagehash", "ml_collections")
-    training = (
-        "cnn_jax.training.loop",
-        "cnn_jax.training.step",
-        "cnn_jax.training.optimizer",
-        "cnn_jax.data.pipeline",
-    )
-    assert not set(modules) & {*heavy, *training}
+    assert not imported_modules("cnn_jax.predict") & {*TRAINING_MODULES, "scipy"}
 
 
 def test_files_left_out_of_a_folder_are_counted(tmp_path, caplog):

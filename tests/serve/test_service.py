@@ -7,8 +7,6 @@ import dataclasses
 import io
 import pathlib
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import requests
 from bundles import make_bundle
+from conftest import TRAINING_MODULES, imported_modules
 from PIL import Image
 
 import cnn_jax.serve
@@ -305,18 +304,6 @@ def test_models_are_found_by_name_number_and_alias(version):
 
 def test_serving_imports_no_training_code():
     folder = pathlib.Path(cnn_jax.serve.__file__).parent
-    rooms = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__main__")
-    names = [f"cnn_jax.serve.{room}" for room in rooms] + ["cnn_jax.registry.registry"]
-    code = f"import sys, {', '.join(names)}; print(*sys.modules)"
-    modules = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    heavy = ("tensorflow_datasets", "tensorflow", "optax", "orbax", "grain", "cv2", "matplotlib")
-    heavy += ("torch", "tensorboardX", "tensorstore", "imagehash", "ml_collections", "mlflow")
-    training = (
-        "cnn_jax.training.loop",
-        "cnn_jax.training.step",
-        "cnn_jax.training.optimizer",
-        "cnn_jax.data.pipeline",
-    )
-    assert not set(modules) & {*heavy, *training}
+    modules = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__main__")
+    names = [f"cnn_jax.serve.{module}" for module in modules] + ["cnn_jax.registry.registry"]
+    assert not imported_modules(*names) & {*TRAINING_MODULES, "mlflow"}
