@@ -56,7 +56,7 @@ def train(
       workdir: The run's folder; by default a new folder below `runs`, whose path is shown.
       console: The place where progress is shown; by default the notebook, or stderr.
       **changes: New values of configuration keys: by the full key
-        (`**{"data.image_size": 64}`), by the name alone if it is unique (`image_size=64`), or
+        (`**{"data.image_size": 64}`), only by the name if it is unique (`image_size=64`), or
         by section (`data={"image_size": 64}`).
 
     Returns:

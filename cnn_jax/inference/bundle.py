@@ -48,8 +48,9 @@ class Bundle:
       temperature: The logits are divided by the temperature before the softmax.
       data: The source of the training data, its division into splits, its limits for unreadable
         images and links, and its fingerprint.
-      metrics: By split "accuracy", "precision", "recall", "f1", "loss", and "agreement_p_value",
-        the probability that a network which guesses is correct at least as often.
+      metrics: For each split "accuracy", "precision", "recall", "f1", "loss", and
+        "agreement_p_value", the probability that a network which guesses is correct at least
+        as often.
       variables: {"params": ..., "batch_stats": ...}, arrays.
     """
 
