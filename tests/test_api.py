@@ -355,3 +355,12 @@ def test_training_in_a_real_notebook(image_folder, tmp_path):
     assert "continues" in error["traceback"][0]
     assert sum(str(output).count("\n") for output in stopped) < 60
     assert alive[0]["data"]["text/plain"] == "'the kernel is alive'"
+
+
+def test_the_errors_to_catch_are_in_one_module():
+    from cnn_jax import errors
+    from cnn_jax.system import errors as own
+
+    assert errors.UserError is own.UserError
+    with pytest.raises(errors.BundleError, match="is not a bundle"):
+        cnn_jax.load("nowhere")
