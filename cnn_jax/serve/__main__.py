@@ -11,7 +11,6 @@ POST /predict, or use existing clients of TensorFlow Serving (/v1) or of the Ope
 import argparse
 import os
 import pathlib
-import re
 from collections.abc import Sequence
 
 from cnn_jax.registry.ledger import check_name, parse_version_or_alias
@@ -49,8 +48,7 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled()
     start_logging(flags.log_level)
     if flags.bundle:
-        path = find_bundle(flags.bundle)
-        source = BundleSource(path, flags.model[0] if flags.model else _model_name(path))
+        source = BundleSource(find_bundle(flags.bundle), (flags.model or ["default"])[0])
     else:
         source = RegistrySource(
             Registry(flags.registry), flags.model or (), flags.alias, flags.versions or ()
@@ -86,13 +84,6 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def _model_name(bundle: pathlib.Path) -> str:
-    """Returns the name of a run's folder as a model name: "-" replaces forbidden characters."""
-    path = bundle.resolve()
-    folder = path.parent.name if path.name == "bundle" else path.name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-._")[:100] or "default"
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="cnn_jax serve",
@@ -112,8 +103,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--model",
         type=_names,
         metavar="NAME,...",
-        help="models of the registry to serve (all), or the name of the bundle's model (the name "
-        "of the run's folder)",
+        help="models of the registry to serve (all), or the name of the bundle's model (default)",
     )
     add("--alias", default="champion", help="alias of the version that answers (champion)")
     add("--versions", type=_versions, metavar="V,...", help="further versions or aliases to serve")

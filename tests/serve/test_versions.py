@@ -414,7 +414,7 @@ def test_the_request_log_records_answers(tmp_path):
         pixels = preprocess_for_inference(encode(seed), predictor.preprocessing)[None]
         expected = predictor(pixels)[0]
         assert abs(row[0] - time.time()) < 600
-        assert row[2:4] == ("my-run", 1)  # The model is named after the run's folder.
+        assert row[2:4] == ("default", 1)
         assert row[4] == predictor.class_names[int(expected.argmax())]
         assert row[5] == pytest.approx(expected.max(), abs=1e-6)
         np.testing.assert_allclose(np.frombuffer(row[6], "<f4"), expected, atol=1e-6)
