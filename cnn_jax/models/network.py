@@ -4,14 +4,13 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from cnn_jax.data.preprocessing import Preprocessing, normalize
 from cnn_jax.models import NETWORKS
-from cnn_jax.models.parts import NetworkParts
+from cnn_jax.models.base import Network, NetworkParts
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
@@ -26,7 +25,7 @@ def compute_dtype(precision: str) -> jnp.dtype:
     return jnp.dtype(precision)
 
 
-def make_model(config: Mapping[str, Any], num_classes: int, precision: str) -> nn.Module:
+def make_model(config: Mapping[str, Any], num_classes: int, precision: str) -> Network:
     """Makes the network that the section `model` of a configuration or a bundle describes."""
     module, _, name = NETWORKS[config["name"]].path.partition(":")
     # The fields of a Linen module must be hashable, so lists from JSON become tuples.
@@ -40,7 +39,7 @@ def make_model(config: Mapping[str, Any], num_classes: int, precision: str) -> n
 
 
 def forward(
-    model: nn.Module,
+    model: Network,
     variables: Mapping[str, Any],
     images: Num[Array, "batch height width 3"],
     preprocessing: Preprocessing,
@@ -57,13 +56,13 @@ def forward(
 
 
 def stages(
-    model: nn.Module,
+    model: Network,
     variables: Mapping[str, Any],
     images: Num[Array, "batch height width 3"],
     preprocessing: Preprocessing,
     offsets: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """Returns the outputs of all stages of the network in inference mode; see `CNN.stages`.
+    """Returns the outputs of all stages of the network in inference mode; see `Network.stages`.
 
     Args:
       model: The network.
@@ -76,13 +75,13 @@ def stages(
     return cast(dict, model.apply(variables, images, offsets=offsets, method="stages"))
 
 
-def network_parts(model: nn.Module, variables: Mapping[str, Any]) -> NetworkParts:
+def network_parts(model: Network, variables: Mapping[str, Any]) -> NetworkParts:
     """Returns the parameters of a network that explanations use; see `NetworkParts`."""
-    return cast(Any, model).parts(variables["params"])
+    return model.parts(variables["params"])
 
 
 def feature_map_shapes(
-    model: nn.Module, variables: Mapping[str, Any], image_size: tuple[int, int]
+    model: Network, variables: Mapping[str, Any], image_size: tuple[int, int]
 ) -> dict[str, tuple[int, ...]]:
     """The shape (height, width, channels) of each stage with feature maps, in their order."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
@@ -98,7 +97,7 @@ def feature_map_shapes(
     return shapes
 
 
-def layer_names(model: nn.Module, image_size: tuple[int, int]) -> list[str]:
+def layer_names(model: Network, image_size: tuple[int, int]) -> list[str]:
     """Returns the names of the layers with parameters, from the first layer to the last."""
     names: list[str] = []
 
@@ -109,24 +108,24 @@ def layer_names(model: nn.Module, image_size: tuple[int, int]) -> list[str]:
     return names
 
 
-def abstract_variables(model: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
+def abstract_variables(model: Network, image_size: tuple[int, int]) -> dict[str, Any]:
     """Returns the shapes and dtypes of a network's variables, without computing their values."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
-def has_batch_norm(model: nn.Module, image_size: tuple[int, int]) -> bool:
+def has_batch_norm(model: Network, image_size: tuple[int, int]) -> bool:
     """Returns whether a network has BatchNorm layers."""
     return bool(jax.tree.leaves(abstract_variables(model, image_size).get("batch_stats", {})))
 
 
-def count_parameters(model: nn.Module, image_size: tuple[int, int]) -> int:
+def count_parameters(model: Network, image_size: tuple[int, int]) -> int:
     """Returns the number of trainable parameters of a network."""
     params = abstract_variables(model, image_size)["params"]
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def forward_flops(model: nn.Module, image_size: tuple[int, int]) -> float:
+def forward_flops(model: Network, image_size: tuple[int, int]) -> float:
     """Returns XLA's count of the floating-point operations of one image's forward pass."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     lowered = jax.jit(model.apply).lower(abstract_variables(model, image_size), images)

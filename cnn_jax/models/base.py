@@ -1,0 +1,121 @@
+"""The base classes of all networks: the interface that training and explanations use."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class NetworkParts(NamedTuple):
+    """Some parameters of a network by their role, because their names differ between networks.
+
+    Attributes:
+      first_kernel: The kernel of the first layer, if it is a convolution over R, G and B; else
+        None.
+      head_kernel: The kernel of the last dense layer.
+      head_bias: The bias of the last dense layer.
+      embedding_is_mean_map: Whether the embedding is the mean of the last feature maps over
+        their pixels, which class activation maps need.
+    """
+
+    first_kernel: Float[Array, "height width 3 features"] | None
+    head_kernel: Float[Array, "embedding classes"]
+    head_bias: Float[Array, " classes"]
+    embedding_is_mean_map: bool
+
+
+class Stages:
+    """Collects the outputs of a network's stages, and adds an offset to some of them.
+
+    The gradient with respect to an offset of zeros is the gradient with respect to the output
+    of that stage.
+
+    Attributes:
+      outputs: The outputs by stage, in the order of the stages.
+    """
+
+    def __init__(self, offsets: Mapping[str, Array] | None):
+        """Starts with no outputs; `offsets` contains the arrays to add, by stage."""
+        self.outputs: dict[str, Array] = {}
+        self._offsets = offsets or {}
+
+    def add(self, name: str, x: Array) -> Array:
+        """Records the output of a stage; returns the output with the offset of the stage."""
+        if name in self._offsets:
+            x = x + self._offsets[name].astype(x.dtype)
+        self.outputs[name] = x
+        return x
+
+
+class Network(nn.Module):
+    """A network that is divided into stages.
+
+    A subclass defines `stage_names`, `stage_of`, `parts` and `stages`. Its last dense layer has
+    the name "head".
+
+    Attributes:
+      num_classes: The number of classes.
+      dtype: The dtype of the computation. Parameters, statistics and logits are float32.
+      train_from: The first stage that is trained. Earlier stages run in inference mode during
+        training, with the stored statistics of BatchNorm. Empty: all stages are trained.
+    """
+
+    num_classes: int
+    dtype: jnp.dtype = jnp.dtype("float32")
+    train_from: str = ""
+
+    def __call__(
+        self, x: Float[Array, "batch height width channel"], *, train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Returns the logits, float32, of normalised images."""
+        return self.stages(x, train=train)["logits"]
+
+    @property
+    @abc.abstractmethod
+    def stage_names(self) -> Sequence[str]:
+        """The names of the stages in their order; the last two are "embedding" and "logits"."""
+
+    @nn.nowrap
+    @abc.abstractmethod
+    def stage_of(self, layer: str) -> str:
+        """Returns the stage of a layer; `layer` is a name on the top level of the parameters."""
+
+    @nn.nowrap
+    @abc.abstractmethod
+    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
+        """Returns the parameters that explanations use; see `NetworkParts`."""
+
+    @abc.abstractmethod
+    def stages(
+        self,
+        x: Float[Array, "batch height width channel"],
+        *,
+        train: bool = False,
+        offsets: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """Returns the outputs of all stages for normalised images.
+
+        Args:
+          x: The images.
+          train: Whether to run in training mode, with dropout and the statistics of the batch.
+          offsets: Arrays to add to the outputs of stages, by name; see `Stages`.
+
+        Returns:
+          The outputs by name, in the order of `stage_names`. The feature maps have the shape
+          [batch, height, width, channel]. "embedding" [batch, features] is the input of the
+          head, and "logits" [batch, classes], float32, is its output.
+        """
+
+    @nn.nowrap
+    def is_training(self, stage: str, train: bool) -> bool:
+        """Returns whether a stage runs in training mode if the network does (`train`)."""
+        return train and (not self.train_from or self.is_trained(stage))
+
+    @nn.nowrap
+    def is_trained(self, stage: str) -> bool:
+        """Returns whether the parameters of a stage are trained."""
+        names = list(self.stage_names)
+        return not self.train_from or names.index(stage) >= names.index(self.train_from)
