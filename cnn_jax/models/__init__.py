@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cnn_jax.config.keys import Key, boolean, integer, is_int, number
+from cnn_jax.config.keys import Key, boolean, choice, integer, is_int, number, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Network:
     """A network that the key `model.name` can select.
 
     Attributes:
-      path: The class of the Linen module, as "package.module:Class". Its fields are the keys
-        below, `num_classes` and `dtype`.
+      path: The class of the network, or a function that makes one, as "package.module:name". The
+        keys below are fields of the network, except `pretrained`.
       keys: The keys of the section `model` of the configuration, without `name`.
       size_divisor: A function of the section `model`. It returns the number that must divide
         the height and the width of the images.
@@ -27,6 +27,37 @@ class Network:
     keys: Mapping[str, Key]
     size_divisor: Callable[[Mapping[str, Any]], int] = lambda section: 1
 
+
+# The keys of all networks with pretrained weights.
+_BACKBONE_KEYS = {
+    "pretrained": text(
+        "",
+        "The pretrained weights: a model id of the Hugging Face hub, a safetensors file, or a bundle; "
+        "empty: random weights.",
+        "a model id, a path, or empty",
+        lambda v: True,
+    ),
+    "embedding": choice(
+        "last",
+        "last: the head sees the last feature maps only; stages: it sees the mean and the "
+        "standard deviation of the feature maps of all stages too.",
+        ("last", "stages"),
+    ),
+    "dropout": number(
+        0.0,
+        "The fraction of the head's inputs that a training step leaves out.",
+        "from 0 to below 1",
+        lambda v: 0 <= v < 1,
+    ),
+}
+_BATCH_NORM_KEYS = {
+    "batch_norm_statistics": choice(
+        "frozen",
+        "frozen: BatchNorm keeps the statistics of the pretrained weights; batch: it uses the "
+        "statistics of the batches.",
+        ("frozen", "batch"),
+    ),
+}
 
 NETWORKS = {
     "cnn": Network(

@@ -119,3 +119,46 @@ class Network(nn.Module):
         """Returns whether the parameters of a stage are trained."""
         names = list(self.stage_names)
         return not self.train_from or names.index(stage) >= names.index(self.train_from)
+
+
+class Backbone(Network):
+    """A network whose stages may have pretrained weights; a subclass defines its stages.
+
+    Attributes:
+      embedding: "last": the embedding is what the published network gives its last dense layer.
+        "stages": the embedding also contains the mean and the standard deviation over the
+        pixels of each channel of all feature maps, so that the head sees all stages.
+      dropout: The probability that a number of the embedding is dropped in training.
+    """
+
+    embedding: str = "last"
+    dropout: float = 0.0
+
+    @nn.nowrap
+    def classify(
+        self, stages: Stages, embedding: Float[Array, "batch features"], *, train: bool
+    ) -> dict[str, Array]:
+        """Adds the embedding and the logits to the outputs of the stages; returns the outputs.
+
+        Args:
+          stages: The outputs of all stages with feature maps.
+          embedding: The embedding of the published network.
+          train: Whether to use dropout.
+        """
+        if self.embedding == "stages":
+            maps = [x.astype(jnp.float32) for x in stages.outputs.values()]
+            moments = [moment for x in maps for moment in _moments(x)]
+            embedding = jnp.concatenate([*moments, embedding.astype(jnp.float32)], axis=-1)
+        x = stages.add("embedding", embedding)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        stages.add("logits", nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x))
+        return stages.outputs
+
+
+def _moments(
+    maps: Float[Array, "batch height width channel"],
+) -> tuple[Float[Array, "batch channel"], Float[Array, "batch channel"]]:
+    """Returns the mean and the standard deviation over the pixels of each channel."""
+    variance = jnp.var(maps, axis=(1, 2))
+    # The gradient of a square root at 0 is infinite.
+    return jnp.mean(maps, axis=(1, 2)), jnp.sqrt(variance + 1e-6)

@@ -25,17 +25,31 @@ def compute_dtype(precision: str) -> jnp.dtype:
     return jnp.dtype(precision)
 
 
-def make_model(config: Mapping[str, Any], num_classes: int, precision: str) -> Network:
-    """Makes the network that the section `model` of a configuration or a bundle describes."""
+def make_model(
+    config: Mapping[str, Any], num_classes: int, precision: str, train_from: str = ""
+) -> Network:
+    """Makes the network that the section `model` of a configuration or a bundle describes.
+
+    Args:
+      config: The section `model`.
+      num_classes: The number of classes.
+      precision: See `compute_dtype`.
+      train_from: The first stage that is trained; see `Network`.
+    """
     module, _, name = NETWORKS[config["name"]].path.partition(":")
     # The fields of a Linen module must be hashable, so lists from JSON become tuples.
     fields = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in config.items()
-        if key != "name"
+        if key not in ("name", "pretrained")
     }
     network = getattr(importlib.import_module(module), name)
-    return network(num_classes=num_classes, dtype=compute_dtype(precision), **fields)
+    return network(
+        num_classes=num_classes,
+        dtype=compute_dtype(precision),
+        train_from=train_from,
+        **fields,
+    )
 
 
 def forward(
