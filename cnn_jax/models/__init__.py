@@ -32,8 +32,8 @@ class Network:
 _BACKBONE_KEYS = {
     "pretrained": text(
         "",
-        "The pretrained weights: a model id of the Hugging Face hub, a safetensors file, or a bundle; "
-        "empty: random weights.",
+        "The pretrained weights: a model id of the Hugging Face hub, a safetensors file or a "
+        "bundle; empty: random weights.",
         "a model id, a path, or empty",
         lambda v: True,
     ),
