@@ -40,6 +40,9 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
         if config.checkpoint.init_from:
             path = pathlib.Path(config.checkpoint.init_from).expanduser()
             resolved.checkpoint.init_from = str(path.resolve())
+        if config.model.get("batch_norm_statistics") == "auto":
+            # The statistics of random weights, 0 and 1, normalise nothing.
+            resolved.model.batch_norm_statistics = "frozen" if config.model.pretrained else "batch"
         resolved.data.source = absolute(config.data.source)
         resolved.data.image_size = image_size(config)
         if config.augment.place == "auto":

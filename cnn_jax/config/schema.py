@@ -230,12 +230,44 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
         "l2": number(
             1e-4,
-            "The weight of the L2 penalty on the kernels of convolutions and dense layers.",
+            "The weight of the L2 penalty on the kernels of convolutions and dense layers; with "
+            "pretrained weights, on the kernel of the head only.",
+            "0 or more",
+            lambda v: v >= 0,
+        ),
+        "weight_decay": number(
+            0.0,
+            "The decoupled weight decay (AdamW) of the kernels: each step subtracts this part, "
+            "times the learning rate.",
+            "0 or more",
+            lambda v: v >= 0,
+        ),
+        "stage_decay": number(
+            1.0,
+            "The learning rate of a stage is this number times that of the next stage; 1: all "
+            "stages have the same learning rate.",
+            "above 0, at most 1",
+            lambda v: 0 < v <= 1,
+        ),
+        "head_learning_rate": number(
+            0.0,
+            "The learning rate of the head at the start of the decay; 0: optimizer.learning_rate.",
             "0 or more",
             lambda v: v >= 0,
         ),
     },
     "train": {
+        "from_stage": text(
+            "",
+            "The first stage of the network that is trained, or head; earlier stages keep their "
+            "weights. Empty: all stages are trained.",
+            "the name of a stage, or empty",
+            lambda v: True,
+        ),
+        "probe": boolean(
+            False,
+            "Whether to fit the head to the features of the initial network before the first step.",
+        ),
         "batch_size": integer(32, "The number of images in a step, on all devices.", low=1),
         "steps_per_execution": integer(
             0, "The steps of one dispatch; 0: 8 if the images are on a GPU or TPU, else 1.", low=0
@@ -244,7 +276,10 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             1, "The number of parts of a batch that are computed one after the other.", low=1
         ),
         "epochs": integer(
-            22, "The passes over the training images; the specification has 45.", low=1
+            22,
+            "The passes over the training images; the specification has 45. With train.probe it "
+            "may be 0.",
+            low=0,
         ),
         "label_smoothing": number(
             0.1,
@@ -499,8 +534,10 @@ def validate(config: Config, num_devices: int) -> None:
             "config.optimizer.final_learning_rate: must not be above optimizer.learning_rate = "
             f"{values['optimizer.learning_rate']}, got {values['optimizer.final_learning_rate']}"
         )
+    if not values["train.epochs"] and not values["train.probe"]:
+        raise ConfigError("config.train.epochs: must be at least 1 unless train.probe=True, got 0")
     decay = "optimizer.decay_epochs" if values["optimizer.decay_epochs"] else "train.epochs"
-    if values["optimizer.warmup_epochs"] >= values[decay]:
+    if values["train.epochs"] and values["optimizer.warmup_epochs"] >= values[decay]:
         raise ConfigError(
             f"config.optimizer.warmup_epochs: must be below {decay} = "
             f"{values[decay]}, got {values['optimizer.warmup_epochs']}"

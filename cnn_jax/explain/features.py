@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
@@ -20,6 +19,7 @@ from cnn_jax.explain.maps import Images
 from cnn_jax.inference import calibration
 from cnn_jax.inference.batching import map_batches, split_batches
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_pixels
+from cnn_jax.models.base import Network
 from cnn_jax.models.network import feature_map_shapes, network_parts, stages
 from cnn_jax.system import runtime
 
@@ -70,7 +70,7 @@ def _map_stages(
 
 @functools.cache
 def _compiled(
-    choose: Callable[[dict[str, Array]], PyTree], model: nn.Module, preprocessing: Preprocessing
+    choose: Callable[[dict[str, Array]], PyTree], model: Network, preprocessing: Preprocessing
 ) -> Callable[[PyTree, Images], PyTree]:
     def run(variables: PyTree, images: Array) -> PyTree:
         return choose(stages(model, variables, images, preprocessing))

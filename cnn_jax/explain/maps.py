@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Num, PyTree, UInt8
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.batching import map_batches, next_power_of_two, split_batches
 from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.models.base import Network
 from cnn_jax.models.network import feature_map_shapes, forward, network_parts, stages
 from cnn_jax.system import runtime
 
@@ -222,7 +223,7 @@ def _feature_maps_and_gradients(
     variables: PyTree,
     images: Num[Array, "batch height width 3"],
     classes: Int[Array, " batch"],
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> tuple[Array, Array]:
     """Returns the last feature maps and the logits' gradients with respect to them; float32."""
@@ -278,7 +279,7 @@ def _combined_feature_maps(
     classes: Array,
     *,
     combine: tuple[Combine, ...],
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> Float[Array, "batch methods height width"]:
     maps, gradients = _feature_maps_and_gradients(variables, images, classes, model, preprocessing)
@@ -293,7 +294,7 @@ def _logits_by_class(
     images: Array,
     classes: Array,
     *,
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> Float[Array, " batch"]:
     return _class_logits(forward(model, variables, images, preprocessing), classes)
@@ -304,7 +305,7 @@ def _input_gradients(
     images: Array,
     classes: Array,
     *,
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> Float[Array, "batch height width 3"]:
     """Returns the gradient of each image's logit with respect to the image's grey levels."""
@@ -319,7 +320,7 @@ def _input_gradients(
 @functools.cache
 def _compiled(
     function: _Function,
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
     combine: tuple[Combine, ...] | None,
 ) -> _Function:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
@@ -19,6 +18,7 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.batching import BATCH_SIZE, map_batches, split_batches
 from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
 from cnn_jax.inference.images import AnyImage, ImageReader, describe_image, single_images
+from cnn_jax.models.base import Network
 from cnn_jax.models.network import abstract_variables, forward, make_model
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import BundleError, DataError
@@ -107,7 +107,7 @@ class BundlePredictor(Predictor):
 
 
 @functools.lru_cache(64)
-def _compiled(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., Array]:
+def _compiled(model: Network, preprocessing: Preprocessing) -> Callable[..., Array]:
     """Returns the compiled function that predicts, for a network and its preprocessing.
 
     The weights are arguments of the function, so bundles with the same network and preprocessing
@@ -120,7 +120,7 @@ def _compiled(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., A
     return jax.jit(probabilities, compiler_options=runtime.compiler_options())
 
 
-def _check_weights(model: nn.Module, bundle: Bundle) -> None:
+def _check_weights(model: Network, bundle: Bundle) -> None:
     """Raises BundleError if names or shapes of the weights do not match the network."""
 
     def shapes(variables: PyTree) -> dict[str, tuple[int, ...]]:

@@ -52,10 +52,10 @@ _BACKBONE_KEYS = {
 }
 _BATCH_NORM_KEYS = {
     "batch_norm_statistics": choice(
-        "frozen",
-        "frozen: BatchNorm keeps the statistics of the pretrained weights; batch: it uses the "
-        "statistics of the batches.",
-        ("frozen", "batch"),
+        "auto",
+        "frozen: BatchNorm keeps its initial statistics; batch: it uses those of the batches; "
+        "auto: frozen with pretrained weights, else batch.",
+        ("auto", "frozen", "batch"),
     ),
 }
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Num
 from cnn_jax.data.preprocessing import Preprocessing, normalize
 from cnn_jax.models import NETWORKS
 from cnn_jax.models.base import Network, NetworkParts
+from cnn_jax.system.errors import ConfigError, did_you_mean
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
@@ -34,7 +35,10 @@ def make_model(
       config: The section `model`.
       num_classes: The number of classes.
       precision: See `compute_dtype`.
-      train_from: The first stage that is trained; see `Network`.
+      train_from: The first stage that is trained, or "head"; see `Network`.
+
+    Raises:
+      ConfigError: The network has no such stage.
     """
     module, _, name = NETWORKS[config["name"]].path.partition(":")
     # The fields of a Linen module must be hashable, so lists from JSON become tuples.
@@ -43,13 +47,18 @@ def make_model(
         for key, value in config.items()
         if key not in ("name", "pretrained")
     }
-    network = getattr(importlib.import_module(module), name)
-    return network(
-        num_classes=num_classes,
-        dtype=compute_dtype(precision),
-        train_from=train_from,
-        **fields,
-    )
+    make = getattr(importlib.import_module(module), name)
+    network = make(num_classes=num_classes, dtype=compute_dtype(precision), **fields)
+    if not train_from:
+        return network
+    names = [*network.stage_names[:-1], "head"]
+    if train_from not in names:
+        hint = did_you_mean(train_from, names)
+        raise ConfigError(
+            f"config.train.from_stage: must be one of {', '.join(names)} for the network "
+            f"{config['name']}, got {train_from!r}{hint}"
+        )
+    return network.clone(train_from="logits" if train_from == "head" else train_from)
 
 
 def forward(
@@ -131,6 +140,20 @@ def abstract_variables(model: Network, image_size: tuple[int, int]) -> dict[str,
 def has_batch_norm(model: Network, image_size: tuple[int, int]) -> bool:
     """Returns whether a network has BatchNorm layers."""
     return bool(jax.tree.leaves(abstract_variables(model, image_size).get("batch_stats", {})))
+
+
+def updates_statistics(model: Network, image_size: tuple[int, int]) -> bool:
+    """Returns whether training mode changes the statistics of any BatchNorm layer."""
+
+    def train(variables: Mapping[str, Any], images: Array) -> Any:
+        rngs = {"dropout": jax.random.key(0)}
+        _, updates = model.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        return updates
+
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    jaxpr = jax.make_jaxpr(train)(abstract_variables(model, image_size), images).jaxpr
+    # A statistic that no layer changes is an input of the function.
+    return any(output not in jaxpr.invars for output in jaxpr.outvars)
 
 
 def count_parameters(model: Network, image_size: tuple[int, int]) -> int:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -27,6 +26,7 @@ from cnn_jax.data.findings import count
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
+from cnn_jax.models.base import Network
 from cnn_jax.models.network import make_model
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console, TrainingDisplay
@@ -111,7 +111,10 @@ def train_and_evaluate(
         residency = "01" if dataset.loader.on_device else "00"
         sharding.check_equal("another place of images (set data.cache)", residency)
         model = make_model(
-            config.model.to_dict(), len(dataset.source.class_names), config.precision
+            config.model.to_dict(),
+            len(dataset.source.class_names),
+            config.precision,
+            config.train.from_stage,
         )
         checkpoints = Checkpoints(
             workdir / "checkpoints", config.train.monitor, config.checkpoint.keep
@@ -211,7 +214,7 @@ def _make_run(
     config: Config,
     workdir: pathlib.Path,
     dataset: Dataset,
-    model: nn.Module,
+    model: Network,
     checkpoints: Checkpoints,
     console: Console,
     heartbeat: Heartbeat,
@@ -633,9 +636,9 @@ def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
     The statistics come from training images without augmentation. The images are always the
     same, so that an interrupted run gives the same results as an uninterrupted one.
     """
-    if not jax.tree.leaves(state.batch_stats):
-        return state
     programs = run.programs
+    if not programs.updates_statistics:
+        return state
     count = min(math.ceil(_STATISTICS_IMAGES / programs.layout.batch_size), run.steps_per_epoch)
     statistics = programs.empty_statistics()
     # Worker processes would take longer to start than these few batches take to load.

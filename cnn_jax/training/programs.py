@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +15,19 @@ from jaxtyping import Array, Bool, PyTree
 from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.mix import Mixing
+from cnn_jax.models.base import Network
+from cnn_jax.models.network import updates_statistics
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import TrainingError
 from cnn_jax.training import sharding
 from cnn_jax.training.loss import balanced_weights
 from cnn_jax.training.metrics import Metrics
-from cnn_jax.training.optimizer import make_optimizer
+from cnn_jax.training.optimizer import (
+    head_kernel_mask,
+    kernel_mask,
+    learning_rate_factors,
+    make_optimizer,
+)
 from cnn_jax.training.step import Statistics, TrainState, TrainStep, eval_step, update_statistics
 
 # A suggested batch size is rounded down to a multiple of this number.
@@ -29,7 +35,7 @@ _ROUND_BATCH = 8
 
 
 def make_train_step(
-    config: Config, model: nn.Module, schedule: optax.Schedule, dataset: Dataset
+    config: Config, model: Network, schedule: optax.Schedule, dataset: Dataset
 ) -> TrainStep:
     """Returns the training step of a run.
 
@@ -39,13 +45,34 @@ def make_train_step(
       schedule: The learning rate by step.
       dataset: The data set of the run.
     """
-    train = config.train
+    train, optimizer = config.train, config.optimizer
     class_weights = None
     if train.balance == "loss":
         class_weights = tuple(balanced_weights(dataset.findings.counts["train"]).tolist())
+    head_factor = (optimizer.head_learning_rate or optimizer.learning_rate) / (
+        optimizer.learning_rate
+    )
+    has_factors = optimizer.stage_decay != 1 or head_factor != 1
     return TrainStep(
         model=model,
-        optimizer=make_optimizer(schedule, config.optimizer.l2),
+        optimizer=make_optimizer(
+            schedule,
+            optimizer.l2,
+            # An L2 penalty would pull pretrained weights to zero.
+            l2_mask=head_kernel_mask if config.model.get("pretrained") else kernel_mask,
+            weight_decay=optimizer.weight_decay,
+            factors=(
+                functools.partial(
+                    learning_rate_factors,
+                    model=model,
+                    stage_decay=optimizer.stage_decay,
+                    head_factor=head_factor,
+                )
+                if has_factors
+                else None
+            ),
+        ),
+        is_trainable=model.is_trained_parameter if train.from_stage else None,
         preprocessing=dataset.loader.preprocessing,
         seed=config.seed,
         label_smoothing=train.label_smoothing,
@@ -76,6 +103,7 @@ class Programs:
       is_finite: (state) -> bool [], whether every number is finite.
       gather: (tree) -> the same arrays, replicated on all devices.
       accumulation_steps: The number of parts of a batch that are computed one after the other.
+      updates_statistics: Whether training changes BatchNorm's statistics.
     """
 
     def __init__(self, train_step: TrainStep, batch_size: int, model_devices: int = 1):
@@ -89,6 +117,9 @@ class Programs:
         num_classes = train_step.model.num_classes
         jit = functools.partial(jax.jit, compiler_options=runtime.compiler_options())
         self.accumulation_steps = train_step.accumulation_steps
+        self.updates_statistics = updates_statistics(
+            train_step.model, train_step.preprocessing.image_size
+        )
         self.layout = layout = sharding.Layout(sharding.make_mesh(model_devices), batch_size)
         abstract_state = jax.eval_shape(train_step.init_state)
         state_sharding = sharding.split_large(layout.mesh, abstract_state)

@@ -21,7 +21,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-from cnn_jax.config import files
+from cnn_jax.config import files, schema
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track
 from cnn_jax.data.files import check_output
@@ -47,15 +47,6 @@ INDIFFERENT_KEYS = frozenset(
 )
 # The keys that may change when a run resumes. No result of a finished epoch depends on them.
 FREE_KEYS = INDIFFERENT_KEYS | {"train.epochs", "train.patience", "checkpoint.restore_step"}
-# The values that these keys get in the configuration of a run from before the keys existed.
-_VALUES_OF_OLDER_RUNS = {
-    "augment.mixup_probability": 0.0,
-    "augment.cutmix_probability": 0.0,
-    "data.white_level": 0.0,
-    "data.resize": "stretch",
-    "data.crop_ratio": 1.0,
-    "data.interpolation": "bilinear",
-}
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
 _CHECKPOINTS = "checkpoints"
 # The sub-folders of a run's folder.
@@ -224,7 +215,9 @@ def changes(workdir: pathlib.Path, previous: Mapping[str, Any] | None, config: C
     """
     if previous is None:
         return []
-    previous = _VALUES_OF_OLDER_RUNS | dict(previous)
+    # A run from before a key existed gave the results of the key's default.
+    known_keys = schema.keys(config.model.name)
+    previous = {name: key.default for name, key in known_keys.items()} | dict(previous)
     wanted = files.flat(json.loads(config.to_json()))
     lines = {
         key: f"{key}: {previous.get(key, 'absent')} -> {wanted.get(key, 'absent')}"

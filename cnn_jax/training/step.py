@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 from cnn_jax.data import augment, mix
 from cnn_jax.data.mix import NO_MIXING, Mixing
 from cnn_jax.data.preprocessing import Preprocessing, normalize
+from cnn_jax.models.base import Network
 from cnn_jax.models.network import forward
 from cnn_jax.training.loss import cross_entropy, example_weights
 from cnn_jax.training.metrics import Metrics
@@ -88,7 +88,7 @@ class TrainStep:
         [B, C], that returns float32 [B].
     """
 
-    model: nn.Module
+    model: Network
     optimizer: optax.GradientTransformation
     preprocessing: Preprocessing
     seed: int = 0
@@ -257,7 +257,7 @@ def update_statistics(
     variables: Mapping[str, Any],
     batch: Batch,
     *,
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> Statistics:
     """Adds one batch to the statistics that BatchNorm uses in inference.
@@ -303,7 +303,7 @@ def eval_step(
     variables: Mapping[str, Any],
     batch: Batch,
     *,
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> Metrics:
     """Returns the metrics of one batch in inference mode.

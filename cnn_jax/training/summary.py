@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from rich.cells import cell_len
@@ -18,6 +17,7 @@ from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
 from cnn_jax.data.mix import Mixing
+from cnn_jax.models.base import Network
 from cnn_jax.models.network import count_parameters, forward_flops, has_batch_norm
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
@@ -33,7 +33,7 @@ def show_plan(
     config: Config,
     workdir: pathlib.Path,
     dataset: Dataset,
-    model: nn.Module,
+    model: Network,
     changes: Sequence[str] = (),
 ) -> None:
     """Prints the plan of a run: device, data, model, training, and the folder of the results.
@@ -131,7 +131,7 @@ def _mixing(config: Config) -> str:
     return f"\n{mixing.describe()}; train metrics are of mixed images"
 
 
-def _accumulation(config: Config, model: nn.Module, image_size: tuple[int, int]) -> str:
+def _accumulation(config: Config, model: Network, image_size: tuple[int, int]) -> str:
     """Returns a line on gradient accumulation; empty without gradient accumulation."""
     parts = config.train.accumulation_steps
     if parts == 1:
