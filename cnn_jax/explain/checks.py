@@ -60,8 +60,8 @@ def judge(
 
     Args:
       predictor: A loaded bundle.
-      images: uint8 [batch, height, width, 3] of the predictor's size, in random order: the first
-        64 are used by all checks, the others only by the pointing game.
+      images: uint8 [batch, height, width, 3] of the predictor's size, in random order. All
+        checks use the first 64 images; only the pointing game uses the remaining images.
       classes: The class to explain for each image, for example the predicted class.
       masks: True on the object; without masks there is no pointing game.
       methods: Names of methods; by default all methods that work for the network.
@@ -71,7 +71,8 @@ def judge(
     Returns:
       {method: {"randomization": {...}, "deletion": {...}, "insertion": {...},
       "pointing_game": {...}}}. Each check has its measured values, the number of "images", and
-      "passes": True, False, or None with fewer than `MIN_IMAGES` images. JSON types, all finite.
+      "passes": True, False, or None with fewer than `MIN_IMAGES` images. All values
+      have JSON types and are finite.
     """
     allowed = methods_for(predictor)
     chosen = {name: allowed[name] for name in methods or allowed}
@@ -190,7 +191,7 @@ def _mean_and_margin(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
 def _compare(
     scores: Float[np.ndarray, " n"], rivals: dict[str, Float[np.ndarray, " n"]], better: int
 ) -> dict[str, Any]:
-    """Compares the scores of a method with those of alternative maps on the same images.
+    """Compares a method's scores with the scores of alternative maps on the same images.
 
     Args:
       scores: One score for each image.
@@ -212,7 +213,7 @@ def _compare(
 
 
 def shuffle_layers(variables: PyTree, layers: Sequence[str], seed: int = 0) -> PyTree:
-    """Returns the variables of a network with the parameters of some layers shuffled.
+    """Returns a copy of a network's variables in which some layers have shuffled parameters.
 
     The values are permuted within each parameter array.
 
@@ -255,7 +256,7 @@ def _shuffled_predictors(predictor: BundlePredictor, seed: int) -> dict[str, Bun
 
 
 def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
-    """Returns Spearman's rank correlation between the map in `a` and the map in `b` of each image.
+    """Returns Spearman's rank correlation between the maps of each image in `a` and in `b`.
 
     The correlation counts as 0 if only one of the two maps is constant, and as 1 if both are.
     """

@@ -25,7 +25,7 @@ from cnn_jax.system import runtime
 
 # The number of permutations of each feature, and of each image region. With two permutations of a
 # region instead of five, the standard error of the mean over 64 images is 6 % larger, and the
-# measurement takes 60 % less time (measured on photographs of two classes).
+# computation takes 60 % less time (measured on photographs of two classes).
 REPETITIONS, REGION_EXCHANGES = 5, 2
 # An image is divided into REGIONS x REGIONS regions.
 REGIONS = 4
@@ -34,7 +34,10 @@ REGIONS = 4
 def feature_maps(
     predictor: BundlePredictor, images: Images
 ) -> dict[str, Float[np.ndarray, "batch height width channel"]]:
-    """Returns the feature maps of each stage by the name of the stage, in order; float32."""
+    """Returns the feature maps of each stage of the network, by the name of the stage; float32.
+
+    The stages are in the order of the network.
+    """
     maps = next(_map_stages(_feature_maps, predictor, [images]))
     image_size = predictor.preprocessing.image_size
     shapes = feature_map_shapes(predictor.model, predictor.variables, image_size)

@@ -32,7 +32,7 @@ Method = Callable[[BundlePredictor, Images, Classes], Maps]
 
 # The maximum number of pixels in a batch, which limits the memory that gradients need.
 _PIXELS_PER_BATCH = 2**18
-# The number of points at which integrated gradients evaluates the gradient.
+# The number of points at which `integrated_gradients` evaluates the gradient.
 _STEPS = 32
 # The number of noisy copies of each image that SmoothGrad averages over.
 _COPIES = 16

@@ -443,7 +443,9 @@ _FROST_SIDE = 1024
 
 @functools.cache
 def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
-    """Generates the frost texture of a number: ice feathers on a cloudy background.
+    """Generates a frost texture: ice feathers on a cloudy background.
+
+    The argument is the position of the texture's mean colour and standard deviation in `_FROSTS`.
 
     The number is a position in `_FROSTS`.
     """
@@ -499,7 +501,7 @@ def fog(
 
 
 def _plasma(rng: np.random.Generator, side: int, decay: float) -> Float32[np.ndarray, "side side"]:
-    """Returns a periodic fractal surface, 0 to 1, made by the diamond-square algorithm.
+    """Returns a periodic fractal surface of values 0 to 1, made by the diamond-square algorithm.
 
     Args:
       rng: The generator that draws the noise.
@@ -745,7 +747,10 @@ def darkness(
 def crop(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Crops the image to 0.9 to 0.5 of each side at a random position, and enlarges the crop."""
+    """Crops each side of the image to between 0.9 and 0.5 of its length, and enlarges the crop.
+
+    The position of the crop is random.
+    """
     fraction = _choose(severity, (0.9, 0.8, 0.7, 0.6, 0.5))
     cv2, rng = opencv(), _rng(seed, severity)
     height, width = image.shape[:2]

@@ -129,8 +129,8 @@ def _corrupted_batch(
     """Returns one batch from the sequence of all corrupted images.
 
     In the sequence, all images under the first condition are followed by all images under the
-    second condition, and so on.
-    A batch may span two conditions, so that only the last batch is padded.
+    second condition, and so on. A batch may span two conditions, so that only the last batch is
+    padded.
 
     Args:
       corruptions: The corruptions by name.
@@ -243,7 +243,7 @@ def by_quality(
     hits: Bool[np.ndarray, " n"],
     pixels: Int[np.ndarray, " n"],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measures the accuracy by the sharpness, the brightness and the resolution of images.
+    """Measures the accuracy in bins of image sharpness, of brightness and of resolution.
 
     Args:
       images: The resized images, as the network receives them.

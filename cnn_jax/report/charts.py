@@ -123,10 +123,10 @@ def _mark_best(curves: Mapping[str, Any], axes: Axes, theme: Theme) -> None:
 def confusion_order(matrix: Int[np.ndarray, "classes classes"]) -> list[int]:
     """Returns an order of the classes in which classes that are often confused are neighbours.
 
-    Hierarchical clustering by mean distance, with optimal leaf ordering (Bar-Joseph, Gifford and
-    Jaakkola 2001). The distance of two classes is 1 minus the mean of the two fractions of their
-    images that are predicted as the other class. Classes without confusions come last, in their
-    original order.
+    The method is hierarchical clustering by mean distance with optimal leaf ordering (Bar-Joseph,
+    Gifford and Jaakkola 2001). The distance of two classes is 1 minus the mean of two fractions:
+    the images of each class that are predicted as the other class. Classes without confusions come
+    last, in their original order.
 
     Args:
       matrix: The confusion matrix; rows are the true classes.
@@ -145,7 +145,7 @@ def confusion_order(matrix: Int[np.ndarray, "classes classes"]) -> list[int]:
     tree = scipy.cluster.hierarchy.linkage(
         scipy.spatial.distance.squareform(distance, checks=False),
         "average",
-        # Optimal ordering takes minutes for a thousand classes.
+        # Optimal leaf ordering takes minutes for a thousand classes.
         optimal_ordering=len(confused) <= _MAX_NAMES,
     )
     order = confused[scipy.cluster.hierarchy.leaves_list(tree)].tolist()
@@ -215,8 +215,8 @@ def confusion(
         rotation = 90 if count > 12 or max(map(len, names)) > 3 else 0
         axes.set_xticks(range(count), names, rotation=rotation, size=size, parse_math=False)
         axes.set_yticks(range(count), names, size=size, parse_math=False)
-        # Write the class names on all four sides, because the reader scrolls through a large
-        # matrix and sees only a part of it.
+        # Large matrices have class names on all four sides, because a reader who scrolls sees only
+        # a part of the matrix.
         is_large = count > _MAX_LINES
         axes.tick_params(axis="x", labeltop=is_large, labelrotation=rotation)
         axes.tick_params(axis="y", labelright=is_large)
@@ -273,11 +273,11 @@ def _short_count(count: float) -> str:
     return f"{count:.0f}" if count < 10_000 else f"{count / 1000:.0f}k"
 
 
-# The charts of the calibration and of the coverage.
+# The charts of calibration and of selective prediction.
 
 
 def reliability(calibration: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Draws a reliability diagram (Guo et al. 2017) for before and after temperature scaling.
+    """Draws a reliability diagram (Guo et al. 2017): curves before and after temperature scaling.
 
     The upper panel shows the accuracy in each confidence bin that has images. The lower panel
     shows the number of images in each bin.
@@ -307,7 +307,10 @@ def reliability(calibration: Mapping[str, Any], figure: Figure, theme: Theme) ->
 
 
 def coverage(covered: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Draws the accuracy on the most confident images by the fraction of images that are kept."""
+    """Plots the accuracy on kept images against the fraction of images kept.
+
+    The images with the highest confidence are kept.
+    """
     axes = style.plain(figure.subplots(), theme)
     curve = covered["curve"]
     axes.plot(

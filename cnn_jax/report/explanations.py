@@ -106,9 +106,8 @@ def explanations(run: Run) -> Figures:
 
 def maps(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
     """Returns the Grad-CAM maps that the report draws over images."""
-    # Compute the maps of all methods in _METHODS, because the checks usually have compiled the
-    # program for these methods already. A program for only one method would have to be compiled
-    # now.
+    # Compute the maps of all methods in _METHODS, because the program for these methods is usually
+    # compiled already, for the checks. A program for only one method would have to be compiled now.
     classes = classes.astype(np.int32)
     methods = {name: METHODS[name] for name in _METHODS}
     return maps_by_method(predictor, images, classes, methods)[grad_cam.__name__]

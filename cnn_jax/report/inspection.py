@@ -47,8 +47,8 @@ _MAX_POINTS = 2000
 def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) -> pathlib.Path:
     """Writes a page that shows the survey of a data set, and the whole survey as inspection.json.
 
-    For the contact sheets, up to 24 images of each class are read again; for the lists of
-    duplicates, some of the duplicates.
+    Up to 24 images of each class are read again for the contact sheets. Some of the duplicates are
+    read again for the lists of duplicates.
 
     Args:
       survey: The survey to show.
@@ -168,7 +168,7 @@ def sample(survey: Survey, label: int) -> list[int]:
 
 
 def _draw_sheets(survey: Survey, folder: pathlib.Path, track: Track) -> list[dict[str, Any]]:
-    """Draws a contact sheet for each class with images; returns the sheets' data for the page."""
+    """Draws a contact sheet for each class that has images; returns the sheets' data."""
     counts = survey.counts.sum(axis=1).tolist()
     labels = [label for label, number in enumerate(counts) if number]
 
@@ -214,7 +214,7 @@ def _thumbnail(survey: Survey, index: int) -> Image.Image | None:
     return load_thumbnail(survey.source, index, survey.preprocessing, _THUMBNAIL)
 
 
-# The charts of a survey.
+# The charts of the survey of a data set.
 
 
 def _draw_charts(survey: Survey, folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -34,7 +34,8 @@ def thresholds(
 ) -> Float[np.ndarray, " classes"]:
     """Returns the mean probability of each class over the images with the label of this class.
 
-    The threshold of a class without images is infinite, so that the class is never suggested.
+    The function `find` uses these means as thresholds. The threshold of a class without images is
+    infinite, so that the class is never suggested.
     """
     num_classes = probabilities.shape[1]
     own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
@@ -46,7 +47,7 @@ def thresholds(
 def find(probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]) -> Suspects:
     """Finds the examples whose label is probably wrong, and sorts them by normalised margin.
 
-    They are the examples off the diagonal of the confident joint in the paper.
+    These are the off-diagonal examples of the confident joint in the paper.
 
     Args:
       probabilities: The predictions of a network that was not trained on these images; each row

@@ -62,7 +62,7 @@ def qualities(run: Run) -> Figures:
 
 
 def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
-    """Draws a test image with each corruption, with severities 1 to 5 side by side.
+    """Draws a test image with each corruption at severities 1 to 5, side by side.
 
     Returns:
       The name of the image file by corruption.

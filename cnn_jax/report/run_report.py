@@ -174,8 +174,8 @@ def report_after_training(workdir: str | os.PathLike[str], config: Config, conso
     """Writes the report of a run that this process has trained, and prints the time spent.
 
     If several processes train the network, no report is written, because all other processes
-    would have to wait for it.
-    An unexpected error is shown as a warning, because the run is complete without its report.
+    would have to wait for the report. An unexpected error is shown as a warning, because the run is
+    complete without its report.
 
     Args:
       workdir: The run's folder.
@@ -217,7 +217,7 @@ def _sections(
     folder: pathlib.Path,
     thread: concurrent.futures.Executor,
 ) -> tuple[Figures, dict[str, str], list[concurrent.futures.Future[Any]]]:
-    """Computes all sections of a report while a thread draws the finished sections.
+    """Computes all sections of a report while another thread draws the finished sections.
 
     Returns:
       The sections by name; the reasons for missing sections by name; and the pending drawings.
@@ -268,7 +268,7 @@ def _facts(run: Run, earlier: object, after_training: bool) -> Figures:
 def _draw_examples(
     network: Network, examples: list[Figures], folder: pathlib.Path, are_explained: bool
 ) -> None:
-    """Draws the example images that have no file yet; also saliency maps if `are_explained`."""
+    """Draws the example images that have no file yet; adds saliency maps if `are_explained`."""
     new_examples = {
         shown["position"]: shown for shown in examples if not (folder / shown["picture"]).exists()
     }
@@ -338,7 +338,7 @@ def _charts(figures: Figures) -> dict[str, charts.Chart]:
     return charts.run_charts(figures) | explanations.charts(figures) | qualities.charts(figures)
 
 
-# The HTML page.
+# The rendering of the HTML page.
 
 
 def _page(

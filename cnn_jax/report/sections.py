@@ -1,7 +1,7 @@
 """Computes the sections of a run's report; each function takes a run and returns JSON types.
 
-The function raises MissingError with the reason if the section cannot be made. An image that the
-page must show is described by a dictionary, which the function `example` makes.
+A function raises MissingError with the reason if its section cannot be computed. An image for the
+page is described by a dictionary, which the function `example` makes.
 """
 
 import math
@@ -62,7 +62,10 @@ def example(network: Network, split: str, row: int, predicted: int | None = None
 
 
 def most_confident_image(network: Network) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the correctly classified test image with the highest confidence, at input size."""
+    """Returns the correctly classified test image with the highest confidence.
+
+    The image has the network's input size.
+    """
     probabilities = network.probabilities["test"]
     is_right = probabilities.argmax(axis=1) == network.labels("test")
     row = int((probabilities.max(axis=1) + is_right).argmax())
@@ -130,7 +133,7 @@ def confusion(run: Run) -> Figures:
 
 
 def _pair_examples(network: Network | None, true: int, predicted: int) -> list[Figures]:
-    """Returns the most confident of the test images of class `true` predicted as `predicted`."""
+    """Returns the most confident test images of class `true` that are predicted as `predicted`."""
     if network is None:
         return []
     probabilities = network.probabilities["test"]
@@ -315,7 +318,10 @@ SECTIONS: dict[str, Callable[[Run], Figures]] = {
 
 
 def examples(figures: object) -> list[Figures]:
-    """Returns all image descriptions by `example` that a section contains, at any nesting depth."""
+    """Finds all image descriptions in a section, at any depth of nesting.
+
+    The function `example` makes these descriptions.
+    """
     if isinstance(figures, dict):
         if "picture" in figures:
             return [figures]

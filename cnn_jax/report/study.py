@@ -77,7 +77,7 @@ def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
     return folder / "index.html"
 
 
-# The charts of the page.
+# The charts on the page of a study.
 
 
 def make_charts(study: Study) -> dict[str, Chart]:
@@ -104,7 +104,7 @@ def _draw_charts(study: Study, folder: pathlib.Path) -> None:
         style.draw(folder / f"{name}.png", *chart)
 
 
-# The HTML page.
+# The rendering of the HTML page.
 
 
 def _page(study: Study, drawn: pathlib.Path, folder: pathlib.Path) -> str:

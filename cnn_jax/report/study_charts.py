@@ -87,11 +87,11 @@ def _draw_failed(study: Study, axes: Axes, theme: Theme) -> None:
 
 
 def _draw_running_best(study: Study, scale: Scale, axes: Axes, theme: Theme) -> None:
-    """Draws a line for the best value of the complete trials up to each trial."""
+    """Draws the best value of the complete trials so far, as a step line over the trial numbers."""
     numbers, values = running_best(study)
     if not numbers:
         return
-    last = sorted_trials(study)[-1]["number"]  # Extend the line to the last trial.
+    last = sorted_trials(study)[-1]["number"]  # The line ends at the last trial, complete or not.
     axes.step(
         [*numbers, last],
         scale.clip([*values, values[-1]]),
@@ -116,8 +116,8 @@ def curves(study: Study, figure: Figure, theme: Theme) -> None:
         marker = "o" if len(values) == 1 else ""
         axes.plot(epochs, values, color=theme.second, linewidth=2, marker=marker, label="best")
     everything = [v for trial in study["trials"] for v in trial["curve"] if is_number(v)]
-    # The values of the first epochs are far worse than the values of the last epochs, so this axis
-    # must be longer than the axes of final values.
+    # The first epochs have far worse values than the last epochs, so this axis covers a larger
+    # range (reach=10) than the axes of the other charts.
     _draw_value_axis(value_scale(study, everything, reach=10), axes)
     _draw_counting_axis("epoch", axes)
     _legend_above(axes, theme)

@@ -15,7 +15,7 @@ Trial = Mapping[str, Any]
 # The search range of a parameter: its kind, and either its two ends or its choices.
 Range = Mapping[str, Any]
 
-# The text for a missing value.
+# The text that the page shows for a missing value.
 MISSING = "\N{EN DASH}"
 # A value is near an end of its range if the distance is at most this fraction of the range.
 _EDGE = 0.05
@@ -63,7 +63,7 @@ def running_best(study: Study) -> tuple[list[int], list[float]]:
 
 
 def sorted_importance(study: Study) -> dict[str, float]:
-    """Returns the importance of each parameter as a fraction of 1, in decreasing order."""
+    """Returns the importance of each parameter, 0 to 1, in decreasing order."""
     return dict(sorted((study["importance"] or {}).items(), key=lambda item: -item[1]))
 
 

@@ -105,7 +105,7 @@ Plot = Callable[[Figure, Theme], None]
 
 
 def draw(path: pathlib.Path, plot: Plot, size: tuple[float, float] = SIZE, dpi: int = DPI) -> None:
-    """Draws a chart in the light and the dark theme, and saves both on a transparent background.
+    """Draws and saves a chart in the light and the dark theme, with a transparent background.
 
     The layout takes half of the time. It is computed only once, because both themes have the same
     text.

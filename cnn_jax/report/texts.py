@@ -8,7 +8,7 @@ from cnn_jax.data.findings import count
 from cnn_jax.inference.calibration import NUM_BINS
 from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width
 
-# The report remarks on a class if its F1 is more than this below the mean F1.
+# The report remarks on a class if its F1 is below the mean F1 by more than this.
 _WEAK = 0.1
 # The report remarks on a pair of confused classes if the pair causes at least this fraction of all
 # mistakes.
@@ -320,7 +320,7 @@ def _predictions_text(name: str, test: Mapping[str, Any], train: Mapping[str, An
 
 
 def _curve_remarks(curves: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """Returns a remark on the verdict on the training, unless the verdict needs no remark."""
+    """Returns a remark on the training if the verdict is a problem, such as "overfits"."""
     texts = {
         "at chance": "The network is not shown to be better than guessing on validation",
         "overfits": "The network overfits",

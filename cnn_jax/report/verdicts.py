@@ -17,9 +17,9 @@ from cnn_jax.inference.calibration import NUM_BINS
 from cnn_jax.report.texts import percent, points
 from cnn_jax.training.metrics import agreement_p_value, half_width, wilson_interval
 
-# The significance level of one-sided tests; it corresponds to 95 % confidence intervals.
+# The significance level of one-sided tests, which corresponds to 95 % confidence intervals.
 _SIGNIFICANT = 0.025
-# A verdict ignores a difference between two accuracies that is not above this value, even if the
+# A verdict ignores a difference of at most this value between two accuracies, even if the
 # difference is significant.
 _GAP = 0.05
 # The accuracies of one network on two devices may differ by this much because of rounding errors.
@@ -261,7 +261,7 @@ def _at_chance(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
 
 
 def _improvement(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """Returns the evidence that the validation metrics still improve at the end; "" without any."""
+    """Returns evidence that validation metrics still improve at the end; "" if there is none."""
     epochs, best = curves["epochs"], curves["epoch"].index(curves["best_epoch"]) + 1
     late = math.ceil(epochs / 10)
     if best <= epochs - late:
