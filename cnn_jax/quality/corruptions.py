@@ -445,9 +445,7 @@ _FROST_SIDE = 1024
 def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
     """Generates a frost texture: ice feathers on a cloudy background.
 
-    The argument is the position of the texture's mean colour and standard deviation in `_FROSTS`.
-
-    The number is a position in `_FROSTS`.
+    The number is the position of the texture's mean colour and standard deviation in `_FROSTS`.
     """
     cv2, rng = opencv(), np.random.default_rng([number, *b"frost"])
     clouds = _plasma(rng, _FROST_SIDE, 1.7)

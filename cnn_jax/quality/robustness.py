@@ -243,7 +243,7 @@ def by_quality(
     hits: Bool[np.ndarray, " n"],
     pixels: Int[np.ndarray, " n"],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measures the accuracy in bins of image sharpness, of brightness and of resolution.
+    """Measures the accuracy in bins by image sharpness, by brightness and by resolution.
 
     Args:
       images: The resized images, as the network receives them.
