@@ -28,8 +28,9 @@ from cnn_jax.system.console import Console
 from cnn_jax.system.errors import UserError
 from cnn_jax.training import run_directory
 
-# The two slowest sections by their names in metrics.json. Only a full report has these sections.
-# Robustness is first, so that its slow charts are drawn while the explanations are computed.
+# The functions of the two slowest sections, by the section's name in metrics.json. Only a full
+# report has these sections. Robustness is first, so that its slow charts are drawn while the
+# explanations are computed.
 _FULL = {"robustness": qualities.qualities, "explanations": explanations.explanations}
 # The longer side of the image files on the page, in pixels.
 _SIDE = 144
@@ -153,7 +154,7 @@ class _Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Adds the time since the previous call to the total of the task `name`."""
+        """Adds the time since the previous lap to the seconds of the task `name`."""
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now

@@ -21,7 +21,7 @@ MISSING = "\N{EN DASH}"
 _EDGE = 0.05
 
 
-# The selection of trials.
+# Functions that select trials.
 
 
 def is_number(value: object) -> bool:
