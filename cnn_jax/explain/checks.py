@@ -151,7 +151,7 @@ def why_no_verdict(count: int) -> str:
 
 
 def why_nothing_to_explain(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the reason for giving no verdict on maps if the network is not better than guessing.
+    """Returns why the maps of a network that is not better than guessing get no verdict.
 
     The maps of a network that has learned nothing may still depend on its weights and pass the
     checks, although there is nothing to explain.

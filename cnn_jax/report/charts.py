@@ -66,7 +66,7 @@ def run_charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
 
 
 def learning(curves: Mapping[str, Any], metric: str, figure: Figure, theme: Theme) -> None:
-    """Draws a metric, "loss" or "accuracy", of the training and validation splits by epoch."""
+    """Draws a metric, "loss" or "accuracy", on the training and validation splits by epoch."""
     axes = style.plain(figure.subplots(), theme)
     for split, colour, marker in (("train", theme.first, "o"), ("validation", theme.second, "s")):
         values = curves[f"{split}_{metric}"]

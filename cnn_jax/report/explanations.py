@@ -38,8 +38,8 @@ _PIXELS = 2**20
 _MIN_IMAGES = 16
 # The number of images for the pointing game, which needs data with masks of the objects.
 _POINTING = 512
-# The limits on the images that measure the importance of features: the total number of pixels, and
-# the number of images times the number of classes.
+# The limits on the images for measuring feature importance: the total number of pixels, and the
+# number of images times the number of classes.
 _FEATURE_PIXELS, _FEATURE_LOGITS = 2**24, 2**20
 # The number of features on the page, and the number of example images for each feature.
 _NUM_FEATURES, _NUM_ACTIVATING = 6, 4

@@ -23,7 +23,7 @@ from cnn_jax.report.style import Theme
 # maximum number of images.
 _PIXELS = 2**19
 _MIN_IMAGES, _MAX_IMAGES = 40, 250
-# The total number of pixels of the sample that measures accuracy by image quality.
+# The total number of pixels of the images for measuring accuracy by image quality.
 _QUALITY_PIXELS = 2**26
 # The longer side, in pixels, of each corrupted image on the page.
 _SIDE = 64

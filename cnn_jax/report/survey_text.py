@@ -1,4 +1,4 @@
-"""Describes a survey of a data set as text for the terminal."""
+"""Formats the survey of a data set as text for the terminal."""
 
 import math
 from collections.abc import Iterable, Sequence
