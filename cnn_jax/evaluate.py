@@ -1,4 +1,4 @@
-"""Evaluates a bundle on a whole split.
+"""Evaluates a bundle on a split of a data set.
 
     cnn_jax evaluate --bundle=RUN [--source=folder:PATH] [--split=test] [--json]
         [--output=FILE.json]
@@ -149,12 +149,12 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """Returns a ratio as text, in percent, such as "12.5 %"."""
+    """Formats a ratio as a percentage, such as "12.5 %"."""
     return f"{100 * value:.{digits}f} %"
 
 
 def percent_interval(interval: Sequence[float]) -> str:
-    """Returns an interval of ratios as text, in percent, such as "10.0 to 15.0 %"."""
+    """Formats an interval of ratios as percentages, such as "10.0 to 15.0 %"."""
     low, high = interval
     return f"{100 * low:.1f} to {100 * high:.1f} %"
 

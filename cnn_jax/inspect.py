@@ -63,8 +63,8 @@ def inspect_source(
     """
     source = absolute(source)
     listing = open_source(source, track, allow_outside)
-    # Create the output folder first, because reading the images may take long before an error of
-    # the folder is reported.
+    # Create the output folder before the images are read, which may take long, so that an error of
+    # the folder is reported at once.
     folder = None if output is None else _create_output(output, source)
     result = survey(listing, division or Division(), max_pixels, distance, track, white_level)
     if folder is not None:
@@ -111,7 +111,7 @@ def _fractions(text: str) -> tuple[float, ...]:
 
 
 def _int(low: int, high: int | None = None) -> Callable[[str], int]:
-    """Returns a function that parses an integer in a range for argparse."""
+    """Returns an argparse type: a function that parses an integer from `low` to `high`."""
 
     def parse(text: str) -> int:
         try:
@@ -127,7 +127,7 @@ def _int(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command's flags; their defaults are those of training."""
+    """Returns the parser of the command's flags, which have the same defaults as in training."""
     flags = cli.Parser(
         prog="cnn_jax inspect",
         description="Inspect a data set before training.",

@@ -1,4 +1,4 @@
-"""The configuration `spec_224` with a batch size of 256, for GPUs: an eighth of the steps.
+"""The configuration `spec_224` with batches of 256 images instead of 32, for GPUs.
 
     cnn_jax train --config=configs/fast.py --workdir=runs/fast \
         --config.data.source=folder:PATH

@@ -291,7 +291,7 @@ def file_name(text: str) -> str:
 
 
 class ConfigParser(Parser):
-    """The parser of a command that has the flag `--config` and flags `--config.KEY=VALUE`."""
+    """The parser of a command that accepts `--config` and `--config.KEY=VALUE` flags."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -120,7 +120,7 @@ def draw(
 
 
 def draws_in(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the random parameters in a batch, as keyword arguments of `apply_on_device`."""
+    """Returns the random parameters that a batch contains, as arguments for `apply_on_device`."""
     return {name: batch[name] for name in _DRAWS if name in batch}
 
 

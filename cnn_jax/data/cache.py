@@ -1,4 +1,4 @@
-"""The cache folder for generated data, resized images, records of files and compiled programs.
+"""The cache folder for generated data, resized images, image records and compiled programs.
 
 Everything in the folder can be computed again, so it may be removed at any time:
 `cnn_jax cache --clear`.
@@ -118,7 +118,7 @@ def open_pixels(key: str, count: int, image_size: tuple[int, int]) -> np.ndarray
         pixels = np.load(_pixels_path(key), mmap_mode="r")
     except (OSError, ValueError, EOFError):  # The file is missing or truncated.
         return None
-    # Record the time of this use. This fails if another user owns the file.
+    # Update the time of the last use. The update fails if another user owns the file.
     with contextlib.suppress(OSError):
         os.utime(_pixels_path(key))
     is_whole = pixels.dtype == np.uint8 and pixels.shape == (count, *image_size, 3)
@@ -152,7 +152,7 @@ def _take_room(descriptor: int, start: int, length: int) -> None:
 
 
 class PixelFile:
-    """A new file in the cache for resized images, uint8 [n, height, width, 3].
+    """A new cache file for resized images, uint8 [n, height, width, 3].
 
     The object is a context manager. On exit, it removes the file unless `publish` was called.
     """

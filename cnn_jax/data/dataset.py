@@ -152,7 +152,7 @@ def memory_bytes() -> int:
 
 
 class _InMemory:
-    """A `PixelSink` that keeps the resized images in memory: uint8 [n, height, width, 3]."""
+    """An array in memory to which a scan writes the resized images: uint8 [n, height, width, 3]."""
 
     def __init__(self, count: int, image_size: tuple[int, int]):
         self.pixels = np.zeros((count, *image_size, 3), np.uint8)
@@ -196,8 +196,8 @@ def _decode_all(
     `_scan` calls this function if the pixels are not in the cache.
     """
     try:
-        # Unless the pixels are kept on disk, the file is useful only to later runs. So the file may
-        # take at most half of the free disk space.
+        # Unless the pixels are kept on disk, the cache file is useful only to later runs. So the
+        # cache file may take at most half of the free disk space.
         if residency != "disk" and _decoded_bytes(listing, preprocessing) > cache.free_bytes() / 2:
             raise OSError(errno.ENOSPC, "they would take more than half of the free space")
         with cache.PixelFile(len(listing), preprocessing.image_size) as file:

@@ -38,7 +38,7 @@ VERSION = 3
 # The formats that are decoded. Pillow's other decoders are rarely needed, and its EPS decoder runs
 # another program (Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Regular expressions for the first bytes of a file in each of these formats. TIFF includes BigTIFF.
+# Regular expressions for the first bytes of a file in each supported format. TIFF includes BigTIFF.
 _BEGINNINGS = {
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -67,7 +67,8 @@ _OTHER_BEGINNINGS = {
     "PDF": rb"%PDF-",
     "SVG": rb"(?i)\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?<svg",
 }
-# The beginning of a web page, which a failed download often saves instead of an image.
+# A failed download often saves a web page instead of an image. This expression matches the
+# beginning of a web page.
 _WEB_PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html|head)", re.IGNORECASE)
 _BEGINNING = re.compile(b"|".join(_BEGINNINGS.values()), re.DOTALL)
 # The largest number of scans of a JPEG. A progressive JPEG usually has about ten. Each scan passes
@@ -104,7 +105,8 @@ DARK = 0.25
 # Values of the TIFF tags PhotometricInterpretation, PlanarConfiguration and SampleFormat (TIFF 6.0,
 # sections 8 and 19).
 _WHITE_IS_ZERO, _PLANAR, _SIGNED = 0, 2, 2
-# The factor by which Pillow multiplies grey levels of 2 or 4 bits, for each raw mode.
+# The factors by which Pillow multiplies grey levels of 2 and 4 bits. The keys are raw modes of
+# Pillow.
 _SCALES = {"L;2": 85, "L;4": 17}
 
 
@@ -141,7 +143,7 @@ class Values:
     white: float
 
     def doubt(self, white_level: float) -> str:
-        """Returns the reason why the values may not suit a network, as text; "" if they suit it.
+        """Returns a text that says why the values may not suit a network; "" if the values suit it.
 
         Args:
           white_level: The network's white level; see `Preprocessing`.
@@ -251,8 +253,8 @@ def decode_with_header(
     with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image.width * image.height):
         file_format, mode = image.format or "", image.mode
         # When Pillow loads a TIFF, Pillow rotates the image and removes the orientation tag. So the
-        # orientation of a TIFF is read before loading. Other formats are loaded first, because
-        # reading the tag of a PNG loads the PNG.
+        # orientation of a TIFF is read before loading. The orientation of other formats is read
+        # after decoding, because reading the tag of a PNG loads the PNG.
         turned = _orientation(image) if file_format == "TIFF" else 0
         values, pixels = _decode_opened(image, encoded, white_level)
         orientation = turned or _orientation(image)
@@ -389,7 +391,7 @@ def _decode_array(
 
 
 def looks_like_an_image(beginning: bytes) -> bool:
-    """Returns whether the first 16 bytes of a file are those of a format in `FORMATS`."""
+    """Returns whether the first bytes of a file are those of a supported image format."""
     return _BEGINNING.match(beginning) is not None
 
 
@@ -463,7 +465,7 @@ def _unknown_format(encoded: bytes) -> UnknownFormatError:
 
 
 def _describe_tiff(encoded: bytes) -> str:
-    """Returns a text that describes the channels of a TIFF; "" if the TIFF is too damaged."""
+    """Returns a text that describes the channels of a TIFF; "" if the TIFF's tags are damaged."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(encoded[:8])
         file = io.BytesIO(encoded)
@@ -575,7 +577,7 @@ def _to_rgb(image: Image.Image, encoded: bytes, white_level: float) -> tuple[Val
       The range of the image's values, or None if they have 8 bits; and its pixels.
     """
     deep = _read_deep(image, encoded)
-    # When Pillow loads a TIFF, Pillow also rotates the image, so that its orientation is then 1.
+    # When Pillow loads a TIFF, Pillow also rotates the image and removes the orientation tag.
     image.load()
     orientation = _orientation(image)
     if deep is not None:
@@ -608,7 +610,7 @@ class _Deep:
     """The values of an image that must be converted to grey levels, for example 16-bit values.
 
     Attributes:
-      values: [height, width] or [height, width, 3].
+      values: An array [height, width] or [height, width, 3].
       kind: See `Values`.
       white: See `Values`.
       alpha: [height, width, 1], 0 (transparent) to 1; None if the image is opaque.
@@ -681,7 +683,7 @@ def _rawmode(image: Image.Image) -> str:
 
 
 def _ppm_white(image: Image.Image) -> int:
-    """Returns the value of white of a PPM that is not loaded yet, if above 255; else 0."""
+    """Returns the value of white of an unloaded PPM image if the value exceeds 255; else 0."""
     if not isinstance(image, PpmImagePlugin.PpmImageFile) or not image.tile:
         return 0
     args = image.tile[0].args
@@ -706,7 +708,7 @@ def _loses_values(image: Image.Image) -> bool:
 
 
 def _content(image: Image.Image) -> bytes:
-    """Returns the bytes of the file that belongs to a Pillow image; the image is not loaded yet."""
+    """Returns the bytes of the file from which an image was opened; the image is not loaded yet."""
     assert isinstance(image, ImageFile.ImageFile)
     file = image.fp
     assert file is not None
@@ -783,8 +785,8 @@ def _read_deep_colour(image: Image.Image, encoded: bytes, rawmode: str) -> _Deep
     keeps the low bytes.
     """
     if rawmode == "LA;16B":
-        # The four channels are the high byte and the low byte of the grey value, and the high byte
-        # and the low byte of alpha.
+        # The four channels of `unpacked` are the high byte and the low byte of the grey value, and
+        # the high byte and the low byte of alpha.
         unpacked = _unpack(image, encoded, "RGBA").astype(np.uint16)
         values, alpha = np.moveaxis(unpacked[..., ::2] << 8 | unpacked[..., 1::2], -1, 0)
         return _Deep(values, "16-bit", 65535, alpha[..., np.newaxis] / 65535)

@@ -64,8 +64,8 @@ _OUTSIDE = "links out of the folder"
 _ALLOW = "data.allow_outside=True (--allow_outside) follows them"
 _SEEN = "links to what is there already"
 _NO_CLASS = "outside the class folders"
-# For each kind of ignored files and folders, its singular and plural in messages. The kinds are
-# also keys in JSON outputs.
+# The names of ignored files and folders in messages, singular and plural, for each kind. The kinds
+# are also keys in JSON outputs.
 _IN_WORDS = {
     _OTHER_FORMAT: ("image of another format", "images of other formats"),
     _SYSTEM: ("file or folder of another program", "files or folders of other programs"),
@@ -128,7 +128,7 @@ class Listing:
 
 
 def is_output(names: Collection[str]) -> bool:
-    """Returns whether this project wrote the folder that contains entries with these names."""
+    """Returns whether this project wrote a folder that contains entries with these names."""
     names = set(names)
     if any(marks <= names for marks in _OUTPUTS_WITHOUT_PICTURES):
         return not any(map(_has_image_suffix, names))
@@ -324,7 +324,7 @@ class FileReader:
 def open_folder(
     path: str | os.PathLike[str], name: str = "", allow_outside: bool = False
 ) -> Source:
-    """Opens, as a source, a folder with images in `CLASS/**` or in `SPLIT/CLASS/**`.
+    """Creates a source from a folder with images in `CLASS/**` or in `SPLIT/CLASS/**`.
 
     `find_layout` describes how splits are recognized. The classes are the sub-folders with images,
     sorted by name; in a divided folder, the classes of all splits. No image is decoded.
@@ -448,7 +448,7 @@ def count_ignored(ignored: Mapping[str, int]) -> str:
 
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:
-    """Returns the end of a message, with the numbers of ignored files; "" if none are ignored."""
+    """Returns a suffix for a message, with the numbers of ignored files; "" if there are none."""
     if not ignored:
         return ""
     advice = f": {_ALLOW}" if _OUTSIDE in ignored else ""
@@ -456,7 +456,7 @@ def describe_ignored(ignored: Mapping[str, int]) -> str:
 
 
 def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool = False) -> Source:
-    """Opens, as a source, a CSV table with the columns `path`, `label` and optionally `split`.
+    """Creates a source from a CSV file with the columns `path`, `label` and optionally `split`.
 
     Paths are relative to the table's folder; absolute paths in this folder are made relative.
     A split is one of `SPLIT_NAMES`, or empty. Spaces around cells are removed.
@@ -486,7 +486,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
                 )
             for row in reader:
                 where = f"{name}: line {reader.line_num}"
-                if None in row:  # DictReader stores cells without a column under None.
+                if None in row:  # DictReader stores the cells of surplus columns under None.
                     raise DataError(
                         f"{where} has more than {len(columns)} columns; a comma within a cell "
                         'needs quotes around it, as in "salmon, smoked"'

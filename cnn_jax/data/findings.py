@@ -121,8 +121,9 @@ def value_ranges(
         highs = np.array([one.high for one in values], np.float64)
         is_plain = kind == "8-bit"
         white = own_white if is_plain else preprocessing.white_level or own_white
-        # Normalization maps the grey level `bright` to 1, in the channel where this level is
-        # largest. For example, `bright` is 128 if the mean and the standard deviation are 64.
+        # `bright` is the grey level that normalization maps to 1; the largest level of the three
+        # channels is used. For example, `bright` is 128 if the mean and the standard deviation are
+        # 64.
         bright = min(max(map(sum, zip(preprocessing.mean, preprocessing.std, strict=True))), 255)
         is_dark = highs <= DARK * (bright if is_plain else white)
         found = ValueRange(
@@ -218,7 +219,7 @@ class Findings:
         return float(sizes.max() / max(sizes.min(), 1))
 
     def summary(self) -> list[str]:
-        """Returns a summary of the data set, two lines of text."""
+        """Returns a summary of the data set as two lines of text."""
         bad = len(self.unreadable)
         unreadable = f"{bad:,} unreadable and left out" if bad else "all readable"
         rotated = f"{len(self.rotated):,} turned by EXIF" if self.rotated else "none turned by EXIF"
@@ -303,7 +304,7 @@ class Findings:
         )
 
     def reading_warnings(self) -> list[str]:
-        """Returns the warnings about unreadable files, and about the values in readable files."""
+        """Returns the warnings about unreadable files and about unsuitable image values."""
         found = []
         if self.unreadable:
             found.append(
@@ -363,7 +364,7 @@ class Findings:
         return [group for group, splits in group_splits.items() if len(splits) > 1]
 
     def _uneven(self) -> list[str]:
-        """Returns the classes that have less than half of the intended images in some split.
+        """Returns the classes that have less than half of their intended images in some split.
 
         Only the random variation of the rule "stable" is considered. With another rule, with groups
         or with the data's own splits, the result is empty.
@@ -430,8 +431,8 @@ def too_unreadable(
         return None
     refused = [one for one in values if not one.white]
     if len(unreadable) == sum(one.images for one in refused):
-        # If all unreadable images lack a value of white, advice on the white level is more useful
-        # than the errors of the first few images.
+        # If the value of white is unknown in all unreadable images, advice on the white level is
+        # more useful than the errors of the first few images.
         return "; ".join([one.warning() or "" for one in refused] + _conflicts(values))
     shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:_MAX_NAMED])
     return (

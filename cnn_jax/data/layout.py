@@ -151,13 +151,13 @@ def _two_words(word: str) -> list[str] | None:
 
 
 def _is_plain(word: str) -> bool:
-    """Returns whether a word or number, such as "images" or "2017", says nothing about content."""
+    """Returns whether a word of a folder name is meaningless, such as "images", "01" or "2017"."""
     return word in _PLAIN_WORDS or bool(re.fullmatch(r"\d{1,2}|(19|20)\d\d", word))
 
 
 @dataclasses.dataclass(frozen=True)
 class _SplitName:
-    """The parts of a folder name that contains a word for a split.
+    """A parsed folder name: the split that one of its words means, and the remaining words.
 
     Attributes:
       split: "train", "validation", "test" or "prediction".
@@ -319,7 +319,7 @@ def _inner_folder(tree: _Tree, top: str, classes: Collection[str] = ()) -> str:
 
 
 def _fold(name: str) -> str:
-    """Removes differences of case, spaces and Unicode form from a class name."""
+    """Normalizes the case, the spaces and the Unicode form of a class name, for comparisons."""
     return "".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
@@ -364,9 +364,9 @@ def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, s
 def _check_classes_are_no_splits(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> None:
-    """Raises DataError if a folder named as a split may be a class or a split.
+    """Raises DataError if it is unclear whether a folder named as a split is a class or a split.
 
-    The folder is ambiguous if all other folders have the same sub-folders.
+    This is unclear if all other folders have the same sub-folders.
     """
     below = {top: tree.folders(_inner_folder(tree, top)) for top in tops}
     known = [top for top in names if names[top].split != _PREDICTION]
@@ -386,7 +386,7 @@ def _taken_for_classes(
     are_several = len({names[top].split for top in plain}) > 1
 
     def looks_like_a_split(top: str) -> bool:
-        """Returns whether there is evidence, besides its name, that the folder is a split."""
+        """Returns whether the folder seems to be a split for a reason other than its name."""
         has_classes = not tree.images[top] and len(tree.folders(top)) > 1
         return are_several or has_classes or names[top].split == _PREDICTION
 

@@ -104,7 +104,7 @@ def choose_workers(requested: int) -> int:
     """Returns the number of worker processes for a value of `data.workers`; -1 means automatic."""
     if requested >= 0:
         return requested
-    # With few cores there are no worker processes, because the training step needs all cores.
+    # With few cores, no worker processes are used, because the training step needs all cores.
     return 0 if scan.num_cores() < 4 else min(16, scan.num_cores() - 1)
 
 
@@ -274,7 +274,7 @@ def evaluation_batches(
     batch_size: int,
     rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
-    """Returns a stream of batches with every example once, in order, and a padded last batch.
+    """Returns a stream of batches that contains every example once, in order, padded at the end.
 
     Padding repeats the split's first example, so that all batches have the same shape. The mask
     is False for padding.
@@ -322,7 +322,7 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> Generator[NumpyBatch, N
 
 @contextlib.contextmanager
 def _workers_that_die() -> Iterator[None]:
-    """Converts Grain's error after the death of a worker process to a one-line DataError."""
+    """Converts Grain's error about a dead worker process to a one-line DataError."""
     try:
         yield
     except RuntimeError as error:

@@ -16,8 +16,8 @@ from cnn_jax.data.preprocessing import Preprocessing
 # Because of the underscores, jaxtyping lets two images in one signature differ in size.
 Pixels = UInt8[np.ndarray, "_height _width 3"]
 
-# The grey level of the padding around an image. ultralytics uses the same level. It is the mean of
-# photographs (0.449 of 255 in ImageNet), so the padding is near 0 after normalization.
+# The grey level of the padding around an image, which is the same as in ultralytics. This level is
+# the mean of photographs (0.449 of 255 in ImageNet), so the padding is near 0 after normalization.
 PADDING = 114
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # If the scaled image would have more pixels than this, only its visible part is computed. For

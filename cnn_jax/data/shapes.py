@@ -129,7 +129,10 @@ def _texture(rng: np.random.Generator, size: tuple[int, int], strength: float) -
 
 
 def _colour_away_from(rng: np.random.Generator, other: np.ndarray, distance: float) -> np.ndarray:
-    """Returns a random RGB colour, float64 [3], at least `distance` grey levels from `other`."""
+    """Returns a random RGB colour, float64 [3], that clearly differs from the colour `other`.
+
+    The Euclidean distance between the two colours is at least `distance` grey levels.
+    """
     while True:
         colour = rng.uniform(0, 255, 3)
         if np.linalg.norm(colour - other) >= distance:

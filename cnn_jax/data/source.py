@@ -110,7 +110,7 @@ class Source:
 
 
 def named_splits(ids: Iterable[str]) -> dict[str, str]:
-    """Returns the top-level folders in the ids that are named after splits, with their splits."""
+    """Maps each top-level folder in the ids that is named after a split to the split."""
     folders = {example_id.partition("/")[0] for example_id in ids if "/" in example_id}
     return {name: SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES}
 

@@ -200,7 +200,7 @@ def _assign(
     shares: Float[np.ndarray, "3"],
     rule: str,
 ) -> Int[np.ndarray, " m"]:
-    """Assigns a split to each example; returns the position of the split in `SPLITS`."""
+    """Assigns each example to a split, and returns the position of the split in `SPLITS`."""
     unit_splits = np.zeros(len(numbers), np.int64)
     class_of_unit = _commonest_label(units, labels)
     sizes = np.bincount(units, minlength=len(numbers))

@@ -122,7 +122,7 @@ class Survey:
 
     @property
     def mean(self) -> list[float] | None:
-        """The mean grey level of R, G and B, 0 to 255, over all pixels; None without images."""
+        """The mean of R, G and B over all pixels, in grey levels; None if there are no images."""
         return _mean(self.levels).tolist() if self.levels.any() else None
 
     @property

@@ -115,7 +115,7 @@ def _ids(builder: Any, split: str) -> list[str]:
 
 
 def _class_names(features: Any) -> list[str] | None:
-    """Returns the class names of a data set; None if it is not for image classification."""
+    """Returns the class names; None if the data set is not meant for image classification."""
     import tensorflow_datasets as tfds
 
     if not isinstance(features, tfds.features.FeaturesDict):
@@ -144,7 +144,7 @@ def _prepared_builder(dataset: str) -> Any:
         raise DataError(f"{name}: {_first_line(error)}") from error
     try:
         builder.download_and_prepare()
-    except Exception as error:  # A download may raise errors of many libraries.
+    except Exception as error:  # A download may raise errors from many libraries.
         raise DataError(
             f"{name} is not prepared under {_folder()} and could not be downloaded and "
             f"prepared ({type(error).__name__}: {_first_line(error)}). Run `tfds build "
