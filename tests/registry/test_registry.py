@@ -721,7 +721,7 @@ def test_a_longer_replacement_is_read_again(tmp_path, bundles, clock):
 
 
 def test_a_replaced_registry_gets_no_entry_of_the_old(registry, bundles, clock):
-    """Until the next check of registry.json, a write is refused if it would leave a gap in the log."""
+    """A write that would leave a gap in the log is refused even before the next identity check."""
     root = pathlib.Path(registry.url)
     shutil.rmtree(root)
     other = Registry(root)
@@ -926,7 +926,7 @@ def test_two_writers_add_the_same_bundle_once(registry, bundles):
 
 
 def test_gates_use_the_latest_state(registry, bundles):
-    """Another writer moves an alias after a first check of the gates, so that a second check fails."""
+    """Another writer moves an alias after a first check of the gates; the second check fails."""
     store = wrapped(pathlib.Path(registry.url))
     slow = on(store)
     _meanwhile(store, LOG, lambda: registry.promote("flowers", 3))

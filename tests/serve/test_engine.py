@@ -21,7 +21,7 @@ def image(value):
 
 
 class Device:
-    """A simulated device that waits for `gate`, records each batch, and doubles each image's value."""
+    """A simulated device that waits for `gate`, records batches, and doubles each image's value."""
 
     def __init__(self, is_open=True):
         self.batches = []
@@ -268,7 +268,7 @@ def test_retry_after_follows_measured_times():
 
 
 class Decoder:
-    """A decoder that waits for `gate`, and records the value of each image that it starts to decode."""
+    """A decoder that waits for `gate`, and records the value of each image that it decodes."""
 
     def __init__(self):
         self.started = []

@@ -89,7 +89,7 @@ def states_of(server, model="shapes"):
 
 
 def test_an_alias_moves_without_a_failed_request(serve, registry, tmp_path):
-    """Each answer is computed by the version that it names, and versions change only with the alias."""
+    """Each answer is computed by the version that it names; only the alias changes the version."""
     expected = {}
     for number in (1, 2):
         (prediction,) = predict_batch(BundlePredictor(make_bundle(number)), [encode()])
