@@ -11,8 +11,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-# These variables must be set before JAX starts. Commands that the tests run inherit the compilation
-# cache.
+# These variables must be set before JAX starts. Commands that the tests run inherit the path of the
+# compilation cache.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cnn_jax" / "xla")
@@ -24,8 +24,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["COLUMNS"] = ""
 del os.environ["COLUMNS"]
 if os.environ["JAX_PLATFORMS"] != "cpu":
-    # By default, GPUs multiply float32 numbers as TF32 with 10 bits; the tolerances of the tests
-    # are smaller.
+    # By default, GPUs multiply float32 numbers as TF32 with 10 bits, which is too inexact for the
+    # tolerances of the tests.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 import jax
@@ -43,7 +43,7 @@ sys.path.insert(0, str(REPOSITORY))
 install_import_hook("cnn_jax", "typechecker.check")
 
 if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_NUM_CPU_DEVICES" not in os.environ:
-    # Commands that the tests start are not affected: commands have one device.
+    # This setting does not affect commands that the tests start: a command has one device.
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -64,7 +64,7 @@ def prepared(bundles, tmp_path_factory):
 
 @pytest.fixture
 def registry(prepared, tmp_path):
-    """A registry with three versions. Alias champion was 1 and is now 2; alias mine is 3."""
+    """A registry with three versions. Alias champion has moved from 1 to 2; alias mine is at 3."""
     registry = Registry(shutil.copytree(prepared, tmp_path / "registry"))
     registry.refresh()
     return registry
@@ -452,7 +452,7 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
 
 
 def test_only_a_lost_add_at_the_end_is_detected(registry):
-    """The log loses its last entry, a promotion. Only a reader of the old log detects the loss.
+    """The last log entry, a promotion, is lost. Only a process that has read it detects the loss.
 
     Only an `add` entry has a marker in `added/`, so a new reader cannot detect the loss.
     """
@@ -721,7 +721,7 @@ def test_a_longer_replacement_is_read_again(tmp_path, bundles, clock):
 
 
 def test_a_replaced_registry_gets_no_entry_of_the_old(registry, bundles, clock):
-    """A write that would leave a gap in the log is refused even before the next identity check."""
+    """Until registry.json is read again, a write that would leave a gap in the log is refused."""
     root = pathlib.Path(registry.url)
     shutil.rmtree(root)
     other = Registry(root)

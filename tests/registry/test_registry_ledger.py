@@ -213,7 +213,8 @@ def test_an_entry_invalid_in_its_state_is_refused(entry):
         ledger.apply(models, entry)
 
 
-# Python decodes each command-line byte that is not valid UTF-8 to one of these surrogates.
+# Python decodes each command-line byte that is not valid UTF-8 to a surrogate from U+DC80 to
+# U+DCFF.
 TEXT = st.text(st.characters() | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF))
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)
 NUMBERS = st.integers(1, 10**9)

@@ -42,7 +42,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def registry(place, bundles):
-    """A registry with two versions of the model flowers. The alias champion was 1 and is now 2."""
+    """A registry with two versions of the model flowers. Alias champion has moved from 1 to 2."""
     registry = Registry(place)
     for i, path in enumerate(bundles, 1):
         registry.add("flowers", path, f"notę {i}")

@@ -22,7 +22,7 @@ needs_mlflow = pytest.mark.skipif(
 
 @pytest.fixture
 def registry(bundle, tmp_path):
-    """A registry with versions 1 and 3 of a model. The alias champion is 3; the alias mine is 1."""
+    """A registry with versions 1 and 3 of a model. Alias champion is at 3; alias mine is at 1."""
     registry = Registry(tmp_path / "registry")
     for i in range(3):
         path = vary(bundle, tmp_path / str(i), metrics=figures(0.5 + i / 10, f1=0.25))

@@ -1,4 +1,4 @@
-"""Several processes use one registry at the same time, and some of them are killed."""
+"""Tests in which several processes use one registry at the same time, and some are killed."""
 
 import json
 import random

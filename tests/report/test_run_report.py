@@ -438,7 +438,7 @@ def test_network_at_chance_passes_no_map_check(run, monkeypatch):
         }
         assert passes == ({True} if beats_chance else {None})
         assert ("passes randomization" in text) == beats_chance
-        # The page has the sentence in this section and in each section with maps.
+        # The page has these words in this section and in each section with maps.
         assert (text.count("No verdict on the methods: the network is") > 0) != beats_chance
 
 
@@ -491,7 +491,7 @@ def test_maps_are_shown_beside_the_images(run, monkeypatch):
         image = Image.open(path)
         under_map = Image.open(path.with_stem(f"{path.stem}_map"))
         assert under_map.size == image.size
-        # The values of the map rise from left to right, so its colours go from violet to yellow.
+        # The values of the map rise from left to right, so the colours go from violet to yellow.
         pixels = np.asarray(under_map.convert("RGB"), float).mean(axis=0)
         assert pixels[-1, 1] - pixels[0, 1] > 60
     page = (run / "report" / "index.html").read_text("utf-8")

@@ -204,7 +204,7 @@ def test_page_shows_best_trial_and_cost(tmp_path, undrawn):
         in text
     )
     assert "is 0.0099, at the upper end of its range (0.0001 to 0.01, on the log scale)" in text
-    # The words are in the warning and in the table.
+    # The words "upper end" are in the warning and in the table.
     assert text.count("upper end") == 2
     assert "lower end" not in text
     cost = study["cost"]

@@ -189,7 +189,7 @@ def test_baseline_is_the_most_common_class_of_the_split():
     """The baseline always predicts class 1, because class 1 has 59 of 110 images."""
     found = verdicts.guessing(_confusion([[33, 18], [26, 33]]))
     assert (found["class"], found["accuracy"]) == ("1", 59 / 110)
-    # A network that always predicts one class is not better than this baseline.
+    # A network that always predicts the same class is never better than the baseline.
     constant = _confusion([[0, 40], [0, 60]])
     assert verdicts.guessing(constant)["verdict"] == "chance"
     assert not verdicts.beats_chance(constant)

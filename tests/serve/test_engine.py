@@ -132,7 +132,7 @@ def test_images_that_arrive_during_a_batch_form_one():
         assert [(await other).batch_size for other in others] == [3, 3, 3]
 
     run_with(engine, test)
-    # The last image is repeated to fill the compiled size.
+    # The last image is repeated to fill the compiled batch size.
     assert device.batches == [[1], [2, 3, 4, 4]]
 
 
@@ -375,7 +375,7 @@ def test_large_requests_leave_decoders_for_others():
         await asyncio.gather(held, one, *others)
 
     run_with(engine, test)
-    # The threads take turns between these two requests and the request with ten images.
+    # The threads take turns between the two small requests and the request with ten images.
     assert max(decoder.started.index(n) for n in (78, 79)) <= 5
 
 

@@ -1,4 +1,4 @@
-"""Hostile requests cause no internal error and no memory growth."""
+"""Tests that hostile requests cause no internal error and no memory growth."""
 
 import collections
 import concurrent.futures
@@ -113,7 +113,7 @@ def test_mutated_images_and_bodies(server):
 
 
 def bomb(kind):
-    """Returns an image file of few bytes with very many pixels."""
+    """Returns a small file of an image with very many pixels."""
     file = io.BytesIO()
     Image.new("L", (20_000, 8_000)).save(file, kind, **({"quality": 1} if kind == "JPEG" else {}))
     return file.getvalue()

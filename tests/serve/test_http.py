@@ -13,7 +13,7 @@ from cnn_jax.serve import http
 
 
 async def application(scope, receive, send):
-    """An ASGI application: its paths give a refusal, a large answer, or the length of the body."""
+    """An ASGI application. The path selects a refusal, a large answer, or the body's length."""
     if scope["type"] != "http":
         return
     if scope["path"] == "/refused":

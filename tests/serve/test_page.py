@@ -163,7 +163,7 @@ def test_all_controls_work_by_keyboard(browser, server, image):
     choose(browser, image)
     wait_for(browser, "!document.getElementById('result').hidden")
     reached = []
-    # Six presses are a full round, which includes the browser's own controls.
+    # Six presses of Tab go through all controls, including the browser's own controls.
     for _ in range(6):
         ActionChains(browser).send_keys(Keys.TAB).perform()
         reached.append(

@@ -135,7 +135,7 @@ def test_a_broken_version_leaves_the_old_version(serve, registry, tmp_path):
     registry.promote("shapes", 2)
     registry.promote("shapes", 1)
     with serve() as server:
-        # Version 2 is damaged: flip a bit of the weights in the registry.
+        # Damage version 2: flip a bit of its weights in the registry.
         path = tmp_path / "registry" / registry.resolve("shapes", 2).bundle.path
         weights = bytearray((path / "weights.safetensors").read_bytes())
         weights[-1] ^= 1

@@ -54,7 +54,7 @@ def test_the_table_of_epochs_has_the_columns_that_fit(width, columns, monkeypatc
     assert len(epoch.split()) == len(columns) + 2
     assert epoch.endswith("  best")
     assert max(map(len, (titles, head, epoch))) <= (width or 80)
-    # A number ends in the same column as the title of the number.
+    # A number ends where the title of its column ends.
     assert head.find("loss") + 4 == epoch.find("1.000") + 5
     assert len(head) == len(epoch.removesuffix("  best"))
     assert ("train" in titles) == (columns.count("loss") == 2)

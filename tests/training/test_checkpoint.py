@@ -158,7 +158,7 @@ def test_a_checksum_detects_flipped_bits_in_every_dtype(flips):
 
 @pytest.mark.parametrize("bit", [0, 15, 30, 31])
 def test_a_checksum_detects_the_same_bit_flipped_in_many_elements(bit):
-    """A checksum that is a sum of products would miss these flips: the highest bits cancel."""
+    """A sum of products would not detect flips of the highest bits, because these bits cancel."""
     bits = np.random.default_rng(0).integers(0, 2**32, 400, np.uint32)
     before = int(checksums([jnp.asarray(bits)])[0])
     for count in (2, 4, 256, 400):

@@ -92,7 +92,7 @@ def one_line(stderr):
 
 
 def workers(process):
-    """Returns the PIDs of a run's Grain workers: its spawned children but the resource tracker."""
+    """Returns the PIDs of a run's Grain workers: spawned children except the resource tracker."""
     tasks = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")
     pids = [int(pid) for task in tasks for pid in task.read_text().split()]
     lines = {pid: pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids}

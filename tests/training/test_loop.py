@@ -169,7 +169,7 @@ def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
 
 
 def test_validation_is_correct_in_the_first_epochs(image_folder, tmp_path):
-    """After twelve steps, a running average would still be close to its initial value."""
+    """After twelve steps, a running average of statistics would still be near its initial value."""
     changes = {"seed": 2, "optimizer.learning_rate": 1e-2, "train.epochs": 2}
     config = _tiny(image_folder, **changes)
     train_and_evaluate(config, tmp_path / "run")

@@ -73,7 +73,7 @@ def test_l2_adds_the_gradient_of_half_the_squared_kernels():
 
 
 def test_the_optimizer_equals_adam_in_float64():
-    """Five steps of the optimizer equal five steps of the paper's algorithm in float64."""
+    """Five steps of the optimizer equal five steps of Adam, computed in float64."""
     optimizer = make_optimizer(optax.constant_schedule(0.01), l2=0.0)
     params = {"bias": jnp.array([1.0, -2.0, 0.5])}
     state = optimizer.init(params)

@@ -183,7 +183,7 @@ def test_if_one_process_is_killed_the_other_ends(image_folder, tmp_path, one_pro
         _, stderr = processes[1 - victim].communicate(timeout=120)
         assert time.monotonic() - began < 60
         assert processes[1 - victim].returncode != 0
-    # JAX ends the process with its own message, unless a collective operation fails first: then the
+    # JAX ends the process with a message of its own. If a collective operation fails first, the
     # message is from cnn_jax.
     assert "another task died" in stderr or "another process of this run" in one_line(stderr)
     done = len(_history(workdir))

@@ -58,8 +58,7 @@ def compiled_step(lower_step):
 
 def test_a_step_does_nearly_the_minimum_of_operations(compiled_step):
     minimum = roofline.training_work(CNN(num_classes=10), 64, 8, activation_bytes=4)
-    # The tolerance is for products with the zeros of the padding, which XLA omits: here, 4 % of all
-    # products.
+    # XLA omits the products with the zeros of the padding, which are 4 % of all products.
     assert compiled_step.cost_analysis()["flops"] == pytest.approx(minimum.flops, rel=0.05)
 
 
@@ -70,13 +69,13 @@ def test_a_step_moves_about_twice_the_minimum_of_bytes(compiled_step):
 
 
 def test_a_step_needs_little_more_memory_than_its_activations(compiled_step):
-    """A step needed 1.7 MB for each image when this test was written: 1.1 MB for activations."""
+    """A step needed 1.7 MB for each image when this test was written; 1.1 MB are activations."""
     assert compiled_step.memory_analysis().temp_size_in_bytes / 8 < 1.8e6
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_xla_uses_onednn_for_convolutions_where_it_is_faster(lower_step, parts):
-    """XLA makes the same choice inside the loop over the parts of a batch."""
+    """Inside the loop over the parts of a batch, XLA chooses the same libraries."""
     options = runtime.compiler_options()
     assert options
     compiled = lower_step(options, accumulation_steps=parts).compile()

@@ -195,7 +195,7 @@ def test_outputs_inside_the_data_folder_are_ignored_as_data(data, tiny_config):
     workdir = data / "runs" / "first"
     before = open_folder(data)
     train_and_evaluate(config, workdir)
-    # The names are those of pictures that the report writes.
+    # The report writes pictures with these names.
     for name in ("confusion.png", "examples/000.png"):
         picture = workdir / "report" / name
         picture.parent.mkdir(exist_ok=True)
@@ -227,7 +227,7 @@ def test_a_run_folder_with_images_of_the_data_is_refused(data, tiny_config, plac
         tiny_config.data.source = f"{form}:{data}"
         with pytest.raises(ConfigError, match=r"^--workdir: .* holds images of the data"):
             train_and_evaluate(tiny_config, data / place)
-    assert sorted(data.rglob("*")) == before  # The lock file was removed.
+    assert sorted(data.rglob("*")) == before  # The refused run left no lock file.
 
 
 def test_data_in_a_folder_that_the_run_overwrites_is_refused(tmp_path):

@@ -202,7 +202,7 @@ def test_evaluation_of_a_padded_batch_ignores_the_padding():
     ],
 )
 def test_many_devices_train_like_one_device(shape, mixing, monkeypatch):
-    """Batch statistics and metrics are those of the whole batch, not of one device's part."""
+    """Batch statistics and metrics are those of the whole batch, not of the rows of one device."""
     monkeypatch.setattr(sharding, "_LEAST_DIVIDED", 64)
     data, model = shape
     require_devices(data * model)
@@ -379,7 +379,7 @@ def test_one_step_applies_the_gradient_of_the_mixed_loss():
     model = MODEL.clone(dropout=0.0)
     state, batch = _state().replace(step=jnp.array(4, jnp.int32)), _batch()
     images, targets = _mixed_by_hand(batch, _mix_key(4))
-    # Some images must be mixed, and some images must not be mixed.
+    # This test needs images that are mixed and images that are not mixed.
     assert 0 < np.isin(targets, (0, 1)).all(axis=1).sum() < 8
     weights = (0.5, 1.0, 3.0)
 
@@ -459,7 +459,7 @@ def test_each_part_of_a_batch_is_mixed_within_itself():
 
 
 def test_frozen_parameters_do_not_change_the_training_of_others():
-    """The optimizer state has only the parameters that are trained."""
+    """The optimizer has state only for the parameters that are trained."""
     step = _train_step(is_trainable=lambda path: not path.startswith("conv1/"))
     state = step.init_state()
     assert_trees_equal(state.params, _train_step().init_state().params)

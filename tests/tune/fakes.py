@@ -1,4 +1,4 @@
-"""Studies without training: a fake trainer that writes metrics, and a storage in memory."""
+"""Fakes for studies without training: a trainer that writes metrics, and a storage in memory."""
 
 import fcntl
 import json
@@ -24,7 +24,7 @@ SPACE = {
     "optimizer.learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
     "train.batch_size": CategoricalDistribution([8, 16, 24]),
 }
-# The fake trainer reports this duration of an epoch.
+# The fake trainer reports this duration of an epoch, in seconds.
 SECONDS = 2.0
 
 

@@ -192,7 +192,7 @@ def make_history(count):
 
 
 def next_params(study, seed=0, stored=None):
-    """Returns the parameters of the next trial; `stored` has those that a killed worker stored.
+    """Returns the parameters of the next trial; `stored` has those that a killed worker saved.
 
     The study is unchanged afterwards.
     """
@@ -249,7 +249,7 @@ def test_trials_get_different_parameters():
     counts = collections.Counter(params["c.count"] for params in drawn)
     assert len(counts) == 9
     assert -2.5 < rates.mean() < -1.5
-    # Two parameters of the same trial are not correlated.
+    # Two parameters of the same trial are hardly correlated.
     assert abs(np.corrcoef(rates, [params["c.count"] for params in drawn])[0, 1]) < 0.4
 
 

@@ -125,7 +125,7 @@ def test_configured_does_not_change_its_argument():
     params = {
         "model.features": "(4, 8)",
         "data.image_size": 16,
-        "optimizer.learning_rate": 1,  # The base value is a float.
+        "optimizer.learning_rate": 1,  # The base value of this key is a float.
         "augment.flip": "none",
         "precision": "float32",
         "report.splits": ("validation",),

@@ -223,7 +223,7 @@ def test_an_incomplete_line_of_a_journal_is_removed(tmp_path, torn):
 
 
 def test_workers_can_create_the_tables_at_the_same_time(tmp_path, monkeypatch):
-    """Another worker creates a table after this worker found that the table is missing."""
+    """Another worker creates a table just after this worker found that the table is missing."""
     url = sqlite_url(tmp_path / "study.db")
     make, collisions = storage.RDBStorage, []
 

@@ -388,7 +388,7 @@ def test_kills_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undistu
 
 
 def test_a_pruned_trial_stays_pruned_after_a_kill(tmp_path, log, trainer, undisturbed):
-    """The storage already has the last epoch, so that no further epoch is trained."""
+    """The storage already has the last epoch, so no further epoch is trained after the kill."""
     expected = undisturbed()
     number, epoch = next((n, max(c)) for n, s, _, _, c, _ in expected if s == TrialState.PRUNED)
 
@@ -523,7 +523,7 @@ def test_lost_answers_change_no_result(tmp_path, log, trainer, undisturbed):
 
 
 def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
-    """The storage fails in all calls after call 60; in later rounds after call 70, 80, and so on."""
+    """The storage fails in all calls after call 60; in later rounds, after 70, 80, and so on."""
     expected = undisturbed()
     for last in itertools.count(60, step=10):
         folder, calls = tmp_path / str(last), itertools.count()
