@@ -84,7 +84,7 @@ class Served:
         return requests.get(self.url + path, timeout=30, **options)
 
     def measure(self, name: str) -> float:
-        """Returns the value of a metric in /metrics, or 0 if it is absent; `name` includes labels."""
+        """Returns a metric's value from /metrics, or 0 if it is absent; `name` includes labels."""
         for line in self.get("/metrics").text.splitlines():
             if line.startswith(f"{name} "):
                 return float(line.rpartition(" ")[2])
