@@ -46,8 +46,8 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
         resolved.data.source = absolute(config.data.source)
         resolved.data.image_size = image_size(config)
         if config.augment.place == "auto":
-            # On a CPU, OpenCV augments images in parallel with the training step. Augmentation by
-            # XLA would be part of the step and make it slower.
+            # If the device is a CPU, OpenCV augments images in parallel with the training step. XLA
+            # would augment images within the step, which would be slower.
             on_cpu = jax.default_backend() == "cpu"
             default = "host" if on_cpu else "device"
             resolved.augment.place = previous.get("augment.place", default)

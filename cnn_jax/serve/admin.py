@@ -1,4 +1,4 @@
-"""The administration API: rereads the registry now, and loads and unloads extra versions."""
+"""The administration API: routes that reread the registry, and load or unload a version."""
 
 from fastapi import APIRouter, Request
 

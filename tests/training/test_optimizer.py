@@ -41,12 +41,13 @@ def test_only_kernels_are_regularised():
 
 
 def test_l2_adds_the_gradient_of_half_the_squared_kernels():
-    """Adam gets the gradient of loss + l2 / 2 * sum(kernel ** 2).
+    """Adam receives the gradient of loss + l2 / 2 * sum(kernel ** 2).
 
     Adam's first moment after one step is a tenth of the gradient. The step itself is not
     compared, because it hardly depends on the size of the gradient.
     """
-    params = jax.tree.map(lambda leaf: leaf + 0.1, _params())  # No parameter is zero now.
+    # The addition ensures that no parameter is zero.
+    params = jax.tree.map(lambda leaf: leaf + 0.1, _params())
     l2 = 0.3
 
     def loss(params):
@@ -72,7 +73,7 @@ def test_l2_adds_the_gradient_of_half_the_squared_kernels():
 
 
 def test_the_optimizer_equals_adam_in_float64():
-    """Five steps equal the paper's algorithm in float64."""
+    """Five steps of the optimizer equal five steps of Adam, computed in float64."""
     optimizer = make_optimizer(optax.constant_schedule(0.01), l2=0.0)
     params = {"bias": jnp.array([1.0, -2.0, 0.5])}
     state = optimizer.init(params)

@@ -1,4 +1,4 @@
-"""Kills a study with real trainings by SIGKILL; see also `experiments/checks/chaos_study.py`."""
+"""Kills a study with real training by SIGKILL; see also `experiments/checks/chaos_study.py`."""
 
 import random
 import time
