@@ -1,7 +1,7 @@
-"""The list of networks, with their configuration keys.
+"""The networks that a configuration can select, and the configuration keys of each network.
 
-This module imports no network, so that `--help` and the check of keys can read the list
-before JAX is imported.
+This module imports no network, so that `--help` and the check of the configuration can read
+the list before JAX is imported.
 """
 
 import dataclasses
@@ -51,7 +51,8 @@ NETWORKS = {
             ),
             "batch_norm": boolean(True, "BatchNorm after each convolution."),
         },
-        # A 2 x 2 pooling follows each convolution except the last.
+        # Each convolution except the last is followed by a 2 x 2 pooling, which halves the
+        # height and the width.
         size_divisor=lambda section: 2 ** (len(section["features"]) - 1),
     ),
 }

@@ -1,1 +1,1 @@
-"""Training: the step, the host loop, and the files of a run."""
+"""Training: the training step, the loop on the host, and the files of a run."""
