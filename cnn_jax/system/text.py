@@ -1,4 +1,4 @@
-"""Text for terminals: lines broken between words, tables, and lists of named facts."""
+"""Functions that format text for terminals: line breaks, tables, and lists of named facts."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
 
 
 def fill(text: str, width: int | None) -> str:
-    """Breaks a line between words; see `wrap`."""
+    """Inserts line ends between words; see `wrap`."""
     return "\n".join(wrap(text, width))
 
 
@@ -58,7 +58,7 @@ def facts(rows: Mapping[str, str], width: int | None) -> list[str]:
     """Returns aligned lines, each with a name and a text.
 
     Args:
-      rows: The text of each name; it may have several lines.
+      rows: The text of each name; a text may have several lines.
       width: The width of the terminal, in columns; None for any width.
     """
     lines = []
