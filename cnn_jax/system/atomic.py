@@ -43,7 +43,7 @@ def write_bytes(
 def replacing(
     path: pathlib.Path, *, durable: bool = True, shared: bool = False
 ) -> Iterator[IO[bytes]]:
-    """Opens a temporary file in the folder of `path`, and renames it to `path` at the end.
+    """Opens a temporary file in the folder of `path`, and renames the file to `path` at the end.
 
     After an exception, `path` is unchanged and the temporary file is removed. A killed
     process leaves its temporary file: `.NAME.partial`, which the next write replaces, or

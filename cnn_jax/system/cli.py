@@ -59,7 +59,7 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     ):
         logging.getLogger(library).setLevel(level)
     sys.unraisablehook = _hide_late_callback_errors
-    # Pillow warns only of faults in images that Pillow corrects; other faults raise an error.
+    # Pillow corrects every fault of an image that it warns about. Other faults raise an error.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if sys.stdout is not None:
         codecs.register_error("cnn_jax.escape", _escape)

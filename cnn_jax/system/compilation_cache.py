@@ -67,7 +67,8 @@ def _sweep() -> None:
     for path in own_entries().get(COMPILED, []):
         with contextlib.suppress(OSError):  # Another process may have removed the file.
             status = path.stat()
-            # Most systems update a file's access time once a day, and some systems never do.
+            # Most systems update a file's access time only once a day, and some systems never do,
+            # so the modification time is used too.
             found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
     total = 0
     for used, size, path in sorted(found, reverse=True):

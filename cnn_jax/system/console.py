@@ -23,7 +23,7 @@ _GROUPS: dict[str, dict[str, int]] = {
     "validation": {"loss": 5, "accuracy": 8, "F1": 7},
     "": {"images/s": 8},
 }
-# The columns that a narrow terminal leaves out, in this order.
+# The columns of the table of epochs that are left out in a narrow terminal, in this order.
 _OPTIONAL_COLUMNS = (
     ("", "images/s"),
     *(("train", "F1"), ("validation", "F1"), ("train", "accuracy"), ("train", "loss")),

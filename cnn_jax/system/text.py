@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.cells import cell_len, set_cell_size  # Characters of some scripts take two columns.
+# Characters of some scripts take two columns, so `len` does not give the width of a text.
+from rich.cells import cell_len, set_cell_size
 
-FACT_INDENT = 12  # The width in columns of the names in `facts`.
+FACT_INDENT = 12  # The width of the names that `facts` prints, in columns.
 
 
 def terminal_width(file: Any) -> int | None:
@@ -23,7 +24,7 @@ def terminal_width(file: Any) -> int | None:
 
 
 def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
-    """Breaks a line between words.
+    """Breaks a line between words into parts that fit a width.
 
     Args:
       line: The line. Spaces within a part stay as they are.

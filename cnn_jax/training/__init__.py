@@ -1,1 +1,1 @@
-"""Training: the training step, the loop on the host, and the files of a run."""
+"""The training step, the training loop, and the files of a run."""

@@ -158,7 +158,7 @@ class Checkpoints:
         self._manager = _Manager(self._path, options=options)
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, in descending order."""
+        """Returns the steps of all complete checkpoints, in descending order."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(

@@ -72,6 +72,6 @@ def _copy(bundle: Bundle, collection: str, target: PyTree, *, with_head: bool) -
                 f"config.checkpoint.init_from: the bundle has another network: {name} is "
                 f"{shapes[0]} there and {shapes[1]} in this run"
             )
-        # The array is copied, because the training step donates its state and may overwrite it.
+        # The array is copied, because the training step may overwrite the arrays of its state.
         new[name] = sharding.distribute(old[name].copy(), new[name].sharding)
     return flax.traverse_util.unflatten_dict(new, sep="/")

@@ -149,7 +149,7 @@ def open_dataset(config: Config, track: Track) -> Dataset:
     data = config.data
     preprocessing = Preprocessing.from_config(data)
     listing = open_source(data.source, track, data.allow_outside)
-    # The classes are checked before the scan of the images, which may take long.
+    # The classes are checked before the images are scanned, because the scan may take long.
     datasets.check_classes(listing)
     # Images that are stored on the device can be augmented only on the device.
     device_bytes = sharding.accelerator_bytes() if config.augment.place == "device" else 0
@@ -255,7 +255,7 @@ def _default_execution_length(on_device: bool) -> int:
 
 @dataclasses.dataclass
 class _Progress:
-    """The state of a run that a checkpoint stores.
+    """The part of a run's state that a checkpoint stores.
 
     Attributes:
       step: The number of steps taken.
@@ -584,7 +584,7 @@ class _Clock:
     """Measures the duration of an epoch and the training speed in images per second."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        """Starts to measure an epoch.
+        """Starts to measure the duration and the speed of an epoch.
 
         Args:
           seconds: The time already spent in this epoch before an interruption.
@@ -603,7 +603,10 @@ class _Clock:
         self._images += images
 
     def images_per_second(self) -> float:
-        """Returns the images per second from the last restart to the last finished execution."""
+        """Returns the training speed in images per second.
+
+        The speed is measured from the last restart to the last finished execution.
+        """
         return self._images / max(self._last_step - self._start, 1e-9)
 
     def seconds(self) -> float:

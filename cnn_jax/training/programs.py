@@ -1,4 +1,4 @@
-"""The jitted functions of a run, and an estimate of the memory that a step needs."""
+"""The jitted functions of a run, and an estimate of the memory that a training step needs."""
 
 import contextlib
 import dataclasses
@@ -173,7 +173,7 @@ class Programs:
         self.gather = jax.jit(lambda tree: tree, out_shardings=replicated)
 
     def send(self, batches: Sequence[Mapping[str, np.ndarray]]) -> tuple[Any, dict[str, jax.Array]]:
-        """Sends the batches of one execution to the devices.
+        """Copies the batches of one execution to the devices, and selects the training function.
 
         Args:
           batches: One or more batches, with the rows that this process loads.
@@ -188,7 +188,7 @@ class Programs:
 
 
 def _with_images(batch: Mapping[str, Array], pixels: Array | None) -> Mapping[str, Array]:
-    """Adds the batch's images, taken from `pixels`; returns `batch` itself if `pixels` is None."""
+    """Adds images from `pixels` to a batch; returns the batch unchanged if `pixels` is None."""
     return batch if pixels is None else {**batch, "image": pixels[batch["row"]]}
 
 
@@ -228,10 +228,10 @@ class MemoryEstimate:
         return examples * self.data_devices * self.parts
 
     def fewest_parts(self, available: float) -> int | None:
-        """Returns the smallest number of parts with which a step fits into `available` bytes.
+        """Returns the smallest number of batch parts with which a step fits into memory.
 
         The number of parts must divide the number of examples on a device. The result is None
-        if the step needs more memory with every number of parts.
+        if the step needs more than `available` bytes with every number of parts.
         """
         examples = self.batch_size // self.data_devices
         for parts in range(1, examples + 1):

@@ -100,7 +100,7 @@ def _predict(
     track: Track,
     description: str,
 ) -> Float[np.ndarray, "n classes"]:
-    """Returns the probabilities of images, which the processes of the run compute together.
+    """Returns the class probabilities of images; the processes of the run share the work.
 
     Each of n processes calls `predict_split` for every n-th batch, and then all processes
     receive all probabilities.

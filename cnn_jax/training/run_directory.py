@@ -140,7 +140,7 @@ def _has_checkpoints(workdir: pathlib.Path) -> bool:
 
 
 def check_apart(workdir: pathlib.Path, source: str) -> None:
-    """Checks that the folder of a run does not overlap with its images.
+    """Checks that the folder of a run and the data of the run do not overlap.
 
     A run's folder may be inside the folder of the data. The data source then ignores it.
 
@@ -165,7 +165,7 @@ def check_apart(workdir: pathlib.Path, source: str) -> None:
 
 
 def _this_process() -> dict[str, Any]:
-    """Returns the id and the host name of this process."""
+    """Returns the process id and the host name of this process."""
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
@@ -306,7 +306,7 @@ class EpochLog:
     """The log of a run: metrics.jsonl and TensorBoard events, with a record for each epoch."""
 
     def __init__(self, workdir: pathlib.Path, history: Sequence[Mapping[str, Any]]):
-        """Rewrites metrics.jsonl and the TensorBoard events from the finished epochs.
+        """Rewrites metrics.jsonl and the TensorBoard events from the records of finished epochs.
 
         A run that was killed may have logged an epoch that it has to train again.
 

@@ -75,7 +75,7 @@ def is_primary() -> bool:
 
 
 def primary_only(function: Callable[..., None]) -> Callable[..., None]:
-    """A decorator for a function that does nothing in processes other than the primary process."""
+    """Decorates a function so that only the primary process executes the function's body."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -136,7 +136,10 @@ def lost_process(error: BaseException) -> TrainingError | None:
 
 
 def gather_rows(rows: np.ndarray) -> list[np.ndarray]:
-    """Returns the arrays [n, ...] of all processes, in process order; n may differ."""
+    """Gathers the arrays [n, ...] of all processes, where n may differ between processes.
+
+    The result is in the order of the processes.
+    """
     if jax.process_count() == 1:
         return [rows]
     counts = multihost_utils.process_allgather(np.array(len(rows))).tolist()

@@ -92,7 +92,7 @@ def _parallelism(config: Config) -> str:
 
 
 def _residency(dataset: Dataset) -> str:
-    """Returns a phrase on where the pixels are stored."""
+    """Returns a phrase on how images are decoded and where the pixels are stored."""
     if dataset.residency == "none":
         workers = dataset.loader.workers
         decoders = count(workers, "process", "processes") if workers else "threads"

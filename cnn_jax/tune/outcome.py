@@ -304,9 +304,9 @@ def _literal(config: Config, tuned: set[str], prefix: str, indent: str) -> str:
 
 
 def _python(value: Any) -> str:
-    """Formats a value as a Python literal, with double quotes around plain strings."""
+    """Formats a value as a Python literal, with double quotes around ASCII strings."""
     if isinstance(value, tuple):
         return f"({', '.join(map(_python, value))}{',' * (len(value) == 1)})"
-    # JSON and Python have different escape sequences for other characters than printable ASCII.
+    # JSON and Python write printable ASCII characters in the same way, but not other characters.
     is_plain = isinstance(value, str) and value.isascii() and value.isprintable()
     return json.dumps(value) if is_plain else repr(value)

@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial
 
 from cnn_jax.tune.space import Space
 
-# One in REDUCTION trials continues after a rung, and the next rung is after REDUCTION times as
-# many epochs (Li et al. 2018).
+# The best of every REDUCTION trials continues after a rung. The next rung is after REDUCTION times
+# as many epochs (Li et al. 2018).
 REDUCTION = 3
 # Multiples of the golden ratio, modulo 1, are spread more evenly than multiples of other numbers.
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -60,7 +60,10 @@ class SeededSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Draws the values of a trial with the estimator; returns {} for the first trials."""
+        """Draws a trial's values with the estimator; returns {} until enough trials have finished.
+
+        The first trial has the values `first`.
+        """
         if trial.number == 0:
             return self._first
         return self._tpe(trial).sample_relative(study, trial, search_space)

@@ -21,8 +21,8 @@ from cnn_jax.system.errors import ConfigError
 
 Space = Mapping[str, BaseDistribution]
 
-# Sections of the configuration whose keys may differ between trials. All trials must have the same
-# data, because trials are compared after each epoch, on the same images.
+# Sections of the configuration whose keys may differ between trials. The images and the epochs must
+# be the same in all trials, because the trials are compared after each epoch.
 _SECTIONS = ("augment.", "model.", "optimizer.", "train.")
 _KEYS = ("precision", "data.image_size")
 _NOT_VARIED = ("train.epochs", "train.patience", "train.monitor", "optimizer.decay_epochs")
@@ -113,7 +113,7 @@ def _extremes(distribution: BaseDistribution) -> list[Any]:
 
 
 def _parse(value: Any, current: Any) -> Any:
-    """Converts a value of a search space to a configuration value; parses a tuple in a string."""
+    """Converts a value of a search space to a configuration value, for example text to a tuple."""
     if isinstance(current, tuple | list) and isinstance(value, str):
         try:
             return ast.literal_eval(value)
@@ -135,7 +135,7 @@ def configured(config: Config, params: Mapping[str, Any]) -> Config:
 
 
 def base_values(config: Config, space: Space) -> dict[str, Any]:
-    """Returns the configuration's value of each key of the space, if the space has the value."""
+    """Returns the values of the configuration that are inside the search space, by key."""
     found = {}
     for key, value in schema.leaves(config):
         distribution = space.get(key)

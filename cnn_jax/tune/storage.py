@@ -129,7 +129,11 @@ def _with_driver(url: str) -> str:
 
 
 def _engine_options(url: str) -> dict[str, object]:
-    """Returns SQLAlchemy's options: wait for a locked file, or test each connection to a server."""
+    """Returns the options of SQLAlchemy's engine for the database of a URL.
+
+    For a SQLite file, the engine waits until the file is unlocked. For a server, the engine
+    tests each connection before use.
+    """
     if url.startswith("sqlite"):
         return {"connect_args": {"timeout": 60}}
     return {"pool_pre_ping": True}

@@ -53,7 +53,7 @@ from cnn_jax.tune.space import Space, base_values, configured, describe, short
 _MAX_STARTS = 10
 # The study ends if at least this number of trials has finished and all finished trials have failed.
 _MAX_FAILURES = 10
-# The operating system's messages about a disk to which nothing can be written.
+# The operating system's messages about a disk that is full or not writable.
 _DISK_MESSAGES = tuple(
     map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES))
 )
@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 
 class Pruned(Exception):  # noqa: N818  (a pruned trial is not an error)
-    """Raised to end a trial early, because other trials were better at this epoch."""
+    """The exception that ends a trial early, because other trials were better at the same epoch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
 
 
 def _describe(plan: Plan) -> dict[str, str]:
-    """Returns the lines that describe a study before its first trial."""
+    """Returns a description of a study, which is printed before the first trial."""
     train = plan.config.train
     spaces = []
     for key, distribution in plan.space.items():
@@ -285,7 +285,7 @@ class _Worker:
         return self._retry(lambda: self.study.get_trials(deepcopy=False, states=states or None))
 
     def check_definition(self, definition: Mapping[str, str]) -> None:
-        """Stores the definition of a new study, or compares it with the stored definition.
+        """Stores the definition of a new study, or checks the stored definition of an old study.
 
         Raises:
           ConfigError: The definitions differ.
@@ -416,7 +416,7 @@ class _Worker:
                 self._end(self._open(trial.number), TrialState.FAIL, void="lost", error=error)
 
     def _open(self, number: int) -> Trial:
-        """Returns a trial as an object to which values can be reported."""
+        """Returns the trial with a number as an Optuna `Trial`, to which values can be reported."""
         trial_id = self._trials()[number]._trial_id  # Optuna has no public attribute for the id.
         return self._retry(lambda: Trial(self.study, trial_id))
 
@@ -460,7 +460,7 @@ class _Worker:
         except (TrainingError, ConfigError) as error:
             if _is_disk_error(error):
                 self._note(trial, starts=starts[:-1])
-                raise  # All other trials would fail in the same way.
+                raise  # All other trials would fail for the same reason.
             self._end(trial, TrialState.FAIL, error=printable(str(error)))
         except (DataError, OSError):
             self._note(trial, starts=starts[:-1])
@@ -557,7 +557,7 @@ def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
 
 
 def _is_disk_error(error: BaseException | None) -> bool:
-    """Returns whether a run failed because nothing can be written to a disk."""
+    """Returns whether a run failed because a disk is full or not writable."""
     while error is not None:
         # TensorStore does not raise OSError, but its messages contain the operating system's
         # message.
