@@ -19,8 +19,8 @@ class Network:
       path: The class of the Linen module, as "package.module:Class". Its fields are the keys
         below, `num_classes` and `dtype`.
       keys: The keys of the section `model` of the configuration, without `name`.
-      size_divisor: A function of the section `model`. It returns the number that must divide
-        the height and the width of the images.
+      size_divisor: A function from the section `model` to the number that must divide the height
+        and the width of the images.
     """
 
     path: str

@@ -34,9 +34,9 @@ def keep_compiled() -> None:
     """
     # XLA cannot write programs that use oneDNN (`runtime.py`). The warning needs no action.
     warnings.filterwarnings("ignore", message=_UNWRITABLE)
-    # A run with several processes does not use the cache. If only some processes found a program
-    # in the cache, the remaining processes would wait for them, because XLA exchanges
-    # measurements on GPUs between the processes that compile.
+    # A run with several processes does not use the cache. If some processes found a program in
+    # the cache, the processes that compile would wait for the processes that do not compile,
+    # because XLA exchanges measurements on GPUs between processes during the compilation.
     configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if configured is not None or jax.distributed.is_initialized():
         return

@@ -47,7 +47,7 @@ class TrainingError(UserError):
 
 
 class Interrupted(_OneLine, KeyboardInterrupt):
-    """A run was interrupted at the same step in all processes, and its state is saved."""
+    """A run was interrupted at the same step in all processes, and the run's state is saved."""
 
 
 class BundleError(UserError):

@@ -173,7 +173,7 @@ class Checkpoints:
         """Starts to save a checkpoint in the background.
 
         Args:
-          step: The number of steps taken. It must exceed the step of every saved checkpoint.
+          step: The number of steps taken, larger than the step of every saved checkpoint.
           state: The train state. Its arrays may be donated after this call has returned.
           epoch_metrics: The metrics of the unfinished epoch.
           history: One record for each finished epoch.
@@ -310,8 +310,8 @@ class Checkpoints:
             try:
                 saved = self.restore(step, state, epoch_metrics)
                 best = best_record(saved.history, self._monitor)
-                # If the checkpoint of the best epoch is missing, it was deleted because a later
-                # epoch was better. The run trains the later epoch again.
+                # A missing checkpoint of the best epoch was deleted because a later epoch was
+                # better. The run trains the later epoch again.
                 if best is not None and best["step"] != step and best["step"] in steps:
                     self.restore(best["step"], state, epoch_metrics)
             except DamagedCheckpointError as error:

@@ -380,7 +380,8 @@ def _dispatch(
         if is_first:
             run.heartbeat.beat("compiling", progress.step)
             memory.check(program, progress.state, arrays, run.pixels)
-            # The last steps of an epoch run one at a time if they are too few for an execution.
+            # The last steps of an epoch run one at a time if too few steps are left to fill an
+            # execution.
             if run.steps_per_epoch % length:
                 single_step, single_batch = programs.send(execution_batches[:1])
                 single_step.lower(progress.state, single_batch, run.pixels).compile()

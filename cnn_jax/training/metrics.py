@@ -16,7 +16,7 @@ from cnn_jax.training.loss import cross_entropy
 # The names of the metrics that `summarize` returns.
 HEADLINE = ("accuracy", "precision", "recall", "f1", "loss")
 
-# 95 % of a normal distribution lie within this number of standard deviations of its mean.
+# A normal variable is within this number of standard deviations of its mean with probability 95 %.
 _NORMAL_95 = float(scipy.special.ndtri(0.975))
 # The user is warned if half the width of an accuracy's 95 % confidence interval reaches this value.
 MAX_HALF_WIDTH = 0.02
@@ -228,7 +228,7 @@ def agreement_p_value(matrix: np.ndarray) -> float:
     """Returns the one-sided p-value of the agreement between predictions and labels.
 
     The p-value is the probability of at least this many correct predictions if the predictions
-    were shuffled among the images. It is computed with a normal approximation, with continuity
+    were shuffled among the images. The method is a normal approximation, with continuity
     correction, to the permutation distribution of the matrix's trace (Hoeffding 1951).
 
     Args:

@@ -142,7 +142,8 @@ def _has_checkpoints(workdir: pathlib.Path) -> bool:
 def check_apart(workdir: pathlib.Path, source: str) -> None:
     """Checks that the folder of a run and the data of the run do not overlap.
 
-    A run's folder may be inside the folder of the data. The data source then ignores it.
+    A run's folder may be inside the folder of the data. The data source then ignores the run's
+    folder.
 
     Args:
       workdir: The run's folder.
@@ -308,7 +309,7 @@ class EpochLog:
     def __init__(self, workdir: pathlib.Path, history: Sequence[Mapping[str, Any]]):
         """Rewrites metrics.jsonl and the TensorBoard events from the records of finished epochs.
 
-        A run that was killed may have logged an epoch that it has to train again.
+        A killed run may have logged an epoch that is trained again after the restart.
 
         Args:
           workdir: The run's folder.

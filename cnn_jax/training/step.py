@@ -40,7 +40,7 @@ class TrainState:
       step: int32 [], the number of steps taken.
       params: The network's parameters, float32.
       batch_stats: The statistics that BatchNorm uses in inference, float32; empty without
-        BatchNorm. No training step changes them: see `update_statistics`.
+        BatchNorm. No training step changes the statistics; see `update_statistics`.
       opt_state: The optimizer's state.
     """
 

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled()
     study = run_study(plan)
     with cli.blocked_interrupts():
-        # This import takes seconds, so it happens after the trials.
+        # Importing this module takes seconds, so the module is imported only after the trials.
         from cnn_jax.tune.outcome import conclude, show_outcome
     outcome = conclude(plan, study)
     show_outcome(outcome, plan.folder)

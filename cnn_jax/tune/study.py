@@ -292,7 +292,7 @@ class _Worker:
         """
         if "definition" not in self._retry(lambda: self.study.user_attrs):
             self._retry(lambda: self.study.set_user_attr("definition", dict(definition)))
-        # Two workers may have written a definition at the same time. Both workers then read the
+        # Two workers may have written a definition at the same time. Each worker then reads the
         # definition that was written last.
         stored = self._retry(lambda: self.study.user_attrs)["definition"]
         differences = [
@@ -406,7 +406,7 @@ class _Worker:
         return self._retry(add)
 
     def _fail_lost_trials(self) -> None:
-        """Marks trials on other machines as failed if they have not reported for hours."""
+        """Marks trials on other machines as failed after hours without a report."""
         for trial in self._trials(TrialState.RUNNING):
             seen = trial.user_attrs.get("seen")
             if trial.user_attrs.get("place") == self.folder_id or seen is None:
@@ -559,8 +559,8 @@ def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
 def _is_disk_error(error: BaseException | None) -> bool:
     """Returns whether a run failed because a disk is full or not writable."""
     while error is not None:
-        # TensorStore does not raise OSError, but its messages contain the operating system's
-        # message.
+        # TensorStore does not raise OSError, but the message of its error contains the message of
+        # the operating system.
         if isinstance(error, OSError) or any(words in str(error) for words in _DISK_MESSAGES):
             return True
         error = error.__cause__
