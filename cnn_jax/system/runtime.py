@@ -48,10 +48,10 @@ def keep_freed_memory() -> None:
     """Makes the C library reuse the memory that a step on the CPU frees.
 
     By default, glibc returns each large array to the system, which then clears new pages for
-    the next step. Clearing the pages takes 10 to 50 % of a step's time. With another C library,
-    the function does nothing. The function must be called before JAX starts its threads,
-    because each thread gets an arena, and glibc maps every large array of such an arena
-    separately.
+    the next step. This exchange of memory takes 10 to 50 % of a step's time. With another C
+    library, the function does nothing. The function must be called before JAX starts its
+    threads, because each thread gets an arena, and glibc maps every large array of such an
+    arena separately.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:  # macOS and musl, for example, have no `mallopt`.
