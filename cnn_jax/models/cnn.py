@@ -1,4 +1,4 @@
-"""The convolutional network of the specification."""
+"""The convolutional network that the project's specification prescribes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +12,11 @@ from cnn_jax.models.parts import NetworkParts
 
 
 class CNN(nn.Module):
-    """A network of blocks [conv 3x3 -> ReLU -> BatchNorm -> pool], then two dense layers.
+    """A network of convolution blocks, followed by one or two dense layers.
 
-    There is a block for each value of `features`. The pool is a 2 x 2 maximum; in the last block it
-    is the mean over the whole image, so that the network accepts any image size.
+    There is a block [conv 3x3 -> ReLU -> BatchNorm -> pool] for each value of `features`. The
+    pool is max pooling with a 2 x 2 window. The last block instead takes the mean over the whole
+    image, so that the network accepts any image size.
 
     Attributes:
       num_classes: The number of classes.
@@ -44,7 +45,7 @@ class CNN(nn.Module):
 
     @nn.nowrap
     def parts(self, params: Mapping[str, Any]) -> NetworkParts:
-        """Returns the parameters that explanations use; see `NetworkParts`."""
+        """Returns the parameters that the explanation methods need; see `NetworkParts`."""
         return NetworkParts(
             first_kernel=params["conv1"]["kernel"],
             head_kernel=params["head"]["kernel"],
@@ -90,7 +91,7 @@ class CNN(nn.Module):
             if self.batch_norm:
                 x = BatchNorm(
                     use_running_average=not train,
-                    epsilon=1e-3,  # The default of Keras.
+                    epsilon=1e-3,  # Keras uses this epsilon by default.
                     dtype=self.dtype,
                     name=f"norm{i}",
                 )(x)

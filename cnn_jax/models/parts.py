@@ -1,4 +1,4 @@
-"""The parameters of a network that explanations use."""
+"""The network parameters that the explanation methods need."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,10 @@ from jaxtyping import Array, Float
 
 
 class NetworkParts(NamedTuple):
-    """Some parameters of a network by their role, because their names differ between networks.
+    """The parameters that explanation methods need, under names common to all networks.
 
-    A network for which explanations are wanted has two methods: `stages`, whose result ends with
-    "embedding" and "logits", and `parts`. `models.cnn.CNN` shows both.
+    A network that supports explanations has two methods: `stages`, whose result ends with
+    "embedding" and "logits", and `parts`. `models.cnn.CNN` is an example.
 
     Attributes:
       first_kernel: The kernel of the first layer, if it is a convolution over R, G and B; else

@@ -33,16 +33,16 @@ def make_schedule(
 
 
 def kernel_mask(params: PyTree) -> PyTree:
-    """Returns True for each kernel of a convolution or dense layer, False for other parameters."""
+    """Returns a tree of booleans: True for the kernels of convolution and dense layers."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def make_optimizer(schedule: optax.Schedule, l2: float) -> optax.GradientTransformation:
-    """Returns Adam (Kingma and Ba 2015) on the gradient of loss + l2 / 2 * sum(kernel ** 2).
+    """Returns Adam (Kingma and Ba 2015) for the objective loss + l2 / 2 * sum(kernel ** 2).
 
     The gradient of the penalty is included in Adam's moments, as if the penalty were a term
-    of the loss. This is not decoupled weight decay (AdamW); the specification uses an L2
-    penalty.
+    of the loss. This method is not decoupled weight decay (AdamW), because the project's
+    specification prescribes an L2 penalty.
 
     Args:
       schedule: A function from the number of steps taken to the learning rate.
