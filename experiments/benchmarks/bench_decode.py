@@ -53,7 +53,7 @@ def encode(image: Image.Image) -> bytes:
 
 
 def crops() -> list[bytes]:
-    """Returns JPEGs of squares of 66 to 419 pixels, cut from photographs at random positions."""
+    """Returns JPEGs of square crops (66 to 419 pixels) at random positions of photographs."""
     rng = np.random.default_rng(1)
     encoded = []
     for photograph in map(Image.fromarray, load_sample_images().images):
@@ -66,7 +66,10 @@ def crops() -> list[bytes]:
 
 
 def milliseconds(work: Callable[[], object], repetitions: int) -> float:
-    """Returns the median CPU time of several calls; other processes hardly affect this time."""
+    """Returns the median CPU time of several calls, in milliseconds.
+
+    Other processes hardly affect the CPU time.
+    """
     times = []
     for _ in range(repetitions + 1):
         start = time.thread_time()

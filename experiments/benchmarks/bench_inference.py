@@ -35,7 +35,7 @@ from bench_train import (
 )
 from roofline import parse_shapes
 
-# Pairs of the side of an image in pixels and the batch size.
+# Each pair is the side of an image in pixels and a batch size.
 SHAPES = ((32, 1), (32, 32), (64, 1), (64, 32), (224, 1), (224, 32))
 TOLERANCE = 1e-5
 
@@ -70,7 +70,7 @@ def check_agreement(
     expected, worst = results[processes[0].name], 0.0
     for name, probabilities in results.items():
         difference = float(np.abs(probabilities - expected).max())
-        if not difference <= tolerance:  # The condition is also true if the difference is NaN.
+        if not difference <= tolerance:  # Unlike `>`, this condition is true for NaN.
             sys.exit(f"{name} disagrees by {difference:.1e}")
         worst = max(worst, difference)
     return processes, worst

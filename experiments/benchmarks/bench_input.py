@@ -52,7 +52,8 @@ ROTATION, ZOOM, CONTRAST = 0.2, 0.2, 0.2
 # The maximum number of images read from the folder, and the number of pictures made from them.
 NUM_IMAGES, NUM_PICTURES = 2_000, 400
 TILE, TILES, PICTURE = 64, (8, 6), (500, 375)
-# The minimum batches and seconds of the warm-up, in which workers start and tf.data tunes itself.
+# The warm-up takes at least this number of batches and seconds. In the warm-up, workers start and
+# tf.data tunes its settings.
 WARM_BATCHES, WARM_SECONDS = 8, 1.5
 SECONDS_BETWEEN_SAMPLES = 0.05
 _JPEG = b"\xff\xd8\xff"
@@ -312,7 +313,7 @@ def _measure_here(arguments: str) -> None:
 def _memory(pid: int) -> int:
     """Returns the proportional set size of a process and its descendants, in bytes."""
     total = 0
-    with contextlib.suppress(psutil.Error):  # The process may have ended by now.
+    with contextlib.suppress(psutil.Error):  # psutil raises this error if the process has ended.
         process = psutil.Process(pid)
         for one in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""Measures how long a run takes after its training, and compares this time with the training.
+"""Compares the time that a run takes after its training with the time of the training.
 
     python experiments/benchmarks/bench_report.py --source=folder:PATH [--before=CHECKOUT]
         [--epochs=10] [--image_size=64] [--repetitions=3] [--json=FILE]
@@ -62,7 +62,7 @@ def main() -> None:
 def _run(
     checkout: pathlib.Path, folder: pathlib.Path, repetition: int, flags: argparse.Namespace
 ) -> dict[str, float]:
-    """Trains once, and measures the time of the training and the time after it.
+    """Runs the training command once, and measures the time of its two parts.
 
     Returns:
       The seconds of the columns "training" and "after".

@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def rows_of_process(setting: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows that `measure` prints in a new process; later rows have more columns."""
+    """Runs `measure` in a new process, and yields the rows that the process prints."""
     command = [sys.executable, __file__, *sys.argv[1:], f"--measure={setting}"]
     with (
         tempfile.TemporaryFile("w+") as log,

@@ -133,7 +133,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Iterator[Peer]:
-    """Starts a server, and yields it as soon as it answers requests."""
+    """Starts a server, waits until the server answers requests, and yields the server."""
     port = free_port()
     if name == "cnn_jax":
         command = [sys.executable, "-m", "cnn_jax.serve", "--log_level=warning"]
@@ -228,7 +228,7 @@ class _Client(asyncio.Protocol):
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        # If the server closes the connection before the deadline, the request counts as failed.
+        # A request counts as failed if the server closes the connection before the deadline.
         self.failed += time.perf_counter() < self._until
         self.is_done.set_result(None)
 
@@ -324,7 +324,7 @@ def main() -> None:
                 )
             for concurrency in CONCURRENCY:
                 for peer in peers:
-                    # The first round is a warm-up, so it is short and its results are dropped.
+                    # The first round is a short warm-up whose results are dropped.
                     seconds = flags.seconds if round_ else min(2, flags.seconds)
                     with peer.going():
                         found = load(peer, requests_, concurrency, seconds)

@@ -118,7 +118,7 @@ class Bench:
             )
 
     def _in_state(self, state: str, measure: Callable[[], float]) -> float:
-        """Calls `measure`; for the state "cold", removes the compiled programs first."""
+        """Measures a command in a state; for "cold", deletes the compiled programs first."""
         if state == "cold":
             shutil.rmtree(self._cache / "compiled", ignore_errors=True)
         return measure()

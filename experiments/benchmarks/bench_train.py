@@ -45,7 +45,7 @@ import numpy as np
 import peers
 from roofline import parse_shapes
 
-# Pairs of the side of an image in pixels and the batch size.
+# Each pair is the side of an image in pixels and a batch size.
 SHAPES = ((32, 256), (64, 128), (224, 32))
 # These environment variables have the same effect as `runtime.keep_freed_memory`, but they also
 # work in the processes of the compared libraries, which do not import this project.
@@ -76,7 +76,7 @@ class Process:
         variables: Mapping[str, str] | None = None,
     ):
         self.peer, self.name = name, name + ", memory kept" * is_memory_kept
-        # The log is a file, because a process that prints many warnings to an unread pipe blocks.
+        # The log is a file, because an unread pipe would block a process that prints many warnings.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable if is_own(name) else peer_python, peers.__file__, name],
@@ -217,7 +217,7 @@ def check_agreement(
         assert arrays.keys() == expected.keys(), arrays.keys() ^ expected.keys()
         for key, array in arrays.items():
             difference = np.abs(array - expected[key]).max() / np.abs(expected[key]).max()
-            if not difference <= tolerance:  # The condition is also true if the difference is NaN.
+            if not difference <= tolerance:  # Unlike `>`, this condition is true for NaN.
                 sys.exit(f"{name} disagrees in {key} by {difference:.1e}")
             worst = max(worst, float(difference))
     return processes, worst
@@ -232,7 +232,7 @@ def measure(
     seconds: float,
     do: str = "train",
 ) -> dict[str, float]:
-    """Returns the median time of a training step (or of the action `do`) in seconds, by process.
+    """Measures the action `do` (by default a training step); returns median seconds by process.
 
     The processes take turns of at most one second. Processes that fail are missing in the result.
     """
@@ -309,11 +309,11 @@ def main() -> None:
     flags = make_parser(list(peers.PEERS)[:6], seconds=12, tolerance=TOLERANCE).parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     names = flags.peers
-    # This line comes first, because the measurement needs device memory that no other process has
-    # allocated.
+    # The floors are measured before the compared libraries allocate the device's memory.
     floors = floor_milliseconds(shapes, flags.precision, flags.peaks)
     as_is = [(name, name.startswith("cnn_jax ")) for name in names]
-    # On a GPU, no library is measured with kept memory, because the C library manages host memory.
+    # The additional cases with kept memory are only for CPUs, because the C library does not manage
+    # the memory of GPUs.
     if not is_on_gpu():
         as_is = [(names[0], True), *as_is, *((name, True) for name in names[1:] if "orch" in name)]
     started = [Process(name, is_kept, flags.peer_python) for name, is_kept in as_is]
@@ -347,7 +347,7 @@ def write_json(path: pathlib.Path | None, rows: Any) -> None:
 
 
 def exit_if_left_out(started: Sequence[Process], processes: Sequence[Process]) -> None:
-    """Raises SystemExit if `processes` lacks a process of `started`, because it has failed."""
+    """Raises SystemExit if a started process has failed and is missing in `processes`."""
     working = {process.name for process in processes}
     if failed := [process.name for process in started if process.name not in working]:
         sys.exit(f"failed and left out: {', '.join(failed)}")

@@ -28,7 +28,7 @@ VARIANTS = {"as it is": "", "deterministic": "--xla_gpu_deterministic_ops=true"}
 
 
 def ask_for_digest(process: Process, data: pathlib.Path, precision: str) -> None:
-    """Asks a process for the digest of the train state after STEPS steps, and does not wait."""
+    """Requests STEPS training steps and a digest of the train state, and does not wait."""
     process.send(do="open", data=str(data), precision=precision, dropout=peers.DROPOUT)
     process.send(do="train", times=STEPS)
     process.send(do="digest")
@@ -76,7 +76,7 @@ def main() -> None:
             ask_for_digest(process, data, flags.precision)
             try:
                 digests[name] = read_digest(process)
-            except RuntimeError as error:  # If one variant fails, the other variant is measured.
+            except RuntimeError as error:  # If one variant fails, the other is still measured.
                 print(f"{name}: {error}", flush=True)
                 failed.append(name)
                 continue

@@ -54,7 +54,7 @@ def facts() -> dict[str, Any]:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Formats a Markdown table; numbers get at least three significant digits."""
+    """Formats rows as a Markdown table; numbers get at least three significant digits."""
     lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
     return "\n".join(lines)

@@ -24,7 +24,7 @@ import numpy as np
 
 FEATURES, DENSE, CLASSES, DROPOUT = (32, 64, 128), 256, 10, 0.5
 MOMENTUM, EPSILON, LABEL_SMOOTHING, L2, LEARNING_RATE = 0.99, 1e-3, 0.1, 1e-4, 1e-3
-# Inputs are normalised with this value as the mean and as the standard deviation.
+# Pixel values are normalised with this mean and with the same standard deviation.
 GREY = 127.5
 
 Arrays = dict[str, np.ndarray]
@@ -74,7 +74,7 @@ class Peer:
         raise NotImplementedError
 
     def predict(self) -> np.ndarray:
-        """Returns the probabilities, float32 [B, C], of the images, as an array in host memory."""
+        """Returns the class probabilities of the images as a NumPy array, float32 [B, C]."""
         raise NotImplementedError
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
@@ -87,7 +87,7 @@ class Peer:
 
 
 class Ours(Peer):
-    """The training step and the forward pass of this project, with its compiler options."""
+    """The training step and the forward pass of this project, with the compiler options it uses."""
 
     def __init__(self, task: Task):
         import jax
@@ -200,7 +200,7 @@ class Ours(Peer):
         return (self._jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
     def digest(self) -> str:
-        """Returns the SHA-256 of the train state."""
+        """Returns the SHA-256 digest of all arrays of the train state."""
         digest = hashlib.sha256()
         for leaf in self._jax.tree.leaves(self._jax.device_get(self._state)):
             digest.update(np.asarray(leaf).tobytes())
@@ -578,7 +578,7 @@ def _flat(tree: Mapping[str, Any]) -> Arrays:
 
 
 def seconds_of_each(action: Callable[[], object], count: int) -> list[float]:
-    """Calls `action` `count` times, and returns the seconds of each call."""
+    """Calls a function `count` times, and returns the seconds of each call."""
     times = []
     for _ in range(count):
         start = time.perf_counter()

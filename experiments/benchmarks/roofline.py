@@ -60,7 +60,7 @@ import jax.numpy as jnp
 
 from cnn_jax.models.cnn import CNN
 
-# Pairs of the side of an image in pixels and the batch size.
+# Each pair is the side of an image in pixels and a batch size.
 SHAPES = ((32, 256), (64, 128), (224, 32))
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -202,7 +202,8 @@ def training_passes(
                 Pass(f"{name} normalise's gradient", 0, convolved | gradient_of_output, gradient)
             )
         elif last:
-            # The loss and its gradient are fused to the product, so memory never holds the logits.
+            # The loss and its gradient are fused with the matrix product, so memory never holds the
+            # logits.
             gradient = {f"{name} gradient of logits": products}
             forward.append(Pass(f"{name} product and loss", flops, inputs | parameters, gradient))
         else:
@@ -212,9 +213,9 @@ def training_passes(
             forward.append(Pass(f"{name} product", flops, inputs | parameters, output))
         layer_passes.append(Pass(f"{name} weights' gradient", flops, inputs | gradient, gradients))
         if before:  # The first layer is skipped, because the images need no gradient.
-            # The operation that is fused to the end of the product also reads the inputs. This
-            # operation computes the sums for the previous layer's BatchNorm, or the gradients of
-            # the previous layer's ReLU and dropout.
+            # The matrix product is fused with an operation that also reads the inputs: the sums for
+            # the previous layer's BatchNorm, or the gradients of the previous layer's ReLU and
+            # dropout.
             input_gradient = {f"{before} gradient of output": sum(inputs.values())}
             layer_passes.append(
                 Pass(
@@ -335,7 +336,7 @@ def measure_peaks(precision: str) -> Peaks:
 
 
 def _best_seconds(run: Callable[[], jax.Array]) -> float:
-    jax.block_until_ready(run())  # The first call is not timed, because it compiles.
+    jax.block_until_ready(run())  # The first call compiles the program, so it is not timed.
     seconds = []
     for _ in range(_REPETITIONS):
         began = time.perf_counter()

@@ -23,8 +23,8 @@ from PIL import Image
 
 from cnn_jax.inference.bundle import read_bundle
 
-# For each LitServe server: the maximum batch size, the seconds that the server waits for a batch,
-# and the number of workers.
+# Each LitServe server has a maximum batch size, a number of seconds that it waits for a batch, and
+# a number of workers.
 LITSERVE = {
     "litserve": (8, 0.005, 1),
     "litserve_1": (1, 0.0, 1),
@@ -91,7 +91,7 @@ def main() -> None:
     if flags.name == "fastapi":
         _fastapi(flags.bundle, flags.port)
     else:
-        import serve_litserve  # This import is here, because the FastAPI server works without it.
+        import serve_litserve  # The FastAPI server must work without LitServe.
 
         serve_litserve.serve(flags.bundle, flags.port, flags.name)
 

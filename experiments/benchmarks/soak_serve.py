@@ -133,7 +133,7 @@ class Arrivals:
         start, status = time.monotonic(), 0
         self._in_flight += 1
         try:
-            # Idle connections that the server has closed cannot be reused.
+            # Idle connections that the server has closed are dropped, because they are unusable.
             while self._idle and self._idle[-1][0].at_eof():
                 self._idle.pop()[1].close()
             if self._idle:

@@ -109,7 +109,7 @@ def one_life(
         is_ready = wait_for(process, lambda: is_training(workdir, process.pid))
         delay = rng.uniform(0, 1.5)
         if is_ready and aim == "save":
-            # This loop skips a random number of saves, so that not always the first save is hit.
+            # This loop skips a random number of saves, so that kills are not always at the first.
             for _ in range(rng.randrange(4)):
                 is_ready = is_ready and wait_for(process, lambda: not is_saving())
                 is_ready = is_ready and wait_for(process, is_saving)
@@ -171,7 +171,7 @@ class Outcome:
 
 
 def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -> Outcome:
-    """Kills a run a number of times, resumes it to its end, and compares it with another run.
+    """Kills a run repeatedly, lets the run finish, and compares it with an undisturbed run.
 
     Raises:
       RuntimeError: A run failed, or ended before the last kill.

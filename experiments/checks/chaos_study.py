@@ -114,8 +114,8 @@ def kill(
         for line in process.stderr:
             if line.startswith("trial"):
                 break
-        # On average, all kills together come within the first half of the study, so that the study
-        # rarely ends before the last kill.
+        # On average, all kills happen in the first half of the study, so the study rarely ends
+        # before the last kill.
         moment = rng.uniform(0, seconds / (kills + 1))
         try:
             process.communicate(timeout=moment)

@@ -284,7 +284,7 @@ def _without_numbers(reason: str) -> str:
 
 
 def case(number: int, seeds: Sequence[bytes]) -> bytes:
-    """Returns the damaged file for a case number, which is the same file on every machine."""
+    """Returns the damaged file of a case; the case number and the seeds determine the file."""
     return mutate(np.random.default_rng([0, number]), seeds)
 
 

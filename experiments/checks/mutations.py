@@ -21,8 +21,8 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 # ruff: noqa: E501
 
-# Each mutation has a file below cnn_jax/, a text that occurs once in this file, the replacement
-# of the text, and the file below tests/ in which a test must then fail.
+# Each mutation consists of a file below cnn_jax/, a text that occurs once in that file, the
+# replacement of the text, and the test file below tests/ in which a test must then fail.
 MUTATIONS = [
     ("training/loss.py", "optax.smooth_labels(targets, label_smoothing)", "targets", "training/test_loss.py"),
     ("training/metrics.py", "jnp.where(mask, cross_entropy(logits, labels), 0)", "cross_entropy(logits, labels)", "training/test_metrics.py"),

@@ -75,8 +75,8 @@ _LARGE = {"optimizer.warmup_epochs": 1.0}
 # For each variant, the configuration keys in which the variant differs from the recipe.
 VARIANTS: dict[str, Mapping[str, Any]] = {
     "recipe": {},
-    # The ladder is plain, batch_norm, dropout, recipe. Each variant adds one part to the variant
-    # before.
+    # The grid "ladder" has the variants plain, batch_norm, dropout and recipe. Each of them adds a
+    # part to the previous variant.
     "plain": {
         **_NO_AUGMENTATION,
         **_CONSTANT_RATE,
@@ -220,7 +220,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def choose(names: Sequence[str], only: str | None) -> list[str]:
-    """Returns the variants of the grids `names`, without duplicates; `only` selects among them.
+    """Returns the variants of the grids `names` that `only` selects, without duplicates.
 
     Raises:
       ConfigError: A grid or variant does not exist.
@@ -244,8 +244,8 @@ def write_tables(
     """Writes the table and the plot of each grid, and results.json; prints the tables."""
     values = dict(schema.leaves(recipe))
     with_any = [name for name in names if set(wanted) & set(GRIDS[name].variants)]
-    # A table with a single row compares nothing, so a grid with one wanted variant is shown only
-    # if no other grid has several.
+    # A table with a single row compares nothing, so such a table is shown only if no table has
+    # several rows.
     with_several = [name for name in names if len(set(wanted) & set(GRIDS[name].variants)) > 1]
     for name in with_several or with_any[:1]:
         grid = GRIDS[name].named(values)
@@ -413,8 +413,8 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
       ConfigError: A folder has a run with other settings, or a configuration is wrong.
       KeyboardInterrupt: Ctrl-C or SIGTERM was received; all runs are saved.
     """
-    # This line also validates all configurations, so that an invalid one is reported before hours
-    # of training.
+    # All configurations are validated here, so that an invalid configuration is reported before
+    # any training starts.
     settings = [run.settings() for run in runs]
     trainings, commit_name = Trainings(jobs), commit()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -462,7 +462,8 @@ def train(
     told = done.stderr.splitlines()[-1:] or [f"exit code {done.returncode}"]
     if done.returncode in (_START_AGAIN, -signal.SIGTERM):
         raise KeyboardInterrupt
-    if done.returncode == _USAGE:  # This happens, for example, if another process uses the folder.
+    # The command also ends with this exit code if another process uses the folder of the run.
+    if done.returncode == _USAGE:
         raise ConfigError(told[0].removeprefix("error: "))
     what = {"variant": run.variant, "seed": run.seed, "settings": settings}
     if done.returncode:
@@ -502,7 +503,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Returns the commit of the repository, or "" without git; "+" at the end: changed files."""
+    """Returns the commit hash of the repository, with "+" if files have changed; "" without git."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ("git", "-C", str(REPOSITORY))
         name = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)

@@ -55,7 +55,7 @@ from cnn_jax.training.step import (
 )
 
 AVERAGES = ["average 0.99", "average 0.9", "corrected 0.99", "corrected 0.95", "growing"]
-# A record of one epoch: the epoch, and the validation and test accuracy of each method.
+# A record holds the number of an epoch, and the validation and test accuracy of each method.
 Record = dict[str, Any]
 
 

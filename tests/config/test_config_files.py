@@ -52,7 +52,7 @@ def test_a_name_of_two_files_is_refused(here, monkeypatch):
     assert "--config=./folder.py or --config=/" in str(error.value)
     _write(here / "other.py", _with_epochs(8))
     assert files.find("other") == pathlib.Path("other.py")
-    # In the folder of shipped configurations, ./folder.py and the shipped `folder` are one file.
+    # In this folder, ./folder.py and the shipped configuration `folder` are the same file.
     monkeypatch.chdir(SHIPPED)
     assert files.find("folder").samefile(SHIPPED / "folder.py")
     monkeypatch.setenv("HOME", str(here))

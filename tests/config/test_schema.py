@@ -109,7 +109,7 @@ INVALID = [
     ("report.splits", ()),
     ("report.splits", ("validation", "validation")),
     ("report.splits", ("holdout",)),
-    ("report.splits", ("train", "validation")),  # All splits are needed if a report is written.
+    ("report.splits", ("train", "validation")),  # A report needs the metrics of all splits.
 ]
 
 

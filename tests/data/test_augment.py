@@ -86,9 +86,10 @@ def test_zooming_in_by_two_shows_the_middle(apply):
 @BOTH
 def test_contrast_moves_levels_away_from_each_channels_mean(apply):
     image = np.zeros((1, 2, 2, 3), np.uint8)
-    image[0, ..., 0] = [[100, 120], [140, 160]]  # The mean is 130.
-    image[0, ..., 1] = 50  # A uniform channel does not change.
-    image[0, ..., 2] = [[0, 255], [0, 255]]  # The mean is 127.5, and the results are clipped.
+    image[0, ..., 0] = [[100, 120], [140, 160]]  # The mean of this channel is 130.
+    image[0, ..., 1] = 50  # Contrast does not change a uniform channel.
+    # The mean of the last channel is 127.5, and its results are clipped to 0 and 255.
+    image[0, ..., 2] = [[0, 255], [0, 255]]
     out = apply(image, _matrix(size=(2, 2)), np.array([1.5], np.float32))
     np.testing.assert_allclose(out[0, ..., 0], [[85, 115], [145, 175]], atol=0.51)
     np.testing.assert_allclose(out[0, ..., 1], 50, atol=0.51)

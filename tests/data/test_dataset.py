@@ -156,7 +156,7 @@ def test_the_fingerprint_changes_with_identity_class_and_content(folder):
     before = fingerprint()
     path = folder / "blue" / "000.png"
     content = path.read_bytes()
-    path.write_bytes(content + b"x")  # The image does not change, because Pillow ignores this byte.
+    path.write_bytes(content + b"x")  # Pillow ignores trailing bytes, so the pixels are the same.
     assert fingerprint() != before
     path.write_bytes(content)
     assert fingerprint() == before

@@ -28,7 +28,7 @@ _BYTES = (_DEEP >> 8).astype(np.uint8)
 
 
 def _tiff(array, order="<", *, photometric=None, planar=1, extra=(), deflate=False, bits=None):
-    """Encodes an array of any dtype, including dtypes that few programs write, as TIFF 6.0."""
+    """Encodes an array as a TIFF 6.0 file, also in dtypes that few programs can write."""
     array = array if array.ndim == 3 else array[..., None]
     height, width, channels = array.shape
     bits = bits or 8 * array.itemsize
@@ -81,7 +81,7 @@ def _tiff(array, order="<", *, photometric=None, planar=1, extra=(), deflate=Fal
 
 
 def _png(array, colour_type, depth, transparent=b"", interlaced=False):
-    """Encodes an array as a PNG of any bit depth and colour type (PNG specification, 4 and 8)."""
+    """Encodes a PNG of any bit depth and colour type (PNG specification, sections 4 and 8)."""
 
     def chunk(kind, data):
         return (

@@ -78,7 +78,7 @@ def _png(seed=0):
 
 
 def _cut_jpeg(marker, extra=0):
-    """Returns a JPEG truncated `extra` bytes after the first segment with this marker."""
+    """Returns a JPEG truncated `extra` bytes after the first segment with the given marker."""
     encoded = b""
     for part in fuzz_decode.jpeg_parts(_jpeg()):
         if part[1] == marker:
@@ -89,12 +89,12 @@ def _cut_jpeg(marker, extra=0):
 
 
 def _before(marker, inserted):
-    """Returns a JPEG with bytes inserted before the first segment with this marker."""
+    """Returns a JPEG with bytes inserted before the first segment with the given marker."""
     return _jpeg().replace(bytes([0xFF, marker]), inserted + bytes([0xFF, marker]), 1)
 
 
 def _cut_png(kind, extra):
-    """Returns a PNG truncated `extra` bytes after the beginning of the chunk of this kind."""
+    """Returns a PNG truncated `extra` bytes after the beginning of the given kind of chunk."""
     at = _png().index(kind) - 4
     return _png()[: at + extra]
 
@@ -438,7 +438,7 @@ def _snapshot(root):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """The opened folder: its listing, its data set, and snapshots from before and after."""
+    """The listing and the data set of `folder`, and its snapshots before and after opening."""
     before = _snapshot(folder)
     listing = open_folder(folder)
     dataset = open_dataset(listing, Division(), SMALL, max_unreadable=1.0)
@@ -519,8 +519,8 @@ def test_links_lead_out_only_if_that_is_allowed(folder, opened):
     assert len(wider) == len(listing) + 3
     expected = dict(listing.ignored)
     del expected["links out of the folder"]
-    expected["neither files nor folders"] += 1  # This entry is the link to /dev/zero.
-    # This entry is the link outside/folder/back, which points to the opened folder.
+    expected["neither files nor folders"] += 1  # The link to /dev/zero is counted here.
+    # The link outside/folder/back, which points to the opened folder, is counted here.
     expected["links to what is there already"] += 1
     assert wider.ignored == expected
 
@@ -555,7 +555,7 @@ print(json.dumps({"peaks": peaks, "opened": sorted(map(ascii, names)), "digests"
 
 @pytest.fixture(scope="module")
 def child(folder, tmp_path_factory):
-    """The measurements of a new process that opens a folder without bombs, and then `folder`."""
+    """Measurements of a process that opens a folder without decompression bombs, then `folder`."""
     harmless = tmp_path_factory.mktemp("harmless")
     for kind in [*_CUTS, *_FALSE, *_ODD, *_NAMES]:
         kind.write(harmless)
@@ -595,7 +595,7 @@ def test_a_run_on_it_finishes_and_lists_what_it_left_out(opened, folder, tiny_co
     with path.open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["id", "reason"]
-    # The file contains bytes of names that are not valid UTF-8 as escape sequences.
+    # Bytes of names that are not valid UTF-8 are written to the file as escape sequences.
     expected = [kind.path for kind in KINDS if kind.expected.startswith("unreadable")]
     assert sorted(example_id for example_id, _ in rows) == sorted(
         path.encode("utf-8", "backslashreplace").decode() for path in expected

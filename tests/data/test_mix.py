@@ -54,7 +54,7 @@ def test_mixup_by_hand():
         # The box has half the height and width of the image: two rows and four columns.
         (0.75, (0.5, 0.5), slice(1, 3), slice(2, 6)),
         (0.75, (0.25, 0.75), slice(0, 2), slice(4, 8)),
-        # The same box is clipped at the edges of the image.
+        # In these two cases, the box is clipped at the edges of the image.
         (0.75, (0.0, 0.0), slice(0, 1), slice(0, 2)),
         (0.75, (0.99, 0.5), slice(3, 4), slice(2, 6)),
         # The box has three quarters of the height and width of the image.

@@ -191,7 +191,7 @@ def test_the_seed_decides_order_and_draws(source):
 def test_each_pass_has_every_example_once_and_its_own_order(source):
     loader = Loader(source, PREPROCESSING)
     index_of = {loader.load(np.array([i]))["image"].tobytes(): i for i in INDICES}
-    # The lookup by pixels needs images that are all different.
+    # The test identifies images by their pixels, so all images must be different.
     assert len(index_of) == len(INDICES)
     # 21 batches of 8 are four passes over the 42 examples.
     batches = _batches(source, 21, augmentation=Augmentation())

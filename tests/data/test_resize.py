@@ -1,4 +1,4 @@
-"""Compares the resize with calls of Pillow, and with the rules of other libraries for sizes."""
+"""Compares `resize` with direct calls of Pillow, in sizes computed by other libraries' rules."""
 
 import math
 
@@ -26,7 +26,7 @@ def _image(size):
 
 
 def _torchvision_center_crop(image, side, crop_ratio, interpolation):
-    """Applies torchvision's Resize(floor(side / crop_ratio)) and CenterCrop(side), by its docs."""
+    """Applies torchvision's Resize(floor(side / crop_ratio)) and then CenterCrop(side)."""
     short_side = math.floor(side / crop_ratio)
     width, height = image.size
     if width <= height:

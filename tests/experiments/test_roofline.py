@@ -85,7 +85,7 @@ def bytes_by_layer(passes: list[roofline.Pass]) -> dict[str, float]:
 @pytest.mark.parametrize("width", [4, 2])
 def test_bytes_of_inference_by_hand(width: int) -> None:
     # The batch has two images of 4 x 4 x 3 values. The first block pools each image to 2 x 2 x 2
-    # values, and the second block averages it to 3 values. The dense layer has 4 outputs, and the
+    # values, and the second block averages them to 3 values. The dense layer has 4 outputs, and the
     # head has 5. The four layers have 54 + 2 + 4 + 4, 54 + 3 + 6 + 6, 12 + 4 and 20 + 5 parameters
     # and statistics.
     assert bytes_by_layer(roofline.inference_passes(TINY, 4, 2, width)) == {

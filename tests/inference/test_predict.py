@@ -147,7 +147,7 @@ def test_unreadable_file_objects_have_a_reason(tmp_path):
 
 
 def _all_kinds(folder):
-    """Returns one picture in every supported form: paths, bytes, files, arrays and so on."""
+    """Returns the same picture in every supported form, for example as a path and as an array."""
     path = folder / "image.png"
     Image.fromarray(_pixels()).save(path)
     encoded = path.read_bytes()
@@ -456,7 +456,7 @@ def test_a_pattern_leaves_out_output_folders(tmp_path, monkeypatch, caplog):
         (message,) = caplog.messages
         assert message == f"{pattern}: 2 matches (left out: 2 folders that cnn_jax wrote)"
     assert listed(f"{tmp_path}/**/*.png") == [f"{tmp_path}/cat.png", f"{tmp_path}/photos/dog.png"]
-    # The pattern matches the output folder photos/maps, which is not read.
+    # The pattern matches the output folder photos/maps, but the images in this folder are left out.
     assert listed("photos/*") == ["photos/dog.png"]
     assert listed("photos/**") == ["photos/dog.png"]
     with pytest.raises(DataError, match=r"no file matches \*/0.png \(left out: 1 folder "):

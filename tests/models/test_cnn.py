@@ -157,8 +157,8 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
 
 
 def test_flops_equal_those_of_convolutions_and_dense_layers():
-    # Each product of two values outside the zero padding counts as two operations. All remaining
-    # operations are less than 3 %.
+    # Each product of two values outside the zero padding counts as two operations. All other
+    # operations are less than 3 % of the total.
     products = 0
     for side, channels_in, channels_out in ((32, 3, 32), (16, 32, 64), (8, 64, 128)):
         products += (3 * side - 2) ** 2 * channels_in * channels_out

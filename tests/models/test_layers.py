@@ -1,4 +1,4 @@
-"""Compares each layer with the plain layer of Linen, JAX or NumPy that it replaces."""
+"""Compares each layer with the corresponding layer or function of Flax Linen, JAX or NumPy."""
 
 import flax.linen as nn
 import jax

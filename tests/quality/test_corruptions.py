@@ -52,7 +52,7 @@ def _rng(seed, severity):
 
 
 def _assert_equal(levels, expected, tolerance=0.52):
-    """Compares grey levels (0 to 255) with expected values (0 to 1), after clipping the latter."""
+    """Compares grey levels (0 to 255) with expected values, which are first clipped to [0, 1]."""
     expected = np.clip(np.asarray(expected, np.float64), 0, 1) * 255
     np.testing.assert_allclose(levels, expected, rtol=0, atol=tolerance)
 
@@ -85,7 +85,7 @@ def test_taps_are_distributed_to_whole_pixels():
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
 def test_an_affine_map_is_converted_between_scales(scale):
-    """One pixel of an ImageNet-C image covers `scale` pixels of the image, from edge to edge."""
+    """A pixel of a 224-pixel image covers `scale` pixels of the scaled image, from edge to edge."""
     matrix = np.array([[1.1, 0.2, 5], [-0.3, 0.9, -7]])
     point = np.array([30.0, 50.0])
     mapped = corruptions._scaled_affine(matrix, scale) @ [*(scale * (point + 0.5) - 0.5), 1]
@@ -359,9 +359,9 @@ def test_frost_adds_a_part_of_a_texture_with_the_published_weights(photograph, s
     _assert_equal(CORRUPTIONS["frost"](photograph, severity, 5), expected)
 
 
-# ImageNet-C takes its frost from five photographs. For each photograph: the mean red, green and
-# blue, and the standard deviation of the mean of the three channels. The values were measured on
-# the files of imagecorruptions 1.1.2.
+# ImageNet-C takes its frost from five photographs. Each row has the mean red, green and blue of a
+# photograph, and the standard deviation of the mean of the three channels. The values were measured
+# on the files of imagecorruptions 1.1.2.
 PHOTOGRAPHS = [
     ((78, 149, 166), 19),
     ((201, 205, 214), 22),
@@ -431,8 +431,9 @@ def test_water_is_uniform_far_from_edges_and_may_be_absent():
         assert not corruptions._shaded(np.zeros((224, 224), np.float32)).any()
 
 
-# For severities 1 to 5: the mean and the root mean square of the change in grey levels when the
-# code of imagecorruptions 1.1.2 corrupts `photograph`, over ten or more seeds (0, 1, 2, ...).
+# The pairs belong to the severities 1 to 5. Each pair is the mean and the root mean square of the
+# change in grey levels when the code of imagecorruptions 1.1.2 corrupts `photograph`. The values
+# were computed over ten or more seeds (0, 1, 2, ...).
 PUBLISHED = {
     "snow": [(39.4, 43.1), (60.4, 66.6), (60.2, 67.5), (71.2, 80.8), (81.9, 90.8)],
     "spatter": [(0.7, 5.5), (4.0, 14.4), (7.2, 18.9), (-8.9, 34.4), (-14.4, 44.0)],

@@ -41,7 +41,7 @@ def predictor(image_folder):
 
 
 class _Threshold:
-    """A predictor of class 1, with confidence 0.75, if the first value of an image is above 99."""
+    """A predictor that returns class 1 if the first value of an image is above 99, else class 0."""
 
     def __init__(self):
         self.class_names = ["dark", "light"]
