@@ -589,7 +589,7 @@ def test_crop_shows_a_part_of_the_image(severity, constant):
 
 
 # Tests of all corruptions.
-def test_there_are_19_corruptions_image_weightnet_c_and_4_more():
+def test_there_are_19_corruptions_of_imagenet_c_and_4_more():
     assert len(IMAGENET_C) == 19
     assert len(CORRUPTIONS) == 23
     assert list(FAMILIES) == ["noise", "blur", "weather", "digital", "quality"]
@@ -623,7 +623,7 @@ def test_uniform_images_are_corrupted_without_warnings(name, level):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_corruptions_are_functions_image_weight_severity_and_seed(photograph, name):
+def test_corruptions_are_functions_of_image_severity_and_seed(photograph, name):
     image = _reduced(photograph, 40)
     np.random.seed(1)
     state = np.random.get_state()[1].copy()
