@@ -141,7 +141,7 @@ def test_one_command_shows_and_removes_all_of_it(folder, capsys):
     (folder / "shapes-v1-seed0-10").mkdir()
     (folder / "compiled").mkdir()
     (folder / "compiled" / f"jit_f-{'0' * 64}-cache").write_text("x")
-    # The user may keep other files in the cache folder, which --clear must not remove.
+    # The flag --clear must not remove files of the user in the cache folder and its sub-folders.
     (folder / "wedding.jpg").write_text("x")
     (folder / "scans" / "patient").mkdir()
     (folder / "scans" / "patient" / "mri.npy").write_text("x")

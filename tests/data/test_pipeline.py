@@ -47,7 +47,7 @@ def _batches(
         rows=rows,
     )
     with stream as batches:
-        # The arrays are copied, because worker processes reuse the shared memory of a batch.
+        # The arrays are copied, because the arrays of worker processes are views of shared memory.
         return [{key: rows.copy() for key, rows in next(batches).items()} for _ in range(count)]
 
 
