@@ -32,9 +32,7 @@ def test_each_layer_has_the_parameters_of_the_specification():
     assert sum(count("batch_stats").values()) == 448
 
 
-# An independent computation of the same network in NumPy float64.
-
-
+# The following functions compute the same network independently, in NumPy and float64.
 def _conv(x, kernel, bias):
     batch, height, width, _ = x.shape
     padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
@@ -72,7 +70,7 @@ def _numpy_forward(variables, x, train=False):
 
 
 def _random_variables(model, size):
-    """Random parameters and statistics, so that an error in any of them is detected."""
+    """Returns random parameters and statistics, so that an error in any array is detected."""
     variables = model.init(jax.random.key(0), jnp.zeros((1, *size, 3)))
     rng = np.random.default_rng(0)
 
@@ -159,7 +157,8 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
 
 
 def test_flops_equal_those_of_convolutions_and_dense_layers():
-    # Two operations for each product outside the zero padding, and little else.
+    # Each product of two values outside the zero padding counts as two operations. All other
+    # operations are less than 3 % of the total.
     products = 0
     for side, channels_in, channels_out in ((32, 3, 32), (16, 32, 64), (8, 64, 128)):
         products += (3 * side - 2) ** 2 * channels_in * channels_out
@@ -202,7 +201,7 @@ def test_offsets_are_added_to_stages():
     plain, moved = stages(), stages({"conv1": jnp.ones((2, 8, 8, 4))})
     np.testing.assert_allclose(moved["conv1"], plain["conv1"] + 1, rtol=1e-6)
     assert not np.allclose(moved["logits"], plain["logits"])
-    # The gradient of the embedding's offset is the head's kernel.
+    # The logits are linear in the embedding, so the gradient of the offset is the head's kernel.
     zeros = jnp.zeros((2, 8))
     gradient = jax.grad(lambda offset: stages({"embedding": offset})["logits"][:, 1].sum())(zeros)
     expected = np.tile(variables["params"]["head"]["kernel"][:, 1], (2, 1))
