@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 
 class NetworkParts(NamedTuple):
-    """Some parameters of a network by their role, because their names differ between networks.
+    """The parameters that explanation methods need, under names common to all networks.
 
     Attributes:
       first_kernel: The kernel of the first layer, if it is a convolution over R, G and B; else

@@ -1,4 +1,4 @@
-"""Functions that construct and apply networks, and that count parameters and operations."""
+"""Functions that construct and apply networks, and count their parameters and operations."""
 
 import importlib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from cnn_jax.system.errors import ConfigError, did_you_mean
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
-    """Returns the dtype of the network's computation for a value of `precision`.
+    """Converts a value of the configuration key `precision` to the dtype of the computation.
 
     Args:
       precision: "float32", "bfloat16" or "auto". The last one means float32 if JAX's default
@@ -29,7 +29,7 @@ def compute_dtype(precision: str) -> jnp.dtype:
 def make_model(
     config: Mapping[str, Any], num_classes: int, precision: str, train_from: str = ""
 ) -> Network:
-    """Makes the network that the section `model` of a configuration or a bundle describes.
+    """Constructs the network that the section `model` of a configuration or bundle describes.
 
     Args:
       config: The section `model`.
@@ -99,19 +99,23 @@ def stages(
 
 
 def network_parts(model: Network, variables: Mapping[str, Any]) -> NetworkParts:
-    """Returns the parameters of a network that explanations use; see `NetworkParts`."""
+    """Returns the network parameters that the explanation methods need; see `NetworkParts`."""
     return model.parts(variables["params"])
 
 
 def feature_map_shapes(
     model: Network, variables: Mapping[str, Any], image_size: tuple[int, int]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape (height, width, channels) of each stage with feature maps, in their order."""
+    """Returns the shapes of a network's feature maps, in the order of the stages.
+
+    Returns:
+      The shape (height, width, channels) by the name of the stage.
+    """
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     shapes: dict[str, tuple[int, ...]] = {}
 
     def run(variables: Mapping[str, Any], images: Array) -> None:
-        # JAX sorts a returned dictionary by name; this one keeps the order of the stages.
+        # JAX sorts the keys of a returned dictionary, but `shapes` keeps the order of the stages.
         for name, array in cast(dict, model.apply(variables, images, method="stages")).items():
             if array.ndim == 4:
                 shapes[name] = array.shape[1:]
@@ -163,7 +167,7 @@ def count_parameters(model: Network, image_size: tuple[int, int]) -> int:
 
 
 def forward_flops(model: Network, image_size: tuple[int, int]) -> float:
-    """Returns XLA's count of the floating-point operations of one image's forward pass."""
+    """Returns the floating-point operations of one image's forward pass, as counted by XLA."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     lowered = jax.jit(model.apply).lower(abstract_variables(model, image_size), images)
     cost = lowered.cost_analysis()

@@ -1,4 +1,4 @@
-"""The host loop: restore, step, validate, save, stop early, write the results."""
+"""The training loop on the host, from restoring a checkpoint to writing the results."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ from cnn_jax.training.run_directory import Heartbeat
 from cnn_jax.training.step import TrainState
 
 # The number of training images from which BatchNorm's statistics are estimated after each
-# epoch. With eight times as many images the accuracies are the same (experiments/RESULTS.md).
+# epoch. Eight times as many images give the same accuracy (experiments/RESULTS.md).
 _STATISTICS_IMAGES = 1024
 
 
@@ -55,21 +55,21 @@ def train_and_evaluate(
     on_epoch: Callable[[History], None] | None = None,
     deadline: float | None = None,
 ) -> dict[str, Any]:
-    """Trains a network and writes checkpoints, log, metrics and bundle to `workdir`.
+    """Trains a network and writes checkpoints, a log, metrics and a bundle to `workdir`.
 
     The same call with the same folder resumes from the latest checkpoint. The result is
     bitwise the same as without an interruption. If `sharding.start_processes` has connected
     several processes, all of them must make this call, with a folder that they share.
 
     Args:
-      config: A configuration, such as `get_config()` of a file in `configs/` returns.
+      config: A configuration, for example the result of `get_config()` of a file in `configs/`.
       workdir: The run's folder; created if it does not exist.
       console: Shows the progress; by default on the terminal.
       profile: Whether to record a trace of a few steps in `workdir/profile`.
       on_epoch: A function of the records of all finished epochs. It is called before the
         first step, and after each epoch when the epoch is saved. An error that it raises ends
         the run, which the same call can resume.
-      deadline: The time, in seconds of the clock `time.monotonic`, at which the run is saved and
+      deadline: The value of `time.monotonic()`, in seconds, at which the run is saved and
         stopped as after Ctrl-C.
 
     Returns:
@@ -105,7 +105,8 @@ def train_and_evaluate(
             )
         if not config.train.steps_per_execution:
             config.train.steps_per_execution = _default_execution_length(dataset.loader.on_device)
-        # Processes with different configurations or data would compile different programs.
+        # All processes must compile the same programs, so their configuration and data must be
+        # equal.
         sharding.check_equal("another configuration", schema.digest(config))
         sharding.check_equal("other data", dataset.fingerprint)
         residency = "01" if dataset.loader.on_device else "00"
@@ -151,8 +152,9 @@ def open_dataset(config: Config, track: Track) -> Dataset:
     data = config.data
     preprocessing = Preprocessing.from_config(data)
     listing = open_source(data.source, track, data.allow_outside)
-    datasets.check_classes(listing)  # Before the scan, which may take long.
-    # Images on the device can only be augmented there.
+    # The classes are checked before the images are scanned, because the scan may take long.
+    datasets.check_classes(listing)
+    # Images that are stored on the device can be augmented only on the device.
     device_bytes = sharding.accelerator_bytes() if config.augment.place == "device" else 0
     dataset = datasets.open_dataset(
         listing,
@@ -169,7 +171,7 @@ def open_dataset(config: Config, track: Track) -> Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """The objects that are the same for all steps of a run.
+    """The objects of a run that are the same for all training steps.
 
     Attributes:
       config: The resolved configuration.
@@ -246,7 +248,7 @@ def _make_run(
 
 
 def _default_execution_length(on_device: bool) -> int:
-    """Returns the number of steps in an execution if train.steps_per_execution is 0.
+    """Returns the default number of steps in an execution, for train.steps_per_execution = 0.
 
     If the images are on an accelerator, a step may take less time than its dispatch. On a CPU
     a step takes longer than its dispatch.
@@ -256,7 +258,7 @@ def _default_execution_length(on_device: bool) -> int:
 
 @dataclasses.dataclass
 class _Progress:
-    """The state of a run that a checkpoint stores.
+    """The part of a run's state that a checkpoint stores.
 
     Attributes:
       step: The number of steps taken.
@@ -275,7 +277,7 @@ class _Progress:
 
 @dataclasses.dataclass(frozen=True)
 class _Execution:
-    """Steps that were dispatched to the devices and may be unfinished.
+    """Training steps that were dispatched to the devices together, and may still be running.
 
     Attributes:
       metrics: The metrics of all steps of the execution.
@@ -291,7 +293,7 @@ class _Execution:
 
     @property
     def last_step(self) -> int:
-        """The step number of the last step in this execution."""
+        """The number of the last step in this execution."""
         return self.first_step + self.steps - 1
 
 
@@ -326,7 +328,7 @@ def _train(
             length = run.execution_length(progress.step)
             with trace.steps(progress.step, length):
                 execution = _dispatch(run, progress, batches, length, is_first=number == 0)
-                # The previous execution is read while the devices compute this one.
+                # The previous execution's loss is read while the devices compute this execution.
                 reader.follow(execution)
             run.heartbeat.beat("training", progress.step)
             is_due = interrupted.is_due(number)
@@ -354,7 +356,7 @@ def _train(
                 if _patience_is_over(progress.history, run.config):
                     break
 
-    if message := trace.describe():  # After the trace is closed.
+    if message := trace.describe():  # A trace can be described only after it is closed.
         run.console.print(message)
 
 
@@ -365,7 +367,7 @@ def _dispatch(
     length: int,
     is_first: bool,
 ) -> _Execution:
-    """Sends the next batches to the devices and dispatches a step for each of them.
+    """Sends the next batches to the devices and dispatches a training step for each batch.
 
     The devices compute after this function has returned. The first execution of a process
     compiles the programs and checks the memory that they need.
@@ -381,13 +383,15 @@ def _dispatch(
         if is_first:
             run.heartbeat.beat("compiling", progress.step)
             memory.check(program, progress.state, arrays, run.pixels)
-            if run.steps_per_epoch % length:  # An epoch ends with single steps.
+            # The last steps of an epoch run one at a time if too few steps are left to fill an
+            # execution.
+            if run.steps_per_epoch % length:
                 single_step, single_batch = programs.send(execution_batches[:1])
                 single_step.lower(progress.state, single_batch, run.pixels).compile()
         progress.state, metrics = program(progress.state, arrays, run.pixels)
         progress.totals = programs.merge(progress.totals, metrics)
         if is_first:
-            progress.clock.restart()  # Excludes compilation from the speed.
+            progress.clock.restart()  # The measured speed excludes the time of compilation.
     first_step = progress.step
     progress.step += length
     return _Execution(metrics, first_step, length, length * programs.layout.batch_size)
@@ -402,14 +406,14 @@ def _saves_within_epoch(run: _Run, execution: _Execution) -> bool:
 
 
 class _DelayedReader:
-    """Reads the loss of each execution while the devices compute the next one."""
+    """Reads the loss of each execution while the devices compute the next execution."""
 
     def __init__(self, run: _Run, progress: _Progress, display: TrainingDisplay) -> None:
         self._run, self._progress, self._display = run, progress, display
         self._in_flight: _Execution | None = None
 
     def follow(self, execution: _Execution) -> None:
-        """Reads the previous execution, and stores the new execution for the next call.
+        """Reads the loss of the previous execution, and stores the new execution.
 
         Raises:
           TrainingError: The loss is infinite or not a number, or the memory was not enough.
@@ -421,7 +425,7 @@ class _DelayedReader:
             self._display.step(execution.first_step, loss, images_per_second)
 
     def finish(self) -> None:
-        """Reads the last execution.
+        """Reads the loss of the last execution.
 
         Raises:
           TrainingError: The loss is infinite or not a number, or the memory was not enough.
@@ -454,7 +458,7 @@ def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None) -> _Progres
     """
     config, checkpoints = run.config, run.checkpoints
     state, totals = run.programs.init_state(), run.programs.empty_metrics()
-    # The run is rewound only once, because a scheduler may repeat the same command.
+    # A run is rewound to `restore_step` only once, because a scheduler may repeat the command.
     restore_step = config.checkpoint.restore_step
     if restore_step and restore_step != (previous or {}).get("checkpoint.restore_step"):
         saved = checkpoints.rewind(restore_step, state, totals)
@@ -488,7 +492,10 @@ def _training_batches(
     start: int = 0,
     stop: int | None = None,
 ) -> contextlib.closing[Generator[pipeline.NumpyBatch, None, None]]:
-    """Yields the training batches from number `start` to `stop`; endless if `stop` is None."""
+    """Returns a stream of the training batches from `start` to `stop` - 1.
+
+    The stream is endless if `stop` is None.
+    """
     config = run.config
     return pipeline.training_batches(
         loader,
@@ -505,7 +512,9 @@ def _training_batches(
 
 
 def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> dict[str, Any]:
-    """Validates, returns the record of the finished epoch, and prepares the next epoch.
+    """Validates the network, and returns the record of the finished epoch.
+
+    The metrics and the clock are reset for the next epoch.
 
     Raises:
       TrainingError: The validation loss is not finite.
@@ -532,7 +541,7 @@ def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> di
 
 
 def _save(run: _Run, progress: _Progress) -> None:
-    """Starts to save a checkpoint."""
+    """Starts to save a checkpoint in the background."""
     run.checkpoints.save(
         progress.step,
         progress.state,
@@ -544,22 +553,23 @@ def _save(run: _Run, progress: _Progress) -> None:
 
 
 def _best_variables(run: _Run, progress: _Progress) -> PyTree:
-    """Returns the network's variables of the best epoch, as arrays on the host.
+    """Returns the network's variables after the best epoch, as arrays on the host.
 
     Raises:
-      TrainingError: There is no checkpoint at the end of an epoch, or it is damaged.
+      TrainingError: There is no checkpoint at the end of an epoch, or the checkpoint is damaged.
     """
     monitor = run.config.train.monitor
     best = best_record(progress.history, monitor)
-    assert best is not None  # train.epochs is at least 1.
+    assert best is not None  # The history is not empty, because train.epochs is at least 1.
     run.console.print(_describe_end(progress.history, best, run.config))
     if best["step"] == progress.step:
         return jax.device_get(run.programs.gather(progress.state.variables))
     run.checkpoints.wait()
     kept = set(run.checkpoints.steps())
     if best["step"] not in kept:
-        # The checkpoint was deleted for a better epoch that was not reached again, for example
-        # because the run resumed with another mesh or fewer epochs.
+        # The checkpoint was deleted when a later epoch was better. The run then resumed from an
+        # earlier step and did not reach the better epoch again, for example with another mesh or
+        # with fewer epochs.
         best = best_record([r for r in progress.history if r["step"] in kept], monitor)
         if best is None:
             raise TrainingError(
@@ -578,7 +588,7 @@ class _Clock:
     """Measures the duration of an epoch and the training speed in images per second."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        """Starts the clock.
+        """Starts to measure the duration and the speed of an epoch.
 
         Args:
           seconds: The time already spent in this epoch before an interruption.
@@ -588,20 +598,23 @@ class _Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Restarts the measurement of the speed."""
+        """Restarts the measurement of the training speed."""
         self._start = self._last_step = time.perf_counter()
 
     def count(self, images: int) -> None:
-        """Adds the images of an execution that has just finished."""
+        """Counts the images of an execution that has just finished."""
         self._last_step = time.perf_counter()
         self._images += images
 
     def images_per_second(self) -> float:
-        """Returns the images per second from the last restart to the last finished execution."""
+        """Returns the training speed in images per second.
+
+        The speed is measured from the last restart to the last finished execution.
+        """
         return self._images / max(self._last_step - self._start, 1e-9)
 
     def seconds(self) -> float:
-        """The time spent in the current epoch until now, in seconds."""
+        """Returns the time spent in the current epoch so far, in seconds."""
         return time.perf_counter() - self._made
 
 
@@ -631,7 +644,7 @@ def _learning_rate(schedule: optax.Schedule, step: int) -> float:
 
 
 def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
-    """Returns the state with BatchNorm statistics estimated for the current parameters.
+    """Returns the train state with new BatchNorm statistics for the current parameters.
 
     The statistics come from training images without augmentation. The images are always the
     same, so that an interrupted run gives the same results as an uninterrupted one.

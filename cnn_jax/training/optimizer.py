@@ -39,7 +39,7 @@ def make_schedule(
 
 
 def kernel_mask(params: PyTree) -> PyTree:
-    """Returns True for each kernel of a convolution or dense layer, False for other parameters."""
+    """Returns a tree of booleans: True for the kernels of convolution and dense layers."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
@@ -88,11 +88,11 @@ def make_optimizer(
     weight_decay: float = 0.0,
     factors: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
-    """Returns Adam (Kingma and Ba 2015) on the gradient of loss + l2 / 2 * sum(kernel ** 2).
+    """Returns Adam (Kingma and Ba 2015) for the objective loss + l2 / 2 * sum(kernel ** 2).
 
     The gradient of the penalty is included in Adam's moments, as if the penalty were a term of
-    the loss, as in the specification. The decoupled weight decay (Loshchilov and Hutter 2019)
-    is not included in them.
+    the loss, because the project's specification prescribes an L2 penalty. The decoupled weight
+    decay (AdamW, Loshchilov and Hutter 2019) is not included in the moments.
 
     Args:
       schedule: A function from the number of steps taken to the learning rate.

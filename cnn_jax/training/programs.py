@@ -1,4 +1,4 @@
-"""The jitted functions of a run, and an estimate of the memory that a step needs."""
+"""The jitted functions of a run, and an estimate of the memory that a training step needs."""
 
 import contextlib
 import dataclasses
@@ -83,7 +83,7 @@ def make_train_step(
 
 
 class Programs:
-    """The jitted functions of a run, with the shardings of their arrays.
+    """The jitted functions of a run, with the shardings of their arguments and results.
 
     Each function is compiled at its first call. The argument `pixels` is an array of all
     images of the data set if they are on the devices, else None.
@@ -107,7 +107,7 @@ class Programs:
     """
 
     def __init__(self, train_step: TrainStep, batch_size: int, model_devices: int = 1):
-        """Prepares the functions; nothing is compiled yet.
+        """Creates the jitted functions, without compiling them.
 
         Args:
           train_step: The training step.
@@ -204,7 +204,7 @@ class Programs:
         self.gather = jax.jit(lambda tree: tree, out_shardings=replicated)
 
     def send(self, batches: Sequence[Mapping[str, np.ndarray]]) -> tuple[Any, dict[str, jax.Array]]:
-        """Sends the batches of one execution to the devices.
+        """Copies the batches of one execution to the devices, and selects the training function.
 
         Args:
           batches: One or more batches, with the rows that this process loads.
@@ -219,7 +219,7 @@ class Programs:
 
 
 def _with_images(batch: Mapping[str, Array], pixels: Array | None) -> Mapping[str, Array]:
-    """Returns the batch with its images selected from `pixels`; unchanged if `pixels` is None."""
+    """Adds images from `pixels` to a batch; returns the batch unchanged if `pixels` is None."""
     return batch if pixels is None else {**batch, "image": pixels[batch["row"]]}
 
 
@@ -248,20 +248,21 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
-        """The memory for the batch size and the number of parts of this estimate."""
+        """The memory of a training step with `batch_size` and `parts`, in bytes."""
         return self.fixed + self.per_example * self.batch_size / (self.data_devices * self.parts)
 
     def largest_batch(self, available: float) -> int:
-        """Returns the largest global batch that fits into `available` bytes; 0 if none fits."""
+        """Returns the largest global batch size that fits into `available` bytes, or 0."""
         examples = max(0, int((available - self.fixed) / self.per_example))
         if examples >= 2 * _ROUND_BATCH:
             examples -= examples % _ROUND_BATCH
         return examples * self.data_devices * self.parts
 
     def fewest_parts(self, available: float) -> int | None:
-        """Returns the smallest number of parts with which the batch fits, or None if none fits.
+        """Returns the smallest number of batch parts with which a step fits into memory.
 
-        A number of parts must divide the number of examples on a device.
+        The number of parts must divide the number of examples on a device. The result is None
+        if the step needs more than `available` bytes with every number of parts.
         """
         examples = self.batch_size // self.data_devices
         for parts in range(1, examples + 1):
@@ -271,7 +272,7 @@ class MemoryEstimate:
         return None
 
     def error(self, available: float, has: str = "has") -> TrainingError:
-        """Returns an out-of-memory error that names settings with which the step would fit.
+        """Returns an out-of-memory error that suggests settings with which a step would fit.
 
         Args:
           available: The memory of the device, in bytes.
@@ -290,17 +291,21 @@ class MemoryEstimate:
 
 
 class Memory:
-    """The check that the devices have enough memory for training."""
+    """Checks that the devices have enough memory for training."""
 
     def __init__(self, programs: Programs):
-        """Prepares the check of the training steps of `programs`."""
+        """Creates the memory check of a run.
+
+        Args:
+          programs: The jitted functions of the run.
+        """
         self._programs = programs
         self._estimate: MemoryEstimate | None = None
 
     def check(
         self, program: Any, state: TrainState, batch: Mapping[str, jax.Array], pixels: Any
     ) -> None:
-        """Compiles a program and checks that its memory fits into a device.
+        """Compiles a training function and checks that each device has enough memory for it.
 
         Args:
           program: `Programs.train_step` or `Programs.train_steps`.
@@ -313,7 +318,7 @@ class Memory:
         """
         programs = self._programs
         analysis = program.lower(state, batch, pixels).compile().memory_analysis()
-        if analysis is None:  # Some devices do not report their memory.
+        if analysis is None:  # On some devices, XLA does not report how much memory is needed.
             return
         layout, parts = programs.layout, programs.accumulation_steps
         batch_bytes = sum(array.nbytes for array in batch.values()) / layout.data_devices

@@ -29,7 +29,9 @@ def write_results(
     variables: PyTree,
     track: Track,
 ) -> dict[str, Any]:
-    """Calibrates a network, measures it on `report.splits`, and writes metrics and bundle.
+    """Calibrates and evaluates the trained network; writes its metrics, predictions and bundle.
+
+    The network is evaluated on the splits of the configuration key `report.splits`.
 
     Args:
       config: The resolved configuration of the run.
@@ -80,7 +82,8 @@ def write_results(
     headline = {
         split: {
             **{key: report[split][key] for key in HEADLINE},
-            # Explanations have no verdict unless the network is better than guessing.
+            # The explanation methods get a verdict only if this p-value shows that the network is
+            # better than guessing.
             "agreement_p_value": agreement_p_value(np.array(report[split]["confusion"])),
         }
         for split in report
@@ -97,9 +100,10 @@ def _predict(
     track: Track,
     description: str,
 ) -> Float[np.ndarray, "n classes"]:
-    """Returns the result of `predict_split`, with the work divided among the run's processes.
+    """Returns the class probabilities of images; the processes of the run share the work.
 
-    Each process predicts every n-th batch, and all processes get all probabilities.
+    Each of n processes calls `predict_split` for every n-th batch, and then all processes
+    receive all probabilities.
     """
     positions = np.arange(len(indices))
     parts = [

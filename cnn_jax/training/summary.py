@@ -92,7 +92,7 @@ def _parallelism(config: Config) -> str:
 
 
 def _residency(dataset: Dataset) -> str:
-    """Returns a phrase on where the pixels are stored."""
+    """Returns a phrase on how images are decoded and where the pixels are stored."""
     if dataset.residency == "none":
         workers = dataset.loader.workers
         decoders = count(workers, "process", "processes") if workers else "threads"
@@ -104,14 +104,14 @@ def _residency(dataset: Dataset) -> str:
 
 
 def _division(config: Config, dataset: Dataset) -> str:
-    """Returns a phrase on groups and predefined splits; empty if the data has neither."""
+    """Returns a phrase on groups and predefined splits; empty if the run uses neither."""
     group = f"; grouped by {config.data.group}" if config.data.group else ""
     is_kept = config.data.keep_splits and any(dataset.source.own_splits)
     return ("; the splits of the data are used" if is_kept else "") + group
 
 
 def _interval_width(test_images: int, config: Config) -> list[str]:
-    """Returns two lines on the widest 95 % interval of test accuracy if the test split is small."""
+    """Returns lines on the precision of the test accuracy; empty if the test split is large."""
     margin = half_width(wilson_interval(test_images / 2, test_images))
     if not test_images or margin < MAX_HALF_WIDTH:
         return []
@@ -143,7 +143,7 @@ def _accumulation(config: Config, model: Network, image_size: tuple[int, int]) -
 
 
 def _extension(config: Config) -> str:
-    """Returns a line on the schedule if its length is not train.epochs, else an empty text."""
+    """Returns a line on the learning-rate schedule; empty if its length equals train.epochs."""
     decay = config.optimizer.decay_epochs
     if decay == config.train.epochs:
         return ""
@@ -154,10 +154,11 @@ def _extension(config: Config) -> str:
 
 
 def _balance(config: Config, dataset: Dataset) -> str:
-    """Returns a line on the balancing of classes; empty if classes are not balanced."""
+    """Returns a line on class balancing; empty if the run does not balance the classes."""
     counts = dataset.findings.counts["train"]
     names = dataset.source.class_names
-    nonempty = np.flatnonzero(counts)  # A warning reports classes without training images.
+    # Classes without training images are ignored here. A warning reports these classes.
+    nonempty = np.flatnonzero(counts)
     least, most = nonempty[counts[nonempty].argmin()], counts.argmax()
     rarest, commonest = printable(names[least]), printable(names[most])
     if config.train.balance == "loss":
@@ -217,7 +218,7 @@ def describe_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """Prints the test metrics and how to continue, on stdout."""
+    """Prints the test metrics and the commands to run next, on stdout."""
     test = report["test"]
     bundle = shlex.quote(str(workdir / "bundle"))
     width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None
@@ -234,5 +235,5 @@ def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
         print("\n".join(wrap(line, width, 12)))
     for line in commands:
         is_wide = width is not None and cell_len(line) > width
-        # A command that is wrapped before its flags can still be copied.
+        # A long command is broken before its flags, so that the user can still copy the command.
         print(line.replace(" --", f" \\\n{'':16}--") if is_wide else line)

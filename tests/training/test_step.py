@@ -484,12 +484,8 @@ def test_frozen_parameters_do_not_change_the_training_of_others():
 
 
 def test_gradients_of_frozen_parameters_are_not_computed():
-    """If only the head is trained, no convolution has a backward pass."""
+    """If only the head is trained, a step needs less than half of the operations."""
     head_only = _train_step(is_trainable=lambda path: path.startswith("head/"))
-
-    def count_convolutions(step):
-        program = jax.make_jaxpr(step)(step.init_state(), _batch())
-        return str(program).count("conv_general_dilated[")
 
     lowered = jax.jit(head_only).lower(head_only.init_state(), _batch()).compile()
     whole = jax.jit(_train_step()).lower(_state(), _batch()).compile()
