@@ -16,11 +16,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from cnn_jax.report import style
 from cnn_jax.report.style import Theme
 
-# The maximum numbers of classes for three details of a confusion matrix: numbers in its cells,
-# lines between all of its cells, and class names on its axes.
+# The chart of a confusion matrix has numbers in the cells, lines between all cells, and class names
+# on the axes only up to these numbers of classes, respectively.
 _MAX_NUMBERS, _MAX_LINES, _MAX_NAMES = 20, 60, 200
-# The side of a cell in inches, by the maximum number of classes. A matrix with more classes has no
-# class names, and its side is always _UNNAMED_SIDE inches.
+# Maps the maximum number of classes to the side of a cell in inches. A matrix with more classes
+# than _MAX_NAMES has no class names, and the side of the whole matrix is _UNNAMED_SIDE inches.
 _CELLS = {12: 0.42, _MAX_NUMBERS: 0.34, _MAX_LINES: 0.19, _MAX_NAMES: 0.14}
 _UNNAMED_SIDE = 8.0
 # The resolution of the images of large matrices, in dots per inch. With style.DPI, these image
@@ -66,7 +66,7 @@ def run_charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
 
 
 def learning(curves: Mapping[str, Any], metric: str, figure: Figure, theme: Theme) -> None:
-    """Draws a metric, "loss" or "accuracy", on the training and validation splits by epoch."""
+    """Plots the loss or the accuracy of the training and validation splits by epoch."""
     axes = style.plain(figure.subplots(), theme)
     for split, colour, marker in (("train", theme.first, "o"), ("validation", theme.second, "s")):
         values = curves[f"{split}_{metric}"]
@@ -121,7 +121,7 @@ def _mark_best(curves: Mapping[str, Any], axes: Axes, theme: Theme) -> None:
 
 
 def confusion_order(matrix: Int[np.ndarray, "classes classes"]) -> list[int]:
-    """Returns an order of the classes in which classes that are often confused are neighbours.
+    """Orders the classes so that classes that are often confused are neighbours.
 
     The method is hierarchical clustering by mean distance with optimal leaf ordering (Bar-Joseph,
     Gifford and Jaakkola 2001). The distance of two classes is 1 minus the mean of two fractions:
@@ -307,9 +307,9 @@ def reliability(calibration: Mapping[str, Any], figure: Figure, theme: Theme) ->
 
 
 def coverage(covered: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Plots the accuracy on kept images against the fraction of images kept.
+    """Plots the accuracy of the most confident images against the fraction of images kept.
 
-    The images with the highest confidence are kept.
+    This fraction is called coverage.
     """
     axes = style.plain(figure.subplots(), theme)
     curve = covered["curve"]

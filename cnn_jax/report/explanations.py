@@ -29,17 +29,17 @@ from cnn_jax.report.run import Network, Run
 from cnn_jax.report.sections import Figures, example, most_confident_image
 from cnn_jax.report.style import Theme
 
-# The saliency-map methods that are fast enough for every report. The command `cnn_jax explain` has
-# more methods.
+# The saliency-map methods that are fast enough for every report. The command `cnn_jax explain`
+# offers more methods.
 _METHODS = ("grad_cam", "grad_cam_plus_plus", "layer_cam")
-# The limits on the images for the checks: the maximum total number of pixels, and the minimum
-# number of images, which takes precedence.
+# The maximum total number of pixels of the images for the checks, unless fewer than _MIN_IMAGES
+# images would be left.
 _PIXELS = 2**20
 _MIN_IMAGES = 16
 # The number of images for the pointing game, which needs data with masks of the objects.
 _POINTING = 512
-# The limits on the images for measuring feature importance: the total number of pixels, and the
-# number of images times the number of classes.
+# The limits on the images for measuring feature importance: the maximum total number of pixels, and
+# the maximum number of logits, which is the number of images times the number of classes.
 _FEATURE_PIXELS, _FEATURE_LOGITS = 2**24, 2**20
 # The number of features on the page, and the number of example images for each feature.
 _NUM_FEATURES, _NUM_ACTIVATING = 6, 4
@@ -153,7 +153,7 @@ def _features(network: Network) -> Figures:
 
 
 def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
-    """Draws the filters, and the feature maps of the most confident image.
+    """Draws the filters of the first convolution, and the feature maps of a test image.
 
     The image is the correctly classified test image with the highest confidence.
 
@@ -186,7 +186,7 @@ def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
 
 
 def _regions(regions: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Draws a grid with the loss increase that permuting each image region causes."""
+    """Draws a heat map of the loss increase that permuting each image region causes."""
     axes = style.plain(figure.subplots(), theme)
     gained = np.array(regions["loss_gained"])
     norm = Normalize(0, max(float(gained.max()), _LEAST_GAIN))

@@ -28,8 +28,8 @@ from cnn_jax.report import style
 from cnn_jax.report.style import Theme
 from cnn_jax.report.thumbnails import load_thumbnail
 
-# The maximum number of rows in a list on the page, and of image names in a row. The file
-# inspection.json has all rows and names.
+# The maximum number of rows in a list on the page, and the maximum number of image names in a row.
+# The file inspection.json contains all rows and names.
 _MAX_ROWS = 50
 _MAX_NAMES = 8
 # If a data set has more than twice this number of classes, the page shows this number of the
@@ -45,7 +45,7 @@ _MAX_POINTS = 2000
 
 
 def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) -> pathlib.Path:
-    """Writes a page that shows the survey of a data set, and the whole survey as inspection.json.
+    """Writes the survey of a data set to an HTML page and, in full, to inspection.json.
 
     Up to 24 images of each class are read again for the contact sheets. Some of the duplicates are
     read again for the lists of duplicates.
@@ -168,7 +168,7 @@ def sample(survey: Survey, label: int) -> list[int]:
 
 
 def _draw_sheets(survey: Survey, folder: pathlib.Path, track: Track) -> list[dict[str, Any]]:
-    """Draws a contact sheet for each class that has images; returns the sheets' data."""
+    """Draws a contact sheet for each class that has images; returns a description of each."""
     counts = survey.counts.sum(axis=1).tolist()
     labels = [label for label, number in enumerate(counts) if number]
 

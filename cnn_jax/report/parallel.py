@@ -211,7 +211,7 @@ def _write(
     offset: tuple[float, float],
     **options: Any,
 ) -> None:
-    """Writes a text at a position in data coordinates, shifted by `offset` points."""
+    """Writes text at a position in data coordinates, shifted by `offset` points."""
     options = {"ha": "center", "size": style.TEXT_SIZE, "color": theme.ink} | options
     axes.annotate(
         text,

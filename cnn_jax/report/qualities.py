@@ -93,7 +93,7 @@ def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
 
 
 def _families(section: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns the names of the measured corruptions by family, without empty families."""
+    """Maps each family of corruptions to the measured corruptions; omits empty families."""
     measured = section["corruptions"]
     families = {family: [n for n in names if n in measured] for family, names in FAMILIES.items()}
     return {family: names for family, names in families.items() if names}

@@ -248,7 +248,7 @@ def _are_figures(figures: object) -> bool:
 def _open_network(
     workdir: pathlib.Path, figures: dict[str, Any], track: Track, source: str | None
 ) -> Network:
-    """Opens a run's bundle and data, and computes the metrics of splits that `figures` lacks.
+    """Opens a run's bundle and data, and computes the metrics that are missing in `figures`.
 
     The new metrics are added to `figures`.
 

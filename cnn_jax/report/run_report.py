@@ -28,9 +28,9 @@ from cnn_jax.system.console import Console
 from cnn_jax.system.errors import UserError
 from cnn_jax.training import run_directory
 
-# The functions of the two slowest sections, by the section's name in metrics.json. Only a full
-# report has these sections. Robustness is first, so that its slow charts are drawn while the
-# explanations are computed.
+# Maps the names of the two slowest sections in metrics.json to the functions that compute the
+# sections. Only a full report has these sections. Robustness is first, so that its slow charts are
+# drawn while the explanations are computed.
 _FULL = {"robustness": qualities.qualities, "explanations": explanations.explanations}
 # The longer side of the image files on the page, in pixels.
 _SIDE = 144
@@ -245,7 +245,7 @@ def _sections(
 
 
 def _facts(run: Run, earlier: object, after_training: bool) -> Figures:
-    """Returns the facts about a run, such as its configuration, data, time and device.
+    """Returns details of a run, such as its configuration, data, training time and device.
 
     Device and time are kept from the report that was written directly after training.
     """
@@ -269,7 +269,7 @@ def _facts(run: Run, earlier: object, after_training: bool) -> Figures:
 def _draw_examples(
     network: Network, examples: list[Figures], folder: pathlib.Path, are_explained: bool
 ) -> None:
-    """Draws the example images that have no file yet; adds saliency maps if `are_explained`."""
+    """Draws example images that have no file yet, with saliency maps if `are_explained` is True."""
     new_examples = {
         shown["position"]: shown for shown in examples if not (folder / shown["picture"]).exists()
     }
@@ -307,7 +307,7 @@ def _draw_augmentation(run: Run, folder: pathlib.Path) -> None:
 
 
 def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> None:
-    """Draws the pictures of the explanations and of the robustness.
+    """Draws the pictures of the sections on explanations and on robustness.
 
     The file names of the pictures are added to these two sections in `made`.
     """
@@ -318,7 +318,7 @@ def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> None:
 
 
 def _draw_charts(figures: Figures, folder: pathlib.Path, already: Container[str] = ()) -> list[str]:
-    """Draws the charts of all sections, each light and dark; returns the names of all charts.
+    """Draws the charts of all sections in the light and the dark theme; returns the chart names.
 
     Args:
       figures: The content of metrics.json, or a part of it.

@@ -1,4 +1,4 @@
-"""Computes the sections of a run's report; each function takes a run and returns JSON types.
+"""Computes the sections of a run's report; each function takes a run and returns JSON values.
 
 A function raises MissingError with the reason if its section cannot be computed. An image for the
 page is described by a dictionary, which the function `example` makes.
@@ -105,7 +105,8 @@ _CURVES = ("loss", "accuracy")
 def confusion(run: Run) -> Figures:
     """Returns the order of the classes in the confusion matrix, and the most confused pairs."""
     if run.network is None and "confusion" in run.figures:
-        return run.figures["confusion"]  # The section of an earlier report also has images.
+        # An earlier report also has example images, which cannot be selected without the network.
+        return run.figures["confusion"]
     test = run.need_figures("test")
     names, matrix = list(test["per_class"]), np.array(test["confusion"])
     errors = matrix * (1 - np.eye(len(matrix), dtype=int))
@@ -304,7 +305,8 @@ def facts(run: Run) -> Figures:
     return figures
 
 
-# The function of each section by the section's name in metrics.json, in the order of the page.
+# Maps the names of sections in metrics.json to the functions that compute the sections, in the
+# order of the page.
 SECTIONS: dict[str, Callable[[Run], Figures]] = {
     "guessing": guessing,
     "curves": curves,

@@ -170,7 +170,7 @@ def _row(study: Study, scale: Scale, trial: Trial) -> dict[str, Any]:
 
 
 def _cell(range_: Range, value: Any) -> Cell:
-    """Returns the table cell of a parameter's value; choices are sorted in the range's order."""
+    """Returns the table cell of a parameter's value; choices sort in the range's order."""
     text = format_parameter(range_, value)
     if range_["kind"] == "categorical":
         return Cell(text, _sortable(range_position(range_, value)), "choice")
@@ -188,7 +188,7 @@ def _time(iso: str | None) -> str:
 
 
 def _beyond(study: Study, scale: Scale) -> str:
-    """Returns a sentence on the trials whose values lie beyond an axis; "" if there are none."""
+    """Returns a sentence about trials with values beyond the axis, or "" if there are none."""
     values = np.array([trial["value"] for trial in trials_with_value(study)], float)
     worse = int(((values < scale.low) | (values > scale.high)).sum())
     if not worse:
@@ -199,7 +199,7 @@ def _beyond(study: Study, scale: Scale) -> str:
 
 
 def missing(study: Study) -> dict[str, str]:
-    """Returns a sentence with the reason for each missing section, by the name of the section."""
+    """Maps the name of each missing section to a sentence that gives the reason."""
     none_started = "No trial has been started."
     why = {"trials": none_started}
     have_all_failed = {trial["state"] for trial in study["trials"]} == {"failed"}

@@ -167,7 +167,7 @@ def importance(study: Study, figure: Figure, theme: Theme) -> None:
 
 
 def value_by_parameter(study: Study, key: str, figure: Figure, theme: Theme) -> None:
-    """Draws the monitored value of each trial by the trial's value of the parameter `key`."""
+    """Plots the monitored value of each trial against the trial's value of a parameter."""
     axes = style.plain(figure.subplots(), theme)
     scale, range_, best = scale_for_complete_trials(study), study["space"][key], best_trial(study)
     trials = comparable_trials(study)

@@ -125,7 +125,7 @@ def draw(path: pathlib.Path, plot: Plot, size: tuple[float, float] = SIZE, dpi: 
             part.patch.set_alpha(0)
         for axes, position in zip(figure.axes, positions, strict=False):
             axes.set_position(position)
-        canvas.draw()  # `savefig` would draw the figure twice.
+        canvas.draw()  # `savefig` would be slower, because it draws twice.
         positions = [axes.get_position(original=True) for axes in figure.axes]
         pixels = np.asarray(canvas.buffer_rgba())
         Image.fromarray(pixels).save(path.with_stem(path.stem + theme.suffix), dpi=(dpi, dpi))
@@ -203,7 +203,7 @@ def _glyphs() -> frozenset[int]:
 
 
 def template(name: str) -> jinja2.Template:
-    """Loads a page template of this package; the template escapes all inserted texts."""
+    """Loads a page template of this package; the template escapes all inserted text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cnn_jax.report", "."),
         autoescape=True,
@@ -222,7 +222,7 @@ def template(name: str) -> jinja2.Template:
 
 
 def _on_one_line(text: str) -> str:
-    """Escapes unprintable characters in a text, and prevents line breaks before "%"."""
+    """Escapes unprintable characters in text, and prevents line breaks before "%"."""
     return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", printable(text))
 
 

@@ -20,7 +20,7 @@ _NAME_WIDTH = 32
 
 
 def summarize(survey: Survey, width: int | None = None) -> str:
-    """Returns a text that describes the survey of a data set.
+    """Formats the survey of a data set as text.
 
     Args:
       survey: The survey of a data set.
@@ -148,7 +148,7 @@ def _counts(counts: Sequence[tuple[str, int]]) -> str:
 
 
 def _names(names: Sequence[str]) -> str:
-    """Returns a text with the first four names and the number of remaining names."""
+    """Lists the first four names, and states the number of remaining names."""
     rest = len(names) - _MAX_NAMES
     shown = ", ".join(printable(name) for name in names[:_MAX_NAMES]) or "none"
     return shown + (f" and {rest:,} more" if rest > 0 else "")

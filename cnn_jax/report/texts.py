@@ -13,16 +13,16 @@ _WEAK = 0.1
 # The report remarks on a pair of confused classes if the pair causes at least this fraction of all
 # mistakes.
 _OFTEN = 0.1
-# The smallest values on which the report remarks: the fraction of suspected label errors, and the
-# calibration error.
+# The smallest fraction of suspected label errors on which the report remarks, and the smallest
+# calibration error on which the report remarks.
 _SUSPECTED = 0.01
 _MISCALIBRATED = 0.05
 _MAX_REMARKS = 4
 # The maximum number of classes that a remark names.
 _MAX_NAMED = 3
 
-# The text on the measurement methods of each section. The function `methods` adds the text on
-# explanations.
+# Descriptions of the measurement methods of each section. The function `methods` adds the
+# description for the section "explanations".
 _METHODS = {
     "figures": "Precision, recall and F1 are means over all classes; a quotient with a zero "
     "divisor counts as 0. Confidence intervals (95 %): Wilson (1927) for accuracy; percentiles of "
@@ -66,7 +66,7 @@ _CHECKS = {
 
 
 def methods(figures: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a text on the measurement methods of each section, with references.
+    """Describes the measurement methods of each section, with references.
 
     Args:
       figures: The content of metrics.json. The text on explanations names only the map methods
@@ -179,7 +179,7 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _absent_classes(test: Mapping[str, Any]) -> str:
-    """Returns a text on classes without test images, with the means over the remaining classes.
+    """Describes the classes without test images, and the means over the remaining classes.
 
     The text is empty if all classes have test images, or if no class has any.
     """
@@ -201,20 +201,20 @@ def _absent_classes(test: Mapping[str, Any]) -> str:
 
 
 def _mean_of_present(test: Mapping[str, Any], key: str) -> float:
-    """Returns the mean of a metric over the classes with test images; 0 without such classes."""
+    """Returns the mean of a metric over the classes with test images, or 0 if no class has any."""
     values = [row[key] for row in test["per_class"].values() if row["support"]]
     return sum(values) / max(len(values), 1)
 
 
 def _some(names: Sequence[str]) -> str:
-    """Returns a text with the first three class names and the number of remaining classes."""
+    """Lists the first three class names, and states the number of remaining classes."""
     rest = len(names) - _MAX_NAMED
     more = f" and {count(rest, 'other class', 'other classes')}" if rest > 0 else ""
     return ", ".join(names[:_MAX_NAMED]) + more
 
 
 def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]) -> str:
-    """Returns a text that compares the network with always predicting the most common class."""
+    """Describes how the network compares with always predicting the most common class."""
     guess = (
         f"Always naming {guessing['class']}, the most common class of the test images, would be "
         f"correct for {percent(guessing['accuracy'])}"
@@ -304,7 +304,7 @@ def _class_remarks(
 
 
 def _predictions_text(name: str, test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
-    """Returns a text on the predictions for a class's test images, and on its training images."""
+    """Describes the predictions for a class's test images, and counts its training images."""
     names = list(test["per_class"])
     row = test["confusion"][names.index(name)]
     predicted = sorted(range(len(row)), key=lambda label: -row[label])[:2]
@@ -320,7 +320,7 @@ def _predictions_text(name: str, test: Mapping[str, Any], train: Mapping[str, An
 
 
 def _curve_remarks(curves: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """Returns a remark on the training if the verdict is a problem, such as "overfits"."""
+    """Returns a remark on the training if the verdict names a problem, such as "overfits"."""
     texts = {
         "at chance": "The network is not shown to be better than guessing on validation",
         "overfits": "The network overfits",

@@ -30,8 +30,8 @@ _LEARNED = 0.85
 # is falling if it decreases by at least the fraction _FALL_OF_LOSS in the second half of the
 # epochs.
 _RISE_OF_LOSS, _FALL_OF_LOSS = 1.05, 0.02
-# The significance level of the test for a falling loss. A noisy loss needs more epochs to be
-# significant.
+# The significance level of the test for a falling loss. If the loss is noisy, more epochs are
+# needed for a significant result.
 _TREND = 0.05
 # A learning rate counts as decayed if it is below this fraction of its maximum.
 _DECAYED = 0.5
@@ -186,7 +186,7 @@ def training(
 def _verdict(
     curves: Mapping[str, Any], train: Mapping[str, Any], validation: Mapping[str, Any]
 ) -> tuple[str, str]:
-    """Returns the verdict, and a text with the measured reason and advice."""
+    """Returns the verdict, and an explanation with measured values and advice."""
     epochs, best = curves["epochs"], curves["best_epoch"]
     if not beats_chance(validation):
         return "at chance", _at_chance(curves, train)
@@ -261,7 +261,7 @@ def _at_chance(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
 
 
 def _improvement(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """Returns evidence that validation metrics still improve at the end; "" if there is none."""
+    """Returns evidence that validation metrics still improve at the end of training, or ""."""
     epochs, best = curves["epochs"], curves["epoch"].index(curves["best_epoch"]) + 1
     late = math.ceil(epochs / 10)
     if best <= epochs - late:
@@ -312,7 +312,7 @@ def _from_to(losses: Sequence[float]) -> str:
 
 
 def _decline(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """Returns a sentence on validation accuracy that fell after an early best epoch, or ""."""
+    """Returns a sentence about validation accuracy that fell after an early best epoch, or ""."""
     best = curves["epoch"].index(curves["best_epoch"])
     if best + 1 > curves["epochs"] / 2:
         return ""
@@ -332,7 +332,7 @@ def _decline(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
 
 
 def _underfit(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
-    """Returns advice for a network with low accuracy on both splits and a flat training loss."""
+    """Returns advice for low training and validation accuracies and a flat training loss."""
     start = "both accuracies are low, they differ little, and the training loss has levelled off."
     rates = curves.get("learning_rate") or [0.0]
     if rates[-1] < _DECAYED * max(rates):

@@ -35,7 +35,7 @@ History = list[dict[str, Any]]
 
 
 class DamagedCheckpointError(TrainingError):
-    """The content of a checkpoint differs from the saved content."""
+    """Raised if the content of a checkpoint differs from the content that was saved."""
 
 
 def best_record(history: History, monitor: str) -> dict[str, Any] | None:
@@ -64,7 +64,7 @@ def monitored_score(record: dict[str, Any], monitor: str) -> float:
 
 @jax.jit
 def checksums(tree: PyTree) -> UInt32[Array, " arrays"]:
-    """Returns a checksum of each array, which does not depend on the array's sharding.
+    """Returns a checksum of each array; the sharding of an array does not affect its checksum.
 
     A checksum is the sum, modulo 2**32, of a hash of each element's bits and position. Damage
     to one element always changes the checksum. Damage to several elements leaves it unchanged
@@ -98,7 +98,7 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
     """
 
     def __init__(self, keep: int):
-        """Keeps the latest `keep` checkpoints."""
+        """Creates a policy that keeps the latest `keep` checkpoints."""
         self.best: int | None = None  # The step of the best epoch's checkpoint.
         self._keep = keep
 
@@ -310,8 +310,8 @@ class Checkpoints:
             try:
                 saved = self.restore(step, state, epoch_metrics)
                 best = best_record(saved.history, self._monitor)
-                # A missing checkpoint of the best epoch was deleted because a later epoch was
-                # better. The run trains the later epoch again.
+                # If the best epoch's checkpoint is missing, it was deleted because a later epoch
+                # was better. The run trains that later epoch again.
                 if best is not None and best["step"] != step and best["step"] in steps:
                     self.restore(best["step"], state, epoch_metrics)
             except DamagedCheckpointError as error:

@@ -248,7 +248,7 @@ def _make_run(
 
 
 def _default_execution_length(on_device: bool) -> int:
-    """Returns the default number of steps in an execution, for train.steps_per_execution = 0.
+    """Returns the number of steps to dispatch together if train.steps_per_execution is 0.
 
     If the images are on an accelerator, a step may take less time than its dispatch. On a CPU
     a step takes longer than its dispatch.
@@ -293,7 +293,7 @@ class _Execution:
 
     @property
     def last_step(self) -> int:
-        """The number of the last step in this execution."""
+        """The step number of the last of the dispatched steps."""
         return self.first_step + self.steps - 1
 
 
@@ -328,7 +328,7 @@ def _train(
             length = run.execution_length(progress.step)
             with trace.steps(progress.step, length):
                 execution = _dispatch(run, progress, batches, length, is_first=number == 0)
-                # The previous execution's loss is read while the devices compute this execution.
+                # Read the loss of the previous steps while the devices compute these steps.
                 reader.follow(execution)
             run.heartbeat.beat("training", progress.step)
             is_due = interrupted.is_due(number)
@@ -383,8 +383,8 @@ def _dispatch(
         if is_first:
             run.heartbeat.beat("compiling", progress.step)
             memory.check(program, progress.state, arrays, run.pixels)
-            # The last steps of an epoch run one at a time if too few steps are left to fill an
-            # execution.
+            # If too few steps are left at the end of an epoch, these steps are dispatched one at a
+            # time. The program for a single step is therefore compiled too.
             if run.steps_per_epoch % length:
                 single_step, single_batch = programs.send(execution_batches[:1])
                 single_step.lower(progress.state, single_batch, run.pixels).compile()
@@ -398,7 +398,7 @@ def _dispatch(
 
 
 def _saves_within_epoch(run: _Run, execution: _Execution) -> bool:
-    """Returns whether a checkpoint of `checkpoint.every_steps` is due after this execution."""
+    """Returns whether `checkpoint.every_steps` requires a checkpoint after the given steps."""
     every = run.config.checkpoint.every_steps
     if not every:
         return False
@@ -406,14 +406,14 @@ def _saves_within_epoch(run: _Run, execution: _Execution) -> bool:
 
 
 class _DelayedReader:
-    """Reads the loss of each execution while the devices compute the next execution."""
+    """Reads the loss of dispatched steps while the devices compute the next steps."""
 
     def __init__(self, run: _Run, progress: _Progress, display: TrainingDisplay) -> None:
         self._run, self._progress, self._display = run, progress, display
         self._in_flight: _Execution | None = None
 
     def follow(self, execution: _Execution) -> None:
-        """Reads the loss of the previous execution, and stores the new execution.
+        """Reads the loss of the previously dispatched steps, and remembers the new steps.
 
         Raises:
           TrainingError: The loss is infinite or not a number, or the memory was not enough.
@@ -425,7 +425,7 @@ class _DelayedReader:
             self._display.step(execution.first_step, loss, images_per_second)
 
     def finish(self) -> None:
-        """Reads the loss of the last execution.
+        """Reads the loss of the most recently dispatched steps.
 
         Raises:
           TrainingError: The loss is infinite or not a number, or the memory was not enough.
@@ -435,7 +435,7 @@ class _DelayedReader:
         self._in_flight = None
 
     def _read(self, execution: _Execution) -> float:
-        """Waits for an execution to finish; returns the mean loss of its images."""
+        """Waits for dispatched steps to finish; returns the mean loss of their images."""
         run = self._run
         with run.memory.explained():
             loss = float(jax.device_get(execution.metrics.loss_sum).sum()) / execution.images
@@ -602,7 +602,7 @@ class _Clock:
         self._start = self._last_step = time.perf_counter()
 
     def count(self, images: int) -> None:
-        """Counts the images of an execution that has just finished."""
+        """Adds the number of images in the training steps that have just finished."""
         self._last_step = time.perf_counter()
         self._images += images
 
@@ -619,7 +619,7 @@ class _Clock:
 
 
 def _not_finite(name: str, execution: _Execution, schedule: optax.Schedule) -> TrainingError:
-    """Returns the error for an execution with a loss or parameter that is not finite.
+    """Returns the error for a loss or a parameter that is not finite.
 
     Args:
       name: The name of the value, for the message.

@@ -225,7 +225,7 @@ def confidence_intervals(
 
 
 def agreement_p_value(matrix: np.ndarray) -> float:
-    """Returns the one-sided p-value of the agreement between predictions and labels.
+    """Returns the p-value of the hypothesis that predictions and labels agree only by chance.
 
     The p-value is the probability of at least this many correct predictions if the predictions
     were shuffled among the images. The method is a normal approximation, with continuity

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import jax
 
-# The number of steps before the trace, in which programs are compiled and queues are filled, and
-# the number of steps in the trace.
+# The number of steps before the trace, and the number of steps in the trace. During the steps
+# before the trace, programs are compiled and queues are filled.
 _WARM_UP_STEPS, _TRACED_STEPS = 10, 5
 
 
@@ -26,7 +26,7 @@ class Trace:
 
     @contextlib.contextmanager
     def steps(self, first: int, count: int) -> Iterator[None]:
-        """Records the execution that is dispatched inside the context, if the trace includes it.
+        """Records the training steps dispatched inside the context, if the trace includes them.
 
         Args:
           first: The step number of the execution's first step.

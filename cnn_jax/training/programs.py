@@ -204,7 +204,7 @@ class Programs:
         self.gather = jax.jit(lambda tree: tree, out_shardings=replicated)
 
     def send(self, batches: Sequence[Mapping[str, np.ndarray]]) -> tuple[Any, dict[str, jax.Array]]:
-        """Copies the batches of one execution to the devices, and selects the training function.
+        """Copies one or more batches to the devices, and selects the training function for them.
 
         Args:
           batches: One or more batches, with the rows that this process loads.
@@ -248,7 +248,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
-        """The memory of a training step with `batch_size` and `parts`, in bytes."""
+        """The total memory that a training step needs on one device, in bytes."""
         return self.fixed + self.per_example * self.batch_size / (self.data_devices * self.parts)
 
     def largest_batch(self, available: float) -> int:

@@ -34,8 +34,8 @@ from cnn_jax.training import sharding
 logger = logging.getLogger(__name__)
 
 # The configuration keys that do not affect any metric. The fingerprint of the data identifies the
-# images, wherever the images are stored. The mesh and the number of steps in an execution change
-# only rounding errors.
+# images, wherever the images are stored. The mesh and train.steps_per_execution change only
+# rounding errors.
 INDIFFERENT_KEYS = frozenset(
     {
         *("data.source", "data.workers", "data.cache"),
@@ -162,7 +162,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _describe_holder(text: str) -> str:
-    """Returns a phrase on the process that holds a lock; empty if the lock file is incomplete."""
+    """Describes the process that holds a lock; returns "" if the lock file is incomplete."""
     try:
         holder = json.loads(text)
         return f" by process {holder['pid']} on {holder['host']} since {holder['since']}"
@@ -286,7 +286,7 @@ class Heartbeat:
         write_text(self._path, _line(beat | _this_process()), durable=False)
 
     def wrap(self, track: Track) -> Track:
-        """Returns a function like `track` that also updates heartbeat.json for each item."""
+        """Wraps the progress function `track` so that each item also updates heartbeat.json."""
 
         def tracked(items: Iterable, description: str, total: int) -> Iterator:
             for item in track(items, description, total):

@@ -235,7 +235,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_large(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Returns a sharding for each array, which divides large arrays along the axis `model`.
+    """Returns a sharding for each array; large arrays are divided along the axis `model`.
 
     The last dimension of a large array is divided. In a kernel, this dimension is the output
     channels or units. Small arrays, and arrays that cannot be divided evenly, are copied to
@@ -278,7 +278,8 @@ def free_device_bytes() -> int:
         stats = device.memory_stats() or {}
         return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     page, free = os.sysconf("SC_PAGE_SIZE"), memory_bytes()
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:  # Linux has this name, but macOS does not.
+    # Linux defines SC_AVPHYS_PAGES, but macOS does not.
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = min(free, page * os.sysconf("SC_AVPHYS_PAGES"))
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit != resource.RLIM_INFINITY:

@@ -84,7 +84,10 @@ def show_plan(
 
 
 def _parallelism(config: Config) -> str:
-    """Returns a phrase on how devices and processes share the work; empty for one device."""
+    """Describes how many devices share a copy of the network, and how many processes run.
+
+    A number is omitted if it is 1.
+    """
     model = config.mesh.model
     devices = f", {model} for each copy of the network" if model > 1 else ""
     processes = jax.process_count()
@@ -92,7 +95,7 @@ def _parallelism(config: Config) -> str:
 
 
 def _residency(dataset: Dataset) -> str:
-    """Returns a phrase on how images are decoded and where the pixels are stored."""
+    """Describes how images are decoded and where the pixels are stored."""
     if dataset.residency == "none":
         workers = dataset.loader.workers
         decoders = count(workers, "process", "processes") if workers else "threads"
@@ -104,14 +107,14 @@ def _residency(dataset: Dataset) -> str:
 
 
 def _division(config: Config, dataset: Dataset) -> str:
-    """Returns a phrase on groups and predefined splits; empty if the run uses neither."""
+    """Describes groups and predefined splits; returns "" if the run uses neither."""
     group = f"; grouped by {config.data.group}" if config.data.group else ""
     is_kept = config.data.keep_splits and any(dataset.source.own_splits)
     return ("; the splits of the data are used" if is_kept else "") + group
 
 
 def _interval_width(test_images: int, config: Config) -> list[str]:
-    """Returns lines on the precision of the test accuracy; empty if the test split is large."""
+    """Describes the precision of the test accuracy; returns [] if the test split is large."""
     margin = half_width(wilson_interval(test_images / 2, test_images))
     if not test_images or margin < MAX_HALF_WIDTH:
         return []
@@ -124,7 +127,7 @@ def _interval_width(test_images: int, config: Config) -> list[str]:
 
 
 def _mixing(config: Config) -> str:
-    """Returns a line on how images are mixed; empty if images are not mixed."""
+    """Describes how images are mixed; returns "" if images are not mixed."""
     mixing = Mixing.from_config(config.augment)
     if mixing.is_identity():
         return ""
@@ -132,7 +135,7 @@ def _mixing(config: Config) -> str:
 
 
 def _accumulation(config: Config, model: Network, image_size: tuple[int, int]) -> str:
-    """Returns a line on gradient accumulation; empty without gradient accumulation."""
+    """Describes gradient accumulation; returns "" if the run does not accumulate gradients."""
     parts = config.train.accumulation_steps
     if parts == 1:
         return ""
@@ -143,7 +146,10 @@ def _accumulation(config: Config, model: Network, image_size: tuple[int, int]) -
 
 
 def _extension(config: Config) -> str:
-    """Returns a line on the learning-rate schedule; empty if its length equals train.epochs."""
+    """Describes the end of the learning-rate schedule.
+
+    The result is "" if the schedule ends after train.epochs epochs.
+    """
     decay = config.optimizer.decay_epochs
     if decay == config.train.epochs:
         return ""
@@ -154,7 +160,7 @@ def _extension(config: Config) -> str:
 
 
 def _balance(config: Config, dataset: Dataset) -> str:
-    """Returns a line on class balancing; empty if the run does not balance the classes."""
+    """Describes class balancing; returns "" if the run does not balance the classes."""
     counts = dataset.findings.counts["train"]
     names = dataset.source.class_names
     # Classes without training images are ignored here. A warning reports these classes.

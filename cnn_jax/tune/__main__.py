@@ -118,7 +118,7 @@ def _parser() -> files.ConfigParser:
 
 
 def _name(text: str) -> str:
-    """Checks the name of a study, which is also the name of a folder; an argparse type."""
+    """An argparse type that checks the name of a study, which is also the name of a folder."""
     if not re.fullmatch(r"\w[\w.-]*", text):
         raise argparse.ArgumentTypeError(
             f"must be letters, digits, _, - and . and begin with a letter, digit or _, got {text!r}"
@@ -127,7 +127,7 @@ def _name(text: str) -> str:
 
 
 def _storage(text: str) -> str:
-    """Checks that the URL of a storage is not empty; an argparse type.
+    """An argparse type that checks that the URL of a storage is not empty.
 
     A URL from an unset shell variable is empty.
     """
@@ -137,7 +137,7 @@ def _storage(text: str) -> str:
 
 
 def _duration(text: str) -> float:
-    """Converts a time such as 1h30m, or a number of seconds, to seconds; an argparse type."""
+    """An argparse type that converts a time such as 1h30m, or 90 for seconds, to seconds."""
     parts = re.fullmatch(r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s?)?", text)
     seconds = sum(
         int(part.rstrip("dhms")) * _UNITS.get(part[-1], 1)

@@ -141,7 +141,7 @@ def best_value(curve: Mapping[int, float], direction: StudyDirection) -> float |
 
 
 def is_promoted(value: float, others: Sequence[float]) -> bool:
-    """Returns whether a trial continues after a rung, because its value is in the best third.
+    """Returns whether a trial is in the best third at a rung, and therefore continues.
 
     If there are one or two values, only the trial with the best value continues. A trial whose
     value equals the lowest promoted value also continues.

@@ -135,7 +135,7 @@ def configured(config: Config, params: Mapping[str, Any]) -> Config:
 
 
 def base_values(config: Config, space: Space) -> dict[str, Any]:
-    """Returns the values of the configuration that are inside the search space, by key."""
+    """Returns a dictionary of the configuration values that are inside the search space."""
     found = {}
     for key, value in schema.leaves(config):
         distribution = space.get(key)

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class StorageError(UserError):
-    """The storage of a study does not answer."""
+    """Raised if the storage of a study is unavailable."""
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -74,7 +74,7 @@ def _open_journal(path: pathlib.Path) -> JournalStorage:
 
 
 class _JournalLock(JournalFileSymlinkLock):
-    """The lock of a journal file, which also removes an incomplete last line of the file.
+    """A lock of a journal file; acquiring the lock also removes an incomplete last line.
 
     A full disk or a killed writer leaves an incomplete line. Optuna would append to the line,
     and could then read neither of the two records.
@@ -115,7 +115,8 @@ def _open_database(url: str) -> RDBStorage:
                     raise
             time.sleep(random.uniform(0, 0.2))
         raise AssertionError
-    except (sqlalchemy.exc.ArgumentError, ValueError) as error:  # A wrong port is a ValueError.
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
+        # SQLAlchemy raises ValueError if the port is not a number.
         raise ConfigError(f"--storage: must be {FORMS}, got {_without_passwords(url)!r}") from error
 
 
@@ -140,12 +141,12 @@ def _engine_options(url: str) -> dict[str, object]:
 
 
 def sqlite_url(path: pathlib.Path) -> str:
-    """Returns the URL of a SQLite file, which may have any name."""
+    """Returns the URL of a SQLite file; the path may contain any characters."""
     return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def _without_passwords(url: str) -> str:
-    """Replaces the passwords in a URL by asterisks. The URL may be malformed."""
+    """Replaces the passwords in a URL with asterisks. The URL may be malformed."""
     if not url.startswith((_JOURNAL, "sqlite:")):
         url = re.sub(r"^(\w[\w+.-]*:/+)?([^:/@]*):.*@", r"\1\2:***@", url, flags=re.DOTALL)
     return re.sub(r"(?i)(password=)[^&]*", r"\1***", url)

@@ -57,7 +57,7 @@ _MAX_FAILURES = 10
 _DISK_MESSAGES = tuple(
     map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES))
 )
-# A trial of another machine counts as lost after this number of hours without a report.
+# A trial on another machine counts as lost after this number of hours without a report.
 _LOST_AFTER = 6.0
 
 T = TypeVar("T")
@@ -207,7 +207,7 @@ def open_study(plan: Plan) -> Study:
 
 
 def _define(plan: Plan, console: Console) -> dict[str, str]:
-    """Returns all settings on which the results of a study depend, as text by key."""
+    """Returns a dictionary of all settings that affect the results of a study."""
     resolved = resolve(plan.config)
     dataset = open_dataset(resolved, console.track)
     keys = {
@@ -338,7 +338,7 @@ class _Worker:
                 gc.collect()
 
     def _check_failures(self) -> None:
-        """Raises TrainingError if the first `_MAX_FAILURES` trials, or more, have all failed."""
+        """Raises TrainingError if all finished trials, at least `_MAX_FAILURES`, have failed."""
         trials = [trial for trial in self._trials() if counts(trial) and trial.state.is_finished()]
         failed = [trial for trial in trials if trial.state == TrialState.FAIL]
         if len(failed) == len(trials) >= _MAX_FAILURES:
@@ -416,7 +416,7 @@ class _Worker:
                 self._end(self._open(trial.number), TrialState.FAIL, void="lost", error=error)
 
     def _open(self, number: int) -> Trial:
-        """Returns the trial with a number as an Optuna `Trial`, to which values can be reported."""
+        """Returns the Optuna `Trial` with the given number; a `Trial` can report values."""
         trial_id = self._trials()[number]._trial_id  # Optuna has no public attribute for the id.
         return self._retry(lambda: Trial(self.study, trial_id))
 
@@ -477,7 +477,7 @@ class _Worker:
             self._end(trial, TrialState.COMPLETE)
 
     def _trial_config(self, params: Mapping[str, Any]) -> Config:
-        """Returns the configuration of a trial, whose run does not use the test split."""
+        """Returns the configuration of a trial; only the validation split is evaluated."""
         return configured(
             self.plan.config, {**params, "report.detail": "none", "report.splits": ("validation",)}
         )
@@ -537,7 +537,7 @@ class _Worker:
 
 
 def _saved_step(folder: pathlib.Path) -> int:
-    """Returns the step of the latest checkpoint of a trial; 0 without a checkpoint."""
+    """Returns the step of the latest checkpoint of a trial, or 0 if there is no checkpoint."""
     names = [path.name for path in (folder / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
