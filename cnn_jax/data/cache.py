@@ -92,7 +92,7 @@ def read_json(kind: str, key: str) -> Any:
     """Returns the value that `write_json` stored under a key; None if no value is stored."""
     try:
         return json.loads((cache_dir() / kind / f"{key}.json").read_text("utf-8", "surrogatepass"))
-    except (OSError, ValueError):  # A missing or damaged file counts as no value.
+    except (OSError, ValueError):  # The file is missing or damaged.
         return None
 
 

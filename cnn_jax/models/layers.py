@@ -317,7 +317,7 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """A replacement for `nn.BatchNorm` with momentum 0, which normalises each channel.
+    """A replacement for `nn.BatchNorm` with momentum 0.
 
     The collection "batch_stats" contains the mean and the variance of each channel, for use in
     inference. In training, the layer overwrites this mean and variance with the statistics of
