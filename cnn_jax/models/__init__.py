@@ -117,4 +117,16 @@ NETWORKS = {
     "tf_efficientnet_lite0": _efficientnet("tf_efficientnet_lite0"),
     "tf_efficientnet_lite1": _efficientnet("tf_efficientnet_lite1"),
     "tf_efficientnet_lite2": _efficientnet("tf_efficientnet_lite2"),
+    "convnext_tiny": Network(
+        "cnn_jax.models.convnext:convnext_tiny",
+        _BACKBONE_KEYS | _DROP_PATH_KEYS,
+        # Patches of 4 x 4 pixels, then three times of 2 x 2 pixels; pixels beyond whole patches
+        # would be ignored.
+        size_divisor=lambda section: 32,
+    ),
+    "vit_small_patch14_dinov2": Network(
+        "cnn_jax.models.vit:vit_small_patch14_dinov2",
+        _BACKBONE_KEYS | _DROP_PATH_KEYS,
+        size_divisor=lambda section: 14,
+    ),
 }

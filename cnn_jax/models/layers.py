@@ -436,3 +436,28 @@ def convolve_and_normalize(
         factor, shift = normalization.affine(features)
         return convolve(kernel * _per_channel(factor)) + _per_channel(shift.astype(dtype))
     return normalization(convolve(kernel))
+
+
+# LayerNorm (Ba et al. 2016) with the epsilon of ConvNeXt and of vision transformers. The default
+# of PyTorch is 1e-5.
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6)
+
+
+class Mlp(nn.Module):
+    """A dense layer, the exact GELU (Hendrycks and Gimpel 2016), and a second dense layer.
+
+    Attributes:
+      hidden: The number of hidden units. There are as many output channels as input channels.
+      dtype: The dtype of the computation.
+    """
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch channel"]:
+        dense = functools.partial(
+            nn.Dense, kernel_init=nn.initializers.truncated_normal(0.02), dtype=self.dtype
+        )
+        hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
+        return dense(x.shape[-1], name="fc2")(hidden)
