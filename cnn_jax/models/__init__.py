@@ -58,6 +58,25 @@ _BATCH_NORM_KEYS = {
         ("frozen", "batch"),
     ),
 }
+_DROP_PATH_KEYS = {
+    "drop_path": number(
+        0.0,
+        "The probability that an image skips the last block in a training step; it grows from 0 "
+        "in proportion to the block's number.",
+        "from 0 to below 1",
+        lambda v: 0 <= v < 1,
+    ),
+}
+
+
+def _resnet(name: str) -> Network:
+    return Network(f"cnn_jax.models.resnet:{name}", _BACKBONE_KEYS | _BATCH_NORM_KEYS)
+
+
+def _efficientnet(name: str) -> Network:
+    keys = _BACKBONE_KEYS | _BATCH_NORM_KEYS | _DROP_PATH_KEYS
+    return Network(f"cnn_jax.models.efficientnet:{name}", keys)
+
 
 NETWORKS = {
     "cnn": Network(
@@ -85,4 +104,16 @@ NETWORKS = {
         # A 2 x 2 pooling follows each convolution except the last.
         size_divisor=lambda section: 2 ** (len(section["features"]) - 1),
     ),
+    "resnet18": _resnet("resnet18"),
+    "resnet34": _resnet("resnet34"),
+    "resnet50": _resnet("resnet50"),
+    # timm's networks pad symmetrically; those with the prefix "tf_" pad as TensorFlow does.
+    "efficientnet_b0": _efficientnet("efficientnet_b0"),
+    "efficientnet_lite0": _efficientnet("efficientnet_lite0"),
+    "efficientnet_lite1": _efficientnet("efficientnet_lite1"),
+    "efficientnet_lite2": _efficientnet("efficientnet_lite2"),
+    "tf_efficientnet_b0": _efficientnet("tf_efficientnet_b0"),
+    "tf_efficientnet_lite0": _efficientnet("tf_efficientnet_lite0"),
+    "tf_efficientnet_lite1": _efficientnet("tf_efficientnet_lite1"),
+    "tf_efficientnet_lite2": _efficientnet("tf_efficientnet_lite2"),
 }
