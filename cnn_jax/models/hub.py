@@ -110,6 +110,8 @@ def _file(
         # answer. It is a subclass of EntryNotFoundError.
         if not is_required or not isinstance(error, errors.LocalEntryNotFoundError):
             return None
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _refused(model_id, revision, error.__cause__) from error
         raise _unreachable(model_id, error) from error
     except errors.HfHubHTTPError as error:
         if not is_required:

@@ -205,14 +205,14 @@ def _read_state_dict(path: pathlib.Path) -> dict[str, Any]:
     """Reads a safetensors file with the state dict of a network.
 
     Raises:
-      WeightsError: The file is damaged or has arrays of a type that NumPy does not have.
+      WeightsError: The file is damaged, or is not a safetensors file.
     """
     try:
         state = safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"config.model.pretrained: {path} is damaged, or not a safetensors file with arrays "
-            f"that NumPy can read, such as float32: {printable(str(error))}"
+            f"config.model.pretrained: {path} is damaged, or not a safetensors file: "
+            f"{printable(str(error))}; copy or download it again"
         ) from error
     return convert(state)
 
@@ -231,13 +231,13 @@ def _read_description(config: Mapping[str, Any], card_license: str = "") -> dict
     """
     details = config.get("pretrained_cfg")
     details = details if isinstance(details, dict) else config
-    names = config.get("label_names") or details.get("label_names")
+    names: Any = config.get("label_names") or details.get("label_names")
     has_names = isinstance(names, list) and len(names) == config.get("num_classes")
     return {
         "architecture": str(config.get("architecture") or details.get("architecture") or ""),
         "license": str(card_license or details.get("license") or ""),
         "preprocessing": _read_preprocessing(details),
-        "class_names": [str(name) for name in names] if names and has_names else None,
+        "class_names": [str(name) for name in names] if has_names else None,
     }
 
 
@@ -262,7 +262,7 @@ def _read_preprocessing(details: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _is_numbers(value: object, length: int) -> bool:
+def _is_numbers(value: Any, length: int) -> bool:
     is_list = isinstance(value, list | tuple) and len(value) == length
     return is_list and all(isinstance(number, int | float) for number in value)
 
