@@ -35,6 +35,7 @@ def show_plan(
     dataset: Dataset,
     model: Network,
     changes: Sequence[str] = (),
+    pretrained: Mapping[str, Any] | None = None,
 ) -> None:
     """Prints the plan of a run: device, data, model, training, and the folder of the results.
 
@@ -45,6 +46,7 @@ def show_plan(
       dataset: The data set of the run.
       model: The network.
       changes: A line for each key that has changed since the run was last started.
+      pretrained: The record of the weights with which the run started; None for random weights.
     """
     image_size = dataset.loader.preprocessing.image_size
     source = dataset.source
@@ -76,11 +78,37 @@ def show_plan(
             + _balance(config, dataset),
             "results": str(workdir),
         }
+        | ({"weights": _weights(config, pretrained)} if pretrained else {})
         | ({"changed": "\n".join(changes)} if changes else {})
     )
     for warning in dataset.findings.warnings():
         console.warn(warning)
     console.print()
+
+
+def _weights(config: Config, pretrained: Mapping[str, Any]) -> str:
+    """Returns lines on the weights with which the run started, and on their preprocessing."""
+    license = pretrained.get("license") or "unknown"
+    lines = [f"{printable(pretrained['source'])}, licence: {printable(license)}"]
+    if not config.model.get("pretrained"):
+        return lines[0]
+    values = {
+        key: (_plain(value), _plain(config.data[key]))
+        for key, value in pretrained.get("preprocessing", {}).items()
+        if key != "crop_ratio" or config.data.resize == "crop"
+    }
+    same = [f"{key} {own}" for key, (theirs, own) in values.items() if own == theirs]
+    other = [f"{key} {own}, not {theirs}" for key, (theirs, own) in values.items() if own != theirs]
+    for name, settings in ("the preprocessing of the weights", same), ("other than theirs", other):
+        if settings:
+            lines.append(f"{name}: {'; '.join(settings)}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    """Returns the value of a key as text; several equal numbers are written once."""
+    values = [f"{v:g}" if isinstance(v, float) else str(v) for v in np.atleast_1d(value).tolist()]
+    return values[0] if len(set(values)) == 1 else ", ".join(values)
 
 
 def _parallelism(config: Config) -> str:
