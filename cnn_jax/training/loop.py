@@ -23,7 +23,6 @@ from cnn_jax.data import Track, pipeline
 from cnn_jax.data import dataset as datasets
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.data.findings import count
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
@@ -697,6 +696,6 @@ def _describe_end(history: History, best: dict[str, Any], config: Config) -> str
     """Returns a line for the user that says how training ended and which epoch was best."""
     monitor = config.train.monitor
     return (
-        f"{'stopped early' if len(history) < config.train.epochs else 'done'}: the best of "
-        f"{count(len(history), 'epoch')} is {best['epoch']}, with {monitor} {best[monitor]:.4f}"
+        f"{'stopped early' if len(history) < config.train.epochs else 'done'}: "
+        f"epoch {best['epoch']} of {len(history)} is the best, with {monitor} {best[monitor]:.4f}"
     )
