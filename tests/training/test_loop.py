@@ -658,7 +658,7 @@ def test_a_run_reports_the_findings_of_dirty_data(tmp_path, capfd):
     train_and_evaluate(config, tmp_path / "run")
     shown = capfd.readouterr().err
     assert (
-        "checked     1 unreadable and left out, none turned by EXIF, 3 exact copies "
+        "checked     1 unreadable image is left out; no image is rotated by EXIF; 3 exact copies "
         "(3 sets with different labels)\n"
     ) in shown
     assert "ignored: 1 file or folder of another program" in shown
