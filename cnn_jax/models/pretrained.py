@@ -275,7 +275,7 @@ def convert(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
     A number in a name joins the name before it, and the last name says which array it is:
     "layer1.0.conv1.weight" becomes ["params"]["layer1_0"]["conv1"]["kernel"]. The classifier
-    ("fc", "classifier" or "head.fc") becomes "head".
+    ("fc", "classifier" or "head.fc") becomes "head", and "head.norm" becomes "norm".
 
     Args:
       state: Arrays by name. Kernels have the shape [out, in] or [out, in, height, width].
@@ -287,6 +287,7 @@ def convert(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     variables: dict[tuple[str, ...], np.ndarray] = {}
     for name, array in state.items():
         name = re.sub(r"^(fc|classifier|head\.fc)\.", "head.", name)
+        name = re.sub(r"^head\.norm\.", "norm.", name)
         *layers, last = re.sub(r"\.(\d+)(?=\.)", r"_\1", name).split(".")
         array = np.asarray(array, np.float32)
         if last == "num_batches_tracked":

@@ -19,7 +19,7 @@ from cnn_jax.system.errors import ConfigError
 from cnn_jax.training import sharding
 from cnn_jax.training.step import TrainState
 
-# The name of the last layer. Its weights can be reused only if the classes are the same.
+# The name of the last layer, whose weights can be reused only if both runs have the same classes.
 _HEAD = "head"
 # The largest number of names of each kind in a message.
 _MAX_NAMES = 2
@@ -101,7 +101,7 @@ def start_from(
         raise ConfigError(
             f"config.{key}: {name} does not fit the network {config.model.name}: {differences}"
         )
-    # A copy, because the training step donates its state and may overwrite the array.
+    # The array is copied, because the training step may overwrite the arrays of its state.
     target |= {
         name: sharding.distribute(source[name].copy(), array.sharding)
         for name, array in own.items()

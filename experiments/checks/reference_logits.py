@@ -42,7 +42,7 @@ class Reference:
 
     Attributes:
       stage: The name of a module in timm whose output is a feature map [batch, channel, height,
-        width], or tokens [batch, token, channel].
+        width], or tokens [batch, token, channel], of which the first is the class token.
       image_size: The height and the width of the image.
       arguments: Arguments of `timm.create_model`.
     """
@@ -65,6 +65,9 @@ NETWORKS = {
     "tf_efficientnet_lite1": Reference("blocks.4", (32, 64)),
     "efficientnet_lite2": Reference("blocks.4", (32, 64)),
     "tf_efficientnet_lite2": Reference("blocks.4", (32, 64)),
+    "convnext_tiny": Reference("stages.2"),
+    # The position embeddings of a grid of 37 x 37 patches are interpolated to 4 x 6.
+    "vit_small_patch14_dinov2": Reference("blocks.8", (56, 84), {"dynamic_img_size": True}),
 }
 
 
@@ -122,7 +125,7 @@ def make_reference(name: str) -> dict[str, Any]:
     with torch.inference_mode():
         logits = model(image)
     (maps,) = outputs
-    mean = maps.mean((2, 3)) if maps.ndim == 4 else maps.mean(1)
+    mean = maps.mean((2, 3)) if maps.ndim == 4 else maps[:, 1:].mean(1)
     return {
         "image_size": reference.image_size,
         "shapes": shapes,
