@@ -247,7 +247,7 @@ def _read_preprocessing(details: Mapping[str, Any]) -> dict[str, Any]:
     timm divides grey levels by 255 before it subtracts the mean.
     """
     values: dict[str, Any] = {}
-    size = details.get("input_size")
+    size: Any = details.get("input_size")
     if _is_numbers(size, 3):
         values["image_size"] = tuple(size[1:])
     for name in ("mean", "std"):

@@ -101,7 +101,7 @@ def start_from(
         raise ConfigError(
             f"config.{key}: {name} does not fit the network {config.model.name}: {differences}"
         )
-    # A copy, because the training step donates its state and may overwrite the array.
+    # The array is copied, because the training step may overwrite the arrays of its state.
     target |= {
         name: sharding.distribute(source[name].copy(), array.sharding)
         for name, array in own.items()
