@@ -160,6 +160,4 @@ class ConvNeXt(Backbone):
         return self.classify(stages, x, train=train)
 
 
-convnext_tiny = functools.partial(
-    ConvNeXt, blocks=(3, 3, 9, 3), features=(96, 192, 384, 768)
-)
+convnext_tiny = functools.partial(ConvNeXt, blocks=(3, 3, 9, 3), features=(96, 192, 384, 768))

@@ -167,9 +167,7 @@ class VisionTransformer(Backbone):
             patches = stages.add(name, tokens[:, 1:].reshape(shape))
             return jnp.concatenate([tokens[:, :1], _flatten(patches)], axis=1)
 
-        class_token = self.param(
-            "cls_token", nn.initializers.normal(1e-6), (1, 1, self.features)
-        )
+        class_token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.features))
         class_token = jnp.broadcast_to(class_token, (len(x), 1, self.features))
         tokens = jnp.concatenate([class_token.astype(self.dtype), _flatten(x)], axis=1)
         tokens = tokens + self._positions(*shape[1:3]).astype(self.dtype)
