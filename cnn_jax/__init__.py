@@ -1,4 +1,4 @@
-"""cnn_jax trains an image classifier on a folder of labelled images, and measures it.
+"""cnn_jax trains an image classifier on a folder of labelled images, and evaluates it.
 
     import cnn_jax
 
@@ -19,7 +19,7 @@ __all__ = ["Report", "Run", "load", "train"]  # pyright: ignore[reportUnsupporte
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `cnn_jax.api` when it is first used, because JAX takes seconds to import."""
+    """Imports `cnn_jax.api` on first use, because importing JAX takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("cnn_jax.api"), name)
@@ -30,14 +30,16 @@ def __dir__() -> list[str]:
 
 
 def _check_start() -> None:
-    """Stops Python on Windows, and if `python -m` names a module that is not a command.
+    """Raises an error on Windows, or if `python -m` names a module that is not a command.
 
     Raises:
       ImportError: The system is Windows, and a program imports the package.
       SystemExit: The system is Windows, and the package was started as a command; or
         `python -m` names a module that is not a command and would therefore do nothing.
     """
-    is_module_run = sys.argv[:1] == ["-m"]  # Python later replaces "-m" by the path.
+    # Python replaces "-m" in sys.argv with the path of the module only after this package is
+    # imported.
+    is_module_run = sys.argv[:1] == ["-m"]
     if sys.platform == "win32":
         message = "cnn_jax does not run on Windows; run it on Linux or macOS, or in WSL 2"
         is_script = re.search(r"\bcnn_jax(\.exe)?$", sys.argv[0]) if sys.argv else None

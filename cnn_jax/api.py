@@ -43,7 +43,7 @@ def train(
     console: Console | None = None,
     **changes: Any,
 ) -> "Run":
-    """Trains a classifier, measures it, and writes its bundle and report, as `cnn_jax train` does.
+    """Trains and evaluates a classifier, and writes its bundle and report, like `cnn_jax train`.
 
     The same call with the same `workdir` continues an interrupted run. At the end, this function
     shows the test metrics and the path of the report.
@@ -124,7 +124,7 @@ def _changed_config(
 
 
 def _source(source: str | os.PathLike[str]) -> str:
-    """Returns the value of `data.source` for a path; a text such as "tfds:NAME" is unchanged.
+    """Converts a path to a value of `data.source`; a value such as "tfds:NAME" is unchanged.
 
     Raises:
       ConfigError: The text is a value of `data.source` and also the name of a file or folder.
@@ -184,7 +184,7 @@ class Run:
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the classes, in the order of the probabilities."""
+        """The class names; the i-th name belongs to the i-th probability of each prediction."""
         return self.predictor.class_names
 
     @functools.cached_property
@@ -203,7 +203,7 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The records of all epochs in `metrics.jsonl`; empty for a bundle without a run."""
+        """The records of all epochs in `metrics.jsonl`; an empty list if there is only a bundle."""
         if self.workdir is None:
             return []
         lines = (self.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -277,7 +277,10 @@ class Predictions(list[Prediction]):
         self.class_names = class_names
 
     def _columns(self) -> list[str]:
-        """Returns the column titles: the image, and up to three most probable classes."""
+        """Returns the column titles of the table: "image", "predicted", "second" and "third".
+
+        With fewer than three classes, there are fewer columns.
+        """
         ranks = ["predicted", "second", "third"]
         return ["image", *ranks[: len(self.class_names)]]
 
@@ -360,7 +363,7 @@ class Report:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns an HTML table with a row of column titles above the other rows."""
+    """Returns an HTML table whose first row contains the column titles."""
 
     def row(cells: Sequence[str], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from cnn_jax.system.errors import did_you_mean
 
-# For each command, its module and a description of what it does.
+# The module of each command, and a description of what the command does.
 COMMANDS = {
     "train": ("main", "train, measure and bundle a classifier"),
     "inspect": ("inspect", "look at a data set before training"),

@@ -1,4 +1,4 @@
-"""The errors that a program may catch; the message of each is one line."""
+"""The errors that a program may catch; the message of each error is one line."""
 
 from cnn_jax.system.errors import BundleError as BundleError
 from cnn_jax.system.errors import ConfigError as ConfigError

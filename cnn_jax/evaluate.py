@@ -1,4 +1,4 @@
-"""Measures a bundle on a whole split.
+"""Evaluates a bundle on a split of a data set.
 
     cnn_jax evaluate --bundle=RUN [--source=folder:PATH] [--split=test] [--json]
         [--output=FILE.json]
@@ -59,7 +59,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[BundlePredictor, Dataset]:
-    """Opens the bundle and the data set that the flags name, and warns of unreadable images.
+    """Opens the bundle and the data set that the flags name, and warns about unreadable images.
 
     Args:
       flags: The parsed flags of `add_data_flags`.
@@ -70,7 +70,7 @@ def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[BundlePredic
         predictor,
         flags.source,
         track,
-        grouped=flags.split != "all",  # Groups matter only if the data is divided.
+        grouped=flags.split != "all",  # Groups are needed only to divide the data.
         max_unreadable=flags.max_unreadable,
         allow_outside=flags.allow_outside,
     )
@@ -82,7 +82,7 @@ def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[BundlePredic
 def write_result(
     result: Mapping[str, Any], text: str, flags: argparse.Namespace, file: IO[str]
 ) -> None:
-    """Writes the result of a command to stdout and to the file of --output.
+    """Writes the result of a command to stdout, and to the file that --output names.
 
     Args:
       result: The result, of JSON types.
@@ -92,7 +92,8 @@ def write_result(
     """
     if flags.output is not None:
         cli.write_json(result, file)
-    if sys.stdout is None:  # stdout is closed; --output has the result.
+    # If stdout is closed, only the file that --output names gets the result.
+    if sys.stdout is None:
         return
     if flags.json:
         cli.write_json(result, sys.stdout)
@@ -148,12 +149,12 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """Returns a ratio as text in percent."""
+    """Formats a ratio as a percentage, such as "12.5 %"."""
     return f"{100 * value:.{digits}f} %"
 
 
 def percent_interval(interval: Sequence[float]) -> str:
-    """Returns an interval of ratios as text in percent."""
+    """Formats an interval of ratios as percentages, such as "10.0 to 15.0 %"."""
     low, high = interval
     return f"{100 * low:.1f} to {100 * high:.1f} %"
 
@@ -176,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def split_name(split: str) -> str:
-    """Returns the name of a split for a title."""
+    """Returns the name of a split, for use in a title."""
     return "all images" if split == "all" else f"{split} split"
 
 

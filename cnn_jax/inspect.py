@@ -63,11 +63,12 @@ def inspect_source(
     """
     source = absolute(source)
     listing = open_source(source, track, allow_outside)
-    # Reading the images may take long, so an error of the folder is reported before.
+    # Create the output folder before the images are read, because reading may take a long time and
+    # an error of the folder should be reported at once.
     folder = None if output is None else _create_output(output, source)
     result = survey(listing, division or Division(), max_pixels, distance, track, white_level)
     if folder is not None:
-        # Imported here because it loads Matplotlib.
+        # This import loads Matplotlib, which is needed only for the page.
         from cnn_jax.report.inspection import write_page
 
         write_page(result, folder, track)
@@ -110,7 +111,7 @@ def _fractions(text: str) -> tuple[float, ...]:
 
 
 def _int(low: int, high: int | None = None) -> Callable[[str], int]:
-    """Returns a function that parses an integer in a range for argparse."""
+    """Returns an argparse type: a function that parses an integer from `low` to `high`."""
 
     def parse(text: str) -> int:
         try:
@@ -126,7 +127,7 @@ def _int(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command's flags; their defaults are those of training."""
+    """Returns the parser of the command's flags, which have the same defaults as in training."""
     flags = cli.Parser(
         prog="cnn_jax inspect",
         description="Inspect a data set before training.",
@@ -199,7 +200,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.output is not None:
         console.print(f"wrote {pathlib.Path(flags.output) / 'index.html'}")
     with cli.open_output(None) as file:
-        if flags.json:  # In JSON, escapes represent names that are not UTF-8.
+        if flags.json:  # JSON escapes represent file names that are not valid UTF-8.
             text = json.dumps(result.to_dict(), indent=1)
         else:
             text = summarize(result, terminal_width(sys.stdout))

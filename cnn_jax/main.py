@@ -1,4 +1,4 @@
-"""Trains a classifier, measures it, and writes its bundle and its report."""
+"""Trains and evaluates a classifier, and writes its bundle and its report."""
 
 import pathlib
 from collections.abc import Sequence

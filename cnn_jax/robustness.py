@@ -1,4 +1,4 @@
-"""Measures a bundle on corrupted images.
+"""Measures the accuracy of a bundle on corrupted images.
 
     cnn_jax robustness --bundle=RUN [--source=folder:PATH] [--split=test] [--sample=N]
         [--json] [--output=FILE.json]
@@ -31,7 +31,7 @@ from cnn_jax.system.text import fill, table
 
 
 def describe(result: Mapping[str, Any], title: str, width: int) -> str:
-    """Returns the robustness of a network as text.
+    """Describes the robustness of a network as text.
 
     Args:
       result: The value of `measure_split`.
@@ -68,7 +68,8 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
     ]
     if result["mean_corruption_error"] is not None:
         count = sum(name in IMAGENET_C for name in corruptions)
-        more = round(100 * result["relative_mean_corruption_error"], 1) + 0.0  # Avoids -0.0.
+        # Adding 0.0 converts -0.0 to 0.0.
+        more = round(100 * result["relative_mean_corruption_error"], 1) + 0.0
         paragraphs.append(
             fill(
                 f"Mean error over the {count} corruptions of "

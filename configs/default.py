@@ -1,4 +1,4 @@
-"""The whole recipe: the specification's network on the embedded data set.
+"""The default configuration: the default network and the generated data set `shapes`.
 
     cnn_jax train --config=configs/default.py --workdir=runs/first
 

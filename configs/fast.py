@@ -1,4 +1,4 @@
-"""The specification's network and data in an eighth of the steps: batch 256 for a GPU.
+"""The configuration `spec_224` with batches of 256 images instead of 32, for GPUs.
 
     cnn_jax train --config=configs/fast.py --workdir=runs/fast \
         --config.data.source=folder:PATH

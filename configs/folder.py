@@ -1,4 +1,4 @@
-"""Your own images: a folder with one sub-folder for each class.
+"""A configuration for your own images: a folder with one sub-folder for each class.
 
     cnn_jax train --config=configs/folder.py --workdir=runs/mine \
         --config.data.source=folder:PATH

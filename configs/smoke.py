@@ -1,4 +1,4 @@
-"""The specification's network on 1,000 images of `shapes`: a check that everything runs.
+"""A quick check that everything runs: the default network on 1,000 images of `shapes`.
 
     cnn_jax train --config=configs/smoke.py --workdir=runs/smoke
 

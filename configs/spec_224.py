@@ -1,4 +1,4 @@
-"""Exactly the specification: 224 x 224 pixels, batch 32, 45 epochs.
+"""The configuration of the project's specification: 224 x 224 pixels, batch size 32, 45 epochs.
 
     cnn_jax train --config=configs/spec_224.py --workdir=runs/spec_224 \
         --config.data.source=folder:PATH

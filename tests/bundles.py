@@ -15,7 +15,7 @@ MODEL = {"name": "cnn", "features": [4, 8], "dense": 16, "dropout": 0.5, "batch_
 
 
 def make_bundle(seed: int = 0, class_names: tuple[str, ...] = ("blue", "green", "red")) -> Bundle:
-    """An untrained network for 16 x 16 pixels."""
+    """Returns a bundle with an untrained network for images of 16 x 16 pixels."""
     model = make_model(MODEL, len(class_names), "float32")
     return Bundle(
         model=MODEL,

@@ -1,4 +1,4 @@
-"""Shared set-up: types are checked at run time, and the CPU appears as eight devices.
+"""Setup of all tests: types are checked at run time, and the CPU appears as eight devices.
 
 JAX_PLATFORMS=cuda,cpu runs the tests on a GPU. Tests that need several devices are then skipped
 (`require_devices`). JAX_NUM_CPU_DEVICES=1 skips the same tests on the CPU.
@@ -11,18 +11,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-# Set before JAX starts. Commands that the tests run inherit the compilation cache.
+# These variables must be set before JAX starts. Commands that the tests run inherit the path of the
+# compilation cache.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cnn_jax" / "xla")
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-# Workers of pytest-xdist set COLUMNS, and so does readline, unseen by `os.environ`; commands that
-# the tests start would break their lines at this width. Only a variable that is there is unset.
+# pytest-xdist and readline set COLUMNS, and commands that the tests start would break their lines
+# at this width. If readline set COLUMNS, `os.environ` does not contain it, and `del` would fail. So
+# COLUMNS is first set here.
 os.environ["COLUMNS"] = ""
 del os.environ["COLUMNS"]
 if os.environ["JAX_PLATFORMS"] != "cpu":
-    # By default GPUs multiply float32 as TF32, with 10 bits; the tolerances do not allow this.
+    # By default, GPUs multiply float32 numbers as TF32 with 10 bits, which is too inexact for the
+    # tolerances of the tests.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 import jax
@@ -33,18 +36,20 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(REPOSITORY))  # For `configs`, which is not installed.
+# The tests import `configs` from the repository, because `configs` is not installed.
+sys.path.insert(0, str(REPOSITORY))
 
-# Checks the shapes and dtypes in every signature of the package.
+# The hook checks the shapes and dtypes in every signature of the package.
 install_import_hook("cnn_jax", "typechecker.check")
 
 if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_NUM_CPU_DEVICES" not in os.environ:
-    jax.config.update("jax_num_cpu_devices", 8)  # Commands that the tests start have one device.
+    # This setting does not affect commands that the tests start: a command has one device.
+    jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def write_images(folder: pathlib.Path, per_class: int, seed: int = 0, side: int = 20) -> None:
-    """Returns images of three classes that a small network can distinguish by colour."""
+    """Writes images of three classes that a small network can distinguish by colour."""
     rng = np.random.default_rng(seed)
     for channel, name in enumerate(("blue", "green", "red")):
         (folder / name).mkdir(parents=True)
@@ -56,7 +61,7 @@ def write_images(folder: pathlib.Path, per_class: int, seed: int = 0, side: int 
 
 
 def require_devices(count: int) -> None:
-    """Skips a test if there are fewer devices."""
+    """Skips a test if JAX has fewer than `count` devices."""
     if jax.device_count() < count:
         pytest.skip(f"needs {count} devices, and there are {jax.device_count()}")
 
@@ -69,7 +74,7 @@ def require_cpu() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    """The cache folder of one test session."""
+    """The cache folder of the test session."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["CNN_JAX_CACHE"] = str(folder)
     yield folder
@@ -78,7 +83,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.P
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder of files `class/NNN.png`: 3 classes of 20 images of about 20 x 20 pixels."""
+    """A folder with 3 classes of 20 images of about 20 x 20 pixels, in files `class/NNN.png`."""
     folder = tmp_path_factory.mktemp("data") / "images"
     write_images(folder, per_class=20)
     return folder
@@ -86,7 +91,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def tiny_config(image_folder: pathlib.Path) -> ConfigDict:
-    """A configuration of a run of about a second: three epochs of a small network."""
+    """The configuration of a run that takes about a second: three epochs of a small network."""
     from configs import default
 
     config = default.get_config()
@@ -102,7 +107,7 @@ def tiny_config(image_folder: pathlib.Path) -> ConfigDict:
 
 @pytest.fixture(scope="session")
 def browser():
-    """Headless Chromium."""
+    """A headless Chromium browser."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
@@ -120,19 +125,23 @@ def browser():
 
 
 def show_at(browser, url: str, width: int, scheme: str = "light") -> None:
-    """Opens a page in a window of a width (below 500: a phone), in "light" or "dark" colours."""
+    """Opens a page in a window of `width` pixels, in the colour scheme "light" or "dark".
+
+    A window of less than 500 pixels simulates a phone.
+    """
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [
         {"name": "prefers-color-scheme", "value": scheme},
-        {"name": "prefers-reduced-motion", "value": "reduce"},  # It scrolls at once.
+        # With this setting, the page scrolls without animation.
+        {"name": "prefers-reduced-motion", "value": "reduce"},
     ]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get(url)
 
 
 def imported_modules(*names: str) -> set[str]:
-    """The modules that a new process has imported after it has imported these modules."""
+    """Returns all modules that are imported in a new process that imports the given modules."""
     code = f"import sys, {', '.join(names)}; print(*sys.modules)"
     command = [sys.executable, "-c", code]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())

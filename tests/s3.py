@@ -13,7 +13,7 @@ BUCKET = "bucket"
 
 @contextlib.contextmanager
 def s3_service():
-    """Starts an S3 service with an empty bucket in a process; yields options for s3fs."""
+    """Starts an S3 service with an empty bucket in a new process; yields options for s3fs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""`cnn_jax.train`, `cnn_jax.load` and the objects that they return, also in a notebook."""
+"""Tests of `cnn_jax.train`, `cnn_jax.load` and the objects that they return, also in a notebook."""
 
 import base64
 import html
@@ -32,7 +32,7 @@ _TINY = {
 
 
 class _Recorder(Console):
-    """A silent console that keeps its facts."""
+    """A silent console that records the table of names and values that a run prints."""
 
     def __init__(self):
         super().__init__(is_silent=True)
@@ -62,7 +62,7 @@ def test_a_run_has_the_requested_configuration(trained, image_folder):
     assert config["data"]["image_size"] == [16, 16]
     assert (config["train"]["epochs"], config["report"]["detail"]) == (3, "figures")
     assert config["model"]["features"] == [4, 8]
-    assert config["data"]["mean"] == [127.5] * 3  # The value in configs/default.py.
+    assert config["data"]["mean"] == [127.5] * 3  # configs/default.py has this value.
     assert trained.class_names == ["blue", "green", "red"]
     assert set(trained.metrics) == {"train", "validation", "test"}
     assert [record["epoch"] for record in trained.history] == [1, 2, 3]
@@ -248,7 +248,8 @@ def test_the_default_folder_is_new_and_below_runs(tmp_path, monkeypatch):
 
 def test_an_interruption_says_how_to_continue(image_folder, tmp_path, monkeypatch):
     listen = signals.listen
-    monkeypatch.setattr(signals, "listen", lambda deadline: listen(0.0))  # The deadline has passed.
+    # A deadline of 0.0 has already passed.
+    monkeypatch.setattr(signals, "listen", lambda deadline: listen(0.0))
     with pytest.raises(Interrupted) as error:
         cnn_jax.train(image_folder, workdir=tmp_path / "run", console=Console(is_silent=True))
     assert f"the same call with workdir='{tmp_path / 'run'}' continues" in str(error.value)
@@ -335,7 +336,7 @@ def test_training_in_a_real_notebook(image_folder, tmp_path):
     training, run, predictions, report, figure, wrong, stopped, alive = outputs
 
     (progress,) = [output for output in training if output["output_type"] == "display_data"]
-    # All other output is warnings of libraries.
+    # Apart from the progress, all output consists of warnings from libraries.
     assert sum(str(output).count("\\n") for output in training if output is not progress) < 10
     text = progress["data"]["text/plain"]
     assert text.count("\n") < 50

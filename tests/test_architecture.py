@@ -1,4 +1,4 @@
-"""Modules only import modules below them in the table of docs/architecture.md."""
+"""Tests that a module imports only modules that are below it in docs/architecture.md."""
 
 import ast
 import pathlib
@@ -13,7 +13,7 @@ DOCUMENT = (REPOSITORY / "docs" / "architecture.md").read_text()
 
 
 def _floors() -> list[str]:
-    """Returns all modules of the table; each may only import modules before it."""
+    """Returns the modules in docs/architecture.md; each module may import only earlier modules."""
     _, _, table = DOCUMENT.partition("| floor | modules |")
     rows = table.partition("\n\n")[0].splitlines()[2:]
     floors = [re.findall(r"`([\w/]+)\.py`", row.split("|")[2]) for row in rows]
@@ -24,7 +24,7 @@ FLOORS = _floors()
 
 
 def _imports(path: pathlib.Path) -> set[str]:
-    """Returns the modules of this package that a module imports anywhere."""
+    """Returns the modules of this package that a module imports, also inside functions."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -62,7 +62,7 @@ def test_only_models_defines_linen_modules():
 
 
 def test_nothing_happens_at_import():
-    """An import uses no device and defines no flag."""
+    """An import of the package uses no device and defines no command-line flag."""
     code = (
         "import sys; from absl import flags; before = set(flags.FLAGS)\n"
         "import cnn_jax.main, cnn_jax.evaluate, cnn_jax.predict\n"

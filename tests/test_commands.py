@@ -1,4 +1,4 @@
-"""The command `cnn_jax`, and `python -m` with modules that are not commands."""
+"""Tests of the command `cnn_jax`, and of `python -m` with modules that are not commands."""
 
 import subprocess
 import sys

@@ -76,7 +76,7 @@ def test_every_flag_has_an_effect(image_folder, tmp_path, capsys):
     assert (result["max_pixels"], result["near_distance"]) == (399, 7)
     assert "train/a/9_9.png" in [image["id"] for image in result["unreadable"]]
     assert [row["name"] for row in result["classes"]] == ["a"]
-    # The link was followed, and all images behind it are too large.
+    # The symbolic link was followed, and the 20 images in its target are too large.
     assert sum(image["id"].startswith("train/red/") for image in result["unreadable"]) == 20
 
 
@@ -132,7 +132,7 @@ def test_a_narrow_terminal_breaks_lines_between_words(width, tmp_path, capsys, m
     narrow = capsys.readouterr().out
     assert narrow.split() == wide.split()
     too_wide = [line for line in narrow.splitlines() if len(line) > width]
-    assert all(len(line.split()) <= 2 for line in too_wide)  # A single long path cannot break.
+    assert all(len(line.split()) <= 2 for line in too_wide)  # A long path is not broken into lines.
     assert max(map(len, wide.splitlines())) > width
     assert all(line[11:12] in (" ", "") for line in narrow.splitlines())
 
@@ -143,9 +143,8 @@ def test_a_page_is_written(image_folder, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert json.loads((output / "inspection.json").read_text()) == printed
     assert (output / "index.html").is_file()
-    assert is_output(
-        [path.name for path in output.iterdir()]
-    )  # Other commands do not read the folder as data.
+    # Other commands recognise the output folder, and do not read its images as data.
+    assert is_output([path.name for path in output.iterdir()])
 
 
 @pytest.mark.parametrize(

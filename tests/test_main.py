@@ -1,4 +1,4 @@
-"""The commands in separate processes, as users run them."""
+"""Tests of the commands in separate processes, as users run them."""
 
 import json
 import os
@@ -150,7 +150,7 @@ def test_train_evaluate_and_predict_from_the_command_line(image_folder, tmp_path
 
 
 def test_a_narrow_terminal_shows_a_progress_bar(image_folder, tmp_path):
-    """A real terminal of 40 columns."""
+    """The progress bar is shown in a pseudo-terminal of 40 columns."""
     terminal, its_side = pty.openpty()
     process = subprocess.Popen(
         [
@@ -168,7 +168,7 @@ def test_a_narrow_terminal_shows_a_progress_bar(image_folder, tmp_path):
     while True:
         try:
             chunk = os.read(terminal, 65536)
-        except OSError:  # Linux raises this error if the other side is closed.
+        except OSError:  # Linux raises this error when the other side of the terminal is closed.
             break
         if not chunk:
             break
@@ -185,7 +185,7 @@ def test_a_narrow_terminal_shows_a_progress_bar(image_folder, tmp_path):
 
 
 def test_training_needs_neither_opencv_nor_tfds(image_folder, tmp_path):
-    """GPU hosts often lack both."""
+    """Training works without OpenCV and TensorFlow Datasets, which many GPU hosts do not have."""
     code = (
         "import sys; sys.modules |= {'cv2': None, 'tensorflow_datasets': None}\n"
         "from cnn_jax.main import main; main(sys.argv[1:])"
@@ -208,7 +208,7 @@ def test_a_run_ends_with_the_path_of_its_report(image_folder, tmp_path):
     figures = json.loads(page.with_name("metrics.json").read_text())
     assert figures["run"]["trained_on"]["device"] == "1 x cpu"
     assert set(figures["missing"]) == {"explanations", "robustness"}
-    # `report` can add the missing sections of a finished run.
+    # The command `report` adds the missing sections of a finished run.
     again = _run("main", *flags, "--config.report.detail=none")
     assert again.returncode == 0, again.stderr
     command = f"cnn_jax report --run={tmp_path / 'run'}"

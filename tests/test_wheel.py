@@ -1,4 +1,4 @@
-"""The wheel, installed outside the repository and used in an empty directory."""
+"""Tests of the wheel, installed outside the repository and used in an empty directory."""
 
 import json
 import os
@@ -18,7 +18,8 @@ def wheel(tmp_path_factory):
     if int(setuptools.__version__.split(".")[0]) < 77:
         pytest.skip(f"setuptools {setuptools.__version__} cannot read pyproject.toml")
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # A build leaves files in the source folder.
+    # The test builds a copy of the source, because a build leaves files in the source folder.
+    source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
@@ -32,7 +33,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(wheel, tmp_path_factory):
-    """Runs Python in an empty directory, with the installed wheel."""
+    """A function that runs Python in an empty directory, with the installed wheel."""
     site = tmp_path_factory.mktemp("site")
     _pip("install", f"--target={site}", str(wheel))
     here = tmp_path_factory.mktemp("an empty directory")

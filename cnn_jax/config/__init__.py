@@ -1,1 +1,1 @@
-"""Configurations: keys and their checks, files, and flags."""
+"""Configurations: their keys, the checks of values, configuration files and flags."""

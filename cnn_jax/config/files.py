@@ -1,4 +1,4 @@
-"""Configuration files and `--config` flags, read before JAX is imported."""
+"""Functions that read configuration files and `--config` flags before JAX is imported."""
 
 import argparse
 import contextlib
@@ -35,13 +35,13 @@ from cnn_jax.system.errors import ConfigError, did_you_mean
 logger = logging.getLogger(__name__)
 
 _PREFIX = "--config."
-# The folders of configurations and search spaces that come with the package. A wheel has them
-# inside the package, a checkout has them beside it.
+# The folders of the configurations and search spaces that ship with this package. A wheel contains
+# these folders inside the package, and a checkout contains them beside the package.
 _SHIPPED = {"configs": "configs", "spaces": "experiments/spaces"}
 
 
 def shipped_folder(name: str = "configs") -> pathlib.Path:
-    """Returns the folder of the shipped configurations, or of the search spaces of `tune`.
+    """Returns the folder of the configurations or search spaces that ship with this package.
 
     Args:
       name: "configs" or "spaces".
@@ -52,12 +52,12 @@ def shipped_folder(name: str = "configs") -> pathlib.Path:
 
 
 def shipped_names(folder: str = "configs") -> list[str]:
-    """Returns the names of the files in a shipped folder, without ".py"."""
+    """Returns the names, without ".py", of the configurations or search spaces of this package."""
     return sorted(path.stem for path in shipped_folder(folder).glob("[!_]*.py"))
 
 
 def find(text: str, flag: str = "--config", folder: str = "configs") -> pathlib.Path:
-    """Returns the path of the file for the flag `--config=text` or `--space=text`.
+    """Returns the path of the file that the flag `--config=text` or `--space=text` names.
 
     Args:
       text: A path (with or without `.py`), the folder of a run, which contains config.json,
@@ -151,7 +151,7 @@ def _run(path: pathlib.Path, name: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _importable(path: pathlib.Path) -> Iterator[None]:
-    """Returns a context in which a configuration file in any folder can import other files.
+    """Lets a configuration file import other configuration files inside this context.
 
     The file is a module of a package `configs`, which consists of the file's own folder, of
     parent folders with the name `configs`, and of the shipped configurations. Therefore
@@ -165,12 +165,12 @@ def _importable(path: pathlib.Path) -> Iterator[None]:
     modules, paths = dict(sys.modules), list(sys.path)
     _forget_configs()
     sys.modules["configs"] = package
-    # A console script, unlike `python -m`, does not find the modules of the working directory.
+    # A console script, unlike `python -m`, cannot import modules from the working directory.
     sys.path[:0] = [str(folder), str(pathlib.Path.cwd())]
     try:
         namesake = shipped_folder() / path.name
         if namesake.is_file() and not namesake.samefile(path):
-            # A file that imports the shipped file of the same name must not import itself.
+            # A file that imports the shipped file of the same name must not import itself instead.
             setattr(package, path.stem, _run(namesake, f"configs.{path.stem}"))
         yield
     finally:
@@ -179,23 +179,23 @@ def _importable(path: pathlib.Path) -> Iterator[None]:
         for name in sys.modules.keys() - modules.keys():
             file = getattr(sys.modules[name], "__file__", None)
             if file and pathlib.Path(file).resolve().parent == folder:
-                del sys.modules[name]  # Another folder may contain a file of this name.
+                del sys.modules[name]  # Another folder may contain a module of the same name.
         sys.modules |= {name: modules[name] for name in modules if _is_config(name)}
 
 
 def _is_config(module: str) -> bool:
-    """Returns whether a module is the package `configs` or a module in it."""
+    """Returns whether a module is the package `configs` or belongs to this package."""
     return module == "configs" or module.startswith("configs.")
 
 
 def _forget_configs() -> None:
-    """Removes the package `configs` from `sys.modules`."""
+    """Removes the package `configs` and its modules from the imported modules."""
     for name in [name for name in sys.modules if _is_config(name)]:
         del sys.modules[name]
 
 
 def _read_json(path: pathlib.Path) -> Config:
-    """Reads the config.json of a run; keys that it does not contain get their defaults.
+    """Reads the config.json of a run; missing keys get their default values.
 
     Raises:
       ConfigError: The file is not JSON, or has a key that does not exist.
@@ -224,7 +224,7 @@ def _read_json(path: pathlib.Path) -> Config:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns the values of a nested dictionary by full key; lists become tuples.
+    """Flattens a nested dictionary to a mapping from full keys to values; lists become tuples.
 
     A full key joins the keys of all levels, such as "train.epochs".
 
@@ -242,7 +242,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config:
-    """Reads a configuration file and changes some of its keys.
+    """Reads a configuration file and changes the values of some keys.
 
     Args:
       file: The value of `--config`; see `find`.
@@ -280,18 +280,18 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
     return values.config
 
 
-# The command line.
+# The functions below parse the command line.
 
 
 def file_name(text: str) -> str:
-    """Parses a file name for argparse; unlike `pathlib.Path`, it keeps a leading "./"."""
+    """Checks a file name for argparse; keeps a leading "./", which `pathlib.Path` would remove."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
 class ConfigParser(Parser):
-    """The parser of a command that has `--config` and takes `--config.KEY=VALUE` flags."""
+    """The parser of a command that accepts `--config` and `--config.KEY=VALUE` flags."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -326,7 +326,10 @@ class ConfigParser(Parser):
         return flags, read_overrides(others)
 
     def suggest(self, flag: str) -> str | None:
-        """Returns a similar flag, or a similar configuration key as a flag; None without one."""
+        """Returns a known flag that is similar to an unknown flag; None if no flag is similar.
+
+        The flags of configuration keys, such as --config.KEY, are considered too.
+        """
         if (near := super().suggest(flag)) is not None:
             return near
         key = closest_key(flag.removeprefix("--"))
@@ -338,7 +341,7 @@ class ConfigParser(Parser):
 
 
 def _config_name(argv: Sequence[str]) -> str:
-    """Returns the value of `--config`, without a check of the other arguments."""
+    """Returns the value of the flag `--config`; does not check the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", default="default")
     with contextlib.suppress(argparse.ArgumentError):
@@ -347,7 +350,7 @@ def _config_name(argv: Sequence[str]) -> str:
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """Returns the values, as text by key, of `--config.KEY=VALUE` or `--config.KEY VALUE` flags.
+    """Parses flags `--config.KEY=VALUE` or `--config.KEY VALUE`; returns the values by key.
 
     Raises:
       ConfigError: A key does not exist or has no value, or an argument is not such a flag.
@@ -372,7 +375,7 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _unexpected(argument: str) -> ConfigError:
-    """Returns the error for an argument that is not a flag of a key."""
+    """Returns the error for an argument that is not a `--config.KEY` flag."""
     is_path = not argument.startswith("-") and os.path.lexists(argument)
     hint = f"write {_PREFIX}data.source={path_source(argument)}" if is_path else "see --help"
     return ConfigError(f"unexpected argument {argument!r}; {hint}")

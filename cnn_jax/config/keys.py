@@ -1,4 +1,4 @@
-"""Constructors for the keys of a configuration: default, meaning and check."""
+"""Functions that create configuration keys with a default value, a meaning and a check."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One key of a configuration.
+    """A key of a configuration.
 
     Attributes:
       default: The value in `configs/default.py`.
@@ -24,7 +24,7 @@ class Key:
 
 
 def integer(default: int, comment: str, low: int, high: int | None = None) -> Key:
-    """Makes a key whose value is an integer from `low` to `high`; None means no upper limit."""
+    """Creates a key whose value is an integer from `low` to `high`; None means no upper limit."""
     requirement = f"{low} or more" if high is None else f"from {low} to {high}"
 
     def accepts(value: Any) -> bool:
@@ -34,19 +34,19 @@ def integer(default: int, comment: str, low: int, high: int | None = None) -> Ke
 
 
 def number(default: float, comment: str, requirement: str, accepts: Callable[[float], bool]) -> Key:
-    """Makes a key whose value is a finite number; `requirement` describes `accepts` in words."""
+    """Creates a key whose value is a finite number; `requirement` describes `accepts` in words."""
     return Key(default, f"a number {requirement}", lambda v: is_number(v) and accepts(v), comment)
 
 
 def fraction(default: float, comment: str) -> Key:
-    """Makes a key whose value is a number from 0 to 1."""
+    """Creates a key whose value is a number from 0 to 1."""
     return number(default, comment, "from 0 to 1", lambda v: 0 <= v <= 1)
 
 
 def numbers(
     default: Sequence[float], comment: str, requirement: str, accepts: Callable[[float], bool]
 ) -> Key:
-    """Makes a key whose value is a sequence of finite numbers, as long as the default."""
+    """Creates a key whose value is a sequence of finite numbers, with the length of the default."""
 
     def all_accepted(value: Any) -> bool:
         is_sequence = isinstance(value, tuple | list) and len(value) == len(default)
@@ -56,22 +56,22 @@ def numbers(
 
 
 def choice(default: str, comment: str, options: Sequence[str]) -> Key:
-    """Makes a key whose value is one of several strings."""
+    """Creates a key whose value is one of several strings."""
     return Key(default, f"one of {', '.join(options)}", lambda v: v in options, comment)
 
 
 def boolean(default: bool, comment: str) -> Key:
-    """Makes a key whose value is True or False."""
+    """Creates a key whose value is True or False."""
     return Key(default, "True or False", lambda v: isinstance(v, bool), comment)
 
 
 def text(default: str, comment: str, requirement: str, accepts: Callable[[str], bool]) -> Key:
-    """Makes a key whose value is a string; `requirement` describes `accepts` in words."""
+    """Creates a key whose value is a string; `requirement` describes `accepts` in words."""
     return Key(default, requirement, lambda v: isinstance(v, str) and accepts(v), comment)
 
 
 def is_int(value: Any) -> bool:
-    """Returns whether a value is an integer; True and False are not."""
+    """Returns whether a value is an integer; True and False do not count as integers."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

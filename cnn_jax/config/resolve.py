@@ -32,19 +32,21 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
         if config.precision == "auto":
             resolved.precision = previous.get("precision", compute_dtype("auto").name)
         if not config.optimizer.decay_epochs:
-            resolved.optimizer.decay_epochs = previous.get(
-                "optimizer.decay_epochs", config.train.epochs
-            )
+            previous_epochs = previous.get("optimizer.decay_epochs", 0)
+            resolved.optimizer.decay_epochs = previous_epochs or config.train.epochs
         if not config.train.steps_per_execution:
             resolved.train.steps_per_execution = previous.get("train.steps_per_execution", 0)
         if config.checkpoint.init_from:
             path = pathlib.Path(config.checkpoint.init_from).expanduser()
             resolved.checkpoint.init_from = str(path.resolve())
+        if config.model.get("batch_norm_statistics") == "auto":
+            # The statistics of random weights, 0 and 1, normalise nothing.
+            resolved.model.batch_norm_statistics = "frozen" if config.model.pretrained else "batch"
         resolved.data.source = absolute(config.data.source)
         resolved.data.image_size = image_size(config)
         if config.augment.place == "auto":
-            # On a CPU, OpenCV augments images in parallel with the training step. Augmentation by
-            # XLA would be part of the step and make it slower.
+            # If the device is a CPU, OpenCV augments images in parallel with the training step. XLA
+            # would augment images within the step, which would be slower.
             on_cpu = jax.default_backend() == "cpu"
             default = "host" if on_cpu else "device"
             resolved.augment.place = previous.get("augment.place", default)

@@ -27,15 +27,15 @@ from cnn_jax.config.keys import (
 from cnn_jax.models import NETWORKS
 from cnn_jax.system.errors import ConfigError, closest, did_you_mean
 
-# The type of a configuration, an `ml_collections.ConfigDict`. It is Any, because a type checker
-# cannot see the keys.
+# The type of a configuration, which is an `ml_collections.ConfigDict`. The type is Any, because a
+# type checker cannot know the keys of a ConfigDict.
 Config = Any
 
 SPLITS = ("train", "validation", "test")
 # The allowed values of the key data.stratify.
 SPLIT_RULES = ("stable", "exact")
-# Where pixels can be kept: nowhere (decoded each time), in the cache on disk, in memory, or on
-# the device.
+# The places where decoded pixels can be kept: nowhere (images are decoded each time), in the cache
+# on disk, in memory, or on the device.
 RESIDENCIES = ("none", "disk", "memory", "device")
 FLIPS = ("none", "horizontal", "vertical", "horizontal_and_vertical")
 SOURCE_FORMS = (
@@ -48,7 +48,8 @@ MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "rec
 def _pair(image_size: Any) -> tuple[Any, ...]:
     """Converts the value of data.image_size to a tuple (height, width).
 
-    A single number means a square image. The result has another length if the value is wrong.
+    A single number means a square image. If the value is wrong, the tuple may have
+    another length.
     """
     sides = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size,)
     return sides * 2 if len(sides) == 1 else sides
@@ -142,7 +143,8 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         "workers": integer(
             -1, "The processes that decode and augment images; -1: chosen automatically.", low=-1
         ),
-        "max_pixels": integer(  # The upper limit is Pillow's own.
+        # Pillow refuses to open an image with more pixels than the upper limit.
+        "max_pixels": integer(
             50_000_000,
             "The largest number of pixels of an image; larger images are not decoded.",
             1,
@@ -230,12 +232,44 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
         "l2": number(
             1e-4,
-            "The weight of the L2 penalty on the kernels of convolutions and dense layers.",
+            "The weight of the L2 penalty on the kernels of convolutions and dense layers; with "
+            "pretrained weights, on the kernel of the head only.",
+            "0 or more",
+            lambda v: v >= 0,
+        ),
+        "weight_decay": number(
+            0.0,
+            "The decoupled weight decay (AdamW) of the kernels: each step subtracts this part, "
+            "times the learning rate.",
+            "0 or more",
+            lambda v: v >= 0,
+        ),
+        "stage_decay": number(
+            1.0,
+            "The learning rate of a stage is this number times that of the next stage; 1: all "
+            "stages have the same learning rate.",
+            "above 0, at most 1",
+            lambda v: 0 < v <= 1,
+        ),
+        "head_learning_rate": number(
+            0.0,
+            "The learning rate of the head at the start of the decay; 0: optimizer.learning_rate.",
             "0 or more",
             lambda v: v >= 0,
         ),
     },
     "train": {
+        "from_stage": text(
+            "",
+            "The first stage of the network that is trained, or head; earlier stages keep their "
+            "weights. Empty: all stages are trained.",
+            "the name of a stage, or empty",
+            lambda v: True,
+        ),
+        "probe": boolean(
+            False,
+            "Whether to fit the head to the features of the initial network before the first step.",
+        ),
         "batch_size": integer(32, "The number of images in a step, on all devices.", low=1),
         "steps_per_execution": integer(
             0, "The steps of one dispatch; 0: 8 if the images are on a GPU or TPU, else 1.", low=0
@@ -244,7 +278,10 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             1, "The number of parts of a batch that are computed one after the other.", low=1
         ),
         "epochs": integer(
-            22, "The passes over the training images; the specification has 45.", low=1
+            22,
+            "The passes over the training images; the specification has 45. With train.probe it "
+            "may be 0.",
+            low=0,
         ),
         "label_smoothing": number(
             0.1,
@@ -310,7 +347,7 @@ _SECTIONS: dict[str, dict[str, Key]] = {
 
 @functools.cache
 def keys(network: str | None = None) -> Mapping[str, Key]:
-    """Returns all keys by name, such as "train.epochs".
+    """Returns a mapping from the name of each key, such as "train.epochs", to the key.
 
     Args:
       network: The value of model.name, whose keys are included; None includes the keys of all
@@ -327,7 +364,7 @@ def keys(network: str | None = None) -> Mapping[str, Key]:
 
 
 def default_config(network: str = "cnn") -> Config:
-    """Returns a new configuration with the defaults of all keys, including one network's keys."""
+    """Returns a new configuration for a network, in which every key has its default value."""
     from ml_collections import ConfigDict
 
     config: Config = ConfigDict()
@@ -341,7 +378,7 @@ def default_config(network: str = "cnn") -> Config:
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields each key of a configuration, such as "train.epochs", and its value."""
+    """Yields the name, such as "train.epochs", and the value of each key of a configuration."""
     for key, value in config.items():
         if hasattr(value, "items"):
             yield from leaves(value, f"{prefix}{key}.")
@@ -360,7 +397,7 @@ def digest(config: Config) -> str:
     return hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()
 
 
-# Names of keys.
+# The functions below handle the names of keys.
 
 
 def check_key(key: str, network: str | None = None) -> None:
@@ -386,9 +423,9 @@ def check_key(key: str, network: str | None = None) -> None:
 
 
 def closest_key(key: str) -> str | None:
-    """Returns a key to suggest instead of one that does not exist; None if none is similar.
+    """Returns an existing key that is similar to an unknown key; None if no key is similar.
 
-    It is a key with a similar name in a section with a similar name, or else the only key
+    The result is a key with a similar name in a section with a similar name, or else the only key
     that has this name in any section.
     """
     section, _, name = key.rpartition(".")
@@ -401,7 +438,7 @@ def closest_key(key: str) -> str | None:
 
 
 def full_key(name: str) -> str:
-    """Returns the full name of a key, whose section may be omitted if the name is unique.
+    """Returns the full name of a key; `name` may omit the section if only one section has the key.
 
     Raises:
       ConfigError: There is no such key, or several sections have a key of this name.
@@ -423,7 +460,7 @@ def _name(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-# Values.
+# The functions below check the values of keys.
 
 
 def wrong_value(key: str, value: object, network: str | None = None) -> ConfigError:
@@ -434,7 +471,7 @@ def wrong_value(key: str, value: object, network: str | None = None) -> ConfigEr
 
 
 def source_hint(value: object) -> str:
-    """Returns the end of a message that suggests a source for a path; empty for other values.
+    """Returns a hint such as "; did you mean folder:PATH?" if a value is a path; else "".
 
     A value is a path if it has a slash, or if such a file or folder exists.
     """
@@ -446,18 +483,18 @@ def source_hint(value: object) -> str:
 
 
 def path_source(path: str) -> str:
-    """Returns the source for a path: csv:PATH for a table, else folder:PATH."""
+    """Returns the name of the source for a path: csv:PATH for a table, else folder:PATH."""
     return f"{'csv' if path.lower().endswith('.csv') else 'folder'}:{path}"
 
 
 def check_value(key: str, value: object, network: str | None = None) -> None:
-    """Raises ConfigError if an existing key does not accept this value."""
+    """Raises ConfigError if a key does not accept the value; the key must exist."""
     if not keys(network)[key].accepts(value):
         raise wrong_value(key, value, network)
 
 
 def validate(config: Config, num_devices: int) -> None:
-    """Checks every key of a configuration, and that the values are compatible.
+    """Checks that the keys exist and accept their values, and that the values are compatible.
 
     Args:
       config: A configuration.
@@ -499,8 +536,10 @@ def validate(config: Config, num_devices: int) -> None:
             "config.optimizer.final_learning_rate: must not be above optimizer.learning_rate = "
             f"{values['optimizer.learning_rate']}, got {values['optimizer.final_learning_rate']}"
         )
+    if not values["train.epochs"] and not values["train.probe"]:
+        raise ConfigError("config.train.epochs: must be at least 1 unless train.probe=True, got 0")
     decay = "optimizer.decay_epochs" if values["optimizer.decay_epochs"] else "train.epochs"
-    if values["optimizer.warmup_epochs"] >= values[decay]:
+    if values["train.epochs"] and values["optimizer.warmup_epochs"] >= values[decay]:
         raise ConfigError(
             f"config.optimizer.warmup_epochs: must be below {decay} = "
             f"{values[decay]}, got {values['optimizer.warmup_epochs']}"
@@ -508,7 +547,7 @@ def validate(config: Config, num_devices: int) -> None:
 
 
 def _check_mixing(values: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the probabilities exceed 1, or a batch has too few images to mix."""
+    """Raises ConfigError if the mixing probabilities exceed 1 in total, or a batch is too small."""
     mixup, cutmix = values["augment.mixup_probability"], values["augment.cutmix_probability"]
     if mixup + cutmix > 1:
         raise ConfigError(
@@ -524,7 +563,7 @@ def _check_mixing(values: Mapping[str, Any]) -> None:
 
 
 def _check_parallelism(values: Mapping[str, Any], num_devices: int) -> None:
-    """Raises ConfigError if the mesh does not fit the devices or the batch size."""
+    """Raises ConfigError if the mesh does not match the number of devices or the batch size."""
     model, data = values["mesh.model"], values["mesh.data"]
     if num_devices % model:
         raise ConfigError(

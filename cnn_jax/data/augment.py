@@ -1,10 +1,10 @@
-"""Augmentation in two steps: random draws, and their application to the pixels of a batch.
+"""Image augmentation in two steps: draw random parameters, then apply them to a batch of images.
 
-A draw is a 2 x 3 matrix, which combines flip, rotation and zoom in one resampling, and a
-contrast factor. `draw` makes draws on the host with NumPy. `apply_on_device` (JAX) and
-`apply_on_host` (OpenCV) apply the same draws. The transformations are those of the Keras
-layers `RandomFlip`, `RandomRotation`, `RandomZoom` and `RandomContrast`, in this order, with
-`fill_mode="reflect"` and bilinear interpolation.
+The random parameters of an image are a contrast factor and a 2 x 3 matrix, which combines flip,
+rotation and zoom in one resampling. `draw` draws the parameters on the host with NumPy.
+`apply_on_device` (JAX) and `apply_on_host` (OpenCV) apply them. The transformations are those of
+the Keras layers `RandomFlip`, `RandomRotation`, `RandomZoom` and `RandomContrast`, in this order,
+with `fill_mode="reflect"` and bilinear interpolation.
 """
 
 import dataclasses
@@ -20,13 +20,14 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, UInt8
 
-# The arrays of `draw`, which are the parameters of `apply_on_device` and `apply_on_host`.
+# The names of the arrays that `draw` returns. `apply_on_device` and `apply_on_host` have parameters
+# with the same names.
 _DRAWS = ("matrix", "contrast")
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """The ranges of the random draws of augmentation.
+    """The ranges from which the random parameters of augmentation are drawn.
 
     Attributes:
       flip: One of `schema.FLIPS`; each named axis is mirrored with probability 1/2.
@@ -42,7 +43,7 @@ class Augmentation:
 
     @classmethod
     def from_config(cls, augment: Any) -> "Augmentation":
-        """Makes an augmentation from the configuration's section `augment`.
+        """Creates an `Augmentation` from the section `augment` of a configuration.
 
         Missing keys get their defaults.
         """
@@ -53,7 +54,7 @@ class Augmentation:
         return self == Augmentation()
 
     def describe(self) -> str:
-        """The ranges in words, such as "flip horizontal, rotation up to 0.2"."""
+        """Describes the ranges as text, such as "flip horizontal, rotation up to 0.2"."""
         ranges = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return ", ".join(
             f"{name} {value.replace('_', ' ')}"
@@ -71,7 +72,7 @@ def affine_matrix(
     window: np.ndarray,
     image_size: tuple[int, int],
 ) -> Float[np.ndarray, "batch 2 3"]:
-    """Returns the matrices [A | t] that map an output pixel (x, y) to its input pixel.
+    """Returns the affine matrices [A | t] that map output coordinates (x, y) to input coordinates.
 
     Args:
       mirror_x: bool [B], mirror left and right.
@@ -102,9 +103,10 @@ def draw(
     batch_size: int,
     image_size: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """Makes the random draws for a batch: "matrix" [B, 2, 3] and "contrast" [B], float32."""
+    """Draws the random parameters of a batch: "matrix" [B, 2, 3] and "contrast" [B], float32."""
     angle = augmentation.rotation * 2 * math.pi
-    # All numbers are always drawn, so a change of one range does not change the other draws.
+    # Each random number is drawn even if its augmentation is off, so that a change of one
+    # augmentation does not change the random numbers of another augmentation.
     coin_x, coin_y = rng.random(batch_size) < 0.5, rng.random(batch_size) < 0.5
     matrix = affine_matrix(
         mirror_x=coin_x & ("horizontal" in augmentation.flip),
@@ -118,7 +120,7 @@ def draw(
 
 
 def draws_in(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of `draw` that a batch carries, by the parameters of `apply_on_device`."""
+    """Returns the random parameters that a batch contains, as arguments for `apply_on_device`."""
     return {name: batch[name] for name in _DRAWS if name in batch}
 
 
@@ -127,7 +129,7 @@ def apply_on_device(
     matrix: Float[Array, "batch 2 3"],
     contrast: Float[Array, " batch"],
 ) -> Float[Array, "batch height width channel"]:
-    """Applies the draws of `draw` to images in JAX; returns grey levels, float32 in [0, 255]."""
+    """Augments images in JAX with parameters from `draw`; returns float32 grey levels, 0 to 255."""
     _, height, width, _ = images.shape
     y, x = jnp.mgrid[:height, :width].astype(jnp.float32)
     output_pixels = jnp.stack([x, y, jnp.ones_like(x)])
@@ -136,7 +138,7 @@ def apply_on_device(
         source_x, source_y = jnp.einsum(
             "ij,jhw->ihw", matrix, output_pixels, precision=jax.lax.Precision.HIGHEST
         )
-        # "reflect" repeats the edge pixel: (d c b a | a b c d | d c b a).
+        # The mode "reflect" repeats the edge pixel: (d c b a | a b c d | d c b a).
         sample = jax.vmap(
             lambda channel: map_coordinates(channel, [source_y, source_x], order=1, mode="reflect"),
             in_axes=-1,
@@ -151,7 +153,7 @@ def apply_on_device(
 
 @functools.cache
 def opencv() -> ModuleType:
-    """Imports OpenCV when it is first used, because some accelerator hosts do not have it.
+    """Imports OpenCV on first use, because OpenCV is not installed on some accelerator hosts.
 
     This function also sets OpenCV to use only the calling thread. The callers already run one
     thread per core, and OpenCV's own threads wait actively, which would slow them down.
@@ -167,21 +169,22 @@ def apply_on_host(
     matrix: Float[np.ndarray, "batch 2 3"],
     contrast: Float[np.ndarray, " batch"],
 ) -> UInt8[np.ndarray, "batch height width channel"]:
-    """Applies the draws of `draw` to images with OpenCV; returns rounded grey levels, uint8."""
+    """Augments images in OpenCV with parameters from `draw`; returns uint8 grey levels, rounded."""
     cv2 = opencv()
     height, width, channels = images.shape[1:]
     out = np.empty_like(images)
-    # A rotation reads pixels across rows. Reading them from a fresh copy, which is in the core's
-    # cache, is 1.5 times as fast at 224 x 224 pixels as reading from main memory.
+    # A rotation reads pixels across rows. The image is first copied into the core's cache: for
+    # 224 x 224 pixels, this is 1.5 times as fast as reading the pixels from main memory.
     near = np.empty_like(images[0])
     means = []
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     for image, moved, affine in zip(images, out, matrix, strict=True):
         near[...] = image
-        # Named arguments would take 10 % more time for a small image.
+        # For a small image, keyword arguments would make this call 10 % slower.
         cv2.warpAffine(near, affine, (width, height), moved, flags, cv2.BORDER_REFLECT)
         means.append(cv2.mean(moved)[:channels])
-    # (x - mean) * contrast + mean, as a matrix [channel, channel + 1] for each image.
+    # The change of contrast, (x - mean) * contrast + mean, is written as a matrix of shape
+    # [channel, channel + 1] for each image.
     scale = contrast[:, None, None] * np.eye(channels, dtype=np.float32)
     offset = np.array(means, np.float32) * (1 - contrast[:, None])
     for image, transform in zip(out, np.concatenate([scale, offset[..., None]], 2), strict=True):

@@ -1,4 +1,4 @@
-"""The cache folder for generated data, resized images, records of files and compiled programs.
+"""The cache folder for generated data, resized images, image records and compiled programs.
 
 Everything in the folder can be computed again, so it may be removed at any time:
 `cnn_jax cache --clear`.
@@ -19,20 +19,24 @@ from typing import Any
 import numpy as np
 
 from cnn_jax.data.decode import Pixels
-from cnn_jax.system.atomic import write_text
+from cnn_jax.system.atomic import replacing, write_text
 
-# Other programs may use the same folder. Only folders with these names, and files with these
-# names in three folders, belong to this package and may be removed.
+# Other programs may store files in the cache folder too. Only folders that match _OWN_FOLDER, and
+# files that match the pattern of their folder in _OWN_FILES, belong to this package and may be
+# removed.
 _OWN_FOLDER = re.compile(r"\.?shapes-v\d+-seed.*")
 _OWN_FILE = re.compile(r"[0-9a-f]{32}\.(npy|json)|\.partial-.*")
-COMPILED = "compiled"  # JAX's cache; see `cnn_jax.system.compilation_cache`.
+# The folder of JAX's compilation cache; see `cnn_jax.system.compilation_cache`.
+COMPILED = "compiled"
 _OWN_FILES = {
     "pixels": _OWN_FILE,
     "scans": _OWN_FILE,
+    "features": _OWN_FILE,
     COMPILED: re.compile(r".+-[0-9a-f]{64}-cache"),
 }
-_A_DAY = 24 * 60 * 60  # Seconds.
-# Cached pixels and compiled programs are removed after this time without use.
+# The length of a day in seconds.
+_A_DAY = 24 * 60 * 60
+# Cached arrays and compiled programs are removed after this number of seconds without use.
 SECONDS_KEPT = 30 * _A_DAY
 
 
@@ -53,7 +57,7 @@ def free_bytes() -> int:
 
 
 def own_entries() -> dict[str, list[pathlib.Path]]:
-    """Lists the files and folders of this package in the cache folder, by kind."""
+    """Returns the files and folders of this package in the cache folder, grouped by kind."""
     folder = cache_dir()
     entries = {
         kind: [path for path in _listed(folder / kind) if own.fullmatch(path.name)]
@@ -79,15 +83,17 @@ def clear() -> None:
         else:
             path.unlink()
     for kind in _OWN_FILES:
-        with contextlib.suppress(OSError):  # A folder with other files remains.
+        # `rmdir` fails if the folder still contains files of other programs. The folder then
+        # remains.
+        with contextlib.suppress(OSError):
             (cache_dir() / kind).rmdir()
 
 
 def read_json(kind: str, key: str) -> Any:
-    """Returns the value that `write_json` stored under a key; None if there is no such value."""
+    """Returns the value that `write_json` stored under a key; None if no value is stored."""
     try:
         return json.loads((cache_dir() / kind / f"{key}.json").read_text("utf-8", "surrogatepass"))
-    except (OSError, ValueError):  # A damaged file is ignored.
+    except (OSError, ValueError):  # The file is missing or damaged.
         return None
 
 
@@ -103,17 +109,44 @@ def write_json(kind: str, key: str, value: Any) -> None:
     write_text(path, text, errors="surrogatepass", durable=False, shared=True)
 
 
+def read_array(kind: str, key: str) -> np.ndarray | None:
+    """Returns the array that `write_array` stored under a key, memory-mapped; else None."""
+    path = cache_dir() / kind / f"{key}.npy"
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # The file is missing or truncated.
+        return None
+    # Update the time of the last use. The update fails if another user owns the file.
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return array
+
+
+def write_array(kind: str, key: str, array: np.ndarray) -> None:
+    """Stores an array in the cache as the file `kind/key.npy`, which is written atomically.
+
+    Raises:
+      OSError: The folder cannot be written, or the disk is full.
+    """
+    path = cache_dir() / kind / f"{key}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
+    with replacing(path, durable=False, shared=True) as file:
+        np.save(file, array)
+
+
 def open_pixels(key: str, count: int, image_size: tuple[int, int]) -> np.ndarray | None:
-    """Opens the pixels that `PixelFile.publish` stored under a key, memory-mapped.
+    """Returns a memory-mapped array of the pixels that `PixelFile.publish` stored under a key.
 
     Returns:
-      uint8 [count, height, width, 3]; None if there is no such file, or it is damaged.
+      uint8 [count, height, width, 3]; None if the file is missing or damaged.
     """
     try:
         pixels = np.load(_pixels_path(key), mmap_mode="r")
     except (OSError, ValueError, EOFError):  # The file is missing or truncated.
         return None
-    with contextlib.suppress(OSError):  # Another user may own the file.
+    # Update the time of the last use. The update fails if another user owns the file.
+    with contextlib.suppress(OSError):
         os.utime(_pixels_path(key))
     is_whole = pixels.dtype == np.uint8 and pixels.shape == (count, *image_size, 3)
     return pixels if is_whole else None
@@ -124,7 +157,7 @@ def _pixels_path(key: str) -> pathlib.Path:
 
 
 def _sweep(folder: pathlib.Path) -> None:
-    """Removes temporary files of killed processes and pixels that were not used for a month."""
+    """Removes arrays that were unused for 30 days, and temporary files of killed processes."""
     for pattern, seconds in ((".partial-*", _A_DAY), ("*.npy", SECONDS_KEPT)):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):
@@ -133,25 +166,26 @@ def _sweep(folder: pathlib.Path) -> None:
 
 
 def _take_room(descriptor: int, start: int, length: int) -> None:
-    """Reserves disk space for a part of a file; raises OSError if there is not enough."""
+    """Reserves disk space for a part of a file; raises OSError if there is not enough space."""
     if not length:
         return
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, start, length)
         return
-    if length > free_bytes():  # macOS cannot reserve space.
+    # macOS cannot reserve disk space, so only the amount of free space is checked.
+    if length > free_bytes():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.ftruncate(descriptor, start + length)
 
 
 class PixelFile:
-    """A file for resized images, uint8 [n, height, width, 3], that is being written.
+    """A new cache file for resized images, uint8 [n, height, width, 3].
 
-    It is a context manager, which removes the file at its end unless `publish` was called.
+    The object is a context manager. On exit, it removes the file unless `publish` was called.
     """
 
     def __init__(self, count: int, image_size: tuple[int, int]):
-        """Reserves the disk space, so that no later write can fail because the disk is full.
+        """Creates the file at its full size, so that no later write fails because the disk is full.
 
         Raises:
           OSError: The folder cannot be written, or the disk has too little space.
@@ -184,7 +218,7 @@ class PixelFile:
         self._path.unlink(missing_ok=True)
 
     def write(self, row: int, pixels: Pixels) -> None:
-        """Writes one image; threads may write different rows at the same time.
+        """Writes one image to its row; several threads may write different rows at the same time.
 
         Raises:
           OSError: The disk reports an error.
@@ -196,7 +230,7 @@ class PixelFile:
             rest, offset = rest[written:], offset + written
 
     def publish(self, key: str) -> np.ndarray:
-        """Stores the complete file under a key, and returns its array memory-mapped.
+        """Stores the finished file under a key, and returns its contents as a memory-mapped array.
 
         Raises:
           OSError: The disk reports an error.

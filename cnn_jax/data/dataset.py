@@ -1,4 +1,4 @@
-"""Functions that open a data set: scan, leave out unreadable images, divide, cache pixels."""
+"""Functions that scan the images of a data set, divide them into splits and cache their pixels."""
 
 import contextlib
 import dataclasses
@@ -67,11 +67,11 @@ def open_dataset(
     workers: int = 0,
     track: Track = no_track,
 ) -> Dataset:
-    """Scans a source, leaves out unreadable images, divides it, and caches its pixels.
+    """Scans a source, omits unreadable images, divides the source into splits and caches pixels.
 
     Args:
       listing: A source from `open_source`.
-      division: How to divide the source.
+      division: How to divide the source into splits.
       preprocessing: How images are decoded and resized.
       max_unreadable: The largest fraction of images that may be unreadable, 0 to 1.
       residency: One of `schema.RESIDENCIES`; "none": no pixels are cached.
@@ -81,10 +81,14 @@ def open_dataset(
     Raises:
       DataError: Too many images cannot be read, or the data cannot be divided.
     """
-    division.check(listing)  # Before the scan, which may take long.
+    # An error in the pattern of groups is reported before the scan, because the scan may take a
+    # long time.
+    division.check(listing)
     records, pixels = _scan(listing, preprocessing, residency, track)
     if pixels is None and residency != "none":
-        residency = "none"  # The disk is full; a warning was logged.
+        # The pixels could not be cached, for example because the disk is full. A warning was
+        # logged.
+        residency = "none"
     source, rows, unreadable = scan.readable(listing, records)
     values = value_ranges(records, preprocessing)
     _check_readable(listing, unreadable, max_unreadable, values)
@@ -109,11 +113,11 @@ def open_dataset(
 def choose_residency(
     requested: str, listing: Source, preprocessing: Preprocessing, device_bytes: int
 ) -> str:
-    """Chooses where pixels are kept, from the value of `data.cache`, which may be "auto".
+    """Resolves the value of `data.cache`, which may be "auto", to the place where pixels are kept.
 
     "auto" is the first place that is large enough: the device, if the images need at most a
     quarter of its memory; the host's memory, with the same limit; the disk, if they need at
-    most half of its free space. Otherwise images are decoded each time.
+    most half of its free space. If no place is large enough, images are decoded each time.
 
     Args:
       requested: "auto" or one of `schema.RESIDENCIES`.
@@ -140,15 +144,16 @@ def _decoded_bytes(listing: Source, preprocessing: Preprocessing) -> int:
 
 
 def memory_bytes() -> int:
-    """Returns the memory in bytes of the machine, or of the container if that is smaller."""
+    """Returns the smaller of the machine's memory and the container's memory limit, in bytes."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # Not Linux, or no limit.
+    # Reading the limit fails if the system is not Linux, or if there is no limit.
+    with contextlib.suppress(OSError, ValueError):
         return min(installed, int(_CONTAINER_LIMIT.read_text()))
     return installed
 
 
 class _InMemory:
-    """A destination in memory for the resized images of a scan: uint8 [n, height, width, 3]."""
+    """An array in memory to which a scan writes the resized images: uint8 [n, height, width, 3]."""
 
     def __init__(self, count: int, image_size: tuple[int, int]):
         self.pixels = np.zeros((count, *image_size, 3), np.uint8)
@@ -162,14 +167,15 @@ def _scan(
 ) -> tuple[list[Record], UInt8[np.ndarray, "n height width 3"] | None]:
     """Returns the records of all examples, and their pixels unless `residency` is "none".
 
-    The pixels are read from the cache on disk. If they are not in it, they are written to it,
-    provided that there is enough space.
+    The pixels are read from the cache on disk. If the cache does not contain the pixels, they are
+    computed, and written to the cache if the disk has enough space.
     """
     if residency == "none":
         return scan.scan(listing, preprocessing, None, track), None
     known = scan.known_records(listing, preprocessing)
     if 2 * known.count(None) < len(known):
-        # Few examples lack a record. When they have records too, the cache may have all pixels.
+        # The cache may contain the pixels, but their cache key depends on all records. If fewer
+        # than half of the records are missing, the missing records are completed first.
         records = scan.scan(listing, preprocessing, None, track, known)
         key, size = scan.pixels_key(records, preprocessing), preprocessing.image_size
         pixels = cache.open_pixels(key, len(listing), size)
@@ -186,12 +192,13 @@ def _decode_all(
     track: Track,
     known: Sequence[Record | None],
 ) -> tuple[list[Record], UInt8[np.ndarray, "n height width 3"] | None]:
-    """Decodes all images and returns their records and pixels, as `_scan` does.
+    """Decodes all images; returns the same values as `_scan`: the records and the pixels.
 
-    It is used if the pixels are not in the cache.
+    `_scan` calls this function if the pixels are not in the cache.
     """
     try:
-        # Unless the user asked for the disk, a file is only useful to the next run.
+        # If the pixels are not kept on disk, only later runs benefit from the cache file. The file
+        # may then take at most half of the free disk space.
         if residency != "disk" and _decoded_bytes(listing, preprocessing) > cache.free_bytes() / 2:
             raise OSError(errno.ENOSPC, "they would take more than half of the free space")
         with cache.PixelFile(len(listing), preprocessing.image_size) as file:
@@ -213,7 +220,7 @@ def _decode_all(
 
 
 def _copy_to_memory(mapped: np.ndarray, residency: str) -> np.ndarray:
-    """Copies a memory-mapped array to memory if `residency` is "memory"; else returns it."""
+    """Returns an in-memory copy of the array if `residency` is "memory", else the array itself."""
     return np.array(mapped) if residency == "memory" else mapped
 
 
@@ -231,12 +238,12 @@ def _check_readable(
 
 
 def check_classes(listing: Source) -> None:
-    """Raises DataError if there are fewer than two classes."""
+    """Raises DataError if a source has fewer than two classes."""
     if reason := too_few_classes(listing):
         raise DataError(f"{listing.name}: {reason}")
 
 
 def check_trainable(dataset: Dataset) -> None:
-    """Raises DataError if there are fewer than two classes, or a split is empty."""
+    """Raises DataError if a data set has fewer than two classes, or if a split has no images."""
     if reason := dataset.findings.untrainable():
         raise DataError(f"{dataset.source.name}: {reason}")

@@ -1,4 +1,4 @@
-"""The only decoder of the project: from image files, Pillow images and arrays to pixels.
+"""The project's only decoder: converts image files, Pillow images and arrays to RGB pixels.
 
 The same picture gives the same pixels in each of these forms: every JPEG is decoded at its
 full size, and every picture is resized by `cnn_jax.data.resize`. A JPEG could be decoded at
@@ -33,12 +33,12 @@ from cnn_jax.data.preprocessing import MAX_PIXELS, Preprocessing
 from cnn_jax.data.resize import Pixels, resize
 from cnn_jax.system.errors import DataError
 
-# This version is part of the cache's key. Increase it when any decoded pixel changes.
+# This version is part of the cache key. Increase the version when any decoded pixel changes.
 VERSION = 3
-# The formats that are decoded. Pillow's other decoders are rarely needed, and its decoder of EPS
-# runs another program.
+# The formats that are decoded. Pillow's other decoders are rarely needed, and its EPS decoder runs
+# another program (Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# The first bytes of files in each of these formats; TIFF includes BigTIFF.
+# Regular expressions for the first bytes of a file in each supported format. TIFF includes BigTIFF.
 _BEGINNINGS = {
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
@@ -48,7 +48,8 @@ _BEGINNINGS = {
     "TIFF": rb"II[*+]\0|MM\0[*+]",
     "PPM": rb"P[1-6]\s+[\d#]",
 }
-# The first bytes of unsupported formats that files with a supported suffix often have.
+# Regular expressions for the first bytes of unsupported formats. Files in these formats often have
+# the suffix of a supported format.
 _OTHER_BEGINNINGS = {
     "HEIC": rb"....ftyphe(?:i[cmsx]|v[cmsx])",
     "HEIC or AVIF": rb"....ftyp(?:mif1|msf1)",
@@ -66,46 +67,51 @@ _OTHER_BEGINNINGS = {
     "PDF": rb"%PDF-",
     "SVG": rb"(?i)\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?<svg",
 }
-# The beginning of a web page, which a failed download often saves instead of an image.
+# A failed download often saves a web page instead of an image. This expression matches the
+# beginning of a web page.
 _WEB_PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html|head)", re.IGNORECASE)
 _BEGINNING = re.compile(b"|".join(_BEGINNINGS.values()), re.DOTALL)
 # The largest number of scans of a JPEG. A progressive JPEG usually has about ten. Each scan passes
 # over all pixels, so a small file with thousands of scans could occupy a core for minutes.
 _MAX_SCANS = 100
 _START_OF_SCAN = b"\xff\xda"
-# A JPEG marker that a length follows, or the marker of the image's end.
+# Matches the markers of a JPEG that are followed by a length, and the end-of-image marker.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 
-# The PPM decoders of Pillow that are written in Python, for text and for a largest value other
-# than 255; and their largest number of pixels. A million pixels take one to two seconds, during
-# which no other thread can run.
+# Pillow's slow PPM decoders, and the largest number of pixels that they may decode. These decoders
+# are written in Python. They decode PPM files in text format, and PPM files with a maximum value
+# other than 255. A million pixels take one to two seconds, during which no other thread can run.
 _SLOW_PPM, _MAX_SLOW_PIXELS = ("ppm", "ppm_plain"), 4_000_000
 
-# Markers of a JPEG (ITU T.81, table B.1), and the markers of the segments that a plain JPEG has
-# before its scan: JFIF and ICC data, tables and comments.
+# Two markers of a JPEG (ITU T.81, table B.1), and the markers of the segments that may precede the
+# scan of a plain JPEG: JFIF and ICC data, tables and comments.
 _SOF_BASELINE, _SOS = 0xC0, 0xDA
 _PLAIN_SEGMENTS = frozenset((0xE0, 0xE2, 0xDB, 0xC4, 0xDD, 0xFE))
-# Images of more pixels are decoded one at a time: each may need hundreds of megabytes.
+# Images with more pixels than this are decoded one at a time, because each of these images may need
+# hundreds of megabytes.
 _LARGE = 8_000_000
 _LARGE_TURN = threading.Lock()
-# The number of pixels that are converted at a time, which limits the memory.
+# To limit the memory use, pixels are converted in strips of at most this number of pixels.
 _STRIP = 1_000_000
-# The usual values of white, for floats and for integers of 8, 10, 12, 14 and 16 bits.
+# The values that usually represent white: 1 for floats, and the largest integers of 8, 10, 12, 14
+# and 16 bits.
 _USUAL_WHITES = (1, 255, 1023, 4095, 16383, 65535)
-# The factor by which values of a resized image may exceed white, because bicubic and Lanczos
-# filters overshoot.
+# The factor by which values of a resized image may exceed the white level, because bicubic and
+# Lanczos filters overshoot.
 OVERSHOOT = 1.1
-# An image counts as dark if no value is above this fraction of white. An example is a 14-bit image
-# that is stored in a file of 16 bits.
+# An image counts as dark if no value is above this fraction of the white level. An example is a
+# 14-bit image that is stored in a file of 16 bits.
 DARK = 0.25
-# Values of TIFF tags (TIFF 6.0, sections 8 and 19).
+# Values of the TIFF tags PhotometricInterpretation, PlanarConfiguration and SampleFormat (TIFF 6.0,
+# sections 8 and 19).
 _WHITE_IS_ZERO, _PLANAR, _SIGNED = 0, 2, 2
-# The factors by which Pillow scales grey levels of 2 and 4 bits.
+# The factors by which Pillow multiplies grey levels of 2 and 4 bits. The keys are raw modes of
+# Pillow.
 _SCALES = {"L;2": 85, "L;4": 17}
 
 
 class TooManyPixelsError(DataError):
-    """The error for an image that has more pixels than are allowed."""
+    """The error for an image that has more pixels than allowed."""
 
 
 class UnknownFormatError(DataError):
@@ -128,7 +134,7 @@ class Values:
       kind: The type of the values, such as "8-bit", "12-bit", "16-bit signed" or "float".
       low: The smallest value.
       high: The largest value.
-      white: The value of white in the file's format; 0 if the format does not define it.
+      white: The white level of the file's format; 0 if the format does not define it.
     """
 
     kind: str
@@ -137,7 +143,7 @@ class Values:
     white: float
 
     def doubt(self, white_level: float) -> str:
-        """Returns the reason why the values do not seem to suit a network; "" if they do.
+        """Returns the reason why the values may not suit a network; "" if they suit it.
 
         Args:
           white_level: The network's white level; see `Preprocessing`.
@@ -154,9 +160,9 @@ class Values:
 
 
 class UnknownWhiteError(DataError):
-    """The error for an image whose value of white is unknown.
+    """The error for an image whose white level (the value of white) is unknown.
 
-    Its values cannot be converted to grey levels.
+    The values of such an image cannot be converted to grey levels.
 
     Attributes:
       values: The range of the image's values.
@@ -169,7 +175,7 @@ class UnknownWhiteError(DataError):
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """The properties of an image file that are known before its pixels are decoded.
+    """The properties of an image file, apart from its pixels.
 
     Attributes:
       format: One of `FORMATS`, or "MPO", a JPEG that contains further images.
@@ -187,7 +193,7 @@ class Header:
 
 
 def decode(encoded: bytes, max_pixels: int = MAX_PIXELS, white_level: float = 0) -> Pixels:
-    """Decodes an image file to RGB at its full size.
+    """Decodes an image file to RGB pixels at full size.
 
     EXIF orientation is applied, transparent pixels are laid over white, and an animation is
     represented by its first frame.
@@ -239,16 +245,16 @@ def decode_any(
 def decode_with_header(
     encoded: bytes, max_pixels: int = MAX_PIXELS, white_level: float = 0
 ) -> tuple[Header, Values, Pixels]:
-    """Decodes an image file as `decode` does; also returns its header and its range of values.
+    """Decodes an image file like `decode`, and also returns the header and the range of values.
 
     Raises:
       DataError: See `decode`.
     """
     with _opened(encoded, max_pixels) as image, _one_large_at_a_time(image.width * image.height):
         file_format, mode = image.format or "", image.mode
-        # When Pillow loads a TIFF, it rotates the image and removes the orientation tag. So the
-        # tag is read before loading. This is done only for TIFF, because reading the tag of a PNG
-        # loads the PNG.
+        # When Pillow loads a TIFF, Pillow rotates the image and removes the orientation tag. So the
+        # orientation of a TIFF is read before loading. The orientation of other formats is read
+        # after decoding, because reading the tag of a PNG loads the PNG.
         turned = _orientation(image) if file_format == "TIFF" else 0
         values, pixels = _decode_opened(image, encoded, white_level)
         orientation = turned or _orientation(image)
@@ -259,7 +265,7 @@ def decode_with_header(
 
 
 def _decode_plain_jpeg(encoded: bytes, max_pixels: int) -> Pixels | None:
-    """Decodes a plain JPEG without Pillow; returns None if `_is_plain_jpeg` is False.
+    """Decodes a plain JPEG without Pillow; returns None if Pillow must open the file.
 
     Most JPEGs are plain. Opening a small JPEG with Pillow takes as long as decoding it.
     """
@@ -277,7 +283,7 @@ def _decode_plain_jpeg(encoded: bytes, max_pixels: int) -> Pixels | None:
 
 
 def _is_plain_jpeg(encoded: bytes) -> bool:
-    """Returns whether a file is a JPEG with one scan and without EXIF or XMP data.
+    """Returns whether a file is a baseline JPEG with one scan and without EXIF or XMP data.
 
     EXIF and XMP data may contain an orientation.
     """
@@ -304,15 +310,15 @@ def _decode_opened(
     if encoded.count(_START_OF_SCAN) > _MAX_SCANS and _num_scans(encoded) > _MAX_SCANS:
         raise DataError(f"is a JPEG of more than {_MAX_SCANS} scans")
     if image.mode in ("RGB", "L"):
-        # simplejpeg gives the same pixels as Pillow, bit for bit, in half the time. Pillow
-        # may read files that simplejpeg refuses.
+        # simplejpeg returns exactly the same pixels as Pillow in half the time. If simplejpeg
+        # cannot decode a file, Pillow is tried.
         with contextlib.suppress(ValueError):
             return None, _upright(simplejpeg.decode_jpeg(encoded), _orientation(image))
     return _to_rgb(image, encoded, white_level)
 
 
 def load(encoded: bytes, preprocessing: Preprocessing) -> Pixels:
-    """Decodes and resizes an image file; returns uint8 [height, width, 3] of `image_size`.
+    """Decodes an image file and resizes the image; returns uint8 [height, width, 3].
 
     Raises:
       DataError: See `decode`.
@@ -322,13 +328,13 @@ def load(encoded: bytes, preprocessing: Preprocessing) -> Pixels:
 
 
 def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, white_level: float = 0) -> Pixels:
-    """Converts a Pillow image of any mode to the pixels that `decode` gives for its file.
+    """Converts a Pillow image of any mode to the pixels that `decode` returns for the same file.
 
     When Pillow loads colours of 16 bits, it keeps only 8 bits. So if the image is not loaded
     yet, this function reads its file again, with all 16 bits.
 
     Raises:
-      DataError: The image is too large or damaged, or the value of white is unknown.
+      DataError: The image is too large or damaged, or the white level is unknown.
     """
     return decode_any(image, max_pixels, white_level)[1]
 
@@ -348,17 +354,18 @@ def _decode_pillow(
 
 
 def from_array(array: Shaped[np.ndarray, "..."], white_level: float = 0) -> Pixels:
-    """Converts grey or RGB values of any type to the pixels that `decode` gives for their file.
+    """Converts an array of grey or RGB values, of any numeric type, to RGB pixels.
 
-    An array has no file format that defines white. So every type except uint8 and bool needs
-    a white level, including uint16.
+    The pixels are equal to those that `decode` returns for a file with the same values. But an
+    array has no file format that defines white. So every type except uint8 and bool needs a white
+    level, including uint16.
 
     Args:
       array: [height, width] or [height, width, 3].
       white_level: See `Preprocessing`.
 
     Raises:
-      DataError: The array has another shape or type, or the value of white is unknown.
+      DataError: The array has another shape or type, or the white level is unknown.
     """
     return decode_any(array, white_level=white_level)[1]
 
@@ -384,12 +391,12 @@ def _decode_array(
 
 
 def looks_like_an_image(beginning: bytes) -> bool:
-    """Returns whether a file's first 16 bytes are those of one of `FORMATS`."""
+    """Returns whether the first bytes of a file are those of a supported image format."""
     return _BEGINNING.match(beginning) is not None
 
 
 def format_number(value: float) -> str:
-    """Formats a number without needless digits, such as "4095" or "0.5"."""
+    """Formats a number without trailing zeros, such as "4095" or "0.5"."""
     return str(int(value)) if float(value).is_integer() else f"{value:g}"
 
 
@@ -403,7 +410,7 @@ def span(values: Any) -> str:
 
 
 def likely_white(high: float) -> float:
-    """Guesses the value of white, such as 1, 255 or 4095, from the largest value of images."""
+    """Guesses the white level, such as 1, 255 or 4095, from the largest value in some images."""
     high = max(high, 1)
     for white in _USUAL_WHITES:
         if DARK * white < high <= OVERSHOOT * white:
@@ -412,7 +419,7 @@ def likely_white(high: float) -> float:
 
 
 def unknown_white(values: Any) -> str:
-    """Returns the error message for values whose white is unknown.
+    """Returns the error message for images whose white level (the value of white) is unknown.
 
     Args:
       values: An object with the attributes `low` and `high`.
@@ -439,7 +446,7 @@ def _opened(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _unknown_format(encoded: bytes) -> UnknownFormatError:
-    """Returns the error for a file that Pillow cannot identify."""
+    """Returns the error for a file whose format Pillow cannot identify."""
     for name, beginning in _BEGINNINGS.items():
         if re.compile(beginning, re.DOTALL).match(encoded):
             described = _describe_tiff(encoded) if name == "TIFF" else ""
@@ -458,7 +465,7 @@ def _unknown_format(encoded: bytes) -> UnknownFormatError:
 
 
 def _describe_tiff(encoded: bytes) -> str:
-    """Describes the channels of a TIFF; "" if the TIFF is too damaged."""
+    """Returns a description of the channels of a TIFF; "" if the tags are damaged."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(encoded[:8])
         file = io.BytesIO(encoded)
@@ -473,16 +480,16 @@ def _describe_tiff(encoded: bytes) -> str:
 
 
 def _one_large_at_a_time(pixels: int) -> contextlib.AbstractContextManager[object]:
-    """Returns a context in which only one thread at a time may decode a large image.
+    """Returns a context manager that lets only one thread at a time decode a large image.
 
-    Without it, the memory used would grow with the number of cores.
+    Without this limit, the memory used would grow with the number of cores.
     """
     return _LARGE_TURN if pixels > _LARGE else contextlib.nullcontext()
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # The decoder decodes whole tiles, even if a tile is larger than the image.
+        # Pillow's TIFF decoder decodes whole tiles, even if a tile is larger than the image.
         width = image.tag_v2.get(ExifTags.Base.TileWidth, 0)
         height = image.tag_v2.get(ExifTags.Base.TileLength, 0)
         if width * height > max_pixels:
@@ -496,7 +503,9 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         )
     is_ppm = isinstance(image, PpmImagePlugin.PpmImageFile)
     is_slow = is_ppm and any(tile.codec_name in _SLOW_PPM for tile in image.tile)
-    is_slow &= not _ppm_white(image)  # `_read_deep_ppm` does not use Pillow's decoder.
+    # A PPM with values above 255 is not slow, because `_read_deep_ppm` reads the file without
+    # Pillow's decoder.
+    is_slow &= not _ppm_white(image)
     if is_slow and pixels > _MAX_SLOW_PIXELS:
         raise TooManyPixelsError(
             f"is a PPM in text, or with other values than 0 to 255, of {image.width} x "
@@ -506,7 +515,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 @contextlib.contextmanager
 def _explain_errors() -> Iterator[None]:
-    """Converts Pillow's errors inside this context to a DataError."""
+    """Converts all errors that Pillow raises inside this context to DataErrors."""
     try:
         yield
     except DataError:
@@ -522,7 +531,7 @@ def _explain_errors() -> Iterator[None]:
 
 
 def _num_scans(encoded: bytes) -> int:
-    """Returns the number of scans of a JPEG; data after the image, such as a film, is ignored."""
+    """Returns the number of scans of a JPEG; data after the image, such as a video, is ignored."""
     scans, position = 0, 2
     while (marker := _MARKER.search(encoded, position)) and marker[1] != b"\xd9":
         scans += marker[1] == b"\xda"
@@ -532,10 +541,10 @@ def _num_scans(encoded: bytes) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns an image's EXIF orientation, 1 to 8; 1 (upright) if there is none, or an error."""
+    """Returns the EXIF orientation, 1 to 8; 1 (upright) if the tag is missing or invalid."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # A damaged block makes Pillow raise errors of any type.
+    except Exception:  # Damaged EXIF data makes Pillow raise errors of any type.
         return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
@@ -568,7 +577,8 @@ def _to_rgb(image: Image.Image, encoded: bytes, white_level: float) -> tuple[Val
       The range of the image's values, or None if they have 8 bits; and its pixels.
     """
     deep = _read_deep(image, encoded)
-    image.load()  # Pillow rotates a TIFF here; its orientation is then 1.
+    # When Pillow loads a TIFF, Pillow also rotates the image and removes the orientation tag.
+    image.load()
     orientation = _orientation(image)
     if deep is not None:
         values, pixels = _to_grey_levels(deep, white_level)
@@ -586,7 +596,7 @@ def _to_rgb(image: Image.Image, encoded: bytes, white_level: float) -> tuple[Val
 
 
 def _strip_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # Pillow can convert La only to LA.
+    if image.mode == "La":  # Pillow converts the mode "La" only to the mode "LA".
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -597,10 +607,10 @@ def _strip_to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Deep:
-    """The values of an image that are not grey levels from 0 to 255, for example 16-bit values.
+    """Image values that must be converted to grey levels, for example 16-bit values.
 
     Attributes:
-      values: [height, width] or [height, width, 3].
+      values: An array [height, width] or [height, width, 3].
       kind: See `Values`.
       white: See `Values`.
       alpha: [height, width, 1], 0 (transparent) to 1; None if the image is opaque.
@@ -617,10 +627,10 @@ class _Deep:
 
 
 def _to_grey_levels(deep: _Deep, white_level: float) -> tuple[Values, Pixels]:
-    """Converts an image's values to grey levels; returns the values' range and the RGB pixels.
+    """Converts image values to grey levels; returns the range of the values and the RGB pixels.
 
     Raises:
-      DataError: A value is negative or not finite, or the value of white is unknown.
+      DataError: A value is negative or not finite, or the white level is unknown.
     """
     values = Values(deep.kind, deep.values.min().item(), deep.values.max().item(), deep.white)
     if not math.isfinite(values.low) or not math.isfinite(values.high):
@@ -653,7 +663,7 @@ def _three_channels(array: np.ndarray) -> np.ndarray:
 
 
 def _kind(dtype: np.dtype[Any]) -> tuple[str, float]:
-    """Returns the name of a dtype, such as "16-bit", and its value of white; 0 if unknown."""
+    """Returns the name of a dtype, such as "16-bit", and its white level, where 0 means unknown."""
     if dtype.kind == "f":
         return "float", 0
     bits = 8 * dtype.itemsize
@@ -663,9 +673,9 @@ def _kind(dtype: np.dtype[Any]) -> tuple[str, float]:
 
 
 def _rawmode(image: Image.Image) -> str:
-    """Returns Pillow's raw mode, which describes the layout of the values in an image's file.
+    """Returns the raw mode of a Pillow image, which describes how the file stores the values.
 
-    It is "" if the image is already loaded.
+    The raw mode is "" if the image is already loaded.
     """
     tile = image.tile[0] if isinstance(image, ImageFile.ImageFile) and image.tile else None
     args = tile.args if tile else ""
@@ -673,7 +683,7 @@ def _rawmode(image: Image.Image) -> str:
 
 
 def _ppm_white(image: Image.Image) -> int:
-    """Returns the white value of a PPM that is not loaded yet, if it is above 255; else 0."""
+    """Returns the white level of an unloaded PPM image if the level exceeds 255; else returns 0."""
     if not isinstance(image, PpmImagePlugin.PpmImageFile) or not image.tile:
         return 0
     args = image.tile[0].args
@@ -684,10 +694,10 @@ def _ppm_white(image: Image.Image) -> int:
 
 
 def _loses_values(image: Image.Image) -> bool:
-    """Returns whether information is lost when Pillow loads this image's values.
+    """Returns whether Pillow loses information when it loads the values of this image.
 
-    This is so for colours of 16 bits, for grey levels of 2 or 4 bits of which one is transparent,
-    and for a PPM with values above 255. Such a file must be read in another way.
+    Pillow loses information for colours of 16 bits, for grey levels of 2 or 4 bits of which one is
+    transparent, and for a PPM with values above 255. Such a file must be read in another way.
     """
     if image.format not in FORMATS:
         return False
@@ -698,7 +708,7 @@ def _loses_values(image: Image.Image) -> bool:
 
 
 def _content(image: Image.Image) -> bytes:
-    """Returns the bytes of the file of an image that is not loaded yet."""
+    """Returns the bytes of the file of an image that was opened but not yet loaded."""
     assert isinstance(image, ImageFile.ImageFile)
     file = image.fp
     assert file is not None
@@ -710,13 +720,14 @@ def _content(image: Image.Image) -> bytes:
 
 
 def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
-    """Reads an image's values if they are not grey levels from 0 to 255; else returns None."""
+    """Reads the values of an image if they must be converted to grey levels; else returns None."""
     rawmode = _rawmode(image)
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     bits = tags.get(ExifTags.Base.BitsPerSample, (0,))
     is_planar = tags.get(ExifTags.Base.PlanarConfiguration) == _PLANAR
     if is_planar and len(bits) > 1 and bits[0] > 8:
-        # In an uncompressed file of this kind, Pillow takes each byte for a value.
+        # In an uncompressed planar TIFF, Pillow reads each byte as a value, although a value has
+        # several bytes.
         raise DataError(
             "is a TIFF of 16-bit channels that lie apart (planar), which is not read: save them "
             "interleaved"
@@ -739,7 +750,7 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
         values = values.view(np.uint32)
     kind, white = _kind(values.dtype)
     if isinstance(image, PpmImagePlugin.PpmImageFile) and image.mode == "I":
-        kind, white = "16-bit", 65535  # Pillow has scaled the values to this range.
+        kind, white = "16-bit", 65535  # Pillow scales the values of a PPM to 16 bits.
     elif image.mode == "I" and bits == (16,):
         kind = "16-bit signed"
     elif bits == (12,) and image.mode.startswith("I;16"):
@@ -749,7 +760,7 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
     if isinstance(transparent, int):
         alpha = (values != transparent)[..., np.newaxis]
     is_inverted = tags.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO
-    # Pillow inverts values of 8 bits or fewer only.
+    # Pillow itself inverts images with at most 8 bits per value, but not images with more bits.
     return _Deep(values, kind, white, alpha, is_inverted=is_inverted and image.mode != "L")
 
 
@@ -768,13 +779,14 @@ def _read_deep_ppm(image: Image.Image, encoded: bytes, white: int) -> _Deep:
 
 
 def _read_deep_colour(image: Image.Image, encoded: bytes, rawmode: str) -> _Deep:
-    """Reads an image with 16 bits per colour, although Pillow keeps only the high bytes.
+    """Reads an image with 16 bits per channel, although Pillow keeps only the high bytes.
 
     The file is unpacked twice. The second time, Pillow is told the wrong byte order, so that it
     keeps the low bytes.
     """
     if rawmode == "LA;16B":
-        # The four bytes of a pixel: high and low of the grey value, high and low of alpha.
+        # The four channels of `unpacked` are the high byte and the low byte of the grey value, and
+        # the high byte and the low byte of alpha.
         unpacked = _unpack(image, encoded, "RGBA").astype(np.uint16)
         values, alpha = np.moveaxis(unpacked[..., ::2] << 8 | unpacked[..., 1::2], -1, 0)
         return _Deep(values, "16-bit", 65535, alpha[..., np.newaxis] / 65535)

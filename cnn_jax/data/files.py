@@ -27,8 +27,8 @@ IMAGE_SUFFIXES = frozenset(
 _OTHER_SUFFIXES = frozenset(
     (".arw", ".avif", ".cr2", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef")
 )
-# Names, in lower case, of folders that NAS and desktop systems create for thumbnails, deleted
-# files and snapshots.
+# Names, in lower case, of folders and files that NAS and desktop systems create, for example for
+# thumbnails, deleted files and snapshots.
 _SYSTEM_FOLDERS = frozenset(
     (
         *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "@__thumb", "@sharebin"),
@@ -37,16 +37,16 @@ _SYSTEM_FOLDERS = frozenset(
         *("temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini"),
     )
 )
-# A folder that contains all names of one of these sets was written by this project. The first
-# three sets apply only to a folder without images directly in it. So a run that was written into a
-# class's folder, which has images, does not hide the class.
+# A folder counts as an output of this project if it contains all names of one of these sets. The
+# sets in _OUTPUTS_WITHOUT_PICTURES apply only to a folder without images directly in it, so that a
+# class folder with images is not ignored if a run was written into it.
 _OUTPUTS_WITHOUT_PICTURES = (
-    frozenset(("lock", "heartbeat.json")),  # A run that has just been started.
+    frozenset(("lock", "heartbeat.json")),  # The folder of a run that has just started.
     frozenset(("config.json", "metrics.jsonl")),
     frozenset(("bundle.json", "weights.safetensors")),
 )
 _OUTPUTS_WITH_PICTURES = (
-    frozenset(("metrics.json", "predictions.csv")),  # The report of a run.
+    frozenset(("metrics.json", "predictions.csv")),  # The report folder of a run.
     frozenset(("explanations.json",)),
     frozenset(("inspection.json",)),
     frozenset(("study.json", "trials.csv")),
@@ -64,8 +64,8 @@ _OUTSIDE = "links out of the folder"
 _ALLOW = "data.allow_outside=True (--allow_outside) follows them"
 _SEEN = "links to what is there already"
 _NO_CLASS = "outside the class folders"
-# The kinds of ignored things, and their names in messages, singular and plural. The kinds are
-# also keys in JSON outputs.
+# The names, singular and plural, that messages use for each kind of ignored file or folder. The
+# kinds are also keys in JSON outputs.
 _IN_WORDS = {
     _OTHER_FORMAT: ("image of another format", "images of other formats"),
     _SYSTEM: ("file or folder of another program", "files or folders of other programs"),
@@ -78,8 +78,9 @@ _IN_WORDS = {
     _OUTSIDE: ("link out of the folder", "links out of the folder"),
     _SEEN: ("link to a file that is listed", "links to files that are listed"),
     _NO_CLASS: ("image outside the class folders", "images outside the class folders"),
-    "without a label": ("example without a label", "examples without a label"),  # tfds.py
-    "in other splits": ("example in another split", "examples in other splits"),  # tfds.py
+    # The module `tfds` uses the following kinds.
+    "without a label": ("example without a label", "examples without a label"),
+    "in other splits": ("example in another split", "examples in other splits"),
 }
 
 
@@ -111,7 +112,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The files below a folder, and the number of ignored ones.
+    """The files below a folder, and the counts of ignored files and folders.
 
     Attributes:
       files: Regular files, sorted by path.
@@ -127,7 +128,7 @@ class Listing:
 
 
 def is_output(names: Collection[str]) -> bool:
-    """Returns whether a folder with these entries was written by this project."""
+    """Returns whether this project wrote a folder that contains entries with these names."""
     names = set(names)
     if any(marks <= names for marks in _OUTPUTS_WITHOUT_PICTURES):
         return not any(map(_has_image_suffix, names))
@@ -160,10 +161,10 @@ def check_output(flag: str, output: pathlib.Path, data: pathlib.Path) -> None:
 def list_files(root: pathlib.Path, allow_outside: bool = False) -> Listing:
     """Lists all regular files below a folder, and counts the ignored files and folders.
 
-    Ignored are hidden files and folders, the folders of NAS and desktop systems, and folders
-    that this project wrote: runs, bundles, reports, explanations. A symbolic link is followed if
-    its target is in the folder (or `allow_outside` is True) and is not listed yet. So each file
-    is listed once, and a cycle of links does no harm.
+    The ignored files and folders are: hidden files and folders, the folders of NAS and desktop
+    systems, and folders that this project wrote (runs, bundles, reports, explanations). A symbolic
+    link is followed if its target is in the folder (or `allow_outside` is True) and is not listed
+    yet. So each file is listed once, and a cycle of links does no harm.
     """
     return _Walk(root, allow_outside).run()
 
@@ -177,12 +178,13 @@ class _Walk:
         self._folders: list[str] = []
         self._outputs: list[str] = []
         self._links: list[tuple[str, str]] = []
-        self._seen: set[tuple[int, int]] = set()  # (device, inode)
+        # The (device, inode) of each file and folder that was visited.
+        self._seen: set[tuple[int, int]] = set()
 
     def run(self) -> Listing:
         self._add_folder(self._root, "")
-        # Symbolic links are followed last, so that a target in the folder is listed under its own
-        # path.
+        # Symbolic links are followed last. So a file in the folder is listed under its own path,
+        # not under the path of a link to the file.
         while self._links:
             links, self._links = sorted(self._links), []
             for name, link in links:
@@ -191,7 +193,7 @@ class _Walk:
         return Listing(files, dict(self._ignored), self._folders, self._outputs)
 
     def _add_folder(self, folder: str, name: str, *, linked: bool = False) -> None:
-        """Adds the files of a folder and of its sub-folders to the list.
+        """Adds the files of a folder and of its sub-folders to the listing.
 
         Symbolic links are collected, to be followed later.
 
@@ -205,7 +207,8 @@ class _Walk:
         while waiting:
             folder, name = waiting.pop()
             try:
-                # The path ends with /. so that a folder without search permission fails here.
+                # The path ends with "/.", so that a folder without search permission raises an
+                # error here.
                 status = os.stat(f"{folder}/.")  # noqa: PTH116
                 with os.scandir(folder) as entries:
                     found = sorted(entries, key=lambda entry: entry.name)
@@ -215,7 +218,8 @@ class _Walk:
                     self._folders.append(name)
                 continue
             self._seen.add((status.st_dev, status.st_ino))
-            # The root is read even if this project wrote it, because the user has named it.
+            # The root folder is read even if this project wrote it, because the user named this
+            # folder.
             if name and is_output([entry.name for entry in found]):
                 self._ignored[_OUTPUT] += 1
                 self._outputs.append(name)
@@ -273,7 +277,7 @@ def _has_image_suffix(name: str) -> bool:
 
 
 def is_image_file(root: pathlib.Path, path: str) -> bool:
-    """Returns whether a file is an image, by the suffix of its name or by its first bytes."""
+    """Returns whether the suffix or the first bytes of a file are those of an image."""
     if _has_image_suffix(path):
         return True
     try:
@@ -284,7 +288,7 @@ def is_image_file(root: pathlib.Path, path: str) -> bool:
 
 
 def list_images(root: pathlib.Path, allow_outside: bool = False) -> Listing:
-    """Lists the images below a folder: files of `list_files` for which `is_image_file` is True."""
+    """Lists the images below a folder: the files of `list_files` that `is_image_file` accepts."""
     listing = list_files(root, allow_outside)
     images, others, ignored = [], 0, dict(listing.ignored)
     for file in listing.files:
@@ -307,7 +311,7 @@ class FileReader:
 
     def __call__(self, path: str) -> bytes:
         try:
-            # O_NONBLOCK, because opening a pipe without a writer would wait forever.
+            # Without O_NONBLOCK, opening a pipe that has no writer would wait forever.
             descriptor = os.open(os.path.join(self.root, path), os.O_RDONLY | os.O_NONBLOCK)  # noqa: PTH118
         except ValueError as error:
             raise OSError(errno.EINVAL, "is not a valid file name") from error
@@ -320,10 +324,10 @@ class FileReader:
 def open_folder(
     path: str | os.PathLike[str], name: str = "", allow_outside: bool = False
 ) -> Source:
-    """Opens a folder with images in `class/**`, or in `split/class/**`; see `find_layout`.
+    """Creates a source from a folder with images in `CLASS/**` or in `SPLIT/CLASS/**`.
 
-    The classes are the sub-folders with images, sorted by name; in a divided folder, the
-    classes of all splits. No image is decoded.
+    `find_layout` describes how splits are recognized. The classes are the sub-folders with images,
+    sorted by name; in a divided folder, the classes of all splits. No image is decoded.
 
     Args:
       path: The folder.
@@ -377,7 +381,7 @@ def open_folder(
 
 
 def _other_ways(root: pathlib.Path) -> str:
-    """Returns a hint for a message if a folder has no classes, but a table or an archive."""
+    """Returns a hint for a folder without classes if the folder contains a table or an archive."""
     found = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
     tables = [entry for entry in found if entry.lower().endswith(".csv")]
     archives = [entry for entry in found if entry.lower().endswith(_ARCHIVES)]
@@ -392,7 +396,7 @@ def _other_ways(root: pathlib.Path) -> str:
 
 
 def _classes_without_images(listing: Listing, layout: Layout, source: Source) -> list[str]:
-    """Returns a warning for each class folder that has no images."""
+    """Returns a warning for each class folder that contains no images."""
     remarks = []
     for folder in sorted(filter(None, listing.folders)):
         parent, _, name = folder.rpartition("/")
@@ -413,7 +417,7 @@ def _make_source(
     class_of_each: Sequence[str],
     own_splits: list[str],
 ) -> Source:
-    """Makes a source from files below a folder; the classes are sorted by name."""
+    """Creates a source from files below a folder; the classes are sorted by name."""
     class_names = sorted(set(class_of_each))
     class_labels = {class_name: label for label, class_name in enumerate(class_names)}
     paths = [file.path for file in files]
@@ -436,7 +440,7 @@ def _make_source(
 
 
 def count_ignored(ignored: Mapping[str, int]) -> str:
-    """Returns counts of ignored things as text: "2 hidden files, 1 file that is not an image"."""
+    """Formats the counts of ignored files and folders as text, such as "2 broken links"."""
     return ", ".join(
         f"{number:,} {_IN_WORDS.get(kind, (kind, kind))[number != 1]}"
         for kind, number in ignored.items()
@@ -444,7 +448,7 @@ def count_ignored(ignored: Mapping[str, int]) -> str:
 
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:
-    """Returns the end of a message that counts the ignored things; "" if there are none."""
+    """Returns the end of a message, with the counts of ignored files; "" if no file was ignored."""
     if not ignored:
         return ""
     advice = f": {_ALLOW}" if _OUTSIDE in ignored else ""
@@ -452,7 +456,7 @@ def describe_ignored(ignored: Mapping[str, int]) -> str:
 
 
 def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool = False) -> Source:
-    """Opens a table with the columns `path`, `label` and optionally `split`.
+    """Creates a source from a CSV file with the columns `path`, `label` and optionally `split`.
 
     Paths are relative to the table's folder; absolute paths in this folder are made relative.
     A split is one of `SPLIT_NAMES`, or empty. Spaces around cells are removed.
@@ -482,7 +486,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
                 )
             for row in reader:
                 where = f"{name}: line {reader.line_num}"
-                if None in row:  # DictReader stores cells without a column under None.
+                if None in row:  # DictReader stores the cells of surplus columns under None.
                     raise DataError(
                         f"{where} has more than {len(columns)} columns; a comma within a cell "
                         'needs quotes around it, as in "salmon, smoked"'
@@ -521,7 +525,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
 
 
 def _plain_path(root: pathlib.Path, path: str) -> str:
-    """Normalizes a path: removes "./" and "//", and makes it relative if it is in the folder."""
+    """Removes "./" and "//" from a path; makes a path below the root folder relative to it."""
     plain = pathlib.PurePosixPath(path)
     return str(plain.relative_to(root) if plain.is_relative_to(root) else plain)
 
@@ -530,7 +534,7 @@ def _is_inside(folder: str, path: str) -> bool:
     try:
         real = os.path.realpath(os.path.join(folder, path))  # noqa: PTH118
         return os.path.commonpath([folder, real]) == folder
-    except ValueError:  # An invalid file name; reading the file reports it.
+    except ValueError:  # The file name is invalid. Reading the file will raise an error.
         return True
 
 

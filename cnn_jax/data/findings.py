@@ -1,4 +1,4 @@
-"""Findings about a data set: its properties, and problems that may spoil training or metrics."""
+"""Findings about a data set: its properties, and problems that affect training or metrics."""
 
 import dataclasses
 from collections import Counter, defaultdict
@@ -23,21 +23,22 @@ from cnn_jax.data.sources import listed_folder
 from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.system.errors import printable
 
-# If the largest class is at least this factor larger than the smallest, balancing may help.
+# Class balancing may be recommended if the largest class is at least this many times as large as
+# the smallest class.
 _IMBALANCE = 10
-# A class with fewer images has too little variety for balancing to help.
+# A class with fewer images than this has too little variety for balancing to help.
 _TOO_FEW = 20
 _MAX_NAMED = 3
-# If a split should get fewer images of a class than this, no warning is due when half of them are
-# missing, because that happens easily by chance.
+# A split is called uneven only if the intended number of images of a class in the split is at least
+# this number, because smaller numbers vary much by chance.
 _SHARE_TO_SPEAK_OF = 3
-# A warning is due if at least this fraction of all images is dark (see `decode.DARK`).
+# A warning is given if at least this fraction of the images is dark (see `decode.DARK`).
 _MIN_DARK_FRACTION = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class ValueRange:
-    """The range of the values in all files with one type of values.
+    """The range of the values in all images that have the same value type, such as "12-bit".
 
     Attributes:
       kind: The type, such as "8-bit", "16-bit" or "float"; see `decode.Values`.
@@ -65,18 +66,18 @@ class ValueRange:
 
     @property
     def is_dark(self) -> bool:
-        """Whether nearly all images use only a small part of the range from 0 to white."""
+        """Whether nearly all images use only a small part of the range from black to white."""
         return self.dark >= _MIN_DARK_FRACTION * self.images
 
     def describe(self) -> str:
-        """Returns a text such as "12-bit: 40 images from 0 to 4000, white is 4095"."""
+        """Describes the range, for example as "12-bit: 40 images from 0 to 4000, white is 4095"."""
         white = f"white is {format_number(self.white)}" if self.white else "white is unknown"
         better = self.white_level
         advice = f"; data.white_level={format_number(better)} would suit them" if better else ""
         return f"{self.kind}: {count(self.images, 'image')} {span(self)}, {white}{advice}"
 
     def warning(self) -> str | None:
-        """Returns a warning with the problem and its remedy; None if there is no problem."""
+        """Returns a warning that states a problem and its remedy; None if there is no problem."""
         images = count(self.images, f"{self.kind} image")
         white = format_number(self.white)
         if not self.white:
@@ -103,12 +104,12 @@ class ValueRange:
 def value_ranges(
     records: Sequence[Record], preprocessing: Preprocessing | None = None
 ) -> list[ValueRange]:
-    """Returns the range of the values of all images by type, the most common type first.
+    """Returns the value range of each value type, such as "12-bit"; the most common type first.
 
     Args:
       records: The records of all images, including the unreadable ones.
-      preprocessing: The white level and the normalization; by default those of the
-        specification.
+      preprocessing: The white level and the normalization; by default those of
+        `Preprocessing()`.
     """
     preprocessing = preprocessing or Preprocessing()
     values_by_type = defaultdict(list)
@@ -120,8 +121,9 @@ def value_ranges(
         highs = np.array([one.high for one in values], np.float64)
         is_plain = kind == "8-bit"
         white = own_white if is_plain else preprocessing.white_level or own_white
-        # The grey level that normalization maps to 1, in the channel where it is largest. It may
-        # be less than 255, for example with a mean and a standard deviation of 64.
+        # `bright` is the grey level that normalization maps to 1; the largest level of the three
+        # channels is used. For example, `bright` is 128 if the mean and the standard deviation are
+        # 64.
         bright = min(max(map(sum, zip(preprocessing.mean, preprocessing.std, strict=True))), 255)
         is_dark = highs <= DARK * (bright if is_plain else white)
         found = ValueRange(
@@ -146,13 +148,13 @@ def value_ranges(
 
 
 def range_warnings(ranges: Sequence[ValueRange]) -> list[str]:
-    """Returns the warnings of all ranges, and a warning if no white level suits all of them."""
+    """Returns the warnings about all value ranges, and about conflicting white levels."""
     found = [warning for one in ranges if (warning := one.warning())]
     return found + _conflicts(ranges)
 
 
 def _conflicts(ranges: Sequence[ValueRange]) -> list[str]:
-    """Returns a warning if the white level should change, but none suits all ranges."""
+    """Returns a list with a warning if images of different types need different white levels."""
     wanted = {one.kind: one.white_level or one.white for one in ranges if one.kind != "8-bit"}
     if not any(one.white_level for one in ranges) or len(set(wanted.values())) < 2:
         return []
@@ -200,24 +202,24 @@ class Findings:
 
     @property
     def conflicts(self) -> list[list[int]]:
-        """The sets of equal images with different labels."""
+        """The sets of equal images that have different labels."""
         labels = self.source.labels
         return [group for group in self.copies if len({int(labels[i]) for i in group}) > 1]
 
     @property
     def leaks(self) -> list[list[int]]:
-        """The sets of equal images that lie in different splits."""
+        """The sets of equal images that belong to more than one split."""
         example_splits = split_numbers(self.splits, len(self.source))
         return [group for group in self.copies if len({int(example_splits[i]) for i in group}) > 1]
 
     @property
     def imbalance(self) -> float:
-        """The size of the largest class divided by the size of the smallest."""
+        """The size of the largest class divided by the size of the smallest class."""
         sizes = np.bincount(self.source.labels, minlength=len(self.source.class_names))
         return float(sizes.max() / max(sizes.min(), 1))
 
     def summary(self) -> list[str]:
-        """Returns a summary of the data set in two lines."""
+        """Returns a summary of the data set as two lines of text."""
         bad = len(self.unreadable)
         unreadable = f"{bad:,} unreadable and left out" if bad else "all readable"
         rotated = f"{len(self.rotated):,} turned by EXIF" if self.rotated else "none turned by EXIF"
@@ -233,7 +235,7 @@ class Findings:
         ]
 
     def warnings(self) -> list[str]:
-        """Returns a warning for each problem that may spoil training or metrics.
+        """Returns a warning for each problem that may affect training or metrics.
 
         Each warning is a sentence with the problem and its remedy.
         """
@@ -291,7 +293,7 @@ class Findings:
         return found
 
     def _imbalance_advice(self) -> str:
-        """Returns advice about classes of very different sizes."""
+        """Returns advice for a data set whose classes have very different sizes."""
         sizes = np.bincount(self.source.labels, minlength=len(self.source.class_names))
         smallest = sizes.argmin()
         if sizes[smallest] >= _TOO_FEW:
@@ -302,7 +304,7 @@ class Findings:
         )
 
     def reading_warnings(self) -> list[str]:
-        """Returns the warnings about unreadable files and the values in files."""
+        """Returns the warnings about unreadable files and about unsuitable image values."""
         found = []
         if self.unreadable:
             found.append(
@@ -320,7 +322,7 @@ class Findings:
         return found + range_warnings(self.values)
 
     def untrainable(self) -> str | None:
-        """Returns the reason why the data is too small for training; None if large enough."""
+        """Returns the reason why the data is too small for training; None if it is large enough."""
         source = self.source
         if reason := too_few_classes(source):
             return reason
@@ -335,9 +337,9 @@ class Findings:
         return None
 
     def _ties(self) -> str:
-        """Returns a text about equal images that belong to several groups; "" if there are none.
+        """Describes equal images that are in different groups; returns "" if there are none.
 
-        All these groups must be in the same split.
+        Groups that share equal images must be in the same split.
         """
         groups = self.division.groups(self.source)
         if groups is None:
@@ -362,9 +364,10 @@ class Findings:
         return [group for group, splits in group_splits.items() if len(splits) > 1]
 
     def _uneven(self) -> list[str]:
-        """Returns the classes of which some split has less than half of its intended images.
+        """Returns the classes with less than half of the intended number of images in some split.
 
-        Only random variation of the rule "stable" is meant, not groups or the data's own splits.
+        Only the random variation of the rule "stable" is considered. With another rule, with groups
+        or with the data's own splits, the result is empty.
         """
         if self.division.rule != "stable" or self.division.group or any(self.source.own_splits):
             return []
@@ -377,7 +380,7 @@ class Findings:
         return printable(self.source.class_names[label])
 
     def _names(self, group: Sequence[int]) -> str:
-        """Returns the ids of a few of these examples, first one id of each class."""
+        """Formats the ids of a few examples as text, if possible from different classes."""
         labels = self.source.labels
         first_images = {int(labels[i]): i for i in reversed(group)}.values()
         order = [*sorted(first_images), *(i for i in group if i not in first_images)]
@@ -392,7 +395,7 @@ def find(
     unreadable: list[Unreadable],
     values: list[ValueRange],
 ) -> Findings:
-    """Collects the findings about a source of readable examples and their records."""
+    """Collects the findings about a source of readable examples."""
     equal: dict[str, list[int]] = defaultdict(list)
     rotated = []
     for position, record in enumerate(records):
@@ -423,12 +426,13 @@ def too_unreadable(
     max_unreadable: float,
     values: Sequence[ValueRange] = (),
 ) -> str | None:
-    """Returns an error message if too many images are unreadable for training; else None."""
+    """Returns an error message if more images are unreadable than training allows; else None."""
     if max_unreadable * total >= len(unreadable) < total:
         return None
     refused = [one for one in values if not one.white]
     if len(unreadable) == sum(one.images for one in refused):
-        # Advice on one white level for all files is more useful than the errors of three files.
+        # If the white level is unknown for all unreadable images, advice on the white level is more
+        # useful than the errors of the first few images.
         return "; ".join([one.warning() or "" for one in refused] + _conflicts(values))
     shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:_MAX_NAMED])
     return (
@@ -440,7 +444,7 @@ def too_unreadable(
 def split_numbers(
     splits: Mapping[str, Int[np.ndarray, " _"]], size: int
 ) -> Int[np.ndarray, " size"]:
-    """Returns for each of `size` examples the number of its split: the position in `splits`."""
+    """Returns the number of each example's split: the position of the split in `splits`."""
     numbers = np.full(size, -1)
     for number, indices in enumerate(splits.values()):
         numbers[indices] = number
@@ -453,6 +457,6 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Returns a text with the first few names and the number of the other names."""
+    """Joins the first few names to text, and adds the number of the remaining names."""
     rest = len(names) - _MAX_NAMED
     return ", ".join(names[:_MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")

@@ -13,8 +13,9 @@ from cnn_jax.data.source import SPLIT_NAMES
 from cnn_jax.system.errors import DataError, printable
 
 _PREDICTION = "prediction"
-# The split that a word in a folder's name means. "Evaluation" means validation, because such
-# images are often used to choose a network, and the test split must not influence any choice.
+# The words in folder names that mean a split, and the split that each word means. "Evaluation"
+# means validation, because such images are often used to choose a network, and the test split must
+# not influence any choice.
 _SPLIT_OF_WORD = {
     **SPLIT_NAMES,
     "trainval": "train",
@@ -31,15 +32,15 @@ _PLAIN_WORDS = frozenset(
         *("file", "files", "folder", "folders", "dir", "split", "splits"),
     )
 )
-# Names of folders in data sets for detection or segmentation, which have one folder for each kind
-# of file.
+# Names of folders in data sets for detection or segmentation. Such a data set has one folder for
+# each kind of file.
 _KINDS_OF_FILES = frozenset(
     (
         *("image", "images", "img", "imgs", "mask", "masks", "label", "labels"),
         *("annotation", "annotations", "groundtruth", "segmentation", "segmentations"),
     )
 )
-# Those names that mean files other than labelled images.
+# The names in _KINDS_OF_FILES that mean annotations, for example masks, and not images.
 _ANNOTATIONS = _KINDS_OF_FILES - _PLAIN_WORDS
 _MAX_NAMED = 4
 
@@ -61,7 +62,7 @@ class Layout:
     remarks: list[str]
 
     def classify(self, path: str) -> tuple[str, str] | None:
-        """Returns the class and the split of an image; None if it is in no class folder."""
+        """Returns the class and the split of an image; None if the image is in no class folder."""
         for folder, split in self.parts.items():
             prefix = f"{folder}/" if folder else ""
             if path.startswith(prefix):
@@ -72,7 +73,7 @@ class Layout:
 
 
 def find_layout(paths: Iterable[str], source: str) -> Layout:
-    """Finds the layout of a folder with images at these paths.
+    """Finds the layout of a folder from the paths of the images in it.
 
     A folder is a split if its name contains a word for a split (`train`, `data_val`,
     `seg_test`), it contains class folders but no images directly, and its classes agree with those
@@ -98,7 +99,7 @@ def find_layout(paths: Iterable[str], source: str) -> Layout:
 
 
 class _Tree:
-    """The tree of folders that contain the images.
+    """The tree of the folders that contain images.
 
     Attributes:
       images: The number of images directly in each folder.
@@ -116,7 +117,7 @@ class _Tree:
                 folder = parent
 
     def folders(self, folder: str) -> set[str]:
-        """Returns the names of the sub-folders of a folder that have images at any depth."""
+        """Returns the names of a folder's sub-folders that contain images, at any depth."""
         return self._folders.get(folder, set())
 
     def count(self, folder: str) -> int:
@@ -136,7 +137,7 @@ def _words(name: str) -> list[str]:
 
 
 def _two_words(word: str) -> list[str] | None:
-    """Returns the two words of a compound such as "testset"; None for other words."""
+    """Returns the two words of a compound such as "testset"; None if the word is not a compound."""
     if word in _SPLIT_OF_WORD:
         return None
     for split_word in _SPLIT_OF_WORD:
@@ -150,13 +151,13 @@ def _two_words(word: str) -> list[str] | None:
 
 
 def _is_plain(word: str) -> bool:
-    """Returns whether a word, short number or year says nothing about a folder's content."""
+    """Returns whether a word of a folder name is meaningless, such as "images", "01" or "2017"."""
     return word in _PLAIN_WORDS or bool(re.fullmatch(r"\d{1,2}|(19|20)\d\d", word))
 
 
 @dataclasses.dataclass(frozen=True)
 class _SplitName:
-    """The parts of a folder's name that contains a word for a split.
+    """A parsed folder name: the split that one of its words means, and the remaining words.
 
     Attributes:
       split: "train", "validation", "test" or "prediction".
@@ -168,7 +169,7 @@ class _SplitName:
 
 
 def _parse(name: str) -> _SplitName | None:
-    """Parses a folder's name; returns None unless it has a word for exactly one split.
+    """Parses a folder name; returns None unless the name contains words for exactly one split.
 
     A name with words for training and validation, such as train_val, is a training split.
     """
@@ -182,7 +183,7 @@ def _parse(name: str) -> _SplitName | None:
 
 
 def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str, str], list[str]]:
-    """Finds the folders that contain class folders; returns the split of each, and warnings.
+    """Finds the folders that contain class folders; returns the split of each folder, and warnings.
 
     Without splits, the result is {"": ""}: the root contains the class folders.
 
@@ -199,8 +200,8 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
     classes = set[str]().union(*map(tree.folders, training))
     has_classes = any(tree.folders(_inner_folder(tree, top)) for top in chosen)
     if not classes and (training or not has_classes):
-        # A folder such as train/ without sub-folders is a class, unless all folders have names of
-        # splits.
+        # A folder such as train/ that has no sub-folders is a class, unless all folders are named
+        # after splits.
         affixes = {name.affix for name in names.values()}
         several = len({name.split for name in names.values()}) > 1
         are_only_splits = len(names) == len(tops) and (chosen or (several and affixes == {()}))
@@ -229,7 +230,8 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
             why = f"in {top} are {'the same' if agrees else 'other'} sub-folders"
             raise DataError(_ambiguous(source, sorted(chosen), why))
         elif agrees and classes and not are_splits and not _ANNOTATIONS & set(_words(top)):
-            # These images have labels, so the user must decide whether they are left out.
+            # The images in this folder have labels, so the user must decide whether to leave them
+            # out.
             why = f"in {top} are the same sub-folders"
             raise DataError(_ambiguous(source, sorted(chosen), why, () if split else (top,)))
         else:
@@ -244,7 +246,7 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
 def _choose(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> dict[str, str]:
-    """Chooses the folders whose names make them splits; returns the split of each.
+    """Chooses the split folders by their names; returns the split of each split folder.
 
     The first rule that applies decides:
 
@@ -271,7 +273,7 @@ def _choose(
     ]
     plain = groups.get((), {})
     if plain in pairs:
-        # If there are train/ and test/, folders such as train_images/ are not splits.
+        # If train/ exists, a folder such as train_images/ is not a split.
         exact = {split for top, split in plain.items() if top.lower() in SPLIT_NAMES}
         is_needed = {top: top.lower() in SPLIT_NAMES or plain[top] not in exact for top in plain}
         return {top: split for top, split in plain.items() if is_needed[top]}
@@ -297,7 +299,7 @@ def _choose(
 
 
 def _inner_folder(tree: _Tree, top: str, classes: Collection[str] = ()) -> str:
-    """Returns the folder that contains a split's class folders, such as seg_train/seg_train.
+    """Returns the folder that directly contains a split's class folders, such as train/images.
 
     Args:
       tree: The tree of folders.
@@ -317,7 +319,7 @@ def _inner_folder(tree: _Tree, top: str, classes: Collection[str] = ()) -> str:
 
 
 def _fold(name: str) -> str:
-    """Normalizes a class name, so that case, spaces and Unicode form make no difference."""
+    """Normalizes the case, the spaces and the Unicode form of a class name, for comparisons."""
     return "".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
@@ -330,13 +332,13 @@ def nearly_equal(names: Iterable[str]) -> list[list[str]]:
 
 
 def _agree(names: Collection[str], classes: Collection[str]) -> bool:
-    """Returns whether at least half of these names are names of classes."""
+    """Returns whether at least half of the names are names of classes."""
     folded = set(map(_fold, classes))
     return bool(names) and 2 * sum(_fold(name) in folded for name in names) >= len(names)
 
 
 def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Finds class folders whose names have another spelling in the training split.
+    """Finds class folders whose names are spelled differently in the training split.
 
     Returns:
       The class of each such folder, and remarks.
@@ -362,7 +364,10 @@ def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, s
 def _check_classes_are_no_splits(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> None:
-    """Raises DataError if a folder named as a split has the same sub-folders as all others."""
+    """Raises DataError if it is unclear whether a folder named as a split is a class or a split.
+
+    This is unclear if all other folders have the same sub-folders.
+    """
     below = {top: tree.folders(_inner_folder(tree, top)) for top in tops}
     known = [top for top in names if names[top].split != _PREDICTION]
     for top in known:
@@ -376,12 +381,12 @@ def _check_classes_are_no_splits(
 def _taken_for_classes(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> list[str]:
-    """Returns a warning about folders that are named as splits but are taken for classes."""
+    """Returns a warning about folders that are named after splits but are treated as classes."""
     plain = [top for top in names if not names[top].affix]
     are_several = len({names[top].split for top in plain}) > 1
 
     def looks_like_a_split(top: str) -> bool:
-        """Returns whether more than its name suggests that the folder is a split."""
+        """Returns whether the folder seems to be a split for a reason other than its name."""
         has_classes = not tree.images[top] and len(tree.folders(top)) > 1
         return are_several or has_classes or names[top].split == _PREDICTION
 
@@ -401,7 +406,7 @@ def _taken_for_classes(
 
 
 def _look_below_the_classes(tree: _Tree, layout: Layout, source: str) -> list[str]:
-    """Returns warnings about sub-folders of classes, which may mean that these are not classes.
+    """Returns warnings about class folders whose sub-folders may be the actual classes.
 
     Raises:
       DataError: The folders are named as kinds of files, such as images and masks.
@@ -441,7 +446,7 @@ def _look_below_the_classes(tree: _Tree, layout: Layout, source: str) -> list[st
 
 
 def _ambiguous(source: str, folders: Sequence[str], why: str, left_out: Sequence[str] = ()) -> str:
-    """Returns the error message for an ambiguous layout, with the sources that resolve it.
+    """Returns the error message for an ambiguous layout; suggests sources that are unambiguous.
 
     Args:
       source: The source's name.

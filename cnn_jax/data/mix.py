@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """The probabilities and proportions of mixing.
+    """The probabilities and the Beta distributions of MixUp and CutMix.
 
     Attributes:
       mixup_probability: The probability that an example is mixed by MixUp, 0 to 1.
@@ -39,7 +39,7 @@ class Mixing:
 
     @classmethod
     def from_config(cls, augment: Any) -> "Mixing":
-        """Makes a mixing from the configuration's section `augment`.
+        """Creates a `Mixing` from the section `augment` of a configuration.
 
         Missing keys get their defaults.
         """
@@ -50,7 +50,7 @@ class Mixing:
         return self.mixup_probability == self.cutmix_probability == 0
 
     def describe(self) -> str:
-        """Returns a text such as "MixUp of 50% (alpha 0.2)"; "" if no example is mixed."""
+        """Returns a description such as "MixUp of 50% (alpha 0.2)"; "" if no example is mixed."""
         methods = (
             ("MixUp", self.mixup_probability, self.mixup_alpha),
             ("CutMix", self.cutmix_probability, self.cutmix_alpha),
@@ -66,7 +66,7 @@ NO_MIXING = Mixing()
 
 
 class Draws(NamedTuple):
-    """The random draws of a batch's examples.
+    """The random parameters of MixUp and CutMix for each example of a batch.
 
     Attributes:
       is_mixup: bool [B], whether the example is mixed by MixUp.
@@ -82,14 +82,14 @@ class Draws(NamedTuple):
 
 
 def draw(key: PRNGKeyArray, mixing: Mixing, batch_size: int) -> Draws:
-    """Makes the draws of one batch; the draws of its examples are independent."""
+    """Draws the random parameters of one batch, independently for each example."""
     for_method, for_share, for_centre = jax.random.split(key, 3)
     number = jax.random.uniform(for_method, (batch_size,))
     is_mixup = number < mixing.mixup_probability
     is_mixed = number < mixing.mixup_probability + mixing.cutmix_probability
     alpha = jnp.where(is_mixup, mixing.mixup_alpha, mixing.cutmix_alpha)
-    # A Beta distribution is a Dirichlet distribution with two components, which JAX compiles
-    # faster than its own beta.
+    # A Beta distribution is a Dirichlet distribution with two components. JAX compiles `dirichlet`
+    # faster than `beta`.
     share = jax.random.dirichlet(for_share, jnp.stack([alpha, alpha], axis=1))[:, 0]
     return Draws(
         is_mixup=is_mixup,
@@ -102,14 +102,17 @@ def draw(key: PRNGKeyArray, mixing: Mixing, batch_size: int) -> Draws:
 def mixup_weights(
     share: Float[Array, " batch"], image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
-    """Returns the partner's weight in each pixel under MixUp: 1 - share."""
+    """Returns the weight of the partner image for MixUp, which is equal in all pixels.
+
+    The weight is 1 - share.
+    """
     return jnp.broadcast_to((1 - share)[:, None, None], (*share.shape, *image_size))
 
 
 def cutmix_weights(
     share: Float[Array, " batch"], centre: Float[Array, "batch 2"], image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
-    """Returns the partner's weight in each pixel under CutMix: 1 inside the box, 0 outside.
+    """Returns the weight of the partner image in each pixel for CutMix: 1 inside the box, else 0.
 
     The box's height and width are sqrt(1 - share) of the image's, so the box covers 1 - share
     of the pixels, or fewer if it extends over the border. A pixel is inside the box if its centre
@@ -128,7 +131,7 @@ def cutmix_weights(
 def partner_weights(
     draws: Draws, image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
-    """Returns the partner's weight in each pixel, 0 to 1; exactly 0 if there is no mixing."""
+    """Returns the weight of the partner image in each pixel, 0 to 1; exactly 0 without mixing."""
     mixup = mixup_weights(draws.share, image_size)
     cutmix = cutmix_weights(draws.share, draws.centre, image_size)
     weights = jnp.where(draws.is_cutmix[:, None, None], cutmix, 0)
@@ -171,7 +174,7 @@ def mix_batch(
     mask: Bool[Array, " batch"],
     mixing: Mixing,
 ) -> tuple[Float[Array, "batch height width channel"], Float[Array, "batch classes"]]:
-    """Makes the random draws of one batch, and mixes the batch.
+    """Draws the random parameters of one batch, and mixes the examples of the batch.
 
     Args:
       key: The random key of this batch.

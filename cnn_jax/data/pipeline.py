@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 NumpyBatch = dict[str, np.ndarray]
 
-# The length of an endless stream: more batches than any run has.
+# The length of an endless stream, which is more batches than any run has.
 _ENDLESS = 2**40
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loader:
-    """An object that loads batches of examples of a source.
+    """An object that loads examples of a source as batches.
 
     Attributes:
       source: The images.
@@ -62,7 +62,7 @@ class Loader:
     workers: int = 0
 
     def load(self, indices: Int[np.ndarray, " batch"]) -> NumpyBatch:
-        """Loads the examples at these positions of the source as a batch.
+        """Loads the examples at these positions in the source, and returns them as a batch.
 
         Returns:
           {"image": uint8 [B, H, W, 3], "label": int32 [B]}. If the pixels are on the device,
@@ -101,10 +101,10 @@ def load_image(
 
 
 def choose_workers(requested: int) -> int:
-    """Returns the number of worker processes for a value of `data.workers`; -1 is automatic."""
+    """Returns the number of worker processes for a value of `data.workers`; -1 means automatic."""
     if requested >= 0:
         return requested
-    # With few cores there are no worker processes, because the training step needs all cores.
+    # With few cores, no worker processes are used, because the training step needs all cores.
     return 0 if scan.num_cores() < 4 else min(16, scan.num_cores() - 1)
 
 
@@ -153,7 +153,7 @@ def training_batches(
     balanced: bool = False,
     rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
-    """Returns a stream of training batches from batch `start` on; endless unless `stop` is given.
+    """Returns a stream of training batches that starts at batch `start` and ends before `stop`.
 
     Each pass over the examples has a new order. A batch may span two passes, so every batch
     is full and all examples are used equally often. A balanced stream takes one example of
@@ -169,7 +169,8 @@ def training_batches(
         batch contains the draws "matrix" and "contrast" for the training step.
       seed: The seed of the orders and draws.
       start: The number of the first batch. Earlier batches are not computed.
-      stop: The number after the last batch; no later batch is read ahead.
+      stop: The number after the last batch; no later batch is read ahead. None: the stream is
+        endless.
       balanced: Whether all classes are used equally often.
       rows: The rows of each batch that this process loads; None: all rows. Other processes
         load the other rows. The draws are made for the whole batch.
@@ -206,7 +207,7 @@ def training_batches(
 
 
 class _Passes:
-    """An endless sequence of the positions 0 to size - 1, with a new order for each pass.
+    """An endless sequence of passes over the positions 0 to size - 1, each in a new random order.
 
     For small images, Grain's own shuffle takes several times as long as all other work.
     """
@@ -217,7 +218,7 @@ class _Passes:
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Returns the elements of the endless sequence at these places."""
+        """Returns the elements of the endless sequence at the indices `places`."""
         passes, offsets = np.divmod(places, self._size)
         positions = np.empty_like(places)
         for number in np.unique(passes).tolist():
@@ -229,14 +230,14 @@ class _Passes:
         order = self._orders.get(number)
         if order is None:
             order = np.random.default_rng([self._seed, number]).permutation(self._size)
-            # Threads that read ahead may still need the order of the previous pass.
+            # Some threads that read ahead may still need the order of the previous pass.
             before = {n: self._orders[n] for n in (number - 1,) if n in self._orders}
             self._orders = before | {number: order}
         return order
 
 
 class _ClassesInTurn:
-    """An endless sequence of positions with one example of each class per round.
+    """An endless sequence of positions that contains one example of each class per round.
 
     Each round has a new order of the classes. In a fixed order, a batch would contain classes that
     are neighbours in the alphabet and therefore often similar.
@@ -253,7 +254,7 @@ class _ClassesInTurn:
         ]
 
     def __call__(self, places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Returns the elements of the endless sequence at these places."""
+        """Returns the elements of the endless sequence at the indices `places`."""
         rounds, turns = places // len(self._members), self._turns(places)
         positions = np.empty_like(places)
         for turn in np.unique(turns).tolist():
@@ -274,7 +275,7 @@ def evaluation_batches(
     batch_size: int,
     rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
-    """Returns a stream of batches with every example once, in order; the last batch is padded.
+    """Returns a stream of batches that contains every example once, in order, padded at the end.
 
     Padding repeats the split's first example, so that all batches have the same shape. The mask
     is False for padding.
@@ -297,14 +298,15 @@ def evaluation_batches(
 
 
 def _iterate(dataset: grain.MapDataset, workers: int) -> Generator[NumpyBatch, None, None]:
-    """Yields batches that threads or worker processes read ahead, until it is closed."""
+    """Yields the batches of a data set, which threads or worker processes load ahead of time."""
     if workers == 0:
         threads = max(2, min(16, scan.num_cores()))
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         iterator = iter(dataset.to_iter_dataset(options))
         start = contextlib.nullcontext()
     else:
-        if not flags.FLAGS.is_parsed():  # Grain hands absl's flags to its workers.
+        # Grain passes absl's flags to its worker processes, so the flags must be marked as parsed.
+        if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
@@ -312,7 +314,7 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> Generator[NumpyBatch, N
         iterator = iter(prefetch(options, _end_with_the_main_process))
         start = _ctrl_c_held_back()
     with contextlib.closing(iterator), _workers_that_die():
-        with start:  # The first batch starts the workers.
+        with start:  # Loading the first batch starts the worker processes.
             first = list(itertools.islice(iterator, 1))
         yield from first
         del first
@@ -321,11 +323,12 @@ def _iterate(dataset: grain.MapDataset, workers: int) -> Generator[NumpyBatch, N
 
 @contextlib.contextmanager
 def _workers_that_die() -> Iterator[None]:
-    """Converts Grain's error after the death of a worker process to a one-line DataError."""
+    """Converts Grain's error about a dead worker process to a one-line DataError."""
     try:
         yield
     except RuntimeError as error:
-        if "Worker process was terminated" not in str(error):  # The text of Grain's error.
+        # Grain raises a plain RuntimeError, so the error is recognized by its message.
+        if "Worker process was terminated" not in str(error):
             raise
         raise DataError(
             "a worker process that reads the data was killed, perhaps because memory ran out; the "
@@ -334,7 +337,7 @@ def _workers_that_die() -> Iterator[None]:
 
 
 def _end_with_the_main_process(worker: int, workers: int) -> None:
-    """Makes a worker process end when the main process ends, even if that was killed."""
+    """Makes a worker process end when the main process ends, even if the main process is killed."""
     main_process = multiprocessing.parent_process()
     assert main_process is not None
 
@@ -347,15 +350,16 @@ def _end_with_the_main_process(worker: int, workers: int) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Blocks SIGINT in processes started in this context; this process gets it afterwards.
+    """Blocks SIGINT in processes that start in this context; the main process receives it later.
 
     A terminal sends Ctrl-C to all processes of a command. Only the main process handles it:
     it finishes its step, saves and ends the workers.
     """
-    # Python's resource tracker removes batches that are left in shared memory. This hides its
-    # warning about them.
+    # Python's resource tracker removes batches that remain in shared memory, and warns about them.
+    # This option hides the warning.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    # The resource tracker unblocks SIGINT when it starts, so it must start before the block.
+    # The resource tracker unblocks SIGINT when it starts, so it must start before SIGINT is
+    # blocked.
     resource_tracker.ensure_running()
     sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

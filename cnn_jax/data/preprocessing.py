@@ -29,8 +29,8 @@ class Preprocessing:
         "pad" scales it until it fits, and fills the rest with grey.
       crop_ratio: For "crop" only, above 0 to 1: the side of the centre crop as a fraction
         of the side that the scaled image covers, as timm's `crop_pct`.
-      interpolation: One of `INTERPOLATIONS`; Pillow's filters, which average when they
-        shrink.
+      interpolation: One of `INTERPOLATIONS`; the names of Pillow's filters, which apply
+        antialiasing when an image is reduced.
     """
 
     image_size: tuple[int, int] = (224, 224)

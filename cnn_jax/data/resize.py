@@ -1,4 +1,4 @@
-"""The only resize of the project: from an image of any size to the network's input.
+"""The project's only resize function, which converts an image to the network's input size.
 
 Sizes and positions are those of torchvision and timm for "crop", and those of
 ultralytics' LetterBox for "pad".
@@ -16,18 +16,18 @@ from cnn_jax.data.preprocessing import Preprocessing
 # Because of the underscores, jaxtyping lets two images in one signature differ in size.
 Pixels = UInt8[np.ndarray, "_height _width 3"]
 
-# The grey level around an image that is padded. ultralytics pads with the same level. It is
-# the mean of photographs (0.449 of 255 in ImageNet), so it is near 0 after normalization.
+# The grey level of the padding around an image, as in ultralytics. It is close to the mean pixel
+# value of photographs (0.449 * 255 in ImageNet), so the padding is close to 0 after normalization.
 PADDING = 114
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # If the scaled image would have more pixels than this, only its visible part is computed. For
-# example, an image of 1 x 1,000,000 pixels would become 224 x 224,000,000.
+# example, an image of 1 x 1,000,000 pixels could become an image of 224 x 224,000,000 pixels.
 _MAX_SCALED_PIXELS = 2**24
-# The number of pixels that a filter reads on each side of an output pixel's centre: pixels of the
-# output if the image is reduced, pixels of the image if it is enlarged.
+# The largest radius of a resampling filter. The unit is a pixel of the output if the image is
+# reduced, and a pixel of the image if it is enlarged.
 _SUPPORT = 2
 
-# (left, top, right, bottom) in pixels.
+# A rectangle (left, top, right, bottom) in pixels.
 Box = tuple[float, float, float, float]
 
 
@@ -45,7 +45,7 @@ class View:
 
 
 def view(size: tuple[int, int], preprocessing: Preprocessing) -> View:
-    """Returns the part that the network sees of an image with this (height, width)."""
+    """Returns the part of an image that the network sees; `size` is the image's (height, width)."""
     (scaled_height, scaled_width), (top, left) = _scaled_size_and_offset(size, preprocessing)
     y_range = _visible_range(size[0], scaled_height, top, preprocessing.image_size[0])
     x_range = _visible_range(size[1], scaled_width, left, preprocessing.image_size[1])
@@ -57,7 +57,7 @@ def view(size: tuple[int, int], preprocessing: Preprocessing) -> View:
 
 
 def resize(image: Pixels, preprocessing: Preprocessing) -> Pixels:
-    """Resizes an image to `preprocessing.image_size`, as `preprocessing.resize` says.
+    """Resizes an image to `preprocessing.image_size` with the method `preprocessing.resize`.
 
     Args:
       image: uint8 [height, width, 3] of any size.
@@ -87,7 +87,7 @@ def resize(image: Pixels, preprocessing: Preprocessing) -> Pixels:
 def _scaled_size_and_offset(
     size: tuple[int, ...], preprocessing: Preprocessing
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns the (height, width) of the scaled image, and its (top, left) in the input.
+    """Returns the (height, width) of the scaled image, and its (top, left) position in the input.
 
     The offset is negative where the scaled image is cropped.
     """
@@ -97,7 +97,8 @@ def _scaled_size_and_offset(
     if preprocessing.resize == "pad":
         scale = min(height / size[0], width / size[1])
         scaled = max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
-        # An odd difference puts the extra row or column at the bottom or right.
+        # If the number of padding rows or columns is odd, the extra row or column is at the bottom
+        # or right.
         return scaled, ((height - scaled[0]) // 2, (width - scaled[1]) // 2)
     covered_height = math.floor(height / preprocessing.crop_ratio)
     covered_width = math.floor(width / preprocessing.crop_ratio)
@@ -105,14 +106,15 @@ def _scaled_size_and_offset(
         scaled = covered_height, covered_height * size[1] // size[0]
     else:
         scaled = covered_width * size[0] // size[1], covered_width
-    # Python rounds a half to the even number, as torchvision's CenterCrop does.
+    # Python's `round` rounds a half to the nearest even number, and so does torchvision's
+    # CenterCrop.
     return scaled, (-round((scaled[0] - height) / 2), -round((scaled[1] - width) / 2))
 
 
 def _visible_range(
     side: int, scaled: int, offset: int, input_side: int
 ) -> tuple[tuple[float, float], tuple[int, int]]:
-    """Returns the visible range of one axis, in pixels of the image and of the input."""
+    """Returns the visible range of one axis, in pixels of the image and in pixels of the input."""
     start, stop = max(offset, 0), min(offset + scaled, input_side)
     return ((start - offset) * side / scaled, (stop - offset) * side / scaled), (start, stop)
 

@@ -27,12 +27,12 @@ from cnn_jax.system.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# This version is part of the cache's key. Increase it when the meaning of a record changes.
+# This version is part of the cache key. Increase the version when the meaning of a record changes.
 _VERSION = 3
-# The largest allowed size of an image file: bytes per allowed pixel, and additional bytes for
-# metadata. A larger file is not read.
+# The largest allowed size of an image file is a number of bytes for each allowed pixel, plus a
+# number of bytes for metadata. A larger file is not read.
 _BYTES_A_PIXEL, _OTHER_BYTES = 4, 2**20
-# Files of more bytes are read and decoded one at a time.
+# Files with more bytes than this are read and decoded one at a time, to limit the memory use.
 _LARGE_FILE = 2**23
 _LARGE_FILE_TURN = threading.Lock()
 
@@ -41,16 +41,16 @@ _Result = TypeVar("_Result")
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The properties of one image file that a scan records.
+    """The record of one image file: the properties that a scan stores.
 
     Attributes:
       digest: The sha256 of the encoded bytes, hexadecimal, 32 digits; "" if the bytes cannot
         be read.
       pixels: The digest of the decoded pixels and their shape; "" after an error.
       header: The file's header; None after an error.
-      error: The reason why the image cannot be read; None if it can.
+      error: The reason why the image cannot be read; None if the image can be read.
       values: The range of the file's values; None after an error, unless the error is that the
-        value of white is unknown.
+        white level is unknown.
       other_format: The image's format if it is known but not supported; else "".
     """
 
@@ -78,7 +78,7 @@ class Unreadable:
 
 
 def examine(encoded: bytes, preprocessing: Preprocessing) -> tuple[Record, Pixels | None]:
-    """Returns the record of an encoded image, and its pixels or None if decoding fails."""
+    """Returns the record and the pixels of an encoded image; the pixels are None after an error."""
     digest = _digest(encoded)
     try:
         header, values, pixels = decode.decode_with_header(
@@ -119,9 +119,9 @@ def read_example(source: Source, index: int, max_pixels: int) -> bytes:
 def one_large_file_at_a_time(
     source: Source, index: int
 ) -> contextlib.AbstractContextManager[object]:
-    """Returns a context in which only one thread at a time may handle a large file.
+    """Returns a context manager that lets only one thread at a time handle a large file.
 
-    Without it, the memory used would grow with the number of cores.
+    Without this limit, the memory used would grow with the number of cores.
     """
     is_large = source.sizes[index] > _LARGE_FILE
     return _LARGE_FILE_TURN if is_large else contextlib.nullcontext()
@@ -185,7 +185,7 @@ def scan(
         try:
             for _ in track(on_all_cores(work, rows), "reading images", len(rows)):
                 pass
-        finally:  # After Ctrl-C the records of the finished images are kept too.
+        finally:  # The records of the finished images are kept even after Ctrl-C.
             _remember(source, preprocessing, records)
     return [record for record in records if record is not None]
 
@@ -204,7 +204,7 @@ def num_cores() -> int:
     """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS has no CPU affinity.
+    return os.cpu_count() or 1  # macOS does not support CPU affinity.
 
 
 def _chunks(rows: Iterable[int], size: int) -> Iterator[list[int]]:
@@ -247,8 +247,8 @@ def _remember(
             record.other_format,
         )
         for example_id, version, record in zip(source.ids, source.versions, records, strict=True)
-        # A record without a digest is not stored: the file could not be read, and the next run
-        # tries again.
+        # A record has no digest if the file could not be read. Such a record is not stored, so that
+        # the next run reads the file again.
         if record is not None and record.digest
     }
     try:
@@ -266,7 +266,7 @@ def _key(source: Source, preprocessing: Preprocessing) -> str:
 def readable(
     listing: Source, records: Sequence[Record]
 ) -> tuple[Source, Int[np.ndarray, " n"], list[Unreadable]]:
-    """Returns the readable examples, their positions in the listing, and the unreadable ones."""
+    """Returns the readable examples, their positions in the listing, and unreadable examples."""
     unreadable = [
         Unreadable(example_id, record.error, record.other_format)
         for example_id, record in zip(listing.ids, records, strict=True)
@@ -274,13 +274,14 @@ def readable(
     ]
     rows = np.flatnonzero([record.error is None for record in records])
     source = listing.select(rows)
-    if len(rows):  # Without examples, all classes would be removed.
+    # If no example is readable, all classes are empty, and none of the classes is removed.
+    if len(rows):
         source = source.without_empty_classes()
     return source, rows, unreadable
 
 
 def pixels_key(records: Sequence[Record], preprocessing: Preprocessing) -> str:
-    """Returns the cache key of the resized images with these records and this preprocessing."""
+    """Returns the cache key of the resized images, a hash of the records and the preprocessing."""
     height, width = preprocessing.image_size
     limits = f"{preprocessing.max_pixels} {preprocessing.white_level}"
     shape = f"{preprocessing.resize} {preprocessing.crop_ratio} {preprocessing.interpolation}"

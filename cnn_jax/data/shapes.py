@@ -1,4 +1,4 @@
-"""The data set `shapes`, which is generated: images of geometric shapes in ten classes.
+"""The generated data set `shapes`: images of geometric shapes in ten classes.
 
 Every image is a function of (seed, index), so a shorter data set is a prefix of a longer one.
 A flip, a rotation, a zoom or a change of contrast does not change the label.
@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.cache import cache_dir
 
-# This version is part of the cache folder's name. Increase it when any pixel changes.
+# This version is part of the name of the data set's folder. Increase the version when any pixel
+# changes.
 VERSION = 1
 NUM_IMAGES = 12_000
 CLASS_NAMES = (
@@ -37,10 +38,10 @@ CLASS_NAMES = (
     "star",
     "triangle",
 )
-# Polygons are drawn this many times larger and averaged down (anti-aliasing).
+# For anti-aliasing, polygons are drawn this many times larger and then averaged to the final size.
 _SUPERSAMPLING = 3
 
-# An outline: a closed polygon [n, 2] in the unit disc.
+# The type of an outline: a closed polygon [n, 2] in the unit disc.
 Outline = np.ndarray
 
 
@@ -76,7 +77,7 @@ def _crescent(thickness: float) -> Outline:
     """Returns the outline of a crescent: an arc of the unit circle, and a flatter inner arc."""
     half = 0.75 * math.pi
     outer = _arc(-half, half)
-    # The inner arc connects the same two end points and is flatter.
+    # The inner arc has the same end points as the outer arc, and is flatter.
     inner = outer[::-1].copy()
     end = math.cos(half)
     inner[:, 0] = end + (inner[:, 0] - end) * (1 - thickness)
@@ -84,7 +85,7 @@ def _crescent(thickness: float) -> Outline:
 
 
 def _outlines(name: str, rng: np.random.Generator) -> tuple[Outline, Outline | None]:
-    """Returns a random outline for a class, and the outline of its hole, or None."""
+    """Returns a random outline for a class, and the outline of its hole (None without a hole)."""
     if name == "circle":
         return _arc(0, 2 * math.pi), None
     if name == "ring":
@@ -107,7 +108,7 @@ def _outlines(name: str, rng: np.random.Generator) -> tuple[Outline, Outline | N
 
 
 def _draw_polygon(size: tuple[int, int], points: Outline) -> Image.Image:
-    """Draws a polygon as an anti-aliased mask, mode "L", of a size (width, height)."""
+    """Draws a polygon as an anti-aliased mask of mode "L"; `size` is the mask's (width, height)."""
     scale = _SUPERSAMPLING
     mask = Image.new("L", (size[0] * scale, size[1] * scale), 0)
     ImageDraw.Draw(mask).polygon([(x * scale, y * scale) for x, y in points], fill=255)
@@ -128,7 +129,10 @@ def _texture(rng: np.random.Generator, size: tuple[int, int], strength: float) -
 
 
 def _colour_away_from(rng: np.random.Generator, other: np.ndarray, distance: float) -> np.ndarray:
-    """Returns a random RGB colour, float64 [3], at least `distance` grey levels from `other`."""
+    """Returns a random RGB colour, float64 [3], that clearly differs from the colour `other`.
+
+    The Euclidean distance between the two colours is at least `distance` grey levels.
+    """
     while True:
         colour = rng.uniform(0, 255, 3)
         if np.linalg.norm(colour - other) >= distance:
@@ -196,7 +200,8 @@ def render(seed: int, index: int) -> tuple[Image.Image, Image.Image, int]:
     canvas = _paint(canvas, mask, colour + _texture(rng, size, rng.uniform(0, 25)))
 
     visible = np.asarray(mask) > 127
-    for _ in range(rng.integers(0, 2)):  # An object in front.
+    # In half of the images, one piece of clutter lies in front of the object.
+    for _ in range(rng.integers(0, 2)):
         clutter = _scribble(rng, size, 0.2 * short)
         canvas = _paint(canvas, clutter, rng.uniform(0, 255, 3))
         visible &= np.asarray(clutter) <= 127
@@ -223,7 +228,7 @@ def generate(
     seed: int = 0,
     track: Track = no_track,
 ) -> pathlib.Path:
-    """Writes the data set into the cache folder, unless it is already there.
+    """Writes the data set to the cache folder, unless the data set is already there.
 
     Args:
       num_images: The number of images; image i has class i modulo 10.
@@ -246,17 +251,19 @@ def generate(
             for name in CLASS_NAMES:
                 (partial / kind / name).mkdir(parents=True)
         write = functools.partial(_write_example, partial, seed)
-        # "fork" could deadlock, because JAX has started threads in this process.
+        # The processes are spawned, because "fork" could deadlock: JAX has started threads in this
+        # process.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
             done = pool.map(write, range(num_images), chunksize=32)
             for _ in track(done, "generating shapes", num_images):
                 pass
-        partial.chmod(0o755)  # Temporary folders are private, but a cache may be shared.
+        # `mkdtemp` creates a private folder, but the cache may be shared by several users.
+        partial.chmod(0o755)
         try:
             partial.rename(final)
         except OSError:
-            if not final.exists():  # Another process may have created it.
+            if not final.exists():  # Another process may have created the same folder.
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -266,7 +273,7 @@ def generate(
 def read_masks(
     name: str, ids: Sequence[str], size: tuple[int, int]
 ) -> Bool[np.ndarray, "n height width"]:
-    """Reads the masks of objects in the data set `shapes`, stretched to a size.
+    """Reads the object masks of examples of the data set `shapes`, and resizes the masks.
 
     Args:
       name: The source's name: "shapes" or "shapes:N".

@@ -1,4 +1,4 @@
-"""The common form of all sources of labelled images."""
+"""The common interface of all sources of labelled images."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ SPLIT_NAMES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """Labelled images with random access.
+    """A source of labelled images with random access.
 
     Attributes:
       name: The source's name, for `open_source`.
@@ -65,7 +65,7 @@ class Source:
 
     @property
     def paths(self) -> list[str]:
-        """The ids of the examples, without the folder of a split, such as "train/"."""
+        """The ids of the examples, without the leading folder of a split, such as "train/"."""
 
         def without_split(example_id: str, own: str) -> str:
             for folder, split in self.split_folders.items():
@@ -76,7 +76,7 @@ class Source:
         return list(map(without_split, self.ids, self.own_splits))
 
     def select(self, indices: Int[np.ndarray, " m"]) -> "Source":
-        """Returns a source with only these examples and the same classes."""
+        """Returns a source that has only the examples at these positions, and the same classes."""
 
         def pick(values: Sequence[Any]) -> list[Any]:
             return [values[i] for i in indices]
@@ -110,7 +110,10 @@ class Source:
 
 
 def named_splits(ids: Iterable[str]) -> dict[str, str]:
-    """Returns the split of each top-level folder in the ids that is named after a split."""
+    """Returns the split of each top-level folder that is named after a split, such as "val".
+
+    The folders are taken from the ids.
+    """
     folders = {example_id.partition("/")[0] for example_id in ids if "/" in example_id}
     return {name: SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES}
 
@@ -120,7 +123,7 @@ def fingerprint(
 ) -> str:
     """Returns the sha256 of the ids, classes, contents and splits of all examples.
 
-    It does not depend on the order of the examples.
+    The hash does not depend on the order of the examples.
     """
     example_splits = {i: split for split, indices in splits.items() for i in indices}
     lines = sorted(

@@ -1,4 +1,4 @@
-"""The function that opens a source by its name, which has one of these forms.
+"""The function that opens a source by its name, which has one of the forms below.
 
 shapes[:N]          the generated data set, or its first N images
 folder:PATH         a folder with one sub-folder of images per class, or with splits of such folders
@@ -21,7 +21,7 @@ _FOLDERS = ("folder", "classes", "splits")
 
 
 def absolute(name: str) -> str:
-    """Returns a source's name with an absolute path, which is valid in any working directory."""
+    """Makes the path in a source's name absolute, so that it is valid in any working directory."""
     kind, _, path = name.partition(":")
     if kind not in (*_FOLDERS, "csv") or not path:
         return name
@@ -29,7 +29,7 @@ def absolute(name: str) -> str:
 
 
 def listed_folder(name: str) -> pathlib.Path | None:
-    """Returns the folder of a source that lists the images of a folder; else None."""
+    """Returns the folder from which a source lists images; None if the source is not a folder."""
     kind, _, path = name.partition(":")
     return pathlib.Path(path).expanduser() if kind in _FOLDERS and path else None
 

@@ -1,4 +1,4 @@
-"""The division of examples into train, validation and test."""
+"""The division of a data set into training, validation and test splits."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ _PLACEHOLDER = re.compile(r"\{\w+\}|\*")
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """The parameters of the division of a data set into splits.
+    """The parameters that determine how a data set is divided into splits.
 
     Attributes:
       fractions: The fractions of train, validation and test; their sum is 1.
@@ -38,20 +38,20 @@ class Division:
 
     @classmethod
     def from_config(cls, data: Any, seed: int) -> "Division":
-        """Makes a division from a configuration's section `data` and the run's seed."""
+        """Creates a `Division` from the section `data` of a configuration and a run's seed."""
         return cls(tuple(data.split), seed, data.stratify, data.group, data.keep_splits)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Division":
-        """Makes a division from the result of `dataclasses.asdict`, read back from JSON."""
+        """Creates a `Division` from a dictionary of its fields, which was read from JSON."""
         return cls(**{**fields, "fractions": tuple(fields["fractions"])})
 
     def check(self, source: Source) -> None:
-        """Raises DataError if a path does not match the pattern of groups."""
+        """Raises DataError if the path of an example does not match the pattern of groups."""
         self.groups(source)
 
     def groups(self, source: Source) -> list[str] | None:
-        """Returns the name of each example's group; None without groups.
+        """Returns the name of each example's group; None if the examples have no groups.
 
         Raises:
           DataError: A path does not match the pattern.
@@ -59,7 +59,7 @@ class Division:
         return group_names(source.paths, self.group, source.name) if self.group else None
 
     def divide(self, source: Source, contents: list[str]) -> dict[str, Int[np.ndarray, " _"]]:
-        """Divides the examples of a source; returns the positions of each split.
+        """Divides the examples of a source into splits; returns the positions of each split.
 
         Args:
           source: The examples.
@@ -132,12 +132,13 @@ def divide(
     shares = np.array(fractions, np.float64)
     free = own == ""
     if given and not free.any() and len(given) < len(SPLITS):
-        # A missing split is cut from the training part.
+        # A split that the data set lacks is taken from the data set's training split.
         free = own == "train"
-    # The data set's own validation and test splits get no other examples.
+    # No examples are added to the data set's own validation and test splits.
     shares[[name in given and name != "train" for name in SPLITS]] = 0
     units = _units(len(ids), groups, contents)
-    # A unit goes to the split of its examples that have one.
+    # A unit is, for example, a group or a set of equal images. If one example of a unit already has
+    # a split, the whole unit goes to this split.
     unit_splits = np.full(len(ids), -1)
     np.maximum.at(unit_splits, units[~free], example_splits[~free])
     is_bound = unit_splits[units] >= 0
@@ -158,7 +159,7 @@ def divide(
 def _units(
     size: int, groups: list[str] | None, contents: list[str] | None
 ) -> Int[np.ndarray, " size"]:
-    """Returns the number of each example's unit; see `divide`."""
+    """Returns the index of each example's unit, a set of examples that is never divided."""
     units = np.arange(size)
     for keys in (groups, contents):
         if keys is not None:
@@ -176,7 +177,7 @@ def _units(
 def _numbers(
     units: Int[np.ndarray, " m"], names: list[str], seed: int
 ) -> Float[np.ndarray, " units"]:
-    """Returns a number in [0, 1) for each unit: the hash of its shortest name.
+    """Returns the hash of each unit's shortest name as a number in [0, 1).
 
     The copy of an image usually has a longer name than its original, so adding the copy does not
     change the number.
@@ -200,11 +201,11 @@ def _assign(
     shares: Float[np.ndarray, "3"],
     rule: str,
 ) -> Int[np.ndarray, " m"]:
-    """Returns the position in `SPLITS` of each example's split."""
+    """Assigns each example to a split, and returns the position of the split in `SPLITS`."""
     unit_splits = np.zeros(len(numbers), np.int64)
     class_of_unit = _commonest_label(units, labels)
     sizes = np.bincount(units, minlength=len(numbers))
-    # Only the splits with a fraction above 0, in the order of SPLITS.
+    # Only splits with a fraction above 0 get examples.
     wanted = np.flatnonzero(shares > 0)
     cuts = np.cumsum(shares[wanted])[:-1]
     for label in np.unique(class_of_unit):
@@ -224,23 +225,24 @@ def _assign(
 def _commonest_label(
     units: Int[np.ndarray, " m"], labels: Int[np.ndarray, " m"]
 ) -> Int[np.ndarray, " units"]:
-    """Returns the most common label of each unit; among equally common ones, the smallest."""
+    """Returns the most common label of each unit; in case of a tie, the smallest label."""
     pairs, counts = np.unique(np.stack([units, labels]), axis=1, return_counts=True)
     order = np.lexsort((-pairs[1], counts, pairs[0]))
     commonest = np.empty(units.max() + 1, np.int64)
-    commonest[pairs[0][order]] = pairs[1][order]  # The last label of a unit is kept.
+    # NumPy keeps the last label that is assigned to a unit, which is the most common label.
+    commonest[pairs[0][order]] = pairs[1][order]
     return commonest
 
 
 def _exact_bounds(
     sizes: Int[np.ndarray, " members"], cuts: Float[np.ndarray, " cuts"]
 ) -> Int[np.ndarray, " cuts"]:
-    """Returns the number of units before each cut.
+    """Returns the positions of the cuts between splits: the number of units before each cut.
 
     With these numbers, the fractions of examples before the cuts are as near as possible to `cuts`.
     """
     before = np.concatenate([[0], np.cumsum(sizes)])
-    # Without 1e-9, a sum such as 0.7 + 0.2 = 0.8999... would move a cut by one unit.
+    # Without 1e-9, a rounding error such as 0.7 + 0.2 = 0.8999... would move a cut by one unit.
     wanted = cuts * before[-1] + 1e-9
     after = np.searchsorted(before, wanted)
     nearer_before = wanted - before[after - 1] < before[after] - wanted
@@ -248,7 +250,7 @@ def _exact_bounds(
 
 
 def _none_empty(bounds: Int[np.ndarray, " cuts"], count: int) -> Int[np.ndarray, " cuts"]:
-    """Moves the cuts between `count` units as little as possible, so that no part is empty."""
+    """Moves the cuts between splits as little as possible, so that every split gets a unit."""
     bounds = bounds.copy()
     for i in range(len(bounds)):
         bounds[i] = max(bounds[i], bounds[i - 1] + 1 if i else 1)
@@ -258,7 +260,7 @@ def _none_empty(bounds: Int[np.ndarray, " cuts"], count: int) -> Int[np.ndarray,
 
 
 def group_names(paths: Sequence[str], pattern: str, name: str = "the source") -> list[str]:
-    """Returns the name of each example's group, from its path and a pattern.
+    """Returns the name of each example's group, which a pattern extracts from the path.
 
     `{word}` matches a part of the path that belongs to the group's name, and `*` a part that
     does not; neither matches a "/". The pattern matches the beginning of the path. A `{word}`

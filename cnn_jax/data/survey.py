@@ -1,4 +1,4 @@
-"""The statistics of a data set from one pass over all images, and its near duplicates.
+"""The statistics and the near duplicates of a data set, found in one pass over all images.
 
 Two images are near duplicates if their perceptual hashes differ in few bits and their 8 x 8
 thumbnails in few grey levels. (The hash does not depend on colour, and it says little about
@@ -34,21 +34,20 @@ from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.system.errors import DataError, printable
 
-# The default of the largest number of bits in which the 64-bit hashes of two near duplicates
-# differ.
+# By default, the 64-bit hashes of two near duplicates differ in at most this number of bits.
 NEAR_DISTANCE = 4
-# The default of data.max_unreadable.
+# The default value of data.max_unreadable.
 _MAX_UNREADABLE = 0.01
-# The thumbnails of near duplicates have at most this mean difference, in grey levels: a constant
-# for an encoder's noise, plus a fraction of the image's contrast.
+# The mean difference between the thumbnails of two near duplicates has an upper limit, in grey
+# levels: a constant for the noise of encoders, plus a fraction of the image's contrast.
 _NOISE, _SHARE_OF_CONTRAST = 1.0, 0.25
 _THUMBNAIL = (8, 8)
-# The largest allowed distance. With a larger one, most images of any data set would count as near
-# duplicates.
+# The largest allowed distance between hashes, in bits. With a larger distance, most images of any
+# data set would count as near duplicates.
 MAX_DISTANCE = 12
 _HASH_BITS = 64
 _LEVELS = 256
-# The number of hashes that are compared at a time, which limits the memory used.
+# To limit the memory use, pairs of hashes are compared in blocks of about this number of pairs.
 _BLOCK = 1 << 20
 
 
@@ -104,7 +103,7 @@ class Survey:
 
     @property
     def warnings(self) -> list[str]:
-        """The warnings about problems of the data, one sentence each with its remedy."""
+        """The warnings about the data; each warning is a sentence with a problem and its remedy."""
         findings = self.findings
         found = findings.warnings() if len(self.source) else findings.reading_warnings()
         unreadable = findings.unreadable
@@ -123,15 +122,15 @@ class Survey:
 
     @property
     def mean(self) -> list[float] | None:
-        """The mean grey level of R, G and B, 0 to 255, over all pixels; None without images."""
+        """The mean of R, G and B over all pixels, in grey levels; None if there are no images."""
         return _mean(self.levels).tolist() if self.levels.any() else None
 
     @property
     def std(self) -> list[float] | None:
-        """The standard deviation of R, G and B over all pixels; None without images."""
+        """The standard deviation of R, G and B over all pixels; None if there are no images."""
         if not self.levels.any():
             return None
-        # E[x^2] - E[x]^2 would lose digits.
+        # The formula E[x^2] - E[x]^2 would lose digits.
         deviation = np.arange(_LEVELS) - _mean(self.levels)[:, np.newaxis]
         return np.sqrt((self.levels * deviation**2).sum(axis=1) / self.levels.sum(axis=1)).tolist()
 
@@ -164,12 +163,12 @@ class Survey:
 
     @property
     def too_small(self) -> list[str]:
-        """The classes with too few images for all splits."""
+        """The classes that have too few images to be in every split."""
         sizes = self.counts.sum(axis=1)
         return [self.source.class_names[label] for label in np.flatnonzero(sizes < len(SPLITS))]
 
     def varied(self, cluster: Cluster) -> list[int]:
-        """Returns a cluster's images, sorted so that the first ones show all labels and splits."""
+        """Returns the images of a cluster, ordered so that every label and split appears early."""
         example_splits = self.example_splits
         seen: Counter[tuple[int, str]] = Counter()
         turns = []
@@ -180,7 +179,7 @@ class Survey:
         return [i for _, i in sorted(turns)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the survey as values that JSON can represent."""
+        """Returns the survey as a dictionary of JSON types."""
         source, findings = self.source, self.findings
         ratios = self.aspect_ratios
         return {
@@ -268,7 +267,9 @@ def survey(
       ConfigError: The division's group is not a pattern.
       DataError: A path does not match the pattern.
     """
-    division.check(listing)  # Checked first: the pass may take long.
+    # An error in the pattern of groups is reported before the images are read, because reading may
+    # take a long time.
+    division.check(listing)
     preprocessing = Preprocessing(max_pixels=max_pixels, white_level=white_level)
     records, hashes, thumbnails, levels = _pass(listing, preprocessing, track)
     values = value_ranges(records, preprocessing)
@@ -300,13 +301,13 @@ def _pass(
     UInt8[np.ndarray, "n 192"],
     Int64[np.ndarray, "3 256"],
 ]:
-    """Reads all images once, and computes what the survey needs.
+    """Reads all images once, and computes their records, hashes, thumbnails and histogram.
 
     Returns:
       The record, the hash and the thumbnail of each example (hash and thumbnail are 0 if it is
       unreadable), and the histogram of grey levels of all images.
     """
-    import imagehash  # noqa: F401  Imported before the threads, which would import it at once.
+    import imagehash  # noqa: F401  Threads must not import it at the same time.
 
     def work(row: int) -> tuple[Record, int, np.ndarray, np.ndarray] | Record:
         with scan.one_large_file_at_a_time(listing, row):
@@ -321,7 +322,8 @@ def _pass(
         if pixels is None:
             return record
         image = Image.fromarray(pixels)
-        # Pillow releases Python's global lock, and counts much faster than NumPy.
+        # Pillow computes a histogram much faster than NumPy, and releases the global interpreter
+        # lock (GIL), so the threads run in parallel.
         levels = np.array(image.histogram(), np.int64)
         thumbnail = np.asarray(image.resize(_THUMBNAIL, Image.Resampling.BOX)).ravel()
         return record, perceptual_hash(pixels), thumbnail, levels
@@ -345,8 +347,9 @@ def _pass(
 def perceptual_hash(pixels: Pixels) -> int:
     """Returns a hash of 64 bits that changes little when an image is resized or re-encoded.
 
-    It is the "pHash" of `imagehash`: the image becomes grey and 32 x 32 pixels. A bit says
-    whether one of the lowest 8 x 8 frequencies of its cosine transform is above their median.
+    The hash is the "pHash" of `imagehash`: the image is converted to grey and resized to 32 x 32
+    pixels. A bit says whether one of the lowest 8 x 8 frequencies of the cosine transform is above
+    the median of these frequencies.
     """
     import imagehash
 
@@ -357,7 +360,7 @@ def perceptual_hash(pixels: Pixels) -> int:
 def near_components(
     hashes: UInt64[np.ndarray, " n"], thumbnails: UInt8[np.ndarray, "n 192"], distance: int
 ) -> Int[np.ndarray, " n"]:
-    """Finds the sets of images that are joined by chains of near duplicates.
+    """Finds the sets of images that are connected by chains of near duplicates.
 
     Args:
       hashes: Hashes of 64 bits.
@@ -371,7 +374,7 @@ def near_components(
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    # Images with the same hash and thumbnail, such as copies, are compared only once.
+    # Images with the same hash and the same thumbnail, such as copies, are compared only once.
     both = np.concatenate([hashes[:, np.newaxis].view(np.uint8), thumbnails], axis=1)
     _, first_images, inverse = np.unique(both, axis=0, return_index=True, return_inverse=True)
     hashes, thumbnails = hashes[first_images], thumbnails[first_images]
@@ -392,7 +395,9 @@ def near_components(
         is_near = apart <= np.minimum(tolerance[first], tolerance[second])
         waiting.append((first[is_near], second[is_near]))
         number += int(is_near.sum())
-        if number > _BLOCK:  # Join now, because all pairs may not fit into memory.
+        # The connected components are updated after each block of pairs, because all pairs may not
+        # fit into memory.
+        if number > _BLOCK:
             join(waiting)
             waiting, number = [], 0
     if waiting:
@@ -435,7 +440,7 @@ def near_pairs(
 
 
 def _groups(parts: Int[np.ndarray, " n"]) -> list[list[int]]:
-    """Returns the positions of the images in each set that has several images."""
+    """Returns the positions of the images of each set; sets of a single image are left out."""
     order = np.argsort(parts, kind="stable")
     cuts = np.flatnonzero(np.diff(parts[order])) + 1
     return [group.tolist() for group in np.split(order, cuts) if len(group) > 1]
@@ -446,7 +451,11 @@ def _clusters(
     source: Source,
     splits: Mapping[str, Int[np.ndarray, " _"]],
 ) -> list[Cluster]:
-    """Makes clusters; those with different labels, different splits or many images are first."""
+    """Creates clusters, with the most serious clusters first.
+
+    Clusters with different labels come first, then clusters with different splits, then large
+    clusters.
+    """
     example_splits = split_numbers(splits, len(source))
     clusters = [
         Cluster(
@@ -472,7 +481,7 @@ def _mean(levels: Int64[np.ndarray, "3 256"]) -> Float[np.ndarray, "3"]:
 
 
 def _commonest(values: Sequence[Any]) -> list[tuple[Any, int]]:
-    """Returns the values and their counts, sorted by decreasing count, then by value."""
+    """Returns the distinct values and their counts, sorted by decreasing count, then by value."""
     return sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
 
 

@@ -11,13 +11,14 @@ from cnn_jax.data import Track, no_track
 from cnn_jax.data.source import SPLIT_NAMES, Source, named_splits
 from cnn_jax.system.errors import DataError
 
-# The form name[/config][:version][:split]. A split may be a slice such as train[:50%].
+# Matches a name of the form dataset[/config][:version][:split]. A split may be a slice such as
+# train[:50%].
 _NAME = re.compile(r"(?P<dataset>[^:]+(:[\d*]+\.[\d*]+\.[\d*]+)?)(:(?P<split>.+))?", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """A picklable function that reads an example of a split."""
+    """A picklable function that reads the encoded image of an example."""
 
     parts: list[Any]
 
@@ -27,7 +28,7 @@ class _Reader:
 
 
 def open_tfds(name: str, track: Track = no_track) -> Source:
-    """Opens the labelled examples of a data set of TensorFlow Datasets.
+    """Opens the labelled examples of a data set from TensorFlow Datasets.
 
     Args:
       name: `NAME[/CONFIG][:VERSION][:SPLIT]`. With a split, only its examples are used.
@@ -39,7 +40,8 @@ def open_tfds(name: str, track: Track = no_track) -> Source:
       DataError: The data set does not exist, has no "image" and "label", or
         cannot be downloaded.
     """
-    import tensorflow_datasets as tfds  # Slow to import, and not always installed.
+    # TensorFlow Datasets is slow to import, and not always installed.
+    import tensorflow_datasets as tfds
 
     match = _NAME.fullmatch(name)
     if match is None:
@@ -99,8 +101,8 @@ def open_tfds(name: str, track: Track = no_track) -> Source:
 def _ids(builder: Any, split: str) -> list[str]:
     """Returns an id SPLIT/POSITION for each example of a split or of a slice of a split.
 
-    The position is that in the whole split. So an example has the same id in train[:50%] and in
-    train.
+    POSITION is the position in the whole split. So an example has the same id in train[:50%] and
+    in train.
     """
     import tensorflow_datasets as tfds
 
@@ -113,7 +115,7 @@ def _ids(builder: Any, split: str) -> list[str]:
 
 
 def _class_names(features: Any) -> list[str] | None:
-    """Returns the class names of a data set; None if it is not for image classification."""
+    """Returns the class names; None if the data set is not meant for image classification."""
     import tensorflow_datasets as tfds
 
     if not isinstance(features, tfds.features.FeaturesDict):
@@ -142,7 +144,7 @@ def _prepared_builder(dataset: str) -> Any:
         raise DataError(f"{name}: {_first_line(error)}") from error
     try:
         builder.download_and_prepare()
-    except Exception as error:  # A download may raise errors of many libraries.
+    except Exception as error:  # A download may raise errors from many libraries.
         raise DataError(
             f"{name} is not prepared under {_folder()} and could not be downloaded and "
             f"prepared ({type(error).__name__}: {_first_line(error)}). Run `tfds build "

@@ -1,1 +1,1 @@
-"""Explanations of predictions: maps, checks of the maps, feature maps and filters."""
+"""Explanations of predictions: saliency maps, checks of the maps, feature maps and filters."""

@@ -1,4 +1,4 @@
-"""Explains predictions by maps that show which parts of an image are evidence for a class.
+"""Explains predictions with saliency maps, which show the evidence for a class in an image.
 
     cnn_jax explain --bundle=RUN --input FILE_FOLDER_OR_PATTERN ... --output=DIR
         [--method=grad_cam,...|all] [--class=NAME]
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check_output(output: str, inputs: Sequence[str], paths: Sequence[pathlib.Path]) -> None:
-    """Checks that a later call with the same inputs would not read the written maps as images.
+    """Checks that a later call with the same inputs would not read the new maps as input images.
 
     Args:
       output: The folder for the maps; it need not exist.
@@ -89,7 +89,7 @@ def _check_output(output: str, inputs: Sequence[str], paths: Sequence[pathlib.Pa
 
 
 def _is_in(path: str, folder: str) -> bool:
-    """Returns whether a path is a folder itself or a file or folder below it."""
+    """Returns whether `path` is `folder` itself or lies inside `folder`."""
     return os.path.commonpath([path, folder]) == folder
 
 

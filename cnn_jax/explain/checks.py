@@ -1,4 +1,4 @@
-"""Checks of the explanation methods in `maps`: experiments that a good method passes.
+"""Checks of the saliency-map methods in `maps`: experiments that a good method passes.
 
 - Randomization (Adebayo et al. 2018): the weights are shuffled layer by layer, starting with the
   last one. A map that explains what the network has learned must change with the first shuffled
@@ -29,19 +29,21 @@ from cnn_jax.explain.maps import Classes, Images, Maps, maps_by_method, methods_
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_pixels
 from cnn_jax.models.network import layer_names
 
-# With fewer than MIN_IMAGES images, no method passes or fails. The images after the first
-# MAX_IMAGES are used only by the pointing game, because it is fast.
+# With fewer than MIN_IMAGES images, no method passes or fails. Only the pointing game, which is
+# fast, uses more than MAX_IMAGES images.
 MIN_IMAGES, MAX_IMAGES = 8, 64
-# Two maps count as equal if their rank correlation (Spearman) is at least this.
+# Two maps count as equal if their rank correlation (Spearman) is at least this value.
 _EQUAL = 0.5
-# The number of steps of deletion and insertion: 0, 1/_STEPS, ..., 1 of the pixels are changed.
+# The number of steps of deletion and insertion. Each step changes another 1/_STEPS of the pixels.
 _STEPS = 10
-# The number of cells per side of a random map. With 8, it is as smooth as a small feature map.
+# The number of cells along each side of a random map. With 8 cells, a random map is as smooth as a
+# small feature map.
 _RANDOM_CELLS = 8
-# The standard deviation of the blur at the start of insertion, as a fraction of the shorter side.
+# The standard deviation of the blur at the start of insertion, as a fraction of the shorter side of
+# the image.
 _BLUR = 0.1
-# The significance level of the test whether a network is better than guessing; the report uses
-# the same level.
+# The significance level of the test that a network is better than guessing. The report uses the
+# same level.
 _SIGNIFICANCE = 0.025
 
 
@@ -54,12 +56,12 @@ def judge(
     seed: int = 0,
     track: Track = no_track,
 ) -> dict[str, Any]:
-    """Checks explanation methods on images by the experiments of this module.
+    """Runs the checks of this module for saliency-map methods on images.
 
     Args:
       predictor: A loaded bundle.
-      images: uint8 [batch, height, width, 3] of the predictor's size, in random order: the first
-        64 are used by all checks, the others only by the pointing game.
+      images: uint8 [batch, height, width, 3] of the predictor's size, in random order. All
+        checks use the first 64 images; only the pointing game uses the remaining images.
       classes: The class to explain for each image, for example the predicted class.
       masks: True on the object; without masks there is no pointing game.
       methods: Names of methods; by default all methods that work for the network.
@@ -69,7 +71,8 @@ def judge(
     Returns:
       {method: {"randomization": {...}, "deletion": {...}, "insertion": {...},
       "pointing_game": {...}}}. Each check has its measured values, the number of "images", and
-      "passes": True, False, or None with fewer than `MIN_IMAGES` images. JSON types, all finite.
+      "passes": True, False, or None with fewer than `MIN_IMAGES` images. All values
+      have JSON types and are finite.
     """
     allowed = methods_for(predictor)
     chosen = {name: allowed[name] for name in methods or allowed}
@@ -85,7 +88,8 @@ def judge(
     correlations: dict[str, dict[str, np.ndarray]] = {name: {} for name in chosen}
     for layer, shuffled in _shuffled_predictors(predictor, seed).items():
         for name, maps in maps_by_method(shuffled, images, classes, chosen).items():
-            # A map and its inversion count as equal, so the sign of the correlation is dropped.
+            # The sign of the correlation is ignored, so a map and its negation are treated as
+            # equal.
             correlations[name][layer] = np.abs(rank_correlation(own_maps[name], maps))
     other_maps = {}
     if masks is not None:
@@ -116,7 +120,7 @@ def judge(
 
 
 def describe(verdict: dict[str, Any]) -> str:
-    """Returns a text that names the passed and the failed checks of a method, or "no verdict"."""
+    """Returns the names of the passed and failed checks of a method as text, or "no verdict"."""
     checks: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for check, result in verdict.items():
         checks[result["passes"]].append(check.replace("_", " "))
@@ -131,7 +135,7 @@ def describe(verdict: dict[str, Any]) -> str:
 
 
 def withhold(verdicts: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
-    """Sets "passes" to None in all checks of a result of `judge`.
+    """Sets "passes" to None in all checks of the verdicts that `judge` returned.
 
     Callers use it if there is a reason why no method can pass or fail.
     """
@@ -141,14 +145,14 @@ def withhold(verdicts: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
 
 
 def why_no_verdict(count: int) -> str:
-    """Returns why `count` images are too few to check a method; empty if they are enough."""
+    """Returns the reason why `count` images are too few for the checks; "" if they are enough."""
     if count >= MIN_IMAGES:
         return ""
     return f"No verdict on the methods: that takes at least {MIN_IMAGES} images."
 
 
 def why_nothing_to_explain(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the reason why a network's maps explain nothing: it is no better than guessing.
+    """Returns why the maps of a network that is not better than guessing get no verdict.
 
     The maps of a network that has learned nothing may still depend on its weights and pass the
     checks, although there is nothing to explain.
@@ -176,7 +180,7 @@ def why_nothing_to_explain(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _mean_and_margin(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    """Returns the mean of values and half the width of its 95 % confidence interval.
+    """Returns the mean of values, and half the width of the mean's 95 % confidence interval.
 
     The interval is a normal approximation.
     """
@@ -188,7 +192,7 @@ def _mean_and_margin(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
 def _compare(
     scores: Float[np.ndarray, " n"], rivals: dict[str, Float[np.ndarray, " n"]], better: int
 ) -> dict[str, Any]:
-    """Compares the scores of a method with those of alternative maps on the same images.
+    """Compares a method's scores with the scores of alternative maps on the same images.
 
     Args:
       scores: One score for each image.
@@ -210,7 +214,7 @@ def _compare(
 
 
 def shuffle_layers(variables: PyTree, layers: Sequence[str], seed: int = 0) -> PyTree:
-    """Returns the variables of a network with the parameters of some layers shuffled.
+    """Returns a copy of a network's variables in which some layers have shuffled parameters.
 
     The values are permuted within each parameter array.
 
@@ -235,7 +239,10 @@ def shuffle_layers(variables: PyTree, layers: Sequence[str], seed: int = 0) -> P
 
 
 def _shuffled_predictors(predictor: BundlePredictor, seed: int) -> dict[str, BundlePredictor]:
-    """Returns copies of a predictor with one, two, ... shuffled layers, from the last layer on.
+    """Returns copies of a predictor with a growing number of shuffled layers.
+
+    The first copy has only its last layer shuffled. In each further copy, one more of the preceding
+    layers is shuffled.
 
     Returns:
       The copies by the name of the layer that was shuffled last.
@@ -250,7 +257,7 @@ def _shuffled_predictors(predictor: BundlePredictor, seed: int) -> dict[str, Bun
 
 
 def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
-    """Returns Spearman's rank correlation of the two maps of each image.
+    """Returns Spearman's rank correlation between the maps of each image in `a` and in `b`.
 
     The correlation counts as 0 if only one of the two maps is constant, and as 1 if both are.
     """
@@ -262,7 +269,7 @@ def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
 
 
 def mean_ranks(values: Float[np.ndarray, "batch n"]) -> Float[np.ndarray, "batch n"]:
-    """Returns the ranks of values within each row, from 0; equal values get their mean rank.
+    """Returns the rank of each value within its row, starting at 0; ties get their mean rank.
 
     `scipy.stats.rankdata` does the same, but its module takes a second to import.
     """
@@ -283,7 +290,7 @@ def mean_ranks(values: Float[np.ndarray, "batch n"]) -> Float[np.ndarray, "batch
 def _randomization(
     correlations: dict[str, Float[np.ndarray, " batch"]], count: int
 ) -> dict[str, Any]:
-    """Returns the result of the randomization check from the correlations of maps.
+    """Computes the result of the randomization check from the correlations between maps.
 
     The check passes if every shuffled network gives other maps than the trained network.
 
@@ -304,7 +311,7 @@ def _randomization(
 
 
 class Curves:
-    """The curves of class probabilities that deletion and insertion measure.
+    """The curves of the class probability in the deletion and insertion checks.
 
     Deletion replaces pixels by mean grey, in decreasing order of the map's values. Insertion
     starts with a blurred image and restores its pixels in the same order. (The paper blurs by 5
@@ -334,7 +341,7 @@ class Curves:
     def areas(self, maps: Maps) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
         """Returns the areas under the deletion and insertion curves of each image, 0 to 1."""
         batch, height, width = maps.shape
-        # Pixels with equal values, such as 0, are taken row by row.
+        # Pixels with equal map values, such as 0, are changed row by row.
         order = np.argsort(-maps.reshape(batch, -1), axis=1, kind="stable")
         rank = np.empty_like(order)
         np.put_along_axis(rank, order, np.arange(height * width)[None], axis=1)
@@ -356,7 +363,7 @@ class Curves:
 def class_probabilities(
     predictor: Predictor, images: Images, classes: Classes
 ) -> Float[np.ndarray, " batch"]:
-    """Returns the predicted probability of one given class for each image.
+    """Returns the predicted probability of a given class for each image.
 
     Args:
       predictor: A loaded bundle or any other predictor.
@@ -371,7 +378,7 @@ def class_probabilities(
 
 
 def hits(maps: Maps, masks: Bool[np.ndarray, "batch height width"]) -> Float[np.ndarray, " batch"]:
-    """Returns whether the largest value of each map lies on the object, as 1 or 0.
+    """Returns 1 for each map whose largest value lies on the object, else 0.
 
     Args:
       maps: One map for each image.

@@ -1,4 +1,4 @@
-"""Maps of the evidence for a class in an image.
+"""Saliency maps, which show the evidence for a class in an image.
 
 Each method is a pure function of a bundle's predictor, images of the predictor's size and one
 class for each image. It returns one map for each image: float32 [batch, height, width], finite
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Num, PyTree, UInt8
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.batching import map_batches, next_power_of_two, split_batches
 from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.models.base import Network
 from cnn_jax.models.network import feature_map_shapes, forward, network_parts, stages
 from cnn_jax.system import runtime
 
@@ -30,32 +31,37 @@ Classes = Int[np.ndarray, " batch"]
 Maps = Float[np.ndarray, "batch height width"]
 Method = Callable[[BundlePredictor, Images, Classes], Maps]
 
-# The number of pixels in one batch, which limits the memory for a gradient.
+# The maximum number of pixels in a batch, which limits the memory that gradients need.
 _PIXELS_PER_BATCH = 2**18
-# The number of points at which integrated gradients evaluates the gradient.
+# The number of points at which `integrated_gradients` evaluates the gradient.
 _STEPS = 32
-# The number of noisy copies of each image in SmoothGrad.
+# The number of noisy copies of each image that SmoothGrad averages over.
 _COPIES = 16
-# The standard deviation of SmoothGrad's noise as a fraction of the range of grey levels. The paper
+# The standard deviation of SmoothGrad's noise, as a fraction of the range of grey levels. The paper
 # uses 0.1 to 0.2.
 _NOISE = 0.15
-# The sides of occlusion's patches are an eighth of the image's sides. Neighbouring patches overlap
-# by half.
+# Each side of an occlusion patch is one eighth of the side of the image. Neighbouring patches
+# overlap by half.
 _PATCHES_PER_SIDE = 8
 
-# A function (feature maps, their gradients, the head's weights of the class) -> map.
+# A function that combines feature maps, their gradients, and the last layer's weights for the class
+# into a saliency map.
 Combine = Callable[[Array, Array, Array], Array]
-# A function to compile: (variables, images, classes) -> arrays with one row for each image.
+# A function that JAX compiles. It takes (variables, images, classes) and returns arrays with one
+# row for each image.
 _Function = Callable[..., PyTree]
 
 
 def grad_cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
-    """Grad-CAM (Selvaraju et al. 2017): the feature maps' sum, weighted by their mean gradients."""
+    """Grad-CAM (Selvaraju et al. 2017): a sum of feature maps, weighted by their mean gradients."""
     return _maps_by_combination(_grad_cam, predictor, images, classes)
 
 
 def grad_cam_plus_plus(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
-    """Grad-CAM++ (Chattopadhay et al. 2018, equations 10 and 19, with exp(logit) as the score)."""
+    """Grad-CAM++ (Chattopadhay et al. 2018): feature maps, weighted by their positive gradients.
+
+    The weights follow equations 10 and 19 of the paper, with exp(logit) as the score of the class.
+    """
     return _maps_by_combination(_grad_cam_plus_plus, predictor, images, classes)
 
 
@@ -65,7 +71,7 @@ def layer_cam(predictor: BundlePredictor, images: Images, classes: Classes) -> M
 
 
 def cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
-    """Class activation maps (Zhou et al. 2016): feature maps, weighted by the head's weights.
+    """Class activation maps (Zhou et al. 2016): feature maps, weighted by the last layer's weights.
 
     Raises:
       ValueError: The network has a hidden layer between its feature maps and its head.
@@ -79,9 +85,10 @@ def cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
 
 
 def integrated_gradients(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
-    """Integrated gradients (Sundararajan et al. 2017): contributions relative to grey.
+    """Integrated gradients (Sundararajan et al. 2017): the contribution of each pixel to the logit.
 
-    The value of a pixel is the absolute value of the sum over its three channels.
+    The contributions are relative to a mean grey image. The value of a pixel is the absolute value
+    of the sum over its three channels.
     """
     attributions = integrated_gradients_by_channel(predictor, images, classes)
     return np.abs(attributions.sum(axis=-1))
@@ -90,7 +97,7 @@ def integrated_gradients(predictor: BundlePredictor, images: Images, classes: Cl
 def integrated_gradients_by_channel(
     predictor: BundlePredictor, images: Images, classes: Classes
 ) -> Float[np.ndarray, "batch height width 3"]:
-    """Returns the contribution of each value of an image to the logit, by integrated gradients.
+    """Returns integrated gradients: the contribution of each channel of each pixel to the logit.
 
     The contributions are relative to a mean grey image. They add up to the difference between the
     logits of the image and of the grey image, up to the error of the midpoint rule with 32 points.
@@ -111,7 +118,8 @@ def smooth_grad(predictor: BundlePredictor, images: Images, classes: Classes) ->
     rng = np.random.default_rng(0)
     total = np.zeros(images.shape, np.float32)
     for _ in range(_COPIES):
-        # All images have the same noise, so that a map does not depend on the other images.
+        # The noise is the same for all images, so that the map of an image does not depend on the
+        # other images.
         noise = 255 * _NOISE * rng.standard_normal(images.shape[1:], np.float32)
         total += _map_images(_input_gradients, predictor, images + noise, classes)
     return np.abs(total / _COPIES).max(axis=-1)
@@ -135,7 +143,7 @@ def occlusion(predictor: BundlePredictor, images: Images, classes: Classes) -> M
 
 
 def _mean(predictor: BundlePredictor) -> Float[np.ndarray, " 3"]:
-    """Returns the grey levels of R, G and B that normalisation maps to 0."""
+    """Returns the grey levels of R, G and B that the normalisation of images converts to 0."""
     return np.array(predictor.preprocessing.mean, np.float32)
 
 
@@ -178,12 +186,12 @@ def method_named(text: str) -> str | None:
 
 
 def allows_cam(predictor: BundlePredictor) -> bool:
-    """Returns whether `cam` works: the last layer must receive the mean feature maps."""
+    """Returns whether the method `cam` works: the last layer must receive the mean feature maps."""
     return network_parts(predictor.model, predictor.variables).embedding_is_mean_map
 
 
 def methods_for(predictor: BundlePredictor) -> dict[str, Method]:
-    """Returns the methods that work for the predictor's network, by name."""
+    """Returns the methods that work for the predictor's network, by the name of the method."""
     return {
         name: method
         for name, method in METHODS.items()
@@ -211,7 +219,7 @@ def maps_by_method(
     }
 
 
-# The functions below are compiled by JAX. They take and return arrays.
+# JAX compiles the functions from here to `_input_gradients`. They take and return arrays.
 
 
 def _class_logits(logits: Float[Array, "batch classes"], classes: Int[Array, " batch"]) -> Array:
@@ -222,15 +230,18 @@ def _feature_maps_and_gradients(
     variables: PyTree,
     images: Num[Array, "batch height width 3"],
     classes: Int[Array, " batch"],
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> tuple[Array, Array]:
-    """Returns the last feature maps and the logits' gradients with respect to them; float32."""
+    """Returns the last feature maps, and the gradients of the logits with respect to these maps.
+
+    Both arrays are float32.
+    """
 
     def evaluate(offsets: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         found = stages(model, variables, images, preprocessing, offsets)
-        # A logit depends only on its own image, so the gradient of the sum of logits contains the
-        # gradient of each image's logit.
+        # Each logit depends on only one image, so the gradient of the sum of the logits contains
+        # the gradient of each image's logit.
         return _class_logits(found["logits"], classes).sum(), found
 
     shapes = feature_map_shapes(model, variables, preprocessing.image_size)
@@ -246,8 +257,8 @@ def _grad_cam(maps: Array, gradients: Array, head: Array) -> Array:
 
 
 def _grad_cam_plus_plus(maps: Array, gradients: Array, head: Array) -> Array:
-    # All derivatives of exp(logit) have a factor exp(logit). These factors cancel, except for one
-    # that is the same for all pixels.
+    # All derivatives of exp(logit) have a factor exp(logit). These factors cancel, except for a
+    # factor that is the same for all pixels.
     squares = gradients**2
     sums = jnp.sum(maps, axis=(1, 2), keepdims=True)
     denominator = 2 * squares + sums * gradients**3
@@ -278,7 +289,7 @@ def _combined_feature_maps(
     classes: Array,
     *,
     combine: tuple[Combine, ...],
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> Float[Array, "batch methods height width"]:
     maps, gradients = _feature_maps_and_gradients(variables, images, classes, model, preprocessing)
@@ -293,7 +304,7 @@ def _logits_by_class(
     images: Array,
     classes: Array,
     *,
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> Float[Array, " batch"]:
     return _class_logits(forward(model, variables, images, preprocessing), classes)
@@ -304,7 +315,7 @@ def _input_gradients(
     images: Array,
     classes: Array,
     *,
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> Float[Array, "batch height width 3"]:
     """Returns the gradient of each image's logit with respect to the image's grey levels."""
@@ -319,7 +330,7 @@ def _input_gradients(
 @functools.cache
 def _compiled(
     function: _Function,
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
     combine: tuple[Combine, ...] | None,
 ) -> _Function:
@@ -344,7 +355,7 @@ def _map_images(
     classes: Classes,
     combine: tuple[Combine, ...] | None = None,
 ) -> np.ndarray:
-    """Applies a compiled function to images in batches; values that are not finite become 0."""
+    """Compiles a function and applies it to images in batches; non-finite values become 0."""
     run = _compiled(function, predictor.model, predictor.preprocessing, combine)
     height, width = predictor.preprocessing.image_size
     if not len(images):
@@ -355,5 +366,5 @@ def _map_images(
     batch_size = min(batch_size, next_power_of_two(len(images)))
     batches = split_batches((images, classes), batch_size)
     results = map_batches(lambda batch: run(predictor.variables, *batch), batches, batch_size)
-    # Weights that overflow give gradients that are not finite; maps are always finite.
+    # Gradients can overflow if the weights are very large, but maps must be finite.
     return np.nan_to_num(np.concatenate(list(results)), nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,4 +1,4 @@
-"""A function that draws an explanation map over its image."""
+"""Draws a saliency map over its image."""
 
 import functools
 
@@ -9,9 +9,10 @@ from PIL import Image
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.resize import view
 
-# The weight of the map's colours in the mixture; the image's weight is 1 minus this.
+# The weight of the map's colours when they are blended with the image. The weight of the image is 1
+# minus this value.
 _OPACITY = 0.55
-# The factor for the brightness of the parts of an image that the network does not see.
+# The brightness of the image outside the network's input is multiplied by this factor.
 _UNSEEN_BRIGHTNESS = 0.4
 
 
@@ -20,7 +21,7 @@ def draw_overlay(
     values: Float[np.ndarray, "height width"],
     preprocessing: Preprocessing | None = None,
 ) -> Image.Image:
-    """Draws a map over the grey version of its image.
+    """Draws a saliency map over a grey version of its image.
 
     Args:
       image: The whole image in any resolution.
@@ -54,7 +55,7 @@ def draw_overlay(
 
 @functools.cache
 def _colour_table() -> UInt8[np.ndarray, "256 3"]:
-    """Returns the RGB colours of the levels 0 to 255 of a map."""
-    import matplotlib  # Imported here because a server that draws no maps need not load it.
+    """Returns the RGB colours for the levels 0 to 255 of a map."""
+    import matplotlib  # Imported here, so that a server without maps does not load Matplotlib.
 
     return np.rint(255 * matplotlib.colormaps["viridis"](np.arange(256))[:, :3]).astype(np.uint8)

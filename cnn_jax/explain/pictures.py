@@ -1,4 +1,4 @@
-"""Functions that write explanations of image files as pictures, JSON and an HTML page."""
+"""Writes explanations of image files as pictures, as JSON and as an HTML page."""
 
 import base64
 import io
@@ -27,11 +27,11 @@ from cnn_jax.system.errors import ConfigError, DataError, did_you_mean, printabl
 
 logger = logging.getLogger(__name__)
 
-# The maximum number of images with pictures of their feature maps, which are one picture for each
-# layer; and the maximum number of images on the page.
+# The maximum number of images whose feature maps are drawn (one picture for each layer), and the
+# maximum number of images on the HTML page.
 _MAX_WITH_FEATURE_MAPS, _MAX_ON_PAGE = 8, 100
-# In pixels: the side of a feature map or filter in a grid, the gap between two of them, and the
-# longer side of the page's pictures.
+# Lengths in pixels: the width of a feature map or filter in a grid, the gap between the cells of
+# the grid, and the longer side of the pictures on the page.
 _TILE, _GAP, _SIDE = 48, 2, 192
 FILTERS = "filters.png"
 
@@ -39,7 +39,7 @@ Picture = Image.Image
 
 
 def choose_methods(predictor: BundlePredictor, names: Sequence[str]) -> list[str]:
-    """Converts the names of explanation methods that a user gave to keys of `maps.METHODS`.
+    """Converts names of explanation methods, as the user wrote them, to keys of `maps.METHODS`.
 
     Args:
       predictor: A loaded bundle.
@@ -72,7 +72,7 @@ def choose_methods(predictor: BundlePredictor, names: Sequence[str]) -> list[str
 
 
 def choose_class(predictor: Predictor, name: str) -> int:
-    """Returns the position of a class, given its name.
+    """Converts the name of a class to the position of the class.
 
     Returns:
       The position of the class in the predictor's class names.
@@ -120,7 +120,8 @@ def explain(
     methods = choose_methods(predictor, methods)
     chosen = None if class_name is None else choose_class(predictor, class_name)
     folder = pathlib.Path(output)
-    # The checks use a random sample, because neighbours in a folder are often similar.
+    # The checks use a random sample of the images, because neighbouring files in a folder are often
+    # similar.
     order = np.random.default_rng(0).permutation(len(paths))
     judged = set(order[: checks.MAX_IMAGES].tolist())
     records: list[dict[str, Any]] = []
@@ -220,7 +221,7 @@ def _judge(
     *,
     has_verdict: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Runs the checks of `checks.judge` on explanation methods and describes the results.
+    """Runs the checks of `checks.judge` for explanation methods and describes the results.
 
     Args:
       predictor: A loaded bundle.
@@ -252,7 +253,7 @@ def _save_overlays(
     maps: Mapping[str, Float[np.ndarray, "height width"]],
     predictor: BundlePredictor,
 ) -> dict[str, str]:
-    """Saves each map drawn over its image, and returns the file names by method.
+    """Draws the maps of an image over the image; returns the names of the new files by method.
 
     The pictures have the resolution of the image.
     """
@@ -266,7 +267,7 @@ def _save_overlays(
 def _save_feature_maps(
     folder: pathlib.Path, number: int, pixels: np.ndarray, predictor: BundlePredictor
 ) -> dict[str, str]:
-    """Saves a picture of an image's feature maps for each layer; returns file names by layer."""
+    """Saves one picture per layer with an image's feature maps; returns file names by layer."""
     names = {}
     for layer, grid in feature_map_grids(predictor, pixels).items():
         names[layer] = f"{number:04d}-maps-{layer}.png"
@@ -277,7 +278,7 @@ def _save_feature_maps(
 def feature_map_grids(
     predictor: BundlePredictor, pixels: UInt8[np.ndarray, "height width 3"]
 ) -> dict[str, Picture]:
-    """Draws the feature maps of an image, one picture for each convolution.
+    """Draws the feature maps of an image, with one picture for each convolution.
 
     Args:
       predictor: A loaded bundle.
@@ -296,7 +297,7 @@ def feature_map_grids(
 
 
 def save_filters(path: pathlib.Path, predictor: BundlePredictor) -> bool:
-    """Saves a picture of the first convolution's filters, if the network starts with one.
+    """Saves a picture of the first convolution's filters, if the network starts with a convolution.
 
     Grey is 0. All filters have the same scale.
 
@@ -314,12 +315,12 @@ def save_filters(path: pathlib.Path, predictor: BundlePredictor) -> bool:
 
 
 def _levels(values: Float[np.ndarray, "height width"]) -> Float[np.ndarray, "height width"]:
-    """Scales the values of a map linearly to the range 0 to 1."""
+    """Scales the values of a map linearly to the range from 0 to 1."""
     return (values - values.min()) / (float(np.ptp(values)) or 1.0)
 
 
 def _grid(tiles: Sequence[Picture]) -> Picture:
-    """Returns one picture: a grid of enlarged tiles, about twice as many columns as rows."""
+    """Arranges enlarged tiles in a grid that has about twice as many columns as rows."""
     columns = math.ceil(math.sqrt(2 * len(tiles)))
     height = max(round(_TILE * tiles[0].height / tiles[0].width), 1)
     rows = math.ceil(len(tiles) / columns)

@@ -1,4 +1,4 @@
-"""Functions that process many images in batches; every command with many images uses them."""
+"""Functions that split many images into batches, and process the batches."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -7,15 +7,14 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-# The number of images that the network processes at once. More images are split into batches of
-# this size.
+# The default batch size: the number of images that the network processes at once.
 BATCH_SIZE = 64
 
 
 def map_batches(
     function: Callable[[Any], PyTree], batches: Iterable[PyTree], padded_size: int | None = None
 ) -> Iterator[Any]:
-    """Applies a function to each batch of a stream.
+    """Applies a function to each batch of an iterable, and yields the results.
 
     Each batch is padded by repeating its last row, because XLA compiles a program for each batch
     size. A function that treats rows independently returns the same rows with and without padding.
@@ -38,7 +37,7 @@ def map_batches(
 
 
 def split_batches(arrays: PyTree, batch_size: int = BATCH_SIZE) -> Iterator[Any]:
-    """Splits an array, or a tree of arrays, along its first dimension.
+    """Splits an array, or a tree of arrays, into batches along the first dimension.
 
     Args:
       arrays: Arrays with equal first dimensions.
@@ -49,12 +48,12 @@ def split_batches(arrays: PyTree, batch_size: int = BATCH_SIZE) -> Iterator[Any]
 
 
 def next_power_of_two(count: int) -> int:
-    """Returns the smallest power of two that is at least `count`; 1 for 0."""
+    """Returns the smallest power of two that is at least `count`; returns 1 if `count` is 0."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 def _pad(array: np.ndarray, size: int) -> np.ndarray:
-    """Repeats the last row of an array until it has `size` rows."""
+    """Pads an array to `size` rows by repeating its last row."""
     missing = size - len(array)
     if not missing:
         return array

@@ -32,7 +32,7 @@ _DESCRIPTION = "bundle.json"
 _WEIGHTS = "weights.safetensors"
 
 
-# The fields of `Preprocessing` that the first bundles did not have.
+# The fields of `Preprocessing` that bundles of early versions of this package do not have.
 _ADDED_KEYS = ("white_level", "resize", "crop_ratio", "interpolation")
 
 
@@ -67,8 +67,8 @@ class Bundle:
 def library_versions() -> dict[str, str]:
     """Returns the versions of this package and of the libraries that affect predictions."""
     names = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors")
-    # The package may run without being installed. It has no metadata then, so its version is read
-    # from the code.
+    # The version of this package is read from the code, because a package that is not installed has
+    # no metadata.
     own = {"cnn_jax": cnn_jax.__version__}
     return own | {name: importlib.metadata.version(name) for name in names}
 
@@ -91,8 +91,8 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
     try:
         partial.mkdir(parents=True)
         flat = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
-        # safetensors 0.8 scrambles arrays that are not contiguous. (np.ascontiguousarray would
-        # turn a scalar into a vector.)
+        # safetensors 0.8 scrambles arrays that are not contiguous, so arrays are converted to C
+        # order. np.ascontiguousarray is not used, because it would convert a scalar to a vector.
         weights = {name: np.asarray(array, order="C") for name, array in flat.items()}
         with file_errors(partial / _WEIGHTS):
             (partial / _WEIGHTS).write_bytes(safetensors.numpy.save(weights))
@@ -105,11 +105,12 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
         description["versions"] = library_versions()
         description["files"] = {_WEIGHTS: {"sha256": _sha256(partial / _WEIGHTS)}}
         text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
-        # A name that is not UTF-8 contains surrogates; they are written as JSON escapes.
+        # Names may contain surrogates for bytes that are not UTF-8. Surrogates are written as JSON
+        # escapes.
         with file_errors(partial / _DESCRIPTION):
             (partial / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
         for file in (partial / _WEIGHTS, partial / _DESCRIPTION, partial):
-            sync(file)  # Before renaming, so that a crash leaves no incomplete file.
+            sync(file)  # Flush each file before the rename, so that a crash leaves no partial file.
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
@@ -149,7 +150,8 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
                 mean=tuple(preprocessing["mean"]),
                 std=tuple(preprocessing["std"]),
                 max_pixels=preprocessing["max_pixels"],
-                # Older bundles lack these keys; the defaults are what older versions did.
+                # Older bundles lack some keys of the preprocessing. The default value of each key
+                # is the behaviour of older versions of this package.
                 **{key: preprocessing[key] for key in _ADDED_KEYS if key in preprocessing},
             ),
             temperature=description["temperature"],
@@ -172,7 +174,7 @@ def find_bundle(path: str | os.PathLike[str]) -> pathlib.Path:
       BundleError: The path is a run without a bundle.
     """
     path = pathlib.Path(path)
-    with contextlib.suppress(OSError):  # `read_bundle` reports the error.
+    with contextlib.suppress(OSError):  # `read_bundle` reports an unreadable path.
         if not (path / _DESCRIPTION).exists():
             if (path / "bundle").is_dir():
                 return path / "bundle"

@@ -17,15 +17,15 @@ NUM_BINS = 15
 Probabilities = Float[np.ndarray, "n classes"]
 Labels = Int[np.ndarray, " n"]
 
-# The maximum number of probabilities that `fit_temperature` uses. They take seconds and determine
-# the temperature to three digits.
+# The maximum number of probabilities that `fit_temperature` uses. This number determines the
+# temperature to three digits, and the fit takes only seconds.
 _MAX_PROBABILITIES = 2**23
-# The logarithm of the highest temperature that is tried. The range is 1/100 to 100.
+# The logarithm of the highest allowed temperature. Temperatures range from 1/100 to 100.
 _MAX_LOG_TEMPERATURE = math.log(100)
 
 
 def log_probabilities(probabilities: Probabilities) -> Float[np.ndarray, "n classes"]:
-    """Returns the logarithms of probabilities; 0 counts as the smallest positive float32.
+    """Returns the logarithms of probabilities; 0 is replaced by the smallest normal float32.
 
     All logarithms are therefore finite.
     """
@@ -33,16 +33,16 @@ def log_probabilities(probabilities: Probabilities) -> Float[np.ndarray, "n clas
 
 
 def apply_temperature(probabilities: Probabilities, temperature: float) -> Probabilities:
-    """Returns the probabilities after dividing the logits by a temperature; float64."""
+    """Returns the probabilities, float64, after the logits are divided by a temperature."""
     return scipy.special.softmax(log_probabilities(probabilities) / temperature, axis=1)
 
 
 def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
-    """Fits the temperature that maximises the likelihood of labels (Guo et al. 2017, section 4.2).
+    """Fits the temperature by maximum likelihood (Guo et al. 2017, section 4.2).
 
     The logarithm of the temperature has a standard normal prior, which weighs about as much as
-    one image. It keeps the temperature near 1 with very few images, and finite if all predictions
-    are correct. With a hundred images its influence is negligible.
+    one image. The prior keeps the temperature near 1 with very few images, and finite if all
+    predictions are correct. With a hundred images the influence of the prior is negligible.
 
     Args:
       probabilities: The probabilities of a network without temperature scaling.
@@ -53,8 +53,8 @@ def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
     """
     if not len(labels):
         return 1.0
-    # With more probabilities, only every k-th image is used. Because data sets are sorted by class,
-    # the fraction of each class does not change.
+    # If there are more than _MAX_PROBABILITIES probabilities, only every k-th image is used. Data
+    # sets are sorted by class, so the fraction of each class hardly changes.
     step = math.ceil(probabilities.size / _MAX_PROBABILITIES)
     probabilities, labels = probabilities[::step], labels[::step]
     logits = log_probabilities(probabilities)
@@ -127,7 +127,7 @@ def brier_score(probabilities: Probabilities, labels: Labels) -> float:
 
 
 def negative_log_likelihood(probabilities: Probabilities, labels: Labels) -> float:
-    """Returns the mean of -log(probability of the true class), in nats; 0 without images."""
+    """Returns the mean of -log(probability of the true class), in nats; 0 for no images."""
     logits = log_probabilities(probabilities)
     return float(-logits[np.arange(len(labels)), labels].sum() / max(len(labels), 1))
 

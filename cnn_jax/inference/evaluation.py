@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ def image_batches(
     track: Track = no_track,
     description: str = "loading images",
 ) -> Generator[UInt8[np.ndarray, "_batch height width 3"]]:
-    """Yields the images of examples in batches of `BATCH_SIZE`; the last batch may have fewer.
+    """Yields images of a data set in batches of `BATCH_SIZE`; the last batch may be smaller.
 
     Args:
       loader: The loader of the source.
@@ -41,7 +41,33 @@ def image_batches(
     with evaluation_batches(loader, indices, BATCH_SIZE) as batches:
         num_batches = math.ceil(len(indices) / BATCH_SIZE)
         for batch in track(batches, description, num_batches):
-            yield batch["image"][: int(batch["mask"].sum())]  # The padding stands at the end.
+            # The padding is at the end of the batch.
+            yield batch["image"][: int(batch["mask"].sum())]
+
+
+def map_split(
+    function: Callable[[UInt8[np.ndarray, "_batch height width 3"]], Any],
+    loader: Loader,
+    indices: Int[np.ndarray, " n"],
+    track: Track = no_track,
+    description: str = "measuring",
+) -> np.ndarray:
+    """Applies a function to the images of examples of a data set, in batches.
+
+    Args:
+      function: Takes images and returns an array with one row for each image. It treats the
+        images independently.
+      loader: The loader of the source.
+      indices: The positions of the examples in the source, one or more.
+      track: Shows progress.
+      description: The text beside the progress.
+
+    Returns:
+      The rows in the order of `indices`.
+    """
+    batches = image_batches(loader, indices, track, description)
+    with contextlib.closing(batches):  # Stops the loader's threads, also after an error.
+        return np.concatenate(list(map_batches(function, batches, BATCH_SIZE)))
 
 
 def predict_split(
@@ -51,7 +77,7 @@ def predict_split(
     track: Track = no_track,
     description: str = "measuring",
 ) -> Float[np.ndarray, "n classes"]:
-    """Predicts the class probabilities of examples of a data set.
+    """Predicts the class probabilities of images of a data set.
 
     Args:
       predictor: A loaded bundle or any other predictor.
@@ -63,10 +89,9 @@ def predict_split(
     Returns:
       Probabilities, float32, in the order of `indices`.
     """
-    batches = image_batches(loader, indices, track, description)
-    with contextlib.closing(batches):  # Stops the loader's threads, also after an error.
-        rows = list(map_batches(predictor, batches, BATCH_SIZE))
-    return np.concatenate([np.empty((0, len(predictor.class_names)), np.float32), *rows])
+    if not len(indices):
+        return np.empty((0, len(predictor.class_names)), np.float32)
+    return map_split(predictor, loader, indices, track, description)
 
 
 def score(
@@ -74,7 +99,7 @@ def score(
     labels: Int[np.ndarray, " n"],
     class_names: list[str],
 ) -> dict[str, Any]:
-    """Computes the metrics of a split from its probabilities; see `metrics.full_report`."""
+    """Computes the metrics of a split from probabilities and labels; see `metrics.full_report`."""
     num_classes = len(class_names)
     predictions = probabilities.argmax(axis=1)
     cells = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
@@ -85,7 +110,7 @@ def score(
 def evaluate(
     predictor: Predictor, dataset: Dataset, split: str = "test", track: Track = no_track
 ) -> dict[str, Any]:
-    """Measures a predictor on a split of a data set.
+    """Computes the metrics of a predictor on a split of a data set.
 
     Args:
       predictor: A loaded bundle or any other predictor.
@@ -117,7 +142,7 @@ def evaluate(
 def labelled_split(
     predictor: Predictor, dataset: Dataset, split: str
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Returns the positions of the images of a split, and their labels for a predictor.
+    """Returns the positions of a split's images, and their labels in the predictor's class order.
 
     For a bundle, a warning is logged if the network may have been trained on some of the images.
 
@@ -151,7 +176,7 @@ def labelled_split(
 
 
 def _warn_of_training_images(predictor: BundlePredictor, dataset: Dataset, split: str) -> None:
-    """Warns if a bundle's network may have been trained on images of a split."""
+    """Logs a warning if a bundle's network may have been trained on images of a split."""
     source = dataset.source
     is_same_data = dataset.fingerprint == predictor.data["fingerprint"]
     if split == "all" and (is_same_data or source.name == predictor.data["source"]):
@@ -180,7 +205,7 @@ def open_as_trained(
     max_unreadable: float | None = None,
     allow_outside: bool = False,
 ) -> Dataset:
-    """Opens a source and divides it into splits as training divided the bundle's data.
+    """Opens a data source, and splits it as the training data of a bundle was split.
 
     The images are decoded once and cached, as in training.
 

@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Readable(Protocol):
-    """An object with a method `read`: an open binary file, a response, a member of a zip file."""
+    """An object with a method `read`, such as an open binary file or an HTTP response."""
 
     def read(self) -> bytes: ...
 
 
 @runtime_checkable
 class ArrayLike(Protocol):
-    """An object that NumPy can convert to an array: a JAX array, a PyTorch tensor on the CPU."""
+    """An object that NumPy can convert to an array, such as a JAX array or a PyTorch CPU tensor."""
 
     def __array__(self) -> np.ndarray: ...
 
@@ -50,7 +50,7 @@ _ONE_IMAGE = (
 def preprocess_for_inference(
     image: AnyImage, preprocessing: Preprocessing = SPECIFICATION
 ) -> Pixels:
-    """Reads and resizes one image that is given in any supported form.
+    """Reads one image in any supported form, and resizes it to the network's input size.
 
     Args:
       image: One of
@@ -79,7 +79,7 @@ def preprocess_for_inference(
 
 
 class ImageReader:
-    """A reader that works as `preprocess_for_inference`, but logs at most one warning."""
+    """Reads images as `preprocess_for_inference` does, but logs at most one warning."""
 
     def __init__(self, preprocessing: Preprocessing = SPECIFICATION):
         self._preprocessing = preprocessing
@@ -112,7 +112,7 @@ class ImageReader:
 
 
 def _read(image: object) -> bytes | np.ndarray:
-    """Reads an image in any form except bytes, a Pillow image or a NumPy array.
+    """Reads an image in any supported form except bytes, a Pillow image or a NumPy array.
 
     Returns:
       The bytes of an image file, or an array.
@@ -144,7 +144,7 @@ def _read_file(file: Readable) -> bytes:
         content = file.read()
     except UnicodeDecodeError as error:
         raise DataError("is open as text; open it with mode 'rb'") from error
-    except Exception as error:  # Objects of other libraries raise errors of any type.
+    except Exception as error:  # Objects of other libraries may raise exceptions of any type.
         raise DataError(f"cannot be read: {error or type(error).__name__}") from error
     if not isinstance(content, bytes | bytearray | memoryview):
         raise DataError(f"read() must return bytes, got {_kind(content)}; open it with mode 'rb'")
@@ -154,7 +154,7 @@ def _read_file(file: Readable) -> bytes:
 
 
 def _plain_array(array: np.ndarray) -> np.ndarray | Image.Image:
-    """Converts one image's array to grey [h, w], RGB [h, w, 3], or an RGBA Pillow image.
+    """Converts the array of an image to [h, w] (grey), [h, w, 3] (RGB) or a Pillow image (RGBA).
 
     Raises:
       DataError: The array has another shape, or is RGBA but not uint8.
@@ -173,7 +173,7 @@ def _plain_array(array: np.ndarray) -> np.ndarray | Image.Image:
 
 
 def _shape(array: np.ndarray) -> str:
-    """Returns the shape of an array as text, with a hint if the first axis seems to be channels."""
+    """Returns the shape of an array as text, with a hint if the channels seem to come first."""
     shape = str(list(array.shape))
     if array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4):
         return f"{shape}; channels come last: np.moveaxis(array, -3, -1)"
@@ -185,7 +185,7 @@ def _kind(value: object) -> str:
 
 
 def single_images(images: object) -> Iterator[AnyImage]:
-    """Yields the images of an argument that is one image or an iterable of images.
+    """Yields the images in an argument, which is one image or an iterable of images.
 
     Raises:
       TypeError: The argument is neither.
@@ -194,7 +194,7 @@ def single_images(images: object) -> Iterator[AnyImage]:
         return iter([images])
     if isinstance(images, ArrayLike):
         return _images_of_array(np.asarray(images))
-    # A set is refused, because without an order predictions could not be matched to images.
+    # A set is refused, because a set has no order, so predictions could not be matched to images.
     if isinstance(images, Iterable) and not isinstance(images, Mapping | Set):
         return iter(images)
     raise TypeError(
@@ -211,7 +211,7 @@ def _images_of_array(array: np.ndarray) -> Iterator[AnyImage]:
     """
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))
     if array.dtype == object or array.dtype.kind == "U":
-        if array.ndim == 1:  # For example the column of a table.
+        if array.ndim == 1:  # The array is, for example, a table column of paths.
             return iter(array.tolist())
     elif array.size == 0 and not is_image:
         return iter([])
@@ -233,7 +233,7 @@ def describe_image(image: object, row: int | None = None) -> str:
 
 
 def list_images(path: str | os.PathLike[str], allow_outside: bool = False) -> list[pathlib.Path]:
-    """Lists a file, or the image files in a folder and its sub-folders.
+    """Returns the path of a file, or the paths of all image files in and below a folder.
 
     A warning says how many files of a folder are left out.
 
@@ -262,7 +262,7 @@ def list_images(path: str | os.PathLike[str], allow_outside: bool = False) -> li
 
 
 def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[pathlib.Path]:
-    """Lists the image files that files, folders and patterns name.
+    """Returns the paths of the image files that a list of files, folders and patterns selects.
 
     Args:
       inputs: Files, folders, and patterns such as `photos/**/*.jpg` that the shell did not
@@ -289,7 +289,7 @@ def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[path
 
 
 def searched_folder(text: str) -> pathlib.Path:
-    """Returns the folder in or below which all images of a file, folder or pattern lie."""
+    """Returns a folder that contains, at any depth, all images that a path or pattern selects."""
     path = pathlib.Path(text)
     if _is_pattern(text):
         return pathlib.Path(
@@ -303,7 +303,7 @@ def _is_pattern(text: str) -> bool:
 
 
 def _match(pattern: str) -> list[str]:
-    """Returns the sorted matches of a pattern, without those in folders that this project wrote.
+    """Returns the sorted paths that match a pattern, except paths in output folders of cnn_jax.
 
     Raises:
       DataError: There is no match.

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
@@ -19,6 +18,7 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.batching import BATCH_SIZE, map_batches, split_batches
 from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
 from cnn_jax.inference.images import AnyImage, ImageReader, describe_image, single_images
+from cnn_jax.models.base import Network
 from cnn_jax.models.network import abstract_variables, forward, make_model
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import BundleError, DataError
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Predictor(Protocol):
-    """The interface of a loaded bundle, an ensemble, an exported model or a user's function.
+    """The interface of loaded bundles, ensembles, exported models and user-defined functions.
 
     Attributes:
       class_names: The classes in the order of the probabilities.
@@ -41,7 +41,9 @@ class Predictor(Protocol):
     def __call__(
         self, images: UInt8[np.ndarray, "batch height width 3"]
     ) -> Float[np.ndarray, "batch classes"]:
-        """Predicts preprocessed images; each prediction depends only on its own image.
+        """Returns the class probabilities of preprocessed images.
+
+        Each row depends only on its own image.
 
         Args:
           images: Images of the size `preprocessing.image_size`, one or more.
@@ -53,7 +55,7 @@ class Predictor(Protocol):
 
 
 class BundlePredictor(Predictor):
-    """The network of a bundle as a predictor.
+    """A predictor that runs the network of a bundle.
 
     Attributes:
       class_names: The classes in the order of the probabilities.
@@ -90,7 +92,7 @@ class BundlePredictor(Predictor):
     def __call__(
         self, images: UInt8[np.ndarray, "batch height width 3"]
     ) -> Float[np.ndarray, "batch classes"]:
-        """Predicts preprocessed images; see `Predictor`.
+        """Returns the class probabilities of preprocessed images; see `Predictor`.
 
         Raises:
           ValueError: The images are not uint8, or their size is not the bundle's.
@@ -107,8 +109,8 @@ class BundlePredictor(Predictor):
 
 
 @functools.lru_cache(64)
-def _compiled(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., Array]:
-    """Returns the compiled function that predicts, for a network and its preprocessing.
+def _compiled(model: Network, preprocessing: Preprocessing) -> Callable[..., Array]:
+    """Returns the compiled prediction function of a network with a given preprocessing.
 
     The weights are arguments of the function, so bundles with the same network and preprocessing
     share it.
@@ -120,8 +122,8 @@ def _compiled(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., A
     return jax.jit(probabilities, compiler_options=runtime.compiler_options())
 
 
-def _check_weights(model: nn.Module, bundle: Bundle) -> None:
-    """Raises BundleError if names or shapes of the weights do not match the network."""
+def _check_weights(model: Network, bundle: Bundle) -> None:
+    """Raises BundleError if the names or shapes of the weights do not match the network."""
 
     def shapes(variables: PyTree) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree.leaves_with_path(variables)
@@ -141,7 +143,7 @@ def _check_weights(model: nn.Module, bundle: Bundle) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The prediction for one image, or the reason why there is none.
+    """The prediction for one image, or the reason why the image could not be read.
 
     Attributes:
       predicted: The name of the most probable class; None after an error.
@@ -161,7 +163,7 @@ def predict_batch(
     images: AnyImage | Iterable[AnyImage],
     reader: ImageReader | None = None,
 ) -> list[Prediction]:
-    """Predicts images of any form and size; an unusable image does not affect the others.
+    """Predicts images of any form and size; an unusable image does not affect the other images.
 
     Args:
       predictor: A loaded bundle or any other predictor.
@@ -182,7 +184,7 @@ def predict_batch(
     """
     reader = reader or ImageReader(predictor.preprocessing)
     predictions: list[Prediction] = []
-    rows: list[int] = []  # The positions in `predictions` of the images in `batch`.
+    rows: list[int] = []  # The index in `predictions` of each image in `batch`.
     batch = np.empty((BATCH_SIZE, *predictor.preprocessing.image_size, 3), np.uint8)
 
     def read_batches() -> Iterator[UInt8[np.ndarray, "_batch height width 3"]]:
@@ -212,7 +214,7 @@ def predict_pixels(
     images: UInt8[np.ndarray, "n height width 3"],
     padded_size: int | None = None,
 ) -> Float[np.ndarray, "n classes"]:
-    """Predicts any number of preprocessed images.
+    """Returns the class probabilities of any number of preprocessed images.
 
     Args:
       predictor: A loaded bundle or any other predictor.

@@ -1,7 +1,7 @@
-"""The list of networks, with their configuration keys.
+"""The networks that a configuration can select, and the configuration keys of each network.
 
-This module imports no network, so that `--help` and the check of keys can read the list
-before JAX is imported.
+This module imports no network, so that `--help` and the check of the configuration can read
+the list before JAX is imported.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ class Network:
       path: The class of the network, or a function that makes one, as "package.module:name". The
         keys below are fields of the network, except `pretrained`.
       keys: The keys of the section `model` of the configuration, without `name`.
-      size_divisor: A function of the section `model`. It returns the number that must divide
-        the height and the width of the images.
+      size_divisor: A function from the section `model` to the number that must divide the height
+        and the width of the images.
     """
 
     path: str
@@ -52,10 +52,10 @@ _BACKBONE_KEYS = {
 }
 _BATCH_NORM_KEYS = {
     "batch_norm_statistics": choice(
-        "frozen",
-        "frozen: BatchNorm keeps the statistics of the pretrained weights; batch: it uses the "
-        "statistics of the batches.",
-        ("frozen", "batch"),
+        "auto",
+        "frozen: BatchNorm keeps its initial statistics; batch: it uses those of the batches; "
+        "auto: frozen with pretrained weights, else batch.",
+        ("auto", "frozen", "batch"),
     ),
 }
 _DROP_PATH_KEYS = {
@@ -101,7 +101,8 @@ NETWORKS = {
             ),
             "batch_norm": boolean(True, "BatchNorm after each convolution."),
         },
-        # A 2 x 2 pooling follows each convolution except the last.
+        # Each convolution except the last is followed by a 2 x 2 pooling, which halves the
+        # height and the width.
         size_divisor=lambda section: 2 ** (len(section["features"]) - 1),
     ),
     "resnet18": _resnet("resnet18"),

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 
 class NetworkParts(NamedTuple):
-    """Some parameters of a network by their role, because their names differ between networks.
+    """The parameters that explanation methods need, under names common to all networks.
 
     Attributes:
       first_kernel: The kernel of the first layer, if it is a convolution over R, G and B; else
@@ -67,6 +67,10 @@ class Network(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
     train_from: str = ""
 
+    if TYPE_CHECKING:  # Linen makes each module hashable by its fields.
+
+        def __hash__(self) -> int: ...
+
     def __call__(
         self, x: Float[Array, "batch height width channel"], *, train: bool = False
     ) -> Float[Array, "batch classes"]:
@@ -119,6 +123,11 @@ class Network(nn.Module):
         """Returns whether the parameters of a stage are trained."""
         names = list(self.stage_names)
         return not self.train_from or names.index(stage) >= names.index(self.train_from)
+
+    @nn.nowrap
+    def is_trained_parameter(self, path: str) -> bool:
+        """Returns whether a parameter is trained; the path is, for example, "conv1/kernel"."""
+        return self.is_trained(self.stage_of(path.partition("/")[0]))
 
 
 class Backbone(Network):

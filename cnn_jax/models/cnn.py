@@ -1,4 +1,4 @@
-"""The convolutional network of the specification."""
+"""The convolutional network that the project's specification prescribes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +12,11 @@ from cnn_jax.models.layers import BatchNorm, Conv, max_pool_2x2
 
 
 class CNN(Network):
-    """A network of blocks [conv 3x3 -> ReLU -> BatchNorm -> pool], then two dense layers.
+    """A network of convolution blocks, followed by one or two dense layers.
 
-    There is a block for each value of `features`. The pool is a 2 x 2 maximum; in the last block it
-    is the mean over the whole image, so that the network accepts any image size.
+    There is a block [conv 3x3 -> ReLU -> BatchNorm -> pool] for each value of `features`. The
+    pool is max pooling with a 2 x 2 window. The last block instead takes the mean over the whole
+    image, so that the network accepts any image size.
 
     The names of the stages with feature maps are "conv1", "conv2" and so on. Their outputs are
     the feature maps after the convolution, ReLU and BatchNorm, and before the pool.
@@ -66,7 +67,7 @@ class CNN(Network):
             if self.batch_norm:
                 x = BatchNorm(
                     use_running_average=not self.is_training(f"conv{i}", train),
-                    epsilon=1e-3,  # The default of Keras.
+                    epsilon=1e-3,  # Keras uses this epsilon by default.
                     dtype=self.dtype,
                     name=f"norm{i}",
                 )(x)

@@ -1,9 +1,9 @@
-"""Layers of Linen and JAX, rewritten so that XLA compiles them well on a CPU.
+"""Layers with the same results as layers of Flax Linen and JAX, but faster on CPUs.
 
-Each layer has the parameters, values and gradients of the plain layer that its docstring
-names (`tests/models/test_layers.py` compares them), and can be replaced by it. The gain in
-speed is in `experiments/RESULTS.md`. The gradients are written by hand, for reverse mode
-only: `jax.jvp` of these layers fails.
+Each layer has the parameters, values and gradients of the standard layer that its docstring
+names (`tests/models/test_layers.py` compares the two layers), and can be replaced by the
+standard layer. The measured gain in speed is in `experiments/RESULTS.md`. The gradients are
+written by hand, for reverse mode only: `jax.jvp` of these layers fails.
 """
 
 import functools
@@ -15,16 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Block size of the reductions below, in rows and in elements. A block fits into a core's
-# first-level cache. For 33 rows or more, XLA rewrites a sum as a sum of windows, which takes
-# several times as long.
+# The largest block in which `_blockwise_sums` adds values, in rows and in elements. A block fits
+# into a core's first-level cache. XLA rewrites a sum over 33 rows or more as a sum over windows,
+# which takes several times as long.
 _BLOCK_ROWS, _BLOCK_SIZE = 32, 1024
 
 
 def channel_sums(
     *arrays: Float[Array, "batch height width channel"],
 ) -> tuple[Float[Array, " channel"], ...]:
-    """Returns the float32 sums of arrays over all axes except the last, in one pass over memory.
+    """Sums each array over all axes except the last, in float32 and in one pass over memory.
 
     Args:
       *arrays: Arrays of the same shape.
@@ -42,7 +42,7 @@ def _plain_sums(*arrays: Array) -> tuple[Array, ...]:
 
 
 def _blockwise_sums(*arrays: Array) -> tuple[Array, ...]:
-    """Sums arrays within blocks of neighbouring pixels, and then over the blocks.
+    """Sums each array within blocks of neighbouring pixels, and then adds the sums of the blocks.
 
     One loop handles all arrays.
     """
@@ -55,7 +55,7 @@ def _blockwise_sums(*arrays: Array) -> tuple[Array, ...]:
     )
     blocks = tuple(array.reshape(batch, pixels // rows, rows, channels) for array in arrays)
     sums = lax.reduce(blocks, (jnp.float32(0),) * len(blocks), _add, (2,))
-    # Without this barrier XLA merges the two sums into one.
+    # Without this barrier, XLA merges the sum within blocks and the sum over blocks into one sum.
     return tuple(jnp.sum(array, axis=(0, 1)) for array in lax.optimization_barrier(sums))
 
 
@@ -64,7 +64,7 @@ def _add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _per_channel(values: Float[Array, " channel"]) -> Float[Array, "1 1 1 channel"]:
-    """Reshapes an array with one value for each channel, so that it broadcasts to images."""
+    """Reshapes an array of values per channel, so that the array broadcasts to images."""
     return values[None, None, None]
 
 
@@ -79,7 +79,7 @@ def convolve(
     x: Float[Array, "batch height width channel"],
     kernel: Float[Array, "3 3 channel features"],
 ) -> Float[Array, "batch height width features"]:
-    """Convolves images with a kernel, at stride 1 and with padding "SAME".
+    """Convolves images with a kernel, with stride 1 and padding "SAME".
 
     As usual for networks, this is a cross-correlation: the kernel is not reversed.
     """
@@ -109,10 +109,10 @@ def _input_gradient(x: Array, gradient: Array, kernel: Array) -> Array:
 
 
 def _input_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
-    """Computes `_input_gradient` as a convolution with a transposed kernel, for CPUs.
+    """Computes the gradient of the input as a convolution with the transposed kernel, for CPUs.
 
-    The barrier hides the transposition from XLA, which inside loops would otherwise convolve
-    with the untransposed kernel. That takes ten times as long.
+    The barrier hides the transposition from XLA. Without the barrier, XLA convolves with the
+    untransposed kernel inside loops, which takes ten times as long.
     """
     transposed = lax.rev(kernel, (0, 1)).transpose(0, 1, 3, 2)
     return _convolve(gradient, lax.optimization_barrier(transposed))
@@ -123,11 +123,12 @@ def _kernel_gradient(x: Array, gradient: Array, kernel: Array) -> Array:
 
 
 def _kernel_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
-    """Computes `_kernel_gradient` as a convolution of images with gradients by Eigen, for CPUs.
+    """Computes the gradient of the kernel as a convolution of images with gradients, for CPUs.
 
-    oneDNN, which XLA may use on CPUs (`runtime.compiler_options`), takes up to eight times as
-    long for this convolution. XLA gives no reversed kernels to oneDNN. The kernel is therefore
-    reversed along its channels, and so is the result.
+    On a CPU, XLA may pass convolutions to oneDNN instead of Eigen (`runtime.compiler_options`).
+    oneDNN takes up to eight times as long as Eigen for this convolution. XLA passes no
+    convolution with a reversed kernel to oneDNN. This function therefore reverses the
+    convolution's kernel along the output channels, and then reverses the result in the same way.
     """
     reversed_gradient = lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0),
@@ -162,11 +163,11 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 def max_pool_2x2(
     x: Float[Array, "batch height width channel"],
 ) -> Float[Array, "batch height//2 width//2 channel"]:
-    """Max pooling with window 2 x 2 and stride 2; an odd last row or column is dropped.
+    """Applies max pooling with a 2 x 2 window, stride 2 and padding "VALID".
 
     Values and gradients equal those of `nn.max_pool`: if several pixels of a window have the
-    maximum, the first of them gets the gradient. (If several pixels are NaN, the layers
-    differ in which of them gets the gradient.)
+    maximum, the first of these pixels gets the gradient. (A window with several NaN pixels is an
+    exception: the gradient may go to another pixel of the window than with `nn.max_pool`.)
     """
     return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
 
@@ -174,16 +175,16 @@ def max_pool_2x2(
 @jax.custom_vjp
 def _max_pool(x: Array) -> Array:
     a, b, c, d = _windows(x)
-    # Without this barrier XLA recomputes the pool with strided reads.
+    # Without this barrier, XLA recomputes the pooled values with strided reads.
     return lax.optimization_barrier(jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d)))
 
 
 def _max_pool_forward(x: Array) -> tuple[Array, Array]:
     """Returns the pooled images, and the index of the largest pixel of each window.
 
-    An index is 0 to 3, by row and column. The backward pass uses the index and does not
-    compare pixels with the maximum: XLA may compute pixels twice, with different rounding, so
-    that no pixel equals the maximum.
+    The pixels of a window have the indices 0 to 3, in row-major order. The backward pass uses
+    the index and does not compare pixels with the maximum: XLA may compute pixels twice, with
+    different rounding, so that no pixel equals the maximum.
     """
     windows = jnp.stack(_windows(x))
     pooled, index = lax.platform_dependent(windows, cpu=_largest_in_one_pass, default=_largest)
@@ -191,12 +192,12 @@ def _max_pool_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _largest(windows: Array) -> tuple[Array, Array]:
-    """Returns the maxima along the first axis, and their indices."""
+    """Returns the maximum along the first axis, and the index of the maximum."""
     return jnp.max(windows, axis=0), jnp.argmax(windows, axis=0).astype(jnp.int32)
 
 
 def _largest_in_one_pass(windows: Array) -> tuple[Array, Array]:
-    """Computes `_largest` as one reduction over pairs (value, index)."""
+    """Returns the same as `_largest`, but in one reduction over pairs (value, index)."""
     indices = lax.broadcasted_iota(jnp.int32, windows.shape, 0)
     init = jnp.asarray(-jnp.inf, windows.dtype), jnp.int32(0)
     pooled, index = lax.reduce((windows, indices), init, _larger, (0,))
@@ -210,9 +211,9 @@ def _larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Arra
 
 
 def _max_pool_backward(index: Array, gradient: Array) -> tuple[Array]:
-    """Returns the gradient of the images: the backward pass of `max_pool_2x2`.
+    """Computes the backward pass of `max_pool_2x2`: the gradient with respect to the images.
 
-    It uses only comparisons, which XLA fuses into the loops that need the gradient.
+    The computation uses only comparisons, which XLA fuses into the loops that need the gradient.
     """
     batch, height, width, channels = gradient.shape
     pixel = jnp.arange(4, dtype=index.dtype).reshape(1, 1, 2, 1, 2, 1)
@@ -225,9 +226,9 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _windows(x: Array) -> list[Array]:
-    """Returns the four pixels of each 2 x 2 window, as four arrays.
+    """Returns four arrays, one for each position of a pixel in the 2 x 2 windows.
 
-    Their shape is [batch, height//2, width//2, channel].
+    The shape of each array is [batch, height//2, width//2, channel].
     """
     return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
 
@@ -276,8 +277,9 @@ def _normalize_batch_backward(
     centred = x.astype(jnp.float32) - _per_channel(mean)
     bias_gradient, scale_gradient = channel_sums(gradient, gradient * centred)
     scale_gradient *= inverse
-    # The gradient of x is scale / deviation * (gradient - its mean - its projection on the
-    # normalised x). It is computed as a sum of three terms with one factor for each channel.
+    # Let g be `gradient`. The gradient with respect to x is scale / deviation * (g - mean(g) -
+    # projection of g on the normalised x). The code computes this product as a sum of three
+    # terms, each with one factor per channel.
     count = x.size // x.shape[-1]
     slope = inverse * scale
     projection = -slope * inverse * scale_gradient / count
@@ -292,7 +294,7 @@ normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
 
 
 class Conv(nn.Module):
-    """A convolution layer: `nn.Conv` with a 3 x 3 kernel, stride 1 and padding "SAME".
+    """A replacement for `nn.Conv` with a 3 x 3 kernel, stride 1 and padding "SAME".
 
     Attributes:
       features: The number of output channels.
@@ -315,11 +317,11 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation: `nn.BatchNorm` with momentum 0, over all axes except the last.
+    """A replacement for `nn.BatchNorm` with momentum 0.
 
-    The collection "batch_stats" contains the mean and the variance of each channel with
-    which inference normalises. In training the layer overwrites them with the statistics of
-    the batch; `step.update_statistics` averages them over many batches.
+    The collection "batch_stats" contains the mean and the variance of each channel, for use in
+    inference. In training, the layer overwrites this mean and variance with the statistics of
+    the batch; `step.update_statistics` averages the statistics over many batches.
 
     Attributes:
       use_running_average: True normalises with "batch_stats", False with the statistics of

@@ -1,4 +1,4 @@
-"""Functions that construct and apply networks, and that count parameters and operations."""
+"""Functions that construct and apply networks, and count their parameters and operations."""
 
 import importlib
 from collections.abc import Mapping
@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, Num
 from cnn_jax.data.preprocessing import Preprocessing, normalize
 from cnn_jax.models import NETWORKS
 from cnn_jax.models.base import Network, NetworkParts
+from cnn_jax.system.errors import ConfigError, did_you_mean
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
-    """Returns the dtype of the network's computation for a value of `precision`.
+    """Converts a value of the configuration key `precision` to the dtype of the computation.
 
     Args:
       precision: "float32", "bfloat16" or "auto". The last one means float32 if JAX's default
@@ -28,13 +29,16 @@ def compute_dtype(precision: str) -> jnp.dtype:
 def make_model(
     config: Mapping[str, Any], num_classes: int, precision: str, train_from: str = ""
 ) -> Network:
-    """Makes the network that the section `model` of a configuration or a bundle describes.
+    """Constructs the network that the section `model` of a configuration or bundle describes.
 
     Args:
       config: The section `model`.
       num_classes: The number of classes.
       precision: See `compute_dtype`.
-      train_from: The first stage that is trained; see `Network`.
+      train_from: The first stage that is trained, or "head"; see `Network`.
+
+    Raises:
+      ConfigError: The network has no such stage.
     """
     module, _, name = NETWORKS[config["name"]].path.partition(":")
     # The fields of a Linen module must be hashable, so lists from JSON become tuples.
@@ -43,13 +47,18 @@ def make_model(
         for key, value in config.items()
         if key not in ("name", "pretrained")
     }
-    network = getattr(importlib.import_module(module), name)
-    return network(
-        num_classes=num_classes,
-        dtype=compute_dtype(precision),
-        train_from=train_from,
-        **fields,
-    )
+    make = getattr(importlib.import_module(module), name)
+    network = make(num_classes=num_classes, dtype=compute_dtype(precision), **fields)
+    if not train_from:
+        return network
+    names = [*network.stage_names[:-1], "head"]
+    if train_from not in names:
+        hint = did_you_mean(train_from, names)
+        raise ConfigError(
+            f"config.train.from_stage: must be one of {', '.join(names)} for the network "
+            f"{config['name']}, got {train_from!r}{hint}"
+        )
+    return network.clone(train_from="logits" if train_from == "head" else train_from)
 
 
 def forward(
@@ -90,19 +99,23 @@ def stages(
 
 
 def network_parts(model: Network, variables: Mapping[str, Any]) -> NetworkParts:
-    """Returns the parameters of a network that explanations use; see `NetworkParts`."""
+    """Returns the network parameters that the explanation methods need; see `NetworkParts`."""
     return model.parts(variables["params"])
 
 
 def feature_map_shapes(
     model: Network, variables: Mapping[str, Any], image_size: tuple[int, int]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape (height, width, channels) of each stage with feature maps, in their order."""
+    """Returns the shapes of a network's feature maps, in the order of the stages.
+
+    Returns:
+      The shape (height, width, channels) by the name of the stage.
+    """
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     shapes: dict[str, tuple[int, ...]] = {}
 
     def run(variables: Mapping[str, Any], images: Array) -> None:
-        # JAX sorts a returned dictionary by name; this one keeps the order of the stages.
+        # JAX sorts the keys of a returned dictionary, but `shapes` keeps the order of the stages.
         for name, array in cast(dict, model.apply(variables, images, method="stages")).items():
             if array.ndim == 4:
                 shapes[name] = array.shape[1:]
@@ -133,6 +146,20 @@ def has_batch_norm(model: Network, image_size: tuple[int, int]) -> bool:
     return bool(jax.tree.leaves(abstract_variables(model, image_size).get("batch_stats", {})))
 
 
+def updates_statistics(model: Network, image_size: tuple[int, int]) -> bool:
+    """Returns whether training mode changes the statistics of any BatchNorm layer."""
+
+    def train(variables: Mapping[str, Any], images: Array) -> Any:
+        rngs = {"dropout": jax.random.key(0)}
+        _, updates = model.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        return updates
+
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    jaxpr = jax.make_jaxpr(train)(abstract_variables(model, image_size), images).jaxpr
+    # A statistic that no layer changes is an input of the function.
+    return any(output not in jaxpr.invars for output in jaxpr.outvars)
+
+
 def count_parameters(model: Network, image_size: tuple[int, int]) -> int:
     """Returns the number of trainable parameters of a network."""
     params = abstract_variables(model, image_size)["params"]
@@ -140,7 +167,7 @@ def count_parameters(model: Network, image_size: tuple[int, int]) -> int:
 
 
 def forward_flops(model: Network, image_size: tuple[int, int]) -> float:
-    """Returns XLA's count of the floating-point operations of one image's forward pass."""
+    """Returns the number of floating-point operations of one forward pass, as counted by XLA."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     lowered = jax.jit(model.apply).lower(abstract_variables(model, image_size), images)
     cost = lowered.cost_analysis()

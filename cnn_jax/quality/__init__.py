@@ -1,1 +1,1 @@
-"""Corruptions of images, and the robustness of predictors against them."""
+"""Image corruptions, and the robustness of predictors to these corruptions."""

@@ -35,28 +35,28 @@ from cnn_jax.data.augment import opencv
 SEVERITIES = (1, 2, 3, 4, 5)
 
 Corruption = Callable[[np.ndarray, int, int], np.ndarray]
-# An image with RGB or one channel and values from 0 to 1. Because of the underscores, jaxtyping
-# does not compare the sizes of several images.
+# An RGB or single-channel image with values from 0 to 1. The underscores tell jaxtyping not to
+# compare the sizes of different images.
 _Unit = Float32[np.ndarray, "_height _width _*channels"]
 
 # The side, in pixels, of the images for which the constants of ImageNet-C were chosen.
 _SIDE = 224
-# The maximum aspect ratio of a layer, such as a layer of fog. The layer of a longer image is
-# stretched; otherwise an image of 1 x 1000 pixels would need a layer of 224 x 224,000.
+# The maximum aspect ratio of a layer, such as a layer of fog. Layers of longer images are
+# stretched, because an image of 1 x 1000 pixels would need a layer of 224 x 224,000 pixels.
 _MAX_ASPECT_RATIO = 4
 
 _T = TypeVar("_T")
 
 
 def _choose(severity: int, values: Sequence[_T]) -> _T:
-    """Returns the value that belongs to a severity, 1 to 5."""
+    """Returns the value for a severity, 1 to 5, from a sequence of one value per severity."""
     if severity not in SEVERITIES:
         raise ValueError(f"severity must be 1 to 5, got {severity}")
     return values[severity - 1]
 
 
 def _rng(seed: int, severity: int) -> np.random.Generator:
-    """Returns the random number generator of a corruption."""
+    """Returns the random number generator of a corruption for a seed and a severity."""
     return np.random.default_rng([seed, severity])
 
 
@@ -66,7 +66,7 @@ def _unit(image: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
 
 
 def _levels(image: np.ndarray) -> UInt8[np.ndarray, "_height _width 3"]:
-    """Rounds values from 0 to 1 to grey levels; values outside this range are clipped."""
+    """Converts values from 0 to 1 to rounded grey levels; values outside this range are clipped."""
     return np.clip(image * np.float32(255) + np.float32(0.5), 0, 255).astype(np.uint8)
 
 
@@ -76,7 +76,7 @@ def _scale(image: np.ndarray) -> float:
 
 
 def _layer_size(image: np.ndarray) -> tuple[int, int]:
-    """Returns (height, width) of a layer, such as fog, whose shorter side has 224 pixels."""
+    """Returns the (height, width) of a layer, such as fog; the shorter side has 224 pixels."""
     height, width = (
         min(round(side / _scale(image)), _MAX_ASPECT_RATIO * _SIDE) for side in image.shape[:2]
     )
@@ -84,7 +84,7 @@ def _layer_size(image: np.ndarray) -> tuple[int, int]:
 
 
 def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Resizes a layer to an image's size; a reduction averages over the area of each pixel."""
+    """Resizes a layer to the size of an image; averages over pixel areas if the layer is larger."""
     height, width = image.shape[:2]
     if layer.shape[:2] == (height, width):
         return layer
@@ -96,7 +96,7 @@ def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _taps(radius: int, scale: float) -> Float[np.ndarray, "pixels taps"]:
-    """Returns the weights that distribute the taps of a scaled filter to whole pixels.
+    """Returns the weights that resample the taps of a scaled filter to integer pixel positions.
 
     Each tap is a box that is one pixel long or, if `scale` is above 1, as long as the distance
     between two taps. A pixel gets the fraction of the box that overlaps it. With a scale below 1
@@ -116,13 +116,13 @@ def _taps(radius: int, scale: float) -> Float[np.ndarray, "pixels taps"]:
 
 
 def _scaled_kernel(kernel: Float[np.ndarray, "side side"], scale: float) -> np.ndarray:
-    """Scales a kernel in both directions with the weights of `_taps`; its sum does not change."""
+    """Scales a kernel in both directions with the weights of `_taps`; keeps the kernel's sum."""
     taps = _taps(len(kernel) // 2, scale)
     return (taps @ kernel @ taps.T).astype(np.float32)
 
 
 def _gaussian(image: _Unit, sigma: float, scale: float = 1.0) -> _Unit:
-    """Gaussian blur like SciPy's `gaussian_filter` with mode "nearest", truncated at 4 sigma."""
+    """Blurs an image like SciPy's `gaussian_filter` with mode="nearest" and truncate=4."""
     cv2 = opencv()
     radius = int(4 * sigma + 0.5)
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
@@ -130,7 +130,7 @@ def _gaussian(image: _Unit, sigma: float, scale: float = 1.0) -> _Unit:
     return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
 
 
-# Noise.
+# Noise corruptions.
 
 
 def gaussian_noise(
@@ -145,7 +145,10 @@ def gaussian_noise(
 def shot_noise(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Adds Poisson noise, as in very low light; its variance is value / quanta."""
+    """Adds Poisson noise, as in very low light.
+
+    The variance of the noise is the value divided by `quanta`.
+    """
     quanta = _choose(severity, (60, 25, 12, 5, 3))
     return _levels(_rng(seed, severity).poisson(_unit(image) * np.float32(quanta)) / quanta)
 
@@ -153,7 +156,7 @@ def shot_noise(
 def impulse_noise(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Sets a fraction of the values to 0 or 255, each channel independently (salt and pepper)."""
+    """Adds salt-and-pepper noise: sets a fraction of each channel's values to 0 or 255."""
     fraction = _choose(severity, (0.03, 0.06, 0.09, 0.17, 0.27))
     drawn = _rng(seed, severity).random(image.shape, np.float32)
     salted = np.where(drawn < fraction / 2, np.uint8(255), image)
@@ -169,13 +172,13 @@ def speckle_noise(
     return _levels(_unit(image) * (1 + np.float32(deviation) * noise))
 
 
-# Blur.
+# Blur corruptions.
 
 
 def gaussian_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Blurs with a Gaussian filter."""
+    """Blurs the image with a Gaussian filter."""
     sigma = _choose(severity, (1, 2, 3, 4, 6))
     return _levels(_gaussian(_unit(image), sigma, _scale(image)))
 
@@ -183,7 +186,7 @@ def gaussian_blur(
 def defocus_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Averages over a disk, like a lens that is out of focus."""
+    """Blurs the image with a disk-shaped filter, like a lens that is out of focus."""
     radius, softness = _choose(severity, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)))
     cv2 = opencv()
     kernel = _scaled_kernel(_disk(radius, softness), _scale(image))
@@ -192,7 +195,7 @@ def defocus_blur(
 
 @functools.cache
 def _disk(radius: int, softness: float) -> Float[np.ndarray, "side side"]:
-    """Returns a filter in the form of a disk with a blurred edge.
+    """Returns a disk-shaped filter with a blurred edge.
 
     The published grid ends at the edge of the two largest disks, and the blur is mirrored there.
     Their sum is therefore 1.01, which makes the image 1 % lighter. This function does the same.
@@ -210,7 +213,7 @@ def _disk(radius: int, softness: float) -> Float[np.ndarray, "side side"]:
 def glass_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Blurs, moves each pixel a small distance, and blurs again, like frosted glass.
+    """Imitates frosted glass: blurs the image, moves each pixel a little, and blurs again.
 
     The published loop is meant to swap neighbours. With NumPy's views it does something else:
     each pixel, from the last to the first, gets a copy of the current value of its neighbour.
@@ -226,7 +229,8 @@ def glass_blur(
     origin = positions
     for _ in range(rounds):
         origin = origin[_shuffled(rng, height, width, reach, scale)]
-    # The steps are in ImageNet-C's pixels, which are fractions of a pixel in a small image.
+    # The steps are measured in ImageNet-C's pixels, which are fractions of a pixel in a small
+    # image.
     y, x = np.divmod(positions, width)
     step_y, step_x = origin // width - y, origin % width - x
     from_x = (x + scale * step_x).astype(np.float32).reshape(height, width)
@@ -239,12 +243,13 @@ def glass_blur(
 def _shuffled(
     rng: np.random.Generator, height: int, width: int, reach: int, scale: float
 ) -> Int[np.ndarray, " pixels"]:
-    """Returns the position from which each pixel gets its value in ImageNet-C's shuffle.
+    """Returns the position from which each pixel gets its value in one pass of the shuffle.
 
-    The pass visits the pixels from the last to the first. It copies to each pixel the current
-    value of a random neighbour, at a distance of -reach to reach - 1 pixels. A neighbour at a
-    later position already contains a copy of the value of its own neighbour. These chains of
-    copies are followed for all pixels at once, with steps that double.
+    The shuffle is the step of ImageNet-C's glass blur that moves pixels. A pass visits the pixels
+    from the last to the first. It copies to each pixel the current value of a random neighbour, at
+    a distance of -reach to reach - 1 pixels. A neighbour at a later position already contains a
+    copy of the value of its own neighbour. These chains of copies are followed for all pixels at
+    once, with steps that double.
 
     Args:
       rng: The generator that draws the neighbours.
@@ -275,7 +280,7 @@ def _shuffled(
 def motion_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Blurs along a line, at a random angle of up to 45 degrees from the horizontal.
+    """Blurs the image along a line, at a random angle of up to 45 degrees from the horizontal.
 
     This is MotionBlurImage of ImageMagick: the weights along the line are one half of a Gaussian,
     and each tap lies on the nearest whole pixel.
@@ -286,7 +291,7 @@ def motion_blur(
 
 
 def _smear(image: _Unit, radius: int, sigma: float, angle: float, scale: float) -> _Unit:
-    """Blurs an image by motion along a line, at a given angle.
+    """Applies motion blur to an image, along a line at a given angle.
 
     Args:
       image: The image, with values from 0 to 1.
@@ -309,7 +314,7 @@ def _smear(image: _Unit, radius: int, sigma: float, angle: float, scale: float) 
 def zoom_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Averages the image and its magnifications, like a camera that moves forward."""
+    """Averages the image and magnified copies of it, like a camera that moves forward."""
     end, step = _choose(
         severity, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
     )
@@ -351,21 +356,21 @@ def _zoom(side: int, factor: float) -> tuple[float, float]:
 
 def _scaled_affine(matrix: Float[np.ndarray, "2 3"], scale: float) -> Float[np.ndarray, "2 3"]:
     """Converts an affine map of positions from ImageNet-C's pixels to pixels of an image."""
-    # In both units, the centres of pixels have whole numbers as positions, and the first pixel's
-    # edge is at -0.5.
+    # In ImageNet-C's pixels and in pixels of the image, pixel centres have integer coordinates, and
+    # the edge of the first pixel is at -0.5.
     shift = 0.5 / scale - 0.5
     linear, offset = matrix[:, :2], matrix[:, 2]
     offset = scale * (offset + linear.sum(axis=1) * shift - shift)
     return np.concatenate([linear, offset[:, np.newaxis]], axis=1)
 
 
-# Weather.
+# Weather corruptions.
 
 
 def snow(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Makes the image whiter and adds snowflakes that fall in two directions."""
+    """Makes the image whiter, and adds snowflakes that fall in two directions."""
     mean, deviation, size, threshold, radius, sigma, image_weight = _choose(
         severity,
         (
@@ -380,7 +385,7 @@ def snow(
     height, width = _layer_size(image)
     noise = rng.standard_normal([math.ceil(side / size) for side in (height, width)], np.float32)
     (step_x, start_x), (step_y, start_y) = (_zoom(side, size) for side in (width, height))
-    # Only the middle part of the noise is drawn, because the magnification cuts off the rest.
+    # Only the middle part of the noise is generated, because the magnification cuts off the edges.
     start_x -= (width - noise.shape[1]) // 2
     start_y -= (height - noise.shape[0]) // 2
     flakes = cv2.warpAffine(
@@ -403,7 +408,7 @@ def snow(
 def frost(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Adds ice crystals.
+    """Adds ice crystals to the image.
 
     ImageNet-C adds a random part of one of five photographs, whose licence does not allow copies.
     This function uses five generated textures with the mean colours and contrasts of the
@@ -423,9 +428,9 @@ def frost(
     )
 
 
-# The mean R, G, B and the standard deviation of ImageNet-C's photographs, in grey levels. (The
-# second and third have the same values. The published code lists a sixth photograph but never
-# chooses it.)
+# The mean R, G and B and the standard deviation of each frost photograph of ImageNet-C, in grey
+# levels. The second and third photographs have the same values. The published code lists a sixth
+# photograph but never chooses it.
 _FROSTS = (
     ((78, 149, 166), 19),
     ((201, 205, 214), 22),
@@ -433,13 +438,17 @@ _FROSTS = (
     ((138, 153, 165), 29),
     ((112, 123, 135), 43),
 )
-# The side of a texture, in pixels; no layer has a longer side.
+# The side of a frost texture, in pixels. The frost for an image is cut out of a texture, and is
+# never larger than a texture.
 _FROST_SIDE = 1024
 
 
 @functools.cache
 def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
-    """Returns a generated texture of `_FROSTS`: feathers of ice on a cloudy background."""
+    """Generates a frost texture: ice feathers on a cloudy background.
+
+    The number is the position of the texture's mean colour and standard deviation in `_FROSTS`.
+    """
     cv2, rng = opencv(), np.random.default_rng([number, *b"frost"])
     clouds = _plasma(rng, _FROST_SIDE, 1.7)
     crystals = np.zeros((_FROST_SIDE, _FROST_SIDE), np.uint8)
@@ -447,7 +456,7 @@ def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
         lines = np.concatenate([_feather(rng) for _ in range(40)])
         fixed_point = np.round(lines * 16).astype(np.int32)
         cv2.polylines(crystals, list(fixed_point), False, brightness, 1, cv2.LINE_AA, 4)
-    # The thickness of the ice varies.
+    # The thickness of the ice varies, so that some crystals are brighter than others.
     thickness = _plasma(rng, _FROST_SIDE, 2.2)
     pattern = clouds + (0.3 + thickness) * _gaussian(_unit(crystals), 0.6)
     pattern = (pattern - pattern.mean()) / pattern.std()
@@ -457,7 +466,7 @@ def _frost_texture(number: int) -> UInt8[np.ndarray, "1024 1024 3"]:
 
 
 def _feather(rng: np.random.Generator) -> Float[np.ndarray, "lines 2 2"]:
-    """Returns the lines of an ice crystal: a stem with barbs that become shorter at the tip.
+    """Returns the lines of an ice crystal: a stem with barbs that become shorter towards the tip.
 
     The barbs are at an angle of 60 degrees to the stem.
 
@@ -492,7 +501,7 @@ def fog(
 
 
 def _plasma(rng: np.random.Generator, side: int, decay: float) -> Float32[np.ndarray, "side side"]:
-    """Returns a periodic fractal surface, 0 to 1, made by the diamond-square algorithm.
+    """Returns a periodic fractal surface of values 0 to 1, made by the diamond-square algorithm.
 
     Args:
       rng: The generator that draws the noise.
@@ -527,7 +536,7 @@ def _plasma(rng: np.random.Generator, side: int, decay: float) -> Float32[np.nda
 def spatter(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Adds drops of water on the lens, or of mud from severity 4 on."""
+    """Adds drops of water (severities 1 to 3) or mud (severities 4 and 5), as on a lens."""
     mean, deviation, sigma, threshold, strength, is_mud = _choose(
         severity,
         (
@@ -552,7 +561,7 @@ def spatter(
 
 
 def _shaded(liquid: Float32[np.ndarray, "height width"]) -> Float32[np.ndarray, "height width"]:
-    """Returns the brightness of a layer of water, 0 to 1, which is highest at edges of drops."""
+    """Returns the brightness of a layer of water, 0 to 1; the edges of drops are brightest."""
     cv2 = opencv()
     levels = (liquid * 255).astype(np.uint8)
     distance = cv2.distanceTransform(255 - cv2.Canny(levels, 50, 150), cv2.DIST_L2, 5)
@@ -567,7 +576,7 @@ def _shaded(liquid: Float32[np.ndarray, "height width"]) -> Float32[np.ndarray, 
 def brightness(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Makes the image brighter: increases the value V of each pixel in HSV."""
+    """Makes the image brighter: increases the value V of each pixel in the HSV colour space."""
     increase = _choose(severity, (0.1, 0.2, 0.3, 0.4, 0.5))
     cv2 = opencv()
     hsv = cv2.cvtColor(_unit(image), cv2.COLOR_RGB2HSV)
@@ -575,7 +584,7 @@ def brightness(
     return _levels(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
 
-# Digital.
+# Digital corruptions.
 
 
 def contrast(
@@ -591,8 +600,8 @@ def contrast(
 def elastic_transform(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Stretches the image as a whole (severities 1 and 2) or locally (3 to 5)."""
-    # The published code uses 244 pixels and says that it "should have been 224".
+    """Distorts the image as a whole (severities 1 and 2) or locally (severities 3 to 5)."""
+    # The published code uses 244 pixels and has the comment "should have been 224".
     strength, sigma, shift = (
         244 * constant
         for constant in _choose(
@@ -609,7 +618,7 @@ def elastic_transform(
     cv2, scale, rng = opencv(), _scale(image), _rng(seed, severity)
     height, width = image.shape[:2]
     layer_height, layer_width = _layer_size(image)
-    # An affine map is defined by moving three corners of a square around the middle.
+    # Random shifts of three corners of a centred square define an affine map.
     middle, arm = np.array([layer_width // 2, layer_height // 2]), _SIDE // 3
     corners = (middle + arm * np.array([[1, 1], [1, -1], [-1, -1]])).astype(np.float32)
     moved = corners + rng.uniform(-shift, shift, corners.shape).astype(np.float32)
@@ -630,7 +639,7 @@ def elastic_transform(
 def _smoothed(
     layers: Float32[np.ndarray, "layers height width"], sigma: float
 ) -> Float32[np.ndarray, "layers height width"]:
-    """Gaussian blur like SciPy's `gaussian_filter` with mode "reflect", truncated at 3 sigma.
+    """Blurs layers like SciPy's `gaussian_filter` with mode="reflect" and truncate=3.
 
     For an image that is mirrored at its edges, the blur is a multiplication of its cosine
     transform. The time does not depend on sigma. This matters because a filter may have a thousand
@@ -645,7 +654,10 @@ def _smoothed(
 
 @functools.lru_cache(maxsize=256)
 def _response(length: int, sigma: float) -> Float32[np.ndarray, " length"]:
-    """Returns the factors by which a Gaussian blur, truncated at 3 sigma, scales each cosine.
+    """Returns the frequency response of a Gaussian blur that is truncated at 3 sigma.
+
+    Each value is the factor by which the blur scales a component of the cosine transform of
+    `length` pixels.
 
     These are the cosines of the cosine transform of `length` pixels.
     """
@@ -658,7 +670,7 @@ def _response(length: int, sigma: float) -> Float32[np.ndarray, " length"]:
 def pixelate(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Reduces the resolution and shows the pixels as large squares."""
+    """Reduces the resolution of the image and shows the pixels as large squares."""
     fraction = _choose(severity, (0.6, 0.5, 0.4, 0.3, 0.25))
     height, width = image.shape[:2]
     size = (max(1, int(width * fraction)), max(1, int(height * fraction)))
@@ -669,14 +681,17 @@ def pixelate(
 def jpeg_compression(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Compresses as a JPEG of very low quality, 25 to 7."""
+    """Compresses the image as a JPEG of very low quality: 25 (severity 1) to 7 (severity 5)."""
     return _as_jpeg(image, _choose(severity, (25, 18, 15, 10, 7)))
 
 
 def _as_jpeg(
     image: UInt8[np.ndarray, "height width 3"], quality: int
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Encodes and decodes a JPEG with Pillow, which halves the resolution of colours by default."""
+    """Encodes an image as a JPEG file with Pillow, and decodes the file.
+
+    By default, Pillow halves the resolution of the colours.
+    """
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=quality)
     return np.array(Image.open(file))
@@ -685,7 +700,7 @@ def _as_jpeg(
 def saturate(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Reduces (severities 1 and 2) or increases (3 to 5) the saturation in HSV.
+    """Reduces (severities 1 and 2) or increases (severities 3 to 5) the HSV saturation.
 
     At severities 4 and 5 grey becomes reddish, because the hue of grey is 0, which is red.
     """
@@ -696,13 +711,13 @@ def saturate(
     return _levels(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
 
-# Quality: defects of ordinary photographs.
+# Quality corruptions: defects of ordinary photographs.
 
 
 def resolution(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Reduces each side to 1 / 1.5 to 1 / 6 of its pixels and enlarges the result smoothly."""
+    """Downscales the image by a factor of 1.5 to 6, and enlarges the result smoothly."""
     factor = _choose(severity, (1.5, 2, 3, 4, 6))
     cv2 = opencv()
     height, width = image.shape[:2]
@@ -714,7 +729,7 @@ def resolution(
 def jpeg_quality(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Compresses as a JPEG of a common quality, 90 to 30.
+    """Compresses the image as a JPEG of ordinary quality: 90 (severity 1) to 30 (severity 5).
 
     `jpeg_compression` has lower qualities.
     """
@@ -724,7 +739,7 @@ def jpeg_quality(
 def darkness(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Multiplies all grey levels by 0.75 to 0.15, like underexposure."""
+    """Multiplies all grey levels by a factor of 0.75 to 0.15, like underexposure."""
     factor = _choose(severity, (0.75, 0.5, 0.35, 0.25, 0.15))
     return _levels(_unit(image) * np.float32(factor))
 
@@ -732,7 +747,10 @@ def darkness(
 def crop(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Cuts out 0.9 to 0.5 of each side at a random position and enlarges it to the full size."""
+    """Crops the image to a fraction, 0.9 to 0.5, of its height and width, and enlarges the crop.
+
+    The position of the crop is random.
+    """
     fraction = _choose(severity, (0.9, 0.8, 0.7, 0.6, 0.5))
     cv2, rng = opencv(), _rng(seed, severity)
     height, width = image.shape[:2]
@@ -754,7 +772,7 @@ FAMILIES: dict[str, dict[str, Corruption]] = {
         "quality": (resolution, jpeg_quality, darkness, crop),
     }.items()
 }
-# All corruptions by name.
+# All corruptions, by name.
 CORRUPTIONS: dict[str, Corruption] = {
     name: function for functions in FAMILIES.values() for name, function in functions.items()
 }

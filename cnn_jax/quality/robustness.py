@@ -1,4 +1,4 @@
-"""Robustness: accuracy, confidence and calibration on images of different qualities."""
+"""Robustness: accuracy, confidence and calibration on images of different quality."""
 
 import collections
 import concurrent.futures
@@ -26,8 +26,8 @@ from cnn_jax.quality.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVER
 from cnn_jax.system.errors import DataError
 from cnn_jax.training.metrics import wilson_interval
 
-# The decrease of accuracy that `first_severity_lower` looks for: 10 percentage points, minus a
-# margin for rounding errors.
+# The smallest decrease of the accuracy that `first_severity_lower` reports: 10 percentage points,
+# minus a margin for rounding errors.
 _FALL = 0.1 - 1e-9
 _NUM_BINS = 5
 _FAMILIES_BY_NAME = {name: family for family, members in FAMILIES.items() for name in members}
@@ -126,11 +126,11 @@ def _corrupted_batch(
     seeds: Sequence[int],
     start: int,
 ) -> UInt8[np.ndarray, "_batch height width 3"]:
-    """Returns one batch of the sequence of corrupted images.
+    """Returns one batch from the sequence of all corrupted images.
 
     In the sequence, all images under the first condition are followed by all images under the
-    second condition, and so on.
-    A batch may span two conditions, so that only the last batch is padded.
+    second condition, and so on. A batch may span two conditions, so that only the last batch is
+    padded.
 
     Args:
       corruptions: The corruptions by name.
@@ -162,7 +162,7 @@ def _read_ahead(work: Callable[[int], _Result], items: Iterable[int]) -> Iterato
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        finally:  # Without this, Ctrl-C would wait for all pending results.
+        finally:  # Without this call, Ctrl-C would wait for all pending results.
             pool.shutdown(cancel_futures=True)
 
 
@@ -199,7 +199,7 @@ def first_severity_lower(clean: float, accuracies: Sequence[float]) -> int | Non
 def examples(
     image: UInt8[np.ndarray, "height width 3"], seed: int = 0
 ) -> dict[str, UInt8[np.ndarray, "5 height width 3"]]:
-    """Applies each corruption to an image, at severities 1 to 5.
+    """Applies each corruption to an image at all severities, 1 to 5.
 
     Returns:
       By the name of the corruption, the five corrupted images.
@@ -213,7 +213,7 @@ def examples(
 def stratified_sample(
     labels: Int[np.ndarray, " n"], size: int, seed: int = 0
 ) -> Int[np.ndarray, " m"]:
-    """Draws a sample in which each class has the same fraction as in all examples.
+    """Draws a stratified sample, in which each class has the same fraction as in all examples.
 
     The fractions are exact to within one example (largest-remainder method). A class with less
     than half an example in the sample may be missing from it.
@@ -243,7 +243,7 @@ def by_quality(
     hits: Bool[np.ndarray, " n"],
     pixels: Int[np.ndarray, " n"],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measures accuracy by sharpness, brightness and resolution of the images.
+    """Measures the accuracy in bins by image sharpness, by brightness and by resolution.
 
     Args:
       images: The resized images, as the network receives them.
@@ -283,7 +283,7 @@ def _grey(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "heig
 def accuracy_by_quantile(
     values: Num[np.ndarray, " n"], hits: Bool[np.ndarray, " n"], num_bins: int = _NUM_BINS
 ) -> list[dict[str, Any]]:
-    """Measures accuracy in bins of images with similar values, for example of the brightness.
+    """Measures the accuracy in bins of an image property, for example the brightness.
 
     The bins hold nearly equal numbers of images. Images with equal values share a bin, so there
     may be fewer bins than requested.
@@ -300,7 +300,7 @@ def accuracy_by_quantile(
     if not len(values):
         return []
     edges = np.quantile(values, np.arange(1, num_bins) / num_bins)
-    bin_numbers = np.searchsorted(edges, values)  # A value on an edge is in the lower bin.
+    bin_numbers = np.searchsorted(edges, values)  # A value that equals an edge is in the lower bin.
     bins = []
     for number in np.unique(bin_numbers):
         members, member_hits = values[bin_numbers == number], hits[bin_numbers == number]
@@ -321,7 +321,7 @@ def accuracy_by_quantile(
 def original_pixels(
     source: Source, indices: Int[np.ndarray, " n"], preprocessing: Preprocessing
 ) -> Int[np.ndarray, " n"]:
-    """Returns width times height of images in their files, before resizing.
+    """Returns the number of pixels, width times height, of each image before resizing.
 
     The values come from the records of the last scan; an image without a record is read again.
 
@@ -348,7 +348,7 @@ def original_pixels(
 def load_images(
     loader: Loader, indices: Int[np.ndarray, " n"], track: Track = no_track
 ) -> UInt8[np.ndarray, "n height width 3"]:
-    """Loads images of a data set, resized as the network receives them, into one array."""
+    """Loads images of a data set into one array, resized to the network's input size."""
     images = np.empty((len(indices), *loader.preprocessing.image_size, 3), np.uint8)
     with contextlib.closing(image_batches(loader, indices, track)) as batches:
         for number, batch in enumerate(batches):
@@ -366,7 +366,7 @@ def measure_split(
     seed: int = 0,
     track: Track = no_track,
 ) -> dict[str, Any]:
-    """Measures robustness on a split of a data set.
+    """Measures the robustness of a predictor on a split of a data set.
 
     Args:
       predictor: A loaded bundle or any other predictor.
@@ -405,7 +405,7 @@ def measure_split(
 
 
 def _check_memory(dataset: Dataset, split: str, count: int) -> None:
-    """Raises DataError if `count` images would take more than half of the memory."""
+    """Raises DataError if `count` images would need more than half of the memory."""
     needed = count * math.prod(dataset.loader.preprocessing.image_size) * 3
     available = memory_bytes() / 2
     if needed > available:

@@ -39,7 +39,7 @@ from cnn_jax.system.text import wrap
 
 _VARIABLE = "CNN_JAX_REGISTRY"
 _MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
-_DIGITS = 12  # The number of digits of a digest that the commands show.
+_DIGITS = 12  # The number of digest digits that the commands print.
 
 
 def main(argv: Sequence[str]) -> None:
@@ -163,12 +163,12 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
 
 
 def _location(text: str) -> str:
-    """Checks a folder or URL from the command line, which must not be empty."""
+    """Parses a folder or a URL, and refuses an empty text; an argparse type."""
     return text if "://" in text else cli.path(text)
 
 
 def _argparse_type(parse: Callable[[str], Any], kind: str = "") -> Callable[[str], Any]:
-    """Returns an argparse type that reports the ConfigError of a parser.
+    """Converts a parser that raises ConfigError to an argparse type.
 
     Args:
       parse: The parser.
@@ -221,7 +221,7 @@ def _rollback(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _alias_change(entry: Entry) -> str:
-    """Describes the change of an alias."""
+    """Returns a line of text that describes the change of an alias."""
     before = f"previously {entry.before}" if entry.before else "new"
     gates = f"; passed: {'; '.join(entry.gates)}" if entry.gates else ""
     return f"{entry.model}@{entry.alias} is now version {entry.version} ({before}){gates}"
@@ -253,7 +253,7 @@ def _verify(registry: Registry, flags: argparse.Namespace) -> None:
             damaged.append(str(version))
             line = f"{version}: {error}"
         except RegistryError as error:
-            registry.refresh()  # Raises an error if the whole registry is unreadable.
+            registry.refresh()  # This call raises an error if the whole registry is unreadable.
             line = f"{version} was not verified: {error}"
         _print(printable(line))
     if damaged:
@@ -304,7 +304,7 @@ def _list(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _selected(registry: Registry, name: str | None) -> list[Model]:
-    """Returns the model with a name; without a name, all models sorted by name."""
+    """Returns the named model in a list, or all models sorted by name if `name` is None."""
     if name is not None:
         return [ledger.find(registry.models, name)]
     return [model for _, model in sorted(registry.models.items())]
@@ -333,7 +333,7 @@ def _show(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _print(line: str) -> None:
-    """Prints a text with line breaks between words at the width of the terminal."""
+    """Prints text, wrapped to the width of the terminal."""
     print("\n".join(wrap(line, _width())), flush=True)
 
 
@@ -346,7 +346,10 @@ def _without_empty(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model_as_json(model: Model) -> dict[str, Any]:
-    """Returns a model as JSON types; the last version in an alias's history is the current one."""
+    """Converts a model to JSON types.
+
+    The last version in an alias's history is the alias's current version.
+    """
     return {
         "model": model.name,
         "aliases": {
@@ -421,7 +424,7 @@ def _width() -> int | None:
 
 
 def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> str:
-    """Returns a table, or one paragraph per row if the table is wider than the terminal."""
+    """Formats rows as a table, or as paragraphs if the table is wider than the terminal."""
     if not rows:
         return ""
     names = list(rows[0])
@@ -434,7 +437,7 @@ def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> str:
 
 
 def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
-    """Returns lines of the form `name  text`, aligned, with line breaks at a width."""
+    """Formats names and descriptions as two aligned columns, wrapped to a width."""
     indent = max(len(name) for name, _ in facts) + 2
     lines = []
     for name, text in facts:
@@ -444,7 +447,7 @@ def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
 
 
 def _describe_model(model: Model, width: int | None) -> str:
-    """Describes a model: the name, and the history of each alias with the latest version first."""
+    """Formats a model's name and the history of each alias, latest version first."""
     aliases = [
         (f"@{alias}", " <- ".join(map(str, reversed(history))))
         for alias, history in sorted(model.aliases.items())

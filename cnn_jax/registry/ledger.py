@@ -1,4 +1,4 @@
-"""Computes the state of a registry, which is its versions and aliases, from the registry's log.
+"""Computes the state of a registry (versions and aliases) from the registry's log.
 
 All functions are pure: they read and write no files. An entry is a JSON object:
 
@@ -29,13 +29,13 @@ CHAMPION = "champion"
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _DIGEST = r"[0-9a-f]{64}"
-# The pattern is strict, because removing a version deletes the folder at this path, and a damaged
-# log could contain any path.
+# The pattern of a bundle's path is strict, because removing a version deletes the folder at this
+# path, and a damaged log could contain any path.
 _PATH = rf"bundles/{_DIGEST}-\d{{8}}T\d{{6}}Z-[0-9a-f]{{16}}"
 
 
 class RegistryError(UserError):
-    """Raised if a registry is missing or damaged, or a request to it cannot be fulfilled.
+    """Raised if a registry is missing or damaged, or cannot fulfil a request.
 
     For example, the requested version does not exist, or the requested change is not allowed.
     """
@@ -43,7 +43,7 @@ class RegistryError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
-    """The metadata of a bundle, as the log stores it.
+    """The metadata of a bundle that the log stores.
 
     Attributes:
       path: The bundle's folder, relative to the registry.
@@ -64,7 +64,7 @@ class BundleFacts:
     fingerprint: str
 
     def test_metric(self, metric: str) -> float | None:
-        """Returns a metric of the test split; None if the bundle does not have this metric."""
+        """Returns a metric of the test split, or None if the bundle does not have this metric."""
         return self.metrics.get("test", {}).get(metric)
 
 
@@ -132,7 +132,7 @@ class Model:
     last: int = 0
 
     def alias_target(self, alias: str) -> int | None:
-        """Returns the number of an alias's current version; None if the alias does not exist."""
+        """Returns the number of an alias's current version, or None if the alias does not exist."""
         return self.aliases[alias][-1] if alias in self.aliases else None
 
     def version_aliases(self, version: int) -> list[str]:
@@ -164,7 +164,7 @@ def check_name(kind: str, name: str) -> str:
 
 
 def parse_reference(text: str) -> tuple[str, str | int | None]:
-    """Parses MODEL, MODEL@ALIAS or MODEL/VERSION.
+    """Parses a reference of the form MODEL, MODEL@ALIAS or MODEL/VERSION.
 
     Returns:
       The model's name, and an alias, a version number or None.
@@ -191,19 +191,19 @@ def parse_version_or_alias(text: str) -> str | int:
 
 
 def parse_version(text: str) -> int:
-    """Parses a version number; the version need not exist.
+    """Parses a version number, without checking that the version exists.
 
     Raises:
       ConfigError: The text is not a number.
     """
-    # The length is limited, because Python's int() raises ValueError above 4,300 digits.
+    # The number of digits is limited, because Python's int() raises ValueError above 4,300 digits.
     if not re.fullmatch(r"[0-9]{1,1000}", text):
         raise ConfigError(f"version: must be a number, got {text!r}")
     return int(text)
 
 
 def find(models: Models, name: str) -> Model:
-    """Returns the model with a name.
+    """Returns the model with a given name.
 
     Raises:
       RegistryError: The model does not exist.
@@ -214,7 +214,7 @@ def find(models: Models, name: str) -> Model:
 
 
 def resolve(models: Models, name: str, selector: str | int = CHAMPION) -> Version:
-    """Returns the version that a number or an alias selects.
+    """Returns the version of a model that a number or an alias selects.
 
     Raises:
       RegistryError: The model, version or alias does not exist.
@@ -236,7 +236,7 @@ def resolve(models: Models, name: str, selector: str | int = CHAMPION) -> Versio
 
 
 def find_digest(models: Models, name: str, digest: str) -> Version | None:
-    """Returns the version of a model whose bundle has a given digest; None if none has it."""
+    """Returns the version of a model with a given bundle digest, or None if there is none."""
     versions = models[name].versions.values() if name in models else ()
     return next((version for version in versions if version.bundle.digest == digest), None)
 
@@ -264,7 +264,7 @@ def removable_version(models: Models, name: str, number: int) -> Version:
 
 
 def previous_version(models: Models, name: str, alias: str) -> Version:
-    """Returns the version to which a rollback of an alias would point the alias.
+    """Returns the version that an alias would point to after a rollback.
 
     Raises:
       RegistryError: The alias does not exist, or has no previous version.
@@ -278,7 +278,7 @@ def previous_version(models: Models, name: str, alias: str) -> Version:
 
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """Conditions on test metrics that a version must meet to be promoted.
+    """The conditions that the test metrics of a version must meet before the version is promoted.
 
     Attributes:
       min_accuracy, min_precision, min_recall, min_f1: The least allowed value, 0 to 1; None for
@@ -296,7 +296,7 @@ class Gates:
     not_below: str | None = None
 
     def check(self, models: Models, version: Version, alias: str) -> tuple[str, ...]:
-        """Checks all conditions for a version.
+        """Checks that a version meets all conditions for its promotion.
 
         Args:
           models: The state of the registry.
@@ -330,7 +330,7 @@ class Gates:
         return tuple(passed)
 
     def _compare(self, models: Models, version: Version) -> tuple[str, bool]:
-        """Checks the condition `not_below`; returns a description and whether it is met."""
+        """Returns a description of the condition `not_below`, and whether the version meets it."""
         assert self.not_below is not None
         current = resolve(models, version.model, self.not_below)
         bundle, reference = version.bundle, current.bundle
@@ -399,7 +399,7 @@ def _roll_back(model: Model, entry: Entry) -> Model:
 
 
 def _move(model: Model, entry: Entry, history: tuple[Any, ...]) -> Model:
-    """Returns a copy of a model in which the entry's alias has the given history."""
+    """Returns a copy of a model in which the entry's alias has a new history."""
     alias = str(entry.alias)
     _expect(entry.before == model.alias_target(alias), f"{alias} was not {entry.before}")
     return dataclasses.replace(model, aliases={**model.aliases, alias: history})
@@ -419,7 +419,7 @@ def _remove(model: Model, entry: Entry) -> Model:
 
 
 def _without(history: tuple[int, ...], number: int | None) -> tuple[int, ...]:
-    """Removes a version from an alias's history, and merges equal neighbours in the result."""
+    """Removes a version from an alias's history, and merges adjacent equal versions."""
     left = [version for version in history if version != number]
     return tuple(version for i, version in enumerate(left) if i == 0 or version != left[i - 1])
 
@@ -439,7 +439,8 @@ def serialise(entry: Entry) -> bytes:
     fields = {key: value for key, value in fields.items() if value not in (None, "", ())}
     fields["sha256"] = fields_digest(fields)
     text = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
-    # Command-line text that is not UTF-8 contains surrogates, which are written as JSON escapes.
+    # Text from the command line may contain surrogates for bytes that are not UTF-8. Surrogates are
+    # written as JSON escapes.
     return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
@@ -490,7 +491,7 @@ def parse(data: bytes) -> Entry:
 
 
 def _check_shape(entry: Entry) -> None:
-    """Raises ValueError if the fields of an entry are not those that its action requires."""
+    """Raises ValueError if an entry lacks a field that its action needs, or has an extra field."""
     needs = {
         "add": ("version", "bundle"),
         "promote": ("version", "alias"),
@@ -522,7 +523,7 @@ def _facts(fields: Mapping[str, Any]) -> BundleFacts:
 
 
 def finite_metrics(metrics: Any) -> dict[str, dict[str, float]]:
-    """Returns those metrics of a bundle that are finite numbers, by split and metric name.
+    """Returns the metrics of a bundle that are finite numbers, by split and metric name.
 
     Args:
       metrics: The metrics in the description of a bundle; unchecked JSON of any type.
@@ -550,7 +551,7 @@ _REQUIRED = object()
 
 
 def _take(fields: Mapping[str, Any], key: str, kind: type, default: Any = _REQUIRED) -> Any:
-    """Returns a field, or the default if the field is missing.
+    """Returns the value of a field, or the default if the field is missing.
 
     Raises:
       KeyError: The field is missing and has no default.

@@ -1,4 +1,4 @@
-"""Copies versions and aliases to and from an MLflow registry.
+"""Copies model versions and aliases between a registry of this package and an MLflow registry.
 
 A version in MLflow has the bundle's files as artifacts and the bundle's digest as a tag. A bundle
 whose digest MLflow already has is not copied again. MLflow assigns new version numbers, which may
@@ -23,7 +23,9 @@ from cnn_jax.registry.registry import Registry
 from cnn_jax.registry.store import error_line, hide_passwords
 from cnn_jax.system.errors import BundleError, ConfigError, UserError, printable
 
-_EXPERIMENT = "cnn_jax"  # MLflow stores artifacts in runs, and runs in experiments.
+# The MLflow experiment of all exported bundles. MLflow stores artifacts in runs, and runs in
+# experiments.
+_EXPERIMENT = "cnn_jax"
 _ARTIFACTS = "bundle"
 _DESCRIPTION = "bundle.json"
 _DIGEST_TAG = "cnn_jax.digest"
@@ -33,7 +35,7 @@ _VERSION_TAG = "cnn_jax.version"
 def export_versions(
     registry: Registry, name: str, selector: str | int | None, uri: str
 ) -> Iterator[str]:
-    """Copies versions of a model, with the aliases that point to them, to MLflow.
+    """Copies versions of a model, and the aliases of these versions, to MLflow.
 
     Damaged versions are skipped.
 
@@ -88,7 +90,7 @@ def _create_model(client: Any, name: str) -> None:
 
 
 def _versions_by_digest(client: Any, name: str) -> dict[str, str]:
-    """Returns the MLflow version numbers of a model by bundle digest, which is read from a tag."""
+    """Returns the MLflow version number of each exported bundle of a model, by bundle digest."""
     versions = client.search_model_versions(f"name = '{name}'")
     return {v.tags[_DIGEST_TAG]: str(v.version) for v in versions if _DIGEST_TAG in v.tags}
 
@@ -104,7 +106,7 @@ def _export_version(client: Any, registry: Registry, version: Version) -> str:
         client.log_artifacts(run.run_id, str(folder), _ARTIFACTS)
     for metric, value in metrics.items():
         client.log_metric(run.run_id, metric, value)
-    with contextlib.redirect_stdout(sys.stderr):  # MLflow prints the URL of the run.
+    with contextlib.redirect_stdout(sys.stderr):  # MLflow prints the URL of the run to stdout.
         client.set_terminated(run.run_id)
     created = client.create_model_version(
         version.model,
@@ -121,7 +123,7 @@ def _export_version(client: Any, registry: Registry, version: Version) -> str:
 
 
 def _experiment(client: Any) -> str:
-    """Returns the id of MLflow's experiment for exported bundles; creates a missing experiment."""
+    """Returns the id of the MLflow experiment of exported bundles; creates a missing experiment."""
     experiment = client.get_experiment_by_name(_EXPERIMENT)
     return experiment.experiment_id if experiment else client.create_experiment(_EXPERIMENT)
 
@@ -132,7 +134,7 @@ def _export_alias(client: Any, name: str, alias: str, number: str) -> str:
     except _exception() as error:
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
-        return f"skipped {name}@{alias}: {error_line(error)}"  # MLflow refuses some names.
+        return f"skipped {name}@{alias}: {error_line(error)}"  # MLflow refuses some alias names.
     return f"{name}@{alias} is version {number} in MLflow"
 
 
@@ -143,7 +145,7 @@ def import_versions(
     uri: str,
     with_aliases: bool = True,
 ) -> Iterator[str]:
-    """Copies versions of a model, with the aliases that point to them, from MLflow.
+    """Copies versions of a model, and the aliases of these versions, from MLflow.
 
     Bundles that the registry already has are not downloaded. Damaged versions are skipped.
 
@@ -205,14 +207,14 @@ def _select(client: Any, name: str, selector: str | int | None) -> list[Any]:
 
 
 def _is_bundle(client: Any, source: Any, uri: str) -> bool:
-    """Returns whether the artifacts of an MLflow version include the description of a bundle."""
+    """Returns whether the artifacts of an MLflow version include a file named bundle.json."""
     location = client.get_model_version_download_uri(source.name, str(source.version))
     artifacts = _artifacts().list_artifacts(artifact_uri=location, tracking_uri=uri)
     return any(pathlib.PurePosixPath(item.path).name == _DESCRIPTION for item in artifacts)
 
 
 def _import_version(client: Any, registry: Registry, source: Any, uri: str) -> tuple[int, str]:
-    """Adds an MLflow version to the registry; returns the new number and a line to print."""
+    """Imports an MLflow version; returns its number in the registry, and a line to print."""
     from cnn_jax.inference.bundle import digest
 
     label = f"{source.name} version {source.version}"
@@ -244,7 +246,7 @@ def _import_alias(registry: Registry, name: str, alias: str, number: int) -> str
 
 
 def _client(uri: str) -> Any:
-    # With MLflow's default number of retries, a missing server is reported after four minutes.
+    # With MLflow's default number of retries, MLflow reports a missing server after four minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     return importlib.import_module("mlflow").MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -266,8 +268,8 @@ def _one_line_errors(uri: str) -> Iterator[None]:
     UserError is converted.
     """
     try:
-        # Hide MLflow's warnings about each failed connection to a database; MLflow also raises the
-        # last error.
+        # Hide MLflow's warnings about failed connections to a database, because MLflow also raises
+        # the last error.
         logging.getLogger(importlib.import_module("mlflow").__name__).setLevel(logging.ERROR)
     except ModuleNotFoundError as error:
         raise ConfigError(

@@ -64,16 +64,20 @@ _LOG = "log"
 _BUNDLES = "bundles"
 _ADDED = "added"
 _DESCRIPTION, _WEIGHTS = _FILES = ("bundle.json", "weights.safetensors")
-# Files that belong to no version are deleted at this age. An upload must end within half of this
-# time.
+# Files that belong to no version are deleted when they reach this age. An upload may take at most
+# half of this time, so that its files are not deleted.
 _STALE = datetime.timedelta(days=1)
-# A change fails after this many tries in a row during which no other writer added an entry.
+# A change fails after this many consecutive failed attempts. A new entry by another writer restarts
+# the count.
 _MAX_FAILURES = 6
-_PAUSE = 0.1  # Seconds to wait before the first retry; the wait doubles before each further retry.
+# The base of the wait between attempts, in seconds: after n >= 2 failures, the wait is at most
+# _PAUSE * 2**n.
+_PAUSE = 0.1
 # Minimum seconds between two checks that registry.json is unchanged.
 _IDENTITY_SECONDS = 60.0
 
-# A function from the current state to the fields of the log entry to add; None for no change.
+# A function that takes the current state of the registry, and returns the fields of the log entry
+# to add, or None if nothing changes.
 Decide = Callable[[ledger.Models], dict[str, Any] | None]
 
 
@@ -130,10 +134,11 @@ class Registry:
         self._reset()
 
     def _reset(self) -> None:
-        """Clears all data that was read from the registry."""
+        """Clears the cache of data that was read from the registry."""
         self._is_read = False
         self._is_create_checked = False
-        # The largest number of an entry in the folder of the log, and in the names of the markers.
+        # The largest entry number among the files of the log, and among the marker files in
+        # `added/`.
         self._last_listed = 0
         self._last_marked = 0
         self._entries: list[Entry] = []
@@ -148,7 +153,7 @@ class Registry:
 
     @property
     def log(self) -> list[Entry]:
-        """All changes, oldest first, as of the last read of the log."""
+        """All entries of the log, oldest first, as of the last read."""
         self._read_once()
         return list(self._entries)
 
@@ -223,12 +228,13 @@ class Registry:
         return identity
 
     def _read_listed(self) -> None:
-        """Lists the log and reads all entries before the first missing number, in parallel.
+        """Reads, in parallel, all entries of the log up to the first missing number.
 
         A missing number does not prove damage. If other processes add entries during the listing,
         the listing may contain a new entry, but not the entry before the new entry.
         """
-        # List the markers before the log, so that every entry with a marker is already in the log.
+        # List the markers before the log, so that the log contains the entry of every listed
+        # marker, unless the entry was lost.
         self._last_marked = max((int(name[:8]) for name in self._markers()), default=0)
         numbers = {int(name[:8]) for name in self._store.names(_LOG) if _is_entry(name)}
         self._last_listed = max(numbers, default=0)
@@ -242,7 +248,7 @@ class Registry:
             self._apply(data)
 
     def _markers(self) -> list[str]:
-        """Returns the names of the markers in `added/`."""
+        """Returns the names of the marker files in `added/`."""
         return [name for name in self._store.names(_ADDED) if _is_marker(name)]
 
     def _read_next(self) -> bool:
@@ -316,7 +322,8 @@ class Registry:
                 self._store.write(f"{facts.path}/{name}", content)
             entry = self._commit(decide, note)
         except UserError as error:
-            if not isinstance(error, NoAnswerError):  # After NoAnswerError the entry may exist.
+            # Keep the files after NoAnswerError, because the entry may have been written.
+            if not isinstance(error, NoAnswerError):
                 self._delete(facts.path)
             raise
         if entry is None:  # Another process has added the bundle in the meantime.
@@ -340,7 +347,7 @@ class Registry:
                 self._store.write(f"{version.bundle.path}/{name}", content)
 
     def _mark(self, entry: Entry) -> None:
-        """Creates the marker of an `add` entry; after an error, a later `_sweep` tries again."""
+        """Creates the marker file of an `add` entry; after an error, a later `_sweep` retries."""
         try:
             with contextlib.suppress(FileExistsError):
                 self._store.create(f"{_ADDED}/{_marker_name(entry)}", b"")
@@ -355,7 +362,7 @@ class Registry:
         gates: Gates = Gates(),  # noqa: B008 (immutable)
         note: str = "",
     ) -> Entry | None:
-        """Points an alias to a version, if the version passes the gates and is not damaged.
+        """Points an alias to a version that meets the conditions `gates` and is not damaged.
 
         Args:
           model: The model's name.
@@ -400,7 +407,7 @@ class Registry:
     def rollback(
         self, model: str, alias: str = CHAMPION, note: str = "", current: int | None = None
     ) -> Entry:
-        """Points an alias to its previous version; a further rollback goes back another version.
+        """Points an alias to its previous version; a second rollback goes back one more version.
 
         The version's files are not verified, so that a rollback is fast.
 
@@ -424,8 +431,8 @@ class Registry:
 
         def decide(models: ledger.Models) -> dict[str, Any]:
             previous = ledger.previous_version(models, model, alias)
-            # If two users see the same bad version and roll back at the same time, both want to go
-            # back by one version, not by two.
+            # Two users who see the same bad version may roll back at the same time. Together, the
+            # two rollbacks must go back by only one version.
             if models[model].alias_target(alias) != number:
                 raise RegistryError(
                     f"another process has just moved {model}@{alias} from {number} to "
@@ -444,7 +451,7 @@ class Registry:
         return entry
 
     def remove(self, model: str, version: int, note: str = "") -> Entry:
-        """Removes a version to which no alias points, and the version's files.
+        """Removes a version, and its files, if no alias points to the version.
 
         The number of the removed version is never used again.
 
@@ -480,7 +487,7 @@ class Registry:
         return entry
 
     def find_digest(self, model: str, digest: str) -> Version | None:
-        """Reads new entries; returns the version whose bundle has a given digest, or None."""
+        """Reads new log entries; returns the version whose bundle has a given digest, or None."""
         with contextlib.suppress(NoRegistryError):
             self.refresh()
         return ledger.find_digest(self._models, model, digest)
@@ -503,7 +510,7 @@ class Registry:
     def fetch(
         self, version: Version, directory: str | os.PathLike[str], is_copy: bool = False
     ) -> pathlib.Path:
-        """Returns a local folder with the verified bundle of a version; downloads it if necessary.
+        """Returns a local folder with a version's verified bundle; a remote bundle is downloaded.
 
         Args:
           version: A version of this registry.
@@ -545,7 +552,7 @@ class Registry:
         return target
 
     def _create_registry(self) -> bool:
-        """Creates a registry that does not exist yet; returns whether this call created it."""
+        """Creates the registry if it does not exist; returns whether this call created it."""
         with self._lock:
             if self._identity is not None:
                 return False
@@ -566,7 +573,7 @@ class Registry:
             return False
 
     def _check_create(self) -> None:
-        """Checks before the first change that the store refuses to create an existing file.
+        """Checks, before the first change, that the store refuses to overwrite an existing file.
 
         This is checked in every process, because processes may have different versions of the
         store's library. If `create` wrongly succeeds, it writes the content that the file already
@@ -584,7 +591,7 @@ class Registry:
         self._is_create_checked = True
 
     def _commit(self, decide: Decide, note: str) -> Entry | None:
-        """Appends an entry to the log exactly once, even if the store loses answers.
+        """Appends an entry to the log exactly once, even if answers of the store are lost.
 
         Args:
           decide: Returns the fields of the entry. It is called again after another writer has added
@@ -601,14 +608,15 @@ class Registry:
         entry_id, failures, is_sent, is_unclear = uuid.uuid4().hex, 0, False, False
         problem = "it reports a file as existing, but does not return it"
         # Read registry.json again. If another registry has replaced this registry, the entry would
-        # damage the new registry's log.
+        # damage the log of the other registry.
         self._identity_read_at = -math.inf
         while failures < _MAX_FAILURES:
             if failures > 1:
                 time.sleep(random.uniform(0.5, 1) * _PAUSE * 2**failures)
             try:
                 with self._lock:
-                    # A new entry may be the entry of this change, if the store's answer was lost.
+                    # An earlier attempt may have succeeded although the store's response was lost.
+                    # Then the log already contains the entry.
                     failures = 0 if self.refresh() else failures
                     if (written := self._find_entry(entry_id)) is not None:
                         return written
@@ -649,20 +657,20 @@ class Registry:
         self._store.create(_log_name(entry.number), ledger.serialise(entry))
 
     def _delete(self, path: str) -> None:
-        """Deletes a file or folder; after an error, a later `_sweep` tries again."""
+        """Deletes a file or folder; after an error, a later `_sweep` retries the deletion."""
         try:
             self._store.remove(path)
         except StoreError as error:
             logger.warning("not deleted; a later add or remove tries again: %s", error)
 
     def _sweep(self) -> None:
-        """Deletes day-old files that belong to no version, which killed processes have left.
+        """Deletes files of killed processes: files that are a day old and belong to no version.
 
         A bundle that has a marker but no log entry is kept, because the log is then incomplete.
         """
         try:
-            # List the bundles before reading the log, so that the log has the versions of all
-            # listed bundles.
+            # List the bundles before reading the log, so that the log contains the version of every
+            # listed bundle.
             paths = [
                 f"{folder}/{name}"
                 for folder in (_BUNDLES, TEMPORARY)
@@ -695,7 +703,7 @@ def _is_marker(name: str) -> bool:
 
 
 def _marker_name(entry: Entry) -> str:
-    """Returns the name of an `add` entry's marker: the entry's number and the bundle's folder."""
+    """Returns the name of an `add` entry's marker file: the entry number and the bundle folder."""
     assert entry.bundle is not None
     return f"{entry.number:08d}-{entry.bundle.path.removeprefix(f'{_BUNDLES}/')}"
 
@@ -705,7 +713,7 @@ def _log_name(number: int) -> str:
 
 
 def _author() -> tuple[str, str]:
-    """Returns the names of the current user and of this machine; "unknown" for a missing name."""
+    """Returns the names of the current user and machine, or "unknown" for a missing name."""
     try:
         user = getpass.getuser()
     except (ImportError, KeyError, OSError):  # The user id has no name, and $USER is not set.

@@ -30,10 +30,11 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 _READERS = 16  # Number of threads that read files.
 _RIVALS = 8  # Number of concurrent writers in `check_exclusive_create`.
 # Timeouts for S3, in seconds. With these values, an operation on a store that never answers fails
-# after six requests of ten seconds each. With the defaults of the libraries it would make 25
-# requests of a minute each.
+# after six requests of ten seconds each. With the defaults of the libraries, the operation would
+# make 25 requests of a minute each.
 _S3_CONFIG = {"connect_timeout": 5, "read_timeout": 10, "retries": {"max_attempts": 2}}
-_S3_TRIES = 2  # Number of tries of s3fs; botocore makes several requests in each try.
+# Number of attempts of s3fs for each operation. botocore sends several requests in each attempt.
+_S3_TRIES = 2
 # This lock is needed because fsspec's memory file system is not thread-safe.
 _MEMORY = threading.Lock()
 
@@ -70,7 +71,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Creates a file with a name that no other writer uses."""
+        """Creates a file; the caller guarantees that no other writer uses the same name."""
 
     @abc.abstractmethod
     def read(self, name: str) -> bytes:
@@ -90,18 +91,18 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def names(self, folder: str) -> list[str]:
-        """Returns the sorted names in a folder; an empty list if the folder does not exist."""
+        """Returns the sorted names in a folder, or an empty list if the folder does not exist."""
 
     @abc.abstractmethod
     def remove(self, name: str) -> None:
-        """Removes a file, or a folder with its content; ignores a name that does not exist."""
+        """Removes a file, or a folder with its content; does nothing if the name does not exist."""
 
     @abc.abstractmethod
     def local(self, name: str) -> pathlib.Path | None:
-        """Returns the path of a file or folder on this machine; None for a remote store."""
+        """Returns the local path of a file or folder, or None if the store is remote."""
 
     def read_all(self, names: Sequence[str]) -> list[bytes | None]:
-        """Returns the contents of files in the order of `names`; None for each missing file."""
+        """Returns the contents of the files `names`, in order, with None for each missing file."""
 
         def read(name: str) -> bytes | None:
             try:
@@ -137,7 +138,7 @@ def open_store(url: str | os.PathLike[str], options: Mapping[str, Any] | None = 
 
 
 class LocalStore(Store):
-    """A store in a local folder; every new file is read-only and is synchronized to disk."""
+    """A store in a local folder; every new file is read-only and is flushed to disk."""
 
     def __init__(self, root: pathlib.Path):
         self._root = root.expanduser().absolute()
@@ -217,7 +218,7 @@ class LocalStore(Store):
 
 
 def _make_folder(path: pathlib.Path) -> None:
-    """Creates a folder and all missing parent folders, and synchronizes them to disk."""
+    """Creates a folder and all missing parent folders, and flushes these folders to disk."""
     if not path.is_dir():
         _make_folder(path.parent)
         try:
@@ -228,7 +229,7 @@ def _make_folder(path: pathlib.Path) -> None:
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
-    """Creates a read-only file, and synchronizes the content to disk."""
+    """Creates a read-only file, and flushes its content to disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
     with open(descriptor, "wb") as file:  # noqa: PTH123 (a descriptor, not a path)
         file.write(data)
@@ -237,15 +238,15 @@ def _write(path: pathlib.Path, data: bytes) -> None:
 
 
 class RemoteStore(Store):
-    """A store in a file system of fsspec."""
+    """A store in a file system that fsspec supports."""
 
     def __init__(self, url: str, options: Mapping[str, Any]):
         self.url = hide_passwords(url)
         try:
             import fsspec.core
 
-            # Use a separate instance of the file system. Shared instances of fsspec also share a
-            # cache of folder listings.
+            # Use a separate instance of the file system, because fsspec's shared instances also
+            # share a cache of folder listings.
             options = {**options, "skip_instance_cache": True}
             is_s3 = url.startswith(("s3://", "s3a://"))
             if is_s3:
@@ -259,7 +260,7 @@ class RemoteStore(Store):
                 f"--registry: {self.url} is not a URL of fsspec: {error_line(error)}"
             ) from error
         except Exception as error:
-            # Catch every exception, because some libraries connect to the store already here.
+            # Catch every exception, because some libraries connect to the store during this call.
             raise ConfigError(
                 f"--registry: {self.url} cannot be reached: {error_line(error)}"
             ) from error
@@ -289,8 +290,8 @@ class RemoteStore(Store):
         """
         import fsspec.spec
 
-        # Look the method up in the instance, because asynchronous file systems add the method only
-        # to instances, not to the class.
+        # Look up `pipe_file` in the instance, because asynchronous file systems add the method to
+        # instances, not to the class.
         function = getattr(self._files.pipe_file, "__func__", None)
         if function is fsspec.spec.AbstractFileSystem.pipe_file:
             raise _unsafe(self.url)
@@ -320,7 +321,7 @@ class RemoteStore(Store):
     def remove(self, name: str) -> None:
         path = self._path(name)
         with self._store_errors(name), contextlib.suppress(FileNotFoundError):
-            # Do not use `rm`, because it treats a * in a name as a pattern.
+            # Do not use `rm`, because `rm` treats a * in a name as a pattern.
             for file in self._files.find(path):
                 self._files.rm_file(file)
 
@@ -332,7 +333,7 @@ class RemoteStore(Store):
 
     @contextlib.contextmanager
     def _store_errors(self, name: str, *expected: type[OSError]) -> Iterator[None]:
-        """Empties the cache, then converts all errors except the expected types to StoreErrors.
+        """Empties the listing cache; inside the context, converts unexpected errors to StoreErrors.
 
         If the cache has an old listing of the folder, s3fs reports a new file as missing.
         """
@@ -347,7 +348,7 @@ class RemoteStore(Store):
 
 
 def hide_passwords(text: str) -> str:
-    """Hides the passwords in a text, such as the password of a URL with NAME:PASSWORD@."""
+    """Replaces PASSWORD in texts such as NAME:PASSWORD@HOST with ***."""
     return re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
 
 
@@ -357,7 +358,10 @@ def error_line(error: BaseException) -> str:
 
 
 def _is_precondition(error: BaseException) -> bool:
-    """Returns whether an error means that a file exists; s3fs does not convert this S3 error."""
+    """Returns whether an error is S3's response for a file that already exists.
+
+    s3fs does not convert this error to FileExistsError.
+    """
     response = getattr(error.__cause__, "response", None)
     return bool(response) and response.get("Error", {}).get("Code") == "PreconditionFailed"
 
@@ -409,7 +413,7 @@ def unique_name() -> str:
 
 
 def creation_time(name: str) -> datetime.datetime | None:
-    """Returns the creation time in a name that ends with a `unique_name`; None for other names."""
+    """Parses the creation time in a name from `unique_name`; returns None if there is no time."""
     match = re.search(r"(?:^|-)(\d{8}T\d{6}Z)-[0-9a-f]{16}$", name)
     try:
         return match and datetime.datetime.strptime(match[1], "%Y%m%dT%H%M%S%z")

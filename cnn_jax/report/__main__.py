@@ -1,4 +1,4 @@
-"""The report of a run.
+"""Writes the HTML report of a run.
 
     cnn_jax report --run=RUN [--source=folder:PATH]
 

@@ -16,19 +16,20 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from cnn_jax.report import style
 from cnn_jax.report.style import Theme
 
-# A confusion matrix has numbers in its cells up to the first number of classes, lines between its
-# cells up to the second number, and class names on its axes up to the third number.
+# The chart of a confusion matrix has numbers in the cells, lines between all cells, and class names
+# on the axes only up to these numbers of classes, respectively.
 _MAX_NUMBERS, _MAX_LINES, _MAX_NAMES = 20, 60, 200
-# The side of a cell in inches, for matrices with at most the given number of classes. A matrix
-# without class names has a fixed side, also in inches.
+# Maps the maximum number of classes to the side of a cell in inches. A matrix with more classes
+# than _MAX_NAMES has no class names, and the side of the whole matrix is _UNNAMED_SIDE inches.
 _CELLS = {12: 0.42, _MAX_NUMBERS: 0.34, _MAX_LINES: 0.19, _MAX_NAMES: 0.14}
 _UNNAMED_SIDE = 8.0
-# Dots per inch of large matrices. With style.DPI their image files would be too large.
+# The resolution of the images of large matrices, in dots per inch. With style.DPI, these image
+# files would be too large.
 _LARGE_DPI = 96
 
 
 class Chart(NamedTuple):
-    """A plot function, its size (width, height) in inches, and its dots per inch."""
+    """A chart: its plot function, its size (width, height) in inches, and its dots per inch."""
 
     plot: style.Plot
     size: tuple[float, float] = style.SIZE
@@ -36,7 +37,10 @@ class Chart(NamedTuple):
 
 
 def run_charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
-    """Returns a run's charts by file name; a chart is left out if `figures` lacks its section."""
+    """Returns the charts of a run by file name.
+
+    A chart is omitted if `figures` does not contain the section with the data of the chart.
+    """
     charts = {}
     if curves := figures.get("curves"):
         charts["loss"] = Chart(functools.partial(learning, curves, "loss"))
@@ -58,11 +62,11 @@ def run_charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
     return charts
 
 
-# Learning curves.
+# The charts of the learning curves.
 
 
 def learning(curves: Mapping[str, Any], metric: str, figure: Figure, theme: Theme) -> None:
-    """Draws the "loss" or "accuracy" of the training and validation splits by epoch."""
+    """Plots the loss or the accuracy of the training and validation splits by epoch."""
     axes = style.plain(figure.subplots(), theme)
     for split, colour, marker in (("train", theme.first, "o"), ("validation", theme.second, "s")):
         values = curves[f"{split}_{metric}"]
@@ -70,7 +74,8 @@ def learning(curves: Mapping[str, Any], metric: str, figure: Figure, theme: Them
     if metric == "accuracy":
         axes.yaxis.set_major_formatter(style.percent())
     else:
-        # Matplotlib computes its margin from the data's range only, but this axis starts at 0.
+        # Set the upper limit here: Matplotlib would compute the margin from the range of the data,
+        # but this axis starts at 0.
         highest = max(*curves["train_loss"], *curves["validation_loss"])
         axes.set_ylim(0, 1.06 * highest if highest > 0 else 1)
     axes.set(ylabel="accuracy (%)" if metric == "accuracy" else "loss (nats)")
@@ -90,7 +95,7 @@ def learning_rate(curves: Mapping[str, Any], figure: Figure, theme: Theme) -> No
 
 
 def _points(values: Sequence[float], marker: str) -> dict[str, Any]:
-    """Returns the style of a line; a line with at most 12 points also has markers."""
+    """Returns the style options of a curve; a curve with at most 12 points also has markers."""
     return {"linewidth": 1.5, "marker": marker if len(values) <= 12 else "", "markersize": 4}
 
 
@@ -112,16 +117,16 @@ def _mark_best(curves: Mapping[str, Any], axes: Axes, theme: Theme) -> None:
     axes.set(xlabel="epoch")
 
 
-# The confusion matrix.
+# The chart of the confusion matrix.
 
 
 def confusion_order(matrix: Int[np.ndarray, "classes classes"]) -> list[int]:
-    """Returns an order of the classes that places often confused classes next to each other.
+    """Orders the classes so that classes that are often confused are neighbours.
 
-    Hierarchical clustering by mean distance, with optimal leaf ordering (Bar-Joseph, Gifford and
-    Jaakkola 2001). The distance of two classes is 1 minus the mean of the two fractions of their
-    images that are predicted as the other class. Classes without confusions come last, in their
-    original order.
+    The method is hierarchical clustering by mean distance with optimal leaf ordering (Bar-Joseph,
+    Gifford and Jaakkola 2001). The distance of two classes is 1 minus the mean of two fractions:
+    the images of each class that are predicted as the other class. Classes without confusions come
+    last, in their original order.
 
     Args:
       matrix: The confusion matrix; rows are the true classes.
@@ -140,7 +145,7 @@ def confusion_order(matrix: Int[np.ndarray, "classes classes"]) -> list[int]:
     tree = scipy.cluster.hierarchy.linkage(
         scipy.spatial.distance.squareform(distance, checks=False),
         "average",
-        # Optimal ordering takes minutes for a thousand classes.
+        # Optimal leaf ordering takes minutes for a thousand classes.
         optimal_ordering=len(confused) <= _MAX_NAMES,
     )
     order = confused[scipy.cluster.hierarchy.leaves_list(tree)].tolist()
@@ -150,13 +155,13 @@ def confusion_order(matrix: Int[np.ndarray, "classes classes"]) -> list[int]:
 def row_fractions(
     matrix: Int[np.ndarray, "classes classes"],
 ) -> Float[np.ndarray, "classes classes"]:
-    """Divides each row of a confusion matrix by its sum; a row of zeros stays 0."""
+    """Divides each row of a confusion matrix by its sum; a row of zeros does not change."""
     sums = matrix.sum(axis=1, keepdims=True)
     return matrix / np.maximum(sums, 1)
 
 
 def confusion_size(names: Sequence[str]) -> tuple[tuple[float, float], int]:
-    """Returns the size of the chart of a confusion matrix.
+    """Returns the size and the resolution of the chart of a confusion matrix.
 
     Args:
       names: The class names as the axis labels show them.
@@ -210,8 +215,8 @@ def confusion(
         rotation = 90 if count > 12 or max(map(len, names)) > 3 else 0
         axes.set_xticks(range(count), names, rotation=rotation, size=size, parse_math=False)
         axes.set_yticks(range(count), names, size=size, parse_math=False)
-        # Write the class names on all four sides, because the reader scrolls through a large
-        # matrix and sees only a part of it.
+        # Large matrices have class names on all four sides, because a reader who scrolls sees only
+        # a part of the matrix.
         is_large = count > _MAX_LINES
         axes.tick_params(axis="x", labeltop=is_large, labelrotation=rotation)
         axes.tick_params(axis="y", labelright=is_large)
@@ -239,7 +244,7 @@ def _write_cells(
     colours: LinearSegmentedColormap,
     norm: PowerNorm,
 ) -> None:
-    """Writes the number of each non-zero cell in a colour that contrasts with the cell's colour."""
+    """Writes a number into each non-zero cell; the colour contrasts with the cell's colour."""
     for row, column in np.argwhere(values > 0).tolist():
         value = values[row, column]
         axes.text(
@@ -254,7 +259,10 @@ def _write_cells(
 
 
 def _short_fraction(fraction: float) -> str:
-    """Formats a fraction as a percentage without "%"; avoids 0 and 100 by "<1" and ">99"."""
+    """Formats a fraction as a percentage without "%".
+
+    A fraction below 0.01 becomes "<1", and a fraction between 0.99 and 1 becomes ">99".
+    """
     if fraction < 0.01:
         return "<1"
     return ">99" if 0.99 < fraction < 1 else f"{100 * fraction:.0f}"
@@ -265,11 +273,11 @@ def _short_count(count: float) -> str:
     return f"{count:.0f}" if count < 10_000 else f"{count / 1000:.0f}k"
 
 
-# Calibration and coverage.
+# The charts of calibration and of selective prediction.
 
 
 def reliability(calibration: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Draws a reliability diagram (Guo et al. 2017), before and after temperature scaling.
+    """Draws a reliability diagram (Guo et al. 2017): curves before and after temperature scaling.
 
     The upper panel shows the accuracy in each confidence bin that has images. The lower panel
     shows the number of images in each bin.
@@ -299,7 +307,10 @@ def reliability(calibration: Mapping[str, Any], figure: Figure, theme: Theme) ->
 
 
 def coverage(covered: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Draws the accuracy of the most confident images by the fraction of images that is kept."""
+    """Plots the accuracy of the most confident images against the fraction of images kept.
+
+    This fraction is called coverage.
+    """
     axes = style.plain(figure.subplots(), theme)
     curve = covered["curve"]
     axes.plot(

@@ -1,4 +1,4 @@
-"""The report's section on explanations: checks of map methods, and importance by permutation."""
+"""The report's section on explanations: checks of saliency maps, and permutation importance."""
 
 import functools
 import pathlib
@@ -29,30 +29,32 @@ from cnn_jax.report.run import Network, Run
 from cnn_jax.report.sections import Figures, example, most_confident_image
 from cnn_jax.report.style import Theme
 
-# The methods that are fast enough for every report; `cnn_jax explain` has more.
+# The saliency-map methods that are fast enough for every report. The command `cnn_jax explain`
+# offers more methods.
 _METHODS = ("grad_cam", "grad_cam_plus_plus", "layer_cam")
-# The checks use as many images as have this total number of pixels, but at least _MIN_IMAGES.
+# The maximum total number of pixels of the images for the checks, unless fewer than _MIN_IMAGES
+# images would be left.
 _PIXELS = 2**20
 _MIN_IMAGES = 16
-# Number of images for the pointing game, which is played only if the data has masks.
+# The number of images for the pointing game, which needs data with masks of the objects.
 _POINTING = 512
-# Limits on the images that measure the importance of features: the total number of their pixels,
-# and the number of images times the number of classes.
+# The limits on the images for measuring feature importance: the maximum total number of pixels, and
+# the maximum number of logits, which is the number of images times the number of classes.
 _FEATURE_PIXELS, _FEATURE_LOGITS = 2**24, 2**20
-# Number of features on the page, and number of example images of each feature.
+# The number of features on the page, and the number of example images for each feature.
 _NUM_FEATURES, _NUM_ACTIVATING = 6, 4
-# The darkest colour of the chart of regions stands for at least this increase of the loss (nats).
-# Therefore small increases, which may be noise, have light colours.
+# The darkest colour in the chart of image regions stands for a loss increase of at least this many
+# nats. Smaller increases, which may be noise, therefore have light colours.
 _LEAST_GAIN = 0.05
-# A feature stands out if its permutation raises the loss by more than this multiple of the largest
-# decrease that the permutation of any feature causes.
+# A feature stands out if permuting the feature increases the loss by more than this multiple of the
+# noise. The noise is the largest decrease of the loss that permuting any feature causes.
 _OUTSTANDING = 2.0
-# File names of the pictures.
+# The file names of the pictures of the filters and of the feature maps.
 FILTERS, FEATURE_MAPS = "filters.png", "feature_maps_{}.png"
 
 
 def explanations(run: Run) -> Figures:
-    """Checks the map methods, and measures the importance of image regions and of features."""
+    """Checks saliency-map methods, and measures the importance of image regions and features."""
     network = run.need_network()
     predictor = network.predictor
     labels = network.labels("test")
@@ -75,8 +77,8 @@ def explanations(run: Run) -> Figures:
     judged = checks.judge(predictor, images, predicted, masks, methods)
     no_verdict = checks.why_no_verdict(len(images))
     if not verdicts.beats_chance(run.need_figures("test")):
-        # A network that has learned nothing can still pass the checks, because the maps of such a
-        # network depend on its weights too.
+        # A method can pass the checks even if the network has learned nothing, because the maps of
+        # any network depend on its weights.
         no_verdict = (
             "No verdict on the methods: the network is not shown to be better than guessing, so "
             "its maps have nothing to explain."
@@ -103,16 +105,16 @@ def explanations(run: Run) -> Figures:
 
 
 def maps(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
-    """Returns the Grad-CAM maps that the report lays over images."""
-    # Compute all methods, because the checks have already compiled this program. A program for only
-    # one method would have to be compiled now.
+    """Returns the Grad-CAM maps that the report draws over images."""
+    # Compute the maps of all methods in _METHODS, because the program for these methods is usually
+    # compiled already, for the checks. A program for only one method would have to be compiled now.
     classes = classes.astype(np.int32)
     methods = {name: METHODS[name] for name in _METHODS}
     return maps_by_method(predictor, images, classes, methods)[grad_cam.__name__]
 
 
 def _features(network: Network) -> Figures:
-    """Measures the permutation importance of the head's input features on test images.
+    """Measures the permutation importance of the last layer's input features on test images.
 
     The permutation of a feature can lower the loss only by chance. Therefore a feature stands out
     only if its permutation raises the loss by more than twice the largest decrease of the loss.
@@ -151,7 +153,9 @@ def _features(network: Network) -> Figures:
 
 
 def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
-    """Draws the filters, and the feature maps of the image with the highest confidence.
+    """Draws the filters of the first convolution, and the feature maps of a test image.
+
+    The image is the correctly classified test image with the highest confidence.
 
     Returns:
       A dictionary of file names. The keys are "filters", "feature_maps_of" (the file of the
@@ -182,7 +186,7 @@ def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
 
 
 def _regions(regions: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Draws the increase of the loss caused by exchanging each image region, as a grid."""
+    """Draws a heat map of the loss increase that permuting each image region causes."""
     axes = style.plain(figure.subplots(), theme)
     gained = np.array(regions["loss_gained"])
     norm = Normalize(0, max(float(gained.max()), _LEAST_GAIN))
@@ -190,7 +194,7 @@ def _regions(regions: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
     axes.imshow(gained, cmap=theme.colours, norm=norm)
     for (row, column), value in np.ndenumerate(gained):
         ink = style.ink_on(theme.colours(norm(value)))
-        text = f"{round(value, digits) + 0.0:.{digits}f}"  # Adding 0 turns -0.0 to 0.0.
+        text = f"{round(value, digits) + 0.0:.{digits}f}"  # Adding 0.0 converts -0.0 to 0.0.
         axes.text(column, row, text, ha="center", va="center", color=ink, size=style.TEXT_SIZE)
     axes.grid(visible=False)
     rows, columns = gained.shape
@@ -200,7 +204,7 @@ def _regions(regions: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
 
 
 def _importance(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
-    """Draws the loss increase caused by permuting each feature, in decreasing order.
+    """Draws the loss increase that permuting each feature causes, in decreasing order.
 
     A dashed line marks the increase above which a feature stands out from chance.
     """

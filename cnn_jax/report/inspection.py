@@ -1,4 +1,4 @@
-"""The page that shows the inspection of a data set: charts, contact sheets and lists.
+"""The page with the results of inspecting a data set: charts, contact sheets and lists.
 
 The charts contain no class or file names, because Matplotlib's font lacks the characters of many
 languages that browsers can show.
@@ -28,7 +28,8 @@ from cnn_jax.report import style
 from cnn_jax.report.style import Theme
 from cnn_jax.report.thumbnails import load_thumbnail
 
-# Maximum number of rows in a list, and of names in a row. inspection.json has all rows and names.
+# The maximum number of rows in a list on the page, and the maximum number of image names in a row.
+# The file inspection.json contains all rows and names.
 _MAX_ROWS = 50
 _MAX_NAMES = 8
 # If a data set has more than twice this number of classes, the page shows this number of the
@@ -36,17 +37,18 @@ _MAX_NAMES = 8
 _MAX_CLASSES = 100
 # The side of a thumbnail and the gap between two thumbnails, in pixels.
 _THUMBNAIL, _GAP = 96, 6
-# Number of columns and rows of thumbnails in a contact sheet.
+# The number of columns and the number of rows of thumbnails in a contact sheet.
 _COLUMNS, _ROWS = 6, 4
-# If the images have more different sizes than this, the chart shows a density instead of points.
+# If there are more different image sizes than this, the chart of image sizes shows a density
+# instead of points.
 _MAX_POINTS = 2000
 
 
 def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) -> pathlib.Path:
-    """Writes a page that shows a survey, and inspection.json with the whole survey.
+    """Writes the survey of a data set to an HTML page and, in full, to inspection.json.
 
-    For the contact sheets, up to 24 images of each class are read again; for the lists of
-    duplicates, some of the duplicates.
+    Up to 24 images of each class are read again for the contact sheets. Some of the duplicates are
+    read again for the lists of duplicates.
 
     Args:
       survey: The survey to show.
@@ -83,7 +85,7 @@ def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) ->
 
 
 def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
-    """Returns a row of the page's list for each of the first clusters."""
+    """Returns the rows of a list of duplicates: one row for each of the first 50 clusters."""
     source = survey.source
     rows = []
     for cluster in clusters[:_MAX_ROWS]:
@@ -110,7 +112,10 @@ def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
 def _rows_with_pictures(
     survey: Survey, clusters: Sequence[Cluster], folder: pathlib.Path, kind: str
 ) -> list[dict[str, Any]]:
-    """Draws the images of each cluster as a strip; returns the rows with the strips' file names."""
+    """Draws a strip of images for each of the first 50 clusters of duplicates.
+
+    Each returned row of the list of duplicates has the file name of its strip as "picture".
+    """
     rows = _rows(survey, clusters)
     for number, (row, cluster) in enumerate(zip(rows, clusters, strict=False)):
         row["picture"] = _draw_strip(survey, cluster, folder / f"{kind}_{number:03d}.png")
@@ -118,7 +123,7 @@ def _rows_with_pictures(
 
 
 def class_rows(counts: Int[np.ndarray, "classes 3"]) -> list[dict[str, Any] | None]:
-    """Returns the rows of the table of classes.
+    """Returns the rows of the page's table of classes.
 
     Args:
       counts: The number of images of each class in each split.
@@ -145,11 +150,14 @@ def class_rows(counts: Int[np.ndarray, "classes 3"]) -> list[dict[str, Any] | No
     ]
 
 
-# Contact sheets.
+# The contact sheets of classes and the strips of duplicates.
 
 
 def sample(survey: Survey, label: int) -> list[int]:
-    """Returns the positions of up to 24 images of a class, chosen independently of file order."""
+    """Returns the positions of up to 24 images of a class, chosen by a hash of the image names.
+
+    The choice does not depend on the order of the files.
+    """
     ids = survey.source.ids
 
     def digest(i: int) -> bytes:
@@ -160,7 +168,7 @@ def sample(survey: Survey, label: int) -> list[int]:
 
 
 def _draw_sheets(survey: Survey, folder: pathlib.Path, track: Track) -> list[dict[str, Any]]:
-    """Draws a contact sheet for each class, class_000.png etc.; returns their data for the page."""
+    """Draws a contact sheet for each class that has images; returns a description of each."""
     counts = survey.counts.sum(axis=1).tolist()
     labels = [label for label, number in enumerate(counts) if number]
 
@@ -182,14 +190,14 @@ def _draw_sheets(survey: Survey, folder: pathlib.Path, track: Track) -> list[dic
 
 
 def _draw_strip(survey: Survey, cluster: Cluster, path: pathlib.Path) -> str:
-    """Draws images of a cluster in a row; returns the name of the image file."""
+    """Draws images of a cluster of duplicates side by side; returns the name of the image file."""
     shown = survey.varied(cluster)[:_MAX_NAMES]
     _sheet([_thumbnail(survey, i) for i in shown], len(shown)).save(path)
     return path.name
 
 
 def _sheet(thumbnails: Sequence[Image.Image | None], columns: int) -> Image.Image:
-    """Arranges thumbnails in a transparent grid and centres each thumbnail in its square."""
+    """Arranges thumbnails in a transparent grid, and centres each thumbnail in its cell."""
     rows = math.ceil(len(thumbnails) / columns)
     step = _THUMBNAIL + _GAP
     sheet = Image.new("RGBA", (columns * step - _GAP, rows * step - _GAP), (0, 0, 0, 0))
@@ -206,11 +214,11 @@ def _thumbnail(survey: Survey, index: int) -> Image.Image | None:
     return load_thumbnail(survey.source, index, survey.preprocessing, _THUMBNAIL)
 
 
-# Charts.
+# The charts of the survey of a data set.
 
 
 def _draw_charts(survey: Survey, folder: pathlib.Path) -> dict[str, tuple[int, int]]:
-    """Draws the charts of a survey.
+    """Draws the charts of the survey of a data set.
 
     A chart of resolutions or aspect ratios is omitted if the value is the same for all images.
 
@@ -231,7 +239,10 @@ def _draw_charts(survey: Survey, folder: pathlib.Path) -> dict[str, tuple[int, i
 
 
 def _plot_resolutions(survey: Survey, figure: Figure, theme: Theme) -> None:
-    """Plots image sizes as points whose areas show the number of images, or as a density."""
+    """Plots the image sizes as points, or as a density if there are many different sizes.
+
+    The area of a point shows the number of images of this size.
+    """
     axes = style.plain(figure.subplots(), theme)
     widths, heights = np.array([size for size, _ in survey.resolutions]).T
     images = np.array([number for _, number in survey.resolutions])
@@ -255,7 +266,7 @@ def _plot_resolutions(survey: Survey, figure: Figure, theme: Theme) -> None:
 
 
 def _plot_aspect_ratios(survey: Survey, figure: Figure, theme: Theme) -> None:
-    """Plots a histogram of the aspect ratios of the images on a log scale."""
+    """Plots a histogram of the images' aspect ratios, with the ratios on a log scale."""
     axes = style.plain(figure.subplots(), theme)
     ratios = np.log2(survey.aspect_ratios)
     reach = max(np.abs(ratios).max() * 1.05, 0.5)

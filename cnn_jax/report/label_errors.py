@@ -1,4 +1,4 @@
-"""Finds labels that are probably wrong by confident learning (Northcutt, Jiang and Chuang 2021).
+"""Confident learning (Northcutt, Jiang and Chuang 2021): finds labels that are probably wrong.
 
 A label is suspect if a network that was not trained on the image predicts another class with at
 least the mean confidence that it has for images of that class.
@@ -9,14 +9,14 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-# Probabilities that differ by less than this count as equal, because float32 has only about seven
-# significant digits.
+# Probabilities count as equal if they differ by less than this, because float32 has only about
+# seven significant digits.
 _TOLERANCE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Suspects:
-    """Examples whose label is probably wrong, the most suspicious first.
+    """The examples whose label is probably wrong, from the most to the least suspicious.
 
     Attributes:
       rows: The positions of the examples.
@@ -32,9 +32,10 @@ class Suspects:
 def thresholds(
     probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, " classes"]:
-    """Returns the mean probability of each class over the images with that label; see `find`.
+    """Returns the mean probability of each class over the images with the label of this class.
 
-    The threshold of a class without images is infinite, so that the class is never suggested.
+    The function `find` uses these means as thresholds. The threshold of a class without images is
+    infinite, so that the class is never suggested.
     """
     num_classes = probabilities.shape[1]
     own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
@@ -44,9 +45,9 @@ def thresholds(
 
 
 def find(probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, " n"]) -> Suspects:
-    """Finds the examples whose label is probably wrong, ranked by normalised margin.
+    """Finds the examples whose label is probably wrong, and sorts them by normalised margin.
 
-    They are the examples off the diagonal of the confident joint in the paper.
+    These are the off-diagonal examples of the confident joint in the paper.
 
     Args:
       probabilities: The predictions of a network that was not trained on these images; each row
@@ -59,7 +60,7 @@ def find(probabilities: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, 
     others = probabilities.astype(np.float64)
     others[rows, labels] = -1
     margin = probabilities[rows, labels] - others.max(axis=1)
-    # If the margin is above 0, the label itself is the most probable class and is not suspect.
+    # If the margin is above 0, the label is the most probable class, so the label is not suspect.
     is_suspect = is_sure.any(axis=1) & (suggested != labels) & (margin < 0)
     suspects = np.flatnonzero(is_suspect)
     suspects = suspects[np.argsort(margin[suspects], kind="stable")]

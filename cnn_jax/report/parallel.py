@@ -1,4 +1,4 @@
-"""The parallel-coordinates chart of a study: an axis per parameter, and one for the value.
+"""The parallel-coordinates chart of a study: axes for the parameters and the monitored value.
 
 The chart shortens long parameter keys and long choices. The tables of the page have the full text.
 """
@@ -31,9 +31,10 @@ from cnn_jax.report.study_values import (
 )
 from cnn_jax.report.style import Theme
 
-# The height of the axes, in inches.
+# The height of the chart's axes, in inches.
 _HEIGHT = 3.2
-# The font size of the labels of choices, and the width of a letter at that size, in points.
+# The font size of the labels of a categorical parameter, and the width of a letter at that size, in
+# points.
 _SIZE, _LETTER = 7.5, 4.7
 
 
@@ -43,7 +44,7 @@ def parallel_size(study: Study) -> tuple[float, float]:
 
 
 def parallel(study: Study, figure: Figure, theme: Theme) -> None:
-    """Draws a line for each trial across the axes of the parameters and of the value.
+    """Draws each trial as a line that crosses the axes of the parameters and the monitored value.
 
     Trials with better values have stronger colours. Pruned trials are faint. The best trial is
     drawn on top of all other trials.
@@ -61,11 +62,11 @@ def parallel(study: Study, figure: Figure, theme: Theme) -> None:
     axes.set(xlim=(-0.1, len(study["space"]) + 0.25), ylim=(-0.03, 1.03))
 
 
-# Lines.
+# The lines of the trials.
 
 
 def line_positions(study: Study, trials: Sequence[Trial]) -> Float[np.ndarray, "trials axes"]:
-    """Returns the position, 0 to 1, at which the line of each trial crosses each axis.
+    """Returns the positions, 0 to 1, at which the line of each trial crosses the axes.
 
     The axes are the parameters in the order of the space, and then the value. A position is NaN
     if the trial has no value for the parameter.
@@ -102,21 +103,21 @@ def _draw_trials(study: Study, axes: Axes, theme: Theme) -> None:
 
 
 def _colour(quality: float, theme: Theme) -> tuple[float, float, float, float]:
-    """Returns the colour of a quality, 0 (worst) to 1 (best).
+    """Converts a quality, 0 (worst) to 1 (best), to a colour of the theme's colour ramp.
 
     The first quarter of the colour ramp is not used, because it is too close to the background.
     """
     return theme.colours(0.25 + 0.75 * quality)
 
 
-# Axes.
+# The axes and their labels.
 
 
 def _draw_names(study: Study, axes: Axes, theme: Theme) -> None:
-    """Draws each axis with its name above it; all names are slanted if a name is too long."""
+    """Draws the axes and their names; slants all names if the longest name is too long."""
     value = scale_for_complete_trials(study).label.removeprefix("validation ")
     names = [*axis_names(list(study["space"])), value]
-    is_slanted = max(map(len, names)) * 5.3 > _between_axes(study)  # Points per letter.
+    is_slanted = max(map(len, names)) * 5.3 > _between_axes(study)  # A letter is 5.3 points wide.
     slant = {"rotation": 30, "ha": "left", "rotation_mode": "anchor"} if is_slanted else {}
     for across, name in enumerate(names):
         axes.plot([across, across], [0, 1], color=theme.ink, linewidth=0.8, zorder=2.5)
@@ -129,7 +130,7 @@ def _between_axes(study: Study) -> float:
 
 
 def _draw_numbers(range_: Range, across: int, axes: Axes, theme: Theme) -> None:
-    """Labels an axis with the ends of its range and, on a log scale, with the powers of ten."""
+    """Labels the ends of a numeric axis and, on a log scale, marks the powers of ten."""
     low, high = range_["low"], range_["high"]
     _write(axes, theme, format_number(low), (across, 0), (0, -5), va="top")
     _write(axes, theme, format_number(high), (across, 1), (0, 5), va="bottom")
@@ -140,7 +141,7 @@ def _draw_numbers(range_: Range, across: int, axes: Axes, theme: Theme) -> None:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Returns the powers of ten between two numbers."""
+    """Returns the powers of ten from `low` to `high`."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     return [10.0**power for power in range(first, last + 1)]
 
@@ -154,8 +155,8 @@ def _draw_categories(range_: Range, across: int, width: float, axes: Axes, theme
     names = style.tick_names([str(choice) for choice in range_["choices"]])
     high = 72 * _HEIGHT / max(len(names) - 1, 1)
     is_horizontal = max(map(len, names)) * _LETTER <= width
-    # The least distance between two labels in points: the height of a line of horizontal text, or
-    # the length of eight letters of vertical text with a margin.
+    # The minimum distance between two labels, in points: the height of a horizontal label, or the
+    # length of a vertical label of eight letters with a margin.
     least = 9.5 if is_horizontal else 1.5 * 8 * _LETTER
     every = math.ceil(least / high)
     longest = int((width if is_horizontal else every * high / 1.5) / _LETTER)
@@ -170,12 +171,12 @@ def _draw_categories(range_: Range, across: int, width: float, axes: Axes, theme
 
 
 def _inward_alignment(position: float) -> str:
-    """Returns the vertical alignment that keeps a vertical label within the ends of the axis."""
+    """Returns the alignment that keeps a vertical label between the two ends of the axis."""
     return {0.0: "bottom", 1.0: "top"}.get(position, "center")
 
 
 def _shorten(name: str, length: int) -> str:
-    """Replaces the middle of a long name by an ellipsis, because names often differ at the end."""
+    """Replaces the middle of a long name with an ellipsis; names often differ at the end."""
     if len(name) <= length:
         return name
     kept = max(length - 1, 2)
@@ -183,7 +184,7 @@ def _shorten(name: str, length: int) -> str:
 
 
 def _draw_ramp(study: Study, axes: Axes, theme: Theme) -> None:
-    """Draws the axis of the monitored value with the colour ramp, both ends and the best value."""
+    """Draws the colour ramp along the value axis, and labels both ends and the best value."""
     scale, last = scale_for_complete_trials(study), len(study["space"])
     steps = np.linspace(0, 1, 65)
     qualities = scale.qualities((steps[:-1] + steps[1:]) / 2)
@@ -210,7 +211,7 @@ def _write(
     offset: tuple[float, float],
     **options: Any,
 ) -> None:
-    """Writes a text at a position in data coordinates, moved by `offset` points."""
+    """Writes text at a position in data coordinates, shifted by `offset` points."""
     options = {"ha": "center", "size": style.TEXT_SIZE, "color": theme.ink} | options
     axes.annotate(
         text,

@@ -19,15 +19,15 @@ from cnn_jax.report.run import MissingError, Run
 from cnn_jax.report.sections import Figures, most_confident_image
 from cnn_jax.report.style import Theme
 
-# The sample of images to corrupt: the total number of pixels of all its images, and the minimum and
-# maximum number of its images.
+# The size of the sample of images to corrupt: the total number of pixels, and the minimum and
+# maximum number of images.
 _PIXELS = 2**19
 _MIN_IMAGES, _MAX_IMAGES = 40, 250
-# The total number of pixels of all images in the sample for accuracy by image quality.
+# The total number of pixels of the images for measuring accuracy by image quality.
 _QUALITY_PIXELS = 2**26
 # The longer side, in pixels, of each corrupted image on the page.
 _SIDE = 64
-# The number of corruptions with the lowest accuracy that the page names.
+# The page names this many corruptions: those with the lowest accuracy.
 _NUM_WORST = 3
 
 
@@ -44,7 +44,8 @@ def qualities(run: Run) -> Figures:
     except ImportError as error:
         raise MissingError(f"The corruptions need {error.name}, which is not installed.") from error
     worst_first = sorted(found["corruptions"], key=lambda n: found["corruptions"][n]["accuracy"])
-    # This sample can be larger, because the network has already predicted the images.
+    # The sample for accuracy by image quality can be larger, because the network has already
+    # predicted all test images.
     rows = robustness.stratified_sample(labels, _QUALITY_PIXELS // (height * width))
     positions = test[rows]
     images = robustness.load_images(network.dataset.loader, positions)
@@ -61,7 +62,7 @@ def qualities(run: Run) -> Figures:
 
 
 def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
-    """Draws one test image under each corruption at severities 1 to 5, side by side.
+    """Draws a test image with each corruption at severities 1 to 5, side by side.
 
     Returns:
       The name of the image file by corruption.
@@ -76,7 +77,7 @@ def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
 
 
 def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
-    """Returns the charts: a heat map of all corruptions, curves by family, accuracy by quality."""
+    """Returns the robustness charts: a heat map, curves by family, accuracy by image quality."""
     if "robustness" not in figures:
         return {}
     section = figures["robustness"]
@@ -92,14 +93,14 @@ def charts(figures: Mapping[str, Any]) -> dict[str, Chart]:
 
 
 def _families(section: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns the measured corruptions by family, without empty families."""
+    """Maps each family of corruptions to the measured corruptions; omits empty families."""
     measured = section["corruptions"]
     families = {family: [n for n in names if n in measured] for family, names in FAMILIES.items()}
     return {family: names for family, names in families.items() if names}
 
 
 def _label(name: str) -> str:
-    """Returns the name of a corruption as the charts show it."""
+    """Converts the name of a corruption to its label in the charts."""
     return name.replace("_", " ").replace("jpeg", "JPEG")
 
 
@@ -172,7 +173,7 @@ def _curves(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
 def _plot_by_quality(
     quality_bins: Mapping[str, Sequence[Figures]], figure: Figure, theme: Theme
 ) -> None:
-    """Draws accuracy by sharpness, brightness and resolution, with Wilson confidence intervals."""
+    """Draws accuracy by image sharpness, brightness and resolution, with Wilson intervals."""
     units = {
         "sharpness": "variance of the Laplacian (grey levels²)",
         "brightness": "mean grey level",
@@ -201,6 +202,6 @@ def _plot_by_quality(
 
 
 def _range_label(low: float, high: float) -> str:
-    """Formats the range of a bin on two lines, or as one number if both ends round to it."""
+    """Formats the range of a bin on two lines, or as one number if the rounded ends are equal."""
     first, last = f"{low:,.0f}", f"{high:,.0f}"
     return first if first == last else f"{first}-\n{last}"

@@ -35,7 +35,7 @@ _EPOCH_KEYS = (
 
 
 class MissingError(Exception):
-    """Raised if a section of the report cannot be made; the message gives the reason."""
+    """Raised if a section of the report cannot be created; the message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
-        """Reads the content of config.json.
+        """Creates the settings from the content of config.json.
 
         Raises:
           KeyError: A key is missing.
@@ -133,7 +133,7 @@ class Run:
     why_no_network: str
 
     def need_network(self) -> Network:
-        """Returns the network; raises MissingError if there is none."""
+        """Returns the trained network; raises MissingError if `network` is None."""
         if self.network is None:
             raise MissingError(self.why_no_network)
         return self.network
@@ -143,14 +143,14 @@ class Run:
         return all(split in self.figures for split in SPLITS)
 
     def need_figures(self, split: str) -> dict[str, Any]:
-        """Returns the metrics of a split; raises MissingError if there are none."""
+        """Returns the metrics of a split; raises MissingError if the metrics are missing."""
         if split not in self.figures:
             raise MissingError(self.why_no_network)
         return self.figures[split]
 
 
 def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> Run:
-    """Reads a run's folder, opens its data, and predicts validation and test.
+    """Reads a run's folder, opens the run's data, and predicts the validation and test splits.
 
     Missing data or a missing bundle is an error only if `source` is given. Without `source`, the
     run may have been stopped, or its data may have been moved.
@@ -175,8 +175,8 @@ def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> 
     history, damaged_records = _read_history(workdir / "metrics.jsonl")
     figures = _read_json(workdir / "report" / "metrics.json")
     if figures.get("format") != FORMAT or not all(_are_figures(figures.get(s)) for s in SPLITS):
-        # Keep only the metrics. Sections in another format cannot be shown. If metrics of a split
-        # are missing, the sections may belong to another network.
+        # Keep only the metrics of the splits, because sections in another format cannot be shown.
+        # If the metrics of a split are missing, the sections may belong to another network.
         figures = {s: figures[s] for s in SPLITS if _are_figures(figures.get(s))}
     network, reason = None, ""
     try:
@@ -209,7 +209,7 @@ def _read_config(path: pathlib.Path) -> Any:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads the JSON object in a file; returns {} if the file is missing or has no JSON object."""
+    """Reads a JSON object from a file; returns {} if the file is missing or has no JSON object."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
@@ -218,7 +218,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_history(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
-    """Reads the training history.
+    """Reads the training history from metrics.jsonl.
 
     Returns:
       The complete records whose numbers are finite, and the number of damaged lines.
@@ -248,7 +248,9 @@ def _are_figures(figures: object) -> bool:
 def _open_network(
     workdir: pathlib.Path, figures: dict[str, Any], track: Track, source: str | None
 ) -> Network:
-    """Opens the bundle and its data, and adds the metrics of missing splits to `figures`.
+    """Opens a run's bundle and data, and computes the metrics that are missing in `figures`.
+
+    The new metrics are added to `figures`.
 
     Raises:
       MissingError: The bundle is missing, or the bundle or its data cannot be used.
@@ -272,8 +274,8 @@ def _open_network(
                 predictor, dataset.loader, dataset.splits[split], track, f"looking at {split}"
             )
             for split in SPLITS
-            # Predict the training split only if its metrics are missing: the report shows no
-            # predictions of single training images.
+            # Predict the training split only if its metrics are missing, because the report shows
+            # no predictions of single training images.
             if split != "train" or split not in figures
         }
     except (UserError, OSError) as error:
@@ -289,7 +291,7 @@ def _open_network(
 def _check_fingerprint(
     dataset: Dataset, predictor: BundlePredictor, *, is_new_source: bool
 ) -> None:
-    """Checks that a data set is the data that a bundle was trained on.
+    """Checks that a data set is the data that a bundle's network was trained on.
 
     Raises:
       DataError: The data differs, and the user gave its name (`is_new_source`).

@@ -1,4 +1,4 @@
-"""Writes the report of a run: a page, picture files, and all numbers as JSON."""
+"""Writes the report of a run: an HTML page, picture files, and all numbers as JSON."""
 
 import concurrent.futures
 import json
@@ -28,8 +28,9 @@ from cnn_jax.system.console import Console
 from cnn_jax.system.errors import UserError
 from cnn_jax.training import run_directory
 
-# The two slowest sections, which only a full report has, by their names in metrics.json. Robustness
-# is first, so that its slow charts are drawn while the explanations are computed.
+# Maps the names of the two slowest sections in metrics.json to the functions that compute the
+# sections. Only a full report has these sections. Robustness is first, so that its slow charts are
+# drawn while the explanations are computed.
 _FULL = {"robustness": qualities.qualities, "explanations": explanations.explanations}
 # The longer side of the image files on the page, in pixels.
 _SIDE = 144
@@ -59,7 +60,7 @@ def write_report(
     after_training: bool = False,
     warn: Callable[[str], None] | None = None,
 ) -> pathlib.Path:
-    """Writes the page report/index.html, which needs no other file, and its pictures as files.
+    """Writes the self-contained page report/index.html, and its pictures as separate files.
 
     The network predicts the validation and test splits again. All numbers on the page are added
     to report/metrics.json. If the bundle or the data cannot be used, the page says so at its top
@@ -104,7 +105,7 @@ def _write(
     watch.lap("predictions")
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    if run.network is not None:  # If not, keep the images of an earlier report.
+    if run.network is not None:  # Without a network, keep the images of an earlier report.
         shutil.rmtree(folder / "examples", ignore_errors=True)
         (folder / "examples").mkdir()
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -139,7 +140,7 @@ def _write(
 
 
 def _notice(run: Run, figures: Figures) -> str:
-    """Returns the sentences at the top of the page if the network or its data cannot be used."""
+    """Returns the notice at the top of the page of a run whose network or data cannot be used."""
     is_kept = any(name in figures for name in figures["missing"])
     kept = " The sections marked below are from an earlier report." if is_kept else ""
     return f"This report is not complete. {run.why_no_network}{kept}"
@@ -153,7 +154,7 @@ class _Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Adds the time since the last call to the task `name`."""
+        """Adds the time since the previous lap to the seconds of the task `name`."""
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
@@ -171,11 +172,11 @@ def _seconds_since_training(workdir: pathlib.Path) -> float:
 
 
 def report_after_training(workdir: str | os.PathLike[str], config: Config, console: Console) -> str:
-    """Writes the report of a run that this process has trained, and prints the time it took.
+    """Writes the report of a run that this process has trained, and prints the time spent.
 
     If several processes train the network, no report is written, because all other processes
-    would have to wait for it.
-    An unexpected error is shown as a warning, because the run is complete without its report.
+    would have to wait for the report. An unexpected error is shown as a warning, because the run is
+    complete without its report.
 
     Args:
       workdir: The run's folder.
@@ -217,7 +218,7 @@ def _sections(
     folder: pathlib.Path,
     thread: concurrent.futures.Executor,
 ) -> tuple[Figures, dict[str, str], list[concurrent.futures.Future[Any]]]:
-    """Computes all sections, and draws finished sections on a thread at the same time.
+    """Computes all sections of a report while another thread draws the finished sections.
 
     Returns:
       The sections by name; the reasons for missing sections by name; and the pending drawings.
@@ -244,7 +245,7 @@ def _sections(
 
 
 def _facts(run: Run, earlier: object, after_training: bool) -> Figures:
-    """Returns the facts about the run.
+    """Returns details of a run, such as its configuration, data, training time and device.
 
     Device and time are kept from the report that was written directly after training.
     """
@@ -262,13 +263,13 @@ def _facts(run: Run, earlier: object, after_training: bool) -> Figures:
     return facts
 
 
-# Pictures.
+# The pictures and charts of the report.
 
 
 def _draw_examples(
     network: Network, examples: list[Figures], folder: pathlib.Path, are_explained: bool
 ) -> None:
-    """Draws the images that have no file yet; with their explanation maps if `are_explained`."""
+    """Draws example images that have no file yet, with saliency maps if `are_explained` is True."""
     new_examples = {
         shown["position"]: shown for shown in examples if not (folder / shown["picture"]).exists()
     }
@@ -306,7 +307,10 @@ def _draw_augmentation(run: Run, folder: pathlib.Path) -> None:
 
 
 def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> None:
-    """Draws the pictures of the full report's sections; adds their file names to the sections."""
+    """Draws the pictures of the sections on explanations and on robustness.
+
+    The file names of the pictures are added to these two sections in `made`.
+    """
     drawings = {"explanations": explanations.draw_pictures, "robustness": qualities.draw_pictures}
     for name, draw in drawings.items():
         if name in made:
@@ -314,7 +318,7 @@ def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> None:
 
 
 def _draw_charts(figures: Figures, folder: pathlib.Path, already: Container[str] = ()) -> list[str]:
-    """Draws the charts of all sections, light and dark; returns the names of all charts.
+    """Draws the charts of all sections in the light and the dark theme; returns the chart names.
 
     Args:
       figures: The content of metrics.json, or a part of it.
@@ -335,7 +339,7 @@ def _charts(figures: Figures) -> dict[str, charts.Chart]:
     return charts.run_charts(figures) | explanations.charts(figures) | qualities.charts(figures)
 
 
-# The page.
+# The rendering of the HTML page.
 
 
 def _page(
@@ -344,7 +348,7 @@ def _page(
     drawn: list[str],
 ) -> str:
     def picture(name: str) -> str | None:
-        """Returns a picture file as a data URI; None if the file is missing."""
+        """Returns a picture file as a data URI, or None if the file is missing."""
         path = folder / name
         return style.data_uri(path) if path.is_file() else None
 
@@ -357,8 +361,8 @@ def _page(
         picture=picture,
         map_of=lambda name: picture(str(_map_path(pathlib.Path(name)))),
         are_mapped=any((folder / "examples").glob("*_map.png")),
-        # A chart shows a number instead of a class name that it cannot draw. In that case the table
-        # of classes shows these numbers too.
+        # A chart shows the number of a class if the class name cannot be drawn. The table of
+        # classes then shows the numbers of the classes too.
         are_numbered=style.tick_names(names) != [style.shorten(name) for name in names],
         configuration={
             key: json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Computes the sections of a run's report: each function takes a run and returns JSON types.
+"""Computes the sections of a run's report; each function takes a run and returns JSON values.
 
-The function raises MissingError with the reason if the section cannot be made. An image that the
-page must show is described by a dictionary, which the function `example` makes.
+A function raises MissingError with the reason if its section cannot be computed. An image for the
+page is described by a dictionary, which the function `example` makes.
 """
 
 import math
@@ -19,22 +19,22 @@ from cnn_jax.report import charts, label_errors, texts, verdicts
 from cnn_jax.report.run import MissingError, Network, Run
 from cnn_jax.training.checkpoint import best_record
 
-# The number of images of each kind on the page: wrong and uncertain predictions, suspected labels,
-# and augmented images.
+# The number of images of each kind on the page: wrong predictions, uncertain predictions, suspected
+# label errors, and augmented images.
 NUM_WRONG, NUM_UNSURE, NUM_SUSPECTS, NUM_AUGMENTED = 24, 12, 24, 12
-# The number of pairs of confused classes, and the number of images of each pair.
+# The number of pairs of confused classes on the page, and the number of images of each pair.
 _NUM_PAIRS, _PAIR_IMAGES = 10, 3
-# If a larger fraction of the labels is suspected, most suspected labels are probably correct, and
-# the network is wrong.
+# If more than this fraction of the labels is suspected to be wrong, most of these labels are
+# probably correct, and the network is wrong.
 _CREDIBLE = 0.1
-# The fractions of test images to keep when the images with the least confidence are rejected.
+# The fractions of test images to keep when the images with the lowest confidence are rejected.
 _KEPT = (1.0, 0.95, 0.9, 0.8, 0.5)
 
 Figures = dict[str, Any]
 
 
 def example(network: Network, split: str, row: int, predicted: int | None = None) -> Figures:
-    """Returns the facts about an image that the page shows.
+    """Returns the description of an image for the page: its name, file, classes and confidence.
 
     Args:
       network: The network.
@@ -62,7 +62,10 @@ def example(network: Network, split: str, row: int, predicted: int | None = None
 
 
 def most_confident_image(network: Network) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the correctly classified test image with the highest confidence, resized."""
+    """Returns the correctly classified test image with the highest confidence.
+
+    The image has the network's input size.
+    """
     probabilities = network.probabilities["test"]
     is_right = probabilities.argmax(axis=1) == network.labels("test")
     row = int((probabilities.max(axis=1) + is_right).argmax())
@@ -102,11 +105,13 @@ _CURVES = ("loss", "accuracy")
 def confusion(run: Run) -> Figures:
     """Returns the order of the classes in the confusion matrix, and the most confused pairs."""
     if run.network is None and "confusion" in run.figures:
-        return run.figures["confusion"]  # The earlier section also has images.
+        # An earlier report also has example images, which cannot be selected without the network.
+        return run.figures["confusion"]
     test = run.need_figures("test")
     names, matrix = list(test["per_class"]), np.array(test["confusion"])
     errors = matrix * (1 - np.eye(len(matrix), dtype=int))
-    # Among pairs with equal counts, the larger fraction of the true class comes first.
+    # Among pairs with equal counts, the pair with the larger fraction of its true class comes
+    # first.
     worst = np.lexsort((-charts.row_fractions(matrix).ravel(), -errors.ravel()))[:_NUM_PAIRS]
     pairs = []
     for true, predicted in zip(*np.divmod(worst, len(matrix)), strict=True):
@@ -140,7 +145,7 @@ def _pair_examples(network: Network | None, true: int, predicted: int) -> list[F
 
 
 def calibration_section(run: Run) -> Figures:
-    """Measures the calibration of test probabilities before and after temperature scaling."""
+    """Measures the calibration of the test predictions before and after temperature scaling."""
     network = run.need_network()
     after, labels = network.probabilities["test"], network.labels("test")
     temperature = network.predictor.temperature
@@ -156,12 +161,12 @@ def calibration_section(run: Run) -> Figures:
 
 
 def coverage(run: Run) -> Figures:
-    """Measures test accuracy when the images with the least confidence are rejected."""
+    """Measures the test accuracy when the images with the lowest confidence are rejected."""
     network = run.need_network()
     probabilities, labels = network.probabilities["test"], network.labels("test")
     curve = calibration.coverage(probabilities, labels, num_points=len(labels))
-    # Images of equal confidence are kept or rejected together. Therefore the kept fraction may be
-    # larger than the given fraction.
+    # Images of equal confidence are kept or rejected together, so the kept fraction may be larger
+    # than the requested fraction.
     points = np.searchsorted(curve["coverage"], np.array(_KEPT) - 1e-12)
     return {
         "curve": calibration.coverage(probabilities, labels),
@@ -173,7 +178,7 @@ def coverage(run: Run) -> Figures:
 
 
 def mistakes(run: Run) -> Figures:
-    """Selects test images predicted wrongly with high, or correctly with low, confidence."""
+    """Selects test images with confident wrong predictions or uncertain correct predictions."""
     network = run.need_network()
     probabilities, labels = network.probabilities["test"], network.labels("test")
     confidence = probabilities.max(axis=1)
@@ -195,7 +200,7 @@ def mistakes(run: Run) -> Figures:
 
 
 def suspected_labels(run: Run) -> Figures:
-    """Finds validation and test images whose label is probably wrong, and suggests labels."""
+    """Finds validation and test images whose label is probably wrong, and suggests other labels."""
     network = run.need_network()
     splits = ("validation", "test")
     labels = np.concatenate([network.labels(split) for split in splits])
@@ -220,7 +225,7 @@ def suspected_labels(run: Run) -> Figures:
 
 
 def augmentation(run: Run) -> Figures:
-    """Returns the ranges of augmentation, and the classes of the example images."""
+    """Returns the parameter ranges of the augmentation, and the classes of the example images."""
     batch, _ = training_images(run)
     names = run.need_network().class_names
     ranges = run.settings.augmentation
@@ -300,7 +305,8 @@ def facts(run: Run) -> Figures:
     return figures
 
 
-# The functions of the sections, in the order of the page, by the section's name in metrics.json.
+# Maps the names of sections in metrics.json to the functions that compute the sections, in the
+# order of the page.
 SECTIONS: dict[str, Callable[[Run], Figures]] = {
     "guessing": guessing,
     "curves": curves,
@@ -314,7 +320,10 @@ SECTIONS: dict[str, Callable[[Run], Figures]] = {
 
 
 def examples(figures: object) -> list[Figures]:
-    """Returns all dictionaries made by `example` in a section, at any depth of nesting."""
+    """Finds all image descriptions in a section, at any depth of nesting.
+
+    The function `example` makes these descriptions.
+    """
     if isinstance(figures, dict):
         if "picture" in figures:
             return [figures]

@@ -1,4 +1,4 @@
-"""The page of a hyper-parameter study: the best trial, the cost, charts, and all trials."""
+"""The HTML page of a hyper-parameter study: the best trial, the cost, charts, and all trials."""
 
 import collections
 import functools
@@ -33,8 +33,8 @@ from cnn_jax.report.study_values import (
 )
 from cnn_jax.system.atomic import write_text
 
-# The sort key of a cell without a number. It is finite, because the sorting script subtracts keys,
-# and infinity minus infinity is NaN.
+# The sort key of a table cell without a number. The key must be finite: the sorting script
+# subtracts keys, and infinity minus infinity is NaN.
 _SORT_FIRST = -1e300
 
 
@@ -47,7 +47,7 @@ class Cell(NamedTuple):
 
 
 def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
-    """Writes the page of a study, which needs no other file, and the charts as PNG files.
+    """Writes the self-contained page of a study, and the page's charts as PNG files.
 
     Several processes may write the page at the same time. The page of the process that finishes
     last remains.
@@ -67,8 +67,8 @@ def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".page.", dir=folder) as name:
-        # Each process draws into a separate temporary folder. Otherwise a page could embed an
-        # incomplete chart that another process is writing.
+        # Each process draws into a separate temporary folder, so that no page embeds an incomplete
+        # chart that another process is writing.
         temporary = pathlib.Path(name)
         _draw_charts(study, temporary)
         write_text(temporary / "index.html", _page(study, temporary, folder))
@@ -77,11 +77,11 @@ def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
     return folder / "index.html"
 
 
-# Charts.
+# The charts on the page of a study.
 
 
 def make_charts(study: Study) -> dict[str, Chart]:
-    """Returns the charts of a study by file name, without charts for which data is missing."""
+    """Returns the charts of a study by file name; omits charts whose data is missing."""
     charts = {}
     if trials_with_value(study):
         charts["history"] = Chart(functools.partial(study_charts.history, study))
@@ -104,11 +104,11 @@ def _draw_charts(study: Study, folder: pathlib.Path) -> None:
         style.draw(folder / f"{name}.png", *chart)
 
 
-# The page.
+# The rendering of the HTML page.
 
 
 def _page(study: Study, drawn: pathlib.Path, folder: pathlib.Path) -> str:
-    """Renders the page of a study.
+    """Renders the page of a study as HTML.
 
     Args:
       study: The study.
@@ -140,7 +140,10 @@ def _page(study: Study, drawn: pathlib.Path, folder: pathlib.Path) -> str:
 
 
 def best_parameters(study: Study) -> list[dict[str, Any]]:
-    """Returns each parameter's range, its value in the best trial, and the edge near this value."""
+    """Returns the range of each parameter and the value of the parameter in the best trial.
+
+    The key "edge" is the end of the range that is near the value; see `range_edge`.
+    """
     best = best_trial(study)
     if best is None:
         return []
@@ -156,7 +159,7 @@ def best_parameters(study: Study) -> list[dict[str, Any]]:
 
 
 def _row(study: Study, scale: Scale, trial: Trial) -> dict[str, Any]:
-    """Returns a row of the table of trials."""
+    """Returns the row of a trial in the table of trials."""
     cells = [
         Cell(scale.format_value(trial["value"]), _sortable(trial["value"])),
         Cell(f"{trial['epochs']:,}", trial["epochs"]),
@@ -167,7 +170,7 @@ def _row(study: Study, scale: Scale, trial: Trial) -> dict[str, Any]:
 
 
 def _cell(range_: Range, value: Any) -> Cell:
-    """Returns the table cell of a parameter's value; choices sort in the order of the range."""
+    """Returns the table cell of a parameter's value; choices sort in the range's order."""
     text = format_parameter(range_, value)
     if range_["kind"] == "categorical":
         return Cell(text, _sortable(range_position(range_, value)), "choice")
@@ -175,7 +178,7 @@ def _cell(range_: Range, value: Any) -> Cell:
 
 
 def _sortable(value: Any) -> float:
-    """Converts a value to a sort key; a missing or non-finite value sorts first."""
+    """Converts a value to a sort key; a missing or non-finite value gets the lowest key."""
     return value if is_number(value) else _SORT_FIRST
 
 
@@ -185,7 +188,7 @@ def _time(iso: str | None) -> str:
 
 
 def _beyond(study: Study, scale: Scale) -> str:
-    """Returns a sentence about values that lie beyond the charts' axis; "" without such values."""
+    """Returns a sentence about trials with values beyond the axis, or "" if there are none."""
     values = np.array([trial["value"] for trial in trials_with_value(study)], float)
     worse = int(((values < scale.low) | (values > scale.high)).sum())
     if not worse:
@@ -196,7 +199,7 @@ def _beyond(study: Study, scale: Scale) -> str:
 
 
 def missing(study: Study) -> dict[str, str]:
-    """Returns the reason, a sentence, for each missing section by the section's name."""
+    """Maps the name of each missing section to a sentence that gives the reason."""
     none_started = "No trial has been started."
     why = {"trials": none_started}
     have_all_failed = {trial["state"] for trial in study["trials"]} == {"failed"}

@@ -1,4 +1,4 @@
-"""The charts of a study: value by trial, value by epoch, importance, and value by parameter."""
+"""The charts of a study: value by trial, by epoch and by parameter, and parameter importance."""
 
 import collections
 import math
@@ -51,7 +51,7 @@ _STATES = {
 }
 
 
-# Charts over trials and epochs.
+# The charts with trials or epochs on the horizontal axis.
 
 
 def history(study: Study, figure: Figure, theme: Theme) -> None:
@@ -74,7 +74,7 @@ def history(study: Study, figure: Figure, theme: Theme) -> None:
 
 
 def _draw_failed(study: Study, axes: Axes, theme: Theme) -> None:
-    """Draws the failed trials without a value at the lower edge of the chart."""
+    """Draws a marker at the lower edge of the chart for each failed trial without a value."""
     failed = [
         trial["number"]
         for trial in study["trials"]
@@ -87,11 +87,11 @@ def _draw_failed(study: Study, axes: Axes, theme: Theme) -> None:
 
 
 def _draw_running_best(study: Study, scale: Scale, axes: Axes, theme: Theme) -> None:
-    """Draws a line of the best value that complete trials have reached up to each trial."""
+    """Draws the best value of the complete trials so far, as a step line over the trial numbers."""
     numbers, values = running_best(study)
     if not numbers:
         return
-    last = sorted_trials(study)[-1]["number"]  # Extend the line to the last trial.
+    last = sorted_trials(study)[-1]["number"]  # The line ends at the last trial, complete or not.
     axes.step(
         [*numbers, last],
         scale.clip([*values, values[-1]]),
@@ -116,8 +116,8 @@ def curves(study: Study, figure: Figure, theme: Theme) -> None:
         marker = "o" if len(values) == 1 else ""
         axes.plot(epochs, values, color=theme.second, linewidth=2, marker=marker, label="best")
     everything = [v for trial in study["trials"] for v in trial["curve"] if is_number(v)]
-    # The values of first epochs are far worse than those of last epochs. Therefore this axis must
-    # be longer.
+    # The first epochs have far worse values than the last epochs, so this axis covers a larger
+    # range (reach=10) than the axes of the other charts.
     _draw_value_axis(value_scale(study, everything, reach=10), axes)
     _draw_counting_axis("epoch", axes)
     _legend_above(axes, theme)
@@ -126,7 +126,7 @@ def curves(study: Study, figure: Figure, theme: Theme) -> None:
 def _draw_lines(
     lines: Sequence[Float[np.ndarray, "_ 2"]], state: str, alpha: float, axes: Axes, theme: Theme
 ) -> None:
-    """Draws the curves of all trials in one state; complete trials have thicker lines."""
+    """Draws the curves of the trials in one state; curves of complete trials are thicker."""
     colour = theme.lines[_STATES[state].line]
     width = 1.0 if state == "complete" else 0.6
     alpha *= 1 if state == "complete" else 0.7
@@ -138,12 +138,15 @@ def _draw_lines(
 
 
 def _line(trial: Trial) -> Float[np.ndarray, "epochs 2"]:
-    """Returns a trial's curve as (epoch, value); a value that is not finite becomes NaN, a gap."""
+    """Returns the points (epoch, value) of a trial's curve; a non-finite value becomes NaN.
+
+    The curve has a gap at a NaN.
+    """
     values = [value if is_number(value) else math.nan for value in trial["curve"]]
     return np.column_stack([np.arange(1, len(values) + 1), np.array(values, float)])
 
 
-# Charts of parameters.
+# The charts of the parameters of a study.
 
 
 def importance(study: Study, figure: Figure, theme: Theme) -> None:
@@ -164,7 +167,7 @@ def importance(study: Study, figure: Figure, theme: Theme) -> None:
 
 
 def value_by_parameter(study: Study, key: str, figure: Figure, theme: Theme) -> None:
-    """Draws the monitored value of each trial by the trial's setting of the parameter `key`."""
+    """Plots the monitored value of each trial against the trial's value of a parameter."""
     axes = style.plain(figure.subplots(), theme)
     scale, range_, best = scale_for_complete_trials(study), study["space"][key], best_trial(study)
     trials = comparable_trials(study)
@@ -193,12 +196,12 @@ def _axis_position(range_: Range, trial: Trial, key: str) -> float:
         return value if is_number(value) else math.nan
     if value not in range_["choices"]:
         return math.nan
-    golden = (math.sqrt(5) - 1) / 2  # Multiples of this ratio, modulo 1, are spread evenly.
+    golden = (math.sqrt(5) - 1) / 2  # Multiples of the golden ratio, modulo 1, are evenly spread.
     return range_["choices"].index(value) + 0.4 * (trial["number"] * golden % 1 - 0.5)
 
 
 def _draw_category_axis(range_: Range, axes: Axes) -> None:
-    """Labels the axis of a categorical parameter with at most 13 choices; slants long labels."""
+    """Labels at most 13 choices on the axis of a categorical parameter; slants long labels."""
     names = style.tick_names([str(choice) for choice in range_["choices"]])
     shown = spaced_indices(len(names), math.ceil(len(names) / 12))
     labels = [names[index] for index in shown]
@@ -228,18 +231,18 @@ def _draw_number_axis(range_: Range, axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
 
 
-# Styles.
+# The styles of points, lines, axes and legends.
 
 
 def _trials_by_state(trials: Sequence[Trial]) -> Iterator[tuple[str, list[Trial]]]:
-    """Yields each state that occurs and the trials in this state, in drawing order."""
+    """Yields each state that occurs, with the trials in this state, in drawing order."""
     for state in _STATES:
         if found := [trial for trial in trials if trial["state"] == state]:
             yield state, found
 
 
 def _marks(state: str, theme: Theme, count: int) -> dict[str, Any]:
-    """Returns the style of the points of a state; more than 100 trials have smaller points."""
+    """Returns the marker style of a trial state; markers are smaller for more than 100 trials."""
     look = _STATES[state]
     colour = theme.lines[look.line]
     size = 22 if count <= 100 else 12
@@ -250,12 +253,12 @@ def _marks(state: str, theme: Theme, count: int) -> dict[str, Any]:
 
 
 def line_alpha(lines: int) -> float:
-    """Returns the opacity of each line in a chart of `lines` lines; more lines, less opacity."""
+    """Returns the opacity of each line in a chart; the more lines, the lower the opacity."""
     return float(np.clip(6 / math.sqrt(max(lines, 1)), 0.3, 0.9))
 
 
 def axis_names(keys: Sequence[str]) -> list[str]:
-    """Returns a label for each key: the last part of the key if it is unique, else the key."""
+    """Returns a label for each parameter key: its last part if unique, else the whole key."""
     last = [key.rpartition(".")[2] for key in keys]
     counts = collections.Counter(last)
     return style.tick_names(
@@ -278,14 +281,14 @@ def _draw_value_axis(scale: Scale, axes: Axes) -> None:
 
 
 def _draw_counting_axis(label: str, axes: Axes) -> None:
-    """Labels a horizontal axis with whole numbers, such as numbers of trials or epochs."""
+    """Labels a horizontal axis with whole numbers, such as trial numbers or epochs."""
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.grid(visible=False, axis="x")
     axes.set(xlabel=label)
 
 
 def _legend_above(axes: Axes, theme: Theme) -> None:
-    """Draws a legend above the axes with each trial state once, the most important state first."""
+    """Draws a legend above the chart: each trial state once, the most important state first."""
     handles, labels = axes.get_legend_handles_labels()
     drawn = dict(zip(labels, handles, strict=True))
     order = [label for label in [*reversed(_STATES), "best so far", "best"] if label in drawn]

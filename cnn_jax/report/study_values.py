@@ -12,16 +12,16 @@ from cnn_jax.report import texts
 
 Study = Mapping[str, Any]
 Trial = Mapping[str, Any]
-# The range of a parameter in the study: its kind, and either its two ends or its choices.
+# The search range of a parameter: its kind, and either its two ends or its choices.
 Range = Mapping[str, Any]
 
-# The text for a missing value.
+# The text that the page shows for a missing value.
 MISSING = "\N{EN DASH}"
-# A value is at an edge of its range if it is at most this fraction of the range from the end.
+# A value is near an end of its range if the distance is at most this fraction of the range.
 _EDGE = 0.05
 
 
-# Trials.
+# Functions that select trials.
 
 
 def is_number(value: object) -> bool:
@@ -55,7 +55,7 @@ def best_trial(study: Study) -> Trial | None:
 
 
 def running_best(study: Study) -> tuple[list[int], list[float]]:
-    """Returns the numbers of the complete trials, and the best value up to each of them."""
+    """Returns the numbers of the complete trials, and the best value up to each of these trials."""
     trials = complete_trials(study)
     better = np.maximum if _is_rising(study) else np.minimum
     values = np.array([trial["value"] for trial in trials], float)
@@ -63,7 +63,7 @@ def running_best(study: Study) -> tuple[list[int], list[float]]:
 
 
 def sorted_importance(study: Study) -> dict[str, float]:
-    """Returns the importance of each parameter as a fraction of 1, in decreasing order."""
+    """Returns the importance of each parameter, 0 to 1, in decreasing order."""
     return dict(sorted((study["importance"] or {}).items(), key=lambda item: -item[1]))
 
 
@@ -71,7 +71,7 @@ def _is_rising(study: Study) -> bool:
     return study["direction"] == "maximize"
 
 
-# The monitored value.
+# The scale and the format of the monitored value.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Scale:
 
     @property
     def label(self) -> str:
-        """The label of the axis."""
+        """The label of the value axis."""
         return f"{self.name} (%)" if self.is_fraction else self.name
 
     @property
@@ -119,11 +119,11 @@ class Scale:
         return f"{value * (100 if self.is_fraction else 1):.{self.digits + more}f}"
 
     def clip(self, values: Sequence[float]) -> list[float]:
-        """Replaces each value beyond the axis by the nearer end of the axis."""
+        """Clips values to the range of the axis."""
         return np.clip(values, self.low, self.high).tolist()
 
     def position(self, value: float) -> float:
-        """Returns the position of a value on the axis: 0 is the lower end, 1 the upper end."""
+        """Returns the position of a value on the axis: 0 at the lower end, 1 at the upper end."""
         return (self.clip([value])[0] - self.low) / (self.high - self.low)
 
     def qualities(self, positions: Float[np.ndarray, "positions"]) -> list[float]:
@@ -136,7 +136,7 @@ class Scale:
 
 
 def value_scale(study: Study, values: Sequence[float], reach: float = 3) -> Scale:
-    """Returns an axis for values of the monitored metric.
+    """Returns the scale for values of the monitored metric: their format and the ends of the axis.
 
     The axis extends from the best value to the worst value, but its length is at most `reach`
     times the distance between the best value and the median. Without this limit, a few trials
@@ -164,12 +164,12 @@ def value_scale(study: Study, values: Sequence[float], reach: float = 3) -> Scal
 
 
 def scale_for_all_trials(study: Study) -> Scale:
-    """Returns the axis for the values of all trials."""
+    """Returns the scale for the values of all trials."""
     return value_scale(study, [trial["value"] for trial in trials_with_value(study)])
 
 
 def scale_for_complete_trials(study: Study) -> Scale:
-    """Returns the axis for the values of the complete trials; of all trials if none is complete.
+    """Returns the scale for the values of complete trials, or of all trials if none is complete.
 
     Pruned trials are left out, because most of them have worse values after fewer epochs.
     """
@@ -177,11 +177,11 @@ def scale_for_complete_trials(study: Study) -> Scale:
     return value_scale(study, [trial["value"] for trial in trials])
 
 
-# Parameters.
+# The values and ranges of parameters.
 
 
 def parameter_value(trial: Trial, key: str) -> Any:
-    """Returns a trial's value of a parameter; NaN if the trial has no such value."""
+    """Returns a trial's value of a parameter; NaN if the trial has no value for the parameter."""
     return trial["params"].get(key, math.nan)
 
 
@@ -213,7 +213,7 @@ def range_position(range_: Range, value: Any) -> float:
 
 
 def range_edge(range_: Range, value: Any) -> str | None:
-    """Returns which end of its range a value is near: "lower", "upper", or None for neither end.
+    """Returns the end of the range that is near a value: "lower", "upper" or None.
 
     A value is near an end if the distance is at most 5 % of the range. The distance is measured
     on the log scale if the range is searched on the log scale. Choices have no ends.
@@ -221,7 +221,7 @@ def range_edge(range_: Range, value: Any) -> str | None:
     position = range_position(range_, value)
     if range_["kind"] == "categorical" or math.isnan(position):
         return None
-    # The tolerance of 1e-9 includes a value at exactly 5 %, in spite of rounding errors.
+    # Without the tolerance of 1e-9, rounding errors could exclude a value at exactly 5 %.
     if position <= _EDGE + 1e-9:
         return "lower"
     return "upper" if position >= 1 - _EDGE - 1e-9 else None
@@ -236,14 +236,17 @@ def format_number(value: float) -> str:
 
 
 def format_parameter(range_: Range, value: Any) -> str:
-    """Formats a parameter's value as the page shows it."""
+    """Formats a parameter's value for the page."""
     if isinstance(value, float) and math.isnan(value):
         return MISSING
     return str(value) if range_["kind"] == "categorical" else format_number(value)
 
 
 def format_range(range_: Range) -> str:
-    """Formats a range, such as "0.0001 to 0.01, on the log scale", or lists the choices."""
+    """Formats the range of a parameter, such as "0.0001 to 0.01, on the log scale".
+
+    The text for a categorical parameter is the list of its choices.
+    """
     if range_["kind"] == "categorical":
         return ", ".join(map(str, range_["choices"]))
     scale = ", on the log scale" if range_["log"] else ""

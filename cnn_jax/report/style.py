@@ -33,7 +33,7 @@ from cnn_jax.system.errors import printable
 SIZE = (4.0, 3.0)
 DPI = 144
 TEXT_SIZE = 8.5
-# Maximum number of characters of a class name on an axis.
+# The maximum number of characters of a class name on an axis.
 _MAX_NAME = 24
 
 
@@ -70,7 +70,7 @@ class Theme:
 
     @property
     def colours(self) -> LinearSegmentedColormap:
-        """The colour ramp as a Matplotlib colour map."""
+        """The colour ramp as a Matplotlib colormap."""
         return LinearSegmentedColormap.from_list("ramp", self.ramp)
 
 
@@ -105,7 +105,7 @@ Plot = Callable[[Figure, Theme], None]
 
 
 def draw(path: pathlib.Path, plot: Plot, size: tuple[float, float] = SIZE, dpi: int = DPI) -> None:
-    """Saves a chart in the light and the dark theme on a transparent background.
+    """Draws and saves a chart in the light and the dark theme, with a transparent background.
 
     The layout takes half of the time. It is computed only once, because both themes have the same
     text.
@@ -125,14 +125,14 @@ def draw(path: pathlib.Path, plot: Plot, size: tuple[float, float] = SIZE, dpi: 
             part.patch.set_alpha(0)
         for axes, position in zip(figure.axes, positions, strict=False):
             axes.set_position(position)
-        canvas.draw()  # `savefig` would draw twice.
+        canvas.draw()  # `savefig` would be slower, because it draws twice.
         positions = [axes.get_position(original=True) for axes in figure.axes]
         pixels = np.asarray(canvas.buffer_rgba())
         Image.fromarray(pixels).save(path.with_stem(path.stem + theme.suffix), dpi=(dpi, dpi))
 
 
 def plain(axes: Axes, theme: Theme) -> Axes:
-    """Adds a light grid to the axes and removes their frame; returns the axes."""
+    """Adds a light grid to the axes and removes the frame of the axes; returns the axes."""
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -150,19 +150,22 @@ def legend(axes: Axes, theme: Theme, **options: Any) -> None:
 
 
 def ink_on(colour: tuple[float, float, float, float]) -> str:
-    """Returns the colour of text on a background: dark on a light background, else light."""
+    """Returns the colour of text for a background: dark text on light, light text on dark."""
     red, green, blue, _ = colour
-    # Relative luminance (ITU-R BT.709).
+    # The weighted sum is the relative luminance (ITU-R BT.709).
     return "#1b1f24" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45 else "#ffffff"
 
 
 def thousands() -> FuncFormatter:
-    """Returns a tick formatter of whole numbers, such as "2,000"."""
+    """Returns a tick formatter for whole numbers, such as "2,000"."""
     return FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
 def percent() -> FuncFormatter:
-    """Returns a tick formatter of fractions as percentages; the "%" is in the axis label only."""
+    """Returns a tick formatter that writes fractions as percentages without "%".
+
+    The axis label contains the "%".
+    """
     return FuncFormatter(lambda value, _: f"{100 * value:.3g}")
 
 
@@ -178,25 +181,29 @@ def _tick_name(name: str, number: int) -> str:
 
 
 def shorten(name: str) -> str:
-    """Shortens a name to at most 24 characters; the end of a longer name becomes an ellipsis."""
+    """Shortens a name to at most 24 characters; an ellipsis replaces the end of a longer name."""
     return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
 
 
 def _can_be_drawn(character: str) -> bool:
-    """Returns whether the chart font has a character whose script runs from left to right."""
+    """Returns whether a chart can show a character.
+
+    The character must be printable, must be in the chart font, and must belong to a script that
+    runs from left to right.
+    """
     is_left_to_right = unicodedata.bidirectional(character) not in ("R", "AL")
     return character.isprintable() and is_left_to_right and ord(character) in _glyphs()
 
 
 @functools.cache
 def _glyphs() -> frozenset[int]:
-    """Returns the code points of the characters in DejaVu Sans, Matplotlib's default font."""
+    """Returns the code points that Matplotlib's default font, DejaVu Sans, can draw."""
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     return frozenset(font.get_charmap())
 
 
 def template(name: str) -> jinja2.Template:
-    """Loads a page template of this package, which escapes all inserted texts."""
+    """Loads a page template of this package; the template escapes all inserted text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cnn_jax.report", "."),
         autoescape=True,
@@ -215,7 +222,7 @@ def template(name: str) -> jinja2.Template:
 
 
 def _on_one_line(text: str) -> str:
-    """Escapes unprintable characters in a text, and prevents line breaks before "%"."""
+    """Escapes unprintable characters in text, and prevents line breaks before "%"."""
     return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", printable(text))
 
 
@@ -249,7 +256,10 @@ def embedded(path: pathlib.Path) -> dict[str, Any]:
 
 
 def sorting_script() -> dict[str, str]:
-    """Returns the script that sorts tables, and the digest that excludes all other scripts."""
+    """Returns the script that sorts tables, and its digest for the Content Security Policy.
+
+    With this digest, browsers run no other script on the page.
+    """
     script = importlib.resources.files("cnn_jax.report").joinpath("sort.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {"script": markupsafe.Markup(script), "script_digest": digest}

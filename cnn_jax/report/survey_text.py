@@ -1,4 +1,4 @@
-"""Describes a survey of a data set as text for a terminal."""
+"""Formats the survey of a data set as text for the terminal."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,8 @@ from cnn_jax.data.survey import Cluster, Survey
 from cnn_jax.system.errors import printable
 from cnn_jax.system.text import FACT_INDENT, facts, shorten, table
 
-# The maximum lengths of lists. Only the list of unreadable files is never shortened.
+# The maximum numbers of classes, clusters and image names in a list, and the maximum width of a
+# class name. Only the list of unreadable files is never shortened.
 _MAX_CLASSES = 60
 _MAX_CLUSTERS = 5
 _MAX_NAMES = 4
@@ -19,7 +20,7 @@ _NAME_WIDTH = 32
 
 
 def summarize(survey: Survey, width: int | None = None) -> str:
-    """Returns a text that describes a survey.
+    """Formats the survey of a data set as text.
 
     Args:
       survey: The survey of a data set.
@@ -147,7 +148,7 @@ def _counts(counts: Sequence[tuple[str, int]]) -> str:
 
 
 def _names(names: Sequence[str]) -> str:
-    """Lists the first few names, and the number of the remaining names."""
+    """Lists the first four names, and states the number of remaining names."""
     rest = len(names) - _MAX_NAMES
     shown = ", ".join(printable(name) for name in names[:_MAX_NAMES]) or "none"
     return shown + (f" and {rest:,} more" if rest > 0 else "")

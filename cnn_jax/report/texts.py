@@ -8,18 +8,21 @@ from cnn_jax.data.findings import count
 from cnn_jax.inference.calibration import NUM_BINS
 from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width
 
-# A class gets a remark if its F1 is this much below the mean F1.
+# The report remarks on a class if its F1 is below the mean F1 by more than this.
 _WEAK = 0.1
-# A pair of classes gets a remark if it causes at least this fraction of all mistakes.
+# The report remarks on a pair of confused classes if the pair causes at least this fraction of all
+# mistakes.
 _OFTEN = 0.1
-# The smallest fraction of suspected labels, and the smallest calibration error, for a remark.
+# The smallest fraction of suspected label errors on which the report remarks, and the smallest
+# calibration error on which the report remarks.
 _SUSPECTED = 0.01
 _MISCALIBRATED = 0.05
 _MAX_REMARKS = 4
-# Maximum number of classes that a remark names.
+# The maximum number of classes that a remark names.
 _MAX_NAMED = 3
 
-# A text for each section on how it was measured; `methods` adds the text for explanations.
+# Descriptions of the measurement methods of each section. The function `methods` adds the
+# description for the section "explanations".
 _METHODS = {
     "figures": "Precision, recall and F1 are means over all classes; a quotient with a zero "
     "divisor counts as 0. Confidence intervals (95 %): Wilson (1927) for accuracy; percentiles of "
@@ -63,7 +66,7 @@ _CHECKS = {
 
 
 def methods(figures: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a text for each section on how it was measured, with references.
+    """Describes the measurement methods of each section, with references.
 
     Args:
       figures: The content of metrics.json. The text on explanations names only the map methods
@@ -83,7 +86,7 @@ def methods(figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """Formats a duration, such as "2 min 29 s"."""
+    """Formats a duration in seconds as text, such as "2 min 29 s"."""
     whole = round(seconds)
     hours, minutes, seconds = whole // 3600, whole // 60 % 60, whole % 60
     if hours:
@@ -91,8 +94,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-# The tasks after training that the report lists, by their names in metrics.json. All other tasks
-# together take less time than each of these tasks.
+# The tasks after training that the report lists, by their names in metrics.json. The remaining
+# tasks together take less time than any of these tasks.
 _TASKS = {
     "measuring": "measuring",
     "explanations": "explanations",
@@ -134,7 +137,7 @@ def points(difference: float, digits: int = 1) -> str:
 
 
 def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the headline of a report, and remarks on notable results, most important first.
+    """Returns the headline of a report, and remarks on notable results, the most important first.
 
     Args:
       figures: The content of metrics.json.
@@ -176,7 +179,10 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _absent_classes(test: Mapping[str, Any]) -> str:
-    """Returns a text about classes without test images and means without these classes, or ""."""
+    """Describes the classes without test images, and the means over the remaining classes.
+
+    The text is empty if all classes have test images, or if no class has any.
+    """
     absent = [name for name, row in test["per_class"].items() if not row["support"]]
     if not absent or len(absent) == len(test["per_class"]):
         return ""
@@ -195,20 +201,20 @@ def _absent_classes(test: Mapping[str, Any]) -> str:
 
 
 def _mean_of_present(test: Mapping[str, Any], key: str) -> float:
-    """Returns the mean of a metric over the classes with test images; 0 without such classes."""
+    """Returns the mean of a metric over the classes with test images, or 0 if no class has any."""
     values = [row[key] for row in test["per_class"].values() if row["support"]]
     return sum(values) / max(len(values), 1)
 
 
 def _some(names: Sequence[str]) -> str:
-    """Lists the first three class names, and the number of the remaining classes."""
+    """Lists the first three class names, and states the number of remaining classes."""
     rest = len(names) - _MAX_NAMED
     more = f" and {count(rest, 'other class', 'other classes')}" if rest > 0 else ""
     return ", ".join(names[:_MAX_NAMED]) + more
 
 
 def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]) -> str:
-    """Compares the network, in a text, with always predicting the most common test class."""
+    """Describes how the network compares with always predicting the most common class."""
     guess = (
         f"Always naming {guessing['class']}, the most common class of the test images, would be "
         f"correct for {percent(guessing['accuracy'])}"
@@ -227,7 +233,7 @@ def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]
 
 
 def _size_remarks(test: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Returns a remark on a small test split and the width of the confidence interval."""
+    """Returns a remark if the test split is so small that the confidence interval is wide."""
     reach = half_width(test["confidence_intervals"]["accuracy"])
     if reach < MAX_HALF_WIDTH:
         return []
@@ -239,7 +245,11 @@ def _size_remarks(test: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns advice for a small test split: "words", "command" to repeat the run, "stratify"."""
+    """Returns advice for a small test split, including a command that repeats the run.
+
+    The result has the texts "words" and "command". It also has the text "stratify" if another value
+    of data.stratify would make the splits more exact.
+    """
     reach = half_width(test["confidence_intervals"]["accuracy"])
     text = (
         f"With {count(test['count'], 'test image')}, accuracy is known to "
@@ -294,7 +304,7 @@ def _class_remarks(
 
 
 def _predictions_text(name: str, test: Mapping[str, Any], train: Mapping[str, Any] | None) -> str:
-    """Returns a text on how often a class is predicted and how many training images it has."""
+    """Describes the predictions for a class's test images, and counts its training images."""
     names = list(test["per_class"])
     row = test["confusion"][names.index(name)]
     predicted = sorted(range(len(row)), key=lambda label: -row[label])[:2]
@@ -310,7 +320,7 @@ def _predictions_text(name: str, test: Mapping[str, Any], train: Mapping[str, An
 
 
 def _curve_remarks(curves: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """Returns a remark on the verdict on the training, unless the verdict is "balanced"."""
+    """Returns a remark on the training if the verdict names a problem, such as "overfits"."""
     texts = {
         "at chance": "The network is not shown to be better than guessing on validation",
         "overfits": "The network overfits",

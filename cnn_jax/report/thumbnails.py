@@ -1,4 +1,4 @@
-"""Small pictures of a source's images."""
+"""Thumbnails: small copies of the images of a data source."""
 
 import pathlib
 from collections.abc import Sequence
@@ -48,5 +48,5 @@ def join_in_row(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
 
 
 def save_small(image: Image.Image, path: pathlib.Path) -> None:
-    """Saves an image in a palette of 256 colours, which halves the size of the file."""
+    """Saves an image with a palette of 256 colours, which halves the size of the file."""
     image.quantize(256).save(path, optimize=True)

@@ -1,4 +1,4 @@
-"""Verdicts on measured metrics: whether a network beats guessing, and how the training went.
+"""Verdicts on metrics: whether a network is better than guessing, and how training went.
 
 A verdict mentions a difference only if a statistical test is significant, or if the two 95 %
 confidence intervals do not overlap.
@@ -17,25 +17,29 @@ from cnn_jax.inference.calibration import NUM_BINS
 from cnn_jax.report.texts import percent, points
 from cnn_jax.training.metrics import agreement_p_value, half_width, wilson_interval
 
-# The significance level of one-sided tests; it corresponds to 95 % confidence intervals.
+# The significance level of one-sided tests, which corresponds to 95 % confidence intervals.
 _SIGNIFICANT = 0.025
-# A smaller difference of two accuracies is not reported, even if it is significant.
+# A verdict ignores a difference of at most this value between two accuracies, even if the
+# difference is significant.
 _GAP = 0.05
-# The accuracies of one network on two devices may differ by this much through rounding.
+# The accuracies of one network on two devices may differ by this much because of rounding errors.
 _SAME_ACCURACY = 0.02
 # If the training accuracy is lower than this, the network has not learned the training images.
 _LEARNED = 0.85
-# The validation loss has risen if it is above this multiple of its minimum. A loss is falling if it
-# decreases by at least this fraction of its value in the second half of the epochs.
+# The validation loss has risen if its last value is above _RISE_OF_LOSS times its minimum. A loss
+# is falling if it decreases by at least the fraction _FALL_OF_LOSS in the second half of the
+# epochs.
 _RISE_OF_LOSS, _FALL_OF_LOSS = 1.05, 0.02
-# The significance level of a trend of the loss. A noisy loss needs more epochs to reach it.
+# The significance level of the test for a falling loss. If the loss is noisy, more epochs are
+# needed for a significant result.
 _TREND = 0.05
 # A learning rate counts as decayed if it is below this fraction of its maximum.
 _DECAYED = 0.5
-# The threshold of a sure prediction, as a fraction of the way from 1 / classes to 1.
+# A prediction counts as sure if its confidence is at least this fraction of the way from 1 /
+# classes to 1.
 _SURE = 0.75
-# The number of simulated test splits for the calibration error, and the maximum number of random
-# numbers for all simulations together.
+# The number of simulations of the calibration error, and the maximum number of random numbers in
+# all simulations together.
 _SIMULATIONS, _MAX_DRAWS = 1000, 2**26
 
 
@@ -77,7 +81,7 @@ def guessing(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _binomial_p_value(hits: int, total: int, fraction: float, alternative: str) -> float:
-    """Returns the one-sided p-value of the binomial test; 1 without observations."""
+    """Returns the one-sided p-value of the binomial test; 1 if there are no observations."""
     if not total:
         return 1.0
     return float(scipy.stats.binomtest(hits, total, fraction, alternative).pvalue)
@@ -92,7 +96,7 @@ def beats_chance(metrics: Mapping[str, Any]) -> bool:
 
 
 def sure_threshold(num_classes: int) -> float:
-    """Returns the least confidence of a prediction that counts as sure.
+    """Returns the lowest confidence at which a prediction counts as sure.
 
     The threshold is three quarters of the way from 1 / classes to 1: 87.5 % for two classes,
     77.5 % for ten classes.
@@ -130,7 +134,7 @@ def calibrated_error(confidence: Float[np.ndarray, " n"]) -> dict[str, float]:
 def training(
     curves: Mapping[str, Any], train: Mapping[str, Any] | None, validation: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Returns a verdict on a training, and what to try next.
+    """Returns a verdict on the training of a network, and advice on what to try next.
 
     The gap between training and validation accuracy is measured with the finished network on
     images without augmentation. During training, dropout and augmentation make the training
@@ -182,7 +186,7 @@ def training(
 def _verdict(
     curves: Mapping[str, Any], train: Mapping[str, Any], validation: Mapping[str, Any]
 ) -> tuple[str, str]:
-    """Returns the verdict, and a text with the measured reason and advice."""
+    """Returns the verdict, and an explanation with measured values and advice."""
     epochs, best = curves["epochs"], curves["best_epoch"]
     if not beats_chance(validation):
         return "at chance", _at_chance(curves, train)
@@ -237,7 +241,7 @@ def _verdict(
 
 
 def _at_chance(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
-    """Explains why a network that does not beat chance on validation gets no verdict."""
+    """Returns advice for a network that is not shown to be better than chance on validation."""
     start = "On validation the network is not shown to be better than guessing"
     if beats_chance(train):
         return (
@@ -257,7 +261,7 @@ def _at_chance(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
 
 
 def _improvement(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """Returns the evidence that validation still improves at the end; "" without evidence."""
+    """Returns evidence that validation metrics still improve at the end of training, or ""."""
     epochs, best = curves["epochs"], curves["epoch"].index(curves["best_epoch"]) + 1
     late = math.ceil(epochs / 10)
     if best <= epochs - late:
@@ -278,7 +282,7 @@ def _improvement(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> st
 
 
 def _falls(losses: Sequence[float]) -> bool:
-    """Returns whether a loss falls in the second half of the epochs (Mann 1945)."""
+    """Returns whether a loss falls significantly in the second half of the epochs (Mann 1945)."""
     half = losses[len(losses) // 2 :]
     if len(half) < 4 or half[-1] > (1 - _FALL_OF_LOSS) * half[0]:
         return False
@@ -286,7 +290,10 @@ def _falls(losses: Sequence[float]) -> bool:
 
 
 def _has_levelled_off(curves: Mapping[str, Any]) -> bool:
-    """Returns whether training loss and validation no longer improve in at least seven epochs."""
+    """Returns whether the training loss and the validation metrics have stopped improving.
+
+    The result is False for fewer than seven epochs.
+    """
     epochs, losses = curves["epochs"], curves["train_loss"]
     half = losses[len(losses) // 2 :]
     best = curves["epoch"].index(curves["best_epoch"]) + 1
@@ -305,7 +312,7 @@ def _from_to(losses: Sequence[float]) -> str:
 
 
 def _decline(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """Returns a sentence on validation that became worse after an early best epoch, or ""."""
+    """Returns a sentence about validation accuracy that fell after an early best epoch, or ""."""
     best = curves["epoch"].index(curves["best_epoch"])
     if best + 1 > curves["epochs"] / 2:
         return ""
@@ -325,7 +332,7 @@ def _decline(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
 
 
 def _underfit(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
-    """Returns advice for a network with low accuracy on both splits and a flat training loss."""
+    """Returns advice for low training and validation accuracies and a flat training loss."""
     start = "both accuracies are low, they differ little, and the training loss has levelled off."
     rates = curves.get("learning_rate") or [0.0]
     if rates[-1] < _DECAYED * max(rates):

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(
                 f"serving needs {name}, which is not installed: pip install 'cnn_jax[serve]'"
             ) from error
-    # These modules import the packages that are checked above.
+    # The modules below need the packages in `_NEEDED`, so the modules are imported after the check.
     from cnn_jax.inference.bundle import find_bundle
     from cnn_jax.registry.registry import Registry
     from cnn_jax.serve.limits import Limits

@@ -1,4 +1,4 @@
-"""The administration API: rereads the registry now, and loads and unloads extra versions."""
+"""The administration API: routes that reread the registry, and load or unload a version."""
 
 from fastapi import APIRouter, Request
 
@@ -11,7 +11,7 @@ from cnn_jax.system.errors import UserError
 
 
 def make_router(service: Service) -> APIRouter:
-    """Returns the routes of the administration API, which require an administrator's token."""
+    """Returns the routes of the administration API; each request needs an administrator's token."""
     router = APIRouter(prefix="/admin", tags=["administration"])
 
     seconds = service.limits.seconds

@@ -26,12 +26,12 @@ from cnn_jax.serve.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
-# The status that nginx logs for a client that disconnected before the answer was sent.
+# The HTTP status that nginx logs if the client disconnected before the response was sent.
 _CLIENT_DISCONNECTED = 499
-# The server uses the request id that a client sends if it matches this pattern. All characters in
+# A request id that a client sends is used only if the id matches this pattern. All characters of
 # the pattern are safe in any log.
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,100}")
-# The paths of health checks and pages, which need no token.
+# The paths of health checks and web pages, which clients may request without a token.
 _OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
 _OPEN_PREFIXES = ("/v2/health/",)
 _HEADERS = (
@@ -43,7 +43,7 @@ _HEADERS = (
 
 
 class ErrorOut(BaseModel):
-    """The error of a refused request."""
+    """The JSON body of an error response."""
 
     error: str
     reason: str
@@ -71,7 +71,7 @@ def make_app(
     tokens: Tokens | None,
     lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]],
 ) -> ASGIApp:
-    """Creates the application.
+    """Creates the web application.
 
     Args:
       service: The service that makes the predictions.
@@ -84,10 +84,11 @@ def make_app(
         version=cnn_jax.__version__,
         lifespan=lifespan,
         dependencies=[Depends(_refuse_query)],
-        openapi_url=None,  # FastAPI's own route accepts any query.
-        docs_url=None,  # FastAPI's pages load scripts from another server.
+        openapi_url=None,  # FastAPI's own route would accept unknown query parameters.
+        docs_url=None,  # FastAPI's documentation pages load scripts from another server.
         redoc_url=None,
-        redirect_slashes=False,  # A redirect would go to the address in the Host header.
+        # A redirect would go to the host that the client's Host header names.
+        redirect_slashes=False,
         responses={
             status: {"model": ErrorOut, "description": description}
             for status, description in _STATUSES.items()
@@ -108,7 +109,10 @@ def make_app(
 
 
 async def _refuse_query(request: Request) -> None:
-    """Refuses a request with query parameters, on all routes except /predict in `native`."""
+    """Refuses query parameters on all routes except /predict.
+
+    The module `native` checks the query parameters of /predict.
+    """
     check_query(request)
 
 
@@ -140,7 +144,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
 
 class _Guard:
-    """Middleware for all routes: request ids, tokens, deadlines, headers, metrics and the log."""
+    """Middleware for all requests: request ids, tokens, deadlines, headers, metrics and logging."""
 
     def __init__(self, app: ASGIApp, service: Service, tokens: Tokens | None):
         self._app = app
@@ -176,7 +180,8 @@ class _Guard:
                 added = [header for header in _HEADERS if header[0] not in names]
                 message["headers"] = [*message["headers"], *added, (b"x-request-id", request_id)]
                 if not is_read and b"connection" not in names:
-                    # Close the connection, because the server will not read the rest of the body.
+                    # Close the connection, because the server will not read the rest of the
+                    # request's body.
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
@@ -187,13 +192,13 @@ class _Guard:
             else:
                 answer = _refused(Request(scope), refused)
                 await answer(scope, receive_and_watch, send_with_headers)
-        except Exception:  # The client's answer contains no details.
+        except Exception:  # The response to the client contains no details of the error.
             logger.exception("request %s failed", state["request_id"])
         finally:
             self._log(scope, status, time.monotonic() - start, log_fields)
 
     def _refuse(self, path: str, authorization: bytes | None) -> Refused | None:
-        """Returns an error if a request has insufficient access rights, else None."""
+        """Returns an error if the client is not allowed to make a request, else None."""
         is_admin = path.startswith("/admin/")
         if path in _OPEN or path.startswith(_OPEN_PREFIXES):
             return None
@@ -262,7 +267,7 @@ def _client_disconnected(request: Request, error: Exception) -> Response:
 
 
 def _http_error(request: Request, error: HTTPException) -> Response:
-    """Answers a request to an unknown path, or with a method that the path does not support."""
+    """Returns the error response for an unknown path or an unsupported HTTP method."""
     message = str(error.detail)
     if error.status_code == 404:
         message = "this path does not exist; /docs lists the paths"

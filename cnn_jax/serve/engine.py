@@ -1,4 +1,4 @@
-"""Dynamic batching: images of several requests are computed together in one batch.
+"""Dynamic batching: images of several requests are processed together in one batch.
 
 A single thread computes all batches. Images that arrive during a computation wait in a queue. When
 the thread is free, it makes a batch of the oldest image and of other waiting images that need the
@@ -26,13 +26,13 @@ from cnn_jax.system.errors import DataError, UserError
 
 T = TypeVar("T")
 
-# The estimated compute time of an image in seconds, used until a batch has been measured.
+# The estimated compute time per image in seconds, before the run time of a batch is measured.
 _SECONDS_PER_IMAGE = 0.01
-# The weight of a new measurement in the moving average of the seconds per image.
+# The weight of a new measurement in the moving average of the compute time per image.
 _WEIGHT = 0.1
-# If a batch takes longer than this, the device is considered to hang.
+# If a batch takes longer than this number of seconds, the device is considered to hang.
 _HANGING_SECONDS = 60.0
-# Seconds that a running batch may take during shutdown.
+# Maximum seconds that the shutdown waits for a running batch.
 _CLOSING_SECONDS = 10.0
 
 
@@ -49,12 +49,12 @@ class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's
 
 
 class DeadlineExceeded(UserError):  # noqa: N818 (as above)
-    """Raised if the deadline of a request passed before the request's images were computed."""
+    """Raised if the deadline of a request passed before the request's images were processed."""
 
 
-# A function from a batch of images, uint8 [size, height, width, 3], to one result per image.
+# A function that maps a batch of images, uint8 [size, height, width, 3], to one result per image.
 _Run = Callable[[np.ndarray], Iterable[Any]]
-# A function that returns an image, uint8 [height, width, 3], or raises DataError.
+# A function that decodes one image to uint8 [height, width, 3], or raises DataError.
 _Read = Callable[[], Pixels]
 
 
@@ -75,7 +75,7 @@ class Program:
         return max(self.seconds)
 
     def best_size(self, count: int) -> int:
-        """Returns the compiled batch size with the least time per image for `count` images.
+        """Returns the compiled batch size with the least time per image for `count` waiting images.
 
         On a CPU the time grows with the batch size. The best size is the next smaller compiled
         size, and the remaining images wait. On an accelerator the best size is the next larger
@@ -95,7 +95,7 @@ def time_program(run: _Run, image: Pixels, sizes: Sequence[int]) -> Program:
     seconds = {}
     for size in sorted(sizes):
         images = np.repeat(image[None], size, axis=0)
-        run(images)  # The first call compiles.
+        run(images)  # The first call compiles the program, so its time is not measured.
         times = []
         for _ in range(3):
             start = time.perf_counter()
@@ -107,7 +107,7 @@ def time_program(run: _Run, image: Pixels, sizes: Sequence[int]) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """The result of an image, with the times that the image took.
+    """The result for an image, with the durations of decoding, waiting and computation.
 
     Attributes:
       result: The program's result for this image.
@@ -180,7 +180,7 @@ class _DecodedImage:
 
 
 class Engine:
-    """A compute thread, a pool of decoder threads, and a limit on images in flight."""
+    """The threads that decode and process images, with a limit on the images in flight."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class Engine:
         decoders: int = 2,
         on_batch: Callable[[int, float], None] = lambda images, seconds: None,
     ):
-        """Creates the engine; `start` starts its threads.
+        """Creates the engine without starting its compute thread; see `start`.
 
         Args:
           capacity: Maximum number of images in flight, which are waiting, in decoding or in
@@ -208,7 +208,8 @@ class Engine:
         # images does not block other requests.
         self._decoders_per_request = max(1, decoders // 2)
         self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
-        # Only one thread parses, because a parsed body can take many times the memory of the body.
+        # Only one thread parses request bodies, because a parsed body can take many times the
+        # memory of the unparsed body.
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parse")
         self._waiting: collections.deque[_DecodedImage] = collections.deque()
         # A weak reference to the program of the last batch, so that the program of an unloaded
@@ -226,7 +227,7 @@ class Engine:
 
     @property
     def in_flight(self) -> int:
-        """The number of images that are waiting, in decoding or in computation."""
+        """The number of images in flight: images that wait, are decoded, or are processed."""
         return self._in_flight
 
     @property
@@ -238,7 +239,7 @@ class Engine:
 
     @contextlib.contextmanager
     def admit(self, images: int) -> Iterator[None]:
-        """Counts a number of images as in flight while the context lasts.
+        """Counts a number of images as in flight until the context ends.
 
         Raises:
           Overloaded: More than `capacity` images would be in flight.
@@ -254,7 +255,7 @@ class Engine:
     async def compute(
         self, program: Program, reads: Sequence[_Read], deadline: float
     ) -> list[Computed | DataError]:
-        """Runs a program on the images of a request, in batches with images of other requests.
+        """Runs a program on the images of a request, batched with the images of other requests.
 
         Args:
           program: The program.
@@ -275,8 +276,8 @@ class Engine:
         lanes = [collections.deque(images[first::step]) for first in range(min(count, step))]
         for lane in lanes:
             self._decoders.submit(self._decode, lane)
-        # A disconnect or the deadline cancels the future. The threads check whether the future is
-        # cancelled.
+        # The future is cancelled if the client disconnects or the deadline passes. The threads
+        # check whether the future is cancelled.
         try:
             async with asyncio.timeout(max(0.0, deadline - now)):
                 return await future
@@ -285,7 +286,8 @@ class Engine:
                 "the request timed out before its images were computed"
             ) from error
         finally:
-            # Free the images that still wait for a decoder: they no longer count as in flight.
+            # Free the images that still wait for a decoder, because these images no longer count as
+            # in flight.
             for lane in lanes:
                 lane.clear()
 
@@ -316,7 +318,8 @@ class Engine:
     async def _run_on_thread(
         self, threads: concurrent.futures.Executor, call: Callable[[], T], deadline: float
     ) -> T:
-        # On cancellation, drop the closure so that its buffers are freed.
+        # If this coroutine is cancelled, drop the function, so that the buffers that the function
+        # uses are freed.
         calls = [call]
 
         def run() -> T:
@@ -330,7 +333,10 @@ class Engine:
             calls.clear()
 
     def close(self) -> bool:
-        """Stops all threads after the last request has ended; returns False if a thread hangs."""
+        """Stops all threads; returns False if the compute thread hangs.
+
+        Call this method only after the last request has ended.
+        """
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -341,25 +347,26 @@ class Engine:
             threads.shutdown(cancel_futures=True)
         return True
 
-    # Methods of the decoder threads.
+    # The next method runs on the decoder threads.
 
     def _decode(self, lane: collections.deque[_EncodedImage]) -> None:
-        """Decodes the first image of a lane, then submits the lane again for the next image.
+        """Decodes one image of a request, and schedules the decoding of the next image.
 
         A lane is a queue of encoded images of one request. Between two images of a lane, the
         decoder threads decode images of other requests. A decoded image is passed directly to
-        the compute thread, because passing it through the event loop would slow both down.
+        the compute thread, because a detour through the event loop would delay the image and
+        the event loop.
         """
         try:
             image = lane.popleft()
         except IndexError:
-            return  # The request was cancelled or has timed out.
+            return  # The request was cancelled or has timed out, so no image is left.
         start = time.monotonic()
         try:
             pixels = image.read()
         except DataError as error:
             self._loop.call_soon_threadsafe(_set_result, image.request, image.index, error)
-        except Exception as error:  # Catch every error: the request must get an answer.
+        except Exception as error:  # Catch every error, because the client must get a response.
             self._loop.call_soon_threadsafe(_fail, image.request, error)
             return
         else:
@@ -371,13 +378,13 @@ class Engine:
         if lane:
             self._decoders.submit(self._decode, lane)
 
-    # Methods of the compute thread.
+    # The methods below, except `_set_results`, run on the compute thread.
 
     def _compute_all(self) -> None:
         while (batch := self._next_batch()) is not None:
             if batch:
                 self._compute(batch)
-            del batch  # Frees the images while the thread waits for the next batch.
+            del batch  # Free the images before the thread waits for the next batch.
 
     def _next_batch(self) -> list[_DecodedImage] | None:
         """Waits for images; returns the images of the next batch, or None after `close`."""
@@ -397,11 +404,12 @@ class Engine:
             return batch
 
     def _next_program(self) -> Program:
-        """Returns the program of the next batch: if possible, not the program of the last batch.
+        """Returns the program of the next batch, if possible a program other than the last batch's.
 
-        It is the program of the oldest waiting image that needs a different program than the last
-        batch. If there is no such image, the last program is returned again. This alternation
-        keeps many requests for one program from delaying requests for another program.
+        The returned program is that of the oldest waiting image whose program differs from the
+        last batch's program. If there is no such image, the last program is returned again.
+        Without this alternation, many requests for one program could delay the requests for
+        another program.
         """
         last = self._last()
         others = (
@@ -428,11 +436,11 @@ class Engine:
         self._waiting = collections.deque(w for w in self._waiting if not w.request.future.done())
 
     def _compute(self, batch: Sequence[_DecodedImage]) -> None:
-        """Computes a batch and sends the results to the event loop."""
+        """Runs the program on a batch, and sends the results to the event loop."""
         start = self._computing_since = time.monotonic()
         try:
             results = self._run(batch)
-        except Exception as error:  # Catch every error: the thread must continue.
+        except Exception as error:  # Catch every error, because the compute thread must continue.
             self._loop.call_soon_threadsafe(_fail_all, batch, error)
             return
         finally:
@@ -453,7 +461,7 @@ class Engine:
         self._loop.call_soon_threadsafe(self._set_results, batch, computed)
 
     def _run(self, batch: Sequence[_DecodedImage]) -> list[Any]:
-        """Runs the program on a batch, padded to a compiled size; returns one result per image."""
+        """Runs the program on a padded batch; returns one result per image, without the padding."""
         program = batch[0].request.program
         missing = program.best_size(len(batch)) - len(batch)
         images = [image.pixels for image in batch]

@@ -25,8 +25,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# Maximum bytes of the request line and headers together. The framing of a chunked body may have at
-# most this number of bytes plus the size of the body.
+# Maximum size of the request line and the headers together, in bytes. The framing of a chunked body
+# may take at most this number of bytes plus the size of the body.
 _MAX_HEADER_BYTES = 32_768
 # Maximum seconds until a client has sent all headers of a request.
 _HEADER_SECONDS = 10.0
@@ -34,23 +34,24 @@ _HEADER_SECONDS = 10.0
 _KEEP_ALIVE_SECONDS = 75
 # Maximum seconds for which the write buffer may stay full because the client does not read.
 _READ_SECONDS = 30.0
-# After the server has refused a request whose body is still arriving, it continues to read for at
-# most this time and this number of bytes. Without this, the client could not read the error.
+# If the server refuses a request while the body is still arriving, the server continues to read the
+# body, for at most this number of seconds and bytes. If the server closed the connection at once,
+# the client could not read the error.
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 32_000_000
 _MAX_CONNECTIONS = 1_000
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # The Upgrade header is renamed, because httptools skips the body of a request with this header.
-# Some Java clients send it with their first request. A server may ignore the header (RFC 9110,
-# section 7.8). Limitation: if a packet ends inside the header's name, the header is not found, and
-# the body is skipped.
+# Some Java clients send an Upgrade header with their first request. A server may ignore the header
+# (RFC 9110, section 7.8). Limitation: if a packet ends inside the header's name, the header is not
+# renamed, and httptools skips the body.
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _NO_UPGRADE = b"\r\nx-upgrade:"
 _END = b"\r\n\r\n"
 
 
 class _Transport:
-    """A transport whose `close` calls the protocol's `close_gracefully`."""
+    """A transport wrapper whose `close` calls `close_gracefully` of the protocol."""
 
     def __init__(self, transport: asyncio.Transport, protocol: "_Protocol"):
         self._transport = transport
@@ -67,7 +68,7 @@ class _Transport:
 
 
 class _Protocol(HttpToolsProtocol):
-    """A connection with limits on the time and size of headers and on the client's reading."""
+    """An HTTP connection that limits the size of headers and closes if the client is too slow."""
 
     is_ending = False
     # The time at which the last byte was received.
@@ -75,10 +76,12 @@ class _Protocol(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _read_timer: asyncio.TimerHandle | None = None
     _end_timers: tuple[asyncio.TimerHandle, ...] = ()
-    # Whether the parser is inside a request, and whether it is inside the request's headers.
+    # Whether the parser is inside a request, and whether the parser is inside the request's
+    # headers.
     _is_in_message = False
     _is_in_headers = False
-    # The number of bytes of the current request: headers, body, and framing of the body's chunks.
+    # The sizes of the parts of the current request in bytes: headers, body, and framing of the
+    # chunks.
     _header_bytes = 0
     _body_bytes = 0
     _framing_bytes = 0
@@ -101,7 +104,7 @@ class _Protocol(HttpToolsProtocol):
         return not self._is_in_message and (self.cycle is None or self.cycle.response_complete)
 
     def _abort_oldest_idle(self) -> None:
-        """Aborts the connection that has been idle the longest; if none is idle, this one."""
+        """Aborts the connection that has been idle longest, or this connection if none is idle."""
         others = [other for other in self.connections if other is not self]
         idle = [other for other in others if isinstance(other, _Protocol) and other.is_idle]
         oldest = min(idle, key=lambda other: other.last_received, default=self)
@@ -117,7 +120,8 @@ class _Protocol(HttpToolsProtocol):
             return
         was_in_headers, was_in_message = self._is_in_headers, self._is_in_message
         if self._timer is None and self.is_idle:
-            self._start_timer()  # Even if the bytes do not start a request.
+            # Start the timer even if the received bytes do not start a request.
+            self._start_timer()
         if was_in_headers or not was_in_message:
             head, end, rest = data.partition(_END)
             data = _UPGRADE.sub(_NO_UPGRADE, head) + end + rest
@@ -125,7 +129,8 @@ class _Protocol(HttpToolsProtocol):
         super().data_received(data)
         other = len(data) - self._packet_body_bytes
         if self._is_in_headers:
-            # Do not count the bytes of earlier requests in the same packet.
+            # A packet may also contain earlier requests. Only the bytes after these requests are
+            # counted as headers.
             before = -1 if was_in_headers else data.rfind(_END)
             self._count_header(min(other, len(data) if before < 0 else len(data) - before))
         elif was_in_message and not was_in_headers and self._is_in_message:
@@ -150,7 +155,8 @@ class _Protocol(HttpToolsProtocol):
             super().on_header(name, value)
             self._is_too_large |= len(name) + len(value) > _MAX_HEADER_BYTES
         else:
-            self._is_too_large = True  # A trailer, which no protocol of this server uses.
+            # This header is a trailer, which no protocol of this server uses.
+            self._is_too_large = True
 
     def on_headers_complete(self) -> None:
         self._is_in_headers = False
@@ -183,7 +189,7 @@ class _Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def close_gracefully(self) -> None:
-        """Closes the connection, but first gives a client that is still sending time to read."""
+        """Closes the connection, but gives a sending client time to read the response."""
         if self.transport.is_closing():
             return
         self.is_ending = True
@@ -193,7 +199,8 @@ class _Protocol(HttpToolsProtocol):
             self._end_timers = (end,)
             self._raw.close()
             return
-        # Closing now, with unread bytes, would reset the connection and lose the answer.
+        # If the server closed the connection now, with unread bytes, the connection would be reset,
+        # and the client would lose the response.
         self._end_timers = (end, self.loop.call_later(_LINGER_SECONDS, self._raw.close))
         if self._raw.can_write_eof():
             self._raw.write_eof()
@@ -201,7 +208,7 @@ class _Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            self._raw.abort()  # Another answer is in flight.
+            self._raw.abort()  # An error message would damage the response that is being sent.
             return
         request_id = uuid.uuid4().hex
         answer = json.dumps({"error": msg, "reason": "http", "request_id": request_id})
@@ -234,7 +241,7 @@ class _Protocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """A server that answers the requests in flight after a signal, and then ends normally.
+    """A server that, after a signal, answers the requests in flight and then exits normally.
 
     After the first signal the server reports that it is not ready, so that a load balancer stops
     sending requests. It still accepts requests for `drain` seconds. A second signal skips the
@@ -267,7 +274,8 @@ class Server(uvicorn.Server):
 
     def _shut_down(self) -> None:
         if self._is_draining:
-            self.force_exit = self.should_exit  # True at the third signal.
+            # The second signal sets `should_exit`, and the third signal forces the exit.
+            self.force_exit = self.should_exit
             self.should_exit = True
             return
         assert self._loop is not None
@@ -282,7 +290,7 @@ class Server(uvicorn.Server):
 def make_server(
     app: ASGIApp, drain: float, grace: float, on_shutdown: Callable[[], None]
 ) -> Server:
-    """Creates a server for a listening socket.
+    """Creates the HTTP server of an application.
 
     Args:
       app: The application.

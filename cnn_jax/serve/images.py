@@ -1,4 +1,4 @@
-"""Reads images from request bodies: image files, forms (RFC 7578), base64 and JSON numbers."""
+"""Reads images from request bodies: image files, forms (RFC 7578), base64 text and JSON numbers."""
 
 import base64
 import binascii
@@ -16,13 +16,13 @@ from cnn_jax.serve.limits import Limits, Refused
 # Maximum number of empty parts in a form. A browser sends an empty part for a file input without a
 # file.
 _MAX_EMPTY_PARTS = 32
-# The prefix of a data URL (RFC 2397).
+# The prefix of a data URL, such as "data:image/png;base64," (RFC 2397).
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
-# Maximum bytes of a header in a part of a form.
+# Maximum size of one header of a form part, in bytes.
 _MAX_HEADER_BYTES = 4_096
 _MAX_NAME_CHARACTERS = 200
-# Maximum estimated memory of a parsed JSON body, in bytes. The estimate counts these characters and
-# multiplies by the memory of an element, a list, an object, and a member of an object.
+# Maximum estimated memory of a parsed JSON body, in bytes. The estimate adds a number of bytes for
+# each character "," (an element), "[" (a list), "{" (an object) and ":" (a member of an object).
 _MAX_PARSED_BYTES = 100_000_000
 _PARSED_BYTES = {b",": 64, b"[": 96, b"{": 96, b":": 112}
 
@@ -41,7 +41,7 @@ class Part:
 
 
 def read_images(body: bytes, content_type: str, limits: Limits) -> list[Part]:
-    """Returns the image files of a request's body.
+    """Returns the image files in a request's body.
 
     Args:
       body: The whole body.
@@ -64,7 +64,7 @@ def read_images(body: bytes, content_type: str, limits: Limits) -> list[Part]:
 
 
 def _parse_form(body: bytes, boundary: bytes, max_files: int) -> list[Part]:
-    """Returns the files of a form.
+    """Parses a form, and returns the files that the form contains.
 
     Raises:
       Refused: The form is damaged, has too many files, or has a field that is not a file.
@@ -85,7 +85,7 @@ def _parse_form(body: bytes, boundary: bytes, max_files: int) -> list[Part]:
 
 
 class _Form:
-    """Collects the files of a form; its methods are callbacks of the form parser."""
+    """Collects the files of a form; the form parser calls the methods of this class."""
 
     def __init__(self, max_files: int):
         self.parts: list[Part] = []
@@ -130,8 +130,8 @@ class _Form:
         content = b"".join(self._content)
         self._content = []
         if name is None:
-            # Refuse the field instead of ignoring it, because the client may have meant an image or
-            # a query parameter.
+            # Refuse a field that is not a file, because the client may have meant an image or a
+            # query parameter.
             field = options.get(b"name", b"").decode("utf-8", "replace")[:_MAX_NAME_CHARACTERS]
             raise Refused(
                 400,
@@ -140,7 +140,7 @@ class _Form:
                 f"{field or 'file'}=@FILE); parameters belong to the path, as in /predict?top=3",
             )
         if not name and not content:
-            return  # A browser sends this for a file input without a file.
+            return  # A browser sends an empty part for a file input without a file.
         if len(self.parts) == self._max_files:
             message = f"a request may have at most {self._max_files} images"
             raise Refused(413, "too_many", message)
@@ -152,7 +152,7 @@ class _Form:
 
 
 def decode_base64(text: object) -> bytes:
-    """Decodes an image file in base64 (RFC 4648, sections 4 and 5).
+    """Decodes base64 text (RFC 4648, sections 4 and 5) to the bytes of an image file.
 
     Line breaks and indentation, missing or additional padding, and a prefix such as
     `data:image/png;base64,` are accepted.
@@ -176,7 +176,7 @@ def decode_base64(text: object) -> bytes:
 
 
 def parse_pixels(values: object) -> np.ndarray:
-    """Converts nested lists of grey levels to uint8 [height, width, 3] or [height, width].
+    """Converts nested lists of pixel values to uint8 [height, width, 3] or [height, width].
 
     Raises:
       Refused: The shape is not that of an image, a number is not an integer from 0 to 255, or
@@ -194,20 +194,20 @@ def parse_pixels(values: object) -> np.ndarray:
 
 
 def parse_grey_levels(values: object) -> np.ndarray:
-    """Converts nested lists of grey levels to a uint8 array of the same shape.
+    """Converts nested lists of pixel values to a uint8 array of the same shape.
 
     Raises:
       Refused: A number is not an integer from 0 to 255, or the rows differ in length.
     """
-    # Check the types before NumPy converts the lists: in an array of strings, every element takes
-    # the memory of the longest string.
+    # Check the types before NumPy converts the lists, because every element of a NumPy string array
+    # takes the memory of the longest string.
     if not _are_numbers(values):
         raise Refused(400, "image", "an image must consist of numbers")
     try:
         array = np.asarray(values, np.float64)
     except (ValueError, OverflowError) as error:
         raise Refused(400, "image", "an image's rows differ in length") from error
-    # NaN fails the comparisons and is therefore refused.
+    # NaN is refused too, because every comparison with NaN is False.
     if not np.all((array >= 0) & (array <= 255)) or np.any(array != np.floor(array)):
         hint = _RANGE_HINT if np.all((array >= 0) & (array <= 1)) else ""
         raise Refused(400, "image", f"an image's numbers must be integers from 0 to 255{hint}")
@@ -218,10 +218,10 @@ _RANGE_HINT = "; multiply numbers from 0 to 1 by 255, or send an image file in b
 
 
 def check_range(image: np.ndarray) -> None:
-    """Refuses an image whose grey levels may be fractions from 0 to 1.
+    """Refuses an image whose pixel values seem to be fractions from 0 to 1.
 
-    In such an image, 1 would mean white instead of almost black. An image of only zeros is
-    accepted, because it is black in both cases.
+    If the values were fractions, 1 would mean white instead of almost black. An image of only
+    zeros is accepted, because the image is black in both cases.
 
     Raises:
       Refused: The largest grey level is 1.
@@ -241,7 +241,7 @@ def _are_numbers(values: object) -> bool:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """Parses a body that is a JSON object.
+    """Parses a request body that must be a JSON object.
 
     Raises:
       Refused: The body is not a JSON object, or would take too much memory.

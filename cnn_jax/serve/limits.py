@@ -11,9 +11,10 @@ from starlette.types import Receive
 
 from cnn_jax.system.errors import closest
 
-# Maximum seconds between two received parts of a body.
+# Maximum seconds between two received parts of a request's body.
 _PAUSE_SECONDS = 10.0
-# A body with at most this number of bytes is accepted even if large bodies fill the memory limit.
+# A body of at most this number of bytes is accepted even if larger bodies have used up the limit on
+# the total size.
 _SMALL_BODY_BYTES = 1_000_000
 
 
@@ -60,7 +61,7 @@ class ClientDisconnected(Exception):  # noqa: N818
 
 
 def check_query(request: Request, known: Collection[str] = ()) -> None:
-    """Checks the names of a request's query parameters.
+    """Checks that a path accepts all query parameters of a request.
 
     Args:
       request: The request.
@@ -98,7 +99,7 @@ class Bodies:
     async def read(
         self, receive: Receive, content_length: str | None, deadline: float
     ) -> AsyncIterator[bytes]:
-        """Reads a request's body, which counts towards the total limit until the context ends.
+        """Reads a request's body, and counts its size towards the total until the context ends.
 
         Args:
           receive: The ASGI channel of a request whose body has not been read.
@@ -135,7 +136,9 @@ class Bodies:
 
     @contextlib.contextmanager
     def _counter(self) -> Iterator[Callable[[int], None]]:
-        """Yields a function that counts received bytes of a body, and subtracts them at the end.
+        """Yields a function that adds received bytes of a body to the total size of all bodies.
+
+        At the end of the context, these bytes are subtracted again.
 
         The function raises `Refused` if a limit is exceeded.
         """
@@ -171,7 +174,7 @@ class Bodies:
 
 
 def _extend(timeout: asyncio.Timeout, deadline: float) -> None:
-    """Sets a timeout to the maximum pause from now, but not beyond the deadline."""
+    """Resets a timeout to `_PAUSE_SECONDS` from now, but not beyond the request's deadline."""
     left = min(deadline - time.monotonic(), _PAUSE_SECONDS)
     timeout.reschedule(asyncio.get_running_loop().time() + left)
 
@@ -205,8 +208,8 @@ async def cancel_on_disconnect(receive: Receive) -> AsyncIterator[None]:
         nonlocal is_disconnected
         while (await receive())["type"] != "http.disconnect":
             pass
-        # There must be no await between the next two lines. Otherwise the context could end after
-        # the flag is set and before the task is cancelled.
+        # There must be no await between the next two lines, because the context could then end
+        # after the flag is set and before the task is cancelled.
         is_disconnected = True
         task.cancel()
 
@@ -214,7 +217,7 @@ async def cancel_on_disconnect(receive: Receive) -> AsyncIterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        # If other code has also cancelled the task, raise CancelledError like `asyncio.timeout`.
+        # If other code has also cancelled the task, raise CancelledError as `asyncio.timeout` does.
         if is_disconnected and task.uncancel() <= cancelled_before:
             raise ClientDisconnected from None
         raise

@@ -1,4 +1,4 @@
-"""Loads and unloads versions of models to match a bundle or a registry."""
+"""Loads the versions of models from a bundle or a registry, and follows changes of the registry."""
 
 import abc
 import asyncio
@@ -24,10 +24,11 @@ from cnn_jax.system.errors import UserError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Seconds until the first retry of a failed load, and the maximum. Each failure doubles the time.
+# Seconds until the first retry after a failed load, and the maximum number of seconds until a
+# retry. Each failure doubles the time until the next retry.
 _FIRST_RETRY, _MAX_RETRY = 5.0, 300.0
-# Every _SLOW_SECONDS, a warning is logged while the registry does not answer. If the registry
-# reports the same error again, the error is logged again after _REPEAT_SECONDS.
+# While the registry does not answer, a warning is logged every _SLOW_SECONDS seconds. While the
+# registry reports the same error, the error is logged every _REPEAT_SECONDS seconds.
 _SLOW_SECONDS, _REPEAT_SECONDS = 30.0, 600.0
 # The niceness (scheduling priority) of the thread that loads versions. The threads that answer
 # requests have niceness 0.
@@ -36,7 +37,7 @@ _NICENESS = 10
 
 @dataclasses.dataclass(frozen=True)
 class DesiredState:
-    """The versions and aliases of a model that should be loaded.
+    """The versions of a model that should be loaded, and the model's aliases.
 
     Attributes:
       versions: Bundle digests by version number.
@@ -48,14 +49,14 @@ class DesiredState:
 
 
 class Source(abc.ABC):
-    """A source of versions to serve. All methods may wait for a disk or a network."""
+    """A source of model versions to serve. All methods may wait for a disk or a network."""
 
     def check(self) -> None:  # noqa: B027 (optional)
         """Raises UserError if the source cannot be served; called before the server starts."""
 
     @abc.abstractmethod
     def desired(self) -> dict[str, DesiredState]:
-        """Returns the desired state of each model, by the model's name.
+        """Returns, by model name, the versions and aliases that should be loaded.
 
         Raises:
           UserError: The source does not answer.
@@ -71,7 +72,9 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def set_extra(self, model: str, number: int, is_extra: bool) -> None:
-        """Adds a version without an alias to the desired state, or removes such a version again.
+        """Adds an extra version to the desired state, or removes an extra version.
+
+        An extra version is served even if no alias points to the version.
 
         Raises:
           UserError: The version does not exist.
@@ -79,7 +82,7 @@ class Source(abc.ABC):
 
 
 class BundleSource(Source):
-    """A source with a single bundle from a folder, served as version 1 of a model."""
+    """A source with one bundle from a folder; the bundle is served as version 1 of a model."""
 
     def __init__(self, path: pathlib.Path, model: str):
         """Reads the bundle from a folder.
@@ -106,7 +109,10 @@ class BundleSource(Source):
 
 
 class RegistrySource(Source):
-    """A source with the versions of a registry that have a given alias, and extra versions."""
+    """A source that provides, for each model of a registry, the version with a given alias.
+
+    Extra versions of these models can be served too.
+    """
 
     def __init__(
         self,
@@ -129,7 +135,7 @@ class RegistrySource(Source):
         self._models = tuple(models)
         self._alias = alias
         self._extra = tuple(extra)
-        # (model, number) of the versions that an administrator has loaded.
+        # The (model, number) of each version that an administrator has added.
         self._admin_extra: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
 
@@ -170,7 +176,10 @@ class RegistrySource(Source):
         }
 
     def _number(self, name: str, version: int | str) -> int | None:
-        """Returns the version number that a number or alias of a model selects; None if missing."""
+        """Returns the number of the selected version, or None if the version does not exist.
+
+        `version` is a number or an alias.
+        """
         model = self._registry.models[name]
         number = version if isinstance(version, int) else model.alias_target(version)
         return number if number in model.versions else None
@@ -178,7 +187,8 @@ class RegistrySource(Source):
     def _desired_versions(self, name: str) -> DesiredState:
         with self._lock:
             admin_extra = [number for model, number in self._admin_extra if model == name]
-        # The default version must be first.
+        # The default version must come first, because the code below takes the default version from
+        # `found[0]`.
         found = [self._number(name, one) for one in (self._alias, *self._extra, *admin_extra)]
         numbers = dict.fromkeys(number for number in found if number is not None)
         model = self._registry.models[name]
@@ -207,7 +217,7 @@ class RegistrySource(Source):
 
 
 class Loader:
-    """Keeps the loaded versions of a service equal to the desired state of a source.
+    """Keeps the loaded versions of a service in sync with the versions that a source requests.
 
     Attributes:
       problem: The error message of the last load that failed; "" if no load has failed.
@@ -224,8 +234,8 @@ class Loader:
         self._service = service
         self._source = source
         self._sizes = sizes
-        # For each version that could not be loaded: the number of failures and the time of the next
-        # retry.
+        # The number of failures and the time of the next retry, for each version that could not be
+        # loaded.
         self._failures: dict[tuple[str, int, str], tuple[int, float]] = {}
         self._lock = asyncio.Lock()
         self._has_synchronized = False
@@ -233,12 +243,16 @@ class Loader:
         # The last logged error of the source, and the time at which it was logged.
         self._logged_problem, self._logged_at = "", 0.0
         self._num_running = 0
-        # Keep references to running tasks, because the event loop has only weak references.
+        # Keep references to running tasks, because the event loop keeps only weak references to
+        # tasks.
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def is_busy(self) -> bool:
-        """Returns whether a thread of the loader runs, which cannot be interrupted."""
+        """Returns whether a thread of the loader is running.
+
+        Such a thread cannot be interrupted.
+        """
         return self._num_running > 0
 
     async def follow(self, seconds: float) -> None:
@@ -248,9 +262,10 @@ class Loader:
             await asyncio.sleep(seconds)
 
     async def synchronize(self) -> None:
-        """Loads and unloads versions until the service is in the desired state."""
+        """Loads and unloads versions until the service matches the desired state of the source."""
         async with self._lock:
-            # Read the source again after each load, because the desired state may have changed.
+            # Read the source again after each load, because the desired state may have changed
+            # during the load.
             while (desired := await self._read_source()) is not None:
                 self._remove_models(desired)
                 for model, state in desired.items():
@@ -264,12 +279,15 @@ class Loader:
                 await self._load(*missing)
 
     async def synchronize_now(self, seconds: float) -> bool:
-        """Retries failed loads and synchronizes; returns whether this ended within `seconds`."""
+        """Calls `synchronize` and retries failed loads at once; returns False after a timeout.
+
+        `seconds` is the maximum time to wait.
+        """
         self._failures.clear()
         return await self._finishes(seconds, self.synchronize())
 
     async def set_extra(self, model: str, number: int, is_extra: bool, seconds: float) -> bool:
-        """Loads or unloads an extra version; returns whether this ended within `seconds`.
+        """Loads or unloads an extra version; returns False after a timeout of `seconds`.
 
         Args:
           model: The name of the model.
@@ -290,7 +308,7 @@ class Loader:
         return await self._finishes(seconds, set_and_synchronize())
 
     async def _finishes(self, seconds: float, work: Coroutine[Any, Any, None]) -> bool:
-        """Waits for a coroutine for `seconds`; returns whether the coroutine ended in this time.
+        """Waits at most `seconds` seconds for a coroutine; returns whether the coroutine ended.
 
         If the coroutine did not end, it continues in the background.
         """
@@ -327,7 +345,7 @@ class Loader:
         return desired
 
     def _log_problem(self, problem: str) -> None:
-        """Logs an error of the source; repeats the same error only after `_REPEAT_SECONDS`."""
+        """Logs an error of the source; logs the same error again only after `_REPEAT_SECONDS`."""
         now = time.monotonic()
         if problem != self._logged_problem or now - self._logged_at > _REPEAT_SECONDS:
             self._logged_problem, self._logged_at = problem, now
@@ -350,11 +368,11 @@ class Loader:
         return time.monotonic() >= retry_at
 
     def _update_aliases(self, model: str, state: DesiredState) -> None:
-        """Points the aliases of a model to loaded versions."""
+        """Points the aliases of a model to the desired versions, if these versions are loaded."""
         models = self._service.models
         loaded = models.loaded(model)
         before = models.aliases(model)
-        # While the new version of an alias is not loaded, the alias points to the old version.
+        # Until the new version of an alias is loaded, the alias still points to the old version.
         targets = {
             alias: number if number in loaded else before.get(alias)
             for alias, number in state.aliases.items()
@@ -364,7 +382,7 @@ class Loader:
         )
 
     def _remove_models(self, desired: Mapping[str, DesiredState]) -> None:
-        """Unloads models that are not in the desired state."""
+        """Unloads the models that the desired state does not contain."""
         models = self._service.models
         for model in set(models.names) - desired.keys():
             models.set_aliases(model, {})
@@ -373,7 +391,7 @@ class Loader:
             logger.warning("%s: unloaded, because it has no version with the served alias", model)
 
     def _unload(self, model: str, numbers: Collection[int]) -> None:
-        """Unloads a model's versions, except given numbers and versions that have an alias."""
+        """Unloads a model's versions, except versions with the given numbers or with an alias."""
         models = self._service.models
         kept = {*numbers, *models.aliases(model).values()}
         for number in models.loaded(model).keys() - kept:
@@ -383,7 +401,10 @@ class Loader:
             self._start_task(self._end_when_unused(version))
 
     async def _end_when_unused(self, version: Version) -> None:
-        """Waits until no request uses an unloaded version; the version's memory is then freed."""
+        """Waits until no request uses an unloaded version, then sets the version's state to END.
+
+        After that, the version's memory is freed.
+        """
         while version.in_use:
             await asyncio.sleep(0.05)
         models = self._service.models
@@ -400,7 +421,7 @@ class Loader:
         try:
             version = await self._run_on_thread(self._make, model, number, digest_, loaded)
         except Exception as error:
-            # Catch every exception: a bad new version must not stop the server.
+            # Catch every exception, because a bad new version must not stop the server.
             count = self._failures.get(key, (0, 0.0))[0] + 1
             wait = min(_FIRST_RETRY * 2 ** (count - 1), _MAX_RETRY)
             self._failures[key] = count, time.monotonic() + wait
@@ -428,7 +449,7 @@ class Loader:
         return make_version(model, number, bundle, digest_, pixels, self._sizes, loaded)
 
     async def _run_on_thread(self, function: Callable[..., T], *args: Any) -> T:
-        """Runs a function on a new thread, because it may wait for a disk, network or compiler.
+        """Runs a function on a new thread, because the function may wait for a disk or a compiler.
 
         The thread is a daemon thread. Unlike a thread of an executor, it does not delay the end
         of the process.
@@ -452,7 +473,7 @@ class Loader:
                 result = function(*args)
             except Exception as raised:
                 error = raised
-            with contextlib.suppress(RuntimeError):  # The event loop has been closed.
+            with contextlib.suppress(RuntimeError):  # The event loop may already be closed.
                 loop.call_soon_threadsafe(finish, result, error)
 
         self._num_running += 1

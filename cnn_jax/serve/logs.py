@@ -17,12 +17,13 @@ class _Formatter(logging.Formatter):
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        # Write ASCII, so that text from a client cannot end a line or control a terminal.
+        # Write only ASCII characters, so that text from a client cannot start a new line or control
+        # the terminal.
         return json.dumps(line)
 
 
 def start_logging(level: str) -> None:
-    """Configures logging for all libraries.
+    """Configures logging for this package and for all libraries.
 
     Args:
       level: The lowest level of this package's messages to log: "debug", "info", "warning" or

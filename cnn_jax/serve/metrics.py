@@ -66,7 +66,7 @@ class ServerMetrics:
         )
 
     def count_batch(self, images: int, seconds: float) -> None:
-        """Adds a computed batch to the metrics of batches."""
+        """Adds the size and the run time of a batch to the metrics."""
         self.batch_images.observe(images)
         self.batch_seconds.observe(seconds)
 

@@ -1,4 +1,4 @@
-"""The native protocol: POST /predict takes image files and answers with JSON."""
+"""The native protocol of this server: POST /predict takes image files and returns JSON."""
 
 import base64
 import functools
@@ -24,13 +24,14 @@ from cnn_jax.serve.service import Answer, Service, image_refusal
 from cnn_jax.serve.versions import Version
 from cnn_jax.system.errors import DataError
 
-# A body with more bytes than this is parsed on a separate thread.
+# A request body with more bytes than this is parsed on a separate thread.
 _LARGE_BODY = 1_000_000
 _FILES = {
     "type": "array",
     "items": {"type": "string", "contentMediaType": "application/octet-stream"},
 }
-# The OpenAPI description of the body. FastAPI cannot derive it, because it does not parse the body.
+# The OpenAPI description of the request body. FastAPI cannot derive the description, because
+# FastAPI does not parse the body.
 _BODY = {
     "required": True,
     "content": {
@@ -51,7 +52,7 @@ class ClassProbability(BaseModel):
 
 
 class Explanation(BaseModel):
-    """A map of the evidence for the most probable class."""
+    """An explanation map (saliency map) for the most probable class."""
 
     method: str
     png: str = Field(
@@ -60,7 +61,7 @@ class Explanation(BaseModel):
 
 
 class PredictionOut(BaseModel):
-    """The prediction for one image, or its error if the image cannot be used."""
+    """The prediction for one image, or an error if the image cannot be used."""
 
     name: str = Field(description="the file's name, or the image's index in the request")
     class_: str | None = Field(default=None, alias="class")
@@ -72,7 +73,7 @@ class PredictionOut(BaseModel):
 
 
 class Timings(BaseModel):
-    """Times in milliseconds; the longest time if there are several images."""
+    """The duration of each step in milliseconds; with several images, the longest one per step."""
 
     decode: float
     queue: float
@@ -111,7 +112,7 @@ class PredictQuery(BaseModel):
 
 
 class _LeanRoute(APIRoute):
-    """A route that validates only the query parameters.
+    """A route that validates the query parameters, and no other parameters.
 
     For a small image, FastAPI's parsing of all parameters would take a large part of the time.
     """
@@ -126,7 +127,7 @@ class _LeanRoute(APIRoute):
 
 
 def _query(request: Request) -> PredictQuery:
-    """Returns the validated query parameters of a request.
+    """Validates and returns the query parameters of a request.
 
     Raises:
       Refused: A parameter is not known, or is given twice.
@@ -141,7 +142,7 @@ def _query(request: Request) -> PredictQuery:
 
 
 def make_router(service: Service) -> APIRouter:
-    """Returns the routes of this protocol."""
+    """Returns the routes of the native protocol."""
     router = APIRouter(tags=["predict"], route_class=_LeanRoute)
 
     @router.post(
@@ -151,7 +152,7 @@ def make_router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": _BODY},
     )
     async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> JSONResponse:
-        """The body is an image file, or a form with one or more image files."""
+        """The request body is an image file, or a form with one or more image files."""
         start = time.monotonic()
         if query.version is not None and query.alias is not None:
             raise Refused(400, "parameter", "give either version or alias, not both")
@@ -186,7 +187,7 @@ async def _parts(service: Service, request: Request, body: bytes) -> list[Part]:
     """Returns the image files in the body of a request."""
     content_type = request.headers.get("content-type", "")
     read = functools.partial(read_images, body, content_type, service.limits)
-    # Parsing a large form would block the event loop.
+    # Parse a large form on another thread, because parsing would block the event loop.
     if len(body) > _LARGE_BODY:
         return await service.engine.run_on_parser(read, request.state.deadline)
     return read()
@@ -221,7 +222,7 @@ def _prediction(
 
 
 def _explanation(answer: Answer) -> dict[str, str]:
-    """Draws the explanation map over the image; returns the result as PNG in base64."""
+    """Draws the explanation map over the image, and encodes the result as PNG in base64."""
     assert answer.explanation is not None
     picture = draw_overlay(Image.fromarray(answer.pixels), answer.explanation)
     file = io.BytesIO()
@@ -230,7 +231,7 @@ def _explanation(answer: Answer) -> dict[str, str]:
 
 
 def _timings(answers: Sequence[Answer | DataError], total: float) -> dict[str, float]:
-    """Returns the longest time of each kind over all images, in milliseconds."""
+    """Returns the longest duration of each step over all images, in milliseconds."""
     usable = [answer for answer in answers if isinstance(answer, Answer)]
     longest = {
         "decode": max(answer.decode_seconds for answer in usable),

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2 (KServe, Triton, Seldon), over REST.
+"""The REST routes of the Open Inference Protocol, version 2 (KServe, Triton and Seldon).
 
 The input is a single tensor. It is either UINT8 [images, height, width, 3], grey levels of images
 of any height and width, or BYTES [images], image files in base64. The outputs are `probabilities`,
@@ -56,7 +56,7 @@ _BODY = {
 
 
 def make_router(service: Service) -> APIRouter:
-    """Returns the routes of this protocol."""
+    """Returns the routes of the Open Inference Protocol."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
     models = service.models
 
@@ -83,7 +83,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/models/{model}/ready", summary="Check that a model is ready")
     async def model_ready(model: str) -> JSONResponse:
-        models.states(model)  # Raises `Refused` if the model is unknown.
+        models.states(model)  # This call raises `Refused` if the model is unknown.
         is_ready = models.is_ready(model) and service.is_serving
         return JSONResponse({"name": model, "ready": is_ready}, 200 if is_ready else 503)
 
@@ -215,7 +215,7 @@ def _requested_outputs(outputs: Any) -> frozenset[str]:
 
 
 def _images(tensor: dict[str, Any], binary: bytes | None) -> list[bytes | np.ndarray]:
-    """Returns the images of the input tensor.
+    """Returns the images in the input tensor.
 
     Args:
       tensor: The JSON description of the tensor.
@@ -255,7 +255,7 @@ def _files(shape: Sequence[int], files: list[bytes]) -> list[bytes | np.ndarray]
 
 
 def _elements(binary: bytes) -> list[bytes]:
-    """Splits bytes into elements. Before each element is its length: 4 bytes, little endian."""
+    """Splits bytes into elements; 4 little-endian bytes before each element give its length."""
     elements, start = [], 0
     while start < len(binary):
         length = int.from_bytes(binary[start : start + 4], "little")
@@ -268,14 +268,14 @@ def _elements(binary: bytes) -> list[bytes]:
 
 
 def _pixels(shape: Sequence[int], levels: np.ndarray) -> np.ndarray:
-    """Reshapes grey levels to uint8 [images, height, width, 3].
+    """Reshapes pixel values to an array of images, uint8 [images, height, width, 3].
 
     Raises:
       Refused: The shape does not fit, or the largest grey level of an image is 1.
     """
     if len(shape) != 4 or shape[3] != 3:
         raise Refused(400, "json", '"shape" must be [images, height, width, 3]')
-    # Use math.prod, because NumPy's integers could overflow.
+    # Use math.prod, because the product of NumPy integers could overflow.
     if levels.size != math.prod(shape):
         message = f'"shape" does not match the number of values, which is {levels.size}'
         raise Refused(400, "image", message)

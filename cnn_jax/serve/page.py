@@ -1,4 +1,4 @@
-"""The web page and the API documentation. Neither page loads resources from other servers."""
+"""The web page and the API documentation page, which load no resources from other servers."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ _POLICY = (
 
 
 def make_router(service: Service, app: FastAPI) -> APIRouter:
-    """Returns the routes of the pages and of their JSON data."""
+    """Returns the routes of the web pages and of their JSON data."""
     router = APIRouter(tags=["page"])
     script = importlib.resources.files("cnn_jax.serve").joinpath("page.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -99,7 +99,7 @@ def _describe(service: Service, model: str) -> dict[str, Any]:
 
 
 def _routes_by_tag(app: FastAPI) -> dict[str, list[dict[str, Any]]]:
-    """Returns descriptions of all routes by tag, from the OpenAPI description."""
+    """Returns the descriptions of all routes, grouped by tag, from the OpenAPI schema."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for path, methods in app.openapi()["paths"].items():
         for method, route in methods.items():

@@ -1,4 +1,4 @@
-"""The request log, which records answers for drift detection and for comparing versions.
+"""The request log, which records predictions for drift detection and for comparing versions.
 
 The log is an SQLite file with one row per recorded image: time, request id, version, predicted
 class, confidence, probabilities, embedding, and, if enabled, the image itself.
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _MAX_WAITING = 1_000
 # The batch size for computing embeddings.
 _BATCH_SIZE = 8
-# The fraction of rows to delete, the oldest rows first, when the file is too large.
+# The fraction of rows that are deleted, oldest rows first, when the file is too large.
 _DELETED_FRACTION = 0.1
 _TABLE = """
 create table if not exists requests (
@@ -63,7 +63,7 @@ class _Row:
 
 
 class RequestLog:
-    """A request log that writes rows on a separate thread, so that answers never wait for it."""
+    """A request log that writes rows on a separate thread, so that responses are not delayed."""
 
     def __init__(
         self,
@@ -87,7 +87,8 @@ class RequestLog:
         self._fraction = fraction
         self._max_bytes = max_bytes
         self._with_images = with_images
-        # There are two counters, so that each counter is changed by only one thread.
+        # Only one thread changes each counter: `record` changes the first counter, and the thread
+        # of the log changes the second counter.
         self._num_dropped, self._num_failed = 0, 0
         self._random = random.Random()
         self._waiting: queue.Queue[_Row | None] = queue.Queue(_MAX_WAITING)
@@ -95,8 +96,8 @@ class RequestLog:
             # Only the owner may read the file, because it may contain images.
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             with contextlib.closing(self._connect()) as connection:
-                # Set auto_vacuum before the table exists. Later, SQLite would have to rewrite the
-                # whole file.
+                # Set auto_vacuum before the table exists, because a later change would make SQLite
+                # rewrite the whole file.
                 connection.execute("pragma auto_vacuum = incremental")
                 connection.execute("pragma journal_mode = wal")
                 connection.execute(_TABLE)
@@ -110,7 +111,7 @@ class RequestLog:
     def record(
         self, version: Version, request_id: str, pixels: Pixels, probabilities: np.ndarray
     ) -> None:
-        """Queues an answered image for writing, if it is in the random sample.
+        """Adds an image and its prediction to the write queue, if the image is randomly selected.
 
         Args:
           version: The version that answered.
@@ -145,12 +146,12 @@ class RequestLog:
             rows, is_over = self._next_rows()
             try:
                 self._write(rows)
-            except Exception as error:  # For example, the disk is full.
+            except Exception as error:  # Writing fails, for example, if the disk is full.
                 logger.error("%d rows of the request log are lost: %s", len(rows), error)
                 self._num_failed += len(rows)
 
     def _next_rows(self) -> tuple[list[_Row], bool]:
-        """Waits for rows; returns at most a batch of rows, and whether the log was closed."""
+        """Waits for rows; returns at most `_BATCH_SIZE` rows, and whether the log was closed."""
         rows: list[_Row] = []
         while len(rows) < _BATCH_SIZE:
             try:

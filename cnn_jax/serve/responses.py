@@ -6,7 +6,7 @@ import starlette.responses
 
 
 class JSONResponse(starlette.responses.JSONResponse):
-    """A JSON response whose body ends with a newline, so that a shell prompt starts a new line."""
+    """A JSON response whose body ends with a newline, so that a shell prompt is on a new line."""
 
     def render(self, content: Any) -> bytes:
         return super().render(content) + b"\n"

@@ -1,4 +1,4 @@
-"""Creates the parts of the server and serves until a signal arrives."""
+"""Creates the parts of the server, and runs the server until a signal arrives."""
 
 import asyncio
 import contextlib
@@ -54,7 +54,7 @@ class Options:
 
     @property
     def sizes(self) -> list[int]:
-        """The batch sizes to compile, which are powers of two."""
+        """The batch sizes to compile: the powers of two up to `max_batch`."""
         return [1 << power for power in range(self.max_batch.bit_length())]
 
 
@@ -64,7 +64,7 @@ def run(
     tokens: Tokens | None = None,
     request_log: RequestLog | None = None,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C, then answers the requests in flight and returns.
+    """Runs the server until SIGTERM or Ctrl-C, then answers the requests in flight and returns.
 
     Args:
       source: The source of the versions.
@@ -119,8 +119,8 @@ def run(
     if hangs:
         logger.error("the device does not answer")
     if hangs or loader.is_busy:
-        # End the process at once. A normal exit of Python would wait for a thread that hangs in a
-        # network call or a compiler, or it would crash.
+        # End the process at once, because a normal exit of Python would crash, or would wait for a
+        # thread that hangs in a network call or in a compiler.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(1 if hangs else 0)
@@ -142,5 +142,5 @@ def _listen(options: Options) -> socket.socket:
 
 
 def _url_host(host: str) -> str:
-    """Returns a host in the form for URLs, which puts an IPv6 address in brackets."""
+    """Returns a host as it is written in a URL: an IPv6 address is put in brackets."""
     return f"[{host}]" if ":" in host else host

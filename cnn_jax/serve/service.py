@@ -1,4 +1,4 @@
-"""The service that all protocols use: selects a version and predicts the classes of images."""
+"""The service that all protocols use to select a version and to predict the classes of images."""
 
 import contextlib
 import dataclasses
@@ -18,17 +18,17 @@ from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.versions import Version
 from cnn_jax.system.errors import DataError
 
-# The number of a version in the path of a URL.
+# The type of a version number in the path of a URL.
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
-# Maximum number of unloaded versions of a model whose state is remembered.
+# For each model, the states of at most this number of unloaded versions are kept.
 _MAX_ENDED = 20
-# The states of a version. The names are from TensorFlow Serving.
+# The states of a version, with the names that TensorFlow Serving uses.
 LOADING, AVAILABLE, UNLOADING, END = "LOADING", "AVAILABLE", "UNLOADING", "END"
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The prediction of a version for an image.
+    """The prediction for an image, with the durations of decoding, waiting and computation.
 
     Attributes:
       probabilities: float32 [classes].
@@ -57,10 +57,10 @@ class Models:
         self._versions: dict[str, dict[int, Version]] = {}
         # The version of a model's first alias is the default version of the model.
         self._aliases: dict[str, dict[str, int]] = {}
-        # (state, problem) by version. The problem is the reason why a version could not be loaded,
-        # or "".
+        # The (state, problem) of each version, by model and number. The problem says why a version
+        # could not be loaded; "" means that there is no problem.
         self._states: dict[str, dict[int, tuple[str, str]]] = {}
-        # The models that must be ready for the server to be ready.
+        # The models that must be ready before the server counts as ready.
         self._required: set[str] = set()
 
     @property
@@ -76,7 +76,7 @@ class Models:
         return bool(names) and all(self.default(name) is not None for name in names)
 
     def states(self, model: str) -> dict[int, tuple[str, str]]:
-        """Returns (state, problem) by version, for loaded and recently unloaded versions.
+        """Returns (state, problem) by version number, for loaded and recently unloaded versions.
 
         Raises:
           Refused: The model does not exist.
@@ -85,18 +85,18 @@ class Models:
         return dict(self._states[model])
 
     def loaded(self, model: str) -> dict[int, Version]:
-        """Returns the loaded versions of a model by number."""
+        """Returns the loaded versions of a model, by number."""
         return dict(self._versions.get(model, {}))
 
     def aliases(self, model: str) -> dict[str, int]:
-        """Returns version numbers by alias, for aliases whose version is loaded."""
+        """Returns the version number of each alias whose version is loaded."""
         loaded = self._versions.get(model, {})
         return {a: number for a, number in self._aliases.get(model, {}).items() if number in loaded}
 
     def find(
         self, model: str | None = None, version: int | None = None, alias: str | None = None
     ) -> Version:
-        """Returns a loaded version.
+        """Returns the loaded version that a request selects.
 
         Args:
           model: The name of the model. It may be None if the server has only one model.
@@ -109,7 +109,7 @@ class Models:
         if not self.names:
             raise Refused(503, "not_ready", "the server is starting", retry_after="1")
         if model is None:
-            # Ignore models that have never been ready, unless there are no other models.
+            # Ignore models that are not ready, unless no model is ready.
             names = [name for name in self.names if self.default(name)] or self.names
             if len(names) != 1:
                 raise Refused(400, "no_model", f"name a model: one of {', '.join(names)}")
@@ -130,7 +130,7 @@ class Models:
         return default
 
     def default(self, model: str) -> Version | None:
-        """Returns the default version of a model, or None if it is not loaded."""
+        """Returns the default version of a model, or None if the default version is not loaded."""
         numbers = list(self._aliases.get(model, {}).values())
         return self._versions.get(model, {}).get(numbers[0]) if numbers else None
 
@@ -138,10 +138,10 @@ class Models:
         if model not in self._states:
             raise Refused(404, "no_model", f"there is no model {model!r} here")
 
-    # Methods of the loader.
+    # The loader calls the methods below.
 
     def add_model(self, model: str, is_required: bool) -> None:
-        """Adds a model that has no versions yet.
+        """Adds a model without versions, unless the model exists already.
 
         Args:
           model: The name of the model.
@@ -167,7 +167,7 @@ class Models:
         self._required.discard(model)
 
     def add_version(self, version: Version) -> None:
-        """Makes a loaded version available to requests under the version's number."""
+        """Makes a loaded version available to requests."""
         self._versions.setdefault(version.model, {})[version.number] = version
         self.set_state(version.model, version.number, AVAILABLE)
 
@@ -176,13 +176,13 @@ class Models:
         self._aliases[model] = dict(aliases)
 
     def remove_version(self, model: str, number: int) -> Version:
-        """Removes and returns a version, which then only requests in flight still use."""
+        """Removes and returns a version; only the requests in flight still use the version."""
         self.set_state(model, number, UNLOADING)
         return self._versions[model].pop(number)
 
 
 class Service:
-    """Predicts the classes of images, within limits.
+    """Predicts the classes of the images in requests, and enforces the limits of requests.
 
     Attributes:
       models: The loaded versions.
@@ -210,7 +210,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request, version: Version) -> AsyncIterator[bytes]:
-        """Reads the body of a request, and keeps body and version in memory inside the context.
+        """Reads a request's body; keeps the body and the version in memory until the context ends.
 
         Raises:
           Refused: The body is too large, too slow or encoded, or too many bodies are in memory.
@@ -298,7 +298,7 @@ class Service:
     def _make_answer(
         self, version: Version, computed: Computed, request: Request, explain: bool
     ) -> Answer:
-        """Makes the answer for an image, and records it in the metrics and the request log."""
+        """Creates the answer for an image, and records the answer in the metrics and the log."""
         probabilities, explanation = computed.result if explain else (computed.result, None)
         predicted = version.class_names[int(np.argmax(probabilities))]
         self.metrics.predictions.labels(version.model, version.number, predicted).inc()
@@ -317,7 +317,7 @@ class Service:
 
 
 def probability_rows(answers: Sequence[Answer | DataError], name: str) -> list[np.ndarray]:
-    """Returns the probabilities of all images, for protocols in which a request fails as a whole.
+    """Returns the probabilities of all images, or raises an error if any image cannot be used.
 
     Args:
       answers: The answers of the service.
@@ -339,7 +339,7 @@ def probability_rows(answers: Sequence[Answer | DataError], name: str) -> list[n
 
 
 def image_refusal(error: DataError) -> Refused:
-    """Converts the error of an image that cannot be used to an HTTP error."""
+    """Converts the error of an unusable image to an HTTP error."""
     if isinstance(error, decode.TooManyPixelsError):
         return Refused(413, "too_many_pixels", f"the image {error}")
     if isinstance(error, decode.UnknownFormatError):

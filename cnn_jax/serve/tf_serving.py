@@ -1,4 +1,4 @@
-"""TensorFlow Serving's REST protocol.
+"""The REST protocol of TensorFlow Serving.
 
 The server implements status, metadata and predict as TensorFlow Serving's page "RESTful API"
 describes them. An instance is an image file in base64, `{"b64": "..."}`, or nested lists of grey
@@ -37,7 +37,7 @@ _BODY = {
 
 
 def make_router(service: Service) -> APIRouter:
-    """Returns the routes of this protocol."""
+    """Returns the routes of TensorFlow Serving's protocol."""
     router = APIRouter(prefix="/v1/models", tags=["TensorFlow Serving"])
     models = service.models
 
@@ -87,7 +87,8 @@ def make_router(service: Service) -> APIRouter:
     async def predict_alias(request: Request, model: str, alias: str) -> JSONResponse:
         return await predict(request, models.find(model, alias=alias))
 
-    # Register these routes first, because {model} in the routes below would also match the verb.
+    # Register the routes that end with a verb (":predict") first, because {model} in the routes
+    # below would also match the verb.
     for path in ("/{model}", "/{model}/versions/{version}", "/{model}/labels/{alias}"):
 
         @router.api_route(f"{path}:{{verb}}", methods=["GET", "POST"], include_in_schema=False)
@@ -132,7 +133,7 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _images(body: bytes) -> tuple[list[bytes | np.ndarray], str]:
-    """Returns the images in the body of a request, and the key of the predictions in the answer.
+    """Returns the images in a request's body, and the key of the predictions in the response.
 
     Raises:
       Refused: The body is not a request of this protocol.
@@ -156,7 +157,7 @@ def _images(body: bytes) -> tuple[list[bytes | np.ndarray], str]:
 
 
 def _image(index: int, instance: Any) -> bytes | np.ndarray:
-    """Returns the image of an instance.
+    """Returns the image of one instance, which is an element of "instances" or "inputs".
 
     Args:
       index: The index of the instance, for the error message.

@@ -1,4 +1,4 @@
-"""Reads access tokens, which are bearer tokens (RFC 6750), and their roles from a file."""
+"""Reads access tokens (bearer tokens, RFC 6750) and their roles from a file."""
 
 import hashlib
 import hmac
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 # The roles of tokens. The role "admin" includes "predict".
 ROLES = ("predict", "admin")
-# Minimum seconds between two checks whether the file has changed.
+# Minimum seconds between two checks of whether the file of tokens has changed.
 _CHECK_SECONDS = 1.0
 _MIN_CHARACTERS = 16
 
@@ -34,7 +34,9 @@ class Tokens:
           ConfigError: The file cannot be read, or a line is invalid.
         """
         self._path = path
-        self._version = _version(path)  # Before `_read`, so that no later change is missed.
+        # Get the file's modification time, size and inode before `_read`, so that every later
+        # change is noticed.
+        self._version = _version(path)
         self._digests = _read(path)
         self._checked_at = time.monotonic()
         self.problem = ""
@@ -53,7 +55,7 @@ class Tokens:
         scheme, _, token = (header or "").partition(" ")
         digest = _digest(token.strip())
         found = set()
-        # Always compare all tokens, so that the time does not reveal which token matches.
+        # Always compare all tokens, so that the response time does not reveal which token matches.
         for token_role, token_digest in self._digests:
             if hmac.compare_digest(digest, token_digest):
                 found.add(token_role)

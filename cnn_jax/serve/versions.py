@@ -24,7 +24,7 @@ from cnn_jax.system.errors import BundleError
 
 # The batch sizes to compile by default.
 SIZES = (1, 2, 4, 8, 16, 32)
-# The sum of an image's probabilities may differ from 1 by this much.
+# The sum of an image's probabilities may differ from 1 by at most this value.
 _TOLERANCE = 1e-3
 
 
@@ -62,7 +62,7 @@ class Version:
         return self.predictor.class_names
 
     def read(self, image: bytes | np.ndarray) -> Pixels:
-        """Decodes and resizes an image to the network's input, uint8 [height, width, 3].
+        """Decodes and resizes an image; returns the network's input, uint8 [height, width, 3].
 
         Args:
           image: The content of an image file, or pixels, uint8 [h, w, 3] or [h, w].
@@ -78,7 +78,7 @@ class Version:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator["Version"]:
-        """Counts a request as using the version while the context lasts."""
+        """Adds 1 to the number of requests that use the version, until the context ends."""
         self.in_use += 1
         try:
             yield self
@@ -95,7 +95,9 @@ def make_version(
     sizes: Sequence[int] = SIZES,
     loaded: Sequence[Version] = (),
 ) -> Version:
-    """Makes a version: compiles, runs and checks a bundle, which takes seconds.
+    """Creates a version from a bundle: compiles and runs the network, and checks the outputs.
+
+    This takes several seconds.
 
     If a loaded version has the same network, its compiled programs and measured times are reused.
     This avoids a delay of the requests in flight.
@@ -147,7 +149,7 @@ def make_version(
 def _has_programs(
     version: Version, predictor: BundlePredictor, preprocessing: Preprocessing, sizes: Sequence[int]
 ) -> bool:
-    """Returns whether a version's compiled programs can run a predictor with other weights."""
+    """Returns whether a predictor can reuse the compiled programs of a version."""
     return (
         version.predictor.model == predictor.model
         and version.predictor.preprocessing == predictor.preprocessing

@@ -1,1 +1,1 @@
-"""Parts that all commands share: runtime options, signals, the terminal, errors."""
+"""Modules that all commands share: runtime options, signals, terminal output and errors."""

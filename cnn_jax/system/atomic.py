@@ -1,4 +1,4 @@
-"""Atomic writes: a file has its old content or its new content, never a part of it."""
+"""Atomic writes: a file has either its old content or its complete new content."""
 
 import contextlib
 import os
@@ -18,13 +18,13 @@ def write_text(
     durable: bool = True,
     shared: bool = False,
 ) -> None:
-    """Writes a text file in UTF-8; see `replacing` for the arguments and errors.
+    """Writes a text file in UTF-8 atomically; see `replacing` for the possible errors.
 
     Args:
       path: The file.
       text: The content of the file.
       errors: The error handler of the encoding. A file name that is not UTF-8 has
-        surrogates, which the default turns into the escapes of JSON.
+        surrogates, which the default handler converts to escape sequences of JSON.
       durable: Whether the file is complete even after a power failure.
       shared: Whether several processes may write the file at the same time.
     """
@@ -34,7 +34,7 @@ def write_text(
 def write_bytes(
     path: pathlib.Path, data: bytes, *, durable: bool = True, shared: bool = False
 ) -> None:
-    """Writes a binary file; see `replacing` for the arguments and errors."""
+    """Writes a binary file atomically; see `replacing` for the arguments and errors."""
     with replacing(path, durable=durable, shared=shared) as file:
         file.write(data)
 
@@ -43,11 +43,11 @@ def write_bytes(
 def replacing(
     path: pathlib.Path, *, durable: bool = True, shared: bool = False
 ) -> Iterator[IO[bytes]]:
-    """Opens a temporary file in the folder of `path`, and renames it to `path` at the end.
+    """Opens a temporary file in the folder of `path`, and renames the file to `path` at the end.
 
-    After an exception `path` is unchanged and the temporary file is removed. A killed
+    After an exception, `path` is unchanged and the temporary file is removed. A killed
     process leaves its temporary file: `.NAME.partial`, which the next write replaces, or
-    `.partial-RANDOM` if `shared`.
+    `.partial-RANDOM` if `shared` is True.
 
     Args:
       path: The file; its folder exists.
@@ -57,7 +57,7 @@ def replacing(
         the last writer remains, and all users may read the file.
 
     Raises:
-      OSError: The file cannot be written; the error has a file name.
+      OSError: The file cannot be written. The error contains a file name.
     """
     if shared:
         descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
@@ -74,7 +74,7 @@ def replacing(
                     file.flush()
                     os.fsync(file.fileno())
             if shared:
-                temporary.chmod(0o644)  # `mkstemp` makes files that only the user can read.
+                temporary.chmod(0o644)  # `mkstemp` creates files that only the user can read.
             temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -83,7 +83,7 @@ def replacing(
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Waits until a file, or the list of files in a folder, is on the disk."""
+    """Flushes a file, or the entries of a folder, to the disk (`fsync`)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Functions that all commands share: start, exit, command-line flags and output."""
+"""Functions that all commands use to start and exit, to parse flags and to write output."""
 
 import argparse
 import codecs
@@ -28,14 +28,14 @@ from cnn_jax.system.errors import (
 )
 from cnn_jax.system.text import fill
 
-_STDOUT = 1  # The file descriptor.
-# EX_TEMPFAIL of sysexits.h: "temporary failure; the user is invited to retry".
+_STDOUT = 1  # The file descriptor of stdout.
+# The exit code EX_TEMPFAIL of sysexits.h: "temporary failure; the user is invited to retry".
 START_AGAIN = 75
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoReturn:
-    """Runs a command's `main` on the command line's arguments, and exits.
+    """Runs the `main` function of a command with the command-line arguments, and exits.
 
     A `UserError` is printed as one line.
 
@@ -48,9 +48,9 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     """
     messages = logging.StreamHandler()
     messages.setFormatter(_MessageFormatter("%(levelname)s: %(message)s"))
-    # force=True removes the handler that absl added when Orbax imported it.
+    # force=True removes the handler that absl added when Orbax imported absl.
     logging.basicConfig(handlers=[messages], level=logging.WARNING, force=True)
-    # Pillow, Orbax (through absl) and asyncio log errors that they also raise.
+    # Pillow, Orbax (through absl) and asyncio log errors that they also raise as exceptions.
     for library, level in (
         ("PIL", "CRITICAL"),
         ("absl", "CRITICAL"),
@@ -59,7 +59,7 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     ):
         logging.getLogger(library).setLevel(level)
     sys.unraisablehook = _hide_late_callback_errors
-    # Pillow warns of faults that it corrects, and raises an error for all others.
+    # Pillow's warnings concern faults of images that Pillow corrects. Other faults raise an error.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if sys.stdout is not None:
         codecs.register_error("cnn_jax.escape", _escape)
@@ -92,14 +92,14 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
         traceback.print_exc()
         code = 1
     if not are_all_done and _has_other_processes():
-        # A normal exit would wait for the other processes, which wait for this one.
+        # A normal exit would wait for the other processes, which wait for this process.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    r"""Replaces a character that the encoding of stdout lacks; a codec error handler.
+    r"""A codec error handler that replaces a character that the encoding of stdout lacks.
 
     A byte of a file name that is not UTF-8 stays the same byte; any other character becomes
     an escape sequence, such as \u732b.
@@ -113,7 +113,7 @@ def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 class _MessageFormatter(logging.Formatter):
-    """Formats a log record for stderr."""
+    """A formatter that wraps one-line log messages at the width of the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -121,23 +121,23 @@ class _MessageFormatter(logging.Formatter):
 
 
 def columns() -> int:
-    """Returns the width of the terminal, or $COLUMNS; 80 without a terminal."""
+    """Returns $COLUMNS if it is set, else the width of the terminal, or 80 without a terminal."""
     return shutil.get_terminal_size().columns
 
 
 def fit(text: str, file: Any) -> str:
-    """Breaks a line to the terminal's width if `file` (a text file or None) is a terminal."""
+    """Wraps a line at the terminal's width if `file` (a text file or None) is a terminal."""
     return fill(text, columns()) if file is not None and file.isatty() else text
 
 
 def _hide_late_callback_errors(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Hides errors of TensorStore's threads after Orbax has raised the real error and ended."""
+    """Hides errors that threads of TensorStore raise after Orbax has raised the real error."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 def interrupt(signum: int, frame: object) -> NoReturn:
-    """Handles a command's first signal with KeyboardInterrupt; the second ends the process."""
+    """Raises KeyboardInterrupt for a command's first signal; a second signal ends the process."""
     for name in _INTERRUPTS:
         signal.signal(name, signal.SIG_DFL)
     raise KeyboardInterrupt
@@ -222,14 +222,15 @@ class Parser(argparse.ArgumentParser):
         has_commands = self._subparsers is not None
         for argument in arguments:
             if argument == "--" or (has_commands and not argument.startswith("-")):
-                return  # The parser of a sub-command checks the arguments after its name.
+                # The parser of a sub-command checks the arguments after the sub-command's name.
+                return
             if not argument.startswith("--"):
                 continue
             if not self.is_known(argument):
                 raise self.unexpected(argument)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Checks a value against the choices of its flag, or the name of a sub-command."""
+        """Checks that a value is one of the choices of its flag, or the name of a sub-command."""
         if action.choices is None or value in action.choices:
             return
         names = [str(choice) for choice in action.choices]
@@ -241,7 +242,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> str:
-    """Converts a flag to a path, with `~` as the home folder; an argparse type."""
+    """Converts the text of a flag to a path, and expands `~`; an argparse type."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return str(pathlib.Path(text).expanduser())
@@ -276,14 +277,14 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def natural(text: str) -> int:
-    """Converts a flag to an integer, 0 or more; an argparse type."""
+    """Converts the text of a flag to an integer, 0 or more; an argparse type."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be an integer, 0 or more, got {text!r}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """Converts a flag to an integer, 1 or more; an argparse type."""
+    """Converts the text of a flag to an integer, 1 or more; an argparse type."""
     number = natural(text)
     if not number:
         raise argparse.ArgumentTypeError("must be 1 or more")
@@ -291,11 +292,12 @@ def positive(text: str) -> int:
 
 
 def number(requirement: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
-    """Returns an argparse type of numbers.
+    """Returns an argparse type for numbers that meet a requirement.
 
     Args:
       requirement: The accepted numbers in words, for the message.
-      accepts: Returns whether a number is accepted; not called for infinity and NaN.
+      accepts: A function that returns whether a number is accepted. The function is not called
+        for infinity and NaN.
     """
 
     def convert(text: str) -> float:

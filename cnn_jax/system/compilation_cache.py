@@ -1,8 +1,8 @@
 """The folder in which JAX keeps compiled programs between runs.
 
-JAX writes and finds the programs itself, by a digest of the program, the options, the
-version of JAX and the kind of processor. This module chooses the folder, limits its size, and
-removes files that a killed process or a full disk has left incomplete.
+JAX itself writes and finds the programs, by a digest of the program, the options, the version
+of JAX and the kind of processor. This module chooses the folder, limits the size of the folder,
+and removes files that a killed process or a full disk has left incomplete.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from cnn_jax.data.cache import COMPILED, SECONDS_KEPT, cache_dir, own_entries
 
 _MAX_BYTES = 256_000_000  # The programs of one run take about half a megabyte.
 _WRITABLE_BY_OTHERS = 0o022
-# The warning of JAX about a file, with the name of the program.
+# Matches JAX's warning about a file of the cache; the group is the name of the program.
 _FILE_WARNING = re.compile(
     r"Error (?:reading|writing) persistent compilation cache entry for '(.+?)':"
 )
@@ -28,14 +28,15 @@ _UNWRITABLE = "Error writing persistent compilation cache entry .*MemoryError: s
 def keep_compiled() -> None:
     """Enables the cache of compiled programs in this process.
 
-    A command calls this after `sharding.start_processes` and before it compiles anything.
-    The function changes nothing if the user has configured JAX's cache (an empty
-    JAX_COMPILATION_CACHE_DIR disables it) or if the folder cannot be used.
+    A command calls this function after `sharding.start_processes` and before it compiles
+    anything. The function changes nothing if the user has configured JAX's cache (an empty
+    JAX_COMPILATION_CACHE_DIR disables the cache) or if the folder cannot be used.
     """
     # XLA cannot write programs that use oneDNN (`runtime.py`). The warning needs no action.
     warnings.filterwarnings("ignore", message=_UNWRITABLE)
-    # If only some of several processes found a program, the others would wait for them: XLA
-    # exchanges its measurements on GPUs between the processes that compile.
+    # A run with several processes does not use the cache. If some processes found a program in
+    # the cache, the processes that compile would wait for the processes that do not compile,
+    # because XLA exchanges measurements on GPUs between processes during the compilation.
     configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if configured is not None or jax.distributed.is_initialized():
         return
@@ -45,28 +46,29 @@ def keep_compiled() -> None:
         status = folder.stat()
     except OSError:
         return
-    # The programs in the folder will be executed, so only this user may write them.
+    # The programs in the folder will be executed, so no other user may write to the folder.
     if status.st_uid != os.getuid() or status.st_mode & _WRITABLE_BY_OTHERS:
         return
     _sweep()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # The caches of XLA keep parts of programs. They are useless because whole programs are kept.
+    # The caches of XLA keep parts of programs, which are useless if JAX keeps whole programs.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     _repair_silently()
 
 
 def _sweep() -> None:
-    """Removes programs that were not used for a long time, then the oldest above the size limit.
+    """Removes programs that were not used for a long time, or that exceed the size limit.
 
-    JAX itself can limit the size, but for this it needs an additional package, and it reads the
-    whole folder whenever it writes a file.
+    The least recently used programs are removed first. JAX can limit the size of the folder
+    itself, but then needs an additional package, and reads the whole folder for each new file.
     """
     found = []
     for path in own_entries().get(COMPILED, []):
-        with contextlib.suppress(OSError):  # Another process has removed the file.
+        with contextlib.suppress(OSError):  # Another process may have removed the file.
             status = path.stat()
-            # Most systems update the time of access once a day, and some never.
+            # Most systems update a file's access time only once a day, and some systems never do,
+            # so the modification time is used too.
             found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
     total = 0
     for used, size, path in sorted(found, reverse=True):
@@ -77,10 +79,10 @@ def _sweep() -> None:
 
 
 def _repair_silently() -> None:
-    """Removes unusable files of a compiled program instead of showing JAX's warning.
+    """Removes unusable files from the cache when JAX warns about them, and hides the warning.
 
-    After such a warning JAX compiles the program as if no file existed, but never
-    replaces an incomplete file.
+    After such a warning, JAX compiles the program as if no file existed, but never replaces
+    an incomplete file.
     """
     show = warnings.showwarning
 

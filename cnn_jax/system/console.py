@@ -1,4 +1,4 @@
-"""The progress of a command on stderr.
+"""Shows the progress of a command on stderr.
 
 Progress is shown as lines, with a progress bar if stderr is a terminal. In a notebook
 the progress is a single output that is updated in place.
@@ -23,25 +23,25 @@ _GROUPS: dict[str, dict[str, int]] = {
     "validation": {"loss": 5, "accuracy": 8, "F1": 7},
     "": {"images/s": 8},
 }
-# The columns that a narrow terminal leaves out, in this order.
+# The columns of the table of epochs that are left out in a narrow terminal, in this order.
 _OPTIONAL_COLUMNS = (
     ("", "images/s"),
     *(("train", "F1"), ("validation", "F1"), ("train", "accuracy"), ("train", "loss")),
 )
-# Minimum time between two updates of a notebook's output, in seconds.
+# The minimum time between two updates of a notebook's output, in seconds.
 _UPDATE_SECONDS = 0.5
-_NOTEBOOK_WIDTH = 100  # The width in columns.
-# Number of the latest epochs that a notebook shows.
+_NOTEBOOK_WIDTH = 100  # The width of a notebook's output, in columns.
+# The number of the latest epochs that a notebook shows.
 _EPOCHS_SHOWN = 10
 
 
 def _fixed_column() -> rich.table.Column:
-    """Returns a column that keeps its width in a narrow terminal; the bar is shortened instead."""
+    """Returns a column that keeps its width; in a narrow terminal only the progress bar shrinks."""
     return rich.table.Column(no_wrap=True, min_width=11)
 
 
 class _Screen(rich.console.Console):
-    """A console that never hides the cursor, so that a killed run leaves it visible."""
+    """A console that never hides the cursor, so that a killed run leaves the cursor visible."""
 
     def show_cursor(self, show: bool = True) -> bool:
         return False
@@ -62,13 +62,14 @@ class Console:
             markup=False,
             quiet=is_silent,
             force_jupyter=False,
-            # A notebook's stderr claims to be a terminal; each update of a bar would be a new line.
+            # The stderr of a notebook claims to be a terminal, but would show each update of the
+            # progress bar on a new line.
             force_terminal=False if _is_notebook() else None,
         )
 
     @property
     def width(self) -> int | None:
-        """The width of the terminal in columns; None if lines may have any length."""
+        """The width of the terminal in columns, or None if lines may have any length."""
         is_known = self._console.is_terminal or "COLUMNS" in os.environ
         return self._console.width if is_known else None
 
@@ -83,12 +84,12 @@ class Console:
             self.write_line(line, "yellow")
 
     def facts(self, rows: Mapping[str, str]) -> None:
-        """Prints aligned `name  text` lines; a text may have several lines."""
+        """Prints names and descriptions in two columns; a description may have several lines."""
         for line in text.facts(rows, self.width):
             self.write_line(line)
 
     def write_line(self, line: str, style: str | None = None) -> None:
-        """Prints a line that fits the terminal, in a style of `rich`."""
+        """Prints a line in a style of `rich`; the line must fit into the terminal."""
         self._console.print(line, style=style, soft_wrap=True)
 
     def print_epoch(self, line: str) -> None:
@@ -99,7 +100,7 @@ class Console:
         """Shows the current activity in a notebook, and nothing in a terminal or file."""
 
     def track(self, items: Iterable, description: str, total: int) -> Iterator:
-        """Yields the items, and shows how many of `total` were processed."""
+        """Yields the items, and shows how many of the `total` items were processed."""
         if not self._console.is_terminal:
             self.print(f"{description} ...")
             yield from items
@@ -126,13 +127,12 @@ class Console:
 
 
 class NotebookConsole(Console):
-    """The output of a notebook cell, updated in place; it shows the latest epochs only."""
+    """A console for notebooks: one output, updated in place, that shows only the latest epochs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: list[
-            tuple[str, bool]
-        ] = []  # The text, and whether it is the line of an epoch.
+        # The text of each line, and whether the line describes an epoch.
+        self._lines: list[tuple[str, bool]] = []
         self._status = ""
         self._output: Any = None
         self._updated = 0.0
@@ -228,7 +228,7 @@ class TrainingDisplay:
         first_step: int,
         is_finished: bool = False,
     ) -> None:
-        """Prints the table header, and the lines of epochs from before the run was resumed.
+        """Prints the table's header, and the epochs that finished before the run was resumed.
 
         Args:
           history: The records of the finished epochs.
@@ -246,7 +246,7 @@ class TrainingDisplay:
             self.epoch(record, is_best=record["epoch"] in improvements)
 
     def step(self, step: int, loss: float, images_per_second: float) -> None:
-        """Shows that `step` steps are done, the loss of the last step, and the speed."""
+        """Shows the number of finished steps, the loss of the last step, and the speed."""
         epoch = min(step // self._steps_per_epoch + 1, self._epochs)
         rate = f"loss {loss:.3f}  {images_per_second:,.0f} img/s" if images_per_second else ""
         self._console.show_status(f"epoch {epoch}/{self._epochs}  step {step:,}  {rate}")
@@ -287,7 +287,7 @@ class TrainingDisplay:
 
 
 def _fitting_columns(width: int | None) -> dict[str, dict[str, int]]:
-    """Returns the columns of the table of epochs that fit a terminal, by group."""
+    """Returns the columns of the table of epochs that fit into the terminal, by group."""
     groups = {group: dict(columns) for group, columns in _GROUPS.items()}
     for group, name in _OPTIONAL_COLUMNS:
         cells = sum(sum(columns.values()) + len(columns) + 2 for columns in groups.values())

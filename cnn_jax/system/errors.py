@@ -5,8 +5,8 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator
 
-# The minimum similarity (`difflib`, 0 to 1) of a suggested name. Below this value the names are
-# mostly different words, such as model.width and model.dense.
+# The minimum similarity of a misspelt name and a suggested name, from 0 to 1, by `difflib`. Below
+# this value, the names are mostly different words, such as model.width and model.dense.
 _SIMILARITY = 0.75
 
 
@@ -47,7 +47,7 @@ class TrainingError(UserError):
 
 
 class Interrupted(_OneLine, KeyboardInterrupt):
-    """A run was interrupted at the same step in all its processes, and its state is saved."""
+    """A run was interrupted at the same step in all processes, and the run's state is saved."""
 
 
 class BundleError(UserError):
@@ -62,7 +62,7 @@ class MissingBundleError(BundleError):
 
 @contextlib.contextmanager
 def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Adds a file name to each OSError inside the context that has no file name.
+    """Adds a file name to an OSError that is raised inside the context without a file name.
 
     Functions such as `write` know only a file descriptor, so their errors name no file.
     """
@@ -74,12 +74,12 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Escapes all characters of a text that are not printable, such as line ends."""
+    """Escapes all characters of a text that are not printable, such as line breaks."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Returns the known name that is most similar to a name that is probably misspelt.
+    """Returns the known name that is most similar to a misspelt name, or None.
 
     Upper and lower case are not distinguished.
 
@@ -94,7 +94,7 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 1) -> str:
-    """Returns the end of an error message: "; did you mean X?", or "" without a similar name.
+    """Returns the end of an error message: "; did you mean X?", or "" if no name is similar.
 
     Args:
       name: The name that does not exist.

@@ -9,17 +9,17 @@ import sys
 
 import jax
 
-# `mallopt` of glibc, malloc.h.
+# Parameters of glibc's function `mallopt`, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 _CPU_OPTIONS = {
-    # JAX 0.10 to 0.12 give convolutions to YNNPACK, which has no fast weight gradients (three to
-    # five times the time) and, in 0.10, runs most convolutions on one core. With this option
-    # Eigen computes the convolutions. YNNPACK still computes single matrix products.
+    # JAX 0.10 to 0.12 pass convolutions to YNNPACK, which takes three to five times as long for
+    # weight gradients and, in 0.10, runs most convolutions on one core. With this option, Eigen
+    # computes the convolutions, and YNNPACK still computes single matrix products.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     # From JAX 0.11 on, XLA includes oneDNN, which computes a convolution with its bias in 50 to
-    # 90 % of Eigen's time. In 0.10 this option does nothing. A program with oneDNN cannot be
-    # kept for the next process (`compilation_cache.py`), but compiles quickly.
+    # 90 % of Eigen's time. In JAX 0.10, this option does nothing. A program with oneDNN cannot be
+    # cached for the next process (`compilation_cache.py`), but compiles quickly.
     "xla_cpu_experimental_onednn_custom_call": True,
 }
 
@@ -36,7 +36,10 @@ def compiler_options() -> dict[str, str | bool]:
 
 
 def _is_known(name: str, value: str | bool) -> bool:
-    """Returns whether XLA accepts a compiler option; experimental options may be removed."""
+    """Returns whether the installed XLA accepts a compiler option.
+
+    A later XLA may no longer have an experimental option.
+    """
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError:
@@ -47,13 +50,14 @@ def _is_known(name: str, value: str | bool) -> bool:
 def keep_freed_memory() -> None:
     """Makes the C library reuse the memory that a step on the CPU frees.
 
-    By default glibc returns each large array to the system, which then clears new pages
-    for the next step; this takes 10 to 50 % of a step's time. With another C library the
-    function does nothing. It must be called before JAX starts its threads: each thread
-    gets an arena, and glibc maps every large array of such an arena separately.
+    By default, glibc returns each large array to the system, which then clears new pages for
+    the next step. This exchange of memory takes 10 to 50 % of a step's time. With another C
+    library, the function does nothing. The function must be called before JAX starts its
+    threads, because each thread gets an arena, and glibc maps every large array of such an
+    arena separately.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:  # For example, on macOS and with musl.
+    if mallopt is None:  # macOS and musl, for example, have no `mallopt`.
         return
     mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_MAX, 0)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends after its current step, in all its processes together."""
+"""Handling of Ctrl-C and SIGTERM: all processes of a run end together after the current step."""
 
 import contextlib
 import os
@@ -33,24 +33,25 @@ class Interruption:
         return is_late or self._event.is_set()
 
     def is_due(self, count: int) -> bool:
-        """Returns whether the run must save its state after this step and end.
+        """Returns whether the run must save its state after this step, and then end.
 
-        With several processes, JAX's preemption service gives all of them the same answer
-        at the same step, if each process asks at every step.
+        With several processes, JAX's preemption service gives all processes the same answer at
+        the same step, if each process calls this function at every step.
 
         Args:
           count: The number of earlier calls in this process, from 0. (JAX's service would
-            wait for ever if steps of an earlier start were counted.)
+            wait forever if steps of an earlier start were counted.)
         """
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(count)
         return self._is_requested()
 
     def stopping(self, track: Track, message: str) -> Track:
-        """Returns a function like `track` that raises Interrupted between items after a request.
+        """Wraps `track`, so that the iteration raises Interrupted if an interruption is requested.
 
-        It is used for parts of a run that have no state to save. With several processes it
-        never raises, because one process must not end before the other processes.
+        The function is used for parts of a run that have no state to save. With several
+        processes, the function never raises Interrupted, because one process must not end
+        before the other processes.
 
         Args:
           track: The function to wrap.
@@ -68,13 +69,13 @@ class Interruption:
 
 @contextlib.contextmanager
 def listen(deadline: float | None = None) -> Iterator[Interruption]:
-    """Turns the first Ctrl-C or SIGTERM inside the context into a request to end.
+    """Converts the first Ctrl-C or SIGTERM inside the context to a request to end the run.
 
     An exception could crash JAX in the middle of a compilation. The second signal ends a
-    command at once; in a notebook it raises KeyboardInterrupt.
+    command at once; in a notebook, the second signal raises KeyboardInterrupt.
 
     Args:
-      deadline: The time of `time.monotonic` from which the end is requested without a
+      deadline: The value of `time.monotonic()` from which the end is requested without a
         signal; None for no deadline.
     """
     interruption = Interruption(deadline)
@@ -82,11 +83,12 @@ def listen(deadline: float | None = None) -> Iterator[Interruption]:
         yield interruption  # Only the main thread may install signal handlers.
         return
 
-    # With several processes JAX handles SIGTERM and informs all of them.
+    # With several processes, JAX handles SIGTERM and informs all processes.
     is_distributed = jax.process_count() > 1
     signals = [signal.SIGINT] if is_distributed else [signal.SIGINT, signal.SIGTERM]
     previous = {signum: signal.getsignal(signum) for signum in signals}
-    # A callback of JAX may have suppressed the exception of a command's first signal.
+    # `cli.interrupt` sets SIG_DFL and raises KeyboardInterrupt at a command's first signal. If
+    # SIG_DFL is set here, a callback of JAX has suppressed the exception.
     was_suppressed = previous[signal.SIGINT] is signal.SIG_DFL
     is_command = was_suppressed or cli.interrupt in previous.values()
     if was_suppressed:
@@ -114,7 +116,7 @@ def listen(deadline: float | None = None) -> Iterator[Interruption]:
 
 @contextlib.contextmanager
 def _exit_on_second_signal(signals: Collection[int]) -> Iterator[None]:
-    """Ends the process at the second of these signals inside the context.
+    """Ends the process when a second signal from `signals` arrives inside the context.
 
     Python runs a signal handler only after the main thread has returned from JAX, which
     may compile for minutes. But Python writes a byte to a pipe for each signal at once,

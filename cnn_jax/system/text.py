@@ -1,4 +1,4 @@
-"""Text for terminals: lines broken between words, tables, and lists of named facts."""
+"""Functions that format text for terminals: line breaks, tables, and lists of names and values."""
 
 import os
 import re
@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.cells import cell_len, set_cell_size  # Characters of some scripts take two columns.
+# Characters of some scripts take two columns, so `len` does not give the width of a text.
+from rich.cells import cell_len, set_cell_size
 
-FACT_INDENT = 12  # The width in columns of the names in `facts`.
+FACT_INDENT = 12  # The width of the names in the lines of `facts`, in columns.
 
 
 def terminal_width(file: Any) -> int | None:
@@ -23,7 +24,7 @@ def terminal_width(file: Any) -> int | None:
 
 
 def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
-    """Breaks a line between words.
+    """Breaks a line between words into parts that fit a width.
 
     Args:
       line: The line. Spaces within a part stay as they are.
@@ -45,7 +46,7 @@ def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
 
 
 def fill(text: str, width: int | None) -> str:
-    """Breaks a line between words; see `wrap`."""
+    """Inserts line breaks between words; see `wrap`."""
     return "\n".join(wrap(text, width))
 
 
@@ -55,10 +56,10 @@ def shorten(text: str, width: int) -> str:
 
 
 def facts(rows: Mapping[str, str], width: int | None) -> list[str]:
-    """Returns aligned lines, each with a name and a text.
+    """Formats names and their descriptions as lines in two aligned columns.
 
     Args:
-      rows: The text of each name; it may have several lines.
+      rows: The text of each name; a text may have several lines.
       width: The width of the terminal, in columns; None for any width.
     """
     lines = []

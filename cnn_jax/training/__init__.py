@@ -1,1 +1,1 @@
-"""Training: the step, the host loop, and the files of a run."""
+"""The training step, the training loop, and the files of a run."""

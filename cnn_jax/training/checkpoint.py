@@ -1,4 +1,4 @@
-"""Checkpoints: the files from which training resumes, saved by Orbax.
+"""Checkpoints, from which training can resume. Orbax writes and reads the files.
 
 A checkpoint at step s contains the train state, the metrics of the unfinished epoch, and
 the history: one record for each finished epoch. The position in the data, the best epoch, and the
@@ -35,11 +35,11 @@ History = list[dict[str, Any]]
 
 
 class DamagedCheckpointError(TrainingError):
-    """The content of a checkpoint differs from the saved content."""
+    """Raised if the content of a checkpoint differs from the content that was saved."""
 
 
 def best_record(history: History, monitor: str) -> dict[str, Any] | None:
-    """Returns the record with the best value of `monitor`; of equal records, the earliest.
+    """Returns the earliest record with the best value of `monitor`.
 
     Args:
       history: One record for each finished epoch.
@@ -64,7 +64,7 @@ def monitored_score(record: dict[str, Any], monitor: str) -> float:
 
 @jax.jit
 def checksums(tree: PyTree) -> UInt32[Array, " arrays"]:
-    """Returns a checksum of each array, the same for every division of the array among devices.
+    """Returns a checksum of each array; the sharding of an array does not affect its checksum.
 
     A checksum is the sum, modulo 2**32, of a hash of each element's bits and position. Damage
     to one element always changes the checksum. Damage to several elements leaves it unchanged
@@ -85,7 +85,7 @@ def _checksum(array: Num[Array, "..."]) -> UInt32[Array, ""]:
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The finalizer of MurmurHash3: a bijection whose output bits all depend on all input bits."""
+    """Applies the finalizer of MurmurHash3, a bijection that mixes all bits of the input."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
@@ -98,7 +98,7 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
     """
 
     def __init__(self, keep: int):
-        """Keeps the latest `keep` checkpoints."""
+        """Creates a policy that keeps the latest `keep` checkpoints."""
         self.best: int | None = None  # The step of the best epoch's checkpoint.
         self._keep = keep
 
@@ -112,8 +112,8 @@ class _LatestAndBest(checkpoint_managers.PreservationPolicy):
 class _Manager(ocp.CheckpointManager):
     """Orbax's checkpoint manager, without the check for preemption.
 
-    The training loop checks JAX's preemption service itself. The service counts the
-    calls, and additional calls by Orbax would change the step at which it reports a preemption.
+    The training loop checks JAX's preemption service itself. The service counts the calls, so
+    additional calls by Orbax would change the step at which the service reports a preemption.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -158,7 +158,7 @@ class Checkpoints:
         self._manager = _Manager(self._path, options=options)
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, in descending order."""
+        """Returns the steps of all complete checkpoints, in descending order."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(
@@ -173,7 +173,7 @@ class Checkpoints:
         """Starts to save a checkpoint in the background.
 
         Args:
-          step: The number of steps taken. It must exceed the step of every saved checkpoint.
+          step: The number of steps taken, larger than the step of every saved checkpoint.
           state: The train state. Its arrays may be donated after this call has returned.
           epoch_metrics: The metrics of the unfinished epoch.
           history: One record for each finished epoch.
@@ -186,7 +186,7 @@ class Checkpoints:
         best = best_record(history, self._monitor)
         self._policy.best = None if best is None else best["step"]
         content = {
-            "history": list(history),  # A copy, because Orbax writes it later.
+            "history": list(history),  # Orbax writes this copy later, while `history` may grow.
             "fingerprint": fingerprint,
             "seconds": seconds,
             "checksums": jax.device_get(checksums((state, epoch_metrics))).tolist(),
@@ -200,7 +200,7 @@ class Checkpoints:
                     progress=ocp.args.JsonSave(content | {"sha256": _sha256(content)}),
                 ),
             )
-        # Orbax silently skips a step that is not newer than the latest.
+        # Orbax silently skips a step that is not newer than the latest step.
         assert is_saved, f"Orbax skipped step {step}"
 
     def wait(self) -> None:
@@ -223,9 +223,9 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _failure_to_save(self) -> Iterator[None]:
-        """Converts an error of Orbax to a one-line TrainingError.
+        """Converts an error of Orbax inside the context to a one-line TrainingError.
 
-        Orbax reports the error of a background save when one of its methods is called next.
+        Orbax raises the error of a background save at the next call of one of Orbax's methods.
         """
         try:
             yield
@@ -236,7 +236,7 @@ class Checkpoints:
             ) from error
 
     def check_data(self, fingerprint: str) -> None:
-        """Checks that the latest readable checkpoint was made with the same data.
+        """Checks that the latest readable checkpoint was saved with the same data set.
 
         Args:
           fingerprint: The fingerprint of the data set.
@@ -286,11 +286,10 @@ class Checkpoints:
     ) -> tuple[Saved | None, list[int]]:
         """Reads the latest checkpoint from which the run can resume.
 
-        The checkpoint must be intact, and so must the checkpoint of the best epoch in its
-        history. If the best epoch's checkpoint is damaged, an earlier checkpoint is used, and
-        the best epoch is trained again.
-        All later checkpoints are moved to the folder `damaged` beside the checkpoints,
-        because checkpoints of the same steps will be saved again.
+        The checkpoint and the checkpoint of the best epoch in its history must both be intact.
+        If the best epoch's checkpoint is damaged, an earlier checkpoint is used, and the best
+        epoch is trained again. All later checkpoints are moved to the folder `damaged` beside
+        the checkpoints, because checkpoints of the same steps will be saved again.
 
         Args:
           state: Arrays or abstract arrays with the shapes and the shardings of the train state.
@@ -311,8 +310,8 @@ class Checkpoints:
             try:
                 saved = self.restore(step, state, epoch_metrics)
                 best = best_record(saved.history, self._monitor)
-                # If the best checkpoint was deleted, a later epoch was better. That epoch is
-                # trained again from here.
+                # If the best epoch's checkpoint is missing, it was deleted because a later epoch
+                # was better. The run trains that later epoch again.
                 if best is not None and best["step"] != step and best["step"] in steps:
                     self.restore(best["step"], state, epoch_metrics)
             except DamagedCheckpointError as error:
@@ -354,7 +353,7 @@ class Checkpoints:
         return saved
 
     def _move_aside(self, steps: Sequence[int]) -> None:
-        """Moves the checkpoints of these steps to the folder `damaged`."""
+        """Moves the checkpoints of the given steps to the folder `damaged`."""
         if not steps:
             return
         if sharding.is_primary():
@@ -390,7 +389,10 @@ def _sha256(content: dict[str, Any]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the first line of an error's message; for a full disk, the system's message."""
+    """Returns the first line of an error's message.
+
+    For a full disk, the result is the message of the operating system.
+    """
     text = str(error)
     if os.strerror(errno.ENOSPC) in text:
         return os.strerror(errno.ENOSPC)

@@ -1,4 +1,4 @@
-"""Starts a new run from the weights of another run."""
+"""Initialization of a new run with the weights of another run."""
 
 import dataclasses
 import pathlib
@@ -13,12 +13,12 @@ from cnn_jax.system.errors import BundleError, ConfigError
 from cnn_jax.training import sharding
 from cnn_jax.training.step import TrainState
 
-# The name of the last layer. Its weights can be reused only if the classes are the same.
+# The name of the last layer, whose weights can be reused only if both runs have the same classes.
 _HEAD = "head"
 
 
 def start_from(path: str, state: TrainState, class_names: Sequence[str]) -> tuple[TrainState, str]:
-    """Copies the parameters and the BatchNorm statistics of another run into a new state.
+    """Copies the parameters and the BatchNorm statistics of another run to the new run's state.
 
     The parameters of the last layer are copied only if both runs have the same classes. The
     optimizer's state is not copied.
@@ -53,9 +53,9 @@ def start_from(path: str, state: TrainState, class_names: Sequence[str]) -> tupl
 
 
 def _copy(bundle: Bundle, collection: str, target: PyTree, *, with_head: bool) -> PyTree:
-    """Returns a copy of a tree in which the arrays are replaced by the bundle's arrays.
+    """Returns a copy of the tree `target` with the arrays of a bundle.
 
-    The arrays are matched by name.
+    The arrays are matched by name. Without `with_head`, the last layer keeps its own arrays.
 
     Raises:
       ConfigError: The names or the shapes of the arrays differ.
@@ -72,6 +72,6 @@ def _copy(bundle: Bundle, collection: str, target: PyTree, *, with_head: bool) -
                 f"config.checkpoint.init_from: the bundle has another network: {name} is "
                 f"{shapes[0]} there and {shapes[1]} in this run"
             )
-        # A copy, because the training step donates its state and may overwrite the array.
+        # The array is copied, because the training step may overwrite the arrays of its state.
         new[name] = sharding.distribute(old[name].copy(), new[name].sharding)
     return flax.traverse_util.unflatten_dict(new, sep="/")

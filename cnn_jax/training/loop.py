@@ -1,4 +1,4 @@
-"""The host loop: restore, step, validate, save, stop early, write the results."""
+"""The training loop on the host, from restoring a checkpoint to writing the results."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -27,13 +26,22 @@ from cnn_jax.data.findings import count
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
+from cnn_jax.models.base import Network
 from cnn_jax.models.network import make_model
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console, TrainingDisplay
 from cnn_jax.system.errors import ConfigError, Interrupted, TrainingError
 from cnn_jax.system.signals import Interruption
-from cnn_jax.training import initial_weights, results, run_directory, sharding, summary
+from cnn_jax.training import (
+    initial_weights,
+    probe,
+    results,
+    run_directory,
+    sharding,
+    summary,
+)
 from cnn_jax.training.checkpoint import Checkpoints, History, best_record
+from cnn_jax.training.loss import balanced_weights
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_schedule
 from cnn_jax.training.profiling import Trace
@@ -42,7 +50,7 @@ from cnn_jax.training.run_directory import Heartbeat
 from cnn_jax.training.step import TrainState
 
 # The number of training images from which BatchNorm's statistics are estimated after each
-# epoch. With eight times as many images the accuracies are the same (experiments/RESULTS.md).
+# epoch. Eight times as many images give the same accuracy (experiments/RESULTS.md).
 _STATISTICS_IMAGES = 1024
 
 
@@ -55,21 +63,21 @@ def train_and_evaluate(
     on_epoch: Callable[[History], None] | None = None,
     deadline: float | None = None,
 ) -> dict[str, Any]:
-    """Trains a network and writes checkpoints, log, metrics and bundle to `workdir`.
+    """Trains a network and writes checkpoints, a log, metrics and a bundle to `workdir`.
 
     The same call with the same folder resumes from the latest checkpoint. The result is
     bitwise the same as without an interruption. If `sharding.start_processes` has connected
     several processes, all of them must make this call, with a folder that they share.
 
     Args:
-      config: A configuration, such as `get_config()` of a file in `configs/` returns.
+      config: A configuration, for example the result of `get_config()` of a file in `configs/`.
       workdir: The run's folder; created if it does not exist.
       console: Shows the progress; by default on the terminal.
       profile: Whether to record a trace of a few steps in `workdir/profile`.
       on_epoch: A function of the records of all finished epochs. It is called before the
         first step, and after each epoch when the epoch is saved. An error that it raises ends
         the run, which the same call can resume.
-      deadline: The time, in seconds of the clock `time.monotonic`, at which the run is saved and
+      deadline: The value of `time.monotonic()`, in seconds, at which the run is saved and
         stopped as after Ctrl-C.
 
     Returns:
@@ -105,13 +113,17 @@ def train_and_evaluate(
             )
         if not config.train.steps_per_execution:
             config.train.steps_per_execution = _default_execution_length(dataset.loader.on_device)
-        # Processes with different configurations or data would compile different programs.
+        # All processes must compile the same programs, so their configuration and data must be
+        # equal.
         sharding.check_equal("another configuration", schema.digest(config))
         sharding.check_equal("other data", dataset.fingerprint)
         residency = "01" if dataset.loader.on_device else "00"
         sharding.check_equal("another place of images (set data.cache)", residency)
         model = make_model(
-            config.model.to_dict(), len(dataset.source.class_names), config.precision
+            config.model.to_dict(),
+            len(dataset.source.class_names),
+            config.precision,
+            config.train.from_stage,
         )
         checkpoints = Checkpoints(
             workdir / "checkpoints", config.train.monitor, config.checkpoint.keep
@@ -120,17 +132,24 @@ def train_and_evaluate(
             checkpoints.check_data(dataset.fingerprint)
             summary.show_plan(console, config, workdir, dataset, model, changes)
             run = _make_run(config, workdir, dataset, model, checkpoints, console, heartbeat)
-            progress = _restore_or_start(run, previous)
+            stopping = interrupted.stopping(
+                track, "nothing is lost; run the same command to continue"
+            )
+            progress = _restore_or_start(run, previous, stopping)
             # Write config.json only after the run is known to start.
             run_directory.write_config(workdir, config)
             run_directory.write_unreadable(workdir, dataset.findings.unreadable)
             trace = Trace(workdir / "profile" if profile and sharding.is_primary() else None)
             _train(run, progress, interrupted, trace, on_epoch or (lambda history: None))
-            variables = _best_variables(run, progress)
+            variables, best_epoch = _best_variables(run, progress)
         track = interrupted.stopping(
             track, "training is done; run the same command to write the results"
         )
-        report = results.write_results(config, workdir, dataset, variables, track)
+        features = None
+        if best_epoch == 0 or (config.train.probe and config.train.from_stage == "head"):
+            # These networks have the features of the probe, so that no image is computed again.
+            features = probe.embeddings(model, variables, config, dataset, track)
+        report = results.write_results(config, workdir, dataset, variables, track, features)
         heartbeat.beat("done")
     return report
 
@@ -148,8 +167,9 @@ def open_dataset(config: Config, track: Track) -> Dataset:
     data = config.data
     preprocessing = Preprocessing.from_config(data)
     listing = open_source(data.source, track, data.allow_outside)
-    datasets.check_classes(listing)  # Before the scan, which may take long.
-    # Images on the device can only be augmented there.
+    # The classes are checked before the images are scanned, because the scan may take long.
+    datasets.check_classes(listing)
+    # Images that are stored on the device can be augmented only on the device.
     device_bytes = sharding.accelerator_bytes() if config.augment.place == "device" else 0
     dataset = datasets.open_dataset(
         listing,
@@ -166,7 +186,7 @@ def open_dataset(config: Config, track: Track) -> Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """The objects that are the same for all steps of a run.
+    """The objects of a run that are the same for all training steps.
 
     Attributes:
       config: The resolved configuration.
@@ -211,7 +231,7 @@ def _make_run(
     config: Config,
     workdir: pathlib.Path,
     dataset: Dataset,
-    model: nn.Module,
+    model: Network,
     checkpoints: Checkpoints,
     console: Console,
     heartbeat: Heartbeat,
@@ -243,7 +263,7 @@ def _make_run(
 
 
 def _default_execution_length(on_device: bool) -> int:
-    """Returns the number of steps in an execution if train.steps_per_execution is 0.
+    """Returns the number of steps to dispatch together if train.steps_per_execution is 0.
 
     If the images are on an accelerator, a step may take less time than its dispatch. On a CPU
     a step takes longer than its dispatch.
@@ -253,7 +273,7 @@ def _default_execution_length(on_device: bool) -> int:
 
 @dataclasses.dataclass
 class _Progress:
-    """The state of a run that a checkpoint stores.
+    """The part of a run's state that a checkpoint stores.
 
     Attributes:
       step: The number of steps taken.
@@ -272,7 +292,7 @@ class _Progress:
 
 @dataclasses.dataclass(frozen=True)
 class _Execution:
-    """Steps that were dispatched to the devices and may be unfinished.
+    """Training steps that were dispatched to the devices together, and may still be running.
 
     Attributes:
       metrics: The metrics of all steps of the execution.
@@ -288,7 +308,7 @@ class _Execution:
 
     @property
     def last_step(self) -> int:
-        """The step number of the last step in this execution."""
+        """The step number of the last of the dispatched steps."""
         return self.first_step + self.steps - 1
 
 
@@ -315,6 +335,8 @@ def _train(
         improvements = _improvements(progress.history, monitor)
         display.start(progress.history, improvements, progress.step, is_finished)
         run.heartbeat.beat("starting", progress.step)
+        if progress.history and not run.checkpoints.steps():
+            _save(run, progress)  # The probe may be the best epoch.
         on_epoch(progress.history)
         reader = _DelayedReader(run, progress, display)
         for number in itertools.count():
@@ -323,7 +345,7 @@ def _train(
             length = run.execution_length(progress.step)
             with trace.steps(progress.step, length):
                 execution = _dispatch(run, progress, batches, length, is_first=number == 0)
-                # The previous execution is read while the devices compute this one.
+                # Read the loss of the previous steps while the devices compute these steps.
                 reader.follow(execution)
             run.heartbeat.beat("training", progress.step)
             is_due = interrupted.is_due(number)
@@ -351,7 +373,7 @@ def _train(
                 if _patience_is_over(progress.history, run.config):
                     break
 
-    if message := trace.describe():  # After the trace is closed.
+    if message := trace.describe():  # A trace can be described only after it is closed.
         run.console.print(message)
 
 
@@ -362,7 +384,7 @@ def _dispatch(
     length: int,
     is_first: bool,
 ) -> _Execution:
-    """Sends the next batches to the devices and dispatches a step for each of them.
+    """Sends the next batches to the devices and dispatches a training step for each batch.
 
     The devices compute after this function has returned. The first execution of a process
     compiles the programs and checks the memory that they need.
@@ -378,20 +400,22 @@ def _dispatch(
         if is_first:
             run.heartbeat.beat("compiling", progress.step)
             memory.check(program, progress.state, arrays, run.pixels)
-            if run.steps_per_epoch % length:  # An epoch ends with single steps.
+            # If too few steps are left at the end of an epoch, these steps are dispatched one at a
+            # time. The program for a single step is therefore compiled too.
+            if run.steps_per_epoch % length:
                 single_step, single_batch = programs.send(execution_batches[:1])
                 single_step.lower(progress.state, single_batch, run.pixels).compile()
         progress.state, metrics = program(progress.state, arrays, run.pixels)
         progress.totals = programs.merge(progress.totals, metrics)
         if is_first:
-            progress.clock.restart()  # Excludes compilation from the speed.
+            progress.clock.restart()  # The measured speed excludes the time of compilation.
     first_step = progress.step
     progress.step += length
     return _Execution(metrics, first_step, length, length * programs.layout.batch_size)
 
 
 def _saves_within_epoch(run: _Run, execution: _Execution) -> bool:
-    """Returns whether a checkpoint of `checkpoint.every_steps` is due after this execution."""
+    """Returns whether `checkpoint.every_steps` requires a checkpoint after the given steps."""
     every = run.config.checkpoint.every_steps
     if not every:
         return False
@@ -399,14 +423,14 @@ def _saves_within_epoch(run: _Run, execution: _Execution) -> bool:
 
 
 class _DelayedReader:
-    """Reads the loss of each execution while the devices compute the next one."""
+    """Reads the loss of dispatched steps while the devices compute the next steps."""
 
     def __init__(self, run: _Run, progress: _Progress, display: TrainingDisplay) -> None:
         self._run, self._progress, self._display = run, progress, display
         self._in_flight: _Execution | None = None
 
     def follow(self, execution: _Execution) -> None:
-        """Reads the previous execution, and stores the new execution for the next call.
+        """Reads the loss of the previously dispatched steps, and remembers the new steps.
 
         Raises:
           TrainingError: The loss is infinite or not a number, or the memory was not enough.
@@ -418,7 +442,7 @@ class _DelayedReader:
             self._display.step(execution.first_step, loss, images_per_second)
 
     def finish(self) -> None:
-        """Reads the last execution.
+        """Reads the loss of the most recently dispatched steps.
 
         Raises:
           TrainingError: The loss is infinite or not a number, or the memory was not enough.
@@ -428,7 +452,7 @@ class _DelayedReader:
         self._in_flight = None
 
     def _read(self, execution: _Execution) -> float:
-        """Waits for an execution to finish; returns the mean loss of its images."""
+        """Waits for dispatched steps to finish; returns the mean loss of their images."""
         run = self._run
         with run.memory.explained():
             loss = float(jax.device_get(execution.metrics.loss_sum).sum()) / execution.images
@@ -438,12 +462,13 @@ class _DelayedReader:
         return loss
 
 
-def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None) -> _Progress:
+def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None, track: Track) -> _Progress:
     """Restores the progress of the run from a checkpoint, or starts at step 0.
 
     Args:
       run: The run.
       previous: The values of the configuration at the last start, by key; None for a new run.
+      track: Shows the progress of a loop.
 
     Raises:
       ConfigError: More epochs are finished than `train.epochs`, or a path or step is wrong.
@@ -451,7 +476,7 @@ def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None) -> _Progres
     """
     config, checkpoints = run.config, run.checkpoints
     state, totals = run.programs.init_state(), run.programs.empty_metrics()
-    # The run is rewound only once, because a scheduler may repeat the same command.
+    # A run is rewound to `restore_step` only once, because a scheduler may repeat the command.
     restore_step = config.checkpoint.restore_step
     if restore_step and restore_step != (previous or {}).get("checkpoint.restore_step"):
         saved = checkpoints.rewind(restore_step, state, totals)
@@ -468,14 +493,76 @@ def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None) -> _Progres
             class_names = run.dataset.source.class_names
             state, description = initial_weights.start_from(path, state, class_names)
             run.console.print(f"starts from {description}")
-        return _Progress(0, state, totals, [], _Clock())
-    if len(saved.history) > config.train.epochs:
+        history: History = []
+        if config.train.probe:
+            state, record = _fit_head(run, state, track)
+            history.append(record)
+        return _Progress(0, state, totals, history, _Clock())
+    if (finished := _last_epoch(saved.history)) > config.train.epochs:
         raise ConfigError(
-            f"config.train.epochs: must be at least {len(saved.history)}, the number of finished "
-            f"epochs, got {config.train.epochs}"
+            f"config.train.epochs: must be at least {finished}, the number of finished epochs, "
+            f"got {config.train.epochs}"
         )
     clock = _Clock(saved.seconds)
     return _Progress(saved.step, saved.state, saved.epoch_metrics, saved.history, clock)
+
+
+def _fit_head(run: _Run, state: TrainState, track: Track) -> tuple[TrainState, dict[str, Any]]:
+    """Fits the head to the features of the initial network; see `probe`.
+
+    Returns:
+      The state with the fitted head, and the record of epoch 0.
+    """
+    config, dataset = run.config, run.dataset
+    clock = _Clock()
+    variables = jax.device_get(run.programs.gather(state.variables))
+    features = probe.embeddings(run.programs.model, variables, config, dataset, track)
+    class_weights = None
+    if config.train.balance != "none":
+        class_weights = balanced_weights(dataset.findings.counts["train"])
+    fitted = probe.fit(features, dataset, class_weights)
+    clock.count(len(features))
+    head = {
+        "kernel": sharding.distribute(fitted.kernel, state.params["head"]["kernel"].sharding),
+        "bias": sharding.distribute(fitted.bias, state.params["head"]["bias"].sharding),
+    }
+    run.console.print(f"the probe fitted the head to the features, with an L2 of {fitted.l2:g}")
+    record = _record(run, 0, 0, clock, fitted.metrics["train"], fitted.metrics["validation"])
+    return dataclasses.replace(state, params={**state.params, "head": head}), record
+
+
+def _record(
+    run: _Run,
+    epoch: int,
+    step: int,
+    clock: "_Clock",
+    training: Mapping[str, float],
+    validation: Mapping[str, float],
+) -> dict[str, Any]:
+    """Returns the record of a finished epoch.
+
+    Args:
+      run: The run.
+      epoch: The number of the epoch; 0 is the probe.
+      step: The number of steps taken.
+      clock: The clock of the epoch.
+      training: The metrics of the training images.
+      validation: The metrics of the validation images.
+    """
+    return {
+        "epoch": epoch,
+        "step": step,
+        "seconds": clock.seconds(),
+        "images_per_second": clock.images_per_second(),
+        "learning_rate": _learning_rate(run.schedule, max(step - 1, 0)),
+        **{f"train_{key}": value for key, value in training.items()},
+        **{f"validation_{key}": value for key, value in validation.items()},
+    }
+
+
+def _last_epoch(history: History) -> int:
+    """Returns the number of the last finished epoch; 0 if no epoch is finished."""
+    return history[-1]["epoch"] if history else 0
 
 
 def _training_batches(
@@ -485,7 +572,10 @@ def _training_batches(
     start: int = 0,
     stop: int | None = None,
 ) -> contextlib.closing[Generator[pipeline.NumpyBatch, None, None]]:
-    """Yields the training batches from number `start` to `stop`; endless if `stop` is None."""
+    """Returns a stream of the training batches from `start` to `stop` - 1.
+
+    The stream is endless if `stop` is None.
+    """
     config = run.config
     return pipeline.training_batches(
         loader,
@@ -502,7 +592,9 @@ def _training_batches(
 
 
 def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> dict[str, Any]:
-    """Validates, returns the record of the finished epoch, and prepares the next epoch.
+    """Validates the network, and returns the record of the finished epoch.
+
+    The metrics and the clock are reset for the next epoch.
 
     Raises:
       TrainingError: The validation loss is not finite.
@@ -514,22 +606,15 @@ def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> di
     # If classes are sampled evenly, the metrics are reweighted to the data's class frequencies.
     is_sampled = run.config.train.balance == "sampling"
     training = progress.totals.compute(run.dataset.findings.counts["train"] if is_sampled else None)
-    record = {
-        "epoch": len(progress.history) + 1,
-        "step": progress.step,
-        "seconds": progress.clock.seconds(),
-        "images_per_second": progress.clock.images_per_second(),
-        "learning_rate": _learning_rate(run.schedule, last_execution.last_step),
-        **{f"train_{key}": value for key, value in training.items()},
-        **{f"validation_{key}": value for key, value in validation.items()},
-    }
+    epoch = _last_epoch(progress.history) + 1
+    record = _record(run, epoch, progress.step, progress.clock, training, validation)
     progress.history.append(record)
     progress.totals, progress.clock = run.programs.empty_metrics(), _Clock()
     return record
 
 
 def _save(run: _Run, progress: _Progress) -> None:
-    """Starts to save a checkpoint."""
+    """Starts to save a checkpoint in the background."""
     run.checkpoints.save(
         progress.step,
         progress.state,
@@ -540,23 +625,24 @@ def _save(run: _Run, progress: _Progress) -> None:
     )
 
 
-def _best_variables(run: _Run, progress: _Progress) -> PyTree:
-    """Returns the network's variables of the best epoch, as arrays on the host.
+def _best_variables(run: _Run, progress: _Progress) -> tuple[PyTree, int]:
+    """Returns the network's variables after the best epoch, as arrays on the host.
 
     Raises:
-      TrainingError: There is no checkpoint at the end of an epoch, or it is damaged.
+      TrainingError: There is no checkpoint at the end of an epoch, or the checkpoint is damaged.
     """
     monitor = run.config.train.monitor
     best = best_record(progress.history, monitor)
-    assert best is not None  # train.epochs is at least 1.
+    assert best is not None  # A run has an epoch or the probe.
     run.console.print(_describe_end(progress.history, best, run.config))
     if best["step"] == progress.step:
-        return jax.device_get(run.programs.gather(progress.state.variables))
+        return jax.device_get(run.programs.gather(progress.state.variables)), best["epoch"]
     run.checkpoints.wait()
     kept = set(run.checkpoints.steps())
     if best["step"] not in kept:
-        # The checkpoint was deleted for a better epoch that was not reached again, for example
-        # because the run resumed with another mesh or fewer epochs.
+        # The checkpoint was deleted when a later epoch was better. The run then resumed from an
+        # earlier step and did not reach the better epoch again, for example with another mesh or
+        # with fewer epochs.
         best = best_record([r for r in progress.history if r["step"] in kept], monitor)
         if best is None:
             raise TrainingError(
@@ -568,14 +654,14 @@ def _best_variables(run: _Run, progress: _Progress) -> PyTree:
             f"checkpoint, {best['epoch']}, with {monitor} {best[monitor]:.4f}"
         )
     saved = run.checkpoints.restore(best["step"], progress.state, progress.totals)
-    return jax.device_get(run.programs.gather(saved.state.variables))
+    return jax.device_get(run.programs.gather(saved.state.variables)), best["epoch"]
 
 
 class _Clock:
     """Measures the duration of an epoch and the training speed in images per second."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        """Starts the clock.
+        """Starts to measure the duration and the speed of an epoch.
 
         Args:
           seconds: The time already spent in this epoch before an interruption.
@@ -585,25 +671,28 @@ class _Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Restarts the measurement of the speed."""
+        """Restarts the measurement of the training speed."""
         self._start = self._last_step = time.perf_counter()
 
     def count(self, images: int) -> None:
-        """Adds the images of an execution that has just finished."""
+        """Adds the number of images in the training steps that have just finished."""
         self._last_step = time.perf_counter()
         self._images += images
 
     def images_per_second(self) -> float:
-        """Returns the images per second from the last restart to the last finished execution."""
+        """Returns the training speed in images per second.
+
+        The speed is measured from the last restart to the last finished execution.
+        """
         return self._images / max(self._last_step - self._start, 1e-9)
 
     def seconds(self) -> float:
-        """The time spent in the current epoch until now, in seconds."""
+        """Returns the time spent in the current epoch so far, in seconds."""
         return time.perf_counter() - self._made
 
 
 def _not_finite(name: str, execution: _Execution, schedule: optax.Schedule) -> TrainingError:
-    """Returns the error for an execution with a loss or parameter that is not finite.
+    """Returns the error for a loss or a parameter that is not finite.
 
     Args:
       name: The name of the value, for the message.
@@ -628,14 +717,14 @@ def _learning_rate(schedule: optax.Schedule, step: int) -> float:
 
 
 def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
-    """Returns the state with BatchNorm statistics estimated for the current parameters.
+    """Returns the train state with new BatchNorm statistics for the current parameters.
 
     The statistics come from training images without augmentation. The images are always the
     same, so that an interrupted run gives the same results as an uninterrupted one.
     """
-    if not jax.tree.leaves(state.batch_stats):
-        return state
     programs = run.programs
+    if not programs.updates_statistics:
+        return state
     count = min(math.ceil(_STATISTICS_IMAGES / programs.layout.batch_size), run.steps_per_epoch)
     statistics = programs.empty_statistics()
     # Worker processes would take longer to start than these few batches take to load.
@@ -677,13 +766,16 @@ def _improvements(history: History, monitor: str) -> set[int]:
 def _patience_is_over(history: History, config: Config) -> bool:
     """Returns whether the last `train.patience` epochs did not improve the monitored metric."""
     best = best_record(history, config.train.monitor)
-    return best is not None and len(history) - best["epoch"] >= config.train.patience
+    return best is not None and _last_epoch(history) - best["epoch"] >= config.train.patience
 
 
 def _describe_end(history: History, best: dict[str, Any], config: Config) -> str:
     """Returns a line for the user that says how training ended and which epoch was best."""
-    monitor = config.train.monitor
+    monitor, epochs = config.train.monitor, _last_epoch(history)
+    if not epochs:
+        return f"done: the probe has {monitor} {best[monitor]:.4f}"
+    which = best["epoch"] or "the probe"
     return (
-        f"{'stopped early' if len(history) < config.train.epochs else 'done'}: the best of "
-        f"{count(len(history), 'epoch')} is {best['epoch']}, with {monitor} {best[monitor]:.4f}"
+        f"{'stopped early' if epochs < config.train.epochs else 'done'}: the best of "
+        f"{count(epochs, 'epoch')} is {which}, with {monitor} {best[monitor]:.4f}"
     )

@@ -13,7 +13,7 @@ Targets = Int[Array, " batch"] | Float[Array, "batch classes"]
 def cross_entropy(
     logits: Float[Array, "batch classes"], targets: Targets, label_smoothing: float = 0.0
 ) -> Float[Array, " batch"]:
-    """Returns the cross-entropy of each example with its smoothed target, in nats.
+    """Returns the cross-entropy between each example's prediction and smoothed target, in nats.
 
     Label smoothing s replaces each of the C target probabilities p by (1 - s) p + s / C
     (Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7).
@@ -31,9 +31,9 @@ def cross_entropy(
 def example_weights(
     class_weights: Float[Array, " classes"], targets: Targets
 ) -> Float[Array, " batch"]:
-    """Returns the weight of each example: the mean of the class weights, weighted by its target.
+    """Returns a weight for each example: the mean class weight under the target distribution.
 
-    If the target is a single class, the result is the weight of that class.
+    If the target is a single class, the result is the weight of this class.
     """
     if _are_classes(targets):
         return class_weights[targets]
@@ -41,12 +41,12 @@ def example_weights(
 
 
 def _are_classes(targets: Array) -> bool:
-    """Returns whether targets are class numbers, not probabilities of classes."""
+    """Returns whether targets are class indices, as opposed to class probabilities."""
     return jnp.issubdtype(targets.dtype, jnp.integer)
 
 
 def balanced_weights(class_counts: Int[np.ndarray, " classes"]) -> Float[np.ndarray, " classes"]:
-    """Returns a loss weight for each class, such that all classes contribute equally.
+    """Returns a weight for each class, such that all classes contribute equally to the loss.
 
     The weight of class c is n / (C n_c), where n is the number of examples, n_c the number of
     examples of the class, and C the number of classes that have examples. The mean weight of

@@ -1,4 +1,4 @@
-"""Classification metrics, kept as sums and counts and divided once at the end."""
+"""Classification metrics, computed from sums and counts over all examples."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from cnn_jax.training.loss import cross_entropy
 
-# The metrics that `summarize` returns.
+# The names of the metrics that `summarize` returns.
 HEADLINE = ("accuracy", "precision", "recall", "f1", "loss")
 
-# 95 % of a normal distribution lie within this number of standard deviations of its mean.
+# A normal variable is within this number of standard deviations of its mean with probability 95 %.
 _NORMAL_95 = float(scipy.special.ndtri(0.975))
-# If the 95 % interval of an accuracy is wider than this on one side, the user is warned.
+# The user is warned if half the width of an accuracy's 95 % confidence interval reaches this value.
 MAX_HALF_WIDTH = 0.02
 # The number of resamples of the bootstrap.
 _RESAMPLES = 1000
@@ -28,8 +28,8 @@ _RESAMPLES = 1000
 class Metrics:
     """Sums over examples, steps and devices, from which all metrics are computed.
 
-    The fields are typed loosely because JAX also builds trees of shapes and of
-    shardings from this class.
+    The fields have the general type `PyTree`, because JAX also builds trees of shapes and trees
+    of shardings from this class.
 
     Attributes:
       loss_sum: float32 [classes], for each true class the sum of its examples'
@@ -66,11 +66,11 @@ class Metrics:
         return cls(loss_sum=loss_sum, confusion=confusion)
 
     def merge(self, other: "Metrics") -> "Metrics":
-        """Returns the sums of these metrics and `other`."""
+        """Returns the metrics of all examples of `self` and `other`."""
         return jax.tree.map(jnp.add, self, other)
 
     def compute(self, class_counts: Int[np.ndarray, " classes"] | None = None) -> dict[str, float]:
-        """Returns accuracy, macro precision, recall and F1, and mean loss.
+        """Returns the accuracy, the macro precision, recall and F1, and the mean loss.
 
         Args:
           class_counts: The number of examples of each class in the data, if the examples
@@ -90,7 +90,7 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 of each class, and its number of examples (support).
+    """Returns the precision, recall, F1 and support (number of examples) of each class.
 
     Args:
       confusion: int [classes, classes], rows are true classes.
@@ -106,7 +106,7 @@ def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
 def _per_class(
     correct: np.ndarray, predicted: np.ndarray, support: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Computes `per_class` from the correct, predicted and true examples of each class."""
+    """Computes `per_class` from the counts of correct, predicted and true examples by class."""
     return {
         "precision": _divide(correct, predicted),
         "recall": _divide(correct, support),
@@ -116,9 +116,9 @@ def _per_class(
 
 
 def summarize(confusion: np.ndarray, loss_sum: float) -> dict[str, float]:
-    """Returns accuracy, macro precision, recall and F1 (means over all classes), and mean loss.
+    """Returns the accuracy, the macro precision, recall and F1, and the mean loss.
 
-    All metrics of an empty confusion matrix are 0.
+    Macro metrics are means over all classes. All metrics of an empty confusion matrix are 0.
 
     Args:
       confusion: [classes, classes], rows are true classes.
@@ -136,7 +136,7 @@ def summarize(confusion: np.ndarray, loss_sum: float) -> dict[str, float]:
 
 
 def half_width(interval: Sequence[float]) -> float:
-    """Half the width of an interval (low, high)."""
+    """Returns half the width of an interval (low, high)."""
     low, high = interval
     return (high - low) / 2
 
@@ -163,7 +163,7 @@ def wilson_interval(successes: float, count: float) -> tuple[float, float]:
 
 
 def bootstrap_intervals(confusion: np.ndarray) -> dict[str, tuple[float, float]]:
-    """95 % confidence intervals of macro precision, recall and F1, by the bootstrap.
+    """Returns 95 % bootstrap confidence intervals of macro precision, recall and F1.
 
     The intervals are percentiles of 1,000 resamples of the examples, with seed 0 (Efron 1979). Each
     class is resampled separately, because a resample of all examples could lack a small
@@ -182,7 +182,7 @@ def bootstrap_intervals(confusion: np.ndarray) -> dict[str, tuple[float, float]]
     correct, predicted = (np.zeros((_RESAMPLES, num_classes), np.int64) for _ in range(2))
     rng = np.random.default_rng(0)
     for label, row in enumerate(confusion):
-        # Drawing a count for each cell of the row is the same as resampling its examples.
+        # Drawing the counts of the row's cells is equivalent to resampling the class's examples.
         cells = np.flatnonzero(row)
         if not len(cells):
             continue
@@ -205,7 +205,7 @@ def bootstrap_intervals(confusion: np.ndarray) -> dict[str, tuple[float, float]]
 def confidence_intervals(
     confusion: np.ndarray, losses: Float[np.ndarray, " n"]
 ) -> dict[str, tuple[float, float]]:
-    """95 % confidence intervals of the metrics of `summarize`.
+    """Returns 95 % confidence intervals of the metrics that `summarize` returns.
 
     The methods are Wilson's for accuracy, the bootstrap for precision, recall and F1, and
     the normal approximation for the mean loss.
@@ -225,10 +225,10 @@ def confidence_intervals(
 
 
 def agreement_p_value(matrix: np.ndarray) -> float:
-    """Returns the one-sided p-value of the agreement of predictions and labels.
+    """Returns the p-value of the hypothesis that predictions and labels agree only by chance.
 
     The p-value is the probability of at least this many correct predictions if the predictions
-    were shuffled among the images. It is computed with a normal approximation, with continuity
+    were shuffled among the images. The method is a normal approximation, with continuity
     correction, to the permutation distribution of the matrix's trace (Hoeffding 1951).
 
     Args:
@@ -241,7 +241,7 @@ def agreement_p_value(matrix: np.ndarray) -> float:
     deviation = np.eye(len(matrix)) - columns[:, None] / total - rows[None, :] / total
     deviation += mean / total
     variance = float(rows @ deviation**2 @ columns) / (total - 1)
-    if variance <= 1e-12 * total:  # One class has all images or all predictions.
+    if variance <= 1e-12 * total:  # All images or all predictions belong to one class.
         return 1.0
     excess = float(np.trace(matrix)) - mean - 0.5
     return float(scipy.special.ndtr(-excess / math.sqrt(variance)))

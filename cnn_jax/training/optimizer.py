@@ -1,8 +1,14 @@
 """The learning-rate schedule and the optimizer."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
+
+from cnn_jax.models.base import Network
 
 
 def make_schedule(
@@ -33,22 +39,85 @@ def make_schedule(
 
 
 def kernel_mask(params: PyTree) -> PyTree:
-    """Returns True for each kernel of a convolution or dense layer, False for other parameters."""
+    """Returns a tree of booleans: True for the kernels of convolution and dense layers."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def make_optimizer(schedule: optax.Schedule, l2: float) -> optax.GradientTransformation:
-    """Returns Adam (Kingma and Ba 2015) on the gradient of loss + l2 / 2 * sum(kernel ** 2).
+def head_kernel_mask(params: PyTree) -> PyTree:
+    """Returns True for the kernel of the head, False for all other parameters."""
+    return jax.tree.map_with_path(lambda path, _: _names(path) == ("head", "kernel"), params)
 
-    The gradient of the penalty is included in Adam's moments, as if the penalty were a term
-    of the loss. This is not decoupled weight decay (AdamW); the specification uses an L2
-    penalty.
+
+def learning_rate_factors(
+    params: PyTree, *, model: Network, stage_decay: float, head_factor: float
+) -> PyTree:
+    """Returns the factor of the learning rate for each parameter of a network.
+
+    The factor is 1 for the last stage before the head, `stage_decay` for the stage before it,
+    its square for the stage before that one, and so on ("discriminative fine-tuning", Howard
+    and Ruder 2018).
+
+    Args:
+      params: The parameters of the network.
+      model: The network.
+      stage_decay: The ratio of the learning rates of a stage and the next stage.
+      head_factor: The factor of the head.
+    """
+    stages = [name for name in model.stage_names if name not in ("embedding", "logits")]
+
+    def factor(path: tuple[Any, ...], _: Array) -> float:
+        stage = model.stage_of(_names(path)[0])
+        if stage == "logits":
+            return head_factor
+        distance = len(stages) - 1 - stages.index(stage) if stage in stages else 0
+        return stage_decay**distance
+
+    return jax.tree.map_with_path(factor, params)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Returns the names in the path of a parameter, such as ("conv1", "kernel")."""
+    return tuple(entry.key for entry in path)
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    l2: float,
+    *,
+    l2_mask: Callable[[PyTree], PyTree] = kernel_mask,
+    weight_decay: float = 0.0,
+    factors: Callable[[PyTree], PyTree] | None = None,
+) -> optax.GradientTransformation:
+    """Returns Adam (Kingma and Ba 2015) for the objective loss + l2 / 2 * sum(kernel ** 2).
+
+    The gradient of the penalty is included in Adam's moments, as if the penalty were a term of
+    the loss, because the project's specification prescribes an L2 penalty. The decoupled weight
+    decay (AdamW, Loshchilov and Hutter 2019) is not included in the moments.
 
     Args:
       schedule: A function from the number of steps taken to the learning rate.
       l2: The weight of the penalty, 0 or more.
+      l2_mask: A function from the parameters to a tree with True for each parameter that has
+        the penalty.
+      weight_decay: The weight of the decoupled decay, 0 or more: a step subtracts
+        learning rate * weight_decay * kernel from each kernel.
+      factors: A function from the parameters to a tree with a factor of the learning rate for
+        each parameter, or None for a factor of 1.
     """
-    return optax.chain(
-        optax.add_decayed_weights(l2, mask=kernel_mask),
-        optax.adam(schedule),
-    )
+    steps = [optax.scale_by_adam()]
+    if weight_decay:
+        steps.append(optax.add_decayed_weights(weight_decay, mask=kernel_mask))
+    if factors is not None:
+        steps.append(_scale_by(factors))
+    steps.append(optax.scale_by_learning_rate(schedule))
+    return optax.chain(optax.add_decayed_weights(l2, mask=l2_mask), optax.chain(*steps))
+
+
+def _scale_by(factors: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
+    """Returns the transformation that multiplies each update by the factor of its parameter."""
+
+    def scale(updates: PyTree, params: PyTree | None) -> PyTree:
+        del params
+        return jax.tree.map(jnp.multiply, updates, factors(updates))
+
+    return optax.stateless(scale)

@@ -1,4 +1,4 @@
-"""A trace of a few training steps, for Perfetto or XProf."""
+"""A profiler trace of a few training steps, which Perfetto or XProf can show."""
 
 import contextlib
 import pathlib
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import jax
 
-# The number of steps before the trace starts, in which programs are compiled and queues are
-# filled; and the number of steps in the trace.
+# The number of steps before the trace, and the number of steps in the trace. During the steps
+# before the trace, programs are compiled and queues are filled.
 _WARM_UP_STEPS, _TRACED_STEPS = 10, 5
 
 
@@ -15,7 +15,7 @@ class Trace:
     """Records a trace of a few training steps and writes it to a folder."""
 
     def __init__(self, folder: pathlib.Path | None):
-        """Prepares a trace.
+        """Creates a trace, without starting it.
 
         Args:
           folder: The folder of the trace; None records nothing.
@@ -26,7 +26,7 @@ class Trace:
 
     @contextlib.contextmanager
     def steps(self, first: int, count: int) -> Iterator[None]:
-        """Returns a context for the dispatch of one execution.
+        """Records the training steps dispatched inside the context, if the trace includes them.
 
         Args:
           first: The step number of the execution's first step.
@@ -54,7 +54,7 @@ class Trace:
             jax.profiler.stop_trace()
 
     def describe(self) -> str | None:
-        """Returns a message for the user after the last step; None if no trace was requested."""
+        """Returns a message about the trace for the user; None if no trace was requested."""
         if self._folder is None:
             return None
         if not self._traced:

@@ -1,4 +1,4 @@
-"""The jitted functions of a run, and an estimate of the memory that a step needs."""
+"""The jitted functions of a run, and an estimate of the memory that a training step needs."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +15,19 @@ from jaxtyping import Array, Bool, PyTree
 from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.mix import Mixing
+from cnn_jax.models.base import Network
+from cnn_jax.models.network import updates_statistics
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import TrainingError
 from cnn_jax.training import sharding
 from cnn_jax.training.loss import balanced_weights
 from cnn_jax.training.metrics import Metrics
-from cnn_jax.training.optimizer import make_optimizer
+from cnn_jax.training.optimizer import (
+    head_kernel_mask,
+    kernel_mask,
+    learning_rate_factors,
+    make_optimizer,
+)
 from cnn_jax.training.step import Statistics, TrainState, TrainStep, eval_step, update_statistics
 
 # A suggested batch size is rounded down to a multiple of this number.
@@ -29,7 +35,7 @@ _ROUND_BATCH = 8
 
 
 def make_train_step(
-    config: Config, model: nn.Module, schedule: optax.Schedule, dataset: Dataset
+    config: Config, model: Network, schedule: optax.Schedule, dataset: Dataset
 ) -> TrainStep:
     """Returns the training step of a run.
 
@@ -39,13 +45,34 @@ def make_train_step(
       schedule: The learning rate by step.
       dataset: The data set of the run.
     """
-    train = config.train
+    train, optimizer = config.train, config.optimizer
     class_weights = None
     if train.balance == "loss":
         class_weights = tuple(balanced_weights(dataset.findings.counts["train"]).tolist())
+    head_factor = (optimizer.head_learning_rate or optimizer.learning_rate) / (
+        optimizer.learning_rate
+    )
+    has_factors = optimizer.stage_decay != 1 or head_factor != 1
     return TrainStep(
         model=model,
-        optimizer=make_optimizer(schedule, config.optimizer.l2),
+        optimizer=make_optimizer(
+            schedule,
+            optimizer.l2,
+            # An L2 penalty would pull pretrained weights to zero.
+            l2_mask=head_kernel_mask if config.model.get("pretrained") else kernel_mask,
+            weight_decay=optimizer.weight_decay,
+            factors=(
+                functools.partial(
+                    learning_rate_factors,
+                    model=model,
+                    stage_decay=optimizer.stage_decay,
+                    head_factor=head_factor,
+                )
+                if has_factors
+                else None
+            ),
+        ),
+        is_trainable=model.is_trained_parameter if train.from_stage else None,
         preprocessing=dataset.loader.preprocessing,
         seed=config.seed,
         label_smoothing=train.label_smoothing,
@@ -56,7 +83,7 @@ def make_train_step(
 
 
 class Programs:
-    """The jitted functions of a run, with the shardings of their arrays.
+    """The jitted functions of a run, with the shardings of their arguments and results.
 
     Each function is compiled at its first call. The argument `pixels` is an array of all
     images of the data set if they are on the devices, else None.
@@ -76,10 +103,12 @@ class Programs:
       is_finite: (state) -> bool [], whether every number is finite.
       gather: (tree) -> the same arrays, replicated on all devices.
       accumulation_steps: The number of parts of a batch that are computed one after the other.
+      model: The network.
+      updates_statistics: Whether training changes BatchNorm's statistics.
     """
 
     def __init__(self, train_step: TrainStep, batch_size: int, model_devices: int = 1):
-        """Prepares the functions; nothing is compiled yet.
+        """Creates the jitted functions, without compiling them.
 
         Args:
           train_step: The training step.
@@ -88,7 +117,11 @@ class Programs:
         """
         num_classes = train_step.model.num_classes
         jit = functools.partial(jax.jit, compiler_options=runtime.compiler_options())
+        self.model = train_step.model
         self.accumulation_steps = train_step.accumulation_steps
+        self.updates_statistics = updates_statistics(
+            train_step.model, train_step.preprocessing.image_size
+        )
         self.layout = layout = sharding.Layout(sharding.make_mesh(model_devices), batch_size)
         abstract_state = jax.eval_shape(train_step.init_state)
         state_sharding = sharding.split_large(layout.mesh, abstract_state)
@@ -173,7 +206,7 @@ class Programs:
         self.gather = jax.jit(lambda tree: tree, out_shardings=replicated)
 
     def send(self, batches: Sequence[Mapping[str, np.ndarray]]) -> tuple[Any, dict[str, jax.Array]]:
-        """Sends the batches of one execution to the devices.
+        """Copies one or more batches to the devices, and selects the training function for them.
 
         Args:
           batches: One or more batches, with the rows that this process loads.
@@ -188,7 +221,7 @@ class Programs:
 
 
 def _with_images(batch: Mapping[str, Array], pixels: Array | None) -> Mapping[str, Array]:
-    """Returns the batch with its images selected from `pixels`; unchanged if `pixels` is None."""
+    """Adds images from `pixels` to a batch; returns the batch unchanged if `pixels` is None."""
     return batch if pixels is None else {**batch, "image": pixels[batch["row"]]}
 
 
@@ -217,20 +250,21 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
-        """The memory for the batch size and the number of parts of this estimate."""
+        """The total memory that a training step needs on one device, in bytes."""
         return self.fixed + self.per_example * self.batch_size / (self.data_devices * self.parts)
 
     def largest_batch(self, available: float) -> int:
-        """Returns the largest global batch that fits into `available` bytes; 0 if none fits."""
+        """Returns the largest global batch size that fits into `available` bytes, or 0."""
         examples = max(0, int((available - self.fixed) / self.per_example))
         if examples >= 2 * _ROUND_BATCH:
             examples -= examples % _ROUND_BATCH
         return examples * self.data_devices * self.parts
 
     def fewest_parts(self, available: float) -> int | None:
-        """Returns the smallest number of parts with which the batch fits, or None if none fits.
+        """Returns the smallest number of batch parts with which a step fits into memory.
 
-        A number of parts must divide the number of examples on a device.
+        The number of parts must divide the number of examples on a device. The result is None
+        if the step needs more than `available` bytes with every number of parts.
         """
         examples = self.batch_size // self.data_devices
         for parts in range(1, examples + 1):
@@ -240,7 +274,7 @@ class MemoryEstimate:
         return None
 
     def error(self, available: float, has: str = "has") -> TrainingError:
-        """Returns an out-of-memory error that names settings with which the step would fit.
+        """Returns an out-of-memory error that suggests settings with which a step would fit.
 
         Args:
           available: The memory of the device, in bytes.
@@ -259,17 +293,21 @@ class MemoryEstimate:
 
 
 class Memory:
-    """The check that the devices have enough memory for training."""
+    """Checks that the devices have enough memory for training."""
 
     def __init__(self, programs: Programs):
-        """Prepares the check of the training steps of `programs`."""
+        """Creates the memory check of a run.
+
+        Args:
+          programs: The jitted functions of the run.
+        """
         self._programs = programs
         self._estimate: MemoryEstimate | None = None
 
     def check(
         self, program: Any, state: TrainState, batch: Mapping[str, jax.Array], pixels: Any
     ) -> None:
-        """Compiles a program and checks that its memory fits into a device.
+        """Compiles a training function and checks that each device has enough memory for it.
 
         Args:
           program: `Programs.train_step` or `Programs.train_steps`.
@@ -282,7 +320,7 @@ class Memory:
         """
         programs = self._programs
         analysis = program.lower(state, batch, pixels).compile().memory_analysis()
-        if analysis is None:  # Some devices do not report their memory.
+        if analysis is None:  # On some devices, XLA does not report how much memory is needed.
             return
         layout, parts = programs.layout, programs.accumulation_steps
         batch_bytes = sum(array.nbytes for array in batch.values()) / layout.data_devices

@@ -28,8 +28,11 @@ def write_results(
     dataset: Dataset,
     variables: PyTree,
     track: Track,
+    features: Float[np.ndarray, "examples embedding"] | None = None,
 ) -> dict[str, Any]:
-    """Calibrates a network, measures it on `report.splits`, and writes metrics and bundle.
+    """Calibrates and evaluates the trained network; writes its metrics, predictions and bundle.
+
+    The network is evaluated on the splits of the configuration key `report.splits`.
 
     Args:
       config: The resolved configuration of the run.
@@ -37,6 +40,8 @@ def write_results(
       dataset: The data set of the run.
       variables: {"params": ..., "batch_stats": ...}, arrays on the host.
       track: Shows the progress of a loop.
+      features: The embedding of each example, if it is known; the predictions are then computed
+        from the embeddings, and not from the images.
 
     Returns:
       The content of `report/metrics.json`.
@@ -60,16 +65,25 @@ def write_results(
     )
 
     loader = dataclasses.replace(dataset.loader, on_device=False)
+
+    def predict(
+        bundle: Bundle, indices: Int[np.ndarray, " n"], description: str
+    ) -> Float[np.ndarray, "n classes"]:
+        if features is None:
+            return _predict(BundlePredictor(bundle), loader, indices, track, description)
+        head = bundle.variables["params"]["head"]
+        logits = features[indices] @ head["kernel"] + head["bias"]
+        return np.asarray(jax.nn.softmax(logits / np.float32(bundle.temperature)))
+
     validation = dataset.splits["validation"]
-    uncalibrated = _predict(BundlePredictor(bundle), loader, validation, track, "calibrating")
+    uncalibrated = predict(bundle, validation, "calibrating")
     temperature = fit_temperature(uncalibrated, source.labels[validation])
     bundle = dataclasses.replace(bundle, temperature=temperature)
 
-    predictor = BundlePredictor(bundle)
     report = {}
     for split in config.report.splits:
         indices = dataset.splits[split]
-        probabilities = _predict(predictor, loader, indices, track, f"measuring {split}")
+        probabilities = predict(bundle, indices, f"measuring {split}")
         report[split] = score(probabilities, source.labels[indices], source.class_names)
         if split == "test":
             ids = [source.ids[i] for i in indices]
@@ -80,7 +94,8 @@ def write_results(
     headline = {
         split: {
             **{key: report[split][key] for key in HEADLINE},
-            # Explanations have no verdict unless the network is better than guessing.
+            # The explanation methods get a verdict only if this p-value shows that the network is
+            # better than guessing.
             "agreement_p_value": agreement_p_value(np.array(report[split]["confusion"])),
         }
         for split in report
@@ -97,9 +112,10 @@ def _predict(
     track: Track,
     description: str,
 ) -> Float[np.ndarray, "n classes"]:
-    """Returns the result of `predict_split`, with the work divided among the run's processes.
+    """Returns the class probabilities of images; the processes of the run share the work.
 
-    Each process predicts every n-th batch, and all processes get all probabilities.
+    Each of n processes calls `predict_split` for every n-th batch, and then all processes
+    receive all probabilities.
     """
     positions = np.arange(len(indices))
     parts = [

@@ -21,7 +21,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-from cnn_jax.config import files
+from cnn_jax.config import files, schema
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track
 from cnn_jax.data.files import check_output
@@ -33,8 +33,9 @@ from cnn_jax.training import sharding
 
 logger = logging.getLogger(__name__)
 
-# Keys on which no metric depends. The fingerprint of the data identifies the images wherever
-# they are stored; the mesh and the number of steps in an execution change only the rounding.
+# The configuration keys that do not affect any metric. The fingerprint of the data identifies the
+# images, wherever the images are stored. The mesh and train.steps_per_execution change only
+# rounding errors.
 INDIFFERENT_KEYS = frozenset(
     {
         *("data.source", "data.workers", "data.cache"),
@@ -45,17 +46,8 @@ INDIFFERENT_KEYS = frozenset(
         *("report.detail", "report.splits"),
     }
 )
-# The keys that may change when a run resumes. No result of a finished epoch depends on them.
+# The keys that may change when a run resumes. No result of a finished epoch depends on these keys.
 FREE_KEYS = INDIFFERENT_KEYS | {"train.epochs", "train.patience", "checkpoint.restore_step"}
-# The values that these keys get in the configuration of a run from before the keys existed.
-_VALUES_OF_OLDER_RUNS = {
-    "augment.mixup_probability": 0.0,
-    "augment.cutmix_probability": 0.0,
-    "data.white_level": 0.0,
-    "data.resize": "stretch",
-    "data.crop_ratio": 1.0,
-    "data.interpolation": "bilinear",
-}
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
 _CHECKPOINTS = "checkpoints"
 # The sub-folders of a run's folder.
@@ -66,14 +58,14 @@ _HEARTBEAT_SECONDS = 5.0
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Creates the folder of a run and locks it inside this context.
+    """Creates the folder of a run, and locks the folder inside the context.
 
-    The system releases the lock when the process ends for any reason. If the block raises an
-    error before the run has written its configuration, the files and folders that were
-    created are removed.
+    The operating system releases the lock when the process ends for any reason. If the context
+    raises an error before the run has written its configuration, the files and folders that
+    were created are removed.
 
     Raises:
-      ConfigError: Another run has locked the folder, or it cannot be created or written.
+      ConfigError: Another run has locked the folder, or the folder cannot be created or written.
     """
     created = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
@@ -114,7 +106,7 @@ def _open_lock(workdir: pathlib.Path) -> IO[str]:
         ) from error
     except OSError as error:
         logger.warning("%s cannot be locked (%s): make sure that no two runs use it", path, error)
-    # Another run that failed to start may have removed the file before it was locked here.
+    # Another run that failed to start may have removed the file before this process locked it.
     if not os.fstat(file.fileno()).st_nlink:
         file.close()
         workdir.mkdir(parents=True, exist_ok=True)
@@ -134,14 +126,15 @@ def _remove_empty(folders: Iterable[pathlib.Path]) -> None:
 
 
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
-    """Returns whether a run has saved a checkpoint in this folder."""
+    """Returns whether a run has saved a checkpoint in its folder."""
     return any(entry.name.isdecimal() for entry in (workdir / _CHECKPOINTS).glob("*"))
 
 
 def check_apart(workdir: pathlib.Path, source: str) -> None:
-    """Checks that the folder of a run does not overlap with its images.
+    """Checks that the folder of a run and the data of the run do not overlap.
 
-    A run's folder may be inside the folder of the data. The data source then ignores it.
+    A run's folder may be inside the folder of the data. The data source then ignores the run's
+    folder.
 
     Args:
       workdir: The run's folder.
@@ -164,12 +157,12 @@ def check_apart(workdir: pathlib.Path, source: str) -> None:
 
 
 def _this_process() -> dict[str, Any]:
-    """Returns the process id of this process and the name of its host."""
+    """Returns the process id and the host name of this process."""
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def _describe_holder(text: str) -> str:
-    """Describes the process that has locked a folder; empty if the lock file is incomplete."""
+    """Describes the process that holds a lock; returns "" if the lock file is incomplete."""
     try:
         holder = json.loads(text)
         return f" by process {holder['pid']} on {holder['host']} since {holder['since']}"
@@ -183,7 +176,7 @@ def _now() -> str:
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the configuration of the run in this folder.
+    """Returns the configuration of the run in a folder.
 
     A folder contains a run only after the first checkpoint. Before that, there is
     nothing to resume and nothing to overwrite.
@@ -224,7 +217,9 @@ def changes(workdir: pathlib.Path, previous: Mapping[str, Any] | None, config: C
     """
     if previous is None:
         return []
-    previous = _VALUES_OF_OLDER_RUNS | dict(previous)
+    # A run from before a key existed gave the results of the key's default.
+    known_keys = schema.keys(config.model.name)
+    previous = {name: key.default for name, key in known_keys.items()} | dict(previous)
     wanted = files.flat(json.loads(config.to_json()))
     lines = {
         key: f"{key}: {previous.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
@@ -240,7 +235,7 @@ def changes(workdir: pathlib.Path, previous: Mapping[str, Any] | None, config: C
 
 
 def _unused_keys(config: Mapping[str, Any]) -> set[str]:
-    """Returns the keys that have no effect because MixUp or CutMix is switched off."""
+    """Returns the keys of MixUp and CutMix that have no effect because the method is not used."""
     methods = ("augment.mixup", "augment.cutmix")
     return {f"{method}_alpha" for method in methods if not config.get(f"{method}_probability")}
 
@@ -260,21 +255,21 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
 
 
 class Heartbeat:
-    """The file heartbeat.json: the step and the activity of a run, with the time of writing.
+    """Writes heartbeat.json: the step and the activity of a run, and the time of writing.
 
-    The training loop writes the file, not a thread, so that the file is no longer updated
+    The training loop and not a thread writes the file, so that the file is no longer updated
     if the run hangs.
     """
 
     def __init__(self, workdir: pathlib.Path):
-        """Prepares the heartbeat of the run in this folder; no file is written yet."""
+        """Creates the heartbeat of a run, without writing the file."""
         self._path = workdir / _HEARTBEAT
         self._step = 0
         self._activity = ""
         self._last = -math.inf
 
     def beat(self, activity: str, step: int | None = None) -> None:
-        """Writes the file, unless it was written with this activity less than five seconds ago.
+        """Writes heartbeat.json, at most once in five seconds for the same activity.
 
         Args:
           activity: The activity of the run, in a few words.
@@ -287,11 +282,11 @@ class Heartbeat:
             return
         self._last, self._activity = now, activity
         beat = {"time": _now(), "step": self._step, "activity": activity}
-        # Training does not wait for the disk; the next heartbeat follows within seconds.
+        # The file is not flushed to the disk, because the next heartbeat follows within seconds.
         write_text(self._path, _line(beat | _this_process()), durable=False)
 
     def wrap(self, track: Track) -> Track:
-        """Returns a function like `track` that also updates heartbeat.json for each item."""
+        """Wraps the progress function `track` so that each item also updates heartbeat.json."""
 
         def tracked(items: Iterable, description: str, total: int) -> Iterator:
             for item in track(items, description, total):
@@ -305,9 +300,9 @@ class EpochLog:
     """The log of a run: metrics.jsonl and TensorBoard events, with a record for each epoch."""
 
     def __init__(self, workdir: pathlib.Path, history: Sequence[Mapping[str, Any]]):
-        """Rewrites both logs with the records of the finished epochs.
+        """Rewrites metrics.jsonl and the TensorBoard events from the records of finished epochs.
 
-        A run that was killed may have logged an epoch that it has to train again.
+        A killed run may have logged an epoch that is trained again after the restart.
 
         Args:
           workdir: The run's folder.
@@ -320,15 +315,15 @@ class EpochLog:
         write_text(self._path, "".join(map(_line, history)))
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(exist_ok=True)
-        # EventsWriter, and not SummaryWriter: on a full disk, the writer thread of SummaryWriter
-        # ends with a traceback, and the tenth event after that blocks forever.
+        # SummaryWriter is not used: on a full disk, its writer thread ends with a traceback, and
+        # the tenth event after that blocks forever.
         with file_errors(self._folder):
             self._events = EventsWriter(str(self._folder / "events"))
         for record in history:
             self._write_events(record)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds the record of an epoch to both logs.
+        """Adds the record of an epoch to metrics.jsonl and to the TensorBoard events.
 
         Raises:
           OSError: A file cannot be written.
@@ -345,7 +340,7 @@ class EpochLog:
             for key, value in record.items():
                 if key in ("step", "epoch"):
                     continue
-                # "train_loss" becomes "loss/train", which TensorBoard groups.
+                # "train_loss" becomes "loss/train", so that TensorBoard groups all losses.
                 split, _, metric = key.partition("_")
                 is_metric = split in ("train", "validation")
                 tag = f"{metric}/{split}" if is_metric else f"run/{key}"
@@ -367,7 +362,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 @sharding.primary_only
 def write_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """Writes report/metrics.json: the metrics of each split, and the other values of the report.
+    """Writes report/metrics.json: the metrics of each split, and all other numbers of the report.
 
     Raises:
       ValueError: A number is not finite.
@@ -377,7 +372,7 @@ def write_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
 
 
 def _json(value: Any, indent: str = "") -> str:
-    """Formats JSON with an indent of one space; a list of numbers is written on one line."""
+    """Formats a value as JSON with an indent of one space, and a list of numbers on one line."""
     inner = f"{indent} "
     if isinstance(value, Mapping) and value:
         parts = [
@@ -394,7 +389,7 @@ def _json(value: Any, indent: str = "") -> str:
 
 @sharding.primary_only
 def write_unreadable(workdir: pathlib.Path, unreadable: Sequence[Unreadable]) -> None:
-    """Writes report/unreadable.csv: the id of each image that was left out, and the reason."""
+    """Writes report/unreadable.csv: the id of each image that cannot be read, and the reason."""
     (workdir / "report").mkdir(exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -426,7 +421,7 @@ def write_predictions(
     writer.writerow(["id", "label", "predicted", "confidence"])
     for example_id, label, row in zip(ids, labels, probabilities, strict=True):
         best = int(row.argmax())
-        # The shortest decimal number that is parsed to the same float32.
+        # `unique` gives the shortest decimal number that is parsed to the same float32.
         confidence = np.format_float_positional(row[best], unique=True)
         writer.writerow([example_id, class_names[label], class_names[best], confidence])
     write_text(workdir / "report" / "predictions.csv", text.getvalue())

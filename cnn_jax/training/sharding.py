@@ -1,4 +1,4 @@
-"""The processes of a run, the mesh of their devices, and the layout of arrays on it."""
+"""The processes of a run, the mesh of devices, and the sharding of arrays on the mesh."""
 
 import contextlib
 import dataclasses
@@ -19,12 +19,12 @@ from jaxtyping import Int, PyTree
 from cnn_jax.data.dataset import memory_bytes
 from cnn_jax.system.errors import ConfigError, TrainingError, UserError
 
-# JAX ends all processes if one of them sends no heartbeat for this time. JAX's default of
-# 100 s would only make the other processes wait longer.
+# JAX ends all processes of a run if one process sends no heartbeat for this time. With JAX's
+# default, 100 s, the remaining processes would only wait longer.
 _HEARTBEAT_SECONDS = 30
-# Parameters with fewer elements than this are copied to each device.
+# Parameters with fewer elements than this number are copied to each device, not divided.
 _LEAST_DIVIDED = 2**14
-# Words in the error messages of Gloo, NCCL and JAX after a process has ended.
+# Words in the error messages of Gloo, NCCL and JAX that mean that another process has ended.
 _LOST = re.compile(r"by peer|Gloo|NCCL|unhealthy|heartbeat|Barrier", re.IGNORECASE)
 
 
@@ -33,8 +33,8 @@ def start_processes(
 ) -> None:
     """Connects the processes of one run. Call this function before any other use of JAX.
 
-    Without arguments, JAX detects Slurm, Open MPI, Kubernetes and Cloud TPU. If it detects
-    none of these, the run has one process.
+    Without arguments, JAX detects Slurm, Open MPI, Kubernetes and Cloud TPU. If JAX detects
+    none of these systems, the run has one process.
 
     Args:
       coordinator: The host and port, "HOST:PORT", at which process 0 listens.
@@ -43,7 +43,7 @@ def start_processes(
         also in an environment in which JAX would detect several.
 
     Raises:
-      ConfigError: Only some arguments are given, or they contradict each other.
+      ConfigError: Only some arguments are given, or the arguments contradict each other.
       TrainingError: The processes cannot connect.
     """
     if process_count == 1 and coordinator is None:
@@ -60,7 +60,8 @@ def start_processes(
             coordinator, process_count, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
         )
     except ValueError as error:
-        # JAX's message when it detects no cluster.
+        # If JAX detects no cluster, its message names `coordinator_address`. The run then has one
+        # process.
         if coordinator is not None or "coordinator_address" not in str(error):
             raise ConfigError(f"--coordinator: {error}") from error
     except RuntimeError as error:
@@ -69,12 +70,12 @@ def start_processes(
 
 
 def is_primary() -> bool:
-    """Returns whether this process prints, and writes the files of the run."""
+    """Returns whether this is the primary process, which prints and writes the run's files."""
     return jax.process_index() == 0
 
 
 def primary_only(function: Callable[..., None]) -> Callable[..., None]:
-    """Makes a function do nothing in all processes except the primary process; a decorator."""
+    """Decorates a function so that only the primary process executes the function's body."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -86,10 +87,10 @@ def primary_only(function: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def synchronized_errors() -> Iterator[None]:
-    """If one process raises a UserError inside this block, all processes raise an error.
+    """If one process raises a UserError inside this context, all processes raise an error.
 
-    Without this block, the other processes would wait forever. The code inside the block must
-    not wait for other processes.
+    Without this context, the other processes would wait forever. The code inside the context
+    must not wait for other processes.
 
     Raises:
       TrainingError: Another process failed.
@@ -135,7 +136,10 @@ def lost_process(error: BaseException) -> TrainingError | None:
 
 
 def gather_rows(rows: np.ndarray) -> list[np.ndarray]:
-    """Returns the array [n, ...] of each process, in process order; n may differ by process."""
+    """Gathers the arrays [n, ...] of all processes, where n may differ between processes.
+
+    The result is in the order of the processes.
+    """
     if jax.process_count() == 1:
         return [rows]
     counts = multihost_utils.process_allgather(np.array(len(rows))).tolist()
@@ -152,7 +156,7 @@ def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
         of devices. The batch is divided among groups of this number of devices.
       devices: The devices; by default all devices of all processes.
     """
-    # Flax Linen's dropout fails with explicit axes, JAX's default.
+    # Explicit axes are JAX's default, but Flax Linen's dropout fails with explicit axes.
     axis_types = (AxisType.Auto, AxisType.Auto)
     count = jax.device_count() if devices is None else len(devices)
     shape = (count // model, model)
@@ -201,7 +205,7 @@ class Layout:
     def to_devices(
         self, batch: Mapping[str, np.ndarray], is_stacked: bool = False
     ) -> dict[str, jax.Array]:
-        """Sends a global batch to the devices; each process provides the rows in `rows`.
+        """Copies a global batch to the devices; each process provides the rows in `self.rows`.
 
         Args:
           batch: Arrays [rows, ...], or stacked arrays [steps, rows, ...].
@@ -231,12 +235,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_large(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Returns the sharding of each parameter.
+    """Returns a sharding for each array; large arrays are divided along the axis `model`.
 
-    The last dimension of a large array is divided along the axis `model`.
-
-    The last dimension of a kernel is its output channels or units. Small arrays, and arrays
-    that cannot be divided evenly, are copied to each device.
+    The last dimension of a large array is divided. In a kernel, this dimension is the output
+    channels or units. Small arrays, and arrays that cannot be divided evenly, are copied to
+    each device.
     """
     parts = mesh.shape["model"]
 
@@ -249,7 +252,7 @@ def split_large(mesh: Mesh, tree: PyTree) -> PyTree:
 
 
 def distribute(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Puts an array on the devices of all processes; every process must have the whole array."""
+    """Distributes an array among all devices; every process must have the whole array."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
@@ -275,7 +278,8 @@ def free_device_bytes() -> int:
         stats = device.memory_stats() or {}
         return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     page, free = os.sysconf("SC_PAGE_SIZE"), memory_bytes()
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:  # Linux.
+    # Linux defines SC_AVPHYS_PAGES, but macOS does not.
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = min(free, page * os.sysconf("SC_AVPHYS_PAGES"))
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit != resource.RLIM_INFINITY:

@@ -1,11 +1,10 @@
-"""The training step, the evaluation step and BatchNorm's statistics, as pure functions."""
+"""Pure functions for the training step, the evaluation step and BatchNorm's statistics."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -15,17 +14,18 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 from cnn_jax.data import augment, mix
 from cnn_jax.data.mix import NO_MIXING, Mixing
 from cnn_jax.data.preprocessing import Preprocessing, normalize
+from cnn_jax.models.base import Network
 from cnn_jax.models.network import forward
 from cnn_jax.training.loss import cross_entropy, example_weights
 from cnn_jax.training.metrics import Metrics
 
-# The purposes of PRNG keys: a key is `fold_in(fold_in(key(seed), purpose), step)`.
+# The purposes of PRNG keys. The key of a step is `fold_in(fold_in(key(seed), purpose), step)`.
 INIT, DROPOUT, MIX = 0, 1, 2
 
 Batch = Mapping[str, Array]
 # PRNG keys by purpose: "dropout", and "mix" if images are mixed.
 Keys = Mapping[str, PRNGKeyArray]
-# (inputs of the network, logits of the network) -> a loss for each example.
+# A function from the inputs and the logits of the network to a loss for each example.
 ExtraLoss = Callable[[Array, Array], Float[Array, " batch"]]
 
 
@@ -33,14 +33,14 @@ ExtraLoss = Callable[[Array, Array], Float[Array, " batch"]]
 class TrainState:
     """The arrays that a training step reads and updates.
 
-    The fields are typed loosely because JAX also builds trees of shapes and of
-    shardings from this class.
+    The fields have the general type `PyTree`, because JAX also builds trees of shapes and trees
+    of shardings from this class.
 
     Attributes:
       step: int32 [], the number of steps taken.
       params: The network's parameters, float32.
       batch_stats: The statistics that BatchNorm uses in inference, float32; empty without
-        BatchNorm. No training step changes them: see `update_statistics`.
+        BatchNorm. No training step changes the statistics; see `update_statistics`.
       opt_state: The optimizer's state.
     """
 
@@ -51,12 +51,12 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """The variables of the network, as `model.apply` takes them."""
+        """The variables of the network, in the form that `model.apply` expects."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def random_key(seed: int, purpose: int) -> PRNGKeyArray:
-    """Returns the PRNG key of one purpose: `INIT`, `DROPOUT` or `MIX`."""
+    """Returns the PRNG key for one purpose: `INIT`, `DROPOUT` or `MIX`."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
@@ -88,7 +88,7 @@ class TrainStep:
         [B, C], that returns float32 [B].
     """
 
-    model: nn.Module
+    model: Network
     optimizer: optax.GradientTransformation
     preprocessing: Preprocessing
     seed: int = 0
@@ -149,7 +149,7 @@ class TrainStep:
 
     @property
     def _masked_optimizer(self) -> optax.GradientTransformation:
-        """Returns an optimizer that updates the trainable parameters only."""
+        """An optimizer that updates only the trainable parameters."""
         if self.is_trainable is None:
             return self.optimizer
         return optax.partition(
@@ -157,7 +157,7 @@ class TrainStep:
         )
 
     def _trainable_mask(self, params: PyTree) -> PyTree:
-        """Returns a tree with True for each parameter that is trained, else False."""
+        """Returns a tree of booleans: True for the parameters that are trained."""
         is_trainable = self.is_trainable
         assert is_trainable is not None
         return jax.tree.map_with_path(
@@ -165,7 +165,7 @@ class TrainStep:
         )
 
     def _keys(self, step: Array) -> Keys:
-        """Returns the PRNG keys of one step, by purpose."""
+        """Returns the PRNG keys of one step, as a dictionary from purpose to key."""
         purposes = {"dropout": DROPOUT}
         if not self.mixing.is_identity():
             purposes["mix"] = MIX
@@ -177,7 +177,7 @@ class TrainStep:
     def _loss(
         self, params: PyTree, batch_stats: PyTree, batch: Batch, keys: Keys, *, count: Array
     ) -> tuple[Array, Metrics]:
-        """Returns the sum of a batch's losses divided by `count`, and the batch's metrics."""
+        """Returns the batch's loss, sum(losses) / count, and the batch's metrics."""
         # With stop_gradient, XLA removes the backward pass of parameters that are not trained.
         if self.is_trainable is not None:
             params = jax.tree.map(
@@ -212,7 +212,7 @@ class TrainStep:
 
 
 def _split(rows: Array, parts: int) -> Array:
-    """Reshapes [B, ...] to [parts, B / parts, ...]; each device keeps its rows."""
+    """Reshapes [B, ...] to [parts, B / parts, ...] without moving rows between devices."""
     return jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
 
 
@@ -222,7 +222,7 @@ def _accumulate(
     parts: Batch,
     keys: Mapping[str, Key[Array, " parts"]],
 ) -> tuple[PyTree, Metrics]:
-    """Returns the sums of gradients and metrics over the parts of a batch."""
+    """Returns the gradients and the metrics, summed over the parts of a batch."""
 
     def add(sums: PyTree, part: tuple[Batch, Keys]) -> tuple[PyTree, None]:
         (_, metrics), grads = gradient(state.params, state.batch_stats, *part)
@@ -236,7 +236,7 @@ def _accumulate(
 
 @flax.struct.dataclass
 class Statistics:
-    """BatchNorm's means and variances over a number of batches.
+    """The means and variances of the BatchNorm layers over a number of batches.
 
     Attributes:
       batches: float32 [], the number of batches.
@@ -257,7 +257,7 @@ def update_statistics(
     variables: Mapping[str, Any],
     batch: Batch,
     *,
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> Statistics:
     """Adds one batch to the statistics that BatchNorm uses in inference.
@@ -303,7 +303,7 @@ def eval_step(
     variables: Mapping[str, Any],
     batch: Batch,
     *,
-    model: nn.Module,
+    model: Network,
     preprocessing: Preprocessing,
 ) -> Metrics:
     """Returns the metrics of one batch in inference mode.

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from rich.cells import cell_len
@@ -18,6 +17,7 @@ from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
 from cnn_jax.data.mix import Mixing
+from cnn_jax.models.base import Network
 from cnn_jax.models.network import count_parameters, forward_flops, has_batch_norm
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
@@ -33,7 +33,7 @@ def show_plan(
     config: Config,
     workdir: pathlib.Path,
     dataset: Dataset,
-    model: nn.Module,
+    model: Network,
     changes: Sequence[str] = (),
 ) -> None:
     """Prints the plan of a run: device, data, model, training, and the folder of the results.
@@ -84,7 +84,10 @@ def show_plan(
 
 
 def _parallelism(config: Config) -> str:
-    """Returns a phrase on how devices and processes share the work; empty for one device."""
+    """Describes how many devices share a copy of the network, and how many processes run.
+
+    A number is omitted if it is 1.
+    """
     model = config.mesh.model
     devices = f", {model} for each copy of the network" if model > 1 else ""
     processes = jax.process_count()
@@ -92,7 +95,7 @@ def _parallelism(config: Config) -> str:
 
 
 def _residency(dataset: Dataset) -> str:
-    """Returns a phrase on where the pixels are stored."""
+    """Describes how images are decoded and where the pixels are stored."""
     if dataset.residency == "none":
         workers = dataset.loader.workers
         decoders = count(workers, "process", "processes") if workers else "threads"
@@ -104,14 +107,14 @@ def _residency(dataset: Dataset) -> str:
 
 
 def _division(config: Config, dataset: Dataset) -> str:
-    """Returns a phrase on groups and predefined splits; empty if the data has neither."""
+    """Describes groups and predefined splits; returns "" if the run uses neither."""
     group = f"; grouped by {config.data.group}" if config.data.group else ""
     is_kept = config.data.keep_splits and any(dataset.source.own_splits)
     return ("; the splits of the data are used" if is_kept else "") + group
 
 
 def _interval_width(test_images: int, config: Config) -> list[str]:
-    """Returns two lines on the widest 95 % interval of test accuracy if the test split is small."""
+    """Describes the precision of the test accuracy; returns [] if the test split is large."""
     margin = half_width(wilson_interval(test_images / 2, test_images))
     if not test_images or margin < MAX_HALF_WIDTH:
         return []
@@ -124,15 +127,15 @@ def _interval_width(test_images: int, config: Config) -> list[str]:
 
 
 def _mixing(config: Config) -> str:
-    """Returns a line on how images are mixed; empty if images are not mixed."""
+    """Describes how images are mixed; returns "" if images are not mixed."""
     mixing = Mixing.from_config(config.augment)
     if mixing.is_identity():
         return ""
     return f"\n{mixing.describe()}; train metrics are of mixed images"
 
 
-def _accumulation(config: Config, model: nn.Module, image_size: tuple[int, int]) -> str:
-    """Returns a line on gradient accumulation; empty without gradient accumulation."""
+def _accumulation(config: Config, model: Network, image_size: tuple[int, int]) -> str:
+    """Describes gradient accumulation; returns "" if the run does not accumulate gradients."""
     parts = config.train.accumulation_steps
     if parts == 1:
         return ""
@@ -143,7 +146,10 @@ def _accumulation(config: Config, model: nn.Module, image_size: tuple[int, int])
 
 
 def _extension(config: Config) -> str:
-    """Returns a line on the schedule if its length is not train.epochs, else an empty text."""
+    """Describes the end of the learning-rate schedule.
+
+    The result is "" if the schedule ends after train.epochs epochs.
+    """
     decay = config.optimizer.decay_epochs
     if decay == config.train.epochs:
         return ""
@@ -154,10 +160,11 @@ def _extension(config: Config) -> str:
 
 
 def _balance(config: Config, dataset: Dataset) -> str:
-    """Returns a line on the balancing of classes; empty if classes are not balanced."""
+    """Describes class balancing; returns "" if the run does not balance the classes."""
     counts = dataset.findings.counts["train"]
     names = dataset.source.class_names
-    nonempty = np.flatnonzero(counts)  # A warning reports classes without training images.
+    # Classes without training images are ignored here. A warning reports these classes.
+    nonempty = np.flatnonzero(counts)
     least, most = nonempty[counts[nonempty].argmin()], counts.argmax()
     rarest, commonest = printable(names[least]), printable(names[most])
     if config.train.balance == "loss":
@@ -217,7 +224,7 @@ def describe_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """Prints the test metrics and how to continue, on stdout."""
+    """Prints the test metrics and the commands to run next, on stdout."""
     test = report["test"]
     bundle = shlex.quote(str(workdir / "bundle"))
     width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None
@@ -234,5 +241,5 @@ def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
         print("\n".join(wrap(line, width, 12)))
     for line in commands:
         is_wide = width is not None and cell_len(line) > width
-        # A command that is wrapped before its flags can still be copied.
+        # A long command is broken before its flags, so that the user can still copy the command.
         print(line.replace(" --", f" \\\n{'':16}--") if is_wide else line)

@@ -1,5 +1,5 @@
-"""Hyper-parameter studies: many runs; earlier results decide which values are tried next."""
+"""Hyper-parameter studies: many runs, in which earlier results determine the next values."""
 
-# Rules that stop bad trials early: all brackets of Hyperband, only the bracket that stops the
-# most trials, or no early stop.
+# The names of the rules that stop bad trials early: all brackets of Hyperband, only the bracket
+# that stops the most trials, or no early stop.
 PRUNERS = ("hyperband", "halving", "none")

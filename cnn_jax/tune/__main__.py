@@ -1,10 +1,10 @@
-"""Searches for hyper-parameters: many trainings, and the best configuration as a file.
+"""Searches for the best hyper-parameters in many runs, and writes a configuration file.
 
     cnn_jax tune --config=folder --config.data.source=folder:PATH \
         --study=NAME [--space=FILE] [--trials=50] [--time_budget=8h]
 
-The same command continues a study that was stopped or killed. Several processes may run it
-at the same time, with --storage=URL also on several machines.
+The same command continues a study that was stopped or killed. Several processes may run the
+command at the same time; with --storage=URL, the processes may run on several machines.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     space = files.find(known.space, "--space", "spaces")
     start = time.monotonic()
     with cli.blocked_interrupts():
-        # The import of JAX takes seconds, so a wrong flag is reported first.
+        # Importing JAX takes seconds, so the flags are checked before this import.
         try:
             import optuna  # noqa: F401
             import sqlalchemy  # noqa: F401
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled()
     study = run_study(plan)
     with cli.blocked_interrupts():
-        # This import takes seconds, so it happens after the trials.
+        # Importing this module takes seconds, so the module is imported only after the trials.
         from cnn_jax.tune.outcome import conclude, show_outcome
     outcome = conclude(plan, study)
     show_outcome(outcome, plan.folder)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _no_best_trial(study: Mapping[str, Any], is_over: bool) -> BaseException:
-    """Returns the error for a study without a finished trial."""
+    """Returns the error for a study in which no trial has finished."""
     if is_over:
         return Interrupted("the time is over and no trial has finished; the same command continues")
     reasons = [f"; trial {t['number']}: {t['error']}" for t in study["trials"] if t["error"]]
@@ -118,7 +118,7 @@ def _parser() -> files.ConfigParser:
 
 
 def _name(text: str) -> str:
-    """Converts a flag to the name of a study, which is also a folder; an argparse type."""
+    """An argparse type that checks the name of a study, which is also the name of a folder."""
     if not re.fullmatch(r"\w[\w.-]*", text):
         raise argparse.ArgumentTypeError(
             f"must be letters, digits, _, - and . and begin with a letter, digit or _, got {text!r}"
@@ -127,14 +127,17 @@ def _name(text: str) -> str:
 
 
 def _storage(text: str) -> str:
-    """Checks that a URL is not empty, as an unset shell variable is; an argparse type."""
+    """An argparse type that checks that the URL of a storage is not empty.
+
+    A URL from an unset shell variable is empty.
+    """
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
 def _duration(text: str) -> float:
-    """Converts a time such as 1h30m, or a number of seconds, to seconds; an argparse type."""
+    """An argparse type that converts a time such as 1h30m, or 90 for seconds, to seconds."""
     parts = re.fullmatch(r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s?)?", text)
     seconds = sum(
         int(part.rstrip("dhms")) * _UNITS.get(part[-1], 1)

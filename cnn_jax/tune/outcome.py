@@ -43,7 +43,7 @@ _STATES = {
 
 
 def conclude(plan: Plan, study: Study) -> dict[str, Any]:
-    """Summarizes a study and writes the result files. A lock lets only one worker write.
+    """Summarizes a study and writes the result files, while a lock keeps other workers out.
 
     Args:
       plan: The study.
@@ -114,7 +114,7 @@ def summarize(plan: Plan, study: Study) -> dict[str, Any]:
 
 
 def best_trial(plan: Plan, study: Study) -> FrozenTrial | None:
-    """Returns the best completed trial (of equal trials, the first); None if there is none."""
+    """Returns the earliest of the best completed trials; None if no trial is complete."""
     complete = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -151,13 +151,14 @@ def _importance(study: Study, complete: list[FrozenTrial]) -> tuple[dict[str, fl
     Assessing Hyperparameter Importance").
 
     Returns:
-      The importance by parameter, or None; and the reason if it is None.
+      The importance by parameter, and ""; or None, and the reason why there is no importance.
     """
     values = {trial.value for trial in complete}
     if len(complete) < 4 or len(values) < 2:
         return None, "Too few trials completed, or all of them have the same value."
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scikit-learn warns about forests of few trials.
+        # scikit-learn warns about random forests that are fitted to few trials.
+        warnings.simplefilter("ignore")
         try:
             importance = optuna.importance.get_param_importances(
                 study, evaluator=FanovaImportanceEvaluator(seed=0)
@@ -170,7 +171,9 @@ def _importance(study: Study, complete: list[FrozenTrial]) -> tuple[dict[str, fl
 
 
 def write_outcome(plan: Plan, study: Mapping[str, Any]) -> None:
-    """Writes study.json, trials.csv, the HTML page and, if it exists, the best configuration.
+    """Writes study.json, trials.csv, the HTML page, and the configuration of the best trial.
+
+    If there is no best trial, an old configuration file is removed.
 
     Args:
       plan: The study.
@@ -263,7 +266,7 @@ def best_config_text(plan: Plan, study: Mapping[str, Any], path: pathlib.Path) -
     best = next(trial for trial in study["trials"] if trial["number"] == study["best"])
     config = configured(plan.config, best["params"])
     with config.ignore_type():
-        # With absolute paths the file works in any directory.
+        # With absolute paths, the configuration file works in any directory.
         config.data.source = absolute(config.data.source)
         if path_of_weights := config.checkpoint.init_from:
             path_of_weights = pathlib.Path(path_of_weights).expanduser().resolve()
@@ -301,9 +304,9 @@ def _literal(config: Config, tuned: set[str], prefix: str, indent: str) -> str:
 
 
 def _python(value: Any) -> str:
-    """Formats a value as a Python literal; a text is in double quotes."""
+    """Formats a value as a Python literal, with double quotes around ASCII strings."""
     if isinstance(value, tuple):
         return f"({', '.join(map(_python, value))}{',' * (len(value) == 1)})"
-    # For all other characters, JSON and Python use different escape sequences.
+    # JSON and Python write printable ASCII characters in the same way, but not other characters.
     is_plain = isinstance(value, str) and value.isascii() and value.isprintable()
     return json.dumps(value) if is_plain else repr(value)

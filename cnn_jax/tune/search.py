@@ -1,7 +1,7 @@
 """The sampler and the pruner of a study, as functions of the seed and the reported values.
 
 A worker can be killed between any two writes to the study's storage. Therefore nothing in
-this module has a state: a worker that continues a trial draws the same parameters and
+this module keeps a state: a worker that continues a trial draws the same parameters and
 makes the same decisions.
 """
 
@@ -18,18 +18,18 @@ from optuna.trial import FrozenTrial
 
 from cnn_jax.tune.space import Space
 
-# After a rung, the best of every REDUCTION trials continues until it has REDUCTION times as many
-# epochs (Li et al. 2018).
+# The best of every REDUCTION trials continues after a rung. The next rung is after REDUCTION times
+# as many epochs (Li et al. 2018).
 REDUCTION = 3
 # Multiples of the golden ratio, modulo 1, are spread more evenly than multiples of other numbers.
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class SeededSampler(BaseSampler):
-    """The tree-structured Parzen estimator (Bergstra et al. 2011), seeded for each trial.
+    """The tree-structured Parzen estimator (Bergstra et al. 2011), with a new seed for each trial.
 
-    The sampler of Optuna keeps a random state between trials, which a restarted worker
-    would not have.
+    The sampler of Optuna keeps a random state between trials, and a restarted worker would
+    lose this state.
     """
 
     def __init__(self, space: Space, seed: int, first: Mapping[str, Any] | None = None):
@@ -41,8 +41,8 @@ class SeededSampler(BaseSampler):
           first: Values of the first trial, which must be in the space. A parameter without
             a value is drawn at random.
         """
-        # Optuna never asks for a parameter with a single value, and the parameter would distort
-        # the estimate of the other parameters.
+        # Parameters with a single value are left out: Optuna never samples such a parameter, and
+        # the parameter would distort the estimate of the other parameters.
         self._space = {key: values for key, values in space.items() if not values.single()}
         self._seed = seed
         self._first = {key: value for key, value in (first or {}).items() if key in self._space}
@@ -60,7 +60,10 @@ class SeededSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Draws the values of a trial with the estimator; empty if there are too few trials."""
+        """Draws a trial's values with the estimator; returns {} until enough trials have finished.
+
+        The first trial has the values `first`.
+        """
         if trial.number == 0:
             return self._first
         return self._tpe(trial).sample_relative(study, trial, search_space)
@@ -72,7 +75,7 @@ class SeededSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Draws a random value; used for the first trials."""
+        """Draws a random value of a parameter; Optuna calls this method for the first trials."""
         sampler = self._tpe(trial, param_name)
         return sampler.sample_independent(study, trial, param_name, param_distribution)
 
@@ -81,12 +84,12 @@ class SuccessiveHalving(BasePruner):
     """Asynchronous successive halving, in one bracket or in the brackets of Hyperband.
 
     See Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", section 3.
-    Their algorithm pauses a trial at a rung and may resume it later. This class, like Optuna
-    and Ray Tune, judges a trial once at each rung, against the trials that reached the rung
-    earlier; the first trial at a rung always continues.
+    The algorithm of the paper pauses a trial at a rung and may resume the trial later. This
+    class, like Optuna and Ray Tune, judges a trial once at each rung, against the trials that
+    reached the rung earlier; the first trial at a rung always continues.
 
-    The pruner of Optuna writes the passed rungs to the storage before it decides, and may
-    decide differently when it is asked again. This class only reads the reported values.
+    The pruner of Optuna writes the passed rungs to the storage before the decision, and may
+    decide differently at a second call. This class only reads the reported values.
     """
 
     def __init__(self, max_epochs: int, brackets: int):
@@ -119,7 +122,7 @@ class SuccessiveHalving(BasePruner):
 
 
 def _merit(trial: FrozenTrial, epoch: int, direction: StudyDirection) -> float:
-    """Returns `merit` of the best value of a trial up to an epoch; larger is better."""
+    """Returns the merit of a trial's best value up to an epoch; a larger merit is better."""
     until = {step: value for step, value in trial.intermediate_values.items() if step <= epoch}
     best = best_value(until, direction)
     assert best is not None
@@ -127,7 +130,7 @@ def _merit(trial: FrozenTrial, epoch: int, direction: StudyDirection) -> float:
 
 
 def merit(value: float, direction: StudyDirection) -> float:
-    """Returns the value, negated if the study minimizes, so that larger is better."""
+    """Returns a value, negated if the study minimizes, so that a larger result is better."""
     return value if direction == StudyDirection.MAXIMIZE else -value
 
 
@@ -138,7 +141,7 @@ def best_value(curve: Mapping[int, float], direction: StudyDirection) -> float |
 
 
 def is_promoted(value: float, others: Sequence[float]) -> bool:
-    """Returns whether a trial continues after a rung: its value is in the best third.
+    """Returns whether a trial is in the best third at a rung, and therefore continues.
 
     If there are one or two values, only the trial with the best value continues. A trial whose
     value equals the lowest promoted value also continues.
@@ -160,7 +163,7 @@ def num_brackets(max_epochs: int) -> int:
 
 
 def rungs(max_epochs: int, bracket: int) -> list[int]:
-    """Returns the epochs after which the trials of a bracket are judged.
+    """Returns the rungs of a bracket: the epochs after which trials of the bracket may be pruned.
 
     The epochs are ..., 1/9 and 1/3 of all epochs, rounded. Each bracket has one rung fewer
     than the bracket before it, and the last bracket has no rung.
@@ -172,8 +175,8 @@ def rungs(max_epochs: int, bracket: int) -> list[int]:
 def bracket_number(number: int, max_epochs: int, brackets: int) -> int:
     """Returns the bracket of the trial with a given number.
 
-    The proportions are those of Hyperband (Li et al. 2018, algorithm 1), so that all
-    brackets cost about the same. Consecutive numbers are spread over the brackets.
+    The brackets have the proportions of Hyperband (Li et al. 2018, algorithm 1), so that all
+    brackets cost about the same. Trials with consecutive numbers are spread over the brackets.
     """
     last = num_brackets(max_epochs) - 1
     weights = [

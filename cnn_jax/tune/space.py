@@ -21,15 +21,15 @@ from cnn_jax.system.errors import ConfigError
 
 Space = Mapping[str, BaseDistribution]
 
-# Sections whose keys may differ between trials. Trials are compared after each epoch, on the same
-# images.
+# Sections of the configuration whose keys may differ between trials. The images and the epochs must
+# be the same in all trials, because the trials are compared after each epoch.
 _SECTIONS = ("augment.", "model.", "optimizer.", "train.")
 _KEYS = ("precision", "data.image_size")
 _NOT_VARIED = ("train.epochs", "train.patience", "train.monitor", "optimizer.decay_epochs")
 
 
 def load_space(file: str, config: Config) -> dict[str, BaseDistribution]:
-    """Reads the space that `get_space()` in a Python file returns, sorted by key.
+    """Calls `get_space()` of a Python file, and returns the search space, sorted by key.
 
     Args:
       file: The file; its function returns a dictionary from keys of the configuration to
@@ -46,7 +46,7 @@ def load_space(file: str, config: Config) -> dict[str, BaseDistribution]:
     try:
         functions = runpy.run_path(file)
         space = functions["get_space"]() if "get_space" in functions else None
-    except (Exception, SystemExit) as error:  # The file is a program, which can fail in any way.
+    except (Exception, SystemExit) as error:  # The file is Python code, which can raise any error.
         raise ConfigError(f"--space: {file}: {type(error).__name__}: {error}") from error
     if "get_space" not in functions:
         raise ConfigError(f"--space: {file} has no function get_space")
@@ -62,7 +62,7 @@ def load_space(file: str, config: Config) -> dict[str, BaseDistribution]:
 
 
 def _check(key: str, distribution: Any, config: Config) -> None:
-    """Raises ConfigError if a study cannot vary this key over this distribution."""
+    """Raises ConfigError if a study cannot vary the key with this distribution."""
     schema.check_key(key, config.model.name)
     if key in _NOT_VARIED or not (key in _KEYS or key.startswith(_SECTIONS)):
         raise ConfigError(f"config.{key}: must be the same in all trials of a study")
@@ -82,11 +82,11 @@ def _check(key: str, distribution: Any, config: Config) -> None:
 
 
 def _check_combinations(space: Space, config: Config) -> None:
-    """Raises ConfigError if a bound or choice is invalid in every checked combination.
+    """Raises ConfigError if a value of a key is invalid with all tested values of the other keys.
 
-    Values of two keys may contradict each other; such trials fail. But each value of a key
-    must be valid with the configuration's other values, or with the lowest or the highest
-    values of the other keys.
+    Values of two keys may contradict each other; a trial with such values fails. But each bound
+    or choice of a key must be valid with the configuration's values of the other keys, or with
+    the lowest or the highest values of the other keys.
     """
     ends = [
         {key: _extremes(distribution)[end] for key, distribution in space.items()}
@@ -105,7 +105,7 @@ def _check_combinations(space: Space, config: Config) -> None:
 
 
 def _extremes(distribution: BaseDistribution) -> list[Any]:
-    """Returns all choices, or both ends of the range, of a distribution."""
+    """Returns all choices of a categorical distribution, or the two ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
@@ -113,17 +113,17 @@ def _extremes(distribution: BaseDistribution) -> list[Any]:
 
 
 def _parse(value: Any, current: Any) -> Any:
-    """Converts a value of a space to a configuration value: parses the text of a tuple."""
+    """Converts a value of a search space to a configuration value, for example text to a tuple."""
     if isinstance(current, tuple | list) and isinstance(value, str):
         try:
             return ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            return value  # The check of the configuration reports the error.
+            return value  # The check of the configuration reports the wrong value.
     return value
 
 
 def configured(config: Config, params: Mapping[str, Any]) -> Config:
-    """Returns a copy of the configuration in which these keys have these values."""
+    """Returns a copy of the configuration with the values of `params`."""
     changed = config.copy_and_resolve_references()
     current = dict(schema.leaves(config))
     with changed.ignore_type():
@@ -135,12 +135,12 @@ def configured(config: Config, params: Mapping[str, Any]) -> Config:
 
 
 def base_values(config: Config, space: Space) -> dict[str, Any]:
-    """Returns the configuration's values of the keys of a space, if the space contains them."""
+    """Returns a dictionary of the configuration values that are inside the search space."""
     found = {}
     for key, value in schema.leaves(config):
         distribution = space.get(key)
         if isinstance(distribution, CategoricalDistribution):
-            # The space writes a tuple as text.
+            # A search space contains a tuple as text, so the texts are parsed for the comparison.
             same = [choice for choice in distribution.choices if _parse(choice, value) == value]
             if same:
                 found[key] = same[0]
@@ -169,5 +169,5 @@ def describe(distribution: BaseDistribution) -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """Formats a value for a line of text, with three digits."""
+    """Formats a value for a line of text; a float has three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

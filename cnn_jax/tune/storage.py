@@ -22,21 +22,23 @@ logger = logging.getLogger(__name__)
 
 FORMS = "a database's URL, such as postgresql://USER@HOST/NAME, or journal:PATH"
 _JOURNAL = "journal:"
-# Errors of a storage that is unavailable: a server that restarts, a network failure, a lock.
+# The errors of an unavailable storage, for example while a server restarts, the network fails, or
+# a database is locked.
 _UNAVAILABLE = (
     optuna.exceptions.StorageInternalError,
     sqlalchemy.exc.DBAPIError,
     OSError,
 )
-_MAX_PAUSE = 2.0  # Seconds between two attempts.
-# Workers that start at the same time may create the same table. A worker retries this many times.
+_MAX_PAUSE = 2.0  # The maximum time between two attempts, in seconds.
+# Workers that start at the same time may try to create the same table. A worker then retries up to
+# this number of times.
 _MAX_COLLISIONS = 30
 
 T = TypeVar("T")
 
 
 class StorageError(UserError):
-    """The storage of a study does not answer."""
+    """Raised if the storage of a study is unavailable."""
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -72,10 +74,10 @@ def _open_journal(path: pathlib.Path) -> JournalStorage:
 
 
 class _JournalLock(JournalFileSymlinkLock):
-    """The lock of a journal; it removes an incomplete last line before a line is added.
+    """A lock of a journal file; acquiring the lock also removes an incomplete last line.
 
-    A full disk or a killed writer leaves such a line. Optuna would append to the line, and
-    could then read neither of the two records.
+    A full disk or a killed writer leaves an incomplete line. Optuna would append to the line,
+    and could then read neither of the two records.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -100,7 +102,7 @@ def _open_database(url: str) -> RDBStorage:
     try:
         if "@" in (sqlalchemy.engine.make_url(url).host or ""):
             raise ConfigError("--storage: an @ in a password is written %40")
-        # Optuna treats braces as placeholders.
+        # Optuna treats braces in a URL as placeholders, so braces are doubled.
         template = _with_driver(url).replace("{", "{{").replace("}", "}}")
         for collisions in itertools.count():
             try:
@@ -113,12 +115,13 @@ def _open_database(url: str) -> RDBStorage:
                     raise
             time.sleep(random.uniform(0, 0.2))
         raise AssertionError
-    except (sqlalchemy.exc.ArgumentError, ValueError) as error:  # ValueError: a wrong port.
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
+        # SQLAlchemy raises ValueError if the port is not a number.
         raise ConfigError(f"--storage: must be {FORMS}, got {_without_passwords(url)!r}") from error
 
 
 def _with_driver(url: str) -> str:
-    """Adds the installed driver to a URL of PostgreSQL without a driver."""
+    """Adds the name of the installed driver to a PostgreSQL URL that names no driver."""
     scheme, separator, rest = url.partition("://")
     if scheme in ("postgres", "postgresql"):
         has_psycopg2 = importlib.util.find_spec("psycopg2") is not None
@@ -127,19 +130,23 @@ def _with_driver(url: str) -> str:
 
 
 def _engine_options(url: str) -> dict[str, object]:
-    """Returns options for SQLAlchemy: check a server before use, wait for the lock of a file."""
+    """Returns the options of SQLAlchemy's engine for the database of a URL.
+
+    For a SQLite file, the engine waits until the file is unlocked. For a server, the engine
+    tests each connection before use.
+    """
     if url.startswith("sqlite"):
         return {"connect_args": {"timeout": 60}}
     return {"pool_pre_ping": True}
 
 
 def sqlite_url(path: pathlib.Path) -> str:
-    """Returns the URL of a SQLite file with any name."""
+    """Returns the URL of a SQLite file; the path may contain any characters."""
     return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def _without_passwords(url: str) -> str:
-    """Replaces the passwords in a URL, which may be malformed, by asterisks."""
+    """Replaces the passwords in a URL with asterisks. The URL may be malformed."""
     if not url.startswith((_JOURNAL, "sqlite:")):
         url = re.sub(r"^(\w[\w+.-]*:/+)?([^:/@]*):.*@", r"\1\2:***@", url, flags=re.DOTALL)
     return re.sub(r"(?i)(password=)[^&]*", r"\1***", url)
@@ -153,12 +160,12 @@ def _reason(error: BaseException) -> str:
 
 
 def call_with_retries(call: Callable[[], T], seconds: float, safe: str) -> T:
-    """Calls a function of the storage, and retries while the storage is unavailable.
+    """Calls a function that uses the storage, and retries while the storage is unavailable.
 
     Args:
       call: The function; it may be executed more than once.
       seconds: The time for which the call is retried, in seconds.
-      safe: A clause for the error message; it names the data that is not lost.
+      safe: A clause for the error message that names the data that is not lost.
 
     Returns:
       The result of the call.

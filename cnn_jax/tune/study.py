@@ -1,9 +1,9 @@
 """A study: a number of trials, each of which is a run that can be interrupted and resumed.
 
 Any number of workers make the same call, one after the other or at the same time, on one
-machine or on many machines. A worker locks the file of its trial in the study's folder. The system
-releases the lock when the process ends, so another worker can continue the trial of a
-killed worker, and two workers never run the same trial.
+machine or on many machines. A worker locks the file of its trial in the study's folder. The
+operating system releases the lock when the process ends, so another worker can continue the
+trial of a killed worker, and two workers never run the same trial.
 """
 
 import contextlib
@@ -48,23 +48,23 @@ from cnn_jax.training.run_directory import INDIFFERENT_KEYS, check_apart
 from cnn_jax.tune import search, storage
 from cnn_jax.tune.space import Space, base_values, configured, describe, short
 
-# A trial fails after this number of starts without a newly saved step: a trial that needs more
-# memory than the machine has would end every worker.
+# A trial fails after this number of starts without a new checkpoint. Without this limit, a trial
+# that needs more memory than the machine has would kill every worker.
 _MAX_STARTS = 10
-# The study ends if all trials have failed and there are at least this many.
+# The study ends if at least this number of trials has finished and all finished trials have failed.
 _MAX_FAILURES = 10
-# The operating system's messages about a disk that cannot be written.
+# The operating system's messages about a disk that is full or not writable.
 _DISK_MESSAGES = tuple(
     map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES))
 )
-# Hours without a report after which a trial in the folder of another machine counts as lost.
+# A trial on another machine counts as lost after this number of hours without a report.
 _LOST_AFTER = 6.0
 
 T = TypeVar("T")
 
 
 class Pruned(Exception):  # noqa: N818  (a pruned trial is not an error)
-    """Raised to end a trial early, because other trials were better at this epoch."""
+    """The exception that ends a trial early, because other trials were better at the same epoch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Plan:
       config_file: The name of the configuration file, for the report.
       trials: The total number of completed, pruned and failed trials.
       pruner: The name of a pruner in `tune.PRUNERS`.
-      storage_timeout: Seconds for which an unavailable storage is retried.
-      deadline: The time of `time.monotonic` at which this worker ends; None for no deadline.
+      storage_timeout: The time for which an unavailable storage is retried, in seconds.
+      deadline: The value of `time.monotonic()` at which this worker ends; None for no deadline.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Plan:
 
 
 def run_study(plan: Plan, console: Console | None = None) -> Study:
-    """Runs trials of a study until it has enough trials or the deadline has passed.
+    """Runs trials of a study until the study has enough trials or the deadline has passed.
 
     Args:
       plan: The study; only the folder, deadline and timeout may differ between workers.
@@ -153,7 +153,7 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
 
 
 def _describe(plan: Plan) -> dict[str, str]:
-    """Returns the lines that describe a study before its first trial."""
+    """Returns a description of a study, which is printed before the first trial."""
     train = plan.config.train
     spaces = []
     for key, distribution in plan.space.items():
@@ -180,15 +180,14 @@ def _describe(plan: Plan) -> dict[str, str]:
 
 
 def open_study(plan: Plan) -> Study:
-    """Opens the study in its storage, or creates it.
+    """Opens a study in its storage, and creates the study if it does not exist.
 
     Raises:
       ConfigError: The URL of the storage is wrong.
       StorageError: The storage cannot be opened.
     """
-    optuna.logging.set_verbosity(
-        optuna.logging.ERROR
-    )  # Optuna warns of failures that are retried here.
+    # Optuna would warn of failures that `call_with_retries` handles.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     opened = storage.open_storage(
         plan.storage or storage.sqlite_url(plan.folder.resolve() / "study.db")
     )
@@ -208,7 +207,7 @@ def open_study(plan: Plan) -> Study:
 
 
 def _define(plan: Plan, console: Console) -> dict[str, str]:
-    """Returns everything that the values of a study depend on, as text by key."""
+    """Returns a dictionary of all settings that affect the results of a study."""
     resolved = resolve(plan.config)
     dataset = open_dataset(resolved, console.track)
     keys = {
@@ -221,7 +220,7 @@ def _define(plan: Plan, console: Console) -> dict[str, str]:
 
 
 def _read_folder_id(plan: Plan) -> str:
-    """Returns the random id of the study's folder, and creates it in a new folder.
+    """Returns the random id of the study's folder, and creates the id if the folder is new.
 
     Machines without a shared file system have different folders for the same study.
 
@@ -233,7 +232,7 @@ def _read_folder_id(plan: Plan) -> str:
         # Two machines may share the folder, so the name of the temporary file is unique.
         temporary = path.with_name(f".place.{uuid.uuid4().hex}")
         write_text(temporary, f"{uuid.uuid4().hex} {plan.name}\n")
-        with contextlib.suppress(FileExistsError):  # Another worker has created the file first.
+        with contextlib.suppress(FileExistsError):  # Another worker may have created the file.
             os.link(temporary, path)
         temporary.unlink()
     folder_id, _, name = path.read_text(encoding="utf-8").strip().partition(" ")
@@ -248,12 +247,12 @@ def trial_folder(folder: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Returns whether a trial counts towards `Plan.trials`; surplus and lost trials do not."""
+    """Returns whether a trial counts towards `Plan.trials`; a surplus or lost trial does not."""
     return "void" not in trial.user_attrs
 
 
 class _TrialConsole(Console):
-    """A console that shows the progress bar of a trial, but not the lines of its run."""
+    """A console that shows the progress bar of a trial, but no other output of the run."""
 
     def write_line(self, line: str, style: str | None = None) -> None:
         pass
@@ -286,14 +285,15 @@ class _Worker:
         return self._retry(lambda: self.study.get_trials(deepcopy=False, states=states or None))
 
     def check_definition(self, definition: Mapping[str, str]) -> None:
-        """Stores the definition of a new study, or compares it with the stored definition.
+        """Stores the definition of a new study, or checks the stored definition of an old study.
 
         Raises:
           ConfigError: The definitions differ.
         """
         if "definition" not in self._retry(lambda: self.study.user_attrs):
             self._retry(lambda: self.study.set_user_attr("definition", dict(definition)))
-        # Two workers may have written at the same time; both read the last written definition.
+        # Two workers may have written a definition at the same time. Each worker then reads the
+        # definition that was written last.
         stored = self._retry(lambda: self.study.user_attrs)["definition"]
         differences = [
             f"{key}: {stored.get(key, 'absent')} -> {definition.get(key, 'absent')}"
@@ -308,7 +308,8 @@ class _Worker:
 
     def check_folder(self) -> None:
         """Raises ConfigError if the folder has a trial that the storage does not have."""
-        # The folder is listed first, because another worker may add a trial at this moment.
+        # The folder is listed before the storage is read, because another worker may add a trial
+        # in between.
         names = [path.name for path in (self.plan.folder / "trials").glob("*")]
         own = {t.number for t in self._trials() if t.user_attrs.get("place") == self.folder_id}
         if unknown := sorted({int(name) for name in names if name.isdecimal()} - own):
@@ -319,7 +320,7 @@ class _Worker:
             )
 
     def work(self) -> None:
-        """Runs trials until there are enough or the deadline has passed."""
+        """Runs trials until the study has enough trials or the deadline has passed."""
         while not self.plan.is_over():
             self._check_failures()
             with contextlib.ExitStack() as held:
@@ -329,15 +330,15 @@ class _Worker:
                 try:
                     self._run(number)
                 except UpdateFinishedTrialError:
-                    # This machine was asleep for hours, so another worker failed the trial.
+                    # This machine was asleep for hours, so another worker ended the trial as lost.
                     self._say(number, "another worker has marked it as lost")
-            with cli.blocked_interrupts():  # JAX's callbacks would suppress an exception.
-                # The next trial compiles other programs.
+            with cli.blocked_interrupts():  # JAX's callbacks would suppress a KeyboardInterrupt.
+                # The next trial compiles new programs, so the memory of the old programs is freed.
                 jax.clear_caches()
                 gc.collect()
 
     def _check_failures(self) -> None:
-        """Raises TrainingError if the first `_MAX_FAILURES` trials, or more, have all failed."""
+        """Raises TrainingError if all finished trials, at least `_MAX_FAILURES`, have failed."""
         trials = [trial for trial in self._trials() if counts(trial) and trial.state.is_finished()]
         failed = [trial for trial in trials if trial.state == TrialState.FAIL]
         if len(failed) == len(trials) >= _MAX_FAILURES:
@@ -350,7 +351,7 @@ class _Worker:
         """Locks an unfinished trial that has no worker, or else creates and locks a new trial.
 
         Args:
-          held: Keeps the lock until it is closed.
+          held: The stack that holds the lock until the stack is closed.
 
         Returns:
           The number of the trial; None if there are enough trials.
@@ -368,19 +369,19 @@ class _Worker:
             if sum(map(counts, self._trials())) >= self.plan.trials:
                 return None
             number = self._new_trial()
-            # Another worker may find the new trial without a worker, and lock it first.
+            # Another worker may find the new trial and lock the trial first.
             if not self._take(number, held):
                 continue
             if sum(map(counts, self._trials()[:number])) < self.plan.trials:
                 return number
-            # Two workers created the last trial at the same time.
+            # Several workers created the last trial at the same time, so this trial is surplus.
             self._end(self._open(number), TrialState.FAIL, void="surplus")
 
     def _take(self, number: int, held: contextlib.ExitStack) -> bool:
-        """Tries to lock a trial; returns whether it is locked and unfinished."""
+        """Tries to lock an unfinished trial, and returns whether this worker has locked it."""
         lock = self.plan.folder / "locks" / f"{number:04d}"
         is_held = held.enter_context(_locked(lock))
-        # Another worker may have finished the trial after the list was read.
+        # Another worker may have finished the trial after the list of trials was read.
         return is_held and self._trials()[number].state == TrialState.RUNNING
 
     def _new_trial(self) -> int:
@@ -397,14 +398,15 @@ class _Worker:
             return [t.number for t in trials if t.user_attrs.get("claim") == claim]
 
         def add() -> int:
-            if not numbers():  # An earlier call may have added the trial and lost the answer.
+            # An earlier attempt may have added the trial before the connection failed.
+            if not numbers():
                 self.study.add_trial(new)
             return numbers()[0]
 
         return self._retry(add)
 
     def _fail_lost_trials(self) -> None:
-        """Marks trials on other machines as failed if they have not reported for hours."""
+        """Marks trials on other machines as failed after hours without a report."""
         for trial in self._trials(TrialState.RUNNING):
             seen = trial.user_attrs.get("seen")
             if trial.user_attrs.get("place") == self.folder_id or seen is None:
@@ -414,8 +416,8 @@ class _Worker:
                 self._end(self._open(trial.number), TrialState.FAIL, void="lost", error=error)
 
     def _open(self, number: int) -> Trial:
-        """Returns a trial as an object to which values can be reported."""
-        trial_id = self._trials()[number]._trial_id  # Optuna has no public name for this.
+        """Returns the Optuna `Trial` with the given number; a `Trial` can report values."""
+        trial_id = self._trials()[number]._trial_id  # Optuna has no public attribute for the id.
         return self._retry(lambda: Trial(self.study, trial_id))
 
     def _run(self, number: int) -> None:
@@ -430,7 +432,8 @@ class _Worker:
             for key, distribution in self.plan.space.items()
         }
         reported = set(self._trials()[number].intermediate_values)
-        # The worker may have been killed between the report and the decision on the last epoch.
+        # The last reported epoch is judged again, because the worker may have been killed before
+        # the decision.
         judged = reported - {max(reported, default=0)}
         saved = _saved_step(trial_folder(self.plan.folder, number))
         starts = [*trial.user_attrs.get("starts", []), saved]
@@ -457,15 +460,14 @@ class _Worker:
         except (TrainingError, ConfigError) as error:
             if _is_disk_error(error):
                 self._note(trial, starts=starts[:-1])
-                raise  # All other trials would fail in the same way.
+                raise  # All other trials would fail for the same reason.
             self._end(trial, TrialState.FAIL, error=printable(str(error)))
         except (DataError, OSError):
             self._note(trial, starts=starts[:-1])
             raise
         except KeyboardInterrupt:
-            self._note(
-                trial, starts=starts[:-1]
-            )  # The interruption does not count as a failed start.
+            # An interrupted start does not count as a failed start.
+            self._note(trial, starts=starts[:-1])
             if not self.plan.is_over():
                 raise
             self._say(
@@ -475,7 +477,7 @@ class _Worker:
             self._end(trial, TrialState.COMPLETE)
 
     def _trial_config(self, params: Mapping[str, Any]) -> Config:
-        """Returns the configuration of a trial: a run that does not use the test split."""
+        """Returns the configuration of a trial; only the validation split is evaluated."""
         return configured(
             self.plan.config, {**params, "report.detail": "none", "report.splits": ("validation",)}
         )
@@ -486,7 +488,7 @@ class _Worker:
         Args:
           trial: The trial.
           history: The records of all epochs of the trial.
-          reported: The epochs that the study has; the function adds the new epochs.
+          reported: The epochs whose values the study has; the function adds the new epochs.
           judged: The epochs after which the trial was allowed to continue; the function adds
             the new epochs. No epoch is judged twice, because other trials may have become
             better in the meantime.
@@ -512,7 +514,10 @@ class _Worker:
             self._retry(functools.partial(trial.set_user_attr, key, value))
 
     def _end(self, trial: Trial, state: TrialState, **attributes: Any) -> None:
-        """Stores the final state of a trial, unless another worker has stored it, and prints it."""
+        """Stores the final state of a trial, and prints a line about the trial.
+
+        If another worker has stored a final state, that state is kept.
+        """
         curve = self._trials()[trial.number].intermediate_values
         best = search.best_value(curve, self.plan.direction)
         value = best if state == TrialState.COMPLETE else None
@@ -532,7 +537,7 @@ class _Worker:
 
 
 def _saved_step(folder: pathlib.Path) -> int:
-    """Returns the step of the latest checkpoint of a trial; 0 without a checkpoint."""
+    """Returns the step of the latest checkpoint of a trial, or 0 if there is no checkpoint."""
     names = [path.name for path in (folder / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
@@ -552,9 +557,10 @@ def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
 
 
 def _is_disk_error(error: BaseException | None) -> bool:
-    """Returns whether a run failed because a disk cannot be written."""
+    """Returns whether a run failed because a disk is full or not writable."""
     while error is not None:
-        # Errors of TensorStore have other types, but contain the message of the system.
+        # TensorStore does not raise OSError, but the message of its error contains the message of
+        # the operating system.
         if isinstance(error, OSError) or any(words in str(error) for words in _DISK_MESSAGES):
             return True
         error = error.__cause__
@@ -565,7 +571,7 @@ def _is_disk_error(error: BaseException | None) -> bool:
 def _locked(path: pathlib.Path) -> Iterator[bool]:
     """Locks a file inside the context, and yields whether the lock was acquired.
 
-    The system releases the lock when the process ends in any way.
+    The operating system releases the lock when the process ends for any reason.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -1,10 +1,11 @@
-"""Measures the milliseconds of a training step that computes its batch in parts, in a loop.
+"""Measures the time of a training step that splits its batch into parts (gradient accumulation).
 
     python experiments/benchmarks/bench_accumulation.py [--pixels=32] [--batch_size=64] [--rounds=9]
 
-Each number of parts is measured twice: with this project's function for the input gradient of a
-convolution, and with XLA's. XLA's CPU compiler has no fast code for XLA's function inside a loop
-(`models/layers.py`). The cases take turns; the numbers are medians and do not include compilation.
+The step processes the parts in a loop. Each number of parts is measured twice: with this
+project's function for the input gradient of a convolution, and with XLA's function. XLA's CPU
+compiler has no fast code for XLA's function inside a loop (`models/layers.py`). The cases take
+turns; the numbers are median milliseconds and do not include compilation.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def main() -> None:
     runtime.keep_freed_memory()
     steps = {}
     for name, gradient in (("cnn_jax", OURS), ("XLA's gradient", XLAS)):
-        # All programs that are traced after this line use this gradient function.
+        # `make_step` traces its step with the gradient function that is set here.
         layers._input_gradient_on_cpu = gradient
         for parts in PARTS:
             steps[name, parts] = make_step(flags.pixels, flags.batch_size, parts)

@@ -1,8 +1,8 @@
-"""Compares the time of augmentation by OpenCV on the host and in the compiled step.
+"""Compares the speed of augmentation with OpenCV on the host and with JAX on the device.
 
     python experiments/benchmarks/bench_augment.py
 
-Prints the median milliseconds for a batch of 32 without compilation. The two
+Prints the median milliseconds for a batch of 32, without compilation. The two
 implementations take turns. The column "host" is measured with one thread, as in a worker process;
 the device is JAX's default device.
 """

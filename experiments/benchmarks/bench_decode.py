@@ -1,13 +1,17 @@
-"""Compares the pixels and the time of several ways to decode and shrink a JPEG.
+"""Compares the speed and the accuracy of several ways to decode and downscale a JPEG.
 
     python experiments/benchmarks/bench_decode.py [--images=FOLDER] [--repetitions=15]
 
-prints, for outputs of 64 x 64 and 224 x 224 pixels and for a decoder that scales the
-picture in its cosine transform as long as it stays at least k times the output: the mean
-difference from the full decode in grey levels (over all images, and that of the worst
-image), the largest one, and the milliseconds of CPU time for pictures of 500 x 375 and
-4000 x 3000 pixels. `full` is what the project does. The images are square crops of the
-photographs that scikit-learn carries, or the JPEG files below FOLDER.
+A JPEG decoder can downscale the picture in its cosine transform. Here the decoder may do so
+while the picture stays at least k times as large as the output. The program prints, for each k
+and for outputs of 64 x 64 and 224 x 224 pixels:
+
+- differences from the full decode in grey levels: the mean over all images, the mean of the
+  worst image, and the largest difference of a single value;
+- the milliseconds of CPU time for pictures of 500 x 375 and 4000 x 3000 pixels.
+
+This project uses `full`. The images are square crops of the photographs that scikit-learn
+contains, or the JPEG files below FOLDER.
 """
 
 import argparse
@@ -33,7 +37,7 @@ NUM_CROPS, MAX_FILES = 60, 500
 
 
 def scaled(encoded: bytes, side: int, factor: float) -> np.ndarray:
-    """Returns the picture at `side` x `side`, decoded at `factor` times that size or larger."""
+    """Decodes a JPEG at `factor` * `side` pixels or more, and resizes it to `side` x `side`."""
     height, width = (int(side) for side in simplejpeg.decode_jpeg_header(encoded)[:2])
     least = min(factor * side, max(height, width))
     pixels = simplejpeg.decode_jpeg(
@@ -49,7 +53,7 @@ def encode(image: Image.Image) -> bytes:
 
 
 def crops() -> list[bytes]:
-    """Cuts squares of 66 to 419 pixels at random positions from each photograph."""
+    """Returns JPEGs of square crops (66 to 419 pixels) at random positions of photographs."""
     rng = np.random.default_rng(1)
     encoded = []
     for photograph in map(Image.fromarray, load_sample_images().images):
@@ -62,7 +66,10 @@ def crops() -> list[bytes]:
 
 
 def milliseconds(work: Callable[[], object], repetitions: int) -> float:
-    """Returns the median CPU time of several calls; other processes hardly change CPU time."""
+    """Returns the median CPU time of several calls, in milliseconds.
+
+    Other processes hardly affect the CPU time.
+    """
     times = []
     for _ in range(repetitions + 1):
         start = time.thread_time()

@@ -1,4 +1,4 @@
-"""Compares the milliseconds of an inference with PyTorch, ONNX Runtime and Keras.
+"""Compares the inference time of this project with PyTorch, ONNX Runtime and Keras.
 
     pip install -e '.[bench]' && python experiments/benchmarks/bench_inference.py [--json=FILE]
 
@@ -35,7 +35,7 @@ from bench_train import (
 )
 from roofline import parse_shapes
 
-# The side of an image in pixels, and the batch size.
+# Each pair is the side of an image in pixels and a batch size.
 SHAPES = ((32, 1), (32, 32), (64, 1), (64, 32), (224, 1), (224, 32))
 TOLERANCE = 1e-5
 
@@ -43,18 +43,19 @@ TOLERANCE = 1e-5
 def check_agreement(
     processes: list[Process], folder: pathlib.Path, tolerance: float
 ) -> tuple[list[Process], float]:
-    """Compares the probabilities of all libraries.
+    """Compares the probabilities that all libraries compute from the same images and weights.
 
     Returns:
       The processes that answered, and the largest difference from this project's probabilities.
 
     Raises:
-      SystemExit: The difference is larger than the tolerance.
+      SystemExit: A difference is larger than the tolerance.
     """
     data = folder / "agree.npz"
     write_data(data, 64, 8)
     files = {process.name: folder / f"probabilities{i}.npz" for i, process in enumerate(processes)}
-    for process in processes:  # All processes compile at the same time.
+    # All requests are sent before the first answer is read, so the processes compile in parallel.
+    for process in processes:
         process.send(do="open", data=str(data), precision="float32", dropout=peers.DROPOUT)
         process.send(do="probabilities", to=str(files[process.name]))
     results = {}
@@ -69,7 +70,7 @@ def check_agreement(
     expected, worst = results[processes[0].name], 0.0
     for name, probabilities in results.items():
         difference = float(np.abs(probabilities - expected).max())
-        if not difference <= tolerance:  # NaN also fails this comparison.
+        if not difference <= tolerance:  # Unlike `>`, this condition is true for NaN.
             sys.exit(f"{name} disagrees by {difference:.1e}")
         worst = max(worst, difference)
     return processes, worst

@@ -1,4 +1,4 @@
-"""Compares the input pipeline with PyTorch's DataLoader and with tf.data.
+"""Compares the speed of this project's input pipeline with PyTorch's DataLoader and tf.data.
 
     pip install -e '.[bench]' && python experiments/benchmarks/bench_input.py --images=FOLDER
 
@@ -43,16 +43,18 @@ import numpy as np
 import psutil  # type: ignore[import-not-found]
 from PIL import Image
 
-# The compared packages are imported in functions: a process that measures one of them must
-# not have the other packages in its memory.
+# The compared packages are imported in functions, because a process that measures one package
+# must not load the other packages.
 
 BATCH_SIZE = 32
 SIDES = (224, 64)
 ROTATION, ZOOM, CONTRAST = 0.2, 0.2, 0.2
-# The number of images used from the folder, and of pictures made from these images.
+# The maximum number of images read from the folder, and the number of collages made from these
+# images.
 NUM_IMAGES, NUM_PICTURES = 2_000, 400
 TILE, TILES, PICTURE = 64, (8, 6), (500, 375)
-# The batches and seconds of the warm-up, in which workers start and tf.data tunes itself.
+# The warm-up takes at least this number of batches and seconds. In the warm-up, workers start and
+# tf.data tunes its settings.
 WARM_BATCHES, WARM_SECONDS = 8, 1.5
 SECONDS_BETWEEN_SAMPLES = 0.05
 _JPEG = b"\xff\xd8\xff"
@@ -60,7 +62,7 @@ _JPEG = b"\xff\xd8\xff"
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A row of the table.
+    """The settings of one measured input pipeline, which is a row of the table.
 
     Attributes:
       name: The name in the table.
@@ -128,7 +130,7 @@ def cnn_jax_batches(pipeline: Pipeline, folder: str, side: int) -> Generator[obj
 
 
 class PillowDataset:
-    """The dataset of the PyTorch DataLoader: maps a position to an augmented uint8 tensor."""
+    """The dataset of the PyTorch DataLoader, which decodes and augments JPEG files with Pillow."""
 
     def __init__(self, paths: list[str], side: int):
         self._paths, self._side = paths, side
@@ -239,7 +241,7 @@ def images_per_second(batches: Generator[object, None, None], seconds: float) ->
 
 
 def write_images(source_name: str, folder: pathlib.Path) -> None:
-    """Copies JPEGs from the whole range of a source into `folder`/CLASS."""
+    """Copies evenly spaced JPEGs of a data source into the folders `folder`/CLASS."""
     from cnn_jax.data.sources import open_source
 
     source = open_source(source_name)
@@ -254,7 +256,7 @@ def write_images(source_name: str, folder: pathlib.Path) -> None:
 
 
 def write_pictures(images: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes pictures of many images side by side, as detailed as reduced photographs."""
+    """Writes collages of small images; a collage has as much detail as a downscaled photograph."""
     paths = _paths(str(images))
     rng = np.random.default_rng(0)
     columns, rows = TILES
@@ -278,7 +280,7 @@ def measure_speed(pipeline: Pipeline, folder: str, side: int, seconds: float) ->
 
 
 def measure_memory(pipeline: Pipeline, folder: str, side: int, seconds: float) -> float:
-    """Measures a pipeline's peak memory in MB in a separate process, which slows the pipeline."""
+    """Measures the peak memory of a pipeline in MB; the measurement slows the pipeline down."""
     peak = 0
     with _measuring(pipeline, folder, side, seconds) as (process, _):
         while process.poll() is None:
@@ -291,7 +293,7 @@ def measure_memory(pipeline: Pipeline, folder: str, side: int, seconds: float) -
 def _measuring(
     pipeline: Pipeline, folder: str, side: int, seconds: float
 ) -> Generator[tuple[subprocess.Popen, IO[bytes]], None, None]:
-    """Starts this script in a new process, and returns the result that the process prints."""
+    """Starts this script in a new process; yields the process and the file with its output."""
     arguments = json.dumps([dataclasses.asdict(pipeline), folder, side, seconds])
     command = [sys.executable, __file__, f"--measure={arguments}"]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
@@ -310,9 +312,9 @@ def _measure_here(arguments: str) -> None:
 
 
 def _memory(pid: int) -> int:
-    """Returns the memory of a process and its descendants in bytes (proportional set size)."""
+    """Returns the proportional set size of a process and its descendants, in bytes."""
     total = 0
-    with contextlib.suppress(psutil.Error):  # The process has just ended.
+    with contextlib.suppress(psutil.Error):  # psutil raises this error if the process has ended.
         process = psutil.Process(pid)
         for one in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
@@ -321,7 +323,7 @@ def _memory(pid: int) -> int:
 
 
 def _progress(*words: object) -> None:
-    """Shows the current activity on one line, or clears the line."""
+    """Shows the current activity on a line of the terminal; without arguments, clears the line."""
     if sys.stderr.isatty():
         line = ", ".join(map(str, words))
         print(f"\r{line:<79}\r", end="", file=sys.stderr, flush=True)

@@ -1,15 +1,16 @@
-"""The time that a run takes after training, beside the time of the training.
+"""Measures the time of a run until its last epoch, and from the last epoch to the end.
 
     python experiments/benchmarks/bench_report.py --source=folder:PATH [--before=CHECKOUT]
         [--epochs=10] [--image_size=64] [--repetitions=3] [--json=FILE]
 
 Runs `python -m cnn_jax.main` with this checkout, and in turn with the checkout of another
-commit, if it is given. Each checkout has a cache directory of its own: its first run, which
-compiles all programs and decodes all images, is "cold", the others are "warm". The columns:
+commit, if --before is given. Each checkout has a cache directory of its own. The first run of a
+checkout, which compiles all programs and decodes all images, is "cold"; its later runs are
+"warm". The columns:
 
 - "training" is the time from the start of the command to the last epoch.
-- "after" is the time from there to the end of the command: measuring the splits, the bundle
-  and the report.
+- "after" is the time from the last epoch to the end of the command: measuring the splits,
+  writing the bundle, and writing the report.
 
 Times are wall-clock seconds, and medians over the repetitions.
 """
@@ -61,7 +62,7 @@ def main() -> None:
 def _run(
     checkout: pathlib.Path, folder: pathlib.Path, repetition: int, flags: argparse.Namespace
 ) -> dict[str, float]:
-    """Trains once.
+    """Runs the training command once; measures the time until the last epoch, and after it.
 
     Returns:
       The seconds of the columns "training" and "after".

@@ -1,12 +1,12 @@
-"""Measures a whole training, from images to the test accuracy, and the bare training step.
+"""Measures the time of a complete training run, and the speed of the training step on its own.
 
     python experiments/benchmarks/bench_run.py [--config=spec_224] [--images=10000]
         [--image_size=224]
         [--epochs=45] [--batch_sizes=32,256] [--steps_per_execution=1,8] [--precision=auto]
         [--json=FILE]
 
-Trains with a file of `configs/` on generated images, each setting in a separate process.
-The JSON is written after each epoch. The columns:
+Trains with a file of `configs/` on generated images, and measures the test accuracy. Each
+setting runs in a separate process. The JSON is written after each epoch. The columns:
 
 - "images/s" is the median over all epochs except the first, as the run itself reports it. The
   time includes data, augmentation, steps and reading the losses, but not validation.
@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--steps_per_execution", default="1,8", help="0: what the run chooses")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--json", type=pathlib.Path, help="write the metrics to this file, too")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # Set in the separate process.
+    # This script passes the flag --measure to the separate process that it starts.
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.measure:
         measure(flags, *map(int, flags.measure.split(",")))
@@ -77,7 +78,7 @@ def main() -> None:
 
 
 def rows_of_process(setting: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows that `measure` prints in a new process; each row has more columns."""
+    """Runs `measure` in a new process, and yields the rows that the process prints."""
     command = [sys.executable, __file__, *sys.argv[1:], f"--measure={setting}"]
     with (
         tempfile.TemporaryFile("w+") as log,
@@ -93,7 +94,7 @@ def rows_of_process(setting: str) -> Iterator[dict[str, Any]]:
 
 
 def measure(flags: argparse.Namespace, batch_size: int, count: int) -> None:
-    """Trains, then measures the bare step; prints a row after each epoch and each part."""
+    """Trains, then times the training step; prints a JSON row after each epoch and each stage."""
     sys.path.insert(0, str(REPOSITORY))
     from cnn_jax.system.console import Console
     from cnn_jax.system.runtime import keep_freed_memory

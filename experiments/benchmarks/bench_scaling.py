@@ -1,4 +1,4 @@
-"""Measures the cost of dividing a training step among devices.
+"""Measures the time of a training step on 1, 2, 4 and 8 devices.
 
     python experiments/benchmarks/bench_scaling.py [--rounds=7] [--steps=20]
 
@@ -35,7 +35,7 @@ from cnn_jax.training.step import TrainStep
 
 
 class Trainer:
-    """The training of the specification's network on a number of devices."""
+    """A trainer of the default CNN on a given number of devices."""
 
     def __init__(self, num_devices: int, model: int, side: int, batch_size: int):
         self.name = f"{num_devices} device{'s' * (num_devices > 1)}" + f", model {model}" * (
@@ -60,7 +60,7 @@ class Trainer:
         )
 
     def run(self, batches: list[dict[str, np.ndarray]]) -> tuple[float, list[float]]:
-        """Trains on the batches; returns the seconds of a step, and the losses."""
+        """Trains on the batches; returns the mean seconds of a step, and the loss of each step."""
         metrics: list[Metrics] = []
         began = time.perf_counter()
         for batch in batches:
@@ -93,12 +93,14 @@ def main() -> None:
     sizes = (flags.image_size, flags.batch_size)
     counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
     trainers = [Trainer(n, 1, *sizes) for n in counts]
-    trainers += [Trainer(1, 1, *sizes)]  # One device is measured again, to show the noise.
+    # One device is measured twice, to show the noise of the measurement.
+    trainers += [Trainer(1, 1, *sizes)]
     trainers[-1].name = "1 device again"
     if jax.device_count() >= 4:
         trainers.append(Trainer(4, 2, *sizes))
     batches = make_batches(flags.steps, *sizes)
-    losses = [trainer.run(batches)[1] for trainer in trainers]  # The first call compiles.
+    # The time of the first call is ignored, because it includes the compilation.
+    losses = [trainer.run(batches)[1] for trainer in trainers]
     seconds: list[list[float]] = [[] for _ in trainers]
     for _ in range(flags.rounds):
         for trainer, times in zip(trainers, seconds, strict=True):

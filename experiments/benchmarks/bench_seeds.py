@@ -34,7 +34,10 @@ Step = Callable[[TrainState, jax.Array], TrainState]
 
 
 def make_step(side: int, batch_size: int, precision: str) -> tuple[Step, Callable[[int], Any]]:
-    """Returns the step of one network, and the function from a seed to its initial state."""
+    """Returns the training step of one network, and a function that initialises the network.
+
+    The function takes a seed and returns the initial train state.
+    """
     train_step = TrainStep(
         model=CNN(num_classes=10, dtype=jnp.dtype(precision)),
         optimizer=make_optimizer(make_schedule(1e-3, 1e-3, total_steps=1), 1e-4),
@@ -54,7 +57,8 @@ def make_step(side: int, batch_size: int, precision: str) -> tuple[Step, Callabl
         return with_seed(seed)(state, batch)[0]
 
     def with_seed(seed: Any) -> TrainStep:
-        return dataclasses.replace(train_step, seed=seed)  # A traced seed for each network.
+        # The seed is a traced argument, so one compiled program serves the seeds of all networks.
+        return dataclasses.replace(train_step, seed=seed)
 
     return step, jax.jit(lambda seed: with_seed(seed).init_state())
 
@@ -62,13 +66,13 @@ def make_step(side: int, batch_size: int, precision: str) -> tuple[Step, Callabl
 def milliseconds(
     step: Step, single: Step, init: Callable[[int], Any], count: int, rounds: int
 ) -> dict[str, float]:
-    """Returns the median time of a step of one of `count` networks, for each of the three methods.
+    """Returns the median milliseconds of a step of one network, for each of the three methods.
 
     Args:
       step: The step of one network.
       single: `step` under `jax.jit`.
       init: The function from a seed to the initial state.
-      count: Number of networks.
+      count: Number of networks that are trained together.
       rounds: Number of measurements of each method.
     """
     seeds = jnp.arange(count)

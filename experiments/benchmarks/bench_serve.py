@@ -1,8 +1,9 @@
-"""Compares throughput and latency of this server with LitServe and FastAPI with PyTorch.
+"""Compares the throughput and latency of this project's server with LitServe and FastAPI.
 
     pip install -e '.[bench,serve]' && python experiments/benchmarks/bench_serve.py
 
-The servers run the specification's network with the same weights, and receive JPEGs of
+LitServe and FastAPI use PyTorch; LitServe is also measured with this project's predictor. All
+servers run the default network of this project with the same weights, and receive JPEGs of
 224 x 224 pixels over the loopback interface. They take turns in each round; the processes of
 the other servers are paused meanwhile, so that each server has all cores. The client has
 `concurrency` requests in flight over open connections, and sends the next request when an
@@ -57,7 +58,7 @@ _BOUNDARY = "a-boundary-that-is-in-no-image"
 def make_bundle(
     path: pathlib.Path, side: int, seed: int = 0, description: dict[str, Any] = MODEL
 ) -> None:
-    """Writes an untrained network of the specification, which is as fast as a trained network."""
+    """Writes a bundle with an untrained network, which is as fast as a trained network."""
     model = make_model(description, 10, "float32")
     write_bundle(
         Bundle(
@@ -75,7 +76,7 @@ def make_bundle(
 
 
 def make_images(count: int, side: int) -> list[bytes]:
-    """Returns JPEGs of a usual quality and a usual file size."""
+    """Returns random JPEGs with a quality and a file size that are typical of photographs."""
     rng = np.random.default_rng(0)
     images = []
     for _ in range(count):
@@ -106,12 +107,12 @@ class Peer:
         return f"http://127.0.0.1:{self.port}/predict"
 
     def stop(self) -> None:
-        """Pauses the server's processes, because a polling server slows down the other servers."""
+        """Pauses all processes of the server, so that the other servers have all cores."""
         os.killpg(self.group, signal.SIGSTOP)
 
     @contextlib.contextmanager
     def going(self) -> Iterator[None]:
-        """Lets the paused processes of the server run inside the context."""
+        """Resumes the paused processes of the server, and pauses them again on exit."""
         os.killpg(self.group, signal.SIGCONT)
         try:
             yield
@@ -120,7 +121,7 @@ class Peer:
 
 
 def child_environment() -> dict[str, str]:
-    """Returns the environment of a process that imports this repository's `cnn_jax`."""
+    """Returns environment variables with which a process imports this repository's `cnn_jax`."""
     folders = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
@@ -132,7 +133,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Iterator[Peer]:
-    """Starts a server, and yields it as soon as it answers requests."""
+    """Starts a server, waits until the server answers requests, and yields the server."""
     port = free_port()
     if name == "cnn_jax":
         command = [sys.executable, "-m", "cnn_jax.serve", "--log_level=warning"]
@@ -171,7 +172,7 @@ def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Itera
 
 
 def make_request(image: bytes) -> bytes:
-    """Returns the bytes of an HTTP request that uploads one image as a form."""
+    """Returns the bytes of an HTTP POST request with one image in a multipart form."""
     body = (
         (
             f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n'
@@ -189,7 +190,10 @@ def make_request(image: bytes) -> bytes:
 
 
 class _Client(asyncio.Protocol):
-    """Sends requests until a given time, with little work, because the server shares the cores."""
+    """A lightweight HTTP client that sends requests over one connection until a deadline.
+
+    The client uses little CPU time, because the server runs on the same cores.
+    """
 
     def __init__(self, requests_: Sequence[bytes], first: int, until: float, found: list[float]):
         self._requests, self._turn, self._until, self._found = requests_, first, until, found
@@ -224,7 +228,7 @@ class _Client(asyncio.Protocol):
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        # A server that closes the connection early has failed to answer.
+        # A request counts as failed if the server closes the connection before the deadline.
         self.failed += time.perf_counter() < self._until
         self.is_done.set_result(None)
 
@@ -232,7 +236,7 @@ class _Client(asyncio.Protocol):
 def load(
     peer: Peer, requests_: Sequence[bytes], concurrency: int, seconds: float
 ) -> dict[str, Any]:
-    """Returns images per second, and the median and 99th percentile of the latency in ms."""
+    """Sends requests for `seconds`; returns images per second, and latency percentiles in ms."""
     found: list[float] = []
 
     async def run() -> int:
@@ -279,7 +283,7 @@ print(1000 * statistics.median(times[10:]))
 
 
 def bare_milliseconds(bundle: pathlib.Path, images: pathlib.Path, seconds: float) -> float:
-    """Measures the time to decode one image and run the forward pass, without a server."""
+    """Returns the median time to decode one image and run the forward pass, without a server."""
     command = [sys.executable, "-c", _BARE, str(bundle), str(images), str(seconds)]
     return float(subprocess.check_output(command, env=child_environment()))
 
@@ -293,7 +297,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--json", type=pathlib.Path)
     flags = parser.parse_args()
-    # A time limit ends this process with SIGTERM, and then its servers must end too.
+    # The command `timeout` sends SIGTERM. Without a handler this process would end at once, and
+    # its servers would keep running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     images = make_images(32, flags.side)
     requests_ = [make_request(image) for image in images]
@@ -319,7 +324,7 @@ def main() -> None:
                 )
             for concurrency in CONCURRENCY:
                 for peer in peers:
-                    # The first round is a warm-up and is not counted.
+                    # The first round is a short warm-up whose results are dropped.
                     seconds = flags.seconds if round_ else min(2, flags.seconds)
                     with peer.going():
                         found = load(peer, requests_, concurrency, seconds)

@@ -3,9 +3,9 @@
     python experiments/benchmarks/bench_startup.py [--rounds=5] [--json=FILE]
 
 Each number is the median wall time of a new process over the rounds; all cases take turns.
-The two commands are measured in three ways. `off` keeps no compiled programs, which is the
-default of JAX; `cold` starts without compiled programs and writes them; `warm` finds them.
-Everything else is warm: the files are in the system's cache and the images are decoded. A
+The two commands are measured in three states of JAX's compilation cache. `off` is without a
+cache, which is the default of JAX; `cold` starts with an empty cache and fills the cache; `warm`
+starts with a filled cache. The files are in the system's cache, and the images are decoded. A
 training ends when its heartbeat reports the first step. The time of an import does not
 include the exit of Python, which takes up to a second.
 """
@@ -79,7 +79,7 @@ def _steps(workdir: pathlib.Path) -> int:
 
 
 class Bench:
-    """The measured commands, in a folder with its own cache and bundle."""
+    """The measured commands, which share a folder with a cache and a bundle."""
 
     def __init__(self, folder: pathlib.Path, config: str):
         self._cache = folder / "cache"
@@ -90,7 +90,8 @@ class Bench:
         }
         environment |= {"CNN_JAX_CACHE": str(self._cache)}
         main = _command("-m", "cnn_jax.main", f"--config={config}", "--config.report.detail=none")
-        # A complete run decodes the images and writes a bundle.
+        # This complete run decodes the images, so that no measurement includes the decoding, and
+        # writes the bundle for the command `predict`.
         seconds_to_end([*main, f"--workdir={folder / 'first'}"], environment)
         pixels = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
         Image.fromarray(pixels).save(folder / "image.jpg")
@@ -117,7 +118,7 @@ class Bench:
             )
 
     def _in_state(self, state: str, measure: Callable[[], float]) -> float:
-        """Measures a command in a state; for "cold", the compiled programs are removed first."""
+        """Measures a command; for the state "cold", first deletes the compiled programs."""
         if state == "cold":
             shutil.rmtree(self._cache / "compiled", ignore_errors=True)
         return measure()
@@ -136,7 +137,9 @@ def main() -> None:
         for turn in range(flags.rounds + 1):
             for what, measure in measured.items():
                 took = measure()
-                if turn:  # The first round loads the files into the system's cache.
+                # The first round is a warm-up, which loads the files into the operating system's
+                # cache.
+                if turn:
                     seconds[what].append(took)
 
     versions = f"Python {platform.python_version()}, JAX {jax.__version__}"

@@ -1,8 +1,8 @@
-"""Compares the images a second of a training step with PyTorch, Keras and plain Linen.
+"""Compares the speed of this project's training step with PyTorch, Keras and plain Flax Linen.
 
     pip install -e '.[bench]' && python experiments/benchmarks/bench_train.py [--json=FILE]
 
-Each library trains the specification's network on the same batch in a separate process. The
+Each library trains the default network of this project on the same batch in a separate process. The
 processes take turns, so that other load on the machine affects all of them.
 
 First, all libraries must agree on the loss and the gradients for the same weights: this
@@ -10,9 +10,9 @@ project in float32, the other libraries in float64 (in float32 the results of so
 more than the tolerance). The limit is --tolerance times the largest number of each tensor.
 TensorFloat-32, which GPUs use by default, is off for this comparison.
 
-Then single steps are timed until they end on the device. The numbers are medians without
-compilation and the first steps. The data is on the device, except for Keras, whose
-`train_on_batch` sends it; there is no input pipeline.
+Then each step is timed until the device has finished it. The numbers are medians without
+compilation and without the first steps. The data is on the device, except for Keras, whose
+`train_on_batch` copies the data to the device. There is no input pipeline.
 
 A library that fails is named and left out, and the exit status is 1 at the end. The JSON is
 written after each shape.
@@ -45,10 +45,10 @@ import numpy as np
 import peers
 from roofline import parse_shapes
 
-# The side of an image in pixels, and the batch size.
+# Each pair is the side of an image in pixels and a batch size.
 SHAPES = ((32, 256), (64, 128), (224, 32))
-# The same settings as `runtime.keep_freed_memory`, as environment variables, which also work in
-# processes of other libraries.
+# These environment variables have the same effect as `runtime.keep_freed_memory`, but they also
+# work in the processes of the compared libraries, which do not import this project.
 KEPT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -58,12 +58,15 @@ TOLERANCE = 1e-4
 
 
 def is_own(name: str) -> bool:
-    """Returns whether a peer is this project or a variant of it."""
+    """Returns whether an entry of `peers.PEERS` is this project or a variant of this project."""
     return issubclass(peers.PEERS[name], peers.Ours)
 
 
 class Process:
-    """A separate process of one peer, with additional environment variables."""
+    """A process that runs one of the compared libraries and answers requests.
+
+    The process gets additional environment variables.
+    """
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class Process:
         variables: Mapping[str, str] | None = None,
     ):
         self.peer, self.name = name, name + ", memory kept" * is_memory_kept
-        # A file, because an unread pipe would block a process that prints many warnings.
+        # The log is a file, because an unread pipe would block a process that prints many warnings.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable if is_own(name) else peer_python, peers.__file__, name],
@@ -83,7 +86,8 @@ class Process:
             env={
                 **os.environ,
                 "TF_CPP_MIN_LOG_LEVEL": "3",
-                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # All processes share one GPU.
+                # All processes share one GPU, so no process may preallocate the GPU's memory.
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
                 **(KEPT if is_memory_kept else {}),
                 **(variables or {}),
             },
@@ -91,7 +95,7 @@ class Process:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request, and returns the answer of the process.
+        """Sends a request to the process, and returns the answer.
 
         Raises:
           RuntimeError: The process ended without an answer; the message has its last output.
@@ -100,14 +104,18 @@ class Process:
         return self.receive()
 
     def send(self, **request: Any) -> None:
-        """Sends a request; `receive` waits for its answer."""
+        """Sends a request to the process, and does not wait for the answer."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
 
     def receive(self) -> dict[str, Any]:
-        """Waits for the answer to the oldest open request; raises the same errors as `ask`."""
+        """Waits for the answer to the oldest unanswered request, and returns the answer.
+
+        Raises:
+          RuntimeError: The process ended without an answer; the message has its last output.
+        """
         process = self._process
         assert process.stdout
         reply = process.stdout.readline()
@@ -126,7 +134,7 @@ class Process:
 def without_failures(
     processes: list[Process], action: Callable[[Process], object]
 ) -> list[Process]:
-    """Applies an action to each process, and returns the processes for which it succeeded.
+    """Applies an action to each process, and returns the processes in which the action succeeded.
 
     Each process that fails is reported on stdout and closed.
 
@@ -147,7 +155,7 @@ def without_failures(
 
 
 def write_data(path: pathlib.Path, side: int, batch_size: int) -> None:
-    """Returns random weights, images and labels, with statistics other than zeros and ones."""
+    """Writes random weights, running statistics, images and labels to an .npz file."""
     rng = np.random.default_rng(0)
     arrays: peers.Arrays = {}
     channels = 3
@@ -177,19 +185,20 @@ def write_data(path: pathlib.Path, side: int, batch_size: int) -> None:
 def check_agreement(
     processes: list[Process], folder: pathlib.Path, tolerance: float
 ) -> tuple[list[Process], float]:
-    """Compares the loss and the gradients of all libraries, for the same weights, without dropout.
+    """Compares the loss and the gradients of all libraries for the same weights, without dropout.
 
     Returns:
       The processes that answered, and the largest difference from this project's results, as a
       fraction of the largest number of each tensor.
 
     Raises:
-      SystemExit: The difference is larger than the tolerance.
+      SystemExit: A difference is larger than the tolerance.
     """
     data = folder / "agree.npz"
     write_data(data, 32, 16)
     files = {process.name: folder / f"gradients{i}.npz" for i, process in enumerate(processes)}
-    for process in processes:  # All processes compile at the same time.
+    # All requests are sent before the first answer is read, so the processes compile in parallel.
+    for process in processes:
         precision = "float32" if is_own(process.peer) else "float64"
         process.send(do="open", data=str(data), precision=precision, dropout=0.0)
         process.send(do="gradients", to=str(files[process.name]))
@@ -208,7 +217,7 @@ def check_agreement(
         assert arrays.keys() == expected.keys(), arrays.keys() ^ expected.keys()
         for key, array in arrays.items():
             difference = np.abs(array - expected[key]).max() / np.abs(expected[key]).max()
-            if not difference <= tolerance:  # NaN also fails this comparison.
+            if not difference <= tolerance:  # Unlike `>`, this condition is true for NaN.
                 sys.exit(f"{name} disagrees in {key} by {difference:.1e}")
             worst = max(worst, float(difference))
     return processes, worst
@@ -223,9 +232,9 @@ def measure(
     seconds: float,
     do: str = "train",
 ) -> dict[str, float]:
-    """Returns the median seconds of a step (or of `do`), measured in turns of at most one second.
+    """Measures the action `do` (by default a training step); returns median seconds by process.
 
-    Processes that fail are missing in the result.
+    The processes take turns of at most one second. Processes that fail are missing in the result.
     """
     data = folder / "data.npz"
     write_data(data, side, batch_size)
@@ -241,14 +250,15 @@ def measure(
     times: dict[str, list[float]] = {process.name: [] for process in processes}
     for _ in range(max(3, round(seconds / 1.5))):
         for process in processes:
-            # One more step: in the first step of a turn the caches hold other processes' data.
+            # The first step of a turn is not counted, because the processor's caches hold the data
+            # of another process.
             reply = process.ask(do=do, times=1 + per_turn[process.name])
             times[process.name] += reply["seconds"][1:]
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peer_names(text: str) -> list[str]:
-    """Converts a comma-separated list of libraries of `peers.py`; an argparse type."""
+    """Parses a comma-separated list of names of `peers.PEERS`; an argparse type."""
     names = text.split(",")
     if unknown := set(names) - set(peers.PEERS):
         raise argparse.ArgumentTypeError(f"no {unknown}; there are {', '.join(peers.PEERS)}")
@@ -256,7 +266,7 @@ def peer_names(text: str) -> list[str]:
 
 
 def make_parser(names: list[str], seconds: float, tolerance: float) -> argparse.ArgumentParser:
-    """Adds the flags of this benchmark and of `bench_inference.py`."""
+    """Returns a parser with the flags that this benchmark shares with `bench_inference.py`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", help="such as 32x256,224x32: side in pixels x batch size")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
@@ -285,7 +295,7 @@ def print_header() -> None:
 def print_rows(
     seconds: dict[str, float], side: int, batch_size: int, best_peer_ms: float, floor_ms: float
 ) -> None:
-    """Measures all libraries for one shape."""
+    """Prints a row for each library, for one pair of image size and batch size."""
     print(f"\n{side} x {side} pixels, batch {batch_size}, floor {floor_ms:.2f} ms")
     for name, value in seconds.items():
         print(
@@ -299,10 +309,13 @@ def main() -> None:
     flags = make_parser(list(peers.PEERS)[:6], seconds=12, tolerance=TOLERANCE).parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     names = flags.peers
-    # The floor is measured before a peer allocates the device's memory.
+    # The shortest possible times are measured before the compared libraries allocate the device's
+    # memory.
     floors = floor_milliseconds(shapes, flags.precision, flags.peaks)
     as_is = [(name, name.startswith("cnn_jax ")) for name in names]
-    if not is_on_gpu():  # On a GPU the C library's memory does not matter.
+    # On CPUs, some libraries are measured a second time with `is_memory_kept`. This setting has no
+    # effect on GPUs, because the C library does not manage the memory of GPUs.
+    if not is_on_gpu():
         as_is = [(names[0], True), *as_is, *((name, True) for name in names[1:] if "orch" in name)]
     started = [Process(name, is_kept, flags.peer_python) for name, is_kept in as_is]
     rows = []
@@ -329,13 +342,13 @@ def is_on_gpu() -> bool:
 
 
 def write_json(path: pathlib.Path | None, rows: Any) -> None:
-    """Writes the rows so far to a file if `path` is given, so that a time limit loses no row."""
+    """Writes rows to a JSON file; does nothing if `path` is None."""
     if path:
         path.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def exit_if_left_out(started: Sequence[Process], processes: Sequence[Process]) -> None:
-    """Raises SystemExit if a started process has failed."""
+    """Raises SystemExit if a started process has failed and is missing from `processes`."""
     working = {process.name for process in processes}
     if failed := [process.name for process in started if process.name not in working]:
         sys.exit(f"failed and left out: {', '.join(failed)}")
@@ -347,10 +360,12 @@ def floor_milliseconds(
     peaks: pathlib.Path | None = None,
     kind: str = "training",
 ) -> dict[tuple[int, int], float]:
-    """Computes the floors of `roofline.py` in a process that exits and so frees device memory.
+    """Runs `roofline.py` in a new process, and returns the shortest possible time of each shape.
+
+    The process frees the device memory when it exits.
 
     Args:
-      shapes: The side of an image in pixels, and the batch size.
+      shapes: Pairs of the side of an image in pixels and the batch size.
       precision: "float32" or "bfloat16".
       peaks: The JSON of `roofline.py`, whose rates are used; None to measure them.
       kind: "training" or "inference".
@@ -377,7 +392,7 @@ def floor_milliseconds(
 def summarize(
     seconds: dict[str, float], side: int, batch_size: int, ours: str, floor_ms: float
 ) -> dict[str, Any]:
-    """Returns the metrics of one shape; rates are in images per second."""
+    """Returns the metrics for one image size and batch size; speeds are in images per second."""
     default_rates = {
         name: value
         for name, value in seconds.items()

@@ -1,9 +1,9 @@
-"""Measures precision, repeatability and memory of the training step on this device.
+"""Measures the precision, the repeatability and the memory of the training step on this device.
 
     python experiments/benchmarks/check_step.py [--image_size=224] [--batch_size=256] [--json=FILE]
 
-- Whether 20 steps give the same train state bit for bit, twice in one process and in another
-  process. The other process compiles again, so XLA may choose other algorithms.
+- Whether 20 steps, repeated in the same process and in another process, give the same train
+  state bit for bit. The other process compiles again, so XLA may choose other algorithms.
 - The same check with XLA's deterministic operations, and how much longer a step then takes.
 - The peak device memory of the process that runs the step.
 - Gradients of one batch in bfloat16 against float32, without dropout: the norm of the
@@ -28,14 +28,14 @@ VARIANTS = {"as it is": "", "deterministic": "--xla_gpu_deterministic_ops=true"}
 
 
 def ask_for_digest(process: Process, data: pathlib.Path, precision: str) -> None:
-    """Requests the digest of the train state after STEPS steps; `read_digest` waits for it."""
+    """Requests STEPS training steps and a digest of the train state, and does not wait."""
     process.send(do="open", data=str(data), precision=precision, dropout=peers.DROPOUT)
     process.send(do="train", times=STEPS)
     process.send(do="digest")
 
 
 def read_digest(process: Process) -> str:
-    """Waits for the answer to `ask_for_digest`, and returns the SHA-256 of the train state."""
+    """Waits for the answer to `ask_for_digest`; returns the SHA-256 digest of the train state."""
     process.receive()
     process.receive()
     return process.receive()["digest"]
@@ -69,14 +69,15 @@ def main() -> None:
             "precision": flags.precision,
             "variants": rows,
         }
-        # The processes run one after the other, because XLA measures algorithms while it compiles.
+        # The processes run one after the other, because XLA times algorithms while it compiles.
         processes, digests, failed = {}, {}, []
         for name, xla_flags in VARIANTS.items():
             process = start(xla_flags)
             ask_for_digest(process, data, flags.precision)
             try:
                 digests[name] = read_digest(process)
-            except RuntimeError as error:  # A failure here does not end the other measurements.
+            except RuntimeError as error:
+                # If one variant fails, the other variant is still measured.
                 print(f"{name}: {error}", flush=True)
                 failed.append(name)
                 continue
@@ -95,7 +96,7 @@ def main() -> None:
             print(f"{name}: {rows[name]}", flush=True)
         write_json(flags.json, results)
 
-        # No times are measured from here on, so all processes compile at the same time.
+        # No times are measured from here on, so all processes may compile at the same time.
         others = {name: start(VARIANTS[name]) for name in processes}
         for process in others.values():
             ask_for_digest(process, data, flags.precision)

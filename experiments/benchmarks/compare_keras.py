@@ -1,8 +1,8 @@
-"""Compares the augmentations with the Keras layers that define them.
+"""Compares this project's augmentations with the corresponding Keras layers.
 
     pip install keras && KERAS_BACKEND=jax python experiments/benchmarks/compare_keras.py
 
-Both sides apply the same fixed angle, zoom or contrast to the same random image.
+This project and Keras apply the same fixed angle, zoom or contrast to the same random image.
 Prints the mean difference in grey levels; exits with 1 if a difference is above 0.01.
 """
 
@@ -44,7 +44,8 @@ def main() -> None:
         differences[f"zoom {factor:+}"] = zoomed - _ours(image, zoom=factor)
     for seed in range(3):
         theirs = _keras(keras.layers.RandomContrast(0.2, value_range=(0, 255), seed=seed), image)
-        # Keras does not return the factor, so it is computed from a pixel that is not clipped.
+        # Keras does not return the random factor. So the factor is computed from a pixel whose
+        # value is near the mean and therefore not clipped.
         mean = image.mean(axis=(1, 2))[0, 0]
         row = int(np.abs(image[0, :, 0, 0] - mean).argmin())
         factor = (theirs[0, row, 0, 0] - mean) / (image[0, row, 0, 0] - mean)

@@ -1,4 +1,4 @@
-"""Collects the results of `gpu_report.sh` in results.json and report.md.
+"""Writes the results of `gpu_report.sh` to the files results.json and report.md.
 
 python experiments/benchmarks/gpu_table.py WORK FOLDER      collect the parts in WORK/parts.jsonl
 python experiments/benchmarks/gpu_table.py --facts FILE     device and versions; fails without a GPU
@@ -16,11 +16,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-_TIMED_OUT = (124, 137)  # The exit statuses of `timeout`, without and with SIGKILL.
+# The exit statuses of the command `timeout` after SIGTERM and after SIGKILL.
+_TIMED_OUT = (124, 137)
 
 
 def facts() -> dict[str, Any]:
-    """Returns the device and the versions of the libraries.
+    """Returns a description of the device, and the versions of the libraries.
 
     Raises:
       SystemExit: JAX uses the CPU although JAX_PLATFORMS does not select it.
@@ -53,7 +54,7 @@ def facts() -> dict[str, Any]:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Formats a Markdown table; numbers get at least three significant digits."""
+    """Formats rows as a Markdown table; numbers get at least three significant digits."""
     lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
     return "\n".join(lines)
@@ -81,7 +82,7 @@ def roofline_table(found: Mapping[str, Any]) -> str:
 
 
 def step_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Formats the results of several libraries, one line for each."""
+    """Formats the step times of several libraries as a Markdown table, one row for each library."""
     headers = ("pixels", "batch", "", "ms", "images/s", "/ cnn_jax", "/ floor")
     lines = []
     for row in rows:
@@ -147,10 +148,11 @@ def seeds_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tests_summary(log: str) -> dict[str, Any]:
-    """Returns the counts of outcomes in the output of `pytest -v`, and the failed tests."""
+    """Parses the output of `pytest -v`; returns test counts by outcome, and the failed tests."""
     outcomes: dict[str, str] = {}
     for line in log.splitlines():
-        # "tests/a.py::b PASSED [ 10%]", or "[gw0] [ 10%] PASSED tests/a.py::b" of xdist.
+        # pytest prints "tests/a.py::b PASSED [ 10%]"; with xdist, it prints
+        # "[gw0] [ 10%] PASSED tests/a.py::b".
         test = re.search(r"tests/\S+::.*?(?=\s+(?:PASSED|FAILED|ERROR|SKIPPED)|$)", line)
         outcome = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
         if test and outcome and not line.startswith(("FAILED", "ERROR", "SKIPPED")):
@@ -183,7 +185,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def collect(work: pathlib.Path) -> dict[str, Any]:
-    """Reads the results of the finished parts from their folder."""
+    """Reads the results of all finished measurements from the folder `work`."""
     parts = {}
     for line in (work / "parts.jsonl").read_text().splitlines():
         part = json.loads(line)
@@ -198,7 +200,7 @@ def collect(work: pathlib.Path) -> dict[str, Any]:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """Returns all tables in Markdown."""
+    """Returns a Markdown report with a table for each measurement."""
     known = {key: value for key, value in results["facts"].items() if value is not None}
     text = ["; ".join(f"{key} {value}" for key, value in known.items())]
     for name, part in results["parts"].items():

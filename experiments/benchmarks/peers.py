@@ -1,11 +1,12 @@
-"""The specification's network in this project, plain Linen, PyTorch, Keras and ONNX Runtime.
+"""The compared libraries: the same network in JAX, Flax Linen, PyTorch, Keras and ONNX Runtime.
 
     python experiments/benchmarks/peers.py NAME
 
-answers requests of a benchmark: one JSON object on each line of stdin, one answer on each
-line of stdout. Each library runs in a separate process with its own threads and memory. All
-compute the same function: uint8 images, the same weights, the same loss and optimizer.
-Weights and gradients are arrays with the names of this project ("conv1/kernel", ...).
+This command runs the library NAME and answers requests of a benchmark: one JSON object on each
+line of stdin, one answer on each line of stdout. Each library runs in a separate process with
+its own threads and memory. All libraries compute the same function: they get uint8 images and
+the same weights, and use the same loss and optimizer. Weights and gradients are arrays with the
+names of this project ("conv1/kernel", ...).
 """
 
 import contextlib
@@ -23,14 +24,15 @@ import numpy as np
 
 FEATURES, DENSE, CLASSES, DROPOUT = (32, 64, 128), 256, 10, 0.5
 MOMENTUM, EPSILON, LABEL_SMOOTHING, L2, LEARNING_RATE = 0.99, 1e-3, 0.1, 1e-4, 1e-3
-GREY = 127.5  # Mean and standard deviation of the inputs.
+# Pixel values are normalised with this number as the mean and as the standard deviation.
+GREY = 127.5
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The data of a comparison, the same for all libraries.
+    """The weights, images, labels and settings of a comparison, the same for all libraries.
 
     Attributes:
       weights: Parameters and running statistics, by name.
@@ -55,34 +57,37 @@ def load_task(path: str | os.PathLike[str], precision: str, dropout: float) -> T
 
 
 class Peer:
-    """The interface of a library for the benchmarks."""
+    """The interface that the benchmarks use for each compared library."""
 
     def __init__(self, task: Task):
-        """Creates the network, the optimizer and one batch."""
+        """Creates the network, the optimizer and one batch from a task."""
 
     def loss_and_gradients(self) -> tuple[float, Arrays]:
-        """Returns the mean smoothed loss in training mode, and the gradients of loss plus L2."""
+        """Returns the mean loss in training mode, and the gradients.
+
+        The loss has label smoothing. The gradients are those of the loss plus the L2 penalty.
+        """
         raise NotImplementedError
 
     def train(self) -> None:
-        """Runs one training step, and waits for its end."""
+        """Runs one training step, and waits until the device has finished the step."""
         raise NotImplementedError
 
     def predict(self) -> np.ndarray:
-        """Returns the probabilities, float32 [B, C], of the images, as an array in host memory."""
+        """Returns the class probabilities of the images as a NumPy array, float32 [B, C]."""
         raise NotImplementedError
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns a context that computes float32 products in float32; GPUs use TF32 by default."""
+        """Returns a context in which float32 matrix products do not use TF32, the GPUs' default."""
         return contextlib.nullcontext()
 
     def peak_bytes(self) -> int:
-        """Returns the peak memory of the device in bytes; 0 if it is unknown."""
+        """Returns the peak device memory of this process in bytes, or 0 if the peak is unknown."""
         return 0
 
 
 class Ours(Peer):
-    """The step of this project, with its compiler options."""
+    """The training step and forward pass of this project, compiled with the project's options."""
 
     def __init__(self, task: Task):
         import jax
@@ -145,7 +150,8 @@ class Ours(Peer):
 
         from cnn_jax.training.optimizer import kernel_mask
 
-        # An optimizer that stores the gradient in its state.
+        # This update function stores the gradient in the optimizer's state, from which the gradient
+        # is read after the step.
         def keep(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             return updates, updates
 
@@ -154,7 +160,7 @@ class Ours(Peer):
             optax.GradientTransformation(lambda params: params, keep),
         )
         state = self._state.replace(opt_state=optimizer.init(self._state.params))
-        # The compared program has the same options as the timed program.
+        # The compiler options are those of the timed step, so that this check covers their effect.
         step = self._jax.jit(
             dataclasses.replace(self._plain_step, optimizer=optimizer),
             compiler_options=self._options,
@@ -194,7 +200,7 @@ class Ours(Peer):
         return (self._jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
     def digest(self) -> str:
-        """Returns the SHA-256 of the train state."""
+        """Returns the SHA-256 digest of all arrays of the train state."""
         digest = hashlib.sha256()
         for leaf in self._jax.tree.leaves(self._jax.device_get(self._state)):
             digest.update(np.asarray(leaf).tobytes())
@@ -202,11 +208,12 @@ class Ours(Peer):
 
 
 class Variant(Ours):
-    """The step of this project without some of its optimisations.
+    """A variant of this project's training step without some of the optimisations.
 
     Attributes:
-      linen: The layers of `cnn_jax.models.cnn` that are replaced by Linen's.
-      without: A text; compiler options whose names contain it are left out.
+      linen: The layers of `cnn_jax.models.cnn` that are replaced by Linen's layers.
+      without: A text: compiler options whose names contain the text are left out; None leaves out
+        no option.
     """
 
     linen: tuple[str, ...] = ()
@@ -228,7 +235,8 @@ class Variant(Ours):
             "max_pool_2x2": functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
         }
         for name in self.linen:
-            setattr(cnn, name, layers[name])  # No other network in this process is affected.
+            # This changes the module `cnn` for all networks, but a process has only one network.
+            setattr(cnn, name, layers[name])
         return super()._model(precision, dropout)
 
 
@@ -253,13 +261,13 @@ class WithoutOptions(Variant):
 
 
 class PlainLinen(WithoutOptions):
-    """The step of this project with Linen's layers and XLA's default options."""
+    """The training step of this project with Flax Linen's layers and XLA's default options."""
 
     linen = ("Conv", "BatchNorm", "max_pool_2x2")
 
 
 class Torch(Peer):
-    """PyTorch in eager mode with channels_last; bfloat16 by autocast."""
+    """PyTorch in eager mode with the memory format channels_last; autocast for bfloat16."""
 
     is_compiled = False
 
@@ -284,7 +292,8 @@ class Torch(Peer):
         )
         self._images = torch.from_numpy(task.images).to(self._device)
         self._labels = torch.from_numpy(task.labels.astype(np.int64)).to(self._device)
-        # Without dynamic=False PyTorch compiles the second shape of a process for all sizes.
+        # By default, torch.compile compiles one program for shapes of any size when it sees a
+        # second shape. With dynamic=False, it compiles one program for each shape.
         compiled = functools.partial(torch.compile, dynamic=False)
         if not self.is_compiled:
             compiled = lambda function: function  # noqa: E731
@@ -345,7 +354,7 @@ class Torch(Peer):
 
 
 class CompiledTorch(Torch):
-    """PyTorch with `torch.compile`."""
+    """PyTorch with its compiler, `torch.compile`."""
 
     is_compiled = True
 
@@ -375,7 +384,7 @@ def torch_network(dropout: float) -> Any:
 
 
 def _torch_tensors(net: Any) -> Mapping[str, Any]:
-    """Returns PyTorch's tensors by the names of this project."""
+    """Returns the tensors of a PyTorch network, by the names that this project gives them."""
     from torch import nn  # pyright: ignore
 
     convolutions = [m for m in net if isinstance(m, nn.Conv2d)]
@@ -412,7 +421,7 @@ def _is_torch_kernel(name: str, parameter: Any) -> bool:
 
 
 class Keras(Peer):
-    """Keras 3 with `train_on_batch`; KERAS_BACKEND selects its backend."""
+    """Keras 3 with `train_on_batch`; the variable KERAS_BACKEND selects the backend."""
 
     def __init__(self, task: Task):
         import keras  # pyright: ignore
@@ -501,7 +510,7 @@ class Keras(Peer):
 
 
 class OnnxRuntime(Peer):
-    """PyTorch's network, exported to ONNX Runtime with its defaults; inference only."""
+    """ONNX Runtime with default settings, for inference only, with the exported PyTorch network."""
 
     def __init__(self, task: Task):
         import io
@@ -569,7 +578,7 @@ def _flat(tree: Mapping[str, Any]) -> Arrays:
 
 
 def seconds_of_each(action: Callable[[], object], count: int) -> list[float]:
-    """Returns the seconds of each of `count` calls."""
+    """Calls a function `count` times, and returns the seconds of each call."""
     times = []
     for _ in range(count):
         start = time.perf_counter()
@@ -579,7 +588,10 @@ def seconds_of_each(action: Callable[[], object], count: int) -> list[float]:
 
 
 def _serve(name: str) -> None:
-    """Answers requests on stdin until it is closed; the output of libraries goes to stderr."""
+    """Answers the requests on stdin until stdin is closed.
+
+    What a library prints goes to stderr, because stdout is only for the answers.
+    """
     if name.startswith("Keras"):
         os.environ["KERAS_BACKEND"] = name.split()[-1].lower()
     replies = os.fdopen(os.dup(1), "w")

@@ -20,7 +20,7 @@ from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 
 
 class Score:
-    """A Ray worker that holds a predictor and is called with one batch at a time."""
+    """A callable for a Ray worker, which classifies one batch of images at a time."""
 
     def __init__(self, bundle: str):
         self._predictor = BundlePredictor.load(bundle)

@@ -1,4 +1,4 @@
-"""A predictor behind Ray Serve, which runs replicas on the machines of a cluster.
+"""An image classification server on Ray Serve, which runs replicas on the machines of a cluster.
 
     pip install -e . 'ray[serve]'
     BUNDLE=RUN/bundle serve run experiments.benchmarks.ray_serve_app:app
@@ -22,7 +22,7 @@ from cnn_jax.inference.predictor import BundlePredictor, Prediction, predict_bat
     autoscaling_config={"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 16},
 )
 class Classifier:
-    """A Ray Serve replica: a predictor with a queue of requests."""
+    """A Ray Serve replica that holds a predictor and combines requests into batches."""
 
     def __init__(self, bundle: str):
         self._predictor = BundlePredictor.load(bundle)

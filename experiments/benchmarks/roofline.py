@@ -1,4 +1,4 @@
-"""Computes the shortest possible time of a training step and an inference on this machine.
+"""Computes the shortest possible time of a training step and of an inference on this machine.
 
     python experiments/benchmarks/roofline.py
         [--image_size=224 --batch_size=32 | --shapes=224x32,64x128]
@@ -60,7 +60,7 @@ import jax.numpy as jnp
 
 from cnn_jax.models.cnn import CNN
 
-# The side of an image in pixels, and the batch size.
+# Each pair is the side of an image in pixels and a batch size.
 SHAPES = ((32, 256), (64, 128), (224, 32))
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -71,7 +71,7 @@ _REPETITIONS = 10
 
 @dataclass(frozen=True)
 class Work:
-    """A number of floating-point operations, and of bytes between memory and processor."""
+    """The work of a computation: floating-point operations, and bytes moved to or from memory."""
 
     flops: float
     bytes: float
@@ -82,7 +82,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The measured peak rates of a device."""
+    """The measured peak arithmetic rate and peak memory bandwidth of a device."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -90,7 +90,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass over memory: a matrix product with its fused operations, or an elementwise pass.
+    """One pass over memory: a matrix product with its fused operations, or an elementwise pass.
 
     Attributes:
       name: The layer and the purpose of the pass.
@@ -111,7 +111,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution with its BatchNorm and pooling, or a dense layer, for one image.
+    """The sizes of a convolution with BatchNorm and pooling, or of a dense layer, for one image.
 
     Attributes:
       name: The name of the module in the network.
@@ -133,18 +133,21 @@ class Layer:
 
     @property
     def flops(self) -> int:
-        """Operations of one matrix product for one image; each gradient's product needs as many."""
+        """The number of floating-point operations in one matrix product for one image.
+
+        The product for each of the two gradients needs the same number of operations.
+        """
         return 2 * self.fan_in * self.products
 
 
 def layers(model: CNN, image_size: int) -> list[Layer]:
-    """Returns the layers of the network for square images, first to last."""
+    """Returns the layers of the network for square images, from the first layer to the last."""
     if not model.batch_norm:
         raise ValueError("The bytes are counted for a network with BatchNorm.")
     found = []
     side, channels = image_size, 3
     for i, features in enumerate(model.features, start=1):
-        # The output of the last convolution is averaged over the image.
+        # The last convolution has no 2 x 2 pooling: its output is averaged over the whole image.
         pooled_side = side // 2 if i < len(model.features) else 1
         fan_in = _KERNEL_PIXELS * channels
         found.append(
@@ -170,9 +173,12 @@ def layers(model: CNN, image_size: int) -> list[Layer]:
 def training_passes(
     model: CNN, image_size: int, batch_size: int, activation_bytes: int
 ) -> list[Pass]:
-    """Returns the passes of a training step, by the assumptions at the top of this file."""
+    """Returns the passes over memory in a training step.
+
+    The assumptions are listed at the top of this file.
+    """
     forward: list[Pass] = []
-    backward: list[Pass] = []  # From the last layer to the first.
+    backward: list[Pass] = []  # These passes go from the last layer to the first.
     update: list[Pass] = []
     all_layers = layers(model, image_size)
     before = ""
@@ -199,17 +205,20 @@ def training_passes(
                 Pass(f"{name} normalise's gradient", 0, convolved | gradient_of_output, gradient)
             )
         elif last:
-            # The loss and its gradient are fused to the product: logits stay in the processor.
+            # The loss and its gradient are fused with the matrix product, so memory never holds the
+            # logits.
             gradient = {f"{name} gradient of logits": products}
             forward.append(Pass(f"{name} product and loss", flops, inputs | parameters, gradient))
         else:
-            # The next layer's input gradient already includes the gradients of ReLU and dropout.
+            # The backward pass of the next layer already applies the gradients of this layer's ReLU
+            # and dropout.
             gradient = gradient_of_output
             forward.append(Pass(f"{name} product", flops, inputs | parameters, output))
         layer_passes.append(Pass(f"{name} weights' gradient", flops, inputs | gradient, gradients))
-        if before:  # The gradient of the images is not needed.
-            # The operation that is fused to the end of the product reads the inputs: the sums
-            # for the previous BatchNorm, or the gradients of ReLU and dropout.
+        if before:  # The first layer is skipped, because the images need no gradient.
+            # The matrix product is fused with an operation that also reads the inputs: the sums for
+            # the previous layer's BatchNorm, or the gradients of the previous layer's ReLU and
+            # dropout.
             input_gradient = {f"{before} gradient of output": sum(inputs.values())}
             layer_passes.append(
                 Pass(
@@ -230,7 +239,10 @@ def training_passes(
 def inference_passes(
     model: CNN, image_size: int, batch_size: int, activation_bytes: int
 ) -> list[Pass]:
-    """Returns the passes of an inference, by the assumptions at the top of this file."""
+    """Returns the passes over memory in an inference.
+
+    The assumptions are listed at the top of this file.
+    """
     passes: list[Pass] = []
     all_layers = layers(model, image_size)
     before = ""
@@ -251,7 +263,7 @@ def inference_passes(
 
 
 def _inputs(layer: Layer, before: str, batch_size: int, activation_bytes: int) -> dict[str, int]:
-    """Returns the bytes of a layer's input tensor, which is the previous layer's output or data."""
+    """Returns the name and the bytes of a layer's input: the previous output, or the images."""
     if before:
         return {f"{before} output": batch_size * layer.inputs * activation_bytes}
     return {"images": batch_size * layer.inputs}
@@ -280,17 +292,20 @@ def memory_seconds(work: Work, peaks: Peaks) -> float:
 
 
 def floor_seconds(work: Work, peaks: Peaks) -> float:
-    """Returns the shortest time if arithmetic and memory transfers overlap completely."""
+    """Returns the shortest time of a computation whose arithmetic and memory transfers overlap."""
     return max(compute_seconds(work, peaks), memory_seconds(work, peaks))
 
 
 def floor_seconds_by_pass(passes: Iterable[Pass], peaks: Peaks) -> float:
-    """Returns the shortest time if no two passes overlap; each needs earlier results."""
+    """Returns the shortest time of passes over memory that run one after the other."""
     return sum(floor_seconds(each.work, peaks) for each in passes)
 
 
 def measure_peaks(precision: str) -> Peaks:
-    """Measures the best rates of a large matrix product and of scaling a large array.
+    """Measures the peak arithmetic rate and the peak memory bandwidth of JAX's default device.
+
+    The arithmetic rate is that of a large matrix product; the bandwidth is that of scaling a large
+    array.
 
     These are the rates that XLA reaches on JAX's default device, not the vendor's specifications.
     The products are of square matrices of the given precision ("float32" or "bfloat16"),
@@ -299,9 +314,9 @@ def measure_peaks(precision: str) -> Peaks:
     byte is read once and written once and no memory is allocated meanwhile.
     """
     on_cpu = jax.default_backend() == "cpu"
-    # The best of several sizes is used, because no size is the best for all processors. The array
-    # of 256 MiB does not fit into a CPU's caches. On an accelerator all sizes are larger, so that
-    # the time is much longer than the launch of a kernel.
+    # No matrix size is the fastest on all processors, so the best rate of several sizes is used.
+    # The array of 256 MiB does not fit into a CPU's caches. On an accelerator all sizes are
+    # larger, so that the computation takes much longer than the launch of its kernel.
     sides, length = ((1024, 1536, 2048), 2**26) if on_cpu else ((4096, 6144, 8192), 2**28)
 
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
@@ -315,7 +330,7 @@ def measure_peaks(precision: str) -> Peaks:
 
     array = jnp.ones(length, jnp.float32)
     scale = jax.jit(jnp.multiply, donate_argnums=0)
-    factor = jnp.float32(1)  # With a constant, XLA would remove the product.
+    factor = jnp.float32(1)  # XLA would remove a product with the constant 1.
 
     def scale_in_place() -> jax.Array:
         nonlocal array
@@ -327,7 +342,7 @@ def measure_peaks(precision: str) -> Peaks:
 
 
 def _best_seconds(run: Callable[[], jax.Array]) -> float:
-    jax.block_until_ready(run())  # The first call compiles.
+    jax.block_until_ready(run())  # The first call compiles the program, so it is not timed.
     seconds = []
     for _ in range(_REPETITIONS):
         began = time.perf_counter()
@@ -342,7 +357,7 @@ KINDS = {"training": training_passes, "inference": inference_passes}
 def table(
     model: CNN, shapes: Iterable[tuple[int, int]], precision: str, peaks: Peaks
 ) -> list[dict[str, Any]]:
-    """Returns a row for the training step and a row for the inference of each shape."""
+    """Returns two rows for each shape: one for the training step and one for inference."""
     rows = []
     for image_size, batch_size in shapes:
         for kind, count_passes in KINDS.items():
@@ -366,7 +381,11 @@ def table(
 
 
 def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
-    """Converts "32x256,224x32" to pairs of side in pixels and batch size; an argparse type."""
+    """Parses a text such as "32x256,224x32"; an argparse type.
+
+    Returns:
+      Pairs of the side of an image in pixels and the batch size.
+    """
     pairs = (shape.split("x") for shape in text.split(","))
     return tuple((int(side), int(batch_size)) for side, batch_size in pairs)
 

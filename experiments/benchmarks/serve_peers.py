@@ -1,9 +1,9 @@
-"""Other servers with the same network, for bench_serve.py.
+"""The servers of other libraries that `bench_serve.py` compares with this project's server.
 
     python experiments/benchmarks/serve_peers.py NAME --bundle=BUNDLE --port=PORT
 
-A request is a multipart form with one file; the answer is JSON with all probabilities. Each
-server follows the documentation of its library:
+All servers run the same network. A request is a multipart form with one file; the answer is
+JSON with all probabilities. Each server follows the documentation of its library:
 
     fastapi      FastAPI and PyTorch: one image a call, on FastAPI's threads
     litserve     LitServe and PyTorch, batches of up to 8, waits up to 5 ms for a batch
@@ -23,7 +23,8 @@ from PIL import Image
 
 from cnn_jax.inference.bundle import read_bundle
 
-# The maximum batch size, the seconds that LitServe waits for a batch, the number of workers.
+# Each LitServe server has a maximum batch size, a number of seconds that it waits for a batch, and
+# a number of workers.
 LITSERVE = {
     "litserve": (8, 0.005, 1),
     "litserve_1": (1, 0.0, 1),
@@ -90,7 +91,7 @@ def main() -> None:
     if flags.name == "fastapi":
         _fastapi(flags.bundle, flags.port)
     else:
-        import serve_litserve  # Only this server needs LitServe.
+        import serve_litserve  # The FastAPI server must work without LitServe.
 
         serve_litserve.serve(flags.bundle, flags.port, flags.name)
 

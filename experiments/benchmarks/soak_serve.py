@@ -1,17 +1,18 @@
-"""Tests a server for a long time: swaps of versions under load, long load, and overload.
+"""Tests this project's server under load: model version changes, long load, and overload.
 
     python experiments/benchmarks/soak_serve.py [--swaps=200] [--minutes=10] [--side=224]
         [--other_network]
 
-The server runs the specification's network and receives JPEGs of its image size over the
-loopback interface; client and server share the cores. The program measures and checks:
+The server runs the default network of this project and receives JPEGs of the network's image
+size over the loopback interface; client and server share the cores. The program measures and
+checks:
 
 - capacity: the rate of answers to 8 clients, each of which sends the next request at once;
 - swaps: a registry's alias moves between two versions while requests arrive at half of the
   capacity; no request may fail, and memory must not grow;
 - soak: --minutes at 80 % of the capacity; no request may fail, and memory must not grow;
 - overload: three times the capacity for 30 s; accepted requests are answered in bounded time,
-  all others get status 429, and ten seconds later the latency is normal again.
+  all other requests get status 429, and ten seconds later the latency is normal again.
 
 Requests arrive as a Poisson process, independent of the answers. The exit code is 1 if a
 check fails.
@@ -46,7 +47,7 @@ from bench_serve import (
 
 from cnn_jax.registry.registry import Registry
 
-# The maximum number of requests in flight; each request has its own connection.
+# The maximum number of requests in flight, and so the maximum number of open connections.
 _MAX_IN_FLIGHT = 512
 
 
@@ -84,13 +85,13 @@ class Server:
         return int(found[1]) / 1000
 
     def version(self) -> int:
-        """Returns the model version with which the server answers a request."""
+        """Returns the version of the model that the server uses by default."""
         (model,) = requests.get(f"{self.url}/models", timeout=30).json()["models"]
         return model["default"]
 
 
 class Arrivals:
-    """A client that sends requests at a given rate, independent of the answers."""
+    """A client that sends requests at a given rate, without waiting for the answers."""
 
     def __init__(self, port: int, bodies: Sequence[bytes], per_second: float):
         self._port = port
@@ -99,9 +100,10 @@ class Arrivals:
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._in_flight = 0
         self._is_over = False
-        # The number of requests that were not sent because too many were in flight.
+        # The number of requests that were not sent, because too many requests were in flight.
         self.not_sent = 0
-        # Time of sending, duration and status of each request; status 0: no answer.
+        # The time of sending, the duration and the HTTP status of each request. The status is 0 if
+        # the request got no answer.
         self.answers: list[tuple[float, float, int]] = []
 
     def end(self) -> None:
@@ -109,7 +111,7 @@ class Arrivals:
         self._is_over = True
 
     async def run(self, until: float) -> None:
-        """Sends requests until a time of `time.monotonic`, then waits for the open requests."""
+        """Sends requests until `time.monotonic()` reaches `until`; waits for requests in flight."""
         rng = random.Random(0)
         tasks: set[asyncio.Task[None]] = set()
         moment = time.monotonic()
@@ -131,7 +133,7 @@ class Arrivals:
         start, status = time.monotonic(), 0
         self._in_flight += 1
         try:
-            # Reuse a connection, or open a new one if the server has closed it.
+            # Idle connections that the server has closed are dropped, because they are unusable.
             while self._idle and self._idle[-1][0].at_eof():
                 self._idle.pop()[1].close()
             if self._idle:
@@ -155,7 +157,7 @@ class Arrivals:
 
 
 def describe(answers: Sequence[tuple[float, float, int]]) -> dict[str, Any]:
-    """Returns the counts of statuses, and the latency of accepted requests in milliseconds."""
+    """Returns the number of answers by status, and the latency of accepted requests in ms."""
     statuses = collections.Counter(status for _, _, status in answers)
     accepted = [1000 * seconds for _, seconds, status in answers if status == 200]
     p50, p99 = np.percentile(accepted, [50, 99]) if accepted else (0.0, 0.0)
@@ -174,7 +176,7 @@ def show(name: str, found: dict[str, Any], **more: object) -> None:
 async def swap_under_load(
     server: Server, registry: Registry, bodies: Sequence[bytes], rate: float, swaps: int
 ) -> list[str]:
-    """Moves the alias while requests arrive; returns the failed checks."""
+    """Moves a registry alias between two model versions under load; returns the failed checks."""
     quiet = Arrivals(server.port, bodies, rate)
     await quiet.run(time.monotonic() + 20)
     show("before the swaps", describe(quiet.answers))
@@ -203,7 +205,8 @@ async def swap_under_load(
         if any(start <= answer[0] + answer[1] and answer[0] <= end for start, end in moments)
     ]
     found, before = describe(during), describe(quiet.answers)
-    # During the first tenth of the measurement the memory still grows to its final size.
+    # The memory may grow to its final size during the first tenth of the measurement, so the
+    # comparison starts after this tenth.
     first, last = memory[len(memory) // 10], memory[-1]
     show(f"{swaps} swaps", found, memory=f"{first:.0f} MB after a tenth, {last:.0f} MB in the end")
     problems = []
@@ -219,7 +222,7 @@ async def swap_under_load(
 
 
 async def soak(server: Server, bodies: Sequence[bytes], rate: float, minutes: float) -> list[str]:
-    """Sends requests at `rate` per second for `minutes`; returns the failed checks."""
+    """Sends `rate` requests per second for `minutes` minutes; returns the failed checks."""
     arrivals = Arrivals(server.port, bodies, rate)
     memory: list[float] = []
 
@@ -247,7 +250,7 @@ async def soak(server: Server, bodies: Sequence[bytes], rate: float, minutes: fl
 
 
 async def overload(server: Server, bodies: Sequence[bytes], capacity: float) -> list[str]:
-    """Sends requests at three times the capacity; returns the failed checks."""
+    """Sends requests at three times the server's capacity; returns the failed checks."""
     arrivals = Arrivals(server.port, bodies, 3 * capacity)
     await arrivals.run(time.monotonic() + 30)
     found = describe(arrivals.answers)

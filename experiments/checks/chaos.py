@@ -1,4 +1,4 @@
-"""Kills a run many times, and compares its result with the result of an undisturbed run.
+"""Kills a training run many times, and compares its results with those of an undisturbed run.
 
     python experiments/checks/chaos.py [--kills=60] [--epochs=24]
 
@@ -26,13 +26,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# The fraction 1 / _BUNDLE_SHARE of the kills during saves is aimed at the bundle.
+# Of the processes that are killed during a save, one in _BUNDLE_SHARE is killed while it writes the
+# bundle.
 _BUNDLE_SHARE = 6
 _POLL_SECONDS = 0.001
 
 
 def command(workdir: pathlib.Path, epochs: int) -> list[str]:
-    """Returns the flags of a run: 1,000 images, with a save every 7 steps."""
+    """Returns the command of a run that trains on 1,000 images and saves every 7 steps."""
     return [
         *(sys.executable, "-m", "cnn_jax.main", "--config=configs/smoke.py"),
         f"--workdir={workdir}",
@@ -60,12 +61,12 @@ def wait_for(process: subprocess.Popen, has_come: Callable[[], bool]) -> bool:
 
 
 def is_there(folder: pathlib.Path, pattern: str, since: float) -> bool:
-    """Returns whether a file whose name matches `pattern` was created after the time `since`."""
+    """Returns whether a file that matches `pattern` was changed at the time `since` or later."""
     for path in folder.glob(pattern):
         try:
             if path.stat().st_mtime >= since:
                 return True
-        except OSError:  # The file has just been renamed.
+        except OSError:  # The run may have renamed the file after `glob` found its old name.
             continue
     return False
 
@@ -79,7 +80,7 @@ def is_training(workdir: pathlib.Path, pid: int) -> bool:
 
 
 def kill(process: subprocess.Popen) -> bool:
-    """Kills the process; returns whether it was still running."""
+    """Kills a process; returns whether the process was still running."""
     was_running = process.poll() is None
     process.kill()
     return process.wait() == -signal.SIGKILL and was_running
@@ -88,7 +89,11 @@ def kill(process: subprocess.Popen) -> bool:
 def one_life(
     workdir: pathlib.Path, epochs: int, log: pathlib.Path, aim: str, rng: random.Random
 ) -> tuple[bool, bool]:
-    """Starts the run and kills it; returns whether it was killed, and whether during a save."""
+    """Starts or resumes the run in `workdir`, and kills the run.
+
+    Returns:
+      Whether the run was killed before its end, and whether it was killed during a save.
+    """
     began = time.time()
 
     def is_saving() -> bool:
@@ -105,7 +110,9 @@ def one_life(
         is_ready = wait_for(process, lambda: is_training(workdir, process.pid))
         delay = rng.uniform(0, 1.5)
         if is_ready and aim == "save":
-            for _ in range(rng.randrange(4)):  # Waits for a random save, not always the first.
+            # A random number of saves is skipped, so that the process is not always killed during
+            # its first save.
+            for _ in range(rng.randrange(4)):
                 is_ready = is_ready and wait_for(process, lambda: not is_saving())
                 is_ready = is_ready and wait_for(process, is_saving)
             is_ready = is_ready and wait_for(process, is_saving)
@@ -117,7 +124,11 @@ def one_life(
 
 
 def read_results(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns everything that must be equal: arrays of the last checkpoint, log and files."""
+    """Returns the results that must be the same in a killed run and in an undisturbed run.
+
+    The results are the arrays of the last checkpoint, the metrics without times, and files of the
+    bundle and the report.
+    """
     manager = ocp.CheckpointManager((workdir / "checkpoints").resolve())
     step = manager.latest_step()
     saved = manager.restore(
@@ -152,7 +163,7 @@ class Outcome:
       kills: Number of kills by target.
       hits: Number of kills that left an incomplete checkpoint or bundle.
       compared: Number of bits that were compared with the undisturbed run.
-      differing: Number of bits that differ, by part.
+      differing: Number of bits that differ, by the name of the array or file.
     """
 
     kills: dict[str, int]
@@ -162,7 +173,7 @@ class Outcome:
 
 
 def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -> Outcome:
-    """Kills a run a number of times, lets it finish, and compares it with another run.
+    """Compares the results of a run that is killed repeatedly with those of an undisturbed run.
 
     Raises:
       RuntimeError: A run failed, or ended before the last kill.
@@ -177,7 +188,7 @@ def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -
     done = dict.fromkeys(wanted, 0)
     hits = starts = 0
     while done != wanted:
-        # Kills at the bundle come last, because it is written at the end of the training.
+        # The target "bundle" comes last, because the run writes the bundle after the training.
         left = [aim for aim in ("anywhere", "save") if done[aim] < wanted[aim]]
         aim = rng.choice(left) if left else "bundle"
         was_killed, hit = one_life(killed, epochs, log, aim, rng)

@@ -1,4 +1,4 @@
-"""Kills a study many times, and compares it with an undisturbed study.
+"""Kills a study many times, and compares its results with those of an undisturbed study.
 
     python experiments/checks/chaos_study.py [--kills=3] [--trials=12] [--epochs=9] [--rounds=1]
         [--seed=0] [--workdir=DIR]
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def begin(folder: pathlib.Path, trials: int, epochs: int) -> subprocess.Popen:
-    """Starts or continues the study in a folder, in a new process."""
+    """Starts or resumes the study in `folder`, in a new process."""
     folder.mkdir(parents=True, exist_ok=True)
     space = folder / "space.py"
     space.write_text(SPACE)
@@ -85,7 +85,7 @@ def begin(folder: pathlib.Path, trials: int, epochs: int) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Waits for a study to end, and checks its exit code."""
+    """Waits until a study ends; exits with an error message if the study failed."""
     _, stderr = process.communicate()
     if process.returncode:
         sys.exit(f"a study ended with {process.returncode}: {stderr[-2000:]}")
@@ -94,7 +94,7 @@ def end(process: subprocess.Popen) -> None:
 def kill(
     folder: pathlib.Path, trials: int, epochs: int, kills: int, seconds: float, rng: random.Random
 ) -> list[float]:
-    """Runs a study that is killed a number of times; returns the seconds from trial start to kill.
+    """Runs a study that is killed at random times, and resumes the study after each kill.
 
     Args:
       folder: The folder of the study.
@@ -103,6 +103,9 @@ def kill(
       kills: Number of kills.
       seconds: Duration of the undisturbed study.
       rng: The generator of the random times.
+
+    Returns:
+      For each kill, the seconds from the start of the first trial of the process to the kill.
     """
     moments = []
     for _ in range(kills):
@@ -111,7 +114,8 @@ def kill(
         for line in process.stderr:
             if line.startswith("trial"):
                 break
-        # On average half of the study remains after the last kill.
+        # On average, all kills happen in the first half of the study, so the study rarely ends
+        # before the last kill.
         moment = rng.uniform(0, seconds / (kills + 1))
         try:
             process.communicate(timeout=moment)
@@ -124,7 +128,7 @@ def kill(
 
 
 def outcome(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns all results of a study that must be the same after kills."""
+    """Returns the results that must be the same in a killed study and in an undisturbed study."""
     study = json.loads((folder / "study.json").read_text())
     best = folder / "trials" / f"{study['best']:04d}"
     trials = [

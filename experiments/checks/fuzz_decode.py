@@ -1,4 +1,4 @@
-"""Checks that the decoder returns pixels or raises DataError for mutated image files.
+"""Checks that the image decoder returns pixels or raises DataError for damaged image files.
 
     python experiments/checks/fuzz_decode.py --cases=10000
 
@@ -42,12 +42,12 @@ _CASES_A_TASK = 100
 
 
 class DecoderError(Exception):
-    """The decoder broke a rule that this check tests."""
+    """The decoder violated one of the rules that this program checks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The result of one case.
+    """The result of decoding one damaged file.
 
     Attributes:
       kind: "image", or the message of the DataError without its numbers.
@@ -59,7 +59,7 @@ class Outcome:
 
 
 def picture(height: int = 60, width: int = 83) -> Image.Image:
-    """Returns a smooth RGB image with some noise, which uses all parts of an encoder."""
+    """Returns a smooth RGB image with some noise, like a photograph."""
     y, x = np.mgrid[:height, :width]
     smooth = np.stack([4 * y, 3 * x, 255 - 3 * x], axis=-1)
     noise = np.random.default_rng(0).integers(0, 20, smooth.shape)
@@ -73,7 +73,7 @@ def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
 
 
 def interlaced_png(pixels: np.ndarray) -> bytes:
-    """Encodes an 8-bit RGB PNG in the seven passes of Adam7, which Pillow cannot write.
+    """Encodes pixels as an interlaced 8-bit RGB PNG (Adam7), which Pillow cannot write.
 
     (PNG specification, section 8.2.)
     """
@@ -94,7 +94,7 @@ def interlaced_png(pixels: np.ndarray) -> bytes:
 
 
 def deep_png(values: np.ndarray) -> bytes:
-    """Encodes a 16-bit RGB PNG, which Pillow cannot write."""
+    """Encodes values as a 16-bit RGB PNG, which Pillow cannot write."""
     height, width = values.shape[:2]
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -112,7 +112,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def make_seeds() -> dict[str, bytes]:
-    """Returns undamaged files of real encoders, by name."""
+    """Returns the contents of undamaged JPEG and PNG files of many kinds, by file name."""
     rgb = picture()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -143,7 +143,7 @@ def read_seeds(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def mutate(rng: np.random.Generator, seeds: Sequence[bytes]) -> bytes:
-    """Returns one of the seeds, damaged in one to three ways."""
+    """Returns a randomly chosen seed file after one to three random mutations."""
     encoded = seeds[int(rng.integers(len(seeds)))]
     for _ in range(rng.integers(1, 4)):
         if encoded.startswith(_PNG_SIGNATURE) and rng.random() < 0.6:
@@ -158,7 +158,7 @@ def mutate(rng: np.random.Generator, seeds: Sequence[bytes]) -> bytes:
 def _mutate_bytes(rng: np.random.Generator, encoded: bytes) -> bytes:
     if not encoded:
         return encoded
-    # In 30 % of the cases only the beginning is damaged, which has the structure of the file.
+    # In 30 % of the cases only the first 700 bytes are damaged, because the headers are there.
     end = len(encoded) if rng.random() < 0.7 else min(len(encoded), 700)
     at = int(rng.integers(end))
     length = int(rng.integers(1, rng.choice([2, 3, 9, 65])))
@@ -182,7 +182,10 @@ def _mutate_bytes(rng: np.random.Generator, encoded: bytes) -> bytes:
 
 
 def _mutate_parts(rng, encoded, seeds, split, mend) -> bytes:
-    """Moves, repeats, removes, damages or inserts a chunk or segment; inserts from other seeds."""
+    """Removes, repeats, swaps or damages a part of a file, or inserts a part of another seed file.
+
+    A part is a chunk of a PNG or a segment of a JPEG.
+    """
     parts = split(encoded)
     at = int(rng.integers(len(parts)))
     match rng.integers(6):
@@ -203,7 +206,7 @@ def _mutate_parts(rng, encoded, seeds, split, mend) -> bytes:
 
 
 def png_parts(encoded: bytes) -> list[bytes]:
-    """Splits a PNG into the signature, the chunks, and the remaining bytes."""
+    """Splits a PNG into the signature, the chunks, and the bytes after the last chunk."""
     parts, at = [encoded[:8]], 8
     while at + 12 <= len(encoded):
         end = at + 12 + int.from_bytes(encoded[at : at + 4], "big")
@@ -213,17 +216,18 @@ def png_parts(encoded: bytes) -> list[bytes]:
 
 
 def _mend_checksum(chunk: bytes) -> bytes:
-    """Corrects the length and the checksum of a damaged chunk, so that the chunk is decoded."""
+    """Corrects the length and the checksum of a damaged PNG chunk, so that decoders accept both."""
     return png_chunk(chunk[4:8], chunk[8:-4]) if len(chunk) >= 12 else chunk
 
 
 def jpeg_parts(encoded: bytes) -> list[bytes]:
-    """Splits a JPEG into its segments; a scan segment includes the scan's data."""
+    """Splits a JPEG into its segments; the segment of a scan includes the compressed data."""
     parts, at = [encoded[:2]], 2
     while at < len(encoded):
         end = at + 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
         if encoded[at : at + 2] == b"\xff\xda":
-            # The data of a scan ends at the next marker that is not part of the data.
+            # The compressed data ends at the next marker that is neither a stuffed byte (FF 00) nor
+            # a restart marker (FF D0 to FF D7).
             after = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL).search(encoded, end)
             end = after.start() if after else len(encoded)
         parts.append(encoded[at:end])
@@ -232,10 +236,11 @@ def jpeg_parts(encoded: bytes) -> list[bytes]:
 
 
 def check(encoded: bytes) -> Outcome:
-    """Decodes and loads a file.
+    """Decodes a file with each function of the decoder, and checks the results.
 
     Raises:
-      DecoderError: The result is neither pixels nor a DataError.
+      DecoderError: The result is neither pixels nor a DataError, the two decodings differ, or the
+        decoder was too slow.
     """
     start = time.perf_counter()
     kinds = []
@@ -279,19 +284,20 @@ def _without_numbers(reason: str) -> str:
 
 
 def case(number: int, seeds: Sequence[bytes]) -> bytes:
-    """Returns the mutated file for a case number; the file is the same on every machine."""
+    """Returns the damaged file of a case; the case number and the seeds determine the file."""
     return mutate(np.random.default_rng([0, number]), seeds)
 
 
 def run(numbers: Iterable[int], seeds: Sequence[bytes]) -> dict[int, Outcome]:
-    """Checks the cases with the given numbers, and returns the outcomes by number.
+    """Checks the decoder on the cases with the given numbers; returns the outcomes by number.
 
     Raises:
       DecoderError: A case failed; the message has its number.
     """
     outcomes = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about many faults that it corrects.
+        # Pillow warns about many errors in files that Pillow can nevertheless decode.
+        warnings.simplefilter("ignore")
         for number in numbers:
             try:
                 outcomes[number] = check(case(number, seeds))
@@ -301,7 +307,7 @@ def run(numbers: Iterable[int], seeds: Sequence[bytes]) -> dict[int, Outcome]:
 
 
 def _run_task(numbers: range, seeds: Sequence[bytes]) -> dict[int, Outcome]:
-    # If a decoder hangs, the process ends, which is then handled like a crash.
+    # This timer ends the process if a decoder hangs, so that a hang is handled like a crash.
     faulthandler.enable()
     faulthandler.dump_traceback_later(20 * MAX_SECONDS + len(numbers), exit=True)
     try:
@@ -317,7 +323,7 @@ def _run_apart(
     outcomes: dict[int, Outcome],
     failures: list[str],
 ) -> list[range]:
-    """Runs tasks in other processes, and returns the tasks whose process died."""
+    """Runs tasks in other processes; returns the tasks that were lost because a process died."""
     lost = []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -350,7 +356,8 @@ def main() -> None:
     workers = os.cpu_count() or 1
     for at in range(0, len(tasks), 10 * workers):
         lost = _run_apart(tasks[at : at + 10 * workers], contents, workers, outcomes, failures)
-        # If a process dies, the executor also loses the tasks of the other processes.
+        # If a process dies, the executor also drops the tasks of the other processes. So each lost
+        # task is run again in a process of its own.
         for task in lost:
             if _run_apart([task], contents, 1, outcomes, failures):
                 failures.append(f"the process died in one of the cases {task[0]} to {task[-1]}")

@@ -1,4 +1,4 @@
-"""Changes the code in one place at a time, and checks that a test fails.
+"""Mutation testing: changes the code in one place at a time, and checks that a test then fails.
 
     python experiments/checks/mutations.py [FILE ...]
 
@@ -15,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 
-# The limits of time (seconds) and memory (bytes) for the tests of one file.
+# The maximum time (in seconds) and memory (in bytes) of the tests of one test file.
 _SECONDS, _BYTES = 900, 12 * 2**30
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 # ruff: noqa: E501
-# File below cnn_jax/, a text that occurs once in it, its replacement, and the test file.
+
+# Each mutation consists of a file below cnn_jax/, a text that occurs once in that file, the
+# replacement of the text, and the test file below tests/ in which a test must then fail.
 MUTATIONS = [
     ("training/loss.py", "optax.smooth_labels(targets, label_smoothing)", "targets", "training/test_loss.py"),
     ("training/metrics.py", "jnp.where(mask, cross_entropy(logits, labels), 0)", "cross_entropy(logits, labels)", "training/test_metrics.py"),
@@ -154,7 +156,7 @@ MUTATIONS = [
     ("training/loop.py", "balanced=config.train.balance == \"sampling\"", "balanced=False", "training/test_loop.py"),
     ("training/programs.py", "mixing=Mixing.from_config(config.augment)", "mixing=Mixing()", "training/test_loop.py"),
     ("config/schema.py", "if mixup + cutmix > 1:", "if False:", "config/test_schema.py"),
-    ("training/run_directory.py", "previous = _VALUES_OF_OLDER_RUNS | dict(previous)", "previous = dict(previous)", "training/test_run_directory.py"),
+    ("training/run_directory.py", "for name, key in known_keys.items()} | dict(previous)", "for name, key in known_keys.items() if 0} | dict(previous)", "training/test_run_directory.py"),
     ("training/run_directory.py", " - _unused_keys(wanted)", "", "training/test_run_directory.py"),
     ("training/programs.py", "if train.balance == \"loss\":", "if False:", "training/test_loop.py"),
     ("data/decode.py", "if orientation in (3, 4, 7, 8):", "if orientation in (3, 4, 6, 8):", "data/test_decode.py"),
@@ -290,7 +292,7 @@ def _limit_memory() -> None:
 
 
 def stale() -> list[str]:
-    """Returns the errors in `MUTATIONS`: texts that do not occur exactly once in their files."""
+    """Returns an error message for each mutation whose text does not occur once in its file."""
     counts = [
         (file, old, (REPOSITORY / "cnn_jax" / file).read_text().count(old))
         for file, old, _, _ in MUTATIONS

@@ -1,4 +1,4 @@
-"""A search space for any images: a range around each number of the recipe.
+"""A search space for any image data set: a range around each number of the default configuration.
 
     python -m cnn_jax.tune --config=configs/folder.py --config.data.source=folder:PATH \
         --study=NAME --space=experiments/spaces/default.py

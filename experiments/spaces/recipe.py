@@ -1,4 +1,4 @@
-"""A search space for training the specification's network, whose size does not vary.
+"""A search space for the training settings of the default network; the network size is fixed.
 
     python -m cnn_jax.tune --config=configs/eurosat.py --config.data.source=folder:PATH \
         --study=NAME --space=experiments/spaces/recipe.py

@@ -1,11 +1,13 @@
-"""Measures the effect of each part of the recipe: variants over several seeds, in one table.
+"""Ablation study: trains variants of a configuration over several seeds, and compares accuracies.
 
     python experiments/studies/ablation.py --grid=ladder --workdir=DIR [--seeds=3] [--jobs=2]
         [--variants=NAME,...] [--expect=FILE] [ARGUMENT of cnn_jax.main...]
 
-such as --config=configs/eurosat.py --config.data.source=folder:PATH --config.train.epochs=45.
-The seed draws the weights, the order of the images and the division into splits; the same
-seeds are used for all variants, so that their differences are paired.
+The arguments are, for example, --config=configs/eurosat.py --config.data.source=folder:PATH
+--config.train.epochs=45. This configuration is the recipe, and each variant changes a part of
+the recipe. The seed determines the weights, the order of the images and the assignment of the
+images to splits. All variants use the same seeds, so that the differences between variants are
+paired.
 
 Every run is a training in the folder DIR/VARIANT-SEED. Grids share their variants, so no run
 in DIR is repeated. A new start keeps finished runs and resumes interrupted ones. All variants
@@ -15,8 +17,8 @@ because a small network cannot use several cores well.
 
 The results in DIR are, for each grid, the table GRID.md, which is also printed, and the plot
 GRID.png; and results.json with the metrics, versions, commit and data fingerprint of all runs
-in DIR. --expect compares with such a file: a run with the same versions, processor and
-number of cores has exactly the same metrics.
+in DIR. --expect=FILE compares the results with an earlier results.json: a run with the same
+versions, processor and number of cores has exactly the same metrics.
 """
 
 import argparse
@@ -46,15 +48,16 @@ from cnn_jax.system.errors import ConfigError, UserError  # noqa: E402
 from cnn_jax.training.run_directory import INDIFFERENT_KEYS  # noqa: E402
 from experiments.studies.ablation_table import METRICS, Grid, draw, make_table  # noqa: E402
 
-# The training command of this repository, also if another version is installed.
+# With -P and PYTHONPATH, the command trains with this repository's `cnn_jax`, even if another
+# version is installed.
 TRAIN = (sys.executable, "-P", "-m", "cnn_jax.main")
-# The file with the results of a finished run, in its folder.
+# The name of the file in a run's folder that holds the results of the finished run.
 _RECORD = "ablation.json"
-# The keys of a result that --expect compares, and the keys of the circumstances on
-# which a result may depend.
+# The flag --expect compares these keys of each result.
 _COMPARED = ("test", "validation", "epochs", "fingerprint")
+# If results differ, the program also compares these keys, because their values may be the cause.
 _CIRCUMSTANCES = ("versions", "processor", "cores", "commit")
-# Exit codes of a training that was interrupted and saved, and of a wrong command line.
+# The exit codes of a training run that was interrupted and saved, and of an invalid command line.
 _START_AGAIN, _USAGE = cli.START_AGAIN, 2
 
 _NO_MIXING = {"augment.mixup_probability": 0, "augment.cutmix_probability": 0}
@@ -68,10 +71,11 @@ _NO_AUGMENTATION = {
 _CONSTANT_RATE = {"optimizer.learning_rate": 1e-3, "optimizer.final_learning_rate": 1e-3}
 _LARGE = {"optimizer.warmup_epochs": 1.0}
 
-# The keys of the recipe that each variant changes.
+# For each variant, the configuration keys in which the variant differs from the recipe.
 VARIANTS: dict[str, Mapping[str, Any]] = {
     "recipe": {},
-    # Each variant of the ladder adds a part to the variant before it; the last is the recipe.
+    # The grid (set of variants) "ladder" consists of plain, batch_norm, dropout and recipe. Each
+    # variant adds a part to the previous variant.
     "plain": {
         **_NO_AUGMENTATION,
         **_CONSTANT_RATE,
@@ -102,9 +106,10 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "no_smoothing": {"train.label_smoothing": 0},
     "float32": {"precision": "float32"},
     "bfloat16": {"precision": "bfloat16"},
-    # Adam's step does not grow with the gradient. So three rules are tried: the linear rule (Goyal
-    # et al. 2017), the square-root rule (Krizhevsky 2014; Malladi et al. 2022 for adaptive
-    # optimizers), and the unchanged learning rate.
+    # The linear rule for large batches assumes a step that grows with the gradient, but the step of
+    # Adam does not. So three rules are compared: the linear rule (Goyal et al. 2017), the
+    # square-root rule (Krizhevsky 2014; Malladi et al. 2022 for adaptive optimizers), and the
+    # unchanged learning rate.
     "batch_256_same": {"train.batch_size": 256, **_LARGE},
     "batch_256_root": {"train.batch_size": 256, "optimizer.learning_rate": 2.8e-3, **_LARGE},
     "batch_256_linear": {"train.batch_size": 256, "optimizer.learning_rate": 8e-3, **_LARGE},
@@ -214,7 +219,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def choose(names: Sequence[str], only: str | None) -> list[str]:
-    """Returns the selected variants of the named grids, without duplicates.
+    """Returns the distinct variants of the named grids, filtered by the argument `only`.
 
     Raises:
       ConfigError: A grid or variant does not exist.
@@ -235,10 +240,11 @@ def write_tables(
     recipe: Config,
     folder: pathlib.Path,
 ) -> None:
-    """Prints and writes the tables and plots of grids, and the metrics of all runs."""
+    """Writes results.json, and a table and a plot for each grid of variants; prints the tables."""
     values = dict(schema.leaves(recipe))
     with_any = [name for name in names if set(wanted) & set(GRIDS[name].variants)]
-    # A grid with a single finished row is shown only if no other grid has several rows.
+    # A table with a single row compares nothing, so such a table is shown only if no table has
+    # several rows.
     with_several = [name for name in names if len(set(wanted) & set(GRIDS[name].variants)) > 1]
     for name in with_several or with_any[:1]:
         grid = GRIDS[name].named(values)
@@ -255,7 +261,10 @@ def write_tables(
 
 
 def read_all(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
-    """Returns the finished runs in a folder by variant, without the path of the data."""
+    """Reads the results of all finished runs in a folder, by variant.
+
+    The settings of the runs are left out, because they contain the path of the data.
+    """
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob(f"*/{_RECORD}")):
         run = json.loads(path.read_text())
@@ -265,7 +274,7 @@ def read_all(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_expected(path: pathlib.Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Reads the runs of a results.json by variant and seed.
+    """Reads the results of all runs from a results.json, by variant and seed.
 
     Raises:
       ConfigError: The file does not exist, or has another format.
@@ -289,7 +298,7 @@ def compare(
     results: Sequence[Mapping[str, Any]],
     expected: Mapping[tuple[str, int], Mapping[str, Any]],
 ) -> None:
-    """Prints for each run whether its results equal the expected results.
+    """Prints for each run whether the results equal the expected results of the same run.
 
     Raises:
       UserError: The results of a run differ from the expected results.
@@ -300,7 +309,6 @@ def compare(
         different = [key for key in _COMPARED if result.get(key) != run.get(key)]
         differing += bool(different)
         told = f"{', '.join(different)} differ" if different else "the same"
-        # Circumstances on which the results may depend.
         elsewhere = [key for key in _CIRCUMSTANCES if result.get(key) != run.get(key)]
         if different and elsewhere:
             told += f" (and so do {', '.join(elsewhere)})"
@@ -309,12 +317,9 @@ def compare(
         raise UserError(f"{differing} runs differ from what was expected")
 
 
-# Running the trainings.
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training of one variant with one seed.
+    """The training of one variant with one seed.
 
     Attributes:
       folder: The folder of the run.
@@ -331,12 +336,12 @@ class Run:
     overrides: tuple[str, ...]
 
     def flags(self) -> list[str]:
-        """Returns the flags of the training command."""
+        """Returns the flags that set the configuration of the training command."""
         changes = {"seed": self.seed, "report.detail": "none", **VARIANTS[self.variant]}
         return [*self.overrides, *(f"--config.{key}={value}" for key, value in changes.items())]
 
     def settings(self) -> dict[str, Any]:
-        """Returns all keys on which the results depend, as JSON.
+        """Returns the values of all configuration keys that affect the results, as JSON types.
 
         Raises:
           ConfigError: The configuration is invalid.
@@ -351,13 +356,13 @@ class Run:
 
 
 def child_environment() -> dict[str, str]:
-    """Returns the environment of a training, which imports this repository's `cnn_jax`."""
+    """Returns an environment in which a process imports this repository's `cnn_jax`."""
     folders = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 class Trainings:
-    """The running training processes, which can be stopped together."""
+    """A pool of training processes, each on an equal part of the cores."""
 
     def __init__(self, jobs: int):
         self._processes: set[subprocess.Popen] = set()
@@ -367,12 +372,12 @@ class Trainings:
         self._shares = [cores[job::jobs] or cores for job in range(jobs)]
 
     def run(self, run: Run) -> subprocess.CompletedProcess[str]:
-        """Trains in a separate process."""
+        """Runs the training command in a separate process, and waits until the process ends."""
         with self._lock:
             if self._is_ending:
                 raise KeyboardInterrupt
             share = self._shares.pop()
-            # Sets the cores of this thread and of the processes that it starts.
+            # On Linux this sets the cores of the current thread, which the new process inherits.
             os.sched_setaffinity(0, share)
             process = subprocess.Popen(
                 [*TRAIN, f"--workdir={run.folder}", f"--config={run.config_file}", *run.flags()],
@@ -380,7 +385,9 @@ class Trainings:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # Ctrl-C reaches the training only through this process.
+                # The terminal sends Ctrl-C only to this process, which then ends the training
+                # processes.
+                start_new_session=True,
             )
             self._processes.add(process)
         try:
@@ -392,7 +399,7 @@ class Trainings:
         return subprocess.CompletedProcess(process.args, process.returncode, "", stderr)
 
     def end(self) -> None:
-        """Makes all trainings save their state and end."""
+        """Tells all training processes to save their state and to end."""
         with self._lock:
             self._is_ending = True
             for process in self._processes:
@@ -406,7 +413,8 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
       ConfigError: A folder has a run with other settings, or a configuration is wrong.
       KeyboardInterrupt: Ctrl-C or SIGTERM was received; all runs are saved.
     """
-    # All settings are checked before the first training.
+    # All configurations are validated here, so that an invalid configuration is reported before
+    # any training starts.
     settings = [run.settings() for run in runs]
     trainings, commit_name = Trainings(jobs), commit()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -427,13 +435,13 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
 def train(
     run: Run, settings: Mapping[str, Any], commit_name: str, trainings: Trainings
 ) -> dict[str, Any]:
-    """Returns the result of a run, and trains it if it is not finished.
+    """Returns the result of a run; starts or resumes the training if the run is not finished.
 
     Args:
       run: The run.
       settings: The settings of the run.
       commit_name: The commit of the code.
-      trainings: The running processes.
+      trainings: The pool of training processes.
 
     Raises:
       ConfigError: The folder has a run with other settings, or the command line is wrong.
@@ -454,7 +462,8 @@ def train(
     told = done.stderr.splitlines()[-1:] or [f"exit code {done.returncode}"]
     if done.returncode in (_START_AGAIN, -signal.SIGTERM):
         raise KeyboardInterrupt
-    if done.returncode == _USAGE:  # For example, another process uses the folder.
+    # The command also ends with this exit code if another process uses the folder of the run.
+    if done.returncode == _USAGE:
         raise ConfigError(told[0].removeprefix("error: "))
     what = {"variant": run.variant, "seed": run.seed, "settings": settings}
     if done.returncode:
@@ -468,7 +477,7 @@ def train(
 
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns the metrics of a finished run, and the circumstances on which they depend."""
+    """Returns a finished run's metrics, times, data fingerprint and library versions."""
     figures = json.loads((folder / "report" / "metrics.json").read_text())
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     bundle = json.loads((folder / "bundle" / "bundle.json").read_text())
@@ -494,7 +503,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Returns the commit of the repository, with "+" if files have changed; empty without git."""
+    """Returns the commit hash of the repository, or "" without git; "+" marks changed files."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ("git", "-C", str(REPOSITORY))
         name = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)

@@ -1,4 +1,4 @@
-"""The table and the plot of an ablation; see ablation.py."""
+"""Functions that make the table and the plot of an ablation study for `ablation.py`."""
 
 import dataclasses
 import pathlib
@@ -7,17 +7,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# The test metrics in the table.
+# The metrics on the test split that the table contains.
 METRICS = ("accuracy", "precision", "recall", "f1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The variants of one table.
+    """A set of variants that are compared in one table.
 
     Attributes:
-      variants: The names and the titles in the table; {KEY} in a title stands for the value
-        of this key.
+      variants: The titles in the table, by name of the variant; {KEY} in a title stands for the
+        value of the configuration key KEY.
       base: The variant with which all other variants are compared; "" if each variant is compared
         with the row above it.
       published: The test accuracies of the specification, in percent.
@@ -28,7 +28,7 @@ class Grid:
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def named(self, values: Mapping[str, Any]) -> "Grid":
-        """Returns a grid whose titles have the values of a configuration, given by full key."""
+        """Returns a copy of the grid, with `values` instead of configuration keys in the titles."""
 
         def fill(name: str) -> str:
             return re.sub(r"\{([\w.]+)\}", lambda key: f"{values[key[1]]:g}", name)
@@ -37,20 +37,20 @@ class Grid:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and the sample standard deviation (0 for a single value)."""
+    """Returns the mean and the sample standard deviation of values (0 for a single value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def paired_difference(
     values: Mapping[int, float], base: Mapping[int, float]
 ) -> tuple[float, float | None]:
-    """Returns the mean paired difference and half of its 95 % confidence interval.
+    """Returns the mean difference of paired values, and the half-width of its confidence interval.
 
-    The interval is Student's t over the seeds that both variants have; it is None for one seed. The
-    divisions into splits overlap, so for other images the interval is somewhat too narrow
-    (Nadeau and Bengio 2003, "Inference for the Generalization Error").
+    Values of the same seed form a pair. The 95 % interval is Student's t over the pairs; it is None
+    for one pair. The test splits of the seeds overlap, so for other images the interval is too
+    narrow (Nadeau and Bengio 2003, "Inference for the Generalization Error").
     """
-    import scipy.stats  # Imported here, because trainings do not need it.
+    import scipy.stats  # This import is slow, and only the table needs SciPy.
 
     differences = [values[seed] - base[seed] for seed in values if seed in base]
     mean, deviation = mean_and_deviation(differences)
@@ -61,7 +61,7 @@ def paired_difference(
 
 
 def make_table(grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Returns a Markdown table with a row for each variant, in percent and percentage points."""
+    """Returns a Markdown table with a row for each variant; metrics are in percent."""
     against = grid.variants[grid.base] if grid.base else "the row before"
     head = ["", *(f"test {name}" for name in ("accuracy", "precision", "recall", "F1"))]
     head += ["validation accuracy", f"test accuracy against {against}", "epochs", "s an epoch"]
@@ -84,7 +84,7 @@ def make_table(grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]) -
 
 
 def _figures(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the cells of a row from the test accuracy to the seconds of an epoch."""
+    """Returns the cells of a table row, from the test accuracy to the seconds per epoch."""
     done = _done(runs)
     if not done:
         return [""] * (len(METRICS) + 4)
@@ -98,13 +98,13 @@ def _figures(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]
 
 
 def _times(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the time of an epoch divided by the time of the base variant's epoch."""
+    """Returns the ratio of a variant's time per epoch to the base variant's time, as text."""
     done, base_runs = _done(runs), _done(base)
     return f"{_seconds(done) / _seconds(base_runs):.2f}" if done and base_runs else ""
 
 
 def _seconds(done: Sequence[Mapping[str, Any]]) -> float:
-    """Returns the seconds of an epoch, as the median over runs."""
+    """Returns the median of the seconds per epoch over finished runs."""
     return statistics.median(run["seconds_per_epoch"] for run in done)
 
 
@@ -113,7 +113,7 @@ def _done(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _accuracies(results: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Returns the test accuracies by seed, without runs that have no test accuracy."""
+    """Returns the test accuracies of all finished runs, by seed."""
     return {run["seed"]: run["test"]["accuracy"] for run in _done(results)}
 
 
@@ -131,14 +131,11 @@ def _difference(values: Mapping[int, float], base: Mapping[int, float]) -> str:
     return f"{100 * mean:+.2f} ({100 * (mean - half):+.2f} to {100 * (mean + half):+.2f})"
 
 
-# Plotting.
-
-
 def draw(
     path: pathlib.Path, grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Plots a row for each variant: a point for each seed, and mean and standard deviation."""
-    # Imported here, because trainings do not need it.
+    """Plots the test accuracy of each variant: a point per seed, mean and standard deviation."""
+    # These imports are slow, and only the plot needs Matplotlib.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

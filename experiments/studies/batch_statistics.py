@@ -1,14 +1,15 @@
-"""Compares ways to compute the statistics that BatchNorm uses in inference, in one training.
+"""Compares ways to compute the mean and the variance that BatchNorm uses in inference.
 
     python experiments/studies/batch_statistics.py --config=configs/folder.py --epochs=10
         [--seeds=3] [--every=1] [--json=FILE] --config.data.source=folder:PATH
 
-In training, BatchNorm normalises by the statistics of each batch, so the statistics for
-inference change no step. One training is therefore enough for all methods: after an epoch, the
-same parameters are measured with each method's statistics on validation and test.
+In training, BatchNorm normalises with the statistics of each batch, so the statistics for
+inference affect no training step. One training per seed is therefore enough for all methods:
+after an epoch, the same parameters are evaluated with the statistics of each method, on the
+validation and test splits.
 
 - "average M": the running average with momentum M that starts from mean 0 and variance 1.
-- "corrected M": the same without the initial values, as Adam corrects its averages.
+- "corrected M": the running average with momentum M, with the bias correction of Adam.
 - "growing": momentum (1 + t) / (10 + t) at step t, at most 0.99.
 - "images N": estimated after the epoch from N batches of training images (all batches of an
   epoch if it has fewer), without augmentation (`cnn_jax.training.step.update_statistics`).
@@ -54,7 +55,7 @@ from cnn_jax.training.step import (
 )
 
 AVERAGES = ["average 0.99", "average 0.9", "corrected 0.99", "corrected 0.95", "growing"]
-# The accuracies on validation and test after an epoch, by method.
+# A record holds the number of an epoch, and the validation and test accuracy of each method.
 Record = dict[str, Any]
 
 
@@ -81,7 +82,10 @@ def main() -> None:
 
 
 def train_and_compare(config: Config, every: int) -> list[Record]:
-    """Trains a configuration; returns the accuracies of all methods after every `every` epochs."""
+    """Trains a network; returns the accuracies of all methods after each measured epoch.
+
+    The measured epochs are the first three, every `every`-th epoch, and the last.
+    """
     dataset = open_dataset(config, no_track)
     indices = dataset.splits["train"]
     steps = math.ceil(len(indices) / config.train.batch_size)
@@ -142,7 +146,7 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
     records = []
     with batches(augmentation, config.train.epochs * steps) as stream:
         for number, batch in enumerate(stream, 1):
-            # The batch statistics with which the training step normalises.
+            # These are the statistics with which the training step normalises this batch.
             batch_values = add_batch(empty, state.variables, batch).batch_stats
             averages = update_averages(averages, batch_values, jnp.float32(number))
             state, _ = step(state, batch)
@@ -170,7 +174,7 @@ def train_and_compare(config: Config, every: int) -> list[Record]:
 def update_averages(
     averages: Mapping[str, PyTree], batch_values: PyTree, step: Array
 ) -> dict[str, PyTree]:
-    """Returns all running averages after batch number `step`; the first batch is number 1."""
+    """Returns the running averages of all methods after batch number `step`, counted from 1."""
 
     def update(method: str, average: PyTree) -> PyTree:
         kind, _, number = method.partition(" ")
@@ -185,7 +189,7 @@ def update_averages(
 
 
 def print_table(runs: list[list[Record]]) -> None:
-    """Prints a Markdown table with a row for each method; `runs` has the records by seed."""
+    """Prints a Markdown table with a row for each method; `runs` holds the records of each seed."""
     print("| statistics | epoch 1 | epoch 2 | epoch 3 | last epoch | test, best epoch |")
     print("| --- | --- | --- | --- | --- | --- |")
     for method in runs[0][0]["accuracies"]:

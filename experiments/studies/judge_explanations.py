@@ -1,9 +1,9 @@
-"""Checks each method of explanation on the test images of a bundle's data.
+"""Checks each explanation method (saliency maps) on the test images of a bundle's data set.
 
     python experiments/studies/judge_explanations.py --bundle=RUN/bundle [--images=512]
         [--methods=all]
 
-prints a row for each method: the largest rank correlation with the maps of shuffled networks;
+Prints a row for each method: the largest rank correlation with the maps of shuffled networks;
 the areas of deletion and insertion and the hits of the pointing game (only for `shapes`, which
 has masks), each with the values of a random map and of the image's centre; and the verdict.
 The exit code is 1 if Grad-CAM fails the randomization or the pointing game.
@@ -26,7 +26,7 @@ from cnn_jax.system.compilation_cache import keep_compiled
 
 
 def row(name: str, verdict: dict[str, Any]) -> str:
-    """Returns the row of a Markdown table for one explanation method."""
+    """Returns a row of a Markdown table with the check results of one explanation method."""
     cells = [name, f"{max(verdict['randomization']['rank_correlation'].values()):.2f}"]
     for check in ("deletion", "insertion", "pointing_game"):
         if check in verdict:

@@ -1,4 +1,4 @@
-"""Tests of configuration files, of their imports, and of flags."""
+"""Tests of configuration files, of the imports in configuration files, and of flags."""
 
 import json
 import pathlib
@@ -17,7 +17,7 @@ SHIPPED = REPOSITORY / "configs"
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working directory."""
+    """An empty folder, which is the working directory during the test."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -52,7 +52,8 @@ def test_a_name_of_two_files_is_refused(here, monkeypatch):
     assert "--config=./folder.py or --config=/" in str(error.value)
     _write(here / "other.py", _with_epochs(8))
     assert files.find("other") == pathlib.Path("other.py")
-    monkeypatch.chdir(SHIPPED)  # Both names mean the same file.
+    # In the folder `configs`, ./folder.py is the file of the configuration `folder` itself.
+    monkeypatch.chdir(SHIPPED)
     assert files.find("folder").samefile(SHIPPED / "folder.py")
     monkeypatch.setenv("HOME", str(here))
     assert files.find("~/other.py") == here / "other.py"
@@ -101,7 +102,7 @@ def test_a_folder_without_a_run_is_refused(here):
 )
 @pytest.mark.parametrize("name", ["mine.py", "folder.py", "größer = 1.5.py"])
 def test_a_file_in_any_folder_may_import_others(here, before, name):
-    """Files of its folder, shipped files and modules of the working directory."""
+    """A configuration may import from `configs`, its own folder, and the working directory."""
     folder = here / "a b" / "configs" / "sub"
     path = _write(folder / name, _with_epochs(3, before))
     _write(folder / "neighbour.py", _with_epochs(99))

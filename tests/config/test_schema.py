@@ -58,7 +58,7 @@ INVALID = [
     ("data.resize", "fit"),
     ("data.crop_ratio", 0.0),
     ("data.crop_ratio", 1.1),
-    ("data.crop_ratio", 0.875),  # Needs data.resize=crop.
+    ("data.crop_ratio", 0.875),  # A crop ratio below 1 is valid only with data.resize=crop.
     ("data.interpolation", "nearest"),
     ("data.mean", (127.5, 127.5)),
     ("data.mean", (127.5, 127.5, 300.0)),
@@ -109,7 +109,7 @@ INVALID = [
     ("report.splits", ()),
     ("report.splits", ("validation", "validation")),
     ("report.splits", ("holdout",)),
-    ("report.splits", ("train", "validation")),  # The report needs all splits.
+    ("report.splits", ("train", "validation")),  # A report needs the metrics of all splits.
 ]
 
 
@@ -265,7 +265,7 @@ def test_the_keys_of_a_network_are_the_fields_of_its_module():
 
 @pytest.fixture
 def other_network(monkeypatch):
-    """A second network, with its own key "blocks" and a key "dropout" that both have."""
+    """A second network, which has a key "blocks" and, like the first network, a key "dropout"."""
     keys = {
         "blocks": integer(2, "Residual blocks.", low=1),
         "dropout": number(0.0, "The dropped fraction.", "below 1", lambda v: v < 1),

@@ -1,6 +1,6 @@
-"""Augmentations, compared with hand-computed results by the definitions of the Keras layers.
+"""Compares augmentations with results computed by hand from the definitions of Keras.
 
-Keras maps an output pixel to the input pixel it shows: a horizontal flip is
+Keras maps an output pixel to the input pixel that it shows: a horizontal flip is
 x -> (width - 1) - x, a rotation by a positive angle turns the picture
 counter-clockwise, a zoom factor above 1 zooms out, "reflect" continues a row
 a b c d as (d c b a | a b c d | d c b a), and contrast is
@@ -65,11 +65,12 @@ def test_a_quarter_turn_is_counter_clockwise(apply):
 
 @BOTH
 def test_zooming_out_by_two_shows_every_second_pixel_and_its_reflections(apply):
-    # Output x shows input 2 x - 3.5 (3.5 is the centre), so x = 0..7 shows
-    # -3.5, -1.5, 0.5, 2.5, 4.5, 6.5, 8.5, 10.5, each between two pixels.
+    # The output pixel x shows the input position 2 x - 3.5, because the centre 3.5 stays in place.
+    # So the pixels 0 to 7 show the positions -3.5, -1.5, ..., 10.5, each between two input pixels.
     ramp = np.tile(np.arange(0, 80, 10, dtype=np.uint8)[None, None, :, None], (1, 8, 1, 3))
     zoomed = apply(ramp, _matrix(window=2.0), ONE)
-    # By reflection, positions -4 ... -1 show pixels 3 ... 0, and 8 ... 11 show 7 ... 4.
+    # Reflection continues the row: the positions -4 to -1 have the values of the pixels 3 to 0, and
+    # the positions 8 to 11 have the values of the pixels 7 to 4.
     expected = [25, 5, 5, 25, 45, 65, 65, 45]
     np.testing.assert_allclose(zoomed[0, 0, :, 0], expected, atol=0.5)
 
@@ -78,16 +79,17 @@ def test_zooming_out_by_two_shows_every_second_pixel_and_its_reflections(apply):
 def test_zooming_in_by_two_shows_the_middle(apply):
     ramp = np.tile(np.arange(0, 80, 10, dtype=np.uint8)[None, None, :, None], (1, 8, 1, 3))
     zoomed = apply(ramp, _matrix(window=0.5), ONE)
-    # Output x shows input 0.5 x + 1.75.
+    # The output pixel x shows the input position 0.5 x + 1.75, because the centre stays in place.
     np.testing.assert_allclose(zoomed[0, 0, :, 0], 17.5 + 5 * np.arange(8), atol=0.51)
 
 
 @BOTH
 def test_contrast_moves_levels_away_from_each_channels_mean(apply):
     image = np.zeros((1, 2, 2, 3), np.uint8)
-    image[0, ..., 0] = [[100, 120], [140, 160]]  # The mean is 130.
-    image[0, ..., 1] = 50  # A uniform channel does not change.
-    image[0, ..., 2] = [[0, 255], [0, 255]]  # The mean is 127.5, and the results are clipped.
+    image[0, ..., 0] = [[100, 120], [140, 160]]  # The mean of this channel is 130.
+    image[0, ..., 1] = 50  # Contrast does not change a uniform channel.
+    # The mean of the last channel is 127.5, and its results are clipped to 0 and 255.
+    image[0, ..., 2] = [[0, 255], [0, 255]]
     out = apply(image, _matrix(size=(2, 2)), np.array([1.5], np.float32))
     np.testing.assert_allclose(out[0, ..., 0], [[85, 115], [145, 175]], atol=0.51)
     np.testing.assert_allclose(out[0, ..., 1], 50, atol=0.51)
@@ -95,13 +97,14 @@ def test_contrast_moves_levels_away_from_each_channels_mean(apply):
 
 
 def test_the_three_geometric_ones_compose_in_the_order_flip_rotation_zoom():
-    """The combined transform equals the product of the three single transforms."""
+    """The matrix of the combined transform is the product of the matrices of the three parts."""
     flip, turn, zoom = (
         np.vstack([_matrix(**kind)[0], [0, 0, 1]])
         for kind in ({"flip_x": True}, {"turns": 0.1}, {"window": 1.3})
     )
     together = _matrix(flip_x=True, turns=0.1, window=1.3)[0]
-    # Keras flips first. The matrices map output to input, so they apply in reverse order.
+    # Keras flips first. The matrices map output positions to input positions, so the matrix of the
+    # first transform is the leftmost factor.
     np.testing.assert_allclose(together, (flip @ turn @ zoom)[:2], atol=1e-5)
 
 
@@ -164,7 +167,7 @@ def test_one_range_changes_no_other_draw():
 
 
 def test_every_draw_reaches_the_pixels_of_a_batch():
-    """`draws_in` names all arrays of `draw`, which are the parameters of both functions."""
+    """`draws_in` and the two augmentation functions use all arrays that `draw` returns."""
     draws = augment.draw(np.random.default_rng(0), augment.Augmentation(), 2, (4, 4))
     assert augment.draws_in(draws).keys() == draws.keys()
     for function in (augment.apply_on_device, augment.apply_on_host):

@@ -108,7 +108,7 @@ def test_without_fallocate_the_free_room_is_asked_for(monkeypatch):
 
 
 def test_a_full_disk_is_found_out_before_anything_is_written(folder):
-    """Limits the file size of the process, so that a write fails as on a full disk."""
+    """A limit on the file size of a process makes a write fail, as a full disk does."""
     code = (
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -141,7 +141,7 @@ def test_one_command_shows_and_removes_all_of_it(folder, capsys):
     (folder / "shapes-v1-seed0-10").mkdir()
     (folder / "compiled").mkdir()
     (folder / "compiled" / f"jit_f-{'0' * 64}-cache").write_text("x")
-    # The cache folder and its sub-folders may contain files of the user.
+    # The flag --clear must not remove files of the user in the cache folder and its sub-folders.
     (folder / "wedding.jpg").write_text("x")
     (folder / "scans" / "patient").mkdir()
     (folder / "scans" / "patient" / "mri.npy").write_text("x")
@@ -151,4 +151,4 @@ def test_one_command_shows_and_removes_all_of_it(folder, capsys):
     command.main(["--clear"])
     left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     assert left == ["scans", "scans/patient", "scans/patient/mri.npy", "wedding.jpg"]
-    command.main(["--clear"])  # The cache is already empty.
+    command.main(["--clear"])  # Clearing an empty cache is no error.

@@ -38,7 +38,7 @@ def _all_images(dataset):
 @pytest.mark.parametrize("residency", RESIDENCIES)
 def test_the_pixels_are_the_same_wherever_they_are(folder, residency):
     expected = _all_images(_open(folder))
-    for _ in range(2):  # The second time, the pixels come from the cache.
+    for _ in range(2):  # In the second round, the pixels come from the cache.
         dataset = _open(folder, residency=residency)
         assert dataset.residency == residency
         assert (dataset.loader.pixels is None) == (residency == "none")
@@ -60,7 +60,8 @@ def test_a_disk_that_would_be_filled_is_left_alone(folder, monkeypatch, caplog):
     monkeypatch.setattr(datasets.cache, "free_bytes", lambda: 2 * 34_560 - 1)
     assert _open(folder, residency="memory").residency == "memory"
     assert "they would take more than half of the free space" in caplog.text
-    caplog.clear()  # An explicit request for the disk is obeyed.
+    # If the user chooses residency="disk" explicitly, the pixels go to the disk without a warning.
+    caplog.clear()
     assert _open(folder, residency="disk").residency == "disk"
     assert not caplog.text
 
@@ -155,7 +156,7 @@ def test_the_fingerprint_changes_with_identity_class_and_content(folder):
     before = fingerprint()
     path = folder / "blue" / "000.png"
     content = path.read_bytes()
-    path.write_bytes(content + b"x")  # Pillow ignores trailing bytes.
+    path.write_bytes(content + b"x")  # Pillow ignores trailing bytes, so the pixels are the same.
     assert fingerprint() != before
     path.write_bytes(content)
     assert fingerprint() == before
@@ -171,7 +172,7 @@ def test_the_fingerprint_changes_with_the_division(folder):
 
 
 def test_images_that_changed_places_are_seen_to_have_changed(folder):
-    """The two files swap names, and have the same sizes and modification times."""
+    """The fingerprint changes if two files of equal size and modification time swap their names."""
     first, second = folder / "blue" / "000.png", folder / "blue" / "001.png"
     second.write_bytes(first.read_bytes()[:-1] + b"?")
     for path in (first, second):
@@ -215,7 +216,8 @@ def test_a_pattern_describes_the_path_within_the_folder_of_a_split(folder, tmp_p
     splits = {name: {tracks[i] for i in rows} for name, rows in dataset.splits.items()}
     assert len(splits["validation"]) == 6
     assert all(name.startswith("val/") for name in splits["validation"])
-    # The missing test split is cut out of the training part, by whole tracks.
+    # The folder has no test split, so whole tracks (groups of images) of the training split are
+    # moved to a new test split.
     assert 3 <= len(splits["test"]) <= 12
     assert len(splits["test"] | splits["train"]) == len(splits["test"]) + len(splits["train"]) == 24
 
@@ -254,7 +256,7 @@ def test_what_can_be_refused_before_the_scan_is(folder, monkeypatch):
 
 
 def test_where_pixels_live_depends_on_what_fits(folder, monkeypatch):
-    listing = open_folder(folder)  # 60 images of 576 bytes each take 34,560 bytes.
+    listing = open_folder(folder)  # The 60 images of 576 bytes take 34,560 bytes.
 
     def choose(requested="auto", *, device=0, memory=10**6, disk=10**6):
         monkeypatch.setattr(datasets, "memory_bytes", lambda: memory)

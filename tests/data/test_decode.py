@@ -82,7 +82,8 @@ def test_strips_give_the_same_pixels_as_the_whole(mode, monkeypatch):
         image = image.convert(mode)
     encoded = _encode(image, "TIFF" if mode in ("CMYK", "PA") else "PNG", **options)
     whole = decode.decode(encoded)
-    monkeypatch.setattr(decode, "_STRIP", 60)  # A strip has three rows.
+    # With this limit, the decoder converts the image in strips of three rows.
+    monkeypatch.setattr(decode, "_STRIP", 60)
     np.testing.assert_array_equal(decode.decode(encoded), whole)
 
 
@@ -108,7 +109,8 @@ def test_a_large_transparent_image_takes_little_more_than_its_pixels(tmp_path):
     Image.new("RGBA", (4000, 4000), (10, 20, 30, 128)).save(path, compress_level=1)
     command = [sys.executable, "-c", _PEAK, str(path)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    # Pillow's image takes 64 MB and the array 48 MB; Pillow copies the array to resize it.
+    # Pillow's RGBA image takes 64 MB, and the RGB array takes 48 MB. Pillow also copies the array
+    # before the resize.
     assert float(result.stdout) < 150
 
 
@@ -118,7 +120,8 @@ def test_a_large_transparent_image_takes_little_more_than_its_pixels(tmp_path):
 def test_exif_orientation_is_applied(orientation, file_format, strip, monkeypatch):
     monkeypatch.setattr(decode, "_STRIP", strip)
     upright = _smooth()
-    transforms = {  # Maps the upright picture to the stored one.
+    # Each function converts the upright picture to the picture that is stored in the file.
+    transforms = {
         1: lambda x: x,
         2: lambda x: x[:, ::-1],
         3: lambda x: x[::-1, ::-1],
@@ -186,7 +189,7 @@ def test_a_ppm_that_takes_long_is_refused(header):
 
 
 def _photo(height=150, width=200):
-    """Returns an image of smooth shapes with some noise, like a photograph."""
+    """Returns a smooth image with some noise, like a photograph."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(x / 9) + np.cos(y / 7), np.sin((x + y) / 15), np.cos(x / 40)], -1)
     noise = np.random.default_rng(0).normal(0, 6, waves.shape)
@@ -220,7 +223,7 @@ def test_jpegs_are_decoded_bit_for_bit_as_pillow_does(kind, orientation):
     assert (header.height, header.width) == pixels.shape[:2]
     assert values == decode.Values("8-bit", int(expected.min()), int(expected.max()), 255)
     np.testing.assert_array_equal(pixels, expected)
-    # A smaller target size has no effect on the decoding, only on the resize.
+    # The decoder always decodes at full size; the target size only affects the resize.
     small = decode.load(encoded, Preprocessing((18, 25)))
     np.testing.assert_array_equal(small, resize(expected, Preprocessing((18, 25))))
 

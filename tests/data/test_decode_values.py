@@ -1,4 +1,4 @@
-"""Conversion of pixel values: bit depths, types, colour modes, transparency, white level."""
+"""Tests of the conversion of pixel values: bit depth, dtype, mode, transparency, white level."""
 
 import io
 import struct
@@ -21,13 +21,14 @@ from cnn_jax.system.errors import DataError
 
 _RNG = np.random.default_rng(0)
 _DEEP = _RNG.integers(0, 65536, (5, 7, 4), np.uint16)
-_DEEP[0, :3, 0] = (0, 65535, 258)  # The high byte of 258 is 1, and its low byte is 2.
+# The array must contain the extreme values, and 258, whose high and low bytes (1 and 2) differ.
+_DEEP[0, :3, 0] = (0, 65535, 258)
 _GREY, _COLOUR = _DEEP[..., 0], _DEEP[..., :3]
 _BYTES = (_DEEP >> 8).astype(np.uint8)
 
 
 def _tiff(array, order="<", *, photometric=None, planar=1, extra=(), deflate=False, bits=None):
-    """Returns a TIFF 6.0 file with the dtype of an array, also dtypes that are rare in files."""
+    """Encodes an array as a TIFF 6.0 file, also in dtypes that few programs can write."""
     array = array if array.ndim == 3 else array[..., None]
     height, width, channels = array.shape
     bits = bits or 8 * array.itemsize
@@ -80,7 +81,7 @@ def _tiff(array, order="<", *, photometric=None, planar=1, extra=(), deflate=Fal
 
 
 def _png(array, colour_type, depth, transparent=b"", interlaced=False):
-    """Returns a PNG of any depth and colour type (PNG specification, sections 4 and 8)."""
+    """Encodes a PNG of any bit depth and colour type (PNG specification, sections 4 and 8)."""
 
     def chunk(kind, data):
         return (
@@ -119,7 +120,7 @@ def _lzw(array):
 
 
 def _levels(values, white):
-    """Converts values to grey levels by the definition, in float64."""
+    """Converts pixel values to grey levels from 0 to 255 by a plain float64 computation."""
     return np.rint(np.clip(values.astype(np.float64) * 255 / white, 0, 255)).astype(np.uint8)
 
 
@@ -145,7 +146,8 @@ def _clear(levels, mask):
     return np.where(mask[..., None], 255, _rgb(levels))
 
 
-# Name, file, white level, and the pixels or a part of the error.
+# Each row has a name, the encoded file, the white level, and the expected pixels or the pattern of
+# the expected error message.
 _TABLE = [
     ("png 8-bit grey", _png(_BYTES[..., 0], 0, 8), 0, _BYTES[..., 0]),
     ("png 8-bit RGB, white level", _png(_BYTES[..., :3], 2, 8), 4095, _BYTES[..., :3]),
@@ -300,7 +302,7 @@ _TABLE = [
     ids=[f"{i} {row[0]}" for i, row in enumerate(_TABLE)],
 )
 def test_every_kind_of_file(encoded, white_level, expected, tmp_path):
-    """Bytes, a path and a Pillow image give the expected pixels, or the same error."""
+    """Bytes, a path and a Pillow image all give the expected pixels or the expected error."""
     path = tmp_path / "image"
     path.write_bytes(encoded)
     if isinstance(expected, str):
@@ -340,7 +342,8 @@ def test_a_loaded_16_bit_colour_image_has_only_the_high_bytes():
     image = Image.open(io.BytesIO(_png(_COLOUR, 2, 16)))
     position = image.fp.tell()
     whole = decode.to_rgb(image)
-    assert image.fp.tell() == position  # The image can still be loaded.
+    # The position in the file is unchanged, so Pillow can still load the image.
+    assert image.fp.tell() == position
     image.load()
     assert np.abs(decode.to_rgb(image).astype(int) - whole).max() == 1
 
@@ -353,7 +356,7 @@ def test_deep_images_are_turned_by_exif_in_every_form(orientation, colour, tmp_p
     stored = _COLOUR if colour else _GREY
     ok, encoded = cv2.imencode(".png", stored)
     assert ok
-    # Insert the EXIF chunk after the header.
+    # The EXIF chunk is inserted directly after the header of the PNG.
     chunk = b"eXIf" + exif.tobytes()
     chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     encoded = encoded.tobytes()[:33] + chunk + encoded.tobytes()[33:]
@@ -444,7 +447,7 @@ _FORMATS_OF = {
 
 @st.composite
 def _pictures(draw):
-    """Draws an array, a white level that fits its dtype, and a format that can store it."""
+    """Draws an array, a white level for the array's dtype, and a format that stores the dtype."""
     dtype = draw(st.sampled_from(list(_FORMATS_OF)))
     shape = draw(_SHAPES)
     if dtype == np.uint8 and draw(st.booleans()):

@@ -1,4 +1,4 @@
-"""A folder with every kind of problem that users' folders have, and the result for each file."""
+"""Tests on a folder with every kind of problematic file that users' folders contain."""
 
 import contextlib
 import csv
@@ -42,7 +42,7 @@ SECRET = b"the content of a file that is none of the folder's"
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of file that a user's folder may contain, and the expected result.
+    """A kind of file that a user's folder may contain, and the result that the tests expect.
 
     Attributes:
       path: The path below the folder.
@@ -78,7 +78,7 @@ def _png(seed=0):
 
 
 def _cut_jpeg(marker, extra=0):
-    """Returns a JPEG cut `extra` bytes after the end of the first segment of this kind."""
+    """Returns a JPEG truncated `extra` bytes after the first segment with the given marker."""
     encoded = b""
     for part in fuzz_decode.jpeg_parts(_jpeg()):
         if part[1] == marker:
@@ -89,12 +89,12 @@ def _cut_jpeg(marker, extra=0):
 
 
 def _before(marker, inserted):
-    """Returns a JPEG with these bytes inserted before the first segment of this kind."""
+    """Returns a JPEG with bytes inserted before the first segment with the given marker."""
     return _jpeg().replace(bytes([0xFF, marker]), inserted + bytes([0xFF, marker]), 1)
 
 
 def _cut_png(kind, extra):
-    """Returns a PNG cut `extra` bytes after the beginning of this chunk."""
+    """Returns a PNG truncated `extra` bytes after the beginning of the given kind of chunk."""
     at = _png().index(kind) - 4
     return _png()[: at + extra]
 
@@ -108,7 +108,7 @@ def _bad_checksum(kind):
 
 
 def _with_chunk(kind, data):
-    """Returns a PNG with an additional chunk before its pixels."""
+    """Returns a PNG with an additional chunk before the chunk of the pixels."""
     encoded = _png()
     at = encoded.index(b"IDAT") - 4
     return encoded[:at] + png_chunk(kind, data) + encoded[at:]
@@ -116,14 +116,14 @@ def _with_chunk(kind, data):
 
 @functools.cache
 def _zeros(megabytes):
-    """Returns zero bytes, compressed by zlib to about a thousandth of their size."""
+    """Returns many megabytes of zeros, compressed by zlib to about a thousandth of the size."""
     squeeze = zlib.compressobj(1)
     zeros = bytes(2**20)
     return b"".join([*(squeeze.compress(zeros) for _ in range(megabytes)), squeeze.flush()])
 
 
 def _png_bomb(path):
-    """Writes a complete PNG of 48,000 x 48,000 one-bit pixels that takes about a megabyte."""
+    """Writes a complete PNG of 48,000 x 48,000 one-bit pixels in a file of about a megabyte."""
     header = struct.pack(">IIBBBBB", 48_000, 48_000, 1, 0, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", _zeros(300)), (b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks))
@@ -142,13 +142,13 @@ def _tiff(width, height, compression=1, tile=None):
 
 
 def _gif(screen, frame):
-    """Returns a GIF with these (width, height) of screen and frame, but few bytes of pixels."""
+    """Returns a GIF with few bytes of pixels; `screen` and `frame` are (width, height)."""
     sizes = [struct.pack("<HH", *size) for size in (screen, frame)]
     return b"GIF89a%b\x80\0\0%b,\0\0\0\0%b\0\2\2D\1\0;" % (sizes[0], bytes(6), sizes[1])
 
 
 def _webp_bomb():
-    """Returns the header and a few bytes of a lossless WebP of 16,383 x 16,383 pixels."""
+    """Returns a truncated lossless WebP, whose header declares 16,383 x 16,383 pixels."""
     bits = (16_382 | 16_382 << 14).to_bytes(4, "little")
     chunk = b"VP8L" + struct.pack("<I", 106) + b"\x2f" + bits + bytes(101)
     return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
@@ -184,7 +184,7 @@ def _link(target):
 
 
 def _socket(path):
-    # The path is relative, because the address of a socket must be short.
+    # The path is relative, because a socket's path may have only about 100 bytes.
     with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path.name)
 
@@ -305,7 +305,7 @@ _ODD = [
     Kind("odd/extraneous end.jpg", _jpeg()[:-2] + b"\0\0\0" + _jpeg()[-2:], "image"),
     Kind("odd/scans.jpg", _many_scans(80), "image"),
     Kind("odd/something behind.jpg", _jpeg() + b"PK\3\4 and so on", "image"),
-    # Some phones write such files: a video follows the image.
+    # Some phones append a video to the image file.
     Kind("odd/a film behind.jpg", _jpeg() + b"\0\xff\xda\0" * 200, "image"),
     Kind("odd/progressive.jpg", _jpeg(progressive=True), "image"),
     Kind("odd/grey.jpg", encode(_picture(mode="L"), "JPEG"), "image"),
@@ -364,7 +364,7 @@ _NAMES = [
     Kind("names/a folder.jpg/a.png", _png(15), "image"),
     Kind("names/e\u0301.png", _png(16), "image"),
     Kind("names/\u00e9.png", _png(17), "image"),
-    # Each folder of the first level is a class, whatever its name.
+    # Each folder of the first level is a class, even if its name is unusual.
     Kind("new\nline/a.png", _png(20), "image"),
     Kind("new\nline/b.png", _png(21), "image"),
     Kind(os.fsdecode(b"caf\xe9") + "/a.png", _png(22), "image"),
@@ -410,7 +410,7 @@ KINDS = [*_CUTS, *_FALSE, *_BOMBS, *_ODD, *_NAMES, *_NO_FILES]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with all kinds of files, next to a folder outside to which some links point."""
+    """A folder with a file of each kind; some links point to a folder outside of this folder."""
     root = tmp_path_factory.mktemp("dirty") / "folder"
     for path, content in {
         "secret": SECRET,
@@ -425,7 +425,7 @@ def folder(tmp_path_factory):
 
 
 def _snapshot(root):
-    """Returns metadata of all files, and the contents of regular files that are not very large."""
+    """Returns the metadata of all files in a folder, and the contents of files below 32 MiB."""
     seen = {}
     for path in sorted(root.rglob("*")):
         status = path.lstat()
@@ -438,7 +438,7 @@ def _snapshot(root):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """The listing, the data set, and snapshots of the folder before and after opening."""
+    """The listing and the data set of `folder`, and two snapshots, before and after opening it."""
     before = _snapshot(folder)
     listing = open_folder(folder)
     dataset = open_dataset(listing, Division(), SMALL, max_unreadable=1.0)
@@ -519,8 +519,9 @@ def test_links_lead_out_only_if_that_is_allowed(folder, opened):
     assert len(wider) == len(listing) + 3
     expected = dict(listing.ignored)
     del expected["links out of the folder"]
-    expected["neither files nor folders"] += 1  # The link to /dev/zero.
-    expected["links to what is there already"] += 1  # The link outside/folder/back.
+    expected["neither files nor folders"] += 1  # The link to /dev/zero is counted here.
+    # The link outside/folder/back, which points to the opened folder, is counted here.
+    expected["links to what is there already"] += 1
     assert wider.ignored == expected
 
 
@@ -554,7 +555,10 @@ print(json.dumps({"peaks": peaks, "opened": sorted(map(ascii, names)), "digests"
 
 @pytest.fixture(scope="module")
 def child(folder, tmp_path_factory):
-    """The output of a new process that opens a harmless folder, and then `folder`."""
+    """Measurements of a process that opens first a folder of harmless files, and then `folder`.
+
+    The harmless files include no decompression bombs.
+    """
     harmless = tmp_path_factory.mktemp("harmless")
     for kind in [*_CUTS, *_FALSE, *_ODD, *_NAMES]:
         kind.write(harmless)
@@ -564,7 +568,7 @@ def child(folder, tmp_path_factory):
         env={**os.environ, "CNN_JAX_CACHE": str(tmp_path_factory.mktemp("cache"))},
         capture_output=True,
         text=True,
-        timeout=120,  # Reading a named pipe would wait forever.
+        timeout=120,  # A process that reads a named pipe without a writer would wait forever.
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -594,7 +598,7 @@ def test_a_run_on_it_finishes_and_lists_what_it_left_out(opened, folder, tiny_co
     with path.open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["id", "reason"]
-    # In the file, bytes of names that are not UTF-8 are written as escapes.
+    # Bytes of names that are not valid UTF-8 are written to the file as escape sequences.
     expected = [kind.path for kind in KINDS if kind.expected.startswith("unreadable")]
     assert sorted(example_id for example_id, _ in rows) == sorted(
         path.encode("utf-8", "backslashreplace").decode() for path in expected
@@ -627,7 +631,10 @@ print(json.dumps([listing.ignored, unreadable, dataset.source.ids, listing.remar
 
 @pytest.fixture
 def open_as_nobody():
-    """A folder that every user may read, and a function that opens it as an unprivileged user."""
+    """A folder with unreadable files, and a function that opens the folder as another user.
+
+    The function runs without privileges, because file permissions do not apply to root.
+    """
     base = pathlib.Path(tempfile.mkdtemp())
     base.chmod(0o755)
     root = base / "folder"
@@ -660,7 +667,8 @@ def test_what_may_not_be_read_is_named(open_as_nobody):
     Kind("locked/a.png", _png(), "").write(root)
     (root / "locked").chmod(0)
     ignored, unreadable, ids, remarks = run()
-    # A file without a suffix may be an image or not.
+    # An unreadable file without a suffix is counted as "not images", because nothing suggests that
+    # the file is an image.
     assert ignored == {"folders that cannot be read": 1, "not images": 1}
     assert unreadable == {"cat/secret.png": "cannot be read: Permission denied"}
     assert ids == ["cat/a.png", "cat/b.png", "dog/a.png"]
@@ -678,7 +686,8 @@ def test_a_folder_whose_names_alone_may_be_read_counts_as_unreadable(open_as_nob
 
 def test_a_file_too_deep_for_a_path_counts_as_unreadable(tmp_path):
     Kind("cat/a.png", _png(), "").write(tmp_path)
-    # Relative steps are needed, because the full paths exceed the limit of the system.
+    # The folders are created with relative paths, because the full paths are longer than the
+    # operating system allows.
     with contextlib.chdir(tmp_path / "cat"):
         for _ in range(20):
             pathlib.Path("b.png").write_bytes(_png())
@@ -711,7 +720,7 @@ def test_no_file_comes_twice_by_a_link_to_the_folder_above(tmp_path):
     Kind("../beside/c.png", _png(2), "").write(root)
     source = open_folder(root, allow_outside=True)
     assert source.ids == ["cat/a.png", "cat/above/beside/c.png", "dog/b.png"]
-    # Both images and the link itself were found a second time.
+    # Through the link, the scan finds the two images and the link itself a second time.
     assert source.ignored == {"links to what is there already": 3}
 
 

@@ -74,7 +74,7 @@ def test_the_own_splits_of_a_folder_are_kept(tmp_path, validation):
         _picture(tmp_path / path)
     _picture(tmp_path / "masks" / "b" / "1.png")
     source = open_folder(tmp_path)
-    # The classes are the union over all parts, even if some parts lack classes.
+    # The data set has the classes of all splits, even if some splits lack some classes.
     assert source.class_names == ["a", "b", "c"]
     found = dict(zip(source.ids, zip(source.labels, source.own_splits, strict=True), strict=True))
     assert found == {
@@ -195,7 +195,9 @@ def test_a_link_to_the_data_set_itself_is_followed(tmp_path):
     ],
 )
 def test_folders_of_other_programs_are_left_out_and_counted(tmp_path, name):
-    root = tmp_path / name / "data"  # Folders above the folder have no effect.
+    root = (
+        tmp_path / name / "data"
+    )  # The names of the folders above the opened folder must not matter.
     _picture(root / "cat" / "a.png")
     _picture(root / "dog" / "a.png")
     _picture(root / "cat" / name / "a.png" / "SYNOPHOTO_THUMB_M.jpg")
@@ -244,7 +246,7 @@ def test_folders_that_this_project_wrote_are_left_out_and_counted(tmp_path, name
     assert source.ids == ["cat/a.png", "dog/a.png"]
     assert source.ignored == {"folders that cnn_jax wrote": 1}
     assert source.remarks == []
-    # The folder that the user names is always read.
+    # An output folder is read if the user opens this folder itself.
     assert open_folder(tmp_path / place).ids == ["examples/a.png"]
 
 

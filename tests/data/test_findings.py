@@ -48,7 +48,8 @@ def test_what_endangers_the_result_is_a_warning_that_names_the_fix(tmp_path):
     for i in range(4):
         _write(tmp_path, f"train/b/{i}.png", 100 + i)
         _write(tmp_path, f"test/b/{i}.png", 200 + i)
-    _write(tmp_path, "test/b/copy.png", 5)  # A copy of an image in another class and another split.
+    # This file is a copy of train/a/5.png, so the class and the split of the two files differ.
+    _write(tmp_path, "test/b/copy.png", 5)
     _write(tmp_path, "train/b/copy of 0.png", 100)
     _write(tmp_path, "train/rare/0.png", 300)
     (tmp_path / "train" / "a" / "bad\n.png").write_bytes(b"")
@@ -167,7 +168,7 @@ def test_the_error_for_a_single_class_suggests_its_folder(tmp_path):
 
 
 def _save_values(folder, high, dtype, count=20, file_format="png"):
-    """Saves images of two classes with values from 0 to `high`."""
+    """Saves images of two classes with pixel values from 0 to `high`."""
     for i in range(count):
         values = np.random.default_rng(i).random((6, 9)) * high
         values.flat[:2] = 0, high
@@ -257,7 +258,7 @@ def test_images_darker_than_the_likely_white_level_get_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("kinds", "white_level", "named"),
     [
-        # Highest value, dtype and format of each kind of file.
+        # `kinds` has the highest value, the dtype and the format of each kind of file.
         ([(4095, np.uint16, "png"), (1, np.float32, "tif")], 0, "4095 .* 16-bit .* 1 for .* float"),
         ([(4095, np.uint16, "png"), (1, np.float32, "tif")], 1, "4095 .* 16-bit .* 1 for .* float"),
         ([(4095, np.uint16, "png"), (1, np.float32, "tif")], 4095, "4095 .* 1 for the float"),

@@ -10,12 +10,12 @@ from cnn_jax.system.errors import DataError
 
 
 def _images(*folders, number=2):
-    """Returns paths of `number` images directly in each of these folders."""
+    """Returns the paths of `number` images in each folder."""
     return [f"{folder}/{i}.png" for folder in folders for i in range(number)]
 
 
 def _found(paths, form="folder"):
-    """Returns the class and split found for each folder of images, and the remarks."""
+    """Returns the detected class and split of each image folder, and the remarks on the layout."""
     layout = find_layout(paths, f"{form}:DATA")
     return {p.rpartition("/")[0]: layout.classify(p) for p in paths}, layout.remarks
 
@@ -195,7 +195,7 @@ def test_classes_may_be_called_as_splits_are(folders):
 @pytest.mark.parametrize(
     ("folders", "reason"),
     [
-        # Each class has one folder for training and one for testing.
+        # In the first two cases, each class has one folder for training and one for testing.
         (["cats_train", "cats_test", "dogs_train", "dogs_test"], "may be classes or splits"),
         (["a_train/x", "a_test/x", "b_train/x", "b_test/x"], "may be classes or splits"),
         (["old_train/a", "old_train/b", "new_test/a", "new_test/b"], "in new_test are the same"),
@@ -297,7 +297,7 @@ _NAMES = st.text(string.ascii_lowercase + "äé猫", min_size=2, max_size=8).fil
 
 
 def _says_nothing(name):
-    """Returns whether no word of a name means a split or a kind of file."""
+    """Returns whether a folder name contains no word for a split or for a kind of file."""
     return not any(word in _SPLIT_OF_WORD for word in _words(name))
 
 
@@ -368,7 +368,8 @@ def test_any_tree_is_read_or_refused_in_one_line(folders):
     except DataError as refused:
         message = str(refused)
         layout = find_layout(paths, "classes:DATA")
-        assert re.fullmatch(".*classes:DATA.*", message)  # One line: . is no line break.
+        # The pattern matches only a message of one line, because `.` matches no line break.
+        assert re.fullmatch(".*classes:DATA.*", message)
     counted = sum(int(n) for r in layout.remarks for n in re.findall(r"\((\d+)\) are left out", r))
     stray = sum(
         layout.classify(path) is None

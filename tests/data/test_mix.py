@@ -1,4 +1,7 @@
-"""MixUp and CutMix. The partner of an example is the example before it; of the first, the last."""
+"""Tests of MixUp and CutMix, which mix each example of a batch with the previous example.
+
+The first example is mixed with the last.
+"""
 
 import functools
 import math
@@ -17,7 +20,7 @@ from configs import default
 
 BOTH = Mixing(mixup_probability=0.4, mixup_alpha=0.7, cutmix_probability=0.35, cutmix_alpha=1.5)
 
-# One large size for all tests, so that few programs are compiled.
+# All statistical tests draw this number of examples, so that JAX compiles few programs.
 MANY = 20_000
 
 
@@ -37,7 +40,8 @@ def test_mixup_by_hand():
     targets = _array([1, 0], [0, 1], [1, 0])
     share = _array(0.75, 0.5, 1.0)
     mixed, labels = mix.blend(images, targets, mix.mixup_weights(share, (2, 2)))
-    # Image 1: 3/4 image 1 + 1/4 image 3. Image 2: half image 2 + half image 1. Image 3: unmixed.
+    # The first result is 3/4 of image 1 plus 1/4 of image 3. The second result is half of image 2
+    # plus half of image 1. Image 3 is not mixed.
     expected = [[[2, 7.5], [15, 24.5]], [[50, 55], [10, 15]], [[8, 0], [0, 8]]]
     np.testing.assert_allclose(mixed[..., 0], expected)
     # Images 1 and 3 have the same class, so the label of image 1 does not change.
@@ -47,10 +51,10 @@ def test_mixup_by_hand():
 @pytest.mark.parametrize(
     ("share", "centre", "rows", "columns"),
     [
-        # The box is half as high and wide as the image: two rows and four columns.
+        # The box has half the height and width of the image: two rows and four columns.
         (0.75, (0.5, 0.5), slice(1, 3), slice(2, 6)),
         (0.75, (0.25, 0.75), slice(0, 2), slice(4, 8)),
-        # The box is clipped to a quarter of the height and width of the image.
+        # In these two cases, the box is clipped at the edges of the image.
         (0.75, (0.0, 0.0), slice(0, 1), slice(0, 2)),
         (0.75, (0.99, 0.5), slice(3, 4), slice(2, 6)),
         # The box has three quarters of the height and width of the image.
@@ -68,13 +72,14 @@ def test_cutmix_by_hand(share, centre, rows, columns):
     mixed, labels = mix.blend(images, _array([1, 0], [0, 1]), weights)
     np.testing.assert_array_equal(mixed[0], 7 * box[..., None] * np.ones(3))
     np.testing.assert_array_equal(mixed[1], images[1])
-    # The label's fraction equals the fraction of pixels, also for a clipped box.
+    # The weight of the partner's label equals the fraction of pixels that come from the partner,
+    # even if the box is clipped.
     partner_fraction = box.sum() / 32
     np.testing.assert_allclose(labels, [[1 - partner_fraction, partner_fraction], [0, 1]])
 
 
 def _mixed_in_float64(images, targets, draws):
-    """Returns mixed images and labels, computed pixel by pixel from the definitions."""
+    """Returns mixed images and labels, computed pixel by pixel from the papers' definitions."""
     mixed, labels = np.float64(images), np.float64(targets)
     _, height, width, _ = images.shape
     for i in range(len(images)):
@@ -107,7 +112,7 @@ def test_equals_the_definitions_in_float64():
     np.testing.assert_allclose(mixed, expected, atol=1e-5)
     np.testing.assert_allclose(labels, expected_labels, atol=1e-6)
     np.testing.assert_allclose(labels.sum(axis=1), 1, atol=1e-6)
-    # Examples that are not mixed stay equal bit for bit.
+    # Examples that are not mixed do not change by a single bit.
     is_plain = ~(draws.is_mixup | draws.is_cutmix)
     assert is_plain.any()
     np.testing.assert_array_equal(mixed[is_plain], images[is_plain])
@@ -142,7 +147,7 @@ def test_centres_are_anywhere_whatever_else_is_drawn(many_draws):
 
 
 def test_the_labels_share_is_that_of_the_pixels_kept():
-    """Black and white images, of one class each, alternate in the batch."""
+    """In the batch, black images of one class alternate with white images of another class."""
     images = jnp.tile(jnp.array([0.0, 1.0])[:, None, None, None], (8, 7, 9, 1))
     targets = jnp.tile(jnp.eye(2), (8, 1))
     cutmix = Mixing(cutmix_probability=1.0, cutmix_alpha=1.0)
@@ -199,7 +204,7 @@ def test_a_batch_of_one_stays_as_it_is():
 
 
 def test_devices_change_no_number():
-    """The partner of the first example of each device is on another device."""
+    """On each device, the first example is mixed with an example of another device."""
     require_devices(8)
     images, targets, mask = _batch()
     function = functools.partial(mix.mix_batch, mixing=BOTH)

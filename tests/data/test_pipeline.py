@@ -12,7 +12,8 @@ from cnn_jax.data.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(image_size=(12, 16))
 AUGMENTATION = Augmentation("horizontal", 0.2, 0.2, 0.2)
-INDICES = np.arange(3, 45)  # 42 examples are no multiple of the batch size 8.
+# The number of examples, 42, is not a multiple of the batch size 8.
+INDICES = np.arange(3, 45)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def _batches(
         rows=rows,
     )
     with stream as batches:
-        # Copies, because batches of worker processes are views of shared memory.
+        # The arrays are copied, because the arrays of worker processes are views of shared memory.
         return [{key: rows.copy() for key, rows in next(batches).items()} for _ in range(count)]
 
 
@@ -76,7 +77,7 @@ def test_no_number_of_workers_changes_a_batch(source):
 
 
 def _decoded(source):
-    """Returns a loader whose pixels are already decoded, and stored in another order."""
+    """Returns a loader with decoded pixels; the rows of its pixel array are in random order."""
     rows = np.random.default_rng(0).permutation(len(source))
     pixels = np.empty((len(source), *PREPROCESSING.image_size, 3), np.uint8)
     pixels[rows] = Loader(source, PREPROCESSING).load(np.arange(len(source)))["image"]
@@ -100,7 +101,7 @@ def test_pixels_on_the_device_are_named_by_their_rows(source):
 
 def test_a_balanced_stream_shows_each_class_equally_often(source):
     labels = source.labels
-    # 20, 15 and 7 examples of the three classes.
+    # The three classes have 17, 20 and 5 examples.
     counts = np.bincount(labels[INDICES])
     index_of = {source.ids[i]: i for i in range(len(source))}
     assert len(index_of) == len(labels)
@@ -126,7 +127,7 @@ def test_a_balanced_stream_shows_each_class_equally_often(source):
 
 
 def test_neighbouring_classes_do_not_make_up_batches():
-    """If a batch has room for half of the classes, each round over them has a new order."""
+    """Each round over all classes has a new order, even if a batch holds half of the classes."""
     labels = np.arange(64).repeat(3)
     order = pipeline._ClassesInTurn(labels, seed=0)
     seen = labels[order(np.arange(64 * 30))].reshape(30, 2, 32)
@@ -161,7 +162,8 @@ def test_no_image_is_read_after_the_last_batch_that_is_wanted(source, monkeypatc
     own_loader = Loader(source, PREPROCESSING)
 
     def counting_load(loader, indices):
-        if loader is own_loader:  # Threads of earlier streams may still read ahead.
+        # Threads of earlier tests may still read images with other loaders.
+        if loader is own_loader:
             loads.append(len(indices))
         return load(loader, indices)
 
@@ -189,8 +191,10 @@ def test_the_seed_decides_order_and_draws(source):
 def test_each_pass_has_every_example_once_and_its_own_order(source):
     loader = Loader(source, PREPROCESSING)
     index_of = {loader.load(np.array([i]))["image"].tobytes(): i for i in INDICES}
-    assert len(index_of) == len(INDICES)  # All images are different.
-    batches = _batches(source, 21, augmentation=Augmentation())  # Exactly four passes.
+    # The test identifies images by their pixels, so all images must be different.
+    assert len(index_of) == len(INDICES)
+    # 21 batches of 8 are four passes over the 42 examples.
+    batches = _batches(source, 21, augmentation=Augmentation())
     indices = [index_of[image.tobytes()] for batch in batches for image in batch["image"]]
     passes = np.reshape(indices, (4, len(INDICES)))
     for one_pass in passes:
@@ -237,7 +241,7 @@ def test_workers_are_as_many_as_help(monkeypatch, cores, expected):
 
 @pytest.mark.parametrize("place", ["host", "device"])
 def test_processes_that_share_a_batch_make_up_the_whole(source, place):
-    """The rows of a process have the same examples and draws as in the whole batch."""
+    """A process gets its rows of the whole batch, with the same pixels and random draws."""
     whole = _batches(source, 3, place=place)
     shares = [np.array([0, 1, 2]), np.array([3, 6]), np.array([4, 5, 7])]
     for rows in shares:
@@ -247,7 +251,7 @@ def test_processes_that_share_a_batch_make_up_the_whole(source, place):
 
 def test_processes_that_share_an_evaluation_see_each_example_once(source):
     loader = Loader(source, PREPROCESSING)
-    indices = np.arange(5, 24)  # 19 examples: two full batches and a partial one.
+    indices = np.arange(5, 24)  # The 19 examples make two full batches and a partial batch.
     with evaluation_batches(loader, indices, 8) as batches:
         whole = list(batches)
     for rows in (np.array([0, 1, 5]), np.array([2, 3, 4, 6, 7])):

@@ -1,4 +1,4 @@
-"""The resize, compared with Pillow called by hand and with sizes from other libraries' rules."""
+"""Compares `resize` with direct calls of Pillow, in sizes computed by other libraries' rules."""
 
 import math
 
@@ -11,7 +11,8 @@ from cnn_jax.data.preprocessing import INTERPOLATIONS, RESIZES, Preprocessing
 from cnn_jax.data.resize import PADDING, resize, view
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# (height, width): plain, odd differences, extreme, equal to a target, and one pixel.
+# Sizes (height, width) that are ordinary, differ from a target by an odd number, are extreme,
+# equal a target, or have one pixel.
 _SIZES = [
     *((37, 50), (50, 37), (41, 41), (45, 44), (301, 299)),
     *((1, 1000), (1000, 1), (16, 16), (24, 16), (1, 1)),
@@ -25,7 +26,7 @@ def _image(size):
 
 
 def _torchvision_center_crop(image, side, crop_ratio, interpolation):
-    """Resize(floor(side / crop_ratio)) and CenterCrop(side), as their documentation says."""
+    """Applies torchvision's Resize(floor(side / crop_ratio)) and then CenterCrop(side)."""
     short_side = math.floor(side / crop_ratio)
     width, height = image.size
     if width <= height:
@@ -39,7 +40,7 @@ def _torchvision_center_crop(image, side, crop_ratio, interpolation):
 
 
 def _ultralytics_letterbox(image, target, interpolation):
-    """LetterBox of ultralytics 8, with Pillow's filters in place of OpenCV's."""
+    """Applies LetterBox of ultralytics 8, but with Pillow's filters instead of OpenCV's."""
     ratio = min(target[0] / image.height, target[1] / image.width)
     size = max(round(image.width * ratio), 1), max(round(image.height * ratio), 1)
     rest_x, rest_y = (target[1] - size[0]) / 2, (target[0] - size[1]) / 2
@@ -84,9 +85,12 @@ def test_crop_equals_torchvisions_resize_and_center_crop(size, interpolation, cr
 @pytest.mark.parametrize(
     ("size", "target", "crop_ratio", "scaled", "corner"),
     [
-        ((30, 40), (10, 20), 1.0, (15, 20), (2, 0)),  # The width limits; 2.5 rounds to 2.
-        ((30, 40), (20, 10), 1.0, (20, 26), (0, 8)),  # The height limits.
-        ((35, 40), (10, 20), 1.0, (17, 20), (4, 0)),  # 3.5 rounds to 4.
+        # The width determines the scale, and half of the surplus height, 2.5 pixels, rounds to 2.
+        ((30, 40), (10, 20), 1.0, (15, 20), (2, 0)),
+        # The height determines the scale.
+        ((30, 40), (20, 10), 1.0, (20, 26), (0, 8)),
+        # Half of the surplus height, 3.5 pixels, rounds to 4.
+        ((35, 40), (10, 20), 1.0, (17, 20), (4, 0)),
         ((30, 40), (10, 20), 0.5, (30, 40), (10, 10)),
         ((10, 20), (10, 20), 1.0, (10, 20), (0, 0)),
     ],

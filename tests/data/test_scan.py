@@ -47,7 +47,8 @@ def test_equal_pixels_have_equal_digests_whatever_the_file(folder):
     by_id = dict(zip(open_folder(folder).ids, records, strict=True))
     assert by_id["b/same.bmp"].pixels == by_id["a/1.png"].pixels
     assert by_id["b/same.bmp"].digest != by_id["a/1.png"].digest
-    assert len({record.pixels for record in records}) == 5  # The copy adds no new value.
+    # The copy has the same digest of the pixels as the original, so it adds no new value.
+    assert len({record.pixels for record in records}) == 5
 
 
 def test_pixels_of_another_shape_are_not_equal():
@@ -157,7 +158,7 @@ def test_records_have_the_values_of_the_file(folder, tmp_path_factory):
     )["b/3.tif"]
     assert unknown.values == decode.Values("float", 0, 1, 0)
     assert "--config.data.white_level=1, or" in unknown.error
-    # Records are kept for readable and for unreadable images.
+    # The cache keeps the records of both readable and unreadable images.
     assert record in scan.known_records(open_folder(folder), SMALL)
     assert unknown in scan.known_records(open_folder(floats), SMALL)
 

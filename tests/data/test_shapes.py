@@ -25,7 +25,8 @@ def test_images_depend_on_seed_and_index_alone(cache):
     twenty = _digests(shapes.generate(20))
     thirty = _digests(shapes.generate(30))
     assert len(twenty) == 40
-    assert twenty.items() <= thirty.items()  # A shorter set is a prefix of a longer one.
+    # A small data set consists of the first images of a larger data set with the same seed.
+    assert twenty.items() <= thirty.items()
     other = _digests(shapes.generate(20, seed=1))
     assert twenty.keys() == other.keys()
     assert not set(twenty.values()) & set(other.values())
@@ -33,7 +34,8 @@ def test_images_depend_on_seed_and_index_alone(cache):
 
 def test_what_is_there_is_not_made_again(cache):
     folder = shapes.generate(10)
-    assert [path.name for path in cache.iterdir()] == [folder.name]  # No temporary folder is left.
+    # The temporary folder, in which the images were generated, no longer exists.
+    assert [path.name for path in cache.iterdir()] == [folder.name]
     marker = folder / "marker"
     marker.touch()
     assert shapes.generate(10) == folder
@@ -80,7 +82,7 @@ def test_outlines_lie_in_the_unit_disc(name):
 
 
 def test_golden_images():
-    """If the images change, VERSION must change too, or caches would mix old and new images."""
+    """Images may change only together with VERSION, so that no cache mixes old and new images."""
     digests = []
     for index in (0, 1234, 11999):
         image, mask, _ = shapes.render(0, index)

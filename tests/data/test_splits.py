@@ -70,14 +70,15 @@ def test_the_stable_rule_keeps_splits_when_images_are_added(images, before, seed
         return _splits_by_id(ids, divide(ids, labels, FRACTIONS, seed))
 
     was, is_now = assign(images[:before]), assign(images)
-    # If a split had no image of a class by chance, one image was moved to this split.
+    # If a split has no image of a class by chance, `divide` moves one image to this split.
     lent = _lent(was, seed) | _lent(is_now, seed)
     assert all(is_now[i] == was[i] for i in was if i not in lent)
-    assert len(lent) <= 2 * 2 * 4  # 2 splits x 2 assignments (before and after) x 4 classes.
+    # Each of the 2 assignments moves at most one image to each of 2 splits, for each of 4 classes.
+    assert len(lent) <= 2 * 2 * 4
 
 
 def _lent(example_splits, seed):
-    """Returns the examples that are not in the split that their ID and the seed select."""
+    """Returns the examples whose split is not the split that their ID and the seed determine."""
     return {
         example_id
         for example_id, split in example_splits.items()
@@ -168,7 +169,7 @@ def test_groups_and_equal_images_stay_together(images, seed, rule):
 
 
 def test_exact_shares_of_groups_are_met_within_a_group():
-    # 40 groups of 1 to 9 images.
+    # The images form 40 groups of 1 to 9 images.
     sizes = np.random.default_rng(0).integers(1, 10, 40)
     groups = [f"g{group}" for group in np.repeat(np.arange(40), sizes)]
     ids = [str(i) for i in range(len(groups))]

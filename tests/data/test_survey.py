@@ -19,7 +19,7 @@ from cnn_jax.system.errors import ConfigError, DataError
 
 
 def _photo(seed, size=(60, 40)):
-    """Returns a smooth picture, whose perceptual hash hardly changes if it is resized."""
+    """Returns a smooth picture, because the perceptual hash of such a picture survives a resize."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
@@ -31,7 +31,7 @@ def _save(image, path, **options):
 
 @st.composite
 def _hashes(draw):
-    """Draws 64-bit hashes, many of which differ in only a few bits."""
+    """Draws an array of 64-bit hashes, many of which differ in only a few bits."""
     centres = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5))
     flips = st.lists(st.integers(0, 63), max_size=8)
     chosen = draw(st.lists(st.tuples(st.sampled_from(centres), flips), max_size=30))
@@ -54,7 +54,7 @@ def _near_by_brute_force(hashes, distance):
 
 
 def _no_thumbnails(hashes):
-    """Returns equal thumbnails, so that only the hashes decide which images are near."""
+    """Returns identical thumbnails, so that only the hashes decide which images are similar."""
     return np.zeros((len(hashes), 192), np.uint8)
 
 
@@ -129,7 +129,7 @@ def test_channels_of_a_flat_image_do_not_vary(tmp_path):
 
 @pytest.fixture
 def mixed_folder(tmp_path):
-    """A folder of two classes with one example of each kind of finding."""
+    """A folder of two classes, with one example of each kind of problem that a survey finds."""
     for i in range(4):
         _save(_photo(i), tmp_path / "cat" / f"{i}.png")
         _save(_photo(10 + i, (30, 30)), tmp_path / "dog" / f"{i}.jpg")
@@ -181,7 +181,7 @@ def test_duplicates_are_grouped_and_conflicts_come_first(mixed_folder):
     ]
     assert [row["different_labels"] for row in exact] == [True, False]
     assert not any(row["different_splits"] for row in exact)
-    # Sets with only equal images are not reported again.
+    # Sets of equal images are reported as exact duplicates, and not again as near duplicates.
     near = found["near_duplicates"]
     assert [[i["id"] for i in row["images"]] for row in near] == [["cat/2.png", "cat/large.webp"]]
 

@@ -35,7 +35,8 @@ class TwoColours(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count, withhold=False):
         for i in range(count):
             pixels = np.full((5 + i, 6, 3), 200 * (i % 2) + i, np.uint8)
-            file = io.BytesIO()  # TFDS needs TensorFlow to encode an array.
+            # Pillow encodes the image, because TFDS needs TensorFlow in order to encode an array.
+            file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG")
             file.seek(0)
             yield i, {"image": file, "label": -1 if withhold and i == 0 else i % 2}
@@ -67,7 +68,7 @@ def test_a_part_of_a_tfds_data_set_can_be_taken(tfds_folder):
     assert set(whole.own_splits) == {""}
     half = open_source("tfds:two_colours:1.0.0:train[:50%]")
     assert half.labels.tolist() == whole.labels[:6].tolist()
-    # The ID of an example does not depend on the requested slice.
+    # The ID of an example does not depend on the slice of the data set that is opened.
     assert half.ids == whole.ids[:6] == open_source("tfds:two_colours").ids[3:9]
     parts = open_source("tfds:two_colours:train[75%:]+test[:2]")
     tested = [i for i in open_source("tfds:two_colours:test").ids if i in ("test/0", "test/1")]

@@ -1,4 +1,4 @@
-"""The runs of an ablation, how they are resumed, and the arithmetic of its table."""
+"""Tests of the ablation study: its runs, how the runs are resumed, and its table."""
 
 import json
 import os
@@ -24,8 +24,9 @@ from experiments.studies.ablation_table import paired_difference
 
 DEFAULT = REPOSITORY / "configs" / "default.py"
 
-# Writes the files of a training at once. The accuracy is a known function of seed and dropout;
-# the learning rate 8e-3 fails, and "slow" in the path of the folder makes the script wait.
+# This script replaces the training command and writes the files of a training without training.
+# The accuracy is a known function of seed and dropout. The script fails if the learning rate is
+# 8e-3, and waits if the path of the folder contains "slow".
 TRAINING = """
     import json, pathlib, signal, sys, time
 
@@ -57,7 +58,7 @@ TRAINING = """
 
 @pytest.fixture(autouse=True)
 def training(tmp_path, monkeypatch):
-    """Replaces the training command by a script that takes no time."""
+    """Replaces the training command with a fast script, and returns the script's path."""
     script = tmp_path / "training.py"
     script.write_text(textwrap.dedent(TRAINING))
     monkeypatch.setattr(ablation, "TRAIN", (sys.executable, "-S", str(script)))
@@ -65,7 +66,7 @@ def training(tmp_path, monkeypatch):
 
 
 def starts(folder):
-    """Returns the number of starts of each run."""
+    """Returns a dict from the name of each run's folder to the number of starts of the run."""
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
 
 
@@ -92,7 +93,7 @@ def test_the_ladder_adds_one_thing_at_a_time():
     assert changed[1] - changed[2] == {"model.dropout"}
     assert changed[2] - changed[3] == augmentation | schedule
     assert changed[3] == set()
-    # A constant learning rate has no warm-up.
+    # In these variants the learning rate is constant after the warm-up.
     for name in ("plain", "rate_1e-3", "rate_1e-4"):
         rates = recipe | dict(ablation.VARIANTS[name])
         assert rates["optimizer.learning_rate"] == rates["optimizer.final_learning_rate"]
@@ -104,7 +105,7 @@ def test_the_interval_equals_a_paired_t_test():
     mean, half = paired_difference(dict(enumerate(values)), dict(enumerate(base)))
     interval = scipy.stats.ttest_rel(values, base).confidence_interval(0.95)
     assert np.allclose([mean - half, mean + half], [interval.low, interval.high])
-    # Only seeds that both variants have are compared.
+    # Only the seed 1 occurs in both variants, so the difference has one pair and no interval.
     assert paired_difference({0: 0.5, 1: 0.7}, {1: 0.6, 2: 0.9}) == (
         pytest.approx(0.1),
         None,
@@ -118,11 +119,12 @@ def test_a_grid_is_run_once_and_written_as_a_table(tmp_path, capsys):
     table = capsys.readouterr().out
     assert (tmp_path / "dropout.md").read_text() in table
     rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in table.splitlines()}
-    # Seeds 0, 1 and 2 add 0, 1 and 4 points: a mean of 5 / 3, a deviation of 2.08.
+    # The seeds 0, 1 and 2 add 0, 1 and 4 points to the accuracy. The mean of these points is 5 / 3,
+    # and their standard deviation is 2.08.
     assert rows["0"][1] == "91.67 ± 2.08 %"
     assert rows["0.5"][1] == "86.67 ± 2.08 %"
     assert rows["0"][6] == "+5.00 (+5.00 to +5.00)"
-    assert rows["0.5"][6] == ""  # The value in the recipe.
+    assert rows["0.5"][6] == ""  # This row is the recipe, with which the other rows are compared.
     assert rows["0.7"][6] == "-2.00 (-2.00 to -2.00)"
     assert rows["0"][7:] == ["2", "3", "1.00", "3 |"]
     assert (tmp_path / "dropout.png").stat().st_size > 5000
@@ -131,7 +133,7 @@ def test_a_grid_is_run_once_and_written_as_a_table(tmp_path, capsys):
     assert (one["seed"], one["fingerprint"], one["versions"]) == (1, "abc", {"jax": "1"})
     assert re.fullmatch(r"[0-9a-f]{10}\+?", one["commit"])
     assert one["cores"] == (len(os.sched_getaffinity(0)) + 1) // 2
-    # The results do not contain the path of the data.
+    # The results are meant to be published, so they must not contain the path of the data.
     assert "nowhere" not in (tmp_path / "results.json").read_text()
 
     expected = tmp_path / "results.json"
@@ -149,16 +151,17 @@ def test_a_grid_is_run_once_and_written_as_a_table(tmp_path, capsys):
         with pytest.raises(ConfigError, match=f"^--expect: .*{message}"):
             ablation.main([*arguments, f"--expect={empty}"])
     assert set(starts(tmp_path).values()) == {1}
-    # The path of the data may change, and another grid only adds variants that are not shared.
+    # Another grid, even without the flag for the path of the data, does not repeat the finished
+    # runs that the two grids have in common.
     ablation.main(["--grid=label_smoothing", *arguments[1:-1]])
     assert starts(tmp_path)["recipe-2"] == 1
-    # Two runs are trained at the same time, so either may fail first.
+    # Two runs start at the same time, so either run may fail first.
     with pytest.raises(ConfigError, match=r"/dropout_\S+-0 holds a run of other train\.epochs;"):
         ablation.main([*arguments, "--config.train.epochs=7"])
 
 
 def test_titles_of_rows_fit_the_recipe():
-    """A recipe that mixes images, with another batch size and learning rate."""
+    """The titles contain the batch size and the learning rate of the recipe, here `fast.py`."""
     overrides = ("--config.augment.cutmix_probability=0.4", "--config.train.epochs=2")
     of = {
         variant: ablation.Run(
@@ -209,7 +212,7 @@ def test_a_failed_run_is_in_the_table(tmp_path, capsys):
     assert "0; 0: error: the loss is infinite; 1: error: the loss is infinite" in told
     assert starts(tmp_path)["batch_512_root-1"] == 1
     assert (tmp_path / "large_batch.png").exists()
-    # Only the failed run is started again.
+    # The second call starts only the failed runs again.
     with pytest.raises(Exception, match="2 of 10 runs failed"):
         ablation.main(["--grid=large_batch", f"--workdir={tmp_path}", "--seeds=2"])
     again = starts(tmp_path)
@@ -268,7 +271,7 @@ def test_each_job_has_an_equal_part_of_the_cores(tmp_path, training):
 
 @pytest.fixture
 def reproduce(tmp_path):
-    """Runs reproduce.sh in another folder, with a script that only prints its arguments."""
+    """Returns a function that runs reproduce.sh with a fake Python that prints its arguments."""
     programs = tmp_path / "programs"
     programs.mkdir()
     python = programs / "python"
@@ -299,7 +302,7 @@ def test_a_row_is_repeated_by_its_name(tmp_path, reproduce):
         assert {
             f"--variants={variants}",
             "--seeds=3",
-            f"--jobs={len(os.sched_getaffinity(0))}",  # One run per core.
+            f"--jobs={len(os.sched_getaffinity(0))}",  # Each core trains one run at a time.
             f"--workdir={tmp_path}/runs/reproduce/eurosat32",
             f"--expect={REPOSITORY}/experiments/results/eurosat32.json",
             f"--config={REPOSITORY}/experiments/../configs/eurosat.py",

@@ -1,4 +1,4 @@
-"""Tests of the script `gpu_report.sh` without a GPU: its parts, limits and failures."""
+"""Tests of the script `gpu_report.sh` without a GPU: measurements, time limits and failures."""
 
 import argparse
 import json
@@ -15,7 +15,8 @@ from experiments.benchmarks import gpu_table
 from experiments.studies import ablation
 
 SCRIPT = REPOSITORY / "experiments" / "benchmarks" / "gpu_report.sh"
-# The total seconds on a GPU host, and the seconds of its start and of the transfers.
+# A GPU host can be used for LEASE seconds, of which START seconds pass while the host starts and
+# while files are transferred.
 LEASE, START = 900, 120
 LONGEST_COMMAND = 600
 
@@ -31,7 +32,7 @@ PARTS = _list_parts()
 
 @pytest.fixture
 def experiments_on_path(monkeypatch):
-    """Adds the scripts' folder to sys.path, so that they can import each other."""
+    """Adds the folder of the benchmarks to sys.path, so that the scripts can import each other."""
     monkeypatch.syspath_prepend(REPOSITORY / "experiments" / "benchmarks")
 
 
@@ -39,7 +40,8 @@ def test_the_limits_fit_into_the_lease():
     seconds = dict.fromkeys(("first", "second"), 0)
     for group, limit, _ in PARTS.values():
         seconds[group] += limit
-    assert seconds["first"] <= LONGEST_COMMAND - 30  # 30 s for wheels and tables.
+    # 30 seconds are reserved for installing the wheels and for writing the tables.
+    assert seconds["first"] <= LONGEST_COMMAND - 30
     assert sum(seconds.values()) + START <= LEASE
 
 
@@ -48,7 +50,7 @@ def test_every_part_has_a_table():
 
 
 class _ParsedError(Exception):
-    """Ends a script after its flags were parsed, before anything runs."""
+    """An error that ends a script directly after the script has parsed its flags."""
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -67,7 +69,7 @@ def test_programs_and_flags_of_the_parts_exist(name, experiments_on_path, monkey
         raise _ParsedError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    # The list shows a name with a space without quotes.
+    # The list of commands has no quotes, so the name "plain Linen" must not be split at its space.
     call = " ".join(flags).replace("plain Linen", "plain_Linen").split()
     flags = [flag.replace("plain_Linen", "plain Linen") for flag in call]
     monkeypatch.setattr(sys, "argv", [script, *flags])
@@ -75,7 +77,8 @@ def test_programs_and_flags_of_the_parts_exist(name, experiments_on_path, monkey
         runpy.run_path(str(REPOSITORY / script), run_name="__main__")
 
 
-# A fake interpreter: one part fails, and one writes a file.
+# This fake Python interpreter fails when it runs check_step.py, and writes results when it runs
+# roofline.py.
 _STUB = """#!/usr/bin/env bash
 case "$*" in
   *--facts*) echo '{"device": "stub"}' > "$3" ;;
@@ -105,7 +108,7 @@ def test_a_failed_part_stops_no_other_part(tmp_path):
     assert result.returncode == 1, result.stderr
     assert result.stdout.endswith("failed or out of time: check (exit 3); \n")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    # Without PyTorch, torch.compile is not measured.
+    # PyTorch is not installed, so the comparison with torch.compile is skipped.
     expected = [n for n, (group, *_) in PARTS.items() if group == "first" and n != "train_compiled"]
     assert list(found["parts"]) == expected
     assert found["parts"]["check"]["exit"] == 3
@@ -207,7 +210,7 @@ def test_a_library_that_fails_is_left_out(experiments_on_path, capsys):
         process.send(do="open")
         return process
 
-    # `cat` sends each request back as its answer, and `false` ends at once.
+    # The program `cat` answers each request with the request itself, and `false` ends at once.
     working, failing = start("PyTorch", "false"), start("torch.compile", "false")
     echo = ["cat"]
     working._process = subprocess.Popen(echo, stdin=-1, stdout=-1, text=True)
@@ -241,7 +244,7 @@ def test_a_state_is_compared_bit_for_bit_and_without_tf32(experiments_on_path, t
     bench_train.write_data(tmp_path / "data.npz", side=8, batch_size=2)
     task = peers.load_task(tmp_path / "data.npz", "float32", dropout=0.5)
     first, second = peers.Ours(task), peers.Ours(task)
-    second._step = first._step  # Avoids a second compilation.
+    second._step = first._step  # The jitted step is shared, so that JAX compiles only once.
     assert first.digest() == second.digest()
     first.train()
     assert first.digest() != second.digest()
@@ -260,7 +263,7 @@ def test_rates_are_taken_from_a_file(experiments_on_path, tmp_path):
     peaks.write_text(json.dumps(content))
     floors = bench_train.floor_milliseconds(((32, 8), (16, 4)), "bfloat16", peaks)
     assert list(floors) == [(32, 8), (16, 4)]
-    # The first shape has twice the images, and each image has four times the pixels.
+    # The first shape has twice as many images, and each image has four times as many pixels.
     assert floors[32, 8] == pytest.approx(8 * floors[16, 4], rel=0.05)
     with pytest.raises(subprocess.CalledProcessError):
         bench_train.floor_milliseconds(((32, 8),), "float32", peaks)

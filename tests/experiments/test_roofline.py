@@ -1,4 +1,4 @@
-"""Tests of `roofline.py`: its operations, its bytes, and the bounds that follow."""
+"""Tests of `roofline.py`: counts of operations and bytes, and the lower bounds of the time."""
 
 import collections
 
@@ -32,7 +32,8 @@ def test_flops_equal_a_hand_count(image_size: int) -> None:
 
 def test_flops_equal_the_known_ones() -> None:
     training = [roofline.training_work(MODEL, size, 1, 4).flops for size in (32, 64, 224)]
-    # The known values count three forward passes for each layer; the first convolution needs two.
+    # The known values count three matrix products for each layer. The training step needs only two
+    # for the first convolution, because the images need no gradient.
     assert training == pytest.approx([62e6, 250e6, 3030e6], rel=0.04)
     assert roofline.inference_work(MODEL, 224, 1, 4).flops == pytest.approx(1.01e9, rel=0.01)
 
@@ -40,14 +41,14 @@ def test_flops_equal_the_known_ones() -> None:
 @pytest.mark.parametrize("image_size", [32, 224])
 def test_flops_equal_those_of_xla_without_padding(image_size: int) -> None:
     layers = roofline.layers(MODEL, image_size)
-    # A kernel of width 3 has 3 n taps on a row of n pixels, and 2 of them lie in the padding.
+    # On a row of n pixels, a kernel of width 3 multiplies 3 n values, of which 2 are padding.
     on_image = [
         ((3 * side - 2) / (3 * side)) ** 2 for side in (image_size // 2**i for i in range(3))
     ]
     without_padding = sum(
         layer.flops * share for layer, share in zip(layers, [*on_image, 1, 1], strict=True)
     )
-    # XLA also counts the operations of biases, ReLU, BatchNorm and pooling.
+    # XLA's FLOP count excludes padding, but includes biases, ReLU, BatchNorm and pooling.
     xla_flops = forward_flops(MODEL, (image_size, image_size))
     assert without_padding < xla_flops < 1.04 * without_padding
 
@@ -66,7 +67,7 @@ def test_layers_have_the_parameters_of_the_network() -> None:
 
 
 def test_shapes_are_those_of_the_network() -> None:
-    # The side of 17 pixels is pooled to 8 in the first block; the last block is averaged.
+    # The first block pools a side of 17 pixels to 8 pixels. The last block averages over the image.
     model = CNN(num_classes=7, features=(8, 16))
     layers = roofline.layers(model, 17)
     assert [layer.inputs for layer in layers] == [17 * 17 * 3, 8 * 8 * 8, 16, 256]
@@ -83,9 +84,10 @@ def bytes_by_layer(passes: list[roofline.Pass]) -> dict[str, float]:
 
 @pytest.mark.parametrize("width", [4, 2])
 def test_bytes_of_inference_by_hand(width: int) -> None:
-    # Two images of 4 x 4 x 3 are pooled to 2 x 2 x 2 and averaged to 3 numbers; the dense layer
-    # has 4 outputs, and the head 5. The layers have 54 + 2 + 4 + 4, 54 + 3 + 6 + 6, 12 + 4 and
-    # 20 + 5 parameters and statistics.
+    # The batch has two images of 4 x 4 x 3 values. The first block pools each image to 2 x 2 x 2
+    # values, and the second block averages them to 3 values. The dense layer has 4 outputs, and the
+    # head has 5. The four layers have 54 + 2 + 4 + 4, 54 + 3 + 6 + 6, 12 + 4 and 20 + 5 parameters
+    # and statistics.
     assert bytes_by_layer(roofline.inference_passes(TINY, 4, 2, width)) == {
         "conv1": 2 * (48 + 8 * width) + 4 * 64,
         "conv2": 2 * (8 + 3) * width + 4 * 69,
@@ -96,9 +98,9 @@ def test_bytes_of_inference_by_hand(width: int) -> None:
 
 @pytest.mark.parametrize("width", [4, 2])
 def test_bytes_of_training_by_hand(width: int) -> None:
-    # The layers have 60, 63, 16 and 25 parameters. Each parameter is read in the forward pass, in
-    # the backward pass (except in the first layer) and by Adam, and is written by Adam. Its
-    # gradient is moved (read or written) twice, and its two moments 4 times in all.
+    # The layers have 60, 63, 16 and 25 parameters. The forward pass, the backward pass (except in
+    # the first layer) and Adam read each parameter, and Adam writes it. The gradient of each
+    # parameter is moved (read or written) twice, and the two moments of Adam 4 times in all.
     assert bytes_by_layer(roofline.training_passes(TINY, 4, 2, width)) == {
         # Images are moved twice, the 4 x 4 x 2 outputs 3 times, their gradients twice, the
         # 2 x 2 x 2 pooled outputs once, their gradients once, and 4 statistics twice.
@@ -144,7 +146,7 @@ def test_floor_is_the_slower_of_arithmetic_and_memory() -> None:
     arithmetic, memory = roofline.Work(500, 20), roofline.Work(100, 30)
     assert roofline.floor_seconds(arithmetic, peaks) == 5
     assert roofline.floor_seconds(memory, peaks) == 3
-    # Within one pass, arithmetic and memory traffic overlap; between passes, they do not.
+    # Arithmetic and memory transfers overlap within a pass, but two passes do not overlap.
     assert roofline.floor_seconds(arithmetic + memory, peaks) == 6
     passes = [
         roofline.Pass("a", 500, {"x": 10}, {"y": 10}),
@@ -169,13 +171,13 @@ def test_table_has_a_training_and_an_inference_of_each_shape() -> None:
 def test_peaks_are_of_the_work_that_is_done(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The fake runs each function once and returns two seconds as its time. The work is at most
-    # 2 x 2048^3 operations, or 256 MiB that are read and written.
+    # This fake timer calls each function once and reports two seconds. The largest product has
+    # 2 x 2048^3 operations, and the array of 256 MiB is read and written once.
     def best_seconds(run):
         jax.block_until_ready(run())
         return 2.0
 
-    # The test needs the shapes of the matrices only, so their product is replaced.
+    # The test needs only the shapes of the matrices, so a fast sum replaces their product.
     monkeypatch.setattr(roofline.jnp, "matmul", lambda a, b, **_: a[:1] + b[:1])
     monkeypatch.setattr(roofline, "_best_seconds", best_seconds)
     monkeypatch.setattr(roofline.jax, "default_backend", lambda: "cpu")

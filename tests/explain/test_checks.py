@@ -11,7 +11,7 @@ from cnn_jax.models.network import layer_names
 
 
 class BrightCorner:
-    """The probability of class 1 is the brightness of the upper left quarter."""
+    """A predictor whose probability of class 1 is the brightness of the top left quarter."""
 
     def __init__(self, size):
         self.class_names = ["dark", "bright"]
@@ -30,11 +30,11 @@ def test_areas_of_a_case_by_hand():
     corner[:, :5, :5] = 1
     one = np.array([1])
     deletion, insertion = checks.Curves(predictor, images, one).areas(corner)
-    # Each step removes 10 of 100 pixels: after 3 steps all 25 pixels of the corner are removed.
+    # Each step removes 10 of the 100 pixels, so the 25 pixels of the corner are removed in 3 steps.
     p = 200 / 255
     shares = np.array([1, 0.6, 0.2, 0, 0, 0, 0, 0, 0, 0, 0])
     assert deletion == pytest.approx(np.trapezoid(p * shares, dx=0.1), rel=1e-5)
-    # A uniform image does not change when it is blurred, so insertion changes nothing.
+    # A blur does not change a uniform image, so no step of the insertion changes the image.
     assert insertion == pytest.approx(p, rel=1e-5)
     elsewhere, _ = checks.Curves(predictor, images, one).areas(1 - corner)
     assert elsewhere > deletion + 0.3
@@ -59,7 +59,7 @@ def test_rank_correlation_equals_scipy():
     rng = np.random.default_rng(0)
     a, b = rng.random((2, 4, 6, 5)).astype(np.float32)
     b[1], a[2] = a[1] ** 3, -b[2]
-    a[3, :3] = 0  # Equal values.
+    a[3, :3] = 0  # These values are tied, so they share a mean rank.
     result = checks.rank_correlation(a, b)
     for x, y, value in zip(a, b, result, strict=True):
         assert value == pytest.approx(scipy.stats.spearmanr(x.ravel(), y.ravel()).statistic)
@@ -71,7 +71,7 @@ def test_rank_correlation_equals_scipy():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_maps_that_ignore_the_last_layer_fail_the_randomization(sign, monkeypatch):
-    """Randomization shuffles the last layer first, on which these maps do not depend."""
+    """These maps do not depend on the last layer, which the randomization shuffles first."""
     predictor = make_predictor()
     images = np.random.default_rng(1).integers(0, 256, (10, *SIZE, 3), np.uint8)
     classes = np.zeros(10, np.int32)
@@ -141,7 +141,7 @@ def test_layers_are_shuffled_one_after_another():
 
 
 def _edges(predictor, images, classes):
-    """A method that depends only on the image."""
+    """An explanation method whose map depends only on the image, not on the network."""
     grey = images.astype(np.float32).mean(-1)
     return np.hypot(*np.gradient(grey, axis=(1, 2))).astype(np.float32)
 
@@ -237,7 +237,7 @@ def test_methods_that_share_a_gradient_keep_their_maps():
 
 
 def test_the_deletion_curve_equals_a_computation_without_shared_ends():
-    """All steps are predicted here, including the ends that `Curves` shares."""
+    """Each curve is computed with its own end points; `Curves` computes shared end points once."""
     predictor = make_predictor()
     images = np.random.default_rng(2).integers(0, 256, (3, *SIZE, 3), np.uint8)
     classes = np.resize(CLASSES, 3)
@@ -246,7 +246,7 @@ def test_the_deletion_curve_equals_a_computation_without_shared_ends():
     ranks = scipy.stats.rankdata(-heat.reshape(3, -1), axis=1, method="ordinal").reshape(heat.shape)
     probabilities = []
     for step in range(11):
-        gone = ranks - 1 < step * heat[0].size / 10  # Ranks begin with 1.
+        gone = ranks - 1 < step * heat[0].size / 10  # The ranks of SciPy start at 1.
         changed = np.where(gone[..., None], grey, images)
         probabilities.append(predictor(changed)[np.arange(3), classes])
     expected = np.trapezoid(np.stack(probabilities), dx=0.1, axis=0)

@@ -15,7 +15,7 @@ SIZE = (16, 12)
 
 
 def make_predictor(**changes):
-    """A small network in which every parameter is random."""
+    """Returns a predictor with a small network whose parameters are all random."""
     config = MODEL | changes
     model = make_model(config, 3, "float32")
     variables = model.init(jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
@@ -23,7 +23,7 @@ def make_predictor(**changes):
     noisy = jax.tree.map(
         lambda leaf: np.asarray(leaf + rng.uniform(-0.2, 0.3, leaf.shape), np.float32), variables
     )
-    # The channels have different means, so that a mistake between them is detected.
+    # The channels have different means, so that a test fails if the code confuses two channels.
     preprocessing = Preprocessing(SIZE, mean=(120.0, 100.0, 140.0), std=(60.0, 70.0, 80.0))
     bundle = dataclasses.replace(
         make_bundle(), model=config, variables=noisy, preprocessing=preprocessing
@@ -45,7 +45,7 @@ CLASSES = np.array([0, 1, 2, 1, 0], np.int32)
 
 
 def _maps_and_gradients(predictor, images, classes):
-    """The last feature maps and their gradients, computed in float64 without autodiff."""
+    """Returns the last feature maps and the logits' gradients, in float64 without autodiff."""
     result = stages(
         predictor.model, predictor.variables, jnp.array(images), predictor.preprocessing
     )
@@ -82,7 +82,8 @@ def test_grad_cam_plus_plus_follows_the_papers_equations(predictor, images):
     for image in range(5):
         for k in range(feature_maps.shape[-1]):
             a, g = feature_maps[image, ..., k], gradients[image, ..., k]
-            # Derivatives of exp(logit), without their common factor exp(logit).
+            # The paper uses the derivatives of exp(logit). Their common factor exp(logit) is left
+            # out, because this factor only scales the map.
             alpha = g**2 / (2 * g**2 + a.sum() * g**3)
             expected[image] += (alpha * np.maximum(g, 0)).sum() * a
     result = maps.grad_cam_plus_plus(predictor, images, CLASSES)
@@ -162,7 +163,7 @@ def test_smooth_grad_is_the_mean_over_noisy_copies(predictor, images):
 def test_occlusion_is_the_decrease_of_the_logit_under_each_patch(predictor, images):
     whole = _logits(predictor, images)
     lost, count = np.zeros((5, *SIZE)), np.zeros(SIZE)
-    for top in range(15):  # Patches of 2 x 2 pixels, at a distance of one pixel.
+    for top in range(15):  # The patches have 2 x 2 pixels and a stride of one pixel.
         for left in range(11):
             patch = np.s_[:, top : top + 2, left : left + 2]
             occluded = images.astype(np.float32)

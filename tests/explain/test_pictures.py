@@ -30,7 +30,7 @@ def _make_predictor(**metrics):
 
 @pytest.fixture(scope="module")
 def predictor():
-    """A predictor whose bundle says that it is better than guessing."""
+    """A predictor whose bundle records a test accuracy above chance (p = 0.001)."""
     return _make_predictor(test={"agreement_p_value": 0.001})
 
 
@@ -65,7 +65,8 @@ def test_each_map_has_its_images_size_and_is_on_the_page(predictor, paths, tmp_p
     page = (output / "index.html").read_text()
     assert "<i>" not in page
     assert "<b>" not in page
-    assert not re.search(r'(src|href)="(?!data:)', page)  # The page needs no other file.
+    # All images are embedded in the page, so the page does not refer to files.
+    assert not re.search(r'(src|href)="(?!data:)', page)
     sources = re.findall(r"data:image/png;base64,([^\"]+)", page)
     assert len(sources) == 10 * (1 + len(names)) + 8 * 2 + 1
     for source in sources:
@@ -90,12 +91,16 @@ def test_the_colours_are_brightest_where_the_map_is_largest(predictor, tmp_path)
         ("stretch", (32, 16), (24, 3)),
         ("crop", (32, 16), (20, 3)),
         ("crop", (16, 40), (12, 15)),
-        ("pad", (32, 16), (24, -1)),  # The map's row 3 is padding.
+        (
+            "pad",
+            (32, 16),
+            (24, -1),
+        ),  # Row 3 of the map belongs to the padding, so nothing is drawn.
         ("pad", (16, 20), (14, 4)),
     ],
 )
 def test_a_map_lies_on_the_part_of_the_image_that_was_seen(mode, size, corner):
-    """A map of 16 x 16 with one bright value in row 3, column 12."""
+    """The map has one bright value, which must be drawn at the right position in the image."""
     values = np.zeros((16, 16), np.float32)
     values[3, 12] = 1
     image = Image.new("RGB", size, (128, 128, 128))
@@ -258,7 +263,7 @@ def test_maps_in_the_folder_of_the_images_are_not_explained(paths, tmp_path, cap
         (["photos"], ".", False),
         (["cat.jpg"], ".", True),
         (["cat.jpg", "photos/red/1.png"], "photos/red", True),
-        (["cat.jpg"], "photos", False),  # The folder has none of the inputs.
+        (["cat.jpg"], "photos", False),  # The output folder contains no input image.
         (["cat.jpg", "photos/red/1.png"], "photos", False),
         (["*.jpg"], "photos", False),
     ],

@@ -1,4 +1,4 @@
-"""Prediction, evaluation and robustness accept predictors that are not bundles."""
+"""Tests of prediction, evaluation and robustness with predictors that are not bundles."""
 
 import csv
 
@@ -18,7 +18,7 @@ from cnn_jax.quality.robustness import measure, measure_split
 
 
 class MeanColour:
-    """Predicts the channel with the largest mean."""
+    """A predictor whose predicted class is the colour channel with the largest mean."""
 
     def __init__(self):
         self.class_names = ["red", "green", "blue"]
@@ -61,7 +61,7 @@ def test_the_csv_has_its_classes(image_folder, tmp_path):
 
 @pytest.mark.parametrize("split", ["test", "all"])
 def test_a_split_is_evaluated_without_warnings_about_training(dataset, split, caplog):
-    """Only bundles have training data to warn about."""
+    """Only bundles record their training data, so only bundles can warn about other data."""
     metrics = evaluate(MeanColour(), dataset, split)
     assert metrics["accuracy"] == 1
     assert not caplog.records

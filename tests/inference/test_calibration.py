@@ -10,7 +10,7 @@ from cnn_jax.inference import calibration
 
 
 def _example(n=2000, num_classes=4, scale=1.0, seed=0):
-    """Returns labels drawn from the softmax of logits, and the softmax of scaled logits."""
+    """Returns the softmax of scaled logits, and labels drawn from the softmax before scaling."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (n, num_classes))
     true = scipy.special.softmax(logits, axis=1)
@@ -25,7 +25,10 @@ def test_the_temperature_undoes_the_scale_of_the_logits(scale):
 
 
 def test_the_temperature_equals_a_logistic_regression():
-    """For two classes, the temperature is the inverse slope of a regression without intercept."""
+    """For two classes, the temperature is the inverse slope of a logistic regression.
+
+    The regression has no intercept.
+    """
     probabilities, labels = _example(3000, num_classes=2, scale=2.0)
     log_odds = np.diff(np.log(probabilities.astype(np.float64)), axis=1)
     regression = LogisticRegression(C=1e9, fit_intercept=False).fit(log_odds, labels)
@@ -73,7 +76,7 @@ def test_temperature_scaling_improves_calibration_and_keeps_predictions():
 
 
 def test_the_expected_calibration_error_of_an_example():
-    # Two bins: (0, 0.5] and (0.5, 1]. Confidence 0.5 belongs to the lower bin.
+    # The two bins are (0, 0.5] and (0.5, 1], so a confidence of 0.5 belongs to the lower bin.
     probabilities = np.array([[0.5, 0.5], [0.6, 0.4], [0.2, 0.8], [1.0, 0.0]], np.float32)
     labels = np.array([0, 1, 1, 0])
     bins = calibration.reliability(probabilities, labels, 2)
@@ -96,12 +99,12 @@ def test_brier_score_and_loss_equal_scikit_learn():
     exact /= exact.sum(axis=1, keepdims=True)
     assert loss == pytest.approx(sklearn.metrics.log_loss(labels, exact), rel=1e-5)
     one_hot = np.eye(4)[[0, 1]]
-    assert calibration.brier_score(one_hot, np.array([0, 0])) == 1  # (0 + 2) / 2
+    assert calibration.brier_score(one_hot, np.array([0, 0])) == 1
 
 
 def test_coverage_of_a_case_by_hand():
-    # In order of decreasing confidence: one correct image; one correct and one wrong image with
-    # equal confidence; one wrong image.
+    # The most confident prediction is correct. Of the two predictions with confidence 0.8, one is
+    # correct. The least confident prediction is wrong.
     confidence = np.array([0.6, 0.9, 0.8, 0.8])
     probabilities = np.stack([confidence, 1 - confidence], axis=1)
     result = calibration.coverage(probabilities, np.array([1, 0, 0, 1]))

@@ -23,7 +23,7 @@ NAMES = ["a", "b", "c", "d"]
 def test_metrics_equal_scikit_learn():
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(4), 200).astype(np.float32)
-    labels = rng.integers(0, 3, 200)  # Class d has no examples.
+    labels = rng.integers(0, 3, 200)  # The last class, d, has no examples.
     report = evaluation.score(probabilities, labels, NAMES)
     predictions = probabilities.argmax(axis=1)
     everything = {"labels": range(4), "average": "macro", "zero_division": 0}
@@ -67,7 +67,7 @@ def test_the_split_is_the_bundles_split(predictor, image_folder):
 
 
 def test_classes_are_matched_by_name(predictor, image_folder, tmp_path):
-    """A folder without the first class keeps the meaning of the other classes."""
+    """In a folder without the first class, the other classes keep the indices of the bundle."""
     for name in ("green", "red"):
         shutil.copytree(image_folder / name, tmp_path / name)
     source = _open(image_folder)
@@ -125,7 +125,10 @@ def test_the_command_prints_json_for_the_training_data(image_folder, tmp_path, c
 
 
 def _score(names):
-    """Returns metrics of three images of the first class, one of them wrong; the last has none."""
+    """Returns the metrics of four predictions, of which one is wrong; the last class has no images.
+
+    Three images belong to the first class, and one image belongs to the second class.
+    """
     probabilities = np.eye(len(names), dtype=np.float32)[[0, 0, 1, 1]]
     return evaluation.score(probabilities, np.array([0, 0, 0, 1]), list(names))
 
@@ -139,7 +142,7 @@ def test_the_table_shows_metrics_and_classes():
     values = [line.split()[:2] for line in lines[4:8]]
     assert values[:3] == [["precision", "50.00"], ["recall", "55.56"], ["F1", "48.89"]]
     assert values[3][0] == "loss"
-    # The class with the lowest F1 is first; the class without images is last.
+    # The rows are sorted by F1, lowest first, but the class without images is last.
     assert lines[8:] == [
         "Precision, recall and F1 are means over the classes.",
         "",
@@ -155,7 +158,7 @@ def test_the_table_has_the_twenty_classes_with_the_lowest_f1(num_classes, rest):
     names = [f"class{label:02d}" for label in range(num_classes)]
     labels = np.repeat(np.arange(num_classes), 50)
     predictions = labels.copy()
-    for label in range(num_classes):  # Later classes have more errors.
+    for label in range(num_classes):  # The class with index `label` gets `label` wrong predictions.
         predictions[50 * label : 50 * label + label] = num_classes - 1
     probabilities = np.eye(num_classes, dtype=np.float32)[predictions]
     lines = evaluate.describe(evaluation.score(probabilities, labels, names), "", 80).splitlines()
@@ -175,7 +178,8 @@ def test_no_word_of_the_table_is_broken(width):
     assert max(map(cell_len, text.splitlines())) <= width
     assert " ".join(names[2].split()) in " ".join(text.split())
     rows = [line for line in text.splitlines()[11:] if line.endswith((" 0", " 1", " 3"))]
-    assert len({cell_len(row) for row in rows}) == 1  # The rows are aligned.
+    # All rows have the same width, so the columns are aligned.
+    assert len({cell_len(row) for row in rows}) == 1
 
 
 def test_a_single_class_can_be_evaluated(predictor, image_folder, tmp_path):

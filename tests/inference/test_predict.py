@@ -120,7 +120,7 @@ def test_an_array_may_have_one_three_or_four_channels():
 
 
 class _Reader:
-    """Imitates the file object of another library."""
+    """A file-like object whose `read` returns `result`, or raises it if it is an exception."""
 
     def __init__(self, result):
         self.result = result
@@ -147,7 +147,7 @@ def test_unreadable_file_objects_have_a_reason(tmp_path):
 
 
 def _all_kinds(folder):
-    """Returns the same picture as every supported kind of image."""
+    """Returns the same picture in every supported form, for example as a path and as an array."""
     path = folder / "image.png"
     Image.fromarray(_pixels()).save(path)
     encoded = path.read_bytes()
@@ -173,7 +173,7 @@ def _all_kinds(folder):
 
 
 class _Tensor:
-    """Imitates the array of another library."""
+    """An array-like object, such as a tensor of another library, that NumPy can convert."""
 
     def __init__(self, array):
         self.array = array
@@ -184,7 +184,7 @@ class _Tensor:
 
 @pytest.mark.filterwarnings("ignore:unclosed")
 def test_one_image_is_a_batch_of_one(predictor, tmp_path):
-    """keras-io#431: without this check each row or byte would get a prediction."""
+    """A single image gets one prediction, and not one for each row or byte (keras-io#431)."""
     (expected,) = predict_batch(predictor, [_pixels()])
     for kind, image in _all_kinds(tmp_path).items():
         predictions = predict_batch(predictor, image)
@@ -214,7 +214,10 @@ def test_any_iterable_of_images_is_accepted(predictor, tmp_path):
 
 
 def test_a_generator_may_reuse_its_memory(predictor):
-    """Like frames of a camera or an animation, here in the network's own size."""
+    """Predictions are correct if a generator writes each frame to the same array, as a camera does.
+
+    The frames have the input size of the network, so no resize copies them.
+    """
     frames = [_pixels(seed, (16, 16)) for seed in range(5)]
 
     def reused():
@@ -244,7 +247,8 @@ def test_a_generator_may_reuse_its_memory(predictor):
     ],
 )
 def test_an_unsupported_argument_for_images_is_one_error(images, message):
-    # The tests check the types of `predict_batch` before its body runs, so it is not used here.
+    # During tests, a type checker rejects wrong arguments of `predict_batch` before its body runs,
+    # so this test calls another function.
     with pytest.raises(TypeError, match=message):
         image_kinds.single_images(images)
 
@@ -258,7 +262,7 @@ def test_unsupported_objects_raise_a_type_error_with_the_kinds(predictor, value)
 
 
 def test_the_predictor_refuses_floats(predictor):
-    """Float images from 0 to 1 would be taken for black images."""
+    """If float images from 0 to 1 were accepted, they would be treated as black images."""
     with pytest.raises((TypeError, ValueError), match=r"uint8|UInt8"):
         predictor(np.zeros((1, 16, 16, 3), np.float32))
 
@@ -296,7 +300,7 @@ def test_any_number_of_images_is_predicted(predictor, count):
 
 
 def _save_twelve_bits(folder, count=3):
-    """16-bit files with values from 0 to 4095."""
+    """Saves 16-bit images with values from 0 to 4095, and returns the paths of the files."""
     paths = [folder / f"{i}.png" for i in range(count)]
     for path in paths:
         Image.fromarray(np.array([[0, 4095], [7, 100]], np.uint16)).save(path)
@@ -355,14 +359,15 @@ def test_a_server_warns_once_of_each_version(predictor, tmp_path, caplog):
 
 
 def test_programs_are_few_and_shared_between_weights():
-    # No other test uses this size, so that nothing is compiled before.
+    # No other test uses this image size, so no program for this size is compiled before this test.
     bundle = dataclasses.replace(make_bundle(), preprocessing=Preprocessing(image_size=(18, 18)))
     other = dataclasses.replace(bundle, temperature=3.0)
     for predictor in (BundlePredictor(bundle), BundlePredictor(other)):
         for count in range(1, 20):
             predict_batch(predictor, [_pixels(i, (18, 18)) for i in range(count)])
         program = _compiled(predictor.model, predictor.preprocessing)
-        assert program._cache_size() == 6  # 1, 2, 4, 8, 16, 32.
+        # The six programs are for the batch sizes 1, 2, 4, 8, 16 and 32.
+        assert program._cache_size() == 6
 
 
 def test_weights_of_another_network_are_refused():
@@ -451,11 +456,12 @@ def test_a_pattern_leaves_out_output_folders(tmp_path, monkeypatch, caplog):
         (message,) = caplog.messages
         assert message == f"{pattern}: 2 matches (left out: 2 folders that cnn_jax wrote)"
     assert listed(f"{tmp_path}/**/*.png") == [f"{tmp_path}/cat.png", f"{tmp_path}/photos/dog.png"]
-    assert listed("photos/*") == ["photos/dog.png"]  # The folder maps itself matches.
+    # The pattern matches the output folder photos/maps, but the images in this folder are left out.
+    assert listed("photos/*") == ["photos/dog.png"]
     assert listed("photos/**") == ["photos/dog.png"]
     with pytest.raises(DataError, match=r"no file matches \*/0.png \(left out: 1 folder "):
         listed("*/0.png")
-    # An output folder is read if it is named.
+    # An output folder is read if the pattern contains the name of the folder.
     for named in ("photos/maps/*.png", "photos/maps", "photos/maps/0_grad_cam.png"):
         assert listed(named) == ["photos/maps/0_grad_cam.png"]
         assert caplog.messages == [] or named == "photos/maps"

@@ -1,4 +1,4 @@
-"""Compares each layer with the plain layer of Linen, JAX or NumPy that it replaces."""
+"""Compares each layer with the corresponding layer or function of Flax Linen, JAX or NumPy."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,8 @@ from cnn_jax.models.layers import (
     normalize_batch,
 )
 
-# The numbers of pixels have large divisors, small divisors, or none, as sizes of blocks.
+# The layers divide the pixels into blocks of equal size. The numbers of pixels in these shapes have
+# many divisors (1024 and 480), few divisors (4107), or none (7).
 SHAPES = [(4, 16, 16, 32), (2, 12, 20, 5), (3, 37, 37, 8), (1, 7, 1, 3)]
 
 
@@ -25,13 +26,13 @@ def _random(*shape, seed=0, dtype=jnp.float32):
 
 @pytest.fixture(autouse=True)
 def _implicit_broadcasts_of_flax():
-    """Allows rank promotion, which `nn.Conv` and `nn.BatchNorm` use."""
+    """Allows JAX's rank promotion, which `nn.Conv` and `nn.BatchNorm` of Flax rely on."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
 
 def _assert_close(actual, expected, tolerance=1e-5):
-    """Compares arrays with a tolerance relative to their largest absolute value."""
+    """Asserts that arrays are equal up to a tolerance, relative to the largest absolute value."""
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(
             a, e, rtol=0, atol=tolerance * max(np.abs(e).max(), 1e-6)
@@ -42,7 +43,10 @@ def _assert_close(actual, expected, tolerance=1e-5):
 
 
 def _value_and_gradients(module, variables, x, weights):
-    """A weighted sum of a module's outputs, its updates, and the gradients of all inputs."""
+    """Returns a weighted sum of a module's outputs, the module's updates, and the gradients.
+
+    The gradients are those of the sum, with respect to the parameters and to the inputs.
+    """
 
     def weighted(params, x):
         out, updates = module.apply({**variables, "params": params}, x, mutable=["batch_stats"])
@@ -60,7 +64,7 @@ def test_channel_sums_equal_numpy(shape, count):
 
 
 def test_long_sums_are_precise():
-    """A plain running sum of half a million equal float32 numbers loses digits."""
+    """A plain running sum of half a million equal float32 numbers would lose precision."""
     x = jnp.full((2, 512, 512, 4), 0.1, jnp.float32)
     np.testing.assert_allclose(channel_sums(x)[0], x.size / 4 * np.float64(x[0, 0, 0, 0]), 2e-6)
 
@@ -90,7 +94,7 @@ def test_batch_norm_in_training_equals_flax(shape, is_jitted):
     jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), x), variables)
     channels = shape[-1]
     variables["params"] = {
-        "scale": _random(channels, seed=2),  # Has positive and negative values.
+        "scale": _random(channels, seed=2),  # The scales are positive and negative.
         "bias": _random(channels, seed=3),
     }
     compute = _value_and_gradients
@@ -112,7 +116,7 @@ def test_batch_norm_in_inference_equals_flax():
 
 
 def test_batch_norm_statistics_are_precise_in_bfloat16():
-    """Statistics are computed as float32 sums of bfloat16 numbers."""
+    """BatchNorm computes its statistics as float32 sums, even if its inputs are bfloat16."""
     x = _random(8, 16, 16, 4, dtype=jnp.bfloat16)
     exact = np.asarray(x, np.float64)
     module = BatchNorm(use_running_average=False, epsilon=1e-3, dtype=jnp.dtype("bfloat16"))

@@ -1,6 +1,7 @@
-"""Compares corruptions with their published definitions, in float64 by SciPy, NumPy or loops.
+"""Compares image corruptions with their published definitions, computed in float64.
 
-The images have 224 pixels, the size of ImageNet-C's constants. The tests draw the same random
+The expected images are computed with SciPy, NumPy or loops. The images have a side of 224 pixels,
+for which the constants of ImageNet-C were chosen. The tests draw the same random
 numbers from the same generator, so that images are compared pixel by pixel. The difference is at
 most half a grey level, because the corruptions round, and a little more where float32 rounds.
 """
@@ -22,25 +23,27 @@ from sklearn.datasets import load_sample_image
 from cnn_jax.quality import corruptions
 from cnn_jax.quality.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVERITIES
 
-# These draw the same picture at any size: corrupting and then reducing an image gives the same as
-# reducing and then corrupting it.
+# These corruptions do not depend on the image size: a corrupted image that is then downscaled
+# looks like a downscaled image that is then corrupted.
 SCALED = (
     *("gaussian_blur", "defocus_blur", "motion_blur", "zoom_blur", "elastic_transform"),
     *("snow", "frost", "fog", "spatter"),
 )
+# These corruptions do not use their seed.
 NOT_RANDOM = {
     *("defocus_blur", "zoom_blur", "gaussian_blur", "brightness", "contrast", "pixelate"),
     *("jpeg_compression", "saturate", "resolution", "jpeg_quality", "darkness"),
 }
-# These do not increase with the severity by their definition: glass blur has a varying number of
-# rounds, elastic transform and saturate have two modes, frost has another texture at each
-# severity, fog varies its decay, and snow has fewer flakes at severity 3 than at 2.
+# By definition, a higher severity of these corruptions does not always change an image more: glass
+# blur has a varying number of rounds, elastic transform and saturate have two modes, frost has
+# another texture at each severity, fog varies its decay, and snow has fewer flakes at severity 3
+# than at severity 2.
 NOT_MONOTONE = {"glass_blur", "elastic_transform", "saturate", "frost", "fog", "snow"}
 
 
 @pytest.fixture(scope="module")
 def photograph():
-    """A temple under a clear sky: smooth and fine parts, uint8 [224, 224, 3]."""
+    """A photograph of a temple and the sky, with smooth and detailed parts, uint8 [224, 224, 3]."""
     return np.ascontiguousarray(load_sample_image("china.jpg")[120:344, 180:404])
 
 
@@ -49,7 +52,7 @@ def _rng(seed, severity):
 
 
 def _assert_equal(levels, expected, tolerance=0.52):
-    """Compares grey levels with expected values, which are clipped to the range 0 to 1."""
+    """Compares grey levels (0 to 255) with expected values, which are first clipped to [0, 1]."""
     expected = np.clip(np.asarray(expected, np.float64), 0, 1) * 255
     np.testing.assert_allclose(levels, expected, rtol=0, atol=tolerance)
 
@@ -62,15 +65,15 @@ def _reduced(image, side):
     return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
 
 
-# The length of blur kernels, relative to the image size.
+# The following tests check how constants for 224 pixels are scaled to other image sizes.
 
 
 def test_taps_are_distributed_to_whole_pixels():
     np.testing.assert_array_equal(corruptions._taps(2, 1.0), np.eye(5))
-    # Taps at -1, -0.5, 0, 0.5 and 1. Two pixels share the taps at half positions.
+    # The taps lie at -1, -0.5, 0, 0.5 and 1. The taps at -0.5 and 0.5 are shared by two pixels.
     halves = [[1, 0.5, 0, 0, 0], [0, 0.5, 1, 0.5, 0], [0, 0, 0, 0.5, 1]]
     np.testing.assert_array_equal(corruptions._taps(2, 0.5), halves)
-    # Taps at -2, 0 and 2. Each is two pixels long, so that every pixel gets a weight.
+    # The taps lie at -2, 0 and 2. Each tap is two pixels long, so that every pixel gets a weight.
     twice = [
         *([0.25, 0, 0], [0.5, 0, 0], [0.25, 0.25, 0], [0, 0.5, 0]),
         *([0, 0.25, 0.25], [0, 0, 0.5], [0, 0, 0.25]),
@@ -82,18 +85,18 @@ def test_taps_are_distributed_to_whole_pixels():
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
 def test_an_affine_map_is_converted_between_scales(scale):
-    """A pixel of ImageNet-C covers `scale` pixels from edge to edge."""
+    """A pixel of a 224-pixel image covers `scale` pixels of the scaled image, from edge to edge."""
     matrix = np.array([[1.1, 0.2, 5], [-0.3, 0.9, -7]])
     point = np.array([30.0, 50.0])
     mapped = corruptions._scaled_affine(matrix, scale) @ [*(scale * (point + 0.5) - 0.5), 1]
     np.testing.assert_allclose(mapped, scale * (matrix @ [*point, 1] + 0.5) - 0.5)
 
 
-# Noise.
+# Tests of the noise corruptions.
 
 
 def _clipped_normal(mean, deviation):
-    """Mean and standard deviation of a normal variable clipped to 0 and 1."""
+    """Returns the mean and the standard deviation of a normal variable clipped to [0, 1]."""
     z = np.linspace(-8, 8, 200_001)
     weights = np.exp(-(z**2) / 2)
     values = np.clip(mean + deviation * z, 0, 1)
@@ -117,7 +120,7 @@ def test_normal_noise_has_the_published_deviation(name, constants, is_proportion
         mean, deviation = _clipped_normal(level / 255, deviation)
         assert noisy.mean() == pytest.approx(255 * mean, abs=0.7)
         assert noisy.std() == pytest.approx(255 * deviation, rel=0.01)
-        # The noise of channels and of pixels is independent.
+        # The noise is independent between the channels of a pixel, and between pixels.
         flat = noisy.reshape(-1, 3).astype(float)
         assert np.abs(np.corrcoef(flat.T) - np.eye(3)).max() < 0.02
         assert abs(np.corrcoef(flat[1:, 0], flat[:-1, 0])[0, 1]) < 0.02
@@ -125,7 +128,7 @@ def test_normal_noise_has_the_published_deviation(name, constants, is_proportion
 
 @_each(60, 25, 12, 5, 3)
 def test_shot_noise_is_poisson_noise(severity, constant):
-    """Without clipping the variance would be value / constant."""
+    """Each value is a Poisson variable with mean value * constant, divided by the constant."""
     image = np.full((300, 300, 3), 77, np.uint8)
     noisy = CORRUPTIONS["shot_noise"](image, severity, 7)
     counts = np.arange(200)
@@ -145,14 +148,12 @@ def test_impulse_noise_is_half_salt_half_pepper(severity, constant):
     noisy = CORRUPTIONS["impulse_noise"](image, severity, 7)
     fractions = [(noisy == level).mean() for level in (0, 255, 128)]
     assert fractions == pytest.approx([constant / 2, constant / 2, 1 - constant], abs=0.003)
-    # The channels are independent.
+    # Each channel of a pixel changes independently.
     changed = (noisy != 128).reshape(-1, 3)
     assert changed.any(axis=1).mean() == pytest.approx(1 - (1 - constant) ** 3, abs=0.006)
 
 
-# Blur.
-
-
+# Tests of the blur corruptions.
 @_each(1, 2, 3, 4, 6)
 def test_gaussian_blur_equals_scipy(photograph, severity, constant):
     expected = scipy.ndimage.gaussian_filter(
@@ -168,7 +169,9 @@ def test_defocus_blur_averages_over_a_soft_disk(photograph, severity, constant):
     disk = (x**2 + y**2 <= radius**2) / np.sum(x**2 + y**2 <= radius**2)
     taps = np.exp(-0.5 * (np.arange(-(size // 2), size // 2 + 1) / sigma) ** 2)
     taps /= taps.sum()
-    if radius >= 8:  # The published grid ends at the disk's edge and mirrors the blur there.
+    # In the published code, the array of a large disk is only as wide as the disk, so the Gaussian
+    # blur of the disk is mirrored at the edge of the disk.
+    if radius >= 8:
         disk = disk[12 - radius : radius - 12, 12 - radius : radius - 12]
     for axis in (0, 1):
         disk = scipy.ndimage.convolve1d(disk, taps, axis, mode="mirror")
@@ -177,7 +180,10 @@ def test_defocus_blur_averages_over_a_soft_disk(photograph, severity, constant):
 
 
 def _shuffled_by_the_published_loop(values, draws, reach):
-    """The loop of ImageNet-C, whose swap copies; `draws` holds (dx, dy) for each pixel."""
+    """Runs the loop of ImageNet-C, which copies pixels although its code looks like a swap.
+
+    `draws` holds (dx, dy) for each pixel.
+    """
     height, width = values.shape
     values = values.copy()
     for y in range(height - reach, reach, -1):
@@ -203,7 +209,7 @@ def test_glass_blurs_shuffle_is_the_published_loop(height, width, reach, seed):
 
 
 def test_the_published_swap_copies():
-    """In NumPy a tuple assignment does not swap two views of an array."""
+    """A tuple assignment does not swap two rows of a NumPy array, because the rows are views."""
     image = np.array([[1, 1, 1], [2, 2, 2]])
     image[0], image[1] = image[1], image[0]
     np.testing.assert_array_equal(image, [[2, 2, 2], [2, 2, 2]])
@@ -224,19 +230,19 @@ def test_glass_blur_blurs_shuffles_and_blurs(photograph, severity, constant):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_glass_blur_moves_pixels_less_in_a_small_image(axis):
-    """The grey level of a pixel is its original position, in 224ths of the side."""
+    """The grey level of each pixel encodes the pixel's position, in 224ths of the image side."""
     moved = {}
     for side in (56, 224):
         levels = np.indices((side, side))[axis] * (224 // side)
         image = np.repeat(levels[..., np.newaxis], 3, axis=2).astype(np.uint8)
         change = CORRUPTIONS["glass_blur"](image, 5, 0).astype(float) - image
         moved[side] = change[side // 8 : -side // 8, side // 8 : -side // 8].std()
-    # In a small image the last blur covers fewer pixels and smooths the positions less.
+    # In a small image the final blur covers fewer pixels and so smooths the positions less.
     assert moved[224] < moved[56] < 3 * moved[224]
 
 
 def _smeared(image, radius, sigma, angle):
-    """ImageMagick's motion blur: a sum of images shifted by whole pixels."""
+    """Applies ImageMagick's motion blur: a weighted sum of images shifted by whole pixels."""
     steps = np.arange(2 * radius + 1)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
     total = np.zeros_like(image)
@@ -258,7 +264,7 @@ def test_motion_blur_equals_imagemagick(photograph, severity, constant):
 
 
 def _clipped_zoom(image, factor):
-    """The function of the same name in ImageNet-C's code."""
+    """Magnifies the centre of an image like the function `clipped_zoom` in ImageNet-C's code."""
     side = image.shape[0]
     cut = math.ceil(side / factor)
     top = (side - cut) // 2
@@ -274,13 +280,11 @@ def test_zoom_blur_averages_magnified_images(photograph, severity, constant):
     image = photograph / 255
     factors = np.arange(1, *constant)
     layers = [image, *(_clipped_zoom(image, factor) for factor in factors)]
-    # OpenCV rounds positions to a fraction of a pixel.
+    # The tolerance is 1, because OpenCV rounds positions to a fraction of a pixel.
     _assert_equal(CORRUPTIONS["zoom_blur"](photograph, severity, 0), np.mean(layers, axis=0), 1)
 
 
-# Weather.
-
-
+# Tests of the weather corruptions.
 @_each(
     (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
     (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
@@ -303,13 +307,14 @@ def test_snow_is_thresholded_magnified_and_blurred_noise(photograph, severity, c
     pale = weight * image + (1 - weight) * np.maximum(image, 1.5 * grey[..., np.newaxis] + 0.5)
     expected = np.clip(pale + (flakes + np.rot90(flakes, 2))[..., np.newaxis], 0, 1) * 255
     difference = np.abs(CORRUPTIONS["snow"](photograph, severity, 5) - expected)
-    # Positions are rounded, which decides whether a flake reaches the threshold.
+    # OpenCV rounds positions, and a rounding error can lift a flake above the threshold. So a few
+    # pixels may differ more.
     assert difference.mean() < 0.4
     assert np.quantile(difference, 0.99) < 2
 
 
 def test_plasma_follows_the_diamond_square_algorithm():
-    """Each point is the mean of four neighbours on a torus, plus noise."""
+    """Each point of the plasma is the mean of four neighbours on a torus, plus random noise."""
     side, decay = 8, 1.7
     surface = np.zeros((side, side))
     rng = np.random.default_rng(3)
@@ -354,8 +359,9 @@ def test_frost_adds_a_part_of_a_texture_with_the_published_weights(photograph, s
     _assert_equal(CORRUPTIONS["frost"](photograph, severity, 5), expected)
 
 
-# Mean R, G, B and standard deviation (of the mean of the three) over the five photographs
-# that ImageNet-C takes its frost from, measured on the files of imagecorruptions 1.1.2.
+# ImageNet-C takes its frost from five photographs. Each row has the mean red, green and blue of a
+# photograph, and the standard deviation of the mean of the three channels. The values were measured
+# on the files of imagecorruptions 1.1.2.
 PHOTOGRAPHS = [
     ((78, 149, 166), 19),
     ((201, 205, 214), 22),
@@ -389,7 +395,8 @@ def test_mud_covers_where_smoothed_noise_is_high(photograph, severity, constant)
     mud = np.where(mud < 0.8, 0, mud)[..., np.newaxis]
     expected = photograph / 255 * (1 - mud) + mud * np.array([63, 42, 20]) / 255
     spattered = CORRUPTIONS["spatter"](photograph, severity, 5)
-    assert np.mean(np.abs(spattered - 255 * expected) > 0.52) < 1e-3  # Except at the thresholds.
+    # Pixels near a threshold may differ, because of rounding errors.
+    assert np.mean(np.abs(spattered - 255 * expected) > 0.52) < 1e-3
 
 
 @_each((4, 0.69, 0.6), (3, 0.68, 0.6), (2, 0.68, 0.5))
@@ -406,7 +413,7 @@ def test_water_is_an_embossed_distance_to_the_drops_edges(severity, constant):
     shine = levels * relief.astype(float)
     expected = strength * (shine / shine.max())[..., np.newaxis] * np.array([175, 238, 238])
     spattered = CORRUPTIONS["spatter"](np.zeros((224, 224, 3), np.uint8), severity, 5)
-    # OpenCV's distances are approximate, and then sorted into levels of equal frequency.
+    # OpenCV's distances are approximate, and the histogram equalisation magnifies the differences.
     assert np.abs(spattered - expected).mean() < 0.25 * expected.mean()
     assert np.corrcoef(spattered.ravel(), expected.ravel())[0, 1] > 0.95
 
@@ -415,23 +422,27 @@ def test_water_is_uniform_far_from_edges_and_may_be_absent():
     y, x = np.mgrid[:224, :224]
     drop = ((x - 112) ** 2 + (y - 112) ** 2 < 80**2).astype(np.float32)
     shine = corruptions._shaded(drop)
-    middle = shine[75:150, 75:150]  # More than 20 pixels from the drop's edge.
+    # All pixels of `middle` are more than 20 pixels from the edge of the drop, and distances are
+    # clipped at 20.
+    middle = shine[75:150, 75:150]
     assert middle.min() == middle.max() > 0
     assert shine.max() == 1
     with np.errstate(all="raise"):
         assert not corruptions._shaded(np.zeros((224, 224), np.float32)).any()
 
 
-# Mean and root mean square of the change in grey levels of `photograph` under the code of
-# imagecorruptions 1.1.2 (at numpy.random.seed 0, 1, ..., 9 or more), severities 1 to 5.
+# The pairs belong to the severities 1 to 5. Each pair is the mean and the root mean square of the
+# change in grey levels when the code of imagecorruptions 1.1.2 corrupts `photograph`. The values
+# were computed over ten or more seeds (0, 1, 2, ...).
 PUBLISHED = {
     "snow": [(39.4, 43.1), (60.4, 66.6), (60.2, 67.5), (71.2, 80.8), (81.9, 90.8)],
     "spatter": [(0.7, 5.5), (4.0, 14.4), (7.2, 18.9), (-8.9, 34.4), (-14.4, 44.0)],
     "fog": [(-0.3, 52.2), (-0.3, 57.9), (-0.7, 63.3), (-0.2, 64.2), (0.4, 67.7)],
     "frost": [(56.7, 61.3), (66.2, 75.8), (70.6, 83.5), (66.6, 80.8), (68.7, 84.9)],
 }
-# The tolerance for random differences of the means over the seeds below. The published means vary
-# by 0.5, 1, 13 and 25 between seeds.
+# The tolerance for random differences between the published means and the means over the seeds of
+# the test. The published means of snow, spatter, fog and frost vary by 0.5, 1, 13 and 25 grey
+# levels between seeds.
 CHANCE = {"snow": 1.5, "spatter": 1.5, "fog": 8, "frost": 15}
 
 
@@ -447,7 +458,7 @@ def test_weather_is_as_strong_as_published(photograph, name):
 
 
 def _change_hsv(image, change):
-    """Changes each pixel in HSV with the standard library."""
+    """Applies a function to the HSV values of each pixel, with Python's `colorsys`."""
     pixels = [change(*colorsys.rgb_to_hsv(*pixel)) for pixel in image.reshape(-1, 3) / 255]
     rgb = [colorsys.hsv_to_rgb(*pixel) for pixel in pixels]
     return np.array(rgb).reshape(image.shape)
@@ -455,7 +466,7 @@ def _change_hsv(image, change):
 
 @pytest.fixture
 def colours():
-    """Random colours, and greys from black to white."""
+    """An image of random colours, with greys from black to white in the first row."""
     colours = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
     colours[0] = np.linspace(0, 255, 20).round()[:, np.newaxis]
     return colours
@@ -474,9 +485,7 @@ def test_saturate_changes_the_saturation(colours, severity, constant):
     _assert_equal(CORRUPTIONS["saturate"](colours, severity, 0), expected)
 
 
-# Digital.
-
-
+# Tests of the digital corruptions.
 @_each(0.4, 0.3, 0.2, 0.1, 0.05)
 def test_contrast_shrinks_about_the_channels_means(colours, severity, constant):
     image = colours / 255
@@ -489,9 +498,10 @@ def test_contrast_shrinks_about_the_channels_means(colours, severity, constant):
 def test_elastic_transform_moves_corners_and_then_pixels(photograph, severity, constant):
     strength, sigma, shift = (244 * value for value in constant)
     rng = _rng(5, severity)
-    corners = np.array([[186, 186], [186, 38], [38, 38]], float)  # 112 (the centre) +- 74.
+    # The corners lie 74 pixels from the centre (112, 112) in each direction.
+    corners = np.array([[186, 186], [186, 38], [38, 38]], float)
     moved = corners + rng.uniform(-shift, shift, (3, 2))
-    # The affine map from moved to corners, as positions (x, y) in the image.
+    # This matrix maps the moved corners to the original corners, both as positions (x, y).
     affine = np.linalg.solve(np.hstack([moved, np.ones((3, 1))]), corners)
     y, x = np.mgrid[:224, :224].astype(float)
     from_x, from_y = np.moveaxis(np.stack([x, y, np.ones_like(x)], -1) @ affine, -1, 0)
@@ -511,14 +521,15 @@ def test_elastic_transform_moves_corners_and_then_pixels(photograph, severity, c
     )
     expected = sample(turned, y + shift_y, x + shift_x, "reflect") * 255
     difference = np.abs(CORRUPTIONS["elastic_transform"](photograph, severity, 5) - expected)
-    assert difference.mean() < 0.4  # Rounding causes 0.25, and OpenCV's positions the rest.
+    # Rounding to grey levels causes a mean difference of 0.25. OpenCV also rounds the positions.
+    assert difference.mean() < 0.4
     assert np.quantile(difference, 0.999) < 2
 
 
 @_each(0.6, 0.5, 0.4, 0.3, 0.25)
 def test_pixelate_keeps_a_fraction_of_the_pixels(photograph, severity, constant):
     pixelated = CORRUPTIONS["pixelate"](photograph, severity, 0)
-    if constant in (0.5, 0.25):  # Blocks of whole pixels.
+    if constant in (0.5, 0.25):  # With these constants, each block consists of whole pixels.
         side = int(1 / constant)
         blocks = photograph.reshape(224 // side, side, 224 // side, side, 3).mean(axis=(1, 3))
         expected = blocks.repeat(side, axis=0).repeat(side, axis=1) / 255
@@ -536,9 +547,7 @@ def test_jpeg_compression_is_that_of_another_encoder(photograph, severity, const
     assert np.abs(difference).mean() < 0.5
 
 
-# Quality.
-
-
+# Tests of the quality corruptions.
 @_each(90, 75, 60, 45, 30)
 def test_jpeg_quality_has_its_own_scale(photograph, severity, constant):
     compressed = CORRUPTIONS["jpeg_quality"](photograph, severity, 0)
@@ -564,7 +573,7 @@ def test_darkness_multiplies_grey_levels(colours, severity, constant):
 
 @_each(0.9, 0.8, 0.7, 0.6, 0.5)
 def test_crop_shows_a_part_of_the_image(severity, constant):
-    """The grey levels of a pixel are its original position."""
+    """The grey levels of each pixel encode the pixel's position in the original image."""
     side = 200
     y, x = np.mgrid[:side, :side].astype(np.uint8)
     positions = np.stack([y, x, x], axis=-1)
@@ -572,16 +581,15 @@ def test_crop_shows_a_part_of_the_image(severity, constant):
         cropped = CORRUPTIONS["crop"](positions, severity, seed).astype(float)
         lengths = cropped[..., :2].max(axis=(0, 1)) - cropped[..., :2].min(axis=(0, 1)) + 1
         np.testing.assert_allclose(lengths, side * constant, atol=1)
-        assert np.abs(np.diff(cropped[:, 0, 0])).max() <= 2  # The enlarged image is smooth.
+        # The crop is enlarged with interpolation, so neighbouring pixels have similar positions.
+        assert np.abs(np.diff(cropped[:, 0, 0])).max() <= 2
     corners = [corruptions.crop(positions, severity, seed)[0, 0].tolist() for seed in range(20)]
     assert len({y for y, _, _ in corners}) > 8
     assert len({x for _, x, _ in corners}) > 8
 
 
-# All corruptions.
-
-
-def test_there_are_19_corruptions_image_weightnet_c_and_4_more():
+# Tests of all corruptions.
+def test_there_are_19_corruptions_of_imagenet_c_and_4_more():
     assert len(IMAGENET_C) == 19
     assert len(CORRUPTIONS) == 23
     assert list(FAMILIES) == ["noise", "blur", "weather", "digital", "quality"]
@@ -606,7 +614,7 @@ def test_corruptions_keep_any_image_size(name, size):
 @pytest.mark.parametrize("name", CORRUPTIONS)
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_uniform_images_are_corrupted_without_warnings(name, level):
-    """There is no division by zero."""
+    """Corruptions of uniform images, whose contrast is zero, must not divide by zero."""
     image = np.full((16, 16, 3), level, np.uint8)
     with np.errstate(all="raise"):
         corrupted = CORRUPTIONS[name](image, 3, 0)
@@ -615,7 +623,7 @@ def test_uniform_images_are_corrupted_without_warnings(name, level):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_corruptions_are_functions_image_weight_severity_and_seed(photograph, name):
+def test_corruptions_are_functions_of_image_severity_and_seed(photograph, name):
     image = _reduced(photograph, 40)
     np.random.seed(1)
     state = np.random.get_state()[1].copy()
@@ -663,7 +671,7 @@ def test_a_small_image_looks_like_a_reduced_large_image(photograph, name, side):
     small = _reduced(photograph, side)
     for severity in SEVERITIES:
         reduced = _reduced(CORRUPTIONS[name](photograph, severity, 5), side).astype(float)
-        # A blur of less than a pixel is not exact, which the constant allows for.
+        # A blur of less than one pixel is inaccurate, so 1.5 grey levels are allowed.
         difference = np.abs(reduced - CORRUPTIONS[name](small, severity, 5)).mean()
         assert difference < 0.4 * np.abs(reduced - small).mean() + 1.5, severity
 

@@ -41,7 +41,7 @@ def predictor(image_folder):
 
 
 class _Threshold:
-    """Predicts class 1 with confidence 0.75 if the first value of an image is above 99."""
+    """A predictor that returns class 1 if the first value of an image is above 99, else class 0."""
 
     def __init__(self):
         self.class_names = ["dark", "light"]
@@ -53,7 +53,7 @@ class _Threshold:
 
 
 def _subtract(step):
-    """A corruption that subtracts `step` grey levels for each severity."""
+    """Returns a corruption that subtracts `step` * `severity` grey levels."""
 
     def corruption(image, severity, seed):
         return np.maximum(image.astype(int) - step * severity, 0).astype(np.uint8)
@@ -61,7 +61,8 @@ def _subtract(step):
     return corruption
 
 
-# Grey levels of 100 light images; some become dark when 10, 20, ... is subtracted.
+# The grey levels of 100 uniform images, which `_Threshold` classifies as light. Subtracting 10,
+# 20, 30, 40 or 50 makes more and more of the images dark.
 LEVELS = np.repeat([105, 115, 125, 135, 250], [9, 1, 15, 5, 70])
 
 
@@ -71,7 +72,7 @@ def _light_images():
 
 
 def test_robustness_metrics_equal_an_example_by_hand():
-    """Snow has the errors 0.09, 0.1, 0.25, 0.3 and 0.3, and fog has none."""
+    """The error rates of snow are 0.09, 0.1, 0.25, 0.3 and 0.3; the error rate of fog is 0."""
     corruptions = {"snow": _subtract(10), "fog": _subtract(0), "crop": _subtract(60)}
     result = robustness.measure(_Threshold(), *_light_images(), corruptions)
     assert result["count"] == 100
@@ -92,7 +93,8 @@ def test_robustness_metrics_equal_an_example_by_hand():
     assert fog["first_severity_10_points_lower"] is None
     assert crop["first_severity_10_points_lower"] == 1
     assert [snow["family"], fog["family"], crop["family"]] == ["weather", "weather", "quality"]
-    # The mean of 0.208 and 0. Crop does not belong to ImageNet-C.
+    # The result is the mean of 0.208 for snow and 0 for fog. Crop does not count, because it is not
+    # a corruption of ImageNet-C.
     assert result["mean_corruption_error"] == pytest.approx(0.104)
     assert result["relative_mean_corruption_error"] == pytest.approx(0.104)
 
@@ -112,7 +114,7 @@ def test_the_relative_error_subtracts_the_error_on_clean_images():
 
 
 def test_each_image_has_its_own_seed_and_prediction():
-    """There are more images than in a batch."""
+    """Images have different seeds and predictions, even if they do not fit into one batch."""
     seen = {}
 
     def corruption(image, severity, seed):
@@ -192,7 +194,7 @@ def test_wrong_image_sizes_and_no_images_are_refused(predictor):
     [
         (0.9, [0.81, 0.8, 0.2], 2),
         (0.9, [0.9, 0.95, 0.801], None),
-        (0.3, [0.2], 1),  # 0.3 - 0.2 < 0.1 as floats.
+        (0.3, [0.2], 1),  # In floating point, 0.3 - 0.2 is smaller than 0.1.
         (0.9, [0.7, 0.95, 0.7], 1),
         (0.05, [0, 0, 0], None),
     ],
@@ -210,7 +212,7 @@ def test_examples_show_an_image_under_all_corruptions():
         np.testing.assert_array_equal(images[3], CORRUPTIONS[name](image, 4, 5))
 
 
-# The sample.
+# Tests of `stratified_sample`.
 
 
 @settings(deadline=None)
@@ -232,7 +234,7 @@ def test_a_sample_keeps_the_fraction_of_each_class(labels, size, seed):
 
 
 def test_a_sample_by_hand():
-    """The exact numbers for 10 images are 8.91, 0.99 and 0.1; the largest remainders round up."""
+    """The exact class counts 8.91, 0.99 and 0.1 are rounded by the largest-remainder method."""
     labels = np.repeat([3, 1, 7], [90, 10, 1]).astype(np.int32)
     chosen = robustness.stratified_sample(labels, 10)
     assert np.bincount(labels[chosen], minlength=8).tolist() == [0, 1, 0, 9, 0, 0, 0, 0]
@@ -241,7 +243,7 @@ def test_a_sample_by_hand():
     assert labels[robustness.stratified_sample(labels, 1)].tolist() == [3]
 
 
-# Accuracy by the quality of the images.
+# Tests of the accuracy by image quality.
 
 
 def test_quantiles_by_hand():
@@ -268,7 +270,8 @@ def test_quantiles_by_hand():
         ([1.0], [1]),
         ([2, 1], [1, 1]),
         ([1, 1, 1, 1, 1, 1, 1, 1, 2, 3], [8, 2]),
-        ([1, 2, 3, 4, 5, 6], [2, 1, 1, 1, 1]),  # An edge belongs to the bin below it.
+        # A value at the edge of two bins belongs to the lower bin.
+        ([1, 2, 3, 4, 5, 6], [2, 1, 1, 1, 1]),
         ([], []),
     ],
 )
@@ -342,12 +345,14 @@ def test_an_image_that_became_unreadable_is_named(image_folder, tmp_path, monkey
         robustness.original_pixels(source, np.array([7]), make_bundle().preprocessing)
 
 
-# A split of a data set, and the command.
+# Tests of measurements on a split of a data set, and of the command.
 
 
 def test_loaded_images_are_those_of_the_loader(image_folder):
     loader = _open(image_folder).loader
-    indices = np.r_[np.arange(59, -1, -1), np.arange(20)]  # 80 images: more than a batch.
+    indices = np.r_[
+        np.arange(59, -1, -1), np.arange(20)
+    ]  # The 80 images do not fit into one batch.
     images = robustness.load_images(loader, indices)
     np.testing.assert_array_equal(images, loader.load(indices)["image"])
 
@@ -372,7 +377,7 @@ def test_a_split_is_measured_with_its_qualities(predictor, image_folder):
 
 
 def test_classes_are_matched_by_name(predictor, image_folder, tmp_path):
-    """The folder has only green and red, the second and third class of the bundle."""
+    """The folder has only the classes green and red, the second and third class of the bundle."""
     for name in ("green", "red"):
         shutil.copytree(image_folder / name, tmp_path / name)
     dataset = _open(tmp_path)
@@ -401,7 +406,7 @@ def test_other_data_gives_a_warning(predictor, image_folder, tmp_path, caplog):
 
 
 def test_a_split_larger_than_the_memory_is_refused(predictor, image_folder, monkeypatch):
-    """Each image takes 768 bytes."""
+    """The 60 images of 768 bytes would fill the simulated memory; at most half may be used."""
     monkeypatch.setattr(robustness, "memory_bytes", lambda: 768 * 60)
     with pytest.raises(DataError, match=r"60 images .* half of the memory; --sample=30 measures"):
         robustness.measure_split(predictor, _open(image_folder), "all")
@@ -426,7 +431,7 @@ def test_the_command_prints_json_for_the_training_data(image_folder, tmp_path, c
     assert (sampled["split_count"], sampled["count"], sampled["seed"]) == (60, 7, 4)
     shown = capfd.readouterr().out
     assert f"all images of folder:{image_folder}: 7 of 60 images" in " ".join(shown.split())
-    # The next table, by quality, has a row named brightness too.
+    # Only the first table is read, because the table by image quality also has a row "brightness".
     lines = [line.split() for line in shown.partition("Mean error")[0].splitlines()]
     lines_by_name = {line[0]: line for line in lines if line and line[0] in CORRUPTIONS}
     assert lines_by_name.keys() == CORRUPTIONS.keys()

@@ -1,7 +1,7 @@
-"""Fixtures: a tiny bundle, an S3 service, and an empty location of each kind of store.
+"""Fixtures: a small bundle, an S3 service, and an empty location for each kind of store.
 
-Test modules load them by `pytest_plugins = ["registry_fixtures"]`. A second conftest.py would hide
-the first one from `import`.
+Test modules load the fixtures by `pytest_plugins = ["registry_fixtures"]`. A second conftest.py
+would hide the conftest.py in tests/ from `import`.
 """
 
 import uuid
@@ -15,7 +15,7 @@ from cnn_jax.inference.bundle import write_bundle
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory):
-    """An untrained network for 16 x 16 pixels and three classes, accuracy 0.5."""
+    """A bundle with an untrained network: 16 x 16 pixels, three classes, accuracy 0.5."""
     path = tmp_path_factory.mktemp("bundles") / "bundle"
     write_bundle(make_bundle(), path)
     return path
@@ -23,7 +23,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def s3():
-    """The options by which s3fs connects to an S3 service on this machine."""
+    """The options with which s3fs connects to an S3 service on this machine."""
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     pytest.importorskip("moto", reason="moto is not installed, which plays S3")
     with s3_service() as options:
@@ -32,7 +32,7 @@ def s3():
 
 @pytest.fixture(params=["folder", "memory", "s3"])
 def place(request, tmp_path):
-    """The (url, options) of a new registry in a folder, in memory, or on S3."""
+    """The URL and the options of a new registry in a folder, in memory, or on S3."""
     if request.param == "folder":
         return str(tmp_path / "new" / "registry"), {}
     if request.param == "memory":

@@ -1,4 +1,4 @@
-"""Helpers: bundles without training, and stores that fail."""
+"""Helpers for tests of the registry: bundles without training, and stores that fail."""
 
 import contextlib
 import itertools
@@ -14,11 +14,11 @@ from cnn_jax.registry.store import LocalStore, Store
 
 
 class Killed(BaseException):
-    """Simulates that the process of a registry was killed."""
+    """An exception that simulates SIGKILL in a process that uses a registry."""
 
 
 def vary(bundle, target, **changes):
-    """Returns a copy of a bundle with a changed description, and so with a different digest."""
+    """Copies a bundle with changes in bundle.json, so that the copy has a different digest."""
     shutil.copytree(bundle, target)
     description = json.loads((target / "bundle.json").read_text())
     (target / "bundle.json").write_text(json.dumps(description | changes))
@@ -30,7 +30,7 @@ def figures(accuracy, **others):
 
 
 def outline(registry):
-    """Returns the state of a registry without IDs, times and file names, for comparisons."""
+    """Returns the state of a registry for comparisons: without IDs, times and file names."""
     return {
         name: (
             {number: version.bundle.digest for number, version in model.versions.items()},
@@ -46,14 +46,14 @@ def aliases(registry, name="flowers"):
 
 
 def on(store):
-    """Returns a registry with the files of a store."""
+    """Returns a registry whose files are in the given store."""
     registry = Registry(pathlib.Path("unused"))
     registry._store, registry.url = store, store.url
     return registry
 
 
 class Wrapped(Store):
-    """A store that forwards each call, and runs the hooks `before` and `after` around it.
+    """A store that forwards each call to another store, with hooks before and after each call.
 
     Attributes:
       calls: The names of the methods that were called.
@@ -104,7 +104,7 @@ def dying_at(moment):
     """Raises `Killed` inside the context, before a chosen system call that changes files.
 
     Args:
-      moment: The index of the call, from 0. This call and all later ones are not made, as after
+      moment: The index of the call, from 0. This call and all later calls are not made, as after
         SIGKILL.
     """
     calls = itertools.count()

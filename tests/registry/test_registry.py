@@ -64,7 +64,7 @@ def prepared(bundles, tmp_path_factory):
 
 @pytest.fixture
 def registry(prepared, tmp_path):
-    """A registry with three versions: champion was 1 and is now 2, and mine is 3."""
+    """A registry with three versions. Alias champion has moved from 1 to 2; alias mine is at 3."""
     registry = Registry(shutil.copytree(prepared, tmp_path / "registry"))
     registry.refresh()
     return registry
@@ -76,7 +76,7 @@ def fast(monkeypatch):
 
 
 def files(registry):
-    """Returns the paths of all files of a registry in a folder."""
+    """Returns the paths of all files of a registry that is stored in a local folder."""
     root = pathlib.Path(registry.url)
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
 
@@ -369,7 +369,7 @@ def test_a_store_that_overwrites_is_refused(bundles):
 
 
 def test_a_process_whose_create_overwrites_changes_nothing(bundles):
-    """The library that created the registry refuses overwrites; this process's library does not."""
+    """A change is refused if this process uses a library that overwrites existing files."""
     import test_registry_store
 
     place = f"careless://{unique_name()}"
@@ -402,7 +402,7 @@ def _replace(old, new):
 
 
 def _rewrite(**changes):
-    """Changes an entry, with a matching sha256."""
+    """Returns a function that changes fields of a log entry and updates the entry's sha256."""
 
     def damage(path):
         path.chmod(0o644)
@@ -443,7 +443,8 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
         lambda one: one.add("flowers", bundles[4]),
     ):
         damaged = Registry(registry.url)
-        for _ in range(2):  # The second read must fail too.
+        # After an error, a second call on the same registry must raise the same error.
+        for _ in range(2):
             with pytest.raises(RegistryError, match=message) as raised:
                 call(damaged)
             assert "\n" not in str(raised.value)
@@ -451,7 +452,10 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
 
 
 def test_only_a_lost_add_at_the_end_is_detected(registry):
-    """Only an add has a marker. The loss of another entry is detected by earlier readers only."""
+    """The last log entry, a promotion, is lost. Only a process that has read it detects the loss.
+
+    Only an `add` entry has a marker in `added/`, so a new reader cannot detect the loss.
+    """
     (pathlib.Path(registry.url) / "log" / "00000006.json").unlink()
     other = Registry(registry.url)
     assert aliases(other) == {"champion": 2}
@@ -462,7 +466,7 @@ def test_only_a_lost_add_at_the_end_is_detected(registry):
 
 
 def marks(store):
-    """Returns the bundle folder by entry number, from the markers in `added/`."""
+    """Returns a dict from entry number to bundle folder, read from the markers in `added/`."""
     return {int(name[:8]): f"bundles/{name[9:]}" for name in store.names("added")}
 
 
@@ -527,7 +531,7 @@ def test_an_add_during_the_first_read_is_not_damage(registry, bundles, moment, w
 
 
 def test_a_marked_bundle_without_an_entry_is_kept(registry, bundles, monkeypatch):
-    """Simulates a log that was restored from an old copy and then continued."""
+    """Simulates a log that was restored from a backup, and to which new entries were then added."""
     root = pathlib.Path(registry.url)
     name, other = (f"{'0' * 64}-{unique_name()}" for _ in range(2))
     (root / "added" / f"00000005-{name}").touch()
@@ -549,7 +553,7 @@ def test_files_of_a_removed_version_are_swept(registry, bundles, monkeypatch):
 
 
 def test_a_later_sweep_creates_a_missing_marker(registry, bundles, caplog):
-    """Simulates a writer that added the log entry but could not write its marker."""
+    """Simulates a writer that wrote a log entry, but failed to write the entry's marker."""
     root = pathlib.Path(registry.url)
     expected = marks(registry._store)
     shutil.rmtree(root / "added")
@@ -579,7 +583,7 @@ def test_add_creates_the_marker_before_its_sweep(registry, bundles):
 
 
 def damage(registry, number=1, file="weights.safetensors", model="flowers"):
-    """Flips one bit in a file of a version."""
+    """Flips one bit in a stored file of a model version."""
     name = f"{registry.resolve(model, number).bundle.path}/{file}"
     content = bytearray(registry._store.read(name))
     content[len(content) // 2] ^= 1
@@ -605,7 +609,8 @@ def test_a_damaged_version_is_not_promoted(place, bundles, file):
 
 def test_a_version_that_fails_gates_is_not_downloaded(registry):
     store = wrapped(pathlib.Path(registry.url))
-    store.local = lambda name: None  # As for a remote registry.
+    # A remote registry has no local files, so bundles must be downloaded.
+    store.local = lambda name: None
     other = on(store)
     with pytest.raises(RegistryError, match="does not become champion"):
         other.promote("flowers", 1, gates=Gates(min_accuracy=0.9))
@@ -650,7 +655,7 @@ def test_adding_a_bundle_again_restores_its_files(place, bundles, caplog, file):
 
 
 def test_files_deleted_before_their_entry_are_not_added(registry, bundles):
-    """Simulates a machine whose clock is days ahead, and which deletes the files as unused."""
+    """Simulates a machine that deletes new files as unused, because its clock is days ahead."""
     store = wrapped(pathlib.Path(registry.url))
 
     def sweep(call, name):
@@ -666,7 +671,7 @@ def test_files_deleted_before_their_entry_are_not_added(registry, bundles):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A fake clock that controls when the registry is read again: a list with one number."""
+    """A fake clock: a list with one number, the time in seconds, which a test may change."""
     now = [time.monotonic()]
     fake = types.SimpleNamespace(monotonic=lambda: now[0], time=time.time, sleep=time.sleep)
     monkeypatch.setattr(registries, "time", fake)
@@ -703,7 +708,7 @@ def test_a_replaced_registry_is_read_again(registry, bundles, clock, caplog):
 
 
 def test_a_longer_replacement_is_read_again(tmp_path, bundles, clock):
-    """The replacement has more log entries than the old registry."""
+    """A reader loads a new registry that replaced the old one, even if the new log is longer."""
     reader = Registry(tmp_path / "registry")
     reader.add("flowers", bundles[0])
     shutil.rmtree(tmp_path / "registry")
@@ -716,7 +721,7 @@ def test_a_longer_replacement_is_read_again(tmp_path, bundles, clock):
 
 
 def test_a_replaced_registry_gets_no_entry_of_the_old(registry, bundles, clock):
-    """No entry is written even before the next check: its number would leave a gap in the log."""
+    """Until registry.json is read again, a write that would leave a gap in the log is refused."""
     root = pathlib.Path(registry.url)
     shutil.rmtree(root)
     other = Registry(root)
@@ -809,7 +814,8 @@ def test_a_damaged_bundle_is_not_fetched(place, bundles, tmp_path, file):
 def test_a_download_is_reused_and_replaced_if_damaged(bundles, tmp_path):
     store = wrapped(tmp_path / "registry")
     on(store).add("flowers", bundles[0])
-    store.local = lambda name: None  # As for a remote registry.
+    # A remote registry has no local files, so bundles must be downloaded.
+    store.local = lambda name: None
     registry = on(store)
     version = registry.resolve("flowers", 1)
 
@@ -862,7 +868,7 @@ def test_an_unwritable_download_folder_is_reported(bundles, tmp_path):
 
 
 def test_a_full_local_disk_is_not_damage(bundles, tmp_path):
-    """Otherwise an intact version would be reported as damaged."""
+    """If the local disk is full, a download fails, but the stored version is not damaged."""
     store = wrapped(tmp_path / "registry")
     registry = on(store)
     registry.add("flowers", bundles[0])
@@ -885,7 +891,7 @@ def test_a_full_local_disk_is_not_damage(bundles, tmp_path):
 
 
 def _meanwhile(store, moment, change, when="before"):
-    """Makes a change by another writer before or after a call to the store."""
+    """Lets another writer make a change before or after the first matching call to a store."""
     is_done = []
 
     def hook(call, name):
@@ -920,7 +926,7 @@ def test_two_writers_add_the_same_bundle_once(registry, bundles):
 
 
 def test_gates_use_the_latest_state(registry, bundles):
-    """Another writer moves an alias after the gates were checked, so that the gates now fail."""
+    """A promotion is checked again after another writer moves an alias; the second check fails."""
     store = wrapped(pathlib.Path(registry.url))
     slow = on(store)
     _meanwhile(store, LOG, lambda: registry.promote("flowers", 3))
@@ -983,7 +989,7 @@ def test_a_registry_created_during_reading_is_not_damage(tmp_path, bundles, when
 
 @pytest.mark.parametrize("hidden", [{1}, {2}, {6}, {2, 3, 5}, {1, 2, 3, 4, 5, 6}])
 def test_a_listing_during_writes_may_have_gaps(registry, hidden):
-    """Files that are created during a listing may be missing from it, as with readdir."""
+    """A listing may omit files that are created during the listing, as readdir does."""
 
     class Gaps(Wrapped):
         def names(self, folder):
@@ -1016,7 +1022,7 @@ def test_threads_share_a_registry(registry):
 
 
 def test_decision_and_change_are_atomic_among_threads(registry, monkeypatch):
-    """Otherwise another thread could read new entries between a decision and its entry."""
+    """No other thread reads new entries between a decision and the log entry for the decision."""
     other, shared = Registry(registry.url), registry
     who = registries._author
 
@@ -1044,7 +1050,7 @@ CHANGES = {
 
 
 def failing(store, moment, happens, times=1, error=None):
-    """Makes calls of one kind fail; `happens` tells whether the store performs them first."""
+    """Makes calls of one kind fail: after the store performs them if `happens`, or else before."""
     left = [times]
 
     def hook(call, name):
@@ -1069,7 +1075,7 @@ def test_a_lost_answer_does_not_repeat_the_change(registry, bundles, fast, actio
 
 
 def test_a_lost_answer_is_found_before_later_entries(registry, bundles, fast):
-    """The entry was written but the answer was lost, and another writer then added an entry."""
+    """The store writes an entry, its answer is lost, and then another writer adds an entry."""
     store = wrapped(pathlib.Path(registry.url))
     other = copy.copy(registry)
 
@@ -1137,7 +1143,7 @@ def test_other_errors_are_not_retried(registry, error):
 
 
 def check_after_a_kill(root, before, after, bundle):
-    """Checks that a registry is in the old or the new state, and that it can be used."""
+    """Checks that a registry is usable, and is in the state before or the state after a change."""
     registry = Registry(root)
     state = outline(registry) if (root / "registry.json").exists() else {}
     assert state in (before, after)
@@ -1150,7 +1156,7 @@ def check_after_a_kill(root, before, after, bundle):
 
 
 def days_pass(monkeypatch, days=2):
-    """Moves the clock of the sweep forward by a number of days."""
+    """Moves the clock that determines the age of unused files forward by a number of days."""
 
     class Later(datetime.datetime):
         @classmethod
@@ -1163,7 +1169,7 @@ def days_pass(monkeypatch, days=2):
 
 @pytest.mark.parametrize("action", ["begin", *CHANGES])
 def test_a_kill_at_any_moment_is_atomic(registry, bundles, tmp_path, monkeypatch, action):
-    """Simulates a kill at each system call that changes a file."""
+    """Simulates SIGKILL before each system call that changes a file."""
     monkeypatch.setattr(stores, "_RIVALS", 2)
     source, change = pathlib.Path(registry.url), CHANGES.get(action, CHANGES["add"])
     if action == "begin":
@@ -1199,7 +1205,7 @@ def test_a_kill_at_any_moment_is_atomic(registry, bundles, tmp_path, monkeypatch
 @pytest.mark.parametrize("action", ["begin", *CHANGES])
 @pytest.mark.parametrize("is_before", [True, False])
 def test_a_kill_at_any_store_call_is_atomic(registry, bundles, monkeypatch, action, is_before):
-    """Simulates a kill before or after each call to a remote store."""
+    """Simulates SIGKILL before or after each call to a remote store."""
     monkeypatch.setattr(stores, "_RIVALS", 2)
 
     change = CHANGES.get(action, CHANGES["add"])
@@ -1232,7 +1238,7 @@ def test_a_kill_at_any_store_call_is_atomic(registry, bundles, monkeypatch, acti
 
 
 def leftovers(registry):
-    """Returns the unused files in a registry's folders."""
+    """Returns the names of the unused files and folders of a registry."""
     root = pathlib.Path(registry.url)
     used = {v.bundle.path for m in registry.models.values() for v in m.versions.values()}
     there = [f"bundles/{path.name}" for path in (root / "bundles").iterdir()]
@@ -1258,7 +1264,10 @@ def test_unused_files_are_swept_after_a_day(registry, bundles, monkeypatch):
 
 
 def test_a_version_added_during_a_sweep_is_kept(registry, bundles, monkeypatch):
-    """The sweep lists the uploaded files before their entry exists, and then reads the log."""
+    """Another writer adds a version just before the unused files are searched.
+
+    The log is read after the files are listed, so that the new version does not seem unused.
+    """
     days_pass(monkeypatch)
     store = wrapped(pathlib.Path(registry.url))
     sweeper = on(store)
@@ -1278,7 +1287,7 @@ def test_a_version_added_during_a_sweep_is_kept(registry, bundles, monkeypatch):
 
 
 def test_an_upload_of_half_a_day_is_refused(registry, bundles, monkeypatch):
-    """Another process may have deleted the uploaded files as unused."""
+    """An upload of half a day is refused, because its files may have been deleted as unused."""
     clock = [1000.0]
     monkeypatch.setattr(registries.time, "time", lambda: clock[0])
     store = wrapped(pathlib.Path(registry.url))
@@ -1318,7 +1327,7 @@ def test_a_sweep_that_fails_is_a_warning(registry, bundles, monkeypatch, caplog,
     ],
 )
 def test_a_failed_add_deletes_its_files(registry, bundles, fast, moment, error, left):
-    """Otherwise each attempt would leave more files on the disk."""
+    """A failed `add` deletes its files, unless the log entry may have been written."""
     store = wrapped(pathlib.Path(registry.url))
     failing(store, moment, happens=False, times=100, error=error)
     with pytest.raises(type(error)):
@@ -1328,7 +1337,7 @@ def test_a_failed_add_deletes_its_files(registry, bundles, fast, moment, error, 
 
 
 def test_an_unclear_outcome_stays_unclear_after_an_error(registry, bundles, fast):
-    """The entry was written but the answer was lost, and later reads are refused."""
+    """The store writes the entry, but its answer is lost, and the store then refuses all calls."""
     store = wrapped(pathlib.Path(registry.url))
 
     def refuse(call, name):

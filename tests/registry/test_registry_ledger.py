@@ -43,7 +43,7 @@ def make_entry(action, version=None, alias=None, before=None, **changes):
 
 
 def make_models(*versions, **aliases):
-    """Returns the state of a registry with one model, whose versions have these facts."""
+    """Returns the state of a registry with one model, with the given versions and aliases."""
     model = Model("flowers")
     models = {"flowers": model}
     for number, facts in enumerate(versions, 1):
@@ -56,7 +56,7 @@ def make_models(*versions, **aliases):
 
 
 class Slow:
-    """A simple reference implementation, which stores the moves of each alias as a list."""
+    """A simple reference implementation of a registry, with the moves of each alias in a list."""
 
     def __init__(self):
         self.given = {}
@@ -78,7 +78,7 @@ class Slow:
         return steps[-1] if steps else None
 
     def steps(self, model, alias):
-        """Returns the moves to versions that still exist, without consecutive repeats."""
+        """Returns an alias's moves to versions that still exist, without consecutive repeats."""
         steps = []
         for version in self.moves.get((model, alias), []):
             if version in self.there[model] and steps[-1:] != [version]:
@@ -115,7 +115,7 @@ class Slow:
 
 
 def decide(models, action, model, version, alias):
-    """Returns the entry that a registry would add, or None if it would refuse."""
+    """Returns the log entry that a registry would add for an action, or None for no entry."""
     try:
         if action == "add":
             return make_entry("add", models[model].last + 1 if model in models else 1, model=model)
@@ -177,7 +177,10 @@ def test_the_state_equals_a_simple_reference(actions):
 
 
 def test_removal_leaves_no_repeated_version_in_a_history():
-    """The history 1, 2, 1, 3 becomes 1, 3 if 2 is removed; a rollback from 3 selects 1."""
+    """If version 2 is removed, the history 1, 2, 1, 3 of an alias becomes 1, 3.
+
+    A rollback from version 3 then selects version 1.
+    """
     models = make_models(*[make_facts()] * 3, champion=[1, 2, 1, 3])
     models = ledger.apply(models, make_entry("remove", 2))
     assert models["flowers"].aliases == {"champion": (1, 3)}
@@ -210,7 +213,8 @@ def test_an_entry_invalid_in_its_state_is_refused(entry):
         ledger.apply(models, entry)
 
 
-# Python decodes bytes of the command line that are not UTF-8 to these surrogates.
+# Python decodes each command-line byte that is not valid UTF-8 to a surrogate from U+DC80 to
+# U+DCFF.
 TEXT = st.text(st.characters() | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF))
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)
 NUMBERS = st.integers(1, 10**9)
@@ -258,7 +262,7 @@ def test_a_number_that_is_not_finite_is_not_written():
 def _changed(entry=None, **changes):
     fields = json.loads(ledger.serialise(entry or make_entry("promote", 1, "champion")))
     fields = {key: value for key, value in (fields | changes).items() if value is not None}
-    # The sha256 matches, so that only the changed fields are invalid.
+    # The sha256 is computed again, so that only the changed fields are invalid.
     return json.dumps(fields | {"sha256": ledger.fields_digest(fields)}).encode()
 
 
@@ -313,7 +317,10 @@ def test_invalid_entries_are_refused(data):
 
 
 def test_each_invalid_entry_has_exactly_one_fault():
-    """Otherwise an entry could be refused for an unintended reason."""
+    """Without changes, the functions that make invalid entries return valid entries.
+
+    Each invalid entry is therefore refused for its changed field only.
+    """
     assert ledger.parse(_changed()) == make_entry("promote", 1, "champion")
     assert ledger.parse(_changed_bundle()) == make_entry("add", 1)
 
@@ -326,7 +333,7 @@ def test_each_invalid_entry_has_exactly_one_fault():
     ],
 )
 def test_the_sha256_detects_a_changed_field(entry):
-    """Each change leaves the JSON valid."""
+    """Each changed entry is still valid JSON, so that only the sha256 reveals the change."""
     text = ledger.serialise(entry).decode()
     fields = json.loads(text)
     assert ledger.parse(json.dumps(dict(reversed(fields.items()))).encode()) == entry
@@ -342,7 +349,7 @@ def test_the_sha256_detects_a_changed_field(entry):
 
 
 def test_the_sha256_is_computed_from_sorted_json():
-    r"""Compares with a value computed by `printf '{"a": [1, 0.5], "b": "\\u00fc"}' | sha256sum`."""
+    r"""The expected value is from `printf '{"a": [1, 0.5], "b": "\\u00fc"}' | sha256sum`."""
     expected = "56894132ee149ab5a94207fc94a35dbcc7dcb819e43445540d524fa5b3c46f93"
     assert ledger.fields_digest({"b": "ü", "a": [1, 0.5]}) == expected
     assert ledger.fields_digest({"b": "ü", "sha256": "x", "a": (1, 0.5)}) == expected

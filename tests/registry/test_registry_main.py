@@ -25,7 +25,7 @@ pytest_plugins = ["registry_fixtures"]
 
 @pytest.fixture(scope="module")
 def bundles(bundle, tmp_path_factory):
-    """Two bundles with the accuracies 0.9 and 0.8, trained on the same data."""
+    """Two bundles with the accuracies 0.9 and 0.8 and the same data fingerprint."""
     folder = tmp_path_factory.mktemp("two")
     return [
         vary(bundle, folder / str(i), metrics=figures(0.9 - i / 10, f1=0.75, loss=0.5))
@@ -35,14 +35,14 @@ def bundles(bundle, tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """The folder of a registry, which the environment variable CNN_JAX_REGISTRY names."""
+    """The folder of a registry. The environment variable CNN_JAX_REGISTRY is set to its path."""
     monkeypatch.setenv("CNN_JAX_REGISTRY", str(tmp_path / "registry"))
     return tmp_path / "registry"
 
 
 @pytest.fixture
 def registry(place, bundles):
-    """A registry with two versions of the model flowers; champion was 1 and is now 2."""
+    """A registry with two versions of the model flowers. Alias champion has moved from 1 to 2."""
     registry = Registry(place)
     for i, path in enumerate(bundles, 1):
         registry.add("flowers", path, f"notę {i}")
@@ -58,7 +58,7 @@ def call(capsys, *arguments):
 
 
 def run(*arguments, **variables):
-    """Runs a command in a process; returns exit code, stdout and stderr."""
+    """Runs a registry command in a new process; returns exit code, stdout and stderr."""
     result = subprocess.run(
         [sys.executable, "-m", "cnn_jax.registry", *map(str, arguments)],
         capture_output=True,
@@ -69,7 +69,7 @@ def run(*arguments, **variables):
 
 
 def test_a_session_with_all_commands(place, bundles):
-    """Compares the output of all commands; any user name and host name are accepted."""
+    """Runs the commands of a typical session, and compares their output with the expected text."""
     digest = r"[0-9a-f]{12}"
     assert run("list") == (
         1,

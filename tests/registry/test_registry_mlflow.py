@@ -22,7 +22,7 @@ needs_mlflow = pytest.mark.skipif(
 
 @pytest.fixture
 def registry(bundle, tmp_path):
-    """A registry with versions 1 and 3 of a model; champion is 3, and mine is 1."""
+    """A registry with versions 1 and 3 of a model. Alias champion is at 3; alias mine is at 1."""
     registry = Registry(tmp_path / "registry")
     for i in range(3):
         path = vary(bundle, tmp_path / str(i), metrics=figures(0.5 + i / 10, f1=0.25))
@@ -35,7 +35,7 @@ def registry(bundle, tmp_path):
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory):
-    """An empty MLflow registry, shared by all tests because its tables take seconds to create."""
+    """An empty MLflow database; all tests share this file, because its creation takes seconds."""
     import mlflow
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -45,7 +45,7 @@ def empty(tmp_path_factory):
 
 @pytest.fixture
 def uri(empty, tmp_path, monkeypatch):
-    """The URI of a copy of `empty`, whose artifacts are stored in the test's own folder."""
+    """The URI of a copy of the empty MLflow database; artifacts are stored in the test's folder."""
     monkeypatch.chdir(tmp_path)
     return f"sqlite:///{shutil.copy(empty, tmp_path / 'mlflow.db')}"
 
@@ -166,14 +166,13 @@ def test_a_bundle_damaged_in_mlflow_is_not_imported(registry, uri, client, tmp_p
     other = Registry(tmp_path / "other")
 
     def bring():
-        """Returns the only line that the import yields before it raises an error."""
+        """Imports the versions; returns the only line that is yielded before the expected error."""
         lines = []
         with pytest.raises(
             BundleError, match=r"^not imported, because damaged: flowers version 1 of ML"
         ):
-            lines.extend(
-                mlflow.import_versions(other, "flowers", None, uri)
-            )  # `extend` keeps the items before the error.
+            # `extend` keeps the items that the import yields before the error.
+            lines.extend(mlflow.import_versions(other, "flowers", None, uri))
         (line,) = lines
         return line
 
@@ -269,7 +268,7 @@ def test_no_aliases_does_not_change_aliases(registry, uri, tmp_path, capsys, fla
 
 @needs_mlflow
 def test_an_invalid_database_is_one_error_line(registry, tmp_path, monkeypatch, caplog):
-    """SQLAlchemy's exceptions have several lines."""
+    """An error message has only one line, although SQLAlchemy's messages have several lines."""
     from mlflow.store.db import utils
 
     monkeypatch.setattr(utils, "MAX_RETRY_COUNT", 2)

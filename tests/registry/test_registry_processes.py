@@ -1,4 +1,4 @@
-"""Several processes use one registry at the same time, and some of them are killed."""
+"""Tests in which several processes use one registry at the same time, and some are killed."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from cnn_jax.registry.registry import Registry
 
 pytest_plugins = ["registry_fixtures"]
 
-# Waits for a line on stdin, then adds bundles and prints one line per bundle.
+# A worker process waits for a line on stdin, then adds bundles and prints a line for each bundle.
 WORKER = """
 import json, pathlib, sys
 from cnn_jax.inference import bundle
@@ -77,7 +77,7 @@ def bundles(bundle, tmp_path_factory):
 
 
 def test_concurrent_processes_write_one_history(workers, bundles, tmp_path):
-    """Three processes add six bundles each; two of these bundles are common to all processes."""
+    """Each of three processes adds six bundles: two that all processes add, and four of its own."""
     root = tmp_path / "registry"
     shares = [[*bundles[:2], *bundles[2 + 4 * i : 6 + 4 * i]] for i in range(3)]
     processes = workers(*([root, *share] for share in shares))
@@ -94,7 +94,7 @@ def test_concurrent_processes_write_one_history(workers, bundles, tmp_path):
     assert len({entry.id for entry in registry.log}) == len(registry.log)
     new = sorted(number for _, number, is_new in said if is_new)
     assert new == [entry.version for entry in added]
-    # A bundle that several processes add is added again only after it was removed.
+    # A bundle that is already in the registry is not added again until it has been removed.
     there = {}
     for entry in registry.log:
         if entry.action == "add":

@@ -35,7 +35,7 @@ SECRET = "s3cret"
 
 
 class Careless(MemoryFileSystem):
-    """Overwrites existing files even in mode create, as s3fs does with an old botocore."""
+    """A file system whose mode "create" overwrites files, as s3fs does with an old botocore."""
 
     protocol = "careless"
     store, pseudo_dirs = {}, [""]
@@ -45,7 +45,7 @@ class Careless(MemoryFileSystem):
 
 
 class Hasty(MemoryFileSystem):
-    """Checks whether a file exists and writes it a moment later, so create is not atomic."""
+    """A file system whose mode "create" is not atomic: the write comes a moment after the check."""
 
     protocol = "hasty"
     store, pseudo_dirs = {}, [""]
@@ -58,7 +58,7 @@ class Hasty(MemoryFileSystem):
 
 
 class Plain(MemoryFileSystem):
-    """Uses fsspec's default `pipe_file`, as a file system without its own implementation does."""
+    """A file system without its own `pipe_file`, so that fsspec's default `pipe_file` is used."""
 
     protocol = "plain"
     store, pseudo_dirs = {}, [""]
@@ -144,7 +144,7 @@ def test_an_unsafe_store_is_refused(protocol):
 
 @pytest.mark.parametrize("happens", ["never", "unseen"])
 def test_a_store_without_clear_answers_fails_the_check(happens):
-    """A missing answer alone does not show that the store is unsafe."""
+    """If a store does not answer, the error says so, and does not say that the store is unsafe."""
 
     class Silent(MemoryFileSystem):
         store, pseudo_dirs = {}, [""]
@@ -160,7 +160,7 @@ def test_a_store_without_clear_answers_fails_the_check(happens):
 
 
 def test_one_missing_answer_does_not_fail_the_check():
-    """S3 answers 409 if it cannot yet decide which of two concurrent writes succeeds."""
+    """S3 answers with status 409 while it cannot decide which of two concurrent writes succeeds."""
     failures = []
 
     class Busy(MemoryFileSystem):
@@ -178,7 +178,7 @@ def test_one_missing_answer_does_not_fail_the_check():
 
 
 def test_other_s3_precondition_errors_are_recognised():
-    """s3fs recognises only AWS's message; other services omit the condition."""
+    """s3fs recognises only the error message of AWS; other S3 services send another message."""
 
     class Other(MemoryFileSystem):
         store, pseudo_dirs = {}, [""]
@@ -210,7 +210,7 @@ def test_local_files_are_read_only_without_temporary_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["create", "write"])
 def test_created_files_are_synchronized_to_disk(tmp_path, monkeypatch, name):
-    """The content is synchronized first, then the folder, and both before the call returns."""
+    """A call flushes the new file, and then the file's folder, to the disk before it returns."""
     synced = []
 
     def fsync(descriptor):
@@ -249,7 +249,7 @@ def test_a_failed_link_is_an_unclear_outcome(tmp_path, monkeypatch):
 
 
 class _Full:
-    """A file object whose writes fail as on a full disk."""
+    """A file object whose writes fail as they do on a full disk."""
 
     def __init__(self, file):
         self._file = file
@@ -294,7 +294,8 @@ def test_a_folder_without_permission_is_one_error_line():
     with tempfile.TemporaryDirectory() as folder:
         pathlib.Path(folder).chmod(0o555)
         was_root = os.geteuid() == 0
-        if was_root:  # Root may write to every folder.
+        # Root may write to every folder, so the test runs as another user.
+        if was_root:
             os.seteuid(65534)
         try:
             with pytest.raises(StoreError, match=rf"^{folder}/log: Permission denied$"):
@@ -359,7 +360,8 @@ def test_a_missing_archive_is_a_usage_error(tmp_path, url):
 
 def test_a_missing_server_is_a_usage_error():
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # No process listens on this port.
+        # The socket is bound but does not listen, so a connection to its port is refused.
+        closed.bind(("127.0.0.1", 0))
         place = f"ftp://ann:{SECRET}@127.0.0.1:{closed.getsockname()[1]}/registry"
         with pytest.raises(ConfigError, match=r"^--registry: ftp://ann:\*\*\*@127\S+ cannot be re"):
             open_store(place)
@@ -367,7 +369,7 @@ def test_a_missing_server_is_a_usage_error():
 
 @pytest.fixture
 def silent():
-    """A server that accepts connections and never answers; yields the port and connections."""
+    """A server that accepts connections and never answers; yields its port and the connections."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(100)
@@ -392,7 +394,7 @@ def _silent_options(port):
 
 
 def test_a_hanging_store_times_out(silent, monkeypatch):
-    """A call sends at most six requests, each with a timeout of ten seconds unless patched."""
+    """A call sends at most six requests, each with a default timeout of at most ten seconds."""
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     assert stores._S3_CONFIG["read_timeout"] * 6 <= 60
     monkeypatch.setitem(stores._S3_CONFIG, "read_timeout", 0.1)
@@ -506,7 +508,7 @@ def test_other_names_have_no_creation_time(name):
 
 
 def test_the_memory_store_is_safe_for_threads():
-    """The memory file system of fsspec checks and then writes; the lock is in `RemoteStore`."""
+    """`RemoteStore` locks the memory file system of fsspec, whose mode "create" is not atomic."""
 
     class Slow(MemoryFileSystem):
         store, pseudo_dirs = {}, [""]

@@ -1,4 +1,4 @@
-"""Example studies in the format of the tune command, for tests of the page."""
+"""Example studies in the format of the tune command, for tests of a study's report page."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 HOSTILE = "<script>alert('1')</script> \"&amp; {{ 7 * 7 }}\nline 猫 \udcff $x^$"
 
-# A study has the first few of these.
+# The search space of the studies. A study with n parameters has the first n keys.
 SPACE = {
     "optimizer.learning_rate": {"kind": "float", "low": 1e-4, "high": 1e-2, "log": True},
     "train.batch_size": {"kind": "categorical", "choices": [16, 32, 64]},
@@ -40,7 +40,7 @@ def make_study(
     monitor="validation_accuracy",
     states=("complete", "pruned", "pruned", "complete", "pruned", "failed"),
 ):
-    """A study in the format of the tune command; the learning rate has most influence."""
+    """Returns a study in the format of the tune command; the learning rate matters most."""
     rng = np.random.default_rng(0)
     space = dict(list(SPACE.items())[:parameters])
     is_loss = monitor.endswith("loss")
@@ -104,7 +104,7 @@ def make_study(
 
 
 def all_alike(study):
-    """Makes all trials have the same value in every epoch."""
+    """Changes a study so that all trials have the value 0.9 in every epoch."""
     for trial in study["trials"]:
         if trial["curve"]:
             trial["value"] = 0.9

@@ -12,7 +12,8 @@ from cnn_jax.report import charts, explanations, qualities, style
 
 def _drawn(path, plot, size=style.SIZE, dpi=40):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # For example about a character that the font lacks.
+        # Matplotlib warns, for example, about a character that the font lacks.
+        warnings.simplefilter("error")
         style.draw(path, plot, size, dpi)
     for theme in style.THEMES:
         assert np.asarray(Image.open(path.with_stem(path.stem + theme.suffix)))[..., 3].any()
@@ -20,7 +21,7 @@ def _drawn(path, plot, size=style.SIZE, dpi=40):
 
 
 def _confusions(groups, likely=0.2):
-    """A matrix in which the classes of a group are confused with each other."""
+    """Returns a confusion matrix in which only classes of the same group are confused."""
     groups = np.array(groups)
     shares = np.where(groups[:, None] == groups, likely, 0.0)
     np.fill_diagonal(shares, 1)
@@ -36,7 +37,7 @@ def test_confused_classes_are_adjacent():
 
 
 def test_class_order_uses_fractions_and_not_counts():
-    """An error rate of 40 % or 50 % in 10 images counts more than one of 3 % in 1000 images."""
+    """In the class order, errors in 40 % of 10 images count more than in 3 % of 1000 images."""
     matrix = np.array([[970, 30, 0, 0], [0, 1000, 0, 0], [5, 0, 5, 0], [4, 0, 0, 6]])
     positions = np.argsort(charts.confusion_order(matrix))
     assert abs(positions[0] - positions[2]) == 1
@@ -59,14 +60,14 @@ def test_row_fractions_without_images_are_zero():
 @pytest.mark.parametrize("count", [2, 20, 43, 201])
 def test_confusion_matrix_is_drawn_for_any_class_count(count, tmp_path):
     matrix = _confusions(np.arange(count) // 3)
-    matrix[0] = 0  # A class without images.
+    matrix[0] = 0  # Class 0 has no images.
     names = style.tick_names([f"class $x^{i}" for i in range(count)])
     size, _ = charts.confusion_size(names)
     for normalized in (False, True):
         plot = functools.partial(charts.confusion, matrix, names, normalized)
         width, height = _drawn(tmp_path / "a.png", plot, size)
         assert (width, height) == (int(size[0] * 40), int(size[1] * 40))
-    # Names do not overlap if a class has the height of a line of text.
+    # Class names do not overlap if each class is as high as a line of text.
     points = 72 * (size[1] - 0.5) / count
     assert count > 200 or points > (8.5 if count <= 60 else 6.5)
 
@@ -114,7 +115,7 @@ def test_names_that_cannot_be_drawn_become_numbers():
 
 
 def test_loss_axis_has_room_above_highest_loss():
-    """The lowest and highest loss are close, so Matplotlib's own margin would be too small."""
+    """All losses are close together, so Matplotlib's default margin at the top would be small."""
     curves = {"epoch": [1, 2], "best_epoch": 2}
     curves |= {"train_loss": [0.9, 0.7], "validation_loss": [0.8, 0.7]}
     figure = Figure()
@@ -138,7 +139,7 @@ def test_region_map_shows_digits_of_small_values():
 
 
 def test_quality_with_equal_values_has_one_number():
-    """All images have the same resolution, so the bin has no range."""
+    """All images have the same resolution, so the label of the bin is a number and not a range."""
     interval = [0.5, 0.7]
     bins = [
         {

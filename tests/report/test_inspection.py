@@ -25,7 +25,7 @@ HOSTILE = (
 
 
 class _Parser(html.parser.HTMLParser):
-    """Collects the elements, their text, and the names of files on the page."""
+    """A parser that collects the elements, the text, and the file names of a page."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,10 @@ def _image(seed, size=(12, 8)):
 
 @pytest.fixture
 def hostile_folder(tmp_path):
-    """For each hostile name, a class of five images and files with this name."""
+    """A folder with one class for each name in HOSTILE, such as HTML code and line breaks.
+
+    In each class, the names of two files also contain the name of the class.
+    """
     root = tmp_path / "data"
     for number, name in enumerate(HOSTILE):
         (root / name).mkdir(parents=True)
@@ -70,7 +73,8 @@ def hostile_folder(tmp_path):
 def _written(root, folder, **options):
     folder.mkdir()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # For example about a character that a font lacks.
+        # Matplotlib warns, for example, about a character that a font lacks.
+        warnings.simplefilter("error")
         inspection.write_page(survey(open_folder(root), Division(), **options), folder)
     return _parsed(folder)
 
@@ -88,7 +92,8 @@ def test_hostile_names_are_escaped(hostile_folder, tmp_path):
     ):
         assert f"{shown}/{shown}.png" in page.text
         assert f"{shown}/bad {shown}.jpg" in page.text
-        assert page.cells.count(shown) == 1  # In the table of classes.
+        # Only the table of classes has a cell that contains nothing but the class name.
+        assert page.cells.count(shown) == 1
 
 
 def test_all_files_named_on_page_exist(hostile_folder, tmp_path):
@@ -112,7 +117,7 @@ def test_json_has_complete_lists(tmp_path):
         (root / name / "bad.png").write_bytes(b"")
     page = _written(root, tmp_path / "page")
     assert "and 10 more" in page.text
-    # Each of the first 50 sets shows its two equal images side by side.
+    # Each of the first 50 sets of duplicates has a picture of its two equal images, side by side.
     pictures = sorted((tmp_path / "page").glob("exact_*.png"))
     assert {path.name for path in pictures} < set(page.files)
     assert len(pictures) == 50
@@ -163,7 +168,8 @@ def test_contact_sheet_keeps_shapes_and_choice_of_images(tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "page" / "class_001.png"))
     assert sheet.shape == (4 * 96 + 3 * 6, 6 * 96 + 5 * 6, 4)
     rows = np.flatnonzero(sheet[:96, :96, 3].any(axis=1))
-    assert (rows.min(), rows.max()) == (32, 63)  # 96 x 32 pixels, centred.
+    # The image is scaled to 96 x 32 pixels and centred in its square.
+    assert (rows.min(), rows.max()) == (32, 63)
 
 
 def test_missing_image_leaves_an_empty_square(image_folder, tmp_path):

@@ -5,7 +5,7 @@ from cnn_jax.report import label_errors
 
 
 def _noisy():
-    """Labels of which some are wrong, and probabilities that are mostly correct."""
+    """Returns probabilities that are mostly correct, and labels of which some are wrong."""
     rng = np.random.default_rng(0)
     true = rng.integers(0, 4, 60)
     labels = true.copy()
@@ -21,9 +21,11 @@ def test_suspects_match_values_by_hand():
         [[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.1, 0.9], [0.3, 0.7], [0.55, 0.45]]
     )
     labels = np.array([0, 0, 0, 1, 1, 1])
-    # Mean self-confidence: (0.9 + 0.7 + 0.2) / 3 and (0.9 + 0.7 + 0.45) / 3.
+    # The thresholds are the mean self-confidence of each class: (0.9 + 0.7 + 0.2) / 3 for class 0,
+    # and (0.9 + 0.7 + 0.45) / 3 for class 1.
     assert label_errors.thresholds(probabilities, labels) == pytest.approx([0.6, 0.68333333])
-    # Image 2 is above the threshold of class 1; image 5 has 0.55 for class 0, below its threshold.
+    # For image 2, the probability of class 1 is 0.8, above the threshold of class 1. For image 5,
+    # the probability of class 0 is 0.55, below the threshold of class 0.
     found = label_errors.find(probabilities, labels)
     assert found.rows.tolist() == [2]
     assert found.suggested.tolist() == [1]
@@ -31,7 +33,7 @@ def test_suspects_match_values_by_hand():
 
 
 def test_most_probable_label_is_not_suspect():
-    """Another class may have an unusually high probability."""
+    """The label of image 1 is the most probable class, although class 1 is above its threshold."""
     probabilities = np.array([[0.9, 0.1], [0.55, 0.45], [0.6, 0.4], [0.6, 0.4]])
     labels = np.array([0, 0, 1, 1])
     assert label_errors.thresholds(probabilities, labels) == pytest.approx([0.725, 0.4])
@@ -41,12 +43,12 @@ def test_most_probable_label_is_not_suspect():
 def test_suggested_class_is_above_its_threshold():
     probabilities = np.array([[0.9, 0.05, 0.05], [0.2, 0.3, 0.5], [0.5, 0.35, 0.15]])
     found = label_errors.find(probabilities, np.array([0, 1, 2]))
-    # For image 2, class 0 has the highest probability, but that is far below its threshold of 0.9.
+    # For image 2, class 0 has the highest probability, 0.5, but the threshold of class 0 is 0.9.
     assert dict(zip(found.rows.tolist(), found.suggested.tolist(), strict=True))[2] == 1
 
 
 def test_suspects_match_cleanlab():
-    # The result of cleanlab 2.9.0, which is not a dependency:
+    # The expected rows are the result of cleanlab 2.9.0, which is not a dependency:
     # find_label_issues(labels, probabilities, filter_by="confident_learning",
     #                   return_indices_ranked_by="normalized_margin")
     probabilities, labels = _noisy()

@@ -21,7 +21,8 @@ def test_positions_on_axes_match_values_by_hand():
     parameters = [
         {"rate": 1e-3, "size": 16, "dropout": 0.1, "layers": 32},
         {"rate": 1.0, "size": False, "dropout": 0.5, "layers": 1},
-        {"layers": 1024, "dropout": 0.0, "size": "a", "rate": 1e-4},  # Another order of keys.
+        # The keys of a trial may have another order than the keys of the space.
+        {"layers": 1024, "dropout": 0.0, "size": "a", "rate": 1e-4},
         {"size": "gone"},
     ]
     trials = [
@@ -55,10 +56,10 @@ def test_better_trials_have_stronger_and_higher_lines(monitor):
     assert len(complete) == study["cost"]["complete"] - 1
     is_loss = monitor.endswith("loss")
     ends = [line.get_ydata()[-1] for line in complete]
-    assert ends == sorted(ends, reverse=is_loss)  # The best trial is drawn last.
+    assert ends == sorted(ends, reverse=is_loss)  # Better trials are drawn later.
     assert best.get_ydata()[-1] == (0 if is_loss else 1)
     reds = [to_rgba(line.get_color())[0] for line in complete]
-    assert reds == sorted(reds, reverse=True)  # The ramp goes from light to dark.
+    assert reds == sorted(reds, reverse=True)  # Better trials are darker.
     assert reds[0] > reds[-1] + 0.1
 
 

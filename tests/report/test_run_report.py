@@ -30,7 +30,7 @@ SECTIONS = {
     *("guessing", "curves", "confusion", "calibration", "coverage", "mistakes", "label_errors"),
     "augmentation",
 }
-# The slow sections; few tests compute them.
+# The sections that are slow to compute. Only a few tests compute these sections.
 FULL = {"explanations", "robustness"}
 HOSTILE = (
     '<script>alert("1")<',
@@ -43,7 +43,7 @@ HOSTILE = (
 
 
 class _Parser(html.parser.HTMLParser):
-    """Collects the elements, the visible text, the images, and the sort keys of cells."""
+    """A parser for the elements, the visible text, the images, and the sort keys of table cells."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +89,7 @@ def _metrics(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, image_folder):
-    """A finished run without a report."""
+    """The folder of a finished run without a report page."""
     config = _config(image_folder)
     workdir = tmp_path_factory.mktemp("finished") / "run"
     train_and_evaluate(config, workdir)
@@ -117,13 +117,13 @@ def _config(image_folder, **changes):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of the finished run that a test may change."""
+    """The folder of a copy of the finished run, which a test may change."""
     return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
 def reported(finished, tmp_path_factory):
-    """A finished run with a complete report."""
+    """The folder of a finished run with a complete report."""
     workdir = shutil.copytree(finished, tmp_path_factory.mktemp("reported") / "run")
     write_report(workdir)
     return pathlib.Path(workdir)
@@ -131,7 +131,7 @@ def reported(finished, tmp_path_factory):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Draws charts of one pixel, for tests that do not look at charts."""
+    """Replaces charts with images of one pixel, for tests that do not check charts."""
 
     def draw(path, *_):
         for theme in run_report.style.THEMES:
@@ -141,19 +141,19 @@ def undrawn(monkeypatch):
 
 
 def _written(workdir):
-    """The page of a report without explanations and corruptions."""
+    """Writes a report without its slow sections, and returns the parsed page."""
     return _parsed(write_report(workdir, detail="figures"))
 
 
 def _change_bundle(workdir, **data):
-    """Changes entries about the data in the bundle."""
+    """Changes values in the section `data` of a bundle's description."""
     path = workdir / "bundle" / "bundle.json"
     description = json.loads(path.read_text())
     description["data"] |= data
     path.write_text(json.dumps(description))
 
 
-# Content.
+# Tests of the content of a report.
 
 
 def test_metrics_json_has_all_sections(finished, reported):
@@ -185,13 +185,13 @@ def test_page_needs_no_other_file(reported):
     page = _parsed(reported / "report" / "index.html")
     assert all(image.startswith("data:image/png;base64,") for image in page.images)
     assert not {"iframe", "object", "svg"} & set(page.elements)
-    assert page.elements.count("link") == 1  # The icon, which is empty.
+    assert page.elements.count("link") == 1  # The only <link> element declares an empty icon.
     policy = (reported / "report" / "index.html").read_text("utf-8")
     assert "default-src 'none'; img-src data:" in policy
 
 
 def _forms(value):
-    """Yields all texts by which a page may show a number."""
+    """Yields all forms in which a page may write a number."""
     if isinstance(value, int):
         yield f"{value:,}"
         yield str(value)
@@ -207,7 +207,7 @@ _NUMBER = re.compile(r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
 
 
 def _numbers(tree):
-    """Yields all numbers and numbers within texts of metrics.json, as a page may show them."""
+    """Yields all numbers in metrics.json, including numbers in texts, as a page may write them."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from _NUMBER.findall(key)
@@ -263,7 +263,7 @@ def test_page_reports_that_scaling_made_calibration_worse(finished, tmp_path, te
 
 
 def test_sections_agree_with_direct_measurement(reported):
-    """The expected values come from the measuring functions, applied to the test split."""
+    """The expected values are computed directly from the predictions for the test split."""
     figures = _metrics(reported)
     predictor = BundlePredictor.load(reported / "bundle")
     dataset = open_as_trained(predictor)
@@ -315,7 +315,7 @@ def test_confused_pairs_have_counts_and_examples(reported):
 
 
 def test_confused_pairs_are_sorted_by_count(reported):
-    """Pairs with equal counts are sorted by the fraction of the true class."""
+    """Pairs with equal counts are sorted by their fraction of the images of the true class."""
     run = read_run(reported, no_track)
     test = run.figures["test"] | {"confusion": [[5, 3, 0], [1, 97, 2], [2, 0, 4]]}
     run = dataclasses.replace(run, network=None, figures={"test": test})
@@ -343,7 +343,7 @@ def test_suspected_labels_have_ids_and_suggestions(reported):
         expected[run.network.source.ids[position]] = run.network.class_names[label - 1]
     network = dataclasses.replace(run.network, probabilities=certain)
     found = sections.suspected_labels(dataclasses.replace(run, network=network))
-    # For all other images the network has a confidence of 0.7.
+    # The network predicts the label of every other image with a confidence of 0.7.
     assert found["ids"] == list(expected)[::-1]
     assert {shown["id"]: shown["predicted"] for shown in found["examples"]} == expected
     assert [shown["split"] for shown in found["examples"]] == ["test", "validation"]
@@ -355,7 +355,7 @@ def test_suspected_labels_have_ids_and_suggestions(reported):
 
 
 def test_augmented_images_are_the_first_training_batch(reported):
-    """The stream has the seed and settings of the run."""
+    """The expected batch comes from a stream with the seed and the settings of the run."""
     run = read_run(reported, no_track)
     assert run.network is not None
     stream = pipeline.training_batches(
@@ -383,7 +383,8 @@ def test_example_images_have_144_pixels(reported):
     for name in names:
         assert max(Image.open(reported / "report" / name).size) == 144
     pairs = sorted((reported / "report" / "examples").glob("augmented_*.png"))
-    assert len(pairs) == 8 == len(figures["augmentation"]["classes"])  # The batch size.
+    # The page shows all images of the first batch, and the batch size is 8.
+    assert len(pairs) == 8 == len(figures["augmentation"]["classes"])
     pixels = np.asarray(Image.open(pairs[0]).convert("RGB"))
     assert pixels.shape == (144, 2 * 144 + 4, 3)
     assert not np.array_equal(pixels[:, :144], pixels[:, -144:])
@@ -406,7 +407,7 @@ def test_small_test_split_shows_command_for_more_seeds(run):
     small = _metrics(run)["summary"]["small_test_split"]
     assert f"--config={run}/config.json --workdir={run}-seed$seed --config.seed=$seed" in text
     assert small["words"] in text
-    assert "stratify" not in small  # The run is already stratified exactly.
+    assert "stratify" not in small  # The run already uses exact stratification.
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -437,7 +438,7 @@ def test_network_at_chance_passes_no_map_check(run, monkeypatch):
         }
         assert passes == ({True} if beats_chance else {None})
         assert ("passes randomization" in text) == beats_chance
-        # The section has the sentence, and so has each section with maps.
+        # The page has these words in this section and in each section with maps.
         assert (text.count("No verdict on the methods: the network is") > 0) != beats_chance
 
 
@@ -479,7 +480,8 @@ def test_maps_are_shown_beside_the_images(run, monkeypatch):
         return np.broadcast_to(np.linspace(0, 1, 16, dtype=np.float32), images.shape[:3])
 
     monkeypatch.setattr(run_report.explanations, "maps", maps)
-    monkeypatch.setattr(run_report, "_FULL", {})  # This test does not need the slow sections.
+    # This test does not need the slow sections.
+    monkeypatch.setattr(run_report, "_FULL", {})
     write_report(run)
     figures = _metrics(run)
     shown = {example["picture"] for example in sections.examples(figures)}
@@ -489,7 +491,7 @@ def test_maps_are_shown_beside_the_images(run, monkeypatch):
         image = Image.open(path)
         under_map = Image.open(path.with_stem(f"{path.stem}_map"))
         assert under_map.size == image.size
-        # The map rises from left to right, and so its colours go from violet to yellow.
+        # The values of the map rise from left to right, so the colours go from violet to yellow.
         pixels = np.asarray(under_map.convert("RGB"), float).mean(axis=0)
         assert pixels[-1, 1] - pixels[0, 1] > 60
     page = (run / "report" / "index.html").read_text("utf-8")
@@ -512,7 +514,7 @@ def test_matrix_rows_are_written_on_one_line(tmp_path):
     assert json.loads((tmp_path / "report" / "metrics.json").read_text("utf-8")) == report
 
 
-# Bad input.
+# Tests with missing, damaged or unsuitable input.
 
 
 def test_moved_data_can_be_named(run, image_folder, tmp_path):
@@ -539,7 +541,8 @@ def test_report_on_one_validation_image_and_unpredicted_class(tmp_path):
     bundle = read_bundle(run / "bundle")
     bundle.variables["params"]["head"]["bias"] = np.array([100, 0], np.float32)
     write_bundle(bundle, run / "bundle")
-    (run / "report" / "metrics.json").unlink()  # The report must measure everything again.
+    # Without metrics.json, the report measures everything again.
+    (run / "report" / "metrics.json").unlink()
 
     text = _written(run).text
     figures = _metrics(run)
@@ -583,7 +586,8 @@ def test_report_of_run_stopped_later_has_curves(finished, tmp_path):
     assert figures["curves"]["epoch"] == [1, 2]
     assert figures["curves"]["verdict"] == "not finished"
     assert "3 damaged lines of metrics.jsonl are not shown" in page.text
-    assert len(page.images) == 6  # Three charts in two themes.
+    # The page has three charts, each in two themes.
+    assert len(page.images) == 6
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -615,7 +619,7 @@ def test_missing_data_before_any_report(run, tmp_path):
 
 
 def _change_augmentation(workdir, **changes):
-    """Changes the augmentation in config.json; None removes a key."""
+    """Changes augmentation keys in config.json; the value None removes a key."""
     path = workdir / "config.json"
     config = json.loads(path.read_text())
     augment = config["augment"] | changes
@@ -651,7 +655,7 @@ def test_sections_of_unknown_format_are_dropped(reported, tmp_path):
 
 @pytest.mark.usefixtures("undrawn")
 def test_sections_of_an_older_format_are_dropped(run, tmp_path):
-    """Format 1 did not separate mistakes with high confidence."""
+    """In format 1, mistakes with high confidence were not counted separately."""
     _written(run)
     _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
     figures = _metrics(run) | {"format": 1}
@@ -729,7 +733,8 @@ def test_page_names_only_measured_checks_and_methods(reported):
     assert "Insertion" in text
     assert "Pointing game" not in text
     assert "Jiang" in text
-    assert "Zhou" not in text  # CAM is not among the methods.
+    # Zhou et al. published CAM, which is not one of the methods of this report.
+    assert "Zhou" not in text
     page = _parsed(reported / "report" / "index.html").text
     assert "pointing game" not in page.lower()
     assert "grad_cam" in page
@@ -817,13 +822,13 @@ def test_hostile_names_are_escaped(tmp_path):
         r"\udcff\udcfe",
     ):
         assert shown in page.text
-    # Charts show numbers instead of names that they cannot draw.
+    # A chart shows a number instead of a class name that the font cannot draw.
     assert "#1" in page.text
     names = {path.name for path in (tmp_path / "run" / "report").rglob("*")}
     assert all(name.isascii() for name in names)
 
 
-# The command.
+# Tests of the command `report`.
 
 
 def _command(*arguments):
@@ -849,7 +854,7 @@ def test_wrong_path_gives_one_line(tmp_path):
     )
 
 
-# In a browser.
+# Tests of the page in a browser.
 
 
 def page_url(reported):
@@ -897,7 +902,7 @@ def test_table_of_classes_can_be_sorted(browser, reported):
     names, state = shown()
     assert state == [None, "ascending"]
     assert [rows[name]["f1"] for name in names] == sorted(row["f1"] for row in rows.values())
-    headings[1].send_keys("\ue007")  # Enter.
+    headings[1].send_keys("\ue007")  # This is the Enter key.
     names, state = shown()
     assert state == [None, "descending"]
     assert [rows[name]["f1"] for name in names] == sorted(

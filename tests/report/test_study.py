@@ -15,7 +15,7 @@ from cnn_jax.report.study_values import MISSING, range_position
 
 
 class _Parser(html.parser.HTMLParser):
-    """Collects the elements, the visible text, the pictures, and the rows of the table."""
+    """A parser for the elements, the visible text, the pictures, and the rows of the table."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ def _parsed(study, folder):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Draws charts of one pixel, for tests that do not look at charts."""
+    """Replaces charts with images of one pixel, for tests that do not check charts."""
 
     def draw(path, *_):
         for theme in style.THEMES:
@@ -79,7 +79,7 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(style, "draw", draw)
 
 
-# Charts.
+# Tests of the charts of a study.
 
 
 CASES = {
@@ -120,12 +120,14 @@ def test_study_charts_are_drawn_for_available_data(name, tmp_path):
     make, expected, slices = CASES[name]
     charts = make_charts(make())
     assert set(charts) == expected | {f"slice_{number:02d}" for number in range(slices)}
-    if name == "large":  # Other slices equal those of "typical".
+    # The slice charts that are left out here are also drawn in the case "typical".
+    if name == "large":
         charts = dict(list(charts.items())[:4] + list(charts.items())[-3:])
     for file, chart in charts.items():
         path = tmp_path / f"{file}.png"
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # For example about a character that the font lacks.
+            # Matplotlib warns, for example, about a character that the font lacks.
+            warnings.simplefilter("error")
             style.draw(path, chart.plot, chart.size, 40)
         with Image.open(path) as image:
             assert np.asarray(image)[..., 3].any()
@@ -155,7 +157,7 @@ def test_unusual_names_and_ranges_are_drawn(tmp_path):
             style.draw(tmp_path / f"{name}.png", chart.plot, chart.size, 40)
 
 
-# The page.
+# Tests of the page of a study.
 
 
 def test_table_of_trials_has_all_numbers(tmp_path, undrawn):
@@ -202,7 +204,8 @@ def test_page_shows_best_trial_and_cost(tmp_path, undrawn):
         in text
     )
     assert "is 0.0099, at the upper end of its range (0.0001 to 0.01, on the log scale)" in text
-    assert text.count("upper end") == 2  # Once in the warning, once in the table.
+    # The words "upper end" are in the warning and in the table.
+    assert text.count("upper end") == 2
     assert "lower end" not in text
     cost = study["cost"]
     saved = 1 - cost["epochs"] / cost["epochs_without_pruning"]
@@ -233,12 +236,12 @@ def test_page_needs_no_other_file(tmp_path):
 
 
 def test_two_processes_may_write_the_page_at_once(tmp_path, monkeypatch):
-    """The second writer starts and ends while the first draws; each page has its own charts."""
+    """While the first writer draws, a second writer writes the whole page; charts are not mixed."""
     study, pages = make_study(12, 1), {}
 
     def write(colour, meanwhile=lambda: None):
         def draw(path, *_):
-            if path.name == "slice_00.png":  # The last chart.
+            if path.name == "slice_00.png":  # This is the last chart.
                 meanwhile()
             for theme in style.THEMES:
                 Image.new("RGB", (1, 1), colour).save(path.with_stem(path.stem + theme.suffix))

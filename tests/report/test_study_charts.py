@@ -22,7 +22,8 @@ def test_history_shows_all_trials():
         trials = [trial for trial in study["trials"] if trial["state"] == state]
         numbers = points[state].get_offsets()[:, 0].tolist()
         assert numbers == [trial["number"] for trial in trials]
-    assert not points["failed"].get_offsets()[:, 1].any()  # At the lower edge.
+    # Failed trials are drawn at the lower edge of the chart.
+    assert not points["failed"].get_offsets()[:, 1].any()
     (best_line,) = axes.lines
     assert best_line.get_ydata()[-1] == study["trials"][study["best"]]["value"]
     assert best_line.get_xdata()[-1] == 39

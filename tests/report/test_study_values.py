@@ -22,11 +22,11 @@ CHOICE = {"kind": "categorical", "choices": [16, "a", False]}
     [
         *((LINEAR, 0.0, "lower"), (LINEAR, 0.025, "lower"), (LINEAR, 0.026, None)),
         *((LINEAR, 0.25, None), (LINEAR, 0.474, None), (LINEAR, 0.475, "upper")),
-        # The margin is 5 % of four decades, a fifth of a decade.
+        # The range of LOG is four decades, so 5 % of the range is a fifth of a decade.
         *((LOG, 1.5e-4, "lower"), (LOG, 1.6e-4, None), (LOG, 0.02, None)),
         *((LOG, 0.63, None), (LOG, 0.64, "upper"), (LOG, 1.0, "upper")),
         *((INT, 2, "lower"), (INT, 3, None), (INT, 37, None), (INT, 38, "upper")),
-        # The margin is 5 % of ten doublings, half a doubling.
+        # The range of LOG_INT is ten doublings, so 5 % of the range is half a doubling.
         *((LOG_INT, 1, "lower"), (LOG_INT, 2, None), (LOG_INT, 700, None), (LOG_INT, 730, "upper")),
         *((CHOICE, 16, None), (CHOICE, False, None), (LINEAR, math.nan, None)),
         # A range with a single value has no edge.
@@ -52,7 +52,7 @@ def test_position_is_fraction_of_range(range_, value, expected):
 
 
 def test_value_axis_excludes_far_worse_values():
-    """The median is 0.9 and the best value 0.95, so the axis reaches down to 0.8."""
+    """The median is 0.9 and the best value is 0.95, so the axis starts at 0.8."""
     values = [0.1, 0.9, 0.9, 0.95, 0.94]
     rising = value_scale({"direction": "maximize", "monitor": "validation_f1"}, values)
     assert (rising.low, rising.high) == pytest.approx((0.8, 0.95))

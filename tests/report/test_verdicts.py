@@ -10,7 +10,7 @@ from cnn_jax.training.metrics import full_report
 
 
 def _metrics(accuracy, count=1000, num_classes=4):
-    """The metrics of a split; wrong images are predicted as the next class."""
+    """Returns the metrics of a split; each misclassified image is predicted as the next class."""
     per_class = count // num_classes
     hits = round(accuracy * per_class)
     confusion = hits * np.eye(num_classes, dtype=int)
@@ -50,7 +50,7 @@ SITUATIONS = {
         0.71,
         "still learning",
     ),
-    # The photographs of the issue on first use: ten epochs, the last one is the best.
+    # These are the metrics of a real run of ten epochs, in which the last epoch was the best.
     "both low, best at the end": (
         _curves(
             [0.53, 0.55, 0.59, 0.53, 0.58, 0.596, 0.57, 0.55, 0.57, 0.604],
@@ -186,10 +186,10 @@ def test_guessing(matrix, expected):
 
 
 def test_baseline_is_the_most_common_class_of_the_split():
-    """The network's accuracy is compared with class 1, which has 59 of 110 images."""
+    """The baseline always predicts class 1, because class 1 has 59 of 110 images."""
     found = verdicts.guessing(_confusion([[33, 18], [26, 33]]))
     assert (found["class"], found["accuracy"]) == ("1", 59 / 110)
-    # Always naming one class is never better than that class.
+    # A network that always predicts the same class is never better than the baseline.
     constant = _confusion([[0, 40], [0, 60]])
     assert verdicts.guessing(constant)["verdict"] == "chance"
     assert not verdicts.beats_chance(constant)
@@ -207,7 +207,7 @@ def test_short_schedule_is_advised_to_train_longer():
 
 
 def test_calibrated_error_matches_simulated_labels():
-    """The expected value uses `expected_calibration_error` on labels drawn from probabilities."""
+    """The expected error is measured on labels that are drawn from the probabilities."""
     rng = np.random.default_rng(1)
     first = rng.uniform(0.5, 0.95, 121)
     probabilities = np.stack([first, 1 - first], axis=1)
@@ -245,7 +245,8 @@ def test_guessing_gives_verdict_on_any_matrix(matrix):
 
 
 def test_falling_p_value_is_small_only_for_falling_values():
-    assert verdicts.falling_p_value([4, 3, 2, 1]) == pytest.approx(1 / 24)  # One of 4! orders.
+    # Only one of the 24 orders of four values is strictly decreasing.
+    assert verdicts.falling_p_value([4, 3, 2, 1]) == pytest.approx(1 / 24)
     assert verdicts.falling_p_value([1, 2, 3, 4]) == pytest.approx(1)
 
 

@@ -1,4 +1,4 @@
-"""Servers in separate processes, on a free local port."""
+"""A server in a separate process, on a free local port, for tests."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from conftest import REPOSITORY
 
 
 class Served:
-    """A running server.
+    """A server that runs in a separate process.
 
     Attributes:
-      url: Its URL, without a slash at the end.
-      process: Its process.
+      url: The server's URL, without a slash at the end.
+      process: The server's process.
     """
 
     def __init__(self, folder: pathlib.Path, *flags: str, wait: bool = True):
@@ -66,14 +66,14 @@ class Served:
         raise AssertionError(f"{pattern!r} has not come: {self._log.read_text()[-3000:]}")
 
     def log(self) -> list[dict]:
-        """Returns the parsed JSON lines of the log."""
+        """Returns the lines of the server's log, parsed from JSON."""
         return [json.loads(line) for line in self._log.read_text().splitlines()]
 
     def output(self) -> str:
         return self._out.read_text()
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """Sends a signal, and returns the exit code."""
+        """Sends a signal to the server, waits until the server exits, and returns the exit code."""
         self.process.send_signal(number)
         return self.process.wait(60)
 
@@ -84,7 +84,7 @@ class Served:
         return requests.get(self.url + path, timeout=30, **options)
 
     def measure(self, name: str) -> float:
-        """Returns a metric of /metrics; the name includes the labels."""
+        """Returns a metric's value from /metrics, or 0 if it is absent; `name` includes labels."""
         for line in self.get("/metrics").text.splitlines():
             if line.startswith(f"{name} "):
                 return float(line.rpartition(" ")[2])

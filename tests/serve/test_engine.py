@@ -21,7 +21,7 @@ def image(value):
 
 
 class Device:
-    """A program that doubles each image's value. It waits for `gate` and records its batches."""
+    """A simulated device that waits for `gate`, records batches, and doubles each image's value."""
 
     def __init__(self, is_open=True):
         self.batches = []
@@ -39,7 +39,7 @@ class Device:
 
 
 def run_with(engine, test):
-    """Runs a coroutine function with a started engine, and closes the engine."""
+    """Starts an engine, runs a coroutine function, and closes the engine."""
 
     async def run():
         engine.start()
@@ -52,7 +52,7 @@ def run_with(engine, test):
 
 
 async def compute(engine, program, value, deadline=None):
-    """Returns the result of a request with one image."""
+    """Sends a request with one image to an engine, and returns the result."""
     (found,) = await engine.compute(program, [lambda: image(value)], deadline or later())
     return found
 
@@ -72,11 +72,12 @@ async def until(condition):
 @pytest.mark.parametrize(
     ("seconds", "sizes"),
     [
-        # On an accelerator a larger batch takes little longer, so a partial batch is padded.
+        # On an accelerator, a larger batch takes only a little longer, so a partial batch is
+        # padded.
         ({1: 1.0, 2: 1.0, 4: 1.1, 8: 1.2}, [1, 2, 4, 4, 8, 8, 8, 8, 8]),
-        # On a CPU the time grows with the size, so images that do not fill a size wait.
+        # On a CPU, the time grows with the batch size, so images that do not fill a batch wait.
         ({1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}, [1, 2, 2, 4, 4, 4, 4, 8, 8]),
-        # Without a gain by batching, images are computed one by one.
+        # If larger batches are not faster per image, images are computed one by one.
         ({1: 1.0, 2: 2.0, 4: 4.0}, [1, 1, 1, 1]),
     ],
 )
@@ -131,7 +132,7 @@ def test_images_that_arrive_during_a_batch_form_one():
         assert [(await other).batch_size for other in others] == [3, 3, 3]
 
     run_with(engine, test)
-    # The last image is repeated to fill the compiled size.
+    # The last image is repeated to fill the compiled batch size.
     assert device.batches == [[1], [2, 3, 4, 4]]
 
 
@@ -267,7 +268,7 @@ def test_retry_after_follows_measured_times():
 
 
 class Decoder:
-    """A decoder that records the values of started images, and waits for `gate`."""
+    """A decoder that waits for `gate`, and records the value of each image that it decodes."""
 
     def __init__(self):
         self.started = []
@@ -296,7 +297,8 @@ def test_decoding_runs_on_threads_before_the_deadline():
         await until(lambda: len(decoder.started) == 2)
         await asyncio.sleep(0.1)
         left.cancel()
-        await asyncio.sleep(0.05)  # The cancelled task needs time to clear its queue.
+        # The cancelled task needs time to clear its queue of images.
+        await asyncio.sleep(0.05)
         decoder.gate.set()
         assert [(await one)[0].result for one in held] == [2, 4]
         with pytest.raises(DeadlineExceeded):
@@ -345,7 +347,7 @@ def test_queue_seconds_include_both_waits():
         await asyncio.sleep(0.1)
         decoder.gate.set()
         one, other = await both
-        # The first image was decoded for 0.1 s, while the other image waited.
+        # The first image was decoded for 0.1 s, while the second image waited.
         assert one.decode_seconds > 0.09
         assert other.decode_seconds < 0.05
         assert one.queue_seconds < 0.05
@@ -373,7 +375,7 @@ def test_large_requests_leave_decoders_for_others():
         await asyncio.gather(held, one, *others)
 
     run_with(engine, test)
-    # The decoder alternates between these images and the request with ten images.
+    # The threads take turns between the two small requests and the request with ten images.
     assert max(decoder.started.index(n) for n in (78, 79)) <= 5
 
 
@@ -397,12 +399,12 @@ def test_an_unexpected_decode_error_fails_the_request():
 
 
 def test_cancelled_requests_free_their_images():
-    """The memory is freed while all threads are busy."""
+    """The memory of a cancelled request is freed while all decoder threads are busy."""
     engine, decoder = Engine(capacity=100, decoders=2), Decoder()
     program = Device().program()
 
     async def leave_behind(ask):
-        """Cancels a request, and returns a weak reference to its image."""
+        """Sends a request and cancels it; returns a weak reference to the request's image."""
         held = [image(5)]
         gone = weakref.ref(held[0])
         left = asyncio.ensure_future(ask(held.pop()))
@@ -425,7 +427,8 @@ def test_cancelled_requests_free_their_images():
         )
         for ask in asks:
             gone = await leave_behind(ask)
-            await asyncio.sleep(0)  # The event loop keeps its last callback alive.
+            # The event loop keeps its last callback alive until the next step.
+            await asyncio.sleep(0)
             gc.collect()
             assert gone() is None
         decoder.gate.set()

@@ -1,4 +1,4 @@
-"""Hostile requests cause no internal error and no memory growth."""
+"""Tests that hostile requests cause no internal error and no memory growth."""
 
 import collections
 import concurrent.futures
@@ -29,7 +29,7 @@ _KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _TOKEN = "token-of-a-keeper-01"
 AS_ADMIN = {"Authorization": f"Bearer {_TOKEN}"}
 post = functools.partial(requests.post, headers=AS_ADMIN)
-# Allowed growth of a server's memory after it is ready.
+# The memory of a server may grow by this number of megabytes after the server is ready.
 _MOST_MEGABYTES = 200
 
 
@@ -64,7 +64,7 @@ def peak_megabytes(server):
 
 
 def mutate(content, rng):
-    """Returns the content with bytes changed, removed or repeated."""
+    """Returns the content with random bytes changed, removed or inserted."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8))):
         place = rng.randrange(len(content) + 1)
@@ -81,7 +81,10 @@ def mutate(content, rng):
 
 
 def test_mutated_images_and_bodies(server):
-    """Sends 1,000 mutations, or $CNN_JAX_MUTATED; with -s it prints the counts of statuses."""
+    """Sends 1,000 mutated images and bodies; the variable CNN_JAX_MUTATED changes this number.
+
+    With `pytest -s`, the test prints the number of responses with each status.
+    """
     count = int(os.environ.get("CNN_JAX_MUTATED", "1000"))
     rng, before = random.Random(0), peak_megabytes(server)
     images = [encode(kind) for kind in _KINDS]
@@ -110,7 +113,7 @@ def test_mutated_images_and_bodies(server):
 
 
 def bomb(kind):
-    """Returns a small file with very many pixels."""
+    """Returns a small file of an image with very many pixels."""
     file = io.BytesIO()
     Image.new("L", (20_000, 8_000)).save(file, kind, **({"quality": 1} if kind == "JPEG" else {}))
     return file.getvalue()
@@ -139,7 +142,7 @@ def test_deep_and_wide_json(server):
         b'{"instances": [' + b'"ab",' * 2_300_000 + b"0]}",
         b'{"instances": [' + b"300," * 2_300_000 + b"0]}",
         b'{"instances": {' + b",".join(b'"%d":0' % n for n in range(800_000)) + b"}}",
-        # A NumPy array of strings would take the size of the longest string for each element.
+        # A NumPy array of strings would need the memory of the longest string for each element.
         b'{"instances": [["' + b"x" * 1_000_000 + b'"' + b',""' * 200_000 + b"]]}",
         b'{"instances": [{"b64": "' + "é".encode() * 5_000_000 + b'"}]}',
     ):
@@ -223,8 +226,7 @@ def test_requests_generated_from_the_openapi_description(server, mode):
             asked[case.operation.label] += 1
             assert answer.status_code != 500
 
-        with contextlib.suppress(
-            hypothesis.errors.Unsatisfiable
-        ):  # Requests that cannot be invalid.
+        # For some operations there are no invalid requests.
+        with contextlib.suppress(hypothesis.errors.Unsatisfiable):
             check()
     assert len(asked) > 8

@@ -1,4 +1,4 @@
-"""The HTTP connections, with a minimal application."""
+"""Tests of the server's HTTP connections, with a minimal application."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,10 @@ from cnn_jax.serve import http
 
 
 async def application(scope, receive, send):
-    """Answers with the body's length, without reading the body, or with a long answer."""
+    """An ASGI application that sends an error, a large body, or the length of the request's body.
+
+    The path of the request selects the response.
+    """
     if scope["type"] != "http":
         return
     if scope["path"] == "/refused":
@@ -36,7 +39,7 @@ async def application(scope, receive, send):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Starts a server with other limits, and returns its port."""
+    """A function that starts a server with changed limits, and returns the server's port."""
     with contextlib.ExitStack() as stack:
 
         def serve(**limits):
@@ -44,7 +47,8 @@ def serve(monkeypatch):
                 monkeypatch.setattr(http, name, value)
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             server = http.make_server(application, 0, 1, lambda: None)
-            server.capture_signals = contextlib.nullcontext  # Signals work only in the main thread.
+            # Signal handlers can be set only in the main thread.
+            server.capture_signals = contextlib.nullcontext
             thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
             thread.start()
 
@@ -65,7 +69,7 @@ def connect(port):
 
 
 def rest_of(connection):
-    """Returns the bytes until the server closes the connection."""
+    """Returns all bytes that the server sends before it closes the connection."""
     found = b""
     with contextlib.suppress(ConnectionError):
         while piece := connection.recv(65_536):
@@ -112,7 +116,7 @@ def test_each_request_of_a_connection_has_the_timeout(serve):
     with connect(port) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
-        # The timeout does not apply between two requests.
+        # The timeout for headers does not apply between two requests.
         time.sleep(0.8)
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n")
         start = time.monotonic()
@@ -151,7 +155,8 @@ def test_the_number_of_connections_is_limited(serve):
             one.sendall(head)
         idle = stack.enter_context(connect(port))
         time.sleep(0.3)
-        with connect(port) as another:  # The server closes the idle connection for it.
+        # The server closes the idle connection to make room for this connection.
+        with connect(port) as another:
             another.sendall(head)
             assert rest_of(idle) == b""
             time.sleep(0.3)
@@ -163,7 +168,7 @@ def test_the_number_of_connections_is_limited(serve):
 
 
 def send_until_closed(connection, piece, most):
-    """Returns the number of bytes that the server accepted."""
+    """Sends a piece repeatedly until the server closes the connection; returns the bytes sent."""
     sent = 0
     with contextlib.suppress(ConnectionError, TimeoutError):
         while sent < most:

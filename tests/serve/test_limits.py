@@ -1,4 +1,4 @@
-"""A disconnect is detected, and is distinguished from other cancellations."""
+"""Tests that a disconnect is detected, and is distinguished from other cancellations."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from cnn_jax.serve.limits import ClientDisconnected, cancel_on_disconnect
 
 
 class Client:
-    """A client that has sent its body and may disconnect."""
+    """A simulated client that has sent its request and may disconnect."""
 
     def __init__(self):
         self._leaves = asyncio.Event()
@@ -28,7 +28,7 @@ async def work(client, answer):
 
 
 async def begun(client):
-    """Starts a request; returns its task and the future of its answer."""
+    """Starts a request; returns the task of the request and the future of the response."""
     answer = asyncio.get_running_loop().create_future()
     task = asyncio.ensure_future(work(client, answer))
     for _ in range(3):
@@ -75,7 +75,8 @@ def test_a_disconnect_cancels_nothing_after_the_context(is_first):
     async def request(client, answer):
         with contextlib.suppress(ClientDisconnected):
             await work(client, answer)
-        for _ in range(5):  # A cancellation that comes late would be raised here.
+        # A cancellation that comes too late would be raised here.
+        for _ in range(5):
             await asyncio.sleep(0)
         return asyncio.current_task().cancelling()
 
@@ -101,9 +102,8 @@ def test_another_cancellation_takes_precedence_over_a_disconnect():
             task, _ = await begun(client)
             if leaves:
                 client.leave()
-                await asyncio.sleep(
-                    0
-                )  # The watcher has seen the disconnect, but the task has not been cancelled yet.
+                # In this step the watcher sees the disconnect, but does not yet cancel the task.
+                await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

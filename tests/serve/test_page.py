@@ -1,4 +1,4 @@
-"""The page in a browser: upload, result, map, errors, versions, and no external requests."""
+"""Tests of the page in a browser: upload, result, map, errors, versions, and external requests."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from cnn_jax.registry.registry import Registry
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
-    """A registry with two versions of a model, with different predictions."""
+    """A registry with two versions of a model, which make different predictions."""
     folder = tmp_path_factory.mktemp("page")
     registry = Registry(folder / "registry")
     for seed in (0, 1):
@@ -41,7 +41,7 @@ def image(tmp_path_factory):
 
 
 def wait_for(browser, script):
-    """Waits until a script returns a true value."""
+    """Waits until a JavaScript expression is true, and returns its value."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     return WebDriverWait(browser, 60).until(lambda _: browser.execute_script(f"return {script}"))
@@ -56,7 +56,7 @@ def choose(browser, path):
 
 
 def complaints(browser):
-    """Returns the browser's error messages since the last call."""
+    """Returns the messages in the browser's log since the last call, without debug messages."""
     return [line for line in browser.get_log("browser") if line["level"] != "DEBUG"]
 
 
@@ -91,7 +91,7 @@ def test_the_page_shows_classes_and_map(browser, server, registry, image, width,
         ".map((one) => one.offsetWidth / one.parentNode.offsetWidth)"
     )
     np.testing.assert_allclose(widths, sorted(probabilities, reverse=True), atol=0.02)
-    # A screen reader gets the focus on the result, and a description of the picture.
+    # For screen readers, the result gets the focus, and the picture has a description.
     assert browser.execute_script("return document.activeElement.id") == "result-title"
     source, alt, is_there = browser.execute_script(
         "const shown = document.getElementById('shown');"
@@ -104,7 +104,7 @@ def test_the_page_shows_classes_and_map(browser, server, registry, image, width,
     shape += "return [box.width, box.height]"
     map_shape = browser.execute_script(shape)
     assert map_shape[0] / map_shape[1] == pytest.approx(80 / 60, rel=0.02)
-    browser.find_element("id", "show-image").send_keys("\ue007")  # Enter.
+    browser.find_element("id", "show-image").send_keys("\ue007")  # This is the Enter key.
     wait_for(browser, "document.getElementById('shown').complete")
     assert browser.execute_script(shape) == map_shape
     assert browser.execute_script("return document.getElementById('shown').src").startswith("blob:")
@@ -147,7 +147,8 @@ def test_the_page_follows_the_served_version(browser, server, registry, image):
     open_page(browser, server)
     registry.promote("shapes", 2)
     server.wait_for_log("version 1: no longer served")
-    choose(browser, image)  # The page was not reloaded.
+    # The page is not reloaded before this request.
+    choose(browser, image)
     wait_for(browser, "document.getElementById('took').textContent.includes('version 2')")
     wait_for(browser, "document.getElementById('about').textContent.includes('version 2')")
     name, probabilities = expected_of(registry, 2, image)
@@ -155,14 +156,15 @@ def test_the_page_follows_the_served_version(browser, server, registry, image):
 
 
 def test_all_controls_work_by_keyboard(browser, server, image):
-    """All controls are reached by Tab, starting from the result."""
+    """The Tab key reaches all controls, starting from the result."""
     from selenium.webdriver import ActionChains, Keys
 
     open_page(browser, server)
     choose(browser, image)
     wait_for(browser, "!document.getElementById('result').hidden")
     reached = []
-    for _ in range(6):  # One full round of Tab, including the browser's own controls.
+    # Six presses of Tab go through all controls, including the browser's own controls.
+    for _ in range(6):
         ActionChains(browser).send_keys(Keys.TAB).perform()
         reached.append(
             browser.execute_script(

@@ -1,4 +1,4 @@
-"""The request log: its size limit, its sampling and its errors."""
+"""Tests of the request log: its size limit, its sampling and its errors."""
 
 import sqlite3
 
@@ -39,8 +39,8 @@ def test_the_log_deletes_its_oldest_rows(version, tmp_path):
     assert log.lost_rows == 0
     kept = ids_of(path)
     assert kept == list(range(kept[0], 800))
-    assert 100 < len(kept) < 300  # About a kilobyte per row.
-    # The tolerance is one batch of rows and SQLite's write-ahead log.
+    assert 100 < len(kept) < 300  # A row takes about one kilobyte.
+    # One batch of rows and SQLite's write-ahead log may exceed the size limit.
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1.5 * most
 
 
@@ -78,7 +78,7 @@ def test_rows_lost_to_a_full_disk_are_counted(version, tmp_path, monkeypatch):
 def test_record_never_waits(version, tmp_path):
     log = RequestLog(tmp_path / "requests.db")
     with sqlite3.connect(tmp_path / "requests.db") as other:
-        other.execute("begin exclusive")  # No other connection can write.
+        other.execute("begin exclusive")  # Now no other connection can write.
         offer(log, version, range(1_100))
         assert log.lost_rows >= 90
     log.close()

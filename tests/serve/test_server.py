@@ -1,4 +1,4 @@
-"""The server's protocols over the network."""
+"""Tests of the server's protocols over the network."""
 
 import base64
 import concurrent.futures
@@ -70,7 +70,7 @@ def expected_of(predictor, image):
 
 
 def error_of(answer):
-    """Returns status and reason of an error, and checks its JSON keys."""
+    """Returns the status and the reason of an error response, and checks its JSON keys."""
     found = answer.json()
     assert found.keys() == {"error", "reason", "request_id"}
     assert found["request_id"] == answer.headers["x-request-id"]
@@ -78,7 +78,7 @@ def error_of(answer):
     return answer.status_code, found["reason"]
 
 
-# The native protocol.
+# Tests of the server's own protocol.
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,7 +132,7 @@ def test_a_map_as_png(server, predictor, spelling):
 
 
 def tensor(shape, datatype, data):
-    """Returns a body of the Open Inference Protocol with one tensor."""
+    """Returns a request body of the Open Inference Protocol, with one tensor."""
     return json.dumps({"inputs": [{"shape": shape, "datatype": datatype, "data": data}]})
 
 
@@ -200,7 +200,7 @@ def test_invalid_requests_get_status_and_reason(server, path, body, expected):
 
 
 def test_every_route_names_a_misspelt_parameter(server):
-    """If it were ignored, the answer would be for another request."""
+    """If a misspelt parameter were ignored, the server would answer a different request."""
     description = server.get("/openapi.json").json()["paths"]
     paths = [(method, path) for path, methods in description.items() for method in methods]
     paths += [("get", path) for path in ("/", "/docs", "/openapi.json", "/healthz", "/readyz")]
@@ -208,7 +208,8 @@ def test_every_route_names_a_misspelt_parameter(server):
     values = {"model": "shapes", "version": 1, "alias": "default"}
     for method, path in paths:
         if path.startswith("/admin/"):
-            continue  # These paths are refused without a token.
+            # The server refuses these paths without a token.
+            continue
         url = f"{server.url}{path.format_map(values)}?Explian=grad_cam"
         answer = requests.request(method, url, timeout=30)
         assert error_of(answer) == (400, "parameter"), path
@@ -266,7 +267,7 @@ def test_a_body_of_unknown_length_is_limited(server, predictor):
     assert answer.json()["predictions"][0]["probability"] == pytest.approx(
         expected_of(predictor, image).max(), abs=1e-6
     )
-    # The server may refuse and close before the client has sent everything.
+    # The server may refuse the request and close the connection before the whole body is sent.
     with contextlib.suppress(requests.ConnectionError):
         assert error_of(server.post("/predict", (b"x" * 100_000 for _ in range(20)))) == (
             413,
@@ -274,7 +275,7 @@ def test_a_body_of_unknown_length_is_limited(server, predictor):
         )
 
 
-# TensorFlow Serving's protocol.
+# Tests of the protocol of TensorFlow Serving.
 
 
 def test_tensorflow_serving_in_rows_and_columns(server, predictor):
@@ -307,7 +308,7 @@ def test_tensorflow_serving_status_and_metadata(server):
     assert error_of(server.get("/v1/models/shapes/versions/2")) == (404, "no_version")
 
 
-# The Open Inference Protocol.
+# Tests of the Open Inference Protocol.
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -343,7 +344,7 @@ def test_open_inference_of_files(server, predictor):
 
 @pytest.mark.parametrize("kind", ["UINT8", "BYTES"])
 def test_open_inference_of_binary_tensors(server, predictor, kind):
-    """Triton's clients send binary tensors by default."""
+    """The clients of Triton send binary tensors by default."""
     if kind == "UINT8":
         images = list(np.stack([picture(seed) for seed in range(2)]))
         shape, binary = [2, 20, 30, 3], np.stack(images).tobytes()
@@ -375,7 +376,7 @@ def test_open_inference_of_binary_tensors(server, predictor, kind):
 
 @pytest.mark.parametrize("is_binary", [True, False])
 def test_tritons_own_client(server, predictor, is_binary):
-    """`tritonclient[http]` is not in the extra `test`, because it pins old libraries."""
+    """The test needs `tritonclient[http]`, which is no test dependency: it pins old libraries."""
     http = pytest.importorskip("tritonclient.http")
     client = http.InferenceServerClient(server.url.partition("//")[2])
     assert client.is_server_live()
@@ -430,11 +431,11 @@ def test_open_inference_metadata(server):
     assert error_of(server.get("/v2/models/other/ready")) == (404, "no_model")
 
 
-# Batching, limits, health and logs.
+# Tests of batching, limits, health and logs.
 
 
 def test_batching_does_not_change_answers(server, predictor):
-    """Two hundred different images at once, from many clients."""
+    """Many clients send two hundred different images at the same time."""
     images = [encode(picture(seed)) for seed in range(200)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda image: server.post("/predict?top=3", image), images))
@@ -553,11 +554,11 @@ def test_the_log_has_requests_without_image_content(server):
     assert secret.decode() not in json.dumps(server.log())
 
 
-# Hostile clients, and clients with slow connections.
+# Tests with hostile clients, and with clients that have slow connections.
 
 
 def speak(server, *parts, wait=0.0, seconds=20):
-    """Sends bytes; returns the answer until the connection closes or the timeout."""
+    """Sends bytes; returns all received bytes until the connection is closed or times out."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as connection:
         found = b""
         try:
@@ -616,7 +617,7 @@ def test_one_connection_serves_many_requests(server):
         assert answer.status == 200
         answer.read()
     connection.close()
-    # Several requests at once (pipelining).
+    # The client sends several requests without waiting for answers (pipelining).
     one = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
     last = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
     assert speak(server, one * 3 + last).count(b"HTTP/1.1 200") == 4

@@ -1,4 +1,4 @@
-"""Overload, timeouts and disconnects, with a device that waits for a gate."""
+"""Tests of overload, timeouts and disconnects, with a simulated device that the tests control."""
 
 import asyncio
 import concurrent.futures
@@ -34,7 +34,7 @@ def encode(value=0):
 
 
 class Gated:
-    """A server in a thread, whose device computes once `gate` is set.
+    """A server in a thread, with a simulated device that waits until `gate` is set.
 
     Attributes:
       batches: The grey levels of the images of each batch.
@@ -156,7 +156,8 @@ def test_a_timed_out_request_is_dropped(serve, pool):
         assert answer.status_code == 503
         assert answer.json()["reason"] == "late"
         assert answer.headers["retry-after"] == "1"
-    assert first.result().json()["reason"] == "late"  # Although its batch is running.
+    # The first request also times out, although its batch is already running.
+    assert first.result().json()["reason"] == "late"
     assert server.post(4).status_code == 200
     assert server.batches == [[1], [4]]
 
@@ -185,10 +186,11 @@ def test_a_missing_body_times_out(serve):
         start = time.monotonic()
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nx")
         version = server.service.models.find()
-        until(
-            lambda: version.in_use == 1
-        )  # Otherwise the version could be unloaded before the body arrives.
-        answer = b"".join(iter(lambda: connection.recv(65_536), b""))  # Reads until the end.
+        # The request keeps the version in use, so the version is not unloaded before the body
+        # arrives.
+        until(lambda: version.in_use == 1)
+        # The loop ends when the server closes the connection.
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
         assert answer.startswith(b"HTTP/1.1 408")
         assert b'"reason":"slow"' in answer
         assert 0.4 < time.monotonic() - start < 5
@@ -207,7 +209,7 @@ def test_the_total_size_of_bodies_is_limited(serve):
         answer = requests.post(f"{server.url}/predict", b"x" * 1_900_000, timeout=10)
         assert answer.status_code == 429
         assert answer.json()["reason"] == "busy"
-        # Bodies of a few bytes are accepted even if large bodies use up their limit.
+        # Small bodies are still accepted when large bodies use up their own limit.
         assert requests.post(f"{server.url}/predict", b"x" * 1_000_000, timeout=10).ok is False
         for _ in range(2):
             one = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
@@ -234,7 +236,7 @@ def test_internal_errors_have_no_details(serve, version, caplog):
     assert requests.get(f"{server.url}/healthz", timeout=10).status_code == 200
 
 
-# A request with a loaded version.
+# Tests of the states of models and versions.
 
 
 def test_open_inference_reports_readiness(serve):
@@ -245,7 +247,7 @@ def test_open_inference_reports_readiness(serve):
 
     server.service.models.set_state("default", 2, LOADING)
     found = requests.get(f"{server.url}/v2/models/default", timeout=10).json()
-    assert found["versions"] == ["1"]  # The loaded versions.
+    assert found["versions"] == ["1"]  # Only loaded versions are listed.
     own = "models/default/versions"
     assert [status(f"{own}/{number}/ready") for number in (1, 2, 3)] == [200, 503, 404]
     ready = ("health/ready", "models/default/ready", f"{own}/1/ready")
@@ -287,7 +289,7 @@ def test_models_are_found_by_name_number_and_alias(version):
     assert models.remove_version("one", 3) is three
     assert refused("one", 3) == 404
     models.add_model("two", is_required=False)
-    assert models.find() is five  # The only model with a default version.
+    assert models.find() is five  # Only the model "one" has a default version.
     assert models.is_ready()
     assert not models.is_ready("two")
     two = dataclasses.replace(version, model="two", number=1)

@@ -1,4 +1,4 @@
-"""Versions are loaded and unloaded while clients send requests."""
+"""Tests that load and unload versions while clients send requests."""
 
 import asyncio
 import concurrent.futures
@@ -45,7 +45,7 @@ def encode(seed=0):
 
 
 def add(registry, folder, seed, model="shapes"):
-    """Adds a bundle with other weights as the next version."""
+    """Adds a bundle with other weights as the next version; returns the version's number."""
     path = folder / f"bundle-{model}-{seed}"
     write_bundle(make_bundle(seed), path)
     return registry.add(model, path).version.number
@@ -89,7 +89,11 @@ def states_of(server, model="shapes"):
 
 
 def test_an_alias_moves_without_a_failed_request(serve, registry, tmp_path):
-    """Each answer comes from the version that it names, and the version changes once."""
+    """The probabilities in each response are those of the version that the response names.
+
+    While clients send requests, an alias is moved to version 2 and back; only these moves change
+    the version.
+    """
     expected = {}
     for number in (1, 2):
         (prediction,) = predict_batch(BundlePredictor(make_bundle(number)), [encode()])
@@ -135,14 +139,14 @@ def test_a_broken_version_leaves_the_old_version(serve, registry, tmp_path):
     registry.promote("shapes", 2)
     registry.promote("shapes", 1)
     with serve() as server:
-        # Flip a bit of the weights in the registry.
+        # Damage version 2: flip a bit of its weights in the registry.
         path = tmp_path / "registry" / registry.resolve("shapes", 2).bundle.path
         weights = bytearray((path / "weights.safetensors").read_bytes())
         weights[-1] ^= 1
         (path / "weights.safetensors").chmod(0o644)
         (path / "weights.safetensors").write_bytes(weights)
         for number, reason in ((2, "the log says why"), (without_numbers, "not probabilities")):
-            # A damaged version is not promoted, but a rollback may select it.
+            # `promote` refuses a damaged version, but a rollback may select a damaged version.
             registry.rollback("shapes") if number == 2 else registry.promote("shapes", number)
             until(lambda number=number: states_of(server).get(number) == "END")
             server.wait_for_log(f"version {number}: not loaded; the loaded versions stay")
@@ -165,7 +169,8 @@ def test_several_versions_and_models_at_once(serve, registry, tmp_path):
     add(registry, tmp_path, 7, "others")
     registry.promote("others", 1)
     with serve("--versions=challenger,9") as server:
-        assert version_of(server) == 400  # The model is missing.
+        # Two models are loaded, but the request names no model.
+        assert version_of(server) == 400
         assert version_of(server, "&model=shapes") == 1
         assert version_of(server, "&model=shapes&alias=challenger") == 2
         assert version_of(server, "&model=shapes&version=2") == 2
@@ -180,7 +185,7 @@ def test_several_versions_and_models_at_once(serve, registry, tmp_path):
 
 
 def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
-    """The alias is rolled back while the next version is compiled."""
+    """The alias is rolled back while the next version is loaded."""
     desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
 
     class Changing(Source):
@@ -189,7 +194,8 @@ def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
 
         def open(self, model, number):
             if number == 2:
-                desired["shapes"] = DesiredState({1: "1"}, {"champion": 1})  # A rollback.
+                # This assignment simulates a rollback of the alias.
+                desired["shapes"] = DesiredState({1: "1"}, {"champion": 1})
             return make_bundle(number)
 
         def set_extra(self, model, number, is_extra):
@@ -212,7 +218,7 @@ def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
         assert {"champion": 2} not in seen
         assert service.models.default("shapes").number == 1
         assert set(service.models.loaded("shapes")) == {1}
-        # Another bundle under the same number replaces the version.
+        # A loaded version is replaced if the registry now has another bundle under its number.
         desired["shapes"] = DesiredState({1: "other"}, {"champion": 1})
         await loader.synchronize()
         assert service.models.default("shapes").digest == "other"
@@ -257,7 +263,8 @@ def test_a_broken_new_model_does_not_affect_others(serve, registry, tmp_path):
         registry.promote("birds", 1)
         server.wait_for_log("birds, version 1: not loaded")
         assert server.get("/readyz").status_code == 200
-        assert version_of(server) == 1  # Only one model is loaded.
+        # The request needs no model name, because only one model is loaded.
+        assert version_of(server) == 1
         registry.promote("shapes", 2)
         until(lambda: version_of(server) == 2)
         # The broken model can be removed from the server.
@@ -487,7 +494,8 @@ def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
             until(lambda: version_of(server) == 2)
             start = time.monotonic()
             assert server.post("/predict", encode(), headers=AS_CLIENT).ok
-            assert time.monotonic() - start > 0.05  # It waited for more requests.
+            # The server waited for more requests before it computed the batch.
+            assert time.monotonic() - start > 0.05
             too_much = server.post("/predict", b"x" * 600_000, headers=AS_CLIENT)
             assert too_much.status_code == 413
             help_ = subprocess.run(

@@ -1,4 +1,4 @@
-"""Atomic writes: old content or new content, and no temporary files."""
+"""Tests that a file has its old or new content after a write, and no temporary file remains."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""Output of all commands on any terminal, their errors and exit codes."""
+"""Tests of the output of all commands on any terminal, of error messages and of exit codes."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ NAMES = ("grün", "œuvre d'art", "猫 und Hund")
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run with class names that few encodings have, and its data in `images`."""
+    """A run whose class names need Unicode; the folder `images` has the data of the run."""
     folder = tmp_path_factory.mktemp("names")
     rng = np.random.default_rng(0)
     for name in NAMES:
@@ -56,7 +56,7 @@ def _run(*arguments, **environment):
 
 
 def _run_main(body, **environment):
-    """Runs a one-line command that imports nothing slow."""
+    """Runs `body` as a command that has no slow imports; returns its stdout as bytes."""
     code = f"import sys, logging; from cnn_jax.system import cli; cli.run(lambda argv: {body})"
     process = subprocess.run(
         [sys.executable, "-c", code],
@@ -75,7 +75,8 @@ def _run_main(body, **environment):
         ({"PYTHONIOENCODING": "utf-8"}, "grün 猫".encode() + b"\xff\n"),
         ({"PYTHONIOENCODING": "latin-1"}, b"gr\xfcn \\u732b\xff\n"),
         ({"PYTHONIOENCODING": "ascii:strict"}, b"gr\\xfcn \\u732b\xff\n"),
-        (  # A host without a locale.
+        # These variables simulate a host without a locale.
+        (
             {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
             b"gr\\xfcn \\u732b\xff\n",
         ),
@@ -145,7 +146,7 @@ def test_a_table_fits_the_terminal_and_keeps_its_words(names, width):
 
 
 def _on_a_terminal(*arguments, columns=60):
-    """Returns the output of a command on a terminal, and its exit code."""
+    """Runs a command on a terminal; returns the output and the exit code."""
     terminal, its_side = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -160,7 +161,7 @@ def _on_a_terminal(*arguments, columns=60):
     try:
         while chunk := os.read(terminal, 65536):
             output += chunk
-    except OSError:  # Linux raises this error if the other side is closed.
+    except OSError:  # Linux raises this error when the other side of the terminal is closed.
         pass
     os.close(terminal)
     return output.decode(), process.wait()
@@ -180,7 +181,7 @@ def test_errors_and_warnings_are_wrapped_between_words():
     lines = text.splitlines()
     assert " ".join(lines) == f"WARNING: {message} error: {message}"
     assert len(lines) > 4
-    # Only the path is longer, because it has no spaces to break at.
+    # Only the line with the path is longer, because the path has no spaces to break at.
     assert all(len(line) <= 60 or line.startswith("/a/long/path") for line in lines)
 
 

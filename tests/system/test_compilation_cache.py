@@ -1,4 +1,4 @@
-"""Commands keep compiled programs. Each test starts processes, because JAX has global settings."""
+"""Tests of the compilation cache, in new processes because JAX has global settings."""
 
 import os
 import subprocess
@@ -69,11 +69,12 @@ def test_the_second_prediction_compiles_nothing(arguments, folder):
     cold = _predict(arguments, folder)
     kept = _written(folder)
     is_kept = any(name.startswith("jit_probabilities-") for name in kept)
-    # From JAX 0.11 on, oneDNN computes the convolutions, and XLA cannot store such programs.
+    # From JAX 0.11 on, oneDNN computes the convolutions, and XLA cannot store programs with oneDNN.
     assert is_kept == (jax.__version_info__ < (0, 11))
     assert folder.stat().st_mode & 0o777 == 0o700
     assert _predict(arguments, folder) == cold
-    assert _written(folder) == kept  # No program was written.
+    # The second prediction wrote no program.
+    assert _written(folder) == kept
 
 
 def test_an_incomplete_file_is_replaced(folder):
@@ -89,8 +90,8 @@ def test_an_incomplete_file_is_replaced(folder):
 
 
 def test_a_full_disk_leaves_no_incomplete_file(folder):
-    """Limits the file size of the process, so that a write fails as on a full disk."""
-    assert _sort(folder, before="ulimit -f 1")  # Kilobytes.
+    """The test limits the file size of a process, so that a write fails as on a full disk."""
+    assert _sort(folder, before="ulimit -f 1")  # The limit is one kilobyte.
     assert not list(folder.glob("jit_sort-*"))
 
 

@@ -1,4 +1,4 @@
-"""Lines on terminals of any width, also with characters that take two columns."""
+"""Tests of lines on terminals of any width, also with characters that take two columns."""
 
 import re
 
@@ -19,7 +19,10 @@ _RECORD = {
 
 
 def _shown(width, monkeypatch, capsys, show):
-    """Returns the lines of stderr on a terminal of this width in columns; None means a file."""
+    """Returns the lines that `show` prints to stderr, on a terminal that has `width` columns.
+
+    If `width` is None, stderr is a file.
+    """
     monkeypatch.delenv("COLUMNS", raising=False)
     if width is not None:
         monkeypatch.setenv("COLUMNS", str(width))
@@ -51,9 +54,8 @@ def test_the_table_of_epochs_has_the_columns_that_fit(width, columns, monkeypatc
     assert len(epoch.split()) == len(columns) + 2
     assert epoch.endswith("  best")
     assert max(map(len, (titles, head, epoch))) <= (width or 80)
-    assert (
-        head.find("loss") + 4 == epoch.find("1.000") + 5
-    )  # A number ends in the same column as its title.
+    # A number ends where the title of its column ends.
+    assert head.find("loss") + 4 == epoch.find("1.000") + 5
     assert len(head) == len(epoch.removesuffix("  best"))
     assert ("train" in titles) == (columns.count("loss") == 2)
 

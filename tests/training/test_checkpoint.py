@@ -109,7 +109,7 @@ def test_a_checkpoint_within_an_epoch_is_never_the_best(tmp_path):
 
 
 def test_a_state_that_is_donated_after_save_is_saved_unchanged(tmp_path):
-    """Training continues, and reuses the arrays, while they are written."""
+    """Training continues, and reuses the buffers of the state, while the checkpoint is written."""
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state = {"weights": jnp.zeros(1_000_000)}
     with _open(tmp_path) as checkpoints:
@@ -122,7 +122,7 @@ def test_a_state_that_is_donated_after_save_is_saved_unchanged(tmp_path):
 
 
 def test_a_history_that_grows_after_save_is_saved_unchanged(tmp_path):
-    """Training continues, and appends to the list, while it is written."""
+    """Training continues, and appends to the history, while the checkpoint is written."""
     history = [_record(1, 0.5)]
     with _open(tmp_path) as checkpoints:
         for epoch in range(2, 6):
@@ -158,7 +158,7 @@ def test_a_checksum_detects_flipped_bits_in_every_dtype(flips):
 
 @pytest.mark.parametrize("bit", [0, 15, 30, 31])
 def test_a_checksum_detects_the_same_bit_flipped_in_many_elements(bit):
-    """A sum of products would not detect them, because the highest bits cancel."""
+    """A sum of products would not detect flips of the highest bits, because these bits cancel."""
     bits = np.random.default_rng(0).integers(0, 2**32, 400, np.uint32)
     before = int(checksums([jnp.asarray(bits)])[0])
     for count in (2, 4, 256, 400):
@@ -169,7 +169,7 @@ def test_a_checksum_detects_the_same_bit_flipped_in_many_elements(bit):
 
 
 def _mix(x):
-    """MurmurHash3's 32-bit finalizer, in Python's integers."""
+    """The 32-bit finalizer of MurmurHash3, computed with Python integers."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
     x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
     return x ^ (x >> 16)
@@ -186,7 +186,8 @@ def test_a_checksum_does_not_depend_on_the_sharding():
         assert int(checksums([divided])[0]) == expected
 
 
-# Damaged checkpoints. The second of three epochs is best, so that 10, 20 and 30 are kept.
+# Tests with damaged checkpoints. The second of three epochs is best, so that the steps 10, 20 and
+# 30 are kept.
 
 
 def _files(checkpoint):
@@ -210,7 +211,7 @@ def _remove(path, rng):
 @pytest.mark.parametrize("damage", [_flip, _halve, _remove])
 @pytest.mark.parametrize("step", [20, 30])
 def test_a_damaged_file_never_changes_the_restored_content(tmp_path, damage, step):
-    """For each file, the damage has no effect, or an earlier checkpoint is restored."""
+    """Damage to a file has no effect, or an earlier checkpoint is restored."""
     history = _save_epochs(tmp_path / "whole", [0.1, 0.9, 0.5])
     rng = random.Random(step)
     restored_steps = collections.Counter()
@@ -223,7 +224,8 @@ def test_a_damaged_file_never_changes_the_restored_content(tmp_path, damage, ste
             assert saved is not None
             jax.tree.map(np.testing.assert_array_equal, saved.state, _state(saved.step))
             assert saved.history == history[: saved.step // 10]
-            # Later checkpoints are moved, so that the same steps can be saved again.
+            # Later checkpoints are moved to another folder, so that the same steps can be saved
+            # again.
             assert checkpoints.steps()[0] == saved.step
             assert moved_steps == [other for other in (30, 20) if other > saved.step]
             moved = {entry.name for entry in (run / "damaged").glob("*")}

@@ -1,4 +1,4 @@
-"""Runs in new processes under simulated faults: signals, full disks, damaged files."""
+"""Tests of runs in new processes, with simulated faults: signals, full disks, damaged files."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ TINY = (
     "--config.train.patience=1000",
     "--config.report.detail=none",
 )
-# A number of epochs so large that no run finishes during a test.
+# This number of epochs is so large that no run finishes during a test.
 ENDLESS = "--config.train.epochs=100000"
 
 
@@ -61,7 +61,7 @@ def run(source, workdir, *flags, **options):
 
 
 def wait_for_epochs(workdir, epochs, processes):
-    """Waits for this number of finished epochs; no process may end before."""
+    """Waits until a run has finished `epochs` epochs; no process may end earlier."""
     log = workdir / "metrics.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < epochs:
         for process in processes:
@@ -71,7 +71,7 @@ def wait_for_epochs(workdir, epochs, processes):
 
 @contextlib.contextmanager
 def running(source, workdir, *flags, epochs=1, **options):
-    """A context with a run that has finished this number of epochs."""
+    """A context with a running process that has finished at least `epochs` epochs."""
     process = start(source, workdir, *flags, **options)
     try:
         wait_for_epochs(workdir, epochs, [process])
@@ -83,7 +83,7 @@ def running(source, workdir, *flags, epochs=1, **options):
 
 
 def one_line(stderr):
-    """The error message, which must be one line, and the last line."""
+    """Returns the error message, which must be a single line at the end of stderr."""
     assert "Traceback" not in stderr, stderr
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, stderr
@@ -92,7 +92,7 @@ def one_line(stderr):
 
 
 def workers(process):
-    """The Grain workers of a run: its spawned child processes without the resource tracker."""
+    """Returns the PIDs of a run's Grain workers: spawned children except the resource tracker."""
     tasks = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")
     pids = [int(pid) for task in tasks for pid in task.read_text().split()]
     lines = {pid: pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids}
@@ -107,7 +107,7 @@ def is_alive(pid):
 
 
 def results(workdir):
-    """The log without times, and the results, which must be bitwise the same."""
+    """Returns the log without times, and the result files, which must be bitwise reproducible."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         del record["seconds"], record["images_per_second"]
@@ -117,14 +117,14 @@ def results(workdir):
 
 @pytest.fixture
 def images(image_folder, tmp_path):
-    """A copy of the images, which a test may damage."""
+    """A copy of the image folder, which a test may change."""
     shutil.copytree(image_folder, tmp_path / "images")
     return tmp_path / "images"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(image_folder, tmp_path_factory):
-    """A run of 6 epochs without faults."""
+    """The folder of a run of 6 epochs without faults."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     process = run(image_folder, workdir, "--config.train.epochs=6")
     assert process.returncode == 0, process.stderr
@@ -141,7 +141,7 @@ def test_a_second_run_in_the_same_folder_is_refused(image_folder, tmp_path):
         assert first.poll() is None
         first.kill()
         first.communicate()
-        # The system has released the lock of the killed run.
+        # The operating system has released the lock of the killed run.
         third = run(image_folder, workdir, "--config.train.epochs=1")
         assert "is in use" not in third.stderr
 
@@ -150,7 +150,7 @@ def test_a_second_run_in_the_same_folder_is_refused(image_folder, tmp_path):
 def test_a_second_signal_ends_the_process_during_compilation(image_folder, tmp_path, signum):
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     flags = [flag for flag in command(image_folder, tmp_path / "run", ENDLESS) if "=16" not in flag]
-    # This network takes long to compile.
+    # This network takes a long time to compile.
     process = subprocess.Popen(
         [*flags, "--config.model.features=(8,8,8,8)"],
         cwd=REPOSITORY,
@@ -169,13 +169,14 @@ def test_a_second_signal_ends_the_process_during_compilation(image_folder, tmp_p
     began = time.monotonic()
     process.send_signal(signum)
     process.communicate()
-    assert time.monotonic() - began < 5  # Usually much less, but the machine may be busy.
+    # The process usually ends much faster, but the machine may be busy.
+    assert time.monotonic() - began < 5
     assert process.returncode == 128 + signum
 
 
 @pytest.mark.parametrize("delay", [0.6, 0.9, 1.2, 1.3, 1.4, 1.6, 2.0])
 def test_a_signal_before_the_first_step_exits_with_75(image_folder, tmp_path, delay):
-    """The signal comes during imports, the start of JAX, or the scan of the data."""
+    """A signal during imports, JAX's start, or the scan of the data ends the run with status 75."""
     process = start(image_folder, tmp_path / "run", ENDLESS)
     time.sleep(delay)
     process.send_signal(signal.SIGTERM)
@@ -234,7 +235,7 @@ def test_a_missing_image_is_named_and_the_run_resumes_later(images, tmp_path, un
 def test_a_damaged_checkpoint_is_reported_and_its_predecessor_is_used(
     image_folder, tmp_path, undisturbed
 ):
-    """The latest of four checkpoints is damaged; the results equal those of an intact run."""
+    """The latest of four checkpoints is damaged; the results equal those of an undamaged run."""
     workdir = tmp_path / "run"
     flags = ("--config.optimizer.decay_epochs=6",)
     assert run(image_folder, workdir, *flags, "--config.train.epochs=4").returncode == 0
@@ -254,7 +255,7 @@ def test_a_damaged_checkpoint_is_reported_and_its_predecessor_is_used(
 
 @contextlib.contextmanager
 def small_disk(folder, size):
-    """A context with a file system of this size, in memory, at `folder`."""
+    """A context in which an in-memory file system of the given size is mounted at `folder`."""
     folder.mkdir()
     mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
@@ -296,7 +297,10 @@ def test_a_full_disk_is_reported_and_the_run_resumes_later(image_folder, tmp_pat
 
 
 def test_a_full_disk_for_events_raises_in_the_run(tmp_path):
-    """A writer thread would end unnoticed, and the tenth event would block."""
+    """A disk error is raised in the run itself; in a writer thread it would not be noticed.
+
+    With a writer thread, the run would block at the tenth event.
+    """
     with small_disk(tmp_path / "disk", "4k"):
         (tmp_path / "tensorboard").symlink_to(tmp_path / "disk")
         threads = threading.active_count()
@@ -310,7 +314,7 @@ def test_a_full_disk_for_events_raises_in_the_run(tmp_path):
 
 
 def test_a_full_disk_for_results_is_reported(image_folder, tmp_path, undisturbed):
-    """The disk of the report is full when the results are written."""
+    """If the disk of the report folder is full, the run ends with an error message of one line."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     shutil.rmtree(workdir / "report")
@@ -353,7 +357,10 @@ def test_a_read_only_folder_is_reported_before_the_data_is_read(image_folder, tm
 
 
 def test_a_too_large_batch_is_reported_before_the_first_step(image_folder, tmp_path):
-    """The specification's network at 64 pixels needs about 3 MB for each image."""
+    """A batch that does not fit into memory is refused before the first step.
+
+    The default network needs about 3 MB for each image of 64 x 64 pixels.
+    """
     flags = [flag for flag in command(image_folder, tmp_path / "run") if "model" not in flag]
     flags.remove("--config.data.image_size=16")
     process = subprocess.run(
@@ -376,7 +383,7 @@ def test_a_too_large_batch_is_reported_before_the_first_step(image_folder, tmp_p
 
 
 def test_running_out_of_memory_is_a_one_line_error(image_folder, tmp_path):
-    """The memory limit of the process is lowered after the compilation."""
+    """If memory runs out after the compilation, the run ends with an error message of one line."""
     code = (
         "import pathlib, resource, sys\n"
         "from cnn_jax import main\n"

@@ -59,7 +59,7 @@ def _weights(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, image_folder):
-    """A finished run: its folder, its configuration, and the result of the call."""
+    """The folder and configuration of a finished run, and the result of `train_and_evaluate`."""
     config = _tiny(image_folder)
     workdir = tmp_path_factory.mktemp("finished") / "run"
     return workdir, config, train_and_evaluate(config, workdir)
@@ -88,7 +88,8 @@ def test_a_run_writes_the_documented_files(finished):
     workdir, config, report = finished
     resolved = json.loads(resolve(config).to_json())
     assert resolved["train"].pop("steps_per_execution") == 0
-    resolved["train"]["steps_per_execution"] = 1  # The images are not on an accelerator.
+    # The automatic value is 1, because the images are not on an accelerator.
+    resolved["train"]["steps_per_execution"] = 1
     assert json.loads((workdir / "config.json").read_text()) == resolved
     assert (resolved["precision"], resolved["augment"]["place"]) == ("float32", "host")
     history = _history(workdir)
@@ -136,7 +137,7 @@ def test_the_bundle_has_the_parameters_of_the_best_epoch(finished):
 
 
 def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
-    """They are no running average, which contains statistics of earlier parameters."""
+    """A running average would also contain the batch statistics of earlier parameters."""
     workdir, config, _ = finished
     predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
@@ -151,7 +152,8 @@ def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
         seed=config.seed,
     )
     with stream as batches:
-        for batch in itertools.islice(batches, 6):  # The steps of an epoch.
+        # An epoch has six steps.
+        for batch in itertools.islice(batches, 6):
             statistics = update_statistics(
                 statistics,
                 found,
@@ -167,7 +169,7 @@ def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
 
 
 def test_validation_is_correct_in_the_first_epochs(image_folder, tmp_path):
-    """After twelve steps, a running average would mostly be its initial value."""
+    """After twelve steps, a running average of statistics would still be near its initial value."""
     changes = {"seed": 2, "optimizer.learning_rate": 1e-2, "train.epochs": 2}
     config = _tiny(image_folder, **changes)
     train_and_evaluate(config, tmp_path / "run")
@@ -177,7 +179,7 @@ def test_validation_is_correct_in_the_first_epochs(image_folder, tmp_path):
 def test_evaluate_in_a_new_process_reproduces_the_written_probabilities(
     finished, image_folder, tmp_path
 ):
-    """The command finds the data and the split with the information in the bundle."""
+    """The command `evaluate` finds the data and the split with information from the bundle."""
     workdir, _, report = finished
     output = tmp_path / "test.json"
     subprocess.run(
@@ -214,7 +216,7 @@ def test_a_repeated_command_changes_no_result(finished):
 
 @pytest.mark.parametrize("cache", ["none", "disk"])
 def test_a_second_run_is_bitwise_the_same_for_each_cache(finished, tmp_path, cache):
-    """The images are decoded in each epoch, or read from disk instead of from memory."""
+    """Training is bitwise the same if images are decoded in each epoch, or are read from disk."""
     workdir, config, report = finished
     other = config.copy_and_resolve_references()
     other.data.cache = cache
@@ -264,7 +266,7 @@ def test_patience_stops_the_run_and_keeps_the_best_epoch(image_folder, tmp_path)
     best = int(np.argmax(accuracies))
     assert len(history) == best + 1 + 2 < 30
     assert report["validation"]["accuracy"] == pytest.approx(accuracies[best])
-    # The same call does not train another epoch.
+    # A repeated call trains no further epoch.
     assert train_and_evaluate(config, tmp_path / "run") == report
     assert len(_history(tmp_path / "run")) == len(history)
 
@@ -275,7 +277,7 @@ def test_an_infinite_loss_stops_the_run_and_keeps_checkpoints(image_folder, tmp_
 
     def poisoned(self, state, batch):
         state, metrics = real_step(self, state, batch)
-        bad = state.step == 9  # In the second epoch.
+        bad = state.step == 9  # Step 9 is in the second epoch.
         return state, metrics.replace(
             loss_sum=jax.numpy.where(bad, jax.numpy.nan, metrics.loss_sum)
         )
@@ -293,7 +295,7 @@ def test_an_infinite_loss_stops_the_run_and_keeps_checkpoints(image_folder, tmp_
 
 @pytest.mark.parametrize("epochs", [1, 4])
 def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs):
-    """The loss of the only step is finite, but the updated parameters are not."""
+    """Parameters that are not finite are never saved, even if the loss of the step is finite."""
     config = _tiny(
         image_folder,
         **{
@@ -313,7 +315,8 @@ def test_an_interruption_after_divergence_saves_nothing(image_folder, tmp_path, 
     real_step = TrainStep.__call__
 
     def diverge(self, state, batch):
-        state, metrics = real_step(self, state, batch)  # The loss does not depend on the update.
+        # The loss of a step is computed before the update, so the loss stays finite.
+        state, metrics = real_step(self, state, batch)
         return state.replace(params=jax.tree.map(lambda leaf: leaf / 0, state.params)), metrics
 
     @contextlib.contextmanager
@@ -357,7 +360,7 @@ def test_file_and_class_names_may_be_no_utf_8(tmp_path):
 
 
 def test_augmentation_on_the_device_trains_like_on_the_host(image_folder, tmp_path):
-    """The losses differ by rounding only."""
+    """The losses of the two runs differ only by rounding."""
     host = _tiny(image_folder, **{"augment.place": "host"})
     device = _tiny(image_folder, **{"augment.place": "device"})
     train_and_evaluate(host, tmp_path / "host")
@@ -370,7 +373,7 @@ _ON_THE_DEVICE = {"augment.place": "device", "data.cache": "device"}
 
 
 def test_several_steps_in_one_execution_train_the_same(image_folder, tmp_path, monkeypatch):
-    """The six steps of an epoch are 4 + 1 + 1, 2 + 2 + 2, or six single steps."""
+    """The results agree if six steps are run as 4 + 1 + 1, as 2 + 2 + 2, or one at a time."""
     executed = []
     real = Programs.send
 
@@ -385,7 +388,8 @@ def test_several_steps_in_one_execution_train_the_same(image_folder, tmp_path, m
         executed.clear()
         train_and_evaluate(config, tmp_path / str(count))
         if count == 4:
-            assert executed.pop(1) == 1  # A single step is compiled before it is needed.
+            # The program of a single step is compiled before an epoch needs it.
+            assert executed.pop(1) == 1
         assert executed == 3 * {1: 6 * [1], 2: 3 * [2], 4: [4, 1, 1], 7: 6 * [1]}[count]
         histories[count] = _history(tmp_path / str(count))
     for records in zip(*histories.values(), strict=True):
@@ -400,12 +404,16 @@ def test_executions_of_several_steps_are_saved_and_resumed(image_folder, tmp_pat
     config = _tiny(image_folder, **changes)
     train_and_evaluate(config, tmp_path / "whole")
     steps = sorted(int(path.name) for path in (tmp_path / "whole" / "checkpoints").iterdir())
-    assert steps == [4, 6, 10, 12, 16, 18]  # The first execution ends from 3, 6, 9, ... on.
+    # A checkpoint is saved after the first call of a compiled program that reaches or passes step
+    # 3, 6, 9, ...
+    assert steps == [4, 6, 10, 12, 16, 18]
     real, prepared = Programs.send, []
 
     def interrupt(programs, batches):
         prepared.append(len(batches))
-        if prepared == [4, 1, 1, 1, 4]:  # The first 1 is the early compilation.
+        # The first 1 in this list is no training step: the program of a single step is compiled
+        # early.
+        if prepared == [4, 1, 1, 1, 4]:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(programs, batches)
 
@@ -418,14 +426,16 @@ def test_executions_of_several_steps_are_saved_and_resumed(image_folder, tmp_pat
 
 
 def test_several_steps_are_the_default_on_accelerators_only(monkeypatch):
-    assert loop._default_execution_length(on_device=True) == 1  # The tests run on a CPU.
+    # The tests run on a CPU.
+    assert loop._default_execution_length(on_device=True) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert loop._default_execution_length(on_device=True) == 8
     assert loop._default_execution_length(on_device=False) == 1
 
 
 def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
-    jax.clear_caches()  # The count includes programs of other tests.
+    # Without this call, the counts below would include the programs of other tests.
+    jax.clear_caches()
     made = []
     real = loop.Programs
 
@@ -441,7 +451,7 @@ def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
     assert compiled.merge._cache_size() == 1
 
 
-# Runs in new processes, which are killed.
+# Tests of runs in new processes, which are killed or interrupted.
 
 SMOKE = [
     *(sys.executable, "-m", "cnn_jax.main", "--config=configs/smoke.py"),
@@ -471,7 +481,7 @@ def smoke(tmp_path_factory):
 
 
 def _assert_same_except_times(first, second):
-    """Compares state, metrics, log, bundle and report bit for bit."""
+    """Checks that two runs have bitwise equal state, metrics, log, bundle and report."""
     ends = chaos.read_results(first), chaos.read_results(second)
     assert ends[0].keys() == ends[1].keys()
     assert any("opt_state" in name for name in ends[0])
@@ -480,7 +490,7 @@ def _assert_same_except_times(first, second):
 
 
 def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
-    """One of three kills is during a save; each execution of this test has another seed."""
+    """Kills a run three times, once during a save, at random moments."""
     outcome = chaos.torment(tmp_path, kills=3, epochs=6, rng=random.Random())
     assert outcome.kills == {"anywhere": 2, "save": 1, "bundle": 0}
     assert outcome.compared > 500_000
@@ -488,7 +498,7 @@ def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
 
 
 def _interrupt(workdir, signum):
-    """Sends a signal in the second epoch or later; returns the saved step."""
+    """Starts a run and interrupts it with a signal after epoch 1; returns the saved step."""
     process = _start(workdir)
     while not (workdir / "metrics.jsonl").exists() or not _history(workdir):
         assert process.poll() is None
@@ -503,11 +513,12 @@ def _interrupt(workdir, signum):
 
 
 def test_a_run_interrupted_within_an_epoch_saves_and_resumes(smoke, tmp_path):
-    """The signal is SIGINT; test_faults.py also tests SIGTERM."""
+    """The run is interrupted by SIGINT; test_faults.py also tests SIGTERM."""
     for attempt in range(5):
         workdir = tmp_path / str(attempt)
         step = _interrupt(workdir, signal.SIGINT)
-        if step % 22:  # Otherwise the signal came between two epochs.
+        # An epoch has 22 steps. After a multiple of 22, the signal came between two epochs.
+        if step % 22:
             break
     else:
         pytest.fail("no signal came within an epoch")
@@ -520,7 +531,7 @@ def test_a_run_interrupted_within_an_epoch_saves_and_resumes(smoke, tmp_path):
 
 @pytest.mark.parametrize("delay", [0.0, 0.7, 3.0])
 def test_ctrl_c_that_also_reaches_worker_processes_saves_the_run(tmp_path, delay):
-    """A terminal sends SIGINT to every process of the group."""
+    """A run is saved on Ctrl-C, although the terminal also sends SIGINT to the worker processes."""
     write_images(tmp_path / "images", per_class=40)
     workdir = tmp_path / "run"
     flags = [
@@ -583,7 +594,7 @@ def test_images_on_the_device_train_bitwise_the_same(image_folder, tmp_path):
 
 @pytest.fixture
 def imbalanced_folder(tmp_path):
-    """60 images of red, 20 of green and 6 of blue."""
+    """A folder with 60 images of class red, 20 of class green and 6 of class blue."""
     write_images(tmp_path / "images", per_class=60)
     for name, keep in (("green", 20), ("blue", 6)):
         for path in sorted((tmp_path / "images" / name).iterdir())[keep:]:
@@ -601,7 +612,7 @@ def imbalanced_folder(tmp_path):
 def test_balancing_improves_rare_classes_and_is_described(
     imbalanced_folder, tmp_path, capfd, balance, expected_line
 ):
-    # With seed 0, the initial weights already separate the three colours.
+    # The seed is not 0, because with seed 0 the initial weights already separate the three colours.
     changes = {"seed": 2, "train.epochs": 6, "data.split": (0.67, 0.17, 0.16)}
     changes |= {"optimizer.learning_rate": 2e-3, "optimizer.final_learning_rate": 2e-3}
     recalls = {}
@@ -695,11 +706,12 @@ def test_images_on_a_cpu_device_need_augmentation_on_it(image_folder, tmp_path):
         train_and_evaluate(_tiny(image_folder, **{"data.cache": "device"}), tmp_path / "run")
 
 
-# Resumed runs: with more epochs, from an earlier checkpoint, and from another run.
+# Tests of runs that continue: with more epochs, from an earlier checkpoint, or from the weights of
+# another run.
 
 
 def test_a_finished_run_can_be_extended(finished, image_folder, tmp_path, capfd):
-    """The result equals a run that was planned with a constant rate at the end."""
+    """The result equals that of a run with a constant learning rate in the last epochs."""
     first, _, _ = finished
     workdir = tmp_path / "run"
     shutil.copytree(first, workdir)
@@ -772,7 +784,7 @@ STILL = {
 def test_a_run_starts_from_the_weights_of_another_run(
     finished, image_folder, tmp_path, capfd, part
 ):
-    """The path is a run or its bundle; the optimizer's state and the epochs are not copied."""
+    """`init_from` is a run or a bundle; the optimizer state and the epochs are not copied."""
     first, _, report = finished
     config = _tiny(image_folder, **STILL, **{"checkpoint.init_from": str(first / part)})
     after = train_and_evaluate(config, tmp_path / "run")
@@ -813,7 +825,8 @@ def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path
     config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "nowhere")})
     with pytest.raises(ConfigError, match=r"init_from: .*nowhere is not a bundle"):
         train_and_evaluate(config, tmp_path / "other")
-    # A wrong path leaves the folder usable. A run without a bundle is refused.
+    # The folder is still usable after a wrong path. A run without a bundle is refused as the
+    # source.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "other")})
@@ -824,7 +837,7 @@ def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path
 
 
 def test_the_result_is_a_finished_epoch_after_a_rewind(image_folder, tmp_path):
-    """The run is rewound to a step in the middle of the last epoch."""
+    """The run is rewound to step 16, in the middle of the last epoch."""
     always_better = {"train.monitor": "validation_loss", "optimizer.decay_epochs": 3}
     saved = {"checkpoint.every_steps": 4, "checkpoint.keep": 9, **always_better}
     train_and_evaluate(_tiny(image_folder, **saved), tmp_path / "run")
@@ -838,7 +851,7 @@ def test_the_result_is_a_finished_epoch_after_a_rewind(image_folder, tmp_path):
 
 def test_without_the_best_checkpoint_the_next_best_is_used(image_folder, tmp_path, capfd):
     workdir = tmp_path / "run"
-    # With this high learning rate, the run stops two epochs after the best one.
+    # With this high learning rate, the run stops two epochs after the best epoch.
     rate = {"optimizer.learning_rate": 0.5, "optimizer.final_learning_rate": 0.5}
     config = _tiny(image_folder, **rate, **{"train.epochs": 30, "train.patience": 2})
     train_and_evaluate(config, workdir)
@@ -859,7 +872,7 @@ def test_checkpoints_without_a_configuration_are_refused(finished, image_folder,
 
 
 def test_automatic_values_stay_the_same_when_a_run_resumes(finished, tmp_path, monkeypatch, capfd):
-    """The run moves to a machine with another type of device."""
+    """The run continues on a machine with another type of device."""
     first, config, report = finished
     workdir = tmp_path / "run"
     shutil.copytree(first, workdir)
@@ -909,7 +922,7 @@ def test_images_are_mixed_if_a_probability_is_set(finished, image_folder, tmp_pa
     report = train_and_evaluate(_tiny(image_folder, **changes), tmp_path / "run")
     line = "MixUp of 50% (alpha 0.2), CutMix of 50% (alpha 1); train metrics are of mixed images"
     assert line in capfd.readouterr().err
-    # The report is computed without mixing.
+    # The report is computed on images that are not mixed.
     assert report["train"]["count"] == 42
     workdir, _, _ = finished
     mixed, plain = (_history(folder)[0]["train_loss"] for folder in (tmp_path / "run", workdir))
@@ -937,12 +950,12 @@ def test_on_epoch_and_a_deadline_may_stop_a_run_that_resumes(
     with pytest.raises(KeyError, match="enough"):
         train_and_evaluate(config, workdir, on_epoch=stop_after_two)
     assert calls == [[], [1], [1, 2]]
-    # The deadline has passed before the first step, which is still saved.
+    # The deadline has already passed, but the run still trains one step and saves a checkpoint.
     with pytest.raises(Interrupted, match="saved after step 13"):
         train_and_evaluate(config, workdir, on_epoch=calls.append, deadline=time.monotonic())
     assert [record["epoch"] for record in calls[3]] == [1, 2]
 
-    # A study measures only the validation split; other splits can be measured later.
+    # A study measures only the validation split; the train and test splits can be measured later.
     config.report.detail, config.report.splits = "none", ("validation",)
     capfd.readouterr()
     report = train_and_evaluate(config, workdir, on_epoch=calls.append)
@@ -958,7 +971,7 @@ def test_on_epoch_and_a_deadline_may_stop_a_run_that_resumes(
 
 
 def test_training_evaluation_and_prediction_use_the_same_preprocessing(tmp_path):
-    """The classes of these float images in [0, 1] differ only with the right white level."""
+    """The classes of these float images can be distinguished only with white level 1."""
     rng = np.random.default_rng(0)
     for i in range(40):
         path = tmp_path / "data" / "ab"[i % 2] / f"{i}.tif"

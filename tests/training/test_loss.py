@@ -23,7 +23,7 @@ def test_cross_entropy_equals_its_definition_in_float64(label_smoothing):
 
 
 def _mixed(num_examples, num_classes):
-    """Returns logits, two classes for each example, the weight of the first, and soft targets."""
+    """Returns logits, two classes of each example, the weight of the first class, and targets."""
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 5, (num_examples, num_classes))
     first, second = rng.integers(0, num_classes, (2, num_examples))
@@ -47,8 +47,8 @@ def test_the_loss_of_two_classes_is_their_weighted_mean(label_smoothing):
 
 
 def test_cross_entropy_equals_values_computed_by_hand():
-    # The probabilities are 3/4 and 1/4. The first target is (0.5, 0.5), the second is (1, 0)
-    # with label smoothing, which gives (0.8, 0.2).
+    # The predicted probabilities are 3/4 and 1/4. The first target is (0.5, 0.5). The second target
+    # is (1, 0), which label smoothing changes to (0.8, 0.2).
     logits = jnp.log(jnp.array([[3.0, 1.0]]))
     losses = cross_entropy(logits, jnp.array([[0.5, 0.5]]))
     np.testing.assert_allclose(losses, -np.log(3 / 16) / 2, rtol=1e-6)

@@ -84,10 +84,10 @@ def test_a_masked_row_with_infinite_loss_is_ignored():
 
 
 def test_metrics_are_reweighted_to_the_class_frequencies_of_the_data():
-    """Reweighting cancels the different frequencies with which classes were drawn."""
+    """Classes are drawn with different frequencies, and reweighting cancels the differences."""
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(12, 3)).astype(np.float32), np.repeat([0, 1, 2], [6, 4, 2])
-    # Examples of class 0 occur once, of class 1 three times, of class 2 six times.
+    # Each example of class 0 is drawn once, of class 1 three times, and of class 2 six times.
     drawn = np.repeat(np.arange(12), np.array([1, 3, 6])[labels])
 
     def metrics(rows):

@@ -1,10 +1,19 @@
+import functools
+
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from cnn_jax.models.cnn import CNN
-from cnn_jax.training.optimizer import kernel_mask, make_optimizer, make_schedule
+from cnn_jax.training.optimizer import (
+    head_kernel_mask,
+    kernel_mask,
+    learning_rate_factors,
+    make_optimizer,
+    make_schedule,
+)
 
 
 def test_schedule_is_a_cosine_between_two_learning_rates():
@@ -41,12 +50,13 @@ def test_only_kernels_are_regularised():
 
 
 def test_l2_adds_the_gradient_of_half_the_squared_kernels():
-    """Adam gets the gradient of loss + l2 / 2 * sum(kernel ** 2).
+    """Adam receives the gradient of loss + l2 / 2 * sum(kernel ** 2).
 
     Adam's first moment after one step is a tenth of the gradient. The step itself is not
     compared, because it hardly depends on the size of the gradient.
     """
-    params = jax.tree.map(lambda leaf: leaf + 0.1, _params())  # No parameter is zero now.
+    # The addition ensures that no parameter is zero.
+    params = jax.tree.map(lambda leaf: leaf + 0.1, _params())
     l2 = 0.3
 
     def loss(params):
@@ -72,7 +82,7 @@ def test_l2_adds_the_gradient_of_half_the_squared_kernels():
 
 
 def test_the_optimizer_equals_adam_in_float64():
-    """Five steps equal the paper's algorithm in float64."""
+    """Five steps of the optimizer equal five steps of Adam, computed in float64."""
     optimizer = make_optimizer(optax.constant_schedule(0.01), l2=0.0)
     params = {"bias": jnp.array([1.0, -2.0, 0.5])}
     state = optimizer.init(params)
@@ -84,3 +94,49 @@ def test_the_optimizer_equals_adam_in_float64():
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
         theta -= 0.01 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
     np.testing.assert_allclose(params["bias"], theta, rtol=1e-5)
+
+
+def test_weight_decay_equals_adamw_in_float64():
+    """Five steps equal AdamW (Loshchilov and Hutter 2019, algorithm 2), computed in float64."""
+    optimizer = make_optimizer(optax.constant_schedule(0.01), l2=0.0, weight_decay=0.3)
+    start = np.array([1.0, -2.0, 0.5])
+    params = {"bias": jnp.array(start), "kernel": jnp.array(start)}
+    state = optimizer.init(params)
+    theta, m, v = {"bias": start.copy(), "kernel": start.copy()}, np.zeros(3), np.zeros(3)
+    for t in range(1, 6):
+        gradient = np.array([t, -0.1 * t**2, 1.0])
+        updates, state = optimizer.update(
+            {name: jnp.array(gradient) for name in params}, state, params
+        )
+        params = optax.apply_updates(params, updates)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        theta["kernel"] -= 0.01 * (step + 0.3 * theta["kernel"])
+        theta["bias"] -= 0.01 * step  # Biases do not decay.
+    for name in params:
+        np.testing.assert_allclose(params[name], theta[name], rtol=1e-5)
+
+
+def test_each_stage_has_its_own_learning_rate():
+    """Adam's first step has the length of the learning rate, whatever the gradient is."""
+    model = CNN(3, features=(4, 8), dense=16)
+    factors = functools.partial(
+        learning_rate_factors, model=model, stage_decay=0.5, head_factor=3.0
+    )
+    optimizer = make_optimizer(optax.constant_schedule(0.1), l2=0.0, factors=factors)
+    params = _params()
+    gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, 7.0), params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    lengths = {
+        path[0]: -np.asarray(leaf)
+        for path, leaf in flax.traverse_util.flatten_dict(updates).items()
+    }
+    expected = {"conv1": 0.5, "norm1": 0.5, "conv2": 1, "norm2": 1, "dense": 1, "head": 3}
+    assert lengths.keys() == expected.keys()
+    for layer, factor in expected.items():
+        np.testing.assert_allclose(lengths[layer], 0.1 * factor, rtol=1e-5)
+
+
+def test_the_penalty_of_pretrained_networks_covers_the_head_only():
+    mask = flax.traverse_util.flatten_dict(head_kernel_mask(_params()), sep="/")
+    assert [name for name, on in mask.items() if on] == ["head/kernel"]

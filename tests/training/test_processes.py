@@ -58,7 +58,7 @@ def _processes(source, workdir, *flags, count=2, devices=2, environments=None):
 
 
 def _finish(processes):
-    """The exit codes and the outputs on stderr."""
+    """Waits for processes to end; returns their exit codes and their output on stderr."""
     outputs = [process.communicate(timeout=300)[1] for process in processes]
     return [process.returncode for process in processes], outputs
 
@@ -80,7 +80,7 @@ def _history(workdir):
 
 
 def _assert_same_to_rounding(first, second):
-    """Compares the losses of all epochs and the predictions for the test split."""
+    """Checks that two runs have equal losses and test predictions, except for rounding."""
     for a, b in zip(_history(first), _history(second), strict=True):
         for key in ("epoch", "step", "learning_rate"):
             assert a[key] == b[key]
@@ -97,7 +97,7 @@ def _assert_same_to_rounding(first, second):
 
 @pytest.fixture(scope="module")
 def one_process_run(image_folder, tmp_path_factory):
-    """One process with four devices."""
+    """The folder of a run of one process with four devices."""
     workdir = tmp_path_factory.mktemp("one_process_run") / "run"
     _run_one_process(image_folder, workdir, EPOCHS, devices=4)
     return workdir
@@ -108,7 +108,7 @@ def test_two_processes_of_two_devices_equal_one_of_four(image_folder, tmp_path, 
         codes, outputs = _finish(processes)
     assert codes == [0, 0], outputs
     _assert_same_to_rounding(tmp_path / "run", one_process_run)
-    # Only one process prints and writes.
+    # Only the first process prints and writes.
     assert "4 x cpu, float32, in 2 processes" in outputs[0]
     assert "epoch" not in outputs[1]
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
@@ -129,7 +129,7 @@ def test_parameters_may_be_divided_between_processes(image_folder, tmp_path, one
 def test_processes_stop_at_the_same_step_and_resume(
     image_folder, tmp_path, one_process_run, signum
 ):
-    """One process gets a signal; the run resumes with one device, then with four."""
+    """One process gets a signal; the run resumes with one device, then with four devices."""
     workdir = tmp_path / "run"
     endless = ("--config.train.epochs=100000", "--config.optimizer.decay_epochs=4")
     with _processes(image_folder, workdir, *endless) as processes:
@@ -176,13 +176,15 @@ def test_if_one_process_is_killed_the_other_ends(image_folder, tmp_path, one_pro
     workdir = tmp_path / "run"
     endless = ("--config.train.epochs=100000", "--config.optimizer.decay_epochs=4")
     with _processes(image_folder, workdir, *endless) as processes:
-        wait_for_epochs(workdir, 3, processes)  # At least one checkpoint is then complete.
+        # After three epochs, at least one checkpoint is complete.
+        wait_for_epochs(workdir, 3, processes)
         began = time.monotonic()
         processes[victim].kill()
         _, stderr = processes[1 - victim].communicate(timeout=120)
         assert time.monotonic() - began < 60
         assert processes[1 - victim].returncode != 0
-    # The message is from JAX if it ends the process, or from us if a collective fails.
+    # JAX ends the process with a message of its own. If a collective operation fails first, the
+    # message is from cnn_jax.
     assert "another task died" in stderr or "another process of this run" in one_line(stderr)
     done = len(_history(workdir))
     with _processes(image_folder, workdir, f"--config.train.epochs={done + 1}") as processes:
@@ -194,7 +196,8 @@ def test_if_one_process_is_killed_the_other_ends(image_folder, tmp_path, one_pro
 
 def test_a_failed_start_of_one_process_ends_all_processes(image_folder, tmp_path):
     (tmp_path / "run" / "checkpoints" / "6").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text("{}")  # The configuration of another run.
+    # The folder contains the configuration of another run.
+    (tmp_path / "run" / "config.json").write_text("{}")
     with _processes(image_folder, tmp_path / "run", EPOCHS) as processes:
         codes, outputs = _finish(processes)
     assert codes == [2, 2]

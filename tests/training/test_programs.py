@@ -1,4 +1,4 @@
-"""Counts of operations, bytes, transfers and compilations, which are the same on any machine."""
+"""Tests of counts that are equal on all machines: operations, bytes, transfers, compilations."""
 
 import collections
 import dataclasses
@@ -23,7 +23,7 @@ from experiments.benchmarks import roofline
 
 @pytest.fixture(scope="module")
 def lower_step():
-    """A function from compiler options to the lowered step of the specification.
+    """A function that lowers a training step of the default network for given compiler options.
 
     The batch has 8 images of 64 x 64 pixels.
     """
@@ -50,7 +50,7 @@ def lower_step():
 
 @pytest.fixture(scope="module")
 def compiled_step(lower_step):
-    """The step compiled for this CPU without oneDNN, whose operations XLA does not count."""
+    """The compiled training step, without oneDNN, whose operations XLA does not count."""
     options = runtime.compiler_options()
     counted = {name: value for name, value in options.items() if "onednn" not in name}
     return lower_step(counted).compile()
@@ -58,32 +58,33 @@ def compiled_step(lower_step):
 
 def test_a_step_does_nearly_the_minimum_of_operations(compiled_step):
     minimum = roofline.training_work(CNN(num_classes=10), 64, 8, activation_bytes=4)
-    # XLA omits the products with the zeros of the padding, here 4 % of all products.
+    # XLA omits the products with the zeros of the padding, which are 4 % of all products.
     assert compiled_step.cost_analysis()["flops"] == pytest.approx(minimum.flops, rel=0.05)
 
 
 def test_a_step_moves_about_twice_the_minimum_of_bytes(compiled_step):
-    """The ratio was 2.06 when this test was written."""
+    """The ratio of accessed bytes to minimum bytes was 2.06 when this test was written."""
     minimum = roofline.training_work(CNN(num_classes=10), 64, 8, activation_bytes=4)
     assert compiled_step.cost_analysis()["bytes accessed"] < 2.2 * minimum.bytes
 
 
 def test_a_step_needs_little_more_memory_than_its_activations(compiled_step):
-    """1.7 MB for each image when this test was written; activations are 1.1 MB."""
+    """A step needed 1.7 MB for each image when this test was written; 1.1 MB are activations."""
     assert compiled_step.memory_analysis().temp_size_in_bytes / 8 < 1.8e6
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_xla_uses_onednn_for_convolutions_where_it_is_faster(lower_step, parts):
-    """The choice is the same inside the loop over the parts of a batch."""
+    """XLA chooses the same libraries with and without a loop over the parts of a batch."""
     options = runtime.compiler_options()
     assert options
     compiled = lower_step(options, accumulation_steps=parts).compile()
     lines = compiled.as_text().splitlines()
     eigen_lines = [line for line in lines if " convolution(" in line]
     onednn_lines = [line for line in lines if '"__onednn$convolution"' in line]
-    # Three forward passes, two gradients of inputs, and three gradients of kernels, which Eigen
-    # always computes. None is a fusion of another library.
+    # The eight convolutions are three forward passes, two gradients of inputs, and three gradients
+    # of kernels. Eigen always computes the gradients of kernels. No convolution is in a fusion of
+    # another library.
     assert (len(eigen_lines), len(onednn_lines)) in ((8, 0), (3, 5))
     assert not any("(%param_" in line for line in eigen_lines)
 
@@ -98,7 +99,7 @@ def test_an_option_that_xla_lacks_is_left_out(monkeypatch):
 
 @pytest.mark.parametrize("place", ["host", "device"])
 def test_a_step_is_one_transfer_and_is_compiled_once(tiny_config, tmp_path, monkeypatch, place):
-    """Counts what a run of three epochs sends, reads and compiles."""
+    """Counts transfers to and from the device, and compilations, in a run of three epochs."""
     jax.clear_caches()
     tiny_config.augment.place = place
     sent: list[dict[str, tuple[int, ...]]] = []
@@ -137,14 +138,15 @@ def test_a_step_is_one_transfer_and_is_compiled_once(tiny_config, tmp_path, monk
     assert compiled_after_first_epoch == []
     steps = {name: count for name, count in compiled.items() if "training" in str(name)}
     assert list(steps.values()) == [1], compiled
-    # Training batches have draws if the device augments, and no other additional arrays.
+    # If the device augments images, a training batch also has the random parameters of the
+    # augmentation, but no other array.
     names = {"image", "label", "mask"} | ({"matrix", "contrast"} if place == "device" else set())
     batches = [batch for batch in sent if set(batch) == names]
     assert batches
     steps_per_epoch, validations = _batches_per_epoch(tmp_path / "run", tiny_config)
-    # The batches of an epoch are sent for training and for BatchNorm's statistics.
+    # Each training batch is sent twice: for training, and for the statistics of BatchNorm.
     assert len(sent) == 3 * (2 * steps_per_epoch + validations)
-    # One loss for each step, and one set of sums for each split and epoch.
+    # The host reads one loss for each step, and one set of sums for each split and epoch.
     assert read["training"] <= 3 * (steps_per_epoch + 2 + 1)
 
 

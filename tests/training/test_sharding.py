@@ -83,7 +83,7 @@ def test_contradictory_flags_are_refused(flags, message):
 
 
 def test_without_flags_and_cluster_there_is_one_process():
-    """Runs in a new process, because no device may be in use before."""
+    """The test needs a new process, because JAX must not have used a device before."""
     code = (
         "import jax; from cnn_jax.training import sharding\n"
         "sharding.start_processes(); sharding.start_processes(process_count=1)\n"
@@ -96,4 +96,4 @@ def test_the_memory_of_a_device_is_known():
     require_cpu()
     assert 1e8 < sharding.device_bytes() * jax.local_device_count() < 1e14
     assert 0 < sharding.free_device_bytes() <= sharding.device_bytes()
-    assert sharding.accelerator_bytes() == 0  # A CPU is no accelerator.
+    assert sharding.accelerator_bytes() == 0  # A CPU is not an accelerator.

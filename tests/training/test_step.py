@@ -26,7 +26,7 @@ from cnn_jax.training.step import (
 MODEL = CNN(num_classes=3, features=(4, 8), dense=16)
 PREPROCESSING = Preprocessing(image_size=(8, 8))
 OPTIMIZER = make_optimizer(optax.constant_schedule(1e-2), l2=1e-3)
-# A fifth of the images is not mixed.
+# With these probabilities, a fifth of the images is not mixed.
 MIXING = Mixing(mixup_probability=0.5, mixup_alpha=0.8, cutmix_probability=0.3)
 
 
@@ -70,7 +70,7 @@ def _run(steps, state=None, step=None):
     return state, losses
 
 
-# Printed by the assertion below when it fails.
+# If the assertion below fails, its message has the new values of these constants.
 GOLDEN_LOSSES = [1.127901, 1.153979, 1.107676, 1.154224, 1.161832]
 GOLDEN_PARAMETER_NORM = 8.181040
 
@@ -202,7 +202,7 @@ def test_evaluation_of_a_padded_batch_ignores_the_padding():
     ],
 )
 def test_many_devices_train_like_one_device(shape, mixing, monkeypatch):
-    """BatchNorm uses the statistics of the whole batch, and the metrics are its sums."""
+    """Batch statistics and metrics are those of the whole batch, not of the rows of one device."""
     monkeypatch.setattr(sharding, "_LEAST_DIVIDED", 64)
     data, model = shape
     require_devices(data * model)
@@ -239,7 +239,8 @@ def test_many_devices_train_like_one_device(shape, mixing, monkeypatch):
     )
     head, conv = many.params["head"]["kernel"], many.params["conv2"]["kernel"]
     assert len(head.sharding.device_set) == data * model
-    assert head.sharding.is_fully_replicated  # 3 classes cannot be divided.
+    # The head is replicated, because 3 classes cannot be divided among the devices.
+    assert head.sharding.is_fully_replicated
     assert conv.sharding.shard_shape(conv.shape) == (3, 3, 4, 8 // model)
     (adam,) = (part for part in many.opt_state[1] if hasattr(part, "mu"))
     assert adam.mu["conv2"]["kernel"].sharding == conv.sharding
@@ -255,10 +256,13 @@ def _statistics(batches, variables, model=MODEL):
 
 
 def test_statistics_are_mean_and_variance_over_all_batches():
-    """Compares the first layer, whose input has no statistics, with a computation in NumPy."""
+    """Compares the statistics of the first layer with a computation in NumPy.
+
+    The input of the first layer does not depend on statistics.
+    """
     state, _ = _run(3)
     batches = [_batch(seed=seed) for seed in range(5)]
-    # Batches of different brightness: most of the variance is between them.
+    # The batches differ in brightness, so that most of the variance is between batches.
     for i, batch in enumerate(batches):
         batch["image"] = batch["image"] // 4 + jnp.uint8(48 * i)
     found = _statistics(batches, state.variables)
@@ -273,7 +277,7 @@ def test_statistics_are_mean_and_variance_over_all_batches():
 
 
 def test_statistics_do_not_depend_on_earlier_statistics():
-    """Initial values and the statistics of earlier parameters have no effect."""
+    """Initial statistics and statistics of earlier parameters have no effect on new statistics."""
     state = _state()
     batches = [_batch(seed=seed) for seed in range(2)]
     other = jax.tree.map(lambda leaf: leaf + 100, state.batch_stats)
@@ -307,7 +311,7 @@ def _plain_state():
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_a_batch_in_parts_trains_like_the_whole_batch(parts):
-    """Without BatchNorm and dropout, whose results depend on the division into parts."""
+    """The network has no BatchNorm and no dropout, because their results depend on the parts."""
     weights = (0.5, 1.0, 1.5)
     whole = jax.jit(_train_step(PLAIN, class_weights=weights))
     in_parts = jax.jit(_train_step(PLAIN, class_weights=weights, accumulation_steps=parts))
@@ -326,7 +330,7 @@ def test_a_batch_in_parts_trains_like_the_whole_batch(parts):
 
 
 def test_each_part_of_a_batch_has_its_own_dropout():
-    """The parts have equal images, but different activations are dropped."""
+    """The two parts have equal images, but dropout removes different activations."""
     model = CNN(num_classes=3, features=(4, 8), dense=64, dropout=0.5, batch_norm=False)
     state = _train_step(model, seed=0).init_state()
     twice = jax.tree.map(lambda rows: jnp.repeat(rows, 2, axis=0), _batch(4))
@@ -357,11 +361,11 @@ def test_the_donated_state_is_reused():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
-# Mixed images.
+# Tests of training with mixed images.
 
 
 def _mixed_by_hand(batch, key):
-    """The expected mixed images, normalised, and soft targets of a batch."""
+    """Returns the expected mixed images of a batch, normalised, and the expected soft targets."""
     images = (batch["image"].astype(jnp.float32) - 127.5) / 127.5
     one_hot = jax.nn.one_hot(batch["label"], 3)
     return mix.mix_batch(key, images, one_hot, batch["mask"], MIXING)
@@ -375,7 +379,7 @@ def test_one_step_applies_the_gradient_of_the_mixed_loss():
     model = MODEL.clone(dropout=0.0)
     state, batch = _state().replace(step=jnp.array(4, jnp.int32)), _batch()
     images, targets = _mixed_by_hand(batch, _mix_key(4))
-    # The test needs images that are mixed and images that are not.
+    # This test needs images that are mixed and images that are not mixed.
     assert 0 < np.isin(targets, (0, 1)).all(axis=1).sum() < 8
     weights = (0.5, 1.0, 3.0)
 
@@ -394,7 +398,7 @@ def test_one_step_applies_the_gradient_of_the_mixed_loss():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), new_state.params, expected
     )
-    # The class of an image is the class with the larger weight.
+    # In the metrics, the class of a mixed image is the class with the larger weight.
     largest = np.argmax(targets, axis=-1)
     confusion = np.zeros((3, 3), int)
     np.add.at(confusion, (largest, np.argmax(logits, axis=-1)), 1)
@@ -404,7 +408,7 @@ def test_one_step_applies_the_gradient_of_the_mixed_loss():
 
 
 def test_mixing_depends_on_step_and_seed_only():
-    """Without dropout, so that mixing is the only use of random numbers."""
+    """The network has no dropout, so that only mixing uses random numbers."""
     step = jax.jit(_train_step(PLAIN, mixing=MIXING))
     state, batch = _plain_state(), _batch()
     first, _ = step(state, batch)
@@ -418,7 +422,7 @@ def test_mixing_depends_on_step_and_seed_only():
 
 
 def test_without_mixing_nothing_is_computed_for_it():
-    """The alphas of mixing have no effect on the program."""
+    """If no image is mixed, the values of alpha have no effect on the program."""
     idle = Mixing(mixup_alpha=3.0, cutmix_alpha=5.0)
     plain, same, mixed = (
         jax.jit(_train_step(mixing=mixing)).lower(_state(), _batch()).as_text()
@@ -429,7 +433,7 @@ def test_without_mixing_nothing_is_computed_for_it():
 
 
 def test_each_part_of_a_batch_is_mixed_within_itself():
-    """The parts consist of every second row. Without BatchNorm the result can be compared."""
+    """Part 0 has the even rows, and part 1 has the odd rows; the network has no BatchNorm."""
     state, batch = _plain_state(), _batch(16)
     images, targets = jnp.zeros((16, 8, 8, 3)), jnp.zeros((16, 3))
     for part, key in enumerate(jax.random.split(_mix_key(0), 2)):
@@ -451,11 +455,11 @@ def test_each_part_of_a_batch_is_mixed_within_itself():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after.params, expected)
 
 
-# Frozen parameters and additional loss terms.
+# Tests of frozen parameters and of additional loss terms.
 
 
 def test_frozen_parameters_do_not_change_the_training_of_others():
-    """The optimizer has state for the trained parameters only."""
+    """The optimizer has state only for the parameters that are trained."""
     step = _train_step(is_trainable=lambda path: not path.startswith("conv1/"))
     state = step.init_state()
     assert_trees_equal(state.params, _train_step().init_state().params)
@@ -475,16 +479,13 @@ def test_frozen_parameters_do_not_change_the_training_of_others():
         for name in state.params.keys() - {"conv1"}
         for leaf in jax.tree.leaves(state.params[name])
     )
-    assert sum(sizes) == 2 * trained + 2  # Adam's two moments, and two counts.
+    # The state has Adam's two moments of each trained parameter, and two counts.
+    assert sum(sizes) == 2 * trained + 2
 
 
 def test_gradients_of_frozen_parameters_are_not_computed():
-    """With only the head trained, no convolution has a backward pass."""
+    """If only the head is trained, a step needs less than half of the operations."""
     head_only = _train_step(is_trainable=lambda path: path.startswith("head/"))
-
-    def count_convolutions(step):
-        program = jax.make_jaxpr(step)(step.init_state(), _batch())
-        return str(program).count("conv_general_dilated[")
 
     lowered = jax.jit(head_only).lower(head_only.init_state(), _batch()).compile()
     whole = jax.jit(_train_step()).lower(_state(), _batch()).compile()
@@ -492,7 +493,7 @@ def test_gradients_of_frozen_parameters_are_not_computed():
 
 
 def test_an_extra_loss_is_added_for_each_example():
-    """Compares distillation, the cross-entropy with a teacher, with a computation by hand."""
+    """The extra loss is distillation: the cross-entropy with the predictions of a teacher."""
     model = MODEL.clone(dropout=0.0)
     teacher_kernel = np.random.default_rng(0).normal(size=(8 * 8 * 3, 3)).astype(np.float32)
 
@@ -510,7 +511,8 @@ def test_an_extra_loss_is_added_for_each_example():
 
     both, metrics = update(dataclasses.replace(plain, extra_loss=distil))
     plain_update, plain_metrics = update(plain)
-    np.testing.assert_allclose(metrics.loss_sum, plain_metrics.loss_sum)  # Unchanged.
+    # The extra loss does not change the metrics.
+    np.testing.assert_allclose(metrics.loss_sum, plain_metrics.loss_sum)
 
     def extra(params):
         variables = {"params": params, "batch_stats": state.batch_stats}

@@ -1,4 +1,4 @@
-"""Studies without training: a fake trainer that writes metrics, and a storage in memory."""
+"""Fakes for studies without training: a trainer that writes metrics, and a storage in memory."""
 
 import fcntl
 import json
@@ -24,16 +24,16 @@ SPACE = {
     "optimizer.learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
     "train.batch_size": CategoricalDistribution([8, 16, 24]),
 }
-# The reported duration of an epoch of the trainer.
+# The fake trainer reports this duration of an epoch, in seconds.
 SECONDS = 2.0
 
 
 class Killed(BaseException):
-    """Simulates that the process was killed."""
+    """An exception that simulates SIGKILL in a process."""
 
 
 def make_plan(folder, **changes):
-    """Returns a study of a few short trials; `config` changes keys of the configuration."""
+    """Returns the plan of a study of a few short trials; `config` changes configuration keys."""
     config = default.get_config()
     config.train.epochs = 3
     with config.ignore_type():
@@ -45,19 +45,19 @@ def make_plan(folder, **changes):
 
 
 def value_of(config, epoch):
-    """Returns a validation accuracy, which is best at learning rate 3e-3 and without dropout."""
+    """Returns a fake validation accuracy, which is best at learning rate 3e-3 and dropout 0."""
     off = math.log10(config.optimizer.learning_rate / 3e-3)
     end = 0.95 - 0.15 * off**2 - 0.2 * config.model.dropout**2 - config.train.batch_size / 500
     return end - 0.3 * math.exp(-0.7 * epoch)
 
 
 class Trainer:
-    """Replaces `train_and_evaluate`, and resumes after the epochs that are in the folder.
+    """A fake `train_and_evaluate` that resumes after the last epoch recorded in the run's folder.
 
     It is an error to train a trial twice at the same time, or to train an epoch twice.
 
     Attributes:
-      before_epoch: Called with a trial's number and the epoch that begins.
+      before_epoch: A function that is called with a trial's number and the epoch that begins.
       pause: Seconds that an epoch takes.
       configs: The configuration of each trial, by its number.
     """
@@ -90,7 +90,10 @@ class Trainer:
 
 
 def raising(error, number, epoch, times=1):
-    """Returns a function for `Trainer.before_epoch` that raises an error `times` times."""
+    """Returns a `Trainer.before_epoch` that raises an error in its first `times` calls.
+
+    Only calls for the given trial and epoch count.
+    """
     left = [times]
 
     def before_epoch(*moment):
@@ -109,12 +112,13 @@ def _write_once(path, text):
 
 
 def install(patch, pause=0.0, fingerprint="of the data"):
-    """Replaces the training and the data by fakes; `patch` sets an attribute."""
+    """Replaces the training and the data with fakes; `patch` is a function like `setattr`."""
     trainer = Trainer(pause)
     dataset = types.SimpleNamespace(fingerprint=fingerprint)
     patch(studies, "train_and_evaluate", trainer)
     patch(studies, "open_dataset", lambda config, track: dataset)
-    # A garbage collection in the test process takes longer than a study.
+    # The fake collects no garbage, because a collection in the test process takes longer than a
+    # study.
     patch(studies, "gc", types.SimpleNamespace(collect=lambda: None))
     patch(studies.jax, "clear_caches", lambda: None)
     return trainer
@@ -124,9 +128,9 @@ class Log(BaseJournalBackend):
     """A journal storage in memory whose calls may fail.
 
     Attributes:
-      lines: What was written.
-      before: Called before each reading, and with the entries before each writing.
-      after: Called with the entries after each writing.
+      lines: The written entries, as JSON.
+      before: A function that is called before each read, and with the entries before each write.
+      after: A function that is called with the entries after each write.
     """
 
     def __init__(self, lines=()):
@@ -144,7 +148,7 @@ class Log(BaseJournalBackend):
         self.after(*logs)
 
     def open(self, url=""):
-        """Returns the storage as a new process opens it."""
+        """Opens the storage as a new process does."""
         return JournalStorage(self)
 
 
@@ -153,7 +157,7 @@ def run(plan):
 
 
 def work(plan, pause, at_once, output):
-    """Runs a study in a separate process; its stderr goes to a file."""
+    """Runs a study as a worker process, and writes stderr to the file `output`."""
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     install(setattr, pause)
     at_once.wait()
@@ -161,7 +165,7 @@ def work(plan, pause, at_once, output):
 
 
 def outline(study):
-    """Returns everything of a study that interruptions must not change."""
+    """Returns the part of a study that must be equal with and without interruptions."""
     return [
         (t.number, t.state, t.params, t.values, t.intermediate_values, t.user_attrs.get("error"))
         for t in study.trials

@@ -32,7 +32,8 @@ SPACE = {
     "model.dropout": FloatDistribution(0.0, 0.5),
     "model.features": CategoricalDistribution(["(4, 8)", "(8,)"]),
 }
-# State, curve, attributes; trials that cannot be the best have the highest values.
+# Each trial has a state, a curve and attributes. Trials that cannot be the best have the highest
+# values.
 TRIALS = [
     (TrialState.COMPLETE, [0.5, 0.7, 0.6], {"seconds": 6.0, "host": "one"}),
     (TrialState.PRUNED, [0.4], {"seconds": 2.0, "host": "two"}),
@@ -81,7 +82,7 @@ def summary(plan):
 
 @pytest.fixture
 def no_page(monkeypatch):
-    """Replaces the report page by a fake, because its charts take seconds."""
+    """Disables the report page of a study, because its charts take seconds."""
     monkeypatch.setattr(outcome, "write_study_page", lambda study, folder: None)
 
 
@@ -127,7 +128,7 @@ def test_the_summary_of_the_study(summary):
 
 
 def test_the_first_of_equal_complete_trials_is_the_best(plan, summary):
-    """Trials with larger values are pruned, void or running."""
+    """The trials with larger values are pruned, void or running, and so cannot be the best."""
     assert summary["best"] == 0
     swapped = [TRIALS[3], *TRIALS[1:3], TRIALS[0]]
     assert best_trial(plan, make_study(plan, swapped)).number == 0
@@ -148,7 +149,7 @@ def test_without_a_complete_trial_there_is_no_best(plan, no_page, capsys):
     plan.folder.mkdir()
     write_outcome(plan, summary)
     assert not (plan.folder / "best.py").exists()
-    # The file of an earlier study is removed.
+    # The file best.py of an earlier result is removed.
     (plan.folder / "best.py").touch()
     write_outcome(plan, summary)
     assert not (plan.folder / "best.py").exists()
@@ -158,7 +159,7 @@ def test_without_a_complete_trial_there_is_no_best(plan, no_page, capsys):
     assert "best" not in told
 
 
-# Four complete trials whose values follow the dropout.
+# The values of these four complete trials depend only on the dropout.
 DECIDED = [(TrialState.COMPLETE, [number / 10], {}) for number in range(1, 5)]
 
 
@@ -191,7 +192,7 @@ def test_importance_is_deterministic(plan):
 
 @pytest.mark.parametrize("error", [ImportError, ValueError, RuntimeError])
 def test_a_failure_of_importance_is_explained(plan, monkeypatch, error):
-    """For example, scikit-learn is not installed."""
+    """If the importance cannot be computed (without scikit-learn, for example), a note says why."""
 
     def fail(**options):
         raise error("no forest")
@@ -234,7 +235,7 @@ def test_the_printed_result_of_a_study(plan, summary, capsys):
         "pruning; training took 22 s",
         f"page        {plan.folder}/index.html",
     ]
-    # The best trial's run is on another machine.
+    # The folder of the best trial is on another machine.
     assert lines[13:] == [
         "            the run of this trial is on one, in trials/0000 of the study's folder "
         "on that host"
@@ -262,7 +263,7 @@ HOSTILE = [
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.filterwarnings("error::SyntaxWarning", "ignore:the load_module")
 def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
-    """The file equals the plan's configuration with the best parameters and an absolute path."""
+    """The file has the values of the plan, with the best parameters and an absolute path."""
     source = f"folder:{tmp_path}/data {name}"
     changes = {"data.source": source, "data.group": "{class}/'\"\\\\", "data.image_size": (16,)}
     plan = make_plan(tmp_path / name, space=SPACE, config=changes)
@@ -278,9 +279,9 @@ def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
     assert found == expected
     assert list(found) == list(expected)
     assert list(map(type, found.values())) == list(map(type, expected.values()))
-    # The study itself only uses the validation split.
+    # The file uses all splits, although the study uses only the validation split.
     assert found["report.splits"] == ("train", "validation", "test")
-    # A shell can run the command in the file.
+    # The file contains a command that a shell can run.
     text = ast.get_docstring(ast.parse(file.read_bytes()))
     command = next(line for line in text.splitlines() if "cnn_jax train" in line)
     arguments = shlex.split(command)

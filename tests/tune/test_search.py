@@ -29,12 +29,12 @@ SPACE = {
         (0.5, [0.4], True),
         (0.5, [0.6], False),
         (0.5, [0.5], True),
-        (0.5, [0.6, 0.4], False),  # Top 1 of 3 stays.
+        (0.5, [0.6, 0.4], False),  # One of 3 trials is promoted.
         (0.6, [0.5, 0.4], True),
-        (0.5, [0.6, 0.4, 0.3, 0.2], False),  # Top 1 of 5 stays.
-        (0.5, [0.6, 0.4, 0.3, 0.2, 0.1], True),  # Top 2 of 6 stay.
+        (0.5, [0.6, 0.4, 0.3, 0.2], False),  # One of 5 trials is promoted.
+        (0.5, [0.6, 0.4, 0.3, 0.2, 0.1], True),  # Two of 6 trials are promoted.
         (0.5, [0.7, 0.6, 0.3, 0.2, 0.1], False),
-        (0.5, [0.7, 0.5, 0.3, 0.2, 0.1], True),  # The value equals the second best.
+        (0.5, [0.7, 0.5, 0.3, 0.2, 0.1], True),  # The value equals the second best value.
         (0.5, [0.7, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5], False),
     ],
 )
@@ -58,7 +58,7 @@ def test_the_best_third_is_promoted(value, others, expected):
     ],
 )
 def test_the_rungs_of_all_brackets(max_epochs, expected):
-    """Rungs are R / 3, R / 9, ... (Li et al. 2018, algorithm 1), also for powers of three."""
+    """The rungs for R epochs are R / 3, R / 9, ... (Li et al. 2018, algorithm 1)."""
     count = search.num_brackets(max_epochs)
     assert [search.rungs(max_epochs, bracket) for bracket in range(count)] == expected
 
@@ -66,7 +66,8 @@ def test_the_rungs_of_all_brackets(max_epochs, expected):
 @pytest.mark.parametrize(
     ("max_epochs", "weights"),
     [
-        # Li et al. 2018, algorithm 1: ceil((s_max + 1) / (s + 1) * 3**s) for s = s_max, ..., 0.
+        # The weights are from Li et al. 2018, algorithm 1: ceil((s_max + 1) / (s + 1) * 3**s) for s
+        # = s_max, ..., 0.
         (1, [1]),
         (3, [3, 2]),
         (15, [9, 5, 3]),
@@ -87,7 +88,7 @@ def test_brackets_get_trials_in_the_proportions_of_hyperband(max_epochs, weights
 
 
 def test_trials_are_spread_evenly_over_brackets():
-    """Any 17 consecutive trials have about 9, 5 and 3 in the brackets."""
+    """Of any 17 consecutive trials, the three brackets have about 9, 5 and 3 trials."""
     numbers = np.array([search.bracket_number(number, 15, 3) for number in range(300)])
     for first in range(len(numbers) - 17):
         counts = np.bincount(numbers[first : first + 17], minlength=3)
@@ -99,7 +100,7 @@ def test_all_trials_are_in_a_single_bracket():
 
 
 def make_study(curves=(), direction="maximize", **options):
-    """Returns a study of running trials with these curves."""
+    """Returns a study with a running trial for each of the given curves."""
     study = optuna.create_study(direction=direction, **options)
     for curve in curves:
         values = dict(enumerate(curve, start=1))
@@ -113,7 +114,7 @@ def is_pruned(study, number, max_epochs, brackets):
 
 
 def expected_pruned(curves, number, max_epochs, brackets, direction):
-    """Decides as the paper does, by sorting: the top third of all trials at the rung."""
+    """Returns whether a trial is below the top third of all trials at the rung, as in the paper."""
     epoch = len(curves[number])
     mine = search.bracket_number(number, max_epochs, brackets) if brackets else 0
     third = 3 if max_epochs <= 10 else 4
@@ -151,13 +152,13 @@ def test_halving_equals_a_slow_reference(curves, max_epochs, brackets, direction
 
 
 def test_a_trial_is_judged_by_its_best_epoch_so_far():
-    """Two trials became worse since their best epoch, and one became better."""
+    """Trials 0 and 2 became worse after their best epoch, and trial 1 became better."""
     study = make_study([(0.9, 0.1, 0.1), (0.1, 0.1, 0.8), (0.2, 0.1, 0.1)])
     assert [is_pruned(study, number, 9, 1) for number in range(3)] == [False, True, True]
 
 
 def test_a_trial_is_compared_at_the_same_epoch():
-    """One trial became better after the third epoch; another one was better at that epoch."""
+    """Trial 0 has the better last epoch, but trial 1 was better at the third epoch."""
     study = make_study([(0.2, 0.1, 0.1, 0.9), (0.5, 0.1, 0.1)])
     assert not is_pruned(study, 1, 9, 1)
 
@@ -167,7 +168,7 @@ def test_without_reports_nothing_is_pruned():
 
 
 def value_of(params):
-    """Returns a value that is best at a.rate 0.01, b.size 16, c.count 6."""
+    """A fake objective function with its minimum at a.rate = 0.01, b.size = 16 and c.count = 6."""
     rate, size, count = (params[key] for key in SPACE)
     return (np.log10(rate) + 2) ** 2 + abs(np.log2(size) - 4) / 4 + (count - 6) ** 2 / 50
 
@@ -191,7 +192,7 @@ def make_history(count):
 
 
 def next_params(study, seed=0, stored=None):
-    """Returns the parameters of the next trial; a killed worker may have stored some of them.
+    """Returns the parameters of the next trial, including `stored`, which a killed worker saved.
 
     The study is unchanged afterwards.
     """
@@ -230,7 +231,7 @@ def test_a_partly_stored_trial_gets_the_same_missing_parameters(history):
 
 
 def test_only_the_first_trial_has_the_first_values():
-    """Parameters without a first value are drawn as usual."""
+    """Parameters for which no first value is given are drawn as usual."""
     first = {"b.size": 32, "c.count": 7, "of.another": 1}
     study = make_study(direction="minimize", sampler=SeededSampler(SPACE, 0, first))
     other = make_study(direction="minimize", sampler=SeededSampler(SPACE, 0))
@@ -240,7 +241,10 @@ def test_only_the_first_trial_has_the_first_values():
 
 
 def test_trials_get_different_parameters():
-    """Only their numbers differ: failed trials do not change the history."""
+    """Trials with an equal history get different parameters, because their numbers differ.
+
+    Each trial fails, and failed trials do not change the history.
+    """
     study = make_history(4)
     drawn = [next_params(study) for _ in range(40)]
     rates = np.log10([params["a.rate"] for params in drawn])
@@ -248,7 +252,7 @@ def test_trials_get_different_parameters():
     counts = collections.Counter(params["c.count"] for params in drawn)
     assert len(counts) == 9
     assert -2.5 < rates.mean() < -1.5
-    # Two parameters of a trial also differ.
+    # Two parameters of the same trial are hardly correlated.
     assert abs(np.corrcoef(rates, [params["c.count"] for params in drawn])[0, 1]) < 0.4
 
 
@@ -278,7 +282,8 @@ def test_later_trials_use_the_estimator_of_optuna():
     assert other.ask(SPACE).params == drawn
 
 
-@pytest.mark.filterwarnings("error")  # A density that is not a number warns.
+# A warning for a density that is not a number would fail this test.
+@pytest.mark.filterwarnings("error")
 def test_a_parameter_with_one_value_does_not_change_others():
     single = {"d.one": FloatDistribution(0.5, 0.5), "e.one": CategoricalDistribution([1])}
 
@@ -294,7 +299,10 @@ def test_a_parameter_with_one_value_does_not_change_others():
 
 
 def test_the_sampler_is_better_than_random_search():
-    """Compares the mean of the last trials and the best one over five seeds."""
+    """Compares the sampler with random search: the mean of the last 20 trials, and the best trial.
+
+    The values are means over five seeds.
+    """
 
     def values(sampler):
         study = make_study(direction="minimize", sampler=sampler)

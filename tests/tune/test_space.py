@@ -14,7 +14,7 @@ HEAD = "from optuna.distributions import *\n"
 
 @pytest.fixture
 def load(tmp_path):
-    """Loads the space of a file with this text."""
+    """A function that writes text to a file, and loads the search space from the file."""
 
     def load(text):
         file = tmp_path / "space.py"
@@ -25,7 +25,7 @@ def load(tmp_path):
 
 
 def of(key, distribution):
-    """Returns the text of a file with a space of one key."""
+    """Returns the text of a Python file that defines a search space with one key."""
     return f"{HEAD}def get_space():\n    return {{{key!r}: {distribution}}}\n"
 
 
@@ -125,7 +125,7 @@ def test_configured_does_not_change_its_argument():
     params = {
         "model.features": "(4, 8)",
         "data.image_size": 16,
-        "optimizer.learning_rate": 1,  # An int, where the base has a float.
+        "optimizer.learning_rate": 1,  # The base value of this key is a float.
         "augment.flip": "none",
         "precision": "float32",
         "report.splits": ("validation",),
@@ -166,7 +166,7 @@ def test_a_distribution_is_described_as_json(distribution, described):
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        # The final learning rate would be larger than the first.
+        # The final learning rate would be larger than the initial learning rate.
         ({"optimizer.learning_rate": "FloatDistribution(1e-5, 1e-3)"}, "must not be above"),
         ({"data.image_size": "CategoricalDistribution([64, 63])"}, "must be a multiple of 4"),
         (
@@ -208,7 +208,8 @@ def test_base_values_are_the_configurations_values_in_the_space():
         "train.batch_size": IntDistribution(8, 64, log=True),
         "augment.zoom": FloatDistribution(0.0, 0.9, step=0.1),
         "optimizer.learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
-        # Values outside the space: below, above, between two steps, not a choice.
+        # The base values of these four keys are outside the space: below it, above it, between two
+        # steps, and not a choice.
         "model.dropout": FloatDistribution(0.6, 0.9),
         "augment.rotation": FloatDistribution(0.0, 0.1),
         "model.dense": IntDistribution(1, 301, step=100),

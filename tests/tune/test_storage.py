@@ -33,7 +33,7 @@ class Away:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only moves in `sleep`, with the list of pauses."""
+    """The pauses of a fake clock, which advances only in `sleep`."""
     pauses = []
     monkeypatch.setattr(storage.time, "monotonic", lambda: sum(pauses))
     monkeypatch.setattr(storage.time, "sleep", pauses.append)
@@ -153,7 +153,8 @@ def test_the_error_for_a_missing_driver_hides_the_password():
         ("postgresql://u@h/d", False, "postgresql+psycopg://u@h/d"),
         ("postgres://u@h/d", False, "postgresql+psycopg://u@h/d"),
         ("postgresql://u@h/d", True, "postgresql://u@h/d"),
-        ("postgres://u@h/d", True, "postgresql://u@h/d"),  # SQLAlchemy has no such dialect.
+        # SQLAlchemy has no dialect `postgres`.
+        ("postgres://u@h/d", True, "postgresql://u@h/d"),
         ("postgresql+asyncpg://u@h/d", False, "postgresql+asyncpg://u@h/d"),
         ("mysql://u@h/d", False, "mysql://u@h/d"),
         ("sqlite:///d", False, "sqlite:///d"),
@@ -184,7 +185,7 @@ def test_a_storage_file_may_have_any_name(tmp_path, form, name):
 
 @pytest.mark.parametrize("form", ["sqlite:///{}/study.db", "journal:{}/study", "journal:{}"])
 def test_a_path_that_cannot_be_written_is_an_error(tmp_path, form):
-    """A file is in the place of a folder; in the last case, a folder in the place of a file."""
+    """A file exists where a folder is expected (in the last case, a folder instead of a file)."""
     path = tmp_path / "file"
     path.mkdir() if form.endswith("}") else path.touch()
     url = form.format(path)
@@ -210,7 +211,7 @@ def test_a_file_that_is_not_a_database_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("torn", ['{"op_code": 4, "worker', '{"op_code": 4}', "\0" * 5000, ""])
 def test_an_incomplete_line_of_a_journal_is_removed(tmp_path, torn):
-    """A full disk or a power failure leaves such a line."""
+    """A full disk or a power failure may leave an incomplete line in a journal."""
     path = tmp_path / "journal"
     add_study(open_storage(f"journal:{path}")).set_user_attr("before", 1)
     with path.open("a") as file:
@@ -222,14 +223,14 @@ def test_an_incomplete_line_of_a_journal_is_removed(tmp_path, torn):
 
 
 def test_workers_can_create_the_tables_at_the_same_time(tmp_path, monkeypatch):
-    """Another worker creates a table after the check that it is missing and before its creation."""
+    """Another worker creates a table just after this worker found that the table is missing."""
     url = sqlite_url(tmp_path / "study.db")
     make, collisions = storage.RDBStorage, []
 
     def collide(*args, **kwargs):
         if len(collisions) == 3:
             return make(*args, **kwargs)
-        # Messages of SQLite in three such races.
+        # These are the messages of databases if two workers create a table at the same time.
         collisions.append(
             [
                 sqlalchemy.exc.OperationalError("CREATE", {}, "table studies already exists"),
@@ -269,7 +270,7 @@ def test_too_many_collisions_are_an_error(monkeypatch):
 
 
 def test_the_journal_of_the_tests_is_a_storage():
-    """A new process finds the written entries, and failures are raised."""
+    """A reopened journal contains the entries written before; errors of the journal are raised."""
     log = Log()
     add_study(log.open()).set_user_attr("key", 1)
     assert add_study(log.open()).user_attrs == {"key": 1}

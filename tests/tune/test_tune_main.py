@@ -1,4 +1,4 @@
-"""The tune command: in this process without training, and once with real training."""
+"""Tests of the tune command: in this process without training, and once with real training."""
 
 import argparse
 import json
@@ -16,7 +16,8 @@ from cnn_jax.system.errors import ConfigError, DataError, Interrupted, TrainingE
 from cnn_jax.tune import __main__ as command
 from cnn_jax.tune import outcome, storage, study
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # From ml_collections.
+# ml_collections causes this warning.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
 
 SPACE = """
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -122,7 +123,7 @@ def test_missing_data_leaves_no_folder(tmp_path, space, patched, monkeypatch):
 
 @pytest.fixture
 def patched(monkeypatch):
-    """Replaces the training, the page and the runtime options of the command."""
+    """Replaces the training with a fake, and disables the report page and the runtime options."""
     monkeypatch.setattr(compilation_cache, "keep_compiled", lambda: None)
     monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(outcome, "write_study_page", lambda study, folder: None)
@@ -131,7 +132,7 @@ def patched(monkeypatch):
 
 @pytest.fixture
 def tune(tmp_path, space, patched, monkeypatch):
-    """Runs the command with these flags and those of a small study in memory."""
+    """A function that runs the command with the flags of a small study and additional flags."""
     monkeypatch.setattr(storage, "open_storage", Log().open)
     usual = ["--study=name", f"--space={space}", f"--workdir={tmp_path / 's'}"]
     usual += ["--config.train.epochs=3", "--trials=4"]
@@ -195,7 +196,7 @@ def test_flags_reach_the_study(tune, patched):
 
 
 def test_a_time_budget_ends_the_study_normally(tune, patched, capsys):
-    """Completed trials are the result; the next start adds more."""
+    """After the time budget, the study ends without an error, and the next start continues it."""
 
     def take_long(number, epoch):
         if (number, epoch) == (2, 2):

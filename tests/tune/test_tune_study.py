@@ -1,4 +1,4 @@
-"""One worker of a study, or several workers that interfere at a chosen moment."""
+"""Tests of one worker of a study, or of several workers that interfere at a chosen moment."""
 
 import contextlib
 import itertools
@@ -37,7 +37,7 @@ from cnn_jax.tune.storage import StorageError
 
 @pytest.fixture
 def log(monkeypatch):
-    """The storage of all studies, in memory; retries do not sleep."""
+    """Puts the storage of all studies in memory, with retries that do not sleep."""
     log = Log()
     monkeypatch.setattr(storage, "open_storage", log.open)
     clock = itertools.count(step=0.1)
@@ -53,7 +53,7 @@ def trainer(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clock of studies, which only changes if a test sets `now`."""
+    """A fake clock of studies, which changes only when a test sets `now`."""
     clock = types.SimpleNamespace(now=1e9)
     patched = types.SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now)
     monkeypatch.setattr(studies, "time", patched)
@@ -62,7 +62,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def undisturbed(tmp_path, monkeypatch, trainer):
-    """The result of an undisturbed study."""
+    """A function that returns the result of a study without interruptions."""
 
     def undisturbed(**changes):
         with monkeypatch.context() as patch:
@@ -73,7 +73,7 @@ def undisturbed(tmp_path, monkeypatch, trainer):
 
 
 def once(operation, action):
-    """Returns a function for `Log.before` that acts before the first entry of a kind."""
+    """Returns a function for `Log.before` that calls `action` before the first entry of a kind."""
     done = []
 
     def before(*entries):
@@ -84,7 +84,7 @@ def once(operation, action):
     return before
 
 
-# The result of a study.
+# Tests of the result of a study.
 
 
 @pytest.mark.parametrize("monitor", ["validation_accuracy", "validation_loss"])
@@ -103,7 +103,7 @@ def test_a_study_runs_all_its_trials(tmp_path, log, trainer, monitor):
             assert trial.value == (max if monitor == "validation_accuracy" else min)(curve)
         else:
             assert len(curve) in search.rungs(9, bracket)
-    # The last trials are near the best learning rate.
+    # The learning rates of the last trials are near the best learning rate.
     rates = [trial.params["optimizer.learning_rate"] for trial in study.trials[10:]]
     assert all(3e-4 < rate < 3e-2 for rate in rates)
     assert sorted(path.name for path in (tmp_path / "trials").iterdir()) == [
@@ -120,7 +120,8 @@ def test_a_trial_does_not_use_the_test_split(tmp_path, log, trainer):
         own = {"report.splits": ("validation",), "report.detail": "none"}
         assert dict(schema.leaves(config)) == base | study.trials[number].params | own
     assert study.trials[0].params.keys() == SPACE.keys()
-    # The first trial has the configuration's values; the space lacks its batch size.
+    # The first trial has the configuration's values, except for its batch size, which is not in the
+    # space.
     first = {"model.dropout": 0.5, "optimizer.learning_rate": 1e-3}
     assert study.trials[0].params.items() >= first.items()
 
@@ -138,7 +139,7 @@ def test_a_study_can_be_extended(tmp_path, log, trainer, undisturbed):
     assert outline(run(make_plan(tmp_path / "s", trials=2))) == expected
 
 
-# Changes of a study that are allowed or refused.
+# Tests of changes that a study allows or refuses.
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_other_files_among_the_trials_are_ignored(tmp_path, log, trainer):
 
 
 def test_a_trial_added_by_another_worker_is_known(tmp_path, log, trainer, monkeypatch):
-    """The other worker adds the trial after the list of trials was read."""
+    """A worker counts a trial that another worker adds after this worker has read the trials."""
     run(make_plan(tmp_path, trials=1))
     read, rivals = studies._Worker._trials, []
 
@@ -262,13 +263,14 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, log, trainer):
         run(make_plan(tmp_path / "file" / "s"))
 
 
-# Kills and restarts.
+# Tests of killed and restarted workers.
 
 
 def test_a_study_killed_at_any_call_has_the_same_result(tmp_path, log, trainer, undisturbed):
-    """The kill comes before each write to the storage.
+    """Simulates SIGKILL before a write to the storage, for many writes of a study.
 
-    Only from the ninth trial on: the last random trials and the first ones of TPE.
+    The writes are the first ones of the study, and all writes from the tenth trial on: the last
+    random trials and the first trials of TPE.
     """
     expected, folder = undisturbed(trials=12), tmp_path / "s"
     moments = []
@@ -311,7 +313,7 @@ def test_a_study_killed_in_each_epoch_has_the_same_result(tmp_path, log, trainer
 def test_a_trial_that_kills_its_process_repeatedly_fails(
     tmp_path, log, trainer, epoch, deaths, monkeypatch
 ):
-    """The first kill in the second epoch ends a process that also trained the first epoch."""
+    """The first process killed in epoch 2 does not count, because it also trained epoch 1."""
     monkeypatch.setattr(studies, "_MAX_STARTS", 4)
     trainer.before_epoch = raising(Killed, 1, epoch, times=100)
     plan = make_plan(tmp_path)
@@ -346,14 +348,14 @@ def test_a_trial_with_new_checkpoints_may_be_killed_often(tmp_path, log, trainer
 
 
 def test_ctrl_c_between_two_trials_ends_the_study(tmp_path, log, trainer, monkeypatch):
-    """The signal also counts within a callback of JAX, which suppresses exceptions."""
+    """Ctrl-C ends the study even during a callback of JAX, which suppresses exceptions."""
 
     def collect():
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(studies, "gc", types.SimpleNamespace(collect=collect))
-    # A shell ignores SIGINT for processes in the background.
+    # A shell starts background processes with SIGINT ignored, so the test sets the default handler.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -375,7 +377,7 @@ def test_a_study_ends_if_its_first_trials_all_fail(tmp_path, log, trainer):
 
 
 def test_kills_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undisturbed):
-    """Ten interruptions in each epoch, nine of them by Ctrl-C."""
+    """In each epoch of a trial, Ctrl-C ends nine processes and SIGKILL ends one; no trial fails."""
     expected = undisturbed()
     for number, epoch in [(0, 1), (0, 2), (0, 3)]:
         for error in [KeyboardInterrupt] * 5 + [Killed] + [KeyboardInterrupt] * 4:
@@ -386,7 +388,7 @@ def test_kills_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undistu
 
 
 def test_a_pruned_trial_stays_pruned_after_a_kill(tmp_path, log, trainer, undisturbed):
-    """The storage has the last epoch, and no further epoch is trained."""
+    """After SIGKILL, the trial is not trained further: the storage already has its last epoch."""
     expected = undisturbed()
     number, epoch = next((n, max(c)) for n, s, _, _, c, _ in expected if s == TrialState.PRUNED)
 
@@ -404,7 +406,7 @@ def test_a_pruned_trial_stays_pruned_after_a_kill(tmp_path, log, trainer, undist
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-# Errors that end a trial, and errors that end the study.
+# Tests of errors that end a trial, and of errors that end the study.
 
 
 @pytest.mark.parametrize("error", [TrainingError("the loss is\nnot finite"), ConfigError("odd")])
@@ -463,7 +465,8 @@ def test_a_trial_is_resumed_after_the_deadline(tmp_path, log, trainer, clock, un
     study = run(make_plan(tmp_path / "s", deadline=deadline))
     assert states(study) == ["complete", "running"]
     assert len(list((tmp_path / "s/trials/0001").glob("epoch-*"))) == 2
-    assert study.trials[1].user_attrs["starts"] == []  # No process was killed.
+    # The list is empty, because no process was killed.
+    assert study.trials[1].user_attrs["starts"] == []
     assert len(run(make_plan(tmp_path / "s", deadline=deadline)).trials) == 2
     assert trainer.configs.keys() >= {0, 1}
     later = make_plan(tmp_path / "s", deadline=clock.now + 600)
@@ -478,7 +481,7 @@ def test_a_trial_is_resumed_after_ctrl_c(tmp_path, log, trainer, undisturbed):
     assert outline(run(make_plan(tmp_path / "s"))) == expected
 
 
-# A storage that is unavailable.
+# Tests with a storage that is unavailable.
 
 
 def test_short_storage_failures_change_no_result(tmp_path, log, trainer, undisturbed):
@@ -498,16 +501,17 @@ def test_short_storage_failures_change_no_result(tmp_path, log, trainer, undistu
     study = run(make_plan(tmp_path / "s", trials=12, storage_timeout=1e9))
     log.before = lambda *entries: None
     assert outline(study) == expected
-    assert sum(map(bool, failures)) > 100  # Writes fail too, not only reads.
+    assert sum(map(bool, failures)) > 100  # Many of the failed calls are writes.
 
 
 def test_lost_answers_change_no_result(tmp_path, log, trainer, undisturbed):
-    """Each entry is written, but the call fails, so the entry may be written twice."""
+    """A call may fail after its entry was written, so the worker may write the entry twice."""
     expected = undisturbed(trials=6)
     answers, claims = itertools.count(), set()
 
     def lose(entry):
-        claim = entry.get("user_attrs", {}).get("claim")  # The call adds a new trial.
+        # Only an entry that adds a trial has the attribute "claim", a unique ID.
+        claim = entry.get("user_attrs", {}).get("claim")
         is_lost = claim not in claims if claim else next(answers) % 2 == 0
         claims.add(claim)
         if is_lost:
@@ -519,7 +523,7 @@ def test_lost_answers_change_no_result(tmp_path, log, trainer, undisturbed):
 
 
 def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
-    """The storage fails from some call on: after call 60, 70, 80, and so on."""
+    """No trial is lost if all storage calls after a certain call fail (call 60, 70, 80, ...)."""
     expected = undisturbed()
     for last in itertools.count(60, step=10):
         folder, calls = tmp_path / str(last), itertools.count()
@@ -546,11 +550,11 @@ def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
     assert last > 200
 
 
-# Several workers at critical moments.
+# Tests of race conditions between several workers.
 
 
 def test_a_locked_trial_is_not_taken(tmp_path, log, trainer):
-    """Two other workers run at the same time: one in the same folder, one in another folder."""
+    """While a worker trains a trial, no other worker takes it, in the same or another folder."""
     rivals = []
 
     def be_joined(number, epoch):
@@ -613,13 +617,13 @@ def test_a_trial_of_another_folder_is_lost_after_hours(tmp_path, log, trainer, c
     assert study.trials[1].user_attrs["void"] == "lost"
     assert study.trials[1].user_attrs["error"] == "its worker has not reported for 6 hours"
     assert len(counted(study)) == 4
-    # A new trial replaced the lost one, so a worker in the old folder has nothing to do.
+    # A new trial replaced the lost trial, so a worker in the old folder has nothing to do.
     assert len(study.trials) == 5
     assert len(run(make_plan(tmp_path / "lost", trials=4)).trials) == 5
 
 
 def test_a_trial_without_any_report_is_also_lost(tmp_path, log, trainer, clock):
-    """The machine of the worker was lost right after it created the trial."""
+    """A trial also fails if its worker's machine was lost right after the trial was created."""
 
     def die():
         raise Killed
@@ -660,7 +664,8 @@ def test_two_workers_can_fail_the_same_lost_trial(tmp_path, log, trainer, clock)
         run(make_plan(tmp_path / "lost", trials=1))
     clock.now += 7 * HOURS
     rival = make_plan(tmp_path / "other", trials=1)
-    # The kill comes between the count of trials and the mark "void".
+    # The other worker runs after this worker has counted the trials, and before this worker marks
+    # the lost trial as "void".
     log.before = once(JournalOperation.SET_TRIAL_USER_ATTR, lambda: run(rival))
     study = run(make_plan(tmp_path / "s", trials=2))
     assert study.trials[0].state == TrialState.FAIL

@@ -1,4 +1,4 @@
-"""Several worker processes of one study, in a file or on a PostgreSQL server."""
+"""Tests of several worker processes of a study, with a storage file or a PostgreSQL server."""
 
 import contextlib
 import multiprocessing
@@ -20,12 +20,12 @@ from fakes import counted, install, make_plan, outline, run, states, work
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts processes as forks of a process that has already imported all modules."""
+    """A multiprocessing context that forks a process in which all modules are already imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fakes"])
     folders = [pathlib.Path(fakes.__file__).parent, REPOSITORY]
     with pytest.MonkeyPatch.context() as patch:
-        # The forked process does not inherit sys.path.
+        # The process that is forked does not inherit sys.path, but does inherit PYTHONPATH.
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)), prepend=os.pathsep)
         forkserver.ensure_running()
     return context
@@ -33,7 +33,7 @@ def processes():
 
 @pytest.fixture
 def begin(processes, tmp_path):
-    """Starts a worker process for each plan, all at the same moment."""
+    """A function that starts a worker process for each plan, all at the same moment."""
     workers = []
 
     def begin(*plans, pause=0.0):
@@ -60,14 +60,14 @@ def finish(workers):
 
 
 def wait_for(path, worker):
-    """Waits until a file exists; the worker must not end before."""
+    """Waits until a file exists; fails if the worker ends first."""
     while not path.exists():
         assert worker.is_alive(), worker.output.read_text()
         time.sleep(0.005)
 
 
 def check(study, trials):
-    """Checks that all trials are finished and were trained once, in one of the folders."""
+    """Checks that a study has the given number of finished trials, with all epochs in order."""
     assert len(counted(study)) == trials
     assert all(trial.state.is_finished() for trial in study.trials), states(study)
     assert "fail" not in [trial.state.name.lower() for trial in counted(study)]
@@ -76,7 +76,7 @@ def check(study, trials):
 
 
 def epochs(*folders):
-    """Returns the number of trained epochs. Training an epoch again is an error of the worker."""
+    """Returns the number of trained epochs. The fake trainer fails if it trains an epoch twice."""
     return sum(len(list(folder.glob("trials/*/epoch-*"))) for folder in folders)
 
 
@@ -86,7 +86,7 @@ def trainer(monkeypatch):
 
 
 def test_four_workers_start_together_with_a_journal(begin, tmp_path, trainer):
-    """Two workers in a folder, and two in another folder, as on another machine."""
+    """Two workers share one folder, and two share another folder, as if on another machine."""
     folders = (tmp_path / "a", tmp_path / "b")
     changes = {"storage": f"journal:{tmp_path}/journal", "trials": 12, "storage_timeout": 30.0}
     plans = [make_plan(folder, **changes) for folder in folders * 2]
@@ -94,11 +94,12 @@ def test_four_workers_start_together_with_a_journal(begin, tmp_path, trainer):
     study = run(plans[0])
     check(study, 12)
     assert epochs(*folders) == sum(len(trial.intermediate_values) for trial in counted(study))
-    assert not trainer.configs  # There was no trial left to run.
+    # This process trains no trial, because all trials are finished.
+    assert not trainer.configs
 
 
 def test_another_worker_continues_the_trial_of_a_killed_one(begin, tmp_path, trainer):
-    """Two workers start together with a new SQLite file."""
+    """One of two workers that share a new SQLite file is killed; the other continues its trial."""
     plan = make_plan(tmp_path / "s", trials=6, storage_timeout=30.0)
     first, second = begin(plan, plan, pause=0.1)
     wait_for(tmp_path / "s/trials/0000/epoch-0001", first)
@@ -154,12 +155,13 @@ class Server:
             assert not code, output.read()
 
     def start(self):
-        options = f"-h 127.0.0.1 -p {self._port} -k '' -F"  # No socket file.
+        # The option -k '' prevents a socket file.
+        options = f"-h 127.0.0.1 -p {self._port} -k '' -F"
         log = self._folder / "log"
         self._run("pg_ctl", "--wait", f"--log={log}", f"--options={options}", "start")
 
     def stop(self):
-        """Stops the server at once, like a kill."""
+        """Stops the server at once, without a clean shutdown, as SIGKILL would."""
         self._run("pg_ctl", "--wait", "--mode=immediate", "stop")
 
     def url(self):
@@ -168,7 +170,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server():
-    # The server's user cannot access the folders of pytest if root runs the tests.
+    # If root runs the tests, the server's user cannot access the folders of pytest.
     folder = pathlib.Path(tempfile.mkdtemp())
     try:
         server = Server(folder)
@@ -206,14 +208,15 @@ def test_workers_wait_for_a_server_that_restarts(begin, tmp_path, server, traine
     finish(workers)
     told = "".join(worker.output.read_text() for worker in workers)
     assert "Traceback" not in told
-    assert "[W " not in told  # The log of Optuna would show long queries.
+    # Optuna logs warnings that contain long queries.
+    assert "[W " not in told
     study = run(plan)
     check(study, 8)
     assert epochs(tmp_path / "s") == sum(len(trial.intermediate_values) for trial in study.trials)
 
 
 def test_a_server_timeout_loses_no_trial(begin, tmp_path, server, trainer):
-    """After the restart of the server the study has the same result as an undisturbed one."""
+    """After the restart of the server, the study has the same result as an undisturbed study."""
     changes = {"storage": server.url(), "trials": 5}
     expected = outline(run(make_plan(tmp_path / "undisturbed", name="undisturbed", **changes)))
     plan = make_plan(tmp_path / "s", name="gone", storage_timeout=1.0, **changes)
@@ -229,5 +232,5 @@ def test_a_server_timeout_loses_no_trial(begin, tmp_path, server, trainer):
     assert lines[-1].startswith("error: the study's storage has not answered for 1 s (")
     assert f"the current one is saved in {tmp_path}/s; start the same command again" in lines[-1]
     assert "Traceback" not in "".join(lines)
-    assert took < 20  # Optuna itself retries for some seconds to add a trial.
+    assert took < 20  # Optuna itself retries adding a trial for several seconds.
     assert outline(run(plan)) == expected
