@@ -21,11 +21,13 @@ class Network:
       keys: The keys of the section `model` of the configuration, without `name`.
       size_divisor: A function from the section `model` to the number that must divide the height
         and the width of the images.
+      weights: The pretrained weights for the value "auto" of the key `pretrained`; empty: none.
     """
 
     path: str
     keys: Mapping[str, Key]
     size_divisor: Callable[[Mapping[str, Any]], int] = lambda section: 1
+    weights: str = ""
 
 
 # The keys of all networks with pretrained weights.
@@ -33,8 +35,8 @@ _BACKBONE_KEYS = {
     "pretrained": text(
         "",
         "The pretrained weights: a model id of the Hugging Face hub, a safetensors file or a "
-        "bundle; empty: random weights.",
-        "a model id, a path, or empty",
+        "bundle; auto: the usual weights of this network; empty: random weights.",
+        "a model id, a path, auto, or empty",
         lambda v: True,
     ),
     "embedding": choice(
@@ -70,12 +72,14 @@ _DROP_PATH_KEYS = {
 
 
 def _resnet(name: str) -> Network:
-    return Network(f"cnn_jax.models.resnet:{name}", _BACKBONE_KEYS | _BATCH_NORM_KEYS)
+    keys = _BACKBONE_KEYS | _BATCH_NORM_KEYS
+    return Network(f"cnn_jax.models.resnet:{name}", keys, weights=f"timm/{name}.a1_in1k")
 
 
-def _efficientnet(name: str) -> Network:
+def _efficientnet(name: str, tag: str) -> Network:
     keys = _BACKBONE_KEYS | _BATCH_NORM_KEYS | _DROP_PATH_KEYS
-    return Network(f"cnn_jax.models.efficientnet:{name}", keys)
+    weights = f"timm/{name}.{tag}" if tag else ""
+    return Network(f"cnn_jax.models.efficientnet:{name}", keys, weights=weights)
 
 
 NETWORKS = {
@@ -109,24 +113,26 @@ NETWORKS = {
     "resnet34": _resnet("resnet34"),
     "resnet50": _resnet("resnet50"),
     # timm's networks pad symmetrically; those with the prefix "tf_" pad as TensorFlow does.
-    "efficientnet_b0": _efficientnet("efficientnet_b0"),
-    "efficientnet_lite0": _efficientnet("efficientnet_lite0"),
-    "efficientnet_lite1": _efficientnet("efficientnet_lite1"),
-    "efficientnet_lite2": _efficientnet("efficientnet_lite2"),
-    "tf_efficientnet_b0": _efficientnet("tf_efficientnet_b0"),
-    "tf_efficientnet_lite0": _efficientnet("tf_efficientnet_lite0"),
-    "tf_efficientnet_lite1": _efficientnet("tf_efficientnet_lite1"),
-    "tf_efficientnet_lite2": _efficientnet("tf_efficientnet_lite2"),
+    "efficientnet_b0": _efficientnet("efficientnet_b0", "ra_in1k"),
+    "efficientnet_lite0": _efficientnet("efficientnet_lite0", "ra_in1k"),
+    "efficientnet_lite1": _efficientnet("efficientnet_lite1", ""),
+    "efficientnet_lite2": _efficientnet("efficientnet_lite2", ""),
+    "tf_efficientnet_b0": _efficientnet("tf_efficientnet_b0", "in1k"),
+    "tf_efficientnet_lite0": _efficientnet("tf_efficientnet_lite0", "in1k"),
+    "tf_efficientnet_lite1": _efficientnet("tf_efficientnet_lite1", "in1k"),
+    "tf_efficientnet_lite2": _efficientnet("tf_efficientnet_lite2", "in1k"),
     "convnext_tiny": Network(
         "cnn_jax.models.convnext:convnext_tiny",
         _BACKBONE_KEYS | _DROP_PATH_KEYS,
         # Patches of 4 x 4 pixels, then three times of 2 x 2 pixels; pixels beyond whole patches
         # would be ignored.
         size_divisor=lambda section: 32,
+        weights="timm/convnext_tiny.in12k_ft_in1k",
     ),
     "vit_small_patch14_dinov2": Network(
         "cnn_jax.models.vit:vit_small_patch14_dinov2",
         _BACKBONE_KEYS | _DROP_PATH_KEYS,
         size_divisor=lambda section: 14,
+        weights="timm/vit_small_patch14_dinov2.lvd142m",
     ),
 }
