@@ -19,7 +19,7 @@ from cnn_jax.system.errors import ConfigError
 from cnn_jax.training import sharding
 from cnn_jax.training.step import TrainState
 
-# The name of the last layer, whose weights can be reused only if both runs have the same classes.
+# The name of the last layer. Its weights can be reused only if the classes are the same.
 _HEAD = "head"
 # The largest number of names of each kind in a message.
 _MAX_NAMES = 2

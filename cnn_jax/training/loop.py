@@ -22,7 +22,6 @@ from cnn_jax.data import Track, pipeline
 from cnn_jax.data import dataset as datasets
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.data.findings import count
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
@@ -471,7 +470,10 @@ class _DelayedReader:
 
 
 def _restore_or_start(
-    run: _Run, previous: Mapping[str, Any] | None, weights: PretrainedWeights | None, track: Track
+    run: _Run,
+    previous: Mapping[str, Any] | None,
+    weights: PretrainedWeights | None,
+    track: Track,
 ) -> _Progress:
     """Restores the progress of the run from a checkpoint, or starts at step 0.
 
@@ -785,8 +787,8 @@ def _describe_end(history: History, best: dict[str, Any], config: Config) -> str
     monitor, epochs = config.train.monitor, _last_epoch(history)
     if not epochs:
         return f"done: the probe has {monitor} {best[monitor]:.4f}"
-    which = best["epoch"] or "the probe"
+    which = f"epoch {best['epoch']}" if best["epoch"] else "the probe before epoch 1"
     return (
-        f"{'stopped early' if epochs < config.train.epochs else 'done'}: the best of "
-        f"{count(epochs, 'epoch')} is {which}, with {monitor} {best[monitor]:.4f}"
+        f"{'stopped early' if epochs < config.train.epochs else 'done'}: {which} of {epochs} is "
+        f"the best, with {monitor} {best[monitor]:.4f}"
     )

@@ -71,8 +71,8 @@ def show_plan(
             f"{count_parameters(model, image_size):,} parameters, "
             f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
             **({"weights": _weights(config, pretrained)} if pretrained else {}),
-            "training": f"{count(config.train.epochs, 'epoch')} at batch size "
-            f"{config.train.batch_size}, seed {config.seed}, best by {config.train.monitor}"
+            "training": f"{count(config.train.epochs, 'epoch')}, batch size "
+            f"{config.train.batch_size}, seed {config.seed}; best epoch by {config.train.monitor}"
             + _mixing(config)
             + _accumulation(config, model, image_size)
             + _extension(config)
@@ -147,10 +147,10 @@ def _interval_width(test_images: int, config: Config) -> list[str]:
     if not test_images or margin < MAX_HALF_WIDTH:
         return []
     images = count(test_images, "test image")
-    exact = "data.stratify=exact, " if config.data.stratify == "stable" else ""
+    exact = "data.stratify=exact or " if config.data.stratify == "stable" else ""
     return [
         f"{images}: accuracy will be known to ± {100 * margin:.0f} points",
-        f"(more precise: {exact}several values of seed)",
+        f"(more precise with {exact}several seeds)",
     ]
 
 
