@@ -14,9 +14,9 @@ from cnn_jax.config.schema import (
     uses_weights_preprocessing,
 )
 from cnn_jax.data.sources import absolute
-from cnn_jax.models import NETWORKS
+from cnn_jax.models import NETWORKS, hub
 from cnn_jax.models.network import compute_dtype
-from cnn_jax.models.pretrained import PREPROCESSING_KEYS, check_network, is_hub_id, open_weights
+from cnn_jax.models.pretrained import PREPROCESSING_KEYS, check_network, open_weights
 from cnn_jax.system.errors import ConfigError
 
 
@@ -94,8 +94,7 @@ def _resolve_pretrained(resolved: Config, previous: Mapping[str, Any]) -> None:
                 f"config.model.pretrained: the network {resolved.model.name} has no usual weights; "
                 "set a model id or a path"
             )
-    if not is_hub_id(name):
-        name = str(pathlib.Path(name).expanduser().resolve())
+    name = hub.absolute(name)
     source = str(previous.get("model.pretrained", ""))
     if source and name in (source, source.partition("@")[0]):
         values = {key: previous.get(f"data.{key}") for key in PREPROCESSING_KEYS}

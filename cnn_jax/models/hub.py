@@ -4,9 +4,11 @@ The package huggingface_hub keeps the files in its cache, by default in
 `~/.cache/huggingface/hub`. Files in the cache are used without a network.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 import re
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from cnn_jax.models import NETWORKS
 from cnn_jax.system.errors import ConfigError, UserError, WeightsError, closest, did_you_mean
 
 # OWNER/NAME or OWNER/NAME@REVISION.
-MODEL_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_MODEL_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _KEY = "config.model.pretrained"
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -42,6 +44,17 @@ class HubModel:
     license: str
 
 
+def is_model_id(name: str) -> bool:
+    """Returns whether a value of `model.pretrained` names a model on the hub, and not a path."""
+    is_path = name.startswith((".", "~")) or name.endswith(".safetensors")
+    return bool(_MODEL_ID.fullmatch(name)) and not is_path and not pathlib.Path(name).exists()
+
+
+def absolute(name: str) -> str:
+    """Returns a value of `model.pretrained` with an absolute path, if the value is a path."""
+    return name if is_model_id(name) else str(pathlib.Path(name).expanduser().resolve())
+
+
 def download(name: str) -> HubModel:
     """Downloads a model, unless its files are in the cache.
 
@@ -54,7 +67,7 @@ def download(name: str) -> HubModel:
         login, or huggingface_hub is not installed.
       WeightsError: The hub cannot be reached, or a file is damaged.
     """
-    match = MODEL_ID.fullmatch(name)
+    match = _MODEL_ID.fullmatch(name)
     assert match is not None
     model_id, revision = match.groups()
     config = _file(model_id, revision, _CONFIG)
@@ -104,7 +117,9 @@ def _file(
             "pip install 'cnn_jax[hub]'; or set the path of a safetensors file"
         ) from error
     try:
-        return pathlib.Path(huggingface_hub.hf_hub_download(model_id, filename, revision=revision))
+        with _without_warnings():
+            path = huggingface_hub.hf_hub_download(model_id, filename, revision=revision)
+        return pathlib.Path(path)
     except errors.EntryNotFoundError as error:
         # LocalEntryNotFoundError means that the file is not in the cache and the hub did not
         # answer. It is a subclass of EntryNotFoundError.
@@ -129,6 +144,18 @@ def _file(
             f"{_KEY}: the download of {filename} of {model_id} was cut off "
             f"({_first_line(error)}); start the same command again"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hides the warnings of huggingface_hub, which logs each failed attempt of a download."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _unreachable(model_id: str, error: Exception) -> UserError:

@@ -17,7 +17,13 @@ from flax.traverse_util import unflatten_dict
 from cnn_jax.data.preprocessing import INTERPOLATIONS
 from cnn_jax.inference.bundle import find_bundle, read_bundle, weights_sha256
 from cnn_jax.models import NETWORKS, hub
-from cnn_jax.system.errors import BundleError, ConfigError, WeightsError, printable
+from cnn_jax.system.errors import (
+    BundleError,
+    ConfigError,
+    MissingBundleError,
+    WeightsError,
+    printable,
+)
 
 # The parameters of the preprocessing that belong to the weights. They are keys of the section
 # `data` too. The others describe the images, or limit what is decoded.
@@ -85,18 +91,12 @@ def open_weights(name: str, key: str = "model.pretrained") -> PretrainedWeights:
         )
     if path.is_file():
         return _open_file(path.resolve())
-    if is_hub_id(name):
+    if hub.is_model_id(name):
         return _open_hub_model(name)
     advice = f"; did you mean timm/{name}?" if re.fullmatch(r"\w+\.\w+", name) else ""
     raise ConfigError(
         f"config.{key}: there is no file {name}{advice or ', and it is not OWNER/NAME'}"
     )
-
-
-def is_hub_id(name: str) -> bool:
-    """Returns whether a value of `model.pretrained` names a model on the hub, not a path."""
-    is_path = name.startswith((".", "~")) or name.endswith(".safetensors")
-    return bool(hub.MODEL_ID.fullmatch(name)) and not is_path and not pathlib.Path(name).exists()
 
 
 def _open_hub_model(name: str) -> PretrainedWeights:
@@ -137,6 +137,9 @@ def _open_bundle(path: pathlib.Path, key: str) -> PretrainedWeights:
         folder = find_bundle(path)
         bundle = read_bundle(folder)
         sha256 = weights_sha256(folder)
+    except MissingBundleError as error:
+        others = "model.safetensors or " if key == "model.pretrained" else ""
+        raise ConfigError(f"config.{key}: {path} has no {others}bundle.json") from error
     except BundleError as error:
         raise ConfigError(f"config.{key}: {error}") from error
     values = dataclasses.asdict(bundle.preprocessing)

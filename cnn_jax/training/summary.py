@@ -70,6 +70,7 @@ def show_plan(
             "model": f"{config.model.name}, "
             f"{count_parameters(model, image_size):,} parameters, "
             f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
+            **({"weights": _weights(config, pretrained)} if pretrained else {}),
             "training": f"{count(config.train.epochs, 'epoch')}, batch size "
             f"{config.train.batch_size}, seed {config.seed}; best epoch by {config.train.monitor}"
             + _mixing(config)
@@ -78,7 +79,6 @@ def show_plan(
             + _balance(config, dataset),
             "results": str(workdir),
         }
-        | ({"weights": _weights(config, pretrained)} if pretrained else {})
         | ({"changed": "\n".join(changes)} if changes else {})
     )
     for warning in dataset.findings.warnings():

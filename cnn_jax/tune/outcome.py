@@ -23,6 +23,7 @@ import cnn_jax
 from cnn_jax.config.schema import Config
 from cnn_jax.data.findings import count
 from cnn_jax.data.sources import absolute
+from cnn_jax.models import hub
 from cnn_jax.report.study import write_study_page
 from cnn_jax.report.texts import duration
 from cnn_jax.system.atomic import write_text
@@ -271,6 +272,8 @@ def best_config_text(plan: Plan, study: Mapping[str, Any], path: pathlib.Path) -
         if path_of_weights := config.checkpoint.init_from:
             path_of_weights = pathlib.Path(path_of_weights).expanduser().resolve()
             config.checkpoint.init_from = str(path_of_weights)
+        if name_of_weights := config.model.get("pretrained"):
+            config.model.pretrained = hub.absolute(name_of_weights)
     epochs = count(best["epochs"], "epoch")
     quoted = shlex.quote(str(path)).replace("\\", "\\\\").replace('"', '\\"')
     return f'''"""The best of {count(len(study["trials"]), "trial")} of the study {plan.name}.

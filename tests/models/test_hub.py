@@ -162,8 +162,10 @@ def test_which_names_are_model_ids(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "local").mkdir()
-    assert pretrained.is_hub_id("timm/resnet50.a1_in1k")
-    assert pretrained.is_hub_id(f"timm/resnet50.a1_in1k@{COMMIT}")
+    assert hub_module.is_model_id("timm/resnet50.a1_in1k")
+    assert hub_module.is_model_id(f"timm/resnet50.a1_in1k@{COMMIT}")
     for name in ("timm/local", "./timm/x", "~/x", "a/b/c", "resnet50", "a/b.safetensors", "/a/b"):
-        assert not pretrained.is_hub_id(name)
-    assert hub_module.MODEL_ID.fullmatch("a/b@refs/pr/1")
+        assert not hub_module.is_model_id(name)
+    assert hub_module.is_model_id("a/b@refs/pr/1")
+    assert hub_module.absolute("timm/resnet50.a1_in1k") == "timm/resnet50.a1_in1k"
+    assert hub_module.absolute("timm/local") == str(tmp_path / "timm" / "local")

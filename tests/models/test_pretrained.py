@@ -109,7 +109,7 @@ def test_older_configs_and_class_names_and_licences():
         ("nowhere/model.safetensors", "there is no file nowhere/model.safetensors"),
         ("resnet50.a1_in1k", "there is no file resnet50.a1_in1k; did you mean timm/resnet50.a1"),
         ("resnet50", "there is no file resnet50, and it is not OWNER/NAME"),
-        ("empty", "empty is not a bundle"),
+        ("empty", r"empty has no model\.safetensors or bundle\.json"),
         ("run", "run is a run without a bundle"),
     ],
 )

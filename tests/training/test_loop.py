@@ -821,7 +821,7 @@ def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path
     with pytest.raises(ConfigError, match=message):
         train_and_evaluate(config, tmp_path / "run")
     config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "nowhere")})
-    with pytest.raises(ConfigError, match=r"init_from: .*nowhere is not a bundle"):
+    with pytest.raises(ConfigError, match=r"init_from: .*nowhere has no bundle\.json"):
         train_and_evaluate(config, tmp_path / "other")
     # The folder is still usable after a wrong path. A run without a bundle is refused as the
     # source.
