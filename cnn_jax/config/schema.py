@@ -416,10 +416,22 @@ def check_key(key: str, network: str | None = None) -> None:
         return
     if key in keys():
         own = ", ".join(f"model.{name}" for name in NETWORKS[network or "cnn"].keys)
-        raise ConfigError(f"config.{key}: the network {network} has no such key; it has {own}")
+        raise ConfigError(
+            f"config.{key}: the network {network} has no such key; it has {own}"
+            f"{_networks_hint(_name(key))}"
+        )
     near = closest_key(key)
     hint = f"; did you mean {near}?" if near else ""
     raise ConfigError(f"config.{key}: there is no such key{hint}")
+
+
+def _networks_hint(name: str) -> str:
+    """Returns the end of an error message that names the networks with a key, at most three."""
+    owners = [network for network in NETWORKS if name in NETWORKS[network].keys]
+    if len(owners) == 1:
+        return f"; the network {owners[0]} has it: set model.name={owners[0]}"
+    named = ", ".join(owners[:3]) + (f" and {len(owners) - 3} more" if len(owners) > 3 else "")
+    return f"; the networks {named} have it: set model.name to one of them"
 
 
 def closest_key(key: str) -> str | None:
@@ -513,7 +525,7 @@ def validate(config: Config, num_devices: int) -> None:
             raise ConfigError(f"config.{key}: is missing; it must be {declared.requirement}")
         check_value(key, values[key], network)
 
-    divisor = NETWORKS[network].size_divisor(config.model)
+    divisor = NETWORKS[network].size_divisor(config.model.to_dict())
     if any(side % divisor for side in image_size(config)):
         raise ConfigError(
             f"config.data.image_size: must be a multiple of {divisor} for the network {network}, "

@@ -5,7 +5,7 @@ the list before JAX is imported.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cnn_jax.config.keys import Key, boolean, choice, integer, is_int, number, text
@@ -19,13 +19,39 @@ class Network:
       path: The class of the network, or a function that makes one, as "package.module:name". The
         keys below are fields of the network, except `pretrained`.
       keys: The keys of the section `model` of the configuration, without `name`.
-      size_divisor: A function from the section `model` to the number that must divide the height
-        and the width of the images.
+      size_divisor: A function from the section `model`, as a dictionary, to the number that must
+        divide the height and the width of the images.
     """
 
     path: str
     keys: Mapping[str, Key]
     size_divisor: Callable[[Mapping[str, Any]], int] = lambda section: 1
+
+
+# The functions below create the keys and divisors that several networks have.
+
+
+def _channels(default: Sequence[int], comment: str) -> Key:
+    """Creates a key whose value is a list of channel counts, one for each block of a network."""
+
+    def accepts(value: Any) -> bool:
+        is_list = isinstance(value, tuple | list) and len(value) > 0
+        return is_list and all(is_int(count) and count > 0 for count in value)
+
+    return Key(default, "one or more channel counts, each 1 or more", accepts, comment)
+
+
+def _dropout(default: float, comment: str) -> Key:
+    """Creates a key whose value is the probability of dropout."""
+    return number(default, comment, "from 0 to below 1", lambda v: 0 <= v < 1)
+
+
+def _divisor_of_pools(section: Mapping[str, Any]) -> int:
+    """Returns the divisor of a network with a 2 x 2 pooling after each block except the last.
+
+    Each pooling halves the height and the width. The key `features` has a value for each block.
+    """
+    return 2 ** (len(section["features"]) - 1)
 
 
 # The keys of all networks with pretrained weights.
@@ -43,12 +69,7 @@ _BACKBONE_KEYS = {
         "standard deviation of the feature maps of all stages too.",
         ("last", "stages"),
     ),
-    "dropout": number(
-        0.0,
-        "The fraction of the head's inputs that a training step leaves out.",
-        "from 0 to below 1",
-        lambda v: 0 <= v < 1,
-    ),
+    "dropout": _dropout(0.0, "The fraction of the head's inputs that a training step leaves out."),
 }
 _BATCH_NORM_KEYS = {
     "batch_norm_statistics": choice(
@@ -63,27 +84,13 @@ NETWORKS = {
     "cnn": Network(
         path="cnn_jax.models.cnn:CNN",
         keys={
-            "features": Key(
-                default=(32, 64, 128),
-                requirement="one or more channel counts, each 1 or more",
-                accepts=lambda v: (
-                    isinstance(v, tuple | list)
-                    and len(v) > 0
-                    and all(is_int(n) and n > 0 for n in v)
-                ),
-                comment="Channels of each convolution.",
-            ),
+            "features": _channels((32, 64, 128), "Channels of each convolution."),
             "dense": integer(256, "Units of the hidden layer; 0: no hidden layer.", low=0),
-            "dropout": number(
-                0.5,
-                "The fraction of hidden units that a training step leaves out.",
-                "from 0 to below 1",
-                lambda v: 0 <= v < 1,
+            "dropout": _dropout(
+                0.5, "The fraction of hidden units that a training step leaves out."
             ),
             "batch_norm": boolean(True, "BatchNorm after each convolution."),
         },
-        # Each convolution except the last is followed by a 2 x 2 pooling, which halves the
-        # height and the width.
-        size_divisor=lambda section: 2 ** (len(section["features"]) - 1),
+        size_divisor=_divisor_of_pools,
     ),
 }
