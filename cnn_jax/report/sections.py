@@ -97,7 +97,7 @@ def curves(run: Run) -> Figures:
         **columns,
     }
     train, validation = (run.figures.get(split) for split in ("train", "validation"))
-    return figures | verdicts.training(figures, train, validation)
+    return figures | verdicts.training(figures, train, validation, run.settings.dropout)
 
 
 _CURVES = ("loss", "accuracy")
