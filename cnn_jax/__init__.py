@@ -37,7 +37,8 @@ def _check_start() -> None:
       SystemExit: The system is Windows, and the package was started as a command; or
         `python -m` names a module that is not a command and would therefore do nothing.
     """
-    # Python replaces "-m" by the path of the module after the import of this package.
+    # Python replaces "-m" in sys.argv with the path of the module only after this package is
+    # imported.
     is_module_run = sys.argv[:1] == ["-m"]
     if sys.platform == "win32":
         message = "cnn_jax does not run on Windows; run it on Linux or macOS, or in WSL 2"

@@ -184,7 +184,7 @@ class Run:
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the classes, in the order of the probabilities."""
+        """The class names; the i-th name belongs to the i-th probability of each prediction."""
         return self.predictor.class_names
 
     @functools.cached_property
@@ -203,7 +203,7 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The records of all epochs in `metrics.jsonl`; empty for a bundle without a run."""
+        """The records of all epochs in `metrics.jsonl`; an empty list if there is only a bundle."""
         if self.workdir is None:
             return []
         lines = (self.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -277,7 +277,10 @@ class Predictions(list[Prediction]):
         self.class_names = class_names
 
     def _columns(self) -> list[str]:
-        """Returns the column titles: the image, and the most probable classes, at most three."""
+        """Returns the column titles of the table: "image", "predicted", "second" and "third".
+
+        With fewer than three classes, there are fewer columns.
+        """
         ranks = ["predicted", "second", "third"]
         return ["image", *ranks[: len(self.class_names)]]
 

@@ -82,7 +82,7 @@ def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[BundlePredic
 def write_result(
     result: Mapping[str, Any], text: str, flags: argparse.Namespace, file: IO[str]
 ) -> None:
-    """Writes the result of a command to stdout and to the file of --output.
+    """Writes the result of a command to stdout, and to the file that --output names.
 
     Args:
       result: The result, of JSON types.
@@ -92,7 +92,7 @@ def write_result(
     """
     if flags.output is not None:
         cli.write_json(result, file)
-    # If stdout is closed, only the file of --output gets the result.
+    # If stdout is closed, only the file that --output names gets the result.
     if sys.stdout is None:
         return
     if flags.json:

@@ -23,7 +23,7 @@ from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.errors import DataError
 
-# This name is public: users load a bundle by `cnn_jax.predict.Predictor.load(path)`.
+# This name is public: users load a bundle with `cnn_jax.predict.Predictor.load(path)`.
 Predictor = predictors.BundlePredictor
 
 

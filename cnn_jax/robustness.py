@@ -31,7 +31,7 @@ from cnn_jax.system.text import fill, table
 
 
 def describe(result: Mapping[str, Any], title: str, width: int) -> str:
-    """Returns a text that describes the robustness of a network.
+    """Describes the robustness of a network as text.
 
     Args:
       result: The value of `measure_split`.

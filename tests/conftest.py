@@ -18,9 +18,9 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cnn_jax" / "xla")
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-# pytest-xdist and readline set COLUMNS, and `os.environ` may not contain this variable if readline
-# set it. Commands that the tests start would break their lines at this width. `del` unsets only a
-# variable that is in `os.environ`, so COLUMNS is set first.
+# pytest-xdist and readline set COLUMNS, and commands that the tests start would break their lines
+# at this width. If readline set COLUMNS, `os.environ` does not contain it, and `del` would fail. So
+# COLUMNS is first set here.
 os.environ["COLUMNS"] = ""
 del os.environ["COLUMNS"]
 if os.environ["JAX_PLATFORMS"] != "cpu":

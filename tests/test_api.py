@@ -32,7 +32,7 @@ _TINY = {
 
 
 class _Recorder(Console):
-    """A silent console that records the facts that a run shows."""
+    """A silent console that records the table of names and values that a run prints."""
 
     def __init__(self):
         super().__init__(is_silent=True)
@@ -336,7 +336,7 @@ def test_training_in_a_real_notebook(image_folder, tmp_path):
     training, run, predictions, report, figure, wrong, stopped, alive = outputs
 
     (progress,) = [output for output in training if output["output_type"] == "display_data"]
-    # All output except the progress is warnings of libraries.
+    # Apart from the progress, all output consists of warnings from libraries.
     assert sum(str(output).count("\\n") for output in training if output is not progress) < 10
     text = progress["data"]["text/plain"]
     assert text.count("\n") < 50

@@ -13,7 +13,7 @@ DOCUMENT = (REPOSITORY / "docs" / "architecture.md").read_text()
 
 
 def _floors() -> list[str]:
-    """Returns all modules of the table in an order in which each imports only earlier modules."""
+    """Returns the modules in docs/architecture.md; each module may import only earlier modules."""
     _, _, table = DOCUMENT.partition("| floor | modules |")
     rows = table.partition("\n\n")[0].splitlines()[2:]
     floors = [re.findall(r"`([\w/]+)\.py`", row.split("|")[2]) for row in rows]

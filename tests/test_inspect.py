@@ -132,7 +132,7 @@ def test_a_narrow_terminal_breaks_lines_between_words(width, tmp_path, capsys, m
     narrow = capsys.readouterr().out
     assert narrow.split() == wide.split()
     too_wide = [line for line in narrow.splitlines() if len(line) > width]
-    assert all(len(line.split()) <= 2 for line in too_wide)  # A long path cannot be broken.
+    assert all(len(line.split()) <= 2 for line in too_wide)  # A long path is not broken into lines.
     assert max(map(len, wide.splitlines())) > width
     assert all(line[11:12] in (" ", "") for line in narrow.splitlines())
 

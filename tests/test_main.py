@@ -150,7 +150,7 @@ def test_train_evaluate_and_predict_from_the_command_line(image_folder, tmp_path
 
 
 def test_a_narrow_terminal_shows_a_progress_bar(image_folder, tmp_path):
-    """The command runs in a pseudo-terminal of 40 columns."""
+    """The progress bar is shown in a pseudo-terminal of 40 columns."""
     terminal, its_side = pty.openpty()
     process = subprocess.Popen(
         [
@@ -185,7 +185,7 @@ def test_a_narrow_terminal_shows_a_progress_bar(image_folder, tmp_path):
 
 
 def test_training_needs_neither_opencv_nor_tfds(image_folder, tmp_path):
-    """Hosts with GPUs often have neither OpenCV nor TensorFlow Datasets."""
+    """Training works without OpenCV and TensorFlow Datasets, which many GPU hosts do not have."""
     code = (
         "import sys; sys.modules |= {'cv2': None, 'tensorflow_datasets': None}\n"
         "from cnn_jax.main import main; main(sys.argv[1:])"

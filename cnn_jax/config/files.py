@@ -35,13 +35,13 @@ from cnn_jax.system.errors import ConfigError, did_you_mean
 logger = logging.getLogger(__name__)
 
 _PREFIX = "--config."
-# The folders of the shipped configurations and search spaces. A wheel contains these folders inside
-# the package, and a checkout contains them beside the package.
+# The folders of the configurations and search spaces that ship with this package. A wheel contains
+# these folders inside the package, and a checkout contains them beside the package.
 _SHIPPED = {"configs": "configs", "spaces": "experiments/spaces"}
 
 
 def shipped_folder(name: str = "configs") -> pathlib.Path:
-    """Returns the folder of the shipped configurations, or of the shipped search spaces of `tune`.
+    """Returns the folder of the configurations or search spaces that ship with this package.
 
     Args:
       name: "configs" or "spaces".
@@ -52,7 +52,7 @@ def shipped_folder(name: str = "configs") -> pathlib.Path:
 
 
 def shipped_names(folder: str = "configs") -> list[str]:
-    """Returns the names of the files in a shipped folder, without ".py"."""
+    """Returns the names, without ".py", of the configurations or search spaces of this package."""
     return sorted(path.stem for path in shipped_folder(folder).glob("[!_]*.py"))
 
 
@@ -151,7 +151,7 @@ def _run(path: pathlib.Path, name: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _importable(path: pathlib.Path) -> Iterator[None]:
-    """Returns a context in which a configuration file can import other configuration files.
+    """Lets a configuration file import other configuration files inside this context.
 
     The file is a module of a package `configs`, which consists of the file's own folder, of
     parent folders with the name `configs`, and of the shipped configurations. Therefore
@@ -224,7 +224,7 @@ def _read_json(path: pathlib.Path) -> Config:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Flattens a nested dictionary: returns its values by full key, and converts lists to tuples.
+    """Flattens a nested dictionary to a mapping from full keys to values; lists become tuples.
 
     A full key joins the keys of all levels, such as "train.epochs".
 
@@ -326,7 +326,10 @@ class ConfigParser(Parser):
         return flags, read_overrides(others)
 
     def suggest(self, flag: str) -> str | None:
-        """Returns a similar flag, or the flag of a similar key; None if no flag is similar."""
+        """Returns a known flag that is similar to an unknown flag; None if no flag is similar.
+
+        The flags of configuration keys, such as --config.KEY, are considered too.
+        """
         if (near := super().suggest(flag)) is not None:
             return near
         key = closest_key(flag.removeprefix("--"))
@@ -347,7 +350,7 @@ def _config_name(argv: Sequence[str]) -> str:
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """Parses `--config.KEY=VALUE` or `--config.KEY VALUE` flags; returns values as text by key.
+    """Parses flags `--config.KEY=VALUE` or `--config.KEY VALUE`; returns the values by key.
 
     Raises:
       ConfigError: A key does not exist or has no value, or an argument is not such a flag.

@@ -32,9 +32,8 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
         if config.precision == "auto":
             resolved.precision = previous.get("precision", compute_dtype("auto").name)
         if not config.optimizer.decay_epochs:
-            resolved.optimizer.decay_epochs = previous.get(
-                "optimizer.decay_epochs", config.train.epochs
-            )
+            previous_epochs = previous.get("optimizer.decay_epochs", 0)
+            resolved.optimizer.decay_epochs = previous_epochs or config.train.epochs
         if not config.train.steps_per_execution:
             resolved.train.steps_per_execution = previous.get("train.steps_per_execution", 0)
         if config.checkpoint.init_from:

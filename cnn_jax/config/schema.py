@@ -483,7 +483,7 @@ def wrong_value(key: str, value: object, network: str | None = None) -> ConfigEr
 
 
 def source_hint(value: object) -> str:
-    """Returns the end of an error message, which suggests a source if the value is a path; else "".
+    """Returns a hint such as "; did you mean folder:PATH?" if a value is a path; else "".
 
     A value is a path if it has a slash, or if such a file or folder exists.
     """

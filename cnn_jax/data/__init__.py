@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-# The type of a function track(items, description, total), which yields the items and shows the
-# progress of the iteration.
+# The type of functions track(items, description, total) that yield the items and show the progress.
 Track = Callable[[Iterable, str, int], Iterable]
 
 

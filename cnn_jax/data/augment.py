@@ -66,7 +66,7 @@ class Augmentation:
         return self == Augmentation()
 
     def describe(self) -> str:
-        """Returns the ranges in words, such as "flip horizontal, rotation up to 0.2"."""
+        """Describes the ranges as text, such as "flip horizontal, rotation up to 0.2"."""
         values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         return ", ".join(
             field.metadata["words"].format(value).replace("_", " ")

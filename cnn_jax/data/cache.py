@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cnn_jax.data.decode import Pixels
-from cnn_jax.system.atomic import write_text
+from cnn_jax.system.atomic import replacing, write_text
 
 # Other programs may store files in the cache folder too. Only folders that match _OWN_FOLDER, and
 # files that match the pattern of their folder in _OWN_FILES, belong to this package and may be
@@ -31,11 +31,12 @@ COMPILED = "compiled"
 _OWN_FILES = {
     "pixels": _OWN_FILE,
     "scans": _OWN_FILE,
+    "features": _OWN_FILE,
     COMPILED: re.compile(r".+-[0-9a-f]{64}-cache"),
 }
 # The length of a day in seconds.
 _A_DAY = 24 * 60 * 60
-# Cached pixels and compiled programs are removed after this number of seconds without use.
+# Cached arrays and compiled programs are removed after this number of seconds without use.
 SECONDS_KEPT = 30 * _A_DAY
 
 
@@ -92,7 +93,7 @@ def read_json(kind: str, key: str) -> Any:
     """Returns the value that `write_json` stored under a key; None if no value is stored."""
     try:
         return json.loads((cache_dir() / kind / f"{key}.json").read_text("utf-8", "surrogatepass"))
-    except (OSError, ValueError):  # A missing or damaged file counts as no value.
+    except (OSError, ValueError):  # The file is missing or damaged.
         return None
 
 
@@ -106,6 +107,32 @@ def write_json(kind: str, key: str, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, ensure_ascii=False)
     write_text(path, text, errors="surrogatepass", durable=False, shared=True)
+
+
+def read_array(kind: str, key: str) -> np.ndarray | None:
+    """Returns the array that `write_array` stored under a key, memory-mapped; else None."""
+    path = cache_dir() / kind / f"{key}.npy"
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # The file is missing or truncated.
+        return None
+    # Update the time of the last use. The update fails if another user owns the file.
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return array
+
+
+def write_array(kind: str, key: str, array: np.ndarray) -> None:
+    """Stores an array in the cache as the file `kind/key.npy`, which is written atomically.
+
+    Raises:
+      OSError: The folder cannot be written, or the disk is full.
+    """
+    path = cache_dir() / kind / f"{key}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
+    with replacing(path, durable=False, shared=True) as file:
+        np.save(file, array)
 
 
 def open_pixels(key: str, count: int, image_size: tuple[int, int]) -> np.ndarray | None:
@@ -130,7 +157,7 @@ def _pixels_path(key: str) -> pathlib.Path:
 
 
 def _sweep(folder: pathlib.Path) -> None:
-    """Removes pixel files that were unused for 30 days, and temporary files of killed processes."""
+    """Removes arrays that were unused for 30 days, and temporary files of killed processes."""
     for pattern, seconds in ((".partial-*", _A_DAY), ("*.npy", SECONDS_KEPT)):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):

@@ -81,7 +81,8 @@ def open_dataset(
     Raises:
       DataError: Too many images cannot be read, or the data cannot be divided.
     """
-    # An error in the pattern of groups is reported before the scan, which may take long.
+    # An error in the pattern of groups is reported before the scan, because the scan may take a
+    # long time.
     division.check(listing)
     records, pixels = _scan(listing, preprocessing, residency, track)
     if pixels is None and residency != "none":
@@ -173,8 +174,8 @@ def _scan(
         return scan.scan(listing, preprocessing, None, track), None
     known = scan.known_records(listing, preprocessing)
     if 2 * known.count(None) < len(known):
-        # The cache key of the pixels is computed from all records. If fewer than half of the
-        # records are missing, complete them first, because the cache may then contain all pixels.
+        # The cache may contain the pixels, but their cache key depends on all records. If fewer
+        # than half of the records are missing, the missing records are completed first.
         records = scan.scan(listing, preprocessing, None, track, known)
         key, size = scan.pixels_key(records, preprocessing), preprocessing.image_size
         pixels = cache.open_pixels(key, len(listing), size)
@@ -196,8 +197,8 @@ def _decode_all(
     `_scan` calls this function if the pixels are not in the cache.
     """
     try:
-        # Unless the pixels are kept on disk, the cache file is useful only to later runs. So the
-        # cache file may take at most half of the free disk space.
+        # If the pixels are not kept on disk, only later runs benefit from the cache file. The file
+        # may then take at most half of the free disk space.
         if residency != "disk" and _decoded_bytes(listing, preprocessing) > cache.free_bytes() / 2:
             raise OSError(errno.ENOSPC, "they would take more than half of the free space")
         with cache.PixelFile(len(listing), preprocessing.image_size) as file:

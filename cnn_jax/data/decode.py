@@ -75,12 +75,12 @@ _BEGINNING = re.compile(b"|".join(_BEGINNINGS.values()), re.DOTALL)
 # over all pixels, so a small file with thousands of scans could occupy a core for minutes.
 _MAX_SCANS = 100
 _START_OF_SCAN = b"\xff\xda"
-# Matches each marker of a JPEG after which a length is stored, and the marker of the image's end.
+# Matches the markers of a JPEG that are followed by a length, and the end-of-image marker.
 _MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 
 # Pillow's slow PPM decoders, and the largest number of pixels that they may decode. These decoders
-# are written in Python; they read PPM files in text, and PPM files with a maximum value other than
-# 255. A million pixels take one to two seconds, during which no other thread can run.
+# are written in Python. They decode PPM files in text format, and PPM files with a maximum value
+# other than 255. A million pixels take one to two seconds, during which no other thread can run.
 _SLOW_PPM, _MAX_SLOW_PIXELS = ("ppm", "ppm_plain"), 4_000_000
 
 # Two markers of a JPEG (ITU T.81, table B.1), and the markers of the segments that may precede the
@@ -96,10 +96,10 @@ _STRIP = 1_000_000
 # The values that usually represent white: 1 for floats, and the largest integers of 8, 10, 12, 14
 # and 16 bits.
 _USUAL_WHITES = (1, 255, 1023, 4095, 16383, 65535)
-# The factor by which values of a resized image may exceed white, because bicubic and Lanczos
-# filters overshoot.
+# The factor by which values of a resized image may exceed the white level, because bicubic and
+# Lanczos filters overshoot.
 OVERSHOOT = 1.1
-# An image counts as dark if no value is above this fraction of the value of white. An example is a
+# An image counts as dark if no value is above this fraction of the white level. An example is a
 # 14-bit image that is stored in a file of 16 bits.
 DARK = 0.25
 # Values of the TIFF tags PhotometricInterpretation, PlanarConfiguration and SampleFormat (TIFF 6.0,
@@ -134,7 +134,7 @@ class Values:
       kind: The type of the values, such as "8-bit", "12-bit", "16-bit signed" or "float".
       low: The smallest value.
       high: The largest value.
-      white: The value of white in the file's format; 0 if the format does not define it.
+      white: The white level of the file's format; 0 if the format does not define it.
     """
 
     kind: str
@@ -143,7 +143,7 @@ class Values:
     white: float
 
     def doubt(self, white_level: float) -> str:
-        """Returns a text that says why the values may not suit a network; "" if the values suit it.
+        """Returns the reason why the values may not suit a network; "" if they suit it.
 
         Args:
           white_level: The network's white level; see `Preprocessing`.
@@ -160,7 +160,7 @@ class Values:
 
 
 class UnknownWhiteError(DataError):
-    """The error for an image whose value of white is unknown.
+    """The error for an image whose white level (the value of white) is unknown.
 
     The values of such an image cannot be converted to grey levels.
 
@@ -334,7 +334,7 @@ def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, white_level: float 
     yet, this function reads its file again, with all 16 bits.
 
     Raises:
-      DataError: The image is too large or damaged, or the value of white is unknown.
+      DataError: The image is too large or damaged, or the white level is unknown.
     """
     return decode_any(image, max_pixels, white_level)[1]
 
@@ -365,7 +365,7 @@ def from_array(array: Shaped[np.ndarray, "..."], white_level: float = 0) -> Pixe
       white_level: See `Preprocessing`.
 
     Raises:
-      DataError: The array has another shape or type, or the value of white is unknown.
+      DataError: The array has another shape or type, or the white level is unknown.
     """
     return decode_any(array, white_level=white_level)[1]
 
@@ -410,7 +410,7 @@ def span(values: Any) -> str:
 
 
 def likely_white(high: float) -> float:
-    """Guesses the value of white, such as 1, 255 or 4095, from the largest value in some images."""
+    """Guesses the white level, such as 1, 255 or 4095, from the largest value in some images."""
     high = max(high, 1)
     for white in _USUAL_WHITES:
         if DARK * white < high <= OVERSHOOT * white:
@@ -419,7 +419,7 @@ def likely_white(high: float) -> float:
 
 
 def unknown_white(values: Any) -> str:
-    """Returns the error message for images whose value of white is unknown.
+    """Returns the error message for images whose white level (the value of white) is unknown.
 
     Args:
       values: An object with the attributes `low` and `high`.
@@ -465,7 +465,7 @@ def _unknown_format(encoded: bytes) -> UnknownFormatError:
 
 
 def _describe_tiff(encoded: bytes) -> str:
-    """Returns a text that describes the channels of a TIFF; "" if the TIFF's tags are damaged."""
+    """Returns a description of the channels of a TIFF; "" if the tags are damaged."""
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(encoded[:8])
         file = io.BytesIO(encoded)
@@ -541,7 +541,7 @@ def _num_scans(encoded: bytes) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation of an image, 1 to 8; 1 (upright) if it is missing or invalid."""
+    """Returns the EXIF orientation, 1 to 8; 1 (upright) if the tag is missing or invalid."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Damaged EXIF data makes Pillow raise errors of any type.
@@ -607,7 +607,7 @@ def _strip_to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Deep:
-    """The values of an image that must be converted to grey levels, for example 16-bit values.
+    """Image values that must be converted to grey levels, for example 16-bit values.
 
     Attributes:
       values: An array [height, width] or [height, width, 3].
@@ -630,7 +630,7 @@ def _to_grey_levels(deep: _Deep, white_level: float) -> tuple[Values, Pixels]:
     """Converts image values to grey levels; returns the range of the values and the RGB pixels.
 
     Raises:
-      DataError: A value is negative or not finite, or the value of white is unknown.
+      DataError: A value is negative or not finite, or the white level is unknown.
     """
     values = Values(deep.kind, deep.values.min().item(), deep.values.max().item(), deep.white)
     if not math.isfinite(values.low) or not math.isfinite(values.high):
@@ -663,7 +663,7 @@ def _three_channels(array: np.ndarray) -> np.ndarray:
 
 
 def _kind(dtype: np.dtype[Any]) -> tuple[str, float]:
-    """Returns a dtype's name, such as "16-bit", and its value of white, which is 0 if unknown."""
+    """Returns the name of a dtype, such as "16-bit", and its white level, where 0 means unknown."""
     if dtype.kind == "f":
         return "float", 0
     bits = 8 * dtype.itemsize
@@ -683,7 +683,7 @@ def _rawmode(image: Image.Image) -> str:
 
 
 def _ppm_white(image: Image.Image) -> int:
-    """Returns the value of white of an unloaded PPM image if the value exceeds 255; else 0."""
+    """Returns the white level of an unloaded PPM image if the level exceeds 255; else returns 0."""
     if not isinstance(image, PpmImagePlugin.PpmImageFile) or not image.tile:
         return 0
     args = image.tile[0].args
@@ -708,7 +708,7 @@ def _loses_values(image: Image.Image) -> bool:
 
 
 def _content(image: Image.Image) -> bytes:
-    """Returns the bytes of the file from which an image was opened; the image is not loaded yet."""
+    """Returns the bytes of the file of an image that was opened but not yet loaded."""
     assert isinstance(image, ImageFile.ImageFile)
     file = image.fp
     assert file is not None

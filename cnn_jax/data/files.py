@@ -37,9 +37,9 @@ _SYSTEM_FOLDERS = frozenset(
         *("temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini"),
     )
 )
-# A folder was written by this project if it contains all names of one of these sets. The sets of
-# the first group apply only to a folder without images directly in it. So a class folder with
-# images is not ignored if a run was written into it.
+# A folder counts as an output of this project if it contains all names of one of these sets. The
+# sets in _OUTPUTS_WITHOUT_PICTURES apply only to a folder without images directly in it, so that a
+# class folder with images is not ignored if a run was written into it.
 _OUTPUTS_WITHOUT_PICTURES = (
     frozenset(("lock", "heartbeat.json")),  # The folder of a run that has just started.
     frozenset(("config.json", "metrics.jsonl")),
@@ -64,8 +64,8 @@ _OUTSIDE = "links out of the folder"
 _ALLOW = "data.allow_outside=True (--allow_outside) follows them"
 _SEEN = "links to what is there already"
 _NO_CLASS = "outside the class folders"
-# The names of ignored files and folders in messages, singular and plural, for each kind. The kinds
-# are also keys in JSON outputs.
+# The names, singular and plural, that messages use for each kind of ignored file or folder. The
+# kinds are also keys in JSON outputs.
 _IN_WORDS = {
     _OTHER_FORMAT: ("image of another format", "images of other formats"),
     _SYSTEM: ("file or folder of another program", "files or folders of other programs"),
@@ -112,7 +112,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The files below a folder, and the numbers of ignored files and folders.
+    """The files below a folder, and the counts of ignored files and folders.
 
     Attributes:
       files: Regular files, sorted by path.
@@ -381,7 +381,7 @@ def open_folder(
 
 
 def _other_ways(root: pathlib.Path) -> str:
-    """Returns a hint for an error message if a folder without classes has a table or an archive."""
+    """Returns a hint for a folder without classes if the folder contains a table or an archive."""
     found = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith("."))
     tables = [entry for entry in found if entry.lower().endswith(".csv")]
     archives = [entry for entry in found if entry.lower().endswith(_ARCHIVES)]
@@ -396,7 +396,7 @@ def _other_ways(root: pathlib.Path) -> str:
 
 
 def _classes_without_images(listing: Listing, layout: Layout, source: Source) -> list[str]:
-    """Returns a warning for each class folder that has no images."""
+    """Returns a warning for each class folder that contains no images."""
     remarks = []
     for folder in sorted(filter(None, listing.folders)):
         parent, _, name = folder.rpartition("/")
@@ -440,7 +440,7 @@ def _make_source(
 
 
 def count_ignored(ignored: Mapping[str, int]) -> str:
-    """Returns a text with the numbers of ignored files and folders, such as "2 broken links"."""
+    """Formats the counts of ignored files and folders as text, such as "2 broken links"."""
     return ", ".join(
         f"{number:,} {_IN_WORDS.get(kind, (kind, kind))[number != 1]}"
         for kind, number in ignored.items()
@@ -448,7 +448,7 @@ def count_ignored(ignored: Mapping[str, int]) -> str:
 
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:
-    """Returns a suffix for a message, with the numbers of ignored files; "" if there are none."""
+    """Returns the end of a message, with the counts of ignored files; "" if no file was ignored."""
     if not ignored:
         return ""
     advice = f": {_ALLOW}" if _OUTSIDE in ignored else ""
@@ -525,7 +525,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
 
 
 def _plain_path(root: pathlib.Path, path: str) -> str:
-    """Removes "./" and "//" from a path, and makes a path below the root folder relative to it."""
+    """Removes "./" and "//" from a path; makes a path below the root folder relative to it."""
     plain = pathlib.PurePosixPath(path)
     return str(plain.relative_to(root) if plain.is_relative_to(root) else plain)
 

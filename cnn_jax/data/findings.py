@@ -23,14 +23,14 @@ from cnn_jax.data.sources import listed_folder
 from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.system.errors import printable
 
-# Class balancing may be recommended if the largest class has at least this many times as many
-# images as the smallest class.
+# Class balancing may be recommended if the largest class is at least this many times as large as
+# the smallest class.
 _IMBALANCE = 10
 # A class with fewer images than this has too little variety for balancing to help.
 _TOO_FEW = 20
 _MAX_NAMED = 3
-# A split is called uneven only if it should get at least this number of images of a class, because
-# smaller numbers vary much by chance.
+# A split is called uneven only if the intended number of images of a class in the split is at least
+# this number, because smaller numbers vary much by chance.
 _SHARE_TO_SPEAK_OF = 3
 # A warning is given if at least this fraction of the images is dark (see `decode.DARK`).
 _MIN_DARK_FRACTION = 0.9
@@ -38,7 +38,7 @@ _MIN_DARK_FRACTION = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class ValueRange:
-    """The range of the values in all images that have the same type of values.
+    """The range of the values in all images that have the same value type, such as "12-bit".
 
     Attributes:
       kind: The type, such as "8-bit", "16-bit" or "float"; see `decode.Values`.
@@ -66,11 +66,11 @@ class ValueRange:
 
     @property
     def is_dark(self) -> bool:
-        """Whether nearly all images use only a small part of the range from 0 to white."""
+        """Whether nearly all images use only a small part of the range from black to white."""
         return self.dark >= _MIN_DARK_FRACTION * self.images
 
     def describe(self) -> str:
-        """Returns a text such as "12-bit: 40 images from 0 to 4000, white is 4095"."""
+        """Describes the range, for example as "12-bit: 40 images from 0 to 4000, white is 4095"."""
         white = f"white is {format_number(self.white)}" if self.white else "white is unknown"
         better = self.white_level
         advice = f"; data.white_level={format_number(better)} would suit them" if better else ""
@@ -104,7 +104,7 @@ class ValueRange:
 def value_ranges(
     records: Sequence[Record], preprocessing: Preprocessing | None = None
 ) -> list[ValueRange]:
-    """Returns the range of the image values for each type of values, the most common type first.
+    """Returns the value range of each value type, such as "12-bit"; the most common type first.
 
     Args:
       records: The records of all images, including the unreadable ones.
@@ -337,7 +337,7 @@ class Findings:
         return None
 
     def _ties(self) -> str:
-        """Returns a text about equal images that are in different groups; "" if there are none.
+        """Describes equal images that are in different groups; returns "" if there are none.
 
         Groups that share equal images must be in the same split.
         """
@@ -364,7 +364,7 @@ class Findings:
         return [group for group, splits in group_splits.items() if len(splits) > 1]
 
     def _uneven(self) -> list[str]:
-        """Returns the classes that have less than half of their intended images in some split.
+        """Returns the classes with less than half of the intended number of images in some split.
 
         Only the random variation of the rule "stable" is considered. With another rule, with groups
         or with the data's own splits, the result is empty.
@@ -380,7 +380,7 @@ class Findings:
         return printable(self.source.class_names[label])
 
     def _names(self, group: Sequence[int]) -> str:
-        """Returns a text with the ids of a few examples, if possible from different classes."""
+        """Formats the ids of a few examples as text, if possible from different classes."""
         labels = self.source.labels
         first_images = {int(labels[i]): i for i in reversed(group)}.values()
         order = [*sorted(first_images), *(i for i in group if i not in first_images)]
@@ -395,7 +395,7 @@ def find(
     unreadable: list[Unreadable],
     values: list[ValueRange],
 ) -> Findings:
-    """Collects the findings about a source of readable examples and their records."""
+    """Collects the findings about a source of readable examples."""
     equal: dict[str, list[int]] = defaultdict(list)
     rotated = []
     for position, record in enumerate(records):
@@ -431,8 +431,8 @@ def too_unreadable(
         return None
     refused = [one for one in values if not one.white]
     if len(unreadable) == sum(one.images for one in refused):
-        # If the value of white is unknown in all unreadable images, advice on the white level is
-        # more useful than the errors of the first few images.
+        # If the white level is unknown for all unreadable images, advice on the white level is more
+        # useful than the errors of the first few images.
         return "; ".join([one.warning() or "" for one in refused] + _conflicts(values))
     shown = "; ".join(f"{printable(u.id)} {u.reason}" for u in unreadable[:_MAX_NAMED])
     return (
@@ -457,6 +457,6 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Returns a text with the first few names and the number of the remaining names."""
+    """Joins the first few names to text, and adds the number of the remaining names."""
     rest = len(names) - _MAX_NAMED
     return ", ".join(names[:_MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")

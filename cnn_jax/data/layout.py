@@ -246,7 +246,7 @@ def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str
 def _choose(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> dict[str, str]:
-    """Chooses the folders that are splits, judged by their names; returns the split of each folder.
+    """Chooses the split folders by their names; returns the split of each split folder.
 
     The first rule that applies decides:
 
@@ -406,7 +406,7 @@ def _taken_for_classes(
 
 
 def _look_below_the_classes(tree: _Tree, layout: Layout, source: str) -> list[str]:
-    """Returns warnings about sub-folders in class folders, which may be the actual classes.
+    """Returns warnings about class folders whose sub-folders may be the actual classes.
 
     Raises:
       DataError: The folders are named as kinds of files, such as images and masks.

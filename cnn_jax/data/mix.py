@@ -50,7 +50,7 @@ class Mixing:
         return self.mixup_probability == self.cutmix_probability == 0
 
     def describe(self) -> str:
-        """Returns a text such as "MixUp of 50% (alpha 0.2)"; "" if no example is mixed."""
+        """Returns a description such as "MixUp of 50% (alpha 0.2)"; "" if no example is mixed."""
         methods = (
             ("MixUp", self.mixup_probability, self.mixup_alpha),
             ("CutMix", self.cutmix_probability, self.cutmix_alpha),
@@ -102,7 +102,10 @@ def draw(key: PRNGKeyArray, mixing: Mixing, batch_size: int) -> Draws:
 def mixup_weights(
     share: Float[Array, " batch"], image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
-    """Returns the weight of the partner image in each pixel for MixUp: 1 - share."""
+    """Returns the weight of the partner image for MixUp, which is equal in all pixels.
+
+    The weight is 1 - share.
+    """
     return jnp.broadcast_to((1 - share)[:, None, None], (*share.shape, *image_size))
 
 

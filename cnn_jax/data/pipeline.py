@@ -153,7 +153,7 @@ def training_batches(
     balanced: bool = False,
     rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
-    """Returns a stream of training batches that begins at batch `start`; endless if `stop` is None.
+    """Returns a stream of training batches that starts at batch `start` and ends before `stop`.
 
     Each pass over the examples has a new order. A batch may span two passes, so every batch
     is full and all examples are used equally often. A balanced stream takes one example of
@@ -169,7 +169,8 @@ def training_batches(
         batch contains the arrays of `augment.draw` for the training step.
       seed: The seed of the orders and draws.
       start: The number of the first batch. Earlier batches are not computed.
-      stop: The number after the last batch; no later batch is read ahead.
+      stop: The number after the last batch; no later batch is read ahead. None: the stream is
+        endless.
       balanced: Whether all classes are used equally often.
       rows: The rows of each batch that this process loads; None: all rows. Other processes
         load the other rows. The draws are made for the whole batch.

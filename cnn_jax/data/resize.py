@@ -16,15 +16,15 @@ from cnn_jax.data.preprocessing import Preprocessing
 # Because of the underscores, jaxtyping lets two images in one signature differ in size.
 Pixels = UInt8[np.ndarray, "_height _width 3"]
 
-# The grey level of the padding around an image, which is the same as in ultralytics. This level is
-# the mean of photographs (0.449 of 255 in ImageNet), so the padding is near 0 after normalization.
+# The grey level of the padding around an image, as in ultralytics. It is close to the mean pixel
+# value of photographs (0.449 * 255 in ImageNet), so the padding is close to 0 after normalization.
 PADDING = 114
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # If the scaled image would have more pixels than this, only its visible part is computed. For
 # example, an image of 1 x 1,000,000 pixels could become an image of 224 x 224,000,000 pixels.
 _MAX_SCALED_PIXELS = 2**24
-# A filter reads this number of pixels on each side of the centre of an output pixel. The unit is a
-# pixel of the output if the image is reduced, and a pixel of the image if it is enlarged.
+# The largest radius of a resampling filter. The unit is a pixel of the output if the image is
+# reduced, and a pixel of the image if it is enlarged.
 _SUPPORT = 2
 
 # A rectangle (left, top, right, bottom) in pixels.

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # This version is part of the cache key. Increase the version when the meaning of a record changes.
 _VERSION = 3
-# The largest allowed size of an image file: this number of bytes for each allowed pixel, and this
+# The largest allowed size of an image file is a number of bytes for each allowed pixel, plus a
 # number of bytes for metadata. A larger file is not read.
 _BYTES_A_PIXEL, _OTHER_BYTES = 4, 2**20
 # Files with more bytes than this are read and decoded one at a time, to limit the memory use.
@@ -50,7 +50,7 @@ class Record:
       header: The file's header; None after an error.
       error: The reason why the image cannot be read; None if the image can be read.
       values: The range of the file's values; None after an error, unless the error is that the
-        value of white is unknown.
+        white level is unknown.
       other_format: The image's format if it is known but not supported; else "".
     """
 

@@ -110,7 +110,10 @@ class Source:
 
 
 def named_splits(ids: Iterable[str]) -> dict[str, str]:
-    """Maps each top-level folder in the ids that is named after a split to the split."""
+    """Returns the split of each top-level folder that is named after a split, such as "val".
+
+    The folders are taken from the ids.
+    """
     folders = {example_id.partition("/")[0] for example_id in ids if "/" in example_id}
     return {name: SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES}
 

@@ -132,12 +132,13 @@ def divide(
     shares = np.array(fractions, np.float64)
     free = own == ""
     if given and not free.any() and len(given) < len(SPLITS):
-        # A split that the data set lacks is taken from its training split.
+        # A split that the data set lacks is taken from the data set's training split.
         free = own == "train"
     # No examples are added to the data set's own validation and test splits.
     shares[[name in given and name != "train" for name in SPLITS]] = 0
     units = _units(len(ids), groups, contents)
-    # If an example of a unit has a split of its own, the whole unit goes to this split.
+    # A unit is, for example, a group or a set of equal images. If one example of a unit already has
+    # a split, the whole unit goes to this split.
     unit_splits = np.full(len(ids), -1)
     np.maximum.at(unit_splits, units[~free], example_splits[~free])
     is_bound = unit_splits[units] >= 0
@@ -158,7 +159,7 @@ def divide(
 def _units(
     size: int, groups: list[str] | None, contents: list[str] | None
 ) -> Int[np.ndarray, " size"]:
-    """Returns the number of the unit of each example; `divide` defines the units."""
+    """Returns the index of each example's unit, a set of examples that is never divided."""
     units = np.arange(size)
     for keys in (groups, contents):
         if keys is not None:
@@ -176,7 +177,7 @@ def _units(
 def _numbers(
     units: Int[np.ndarray, " m"], names: list[str], seed: int
 ) -> Float[np.ndarray, " units"]:
-    """Returns a number in [0, 1) for each unit, which is the hash of the unit's shortest name.
+    """Returns the hash of each unit's shortest name as a number in [0, 1).
 
     The copy of an image usually has a longer name than its original, so adding the copy does not
     change the number.
@@ -224,7 +225,7 @@ def _assign(
 def _commonest_label(
     units: Int[np.ndarray, " m"], labels: Int[np.ndarray, " m"]
 ) -> Int[np.ndarray, " units"]:
-    """Returns the most common label of each unit; the smallest of several equally common labels."""
+    """Returns the most common label of each unit; in case of a tie, the smallest label."""
     pairs, counts = np.unique(np.stack([units, labels]), axis=1, return_counts=True)
     order = np.lexsort((-pairs[1], counts, pairs[0]))
     commonest = np.empty(units.max() + 1, np.int64)
@@ -236,7 +237,7 @@ def _commonest_label(
 def _exact_bounds(
     sizes: Int[np.ndarray, " members"], cuts: Float[np.ndarray, " cuts"]
 ) -> Int[np.ndarray, " cuts"]:
-    """Returns the number of units before each cut.
+    """Returns the positions of the cuts between splits: the number of units before each cut.
 
     With these numbers, the fractions of examples before the cuts are as near as possible to `cuts`.
     """
@@ -249,7 +250,7 @@ def _exact_bounds(
 
 
 def _none_empty(bounds: Int[np.ndarray, " cuts"], count: int) -> Int[np.ndarray, " cuts"]:
-    """Moves the cuts as little as possible, so that no part of the `count` units is empty."""
+    """Moves the cuts between splits as little as possible, so that every split gets a unit."""
     bounds = bounds.copy()
     for i in range(len(bounds)):
         bounds[i] = max(bounds[i], bounds[i - 1] + 1 if i else 1)

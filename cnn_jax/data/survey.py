@@ -168,7 +168,7 @@ class Survey:
         return [self.source.class_names[label] for label in np.flatnonzero(sizes < len(SPLITS))]
 
     def varied(self, cluster: Cluster) -> list[int]:
-        """Returns the images of a cluster; the first images show all labels and splits."""
+        """Returns the images of a cluster, ordered so that every label and split appears early."""
         example_splits = self.example_splits
         seen: Counter[tuple[int, str]] = Counter()
         turns = []
@@ -267,7 +267,8 @@ def survey(
       ConfigError: The division's group is not a pattern.
       DataError: A path does not match the pattern.
     """
-    # An error in the pattern of groups is reported before the images are read, which may take long.
+    # An error in the pattern of groups is reported before the images are read, because reading may
+    # take a long time.
     division.check(listing)
     preprocessing = Preprocessing(max_pixels=max_pixels, white_level=white_level)
     records, hashes, thumbnails, levels = _pass(listing, preprocessing, track)
@@ -321,7 +322,8 @@ def _pass(
         if pixels is None:
             return record
         image = Image.fromarray(pixels)
-        # Pillow computes a histogram much faster than NumPy, and releases Python's global lock.
+        # Pillow computes a histogram much faster than NumPy, and releases the global interpreter
+        # lock (GIL), so the threads run in parallel.
         levels = np.array(image.histogram(), np.int64)
         thumbnail = np.asarray(image.resize(_THUMBNAIL, Image.Resampling.BOX)).ravel()
         return record, perceptual_hash(pixels), thumbnail, levels
@@ -393,7 +395,8 @@ def near_components(
         is_near = apart <= np.minimum(tolerance[first], tolerance[second])
         waiting.append((first[is_near], second[is_near]))
         number += int(is_near.sum())
-        # The pairs are joined in blocks, because all pairs may not fit into memory.
+        # The connected components are updated after each block of pairs, because all pairs may not
+        # fit into memory.
         if number > _BLOCK:
             join(waiting)
             waiting, number = [], 0
@@ -448,7 +451,11 @@ def _clusters(
     source: Source,
     splits: Mapping[str, Int[np.ndarray, " _"]],
 ) -> list[Cluster]:
-    """Creates clusters; clusters with different labels or splits, or many images, are first."""
+    """Creates clusters, with the most serious clusters first.
+
+    Clusters with different labels come first, then clusters with different splits, then large
+    clusters.
+    """
     example_splits = split_numbers(splits, len(source))
     clusters = [
         Cluster(

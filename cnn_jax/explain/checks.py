@@ -88,7 +88,8 @@ def judge(
     correlations: dict[str, dict[str, np.ndarray]] = {name: {} for name in chosen}
     for layer, shuffled in _shuffled_predictors(predictor, seed).items():
         for name, maps in maps_by_method(shuffled, images, classes, chosen).items():
-            # A map and its negative count as equal, so the sign of the correlation is ignored.
+            # The sign of the correlation is ignored, so a map and its negation are treated as
+            # equal.
             correlations[name][layer] = np.abs(rank_correlation(own_maps[name], maps))
     other_maps = {}
     if masks is not None:
@@ -119,7 +120,7 @@ def judge(
 
 
 def describe(verdict: dict[str, Any]) -> str:
-    """Returns a text with the passed and the failed checks of a method, or "no verdict"."""
+    """Returns the names of the passed and failed checks of a method as text, or "no verdict"."""
     checks: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for check, result in verdict.items():
         checks[result["passes"]].append(check.replace("_", " "))

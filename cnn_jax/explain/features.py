@@ -34,7 +34,7 @@ REGIONS = 4
 def feature_maps(
     predictor: BundlePredictor, images: Images
 ) -> dict[str, Float[np.ndarray, "batch height width channel"]]:
-    """Returns the feature maps of each stage of the network, by the name of the stage; float32.
+    """Returns the float32 feature maps of each stage of the network, by the name of the stage.
 
     The stages are in the order of the network.
     """
@@ -45,7 +45,7 @@ def feature_maps(
 
 
 def embeddings(predictor: BundlePredictor, images: Images) -> Float[np.ndarray, "batch features"]:
-    """Returns the embedding of each image, which is the input of the last layer; float32.
+    """Returns the float32 embedding of each image, which is the input of the network's last layer.
 
     There must be at least one image.
     """
@@ -65,7 +65,7 @@ def _map_stages(
     predictor: BundlePredictor,
     batches: Iterable[Images],
 ) -> Iterator[Any]:
-    """Yields, for each batch of images, the stage outputs that `choose` selects; float32."""
+    """Yields the stage outputs that `choose` selects, for each batch of images, in float32."""
     run = _compiled(choose, predictor.model, predictor.preprocessing)
     for rows in map_batches(functools.partial(run, predictor.variables), batches):
         yield jax.tree.map(lambda array: np.asarray(array, np.float32), rows)

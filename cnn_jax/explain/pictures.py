@@ -27,8 +27,8 @@ from cnn_jax.system.errors import ConfigError, DataError, did_you_mean, printabl
 
 logger = logging.getLogger(__name__)
 
-# The maximum number of images whose feature maps are drawn, with one picture for each layer; and
-# the maximum number of images on the page.
+# The maximum number of images whose feature maps are drawn (one picture for each layer), and the
+# maximum number of images on the HTML page.
 _MAX_WITH_FEATURE_MAPS, _MAX_ON_PAGE = 8, 100
 # Lengths in pixels: the width of a feature map or filter in a grid, the gap between the cells of
 # the grid, and the longer side of the pictures on the page.
@@ -294,7 +294,7 @@ def feature_map_grids(
 
 
 def save_filters(path: pathlib.Path, predictor: BundlePredictor) -> bool:
-    """Saves a picture of the first convolution's filters, if the network starts with one.
+    """Saves a picture of the first convolution's filters, if the network starts with a convolution.
 
     Grey is 0. All filters have the same scale.
 

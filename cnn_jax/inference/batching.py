@@ -48,7 +48,7 @@ def split_batches(arrays: PyTree, batch_size: int = BATCH_SIZE) -> Iterator[Any]
 
 
 def next_power_of_two(count: int) -> int:
-    """Returns the smallest power of two that is at least `count`; 1 for 0."""
+    """Returns the smallest power of two that is at least `count`; returns 1 if `count` is 0."""
     return 1 << max(count - 1, 0).bit_length()
 
 

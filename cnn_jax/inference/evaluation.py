@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,31 @@ def image_batches(
             yield batch["image"][: int(batch["mask"].sum())]
 
 
+def map_split(
+    function: Callable[[UInt8[np.ndarray, "_batch height width 3"]], Any],
+    loader: Loader,
+    indices: Int[np.ndarray, " n"],
+    track: Track = no_track,
+    description: str = "measuring",
+) -> np.ndarray:
+    """Applies a function to the images of examples of a data set, in batches.
+
+    Args:
+      function: Takes images and returns an array with one row for each image. It treats the
+        images independently.
+      loader: The loader of the source.
+      indices: The positions of the examples in the source, one or more.
+      track: Shows progress.
+      description: The text beside the progress.
+
+    Returns:
+      The rows in the order of `indices`.
+    """
+    batches = image_batches(loader, indices, track, description)
+    with contextlib.closing(batches):  # Stops the loader's threads, also after an error.
+        return np.concatenate(list(map_batches(function, batches, BATCH_SIZE)))
+
+
 def predict_split(
     predictor: Predictor,
     loader: Loader,
@@ -64,10 +89,9 @@ def predict_split(
     Returns:
       Probabilities, float32, in the order of `indices`.
     """
-    batches = image_batches(loader, indices, track, description)
-    with contextlib.closing(batches):  # `close` stops the loader's threads even after an error.
-        rows = list(map_batches(predictor, batches, BATCH_SIZE))
-    return np.concatenate([np.empty((0, len(predictor.class_names)), np.float32), *rows])
+    if not len(indices):
+        return np.empty((0, len(predictor.class_names)), np.float32)
+    return map_split(predictor, loader, indices, track, description)
 
 
 def score(

@@ -154,7 +154,7 @@ def _read_file(file: Readable) -> bytes:
 
 
 def _plain_array(array: np.ndarray) -> np.ndarray | Image.Image:
-    """Converts the array of one image to grey [h, w], RGB [h, w, 3], or a Pillow image for RGBA.
+    """Converts the array of an image to [h, w] (grey), [h, w, 3] (RGB) or a Pillow image (RGBA).
 
     Raises:
       DataError: The array has another shape, or is RGBA but not uint8.
@@ -289,7 +289,7 @@ def list_inputs(inputs: Sequence[str], allow_outside: bool = False) -> list[path
 
 
 def searched_folder(text: str) -> pathlib.Path:
-    """Returns a folder that contains, at any depth, all images of a file, folder or pattern."""
+    """Returns a folder that contains, at any depth, all images that a path or pattern selects."""
     path = pathlib.Path(text)
     if _is_pattern(text):
         return pathlib.Path(

@@ -41,8 +41,8 @@ def _channels(default: Sequence[int], comment: str) -> Key:
     return Key(default, "one or more channel counts, each 1 or more", accepts, comment)
 
 
-def _dropout(default: float, comment: str) -> Key:
-    """Creates a key whose value is the probability of dropout."""
+def _drop_probability(default: float, comment: str) -> Key:
+    """Creates a key whose value is the probability with which training leaves something out."""
     return number(default, comment, "from 0 to below 1", lambda v: 0 <= v < 1)
 
 
@@ -69,7 +69,9 @@ _BACKBONE_KEYS = {
         "standard deviation of the feature maps of all stages too.",
         ("last", "stages"),
     ),
-    "dropout": _dropout(0.0, "The fraction of the head's inputs that a training step leaves out."),
+    "dropout": _drop_probability(
+        0.0, "The fraction of the head's inputs that a training step leaves out."
+    ),
 }
 _BATCH_NORM_KEYS = {
     "batch_norm_statistics": choice(
@@ -79,6 +81,23 @@ _BATCH_NORM_KEYS = {
         ("auto", "frozen", "batch"),
     ),
 }
+_DROP_PATH_KEYS = {
+    "drop_path": _drop_probability(
+        0.0,
+        "The probability that an image skips the last block in a training step; it grows from 0 "
+        "in proportion to the block's number.",
+    ),
+}
+
+
+def _resnet(name: str) -> Network:
+    return Network(f"cnn_jax.models.resnet:{name}", _BACKBONE_KEYS | _BATCH_NORM_KEYS)
+
+
+def _efficientnet(name: str) -> Network:
+    keys = _BACKBONE_KEYS | _BATCH_NORM_KEYS | _DROP_PATH_KEYS
+    return Network(f"cnn_jax.models.efficientnet:{name}", keys)
+
 
 NETWORKS = {
     "cnn": Network(
@@ -86,11 +105,35 @@ NETWORKS = {
         keys={
             "features": _channels((32, 64, 128), "Channels of each convolution."),
             "dense": integer(256, "Units of the hidden layer; 0: no hidden layer.", low=0),
-            "dropout": _dropout(
+            "dropout": _drop_probability(
                 0.5, "The fraction of hidden units that a training step leaves out."
             ),
             "batch_norm": boolean(True, "BatchNorm after each convolution."),
         },
         size_divisor=_divisor_of_pools,
+    ),
+    "resnet18": _resnet("resnet18"),
+    "resnet34": _resnet("resnet34"),
+    "resnet50": _resnet("resnet50"),
+    # timm's networks pad symmetrically; those with the prefix "tf_" pad as TensorFlow does.
+    "efficientnet_b0": _efficientnet("efficientnet_b0"),
+    "efficientnet_lite0": _efficientnet("efficientnet_lite0"),
+    "efficientnet_lite1": _efficientnet("efficientnet_lite1"),
+    "efficientnet_lite2": _efficientnet("efficientnet_lite2"),
+    "tf_efficientnet_b0": _efficientnet("tf_efficientnet_b0"),
+    "tf_efficientnet_lite0": _efficientnet("tf_efficientnet_lite0"),
+    "tf_efficientnet_lite1": _efficientnet("tf_efficientnet_lite1"),
+    "tf_efficientnet_lite2": _efficientnet("tf_efficientnet_lite2"),
+    "convnext_tiny": Network(
+        "cnn_jax.models.convnext:convnext_tiny",
+        _BACKBONE_KEYS | _DROP_PATH_KEYS,
+        # Patches of 4 x 4 pixels, then three times of 2 x 2 pixels; pixels beyond whole patches
+        # would be ignored.
+        size_divisor=lambda section: 32,
+    ),
+    "vit_small_patch14_dinov2": Network(
+        "cnn_jax.models.vit:vit_small_patch14_dinov2",
+        _BACKBONE_KEYS | _DROP_PATH_KEYS,
+        size_divisor=lambda section: 14,
     ),
 }

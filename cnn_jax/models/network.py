@@ -167,7 +167,7 @@ def count_parameters(model: Network, image_size: tuple[int, int]) -> int:
 
 
 def forward_flops(model: Network, image_size: tuple[int, int]) -> float:
-    """Returns the floating-point operations of one image's forward pass, as counted by XLA."""
+    """Returns the number of floating-point operations of one forward pass, as counted by XLA."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     lowered = jax.jit(model.apply).lower(abstract_variables(model, image_size), images)
     cost = lowered.cost_analysis()

@@ -96,7 +96,7 @@ def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _taps(radius: int, scale: float) -> Float[np.ndarray, "pixels taps"]:
-    """Returns the weights that distribute the taps of a scaled filter over whole pixels.
+    """Returns the weights that resample the taps of a scaled filter to integer pixel positions.
 
     Each tap is a box that is one pixel long or, if `scale` is above 1, as long as the distance
     between two taps. A pixel gets the fraction of the box that overlaps it. With a scale below 1
@@ -116,7 +116,7 @@ def _taps(radius: int, scale: float) -> Float[np.ndarray, "pixels taps"]:
 
 
 def _scaled_kernel(kernel: Float[np.ndarray, "side side"], scale: float) -> np.ndarray:
-    """Scales a kernel in both directions with the weights of `_taps`; the sum is unchanged."""
+    """Scales a kernel in both directions with the weights of `_taps`; keeps the kernel's sum."""
     taps = _taps(len(kernel) // 2, scale)
     return (taps @ kernel @ taps.T).astype(np.float32)
 
@@ -243,12 +243,13 @@ def glass_blur(
 def _shuffled(
     rng: np.random.Generator, height: int, width: int, reach: int, scale: float
 ) -> Int[np.ndarray, " pixels"]:
-    """Returns the position from which each pixel gets its value in ImageNet-C's shuffle.
+    """Returns the position from which each pixel gets its value in one pass of the shuffle.
 
-    The pass visits the pixels from the last to the first. It copies to each pixel the current
-    value of a random neighbour, at a distance of -reach to reach - 1 pixels. A neighbour at a
-    later position already contains a copy of the value of its own neighbour. These chains of
-    copies are followed for all pixels at once, with steps that double.
+    The shuffle is the step of ImageNet-C's glass blur that moves pixels. A pass visits the pixels
+    from the last to the first. It copies to each pixel the current value of a random neighbour, at
+    a distance of -reach to reach - 1 pixels. A neighbour at a later position already contains a
+    copy of the value of its own neighbour. These chains of copies are followed for all pixels at
+    once, with steps that double.
 
     Args:
       rng: The generator that draws the neighbours.
@@ -437,7 +438,8 @@ _FROSTS = (
     ((138, 153, 165), 29),
     ((112, 123, 135), 43),
 )
-# The side of a frost texture, in pixels. No layer has a longer side.
+# The side of a frost texture, in pixels. The frost for an image is cut out of a texture, and is
+# never larger than a texture.
 _FROST_SIDE = 1024
 
 
@@ -679,7 +681,7 @@ def pixelate(
 def jpeg_compression(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Compresses the image as a JPEG of very low quality, 25 to 7."""
+    """Compresses the image as a JPEG of very low quality: 25 (severity 1) to 7 (severity 5)."""
     return _as_jpeg(image, _choose(severity, (25, 18, 15, 10, 7)))
 
 
@@ -727,7 +729,7 @@ def resolution(
 def jpeg_quality(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Compresses the image as a JPEG of a common quality, 90 to 30.
+    """Compresses the image as a JPEG of ordinary quality: 90 (severity 1) to 30 (severity 5).
 
     `jpeg_compression` has lower qualities.
     """
@@ -745,7 +747,7 @@ def darkness(
 def crop(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Crops each side of the image to between 0.9 and 0.5 of its length, and enlarges the crop.
+    """Crops the image to a fraction, 0.9 to 0.5, of its height and width, and enlarges the crop.
 
     The position of the crop is random.
     """
@@ -770,7 +772,7 @@ FAMILIES: dict[str, dict[str, Corruption]] = {
         "quality": (resolution, jpeg_quality, darkness, crop),
     }.items()
 }
-# All corruptions by the name of the corruption.
+# All corruptions, by name.
 CORRUPTIONS: dict[str, Corruption] = {
     name: function for functions in FAMILIES.values() for name, function in functions.items()
 }

@@ -213,7 +213,7 @@ def examples(
 def stratified_sample(
     labels: Int[np.ndarray, " n"], size: int, seed: int = 0
 ) -> Int[np.ndarray, " m"]:
-    """Draws a stratified sample: each class has the same fraction as among all examples.
+    """Draws a stratified sample, in which each class has the same fraction as in all examples.
 
     The fractions are exact to within one example (largest-remainder method). A class with less
     than half an example in the sample may be missing from it.

@@ -163,7 +163,7 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
 
 
 def _location(text: str) -> str:
-    """Parses a folder or a URL, which must not be empty; an argparse type."""
+    """Parses a folder or a URL, and refuses an empty text; an argparse type."""
     return text if "://" in text else cli.path(text)
 
 
@@ -304,7 +304,7 @@ def _list(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _selected(registry: Registry, name: str | None) -> list[Model]:
-    """Returns a list with the named model; without a name, all models sorted by name."""
+    """Returns the named model in a list, or all models sorted by name if `name` is None."""
     if name is not None:
         return [ledger.find(registry.models, name)]
     return [model for _, model in sorted(registry.models.items())]
@@ -333,7 +333,7 @@ def _show(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _print(line: str) -> None:
-    """Prints a text, wrapped to the width of the terminal."""
+    """Prints text, wrapped to the width of the terminal."""
     print("\n".join(wrap(line, _width())), flush=True)
 
 
@@ -437,7 +437,7 @@ def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> str:
 
 
 def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
-    """Formats names and texts as two aligned columns, wrapped to a width."""
+    """Formats names and descriptions as two aligned columns, wrapped to a width."""
     indent = max(len(name) for name, _ in facts) + 2
     lines = []
     for name, text in facts:
@@ -447,7 +447,7 @@ def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
 
 
 def _describe_model(model: Model, width: int | None) -> str:
-    """Returns a text with a model's name and the history of each alias, latest version first."""
+    """Formats a model's name and the history of each alias, latest version first."""
     aliases = [
         (f"@{alias}", " <- ".join(map(str, reversed(history))))
         for alias, history in sorted(model.aliases.items())

@@ -64,7 +64,7 @@ class BundleFacts:
     fingerprint: str
 
     def test_metric(self, metric: str) -> float | None:
-        """Returns a metric of the test split; None if the bundle does not have this metric."""
+        """Returns a metric of the test split, or None if the bundle does not have this metric."""
         return self.metrics.get("test", {}).get(metric)
 
 
@@ -132,7 +132,7 @@ class Model:
     last: int = 0
 
     def alias_target(self, alias: str) -> int | None:
-        """Returns the number of an alias's current version; None if the alias does not exist."""
+        """Returns the number of an alias's current version, or None if the alias does not exist."""
         return self.aliases[alias][-1] if alias in self.aliases else None
 
     def version_aliases(self, version: int) -> list[str]:
@@ -236,7 +236,7 @@ def resolve(models: Models, name: str, selector: str | int = CHAMPION) -> Versio
 
 
 def find_digest(models: Models, name: str, digest: str) -> Version | None:
-    """Returns the version of a model with a given bundle digest; None if no version has it."""
+    """Returns the version of a model with a given bundle digest, or None if there is none."""
     versions = models[name].versions.values() if name in models else ()
     return next((version for version in versions if version.bundle.digest == digest), None)
 
@@ -296,7 +296,7 @@ class Gates:
     not_below: str | None = None
 
     def check(self, models: Models, version: Version, alias: str) -> tuple[str, ...]:
-        """Checks that a version meets all conditions.
+        """Checks that a version meets all conditions for its promotion.
 
         Args:
           models: The state of the registry.
@@ -399,7 +399,7 @@ def _roll_back(model: Model, entry: Entry) -> Model:
 
 
 def _move(model: Model, entry: Entry, history: tuple[Any, ...]) -> Model:
-    """Returns a copy of a model, with a new history of the entry's alias."""
+    """Returns a copy of a model in which the entry's alias has a new history."""
     alias = str(entry.alias)
     _expect(entry.before == model.alias_target(alias), f"{alias} was not {entry.before}")
     return dataclasses.replace(model, aliases={**model.aliases, alias: history})

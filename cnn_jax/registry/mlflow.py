@@ -207,7 +207,7 @@ def _select(client: Any, name: str, selector: str | int | None) -> list[Any]:
 
 
 def _is_bundle(client: Any, source: Any, uri: str) -> bool:
-    """Returns whether the artifacts of an MLflow version include a file bundle.json."""
+    """Returns whether the artifacts of an MLflow version include a file named bundle.json."""
     location = client.get_model_version_download_uri(source.name, str(source.version))
     artifacts = _artifacts().list_artifacts(artifact_uri=location, tracking_uri=uri)
     return any(pathlib.PurePosixPath(item.path).name == _DESCRIPTION for item in artifacts)

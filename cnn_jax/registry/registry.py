@@ -64,8 +64,8 @@ _LOG = "log"
 _BUNDLES = "bundles"
 _ADDED = "added"
 _DESCRIPTION, _WEIGHTS = _FILES = ("bundle.json", "weights.safetensors")
-# Files that belong to no version are deleted when they reach this age. An upload must therefore end
-# within half of this time.
+# Files that belong to no version are deleted when they reach this age. An upload may take at most
+# half of this time, so that its files are not deleted.
 _STALE = datetime.timedelta(days=1)
 # A change fails after this many consecutive failed attempts. A new entry by another writer restarts
 # the count.
@@ -362,7 +362,7 @@ class Registry:
         gates: Gates = Gates(),  # noqa: B008 (immutable)
         note: str = "",
     ) -> Entry | None:
-        """Points an alias to a version, if the version passes the gates and is not damaged.
+        """Points an alias to a version that meets the conditions `gates` and is not damaged.
 
         Args:
           model: The model's name.
@@ -607,16 +607,16 @@ class Registry:
         """
         entry_id, failures, is_sent, is_unclear = uuid.uuid4().hex, 0, False, False
         problem = "it reports a file as existing, but does not return it"
-        # Read registry.json again, because the entry would damage the log of another registry that
-        # has replaced this registry.
+        # Read registry.json again. If another registry has replaced this registry, the entry would
+        # damage the log of the other registry.
         self._identity_read_at = -math.inf
         while failures < _MAX_FAILURES:
             if failures > 1:
                 time.sleep(random.uniform(0.5, 1) * _PAUSE * 2**failures)
             try:
                 with self._lock:
-                    # If the store's answer to an earlier attempt was lost, a new entry may be the
-                    # entry of this change.
+                    # An earlier attempt may have succeeded although the store's response was lost.
+                    # Then the log already contains the entry.
                     failures = 0 if self.refresh() else failures
                     if (written := self._find_entry(entry_id)) is not None:
                         return written
@@ -713,7 +713,7 @@ def _log_name(number: int) -> str:
 
 
 def _author() -> tuple[str, str]:
-    """Returns the names of the current user and of this machine; "unknown" for a missing name."""
+    """Returns the names of the current user and machine, or "unknown" for a missing name."""
     try:
         user = getpass.getuser()
     except (ImportError, KeyError, OSError):  # The user id has no name, and $USER is not set.

@@ -91,7 +91,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def names(self, folder: str) -> list[str]:
-        """Returns the sorted names in a folder; an empty list if the folder does not exist."""
+        """Returns the sorted names in a folder, or an empty list if the folder does not exist."""
 
     @abc.abstractmethod
     def remove(self, name: str) -> None:
@@ -99,10 +99,10 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def local(self, name: str) -> pathlib.Path | None:
-        """Returns the local path of a file or folder; None if the store is remote."""
+        """Returns the local path of a file or folder, or None if the store is remote."""
 
     def read_all(self, names: Sequence[str]) -> list[bytes | None]:
-        """Returns the contents of files in the order of `names`; None for each missing file."""
+        """Returns the contents of the files `names`, in order, with None for each missing file."""
 
         def read(name: str) -> bytes | None:
             try:
@@ -333,7 +333,7 @@ class RemoteStore(Store):
 
     @contextlib.contextmanager
     def _store_errors(self, name: str, *expected: type[OSError]) -> Iterator[None]:
-        """Empties the cache; converts errors of unexpected types to StoreErrors.
+        """Empties the listing cache; inside the context, converts unexpected errors to StoreErrors.
 
         If the cache has an old listing of the folder, s3fs reports a new file as missing.
         """
@@ -348,7 +348,7 @@ class RemoteStore(Store):
 
 
 def hide_passwords(text: str) -> str:
-    """Replaces passwords in a text with ***, such as the password in NAME:PASSWORD@HOST."""
+    """Replaces PASSWORD in texts such as NAME:PASSWORD@HOST with ***."""
     return re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
 
 
@@ -358,7 +358,7 @@ def error_line(error: BaseException) -> str:
 
 
 def _is_precondition(error: BaseException) -> bool:
-    """Returns whether an error is S3's error for an existing file.
+    """Returns whether an error is S3's response for a file that already exists.
 
     s3fs does not convert this error to FileExistsError.
     """
@@ -413,7 +413,7 @@ def unique_name() -> str:
 
 
 def creation_time(name: str) -> datetime.datetime | None:
-    """Returns the creation time that `unique_name` wrote into a name; None if there is no time."""
+    """Parses the creation time in a name from `unique_name`; returns None if there is no time."""
     match = re.search(r"(?:^|-)(\d{8}T\d{6}Z)-[0-9a-f]{16}$", name)
     try:
         return match and datetime.datetime.strptime(match[1], "%Y%m%dT%H%M%S%z")

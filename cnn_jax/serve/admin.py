@@ -11,7 +11,7 @@ from cnn_jax.system.errors import UserError
 
 
 def make_router(service: Service) -> APIRouter:
-    """Returns the routes of the administration API, which require an administrator's token."""
+    """Returns the routes of the administration API; each request needs an administrator's token."""
     router = APIRouter(prefix="/admin", tags=["administration"])
 
     seconds = service.limits.seconds

@@ -87,7 +87,8 @@ def make_app(
         openapi_url=None,  # FastAPI's own route would accept unknown query parameters.
         docs_url=None,  # FastAPI's documentation pages load scripts from another server.
         redoc_url=None,
-        redirect_slashes=False,  # A redirect would lead to the host in the client's Host header.
+        # A redirect would go to the host that the client's Host header names.
+        redirect_slashes=False,
         responses={
             status: {"model": ErrorOut, "description": description}
             for status, description in _STATUSES.items()
@@ -108,7 +109,7 @@ def make_app(
 
 
 async def _refuse_query(request: Request) -> None:
-    """Refuses a request with query parameters, on all routes except /predict.
+    """Refuses query parameters on all routes except /predict.
 
     The module `native` checks the query parameters of /predict.
     """

@@ -75,7 +75,7 @@ class Program:
         return max(self.seconds)
 
     def best_size(self, count: int) -> int:
-        """Returns the compiled batch size with the least time per image if `count` images wait.
+        """Returns the compiled batch size with the least time per image for `count` waiting images.
 
         On a CPU the time grows with the batch size. The best size is the next smaller compiled
         size, and the remaining images wait. On an accelerator the best size is the next larger
@@ -107,7 +107,7 @@ def time_program(run: _Run, image: Pixels, sizes: Sequence[int]) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """The result for an image, with the times of decoding, waiting and computation.
+    """The result for an image, with the durations of decoding, waiting and computation.
 
     Attributes:
       result: The program's result for this image.
@@ -239,7 +239,7 @@ class Engine:
 
     @contextlib.contextmanager
     def admit(self, images: int) -> Iterator[None]:
-        """Adds a number of images to the images in flight, until the context ends.
+        """Counts a number of images as in flight until the context ends.
 
         Raises:
           Overloaded: More than `capacity` images would be in flight.
@@ -404,7 +404,7 @@ class Engine:
             return batch
 
     def _next_program(self) -> Program:
-        """Returns the program of the next batch, which differs from the last program if possible.
+        """Returns the program of the next batch, if possible a program other than the last batch's.
 
         The returned program is that of the oldest waiting image whose program differs from the
         last batch's program. If there is no such image, the last program is returned again.

@@ -129,7 +129,8 @@ class _Protocol(HttpToolsProtocol):
         super().data_received(data)
         other = len(data) - self._packet_body_bytes
         if self._is_in_headers:
-            # A packet may also contain earlier requests, whose bytes do not count.
+            # A packet may also contain earlier requests. Only the bytes after these requests are
+            # counted as headers.
             before = -1 if was_in_headers else data.rfind(_END)
             self._count_header(min(other, len(data) if before < 0 else len(data) - before))
         elif was_in_message and not was_in_headers and self._is_in_message:
@@ -188,7 +189,7 @@ class _Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def close_gracefully(self) -> None:
-        """Closes the connection; a client that is still sending can first read the response."""
+        """Closes the connection, but gives a sending client time to read the response."""
         if self.transport.is_closing():
             return
         self.is_ending = True
@@ -273,7 +274,8 @@ class Server(uvicorn.Server):
 
     def _shut_down(self) -> None:
         if self._is_draining:
-            self.force_exit = self.should_exit  # `should_exit` is already True at the third signal.
+            # The second signal sets `should_exit`, and the third signal forces the exit.
+            self.force_exit = self.should_exit
             self.should_exit = True
             return
         assert self._loop is not None

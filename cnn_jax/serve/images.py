@@ -21,9 +21,8 @@ _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 # Maximum size of one header of a form part, in bytes.
 _MAX_HEADER_BYTES = 4_096
 _MAX_NAME_CHARACTERS = 200
-# Maximum estimated memory of a parsed JSON body, in bytes. The estimate multiplies the number of
-# each character below by a number of bytes: for an element, a list, an object, and a member of an
-# object.
+# Maximum estimated memory of a parsed JSON body, in bytes. The estimate adds a number of bytes for
+# each character "," (an element), "[" (a list), "{" (an object) and ":" (a member of an object).
 _MAX_PARSED_BYTES = 100_000_000
 _PARSED_BYTES = {b",": 64, b"[": 96, b"{": 96, b":": 112}
 
@@ -219,7 +218,7 @@ _RANGE_HINT = "; multiply numbers from 0 to 1 by 255, or send an image file in b
 
 
 def check_range(image: np.ndarray) -> None:
-    """Refuses an image whose pixel values may be fractions from 0 to 1.
+    """Refuses an image whose pixel values seem to be fractions from 0 to 1.
 
     If the values were fractions, 1 would mean white instead of almost black. An image of only
     zeros is accepted, because the image is black in both cases.

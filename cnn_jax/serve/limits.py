@@ -174,7 +174,7 @@ class Bodies:
 
 
 def _extend(timeout: asyncio.Timeout, deadline: float) -> None:
-    """Restarts a timeout with the maximum pause, limited by the deadline of the request."""
+    """Resets a timeout to `_PAUSE_SECONDS` from now, but not beyond the request's deadline."""
     left = min(deadline - time.monotonic(), _PAUSE_SECONDS)
     timeout.reschedule(asyncio.get_running_loop().time() + left)
 

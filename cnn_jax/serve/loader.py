@@ -27,8 +27,8 @@ T = TypeVar("T")
 # Seconds until the first retry after a failed load, and the maximum number of seconds until a
 # retry. Each failure doubles the time until the next retry.
 _FIRST_RETRY, _MAX_RETRY = 5.0, 300.0
-# While the registry does not answer, a warning is logged every _SLOW_SECONDS. While the registry
-# reports the same error, the error is logged every _REPEAT_SECONDS.
+# While the registry does not answer, a warning is logged every _SLOW_SECONDS seconds. While the
+# registry reports the same error, the error is logged every _REPEAT_SECONDS seconds.
 _SLOW_SECONDS, _REPEAT_SECONDS = 30.0, 600.0
 # The niceness (scheduling priority) of the thread that loads versions. The threads that answer
 # requests have niceness 0.
@@ -176,7 +176,10 @@ class RegistrySource(Source):
         }
 
     def _number(self, name: str, version: int | str) -> int | None:
-        """Converts the number or alias of a version to its number; None for a missing version."""
+        """Returns the number of the selected version, or None if the version does not exist.
+
+        `version` is a number or an alias.
+        """
         model = self._registry.models[name]
         number = version if isinstance(version, int) else model.alias_target(version)
         return number if number in model.versions else None
@@ -276,7 +279,10 @@ class Loader:
                 await self._load(*missing)
 
     async def synchronize_now(self, seconds: float) -> bool:
-        """Retries failed loads and synchronizes; returns False after a timeout of `seconds`."""
+        """Calls `synchronize` and retries failed loads at once; returns False after a timeout.
+
+        `seconds` is the maximum time to wait.
+        """
         self._failures.clear()
         return await self._finishes(seconds, self.synchronize())
 

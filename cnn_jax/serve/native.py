@@ -73,7 +73,7 @@ class PredictionOut(BaseModel):
 
 
 class Timings(BaseModel):
-    """The times of the steps in milliseconds; for several images, the longest time of each step."""
+    """The duration of each step in milliseconds; with several images, the longest one per step."""
 
     decode: float
     queue: float
@@ -112,7 +112,7 @@ class PredictQuery(BaseModel):
 
 
 class _LeanRoute(APIRoute):
-    """A route that validates only the query parameters.
+    """A route that validates the query parameters, and no other parameters.
 
     For a small image, FastAPI's parsing of all parameters would take a large part of the time.
     """
@@ -231,7 +231,7 @@ def _explanation(answer: Answer) -> dict[str, str]:
 
 
 def _timings(answers: Sequence[Answer | DataError], total: float) -> dict[str, float]:
-    """Returns the longest time of each step over all images, in milliseconds."""
+    """Returns the longest duration of each step over all images, in milliseconds."""
     usable = [answer for answer in answers if isinstance(answer, Answer)]
     longest = {
         "decode": max(answer.decode_seconds for answer in usable),

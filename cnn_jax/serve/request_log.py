@@ -63,7 +63,7 @@ class _Row:
 
 
 class RequestLog:
-    """A request log that writes rows on a separate thread, so that answers never wait for it."""
+    """A request log that writes rows on a separate thread, so that responses are not delayed."""
 
     def __init__(
         self,
@@ -87,7 +87,8 @@ class RequestLog:
         self._fraction = fraction
         self._max_bytes = max_bytes
         self._with_images = with_images
-        # There are two counters, so that only one thread changes each counter.
+        # Only one thread changes each counter: `record` changes the first counter, and the thread
+        # of the log changes the second counter.
         self._num_dropped, self._num_failed = 0, 0
         self._random = random.Random()
         self._waiting: queue.Queue[_Row | None] = queue.Queue(_MAX_WAITING)

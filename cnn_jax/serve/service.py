@@ -28,7 +28,7 @@ LOADING, AVAILABLE, UNLOADING, END = "LOADING", "AVAILABLE", "UNLOADING", "END"
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The prediction for an image, with the times of decoding, waiting and computation.
+    """The prediction for an image, with the durations of decoding, waiting and computation.
 
     Attributes:
       probabilities: float32 [classes].

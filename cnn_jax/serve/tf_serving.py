@@ -87,8 +87,8 @@ def make_router(service: Service) -> APIRouter:
     async def predict_alias(request: Request, model: str, alias: str) -> JSONResponse:
         return await predict(request, models.find(model, alias=alias))
 
-    # Register the routes with a verb first, because {model} in the routes below would also match
-    # the verb.
+    # Register the routes that end with a verb (":predict") first, because {model} in the routes
+    # below would also match the verb.
     for path in ("/{model}", "/{model}/versions/{version}", "/{model}/labels/{alias}"):
 
         @router.api_route(f"{path}:{{verb}}", methods=["GET", "POST"], include_in_schema=False)

@@ -34,7 +34,8 @@ class Tokens:
           ConfigError: The file cannot be read, or a line is invalid.
         """
         self._path = path
-        # Get the file's version before `_read`, so that every later change is noticed.
+        # Get the file's modification time, size and inode before `_read`, so that every later
+        # change is noticed.
         self._version = _version(path)
         self._digests = _read(path)
         self._checked_at = time.monotonic()

@@ -83,7 +83,7 @@ def replacing(
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Flushes a file, or the list of files in a folder, to the disk."""
+    """Flushes a file, or the entries of a folder, to the disk (`fsync`)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

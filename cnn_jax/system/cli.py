@@ -59,7 +59,7 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     ):
         logging.getLogger(library).setLevel(level)
     sys.unraisablehook = _hide_late_callback_errors
-    # Pillow corrects every fault of an image that it warns about. Other faults raise an error.
+    # Pillow's warnings concern faults of images that Pillow corrects. Other faults raise an error.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if sys.stdout is not None:
         codecs.register_error("cnn_jax.escape", _escape)
@@ -99,7 +99,7 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    r"""Replaces a character that the encoding of stdout lacks; a codec error handler.
+    r"""A codec error handler that replaces a character that the encoding of stdout lacks.
 
     A byte of a file name that is not UTF-8 stays the same byte; any other character becomes
     an escape sequence, such as \u732b.
@@ -222,7 +222,8 @@ class Parser(argparse.ArgumentParser):
         has_commands = self._subparsers is not None
         for argument in arguments:
             if argument == "--" or (has_commands and not argument.startswith("-")):
-                return  # The parser of a sub-command checks the arguments after its name.
+                # The parser of a sub-command checks the arguments after the sub-command's name.
+                return
             if not argument.startswith("--"):
                 continue
             if not self.is_known(argument):

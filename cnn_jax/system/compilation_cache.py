@@ -79,7 +79,7 @@ def _sweep() -> None:
 
 
 def _repair_silently() -> None:
-    """Removes unusable files of a compiled program instead of showing JAX's warning.
+    """Removes unusable files from the cache when JAX warns about them, and hides the warning.
 
     After such a warning, JAX compiles the program as if no file existed, but never replaces
     an incomplete file.

@@ -1,4 +1,4 @@
-"""The progress of a command on stderr.
+"""Shows the progress of a command on stderr.
 
 Progress is shown as lines, with a progress bar if stderr is a terminal. In a notebook
 the progress is a single output that is updated in place.
@@ -36,7 +36,7 @@ _EPOCHS_SHOWN = 10
 
 
 def _fixed_column() -> rich.table.Column:
-    """Returns a column that keeps its width in a narrow terminal; the bar is shortened instead."""
+    """Returns a column that keeps its width; in a narrow terminal only the progress bar shrinks."""
     return rich.table.Column(no_wrap=True, min_width=11)
 
 
@@ -69,7 +69,7 @@ class Console:
 
     @property
     def width(self) -> int | None:
-        """The width of the terminal in columns; None if lines may have any length."""
+        """The width of the terminal in columns, or None if lines may have any length."""
         is_known = self._console.is_terminal or "COLUMNS" in os.environ
         return self._console.width if is_known else None
 
@@ -84,7 +84,7 @@ class Console:
             self.write_line(line, "yellow")
 
     def facts(self, rows: Mapping[str, str]) -> None:
-        """Prints names and their texts in two columns; a text may have several lines."""
+        """Prints names and descriptions in two columns; a description may have several lines."""
         for line in text.facts(rows, self.width):
             self.write_line(line)
 
@@ -287,7 +287,7 @@ class TrainingDisplay:
 
 
 def _fitting_columns(width: int | None) -> dict[str, dict[str, int]]:
-    """Returns the columns, by group, with which the table of epochs fits into the terminal."""
+    """Returns the columns of the table of epochs that fit into the terminal, by group."""
     groups = {group: dict(columns) for group, columns in _GROUPS.items()}
     for group, name in _OPTIONAL_COLUMNS:
         cells = sum(sum(columns.values()) + len(columns) + 2 for columns in groups.values())

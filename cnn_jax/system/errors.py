@@ -74,7 +74,7 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Escapes all characters of a text that are not printable, such as line ends."""
+    """Escapes all characters of a text that are not printable, such as line breaks."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -36,7 +36,10 @@ def compiler_options() -> dict[str, str | bool]:
 
 
 def _is_known(name: str, value: str | bool) -> bool:
-    """Returns whether XLA accepts a compiler option; experimental options may be removed."""
+    """Returns whether the installed XLA accepts a compiler option.
+
+    A later XLA may no longer have an experimental option.
+    """
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError:

@@ -47,7 +47,7 @@ class Interruption:
         return self._is_requested()
 
     def stopping(self, track: Track, message: str) -> Track:
-        """Returns a function like `track` that raises Interrupted if an interruption is requested.
+        """Wraps `track`, so that the iteration raises Interrupted if an interruption is requested.
 
         The function is used for parts of a run that have no state to save. With several
         processes, the function never raises Interrupted, because one process must not end
@@ -87,7 +87,8 @@ def listen(deadline: float | None = None) -> Iterator[Interruption]:
     is_distributed = jax.process_count() > 1
     signals = [signal.SIGINT] if is_distributed else [signal.SIGINT, signal.SIGTERM]
     previous = {signum: signal.getsignal(signum) for signum in signals}
-    # A callback of JAX may have suppressed the exception of a command's first signal.
+    # `cli.interrupt` sets SIG_DFL and raises KeyboardInterrupt at a command's first signal. If
+    # SIG_DFL is set here, a callback of JAX has suppressed the exception.
     was_suppressed = previous[signal.SIGINT] is signal.SIG_DFL
     is_command = was_suppressed or cli.interrupt in previous.values()
     if was_suppressed:
@@ -115,7 +116,7 @@ def listen(deadline: float | None = None) -> Iterator[Interruption]:
 
 @contextlib.contextmanager
 def _exit_on_second_signal(signals: Collection[int]) -> Iterator[None]:
-    """Ends the process when the second of the given signals arrives inside the context.
+    """Ends the process when a second signal from `signals` arrives inside the context.
 
     Python runs a signal handler only after the main thread has returned from JAX, which
     may compile for minutes. But Python writes a byte to a pipe for each signal at once,

@@ -1,4 +1,4 @@
-"""Functions that format text for terminals: line breaks, tables, and lists of named facts."""
+"""Functions that format text for terminals: line breaks, tables, and lists of names and values."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from typing import Any
 # Characters of some scripts take two columns, so `len` does not give the width of a text.
 from rich.cells import cell_len, set_cell_size
 
-FACT_INDENT = 12  # The width of the names that `facts` prints, in columns.
+FACT_INDENT = 12  # The width of the names in the lines of `facts`, in columns.
 
 
 def terminal_width(file: Any) -> int | None:
@@ -46,7 +46,7 @@ def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
 
 
 def fill(text: str, width: int | None) -> str:
-    """Inserts line ends between words; see `wrap`."""
+    """Inserts line breaks between words; see `wrap`."""
     return "\n".join(wrap(text, width))
 
 
@@ -56,7 +56,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def facts(rows: Mapping[str, str], width: int | None) -> list[str]:
-    """Returns aligned lines, each with a name and a text.
+    """Formats names and their descriptions as lines in two aligned columns.
 
     Args:
       rows: The text of each name; a text may have several lines.

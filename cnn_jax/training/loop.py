@@ -32,8 +32,16 @@ from cnn_jax.system import signals
 from cnn_jax.system.console import Console, TrainingDisplay
 from cnn_jax.system.errors import ConfigError, Interrupted, TrainingError
 from cnn_jax.system.signals import Interruption
-from cnn_jax.training import initial_weights, results, run_directory, sharding, summary
+from cnn_jax.training import (
+    initial_weights,
+    probe,
+    results,
+    run_directory,
+    sharding,
+    summary,
+)
 from cnn_jax.training.checkpoint import Checkpoints, History, best_record
+from cnn_jax.training.loss import balanced_weights
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_schedule
 from cnn_jax.training.profiling import Trace
@@ -124,17 +132,24 @@ def train_and_evaluate(
             checkpoints.check_data(dataset.fingerprint)
             summary.show_plan(console, config, workdir, dataset, model, changes)
             run = _make_run(config, workdir, dataset, model, checkpoints, console, heartbeat)
-            progress = _restore_or_start(run, previous)
+            stopping = interrupted.stopping(
+                track, "nothing is lost; run the same command to continue"
+            )
+            progress = _restore_or_start(run, previous, stopping)
             # Write config.json only after the run is known to start.
             run_directory.write_config(workdir, config)
             run_directory.write_unreadable(workdir, dataset.findings.unreadable)
             trace = Trace(workdir / "profile" if profile and sharding.is_primary() else None)
             _train(run, progress, interrupted, trace, on_epoch or (lambda history: None))
-            variables = _best_variables(run, progress)
+            variables, best_epoch = _best_variables(run, progress)
         track = interrupted.stopping(
             track, "training is done; run the same command to write the results"
         )
-        report = results.write_results(config, workdir, dataset, variables, track)
+        features = None
+        if best_epoch == 0 or (config.train.probe and config.train.from_stage == "head"):
+            # These networks have the features of the probe, so that no image is computed again.
+            features = probe.embeddings(model, variables, config, dataset, track)
+        report = results.write_results(config, workdir, dataset, variables, track, features)
         heartbeat.beat("done")
     return report
 
@@ -320,6 +335,8 @@ def _train(
         improvements = _improvements(progress.history, monitor)
         display.start(progress.history, improvements, progress.step, is_finished)
         run.heartbeat.beat("starting", progress.step)
+        if progress.history and not run.checkpoints.steps():
+            _save(run, progress)  # The probe may be the best epoch.
         on_epoch(progress.history)
         reader = _DelayedReader(run, progress, display)
         for number in itertools.count():
@@ -445,12 +462,13 @@ class _DelayedReader:
         return loss
 
 
-def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None) -> _Progress:
+def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None, track: Track) -> _Progress:
     """Restores the progress of the run from a checkpoint, or starts at step 0.
 
     Args:
       run: The run.
       previous: The values of the configuration at the last start, by key; None for a new run.
+      track: Shows the progress of a loop.
 
     Raises:
       ConfigError: More epochs are finished than `train.epochs`, or a path or step is wrong.
@@ -475,14 +493,76 @@ def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None) -> _Progres
             class_names = run.dataset.source.class_names
             state, description = initial_weights.start_from(path, state, class_names)
             run.console.print(f"starts from {description}")
-        return _Progress(0, state, totals, [], _Clock())
-    if len(saved.history) > config.train.epochs:
+        history: History = []
+        if config.train.probe:
+            state, record = _fit_head(run, state, track)
+            history.append(record)
+        return _Progress(0, state, totals, history, _Clock())
+    if (finished := _last_epoch(saved.history)) > config.train.epochs:
         raise ConfigError(
-            f"config.train.epochs: must be at least {len(saved.history)}, the number of finished "
-            f"epochs, got {config.train.epochs}"
+            f"config.train.epochs: must be at least {finished}, the number of finished epochs, "
+            f"got {config.train.epochs}"
         )
     clock = _Clock(saved.seconds)
     return _Progress(saved.step, saved.state, saved.epoch_metrics, saved.history, clock)
+
+
+def _fit_head(run: _Run, state: TrainState, track: Track) -> tuple[TrainState, dict[str, Any]]:
+    """Fits the head to the features of the initial network; see `probe`.
+
+    Returns:
+      The state with the fitted head, and the record of epoch 0.
+    """
+    config, dataset = run.config, run.dataset
+    clock = _Clock()
+    variables = jax.device_get(run.programs.gather(state.variables))
+    features = probe.embeddings(run.programs.model, variables, config, dataset, track)
+    class_weights = None
+    if config.train.balance != "none":
+        class_weights = balanced_weights(dataset.findings.counts["train"])
+    fitted = probe.fit(features, dataset, class_weights)
+    clock.count(len(features))
+    head = {
+        "kernel": sharding.distribute(fitted.kernel, state.params["head"]["kernel"].sharding),
+        "bias": sharding.distribute(fitted.bias, state.params["head"]["bias"].sharding),
+    }
+    run.console.print(f"the probe fitted the head to the features, with an L2 of {fitted.l2:g}")
+    record = _record(run, 0, 0, clock, fitted.metrics["train"], fitted.metrics["validation"])
+    return dataclasses.replace(state, params={**state.params, "head": head}), record
+
+
+def _record(
+    run: _Run,
+    epoch: int,
+    step: int,
+    clock: "_Clock",
+    training: Mapping[str, float],
+    validation: Mapping[str, float],
+) -> dict[str, Any]:
+    """Returns the record of a finished epoch.
+
+    Args:
+      run: The run.
+      epoch: The number of the epoch; 0 is the probe.
+      step: The number of steps taken.
+      clock: The clock of the epoch.
+      training: The metrics of the training images.
+      validation: The metrics of the validation images.
+    """
+    return {
+        "epoch": epoch,
+        "step": step,
+        "seconds": clock.seconds(),
+        "images_per_second": clock.images_per_second(),
+        "learning_rate": _learning_rate(run.schedule, max(step - 1, 0)),
+        **{f"train_{key}": value for key, value in training.items()},
+        **{f"validation_{key}": value for key, value in validation.items()},
+    }
+
+
+def _last_epoch(history: History) -> int:
+    """Returns the number of the last finished epoch; 0 if no epoch is finished."""
+    return history[-1]["epoch"] if history else 0
 
 
 def _training_batches(
@@ -526,15 +606,8 @@ def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> di
     # If classes are sampled evenly, the metrics are reweighted to the data's class frequencies.
     is_sampled = run.config.train.balance == "sampling"
     training = progress.totals.compute(run.dataset.findings.counts["train"] if is_sampled else None)
-    record = {
-        "epoch": len(progress.history) + 1,
-        "step": progress.step,
-        "seconds": progress.clock.seconds(),
-        "images_per_second": progress.clock.images_per_second(),
-        "learning_rate": _learning_rate(run.schedule, last_execution.last_step),
-        **{f"train_{key}": value for key, value in training.items()},
-        **{f"validation_{key}": value for key, value in validation.items()},
-    }
+    epoch = _last_epoch(progress.history) + 1
+    record = _record(run, epoch, progress.step, progress.clock, training, validation)
     progress.history.append(record)
     progress.totals, progress.clock = run.programs.empty_metrics(), _Clock()
     return record
@@ -552,7 +625,7 @@ def _save(run: _Run, progress: _Progress) -> None:
     )
 
 
-def _best_variables(run: _Run, progress: _Progress) -> PyTree:
+def _best_variables(run: _Run, progress: _Progress) -> tuple[PyTree, int]:
     """Returns the network's variables after the best epoch, as arrays on the host.
 
     Raises:
@@ -560,10 +633,10 @@ def _best_variables(run: _Run, progress: _Progress) -> PyTree:
     """
     monitor = run.config.train.monitor
     best = best_record(progress.history, monitor)
-    assert best is not None  # The history is not empty, because train.epochs is at least 1.
+    assert best is not None  # A run has an epoch or the probe.
     run.console.print(_describe_end(progress.history, best, run.config))
     if best["step"] == progress.step:
-        return jax.device_get(run.programs.gather(progress.state.variables))
+        return jax.device_get(run.programs.gather(progress.state.variables)), best["epoch"]
     run.checkpoints.wait()
     kept = set(run.checkpoints.steps())
     if best["step"] not in kept:
@@ -581,7 +654,7 @@ def _best_variables(run: _Run, progress: _Progress) -> PyTree:
             f"checkpoint, {best['epoch']}, with {monitor} {best[monitor]:.4f}"
         )
     saved = run.checkpoints.restore(best["step"], progress.state, progress.totals)
-    return jax.device_get(run.programs.gather(saved.state.variables))
+    return jax.device_get(run.programs.gather(saved.state.variables)), best["epoch"]
 
 
 class _Clock:
@@ -693,13 +766,16 @@ def _improvements(history: History, monitor: str) -> set[int]:
 def _patience_is_over(history: History, config: Config) -> bool:
     """Returns whether the last `train.patience` epochs did not improve the monitored metric."""
     best = best_record(history, config.train.monitor)
-    return best is not None and len(history) - best["epoch"] >= config.train.patience
+    return best is not None and _last_epoch(history) - best["epoch"] >= config.train.patience
 
 
 def _describe_end(history: History, best: dict[str, Any], config: Config) -> str:
     """Returns a line for the user that says how training ended and which epoch was best."""
-    monitor = config.train.monitor
+    monitor, epochs = config.train.monitor, _last_epoch(history)
+    if not epochs:
+        return f"done: the probe has {monitor} {best[monitor]:.4f}"
+    which = best["epoch"] or "the probe"
     return (
-        f"{'stopped early' if len(history) < config.train.epochs else 'done'}: the best of "
-        f"{count(len(history), 'epoch')} is {best['epoch']}, with {monitor} {best[monitor]:.4f}"
+        f"{'stopped early' if epochs < config.train.epochs else 'done'}: the best of "
+        f"{count(epochs, 'epoch')} is {which}, with {monitor} {best[monitor]:.4f}"
     )

@@ -103,6 +103,7 @@ class Programs:
       is_finite: (state) -> bool [], whether every number is finite.
       gather: (tree) -> the same arrays, replicated on all devices.
       accumulation_steps: The number of parts of a batch that are computed one after the other.
+      model: The network.
       updates_statistics: Whether training changes BatchNorm's statistics.
     """
 
@@ -116,6 +117,7 @@ class Programs:
         """
         num_classes = train_step.model.num_classes
         jit = functools.partial(jax.jit, compiler_options=runtime.compiler_options())
+        self.model = train_step.model
         self.accumulation_steps = train_step.accumulation_steps
         self.updates_statistics = updates_statistics(
             train_step.model, train_step.preprocessing.image_size

@@ -28,6 +28,7 @@ def write_results(
     dataset: Dataset,
     variables: PyTree,
     track: Track,
+    features: Float[np.ndarray, "examples embedding"] | None = None,
 ) -> dict[str, Any]:
     """Calibrates and evaluates the trained network; writes its metrics, predictions and bundle.
 
@@ -39,6 +40,8 @@ def write_results(
       dataset: The data set of the run.
       variables: {"params": ..., "batch_stats": ...}, arrays on the host.
       track: Shows the progress of a loop.
+      features: The embedding of each example, if it is known; the predictions are then computed
+        from the embeddings, and not from the images.
 
     Returns:
       The content of `report/metrics.json`.
@@ -62,16 +65,25 @@ def write_results(
     )
 
     loader = dataclasses.replace(dataset.loader, on_device=False)
+
+    def predict(
+        bundle: Bundle, indices: Int[np.ndarray, " n"], description: str
+    ) -> Float[np.ndarray, "n classes"]:
+        if features is None:
+            return _predict(BundlePredictor(bundle), loader, indices, track, description)
+        head = bundle.variables["params"]["head"]
+        logits = features[indices] @ head["kernel"] + head["bias"]
+        return np.asarray(jax.nn.softmax(logits / np.float32(bundle.temperature)))
+
     validation = dataset.splits["validation"]
-    uncalibrated = _predict(BundlePredictor(bundle), loader, validation, track, "calibrating")
+    uncalibrated = predict(bundle, validation, "calibrating")
     temperature = fit_temperature(uncalibrated, source.labels[validation])
     bundle = dataclasses.replace(bundle, temperature=temperature)
 
-    predictor = BundlePredictor(bundle)
     report = {}
     for split in config.report.splits:
         indices = dataset.splits[split]
-        probabilities = _predict(predictor, loader, indices, track, f"measuring {split}")
+        probabilities = predict(bundle, indices, f"measuring {split}")
         report[split] = score(probabilities, source.labels[indices], source.class_names)
         if split == "test":
             ids = [source.ids[i] for i in indices]

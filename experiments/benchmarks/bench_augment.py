@@ -1,4 +1,4 @@
-"""Compares the time of augmentation by OpenCV on the host with augmentation by JAX on the device.
+"""Compares the speed of augmentation with OpenCV on the host and with JAX on the device.
 
     python experiments/benchmarks/bench_augment.py
 

@@ -49,7 +49,8 @@ from PIL import Image
 BATCH_SIZE = 32
 SIDES = (224, 64)
 ROTATION, ZOOM, CONTRAST = 0.2, 0.2, 0.2
-# The maximum number of images read from the folder, and the number of pictures made from them.
+# The maximum number of images read from the folder, and the number of collages made from these
+# images.
 NUM_IMAGES, NUM_PICTURES = 2_000, 400
 TILE, TILES, PICTURE = 64, (8, 6), (500, 375)
 # The warm-up takes at least this number of batches and seconds. In the warm-up, workers start and
@@ -255,7 +256,7 @@ def write_images(source_name: str, folder: pathlib.Path) -> None:
 
 
 def write_pictures(images: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes collages of many small images, which have as much detail as downscaled photographs."""
+    """Writes collages of small images; a collage has as much detail as a downscaled photograph."""
     paths = _paths(str(images))
     rng = np.random.default_rng(0)
     columns, rows = TILES
@@ -322,7 +323,7 @@ def _memory(pid: int) -> int:
 
 
 def _progress(*words: object) -> None:
-    """Shows the current activity on one line of the terminal; without words, clears the line."""
+    """Shows the current activity on a line of the terminal; without arguments, clears the line."""
     if sys.stderr.isatty():
         line = ", ".join(map(str, words))
         print(f"\r{line:<79}\r", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Measures the time of a whole training, and the speed of the training step on its own.
+"""Measures the time of a complete training run, and the speed of the training step on its own.
 
     python experiments/benchmarks/bench_run.py [--config=spec_224] [--images=10000]
         [--image_size=224]

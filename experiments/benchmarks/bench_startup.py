@@ -118,7 +118,7 @@ class Bench:
             )
 
     def _in_state(self, state: str, measure: Callable[[], float]) -> float:
-        """Measures a command in a state; for "cold", deletes the compiled programs first."""
+        """Measures a command; for the state "cold", first deletes the compiled programs."""
         if state == "cold":
             shutil.rmtree(self._cache / "compiled", ignore_errors=True)
         return measure()
@@ -137,7 +137,8 @@ def main() -> None:
         for turn in range(flags.rounds + 1):
             for what, measure in measured.items():
                 took = measure()
-                # The first round is a warm-up, which loads the files into the system's cache.
+                # The first round is a warm-up, which loads the files into the operating system's
+                # cache.
                 if turn:
                     seconds[what].append(took)
 

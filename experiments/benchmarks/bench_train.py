@@ -58,7 +58,7 @@ TOLERANCE = 1e-4
 
 
 def is_own(name: str) -> bool:
-    """Returns whether a compared library is this project or a variant of this project."""
+    """Returns whether an entry of `peers.PEERS` is this project or a variant of this project."""
     return issubclass(peers.PEERS[name], peers.Ours)
 
 
@@ -309,11 +309,12 @@ def main() -> None:
     flags = make_parser(list(peers.PEERS)[:6], seconds=12, tolerance=TOLERANCE).parse_args()
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     names = flags.peers
-    # The floors are measured before the compared libraries allocate the device's memory.
+    # The shortest possible times are measured before the compared libraries allocate the device's
+    # memory.
     floors = floor_milliseconds(shapes, flags.precision, flags.peaks)
     as_is = [(name, name.startswith("cnn_jax ")) for name in names]
-    # The additional cases with kept memory are only for CPUs, because the C library does not manage
-    # the memory of GPUs.
+    # On CPUs, some libraries are measured a second time with `is_memory_kept`. This setting has no
+    # effect on GPUs, because the C library does not manage the memory of GPUs.
     if not is_on_gpu():
         as_is = [(names[0], True), *as_is, *((name, True) for name in names[1:] if "orch" in name)]
     started = [Process(name, is_kept, flags.peer_python) for name, is_kept in as_is]
@@ -347,7 +348,7 @@ def write_json(path: pathlib.Path | None, rows: Any) -> None:
 
 
 def exit_if_left_out(started: Sequence[Process], processes: Sequence[Process]) -> None:
-    """Raises SystemExit if a started process has failed and is missing in `processes`."""
+    """Raises SystemExit if a started process has failed and is missing from `processes`."""
     working = {process.name for process in processes}
     if failed := [process.name for process in started if process.name not in working]:
         sys.exit(f"failed and left out: {', '.join(failed)}")

@@ -76,7 +76,8 @@ def main() -> None:
             ask_for_digest(process, data, flags.precision)
             try:
                 digests[name] = read_digest(process)
-            except RuntimeError as error:  # If one variant fails, the other is still measured.
+            except RuntimeError as error:
+                # If one variant fails, the other variant is still measured.
                 print(f"{name}: {error}", flush=True)
                 failed.append(name)
                 continue

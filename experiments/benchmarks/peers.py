@@ -24,7 +24,7 @@ import numpy as np
 
 FEATURES, DENSE, CLASSES, DROPOUT = (32, 64, 128), 256, 10, 0.5
 MOMENTUM, EPSILON, LABEL_SMOOTHING, L2, LEARNING_RATE = 0.99, 1e-3, 0.1, 1e-4, 1e-3
-# Pixel values are normalised with this mean and with the same standard deviation.
+# Pixel values are normalised with this number as the mean and as the standard deviation.
 GREY = 127.5
 
 Arrays = dict[str, np.ndarray]
@@ -82,12 +82,12 @@ class Peer:
         return contextlib.nullcontext()
 
     def peak_bytes(self) -> int:
-        """Returns the peak device memory of this process in bytes; 0 if unknown."""
+        """Returns the peak device memory of this process in bytes, or 0 if the peak is unknown."""
         return 0
 
 
 class Ours(Peer):
-    """The training step and the forward pass of this project, with the compiler options it uses."""
+    """The training step and forward pass of this project, compiled with the project's options."""
 
     def __init__(self, task: Task):
         import jax
@@ -292,8 +292,8 @@ class Torch(Peer):
         )
         self._images = torch.from_numpy(task.images).to(self._device)
         self._labels = torch.from_numpy(task.labels.astype(np.int64)).to(self._device)
-        # Without dynamic=False, PyTorch compiles one program for shapes of any size when a process
-        # uses a second shape.
+        # By default, torch.compile compiles one program for shapes of any size when it sees a
+        # second shape. With dynamic=False, it compiles one program for each shape.
         compiled = functools.partial(torch.compile, dynamic=False)
         if not self.is_compiled:
             compiled = lambda function: function  # noqa: E731
@@ -510,7 +510,7 @@ class Keras(Peer):
 
 
 class OnnxRuntime(Peer):
-    """ONNX Runtime with its default settings; runs the exported PyTorch network, inference only."""
+    """ONNX Runtime with default settings, for inference only, with the exported PyTorch network."""
 
     def __init__(self, task: Task):
         import io

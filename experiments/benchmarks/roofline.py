@@ -133,7 +133,7 @@ class Layer:
 
     @property
     def flops(self) -> int:
-        """The operations of one matrix product for one image.
+        """The number of floating-point operations in one matrix product for one image.
 
         The product for each of the two gradients needs the same number of operations.
         """
@@ -173,7 +173,10 @@ def layers(model: CNN, image_size: int) -> list[Layer]:
 def training_passes(
     model: CNN, image_size: int, batch_size: int, activation_bytes: int
 ) -> list[Pass]:
-    """Returns the passes of a training step, under the assumptions at the top of this file."""
+    """Returns the passes over memory in a training step.
+
+    The assumptions are listed at the top of this file.
+    """
     forward: list[Pass] = []
     backward: list[Pass] = []  # These passes go from the last layer to the first.
     update: list[Pass] = []
@@ -236,7 +239,10 @@ def training_passes(
 def inference_passes(
     model: CNN, image_size: int, batch_size: int, activation_bytes: int
 ) -> list[Pass]:
-    """Returns the passes of an inference, under the assumptions at the top of this file."""
+    """Returns the passes over memory in an inference.
+
+    The assumptions are listed at the top of this file.
+    """
     passes: list[Pass] = []
     all_layers = layers(model, image_size)
     before = ""
@@ -291,7 +297,7 @@ def floor_seconds(work: Work, peaks: Peaks) -> float:
 
 
 def floor_seconds_by_pass(passes: Iterable[Pass], peaks: Peaks) -> float:
-    """Returns the shortest time of passes that run one after the other, without overlap."""
+    """Returns the shortest time of passes over memory that run one after the other."""
     return sum(floor_seconds(each.work, peaks) for each in passes)
 
 

@@ -250,7 +250,7 @@ async def soak(server: Server, bodies: Sequence[bytes], rate: float, minutes: fl
 
 
 async def overload(server: Server, bodies: Sequence[bytes], capacity: float) -> list[str]:
-    """Sends three times the requests that the server can answer; returns the failed checks."""
+    """Sends requests at three times the server's capacity; returns the failed checks."""
     arrivals = Arrivals(server.port, bodies, 3 * capacity)
     await arrivals.run(time.monotonic() + 30)
     found = describe(arrivals.answers)

@@ -26,7 +26,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# Of the kills that are aimed at saves, the fraction 1 / _BUNDLE_SHARE is aimed at the bundle.
+# Of the processes that are killed during a save, one in _BUNDLE_SHARE is killed while it writes the
+# bundle.
 _BUNDLE_SHARE = 6
 _POLL_SECONDS = 0.001
 
@@ -109,7 +110,8 @@ def one_life(
         is_ready = wait_for(process, lambda: is_training(workdir, process.pid))
         delay = rng.uniform(0, 1.5)
         if is_ready and aim == "save":
-            # This loop skips a random number of saves, so that kills are not always at the first.
+            # A random number of saves is skipped, so that the process is not always killed during
+            # its first save.
             for _ in range(rng.randrange(4)):
                 is_ready = is_ready and wait_for(process, lambda: not is_saving())
                 is_ready = is_ready and wait_for(process, is_saving)
@@ -171,7 +173,7 @@ class Outcome:
 
 
 def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -> Outcome:
-    """Kills a run repeatedly, lets the run finish, and compares it with an undisturbed run.
+    """Compares the results of a run that is killed repeatedly with those of an undisturbed run.
 
     Raises:
       RuntimeError: A run failed, or ended before the last kill.
@@ -186,7 +188,7 @@ def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -
     done = dict.fromkeys(wanted, 0)
     hits = starts = 0
     while done != wanted:
-        # Kills at the bundle come last, because the run writes the bundle after the training.
+        # The target "bundle" comes last, because the run writes the bundle after the training.
         left = [aim for aim in ("anywhere", "save") if done[aim] < wanted[aim]]
         aim = rng.choice(left) if left else "bundle"
         was_killed, hit = one_life(killed, epochs, log, aim, rng)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 
-# The tests of one test file may take this time (seconds) and this memory (bytes).
+# The maximum time (in seconds) and memory (in bytes) of the tests of one test file.
 _SECONDS, _BYTES = 900, 12 * 2**30
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 

@@ -56,10 +56,9 @@ TRAIN = (sys.executable, "-P", "-m", "cnn_jax.main")
 _RECORD = "ablation.json"
 # The flag --expect compares these keys of each result.
 _COMPARED = ("test", "validation", "epochs", "fingerprint")
-# If results differ, the program also names these keys whose values differ, because they may be
-# the cause.
+# If results differ, the program also compares these keys, because their values may be the cause.
 _CIRCUMSTANCES = ("versions", "processor", "cores", "commit")
-# The exit codes of a training that was interrupted and saved, and of an invalid command line.
+# The exit codes of a training run that was interrupted and saved, and of an invalid command line.
 _START_AGAIN, _USAGE = cli.START_AGAIN, 2
 
 _NO_MIXING = {"augment.mixup_probability": 0, "augment.cutmix_probability": 0}
@@ -73,8 +72,8 @@ _LARGE = {"optimizer.warmup_epochs": 1.0}
 # For each variant, the configuration keys in which the variant differs from the recipe.
 VARIANTS: dict[str, Mapping[str, Any]] = {
     "recipe": {},
-    # The grid "ladder" has the variants plain, batch_norm, dropout and recipe. Each of them adds a
-    # part to the previous variant.
+    # The grid (set of variants) "ladder" consists of plain, batch_norm, dropout and recipe. Each
+    # variant adds a part to the previous variant.
     "plain": {
         **_NO_AUGMENTATION,
         **_CONSTANT_RATE,
@@ -218,7 +217,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def choose(names: Sequence[str], only: str | None) -> list[str]:
-    """Returns the variants of the grids `names` that `only` selects, without duplicates.
+    """Returns the distinct variants of the named grids, filtered by the argument `only`.
 
     Raises:
       ConfigError: A grid or variant does not exist.
@@ -239,7 +238,7 @@ def write_tables(
     recipe: Config,
     folder: pathlib.Path,
 ) -> None:
-    """Writes the table and the plot of each grid, and results.json; prints the tables."""
+    """Writes results.json, and a table and a plot for each grid of variants; prints the tables."""
     values = dict(schema.leaves(recipe))
     with_any = [name for name in names if set(wanted) & set(GRIDS[name].variants)]
     # A table with a single row compares nothing, so such a table is shown only if no table has
@@ -288,7 +287,7 @@ def read_expected(path: pathlib.Path) -> dict[tuple[str, int], dict[str, Any]]:
 def check_expected(
     runs: Sequence["Run"], expected: Mapping[tuple[str, int], Mapping[str, Any]]
 ) -> None:
-    """Raises ConfigError if a run is missing in the expected results."""
+    """Raises ConfigError if the expected results lack a run."""
     if missing := [run for run in runs if (run.variant, run.seed) not in expected]:
         raise ConfigError(f"--expect: has no {missing[0].variant} of seed {missing[0].seed}")
 
@@ -355,7 +354,7 @@ class Run:
 
 
 def child_environment() -> dict[str, str]:
-    """Returns environment variables with which a training imports this repository's `cnn_jax`."""
+    """Returns an environment in which a process imports this repository's `cnn_jax`."""
     folders = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
@@ -384,7 +383,8 @@ class Trainings:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                # The terminal sends Ctrl-C only to this process, which then ends the trainings.
+                # The terminal sends Ctrl-C only to this process, which then ends the training
+                # processes.
                 start_new_session=True,
             )
             self._processes.add(process)
@@ -475,7 +475,7 @@ def train(
 
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns the metrics and times of a finished run, its data fingerprint, and the versions."""
+    """Returns a finished run's metrics, times, data fingerprint and library versions."""
     figures = json.loads((folder / "report" / "metrics.json").read_text())
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     bundle = json.loads((folder / "bundle" / "bundle.json").read_text())
@@ -501,7 +501,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Returns the commit hash of the repository, with "+" if files have changed; "" without git."""
+    """Returns the commit hash of the repository, or "" without git; "+" marks changed files."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ("git", "-C", str(REPOSITORY))
         name = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)

@@ -1,4 +1,4 @@
-"""The table and the plot of an ablation study, which `ablation.py` writes."""
+"""Functions that make the table and the plot of an ablation study for `ablation.py`."""
 
 import dataclasses
 import pathlib
@@ -28,7 +28,7 @@ class Grid:
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def named(self, values: Mapping[str, Any]) -> "Grid":
-        """Returns a grid whose titles contain `values`, which are given by configuration key."""
+        """Returns a copy of the grid, with `values` instead of configuration keys in the titles."""
 
         def fill(name: str) -> str:
             return re.sub(r"\{([\w.]+)\}", lambda key: f"{values[key[1]]:g}", name)
@@ -44,11 +44,11 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 def paired_difference(
     values: Mapping[int, float], base: Mapping[int, float]
 ) -> tuple[float, float | None]:
-    """Returns the mean difference between paired values, and half its 95 % confidence interval.
+    """Returns the mean difference of paired values, and the half-width of its confidence interval.
 
-    Values of the same seed form a pair. The interval is Student's t over the pairs; it is None for
-    one pair. The test splits of the seeds overlap, so for other images the interval is too narrow
-    (Nadeau and Bengio 2003, "Inference for the Generalization Error").
+    Values of the same seed form a pair. The 95 % interval is Student's t over the pairs; it is None
+    for one pair. The test splits of the seeds overlap, so for other images the interval is too
+    narrow (Nadeau and Bengio 2003, "Inference for the Generalization Error").
     """
     import scipy.stats  # This import is slow, and only the table needs SciPy.
 

@@ -52,7 +52,7 @@ def test_a_name_of_two_files_is_refused(here, monkeypatch):
     assert "--config=./folder.py or --config=/" in str(error.value)
     _write(here / "other.py", _with_epochs(8))
     assert files.find("other") == pathlib.Path("other.py")
-    # In this folder, ./folder.py and the shipped configuration `folder` are the same file.
+    # In the folder `configs`, ./folder.py is the file of the configuration `folder` itself.
     monkeypatch.chdir(SHIPPED)
     assert files.find("folder").samefile(SHIPPED / "folder.py")
     monkeypatch.setenv("HOME", str(here))
@@ -102,7 +102,7 @@ def test_a_folder_without_a_run_is_refused(here):
 )
 @pytest.mark.parametrize("name", ["mine.py", "folder.py", "größer = 1.5.py"])
 def test_a_file_in_any_folder_may_import_others(here, before, name):
-    """A configuration may import from its own folder, `configs`, and the working directory."""
+    """A configuration may import from `configs`, its own folder, and the working directory."""
     folder = here / "a b" / "configs" / "sub"
     path = _write(folder / name, _with_epochs(3, before))
     _write(folder / "neighbour.py", _with_epochs(99))

@@ -172,7 +172,7 @@ def test_the_fingerprint_changes_with_the_division(folder):
 
 
 def test_images_that_changed_places_are_seen_to_have_changed(folder):
-    """Two files with the same size and the same modification time swap their names."""
+    """The fingerprint changes if two files of equal size and modification time swap their names."""
     first, second = folder / "blue" / "000.png", folder / "blue" / "001.png"
     second.write_bytes(first.read_bytes()[:-1] + b"?")
     for path in (first, second):
@@ -216,7 +216,8 @@ def test_a_pattern_describes_the_path_within_the_folder_of_a_split(folder, tmp_p
     splits = {name: {tracks[i] for i in rows} for name, rows in dataset.splits.items()}
     assert len(splits["validation"]) == 6
     assert all(name.startswith("val/") for name in splits["validation"])
-    # The folder has no test split, so whole tracks of the training part become the test split.
+    # The folder has no test split, so whole tracks (groups of images) of the training split are
+    # moved to a new test split.
     assert 3 <= len(splits["test"]) <= 12
     assert len(splits["test"] | splits["train"]) == len(splits["test"]) + len(splits["train"]) == 24
 

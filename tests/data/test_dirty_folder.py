@@ -438,7 +438,7 @@ def _snapshot(root):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """The listing and the data set of `folder`, and its snapshots before and after opening."""
+    """The listing and the data set of `folder`, and two snapshots, before and after opening it."""
     before = _snapshot(folder)
     listing = open_folder(folder)
     dataset = open_dataset(listing, Division(), SMALL, max_unreadable=1.0)
@@ -555,7 +555,10 @@ print(json.dumps({"peaks": peaks, "opened": sorted(map(ascii, names)), "digests"
 
 @pytest.fixture(scope="module")
 def child(folder, tmp_path_factory):
-    """Measurements of a process that opens a folder without decompression bombs, then `folder`."""
+    """Measurements of a process that opens first a folder of harmless files, and then `folder`.
+
+    The harmless files include no decompression bombs.
+    """
     harmless = tmp_path_factory.mktemp("harmless")
     for kind in [*_CUTS, *_FALSE, *_ODD, *_NAMES]:
         kind.write(harmless)

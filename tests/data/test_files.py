@@ -74,7 +74,7 @@ def test_the_own_splits_of_a_folder_are_kept(tmp_path, validation):
         _picture(tmp_path / path)
     _picture(tmp_path / "masks" / "b" / "1.png")
     source = open_folder(tmp_path)
-    # The classes are those of all splits together, even if some splits lack some classes.
+    # The data set has the classes of all splits, even if some splits lack some classes.
     assert source.class_names == ["a", "b", "c"]
     found = dict(zip(source.ids, zip(source.labels, source.own_splits, strict=True), strict=True))
     assert found == {

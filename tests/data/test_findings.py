@@ -168,7 +168,7 @@ def test_the_error_for_a_single_class_suggests_its_folder(tmp_path):
 
 
 def _save_values(folder, high, dtype, count=20, file_format="png"):
-    """Saves images of two classes with values from 0 to `high`."""
+    """Saves images of two classes with pixel values from 0 to `high`."""
     for i in range(count):
         values = np.random.default_rng(i).random((6, 9)) * high
         values.flat[:2] = 0, high

@@ -368,7 +368,7 @@ def test_any_tree_is_read_or_refused_in_one_line(folders):
     except DataError as refused:
         message = str(refused)
         layout = find_layout(paths, "classes:DATA")
-        # This line also checks that the message is one line, because `.` matches no line break.
+        # The pattern matches only a message of one line, because `.` matches no line break.
         assert re.fullmatch(".*classes:DATA.*", message)
     counted = sum(int(n) for r in layout.remarks for n in re.findall(r"\((\d+)\) are left out", r))
     stray = sum(

@@ -77,7 +77,7 @@ def test_no_number_of_workers_changes_a_batch(source):
 
 
 def _decoded(source):
-    """Returns a loader with decoded pixels, which are stored in a random order."""
+    """Returns a loader with decoded pixels; the rows of its pixel array are in random order."""
     rows = np.random.default_rng(0).permutation(len(source))
     pixels = np.empty((len(source), *PREPROCESSING.image_size, 3), np.uint8)
     pixels[rows] = Loader(source, PREPROCESSING).load(np.arange(len(source)))["image"]
@@ -127,7 +127,7 @@ def test_a_balanced_stream_shows_each_class_equally_often(source):
 
 
 def test_neighbouring_classes_do_not_make_up_batches():
-    """If a batch holds half of the classes, each round over all classes has a new order."""
+    """Each round over all classes has a new order, even if a batch holds half of the classes."""
     labels = np.arange(64).repeat(3)
     order = pipeline._ClassesInTurn(labels, seed=0)
     seen = labels[order(np.arange(64 * 30))].reshape(30, 2, 32)
@@ -241,7 +241,7 @@ def test_workers_are_as_many_as_help(monkeypatch, cores, expected):
 
 @pytest.mark.parametrize("place", ["host", "device"])
 def test_processes_that_share_a_batch_make_up_the_whole(source, place):
-    """The rows of a process equal the same rows of the whole batch, in pixels and random draws."""
+    """A process gets its rows of the whole batch, with the same pixels and random draws."""
     whole = _batches(source, 3, place=place)
     shares = [np.array([0, 1, 2]), np.array([3, 6]), np.array([4, 5, 7])]
     for rows in shares:

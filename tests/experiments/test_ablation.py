@@ -58,7 +58,7 @@ TRAINING = """
 
 @pytest.fixture(autouse=True)
 def training(tmp_path, monkeypatch):
-    """Replaces the training command by a fast script, and returns the script's path."""
+    """Replaces the training command with a fast script, and returns the script's path."""
     script = tmp_path / "training.py"
     script.write_text(textwrap.dedent(TRAINING))
     monkeypatch.setattr(ablation, "TRAIN", (sys.executable, "-S", str(script)))
@@ -66,7 +66,7 @@ def training(tmp_path, monkeypatch):
 
 
 def starts(folder):
-    """Returns how often each run was started, by the name of the run's folder."""
+    """Returns a dict from the name of each run's folder to the number of starts of the run."""
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
 
 
@@ -151,8 +151,8 @@ def test_a_grid_is_run_once_and_written_as_a_table(tmp_path, capsys):
         with pytest.raises(ConfigError, match=f"^--expect: .*{message}"):
             ablation.main([*arguments, f"--expect={empty}"])
     assert set(starts(tmp_path).values()) == {1}
-    # Without the flag for the path of the data, and with another grid, the finished runs that the
-    # two grids share are not repeated.
+    # Another grid, even without the flag for the path of the data, does not repeat the finished
+    # runs that the two grids have in common.
     ablation.main(["--grid=label_smoothing", *arguments[1:-1]])
     assert starts(tmp_path)["recipe-2"] == 1
     # Two runs start at the same time, so either run may fail first.

@@ -48,7 +48,7 @@ def test_flops_equal_those_of_xla_without_padding(image_size: int) -> None:
     without_padding = sum(
         layer.flops * share for layer, share in zip(layers, [*on_image, 1, 1], strict=True)
     )
-    # XLA counts no padding, but also counts the operations of biases, ReLU, BatchNorm and pooling.
+    # XLA's FLOP count excludes padding, but includes biases, ReLU, BatchNorm and pooling.
     xla_flops = forward_flops(MODEL, (image_size, image_size))
     assert without_padding < xla_flops < 1.04 * without_padding
 

@@ -100,7 +100,7 @@ def test_the_colours_are_brightest_where_the_map_is_largest(predictor, tmp_path)
     ],
 )
 def test_a_map_lies_on_the_part_of_the_image_that_was_seen(mode, size, corner):
-    """The map has one bright value, which must be drawn at the right position of the image."""
+    """The map has one bright value, which must be drawn at the right position in the image."""
     values = np.zeros((16, 16), np.float32)
     values[3, 12] = 1
     image = Image.new("RGB", size, (128, 128, 128))

@@ -120,7 +120,7 @@ def test_an_array_may_have_one_three_or_four_channels():
 
 
 class _Reader:
-    """A file-like object, as in another library, whose `read` returns or raises `result`."""
+    """A file-like object whose `read` returns `result`, or raises it if it is an exception."""
 
     def __init__(self, result):
         self.result = result
@@ -173,7 +173,7 @@ def _all_kinds(folder):
 
 
 class _Tensor:
-    """An array-like object, as in another library, which NumPy can convert to an array."""
+    """An array-like object, such as a tensor of another library, that NumPy can convert."""
 
     def __init__(self, array):
         self.array = array
@@ -214,7 +214,7 @@ def test_any_iterable_of_images_is_accepted(predictor, tmp_path):
 
 
 def test_a_generator_may_reuse_its_memory(predictor):
-    """A generator may write each frame to the same array, as a camera does.
+    """Predictions are correct if a generator writes each frame to the same array, as a camera does.
 
     The frames have the input size of the network, so no resize copies them.
     """

@@ -170,7 +170,8 @@ def test_offsets_are_added_to_stages():
     plain, moved = stages(), stages({"conv1": jnp.ones((2, 8, 8, 4))})
     np.testing.assert_allclose(moved["conv1"], plain["conv1"] + 1, rtol=1e-6)
     assert not np.allclose(moved["logits"], plain["logits"])
-    # The logits are linear in the embedding, so the gradient of the offset is the head's kernel.
+    # The logits are linear in the embedding. So the gradient with respect to a value that is added
+    # to the embedding is the kernel of the head.
     zeros = jnp.zeros((2, 8))
     gradient = jax.grad(lambda offset: stages({"embedding": offset})["logits"][:, 1].sum())(zeros)
     expected = np.tile(variables["params"]["head"]["kernel"][:, 1], (2, 1))

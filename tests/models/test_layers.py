@@ -15,8 +15,8 @@ from cnn_jax.models.layers import (
     normalize_batch,
 )
 
-# The layers divide the pixels into blocks of equal size, so these numbers of pixels have large
-# divisors, small divisors, or no divisors.
+# The layers divide the pixels into blocks of equal size. The numbers of pixels in these shapes have
+# many divisors (1024 and 480), few divisors (4107), or none (7).
 SHAPES = [(4, 16, 16, 32), (2, 12, 20, 5), (3, 37, 37, 8), (1, 7, 1, 3)]
 
 

@@ -169,8 +169,8 @@ def test_defocus_blur_averages_over_a_soft_disk(photograph, severity, constant):
     disk = (x**2 + y**2 <= radius**2) / np.sum(x**2 + y**2 <= radius**2)
     taps = np.exp(-0.5 * (np.arange(-(size // 2), size // 2 + 1) / sigma) ** 2)
     taps /= taps.sum()
-    # In the published code, the grid of a large disk ends at the edge of the disk, so the Gaussian
-    # blur of the disk is mirrored at this edge.
+    # In the published code, the array of a large disk is only as wide as the disk, so the Gaussian
+    # blur of the disk is mirrored at the edge of the disk.
     if radius >= 8:
         disk = disk[12 - radius : radius - 12, 12 - radius : radius - 12]
     for axis in (0, 1):
@@ -498,7 +498,7 @@ def test_contrast_shrinks_about_the_channels_means(colours, severity, constant):
 def test_elastic_transform_moves_corners_and_then_pixels(photograph, severity, constant):
     strength, sigma, shift = (244 * value for value in constant)
     rng = _rng(5, severity)
-    # The corners lie 74 pixels from the centre, 112, in both directions.
+    # The corners lie 74 pixels from the centre (112, 112) in each direction.
     corners = np.array([[186, 186], [186, 38], [38, 38]], float)
     moved = corners + rng.uniform(-shift, shift, (3, 2))
     # This matrix maps the moved corners to the original corners, both as positions (x, y).

@@ -406,7 +406,7 @@ def test_other_data_gives_a_warning(predictor, image_folder, tmp_path, caplog):
 
 
 def test_a_split_larger_than_the_memory_is_refused(predictor, image_folder, monkeypatch):
-    """The 60 images of 768 bytes take as much as the whole memory, more than the allowed half."""
+    """The 60 images of 768 bytes would fill the simulated memory; at most half may be used."""
     monkeypatch.setattr(robustness, "memory_bytes", lambda: 768 * 60)
     with pytest.raises(DataError, match=r"60 images .* half of the memory; --sample=30 measures"):
         robustness.measure_split(predictor, _open(image_folder), "all")

@@ -14,7 +14,7 @@ from cnn_jax.registry.store import LocalStore, Store
 
 
 class Killed(BaseException):
-    """An exception that simulates a kill of the process that uses a registry."""
+    """An exception that simulates SIGKILL in a process that uses a registry."""
 
 
 def vary(bundle, target, **changes):

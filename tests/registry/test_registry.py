@@ -369,7 +369,7 @@ def test_a_store_that_overwrites_is_refused(bundles):
 
 
 def test_a_process_whose_create_overwrites_changes_nothing(bundles):
-    """A safe library created the registry, but the library of this process overwrites files."""
+    """A change is refused if this process uses a library that overwrites existing files."""
     import test_registry_store
 
     place = f"careless://{unique_name()}"
@@ -531,7 +531,7 @@ def test_an_add_during_the_first_read_is_not_damage(registry, bundles, moment, w
 
 
 def test_a_marked_bundle_without_an_entry_is_kept(registry, bundles, monkeypatch):
-    """Simulates a log that was restored from an old copy, and that then got new entries."""
+    """Simulates a log that was restored from a backup, and to which new entries were then added."""
     root = pathlib.Path(registry.url)
     name, other = (f"{'0' * 64}-{unique_name()}" for _ in range(2))
     (root / "added" / f"00000005-{name}").touch()
@@ -655,7 +655,7 @@ def test_adding_a_bundle_again_restores_its_files(place, bundles, caplog, file):
 
 
 def test_files_deleted_before_their_entry_are_not_added(registry, bundles):
-    """Simulates a second machine, which deletes new files as unused: its clock is days ahead."""
+    """Simulates a machine that deletes new files as unused, because its clock is days ahead."""
     store = wrapped(pathlib.Path(registry.url))
 
     def sweep(call, name):
@@ -708,7 +708,7 @@ def test_a_replaced_registry_is_read_again(registry, bundles, clock, caplog):
 
 
 def test_a_longer_replacement_is_read_again(tmp_path, bundles, clock):
-    """The new registry in the same folder has more log entries than the old registry."""
+    """A reader loads a new registry that replaced the old one, even if the new log is longer."""
     reader = Registry(tmp_path / "registry")
     reader.add("flowers", bundles[0])
     shutil.rmtree(tmp_path / "registry")
@@ -926,7 +926,7 @@ def test_two_writers_add_the_same_bundle_once(registry, bundles):
 
 
 def test_gates_use_the_latest_state(registry, bundles):
-    """Another writer moves an alias after a first check of the gates; the second check fails."""
+    """A promotion is checked again after another writer moves an alias; the second check fails."""
     store = wrapped(pathlib.Path(registry.url))
     slow = on(store)
     _meanwhile(store, LOG, lambda: registry.promote("flowers", 3))
@@ -1050,7 +1050,7 @@ CHANGES = {
 
 
 def failing(store, moment, happens, times=1, error=None):
-    """Makes calls of one kind fail; if `happens`, the store performs each call before it fails."""
+    """Makes calls of one kind fail: after the store performs them if `happens`, or else before."""
     left = [times]
 
     def hook(call, name):
@@ -1143,7 +1143,7 @@ def test_other_errors_are_not_retried(registry, error):
 
 
 def check_after_a_kill(root, before, after, bundle):
-    """Checks that a registry has the state before or after a change, and that it can be used."""
+    """Checks that a registry is usable, and is in the state before or the state after a change."""
     registry = Registry(root)
     state = outline(registry) if (root / "registry.json").exists() else {}
     assert state in (before, after)
@@ -1169,7 +1169,7 @@ def days_pass(monkeypatch, days=2):
 
 @pytest.mark.parametrize("action", ["begin", *CHANGES])
 def test_a_kill_at_any_moment_is_atomic(registry, bundles, tmp_path, monkeypatch, action):
-    """Simulates a kill of the process before each system call that changes a file."""
+    """Simulates SIGKILL before each system call that changes a file."""
     monkeypatch.setattr(stores, "_RIVALS", 2)
     source, change = pathlib.Path(registry.url), CHANGES.get(action, CHANGES["add"])
     if action == "begin":
@@ -1205,7 +1205,7 @@ def test_a_kill_at_any_moment_is_atomic(registry, bundles, tmp_path, monkeypatch
 @pytest.mark.parametrize("action", ["begin", *CHANGES])
 @pytest.mark.parametrize("is_before", [True, False])
 def test_a_kill_at_any_store_call_is_atomic(registry, bundles, monkeypatch, action, is_before):
-    """Simulates a kill of the process before or after each call to a remote store."""
+    """Simulates SIGKILL before or after each call to a remote store."""
     monkeypatch.setattr(stores, "_RIVALS", 2)
 
     change = CHANGES.get(action, CHANGES["add"])
@@ -1287,7 +1287,7 @@ def test_a_version_added_during_a_sweep_is_kept(registry, bundles, monkeypatch):
 
 
 def test_an_upload_of_half_a_day_is_refused(registry, bundles, monkeypatch):
-    """After half a day, another process may already have deleted the uploaded files as unused."""
+    """An upload of half a day is refused, because its files may have been deleted as unused."""
     clock = [1000.0]
     monkeypatch.setattr(registries.time, "time", lambda: clock[0])
     store = wrapped(pathlib.Path(registry.url))

@@ -115,7 +115,7 @@ class Slow:
 
 
 def decide(models, action, model, version, alias):
-    """Returns the log entry that a registry would add for an action; None if it would add none."""
+    """Returns the log entry that a registry would add for an action, or None for no entry."""
     try:
         if action == "add":
             return make_entry("add", models[model].last + 1 if model in models else 1, model=model)

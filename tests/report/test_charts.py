@@ -37,7 +37,7 @@ def test_confused_classes_are_adjacent():
 
 
 def test_class_order_uses_fractions_and_not_counts():
-    """For the order of classes, 40 % of errors in 10 images count more than 3 % in 1000 images."""
+    """In the class order, errors in 40 % of 10 images count more than in 3 % of 1000 images."""
     matrix = np.array([[970, 30, 0, 0], [0, 1000, 0, 0], [5, 0, 5, 0], [4, 0, 0, 6]])
     positions = np.argsort(charts.confusion_order(matrix))
     assert abs(positions[0] - positions[2]) == 1

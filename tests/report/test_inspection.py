@@ -56,7 +56,10 @@ def _image(seed, size=(12, 8)):
 
 @pytest.fixture
 def hostile_folder(tmp_path):
-    """A folder with a class for each hostile name; some file names also contain the name."""
+    """A folder with one class for each name in HOSTILE, such as HTML code and line breaks.
+
+    In each class, the names of two files also contain the name of the class.
+    """
     root = tmp_path / "data"
     for number, name in enumerate(HOSTILE):
         (root / name).mkdir(parents=True)

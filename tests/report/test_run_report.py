@@ -131,7 +131,7 @@ def reported(finished, tmp_path_factory):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Replaces charts by images of one pixel, for tests that do not check charts."""
+    """Replaces charts with images of one pixel, for tests that do not check charts."""
 
     def draw(path, *_):
         for theme in run_report.style.THEMES:
@@ -185,7 +185,7 @@ def test_page_needs_no_other_file(reported):
     page = _parsed(reported / "report" / "index.html")
     assert all(image.startswith("data:image/png;base64,") for image in page.images)
     assert not {"iframe", "object", "svg"} & set(page.elements)
-    assert page.elements.count("link") == 1  # The only link is the empty icon.
+    assert page.elements.count("link") == 1  # The only <link> element declares an empty icon.
     policy = (reported / "report" / "index.html").read_text("utf-8")
     assert "default-src 'none'; img-src data:" in policy
 
@@ -902,7 +902,7 @@ def test_table_of_classes_can_be_sorted(browser, reported):
     names, state = shown()
     assert state == [None, "ascending"]
     assert [rows[name]["f1"] for name in names] == sorted(row["f1"] for row in rows.values())
-    headings[1].send_keys("\ue007")  # This is the key Enter.
+    headings[1].send_keys("\ue007")  # This is the Enter key.
     names, state = shown()
     assert state == [None, "descending"]
     assert [rows[name]["f1"] for name in names] == sorted(

@@ -70,7 +70,7 @@ def _parsed(study, folder):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Replaces charts by images of one pixel, for tests that do not check charts."""
+    """Replaces charts with images of one pixel, for tests that do not check charts."""
 
     def draw(path, *_):
         for theme in style.THEMES:

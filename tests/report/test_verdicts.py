@@ -255,7 +255,7 @@ def test_guessing_gives_verdict_on_any_matrix(matrix):
 
 
 def test_falling_p_value_is_small_only_for_falling_values():
-    # Only one of the 24 orders of four values falls at each step.
+    # Only one of the 24 orders of four values is strictly decreasing.
     assert verdicts.falling_p_value([4, 3, 2, 1]) == pytest.approx(1 / 24)
     assert verdicts.falling_p_value([1, 2, 3, 4]) == pytest.approx(1)
 

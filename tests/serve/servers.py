@@ -73,7 +73,7 @@ class Served:
         return self._out.read_text()
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """Sends a signal to the server, waits for its end, and returns the exit code."""
+        """Sends a signal to the server, waits until the server exits, and returns the exit code."""
         self.process.send_signal(number)
         return self.process.wait(60)
 

@@ -81,7 +81,7 @@ def mutate(content, rng):
 
 
 def test_mutated_images_and_bodies(server):
-    """Sends 1,000 mutated images and bodies; $CNN_JAX_MUTATED sets another number.
+    """Sends 1,000 mutated images and bodies; the variable CNN_JAX_MUTATED changes this number.
 
     With `pytest -s`, the test prints the number of responses with each status.
     """

@@ -13,7 +13,10 @@ from cnn_jax.serve import http
 
 
 async def application(scope, receive, send):
-    """An ASGI application. The path selects a refusal, a large answer, or the body's length."""
+    """An ASGI application that sends an error, a large body, or the length of the request's body.
+
+    The path of the request selects the response.
+    """
     if scope["type"] != "http":
         return
     if scope["path"] == "/refused":

@@ -28,7 +28,7 @@ async def work(client, answer):
 
 
 async def begun(client):
-    """Starts a request; returns its task and the future of its answer."""
+    """Starts a request; returns the task of the request and the future of the response."""
     answer = asyncio.get_running_loop().create_future()
     task = asyncio.ensure_future(work(client, answer))
     for _ in range(3):

@@ -104,7 +104,7 @@ def test_the_page_shows_classes_and_map(browser, server, registry, image, width,
     shape += "return [box.width, box.height]"
     map_shape = browser.execute_script(shape)
     assert map_shape[0] / map_shape[1] == pytest.approx(80 / 60, rel=0.02)
-    browser.find_element("id", "show-image").send_keys("\ue007")  # This is the key Enter.
+    browser.find_element("id", "show-image").send_keys("\ue007")  # This is the Enter key.
     wait_for(browser, "document.getElementById('shown').complete")
     assert browser.execute_script(shape) == map_shape
     assert browser.execute_script("return document.getElementById('shown').src").startswith("blob:")

@@ -39,7 +39,7 @@ def test_the_log_deletes_its_oldest_rows(version, tmp_path):
     assert log.lost_rows == 0
     kept = ids_of(path)
     assert kept == list(range(kept[0], 800))
-    assert 100 < len(kept) < 300  # A row has about a kilobyte.
+    assert 100 < len(kept) < 300  # A row takes about one kilobyte.
     # One batch of rows and SQLite's write-ahead log may exceed the size limit.
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1.5 * most
 

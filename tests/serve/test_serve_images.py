@@ -14,7 +14,7 @@ LIMITS = Limits(images=3)
 
 
 def form(*files, **fields) -> PreparedRequest:
-    """Returns a request with a form, made by the library `requests`; a file is (name, content)."""
+    """Returns a form request, encoded by `requests`; each file is a pair (name, content)."""
     parts = [("file", (name, content)) for name, content in files]
     return Request("POST", "http://host/", files=parts or None, data=fields).prepare()
 
@@ -56,7 +56,7 @@ def test_forms_of_another_library_are_read(files):
 
 @pytest.mark.parametrize("field", ["other", "file", "top"])
 def test_a_field_without_file_is_refused_by_name(field):
-    """A form field without a file may be meant as an image or as a parameter."""
+    """A form field without a file is refused: it may be meant as an image or as a parameter."""
     with pytest.raises(Refused, match=f"field '{field}' is not a file.*-F {field}=@FILE") as caught:
         read(form(("a.png", b"1"), **{field: "value"}))
     assert (caught.value.status, caught.value.reason) == (400, "form")
@@ -132,7 +132,7 @@ def test_base64_of_either_alphabet_with_or_without_padding(content):
     st.sampled_from(["", "data:image/png;base64,", "DATA:;base64,", "data:a/b;c=d;base64,\n"]),
 )
 def test_base64_in_lines_and_in_data_urls(content, line_end, prefix):
-    """Base64 text as the tool `base64`, MIME libraries and browsers write it."""
+    """Base64 text is decoded in the forms that `base64`, MIME libraries and browsers write."""
     text = base64.encodebytes(content).decode().replace("\n", line_end)
     assert decode_base64(prefix + text) == content
     assert decode_base64(prefix + text.replace("=", "")) == content

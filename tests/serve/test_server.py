@@ -376,7 +376,7 @@ def test_open_inference_of_binary_tensors(server, predictor, kind):
 
 @pytest.mark.parametrize("is_binary", [True, False])
 def test_tritons_own_client(server, predictor, is_binary):
-    """The extra `test` does not contain `tritonclient[http]`, because it pins old libraries."""
+    """The test needs `tritonclient[http]`, which is no test dependency: it pins old libraries."""
     http = pytest.importorskip("tritonclient.http")
     client = http.InferenceServerClient(server.url.partition("//")[2])
     assert client.is_server_live()

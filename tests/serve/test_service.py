@@ -1,4 +1,4 @@
-"""Tests of overload, timeouts and disconnects. The simulated device waits for the tests."""
+"""Tests of overload, timeouts and disconnects, with a simulated device that the tests control."""
 
 import asyncio
 import concurrent.futures
@@ -186,7 +186,8 @@ def test_a_missing_body_times_out(serve):
         start = time.monotonic()
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\nx")
         version = server.service.models.find()
-        # The version is in use, so that it is not unloaded before the body arrives.
+        # The request keeps the version in use, so the version is not unloaded before the body
+        # arrives.
         until(lambda: version.in_use == 1)
         # The loop ends when the server closes the connection.
         answer = b"".join(iter(lambda: connection.recv(65_536), b""))

@@ -89,7 +89,11 @@ def states_of(server, model="shapes"):
 
 
 def test_an_alias_moves_without_a_failed_request(serve, registry, tmp_path):
-    """Each answer is computed by the version that it names; only the alias changes the version."""
+    """The probabilities in each response are those of the version that the response names.
+
+    While clients send requests, an alias is moved to version 2 and back; only these moves change
+    the version.
+    """
     expected = {}
     for number in (1, 2):
         (prediction,) = predict_batch(BundlePredictor(make_bundle(number)), [encode()])
@@ -214,7 +218,7 @@ def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
         assert {"champion": 2} not in seen
         assert service.models.default("shapes").number == 1
         assert set(service.models.loaded("shapes")) == {1}
-        # A version is replaced if its number gets another bundle in the registry.
+        # A loaded version is replaced if the registry now has another bundle under its number.
         desired["shapes"] = DesiredState({1: "other"}, {"champion": 1})
         await loader.synchronize()
         assert service.models.default("shapes").digest == "other"

@@ -176,7 +176,7 @@ def test_a_second_signal_ends_the_process_during_compilation(image_folder, tmp_p
 
 @pytest.mark.parametrize("delay", [0.6, 0.9, 1.2, 1.3, 1.4, 1.6, 2.0])
 def test_a_signal_before_the_first_step_exits_with_75(image_folder, tmp_path, delay):
-    """The signal comes during imports, the start of JAX, or the scan of the data."""
+    """A signal during imports, JAX's start, or the scan of the data ends the run with status 75."""
     process = start(image_folder, tmp_path / "run", ENDLESS)
     time.sleep(delay)
     process.send_signal(signal.SIGTERM)
@@ -297,7 +297,10 @@ def test_a_full_disk_is_reported_and_the_run_resumes_later(image_folder, tmp_pat
 
 
 def test_a_full_disk_for_events_raises_in_the_run(tmp_path):
-    """A writer thread would fail unnoticed, and the run would block at the tenth event."""
+    """A disk error is raised in the run itself; in a writer thread it would not be noticed.
+
+    With a writer thread, the run would block at the tenth event.
+    """
     with small_disk(tmp_path / "disk", "4k"):
         (tmp_path / "tensorboard").symlink_to(tmp_path / "disk")
         threads = threading.active_count()
@@ -311,7 +314,7 @@ def test_a_full_disk_for_events_raises_in_the_run(tmp_path):
 
 
 def test_a_full_disk_for_results_is_reported(image_folder, tmp_path, undisturbed):
-    """The disk that has the report folder is full when the results are written."""
+    """If the disk of the report folder is full, the run ends with an error message of one line."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     shutil.rmtree(workdir / "report")
@@ -354,7 +357,10 @@ def test_a_read_only_folder_is_reported_before_the_data_is_read(image_folder, tm
 
 
 def test_a_too_large_batch_is_reported_before_the_first_step(image_folder, tmp_path):
-    """The default network needs about 3 MB for each image of 64 x 64 pixels."""
+    """A batch that does not fit into memory is refused before the first step.
+
+    The default network needs about 3 MB for each image of 64 x 64 pixels.
+    """
     flags = [flag for flag in command(image_folder, tmp_path / "run") if "model" not in flag]
     flags.remove("--config.data.image_size=16")
     process = subprocess.run(
@@ -377,7 +383,7 @@ def test_a_too_large_batch_is_reported_before_the_first_step(image_folder, tmp_p
 
 
 def test_running_out_of_memory_is_a_one_line_error(image_folder, tmp_path):
-    """The memory limit of the process is lowered after the compilation."""
+    """If memory runs out after the compilation, the run ends with an error message of one line."""
     code = (
         "import pathlib, resource, sys\n"
         "from cnn_jax import main\n"

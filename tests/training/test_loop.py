@@ -216,7 +216,7 @@ def test_a_repeated_command_changes_no_result(finished):
 
 @pytest.mark.parametrize("cache", ["none", "disk"])
 def test_a_second_run_is_bitwise_the_same_for_each_cache(finished, tmp_path, cache):
-    """The images are decoded again in each epoch, or are read from disk instead of from memory."""
+    """Training is bitwise the same if images are decoded in each epoch, or are read from disk."""
     workdir, config, report = finished
     other = config.copy_and_resolve_references()
     other.data.cache = cache
@@ -295,7 +295,7 @@ def test_an_infinite_loss_stops_the_run_and_keeps_checkpoints(image_folder, tmp_
 
 @pytest.mark.parametrize("epochs", [1, 4])
 def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs):
-    """The loss of the only step is finite, but the updated parameters are not."""
+    """Parameters that are not finite are never saved, even if the loss of the step is finite."""
     config = _tiny(
         image_folder,
         **{
@@ -373,7 +373,7 @@ _ON_THE_DEVICE = {"augment.place": "device", "data.cache": "device"}
 
 
 def test_several_steps_in_one_execution_train_the_same(image_folder, tmp_path, monkeypatch):
-    """The six steps of an epoch are executed as 4 + 1 + 1, as 2 + 2 + 2, or one at a time."""
+    """The results agree if six steps are run as 4 + 1 + 1, as 2 + 2 + 2, or one at a time."""
     executed = []
     real = Programs.send
 
@@ -404,13 +404,15 @@ def test_executions_of_several_steps_are_saved_and_resumed(image_folder, tmp_pat
     config = _tiny(image_folder, **changes)
     train_and_evaluate(config, tmp_path / "whole")
     steps = sorted(int(path.name) for path in (tmp_path / "whole" / "checkpoints").iterdir())
-    # A checkpoint is saved after the first execution that reaches or passes step 3, 6, 9, ...
+    # A checkpoint is saved after the first call of a compiled program that reaches or passes step
+    # 3, 6, 9, ...
     assert steps == [4, 6, 10, 12, 16, 18]
     real, prepared = Programs.send, []
 
     def interrupt(programs, batches):
         prepared.append(len(batches))
-        # The first 1 is the early compilation of the program of a single step.
+        # The first 1 in this list is no training step: the program of a single step is compiled
+        # early.
         if prepared == [4, 1, 1, 1, 4]:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(programs, batches)
@@ -488,7 +490,7 @@ def _assert_same_except_times(first, second):
 
 
 def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
-    """One of three kills is during a save; the moments differ in each execution of this test."""
+    """Kills a run three times, once during a save, at random moments."""
     outcome = chaos.torment(tmp_path, kills=3, epochs=6, rng=random.Random())
     assert outcome.kills == {"anywhere": 2, "save": 1, "bundle": 0}
     assert outcome.compared > 500_000
@@ -496,7 +498,7 @@ def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
 
 
 def _interrupt(workdir, signum):
-    """Starts a run and interrupts it by a signal after the first epoch; returns the saved step."""
+    """Starts a run and interrupts it with a signal after epoch 1; returns the saved step."""
     process = _start(workdir)
     while not (workdir / "metrics.jsonl").exists() or not _history(workdir):
         assert process.poll() is None
@@ -529,7 +531,7 @@ def test_a_run_interrupted_within_an_epoch_saves_and_resumes(smoke, tmp_path):
 
 @pytest.mark.parametrize("delay", [0.0, 0.7, 3.0])
 def test_ctrl_c_that_also_reaches_worker_processes_saves_the_run(tmp_path, delay):
-    """On Ctrl-C, a terminal sends SIGINT to every process of the process group."""
+    """A run is saved on Ctrl-C, although the terminal also sends SIGINT to the worker processes."""
     write_images(tmp_path / "images", per_class=40)
     workdir = tmp_path / "run"
     flags = [

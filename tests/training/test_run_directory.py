@@ -123,7 +123,7 @@ def test_a_heartbeat_has_step_and_activity(tmp_path, monkeypatch):
     heartbeat.beat("training", 1)
     assert read() == (1, "training")
     now[0] += 4
-    # A beat with the same activity within five seconds of the last write is not written.
+    # If the activity is unchanged, nothing is written within five seconds of the last write.
     heartbeat.beat("training", 2)
     assert read() == (1, "training")
     # A new activity is written at once.

@@ -29,7 +29,7 @@ SECONDS = 2.0
 
 
 class Killed(BaseException):
-    """An exception that simulates a kill of the process."""
+    """An exception that simulates SIGKILL in a process."""
 
 
 def make_plan(folder, **changes):
@@ -52,7 +52,7 @@ def value_of(config, epoch):
 
 
 class Trainer:
-    """A fake of `train_and_evaluate`, which resumes after the epochs that are in the run's folder.
+    """A fake `train_and_evaluate` that resumes after the last epoch recorded in the run's folder.
 
     It is an error to train a trial twice at the same time, or to train an epoch twice.
 
@@ -112,7 +112,7 @@ def _write_once(path, text):
 
 
 def install(patch, pause=0.0, fingerprint="of the data"):
-    """Replaces the training and the data by fakes; `patch` is a function like `setattr`."""
+    """Replaces the training and the data with fakes; `patch` is a function like `setattr`."""
     trainer = Trainer(pause)
     dataset = types.SimpleNamespace(fingerprint=fingerprint)
     patch(studies, "train_and_evaluate", trainer)

@@ -192,7 +192,7 @@ def test_importance_is_deterministic(plan):
 
 @pytest.mark.parametrize("error", [ImportError, ValueError, RuntimeError])
 def test_a_failure_of_importance_is_explained(plan, monkeypatch, error):
-    """The importance cannot be computed, for example, if scikit-learn is not installed."""
+    """If the importance cannot be computed (without scikit-learn, for example), a note says why."""
 
     def fail(**options):
         raise error("no forest")

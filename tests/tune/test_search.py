@@ -168,7 +168,7 @@ def test_without_reports_nothing_is_pruned():
 
 
 def value_of(params):
-    """Returns a fake value, whose minimum is at a.rate 0.01, b.size 16 and c.count 6."""
+    """A fake objective function with its minimum at a.rate = 0.01, b.size = 16 and c.count = 6."""
     rate, size, count = (params[key] for key in SPACE)
     return (np.log10(rate) + 2) ** 2 + abs(np.log2(size) - 4) / 4 + (count - 6) ** 2 / 50
 
@@ -192,7 +192,7 @@ def make_history(count):
 
 
 def next_params(study, seed=0, stored=None):
-    """Returns the parameters of the next trial; `stored` has those that a killed worker saved.
+    """Returns the parameters of the next trial, including `stored`, which a killed worker saved.
 
     The study is unchanged afterwards.
     """
@@ -241,7 +241,10 @@ def test_only_the_first_trial_has_the_first_values():
 
 
 def test_trials_get_different_parameters():
-    """The trials differ only in their numbers: failed trials do not change the history."""
+    """Trials with an equal history get different parameters, because their numbers differ.
+
+    Each trial fails, and failed trials do not change the history.
+    """
     study = make_history(4)
     drawn = [next_params(study) for _ in range(40)]
     rates = np.log10([params["a.rate"] for params in drawn])
@@ -296,7 +299,10 @@ def test_a_parameter_with_one_value_does_not_change_others():
 
 
 def test_the_sampler_is_better_than_random_search():
-    """Compares the mean of the last 20 trials, and the best trial, over five seeds."""
+    """Compares the sampler with random search: the mean of the last 20 trials, and the best trial.
+
+    The values are means over five seeds.
+    """
 
     def values(sampler):
         study = make_study(direction="minimize", sampler=sampler)

@@ -14,7 +14,7 @@ HEAD = "from optuna.distributions import *\n"
 
 @pytest.fixture
 def load(tmp_path):
-    """A function that writes a text to a file, and loads the search space from the file."""
+    """A function that writes text to a file, and loads the search space from the file."""
 
     def load(text):
         file = tmp_path / "space.py"

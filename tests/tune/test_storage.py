@@ -185,7 +185,7 @@ def test_a_storage_file_may_have_any_name(tmp_path, form, name):
 
 @pytest.mark.parametrize("form", ["sqlite:///{}/study.db", "journal:{}/study", "journal:{}"])
 def test_a_path_that_cannot_be_written_is_an_error(tmp_path, form):
-    """The path has a file instead of a folder; in the last case, a folder instead of a file."""
+    """A file exists where a folder is expected (in the last case, a folder instead of a file)."""
     path = tmp_path / "file"
     path.mkdir() if form.endswith("}") else path.touch()
     url = form.format(path)
@@ -270,7 +270,7 @@ def test_too_many_collisions_are_an_error(monkeypatch):
 
 
 def test_the_journal_of_the_tests_is_a_storage():
-    """A storage that is opened again has the written entries, and failures are raised."""
+    """A reopened journal contains the entries written before; errors of the journal are raised."""
     log = Log()
     add_study(log.open()).set_user_attr("key", 1)
     assert add_study(log.open()).user_attrs == {"key": 1}

@@ -1,4 +1,4 @@
-"""Kills a study with real training by SIGKILL; see also `experiments/checks/chaos_study.py`."""
+"""Tests a study with real training that is killed; see also `experiments/checks/chaos_study.py`."""
 
 import random
 import time

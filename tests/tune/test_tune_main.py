@@ -123,7 +123,7 @@ def test_missing_data_leaves_no_folder(tmp_path, space, patched, monkeypatch):
 
 @pytest.fixture
 def patched(monkeypatch):
-    """Replaces the training by a fake, and disables the page and the runtime options."""
+    """Replaces the training with a fake, and disables the report page and the runtime options."""
     monkeypatch.setattr(compilation_cache, "keep_compiled", lambda: None)
     monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(outcome, "write_study_page", lambda study, folder: None)
@@ -196,7 +196,7 @@ def test_flags_reach_the_study(tune, patched):
 
 
 def test_a_time_budget_ends_the_study_normally(tune, patched, capsys):
-    """The result has only completed trials; the next start of the study adds more trials."""
+    """After the time budget, the study ends without an error, and the next start continues it."""
 
     def take_long(number, epoch):
         if (number, epoch) == (2, 2):

@@ -224,7 +224,7 @@ def test_other_files_among_the_trials_are_ignored(tmp_path, log, trainer):
 
 
 def test_a_trial_added_by_another_worker_is_known(tmp_path, log, trainer, monkeypatch):
-    """Another worker adds a trial after this worker has read the list of trials."""
+    """A worker counts a trial that another worker adds after this worker has read the trials."""
     run(make_plan(tmp_path, trials=1))
     read, rivals = studies._Worker._trials, []
 
@@ -263,11 +263,11 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, log, trainer):
         run(make_plan(tmp_path / "file" / "s"))
 
 
-# Tests of kills and restarts.
+# Tests of killed and restarted workers.
 
 
 def test_a_study_killed_at_any_call_has_the_same_result(tmp_path, log, trainer, undisturbed):
-    """Simulates a kill of the process before a write to the storage.
+    """Simulates SIGKILL before a write to the storage, for many writes of a study.
 
     The writes are the first ones of the study, and all writes from the tenth trial on: the last
     random trials and the first trials of TPE.
@@ -313,7 +313,7 @@ def test_a_study_killed_in_each_epoch_has_the_same_result(tmp_path, log, trainer
 def test_a_trial_that_kills_its_process_repeatedly_fails(
     tmp_path, log, trainer, epoch, deaths, monkeypatch
 ):
-    """The first kill in epoch 2 does not count, because its process also trained epoch 1."""
+    """The first process killed in epoch 2 does not count, because it also trained epoch 1."""
     monkeypatch.setattr(studies, "_MAX_STARTS", 4)
     trainer.before_epoch = raising(Killed, 1, epoch, times=100)
     plan = make_plan(tmp_path)
@@ -348,7 +348,7 @@ def test_a_trial_with_new_checkpoints_may_be_killed_often(tmp_path, log, trainer
 
 
 def test_ctrl_c_between_two_trials_ends_the_study(tmp_path, log, trainer, monkeypatch):
-    """A signal also counts if it arrives in a callback of JAX, which suppresses exceptions."""
+    """Ctrl-C ends the study even during a callback of JAX, which suppresses exceptions."""
 
     def collect():
         with contextlib.suppress(KeyboardInterrupt):
@@ -377,7 +377,7 @@ def test_a_study_ends_if_its_first_trials_all_fail(tmp_path, log, trainer):
 
 
 def test_kills_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undisturbed):
-    """Each epoch of a trial is interrupted ten times: nine times by Ctrl-C, and once by a kill."""
+    """In each epoch of a trial, Ctrl-C ends nine processes and SIGKILL ends one; no trial fails."""
     expected = undisturbed()
     for number, epoch in [(0, 1), (0, 2), (0, 3)]:
         for error in [KeyboardInterrupt] * 5 + [Killed] + [KeyboardInterrupt] * 4:
@@ -388,7 +388,7 @@ def test_kills_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undistu
 
 
 def test_a_pruned_trial_stays_pruned_after_a_kill(tmp_path, log, trainer, undisturbed):
-    """The storage already has the last epoch, so no further epoch is trained after the kill."""
+    """After SIGKILL, the trial is not trained further: the storage already has its last epoch."""
     expected = undisturbed()
     number, epoch = next((n, max(c)) for n, s, _, _, c, _ in expected if s == TrialState.PRUNED)
 
@@ -510,7 +510,7 @@ def test_lost_answers_change_no_result(tmp_path, log, trainer, undisturbed):
     answers, claims = itertools.count(), set()
 
     def lose(entry):
-        # Only a call that adds a new trial has a claim.
+        # Only an entry that adds a trial has the attribute "claim", a unique ID.
         claim = entry.get("user_attrs", {}).get("claim")
         is_lost = claim not in claims if claim else next(answers) % 2 == 0
         claims.add(claim)
@@ -523,7 +523,7 @@ def test_lost_answers_change_no_result(tmp_path, log, trainer, undisturbed):
 
 
 def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
-    """The storage fails in all calls after call 60; in later rounds, after 70, 80, and so on."""
+    """No trial is lost if all storage calls after a certain call fail (call 60, 70, 80, ...)."""
     expected = undisturbed()
     for last in itertools.count(60, step=10):
         folder, calls = tmp_path / str(last), itertools.count()
@@ -554,7 +554,7 @@ def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
 
 
 def test_a_locked_trial_is_not_taken(tmp_path, log, trainer):
-    """Two more workers run at the same time: one in the same folder, and one in another folder."""
+    """While a worker trains a trial, no other worker takes it, in the same or another folder."""
     rivals = []
 
     def be_joined(number, epoch):
@@ -623,7 +623,7 @@ def test_a_trial_of_another_folder_is_lost_after_hours(tmp_path, log, trainer, c
 
 
 def test_a_trial_without_any_report_is_also_lost(tmp_path, log, trainer, clock):
-    """The machine of a worker was lost right after the worker created a trial."""
+    """A trial also fails if its worker's machine was lost right after the trial was created."""
 
     def die():
         raise Killed
@@ -664,8 +664,8 @@ def test_two_workers_can_fail_the_same_lost_trial(tmp_path, log, trainer, clock)
         run(make_plan(tmp_path / "lost", trials=1))
     clock.now += 7 * HOURS
     rival = make_plan(tmp_path / "other", trials=1)
-    # The rival runs after this worker has counted the trials, and before this worker marks the lost
-    # trial as "void".
+    # The other worker runs after this worker has counted the trials, and before this worker marks
+    # the lost trial as "void".
     log.before = once(JournalOperation.SET_TRIAL_USER_ATTR, lambda: run(rival))
     study = run(make_plan(tmp_path / "s", trials=2))
     assert study.trials[0].state == TrialState.FAIL

@@ -60,7 +60,7 @@ def finish(workers):
 
 
 def wait_for(path, worker):
-    """Waits until a file exists; the worker must not end earlier."""
+    """Waits until a file exists; fails if the worker ends first."""
     while not path.exists():
         assert worker.is_alive(), worker.output.read_text()
         time.sleep(0.005)
@@ -86,7 +86,7 @@ def trainer(monkeypatch):
 
 
 def test_four_workers_start_together_with_a_journal(begin, tmp_path, trainer):
-    """Two workers use one folder, and two workers use another folder, as on another machine."""
+    """Two workers share one folder, and two share another folder, as if on another machine."""
     folders = (tmp_path / "a", tmp_path / "b")
     changes = {"storage": f"journal:{tmp_path}/journal", "trials": 12, "storage_timeout": 30.0}
     plans = [make_plan(folder, **changes) for folder in folders * 2]
@@ -99,7 +99,7 @@ def test_four_workers_start_together_with_a_journal(begin, tmp_path, trainer):
 
 
 def test_another_worker_continues_the_trial_of_a_killed_one(begin, tmp_path, trainer):
-    """Two workers start together with a new SQLite file."""
+    """One of two workers that share a new SQLite file is killed; the other continues its trial."""
     plan = make_plan(tmp_path / "s", trials=6, storage_timeout=30.0)
     first, second = begin(plan, plan, pause=0.1)
     wait_for(tmp_path / "s/trials/0000/epoch-0001", first)
@@ -161,7 +161,7 @@ class Server:
         self._run("pg_ctl", "--wait", f"--log={log}", f"--options={options}", "start")
 
     def stop(self):
-        """Stops the server at once, as a kill would."""
+        """Stops the server at once, without a clean shutdown, as SIGKILL would."""
         self._run("pg_ctl", "--wait", "--mode=immediate", "stop")
 
     def url(self):
@@ -232,5 +232,5 @@ def test_a_server_timeout_loses_no_trial(begin, tmp_path, server, trainer):
     assert lines[-1].startswith("error: the study's storage has not answered for 1 s (")
     assert f"the current one is saved in {tmp_path}/s; start the same command again" in lines[-1]
     assert "Traceback" not in "".join(lines)
-    assert took < 20  # Optuna itself retries for some seconds to add a trial.
+    assert took < 20  # Optuna itself retries adding a trial for several seconds.
     assert outline(run(plan)) == expected

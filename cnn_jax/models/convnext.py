@@ -1,0 +1,163 @@
+"""ConvNeXt (Liu et al. 2022), as timm builds it."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cnn_jax.models.base import Backbone, NetworkParts, Stages
+from cnn_jax.models.layers import LayerNorm, Mlp
+
+_initial_kernel = nn.initializers.truncated_normal(0.02)
+
+
+class ConvNeXtBlock(nn.Module):
+    """A 7 x 7 depthwise convolution, LayerNorm, a multilayer perceptron, and a shortcut.
+
+    Attributes:
+      drop_path: The probability that an image skips the block in training.
+      is_training: Whether images skip blocks at random.
+      dtype: The dtype of the computation.
+    """
+
+    drop_path: float
+    is_training: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> Float[Array, "batch height width channel"]:
+        shortcut = x
+        channels = x.shape[-1]
+        x = nn.Conv(
+            channels,
+            (7, 7),
+            padding=3,
+            feature_group_count=channels,
+            kernel_init=_initial_kernel,
+            dtype=self.dtype,
+            name="conv_dw",
+        )(x)
+        x = LayerNorm(dtype=self.dtype, name="norm")(x)
+        x = Mlp(4 * channels, self.dtype, name="mlp")(x)
+        gamma = self.param("gamma", nn.initializers.constant(1e-6), (channels,))
+        x = x * gamma.astype(self.dtype)[None, None, None]
+        is_kept = nn.Dropout(
+            self.drop_path, broadcast_dims=(1, 2, 3), deterministic=not self.is_training
+        )
+        return is_kept(x) + shortcut
+
+
+class ConvNeXtStage(nn.Module):
+    """A downsampling layer, which the first stage does not have, and equal blocks.
+
+    Attributes:
+      features: The number of channels.
+      downsample: Whether LayerNorm and a 2 x 2 convolution with stride 2 precede the blocks.
+      drop_path: The probability of each block that an image skips it in training.
+      is_training: Whether images skip blocks at random.
+      dtype: The dtype of the computation.
+    """
+
+    features: int
+    downsample: bool
+    drop_path: Sequence[float]
+    is_training: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> Float[Array, "batch new_height new_width features"]:
+        if self.downsample:
+            x = LayerNorm(dtype=self.dtype, name="downsample_0")(x)
+            x = _patch_convolution(self.features, 2, self.dtype, "downsample_1")(x)
+        for i, drop_path in enumerate(self.drop_path):
+            x = ConvNeXtBlock(drop_path, self.is_training, self.dtype, name=f"blocks_{i}")(x)
+        return x
+
+
+def _patch_convolution(features: int, side: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+    """Returns a convolution of patches that do not overlap."""
+    return nn.Conv(
+        features,
+        (side, side),
+        strides=(side, side),
+        padding="VALID",
+        kernel_init=_initial_kernel,
+        dtype=dtype,
+        name=name,
+    )
+
+
+class ConvNeXt(Backbone):
+    """A stem of 4 x 4 patches, four stages, the mean over all pixels, and LayerNorm.
+
+    Each stage after the first one halves the height and the width. The stages are "stem" and
+    "stages_0" to "stages_3".
+
+    Attributes:
+      blocks: The number of blocks of each stage.
+      features: The number of channels of each stage.
+      drop_path: The probability that an image skips the last block in training. The
+        probability grows from 0 in proportion to the block's number (Huang et al. 2016).
+    """
+
+    blocks: Sequence[int] = (3, 3, 9, 3)
+    features: Sequence[int] = (96, 192, 384, 768)
+    drop_path: float = 0.0
+
+    @property
+    def stage_names(self) -> Sequence[str]:
+        return ("stem", *(f"stages_{i}" for i in range(len(self.blocks))), "embedding", "logits")
+
+    @nn.nowrap
+    def stage_of(self, layer: str) -> str:
+        stages = {"stem_0": "stem", "stem_1": "stem", "norm": "embedding", "head": "logits"}
+        return stages.get(layer, layer)
+
+    @nn.nowrap
+    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
+        return NetworkParts(
+            first_kernel=params["stem_0"]["kernel"],
+            head_kernel=params["head"]["kernel"],
+            head_bias=params["head"]["bias"],
+            # LayerNorm follows the mean.
+            embedding_is_mean_map=False,
+        )
+
+    @nn.compact
+    def stages(
+        self,
+        x: Float[Array, "batch height width channel"],
+        *,
+        train: bool = False,
+        offsets: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        stages = Stages(offsets)
+        x = _patch_convolution(self.features[0], 4, self.dtype, "stem_0")(x)
+        x = LayerNorm(dtype=self.dtype, name="stem_1")(x)
+        x = stages.add("stem", x)
+        total = sum(self.blocks)
+        drop_path = [self.drop_path * i / max(total - 1, 1) for i in range(total)]
+        for i, blocks in enumerate(self.blocks):
+            start = sum(self.blocks[:i])
+            x = ConvNeXtStage(
+                features=self.features[i],
+                downsample=i > 0,
+                drop_path=drop_path[start : start + blocks],
+                is_training=self.is_training(f"stages_{i}", train),
+                dtype=self.dtype,
+                name=f"stages_{i}",
+            )(x)
+            x = stages.add(f"stages_{i}", x)
+        x = jnp.mean(x, axis=(1, 2))
+        x = LayerNorm(dtype=self.dtype, name="norm")(x)
+        return self.classify(stages, x, train=train)
+
+
+convnext_tiny = functools.partial(ConvNeXt, blocks=(3, 3, 9, 3), features=(96, 192, 384, 768))

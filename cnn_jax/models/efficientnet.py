@@ -1,0 +1,244 @@
+"""EfficientNet (Tan and Le 2019) and EfficientNet-Lite, as timm builds them."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cnn_jax.models.base import Backbone, NetworkParts, Stages
+from cnn_jax.models.layers import convolve_and_normalize
+
+
+class _Row(NamedTuple):
+    """A stage in table 1 of the paper: equal blocks, of which the first has the stride."""
+
+    expansion: int
+    kernel_size: int
+    stride: int
+    features: int
+    blocks: int
+
+
+_TABLE = (
+    _Row(expansion=1, kernel_size=3, stride=1, features=16, blocks=1),
+    _Row(expansion=6, kernel_size=3, stride=2, features=24, blocks=2),
+    _Row(expansion=6, kernel_size=5, stride=2, features=40, blocks=2),
+    _Row(expansion=6, kernel_size=3, stride=2, features=80, blocks=3),
+    _Row(expansion=6, kernel_size=5, stride=1, features=112, blocks=3),
+    _Row(expansion=6, kernel_size=5, stride=2, features=192, blocks=4),
+    _Row(expansion=6, kernel_size=3, stride=1, features=320, blocks=1),
+)
+_STEM_FEATURES, _HEAD_FEATURES = 32, 1280
+
+
+class SqueezeExcite(nn.Module):
+    """Multiplies each channel by a factor that depends on the means of all channels.
+
+    Attributes:
+      squeezed: The number of hidden units.
+      dtype: The dtype of the computation.
+    """
+
+    squeezed: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> Float[Array, "batch height width channel"]:
+        conv = functools.partial(nn.Conv, kernel_size=(1, 1), dtype=self.dtype)
+        means = jnp.mean(x, axis=(1, 2), keepdims=True)
+        hidden = nn.silu(conv(self.squeezed, name="conv_reduce")(means))
+        return x * nn.sigmoid(conv(x.shape[-1], name="conv_expand")(hidden))
+
+
+class InvertedResidual(nn.Module):
+    """The block MBConv: 1 x 1 expansion, depthwise convolution, 1 x 1 projection, shortcut.
+
+    Without expansion (1) there is no first convolution, and timm then gives the layers other
+    numbers. The shortcut exists if input and output have the same shape.
+
+    Attributes:
+      row: The row of the table.
+      stride: The stride of the depthwise convolution.
+      squeeze_excite: Whether the block has squeeze-and-excitation.
+      drop_path: The probability that an example skips the block in training.
+      is_training: Whether to skip blocks at random.
+      activation: The activation function.
+      conv_norm: `layers.convolve_and_normalize` with the options of the network.
+      dtype: The dtype of the computation.
+    """
+
+    row: _Row
+    stride: int
+    squeeze_excite: bool
+    drop_path: float
+    is_training: bool
+    activation: Callable[[Array], Array]
+    conv_norm: Callable[..., Array]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> Float[Array, "batch new_height new_width features"]:
+        shortcut = x
+        channels = x.shape[-1]
+        expanded = channels * self.row.expansion
+        names = ["conv_dw", "conv_pw"]
+        if self.row.expansion > 1:
+            names = ["conv_pw", "conv_dw", "conv_pwl"]
+            x = self.activation(self.conv_norm(x, expanded, 1, conv="conv_pw", norm="bn1"))
+        depthwise, projection = names[-2:]
+        x = self.conv_norm(
+            x,
+            expanded,
+            self.row.kernel_size,
+            self.stride,
+            depthwise=True,
+            conv=depthwise,
+            norm=f"bn{len(names) - 1}",
+        )
+        x = self.activation(x)
+        if self.squeeze_excite:
+            # The width is a quarter of the block's input, not of the expanded channels.
+            x = SqueezeExcite(channels // 4, self.dtype, name="se")(x)
+        x = self.conv_norm(x, self.row.features, 1, conv=projection, norm=f"bn{len(names)}")
+        if x.shape != shortcut.shape:
+            return x
+        skip = nn.Dropout(
+            self.drop_path, broadcast_dims=(1, 2, 3), deterministic=not self.is_training
+        )
+        return skip(x) + shortcut
+
+
+class EfficientNet(Backbone):
+    """A stem, seven stages of inverted residual blocks, a 1 x 1 convolution, and the mean.
+
+    The stages are "stem", "blocks_0" to "blocks_6" (the rows of the table) and "conv_head".
+
+    Attributes:
+      width: The factor of the numbers of channels, which are rounded to multiples of 8.
+      depth: The factor of the numbers of blocks, which are rounded up.
+      is_lite: Whether the network is a Lite one: ReLU6 instead of SiLU, no
+        squeeze-and-excitation, and factors that change neither the stem, nor the last
+        convolution, nor the number of blocks of the first and last row.
+      padding: "symmetric" or "same"; see `layers.convolve_and_normalize`.
+      epsilon: The epsilon of BatchNorm.
+      batch_norm_statistics: "frozen" or "batch": the statistics of BatchNorm in training.
+      drop_path: The probability that an example skips the last block in training. It grows
+        from 0 in proportion to the block's number (Huang et al. 2016).
+    """
+
+    width: float = 1.0
+    depth: float = 1.0
+    is_lite: bool = False
+    padding: str = "symmetric"
+    epsilon: float = 1e-5
+    batch_norm_statistics: str = "frozen"
+    drop_path: float = 0.0
+
+    @property
+    def stage_names(self) -> Sequence[str]:
+        blocks = [f"blocks_{i}" for i in range(len(_TABLE))]
+        return ("stem", *blocks, "conv_head", "embedding", "logits")
+
+    @nn.nowrap
+    def stage_of(self, layer: str) -> str:
+        stages = {"conv_stem": "stem", "bn1": "stem", "bn2": "conv_head", "head": "logits"}
+        return stages.get(layer) or "_".join(layer.split("_")[:2])
+
+    @nn.nowrap
+    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
+        return NetworkParts(
+            first_kernel=params["conv_stem"]["kernel"],
+            head_kernel=params["head"]["kernel"],
+            head_bias=params["head"]["bias"],
+            embedding_is_mean_map=self.embedding == "last",
+        )
+
+    @nn.compact
+    def stages(
+        self,
+        x: Float[Array, "batch height width channel"],
+        *,
+        train: bool = False,
+        offsets: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        stages = Stages(offsets)
+        activation = jax.nn.relu6 if self.is_lite else nn.silu
+        stem, head = (
+            n if self.is_lite else _scaled(n, self.width) for n in (_STEM_FEATURES, _HEAD_FEATURES)
+        )
+        conv_norm = self._conv_norm("stem", train)
+        x = stages.add("stem", activation(conv_norm(x, stem, 3, 2, conv="conv_stem", norm="bn1")))
+        rows = self._rows()
+        block, total = 0, sum(row.blocks for row in rows)
+        for i, row in enumerate(rows):
+            for j in range(row.blocks):
+                x = InvertedResidual(
+                    row=row,
+                    stride=row.stride if j == 0 else 1,
+                    squeeze_excite=not self.is_lite,
+                    drop_path=self.drop_path * block / total,
+                    is_training=self.is_training(f"blocks_{i}", train),
+                    activation=activation,
+                    conv_norm=self._conv_norm(f"blocks_{i}", train),
+                    dtype=self.dtype,
+                    name=f"blocks_{i}_{j}",
+                )(x)
+                block += 1
+            x = stages.add(f"blocks_{i}", x)
+        conv_norm = self._conv_norm("conv_head", train)
+        x = stages.add("conv_head", activation(conv_norm(x, head, 1, conv="conv_head", norm="bn2")))
+        return self.classify(stages, jnp.mean(x, axis=(1, 2)), train=train)
+
+    @nn.nowrap
+    def _rows(self) -> list[_Row]:
+        """Returns the table with the numbers of channels and blocks of this network."""
+        return [
+            row._replace(
+                features=_scaled(row.features, self.width),
+                blocks=row.blocks
+                if self.is_lite and row in (_TABLE[0], _TABLE[-1])
+                else math.ceil(row.blocks * self.depth),
+            )
+            for row in _TABLE
+        ]
+
+    @nn.nowrap
+    def _conv_norm(self, stage: str, train: bool) -> Callable[..., Array]:
+        uses_batch = self.is_training(stage, train) and self.batch_norm_statistics == "batch"
+        return functools.partial(
+            convolve_and_normalize,
+            use_running_average=not uses_batch,
+            epsilon=self.epsilon,
+            padding=self.padding,
+            dtype=self.dtype,
+        )
+
+
+def _scaled(features: int, factor: float) -> int:
+    """Returns the nearest multiple of 8 to a scaled number, or the next if it is 10 % less."""
+    scaled = features * factor
+    rounded = max(8, int(scaled + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * scaled else rounded + 8
+
+
+_lite = functools.partial(EfficientNet, is_lite=True)
+# The weights that came from TensorFlow.
+_tf = {"padding": "same", "epsilon": 1e-3}
+
+efficientnet_b0 = EfficientNet
+efficientnet_lite0 = _lite
+efficientnet_lite1 = functools.partial(_lite, depth=1.1)
+efficientnet_lite2 = functools.partial(_lite, width=1.1, depth=1.2)
+tf_efficientnet_b0 = functools.partial(efficientnet_b0, **_tf)
+tf_efficientnet_lite0 = functools.partial(efficientnet_lite0, **_tf)
+tf_efficientnet_lite1 = functools.partial(efficientnet_lite1, **_tf)
+tf_efficientnet_lite2 = functools.partial(efficientnet_lite2, **_tf)

@@ -1,0 +1,145 @@
+"""Residual networks (He et al. 2015), as timm and torchvision build them."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cnn_jax.models.base import Backbone, NetworkParts, Stages
+from cnn_jax.models.layers import convolve_and_normalize
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut.
+
+    Attributes:
+      features: The number of output channels.
+      stride: The stride of the first convolution and of the shortcut.
+      conv_norm: `layers.convolve_and_normalize` with the options of the network.
+    """
+
+    features: int
+    stride: int
+    conv_norm: Callable[..., Array]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> Float[Array, "batch new_height new_width features"]:
+        shortcut = _shortcut(x, self.features, self.stride, self.conv_norm)
+        x = self.conv_norm(x, self.features, 3, self.stride, conv="conv1", norm="bn1")
+        x = self.conv_norm(nn.relu(x), self.features, 3, conv="conv2", norm="bn2")
+        return nn.relu(x + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """Convolutions 1 x 1, 3 x 3 and 1 x 1 with a quarter of the channels, and a shortcut.
+
+    The 3 x 3 convolution has the stride. (In the paper the first convolution has it.)
+
+    Attributes:
+      features: The number of output channels.
+      stride: The stride of the 3 x 3 convolution and of the shortcut.
+      conv_norm: `layers.convolve_and_normalize` with the options of the network.
+    """
+
+    features: int
+    stride: int
+    conv_norm: Callable[..., Array]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> Float[Array, "batch new_height new_width features"]:
+        width = self.features // 4
+        shortcut = _shortcut(x, self.features, self.stride, self.conv_norm)
+        x = self.conv_norm(x, width, 1, conv="conv1", norm="bn1")
+        x = self.conv_norm(nn.relu(x), width, 3, self.stride, conv="conv2", norm="bn2")
+        x = self.conv_norm(nn.relu(x), self.features, 1, conv="conv3", norm="bn3")
+        return nn.relu(x + shortcut)
+
+
+def _shortcut(x: Array, features: int, stride: int, conv_norm: Callable[..., Array]) -> Array:
+    """Returns the input of a block, projected if its shape differs from that of the output."""
+    if stride == 1 and x.shape[-1] == features:
+        return x
+    return conv_norm(x, features, 1, stride, conv="downsample_0", norm="downsample_1")
+
+
+class ResNet(Backbone):
+    """A stem, four groups of residual blocks, and the mean over all pixels.
+
+    Table 1 of the paper, with the stages "stem" and "layer1" to "layer4":
+
+        stem    7 x 7 convolution, 64 channels, stride 2; max pool 3 x 3, stride 2
+        layer1  blocks of 64 channels (bottleneck blocks: 256)
+        layer2  blocks of 128 (512), the first with stride 2
+        layer3  blocks of 256 (1024), the first with stride 2
+        layer4  blocks of 512 (2048), the first with stride 2
+
+    The stage "stem" ends before the max pool.
+
+    Attributes:
+      blocks: The number of blocks of each group.
+      block: The class of the blocks: `BasicBlock` or `Bottleneck`.
+      batch_norm_statistics: "frozen" or "batch": the statistics of BatchNorm in training.
+    """
+
+    blocks: Sequence[int] = (2, 2, 2, 2)
+    block: type[BasicBlock] | type[Bottleneck] = BasicBlock
+    batch_norm_statistics: str = "frozen"
+
+    @property
+    def stage_names(self) -> Sequence[str]:
+        return ("stem", "layer1", "layer2", "layer3", "layer4", "embedding", "logits")
+
+    @nn.nowrap
+    def stage_of(self, layer: str) -> str:
+        stages = {"conv1": "stem", "bn1": "stem", "head": "logits"}
+        return stages.get(layer) or layer.partition("_")[0]
+
+    @nn.nowrap
+    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
+        return NetworkParts(
+            first_kernel=params["conv1"]["kernel"],
+            head_kernel=params["head"]["kernel"],
+            head_bias=params["head"]["bias"],
+            embedding_is_mean_map=self.embedding == "last",
+        )
+
+    @nn.compact
+    def stages(
+        self,
+        x: Float[Array, "batch height width channel"],
+        *,
+        train: bool = False,
+        offsets: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        stages = Stages(offsets)
+        conv_norm = self._conv_norm("stem", train)
+        x = nn.relu(conv_norm(x, 64, 7, 2, conv="conv1", norm="bn1"))
+        x = stages.add("stem", x)
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for group, blocks in enumerate(self.blocks, start=1):
+            conv_norm = self._conv_norm(f"layer{group}", train)
+            features = 64 * 2 ** (group - 1) * (4 if self.block is Bottleneck else 1)
+            for i in range(blocks):
+                stride = 2 if group > 1 and i == 0 else 1
+                x = self.block(features, stride, conv_norm, name=f"layer{group}_{i}")(x)
+            x = stages.add(f"layer{group}", x)
+        return self.classify(stages, jnp.mean(x, axis=(1, 2)), train=train)
+
+    @nn.nowrap
+    def _conv_norm(self, stage: str, train: bool) -> Callable[..., Array]:
+        uses_batch = self.is_training(stage, train) and self.batch_norm_statistics == "batch"
+        return functools.partial(
+            convolve_and_normalize, use_running_average=not uses_batch, dtype=self.dtype
+        )
+
+
+resnet18 = functools.partial(ResNet, blocks=(2, 2, 2, 2), block=BasicBlock)
+resnet34 = functools.partial(ResNet, blocks=(3, 4, 6, 3), block=BasicBlock)
+resnet50 = functools.partial(ResNet, blocks=(3, 4, 6, 3), block=Bottleneck)

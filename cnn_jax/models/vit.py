@@ -1,0 +1,207 @@
+"""The vision transformer (Dosovitskiy et al. 2020) of DINOv2 (Oquab et al. 2023), as in timm."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cnn_jax.models.base import Backbone, NetworkParts, Stages
+from cnn_jax.models.layers import LayerNorm, Mlp
+
+_initial_kernel = nn.initializers.truncated_normal(0.02)
+
+
+class PatchEmbed(nn.Module):
+    """A linear function of each patch of an image.
+
+    Attributes:
+      features: The number of output channels.
+      patch: The height and the width of a patch.
+      dtype: The dtype of the computation.
+    """
+
+    features: int
+    patch: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> Float[Array, "batch rows columns features"]:
+        side = (self.patch, self.patch)
+        return nn.Conv(
+            self.features, side, strides=side, padding="VALID", dtype=self.dtype, name="proj"
+        )(x)
+
+
+class Attention(nn.Module):
+    """Self-attention with several heads (Vaswani et al. 2017).
+
+    Attributes:
+      heads: The number of heads.
+      dtype: The dtype of the computation.
+    """
+
+    heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch token channel"]
+    ) -> Float[Array, "batch token channel"]:
+        batch, tokens, channels = x.shape
+        dense = functools.partial(nn.Dense, kernel_init=_initial_kernel, dtype=self.dtype)
+        x = dense(3 * channels, name="qkv")(x)
+        x = x.reshape(batch, tokens, 3, self.heads, channels // self.heads)
+        x = jax.nn.dot_product_attention(x[:, :, 0], x[:, :, 1], x[:, :, 2])
+        return dense(channels, name="proj")(x.reshape(batch, tokens, channels))
+
+
+class LayerScale(nn.Module):
+    """A learned factor of each channel (Touvron et al. 2021), initially 1e-5."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch token channel"]
+    ) -> Float[Array, "batch token channel"]:
+        gamma = self.param("gamma", nn.initializers.constant(1e-5), (x.shape[-1],))
+        return x * gamma.astype(x.dtype)[None, None]
+
+
+class Block(nn.Module):
+    """Attention and a multilayer perceptron, each after LayerNorm and with a shortcut.
+
+    Attributes:
+      heads: The number of heads of the attention.
+      drop_path: The probability that an image skips one half of the block in training.
+      is_training: Whether images skip blocks at random.
+      dtype: The dtype of the computation.
+    """
+
+    heads: int
+    drop_path: float
+    is_training: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch token channel"]
+    ) -> Float[Array, "batch token channel"]:
+        norm = functools.partial(LayerNorm, dtype=self.dtype)
+        is_kept = nn.Dropout(
+            self.drop_path, broadcast_dims=(1, 2), deterministic=not self.is_training
+        )
+        y = Attention(self.heads, self.dtype, name="attn")(norm(name="norm1")(x))
+        x = x + is_kept(LayerScale(name="ls1")(y))
+        y = Mlp(4 * x.shape[-1], self.dtype, name="mlp")(norm(name="norm2")(x))
+        return x + is_kept(LayerScale(name="ls2")(y))
+
+
+class VisionTransformer(Backbone):
+    """Patches and a class token with position embeddings, then blocks, then LayerNorm.
+
+    The embedding is the class token after the last block and LayerNorm.
+
+    The feature maps of a stage are the tokens of the patches as a grid. The stages are
+    "patch_embed", and every third block ("blocks_2", "blocks_5" and so on) up to the last block
+    but one. The last block belongs to the stage "embedding", because only its class token is
+    used: the gradient with respect to the patches after this block is 0.
+
+    Attributes:
+      features: The number of channels.
+      depth: The number of blocks.
+      heads: The number of heads of the attention.
+      patch: The height and the width of a patch.
+      grid: The height and the width, in patches, of the images for which the position
+        embeddings are stored. Those of other sizes are interpolated.
+      drop_path: The probability that an image skips a half of the last block in training. The
+        probability grows from 0 in proportion to the block's number (Huang et al. 2016).
+    """
+
+    features: int = 384
+    depth: int = 12
+    heads: int = 6
+    patch: int = 14
+    grid: int = 37
+    drop_path: float = 0.0
+
+    @property
+    def stage_names(self) -> Sequence[str]:
+        last = self.depth - 2
+        ends = [f"blocks_{i}" for i in range(self.depth - 1) if i % 3 == 2 or i == last]
+        return ("patch_embed", *ends, "embedding", "logits")
+
+    @nn.nowrap
+    def stage_of(self, layer: str) -> str:
+        if layer.startswith("blocks_"):
+            later = [f"blocks_{i}" for i in range(int(layer[7:]), self.depth)]
+            return next((name for name in later if name in self.stage_names), "embedding")
+        return {"norm": "embedding", "head": "logits"}.get(layer, "patch_embed")
+
+    @nn.nowrap
+    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
+        return NetworkParts(
+            first_kernel=params["patch_embed"]["proj"]["kernel"],
+            head_kernel=params["head"]["kernel"],
+            head_bias=params["head"]["bias"],
+            embedding_is_mean_map=False,
+        )
+
+    @nn.compact
+    def stages(
+        self,
+        x: Float[Array, "batch height width channel"],
+        *,
+        train: bool = False,
+        offsets: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        stages = Stages(offsets)
+        x = PatchEmbed(self.features, self.patch, self.dtype, name="patch_embed")(x)
+        shape = x.shape
+
+        def add_stage(name: str, tokens: Array) -> Array:
+            patches = stages.add(name, tokens[:, 1:].reshape(shape))
+            return jnp.concatenate([tokens[:, :1], _flatten(patches)], axis=1)
+
+        class_token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.features))
+        class_token = jnp.broadcast_to(class_token, (len(x), 1, self.features))
+        tokens = jnp.concatenate([class_token.astype(self.dtype), _flatten(x)], axis=1)
+        tokens = tokens + self._positions(*shape[1:3]).astype(self.dtype)
+        tokens = add_stage("patch_embed", tokens)
+        for i in range(self.depth):
+            name = f"blocks_{i}"
+            tokens = Block(
+                heads=self.heads,
+                drop_path=self.drop_path * i / max(self.depth - 1, 1),
+                is_training=self.is_training(self.stage_of(name), train),
+                dtype=self.dtype,
+                name=name,
+            )(tokens)
+            if name in self.stage_names:
+                tokens = add_stage(name, tokens)
+        x = LayerNorm(dtype=self.dtype, name="norm")(tokens[:, 0])
+        return self.classify(stages, x, train=train)
+
+    def _positions(self, rows: int, columns: int) -> Float[Array, "1 token channel"]:
+        """Returns the position embeddings of the class token and of a grid of patches."""
+        stored = self.param("pos_embed", _initial_kernel, (1, 1 + self.grid**2, self.features))
+        patches = stored[:, 1:].reshape(1, self.grid, self.grid, self.features)
+        # This resizing reduces aliasing by default, as timm's does.
+        patches = jax.image.resize(patches, (1, rows, columns, self.features), "bicubic")
+        return jnp.concatenate([stored[:, :1], _flatten(patches)], axis=1)
+
+
+def _flatten(
+    maps: Float[Array, "batch height width channel"],
+) -> Float[Array, "batch token channel"]:
+    """Returns the pixels of feature maps as tokens, row by row."""
+    return maps.reshape(len(maps), -1, maps.shape[-1])
+
+
+vit_small_patch14_dinov2 = functools.partial(
+    VisionTransformer, features=384, depth=12, heads=6, patch=14, grid=37
+)

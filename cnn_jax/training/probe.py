@@ -1,0 +1,223 @@
+"""The probe: the head of a network, fitted to the features of the network's other layers.
+
+The features of each image are computed once, and stored in the cache. The head is then a
+logistic regression on the features, which needs no steps of the training loop.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from cnn_jax.data import Track, cache
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.inference.evaluation import map_split
+from cnn_jax.models.base import Network
+from cnn_jax.models.network import stages
+from cnn_jax.system import runtime
+from cnn_jax.training import sharding
+from cnn_jax.training.metrics import Metrics
+
+# The weights of the L2 penalty that are tried, from strong to weak: the solution for each is the
+# start for the next.
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
+# The largest number of iterations of L-BFGS for each penalty, and the norm of the gradient at
+# which L-BFGS stops.
+_ITERATIONS, _TOLERANCE = 100, 1e-4
+# The smallest standard deviation of a feature that is divided by it.
+_MIN_DEVIATION = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A fitted head.
+
+    Attributes:
+      kernel: The kernel of the head for features that are not standardised.
+      bias: The bias of the head.
+      l2: The weight of the L2 penalty with the best validation accuracy.
+      metrics: The metrics of the splits "train" and "validation"; see `metrics.summarize`.
+    """
+
+    kernel: Float[np.ndarray, "embedding classes"]
+    bias: Float[np.ndarray, " classes"]
+    l2: float
+    metrics: dict[str, dict[str, float]]
+
+
+def embeddings(
+    model: Network, variables: PyTree, config: Any, dataset: Dataset, track: Track
+) -> Float[np.ndarray, "examples embedding"]:
+    """Returns the embedding of each example of a data set, in the order of the source.
+
+    The result is stored in the cache under a key that depends on the data, the preprocessing,
+    the network and the weights before the head.
+
+    Args:
+      model: The network.
+      variables: {"params", "batch_stats"} of the network, arrays on the host.
+      config: The resolved configuration of the run.
+      dataset: The data set of the run.
+      track: Shows the progress of a loop.
+
+    Returns:
+      float32; examples that are in no split have zeros.
+    """
+    key = _cache_key(variables, config, dataset)
+    stored = cache.read_array("features", key)
+    if stored is not None and len(stored) == len(dataset.source):
+        return stored
+    loader = dataclasses.replace(dataset.loader, on_device=False)
+    indices = np.concatenate([dataset.splits[name] for name in sorted(dataset.splits)])
+    own = np.array_split(indices, jax.process_count())
+    run = _compiled(model, loader.preprocessing)
+    on_device = jax.device_put(variables)
+    rows = map_split(
+        lambda images: run(on_device, images),
+        loader,
+        own[jax.process_index()],
+        track,
+        "computing features",
+    )
+    gathered = sharding.gather_rows(rows)
+    result = np.zeros((len(dataset.source), gathered[0].shape[1]), np.float32)
+    for part, values in zip(own, gathered, strict=True):
+        result[part] = values
+    cache.write_array("features", key, result)
+    return result
+
+
+@functools.lru_cache(4)
+def _compiled(model: Network, preprocessing: Any) -> Any:
+    """Returns the compiled function from (variables, images) to embeddings, float32."""
+
+    def embed(variables: PyTree, images: Array) -> Array:
+        outputs = stages(model, variables, images, preprocessing)
+        return outputs["embedding"].astype(jnp.float32)
+
+    return jax.jit(embed, compiler_options=runtime.compiler_options())
+
+
+def _cache_key(variables: PyTree, config: Any, dataset: Dataset) -> str:
+    """Returns the key of the stored embeddings."""
+    digest = hashlib.sha256()
+    for path, array in sorted(flax.traverse_util.flatten_dict(variables, sep="/").items()):
+        if not path.startswith("params/head/"):
+            digest.update(path.encode())
+            digest.update(np.ascontiguousarray(array).data)
+    preprocessing = dataclasses.asdict(dataset.loader.preprocessing)
+    content = [
+        dataset.fingerprint,
+        preprocessing,
+        config.model.to_dict(),
+        config.precision,
+        runtime.compiler_options(),
+        jax.__version__,
+    ]
+    digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:32]
+
+
+def fit(
+    features: Float[np.ndarray, "examples embedding"],
+    dataset: Dataset,
+    class_weights: Float[np.ndarray, " classes"] | None = None,
+) -> Probe:
+    """Fits the head to the training split; chooses the L2 penalty by validation accuracy.
+
+    The loss is the mean cross-entropy plus l2 / 2 times the squared norm of the kernel. The
+    features are standardised for the fit by their mean and standard deviation on the training
+    split, and the kernel and the bias of the result include this standardisation.
+
+    Args:
+      features: The embedding of each example; see `embeddings`.
+      dataset: The data set, whose splits and labels are used.
+      class_weights: A factor for the losses of each class; None for a factor of 1.
+    """
+    splits, labels = dataset.splits, dataset.source.labels
+    num_classes = len(dataset.source.class_names)
+    train = features[splits["train"]]
+    mean, deviation = train.mean(axis=0), np.maximum(train.std(axis=0), _MIN_DEVIATION)
+    scaled = {
+        name: jnp.asarray((features[splits[name]] - mean) / deviation)
+        for name in ("train", "validation")
+    }
+    targets = {name: jnp.asarray(labels[splits[name]]) for name in scaled}
+    weights = np.ones(num_classes) if class_weights is None else class_weights
+    weights = jnp.asarray(weights[labels[splits["train"]]], jnp.float32)
+    params = {
+        "kernel": jnp.zeros((features.shape[1], num_classes)),
+        "bias": jnp.zeros(num_classes),
+    }
+    best: tuple[tuple[float, float], float, Any] | None = None
+    for l2 in PENALTIES:
+        params = _minimize(params, scaled["train"], targets["train"], weights, np.float32(l2))
+        validation = _measure(params, scaled["validation"], targets["validation"])
+        score = (validation["accuracy"], -validation["loss"])
+        if best is None or score > best[0]:
+            best = score, l2, params
+    assert best is not None
+    _, l2, params = best
+    kernel = np.asarray(params["kernel"], np.float64) / deviation[:, None]
+    return Probe(
+        kernel=kernel.astype(np.float32),
+        bias=(np.asarray(params["bias"], np.float64) - mean @ kernel).astype(np.float32),
+        l2=l2,
+        metrics={name: _measure(params, scaled[name], targets[name]) for name in scaled},
+    )
+
+
+def _logits(params: PyTree, features: Array) -> Array:
+    return features @ params["kernel"] + params["bias"]
+
+
+@jax.jit
+def _minimize(
+    params: PyTree,
+    features: Float[Array, "examples embedding"],
+    labels: Int[Array, " examples"],
+    weights: Float[Array, " examples"],
+    l2: Float[Array, ""],
+) -> PyTree:
+    """Returns the parameters that minimise the loss of `fit`, by L-BFGS from `params`."""
+
+    def loss(params: PyTree) -> Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(_logits(params, features), labels)
+        return jnp.mean(losses * weights) + l2 / 2 * jnp.sum(params["kernel"] ** 2)
+
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def is_unfinished(carry: tuple[Any, ...]) -> Array:
+        iteration, _, _, norm = carry
+        return (iteration < _ITERATIONS) & (norm > _TOLERANCE)
+
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        iteration, params, state, _ = carry
+        value, gradient = value_and_grad(params, state=state)
+        updates, state = solver.update(
+            gradient, state, params, value=value, grad=gradient, value_fn=loss
+        )
+        return iteration + 1, optax.apply_updates(params, updates), state, optax.tree.norm(gradient)
+
+    start = (0, params, solver.init(params), jnp.inf)
+    return jax.lax.while_loop(is_unfinished, step, start)[1]
+
+
+@jax.jit
+def _metrics(params: PyTree, features: Array, labels: Array) -> Metrics:
+    mask = jnp.ones(len(labels), bool)
+    return Metrics.from_logits(_logits(params, features), labels, mask)
+
+
+def _measure(params: PyTree, features: Array, labels: Array) -> dict[str, float]:
+    """Returns the metrics of a head on features; see `metrics.summarize`."""
+    return _metrics(params, features, labels).compute()

@@ -1,0 +1,41 @@
+"""Compares the networks with timm's, which have the same random weights.
+
+`experiments/checks/reference_logits.py` made the files in `references/` with timm.
+"""
+
+import gzip
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from cnn_jax.models import NETWORKS
+from cnn_jax.models.network import make_model
+from cnn_jax.models.pretrained import convert
+from experiments.checks import reference_logits
+
+
+@pytest.mark.parametrize("name", reference_logits.NETWORKS)
+def test_logits_and_feature_maps_equal_those_of_timm(name):
+    file = reference_logits.REFERENCES / f"{name}.json.gz"
+    reference = json.loads(gzip.decompress(file.read_bytes()))
+    section = {key: value.default for key, value in NETWORKS[name].keys.items()}
+    model = make_model({"name": name, **section}, reference_logits.NUM_CLASSES, "float32")
+    image = reference_logits.random_image(reference["image_size"])
+    variables = convert(reference_logits.random_state(reference["shapes"]))
+
+    expected = jax.eval_shape(model.init, jax.random.key(0), image)
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, expected)
+    stages = jax.jit(lambda variables, image: model.apply(variables, image, method="stages"))(
+        variables, image
+    )
+    maps = stages[reference["stage"]]
+    _assert_close(maps.mean((1, 2)), reference["stage_mean"])
+    _assert_close(stages["logits"], reference["logits"])
+
+
+def _assert_close(actual, expected):
+    """Compares with a tolerance of 1e-4, or of 1e-4 of the largest number above 1."""
+    tolerance = 1e-4 * max(1, np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
