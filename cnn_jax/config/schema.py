@@ -18,10 +18,12 @@ from cnn_jax.config.keys import (
     boolean,
     choice,
     fraction,
+    fraction_below_one,
     integer,
     is_int,
     number,
     numbers,
+    positive,
     text,
 )
 from cnn_jax.models import NETWORKS
@@ -176,28 +178,22 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "from 0 to 1 (a full turn)",
             lambda v: 0 <= v <= 1,
         ),
-        "zoom": number(
+        "zoom": fraction_below_one(
             0.2,
             "The largest zoom in or out, as a fraction.",
-            "from 0 to below 1",
-            lambda v: 0 <= v < 1,
         ),
         "contrast": fraction(0.2, "The largest change of contrast up or down, as a fraction."),
         "mixup_probability": fraction(
             0.0, "The fraction of images that MixUp blends with another image."
         ),
-        "mixup_alpha": number(
+        "mixup_alpha": positive(
             0.2,
             "The weight of the other image is drawn from Beta(alpha, alpha).",
-            "above 0",
-            lambda v: v > 0,
         ),
         "cutmix_probability": fraction(
             0.0, "The fraction of images that get a box of another image (CutMix)."
         ),
-        "cutmix_alpha": number(
-            1.0, "The area of the box is drawn from Beta(alpha, alpha).", "above 0", lambda v: v > 0
-        ),
+        "cutmix_alpha": positive(1.0, "The area of the box is drawn from Beta(alpha, alpha)."),
         "place": choice(
             "auto",
             "Where images are augmented; auto: on the host if the device is a CPU.",
@@ -212,11 +208,9 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
     },
     "optimizer": {
-        "learning_rate": number(
+        "learning_rate": positive(
             1e-3,
             "Adam's learning rate at the start of the cosine decay.",
-            "above 0",
-            lambda v: v > 0,
         ),
         "final_learning_rate": number(
             1e-4, "The learning rate at the end of the cosine decay.", "0 or more", lambda v: v >= 0
@@ -283,11 +277,9 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "may be 0.",
             low=0,
         ),
-        "label_smoothing": number(
+        "label_smoothing": fraction_below_one(
             0.1,
             "The probability that the target spreads over all classes.",
-            "from 0 to below 1",
-            lambda v: 0 <= v < 1,
         ),
         "balance": choice(
             "none",

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cnn_jax.config.keys import Key, boolean, choice, integer, is_int, number, text
+from cnn_jax.config.keys import Key, boolean, choice, fraction_below_one, integer, is_int, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,6 @@ def _channels(default: Sequence[int], comment: str) -> Key:
     return Key(default, "one or more channel counts, each 1 or more", accepts, comment)
 
 
-def _drop_probability(default: float, comment: str) -> Key:
-    """Creates a key whose value is the probability with which training leaves something out."""
-    return number(default, comment, "from 0 to below 1", lambda v: 0 <= v < 1)
-
-
 def _divisor_of_pools(section: Mapping[str, Any]) -> int:
     """Returns the divisor of a network with a 2 x 2 pooling after each block except the last.
 
@@ -69,7 +64,7 @@ _BACKBONE_KEYS = {
         "standard deviation of the feature maps of all stages too.",
         ("last", "stages"),
     ),
-    "dropout": _drop_probability(
+    "dropout": fraction_below_one(
         0.0, "The fraction of the head's inputs that a training step leaves out."
     ),
 }
@@ -82,7 +77,7 @@ _BATCH_NORM_KEYS = {
     ),
 }
 _DROP_PATH_KEYS = {
-    "drop_path": _drop_probability(
+    "drop_path": fraction_below_one(
         0.0,
         "The probability that an image skips the last block in a training step; it grows from 0 "
         "in proportion to the block's number.",
@@ -105,7 +100,7 @@ NETWORKS = {
         keys={
             "features": _channels((32, 64, 128), "Channels of each convolution."),
             "dense": integer(256, "Units of the hidden layer; 0: no hidden layer.", low=0),
-            "dropout": _drop_probability(
+            "dropout": fraction_below_one(
                 0.5, "The fraction of hidden units that a training step leaves out."
             ),
             "batch_norm": boolean(True, "BatchNorm after each convolution."),
