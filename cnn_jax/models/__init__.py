@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cnn_jax.config.keys import Key, boolean, choice, fraction_below_one, integer, is_int, text
+from cnn_jax.config import keys
+from cnn_jax.config.keys import Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ def _channels(default: Sequence[int], comment: str) -> Key:
 
     def accepts(value: Any) -> bool:
         is_list = isinstance(value, tuple | list) and len(value) > 0
-        return is_list and all(is_int(count) and count > 0 for count in value)
+        return is_list and all(keys.is_int(count) and count > 0 for count in value)
 
     return Key(default, "one or more channel counts, each 1 or more", accepts, comment)
 
@@ -51,25 +52,25 @@ def _divisor_of_pools(section: Mapping[str, Any]) -> int:
 
 # The keys of all networks with pretrained weights.
 _BACKBONE_KEYS = {
-    "pretrained": text(
+    "pretrained": keys.text(
         "",
         "The pretrained weights: a model id of the Hugging Face hub, a safetensors file or a "
         "bundle; empty: random weights.",
         "a model id, a path, or empty",
         lambda v: True,
     ),
-    "embedding": choice(
+    "embedding": keys.choice(
         "last",
         "last: the head sees the last feature maps only; stages: it sees the mean and the "
         "standard deviation of the feature maps of all stages too.",
         ("last", "stages"),
     ),
-    "dropout": fraction_below_one(
+    "dropout": keys.fraction_below_one(
         0.0, "The fraction of the head's inputs that a training step leaves out."
     ),
 }
 _BATCH_NORM_KEYS = {
-    "batch_norm_statistics": choice(
+    "batch_norm_statistics": keys.choice(
         "auto",
         "frozen: BatchNorm keeps its initial statistics; batch: it uses those of the batches; "
         "auto: frozen with pretrained weights, else batch.",
@@ -77,7 +78,7 @@ _BATCH_NORM_KEYS = {
     ),
 }
 _DROP_PATH_KEYS = {
-    "drop_path": fraction_below_one(
+    "drop_path": keys.fraction_below_one(
         0.0,
         "The probability that an image skips the last block in a training step; it grows from 0 "
         "in proportion to the block's number.",
@@ -90,8 +91,8 @@ def _resnet(name: str) -> Network:
 
 
 def _efficientnet(name: str) -> Network:
-    keys = _BACKBONE_KEYS | _BATCH_NORM_KEYS | _DROP_PATH_KEYS
-    return Network(f"cnn_jax.models.efficientnet:{name}", keys)
+    own = _BACKBONE_KEYS | _BATCH_NORM_KEYS | _DROP_PATH_KEYS
+    return Network(f"cnn_jax.models.efficientnet:{name}", own)
 
 
 NETWORKS = {
@@ -99,11 +100,11 @@ NETWORKS = {
         path="cnn_jax.models.cnn:CNN",
         keys={
             "features": _channels((32, 64, 128), "Channels of each convolution."),
-            "dense": integer(256, "Units of the hidden layer; 0: no hidden layer.", low=0),
-            "dropout": fraction_below_one(
+            "dense": keys.integer(256, "Units of the hidden layer; 0: no hidden layer.", low=0),
+            "dropout": keys.fraction_below_one(
                 0.5, "The fraction of hidden units that a training step leaves out."
             ),
-            "batch_norm": boolean(True, "BatchNorm after each convolution."),
+            "batch_norm": keys.boolean(True, "BatchNorm after each convolution."),
         },
         size_divisor=_divisor_of_pools,
     ),
