@@ -12,15 +12,15 @@ PACKAGE = REPOSITORY / "cnn_jax"
 DOCUMENT = (REPOSITORY / "docs" / "architecture.md").read_text()
 
 
-def _floors() -> list[str]:
+def _layers() -> list[str]:
     """Returns the modules in docs/architecture.md; each module may import only earlier modules."""
-    _, _, table = DOCUMENT.partition("| floor | modules |")
+    _, _, table = DOCUMENT.partition("| layer | modules |")
     rows = table.partition("\n\n")[0].splitlines()[2:]
-    floors = [re.findall(r"`([\w/]+)\.py`", row.split("|")[2]) for row in rows]
-    return [name.replace("/", ".") for floor in reversed(floors) for name in floor]
+    layers = [re.findall(r"`([\w/]+)\.py`", row.split("|")[2]) for row in rows]
+    return [name.replace("/", ".") for layer in reversed(layers) for name in layer]
 
 
-FLOORS = _floors()
+LAYERS = _layers()
 
 
 def _imports(path: pathlib.Path) -> set[str]:
@@ -40,14 +40,14 @@ def _name(path: pathlib.Path) -> str:
 
 def test_imports_go_down():
     paths = {_name(path): path for path in PACKAGE.rglob("*.py")}
-    assert sorted(paths) == sorted(FLOORS), "docs/architecture.md must have each module once"
+    assert sorted(paths) == sorted(LAYERS), "docs/architecture.md must have each module once"
     for name, path in paths.items():
         for imported in _imports(path):
             module = next(
                 (m for m in (imported, f"{imported}.__init__".lstrip(".")) if m in paths), None
             )
             if module is not None and module != name:
-                assert FLOORS.index(module) < FLOORS.index(name), f"{name} imports {module}"
+                assert LAYERS.index(module) < LAYERS.index(name), f"{name} imports {module}"
 
 
 def test_only_models_defines_linen_modules():

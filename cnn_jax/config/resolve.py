@@ -6,9 +6,16 @@ from typing import Any
 
 import jax
 
-from cnn_jax.config.schema import Config, image_size
+from cnn_jax.config.schema import (
+    Config,
+    check_image_size,
+    image_size,
+    keys,
+    uses_weights_preprocessing,
+)
 from cnn_jax.data.sources import absolute
 from cnn_jax.models.network import compute_dtype
+from cnn_jax.models.pretrained import PREPROCESSING_KEYS, check_network, is_hub_id, open_weights
 from cnn_jax.system.errors import ConfigError
 
 
@@ -16,7 +23,9 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
     """Returns a copy of a configuration that has the same meaning on every machine.
 
     `precision` and `augment.place` are not "auto", `optimizer.decay_epochs` is not 0, and
-    paths are absolute. (`train.steps_per_execution` may be 0 until the data is opened.)
+    paths are absolute. `model.pretrained` has its revision, and the preprocessing of these
+    weights is in the section `data`; a new run downloads the weights for this.
+    (`train.steps_per_execution` may be 0 until the data is opened.)
 
     Args:
       config: A configuration.
@@ -25,6 +34,7 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
 
     Raises:
       ConfigError: Keys contradict each other.
+      WeightsError: The pretrained weights cannot be downloaded now, or are damaged.
     """
     previous = previous or {}
     resolved = config.copy_and_resolve_references()
@@ -36,6 +46,7 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
             resolved.optimizer.decay_epochs = previous_epochs or config.train.epochs
         if not config.train.steps_per_execution:
             resolved.train.steps_per_execution = previous.get("train.steps_per_execution", 0)
+        _resolve_pretrained(resolved, previous)
         if config.checkpoint.init_from:
             path = pathlib.Path(config.checkpoint.init_from).expanduser()
             resolved.checkpoint.init_from = str(path.resolve())
@@ -43,7 +54,7 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
             # The statistics of random weights, 0 and 1, normalise nothing.
             resolved.model.batch_norm_statistics = "frozen" if config.model.pretrained else "batch"
         resolved.data.source = absolute(config.data.source)
-        resolved.data.image_size = image_size(config)
+        resolved.data.image_size = image_size(resolved)
         if config.augment.place == "auto":
             # If the device is a CPU, OpenCV augments images in parallel with the training step. XLA
             # would augment images within the step, which would be slower.
@@ -56,3 +67,41 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
                 "set augment.place=device too"
             )
     return resolved
+
+
+def _resolve_pretrained(resolved: Config, previous: Mapping[str, Any]) -> None:
+    """Resolves `model.pretrained`, and copies the weights' preprocessing to the section `data`.
+
+    Only the keys of the preprocessing that have their defaults are changed.
+
+    Args:
+      resolved: The configuration, which is changed.
+      previous: The values of the configuration of a run that resumes, by key. If the weights are
+        the same, the weights are not read again.
+
+    Raises:
+      ConfigError: There are no such weights, or they are weights of another network.
+      WeightsError: The weights cannot be downloaded now, or are damaged.
+    """
+    name = resolved.model.get("pretrained")
+    if not name:
+        return
+    if not is_hub_id(name):
+        name = str(pathlib.Path(name).expanduser().resolve())
+    source = str(previous.get("model.pretrained", ""))
+    if source and name in (source, source.partition("@")[0]):
+        values = {key: previous.get(f"data.{key}") for key in PREPROCESSING_KEYS}
+    else:
+        weights = open_weights(resolved.model.pretrained)
+        check_network(weights, resolved.model.name)
+        source, values = weights.source, weights.preprocessing
+    resolved.model.pretrained = source
+    if not uses_weights_preprocessing(resolved):
+        return
+    for key in PREPROCESSING_KEYS:
+        has_default = resolved.data[key] == keys()[f"data.{key}"].default
+        is_possible = key != "crop_ratio" or resolved.data.resize == "crop"
+        if has_default and is_possible and values.get(key) is not None:
+            value = values[key]
+            resolved.data[key] = tuple(value) if isinstance(value, list) else value
+    check_image_size(resolved)

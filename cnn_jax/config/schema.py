@@ -137,6 +137,12 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "above 0",
             lambda v: v > 0,
         ),
+        "preprocessing": choice(
+            "weights",
+            "weights: the keys above that have their defaults get the values of model.pretrained; "
+            "config: they keep their defaults. Without model.pretrained, it has no effect.",
+            ("weights", "config"),
+        ),
         "cache": choice(
             "auto",
             "Where decoded images are stored; auto: the fastest place with enough space.",
@@ -407,6 +413,12 @@ def check_key(key: str, network: str | None = None) -> None:
     if key in keys(network):
         return
     if key in keys():
+        if key == "model.pretrained":
+            others = ", ".join(name for name in NETWORKS if key in keys(name))
+            raise ConfigError(
+                f"config.{key}: the network {network} has no pretrained weights; set model.name to "
+                f"the network of the weights: {others}"
+            )
         own = ", ".join(f"model.{name}" for name in NETWORKS[network or "cnn"].keys)
         raise ConfigError(
             f"config.{key}: the network {network} has no such key; it has {own}"
@@ -517,11 +529,12 @@ def validate(config: Config, num_devices: int) -> None:
             raise ConfigError(f"config.{key}: is missing; it must be {declared.requirement}")
         check_value(key, values[key], network)
 
-    divisor = NETWORKS[network].size_divisor(config.model.to_dict())
-    if any(side % divisor for side in image_size(config)):
+    if not uses_weights_preprocessing(config):
+        check_image_size(config)
+    if values.get("model.pretrained") and values["checkpoint.init_from"]:
         raise ConfigError(
-            f"config.data.image_size: must be a multiple of {divisor} for the network {network}, "
-            f"got {values['data.image_size']!r}"
+            "config.checkpoint.init_from: must be empty if model.pretrained is set, because a run "
+            "starts from one of them"
         )
     if values["data.crop_ratio"] != 1 and values["data.resize"] != "crop":
         raise ConfigError(
@@ -547,6 +560,21 @@ def validate(config: Config, num_devices: int) -> None:
         raise ConfigError(
             f"config.optimizer.warmup_epochs: must be below {decay} = "
             f"{values[decay]}, got {values['optimizer.warmup_epochs']}"
+        )
+
+
+def uses_weights_preprocessing(config: Config) -> bool:
+    """Returns whether keys of the section `data` get values from the pretrained weights."""
+    return bool(config.model.get("pretrained")) and config.data.preprocessing == "weights"
+
+
+def check_image_size(config: Config) -> None:
+    """Raises ConfigError if the network cannot take images of the size `data.image_size`."""
+    divisor = NETWORKS[config.model.name].size_divisor(config.model.to_dict())
+    if any(side % divisor for side in image_size(config)):
+        raise ConfigError(
+            f"config.data.image_size: must be a multiple of {divisor} for the network "
+            f"{config.model.name}, got {config.data.image_size!r}"
         )
 
 

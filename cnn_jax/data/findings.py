@@ -221,17 +221,21 @@ class Findings:
     def summary(self) -> list[str]:
         """Returns a summary of the data set as two lines of text."""
         bad = len(self.unreadable)
-        unreadable = f"{bad:,} unreadable and left out" if bad else "all readable"
-        rotated = f"{len(self.rotated):,} turned by EXIF" if self.rotated else "none turned by EXIF"
+        unreadable, rotated = "all images are readable", "none is rotated by EXIF"
+        if bad:
+            unreadable = f"{count(bad, 'unreadable image')} {_is_or_are(bad)} left out"
+            rotated = "no image is rotated by EXIF"
+        if turned := len(self.rotated):
+            rotated = f"{count(turned, 'image')} {_is_or_are(turned)} rotated by EXIF"
         extra = sum(len(group) - 1 for group in self.copies)
         copies = f"{count(extra, 'exact copy', 'exact copies')}" if extra else "no exact copies"
         if self.conflicts:
             copies += f" ({count(len(self.conflicts), 'set')} with different labels)"
         ignored = count_ignored(self.source.ignored)
         return [
-            f"{unreadable}, {rotated}, {copies}",
-            f"largest class {self.imbalance:.1f} times the smallest; ignored: "
-            f"{ignored or 'nothing'}",
+            f"{unreadable}; {rotated}; {copies}",
+            f"the largest class is {self.imbalance:.1f} times the smallest; "
+            + (f"ignored: {ignored}" if ignored else "nothing is ignored"),
         ]
 
     def warnings(self) -> list[str]:
@@ -309,7 +313,7 @@ class Findings:
         if self.unreadable:
             found.append(
                 f"{count(len(self.unreadable), 'image')} cannot be read and "
-                f"{'is' if len(self.unreadable) == 1 else 'are'} left out: "
+                f"{_is_or_are(len(self.unreadable))} left out: "
                 + _some([f"{printable(u.id)} {u.reason}" for u in self.unreadable])
                 + "; mend or remove them"
             )
@@ -454,6 +458,10 @@ def split_numbers(
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """Returns a number with its noun, such as "1 image" or "2,000 images"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _is_or_are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _some(names: Sequence[str]) -> str:

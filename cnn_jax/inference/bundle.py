@@ -24,6 +24,7 @@ from jaxtyping import PyTree
 
 import cnn_jax
 from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.models import NETWORKS
 from cnn_jax.system.atomic import sync
 from cnn_jax.system.errors import BundleError, MissingBundleError, file_errors
 
@@ -52,6 +53,9 @@ class Bundle:
         "agreement_p_value", the probability that a network which guesses is correct at least
         as often.
       variables: {"params": ..., "batch_stats": ...}, arrays.
+      pretrained: The weights with which training started: "source", "sha256", "license",
+        "architecture" and "preprocessing", as `PretrainedWeights.record` returns them. None if
+        training started with random weights, and in older bundles.
     """
 
     model: dict[str, Any]
@@ -62,6 +66,7 @@ class Bundle:
     data: dict[str, Any]
     metrics: dict[str, Any]
     variables: PyTree
+    pretrained: dict[str, Any] | None = None
 
 
 def library_versions() -> dict[str, str]:
@@ -101,6 +106,8 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
             for field in dataclasses.fields(bundle)
             if field.name != "variables"
         }
+        if bundle.pretrained is None:
+            del description["pretrained"]
         description["preprocessing"] = dataclasses.asdict(bundle.preprocessing)
         description["versions"] = library_versions()
         description["files"] = {_WEIGHTS: {"sha256": _sha256(partial / _WEIGHTS)}}
@@ -139,6 +146,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
             raise BundleError(
                 f"{path / _WEIGHTS} is damaged: its sha256 differs from the recorded value"
             )
+        _check_network(path, description["model"])
         weights = safetensors.numpy.load_file(path / _WEIGHTS)
         preprocessing = description["preprocessing"]
         return Bundle(
@@ -158,6 +166,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
             data=description["data"],
             metrics=description["metrics"],
             variables=flax.traverse_util.unflatten_dict(weights, sep="/"),
+            pretrained=description.get("pretrained"),
         )
     except FileNotFoundError as error:
         raise MissingBundleError(f"{path} is not a bundle: there is no {error.filename}") from error
@@ -165,6 +174,27 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{path} cannot be read: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise BundleError(f"{path} is not a bundle: {error!r}") from error
+
+
+def _check_network(path: pathlib.Path, model: dict[str, Any]) -> None:
+    """Raises BundleError if this version does not know the network of a bundle, or one of its keys.
+
+    Args:
+      path: The bundle.
+      model: The `model` section of the configuration.
+    """
+    own = f"cnn_jax {cnn_jax.__version__}"
+    name = model["name"]
+    if name not in NETWORKS:
+        raise BundleError(
+            f"{path} has the network {name}, which {own} does not know; install the version of "
+            "cnn_jax that wrote the bundle, or a later one"
+        )
+    if unknown := sorted(model.keys() - NETWORKS[name].keys.keys() - {"name"}):
+        raise BundleError(
+            f"{path} has the network {name} with model.{unknown[0]}, which {own} does not know; "
+            "install the version of cnn_jax that wrote the bundle, or a later one"
+        )
 
 
 def find_bundle(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -202,6 +232,19 @@ def digest(path: str | os.PathLike[str]) -> str:
         return _sha256(path / _DESCRIPTION)
     except FileNotFoundError as error:
         raise MissingBundleError(f"{path} is not a bundle: there is no {error.filename}") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+def weights_sha256(path: str | os.PathLike[str]) -> str:
+    """Returns the sha256 of a bundle's weights, in hexadecimal.
+
+    Raises:
+      BundleError: There is no bundle, or it cannot be read.
+    """
+    path = pathlib.Path(path)
+    try:
+        return _sha256(path / _WEIGHTS)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
 

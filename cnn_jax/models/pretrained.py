@@ -1,11 +1,271 @@
-"""Pretrained weights for the networks that timm publishes."""
+"""Pretrained weights: from the Hugging Face hub, a safetensors file, a bundle or a run."""
 
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 from flax.traverse_util import unflatten_dict
+
+from cnn_jax.data.preprocessing import INTERPOLATIONS
+from cnn_jax.inference.bundle import find_bundle, read_bundle, weights_sha256
+from cnn_jax.models import NETWORKS, hub
+from cnn_jax.system.errors import BundleError, ConfigError, WeightsError, printable
+
+# The parameters of the preprocessing that belong to the weights. They are keys of the section
+# `data` too. The others describe the images, or limit what is decoded.
+PREPROCESSING_KEYS = ("image_size", "mean", "std", "resize", "crop_ratio", "interpolation")
+# The values of `crop_mode` in timm, and the values of `data.resize` that mean the same.
+_CROP_MODES = {"center": "crop", "squash": "stretch", "border": "pad"}
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedWeights:
+    """The weights of a network that was trained before, and what is known about them.
+
+    Attributes:
+      source: A name that always means these weights: OWNER/NAME@COMMIT for a model on the hub,
+        else an absolute path.
+      sha256: The sha256 of the file with the weights.
+      license: The licence, such as "apache-2.0"; empty if it is unknown.
+      architecture: The name of the network, as in `NETWORKS` and in timm; empty if it is unknown.
+      preprocessing: The preprocessing with which the network was trained: the known values of
+        `PREPROCESSING_KEYS`.
+      class_names: The classes of the head in their order; None if they are unknown.
+      variables: {"params", "batch_stats"} of the network, arrays on the host.
+    """
+
+    source: str
+    sha256: str
+    license: str
+    architecture: str
+    preprocessing: dict[str, Any]
+    class_names: list[str] | None
+    variables: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """Returns what a run and its bundle record about the weights, as JSON types."""
+        names = ("source", "sha256", "license", "architecture", "preprocessing")
+        return json.loads(json.dumps({name: getattr(self, name) for name in names}))
+
+
+def open_weights(name: str, key: str = "model.pretrained") -> PretrainedWeights:
+    """Reads pretrained weights, and downloads them if necessary.
+
+    Args:
+      name: A model on the Hugging Face hub (OWNER/NAME or OWNER/NAME@REVISION), the path of a
+        safetensors file, or the path of a bundle or of a run with a bundle. An existing path is
+        not searched on the hub. The file config.json beside a safetensors file is read if it
+        exists; it has the form of those on the hub.
+      key: The configuration key that has this value, for messages. Only "model.pretrained" may
+        have a model on the hub.
+
+    Raises:
+      ConfigError: There are no such weights, or they have another form.
+      WeightsError: The weights cannot be downloaded now, or are damaged.
+    """
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir() and (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"  # The folder of a model that was copied from the hub.
+    if path.is_dir() or key != "model.pretrained":
+        return _open_bundle(path.resolve(), key)
+    if path.suffix.lower() in _PICKLES:
+        raise ConfigError(
+            f"config.{key}: {name} is a pickle of PyTorch, which can run code when it is read; "
+            "convert it where PyTorch is installed: safetensors.torch.save_file(torch.load"
+            f"({path.name!r}, weights_only=True), 'model.safetensors')"
+        )
+    if path.is_file():
+        return _open_file(path.resolve())
+    if is_hub_id(name):
+        return _open_hub_model(name)
+    advice = f"; did you mean timm/{name}?" if re.fullmatch(r"\w+\.\w+", name) else ""
+    raise ConfigError(
+        f"config.{key}: there is no file {name}{advice or ', and it is not OWNER/NAME'}"
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Returns whether a value of `model.pretrained` names a model on the hub, not a path."""
+    is_path = name.startswith((".", "~")) or name.endswith(".safetensors")
+    return bool(hub.MODEL_ID.fullmatch(name)) and not is_path and not pathlib.Path(name).exists()
+
+
+def _open_hub_model(name: str) -> PretrainedWeights:
+    model = hub.download(name)
+    return PretrainedWeights(
+        source=model.name,
+        sha256=model.sha256,
+        variables=_read_state_dict(model.weights),
+        **_read_description(model.config, model.license),
+    )
+
+
+def _open_file(path: pathlib.Path) -> PretrainedWeights:
+    config: Any = {}
+    if (path.parent / "config.json").is_file():
+        try:
+            config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"config.model.pretrained: {path.parent / 'config.json'} cannot be read: {error}"
+            ) from error
+    variables = _read_state_dict(path)
+    return PretrainedWeights(
+        source=str(path),
+        sha256=file_sha256(path),
+        variables=variables,
+        **_read_description(config if isinstance(config, dict) else {}),
+    )
+
+
+def _open_bundle(path: pathlib.Path, key: str) -> PretrainedWeights:
+    """Reads the bundle of a run or of a registry.
+
+    Raises:
+      ConfigError: There is no bundle at the path, or it is damaged.
+    """
+    try:
+        folder = find_bundle(path)
+        bundle = read_bundle(folder)
+        sha256 = weights_sha256(folder)
+    except BundleError as error:
+        raise ConfigError(f"config.{key}: {error}") from error
+    values = dataclasses.asdict(bundle.preprocessing)
+    return PretrainedWeights(
+        source=str(path),
+        sha256=sha256,
+        license=(bundle.pretrained or {}).get("license", ""),
+        architecture=bundle.model["name"],
+        preprocessing={name: values[name] for name in PREPROCESSING_KEYS},
+        class_names=bundle.class_names,
+        variables=bundle.variables,
+    )
+
+
+def check_network(weights: PretrainedWeights, network: str, key: str = "model.pretrained") -> None:
+    """Checks that weights are not known to be weights of another network.
+
+    Args:
+      weights: The weights.
+      network: The value of `model.name`.
+      key: The configuration key that names the weights, for messages.
+
+    Raises:
+      ConfigError: The weights are weights of another network; the message names it.
+    """
+    architecture = weights.architecture
+    if architecture in ("", network):
+        return
+    if architecture in NETWORKS:
+        raise ConfigError(
+            f"config.model.name: must be {architecture} for the weights in {key}, "
+            f"{weights.source}, got {network}"
+        )
+    known = ", ".join(name for name in NETWORKS if "pretrained" in NETWORKS[name].keys)
+    raise ConfigError(
+        f"config.{key}: {weights.source} has weights of the network {architecture}, which "
+        f"cnn_jax does not have; it has {known}"
+    )
+
+
+def current_sha256(source: str) -> str | None:
+    """Returns the sha256 of the file with the weights as it is now.
+
+    Args:
+      source: `PretrainedWeights.source`.
+
+    Returns:
+      The sha256 in hexadecimal. None for a model on the hub, which a commit identifies, and for
+      a path without weights.
+    """
+    path = pathlib.Path(source)
+    if not path.is_absolute():
+        return None
+    with contextlib.suppress(BundleError, FileNotFoundError):
+        return file_sha256(path) if path.is_file() else weights_sha256(find_bundle(path))
+    return None
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    """Returns the sha256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_state_dict(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a safetensors file with the state dict of a network.
+
+    Raises:
+      WeightsError: The file is damaged, or is not a safetensors file.
+    """
+    try:
+        state = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"config.model.pretrained: {path} is damaged, or not a safetensors file: "
+            f"{printable(str(error))}; copy or download it again"
+        ) from error
+    return convert(state)
+
+
+def _read_description(config: Mapping[str, Any], card_license: str = "") -> dict[str, Any]:
+    """Reads config.json of a model.
+
+    Args:
+      config: The content of config.json, as timm writes it. Older files have the values of
+        "pretrained_cfg" at the top.
+      card_license: The licence in the model card, which is used if config.json has none.
+
+    Returns:
+      The fields "architecture", "license", "preprocessing" and "class_names" of
+      `PretrainedWeights`.
+    """
+    details = config.get("pretrained_cfg")
+    details = details if isinstance(details, dict) else config
+    names: Any = config.get("label_names") or details.get("label_names")
+    has_names = isinstance(names, list) and len(names) == config.get("num_classes")
+    return {
+        "architecture": str(config.get("architecture") or details.get("architecture") or ""),
+        "license": str(card_license or details.get("license") or ""),
+        "preprocessing": _read_preprocessing(details),
+        "class_names": [str(name) for name in names] if has_names else None,
+    }
+
+
+def _read_preprocessing(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the preprocessing in timm's `pretrained_cfg`; unknown values are left out.
+
+    timm divides grey levels by 255 before it subtracts the mean.
+    """
+    values: dict[str, Any] = {}
+    size: Any = details.get("input_size")
+    if _is_numbers(size, 3):
+        values["image_size"] = tuple(size[1:])
+    for name in ("mean", "std"):
+        if _is_numbers(details.get(name), 3):
+            values[name] = tuple(round(255 * value, 4) for value in details[name])
+    resize = _CROP_MODES.get(details.get("crop_mode", "center"))
+    if "crop_pct" in details and resize is not None:
+        values["resize"] = resize
+        values["crop_ratio"] = float(details["crop_pct"]) if resize == "crop" else 1.0
+    if details.get("interpolation") in INTERPOLATIONS:
+        values["interpolation"] = details["interpolation"]
+    return values
+
+
+def _is_numbers(value: Any, length: int) -> bool:
+    is_list = isinstance(value, list | tuple) and len(value) == length
+    return is_list and all(isinstance(number, int | float) for number in value)
+
 
 _STATISTICS = {"running_mean": "mean", "running_var": "var"}
 

@@ -123,6 +123,8 @@ class Run:
       figures: The content of report/metrics.json. It has the metrics of each split that were
         stored or can be computed, and the sections of an earlier report of the same network.
       versions: The versions of the libraries that trained the network; empty without a bundle.
+      pretrained: The content of pretrained.json: the weights with which the run started; empty
+        for random weights.
       network: The trained network; None if the bundle or its data cannot be used.
       why_no_network: A sentence with the reason if `network` is None.
     """
@@ -134,6 +136,7 @@ class Run:
     damaged_records: int
     figures: dict[str, Any]
     versions: dict[str, str]
+    pretrained: dict[str, Any]
     network: Network | None
     why_no_network: str
 
@@ -196,6 +199,7 @@ def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> 
         damaged_records=damaged_records,
         figures=figures,
         versions=_read_json(workdir / "bundle" / "bundle.json").get("versions", {}),
+        pretrained=_read_json(workdir / "pretrained.json"),
         network=network,
         why_no_network=reason,
     )

@@ -289,6 +289,9 @@ def facts(run: Run) -> Figures:
             if split in run.figures
         },
     }
+    if run.pretrained:
+        names = ("source", "license", "sha256")
+        figures["pretrained"] = {name: str(run.pretrained.get(name, "")) for name in names}
     if run.history:
         rates = [record["images_per_second"] for record in run.history]
         figures["images_per_second"] = float(np.median(rates))

@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
 # The tasks after training that the report lists, by their names in metrics.json. The remaining
 # tasks together take less time than any of these tasks.
 _TASKS = {
-    "measuring": "measuring",
+    "measuring": "evaluation",
     "explanations": "explanations",
     "robustness": "corruptions",
     "images": "images",
@@ -120,9 +120,9 @@ def time_spent(training: float, seconds: Mapping[str, float]) -> dict[str, Any]:
     parts = {name: seconds[name] for name in _TASKS if name in seconds}
     parts["other"] = total - sum(parts.values())
     listed = ", ".join(f"{_TASKS.get(name, name)} {spent:.0f} s" for name, spent in parts.items())
-    text = f"training {duration(training)}, then {duration(total)}: {listed}"
+    text = f"training {duration(training)}; evaluation and report {duration(total)} ({listed})"
     if "explanations" in parts:
-        text += "; report.detail=figures takes less"
+        text += "; report.detail=figures is faster"
     return {"training": training, "after_training": total, "parts": parts, "words": text}
 
 

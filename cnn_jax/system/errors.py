@@ -60,6 +60,10 @@ class MissingBundleError(BundleError):
     exit_code = 2
 
 
+class WeightsError(UserError):
+    """Pretrained weights are damaged or cannot be downloaded now."""
+
+
 @contextlib.contextmanager
 def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Adds a file name to an OSError that is raised inside the context without a file name.

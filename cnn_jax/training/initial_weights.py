@@ -1,77 +1,200 @@
-"""Initialization of a new run with the weights of another run."""
+"""Starts a new run from pretrained weights, or from the weights of another run."""
 
 import dataclasses
-import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.traverse_util
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
-from cnn_jax.inference.bundle import Bundle, read_bundle
-from cnn_jax.system.errors import BundleError, ConfigError
+from cnn_jax.config.schema import Config
+from cnn_jax.data.findings import count
+from cnn_jax.models.pretrained import (
+    PretrainedWeights,
+    check_network,
+    current_sha256,
+    open_weights,
+)
+from cnn_jax.system.errors import ConfigError
 from cnn_jax.training import sharding
 from cnn_jax.training.step import TrainState
 
-# The name of the last layer, whose weights can be reused only if both runs have the same classes.
+# The name of the last layer. Its weights can be reused only if the classes are the same.
 _HEAD = "head"
+# The largest number of names of each kind in a message.
+_MAX_NAMES = 2
 
 
-def start_from(path: str, state: TrainState, class_names: Sequence[str]) -> tuple[TrainState, str]:
-    """Copies the parameters and the BatchNorm statistics of another run to the new run's state.
-
-    The parameters of the last layer are copied only if both runs have the same classes. The
-    optimizer's state is not copied.
+def open_initial_weights(config: Config) -> PretrainedWeights | None:
+    """Reads the weights with which a new run starts; None if it starts with random weights.
 
     Args:
-      path: A bundle, or a run that has written its bundle.
+      config: The resolved configuration.
+
+    Raises:
+      ConfigError: There are no such weights, or they are weights of another network.
+      WeightsError: The weights cannot be downloaded now, or are damaged.
+    """
+    key, name = _choice(config)
+    if not name:
+        return None
+    weights = open_weights(name, key)
+    check_network(weights, config.model.name, key)
+    return weights
+
+
+def check_unchanged(config: Config, record: Mapping[str, Any] | None) -> None:
+    """Checks that the file with the initial weights is the same as when the run started.
+
+    A run does not need the file when it resumes, so the file may be missing.
+
+    Args:
+      config: The resolved configuration.
+      record: The record of the weights in the run's folder; None if there is none.
+
+    Raises:
+      ConfigError: The file has changed.
+    """
+    if record is None:
+        return
+    key, _ = _choice(config)
+    sha256 = current_sha256(record["source"])
+    if sha256 not in (None, record["sha256"]):
+        raise ConfigError(
+            f"config.{key}: {record['source']} has changed since the run started; restore the "
+            f"file with the sha256 {record['sha256']}, or start a new run with another --workdir"
+        )
+
+
+def start_from(
+    weights: PretrainedWeights, config: Config, state: TrainState, class_names: Sequence[str]
+) -> tuple[TrainState, str]:
+    """Copies pretrained parameters and BatchNorm statistics into a new state.
+
+    The head is copied only if the weights have a head for the same classes. The optimizer's
+    state is not copied.
+
+    Args:
+      weights: The weights.
+      config: The resolved configuration.
       state: The state of the new run before its first step.
       class_names: The class names of the new run, in the order of its labels.
 
     Returns:
-      The new state, with the shardings of `state`, and a description of the copied weights.
+      The new state, with the shardings of `state`, and a description of the weights that were
+      copied and of those that were not.
 
     Raises:
-      ConfigError: There is no bundle at the path, the bundle is damaged, or its network
-        differs from the network of the new run.
+      ConfigError: The weights are weights of another network.
     """
-    folder = pathlib.Path(path)
-    if (folder / "config.json").exists() and not (folder / "bundle").exists():
-        raise ConfigError(
-            f"config.checkpoint.init_from: {path} has no bundle yet; let that run finish first"
-        )
-    try:
-        bundle = read_bundle(folder / "bundle" if (folder / "bundle").is_dir() else folder)
-    except BundleError as error:
-        raise ConfigError(f"config.checkpoint.init_from: {error}") from error
-    has_same_classes = list(class_names) == bundle.class_names
-    params = _copy(bundle, "params", state.params, with_head=has_same_classes)
-    batch_stats = _copy(bundle, "batch_stats", state.batch_stats, with_head=has_same_classes)
-    state = dataclasses.replace(state, params=params, batch_stats=batch_stats)
-    description = "all weights" if has_same_classes else f"all weights except {_HEAD}: new classes"
-    return state, f"{path}, {description}"
-
-
-def _copy(bundle: Bundle, collection: str, target: PyTree, *, with_head: bool) -> PyTree:
-    """Returns a copy of the tree `target` with the arrays of a bundle.
-
-    The arrays are matched by name. Without `with_head`, the last layer keeps its own arrays.
-
-    Raises:
-      ConfigError: The names or the shapes of the arrays differ.
-    """
-    new: dict[str, Any] = flax.traverse_util.flatten_dict(target, sep="/")
-    old: dict[str, Any] = flax.traverse_util.flatten_dict(
-        bundle.variables.get(collection, {}), sep="/"
+    target: dict[str, Any] = flatten_dict(
+        {"params": state.params, "batch_stats": state.batch_stats}, sep="/"
     )
-    names = {name for name in new.keys() | old.keys() if with_head or name.split("/")[0] != _HEAD}
-    for name in sorted(names):
-        shapes = [tree[name].shape if name in tree else "absent" for tree in (old, new)]
-        if shapes[0] != shapes[1]:
-            raise ConfigError(
-                f"config.checkpoint.init_from: the bundle has another network: {name} is "
-                f"{shapes[0]} there and {shapes[1]} in this run"
+    source: dict[str, Any] = flatten_dict(weights.variables, sep="/")
+    new_head = _why_new_head(source, target, weights.class_names, class_names)
+    if new_head:
+        source, own = _without_head(source), _without_head(target)
+    else:
+        own = target
+    if differences := _differences(source, own):
+        key, name = _choice(config)
+        raise ConfigError(
+            f"config.{key}: {name} does not fit the network {config.model.name}: {differences}"
+        )
+    # The array is copied, because the training step may overwrite the arrays of its state.
+    target |= {
+        name: sharding.distribute(source[name].copy(), array.sharding)
+        for name, array in own.items()
+    }
+    state = dataclasses.replace(
+        state,
+        **{
+            name: unflatten_dict(_collection(target, name), sep="/")
+            for name in ("params", "batch_stats")
+        },
+    )
+    copied = f"all weights except {_HEAD}: {new_head}" if new_head else "all weights"
+    return state, f"{weights.source}, {copied}"
+
+
+def _choice(config: Config) -> tuple[str, str]:
+    """Returns the configuration key that names the initial weights, and its value."""
+    if name := config.model.get("pretrained", ""):
+        return "model.pretrained", name
+    return "checkpoint.init_from", config.checkpoint.init_from
+
+
+def _collection(flat: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns the arrays of "params" or "batch_stats" without this name at their beginning."""
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): v for key, v in flat.items() if key.startswith(prefix)}
+
+
+def _without_head(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: array for name, array in flat.items() if name.split("/")[1] != _HEAD}
+
+
+def _why_new_head(
+    source: Mapping[str, PyTree],
+    target: Mapping[str, PyTree],
+    their_classes: Sequence[str] | None,
+    own_classes: Sequence[str],
+) -> str:
+    """Returns the reason why the head keeps its random weights; empty if it is copied.
+
+    Args:
+      source: The pretrained arrays by name.
+      target: The arrays of the network by name.
+      their_classes: The classes of the pretrained head; None if they are unknown.
+      own_classes: The classes of the new run.
+    """
+    kernel = f"params/{_HEAD}/kernel"
+    if kernel not in source:
+        return "the weights have no head"
+    if their_classes is None or list(their_classes) != list(own_classes):
+        theirs = count(source[kernel].shape[-1], "class", "classes")
+        unknown = " without names" if their_classes is None else ""
+        return f"new classes (the weights have {theirs}{unknown})"
+    if source[kernel].shape != target[kernel].shape:
+        return "another embedding"
+    return ""
+
+
+def _differences(source: Mapping[str, PyTree], target: Mapping[str, PyTree]) -> str:
+    """Returns a description of the names and shapes that differ; empty if none differs."""
+    wrong = [
+        f"{_short(name)} is {_shape(source[name])} instead of {_shape(target[name])}"
+        for name in target
+        if name in source and source[name].shape != target[name].shape
+    ]
+    for name in target:
+        if name in source and _has_other_input_channels(source[name].shape, target[name].shape):
+            channels = count(source[name].shape[2], "channel")
+            return (
+                f"its images have {channels} ({_short(name)} is {_shape(source[name])}), and "
+                "cnn_jax trains on images with 3 channels; choose other weights"
             )
-        # The array is copied, because the training step may overwrite the arrays of its state.
-        new[name] = sharding.distribute(old[name].copy(), new[name].sharding)
-    return flax.traverse_util.unflatten_dict(new, sep="/")
+    missing = [_short(name) for name in target if name not in source]
+    unused = [_short(name) for name in source if name not in target]
+    parts = {"missing": missing, "unused": unused, "of another shape": wrong}
+    return "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:_MAX_NAMES])}"
+        f"{', ...' if len(names) > _MAX_NAMES else ''})"
+        for kind, names in parts.items()
+        if names
+    )
+
+
+def _has_other_input_channels(source: Sequence[int], target: Sequence[int]) -> bool:
+    """Returns whether two kernels of the first convolution differ only in the channels."""
+    is_first = len(source) == len(target) == 4 and target[2] == 3 != source[2]
+    return is_first and (*source[:2], source[3]) == (*target[:2], target[3])
+
+
+def _short(name: str) -> str:
+    """Returns the name of an array without "params" or "batch_stats"."""
+    return name.partition("/")[2]
+
+
+def _shape(array: Any) -> str:
+    return " x ".join(map(str, array.shape)) or "a number"

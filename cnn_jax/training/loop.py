@@ -22,12 +22,12 @@ from cnn_jax.data import Track, pipeline
 from cnn_jax.data import dataset as datasets
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.data.findings import count
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
 from cnn_jax.models.base import Network
 from cnn_jax.models.network import make_model
+from cnn_jax.models.pretrained import PretrainedWeights
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console, TrainingDisplay
 from cnn_jax.system.errors import ConfigError, Interrupted, TrainingError
@@ -106,6 +106,12 @@ def train_and_evaluate(
             previous = run_directory.read_config(workdir)
             config = resolve(config, previous)
             changes = run_directory.changes(workdir, previous, config)
+            if previous is None:
+                weights = initial_weights.open_initial_weights(config)
+                record = weights and weights.record()
+            else:
+                weights, record = None, run_directory.read_pretrained(workdir)
+                initial_weights.check_unchanged(config, record)
             heartbeat.beat("opening data")
             dataset = open_dataset(
                 config,
@@ -130,13 +136,14 @@ def train_and_evaluate(
         )
         with contextlib.closing(checkpoints):
             checkpoints.check_data(dataset.fingerprint)
-            summary.show_plan(console, config, workdir, dataset, model, changes)
+            summary.show_plan(console, config, workdir, dataset, model, changes, record)
             run = _make_run(config, workdir, dataset, model, checkpoints, console, heartbeat)
             stopping = interrupted.stopping(
                 track, "nothing is lost; run the same command to continue"
             )
-            progress = _restore_or_start(run, previous, stopping)
+            progress = _restore_or_start(run, previous, weights, stopping)
             # Write config.json only after the run is known to start.
+            run_directory.write_pretrained(workdir, record)
             run_directory.write_config(workdir, config)
             run_directory.write_unreadable(workdir, dataset.findings.unreadable)
             trace = Trace(workdir / "profile" if profile and sharding.is_primary() else None)
@@ -462,12 +469,18 @@ class _DelayedReader:
         return loss
 
 
-def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None, track: Track) -> _Progress:
+def _restore_or_start(
+    run: _Run,
+    previous: Mapping[str, Any] | None,
+    weights: PretrainedWeights | None,
+    track: Track,
+) -> _Progress:
     """Restores the progress of the run from a checkpoint, or starts at step 0.
 
     Args:
       run: The run.
       previous: The values of the configuration at the last start, by key; None for a new run.
+      weights: The weights with which a new run starts; None for random weights.
       track: Shows the progress of a loop.
 
     Raises:
@@ -489,9 +502,9 @@ def _restore_or_start(run: _Run, previous: Mapping[str, Any] | None, track: Trac
                 f"moved to {run.workdir / 'damaged'}; an earlier checkpoint is intact"
             )
     if saved is None:
-        if path := config.checkpoint.init_from:
+        if weights is not None:
             class_names = run.dataset.source.class_names
-            state, description = initial_weights.start_from(path, state, class_names)
+            state, description = initial_weights.start_from(weights, config, state, class_names)
             run.console.print(f"starts from {description}")
         history: History = []
         if config.train.probe:
@@ -774,8 +787,8 @@ def _describe_end(history: History, best: dict[str, Any], config: Config) -> str
     monitor, epochs = config.train.monitor, _last_epoch(history)
     if not epochs:
         return f"done: the probe has {monitor} {best[monitor]:.4f}"
-    which = best["epoch"] or "the probe"
+    which = f"epoch {best['epoch']}" if best["epoch"] else "the probe before epoch 1"
     return (
-        f"{'stopped early' if epochs < config.train.epochs else 'done'}: the best of "
-        f"{count(epochs, 'epoch')} is {which}, with {monitor} {best[monitor]:.4f}"
+        f"{'stopped early' if epochs < config.train.epochs else 'done'}: {which} of {epochs} is "
+        f"the best, with {monitor} {best[monitor]:.4f}"
     )

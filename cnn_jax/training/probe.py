@@ -28,7 +28,7 @@ from cnn_jax.training.metrics import Metrics
 
 # The weights of the L2 penalty that are tried, from strong to weak: the solution for each is the
 # start for the next.
-PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
+PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 # The largest number of iterations of L-BFGS for each penalty, and the norm of the gradient at
 # which L-BFGS stops.
 _ITERATIONS, _TOLERANCE = 100, 1e-4

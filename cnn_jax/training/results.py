@@ -62,6 +62,7 @@ def write_results(
         },
         metrics={},
         variables=variables,
+        pretrained=run_directory.read_pretrained(workdir),
     )
 
     loader = dataclasses.replace(dataset.loader, on_device=False)

@@ -49,7 +49,7 @@ INDIFFERENT_KEYS = frozenset(
 # The keys that may change when a run resumes. No result of a finished epoch depends on these keys.
 FREE_KEYS = INDIFFERENT_KEYS | {"train.epochs", "train.patience", "checkpoint.restore_step"}
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
-_CHECKPOINTS = "checkpoints"
+_PRETRAINED, _CHECKPOINTS = "pretrained.json", "checkpoints"
 # The sub-folders of a run's folder.
 _FOLDERS = (_CHECKPOINTS, "bundle", "damaged", "profile", "report", "tensorboard")
 # The minimum time between two heartbeats of the same activity.
@@ -252,6 +252,39 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
         write_text(workdir / _CONFIG, text + "\n")
     except OSError as error:
         raise ConfigError(f"--workdir: cannot write {workdir}: {error.strerror}") from error
+
+
+@sharding.primary_only
+def write_pretrained(workdir: pathlib.Path, record: Mapping[str, Any] | None) -> None:
+    """Writes pretrained.json: the source and the sha256 of the weights with which a run starts.
+
+    Args:
+      workdir: The run's folder.
+      record: The result of `PretrainedWeights.record`; None for random weights, for which there is
+        no file.
+    """
+    if record is None:
+        (workdir / _PRETRAINED).unlink(missing_ok=True)
+        return
+    write_text(workdir / _PRETRAINED, _json(record) + "\n")
+
+
+def read_pretrained(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the content of pretrained.json; None if the run started with random weights.
+
+    Raises:
+      ConfigError: The file is damaged.
+    """
+    path = workdir / _PRETRAINED
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"source": record["source"], "sha256": record["sha256"]} | record
+    except FileNotFoundError:
+        return None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"--workdir: {path} cannot be read: {error!r}; restore that file, or use another folder"
+        ) from error
 
 
 class Heartbeat:

@@ -35,6 +35,7 @@ def show_plan(
     dataset: Dataset,
     model: Network,
     changes: Sequence[str] = (),
+    pretrained: Mapping[str, Any] | None = None,
 ) -> None:
     """Prints the plan of a run: device, data, model, training, and the folder of the results.
 
@@ -45,6 +46,7 @@ def show_plan(
       dataset: The data set of the run.
       model: The network.
       changes: A line for each key that has changed since the run was last started.
+      pretrained: The record of the weights with which the run started; None for random weights.
     """
     image_size = dataset.loader.preprocessing.image_size
     source = dataset.source
@@ -68,19 +70,45 @@ def show_plan(
             "model": f"{config.model.name}, "
             f"{count_parameters(model, image_size):,} parameters, "
             f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
-            "training": f"{count(config.train.epochs, 'epoch')} at batch size "
-            f"{config.train.batch_size}, seed {config.seed}, best by {config.train.monitor}"
+            "training": f"{count(config.train.epochs, 'epoch')}, batch size "
+            f"{config.train.batch_size}, seed {config.seed}; best epoch by {config.train.monitor}"
             + _mixing(config)
             + _accumulation(config, model, image_size)
             + _extension(config)
             + _balance(config, dataset),
             "results": str(workdir),
         }
+        | ({"weights": _weights(config, pretrained)} if pretrained else {})
         | ({"changed": "\n".join(changes)} if changes else {})
     )
     for warning in dataset.findings.warnings():
         console.warn(warning)
     console.print()
+
+
+def _weights(config: Config, pretrained: Mapping[str, Any]) -> str:
+    """Returns lines on the weights with which the run started, and on their preprocessing."""
+    license = pretrained.get("license") or "unknown"
+    lines = [f"{printable(pretrained['source'])}, licence: {printable(license)}"]
+    if not config.model.get("pretrained"):
+        return lines[0]
+    values = {
+        key: (_plain(value), _plain(config.data[key]))
+        for key, value in pretrained.get("preprocessing", {}).items()
+        if key != "crop_ratio" or config.data.resize == "crop"
+    }
+    same = [f"{key} {own}" for key, (theirs, own) in values.items() if own == theirs]
+    other = [f"{key} {own}, not {theirs}" for key, (theirs, own) in values.items() if own != theirs]
+    for name, settings in ("the preprocessing of the weights", same), ("other than theirs", other):
+        if settings:
+            lines.append(f"{name}: {'; '.join(settings)}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    """Returns the value of a key as text; several equal numbers are written once."""
+    values = [f"{v:g}" if isinstance(v, float) else str(v) for v in np.atleast_1d(value).tolist()]
+    return values[0] if len(set(values)) == 1 else ", ".join(values)
 
 
 def _parallelism(config: Config) -> str:
@@ -119,10 +147,10 @@ def _interval_width(test_images: int, config: Config) -> list[str]:
     if not test_images or margin < MAX_HALF_WIDTH:
         return []
     images = count(test_images, "test image")
-    exact = "data.stratify=exact, " if config.data.stratify == "stable" else ""
+    exact = "data.stratify=exact or " if config.data.stratify == "stable" else ""
     return [
         f"{images}: accuracy will be known to ± {100 * margin:.0f} points",
-        f"(more precise: {exact}several values of seed)",
+        f"(more precise with {exact}several seeds)",
     ]
 
 

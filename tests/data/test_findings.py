@@ -34,8 +34,8 @@ def test_nothing_to_say_is_said_in_two_lines(tmp_path):
         _write(tmp_path, f"{'ab'[i % 2]}/{i}.png", i)
     findings = _find(tmp_path)
     assert findings.summary() == [
-        "all readable, none turned by EXIF, no exact copies",
-        "largest class 1.0 times the smallest; ignored: nothing",
+        "all images are readable; none is rotated by EXIF; no exact copies",
+        "the largest class is 1.0 times the smallest; nothing is ignored",
     ]
     assert findings.warnings() == []
 
@@ -58,8 +58,9 @@ def test_what_endangers_the_result_is_a_warning_that_names_the_fix(tmp_path):
 
     findings = _find(tmp_path)
     assert findings.summary() == [
-        "1 unreadable and left out, 2 turned by EXIF, 2 exact copies (1 set with different labels)",
-        "largest class 40.0 times the smallest; ignored: 1 file that is not an image",
+        "1 unreadable image is left out; 2 images are rotated by EXIF; 2 exact copies (1 set with "
+        "different labels)",
+        "the largest class is 40.0 times the smallest; ignored: 1 file that is not an image",
     ]
     warnings = "\n".join(findings.warnings())
     for expected in (

@@ -180,8 +180,9 @@ def test_time_names_the_key_that_saves_time():
     seconds = {"measuring": 3.0, "predictions": 1.0, "curves": 0.1, "images": 1.0, "charts": 2.0}
     found = texts.time_spent(28.0, seconds)
     assert found["words"] == (
-        "training 28 s, then 7 s: measuring 3 s, images 1 s, charts 2 s, other 1 s"
+        "training 28 s; evaluation and report 7 s "
+        "(evaluation 3 s, images 1 s, charts 2 s, other 1 s)"
     )
     full = texts.time_spent(28.0, seconds | {"explanations": 8.0, "robustness": 9.0})
     assert full["parts"]["other"] == pytest.approx(1.1)
-    assert full["words"].endswith("; report.detail=figures takes less")
+    assert full["words"].endswith("; report.detail=figures is faster")

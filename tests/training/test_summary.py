@@ -8,8 +8,8 @@ from configs import default
 @pytest.mark.parametrize(
     ("images", "rule", "words"),
     [
-        (120, "stable", "± 9 points (more precise: data.stratify=exact, several"),
-        (120, "exact", "± 9 points (more precise: several values of seed)"),
+        (120, "stable", "± 9 points (more precise with data.stratify=exact or several seeds)"),
+        (120, "exact", "± 9 points (more precise with several seeds)"),
         (1, "exact", "1 test image: accuracy will be known to"),
     ],
 )

@@ -1,0 +1,173 @@
+"""The contract of `models.base.Network`, for every network that a configuration can select."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.models import NETWORKS
+from cnn_jax.models.network import make_model
+
+# Stages that the parameters of a layer do not change, although the layer belongs to them: the
+# class token is used after the stage with the patches, and is frozen together with them.
+_CHANGED_LATER = {"cls_token": "blocks_2"}
+
+# Values of fields that make a network small, by the name of its class.
+_SMALL = {
+    "ResNet": {"blocks": (1, 1, 1, 1)},
+    "EfficientNet": {"width": 0.2, "depth": 0.1},
+    "ConvNeXt": {"blocks": (1, 1, 2, 1), "features": (8, 12, 16, 20)},
+    "VisionTransformer": {"features": 24, "depth": 6},
+}
+
+
+def _make_small(name, precision="float32"):
+    model = make_model(_section(name), 3, precision)
+    return model.clone(**_SMALL.get(type(model).__name__, {}))
+
+
+def _section(name, **values):
+    defaults = {key: value.default for key, value in NETWORKS[name].keys.items()}
+    return {"name": name, **defaults, **values}
+
+
+def _image_size(name):
+    divisor = NETWORKS[name].size_divisor(_section(name))
+    return 2 * (max(16 // divisor * divisor, divisor),)
+
+
+class _Case:
+    """A network with random variables, and its compiled stages."""
+
+    def __init__(self, name):
+        self.model = _make_small(name)
+        self.image = self._random((2, *_image_size(name), 3))
+        shapes, outputs = jax.eval_shape(self._init, self.image)
+        self.variables = jax.tree.map_with_path(self._variable, shapes)
+        self.params = self.variables["params"]
+        self.zeros = {stage: jnp.zeros(out.shape) for stage, out in outputs.items()}
+        lowered = jax.jit(self._compute).lower(self.variables, self.image, self.zeros)
+        # Without the optimisations of LLVM it compiles in half of the time.
+        self._compiled = lowered.compile({"xla_backend_optimization_level": 0})
+        self.outputs, self.logits = self.run()
+
+    def run(self, params=None, offsets=None):
+        """Returns the outputs of all stages, and the logits of `__call__`."""
+        variables = self.variables | ({} if params is None else {"params": params})
+        return self._compiled(variables, self.image, self.zeros | (offsets or {}))
+
+    def changed_stages(self, **changes):
+        """Returns the stages whose outputs differ after a change of the arguments of `run`."""
+        outputs, _ = self.run(**changes)
+        return [
+            stage
+            for stage in self.model.stage_names
+            if not np.array_equal(outputs[stage], self.outputs[stage])
+        ]
+
+    def _init(self, image):
+        outputs, variables = self.model.init_with_output(jax.random.key(0), image, method="stages")
+        self.order = list(outputs)  # JAX sorts the keys of a dictionary that a function returns.
+        return variables, outputs
+
+    def _compute(self, variables, image, offsets):
+        outputs = self.model.apply(variables, image, offsets=offsets, method="stages")
+        return outputs, self.model.apply(variables, image)
+
+    def _variable(self, path, leaf):
+        if path[-1].key in ("scale", "var"):
+            return jnp.exp(self._random(leaf.shape) / 4)
+        # Kernels keep the order of magnitude of the activations.
+        scale = math.sqrt(2 / math.prod(leaf.shape[:-1])) if path[-1].key == "kernel" else 0.2
+        return scale * self._random(leaf.shape)
+
+    @staticmethod
+    def _random(shape):
+        return jnp.asarray(np.random.default_rng(math.prod(shape)).normal(size=shape), jnp.float32)
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def case(request):
+    return _Case(request.param)
+
+
+def test_outputs_have_the_order_of_the_stages(case):
+    assert case.order == list(case.model.stage_names)
+    assert case.order[-2:] == ["embedding", "logits"]
+    ranks = [case.outputs[stage].ndim for stage in case.order]
+    assert ranks == [4] * (len(ranks) - 2) + [2, 2]
+    np.testing.assert_array_equal(case.logits, case.outputs["logits"])
+
+
+def test_a_layer_changes_its_stage_and_no_earlier_stage(case):
+    names = list(case.model.stage_names)
+    for layer, values in case.params.items():
+        changed = jax.tree.map(lambda leaf: 1.1 * leaf + 0.1, values)
+        stage = _CHANGED_LATER.get(layer, case.model.stage_of(layer))
+        changes = case.changed_stages(params=case.params | {layer: changed})
+        assert changes == names[names.index(stage) :], layer
+
+
+def test_an_offset_changes_its_stage_and_all_later_stages(case):
+    names = list(case.model.stage_names)
+    for i, stage in enumerate(names):
+        offset = case.zeros[stage].at[:, 0].set(1.0)
+        assert case.changed_stages(offsets={stage: offset}) == names[i:]
+
+
+def test_the_head_and_the_embedding_are_as_parts_says(case):
+    parts = case.model.parts(case.params)
+    embedding = np.asarray(case.outputs["embedding"], np.float64)
+    logits = embedding @ np.asarray(parts.head_kernel) + np.asarray(parts.head_bias)
+    np.testing.assert_allclose(case.outputs["logits"], logits, atol=1e-5)
+    mean_maps = case.outputs[case.order[-3]].mean((1, 2))
+    is_mean = mean_maps.shape == embedding.shape and np.allclose(mean_maps, embedding, atol=1e-5)
+    assert parts.embedding_is_mean_map == is_mean
+    assert parts.first_kernel is not None
+    assert parts.first_kernel.shape[2] == 3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bfloat16_is_used_up_to_the_logits(name):
+    model = _make_small(name, "bfloat16")
+    image = jax.ShapeDtypeStruct((1, *_image_size(name), 3), jnp.float32)
+    dtypes = {}
+
+    def run(image):
+        outputs, variables = model.init_with_output(jax.random.key(0), image, method="stages")
+        dtypes.update({stage: output.dtype for stage, output in outputs.items()})
+        return variables
+
+    variables = jax.eval_shape(run, image)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    assert dtypes.pop("logits") == jnp.float32
+    assert all(dtype == jnp.bfloat16 for dtype in dtypes.values())
+
+
+@pytest.mark.parametrize("name", [n for n in NETWORKS if "drop_path" in NETWORKS[n].keys])
+def test_the_probability_of_drop_path_grows_with_the_depth(name):
+    model = make_model(_section(name, drop_path=0.3, dropout=0.5), 3, "float32")
+    rates, is_random = [], []
+
+    def record(next_function, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
+            rates.append(context.module.rate)
+            is_random.append(not context.module.deterministic)
+        return next_function(*args, **kwargs)
+
+    image = jax.ShapeDtypeStruct((1, *_image_size(name), 3), jnp.float32)
+    for train in (True, False):
+        rates.clear()
+        is_random.clear()
+        with nn.intercept_methods(record):
+            rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+            jax.eval_shape(functools.partial(model.init, train=train), rngs, image)
+        assert rates[-1] == 0.5  # The dropout of the head.
+        assert rates[:-1] == sorted(rates[:-1])
+        assert rates[0] < 0.05
+        assert 0.25 < rates[-2] <= 0.3
+        assert set(is_random) == {train}
