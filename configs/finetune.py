@@ -1,6 +1,6 @@
 """Fine-tuning of a pretrained network: first its head on fixed features, then all stages.
 
-    cnn_jax train --config=finetune --config.data.source=folder:PATH --workdir=runs/mine
+    cnn_jax train --config=configs/finetune.py --config.data.source=folder:PATH --workdir=runs/mine
 
 The weights are downloaded from the Hugging Face hub (`pip install 'cnn_jax[hub]'`), or read
 from a safetensors file: --config.model.pretrained=FILE. Another network is selected by

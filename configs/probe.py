@@ -1,6 +1,6 @@
 """The probe of a pretrained network: only the head is fitted, to features of all stages.
 
-    cnn_jax train --config=probe --config.data.source=folder:PATH --workdir=runs/mine
+    cnn_jax train --config=configs/probe.py --config.data.source=folder:PATH --workdir=runs/mine
 
 The features of each image are computed once, without augmentation, and kept in the cache. The
 head is a logistic regression on them, so that training takes little more time than one pass

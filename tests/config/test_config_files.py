@@ -74,7 +74,7 @@ def test_an_unknown_name_lists_the_shipped_files(here, text, hint):
         files.find(text)
     assert str(error.value) == (
         f"--config: there is no file {text!r}; the shipped files are best, cifar10, default, "
-        f"eurosat, fast, folder, smoke, spec_224{hint}"
+        f"eurosat, fast, finetune, folder, probe, smoke, spec_224{hint}"
     )
 
 
