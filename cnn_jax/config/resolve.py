@@ -92,7 +92,7 @@ def _resolve_pretrained(resolved: Config, previous: Mapping[str, Any]) -> None:
     if source and name in (source, source.partition("@")[0]):
         values = {key: previous.get(f"data.{key}") for key in PREPROCESSING_KEYS}
     else:
-        weights = open_weights(name)
+        weights = open_weights(resolved.model.pretrained)
         check_network(weights, resolved.model.name)
         source, values = weights.source, weights.preprocessing
     resolved.model.pretrained = source

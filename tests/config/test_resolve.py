@@ -125,6 +125,8 @@ def test_a_model_of_the_hub_keeps_its_revision(monkeypatch):
 def test_contradictions_are_one_line(weights_file, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.name: must be resnet18 for .*, got resnet50"):
         resolve.resolve(_config(weights_file, "resnet50"))
+    with pytest.raises(ConfigError, match=r"no file resnet18\.a1_in1k; did you mean timm/resnet18"):
+        resolve.resolve(_config("resnet18.a1_in1k"))
     config = _config(weights_file)
     config.checkpoint.init_from = "runs/first"
     with pytest.raises(ConfigError, match=r"init_from: must be empty if model\.pretrained"):
