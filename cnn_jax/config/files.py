@@ -247,8 +247,8 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
     Args:
       file: The value of `--config`; see `find`.
       overrides: `--config.KEY=VALUE` flags, or the values as text by key. If a key has
-        several flags, the last one is used. A different model.name replaces the section
-        `model` by the defaults of that network.
+        several flags, the last one is used. A different model.name selects another
+        section `model`, with the values that the file sets if that network has these keys.
 
     Raises:
       ConfigError: There is no such file, the file raises an error, or a key does not exist
@@ -264,7 +264,7 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
     network = str(overrides.get("model.name", config.model.name))
     check_value("model.name", network)
     if network != config.model.name:
-        config.model = default_config(network).model
+        config.model = _section_of(network, config.model)
     for key in overrides:
         check_key(key, network)
     command = [sys.argv[0], *(f"--config.{key}={value}" for key, value in overrides.items())]
@@ -278,6 +278,23 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
     except (AttributeError, KeyError, TypeError, flags.Error) as error:
         raise ConfigError(f"--config: {path}: {error}") from error
     return values.config
+
+
+def _section_of(network: str, section: Config) -> Config:
+    """Returns the section `model` of a network, with the values that a file sets for another one.
+
+    Args:
+      network: The name of the network.
+      section: The section `model` of the other network. The values in it that differ from the
+        other network's defaults are kept if `network` has these keys too.
+    """
+    changed = default_config(network).model
+    defaults = default_config(section.name).model
+    with changed.ignore_type():
+        for key, value in section.items():
+            if key != "name" and key in changed and value != defaults[key]:
+                changed[key] = value
+    return changed
 
 
 # The functions below parse the command line.

@@ -43,6 +43,16 @@ def fraction(default: float, comment: str) -> Key:
     return number(default, comment, "from 0 to 1", lambda v: 0 <= v <= 1)
 
 
+def fraction_below_one(default: float, comment: str) -> Key:
+    """Creates a key whose value is a number from 0 to below 1."""
+    return number(default, comment, "from 0 to below 1", lambda v: 0 <= v < 1)
+
+
+def positive(default: float, comment: str) -> Key:
+    """Creates a key whose value is a number above 0."""
+    return number(default, comment, "above 0", lambda v: v > 0)
+
+
 def numbers(
     default: Sequence[float], comment: str, requirement: str, accepts: Callable[[float], bool]
 ) -> Key:

@@ -14,7 +14,7 @@ from cnn_jax.config.schema import (
     uses_weights_preprocessing,
 )
 from cnn_jax.data.sources import absolute
-from cnn_jax.models import hub
+from cnn_jax.models import NETWORKS, hub
 from cnn_jax.models.network import compute_dtype
 from cnn_jax.models.pretrained import PREPROCESSING_KEYS, check_network, open_weights
 from cnn_jax.system.errors import ConfigError
@@ -87,6 +87,13 @@ def _resolve_pretrained(resolved: Config, previous: Mapping[str, Any]) -> None:
     name = resolved.model.get("pretrained")
     if not name:
         return
+    if name == "auto":
+        name = NETWORKS[resolved.model.name].weights
+        if not name:
+            raise ConfigError(
+                f"config.model.pretrained: the network {resolved.model.name} has no usual weights; "
+                "set a model id or a path"
+            )
     name = hub.absolute(name)
     source = str(previous.get("model.pretrained", ""))
     if source and name in (source, source.partition("@")[0]):

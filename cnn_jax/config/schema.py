@@ -18,10 +18,12 @@ from cnn_jax.config.keys import (
     boolean,
     choice,
     fraction,
+    fraction_below_one,
     integer,
     is_int,
     number,
     numbers,
+    positive,
     text,
 )
 from cnn_jax.models import NETWORKS
@@ -182,28 +184,22 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "from 0 to 1 (a full turn)",
             lambda v: 0 <= v <= 1,
         ),
-        "zoom": number(
+        "zoom": fraction_below_one(
             0.2,
             "The largest zoom in or out, as a fraction.",
-            "from 0 to below 1",
-            lambda v: 0 <= v < 1,
         ),
         "contrast": fraction(0.2, "The largest change of contrast up or down, as a fraction."),
         "mixup_probability": fraction(
             0.0, "The fraction of images that MixUp blends with another image."
         ),
-        "mixup_alpha": number(
+        "mixup_alpha": positive(
             0.2,
             "The weight of the other image is drawn from Beta(alpha, alpha).",
-            "above 0",
-            lambda v: v > 0,
         ),
         "cutmix_probability": fraction(
             0.0, "The fraction of images that get a box of another image (CutMix)."
         ),
-        "cutmix_alpha": number(
-            1.0, "The area of the box is drawn from Beta(alpha, alpha).", "above 0", lambda v: v > 0
-        ),
+        "cutmix_alpha": positive(1.0, "The area of the box is drawn from Beta(alpha, alpha)."),
         "place": choice(
             "auto",
             "Where images are augmented; auto: on the host if the device is a CPU.",
@@ -218,11 +214,9 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
     },
     "optimizer": {
-        "learning_rate": number(
+        "learning_rate": positive(
             1e-3,
             "Adam's learning rate at the start of the cosine decay.",
-            "above 0",
-            lambda v: v > 0,
         ),
         "final_learning_rate": number(
             1e-4, "The learning rate at the end of the cosine decay.", "0 or more", lambda v: v >= 0
@@ -289,11 +283,9 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "may be 0.",
             low=0,
         ),
-        "label_smoothing": number(
+        "label_smoothing": fraction_below_one(
             0.1,
             "The probability that the target spreads over all classes.",
-            "from 0 to below 1",
-            lambda v: 0 <= v < 1,
         ),
         "balance": choice(
             "none",
@@ -428,10 +420,22 @@ def check_key(key: str, network: str | None = None) -> None:
                 f"the network of the weights: {others}"
             )
         own = ", ".join(f"model.{name}" for name in NETWORKS[network or "cnn"].keys)
-        raise ConfigError(f"config.{key}: the network {network} has no such key; it has {own}")
+        raise ConfigError(
+            f"config.{key}: the network {network} has no such key; it has {own}"
+            f"{_networks_hint(_name(key))}"
+        )
     near = closest_key(key)
     hint = f"; did you mean {near}?" if near else ""
     raise ConfigError(f"config.{key}: there is no such key{hint}")
+
+
+def _networks_hint(name: str) -> str:
+    """Returns the end of an error message that names the networks with a key, at most three."""
+    owners = [network for network in NETWORKS if name in NETWORKS[network].keys]
+    if len(owners) == 1:
+        return f"; the network {owners[0]} has it: set model.name={owners[0]}"
+    named = ", ".join(owners[:3]) + (f" and {len(owners) - 3} more" if len(owners) > 3 else "")
+    return f"; the networks {named} have it: set model.name to one of them"
 
 
 def closest_key(key: str) -> str | None:
@@ -566,7 +570,7 @@ def uses_weights_preprocessing(config: Config) -> bool:
 
 def check_image_size(config: Config) -> None:
     """Raises ConfigError if the network cannot take images of the size `data.image_size`."""
-    divisor = NETWORKS[config.model.name].size_divisor(config.model)
+    divisor = NETWORKS[config.model.name].size_divisor(config.model.to_dict())
     if any(side % divisor for side in image_size(config)):
         raise ConfigError(
             f"config.data.image_size: must be a multiple of {divisor} for the network "

@@ -25,9 +25,21 @@ from jaxtyping import Array, Float, UInt8
 _DRAWS = ("matrix", "contrast")
 
 
+def _range(default: Any, words: str) -> Any:
+    """Creates a field of `Augmentation`.
+
+    Args:
+      default: The value that does not change the images.
+      words: The text for any other value, with "{}" in the place of the value.
+    """
+    return dataclasses.field(default=default, metadata={"words": words})
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """The ranges from which the random parameters of augmentation are drawn.
+
+    The default of each range does not change the images.
 
     Attributes:
       flip: One of `schema.FLIPS`; each named axis is mirrored with probability 1/2.
@@ -36,10 +48,10 @@ class Augmentation:
       contrast: The contrast factor is 1 - contrast to 1 + contrast.
     """
 
-    flip: str = "none"
-    rotation: float = 0.0
-    zoom: float = 0.0
-    contrast: float = 0.0
+    flip: str = _range("none", "flip {}")
+    rotation: float = _range(0.0, "rotation up to {:g}")
+    zoom: float = _range(0.0, "zoom up to {:g}")
+    contrast: float = _range(0.0, "contrast up to {:g}")
 
     @classmethod
     def from_config(cls, augment: Any) -> "Augmentation":
@@ -55,13 +67,11 @@ class Augmentation:
 
     def describe(self) -> str:
         """Describes the ranges as text, such as "flip horizontal, rotation up to 0.2"."""
-        ranges = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
         return ", ".join(
-            f"{name} {value.replace('_', ' ')}"
-            if isinstance(value, str)
-            else f"{name} up to {value:g}"
-            for name, value in ranges.items()
-            if value not in ("none", 0)
+            field.metadata["words"].format(value).replace("_", " ")
+            for field, value in values
+            if value != field.default
         )
 
 
@@ -117,6 +127,11 @@ def draw(
     )
     contrast = 1 + rng.uniform(-1, 1, batch_size) * augmentation.contrast
     return {"matrix": matrix, "contrast": contrast.astype(np.float32)}
+
+
+def identity_draws(batch_size: int, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Returns the parameters of `draw` with which a batch of images stays as it is."""
+    return draw(np.random.default_rng(0), Augmentation(), batch_size, image_size)
 
 
 def draws_in(batch: Mapping[str, Any]) -> dict[str, Any]:

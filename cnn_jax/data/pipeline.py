@@ -166,7 +166,7 @@ def training_batches(
       batch_size: The number of examples in a batch.
       augmentation: The ranges of the random draws.
       place: Where images are augmented: "host" (in this stream), or "device". With "device" a
-        batch contains the draws "matrix" and "contrast" for the training step.
+        batch contains the arrays of `augment.draw` for the training step.
       seed: The seed of the orders and draws.
       start: The number of the first batch. Earlier batches are not computed.
       stop: The number after the last batch; no later batch is read ahead. None: the stream is

@@ -74,13 +74,10 @@ def cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
     """Class activation maps (Zhou et al. 2016): feature maps, weighted by the last layer's weights.
 
     Raises:
-      ValueError: The network has a hidden layer between its feature maps and its head.
+      ValueError: The head of the network does not receive the mean feature maps.
     """
     if not allows_cam(predictor):
-        raise ValueError(
-            "cam needs a network whose head receives the mean feature maps (model.dense=0); "
-            "grad_cam works for any network"
-        )
+        raise ValueError(why_no_cam(predictor))
     return _maps_by_combination(_cam, predictor, images, classes)
 
 
@@ -188,6 +185,16 @@ def method_named(text: str) -> str | None:
 def allows_cam(predictor: BundlePredictor) -> bool:
     """Returns whether the method `cam` works: the last layer must receive the mean feature maps."""
     return network_parts(predictor.model, predictor.variables).embedding_is_mean_map
+
+
+def why_no_cam(predictor: BundlePredictor) -> str:
+    """Returns the error message for a network for which the method `cam` does not work."""
+    # The key `dense` is the number of units of a hidden layer before the head.
+    hint = " (model.dense=0)" if hasattr(predictor.model, "dense") else ""
+    return (
+        f"cam needs a network whose head receives the mean feature maps{hint}; grad_cam works for "
+        "any network"
+    )
 
 
 def methods_for(predictor: BundlePredictor) -> dict[str, Method]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cnn_jax.data import Track, decode, no_track
 from cnn_jax.explain import checks, features
-from cnn_jax.explain.maps import METHODS, method_named, methods_for
+from cnn_jax.explain.maps import METHODS, method_named, methods_for, why_no_cam
 from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.inference.batching import BATCH_SIZE
 from cnn_jax.inference.images import ImageReader
@@ -63,10 +63,7 @@ def choose_methods(predictor: BundlePredictor, names: Sequence[str]) -> list[str
                 f"are {', '.join(METHODS)}, and all for every method"
             )
         if method not in allowed:
-            raise ConfigError(
-                f"--method: {method} needs a network whose head receives the mean feature maps "
-                "(model.dense=0); grad_cam works for any network"
-            )
+            raise ConfigError(f"--method: {why_no_cam(predictor)}")
         methods.append(method)
     return list(dict.fromkeys(methods))
 
@@ -278,14 +275,14 @@ def _save_feature_maps(
 def feature_map_grids(
     predictor: BundlePredictor, pixels: UInt8[np.ndarray, "height width 3"]
 ) -> dict[str, Picture]:
-    """Draws the feature maps of an image, with one picture for each convolution.
+    """Draws the feature maps of an image, with one picture for each stage.
 
     Args:
       predictor: A loaded bundle.
       pixels: An image of the predictor's size.
 
     Returns:
-      For each convolution, by name, a grid of its feature maps. Each map has its own scale.
+      For each stage, by name, a grid of its feature maps. Each map has its own scale.
     """
     colours = matplotlib.colormaps["viridis"]
     grids = {}

@@ -5,10 +5,11 @@ the list before JAX is imported.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cnn_jax.config.keys import Key, boolean, choice, integer, is_int, number, text
+from cnn_jax.config import keys
+from cnn_jax.config.keys import Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,39 +20,59 @@ class Network:
       path: The class of the network, or a function that makes one, as "package.module:name". The
         keys below are fields of the network, except `pretrained`.
       keys: The keys of the section `model` of the configuration, without `name`.
-      size_divisor: A function from the section `model` to the number that must divide the height
-        and the width of the images.
+      size_divisor: A function from the section `model`, as a dictionary, to the number that must
+        divide the height and the width of the images.
+      weights: The pretrained weights for the value "auto" of the key `pretrained`; empty: none.
     """
 
     path: str
     keys: Mapping[str, Key]
     size_divisor: Callable[[Mapping[str, Any]], int] = lambda section: 1
+    weights: str = ""
+
+
+# The functions below create the keys and divisors that several networks have.
+
+
+def _channels(default: Sequence[int], comment: str) -> Key:
+    """Creates a key whose value is a list of channel counts, one for each block of a network."""
+
+    def accepts(value: Any) -> bool:
+        is_list = isinstance(value, tuple | list) and len(value) > 0
+        return is_list and all(keys.is_int(count) and count > 0 for count in value)
+
+    return Key(default, "one or more channel counts, each 1 or more", accepts, comment)
+
+
+def _divisor_of_pools(section: Mapping[str, Any]) -> int:
+    """Returns the divisor of a network with a 2 x 2 pooling after each block except the last.
+
+    Each pooling halves the height and the width. The key `features` has a value for each block.
+    """
+    return 2 ** (len(section["features"]) - 1)
 
 
 # The keys of all networks with pretrained weights.
 _BACKBONE_KEYS = {
-    "pretrained": text(
+    "pretrained": keys.text(
         "",
         "The pretrained weights: a model id of the Hugging Face hub, a safetensors file or a "
-        "bundle; empty: random weights.",
-        "a model id, a path, or empty",
+        "bundle; auto: the usual weights of this network; empty: random weights.",
+        "a model id, a path, auto, or empty",
         lambda v: True,
     ),
-    "embedding": choice(
+    "embedding": keys.choice(
         "last",
         "last: the head sees the last feature maps only; stages: it sees the mean and the "
         "standard deviation of the feature maps of all stages too.",
         ("last", "stages"),
     ),
-    "dropout": number(
-        0.0,
-        "The fraction of the head's inputs that a training step leaves out.",
-        "from 0 to below 1",
-        lambda v: 0 <= v < 1,
+    "dropout": keys.fraction_below_one(
+        0.0, "The fraction of the head's inputs that a training step leaves out."
     ),
 }
 _BATCH_NORM_KEYS = {
-    "batch_norm_statistics": choice(
+    "batch_norm_statistics": keys.choice(
         "auto",
         "frozen: BatchNorm keeps its initial statistics; batch: it uses those of the batches; "
         "auto: frozen with pretrained weights, else batch.",
@@ -59,74 +80,62 @@ _BATCH_NORM_KEYS = {
     ),
 }
 _DROP_PATH_KEYS = {
-    "drop_path": number(
+    "drop_path": keys.fraction_below_one(
         0.0,
         "The probability that an image skips the last block in a training step; it grows from 0 "
         "in proportion to the block's number.",
-        "from 0 to below 1",
-        lambda v: 0 <= v < 1,
     ),
 }
 
 
 def _resnet(name: str) -> Network:
-    return Network(f"cnn_jax.models.resnet:{name}", _BACKBONE_KEYS | _BATCH_NORM_KEYS)
+    own = _BACKBONE_KEYS | _BATCH_NORM_KEYS
+    return Network(f"cnn_jax.models.resnet:{name}", own, weights=f"timm/{name}.a1_in1k")
 
 
-def _efficientnet(name: str) -> Network:
-    keys = _BACKBONE_KEYS | _BATCH_NORM_KEYS | _DROP_PATH_KEYS
-    return Network(f"cnn_jax.models.efficientnet:{name}", keys)
+def _efficientnet(name: str, tag: str) -> Network:
+    own = _BACKBONE_KEYS | _BATCH_NORM_KEYS | _DROP_PATH_KEYS
+    weights = f"timm/{name}.{tag}" if tag else ""
+    return Network(f"cnn_jax.models.efficientnet:{name}", own, weights=weights)
 
 
 NETWORKS = {
     "cnn": Network(
         path="cnn_jax.models.cnn:CNN",
         keys={
-            "features": Key(
-                default=(32, 64, 128),
-                requirement="one or more channel counts, each 1 or more",
-                accepts=lambda v: (
-                    isinstance(v, tuple | list)
-                    and len(v) > 0
-                    and all(is_int(n) and n > 0 for n in v)
-                ),
-                comment="Channels of each convolution.",
+            "features": _channels((32, 64, 128), "Channels of each convolution."),
+            "dense": keys.integer(256, "Units of the hidden layer; 0: no hidden layer.", low=0),
+            "dropout": keys.fraction_below_one(
+                0.5, "The fraction of hidden units that a training step leaves out."
             ),
-            "dense": integer(256, "Units of the hidden layer; 0: no hidden layer.", low=0),
-            "dropout": number(
-                0.5,
-                "The fraction of hidden units that a training step leaves out.",
-                "from 0 to below 1",
-                lambda v: 0 <= v < 1,
-            ),
-            "batch_norm": boolean(True, "BatchNorm after each convolution."),
+            "batch_norm": keys.boolean(True, "BatchNorm after each convolution."),
         },
-        # Each convolution except the last is followed by a 2 x 2 pooling, which halves the
-        # height and the width.
-        size_divisor=lambda section: 2 ** (len(section["features"]) - 1),
+        size_divisor=_divisor_of_pools,
     ),
     "resnet18": _resnet("resnet18"),
     "resnet34": _resnet("resnet34"),
     "resnet50": _resnet("resnet50"),
     # timm's networks pad symmetrically; those with the prefix "tf_" pad as TensorFlow does.
-    "efficientnet_b0": _efficientnet("efficientnet_b0"),
-    "efficientnet_lite0": _efficientnet("efficientnet_lite0"),
-    "efficientnet_lite1": _efficientnet("efficientnet_lite1"),
-    "efficientnet_lite2": _efficientnet("efficientnet_lite2"),
-    "tf_efficientnet_b0": _efficientnet("tf_efficientnet_b0"),
-    "tf_efficientnet_lite0": _efficientnet("tf_efficientnet_lite0"),
-    "tf_efficientnet_lite1": _efficientnet("tf_efficientnet_lite1"),
-    "tf_efficientnet_lite2": _efficientnet("tf_efficientnet_lite2"),
+    "efficientnet_b0": _efficientnet("efficientnet_b0", "ra_in1k"),
+    "efficientnet_lite0": _efficientnet("efficientnet_lite0", "ra_in1k"),
+    "efficientnet_lite1": _efficientnet("efficientnet_lite1", ""),
+    "efficientnet_lite2": _efficientnet("efficientnet_lite2", ""),
+    "tf_efficientnet_b0": _efficientnet("tf_efficientnet_b0", "in1k"),
+    "tf_efficientnet_lite0": _efficientnet("tf_efficientnet_lite0", "in1k"),
+    "tf_efficientnet_lite1": _efficientnet("tf_efficientnet_lite1", "in1k"),
+    "tf_efficientnet_lite2": _efficientnet("tf_efficientnet_lite2", "in1k"),
     "convnext_tiny": Network(
         "cnn_jax.models.convnext:convnext_tiny",
         _BACKBONE_KEYS | _DROP_PATH_KEYS,
         # Patches of 4 x 4 pixels, then three times of 2 x 2 pixels; pixels beyond whole patches
         # would be ignored.
         size_divisor=lambda section: 32,
+        weights="timm/convnext_tiny.in12k_ft_in1k",
     ),
     "vit_small_patch14_dinov2": Network(
         "cnn_jax.models.vit:vit_small_patch14_dinov2",
         _BACKBONE_KEYS | _DROP_PATH_KEYS,
         size_divisor=lambda section: 14,
+        weights="timm/vit_small_patch14_dinov2.lvd142m",
     ),
 }

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnn_jax.models.base import Backbone, NetworkParts, Stages
-from cnn_jax.models.layers import convolve_and_normalize
+from cnn_jax.models.convolutions import convolve_and_normalize
 
 
 class _Row(NamedTuple):
@@ -70,7 +70,7 @@ class InvertedResidual(nn.Module):
       drop_path: The probability that an example skips the block in training.
       is_training: Whether to skip blocks at random.
       activation: The activation function.
-      conv_norm: `layers.convolve_and_normalize` with the options of the network.
+      conv_norm: `convolve_and_normalize` with the options of the network.
       dtype: The dtype of the computation.
     """
 
@@ -128,7 +128,7 @@ class EfficientNet(Backbone):
       is_lite: Whether the network is a Lite one: ReLU6 instead of SiLU, no
         squeeze-and-excitation, and factors that change neither the stem, nor the last
         convolution, nor the number of blocks of the first and last row.
-      padding: "symmetric" or "same"; see `layers.convolve_and_normalize`.
+      padding: "symmetric" or "same"; see `convolve_and_normalize`.
       epsilon: The epsilon of BatchNorm.
       batch_norm_statistics: "frozen" or "batch": the statistics of BatchNorm in training.
       drop_path: The probability that an example skips the last block in training. It grows

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnn_jax.models.base import Backbone, NetworkParts, Stages
-from cnn_jax.models.layers import convolve_and_normalize
+from cnn_jax.models.convolutions import convolve_and_normalize
 
 
 class BasicBlock(nn.Module):
@@ -18,7 +18,7 @@ class BasicBlock(nn.Module):
     Attributes:
       features: The number of output channels.
       stride: The stride of the first convolution and of the shortcut.
-      conv_norm: `layers.convolve_and_normalize` with the options of the network.
+      conv_norm: `convolve_and_normalize` with the options of the network.
     """
 
     features: int
@@ -43,7 +43,7 @@ class Bottleneck(nn.Module):
     Attributes:
       features: The number of output channels.
       stride: The stride of the 3 x 3 convolution and of the shortcut.
-      conv_norm: `layers.convolve_and_normalize` with the options of the network.
+      conv_norm: `convolve_and_normalize` with the options of the network.
     """
 
     features: int

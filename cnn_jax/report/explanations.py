@@ -153,7 +153,7 @@ def _features(network: Network) -> Figures:
 
 
 def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
-    """Draws the filters of the first convolution, and the feature maps of a test image.
+    """Draws the filters of the first layer if it is a convolution, and the maps of a test image.
 
     The image is the correctly classified test image with the highest confidence.
 

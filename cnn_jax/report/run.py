@@ -40,11 +40,15 @@ class MissingError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The parts of a run's configuration that the report uses."""
+    """The parts of a run's configuration that the report uses.
+
+    `dropout` is None if the network has no such key.
+    """
 
     source: str
     image_size: tuple[int, ...]
     model: str
+    dropout: float | None
     precision: str
     epochs: int
     monitor: str
@@ -67,6 +71,7 @@ class Settings:
             source=data["source"],
             image_size=tuple(data["image_size"]),
             model=config["model"]["name"],
+            dropout=config["model"].get("dropout"),
             precision=config["precision"],
             epochs=train["epochs"],
             monitor=train["monitor"],

@@ -4,6 +4,7 @@ A function raises MissingError with the reason if its section cannot be computed
 page is described by a dictionary, which the function `example` makes.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +97,7 @@ def curves(run: Run) -> Figures:
         **columns,
     }
     train, validation = (run.figures.get(split) for split in ("train", "validation"))
-    return figures | verdicts.training(figures, train, validation)
+    return figures | verdicts.training(figures, train, validation, run.settings.dropout)
 
 
 _CURVES = ("loss", "accuracy")
@@ -230,10 +231,7 @@ def augmentation(run: Run) -> Figures:
     names = run.need_network().class_names
     ranges = run.settings.augmentation
     return {
-        "flip": ranges.flip,
-        "rotation": ranges.rotation,
-        "zoom": ranges.zoom,
-        "contrast": ranges.contrast,
+        **dataclasses.asdict(ranges),
         "is_off": ranges.is_identity(),
         "description": ranges.describe(),
         "classes": [names[label] for label in batch["label"]],

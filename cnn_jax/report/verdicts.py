@@ -132,18 +132,22 @@ def calibrated_error(confidence: Float[np.ndarray, " n"]) -> dict[str, float]:
 
 
 def training(
-    curves: Mapping[str, Any], train: Mapping[str, Any] | None, validation: Mapping[str, Any] | None
+    curves: Mapping[str, Any],
+    train: Mapping[str, Any] | None,
+    validation: Mapping[str, Any] | None,
+    dropout: float | None = None,
 ) -> dict[str, Any]:
     """Returns a verdict on the training of a network, and advice on what to try next.
 
     The gap between training and validation accuracy is measured with the finished network on
-    images without augmentation. During training, dropout and augmentation make the training
-    images harder than the validation images.
+    images without augmentation. During training, augmentation and dropout make the training
+    accuracy lower.
 
     Args:
       curves: Columns by epoch, `best_epoch` and `epochs`.
       train: The training metrics of the finished network; None if the run is not finished.
       validation: The validation metrics of the finished network, or None.
+      dropout: The network's key `dropout`; None if the network has no such key.
 
     Returns:
       "verdict", one to four words; "words", sentences; and "gap", "train_accuracy_at_end" and
@@ -173,7 +177,7 @@ def training(
     )
     if high < low:
         apart += ", with validation ahead"
-    name, advice = _verdict(curves, train, validation)
+    name, advice = _verdict(curves, train, validation, dropout)
     return {
         "gap": high - low,
         "train_accuracy_at_end": high,
@@ -184,10 +188,17 @@ def training(
 
 
 def _verdict(
-    curves: Mapping[str, Any], train: Mapping[str, Any], validation: Mapping[str, Any]
+    curves: Mapping[str, Any],
+    train: Mapping[str, Any],
+    validation: Mapping[str, Any],
+    dropout: float | None,
 ) -> tuple[str, str]:
     """Returns the verdict, and an explanation with measured values and advice."""
     epochs, best = curves["epochs"], curves["best_epoch"]
+    # The end of a list of advice. A network without the key `dropout` cannot have more dropout.
+    regularization = " or stronger augmentation"
+    if dropout is not None:
+        regularization = ", stronger augmentation or more dropout"
     if not beats_chance(validation):
         return "at chance", _at_chance(curves, train)
     if epochs == 1:
@@ -199,12 +210,12 @@ def _verdict(
     if gap > _GAP and has_gap:
         return "overfits", (
             "It overfits: the 95 % confidence intervals of the two accuracies do not overlap."
-            f"{_rise(curves)} More images, stronger augmentation or more dropout may help."
+            f"{_rise(curves)} More images{regularization} may help."
         )
     if decline := _decline(curves, validation):
         return "peaked early", (
-            f"{decline} The weights of epoch {best} are kept. A lower learning rate, stronger "
-            "augmentation or more dropout may keep later epochs from getting worse."
+            f"{decline} The weights of epoch {best} are kept. A lower learning rate"
+            f"{regularization} may keep later epochs from getting worse."
         )
     if gap > _GAP:
         reach = half_width(_interval(validation))
@@ -227,7 +238,7 @@ def _verdict(
                 f"{best}, and the training loss went {_from_to(curves['train_loss'])} in the "
                 "second half of the epochs. Train longer before you change anything else."
             )
-        return "underfits", f"It underfits: {_underfit(curves, train)}"
+        return "underfits", f"It underfits: {_underfit(curves, train, dropout or 0)}"
     if train["accuracy"] == validation["accuracy"] == 1:
         return (
             "balanced",
@@ -331,7 +342,7 @@ def _decline(curves: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
     )
 
 
-def _underfit(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
+def _underfit(curves: Mapping[str, Any], train: Mapping[str, Any], dropout: float) -> str:
     """Returns advice for low training and validation accuracies and a flat training loss."""
     start = "both accuracies are low, they differ little, and the training loss has levelled off."
     rates = curves.get("learning_rate") or [0.0]
@@ -343,9 +354,9 @@ def _underfit(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
     augmented = curves["train_accuracy"][curves["epoch"].index(curves["best_epoch"])]
     if train["accuracy"] - augmented > _GAP:
         return (
-            f"{start} With augmentation and dropout, {percent(augmented)} of the training images "
-            "were classified correctly, fewer than without: weaker augmentation or less dropout "
-            "may help."
+            f"{start} With augmentation{' and dropout' if dropout else ''}, {percent(augmented)} "
+            "of the training images were classified correctly, fewer than without: weaker "
+            f"augmentation{' or less dropout' if dropout else ''} may help."
         )
     return f"{start} A larger network or another learning rate may help."
 

@@ -533,7 +533,13 @@ def _fit_head(run: _Run, state: TrainState, track: Track) -> tuple[TrainState, d
     class_weights = None
     if config.train.balance != "none":
         class_weights = balanced_weights(dataset.findings.counts["train"])
-    fitted = probe.fit(features, dataset, class_weights)
+    parts = {name: dataset.splits[name] for name in ("train", "validation")}
+    fitted = probe.fit(
+        {name: features[indices] for name, indices in parts.items()},
+        {name: dataset.source.labels[indices] for name, indices in parts.items()},
+        len(dataset.source.class_names),
+        class_weights,
+    )
     clock.count(len(features))
     head = {
         "kernel": sharding.distribute(fitted.kernel, state.params["head"]["kernel"].sharding),

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -127,34 +128,31 @@ def _cache_key(variables: PyTree, config: Any, dataset: Dataset) -> str:
 
 
 def fit(
-    features: Float[np.ndarray, "examples embedding"],
-    dataset: Dataset,
+    features: Mapping[str, Float[np.ndarray, "_examples embedding"]],
+    labels: Mapping[str, Int[np.ndarray, " _examples"]],
+    num_classes: int,
     class_weights: Float[np.ndarray, " classes"] | None = None,
 ) -> Probe:
     """Fits the head to the training split; chooses the L2 penalty by validation accuracy.
 
-    The loss is the mean cross-entropy plus l2 / 2 times the squared norm of the kernel. The
-    features are standardised for the fit by their mean and standard deviation on the training
-    split, and the kernel and the bias of the result include this standardisation.
+    The loss is the mean cross-entropy plus l2 / 2 times the squared norm of the kernel. For the
+    fit, the features are standardised by their mean and standard deviation on the training
+    split; the kernel and the bias of the result include this standardisation.
 
     Args:
-      features: The embedding of each example; see `embeddings`.
-      dataset: The data set, whose splits and labels are used.
+      features: The embeddings of the splits "train" and "validation".
+      labels: The classes of the examples of both splits.
+      num_classes: The number of classes.
       class_weights: A factor for the losses of each class; None for a factor of 1.
     """
-    splits, labels = dataset.splits, dataset.source.labels
-    num_classes = len(dataset.source.class_names)
-    train = features[splits["train"]]
+    train = features["train"]
     mean, deviation = train.mean(axis=0), np.maximum(train.std(axis=0), _MIN_DEVIATION)
-    scaled = {
-        name: jnp.asarray((features[splits[name]] - mean) / deviation)
-        for name in ("train", "validation")
-    }
-    targets = {name: jnp.asarray(labels[splits[name]]) for name in scaled}
+    scaled = {name: jnp.asarray((array - mean) / deviation) for name, array in features.items()}
+    targets = {name: jnp.asarray(array) for name, array in labels.items()}
     weights = np.ones(num_classes) if class_weights is None else class_weights
-    weights = jnp.asarray(weights[labels[splits["train"]]], jnp.float32)
+    weights = jnp.asarray(weights[labels["train"]], jnp.float32)
     params = {
-        "kernel": jnp.zeros((features.shape[1], num_classes)),
+        "kernel": jnp.zeros((train.shape[1], num_classes)),
         "bias": jnp.zeros(num_classes),
     }
     best: tuple[tuple[float, float], float, Any] | None = None
@@ -176,7 +174,7 @@ def fit(
 
 
 def _logits(params: PyTree, features: Array) -> Array:
-    return features @ params["kernel"] + params["bias"]
+    return features @ params["kernel"] + params["bias"][None]
 
 
 @jax.jit

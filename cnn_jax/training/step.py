@@ -116,8 +116,8 @@ class TrainStep:
 
         Args:
           state: The state before the step.
-          batch: "image" uint8 [B, H, W, 3], "label" int32 [B], "mask" bool [B]; also "matrix"
-            and "contrast" of `augment.draw` if this step augments the images.
+          batch: "image" uint8 [B, H, W, 3], "label" int32 [B], "mask" bool [B]; also the
+            arrays of `augment.draw` if this step augments the images.
 
         Returns:
           The state after the step, and the metrics of this batch in training mode, with

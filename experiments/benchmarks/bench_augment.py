@@ -36,14 +36,14 @@ def main() -> None:
     for side in (32, 64, 128, 224):
         images = rng.integers(0, 256, (BATCH_SIZE, side, side, 3), np.uint8)
         draws = augment.draw(rng, recipe, BATCH_SIZE, (side, side))
-        arguments = (images, draws["matrix"], draws["contrast"])
-        on_devices = tuple(jnp.array(argument) for argument in arguments)
-        jax.block_until_ready(on_device(*on_devices))
+        arguments = {"images": images, **draws}
+        device_arguments = jax.tree.map(jnp.array, arguments)
+        jax.block_until_ready(on_device(**device_arguments))
         host, device = [], []
         for _ in range(REPEATS):
-            host.append(_seconds(lambda: augment.apply_on_host(*arguments)))  # noqa: B023
+            host.append(_seconds(lambda: augment.apply_on_host(**arguments)))  # noqa: B023
             device.append(
-                _seconds(lambda: jax.block_until_ready(on_device(*on_devices)))  # noqa: B023
+                _seconds(lambda: jax.block_until_ready(on_device(**device_arguments)))  # noqa: B023
             )
         host_ms, device_ms = 1e3 * statistics.median(host), 1e3 * statistics.median(device)
         print(f"{side:>8}  {host_ms:>8.2f}  {device_ms:>9.2f}  {device_ms / host_ms:>13.1f}")

@@ -8,6 +8,7 @@ Prints the mean difference in grey levels; exits with 1 if a difference is above
 
 import sys
 
+import jax
 import jax.numpy as jnp
 import keras  # type: ignore[import-not-found]
 import numpy as np
@@ -17,16 +18,20 @@ from cnn_jax.data import augment
 SIZE = (16, 20)
 
 
-def _ours(image: np.ndarray, turns: float = 0.0, zoom: float = 0.0) -> np.ndarray:
-    matrix = augment.affine_matrix(
+def _ours(image: np.ndarray, **changes: np.ndarray) -> np.ndarray:
+    """Applies draws to an image; all draws except `changes` keep the image as it is."""
+    draws = augment.identity_draws(1, SIZE) | changes
+    return np.asarray(augment.apply_on_device(jnp.array(image), **jax.tree.map(jnp.array, draws)))
+
+
+def _matrix(turns: float = 0.0, zoom: float = 0.0) -> np.ndarray:
+    return augment.affine_matrix(
         mirror_x=np.array([False]),
         mirror_y=np.array([False]),
         angle=np.array([2 * np.pi * turns]),
         window=np.array([1 + zoom]),
         image_size=SIZE,
     )
-    moved = augment.apply_on_device(jnp.array(image), jnp.array(matrix), jnp.ones(1))
-    return np.asarray(moved)
 
 
 def _keras(layer: keras.layers.Layer, image: np.ndarray) -> np.ndarray:
@@ -39,9 +44,9 @@ def main() -> None:
     for factor in (-0.2, -0.1, 0.05, 0.2):
         fill = {"fill_mode": "reflect", "interpolation": "bilinear"}
         rotated = _keras(keras.layers.RandomRotation((factor, factor), **fill), image)
-        differences[f"rotation {factor:+}"] = rotated - _ours(image, turns=factor)
+        differences[f"rotation {factor:+}"] = rotated - _ours(image, matrix=_matrix(turns=factor))
         zoomed = _keras(keras.layers.RandomZoom((factor, factor), **fill), image)
-        differences[f"zoom {factor:+}"] = zoomed - _ours(image, zoom=factor)
+        differences[f"zoom {factor:+}"] = zoomed - _ours(image, matrix=_matrix(zoom=factor))
     for seed in range(3):
         theirs = _keras(keras.layers.RandomContrast(0.2, value_range=(0, 255), seed=seed), image)
         # Keras does not return the random factor. So the factor is computed from a pixel whose
@@ -49,9 +54,8 @@ def main() -> None:
         mean = image.mean(axis=(1, 2))[0, 0]
         row = int(np.abs(image[0, :, 0, 0] - mean).argmin())
         factor = (theirs[0, row, 0, 0] - mean) / (image[0, row, 0, 0] - mean)
-        identity = jnp.array(np.eye(2, 3, dtype=np.float32)[None])
-        ours = augment.apply_on_device(jnp.array(image), identity, jnp.array([factor], jnp.float32))
-        differences[f"contrast {factor:.3f}"] = theirs - np.asarray(ours)
+        ours = _ours(image, contrast=np.array([factor], np.float32))
+        differences[f"contrast {factor:.3f}"] = theirs - ours
 
     print(f"keras {keras.__version__}")
     largest = 0.0

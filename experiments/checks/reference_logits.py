@@ -96,6 +96,11 @@ def _random_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return rng.normal(0, 0.2, shape).astype(np.float32)
 
 
+def load_reference(name: str) -> dict[str, Any]:
+    """Returns what `make_reference` has returned when the file of a network was written."""
+    return json.loads(gzip.decompress((REFERENCES / f"{name}.json.gz").read_bytes()))
+
+
 def main() -> None:
     """Writes the references of the networks that the command line names, or of all networks."""
     parser = argparse.ArgumentParser()
@@ -112,7 +117,7 @@ def make_reference(name: str) -> dict[str, Any]:
     """Returns the shapes of a network's state dict, its logits, and the mean of a stage."""
     import torch
 
-    timm = _import_timm()
+    timm = import_timm()
     reference = NETWORKS[name]
     model = timm.create_model(name, num_classes=NUM_CLASSES, **reference.arguments).eval()
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -136,7 +141,7 @@ def make_reference(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _import_timm() -> Any:
+def import_timm() -> Any:
     """Imports timm; if torchvision is missing, a stand-in replaces it.
 
     timm imports torchvision, but none of the compared networks uses it.

@@ -42,6 +42,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from cnn_jax.config import files, schema  # noqa: E402
 from cnn_jax.config.schema import Config  # noqa: E402
+from cnn_jax.data.augment import Augmentation  # noqa: E402
 from cnn_jax.system import cli  # noqa: E402
 from cnn_jax.system.atomic import write_text  # noqa: E402
 from cnn_jax.system.errors import ConfigError, UserError  # noqa: E402
@@ -62,10 +63,7 @@ _START_AGAIN, _USAGE = cli.START_AGAIN, 2
 
 _NO_MIXING = {"augment.mixup_probability": 0, "augment.cutmix_probability": 0}
 _NO_AUGMENTATION = {
-    "augment.flip": "none",
-    "augment.rotation": 0,
-    "augment.zoom": 0,
-    "augment.contrast": 0,
+    **{f"augment.{name}": value for name, value in dataclasses.asdict(Augmentation()).items()},
     **_NO_MIXING,
 }
 _CONSTANT_RATE = {"optimizer.learning_rate": 1e-3, "optimizer.final_learning_rate": 1e-3}

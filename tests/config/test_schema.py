@@ -290,10 +290,23 @@ def test_another_network_has_its_own_keys(other_network):
         schema.validate(config, num_devices=1)
 
 
+def test_a_refused_key_names_the_networks_that_have_it(other_network, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "second", NETWORKS["other"])
+    with pytest.raises(ConfigError, match=r"; the networks other, second have it: set model\.name"):
+        schema.check_key("model.blocks", "cnn")
+    for name in ("third", "fourth", "fifth"):
+        monkeypatch.setitem(NETWORKS, name, NETWORKS["other"])
+    with pytest.raises(ConfigError, match="; the networks other, second, third and 2 more have it"):
+        schema.check_key("model.blocks", "cnn")
+
+
 def test_a_key_of_another_network_is_refused(other_network, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"the network cnn has no such key; it has model\.features"
-    ):
+    own = "model.features, model.dense, model.dropout, model.batch_norm"
+    message = (
+        f"config.model.blocks: the network cnn has no such key; it has {own}; "
+        "the network other has it: set model.name=other"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         files.load("default", ["--config.model.blocks=3"])
     config = files.load("default", ["--config.model.name=other"])
     with config.unlocked():

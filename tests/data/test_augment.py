@@ -7,14 +7,17 @@ a b c d as (d c b a | a b c d | d c b a), and contrast is
 (x - mean) * factor + mean with the mean of each channel of each image.
 """
 
+import dataclasses
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnn_jax.config import schema
 from cnn_jax.data import augment
 from cnn_jax.data.augment import Augmentation
 
@@ -29,17 +32,23 @@ def _matrix(*, flip_x=False, flip_y=False, turns=0.0, window=1.0, size=(8, 8)):
     )
 
 
-def _on_device(images, matrix, contrast):
-    arrays = map(jnp.array, (images, matrix, contrast))
-    return np.asarray(augment.apply_on_device(*arrays))
+def _on_device(images, **changes):
+    """Augments images in JAX with the given draws; all other draws keep the images as they are."""
+    draws = augment.identity_draws(len(images), images.shape[1:3]) | changes
+    return np.asarray(augment.apply_on_device(jnp.array(images), **jax.tree.map(jnp.array, draws)))
 
 
-def _on_host(images, matrix, contrast):
-    return augment.apply_on_host(images, matrix, contrast).astype(np.float32)
+def _on_host(images, **changes):
+    """Augments images in OpenCV with the given draws; see `_on_device`."""
+    draws = augment.identity_draws(len(images), images.shape[1:3]) | changes
+    return augment.apply_on_host(images, **draws).astype(np.float32)
 
 
 BOTH = pytest.mark.parametrize("apply", [_on_device, _on_host])
-ONE = np.ones(1, np.float32)
+RANGES = dataclasses.fields(Augmentation)
+# All ranges together. A range that is not a number, or that may not be 0.4, needs a value here.
+VALUES = {"flip": "horizontal_and_vertical"}
+EVERYTHING = Augmentation(**{field.name: VALUES.get(field.name, 0.4) for field in RANGES})
 
 
 def _image(size=(8, 8), seed=0):
@@ -50,16 +59,16 @@ def _image(size=(8, 8), seed=0):
 @pytest.mark.parametrize("size", [(8, 8), (6, 10)])
 def test_flips(apply, size):
     image = _image(size)
-    flipped = apply(image, _matrix(flip_x=True, size=size), ONE)
+    flipped = apply(image, matrix=_matrix(flip_x=True, size=size))
     np.testing.assert_allclose(flipped, image[:, :, ::-1], atol=1e-2)
-    flipped = apply(image, _matrix(flip_y=True, size=size), ONE)
+    flipped = apply(image, matrix=_matrix(flip_y=True, size=size))
     np.testing.assert_allclose(flipped, image[:, ::-1], atol=1e-2)
 
 
 @BOTH
 def test_a_quarter_turn_is_counter_clockwise(apply):
     image = _image()
-    turned = apply(image, _matrix(turns=0.25), ONE)
+    turned = apply(image, matrix=_matrix(turns=0.25))
     np.testing.assert_allclose(turned, np.rot90(image, axes=(1, 2)), atol=1e-2)
 
 
@@ -68,7 +77,7 @@ def test_zooming_out_by_two_shows_every_second_pixel_and_its_reflections(apply):
     # The output pixel x shows the input position 2 x - 3.5, because the centre 3.5 stays in place.
     # So the pixels 0 to 7 show the positions -3.5, -1.5, ..., 10.5, each between two input pixels.
     ramp = np.tile(np.arange(0, 80, 10, dtype=np.uint8)[None, None, :, None], (1, 8, 1, 3))
-    zoomed = apply(ramp, _matrix(window=2.0), ONE)
+    zoomed = apply(ramp, matrix=_matrix(window=2.0))
     # Reflection continues the row: the positions -4 to -1 have the values of the pixels 3 to 0, and
     # the positions 8 to 11 have the values of the pixels 7 to 4.
     expected = [25, 5, 5, 25, 45, 65, 65, 45]
@@ -78,7 +87,7 @@ def test_zooming_out_by_two_shows_every_second_pixel_and_its_reflections(apply):
 @BOTH
 def test_zooming_in_by_two_shows_the_middle(apply):
     ramp = np.tile(np.arange(0, 80, 10, dtype=np.uint8)[None, None, :, None], (1, 8, 1, 3))
-    zoomed = apply(ramp, _matrix(window=0.5), ONE)
+    zoomed = apply(ramp, matrix=_matrix(window=0.5))
     # The output pixel x shows the input position 0.5 x + 1.75, because the centre stays in place.
     np.testing.assert_allclose(zoomed[0, 0, :, 0], 17.5 + 5 * np.arange(8), atol=0.51)
 
@@ -90,7 +99,7 @@ def test_contrast_moves_levels_away_from_each_channels_mean(apply):
     image[0, ..., 1] = 50  # Contrast does not change a uniform channel.
     # The mean of the last channel is 127.5, and its results are clipped to 0 and 255.
     image[0, ..., 2] = [[0, 255], [0, 255]]
-    out = apply(image, _matrix(size=(2, 2)), np.array([1.5], np.float32))
+    out = apply(image, contrast=np.array([1.5], np.float32))
     np.testing.assert_allclose(out[0, ..., 0], [[85, 115], [145, 175]], atol=0.51)
     np.testing.assert_allclose(out[0, ..., 1], 50, atol=0.51)
     np.testing.assert_allclose(out[0, ..., 2], [[0, 255], [0, 255]], atol=0.51)
@@ -119,10 +128,8 @@ def test_host_and_device_move_the_same_pixels(seed, size, smooth):
     images = rng.integers(0, 256, (4, *size, 3), np.uint8)
     if smooth:
         images = (images // 8 + np.arange(size[1], dtype=np.uint8)[:, None] * 4).astype(np.uint8)
-    everything = Augmentation("horizontal_and_vertical", 0.5, 0.4, 0.4)
-    draws = augment.draw(rng, everything, 4, size)
-    host = _on_host(images, draws["matrix"], draws["contrast"])
-    device = _on_device(images, draws["matrix"], draws["contrast"])
+    draws = augment.draw(rng, EVERYTHING, 4, size)
+    host, device = _on_host(images, **draws), _on_device(images, **draws)
     assert np.abs(host - device).mean(axis=(1, 2, 3)).max() < 2
 
 
@@ -150,20 +157,37 @@ def test_draws_fill_their_ranges_and_nothing_beyond():
     np.testing.assert_allclose(draws["matrix"] @ centre, 4.0, atol=1e-4)
 
 
-def test_no_augmentation_draws_the_identity():
-    draws = augment.draw(np.random.default_rng(0), Augmentation(), 3, (5, 7))
+@BOTH
+def test_no_augmentation_keeps_the_images(apply):
+    draws = augment.identity_draws(3, (5, 7))
     np.testing.assert_array_equal(draws["matrix"], np.tile(np.eye(2, 3), (3, 1, 1)))
     np.testing.assert_array_equal(draws["contrast"], 1)
-    image = _image((5, 7))
-    np.testing.assert_allclose(
-        _on_device(image, draws["matrix"][:1], draws["contrast"][:1]), image, atol=1e-4
-    )
+    images = np.concatenate([_image((5, 7), seed) for seed in range(3)])
+    np.testing.assert_allclose(apply(images), images, atol=1e-4)
 
 
-def test_one_range_changes_no_other_draw():
-    both = augment.draw(np.random.default_rng(0), Augmentation("none", 0.0, 0.2, 0.2), 8, (5, 5))
-    one = augment.draw(np.random.default_rng(0), Augmentation("none", 0.0, 0.0, 0.2), 8, (5, 5))
-    np.testing.assert_array_equal(both["contrast"], one["contrast"])
+@pytest.mark.parametrize("name", [field.name for field in RANGES])
+def test_one_range_changes_no_other_draw(name):
+    """A range changes the same arrays, whether all other ranges are on or off."""
+    default, value = getattr(Augmentation(), name), getattr(EVERYTHING, name)
+    one = dataclasses.replace(Augmentation(), **{name: value})
+    all_others = dataclasses.replace(EVERYTHING, **{name: default})
+    changed = _names_of_different_draws(one, Augmentation())
+    assert changed
+    assert changed == _names_of_different_draws(EVERYTHING, all_others)
+
+
+def _names_of_different_draws(*augmentations):
+    one, other = (augment.draw(np.random.default_rng(0), a, 8, (5, 5)) for a in augmentations)
+    return [name for name in one if not np.array_equal(one[name], other[name])]
+
+
+def test_every_range_is_a_key_and_has_words():
+    for field in RANGES:
+        key, value = schema.keys()[f"augment.{field.name}"], getattr(EVERYTHING, field.name)
+        assert key.accepts(field.default)
+        assert key.accepts(value)
+        assert dataclasses.replace(Augmentation(), **{field.name: value}).describe()
 
 
 def test_every_draw_reaches_the_pixels_of_a_batch():

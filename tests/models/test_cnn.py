@@ -1,8 +1,8 @@
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_layers import as_float32, conv, dense, norm, pool, random_variables
 
 from cnn_jax.config.schema import default_config
 from cnn_jax.models.cnn import CNN
@@ -39,68 +39,34 @@ def test_each_layer_has_the_parameters_of_the_specification():
     assert sum(count("batch_stats").values()) == 448
 
 
-# The following functions compute the same network independently, in NumPy and float64.
-def _conv(x, kernel, bias):
-    batch, height, width, _ = x.shape
-    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-    out = np.zeros((batch, height, width, kernel.shape[-1]))
-    for dy in range(3):
-        for dx in range(3):
-            out += padded[:, dy : dy + height, dx : dx + width] @ kernel[dy, dx]
-    return out + bias
-
-
-def _norm(x, scale, bias, mean, var):
-    return (x - mean) / np.sqrt(var + 1e-3) * scale + bias
-
-
-def _pool(x):
-    batch, height, width, channels = x.shape
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
-
-
 def _numpy_forward(variables, x, train=False):
+    """Computes the logits in NumPy and float64."""
     params, stats = variables["params"], variables["batch_stats"]
     for i in (1, 2, 3):
-        x = np.maximum(_conv(x, **params[f"conv{i}"]), 0)
+        x = np.maximum(conv(x, **params[f"conv{i}"]), 0)
         moments = (
             {"mean": x.mean(axis=(0, 1, 2)), "var": x.var(axis=(0, 1, 2))}
             if train
             else stats[f"norm{i}"]
         )
-        x = _norm(x, **params[f"norm{i}"], **moments)
+        x = norm(x, **params[f"norm{i}"], **moments)
         if i < 3:
-            x = _pool(x)
+            x = pool(x)
     x = x.mean(axis=(1, 2))
-    x = np.maximum(x @ params["dense"]["kernel"] + params["dense"]["bias"], 0)
-    return x @ params["head"]["kernel"] + params["head"]["bias"]
-
-
-def _random_variables(model, size):
-    """Returns random parameters and statistics, so that an error in any array is detected."""
-    variables = model.init(jax.random.key(0), jnp.zeros((1, *size, 3)))
-    rng = np.random.default_rng(0)
-
-    def randomize(path, leaf):
-        if path[-1] in ("scale", "var"):
-            return rng.uniform(0.5, 2, leaf.shape)
-        return np.asarray(leaf, np.float64) + rng.normal(0, 0.05, leaf.shape)
-
-    flat = flax.traverse_util.flatten_dict(variables)
-    return flax.traverse_util.unflatten_dict({k: randomize(k, v) for k, v in flat.items()})
+    x = np.maximum(dense(x, **params["dense"]), 0)
+    return dense(x, **params["head"])
 
 
 @pytest.mark.parametrize("size", [(32, 32), (20, 28)])
 @pytest.mark.parametrize("train", [False, True])
 def test_forward_equals_numpy_float64(size, train):
     model = CNN(num_classes=10, dropout=0.0)
-    variables = _random_variables(model, size)
+    variables = random_variables(model, size)
     images = np.random.default_rng(1).uniform(-1, 1, (4, *size, 3))
     expected = _numpy_forward(variables, images, train)
 
-    as_float32 = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), variables)
     actual = model.apply(
-        as_float32, jnp.array(images, jnp.float32), train=train, mutable=["batch_stats"]
+        as_float32(variables), as_float32(images), train=train, mutable=["batch_stats"]
     )[0]
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=1e-5)
@@ -114,7 +80,7 @@ def test_training_mode_stores_the_statistics_of_the_batch():
         variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)}
     )
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
-    activations = np.maximum(_conv(np.asarray(images, np.float64), **params["conv1"]), 0)
+    activations = np.maximum(conv(np.asarray(images, np.float64), **params["conv1"]), 0)
     stats = updates["batch_stats"]["norm1"]
     np.testing.assert_allclose(stats["mean"], activations.mean((0, 1, 2)), rtol=1e-4)
     np.testing.assert_allclose(stats["var"], activations.var((0, 1, 2)), rtol=1e-4)
@@ -175,26 +141,22 @@ def test_flops_equal_those_of_convolutions_and_dense_layers():
 
 def test_stages_equal_a_computation_in_numpy():
     model = CNN(num_classes=10)
-    variables = _random_variables(model, (8, 12))
+    variables = random_variables(model, (8, 12))
     images = np.random.default_rng(1).uniform(-1, 1, (2, 8, 12, 3))
-    as_float32 = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), variables)
-    inputs = jnp.array(images, jnp.float32)
-    stages = model.apply(as_float32, inputs, method="stages")
+    arguments = as_float32((variables, images))
+    stages = model.apply(*arguments, method="stages")
     assert list(stages) == ["conv1", "conv2", "conv3", "embedding", "logits"]
     params = variables["params"]
     x = images
     for i in (1, 2, 3):
-        x = np.maximum(_conv(x, **params[f"conv{i}"]), 0)
-        x = _norm(x, **params[f"norm{i}"], **variables["batch_stats"][f"norm{i}"])
+        x = np.maximum(conv(x, **params[f"conv{i}"]), 0)
+        x = norm(x, **params[f"norm{i}"], **variables["batch_stats"][f"norm{i}"])
         np.testing.assert_allclose(stages[f"conv{i}"], x, atol=1e-5, rtol=1e-5)
         if i < 3:
-            x = _pool(x)
-    embedding = np.maximum(
-        x.mean((1, 2)) @ params["dense"]["kernel"] + params["dense"]["bias"],
-        0,
-    )
+            x = pool(x)
+    embedding = np.maximum(dense(x.mean((1, 2)), **params["dense"]), 0)
     np.testing.assert_allclose(stages["embedding"], embedding, atol=1e-5, rtol=1e-5)
-    np.testing.assert_array_equal(stages["logits"], model.apply(as_float32, inputs))
+    np.testing.assert_array_equal(stages["logits"], model.apply(*arguments))
 
 
 def test_offsets_are_added_to_stages():

@@ -114,7 +114,8 @@ def test_advice_has_measured_reasons():
     found = verdicts.training(_curves(FLAT, losses=losses), _metrics(0.99), _metrics(0.91))
     assert "lowest validation loss was 0.300, in epoch 3; it rose to 0.430" in found["words"]
     augmented = [accuracy - 0.2 for accuracy in LOW]
-    found = verdicts.training(_curves(LOW, train=augmented), _metrics(0.7, 4000), _metrics(0.71))
+    curves = _curves(LOW, train=augmented)
+    found = verdicts.training(curves, _metrics(0.7, 4000), _metrics(0.71), dropout=0.5)
     assert "With augmentation and dropout, 51.0 % of the training images" in found["words"]
     assert "weaker augmentation or less dropout" in found["words"]
     found = verdicts.training(_curves(LOW), _metrics(0.7, 4000), _metrics(0.71))
@@ -124,6 +125,15 @@ def test_advice_has_measured_reasons():
     curves = _curves([0.26] * 10, train_losses=FALLING)
     found = verdicts.training(curves, _metrics(0.26), _metrics(0.26))
     assert "still falling (from 0.700 to 0.300" in found["words"]
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_advice_on_dropout_needs_a_network_with_dropout(situation):
+    curves, high, low, verdict = SITUATIONS[situation]
+    metrics = _metrics(high, 4000), _metrics(low)
+    assert "dropout" not in verdicts.training(curves, *metrics)["words"]
+    words = verdicts.training(curves, *metrics, dropout=0.0)["words"]
+    assert ("or more dropout may" in words) == (verdict in ("overfits", "peaked early"))
 
 
 def test_noisy_loss_is_no_trend():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import require_cpu
 
+from cnn_jax.data import augment
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.models.cnn import CNN
 from cnn_jax.system import runtime
@@ -140,7 +141,8 @@ def test_a_step_is_one_transfer_and_is_compiled_once(tiny_config, tmp_path, monk
     assert list(steps.values()) == [1], compiled
     # If the device augments images, a training batch also has the random parameters of the
     # augmentation, but no other array.
-    names = {"image", "label", "mask"} | ({"matrix", "contrast"} if place == "device" else set())
+    draws = augment.identity_draws(1, (8, 8)) if place == "device" else {}
+    names = {"image", "label", "mask", *draws}
     batches = [batch for batch in sent if set(batch) == names]
     assert batches
     steps_per_epoch, validations = _batches_per_epoch(tmp_path / "run", tiny_config)

@@ -1,0 +1,298 @@
+"""Convolutions of pretrained networks: any odd kernel, stride and padding; depthwise; BatchNorm.
+
+They compute what `lax.conv_general_dilated` does (`tests/models/test_convolutions.py` compares
+them), in forms that XLA compiles well on a CPU. The gradients of a depthwise convolution are
+written by hand, for reverse mode only.
+"""
+
+import functools
+import platform
+from collections.abc import Iterator
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from cnn_jax.models.layers import BatchNorm, add_bias, channel_sums, convolve
+
+# Pixels before and after each row, and before and after each column.
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+# From JAX 0.11 on, XLA computes grouped convolutions by oneDNN on these processors. Without
+# oneDNN they take up to 80 times as long as the sum of shifted images.
+_HAS_ONEDNN = jax.__version_info__ >= (0, 11) and platform.machine() in ("x86_64", "AMD64")
+# XLA needs 40 times as long for a convolution to 2 x 2 pixels as for the product of matrices.
+_FEW_PIXELS = 4
+# The largest number of products that the gradient of a depthwise kernel writes out, one for
+# each position of the kernel and each pixel. More products take long to compile.
+_WRITTEN_PRODUCTS = 400
+
+
+def paddings(padding: str, kernel_size: int, stride: int, size: tuple[int, int]) -> Padding:
+    """Returns the number of pixels to add at the top, bottom, left and right.
+
+    Args:
+      padding: "symmetric" adds half of the kernel to all sides, as PyTorch does; "same" adds
+        less, and at most one pixel more at the bottom and at the right, as TensorFlow does.
+      kernel_size: The height and the width of the kernel, odd.
+      stride: The stride in both directions.
+      size: The height and the width of the images.
+    """
+    if padding == "symmetric":
+        return ((kernel_size // 2,) * 2,) * 2
+    top, left = (
+        tuple(pads) for pads in lax.padtype_to_pads(size, (kernel_size,) * 2, (stride,) * 2, "SAME")
+    )
+    return cast(Padding, (top, left))
+
+
+def dense_convolve(
+    x: Float[Array, "batch height width channel"],
+    kernel: Float[Array, "kernel_height kernel_width channel features"],
+    stride: int,
+    pads: Padding,
+) -> Float[Array, "batch new_height new_width features"]:
+    """Convolves images with a kernel that sees all channels."""
+    kernel_size = kernel.shape[0]
+    height, width = _output_size(x, kernel_size, stride, pads)
+    if kernel_size == 1:
+        # The gradient of a product of matrices is faster than that of a convolution.
+        return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
+    if height * width <= _FEW_PIXELS:
+        shifted = _shifted_images(x, kernel_size, stride, pads, (height, width))
+        patches = jnp.concatenate([image for _, _, image in shifted], axis=-1)
+        return jnp.dot(patches, kernel.reshape(-1, kernel.shape[-1]))
+    if kernel_size == 3 and stride == 1:
+        return cast(Array, convolve(x, kernel))
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise_convolve(
+    x: Float[Array, "batch height width channel"],
+    kernel: Float[Array, "kernel_height kernel_width channel"],
+    stride: int,
+    pads: Padding,
+) -> Float[Array, "batch new_height new_width channel"]:
+    """Convolves each channel of images with a kernel of its own."""
+    return _depthwise(x, kernel, stride, pads)
+
+
+def _depthwise(x: Array, kernel: Array, stride: int, pads: Padding) -> Array:
+    on_cpu = _grouped if _HAS_ONEDNN else _sum_of_shifted_images
+    return cast(
+        Array,
+        lax.platform_dependent(
+            x,
+            kernel,
+            cpu=functools.partial(on_cpu, stride=stride, pads=pads),
+            default=functools.partial(_grouped, stride=stride, pads=pads),
+        ),
+    )
+
+
+def _grouped(x: Array, kernel: Array, stride: int, pads: Padding) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel[:, :, None],
+        (stride, stride),
+        pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def _sum_of_shifted_images(x: Array, kernel: Array, stride: int, pads: Padding) -> Array:
+    size = _output_size(x, kernel.shape[0], stride, pads)
+    shifted = _shifted_images(x, kernel.shape[0], stride, pads, size)
+    return functools.reduce(
+        jnp.add, (image * kernel[i, j][None, None, None] for i, j, image in shifted)
+    )
+
+
+def _shifted_images(
+    x: Array, kernel_size: int, stride: int, pads: Padding, size: tuple[int, int]
+) -> Iterator[tuple[int, int, Array]]:
+    """Returns, for each position in the kernel, the pixels [batch, *size, channel] it meets."""
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = ((n - 1) * stride + 1 for n in size)
+    for i in range(kernel_size):
+        for j in range(kernel_size):
+            yield i, j, padded[:, i : i + height : stride, j : j + width : stride]
+
+
+def _output_size(x: Array, kernel_size: int, stride: int, pads: Padding) -> tuple[int, int]:
+    height, width = (
+        (n + sum(pad) - kernel_size) // stride + 1
+        for n, pad in zip(x.shape[1:3], pads, strict=True)
+    )
+    return height, width
+
+
+def _depthwise_forward(
+    x: Array, kernel: Array, stride: int, pads: Padding
+) -> tuple[Array, tuple[Array, Array]]:
+    return _depthwise(x, kernel, stride, pads), (x, kernel)
+
+
+def _depthwise_backward(
+    stride: int, pads: Padding, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = residuals
+    inputs = functools.partial(_input_gradient, size=x.shape[1:3], stride=stride, pads=pads)
+    kernels = functools.partial(
+        _kernel_gradient, kernel_size=kernel.shape[0], stride=stride, pads=pads
+    )
+    kernels_on_cpu = functools.partial(
+        _kernel_gradient_on_cpu, kernel_size=kernel.shape[0], stride=stride, pads=pads
+    )
+    kernel_gradient = lax.platform_dependent(x, gradient, cpu=kernels_on_cpu, default=kernels)
+    return inputs(gradient, kernel), cast(Array, kernel_gradient).astype(kernel.dtype)
+
+
+depthwise_convolve.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _input_gradient(
+    gradient: Array, kernel: Array, size: tuple[int, int], stride: int, pads: Padding
+) -> Array:
+    """Returns the gradient of the images: the gradient, convolved with the reversed kernel.
+
+    For a stride of 2 there are zeros between the pixels of the gradient.
+    """
+    last = kernel.shape[0] - 1
+    between = (0, 0, stride - 1)
+    zero = jnp.zeros((), gradient.dtype)
+    spread = lax.pad(gradient, zero, ((0, 0, 0), between, between, (0, 0, 0)))
+    if stride > 1:
+        # Without this barrier the zeros are inserted anew for each position of the kernel.
+        spread = lax.optimization_barrier(spread)
+    rows, columns = (
+        (last - before, n - length + before)
+        for n, length, (before, _) in zip(size, spread.shape[1:3], pads, strict=True)
+    )
+    reversed_kernel = lax.optimization_barrier(lax.rev(kernel, (0, 1)))
+    return _depthwise(spread, reversed_kernel, 1, (rows, columns))
+
+
+def _kernel_gradient(
+    x: Array, gradient: Array, kernel_size: int, stride: int, pads: Padding
+) -> Array:
+    kernel = jax.ShapeDtypeStruct((kernel_size, kernel_size, x.shape[-1]), x.dtype)
+    convolve = functools.partial(_grouped, x, stride=stride, pads=pads)
+    return jax.linear_transpose(convolve, kernel)(gradient)[0]
+
+
+def _kernel_gradient_on_cpu(
+    x: Array, gradient: Array, kernel_size: int, stride: int, pads: Padding
+) -> Array:
+    """Computes `_kernel_gradient` as sums of products of shifted images and the gradient."""
+    size = gradient.shape[1:3]
+    if kernel_size**2 * size[0] * size[1] <= _WRITTEN_PRODUCTS:
+        return _written_kernel_gradient(x, gradient, kernel_size, stride, pads)
+    padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), *pads, (0, 0))))
+    shifted = _shifted_images(padded, kernel_size, stride, ((0, 0), (0, 0)), size)
+    products = [image * gradient for _, _, image in shifted]
+    # One call for each row of the kernel: more sums in one loop are slower.
+    rows = [
+        jnp.stack(channel_sums(*products[i : i + kernel_size]))
+        for i in range(0, len(products), kernel_size)
+    ]
+    return jnp.stack(rows)
+
+
+def _written_kernel_gradient(
+    x: Array, gradient: Array, kernel_size: int, stride: int, pads: Padding
+) -> Array:
+    """Computes `_kernel_gradient` for small images: the sum over the pixels is written out.
+
+    XLA makes one loop over the channels of it, which takes a quarter of the time of a sum.
+    """
+    (top, _), (left, _) = pads
+    height, width = gradient.shape[1:3]
+    totals = []
+    for i in range(kernel_size):
+        for j in range(kernel_size):
+            total = jnp.zeros_like(gradient[:, 0, 0], jnp.float32)
+            for row in range(height):
+                for column in range(width):
+                    y, z = row * stride + i - top, column * stride + j - left
+                    if 0 <= y < x.shape[1] and 0 <= z < x.shape[2]:
+                        total += (x[:, y, z] * gradient[:, row, column]).astype(jnp.float32)
+            totals.append(total)
+    # Without this barrier XLA computes each product within the sum over the batch.
+    stacked = lax.optimization_barrier(jnp.stack(totals))
+    return jnp.sum(stacked, axis=1).reshape(kernel_size, kernel_size, -1)
+
+
+class Kernel(nn.Module):
+    """The kernel of a convolution without bias, as a layer of its own.
+
+    Attributes:
+      shape: Height, width, input channels (1 if the convolution is depthwise), output channels.
+    """
+
+    shape: tuple[int, int, int, int]
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "height width channel features"]:
+        mode = "fan_in" if self.shape[2] == 1 else "fan_out"
+        return self.param(
+            "kernel", nn.initializers.variance_scaling(2.0, mode, "normal"), self.shape
+        )
+
+
+def convolve_and_normalize(
+    x: Float[Array, "batch height width channel"],
+    features: int,
+    kernel_size: int,
+    stride: int = 1,
+    *,
+    conv: str,
+    norm: str,
+    use_running_average: bool,
+    epsilon: float = 1e-5,
+    padding: str = "symmetric",
+    depthwise: bool = False,
+    dtype: jnp.dtype = jnp.dtype("float32"),
+) -> Float[Array, "batch new_height new_width features"]:
+    """Applies a convolution without bias and `BatchNorm`; to be called in a compact method.
+
+    With stored statistics the two layers are one convolution, whose kernel contains the factor
+    of each channel. This saves passes over memory, also for the gradients.
+
+    Args:
+      x: The images.
+      features: The number of output channels.
+      kernel_size: The height and the width of the kernel, odd.
+      stride: The stride in both directions.
+      conv: The name of the convolution in the module that calls this function.
+      norm: The name of the normalisation in this module.
+      use_running_average: See `BatchNorm`.
+      epsilon: See `BatchNorm`.
+      padding: See `paddings`.
+      depthwise: Whether each channel has a kernel of its own; `features` is then the number of
+        input channels.
+      dtype: The dtype of the computation.
+    """
+    channels = 1 if depthwise else x.shape[-1]
+    kernel = Kernel((kernel_size, kernel_size, channels, features), name=conv)()
+    normalization = BatchNorm(use_running_average, epsilon, dtype, name=norm)
+    pads = paddings(padding, kernel_size, stride, x.shape[1:3])
+
+    def convolve_with(kernel: Array) -> Array:
+        images, kernel = x.astype(dtype), kernel.astype(dtype)
+        if depthwise:
+            return cast(Array, depthwise_convolve(images, kernel[:, :, 0], stride, pads))
+        return dense_convolve(images, kernel, stride, pads)
+
+    if not use_running_average:
+        return normalization(convolve_with(kernel))
+    factor, shift = normalization.affine(features)
+    normalized = convolve_with(kernel * factor[None, None, None])
+    return cast(Array, add_bias(normalized, shift.astype(dtype)))

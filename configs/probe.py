@@ -1,0 +1,19 @@
+"""The probe of a pretrained network: only the head is fitted, to features of all stages.
+
+    cnn_jax train --config=probe --config.data.source=folder:PATH --workdir=runs/mine
+
+The features of each image are computed once, without augmentation, and kept in the cache. The
+head is a logistic regression on them, so that training takes little more time than one pass
+over the images. Weights and networks are selected as in `finetune.py`.
+"""
+
+from cnn_jax.config.schema import Config
+from configs import finetune
+
+
+def get_config() -> Config:
+    config = finetune.get_config()
+    config.model.embedding = "stages"
+    config.train.from_stage = "head"
+    config.train.epochs = 0
+    return config

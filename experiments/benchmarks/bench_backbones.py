@@ -1,0 +1,268 @@
+"""Compares the networks of `cnn_jax/models/` with timm's in eager PyTorch, channels last.
+
+    python experiments/benchmarks/bench_backbones.py [--networks=resnet18,...] [--peer_python=PATH]
+
+--peer_python is the interpreter of an environment with torch and timm. Each library runs in a
+separate process, and the processes take turns, so that other load on the machine affects both.
+Both keep freed memory (`cnn_jax.system.runtime.keep_freed_memory`). A time is the median of all
+calls, each until its end, without compilation. The compile time is stated beside it; without
+oneDNN later processes find the compiled program in the cache.
+
+"features" computes the embeddings of a batch of float32 images, with the same random weights;
+first, both libraries must agree on the embeddings. "training" is a step of Adam on all
+parameters with cross-entropy. BatchNorm uses its stored statistics (--statistics=frozen, the
+default) or those of the batch (--statistics=batch).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from experiments.checks import reference_logits
+
+CLASSES = reference_logits.NUM_CLASSES
+LEARNING_RATE = 1e-4
+
+
+class Ours:
+    """The network of this project, with its compiler options and its training step."""
+
+    def __init__(self, name: str, state_shapes: Mapping[str, Any], batch_norm: str):
+        from cnn_jax.models import NETWORKS
+        from cnn_jax.models.network import make_model
+        from cnn_jax.models.pretrained import convert
+        from cnn_jax.system import runtime
+
+        runtime.keep_freed_memory()
+        self._options = runtime.compiler_options()
+        section = {key: value.default for key, value in NETWORKS[name].keys.items()}
+        if "batch_norm_statistics" in section:
+            section["batch_norm_statistics"] = batch_norm
+        self._model = make_model({"name": name, **section}, CLASSES, "float32")
+        self._variables = convert(reference_logits.random_state(state_shapes))
+
+    def features(self, images: np.ndarray) -> tuple[Callable[[], np.ndarray], float]:
+        """Returns a function that computes the embeddings, and its compile time in seconds."""
+        import jax
+
+        def compute(variables: Any, images: jax.Array) -> jax.Array:
+            outputs: Any = self._model.apply(variables, images, method="stages")
+            return outputs["embedding"]
+
+        variables, batch = jax.device_put((self._variables, images))
+        compiled, seconds = self._compile(jax.jit(compute), variables, batch)
+        return lambda: np.asarray(compiled(variables, batch)), seconds
+
+    def training(self, images: np.ndarray, labels: np.ndarray) -> tuple[Callable[[], None], float]:
+        """Returns a function that takes a training step, and its compile time in seconds."""
+        import jax
+
+        from cnn_jax.data.preprocessing import Preprocessing
+        from cnn_jax.training.optimizer import make_optimizer, make_schedule
+        from cnn_jax.training.step import TrainState, TrainStep
+
+        optimizer = make_optimizer(make_schedule(LEARNING_RATE, LEARNING_RATE, 1), l2=0.0)
+        preprocessing = Preprocessing(image_size=images.shape[1:3])
+        step = TrainStep(model=self._model, optimizer=optimizer, preprocessing=preprocessing)
+        params = self._variables["params"]
+        batch_stats = self._variables.get("batch_stats", {})
+        state, batch = jax.device_put(
+            (
+                TrainState(np.int32(0), params, batch_stats, optimizer.init(params)),
+                {"image": images, "label": labels, "mask": np.ones(len(labels), bool)},
+            )
+        )
+        compiled, seconds = self._compile(jax.jit(step, donate_argnums=0), state, batch)
+
+        def train() -> None:
+            nonlocal state
+            state, _ = compiled(state, batch)
+            jax.block_until_ready(state)
+
+        return train, seconds
+
+    def _compile(self, function: Any, *inputs: Any) -> tuple[Any, float]:
+        start = time.perf_counter()
+        compiled = function.lower(*inputs).compile(self._options)
+        return compiled, time.perf_counter() - start
+
+
+class Timm:
+    """timm's network in eager PyTorch; see `Ours`."""
+
+    def __init__(self, name: str, state_shapes: Mapping[str, Any], batch_norm: str):
+        import torch  # pyright: ignore
+
+        reference = reference_logits.NETWORKS[name]
+        timm = reference_logits.import_timm()
+        model = timm.create_model(name, num_classes=CLASSES, **reference.arguments)
+        state = reference_logits.random_state(state_shapes)
+        model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+        self._torch, self._batch_norm = torch, batch_norm
+        self._model = model.to(memory_format=torch.channels_last)
+
+    def features(self, images: np.ndarray) -> tuple[Callable[[], np.ndarray], float]:
+        batch = self._torch.from_numpy(images).permute(0, 3, 1, 2)
+        model = self._model.eval()
+
+        def compute() -> np.ndarray:
+            with self._torch.inference_mode():
+                return model.forward_head(model.forward_features(batch), pre_logits=True).numpy()
+
+        return compute, 0.0
+
+    def training(self, images: np.ndarray, labels: np.ndarray) -> tuple[Callable[[], None], float]:
+        torch = self._torch
+        model = self._model.train()
+        for module in model.modules():
+            if self._batch_norm == "frozen" and isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+        batch = torch.from_numpy(images).permute(0, 3, 1, 2)
+        targets = torch.from_numpy(labels.astype(np.int64))
+
+        def train() -> None:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(batch / 127.5 - 1), targets).backward()
+            optimizer.step()
+
+        return train, 0.0
+
+
+LIBRARIES = {"cnn_jax": Ours, "timm": Timm}
+
+
+def answer(library: str) -> None:
+    """Answers requests on stdin, one JSON object on each line; libraries print to stderr."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    rng = np.random.default_rng(0)
+    network: Any = None
+    action: Any = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        reply: dict[str, Any] = {}
+        if request["do"] == "open":
+            network = LIBRARIES[library](request["name"], request["shapes"], request["statistics"])
+        elif request["do"] == "features":
+            images = rng.normal(size=request["images"]).astype(np.float32)
+            action, reply["compile_seconds"] = network.features(images)
+            reply["embedding"] = action().astype(float).tolist()
+        elif request["do"] == "training":
+            images = rng.integers(0, 256, request["images"], np.uint8)
+            labels = rng.integers(0, CLASSES, request["images"][0]).astype(np.int32)
+            action, reply["compile_seconds"] = network.training(images, labels)
+        else:
+            reply["seconds"] = []
+            for _ in range(request["times"]):
+                start = time.perf_counter()
+                action()
+                reply["seconds"].append(time.perf_counter() - start)
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+class Process:
+    """A separate process of a library, which waits for requests."""
+
+    def __init__(self, library: str, python: str):
+        self._process = subprocess.Popen(
+            [python, __file__, f"--answer={library}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={
+                **os.environ,
+                "MALLOC_ARENA_MAX": "1",
+                "MALLOC_MMAP_MAX_": "0",
+                "MALLOC_TRIM_THRESHOLD_": str(2**62),
+            },
+            text=True,
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Sends a request, and returns the answer."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        reply = self._process.stdout.readline()
+        if not reply:
+            sys.exit("a process failed; its last lines are above")
+        return json.loads(reply)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def measure(processes: list[Process], do: str, shape: list[int], seconds: float) -> dict[str, Any]:
+    """Returns the median milliseconds of an image for each library, and the compile time."""
+    replies = [process.ask(do=do, images=shape) for process in processes]
+    if do == "features":
+        ours, timm = (np.asarray(reply["embedding"]) for reply in replies)
+        difference = np.abs(ours - timm).max() / np.abs(timm).max()
+        if not difference < 1e-4:  # NaN also fails this comparison.
+            sys.exit(f"the embeddings differ by {difference:.1e}")
+    times: list[list[float]] = []
+    counts = []
+    for process in processes:
+        process.ask(do="run", times=2)
+        step = statistics.median(process.ask(do="run", times=2)["seconds"])
+        counts.append(max(1, round(min(1.0, seconds) / step)))
+        times.append([])
+    for _ in range(max(3, round(seconds))):
+        for process, count, values in zip(processes, counts, times, strict=True):
+            # One more call: in the first call of a turn the caches hold the other's data.
+            values += process.ask(do="run", times=1 + count)["seconds"][1:]
+    ours, timm = (1e3 * statistics.median(values) / shape[0] for values in times)
+    return {"ours": ours, "timm": timm, "compile_seconds": replies[0]["compile_seconds"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--networks", default=",".join(reference_logits.NETWORKS))
+    parser.add_argument("--peer_python", default=sys.executable, metavar="PATH")
+    parser.add_argument("--features", type=int, nargs=2, default=(224, 16), metavar=("PX", "BATCH"))
+    parser.add_argument("--training", type=int, nargs=2, default=(64, 32), metavar=("PX", "BATCH"))
+    parser.add_argument("--statistics", choices=("frozen", "batch"), default="frozen")
+    parser.add_argument("--seconds", type=float, default=8, help="for each library and row")
+    parser.add_argument("--answer", choices=LIBRARIES, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.answer:
+        answer(flags.answer)
+        return
+    print("milliseconds of an image; ratio: timm's time divided by ours\n")
+    print(f"{'network':<24}{'':<22}{'ours':>8}{'timm':>8}{'ratio':>7}{'compile s':>11}")
+    for name in flags.networks.split(","):
+        shapes = reference_logits.load_reference(name)["shapes"]
+        with contextlib.ExitStack() as stack:
+            processes = [Process("cnn_jax", sys.executable), Process("timm", flags.peer_python)]
+            for process in processes:
+                stack.callback(process.close)
+                process.ask(do="open", name=name, shapes=shapes, statistics=flags.statistics)
+            for do, (side, batch) in (("features", flags.features), ("training", flags.training)):
+                if not batch:
+                    continue
+                row = measure(processes, do, [batch, side, side, 3], flags.seconds)
+                print(
+                    f"{name:<24}{f'{do}, {side} px x {batch}':<22}{row['ours']:>8.2f}"
+                    f"{row['timm']:>8.2f}{row['timm'] / row['ours']:>7.2f}"
+                    f"{row['compile_seconds']:>11.1f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

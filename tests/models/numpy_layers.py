@@ -1,0 +1,61 @@
+"""Layers in NumPy and float64, with which tests compute a network independently.
+
+The arrays of a layer are keyword arguments, so that `conv(x, **params["conv1"])` and
+`norm(x, **params["norm1"], **stats["norm1"])` use the variables of a network.
+"""
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def conv(x, kernel, bias):
+    """Returns a 3 x 3 convolution with stride 1 and zero padding."""
+    batch, height, width, _ = x.shape
+    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    out = np.zeros((batch, height, width, kernel.shape[-1]))
+    for dy in range(3):
+        for dx in range(3):
+            out += padded[:, dy : dy + height, dx : dx + width] @ kernel[dy, dx]
+    return out + bias
+
+
+def norm(x, scale, bias, mean, var):
+    """Returns the result of BatchNorm in inference mode, with the epsilon 1e-3."""
+    return (x - mean) / np.sqrt(var + 1e-3) * scale + bias
+
+
+def pool(x):
+    """Returns the largest value of each 2 x 2 window."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+
+
+def dense(x, kernel, bias):
+    """Returns the result of a dense layer."""
+    return x @ kernel + bias
+
+
+def random_variables(model, size):
+    """Returns random float64 parameters and statistics, so that an error in any is detected.
+
+    Args:
+      model: The network.
+      size: The height and the width of the images.
+    """
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *size, 3)))
+    rng = np.random.default_rng(0)
+
+    def randomize(path, leaf):
+        if path[-1] in ("scale", "var"):
+            return rng.uniform(0.5, 2, leaf.shape)
+        return np.asarray(leaf, np.float64) + rng.normal(0, 0.05, leaf.shape)
+
+    flat = flax.traverse_util.flatten_dict(variables)
+    return flax.traverse_util.unflatten_dict({k: randomize(k, v) for k, v in flat.items()})
+
+
+def as_float32(tree):
+    """Converts the arrays of a tree to float32 arrays of JAX."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), tree)
