@@ -7,16 +7,17 @@ from typing import Any
 import jax
 
 from cnn_jax.config.schema import (
+    PREPROCESSING_KEYS,
     Config,
     check_image_size,
     image_size,
     keys,
-    uses_weights_preprocessing,
+    weights_preprocessing_keys,
 )
 from cnn_jax.data.sources import absolute
 from cnn_jax.models import NETWORKS, hub
 from cnn_jax.models.network import compute_dtype
-from cnn_jax.models.pretrained import PREPROCESSING_KEYS, check_network, open_weights
+from cnn_jax.models.pretrained import check_network, open_weights
 from cnn_jax.system.errors import ConfigError
 
 
@@ -103,9 +104,7 @@ def _resolve_pretrained(resolved: Config, previous: Mapping[str, Any]) -> None:
         check_network(weights, resolved.model.name)
         source, values = weights.source, weights.preprocessing
     resolved.model.pretrained = source
-    if not uses_weights_preprocessing(resolved):
-        return
-    for key in PREPROCESSING_KEYS:
+    for key in weights_preprocessing_keys(resolved):
         has_default = resolved.data[key] == keys()[f"data.{key}"].default
         is_possible = key != "crop_ratio" or resolved.data.resize == "crop"
         if has_default and is_possible and values.get(key) is not None:

@@ -39,6 +39,8 @@ SPLIT_RULES = ("stable", "exact")
 # The places where decoded pixels can be kept: nowhere (images are decoded each time), in the cache
 # on disk, in memory, or on the device.
 RESIDENCIES = ("none", "disk", "memory", "device")
+# The keys of the section `data` that published weights have values for.
+PREPROCESSING_KEYS = ("image_size", "mean", "std", "resize", "crop_ratio", "interpolation")
 FLIPS = ("none", "horizontal", "vertical", "horizontal_and_vertical")
 SOURCE_FORMS = (
     "shapes, shapes:N, folder:PATH, classes:PATH, splits:PATH, csv:PATH or tfds:NAME[:SPLIT]"
@@ -140,8 +142,8 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         "preprocessing": choice(
             "weights",
             "weights: the keys above that have their defaults get the values of model.pretrained; "
-            "config: they keep their defaults. Without model.pretrained, it has no effect.",
-            ("weights", "config"),
+            "mean_std: only data.mean and data.std do; config: no key does.",
+            ("weights", "mean_std", "config"),
         ),
         "cache": choice(
             "auto",
@@ -529,7 +531,7 @@ def validate(config: Config, num_devices: int) -> None:
             raise ConfigError(f"config.{key}: is missing; it must be {declared.requirement}")
         check_value(key, values[key], network)
 
-    if not uses_weights_preprocessing(config):
+    if "image_size" not in weights_preprocessing_keys(config):
         check_image_size(config)
     if values.get("model.pretrained") and values["checkpoint.init_from"]:
         raise ConfigError(
@@ -563,9 +565,16 @@ def validate(config: Config, num_devices: int) -> None:
         )
 
 
-def uses_weights_preprocessing(config: Config) -> bool:
-    """Returns whether keys of the section `data` get values from the pretrained weights."""
-    return bool(config.model.get("pretrained")) and config.data.preprocessing == "weights"
+def weights_preprocessing_keys(config: Config) -> tuple[str, ...]:
+    """Returns the keys of the section `data` that get their values from the pretrained weights.
+
+    Such a key keeps its value if the value differs from the default.
+    """
+    if not config.model.get("pretrained"):
+        return ()
+    return {"weights": PREPROCESSING_KEYS, "mean_std": ("mean", "std"), "config": ()}[
+        config.data.preprocessing
+    ]
 
 
 def check_image_size(config: Config) -> None:

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
+from cnn_jax.config.schema import PREPROCESSING_KEYS
 from cnn_jax.data.preprocessing import INTERPOLATIONS
 from cnn_jax.inference.bundle import find_bundle, read_bundle, weights_sha256
 from cnn_jax.models import NETWORKS, hub
@@ -25,9 +26,6 @@ from cnn_jax.system.errors import (
     printable,
 )
 
-# The parameters of the preprocessing that belong to the weights. They are keys of the section
-# `data` too. The others describe the images, or limit what is decoded.
-PREPROCESSING_KEYS = ("image_size", "mean", "std", "resize", "crop_ratio", "interpolation")
 # The values of `crop_mode` in timm, and the values of `data.resize` that mean the same.
 _CROP_MODES = {"center": "crop", "squash": "stretch", "border": "pad"}
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
