@@ -309,7 +309,7 @@ def test_a_relative_source_becomes_absolute(tmp_path, monkeypatch, plan, summary
     assert f'"source": "folder:{tmp_path}/data"' in best_config_text(plan, summary, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["weights/model.safetensors", "timm/resnet18.a1_in1k"])
+@pytest.mark.parametrize("name", ["weights/model.safetensors", "timm/resnet18.a1_in1k", "auto"])
 def test_relative_paths_of_pretrained_weights_become_absolute(
     tmp_path, monkeypatch, plan, summary, name
 ):
