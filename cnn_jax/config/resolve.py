@@ -95,9 +95,8 @@ def _resolve_pretrained(resolved: Config, previous: Mapping[str, Any]) -> None:
                 f"config.model.pretrained: the network {resolved.model.name} has no usual weights; "
                 "set a model id or a path"
             )
-    name = hub.absolute(name)
     source = str(previous.get("model.pretrained", ""))
-    if source and name in (source, source.partition("@")[0]):
+    if source and hub.absolute(name) in (source, source.partition("@")[0]):
         values = {key: previous.get(f"data.{key}") for key in PREPROCESSING_KEYS}
     else:
         weights = open_weights(name)

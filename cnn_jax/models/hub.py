@@ -52,7 +52,11 @@ def is_model_id(name: str) -> bool:
 
 def absolute(name: str) -> str:
     """Returns a value of `model.pretrained` with an absolute path, if the value is a path."""
-    return name if is_model_id(name) else str(pathlib.Path(name).expanduser().resolve())
+    return (
+        name
+        if name == "auto" or is_model_id(name)
+        else str(pathlib.Path(name).expanduser().resolve())
+    )
 
 
 def download(name: str) -> HubModel:

@@ -92,6 +92,14 @@ def test_the_preprocessing_of_the_configuration_can_be_kept(weights_file):
     assert _preprocessing(resolved) == {key: default.data[key] for key in TAKEN_OVER}
 
 
+def test_only_the_normalisation_of_the_weights_can_be_taken_over(weights_file):
+    resolved = resolve.resolve(_config(weights_file, preprocessing="mean_std"))
+    default = schema.default_config()
+    expected = {key: default.data[key] for key in TAKEN_OVER}
+    expected |= {key: TAKEN_OVER[key] for key in ("mean", "std")}
+    assert _preprocessing(resolved) == expected
+
+
 def test_a_run_that_resumes_does_not_read_the_weights(weights_file, monkeypatch):
     started = resolve.resolve(_config(weights_file))
     previous = files.flat(json.loads(started.to_json()))
@@ -117,6 +125,8 @@ def test_a_model_of_the_hub_keeps_its_revision(monkeypatch):
     for name in ("a/b", f"a/b@{COMMIT}"):
         assert resolve.resolve(_config(name), previous).to_json() == started.to_json()
     assert opened == ["a/b"]
+    resolve.resolve(_config("auto"))
+    assert opened.pop() == schema.NETWORKS["resnet18"].weights
     # Another model is read, so that the change can be reported.
     resolve.resolve(_config("a/c"), previous)
     assert opened == ["a/b", "a/c"]
@@ -125,6 +135,8 @@ def test_a_model_of_the_hub_keeps_its_revision(monkeypatch):
 def test_contradictions_are_one_line(weights_file, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.name: must be resnet18 for .*, got resnet50"):
         resolve.resolve(_config(weights_file, "resnet50"))
+    with pytest.raises(ConfigError, match=r"no file resnet18\.a1_in1k; did you mean timm/resnet18"):
+        resolve.resolve(_config("resnet18.a1_in1k"))
     config = _config(weights_file)
     config.checkpoint.init_from = "runs/first"
     with pytest.raises(ConfigError, match=r"init_from: must be empty if model\.pretrained"):

@@ -309,6 +309,17 @@ def test_a_relative_source_becomes_absolute(tmp_path, monkeypatch, plan, summary
     assert f'"source": "folder:{tmp_path}/data"' in best_config_text(plan, summary, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["weights/model.safetensors", "timm/resnet18.a1_in1k", "auto"])
+def test_relative_paths_of_pretrained_weights_become_absolute(
+    tmp_path, monkeypatch, plan, summary, name
+):
+    monkeypatch.chdir(tmp_path)
+    with plan.config.unlocked():
+        plan.config.model.pretrained = name
+    expected = f"{tmp_path}/{name}" if name.startswith("weights") else name
+    assert f'"pretrained": "{expected}"' in best_config_text(plan, summary, tmp_path)
+
+
 def test_the_page_is_written(plan, no_page, monkeypatch):
     made = []
     monkeypatch.setattr(outcome, "write_study_page", lambda *arguments: made.append(arguments))
