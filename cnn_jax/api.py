@@ -118,7 +118,11 @@ def _changed_config(
     values = {schema.full_key(k): v for k, v in files.flat(dict(changes)).items()}
     if source is not None:
         values["data.source"] = _source(source)
+    network = values.get("model.name", changed.model.name)
+    schema.check_value("model.name", network)
     with changed.ignore_type(), changed.unlocked():
+        if network != changed.model.name:
+            changed.model = files.network_section(network, changed.model)
         changed.update_from_flattened_dict(values)
     return changed
 

@@ -264,7 +264,7 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
     network = str(overrides.get("model.name", config.model.name))
     check_value("model.name", network)
     if network != config.model.name:
-        config.model = _section_of(network, config.model)
+        config.model = network_section(network, config.model)
     for key in overrides:
         check_key(key, network)
     command = [sys.argv[0], *(f"--config.{key}={value}" for key, value in overrides.items())]
@@ -280,7 +280,7 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
     return values.config
 
 
-def _section_of(network: str, section: Config) -> Config:
+def network_section(network: str, section: Config) -> Config:
     """Returns the section `model` of a network, with the values that a file sets for another one.
 
     Args:

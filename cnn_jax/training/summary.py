@@ -27,6 +27,14 @@ from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width, wilson_interval
 
 _MAX_CLASSES_SHOWN = 12
 
+# With this number of training images, a network with random weights is about as good as the
+# probe of a pretrained network (experiments/RESULTS.md, "Pretrained networks").
+_MANY_IMAGES = 20_000
+_ADVICE = (
+    "on this number of images a pretrained network is usually better: --config=finetune,\n"
+    "or --config=probe, which takes only minutes (docs/pretrained.md)"
+)
+
 
 def show_plan(
     console: Console,
@@ -80,10 +88,18 @@ def show_plan(
             "results": str(workdir),
         }
         | ({"changed": "\n".join(changes)} if changes else {})
+        | ({"advice": _ADVICE} if _needs_pretraining(config, sizes["train"]) else {})
     )
     for warning in dataset.findings.warnings():
         console.warn(warning)
     console.print()
+
+
+def _needs_pretraining(config: Config, train_images: int) -> bool:
+    """Returns whether pretrained weights would probably give a better network."""
+    is_pretrained = config.model.get("pretrained") or config.checkpoint.init_from
+    is_generated = config.data.source.startswith("shapes")
+    return not is_pretrained and not is_generated and train_images < _MANY_IMAGES
 
 
 def _weights(config: Config, pretrained: Mapping[str, Any]) -> str:

@@ -308,3 +308,13 @@ def test_help_has_every_key_with_its_default_and_a_comment(width):
             )
             assert lines[index].endswith(f"= {declared.default!r}")
             assert lines[index + 1].startswith(" " * 6), f"{key} has no comment"
+
+
+def test_another_network_keeps_the_values_that_a_file_sets():
+    config = files.load("finetune", {"model.name": "resnet50", "model.dropout": "0.4"})
+    own = files.load("finetune")
+    assert config.model.pretrained == own.model.pretrained == "auto"
+    assert config.model.dropout == 0.4
+    assert "drop_path" not in config.model
+    # The default of the other network is not kept: the CNN's dropout is 0.5.
+    assert files.load("default", {"model.name": "resnet50"}).model.dropout == 0.0

@@ -1,5 +1,6 @@
 import pytest
 
+from cnn_jax.config import files
 from cnn_jax.models.cnn import CNN
 from cnn_jax.training import summary
 from configs import default
@@ -36,3 +37,19 @@ def test_accumulation_asks_the_network_for_batch_norm(batch_norm):
     line = summary._accumulation(config, model, (8, 8))
     assert "4 parts of 8 images" in line
     assert ("BatchNorm" in line) == batch_norm
+
+
+@pytest.mark.parametrize(
+    ("source", "images", "changes", "expected"),
+    [
+        ("folder:photos", 1_000, {}, True),
+        ("folder:photos", 50_000, {}, False),
+        ("shapes", 1_000, {}, False),
+        ("folder:photos", 1_000, {"checkpoint.init_from": "runs/other"}, False),
+        ("folder:photos", 1_000, {"model.name": "resnet18", "model.pretrained": "auto"}, False),
+        ("folder:photos", 1_000, {"model.name": "resnet18"}, True),
+    ],
+)
+def test_the_plan_advises_pretrained_weights_for_few_images(source, images, changes, expected):
+    config = files.load("folder", {"data.source": source, **changes})
+    assert summary._needs_pretraining(config, images) == expected
