@@ -54,7 +54,8 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
             resolved.checkpoint.init_from = str(path.resolve())
         if config.model.get("batch_norm_statistics") == "auto":
             # The statistics of random weights, 0 and 1, normalise nothing.
-            resolved.model.batch_norm_statistics = "frozen" if config.model.pretrained else "batch"
+            is_trained = config.model.pretrained or config.checkpoint.init_from
+            resolved.model.batch_norm_statistics = "frozen" if is_trained else "batch"
         resolved.data.source = absolute(config.data.source)
         resolved.data.image_size = image_size(resolved)
         if config.augment.place == "auto":
