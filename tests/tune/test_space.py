@@ -7,8 +7,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from cnn_jax.config import schema
 from cnn_jax.system.errors import ConfigError
 from cnn_jax.tune.space import base_values, configured, describe, load_space
-from configs import default, eurosat
+from configs import default, eurosat, finetune
 
+SPACES = REPOSITORY / "experiments" / "spaces"
 HEAD = "from optuna.distributions import *\n"
 
 
@@ -29,11 +30,19 @@ def of(key, distribution):
     return f"{HEAD}def get_space():\n    return {{{key!r}: {distribution}}}\n"
 
 
-@pytest.mark.parametrize("config", [default, eurosat], ids=["default", "eurosat"])
-@pytest.mark.parametrize("file", sorted((REPOSITORY / "experiments" / "spaces").glob("*.py")))
-def test_both_ends_of_a_shipped_space_are_valid(file, config):
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("default", default),
+        ("default", eurosat),
+        ("recipe", default),
+        ("recipe", eurosat),
+        ("finetune", finetune),
+    ],
+)
+def test_both_ends_of_a_shipped_space_are_valid(name, config):
     config = config.get_config()
-    space = load_space(str(file), config)
+    space = load_space(str(SPACES / f"{name}.py"), config)
     assert list(space) == sorted(space)
     for end in (0, -1):
         params = {}
@@ -43,6 +52,19 @@ def test_both_ends_of_a_shipped_space_are_valid(file, config):
                 "choices", [description.get("low"), description.get("high")]
             )[end]
         schema.validate(configured(config, params), num_devices=1)
+
+
+def test_every_shipped_space_is_tested():
+    assert sorted(path.stem for path in SPACES.glob("*.py")) == ["default", "finetune", "recipe"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "key"),
+    [("finetune", default, "model.embedding"), ("default", finetune, "model.features")],
+)
+def test_a_space_for_another_network_is_an_error_of_one_line(name, config, key):
+    with pytest.raises(ConfigError, match=rf"config\.{key}: the network \w+ has no such key"):
+        load_space(str(SPACES / f"{name}.py"), config.get_config())
 
 
 def test_a_space_is_sorted_by_key(load):
