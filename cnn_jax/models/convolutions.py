@@ -44,8 +44,7 @@ def paddings(padding: str, kernel_size: int, stride: int, size: tuple[int, int])
     if padding == "symmetric":
         return ((kernel_size // 2,) * 2,) * 2
     top, left = (
-        tuple(pads)
-        for pads in lax.padtype_to_pads(size, (kernel_size,) * 2, (stride,) * 2, "SAME")
+        tuple(pads) for pads in lax.padtype_to_pads(size, (kernel_size,) * 2, (stride,) * 2, "SAME")
     )
     return cast(Padding, (top, left))
 
@@ -152,9 +151,7 @@ def _depthwise_backward(
     kernels_on_cpu = functools.partial(
         _kernel_gradient_on_cpu, kernel_size=kernel.shape[0], stride=stride, pads=pads
     )
-    kernel_gradient = lax.platform_dependent(
-        x, gradient, cpu=kernels_on_cpu, default=kernels
-    )
+    kernel_gradient = lax.platform_dependent(x, gradient, cpu=kernels_on_cpu, default=kernels)
     return inputs(gradient, kernel), cast(Array, kernel_gradient).astype(kernel.dtype)
 
 

@@ -176,9 +176,7 @@ class EfficientNet(Backbone):
             n if self.is_lite else _scaled(n, self.width) for n in (_STEM_FEATURES, _HEAD_FEATURES)
         )
         conv_norm = self._conv_norm("stem", train)
-        x = stages.add(
-            "stem", activation(conv_norm(x, stem, 3, 2, conv="conv_stem", norm="bn1"))
-        )
+        x = stages.add("stem", activation(conv_norm(x, stem, 3, 2, conv="conv_stem", norm="bn1")))
         rows = self._rows()
         block, total = 0, sum(row.blocks for row in rows)
         for i, row in enumerate(rows):
@@ -197,9 +195,7 @@ class EfficientNet(Backbone):
                 block += 1
             x = stages.add(f"blocks_{i}", x)
         conv_norm = self._conv_norm("conv_head", train)
-        x = stages.add(
-            "conv_head", activation(conv_norm(x, head, 1, conv="conv_head", norm="bn2"))
-        )
+        x = stages.add("conv_head", activation(conv_norm(x, head, 1, conv="conv_head", norm="bn2")))
         return self.classify(stages, jnp.mean(x, axis=(1, 2)), train=train)
 
     @nn.nowrap

@@ -65,9 +65,7 @@ class Ours:
         compiled, seconds = self._compile(jax.jit(compute), variables, batch)
         return lambda: np.asarray(compiled(variables, batch)), seconds
 
-    def training(
-        self, images: np.ndarray, labels: np.ndarray
-    ) -> tuple[Callable[[], None], float]:
+    def training(self, images: np.ndarray, labels: np.ndarray) -> tuple[Callable[[], None], float]:
         """Returns a function that takes a training step, and its compile time in seconds."""
         import jax
 
@@ -125,9 +123,7 @@ class Timm:
 
         return compute, 0.0
 
-    def training(
-        self, images: np.ndarray, labels: np.ndarray
-    ) -> tuple[Callable[[], None], float]:
+    def training(self, images: np.ndarray, labels: np.ndarray) -> tuple[Callable[[], None], float]:
         torch = self._torch
         model = self._model.train()
         for module in model.modules():

@@ -90,7 +90,9 @@ def test_other_platforms_get_the_plain_gradient_of_a_depthwise_kernel():
 
 def test_platforms_without_cpu_code_convolve_in_groups():
     convolve = functools.partial(depthwise_convolve, stride=1, pads=((1, 1), (1, 1)))
-    lowered = jax.jit(convolve).trace(_random(1, 8, 8, 4), _random(3, 3, 4)).lower(
-        lowering_platforms=("tpu",)
+    lowered = (
+        jax.jit(convolve)
+        .trace(_random(1, 8, 8, 4), _random(3, 3, 4))
+        .lower(lowering_platforms=("tpu",))
     )
     assert "feature_group_count = 4" in lowered.as_text()

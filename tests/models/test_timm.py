@@ -23,9 +23,7 @@ def test_logits_and_feature_maps_equal_those_of_timm(name):
 
     expected = jax.eval_shape(model.init, jax.random.key(0), image)
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, expected)
-    lowered = jax.jit(lambda *inputs: model.apply(*inputs, method="stages")).lower(
-        variables, image
-    )
+    lowered = jax.jit(lambda *inputs: model.apply(*inputs, method="stages")).lower(variables, image)
     # Without the optimisations of LLVM it compiles in half of the time.
     stages = lowered.compile({"xla_backend_optimization_level": 0})(variables, image)
     maps = stages[reference["stage"]]
