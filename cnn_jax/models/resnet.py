@@ -94,7 +94,8 @@ class ResNet(Backbone):
 
     @property
     def stage_names(self) -> Sequence[str]:
-        return ("stem", "layer1", "layer2", "layer3", "layer4", "embedding", "logits")
+        layers = [f"layer{i + 1}" for i in range(len(self.blocks))]
+        return ("stem", *layers, "embedding", "logits")
 
     @nn.nowrap
     def stage_of(self, layer: str) -> str:
