@@ -9,6 +9,7 @@ import pytest
 from cnn_jax.models.layers import (
     BatchNorm,
     Conv,
+    LayerNorm,
     add_bias,
     channel_sums,
     max_pool_2x2,
@@ -182,3 +183,12 @@ def test_max_pool_propagates_nan(pixel):
     assert jnp.isnan(value)
     assert gradient.ravel()[pixel] == 1
     assert gradient.sum() == 1
+
+
+def test_layer_norm_has_the_epsilon_of_convnext_and_of_vision_transformers():
+    x = 1e-3 * np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    centred = x.astype(np.float64) - x.mean(1, keepdims=True)
+    expected = centred / np.sqrt(centred.var(1, keepdims=True) + 1e-6)
+    layer = LayerNorm()
+    result = layer.apply(layer.init(jax.random.key(0), x), x)
+    np.testing.assert_allclose(result, expected, atol=1e-5)

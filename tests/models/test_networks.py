@@ -1,13 +1,13 @@
 """The contract of `models.base.Network`, for every network that a configuration can select."""
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blocks import random_variables
 
 from cnn_jax.models import NETWORKS
 from cnn_jax.models.network import make_model
@@ -45,10 +45,11 @@ class _Case:
 
     def __init__(self, name):
         self.model = _make_small(name)
-        self.image = self._random((2, *_image_size(name), 3))
-        shapes, outputs = jax.eval_shape(self._init, self.image)
-        self.variables = jax.tree.map_with_path(self._variable, shapes)
+        rng = np.random.default_rng(0)
+        self.image = rng.normal(size=(2, *_image_size(name), 3)).astype(np.float32)
+        self.variables = random_variables(self.model, self.image)
         self.params = self.variables["params"]
+        outputs = jax.eval_shape(self._stages, self.variables, self.image)
         self.zeros = {stage: jnp.zeros(out.shape) for stage, out in outputs.items()}
         lowered = jax.jit(self._compute).lower(self.variables, self.image, self.zeros)
         # Without the optimisations of LLVM it compiles in half of the time.
@@ -69,25 +70,13 @@ class _Case:
             if not np.array_equal(outputs[stage], self.outputs[stage])
         ]
 
-    def _init(self, image):
-        outputs, variables = self.model.init_with_output(jax.random.key(0), image, method="stages")
+    def _stages(self, variables, image, offsets=None):
+        outputs = self.model.apply(variables, image, offsets=offsets, method="stages")
         self.order = list(outputs)  # JAX sorts the keys of a dictionary that a function returns.
-        return variables, outputs
+        return outputs
 
     def _compute(self, variables, image, offsets):
-        outputs = self.model.apply(variables, image, offsets=offsets, method="stages")
-        return outputs, self.model.apply(variables, image)
-
-    def _variable(self, path, leaf):
-        if path[-1].key in ("scale", "var"):
-            return jnp.exp(self._random(leaf.shape) / 4)
-        # Kernels keep the order of magnitude of the activations.
-        scale = math.sqrt(2 / math.prod(leaf.shape[:-1])) if path[-1].key == "kernel" else 0.2
-        return scale * self._random(leaf.shape)
-
-    @staticmethod
-    def _random(shape):
-        return jnp.asarray(np.random.default_rng(math.prod(shape)).normal(size=shape), jnp.float32)
+        return self._stages(variables, image, offsets), self.model.apply(variables, image)
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
