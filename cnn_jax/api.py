@@ -111,6 +111,7 @@ def _changed_config(
     Raises:
       ConfigError: A key does not exist, or the configuration cannot be read.
     """
+    changed: Config
     if isinstance(config, ConfigDict):
         changed = config.copy_and_resolve_references()
     else:

@@ -46,7 +46,7 @@ def _tiny_flags(image_folder, workdir, epochs=2):
         (["--workdir=x", "--config.train.epoch=3"], "did you mean train.epochs?"),
         (
             ["--workdir=x", "--config.train.epochs=many"],
-            "config.train.epochs: must be an integer, 1 or more, got 'many'",
+            "config.train.epochs: must be an integer, 0 or more, got 'many'",
         ),
         (["--workdir=x", "--config.data.split=(0.7,0.2,0.2)"], "config.data.split: must be"),
         (["--workdir=x", "--config.data=3"], "config.data: is a section"),

@@ -42,11 +42,10 @@ def paddings(padding: str, kernel_size: int, stride: int, size: tuple[int, int])
       size: The height and the width of the images.
     """
     if padding == "symmetric":
-        return ((kernel_size // 2,) * 2,) * 2
-    top, left = (
-        tuple(pads) for pads in lax.padtype_to_pads(size, (kernel_size,) * 2, (stride,) * 2, "SAME")
-    )
-    return cast(Padding, (top, left))
+        half = kernel_size // 2
+        return (half, half), (half, half)
+    rows, columns = lax.padtype_to_pads(size, (kernel_size,) * 2, (stride,) * 2, "SAME")
+    return (rows[0], rows[1]), (columns[0], columns[1])
 
 
 def dense_convolve(
@@ -144,7 +143,9 @@ def _depthwise_backward(
     stride: int, pads: Padding, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, kernel = residuals
-    inputs = functools.partial(_input_gradient, size=x.shape[1:3], stride=stride, pads=pads)
+    inputs = functools.partial(
+        _input_gradient, size=(x.shape[1], x.shape[2]), stride=stride, pads=pads
+    )
     kernels = functools.partial(
         _kernel_gradient, kernel_size=kernel.shape[0], stride=stride, pads=pads
     )
@@ -192,7 +193,7 @@ def _kernel_gradient_on_cpu(
     x: Array, gradient: Array, kernel_size: int, stride: int, pads: Padding
 ) -> Array:
     """Computes `_kernel_gradient` as sums of products of shifted images and the gradient."""
-    size = gradient.shape[1:3]
+    size = gradient.shape[1], gradient.shape[2]
     if kernel_size**2 * size[0] * size[1] <= _WRITTEN_PRODUCTS:
         return _written_kernel_gradient(x, gradient, kernel_size, stride, pads)
     padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), *pads, (0, 0))))
@@ -259,7 +260,7 @@ def convolve_and_normalize(
     epsilon: float = 1e-5,
     padding: str = "symmetric",
     depthwise: bool = False,
-    dtype: jnp.dtype = jnp.dtype("float32"),
+    dtype: jnp.dtype,
 ) -> Float[Array, "batch new_height new_width features"]:
     """Applies a convolution without bias and `BatchNorm`; to be called in a compact method.
 
@@ -283,7 +284,7 @@ def convolve_and_normalize(
     channels = 1 if depthwise else x.shape[-1]
     kernel = Kernel((kernel_size, kernel_size, channels, features), name=conv)()
     normalization = BatchNorm(use_running_average, epsilon, dtype, name=norm)
-    pads = paddings(padding, kernel_size, stride, x.shape[1:3])
+    pads = paddings(padding, kernel_size, stride, (x.shape[1], x.shape[2]))
 
     def convolve_with(kernel: Array) -> Array:
         images, kernel = x.astype(dtype), kernel.astype(dtype)

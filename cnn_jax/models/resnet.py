@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ class ResNet(Backbone):
         conv_norm = self._conv_norm("stem", train)
         x = nn.relu(conv_norm(x, 64, 7, 2, conv="conv1", norm="bn1"))
         x = stages.add("stem", x)
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), (2, 2), cast(Any, ((1, 1), (1, 1))))
         for group, blocks in enumerate(self.blocks, start=1):
             conv_norm = self._conv_norm(f"layer{group}", train)
             features = 64 * 2 ** (group - 1) * (4 if self.block is Bottleneck else 1)

@@ -115,7 +115,7 @@ def main() -> None:
 
 def make_reference(name: str) -> dict[str, Any]:
     """Returns the shapes of a network's state dict, its logits, and the mean of a stage."""
-    import torch
+    import torch  # pyright: ignore
 
     timm = import_timm()
     reference = NETWORKS[name]
@@ -149,7 +149,8 @@ def import_timm() -> Any:
     if importlib.util.find_spec("torchvision") is None:
         for name in _TORCHVISION:
             sys.modules[name] = unittest.mock.MagicMock()
-        sys.modules["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
+        layer = type("FrozenBatchNorm2d", (), {})
+        setattr(sys.modules["torchvision.ops.misc"], layer.__name__, layer)
     return importlib.import_module("timm")
 
 
