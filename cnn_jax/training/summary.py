@@ -27,8 +27,8 @@ from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width, wilson_interval
 
 _MAX_CLASSES_SHOWN = 12
 
-# With this number of training images, a network with random weights is about as good as the
-# probe of a pretrained network (experiments/RESULTS.md, "Pretrained networks").
+# Below this number of training images, a pretrained network is probably better than a network
+# with random weights. On the 18,900 training images of EuroSAT, they are about equal.
 _MANY_IMAGES = 20_000
 _ADVICE = (
     "on this number of images a pretrained network is usually better: --config=finetune,\n"
