@@ -29,6 +29,7 @@ _FEW_PIXELS = 4
 # The largest number of products that the gradient of a depthwise kernel writes out, one for
 # each position of the kernel and each pixel. More products take long to compile.
 _WRITTEN_PRODUCTS = 400
+_FLOAT32 = jnp.dtype("float32")
 
 
 def paddings(padding: str, kernel_size: int, stride: int, size: tuple[int, int]) -> Padding:
@@ -260,7 +261,7 @@ def convolve_and_normalize(
     epsilon: float = 1e-5,
     padding: str = "symmetric",
     depthwise: bool = False,
-    dtype: jnp.dtype,
+    dtype: jnp.dtype = _FLOAT32,
 ) -> Float[Array, "batch new_height new_width features"]:
     """Applies a convolution without bias and `BatchNorm`; to be called in a compact method.
 
