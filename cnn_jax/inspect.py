@@ -63,8 +63,8 @@ def inspect_source(
     """
     source = absolute(source)
     listing = open_source(source, track, allow_outside)
-    # Create the output folder before the images are read, because reading may take a long time and
-    # an error of the folder should be reported at once.
+    # Create the output folder before the images are read. Reading may take a long time, and a
+    # problem with the folder should be reported at once.
     folder = None if output is None else _create_output(output, source)
     result = survey(listing, division or Division(), max_pixels, distance, track, white_level)
     if folder is not None:

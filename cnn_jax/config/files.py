@@ -184,7 +184,7 @@ def _importable(path: pathlib.Path) -> Iterator[None]:
 
 
 def _is_config(module: str) -> bool:
-    """Returns whether a module is the package `configs` or belongs to this package."""
+    """Returns whether a module is the package `configs` or a module in `configs`."""
     return module == "configs" or module.startswith("configs.")
 
 
@@ -281,7 +281,7 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
 
 
 def network_section(network: str, section: Config) -> Config:
-    """Returns the section `model` of a network, with the values that a file sets for another one.
+    """Returns the section `model` of a network, with changed values from another network's section.
 
     Args:
       network: The name of the network.

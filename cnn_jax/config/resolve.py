@@ -53,7 +53,8 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
             path = pathlib.Path(config.checkpoint.init_from).expanduser()
             resolved.checkpoint.init_from = str(path.resolve())
         if config.model.get("batch_norm_statistics") == "auto":
-            # The statistics of random weights, 0 and 1, normalise nothing.
+            # Frozen statistics are useful only with trained weights. The initial statistics, mean 0
+            # and variance 1, would not normalise the activations.
             is_trained = config.model.pretrained or config.checkpoint.init_from
             resolved.model.batch_norm_statistics = "frozen" if is_trained else "batch"
         resolved.data.source = absolute(config.data.source)

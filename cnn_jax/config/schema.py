@@ -39,7 +39,7 @@ SPLIT_RULES = ("stable", "exact")
 # The places where decoded pixels can be kept: nowhere (images are decoded each time), in the cache
 # on disk, in memory, or on the device.
 RESIDENCIES = ("none", "disk", "memory", "device")
-# The keys of the section `data` that published weights have values for.
+# The keys of the section `data` that can get their values from pretrained weights.
 PREPROCESSING_KEYS = ("image_size", "mean", "std", "resize", "crop_ratio", "interpolation")
 FLIPS = ("none", "horizontal", "vertical", "horizontal_and_vertical")
 SOURCE_FORMS = (
@@ -432,7 +432,7 @@ def check_key(key: str, network: str | None = None) -> None:
 
 
 def _networks_hint(name: str) -> str:
-    """Returns the end of an error message that names the networks with a key, at most three."""
+    """Returns the end of an error message that names up to three networks with a key."""
     owners = [network for network in NETWORKS if name in NETWORKS[network].keys]
     if len(owners) == 1:
         return f"; the network {owners[0]} has it: set model.name={owners[0]}"
@@ -578,7 +578,7 @@ def weights_preprocessing_keys(config: Config) -> tuple[str, ...]:
 
 
 def check_image_size(config: Config) -> None:
-    """Raises ConfigError if the network cannot take images of the size `data.image_size`."""
+    """Raises ConfigError if the network does not accept images of the size `data.image_size`."""
     divisor = NETWORKS[config.model.name].size_divisor(config.model.to_dict())
     if any(side % divisor for side in image_size(config)):
         raise ConfigError(
@@ -588,7 +588,7 @@ def check_image_size(config: Config) -> None:
 
 
 def _check_mixing(values: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the mixing probabilities exceed 1 in total, or a batch is too small."""
+    """Raises ConfigError if mixing probabilities exceed 1 in total, or if a batch is too small."""
     mixup, cutmix = values["augment.mixup_probability"], values["augment.cutmix_probability"]
     if mixup + cutmix > 1:
         raise ConfigError(

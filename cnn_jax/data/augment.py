@@ -130,7 +130,7 @@ def draw(
 
 
 def identity_draws(batch_size: int, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Returns the parameters of `draw` with which a batch of images stays as it is."""
+    """Returns parameters, in the format of `draw`, that leave a batch of images unchanged."""
     return draw(np.random.default_rng(0), Augmentation(), batch_size, image_size)
 
 
@@ -188,8 +188,8 @@ def apply_on_host(
     cv2 = opencv()
     height, width, channels = images.shape[1:]
     out = np.empty_like(images)
-    # A rotation reads pixels across rows. The image is first copied into the core's cache: for
-    # 224 x 224 pixels, this is 1.5 times as fast as reading the pixels from main memory.
+    # A rotation reads pixels across rows. The image is first copied into the cache of the CPU
+    # core: for 224 x 224 pixels, this is 1.5 times as fast as reading from main memory.
     near = np.empty_like(images[0])
     means = []
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP

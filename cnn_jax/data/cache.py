@@ -110,7 +110,7 @@ def write_json(kind: str, key: str, value: Any) -> None:
 
 
 def read_array(kind: str, key: str) -> np.ndarray | None:
-    """Returns the array that `write_array` stored under a key, memory-mapped; else None."""
+    """Returns the memory-mapped array that is stored under a key; None if no array is stored."""
     path = cache_dir() / kind / f"{key}.npy"
     try:
         array = np.load(path, mmap_mode="r")

@@ -174,8 +174,8 @@ def _scan(
         return scan.scan(listing, preprocessing, None, track), None
     known = scan.known_records(listing, preprocessing)
     if 2 * known.count(None) < len(known):
-        # The cache may contain the pixels, but their cache key depends on all records. If fewer
-        # than half of the records are missing, the missing records are completed first.
+        # The cache key of the pixels depends on all records. If fewer than half of the records are
+        # missing, complete the records first, and then look for the pixels in the cache.
         records = scan.scan(listing, preprocessing, None, track, known)
         key, size = scan.pixels_key(records, preprocessing), preprocessing.image_size
         pixels = cache.open_pixels(key, len(listing), size)
@@ -197,8 +197,8 @@ def _decode_all(
     `_scan` calls this function if the pixels are not in the cache.
     """
     try:
-        # If the pixels are not kept on disk, only later runs benefit from the cache file. The file
-        # may then take at most half of the free disk space.
+        # If `residency` is "disk", this run needs the cache file. Otherwise only later runs benefit
+        # from the file, so the file may use at most half of the free disk space.
         if residency != "disk" and _decoded_bytes(listing, preprocessing) > cache.free_bytes() / 2:
             raise OSError(errno.ENOSPC, "they would take more than half of the free space")
         with cache.PixelFile(len(listing), preprocessing.image_size) as file:

@@ -87,8 +87,8 @@ _SLOW_PPM, _MAX_SLOW_PIXELS = ("ppm", "ppm_plain"), 4_000_000
 # scan of a plain JPEG: JFIF and ICC data, tables and comments.
 _SOF_BASELINE, _SOS = 0xC0, 0xDA
 _PLAIN_SEGMENTS = frozenset((0xE0, 0xE2, 0xDB, 0xC4, 0xDD, 0xFE))
-# Images with more pixels than this are decoded one at a time, because each of these images may need
-# hundreds of megabytes.
+# Images with more pixels than this number are decoded one at a time, because each of these images
+# may need hundreds of megabytes.
 _LARGE = 8_000_000
 _LARGE_TURN = threading.Lock()
 # To limit the memory use, pixels are converted in strips of at most this number of pixels.
@@ -663,7 +663,7 @@ def _three_channels(array: np.ndarray) -> np.ndarray:
 
 
 def _kind(dtype: np.dtype[Any]) -> tuple[str, float]:
-    """Returns the name of a dtype, such as "16-bit", and its white level, where 0 means unknown."""
+    """Returns the name of a dtype, such as "16-bit", and its white level; 0 means unknown."""
     if dtype.kind == "f":
         return "float", 0
     bits = 8 * dtype.itemsize
@@ -673,7 +673,7 @@ def _kind(dtype: np.dtype[Any]) -> tuple[str, float]:
 
 
 def _rawmode(image: Image.Image) -> str:
-    """Returns the raw mode of a Pillow image, which describes how the file stores the values.
+    """Returns a Pillow image's raw mode, which describes how the file stores the values.
 
     The raw mode is "" if the image is already loaded.
     """
@@ -708,7 +708,7 @@ def _loses_values(image: Image.Image) -> bool:
 
 
 def _content(image: Image.Image) -> bytes:
-    """Returns the bytes of the file of an image that was opened but not yet loaded."""
+    """Returns the file content of a Pillow image that was opened but not yet loaded."""
     assert isinstance(image, ImageFile.ImageFile)
     file = image.fp
     assert file is not None
@@ -735,7 +735,8 @@ def _read_deep(image: Image.Image, encoded: bytes) -> _Deep | None:
     if white := _ppm_white(image):
         return _read_deep_ppm(image, encoded, white)
     if rawmode in _SCALES and isinstance(image.info.get("transparency"), int):
-        # Pillow scales the pixels to 8 bits, but does not scale the transparent level of the PNG.
+        # Pillow scales the pixels to 8 bits, but does not scale the grey level that the PNG marks
+        # as transparent.
         image.info["transparency"] *= _SCALES[rawmode]
     if ";16" in rawmode and image.mode in ("RGB", "RGBA"):
         return _read_deep_colour(image, encoded, rawmode)
@@ -779,7 +780,7 @@ def _read_deep_ppm(image: Image.Image, encoded: bytes, white: int) -> _Deep:
 
 
 def _read_deep_colour(image: Image.Image, encoded: bytes, rawmode: str) -> _Deep:
-    """Reads an image with 16 bits per channel, although Pillow keeps only the high bytes.
+    """Reads all 16 bits per channel of an image; Pillow itself keeps only the high bytes.
 
     The file is unpacked twice. The second time, Pillow is told the wrong byte order, so that it
     keeps the low bytes.

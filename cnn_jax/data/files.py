@@ -37,9 +37,9 @@ _SYSTEM_FOLDERS = frozenset(
         *("temporary items", "thumbs.db", "ehthumbs.db", "desktop.ini"),
     )
 )
-# A folder counts as an output of this project if it contains all names of one of these sets. The
-# sets in _OUTPUTS_WITHOUT_PICTURES apply only to a folder without images directly in it, so that a
-# class folder with images is not ignored if a run was written into it.
+# A folder counts as an output of this project if it contains all names in one of these sets. The
+# sets in _OUTPUTS_WITHOUT_PICTURES do not apply to a folder that directly contains images: such a
+# folder may be a class folder into which a run was written.
 _OUTPUTS_WITHOUT_PICTURES = (
     frozenset(("lock", "heartbeat.json")),  # The folder of a run that has just started.
     frozenset(("config.json", "metrics.jsonl")),
@@ -128,7 +128,7 @@ class Listing:
 
 
 def is_output(names: Collection[str]) -> bool:
-    """Returns whether this project wrote a folder that contains entries with these names."""
+    """Returns whether a folder that contains these names is an output of this project."""
     names = set(names)
     if any(marks <= names for marks in _OUTPUTS_WITHOUT_PICTURES):
         return not any(map(_has_image_suffix, names))
@@ -218,8 +218,8 @@ class _Walk:
                     self._folders.append(name)
                 continue
             self._seen.add((status.st_dev, status.st_ino))
-            # The root folder is read even if this project wrote it, because the user named this
-            # folder.
+            # The root folder is read even if it is an output of this project, because the user
+            # named the root folder.
             if name and is_output([entry.name for entry in found]):
                 self._ignored[_OUTPUT] += 1
                 self._outputs.append(name)

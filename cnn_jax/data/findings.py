@@ -26,7 +26,8 @@ from cnn_jax.system.errors import printable
 # Class balancing may be recommended if the largest class is at least this many times as large as
 # the smallest class.
 _IMBALANCE = 10
-# A class with fewer images than this has too little variety for balancing to help.
+# Balancing does not help a class with fewer images than this number, because the images have too
+# little variety.
 _TOO_FEW = 20
 _MAX_NAMED = 3
 # A split is called uneven only if the intended number of images of a class in the split is at least
@@ -384,7 +385,7 @@ class Findings:
         return printable(self.source.class_names[label])
 
     def _names(self, group: Sequence[int]) -> str:
-        """Formats the ids of a few examples as text, if possible from different classes."""
+        """Formats the ids of a few examples as text; prefers examples of different classes."""
         labels = self.source.labels
         first_images = {int(labels[i]): i for i in reversed(group)}.values()
         order = [*sorted(first_images), *(i for i in group if i not in first_images)]
@@ -448,7 +449,7 @@ def too_unreadable(
 def split_numbers(
     splits: Mapping[str, Int[np.ndarray, " _"]], size: int
 ) -> Int[np.ndarray, " size"]:
-    """Returns the number of each example's split: the position of the split in `splits`."""
+    """Returns the index in `splits` of each example's split."""
     numbers = np.full(size, -1)
     for number, indices in enumerate(splits.values()):
         numbers[indices] = number

@@ -169,7 +169,7 @@ class _SplitName:
 
 
 def _parse(name: str) -> _SplitName | None:
-    """Parses a folder name; returns None unless the name contains words for exactly one split.
+    """Parses a folder name; returns None if its words mean no split or several splits.
 
     A name with words for training and validation, such as train_val, is a training split.
     """
@@ -183,7 +183,7 @@ def _parse(name: str) -> _SplitName | None:
 
 
 def _find_parts(tree: _Tree, source: str, *, are_splits: bool) -> tuple[dict[str, str], list[str]]:
-    """Finds the folders that contain class folders; returns the split of each folder, and warnings.
+    """Finds the folders that contain class folders; returns their splits, and warnings.
 
     Without splits, the result is {"": ""}: the root contains the class folders.
 
@@ -364,9 +364,9 @@ def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, s
 def _check_classes_are_no_splits(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> None:
-    """Raises DataError if it is unclear whether a folder named as a split is a class or a split.
+    """Raises DataError if a folder that is named after a split may be a class or a split.
 
-    This is unclear if all other folders have the same sub-folders.
+    The error is raised if all other folders have the same sub-folders.
     """
     below = {top: tree.folders(_inner_folder(tree, top)) for top in tops}
     known = [top for top in names if names[top].split != _PREDICTION]
@@ -386,7 +386,7 @@ def _taken_for_classes(
     are_several = len({names[top].split for top in plain}) > 1
 
     def looks_like_a_split(top: str) -> bool:
-        """Returns whether the folder seems to be a split for a reason other than its name."""
+        """Returns whether the folder is probably a split, not a class with the name of a split."""
         has_classes = not tree.images[top] and len(tree.folders(top)) > 1
         return are_several or has_classes or names[top].split == _PREDICTION
 

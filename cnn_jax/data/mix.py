@@ -102,7 +102,7 @@ def draw(key: PRNGKeyArray, mixing: Mixing, batch_size: int) -> Draws:
 def mixup_weights(
     share: Float[Array, " batch"], image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
-    """Returns the weight of the partner image for MixUp, which is equal in all pixels.
+    """Returns the weight of the partner image for MixUp; the weight is equal in all pixels.
 
     The weight is 1 - share.
     """

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 NumpyBatch = dict[str, np.ndarray]
 
-# The length of an endless stream, which is more batches than any run has.
+# The number of batches in a stream whose `stop` is None. No run needs so many batches.
 _ENDLESS = 2**40
 
 
@@ -275,7 +275,7 @@ def evaluation_batches(
     batch_size: int,
     rows: Int[np.ndarray, " rows"] | None = None,
 ) -> contextlib.closing[Generator[NumpyBatch, None, None]]:
-    """Returns a stream of batches that contains every example once, in order, padded at the end.
+    """Returns a stream of batches with every example once and in order; the last batch is padded.
 
     Padding repeats the split's first example, so that all batches have the same shape. The mask
     is False for padding.
@@ -298,7 +298,7 @@ def evaluation_batches(
 
 
 def _iterate(dataset: grain.MapDataset, workers: int) -> Generator[NumpyBatch, None, None]:
-    """Yields the batches of a data set, which threads or worker processes load ahead of time."""
+    """Yields the batches of a data set; threads or worker processes load the batches in advance."""
     if workers == 0:
         threads = max(2, min(16, scan.num_cores()))
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)

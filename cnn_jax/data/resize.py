@@ -20,8 +20,8 @@ Pixels = UInt8[np.ndarray, "_height _width 3"]
 # value of photographs (0.449 * 255 in ImageNet), so the padding is close to 0 after normalization.
 PADDING = 114
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# If the scaled image would have more pixels than this, only its visible part is computed. For
-# example, an image of 1 x 1,000,000 pixels could become an image of 224 x 224,000,000 pixels.
+# If the scaled image would have more pixels than this number, only its visible part is computed.
+# For example, an image of 1 x 1,000,000 pixels could become an image of 224 x 224,000,000 pixels.
 _MAX_SCALED_PIXELS = 2**24
 # The largest radius of a resampling filter. The unit is a pixel of the output if the image is
 # reduced, and a pixel of the image if it is enlarged.
@@ -36,8 +36,8 @@ class View:
     """The part of an image that the network sees, and its place in the network's input.
 
     Attributes:
-      image_box: The visible part, in pixels of the image.
-      input_box: Its place in the input, in pixels of the input. Padding lies outside it.
+      image_box: The box of the visible part in the image.
+      input_box: The box of the visible part in the network's input. Padding lies outside the box.
     """
 
     image_box: Box
@@ -87,7 +87,7 @@ def resize(image: Pixels, preprocessing: Preprocessing) -> Pixels:
 def _scaled_size_and_offset(
     size: tuple[int, ...], preprocessing: Preprocessing
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns the (height, width) of the scaled image, and its (top, left) position in the input.
+    """Returns the (height, width) and (top, left) of the scaled image in the network's input.
 
     The offset is negative where the scaled image is cropped.
     """
@@ -114,7 +114,7 @@ def _scaled_size_and_offset(
 def _visible_range(
     side: int, scaled: int, offset: int, input_side: int
 ) -> tuple[tuple[float, float], tuple[int, int]]:
-    """Returns the visible range of one axis, in pixels of the image and in pixels of the input."""
+    """Returns the visible range of one axis, first in the image, then in the network's input."""
     start, stop = max(offset, 0), min(offset + scaled, input_side)
     return ((start - offset) * side / scaled, (stop - offset) * side / scaled), (start, stop)
 

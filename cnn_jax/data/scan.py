@@ -1,4 +1,4 @@
-"""One pass over all images, which records their properties and caches their pixels.
+"""A scan reads every image once, records the properties of the images and caches their pixels.
 
 The record of an image is kept between runs until the image's version changes, so a second
 run starts at once.
@@ -32,7 +32,8 @@ _VERSION = 3
 # The largest allowed size of an image file is a number of bytes for each allowed pixel, plus a
 # number of bytes for metadata. A larger file is not read.
 _BYTES_A_PIXEL, _OTHER_BYTES = 4, 2**20
-# Files with more bytes than this are read and decoded one at a time, to limit the memory use.
+# To limit the memory use, files with more bytes than this number are read and decoded one at a
+# time.
 _LARGE_FILE = 2**23
 _LARGE_FILE_TURN = threading.Lock()
 

@@ -76,7 +76,7 @@ class Source:
         return list(map(without_split, self.ids, self.own_splits))
 
     def select(self, indices: Int[np.ndarray, " m"]) -> "Source":
-        """Returns a source that has only the examples at these positions, and the same classes."""
+        """Returns a source with only the examples at these positions, and with all classes."""
 
         def pick(values: Sequence[Any]) -> list[Any]:
             return [values[i] for i in indices]
@@ -92,7 +92,7 @@ class Source:
         )
 
     def without_empty_classes(self) -> "Source":
-        """Returns a source with only the classes that have examples, in the same order."""
+        """Returns a source with only the classes that have examples; keeps the classes' order."""
         used_labels, labels = np.unique(self.labels, return_inverse=True)
         if len(used_labels) == len(self.class_names):
             return self

@@ -43,7 +43,7 @@ class Division:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Division":
-        """Creates a `Division` from a dictionary of its fields, which was read from JSON."""
+        """Creates a `Division` from a dictionary of its fields, such as a JSON object."""
         return cls(**{**fields, "fractions": tuple(fields["fractions"])})
 
     def check(self, source: Source) -> None:
@@ -229,7 +229,7 @@ def _commonest_label(
     pairs, counts = np.unique(np.stack([units, labels]), axis=1, return_counts=True)
     order = np.lexsort((-pairs[1], counts, pairs[0]))
     commonest = np.empty(units.max() + 1, np.int64)
-    # NumPy keeps the last label that is assigned to a unit, which is the most common label.
+    # NumPy keeps the last label that is assigned to a unit. The most common label is assigned last.
     commonest[pairs[0][order]] = pairs[1][order]
     return commonest
 
@@ -260,7 +260,7 @@ def _none_empty(bounds: Int[np.ndarray, " cuts"], count: int) -> Int[np.ndarray,
 
 
 def group_names(paths: Sequence[str], pattern: str, name: str = "the source") -> list[str]:
-    """Returns the name of each example's group, which a pattern extracts from the path.
+    """Returns the names of the examples' groups; a pattern extracts each name from a path.
 
     `{word}` matches a part of the path that belongs to the group's name, and `*` a part that
     does not; neither matches a "/". The pattern matches the beginning of the path. A `{word}`

@@ -99,7 +99,7 @@ def open_tfds(name: str, track: Track = no_track) -> Source:
 
 
 def _ids(builder: Any, split: str) -> list[str]:
-    """Returns an id SPLIT/POSITION for each example of a split or of a slice of a split.
+    """Returns an id SPLIT/POSITION for each example in a split, or in a slice such as train[:50%].
 
     POSITION is the position in the whole split. So an example has the same id in train[:50%] and
     in train.

@@ -152,7 +152,7 @@ def why_no_verdict(count: int) -> str:
 
 
 def why_nothing_to_explain(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns why the maps of a network that is not better than guessing get no verdict.
+    """Returns the reason for giving no verdict if the network may only be guessing; else "".
 
     The maps of a network that has learned nothing may still depend on its weights and pass the
     checks, although there is nothing to explain.

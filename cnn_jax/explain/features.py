@@ -45,7 +45,7 @@ def feature_maps(
 
 
 def embeddings(predictor: BundlePredictor, images: Images) -> Float[np.ndarray, "batch features"]:
-    """Returns the float32 embedding of each image, which is the input of the network's last layer.
+    """Returns the float32 embedding of each image: the input of the network's last layer.
 
     There must be at least one image.
     """

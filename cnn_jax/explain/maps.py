@@ -140,7 +140,7 @@ def occlusion(predictor: BundlePredictor, images: Images, classes: Classes) -> M
 
 
 def _mean(predictor: BundlePredictor) -> Float[np.ndarray, " 3"]:
-    """Returns the grey levels of R, G and B that the normalisation of images converts to 0."""
+    """Returns the R, G and B values that the normalisation of images converts to 0."""
     return np.array(predictor.preprocessing.mean, np.float32)
 
 

@@ -56,6 +56,7 @@ def draw_overlay(
 @functools.cache
 def _colour_table() -> UInt8[np.ndarray, "256 3"]:
     """Returns the RGB colours for the levels 0 to 255 of a map."""
-    import matplotlib  # Imported here, so that a server without maps does not load Matplotlib.
+    # Matplotlib is imported here, so that a server without maps does not load Matplotlib.
+    import matplotlib
 
     return np.rint(255 * matplotlib.colormaps["viridis"](np.arange(256))[:, :3]).astype(np.uint8)

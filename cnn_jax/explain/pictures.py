@@ -250,7 +250,7 @@ def _save_overlays(
     maps: Mapping[str, Float[np.ndarray, "height width"]],
     predictor: BundlePredictor,
 ) -> dict[str, str]:
-    """Draws the maps of an image over the image; returns the names of the new files by method.
+    """Saves each explanation map, drawn over its image; returns a dict from method to file name.
 
     The pictures have the resolution of the image.
     """
@@ -264,7 +264,7 @@ def _save_overlays(
 def _save_feature_maps(
     folder: pathlib.Path, number: int, pixels: np.ndarray, predictor: BundlePredictor
 ) -> dict[str, str]:
-    """Saves one picture per layer with an image's feature maps; returns file names by layer."""
+    """Saves one picture of feature maps per layer; returns a dict from layer to file name."""
     names = {}
     for layer, grid in feature_map_grids(predictor, pixels).items():
         names[layer] = f"{number:04d}-maps-{layer}.png"

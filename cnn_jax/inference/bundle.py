@@ -177,7 +177,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def _check_network(path: pathlib.Path, model: dict[str, Any]) -> None:
-    """Raises BundleError if this version does not know the network of a bundle, or one of its keys.
+    """Raises BundleError if this version does not know a bundle's network or a key of the network.
 
     Args:
       path: The bundle.

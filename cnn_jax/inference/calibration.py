@@ -17,7 +17,7 @@ NUM_BINS = 15
 Probabilities = Float[np.ndarray, "n classes"]
 Labels = Int[np.ndarray, " n"]
 
-# The maximum number of probabilities that `fit_temperature` uses. This number determines the
+# The maximum number of probabilities that `fit_temperature` uses. This number is enough to fit the
 # temperature to three digits, and the fit takes only seconds.
 _MAX_PROBABILITIES = 2**23
 # The logarithm of the highest allowed temperature. Temperatures range from 1/100 to 100.

@@ -52,7 +52,7 @@ def map_split(
     track: Track = no_track,
     description: str = "measuring",
 ) -> np.ndarray:
-    """Applies a function to the images of examples of a data set, in batches.
+    """Applies a function to batches of images of a data set.
 
     Args:
       function: Takes images and returns an array with one row for each image. It treats the

@@ -1,4 +1,4 @@
-"""Corruptions of images at five severities: noise, blur, weather, digital processing, quality.
+"""Image corruptions of five families (noise, blur, weather, digital, quality) at five severities.
 
 The module has the 19 common corruptions of ImageNet-C (Hendrycks & Dietterich, "Benchmarking
 Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019) with the constants
@@ -71,7 +71,7 @@ def _levels(image: np.ndarray) -> UInt8[np.ndarray, "_height _width 3"]:
 
 
 def _scale(image: np.ndarray) -> float:
-    """Returns the factor that converts lengths from ImageNet-C's pixels to pixels of an image."""
+    """Returns the shorter side of an image, divided by 224, the side of ImageNet-C's images."""
     return min(image.shape[:2]) / _SIDE
 
 
@@ -229,8 +229,8 @@ def glass_blur(
     origin = positions
     for _ in range(rounds):
         origin = origin[_shuffled(rng, height, width, reach, scale)]
-    # The steps are measured in ImageNet-C's pixels, which are fractions of a pixel in a small
-    # image.
+    # The steps are whole pixels of an image with a side of 224 pixels. In a smaller image, they
+    # become fractions of a pixel.
     y, x = np.divmod(positions, width)
     step_y, step_x = origin // width - y, origin % width - x
     from_x = (x + scale * step_x).astype(np.float32).reshape(height, width)
@@ -314,7 +314,7 @@ def _smear(image: _Unit, radius: int, sigma: float, angle: float, scale: float) 
 def zoom_blur(
     image: UInt8[np.ndarray, "height width 3"], severity: int, seed: int = 0
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Averages the image and magnified copies of it, like a camera that moves forward."""
+    """Averages the image with magnified copies of the image, as if the camera moved forward."""
     end, step = _choose(
         severity, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
     )
@@ -355,9 +355,9 @@ def _zoom(side: int, factor: float) -> tuple[float, float]:
 
 
 def _scaled_affine(matrix: Float[np.ndarray, "2 3"], scale: float) -> Float[np.ndarray, "2 3"]:
-    """Converts an affine map of positions from ImageNet-C's pixels to pixels of an image."""
-    # In ImageNet-C's pixels and in pixels of the image, pixel centres have integer coordinates, and
-    # the edge of the first pixel is at -0.5.
+    """Converts an affine map from the coordinates of ImageNet-C's images to those of an image."""
+    # In both coordinate systems, pixel centres have integer coordinates, and the first pixel starts
+    # at -0.5.
     shift = 0.5 / scale - 0.5
     linear, offset = matrix[:, :2], matrix[:, 2]
     offset = scale * (offset + linear.sum(axis=1) * shift - shift)

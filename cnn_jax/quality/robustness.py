@@ -162,7 +162,7 @@ def _read_ahead(work: Callable[[int], _Result], items: Iterable[int]) -> Iterato
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        finally:  # Without this call, Ctrl-C would wait for all pending results.
+        finally:  # Without this call, Ctrl-C would take effect only after all pending work.
             pool.shutdown(cancel_futures=True)
 
 

@@ -16,8 +16,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from cnn_jax.report import style
 from cnn_jax.report.style import Theme
 
-# The chart of a confusion matrix has numbers in the cells, lines between all cells, and class names
-# on the axes only up to these numbers of classes, respectively.
+# The chart of a confusion matrix has numbers in the cells for at most _MAX_NUMBERS classes, lines
+# between all cells for at most _MAX_LINES classes, and class names for at most _MAX_NAMES classes.
 _MAX_NUMBERS, _MAX_LINES, _MAX_NAMES = 20, 60, 200
 # Maps the maximum number of classes to the side of a cell in inches. A matrix with more classes
 # than _MAX_NAMES has no class names, and the side of the whole matrix is _UNNAMED_SIDE inches.

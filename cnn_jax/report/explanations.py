@@ -32,8 +32,8 @@ from cnn_jax.report.style import Theme
 # The saliency-map methods that are fast enough for every report. The command `cnn_jax explain`
 # offers more methods.
 _METHODS = ("grad_cam", "grad_cam_plus_plus", "layer_cam")
-# The maximum total number of pixels of the images for the checks, unless fewer than _MIN_IMAGES
-# images would be left.
+# The maximum total number of pixels of the images for the checks. At least _MIN_IMAGES images are
+# checked, even if they have more pixels.
 _PIXELS = 2**20
 _MIN_IMAGES = 16
 # The number of images for the pointing game, which needs data with masks of the objects.

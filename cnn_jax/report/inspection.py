@@ -168,7 +168,7 @@ def sample(survey: Survey, label: int) -> list[int]:
 
 
 def _draw_sheets(survey: Survey, folder: pathlib.Path, track: Track) -> list[dict[str, Any]]:
-    """Draws a contact sheet for each class that has images; returns a description of each."""
+    """Draws a contact sheet for each class that has images; returns a description of each sheet."""
     counts = survey.counts.sum(axis=1).tolist()
     labels = [label for label, number in enumerate(counts) if number]
 

@@ -9,8 +9,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-# Probabilities count as equal if they differ by less than this, because float32 has only about
-# seven significant digits.
+# Probabilities count as equal if they differ by less than this value, because float32 has only
+# about seven significant digits.
 _TOLERANCE = 1e-6
 
 

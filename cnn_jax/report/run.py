@@ -300,7 +300,7 @@ def _open_network(
 def _check_fingerprint(
     dataset: Dataset, predictor: BundlePredictor, *, is_new_source: bool
 ) -> None:
-    """Checks that a data set is the data that a bundle's network was trained on.
+    """Checks that a data set is the data set on which a bundle's network was trained.
 
     Raises:
       DataError: The data differs, and the user gave its name (`is_new_source`).

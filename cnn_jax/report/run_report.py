@@ -105,7 +105,8 @@ def _write(
     watch.lap("predictions")
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    if run.network is not None:  # Without a network, keep the images of an earlier report.
+    # If the network is missing, no new images can be drawn. Keep the images of an earlier report.
+    if run.network is not None:
         shutil.rmtree(folder / "examples", ignore_errors=True)
         (folder / "examples").mkdir()
     with concurrent.futures.ThreadPoolExecutor(1) as thread:

@@ -170,7 +170,7 @@ def _row(study: Study, scale: Scale, trial: Trial) -> dict[str, Any]:
 
 
 def _cell(range_: Range, value: Any) -> Cell:
-    """Returns the table cell of a parameter's value; choices sort in the range's order."""
+    """Returns the table cell of a parameter's value; choices are sorted in the range's order."""
     text = format_parameter(range_, value)
     if range_["kind"] == "categorical":
         return Cell(text, _sortable(range_position(range_, value)), "choice")

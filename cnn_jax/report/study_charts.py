@@ -91,7 +91,8 @@ def _draw_running_best(study: Study, scale: Scale, axes: Axes, theme: Theme) -> 
     numbers, values = running_best(study)
     if not numbers:
         return
-    last = sorted_trials(study)[-1]["number"]  # The line ends at the last trial, complete or not.
+    # The line ends at the last trial, even if that trial is not complete.
+    last = sorted_trials(study)[-1]["number"]
     axes.step(
         [*numbers, last],
         scale.clip([*values, values[-1]]),

@@ -162,7 +162,7 @@ def thousands() -> FuncFormatter:
 
 
 def percent() -> FuncFormatter:
-    """Returns a tick formatter that writes fractions as percentages without "%".
+    """Returns a tick formatter that formats fractions as percentages without "%".
 
     The axis label contains the "%".
     """

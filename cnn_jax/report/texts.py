@@ -8,7 +8,7 @@ from cnn_jax.data.findings import count
 from cnn_jax.inference.calibration import NUM_BINS
 from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width
 
-# The report remarks on a class if its F1 is below the mean F1 by more than this.
+# The report remarks on a class if its F1 is below the mean F1 by more than this value.
 _WEAK = 0.1
 # The report remarks on a pair of confused classes if the pair causes at least this fraction of all
 # mistakes.
@@ -201,7 +201,7 @@ def _absent_classes(test: Mapping[str, Any]) -> str:
 
 
 def _mean_of_present(test: Mapping[str, Any], key: str) -> float:
-    """Returns the mean of a metric over the classes with test images, or 0 if no class has any."""
+    """Returns a metric's mean over the classes with test images; 0 if no class has test images."""
     values = [row[key] for row in test["per_class"].values() if row["support"]]
     return sum(values) / max(len(values), 1)
 
@@ -214,7 +214,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]) -> str:
-    """Describes how the network compares with always predicting the most common class."""
+    """Compares the network with a classifier that always predicts the most common class."""
     guess = (
         f"Always naming {guessing['class']}, the most common class of the test images, would be "
         f"correct for {percent(guessing['accuracy'])}"

@@ -17,14 +17,15 @@ from cnn_jax.inference.calibration import NUM_BINS
 from cnn_jax.report.texts import percent, points
 from cnn_jax.training.metrics import agreement_p_value, half_width, wilson_interval
 
-# The significance level of one-sided tests, which corresponds to 95 % confidence intervals.
+# The significance level of one-sided tests. This level corresponds to 95 % confidence intervals.
 _SIGNIFICANT = 0.025
 # A verdict ignores a difference of at most this value between two accuracies, even if the
 # difference is significant.
 _GAP = 0.05
 # The accuracies of one network on two devices may differ by this much because of rounding errors.
 _SAME_ACCURACY = 0.02
-# If the training accuracy is lower than this, the network has not learned the training images.
+# If the training accuracy is lower than this value, the network has not learned the training
+# images.
 _LEARNED = 0.85
 # The validation loss has risen if its last value is above _RISE_OF_LOSS times its minimum. A loss
 # is falling if it decreases by at least the fraction _FALL_OF_LOSS in the second half of the
@@ -252,7 +253,7 @@ def _verdict(
 
 
 def _at_chance(curves: Mapping[str, Any], train: Mapping[str, Any]) -> str:
-    """Returns advice for a network that is not shown to be better than chance on validation."""
+    """Returns advice for a network whose validation predictions may be no better than chance."""
     start = "On validation the network is not shown to be better than guessing"
     if beats_chance(train):
         return (
