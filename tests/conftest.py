@@ -11,8 +11,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-# These variables must be set before JAX starts. Commands that the tests run inherit the path of the
-# compilation cache.
+# These variables must be set before JAX starts. Commands started by the tests inherit the path of
+# the compilation cache.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cnn_jax" / "xla")
@@ -141,7 +141,7 @@ def show_at(browser, url: str, width: int, scheme: str = "light") -> None:
 
 
 def imported_modules(*names: str) -> set[str]:
-    """Returns all modules that are imported in a new process that imports the given modules."""
+    """Imports modules in a new process; returns the names of all modules that are then loaded."""
     code = f"import sys, {', '.join(names)}; print(*sys.modules)"
     command = [sys.executable, "-c", code]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())

@@ -175,7 +175,7 @@ def test_a_wrong_flag_is_reported(arguments, message, image_folder, tmp_path):
 
 
 def test_the_command_has_exit_codes_and_clean_output(tmp_path):
-    """Class and file names contain characters that need escapes."""
+    """Exit codes and output are correct, even if names contain HTML or invalid UTF-8."""
     missing = _run(f"--source=folder:{tmp_path}/nowhere", f"--output={tmp_path}/page")
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: ")

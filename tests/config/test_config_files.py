@@ -1,4 +1,4 @@
-"""Tests of configuration files, of the imports in configuration files, and of flags."""
+"""Tests of configuration files, their imports, and flags."""
 
 import json
 import pathlib
@@ -52,7 +52,8 @@ def test_a_name_of_two_files_is_refused(here, monkeypatch):
     assert "--config=./folder.py or --config=/" in str(error.value)
     _write(here / "other.py", _with_epochs(8))
     assert files.find("other") == pathlib.Path("other.py")
-    # In the folder `configs`, ./folder.py is the file of the configuration `folder` itself.
+    # In the folder `configs`, ./folder.py and the configuration `folder` are one file, so the name
+    # is not ambiguous.
     monkeypatch.chdir(SHIPPED)
     assert files.find("folder").samefile(SHIPPED / "folder.py")
     monkeypatch.setenv("HOME", str(here))
@@ -316,5 +317,5 @@ def test_another_network_keeps_the_values_that_a_file_sets():
     assert config.model.pretrained == own.model.pretrained == "auto"
     assert config.model.dropout == 0.4
     assert "drop_path" not in config.model
-    # The default of the other network is not kept: the CNN's dropout is 0.5.
+    # The CNN's default dropout, 0.5, is replaced by the default of the ResNet.
     assert files.load("default", {"model.name": "resnet50"}).model.dropout == 0.0

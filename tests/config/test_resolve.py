@@ -59,7 +59,7 @@ def test_the_preprocessing_of_the_weights_is_taken_over(weights_file, monkeypatc
     resolved = resolve.resolve(_config("./model.safetensors"))
     assert resolved.model.pretrained == str(weights_file)
     assert _preprocessing(resolved) == TAKEN_OVER
-    # A resolved configuration stays the same.
+    # Resolving a resolved configuration changes nothing.
     again = files.load(_written(resolved, weights_file.parent / "resolved.json"))
     assert resolve.resolve(again).to_json() == resolved.to_json()
 
@@ -73,7 +73,7 @@ def _written(config, path):
     ("changes", "expected"),
     [
         ({"image_size": (64, 48)}, {"image_size": (64, 48)}),
-        # The default as one number is a choice of the user.
+        # The user sets the default explicitly, as a single number.
         ({"image_size": 32}, {"image_size": (32, 32)}),
         ({"mean": (1.0, 2.0, 3.0)}, {"mean": (1.0, 2.0, 3.0)}),
         ({"resize": "pad"}, {"resize": "pad", "crop_ratio": 1.0}),
@@ -127,7 +127,7 @@ def test_a_model_of_the_hub_keeps_its_revision(monkeypatch):
     assert opened == ["a/b"]
     resolve.resolve(_config("auto"))
     assert opened.pop() == schema.NETWORKS["resnet18"].weights
-    # Another model is read, so that the change can be reported.
+    # If the name of the model changes, the new model is read, so that the change can be reported.
     resolve.resolve(_config("a/c"), previous)
     assert opened == ["a/b", "a/c"]
 
@@ -152,7 +152,7 @@ def test_the_image_size_is_checked_after_it_is_known(weights_file, monkeypatch):
         "resnet18": network.__class__(network.path, network.keys, lambda section: 9)
     }
     monkeypatch.setattr(schema, "NETWORKS", patches)
-    # 288 is a multiple of 9, and the default, 32, is not.
+    # The image size of the weights, 288, is a multiple of 9. The default image size, 32, is not.
     assert resolve.resolve(_config(weights_file)).data.image_size == (288, 288)
     with pytest.raises(ConfigError, match=r"must be a multiple of 9 for the network resnet18, got"):
         resolve.resolve(_config(weights_file, image_size=(30, 30)))

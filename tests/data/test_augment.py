@@ -33,20 +33,21 @@ def _matrix(*, flip_x=False, flip_y=False, turns=0.0, window=1.0, size=(8, 8)):
 
 
 def _on_device(images, **changes):
-    """Augments images in JAX with the given draws; all other draws keep the images as they are."""
+    """Augments images in JAX with the given random parameters; the defaults change nothing."""
     draws = augment.identity_draws(len(images), images.shape[1:3]) | changes
     return np.asarray(augment.apply_on_device(jnp.array(images), **jax.tree.map(jnp.array, draws)))
 
 
 def _on_host(images, **changes):
-    """Augments images in OpenCV with the given draws; see `_on_device`."""
+    """Augments images in OpenCV with the given random parameters; see `_on_device`."""
     draws = augment.identity_draws(len(images), images.shape[1:3]) | changes
     return augment.apply_on_host(images, **draws).astype(np.float32)
 
 
 BOTH = pytest.mark.parametrize("apply", [_on_device, _on_host])
 RANGES = dataclasses.fields(Augmentation)
-# All ranges together. A range that is not a number, or that may not be 0.4, needs a value here.
+# An augmentation with all ranges switched on. A range for which 0.4 is not a valid value needs a
+# value here.
 VALUES = {"flip": "horizontal_and_vertical"}
 EVERYTHING = Augmentation(**{field.name: VALUES.get(field.name, 0.4) for field in RANGES})
 
@@ -106,7 +107,7 @@ def test_contrast_moves_levels_away_from_each_channels_mean(apply):
 
 
 def test_the_three_geometric_ones_compose_in_the_order_flip_rotation_zoom():
-    """The matrix of the combined transform is the product of the matrices of the three parts."""
+    """The matrix of all transforms is the product of the flip, rotation and zoom matrices."""
     flip, turn, zoom = (
         np.vstack([_matrix(**kind)[0], [0, 0, 1]])
         for kind in ({"flip_x": True}, {"turns": 0.1}, {"window": 1.3})
@@ -168,7 +169,7 @@ def test_no_augmentation_keeps_the_images(apply):
 
 @pytest.mark.parametrize("name", [field.name for field in RANGES])
 def test_one_range_changes_no_other_draw(name):
-    """A range changes the same arrays, whether all other ranges are on or off."""
+    """The set of arrays that a range changes does not depend on the other ranges."""
     default, value = getattr(Augmentation(), name), getattr(EVERYTHING, name)
     one = dataclasses.replace(Augmentation(), **{name: value})
     all_others = dataclasses.replace(EVERYTHING, **{name: default})

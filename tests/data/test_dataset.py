@@ -60,7 +60,8 @@ def test_a_disk_that_would_be_filled_is_left_alone(folder, monkeypatch, caplog):
     monkeypatch.setattr(datasets.cache, "free_bytes", lambda: 2 * 34_560 - 1)
     assert _open(folder, residency="memory").residency == "memory"
     assert "they would take more than half of the free space" in caplog.text
-    # If the user chooses residency="disk" explicitly, the pixels go to the disk without a warning.
+    # If the user chooses residency="disk" explicitly, the pixels are stored on disk without a
+    # warning.
     caplog.clear()
     assert _open(folder, residency="disk").residency == "disk"
     assert not caplog.text
@@ -156,7 +157,7 @@ def test_the_fingerprint_changes_with_identity_class_and_content(folder):
     before = fingerprint()
     path = folder / "blue" / "000.png"
     content = path.read_bytes()
-    path.write_bytes(content + b"x")  # Pillow ignores trailing bytes, so the pixels are the same.
+    path.write_bytes(content + b"x")  # Pillow ignores trailing bytes, so the pixels do not change.
     assert fingerprint() != before
     path.write_bytes(content)
     assert fingerprint() == before

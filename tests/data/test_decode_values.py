@@ -447,7 +447,7 @@ _FORMATS_OF = {
 
 @st.composite
 def _pictures(draw):
-    """Draws an array, a white level for the array's dtype, and a format that stores the dtype."""
+    """Draws an array, a white level for the array's dtype, and a file format for the dtype."""
     dtype = draw(st.sampled_from(list(_FORMATS_OF)))
     shape = draw(_SHAPES)
     if dtype == np.uint8 and draw(st.booleans()):

@@ -425,7 +425,7 @@ def folder(tmp_path_factory):
 
 
 def _snapshot(root):
-    """Returns the metadata of all files in a folder, and the contents of files below 32 MiB."""
+    """Returns the metadata of all files in a folder, and the contents of files under 32 MiB."""
     seen = {}
     for path in sorted(root.rglob("*")):
         status = path.lstat()
@@ -438,7 +438,7 @@ def _snapshot(root):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """The listing and the data set of `folder`, and two snapshots, before and after opening it."""
+    """The listing and data set of `folder`, and snapshots before and after opening `folder`."""
     before = _snapshot(folder)
     listing = open_folder(folder)
     dataset = open_dataset(listing, Division(), SMALL, max_unreadable=1.0)

@@ -195,9 +195,8 @@ def test_a_link_to_the_data_set_itself_is_followed(tmp_path):
     ],
 )
 def test_folders_of_other_programs_are_left_out_and_counted(tmp_path, name):
-    root = (
-        tmp_path / name / "data"
-    )  # The names of the folders above the opened folder must not matter.
+    # The names of the folders above the opened folder have no effect.
+    root = tmp_path / name / "data"
     _picture(root / "cat" / "a.png")
     _picture(root / "dog" / "a.png")
     _picture(root / "cat" / name / "a.png" / "SYNOPHOTO_THUMB_M.jpg")

@@ -127,7 +127,7 @@ def test_a_balanced_stream_shows_each_class_equally_often(source):
 
 
 def test_neighbouring_classes_do_not_make_up_batches():
-    """Each round over all classes has a new order, even if a batch holds half of the classes."""
+    """Each round of two batches contains each class once, in a new random order."""
     labels = np.arange(64).repeat(3)
     order = pipeline._ClassesInTurn(labels, seed=0)
     seen = labels[order(np.arange(64 * 30))].reshape(30, 2, 32)

@@ -1,4 +1,4 @@
-"""Compares `resize` with direct calls of Pillow, in sizes computed by other libraries' rules."""
+"""Compares `resize` with Pillow, called with sizes from the rules of other libraries."""
 
 import math
 
@@ -11,8 +11,8 @@ from cnn_jax.data.preprocessing import INTERPOLATIONS, RESIZES, Preprocessing
 from cnn_jax.data.resize import PADDING, resize, view
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# Sizes (height, width) that are ordinary, differ from a target by an odd number, are extreme,
-# equal a target, or have one pixel.
+# Image sizes (height, width): ordinary and extreme sizes, the size of a target, a single pixel, and
+# sizes that differ from a target by an odd number.
 _SIZES = [
     *((37, 50), (50, 37), (41, 41), (45, 44), (301, 299)),
     *((1, 1000), (1000, 1), (16, 16), (24, 16), (1, 1)),

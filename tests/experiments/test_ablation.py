@@ -105,7 +105,8 @@ def test_the_interval_equals_a_paired_t_test():
     mean, half = paired_difference(dict(enumerate(values)), dict(enumerate(base)))
     interval = scipy.stats.ttest_rel(values, base).confidence_interval(0.95)
     assert np.allclose([mean - half, mean + half], [interval.low, interval.high])
-    # Only the seed 1 occurs in both variants, so the difference has one pair and no interval.
+    # Only the seed 1 occurs in both variants. One pair gives a difference, but no confidence
+    # interval.
     assert paired_difference({0: 0.5, 1: 0.7}, {1: 0.6, 2: 0.9}) == (
         pytest.approx(0.1),
         None,
@@ -151,8 +152,8 @@ def test_a_grid_is_run_once_and_written_as_a_table(tmp_path, capsys):
         with pytest.raises(ConfigError, match=f"^--expect: .*{message}"):
             ablation.main([*arguments, f"--expect={empty}"])
     assert set(starts(tmp_path).values()) == {1}
-    # Another grid, even without the flag for the path of the data, does not repeat the finished
-    # runs that the two grids have in common.
+    # A second grid does not repeat the finished runs that both grids contain, even without the flag
+    # for the path of the data.
     ablation.main(["--grid=label_smoothing", *arguments[1:-1]])
     assert starts(tmp_path)["recipe-2"] == 1
     # Two runs start at the same time, so either run may fail first.

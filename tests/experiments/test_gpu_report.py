@@ -50,7 +50,7 @@ def test_every_part_has_a_table():
 
 
 class _ParsedError(Exception):
-    """An error that ends a script directly after the script has parsed its flags."""
+    """An error that ends a script right after the script has parsed its flags."""
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -69,7 +69,8 @@ def test_programs_and_flags_of_the_parts_exist(name, experiments_on_path, monkey
         raise _ParsedError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    # The list of commands has no quotes, so the name "plain Linen" must not be split at its space.
+    # The list of commands does not quote names, so the test itself keeps the name "plain Linen" in
+    # one piece.
     call = " ".join(flags).replace("plain Linen", "plain_Linen").split()
     flags = [flag.replace("plain_Linen", "plain Linen") for flag in call]
     monkeypatch.setattr(sys, "argv", [script, *flags])

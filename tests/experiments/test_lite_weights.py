@@ -17,8 +17,8 @@ from cnn_jax.system import runtime
 from experiments.checks import lite_weights
 
 NAME = "tf_efficientnet_lite0"
-# The most probable classes of ImageNet and their probabilities, which the network of the package
-# efficientnet_lite_pytorch 0.1.0 computes in PyTorch 2.13 for the same pixels.
+# The three most probable ImageNet classes and their probabilities. They were computed from the
+# pixels that this test uses, with the package efficientnet_lite_pytorch 0.1.0 and PyTorch 2.13.
 PREDICTIONS = {
     # Academic gown, mortarboard, military uniform: an admiral in uniform.
     "grace_hopper.jpg": {400: 0.2421, 667: 0.2093, 652: 0.1805},
@@ -68,7 +68,7 @@ def test_trained_weights_predict_photographs(weights_file):
     probabilities = np.asarray(jax.nn.softmax(logits))
     for row, expected in zip(probabilities, PREDICTIONS.values(), strict=True):
         assert np.argsort(-row)[:3].tolist() == list(expected)
-        # Libraries that decode JPEG differ by a grey level.
+        # JPEG decoders may differ by one grey level.
         np.testing.assert_allclose(row[list(expected)], list(expected.values()), atol=0.01)
 
 

@@ -100,19 +100,19 @@ def test_bytes_of_inference_by_hand(width: int) -> None:
 def test_bytes_of_training_by_hand(width: int) -> None:
     # The layers have 60, 63, 16 and 25 parameters. The forward pass, the backward pass (except in
     # the first layer) and Adam read each parameter, and Adam writes it. The gradient of each
-    # parameter is moved (read or written) twice, and the two moments of Adam 4 times in all.
+    # parameter is read or written twice, and the two moments of Adam 4 times in all.
     assert bytes_by_layer(roofline.training_passes(TINY, 4, 2, width)) == {
-        # Images are moved twice, the 4 x 4 x 2 outputs 3 times, their gradients twice, the
-        # 2 x 2 x 2 pooled outputs once, their gradients once, and 4 statistics twice.
+        # Images are read or written twice, the 4 x 4 x 2 outputs 3 times, their gradients twice,
+        # the 2 x 2 x 2 pooled outputs once, their gradients once, and 4 statistics twice.
         "conv1": 2 * (2 * 48 + (5 * 32 + 2 * 8) * width) + 4 * (9 * 60 + 2 * 4),
-        # The 8 inputs are moved 3 times, their gradients once, the 2 x 2 x 3 outputs 3 times,
-        # their gradients 3 times, the 3 averages once, and their gradients once.
+        # The 8 inputs are read or written 3 times, their gradients once, the 2 x 2 x 3 outputs 3
+        # times, their gradients 3 times, the 3 averages once, and their gradients once.
         "conv2": 2 * (4 * 8 + 6 * 12 + 2 * 3) * width + 4 * (10 * 63 + 2 * 6),
-        # The 3 inputs are moved 3 times, their gradients once, the 4 outputs once, and the
-        # gradients of the outputs twice.
+        # The 3 inputs are read or written 3 times, their gradients once, the 4 outputs once, and
+        # the gradients of the outputs twice.
         "dense": 2 * (4 * 3 + 3 * 4) * width + 4 * 10 * 16,
-        # The 4 inputs are moved 3 times, their gradients once, and the gradients of the 5 logits
-        # 3 times. The logits themselves are not moved.
+        # The 4 inputs are read or written 3 times, their gradients once, and the gradients of the 5
+        # logits 3 times. The logits themselves cause no memory traffic.
         "head": 2 * (4 * 4 * width + 3 * 5 * 4) + 4 * 10 * 25,
     }
 
@@ -128,7 +128,7 @@ def test_passes_read_what_was_written(kind: str) -> None:
             assert sizes.setdefault(tensor, size) == size, tensor
             unread.discard(tensor)
         for tensor, size in each.writes.items():
-            # Only a tensor that the pass also reads (an update in place) may be written twice.
+            # A tensor may be written twice only if the pass also reads it (an update in place).
             assert tensor not in sizes or tensor in each.reads, tensor
             sizes[tensor] = size
             unread.add(tensor)

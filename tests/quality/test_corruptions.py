@@ -23,8 +23,8 @@ from sklearn.datasets import load_sample_image
 from cnn_jax.quality import corruptions
 from cnn_jax.quality.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVERITIES
 
-# These corruptions do not depend on the image size: a corrupted image that is then downscaled
-# looks like a downscaled image that is then corrupted.
+# These corruptions do not depend on the image size: the order of corrupting and downscaling has
+# little effect.
 SCALED = (
     *("gaussian_blur", "defocus_blur", "motion_blur", "zoom_blur", "elastic_transform"),
     *("snow", "frost", "fog", "spatter"),
@@ -52,7 +52,7 @@ def _rng(seed, severity):
 
 
 def _assert_equal(levels, expected, tolerance=0.52):
-    """Compares grey levels (0 to 255) with expected values, which are first clipped to [0, 1]."""
+    """Compares grey levels with expected values; these are clipped to [0, 1] and scaled to 255."""
     expected = np.clip(np.asarray(expected, np.float64), 0, 1) * 255
     np.testing.assert_allclose(levels, expected, rtol=0, atol=tolerance)
 
@@ -85,7 +85,7 @@ def test_taps_are_distributed_to_whole_pixels():
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
 def test_an_affine_map_is_converted_between_scales(scale):
-    """A pixel of a 224-pixel image covers `scale` pixels of the scaled image, from edge to edge."""
+    """When an image is scaled, the pixel centre p moves to scale * (p + 0.5) - 0.5."""
     matrix = np.array([[1.1, 0.2, 5], [-0.3, 0.9, -7]])
     point = np.array([30.0, 50.0])
     mapped = corruptions._scaled_affine(matrix, scale) @ [*(scale * (point + 0.5) - 0.5), 1]
@@ -180,7 +180,7 @@ def test_defocus_blur_averages_over_a_soft_disk(photograph, severity, constant):
 
 
 def _shuffled_by_the_published_loop(values, draws, reach):
-    """Runs the loop of ImageNet-C, which copies pixels although its code looks like a swap.
+    """Runs the loop of ImageNet-C: it copies pixels, although its code looks like a swap.
 
     `draws` holds (dx, dy) for each pixel.
     """
@@ -237,7 +237,7 @@ def test_glass_blur_moves_pixels_less_in_a_small_image(axis):
         image = np.repeat(levels[..., np.newaxis], 3, axis=2).astype(np.uint8)
         change = CORRUPTIONS["glass_blur"](image, 5, 0).astype(float) - image
         moved[side] = change[side // 8 : -side // 8, side // 8 : -side // 8].std()
-    # In a small image the final blur covers fewer pixels and so smooths the positions less.
+    # In a small image the final blur covers fewer pixels, so more of the change remains.
     assert moved[224] < moved[56] < 3 * moved[224]
 
 
@@ -307,8 +307,8 @@ def test_snow_is_thresholded_magnified_and_blurred_noise(photograph, severity, c
     pale = weight * image + (1 - weight) * np.maximum(image, 1.5 * grey[..., np.newaxis] + 0.5)
     expected = np.clip(pale + (flakes + np.rot90(flakes, 2))[..., np.newaxis], 0, 1) * 255
     difference = np.abs(CORRUPTIONS["snow"](photograph, severity, 5) - expected)
-    # OpenCV rounds positions, and a rounding error can lift a flake above the threshold. So a few
-    # pixels may differ more.
+    # OpenCV rounds positions. The rounding can raise the value of a flake above the threshold, so a
+    # few pixels may differ more.
     assert difference.mean() < 0.4
     assert np.quantile(difference, 0.99) < 2
 
@@ -360,8 +360,8 @@ def test_frost_adds_a_part_of_a_texture_with_the_published_weights(photograph, s
 
 
 # ImageNet-C takes its frost from five photographs. Each row has the mean red, green and blue of a
-# photograph, and the standard deviation of the mean of the three channels. The values were measured
-# on the files of imagecorruptions 1.1.2.
+# photograph, and the standard deviation of its grey levels, which are the means of the three
+# channels. The values were measured on the files of imagecorruptions 1.1.2.
 PHOTOGRAPHS = [
     ((78, 149, 166), 19),
     ((201, 205, 214), 22),

@@ -114,7 +114,7 @@ def test_the_relative_error_subtracts_the_error_on_clean_images():
 
 
 def test_each_image_has_its_own_seed_and_prediction():
-    """Images have different seeds and predictions, even if they do not fit into one batch."""
+    """Each image has its own seed and prediction, even if the images do not fit into one batch."""
     seen = {}
 
     def corruption(image, severity, seed):
@@ -406,7 +406,7 @@ def test_other_data_gives_a_warning(predictor, image_folder, tmp_path, caplog):
 
 
 def test_a_split_larger_than_the_memory_is_refused(predictor, image_folder, monkeypatch):
-    """The 60 images of 768 bytes would fill the simulated memory; at most half may be used."""
+    """The 60 images need more than half of the simulated memory, so they are refused."""
     monkeypatch.setattr(robustness, "memory_bytes", lambda: 768 * 60)
     with pytest.raises(DataError, match=r"60 images .* half of the memory; --sample=30 measures"):
         robustness.measure_split(predictor, _open(image_folder), "all")

@@ -452,7 +452,7 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
 
 
 def test_only_a_lost_add_at_the_end_is_detected(registry):
-    """The last log entry, a promotion, is lost. Only a process that has read it detects the loss.
+    """The last log entry, a promotion, is lost; only processes that had read it detect the loss.
 
     Only an `add` entry has a marker in `added/`, so a new reader cannot detect the loss.
     """
@@ -1022,7 +1022,7 @@ def test_threads_share_a_registry(registry):
 
 
 def test_decision_and_change_are_atomic_among_threads(registry, monkeypatch):
-    """No other thread reads new entries between a decision and the log entry for the decision."""
+    """While a thread checks and writes a change, no other thread reads new log entries."""
     other, shared = Registry(registry.url), registry
     who = registries._author
 
@@ -1050,7 +1050,7 @@ CHANGES = {
 
 
 def failing(store, moment, happens, times=1, error=None):
-    """Makes calls of one kind fail: after the store performs them if `happens`, or else before."""
+    """Makes calls to a store fail: before they are performed, or after if `happens` is True."""
     left = [times]
 
     def hook(call, name):
@@ -1075,7 +1075,7 @@ def test_a_lost_answer_does_not_repeat_the_change(registry, bundles, fast, actio
 
 
 def test_a_lost_answer_is_found_before_later_entries(registry, bundles, fast):
-    """The store writes an entry, its answer is lost, and then another writer adds an entry."""
+    """If the answer for a written entry is lost, the entry is found, even before a later entry."""
     store = wrapped(pathlib.Path(registry.url))
     other = copy.copy(registry)
 
@@ -1156,7 +1156,7 @@ def check_after_a_kill(root, before, after, bundle):
 
 
 def days_pass(monkeypatch, days=2):
-    """Moves the clock that determines the age of unused files forward by a number of days."""
+    """Advances the clock that determines the age of unused files by a number of days."""
 
     class Later(datetime.datetime):
         @classmethod
@@ -1169,7 +1169,7 @@ def days_pass(monkeypatch, days=2):
 
 @pytest.mark.parametrize("action", ["begin", *CHANGES])
 def test_a_kill_at_any_moment_is_atomic(registry, bundles, tmp_path, monkeypatch, action):
-    """Simulates SIGKILL before each system call that changes a file."""
+    """If a process is killed at a system call, a change is made completely or not at all."""
     monkeypatch.setattr(stores, "_RIVALS", 2)
     source, change = pathlib.Path(registry.url), CHANGES.get(action, CHANGES["add"])
     if action == "begin":
@@ -1205,7 +1205,7 @@ def test_a_kill_at_any_moment_is_atomic(registry, bundles, tmp_path, monkeypatch
 @pytest.mark.parametrize("action", ["begin", *CHANGES])
 @pytest.mark.parametrize("is_before", [True, False])
 def test_a_kill_at_any_store_call_is_atomic(registry, bundles, monkeypatch, action, is_before):
-    """Simulates SIGKILL before or after each call to a remote store."""
+    """If a process is killed at a store call, a change is made completely or not at all."""
     monkeypatch.setattr(stores, "_RIVALS", 2)
 
     change = CHANGES.get(action, CHANGES["add"])
@@ -1264,7 +1264,7 @@ def test_unused_files_are_swept_after_a_day(registry, bundles, monkeypatch):
 
 
 def test_a_version_added_during_a_sweep_is_kept(registry, bundles, monkeypatch):
-    """Another writer adds a version just before the unused files are searched.
+    """A version that another writer adds just before the search for unused files is kept.
 
     The log is read after the files are listed, so that the new version does not seem unused.
     """
@@ -1287,7 +1287,7 @@ def test_a_version_added_during_a_sweep_is_kept(registry, bundles, monkeypatch):
 
 
 def test_an_upload_of_half_a_day_is_refused(registry, bundles, monkeypatch):
-    """An upload of half a day is refused, because its files may have been deleted as unused."""
+    """An upload that takes half a day is refused: its files may have been deleted as unused."""
     clock = [1000.0]
     monkeypatch.setattr(registries.time, "time", lambda: clock[0])
     store = wrapped(pathlib.Path(registry.url))
@@ -1327,7 +1327,7 @@ def test_a_sweep_that_fails_is_a_warning(registry, bundles, monkeypatch, caplog,
     ],
 )
 def test_a_failed_add_deletes_its_files(registry, bundles, fast, moment, error, left):
-    """A failed `add` deletes its files, unless the log entry may have been written."""
+    """A failed `add` deletes its files, but keeps them if the log entry may have been written."""
     store = wrapped(pathlib.Path(registry.url))
     failing(store, moment, happens=False, times=100, error=error)
     with pytest.raises(type(error)):
@@ -1337,7 +1337,7 @@ def test_a_failed_add_deletes_its_files(registry, bundles, fast, moment, error, 
 
 
 def test_an_unclear_outcome_stays_unclear_after_an_error(registry, bundles, fast):
-    """The store writes the entry, but its answer is lost, and the store then refuses all calls."""
+    """If the answer is lost and later calls fail, the error says that the outcome is unclear."""
     store = wrapped(pathlib.Path(registry.url))
 
     def refuse(call, name):

@@ -115,7 +115,7 @@ class Slow:
 
 
 def decide(models, action, model, version, alias):
-    """Returns the log entry that a registry would add for an action, or None for no entry."""
+    """Returns the log entry for an action, or None if a registry would add no entry."""
     try:
         if action == "add":
             return make_entry("add", models[model].last + 1 if model in models else 1, model=model)
@@ -317,7 +317,7 @@ def test_invalid_entries_are_refused(data):
 
 
 def test_each_invalid_entry_has_exactly_one_fault():
-    """Without changes, the functions that make invalid entries return valid entries.
+    """`_changed` and `_changed_bundle` return valid entries if no field is changed.
 
     Each invalid entry is therefore refused for its changed field only.
     """

@@ -166,7 +166,7 @@ def test_a_bundle_damaged_in_mlflow_is_not_imported(registry, uri, client, tmp_p
     other = Registry(tmp_path / "other")
 
     def bring():
-        """Imports the versions; returns the only line that is yielded before the expected error."""
+        """Runs an import that must fail; returns the only line that the import yields."""
         lines = []
         with pytest.raises(
             BundleError, match=r"^not imported, because damaged: flowers version 1 of ML"

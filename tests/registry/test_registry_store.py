@@ -45,7 +45,7 @@ class Careless(MemoryFileSystem):
 
 
 class Hasty(MemoryFileSystem):
-    """A file system whose mode "create" is not atomic: the write comes a moment after the check."""
+    """A file system whose mode "create" is not atomic: the write happens after the check."""
 
     protocol = "hasty"
     store, pseudo_dirs = {}, [""]

@@ -37,7 +37,7 @@ def test_confused_classes_are_adjacent():
 
 
 def test_class_order_uses_fractions_and_not_counts():
-    """In the class order, errors in 40 % of 10 images count more than in 3 % of 1000 images."""
+    """In the class order, 40 % errors in 10 images count more than 3 % errors in 1000 images."""
     matrix = np.array([[970, 30, 0, 0], [0, 1000, 0, 0], [5, 0, 5, 0], [4, 0, 0, 6]])
     positions = np.argsort(charts.confusion_order(matrix))
     assert abs(positions[0] - positions[2]) == 1
@@ -115,7 +115,7 @@ def test_names_that_cannot_be_drawn_become_numbers():
 
 
 def test_loss_axis_has_room_above_highest_loss():
-    """All losses are close together, so Matplotlib's default margin at the top would be small."""
+    """The axis ends well above the highest loss, even if all losses are close together."""
     curves = {"epoch": [1, 2], "best_epoch": 2}
     curves |= {"train_loss": [0.9, 0.7], "validation_loss": [0.8, 0.7]}
     figure = Figure()

@@ -25,7 +25,7 @@ HOSTILE = (
 
 
 class _Parser(html.parser.HTMLParser):
-    """A parser that collects the elements, the text, and the file names of a page."""
+    """A parser that collects a page's elements, its text, and the files that it refers to."""
 
     def __init__(self):
         super().__init__()

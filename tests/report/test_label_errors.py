@@ -33,7 +33,10 @@ def test_suspects_match_values_by_hand():
 
 
 def test_most_probable_label_is_not_suspect():
-    """The label of image 1 is the most probable class, although class 1 is above its threshold."""
+    """Image 1 is not suspect, because its label is the most probable class.
+
+    The probability of class 1 for image 1 is above the threshold of class 1.
+    """
     probabilities = np.array([[0.9, 0.1], [0.55, 0.45], [0.6, 0.4], [0.6, 0.4]])
     labels = np.array([0, 0, 1, 1])
     assert label_errors.thresholds(probabilities, labels) == pytest.approx([0.725, 0.4])
@@ -43,7 +46,8 @@ def test_most_probable_label_is_not_suspect():
 def test_suggested_class_is_above_its_threshold():
     probabilities = np.array([[0.9, 0.05, 0.05], [0.2, 0.3, 0.5], [0.5, 0.35, 0.15]])
     found = label_errors.find(probabilities, np.array([0, 1, 2]))
-    # For image 2, class 0 has the highest probability, 0.5, but the threshold of class 0 is 0.9.
+    # For image 2, class 0 has the highest probability, 0.5, but the threshold of class 0 is 0.9. So
+    # class 1 is suggested.
     assert dict(zip(found.rows.tolist(), found.suggested.tolist(), strict=True))[2] == 1
 
 

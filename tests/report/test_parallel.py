@@ -56,7 +56,7 @@ def test_better_trials_have_stronger_and_higher_lines(monitor):
     assert len(complete) == study["cost"]["complete"] - 1
     is_loss = monitor.endswith("loss")
     ends = [line.get_ydata()[-1] for line in complete]
-    assert ends == sorted(ends, reverse=is_loss)  # Better trials are drawn later.
+    assert ends == sorted(ends, reverse=is_loss)  # Better trials are drawn on top.
     assert best.get_ydata()[-1] == (0 if is_loss else 1)
     reds = [to_rgba(line.get_color())[0] for line in complete]
     assert reds == sorted(reds, reverse=True)  # Better trials are darker.

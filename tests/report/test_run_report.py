@@ -43,7 +43,7 @@ HOSTILE = (
 
 
 class _Parser(html.parser.HTMLParser):
-    """A parser for the elements, the visible text, the images, and the sort keys of table cells."""
+    """An HTML parser that collects elements, visible text, images, and sort keys of table cells."""
 
     def __init__(self):
         super().__init__()
@@ -438,7 +438,7 @@ def test_network_at_chance_passes_no_map_check(run, monkeypatch):
         }
         assert passes == ({True} if beats_chance else {None})
         assert ("passes randomization" in text) == beats_chance
-        # The page has these words in this section and in each section with maps.
+        # Each section with maps repeats this sentence, so the page may contain it several times.
         assert (text.count("No verdict on the methods: the network is") > 0) != beats_chance
 
 

@@ -15,7 +15,7 @@ from cnn_jax.report.study_values import MISSING, range_position
 
 
 class _Parser(html.parser.HTMLParser):
-    """A parser for the elements, the visible text, the pictures, and the rows of the table."""
+    """An HTML parser that collects elements, visible text, pictures, and the table's rows."""
 
     def __init__(self):
         super().__init__()

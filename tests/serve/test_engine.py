@@ -77,7 +77,7 @@ async def until(condition):
         ({1: 1.0, 2: 1.0, 4: 1.1, 8: 1.2}, [1, 2, 4, 4, 8, 8, 8, 8, 8]),
         # On a CPU, the time grows with the batch size, so images that do not fill a batch wait.
         ({1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}, [1, 2, 2, 4, 4, 4, 4, 8, 8]),
-        # If larger batches are not faster per image, images are computed one by one.
+        # If larger batches are not faster per image, the images are processed one at a time.
         ({1: 1.0, 2: 2.0, 4: 4.0}, [1, 1, 1, 1]),
     ],
 )
@@ -375,7 +375,7 @@ def test_large_requests_leave_decoders_for_others():
         await asyncio.gather(held, one, *others)
 
     run_with(engine, test)
-    # The threads take turns between the two small requests and the request with ten images.
+    # The threads alternate between the two small requests and the request with ten images.
     assert max(decoder.started.index(n) for n in (78, 79)) <= 5
 
 

@@ -132,7 +132,7 @@ def test_base64_of_either_alphabet_with_or_without_padding(content):
     st.sampled_from(["", "data:image/png;base64,", "DATA:;base64,", "data:a/b;c=d;base64,\n"]),
 )
 def test_base64_in_lines_and_in_data_urls(content, line_end, prefix):
-    """Base64 text is decoded in the forms that `base64`, MIME libraries and browsers write."""
+    """Base64 text with line breaks, with a data-URL prefix, or without padding is decoded."""
     text = base64.encodebytes(content).decode().replace("\n", line_end)
     assert decode_base64(prefix + text) == content
     assert decode_base64(prefix + text.replace("=", "")) == content

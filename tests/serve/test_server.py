@@ -200,7 +200,10 @@ def test_invalid_requests_get_status_and_reason(server, path, body, expected):
 
 
 def test_every_route_names_a_misspelt_parameter(server):
-    """If a misspelt parameter were ignored, the server would answer a different request."""
+    """Every public route refuses a misspelt parameter, and the error message names the parameter.
+
+    Without the error, the server would answer a different request.
+    """
     description = server.get("/openapi.json").json()["paths"]
     paths = [(method, path) for path, methods in description.items() for method in methods]
     paths += [("get", path) for path in ("/", "/docs", "/openapi.json", "/healthz", "/readyz")]
@@ -208,7 +211,7 @@ def test_every_route_names_a_misspelt_parameter(server):
     values = {"model": "shapes", "version": 1, "alias": "default"}
     for method, path in paths:
         if path.startswith("/admin/"):
-            # The server refuses these paths without a token.
+            # Requests for these paths need a token.
             continue
         url = f"{server.url}{path.format_map(values)}?Explian=grad_cam"
         answer = requests.request(method, url, timeout=30)
@@ -435,7 +438,7 @@ def test_open_inference_metadata(server):
 
 
 def test_batching_does_not_change_answers(server, predictor):
-    """Many clients send two hundred different images at the same time."""
+    """If many clients send different images at the same time, all predictions are correct."""
     images = [encode(picture(seed)) for seed in range(200)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda image: server.post("/predict?top=3", image), images))

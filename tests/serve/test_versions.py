@@ -185,7 +185,7 @@ def test_several_versions_and_models_at_once(serve, registry, tmp_path):
 
 
 def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
-    """The alias is rolled back while the next version is loaded."""
+    """If the alias is rolled back while a version is loaded, the loaded version is not served."""
     desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
 
     class Changing(Source):

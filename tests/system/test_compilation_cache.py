@@ -73,7 +73,7 @@ def test_the_second_prediction_compiles_nothing(arguments, folder):
     assert is_kept == (jax.__version_info__ < (0, 11))
     assert folder.stat().st_mode & 0o777 == 0o700
     assert _predict(arguments, folder) == cold
-    # The second prediction wrote no program.
+    # The second prediction added no compiled program to the cache.
     assert _written(folder) == kept
 
 
@@ -90,7 +90,7 @@ def test_an_incomplete_file_is_replaced(folder):
 
 
 def test_a_full_disk_leaves_no_incomplete_file(folder):
-    """The test limits the file size of a process, so that a write fails as on a full disk."""
+    """A limit on the file size simulates a full disk: the write fails, and no file remains."""
     assert _sort(folder, before="ulimit -f 1")  # The limit is one kilobyte.
     assert not list(folder.glob("jit_sort-*"))
 

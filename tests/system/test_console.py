@@ -1,4 +1,4 @@
-"""Tests of lines on terminals of any width, also with characters that take two columns."""
+"""Tests of printed lines on terminals of any width, also with characters two columns wide."""
 
 import re
 

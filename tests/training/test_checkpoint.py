@@ -186,8 +186,8 @@ def test_a_checksum_does_not_depend_on_the_sharding():
         assert int(checksums([divided])[0]) == expected
 
 
-# Tests with damaged checkpoints. The second of three epochs is best, so that the steps 10, 20 and
-# 30 are kept.
+# Tests with damaged checkpoints. Epoch 2 of 3 is the best epoch. The checkpoint before the best is
+# also kept, so the steps 10, 20 and 30 exist.
 
 
 def _files(checkpoint):

@@ -59,7 +59,7 @@ def _weights(state_dict, class_names=None):
 
 
 def _state(classes, head_inputs=8):
-    """A state with large parameters that are split over the devices, and small ones that aren't."""
+    """A state in which large parameters are split over devices, and small ones are replicated."""
     variables = convert(_state_dict(fc__weight=(classes, head_inputs), fc__bias=(classes,)))
     mesh = sharding.make_mesh(jax.device_count())
 
@@ -93,11 +93,11 @@ def test_the_head_is_copied_if_the_classes_are_the_same():
     assert description == "a/b@0, all weights"
     kernel = new.params["head"]["kernel"]
     np.testing.assert_array_equal(kernel, weights.variables["params"]["head"]["kernel"])
-    # The same names in another order are other classes.
+    # Class names in a different order are treated as new classes.
     new, description = initial_weights.start_from(weights, CONFIG, _state(5), names[::-1])
     assert description.endswith("except head: new classes (the weights have 5 classes)")
     assert not np.any(new.params["head"]["kernel"])
-    # The head sees all stages.
+    # This head has 24 inputs instead of 8, as if it received the features of all stages.
     _, description = initial_weights.start_from(weights, CONFIG, _state(5, 24), names)
     assert description.endswith("except head: another embedding")
 
@@ -226,7 +226,7 @@ def test_a_run_from_a_file_records_the_weights(tiny_network, image_folder, tmp_p
         r"pretrained weights</dt><dd><code>.*model\.safetensors</code>, licence: mit", page
     )
 
-    # The run resumes without the file, but not with another file.
+    # The run resumes if the file is missing, but not if the file has changed.
     config.train.epochs = 2
     content = file.read_bytes()
     file.write_bytes(content[:-4] + b"\0\0\0\1")
@@ -236,7 +236,7 @@ def test_a_run_from_a_file_records_the_weights(tiny_network, image_folder, tmp_p
     train_and_evaluate(config, workdir)
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
 
-    # The licence stays with the weights of the run.
+    # A run that starts from the first run keeps the licence of the pretrained weights.
     config = _run_config(image_folder, workdir, **{"data.image_size": (16, 16)})
     capfd.readouterr()
     train_and_evaluate(config, tmp_path / "second")

@@ -137,7 +137,10 @@ def test_the_bundle_has_the_parameters_of_the_best_epoch(finished):
 
 
 def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
-    """A running average would also contain the batch statistics of earlier parameters."""
+    """The batch statistics in a bundle are computed with the parameters in the bundle.
+
+    A running average would also contain the batch statistics of earlier parameters.
+    """
     workdir, config, _ = finished
     predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
@@ -169,7 +172,10 @@ def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
 
 
 def test_validation_is_correct_in_the_first_epochs(image_folder, tmp_path):
-    """After twelve steps, a running average of statistics would still be near its initial value."""
+    """The validation accuracy is at least 0.9 after two epochs of six steps.
+
+    After twelve steps, a running average of statistics would still be near its initial value.
+    """
     changes = {"seed": 2, "optimizer.learning_rate": 1e-2, "train.epochs": 2}
     config = _tiny(image_folder, **changes)
     train_and_evaluate(config, tmp_path / "run")
@@ -216,7 +222,7 @@ def test_a_repeated_command_changes_no_result(finished):
 
 @pytest.mark.parametrize("cache", ["none", "disk"])
 def test_a_second_run_is_bitwise_the_same_for_each_cache(finished, tmp_path, cache):
-    """Training is bitwise the same if images are decoded in each epoch, or are read from disk."""
+    """Training is bitwise identical whether images are cached in memory, on disk, or not at all."""
     workdir, config, report = finished
     other = config.copy_and_resolve_references()
     other.data.cache = cache
@@ -287,7 +293,7 @@ def test_an_infinite_loss_stops_the_run_and_keeps_checkpoints(image_folder, tmp_
     with pytest.raises(TrainingError, match=message):
         train_and_evaluate(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["6"]
-    # Without the error, the run resumes from the checkpoint.
+    # The second start, in which the error does not occur, resumes from the checkpoint.
     monkeypatch.setattr(TrainStep, "__call__", real_step)
     train_and_evaluate(config, tmp_path / "run")
     assert len(_history(tmp_path / "run")) == 3
@@ -759,7 +765,7 @@ def test_a_run_is_rewound_to_a_checkpoint_once(finished, tmp_path, capfd):
     train_and_evaluate(back, workdir)
     assert f"continues from step {kept[0]}\n" in capfd.readouterr().err
     _assert_same_except_times(workdir, first)
-    # A scheduler that repeats the command does not lose later epochs.
+    # If a scheduler repeats the command, the later epochs are not lost.
     train_and_evaluate(back, workdir)
     printed = capfd.readouterr().err
     assert "training is finished already, after step 18\n" in printed
@@ -835,7 +841,10 @@ def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path
 
 
 def test_the_result_is_a_finished_epoch_after_a_rewind(image_folder, tmp_path):
-    """The run is rewound to step 16, in the middle of the last epoch."""
+    """A run rewound from epoch 3, and limited to two epochs, gives the result of epoch 2.
+
+    The restored step, 16, is in the middle of epoch 3.
+    """
     always_better = {"train.monitor": "validation_loss", "optimizer.decay_epochs": 3}
     saved = {"checkpoint.every_steps": 4, "checkpoint.keep": 9, **always_better}
     train_and_evaluate(_tiny(image_folder, **saved), tmp_path / "run")

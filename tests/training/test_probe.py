@@ -100,7 +100,7 @@ def test_a_run_without_epochs_has_the_bundle_of_the_probe(tmp_path, monkeypatch)
     (record,) = _records(tmp_path / "run")
     assert (record["epoch"], record["step"]) == (0, 0)
     assert record["validation_accuracy"] == report["validation"]["accuracy"]
-    # The same features are computed only once.
+    # The second run does not compute the features again.
     monkeypatch.setattr(probe, "map_split", None)
     again = train_and_evaluate(_config(), tmp_path / "again")
     assert again == report

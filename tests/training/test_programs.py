@@ -84,8 +84,8 @@ def test_xla_uses_onednn_for_convolutions_where_it_is_faster(lower_step, parts):
     eigen_lines = [line for line in lines if " convolution(" in line]
     onednn_lines = [line for line in lines if '"__onednn$convolution"' in line]
     # The eight convolutions are three forward passes, two gradients of inputs, and three gradients
-    # of kernels. Eigen always computes the gradients of kernels. No convolution is in a fusion of
-    # another library.
+    # of kernels. Eigen always computes the gradients of kernels. No convolution is inside a fusion,
+    # which another library would execute.
     assert (len(eigen_lines), len(onednn_lines)) in ((8, 0), (3, 5))
     assert not any("(%param_" in line for line in eigen_lines)
 

@@ -286,7 +286,7 @@ def test_a_refused_start_keeps_the_lock_of_the_other_run(tmp_path):
 
 
 def test_a_lock_file_that_was_just_removed_is_created_again(tmp_path, monkeypatch):
-    """A run opens the lock file of another run, and then the other run removes the file."""
+    """A lock file is created again if another run removes it after this run has opened it."""
     real, path = run_directory.fcntl.flock, tmp_path / "run" / "lock"
 
     def flock(file, operation):

@@ -330,7 +330,7 @@ def test_a_batch_in_parts_trains_like_the_whole_batch(parts):
 
 
 def test_each_part_of_a_batch_has_its_own_dropout():
-    """The two parts have equal images, but dropout removes different activations."""
+    """Two parts with equal images have different losses, because dropout differs between them."""
     model = CNN(num_classes=3, features=(4, 8), dense=64, dropout=0.5, batch_norm=False)
     state = _train_step(model, seed=0).init_state()
     twice = jax.tree.map(lambda rows: jnp.repeat(rows, 2, axis=0), _batch(4))
@@ -433,7 +433,10 @@ def test_without_mixing_nothing_is_computed_for_it():
 
 
 def test_each_part_of_a_batch_is_mixed_within_itself():
-    """Part 0 has the even rows, and part 1 has the odd rows; the network has no BatchNorm."""
+    """Images are mixed only within their part of the batch.
+
+    Part 0 has the even rows, and part 1 has the odd rows; the network has no BatchNorm.
+    """
     state, batch = _plain_state(), _batch(16)
     images, targets = jnp.zeros((16, 8, 8, 3)), jnp.zeros((16, 3))
     for part, key in enumerate(jax.random.split(_mix_key(0), 2)):

@@ -28,7 +28,7 @@ def test_the_plan_does_not_warn_about_a_large_test_split(images):
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_accumulation_asks_the_network_for_batch_norm(batch_norm):
-    """The network says whether it uses BatchNorm; its configuration may lack `batch_norm`."""
+    """The line mentions BatchNorm if the network has it, even without the key `batch_norm`."""
     config = default.get_config()
     config.train.accumulation_steps = 4
     with config.unlocked():

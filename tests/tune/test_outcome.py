@@ -32,8 +32,8 @@ SPACE = {
     "model.dropout": FloatDistribution(0.0, 0.5),
     "model.features": CategoricalDistribution(["(4, 8)", "(8,)"]),
 }
-# Each trial has a state, a curve and attributes. Trials that cannot be the best have the highest
-# values.
+# Each trial has a state, a curve and attributes. Pruned, running and void trials have the highest
+# values, so a test fails if such a trial is chosen as the best.
 TRIALS = [
     (TrialState.COMPLETE, [0.5, 0.7, 0.6], {"seconds": 6.0, "host": "one"}),
     (TrialState.PRUNED, [0.4], {"seconds": 2.0, "host": "two"}),

@@ -152,13 +152,13 @@ def test_halving_equals_a_slow_reference(curves, max_epochs, brackets, direction
 
 
 def test_a_trial_is_judged_by_its_best_epoch_so_far():
-    """Trials 0 and 2 became worse after their best epoch, and trial 1 became better."""
+    """Trial 0 is not pruned, because its best epoch counts, and not its last epoch."""
     study = make_study([(0.9, 0.1, 0.1), (0.1, 0.1, 0.8), (0.2, 0.1, 0.1)])
     assert [is_pruned(study, number, 9, 1) for number in range(3)] == [False, True, True]
 
 
 def test_a_trial_is_compared_at_the_same_epoch():
-    """Trial 0 has the better last epoch, but trial 1 was better at the third epoch."""
+    """Trial 1 is not pruned: up to the third epoch, it was better than trial 0."""
     study = make_study([(0.2, 0.1, 0.1, 0.9), (0.5, 0.1, 0.1)])
     assert not is_pruned(study, 1, 9, 1)
 
@@ -192,7 +192,7 @@ def make_history(count):
 
 
 def next_params(study, seed=0, stored=None):
-    """Returns the parameters of the next trial, including `stored`, which a killed worker saved.
+    """Returns the next trial's parameters; a killed worker has saved the parameters `stored`.
 
     The study is unchanged afterwards.
     """

@@ -211,7 +211,7 @@ def test_a_file_that_is_not_a_database_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("torn", ['{"op_code": 4, "worker', '{"op_code": 4}', "\0" * 5000, ""])
 def test_an_incomplete_line_of_a_journal_is_removed(tmp_path, torn):
-    """A full disk or a power failure may leave an incomplete line in a journal."""
+    """An incomplete line, caused by a full disk or a power failure, is removed from a journal."""
     path = tmp_path / "journal"
     add_study(open_storage(f"journal:{path}")).set_user_attr("before", 1)
     with path.open("a") as file:
@@ -223,7 +223,7 @@ def test_an_incomplete_line_of_a_journal_is_removed(tmp_path, torn):
 
 
 def test_workers_can_create_the_tables_at_the_same_time(tmp_path, monkeypatch):
-    """Another worker creates a table just after this worker found that the table is missing."""
+    """A storage can be opened while another worker creates the same tables."""
     url = sqlite_url(tmp_path / "study.db")
     make, collisions = storage.RDBStorage, []
 

@@ -485,7 +485,7 @@ def test_a_trial_is_resumed_after_ctrl_c(tmp_path, log, trainer, undisturbed):
 
 
 def test_short_storage_failures_change_no_result(tmp_path, log, trainer, undisturbed):
-    """After the first trial has begun, each storage call fails with probability 0.5."""
+    """If half of all storage calls fail after the first trial began, the result is unchanged."""
     expected = undisturbed(trials=12)
     rng, failures = random.Random(0), []
 

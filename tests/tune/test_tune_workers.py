@@ -25,7 +25,8 @@ def processes():
     context.set_forkserver_preload(["fakes"])
     folders = [pathlib.Path(fakes.__file__).parent, REPOSITORY]
     with pytest.MonkeyPatch.context() as patch:
-        # The process that is forked does not inherit sys.path, but does inherit PYTHONPATH.
+        # The fork server is a new Python process. It gets PYTHONPATH, but not the sys.path of this
+        # process.
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)), prepend=os.pathsep)
         forkserver.ensure_running()
     return context
@@ -86,7 +87,7 @@ def trainer(monkeypatch):
 
 
 def test_four_workers_start_together_with_a_journal(begin, tmp_path, trainer):
-    """Two workers share one folder, and two share another folder, as if on another machine."""
+    """Four workers complete a study in two folders, as if two ran on another machine."""
     folders = (tmp_path / "a", tmp_path / "b")
     changes = {"storage": f"journal:{tmp_path}/journal", "trials": 12, "storage_timeout": 30.0}
     plans = [make_plan(folder, **changes) for folder in folders * 2]
