@@ -52,13 +52,13 @@ def keep_compiled() -> None:
     _sweep()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # The caches of XLA keep parts of programs, which are useless if JAX keeps whole programs.
+    # XLA's own caches of program parts are not needed, because JAX caches whole programs.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     _repair_silently()
 
 
 def _sweep() -> None:
-    """Removes programs that were not used for a long time, or that exceed the size limit.
+    """Removes programs that were not used for a long time, and limits the size of the cache.
 
     The least recently used programs are removed first. JAX can limit the size of the folder
     itself, but then needs an additional package, and reads the whole folder for each new file.

@@ -406,7 +406,7 @@ class _Worker:
         return self._retry(add)
 
     def _fail_lost_trials(self) -> None:
-        """Marks trials on other machines as failed after hours without a report."""
+        """Marks trials on other machines as failed if they have not reported for several hours."""
         for trial in self._trials(TrialState.RUNNING):
             seen = trial.user_attrs.get("seen")
             if trial.user_attrs.get("place") == self.folder_id or seen is None:

@@ -62,7 +62,7 @@ _JPEG = b"\xff\xd8\xff"
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """The settings of one measured input pipeline, which is a row of the table.
+    """The settings of one measured input pipeline, and its name in the table.
 
     Attributes:
       name: The name in the table.

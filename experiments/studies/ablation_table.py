@@ -28,7 +28,7 @@ class Grid:
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def named(self, values: Mapping[str, Any]) -> "Grid":
-        """Returns a copy of the grid, with `values` instead of configuration keys in the titles."""
+        """Returns a copy of the grid with the value of KEY in place of each {KEY} in the titles."""
 
         def fill(name: str) -> str:
             return re.sub(r"\{([\w.]+)\}", lambda key: f"{values[key[1]]:g}", name)
