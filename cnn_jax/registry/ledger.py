@@ -70,7 +70,7 @@ class BundleFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An entry of the log, which describes a change of the registry.
+    """A log entry, which describes a change of the registry.
 
     The docstring of this module explains the fields. Missing fields are None or empty.
     """

@@ -205,7 +205,7 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def _store_errors(self, path: pathlib.Path, *expected: type[OSError]) -> Iterator[None]:
-        """Converts OSErrors, except the expected types, to StoreErrors with one-line messages."""
+        """Converts unexpected OSErrors to StoreErrors with one-line messages."""
         try:
             yield
         except expected:

@@ -208,8 +208,8 @@ class Engine:
         # images does not block other requests.
         self._decoders_per_request = max(1, decoders // 2)
         self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
-        # Only one thread parses request bodies, because a parsed body can take many times the
-        # memory of the unparsed body.
+        # Only one thread parses request bodies, because a parsed body can need many times as
+        # much memory as the unparsed body.
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parse")
         self._waiting: collections.deque[_DecodedImage] = collections.deque()
         # A weak reference to the program of the last batch, so that the program of an unloaded

@@ -231,7 +231,7 @@ class Parser(argparse.ArgumentParser):
                 raise self.unexpected(argument)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Checks that a value is one of the choices of its flag, or the name of a sub-command."""
+        """Checks that a value is a valid choice for its flag, or the name of a sub-command."""
         if action.choices is None or value in action.choices:
             return
         names = [str(choice) for choice in action.choices]

@@ -16,7 +16,7 @@ import jax
 
 from cnn_jax.data.cache import COMPILED, SECONDS_KEPT, cache_dir, own_entries
 
-_MAX_BYTES = 256_000_000  # The programs of one run take about half a megabyte.
+_MAX_BYTES = 256_000_000  # The programs of one run need about half a megabyte.
 _WRITABLE_BY_OTHERS = 0o022
 # Matches JAX's warning about a file of the cache; the group is the name of the program.
 _FILE_WARNING = re.compile(
@@ -34,9 +34,9 @@ def keep_compiled() -> None:
     """
     # XLA cannot write programs that use oneDNN (`runtime.py`). The warning needs no action.
     warnings.filterwarnings("ignore", message=_UNWRITABLE)
-    # A run with several processes does not use the cache. If some processes found a program in
-    # the cache, the processes that compile would wait for the processes that do not compile,
-    # because XLA exchanges measurements on GPUs between processes during the compilation.
+    # A run with several processes does not use the cache. When XLA compiles for GPUs, the processes
+    # exchange measurements. If only some processes found a program in the cache, the processes
+    # that compile the program would wait for measurements of the processes that do not compile.
     configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if configured is not None or jax.distributed.is_initialized():
         return

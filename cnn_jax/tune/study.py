@@ -153,7 +153,7 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
 
 
 def _describe(plan: Plan) -> dict[str, str]:
-    """Returns a description of a study, which is printed before the first trial."""
+    """Returns the description that is printed before the first trial of a study."""
     train = plan.config.train
     spaces = []
     for key, distribution in plan.space.items():

@@ -130,7 +130,7 @@ def cnn_jax_batches(pipeline: Pipeline, folder: str, side: int) -> Generator[obj
 
 
 class PillowDataset:
-    """The dataset of the PyTorch DataLoader, which decodes and augments JPEG files with Pillow."""
+    """A PyTorch dataset that decodes and augments JPEG files with Pillow."""
 
     def __init__(self, paths: list[str], side: int):
         self._paths, self._side = paths, side

@@ -47,8 +47,8 @@ from roofline import parse_shapes
 
 # Each pair is the side of an image in pixels and a batch size.
 SHAPES = ((32, 256), (64, 128), (224, 32))
-# These environment variables have the same effect as `runtime.keep_freed_memory`, but they also
-# work in the processes of the compared libraries, which do not import this project.
+# These environment variables have the same effect as `runtime.keep_freed_memory`. The variables
+# also work in processes that do not import this project, such as PyTorch's process.
 KEPT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",

@@ -134,7 +134,7 @@ def _difference(values: Mapping[int, float], base: Mapping[int, float]) -> str:
 def draw(
     path: pathlib.Path, grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Plots the test accuracy of each variant: a point per seed, mean and standard deviation."""
+    """Plots each variant's test accuracies, and their mean and standard deviation."""
     # These imports are slow, and only the plot needs Matplotlib.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
