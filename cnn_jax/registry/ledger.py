@@ -43,7 +43,7 @@ class RegistryError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
-    """The metadata of a bundle that the log stores.
+    """The metadata that the log stores for a bundle.
 
     Attributes:
       path: The bundle's folder, relative to the registry.
@@ -70,7 +70,7 @@ class BundleFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An entry of the log, which describes a change of the registry.
+    """A log entry, which describes a change of the registry.
 
     The docstring of this module explains the fields. Missing fields are None or empty.
     """
@@ -523,7 +523,7 @@ def _facts(fields: Mapping[str, Any]) -> BundleFacts:
 
 
 def finite_metrics(metrics: Any) -> dict[str, dict[str, float]]:
-    """Returns the metrics of a bundle that are finite numbers, by split and metric name.
+    """Returns the finite metrics of a bundle, by split and metric name.
 
     Args:
       metrics: The metrics in the description of a bundle; unchecked JSON of any type.

@@ -137,7 +137,7 @@ class Registry:
         """Clears the cache of data that was read from the registry."""
         self._is_read = False
         self._is_create_checked = False
-        # The largest entry number among the files of the log, and among the marker files in
+        # The largest entry number in the log, and the largest entry number of a marker file in
         # `added/`.
         self._last_listed = 0
         self._last_marked = 0
@@ -233,8 +233,8 @@ class Registry:
         A missing number does not prove damage. If other processes add entries during the listing,
         the listing may contain a new entry, but not the entry before the new entry.
         """
-        # List the markers before the log, so that the log contains the entry of every listed
-        # marker, unless the entry was lost.
+        # List the markers before the log. Then the log contains the entry of every listed marker,
+        # and a missing entry was lost.
         self._last_marked = max((int(name[:8]) for name in self._markers()), default=0)
         numbers = {int(name[:8]) for name in self._store.names(_LOG) if _is_entry(name)}
         self._last_listed = max(numbers, default=0)

@@ -48,7 +48,7 @@ class NoAnswerError(StoreError):
 
 
 class Store(abc.ABC):
-    """A place that stores the files of a registry.
+    """The storage for the files of a registry.
 
     The name of a file is its path relative to the registry, with `/` as the separator. All methods
     raise `StoreError` on failure, and `NoAnswerError` if the outcome is unknown.
@@ -205,7 +205,7 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def _store_errors(self, path: pathlib.Path, *expected: type[OSError]) -> Iterator[None]:
-        """Converts OSErrors, except the expected types, to StoreErrors with one-line messages."""
+        """Converts unexpected OSErrors to StoreErrors with one-line messages."""
         try:
             yield
         except expected:

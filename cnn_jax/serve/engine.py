@@ -26,7 +26,7 @@ from cnn_jax.system.errors import DataError, UserError
 
 T = TypeVar("T")
 
-# The estimated compute time per image in seconds, before the run time of a batch is measured.
+# The initial estimate of the compute time per image, in seconds.
 _SECONDS_PER_IMAGE = 0.01
 # The weight of a new measurement in the moving average of the compute time per image.
 _WEIGHT = 0.1
@@ -208,8 +208,8 @@ class Engine:
         # images does not block other requests.
         self._decoders_per_request = max(1, decoders // 2)
         self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
-        # Only one thread parses request bodies, because a parsed body can take many times the
-        # memory of the unparsed body.
+        # Only one thread parses request bodies, because a parsed body can need many times as
+        # much memory as the unparsed body.
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parse")
         self._waiting: collections.deque[_DecodedImage] = collections.deque()
         # A weak reference to the program of the last batch, so that the program of an unloaded
@@ -239,7 +239,7 @@ class Engine:
 
     @contextlib.contextmanager
     def admit(self, images: int) -> Iterator[None]:
-        """Counts a number of images as in flight until the context ends.
+        """Increases the number of images in flight by `images` until the context ends.
 
         Raises:
           Overloaded: More than `capacity` images would be in flight.
@@ -404,7 +404,7 @@ class Engine:
             return batch
 
     def _next_program(self) -> Program:
-        """Returns the program of the next batch, if possible a program other than the last batch's.
+        """Returns the program of the next batch; avoids the last batch's program if possible.
 
         The returned program is that of the oldest waiting image whose program differs from the
         last batch's program. If there is no such image, the last program is returned again.

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # Maximum size of the request line and the headers together, in bytes. The framing of a chunked body
-# may take at most this number of bytes plus the size of the body.
+# may exceed the size of the body by at most this number of bytes.
 _MAX_HEADER_BYTES = 32_768
 # Maximum seconds until a client has sent all headers of a request.
 _HEADER_SECONDS = 10.0
@@ -80,8 +80,7 @@ class _Protocol(HttpToolsProtocol):
     # headers.
     _is_in_message = False
     _is_in_headers = False
-    # The sizes of the parts of the current request in bytes: headers, body, and framing of the
-    # chunks.
+    # The number of bytes of the current request: headers, body, and chunk framing.
     _header_bytes = 0
     _body_bytes = 0
     _framing_bytes = 0

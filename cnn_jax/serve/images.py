@@ -200,7 +200,7 @@ def parse_grey_levels(values: object) -> np.ndarray:
       Refused: A number is not an integer from 0 to 255, or the rows differ in length.
     """
     # Check the types before NumPy converts the lists, because every element of a NumPy string array
-    # takes the memory of the longest string.
+    # needs as much memory as the longest string.
     if not _are_numbers(values):
         raise Refused(400, "image", "an image must consist of numbers")
     try:

@@ -1,4 +1,4 @@
-"""Limits on the size, time and parameters of requests, and the errors for exceeding a limit."""
+"""Limits on the size, time and parameters of requests, and the related exceptions."""
 
 import asyncio
 import contextlib

@@ -73,7 +73,7 @@ class PredictionOut(BaseModel):
 
 
 class Timings(BaseModel):
-    """The duration of each step in milliseconds; with several images, the longest one per step."""
+    """The longest duration of each step over all images of a request, in milliseconds."""
 
     decode: float
     queue: float
@@ -112,7 +112,7 @@ class PredictQuery(BaseModel):
 
 
 class _LeanRoute(APIRoute):
-    """A route that validates the query parameters, and no other parameters.
+    """A route that validates only the query parameters of a request.
 
     For a small image, FastAPI's parsing of all parameters would take a large part of the time.
     """

@@ -109,7 +109,7 @@ class Models:
         if not self.names:
             raise Refused(503, "not_ready", "the server is starting", retry_after="1")
         if model is None:
-            # Ignore models that are not ready, unless no model is ready.
+            # Select among the models that are ready, or among all models if no model is ready.
             names = [name for name in self.names if self.default(name)] or self.names
             if len(names) != 1:
                 raise Refused(400, "no_model", f"name a model: one of {', '.join(names)}")
@@ -141,7 +141,7 @@ class Models:
     # The loader calls the methods below.
 
     def add_model(self, model: str, is_required: bool) -> None:
-        """Adds a model without versions, unless the model exists already.
+        """Adds a model without versions, if the model does not exist yet.
 
         Args:
           model: The name of the model.

@@ -59,7 +59,8 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     ):
         logging.getLogger(library).setLevel(level)
     sys.unraisablehook = _hide_late_callback_errors
-    # Pillow's warnings concern faults of images that Pillow corrects. Other faults raise an error.
+    # Pillow warns about a fault of an image if Pillow can correct the fault. All other faults raise
+    # an error.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if sys.stdout is not None:
         codecs.register_error("cnn_jax.escape", _escape)
@@ -230,7 +231,7 @@ class Parser(argparse.ArgumentParser):
                 raise self.unexpected(argument)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Checks that a value is one of the choices of its flag, or the name of a sub-command."""
+        """Checks that a value is a valid choice for its flag, or the name of a sub-command."""
         if action.choices is None or value in action.choices:
             return
         names = [str(choice) for choice in action.choices]

@@ -16,7 +16,7 @@ import jax
 
 from cnn_jax.data.cache import COMPILED, SECONDS_KEPT, cache_dir, own_entries
 
-_MAX_BYTES = 256_000_000  # The programs of one run take about half a megabyte.
+_MAX_BYTES = 256_000_000  # The programs of one run need about half a megabyte.
 _WRITABLE_BY_OTHERS = 0o022
 # Matches JAX's warning about a file of the cache; the group is the name of the program.
 _FILE_WARNING = re.compile(
@@ -34,9 +34,9 @@ def keep_compiled() -> None:
     """
     # XLA cannot write programs that use oneDNN (`runtime.py`). The warning needs no action.
     warnings.filterwarnings("ignore", message=_UNWRITABLE)
-    # A run with several processes does not use the cache. If some processes found a program in
-    # the cache, the processes that compile would wait for the processes that do not compile,
-    # because XLA exchanges measurements on GPUs between processes during the compilation.
+    # A run with several processes does not use the cache. When XLA compiles for GPUs, the processes
+    # exchange measurements. If only some processes found a program in the cache, the processes
+    # that compile the program would wait for measurements of the processes that do not compile.
     configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if configured is not None or jax.distributed.is_initialized():
         return
@@ -52,13 +52,13 @@ def keep_compiled() -> None:
     _sweep()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # The caches of XLA keep parts of programs, which are useless if JAX keeps whole programs.
+    # XLA's own caches of program parts are not needed, because JAX caches whole programs.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     _repair_silently()
 
 
 def _sweep() -> None:
-    """Removes programs that were not used for a long time, or that exceed the size limit.
+    """Removes programs that were not used for a long time, and limits the size of the cache.
 
     The least recently used programs are removed first. JAX can limit the size of the folder
     itself, but then needs an additional package, and reads the whole folder for each new file.

@@ -17,13 +17,13 @@ import rich.table
 from cnn_jax.system import text
 from cnn_jax.system.text import FACT_INDENT, wrap
 
-# The columns of the table of epochs, by group: the name and the width of each column.
+# The columns of the epoch table, by group: the name and the width of each column.
 _GROUPS: dict[str, dict[str, int]] = {
     "train": {"loss": 5, "accuracy": 8, "F1": 7},
     "validation": {"loss": 5, "accuracy": 8, "F1": 7},
     "": {"images/s": 8},
 }
-# The columns of the table of epochs that are left out in a narrow terminal, in this order.
+# In a narrow terminal, these columns of the epoch table are left out, in this order.
 _OPTIONAL_COLUMNS = (
     ("", "images/s"),
     *(("train", "F1"), ("validation", "F1"), ("train", "accuracy"), ("train", "loss")),
@@ -31,7 +31,7 @@ _OPTIONAL_COLUMNS = (
 # The minimum time between two updates of a notebook's output, in seconds.
 _UPDATE_SECONDS = 0.5
 _NOTEBOOK_WIDTH = 100  # The width of a notebook's output, in columns.
-# The number of the latest epochs that a notebook shows.
+# The maximum number of epochs that a notebook shows; earlier epochs are hidden.
 _EPOCHS_SHOWN = 10
 
 
@@ -287,7 +287,7 @@ class TrainingDisplay:
 
 
 def _fitting_columns(width: int | None) -> dict[str, dict[str, int]]:
-    """Returns the columns of the table of epochs that fit into the terminal, by group."""
+    """Returns, by group, the columns of the epoch table that fit into the terminal."""
     groups = {group: dict(columns) for group, columns in _GROUPS.items()}
     for group, name in _OPTIONAL_COLUMNS:
         cells = sum(sum(columns.values()) + len(columns) + 2 for columns in groups.values())

@@ -13,9 +13,10 @@ import jax
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 _CPU_OPTIONS = {
-    # JAX 0.10 to 0.12 pass convolutions to YNNPACK, which takes three to five times as long for
-    # weight gradients and, in 0.10, runs most convolutions on one core. With this option, Eigen
-    # computes the convolutions, and YNNPACK still computes single matrix products.
+    # JAX 0.10 to 0.12 pass convolutions to YNNPACK. For weight gradients, YNNPACK takes three to
+    # five times as long as Eigen. In JAX 0.10, YNNPACK runs most convolutions on one core. With
+    # this option, Eigen computes the convolutions, and YNNPACK still computes single matrix
+    # products.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     # From JAX 0.11 on, XLA includes oneDNN, which computes a convolution with its bias in 50 to
     # 90 % of Eigen's time. In JAX 0.10, this option does nothing. A program with oneDNN cannot be

@@ -9,7 +9,7 @@ from typing import Any
 # Characters of some scripts take two columns, so `len` does not give the width of a text.
 from rich.cells import cell_len, set_cell_size
 
-FACT_INDENT = 12  # The width of the names in the lines of `facts`, in columns.
+FACT_INDENT = 12  # The width of the names in the output of `facts`, in terminal columns.
 
 
 def terminal_width(file: Any) -> int | None:

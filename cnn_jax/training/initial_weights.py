@@ -19,14 +19,14 @@ from cnn_jax.system.errors import ConfigError
 from cnn_jax.training import sharding
 from cnn_jax.training.step import TrainState
 
-# The name of the last layer. Its weights can be reused only if the classes are the same.
+# The name of the last layer. The head is copied only if both networks have the same classes.
 _HEAD = "head"
-# The largest number of names of each kind in a message.
+# The maximum number of names that an error message lists for each kind of difference.
 _MAX_NAMES = 2
 
 
 def open_initial_weights(config: Config) -> PretrainedWeights | None:
-    """Reads the weights with which a new run starts; None if it starts with random weights.
+    """Reads the initial weights of a new run; returns None if the initial weights are random.
 
     Args:
       config: The resolved configuration.
@@ -44,7 +44,7 @@ def open_initial_weights(config: Config) -> PretrainedWeights | None:
 
 
 def check_unchanged(config: Config, record: Mapping[str, Any] | None) -> None:
-    """Checks that the file with the initial weights is the same as when the run started.
+    """Checks that the file of the initial weights has not changed since the run started.
 
     A run does not need the file when it resumes, so the file may be missing.
 
@@ -125,7 +125,7 @@ def _choice(config: Config) -> tuple[str, str]:
 
 
 def _collection(flat: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns the arrays of "params" or "batch_stats" without this name at their beginning."""
+    """Returns the arrays whose names begin with `name`/, and removes this prefix from the names."""
     prefix = f"{name}/"
     return {key.removeprefix(prefix): v for key, v in flat.items() if key.startswith(prefix)}
 
@@ -140,7 +140,7 @@ def _why_new_head(
     their_classes: Sequence[str] | None,
     own_classes: Sequence[str],
 ) -> str:
-    """Returns the reason why the head keeps its random weights; empty if it is copied.
+    """Returns the reason why the head keeps its random weights, or "" if the head is copied.
 
     Args:
       source: The pretrained arrays by name.
@@ -161,7 +161,7 @@ def _why_new_head(
 
 
 def _differences(source: Mapping[str, PyTree], target: Mapping[str, PyTree]) -> str:
-    """Returns a description of the names and shapes that differ; empty if none differs."""
+    """Describes differences in the names and shapes of arrays; returns "" if there are none."""
     wrong = [
         f"{_short(name)} is {_shape(source[name])} instead of {_shape(target[name])}"
         for name in target
@@ -186,13 +186,13 @@ def _differences(source: Mapping[str, PyTree], target: Mapping[str, PyTree]) -> 
 
 
 def _has_other_input_channels(source: Sequence[int], target: Sequence[int]) -> bool:
-    """Returns whether two kernels of the first convolution differ only in the channels."""
+    """Returns whether two first-layer kernel shapes differ only in the number of input channels."""
     is_first = len(source) == len(target) == 4 and target[2] == 3 != source[2]
     return is_first and (*source[:2], source[3]) == (*target[:2], target[3])
 
 
 def _short(name: str) -> str:
-    """Returns the name of an array without "params" or "batch_stats"."""
+    """Returns the name of an array without its first part, "params" or "batch_stats"."""
     return name.partition("/")[2]
 
 

@@ -154,7 +154,8 @@ def train_and_evaluate(
         )
         features = None
         if best_epoch == 0 or (config.train.probe and config.train.from_stage == "head"):
-            # These networks have the features of the probe, so that no image is computed again.
+            # The layers below the head are unchanged since the probe, so the stored features are
+            # used again.
             features = probe.embeddings(model, variables, config, dataset, track)
         report = results.write_results(config, workdir, dataset, variables, track, features)
         heartbeat.beat("done")
@@ -315,7 +316,7 @@ class _Execution:
 
     @property
     def last_step(self) -> int:
-        """The step number of the last of the dispatched steps."""
+        """The step number of the last dispatched step."""
         return self.first_step + self.steps - 1
 
 
@@ -343,7 +344,7 @@ def _train(
         display.start(progress.history, improvements, progress.step, is_finished)
         run.heartbeat.beat("starting", progress.step)
         if progress.history and not run.checkpoints.steps():
-            _save(run, progress)  # The probe may be the best epoch.
+            _save(run, progress)  # Epoch 0 is the probe, and may be the best epoch.
         on_epoch(progress.history)
         reader = _DelayedReader(run, progress, display)
         for number in itertools.count():
@@ -591,7 +592,7 @@ def _training_batches(
     start: int = 0,
     stop: int | None = None,
 ) -> contextlib.closing[Generator[pipeline.NumpyBatch, None, None]]:
-    """Returns a stream of the training batches from `start` to `stop` - 1.
+    """Returns a stream of the training batches with the numbers `start` to `stop` - 1.
 
     The stream is endless if `stop` is None.
     """
@@ -652,7 +653,7 @@ def _best_variables(run: _Run, progress: _Progress) -> tuple[PyTree, int]:
     """
     monitor = run.config.train.monitor
     best = best_record(progress.history, monitor)
-    assert best is not None  # A run has an epoch or the probe.
+    assert best is not None  # The history contains a finished epoch or the probe.
     run.console.print(_describe_end(progress.history, best, run.config))
     if best["step"] == progress.step:
         return jax.device_get(run.programs.gather(progress.state.variables)), best["epoch"]

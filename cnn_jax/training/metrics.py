@@ -182,7 +182,8 @@ def bootstrap_intervals(confusion: np.ndarray) -> dict[str, tuple[float, float]]
     correct, predicted = (np.zeros((_RESAMPLES, num_classes), np.int64) for _ in range(2))
     rng = np.random.default_rng(0)
     for label, row in enumerate(confusion):
-        # Drawing the counts of the row's cells is equivalent to resampling the class's examples.
+        # Drawing a row of the confusion matrix from a multinomial distribution is equivalent to
+        # resampling the examples of a class.
         cells = np.flatnonzero(row)
         if not len(cells):
             continue

@@ -27,13 +27,13 @@ from cnn_jax.system import runtime
 from cnn_jax.training import sharding
 from cnn_jax.training.metrics import Metrics
 
-# The weights of the L2 penalty that are tried, from strong to weak: the solution for each is the
-# start for the next.
+# The tested weights of the L2 penalty, from strong to weak. Each fit starts from the solution of
+# the previous fit.
 PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
-# The largest number of iterations of L-BFGS for each penalty, and the norm of the gradient at
-# which L-BFGS stops.
+# The maximum number of L-BFGS iterations for each penalty, and the gradient norm at which L-BFGS
+# stops.
 _ITERATIONS, _TOLERANCE = 100, 1e-4
-# The smallest standard deviation of a feature that is divided by it.
+# The minimum divisor of a feature. Smaller standard deviations are replaced by this value.
 _MIN_DEVIATION = 1e-6
 
 

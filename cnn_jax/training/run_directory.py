@@ -217,7 +217,7 @@ def changes(workdir: pathlib.Path, previous: Mapping[str, Any] | None, config: C
     """
     if previous is None:
         return []
-    # A run from before a key existed gave the results of the key's default.
+    # If a key did not exist when the run started, the run used the key's default value.
     known_keys = schema.keys(config.model.name)
     previous = {name: key.default for name, key in known_keys.items()} | dict(previous)
     wanted = files.flat(json.loads(config.to_json()))
@@ -295,7 +295,7 @@ class Heartbeat:
     """
 
     def __init__(self, workdir: pathlib.Path):
-        """Creates the heartbeat of a run, without writing the file."""
+        """Creates the heartbeat of a run; the first call of `beat` writes heartbeat.json."""
         self._path = workdir / _HEARTBEAT
         self._step = 0
         self._activity = ""

@@ -60,8 +60,8 @@ def start_processes(
             coordinator, process_count, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
         )
     except ValueError as error:
-        # If JAX detects no cluster, its message names `coordinator_address`. The run then has one
-        # process.
+        # If JAX detects no cluster, JAX's error message names `coordinator_address`. The run then
+        # has one process.
         if coordinator is not None or "coordinator_address" not in str(error):
             raise ConfigError(f"--coordinator: {error}") from error
     except RuntimeError as error:

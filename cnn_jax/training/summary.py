@@ -28,7 +28,8 @@ from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width, wilson_interval
 _MAX_CLASSES_SHOWN = 12
 
 # Below this number of training images, a pretrained network is probably better than a network
-# with random weights. On the 18,900 training images of EuroSAT, they are about equal.
+# with random weights. On the 18,900 training images of EuroSAT, both networks have about the same
+# accuracy.
 _MANY_IMAGES = 20_000
 _ADVICE = (
     "on this number of images a pretrained network is usually better: --config=finetune,\n"
@@ -96,14 +97,14 @@ def show_plan(
 
 
 def _needs_pretraining(config: Config, train_images: int) -> bool:
-    """Returns whether pretrained weights would probably give a better network."""
+    """Returns whether the run should probably start from pretrained weights, but does not."""
     is_pretrained = config.model.get("pretrained") or config.checkpoint.init_from
     is_generated = config.data.source.startswith("shapes")
     return not is_pretrained and not is_generated and train_images < _MANY_IMAGES
 
 
 def _weights(config: Config, pretrained: Mapping[str, Any]) -> str:
-    """Returns lines on the weights with which the run started, and on their preprocessing."""
+    """Describes the initial weights, and compares their preprocessing with the run's."""
     license = pretrained.get("license") or "unknown"
     lines = [f"{printable(pretrained['source'])}, licence: {printable(license)}"]
     if not config.model.get("pretrained"):
@@ -122,7 +123,7 @@ def _weights(config: Config, pretrained: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Returns the value of a key as text; several equal numbers are written once."""
+    """Formats a configuration value as text; a list of equal numbers becomes one number."""
     values = [f"{v:g}" if isinstance(v, float) else str(v) for v in np.atleast_1d(value).tolist()]
     return values[0] if len(set(values)) == 1 else ", ".join(values)
 

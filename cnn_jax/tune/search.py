@@ -155,7 +155,7 @@ def is_promoted(value: float, others: Sequence[float]) -> bool:
 
 
 def num_brackets(max_epochs: int) -> int:
-    """Returns the number of brackets of Hyperband, one for each possible number of rungs.
+    """Returns the number of Hyperband's brackets: one bracket per possible number of rungs.
 
     The largest number of rungs leaves one whole epoch before the first rung.
     """

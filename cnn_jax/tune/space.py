@@ -82,7 +82,7 @@ def _check(key: str, distribution: Any, config: Config) -> None:
 
 
 def _check_combinations(space: Space, config: Config) -> None:
-    """Raises ConfigError if a value of a key is invalid with all tested values of the other keys.
+    """Raises ConfigError if a key's value is invalid in every tested combination with other keys.
 
     Values of two keys may contradict each other; a trial with such values fails. But each bound
     or choice of a key must be valid with the configuration's values of the other keys, or with

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 FORMS = "a database's URL, such as postgresql://USER@HOST/NAME, or journal:PATH"
 _JOURNAL = "journal:"
-# The errors of an unavailable storage, for example while a server restarts, the network fails, or
-# a database is locked.
+# Errors that are raised while the storage is unavailable, for example because a database is
+# locked.
 _UNAVAILABLE = (
     optuna.exceptions.StorageInternalError,
     sqlalchemy.exc.DBAPIError,

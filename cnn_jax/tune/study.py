@@ -153,7 +153,7 @@ def run_study(plan: Plan, console: Console | None = None) -> Study:
 
 
 def _describe(plan: Plan) -> dict[str, str]:
-    """Returns a description of a study, which is printed before the first trial."""
+    """Returns the description that is printed before the first trial of a study."""
     train = plan.config.train
     spaces = []
     for key, distribution in plan.space.items():
@@ -406,7 +406,7 @@ class _Worker:
         return self._retry(add)
 
     def _fail_lost_trials(self) -> None:
-        """Marks trials on other machines as failed after hours without a report."""
+        """Marks trials on other machines as failed if they have not reported for several hours."""
         for trial in self._trials(TrialState.RUNNING):
             seen = trial.user_attrs.get("seen")
             if trial.user_attrs.get("place") == self.folder_id or seen is None:

@@ -62,7 +62,7 @@ _JPEG = b"\xff\xd8\xff"
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """The settings of one measured input pipeline, which is a row of the table.
+    """The settings of one measured input pipeline, and its name in the table.
 
     Attributes:
       name: The name in the table.
@@ -130,7 +130,7 @@ def cnn_jax_batches(pipeline: Pipeline, folder: str, side: int) -> Generator[obj
 
 
 class PillowDataset:
-    """The dataset of the PyTorch DataLoader, which decodes and augments JPEG files with Pillow."""
+    """A PyTorch dataset that decodes and augments JPEG files with Pillow."""
 
     def __init__(self, paths: list[str], side: int):
         self._paths, self._side = paths, side

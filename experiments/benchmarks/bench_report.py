@@ -1,4 +1,4 @@
-"""Measures the time of a run until its last epoch, and from the last epoch to the end.
+"""Measures the time of a training run before and after the end of its last epoch.
 
     python experiments/benchmarks/bench_report.py --source=folder:PATH [--before=CHECKOUT]
         [--epochs=10] [--image_size=64] [--repetitions=3] [--json=FILE]
@@ -62,7 +62,7 @@ def main() -> None:
 def _run(
     checkout: pathlib.Path, folder: pathlib.Path, repetition: int, flags: argparse.Namespace
 ) -> dict[str, float]:
-    """Runs the training command once; measures the time until the last epoch, and after it.
+    """Runs the training command once; measures the time before and after the end of training.
 
     Returns:
       The seconds of the columns "training" and "after".

@@ -66,7 +66,7 @@ def make_step(side: int, batch_size: int, precision: str) -> tuple[Step, Callabl
 def milliseconds(
     step: Step, single: Step, init: Callable[[int], Any], count: int, rounds: int
 ) -> dict[str, float]:
-    """Returns the median milliseconds of a step of one network, for each of the three methods.
+    """Returns, for each of the three methods, the median milliseconds per step and network.
 
     Args:
       step: The step of one network.

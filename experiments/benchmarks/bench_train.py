@@ -47,8 +47,8 @@ from roofline import parse_shapes
 
 # Each pair is the side of an image in pixels and a batch size.
 SHAPES = ((32, 256), (64, 128), (224, 32))
-# These environment variables have the same effect as `runtime.keep_freed_memory`, but they also
-# work in the processes of the compared libraries, which do not import this project.
+# These environment variables have the same effect as `runtime.keep_freed_memory`. The variables
+# also work in processes that do not import this project, such as PyTorch's process.
 KEPT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -313,8 +313,9 @@ def main() -> None:
     # memory.
     floors = floor_milliseconds(shapes, flags.precision, flags.peaks)
     as_is = [(name, name.startswith("cnn_jax ")) for name in names]
-    # On CPUs, some libraries are measured a second time with `is_memory_kept`. This setting has no
-    # effect on GPUs, because the C library does not manage the memory of GPUs.
+    # On CPUs, some libraries are measured a second time with `is_memory_kept`: the C library keeps
+    # freed memory. This setting has no effect on GPUs, because the C library does not manage the
+    # memory of GPUs.
     if not is_on_gpu():
         as_is = [(names[0], True), *as_is, *((name, True) for name in names[1:] if "orch" in name)]
     started = [Process(name, is_kept, flags.peer_python) for name, is_kept in as_is]
@@ -348,7 +349,7 @@ def write_json(path: pathlib.Path | None, rows: Any) -> None:
 
 
 def exit_if_left_out(started: Sequence[Process], processes: Sequence[Process]) -> None:
-    """Raises SystemExit if a started process has failed and is missing from `processes`."""
+    """Raises SystemExit if a process in `started` has failed and was removed from `processes`."""
     working = {process.name for process in processes}
     if failed := [process.name for process in started if process.name not in working]:
         sys.exit(f"failed and left out: {', '.join(failed)}")

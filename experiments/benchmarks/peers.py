@@ -384,7 +384,7 @@ def torch_network(dropout: float) -> Any:
 
 
 def _torch_tensors(net: Any) -> Mapping[str, Any]:
-    """Returns the tensors of a PyTorch network, by the names that this project gives them."""
+    """Returns the tensors of a PyTorch network, by their names in this project."""
     from torch import nn  # pyright: ignore
 
     convolutions = [m for m in net if isinstance(m, nn.Conv2d)]

@@ -274,12 +274,12 @@ def total(passes: Iterable[Pass]) -> Work:
 
 
 def training_work(model: CNN, image_size: int, batch_size: int, activation_bytes: int) -> Work:
-    """Returns the work of one training step on one batch: forward, backward and Adam."""
+    """Returns the FLOPs and memory traffic of a training step: forward, backward and Adam."""
     return total(training_passes(model, image_size, batch_size, activation_bytes))
 
 
 def inference_work(model: CNN, image_size: int, batch_size: int, activation_bytes: int) -> Work:
-    """Returns the work of one inference of one batch, from uint8 images to logits."""
+    """Returns the FLOPs and memory traffic of the inference of a batch, up to the logits."""
     return total(inference_passes(model, image_size, batch_size, activation_bytes))
 
 

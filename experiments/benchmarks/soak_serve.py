@@ -1,4 +1,4 @@
-"""Tests this project's server under load: model version changes, long load, and overload.
+"""Load tests of this project's server: model version changes, sustained load, and overload.
 
     python experiments/benchmarks/soak_serve.py [--swaps=200] [--minutes=10] [--side=224]
         [--other_network]

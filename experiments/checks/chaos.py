@@ -26,8 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# Of the processes that are killed during a save, one in _BUNDLE_SHARE is killed while it writes the
-# bundle.
+# One in _BUNDLE_SHARE kills during a save happens while the bundle is written.
 _BUNDLE_SHARE = 6
 _POLL_SECONDS = 0.001
 

@@ -158,7 +158,8 @@ def mutate(rng: np.random.Generator, seeds: Sequence[bytes]) -> bytes:
 def _mutate_bytes(rng: np.random.Generator, encoded: bytes) -> bytes:
     if not encoded:
         return encoded
-    # In 30 % of the cases only the first 700 bytes are damaged, because the headers are there.
+    # In 30 % of the cases only the first 700 bytes are damaged, because these bytes
+    # contain the headers.
     end = len(encoded) if rng.random() < 0.7 else min(len(encoded), 700)
     at = int(rng.integers(end))
     length = int(rng.integers(1, rng.choice([2, 3, 9, 65])))

@@ -35,15 +35,15 @@ import safetensors.numpy
 
 # The image size and the crop ratio of each network in timm.
 NETWORKS = {"lite0": (224, 0.875), "lite1": (240, 0.882), "lite2": (260, 0.890)}
-# The first bytes of the sha256 of each pickle, which are also in its file name.
+# The first digits of each pickle's sha256, as in the pickle's file name.
 _DIGESTS = {"lite0": "57934424", "lite1": "77cc7160", "lite2": "9656183e"}
 
 # The first two numbers in a file that `torch.save` wrote before PyTorch 1.6.
 _MAGIC_NUMBER, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _DTYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
 
-# The names of layers outside the blocks, and the names of the layers of a block with and without
-# an expansion, in these packages and in timm.
+# Three dictionaries from the layer names of these packages to timm's layer names: outside the
+# blocks, in blocks with an expansion, and in blocks without an expansion.
 _OUTER_NAMES = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
@@ -72,7 +72,7 @@ class UnavailableError(Exception):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a state dict without PyTorch; a pickle that names anything else is refused.
+    """Unpickles a state dict without PyTorch; refuses pickles that could run other code.
 
     The arrays are made by `array`, because their values follow after the pickle.
 
@@ -105,7 +105,8 @@ def read_state_dict(file: IO[bytes]) -> dict[str, np.ndarray]:
     Raises:
       pickle.UnpicklingError: The file is something else.
     """
-    # Four pickles: the magic number, the protocol, the byte order and the state dict.
+    # The file contains five pickles: the magic number, the protocol, the byte order, the state
+    # dict, and the keys of the storages.
     if (_Unpickler(file).load(), _Unpickler(file).load()) != (_MAGIC_NUMBER, _PROTOCOL):
         raise pickle.UnpicklingError("this is not a file of PyTorch 1.5 or earlier")
     _Unpickler(file).load()
@@ -125,7 +126,7 @@ def read_state_dict(file: IO[bytes]) -> dict[str, np.ndarray]:
 def _array(
     values: np.ndarray, offset: int, shape: Sequence[int], strides: Sequence[int]
 ) -> np.ndarray:
-    """Returns the array with this offset, shape and strides, which are counted in values."""
+    """Returns the part of `values` with this shape; offset and strides are counted in values."""
     size = values.itemsize
     view = np.ndarray(shape, values.dtype, values, offset * size, [size * s for s in strides])
     return np.ascontiguousarray(view)

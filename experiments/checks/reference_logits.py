@@ -1,4 +1,4 @@
-"""Stores what timm's networks compute, for `tests/models/test_timm.py`.
+"""Writes the reference outputs of timm's networks for `tests/models/test_timm.py`.
 
     python experiments/checks/reference_logits.py [NAME ...]
 
@@ -52,7 +52,7 @@ class Reference:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# The sides are even: "SAME" and symmetric padding are equal for odd sides at stride 2.
+# The sides are even, because "SAME" and symmetric padding are equal for odd sides at stride 2.
 NETWORKS = {
     "resnet18": Reference("layer2"),
     "resnet34": Reference("layer3", (32, 64)),
@@ -97,7 +97,7 @@ def _random_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def load_reference(name: str) -> dict[str, Any]:
-    """Returns what `make_reference` has returned when the file of a network was written."""
+    """Returns the stored result of `make_reference` for a network."""
     return json.loads(gzip.decompress((REFERENCES / f"{name}.json.gz").read_bytes()))
 
 

@@ -52,7 +52,7 @@ from experiments.studies.ablation_table import METRICS, Grid, draw, make_table  
 # With -P and PYTHONPATH, the command trains with this repository's `cnn_jax`, even if another
 # version is installed.
 TRAIN = (sys.executable, "-P", "-m", "cnn_jax.main")
-# The name of the file in a run's folder that holds the results of the finished run.
+# The name of the results file in the folder of a finished run.
 _RECORD = "ablation.json"
 # The flag --expect compares these keys of each result.
 _COMPARED = ("test", "validation", "epochs", "fingerprint")

@@ -28,7 +28,7 @@ class Grid:
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def named(self, values: Mapping[str, Any]) -> "Grid":
-        """Returns a copy of the grid, with `values` instead of configuration keys in the titles."""
+        """Returns a copy of the grid with the value of KEY in place of each {KEY} in the titles."""
 
         def fill(name: str) -> str:
             return re.sub(r"\{([\w.]+)\}", lambda key: f"{values[key[1]]:g}", name)
@@ -134,7 +134,7 @@ def _difference(values: Mapping[int, float], base: Mapping[int, float]) -> str:
 def draw(
     path: pathlib.Path, grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Plots the test accuracy of each variant: a point per seed, mean and standard deviation."""
+    """Plots each variant's test accuracies, and their mean and standard deviation."""
     # These imports are slow, and only the plot needs Matplotlib.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

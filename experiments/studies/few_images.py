@@ -39,7 +39,7 @@ from cnn_jax.training.loop import train_and_evaluate
 METHODS = ("scratch", "probe", "finetune")
 _TEST_IMAGES = 100
 _BATCH_SIZE = 32
-# The smallest numbers of training steps.
+# The minimum number of training steps of each method; the probe takes no training steps.
 _STEPS = {"scratch": 1_500, "finetune": 400}
 
 
@@ -76,7 +76,7 @@ def write_table(folder: pathlib.Path, size: int, seed: int, path: pathlib.Path) 
 
 
 def make_config(method: str, flags: argparse.Namespace, train_images: int, seed: int) -> Config:
-    """Returns the configuration of a method; the source is not set yet."""
+    """Returns the configuration of a method; the caller must set the data source."""
     config = files.load("eurosat" if method == "scratch" else method)
     config.seed = seed
     config.data.image_size = (flags.image_size, flags.image_size)
@@ -103,7 +103,7 @@ def measure(flags: argparse.Namespace, method: str, size: int, seed: int) -> flo
 
 
 def describe(results: dict[str, float], method: str, size: int) -> tuple[float, float, int]:
-    """Returns the mean and the standard deviation of the accuracies, and their number."""
+    """Returns the mean, the standard deviation and the number of the accuracies."""
     values = [value for key, value in results.items() if key.startswith(f"{method}-{size}-")]
     return (
         statistics.mean(values),
