@@ -110,7 +110,7 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
             del description["pretrained"]
         description["preprocessing"] = dataclasses.asdict(bundle.preprocessing)
         description["versions"] = library_versions()
-        description["files"] = {_WEIGHTS: {"sha256": _sha256(partial / _WEIGHTS)}}
+        description["files"] = {_WEIGHTS: {"sha256": file_sha256(partial / _WEIGHTS)}}
         text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
         # Names may contain surrogates for bytes that are not UTF-8. Surrogates are written as JSON
         # escapes.
@@ -142,7 +142,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
             )
         if description["files"].keys() != {_WEIGHTS}:
             raise ValueError(f"its only file must be {_WEIGHTS}")
-        if _sha256(path / _WEIGHTS) != description["files"][_WEIGHTS]["sha256"]:
+        if file_sha256(path / _WEIGHTS) != description["files"][_WEIGHTS]["sha256"]:
             raise BundleError(
                 f"{path / _WEIGHTS} is damaged: its sha256 differs from the recorded value"
             )
@@ -229,7 +229,7 @@ def digest(path: str | os.PathLike[str]) -> str:
     """
     path = pathlib.Path(path)
     try:
-        return _sha256(path / _DESCRIPTION)
+        return file_sha256(path / _DESCRIPTION)
     except FileNotFoundError as error:
         raise MissingBundleError(f"{path} is not a bundle: there is no {error.filename}") from error
     except OSError as error:
@@ -244,11 +244,12 @@ def weights_sha256(path: str | os.PathLike[str]) -> str:
     """
     path = pathlib.Path(path)
     try:
-        return _sha256(path / _WEIGHTS)
+        return file_sha256(path / _WEIGHTS)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 
-def _sha256(path: pathlib.Path) -> str:
+def file_sha256(path: pathlib.Path) -> str:
+    """Returns the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

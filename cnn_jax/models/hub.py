@@ -6,7 +6,6 @@ The package huggingface_hub keeps the files in its cache, by default in
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import pathlib
@@ -14,6 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from cnn_jax.inference.bundle import file_sha256
 from cnn_jax.models import NETWORKS
 from cnn_jax.system.errors import ConfigError, UserError, WeightsError, closest, did_you_mean
 
@@ -233,8 +233,7 @@ def _checked_sha256(path: pathlib.Path, name: str) -> str:
     Raises:
       WeightsError: The file differs from the file on the hub.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     # The cache names a large file after its sha256 on the hub.
     blob = path.resolve()
     if _SHA256.fullmatch(blob.name) and blob.name != digest:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 import re
@@ -16,7 +15,12 @@ from flax.traverse_util import unflatten_dict
 
 from cnn_jax.config.schema import PREPROCESSING_KEYS
 from cnn_jax.data.preprocessing import INTERPOLATIONS
-from cnn_jax.inference.bundle import find_bundle, read_bundle, weights_sha256
+from cnn_jax.inference.bundle import (
+    file_sha256,
+    find_bundle,
+    read_bundle,
+    weights_sha256,
+)
 from cnn_jax.models import NETWORKS, hub
 from cnn_jax.system.errors import (
     BundleError,
@@ -194,12 +198,6 @@ def current_sha256(source: str) -> str | None:
     with contextlib.suppress(BundleError, FileNotFoundError):
         return file_sha256(path) if path.is_file() else weights_sha256(find_bundle(path))
     return None
-
-
-def file_sha256(path: pathlib.Path) -> str:
-    """Returns the sha256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_state_dict(path: pathlib.Path) -> dict[str, Any]:

@@ -113,10 +113,10 @@ def train_and_evaluate(
                 weights, record = None, run_directory.read_pretrained(workdir)
                 initial_weights.check_unchanged(config, record)
             heartbeat.beat("opening data")
-            dataset = open_dataset(
-                config,
-                interrupted.stopping(track, "nothing is lost; run the same command to continue"),
+            stopping = interrupted.stopping(
+                track, "nothing is lost; run the same command to continue"
             )
+            dataset = open_dataset(config, stopping)
         if not config.train.steps_per_execution:
             config.train.steps_per_execution = _default_execution_length(dataset.loader.on_device)
         # All processes must compile the same programs, so their configuration and data must be
@@ -138,9 +138,6 @@ def train_and_evaluate(
             checkpoints.check_data(dataset.fingerprint)
             summary.show_plan(console, config, workdir, dataset, model, changes, record)
             run = _make_run(config, workdir, dataset, model, checkpoints, console, heartbeat)
-            stopping = interrupted.stopping(
-                track, "nothing is lost; run the same command to continue"
-            )
             progress = _restore_or_start(run, previous, weights, stopping)
             # Write config.json only after the run is known to start.
             run_directory.write_pretrained(workdir, record)

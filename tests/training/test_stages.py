@@ -59,3 +59,20 @@ def test_a_run_with_frozen_stages_resumes_on_another_mesh(tmp_path, model_device
         for name, array in arrays.items():
             other = bundles[1].variables["params"][layer][name]
             np.testing.assert_allclose(other, array, rtol=0, atol=tolerance)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_from_the_same_weights(tmp_path):
+    train_and_evaluate(_config(**{"train.from_stage": ""}), tmp_path / "first")
+    changes = {"checkpoint.init_from": str(tmp_path / "first"), "train.epochs": 1}
+    train_and_evaluate(_config(**changes), tmp_path / "whole")
+
+    def stop(history):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(_config(**changes), tmp_path / "parts", on_epoch=stop)
+    train_and_evaluate(_config(**changes), tmp_path / "parts")
+    whole, parts = (
+        tmp_path / name / "bundle" / "weights.safetensors" for name in ("whole", "parts")
+    )
+    assert whole.read_bytes() == parts.read_bytes()
