@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -53,8 +53,8 @@ class Stages:
 class Network(nn.Module):
     """A network that is divided into stages.
 
-    A subclass defines `stage_names`, `stage_of`, `parts` and `stages`. Its last dense layer has
-    the name "head".
+    A subclass defines `first_layer`, `stage_names`, `find_stage` and `add_stages`. Its last dense
+    layer has the name "head".
 
     Attributes:
       num_classes: The number of classes.
@@ -66,6 +66,10 @@ class Network(nn.Module):
     num_classes: int
     dtype: jnp.dtype = jnp.dtype("float32")
     train_from: str = ""
+
+    # The path of the first layer in the parameters; empty if the first layer is not a convolution
+    # over R, G and B.
+    first_layer: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:  # Linen makes each module hashable by its fields.
 
@@ -82,17 +86,30 @@ class Network(nn.Module):
     def stage_names(self) -> Sequence[str]:
         """The names of the stages in their order; the last two are "embedding" and "logits"."""
 
+    @property
+    def embedding_is_mean_map(self) -> bool:
+        """Whether the embedding is the mean of the last feature maps; see `NetworkParts`."""
+        return False
+
     @nn.nowrap
     @abc.abstractmethod
-    def stage_of(self, layer: str) -> str:
+    def find_stage(self, layer: str) -> str:
         """Returns the stage of a layer; `layer` is a name on the top level of the parameters."""
 
     @nn.nowrap
-    @abc.abstractmethod
     def parts(self, params: Mapping[str, Any]) -> NetworkParts:
         """Returns the parameters that explanations use; see `NetworkParts`."""
+        first: Any = params
+        for name in self.first_layer:
+            first = first[name]
+        return NetworkParts(
+            first_kernel=first["kernel"] if self.first_layer else None,
+            head_kernel=params["head"]["kernel"],
+            head_bias=params["head"]["bias"],
+            embedding_is_mean_map=self.embedding_is_mean_map,
+        )
 
-    @abc.abstractmethod
+    @nn.compact
     def stages(
         self,
         x: Float[Array, "batch height width channel"],
@@ -112,6 +129,19 @@ class Network(nn.Module):
           [batch, height, width, channel]. "embedding" [batch, features] is the input of the
           head, and "logits" [batch, classes], float32, is its output.
         """
+        stages = Stages(offsets)
+        self.add_stages(x, stages, train=train)
+        return stages.outputs
+
+    @nn.nowrap
+    @abc.abstractmethod
+    def add_stages(
+        self, x: Float[Array, "batch height width channel"], stages: Stages, *, train: bool
+    ) -> None:
+        """Computes all stages of normalised images, and adds their outputs to `stages`.
+
+        `stages` calls this method, so submodules and parameters may be created in it.
+        """
 
     @nn.nowrap
     def is_training(self, stage: str, train: bool) -> bool:
@@ -127,7 +157,7 @@ class Network(nn.Module):
     @nn.nowrap
     def is_trained_parameter(self, path: str) -> bool:
         """Returns whether a parameter is trained; the path is, for example, "conv1/kernel"."""
-        return self.is_trained(self.stage_of(path.partition("/")[0]))
+        return self.is_trained(self.find_stage(path.partition("/")[0]))
 
 
 class Backbone(Network):
@@ -146,8 +176,8 @@ class Backbone(Network):
     @nn.nowrap
     def classify(
         self, stages: Stages, embedding: Float[Array, "batch features"], *, train: bool
-    ) -> dict[str, Array]:
-        """Adds the embedding and the logits to the outputs of the stages; returns the outputs.
+    ) -> None:
+        """Adds the embedding and the logits to the outputs of the stages.
 
         Args:
           stages: The outputs of all stages with feature maps.
@@ -161,7 +191,6 @@ class Backbone(Network):
         x = stages.add("embedding", embedding)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         stages.add("logits", nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x))
-        return stages.outputs
 
 
 def _moments(

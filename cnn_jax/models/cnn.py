@@ -1,13 +1,12 @@
 """The convolutional network that the project's specification prescribes."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnn_jax.models.base import Network, NetworkParts, Stages
+from cnn_jax.models.base import Network, Stages
 from cnn_jax.models.layers import BatchNorm, Conv, max_pool_2x2
 
 
@@ -33,33 +32,25 @@ class CNN(Network):
     dropout: float = 0.5
     batch_norm: bool = True
 
+    first_layer = ("conv1",)
+
+    @property
+    def embedding_is_mean_map(self) -> bool:
+        return not self.dense
+
     @property
     def stage_names(self) -> Sequence[str]:
         convolutions = [f"conv{i + 1}" for i in range(len(self.features))]
         return (*convolutions, "embedding", "logits")
 
     @nn.nowrap
-    def stage_of(self, layer: str) -> str:
+    def find_stage(self, layer: str) -> str:
         return {"dense": "embedding", "head": "logits"}.get(layer, layer.replace("norm", "conv"))
 
     @nn.nowrap
-    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
-        return NetworkParts(
-            first_kernel=params["conv1"]["kernel"],
-            head_kernel=params["head"]["kernel"],
-            head_bias=params["head"]["bias"],
-            embedding_is_mean_map=not self.dense,
-        )
-
-    @nn.compact
-    def stages(
-        self,
-        x: Float[Array, "batch height width channel"],
-        *,
-        train: bool = False,
-        offsets: Mapping[str, Array] | None = None,
-    ) -> dict[str, Array]:
-        stages = Stages(offsets)
+    def add_stages(
+        self, x: Float[Array, "batch height width channel"], stages: Stages, *, train: bool
+    ) -> None:
         x = x.astype(self.dtype)
         for i, features in enumerate(self.features, start=1):
             x = Conv(features, dtype=self.dtype, name=f"conv{i}")(x)
@@ -86,4 +77,3 @@ class CNN(Network):
         x = stages.add("embedding", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         stages.add("logits", nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x))
-        return stages.outputs

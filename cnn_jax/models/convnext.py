@@ -1,14 +1,13 @@
 """ConvNeXt (Liu et al. 2022), as timm builds it."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnn_jax.models.base import Backbone, NetworkParts, Stages
+from cnn_jax.models.base import Backbone, Stages
 from cnn_jax.models.layers import LayerNorm, Mlp
 
 _initial_kernel = nn.initializers.truncated_normal(0.02)
@@ -111,34 +110,21 @@ class ConvNeXt(Backbone):
     features: Sequence[int] = (96, 192, 384, 768)
     drop_path: float = 0.0
 
+    first_layer = ("stem_0",)
+
     @property
     def stage_names(self) -> Sequence[str]:
         return ("stem", *(f"stages_{i}" for i in range(len(self.blocks))), "embedding", "logits")
 
     @nn.nowrap
-    def stage_of(self, layer: str) -> str:
+    def find_stage(self, layer: str) -> str:
         stages = {"stem_0": "stem", "stem_1": "stem", "norm": "embedding", "head": "logits"}
         return stages.get(layer, layer)
 
     @nn.nowrap
-    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
-        return NetworkParts(
-            first_kernel=params["stem_0"]["kernel"],
-            head_kernel=params["head"]["kernel"],
-            head_bias=params["head"]["bias"],
-            # LayerNorm follows the mean.
-            embedding_is_mean_map=False,
-        )
-
-    @nn.compact
-    def stages(
-        self,
-        x: Float[Array, "batch height width channel"],
-        *,
-        train: bool = False,
-        offsets: Mapping[str, Array] | None = None,
-    ) -> dict[str, Array]:
-        stages = Stages(offsets)
+    def add_stages(
+        self, x: Float[Array, "batch height width channel"], stages: Stages, *, train: bool
+    ) -> None:
         x = _patch_convolution(self.features[0], 4, self.dtype, "stem_0")(x)
         x = LayerNorm(dtype=self.dtype, name="stem_1")(x)
         x = stages.add("stem", x)
@@ -157,7 +143,7 @@ class ConvNeXt(Backbone):
             x = stages.add(f"stages_{i}", x)
         x = jnp.mean(x, axis=(1, 2))
         x = LayerNorm(dtype=self.dtype, name="norm")(x)
-        return self.classify(stages, x, train=train)
+        self.classify(stages, x, train=train)
 
 
 convnext_tiny = functools.partial(ConvNeXt, blocks=(3, 3, 9, 3), features=(96, 192, 384, 768))

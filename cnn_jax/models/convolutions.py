@@ -7,7 +7,7 @@ written by hand, for reverse mode only.
 
 import functools
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from cnn_jax.models.base import Backbone
 from cnn_jax.models.layers import BatchNorm, add_bias, channel_sums, convolve
 
 # Pixels before and after each row, and before and after each column.
@@ -298,3 +299,39 @@ def convolve_and_normalize(
     factor, shift = normalization.affine(features)
     normalized = convolve_with(kernel * factor[None, None, None])
     return cast(Array, add_bias(normalized, shift.astype(dtype)))
+
+
+class ConvolutionalBackbone(Backbone):
+    """A backbone of convolutions, each followed by BatchNorm.
+
+    Attributes:
+      padding: "symmetric" or "same"; see `paddings`.
+      epsilon: The number that BatchNorm adds to the variance.
+      batch_norm_statistics: "frozen": training normalises with the stored statistics. "batch":
+        training normalises with the statistics of the batch.
+    """
+
+    padding: str = "symmetric"
+    epsilon: float = 1e-5
+    batch_norm_statistics: str = "frozen"
+
+    @property
+    def embedding_is_mean_map(self) -> bool:
+        return self.embedding == "last"
+
+    @nn.nowrap
+    def conv_norm(self, stage: str, train: bool) -> Callable[..., Array]:
+        """Returns `convolve_and_normalize` with the options of this network.
+
+        Args:
+          stage: The stage to which the convolution belongs.
+          train: Whether the network runs in training mode.
+        """
+        uses_batch = self.is_training(stage, train) and self.batch_norm_statistics == "batch"
+        return functools.partial(
+            convolve_and_normalize,
+            use_running_average=not uses_batch,
+            epsilon=self.epsilon,
+            padding=self.padding,
+            dtype=self.dtype,
+        )

@@ -2,16 +2,16 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnn_jax.models.base import Backbone, NetworkParts, Stages
-from cnn_jax.models.convolutions import convolve_and_normalize
+from cnn_jax.models.base import Stages
+from cnn_jax.models.convolutions import ConvolutionalBackbone
 
 
 class _Row(NamedTuple):
@@ -117,7 +117,7 @@ class InvertedResidual(nn.Module):
         return skip(x) + shortcut
 
 
-class EfficientNet(Backbone):
+class EfficientNet(ConvolutionalBackbone):
     """A stem, seven stages of inverted residual blocks, a 1 x 1 convolution, and the mean.
 
     The stages are "stem", "blocks_0" to "blocks_6" (the rows of the table) and "conv_head".
@@ -128,9 +128,6 @@ class EfficientNet(Backbone):
       is_lite: Whether the network is a Lite one: ReLU6 instead of SiLU, no
         squeeze-and-excitation, and factors that change neither the stem, nor the last
         convolution, nor the number of blocks of the first and last row.
-      padding: "symmetric" or "same"; see `convolve_and_normalize`.
-      epsilon: The epsilon of BatchNorm.
-      batch_norm_statistics: "frozen" or "batch": the statistics of BatchNorm in training.
       drop_path: The probability that an example skips the last block in training. It grows
         from 0 in proportion to the block's number (Huang et al. 2016).
     """
@@ -138,10 +135,9 @@ class EfficientNet(Backbone):
     width: float = 1.0
     depth: float = 1.0
     is_lite: bool = False
-    padding: str = "symmetric"
-    epsilon: float = 1e-5
-    batch_norm_statistics: str = "frozen"
     drop_path: float = 0.0
+
+    first_layer = ("conv_stem",)
 
     @property
     def stage_names(self) -> Sequence[str]:
@@ -149,33 +145,19 @@ class EfficientNet(Backbone):
         return ("stem", *blocks, "conv_head", "embedding", "logits")
 
     @nn.nowrap
-    def stage_of(self, layer: str) -> str:
+    def find_stage(self, layer: str) -> str:
         stages = {"conv_stem": "stem", "bn1": "stem", "bn2": "conv_head", "head": "logits"}
         return stages.get(layer) or "_".join(layer.split("_")[:2])
 
     @nn.nowrap
-    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
-        return NetworkParts(
-            first_kernel=params["conv_stem"]["kernel"],
-            head_kernel=params["head"]["kernel"],
-            head_bias=params["head"]["bias"],
-            embedding_is_mean_map=self.embedding == "last",
-        )
-
-    @nn.compact
-    def stages(
-        self,
-        x: Float[Array, "batch height width channel"],
-        *,
-        train: bool = False,
-        offsets: Mapping[str, Array] | None = None,
-    ) -> dict[str, Array]:
-        stages = Stages(offsets)
+    def add_stages(
+        self, x: Float[Array, "batch height width channel"], stages: Stages, *, train: bool
+    ) -> None:
         activation = jax.nn.relu6 if self.is_lite else nn.silu
         stem, head = (
             n if self.is_lite else _scaled(n, self.width) for n in (_STEM_FEATURES, _HEAD_FEATURES)
         )
-        conv_norm = self._conv_norm("stem", train)
+        conv_norm = self.conv_norm("stem", train)
         x = stages.add("stem", activation(conv_norm(x, stem, 3, 2, conv="conv_stem", norm="bn1")))
         rows = self._rows()
         block, total = 0, sum(row.blocks for row in rows)
@@ -188,15 +170,15 @@ class EfficientNet(Backbone):
                     drop_path=self.drop_path * block / total,
                     is_training=self.is_training(f"blocks_{i}", train),
                     activation=activation,
-                    conv_norm=self._conv_norm(f"blocks_{i}", train),
+                    conv_norm=self.conv_norm(f"blocks_{i}", train),
                     dtype=self.dtype,
                     name=f"blocks_{i}_{j}",
                 )(x)
                 block += 1
             x = stages.add(f"blocks_{i}", x)
-        conv_norm = self._conv_norm("conv_head", train)
+        conv_norm = self.conv_norm("conv_head", train)
         x = stages.add("conv_head", activation(conv_norm(x, head, 1, conv="conv_head", norm="bn2")))
-        return self.classify(stages, jnp.mean(x, axis=(1, 2)), train=train)
+        self.classify(stages, jnp.mean(x, axis=(1, 2)), train=train)
 
     @nn.nowrap
     def _rows(self) -> list[_Row]:
@@ -210,17 +192,6 @@ class EfficientNet(Backbone):
             )
             for row in _TABLE
         ]
-
-    @nn.nowrap
-    def _conv_norm(self, stage: str, train: bool) -> Callable[..., Array]:
-        uses_batch = self.is_training(stage, train) and self.batch_norm_statistics == "batch"
-        return functools.partial(
-            convolve_and_normalize,
-            use_running_average=not uses_batch,
-            epsilon=self.epsilon,
-            padding=self.padding,
-            dtype=self.dtype,
-        )
 
 
 def _scaled(features: int, factor: float) -> int:

@@ -1,15 +1,15 @@
 """Residual networks (He et al. 2015), as timm and torchvision build them."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnn_jax.models.base import Backbone, NetworkParts, Stages
-from cnn_jax.models.convolutions import convolve_and_normalize
+from cnn_jax.models.base import Stages
+from cnn_jax.models.convolutions import ConvolutionalBackbone
 
 
 class BasicBlock(nn.Module):
@@ -69,7 +69,7 @@ def _shortcut(x: Array, features: int, stride: int, conv_norm: Callable[..., Arr
     return conv_norm(x, features, 1, stride, conv="downsample_0", norm="downsample_1")
 
 
-class ResNet(Backbone):
+class ResNet(ConvolutionalBackbone):
     """A stem, four groups of residual blocks, and the mean over all pixels.
 
     Table 1 of the paper, with the stages "stem" and "layer1" to "layer4":
@@ -85,12 +85,12 @@ class ResNet(Backbone):
     Attributes:
       blocks: The number of blocks of each group.
       block: The class of the blocks: `BasicBlock` or `Bottleneck`.
-      batch_norm_statistics: "frozen" or "batch": the statistics of BatchNorm in training.
     """
 
     blocks: Sequence[int] = (2, 2, 2, 2)
     block: type[BasicBlock] | type[Bottleneck] = BasicBlock
-    batch_norm_statistics: str = "frozen"
+
+    first_layer = ("conv1",)
 
     @property
     def stage_names(self) -> Sequence[str]:
@@ -98,47 +98,26 @@ class ResNet(Backbone):
         return ("stem", *layers, "embedding", "logits")
 
     @nn.nowrap
-    def stage_of(self, layer: str) -> str:
+    def find_stage(self, layer: str) -> str:
         stages = {"conv1": "stem", "bn1": "stem", "head": "logits"}
         return stages.get(layer) or layer.partition("_")[0]
 
     @nn.nowrap
-    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
-        return NetworkParts(
-            first_kernel=params["conv1"]["kernel"],
-            head_kernel=params["head"]["kernel"],
-            head_bias=params["head"]["bias"],
-            embedding_is_mean_map=self.embedding == "last",
-        )
-
-    @nn.compact
-    def stages(
-        self,
-        x: Float[Array, "batch height width channel"],
-        *,
-        train: bool = False,
-        offsets: Mapping[str, Array] | None = None,
-    ) -> dict[str, Array]:
-        stages = Stages(offsets)
-        conv_norm = self._conv_norm("stem", train)
+    def add_stages(
+        self, x: Float[Array, "batch height width channel"], stages: Stages, *, train: bool
+    ) -> None:
+        conv_norm = self.conv_norm("stem", train)
         x = nn.relu(conv_norm(x, 64, 7, 2, conv="conv1", norm="bn1"))
         x = stages.add("stem", x)
         x = nn.max_pool(x, (3, 3), (2, 2), cast(Any, ((1, 1), (1, 1))))
         for group, blocks in enumerate(self.blocks, start=1):
-            conv_norm = self._conv_norm(f"layer{group}", train)
+            conv_norm = self.conv_norm(f"layer{group}", train)
             features = 64 * 2 ** (group - 1) * (4 if self.block is Bottleneck else 1)
             for i in range(blocks):
                 stride = 2 if group > 1 and i == 0 else 1
                 x = self.block(features, stride, conv_norm, name=f"layer{group}_{i}")(x)
             x = stages.add(f"layer{group}", x)
-        return self.classify(stages, jnp.mean(x, axis=(1, 2)), train=train)
-
-    @nn.nowrap
-    def _conv_norm(self, stage: str, train: bool) -> Callable[..., Array]:
-        uses_batch = self.is_training(stage, train) and self.batch_norm_statistics == "batch"
-        return functools.partial(
-            convolve_and_normalize, use_running_average=not uses_batch, dtype=self.dtype
-        )
+        self.classify(stages, jnp.mean(x, axis=(1, 2)), train=train)
 
 
 resnet18 = functools.partial(ResNet, blocks=(2, 2, 2, 2), block=BasicBlock)

@@ -1,15 +1,14 @@
 """The vision transformer (Dosovitskiy et al. 2020) of DINOv2 (Oquab et al. 2023), as in timm."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnn_jax.models.base import Backbone, NetworkParts, Stages
+from cnn_jax.models.base import Backbone, Stages
 from cnn_jax.models.layers import LayerNorm, Mlp
 
 _initial_kernel = nn.initializers.truncated_normal(0.02)
@@ -129,6 +128,8 @@ class VisionTransformer(Backbone):
     grid: int = 37
     drop_path: float = 0.0
 
+    first_layer = ("patch_embed", "proj")
+
     @property
     def stage_names(self) -> Sequence[str]:
         last = self.depth - 2
@@ -136,30 +137,16 @@ class VisionTransformer(Backbone):
         return ("patch_embed", *ends, "embedding", "logits")
 
     @nn.nowrap
-    def stage_of(self, layer: str) -> str:
+    def find_stage(self, layer: str) -> str:
         if layer.startswith("blocks_"):
             later = [f"blocks_{i}" for i in range(int(layer[7:]), self.depth)]
             return next((name for name in later if name in self.stage_names), "embedding")
         return {"norm": "embedding", "head": "logits"}.get(layer, "patch_embed")
 
     @nn.nowrap
-    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
-        return NetworkParts(
-            first_kernel=params["patch_embed"]["proj"]["kernel"],
-            head_kernel=params["head"]["kernel"],
-            head_bias=params["head"]["bias"],
-            embedding_is_mean_map=False,
-        )
-
-    @nn.compact
-    def stages(
-        self,
-        x: Float[Array, "batch height width channel"],
-        *,
-        train: bool = False,
-        offsets: Mapping[str, Array] | None = None,
-    ) -> dict[str, Array]:
-        stages = Stages(offsets)
+    def add_stages(
+        self, x: Float[Array, "batch height width channel"], stages: Stages, *, train: bool
+    ) -> None:
         x = PatchEmbed(self.features, self.patch, self.dtype, name="patch_embed")(x)
         shape = x.shape
 
@@ -177,14 +164,14 @@ class VisionTransformer(Backbone):
             tokens = Block(
                 heads=self.heads,
                 drop_path=self.drop_path * i / max(self.depth - 1, 1),
-                is_training=self.is_training(self.stage_of(name), train),
+                is_training=self.is_training(self.find_stage(name), train),
                 dtype=self.dtype,
                 name=name,
             )(tokens)
             if name in self.stage_names:
                 tokens = add_stage(name, tokens)
         x = LayerNorm(dtype=self.dtype, name="norm")(tokens[:, 0])
-        return self.classify(stages, x, train=train)
+        self.classify(stages, x, train=train)
 
     def _positions(self, rows: int, columns: int) -> Float[Array, "1 token channel"]:
         """Returns the position embeddings of the class token and of a grid of patches."""

@@ -66,7 +66,7 @@ def learning_rate_factors(
     stages = [name for name in model.stage_names if name not in ("embedding", "logits")]
 
     def factor(path: tuple[Any, ...], _: Array) -> float:
-        stage = model.stage_of(_names(path)[0])
+        stage = model.find_stage(_names(path)[0])
         if stage == "logits":
             return head_factor
         distance = len(stages) - 1 - stages.index(stage) if stage in stages else 0

@@ -39,7 +39,7 @@ def test_networks_have_the_published_numbers_of_parameters(name, parameters):
 def test_each_layer_belongs_to_a_stage(name):
     model = _make(name)
     layers = abstract_variables(model, (32, 32))["params"]
-    stages = {model.stage_of(layer) for layer in layers}
+    stages = {model.find_stage(layer) for layer in layers}
     assert stages == set(model.stage_names) - {"embedding"}
 
 

@@ -96,7 +96,7 @@ def test_a_layer_changes_its_stage_and_no_earlier_stage(case):
     names = list(case.model.stage_names)
     for layer, values in case.params.items():
         changed = jax.tree.map(lambda leaf: 1.1 * leaf + 0.1, values)
-        stage = _CHANGED_LATER.get(layer, case.model.stage_of(layer))
+        stage = _CHANGED_LATER.get(layer, case.model.find_stage(layer))
         changes = case.changed_stages(params=case.params | {layer: changed})
         assert changes == names[names.index(stage) :], layer
 

@@ -48,7 +48,7 @@ def test_position_embeddings_are_unchanged_for_images_of_the_stored_size():
 
 def test_blocks_belong_to_the_stage_that_ends_after_them():
     model = vit_small_patch14_dinov2(num_classes=3)
-    stages = [model.stage_of(f"blocks_{i}") for i in range(12)]
+    stages = [model.find_stage(f"blocks_{i}") for i in range(12)]
     ends = ["blocks_2"] * 3 + ["blocks_5"] * 3 + ["blocks_8"] * 3 + ["blocks_10"] * 2
     assert stages == [*ends, "embedding"]
-    assert {model.stage_of(name) for name in ("cls_token", "pos_embed")} == {"patch_embed"}
+    assert {model.find_stage(name) for name in ("cls_token", "pos_embed")} == {"patch_embed"}

@@ -17,7 +17,7 @@ from cnn_jax import models
 from cnn_jax.config import schema
 from cnn_jax.config.keys import choice
 from cnn_jax.inference.bundle import read_bundle
-from cnn_jax.models.base import Backbone, NetworkParts, Stages
+from cnn_jax.models.base import Backbone
 from cnn_jax.models.pretrained import PretrainedWeights, convert
 from cnn_jax.report.run_report import write_report
 from cnn_jax.system.errors import ConfigError
@@ -147,24 +147,21 @@ def test_weights_of_another_network_are_one_line(changes, message):
 class Tiny(Backbone):
     """A backbone with one convolution."""
 
+    first_layer = ("conv1",)
+    embedding_is_mean_map = True
+
     @property
     def stage_names(self):
         return ("conv1", "embedding", "logits")
 
     @nn.nowrap
-    def stage_of(self, layer):
+    def find_stage(self, layer):
         return {"head": "logits"}.get(layer, "conv1")
 
     @nn.nowrap
-    def parts(self, params):
-        head = params["head"]
-        return NetworkParts(params["conv1"]["kernel"], head["kernel"], head["bias"], True)
-
-    @nn.compact
-    def stages(self, x, *, train=False, offsets=None):
-        stages = Stages(offsets)
+    def add_stages(self, x, stages, *, train):
         x = nn.relu(nn.Conv(4, (3, 3), name="conv1")(x))
-        return self.classify(stages, stages.add("conv1", x).mean((1, 2)), train=train)
+        self.classify(stages, stages.add("conv1", x).mean((1, 2)), train=train)
 
 
 @pytest.fixture
