@@ -14,14 +14,16 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain.maps import Images
 from cnn_jax.inference import calibration
 from cnn_jax.inference.batching import map_batches, split_batches
-from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_pixels
-from cnn_jax.models.base import Network
-from cnn_jax.models.network import feature_map_shapes, network_parts, stages
-from cnn_jax.system import runtime
+from cnn_jax.inference.predictor import (
+    BundlePredictor,
+    Predictor,
+    compiled_stages,
+    predict_pixels,
+)
+from cnn_jax.models.network import feature_map_shapes, network_parts
 
 # The number of permutations of each feature, and of each image region. With two permutations of a
 # region instead of five, the standard error of the mean over 64 images is 6 % larger, and the
@@ -66,19 +68,9 @@ def _map_stages(
     batches: Iterable[Images],
 ) -> Iterator[Any]:
     """Yields the stage outputs that `choose` selects, for each batch of images, in float32."""
-    run = _compiled(choose, predictor.model, predictor.preprocessing)
+    run = compiled_stages(choose, predictor.model, predictor.preprocessing)
     for rows in map_batches(functools.partial(run, predictor.variables), batches):
         yield jax.tree.map(lambda array: np.asarray(array, np.float32), rows)
-
-
-@functools.cache
-def _compiled(
-    choose: Callable[[dict[str, Array]], PyTree], model: Network, preprocessing: Preprocessing
-) -> Callable[[PyTree, Images], PyTree]:
-    def run(variables: PyTree, images: Array) -> PyTree:
-        return choose(stages(model, variables, images, preprocessing))
-
-    return jax.jit(run, compiler_options=runtime.compiler_options())
 
 
 def first_filters(predictor: BundlePredictor) -> Float[np.ndarray, "features height width 3"]:

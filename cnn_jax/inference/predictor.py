@@ -19,7 +19,7 @@ from cnn_jax.inference.batching import BATCH_SIZE, map_batches, split_batches
 from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
 from cnn_jax.inference.images import AnyImage, ImageReader, describe_image, single_images
 from cnn_jax.models.base import Network
-from cnn_jax.models.network import abstract_variables, forward, make_model
+from cnn_jax.models.network import abstract_variables, forward, make_model, stages
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import BundleError, DataError
 
@@ -120,6 +120,24 @@ def _compiled(model: Network, preprocessing: Preprocessing) -> Callable[..., Arr
         return jax.nn.softmax(forward(model, variables, images, preprocessing) / temperature)
 
     return jax.jit(probabilities, compiler_options=runtime.compiler_options())
+
+
+@functools.cache
+def compiled_stages(
+    choose: Callable[[dict[str, Array]], PyTree], model: Network, preprocessing: Preprocessing
+) -> Callable[[PyTree, UInt8[np.ndarray, "batch height width 3"]], PyTree]:
+    """Returns the compiled function from (variables, images) to outputs of a network's stages.
+
+    Args:
+      choose: A function from the outputs of all stages, by name, to the wanted outputs.
+      model: The network.
+      preprocessing: The mean and the standard deviation of the normalisation.
+    """
+
+    def run(variables: PyTree, images: Array) -> PyTree:
+        return choose(stages(model, variables, images, preprocessing))
+
+    return jax.jit(run, compiler_options=runtime.compiler_options())
 
 
 def _check_weights(model: Network, bundle: Bundle) -> None:

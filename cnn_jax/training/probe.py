@@ -4,6 +4,7 @@ The features of each image are computed once, and stored in the cache. The head 
 logistic regression on the features, which needs no steps of the training loop.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,8 +22,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from cnn_jax.data import Track, cache
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.inference.evaluation import map_split
+from cnn_jax.inference.predictor import compiled_stages
 from cnn_jax.models.base import Network
-from cnn_jax.models.network import stages
 from cnn_jax.system import runtime
 from cnn_jax.training import sharding
 from cnn_jax.training.metrics import Metrics
@@ -33,6 +34,8 @@ PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 # The maximum number of L-BFGS iterations for each penalty, and the gradient norm at which L-BFGS
 # stops.
 _ITERATIONS, _TOLERANCE = 100, 1e-4
+# The keys of a network that change only its training, so that the features do not depend on them.
+_TRAINING_KEYS = {"batch_norm_statistics", "drop_path", "dropout", "pretrained"}
 # The minimum divisor of a feature. Smaller standard deviations are replaced by this value.
 _MIN_DEVIATION = 1e-6
 
@@ -79,10 +82,9 @@ def embeddings(
     loader = dataclasses.replace(dataset.loader, on_device=False)
     indices = np.concatenate([dataset.splits[name] for name in sorted(dataset.splits)])
     own = np.array_split(indices, jax.process_count())
-    run = _compiled(model, loader.preprocessing)
-    on_device = jax.device_put(variables)
+    run = compiled_stages(_embedding, model, loader.preprocessing)
     rows = map_split(
-        lambda images: run(on_device, images),
+        functools.partial(run, jax.device_put(variables)),
         loader,
         own[jax.process_index()],
         track,
@@ -92,19 +94,13 @@ def embeddings(
     result = np.zeros((len(dataset.source), gathered[0].shape[1]), np.float32)
     for part, values in zip(own, gathered, strict=True):
         result[part] = values
-    cache.write_array("features", key, result)
+    with contextlib.suppress(OSError):  # A run does not need the cache; its disk may be full.
+        cache.write_array("features", key, result)
     return result
 
 
-@functools.lru_cache(4)
-def _compiled(model: Network, preprocessing: Any) -> Any:
-    """Returns the compiled function from (variables, images) to embeddings, float32."""
-
-    def embed(variables: PyTree, images: Array) -> Array:
-        outputs = stages(model, variables, images, preprocessing)
-        return outputs["embedding"].astype(jnp.float32)
-
-    return jax.jit(embed, compiler_options=runtime.compiler_options())
+def _embedding(outputs: dict[str, Array]) -> Array:
+    return outputs["embedding"]
 
 
 def _cache_key(variables: PyTree, config: Any, dataset: Dataset) -> str:
@@ -118,7 +114,7 @@ def _cache_key(variables: PyTree, config: Any, dataset: Dataset) -> str:
     content = [
         dataset.fingerprint,
         preprocessing,
-        config.model.to_dict(),
+        {key: value for key, value in config.model.items() if key not in _TRAINING_KEYS},
         config.precision,
         runtime.compiler_options(),
         jax.__version__,

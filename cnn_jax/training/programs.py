@@ -104,7 +104,6 @@ class Programs:
       gather: (tree) -> the same arrays, replicated on all devices.
       accumulation_steps: The number of parts of a batch that are computed one after the other.
       model: The network.
-      updates_statistics: Whether training changes BatchNorm's statistics.
     """
 
     def __init__(self, train_step: TrainStep, batch_size: int, model_devices: int = 1):
@@ -119,9 +118,7 @@ class Programs:
         jit = functools.partial(jax.jit, compiler_options=runtime.compiler_options())
         self.model = train_step.model
         self.accumulation_steps = train_step.accumulation_steps
-        self.updates_statistics = updates_statistics(
-            train_step.model, train_step.preprocessing.image_size
-        )
+        self._image_size = train_step.preprocessing.image_size
         self.layout = layout = sharding.Layout(sharding.make_mesh(model_devices), batch_size)
         abstract_state = jax.eval_shape(train_step.init_state)
         state_sharding = sharding.split_large(layout.mesh, abstract_state)
@@ -204,6 +201,11 @@ class Programs:
         self.merge = jax.jit(Metrics.merge, donate_argnums=0, out_shardings=replicated)
         self.is_finite = jax.jit(_all_finite, out_shardings=replicated)
         self.gather = jax.jit(lambda tree: tree, out_shardings=replicated)
+
+    @functools.cached_property
+    def updates_statistics(self) -> bool:
+        """Whether training changes BatchNorm's statistics."""
+        return updates_statistics(self.model, self._image_size)
 
     def send(self, batches: Sequence[Mapping[str, np.ndarray]]) -> tuple[Any, dict[str, jax.Array]]:
         """Copies one or more batches to the devices, and selects the training function for them.

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import jax
 import numpy as np
@@ -124,6 +126,24 @@ def test_other_weights_before_the_head_have_other_features(tmp_path):
             config.seed = seed
         train_and_evaluate(config, tmp_path / f"{seed}{precision}")
     assert len(set(folder.iterdir()) - before) == 3
+
+
+def test_keys_that_change_only_training_share_the_features(tmp_path, monkeypatch):
+    train_and_evaluate(_config(), tmp_path / "first")
+    monkeypatch.setattr(probe, "map_split", None)
+    config = _config()
+    config.model.dropout = 0.1
+    train_and_evaluate(config, tmp_path / "second")
+
+
+def test_a_run_needs_no_cache_for_its_features(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache, "write_array", full)
+    config = _config()
+    config.data.source = "shapes:160"
+    assert train_and_evaluate(config, tmp_path)["test"]["loss"] > 0
 
 
 def test_training_continues_from_the_probe_and_keeps_it_if_it_is_best(tmp_path):
