@@ -4,8 +4,8 @@
 
 The weights are downloaded from the Hugging Face hub (`pip install 'cnn_jax[hub]'`), or read
 from a safetensors file: --config.model.pretrained=FILE. Another network is selected by
---config.model.name=NAME, for example resnet50. The image size, the crop and the normalisation are
-those of the weights. A smaller --config.data.image_size, such as 128, is faster.
+--config.model.name=NAME, for example resnet50. The weights determine the image size, the crop and
+the normalisation. A smaller --config.data.image_size, such as 128, is faster.
 """
 
 from cnn_jax.config.schema import Config, default_config

@@ -60,7 +60,7 @@ def dense_convolve(
     kernel_size = kernel.shape[0]
     height, width = _output_size(x, kernel_size, stride, pads)
     if kernel_size == 1:
-        # The gradient of a product of matrices is faster than that of a convolution.
+        # A matrix product has a faster gradient than a convolution.
         return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
     if height * width <= _FEW_PIXELS:
         shifted = _shifted_images(x, kernel_size, stride, pads, (height, width))
@@ -80,7 +80,7 @@ def depthwise_convolve(
     stride: int,
     pads: Padding,
 ) -> Float[Array, "batch new_height new_width channel"]:
-    """Convolves each channel of images with a kernel of its own."""
+    """Convolves each channel of images with a separate kernel."""
     return _depthwise(x, kernel, stride, pads)
 
 
@@ -173,7 +173,7 @@ def _input_gradient(
     zero = jnp.zeros((), gradient.dtype)
     spread = lax.pad(gradient, zero, ((0, 0, 0), between, between, (0, 0, 0)))
     if stride > 1:
-        # Without this barrier the zeros are inserted anew for each position of the kernel.
+        # Without this barrier XLA inserts the zeros again for each position of the kernel.
         spread = lax.optimization_barrier(spread)
     rows, columns = (
         (last - before, n - length + before)
@@ -234,7 +234,7 @@ def _written_kernel_gradient(
 
 
 class Kernel(nn.Module):
-    """The kernel of a convolution without bias, as a layer of its own.
+    """A layer whose only parameter is the kernel of a convolution.
 
     Attributes:
       shape: Height, width, input channels (1 if the convolution is depthwise), output channels.
@@ -279,7 +279,7 @@ def convolve_and_normalize(
       use_running_average: See `BatchNorm`.
       epsilon: See `BatchNorm`.
       padding: See `paddings`.
-      depthwise: Whether each channel has a kernel of its own; `features` is then the number of
+      depthwise: Whether each channel has a separate kernel; `features` is then the number of
         input channels.
       dtype: The dtype of the computation.
     """

@@ -183,7 +183,7 @@ def check_network(weights: PretrainedWeights, network: str, key: str = "model.pr
 
 
 def current_sha256(source: str) -> str | None:
-    """Returns the sha256 of the file with the weights as it is now.
+    """Returns the current sha256 of the file that contains the weights.
 
     Args:
       source: `PretrainedWeights.source`.

@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(x: Array, features: int, stride: int, conv_norm: Callable[..., Array]) -> Array:
-    """Returns the input of a block, projected if its shape differs from that of the output."""
+    """Returns the input of a block, projected if the input and the output have different shapes."""
     if stride == 1 and x.shape[-1] == features:
         return x
     return conv_norm(x, features, 1, stride, conv="downsample_0", norm="downsample_1")

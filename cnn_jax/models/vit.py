@@ -116,7 +116,7 @@ class VisionTransformer(Backbone):
       heads: The number of heads of the attention.
       patch: The height and the width of a patch.
       grid: The height and the width, in patches, of the images for which the position
-        embeddings are stored. Those of other sizes are interpolated.
+        embeddings are stored. For other sizes, the embeddings are interpolated.
       drop_path: The probability that an image skips a half of the last block in training. The
         probability grows from 0 in proportion to the block's number (Huang et al. 2016).
     """

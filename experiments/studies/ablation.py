@@ -306,11 +306,11 @@ def compare(
         run = expected[result["variant"], result["seed"]]
         different = [key for key in _COMPARED if result.get(key) != run.get(key)]
         differing += bool(different)
-        told = f"{', '.join(different)} differ" if different else "the same"
+        message = f"{', '.join(different)} differ" if different else "the same"
         elsewhere = [key for key in _CIRCUMSTANCES if result.get(key) != run.get(key)]
         if different and elsewhere:
-            told += f" (and so do {', '.join(elsewhere)})"
-        print(f"{result['variant']}, seed {result['seed']}: {told}")
+            message += f" (and so do {', '.join(elsewhere)})"
+        print(f"{result['variant']}, seed {result['seed']}: {message}")
     if differing:
         raise UserError(f"{differing} runs differ from what was expected")
 
@@ -457,16 +457,16 @@ def train(
         return found
     print(f"{run.folder.name} ...", file=sys.stderr, flush=True)
     done = trainings.run(run)
-    told = done.stderr.splitlines()[-1:] or [f"exit code {done.returncode}"]
+    message = done.stderr.splitlines()[-1:] or [f"exit code {done.returncode}"]
     if done.returncode in (_START_AGAIN, -signal.SIGTERM):
         raise KeyboardInterrupt
     # The command also ends with this exit code if another process uses the folder of the run.
     if done.returncode == _USAGE:
-        raise ConfigError(told[0].removeprefix("error: "))
+        raise ConfigError(message[0].removeprefix("error: "))
     what = {"variant": run.variant, "seed": run.seed, "settings": settings}
     if done.returncode:
-        print(f"{run.folder.name} failed: {told[0]}", file=sys.stderr, flush=True)
-        return {**what, "error": told[0]}
+        print(f"{run.folder.name} failed: {message[0]}", file=sys.stderr, flush=True)
+        return {**what, "error": message[0]}
     where = {"commit": commit_name, "processor": processor(), "cores": len(os.sched_getaffinity(0))}
     found = {**what, **read_run(run.folder), **where}
     write_text(record, json.dumps(found, indent=1) + "\n")
