@@ -113,8 +113,8 @@ def _file(
       WeightsError: See `download`.
     """
     try:
-        import huggingface_hub
-        from huggingface_hub import errors
+        # The import sets the level of the package's logger, so it precedes `_without_warnings`.
+        from huggingface_hub import errors, hf_hub_download
     except ImportError as error:
         raise ConfigError(
             f"{_KEY}: {model_id} is a model of the Hugging Face hub, which needs "
@@ -122,7 +122,7 @@ def _file(
         ) from error
     try:
         with _without_warnings():
-            path = huggingface_hub.hf_hub_download(model_id, filename, revision=revision)
+            path = hf_hub_download(model_id, filename, revision=revision)
         return pathlib.Path(path)
     except errors.EntryNotFoundError as error:
         # LocalEntryNotFoundError means that the file is not in the cache and the hub did not

@@ -64,6 +64,7 @@ def download(hub, tmp_path):
             check=False,
         )
         assert not result.returncode, result.stderr
+        assert "Retrying" not in result.stderr
         results = [json.loads(line) for line in result.stdout.splitlines()]
         for outcome in results:
             assert not isinstance(outcome, list) or "\n" not in outcome[1]
