@@ -112,6 +112,6 @@ def test_a_study_finds_the_shipped_space(run, image_folder):
     )
     assert result.returncode == 2
     assert result.stderr.endswith(
-        "--space: there is no file 'fine'; the shipped files are default, recipe\n"
+        "--space: there is no file 'fine'; the shipped files are default, finetune, recipe\n"
     )
     assert not (run.here / "studies").exists()
