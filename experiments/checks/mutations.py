@@ -5,6 +5,9 @@
 Without FILE (below cnn_jax/) all mutations are checked. The program prints a line for each
 mutation and exits with 1 if no test noticed one. It works on a copy of the repository in a
 temporary folder. A mutation that needs too much memory or never ends counts as noticed.
+
+Use JAX 0.11 or later: a mutation of the convolutions changes only the choice of oneDNN, which
+earlier versions of XLA do not use.
 """
 
 import argparse
