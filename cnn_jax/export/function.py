@@ -94,14 +94,10 @@ def evaluate(
         is_multiple = type(value) is int and value and value % BATCH == 0
         return value // BATCH * batch if is_multiple else value
 
-    values: dict[core.Var, Any] = dict(
-        zip(function.jaxpr.constvars, function.consts, strict=True)
-    )
+    values: dict[core.Var, Any] = dict(zip(function.jaxpr.constvars, function.consts, strict=True))
     values[function.jaxpr.invars[0]] = images
     for equation in function.jaxpr.eqns:
-        inputs = [
-            v.val if isinstance(v, core.Literal) else values[v] for v in equation.invars
-        ]
+        inputs = [v.val if isinstance(v, core.Literal) else values[v] for v in equation.invars]
         params = {
             key: resize(value) if key in _SHAPES else value
             for key, value in equation.params.items()
