@@ -19,7 +19,8 @@ from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.inference.evaluation import evaluate, open_as_trained
-from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.inference.exported import load_predictor
+from cnn_jax.inference.predictor import TrainedPredictor
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console
@@ -58,14 +59,14 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=cli.path, metavar="FILE", help="JSON file to write")
 
 
-def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[BundlePredictor, Dataset]:
+def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[TrainedPredictor, Dataset]:
     """Opens the bundle and the data set that the flags name, and warns about unreadable images.
 
     Args:
       flags: The parsed flags of `add_data_flags`.
       track: Shows progress.
     """
-    predictor = BundlePredictor.load(flags.bundle)
+    predictor = load_predictor(flags.bundle)
     dataset = open_as_trained(
         predictor,
         flags.source,

@@ -16,6 +16,7 @@ import numpy as np
 
 from cnn_jax.inference import predictor as predictors
 from cnn_jax.inference.batching import BATCH_SIZE
+from cnn_jax.inference.exported import load_predictor
 from cnn_jax.inference.images import ImageReader, list_inputs
 from cnn_jax.inference.images import preprocess_for_inference as preprocess_for_inference
 from cnn_jax.inference.predictor import predict_batch as predict_batch
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
 
     runtime.keep_freed_memory()
     keep_compiled()
-    predictor = predictors.BundlePredictor.load(flags.bundle)
+    predictor = load_predictor(flags.bundle)
     paths = list_inputs(flags.input, flags.allow_outside)
     with cli.open_output(flags.output) as file:
         num_errors = write_predictions(predictor, paths, file, flags.top)

@@ -7,7 +7,7 @@ inserted where an operation needs another order.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,9 @@ _CHANNELS_FIRST = (0, 3, 1, 2)
 class Graph:
     """An ONNX graph under construction."""
 
-    def __init__(self) -> None:
-        """Starts with an empty graph."""
+    def __init__(self, prefix: str = "") -> None:
+        """Starts with an empty graph; all names start with `prefix`."""
+        self._prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
         self._names: dict[tuple[Any, ...], str] = {}
@@ -43,7 +44,7 @@ class Graph:
         array = np.asarray(array, order="C")
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._names:
-            name = self._names[key] = f"constant_{len(self._names)}"
+            name = self._names[key] = f"{self._prefix}constant_{len(self._names)}"
             self._constants[name] = numpy_helper.from_array(array, name)
         return self._names[key]
 
@@ -53,7 +54,7 @@ class Graph:
 
     def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
         """Adds a node with one output; returns the name of the output."""
-        name = f"{operator.lower()}_{len(self.nodes)}"
+        name = f"{self._prefix}{operator.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, inputs, [name], name, **attributes))
         return name
 
@@ -63,6 +64,7 @@ class Graph:
         probabilities: str,
         shape: Sequence[str | int],
         metadata: Mapping[str, str],
+        initializers: Iterable[onnx.TensorProto] = (),
     ) -> onnx.ModelProto:
         """Returns the model with one input and the output "probabilities", float32.
 
@@ -71,11 +73,15 @@ class Graph:
           probabilities: The name of the output in the graph.
           shape: The shape of the output; a text is the name of a dynamic dimension.
           metadata: Texts for the users of the file, by key.
+          initializers: Further constants.
         """
-        nodes = [*self.nodes, helper.make_node("Identity", [probabilities], ["probabilities"])]
+        nodes = list(self.nodes)
+        if probabilities != "probabilities":
+            nodes.append(helper.make_node("Identity", [probabilities], ["probabilities"]))
         output = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, shape)
         used = {name for node in nodes for name in node.input}
         constants = [value for name, value in self._constants.items() if name in used]
+        constants += initializers
         graph = helper.make_graph(nodes, "cnn_jax", [images], [output], constants)
         model = helper.make_model(
             graph,
@@ -418,7 +424,7 @@ class _Translator:
         return _Tensor(name, equation.outvars[0].aval.shape, numbers.out_spec)
 
     def _dot_general(self, equation: core.JaxprEqn, x: _Tensor, y: _Tensor) -> _Tensor:
-        """Multiplies matrices; an image with the channels first is convolved with a 1 x 1 kernel."""
+        """Multiplies matrices; images with the channels first are convolved with a 1 x 1 kernel."""
         contracting, batch = equation.params["dimension_numbers"]
         shape = equation.outvars[0].aval.shape
         is_dense = contracting == ((len(x.shape) - 1,), (0,)) and not batch[0]

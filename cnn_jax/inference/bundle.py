@@ -3,7 +3,8 @@
     bundle.json            everything except the weights, and the sha256 of the weights
     weights.safetensors    parameters and batch statistics
 
-A bundle contains no code, and reading it needs no training code.
+A bundle contains no code, and reading it needs no training code. An exported model is a directory
+with a bundle.json too, but it has the files of its format in place of the weights.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -89,41 +91,101 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
       bundle: The bundle.
       path: The directory for the bundle. An existing directory is replaced.
     """
+    flat = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
+    # safetensors 0.8 scrambles arrays that are not contiguous, so arrays are converted to C
+    # order. np.ascontiguousarray is not used, because it would convert a scalar to a vector.
+    weights = {name: np.asarray(array, order="C") for name, array in flat.items()}
+    write_folder(path, {_WEIGHTS: safetensors.numpy.save(weights)}, describe(bundle))
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """Returns the content of a bundle's bundle.json, without the list of files."""
+    description = {"format": FORMAT} | {
+        field.name: getattr(bundle, field.name)
+        for field in dataclasses.fields(bundle)
+        if field.name != "variables"
+    }
+    if bundle.pretrained is None:
+        del description["pretrained"]
+    description["preprocessing"] = dataclasses.asdict(bundle.preprocessing)
+    description["versions"] = library_versions()
+    return description
+
+
+def write_folder(
+    path: str | os.PathLike[str], files: Mapping[str, bytes], description: Mapping[str, Any]
+) -> None:
+    """Writes the folder of a bundle or an exported model; see `write_bundle`.
+
+    Args:
+      path: The folder. An existing folder is replaced.
+      files: The content of each file, by its path in the folder, with "/" between folders.
+      description: The content of bundle.json, without the sha256 of the files.
+    """
     path = pathlib.Path(path)
     partial, replaced = (path.with_name(f".{path.name}.{name}") for name in ("partial", "replaced"))
     for remains_of_a_crash in (partial, replaced):
         shutil.rmtree(remains_of_a_crash, ignore_errors=True)
+    sums = {name: {"sha256": hashlib.sha256(files[name]).hexdigest()} for name in files}
+    text = json.dumps({**description, "files": sums}, indent=1, ensure_ascii=False, allow_nan=False)
+    # Names may contain surrogates for bytes that are not UTF-8. Surrogates are written as JSON
+    # escapes.
+    encoded = (text + "\n").encode("utf-8", "backslashreplace")
     try:
         partial.mkdir(parents=True)
-        flat = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
-        # safetensors 0.8 scrambles arrays that are not contiguous, so arrays are converted to C
-        # order. np.ascontiguousarray is not used, because it would convert a scalar to a vector.
-        weights = {name: np.asarray(array, order="C") for name, array in flat.items()}
-        with file_errors(partial / _WEIGHTS):
-            (partial / _WEIGHTS).write_bytes(safetensors.numpy.save(weights))
-        description = {"format": FORMAT} | {
-            field.name: getattr(bundle, field.name)
-            for field in dataclasses.fields(bundle)
-            if field.name != "variables"
-        }
-        if bundle.pretrained is None:
-            del description["pretrained"]
-        description["preprocessing"] = dataclasses.asdict(bundle.preprocessing)
-        description["versions"] = library_versions()
-        description["files"] = {_WEIGHTS: {"sha256": file_sha256(partial / _WEIGHTS)}}
-        text = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False)
-        # Names may contain surrogates for bytes that are not UTF-8. Surrogates are written as JSON
-        # escapes.
-        with file_errors(partial / _DESCRIPTION):
-            (partial / _DESCRIPTION).write_text(text + "\n", "utf-8", "backslashreplace")
-        for file in (partial / _WEIGHTS, partial / _DESCRIPTION, partial):
-            sync(file)  # Flush each file before the rename, so that a crash leaves no partial file.
+        for name, content in {**files, _DESCRIPTION: encoded}.items():
+            file = partial / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file_errors(file):
+                file.write_bytes(content)
+            # Flush each file before the rename, so that a crash leaves no partial file.
+            sync(file)
+            sync(file.parent)
         if path.exists():
             path.rename(replaced)
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the bundle.json of a bundle or an exported model, and verifies the sha256 of all files.
+
+    Raises:
+      BundleError: There is no bundle.json, a file is damaged, or the format is another one.
+    """
+    path = pathlib.Path(path)
+    with _reading(path):
+        description = json.loads((path / _DESCRIPTION).read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise BundleError(
+                f"{path} is a bundle of format {description['format']}, and this version of "
+                f"cnn_jax reads format {FORMAT}"
+            )
+        for name, record in description["files"].items():
+            parts = pathlib.PurePosixPath(name)
+            if parts.is_absolute() or ".." in parts.parts:
+                raise ValueError(f"its files include {name}, which is outside the folder")
+            if file_sha256(path / name) != record["sha256"]:
+                raise BundleError(
+                    f"{path / name} is damaged: its sha256 differs from the recorded value"
+                )
+        return description
+
+
+def read_preprocessing(description: Mapping[str, Any]) -> Preprocessing:
+    """Returns the preprocessing in the content of a bundle.json."""
+    preprocessing = description["preprocessing"]
+    return Preprocessing(
+        image_size=tuple(preprocessing["image_size"]),
+        mean=tuple(preprocessing["mean"]),
+        std=tuple(preprocessing["std"]),
+        max_pixels=preprocessing["max_pixels"],
+        # Older bundles lack some keys of the preprocessing. The default value of each key
+        # is the behaviour of older versions of this package.
+        **{key: preprocessing[key] for key in _ADDED_KEYS if key in preprocessing},
+    )
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -133,41 +195,35 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
       BundleError: There is no bundle, or it is damaged, or it has another format.
     """
     path = pathlib.Path(path)
-    try:
-        description = json.loads((path / _DESCRIPTION).read_text(encoding="utf-8"))
-        if description["format"] != FORMAT:
+    description = read_description(path)
+    with _reading(path):
+        if "export" in description:
             raise BundleError(
-                f"{path} is a bundle of format {description['format']}, and this version of "
-                f"cnn_jax reads format {FORMAT}"
+                f"{path} is an exported model, which has no weights for this purpose; name the "
+                "bundle from which it was exported"
             )
         if description["files"].keys() != {_WEIGHTS}:
             raise ValueError(f"its only file must be {_WEIGHTS}")
-        if file_sha256(path / _WEIGHTS) != description["files"][_WEIGHTS]["sha256"]:
-            raise BundleError(
-                f"{path / _WEIGHTS} is damaged: its sha256 differs from the recorded value"
-            )
         _check_network(path, description["model"])
         weights = safetensors.numpy.load_file(path / _WEIGHTS)
-        preprocessing = description["preprocessing"]
         return Bundle(
             model=description["model"],
             precision=description["precision"],
             class_names=description["class_names"],
-            preprocessing=Preprocessing(
-                image_size=tuple(preprocessing["image_size"]),
-                mean=tuple(preprocessing["mean"]),
-                std=tuple(preprocessing["std"]),
-                max_pixels=preprocessing["max_pixels"],
-                # Older bundles lack some keys of the preprocessing. The default value of each key
-                # is the behaviour of older versions of this package.
-                **{key: preprocessing[key] for key in _ADDED_KEYS if key in preprocessing},
-            ),
+            preprocessing=read_preprocessing(description),
             temperature=description["temperature"],
             data=description["data"],
             metrics=description["metrics"],
             variables=flax.traverse_util.unflatten_dict(weights, sep="/"),
             pretrained=description.get("pretrained"),
         )
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+    """Converts the errors of reading a bundle to BundleError."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise MissingBundleError(f"{path} is not a bundle: there is no {error.filename}") from error
     except OSError as error:

@@ -17,7 +17,7 @@ from cnn_jax.data.sources import absolute, open_source
 from cnn_jax.data.splits import Division
 from cnn_jax.inference.batching import BATCH_SIZE, map_batches
 from cnn_jax.inference.calibration import log_probabilities
-from cnn_jax.inference.predictor import BundlePredictor, Predictor
+from cnn_jax.inference.predictor import Predictor, TrainedPredictor
 from cnn_jax.system.errors import DataError
 from cnn_jax.training.metrics import full_report
 
@@ -144,7 +144,8 @@ def labelled_split(
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Returns the positions of a split's images, and their labels in the predictor's class order.
 
-    For a bundle, a warning is logged if the network may have been trained on some of the images.
+    For a trained predictor, a warning is logged if the network may have been trained on some of the
+    images.
 
     Args:
       predictor: A loaded bundle or any other predictor.
@@ -169,13 +170,13 @@ def labelled_split(
     indices = np.arange(len(source)) if split == "all" else dataset.splits[split]
     if not len(indices):
         raise DataError(f"{source.name} has no images in its {split} split")
-    if isinstance(predictor, BundlePredictor):
+    if isinstance(predictor, TrainedPredictor):
         _warn_of_training_images(predictor, dataset, split)
     to_predictor = np.array([predictor.class_names.index(name) for name in source.class_names])
     return indices, to_predictor[source.labels[indices]]
 
 
-def _warn_of_training_images(predictor: BundlePredictor, dataset: Dataset, split: str) -> None:
+def _warn_of_training_images(predictor: TrainedPredictor, dataset: Dataset, split: str) -> None:
     """Logs a warning if a bundle's network may have been trained on images of a split."""
     source = dataset.source
     is_same_data = dataset.fingerprint == predictor.data["fingerprint"]
@@ -197,7 +198,7 @@ def _warn_of_training_images(predictor: BundlePredictor, dataset: Dataset, split
 
 
 def open_as_trained(
-    predictor: BundlePredictor,
+    predictor: TrainedPredictor,
     source: str | None = None,
     track: Track = no_track,
     *,

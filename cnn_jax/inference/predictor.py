@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -54,7 +54,22 @@ class Predictor(Protocol):
         ...
 
 
-class BundlePredictor(Predictor):
+@runtime_checkable
+class TrainedPredictor(Predictor, Protocol):
+    """A predictor that knows how it was trained: a loaded bundle or an exported model.
+
+    Attributes:
+      temperature: The logits are divided by the temperature before the softmax.
+      data: The description of the training data; see `Bundle`.
+      metrics: The metrics by split; see `Bundle`.
+    """
+
+    temperature: float
+    data: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+class BundlePredictor(TrainedPredictor):
     """A predictor that runs the network of a bundle.
 
     Attributes:
@@ -97,15 +112,20 @@ class BundlePredictor(Predictor):
         Raises:
           ValueError: The images are not uint8, or their size is not the bundle's.
         """
-        size = self.preprocessing.image_size
-        if images.dtype != np.uint8 or images.shape[1:] != (*size, 3):
-            raise ValueError(
-                f"images must be [B, {size[0]}, {size[1]}, 3] of uint8, got {images.shape} of "
-                f"{images.dtype}"
-            )
+        check_images(images, self.preprocessing)
         run = _compiled(self.model, self.preprocessing)
         temperature = np.float32(self.temperature)
         return np.asarray(jax.device_get(run(self.variables, temperature, images)))
+
+
+def check_images(images: np.ndarray, preprocessing: Preprocessing) -> None:
+    """Raises ValueError if images are not uint8, or do not have the size of the preprocessing."""
+    size = preprocessing.image_size
+    if images.dtype != np.uint8 or images.shape[1:] != (*size, 3):
+        raise ValueError(
+            f"images must be [B, {size[0]}, {size[1]}, 3] of uint8, got {images.shape} of "
+            f"{images.dtype}"
+        )
 
 
 @functools.lru_cache(64)

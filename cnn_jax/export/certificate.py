@@ -1,0 +1,194 @@
+"""The certificate of an exported model: a comparison with the bundle on whole splits."""
+
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+from cnn_jax.data import Track, no_track, scan
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.decode import decode_any
+from cnn_jax.export.function import ExportError
+from cnn_jax.inference.calibration import log_probabilities
+from cnn_jax.inference.evaluation import labelled_split, predict_split, score
+from cnn_jax.inference.images import preprocess_for_inference
+from cnn_jax.inference.predictor import Predictor, predict_pixels
+from cnn_jax.training.metrics import HEADLINE
+
+# The splits on which an exported model is compared with its bundle.
+SPLITS = ("validation", "test")
+# An exported float32 model may differ from the bundle by at most this probability.
+MAX_DIFFERENCE = 1e-4
+NUM_GOLDEN = 8
+# The longest side of a golden image, in pixels. A larger image is reduced before it is stored.
+_MAX_SIDE = 512
+_NORMAL_95 = 1.96
+
+Probabilities = Float[np.ndarray, "n classes"]
+
+
+def compare(
+    bundle: Predictor, exported: Predictor, dataset: Dataset, track: Track = no_track
+) -> dict[str, Any]:
+    """Compares an exported model with its bundle on the validation split and the test split.
+
+    Returns:
+      By split: "count"; "agreement", the fraction of images with the same predicted class;
+      "largest_difference" of a probability; "before" and "after", the metrics of the bundle and of
+      the exported model; "accuracy_lost" and "loss_gained", each with the 95 % interval of the
+      difference over the images, which are paired. A split without images is left out.
+    """
+    result = {}
+    for split in SPLITS:
+        if not len(dataset.splits[split]):
+            continue
+        indices, labels = labelled_split(bundle, dataset, split)
+        before, after = (
+            predict_split(predictor, dataset.loader, indices, track, f"{name} on {split}")
+            for name, predictor in (("bundle", bundle), ("exported model", exported))
+        )
+        result[split] = compare_probabilities(before, after, labels, bundle.class_names)
+    return result
+
+
+def compare_probabilities(
+    before: Probabilities,
+    after: Probabilities,
+    labels: Int[np.ndarray, " n"],
+    class_names: list[str],
+) -> dict[str, Any]:
+    """Compares the probabilities of two models for the same images; see `compare`."""
+    rows = np.arange(len(labels))
+    is_right_before, is_right_after = (p.argmax(1) == labels for p in (before, after))
+    losses = [-log_probabilities(p)[rows, labels] for p in (before, after)]
+    reports = [score(p, labels, class_names) for p in (before, after)]
+    return {
+        "count": len(labels),
+        "agreement": float(np.mean(before.argmax(1) == after.argmax(1))),
+        "largest_difference": float(np.max(np.abs(before - after))),
+        "before": {key: reports[0][key] for key in HEADLINE},
+        "after": {key: reports[1][key] for key in HEADLINE},
+        "accuracy_lost": _paired(is_right_before.astype(float) - is_right_after.astype(float)),
+        "loss_gained": _paired(losses[1] - losses[0]),
+    }
+
+
+def _paired(differences: Float[np.ndarray, " n"]) -> dict[str, Any]:
+    """Returns the mean of paired differences and its 95 % interval, by the normal distribution."""
+    mean = float(np.mean(differences))
+    half = _NORMAL_95 * float(np.std(differences)) / np.sqrt(len(differences))
+    return {"mean": mean, "interval": [mean - half, mean + half]}
+
+
+def check(comparison: Mapping[str, Any], max_loss: float, is_exact: bool) -> None:
+    """Checks that an exported model may be written.
+
+    Args:
+      comparison: The result of `compare`.
+      max_loss: The largest allowed loss of accuracy on each split, from 0 to 1.
+      is_exact: Whether the model must also have the same probabilities, because it is not
+        quantized.
+
+    Raises:
+      ExportError: The model fails the check.
+    """
+    for split, values in comparison.items():
+        lost = values["accuracy_lost"]["mean"]
+        if not lost <= max_loss:
+            raise ExportError(
+                f"the exported model loses {100 * lost:.2f} points of accuracy on the {split} "
+                f"split ({100 * values['before']['accuracy']:.2f} % to "
+                f"{100 * values['after']['accuracy']:.2f} %), {100 * (lost - max_loss):.2f} more "
+                f"than --max_loss={max_loss:g} allows; nothing was written"
+            )
+        difference = values["largest_difference"]
+        if is_exact and not difference <= MAX_DIFFERENCE:
+            raise ExportError(
+                f"a probability of the exported model differs by {difference:.1e} from the bundle "
+                f"on the {split} split, and {MAX_DIFFERENCE:.0e} is allowed; nothing was written"
+            )
+
+
+def golden_images(dataset: Dataset, max_pixels: int, white_level: float) -> dict[str, bytes]:
+    """Returns images of the test split, as PNG files in their original size, by file name.
+
+    Images with a side of more than 512 pixels are reduced.
+    """
+    indices = dataset.splits["test"]
+    if not len(indices):
+        indices = np.arange(len(dataset.source))
+    chosen = indices[np.linspace(0, len(indices) - 1, min(NUM_GOLDEN, len(indices))).astype(int)]
+    files = {}
+    for number, index in enumerate(chosen):
+        encoded = scan.read_example(dataset.source, int(index), max_pixels)
+        _, pixels = decode_any(encoded, max_pixels, white_level)
+        image = Image.fromarray(pixels)
+        image.thumbnail((_MAX_SIDE, _MAX_SIDE))
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        files[f"golden/{number}.png"] = file.getvalue()
+    return files
+
+
+def golden_records(files: Mapping[str, bytes], exported: Predictor) -> list[dict[str, Any]]:
+    """Returns the "file", the "predicted" class and the "probabilities" of each golden image."""
+    pixels = [preprocess_for_inference(file, exported.preprocessing) for file in files.values()]
+    probabilities = predict_pixels(exported, np.stack(pixels))
+    return [
+        {
+            "file": name,
+            "predicted": exported.class_names[int(row.argmax())],
+            "probabilities": [round(float(value), 7) for value in row],
+        }
+        for name, row in zip(files, probabilities, strict=True)
+    ]
+
+
+def measure(runner: str, model: bytes, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Measures the latency and the peak memory of a model in a new process with one thread.
+
+    Args:
+      runner: The name of a function in `export.measure`.
+      model: The content of the model file.
+      image_size: The height and the width of the images.
+
+    Returns:
+      "milliseconds_per_image" by batch size, "peak_memory_bytes", and "machine".
+    """
+    with tempfile.NamedTemporaryFile(suffix=".model") as file:
+        file.write(model)
+        file.flush()
+        code = "from cnn_jax.export import measure; measure.main()"
+        result = subprocess.run(
+            [sys.executable, "-c", code, runner, file.name, *map(str, image_size)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"},
+        )
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        raise ExportError(f"the exported model cannot be run in a new process: {lines[-1]}")
+    return json.loads(result.stdout) | {"machine": describe_machine()}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns the processor, the number of its cores, and the operating system."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:  # noqa: PTH123
+            name = next(
+                (line.partition(":")[2].strip() for line in file if "model name" in line), name
+            )
+    except OSError:
+        pass
+    return {"processor": name, "cores": os.cpu_count(), "system": platform.platform()}

@@ -1,0 +1,217 @@
+"""The export of a bundle: all files of the folder, made, compared with the bundle and written."""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from cnn_jax.data import Track, no_track
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.export import certificate, readme
+from cnn_jax.export.function import flat_function, stable_hlo
+from cnn_jax.inference.bundle import (
+    describe,
+    digest,
+    find_bundle,
+    library_versions,
+    read_bundle,
+    read_description,
+    write_folder,
+)
+from cnn_jax.inference.evaluation import open_as_trained
+from cnn_jax.inference.exported import ONNX_MODEL, open_session
+from cnn_jax.inference.predictor import BundlePredictor, Predictor, check_images
+from cnn_jax.system.errors import BundleError, ConfigError
+
+FORMATS = ("onnx", "stablehlo")
+_STABLEHLO_MODEL = "model.stablehlo"
+_PIXELS_MODEL = "pixels.onnx"
+# The largest default loss of accuracy of an exported model, from 0 to 1.
+MAX_LOSS = 0.005
+# The compatibility that JAX promises for the files of `jax.export`, in days.
+_COMPATIBILITY = {"newer_jax_reads_it_for_days": 180, "older_jax_reads_it_for_days": 30}
+
+
+class _FunctionPredictor(Predictor):
+    """A predictor that calls a function of images."""
+
+    def __init__(self, predictor: Predictor, run: Callable[[np.ndarray], Any]):
+        self.class_names = predictor.class_names
+        self.preprocessing: Preprocessing = predictor.preprocessing
+        self._run = run
+
+    def __call__(
+        self, images: UInt8[np.ndarray, "batch height width 3"]
+    ) -> Float[np.ndarray, "batch classes"]:
+        check_images(images, self.preprocessing)
+        return np.asarray(self._run(np.ascontiguousarray(images)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """An exported model.
+
+    Attributes:
+      files: The content of the model files by name; the first file is the model itself.
+      predictor: Runs the model.
+      facts: The facts about the format for the certificate.
+    """
+
+    files: dict[str, bytes]
+    predictor: Predictor
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def export(
+    bundle: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    file_format: str = "onnx",
+    *,
+    int8: bool = False,
+    max_loss: float = MAX_LOSS,
+    source: str | None = None,
+    track: Track = no_track,
+) -> dict[str, Any]:
+    """Exports a bundle to another format, with a certificate; writes nothing if the check fails.
+
+    Args:
+      bundle: A bundle, or a run that has a bundle.
+      output: The folder to write. An earlier export in this folder is replaced.
+      file_format: One of `FORMATS`.
+      int8: Whether to quantize the convolutions to 8 bits; for the format "onnx" only.
+      max_loss: The largest allowed loss of accuracy on the validation split and on the test
+        split, from 0 to 1.
+      source: The name of the data for the comparison; by default the training data.
+      track: Shows progress.
+
+    Returns:
+      The certificate.
+
+    Raises:
+      ConfigError: A package is not installed, or the output is another folder.
+      BundleError: There is no bundle, or the bundle is damaged.
+      DataError: The data cannot be used.
+      ExportError: The network cannot be exported, or the exported model fails the check.
+    """
+    _check_output(pathlib.Path(output))
+    _check_packages(file_format, int8=int8)
+    path = find_bundle(bundle)
+    # The exported model computes in float32, also if training used bfloat16.
+    contents = dataclasses.replace(read_bundle(path), precision="float32")
+    predictor = BundlePredictor(contents)
+    dataset = open_as_trained(predictor, source, track)
+    model = _make_onnx(predictor) if file_format == "onnx" else _make_stablehlo(predictor)
+    comparison = certificate.compare(predictor, model.predictor, dataset, track)
+    certificate.check(comparison, max_loss, is_exact=not int8)
+    preprocessing = predictor.preprocessing
+    golden = certificate.golden_images(dataset, preprocessing.max_pixels, preprocessing.white_level)
+    main_file = next(iter(model.files))
+    statement = {
+        "format": file_format,
+        "int8": int8,
+        "bundle_sha256": digest(path),
+        "model": main_file,
+        "sha256": {name: _sha256(content) for name, content in model.files.items()},
+        "bytes": {name: len(content) for name, content in model.files.items()},
+        **model.facts,
+        "data": dataset.source.name,
+        "comparison": comparison,
+        "max_loss": max_loss,
+        "golden": certificate.golden_records(golden, model.predictor),
+        "versions": library_versions() | _package_versions(file_format),
+        "measured": certificate.measure(
+            file_format, model.files[main_file], preprocessing.image_size
+        ),
+    }
+    description = describe(contents) | {
+        "metrics": {split: values["after"] for split, values in comparison.items()},
+        "export": {"format": file_format, "int8": int8, "bundle": digest(path)},
+    }
+    files = {
+        **model.files,
+        **golden,
+        "README.md": readme.text(statement, predictor).encode(),
+        "certificate.json": (json.dumps(statement, indent=1) + "\n").encode(),
+    }
+    write_folder(output, files, description)
+    return statement
+
+
+def _make_onnx(predictor: BundlePredictor) -> _Model:
+    from cnn_jax.export.onnx_model import images_model, pixels_model
+
+    model = images_model(flat_function(predictor), predictor)
+    content = model.SerializeToString(deterministic=True)
+    session = open_session(content)
+    pixels = pixels_model(model, predictor).SerializeToString(deterministic=True)
+    return _Model(
+        {ONNX_MODEL: content, _PIXELS_MODEL: pixels},
+        _FunctionPredictor(predictor, lambda images: session.run(None, {"images": images})[0]),
+    )
+
+
+def _make_stablehlo(predictor: BundlePredictor) -> _Model:
+    import jax
+
+    exported = stable_hlo(flat_function(predictor), predictor.preprocessing.image_size)
+    facts = {
+        "platforms": list(exported.platforms),
+        "calling_convention_version": exported.calling_convention_version,
+        "compatibility": _COMPATIBILITY,
+    }
+    return _Model(
+        {_STABLEHLO_MODEL: bytes(exported.serialize())},
+        _FunctionPredictor(predictor, jax.jit(exported.call)),
+        facts,
+    )
+
+
+def _check_packages(file_format: str, *, int8: bool) -> None:
+    if int8 and file_format != "onnx":
+        raise ConfigError(f"--int8: --format={file_format} has no 8-bit models; use --format=onnx")
+    for package in _PACKAGES[file_format]:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"--format={file_format}: the package {package} is not installed: pip install "
+                f"'cnn_jax[{file_format}]'"
+            ) from error
+
+
+_PACKAGES = {"onnx": ("onnx", "onnxruntime"), "stablehlo": ("flatbuffers",)}
+
+
+def _package_versions(file_format: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _PACKAGES[file_format]}
+
+
+def _check_output(output: pathlib.Path) -> None:
+    """Raises ConfigError if the output is a file, or a folder that is not an earlier export."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ConfigError(f"--output: {output} is a file; name a folder")
+    if not any(output.iterdir()):
+        return
+    is_export = False
+    try:
+        is_export = "export" in read_description(output)
+    except BundleError:
+        is_export = (output / "certificate.json").exists()
+    if not is_export:
+        raise ConfigError(
+            f"--output: {output} has files that are not an exported model; name another folder"
+        )
+
+
+def _sha256(content: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()

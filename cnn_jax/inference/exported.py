@@ -1,0 +1,91 @@
+"""The predictor of a model that was exported to ONNX, and the choice of the predictor of a folder.
+
+Importing this module does not import ONNX Runtime.
+"""
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from cnn_jax.inference.bundle import find_bundle, read_description, read_preprocessing
+from cnn_jax.inference.predictor import BundlePredictor, TrainedPredictor, check_images
+from cnn_jax.system.errors import BundleError, ConfigError
+
+ONNX_MODEL = "model.onnx"
+
+
+class OnnxPredictor(TrainedPredictor):
+    """A predictor that runs an exported model in ONNX Runtime.
+
+    Attributes:
+      class_names: The classes in the order of the probabilities.
+      preprocessing: The preprocessing from an image to the model's input.
+      temperature: The temperature by which the model divides the logits.
+      data: The description of the training data; see `Bundle`.
+      metrics: The metrics of the exported model by split.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Reads an exported model and verifies all files.
+
+        Args:
+          path: The folder that `cnn_jax export` wrote.
+
+        Raises:
+          BundleError: There is no exported model, it is damaged, or it is not an ONNX model.
+          ConfigError: ONNX Runtime is not installed.
+        """
+        path = pathlib.Path(path)
+        description = read_description(path)
+        if ONNX_MODEL not in description["files"]:
+            raise BundleError(
+                f"{path} is an export to {description['export']['format']}, which cnn_jax does not "
+                "load; name a bundle or an export to onnx"
+            )
+        self.class_names = description["class_names"]
+        self.preprocessing = read_preprocessing(description)
+        self.temperature = description["temperature"]
+        self.data = description["data"]
+        self.metrics = description["metrics"]
+        self._session = open_session((path / ONNX_MODEL).read_bytes())
+
+    def __call__(
+        self, images: UInt8[np.ndarray, "batch height width 3"]
+    ) -> Float[np.ndarray, "batch classes"]:
+        """Returns the class probabilities of preprocessed images; see `Predictor`.
+
+        Raises:
+          ValueError: The images are not uint8, or their size is not the model's.
+        """
+        check_images(images, self.preprocessing)
+        return self._session.run(None, {"images": np.ascontiguousarray(images)})[0]
+
+
+def open_session(model: bytes) -> Any:
+    """Returns an ONNX Runtime session on the CPU; errors and warnings are raised, not printed.
+
+    Raises:
+      ConfigError: ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ConfigError("onnxruntime is not installed: pip install 'cnn_jax[onnx]'") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def load_predictor(path: str | os.PathLike[str]) -> TrainedPredictor:
+    """Returns the predictor of a bundle, of a run that has a bundle, or of an ONNX export.
+
+    Raises:
+      BundleError: There is none of these, or a file is damaged.
+      ConfigError: ONNX Runtime is needed and not installed.
+    """
+    path = find_bundle(path)
+    is_export = "export" in read_description(path)
+    return OnnxPredictor(path) if is_export else BundlePredictor.load(path)
