@@ -7,6 +7,7 @@ written by hand, for reverse mode only: `jax.jvp` of these layers fails.
 """
 
 import functools
+import math
 from typing import cast
 
 import flax.linen as nn
@@ -370,8 +371,41 @@ class BatchNorm(nn.Module):
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6)
 
 
+class Dense(nn.Module):
+    """A replacement for `nn.Dense`, which reshapes its input to a matrix.
+
+    XLA's gradient of a product over several axes takes up to three times as long on a CPU.
+
+    Attributes:
+      features: The number of output channels.
+      dtype: The dtype of the computation; parameters are float32.
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch features"]:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.truncated_normal(0.02), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        matrix = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        matrix = matrix @ kernel.astype(self.dtype) + bias.astype(self.dtype)[None]
+        return matrix.reshape(*x.shape[:-1], self.features)
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns the exact GELU (Hendrycks and Gimpel 2016), computed in float32.
+
+    `nn.gelu` computes it from the complement of the error function, which takes twice as long.
+    """
+    in_float32 = x.astype(jnp.float32)
+    distribution = 0.5 + 0.5 * lax.erf(in_float32 * math.sqrt(0.5))
+    return (in_float32 * distribution).astype(x.dtype)
+
+
 class Mlp(nn.Module):
-    """A dense layer, the exact GELU (Hendrycks and Gimpel 2016), and a second dense layer.
+    """A dense layer, the exact GELU, and a second dense layer.
 
     Attributes:
       hidden: The number of hidden units. There are as many output channels as input channels.
@@ -383,8 +417,5 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch channel"]:
-        dense = functools.partial(
-            nn.Dense, kernel_init=nn.initializers.truncated_normal(0.02), dtype=self.dtype
-        )
-        hidden = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
-        return dense(x.shape[-1], name="fc2")(hidden)
+        hidden = gelu(Dense(self.hidden, self.dtype, name="fc1")(x))
+        return Dense(x.shape[-1], self.dtype, name="fc2")(hidden)

@@ -1,5 +1,7 @@
 """Compares each layer with the corresponding layer or function of Flax Linen, JAX or NumPy."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,11 @@ import pytest
 from cnn_jax.models.layers import (
     BatchNorm,
     Conv,
+    Dense,
     LayerNorm,
     add_bias,
     channel_sums,
+    gelu,
     max_pool_2x2,
     normalize_batch,
 )
@@ -192,3 +196,23 @@ def test_layer_norm_has_the_epsilon_of_convnext_and_of_vision_transformers():
     layer = LayerNorm()
     result = layer.apply(layer.init(jax.random.key(0), x), x)
     np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_dense_equals_linen():
+    x = _random(2, 3, 5)
+    variables = Dense(4, jnp.dtype("float32")).init(jax.random.key(0), x)
+    weights = _random(2, 3, 4, seed=1)
+    actual, expected = (
+        _value_and_gradients(layer, variables, x, weights)
+        for layer in (Dense(4, jnp.dtype("float32")), nn.Dense(4))
+    )
+    _assert_close(actual, expected)
+
+
+def test_gelu_is_the_exact_one():
+    x = np.linspace(-6, 6, 100)
+    expected = [value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x]
+    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), expected, atol=2e-6)
+    # In bfloat16, 1 + erf(x) would be 0 for these inputs.
+    small = gelu(jnp.asarray([-3.0, -3.5], jnp.bfloat16))
+    np.testing.assert_allclose(small.astype(jnp.float32), [-4.05e-3, -8.14e-4], rtol=0.02)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blocks import random_variables
+from networks import random_variables
 
 from cnn_jax.models import NETWORKS
 from cnn_jax.models.network import make_model
