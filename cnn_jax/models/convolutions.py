@@ -262,7 +262,7 @@ def convolve_and_normalize(
     epsilon: float = 1e-5,
     padding: str = "symmetric",
     depthwise: bool = False,
-    dtype: jnp.dtype = _FLOAT32,
+    dtype: jnp.dtype,
 ) -> Float[Array, "batch new_height new_width features"]:
     """Applies a convolution without bias and `BatchNorm`; to be called in a compact method.
 
