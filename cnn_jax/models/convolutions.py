@@ -23,7 +23,7 @@ from cnn_jax.models.layers import BatchNorm, add_bias, channel_sums, convolve
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 # From JAX 0.11 on, XLA computes grouped convolutions by oneDNN on these processors. Without
-# oneDNN they take up to 80 times as long as the sum of shifted images.
+# oneDNN they take up to 70 times as long as the sum of shifted images.
 _HAS_ONEDNN = jax.__version_info__ >= (0, 11) and platform.machine() in ("x86_64", "AMD64")
 # XLA needs 40 times as long for a convolution to 2 x 2 pixels as for the product of matrices.
 _FEW_PIXELS = 4
@@ -66,7 +66,7 @@ def dense_convolve(
         shifted = _shifted_images(x, kernel_size, stride, pads, (height, width))
         patches = jnp.concatenate([image for _, _, image in shifted], axis=-1)
         return jnp.dot(patches, kernel.reshape(-1, kernel.shape[-1]))
-    if kernel_size == 3 and stride == 1:
+    if kernel_size == 3 and stride == 1 and pads == ((1, 1), (1, 1)):
         return cast(Array, convolve(x, kernel))
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -119,7 +119,10 @@ def _sum_of_shifted_images(x: Array, kernel: Array, stride: int, pads: Padding) 
 def _shifted_images(
     x: Array, kernel_size: int, stride: int, pads: Padding, size: tuple[int, int]
 ) -> Iterator[tuple[int, int, Array]]:
-    """Returns, for each position in the kernel, the pixels [batch, *size, channel] it meets."""
+    """Yields the row and the column of each position in the kernel, and the shifted image.
+
+    The shifted image [batch, *size, channel] contains the pixels that this position multiplies.
+    """
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     height, width = ((n - 1) * stride + 1 for n in size)
     for i in range(kernel_size):
@@ -145,17 +148,16 @@ def _depthwise_backward(
     stride: int, pads: Padding, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, kernel = residuals
-    inputs = functools.partial(
-        _input_gradient, size=(x.shape[1], x.shape[2]), stride=stride, pads=pads
+    size = x.shape[1], x.shape[2]
+    options = {"kernel_size": kernel.shape[0], "stride": stride, "pads": pads}
+    kernel_gradient = lax.platform_dependent(
+        x,
+        gradient,
+        cpu=functools.partial(_kernel_gradient_on_cpu, **options),
+        default=functools.partial(_kernel_gradient, **options),
     )
-    kernels = functools.partial(
-        _kernel_gradient, kernel_size=kernel.shape[0], stride=stride, pads=pads
-    )
-    kernels_on_cpu = functools.partial(
-        _kernel_gradient_on_cpu, kernel_size=kernel.shape[0], stride=stride, pads=pads
-    )
-    kernel_gradient = lax.platform_dependent(x, gradient, cpu=kernels_on_cpu, default=kernels)
-    return inputs(gradient, kernel), cast(Array, kernel_gradient).astype(kernel.dtype)
+    input_gradient = _input_gradient(gradient, kernel, size, stride, pads)
+    return input_gradient, cast(Array, kernel_gradient).astype(kernel.dtype)
 
 
 depthwise_convolve.defvjp(_depthwise_forward, _depthwise_backward)
@@ -214,7 +216,8 @@ def _written_kernel_gradient(
 ) -> Array:
     """Computes `_kernel_gradient` for small images: the sum over the pixels is written out.
 
-    XLA makes one loop over the channels of it, which takes a quarter of the time of a sum.
+    XLA makes one loop over the channels of this sum. It takes a quarter of the time of
+    `channel_sums`.
     """
     (top, _), (left, _) = pads
     height, width = gradient.shape[1:3]
