@@ -1,4 +1,4 @@
-"""ConvNeXt (Liu et al. 2022), as timm builds it."""
+"""ConvNeXt (Liu et al. 2022), as implemented in timm."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _initial_kernel = nn.initializers.truncated_normal(0.02)
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution with a 7 x 7 kernel for each channel, stride 1 and symmetric padding.
+    """A 7 x 7 depthwise convolution with stride 1 and symmetric padding.
 
     Attributes:
       dtype: The dtype of the computation.
@@ -66,7 +66,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXtStage(nn.Module):
-    """A downsampling layer, which the first stage does not have, and equal blocks.
+    """An optional downsampling layer, followed by several blocks.
 
     Attributes:
       features: The number of channels.
@@ -95,7 +95,7 @@ class ConvNeXtStage(nn.Module):
 
 
 def _patch_convolution(features: int, side: int, dtype: jnp.dtype, name: str) -> nn.Conv:
-    """Returns a convolution of patches that do not overlap."""
+    """Returns a convolution layer for non-overlapping patches of `side` x `side` pixels."""
     return nn.Conv(
         features,
         (side, side),

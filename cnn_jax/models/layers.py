@@ -360,21 +360,21 @@ class BatchNorm(nn.Module):
         return normalized
 
     def affine(self, channels: int) -> tuple[Float[Array, " channel"], Float[Array, " channel"]]:
-        """Returns the factor and the shift that normalise with the stored statistics."""
+        """Returns the factor and the shift of each channel, from the stored statistics."""
         scale, bias, mean, variance = self._variables(channels)
         factor = lax.rsqrt(variance.value + self.epsilon) * scale
         return factor, bias - mean.value * factor
 
 
-# LayerNorm (Ba et al. 2016) with the epsilon of ConvNeXt and of vision transformers. The default
-# of PyTorch is 1e-5.
+# LayerNorm (Ba et al. 2016) with the epsilon of ConvNeXt and of vision transformers. PyTorch's
+# default is 1e-5.
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6)
 
 
 class Dense(nn.Module):
-    """A replacement for `nn.Dense`, which reshapes its input to a matrix.
+    """A replacement for `nn.Dense` that reshapes the input to a matrix.
 
-    XLA's gradient of a product over several axes takes up to three times as long on a CPU.
+    On a CPU, XLA's gradient of a product over several axes takes up to three times as long.
 
     Attributes:
       features: The number of output channels.
@@ -395,9 +395,9 @@ class Dense(nn.Module):
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Returns the exact GELU (Hendrycks and Gimpel 2016), computed in float32.
+    """Computes the exact GELU (Hendrycks and Gimpel 2016) in float32.
 
-    `nn.gelu` computes it from the complement of the error function, which takes twice as long.
+    `nn.gelu` uses the complementary error function, which takes twice as long.
     """
     in_float32 = x.astype(jnp.float32)
     distribution = 0.5 + 0.5 * lax.erf(in_float32 * math.sqrt(0.5))

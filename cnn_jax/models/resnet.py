@@ -1,4 +1,4 @@
-"""Residual networks (He et al. 2015), as timm and torchvision build them."""
+"""Residual networks (He et al. 2015), as implemented in timm and torchvision."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -36,9 +36,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1 x 1, 3 x 3 and 1 x 1 with a quarter of the channels, and a shortcut.
+    """Three convolutions (1 x 1, 3 x 3 and 1 x 1) and a shortcut.
 
-    The 3 x 3 convolution has the stride. (In the paper the first convolution has it.)
+    The first two convolutions have a quarter of the output channels. The 3 x 3 convolution has the
+    stride; in the paper, the first convolution has the stride.
 
     Attributes:
       features: The number of output channels.

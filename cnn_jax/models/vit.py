@@ -16,7 +16,7 @@ _initial_kernel = nn.initializers.truncated_normal(0.02)
 
 
 class PatchEmbed(nn.Module):
-    """A linear function of each patch of an image.
+    """A linear projection of image patches.
 
     Attributes:
       features: The number of output channels.
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         width = channels // self.heads
         x = Dense(3 * channels, self.dtype, name="qkv")(x)
         x = x.reshape(batch, tokens, 3, self.heads, width)
-        # Products of matrices whose batch axes come first are the fastest ones on a CPU.
+        # On a CPU, matrix products are fastest if the batch axes come first.
         query, key, value = x.transpose(2, 0, 3, 1, 4)
         logits = jnp.einsum(
             "bhqc,bhkc->bhqk", query / math.sqrt(width), key, preferred_element_type=jnp.float32
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor of each channel (Touvron et al. 2021), initially 1e-5."""
+    """A learned factor for each channel (Touvron et al. 2021), initialised to 1e-5."""
 
     @nn.compact
     def __call__(
@@ -184,7 +184,7 @@ class VisionTransformer(Backbone):
         """Returns the position embeddings of the class token and of a grid of patches."""
         stored = self.param("pos_embed", _initial_kernel, (1, 1 + self.grid**2, self.features))
         patches = stored[:, 1:].reshape(1, self.grid, self.grid, self.features)
-        # This resizing reduces aliasing by default, as timm's does.
+        # By default, `jax.image.resize` reduces aliasing, as timm's resizing does.
         patches = jax.image.resize(patches, (1, rows, columns, self.features), "bicubic")
         return jnp.concatenate([stored[:, :1], _flatten(patches)], axis=1)
 
