@@ -1,4 +1,4 @@
-"""Random variables, and a check of drop path, for the tests of networks."""
+"""Functions for the tests of networks: random variables, and a check of drop path."""
 
 import math
 
@@ -8,13 +8,13 @@ import numpy as np
 
 
 def random_variables(module, *inputs):
-    """Returns random variables of a module, so that no layer is the identity or zero."""
+    """Returns random variables for a module, in which no layer is the identity or zero."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
         if path[-1].key in ("scale", "var"):
             return jnp.asarray(np.exp(rng.normal(0, 0.25, leaf.shape)), jnp.float32)
-        # Kernels keep the order of magnitude of the activations.
+        # With this scale, the kernels preserve the order of magnitude of the activations.
         is_kernel = path[-1].key == "kernel"
         scale = math.sqrt(2 / math.prod(leaf.shape[:-1])) if is_kernel else 0.2
         return jnp.asarray(rng.normal(0, scale, leaf.shape), jnp.float32)
@@ -23,7 +23,7 @@ def random_variables(module, *inputs):
 
 
 def assert_images_skip_at_random(make, shape, zero=None):
-    """Checks drop path in a block, which `make(drop_path, is_training)` returns.
+    """Checks the drop path of the block that `make(drop_path, is_training)` returns.
 
     In training, a quarter of the images skips the block, and the others get its change divided by
     0.75. Therefore the mean stays the same. In inference, no image skips the block.

@@ -1,12 +1,13 @@
-"""Compares the networks of `cnn_jax/models/` with timm's in eager PyTorch, channels last.
+"""Compares the speed of the networks in `cnn_jax/models/` with timm's in eager PyTorch.
 
     python experiments/benchmarks/bench_backbones.py [--networks=resnet18,...] [--peer_python=PATH]
 
 --peer_python is the interpreter of an environment with torch and timm. Each library runs in a
 separate process, and the processes take turns, so that other load on the machine affects both.
-Both keep freed memory (`cnn_jax.system.runtime.keep_freed_memory`). A time is the median of all
-calls, each until its end, without compilation. The compile time is stated beside it; without
-oneDNN later processes find the compiled program in the cache.
+Both keep freed memory (`cnn_jax.system.runtime.keep_freed_memory`). timm's images have the memory
+format channels_last. A time is the median of all calls, each until its end, without compilation.
+The compile time is stated beside it; without oneDNN later processes find the compiled program in
+the cache.
 
 "features" computes the embeddings of a batch of float32 images, with the same random weights;
 first, both libraries must agree on the embeddings. "training" is a step of Adam on all
@@ -37,7 +38,7 @@ LEARNING_RATE = 1e-4
 
 
 class Ours:
-    """The network of this project, with its compiler options and its training step."""
+    """A network of this project, with the project's compiler options and training step."""
 
     def __init__(self, name: str, state_shapes: Mapping[str, Any], batch_norm: str):
         from cnn_jax.models import NETWORKS
@@ -66,7 +67,7 @@ class Ours:
         return lambda: np.asarray(compiled(variables, batch)), seconds
 
     def training(self, images: np.ndarray, labels: np.ndarray) -> tuple[Callable[[], None], float]:
-        """Returns a function that takes a training step, and its compile time in seconds."""
+        """Returns a function that runs a training step, and its compile time in seconds."""
         import jax
 
         from cnn_jax.data.preprocessing import Preprocessing
@@ -100,7 +101,7 @@ class Ours:
 
 
 class Timm:
-    """timm's network in eager PyTorch; see `Ours`."""
+    """A network of timm in eager PyTorch, with the same methods as `Ours`."""
 
     def __init__(self, name: str, state_shapes: Mapping[str, Any], batch_norm: str):
         import torch  # pyright: ignore
@@ -145,9 +146,9 @@ LIBRARIES = {"cnn_jax": Ours, "timm": Timm}
 
 
 def answer(library: str) -> None:
-    """Answers requests on stdin, one JSON object on each line; libraries print to stderr."""
+    """Answers the requests on stdin; each request and each answer is one line of JSON."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # Text that a library prints to stdout goes to stderr.
     rng = np.random.default_rng(0)
     network: Any = None
     action: Any = None
@@ -175,7 +176,7 @@ def answer(library: str) -> None:
 
 
 class Process:
-    """A separate process of a library, which waits for requests."""
+    """A process that runs one of the two libraries and answers requests."""
 
     def __init__(self, library: str, python: str):
         self._process = subprocess.Popen(
@@ -192,7 +193,7 @@ class Process:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request, and returns the answer."""
+        """Sends a request to the process, and returns the answer."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -208,12 +209,12 @@ class Process:
 
 
 def measure(processes: list[Process], do: str, shape: list[int], seconds: float) -> dict[str, Any]:
-    """Returns the median milliseconds of an image for each library, and the compile time."""
+    """Returns the milliseconds per image of each library, and this project's compile time."""
     replies = [process.ask(do=do, images=shape) for process in processes]
     if do == "features":
         ours, timm = (np.asarray(reply["embedding"]) for reply in replies)
         difference = np.abs(ours - timm).max() / np.abs(timm).max()
-        if not difference < 1e-4:  # NaN also fails this comparison.
+        if not difference < 1e-4:  # Unlike `>=`, this condition is true for NaN.
             sys.exit(f"the embeddings differ by {difference:.1e}")
     times: list[list[float]] = []
     counts = []
@@ -224,7 +225,8 @@ def measure(processes: list[Process], do: str, shape: list[int], seconds: float)
         times.append([])
     for _ in range(max(3, round(seconds))):
         for process, count, values in zip(processes, counts, times, strict=True):
-            # One more call: in the first call of a turn the caches hold the other's data.
+            # The first call of a turn is not counted, because the processor's caches hold the data
+            # of the other process.
             values += process.ask(do="run", times=1 + count)["seconds"][1:]
     ours, timm = (1e3 * statistics.median(values) / shape[0] for values in times)
     return {"ours": ours, "timm": timm, "compile_seconds": replies[0]["compile_seconds"]}

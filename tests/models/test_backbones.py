@@ -1,4 +1,4 @@
-"""The convolutional backbones: sizes, stages, and what training changes."""
+"""Tests of the convolutional backbones: parameter counts, stages and training mode."""
 
 import functools
 
@@ -25,7 +25,7 @@ def _make(name, num_classes=10, train_from="", **keys):
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        # The numbers that torchvision and timm publish for 1,000 classes.
+        # The parameter counts that torchvision and timm publish for 1,000 classes.
         ("resnet18", 11_689_512),
         ("resnet34", 21_797_672),
         ("resnet50", 25_557_032),

@@ -8,7 +8,7 @@ from cnn_jax.models.network import count_parameters
 
 
 def test_the_number_of_parameters_is_the_papers():
-    # Table 9 of the paper: 28.6 million with 1000 classes.
+    # Table 9 of the paper states 28.6 million parameters for 1,000 classes.
     assert count_parameters(convnext_tiny(num_classes=1000), (32, 32)) == 28_589_128
 
 

@@ -69,7 +69,7 @@ def test_channel_sums_equal_numpy(shape, count):
 
 
 def test_long_sums_are_precise():
-    """A plain running sum of half a million equal float32 numbers would lose precision."""
+    """The sum of half a million equal numbers is precise, unlike a running sum in float32."""
     x = jnp.full((2, 512, 512, 4), 0.1, jnp.float32)
     np.testing.assert_allclose(channel_sums(x)[0], x.size / 4 * np.float64(x[0, 0, 0, 0]), 2e-6)
 
