@@ -8,7 +8,7 @@ written by hand, for reverse mode only: `jax.jvp` of these layers fails.
 
 import functools
 import math
-from typing import cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -232,6 +232,54 @@ def _windows(x: Array) -> list[Array]:
     The shape of each array is [batch, height//2, width//2, channel].
     """
     return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+
+
+@jax.custom_vjp
+def max_pool_3x3(
+    x: Float[Array, "batch height width channel"],
+) -> Float[Array, "batch new_height new_width channel"]:
+    """Max pooling with window 3 x 3, stride 2, and one pixel of minus infinity on all sides.
+
+    Values and gradients equal those of `nn.max_pool`, whose gradient takes five times as long on
+    a CPU. See `max_pool_2x2` about equal pixels.
+    """
+    return nn.max_pool(x, (3, 3), (2, 2), cast(Any, ((1, 1), (1, 1))))
+
+
+def _max_pool_3x3_forward(x: Array) -> tuple[Array, tuple[Array, tuple[int, ...]]]:
+    """Returns the pooled images; and the index of the largest pixel of each window, by rows."""
+    height, width = ((n - 1) // 2 * 2 + 1 for n in x.shape[1:3])
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    largest = padded[:, :height:2, :width:2]
+    index = jnp.zeros(largest.shape, jnp.int8)
+    for position in range(1, 9):
+        i, j = divmod(position, 3)
+        pixels = padded[:, i : i + height : 2, j : j + width : 2]
+        is_larger = (pixels > largest) | jnp.isnan(pixels)
+        largest = jnp.where(is_larger, pixels, largest)
+        index = jnp.where(is_larger, jnp.int8(position), index)
+    largest, index = lax.optimization_barrier((largest, index))
+    return largest, (index, x.shape[1:3])
+
+
+def _max_pool_3x3_backward(
+    residuals: tuple[Array, tuple[int, ...]], gradient: Array
+) -> tuple[Array]:
+    index, size = residuals
+    zero = jnp.zeros((), gradient.dtype)
+    totals = zero
+    for position in range(9):
+        routed = jnp.where(index == position, gradient, zero)
+        rows, columns = (
+            # The offset in the images without padding, and the stride.
+            (offset - 1, n - 2 * pooled + 2 - offset, 1)
+            for offset, n, pooled in zip(divmod(position, 3), size, index.shape[1:3], strict=True)
+        )
+        totals += lax.pad(routed, zero, ((0, 0, 0), rows, columns, (0, 0, 0)))
+    return (totals,)
+
+
+max_pool_3x3.defvjp(_max_pool_3x3_forward, _max_pool_3x3_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -11,8 +11,12 @@ the cache.
 
 "features" computes the embeddings of a batch of float32 images, with the same random weights;
 first, both libraries must agree on the embeddings. "training" is a step of Adam on all
-parameters with cross-entropy. BatchNorm uses its stored statistics (--statistics=frozen, the
-default) or those of the batch (--statistics=batch).
+parameters with cross-entropy, on uint8 images. BatchNorm uses its stored statistics
+(--statistics=frozen, the default) or those of the batch (--statistics=batch).
+
+--one_core runs both libraries on one core and takes the time of the processor instead of the
+time of the clock. Use it on a machine with other load, on which PyTorch's threads wait for each
+other.
 """
 
 import argparse
@@ -145,7 +149,7 @@ class Timm:
 LIBRARIES = {"cnn_jax": Ours, "timm": Timm}
 
 
-def answer(library: str) -> None:
+def answer(library: str, clock: Callable[[], float]) -> None:
     """Answers the requests on stdin; each request and each answer is one line of JSON."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Text that a library prints to stdout goes to stderr.
@@ -168,9 +172,9 @@ def answer(library: str) -> None:
         else:
             reply["seconds"] = []
             for _ in range(request["times"]):
-                start = time.perf_counter()
+                start = clock()
                 action()
-                reply["seconds"].append(time.perf_counter() - start)
+                reply["seconds"].append(clock() - start)
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
@@ -178,9 +182,9 @@ def answer(library: str) -> None:
 class Process:
     """A process that runs one of the two libraries and answers requests."""
 
-    def __init__(self, library: str, python: str):
+    def __init__(self, library: str, python: str, one_core: bool):
         self._process = subprocess.Popen(
-            [python, __file__, f"--answer={library}"],
+            [python, __file__, f"--answer={library}", *["--one_core"] * one_core],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={
@@ -240,23 +244,33 @@ def main() -> None:
     parser.add_argument("--training", type=int, nargs=2, default=(64, 32), metavar=("PX", "BATCH"))
     parser.add_argument("--statistics", choices=("frozen", "batch"), default="frozen")
     parser.add_argument("--seconds", type=float, default=8, help="for each library and row")
+    parser.add_argument("--one_core", action="store_true", help="see above")
     parser.add_argument("--answer", choices=LIBRARIES, help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.one_core:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     if flags.answer:
-        answer(flags.answer)
+        answer(flags.answer, time.process_time if flags.one_core else time.perf_counter)
         return
+    # PyTorch's environment need not have this project's dependencies.
+    from cnn_jax.models import NETWORKS
+
     print("milliseconds of an image; ratio: timm's time divided by ours\n")
     print(f"{'network':<24}{'':<22}{'ours':>8}{'timm':>8}{'ratio':>7}{'compile s':>11}")
     for name in flags.networks.split(","):
         shapes = reference_logits.load_reference(name)["shapes"]
         with contextlib.ExitStack() as stack:
-            processes = [Process("cnn_jax", sys.executable), Process("timm", flags.peer_python)]
+            processes = [
+                Process(library, python, flags.one_core)
+                for library, python in (("cnn_jax", sys.executable), ("timm", flags.peer_python))
+            ]
             for process in processes:
                 stack.callback(process.close)
                 process.ask(do="open", name=name, shapes=shapes, statistics=flags.statistics)
             for do, (side, batch) in (("features", flags.features), ("training", flags.training)):
                 if not batch:
                     continue
+                side -= side % NETWORKS[name].size_divisor({})
                 row = measure(processes, do, [batch, side, side, 3], flags.seconds)
                 print(
                     f"{name:<24}{f'{do}, {side} px x {batch}':<22}{row['ours']:>8.2f}"

@@ -17,6 +17,7 @@ from cnn_jax.models.layers import (
     channel_sums,
     gelu,
     max_pool_2x2,
+    max_pool_3x3,
     normalize_batch,
 )
 
@@ -216,3 +217,18 @@ def test_gelu_is_the_exact_one():
     # In bfloat16, 1 + erf(x) would be 0 for these inputs.
     small = gelu(jnp.asarray([-3.0, -3.5], jnp.bfloat16))
     np.testing.assert_allclose(small.astype(jnp.float32), [-4.05e-3, -8.14e-4], rtol=0.02)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 10), (1, 2)])
+def test_max_pool_3x3_equals_linen(size):
+    # Small integers, of which several in a window are the largest; all are negative, so that
+    # zeros at the border would be larger.
+    x = jnp.asarray(np.random.default_rng(0).integers(-4, 0, (2, *size, 3)), jnp.float32)
+
+    def value_and_gradient(pool):
+        out = jax.eval_shape(pool, x)
+        weights = _random(*out.shape, seed=1)
+        return jax.jit(lambda x: (pool(x), jax.grad(lambda x: jnp.sum(weights * pool(x)))(x)))(x)
+
+    plain = value_and_gradient(lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
+    _assert_close(value_and_gradient(max_pool_3x3), plain, 1e-6)
