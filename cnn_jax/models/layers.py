@@ -238,16 +238,16 @@ def _windows(x: Array) -> list[Array]:
 def max_pool_3x3(
     x: Float[Array, "batch height width channel"],
 ) -> Float[Array, "batch new_height new_width channel"]:
-    """Max pooling with window 3 x 3, stride 2, and one pixel of minus infinity on all sides.
+    """Applies max pooling with a 3 x 3 window and stride 2, padded by one pixel on all sides.
 
-    Values and gradients equal those of `nn.max_pool`, whose gradient takes five times as long on
-    a CPU. See `max_pool_2x2` about equal pixels.
+    The padding is minus infinity. The values and the gradients equal those of `nn.max_pool`, whose
+    gradient takes five times as long on a CPU. See `max_pool_2x2` about equal pixels.
     """
     return nn.max_pool(x, (3, 3), (2, 2), cast(Any, ((1, 1), (1, 1))))
 
 
 def _max_pool_3x3_forward(x: Array) -> tuple[Array, tuple[Array, tuple[int, ...]]]:
-    """Returns the pooled images; and the index of the largest pixel of each window, by rows."""
+    """Returns the pooled images, and the index, 0 to 8, of the largest pixel of each window."""
     height, width = ((n - 1) // 2 * 2 + 1 for n in x.shape[1:3])
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     largest = padded[:, :height:2, :width:2]

@@ -221,8 +221,8 @@ def test_gelu_is_the_exact_one():
 
 @pytest.mark.parametrize("size", [(8, 12), (7, 10), (1, 2)])
 def test_max_pool_3x3_equals_linen(size):
-    # Small integers, of which several in a window are the largest; all are negative, so that
-    # zeros at the border would be larger.
+    # With these small integers, a window often has several largest pixels. All values are negative,
+    # so padding with zeros would change the result.
     x = jnp.asarray(np.random.default_rng(0).integers(-4, 0, (2, *size, 3)), jnp.float32)
 
     def value_and_gradient(pool):
