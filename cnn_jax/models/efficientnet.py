@@ -196,7 +196,7 @@ class EfficientNet(ConvolutionalBackbone):
 
 
 def _scaled(features: int, factor: float) -> int:
-    """Scales a channel count; returns the nearest multiple of 8 that is at least 90 % of it."""
+    """Rounds `features * factor` to the nearest multiple of 8 that is at least 90 % of it."""
     scaled = features * factor
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * scaled else rounded + 8
