@@ -204,7 +204,7 @@ def _refused(model_id: str, revision: str | None, error: Exception) -> UserError
 
 
 def _suggestion(model_id: str) -> str:
-    """Returns a hint with similar model ids, to be added to an error message, or ""."""
+    """Returns a hint for an error message: similar model ids, or "" if no id is similar."""
     owner, _, name = model_id.partition("/")
     network = re.split(r"[.-]", name)[0]
     found: list[str] = []

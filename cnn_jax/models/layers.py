@@ -271,7 +271,7 @@ def _max_pool_3x3_backward(
     for position in range(9):
         routed = jnp.where(index == position, gradient, zero)
         rows, columns = (
-            # The offset in the images without padding, and the stride.
+            # The padding before, after and between the pixels; 1 pixel between means stride 2.
             (offset - 1, n - 2 * pooled + 2 - offset, 1)
             for offset, n, pooled in zip(divmod(position, 3), size, index.shape[1:3], strict=True)
         )
