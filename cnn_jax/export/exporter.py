@@ -1,7 +1,9 @@
 """The export of a bundle: all files of the folder, made, compared with the bundle and written."""
 
 import dataclasses
+import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -212,6 +214,4 @@ def _check_output(output: pathlib.Path) -> None:
 
 
 def _sha256(content: bytes) -> str:
-    import hashlib
-
     return hashlib.sha256(content).hexdigest()

@@ -13,7 +13,7 @@ All formats are made from this function. It contains only standard operations:
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import jax
@@ -52,12 +52,17 @@ def flat_function(predictor: BundlePredictor) -> core.ClosedJaxpr:
         logits = forward(predictor.model, predictor.variables, images, predictor.preprocessing)
         return jax.nn.softmax(logits / np.float32(predictor.temperature))
 
-    images = jax.ShapeDtypeStruct((BATCH, *predictor.preprocessing.image_size, 3), np.uint8)
-    traced = jax.make_jaxpr(predict)(images)
+    return flatten(predict, predictor.preprocessing.image_size)
+
+
+def flatten(function: Callable[[Array], Array], image_size: tuple[int, int]) -> core.ClosedJaxpr:
+    """Returns a function of images as a flat function; see the description of this module."""
+    images = jax.ShapeDtypeStruct((BATCH, *image_size, 3), np.uint8)
+    traced = jax.make_jaxpr(function)(images)
 
     def flat(images: Array) -> Array:
-        (probabilities,) = _expand(traced.jaxpr, traced.consts, [images])
-        return _emit(probabilities)
+        (result,) = _expand(traced.jaxpr, traced.consts, [images])
+        return _emit(result)
 
     return jax.make_jaxpr(flat)(images)
 
@@ -108,6 +113,11 @@ def evaluate(
         if observe is not None:
             observe(equation, result)
     return [values[cast(core.Var, output)] for output in function.jaxpr.outvars]
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """Returns the shape of a variable or a constant of a flat function."""
+    return atom.aval.shape
 
 
 # The parameters of primitives that may contain the batch size.
@@ -221,8 +231,8 @@ def _constant(value: Any) -> _Constant:
     return _Constant(array, array.shape)
 
 
-def _evaluate(equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Value]:
-    """Evaluates an equation."""
+def _evaluate(equation: core.JaxprEqn, inputs: list[_Value]) -> list[Any]:
+    """Returns the outputs of an equation."""
     name, params = equation.primitive.name, equation.params
     if name in ("jit", "pjit", "closed_call"):
         return _expand(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs)
@@ -235,15 +245,23 @@ def _evaluate(equation: core.JaxprEqn, inputs: list[_Value]) -> list[_Value]:
         return _expand(branch.jaxpr, branch.consts, inputs[1:])
     if name in ("optimization_barrier", "stop_gradient", "copy", "copy_p"):
         return inputs
-    shapes = [variable.aval.shape for variable in equation.outvars]
+    shapes = [shape_of(variable) for variable in equation.outvars]
     if all(isinstance(value, _Constant) for value in inputs):
         return _precompute(equation, cast(list[_Constant], inputs), shapes)
+    if name == "unstack":
+        array, axis = _emit(inputs[0]), params["axis"]
+        return [lax.index_in_dim(array, i, axis, keepdims=False) for i in range(len(shapes))]
+    if name == "split":
+        ends = np.cumsum(params["sizes"])
+        return [
+            lax.slice_in_dim(_emit(inputs[0]), end - size, end, axis=params["axis"])
+            for size, end in zip(params["sizes"], ends, strict=True)
+        ]
     rule = _RULES.get(name)
     result = rule(equation, inputs) if rule else None
     if result is not None:
         return [result]
-    outputs = equation.primitive.bind(*map(_emit, inputs), **params)
-    return list(outputs) if equation.primitive.multiple_results else [outputs]
+    return _bind(equation, map(_emit, inputs))
 
 
 def _precompute(
@@ -257,16 +275,15 @@ def _precompute(
             sizes[dimension] = size
         return [_Constant(value.array.reshape(sizes), shapes[0])]
     if any(size % BATCH == 0 for shape in shapes for size in shape if size):
-        outputs = equation.primitive.bind(*map(_emit, inputs), **equation.params)
-    else:
-        with jax.ensure_compile_time_eval():
-            arrays = [np.broadcast_to(value.array, value.shape) for value in inputs]
-            outputs = equation.primitive.bind(*arrays, **equation.params)
-        outputs = (
-            [_constant(output) for output in outputs]
-            if equation.primitive.multiple_results
-            else _constant(outputs)
-        )
+        return _bind(equation, map(_emit, inputs))
+    with jax.ensure_compile_time_eval():
+        arrays = [np.broadcast_to(value.array, value.shape) for value in inputs]
+        return [_constant(output) for output in _bind(equation, arrays)]
+
+
+def _bind(equation: core.JaxprEqn, inputs: Iterable[Any]) -> list[Any]:
+    """Computes an equation; returns the list of its outputs."""
+    outputs = equation.primitive.bind(*inputs, **equation.params)
     return list(outputs) if equation.primitive.multiple_results else [outputs]
 
 
@@ -342,7 +359,7 @@ def _dot(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
     """Multiplies an array with a constant matrix."""
     x, kernel = inputs
     (contracting, batch) = equation.params["dimension_numbers"]
-    ndim = len(equation.invars[0].aval.shape)
+    ndim = len(shape_of(equation.invars[0]))
     is_dense = contracting == ((ndim - 1,), (0,)) and batch == ((), ())
     if not is_dense or not isinstance(kernel, _Constant) or len(kernel.shape) != 2:
         return None
@@ -407,7 +424,7 @@ def _pool(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
 def _sum(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
     """Sums over axes other than the last one."""
     (value,) = inputs
-    shape, axes = equation.invars[0].aval.shape, equation.params["axes"]
+    shape, axes = shape_of(equation.invars[0]), equation.params["axes"]
     if not isinstance(value, _Affine) or len(shape) - 1 in axes or len(shape) - len(axes) < 2:
         return None
     count = math.prod(shape[axis] for axis in axes)
@@ -419,15 +436,15 @@ def _sum(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
 
 def _reshape(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
     """Changes the shape of an array whose channels stay the last axis."""
-    value, shape = inputs[0], equation.outvars[0].aval.shape
+    value, shape = inputs[0], shape_of(equation.outvars[0])
     if not isinstance(value, _Affine) or len(shape) < 2 or shape[-1] != value.factor.size:
         return None
 
     def apply(x: Array) -> Array:
         return equation.primitive.bind(x, **equation.params)
 
-    is_layer = isinstance(value.base, _Layer)
-    base = value.base.then(apply) if is_layer else apply(cast(Array, value.base))
+    base = value.base
+    base = base.then(apply) if isinstance(base, _Layer) else apply(base)
     return dataclasses.replace(value, base=base)
 
 

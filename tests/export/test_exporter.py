@@ -1,0 +1,315 @@
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from exports import write_test_bundle
+from PIL import Image
+
+from cnn_jax import evaluate, predict, robustness
+from cnn_jax.export import __main__ as command
+from cnn_jax.export import certificate, exporter
+from cnn_jax.export.function import ExportError
+from cnn_jax.inference.bundle import digest, read_bundle
+from cnn_jax.inference.exported import OnnxPredictor, load_predictor
+from cnn_jax.inference.images import preprocess_for_inference
+from cnn_jax.inference.predictor import BundlePredictor, TrainedPredictor
+from cnn_jax.system.errors import BundleError, ConfigError
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def bundle(image_folder, tmp_path_factory):
+    return write_test_bundle(tmp_path_factory.mktemp("bundle") / "bundle", image_folder)
+
+
+@pytest.fixture(scope="module")
+def exported(bundle, tmp_path_factory):
+    """The folder of an export to ONNX."""
+    folder = tmp_path_factory.mktemp("export") / "onnx"
+    exporter.export(bundle, folder)
+    return folder
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "copy")
+
+
+def test_the_certificate_has_all_facts(bundle, exported):
+    statement = json.loads((exported / "certificate.json").read_text())
+    assert statement["bundle_sha256"] == digest(bundle)
+    assert statement["comparison"].keys() == {"validation", "test"}
+    for split, count in (("validation", 12), ("test", 6)):
+        values = statement["comparison"][split]
+        assert values["count"] == count
+        assert values["agreement"] == 1
+        assert values["largest_difference"] < 5e-6
+        assert values["before"]["accuracy"] == values["after"]["accuracy"]
+        assert values["accuracy_lost"] == {"mean": 0, "interval": [0, 0]}
+    assert statement["versions"].keys() >= {"cnn_jax", "jax", "onnx", "onnxruntime"}
+    measured = statement["measured"]
+    assert measured["milliseconds_per_image"].keys() == {"1", "32"}
+    assert measured["machine"]["processor"]
+    assert 10e6 < measured["peak_memory_bytes"] < 250e6
+
+
+def test_the_golden_images_have_their_probabilities(exported):
+    statement = json.loads((exported / "certificate.json").read_text())
+    session = onnxruntime.InferenceSession(exported / "model.onnx")
+    pixels_session = onnxruntime.InferenceSession(exported / "pixels.onnx")
+    preprocessing = OnnxPredictor(exported).preprocessing
+    assert len(statement["golden"]) == 6  # The test split has no more images.
+    for record in statement["golden"]:
+        path = exported / record["file"]
+        images = preprocess_for_inference(path, preprocessing)[None]
+        (probabilities,) = session.run(None, {"images": images})[0]
+        np.testing.assert_allclose(probabilities, record["probabilities"], atol=1e-6)
+        pixels = np.asarray(Image.open(path))
+        (probabilities,) = pixels_session.run(None, {"pixels": pixels})[0]
+        np.testing.assert_allclose(probabilities, record["probabilities"], atol=0.01)
+
+
+def test_the_readme_runs(exported):
+    readme = (exported / "README.md").read_text()
+    assert len(readme.splitlines()) <= 16
+    code = "\n".join(line[4:] for line in readme.splitlines() if line.startswith("    "))
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=exported, capture_output=True, text=True, check=True
+    )
+    statement = json.loads((exported / "certificate.json").read_text())
+    printed = [float(number) for number in re.findall(r"[\d.]+(?:e-\d+)?", result.stdout)]
+    np.testing.assert_allclose(printed, statement["golden"][0]["probabilities"], atol=0.01)
+
+
+def test_an_export_is_a_predictor_with_the_bundles_results(bundle, exported):
+    loaded, original = load_predictor(exported), load_predictor(bundle)
+    assert isinstance(loaded, OnnxPredictor)
+    assert isinstance(original, BundlePredictor)
+    assert isinstance(loaded, TrainedPredictor)
+    assert loaded.class_names == original.class_names
+    assert loaded.preprocessing == original.preprocessing
+    assert loaded.data == original.data
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    np.testing.assert_allclose(loaded(images), original(images), atol=5e-6)
+    with pytest.raises(ValueError, match="of uint8, got"):
+        loaded(images[:, :8])
+
+
+@pytest.mark.parametrize("name", ["predict", "evaluate", "robustness"])
+def test_commands_accept_an_export_in_place_of_a_bundle(name, bundle, exported, tmp_path):
+    outputs = []
+    for path in (bundle, exported):
+        flags = [f"--bundle={path}", f"--output={tmp_path / 'out'}"]
+        if name == "predict":
+            predict.main([*flags, "--input", str(exported / "golden")])
+        elif name == "evaluate":
+            evaluate.main(flags)
+        else:
+            robustness.main([*flags, "--sample=3"])
+        outputs.append((tmp_path / "out").read_text())
+    first, second = (re.findall(r"[\d.]*\d", output) for output in outputs)
+    assert len(first) > 10
+    np.testing.assert_allclose(np.array(first, float), np.array(second, float), atol=1e-3)
+
+
+def test_explanations_need_a_bundle(exported):
+    with pytest.raises(BundleError, match=r"is an exported model, .* name the bundle from which"):
+        BundlePredictor.load(exported)
+    with pytest.raises(BundleError, match="is an exported model"):
+        read_bundle(exported)
+
+
+@pytest.mark.parametrize(
+    "file", ["model.onnx", "pixels.onnx", "certificate.json", "golden/0.png", "README.md"]
+)
+def test_a_changed_file_is_refused(copied, file):
+    content = bytearray((copied / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / file).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{file} is damaged"):
+        load_predictor(copied)
+    (copied / file).unlink()
+    with pytest.raises(BundleError, match=f"there is no .*{file}"):
+        load_predictor(copied)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd"])
+def test_a_file_outside_the_folder_is_refused(copied, name):
+    description = json.loads((copied / "bundle.json").read_text())
+    description["files"][name] = {"sha256": "0"}
+    (copied / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(BundleError, match="outside the folder"):
+        load_predictor(copied)
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "stablehlo"])
+def test_two_exports_have_the_same_bytes(bundle, tmp_path, file_format):
+    for name in ("first", "second"):
+        exporter.export(bundle, tmp_path / name, file_format)
+    files = [
+        {
+            str(path.relative_to(tmp_path / name)): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
+        for name in ("first", "second")
+    ]
+    # The measured times differ, and bundle.json has the sha256 of the certificate.
+    statements = [json.loads(content.pop("certificate.json")) for content in files]
+    for statement, content in zip(statements, files, strict=True):
+        del statement["measured"], content["bundle.json"]
+    assert statements[0] == statements[1]
+    assert files[0] == files[1]
+
+
+def test_stablehlo_states_its_compatibility_and_is_not_loaded(bundle, tmp_path):
+    exporter.export(bundle, tmp_path / "out", "stablehlo")
+    statement = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert statement["platforms"] == ["cpu", "cuda", "tpu"]
+    assert statement["compatibility"]["newer_jax_reads_it_for_days"] == 180
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "6 months" in readme
+    code = "\n".join(line[4:] for line in readme.splitlines() if line.startswith("    "))
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", check=True)
+    with pytest.raises(BundleError, match="an export to stablehlo, which cnn_jax does not load"):
+        load_predictor(tmp_path / "out")
+
+
+def test_a_bfloat16_bundle_is_exported_in_float32(image_folder, tmp_path):
+    path = write_test_bundle(tmp_path / "bundle", image_folder, precision="bfloat16")
+    statement = exporter.export(path, tmp_path / "out")
+    assert statement["comparison"]["test"]["largest_difference"] < 5e-6
+
+
+def _wrong_model(monkeypatch, change):
+    original = exporter._make_onnx
+
+    def make(predictor):
+        model = original(predictor)
+        run = model.predictor
+        wrong = exporter._FunctionPredictor(run, lambda images: change(run(images)))
+        return dataclasses.replace(model, predictor=wrong)
+
+    monkeypatch.setattr(exporter, "_make_onnx", make)
+
+
+def test_nothing_is_written_if_accuracy_is_lost(bundle, tmp_path, monkeypatch):
+    before = certificate.compare_probabilities
+
+    def always_right(probabilities, after, labels, names):
+        return before(np.eye(3, dtype=np.float32)[labels], after, labels, names)
+
+    monkeypatch.setattr(certificate, "compare_probabilities", always_right)
+    with pytest.raises(ExportError, match=r"loses [\d.]+ points .* \(100.00 % to .* nothing was"):
+        exporter.export(bundle, tmp_path / "out", max_loss=0.1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_written_if_a_probability_differs(bundle, tmp_path, monkeypatch):
+    _wrong_model(monkeypatch, lambda p: p + np.float32([0.002, -0.001, -0.001]))
+    with pytest.raises(ExportError, match=r"differs by 2.0e-03 .* nothing was written"):
+        exporter.export(bundle, tmp_path / "out", max_loss=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_interval_of_the_loss_is_that_of_paired_differences():
+    labels = np.array([0, 0, 0, 0])
+    before = np.array([[0.9, 0.1]] * 4, np.float32)
+    after = np.array([[0.9, 0.1]] * 3 + [[0.2, 0.8]], np.float32)
+    compared = certificate.compare_probabilities(before, after, labels, ["a", "b"])
+    half = 1.96 * np.std([0, 0, 0, 1]) / 2
+    assert compared["accuracy_lost"]["mean"] == 0.25
+    np.testing.assert_allclose(
+        compared["accuracy_lost"]["interval"], [0.25 - half, 0.25 + half], rtol=1e-3
+    )
+    assert compared["agreement"] == 0.75
+    assert compared["largest_difference"] == pytest.approx(0.7)
+    assert compared["loss_gained"]["mean"] == pytest.approx(np.log(0.9 / 0.2) / 4)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize(("lost", "passes"), [(0.005, True), (0.0051, False), (np.nan, False)])
+def test_the_limit_of_the_loss_is_inclusive(split, lost, passes):
+    fine = {"accuracy_lost": {"mean": 0.0}, "largest_difference": 0.3}
+    metrics = {"before": {"accuracy": 0.9}, "after": {"accuracy": 0.9}}
+    comparison = {"validation": fine | metrics, "test": fine | metrics}
+    comparison[split] = comparison[split] | {"accuracy_lost": {"mean": lost}}
+    if passes:
+        certificate.check(comparison, 0.005, is_exact=False)
+    else:
+        with pytest.raises(ExportError, match=f"on the {split} split"):
+            certificate.check(comparison, 0.005, is_exact=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format=coreml"], "--format: there is no 'coreml'; there are onnx, stablehlo"),
+        (["--format=stablehlo", "--int8"], "--int8: --format=stablehlo has no 8-bit models"),
+        (["--max_loss=2"], "--max_loss: must be from 0 to 1, got '2'"),
+        (["--int=8"], "unexpected argument '--int=8'"),
+        (["--output="], "--output: must not be empty"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(bundle, tmp_path, flags, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        command.main([f"--bundle={bundle}", f"--output={tmp_path / 'out'}", *flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_not_replaced(bundle, exported, tmp_path, copied):
+    with pytest.raises(ConfigError, match="has files that are not an exported model"):
+        exporter.export(bundle, image_output := bundle.parent)
+    assert image_output.exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file; name a folder"):
+        exporter.export(bundle, tmp_path / "file")
+    (copied / "model.onnx").write_bytes(b"")
+    exporter.export(bundle, copied)
+    assert load_predictor(copied).class_names == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize(
+    ("file_format", "package"), [("onnx", "onnx"), ("stablehlo", "flatbuffers")]
+)
+def test_a_missing_package_is_named_with_its_extra(
+    bundle, tmp_path, monkeypatch, file_format, package
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"the package {package} is not installed: pip install 'cnn_jax\[{file_format}\]'"
+    with pytest.raises(ConfigError, match=message):
+        exporter.export(bundle, tmp_path / "out", file_format)
+
+
+def test_an_export_cannot_be_loaded_without_onnx_runtime(exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"onnxruntime is not installed: pip install 'cnn_jax\["):
+        load_predictor(exported)
+
+
+def test_a_full_disk_leaves_nothing_behind(bundle, tmp_path, monkeypatch):
+    def fail(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="No space left") as caught:
+        exporter.export(bundle, tmp_path / "out")
+    assert caught.value.filename is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_prints_the_main_facts(bundle, tmp_path, capsys):
+    command.main([f"--bundle={bundle}", f"--output={tmp_path / 'out'}"])
+    output = capsys.readouterr().out
+    assert "test: accuracy" in output
+    assert "agreement 100.00 %" in output
+    assert output.endswith(f"{tmp_path / 'out'}/certificate.json\n")
