@@ -7,13 +7,14 @@ import importlib.metadata
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from cnn_jax.data import Track, no_track
+from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.export import certificate, readme
 from cnn_jax.export.function import flat_function, stable_hlo
@@ -26,7 +27,7 @@ from cnn_jax.inference.bundle import (
     read_description,
     write_folder,
 )
-from cnn_jax.inference.evaluation import open_as_trained
+from cnn_jax.inference.evaluation import image_batches, open_as_trained
 from cnn_jax.inference.exported import ONNX_MODEL, open_session
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, check_images
 from cnn_jax.system.errors import BundleError, ConfigError
@@ -34,6 +35,8 @@ from cnn_jax.system.errors import BundleError, ConfigError
 FORMATS = ("onnx", "stablehlo")
 _STABLEHLO_MODEL = "model.stablehlo"
 _PIXELS_MODEL = "pixels.onnx"
+# The number of training images that determine the ranges of a quantized model.
+_CALIBRATION_IMAGES = 256
 # The largest default loss of accuracy of an exported model, from 0 to 1.
 MAX_LOSS = 0.005
 # The compatibility that JAX promises for the files of `jax.export`, in days.
@@ -108,7 +111,10 @@ def export(
     contents = dataclasses.replace(read_bundle(path), precision="float32")
     predictor = BundlePredictor(contents)
     dataset = open_as_trained(predictor, source, track)
-    model = _make_onnx(predictor) if file_format == "onnx" else _make_stablehlo(predictor)
+    if file_format == "onnx":
+        model = _make_onnx(predictor, _calibration_batches(dataset, track) if int8 else None)
+    else:
+        model = _make_stablehlo(predictor)
     comparison = certificate.compare(predictor, model.predictor, dataset, track)
     certificate.check(comparison, max_loss, is_exact=not int8)
     preprocessing = predictor.preprocessing
@@ -145,10 +151,22 @@ def export(
     return statement
 
 
-def _make_onnx(predictor: BundlePredictor) -> _Model:
+def _calibration_batches(dataset: Dataset, track: Track) -> Iterator[np.ndarray]:
+    """Yields images of the training split, spread evenly over it."""
+    indices = dataset.splits["train"]
+    count = min(len(indices), _CALIBRATION_IMAGES)
+    chosen = indices[np.linspace(0, len(indices) - 1, count).astype(int)]
+    return image_batches(dataset.loader, chosen, track, "measuring ranges")
+
+
+def _make_onnx(predictor: BundlePredictor, batches: Iterable[np.ndarray] | None) -> _Model:
+    """Makes the ONNX models; they are quantized if there are images to measure the ranges."""
     from cnn_jax.export.onnx_model import images_model, pixels_model
+    from cnn_jax.export.quantize import quantize
 
     model = images_model(flat_function(predictor), predictor)
+    if batches is not None:
+        model = quantize(model, batches)
     content = model.SerializeToString(deterministic=True)
     session = open_session(content)
     pixels = pixels_model(model, predictor).SerializeToString(deterministic=True)
