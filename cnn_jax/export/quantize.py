@@ -6,6 +6,7 @@ weights of dense layers are stored as int8, and computed in float32.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -21,8 +22,9 @@ _FOLLOWING = ("Add", "Concat", "MaxPool", "Mul", "Pad", "Sigmoid", "Slice")
 _SAME_SCALE = ("MaxPool", "Pad", "Slice")
 # ONNX Runtime computes these operators as a part of the convolution before them.
 _FUSED = ("Relu", "Clip")
-# The first convolution stays float32: with three input channels, 8 bits take twice as long.
-_NUM_COLOURS = 3
+# The first convolution, over R, G and B, stays float32 if an output is the sum of at most this
+# number of products, because 8 bits would take twice as long.
+_FEW_PRODUCTS = 27
 # Smaller matrices of weights stay float32.
 _MIN_WEIGHTS = 1024
 
@@ -106,7 +108,8 @@ class _Quantizer:
         return (users[0] if is_fused else node).output[0]
 
     def _is_quantized(self, convolution: onnx.NodeProto) -> bool:
-        return self._constants[convolution.input[1]].shape[1] != _NUM_COLOURS
+        kernel = self._constants[convolution.input[1]]
+        return kernel.shape[1] != 3 or math.prod(kernel.shape[1:]) > _FEW_PRODUCTS
 
     def quantize(self, ranges: Mapping[str, tuple[float, float]]) -> onnx.ModelProto:
         """Changes the model; `ranges` has the ranges of the tensors to round."""
