@@ -12,6 +12,7 @@ from typing import Any
 
 from cnn_jax.config.schema import SOURCE_FORMS
 from cnn_jax.export.exporter import FORMATS, MAX_LOSS, export
+from cnn_jax.export.web import PACKAGE
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console
@@ -27,10 +28,10 @@ def main(argv: Sequence[str]) -> None:
         "--output", required=True, type=cli.path, metavar="DIR", help="folder to write"
     )
     parser.add_argument(
-        "--format", default="onnx", choices=FORMATS, help=f"{' or '.join(FORMATS)} (onnx)"
+        "--format", default="onnx", choices=FORMATS, help=f"{', '.join(FORMATS)} (onnx)"
     )
     parser.add_argument(
-        "--int8", action="store_true", help="compute convolutions with 8 bits; for onnx"
+        "--int8", action="store_true", help="compute convolutions with 8 bits; for onnx and web"
     )
     parser.add_argument(
         "--max_loss",
@@ -40,6 +41,12 @@ def main(argv: Sequence[str]) -> None:
         help=f"largest allowed loss of accuracy, 0 to 1 ({MAX_LOSS})",
     )
     parser.add_argument("--source", help=f"{SOURCE_FORMS}; by default the training data")
+    parser.add_argument(
+        "--npm_package",
+        type=cli.path,
+        metavar="FILE",
+        help=f"for web: the file that `npm pack {PACKAGE}` downloads",
+    )
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()
@@ -51,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
         int8=flags.int8,
         max_loss=flags.max_loss,
         source=flags.source,
+        npm_package=flags.npm_package,
         track=Console().track,
     )
     for line in describe(certificate):

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.export import certificate, readme
+from cnn_jax.export import certificate, readme, web
 from cnn_jax.export.function import flat_function, stable_hlo
 from cnn_jax.inference.bundle import (
     describe,
@@ -32,7 +32,7 @@ from cnn_jax.inference.exported import ONNX_MODEL, open_session
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, check_images
 from cnn_jax.system.errors import BundleError, ConfigError
 
-FORMATS = ("onnx", "stablehlo")
+FORMATS = ("onnx", "stablehlo", "web")
 _STABLEHLO_MODEL = "model.stablehlo"
 _PIXELS_MODEL = "pixels.onnx"
 # The number of training images that determine the ranges of a quantized model.
@@ -65,11 +65,13 @@ class _Model:
     Attributes:
       files: The content of the model files by name; the first file is the model itself.
       predictor: Runs the model.
+      runner: The function of `export.measure` that runs the model.
       facts: The facts about the format for the certificate.
     """
 
     files: dict[str, bytes]
     predictor: Predictor
+    runner: str
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -81,6 +83,7 @@ def export(
     int8: bool = False,
     max_loss: float = MAX_LOSS,
     source: str | None = None,
+    npm_package: str | None = None,
     track: Track = no_track,
 ) -> dict[str, Any]:
     """Exports a bundle to another format, with a certificate; writes nothing if the check fails.
@@ -89,10 +92,11 @@ def export(
       bundle: A bundle, or a run that has a bundle.
       output: The folder to write. An earlier export in this folder is replaced.
       file_format: One of `FORMATS`.
-      int8: Whether to quantize the convolutions to 8 bits; for the format "onnx" only.
+      int8: Whether to quantize the convolutions to 8 bits; for the formats "onnx" and "web".
       max_loss: The largest allowed loss of accuracy on the validation split and on the test
         split, from 0 to 1.
       source: The name of the data for the comparison; by default the training data.
+      npm_package: For the format "web": the file of the npm package; see `web.page_files`.
       track: Shows progress.
 
     Returns:
@@ -106,12 +110,13 @@ def export(
     """
     _check_output(pathlib.Path(output))
     _check_packages(file_format, int8=int8)
+    page = web.page_files(npm_package) if file_format == "web" else {}
     path = find_bundle(bundle)
     # The exported model computes in float32, also if training used bfloat16.
     contents = dataclasses.replace(read_bundle(path), precision="float32")
     predictor = BundlePredictor(contents)
     dataset = open_as_trained(predictor, source, track)
-    if file_format == "onnx":
+    if file_format in ("onnx", "web"):
         model = _make_onnx(predictor, _calibration_batches(dataset, track) if int8 else None)
     else:
         model = _make_stablehlo(predictor)
@@ -134,7 +139,7 @@ def export(
         "golden": certificate.golden_records(golden, model.predictor),
         "versions": library_versions() | _package_versions(file_format),
         "measured": certificate.measure(
-            file_format, model.files[main_file], preprocessing.image_size
+            model.runner, model.files[main_file], preprocessing.image_size
         ),
     }
     description = describe(contents) | {
@@ -143,6 +148,7 @@ def export(
     }
     files = {
         **model.files,
+        **page,
         **golden,
         "README.md": readme.text(statement, predictor).encode(),
         "certificate.json": (json.dumps(statement, indent=1) + "\n").encode(),
@@ -173,6 +179,7 @@ def _make_onnx(predictor: BundlePredictor, batches: Iterable[np.ndarray] | None)
     return _Model(
         {ONNX_MODEL: content, _PIXELS_MODEL: pixels},
         _FunctionPredictor(predictor, lambda images: session.run(None, {"images": images})[0]),
+        "onnx",
     )
 
 
@@ -188,12 +195,13 @@ def _make_stablehlo(predictor: BundlePredictor) -> _Model:
     return _Model(
         {_STABLEHLO_MODEL: bytes(exported.serialize())},
         _FunctionPredictor(predictor, jax.jit(exported.call)),
+        "stablehlo",
         facts,
     )
 
 
 def _check_packages(file_format: str, *, int8: bool) -> None:
-    if int8 and file_format != "onnx":
+    if int8 and file_format == "stablehlo":
         raise ConfigError(f"--int8: --format={file_format} has no 8-bit models; use --format=onnx")
     for package in _PACKAGES[file_format]:
         try:
@@ -201,11 +209,15 @@ def _check_packages(file_format: str, *, int8: bool) -> None:
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"--format={file_format}: the package {package} is not installed: pip install "
-                f"'cnn_jax[{file_format}]'"
+                f"'cnn_jax[{file_format.replace('web', 'onnx')}]'"
             ) from error
 
 
-_PACKAGES = {"onnx": ("onnx", "onnxruntime"), "stablehlo": ("flatbuffers",)}
+_PACKAGES = {
+    "onnx": ("onnx", "onnxruntime"),
+    "stablehlo": ("flatbuffers",),
+    "web": ("onnx", "onnxruntime"),
+}
 
 
 def _package_versions(file_format: str) -> dict[str, str]:

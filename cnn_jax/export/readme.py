@@ -15,6 +15,14 @@ Both return `probabilities`, float32 [batch, {classes}]; bundle.json has the cla
     pixels = np.asarray(PIL.Image.open("golden/0.png").convert("RGB"))
     print(session.run(None, {{"pixels": pixels}})[0])
 """
+_WEB = """\
+`index.html` classifies images in the browser: `pixels.onnx` and ONNX Runtime Web, no server code.
+Browsers do not load models from file:// addresses, so any web server must serve the folder:
+
+    python -m http.server 8000 --bind 127.0.0.1
+
+The page compares the model with the images in `golden/` before it accepts an image.
+"""
 _STABLEHLO = """\
 `model.stablehlo` takes uint8 [batch, {height}, {width}, 3], RGB, resized and not normalised.
 It returns probabilities, float32 [batch, {classes}]; bundle.json has the class names in order.
@@ -30,7 +38,7 @@ JAX reads the file for 6 months (later versions) and 30 days (earlier versions) 
 def text(certificate: Mapping[str, Any], predictor: Predictor) -> str:
     """Returns the README: how to run the model, and how to check it."""
     height, width = predictor.preprocessing.image_size
-    template = {"onnx": _ONNX, "stablehlo": _STABLEHLO}[certificate["format"]]
+    template = {"onnx": _ONNX, "stablehlo": _STABLEHLO, "web": _WEB}[certificate["format"]]
     usage = template.format(
         height=height,
         width=width,
