@@ -57,6 +57,13 @@ def test_convolutions_have_8_bits_except_the_first():
     assert constants[weights.input[0]].data_type == onnx.TensorProto.INT8
 
 
+def test_the_first_convolution_has_8_bits_if_a_pool_leads_to_the_next():
+    predictor = small_predictor("cnn", features=(4, 8), batch_norm=False)
+    model = quantize(images_model(flat_function(predictor), predictor), _batches(predictor))
+    constants = {tensor.name for tensor in model.graph.initializer}
+    assert not any(node.input[1] in constants for node in _operators(model, "Conv"))
+
+
 def test_a_kernel_is_rounded_with_the_scale_of_its_channel():
     predictor = small_predictor("cnn", features=(4, 8))
     exact = images_model(flat_function(predictor), predictor)

@@ -1,0 +1,232 @@
+"""Compares the exported models of a network with its predictor and with other exports.
+
+    pip install -e '.[onnx]'
+    python experiments/benchmarks/bench_export.py [--bundle=RUN | --network=resnet18 --size=224]
+        [--peer_python=PATH] [--repeats=15]
+
+With --bundle, the models are compared on the validation split and the test split of the bundle's
+data. With --network, the weights are random and only the time and the size are measured. The time
+is CPU time of one thread in milliseconds per image; all models take turns, and the median counts.
+
+"quantize_static" is ONNX Runtime's own quantization of the float32 model, with the same images.
+"torch.onnx" is timm's network, exported by PyTorch; --peer_python names a Python with torch, timm,
+onnx and onnxscript.
+"""
+
+import argparse
+import os
+
+# XLA and ONNX Runtime get one thread, so that CPU time can be compared.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+
+import dataclasses
+import pathlib
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+from onnxruntime import quantization
+
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.export import certificate
+from cnn_jax.export.function import flat_function
+from cnn_jax.export.onnx_model import images_model
+from cnn_jax.export.quantize import quantize
+from cnn_jax.inference.bundle import find_bundle, read_bundle
+from cnn_jax.inference.evaluation import image_batches, open_as_trained
+from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.models import NETWORKS
+from cnn_jax.models.network import make_model
+
+_CLASSES = 10
+_TIMM = """
+import sys, timm, torch
+name, size, path = sys.argv[1:]
+model = timm.create_model(name, num_classes=10).eval()
+images = torch.zeros(2, 3, int(size), int(size))
+batch = torch.export.Dim("batch", min=1, max=4096)
+shapes = ({0: batch},)
+torch.onnx.export(model, (images,), path, dynamo=True, dynamic_shapes=shapes, opset_version=18)
+"""
+
+
+@dataclasses.dataclass
+class _Model:
+    """A model that the benchmark measures."""
+
+    name: str
+    run: Callable[[np.ndarray], Any]
+    bytes: int
+    takes_floats: bool = False  # Whether the input is float32 [batch, 3, height, width].
+
+
+class _Calibration(quantization.CalibrationDataReader):
+    """Gives ONNX Runtime the images that determine the ranges."""
+
+    def __init__(self, batches: list[np.ndarray]):
+        self._batches = iter(batches)
+
+    def get_next(self) -> dict[str, np.ndarray]:
+        batch = next(self._batches, None)
+        return {} if batch is None else {"images": batch}
+
+
+def random_predictor(name: str, size: int) -> BundlePredictor:
+    """Returns the predictor of a network with random weights."""
+    section = {key: value.default for key, value in NETWORKS[name].keys.items()}
+    model = make_model({"name": name, **section}, _CLASSES, "float32")
+    predictor = BundlePredictor.__new__(BundlePredictor)
+    predictor.class_names = [str(i) for i in range(_CLASSES)]
+    predictor.preprocessing = Preprocessing(image_size=(size, size))
+    predictor.temperature = 1.0
+    predictor.model = model
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    # After training, no scale is 1 and no shift is 0.
+    rng = np.random.default_rng(0)
+    predictor.variables = jax.tree.map(
+        lambda leaf: leaf + np.float32(0.1) * rng.random(leaf.shape, np.float32), variables
+    )
+    return predictor
+
+
+def _session(content: bytes | str) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def make_models(
+    predictor: BundlePredictor,
+    batches: list[np.ndarray],
+    timm_name: str,
+    peer_python: str | None,
+    folder: pathlib.Path,
+) -> Iterator[_Model]:
+    """Yields the predictor, the exported models and the models of the peers."""
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(predictor.variables))
+    yield _Model("predictor", predictor, weights)
+    start = time.perf_counter()
+    exact = images_model(flat_function(predictor), predictor)
+    print(f"translation: {time.perf_counter() - start:.2f} s")
+    rounded = quantize(exact, batches)
+    for name, model in (("onnx", exact), ("onnx int8", rounded)):
+        content = model.SerializeToString()
+        session = _session(content)
+        yield _Model(name, lambda x, s=session: s.run(None, {"images": x})[0], len(content))
+    before, after = folder / "exact.onnx", folder / "static.onnx"
+    before.write_bytes(exact.SerializeToString())
+    quantization.quantize_static(
+        before,
+        after,
+        _Calibration(batches),
+        per_channel=True,
+        quant_format=quantization.QuantFormat.QDQ,
+    )
+    session = _session(str(after))
+    yield _Model(
+        "quantize_static", lambda x: session.run(None, {"images": x})[0], after.stat().st_size
+    )
+    if peer_python:
+        path = folder / "timm.onnx"
+        size = str(predictor.preprocessing.image_size[0])
+        subprocess.run([peer_python, "-c", _TIMM, timm_name, size, str(path)], check=True)
+        peer = _session(str(path))
+        key = peer.get_inputs()[0].name
+        sizes = sum(file.stat().st_size for file in folder.glob("timm.onnx*"))
+        yield _Model("torch.onnx", lambda x: peer.run(None, {key: x})[0], sizes, True)
+
+
+def measure(models: list[_Model], size: tuple[int, int], batch: int, repeats: int) -> list[float]:
+    """Returns the median CPU time of each model, in milliseconds per image."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, *size, 3), np.uint8)
+    floats = (images.transpose(0, 3, 1, 2) / np.float32(127.5) - 1).astype(np.float32)
+    seconds: list[list[float]] = [[] for _ in models]
+    for repeat in range(repeats + 1):
+        for model, times in zip(models, seconds, strict=True):
+            start = time.process_time()
+            model.run(floats if model.takes_floats else images)
+            if repeat:  # The first call compiles.
+                times.append(time.process_time() - start)
+    return [1000 * float(np.median(times)) / batch for times in seconds]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle")
+    parser.add_argument("--network", default="cnn", choices=NETWORKS)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--peer_python")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    flags = parser.parse_args()
+    if flags.bundle:
+        bundle = read_bundle(find_bundle(flags.bundle))
+        predictor = BundlePredictor(dataclasses.replace(bundle, precision="float32"))
+        timm_name = bundle.model["name"]
+        dataset = open_as_trained(predictor)
+        chosen = dataset.splits["train"]
+        chosen = chosen[np.linspace(0, len(chosen) - 1, min(256, len(chosen))).astype(int)]
+        batches = list(image_batches(dataset.loader, chosen))
+    else:
+        predictor = random_predictor(flags.network, flags.size)
+        timm_name, dataset = flags.network, None
+        rng = np.random.default_rng(0)
+        batches = [rng.integers(0, 256, (8, flags.size, flags.size, 3), np.uint8)]
+    size = predictor.preprocessing.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        models = list(
+            make_models(predictor, batches, timm_name, flags.peer_python, pathlib.Path(folder))
+        )
+        times = {batch: measure(models, size, batch, flags.repeats) for batch in flags.batches}
+        heads = [
+            "model",
+            "bytes",
+            *(f"ms, batch {b}" for b in times),
+            *(f"ratio, {b}" for b in times),
+        ]
+        print(" | ".join(heads))
+        for i, model in enumerate(models):
+            own = [f"{values[i]:.2f}" for values in times.values()]
+            ratios = [f"{values[0] / values[i]:.2f}" for values in times.values()]
+            print(" | ".join([model.name, f"{model.bytes:,}", *own, *ratios]))
+        if dataset is None:
+            return
+        for model in models[1:]:
+            if model.takes_floats:
+                continue
+            run = _Callable(predictor, model.run)
+            for split, values in certificate.compare(predictor, run, dataset).items():
+                lost = values["accuracy_lost"]
+                low, high = (100 * bound for bound in lost["interval"])
+                print(
+                    f"{model.name}, {split}: accuracy {100 * values['after']['accuracy']:.2f} %, "
+                    f"lost {100 * lost['mean']:.2f} points ({low:.2f} to {high:.2f}), agreement "
+                    f"{100 * values['agreement']:.2f} %, largest difference "
+                    f"{values['largest_difference']:.1e}"
+                )
+
+
+class _Callable:
+    """A predictor that calls a function."""
+
+    def __init__(self, predictor: BundlePredictor, run: Callable[[np.ndarray], Any]):
+        self.class_names = predictor.class_names
+        self.preprocessing = predictor.preprocessing
+        self._run = run
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return np.asarray(self._run(np.ascontiguousarray(images)))
+
+
+if __name__ == "__main__":
+    main()
