@@ -5,7 +5,7 @@ import pytest
 from exports import network_case, run_onnx
 from jax import lax
 
-from cnn_jax.export.function import ExportError, evaluate, flatten, stable_hlo
+from cnn_jax.export.function import BATCH, ExportError, evaluate, flatten, stable_hlo
 from cnn_jax.export.onnx_model import images_model
 from cnn_jax.export.translate import Graph, add_function
 from cnn_jax.models import NETWORKS
@@ -36,11 +36,15 @@ def test_stable_hlo_equals_the_predictor_at_any_batch_size(name):
 def _translate(function):
     """Returns a function of images [b, 4, 6, 3] as a flat function and as an ONNX model."""
     flat = flatten(function, (4, 6))
+    return flat, _model(flat)
+
+
+def _model(flat):
     graph = Graph()
     images = helper.make_tensor_value_info("images", 2, ["batch", 4, 6, 3])
     result = add_function(graph, flat, "images")
     shape = [f"axis_{axis}" for axis in range(flat.out_avals[0].ndim)]
-    return flat, graph.model(images, result, shape, {})
+    return graph.model(images, result, shape, {})
 
 
 def _float(x):
@@ -109,6 +113,15 @@ def test_an_operation_equals_jax(name):
     expected = _FUNCTIONS[name](images)
     np.testing.assert_allclose(run_onnx(model, images=images), expected, atol=3e-6)
     np.testing.assert_allclose(evaluate(flat, images)[0], expected, atol=3e-6)
+
+
+def test_a_convolution_has_at_most_one_bias():
+    function = _FUNCTIONS["two biases"]
+    # `flatten` would add both biases in advance.
+    traced = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((BATCH, 4, 6, 3), np.uint8))
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
+    result = run_onnx(_model(traced), images=images)
+    np.testing.assert_allclose(result, function(images), atol=3e-6)
 
 
 @pytest.mark.parametrize(
