@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         "--format", default="onnx", choices=FORMATS, help=f"{', '.join(FORMATS)} (onnx)"
     )
     parser.add_argument(
-        "--int8", action="store_true", help="compute convolutions with 8 bits; for onnx and web"
+        "--int8", action="store_true", help="compute convolutions with 8 bits; not for stablehlo"
     )
     parser.add_argument(
         "--max_loss",
@@ -47,6 +47,12 @@ def main(argv: Sequence[str]) -> None:
         metavar="FILE",
         help=f"for web: the file that `npm pack {PACKAGE}` downloads",
     )
+    parser.add_argument(
+        "--converter_python",
+        type=cli.path,
+        metavar="PYTHON",
+        help="for litert: the Python of an environment with LiteRT",
+    )
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()
@@ -59,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
         max_loss=flags.max_loss,
         source=flags.source,
         npm_package=flags.npm_package,
+        converter_python=flags.converter_python,
         track=Console().track,
     )
     for line in describe(certificate):

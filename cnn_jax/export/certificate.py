@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pathlib
 import platform
 import subprocess
 import sys
@@ -153,13 +154,16 @@ def golden_records(files: Mapping[str, bytes], exported: Predictor) -> list[dict
     ]
 
 
-def measure(runner: str, model: bytes, image_size: tuple[int, int]) -> dict[str, Any]:
+def measure(
+    runner: str, model: bytes, image_size: tuple[int, int], python: str = sys.executable
+) -> dict[str, Any]:
     """Measures the latency and the peak memory of a model in a new process with one thread.
 
     Args:
       runner: The name of a function in `export.measure`.
       model: The content of the model file.
       image_size: The height and the width of the images.
+      python: The Python that runs the model.
 
     Returns:
       "milliseconds_per_image" by batch size, "peak_memory_bytes", and "machine".
@@ -167,9 +171,9 @@ def measure(runner: str, model: bytes, image_size: tuple[int, int]) -> dict[str,
     with tempfile.NamedTemporaryFile(suffix=".model") as file:
         file.write(model)
         file.flush()
-        code = "from cnn_jax.export import measure; measure.main()"
+        script = str(pathlib.Path(__file__).with_name("measure.py"))
         result = subprocess.run(
-            [sys.executable, "-c", code, runner, file.name, *map(str, image_size)],
+            [python, "-P", script, runner, file.name, *map(str, image_size)],
             capture_output=True,
             text=True,
             check=False,
@@ -178,7 +182,7 @@ def measure(runner: str, model: bytes, image_size: tuple[int, int]) -> dict[str,
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["no message"]
         raise ExportError(f"the exported model cannot be run in a new process: {lines[-1]}")
-    return json.loads(result.stdout) | {"machine": describe_machine()}
+    return json.loads(result.stdout.splitlines()[-1]) | {"machine": describe_machine()}
 
 
 def describe_machine() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The export of a bundle: all files of the folder, made, compared with the bundle and written."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -7,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ from jaxtyping import Float, UInt8
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.export import certificate, readme, web
+from cnn_jax.export import certificate, litert, readme, web
 from cnn_jax.export.function import flat_function, stable_hlo
 from cnn_jax.inference.bundle import (
     describe,
@@ -32,8 +34,9 @@ from cnn_jax.inference.exported import ONNX_MODEL, open_session
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, check_images
 from cnn_jax.system.errors import BundleError, ConfigError
 
-FORMATS = ("onnx", "stablehlo", "web")
+FORMATS = ("onnx", "litert", "stablehlo", "web")
 _STABLEHLO_MODEL = "model.stablehlo"
+_LITERT_MODEL = "model.tflite"
 _PIXELS_MODEL = "pixels.onnx"
 # The number of training images that determine the ranges of a quantized model.
 _CALIBRATION_IMAGES = 256
@@ -74,6 +77,11 @@ class _Model:
     runner: str
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def close(self) -> None:
+        """Ends the process that runs the model, if there is one."""
+        if isinstance(self.predictor, litert.LitertPredictor):
+            self.predictor.close()
+
 
 def export(
     bundle: str | os.PathLike[str],
@@ -84,6 +92,7 @@ def export(
     max_loss: float = MAX_LOSS,
     source: str | None = None,
     npm_package: str | None = None,
+    converter_python: str | None = None,
     track: Track = no_track,
 ) -> dict[str, Any]:
     """Exports a bundle to another format, with a certificate; writes nothing if the check fails.
@@ -92,11 +101,12 @@ def export(
       bundle: A bundle, or a run that has a bundle.
       output: The folder to write. An earlier export in this folder is replaced.
       file_format: One of `FORMATS`.
-      int8: Whether to quantize the convolutions to 8 bits; for the formats "onnx" and "web".
+      int8: Whether to quantize the convolutions to 8 bits; not for the format "stablehlo".
       max_loss: The largest allowed loss of accuracy on the validation split and on the test
         split, from 0 to 1.
       source: The name of the data for the comparison; by default the training data.
       npm_package: For the format "web": the file of the npm package; see `web.page_files`.
+      converter_python: For the format "litert": the Python of an environment with LiteRT.
       track: Shows progress.
 
     Returns:
@@ -111,6 +121,9 @@ def export(
     _check_output(pathlib.Path(output))
     _check_packages(file_format, int8=int8)
     page = web.page_files(npm_package) if file_format == "web" else {}
+    python, versions = sys.executable, _package_versions(file_format)
+    if file_format == "litert":
+        python, versions = litert.check_python(converter_python)
     path = find_bundle(bundle)
     # The exported model computes in float32, also if training used bfloat16.
     contents = dataclasses.replace(read_bundle(path), precision="float32")
@@ -118,12 +131,16 @@ def export(
     dataset = open_as_trained(predictor, source, track)
     if file_format in ("onnx", "web"):
         model = _make_onnx(predictor, _calibration_batches(dataset, track) if int8 else None)
+    elif file_format == "litert":
+        model = _make_litert(predictor, python, int8=int8)
     else:
         model = _make_stablehlo(predictor)
-    comparison = certificate.compare(predictor, model.predictor, dataset, track)
-    certificate.check(comparison, max_loss, is_exact=not int8)
     preprocessing = predictor.preprocessing
     golden = certificate.golden_images(dataset, preprocessing.max_pixels, preprocessing.white_level)
+    with contextlib.closing(model):
+        comparison = certificate.compare(predictor, model.predictor, dataset, track)
+        certificate.check(comparison, max_loss, is_exact=not int8)
+        golden_records = certificate.golden_records(golden, model.predictor)
     main_file = next(iter(model.files))
     statement = {
         "format": file_format,
@@ -136,10 +153,10 @@ def export(
         "data": dataset.source.name,
         "comparison": comparison,
         "max_loss": max_loss,
-        "golden": certificate.golden_records(golden, model.predictor),
-        "versions": library_versions() | _package_versions(file_format),
+        "golden": golden_records,
+        "versions": library_versions() | versions,
         "measured": certificate.measure(
-            model.runner, model.files[main_file], preprocessing.image_size
+            model.runner, model.files[main_file], preprocessing.image_size, python
         ),
     }
     description = describe(contents) | {
@@ -183,6 +200,16 @@ def _make_onnx(predictor: BundlePredictor, batches: Iterable[np.ndarray] | None)
     )
 
 
+def _make_litert(predictor: BundlePredictor, python: str, *, int8: bool) -> _Model:
+    size = predictor.preprocessing.image_size
+    content = litert.convert(flat_function(predictor), size, python, int8=int8)
+    return _Model(
+        {_LITERT_MODEL: content},
+        litert.LitertPredictor(predictor, content, python),
+        "litert",
+    )
+
+
 def _make_stablehlo(predictor: BundlePredictor) -> _Model:
     import jax
 
@@ -214,6 +241,7 @@ def _check_packages(file_format: str, *, int8: bool) -> None:
 
 
 _PACKAGES = {
+    "litert": (),
     "onnx": ("onnx", "onnxruntime"),
     "stablehlo": ("flatbuffers",),
     "web": ("onnx", "onnxruntime"),

@@ -76,6 +76,13 @@ def stable_hlo(function: core.ClosedJaxpr, image_size: tuple[int, int]) -> expor
     return export.export(run, platforms=platforms)(images)
 
 
+def stable_hlo_text(function: core.ClosedJaxpr, image_size: tuple[int, int]) -> str:
+    """Returns a flat function for one image as the text of a StableHLO module."""
+    image = jax.ShapeDtypeStruct((1, *image_size, 3), np.uint8)
+    run = jax.jit(lambda images: evaluate(function, images)[0])
+    return export.export(run, platforms=("cpu",))(image).mlir_module()
+
+
 def evaluate(
     function: core.ClosedJaxpr,
     images: Array | np.ndarray,
@@ -368,11 +375,16 @@ def _dot(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
         return None
     weights = np.broadcast_to(kernel.array.astype(np.float64), kernel.shape)
     base, factor, shift = array.split()
-    layer = _Layer(
-        lambda kernel: equation.primitive.bind(base, kernel, **equation.params),
-        weights * factor[:, None],
-        shift @ weights,
-    )
+
+    def apply(kernel: np.ndarray) -> Array:
+        if ndim != 4:
+            return equation.primitive.bind(base, kernel, **equation.params)
+        # LiteRT refuses a product of an image and a matrix.
+        return lax.conv_general_dilated(
+            base, kernel[None, None], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    layer = _Layer(apply, weights * factor[:, None], shift @ weights)
     count = kernel.shape[1]
     return _Affine(layer, np.ones(count), np.zeros(count))
 

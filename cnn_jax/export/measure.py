@@ -1,4 +1,4 @@
-"""Measures an exported model in a process of its own; started by `certificate.measure`.
+"""Measures an exported model; a script that `certificate.measure` starts in a new process.
 
 The process imports only what runs the model, so that its peak memory is that of the model.
 """
@@ -38,10 +38,26 @@ def stablehlo(path: str) -> Run:
     return lambda images: run(images).block_until_ready()
 
 
+def litert(path: str) -> Run:
+    """Returns the function that runs a LiteRT model, which takes one image at a time."""
+    from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found]
+
+    interpreter = Interpreter(path, num_threads=1)
+    interpreter.allocate_tensors()
+    index = interpreter.get_input_details()[0]["index"]
+
+    def run(images: np.ndarray) -> None:
+        for image in images:
+            interpreter.set_tensor(index, image[None])
+            interpreter.invoke()
+
+    return run
+
+
 def main() -> None:
     """Prints the measurements as JSON; the arguments are runner, path, height and width."""
     runner, path, height, width = sys.argv[1:]
-    run = {"onnx": onnx, "stablehlo": stablehlo}[runner](path)
+    run = {"onnx": onnx, "stablehlo": stablehlo, "litert": litert}[runner](path)
     rng = np.random.default_rng(0)
     milliseconds = {}
     for size in _BATCH_SIZES:
@@ -64,3 +80,7 @@ def _peak_memory() -> int | None:
         return None
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,15 @@ Browsers do not load models from file:// addresses, so any web server must serve
 
 The page compares the model with the images in `golden/` before it accepts an image.
 """
+_LITERT = """\
+`model.tflite` takes `images`, uint8 [1, {height}, {width}, 3], RGB, resized and not normalised.
+It returns `probabilities`, float32 [1, {classes}]; bundle.json has the class names in order.
+
+    import numpy as np
+    from ai_edge_litert.interpreter import Interpreter
+    run = Interpreter("model.tflite").get_signature_runner()
+    print(run(images=np.zeros((1, {height}, {width}, 3), np.uint8))["probabilities"])
+"""
 _STABLEHLO = """\
 `model.stablehlo` takes uint8 [batch, {height}, {width}, 3], RGB, resized and not normalised.
 It returns probabilities, float32 [batch, {classes}]; bundle.json has the class names in order.
@@ -38,7 +47,9 @@ JAX reads the file for 6 months (later versions) and 30 days (earlier versions) 
 def text(certificate: Mapping[str, Any], predictor: Predictor) -> str:
     """Returns the README: how to run the model, and how to check it."""
     height, width = predictor.preprocessing.image_size
-    template = {"onnx": _ONNX, "stablehlo": _STABLEHLO, "web": _WEB}[certificate["format"]]
+    template = {"litert": _LITERT, "onnx": _ONNX, "stablehlo": _STABLEHLO, "web": _WEB}[
+        certificate["format"]
+    ]
     usage = template.format(
         height=height,
         width=width,

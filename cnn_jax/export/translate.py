@@ -432,7 +432,7 @@ class _Translator:
         return _Tensor(name, shape_of(equation.outvars[0]), numbers.out_spec)
 
     def _dot_general(self, equation: core.JaxprEqn, x: _Tensor, y: _Tensor) -> _Tensor:
-        """Multiplies matrices; images with the channels first are convolved with a 1 x 1 kernel."""
+        """Multiplies matrices."""
         contracting, batch = equation.params["dimension_numbers"]
         shape = shape_of(equation.outvars[0])
         is_dense = contracting == ((len(x.shape) - 1,), (0,)) and not batch[0]
@@ -440,9 +440,6 @@ class _Translator:
             self._full(tensor, shape_of(atom))
             for tensor, atom in zip((x, y), equation.invars, strict=True)
         )
-        if is_dense and x.order == _CHANNELS_FIRST and y.array is not None and y.array.ndim == 2:
-            kernel = self._graph.constant(y.array.T[:, :, None, None])
-            return _Tensor(self._graph.add("Conv", x.name, kernel), shape, _CHANNELS_FIRST)
         if is_dense and len(y.shape) == 2:
             names = [self._name(self._plain(tensor)) for tensor in (x, y)]
             return _Tensor(self._graph.add("MatMul", *names), shape, _plain_order(shape))

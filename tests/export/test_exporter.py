@@ -253,7 +253,10 @@ def test_the_limit_of_the_loss_is_inclusive(split, lost, passes):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--format=coreml"], "--format: there is no 'coreml'; there are onnx, stablehlo, web"),
+        (
+            ["--format=coreml"],
+            "--format: there is no 'coreml'; there are onnx, litert, stablehlo, web",
+        ),
         (["--format=stablehlo", "--int8"], "--int8: --format=stablehlo has no 8-bit models"),
         (["--max_loss=2"], "--max_loss: must be from 0 to 1, got '2'"),
         (["--int=8"], "unexpected argument '--int=8'"),
