@@ -381,7 +381,11 @@ def _dot(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
             return equation.primitive.bind(base, kernel, **equation.params)
         # LiteRT refuses a product of an image and a matrix.
         return lax.conv_general_dilated(
-            base, kernel[None, None], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            base,
+            jnp.asarray(kernel[None, None]),
+            (1, 1),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
     layer = _Layer(apply, weights * factor[:, None], shift @ weights)

@@ -8,7 +8,7 @@ weights of dense layers are stored as int8, and computed in float32.
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -153,7 +153,7 @@ class _Quantizer:
         self._constants[name] = np.asarray(array)
         return name
 
-    def _add_node(self, operator: str, output: str, *inputs: str, **attributes: int) -> str:
+    def _add_node(self, operator: str, output: str, *inputs: str, **attributes: Any) -> str:
         self._new_nodes.append(helper.make_node(operator, inputs, [output], output, **attributes))
         return output
 

@@ -539,7 +539,7 @@ class OnnxRuntime(Peer):
         self._images = task.images
 
     def predict(self) -> np.ndarray:
-        return self._session.run(None, {"images": self._images})[0]
+        return np.asarray(self._session.run(None, {"images": self._images})[0])
 
 
 PEERS: dict[str, type[Peer]] = {

@@ -52,6 +52,9 @@ def test_convolutions_have_8_bits_except_the_first():
         # ONNX Runtime Web accepts only scalars for a whole tensor.
         assert not constants[pixels.input[1]].dims
         assert constants[pixels.input[2]].data_type == onnx.TensorProto.UINT8
+        # QLinearConv adds the integers of the bias to the integers of the products.
+        scales = [onnx.numpy_helper.to_array(constants[n.input[1]]) for n in (pixels, kernel, bias)]
+        np.testing.assert_allclose(scales[2], scales[0] * scales[1], rtol=1e-6)
     dense, _ = _operators(model, "MatMul")
     weights = producers[dense.input[1]]
     assert constants[weights.input[0]].data_type == onnx.TensorProto.INT8
