@@ -142,7 +142,7 @@ MUTATIONS = [
     ("models/vit.py", "(1, rows, columns, self.features)", "(1, columns, rows, self.features)", "models/test_timm.py"),
     ("models/vit.py", "deterministic=not self.is_training", "deterministic=False", "models/test_vit.py"),
     ("models/vit.py", "for i in range(self.depth - 1) if i % 3 == 2 or i == last", "for i in range(self.depth) if i % 3 == 2", "models/test_networks.py"),
-    ("system/runtime.py", "if _is_known(name, value)}", "if not _is_known(name, value)}", "training/test_programs.py"),
+    ("system/runtime.py", "in _CPU_OPTIONS.items() if _is_known(name, value)}", "in _CPU_OPTIONS.items() if not _is_known(name, value)}", "training/test_programs.py"),
     ("data/preprocessing.py", "jnp.float32) - mean) / std", "jnp.float32) - mean) * std", "training/test_step.py"),
     ("training/step.py", "random_key(self.seed, purpose), step)", "random_key(self.seed, purpose), 0)", "training/test_step.py"),
     ("training/step.py", "jnp.sum(jnp.where(mask, losses, 0))", "jnp.sum(losses)", "training/test_step.py"),

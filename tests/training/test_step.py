@@ -311,7 +311,7 @@ def _plain_state():
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_a_batch_in_parts_trains_like_the_whole_batch(parts):
-    """The network has no BatchNorm and no dropout, because splitting a batch changes their results."""
+    """The network has no BatchNorm and no dropout, whose results depend on the size of a part."""
     weights = (0.5, 1.0, 1.5)
     whole = jax.jit(_train_step(PLAIN, class_weights=weights))
     in_parts = jax.jit(_train_step(PLAIN, class_weights=weights, accumulation_steps=parts))
