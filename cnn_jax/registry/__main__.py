@@ -483,7 +483,7 @@ def _line(entry: Entry) -> str:
         "promote": f"{entry.alias} -> {entry.version}",
         "rollback": f"{entry.alias} -> {entry.version}",
         "remove": f"{entry.version or entry.alias}",
-    }[entry.action]
+    }.get(entry.action, "(skipped, because this version of cnn_jax does not know the action)")
     before = f" (previously {entry.before})" * (entry.before is not None)
     gates = "".join(f"  {gate}" for gate in entry.gates)
     note = f"  # {entry.note}" * bool(entry.note)

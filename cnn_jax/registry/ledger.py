@@ -7,6 +7,7 @@ All functions are pure: they read and write no files. An entry is a JSON object:
     id                          a random id, so that a writer recognises its own entry
     time, user, host, note      time (UTC), user and host of the change; a note by the user
     action                      add, promote, rollback or remove
+    skippable                   true if a reader that does not know the action may skip the entry
     model, version              the changed model and version
     alias, before               the changed alias, and the version it pointed to before
     gates                       for promote: the gates that the version passed
@@ -29,6 +30,13 @@ CHAMPION = "champion"
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _DIGEST = r"[0-9a-f]{64}"
+# The fields that the entry of each action needs; the removal of an alias needs others.
+_NEEDED_FIELDS = {
+    "add": ("version", "bundle"),
+    "promote": ("version", "alias"),
+    "rollback": ("version", "alias", "before"),
+    "remove": ("version",),
+}
 # The pattern of a bundle's path is strict, because removing a version deletes the folder at this
 # path, and a damaged log could contain any path.
 _PATH = rf"bundles/{_DIGEST}-\d{{8}}T\d{{6}}Z-[0-9a-f]{{16}}"
@@ -72,7 +80,9 @@ class BundleFacts:
 class Entry:
     """A log entry, which describes a change of the registry.
 
-    The docstring of this module explains the fields. Missing fields are None or empty.
+    The docstring of this module explains the fields. Missing fields are None or empty. If a later
+    version of this package wrote the entry, and the entry is skippable, its action may be unknown.
+    Such an entry has only the fields up to `action`; it changes nothing.
     """
 
     number: int
@@ -366,6 +376,8 @@ def apply(models: Models, entry: Entry) -> dict[str, Model]:
       ValueError: The entry is not valid in this state.
     """
     change = {"add": _add, "promote": _promote, "rollback": _roll_back, "remove": _remove}
+    if entry.action not in change:
+        return dict(models)
     model = models.get(entry.model, Model(entry.model))
     return {**models, entry.model: change[entry.action](model, entry)}
 
@@ -454,7 +466,8 @@ def parse(data: bytes) -> Entry:
     """Parses the JSON bytes of an entry.
 
     Raises:
-      RegistryError: A later version of this package wrote the entry in a new format.
+      RegistryError: A later version of this package wrote the entry in a new format, or with an
+        action that is unknown and not skippable.
       ValueError: The data is not a valid entry.
     """
     try:
@@ -466,15 +479,26 @@ def parse(data: bytes) -> Entry:
             )
         if _take(fields, "sha256", str) != fields_digest(fields):
             raise ValueError("its sha256 does not match its other fields")
+        action = _take(fields, "action", str)
+        common: dict[str, Any] = {
+            "number": _take(fields, "number", int),
+            "previous": _take(fields, "previous", str, ""),
+            "id": _take(fields, "id", str),
+            "time": _time(fields),
+            "user": _take(fields, "user", str, ""),
+            "host": _take(fields, "host", str, ""),
+            "note": _take(fields, "note", str, ""),
+            "action": action,
+        }
+        if action not in _NEEDED_FIELDS:
+            if fields.get("skippable") is True:
+                return Entry(**common, model=_take(fields, "model", str, ""))
+            raise RegistryError(
+                f"has the action {printable(action)}, which this version of cnn_jax does not know: "
+                "upgrade cnn_jax"
+            )
         entry = Entry(
-            number=_take(fields, "number", int),
-            previous=_take(fields, "previous", str, ""),
-            id=_take(fields, "id", str),
-            time=_time(fields),
-            user=_take(fields, "user", str, ""),
-            host=_take(fields, "host", str, ""),
-            note=_take(fields, "note", str, ""),
-            action=_take(fields, "action", str),
+            **common,
             model=check_name("model", _take(fields, "model", str)),
             version=_take(fields, "version", int, None),
             alias=check_name("alias", _take(fields, "alias", str)) if "alias" in fields else None,
@@ -492,16 +516,12 @@ def parse(data: bytes) -> Entry:
 
 def _check_shape(entry: Entry) -> None:
     """Raises ValueError if an entry lacks a field that its action needs, or has an extra field."""
-    needs = {
-        "add": ("version", "bundle"),
-        "promote": ("version", "alias"),
-        "rollback": ("version", "alias", "before"),
-        "remove": ("version",) if entry.alias is None else ("alias", "before"),
-    }
-    _expect(entry.action in needs, f"its action is {entry.action}")
+    needed = _NEEDED_FIELDS[entry.action]
+    if entry.action == "remove" and entry.alias is not None:
+        needed = ("alias", "before")
     optional = {"promote": ("before",)}.get(entry.action, ())
     for field in ("version", "alias", "before", "bundle"):
-        is_set, is_needed = getattr(entry, field) is not None, field in needs[entry.action]
+        is_set, is_needed = getattr(entry, field) is not None, field in needed
         problem = f"its {field} is {'missing' if is_needed else 'not allowed'} for {entry.action}"
         _expect(is_set == is_needed or field in optional, problem)
 

@@ -1,6 +1,7 @@
 import copy
 import datetime
 import getpass
+import hashlib
 import json
 import os
 import pathlib
@@ -426,7 +427,7 @@ def _rewrite(**changes):
         (3, _rewrite(number=4), "/00000003.json is damaged: its number is 4"),
         (5, _rewrite(version=3), "/00000006.json is damaged: its field .previous."),
         (6, _rewrite(version=9), "/00000006.json is damaged: there is no ver"),
-        (4, _rewrite(action="prosper"), "/00000004.json is damaged: its action is prosper"),
+        (4, _rewrite(action="prosper"), "/00000004.json has the action prosper, which"),
         (6, _replace(b'"format": 1', b'"format": 2'), "/00000006.json has format 2, but this"),
     ],
 )
@@ -449,6 +450,30 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
                 call(damaged)
             assert "\n" not in str(raised.value)
     assert files(registry) == before
+
+
+def test_a_skippable_entry_of_a_later_version_is_skipped(registry, bundles):
+    """The registry stays readable and writable, and the later entry stays in the log."""
+    folder = pathlib.Path(registry.url) / "log"
+    before = outline(registry)
+    fields = json.loads((folder / "00000006.json").read_bytes())
+    fields |= {
+        "number": 7,
+        "previous": hashlib.sha256((folder / "00000006.json").read_bytes()).hexdigest(),
+        "action": "quarantine",
+        "skippable": True,
+        # Known names with values that this version could not parse.
+        "version": "all",
+        "alias": ["champion"],
+        "bundle": 3,
+    }
+    fields["sha256"] = ledger.fields_digest(fields)
+    (folder / "00000007.json").write_text(json.dumps(fields))
+    assert registry.refresh()
+    assert outline(registry) == before == outline(Registry(registry.url))
+    assert registry.log[-1].action == "quarantine"
+    registry.promote("flowers", 1, "mine")
+    assert aliases(Registry(registry.url)) == {"champion": 2, "mine": 1}
 
 
 def test_only_a_lost_add_at_the_end_is_detected(registry):

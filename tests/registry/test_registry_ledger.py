@@ -285,7 +285,6 @@ def _changed_bundle(**changes):
         _changed(format=True),
         _changed(number="1"),
         _changed(time="yesterday"),
-        _changed(action="adopt"),
         _changed(action="add"),
         _changed(model="../x"),
         _changed(model=None),
@@ -360,6 +359,34 @@ def test_a_later_format_is_reported():
         RegistryError, match=r"^has format 2, but this version .* reads format 1: upg"
     ):
         ledger.parse(b'{"format": 2}')
+
+
+@pytest.mark.parametrize("mark", [None, False, 1, "true"])
+def test_an_unknown_action_must_be_marked_skippable(mark):
+    with pytest.raises(RegistryError, match=r"^has the action adopt, which .*: upgrade cnn_jax$"):
+        ledger.parse(_changed(action="adopt", skippable=mark))
+
+
+def test_a_skippable_unknown_action_changes_nothing():
+    models = make_models(make_facts(), champion=[1])
+    for fields in ({}, {"model": None}, {"version": "x", "alias": [], "before": {}, "gates": 1}):
+        entry = ledger.parse(_changed(action="adopt", skippable=True, **fields))
+        assert (entry.action, entry.version, entry.alias) == ("adopt", None, None)
+        assert ledger.apply(models, entry) == models
+
+
+def test_a_known_action_is_never_skipped():
+    """A skippable entry with a known action is applied, and its fields are checked."""
+    entry = make_entry("promote", 1, "champion")
+    assert ledger.parse(_changed(skippable=True)) == entry
+    with pytest.raises(ValueError, match="version is missing"):
+        ledger.parse(_changed(skippable=True, version=None))
+
+
+def test_a_damaged_skippable_entry_is_not_skipped():
+    data = _changed(action="adopt", skippable=True).replace(b'"ann"', b'"eve"')
+    with pytest.raises(ValueError, match="its sha256 does not match"):
+        ledger.parse(data)
 
 
 def test_unknown_fields_are_ignored():
