@@ -12,12 +12,13 @@
     cnn_jax registry export MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
     cnn_jax registry import MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
 
-DIR is a folder or a URL of fsspec, such as s3://BUCKET/PATH. Without --registry, DIR is the value
-of the environment variable CNN_JAX_REGISTRY. A command that changes the registry prints one line.
-`verify` reads the files of all versions, reports each version as unchanged or damaged, and exits
-with 1 if a version is damaged. `fetch` copies a bundle into FOLDER and prints the path of the copy;
-MODEL without a version selects the version with the alias "champion". `export` and `import` copy
-versions and aliases to and from an MLflow registry. `import --no_aliases` copies no aliases.
+DIR is a folder, or a URL such as s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH. Without
+--registry, DIR is the value of the environment variable CNN_JAX_REGISTRY. A command that changes
+the registry prints one line. `verify` reads the files of all versions, reports each version as
+unchanged or damaged, and exits with 1 if a version is damaged; it also names folders that belong to
+no version. `fetch` copies a bundle into FOLDER and prints the path of the copy; MODEL without a
+version selects the version with the alias "champion". `export` and `import` copy versions and
+aliases to and from an MLflow registry. `import --no_aliases` copies no aliases.
 """
 
 import argparse
@@ -256,6 +257,9 @@ def _verify(registry: Registry, flags: argparse.Namespace) -> None:
             registry.refresh()  # This call raises an error if the whole registry is unreadable.
             line = f"{version} was not verified: {error}"
         _print(printable(line))
+    if flags.model is None:
+        for path in registry.unused_bundles():
+            _print(f"{path} belongs to no version: delete it, unless an `add` is running")
     if damaged:
         raise RegistryError(
             f"{len(damaged)} of {len(versions)} versions are damaged: {', '.join(damaged)}; add "

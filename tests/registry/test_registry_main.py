@@ -468,5 +468,5 @@ def test_read_commands_import_no_heavy_package(registry):
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    heavy = {"jax", "flax", "numpy", "fsspec", "mlflow"}
+    heavy = {"jax", "flax", "numpy", "boto3", "mlflow"}
     assert not heavy & set(output.splitlines()[-1].split())

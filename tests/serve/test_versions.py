@@ -453,13 +453,12 @@ def test_a_known_network_is_not_timed_again():
 
 
 def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
     pytest.importorskip("moto", reason="moto is not installed, which plays S3")
     (tmp_path / "tokens").write_text(f"predict {PREDICT}\nadmin {ADMIN}\n")
     with s3_service() as options:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint_url"])
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", options["key"])
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret"])
+        monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint"])
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", options["access_key_id"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret_access_key"])
         registry = Registry(f"s3://{BUCKET}/registry", options)
         for seed in (1, 2):
             add(registry, tmp_path, seed)
