@@ -4,6 +4,7 @@
     cnn_jax registry list [MODEL] --registry=DIR [--json]
     cnn_jax registry show MODEL[@ALIAS|/VERSION] --registry=DIR [--json]
     cnn_jax registry promote MODEL VERSION --registry=DIR [--alias=champion] [GATES]
+    cnn_jax registry promote MODEL VERSION --registry=DIR --not_worse_than=champion --on=SOURCE
     cnn_jax registry rollback MODEL --registry=DIR [--alias=champion] [--from=VERSION]
     cnn_jax registry remove MODEL VERSION --registry=DIR
     cnn_jax registry remove MODEL --alias=ALIAS --registry=DIR
@@ -31,8 +32,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cnn_jax.config.schema import SOURCE_FORMS
 from cnn_jax.registry import ledger
-from cnn_jax.registry.ledger import CHAMPION, Entry, Gates, Model, RegistryError, Version
+from cnn_jax.registry.ledger import CHAMPION, Entry, Evidence, Gates, Model, RegistryError, Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system import cli
 from cnn_jax.system.errors import BundleError, ConfigError, printable
@@ -155,11 +157,31 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
         help="refuse a version with a higher test loss",
     )
     promote.add_argument(
-        "--not_below",
-        "--not-below",
+        "--not_worse_than",
+        "--not-worse-than",
         type=_alias,
         metavar="ALIAS",
-        help="refuse a version with a lower test accuracy than the version of this alias",
+        help="refuse a version unless tests on the images of --on show that it is not worse than "
+        "the version of this alias; not checked if --alias names the same alias, and the alias "
+        "does not exist yet",
+    )
+    promote.add_argument(
+        "--on", metavar="SOURCE", help=f"the images for --not_worse_than: {SOURCE_FORMS}"
+    )
+    promote.add_argument(
+        "--split",
+        choices=("test", "all"),
+        default="test",
+        metavar="SPLIT",
+        help="test: only images that are in the test split of both versions; all: all images of "
+        "--on, which neither version may have seen (test)",
+    )
+    promote.add_argument(
+        "--margin",
+        type=_margin,
+        default=0.01,
+        metavar="FRACTION",
+        help="the difference in accuracy that --not_worse_than accepts, above 0 and below 1 (0.01)",
     )
 
 
@@ -187,6 +209,14 @@ def _argparse_type(parse: Callable[[str], Any], kind: str = "") -> Callable[[str
     return parse_argument
 
 
+def _margin(text: str) -> float:
+    """Parses the margin of --not_worse_than; an argparse type."""
+    margin = cli.fraction(text)
+    if not 0 < margin < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 1, got {text!r}")
+    return margin
+
+
 _model = _argparse_type(lambda text: ledger.check_name("model", text), "model")
 _alias = _argparse_type(lambda text: ledger.check_name("alias", text), "alias")
 _version_or_alias = _argparse_type(ledger.parse_version_or_alias)
@@ -208,13 +238,43 @@ def _add(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _promote(registry: Registry, flags: argparse.Namespace) -> None:
-    gates = Gates(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Gates)})
+    if (flags.not_worse_than is None) != (flags.on is None):
+        raise ConfigError("--not_worse_than and --on must be given together")
+    limits = ("min_accuracy", "min_precision", "min_recall", "min_f1", "max_loss")
+    gates = Gates(**{name: getattr(flags, name) for name in limits})
+    if flags.not_worse_than is not None:
+        gates = dataclasses.replace(gates, evidence=_evidence(registry, flags, gates))
     entry = registry.promote(flags.model, flags.version, flags.alias, gates, flags.note)
     if entry is None:
         version = registry.resolve(flags.model, flags.alias)
         _print(f"{flags.model}@{flags.alias} is already version {version.number}")
         return
     _print(_alias_change(entry))
+
+
+def _evidence(registry: Registry, flags: argparse.Namespace, gates: Gates) -> Evidence | None:
+    """Compares the version with that of --not_worse_than; returns None if there is no other."""
+    version = registry.resolve(flags.model, flags.version)
+    target = registry.models[flags.model].alias_target(flags.not_worse_than)
+    if flags.not_worse_than == flags.alias and target in (None, version.number):
+        return None
+    gates.check(registry.models, version, flags.alias)  # The other gates need no predictions.
+    from cnn_jax.registry.evidence import compare_versions
+    from cnn_jax.system.compilation_cache import keep_compiled
+    from cnn_jax.system.console import Console
+    from cnn_jax.system.runtime import keep_freed_memory
+
+    keep_freed_memory()
+    keep_compiled()
+    return compare_versions(
+        registry,
+        version,
+        flags.not_worse_than,
+        flags.on,
+        flags.margin,
+        flags.split,
+        Console().track,
+    )
 
 
 def _rollback(registry: Registry, flags: argparse.Namespace) -> None:

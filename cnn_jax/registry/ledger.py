@@ -11,6 +11,7 @@ All functions are pure: they read and write no files. An entry is a JSON object:
     model, version              the changed model and version
     alias, before               the changed alias, and the version it pointed to before
     gates                       for promote: the gates that the version passed
+    evidence                    for promote: the comparison with another version; see `Evidence`
     bundle                      for add: the path and the metadata of the bundle
 """
 
@@ -98,7 +99,65 @@ class Entry:
     alias: str | None = None
     before: int | None = None
     gates: tuple[str, ...] = ()
+    evidence: dict[str, Any] | None = None
     bundle: BundleFacts | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """The comparison of a version with the version of an alias, on the same images.
+
+    Attributes:
+      candidate: The number of the version to promote.
+      alias: The alias that the candidate is compared with.
+      reference: The number of the alias's version.
+      source: The name of the source of the images.
+      split: The split, "test" or "all".
+      is_not_worse: The decision: the score test passes, and no class is worse.
+      images: The number of images.
+      margin: The accepted difference in accuracy.
+      level: The level of the tests.
+      candidate_correct, reference_correct: The number of images that each version classifies
+        correctly.
+      gains: The number of images that only the candidate classifies correctly.
+      losses: The number of images that only the reference classifies correctly.
+      p_value: The p-value of the score test.
+      worse_classes: The classes in which the candidate is worse.
+      classes: The images, gains and losses of each class with gains or losses.
+      images_needed: The number of images with which an equal version would pass 80 % of the time.
+    """
+
+    candidate: int
+    alias: str
+    reference: int
+    source: str
+    split: str
+    is_not_worse: bool
+    images: int
+    margin: float
+    level: float
+    candidate_correct: int
+    reference_correct: int
+    gains: int
+    losses: int
+    p_value: float
+    worse_classes: tuple[str, ...]
+    classes: dict[str, tuple[int, int, int]]
+    images_needed: int
+
+    def __str__(self) -> str:
+        text = (
+            f"not_worse_than={self.alias}: {self.candidate_correct / self.images:.2%} of "
+            f"{self.images:,} images of {self.source} are correct, and "
+            f"{self.reference_correct / self.images:.2%} with version {self.reference} "
+            f"(margin {self.margin:g}, p = {self.p_value:.2g})"
+        )
+        if self.worse_classes:
+            return f"{text}; worse in {', '.join(self.worse_classes)}"
+        if not self.is_not_worse:
+            needed = f"{self.images_needed:,}"
+            return f"{text}; an equal version would pass 80 % of the time with {needed} images"
+        return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,8 +353,8 @@ class Gates:
       min_accuracy, min_precision, min_recall, min_f1: The least allowed value, 0 to 1; None for
         no condition.
       max_loss: The largest allowed loss, 0 or more; None for no condition.
-      not_below: An alias. The test accuracy of the version must not be below the test accuracy
-        of the alias's current version. None for no condition.
+      evidence: A comparison in which the version must not be worse; see
+        `evidence.compare_versions`. None for no condition.
     """
 
     min_accuracy: float | None = None
@@ -303,7 +362,7 @@ class Gates:
     min_recall: float | None = None
     min_f1: float | None = None
     max_loss: float | None = None
-    not_below: str | None = None
+    evidence: Evidence | None = None
 
     def check(self, models: Models, version: Version, alias: str) -> tuple[str, ...]:
         """Checks that a version meets all conditions for its promotion.
@@ -311,14 +370,14 @@ class Gates:
         Args:
           models: The state of the registry.
           version: The version to promote.
-          alias: The alias that will point to the version. If `not_below` names the same alias and
-            the alias does not exist yet, `not_below` is not checked.
+          alias: The alias that will point to the version.
 
         Returns:
           A description of each condition that the version meets.
 
         Raises:
-          RegistryError: The version misses a condition, or the metric is unknown.
+          RegistryError: The version misses a condition, the metric is unknown, or the evidence is
+            about other versions.
         """
         passed, failed = [], []
         for metric in METRICS:
@@ -331,34 +390,18 @@ class Gates:
                 )
                 text = f"{name}={limit:g}: test {metric} is {_metric_text(value)}"
                 (passed if passes else failed).append(text)
-        is_first = self.not_below == alias and alias not in models[version.model].aliases
-        if self.not_below is not None and not is_first:
-            text, passes = self._compare(models, version)
-            (passed if passes else failed).append(text)
+        if self.evidence is not None:
+            current = resolve(models, version.model, self.evidence.alias).number
+            if (version.number, current) != (self.evidence.candidate, self.evidence.reference):
+                raise RegistryError(
+                    f"{version.model}@{self.evidence.alias} is now version {current}, but "
+                    f"{version} was compared with version {self.evidence.reference}: run the "
+                    "command again"
+                )
+            (passed if self.evidence.is_not_worse else failed).append(str(self.evidence))
         if failed:
             raise RegistryError(f"{version} does not become {alias}: {'; '.join(failed)}")
         return tuple(passed)
-
-    def _compare(self, models: Models, version: Version) -> tuple[str, bool]:
-        """Returns a description of the condition `not_below`, and whether the version meets it."""
-        assert self.not_below is not None
-        current = resolve(models, version.model, self.not_below)
-        bundle, reference = version.bundle, current.bundle
-        if version.number != current.number and (
-            not bundle.fingerprint or bundle.fingerprint != reference.fingerprint
-        ):
-            return (
-                f"not_below={self.not_below}: versions {version.number} and {current.number} have "
-                "different data, hence different test splits; evaluate both on one data set with "
-                "cnn_jax evaluate --source, or use --min_accuracy",
-                False,
-            )
-        accuracy, least = bundle.test_metric("accuracy"), reference.test_metric("accuracy")
-        text = (
-            f"not_below={self.not_below}: test accuracy is {_metric_text(accuracy)}, and that of "
-            f"version {current.number} is {_metric_text(least)}"
-        )
-        return text, accuracy is not None and least is not None and accuracy >= least
 
 
 def _metric_text(value: float | None) -> str:
@@ -504,6 +547,7 @@ def parse(data: bytes) -> Entry:
             alias=check_name("alias", _take(fields, "alias", str)) if "alias" in fields else None,
             before=_take(fields, "before", int, None),
             gates=tuple(map(str, _take(fields, "gates", list, []))),
+            evidence=_take(fields, "evidence", dict, None),
             bundle=_facts(fields["bundle"]) if "bundle" in fields else None,
         )
     except KeyError as error:

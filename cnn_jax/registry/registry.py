@@ -348,7 +348,7 @@ class Registry:
           selector: The number of the version, or an alias of the version. The alias is resolved
             only once, at the start.
           alias: The alias to change or create.
-          gates: Conditions on the version's test metrics.
+          gates: Conditions on the version.
           note: A text for the log.
 
         Returns:
@@ -375,6 +375,7 @@ class Registry:
                 "alias": alias,
                 "before": before,
                 "gates": passed,
+                "evidence": gates.evidence and dataclasses.asdict(gates.evidence),
             }
 
         # Check the gates before `verify`, because `verify` may have to download the bundle.

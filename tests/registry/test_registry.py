@@ -24,6 +24,7 @@ from registry_tools import (
     vary,
     wrapped,
 )
+from test_registry_ledger import make_evidence
 
 from cnn_jax.inference.bundle import digest, read_bundle, write_bundle
 from cnn_jax.registry import ledger
@@ -204,10 +205,10 @@ def test_failed_gates_refuse_a_promotion(registry):
     before = files(registry)
     with pytest.raises(RegistryError, match=r"min_accuracy=0.65: test accuracy is 0.6$"):
         registry.promote("flowers", 2, "mine", Gates(min_accuracy=0.65))
-    with pytest.raises(RegistryError, match=r"accuracy is 0.6, and that of version 3 is 0.7$"):
-        registry.promote("flowers", 2, "champion", Gates(not_below="mine"))
+    with pytest.raises(RegistryError, match=r"f1 is 0.4$"):
+        registry.promote("flowers", 3, "champion", Gates(min_accuracy=0.65, min_f1=0.5))
     assert files(registry) == before
-    assert registry.promote("flowers", 3, gates=Gates(min_accuracy=0.65, not_below="champion"))
+    assert registry.promote("flowers", 3, gates=Gates(min_accuracy=0.65))
     assert aliases(registry) == {"champion": 3, "mine": 3}
 
 
@@ -885,12 +886,13 @@ def test_two_writers_add_the_same_bundle_once(registry, bundles):
 
 
 def test_gates_use_the_latest_state(registry, bundles):
-    """A promotion is checked again after another writer moves an alias; the second check fails."""
+    """Evidence is checked again after another writer has moved the alias."""
     store = wrapped(pathlib.Path(registry.url))
     slow = on(store)
     _meanwhile(store, LOG, lambda: registry.promote("flowers", 3))
-    with pytest.raises(RegistryError, match=r"that of version 3 is 0\.7"):
-        slow.promote("flowers", 2, "next", Gates(not_below="champion"))
+    gates = Gates(evidence=make_evidence(candidate=1, reference=2))
+    with pytest.raises(RegistryError, match="flowers@champion is now version 3, but flowers/1 was"):
+        slow.promote("flowers", 1, "next", gates)
     assert aliases(registry) == {"champion": 3, "mine": 3}
 
 
