@@ -133,7 +133,7 @@ def worse_classes(
     """
     p_values = binom.sf(losses - 1, gains + losses, 0.5)
     order = np.argsort(p_values, axis=-1, kind="stable")
-    tests_left = np.arange(p_values.shape[-1], 0, -1)
+    tests_left = np.arange(gains.shape[-1], 0, -1)
     is_small = np.take_along_axis(p_values, order, -1) * tests_left <= LEVEL
     is_worse = np.zeros(p_values.shape, bool)
     np.put_along_axis(is_worse, order, np.logical_and.accumulate(is_small, axis=-1), axis=-1)

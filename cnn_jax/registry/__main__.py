@@ -11,15 +11,14 @@
     cnn_jax registry verify [MODEL] --registry=DIR
     cnn_jax registry fetch MODEL[@ALIAS|/VERSION] FOLDER --registry=DIR
     cnn_jax registry export MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
-    cnn_jax registry import MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
 
 DIR is a folder, or a URL such as s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH. Without
 --registry, DIR is the value of the environment variable CNN_JAX_REGISTRY. A command that changes
 the registry prints one line. `verify` reads the files of all versions, reports each version as
 unchanged or damaged, and exits with 1 if a version is damaged; it also names folders that belong to
 no version. `fetch` copies a bundle into FOLDER and prints the path of the copy; MODEL without a
-version selects the version with the alias "champion". `export` and `import` copy versions and
-aliases to and from an MLflow registry. `import --no_aliases` copies no aliases.
+version selects the version with the alias "champion". `export` registers versions and aliases in
+MLflow, so that `mlflow.pyfunc.load_model` and `mlflow models serve` answer with them.
 """
 
 import argparse
@@ -86,29 +85,21 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "check the files of all versions, or of one model")
     verify.add_argument("model", type=_model, nargs="?", metavar="MODEL")
     fetch = command("fetch", _fetch, "copy a version's bundle into a folder, and print its path")
-    export = command("export", _export, "copy versions and aliases to an MLflow registry")
-    import_ = command("import", _import, "copy versions and aliases from an MLflow registry")
+    export = command("export", _export, "register versions and aliases in MLflow")
 
-    for subparser in (show, fetch, export, import_):
+    for subparser in (show, fetch, export):
         subparser.add_argument("reference", type=_reference, metavar="MODEL[@ALIAS|/VERSION]")
     fetch.add_argument(
         "folder", type=cli.path, metavar="FOLDER", help="created if it does not exist"
     )
     for subparser in (list_, show):
         subparser.add_argument("--json", action="store_true", help="print JSON")
-    for subparser in (export, import_):
-        subparser.add_argument(
-            "--mlflow",
-            type=_location,
-            default=os.environ.get(_MLFLOW_VARIABLE) or None,
-            metavar="URI",
-            help=f"the MLflow server or database (${_MLFLOW_VARIABLE})",
-        )
-    import_.add_argument(
-        "--no_aliases",
-        "--no-aliases",
-        action="store_true",
-        help="import only the versions; do not change the aliases of this registry",
+    export.add_argument(
+        "--mlflow",
+        type=_location,
+        default=os.environ.get(_MLFLOW_VARIABLE) or None,
+        metavar="URI",
+        help=f"the MLflow server or database (${_MLFLOW_VARIABLE})",
     )
     _alias_flag(rollback)
     rollback.add_argument(
@@ -338,24 +329,11 @@ def _fetch(registry: Registry, flags: argparse.Namespace) -> None:
 def _export(registry: Registry, flags: argparse.Namespace) -> None:
     from cnn_jax.registry import mlflow
 
-    name, selector = flags.reference
-    for line in mlflow.export_versions(registry, name, selector, _mlflow_uri(flags)):
-        _print(line)
-
-
-def _import(registry: Registry, flags: argparse.Namespace) -> None:
-    from cnn_jax.registry import mlflow
-
-    name, selector = flags.reference
-    uri, with_aliases = _mlflow_uri(flags), not flags.no_aliases
-    for line in mlflow.import_versions(registry, name, selector, uri, with_aliases):
-        _print(line)
-
-
-def _mlflow_uri(flags: argparse.Namespace) -> str:
     if flags.mlflow is None:
         raise ConfigError(f"--mlflow is required, unless ${_MLFLOW_VARIABLE} is set")
-    return flags.mlflow
+    name, selector = flags.reference
+    for line in mlflow.export_versions(registry, name, selector, flags.mlflow):
+        _print(line)
 
 
 def _list(registry: Registry, flags: argparse.Namespace) -> None:
