@@ -36,7 +36,7 @@ class PyfuncModel:
         Raises:
           DataError: An image cannot be read.
         """
-        import pandas
+        import pandas  # pyright: ignore[reportMissingImports]
 
         predictions = predict_batch(self._predictor, list(model_input[COLUMN]))
         for row, prediction in enumerate(predictions):

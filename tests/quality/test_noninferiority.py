@@ -83,6 +83,11 @@ def test_worse_classes_equal_a_closed_test_procedure():
     assert 60 < found < 180
 
 
+def test_holm_stops_at_the_first_large_p_value():
+    """Two classes have p = 10 / 512: three times p is above 5 %, but two times p is not."""
+    assert not worse_classes(np.array([1, 1, 0]), np.array([8, 8, 0])).any()
+
+
 def test_a_class_without_differences_is_not_worse():
     assert not worse_classes(np.zeros(3, int), np.zeros(3, int)).any()
 
