@@ -63,8 +63,8 @@ _BACKBONE_KEYS = {
     ),
     "embedding": keys.choice(
         "last",
-        "last: the head sees the last feature maps only; stages: it sees the mean and the "
-        "standard deviation of the feature maps of all stages too.",
+        "last: the head sees the last feature maps only; stages: it also sees the mean and the "
+        "standard deviation of each feature map between the first and the last stage.",
         ("last", "stages"),
     ),
     "dropout": keys.fraction_below_one(

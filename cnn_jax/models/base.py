@@ -166,7 +166,7 @@ class Backbone(Network):
     Attributes:
       embedding: "last": the embedding is what the published network gives its last dense layer.
         "stages": the embedding also contains the mean and the standard deviation over the
-        pixels of each channel of all feature maps, so that the head sees all stages.
+        pixels of each channel of the feature maps, except those of the first and the last stage.
       dropout: The probability that a number of the embedding is dropped in training.
     """
 
@@ -185,7 +185,7 @@ class Backbone(Network):
           train: Whether to use dropout.
         """
         if self.embedding == "stages":
-            maps = [x.astype(jnp.float32) for x in stages.outputs.values()]
+            maps = [x.astype(jnp.float32) for x in list(stages.outputs.values())[1:-1]]
             moments = [moment for x in maps for moment in _moments(x)]
             embedding = jnp.concatenate([*moments, embedding.astype(jnp.float32)], axis=-1)
         x = stages.add("embedding", embedding)

@@ -32,8 +32,8 @@ from cnn_jax.training.metrics import Metrics
 # solution of the previous fit.
 PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 # The maximum number of L-BFGS iterations for each penalty, and the gradient norm at which L-BFGS
-# stops.
-_ITERATIONS, _TOLERANCE = 100, 1e-4
+# stops. On EuroSAT, 100 iterations took four times as long and gave the same accuracy.
+_ITERATIONS, _TOLERANCE = 25, 1e-4
 # The configuration keys of a network that affect only training, and not the features.
 _TRAINING_KEYS = {"batch_norm_statistics", "drop_path", "dropout", "pretrained"}
 # The minimum divisor of a feature. Smaller standard deviations are replaced by this value.
