@@ -1,5 +1,6 @@
 import dataclasses
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from registry_tools import aliases, figures, vary
 
 from cnn_jax.inference.bundle import digest, read_bundle
 from cnn_jax.registry import __main__ as command
+from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import RegistryError
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system.errors import BundleError, ConfigError, UserError, printable
@@ -466,3 +468,30 @@ def test_read_commands_import_no_heavy_package(registry):
     ).stdout
     heavy = {"jax", "flax", "numpy", "boto3", "mlflow"}
     assert not heavy & set(output.splitlines()[-1].split())
+
+
+def test_show_lists_skipped_entries(registry, capsys):
+    """The log has an entry of a later version of the package, whose action is unknown."""
+    folder = pathlib.Path(registry.url) / "log"
+    last = sorted(folder.iterdir())[-1]
+    fields = json.loads(last.read_bytes()) | {
+        "number": int(last.stem) + 1,
+        "previous": hashlib.sha256(last.read_bytes()).hexdigest(),
+        "action": "quarantine",
+        "skippable": True,
+    }
+    fields["sha256"] = ledger.fields_digest(fields)
+    (folder / f"{fields['number']:08d}.json").write_text(json.dumps(fields))
+    line = call(capsys, "show", "flowers").splitlines()[-1]
+    assert line.split("  ")[-1] == (
+        "quarantine (skipped, because this version of cnn_jax does not know the action)"
+    )
+    assert '"action": "quarantine"' in call(capsys, "show", "flowers", "--json")
+
+
+def test_verify_names_folders_that_belong_to_no_version(registry, capsys):
+    (pathlib.Path(registry.url) / "bundles" / "left").mkdir()
+    (pathlib.Path(registry.url) / "bundles" / "left" / "bundle.json").touch()
+    unused = "bundles/left belongs to no version: delete it, unless an `add` is running"
+    assert call(capsys, "verify").splitlines()[-1] == unused
+    assert "left" not in call(capsys, "verify", "flowers")

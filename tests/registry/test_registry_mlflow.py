@@ -156,7 +156,6 @@ def test_mlflow_loads_a_registered_version(registry, uri, tmp_path, monkeypatch,
 @needs_mlflow
 def test_mlflow_serves_a_registered_version(registry, uri, tmp_path):
     list(mlflow.export_versions(registry, "flowers", "champion", uri))
-    (model,) = tmp_path.glob("mlruns/**/artifacts/model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -165,10 +164,10 @@ def test_mlflow_serves_a_registered_version(registry, uri, tmp_path):
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     log = (tmp_path / "log").open("w")
     server = subprocess.Popen(
-        [*command, f"--model-uri={model}", f"--port={port}", "--workers=1"],
+        [*command, "--model-uri=models:/flowers@champion", f"--port={port}", "--workers=1"],
         stdout=log,
         stderr=log,
-        env=os.environ | {"PATH": path},
+        env=os.environ | {"PATH": path, "MLFLOW_TRACKING_URI": uri},
         start_new_session=True,  # MLflow starts the server in a process of its own.
     )
     try:
