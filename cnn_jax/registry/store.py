@@ -10,10 +10,11 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import obstore
 from obstore.exceptions import (
@@ -53,6 +54,10 @@ _CLIENT = {
 # No request is sent again after this time, so that an operation on a store that never answers fails
 # after less than a minute.
 _RETRY = {"retry_timeout": datetime.timedelta(seconds=30)}
+_KEYS = {"access_key_id", "AWS_ACCESS_KEY_ID"}
+
+
+_Result = TypeVar("_Result")
 
 
 class StoreError(UserError):
@@ -100,20 +105,15 @@ class Store:
                 "--registry: must be a folder, or a URL that begins with s3://, gs:// or az://, "
                 f"got {self.url!r}"
             )
-        options = dict(options or {})
-        provider = None
-        if protocol.startswith("s3") and not {*options, *os.environ} & {
-            "access_key_id",
-            "AWS_ACCESS_KEY_ID",
-        }:
-            provider = _aws_credentials()
+        names = {*(options or {}), *os.environ}
+        needs_profile = protocol.startswith("s3") and not names & _KEYS
         try:
             self._files = from_url(
                 url,
-                config=options or None,  # type: ignore[arg-type]
+                config=dict(options or {}),  # type: ignore[arg-type]
                 client_options=_CLIENT,  # type: ignore[arg-type]
                 retry_config=_RETRY,  # type: ignore[arg-type]
-                credential_provider=provider,
+                credential_provider=_aws_profile() if needs_profile else None,
             )
         except Exception as error:
             raise ConfigError(f"--registry: {self.url}: {error_line(error)}") from error
@@ -129,7 +129,7 @@ class Store:
         path = self._prefix + name
         if self._root is None:
             with self._one_line_errors(name, FileExistsError):
-                obstore.put(self._files, path, data, mode="create")
+                self._call(lambda: obstore.put(self._files, path, data, mode="create"))
             return
         # obstore does not flush local files. If the name existed before the content is on the disk,
         # a power failure could leave an empty log entry.
@@ -153,7 +153,7 @@ class Store:
         """Writes a file; in a local folder, makes the file read-only and flushes its content."""
         unclear = NoAnswerError if self._root is None else StoreError
         with self._one_line_errors(name, unclear=unclear):
-            obstore.put(self._files, self._prefix + name, data)
+            self._call(lambda: obstore.put(self._files, self._prefix + name, data))
             if self._root is not None:
                 (self._root / name).chmod(0o444)
                 sync(self._root / name)
@@ -171,7 +171,8 @@ class Store:
           FileNotFoundError: The file does not exist.
         """
         with self._one_line_errors(name, FileNotFoundError):
-            return bytes(obstore.get(self._files, self._prefix + name).bytes())
+            path = self._prefix + name
+            return self._call(lambda: bytes(obstore.get(self._files, path).bytes()))
 
     def download(self, name: str, path: pathlib.Path) -> None:
         """Copies a file to a path on this machine.
@@ -184,7 +185,8 @@ class Store:
     def names(self, folder: str) -> list[str]:
         """Returns the sorted names in a folder, or an empty list if the folder does not exist."""
         with self._one_line_errors(folder):
-            found = obstore.list_with_delimiter(self._files, self._prefix + folder)
+            path = self._prefix + folder
+            found = self._call(lambda: obstore.list_with_delimiter(self._files, path))
             paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
             return sorted(path.rpartition("/")[2] for path in paths)
 
@@ -192,12 +194,12 @@ class Store:
         """Removes a file, or a folder with its content; does nothing if the name does not exist."""
         path = self._prefix + name
         with self._one_line_errors(name), contextlib.suppress(FileNotFoundError):
-            for items in obstore.list(self._files, path):
-                obstore.delete(self._files, [item["path"] for item in items])
             if self._root is not None and pathlib.Path(path).is_dir():
                 shutil.rmtree(path)
-            else:
-                obstore.delete(self._files, path)
+                return
+            parts = self._call(lambda: list(obstore.list(self._files, path)))
+            paths = [item["path"] for items in parts for item in items]
+            self._call(lambda: obstore.delete(self._files, paths or path))
 
     def local(self, name: str) -> pathlib.Path | None:
         """Returns the local path of a file or folder, or None if the store is remote."""
@@ -216,6 +218,21 @@ class Store:
             return [read(names[0])]
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(read, names))
+
+    def _call(self, function: Callable[[], _Result]) -> _Result:
+        """Calls a function; for a remote store in a thread, because Ctrl-C cannot end the call."""
+        if self._root is not None:
+            return function()
+        future: Future[_Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future.result()
 
     @contextlib.contextmanager
     def _one_line_errors(
@@ -240,7 +257,7 @@ class Store:
             raise kind(f"{self.url}/{name}: {error_line(error)}") from error
 
 
-def _aws_credentials() -> Any:
+def _aws_profile() -> Any:
     """Returns a provider of the credentials and the region in ~/.aws, if boto3 is installed.
 
     obstore itself reads the variables AWS_..., and the role of a machine or a container.

@@ -4,8 +4,11 @@ import errno
 import os
 import pathlib
 import re
+import signal
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -311,6 +314,33 @@ def test_a_hanging_store_times_out(silent, monkeypatch):
         assert SECRET not in str(raised.value)
     assert guests
     assert time.monotonic() - start < 15
+
+
+def test_ctrl_c_ends_a_command_on_a_hanging_store(silent):
+    port, guests = silent
+    variables = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
+    command = [sys.executable, "-m", "cnn_jax.registry", "list", "--registry=s3://a"]
+    process = subprocess.Popen(command, env=os.environ | variables, stderr=subprocess.PIPE)
+    try:
+        while not guests:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+
+
+def test_an_unknown_profile_is_a_usage_error(monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(ConfigError, match=r"^--registry: s3://bucket: .*nobody"):
+        Store("s3://bucket")
 
 
 @pytest.mark.parametrize(
