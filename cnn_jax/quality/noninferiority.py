@@ -1,4 +1,4 @@
-"""Tests whether a new classifier is at most a margin worse than an old one on the same images."""
+"""Tests whether a classifier is at most a margin worse than another one on the same images."""
 
 import dataclasses
 import math
@@ -15,38 +15,41 @@ LEVEL = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The comparison of a new classifier with an old classifier on the same images.
+    """The comparison of a candidate with a reference classifier on the same images.
 
     Attributes:
+      is_not_worse: The decision: the score test passes, and no class is worse.
       images: The number of images.
       margin: The difference in accuracy that is still accepted, above 0 and below 1.
-      new_correct, old_correct: The number of images that each classifier classifies correctly.
-      gains: The number of images that only the new classifier classifies correctly.
-      losses: The number of images that only the old classifier classifies correctly.
+      level: The level of both tests.
+      candidate_correct: The number of images that the candidate classifies correctly.
+      reference_correct: The number of images that the reference classifies correctly.
+      gains: The number of images that only the candidate classifies correctly.
+      losses: The number of images that only the reference classifies correctly.
       p_value: The p-value of the score test.
-      worse_classes: The classes in which the new classifier is worse than the old one.
+      worse_classes: The classes in which the candidate is worse than the reference.
       classes: The number of images, gains and losses of each class with gains or losses.
+      images_needed: The number of images with which an equal candidate passes the score test 80 %
+        of the time, if the same fraction of the images is a gain or a loss.
     """
 
+    is_not_worse: bool
     images: int
     margin: float
-    new_correct: int
-    old_correct: int
+    level: float
+    candidate_correct: int
+    reference_correct: int
     gains: int
     losses: int
     p_value: float
     worse_classes: tuple[str, ...]
     classes: dict[str, tuple[int, int, int]]
-
-    @property
-    def is_not_worse(self) -> bool:
-        """Whether the score test rejects at 5 %, and no class is worse."""
-        return self.p_value <= LEVEL and not self.worse_classes
+    images_needed: int
 
 
 def compare(
-    new_correct: Bool[np.ndarray, " n"],
-    old_correct: Bool[np.ndarray, " n"],
+    candidate: Bool[np.ndarray, " n"],
+    reference: Bool[np.ndarray, " n"],
     labels: Int[np.ndarray, " n"],
     class_names: Sequence[str],
     margin: float,
@@ -54,8 +57,8 @@ def compare(
     """Compares two classifiers by their predictions for the same images.
 
     Args:
-      new_correct: Whether the new classifier classifies each image correctly.
-      old_correct: Whether the old classifier classifies each image correctly.
+      candidate: Whether the candidate classifies each image correctly.
+      reference: Whether the reference classifies each image correctly.
       labels: The class of each image.
       class_names: The names of the classes.
       margin: The difference in accuracy that is still accepted, above 0 and below 1.
@@ -64,22 +67,31 @@ def compare(
     def count(which: Bool[np.ndarray, " n"]) -> Int[np.ndarray, " classes"]:
         return np.bincount(labels[which], minlength=len(class_names))
 
-    gains, losses = count(new_correct & ~old_correct), count(old_correct & ~new_correct)
-    images, worse = np.bincount(labels, minlength=len(class_names)), worse_classes(gains, losses)
-    counts = zip(class_names, images.tolist(), gains.tolist(), losses.tolist(), strict=True)
+    images = count(np.ones_like(candidate))
+    gains, losses = count(candidate & ~reference), count(reference & ~candidate)
     score = score_statistic(np.asarray(gains.sum()), np.asarray(losses.sum()), len(labels), margin)
+    worse = [class_names[label] for label in np.flatnonzero(worse_classes(gains, losses)).tolist()]
+    counts = np.stack([images, gains, losses], axis=1).tolist()
+    # The variance of the score statistic is at least about the margin.
+    fraction = max((gains.sum() + losses.sum()) / len(labels), margin)
+    p_value = float(norm.sf(score))
     return Comparison(
+        is_not_worse=p_value <= LEVEL and not worse,
         images=len(labels),
         margin=margin,
-        new_correct=int(new_correct.sum()),
-        old_correct=int(old_correct.sum()),
+        level=LEVEL,
+        candidate_correct=int(candidate.sum()),
+        reference_correct=int(reference.sum()),
         gains=int(gains.sum()),
         losses=int(losses.sum()),
-        p_value=float(norm.sf(score)),
-        worse_classes=tuple(
-            name for name, is_worse in zip(class_names, worse, strict=True) if is_worse
-        ),
-        classes={name: (n, gain, loss) for name, n, gain, loss in counts if gain or loss},
+        p_value=p_value,
+        worse_classes=tuple(worse),
+        classes={
+            name: (n, gain, loss)
+            for name, (n, gain, loss) in zip(class_names, counts, strict=True)
+            if gain or loss
+        },
+        images_needed=math.ceil(fraction * ((norm.isf(LEVEL) + norm.isf(0.2)) / margin) ** 2),
     )
 
 
@@ -95,14 +107,14 @@ def score_statistic(
     for the paired-sample design", Statistics in Medicine 17, 1998.
 
     Args:
-      gains: The number of images that only the new classifier classifies correctly.
-      losses: The number of images that only the old classifier classifies correctly.
+      gains: The number of images that only the candidate classifies correctly.
+      losses: The number of images that only the reference classifies correctly.
       images: The number of all images, 1 or more.
       margin: The accepted difference in accuracy, above 0 and below 1.
 
     Returns:
-      The statistic. If the new classifier is worse by exactly the margin, the statistic has
-      approximately the standard normal distribution. It is larger if the new classifier is better.
+      The statistic. If the candidate is worse by exactly the margin, the statistic has
+      approximately the standard normal distribution. It is larger if the candidate is better.
     """
     # `loss_rate` is the maximum-likelihood estimate of the probability of a loss, under the
     # condition that the probability of a gain is lower by the margin. It is a root of
@@ -118,7 +130,7 @@ def score_statistic(
 def worse_classes(
     gains: Int[np.ndarray, "*batch classes"], losses: Int[np.ndarray, "*batch classes"]
 ) -> Bool[np.ndarray, "*batch classes"]:
-    """Returns in which classes the new classifier is worse than the old classifier.
+    """Returns in which classes the candidate is worse than the reference.
 
     Each class gets the exact test of McNemar (one-sided binomial test of the losses among the gains
     and losses). Holm's correction limits the probability that any class is called worse although
@@ -128,8 +140,8 @@ def worse_classes(
     Journal of Statistics 6, 1979.
 
     Args:
-      gains: The number of images of each class that only the new classifier classifies correctly.
-      losses: The number of images of each class that only the old classifier classifies correctly.
+      gains: The number of images of each class that only the candidate classifies correctly.
+      losses: The number of images of each class that only the reference classifies correctly.
     """
     p_values = binom.sf(losses - 1, gains + losses, 0.5)
     order = np.argsort(p_values, axis=-1, kind="stable")
@@ -138,17 +150,3 @@ def worse_classes(
     is_worse = np.zeros(p_values.shape, bool)
     np.put_along_axis(is_worse, order, np.logical_and.accumulate(is_small, axis=-1), axis=-1)
     return is_worse
-
-
-def images_needed(comparison: Comparison) -> int:
-    """Returns the number of images with which an equal classifier would pass 80 % of the time.
-
-    Args:
-      comparison: A comparison on other images of the same kind. The fraction of images that exactly
-        one classifier classifies correctly is taken from this comparison.
-    """
-    fraction = (comparison.gains + comparison.losses) / comparison.images
-    # The variance of the score statistic is at least the margin, also if no prediction differs.
-    fraction = max(fraction, comparison.margin)
-    score = norm.isf(LEVEL) + norm.isf(0.2)
-    return math.ceil(fraction * (score / comparison.margin) ** 2)

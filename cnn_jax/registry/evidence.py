@@ -1,5 +1,6 @@
 """Compares two versions of a model on the same test images, as evidence for a promotion."""
 
+import dataclasses
 import tempfile
 
 import numpy as np
@@ -8,7 +9,7 @@ from jaxtyping import Bool
 from cnn_jax.data import Track, no_track
 from cnn_jax.inference.evaluation import labelled_split, open_as_trained, predict_split
 from cnn_jax.inference.predictor import BundlePredictor
-from cnn_jax.quality.noninferiority import LEVEL, compare, images_needed
+from cnn_jax.quality.noninferiority import compare
 from cnn_jax.registry.ledger import Evidence, Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system.errors import DataError
@@ -68,18 +69,7 @@ def compare_versions(
         reference=reference.number,
         source=source,
         split=split,
-        is_not_worse=result.is_not_worse,
-        images=result.images,
-        margin=margin,
-        level=LEVEL,
-        candidate_correct=result.new_correct,
-        reference_correct=result.old_correct,
-        gains=result.gains,
-        losses=result.losses,
-        p_value=result.p_value,
-        worse_classes=result.worse_classes,
-        classes=result.classes,
-        images_needed=images_needed(result),
+        **dataclasses.asdict(result),
     )
 
 

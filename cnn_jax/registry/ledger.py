@@ -113,18 +113,8 @@ class Evidence:
       reference: The number of the alias's version.
       source: The name of the source of the images.
       split: The split, "test" or "all".
-      is_not_worse: The decision: the score test passes, and no class is worse.
-      images: The number of images.
-      margin: The accepted difference in accuracy.
-      level: The level of the tests.
-      candidate_correct, reference_correct: The number of images that each version classifies
-        correctly.
-      gains: The number of images that only the candidate classifies correctly.
-      losses: The number of images that only the reference classifies correctly.
-      p_value: The p-value of the score test.
-      worse_classes: The classes in which the candidate is worse.
-      classes: The images, gains and losses of each class with gains or losses.
-      images_needed: The number of images with which an equal version would pass 80 % of the time.
+
+    The other attributes are those of `quality.noninferiority.Comparison`.
     """
 
     candidate: int

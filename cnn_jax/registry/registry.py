@@ -84,10 +84,6 @@ class Addition:
     is_new_registry: bool = False
 
 
-class NoRegistryError(RegistryError):
-    """Raised if the registry does not exist yet."""
-
-
 class Registry:
     """A registry of bundles with names, versions and aliases.
 
@@ -202,7 +198,7 @@ class Registry:
             if self._identity is not None:
                 message = f"{self.url} no longer exists: its {_IDENTITY} was deleted"
                 raise RegistryError(message) from None
-            raise NoRegistryError(
+            raise RegistryError(
                 f"there is no registry at {self.url}; the first `registry add` creates it"
             ) from None
         try:
@@ -464,12 +460,6 @@ class Registry:
         entry = self._commit(decide, note)
         assert entry is not None
         return entry
-
-    def find_digest(self, model: str, digest: str) -> Version | None:
-        """Reads new log entries; returns the version whose bundle has a given digest, or None."""
-        with contextlib.suppress(NoRegistryError):
-            self.refresh()
-        return ledger.find_digest(self._models, model, digest)
 
     def verify(self, version: Version) -> None:
         """Reads the files of a version and checks that the digests of the files are correct.

@@ -276,7 +276,7 @@ MUTATIONS = [
     ("quality/noninferiority.py", "2 * loss_rate - margin * (1 + margin)", "2 * loss_rate - margin**2", "quality/test_noninferiority.py"),
     ("quality/noninferiority.py", "binom.sf(losses - 1,", "binom.sf(losses,", "quality/test_noninferiority.py"),
     ("quality/noninferiority.py", "np.logical_and.accumulate(is_small, axis=-1)", "is_small", "quality/test_noninferiority.py"),
-    ("quality/noninferiority.py", "and not self.worse_classes", "", "quality/test_noninferiority.py"),
+    ("quality/noninferiority.py", "and not worse,", ",", "quality/test_noninferiority.py"),
     ("inference/evaluation.py", "labels * num_classes + predictions", "predictions * num_classes + labels", "inference/test_evaluate.py"),
     ("evaluate.py", '(not item[1]["support"], item[1]["f1"])', 'item[1]["f1"]', "inference/test_evaluate.py"),
     ("inference/evaluation.py", "to_predictor[source.labels[indices]]", "source.labels[indices]", "inference/test_evaluate.py"),

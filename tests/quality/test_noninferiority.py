@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import binomtest, norm
 
-from cnn_jax.quality.noninferiority import compare, images_needed, score_statistic, worse_classes
+from cnn_jax.quality.noninferiority import compare, score_statistic, worse_classes
 
 
 def score(gains, losses, images, margin):
@@ -106,7 +106,7 @@ def test_counts_are_by_class():
     comparison = compare(new, old, labels, ["a", "b", "c", "d"], 0.1)
     assert comparison.classes == {"a": (3, 3, 0), "b": (2, 1, 1), "c": (1, 0, 1)}
     assert (comparison.images, comparison.gains, comparison.losses) == (60, 4, 2)
-    assert (comparison.new_correct, comparison.old_correct) == (58, 56)
+    assert (comparison.candidate_correct, comparison.reference_correct) == (58, 56)
     assert comparison.p_value == pytest.approx(norm.sf(score(4, 2, 60, 0.1)))
     assert comparison.is_not_worse
 
@@ -130,7 +130,7 @@ def test_both_tests_must_pass():
 def test_needed_images_give_the_promised_power():
     """With 4 % differing predictions, about 2,473 images are needed; see the simulation."""
     comparison = compare(*make_predictions(1000, 20, 20), np.zeros(1000, int), ["a"], 0.01)
-    needed = images_needed(comparison)
+    needed = comparison.images_needed
     assert needed == pytest.approx(0.04 * (1.6449 + 0.8416) ** 2 / 0.01**2, rel=1e-3)
     rng = np.random.default_rng(0)
     gains, losses, _ = rng.multinomial(needed, [0.02, 0.02, 0.96], 4000).T

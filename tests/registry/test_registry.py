@@ -726,16 +726,6 @@ def test_add_reports_a_new_registry(tmp_path, bundles):
     assert not Registry(tmp_path / "registry").add("flowers", bundles[2]).is_new_registry
 
 
-def test_find_digest_returns_the_version(tmp_path, bundles):
-    registry = Registry(tmp_path / "registry")
-    assert registry.find_digest("flowers", digest(bundles[0])) is None
-    assert not (tmp_path / "registry").exists()
-    Registry(tmp_path / "registry").add("flowers", bundles[0])
-    assert registry.find_digest("flowers", digest(bundles[0])).number == 1
-    assert registry.find_digest("birds", digest(bundles[0])) is None
-    assert registry.find_digest("flowers", digest(bundles[1])) is None
-
-
 def test_a_conditional_rollback_checks_the_current_version(registry):
     with pytest.raises(RegistryError, match=r"^no rollback: flowers@champion is 2, not 1$"):
         registry.rollback("flowers", current=1)
