@@ -22,7 +22,6 @@ MLflow, so that `mlflow.pyfunc.load_model` and `mlflow models serve` answer with
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -37,7 +36,7 @@ from cnn_jax.registry.ledger import CHAMPION, Entry, Evidence, Gates, Model, Reg
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system import cli
 from cnn_jax.system.errors import BundleError, ConfigError, printable
-from cnn_jax.system.text import wrap
+from cnn_jax.system.text import terminal_width, wrap
 
 _VARIABLE = "CNN_JAX_REGISTRY"
 _MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -342,7 +341,7 @@ def _list(registry: Registry, flags: argparse.Namespace) -> None:
         _print_json({model.name: _model_as_json(model) for model in models})
         return
     rows = [row for model in models for row in _rows(model)]
-    print(_table(rows, _width()) if rows else f"{registry.url}: no versions")
+    print(_table(rows, terminal_width(sys.stdout)) if rows else f"{registry.url}: no versions")
 
 
 def _selected(registry: Registry, name: str | None) -> list[Model]:
@@ -356,7 +355,7 @@ def _show(registry: Registry, flags: argparse.Namespace) -> None:
     name, selector = flags.reference
     model = ledger.find(registry.models, name)
     log = [entry for entry in registry.log if entry.model == name]
-    width = _width()
+    width = terminal_width(sys.stdout)
     if selector is None:
         as_json = _model_as_json(model)
         text = [_describe_model(model, width), _table(_rows(model), width)]
@@ -376,7 +375,7 @@ def _show(registry: Registry, flags: argparse.Namespace) -> None:
 
 def _print(line: str) -> None:
     """Prints text, wrapped to the width of the terminal."""
-    print("\n".join(wrap(line, _width())), flush=True)
+    print("\n".join(wrap(line, terminal_width(sys.stdout))), flush=True)
 
 
 def _print_json(value: Any) -> None:
@@ -450,19 +449,6 @@ def _minute(time: str) -> str:
 
 def _author(item: Version | Entry) -> str:
     return printable(f"{item.user}@{item.host}")
-
-
-def _width() -> int | None:
-    """Returns the width of the output in columns: $COLUMNS, or the width of the terminal.
-
-    The width is None, which means no limit, if the output is not a terminal.
-    """
-    with contextlib.suppress(KeyError, ValueError):
-        if (columns := int(os.environ["COLUMNS"])) > 0:
-            return columns
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        return os.get_terminal_size(sys.stdout.fileno()).columns or None
-    return None
 
 
 def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> str:

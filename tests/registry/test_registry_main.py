@@ -1,16 +1,11 @@
 import dataclasses
-import fcntl
 import hashlib
-import io
 import json
 import os
 import pathlib
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 
 import pytest
 from registry_tools import aliases, figures, vary
@@ -426,24 +421,6 @@ def test_a_narrow_terminal_gets_paragraphs():
     assert command._table(rows, 12) == (
         "version  flowers/1\nby       a\n\nversion  flowers/2\nby       b"
     )
-
-
-@pytest.mark.parametrize(("columns", "expected"), [(57, 57), (0, None)])
-def test_width_of_a_terminal(monkeypatch, columns, expected):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    main_end, own_end = pty.openpty()
-    fcntl.ioctl(own_end, termios.TIOCSWINSZ, struct.pack("HHHH", 20, columns, 0, 0))
-    with os.fdopen(own_end, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
-        assert command._width() == expected
-    os.close(main_end)
-
-
-@pytest.mark.parametrize("stdout", [io.StringIO(), None])
-def test_a_file_has_no_width_limit(monkeypatch, stdout):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setattr(sys, "stdout", stdout)
-    assert command._width() is None
 
 
 def test_all_output_wraps_at_columns(registry, capsys, monkeypatch):
