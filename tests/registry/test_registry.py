@@ -1,7 +1,6 @@
 import copy
 import datetime
 import getpass
-import hashlib
 import json
 import os
 import pathlib
@@ -13,6 +12,7 @@ import types
 
 import pytest
 from bundles import make_bundle
+from registry_log import append_unknown_entry
 from registry_tools import (
     Killed,
     Wrapped,
@@ -421,21 +421,9 @@ def test_a_damaged_log_is_one_clear_error(registry, bundles, number, damage, mes
 
 def test_a_skippable_entry_of_a_later_version_is_skipped(registry, bundles):
     """The registry stays readable and writable, and the later entry stays in the log."""
-    folder = pathlib.Path(registry.url) / "log"
     before = outline(registry)
-    fields = json.loads((folder / "00000006.json").read_bytes())
-    fields |= {
-        "number": 7,
-        "previous": hashlib.sha256((folder / "00000006.json").read_bytes()).hexdigest(),
-        "action": "quarantine",
-        "skippable": True,
-        # Known names with values that this version could not parse.
-        "version": "all",
-        "alias": ["champion"],
-        "bundle": 3,
-    }
-    fields["sha256"] = ledger.fields_digest(fields)
-    (folder / "00000007.json").write_text(json.dumps(fields))
+    # The fields have known names, but values that this version could not parse.
+    append_unknown_entry(registry, version="all", alias=["champion"], bundle=3)
     assert registry.refresh()
     assert outline(registry) == before == outline(Registry(registry.url))
     assert registry.log[-1].action == "quarantine"

@@ -1,5 +1,4 @@
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -8,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from registry_log import append_unknown_entry
 from registry_tools import aliases, figures, vary
 
 from cnn_jax.inference.bundle import digest, read_bundle
 from cnn_jax.registry import __main__ as command
-from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import RegistryError
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system.errors import BundleError, ConfigError, UserError, printable
@@ -449,16 +448,7 @@ def test_read_commands_import_no_heavy_package(registry):
 
 def test_show_lists_skipped_entries(registry, capsys):
     """The log has an entry of a later version of the package, whose action is unknown."""
-    folder = pathlib.Path(registry.url) / "log"
-    last = sorted(folder.iterdir())[-1]
-    fields = json.loads(last.read_bytes()) | {
-        "number": int(last.stem) + 1,
-        "previous": hashlib.sha256(last.read_bytes()).hexdigest(),
-        "action": "quarantine",
-        "skippable": True,
-    }
-    fields["sha256"] = ledger.fields_digest(fields)
-    (folder / f"{fields['number']:08d}.json").write_text(json.dumps(fields))
+    append_unknown_entry(registry)
     line = call(capsys, "show", "flowers").splitlines()[-1]
     assert line.split("  ")[-1] == (
         "quarantine (skipped, because this version of cnn_jax does not know the action)"
