@@ -138,12 +138,12 @@ class Evidence:
     def __str__(self) -> str:
         text = (
             f"not_worse_than={self.alias}: {self.candidate_correct / self.images:.2%} of "
-            f"{self.images:,} images of {self.source} are correct, and "
+            f"{self.images:,} images of {printable(self.source)} are correct, and "
             f"{self.reference_correct / self.images:.2%} with version {self.reference} "
             f"(margin {self.margin:g}, p = {self.p_value:.2g})"
         )
         if self.worse_classes:
-            return f"{text}; worse in {', '.join(self.worse_classes)}"
+            return f"{text}; worse in {', '.join(map(printable, self.worse_classes))}"
         if not self.is_not_worse:
             needed = f"{self.images_needed:,}"
             return f"{text}; an equal version would pass 80 % of the time with {needed} images"

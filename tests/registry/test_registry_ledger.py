@@ -568,7 +568,7 @@ def test_evidence_that_a_version_is_not_worse_passes():
     ("changes", "end"),
     [
         ({}, "; an equal version would pass 80 % of the time with 2,474 images"),
-        ({"worse_classes": ("red", "blue")}, "; worse in red, blue"),
+        ({"worse_classes": ("red", "b\x1blue")}, r"; worse in red, b\x1blue"),
     ],
 )
 def test_evidence_that_fails_says_why(changes, end):
