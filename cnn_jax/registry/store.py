@@ -174,14 +174,6 @@ class Store:
             path = self._prefix + name
             return self._call(lambda: bytes(obstore.get(self._files, path).bytes()))
 
-    def download(self, name: str, path: pathlib.Path) -> None:
-        """Copies a file to a path on this machine.
-
-        Raises:
-          FileNotFoundError: The file does not exist.
-        """
-        path.write_bytes(self.read(name))
-
     def names(self, folder: str) -> list[str]:
         """Returns the sorted names in a folder, or an empty list if the folder does not exist."""
         with self._one_line_errors(folder):

@@ -83,9 +83,6 @@ class Wrapped(Store):
     def read(self, name):
         return self._pass("read", name)
 
-    def download(self, name, path):
-        return self._pass("download", name, path)
-
     def names(self, folder):
         return self._pass("names", folder)
 
