@@ -35,6 +35,8 @@ VARIABLE = "MLFLOW_TRACKING_URI"
 _MODEL = "model"
 _DIGEST_TAG = "cnn_jax.digest"
 _VERSION_TAG = "cnn_jax.version"
+_SOURCE_TAG = "mlflow.source.name"
+_TRAINING, _EXPORT = "cnn_jax train", "cnn_jax registry export"
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # MLflow's limits for one request.
 _MAX_TEXT = 6000  # MLflow's limit for the value of a parameter, in characters.
 
@@ -82,10 +84,11 @@ def log_run(workdir: str | os.PathLike[str], uri: str) -> str:
     with _one_line_errors(uri):
         client = _client(uri)
         bundle_digest = digest(workdir / "bundle")
-        run = _find_run(client, bundle_digest)
+        run = _find_run(client, bundle_digest, _TRAINING)
         if run is not None:
             return f"{hide_passwords(uri)} already has this run as {run.info.run_id}"
-        with _new_run(client, workdir.resolve().name, bundle_digest, workdir / "bundle") as run_id:
+        name = workdir.resolve().name
+        with _new_run(client, name, bundle_digest, workdir / "bundle", _TRAINING) as run_id:
             _log_params(client, run_id, files.flat(_read_json(workdir / "config.json")))
             lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             for record in map(json.loads, lines):
@@ -201,7 +204,7 @@ def _export_version(client: Any, registry: Registry, version: Version) -> str:
     if run is None:
         with tempfile.TemporaryDirectory() as directory:
             folder = registry.fetch(version, directory)
-            with _new_run(client, str(version), bundle.digest, folder) as run_id:
+            with _new_run(client, str(version), bundle.digest, folder, _EXPORT) as run_id:
                 _log_metrics(client, run_id, metrics)
         run = client.get_run(run_id)
     created = client.create_model_version(
@@ -230,9 +233,17 @@ def _export_alias(client: Any, name: str, alias: str, number: str) -> str:
     return f"{name}@{alias} is version {number} in MLflow"
 
 
-def _find_run(client: Any, digest: str) -> Any:
-    """Returns the finished MLflow run that has a bundle, or None."""
+def _find_run(client: Any, digest: str, source: str | None = None) -> Any:
+    """Returns the finished MLflow run that has a bundle, or None.
+
+    Args:
+      client: The client of MLflow.
+      digest: The digest of the bundle.
+      source: The command that has created the run; None for any command.
+    """
     condition = f"tags.`{_DIGEST_TAG}` = '{digest}' and attributes.status = 'FINISHED'"
+    if source is not None:
+        condition += f" and tags.`{_SOURCE_TAG}` = '{source}'"
     return next(iter(client.search_runs([_experiment(client)], condition, max_results=1)), None)
 
 
@@ -244,14 +255,19 @@ def _experiment(client: Any) -> str:
 
 
 @contextlib.contextmanager
-def _new_run(client: Any, name: str, digest: str, bundle: pathlib.Path) -> Iterator[str]:
+def _new_run(
+    client: Any, name: str, digest: str, bundle: pathlib.Path, source: str
+) -> Iterator[str]:
     """Creates an MLflow run with a bundle; yields its id, and marks it as finished or failed."""
-    tags = {_DIGEST_TAG: digest, "mlflow.source.name": "cnn_jax"}
+    tags = {_DIGEST_TAG: digest, _SOURCE_TAG: source}
     run_id = client.create_run(_experiment(client), tags=tags, run_name=name).info.run_id
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as directory:
-            _save_model(bundle, pathlib.Path(directory) / _MODEL)
+            # MLflow gives the copy the name of the folder.
+            link = pathlib.Path(directory) / "bundle"
+            link.symlink_to(bundle.resolve())
+            _save_model(link, pathlib.Path(directory) / _MODEL)
             client.log_artifacts(run_id, str(pathlib.Path(directory) / _MODEL), _MODEL)
         yield run_id
         status = "FINISHED"

@@ -256,6 +256,27 @@ def test_a_logged_run_is_registered_without_a_second_copy(workdir, uri, client, 
 
 
 @needs_mlflow
+def test_an_exported_bundle_does_not_count_as_a_logged_run(workdir, uri, client, tmp_path):
+    registry = Registry(tmp_path / "registry")
+    registry.add("flowers", workdir / "bundle")
+    list(mlflow.export_versions(registry, "flowers", None, uri))
+    run_id = mlflow.log_run(workdir, uri).split()[-1]
+    assert client.get_run(run_id).data.params["train.epochs"] == "2"
+    assert client.get_model_version("flowers", "1").run_id != run_id
+
+
+@needs_mlflow
+def test_an_exported_bundle_can_be_added_again(registry, uri, client):
+    from mlflow import artifacts
+
+    list(mlflow.export_versions(registry, "flowers", "champion", uri))
+    location = client.get_model_version_download_uri("flowers", "1")
+    folder = artifacts.download_artifacts(artifact_uri=location, tracking_uri=uri)
+    added = registry.add("flowers", pathlib.Path(folder) / "data" / "bundle")
+    assert (added.version.number, added.is_new) == (3, False)
+
+
+@needs_mlflow
 def test_a_run_that_is_not_logged_completely_is_logged_again(workdir, uri, client, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     records = (workdir / "metrics.jsonl").read_text()
