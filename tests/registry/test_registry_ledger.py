@@ -397,6 +397,35 @@ def test_a_damaged_skippable_entry_is_not_skipped():
         ledger.parse(data)
 
 
+OLD_ENTRY = b"""{
+ "format": 1,
+ "number": 5,
+ "previous": "0422ecd4be92d12b8564d344cde385ec5e3e038fea05d0c2d984aad6cce13c4a",
+ "id": "c66789e21f3c477098aaa95a6f716f2c",
+ "time": "2026-11-27T08:44:04+00:00",
+ "user": "root",
+ "host": "vm",
+ "action": "promote",
+ "model": "flowers",
+ "version": 2,
+ "alias": "champion",
+ "before": 1,
+ "gates": [
+  "not_below=champion: test accuracy is 0.5, and that of version 1 is 0.5"
+ ],
+ "sha256": "3c8dfa5eb4ddcc3ef19efefed5a55ab0f94a28f65c71727ba367bfb4fd1ca5d4"
+}
+"""
+
+
+def test_an_entry_of_an_earlier_version_is_read():
+    """The entry has the gate `not_below`, which is no longer offered."""
+    entry = ledger.parse(OLD_ENTRY)
+    assert (entry.number, entry.action, entry.version, entry.before) == (5, "promote", 2, 1)
+    assert entry.gates[0].startswith("not_below=champion: test accuracy is 0.5")
+    assert entry.evidence is None
+
+
 def test_unknown_fields_are_ignored():
     entry = make_entry("promote", 1, "champion")
     assert ledger.parse(_changed(entry, shade="green")) == entry
