@@ -163,15 +163,26 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{path} is a bundle of format {description['format']}, and this version of "
                 f"cnn_jax reads format {FORMAT}"
             )
-        for name, record in description["files"].items():
-            parts = pathlib.PurePosixPath(name)
-            if parts.is_absolute() or ".." in parts.parts:
-                raise ValueError(f"its files include {name}, which is outside the folder")
-            if file_sha256(path / name) != record["sha256"]:
+        for name, sha256 in listed_files(description).items():
+            if file_sha256(path / name) != sha256:
                 raise BundleError(
                     f"{path / name} is damaged: its sha256 differs from the recorded value"
                 )
         return description
+
+
+def listed_files(description: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the sha256 of each file that the content of a bundle.json lists, by name.
+
+    Raises:
+      ValueError: A file is outside the folder.
+    """
+    files = description["files"]
+    for name in files:
+        parts = pathlib.PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise ValueError(f"its files include {name}, which is outside the folder")
+    return {name: record["sha256"] for name, record in files.items()}
 
 
 def read_preprocessing(description: Mapping[str, Any]) -> Preprocessing:

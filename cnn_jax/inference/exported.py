@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from cnn_jax.inference.bundle import find_bundle, read_description, read_preprocessing
+from cnn_jax.inference.bundle import (
+    Bundle,
+    find_bundle,
+    read_bundle,
+    read_description,
+    read_preprocessing,
+)
 from cnn_jax.inference.predictor import BundlePredictor, TrainedPredictor, check_images
 from cnn_jax.system.errors import BundleError, ConfigError
 
@@ -79,6 +85,16 @@ def open_session(model: bytes) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def read_model(path: str | os.PathLike[str]) -> Bundle | OnnxPredictor:
+    """Reads a bundle or an ONNX export, and verifies all files.
+
+    Raises:
+      BundleError: There is neither, or a file is damaged.
+      ConfigError: ONNX Runtime is needed and not installed.
+    """
+    return OnnxPredictor(path) if "export" in read_description(path) else read_bundle(path)
+
+
 def load_predictor(path: str | os.PathLike[str]) -> TrainedPredictor:
     """Returns the predictor of a bundle, of a run that has a bundle, or of an ONNX export.
 
@@ -86,6 +102,5 @@ def load_predictor(path: str | os.PathLike[str]) -> TrainedPredictor:
       BundleError: There is none of these, or a file is damaged.
       ConfigError: ONNX Runtime is needed and not installed.
     """
-    path = find_bundle(path)
-    is_export = "export" in read_description(path)
-    return OnnxPredictor(path) if is_export else BundlePredictor.load(path)
+    model = read_model(find_bundle(path))
+    return BundlePredictor(model) if isinstance(model, Bundle) else model

@@ -54,7 +54,7 @@ _IDENTITY = "registry.json"
 _LOG = "log"
 _BUNDLES = "bundles"
 _ADDED = "added"
-_DESCRIPTION, _WEIGHTS = _FILES = ("bundle.json", "weights.safetensors")
+_DESCRIPTION = "bundle.json"
 # A change fails after this many consecutive failed attempts. A new entry by another writer restarts
 # the count.
 _MAX_FAILURES = 6
@@ -508,7 +508,11 @@ class Registry:
         partial = target.with_name(f".{unique_name()}")
         try:
             partial.mkdir(parents=True)
-            for name in _FILES:
+            description = self._store.read(f"{facts.path}/{_DESCRIPTION}")
+            (partial / _DESCRIPTION).write_bytes(description)
+            is_changed = hashlib.sha256(description).hexdigest() != facts.digest
+            for name in () if is_changed else _listed_files(description):
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(self._store.read(f"{facts.path}/{name}"))
             _verify(partial, facts.digest, f"{self.url}/{facts.path}")
             _install(partial, target)
@@ -678,34 +682,43 @@ def _read(path: pathlib.Path, digest: str) -> tuple[BundleFacts, dict[str, bytes
     Raises:
       BundleError: The folder has no bundle, a damaged bundle, or a bundle with another digest.
     """
-    from cnn_jax.inference.bundle import read_bundle
+    from cnn_jax.inference.bundle import read_bundle, read_description
 
-    bundle = read_bundle(path)
+    bundle = read_description(path)
+    if "export" not in bundle:
+        read_bundle(path)  # Also checks that this version of cnn_jax knows the network.
     try:
-        contents = {name: (path / name).read_bytes() for name in _FILES}
+        names = (_DESCRIPTION, *bundle["files"])
+        contents = {name: (path / name).read_bytes() for name in names}
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    if sums != {_DESCRIPTION: digest, _WEIGHTS: _weights_digest(contents[_DESCRIPTION])}:
+    if sums != {_DESCRIPTION: digest, **_listed_files(contents[_DESCRIPTION])}:
         raise BundleError(f"{path} changed while it was read: run the command again")
     try:
-        height, width = map(int, bundle.preprocessing.image_size)
+        height, width = map(int, bundle["preprocessing"]["image_size"])
         facts = BundleFacts(
             path=f"{_BUNDLES}/{digest}-{unique_name()}",
             digest=digest,
             size=sum(map(len, contents.values())),
-            classes=len(bundle.class_names),
+            classes=len(bundle["class_names"]),
             image_size=(height, width),
-            metrics=ledger.finite_metrics(bundle.metrics),
-            fingerprint=str(bundle.data.get("fingerprint", "")),
+            metrics=ledger.finite_metrics(bundle["metrics"]),
+            fingerprint=str(bundle["data"].get("fingerprint", "")),
         )
-    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise BundleError(f"{path} is not a bundle: {error!r}") from error
     return facts, contents
 
 
-def _weights_digest(description: bytes) -> str:
-    return json.loads(description)["files"][_WEIGHTS]["sha256"]
+def _listed_files(description: bytes) -> dict[str, str]:
+    """Returns the sha256 of each file that a bundle.json lists, by name."""
+    from cnn_jax.inference.bundle import listed_files
+
+    try:
+        return listed_files(json.loads(description))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"a {_DESCRIPTION} is damaged: {error!r}") from error
 
 
 def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> None:
@@ -721,12 +734,14 @@ def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> Non
     """
     try:
         description = (folder / _DESCRIPTION).read_bytes()
-        with (folder / _WEIGHTS).open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        is_changed = hashlib.sha256(description).hexdigest() != digest
+        files = {} if is_changed else _listed_files(description)
+        for name, expected in files.items():
+            with (folder / name).open("rb") as file:
+                is_changed |= hashlib.file_digest(file, "sha256").hexdigest() != expected
     except OSError as error:
         raise BundleError(f"{origin or folder} is damaged: {error}") from error
-    found = hashlib.sha256(description).hexdigest()
-    if found != digest or weights != _weights_digest(description):
+    if is_changed:
         raise BundleError(
             f"{origin or folder} is damaged: its digest differs from that in the registry's log"
         )
