@@ -241,7 +241,7 @@ MUTATIONS = [
     ("data/augment.py", "np.array(means, np.float32) * (1 - contrast[:, None])", "np.array(means, np.float32) * 0", "data/test_augment.py"),
     ("training/checkpoint.py", "return max(history,", "return max(history[::-1],", "training/test_checkpoint.py"),
     ("training/checkpoint.py", "return -value if monitor", "return value if monitor", "training/test_checkpoint.py"),
-    ("inference/bundle.py", "!= record[\"sha256\"]", "== \"\"", "inference/test_bundle.py"),
+    ("inference/bundle.py", "!= sha256:", "== \"\":", "inference/test_bundle.py"),
     ("inference/predictor.py", "preprocessing) / temperature", "preprocessing) / 1", "inference/test_predict.py"),
     ("inference/images.py", "return iter([array])", "return iter(array)", "inference/test_predict.py"),
     ("inference/images.py", "isinstance(images, Mapping | Set)", "isinstance(images, Mapping)", "inference/test_predict.py"),

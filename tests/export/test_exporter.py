@@ -193,8 +193,8 @@ def test_a_bfloat16_bundle_is_exported_in_float32(image_folder, tmp_path):
 def _wrong_model(monkeypatch, change):
     original = exporter._make_onnx
 
-    def make(predictor):
-        model = original(predictor)
+    def make(predictor, batches):
+        model = original(predictor, batches)
         run = model.predictor
         wrong = exporter._FunctionPredictor(run, lambda images: change(run(images)))
         return dataclasses.replace(model, predictor=wrong)
