@@ -8,7 +8,8 @@ from jaxtyping import Bool
 
 from cnn_jax.data import Track, no_track
 from cnn_jax.inference.evaluation import labelled_split, open_as_trained, predict_split
-from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.inference.exported import load_predictor
+from cnn_jax.inference.predictor import TrainedPredictor
 from cnn_jax.quality.noninferiority import compare
 from cnn_jax.registry.ledger import Evidence, Version
 from cnn_jax.registry.registry import Registry
@@ -49,7 +50,7 @@ def compare_versions(
     measured = []
     for version in (reference, candidate):
         with tempfile.TemporaryDirectory(prefix="cnn_jax-") as directory:
-            predictor = BundlePredictor.load(registry.fetch(version, directory))
+            predictor = load_predictor(registry.fetch(version, directory))
         measured.append(_measure(predictor, source, split, f"measuring {version}", track))
     (old_correct, _), (new_correct, labels) = measured
     ids = [one for one in new_correct if one in old_correct]
@@ -74,7 +75,7 @@ def compare_versions(
 
 
 def _measure(
-    predictor: BundlePredictor, source: str, split: str, description: str, track: Track
+    predictor: TrainedPredictor, source: str, split: str, description: str, track: Track
 ) -> tuple[dict[str, bool], dict[str, str]]:
     """Returns whether each image of a split is classified correctly, and its class, by image id."""
     dataset = open_as_trained(predictor, source, track, grouped=split != "all")

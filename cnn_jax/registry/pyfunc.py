@@ -5,7 +5,8 @@ MLflow loads the model with `_load_pyfunc`. The model's folder contains the bund
 
 from typing import Any
 
-from cnn_jax.inference.predictor import BundlePredictor, predict_batch
+from cnn_jax.inference.exported import load_predictor
+from cnn_jax.inference.predictor import TrainedPredictor, predict_batch
 from cnn_jax.system.errors import DataError
 
 COLUMN = "image"
@@ -13,13 +14,13 @@ COLUMN = "image"
 
 def _load_pyfunc(path: str) -> "PyfuncModel":
     """Loads a bundle; `mlflow.pyfunc.load_model` calls this function."""
-    return PyfuncModel(BundlePredictor.load(path))
+    return PyfuncModel(load_predictor(path))
 
 
 class PyfuncModel:
     """A model that returns the class probabilities of encoded images."""
 
-    def __init__(self, predictor: BundlePredictor):
+    def __init__(self, predictor: TrainedPredictor):
         self._predictor = predictor
 
     def predict(self, model_input: Any, params: Any = None) -> Any:
