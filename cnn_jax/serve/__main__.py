@@ -38,7 +38,6 @@ def main(argv: Sequence[str]) -> None:
     from cnn_jax.serve.limits import Limits
     from cnn_jax.serve.loader import BundleSource, RegistrySource
     from cnn_jax.serve.logs import start_logging
-    from cnn_jax.serve.request_log import RequestLog
     from cnn_jax.serve.server import Options, run
     from cnn_jax.serve.tokens import Tokens
     from cnn_jax.system import runtime
@@ -54,12 +53,17 @@ def main(argv: Sequence[str]) -> None:
             Registry(flags.registry), flags.model or (), flags.alias, flags.versions or ()
         )
     source.check()
-    request_log = flags.request_log and RequestLog(
-        pathlib.Path(flags.request_log),
-        flags.request_log_share,
-        round(1e6 * flags.request_log_mb),
-        flags.request_log_images,
-    )
+    request_log = None
+    if flags.request_log:
+        # Importing pyarrow would delay the start of a server without a request log.
+        from cnn_jax.serve.request_log import RequestLog
+
+        request_log = RequestLog(
+            pathlib.Path(flags.request_log),
+            flags.request_log_share,
+            round(1e6 * flags.request_log_mb),
+            flags.request_log_images,
+        )
     limits = Limits(
         body_bytes=round(1e6 * flags.max_body_mb),
         all_bytes=round(1e6 * flags.max_bodies_mb),
@@ -80,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
             drain=flags.drain,
         ),
         Tokens(pathlib.Path(flags.tokens)) if flags.tokens else None,
-        request_log or None,
+        request_log,
     )
 
 
@@ -140,14 +144,24 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default=0.0,
         help="seconds that /readyz reports 'not ready' before shutdown (0)",
     )
-    add("--request_log", type=cli.path, metavar="FILE", help="SQLite file that records answers")
+    add(
+        "--request_log",
+        type=cli.path,
+        metavar="DIR",
+        help="folder that records answers and feedback; several servers may share it",
+    )
     add(
         "--request_log_share",
         type=_fraction,
         default=1.0,
         help="fraction of the images to record, chosen at random (1)",
     )
-    add("--request_log_mb", type=_positive, default=1000.0, help="maximum MB of that file (1000)")
+    add(
+        "--request_log_mb",
+        type=_positive,
+        default=1000.0,
+        help="maximum MB of the rows without feedback (1000)",
+    )
     add("--request_log_images", action="store_true", help="record the images as well")
     add(
         "--log_level",

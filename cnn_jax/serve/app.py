@@ -4,7 +4,6 @@ import contextlib
 import logging
 import re
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +15,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cnn_jax
-from cnn_jax.serve import admin, native, open_inference, page, tf_serving
+from cnn_jax.serve import admin, feedback, native, open_inference, page, tf_serving
 from cnn_jax.serve.engine import DeadlineExceeded, Overloaded
 from cnn_jax.serve.limits import ClientDisconnected, Refused, check_query
 from cnn_jax.serve.metrics import CONTENT_TYPE
-from cnn_jax.serve.responses import JSONResponse
+from cnn_jax.serve.responses import JSONResponse, new_request_id
 from cnn_jax.serve.service import Service
 from cnn_jax.serve.tokens import Tokens
 
@@ -28,9 +27,17 @@ logger = logging.getLogger(__name__)
 
 # The HTTP status that nginx logs if the client disconnected before the response was sent.
 _CLIENT_DISCONNECTED = 499
-# A request id that a client sends is used only if the id matches this pattern. All characters of
-# the pattern are safe in any log.
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,100}")
+# An id that a client sends is recorded only if it matches this pattern. All characters of the
+# pattern are safe in any log.
+_ID = re.compile(rb"[A-Za-z0-9._:-]{1,100}")
+# The header of https://www.w3.org/TR/trace-context/.
+_TRACE = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+# The headers that are copied to the log: the field of the log, the pattern, and the header. The
+# server gives each request an id of its own, because ids of clients may be repeated.
+_LOGGED_HEADERS = (
+    ("client_request_id", _ID, b"x-request-id"),
+    ("traceparent", _TRACE, b"traceparent"),
+)
 # The paths of health checks and web pages, which clients may request without a token.
 _OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
 _OPEN_PREFIXES = ("/v2/health/",)
@@ -94,7 +101,7 @@ def make_app(
             for status, description in _STATUSES.items()
         },
     )
-    for protocol in (native, tf_serving, open_inference, admin):
+    for protocol in (native, tf_serving, open_inference, feedback, admin):
         app.include_router(protocol.make_router(service))
     app.include_router(page.make_router(service, app))
     _add_health(app, service)
@@ -157,12 +164,16 @@ class _Guard:
             return
         start = time.monotonic()
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        request_id = new_request_id()
         state = scope.setdefault("state", {})
         state["deadline"] = start + self._service.limits.seconds
-        state["request_id"] = request_id.decode()
-        state["log_fields"] = log_fields = {}
+        state["request_id"] = request_id
+        state["unit"] = _matching(_ID, headers.get(b"x-unit-id"))
+        state["log_fields"] = log_fields = {
+            name: value
+            for name, pattern, header in _LOGGED_HEADERS
+            if (value := _matching(pattern, headers.get(header)))
+        }
         status = _CLIENT_DISCONNECTED
         is_read = b"content-length" not in headers and b"transfer-encoding" not in headers
 
@@ -178,7 +189,11 @@ class _Guard:
                 status = message["status"]
                 names = {name for name, _ in message["headers"]}
                 added = [header for header in _HEADERS if header[0] not in names]
-                message["headers"] = [*message["headers"], *added, (b"x-request-id", request_id)]
+                message["headers"] = [
+                    *message["headers"],
+                    *added,
+                    (b"x-request-id", request_id.encode()),
+                ]
                 if not is_read and b"connection" not in names:
                     # Close the connection, because the server will not read the rest of the
                     # request's body.
@@ -244,6 +259,11 @@ class _Guard:
                 }
             },
         )
+
+
+def _matching(pattern: re.Pattern[bytes], value: bytes | None) -> str | None:
+    """Returns a header's value as text if it matches a pattern, else None."""
+    return value.decode() if value is not None and pattern.fullmatch(value) else None
 
 
 def _refused(request: Request, error: Refused) -> Response:

@@ -16,7 +16,6 @@ import re
 import signal
 import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -24,6 +23,8 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from cnn_jax.serve.responses import new_request_id
 
 # Maximum size of the request line and the headers together, in bytes. The framing of a chunked body
 # may exceed the size of the body by at most this number of bytes.
@@ -209,7 +210,7 @@ class _Protocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._raw.abort()  # An error message would damage the response that is being sent.
             return
-        request_id = uuid.uuid4().hex
+        request_id = new_request_id()
         answer = json.dumps({"error": msg, "reason": "http", "request_id": request_id})
         body = f"{answer}\n".encode()
         head = (

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -18,10 +19,12 @@ from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
 from cnn_jax.serve.loader import BundleSource, Loader, Source
 from cnn_jax.serve.metrics import ServerMetrics
-from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.service import Models, Service
 from cnn_jax.serve.tokens import Tokens
 from cnn_jax.system.errors import BundleError, ConfigError
+
+if TYPE_CHECKING:  # Importing pyarrow would delay the start of a server without a request log.
+    from cnn_jax.serve.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ def run(
     source: Source,
     options: Options,
     tokens: Tokens | None = None,
-    request_log: RequestLog | None = None,
+    request_log: "RequestLog | None" = None,
 ) -> None:
     """Runs the server until SIGTERM or Ctrl-C, then answers the requests in flight and returns.
 

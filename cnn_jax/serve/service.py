@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from fastapi import Path, Request
@@ -14,9 +14,11 @@ from cnn_jax.data.decode import Pixels
 from cnn_jax.serve.engine import Computed, Engine
 from cnn_jax.serve.limits import Bodies, Limits, Refused
 from cnn_jax.serve.metrics import ServerMetrics
-from cnn_jax.serve.request_log import RequestLog
-from cnn_jax.serve.versions import Version
+from cnn_jax.serve.versions import Output, Version
 from cnn_jax.system.errors import DataError
+
+if TYPE_CHECKING:  # Importing pyarrow would delay the start of a server without a request log.
+    from cnn_jax.serve.request_log import RequestLog
 
 # The type of a version number in the path of a URL.
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
@@ -134,6 +136,10 @@ class Models:
         numbers = list(self._aliases.get(model, {}).values())
         return self._versions.get(model, {}).get(numbers[0]) if numbers else None
 
+    def default_alias(self, model: str) -> str | None:
+        """Returns the alias whose version is the default version of a model."""
+        return next(iter(self._aliases.get(model, {})), None)
+
     def _check(self, model: str) -> None:
         if model not in self._states:
             raise Refused(404, "no_model", f"there is no model {model!r} here")
@@ -190,6 +196,7 @@ class Service:
       limits: The limits of requests.
       metrics: The Prometheus metrics.
       is_shutting_down: Whether the server has received a signal to end.
+      request_log: The log that records answers and feedback; None if there is none.
     """
 
     def __init__(
@@ -198,18 +205,35 @@ class Service:
         engine: Engine,
         limits: Limits,
         metrics: ServerMetrics,
-        request_log: RequestLog | None = None,
+        request_log: "RequestLog | None" = None,
     ):
         self.models = models
         self.engine = engine
         self.limits = limits
         self.metrics = metrics
         self.is_shutting_down = False
-        self._request_log = request_log
+        self.request_log = request_log
         self._bodies = Bodies(limits)
 
+    def select(
+        self,
+        request: Request,
+        model: str | None = None,
+        version: int | None = None,
+        alias: str | None = None,
+    ) -> Version:
+        """Returns the version that a request selects; see `Models.find`.
+
+        Stores the alias that selected the version for the request log. The alias is None if the
+        request names a number.
+        """
+        found = self.models.find(model, version, alias)
+        is_default = version is None and alias is None
+        request.state.arm = self.models.default_alias(found.model) if is_default else alias
+        return found
+
     @contextlib.asynccontextmanager
-    async def body(self, request: Request, version: Version) -> AsyncIterator[bytes]:
+    async def body(self, request: Request, version: Version | None = None) -> AsyncIterator[bytes]:
         """Reads a request's body; keeps the body and the version in memory until the context ends.
 
         Raises:
@@ -222,7 +246,7 @@ class Service:
             raise Refused(415, "encoding", message, accept_encoding="identity")
         length = request.headers.get("content-length")
         deadline = request.state.deadline
-        with version.hold():
+        with contextlib.nullcontext() if version is None else version.hold():
             async with self._bodies.read(request.receive, length, deadline) as body:
                 yield body
 
@@ -247,8 +271,8 @@ class Service:
         """Returns the metrics in Prometheus's text format."""
         self.metrics.images_in_flight.set(self.engine.in_flight)
         self.metrics.body_bytes.set(self._bodies.num_bytes)
-        if self._request_log is not None:
-            self.metrics.lost_rows.set(self._request_log.lost_rows)
+        if self.request_log is not None:
+            self.metrics.lost_rows.set(self.request_log.lost_rows)
         return self.metrics.expose()
 
     async def answer(
@@ -291,24 +315,33 @@ class Service:
         return [
             result
             if isinstance(result, DataError)
-            else self._make_answer(version, result, request, explain)
-            for result in results
+            else self._make_answer(version, result, request, index)
+            for index, result in enumerate(results)
         ]
 
     def _make_answer(
-        self, version: Version, computed: Computed, request: Request, explain: bool
+        self, version: Version, computed: Computed, request: Request, index: int
     ) -> Answer:
         """Creates the answer for an image, and records the answer in the metrics and the log."""
-        probabilities, explanation = computed.result if explain else (computed.result, None)
-        predicted = version.class_names[int(np.argmax(probabilities))]
+        output: Output = computed.result
+        predicted = version.class_names[int(np.argmax(output.probabilities))]
         self.metrics.predictions.labels(version.model, version.number, predicted).inc()
-        if self._request_log is not None:
-            request_id = request.state.request_id
-            self._request_log.record(version, request_id, computed.pixels, probabilities)
+        if self.request_log is not None:
+            state = request.state
+            self.request_log.record(
+                request_id=state.request_id,
+                image_index=index,
+                unit=state.unit,
+                arm=state.arm,
+                version=version,
+                pixels=computed.pixels,
+                probabilities=output.probabilities,
+                embedding=output.embedding,
+            )
         return Answer(
-            probabilities=probabilities,
+            probabilities=output.probabilities,
             pixels=computed.pixels,
-            explanation=explanation,
+            explanation=output.explanation,
             decode_seconds=computed.decode_seconds,
             queue_seconds=computed.queue_seconds,
             compute_seconds=computed.compute_seconds,

@@ -158,6 +158,12 @@ def tensor(shape, datatype, data):
         ("/nothing", b"x", (404, "route")),
         ("/healthz", b"x", (405, "route")),
         ("/admin/refresh", b"x", (403, "token")),
+        ("/feedback", b"{}", (400, "json")),
+        ("/feedback", b'{"request_id": "0", "label": "a"}', (400, "json")),
+        ("/feedback", b'{"request_id": "%032d"}' % 0, (400, "json")),
+        ("/feedback", b'{"request_id": "%032d", "label": "a", "lable": "b"}' % 0, (400, "json")),
+        ("/feedback", b'{"request_id": "%032d", "reward": NaN}' % 0, (400, "json")),
+        ("/feedback", b'{"request_id": "%032d", "label": "a"}' % 0, (404, "no_log")),
         ("/v1/models/other:predict", b"{}", (404, "no_model")),
         ("/v1/models/shapes/versions/7:predict", b"{}", (404, "no_version")),
         ("/v1/models/shapes/versions/x:predict", b"{}", (400, "parameter")),
@@ -533,13 +539,26 @@ def test_answers_have_security_headers(server):
     assert "unsafe-inline" not in policy.partition("script-src")[2].partition(";")[0]
 
 
-@pytest.mark.parametrize(
-    ("given", "is_kept"),
-    [("abc-1.2:3_Z", True), ("a b", False), ("x" * 101, False), ("<script>", False), ("", False)],
-)
-def test_a_harmless_request_id_is_kept(server, given, is_kept):
-    answer = server.get("/healthz", headers={"X-Request-Id": given})
-    assert (answer.headers["x-request-id"] == given) == is_kept
+def test_harmless_headers_of_clients_are_logged(server):
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    for number, (given, parent, is_kept) in enumerate(
+        [
+            ("abc-1.2:3_Z", trace, True),
+            ("a b", trace[:-1], False),
+            ("x" * 101, trace.upper(), False),
+            ("<script>", f"{trace}-{trace}", False),
+            ("", "", False),
+        ]
+    ):
+        headers = {"X-Request-Id": given, "traceparent": parent}
+        answer = server.get(f"/nothing/{number}", headers=headers)
+        # The server gives each request an id of its own, because clients may repeat theirs.
+        request_id = answer.headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", request_id)
+        server.wait_for_log(request_id)
+        (line,) = [one for one in server.log() if one.get("request_id") == request_id]
+        assert line.get("client_request_id") == (given if is_kept else None)
+        assert line.get("traceparent") == (parent if is_kept else None)
 
 
 def test_the_log_has_requests_without_image_content(server):
@@ -548,7 +567,7 @@ def test_the_log_has_requests_without_image_content(server):
     assert answer.status_code == 415
     server.post("/predict?top=1", encode(picture()), headers={"X-Request-Id": "of-the-log-2"})
     server.wait_for_log("of-the-log-2")
-    lines = {line.get("request_id"): line for line in server.log()}
+    lines = {line.get("client_request_id"): line for line in server.log()}
     refused, answered = lines["of-the-log"], lines["of-the-log-2"]
     assert (refused["status"], refused["reason"], refused["path"]) == (415, "format", "/predict")
     assert (answered["status"], answered["model"], answered["version"]) == (200, "shapes", 1)

@@ -18,13 +18,15 @@ from conftest import TRAINING_MODULES, imported_modules
 from PIL import Image
 
 import cnn_jax.serve
+from cnn_jax.data.request_log import read_requests
 from cnn_jax.serve import http
 from cnn_jax.serve.app import make_app
 from cnn_jax.serve.engine import Engine, Program
 from cnn_jax.serve.limits import Limits, Refused
 from cnn_jax.serve.metrics import ServerMetrics
+from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.service import END, LOADING, Models, Service
-from cnn_jax.serve.versions import make_version
+from cnn_jax.serve.versions import Output, make_version
 
 
 def encode(value=0):
@@ -40,18 +42,22 @@ class Gated:
       batches: The grey levels of the images of each batch.
     """
 
-    def __init__(self, version, limits, queue):
+    def __init__(self, version, limits, queue, request_log=None):
         self.gate = threading.Event()
         self.batches = []
 
         def run(images):
             assert self.gate.wait(20)
             self.batches.append([int(image[0, 0, 0]) for image in images])
-            return version.predictor(images)
+            # No network returns these embeddings, so a test can see where they are used.
+            return [
+                Output(row, np.full(2, index))
+                for index, row in enumerate(version.predictor(images))
+            ]
 
         version = dataclasses.replace(version, predict_program=Program(run, {1: 1.0}))
         self.engine = Engine(queue, decoders=2)
-        self.service = Service(Models(), self.engine, limits, ServerMetrics())
+        self.service = Service(Models(), self.engine, limits, ServerMetrics(), request_log)
         self.service.models.add_model("default", is_required=True)
         self.service.models.add_version(version)
         self.service.models.set_aliases("default", {"default": 1})
@@ -106,8 +112,8 @@ def version():
 def serve(version):
     with contextlib.ExitStack() as stack:
 
-        def serve(queue=100, **limits):
-            gated = Gated(version, Limits(**limits), queue)
+        def serve(queue=100, request_log=None, **limits):
+            gated = Gated(version, Limits(**limits), queue, request_log)
             stack.callback(gated.end)
             return gated
 
@@ -236,6 +242,21 @@ def test_internal_errors_have_no_details(serve, version, caplog):
     assert requests.get(f"{server.url}/healthz", timeout=10).status_code == 200
 
 
+def test_the_log_computes_nothing_again(serve, tmp_path):
+    """The recorded embedding is the one that the batch of the answer returned."""
+    log = RequestLog(tmp_path / "log")
+    server = serve(request_log=log)
+    server.gate.set()
+    for value in range(3):
+        answer = server.post(value)
+        assert answer.status_code == 200
+    log.close()
+    assert server.batches == [[0], [1], [2]]
+    rows = read_requests(tmp_path / "log").to_pylist()
+    assert [row["embedding"] for row in rows] == [[0.0, 0.0]] * 3
+    assert rows[-1]["request_id"] == answer.json()["request_id"]
+
+
 # Tests of the states of models and versions.
 
 
@@ -306,6 +327,8 @@ def test_models_are_found_by_name_number_and_alias(version):
 
 def test_serving_imports_no_training_code():
     folder = pathlib.Path(cnn_jax.serve.__file__).parent
-    modules = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__main__")
+    # The request log is imported only with --request_log, because it needs more libraries.
+    left_out = ("__main__", "request_log")
+    modules = sorted(path.stem for path in folder.glob("*.py") if path.stem not in left_out)
     names = [f"cnn_jax.serve.{module}" for module in modules] + ["cnn_jax.registry.registry"]
-    assert not imported_modules(*names) & {*TRAINING_MODULES, "mlflow"}
+    assert not imported_modules(*names) & {*TRAINING_MODULES, "mlflow", "pyarrow"}
