@@ -21,10 +21,10 @@ import pathlib
 import secrets
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquet as pq
 
 from cnn_jax.system.atomic import replacing, write_text
 from cnn_jax.system.errors import DataError
@@ -123,7 +123,7 @@ class Segments:
         self._name = secrets.token_hex(4)
         self.path: pathlib.Path | None = None
 
-    def append(self, columns: dict[str, Sequence[object]]) -> bool:
+    def append(self, columns: Mapping[str, Sequence[object]]) -> bool:
         """Appends rows; returns whether they completed the file.
 
         Args:
@@ -190,7 +190,7 @@ def write_table(table: pa.Table, path: pathlib.Path) -> None:
       OSError: The file cannot be written.
     """
     with replacing(path, shared=True) as file:
-        pa.parquet.write_table(table.combine_chunks(), file, compression="zstd")
+        pq.write_table(table.combine_chunks(), file, compression="zstd")
 
 
 def read_file(path: pathlib.Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -206,9 +206,9 @@ def read_file(path: pathlib.Path, columns: Sequence[str] | None = None) -> pa.Ta
     """
     try:
         if path.suffix == ".parquet":
-            schema = pa.parquet.read_schema(path)
+            schema = pq.read_schema(path)
             _check_version(path, schema)
-            return pa.parquet.read_table(path, columns=None if columns is None else list(columns))
+            return pq.read_table(path, columns=None if columns is None else list(columns))
         with pa.OSFile(str(path)) as file:
             table = _read_stream(path, file)
         known = table.column_names

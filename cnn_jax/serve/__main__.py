@@ -68,8 +68,10 @@ def main(argv: Sequence[str]) -> None:
         body_bytes=round(1e6 * flags.max_body_mb),
         all_bytes=round(1e6 * flags.max_bodies_mb),
         pixels=flags.max_pixels,
+        all_pixels=flags.queue_pixels,
         images=flags.max_images,
         seconds=flags.timeout,
+        client_share=flags.client_share,
     )
     run(
         source,
@@ -123,6 +125,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="maximum milliseconds that an image waits for its batch to fill (0)",
     )
     add("--queue", type=cli.positive, default=256, help="maximum images in flight (256)")
+    add(
+        "--queue_pixels",
+        type=cli.positive,
+        default=500_000_000,
+        help="maximum pixels of the images in flight above 4 million pixels (500000000)",
+    )
+    add(
+        "--client_share",
+        type=_fraction,
+        default=0.5,
+        help="fraction of these limits that one client may use (0.5)",
+    )
     add("--timeout", type=_positive, default=30.0, help="seconds until a request times out (30)")
     add("--max_body_mb", type=_positive, default=20.0, help="maximum MB of a request's body (20)")
     add(
@@ -179,6 +193,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     check_name("alias", flags.alias)
     if flags.queue < flags.max_images:
         raise ConfigError("--queue: must be --max_images or more")
+    if flags.queue_pixels < flags.max_pixels:
+        raise ConfigError("--queue_pixels: must be --max_pixels or more")
     if flags.max_bodies_mb < flags.max_body_mb:
         raise ConfigError("--max_bodies_mb: must be --max_body_mb or more")
     return flags

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -168,6 +168,7 @@ class _Guard:
         state = scope.setdefault("state", {})
         state["deadline"] = start + self._service.limits.seconds
         state["request_id"] = request_id
+        state["client"] = self._client(scope, headers)
         state["unit"] = _matching(_ID, headers.get(b"x-unit-id"))
         state["log_fields"] = log_fields = {
             name: value
@@ -211,6 +212,12 @@ class _Guard:
             logger.exception("request %s failed", state["request_id"])
         finally:
             self._log(scope, status, time.monotonic() - start, log_fields)
+
+    def _client(self, scope: Scope, headers: Mapping[bytes, bytes]) -> str:
+        """Returns the key of a client for the limits: its token, or without tokens its address."""
+        if self._tokens is not None:
+            return headers.get(b"authorization", b"").decode("latin-1")
+        return (scope.get("client") or [""])[0]
 
     def _refuse(self, path: str, authorization: bytes | None) -> Refused | None:
         """Returns an error if the client is not allowed to make a request, else None."""

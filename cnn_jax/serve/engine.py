@@ -16,8 +16,8 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -36,15 +36,27 @@ _HANGING_SECONDS = 60.0
 _CLOSING_SECONDS = 10.0
 
 
+class _Amount(NamedTuple):
+    """A number of images, and the number of pixels of those images that are large."""
+
+    images: float
+    large_pixels: float
+
+    def plus(self, other: "_Amount") -> "_Amount":
+        return _Amount(*(a + b for a, b in zip(self, other, strict=True)))
+
+
 class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's)
-    """Raised if a request would exceed the maximum number of images in flight.
+    """Raised if a request would exceed a limit on the images in flight.
 
     Attributes:
       retry_after: Whole seconds after which the client should try again.
     """
 
-    def __init__(self, retry_after: int):
-        super().__init__(f"too many images at once; try again in {retry_after} s")
+    def __init__(self, retry_after: int, is_client: bool = False):
+        """Creates the error; `is_client` says whether only the client's own share is used up."""
+        owner = "this client has" if is_client else "there are"
+        super().__init__(f"{owner} too many images in flight; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -187,6 +199,8 @@ class Engine:
         capacity: int,
         max_wait: float = 0.0,
         decoders: int = 2,
+        large_pixels: int = 500_000_000,
+        client_share: float = 1.0,
         on_batch: Callable[[int, float], None] = lambda images, seconds: None,
     ):
         """Creates the engine without starting its compute thread; see `start`.
@@ -195,19 +209,29 @@ class Engine:
           capacity: Maximum number of images in flight, which are waiting, in decoding or in
             computation.
           max_wait: Maximum seconds that an image waits for its batch to fill.
-          decoders: Number of decoder threads.
+          decoders: Number of decoder threads for images that are not large. There are half as many
+            further threads for large images, so that large images do not delay other images.
+          large_pixels: Maximum number of pixels of all large images in flight.
+          client_share: The fraction of `capacity` and of `large_pixels` that one client may use,
+            above 0 to 1.
           on_batch: Called in the event loop after each batch, with the number of images in the
             batch and the run time in seconds.
         """
         self.capacity = capacity
         self._max_wait = max_wait
         self._on_batch = on_batch
-        self._in_flight = 0
+        self._large_pixels = large_pixels
+        self._client_share = client_share
+        self._in_flight = _Amount(0, 0)
+        # The images in flight of each client that has any.
+        self._clients: dict[str, _Amount] = {}
         self._per_image = _SECONDS_PER_IMAGE
         # A request may use at most half of the decoder threads, so that a request with many large
         # images does not block other requests.
         self._decoders_per_request = max(1, decoders // 2)
         self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
+        num_large = self._decoders_per_request
+        self._large_decoders = concurrent.futures.ThreadPoolExecutor(num_large, "decode large")
         # Only one thread parses request bodies, because a parsed body can need many times as
         # much memory as the unparsed body.
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parse")
@@ -228,7 +252,7 @@ class Engine:
     @property
     def in_flight(self) -> int:
         """The number of images in flight: images that wait, are decoded, or are processed."""
-        return self._in_flight
+        return self._in_flight.images
 
     @property
     def is_alive(self) -> bool:
@@ -238,22 +262,50 @@ class Engine:
         return self._thread.is_alive() and not is_hanging
 
     @contextlib.contextmanager
-    def admit(self, images: int) -> Iterator[None]:
-        """Increases the number of images in flight by `images` until the context ends.
+    def admit(self, images: int, large_pixels: int = 0, client: str = "") -> Iterator[None]:
+        """Counts the images of a request as in flight until the context ends.
+
+        Args:
+          images: The number of images.
+          large_pixels: The number of pixels of those images that are large.
+          client: The client that has sent the request. A client without images in flight may send
+            a request that is larger than the share of a client.
 
         Raises:
-          Overloaded: More than `capacity` images would be in flight.
+          Overloaded: More than `capacity` images would be in flight, or large images with too many
+            pixels, or the client would use more than its share.
         """
-        if self._in_flight + images > self.capacity:
-            raise Overloaded(max(1, math.ceil(self._in_flight * self._per_image)))
-        self._in_flight += images
+        added = _Amount(images, large_pixels)
+        limit = _Amount(self.capacity, self._large_pixels)
+        share = _Amount(*(self._client_share * number for number in limit))
+        own = self._clients.get(client, _Amount(0, 0))
+        for now, of_client, new, most, most_of_client in zip(
+            self._in_flight, own, added, limit, share, strict=True
+        ):
+            is_over_share = of_client and of_client + new > most_of_client
+            if new and (now + new > most or is_over_share):
+                wait = max(1, math.ceil(self.in_flight * self._per_image))
+                raise Overloaded(wait, is_client=bool(now + new <= most))
+        self._count(client, added)
         try:
             yield
         finally:
-            self._in_flight -= images
+            self._count(client, _Amount(-images, -large_pixels))
+
+    def _count(self, client: str, added: "_Amount") -> None:
+        """Adds an amount to the images in flight, and to those of a client."""
+        own = self._clients.get(client, _Amount(0, 0))
+        self._in_flight = self._in_flight.plus(added)
+        self._clients[client] = own.plus(added)
+        if not self._clients[client].images:
+            del self._clients[client]
 
     async def compute(
-        self, program: Program, reads: Sequence[_Read], deadline: float
+        self,
+        program: Program,
+        reads: Sequence[_Read],
+        deadline: float,
+        large: Collection[int] = (),
     ) -> list[Computed | DataError]:
         """Runs a program on the images of a request, batched with the images of other requests.
 
@@ -261,6 +313,7 @@ class Engine:
           program: The program.
           reads: Functions that each decode an image; at least one. They run on decoder threads.
           deadline: In seconds of `time.monotonic`.
+          large: The indices of the large images.
 
         Returns:
           A result for each image; for an image that cannot be used, an error.
@@ -272,10 +325,13 @@ class Engine:
         count, now = len(reads), time.monotonic()
         request = _Request(program, now, future, [None] * count, count)
         images = [_EncodedImage(request, index, read) for index, read in enumerate(reads)]
-        step = self._decoders_per_request
-        lanes = [collections.deque(images[first::step]) for first in range(min(count, step))]
-        for lane in lanes:
-            self._decoders.submit(self._decode, lane)
+        lanes = []
+        for is_large, threads in ((False, self._decoders), (True, self._large_decoders)):
+            chosen = [image for image in images if (image.index in large) == is_large]
+            for first in range(min(len(chosen), self._decoders_per_request)):
+                lane = collections.deque(chosen[first :: self._decoders_per_request])
+                lanes.append(lane)
+                threads.submit(self._decode, threads, lane)
         # The future is cancelled if the client disconnects or the deadline passes. The threads
         # check whether the future is cancelled.
         try:
@@ -343,13 +399,15 @@ class Engine:
         self._thread.join(_CLOSING_SECONDS)
         if self._thread.is_alive():
             return False
-        for threads in (self._decoders, self._parser):
+        for threads in (self._decoders, self._large_decoders, self._parser):
             threads.shutdown(cancel_futures=True)
         return True
 
     # The next method runs on the decoder threads.
 
-    def _decode(self, lane: collections.deque[_EncodedImage]) -> None:
+    def _decode(
+        self, threads: concurrent.futures.Executor, lane: collections.deque[_EncodedImage]
+    ) -> None:
         """Decodes one image of a request, and schedules the decoding of the next image.
 
         A lane is a queue of encoded images of one request. Between two images of a lane, the
@@ -376,7 +434,7 @@ class Engine:
                 self._waiting.append(decoded)
                 self._changed.notify()
         if lane:
-            self._decoders.submit(self._decode, lane)
+            threads.submit(self._decode, threads, lane)
 
     # The methods below, except `_set_results`, run on the compute thread.
 

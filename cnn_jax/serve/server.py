@@ -81,7 +81,14 @@ def run(
       BundleError: The bundle of a `BundleSource` cannot be served.
     """
     metrics = ServerMetrics()
-    engine = Engine(options.queue, options.max_wait, num_cores(), metrics.count_batch)
+    engine = Engine(
+        options.queue,
+        options.max_wait,
+        num_cores(),
+        options.limits.all_pixels,
+        options.limits.client_share,
+        metrics.count_batch,
+    )
     service = Service(Models(), engine, options.limits, metrics, request_log)
     listener = _listen(options)
     host, port = listener.getsockname()[:2]

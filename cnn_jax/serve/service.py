@@ -12,7 +12,8 @@ from fastapi import Path, Request
 from cnn_jax.data import decode
 from cnn_jax.data.decode import Pixels
 from cnn_jax.serve.engine import Computed, Engine
-from cnn_jax.serve.limits import Bodies, Limits, Refused
+from cnn_jax.serve.image_size import count_pixels
+from cnn_jax.serve.limits import LARGE_PIXELS, Bodies, Limits, Refused
 from cnn_jax.serve.metrics import ServerMetrics
 from cnn_jax.serve.versions import Output, Version
 from cnn_jax.system.errors import DataError
@@ -247,7 +248,9 @@ class Service:
         length = request.headers.get("content-length")
         deadline = request.state.deadline
         with contextlib.nullcontext() if version is None else version.hold():
-            async with self._bodies.read(request.receive, length, deadline) as body:
+            async with self._bodies.read(
+                request.receive, length, deadline, request.state.client
+            ) as body:
                 yield body
 
     @property
@@ -309,15 +312,51 @@ class Service:
         program = version.explain_program if explain else version.predict_program
         fields = {"model": version.model, "version": version.number, "images": len(images)}
         request.state.log_fields.update(fields)
-        reads = [functools.partial(version.read, image) for image in images]
-        with self.engine.admit(len(images)):
-            results = await self.engine.compute(program, reads, request.state.deadline)
+        sizes = [self._count_large_pixels(image) for image in images]
+        large_pixels = sum(sizes)
+        if large_pixels > self.limits.all_pixels:
+            message = (
+                f"the images of a request that have more than {LARGE_PIXELS:,} pixels may have at "
+                f"most {self.limits.all_pixels:,} pixels together; send them in several requests"
+            )
+            raise Refused(413, "too_many_pixels", message)
+        large = {index for index, size in enumerate(sizes) if size}
+        reads = [
+            functools.partial(self._read, version, image, index in large)
+            for index, image in enumerate(images)
+        ]
+        with self.engine.admit(len(images), large_pixels, request.state.client):
+            results = await self.engine.compute(program, reads, request.state.deadline, large)
         return [
             result
             if isinstance(result, DataError)
             else self._make_answer(version, result, request, index)
             for index, result in enumerate(results)
         ]
+
+    def _count_large_pixels(self, image: bytes | np.ndarray) -> int:
+        """Returns the number of pixels of a large image, or 0 if the image is not large.
+
+        An image whose size is unknown counts as an image of the maximum size.
+        """
+        if isinstance(image, np.ndarray):
+            return 0  # The image is decoded already.
+        pixels = count_pixels(image)
+        if pixels is None:
+            return self.limits.pixels
+        # An image of more than the maximum size counts as 0, because `_read` refuses it.
+        return pixels if LARGE_PIXELS < pixels <= self.limits.pixels else 0
+
+    def _read(self, version: Version, image: bytes | np.ndarray, is_large: bool) -> Pixels:
+        """Decodes and resizes an image on a decoder thread; see `Version.read`."""
+        if isinstance(image, np.ndarray) or is_large:
+            return version.read(image)
+        pixels = count_pixels(image) or 0
+        if pixels > self.limits.pixels:
+            limit = self.limits.pixels
+            raise decode.TooManyPixelsError(f"has {pixels} pixels, more than max_pixels = {limit}")
+        # A hostile file may have more pixels than its first bytes say.
+        return version.read(image, max_pixels=LARGE_PIXELS)
 
     def _make_answer(
         self, version: Version, computed: Computed, request: Request, index: int

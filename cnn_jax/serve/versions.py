@@ -7,7 +7,6 @@ of these requests, the old version is freed.
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -71,25 +70,27 @@ class Version:
     digest: str
     load_time: float
     in_use: int = 0
+    _readers: dict[int, ImageReader] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def class_names(self) -> list[str]:
         return self.predictor.class_names
 
-    def read(self, image: bytes | np.ndarray) -> Pixels:
+    def read(self, image: bytes | np.ndarray, max_pixels: int | None = None) -> Pixels:
         """Decodes and resizes an image; returns the network's input, uint8 [height, width, 3].
 
         Args:
           image: The content of an image file, or pixels, uint8 [h, w, 3] or [h, w].
+          max_pixels: A lower limit on the pixels of an image file than that of `preprocessing`.
 
         Raises:
           DataError: The image cannot be used.
         """
-        return self._reader.read(image, f"an image for {self.model}, version {self.number}")
-
-    @functools.cached_property
-    def _reader(self) -> ImageReader:
-        return ImageReader(self.preprocessing)
+        limit = min(max_pixels or self.preprocessing.max_pixels, self.preprocessing.max_pixels)
+        if (reader := self._readers.get(limit)) is None:
+            preprocessing = dataclasses.replace(self.preprocessing, max_pixels=limit)
+            reader = self._readers[limit] = ImageReader(preprocessing)
+        return reader.read(image, f"an image for {self.model}, version {self.number}")
 
     @contextlib.contextmanager
     def hold(self) -> Iterator["Version"]:

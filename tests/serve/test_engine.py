@@ -249,6 +249,59 @@ def test_capacity_limits_images_in_flight():
     run_with(engine, test)
 
 
+def test_large_pixels_and_clients_have_limits():
+    engine = Engine(capacity=10, large_pixels=1_000, client_share=0.5)
+
+    def refused(*amount):
+        with pytest.raises(Overloaded) as caught, engine.admit(*amount):
+            pass
+        return str(caught.value).partition(" too many")[0]
+
+    async def test():
+        with contextlib.ExitStack() as stack:
+            # A client without images in flight may exceed its share.
+            stack.enter_context(engine.admit(7, 900, "a"))
+            assert refused(1, 0, "a") == "this client has"
+            assert refused(1, 200, "b") == "there are"
+            assert refused(4, 0, "b") == "there are"
+            with engine.admit(2, 100, "b"):
+                assert engine.in_flight == 9
+            stack.enter_context(engine.admit(1, 50, "b"))
+            assert refused(1, 1, "a") == "this client has"
+        with engine.admit(1, 600, "a"):
+            # Images that are not large are admitted although the pixels are used up.
+            assert refused(1, 1, "a") == "this client has"
+            with engine.admit(4, 0, "a"):
+                assert engine.in_flight == 5
+        assert engine.in_flight == 0
+        assert not engine._clients
+
+    run_with(engine, test)
+
+
+def test_large_images_leave_threads_for_others():
+    engine, decoder = Engine(capacity=100, decoders=2), Decoder()
+
+    async def test():
+        program = Device().program()
+        held = [
+            asyncio.ensure_future(
+                engine.compute(program, [decoder.read(value)] * 2, later(), large={0, 1})
+            )
+            for value in (1, 2, 3)
+        ]
+        await until(lambda: decoder.started == [1])
+        small = [
+            asyncio.ensure_future(engine.compute(program, [decoder.read(value)], later()))
+            for value in (7, 8)
+        ]
+        await until(lambda: set(decoder.started) == {1, 7, 8})
+        decoder.gate.set()
+        await asyncio.gather(*held, *small)
+
+    run_with(engine, test)
+
+
 def test_retry_after_follows_measured_times():
     engine = Engine(capacity=100)
 

@@ -205,7 +205,7 @@ def test_a_missing_body_times_out(serve):
 
 
 def test_the_total_size_of_bodies_is_limited(serve):
-    server = serve(body_bytes=2_000_000, all_bytes=5_000_000)
+    server = serve(body_bytes=2_000_000, all_bytes=5_000_000, client_share=1.0)
     head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n"
     with contextlib.ExitStack() as stack:
         for _ in range(2):
@@ -223,6 +223,46 @@ def test_the_total_size_of_bodies_is_limited(serve):
         until(lambda: server.service._bodies.num_bytes == 5_799_998)
         assert requests.post(f"{server.url}/predict", b"x" * 400, timeout=10).status_code == 415
     until(lambda: server.service._bodies.num_bytes == 0)
+
+
+def test_a_client_has_a_share_of_the_bodies(serve):
+    server = serve(body_bytes=2_000_000, all_bytes=5_000_000, client_share=0.5)
+
+    def post(client, size):
+        # The server trusts this header from a proxy on its own machine.
+        headers = {"X-Forwarded-For": client}
+        return requests.post(f"{server.url}/predict", b"x" * size, headers=headers, timeout=10)
+
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 10.0.0.1\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as one:
+        one.sendall(head + b"Content-Length: 2000000\r\n\r\n" + b"x" * 1_999_999)
+        until(lambda: server.service._bodies.num_bytes == 1_999_999)
+        assert post("10.0.0.1", 1_500_000).status_code == 429
+        assert post("10.0.0.1", 900_000).status_code == 415
+        assert post("10.0.0.2", 2_000_000).status_code == 415
+    until(lambda: server.service._bodies.num_bytes == 0)
+    assert not server.service._bodies._client_bytes
+
+
+def test_a_client_has_a_share_of_the_queue(serve, pool):
+    server = serve(queue=4)
+    server.engine._client_share = 0.5
+
+    def post(client, value):
+        headers = {"X-Forwarded-For": client}
+        body = encode(value)
+        return requests.post(f"{server.url}/predict", body, headers=headers, timeout=30)
+
+    held = [pool.submit(post, "10.0.0.1", value) for value in range(2)]
+    until(lambda: server.engine.in_flight == 2)
+    answer = post("10.0.0.1", 9)
+    assert answer.status_code == 429
+    assert answer.json()["error"].startswith("this client has too many images in flight")
+    held.append(pool.submit(post, "10.0.0.2", 2))
+    until(lambda: server.engine.in_flight == 3)
+    server.gate.set()
+    assert [future.result().status_code for future in held] == [200] * 3
+    assert not server.engine._clients
 
 
 def test_internal_errors_have_no_details(serve, version, caplog):
