@@ -83,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
             max_batch=flags.max_batch,
             max_wait=flags.max_wait_ms / 1000,
             poll=flags.poll,
+            load_timeout=flags.load_timeout,
             drain=flags.drain,
         ),
         Tokens(pathlib.Path(flags.tokens)) if flags.tokens else None,
@@ -113,7 +114,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--alias", default="champion", help="alias of the version that answers (champion)")
     add("--versions", type=_versions, metavar="V,...", help="further versions or aliases to serve")
-    add("--poll", type=_positive, default=2.0, help="seconds between reads of the registry (2)")
+    add(
+        "--poll",
+        type=_positive,
+        default=2.0,
+        help="mean seconds between reads of the registry; each pause is random (2)",
+    )
+    add(
+        "--load_timeout",
+        type=_positive,
+        default=600.0,
+        help="seconds until the loading of a version times out (600)",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=_port, default=8000, help="port to listen on; 0 chooses a free port (8000)")
     add("--tokens", type=cli.path, metavar="FILE", help="file of access tokens: ROLE TOKEN lines")

@@ -136,9 +136,19 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def readyz() -> JSONResponse:
         if service.is_shutting_down:
             raise Refused(503, "leaving", "the server is shutting down")
+        loading = service.models.loading()
         if not service.is_ready:
-            raise Refused(503, "not_ready", "a model is not ready", retry_after="1")
-        return JSONResponse({"status": "ready"})
+            versions = ", ".join(
+                f"version {number} of {model} has been loading for {seconds:.0f} s"
+                for (model, number), seconds in loading.items()
+            )
+            message = f"a model is not ready; {versions or 'no version is loading'}"
+            raise Refused(503, "not_ready", message, retry_after="1")
+        described = [
+            {"model": model, "version": number, "seconds": round(seconds, 1)}
+            for (model, number), seconds in loading.items()
+        ]
+        return JSONResponse({"status": "ready", "loading": described})
 
     @app.get(
         "/metrics",

@@ -42,7 +42,8 @@ class Options:
       queue: Maximum number of images in flight.
       max_batch: Maximum number of images in a batch.
       max_wait: Maximum seconds that an image waits for its batch to fill.
-      poll: Seconds between two reads of the registry.
+      poll: Mean seconds between two reads of the registry.
+      load_timeout: Maximum seconds that the loading of a version may take.
       drain: Seconds for which the server reports that it is not ready before it shuts down.
     """
 
@@ -53,6 +54,7 @@ class Options:
     max_batch: int = 32
     max_wait: float = 0.0
     poll: float = 2.0
+    load_timeout: float = 600.0
     drain: float = 0.0
 
     @property
@@ -93,7 +95,7 @@ def run(
     listener = _listen(options)
     host, port = listener.getsockname()[:2]
 
-    loader = Loader(service, source, options.sizes)
+    loader = Loader(service, source, options.sizes, options.poll, options.load_timeout)
     hangs = False
 
     @contextlib.asynccontextmanager
@@ -108,7 +110,7 @@ def run(
             elif isinstance(source, BundleSource):
                 server.should_exit = True  # A retry with the same bundle would fail too.
                 return
-            await loader.follow(options.poll)
+            await loader.follow()
 
         following = asyncio.create_task(follow())
         try:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,6 +64,8 @@ class Models:
         # The (state, problem) of each version, by model and number. The problem says why a version
         # could not be loaded; "" means that there is no problem.
         self._states: dict[str, dict[int, tuple[str, str]]] = {}
+        # When the load of each version that is being loaded began, by (model, number).
+        self._load_starts: dict[tuple[str, int], float] = {}
         # The models that must be ready before the server counts as ready.
         self._required: set[str] = set()
 
@@ -75,8 +78,13 @@ class Models:
 
         A model is ready if its default version is loaded.
         """
-        names = self._required if model is None else {model}
+        names = set(self._required) if model is None else {model}
         return bool(names) and all(self.default(name) is not None for name in names)
+
+    def loading(self) -> dict[tuple[str, int], float]:
+        """Returns the seconds since the load began, by (model, number), of versions that load."""
+        now = time.monotonic()
+        return {key: now - start for key, start in dict(self._load_starts).items()}
 
     def states(self, model: str) -> dict[int, tuple[str, str]]:
         """Returns (state, problem) by version number, for loaded and recently unloaded versions.
@@ -163,6 +171,9 @@ class Models:
         states = self._states.setdefault(model, {})
         states.pop(number, None)
         states[number] = state, problem
+        self._load_starts.pop((model, number), None)
+        if state == LOADING:
+            self._load_starts[model, number] = time.monotonic()
         ended = [number for number, (state, _) in states.items() if state == END]
         for oldest in ended[:-_MAX_ENDED]:
             del states[oldest]
@@ -172,6 +183,8 @@ class Models:
         for values in (self._versions, self._aliases, self._states):
             values.pop(model, None)
         self._required.discard(model)
+        for key in [key for key in self._load_starts if key[0] == model]:
+            del self._load_starts[key]
 
     def add_version(self, version: Version) -> None:
         """Makes a loaded version available to requests."""
@@ -272,6 +285,7 @@ class Service:
 
     def expose(self) -> bytes:
         """Returns the metrics in Prometheus's text format."""
+        self.metrics.set_loading(self.models.loading())
         self.metrics.images_in_flight.set(self.engine.in_flight)
         self.metrics.body_bytes.set(self._bodies.num_bytes)
         if self.request_log is not None:

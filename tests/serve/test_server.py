@@ -490,7 +490,7 @@ def test_a_refusal_before_the_body_is_the_only_answer(server):
 
 def test_health_metrics_and_descriptions(server, bundle):
     assert server.get("/healthz").json() == {"status": "ok"}
-    assert server.get("/readyz").json() == {"status": "ready"}
+    assert server.get("/readyz").json() == {"status": "ready", "loading": []}
     before = server.measure('cnn_jax_refused_total{reason="format"}')
     server.post("/predict", b"text")
     assert server.measure('cnn_jax_refused_total{reason="format"}') == before + 1

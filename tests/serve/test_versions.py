@@ -5,6 +5,8 @@ import concurrent.futures
 import dataclasses
 import io
 import json
+import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -26,11 +28,12 @@ from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.images import preprocess_for_inference
 from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.registry.registry import Registry
+from cnn_jax.serve import loader as loader_module
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
-from cnn_jax.serve.loader import DesiredState, Loader, Source
+from cnn_jax.serve.loader import BundleSource, DesiredState, Loader, Source
 from cnn_jax.serve.metrics import ServerMetrics
-from cnn_jax.serve.service import AVAILABLE, END, Models, Service
+from cnn_jax.serve.service import AVAILABLE, END, LOADING, Models, Service
 from cnn_jax.serve.versions import make_version
 
 PREDICT, ADMIN = "token-of-a-client-01", "token-of-a-keeper-01"
@@ -227,6 +230,114 @@ def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
     asyncio.run(run())
 
 
+def make_hanging(registry, number):
+    """Replaces the weights of a version with a pipe, so that reading the version never ends."""
+    folder = pathlib.Path(registry.url) / registry.resolve("shapes", number).bundle.path
+    folder.chmod(0o755)
+    (folder / "weights.safetensors").unlink()
+    os.mkfifo(folder / "weights.safetensors")
+
+
+def test_a_rollback_overtakes_a_load_that_hangs(serve, registry, tmp_path):
+    third = add(registry, tmp_path, 3)
+    registry.promote("shapes", 2)
+    registry.promote("shapes", 1)
+    make_hanging(registry, 2)
+    with serve() as server:
+        registry.rollback("shapes")  # The alias points to version 2.
+        server.wait_for_log("shapes, version 2: loading")
+        time.sleep(1)
+        ready = server.get("/readyz")
+        assert ready.status_code == 200
+        (loading,) = ready.json()["loading"]
+        assert (loading["model"], loading["version"]) == ("shapes", 2)
+        assert loading["seconds"] >= 0.9
+        name = 'cnn_jax_version_loading_seconds{model="shapes",version="2"} '
+        metrics = server.get("/metrics", headers=AS_CLIENT).text
+        assert float(metrics.partition(name)[2].split()[0]) >= 0.9
+        assert states_of(server)[2] == "LOADING"
+        assert version_of(server) == 1
+        start = time.monotonic()
+        registry.promote("shapes", third)
+        until(lambda: version_of(server) == third)
+        assert time.monotonic() - start < 10
+        server.wait_for_log("shapes, version 2: no longer wanted; not loaded")
+        assert server.get("/readyz").json()["loading"] == []
+        assert states_of(server)[2] == "END"
+        registry.rollback("shapes")
+        registry.promote("shapes", 1)
+        until(lambda: version_of(server) == 1)
+        assert server.end() == 0
+
+
+def test_a_load_that_hangs_times_out(serve, registry):
+    make_hanging(registry, 2)
+    with serve("--versions=2", "--load_timeout=2", wait=False) as server:
+        server.wait_for_log(
+            "version 2: not loaded; the loaded versions stay: it was not loaded within"
+        )
+        server.wait_until_ready()
+        assert version_of(server) == 1
+        assert states_of(server)[2] == "END"
+        failed = 'cnn_jax_loads_total{model="shapes",outcome="failed"} '
+        text = server.get("/metrics", headers=AS_CLIENT).text
+        assert float(text.partition(failed)[2].split()[0]) == 1
+        assert server.end() == 0
+
+
+def test_a_slow_load_delays_no_other_version(monkeypatch, caplog):
+    monkeypatch.setattr(loader_module, "_SLOW_SECONDS", 0.2)
+    gate = threading.Event()
+    desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
+    opened = []
+
+    class Slow(Source):
+        def desired(self):
+            return dict(desired)
+
+        def open(self, model, number):
+            opened.append(number)
+            assert number != 2 or gate.wait(20)
+            return make_bundle(number)
+
+        def set_extra(self, model, number, is_extra):
+            raise AssertionError
+
+    async def run():
+        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
+        loader = Loader(service, Slow(), (1,), poll=0.05)
+        await loader.synchronize()
+        # Version 2 is loaded first, because it is the default version.
+        desired["shapes"] = DesiredState({2: "2", 1: "1", 3: "3"}, {"champion": 2})
+        following = asyncio.ensure_future(loader.follow())
+        while 3 not in service.models.loaded("shapes"):
+            await asyncio.sleep(0.01)
+        assert opened == [1, 2, 3]
+        assert service.models.states("shapes")[2] == (LOADING, "")
+        # The version is not loaded a second time while the abandoned thread runs.
+        desired["shapes"] = DesiredState({1: "1"}, {"champion": 1})
+        await asyncio.sleep(0.3)
+        desired["shapes"] = DesiredState({2: "2", 1: "1"}, {"champion": 2})
+        await asyncio.sleep(0.3)
+        assert opened == [1, 2, 3]
+        gate.set()
+        while service.models.default("shapes").number != 2:
+            await asyncio.sleep(0.01)
+        assert opened == [1, 2, 3, 2]
+        following.cancel()
+
+    asyncio.run(run())
+    assert "shapes, version 2: still loading after" in caplog.text
+
+
+def test_pauses_between_reads_are_random():
+    service = Service(Models(), Engine(9), Limits(), ServerMetrics())
+    loader = Loader(service, BundleSource.__new__(BundleSource), (1,), poll=2.0)
+    pauses = [loader._pause() for _ in range(1_000)]
+    assert 1.0 <= min(pauses) < 1.1
+    assert 2.9 < max(pauses) <= 3.0
+
+
 def test_a_failing_source_is_read_again(caplog):
     answers = [RuntimeError("a fault"), {"shapes": DesiredState({1: "1"}, {"champion": 1})}]
 
@@ -245,8 +356,8 @@ def test_a_failing_source_is_read_again(caplog):
 
     async def run():
         service = Service(Models(), Engine(9), Limits(), ServerMetrics())
-        loader = Loader(service, Failing(), (1,))
-        following = asyncio.ensure_future(loader.follow(0.01))
+        loader = Loader(service, Failing(), (1,), poll=0.01)
+        following = asyncio.ensure_future(loader.follow())
         while not service.models.is_ready():
             await asyncio.sleep(0.01)
         assert not following.done()
@@ -513,6 +624,7 @@ def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
             "alias": "stable",
             "versions": "2",
             "poll": "0.2",
+            "load_timeout": "100",
             "host": "127.0.0.1",
             "tokens": tmp_path / "tokens",
             "max_batch": "4",
