@@ -78,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
         Options(
             host=flags.host,
             port=flags.port,
+            health_port=flags.health_port,
             limits=limits,
             queue=flags.queue,
             max_batch=flags.max_batch,
@@ -128,6 +129,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=_port, default=8000, help="port to listen on; 0 chooses a free port (8000)")
+    add(
+        "--health_port",
+        type=_port,
+        help="second port, for /healthz, /readyz and /metrics only, with a thread of its own",
+    )
     add("--tokens", type=cli.path, metavar="FILE", help="file of access tokens: ROLE TOKEN lines")
     add("--max_batch", type=cli.positive, default=32, help="maximum images in a batch (32)")
     add(

@@ -105,6 +105,28 @@ def make_app(
         app.include_router(protocol.make_router(service))
     app.include_router(page.make_router(service, app))
     _add_health(app, service)
+    _add_error_handlers(app)
+    return _Guard(app, service, tokens)
+
+
+def make_health_app(service: Service) -> ASGIApp:
+    """Creates an application with the health checks and the metrics only, which needs no token.
+
+    It may run in another thread than the application of `make_app`.
+    """
+    app = FastAPI(
+        dependencies=[Depends(_refuse_query)],
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    _add_health(app, service)
+    _add_error_handlers(app)
+    return _Guard(app, service, None)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Refused, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnected, _client_disconnected)
     app.add_exception_handler(Overloaded, _overloaded)  # type: ignore[arg-type]
@@ -112,7 +134,6 @@ def make_app(
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _invalid_parameter)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _internal_error)
-    return _Guard(app, service, tokens)
 
 
 async def _refuse_query(request: Request) -> None:

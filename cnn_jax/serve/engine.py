@@ -30,8 +30,11 @@ T = TypeVar("T")
 _SECONDS_PER_IMAGE = 0.01
 # The weight of a new measurement in the moving average of the compute time per image.
 _WEIGHT = 0.1
-# If a batch takes longer than this number of seconds, the device is considered to hang.
+# If a batch takes longer than this number of seconds, the device is considered to hang. If the
+# event loop runs no callback for this number of seconds, the event loop is considered to hang.
 _HANGING_SECONDS = 60.0
+# Seconds between two callbacks that show that the event loop runs.
+_BEAT_SECONDS = 1.0
 # Maximum seconds that the shutdown waits for a running batch.
 _CLOSING_SECONDS = 10.0
 
@@ -240,6 +243,7 @@ class Engine:
         # version is freed even if no further batch arrives.
         self._last: Callable[[], Program | None] = lambda: None
         self._computing_since: float | None = None
+        self._last_beat = time.monotonic()
         self._changed = threading.Condition()
         self._is_closing = False
         self._thread = threading.Thread(target=self._compute_all, name="compute", daemon=True)
@@ -248,6 +252,12 @@ class Engine:
         """Starts the compute thread, which sends results to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._beat()
+
+    def _beat(self) -> None:
+        self._last_beat = time.monotonic()
+        if not self._is_closing:
+            self._loop.call_later(_BEAT_SECONDS, self._beat)
 
     @property
     def in_flight(self) -> int:
@@ -256,10 +266,13 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Returns whether the compute thread is running and no batch hangs."""
+        """Returns whether the compute thread runs, and neither a batch nor the event loop hangs.
+
+        This property may be read in any thread.
+        """
         since = self._computing_since
-        is_hanging = since is not None and time.monotonic() - since > _HANGING_SECONDS
-        return self._thread.is_alive() and not is_hanging
+        oldest = min(self._last_beat, self._last_beat if since is None else since)
+        return self._thread.is_alive() and time.monotonic() - oldest <= _HANGING_SECONDS
 
     @contextlib.contextmanager
     def admit(self, images: int, large_pixels: int = 0, client: str = "") -> Iterator[None]:

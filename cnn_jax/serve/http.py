@@ -15,6 +15,7 @@ import math
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -40,7 +41,9 @@ _READ_SECONDS = 30.0
 # the client could not read the error.
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 32_000_000
-_MAX_CONNECTIONS = 1_000
+# If there are more connections, an idle connection is aborted, or one whose client has paused for
+# this number of seconds in the middle of a request.
+_MAX_CONNECTIONS, _STALLED_SECONDS = 1_000, 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # The Upgrade header is renamed, because httptools skips the body of a request with this header.
 # Some Java clients send an Upgrade header with their first request. A server may ignore the header
@@ -96,18 +99,24 @@ class _Protocol(HttpToolsProtocol):
         self.last_received = time.monotonic()
         self._start_timer()
         if len(self.connections) > _MAX_CONNECTIONS:
-            self._abort_oldest_idle()
+            self._abort_one()
 
     @property
     def is_idle(self) -> bool:
         """Returns whether the connection is between two requests."""
         return not self._is_in_message and (self.cycle is None or self.cycle.response_complete)
 
-    def _abort_oldest_idle(self) -> None:
-        """Aborts the connection that has been idle longest, or this connection if none is idle."""
-        others = [other for other in self.connections if other is not self]
-        idle = [other for other in others if isinstance(other, _Protocol) and other.is_idle]
-        oldest = min(idle, key=lambda other: other.last_received, default=self)
+    @property
+    def is_stalled(self) -> bool:
+        """Returns whether the client has paused in the middle of a request."""
+        pause = time.monotonic() - self.last_received
+        return self._is_in_message and pause > _STALLED_SECONDS
+
+    def _abort_one(self) -> None:
+        """Aborts the connection that has been idle or stalled longest, or else this connection."""
+        others = [one for one in self.connections if isinstance(one, _Protocol) and one is not self]
+        chosen = [one for one in others if one.is_idle] or [one for one in others if one.is_stalled]
+        oldest = min(chosen, key=lambda one: one.last_received, default=self)
         self.connections.discard(oldest)
         oldest._raw.abort()
 
@@ -261,6 +270,9 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Only the main thread can receive signals.
+            return
         before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
         try:
             yield
@@ -310,3 +322,18 @@ def make_server(
         timeout_graceful_shutdown=math.ceil(grace) + 1,
     )
     return Server(config, drain, on_shutdown)
+
+
+@contextlib.contextmanager
+def serving_in_thread(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
+    """Serves an application on a thread with an event loop of its own, until the context ends."""
+    server = make_server(app, drain=0.0, grace=0.0, on_shutdown=lambda: None)
+    thread = threading.Thread(
+        target=lambda: asyncio.run(server.serve([listener])), name="health", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()

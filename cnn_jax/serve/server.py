@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from cnn_jax.data.scan import num_cores
 from cnn_jax.serve import http
-from cnn_jax.serve.app import make_app
+from cnn_jax.serve.app import make_app, make_health_app
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
 from cnn_jax.serve.loader import BundleSource, Loader, Source
@@ -38,6 +38,8 @@ class Options:
     Attributes:
       host: The address to listen on.
       port: The port to listen on; 0 chooses a free port.
+      health_port: A second port, on which a separate thread answers health checks and metrics; 0
+        chooses a free port, and None opens no second port.
       limits: The limits of requests.
       queue: Maximum number of images in flight.
       max_batch: Maximum number of images in a batch.
@@ -49,6 +51,7 @@ class Options:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    health_port: int | None = None
     limits: Limits = Limits()
     queue: int = 256
     max_batch: int = 32
@@ -92,8 +95,11 @@ def run(
         metrics.count_batch,
     )
     service = Service(Models(), engine, options.limits, metrics, request_log)
-    listener = _listen(options)
+    listener = _listen(options.host, options.port)
     host, port = listener.getsockname()[:2]
+    health_listener = None
+    if options.health_port is not None:
+        health_listener = _listen(options.host, options.health_port, "--health_port")
 
     loader = Loader(service, source, options.sizes, options.poll, options.load_timeout)
     hangs = False
@@ -102,6 +108,12 @@ def run(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         app.state.loader = loader
+        stack = contextlib.ExitStack()
+        if health_listener is not None:
+            stack.enter_context(health_listener)
+            stack.enter_context(http.serving_in_thread(make_health_app(service), health_listener))
+            health = f"http://{_url_host(host)}:{health_listener.getsockname()[1]}"
+            logger.info("health checks on %s/healthz", health)
 
         async def follow() -> None:
             await loader.synchronize()
@@ -121,6 +133,7 @@ def run(
             hangs = not await asyncio.to_thread(engine.close)
             if request_log is not None:
                 await asyncio.to_thread(request_log.close)
+            await asyncio.to_thread(stack.close)
 
     app = make_app(service, tokens, lifespan)
     server = http.make_server(app, options.drain, options.limits.seconds, service.begin_shutdown)
@@ -140,17 +153,17 @@ def run(
         raise BundleError(loader.problem)
 
 
-def _listen(options: Options) -> socket.socket:
-    """Opens the listening socket.
+def _listen(host: str, port: int, flag: str = "--host and --port") -> socket.socket:
+    """Opens the listening socket on an address that a flag sets.
 
     The server calls this before any slow step, so that a port in use is reported at once.
     """
     try:
-        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((options.host, options.port), family=family, backlog=1024)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
-        address = f"{_url_host(options.host)}:{options.port}"
-        raise ConfigError(f"--host and --port: cannot listen on {address}: {error}") from error
+        address = f"{_url_host(host)}:{port}"
+        raise ConfigError(f"{flag}: cannot listen on {address}: {error}") from error
 
 
 def _url_host(host: str) -> str:

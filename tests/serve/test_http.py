@@ -47,8 +47,6 @@ def serve(monkeypatch):
                 monkeypatch.setattr(http, name, value)
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             server = http.make_server(application, 0, 1, lambda: None)
-            # Signal handlers can be set only in the main thread.
-            server.capture_signals = contextlib.nullcontext
             thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
             thread.start()
 
@@ -165,6 +163,24 @@ def test_the_number_of_connections_is_limited(serve):
             for one in (*busy, another):
                 one.sendall(b"abc")
                 assert rest_of(one).startswith(b"HTTP/1.1 200")
+
+
+def test_stalled_requests_make_room_for_others(serve):
+    port = serve(_MAX_CONNECTIONS=3, _STALLED_SECONDS=0.3)
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nConnection: close\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(connect(port)) for _ in range(3)]
+        for one in stalled:
+            one.sendall(head)
+            time.sleep(0.2)
+        with connect(port) as another:
+            another.sendall(head)
+            assert rest_of(stalled[0]) == b""  # This client has paused longest.
+            another.sendall(b"abc")
+            assert rest_of(another).startswith(b"HTTP/1.1 200")
+        for one in stalled[1:]:
+            one.sendall(b"abc")
+            assert rest_of(one).startswith(b"HTTP/1.1 200")
 
 
 def send_until_closed(connection, piece, most):

@@ -493,6 +493,7 @@ def test_health_metrics_and_descriptions(server, bundle):
     assert server.get("/readyz").json() == {"status": "ready", "loading": []}
     before = server.measure('cnn_jax_refused_total{reason="format"}')
     server.post("/predict", b"text")
+    server.post("/predict", encode(picture()))
     assert server.measure('cnn_jax_refused_total{reason="format"}') == before + 1
     text = server.get("/metrics").text
     for name in (
@@ -687,3 +688,33 @@ def test_readyz_fails_while_draining(bundle, tmp_path):
         assert error_of(server.get("/readyz")) == (503, "leaving")
         assert server.post("/predict", encode(picture())).status_code == 200
         assert server.process.wait(30) == 0
+
+
+def test_health_checks_are_answered_beside_stalled_bodies(bundle, tmp_path):
+    """1,200 clients send a part of a body and then nothing, and hold their connections open.
+
+    With `pytest -s`, the test prints the number of checks and the slowest check.
+    """
+    flags = (f"--bundle={bundle}", "--max_batch=1", "--health_port=0")
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nx"
+    times = {}
+    with Served(tmp_path, *flags) as server, contextlib.ExitStack() as stack:
+        health = server.wait_for_log(r"health checks on http://[\d.:]+/").split()[-1][:-1]
+        for _ in range(1_200):
+            address = ("127.0.0.1", server.port)
+            stack.enter_context(socket.create_connection(address)).sendall(head)
+        time.sleep(1.5)  # A client counts as stalled after a second.
+        end = time.monotonic() + 6
+        while time.monotonic() < end:
+            # On the port of the traffic, a stalled request is aborted for each new connection.
+            for url in (health, server.url):
+                for path in ("/healthz", "/readyz", "/metrics"):
+                    start = time.monotonic()
+                    assert requests.get(url + path, timeout=5).status_code == 200
+                    times.setdefault(url, []).append(time.monotonic() - start)
+        for url, name in ((health, "health"), (server.url, "traffic")):
+            print(f"port of {name}: {len(times[url])} checks, slowest {max(times[url]):.3f} s")
+            assert max(times[url]) < 2
+            assert len(times[url]) > 15
+        assert requests.get(f"{health}/models", timeout=5).status_code == 404
+        assert server.end() == 0

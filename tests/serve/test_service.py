@@ -74,7 +74,6 @@ class Gated:
         self._server = http.make_server(
             make_app(self.service, None, lifespan), 0, 1, self.service.begin_shutdown
         )
-        self._server.capture_signals = contextlib.nullcontext
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._server.serve([self._listener]))
         )

@@ -625,6 +625,7 @@ def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
             "versions": "2",
             "poll": "0.2",
             "load_timeout": "100",
+            "health_port": "0",
             "host": "127.0.0.1",
             "tokens": tmp_path / "tokens",
             "max_batch": "4",
