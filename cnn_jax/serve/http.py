@@ -5,6 +5,7 @@ This module changes the following behaviour of uvicorn:
 - It stores headers and trailers of any size.
 - When it refuses a request, it closes the connection even if the client is still sending. Then the
   client cannot read the error.
+- It skips the body of a request with an Upgrade header.
 - After a shutdown by a signal, it raises the same signal again.
 """
 
@@ -12,8 +13,6 @@ import asyncio
 import contextlib
 import json
 import math
-import re
-import signal
 import socket
 import threading
 import time
@@ -21,14 +20,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cnn_jax.serve.responses import new_request_id
 
-# Maximum size of the request line and the headers together, in bytes. The framing of a chunked body
-# may exceed the size of the body by at most this number of bytes.
+# Maximum size of the headers of a request together, in bytes, and of a header that is incomplete.
 _MAX_HEADER_BYTES = 32_768
 # Maximum seconds until a client has sent all headers of a request.
 _HEADER_SECONDS = 10.0
@@ -44,14 +43,6 @@ _LINGER_BYTES = 32_000_000
 # If there are more connections, an idle connection is aborted, or one whose client has paused for
 # this number of seconds in the middle of a request.
 _MAX_CONNECTIONS, _STALLED_SECONDS = 1_000, 1.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# The Upgrade header is renamed, because httptools skips the body of a request with this header.
-# Some Java clients send an Upgrade header with their first request. A server may ignore the header
-# (RFC 9110, section 7.8). Limitation: if a packet ends inside the header's name, the header is not
-# renamed, and httptools skips the body.
-_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
-_NO_UPGRADE = b"\r\nx-upgrade:"
-_END = b"\r\n\r\n"
 
 
 class _Transport:
@@ -71,6 +62,38 @@ class _Transport:
         return getattr(self._transport, name)
 
 
+class _Parser:
+    """httptools's parser, which ignores Upgrade headers.
+
+    The parser of httptools skips the body of a request with an Upgrade header and everything after
+    it. Some Java clients send such a header with their first request. A server may ignore it (RFC
+    9110, section 7.8).
+    """
+
+    def __init__(self, protocol: "_Protocol"):
+        self._protocol = protocol
+        self._restart()
+
+    def _restart(self) -> None:
+        self._parser = httptools.HttpRequestParser(self._protocol)
+        # The setting that uvicorn makes, for data after a request with "Connection: close".
+        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def feed_data(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._parser.get_method() == b"CONNECT":
+                raise httptools.HttpParserError("CONNECT is not supported") from upgrade
+            # Parse the request again, without the header.
+            head = self._protocol.head_without_upgrade()
+            self._restart()
+            self.feed_data(head + data[upgrade.args[0] :])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
+
+
 class _Protocol(HttpToolsProtocol):
     """An HTTP connection that limits the size of headers and closes if the client is too slow."""
 
@@ -84,14 +107,24 @@ class _Protocol(HttpToolsProtocol):
     # headers.
     _is_in_message = False
     _is_in_headers = False
-    # The number of bytes of the current request: headers, body, and chunk framing.
+    # The number of bytes of the complete headers of the current request.
     _header_bytes = 0
-    _body_bytes = 0
-    _framing_bytes = 0
-    # The number of body bytes in the last packet.
-    _packet_body_bytes = 0
+    # The number of bytes since the parser has last completed a header or returned a part of a body.
+    _incomplete_bytes = 0
+    _has_progress = False
     _is_too_large = False
     _bytes_after_end = 0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.parser = _Parser(self)  # type: ignore[assignment]
+
+    def head_without_upgrade(self) -> bytes:
+        """Returns the request line and the headers of the request, without an Upgrade header."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b\r\n" % pair for pair in self.headers if pair[0] != b"upgrade"]
+        return b"".join([*lines, b"\r\n"])
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._raw = transport
@@ -127,57 +160,53 @@ class _Protocol(HttpToolsProtocol):
             if self._bytes_after_end > _LINGER_BYTES:
                 self._raw.abort()
             return
-        was_in_headers, was_in_message = self._is_in_headers, self._is_in_message
         if self._timer is None and self.is_idle:
             # Start the timer even if the received bytes do not start a request.
             self._start_timer()
-        if was_in_headers or not was_in_message:
-            head, end, rest = data.partition(_END)
-            data = _UPGRADE.sub(_NO_UPGRADE, head) + end + rest
-        self._packet_body_bytes = 0
+        self._has_progress = False
         super().data_received(data)
-        other = len(data) - self._packet_body_bytes
-        if self._is_in_headers:
-            # A packet may also contain earlier requests. Only the bytes after these requests are
-            # counted as headers.
-            before = -1 if was_in_headers else data.rfind(_END)
-            self._count_header(min(other, len(data) if before < 0 else len(data) - before))
-        elif was_in_message and not was_in_headers and self._is_in_message:
-            self._framing_bytes += other
-            self._is_too_large |= self._framing_bytes > _MAX_HEADER_BYTES + self._body_bytes
-        if self._is_too_large:
+        self._incomplete_bytes = 0 if self._has_progress else self._incomplete_bytes + len(data)
+        if self._is_too_large or self._incomplete_bytes > _MAX_HEADER_BYTES:
             self._refuse()
-
-    def _count_header(self, size: int) -> None:
-        self._header_bytes += size
-        self._is_too_large |= self._header_bytes > _MAX_HEADER_BYTES
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._is_in_message = self._is_in_headers = True
-        self._header_bytes = self._body_bytes = self._framing_bytes = 0
+        self._header_bytes = 0
         if self._timer is None:
             self._start_timer()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_header(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._is_in_headers:
             super().on_header(name, value)
-            self._is_too_large |= len(name) + len(value) > _MAX_HEADER_BYTES
+            self._count_header(len(name) + len(value))
         else:
             # This header is a trailer, which no protocol of this server uses.
             self._is_too_large = True
 
+    def _count_header(self, size: int) -> None:
+        self._has_progress = True
+        self._header_bytes += size
+        self._is_too_large |= self._header_bytes > _MAX_HEADER_BYTES
+
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # The parser parses the request again.
         self._is_in_headers = False
         self._stop_timer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._body_bytes += len(body)
-        self._packet_body_bytes += len(body)
+        self._has_progress = True
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._is_in_message = False
         super().on_message_complete()
 
@@ -268,19 +297,8 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Only the main thread can receive signals.
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's own method records the signal, and raises it again after the shutdown.
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._shut_down)
 
