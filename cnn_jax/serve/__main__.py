@@ -11,6 +11,7 @@ POST /predict, or use existing clients of TensorFlow Serving (/v1) or of the Ope
 import argparse
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 
 from cnn_jax.registry.ledger import check_name, parse_version_or_alias
@@ -85,6 +86,9 @@ def main(argv: Sequence[str]) -> None:
             max_wait=flags.max_wait_ms / 1000,
             poll=flags.poll,
             load_timeout=flags.load_timeout,
+            allowed_hosts=flags.allowed_hosts or (),
+            cors_origins=flags.cors_origins or (),
+            trusted_proxies=flags.trusted_proxies or (),
             drain=flags.drain,
         ),
         Tokens(pathlib.Path(flags.tokens)) if flags.tokens else None,
@@ -135,6 +139,24 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="second port, for /healthz, /readyz and /metrics only, with a thread of its own",
     )
     add("--tokens", type=cli.path, metavar="FILE", help="file of access tokens: ROLE TOKEN lines")
+    add(
+        "--allowed_hosts",
+        type=_names,
+        metavar="NAME,...",
+        help="further names for the Host header; checked by default on 127.0.0.1 without --tokens",
+    )
+    add(
+        "--cors_origins",
+        type=_origins,
+        metavar="URL,...",
+        help="origins whose web pages may use the server, such as https://example.com; or *",
+    )
+    add(
+        "--trusted_proxies",
+        type=_names,
+        metavar="ADDRESS,...",
+        help="proxies whose header X-Forwarded-For gives the address of a client",
+    )
     add("--max_batch", type=cli.positive, default=32, help="maximum images in a batch (32)")
     add(
         "--max_wait_ms",
@@ -222,6 +244,16 @@ def _names(text: str) -> list[str]:
     names = text.split(",")
     if not all(names):
         raise argparse.ArgumentTypeError("must be names, separated by commas")
+    return names
+
+
+def _origins(text: str) -> list[str]:
+    names = _names(text)
+    for name in names:
+        if name != "*" and not re.fullmatch(r"https?://[^/\s]+", name):
+            raise argparse.ArgumentTypeError(
+                f"must be origins, such as https://example.com without a path, got {name!r}"
+            )
     return names
 
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cnn_jax
@@ -30,6 +31,7 @@ _CLIENT_DISCONNECTED = 499
 # An id that a client sends is recorded only if it matches this pattern. All characters of the
 # pattern are safe in any log.
 _ID = re.compile(rb"[A-Za-z0-9._:-]{1,100}")
+_PORT = re.compile(r":\d*$")
 # The header of https://www.w3.org/TR/trace-context/.
 _TRACE = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 # The headers that are copied to the log: the field of the log, the pattern, and the header. The
@@ -38,6 +40,8 @@ _LOGGED_HEADERS = (
     ("client_request_id", _ID, b"x-request-id"),
     ("traceparent", _TRACE, b"traceparent"),
 )
+# The headers that web pages of other origins may send.
+_CORS_HEADERS = ("Authorization", "Content-Type", "Traceparent", "X-Request-Id", "X-Unit-Id")
 # The paths of health checks and web pages, which clients may request without a token.
 _OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
 _OPEN_PREFIXES = ("/v2/health/",)
@@ -67,6 +71,7 @@ _STATUSES = {
     409: "The version cannot be loaded, or cannot be unloaded because an alias selects it.",
     413: "The request has too many bytes, pixels or images.",
     415: "The body is not an image of a known format.",
+    421: "The Host header has a name that is not allowed.",
     422: "The image is damaged.",
     429: "The server is overloaded; try again after Retry-After seconds.",
     503: "The server is not ready, or the request timed out.",
@@ -77,6 +82,8 @@ def make_app(
     service: Service,
     tokens: Tokens | None,
     lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]],
+    hosts: Collection[str] = (),
+    cors_origins: Sequence[str] = (),
 ) -> ASGIApp:
     """Creates the web application.
 
@@ -85,6 +92,10 @@ def make_app(
       tokens: The access tokens. With None, every client may predict and no client may use the
         administration API.
       lifespan: A context manager that is entered before the first request and left at shutdown.
+      hosts: The host names that the Host header of a request may have, without ports; if empty, it
+        may have any.
+      cors_origins: The origins whose web pages may use the server, such as https://example.com; or
+        "*" for all web pages.
     """
     app = FastAPI(
         title="cnn_jax",
@@ -106,7 +117,16 @@ def make_app(
     app.include_router(page.make_router(service, app))
     _add_health(app, service)
     _add_error_handlers(app)
-    return _Guard(app, service, tokens)
+    guard = _Guard(app, service, tokens, hosts)
+    if not cors_origins:
+        return guard
+    return CORSMiddleware(
+        guard,
+        allow_origins=cors_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=_CORS_HEADERS,
+        expose_headers=("X-Request-Id", "Retry-After"),
+    )
 
 
 def make_health_app(service: Service) -> ASGIApp:
@@ -184,10 +204,17 @@ def _add_health(app: FastAPI, service: Service) -> None:
 class _Guard:
     """Middleware for all requests: request ids, tokens, deadlines, headers, metrics and logging."""
 
-    def __init__(self, app: ASGIApp, service: Service, tokens: Tokens | None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Service,
+        tokens: Tokens | None,
+        hosts: Collection[str] = (),
+    ):
         self._app = app
         self._service = service
         self._tokens = tokens
+        self._hosts = frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -233,7 +260,9 @@ class _Guard:
             await send(message)
 
         try:
-            refused = self._refuse(scope["path"], headers.get(b"authorization"))
+            refused = self._refuse_host(headers.get(b"host")) or self._refuse(
+                scope["path"], headers.get(b"authorization")
+            )
             if refused is None:
                 await self._app(scope, receive_and_watch, send_with_headers)
             else:
@@ -249,6 +278,20 @@ class _Guard:
         if self._tokens is not None:
             return headers.get(b"authorization", b"").decode("latin-1")
         return (scope.get("client") or [""])[0]
+
+    def _refuse_host(self, header: bytes | None) -> Refused | None:
+        """Returns an error if the Host header has a name that is not allowed, else None.
+
+        A web page of another site can point its own host name to the address of this server (DNS
+        rebinding). Its requests then have this name in the Host header.
+        """
+        if not self._hosts or header is None:
+            return None
+        name = _PORT.sub("", header.decode("latin-1")).lower().strip("[]")
+        if name in self._hosts:
+            return None
+        message = f"this server is not known as {name[:100]!r}; --allowed_hosts adds a name"
+        return Refused(421, "host", message, connection="close")
 
     def _refuse(self, path: str, authorization: bytes | None) -> Refused | None:
         """Returns an error if the client is not allowed to make a request, else None."""

@@ -16,7 +16,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -318,7 +318,11 @@ class Server(uvicorn.Server):
 
 
 def make_server(
-    app: ASGIApp, drain: float, grace: float, on_shutdown: Callable[[], None]
+    app: ASGIApp,
+    drain: float,
+    grace: float,
+    on_shutdown: Callable[[], None],
+    trusted_proxies: Sequence[str] = (),
 ) -> Server:
     """Creates the HTTP server of an application.
 
@@ -327,6 +331,8 @@ def make_server(
       drain: Seconds from the first signal until the server accepts no further connections.
       grace: Maximum seconds that requests in flight may take after the time `drain`.
       on_shutdown: Called at the first signal.
+      trusted_proxies: The addresses of proxies, in addition to this machine, whose header
+        X-Forwarded-For gives the address of a client.
     """
     config = uvicorn.Config(
         app,
@@ -336,6 +342,7 @@ def make_server(
         log_config=None,
         access_log=False,
         server_header=False,
+        forwarded_allow_ips=["127.0.0.1", "::1", *trusted_proxies],
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(grace) + 1,
     )

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -46,6 +46,10 @@ class Options:
       max_wait: Maximum seconds that an image waits for its batch to fill.
       poll: Mean seconds between two reads of the registry.
       load_timeout: Maximum seconds that the loading of a version may take.
+      allowed_hosts: Further host names that the Host header of a request may have. The names are
+        checked if there are any, or if the server listens on a loopback address without tokens.
+      cors_origins: The origins whose web pages may use the server.
+      trusted_proxies: The addresses of proxies whose header X-Forwarded-For is believed.
       drain: Seconds for which the server reports that it is not ready before it shuts down.
     """
 
@@ -58,6 +62,9 @@ class Options:
     max_wait: float = 0.0
     poll: float = 2.0
     load_timeout: float = 600.0
+    allowed_hosts: Sequence[str] = ()
+    cors_origins: Sequence[str] = ()
+    trusted_proxies: Sequence[str] = ()
     drain: float = 0.0
 
     @property
@@ -135,8 +142,17 @@ def run(
                 await asyncio.to_thread(request_log.close)
             await asyncio.to_thread(stack.close)
 
-    app = make_app(service, tokens, lifespan)
-    server = http.make_server(app, options.drain, options.limits.seconds, service.begin_shutdown)
+    hosts = options.allowed_hosts
+    if hosts or (options.host in _LOOPBACK and tokens is None):
+        hosts = [*hosts, *_LOOPBACK, options.host]
+    app = make_app(service, tokens, lifespan, hosts, options.cors_origins)
+    server = http.make_server(
+        app,
+        options.drain,
+        options.limits.seconds,
+        service.begin_shutdown,
+        options.trusted_proxies,
+    )
     if options.host not in _LOOPBACK and tokens is None:
         logger.warning("without --tokens every client that reaches %s can predict", options.host)
     with listener:

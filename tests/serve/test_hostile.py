@@ -181,6 +181,15 @@ def test_forms_of_very_many_parts(server, filename, answered):
     assert time.monotonic() - start < 5
 
 
+def test_a_part_of_very_many_headers_is_refused(server):
+    body = b"--B\r\n" + b"a:b\r\n" * 3_000_000 + b"\r\n\r\n--B--\r\n"
+    start = time.monotonic()
+    headers = AS_ADMIN | {"Content-Type": "multipart/form-data; boundary=B"}
+    answer = post(f"{server.url}/predict", body, headers=headers, timeout=60)
+    assert (answer.status_code, answer.json()["reason"]) == (400, "form")
+    assert time.monotonic() - start < 1
+
+
 def test_many_large_images_do_not_block_small_requests(server):
     black = io.BytesIO()
     Image.new("RGB", (4_000, 4_000)).save(black, "PNG")

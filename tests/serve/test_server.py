@@ -468,15 +468,50 @@ def test_the_number_of_maps_is_limited(server):
 
 
 def test_no_answer_redirects(server):
-    answer = server.get("/healthz/", headers={"Host": "elsewhere.example"}, allow_redirects=False)
+    answer = server.get("/healthz/", allow_redirects=False)
     assert error_of(answer) == (404, "route")
     for path in ("/", "/healthz", "/readyz"):
         answer = requests.head(server.url + path, timeout=10)
         assert (answer.status_code, answer.text) == (200, "")
 
 
+@pytest.mark.parametrize("host", ["elsewhere.example", "127.0.0.1.example:80", "[::2]:80", ""])
+def test_other_names_of_the_server_are_refused(server, host):
+    """Without tokens, a web page must not reach the server through a name of its own site."""
+    for path in ("/", "/models", "/nothing"):
+        answer = server.get(path, headers={"Host": host})
+        assert error_of(answer) == (421, "host")
+    for own in ("localhost", "LOCALHOST:80", "127.0.0.1", f"[::1]:{server.port}"):
+        assert server.get("/models", headers={"Host": own}).status_code == 200
+
+
+def test_web_pages_of_given_origins_may_send_requests(bundle, tmp_path):
+    own, proxy = "https://page.example", "server.example"
+    flags = (f"--cors_origins={own}", f"--allowed_hosts={proxy}", "--trusted_proxies=10.0.0.1")
+    (tmp_path / "tokens").write_text("predict token-of-a-client-01\n")
+    tokens = f"--tokens={tmp_path}/tokens"
+    with Served(tmp_path, f"--bundle={bundle}", "--max_batch=1", *flags, tokens) as server:
+        asked = {"Access-Control-Request-Method": "POST"}
+        asked |= {"Access-Control-Request-Headers": "authorization, x-unit-id"}
+        for origin, status, allowed in ((own, 200, own), ("https://other.example", 400, None)):
+            answer = requests.options(
+                f"{server.url}/predict", headers={"Origin": origin, **asked}, timeout=10
+            )
+            assert answer.status_code == status
+            assert answer.headers.get("access-control-allow-origin") == allowed
+        sent = {"Origin": own, "Authorization": "Bearer token-of-a-client-01", "Host": proxy}
+        answer = server.post("/predict", encode(picture()), headers=sent)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == own
+        assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
+        answer = server.post("/predict", encode(picture()), headers={"Origin": own})
+        assert error_of(answer) == (401, "token")
+        assert server.get("/healthz", headers={"Host": "x"}).status_code == 421
+        assert server.end() == 0
+
+
 def test_a_refusal_before_the_body_is_the_only_answer(server):
-    head = b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
+    head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(head)
         for _ in range(10):
@@ -602,14 +637,16 @@ def speak(server, *parts, wait=0.0, seconds=20):
         b"\x00" * 100,
         b"GET / HTTP/9.9\r\n\r\n",
         b"GET /" + b"a" * 40_000,
-        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 40_000,
-        b"GET / HTTP/1.1\r\nHost: a\r\n" + b"".join(b"X%d: a\r\n" % n for n in range(5_000)),
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 1e3\r\n\r\n",
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"9" * 400 + b"\r\n\r\n",
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 40_000,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+        + b"".join(b"X%d: a\r\n" % n for n in range(5_000)),
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1e3\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 400 + b"\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
+        b"Content-Length: 6\r\n\r\nhello",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n",
     ],
 )  # fmt: skip
 def test_invalid_http_is_refused(server, request_bytes):
@@ -619,7 +656,7 @@ def test_invalid_http_is_refused(server, request_bytes):
 
 
 def test_a_short_body_leaves_no_memory(server):
-    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
     for _ in range(20):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(head + b"x" * 1000)
@@ -641,14 +678,14 @@ def test_one_connection_serves_many_requests(server):
         answer.read()
     connection.close()
     # The client sends several requests without waiting for answers (pipelining).
-    one = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
-    last = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    one = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    last = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     assert speak(server, one * 3 + last).count(b"HTTP/1.1 200") == 4
 
 
 def test_a_slow_request_does_not_delay_others(server):
     image = encode(picture())
-    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(image)
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(image)
     slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
     for connection in slow:
         connection.sendall(head + image[:10])
@@ -666,7 +703,9 @@ def test_a_slow_request_does_not_delay_others(server):
 def test_requests_in_flight_are_answered_after_a_signal(bundle, tmp_path):
     image = encode(picture())
     with Served(tmp_path, f"--bundle={bundle}", "--max_batch=1") as server:
-        head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(image)
+        head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(
+            image
+        )
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             connection.sendall(head + image[:10])
             time.sleep(0.3)

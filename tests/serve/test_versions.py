@@ -491,6 +491,8 @@ def test_a_missing_registry_does_not_stop_the_server(serve, registry, tmp_path):
         (["--bundle={tmp}/bundle-shapes-1", "--request_log={tmp}/none/log"], "--request_log"),
         (["--bundle={tmp}/bundle-shapes-1", "--max_batch=0"], "--max_batch"),
         (["--bundle={tmp}/bundle-shapes-1", "--port=70000"], "--port"),
+        (["--bundle={tmp}/bundle-shapes-1", "--cors_origins=example.com"], "--cors_origins"),
+        (["--bundle={tmp}/bundle-shapes-1", "--queue_pixels=9"], "--queue_pixels"),
     ],
 )
 def test_a_wrong_start_is_one_error_line(registry, tmp_path, flags, message):
@@ -639,6 +641,9 @@ def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
             "max_pixels": "10000",
             "max_images": "4",
             "drain": "0.1",
+            "allowed_hosts": "server.example",
+            "cors_origins": "https://page.example",
+            "trusted_proxies": "10.0.0.1",
             "request_log": tmp_path / "answers",
             "request_log_share": "0.5",
             "request_log_mb": "5",
