@@ -146,14 +146,16 @@ class Segments:
             self._forget()
             raise
         self._batches += 1
-        is_complete = (
-            self._file.tell() >= self._max_bytes
-            or self._batches >= _SEGMENT_BATCHES
-            or time.monotonic() - self._start >= _SEGMENT_SECONDS
-        )
-        if is_complete:
+        if self._file.tell() >= self._max_bytes or self._batches >= _SEGMENT_BATCHES:
             self.close()
-        return is_complete
+        else:
+            self.close_if_old()
+        return self.path is None
+
+    def close_if_old(self) -> None:
+        """Completes the present file if it is an hour old; see `close` for the errors."""
+        if self.path is not None and time.monotonic() - self._start >= _SEGMENT_SECONDS:
+            self.close()
 
     def close(self) -> None:
         """Completes the present file: converts the Arrow stream to a Parquet file.

@@ -42,8 +42,8 @@ _CLOSING_SECONDS = 10.0
 class _Amount(NamedTuple):
     """A number of images, and the number of pixels of those images that are large."""
 
-    images: float
-    large_pixels: float
+    images: int
+    large_pixels: int
 
     def plus(self, other: "_Amount") -> "_Amount":
         return _Amount(*(a + b for a, b in zip(self, other, strict=True)))
@@ -290,7 +290,7 @@ class Engine:
         """
         added = _Amount(images, large_pixels)
         limit = _Amount(self.capacity, self._large_pixels)
-        share = _Amount(*(self._client_share * number for number in limit))
+        share = [self._client_share * number for number in limit]
         own = self._clients.get(client, _Amount(0, 0))
         for now, of_client, new, most, most_of_client in zip(
             self._in_flight, own, added, limit, share, strict=True

@@ -32,6 +32,8 @@ _MAX_WAITING = 1_000
 # Rows are written in batches, which take less time per row and less space than single rows: a batch
 # has the rows of this number of seconds, and at most this number of rows.
 _BATCH_SECONDS, _BATCH_ROWS = 0.2, 128
+# Files that are old enough are completed after this number of seconds without rows.
+_IDLE_SECONDS = 60.0
 # A file has at most this fraction of the maximum size of all files.
 _SEGMENT_FRACTION = 1 / 16
 
@@ -114,8 +116,9 @@ class RequestLog:
         self._random = random.Random()
         # A new row is refused if too many rows wait. Feedback and the end of the log always wait.
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # The digests of the bundles that predicted the rows of the present file.
+        # The digests of the bundles that predicted the rows of the present file, and this file.
         self._recent: dict[tuple[str, int], str] = {}
+        self._recent_path: pathlib.Path | None = None
         try:
             files.make_folders(folder)
             segment_bytes = round(_SEGMENT_FRACTION * max_bytes)
@@ -173,6 +176,8 @@ class RequestLog:
             try:
                 if rows:
                     self._write(rows)
+                for segments in (self._requests, self._feedback):
+                    segments.close_if_old()
             except Exception as error:  # Writing fails, for example, if the disk is full.
                 logger.error("%d rows of the request log are lost: %s", len(rows), error)
                 self._num_failed += len(rows)
@@ -187,10 +192,14 @@ class RequestLog:
     def _next_rows(self) -> tuple[list[_Row], object]:
         """Waits for rows; returns the rows of a batch, and the item that ended the batch.
 
-        The item is feedback with its future, None if the log was closed, or a row of the batch.
+        The item is feedback with its future, None if the log was closed, or something else. If no
+        row arrives for a while, the batch is empty.
         """
-        item = self._waiting.get()
         rows: list[_Row] = []
+        try:
+            item = self._waiting.get(timeout=_IDLE_SECONDS)
+        except queue.Empty:
+            return rows, self
         end = time.monotonic() + _BATCH_SECONDS
         while isinstance(item, _Row):
             rows.append(item)
@@ -208,9 +217,10 @@ class RequestLog:
         records = [self._record(row) for row in rows]
         columns = {name: [record[name] for record in records] for name in files.REQUESTS.names}
         is_complete = self._requests.append(columns)
+        if self._requests.path != self._recent_path:
+            self._recent, self._recent_path = {}, self._requests.path
         self._recent |= {(row.request_id, row.image_index): row.version.digest for row in rows}
         if is_complete:
-            self._recent.clear()
             files.delete_oldest(self._folder, self._max_bytes)
 
     def _record(self, row: _Row) -> dict[str, object]:
@@ -276,7 +286,7 @@ class RequestLog:
           Refused: The log does not have the row.
         """
         path = self._requests.path
-        if key in self._recent and path is not None and path.exists():
+        if path is not None and path == self._recent_path and key in self._recent and path.exists():
             return self._recent[key]
         if (found := files.find_row(self._folder, key)) is None:
             raise Refused(

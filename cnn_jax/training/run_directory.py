@@ -459,6 +459,6 @@ def write_predictions(
         best = int(row.argmax())
         # `unique` gives the shortest decimal number that is parsed to the same float32.
         confidence = np.format_float_positional(row[best], unique=True)
-        texts = (example_id, class_names[label], class_names[best])
+        texts = (example_id, class_names[int(label)], class_names[best])
         writer.writerow([*map(spreadsheet_cell, texts), confidence])
     write_text(workdir / "report" / "predictions.csv", text.getvalue())

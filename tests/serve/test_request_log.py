@@ -172,6 +172,19 @@ def test_rows_are_visible_while_the_file_is_written(version, tmp_path):
     assert units(tmp_path / "log") == [0, 1, 2, 3, 4]
 
 
+def test_an_old_file_is_completed_without_new_rows(version, tmp_path, monkeypatch):
+    monkeypatch.setattr("cnn_jax.serve.request_log._IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(files, "_SEGMENT_SECONDS", 0.5)
+    log = RequestLog(tmp_path / "log")
+    (request_id,) = offer(log, version, [0])
+    folder = tmp_path / "log" / "requests"
+    until(lambda: [path.suffix for path in folder.iterdir()] == [".parquet"])
+    give(log, request_id, label="red")
+    offer(log, version, [1])
+    log.close()
+    assert units(tmp_path / "log") == [0, 1]
+
+
 def test_a_fraction_is_sampled(version, tmp_path):
     log = RequestLog(tmp_path / "log", fraction=0.25)
     offer(log, version, range(800))
