@@ -56,6 +56,7 @@ class Version:
       explain_program: The program that returns an `Output` with a map for each image.
       metrics: The bundle's metrics by split.
       digest: The bundle's digest.
+      sizes: The batch sizes that the programs may have.
       load_time: When the version was loaded, in seconds since the epoch.
       in_use: The number of requests in flight that use the version.
     """
@@ -68,6 +69,7 @@ class Version:
     explain_program: Program
     metrics: Mapping[str, Mapping[str, float]]
     digest: str
+    sizes: tuple[int, ...]
     load_time: float
     in_use: int = 0
     _readers: dict[int, ImageReader] = dataclasses.field(default_factory=dict, repr=False)
@@ -161,6 +163,7 @@ def make_version(
         explain_program=explain_program,
         metrics=bundle.metrics,
         digest=digest,
+        sizes=tuple(sizes),
         load_time=time.time(),
     )
 
@@ -173,7 +176,7 @@ def _has_programs(
         version.predictor.model == predictor.model
         and version.predictor.preprocessing == predictor.preprocessing
         and version.preprocessing == preprocessing
-        and version.predict_program.seconds.keys() == set(sizes)
+        and version.sizes == tuple(sizes)
     )
 
 

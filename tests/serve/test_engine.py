@@ -230,6 +230,31 @@ def test_a_failing_program_fails_only_its_requests():
     run_with(engine, test)
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "sizes"),
+    [
+        # An accelerator: a batch takes as long as an image, up to 16 images.
+        ({1: 4, 2: 4, 4: 4, 8: 4, 16: 4, 32: 8}, [1, 2, 4, 8, 16, 32]),
+        # A CPU: a batch takes as long as its images.
+        ({1: 4, 2: 8, 4: 16, 8: 32, 16: 64, 32: 128}, [1, 2, 4]),
+        # A CPU on which only batches of four are faster.
+        ({1: 4, 2: 9, 4: 10, 8: 20, 16: 40, 32: 80}, [1, 2, 4, 8, 16]),
+    ],
+)
+def test_sizes_without_gain_are_not_compiled(monkeypatch, milliseconds, sizes):
+    calls, now = [], [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def run(images):
+        calls.append(len(images))
+        now[0] += milliseconds[len(images)] / 1000
+
+    program = time_program(run, image(0), list(milliseconds))
+    assert sorted(program.seconds) == sizes
+    assert set(calls) == set(sizes)
+    assert max(calls.count(size) for size in sizes) <= 4
+
+
 def test_capacity_limits_images_in_flight():
     engine = Engine(capacity=5)
 
