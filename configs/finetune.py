@@ -1,4 +1,4 @@
-"""Fine-tuning of a pretrained network: first its head on fixed features, then all stages.
+"""Fine-tunes a pretrained network: first only the head, on fixed features, then all stages.
 
     cnn_jax train --config=configs/finetune.py --config.data.source=folder:PATH --workdir=runs/mine
 

@@ -1,9 +1,9 @@
-"""The probe of a pretrained network: only the head is fitted, to features of all stages.
+"""Linear probing: fits only the head of a pretrained network, to the features of all stages.
 
     cnn_jax train --config=configs/probe.py --config.data.source=folder:PATH --workdir=runs/mine
 
 The features of each image are computed once, without augmentation, and kept in the cache. The
-head is a logistic regression on them, so that training takes little more time than one pass
+head is a logistic regression on these features, so training takes little more time than one pass
 over the images. Weights and networks are selected as in `finetune.py`.
 """
 

@@ -281,7 +281,7 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
 
 
 def network_section(network: str, section: Config) -> Config:
-    """Returns the section `model` of a network, with changed values from another network's section.
+    """Returns the default section `model` of a network, with changed values of another section.
 
     Args:
       network: The name of the network.

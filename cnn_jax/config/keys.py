@@ -44,7 +44,7 @@ def fraction(default: float, comment: str) -> Key:
 
 
 def fraction_below_one(default: float, comment: str) -> Key:
-    """Creates a key whose value is a number from 0 to below 1."""
+    """Creates a key whose value is a number that is at least 0 and below 1."""
     return number(default, comment, "from 0 to below 1", lambda v: 0 <= v < 1)
 
 

@@ -432,7 +432,7 @@ def check_key(key: str, network: str | None = None) -> None:
 
 
 def _networks_hint(name: str) -> str:
-    """Returns the end of an error message that names up to three networks with a key."""
+    """Returns a hint for an error message: the names of up to three networks that have a key."""
     owners = [network for network in NETWORKS if name in NETWORKS[network].keys]
     if len(owners) == 1:
         return f"; the network {owners[0]} has it: set model.name={owners[0]}"

@@ -36,7 +36,7 @@ REGIONS = 4
 def feature_maps(
     predictor: BundlePredictor, images: Images
 ) -> dict[str, Float[np.ndarray, "batch height width channel"]]:
-    """Returns the float32 feature maps of each stage of the network, by the name of the stage.
+    """Returns the float32 feature maps of each stage, by the name of the stage.
 
     The stages are in the order of the network.
     """

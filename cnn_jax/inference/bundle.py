@@ -33,7 +33,7 @@ _DESCRIPTION = "bundle.json"
 _WEIGHTS = "weights.safetensors"
 
 
-# The fields of `Preprocessing` that bundles of early versions of this package do not have.
+# The fields of `Preprocessing` that are missing in bundles from early versions of this package.
 _ADDED_KEYS = ("white_level", "resize", "crop_ratio", "interpolation")
 
 

@@ -31,7 +31,7 @@ class Network:
     weights: str = ""
 
 
-# The functions below create the keys and divisors that several networks have.
+# The functions below create the keys and divisors that several networks share.
 
 
 def _channels(default: Sequence[int], comment: str) -> Key:
@@ -45,7 +45,7 @@ def _channels(default: Sequence[int], comment: str) -> Key:
 
 
 def _divisor_of_pools(section: Mapping[str, Any]) -> int:
-    """Returns the divisor of a network with a 2 x 2 pooling after each block except the last.
+    """Returns the divisor of the image size for a network with 2 x 2 pooling between blocks.
 
     Each pooling halves the height and the width. The key `features` has a value for each block.
     """
@@ -63,8 +63,8 @@ _BACKBONE_KEYS = {
     ),
     "embedding": keys.choice(
         "last",
-        "last: the head sees the last feature maps only; stages: it sees the mean and the "
-        "standard deviation of the feature maps of all stages too.",
+        "last: the head sees the last feature maps only; stages: it also sees the mean and the "
+        "standard deviation of each feature map between the first and the last stage.",
         ("last", "stages"),
     ),
     "dropout": keys.fraction_below_one(
@@ -127,8 +127,8 @@ NETWORKS = {
     "convnext_tiny": Network(
         "cnn_jax.models.convnext:convnext_tiny",
         _BACKBONE_KEYS | _DROP_PATH_KEYS,
-        # Patches of 4 x 4 pixels, then three times of 2 x 2 pixels; pixels beyond whole patches
-        # would be ignored.
+        # The strides are 4, 2, 2 and 2. If the image size were not divisible by 32, the network
+        # would ignore pixels at the edges.
         size_divisor=lambda section: 32,
         weights="timm/convnext_tiny.in12k_ft_in1k",
     ),

@@ -28,7 +28,7 @@ class NetworkParts(NamedTuple):
 
 
 class Stages:
-    """Collects the outputs of a network's stages, and adds an offset to some of them.
+    """Collects the outputs of a network's stages; an offset can be added to each output.
 
     The gradient with respect to an offset of zeros is the gradient with respect to the output
     of that stage.
@@ -38,12 +38,12 @@ class Stages:
     """
 
     def __init__(self, offsets: Mapping[str, Array] | None):
-        """Starts with no outputs; `offsets` contains the arrays to add, by stage."""
+        """Creates an empty collection; `offsets` maps names of stages to the arrays to add."""
         self.outputs: dict[str, Array] = {}
         self._offsets = offsets or {}
 
     def add(self, name: str, x: Array) -> Array:
-        """Records the output of a stage; returns the output with the offset of the stage."""
+        """Adds the stage's offset to the output `x`; records and returns the result."""
         if name in self._offsets:
             x = x + self._offsets[name].astype(x.dtype)
         self.outputs[name] = x
@@ -67,18 +67,18 @@ class Network(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
     train_from: str = ""
 
-    # The path of the first layer in the parameters; empty if the first layer is not a convolution
-    # over R, G and B.
+    # The path of the first layer in the tree of parameters. The path is empty if this layer is not
+    # a convolution over R, G and B.
     first_layer: ClassVar[tuple[str, ...]] = ()
 
-    if TYPE_CHECKING:  # Linen makes each module hashable by its fields.
+    if TYPE_CHECKING:  # Linen adds this method to each module at run time.
 
         def __hash__(self) -> int: ...
 
     def __call__(
         self, x: Float[Array, "batch height width channel"], *, train: bool = False
     ) -> Float[Array, "batch classes"]:
-        """Returns the logits, float32, of normalised images."""
+        """Returns the float32 logits of normalised images."""
         return self.stages(x, train=train)["logits"]
 
     @property
@@ -94,7 +94,7 @@ class Network(nn.Module):
     @nn.nowrap
     @abc.abstractmethod
     def find_stage(self, layer: str) -> str:
-        """Returns the stage of a layer; `layer` is a name on the top level of the parameters."""
+        """Returns the stage to which a layer belongs; `layer` is a top-level parameter name."""
 
     @nn.nowrap
     def parts(self, params: Mapping[str, Any]) -> NetworkParts:
@@ -138,14 +138,14 @@ class Network(nn.Module):
     def add_stages(
         self, x: Float[Array, "batch height width channel"], stages: Stages, *, train: bool
     ) -> None:
-        """Computes all stages of normalised images, and adds their outputs to `stages`.
+        """Computes all stages for normalised images, and adds the outputs to `stages`.
 
         `stages` calls this method, so submodules and parameters may be created in it.
         """
 
     @nn.nowrap
     def is_training(self, stage: str, train: bool) -> bool:
-        """Returns whether a stage runs in training mode if the network does (`train`)."""
+        """Returns whether a stage runs in training mode; `train` is the mode of the network."""
         return train and (not self.train_from or self.is_trained(stage))
 
     @nn.nowrap
@@ -161,12 +161,12 @@ class Network(nn.Module):
 
 
 class Backbone(Network):
-    """A network whose stages may have pretrained weights; a subclass defines its stages.
+    """A network that can have pretrained weights; a subclass defines the stages.
 
     Attributes:
       embedding: "last": the embedding is what the published network gives its last dense layer.
         "stages": the embedding also contains the mean and the standard deviation over the
-        pixels of each channel of all feature maps, so that the head sees all stages.
+        pixels of each channel of the feature maps, except those of the first and the last stage.
       dropout: The probability that a number of the embedding is dropped in training.
     """
 
@@ -185,7 +185,7 @@ class Backbone(Network):
           train: Whether to use dropout.
         """
         if self.embedding == "stages":
-            maps = [x.astype(jnp.float32) for x in stages.outputs.values()]
+            maps = [x.astype(jnp.float32) for x in list(stages.outputs.values())[1:-1]]
             moments = [moment for x in maps for moment in _moments(x)]
             embedding = jnp.concatenate([*moments, embedding.astype(jnp.float32)], axis=-1)
         x = stages.add("embedding", embedding)
@@ -196,7 +196,7 @@ class Backbone(Network):
 def _moments(
     maps: Float[Array, "batch height width channel"],
 ) -> tuple[Float[Array, "batch channel"], Float[Array, "batch channel"]]:
-    """Returns the mean and the standard deviation over the pixels of each channel."""
+    """Returns the mean and the standard deviation of each channel over all pixels."""
     variance = jnp.var(maps, axis=(1, 2))
     # The gradient of a square root at 0 is infinite.
     return jnp.mean(maps, axis=(1, 2)), jnp.sqrt(variance + 1e-6)

@@ -1,4 +1,4 @@
-"""ConvNeXt (Liu et al. 2022), as timm builds it."""
+"""ConvNeXt (Liu et al. 2022), as implemented in timm."""
 
 import functools
 from collections.abc import Sequence
@@ -8,9 +8,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnn_jax.models.base import Backbone, Stages
-from cnn_jax.models.layers import LayerNorm, Mlp
+from cnn_jax.models.convolutions import depthwise_convolve, paddings
+from cnn_jax.models.layers import LayerNorm, Mlp, add_bias
 
 _initial_kernel = nn.initializers.truncated_normal(0.02)
+
+
+class DepthwiseConv(nn.Module):
+    """A 7 x 7 depthwise convolution with stride 1 and symmetric padding.
+
+    Attributes:
+      dtype: The dtype of the computation.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> Float[Array, "batch height width channel"]:
+        channels = x.shape[-1]
+        kernel = self.param("kernel", _initial_kernel, (7, 7, 1, channels)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,)).astype(self.dtype)
+        pads = paddings("symmetric", 7, 1, (x.shape[1], x.shape[2]))
+        x = depthwise_convolve(x.astype(self.dtype), kernel[:, :, 0], 1, pads)
+        return add_bias(x, bias)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -32,15 +54,7 @@ class ConvNeXtBlock(nn.Module):
     ) -> Float[Array, "batch height width channel"]:
         shortcut = x
         channels = x.shape[-1]
-        x = nn.Conv(
-            channels,
-            (7, 7),
-            padding=3,
-            feature_group_count=channels,
-            kernel_init=_initial_kernel,
-            dtype=self.dtype,
-            name="conv_dw",
-        )(x)
+        x = DepthwiseConv(self.dtype, name="conv_dw")(x)
         x = LayerNorm(dtype=self.dtype, name="norm")(x)
         x = Mlp(4 * channels, self.dtype, name="mlp")(x)
         gamma = self.param("gamma", nn.initializers.constant(1e-6), (channels,))
@@ -52,7 +66,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXtStage(nn.Module):
-    """A downsampling layer, which the first stage does not have, and equal blocks.
+    """An optional downsampling layer, followed by several blocks.
 
     Attributes:
       features: The number of channels.
@@ -81,7 +95,7 @@ class ConvNeXtStage(nn.Module):
 
 
 def _patch_convolution(features: int, side: int, dtype: jnp.dtype, name: str) -> nn.Conv:
-    """Returns a convolution of patches that do not overlap."""
+    """Returns a convolution layer for non-overlapping patches of `side` x `side` pixels."""
     return nn.Conv(
         features,
         (side, side),

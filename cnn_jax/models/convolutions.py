@@ -1,8 +1,8 @@
-"""Convolutions of pretrained networks: any odd kernel, stride and padding; depthwise; BatchNorm.
+"""Standard and depthwise convolutions with any odd kernel size, stride and padding.
 
-They compute what `lax.conv_general_dilated` does (`tests/models/test_convolutions.py` compares
-them), in forms that XLA compiles well on a CPU. The gradients of a depthwise convolution are
-written by hand, for reverse mode only.
+They have the same results as `lax.conv_general_dilated` (`tests/models/test_convolutions.py`
+compares them), in forms that XLA compiles well on a CPU. The gradients of a depthwise convolution
+are written by hand, for reverse mode only.
 """
 
 import functools
@@ -19,16 +19,17 @@ from jaxtyping import Array, Float
 from cnn_jax.models.base import Backbone
 from cnn_jax.models.layers import BatchNorm, add_bias, channel_sums, convolve
 
-# Pixels before and after each row, and before and after each column.
+# The numbers of pixels to add: ((top, bottom), (left, right)).
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
-# From JAX 0.11 on, XLA computes grouped convolutions by oneDNN on these processors. Without
-# oneDNN they take up to 80 times as long as the sum of shifted images.
+# Since JAX 0.11, XLA uses oneDNN for grouped convolutions on these processors. Without oneDNN, a
+# grouped convolution takes up to 70 times as long as the equivalent sum of shifted images.
 _HAS_ONEDNN = jax.__version_info__ >= (0, 11) and platform.machine() in ("x86_64", "AMD64")
-# XLA needs 40 times as long for a convolution to 2 x 2 pixels as for the product of matrices.
+# On a CPU, a convolution with an output of 2 x 2 pixels takes 40 times as long as the equivalent
+# matrix product.
 _FEW_PIXELS = 4
-# The largest number of products that the gradient of a depthwise kernel writes out, one for
-# each position of the kernel and each pixel. More products take long to compile.
+# The largest number of products (kernel positions times output pixels) for which the gradient of a
+# depthwise kernel is an unrolled sum. The compilation of more products takes too long.
 _WRITTEN_PRODUCTS = 400
 _FLOAT32 = jnp.dtype("float32")
 
@@ -56,7 +57,7 @@ def dense_convolve(
     stride: int,
     pads: Padding,
 ) -> Float[Array, "batch new_height new_width features"]:
-    """Convolves images with a kernel that sees all channels."""
+    """Computes a standard convolution: each output channel depends on all input channels."""
     kernel_size = kernel.shape[0]
     height, width = _output_size(x, kernel_size, stride, pads)
     if kernel_size == 1:
@@ -66,7 +67,7 @@ def dense_convolve(
         shifted = _shifted_images(x, kernel_size, stride, pads, (height, width))
         patches = jnp.concatenate([image for _, _, image in shifted], axis=-1)
         return jnp.dot(patches, kernel.reshape(-1, kernel.shape[-1]))
-    if kernel_size == 3 and stride == 1:
+    if kernel_size == 3 and stride == 1 and pads == ((1, 1), (1, 1)):
         return cast(Array, convolve(x, kernel))
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -80,7 +81,7 @@ def depthwise_convolve(
     stride: int,
     pads: Padding,
 ) -> Float[Array, "batch new_height new_width channel"]:
-    """Convolves each channel of images with a separate kernel."""
+    """Computes a depthwise convolution: each channel has a separate kernel."""
     return _depthwise(x, kernel, stride, pads)
 
 
@@ -119,7 +120,11 @@ def _sum_of_shifted_images(x: Array, kernel: Array, stride: int, pads: Padding) 
 def _shifted_images(
     x: Array, kernel_size: int, stride: int, pads: Padding, size: tuple[int, int]
 ) -> Iterator[tuple[int, int, Array]]:
-    """Returns, for each position in the kernel, the pixels [batch, *size, channel] it meets."""
+    """Yields the row and the column of each kernel position, and the shifted image.
+
+    The shifted image [batch, *size, channel] contains the pixels that the kernel's value at this
+    position multiplies.
+    """
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     height, width = ((n - 1) * stride + 1 for n in size)
     for i in range(kernel_size):
@@ -145,17 +150,16 @@ def _depthwise_backward(
     stride: int, pads: Padding, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, kernel = residuals
-    inputs = functools.partial(
-        _input_gradient, size=(x.shape[1], x.shape[2]), stride=stride, pads=pads
+    size = x.shape[1], x.shape[2]
+    options = {"kernel_size": kernel.shape[0], "stride": stride, "pads": pads}
+    kernel_gradient = lax.platform_dependent(
+        x,
+        gradient,
+        cpu=functools.partial(_kernel_gradient_on_cpu, **options),
+        default=functools.partial(_kernel_gradient, **options),
     )
-    kernels = functools.partial(
-        _kernel_gradient, kernel_size=kernel.shape[0], stride=stride, pads=pads
-    )
-    kernels_on_cpu = functools.partial(
-        _kernel_gradient_on_cpu, kernel_size=kernel.shape[0], stride=stride, pads=pads
-    )
-    kernel_gradient = lax.platform_dependent(x, gradient, cpu=kernels_on_cpu, default=kernels)
-    return inputs(gradient, kernel), cast(Array, kernel_gradient).astype(kernel.dtype)
+    input_gradient = _input_gradient(gradient, kernel, size, stride, pads)
+    return input_gradient, cast(Array, kernel_gradient).astype(kernel.dtype)
 
 
 depthwise_convolve.defvjp(_depthwise_forward, _depthwise_backward)
@@ -164,16 +168,16 @@ depthwise_convolve.defvjp(_depthwise_forward, _depthwise_backward)
 def _input_gradient(
     gradient: Array, kernel: Array, size: tuple[int, int], stride: int, pads: Padding
 ) -> Array:
-    """Returns the gradient of the images: the gradient, convolved with the reversed kernel.
+    """Computes the gradient of the input as a convolution with the reversed kernel.
 
-    For a stride of 2 there are zeros between the pixels of the gradient.
+    For a stride above 1, zeros are first inserted between the pixels of `gradient`.
     """
     last = kernel.shape[0] - 1
     between = (0, 0, stride - 1)
     zero = jnp.zeros((), gradient.dtype)
     spread = lax.pad(gradient, zero, ((0, 0, 0), between, between, (0, 0, 0)))
     if stride > 1:
-        # Without this barrier XLA inserts the zeros again for each position of the kernel.
+        # Without this barrier, XLA inserts the zeros again for each kernel position.
         spread = lax.optimization_barrier(spread)
     rows, columns = (
         (last - before, n - length + before)
@@ -194,14 +198,14 @@ def _kernel_gradient(
 def _kernel_gradient_on_cpu(
     x: Array, gradient: Array, kernel_size: int, stride: int, pads: Padding
 ) -> Array:
-    """Computes `_kernel_gradient` as sums of products of shifted images and the gradient."""
+    """Computes `_kernel_gradient`; each position is a sum of products with a shifted image."""
     size = gradient.shape[1], gradient.shape[2]
     if kernel_size**2 * size[0] * size[1] <= _WRITTEN_PRODUCTS:
         return _written_kernel_gradient(x, gradient, kernel_size, stride, pads)
     padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), *pads, (0, 0))))
     shifted = _shifted_images(padded, kernel_size, stride, ((0, 0), (0, 0)), size)
     products = [image * gradient for _, _, image in shifted]
-    # One call for each row of the kernel: more sums in one loop are slower.
+    # `channel_sums` is called for each row of the kernel, because more sums in one loop are slower.
     rows = [
         jnp.stack(channel_sums(*products[i : i + kernel_size]))
         for i in range(0, len(products), kernel_size)
@@ -212,9 +216,10 @@ def _kernel_gradient_on_cpu(
 def _written_kernel_gradient(
     x: Array, gradient: Array, kernel_size: int, stride: int, pads: Padding
 ) -> Array:
-    """Computes `_kernel_gradient` for small images: the sum over the pixels is written out.
+    """Computes `_kernel_gradient` for small images with an unrolled sum over the pixels.
 
-    XLA makes one loop over the channels of it, which takes a quarter of the time of a sum.
+    XLA compiles this sum to one loop over the channels, which takes a quarter of the time of
+    `channel_sums`.
     """
     (top, _), (left, _) = pads
     height, width = gradient.shape[1:3]
@@ -228,7 +233,7 @@ def _written_kernel_gradient(
                     if 0 <= y < x.shape[1] and 0 <= z < x.shape[2]:
                         total += (x[:, y, z] * gradient[:, row, column]).astype(jnp.float32)
             totals.append(total)
-    # Without this barrier XLA computes each product within the sum over the batch.
+    # Without this barrier, XLA fuses the products into the sum over the batch.
     stacked = lax.optimization_barrier(jnp.stack(totals))
     return jnp.sum(stacked, axis=1).reshape(kernel_size, kernel_size, -1)
 
@@ -262,9 +267,9 @@ def convolve_and_normalize(
     epsilon: float = 1e-5,
     padding: str = "symmetric",
     depthwise: bool = False,
-    dtype: jnp.dtype = _FLOAT32,
+    dtype: jnp.dtype,
 ) -> Float[Array, "batch new_height new_width features"]:
-    """Applies a convolution without bias and `BatchNorm`; to be called in a compact method.
+    """Applies a bias-free convolution, then `BatchNorm`; must be called in a compact method.
 
     With stored statistics the two layers are one convolution, whose kernel contains the factor
     of each channel. This saves passes over memory, also for the gradients.

@@ -1,4 +1,4 @@
-"""EfficientNet (Tan and Le 2019) and EfficientNet-Lite, as timm builds them."""
+"""EfficientNet (Tan and Le 2019) and EfficientNet-Lite, as implemented in timm."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from cnn_jax.models.convolutions import ConvolutionalBackbone
 
 
 class _Row(NamedTuple):
-    """A stage in table 1 of the paper: equal blocks, of which the first has the stride."""
+    """A stage in table 1 of the paper; only the first block of a stage uses `stride`."""
 
     expansion: int
     kernel_size: int
@@ -58,10 +58,10 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """The block MBConv: 1 x 1 expansion, depthwise convolution, 1 x 1 projection, shortcut.
+    """The MBConv block: 1 x 1 expansion, depthwise convolution, 1 x 1 projection, shortcut.
 
-    Without expansion (1) there is no first convolution, and timm then gives the layers other
-    numbers. The shortcut exists if input and output have the same shape.
+    If the expansion is 1, the first convolution is missing, and the names of the layers are then
+    different, as in timm. The shortcut exists if the input and the output have the same shape.
 
     Attributes:
       row: The row of the table.
@@ -106,7 +106,8 @@ class InvertedResidual(nn.Module):
         )
         x = self.activation(x)
         if self.squeeze_excite:
-            # The width is a quarter of the block's input, not of the expanded channels.
+            # The number of hidden units is a quarter of the block's input channels, not of the
+            # expanded channels.
             x = SqueezeExcite(channels // 4, self.dtype, name="se")(x)
         x = self.conv_norm(x, self.row.features, 1, conv=projection, norm=f"bn{len(names)}")
         if x.shape != shortcut.shape:
@@ -118,16 +119,16 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNet(ConvolutionalBackbone):
-    """A stem, seven stages of inverted residual blocks, a 1 x 1 convolution, and the mean.
+    """A stem, seven stages of inverted residual blocks, a 1 x 1 convolution, and mean pooling.
 
     The stages are "stem", "blocks_0" to "blocks_6" (the rows of the table) and "conv_head".
 
     Attributes:
       width: The factor of the numbers of channels, which are rounded to multiples of 8.
       depth: The factor of the numbers of blocks, which are rounded up.
-      is_lite: Whether the network is a Lite one: ReLU6 instead of SiLU, no
-        squeeze-and-excitation, and factors that change neither the stem, nor the last
-        convolution, nor the number of blocks of the first and last row.
+      is_lite: Whether the network is EfficientNet-Lite: ReLU6 instead of SiLU, and no
+        squeeze-and-excitation. The factors do not change the stem, the last convolution, or the
+        number of blocks in the first and the last row of the table.
       drop_path: The probability that an example skips the last block in training. It grows
         from 0 in proportion to the block's number (Huang et al. 2016).
     """
@@ -182,7 +183,7 @@ class EfficientNet(ConvolutionalBackbone):
 
     @nn.nowrap
     def _rows(self) -> list[_Row]:
-        """Returns the table with the numbers of channels and blocks of this network."""
+        """Returns `_TABLE` with the channel counts and block counts of this network."""
         return [
             row._replace(
                 features=_scaled(row.features, self.width),
@@ -195,14 +196,14 @@ class EfficientNet(ConvolutionalBackbone):
 
 
 def _scaled(features: int, factor: float) -> int:
-    """Returns the nearest multiple of 8 to a scaled number, or the next if it is 10 % less."""
+    """Rounds `features * factor` to the nearest multiple of 8 that is at least 90 % of it."""
     scaled = features * factor
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * scaled else rounded + 8
 
 
 _lite = functools.partial(EfficientNet, is_lite=True)
-# The weights that came from TensorFlow.
+# The options of the networks whose weights were trained in TensorFlow.
 _tf = {"padding": "same", "epsilon": 1e-3}
 
 efficientnet_b0 = EfficientNet

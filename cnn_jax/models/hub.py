@@ -17,7 +17,7 @@ from cnn_jax.inference.bundle import file_sha256
 from cnn_jax.models import NETWORKS
 from cnn_jax.system.errors import ConfigError, UserError, WeightsError, closest, did_you_mean
 
-# OWNER/NAME or OWNER/NAME@REVISION.
+# A model id, OWNER/NAME, with an optional revision, OWNER/NAME@REVISION.
 _MODEL_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _KEY = "config.model.pretrained"
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
@@ -26,7 +26,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclasses.dataclass(frozen=True)
 class HubModel:
-    """The files of a model on the hub.
+    """The downloaded files and the metadata of a model on the hub.
 
     Attributes:
       name: The model id with its revision, OWNER/NAME@REVISION. The revision is the hash of a
@@ -51,7 +51,7 @@ def is_model_id(name: str) -> bool:
 
 
 def absolute(name: str) -> str:
-    """Returns a value of `model.pretrained` with an absolute path, if the value is a path."""
+    """Makes a path in `model.pretrained` absolute; returns all other values unchanged."""
     return (
         name
         if name == "auto" or is_model_id(name)
@@ -60,7 +60,7 @@ def absolute(name: str) -> str:
 
 
 def download(name: str) -> HubModel:
-    """Downloads a model, unless its files are in the cache.
+    """Downloads the files of a model that are not in the cache yet.
 
     Args:
       name: OWNER/NAME or OWNER/NAME@REVISION, where the revision is a branch, a tag or a commit.
@@ -75,7 +75,7 @@ def download(name: str) -> HubModel:
     assert match is not None
     model_id, revision = match.groups()
     config = _file(model_id, revision, _CONFIG)
-    # The files of a revision are in a folder named after the commit.
+    # The cache stores the files of a revision in a folder that is named after the commit.
     revision = config.parent.name if config is not None else revision
     weights = _file(model_id, revision, _WEIGHTS)
     if weights is None:
@@ -97,7 +97,7 @@ def download(name: str) -> HubModel:
 def _file(
     model_id: str, revision: str | None, filename: str, is_required: bool = True
 ) -> pathlib.Path | None:
-    """Returns the path of a file in the cache, after its download if necessary.
+    """Downloads a file of a model if necessary; returns the path of the file in the cache.
 
     Args:
       model_id: OWNER/NAME.
@@ -113,7 +113,7 @@ def _file(
       WeightsError: See `download`.
     """
     try:
-        # The import sets the level of the package's logger, so it precedes `_without_warnings`.
+        # The import sets the log level of huggingface_hub, so it must precede `_without_warnings`.
         from huggingface_hub import errors, hf_hub_download
     except ImportError as error:
         raise ConfigError(
@@ -163,7 +163,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _unreachable(model_id: str, error: Exception) -> UserError:
-    """Returns the error for a file that is not in the cache while there is no connection."""
+    """Returns the error for a model that is not in the cache if the hub cannot be reached."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -179,7 +179,7 @@ def _unreachable(model_id: str, error: Exception) -> UserError:
 
 
 def _refused(model_id: str, revision: str | None, error: Exception) -> UserError:
-    """Returns the error for an answer of the hub that is not a file."""
+    """Returns the error for a request that the hub refused."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -204,7 +204,7 @@ def _refused(model_id: str, revision: str | None, error: Exception) -> UserError
 
 
 def _suggestion(model_id: str) -> str:
-    """Returns the end of a message that suggests existing models; empty if none is similar."""
+    """Returns a hint for an error message: similar model ids, or "" if no id is similar."""
     owner, _, name = model_id.partition("/")
     network = re.split(r"[.-]", name)[0]
     found: list[str] = []
@@ -217,7 +217,7 @@ def _suggestion(model_id: str) -> str:
 
 
 def _search(owner: str, text: str) -> Iterator[str]:
-    """Yields the ids of an owner's models whose names contain a text; none without an answer."""
+    """Yields the ids of an owner's models that contain `text`; yields none if the hub fails."""
     import huggingface_hub
 
     try:
@@ -234,7 +234,7 @@ def _checked_sha256(path: pathlib.Path, name: str) -> str:
       WeightsError: The file differs from the file on the hub.
     """
     digest = file_sha256(path)
-    # The cache names a large file after its sha256 on the hub.
+    # In the cache, the name of a large file is the sha256 of the file on the hub.
     blob = path.resolve()
     if _SHA256.fullmatch(blob.name) and blob.name != digest:
         raise WeightsError(
@@ -263,13 +263,13 @@ def _read_license(card: pathlib.Path) -> str:
 
     try:
         metadata = huggingface_hub.metadata_load(card) or {}
-    except Exception:  # The metadata is YAML that a person wrote.
+    except Exception:  # People write the YAML metadata by hand, so it may be invalid.
         return ""
     text = metadata.get("license_name") if metadata.get("license") == "other" else None
     return str(text or metadata.get("license") or "")
 
 
 def _first_line(error: BaseException) -> str:
-    """Returns the type and the first line of an error's message."""
+    """Returns an error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

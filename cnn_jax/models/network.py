@@ -156,7 +156,7 @@ def updates_statistics(model: Network, image_size: tuple[int, int]) -> bool:
 
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     jaxpr = jax.make_jaxpr(train)(abstract_variables(model, image_size), images).jaxpr
-    # A statistic that no layer changes is an input of the function.
+    # A statistic that no layer changes is both an input and an output of the traced function.
     return any(output not in jaxpr.invars for output in jaxpr.outvars)
 
 

@@ -1,4 +1,4 @@
-"""Pretrained weights: from the Hugging Face hub, a safetensors file, a bundle or a run."""
+"""Reads pretrained weights from the Hugging Face hub, a safetensors file, a bundle or a run."""
 
 import contextlib
 import dataclasses
@@ -30,14 +30,14 @@ from cnn_jax.system.errors import (
     printable,
 )
 
-# The values of `crop_mode` in timm, and the values of `data.resize` that mean the same.
+# A mapping from the values of timm's `crop_mode` to the equivalent values of `data.resize`.
 _CROP_MODES = {"center": "crop", "squash": "stretch", "border": "pad"}
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedWeights:
-    """The weights of a network that was trained before, and what is known about them.
+    """The pretrained weights of a network and their metadata.
 
     Attributes:
       source: A name that always means these weights: OWNER/NAME@COMMIT for a model on the hub,
@@ -60,7 +60,7 @@ class PretrainedWeights:
     variables: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """Returns what a run and its bundle record about the weights, as JSON types."""
+        """Returns the metadata that a run and its bundle store, as JSON types."""
         names = ("source", "sha256", "license", "architecture", "preprocessing")
         return json.loads(json.dumps({name: getattr(self, name) for name in names}))
 
@@ -82,7 +82,7 @@ def open_weights(name: str, key: str = "model.pretrained") -> PretrainedWeights:
     """
     path = pathlib.Path(name).expanduser()
     if path.is_dir() and (path / "model.safetensors").is_file():
-        path = path / "model.safetensors"  # The folder of a model that was copied from the hub.
+        path = path / "model.safetensors"  # The folder is a copy of a model on the hub.
     if path.is_dir() or key != "model.pretrained":
         return _open_bundle(path.resolve(), key)
     if path.suffix.lower() in _PICKLES:
@@ -130,7 +130,7 @@ def _open_file(path: pathlib.Path) -> PretrainedWeights:
 
 
 def _open_bundle(path: pathlib.Path, key: str) -> PretrainedWeights:
-    """Reads the bundle of a run or of a registry.
+    """Reads the weights of a bundle; the path is a bundle or a run with a bundle.
 
     Raises:
       ConfigError: There is no bundle at the path, or it is damaged.
@@ -157,7 +157,7 @@ def _open_bundle(path: pathlib.Path, key: str) -> PretrainedWeights:
 
 
 def check_network(weights: PretrainedWeights, network: str, key: str = "model.pretrained") -> None:
-    """Checks that weights are not known to be weights of another network.
+    """Raises ConfigError if weights are known to belong to another network.
 
     Args:
       weights: The weights.
@@ -217,7 +217,7 @@ def _read_state_dict(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_description(config: Mapping[str, Any], card_license: str = "") -> dict[str, Any]:
-    """Reads config.json of a model.
+    """Extracts the metadata from the content of a model's config.json.
 
     Args:
       config: The content of config.json, as timm writes it. Older files have the values of
@@ -241,7 +241,7 @@ def _read_description(config: Mapping[str, Any], card_license: str = "") -> dict
 
 
 def _read_preprocessing(details: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the preprocessing in timm's `pretrained_cfg`; unknown values are left out.
+    """Converts timm's `pretrained_cfg` to values of `PREPROCESSING_KEYS`; skips unknown values.
 
     timm divides grey levels by 255 before it subtracts the mean.
     """

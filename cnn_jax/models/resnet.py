@@ -1,8 +1,8 @@
-"""Residual networks (He et al. 2015), as timm and torchvision build them."""
+"""Residual networks (He et al. 2015), as implemented in timm and torchvision."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from cnn_jax.models.base import Stages
 from cnn_jax.models.convolutions import ConvolutionalBackbone
+from cnn_jax.models.layers import max_pool_3x3
 
 
 class BasicBlock(nn.Module):
@@ -36,9 +37,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1 x 1, 3 x 3 and 1 x 1 with a quarter of the channels, and a shortcut.
+    """Three convolutions (1 x 1, 3 x 3 and 1 x 1) and a shortcut.
 
-    The 3 x 3 convolution has the stride. (In the paper the first convolution has it.)
+    The first two convolutions have a quarter of the output channels. The 3 x 3 convolution has the
+    stride; in the paper, the first convolution has the stride.
 
     Attributes:
       features: The number of output channels.
@@ -109,7 +111,7 @@ class ResNet(ConvolutionalBackbone):
         conv_norm = self.conv_norm("stem", train)
         x = nn.relu(conv_norm(x, 64, 7, 2, conv="conv1", norm="bn1"))
         x = stages.add("stem", x)
-        x = nn.max_pool(x, (3, 3), (2, 2), cast(Any, ((1, 1), (1, 1))))
+        x = cast(Array, max_pool_3x3(x))
         for group, blocks in enumerate(self.blocks, start=1):
             conv_norm = self.conv_norm(f"layer{group}", train)
             features = 64 * 2 ** (group - 1) * (4 if self.block is Bottleneck else 1)

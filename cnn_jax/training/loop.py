@@ -341,7 +341,7 @@ def _train(
         display.start(progress.history, improvements, progress.step, is_finished)
         run.heartbeat.beat("starting", progress.step)
         if progress.history and not run.checkpoints.steps():
-            _save(run, progress)  # Epoch 0 is the probe, and may be the best epoch.
+            _save(run, progress)  # The probe counts as epoch 0, which may be the best epoch.
         on_epoch(progress.history)
         reader = _DelayedReader(run, progress, display)
         for number in itertools.count():

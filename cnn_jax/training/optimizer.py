@@ -44,7 +44,7 @@ def kernel_mask(params: PyTree) -> PyTree:
 
 
 def head_kernel_mask(params: PyTree) -> PyTree:
-    """Returns True for the kernel of the head, False for all other parameters."""
+    """Returns a tree of booleans: True for the kernel of the head, else False."""
     return jax.tree.map_with_path(lambda path, _: _names(path) == ("head", "kernel"), params)
 
 

@@ -1,4 +1,4 @@
-"""The probe: the head of a network, fitted to the features of the network's other layers.
+"""Linear probing: fits only the head of a network, to the features of the other layers.
 
 The features of each image are computed once, and stored in the cache. The head is then a
 logistic regression on the features, which needs no steps of the training loop.
@@ -28,13 +28,13 @@ from cnn_jax.system import runtime
 from cnn_jax.training import sharding
 from cnn_jax.training.metrics import Metrics
 
-# The tested weights of the L2 penalty, from strong to weak. Each fit starts from the solution of
-# the previous fit.
+# The tested factors of the L2 penalty, from the strongest to the weakest. Each fit starts from the
+# solution of the previous fit.
 PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 # The maximum number of L-BFGS iterations for each penalty, and the gradient norm at which L-BFGS
-# stops.
-_ITERATIONS, _TOLERANCE = 100, 1e-4
-# The keys of a network that change only its training, so that the features do not depend on them.
+# stops. On EuroSAT, 100 iterations took four times as long and gave the same accuracy.
+_ITERATIONS, _TOLERANCE = 25, 1e-4
+# The configuration keys of a network that affect only training, and not the features.
 _TRAINING_KEYS = {"batch_norm_statistics", "drop_path", "dropout", "pretrained"}
 # The minimum divisor of a feature. Smaller standard deviations are replaced by this value.
 _MIN_DEVIATION = 1e-6
@@ -94,7 +94,7 @@ def embeddings(
     result = np.zeros((len(dataset.source), gathered[0].shape[1]), np.float32)
     for part, values in zip(own, gathered, strict=True):
         result[part] = values
-    with contextlib.suppress(OSError):  # A run does not need the cache; its disk may be full.
+    with contextlib.suppress(OSError):  # A run works without the cache, whose disk may be full.
         cache.write_array("features", key, result)
     return result
 
@@ -104,7 +104,7 @@ def _embedding(outputs: dict[str, Array]) -> Array:
 
 
 def _cache_key(variables: PyTree, config: Any, dataset: Dataset) -> str:
-    """Returns the key of the stored embeddings."""
+    """Returns the key under which the cache stores the embeddings."""
     digest = hashlib.sha256()
     for path, array in sorted(flax.traverse_util.flatten_dict(variables, sep="/").items()):
         if not path.startswith("params/head/"):
@@ -181,7 +181,7 @@ def _minimize(
     weights: Float[Array, " examples"],
     l2: Float[Array, ""],
 ) -> PyTree:
-    """Returns the parameters that minimise the loss of `fit`, by L-BFGS from `params`."""
+    """Minimises the loss of `fit` with L-BFGS, starting from `params`; returns the result."""
 
     def loss(params: PyTree) -> Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(_logits(params, features), labels)
@@ -213,5 +213,5 @@ def _metrics(params: PyTree, features: Array, labels: Array) -> Metrics:
 
 
 def _measure(params: PyTree, features: Array, labels: Array) -> dict[str, float]:
-    """Returns the metrics of a head on features; see `metrics.summarize`."""
+    """Returns the metrics of a head for the given features; see `metrics.summarize`."""
     return _metrics(params, features, labels).compute()

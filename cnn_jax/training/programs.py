@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, PyTree
 from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.mix import Mixing
-from cnn_jax.models.base import Network
+from cnn_jax.models.base import Backbone, Network
 from cnn_jax.models.network import updates_statistics
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import TrainingError
@@ -169,7 +169,14 @@ class Programs:
         jit_training = functools.partial(
             jit, donate_argnums=0, out_shardings=(state_sharding, replicated)
         )
-        self.init_state = jax.jit(train_step.init_state, out_shardings=state_sharding)
+        # A network that can have pretrained weights has many layers. XLA would need half a minute
+        # to optimise the program of their random initial weights, which are seldom used.
+        is_backbone = isinstance(self.model, Backbone)
+        self.init_state = jax.jit(
+            train_step.init_state,
+            out_shardings=state_sharding,
+            compiler_options=runtime.quick_compiler_options() if is_backbone else None,
+        )
         self.empty_metrics = jax.jit(
             functools.partial(Metrics.empty, num_classes), out_shardings=replicated
         )

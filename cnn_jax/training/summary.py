@@ -97,14 +97,14 @@ def show_plan(
 
 
 def _needs_pretraining(config: Config, train_images: int) -> bool:
-    """Returns whether the run should probably start from pretrained weights, but does not."""
+    """Returns whether the run starts from random weights, but pretrained weights may be better."""
     is_pretrained = config.model.get("pretrained") or config.checkpoint.init_from
     is_generated = config.data.source.startswith("shapes")
     return not is_pretrained and not is_generated and train_images < _MANY_IMAGES
 
 
 def _weights(config: Config, pretrained: Mapping[str, Any]) -> str:
-    """Describes the initial weights, and compares their preprocessing with the run's."""
+    """Describes the initial weights; compares their preprocessing with the run's preprocessing."""
     license = pretrained.get("license") or "unknown"
     lines = [f"{printable(pretrained['source'])}, licence: {printable(license)}"]
     if not config.model.get("pretrained"):

@@ -63,7 +63,7 @@ def main() -> None:
     runtime.keep_freed_memory()
     steps = {}
     for name, gradient in (("cnn_jax", OURS), ("XLA's gradient", XLAS)):
-        # `make_step` traces its step with the gradient function that is set here.
+        # `make_step` traces the training step with the gradient function that is set here.
         layers._input_gradient_on_cpu = gradient
         for parts in PARTS:
             steps[name, parts] = make_step(flags.pixels, flags.batch_size, parts)

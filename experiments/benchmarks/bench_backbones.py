@@ -1,17 +1,22 @@
-"""Compares the networks of `cnn_jax/models/` with timm's in eager PyTorch, channels last.
+"""Compares the speed of the networks in `cnn_jax/models/` with timm's in eager PyTorch.
 
     python experiments/benchmarks/bench_backbones.py [--networks=resnet18,...] [--peer_python=PATH]
 
 --peer_python is the interpreter of an environment with torch and timm. Each library runs in a
 separate process, and the processes take turns, so that other load on the machine affects both.
-Both keep freed memory (`cnn_jax.system.runtime.keep_freed_memory`). A time is the median of all
-calls, each until its end, without compilation. The compile time is stated beside it; without
-oneDNN later processes find the compiled program in the cache.
+Both keep freed memory (`cnn_jax.system.runtime.keep_freed_memory`). timm's images have the memory
+format channels_last. A time is the median of all calls, each until its end, without compilation.
+The compile time is stated beside it; without oneDNN later processes find the compiled program in
+the cache.
 
 "features" computes the embeddings of a batch of float32 images, with the same random weights;
 first, both libraries must agree on the embeddings. "training" is a step of Adam on all
-parameters with cross-entropy. BatchNorm uses its stored statistics (--statistics=frozen, the
-default) or those of the batch (--statistics=batch).
+parameters with cross-entropy, on uint8 images. BatchNorm uses its stored statistics
+(--statistics=frozen, the default) or those of the batch (--statistics=batch).
+
+--one_core runs both libraries on one core and takes the time of the processor instead of the
+time of the clock. Use it on a machine with other load, on which PyTorch's threads wait for each
+other.
 """
 
 import argparse
@@ -37,7 +42,7 @@ LEARNING_RATE = 1e-4
 
 
 class Ours:
-    """The network of this project, with its compiler options and its training step."""
+    """A network of this project, with the project's compiler options and training step."""
 
     def __init__(self, name: str, state_shapes: Mapping[str, Any], batch_norm: str):
         from cnn_jax.models import NETWORKS
@@ -66,7 +71,7 @@ class Ours:
         return lambda: np.asarray(compiled(variables, batch)), seconds
 
     def training(self, images: np.ndarray, labels: np.ndarray) -> tuple[Callable[[], None], float]:
-        """Returns a function that takes a training step, and its compile time in seconds."""
+        """Returns a function that runs a training step, and its compile time in seconds."""
         import jax
 
         from cnn_jax.data.preprocessing import Preprocessing
@@ -100,7 +105,7 @@ class Ours:
 
 
 class Timm:
-    """timm's network in eager PyTorch; see `Ours`."""
+    """A network of timm in eager PyTorch, with the same methods as `Ours`."""
 
     def __init__(self, name: str, state_shapes: Mapping[str, Any], batch_norm: str):
         import torch  # pyright: ignore
@@ -144,10 +149,10 @@ class Timm:
 LIBRARIES = {"cnn_jax": Ours, "timm": Timm}
 
 
-def answer(library: str) -> None:
-    """Answers requests on stdin, one JSON object on each line; libraries print to stderr."""
+def answer(library: str, clock: Callable[[], float]) -> None:
+    """Answers the requests on stdin; each request and each answer is one line of JSON."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # Text that a library prints to stdout goes to stderr.
     rng = np.random.default_rng(0)
     network: Any = None
     action: Any = None
@@ -167,19 +172,19 @@ def answer(library: str) -> None:
         else:
             reply["seconds"] = []
             for _ in range(request["times"]):
-                start = time.perf_counter()
+                start = clock()
                 action()
-                reply["seconds"].append(time.perf_counter() - start)
+                reply["seconds"].append(clock() - start)
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 
 class Process:
-    """A separate process of a library, which waits for requests."""
+    """A process that runs one of the two libraries and answers requests."""
 
-    def __init__(self, library: str, python: str):
+    def __init__(self, library: str, python: str, one_core: bool):
         self._process = subprocess.Popen(
-            [python, __file__, f"--answer={library}"],
+            [python, __file__, f"--answer={library}", *["--one_core"] * one_core],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={
@@ -192,7 +197,7 @@ class Process:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request, and returns the answer."""
+        """Sends a request to the process, and returns the answer."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -208,12 +213,12 @@ class Process:
 
 
 def measure(processes: list[Process], do: str, shape: list[int], seconds: float) -> dict[str, Any]:
-    """Returns the median milliseconds of an image for each library, and the compile time."""
+    """Returns the milliseconds per image of each library, and this project's compile time."""
     replies = [process.ask(do=do, images=shape) for process in processes]
     if do == "features":
         ours, timm = (np.asarray(reply["embedding"]) for reply in replies)
         difference = np.abs(ours - timm).max() / np.abs(timm).max()
-        if not difference < 1e-4:  # NaN also fails this comparison.
+        if not difference < 1e-4:  # Unlike `>=`, this condition is true for NaN.
             sys.exit(f"the embeddings differ by {difference:.1e}")
     times: list[list[float]] = []
     counts = []
@@ -224,7 +229,8 @@ def measure(processes: list[Process], do: str, shape: list[int], seconds: float)
         times.append([])
     for _ in range(max(3, round(seconds))):
         for process, count, values in zip(processes, counts, times, strict=True):
-            # One more call: in the first call of a turn the caches hold the other's data.
+            # The first call of a turn is not counted, because the processor's caches hold the data
+            # of the other process.
             values += process.ask(do="run", times=1 + count)["seconds"][1:]
     ours, timm = (1e3 * statistics.median(values) / shape[0] for values in times)
     return {"ours": ours, "timm": timm, "compile_seconds": replies[0]["compile_seconds"]}
@@ -238,23 +244,33 @@ def main() -> None:
     parser.add_argument("--training", type=int, nargs=2, default=(64, 32), metavar=("PX", "BATCH"))
     parser.add_argument("--statistics", choices=("frozen", "batch"), default="frozen")
     parser.add_argument("--seconds", type=float, default=8, help="for each library and row")
+    parser.add_argument("--one_core", action="store_true", help="see above")
     parser.add_argument("--answer", choices=LIBRARIES, help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    if flags.one_core:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     if flags.answer:
-        answer(flags.answer)
+        answer(flags.answer, time.process_time if flags.one_core else time.perf_counter)
         return
+    # PyTorch's environment need not have this project's dependencies.
+    from cnn_jax.models import NETWORKS
+
     print("milliseconds of an image; ratio: timm's time divided by ours\n")
     print(f"{'network':<24}{'':<22}{'ours':>8}{'timm':>8}{'ratio':>7}{'compile s':>11}")
     for name in flags.networks.split(","):
         shapes = reference_logits.load_reference(name)["shapes"]
         with contextlib.ExitStack() as stack:
-            processes = [Process("cnn_jax", sys.executable), Process("timm", flags.peer_python)]
+            processes = [
+                Process(library, python, flags.one_core)
+                for library, python in (("cnn_jax", sys.executable), ("timm", flags.peer_python))
+            ]
             for process in processes:
                 stack.callback(process.close)
                 process.ask(do="open", name=name, shapes=shapes, statistics=flags.statistics)
             for do, (side, batch) in (("features", flags.features), ("training", flags.training)):
                 if not batch:
                     continue
+                side -= side % NETWORKS[name].size_divisor({})
                 row = measure(processes, do, [batch, side, side, 3], flags.seconds)
                 print(
                     f"{name:<24}{f'{do}, {side} px x {batch}':<22}{row['ours']:>8.2f}"

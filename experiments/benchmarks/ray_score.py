@@ -20,7 +20,7 @@ from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 
 
 class Score:
-    """A callable for a Ray worker, which classifies one batch of images at a time."""
+    """A callable that classifies one batch of images at a time in a Ray worker."""
 
     def __init__(self, bundle: str):
         self._predictor = BundlePredictor.load(bundle)

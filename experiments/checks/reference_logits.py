@@ -52,7 +52,8 @@ class Reference:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# The sides are even, because "SAME" and symmetric padding are equal for odd sides at stride 2.
+# The sides of the images are even, because "SAME" and symmetric padding are equal for odd sides if
+# the stride is 2.
 NETWORKS = {
     "resnet18": Reference("layer2"),
     "resnet34": Reference("layer3", (32, 64)),
@@ -66,7 +67,7 @@ NETWORKS = {
     "efficientnet_lite2": Reference("blocks.4", (32, 64)),
     "tf_efficientnet_lite2": Reference("blocks.4", (32, 64)),
     "convnext_tiny": Reference("stages.2"),
-    # The position embeddings of a grid of 37 x 37 patches are interpolated to 4 x 6.
+    # The position embeddings, a grid of 37 x 37 patches, are interpolated to 4 x 6 patches.
     "vit_small_patch14_dinov2": Reference("blocks.8", (56, 84), {"dynamic_img_size": True}),
 }
 
@@ -142,9 +143,9 @@ def make_reference(name: str) -> dict[str, Any]:
 
 @functools.cache
 def import_timm() -> Any:
-    """Imports timm; if torchvision is missing, a stand-in replaces it.
+    """Imports timm; replaces torchvision by mock modules if torchvision is not installed.
 
-    timm imports torchvision, but none of the compared networks uses it.
+    timm imports torchvision, but none of the compared networks uses torchvision.
     """
     if importlib.util.find_spec("torchvision") is None:
         for name in _TORCHVISION:

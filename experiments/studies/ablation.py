@@ -375,7 +375,7 @@ class Trainings:
             if self._is_ending:
                 raise KeyboardInterrupt
             share = self._shares.pop()
-            # On Linux this sets the cores of the current thread, which the new process inherits.
+            # On Linux this sets the cores of the current thread; the new process inherits them.
             os.sched_setaffinity(0, share)
             process = subprocess.Popen(
                 [*TRAIN, f"--workdir={run.folder}", f"--config={run.config_file}", *run.flags()],

@@ -1,9 +1,9 @@
-"""Compares training from random weights, the probe and fine-tuning on few images of each class.
+"""Compares three methods on few images of each class: from scratch, probe and fine-tuning.
 
     python experiments/studies/few_images.py --folder=PATH --pretrained=FILE --output=DIR
         [--sizes 10 30 100 300] [--seeds=3] [--image_size=64] [--methods scratch probe finetune]
 
-FOLDER has one sub-folder for each class. For each seed and each size n, n random images of each
+--folder has one sub-folder for each class. For each seed and each size n, n random images of each
 class are the training split, and n / 4 other images, at least 5, are the validation split. The
 test split has 100 images of each class, the same for all sizes of a seed. The methods are:
 
@@ -11,10 +11,10 @@ test split has 100 images of each class, the same for all sizes of a seed. The m
 - "probe": the configuration `probe`;
 - "finetune": the configuration `finetune`, for at least 400 steps.
 
-The pretrained weights are of the network tf_efficientnet_lite0. The image is not cropped, because
-satellite images have no border that may be cut off. The program prints a Markdown table with the
-test accuracy (mean and standard deviation over seeds), and writes results.json and few_images.png
-to DIR. A result that is in results.json already is not computed again.
+--pretrained contains weights of the network tf_efficientnet_lite0. The images are not cropped,
+because satellite images have no border that may be cut off. The program prints a Markdown table
+with the test accuracy (mean and standard deviation over seeds), and writes results.json and
+few_images.png to DIR. A result that is in results.json already is not computed again.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def draw(results: dict[str, float], flags: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Runs the comparison."""
+    """Runs the comparison, and writes its table and plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -147,7 +147,7 @@ def test_centres_are_anywhere_whatever_else_is_drawn(many_draws):
 
 
 def test_the_labels_share_is_that_of_the_pixels_kept():
-    """In the batch, black images of one class alternate with white images of another class."""
+    """Images are black for class 0 and white for class 1, so the mean is the weight of class 1."""
     images = jnp.tile(jnp.array([0.0, 1.0])[:, None, None, None], (8, 7, 9, 1))
     targets = jnp.tile(jnp.eye(2), (8, 1))
     cutmix = Mixing(cutmix_probability=1.0, cutmix_alpha=1.0)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with its trained ImageNet weights, from the package to predictions."""
+"""Tests the predictions of EfficientNet-Lite0 with ImageNet weights from the original package."""
 
 import pathlib
 import pickle
@@ -20,11 +20,11 @@ NAME = "tf_efficientnet_lite0"
 # The three most probable ImageNet classes and their probabilities. They were computed from the
 # pixels that this test uses, with the package efficientnet_lite_pytorch 0.1.0 and PyTorch 2.13.
 PREDICTIONS = {
-    # Academic gown, mortarboard, military uniform: an admiral in uniform.
+    # An admiral in uniform; the classes are academic gown, mortarboard and military uniform.
     "grace_hopper.jpg": {400: 0.2421, 667: 0.2093, 652: 0.1805},
-    # Palace, bell cote, monastery: a Chinese palace.
+    # A Chinese palace; the classes are palace, bell cote and monastery.
     "china.jpg": {698: 0.2983, 442: 0.1698, 663: 0.0665},
-    # Daisy, bee, mushroom: a flower.
+    # A flower; the classes are daisy, bee and mushroom.
     "flower.jpg": {985: 0.3230, 309: 0.0586, 947: 0.0447},
 }
 

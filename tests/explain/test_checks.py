@@ -1,13 +1,18 @@
+import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from networks import random_variables
 from test_maps import CLASSES, SIZE, make_predictor
 
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import checks, maps
+from cnn_jax.models.convnext import ConvNeXt
 from cnn_jax.models.network import layer_names
+from cnn_jax.models.vit import VisionTransformer
 
 
 class BrightCorner:
@@ -252,3 +257,30 @@ def test_the_deletion_curve_equals_a_computation_without_shared_ends():
     expected = np.trapezoid(np.stack(probabilities), dx=0.1, axis=0)
     area, _ = checks.Curves(predictor, images, classes).areas(heat)
     np.testing.assert_allclose(area, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [
+        (ConvNeXt(num_classes=3, blocks=(1, 1), features=(6, 8)), (16, 24)),
+        (VisionTransformer(num_classes=3, features=12, depth=3, heads=2), (28, 42)),
+    ],
+)
+def test_networks_without_relu_can_be_judged(network, size):
+    predictor = make_predictor()
+    predictor.preprocessing = dataclasses.replace(predictor.preprocessing, image_size=size)
+    predictor.model = network
+    predictor.variables = random_variables(network, jnp.zeros((1, *size, 3)))
+    images = np.random.default_rng(0).integers(0, 256, (8, *size, 3), np.uint8)
+    classes = np.arange(8, dtype=np.int32) % 3
+    methods = ("grad_cam", "grad_cam_plus_plus", "layer_cam")
+    found = maps.maps_by_method(
+        predictor, images, classes, {name: maps.METHODS[name] for name in methods}
+    )
+    for name, verdict in checks.judge(predictor, images, classes, methods=methods).items():
+        assert found[name].any(axis=(1, 2)).mean() > 0.5
+        assert (found[name] >= 0).all()
+        correlations = verdict["randomization"]["rank_correlation"]
+        assert list(correlations) == layer_names(network, size)[::-1]
+        assert correlations["head"] < 0.99
+    assert "cam" not in maps.methods_for(predictor)

@@ -214,7 +214,7 @@ def test_any_iterable_of_images_is_accepted(predictor, tmp_path):
 
 
 def test_a_generator_may_reuse_its_memory(predictor):
-    """Predictions are correct if a generator writes each frame to the same array, as a camera does.
+    """Predictions are correct even if a generator writes each frame to the same array.
 
     The frames have the input size of the network, so no resize copies them.
     """

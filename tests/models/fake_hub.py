@@ -1,4 +1,4 @@
-"""A server on this machine that answers as the Hugging Face hub does."""
+"""A local server that imitates the Hugging Face hub."""
 
 import hashlib
 import http.server
@@ -12,14 +12,14 @@ _FILE = re.compile(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/([\w.-]+)")
 
 
 class FakeHub:
-    """A hub with a few models; use it in a `with` statement.
+    """A local hub with a few models; use it in a `with` statement.
 
     Attributes:
       models: The content of the files by model id and file name.
       revisions: The names of the only commit, `COMMIT`, of all models.
       errors: (status, headers) instead of the files of a model, by model id.
-      cut_after: The number of bytes after which each answer with a large file is cut off; None:
-        it is complete.
+      cut_after: The number of bytes after which each answer with a large file is cut off; None
+        for complete answers.
       cuts: The number of answers that will still be cut off.
       requests: "METHOD path" of all requests.
       url: The address of the server.

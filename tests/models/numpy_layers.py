@@ -1,4 +1,4 @@
-"""Layers in NumPy and float64, with which tests compute a network independently.
+"""Float64 layers in NumPy, with which tests compute a network's outputs independently.
 
 The arrays of a layer are keyword arguments, so that `conv(x, **params["conv1"])` and
 `norm(x, **params["norm1"], **stats["norm1"])` use the variables of a network.
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def conv(x, kernel, bias):
-    """Returns a 3 x 3 convolution with stride 1 and zero padding."""
+    """Returns the result of a 3 x 3 convolution with stride 1 and zero padding."""
     batch, height, width, _ = x.shape
     padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
     out = np.zeros((batch, height, width, kernel.shape[-1]))
@@ -38,7 +38,7 @@ def dense(x, kernel, bias):
 
 
 def random_variables(model, size):
-    """Returns random float64 parameters and statistics, so that an error in any is detected.
+    """Returns random float64 parameters and statistics, different from the initial values.
 
     Args:
       model: The network.
@@ -57,5 +57,5 @@ def random_variables(model, size):
 
 
 def as_float32(tree):
-    """Converts the arrays of a tree to float32 arrays of JAX."""
+    """Converts the arrays of a pytree to float32 JAX arrays."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), tree)

@@ -64,7 +64,7 @@ def test_dense_convolutions_equal_lax(kernel_size, stride, size):
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
 @pytest.mark.parametrize(
     ("kernel_size", "stride", "size"),
-    # The first two have more products than `_WRITTEN_PRODUCTS`.
+    # The first two cases need more than `_WRITTEN_PRODUCTS` products.
     [(3, 1, (9, 10)), (5, 2, (14, 12)), (3, 2, (8, 7)), (5, 1, (2, 3)), (7, 2, (2, 2))],
 )
 def test_depthwise_convolutions_equal_lax(

@@ -19,8 +19,8 @@ MODEL = "timm/resnet50.a1_in1k"
 WEIGHTS = safetensors.numpy.save({"fc.bias": np.arange(3000, dtype=np.float32)})
 CONFIG = {"architecture": "resnet50", "num_classes": 3000}
 CARD = b"---\nlicense: apache-2.0\ntags: [timm]\n---\n# A model card\n"
-# Downloads each model, and prints a line of JSON for it. The sleeps are those between two
-# attempts of huggingface_hub.
+# This program downloads models, and prints a line of JSON for each model. It replaces `time.sleep`,
+# so that huggingface_hub does not wait between two attempts.
 DRIVER = """
 import dataclasses, json, sys, time
 time.sleep = lambda seconds: None
@@ -44,7 +44,7 @@ def hub():
 
 @pytest.fixture
 def download(hub, tmp_path):
-    """Returns a function that downloads models in a new process, with an own cache."""
+    """Returns a function that downloads models in a new process, to a cache in `tmp_path`."""
     pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
 
     def run(*names, **variables):
@@ -80,7 +80,7 @@ def test_a_model_is_downloaded_once_and_keeps_its_revision(download, hub):
     assert first["license"] == "apache-2.0"
     assert first["sha256"] == hashlib.sha256(WEIGHTS).hexdigest()
     assert pathlib.Path(first["weights"]).read_bytes() == WEIGHTS
-    # The resolved name needs no connection; nor does the plain name in offline mode.
+    # A name with a commit needs no connection. In offline mode, a name without a commit needs none.
     before = len(hub.requests)
     assert download(first["name"]) == [first]
     assert download(MODEL, HF_HUB_OFFLINE="1") == [first]

@@ -1,5 +1,7 @@
 """Compares each layer with the corresponding layer or function of Flax Linen, JAX or NumPy."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,13 @@ import pytest
 from cnn_jax.models.layers import (
     BatchNorm,
     Conv,
+    Dense,
     LayerNorm,
     add_bias,
     channel_sums,
+    gelu,
     max_pool_2x2,
+    max_pool_3x3,
     normalize_batch,
 )
 
@@ -65,7 +70,7 @@ def test_channel_sums_equal_numpy(shape, count):
 
 
 def test_long_sums_are_precise():
-    """A plain running sum of half a million equal float32 numbers would lose precision."""
+    """The sum of half a million equal numbers is precise, unlike a running sum in float32."""
     x = jnp.full((2, 512, 512, 4), 0.1, jnp.float32)
     np.testing.assert_allclose(channel_sums(x)[0], x.size / 4 * np.float64(x[0, 0, 0, 0]), 2e-6)
 
@@ -192,3 +197,38 @@ def test_layer_norm_has_the_epsilon_of_convnext_and_of_vision_transformers():
     layer = LayerNorm()
     result = layer.apply(layer.init(jax.random.key(0), x), x)
     np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_dense_equals_linen():
+    x = _random(2, 3, 5)
+    variables = Dense(4, jnp.dtype("float32")).init(jax.random.key(0), x)
+    weights = _random(2, 3, 4, seed=1)
+    actual, expected = (
+        _value_and_gradients(layer, variables, x, weights)
+        for layer in (Dense(4, jnp.dtype("float32")), nn.Dense(4))
+    )
+    _assert_close(actual, expected)
+
+
+def test_gelu_is_the_exact_one():
+    x = np.linspace(-6, 6, 100)
+    expected = [value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x]
+    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), expected, atol=2e-6)
+    # In bfloat16, 1 + erf(x) would be 0 for these inputs.
+    small = gelu(jnp.asarray([-3.0, -3.5], jnp.bfloat16))
+    np.testing.assert_allclose(small.astype(jnp.float32), [-4.05e-3, -8.14e-4], rtol=0.02)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 10), (1, 2)])
+def test_max_pool_3x3_equals_linen(size):
+    # With these small integers, a window often has several largest pixels. All values are negative,
+    # so padding with zeros would change the result.
+    x = jnp.asarray(np.random.default_rng(0).integers(-4, 0, (2, *size, 3)), jnp.float32)
+
+    def value_and_gradient(pool):
+        out = jax.eval_shape(pool, x)
+        weights = _random(*out.shape, seed=1)
+        return jax.jit(lambda x: (pool(x), jax.grad(lambda x: jnp.sum(weights * pool(x)))(x)))(x)
+
+    plain = value_and_gradient(lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
+    _assert_close(value_and_gradient(max_pool_3x3), plain, 1e-6)

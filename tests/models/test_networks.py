@@ -1,4 +1,4 @@
-"""The contract of `models.base.Network`, for every network that a configuration can select."""
+"""Tests that each network in `models.NETWORKS` behaves as `models.base.Network` documents."""
 
 import functools
 
@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blocks import random_variables
+from networks import random_variables
 
 from cnn_jax.models import NETWORKS
 from cnn_jax.models.network import make_model
 
-# Stages that the parameters of a layer do not change, although the layer belongs to them: the
-# class token is used after the stage with the patches, and is frozen together with them.
+# The first stage whose output a layer changes, if this is not the stage to which the layer belongs.
+# The class token belongs to "patch_embed", but the output of "patch_embed" contains only patches.
 _CHANGED_LATER = {"cls_token": "blocks_2"}
 
-# Values of fields that make a network small, by the name of its class.
+# The field values of a small network, by class name.
 _SMALL = {
     "ResNet": {"blocks": (1, 1, 1, 1)},
     "EfficientNet": {"width": 0.2, "depth": 0.1},
@@ -52,7 +52,7 @@ class _Case:
         outputs = jax.eval_shape(self._stages, self.variables, self.image)
         self.zeros = {stage: jnp.zeros(out.shape) for stage, out in outputs.items()}
         lowered = jax.jit(self._compute).lower(self.variables, self.image, self.zeros)
-        # Without the optimisations of LLVM it compiles in half of the time.
+        # Without LLVM's optimisations, the compilation takes half as long.
         self._compiled = lowered.compile({"xla_backend_optimization_level": 0})
         self.outputs, self.logits = self.run()
 
@@ -62,7 +62,7 @@ class _Case:
         return self._compiled(variables, self.image, self.zeros | (offsets or {}))
 
     def changed_stages(self, **changes):
-        """Returns the stages whose outputs differ after a change of the arguments of `run`."""
+        """Returns the stages whose outputs change if `run` is called with `changes`."""
         outputs, _ = self.run(**changes)
         return [
             stage

@@ -14,7 +14,7 @@ from cnn_jax.models import pretrained
 from cnn_jax.models.pretrained import PREPROCESSING_KEYS, check_network, open_weights
 from cnn_jax.system.errors import BundleError, ConfigError, WeightsError
 
-# As timm writes it for resnet50.a1_in1k.
+# A part of the config.json of timm's model resnet50.a1_in1k.
 RESNET50 = {
     "architecture": "resnet50",
     "num_classes": 1000,
@@ -51,7 +51,7 @@ def test_a_file_with_the_config_of_the_hub(tmp_path, monkeypatch):
     assert (weights.architecture, weights.license, weights.class_names) == ("resnet50", "", None)
     kernel = weights.variables["params"]["head"]["kernel"]
     np.testing.assert_array_equal(kernel, np.eye(4, 3, dtype=np.float32), strict=True)
-    # Grey levels instead of fractions.
+    # The mean and the standard deviation are converted from fractions to grey levels.
     assert weights.preprocessing == {
         "image_size": (224, 224),
         "mean": (123.675, 116.28, 103.53),
@@ -60,7 +60,7 @@ def test_a_file_with_the_config_of_the_hub(tmp_path, monkeypatch):
         "crop_ratio": 0.95,
         "interpolation": "bicubic",
     }
-    # The folder is a name of the file too.
+    # The path of the folder also selects the file.
     assert open_weights("net").source == str(path)
     record = weights.record()
     assert json.loads(json.dumps(record)) == record
@@ -165,7 +165,7 @@ def test_a_bundle_and_a_run(tmp_path):
     shutil.rmtree(tmp_path / "run" / "bundle")
     assert pretrained.current_sha256(str(tmp_path / "run")) is None
     assert pretrained.current_sha256("timm/resnet50.a1_in1k@0") is None
-    # Only model.pretrained can name a file.
+    # Only `model.pretrained` accepts the path of a safetensors file.
     with pytest.raises(ConfigError, match=r"config\.checkpoint\.init_from: .* cannot be read"):
         open_weights(str(_write_file(tmp_path)), "checkpoint.init_from")
 

@@ -1,6 +1,6 @@
-"""Compares the networks with timm's, which have the same random weights.
+"""Compares each network with timm's network; both have the same random weights.
 
-`experiments/checks/reference_logits.py` made the files in `references/` with timm.
+`experiments/checks/reference_logits.py` writes the files in `references/` with timm.
 """
 
 import jax
@@ -24,7 +24,7 @@ def test_logits_and_feature_maps_equal_those_of_timm(name):
     expected = jax.eval_shape(model.init, jax.random.key(0), image)
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, expected)
     lowered = jax.jit(lambda *inputs: model.apply(*inputs, method="stages")).lower(variables, image)
-    # Without the optimisations of LLVM it compiles in half of the time.
+    # Without LLVM's optimisations, the compilation takes half as long.
     stages = lowered.compile({"xla_backend_optimization_level": 0})(variables, image)
     maps = stages[reference["stage"]]
     _assert_close(maps.mean((1, 2)), reference["stage_mean"])
@@ -32,6 +32,6 @@ def test_logits_and_feature_maps_equal_those_of_timm(name):
 
 
 def _assert_close(actual, expected):
-    """Compares with a tolerance of 1e-4, or of 1e-4 of the largest number above 1."""
+    """Asserts that errors are at most 1e-4 times the largest expected value (at least 1)."""
     tolerance = 1e-4 * max(1, np.abs(expected).max())
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)

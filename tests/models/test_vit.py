@@ -2,14 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blocks import assert_images_skip_at_random, random_variables
+from networks import assert_images_skip_at_random, random_variables
 
 from cnn_jax.models.network import count_parameters
 from cnn_jax.models.vit import Attention, Block, vit_small_patch14_dinov2
 
 
 def test_the_number_of_parameters_is_that_of_dinov2():
-    # timm's backbone, without DINOv2's mask token; the head has 385 parameters for each class.
+    # The sum of timm's backbone, without DINOv2's mask token, and 385 parameters for each class.
     assert count_parameters(vit_small_patch14_dinov2(num_classes=10), (28, 28)) == 22_060_042
 
 
@@ -26,7 +26,8 @@ def test_attention_equals_a_computation_in_numpy():
     attention = Attention(heads=2, dtype=jnp.dtype("float32"))
     x = np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32)
     variables = random_variables(attention, jnp.asarray(x))
-    qkv, proj = (variables["params"][name] for name in ("qkv", "proj"))
+    params = jax.tree.map(np.asarray, variables["params"])
+    qkv, proj = params["qkv"], params["proj"]
     query, key, value = np.split(x[0].astype(float) @ qkv["kernel"] + qkv["bias"], 3, axis=1)
     heads = []
     for columns in (slice(4), slice(4, 8)):
@@ -41,7 +42,7 @@ def test_position_embeddings_are_unchanged_for_images_of_the_stored_size():
     image = jnp.zeros((1, 42, 42, 3))
     variables = random_variables(model, image)
     outputs = jax.jit(lambda image: model.apply(variables, image, method="stages"))(image)
-    params = variables["params"]
+    params = jax.tree.map(np.asarray, variables["params"])
     expected = params["pos_embed"][0, 1:].reshape(3, 3, 12) + params["patch_embed"]["proj"]["bias"]
     np.testing.assert_allclose(outputs["patch_embed"][0], expected, atol=1e-6)
 

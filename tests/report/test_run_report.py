@@ -117,7 +117,7 @@ def _config(image_folder, **changes):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """The folder of a copy of the finished run, which a test may change."""
+    """A copy of the finished run's folder; a test may change the copy."""
     return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
 
 

@@ -1,4 +1,4 @@
-"""Pretrained weights in the state of a new run."""
+"""Tests of runs that start from pretrained weights."""
 
 import hashlib
 import json
@@ -166,7 +166,7 @@ class Tiny(Backbone):
 
 @pytest.fixture
 def tiny_network(monkeypatch):
-    """Makes `Tiny` known as the network "tiny"."""
+    """Registers `Tiny` as the network "tiny" during a test."""
     tiny = models.Network(f"{__name__}:Tiny", models._BACKBONE_KEYS)
     monkeypatch.setitem(models.NETWORKS, "tiny", tiny)
     names = choice("cnn", "The network.", tuple(models.NETWORKS))
@@ -233,7 +233,7 @@ def test_a_run_from_a_file_records_the_weights(tiny_network, image_folder, tmp_p
     train_and_evaluate(config, workdir)
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
 
-    # A run that starts from the first run keeps the licence of the pretrained weights.
+    # A run that starts from the weights of the first run also records their licence.
     config = _run_config(image_folder, workdir, **{"data.image_size": (16, 16)})
     capfd.readouterr()
     train_and_evaluate(config, tmp_path / "second")

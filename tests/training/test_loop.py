@@ -457,7 +457,7 @@ def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
     assert compiled.merge._cache_size() == 1
 
 
-# Tests of runs in new processes, which are killed or interrupted.
+# Tests of runs that are killed or interrupted, in new processes.
 
 SMOKE = [
     *(sys.executable, "-m", "cnn_jax.main", "--config=configs/smoke.py"),

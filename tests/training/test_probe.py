@@ -17,7 +17,7 @@ from configs import default
 
 
 def _features(counts=(120, 60), classes=3, size=7, seed=0):
-    """Features of overlapping classes, with very different means and deviations."""
+    """Returns random features and labels; means and deviations of the features differ widely."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(0, 1, (classes, size))
     names = ("train", "validation")
@@ -37,11 +37,12 @@ def _features(counts=(120, 60), classes=3, size=7, seed=0):
 @pytest.mark.parametrize("weights", [None, np.array([1.0, 3.0, 0.5])])
 def test_the_probe_equals_the_logistic_regression_of_scikit_learn(monkeypatch, l2, weights):
     features, labels = _features()
-    monkeypatch.setattr(probe, "PENALTIES", (l2,))
+    # Each fit starts from the result of the fit before, so that the last one has converged.
+    monkeypatch.setattr(probe, "PENALTIES", (l2,) * 4)
     fitted = probe.fit(features, labels, 3, weights)
     x, y = features["train"].astype(np.float64), labels["train"]
     mean, deviation = x.mean(axis=0), x.std(axis=0)
-    # scikit-learn minimises the sum of the losses plus the squared norm divided by 2 C.
+    # scikit-learn minimises the sum of the losses plus the squared norm divided by (2 * C).
     model = LogisticRegression(C=1 / (l2 * len(y)), tol=1e-8, max_iter=1000)
     model.fit((x - mean) / deviation, y, None if weights is None else weights[y])
     expected = model.predict_proba((features["validation"] - mean) / deviation)
@@ -53,7 +54,7 @@ def test_the_probe_equals_the_logistic_regression_of_scikit_learn(monkeypatch, l
 
 
 def test_the_penalty_with_the_best_validation_accuracy_is_chosen():
-    """Few examples with many random features need a strong penalty."""
+    """With few examples and many random features, the accuracy depends on the penalty."""
     features, labels = _features(counts=(30, 600), size=200)
     for name in features:
         features[name][:, 5:] = np.random.default_rng(1).normal(0, 1, features[name][:, 5:].shape)
@@ -102,11 +103,11 @@ def test_a_run_without_epochs_has_the_bundle_of_the_probe(tmp_path, monkeypatch)
     (record,) = _records(tmp_path / "run")
     assert (record["epoch"], record["step"]) == (0, 0)
     assert record["validation_accuracy"] == report["validation"]["accuracy"]
-    # The second run does not compute the features again.
+    # The second run must read the features from the cache.
     monkeypatch.setattr(probe, "map_split", None)
     again = train_and_evaluate(_config(), tmp_path / "again")
     assert again == report
-    # The network of the bundle gives the predictions that were computed from the features.
+    # On the test images, the bundle has the metrics that the run computed from the features.
     predictor = BundlePredictor.load(tmp_path / "run")
     rows = (tmp_path / "run" / "report" / "predictions.csv").read_text().splitlines()[1:]
     measured = evaluate(predictor, open_as_trained(predictor), "test")
@@ -148,7 +149,7 @@ def test_a_run_needs_no_cache_for_its_features(tmp_path, monkeypatch):
 
 def test_training_continues_from_the_probe_and_keeps_it_if_it_is_best(tmp_path):
     config = _config(epochs=2)
-    config.optimizer.learning_rate = 0.5  # Training makes the network worse.
+    config.optimizer.learning_rate = 0.5  # So high that training makes the network worse.
     config.optimizer.final_learning_rate = 0.5
     config.train.monitor = "validation_loss"
     report = train_and_evaluate(config, tmp_path)
@@ -161,7 +162,7 @@ def test_training_continues_from_the_probe_and_keeps_it_if_it_is_best(tmp_path):
 
 @pytest.mark.parametrize("finished", [0, 1])
 def test_a_run_with_a_probe_resumes_bit_for_bit(tmp_path, finished):
-    """The run is stopped before its first step, or after its first epoch."""
+    """A run that is stopped before its first step or after its first epoch ends the same."""
     whole = train_and_evaluate(_config(epochs=2), tmp_path / "whole")
 
     def stop(history):

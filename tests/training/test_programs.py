@@ -51,7 +51,7 @@ def lower_step():
 
 @pytest.fixture(scope="module")
 def compiled_step(lower_step):
-    """The compiled training step, without oneDNN, whose operations XLA does not count."""
+    """The training step, compiled without oneDNN: XLA does not count oneDNN's operations."""
     options = runtime.compiler_options()
     counted = {name: value for name, value in options.items() if "onednn" not in name}
     return lower_step(counted).compile()

@@ -348,7 +348,7 @@ def test_a_trial_with_new_checkpoints_may_be_killed_often(tmp_path, log, trainer
 
 
 def test_ctrl_c_between_two_trials_ends_the_study(tmp_path, log, trainer, monkeypatch):
-    """Ctrl-C ends the study even during a callback of JAX, which suppresses exceptions."""
+    """Ctrl-C ends the study even during a JAX callback that suppresses exceptions."""
 
     def collect():
         with contextlib.suppress(KeyboardInterrupt):
