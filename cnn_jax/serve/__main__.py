@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         all_pixels=flags.queue_pixels,
         images=flags.max_images,
         seconds=flags.timeout,
-        client_share=flags.client_share,
+        client_fraction=flags.client_fraction,
     )
     run(
         source,
@@ -172,7 +172,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="maximum pixels of the images in flight above 4 million pixels (500000000)",
     )
     add(
-        "--client_share",
+        "--client_fraction",
         type=_fraction,
         default=0.5,
         help="fraction of these limits that one client may use (0.5)",

@@ -61,7 +61,7 @@ class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's
     """
 
     def __init__(self, retry_after: int, is_client: bool = False):
-        """Creates the error; `is_client` says whether only the client's own share is used up."""
+        """Creates the error; `is_client` says whether only the limit of this client is reached."""
         owner = "this client has" if is_client else "there are"
         super().__init__(f"{owner} too many images in flight; try again in {retry_after} s")
         self.retry_after = retry_after
@@ -215,7 +215,7 @@ class Engine:
         max_wait: float = 0.0,
         decoders: int = 2,
         large_pixels: int = 500_000_000,
-        client_share: float = 1.0,
+        client_fraction: float = 1.0,
         on_batch: Callable[[int, float], None] = lambda images, seconds: None,
     ):
         """Creates the engine without starting its compute thread; see `start`.
@@ -227,7 +227,7 @@ class Engine:
           decoders: Number of decoder threads for images that are not large. There are half as many
             further threads for large images, so that large images do not delay other images.
           large_pixels: Maximum number of pixels of all large images in flight.
-          client_share: The fraction of `capacity` and of `large_pixels` that one client may use,
+          client_fraction: The fraction of `capacity` and of `large_pixels` that one client may use,
             above 0 to 1.
           on_batch: Called in the event loop after each batch, with the number of images in the
             batch and the run time in seconds.
@@ -236,7 +236,7 @@ class Engine:
         self._max_wait = max_wait
         self._on_batch = on_batch
         self._large_pixels = large_pixels
-        self._client_share = client_share
+        self._client_fraction = client_fraction
         self._in_flight = _Amount(0, 0)
         # The images in flight of each client that has any.
         self._clients: dict[str, _Amount] = {}
@@ -294,23 +294,23 @@ class Engine:
           images: The number of images.
           large_pixels: The number of pixels of those images that are large.
           client: The client that has sent the request. A client without images in flight may send
-            a request that is larger than the share of a client.
+            a request that is larger than the limit of a client.
 
         Raises:
           Overloaded: More than `capacity` images would be in flight, or large images with too many
-            pixels, or the client would use more than its share.
+            pixels, or the client would exceed its own limit.
         """
         added = _Amount(images, large_pixels)
         limit = _Amount(self.capacity, self._large_pixels)
-        share = [self._client_share * number for number in limit]
+        client_limit = [self._client_fraction * number for number in limit]
         own = self._clients.get(client, _Amount(0, 0))
-        for now, of_client, new, most, most_of_client in zip(
-            self._in_flight, own, added, limit, share, strict=True
+        for total, own_total, new, most, most_of_client in zip(
+            self._in_flight, own, added, limit, client_limit, strict=True
         ):
-            is_over_share = of_client and of_client + new > most_of_client
-            if new and (now + new > most or is_over_share):
+            exceeds_own_limit = own_total and own_total + new > most_of_client
+            if new and (total + new > most or exceeds_own_limit):
                 wait = max(1, math.ceil(self.in_flight * self._per_image))
-                raise Overloaded(wait, is_client=bool(now + new <= most))
+                raise Overloaded(wait, is_client=total + new <= most)
         self._count(client, added)
         try:
             yield

@@ -36,7 +36,7 @@ class Limits:
       images: Maximum number of images in a request.
       explained: Maximum number of images in a request for explanation maps.
       seconds: Maximum seconds from the headers of a request to the answer.
-      client_share: The fraction of `all_bytes`, of `all_pixels` and of the images in flight that
+      client_fraction: The fraction of `all_bytes`, of `all_pixels` and of the images in flight that
         one client may use, above 0 to 1. A client that has no request in flight may always send
         one.
     """
@@ -48,7 +48,7 @@ class Limits:
     images: int = 64
     explained: int = 8
     seconds: float = 30.0
-    client_share: float = 0.5
+    client_fraction: float = 0.5
 
 
 class Refused(Exception):  # noqa: N818 (the client's error, not the server's)
@@ -121,7 +121,7 @@ class Bodies:
           client: The client that sends the body.
 
         Raises:
-          Refused: The body is too large or too slow, or the limit of all bodies or the share of the
+          Refused: The body is too large or too slow, or the limit of all bodies or that of the
             client is reached.
           ClientDisconnected: The client disconnected before the end of the body.
         """
@@ -167,9 +167,9 @@ class Bodies:
             if body_bytes + size <= _SMALL_BODY_BYTES:
                 limit += self._limits.body_bytes
             others = self._client_bytes[client] - body_bytes
-            share = self._limits.client_share * limit
-            is_over_share = others > 0 and others + body_bytes + size > share
-            if self.num_bytes + size > limit or is_over_share:
+            client_limit = self._limits.client_fraction * limit
+            exceeds_own_limit = others > 0 and others + body_bytes + size > client_limit
+            if self.num_bytes + size > limit or exceeds_own_limit:
                 raise Refused(
                     429,
                     "busy",

@@ -275,7 +275,7 @@ def test_capacity_limits_images_in_flight():
 
 
 def test_large_pixels_and_clients_have_limits():
-    engine = Engine(capacity=10, large_pixels=1_000, client_share=0.5)
+    engine = Engine(capacity=10, large_pixels=1_000, client_fraction=0.5)
 
     def refused(*amount):
         with pytest.raises(Overloaded) as caught, engine.admit(*amount):
@@ -284,7 +284,7 @@ def test_large_pixels_and_clients_have_limits():
 
     async def test():
         with contextlib.ExitStack() as stack:
-            # A client without images in flight may exceed its share.
+            # A client without images in flight may exceed its limit.
             stack.enter_context(engine.admit(7, 900, "a"))
             assert refused(1, 0, "a") == "this client has"
             assert refused(1, 200, "b") == "there are"
@@ -422,6 +422,7 @@ def test_queue_seconds_include_both_waits():
     async def test():
         reads = [decoder.read(1), decoder.read(2)]
         both = asyncio.ensure_future(engine.compute(Device().program(), reads, later()))
+        await until(lambda: decoder.started == [1])
         await asyncio.sleep(0.1)
         decoder.gate.set()
         one, other = await both

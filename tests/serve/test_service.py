@@ -20,7 +20,7 @@ from PIL import Image
 import cnn_jax.serve
 from cnn_jax.data.request_log import read_requests
 from cnn_jax.serve import http
-from cnn_jax.serve.app import make_app
+from cnn_jax.serve.app import make_app, make_health_app
 from cnn_jax.serve.engine import Engine, Program
 from cnn_jax.serve.limits import Limits, Refused
 from cnn_jax.serve.metrics import ServerMetrics
@@ -204,7 +204,7 @@ def test_a_missing_body_times_out(serve):
 
 
 def test_the_total_size_of_bodies_is_limited(serve):
-    server = serve(body_bytes=2_000_000, all_bytes=5_000_000, client_share=1.0)
+    server = serve(body_bytes=2_000_000, all_bytes=5_000_000, client_fraction=1.0)
     head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n"
     with contextlib.ExitStack() as stack:
         for _ in range(2):
@@ -224,8 +224,8 @@ def test_the_total_size_of_bodies_is_limited(serve):
     until(lambda: server.service._bodies.num_bytes == 0)
 
 
-def test_a_client_has_a_share_of_the_bodies(serve):
-    server = serve(body_bytes=2_000_000, all_bytes=5_000_000, client_share=0.5)
+def test_a_client_has_a_limit_on_bodies(serve):
+    server = serve(body_bytes=2_000_000, all_bytes=5_000_000, client_fraction=0.5)
 
     def post(client, size):
         # The server trusts this header from a proxy on its own machine.
@@ -243,9 +243,9 @@ def test_a_client_has_a_share_of_the_bodies(serve):
     assert not server.service._bodies._client_bytes
 
 
-def test_a_client_has_a_share_of_the_queue(serve, pool):
+def test_a_client_has_a_limit_on_images(serve, pool):
     server = serve(queue=4)
-    server.engine._client_share = 0.5
+    server.engine._client_fraction = 0.5
 
     def post(client, value):
         headers = {"X-Forwarded-For": client}
@@ -306,6 +306,7 @@ def test_open_inference_reports_readiness(serve):
         return requests.get(f"{server.url}/v2/{path}", timeout=10).status_code
 
     server.service.models.set_state("default", 2, LOADING)
+    assert requests.get(f"{server.url}/readyz", timeout=10).json()["loading"][0]["version"] == 2
     found = requests.get(f"{server.url}/v2/models/default", timeout=10).json()
     assert found["versions"] == ["1"]  # Only loaded versions are listed.
     own = "models/default/versions"
@@ -315,6 +316,40 @@ def test_open_inference_reports_readiness(serve):
     server.service.begin_shutdown()
     assert [status(path) for path in ready] == [503] * 3
     assert status("health/live") == 200
+
+
+def test_readyz_names_the_versions_that_load(serve):
+    server = serve()
+    server.service.models.set_aliases("default", {"default": 2})
+    server.service.models.set_state("default", 2, LOADING)
+    answer = requests.get(f"{server.url}/readyz", timeout=10)
+    assert answer.status_code == 503
+    assert "version 2 of default has been loading for 0 s" in answer.json()["error"]
+    server.service.models.set_state("default", 2, END)
+    answer = requests.get(f"{server.url}/readyz", timeout=10)
+    assert "no version is loading" in answer.json()["error"]
+
+
+def test_a_hanging_event_loop_fails_the_health_check(monkeypatch):
+    monkeypatch.setattr("cnn_jax.serve.engine._HANGING_SECONDS", 0.3)
+    monkeypatch.setattr("cnn_jax.serve.engine._BEAT_SECONDS", 0.05)
+    engine = Engine(9)
+    service = Service(Models(), engine, Limits(), ServerMetrics())
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/healthz"
+
+    async def run():
+        engine.start()
+        await asyncio.sleep(0.5)
+        assert await asyncio.to_thread(lambda: requests.get(url, timeout=10).status_code) == 200
+        time.sleep(0.6)  # The event loop hangs, while the thread of the health checks answers.
+        assert requests.get(url, timeout=10).json()["reason"] == "hanging"
+        await asyncio.sleep(0.2)
+        assert await asyncio.to_thread(lambda: requests.get(url, timeout=10).status_code) == 200
+        engine.close()
+
+    with listener, http.serving_in_thread(make_health_app(service), listener):
+        asyncio.run(run())
 
 
 def test_models_are_found_by_name_number_and_alias(version):

@@ -634,7 +634,7 @@ def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
             "max_wait_ms": "50",
             "queue": "16",
             "queue_pixels": "20000",
-            "client_share": "0.9",
+            "client_fraction": "0.9",
             "timeout": "20",
             "max_body_mb": "0.5",
             "max_bodies_mb": "1",
