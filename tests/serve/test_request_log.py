@@ -269,17 +269,22 @@ def test_servers_share_a_folder(version, tmp_path):
     assert len(read_feedback(folder)) == 40
 
 
-def test_feedback_is_refused_while_its_row_is_deleted(version, tmp_path, monkeypatch):
-    """A row is deleted after it was found and before its label is written."""
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_feedback_is_refused_while_its_row_is_deleted(version, tmp_path, monkeypatch, is_complete):
+    """Another server begins to delete a row before its label is written, or deletes it."""
     folder = tmp_path / "log"
     log = RequestLog(folder)
     ids = offer(log, version, range(3))
     log.close()
     log = RequestLog(folder)
     append = log._feedback.append
+    (path,) = (folder / "requests").iterdir()
 
     def delete_and_append(columns):
-        files.delete_oldest(folder, 0)
+        if is_complete:
+            files.delete_oldest(folder, 0)
+        else:
+            path.rename(path.with_suffix(".claimed.parquet"))
         append(columns)
 
     monkeypatch.setattr(log._feedback, "append", delete_and_append)
