@@ -243,6 +243,7 @@ class Loader:
 
     Attributes:
       problem: The error message of the last load that failed; "" if no load has failed.
+      is_settled: Whether all versions that were desired first are loaded, or failed, or are slow.
     """
 
     def __init__(
@@ -277,6 +278,7 @@ class Loader:
         self._lock = asyncio.Lock()
         self._has_synchronized = False
         self.problem = ""
+        self.is_settled = False
         # The last logged error of the source, and the time at which it was logged.
         self._logged_problem, self._logged_at = "", 0.0
         self._num_running = 0
@@ -296,6 +298,7 @@ class Loader:
         """Calls `synchronize` again and again until the task is cancelled."""
         while True:
             await self.synchronize()
+            self.is_settled = True
             await asyncio.sleep(self._pause())
 
     def _pause(self) -> float:

@@ -122,20 +122,20 @@ def run(
             health = f"http://{_url_host(host)}:{health_listener.getsockname()[1]}"
             logger.info("health checks on %s/healthz", health)
 
-        async def follow() -> None:
-            await loader.synchronize()
-            if service.models.is_ready():
-                print(f"ready on http://{_url_host(host)}:{port}/", flush=True)
-            elif isinstance(source, BundleSource):
-                server.should_exit = True  # A retry with the same bundle would fail too.
-                return
-            await loader.follow()
+        async def announce() -> None:
+            while not (loader.is_settled and service.models.is_ready()):
+                if isinstance(source, BundleSource) and loader.problem:
+                    server.should_exit = True  # A retry with the same bundle would fail too.
+                    return
+                await asyncio.sleep(0.02)
+            print(f"ready on http://{_url_host(host)}:{port}/", flush=True)
 
-        following = asyncio.create_task(follow())
+        tasks = [asyncio.create_task(work) for work in (loader.follow(), announce())]
         try:
             yield
         finally:
-            following.cancel()
+            for task in tasks:
+                task.cancel()
             nonlocal hangs
             hangs = not await asyncio.to_thread(engine.close)
             if request_log is not None:

@@ -272,7 +272,7 @@ def test_a_rollback_overtakes_a_load_that_hangs(serve, registry, tmp_path):
 
 def test_a_load_that_hangs_times_out(serve, registry):
     make_hanging(registry, 2)
-    with serve("--versions=2", "--load_timeout=2", wait=False) as server:
+    with serve("--versions=2", "--load_timeout=8", wait=False) as server:
         server.wait_for_log(
             "version 2: not loaded; the loaded versions stay: it was not loaded within"
         )
@@ -328,6 +328,26 @@ def test_a_slow_load_delays_no_other_version(monkeypatch, caplog):
 
     asyncio.run(run())
     assert "shapes, version 2: still loading after" in caplog.text
+
+
+_SLOW_PROGRAM = """
+import sys, time
+from cnn_jax.serve import loader
+from cnn_jax.serve.__main__ import main
+loader._SLOW_SECONDS = 0.2
+open_ = loader.BundleSource.open
+loader.BundleSource.open = lambda *args: (time.sleep(2), open_(*args))[1]
+main(sys.argv[1:])
+"""
+
+
+def test_a_bundle_that_loads_slowly_is_served(tmp_path):
+    write_bundle(make_bundle(), tmp_path / "bundle")
+    flags = (f"--bundle={tmp_path}/bundle", "--max_batch=1")
+    with Served(tmp_path, *flags, program=("-c", _SLOW_PROGRAM)) as server:
+        server.wait_for_log("default, version 1: still loading after")
+        assert version_of(server) == 1
+        assert server.end() == 0
 
 
 def test_pauses_between_reads_are_random():
