@@ -376,6 +376,18 @@ def test_an_existing_log_is_continued(version, tmp_path):
     assert units(tmp_path / "log") == [0, 1]
 
 
+def test_old_files_are_not_read(version, tmp_path):
+    for number in range(2):
+        log = RequestLog(tmp_path / "log")
+        offer(log, version, [number])
+        log.close()
+    oldest = files.list_files(tmp_path / "log" / "requests")[0]
+    now = time.time()
+    os.utime(oldest, (now - 100, now - 100))
+    found = read_requests(tmp_path / "log", ["unit"], since=now - 50)
+    assert found["unit"].to_pylist() == ["1"]
+
+
 def test_a_later_version_of_the_columns_is_refused(version, tmp_path):
     log = RequestLog(tmp_path / "log")
     offer(log, version, [0])
