@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import tempfile
 import time
@@ -68,12 +69,15 @@ FEEDBACK = pa.schema(
     metadata=_METADATA,
 )
 
-# A file is complete after this number of bytes, batches or seconds.
+# A file is complete after this number of bytes, batches or seconds. `find_row` reads only the files
+# in which a row can be, according to these seconds.
 _SEGMENT_BYTES, _SEGMENT_BATCHES, _SEGMENT_SECONDS = 16_000_000, 2_000, 3600.0
 # A request is recorded at most this number of seconds after its id was created. This includes the
 # difference between the clocks of the servers.
 _MAX_DELAY = 900.0
 _FOLDERS = ("requests", "feedback", "labelled", "models")
+# The name of a file: when it was created, in milliseconds since the epoch, and its server.
+_FILE_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}(\.claimed)?\.(arrows|parquet)")
 # The middle part of the name of a file that a server is deleting.
 _CLAIMED = ".claimed"
 # A claimed file of this age, in seconds, was left by a server that ended while deleting the file.
@@ -102,7 +106,7 @@ def check_writable(folder: pathlib.Path) -> None:
 
 
 class Segments:
-    """Appends rows to a file, and starts a new file when the file is large or old enough.
+    """Appends rows to a file, and starts a new file after `close`.
 
     Attributes:
       path: The present file; None before the first row of a file.
@@ -123,8 +127,8 @@ class Segments:
         self._name = secrets.token_hex(4)
         self.path: pathlib.Path | None = None
 
-    def append(self, columns: Mapping[str, Sequence[object]]) -> bool:
-        """Appends rows; returns whether they completed the file.
+    def append(self, columns: Mapping[str, Sequence[object]]) -> None:
+        """Appends rows to the present file, or to a new file.
 
         Args:
           columns: The values of each column.
@@ -146,16 +150,15 @@ class Segments:
             self._forget()
             raise
         self._batches += 1
-        if self._file.tell() >= self._max_bytes or self._batches >= _SEGMENT_BATCHES:
-            self.close()
-        else:
-            self.close_if_old()
-        return self.path is None
 
-    def close_if_old(self) -> None:
-        """Completes the present file if it is an hour old; see `close` for the errors."""
-        if self.path is not None and time.monotonic() - self._start >= _SEGMENT_SECONDS:
-            self.close()
+    @property
+    def is_complete(self) -> bool:
+        """Whether the present file is so large or old that the caller should `close` it."""
+        return self.path is not None and (
+            self._file.tell() >= self._max_bytes
+            or self._batches >= _SEGMENT_BATCHES
+            or time.monotonic() - self._start >= _SEGMENT_SECONDS
+        )
 
     def close(self) -> None:
         """Completes the present file: converts the Arrow stream to a Parquet file.
@@ -176,9 +179,9 @@ class Segments:
         path = self._folder / f"{_milliseconds():012x}-{self._name}.arrows"
         # An unbuffered file, so that a batch is visible to readers as soon as it is written.
         self._file = path.open("xb", buffering=0)
-        self.path = path
         self._writer = pa.ipc.new_stream(self._file, self._schema)
         self._batches, self._start = 0, time.monotonic()
+        self.path = path
 
     def _forget(self) -> None:
         self._file.close()
@@ -302,8 +305,7 @@ def class_names(folder: str | os.PathLike[str], digest: str) -> list[str]:
 
 def list_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files with rows in a folder, the oldest first."""
-    names = {path.name: path for path in folder.iterdir() if path.suffix in (".arrows", ".parquet")}
-    return [names[name] for name in sorted(names) if not name.startswith(".")]
+    return sorted(path for path in folder.iterdir() if _FILE_NAME.fullmatch(path.name))
 
 
 def is_claimed(path: pathlib.Path) -> bool:
@@ -346,12 +348,12 @@ def find_row(folder: pathlib.Path, key: tuple[str, int]) -> str | None:
     """
     created = int(key[0][:12], 16) / 1000
     for name in ("requests", "labelled"):
-        for path in list_files(folder / name):
+        for path in reversed(list_files(folder / name)):
             start = int(path.name[:12], 16) / 1000
+            end = start + _SEGMENT_SECONDS
+            if is_claimed(path) or not start - _MAX_DELAY <= created <= end + _MAX_DELAY:
+                continue
             with contextlib.suppress(FileNotFoundError):
-                end = path.stat().st_mtime if name == "requests" else float("inf")
-                if is_claimed(path) or not start - _MAX_DELAY <= created <= end + _MAX_DELAY:
-                    continue
                 rows = read_file(path, ("request_id", "image_index", "digest"))
                 index = _keys(rows).get(key)
                 if index is not None:

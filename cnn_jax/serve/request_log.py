@@ -176,18 +176,26 @@ class RequestLog:
             try:
                 if rows:
                     self._write(rows)
-                for segments in (self._requests, self._feedback):
-                    segments.close_if_old()
             except Exception as error:  # Writing fails, for example, if the disk is full.
                 logger.error("%d rows of the request log are lost: %s", len(rows), error)
                 self._num_failed += len(rows)
             if isinstance(item, tuple):
                 self._answer_feedback(*item)
+            self._complete_files(is_end=item is None)
+
+    def _complete_files(self, is_end: bool) -> None:
+        """Completes the files that are large or old enough, or all files at the end of the log."""
         for segments in (self._requests, self._feedback):
+            if not (is_end or segments.is_complete):
+                continue
             try:
                 segments.close()
-            except OSError as error:
-                logger.error("the request log's last file stays an Arrow stream: %s", error)
+            except Exception as error:
+                logger.error("a file of the request log stays an Arrow stream: %s", error)
+            try:
+                files.delete_oldest(self._folder, self._max_bytes)
+            except Exception as error:
+                logger.error("old rows of the request log cannot be deleted: %s", error)
 
     def _next_rows(self) -> tuple[list[_Row], object]:
         """Waits for rows; returns the rows of a batch, and the item that ended the batch.
@@ -216,12 +224,10 @@ class RequestLog:
             files.write_class_names(self._folder, version.digest, version.class_names)
         records = [self._record(row) for row in rows]
         columns = {name: [record[name] for record in records] for name in files.REQUESTS.names}
-        is_complete = self._requests.append(columns)
+        self._requests.append(columns)
         if self._requests.path != self._recent_path:
             self._recent, self._recent_path = {}, self._requests.path
         self._recent |= {(row.request_id, row.image_index): row.version.digest for row in rows}
-        if is_complete:
-            files.delete_oldest(self._folder, self._max_bytes)
 
     def _record(self, row: _Row) -> dict[str, object]:
         best = int(np.argmax(row.probabilities))

@@ -129,6 +129,8 @@ def write_own(folder: pathlib.Path, rows: Sequence[dict[str, Any]], size: int) -
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
         segments.append({name: [row[name] for row in batch] for name in request_log.REQUESTS.names})
+        if segments.is_complete:
+            segments.close()
     segments.close()
 
 

@@ -352,6 +352,19 @@ def test_rows_lost_to_a_full_disk_are_counted(version, tmp_path):
         assert pa.ipc.open_stream(file).read_all().num_rows == 5  # The part was removed.
 
 
+def test_a_failed_conversion_loses_no_row(version, tmp_path, monkeypatch, caplog):
+    def fail(table, path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(files, "write_table", fail)
+    log = RequestLog(tmp_path / "log", max_bytes=100_000, with_images=True)
+    offer(log, version, range(100))
+    log.close()
+    assert log.lost_rows == 0
+    assert units(tmp_path / "log") == list(range(100))
+    assert "stays an Arrow stream: No space left" in caplog.text
+
+
 def test_record_never_waits(version, tmp_path, monkeypatch):
     log = RequestLog(tmp_path / "log")
     gate = threading.Event()
