@@ -353,11 +353,13 @@ def find_row(folder: pathlib.Path, key: tuple[str, int]) -> str | None:
             end = start + _SEGMENT_SECONDS
             if is_claimed(path) or not start - _MAX_DELAY <= created <= end + _MAX_DELAY:
                 continue
-            with contextlib.suppress(FileNotFoundError):
-                rows = read_file(path, ("request_id", "image_index", "digest"))
-                index = _keys(rows).get(key)
-                if index is not None:
-                    return rows["digest"][index].as_py()
+            # The server of a stream may convert it to a Parquet file at any moment.
+            for file in (path, path.with_suffix(".parquet")):
+                with contextlib.suppress(FileNotFoundError):
+                    rows = read_file(file, ("request_id", "image_index", "digest"))
+                    if (index := _keys(rows).get(key)) is not None:
+                        return rows["digest"][index].as_py()
+                    break
     return None
 
 

@@ -269,6 +269,25 @@ def test_servers_share_a_folder(version, tmp_path):
     assert len(read_feedback(folder)) == 40
 
 
+def test_a_row_is_found_while_its_file_is_converted(version, tmp_path, monkeypatch):
+    """A server completes its file after another server has listed the file to search it."""
+    folder = tmp_path / "log"
+    one, two = RequestLog(folder), RequestLog(folder)
+    ids = offer(one, version, range(3))
+    until(lambda: len(units(folder)) == 3)
+    list_files = files.list_files
+
+    def list_and_close(path):
+        found = list_files(path)
+        if one._thread.is_alive():
+            one.close()
+        return found
+
+    monkeypatch.setattr(files, "list_files", list_and_close)
+    give(two, ids[0], label="red")
+    two.close()
+
+
 @pytest.mark.parametrize("is_complete", [False, True])
 def test_feedback_is_refused_while_its_row_is_deleted(version, tmp_path, monkeypatch, is_complete):
     """Another server begins to delete a row before its label is written, or deletes it."""
