@@ -20,6 +20,7 @@ def get_config() -> Config:
     config.augment.contrast = 0.2
     config.optimizer.learning_rate = 1e-3
     config.optimizer.final_learning_rate = 1e-5
+    config.optimizer.warmup_epochs = 0.5
     config.optimizer.stage_decay = 0.7
     config.optimizer.l2 = 0.0
     config.optimizer.weight_decay = 0.01

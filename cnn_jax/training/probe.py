@@ -36,6 +36,9 @@ PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 _ITERATIONS, _TOLERANCE = 25, 1e-4
 # The configuration keys of a network that affect only training, and not the features.
 _TRAINING_KEYS = {"batch_norm_statistics", "drop_path", "dropout", "pretrained"}
+# A part of the key of stored features. Increase it when a network computes other features from the
+# same weights.
+_FORMAT = 2
 # The minimum divisor of a feature. Smaller standard deviations are replaced by this value.
 _MIN_DEVIATION = 1e-6
 
@@ -112,6 +115,8 @@ def _cache_key(variables: PyTree, config: Any, dataset: Dataset) -> str:
             digest.update(np.ascontiguousarray(array).data)
     preprocessing = dataclasses.asdict(dataset.loader.preprocessing)
     content = [
+        _FORMAT,
+        variables["params"]["head"]["kernel"].shape[0],
         dataset.fingerprint,
         preprocessing,
         {key: value for key, value in config.model.items() if key not in _TRAINING_KEYS},
